@@ -1,0 +1,1 @@
+"""Run one language model on several machines, each too small for it alone."""

@@ -1,0 +1,1 @@
+"""The client: prompts in, text out."""

@@ -1,0 +1,1 @@
+"""What coordinator, workers and clients share: messages, codec, transport, settings, errors."""

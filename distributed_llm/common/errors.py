@@ -1,0 +1,217 @@
+"""Every exception of this package.
+
+* DistributedLLMError
+  x ConfigError                a setting or flag is wrong
+  x InvalidRequest             a prompt or generation parameter is wrong
+    + ContextLengthExceeded    prompt and answer do not fit the model's context
+  x CheckpointError            the model's files are missing or broken
+    + UnsupportedModel         the architecture cannot be split correctly
+    + CheckpointMismatch       this machine has other weights under the same name
+  x CapacityError              the cluster cannot do this now
+    + NotEnoughMemory          the model does not fit the workers
+    + NotReady                 no plan is being served
+    + Overloaded               the queue is full; try again later
+  x ConnectionFailed           the other end cannot be reached
+    + CoordinatorUnreachable   nobody answers at the address
+    + CoordinatorLost          it answered before and fell silent
+    + AddressInUse             the port to listen on is taken
+  x WorkerLost                 the machines that ran a request died and none can replace them
+  x StageError                 a worker failed to run its layers
+  x RequestCancelled           the request was cancelled
+  x ProtocolError              the wire protocol was violated
+    + LocalProtocolError       by us: a bug here
+    + RemoteProtocolError      by the peer: drop the message, keep serving
+    + ProtocolMismatch         the peer speaks another version
+
+Messages are for people and say what happened, why, and what to do. `code` is the stable name that
+travels on the wire, `exit_code` what the command line exits with.
+"""
+
+from typing import ClassVar
+
+
+class DistributedLLMError(Exception):
+    """Base class of all errors raised by this package."""
+
+    code: ClassVar[str] = "internal_error"
+    exit_code: ClassVar[int] = 1
+
+
+class ConfigError(DistributedLLMError):
+    """A setting, a flag or a file of settings is wrong."""
+
+    code = "config"
+    exit_code = 2
+
+
+class InvalidRequest(DistributedLLMError):
+    """A prompt or a generation parameter is wrong. Sending it again will not help."""
+
+    code = "invalid_request"
+    exit_code = 2
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and answer together are longer than the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class CheckpointError(DistributedLLMError):
+    """The files of a model are missing, broken or of a kind that is not read."""
+
+    code = "checkpoint"
+    exit_code = 2
+
+
+class UnsupportedModel(CheckpointError):
+    """The architecture cannot be split into stages that compute what the whole model computes."""
+
+    code = "unsupported_model"
+
+
+class CheckpointMismatch(CheckpointError):
+    """A worker holds other weights than the coordinator under the same name."""
+
+    code = "checkpoint_mismatch"
+
+
+class CapacityError(DistributedLLMError):
+    """The cluster as it is now cannot do what was asked."""
+
+    code = "no_capacity"
+    exit_code = 4
+
+
+class NotEnoughMemory(CapacityError):
+    """The model, or the KV cache of a request, does not fit the workers' memory."""
+
+    code = "not_enough_memory"
+
+
+class NotReady(CapacityError):
+    """No plan is being served, and none is being prepared."""
+
+    code = "not_ready"
+
+
+class Overloaded(CapacityError):
+    """The queue of waiting requests is full.
+
+    Args:
+        message: what happened, why, what to do.
+        retry_after_s: when to try again, seconds.
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ConnectionFailed(DistributedLLMError):
+    """The other end of a connection is not there."""
+
+    code = "connection_failed"
+    exit_code = 3
+
+
+class CoordinatorUnreachable(ConnectionFailed):
+    """Nobody answers at the coordinator's address."""
+
+    code = "coordinator_unreachable"
+
+
+class CoordinatorLost(ConnectionFailed):
+    """The coordinator answered before and has fallen silent."""
+
+    code = "coordinator_lost"
+
+
+class AddressInUse(ConnectionFailed):
+    """The address to listen on is taken or does not belong to this machine."""
+
+    code = "address_in_use"
+    exit_code = 2
+
+
+class WorkerLost(DistributedLLMError):
+    """Workers died and those that are left cannot hold the model."""
+
+    code = "worker_lost"
+
+
+class StageError(DistributedLLMError):
+    """A worker failed to load or to run its layers."""
+
+    code = "stage_error"
+
+
+class RequestCancelled(DistributedLLMError):
+    """The request was cancelled before it finished."""
+
+    code = "cancelled"
+
+
+class ProtocolError(DistributedLLMError):
+    """The wire protocol was violated."""
+
+    code = "protocol"
+
+
+class LocalProtocolError(ProtocolError):
+    """We tried something the protocol forbids."""
+
+    code = "local_protocol"
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent something the protocol forbids.
+
+    Args:
+        reason: one of a closed set of names, for counters.
+        detail: what exactly, for the log.
+    """
+
+    code = "remote_protocol"
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class ProtocolMismatch(ProtocolError):
+    """The peer speaks another version of the protocol."""
+
+    code = "unsupported_version"
+    exit_code = 3
+
+
+_BY_CODE: dict[str, type[DistributedLLMError]] = {
+    kind.code: kind
+    for kind in (
+        ConfigError,
+        InvalidRequest,
+        ContextLengthExceeded,
+        CheckpointError,
+        UnsupportedModel,
+        CheckpointMismatch,
+        CapacityError,
+        NotEnoughMemory,
+        NotReady,
+        CoordinatorUnreachable,
+        CoordinatorLost,
+        WorkerLost,
+        StageError,
+        RequestCancelled,
+        ProtocolMismatch,
+    )
+}
+
+
+def error_from_wire(code: str, message: str, retry_after_s: float) -> DistributedLLMError:
+    """Return the exception that a peer named by `code`; an unknown code gives the base class."""
+    if code == Overloaded.code:
+        return Overloaded(message, retry_after_s)
+    return _BY_CODE.get(code, DistributedLLMError)(message)

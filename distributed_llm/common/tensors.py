@@ -1,0 +1,60 @@
+"""How a tensor crosses the wire: its dtype and shape in the header, its bytes in a raw frame."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+DtypeName = Literal["float32", "bfloat16", "float16", "int32", "uint8"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint8": 1}
+
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+"""Largest tensor that may cross the wire."""
+
+Frame: TypeAlias = bytes | bytearray | memoryview
+"""The raw bytes of one tensor: row-major, little-endian."""
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAME_BYTES)]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Dtype and shape of one raw frame.
+
+    Raises:
+        ValueError: the tensor is larger than `MAX_FRAME_BYTES`.
+    """
+
+    dtype: DtypeName
+    shape: Annotated[tuple[_Size, ...], msgspec.Meta(min_length=1, max_length=4)]
+
+    def __post_init__(self) -> None:
+        if self.nbytes > MAX_FRAME_BYTES:
+            raise ValueError(f"tensor {self} exceeds {MAX_FRAME_BYTES} bytes")
+
+    @property
+    def nbytes(self) -> int:
+        """Exact size of the frame, bytes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+def frame_of_token_ids(token_ids: Sequence[int]) -> tuple[TensorSpec, Frame]:
+    """Return token ids as an int32 tensor of shape [len(token_ids)]."""
+    array = np.asarray(token_ids, dtype="<i4")
+    return TensorSpec("int32", (len(array),)), array.tobytes()
+
+
+def token_ids_of_frame(frame: Frame) -> list[int]:
+    """Return the token ids in an int32 frame."""
+    array: npt.NDArray[Any] = np.frombuffer(frame, dtype="<i4")
+    return [int(x) for x in array]
+
+
+def frame_of_bytes(data: bytes) -> tuple[TensorSpec, Frame]:
+    """Return `data` (not empty) as a uint8 tensor; for payloads too long for a header."""
+    return TensorSpec("uint8", (len(data),)), data

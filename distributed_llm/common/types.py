@@ -1,0 +1,36 @@
+"""Small values that every part of the package speaks of."""
+
+from typing import Annotated, NewType
+
+import msgspec
+
+WorkerId = NewType("WorkerId", str)
+"""The name of one worker session, given by the coordinator; a rejoining worker gets a new one."""
+
+PeerId = NewType("PeerId", bytes)
+"""The identity that the ROUTER socket made for one connection."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+
+
+class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
+    """Consecutive transformer layers `[start, stop)`.
+
+    Raises:
+        ValueError: the range is empty.
+    """
+
+    start: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    stop: Annotated[int, msgspec.Meta(ge=1, le=65536)]
+
+    def __post_init__(self) -> None:
+        if self.start >= self.stop:
+            raise ValueError(f"layer range [{self.start}, {self.stop}) is empty")
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.stop - 1}" if len(self) > 1 else f"{self.start}"

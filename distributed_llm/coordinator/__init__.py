@@ -1,0 +1,1 @@
+"""The coordinator: keeps the registry of workers, plans the layers, schedules the steps."""

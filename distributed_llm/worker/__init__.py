@@ -1,0 +1,1 @@
+"""The worker: holds a range of layers with their KV cache and runs the tasks it pulls."""
