@@ -5,6 +5,7 @@ Only Hugging Face checkpoints with safetensors are read; nothing in them is ever
 
 import hashlib
 import json
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from distributed_llm.common.errors import CheckpointError
-from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -25,7 +26,8 @@ SINGLE_NAME = "model.safetensors"
 _SAMPLE_BYTES = 4096
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-_EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*)(\.|$)")
+_EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in)(\.|$)")
+_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
 _TORCH_DTYPES: dict[str, DtypeName] = {
     "F32": "float32",
@@ -35,6 +37,7 @@ _TORCH_DTYPES: dict[str, DtypeName] = {
     "bfloat16": "bfloat16",
     "float16": "float16",
 }
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -151,11 +154,14 @@ class Checkpoint:
         """Return whether tensor `name`, outside the layers, is used before the first layer."""
         return _EMBEDDING_NAME.search(name) is not None and not _HEAD_NAME.search(name)
 
+    def _is_tied(self, name: str) -> bool:
+        return self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
+
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
         """Yield the tensors that a stage of these layers needs.
 
         The first stage also needs the embeddings, the last one the norm, the head and, where
-        that is tied, the embeddings.
+        that is tied, the embedding of tokens.
         """
         first, last = layers.start == 0, layers.stop == self.num_layers
         for name, tensor in self.tensors.items():
@@ -164,22 +170,16 @@ class Checkpoint:
                 if layers.start <= layer < layers.stop:
                     yield tensor
             elif self.is_embedding(name):
-                if first or (last and self.ties_embeddings):
+                if first or (last and self._is_tied(name)):
                     yield tensor
-            elif last or (first and "norm" in name):  # some models norm what they embed
+            elif last:
                 yield tensor
 
-    def weight_bytes(self, layers: LayerRange, dtype: DtypeName) -> int:
-        """Return the bytes that the tensors of these layers take in memory as `dtype`."""
-        total = 0
-        for tensor in self.tensors_of(layers):
-            floating = tensor.dtype in _TORCH_DTYPES
-            itemsize = (4 if dtype == "float32" else 2) if floating else 1
-            count = 1
-            for size in tensor.shape:
-                count *= size
-            total += count * itemsize if floating else tensor.nbytes
-        return total
+    def bytes_in_memory(self, tensor: TensorInfo, dtype: DtypeName) -> int:
+        """Return the bytes that `tensor` takes once it is loaded as `dtype`."""
+        if tensor.dtype not in _TORCH_DTYPES:
+            return tensor.nbytes
+        return math.prod(tensor.shape) * ITEM_BYTES[dtype]
 
     def digest(self, layers: LayerRange, *, sampled: bool = True) -> str:
         """Return a name for these weights: equal on machines that hold the same ones.

@@ -68,9 +68,7 @@ class Decoder:
             )
         for spec, tensor in zip(specs, tensors, strict=True):
             if len(tensor) != spec.nbytes:
-                raise RemoteProtocolError(
-                    "tensor_size_mismatch", f"{len(tensor)} bytes for {spec}"
-                )
+                raise RemoteProtocolError("tensor_size_mismatch", f"{len(tensor)} bytes for {spec}")
         return message, tuple(tensors)
 
 

@@ -143,7 +143,7 @@ class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     """Coordinator -> worker: the session exists."""
 
-    worker_id: Label
+    worker_id: Name
     heartbeat_interval_s: Seconds
     silence_timeout_s: Seconds
 
@@ -164,6 +164,8 @@ class ModelSource(Value, frozen=True, kw_only=True):
 
 class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     """Coordinator -> worker: serve these layers under `epoch`; drop those of older epochs.
+
+    KV cache of older epochs is dropped even if the layers are the same.
 
     Attributes:
         digest: what `Checkpoint.digest(layers)` must be on the worker.
@@ -211,6 +213,12 @@ class ReleaseSequences(Message, frozen=True, kw_only=True, tag="release_sequence
 
     epoch: Count
     sequence_ids: Annotated[tuple[Count, ...], Meta(max_length=1024)]
+
+
+class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
+    """Coordinator -> worker: free the layers of all epochs up to this one; there is no work."""
+
+    epoch: Count
 
 
 # ------------------------------------------------------------------ client -> coordinator
@@ -398,11 +406,9 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     message: Text
 
 
-FromWorker = (
-    WorkerHello | Heartbeat | StageReady | StageFailed | TaskResult | TaskFailed | Goodbye
-)
+FromWorker = WorkerHello | Heartbeat | StageReady | StageFailed | TaskResult | TaskFailed | Goodbye
 FromClient = ClientHello | Generate | Cancel | GetStatus | Ping
 ToCoordinator = FromWorker | FromClient
-ToWorker = Welcome | LoadStage | Task | ReleaseSequences | Pong | Refused
+ToWorker = Welcome | LoadStage | DropStage | Task | ReleaseSequences | Pong | Refused
 ToClient = ClientWelcome | TokenChunk | Finished | RequestFailed | StatusReport | Pong | Refused
 AnyMessage = ToCoordinator | ToWorker | ToClient

@@ -5,7 +5,7 @@ from typing import Annotated, NewType
 import msgspec
 
 WorkerId = NewType("WorkerId", str)
-"""The name of one worker session, given by the coordinator; a rejoining worker gets a new one."""
+"""The name of a worker, made unique among those that are alive by the coordinator."""
 
 PeerId = NewType("PeerId", bytes)
 """The identity that the ROUTER socket made for one connection."""
@@ -34,3 +34,13 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=
 
     def __str__(self) -> str:
         return f"{self.start}-{self.stop - 1}" if len(self) > 1 else f"{self.start}"
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people write it."""
+    value = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

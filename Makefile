@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: they install first.
+# Installing again is quick: the setup script leaves a stamp in .venv.
+
+SETUP := setup_scripts/setup_$(if $(filter Darwin,$(shell uname -s)),macos,linux).sh
+PYTHON := .venv/bin/python
+
+.PHONY: all demo test lint typecheck format install clean
+
+all: lint typecheck test
+
+demo: install
+	.venv/bin/dllm demo
+
+test: install
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	.venv/bin/lint-imports
+
+typecheck: install
+	$(PYTHON) -m mypy
+
+format: install
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+
+install:
+	@bash $(SETUP)
+
+# Everything that was made here, .venv too; not config/local.yaml, which is yours.
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

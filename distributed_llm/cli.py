@@ -1,0 +1,283 @@
+"""The `dllm` command: every verb a few lines that call a package below.
+
+Exit codes: 0 ok, 1 failed, 2 wrong usage or settings, 3 cannot reach, 4 not enough capacity,
+130 interrupted. Data goes to stdout, everything else to stderr.
+"""
+
+import asyncio
+import logging
+import os
+import platform
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distributed_llm.common.errors import DistributedLLMError
+
+if TYPE_CHECKING:
+    from distributed_llm.common.settings import Settings
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="dllm",
+    help="Run one language model on several machines, each too small for it alone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of settings; see config/default.yaml.")
+]
+Coordinator = Annotated[
+    str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Address to ask.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+WithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dllm {version('distributedllm')} (Python {platform.python_version()})")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def coordinator(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder or hub id; nothing for the built-in model."),
+    ] = None,
+    config: Config = None,
+    bind: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address to listen on.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="memory, even or custom.")] = None,
+    min_workers: Annotated[
+        int | None, typer.Option(help="Workers to wait for before the first plan.")
+    ] = None,
+    exit_with_parent: WithParent = False,
+) -> None:
+    """Serve a model: share its layers out to the workers that join, answer clients."""
+    settings = _settings(
+        config,
+        {
+            "coordinator.model": model,
+            "coordinator.bind": bind,
+            "coordinator.dtype": dtype,
+            "coordinator.strategy": strategy,
+            "coordinator.min_workers": min_workers,
+        },
+    )
+    _start_process(settings.coordinator.log_level, exit_with_parent)
+    from distributed_llm.coordinator.serve import serve
+
+    asyncio.run(serve(settings.coordinator, on_listening=_announce))
+
+
+@app.command()
+def worker(
+    coordinator: Coordinator = None,
+    config: Config = None,
+    name: Annotated[str | None, typer.Option(help="What to call this worker.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, mps.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 is all cores.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="For weights and KV cache, such as 6GiB.")
+    ] = None,
+    slowdown: Annotated[
+        float | None, typer.Option(help="Look this many times slower, for tests.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder here, if not the coordinator's.")
+    ] = None,
+    exit_with_parent: WithParent = False,
+) -> None:
+    """Join a coordinator and serve layers with this machine."""
+    settings = _settings(
+        config,
+        {
+            "worker.coordinator": coordinator,
+            "worker.name": name,
+            "worker.device": device,
+            "worker.threads": threads,
+            "worker.max_memory": max_memory,
+            "worker.slowdown": slowdown,
+            "worker.model": model,
+        },
+    )
+    _start_process(settings.worker.log_level, exit_with_parent)
+    from distributed_llm.worker.work import work
+
+    _leave(asyncio.run(work(settings.worker)))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="Text to go on from; nothing or - reads stdin.")
+    ] = None,
+    coordinator: Coordinator = None,
+    config: Config = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens at most.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="Tokens at least.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop what is this unlikely.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after the end.")] = False,
+    as_json: AsJson = False,
+    stats: Annotated[bool, typer.Option(help="Tell who ran what.")] = False,
+) -> None:
+    """Go on from a prompt and print the text as it comes."""
+    settings = _settings(config, {"client.coordinator": coordinator})
+    text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+    params = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_strings": stop,
+        "ignore_eos": ignore_eos,
+    }
+    from distributed_llm import console
+
+    with _client(settings) as client:
+        console.print_answer(client.stream(text, **params), as_json=as_json, stats=stats)
+
+
+@app.command()
+def status(coordinator: Coordinator = None, config: Config = None, as_json: AsJson = False) -> None:
+    """Show the workers, their layers, memory and speed."""
+    settings = _settings(config, {"client.coordinator": coordinator})
+    from distributed_llm import console
+
+    with _client(settings) as client:
+        console.print_status(client.status(), as_json=as_json)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder or hub id; '' for the built-in model.")
+    ],
+    worker: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME=]SIZE", help="Memory of one worker; give it several times."),
+    ],
+    config: Config = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="memory, even or custom.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show who would get which layers, without starting anything."""
+    settings = _settings(
+        config, {"coordinator.dtype": dtype, "coordinator.strategy": strategy}
+    ).coordinator
+    from distributed_llm import console
+    from distributed_llm.coordinator.serve import dry_run
+
+    console.print_plan(*dry_run(model, worker, settings), as_json=as_json)
+
+
+@app.command()
+def demo(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "Once upon a time",
+    workers: Annotated[int, typer.Option(min=1, max=6, help="Workers to start.")] = 3,
+) -> None:
+    """Start a coordinator, workers and the built-in model here; write a story."""
+    from distributed_llm import console
+
+    console.run_demo(prompt, workers)
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    _leave(_run())
+
+
+def _run() -> int:
+    import click
+
+    try:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return INTERRUPTED
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except DistributedLLMError as exc:
+        print(f"Error ({exc.code}): {exc}", file=sys.stderr)
+        return exc.exit_code
+    except BrokenPipeError:  # the reader of our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _leave(code: int) -> None:
+    """End the process now: a compute thread in the middle of a layer must not hold it back."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _settings(config: Path | None, overrides: dict[str, Any]) -> "Settings":
+    from distributed_llm.common.config import load_settings
+
+    return load_settings(config, environment=os.environ, overrides=overrides)
+
+
+def _client(settings: "Settings") -> Any:
+    from distributed_llm import DistributedClient
+
+    asked = settings.client
+    return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
+
+
+def _announce(address: str) -> None:
+    print(address, flush=True)
+
+
+def _start_process(log_level: str, exit_with_parent: bool) -> None:
+    """Prepare a process that serves: logs to stderr, an end with its parent."""
+    from distributed_llm.common.log import configure
+
+    configure(log_level)
+    if sys.platform == "win32":  # the default loop cannot watch ZeroMQ's file descriptor
+        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
+    if exit_with_parent:
+        threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    while os.read(0, 1024):  # empty once the parent's end of the pipe is closed, however it ended
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

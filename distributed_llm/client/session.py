@@ -1,0 +1,222 @@
+"""One connection of a client: requests go out, their messages come in, silence is noticed."""
+
+import asyncio
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import assert_never
+
+from distributed_llm.common import codec
+from distributed_llm.common.errors import (
+    CoordinatorLost,
+    CoordinatorUnreachable,
+    DistributedLLMError,
+    ProtocolMismatch,
+    RemoteProtocolError,
+    error_from_wire,
+)
+from distributed_llm.common.messages import (
+    Cancel,
+    ClientHello,
+    ClientWelcome,
+    ClusterStatus,
+    Finished,
+    Generate,
+    GetStatus,
+    Ping,
+    Pong,
+    Refused,
+    RequestFailed,
+    StatusReport,
+    ToClient,
+    TokenChunk,
+)
+from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport import Dealer
+
+_Answer = TokenChunk | Finished | DistributedLLMError
+
+
+def new_request_id() -> str:
+    """Return an id that no other request of this client has."""
+    return secrets.token_urlsafe(12)
+
+
+class Session:
+    """A connection to the coordinator. Make it with `open`; it is over once `error` is set.
+
+    Args:
+        address: "HOST:PORT".
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._loop = asyncio.get_running_loop()
+        self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
+        self._answers: dict[str, asyncio.Queue[_Answer]] = {}
+        self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
+        self._heard_at = self._loop.time()
+        self._pulse: asyncio.Task[None] | None = None
+        self.error: DistributedLLMError | None = None
+        self._dealer = Dealer(
+            address,
+            self._on_message,
+            lambda: self._dealer.send(codec.encode(ClientHello())),
+            lambda: self._lose("closed the connection"),
+        )
+
+    @classmethod
+    async def open(cls, address: str, timeout_s: float) -> "Session":
+        """Return a session that the coordinator has welcomed.
+
+        Raises:
+            CoordinatorUnreachable: nobody welcomed it in time.
+            ProtocolMismatch: the coordinator speaks another version.
+        """
+        session = cls(address)
+        try:
+            async with asyncio.timeout(timeout_s):
+                welcome = await session._welcome
+        except TimeoutError:
+            session.close()
+            why = (
+                "something listens there, but it is no coordinator"
+                if session._dealer.reached
+                else "nothing listens there"
+            )
+            raise CoordinatorUnreachable(
+                f"No coordinator at {address} after {timeout_s:g} s: {why}. Check the address and "
+                "port, and that `dllm coordinator` runs there with a --bind that this machine can "
+                "reach."
+            ) from None
+        except BaseException:
+            session.close()
+            raise
+        session._pulse = asyncio.create_task(session._beat(welcome))
+        return session
+
+    def close(self) -> None:
+        """End the session; the coordinator drops what is under way."""
+        self._fail(CoordinatorLost("The client was closed."))
+        if self._pulse:
+            self._pulse.cancel()
+        self._dealer.close()
+
+    async def request(self, message: Generate, frames: tuple[Frame, ...]) -> AsyncIterator[_Answer]:
+        """Yield the chunks of a request and `Finished`; leaving early cancels it.
+
+        Raises:
+            DistributedLLMError: as the coordinator says, or `CoordinatorLost`.
+        """
+        if self.error:
+            raise self.error
+        answers = self._answers[message.request_id] = asyncio.Queue()
+        done = False
+        try:
+            self._dealer.send(codec.encode(message, frames))
+            while not done:
+                answer = await answers.get()
+                done = not isinstance(answer, TokenChunk)
+                if isinstance(answer, DistributedLLMError):
+                    raise answer
+                yield answer
+        finally:
+            self._answers.pop(message.request_id, None)
+            if not done and not self.error:
+                self._dealer.send(codec.encode(Cancel(request_id=message.request_id)))
+
+    async def status(self, timeout_s: float) -> ClusterStatus:
+        """Return the cluster as the coordinator sees it.
+
+        Raises:
+            CoordinatorLost: it did not answer in time.
+        """
+        if self.error:
+            raise self.error
+        report: asyncio.Future[ClusterStatus] = self._loop.create_future()
+        self._reports.append(report)
+        self._dealer.send(codec.encode(GetStatus()))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await report
+        except TimeoutError:
+            raise CoordinatorLost(
+                f"The coordinator at {self._address} did not answer in {timeout_s:g} s."
+            ) from None
+
+    async def _beat(self, welcome: ClientWelcome) -> None:
+        while not self.error:
+            self._dealer.send(codec.encode(Ping()))
+            await asyncio.sleep(welcome.heartbeat_interval_s)
+            if self._loop.time() - self._heard_at > welcome.silence_timeout_s:
+                self._lose(f"has been silent for {welcome.silence_timeout_s:g} s")
+
+    def _on_message(self, frames: list[Frame]) -> None:
+        try:
+            message, tensors = codec.to_client.decode(frames)
+        except ProtocolMismatch as exc:
+            self._fail(exc)
+            return
+        except RemoteProtocolError as exc:
+            self._lose(f"sent what is no message ({exc})")
+            return
+        self._heard_at = self._loop.time()
+        self._received(message, tensors)
+
+    def _received(self, message: ToClient, tensors: tuple[Frame, ...]) -> None:
+        match message:
+            case ClientWelcome():
+                if not self._welcome.done():
+                    self._welcome.set_result(message)
+            case TokenChunk() | Finished():
+                self._answer(message.request_id, message)
+            case RequestFailed():
+                error = error_from_wire(message.code, message.message, message.retry_after_s)
+                self._answer(message.request_id, error)
+            case StatusReport():
+                self._report(tensors[0])
+            case Refused(code="lost"):
+                self._lose("does not know this session any more")
+            case Refused(code=code, message=why):
+                self._fail(error_from_wire(code, why, 0.0))
+            case Pong():
+                pass
+            case _:
+                assert_never(message)
+
+    def _report(self, frame: Frame) -> None:
+        try:
+            status = codec.decode_status(frame)
+        except RemoteProtocolError as exc:
+            self._lose(f"sent a status that cannot be read ({exc})")
+            return
+        report = self._reports.popleft() if self._reports else None
+        if report and not report.done():
+            report.set_result(status)
+
+    def _answer(self, request_id: str, answer: _Answer) -> None:
+        answers = self._answers.get(request_id)
+        if answers is not None:
+            answers.put_nowait(answer)
+
+    def _lose(self, how: str) -> None:
+        self._fail(
+            CoordinatorLost(
+                f"The coordinator at {self._address} {how}. What it was doing for this client is "
+                "lost. See whether it still runs, and ask again."
+            )
+        )
+
+    def _fail(self, error: DistributedLLMError) -> None:
+        if self.error:
+            return
+        self.error = error
+        if not self._welcome.done():
+            self._welcome.set_exception(error)
+            self._welcome.exception()  # it may be that nobody waits for it any more
+        for report in self._reports:
+            if not report.done():
+                report.set_exception(error)
+                report.exception()
+        for answers in self._answers.values():
+            answers.put_nowait(error)

@@ -1,0 +1,157 @@
+"""Which architectures can be split into stages: known right, known wrong, and why.
+
+A model_type that stands in neither table may still work: the worker compares a small random model
+of it, whole and split, before it serves a checkpoint (`worker.architectures`).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distributed_llm.common.errors import UnsupportedModel
+
+VERIFIED: frozenset[str] = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+        "starcoder2",
+    }
+)
+"""Model types whose tokens `tests/model/test_families.py` compares with those of transformers."""
+
+_ALIBI = "its attention adds a bias that grows with distance (ALiBi), which travels in the mask"
+_OWN_ATTENTION = "its attention cannot be replaced, and so not be run on packed sequences"
+_OWN_STATE = (
+    "some of its layers keep a state (convolution, linear attention or state space) outside the KV "
+    "cache"
+)
+_ENCODER = "it is an encoder-decoder, whose decoder reads a second sequence"
+_MULTIMODAL = "it wraps a language model together with one for pictures or sound"
+_CHUNKED = "some of its layers see chunks of the text, which is expressed in the mask"
+_SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
+
+_REASONS: Mapping[str, tuple[str, ...]] = {
+    _ALIBI: ("bloom", "falcon", "mpt"),
+    _OWN_ATTENTION: ("gptj", "gpt_neo", "codegen", "openai-gpt", "ctrl", "xlnet", "transfo-xl"),
+    _OWN_STATE: (
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2",
+        "lfm2_moe",
+        "mamba",
+        "mamba2",
+        "minimax",
+        "nemotron_h",
+        "olmo_hybrid",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "recurrent_gemma",
+        "rwkv",
+        "xlstm",
+        "zamba",
+        "zamba2",
+    ),
+    _ENCODER: ("t5", "mt5", "umt5", "bart", "mbart", "pegasus", "t5gemma", "whisper"),
+    _MULTIMODAL: ("gemma3", "gemma4", "llava", "mistral3", "mllama", "qwen2_vl", "qwen2_5_vl"),
+    _CHUNKED: ("llama4", "llama4_text"),
+    _SHARED_KV: ("gemma3n", "gemma3n_text", "gemma4_text", "cpmant"),
+}
+_REASON_OF: Mapping[str, str] = {
+    model_type: reason for reason, model_types in _REASONS.items() for model_type in model_types
+}
+
+_SPARSE = ("index_topk", "index_n_heads", "sparse_attention_config")
+
+_WHAT_TO_DO = "Use a model of a kind that is known to work, such as llama, qwen3 or mistral."
+
+
+def check_architecture(config: Mapping[str, Any]) -> None:
+    """Refuse the models that are known to be computed wrongly when they are split.
+
+    Args:
+        config: the content of a checkpoint's config.json.
+
+    Raises:
+        UnsupportedModel: with what, why and what to do.
+    """
+    model_type = str(config.get("model_type"))
+    reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
+    if reason is not None:
+        raise UnsupportedModel(
+            f"The model type {model_type!r} is not supported: {reason}. {_WHAT_TO_DO}"
+        )
+
+
+def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what in the values of `config`, not in its type, cannot be split or run."""
+    if config.get("is_encoder_decoder"):
+        yield _ENCODER
+    if "text_config" in config:
+        yield _MULTIMODAL
+    if config.get("quantization_config"):
+        yield "its weights are quantized; take the checkpoint with the original weights"
+    if config.get("alibi") or config.get("position_embedding_type") == "alibi":
+        yield _ALIBI
+    if config.get("reorder_and_upcast_attn"):
+        yield "reorder_and_upcast_attn makes it compute its attention by itself"
+    if config.get("add_cross_attention"):
+        yield _ENCODER
+    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+        yield "its tokens see those after them, which are not there yet when generating"
+    if config.get("attention_chunk_size"):
+        yield _CHUNKED
+    if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
+        yield "its attention picks some of the positions of a long text"
+    for rope_type in _rope_types(config):
+        if rope_type in {"dynamic", "longrope", "su"}:
+            yield (
+                f"its rotary position encoding ({rope_type}) changes with the longest sequence of "
+                "a batch, so that an answer would depend on who else is asking"
+            )
+
+
+def _rope_types(config: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(name)
+        if isinstance(parameters, Mapping):
+            for inner in (parameters, *parameters.values()):  # one for all, or one by layer type
+                if isinstance(inner, Mapping):
+                    yield str(inner.get("rope_type", inner.get("type")))

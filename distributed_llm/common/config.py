@@ -1,0 +1,162 @@
+"""Settings of coordinator, worker and client: file < environment < command line.
+
+A setting has the same name everywhere: `threads` under `worker:` in the file,
+`DLLM_WORKER__THREADS` in the environment, `worker.threads` among the overrides that the command
+line passes. Whatever is not understood is an error that says where it stands.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import EnvSettingsSource
+
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.settings import (
+    SECTIONS,
+    ClientSettings,
+    CoordinatorSettings,
+    Settings,
+    WorkerSettings,
+)
+from distributed_llm.common.strict_yaml import read_yaml
+
+__all__ = [
+    "ClientSettings",
+    "CoordinatorSettings",
+    "Settings",
+    "WorkerSettings",
+    "load_settings",
+    "setting_names",
+]
+
+# Read by the setup scripts, so not a typing error when a `dllm` command finds it set.
+_FOREIGN_VARIABLES = frozenset({"DLLM_TORCH_INDEX_URL"})
+
+_Key = tuple[str, str]  # section, name
+
+
+class _Given(NamedTuple):
+    value: Any
+    where: str
+
+
+def load_settings(
+    path: Path | None,
+    *,
+    environment: Mapping[str, str],
+    overrides: Mapping[str, Any],
+) -> Settings:
+    """Return the settings that file, environment and command line give together, later ones first.
+
+    Args:
+        path: the YAML file; None: no file.
+        environment: such as `os.environ`; only names that begin with `DLLM_` are looked at.
+        overrides: by dotted name, `{"worker.threads": 4}`; a value of None means: not given.
+
+    Raises:
+        ConfigError: with a line for each problem, saying where it stands and what to write.
+    """
+    given: dict[_Key, _Given] = {}
+    problems: list[str] = []
+    if path is not None:
+        _add_file(path, given, problems)
+    _add_environment(environment, given, problems)
+    _add_overrides(overrides, given, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    sections: dict[str, dict[str, Any]] = {}
+    for (section, key), entry in given.items():
+        sections.setdefault(section, {})[key] = entry.value
+    try:
+        return Settings(**sections)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = [_problem(details, given) for details in error.errors(include_url=False)]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def setting_names() -> list[tuple[str, str]]:
+    """Return section and name of every setting, in the order of `config/default.yaml`."""
+    return [(section, name) for section, kind in SECTIONS.items() for name in kind.model_fields]
+
+
+def _add_file(path: Path, given: dict[_Key, _Given], problems: list[str]) -> None:
+    file = read_yaml(path)
+    for section, values in file.values.items():
+        where = f"{path}:{file.lines[(section,)]}"
+        if section not in SECTIONS:
+            problems.append(f"{where}: {_unknown(section)}")
+        elif values is None:  # every setting in it is commented out
+            continue
+        elif not isinstance(values, dict):
+            problems.append(f"{where}: {section}: should be a section, not {values!r:.60}")
+        else:
+            for name, value in values.items():
+                where = f"{path}:{file.lines[(section, name)]}"
+                if name in SECTIONS[section].model_fields:
+                    given[section, name] = _Given(value, where)
+                else:
+                    problems.append(f"{where}: {_unknown(name, section)}")
+
+
+def _add_environment(
+    environment: Mapping[str, str], given: dict[_Key, _Given], problems: list[str]
+) -> None:
+    names = [f"DLLM_{section}__{name}".upper() for section, name in setting_names()]
+    known: dict[str, str] = {}
+    for variable, value in environment.items():
+        upper = variable.upper()
+        if upper in names:
+            known[upper.lower()] = value
+        elif upper.startswith("DLLM_") and upper not in _FOREIGN_VARIABLES:
+            close = difflib.get_close_matches(upper[:100], names, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"environment: unknown variable {variable:.100}{hint}")
+    source = EnvSettingsSource(Settings)
+    source.env_vars = known
+    for section, values in source().items():
+        for name, value in values.items():
+            variable = f"DLLM_{section}__{name}".upper()
+            given[section, name] = _Given(value, f"environment: {variable}")
+
+
+def _add_overrides(
+    overrides: Mapping[str, Any], given: dict[_Key, _Given], problems: list[str]
+) -> None:
+    for dotted, value in overrides.items():
+        section, _, name = dotted.partition(".")
+        if section in SECTIONS and name in SECTIONS[section].model_fields:
+            if value is not None:
+                given[section, name] = _Given(value, "command line")
+        else:
+            unknown = _unknown(name, section) if name else _unknown(section)
+            problems.append(f"command line: {unknown}")
+
+
+def _unknown(name: str, section: str = "") -> str:
+    dotted = f"{section}.{name}" if section else name
+    siblings = SECTIONS[section].model_fields if section in SECTIONS else SECTIONS
+    close = difflib.get_close_matches(name[:100], siblings, n=1)
+    if not close:  # perhaps it belongs to another section
+        homes = {other: f"{home}.{other}" for home, other in setting_names()}
+        close = [homes[other] for other in difflib.get_close_matches(name[:100], homes, n=1)]
+    return f"unknown key {dotted!r:.100}; " + (
+        f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(siblings)}"
+    )
+
+
+def _problem(details: ErrorDetails, given: Mapping[_Key, _Given]) -> str:
+    """Return an error of pydantic as people read it."""
+    section, *path = (str(part) for part in details["loc"])
+    context = details.get("ctx", {})
+    if not path:  # raised by `settings.conflict`
+        named: Iterable[str] = context["keys"]
+        path = [next((name for name in named if (section, name) in given), context["keys"][0])]
+    entry = given[section, path[0]]
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    key = ".".join([section, *(part for part in path if part != "[key]")])
+    value = "" if details["type"] == "conflict" else f", not {details['input']!r:.60}"
+    return f"{entry.where}: {key}: {message}{value}"

@@ -1,0 +1,319 @@
+"""Every setting: its name, type, limits, default and description.
+
+`config/default.yaml` is made from this file. `config.load_settings` fills it in.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from distributed_llm.common.types import LayerRange
+from distributed_llm.common.units import parse_duration, parse_size, split_address
+
+
+def _bind_address(value: object) -> object:
+    if isinstance(value, str):
+        split_address(value)
+    return value
+
+
+def _remote_address(value: object) -> object:
+    if isinstance(value, str) and split_address(value)[1] == 0:
+        raise ValueError("port 0 is nobody's; write the port that the coordinator listens on")
+    return value
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _layer_range(value: object) -> LayerRange:
+    ends: Iterable[Any] = ()
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,6}\s*-\s*[0-9]{1,6}\s*", value):
+        ends = (int(end) for end in value.split("-"))
+    elif isinstance(value, list | tuple):
+        ends = value
+    match tuple(ends):
+        case (int(start), int(stop)) if bool not in (type(start), type(stop)):
+            if 0 <= start < stop <= 65536:
+                return LayerRange(start, stop)
+    raise ValueError(
+        f"{value!r:.60} is not a range of layers; write 0-8 or [0, 8] for the eight layers 0 to 7"
+    )
+
+
+def _layer_map(value: object) -> object:
+    """Return the map that "pc=0-8,mac=8-16" (environment, command line) stands for."""
+    if not isinstance(value, str):
+        return value
+    layers: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        name, _, held = (side.strip() for side in part.partition("="))
+        if name in layers:
+            raise ValueError(f"worker {name!r} is named twice")
+        layers[name] = held
+    return layers
+
+
+def _shape(pattern: str, rule: str) -> AfterValidator:
+    """Return a check that a text is of this form; `rule` says so to people."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(rule)
+        return value
+
+    return AfterValidator(check)
+
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_NAME_RULE = "should be up to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
+
+Size = Annotated[Annotated[int, Field(ge=1024, le=2**60)] | None, BeforeValidator(parse_size)]
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(allow_inf_nan=False, le=86400)]
+BindAddress = Annotated[str, BeforeValidator(_bind_address)]
+RemoteAddress = Annotated[str, BeforeValidator(_remote_address)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Factor = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Location = Annotated[str, _shape(r"[^\x00-\x1f]{0,4096}", "should be one line of text")]
+WorkerName = Annotated[str, _shape(_NAME, _NAME_RULE)]
+WorkerNameOrEmpty = Annotated[str, _shape(f"({_NAME})?", _NAME_RULE)]
+Device = Annotated[
+    str,
+    _shape(
+        r"auto|cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", "should be auto, cpu, cuda, cuda:1, mps or xpu"
+    ),
+]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
+LayerText = PlainSerializer(lambda held: f"{held.start}-{held.stop}", return_type=str)
+Layers = Annotated[
+    Mapping[WorkerName, Annotated[LayerRange, PlainValidator(_layer_range), LayerText]],
+    BeforeValidator(_layer_map),
+    NoDecode,
+]
+
+
+def conflict(message: str, *keys: str) -> PydanticCustomError:
+    """Return an error of a whole section, to be shown at the first of `keys` that was given."""
+    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CoordinatorSettings(_Section):
+    """The process that cuts the model and hands out the work."""
+
+    model: Location = Field(
+        default="", description="Folder or hub id of the model; empty: the small built-in one."
+    )
+    bind: BindAddress = Field(
+        default="127.0.0.1:5555",
+        description="HOST:PORT to listen on; 0.0.0.0 is every network of this machine, port 0 any "
+        "free port.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of weights and activations; auto: as in the model's files.",
+    )
+    strategy: Literal["memory", "even", "custom"] = Field(
+        default="memory",
+        description="How layers are shared out: memory (in proportion to it), even (equal "
+        "numbers), custom (as `layers` says).",
+    )
+    layers: Layers = Field(
+        default={},
+        description="For strategy custom: which worker serves which layers, counted from 0, the "
+        "second number not included: {pc: 0-8, mac: 8-16}; [0, 8] is the same as 0-8.",
+    )
+    min_workers: Whole = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="Workers to wait for before the layers are first shared out.",
+    )
+    settle_s: Seconds = Field(
+        default=0.5,
+        ge=0,
+        description="Quiet time after a worker joins before layers are shared out, s.",
+    )
+    max_batch_sequences: Whole = Field(
+        default=64,
+        ge=1,
+        le=65536,
+        description="Sequences that are generated at the same time at most.",
+    )
+    max_batch_tokens: Whole = Field(
+        default=512,
+        ge=1,
+        le=1 << 20,
+        description="Tokens per step at most; longer prompts are read in several steps.",
+    )
+    max_waiting_requests: Whole = Field(
+        default=256,
+        ge=0,
+        le=1 << 20,
+        description="Requests in the queue at most; further ones are refused.",
+    )
+    min_kv_tokens: Whole = Field(
+        default=1024,
+        ge=1,
+        le=1 << 30,
+        description="Room for the KV cache that must be left beside the layers, in positions.",
+    )
+    heartbeat_interval_s: Seconds = Field(
+        default=1.0, gt=0, description="Time between two signs of life of a worker, s."
+    )
+    silence_timeout_s: Seconds = Field(
+        default=4.0,
+        gt=0,
+        description="A worker silent for this long is taken for dead, s; more than twice "
+        "heartbeat_interval_s.",
+    )
+    task_timeout_s: Seconds = Field(
+        default=30.0,
+        gt=0,
+        description="A worker without progress on a task for this long is taken for hung, s.",
+    )
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
+
+    @model_validator(mode="after")
+    def _check_timeout(self) -> Self:
+        if self.silence_timeout_s <= 2 * self.heartbeat_interval_s:
+            raise conflict(
+                f"{self.silence_timeout_s:g} s must be more than twice heartbeat_interval_s "
+                f"({self.heartbeat_interval_s:g} s), or one late sign of life drops a worker",
+                "silence_timeout_s",
+                "heartbeat_interval_s",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if self.strategy != "custom":
+            if self.layers:
+                raise conflict(
+                    f"only strategy custom reads it, but strategy is {self.strategy}",
+                    "layers",
+                )
+            return self
+        if not self.layers:
+            raise conflict("strategy custom needs `layers`", "strategy")
+        served = sorted(self.layers.items(), key=lambda item: item[1])
+        if served[0][1].start != 0:
+            raise conflict(f"nobody serves layers 0 to {served[0][1].start - 1}", "layers")
+        for (name, held), (next_name, next_held) in pairwise(served):
+            if next_held.start < held.stop:
+                raise conflict(
+                    f"workers {name!r} and {next_name!r} both serve layer {next_held.start}",
+                    "layers",
+                )
+            if next_held.start > held.stop:
+                raise conflict(
+                    f"nobody serves layers {held.stop} to {next_held.start - 1}, between workers "
+                    f"{name!r} and {next_name!r} (the second number of a range is not included)",
+                    "layers",
+                )
+        return self
+
+
+class WorkerSettings(_Section):
+    """A process that runs some of the layers."""
+
+    coordinator: RemoteAddress = Field(
+        default="127.0.0.1:5555", description="HOST:PORT of the coordinator to join."
+    )
+    name: WorkerNameOrEmpty = Field(
+        default="", description="What this worker is called; empty: after this machine."
+    )
+    device: Device = Field(
+        default="auto", description="auto (the fastest there is), cpu, cuda, cuda:1, mps, xpu."
+    )
+    threads: Whole = Field(
+        default=0, ge=0, le=4096, description="CPU threads to compute with; 0: all cores."
+    )
+    max_memory: Size = Field(
+        default=None,
+        description="Memory to use at most: 6GiB and 512MiB count in 1024s, 6GB and 6G in 1000s, a "
+        "plain number is bytes; empty: what is free.",
+    )
+    slowdown: Factor = Field(
+        default=1.0, ge=1, le=1000, description="For tests: look this many times slower; 1: off."
+    )
+    model: Location = Field(
+        default="",
+        description="Folder of the model on this machine, if it is not the coordinator's; empty: "
+        "the same.",
+    )
+    connect_timeout_s: Seconds = Field(
+        default=10.0, gt=0, description="Time to wait for the coordinator to answer, s."
+    )
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
+
+
+class ClientSettings(_Section):
+    """Commands that ask the coordinator: generate, status."""
+
+    coordinator: RemoteAddress = Field(
+        default="127.0.0.1:5555", description="HOST:PORT of the coordinator to ask."
+    )
+    connect_timeout_s: Seconds = Field(
+        default=5.0, gt=0, description="Time to wait for the coordinator to answer, s."
+    )
+
+
+SECTIONS: dict[str, type[_Section]] = {
+    "coordinator": CoordinatorSettings,
+    "worker": WorkerSettings,
+    "client": ClientSettings,
+}
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Comes from `load_settings`; built directly it reads no files."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="DLLM_", env_nested_delimiter="__"
+    )
+
+    coordinator: CoordinatorSettings = CoordinatorSettings()
+    worker: WorkerSettings = WorkerSettings()
+    client: ClientSettings = ClientSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keep construction free of the process's environment, which `load_settings` is given."""
+        return (init_settings,)

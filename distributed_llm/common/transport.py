@@ -1,0 +1,251 @@
+"""ROUTER and DEALER sockets under asyncio: the only module that knows ZeroMQ.
+
+Both ends are driven by callbacks on the event loop's thread. ZeroMQ signals readiness by edges, so
+after every send, too, the socket is looked at again; and it is left every `_BATCH` messages, so
+that a backlog never starves timers or other tasks.
+
+Peers have no identities of their own: the ROUTER makes one per connection, so a worker that comes
+back is heard at once and nobody can take the place of another.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from distributed_llm.common.errors import AddressInUse, LocalProtocolError
+from distributed_llm.common.tensors import MAX_FRAME_BYTES, Frame
+from distributed_llm.common.types import PeerId
+
+_BATCH = 64
+_LINGER_MS = 300
+_MAX_OUTBOX = 10_000
+
+
+class Delivery(Enum):
+    """What became of a message given to a ROUTER. SENT does not mean that it arrives."""
+
+    SENT = auto()
+    GONE = auto()
+    STUCK = auto()
+
+
+class Router:
+    """The coordinator's socket.
+
+    Args:
+        bind: "HOST:PORT" to listen on; port 0 takes any free one.
+        on_message: called with each message that arrives.
+        on_disconnect: called when some connection was closed; which one, a send will tell.
+
+    Raises:
+        AddressInUse: the address is taken or not of this machine.
+    """
+
+    def __init__(
+        self,
+        bind: str,
+        on_message: Callable[[PeerId, list[Frame]], None],
+        on_disconnect: Callable[[], None],
+    ) -> None:
+        self._on_message = on_message
+        self._on_disconnect = on_disconnect
+        self._context = zmq.Context()
+        self._socket = _open(self._context, zmq.ROUTER)
+        self._socket.router_mandatory = True
+        self._socket.router_handover = False
+        try:
+            self._socket.bind(_endpoint(bind, self._socket))
+        except zmq.ZMQError as exc:
+            self._context.destroy(linger=0)
+            raise AddressInUse(
+                f"Cannot listen on {bind}: {exc.strerror}. Another coordinator may be running "
+                "there, or the address is not one of this machine; choose another with --bind."
+            ) from exc
+        endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self.address = endpoint.rstrip(b"\0").decode().removeprefix("tcp://")
+        self._pump = _Pump(self._socket, self._receive)
+        self._monitor = _Monitor(self._socket, zmq.EVENT_DISCONNECTED, self._watch)
+
+    def send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
+        """Queue a message to `peer`; never blocks."""
+        try:
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            return Delivery.STUCK
+        except zmq.ZMQError as exc:
+            if exc.errno != zmq.EHOSTUNREACH:
+                raise
+            return Delivery.GONE
+        self._pump.look_again()
+        return Delivery.SENT
+
+    def close(self) -> None:
+        """Close the socket after at most 300 ms for what is still to be sent."""
+        self._monitor.close()
+        self._pump.close()
+        self._context.destroy(linger=_LINGER_MS)
+
+    def _receive(self, frames: list[Frame]) -> None:
+        self._on_message(PeerId(bytes(frames[0])), frames[1:])
+
+    def _watch(self, event: int) -> None:
+        self._on_disconnect()
+
+
+class Dealer:
+    """The socket of a worker or a client; it lives for one session and is never reused.
+
+    Args:
+        address: "HOST:PORT" of the coordinator.
+        on_message: called with each message that arrives.
+        on_connect: called when the coordinator's port was found to speak our transport.
+        on_disconnect: called when the connection was lost; the session is over then.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_message: Callable[[list[Frame]], None],
+        on_connect: Callable[[], None],
+        on_disconnect: Callable[[], None],
+    ) -> None:
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        self._outbox: deque[list[Frame]] = deque()
+        self._connected = False
+        self.reached = False
+        self._context = zmq.Context()
+        self._socket = _open(self._context, zmq.DEALER)
+        self._socket.immediate = True
+        self._pump = _Pump(self._socket, on_message, self._flush)
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._monitor = _Monitor(self._socket, events, self._watch)
+        self._socket.connect(_endpoint(address, self._socket))
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Queue a message to the coordinator; never blocks.
+
+        Raises:
+            LocalProtocolError: too many messages wait already.
+        """
+        if len(self._outbox) >= _MAX_OUTBOX:
+            raise LocalProtocolError(f"{_MAX_OUTBOX} messages wait to be sent")
+        self._outbox.append(list(frames))
+        self._flush()
+
+    def close(self) -> None:
+        """Close the socket after at most 300 ms for what is still to be sent."""
+        self._monitor.close()
+        self._pump.close()
+        self._context.destroy(linger=_LINGER_MS)
+
+    def _flush(self) -> None:
+        while self._outbox:
+            try:
+                self._socket.send_multipart(self._outbox[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._outbox.popleft()
+            self._pump.look_again()
+
+    def _watch(self, event: int) -> None:
+        if event == zmq.EVENT_CONNECTED:
+            self.reached = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._connected = True
+            self._on_connect()
+        elif self._connected:
+            self._connected = False
+            self._on_disconnect()
+
+
+class _Pump:
+    """Hands every message of a socket to a callback, a batch at a time."""
+
+    def __init__(
+        self,
+        socket: "zmq.Socket[bytes]",
+        on_frames: Callable[[list[Frame]], None],
+        on_writable: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._socket = socket
+        self._on_frames = on_frames
+        self._on_writable = on_writable
+        self._loop = asyncio.get_running_loop()
+        self._scheduled = False
+        self._closed = False
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self._run)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Look at the socket once more soon: the edge may have passed unseen."""
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._run)
+
+    def close(self) -> None:
+        self._closed = True
+        self._loop.remove_reader(self._fd)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        if self._closed:
+            return
+        self._on_writable()
+        for _ in range(_BATCH):
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            self._on_frames([part.buffer for part in parts])
+            if self._closed:  # by the callback
+                return
+        self.look_again()
+
+
+class _Monitor:
+    """Hands the events of a socket's connections to a callback."""
+
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", events: int, on_event: Callable[[int], None]
+    ) -> None:
+        self._watched = socket
+        self._on_event = on_event
+        self._socket = socket.get_monitor_socket(events)
+        self._pump = _Pump(self._socket, self._receive)
+
+    def close(self) -> None:
+        self._pump.close()
+        with contextlib.suppress(zmq.ZMQError):
+            self._watched.disable_monitor()
+
+    def _receive(self, frames: list[Frame]) -> None:
+        self._on_event(int(parse_monitor_message([bytes(frame) for frame in frames])["event"]))
+
+
+def _open(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":
+    socket = context.socket(kind)
+    socket.maxmsgsize = MAX_FRAME_BYTES
+    socket.sndhwm = socket.rcvhwm = 64
+    socket.handshake_ivl = 3000
+    socket.heartbeat_ivl = 1000
+    socket.heartbeat_timeout = 3000
+    socket.reconnect_ivl = 100
+    socket.reconnect_ivl_max = 2000
+    socket.backlog = 256
+    socket.linger = _LINGER_MS
+    return socket
+
+
+def _endpoint(address: str, socket: "zmq.Socket[bytes]") -> str:
+    if address.startswith("["):
+        socket.ipv6 = True
+    host, _, port = address.rpartition(":")
+    return f"tcp://{host}:{port if port != '0' else '*'}"

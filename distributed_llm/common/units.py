@@ -1,0 +1,73 @@
+"""Texts that people write for sizes, times and addresses, and what they stand for."""
+
+import ipaddress
+import re
+
+from pydantic import ByteSize, TypeAdapter
+
+_SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
+_DURATION = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|)")
+_SECONDS_PER = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_BYTE_SIZE = TypeAdapter(ByteSize)
+
+
+def parse_size(value: object) -> int | None:
+    """Return a number of bytes; None for an empty text.
+
+    Args:
+        value: bytes, or a number with a unit: 6GiB and 512MiB count in 1024s, 6GB and 6G in 1000s.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and _SIZE.fullmatch(value.strip()):
+        return int(_BYTE_SIZE.validate_python(value))
+    raise ValueError("not a size; write a number and a unit, such as 6GiB or 512MiB")
+
+
+def parse_duration(value: object) -> float:
+    """Return seconds.
+
+    Args:
+        value: seconds, or a number with a unit: 500ms, 30s, 5m, 1h.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise ValueError("too large") from None
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("not a duration; write seconds, or a unit as in 500ms, 30s, 5m")
+    return float(match[1]) * _SECONDS_PER[match[2]]
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of "HOST:PORT"; the host of "[::1]:5555" is "::1".
+
+    Raises:
+        ValueError: it is not of this form, or the port is above 65535.
+    """
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not re.fullmatch(r"[0-9]{1,5}", port):
+        raise ValueError("not an address; write HOST:PORT, such as 192.168.1.100:5555")
+    if int(port) > 65535:
+        raise ValueError(f"port {port} does not exist; ports go up to 65535")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        ipaddress.IPv6Address(host)
+    elif re.fullmatch(r"[0-9.]+", host):
+        ipaddress.IPv4Address(host)
+    elif not _HOST.fullmatch(host) or len(host) > 253:
+        raise ValueError(
+            f"{host!r:.60} is not a host; write a name or an address, an IPv6 address in brackets"
+        )
+    return host, int(port)

@@ -1,0 +1,142 @@
+"""What the edge tells the core (events) and what the core tells the edge to do (actions)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.messages import ToClient, ToCoordinator, ToWorker
+from distributed_llm.common.tensors import Frame
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.requests import RequestKey
+
+PromptKind = Literal["text", "token_ids", "chat"]
+
+
+@dataclass(frozen=True)
+class Received:
+    """Event: a peer sent a message."""
+
+    peer: PeerId
+    message: ToCoordinator
+    frames: tuple[Frame, ...] = ()
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Event: a peer sent what is no message; `reason` is a counter's name."""
+
+    peer: PeerId
+    reason: str
+    error: DistributedLLMError
+
+
+@dataclass(frozen=True)
+class ConnectionClosed:
+    """Event: some connection was closed; a send tells whose."""
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """Event: a message could not be sent; `why` goes into the log."""
+
+    peer: PeerId
+    why: str
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Event: the token ids of a prompt."""
+
+    key: RequestKey
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class TokenizeFailed:
+    """Event: a prompt that cannot be read."""
+
+    key: RequestKey
+    error: DistributedLLMError
+
+
+@dataclass(frozen=True)
+class Detokenized:
+    """Event: the text of an answer's next tokens.
+
+    Attributes:
+        num_tokens: of the answer that the text so far stands for.
+        stopped: a stop string ended the text.
+        last: the text is complete.
+    """
+
+    key: RequestKey
+    text: str
+    num_tokens: int
+    stopped: bool
+    last: bool
+
+
+Event = (
+    Received | Garbage | ConnectionClosed | Unreachable | Tokenized | TokenizeFailed | Detokenized
+)
+
+
+@dataclass(frozen=True)
+class Send:
+    """Action: send a message to a peer; tell if it is unreachable."""
+
+    peer: PeerId
+    message: ToWorker | ToClient
+    frames: tuple[Frame, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Action: turn a prompt into token ids, and be ready to turn its answer into text.
+
+    Attributes:
+        stop_strings: the answer ends before the first of these.
+    """
+
+    key: RequestKey
+    kind: PromptKind
+    payload: bytes
+    stop_strings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Detokenize:
+    """Action: turn the next tokens of an answer into text.
+
+    Attributes:
+        last: no more tokens come.
+    """
+
+    key: RequestKey
+    token_ids: tuple[int, ...]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Forget:
+    """Action: drop what is kept for the text of a request."""
+
+    key: RequestKey
+
+
+@dataclass(frozen=True)
+class Log:
+    """Action: write a line for the operator."""
+
+    text: str
+    level: Literal["info", "warning", "error"] = "info"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Action: end the coordinator; it can never serve this model."""
+
+    error: DistributedLLMError
+
+
+Action = Send | Tokenize | Detokenize | Forget | Log | Stop

@@ -1,0 +1,271 @@
+"""Which worker serves which layers. Pure.
+
+A plan cuts the layers into contiguous ranges, one per worker. Under strategy `memory` the ranges
+are in proportion to memory: of all cuts in which every range fits its worker, the one with the
+least sum of bytes^2 / memory, whose continuous optimum is exact proportion (bytes_i ~ memory_i by
+Lagrange). It is found by dynamic programming over (worker, first layer), so embedding, head and
+unequal layers are counted exactly.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from distributed_llm.common.errors import ConfigError, NotEnoughMemory
+from distributed_llm.common.types import LayerRange, WorkerId, size_text
+
+Strategy = Literal["memory", "even", "custom"]
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What the layers of a model cost.
+
+    Attributes:
+        layer_bytes: weights of each layer, bytes.
+        first_bytes: what only the first stage needs (embedding), bytes.
+        last_bytes: what only the last stage needs (norm, head), bytes.
+        shared_bytes: a tied embedding, needed by the first and by the last stage, bytes.
+        kv_bytes_per_token: KV cache of one position in one layer, bytes.
+    """
+
+    layer_bytes: tuple[int, ...]
+    first_bytes: int
+    last_bytes: int
+    shared_bytes: int
+    kv_bytes_per_token: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.layer_bytes)
+
+    def weight_bytes(self, layers: LayerRange) -> int:
+        """Return the bytes of weights that a stage of these layers holds."""
+        first, last = layers.start == 0, layers.stop == self.num_layers
+        return (
+            sum(self.layer_bytes[layers.start : layers.stop])
+            + self.first_bytes * first
+            + self.last_bytes * last
+            + self.shared_bytes * (first or last)
+        )
+
+    def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
+        """Return the bytes of a stage with a KV cache of `kv_tokens` positions."""
+        return self.weight_bytes(layers) + self.kv_bytes_per_token * kv_tokens * len(layers)
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A worker that may be given layers.
+
+    Attributes:
+        memory_bytes: for weights and KV cache.
+    """
+
+    worker: WorkerId
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One layer range served by one worker.
+
+    Attributes:
+        kv_tokens: positions that fit into the memory which the weights leave.
+    """
+
+    worker: WorkerId
+    layers: LayerRange
+    weight_bytes: int
+    kv_tokens: int
+
+
+Plan = tuple[Stage, ...]
+"""The stages in the order of their layers; they cover every layer exactly once."""
+
+
+def kv_tokens_of(plan: Plan) -> int:
+    """Return how many positions, of all sequences together, every stage has room for."""
+    return min(stage.kv_tokens for stage in plan)
+
+
+def make_plan(
+    cost: ModelCost,
+    offers: Sequence[Offer],
+    *,
+    strategy: Strategy,
+    kv_tokens: int,
+    layers: Mapping[str, LayerRange] | None = None,
+) -> Plan:
+    """Return the stages that serve the model.
+
+    Args:
+        cost: of the model.
+        offers: the workers, in any order.
+        strategy: "memory" in proportion to memory, "even" in equal numbers of layers, "custom".
+        kv_tokens: positions of KV cache that every stage must have room for.
+        layers: the layers of each worker, for "custom" only.
+
+    Raises:
+        NotEnoughMemory: with how much is missing and what would fit.
+        ConfigError: `layers` does not cover the model, or names a worker that is not there.
+    """
+    ranked = sorted(offers, key=lambda offer: (-offer.memory_bytes, offer.worker))
+    ranked = ranked[: cost.num_layers]
+    if strategy == "custom":
+        ranges = _custom_ranges(cost, offers, layers or {})
+    elif strategy == "even":
+        ranges = _even_ranges(cost, ranked)
+    else:
+        ranges = _proportional_ranges(cost, ranked, kv_tokens)
+        if not ranges:
+            raise NotEnoughMemory(_what_is_missing(cost, offers, kv_tokens))
+    for offer, held in ranges:
+        needed = cost.stage_bytes(held, kv_tokens)
+        if needed > offer.memory_bytes:
+            raise NotEnoughMemory(
+                f"Worker {offer.worker} would hold layers {held}, which need {size_text(needed)}, "
+                f"but offers {size_text(offer.memory_bytes)}. Give it fewer layers, or use "
+                "strategy 'memory', which fits the layers to the workers."
+            )
+    return tuple(_stage(cost, offer, held) for offer, held in ranges)
+
+
+_Ranges = list[tuple[Offer, LayerRange]]
+
+
+def _stage(cost: ModelCost, offer: Offer, layers: LayerRange) -> Stage:
+    weights = cost.weight_bytes(layers)
+    room = offer.memory_bytes - weights
+    return Stage(
+        offer.worker, layers, weights, room // max(1, cost.kv_bytes_per_token * len(layers))
+    )
+
+
+def _even_ranges(cost: ModelCost, offers: Sequence[Offer]) -> _Ranges:
+    edges = [cost.num_layers * i // len(offers) for i in range(len(offers) + 1)]
+    return [
+        (offer, LayerRange(start, stop))
+        for offer, start, stop in zip(offers, edges, edges[1:], strict=False)
+    ]
+
+
+def _custom_ranges(
+    cost: ModelCost, offers: Sequence[Offer], layers: Mapping[str, LayerRange]
+) -> _Ranges:
+    by_name = {str(offer.worker): offer for offer in offers}
+    absent = sorted(set(layers) - set(by_name))
+    if absent:
+        raise ConfigError(
+            f"The layer map names the worker {absent[0]!r}, which has not joined "
+            f"(joined: {', '.join(sorted(by_name)) or 'none'}). Start it with --name {absent[0]}."
+        )
+    ordered = sorted(layers.items(), key=lambda item: item[1])
+    at = 0
+    for name, held in ordered:
+        if held.start != at:
+            what = "gap" if held.start > at else "overlap"
+            raise ConfigError(
+                f"The layer map has a {what} at layer {min(at, held.start)}: {name!r} starts at "
+                f"layer {held.start}, expected {at}."
+            )
+        at = held.stop
+    if at != cost.num_layers:
+        raise ConfigError(
+            f"The layer map covers layers 0 to {at - 1}, but the model has layers 0 to "
+            f"{cost.num_layers - 1}."
+        )
+    return [(by_name[name], held) for name, held in ordered]
+
+
+def _proportional_ranges(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -> _Ranges:
+    """Return the cut with the least sum of bytes^2 / memory; nothing if no cut fits.
+
+    best[w][s]: least cost of serving layers [s, L) with workers w, w+1, ...; a worker may be
+    left out.
+    """
+    size = cost.num_layers
+    stage_bytes = _stage_bytes_table(cost, kv_tokens)
+    best = np.full(size + 1, np.inf)
+    best[size] = 0.0
+    choices: list[npt.NDArray[np.int64]] = []
+    for offer in reversed(offers):
+        fits = stage_bytes <= offer.memory_bytes
+        price = np.where(fits, stage_bytes**2 / max(1, offer.memory_bytes), np.inf)
+        total = price + best[np.newaxis, :]  # [first layer, stop]
+        np.fill_diagonal(total, best)  # takes no layers
+        choices.append(np.argmin(total, axis=1))
+        best = np.min(total, axis=1)
+    if not np.isfinite(best[0]):
+        return []
+    ranges: _Ranges = []
+    start = 0
+    for offer, choice in zip(offers, reversed(choices), strict=True):
+        stop = int(choice[start])
+        if stop > start:
+            ranges.append((offer, LayerRange(start, stop)))
+        start = stop
+    return ranges
+
+
+def _stage_bytes_table(cost: ModelCost, kv_tokens: int) -> npt.NDArray[np.float64]:
+    """Return the bytes of a stage [start, stop) for all pairs, float64 [L + 1, L + 1]."""
+    size = cost.num_layers
+    edges = np.concatenate([[0.0], np.cumsum(cost.layer_bytes, dtype=np.float64)])
+    counts = np.arange(size + 1, dtype=np.float64)
+    table: npt.NDArray[np.float64] = edges[np.newaxis, :] - edges[:, np.newaxis]
+    table += (counts[np.newaxis, :] - counts[:, np.newaxis]) * cost.kv_bytes_per_token * kv_tokens
+    table[0, :] += cost.first_bytes + cost.shared_bytes
+    table[:, size] += cost.last_bytes
+    table[1:, size] += cost.shared_bytes
+    table[np.tril_indices(size + 1)] = np.inf
+    return table
+
+
+def _what_is_missing(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -> str:
+    whole = LayerRange(0, cost.num_layers)
+    needed = cost.stage_bytes(whole, kv_tokens)
+    offered = sum(offer.memory_bytes for offer in offers)
+    each = ", ".join(f"{offer.worker} {size_text(offer.memory_bytes)}" for offer in offers)
+    kv = cost.kv_bytes_per_token * kv_tokens * cost.num_layers
+    what = (
+        f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, KV cache for "
+        f"{kv_tokens} positions {size_text(kv)}); the workers offer {size_text(offered)} "
+        f"({each or 'none'})"
+    )
+    if needed > offered:
+        why = f": {size_text(needed - offered)} are missing"
+    else:
+        why = ", but in pieces into which whole layers do not fit"
+    return (
+        f"{what}{why}. {_what_fits(cost, offers, kv_tokens)} Add a worker, raise --max-memory, "
+        "or take a smaller model or dtype."
+    )
+
+
+def _what_fits(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -> str:
+    layer = max(cost.layer_bytes) + cost.kv_bytes_per_token * kv_tokens
+    ends = cost.first_bytes + cost.last_bytes + cost.shared_bytes
+    room = max(0, sum(offer.memory_bytes for offer in offers) - ends)
+    return (
+        f"One layer takes {size_text(layer)}, embedding and head {size_text(ends)}: about "
+        f"{min(cost.num_layers, room // layer)} of {cost.num_layers} layers would fit."
+    )
+
+
+def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
+    """Return the plan as plain values, for people and for JSON."""
+    return [
+        {
+            "worker": stage.worker,
+            "layers": [stage.layers.start, stage.layers.stop],
+            "weight_bytes": stage.weight_bytes,
+            "kv_tokens": stage.kv_tokens,
+            "kv_bytes_per_token": cost.kv_bytes_per_token * len(stage.layers),
+        }
+        for stage in plan
+    ]

@@ -1,0 +1,163 @@
+"""Who is connected, what it can do, and when it was last heard. Pure.
+
+Any message is a sign of life. A peer that is silent for too long is lost, and so is one whose
+connection is gone; what it says afterwards comes from a stranger.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
+from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+
+CLIENT_SILENCE_S = 30.0
+_DECAY = 0.8
+"""Weight of the past in the running mean of a stage's time per token."""
+
+
+@dataclass
+class Worker:
+    """One worker session.
+
+    Attributes:
+        state: "idle" (no layers), "loading", "serving" or "unfit" (`note` says why).
+        layers: what it serves or loads.
+        seconds_per_token: running mean over steps that only decode, or None before any.
+    """
+
+    peer: PeerId
+    id: WorkerId
+    capabilities: Capabilities
+    last_heard_at: float
+    state: Literal["idle", "loading", "serving", "unfit"] = "idle"
+    note: str = ""
+    layers: LayerRange | None = None
+    weight_bytes: int = 0
+    memory_used_bytes: int = 0
+    kv_bytes: int = 0
+    tasks_done: int = 0
+    compute_s: float = 0.0
+    seconds_per_token: float | None = None
+
+    def assign(self, layers: LayerRange | None) -> None:
+        """Give it layers to load, or take them away."""
+        self.state = "idle" if layers is None else "loading"
+        self.layers = layers
+        self.weight_bytes = 0
+        self.seconds_per_token = None
+
+    def count_task(self, compute_s: float, decode_tokens: int) -> None:
+        """Count a task that took `compute_s`; `decode_tokens` is 0 if it held part of a prompt."""
+        self.tasks_done += 1
+        self.compute_s += compute_s
+        if decode_tokens:
+            sample = compute_s / decode_tokens
+            past = sample if self.seconds_per_token is None else self.seconds_per_token
+            self.seconds_per_token = _DECAY * past + (1 - _DECAY) * sample
+
+    def status(self, *, now: float) -> WorkerStatus:
+        """Return what is known of it."""
+        return WorkerStatus(
+            name=self.id,
+            state=self.state,
+            note=self.note,
+            layers=self.layers,
+            capabilities=self.capabilities,
+            memory_used_bytes=self.memory_used_bytes,
+            kv_bytes=self.kv_bytes,
+            weight_bytes=self.weight_bytes,
+            tasks_done=self.tasks_done,
+            compute_s=self.compute_s,
+            seconds_per_token=self.seconds_per_token,
+            last_heard_s=max(0.0, now - self.last_heard_at),
+        )
+
+
+class Registry:
+    """The peers that said hello.
+
+    Args:
+        silence_timeout_s: after which a silent worker is lost.
+    """
+
+    def __init__(self, *, silence_timeout_s: float) -> None:
+        self._silence_timeout_s = silence_timeout_s
+        self._workers: dict[PeerId, Worker] = {}
+        self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
+
+    @property
+    def workers(self) -> Sequence[Worker]:
+        """All workers, in the order in which they joined."""
+        return list(self._workers.values())
+
+    @property
+    def peers(self) -> Iterator[PeerId]:
+        """All peers, workers and clients."""
+        yield from self._workers
+        yield from self._clients
+
+    def knows(self, peer: PeerId) -> bool:
+        """Return whether `peer` said hello."""
+        return peer in self._workers or peer in self._clients
+
+    def worker(self, peer: PeerId) -> Worker | None:
+        """Return the worker at `peer`."""
+        return self._workers.get(peer)
+
+    def is_client(self, peer: PeerId) -> bool:
+        """Return whether `peer` is a client."""
+        return peer in self._clients
+
+    def add_worker(self, peer: PeerId, hello: WorkerHello, *, now: float) -> Worker:
+        """Return the new worker; a name that is taken gets a number."""
+        taken = {str(worker.id) for worker in self._workers.values()}
+        name, number = hello.name, 2
+        while name in taken:
+            name = f"{hello.name[:58]}-{number}"
+            number += 1
+        worker = Worker(peer, WorkerId(name), hello.capabilities, last_heard_at=now)
+        self._workers[peer] = worker
+        return worker
+
+    def add_client(self, peer: PeerId, *, now: float) -> None:
+        """Take a new client."""
+        self._clients[peer] = now
+
+    def heard(self, peer: PeerId, *, now: float) -> None:
+        """A message of `peer` arrived."""
+        if peer in self._workers:
+            self._workers[peer].last_heard_at = now
+        elif peer in self._clients:
+            self._clients[peer] = now
+
+    def heartbeat(self, peer: PeerId, beat: Heartbeat) -> None:
+        """Take what a worker says of itself."""
+        worker = self._workers[peer]
+        worker.memory_used_bytes = beat.memory_used_bytes
+        worker.kv_bytes = beat.kv_bytes
+
+    def remove(self, peer: PeerId) -> Worker | None:
+        """Forget `peer`; return the worker it was, or None."""
+        self._clients.pop(peer, None)
+        return self._workers.pop(peer, None)
+
+    def next_deadline(self) -> float | None:
+        """Return when the next peer will have been silent for too long, clock seconds."""
+        return min(self._deadlines().values(), default=None)
+
+    def silent(self, *, now: float) -> list[PeerId]:
+        """Return the peers that have been silent for too long."""
+        return [peer for peer, at in self._deadlines().items() if at <= now]
+
+    def _deadlines(self) -> dict[PeerId, float]:
+        workers = {p: w.last_heard_at + self._silence_timeout_s for p, w in self._workers.items()}
+        return workers | {p: at + CLIENT_SILENCE_S for p, at in self._clients.items()}
+
+    def validate(self) -> None:
+        """Assert the invariants; tests call this after every step."""
+        names = [worker.id for worker in self._workers.values()]
+        assert len(set(names)) == len(names)
+        assert not set(self._workers) & set(self._clients)
+        for worker in self._workers.values():
+            assert (worker.layers is not None) == (worker.state in ("loading", "serving"))

@@ -1,0 +1,104 @@
+"""From settings to a running coordinator, and to a dry run of its plan."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from distributed_llm.common.architectures import check_architecture
+from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.hub import resolve_for_coordinator
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.types import WorkerId
+from distributed_llm.common.units import parse_size
+from distributed_llm.coordinator.core import CoreSettings
+from distributed_llm.coordinator.model import ServedModel, served_model
+from distributed_llm.coordinator.planner import ModelCost, Offer, Plan, make_plan
+from distributed_llm.coordinator.service import Coordinator, raise_file_limit
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> None:
+    """Serve the model that `settings` names until SIGINT or SIGTERM.
+
+    Raises:
+        CheckpointError: the model cannot be read or split.
+        AddressInUse: the address cannot be listened on.
+    """
+    raise_file_limit()
+    model, checkpoint = _open(settings.model, settings)
+
+    def listening(address: str) -> None:
+        logger.info("serving %s (%s)", model.name, model.dtype)
+        logger.info("workers join with: dllm worker --coordinator %s", address)
+        on_listening(address)
+
+    await Coordinator(
+        model,
+        checkpoint.folder,
+        _core_settings(settings),
+        bind=settings.bind,
+        on_listening=listening,
+    ).run()
+
+
+def dry_run(
+    model: str, workers: Sequence[str], settings: CoordinatorSettings
+) -> tuple[Plan, ModelCost]:
+    """Return who would get which layers of `model`.
+
+    Args:
+        model: checkpoint folder or hub id; empty is the built-in model.
+        workers: memory of each worker, "512MiB" or "mac=2GiB".
+        settings: strategy, dtype and room for KV cache.
+
+    Raises:
+        NotEnoughMemory: with how much is missing and what would fit.
+        ConfigError: a size that is none.
+        CheckpointError: the model cannot be read or split.
+    """
+    served, _ = _open(model, settings)
+    core = _core_settings(settings)
+    plan = make_plan(
+        served.cost,
+        [_offer(text, number) for number, text in enumerate(workers, 1)],
+        strategy=core.strategy,
+        kv_tokens=min(core.min_kv_tokens, served.defaults.context_length),
+        layers=core.layers,
+    )
+    return plan, served.cost
+
+
+def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
+    source, checkpoint, sampled = resolve_for_coordinator(model)
+    check_architecture(checkpoint.config)
+    dtype: DtypeName | None = None if settings.dtype == "auto" else settings.dtype
+    return served_model(source, checkpoint, dtype=dtype, sampled=sampled), checkpoint
+
+
+def _offer(text: str, number: int) -> Offer:
+    name, _, size = text.rpartition("=")
+    try:
+        memory_bytes = parse_size(size)
+    except ValueError as exc:
+        raise ConfigError(f"--worker {text}: {exc}.") from exc
+    if not memory_bytes:
+        raise ConfigError(f"--worker {text}: write a size such as 512MiB or mac=2GiB.")
+    return Offer(WorkerId(name or f"worker-{number}"), memory_bytes)
+
+
+def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
+    return CoreSettings(
+        strategy=settings.strategy,
+        layers=settings.layers,
+        min_workers=settings.min_workers,
+        settle_s=settings.settle_s,
+        max_batch_sequences=settings.max_batch_sequences,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_waiting_requests=settings.max_waiting_requests,
+        min_kv_tokens=settings.min_kv_tokens,
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        silence_timeout_s=settings.silence_timeout_s,
+        task_timeout_s=settings.task_timeout_s,
+    )

@@ -1,0 +1,254 @@
+"""A coordinator and workers as child processes: for tests, notebooks and `dllm demo`."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import psutil
+
+from distributed_llm.client.client import DistributedClient
+from distributed_llm.common.errors import ConfigError, DistributedLLMError, error_from_wire
+from distributed_llm.common.messages import ClusterStatus
+
+_POLL_S = 0.05
+_KILL_AFTER_S = 5.0
+_SHARE_OF_MEMORY = 0.8
+_LOG_TAIL = 8000
+_ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTILINE | re.DOTALL)
+
+
+class LocalProcess:
+    """One child process. It ends when this process ends, however that ends.
+
+    Args:
+        name: for messages.
+        command: verb and flags of `dllm`.
+        settings: environment variables `DLLM_...` for it.
+        log: file that takes what it writes to stderr.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], settings: Mapping[str, str], log: Path
+    ) -> None:
+        self.name = name
+        self.log = log
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
+        # Workers that share cores must not spin while they wait for one another.
+        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **settings}
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", "distributed_llm.cli", *command, "--exit-with-parent"],
+                env=environment,
+                stdin=subprocess.PIPE,  # never written to: it closes when this process ends
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it exited with, or None while it runs."""
+        return self._process.poll()
+
+    @property
+    def stdout(self) -> IO[bytes]:
+        """What it prints."""
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), and wait until it is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
+        self._process.terminate()
+
+    def wait(self, timeout_s: float) -> int:
+        """Return its exit code once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended in time.
+        """
+        return self._process.wait(timeout_s)
+
+    def log_tail(self) -> str:
+        """Return the end of what it wrote to stderr."""
+        return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
+
+    def close(self) -> None:
+        """End it, at once if it does not end by itself."""
+        self._process.terminate()
+        try:
+            self._process.wait(_KILL_AFTER_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+
+class LocalCluster:
+    """A coordinator and its workers on this machine; a context manager.
+
+    Args:
+        model: checkpoint folder or hub id; empty is the built-in model.
+        workers: how many, or the settings of each, such as
+            `{"name": "mac", "slowdown": 2.0, "max_memory": "512MiB", "threads": 1}`.
+        start_timeout_s: after which a cluster that does not serve is given up.
+        coordinator: settings of the coordinator, such as `{"strategy": "even"}`.
+
+    Raises:
+        DistributedLLMError: it could not be started; the message says what the process said.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = "",
+        workers: int | Sequence[Mapping[str, Any]] = 3,
+        *,
+        start_timeout_s: float = 120.0,
+        coordinator: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model = str(model)
+        self._wanted = (
+            [{"name": f"worker-{i + 1}"} for i in range(workers)]
+            if isinstance(workers, int)
+            else [{"name": f"worker-{i + 1}", **given} for i, given in enumerate(workers)]
+        )
+        self._start_timeout_s = start_timeout_s
+        self._settings: dict[str, Any] = {
+            "bind": "127.0.0.1:0",
+            "min_workers": max(1, len(self._wanted)),
+            "settle_s": 0.05,
+            **(coordinator or {}),
+        }
+        self._share_bytes = int(
+            psutil.virtual_memory().available * _SHARE_OF_MEMORY / max(1, len(self._wanted))
+        )
+        self.workers: list[LocalProcess] = []
+        self.address = ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start all processes and wait until the cluster serves.
+
+        Raises:
+            DistributedLLMError: one of them failed, or it took too long.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="dllm-", ignore_cleanup_errors=True)
+        self.coordinator = LocalProcess(
+            "coordinator",
+            ["coordinator", *([self._model] if self._model else [])],
+            _environment("COORDINATOR", self._settings),
+            Path(self._folder.name) / "coordinator.log",
+        )
+        try:
+            self.address = self.coordinator.stdout.readline().decode().strip()
+            if not self.address:
+                self.coordinator.wait(_KILL_AFTER_S)
+                raise _failure(self.coordinator)
+            for settings in self._wanted:
+                self.add_worker(**settings)
+            if self._wanted:
+                self.wait_until_serving()
+        except BaseException:
+            self.close()
+            raise
+
+    def add_worker(self, **settings: Any) -> LocalProcess:
+        """Start one more worker and return it at once.
+
+        Args:
+            settings: of the worker: name, device, threads, max_memory, slowdown.
+        """
+        number = len(self.workers) + 1
+        settings = {
+            "name": f"worker-{number}",
+            "coordinator": self.address,
+            "max_memory": self._share_bytes,
+            **settings,
+        }
+        worker = LocalProcess(
+            settings["name"],
+            ["worker"],
+            _environment("WORKER", settings),
+            Path(self._folder.name) / f"worker-{number}.log",
+        )
+        self.workers.append(worker)
+        return worker
+
+    def wait_until_serving(self, *, num_workers: int | None = None) -> ClusterStatus:
+        """Return the status once the cluster serves, with this many workers in the plan if given.
+
+        Raises:
+            DistributedLLMError: a process failed, or it took longer than `start_timeout_s`.
+        """
+        give_up_at = time.monotonic() + self._start_timeout_s
+        with DistributedClient(self.address, connect_timeout_s=self._start_timeout_s) as client:
+            while True:
+                self._check_processes()
+                status = client.status()
+                serving = sum(worker.state == "serving" for worker in status.workers)
+                if status.state == "serving" and num_workers in (None, serving):
+                    return status
+                if time.monotonic() > give_up_at:
+                    raise DistributedLLMError(
+                        f"The cluster does not serve after {self._start_timeout_s:g} s: it is "
+                        f"{status.state}. {status.note} Last events: "
+                        f"{'; '.join(status.events[-5:])}"
+                    )
+                time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """End all processes."""
+        for process in [*self.workers, self.coordinator]:
+            process.terminate()
+        for process in [*self.workers, self.coordinator]:
+            process.close()
+        self._folder.cleanup()
+
+    def _check_processes(self) -> None:
+        for process in [self.coordinator, *self.workers]:
+            if process.exit_code is not None and process.exit_code > 0:
+                raise _failure(process)
+
+
+def _environment(section: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    for name, value in settings.items():
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"Setting {name} of a local cluster must be a text or a number.")
+    return {f"DLLM_{section}__{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def _failure(process: LocalProcess) -> DistributedLLMError:
+    """Return the error that a process ended with, of the class that it was there."""
+    said = process.log_tail()
+    if match := _ERROR_LINE.search(said):
+        return error_from_wire(match["code"], match["message"].strip(), 0.0)
+    return DistributedLLMError(
+        f"The {process.name} ended with exit code {process.exit_code}. It said: {said or 'nothing'}"
+    )

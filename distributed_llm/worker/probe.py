@@ -1,0 +1,254 @@
+"""What this machine can do: device, memory, and two numbers measured in half a second.
+
+Bandwidth bounds the speed of decoding (every weight is read once per step), floating point
+operations that of prefill.
+"""
+
+import ctypes
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.messages import Capabilities
+
+_USABLE_SHARE = 0.8
+_LABEL_CHARS = 256
+_MAX_THREADS = 65536
+_NO_LIMIT_BYTES = 2**60  # cgroups write "no limit" as a number near 2**63
+_READ_SHAPE = {"cpu": (4096, 8192), "cuda": (16384, 8192), "mps": (8192, 8192)}  # 128 MiB and up
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
+_TRIAL_SIZE = 256
+_BUDGET_S = 0.06
+_MAX_ROUNDS = 25
+
+
+def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capabilities:
+    """Return what this machine offers a worker; takes about 0.4 s and 128 MiB.
+
+    Args:
+        device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
+        threads: CPU threads to measure with; torch's own setting is restored afterwards.
+        max_memory_bytes: upper bound of what the worker may use; None: 80 % of what is free.
+
+    Raises:
+        ConfigError: there is no such device, less memory than `max_memory_bytes`, or `threads`
+            is out of range.
+    """
+    if not 1 <= threads <= _MAX_THREADS:
+        raise ConfigError(f"threads = {threads}; it must be between 1 and {_MAX_THREADS}.")
+    found = resolve_device(device)
+    memory_bytes = _budget(found, max_memory_bytes)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        bandwidth, flops = _bandwidth(found), _flops(found)
+    finally:
+        torch.set_num_threads(before)
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return Capabilities(
+        device=str(found),
+        device_name=_device_name(found)[:_LABEL_CHARS],
+        platform=f"{system}, {versions}"[:_LABEL_CHARS],
+        memory_bytes=memory_bytes,
+        cores=min(os.cpu_count() or 1, _MAX_THREADS),
+        threads=threads,
+        memory_bandwidth_bytes_per_s=bandwidth,
+        flops_per_s=flops,
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device that `device` names; "auto" is the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: it is not there; the message lists what is.
+    """
+    present = _devices()
+    if device == "auto":
+        return torch.device(present[0])
+    name = "cuda:0" if device == "cuda" else device
+    if name not in present:
+        raise ConfigError(
+            f"There is no device {device[:_LABEL_CHARS]!r} here. Present are: "
+            f"{', '.join(present)}. For a GPU that is missing, check its driver and that torch "
+            f"{torch.__version__} was built for it."
+        )
+    return torch.device(name)
+
+
+def _devices() -> list[str]:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus.append("mps")
+    return [*gpus, "cpu"]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _budget(device: torch.device, max_memory_bytes: int | None) -> int:
+    free, total = _memory(device)
+    usable = int(free * _USABLE_SHARE)
+    if max_memory_bytes is None:
+        return usable
+    if not 0 < max_memory_bytes <= total:
+        raise ConfigError(
+            f"max_memory is {max_memory_bytes} bytes, but {device} has {total} bytes in all. "
+            "Set it between 1 and that, or leave it out to use 80 % of what is free."
+        )
+    return min(usable, max_memory_bytes)
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return (free, total) bytes of memory for this process on `device`."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    ram = psutil.virtual_memory()
+    free, total = ram.available, ram.total
+    for limit, used in _cgroup_limits(Path("/")):
+        free, total = min(free, max(limit - used, 0)), min(total, limit)
+    if device.type == "mps":  # unified: the GPU may use a part of the RAM
+        total = min(total, torch.mps.recommended_max_memory())
+        free = min(free, total - torch.mps.driver_allocated_memory())
+    return max(free, 0), total
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+    """Return (limit, used) bytes of each memory cgroup that this process is in; Linux only.
+
+    Page cache that the kernel would give back does not count as used.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        for folder in [own, *own.parents]:
+            if not folder.is_relative_to(mount):
+                break
+            limit, used = (_read_int(folder / name) for name in names)
+            if limit is not None and limit < _NO_LIMIT_BYTES:
+                limits.append((limit, max((used or 0) - _reclaimable(folder), 0)))
+    return limits
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _reclaimable(folder: Path) -> int:
+    try:
+        words = (folder / "memory.stat").read_text().split()
+        return int(words[words.index("inactive_file") + 1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+# ------------------------------------------------------------------ speed
+
+
+def _bandwidth(device: torch.device) -> float:
+    """Return bytes per second of reading a matrix that no cache holds, as decoding does."""
+    rows, columns = _READ_SHAPE[device.type]
+    matrix = torch.ones(rows, columns, dtype=torch.float32, device=device)
+    vector = torch.ones(columns, dtype=torch.float32, device=device)
+    seconds = _median_seconds(device, lambda: torch.mv(matrix, vector))
+    return matrix.numel() * matrix.element_size() / seconds
+
+
+def _flops(device: torch.device) -> float:
+    """Return operations per second of multiplying matrices, in the faster of two dtypes.
+
+    CPUs differ: some have units for bfloat16, on others it is emulated and slow.
+    """
+    half = torch.float16 if device.type == "mps" else torch.bfloat16
+    trials = {kind: _matmul_seconds(device, kind, _TRIAL_SIZE) for kind in (torch.float32, half)}
+    size = _MATMUL_SIZE[device.type]
+    return 2.0 * size**3 / _matmul_seconds(device, min(trials, key=lambda k: trials[k]), size)
+
+
+def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    return _median_seconds(device, lambda: left @ left)
+
+
+def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Return the median time of `work` after one round of warming up, in about 0.06 s."""
+    _timed(device, work)
+    rounds = [_timed(device, work)]
+    while sum(rounds) < _BUDGET_S and len(rounds) < _MAX_ROUNDS:
+        rounds.append(_timed(device, work))
+    return statistics.median(rounds)
+
+
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+# ------------------------------------------------------------------ names
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = _cpu_name()
+    except (OSError, ValueError, AttributeError):  # only a name: never worth a failure
+        name = ""
+    return name or platform.machine() or "CPU"
+
+
+def _cpu_name() -> str:
+    """Return what the operating system calls the processor; empty if it does not say."""
+    if sys.platform == "win32":
+        import winreg
+
+        path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+    if sys.platform == "darwin":
+        buffer = ctypes.create_string_buffer(_LABEL_CHARS)
+        size = ctypes.c_size_t(len(buffer))
+        key = b"machdep.cpu.brand_string"
+        ctypes.CDLL(None).sysctlbyname(key, buffer, ctypes.byref(size), None, 0)
+        return buffer.value.decode(errors="replace")
+    return _linux_cpu_name(Path("/"))
+
+
+def _linux_cpu_name(root: Path) -> str:
+    lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    for key in ("model name", "Model", "Hardware", "cpu"):
+        if fields.get(key):
+            return fields[key]
+    return ""

@@ -1,0 +1,325 @@
+"""Runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import MissingPositions, SequenceSlice
+from distributed_llm.common.types import LayerRange
+from distributed_llm.worker.architectures import ensure_supported
+from distributed_llm.worker.attention import PackedSlice, PackedStep, running
+from distributed_llm.worker.kv_cache import KVCache
+from distributed_llm.worker.sampler import sample
+from distributed_llm.worker.weights import StageModel, load_stage_model
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What one step of a stage gives.
+
+    Attributes:
+        hidden_states: [tokens, hidden_size] in the stage's dtype, on its device; None on the last.
+        token_ids: int32 [sequences that sample] on the CPU, in the order of the task; None on all
+            stages but the last.
+    """
+
+    hidden_states: Tensor | None
+    token_ids: Tensor | None
+
+
+class MissingPositionsError(StageError):
+    """Sequences were to go on at positions whose predecessors are not held. Nothing was touched.
+
+    Args:
+        missing: what is held of each of them.
+    """
+
+    def __init__(self, missing: tuple[MissingPositions, ...]) -> None:
+        held = ", ".join(f"{m.have} of sequence {m.sequence_id}" for m in missing)
+        super().__init__(f"positions are missing in the KV cache; held are {held}")
+        self.missing = missing
+
+
+class Stage:
+    """Consecutive layers of a model and the KV cache of all sequences in them.
+
+    Not to be used from two threads at once. Make it with `load`.
+
+    Attributes:
+        layers: which of the model's layers these are.
+        progress: called after each layer, in the thread of `run`; feeds the heartbeat.
+    """
+
+    def __init__(
+        self,
+        stage_model: StageModel,
+        layers: LayerRange,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.layers = layers
+        self.progress: Callable[[], None] | None = None
+        self._model = stage_model.model
+        self._decoder = stage_model.decoder
+        self._weight_bytes = stage_model.nbytes
+        self._first = layers.start == 0
+        self._last = layers.stop == checkpoint.num_layers
+        self._hidden_size = checkpoint.hidden_size
+        self._vocab_size = checkpoint.vocab_size
+        self._device = device
+        self._dtype = dtype
+        self._cache = KVCache(len(layers))
+        self._incoming: Tensor | None = None
+        self._outgoing: Tensor | None = None
+        self._add_hooks(stage_model)
+
+    @classmethod
+    def load(
+        cls, checkpoint: Checkpoint, layers: LayerRange, *, device: torch.device, dtype: torch.dtype
+    ) -> "Stage":
+        """Return the stage with its weights read, ready to run.
+
+        Raises:
+            CheckpointError: the files do not hold what the layers need.
+            UnsupportedModel: the architecture is computed wrongly when it is split.
+        """
+        cls.ensure_supported(checkpoint)
+        return cls.load_unchecked(checkpoint, layers, device=device, dtype=dtype)
+
+    @classmethod
+    def ensure_supported(cls, checkpoint: Checkpoint) -> None:
+        """Refuse a model that is computed wrongly when it is split; reads only its configuration.
+
+        Raises:
+            UnsupportedModel: with what, why and what to do.
+        """
+        ensure_supported(checkpoint, cls.load_unchecked)
+
+    @classmethod
+    def load_unchecked(
+        cls, checkpoint: Checkpoint, layers: LayerRange, *, device: torch.device, dtype: torch.dtype
+    ) -> "Stage":
+        """Return what `load` returns, for an architecture that may be computed wrongly."""
+        stage_model = load_stage_model(checkpoint, layers, device=device, dtype=dtype)
+        return cls(stage_model, layers, checkpoint, device, dtype)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory that the weights take."""
+        return self._weight_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of memory that the KV cache takes now."""
+        return self._cache.nbytes
+
+    def num_computed_tokens(self, sequence_id: int) -> int:
+        """Return how many positions of the sequence are in the KV cache."""
+        return self._cache.length(sequence_id)
+
+    def run(
+        self,
+        sequences: Sequence[SequenceSlice],
+        token_ids: Tensor,
+        hidden_states: Tensor | None,
+    ) -> StageOutput:
+        """Compute one step and add its positions to the KV cache.
+
+        May be called again with the same arguments, whether it succeeded or failed before.
+
+        Args:
+            sequences: which positions of which sequences; each sequence once.
+            token_ids: int32 [tokens], the tokens at those positions, one sequence after the other.
+            hidden_states: [tokens, hidden_size] in the stage's dtype, what the stage before gave;
+                None on the first stage.
+
+        Raises:
+            MissingPositionsError: positions before a slice's start are not held.
+            StageError: the arguments do not fit each other, or the result is not finite.
+        """
+        self._check_arguments(sequences, token_ids, hidden_states)
+        self._check_positions(sequences)
+        step = self._begin(sequences, token_ids)
+        with torch.inference_mode(), running(step), _kernels_for(token_ids):
+            output = self._compute(sequences, step, token_ids, hidden_states)
+        for part in step.slices:
+            self._cache.commit(part.sequence_id, part.start + part.num_tokens)
+        return output
+
+    def release(self, sequence_ids: Iterable[int]) -> None:
+        """Free the KV cache of these sequences; unknown ones are passed over."""
+        self._cache.free(sequence_ids)
+
+    def reset(self) -> None:
+        """Free the KV cache of all sequences."""
+        self._cache.free(self._cache.sequence_ids)
+
+    def _add_hooks(self, stage_model: StageModel) -> None:
+        first, last = stage_model.layers[0], stage_model.layers[-1]
+        for layer in stage_model.layers:
+            layer.register_forward_hook(self._report_progress)
+        if not self._first:
+            first.register_forward_pre_hook(self._replace_input, with_kwargs=True)
+        if not self._last:
+            last.register_forward_hook(self._take_output)
+
+    def _report_progress(self, *_: Any) -> None:
+        if self.progress is not None:
+            self.progress()
+
+    def _replace_input(
+        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self._incoming, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._incoming}
+
+    def _take_output(self, layer: torch.nn.Module, args: Any, output: Any) -> None:
+        self._outgoing = output[0] if isinstance(output, tuple) else output
+
+    def _check_arguments(
+        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
+    ) -> None:
+        total = sum(part.num_tokens for part in sequences)
+        if not sequences or token_ids.shape != (total,):
+            raise StageError(
+                f"the task has {list(token_ids.shape)} token ids for {total} positions"
+            )
+        if len({part.sequence_id for part in sequences}) != len(sequences):
+            raise StageError("the task names a sequence twice")
+        lowest, highest = (int(value) for value in token_ids.aminmax())
+        if not 0 <= lowest <= highest < self._vocab_size:
+            raise StageError(
+                f"the task has token ids from {lowest} to {highest}, but the model knows "
+                f"{self._vocab_size}: the prompt was tokenized for another model"
+            )
+        if self._first:
+            if hidden_states is not None:
+                raise StageError("the first stage was given hidden states")
+        else:
+            self._check_hidden_states(hidden_states, total)
+
+    def _check_hidden_states(self, hidden_states: Tensor | None, total: int) -> None:
+        wanted = f"{self._dtype} of shape {[total, self._hidden_size]}"
+        if hidden_states is None:
+            raise StageError(f"stage {self.layers} was given no hidden states; it needs {wanted}")
+        if hidden_states.shape != (total, self._hidden_size) or hidden_states.dtype != self._dtype:
+            raise StageError(
+                f"stage {self.layers} was given hidden states {hidden_states.dtype} of shape "
+                f"{list(hidden_states.shape)}; it needs {wanted}"
+            )
+
+    def _check_positions(self, sequences: Sequence[SequenceSlice]) -> None:
+        missing = tuple(
+            MissingPositions(sequence_id=part.sequence_id, have=have)
+            for part in sequences
+            if part.start > (have := self._cache.length(part.sequence_id))
+        )
+        if missing:
+            raise MissingPositionsError(missing)
+
+    def _begin(self, sequences: Sequence[SequenceSlice], token_ids: Tensor) -> PackedStep:
+        tokens = token_ids.cpu().numpy()
+        slices, row = [], 0
+        for part in sequences:
+            stop = row + part.num_tokens
+            self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
+            slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
+            row = stop
+        return PackedStep(self._cache, self.layers.start, tuple(slices), [0] * len(self.layers))
+
+    def _compute(
+        self,
+        sequences: Sequence[SequenceSlice],
+        step: PackedStep,
+        token_ids: Tensor,
+        hidden_states: Tensor | None,
+    ) -> StageOutput:
+        positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
+        inputs = {
+            "input_ids": token_ids.to(self._device, torch.int64)[None],
+            "position_ids": torch.cat(positions).to(self._device)[None],
+            "use_cache": False,
+        }
+        if hidden_states is not None:
+            self._incoming = hidden_states.to(self._device)[None]
+        try:
+            if self._last:
+                return StageOutput(None, self._finish(sequences, step, inputs))
+            return StageOutput(self._pass_on(step, inputs), None)
+        finally:
+            self._incoming = self._outgoing = None
+
+    def _pass_on(self, step: PackedStep, inputs: dict[str, Any]) -> Tensor:
+        """Return the hidden states that the next stage needs."""
+        self._decoder(**inputs)
+        _check_every_layer_ran(step)
+        assert self._outgoing is not None
+        hidden_states = self._outgoing[0]
+        last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
+        self._check_finite(hidden_states[last_rows], "hidden states")
+        return hidden_states
+
+    def _finish(
+        self, sequences: Sequence[SequenceSlice], step: PackedStep, inputs: dict[str, Any]
+    ) -> Tensor:
+        """Return a token for each sequence that samples."""
+        ends = [
+            (slice_, part.sampling)
+            for slice_, part in zip(step.slices, sequences, strict=True)
+            if part.sampling is not None
+        ]
+        if not ends:
+            self._decoder(**inputs)
+            _check_every_layer_ran(step)
+            return torch.empty(0, dtype=torch.int32)
+        rows = torch.tensor([s.row + s.num_tokens - 1 for s, _ in ends], device=self._device)
+        logits: Tensor = self._model(**inputs, logits_to_keep=rows).logits[0]
+        _check_every_layer_ran(step)
+        if len(logits) != len(ends):
+            raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
+        self._check_finite(logits, "logits")
+        positions = [s.start + s.num_tokens for s, _ in ends]
+        histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s, _ in ends]
+        return sample(logits, [sampling for _, sampling in ends], positions, histories)
+
+    def _check_finite(self, values: Tensor, what: str) -> None:
+        # The extremes of a tensor with a NaN are NaN; argmax would name a token for it in silence.
+        lowest, highest = torch.aminmax(values)
+        if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
+            raise StageError(
+                f"the {what} after layers {self.layers} are not finite: the weights on this "
+                f"machine are damaged, or {self._dtype} is too narrow for this model"
+            )
+
+
+def _check_every_layer_ran(step: PackedStep) -> None:
+    if any(count != 1 for count in step.appended):
+        raise StageError(f"the layers called their attention {step.appended} times; once is right")
+
+
+@contextmanager
+def _kernels_for(token_ids: Tensor) -> Iterator[None]:
+    """Choose the matrix kernels for a step of one token.
+
+    oneDNN multiplies one row in bfloat16 at half the speed of memory; torch's own kernel reads the
+    weights as fast as memory gives them (0.5 against 1.2 to 1.5 ms for [5632, 2048] on two cores)
+    but is slower from two rows on. The switch is the process's: a stage that runs in another thread
+    at that moment gets the other kernel, which is slower or faster, not wrong.
+    """
+    onednn = torch.backends.mkldnn
+    if len(token_ids) > 1 or not onednn.enabled:
+        yield
+        return
+    onednn.enabled = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        onednn.enabled = True  # type: ignore[assignment]

@@ -1,0 +1,60 @@
+"""From settings to a running worker."""
+
+import logging
+import os
+import re
+import signal
+import socket
+
+import msgspec
+
+from distributed_llm.common.settings import WorkerSettings
+from distributed_llm.common.types import size_text
+from distributed_llm.worker.probe import measure
+from distributed_llm.worker.service import Worker
+
+logger = logging.getLogger(__name__)
+
+_INTERRUPTED = 130
+
+
+async def work(settings: WorkerSettings) -> int:
+    """Work until SIGINT or SIGTERM; return the code to exit with.
+
+    Raises:
+        ConfigError: the device or the memory that `settings` name is not there.
+        CoordinatorUnreachable: no coordinator answered at the start.
+        CheckpointError: this machine cannot load the model.
+        ProtocolMismatch: the coordinator speaks another version.
+    """
+    threads = settings.threads or os.cpu_count() or 1
+    measured = measure(settings.device, threads=threads, max_memory_bytes=settings.max_memory)
+    capabilities = msgspec.structs.replace(
+        measured,
+        memory_bandwidth_bytes_per_s=measured.memory_bandwidth_bytes_per_s / settings.slowdown,
+        flops_per_s=measured.flops_per_s / settings.slowdown,
+    )
+    logger.info(
+        "%s on %s: %s for weights and KV cache, reads %.1f GB/s, %d threads",
+        capabilities.device_name,
+        capabilities.device,
+        size_text(capabilities.memory_bytes),
+        capabilities.memory_bandwidth_bytes_per_s / 1e9,
+        threads,
+    )
+    worker = Worker(
+        settings.name or _host_name(),
+        capabilities,
+        address=settings.coordinator,
+        slowdown=settings.slowdown,
+        local_model=settings.model,
+        connect_timeout_s=settings.connect_timeout_s,
+    )
+    number = await worker.run()
+    return _INTERRUPTED if number == signal.SIGINT else 0
+
+
+def _host_name() -> str:
+    """Return this machine's name in the letters that worker names may have."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().split(".")[0])
+    return name.lstrip("._-")[:60] or "worker"

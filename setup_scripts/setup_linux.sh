@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# Set up on Linux. See --help.
+#
+# Builds of PyTorch: on Linux the one that pip finds by itself is for NVIDIA graphics cards. The
+# smaller one for CPUs comes from PyTorch's own package index; set DLLM_TORCH_INDEX_URL to its
+# address, which PyTorch's page "Get started" shows. Only PyTorch is looked for there.
+set -euo pipefail
+
+# shellcheck disable=SC2034 # read by common.sh
+os_name=Linux
+
+python_hint() {
+    if command -v apt-get >/dev/null; then
+        echo "Install it: sudo apt-get install python3 python3-venv (Debian 12, Ubuntu 24.04 or newer)"
+    elif command -v dnf >/dev/null; then
+        echo "Install it: sudo dnf install python3.12"
+    elif command -v pacman >/dev/null; then
+        echo "Install it: sudo pacman -S python"
+    elif command -v zypper >/dev/null; then
+        echo "Install it: sudo zypper install python312"
+    elif command -v apk >/dev/null; then
+        echo "Alpine Linux has no builds of PyTorch. Use a distribution with glibc, such as Debian."
+    else
+        echo "Install the package python3 of your distribution, 3.11 or newer."
+    fi
+}
+
+venv_hint() {
+    if command -v apt-get >/dev/null; then
+        echo "Install it: sudo apt-get install python$1-venv"
+    else
+        echo "Install the package of your distribution with the module venv for Python $1."
+    fi
+}
+
+torch_note() {
+    if [[ -n ${DLLM_TORCH_INDEX_URL:-} ]]; then
+        say "PyTorch: the build that DLLM_TORCH_INDEX_URL offers."
+    elif nvidia-smi >/dev/null 2>&1; then
+        say "PyTorch: the default build, which uses the NVIDIA graphics card found here."
+    else
+        say "PyTorch: the default build; no NVIDIA graphics card was found here. Should pip fetch"
+        say "gigabytes for such cards, stop it, set DLLM_TORCH_INDEX_URL (see the top of this script)"
+        say "and run this again: the build for CPUs is much smaller."
+    fi
+}
+
+is_root() { [[ $(id -u) == 0 ]]; }
+
+# systemctl for the whole machine if we are root, else for this user
+control() {
+    if is_root; then
+        run systemctl "$@"
+    else
+        run systemctl --user "$@"
+    fi
+}
+
+service_file() {
+    if is_root; then
+        echo "/etc/systemd/system/dllm-$role.service"
+    else
+        echo "$HOME/.config/systemd/user/dllm-$role.service"
+    fi
+}
+
+# quote TEXT: one argument of ExecStart
+quote() {
+    printf '%s\n' "$1" | sed -e 's/[\\"]/\\&/g' -e 's/%/%%/g' -e 's/\$/$$/g' -e 's/.*/"&"/'
+}
+
+service_text() {
+    local argument start=/usr/bin/env # systemd starts no program with quotes in its path
+    for argument in "${command_line[@]}"; do
+        start+=" $(quote "$argument")"
+    done
+    cat <<END
+[Unit]
+Description=distributed_llm $role
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=$start
+WorkingDirectory=${root//%/%%}
+Environment=PYTHONUNBUFFERED=1
+Restart=always
+RestartSec=5
+RestartPreventExitStatus=2
+NoNewPrivileges=yes
+END
+    if is_root; then
+        printf '%s\n' "User=${SUDO_USER:-root}" "" "[Install]" "WantedBy=multi-user.target"
+    else
+        printf '%s\n' "" "[Install]" "WantedBy=default.target"
+    fi
+}
+
+service_start() {
+    [[ -d /run/systemd/system || -n $dry_run ]] || die 1 \
+        "systemd does not run here, so the service cannot be started (a container, or WSL?)." \
+        "Start the $role without --service from whatever starts programs on this machine."
+    control daemon-reload
+    control enable "dllm-$role.service"
+    control restart "dllm-$role.service"
+    # Services of a user end when the user logs out, and wait for a login after a restart, unless:
+    is_root || run loginctl enable-linger || die 1 \
+        "The $role runs, but will stop when you log out: lingering could not be switched on." \
+        "Run: sudo loginctl enable-linger $(id -un)"
+}
+
+service_stop() { control disable --now "dllm-$role.service"; }
+
+service_logs() {
+    if is_root; then
+        echo "journalctl -f -u dllm-$role"
+    else
+        echo "journalctl -f --user-unit dllm-$role"
+    fi
+}
+
+# shellcheck source=setup_scripts/common.sh
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+main "$@"

@@ -1,0 +1,353 @@
+# Set up on Windows. See --help. Windows PowerShell 5.1 or newer.
+#
+# Builds of PyTorch: on Windows the one that pip finds by itself is for CPUs. Those for NVIDIA
+# graphics cards come from PyTorch's own package index; set DLLM_TORCH_INDEX_URL to its address,
+# which PyTorch's page "Get started" shows. Only PyTorch is looked for there.
+
+Set-StrictMode -Version 3
+$ErrorActionPreference = 'Stop'
+
+$Root = Split-Path -Parent $PSScriptRoot
+$Venv = Join-Path $Root '.venv'
+$VenvPython = Join-Path $Venv 'Scripts\python.exe'
+$Dllm = Join-Path $Venv 'Scripts\dllm.exe'
+$Stamp = Join-Path $Venv '.installed'
+$Constraints = Join-Path $Root 'constraints.txt'
+$Config = Join-Path $Root 'config\local.yaml'
+
+$Role = ''
+$Coordinator = ''
+$Name = ''
+$Model = ''
+$Bind = ''
+$Service = ''
+$DryRun = $false
+
+$Usage = @'
+Usage: powershell -ExecutionPolicy Bypass -File setup_scripts\setup_windows.ps1 [ROLE] [OPTIONS]
+
+Installs distributed_llm into .venv in this folder, then does what ROLE says. Run it again at any
+time: what is done already is not done again.
+
+Roles:
+  (none)         only install
+  demo           run a coordinator and three workers on this machine
+  test           run all tests
+  coordinator    run the coordinator
+  worker         run a worker that joins a coordinator
+
+Options:
+  --coordinator HOST:PORT   worker: the coordinator to join
+  --name NAME               worker: what to call it; default: after this machine
+  --model MODEL             coordinator: folder or hub id of the model; default: a small built-in one
+  --bind HOST:PORT          coordinator: where to listen; default: only this machine
+  --service                 worker, coordinator: run in the background, also after a restart
+  --uninstall-service       worker, coordinator: stop that and remove it
+  --dry-run                 print what would be done and change nothing
+  --help                    print this
+
+Environment:
+  PYTHON                    the Python to use; default: the first of 3.11 or newer
+  DLLM_TORCH_INDEX_URL      a further package index for PyTorch, to get another build of it
+'@
+
+# What happened, why, what to do.
+function Stop-Setup([int] $Code, [string[]] $Message) {
+    foreach ($line in $Message) { [Console]::Error.WriteLine($line) }
+    exit $Code
+}
+
+# The command line as Windows programs read it.
+function Join-Arguments([string[]] $Arguments) {
+    $quoted = foreach ($argument in $Arguments) {
+        if ($argument -match '[\s"]') { '"' + ($argument -replace '"', '\"') + '"' } else { $argument }
+    }
+    return ($quoted -join ' ')
+}
+
+# Run a program, or print it if this is a dry run; return its exit code.
+function Invoke-Program([string] $Program, [string[]] $Arguments) {
+    if ($DryRun) {
+        Write-Host "would run: $(Join-Arguments (@($Program) + $Arguments))"
+        return 0
+    }
+    & $Program @Arguments | Out-Host
+    return $LASTEXITCODE
+}
+
+# "3.12", or nothing if this is no Python. The Microsoft Store has a python.exe that only says so.
+function Get-PythonVersion([string[]] $Candidate) {
+    $options = @($Candidate | Select-Object -Skip 1)
+    $code = 'import sys; sys.stdout.write(str(sys.version_info[0]) + chr(46) + str(sys.version_info[1]))'
+    try {
+        $version = & $Candidate[0] @options -c $code 2>$null
+        if ($LASTEXITCODE -eq 0 -and $version -match '^3\.\d+$') { return [string] $version }
+    } catch {
+        return '' # no such program
+    }
+    return ''
+}
+
+function Test-NewEnough([string] $Version) {
+    return ($Version -ne '' -and [int] $Version.Split('.')[1] -ge 11)
+}
+
+function Find-Python {
+    if ($env:PYTHON) {
+        if (Test-NewEnough (Get-PythonVersion @($env:PYTHON))) { return @($env:PYTHON) }
+        Stop-Setup 1 @("PYTHON is set to $env:PYTHON, which is not Python 3.11 or newer.")
+    }
+    $seen = @()
+    foreach ($candidate in @('py -3', 'py -3.14', 'py -3.13', 'py -3.12', 'py -3.11', 'python', 'python3')) {
+        $version = Get-PythonVersion $candidate.Split(' ')
+        if (Test-NewEnough $version) { return $candidate.Split(' ') }
+        if ($version -ne '') { $seen += "$candidate is $version" }
+    }
+    $found = ''
+    if ($seen) { $found = ' (' + ($seen -join ', ') + ')' }
+    Stop-Setup 1 @(
+        "Python 3.11 or newer is needed, and none was found$found.",
+        'Install it: winget install Python.Python.3.12, then open a new window and run this again.',
+        'If it is there under another name, say which: $env:PYTHON = "C:\path\to\python.exe"'
+    )
+}
+
+# The venv runs, and is still where it was made (its programs contain its path).
+function Test-Venv {
+    if (-not (Test-Path -LiteralPath $VenvPython)) { return $false }
+    if (-not (Test-NewEnough (Get-PythonVersion @($VenvPython)))) { return $false }
+    $made = Get-Content -LiteralPath (Join-Path $Venv 'pyvenv.cfg') | Where-Object { $_ -like 'command = *' }
+    return (-not $made -or ([string] $made).EndsWith($Venv, [StringComparison]::OrdinalIgnoreCase))
+}
+
+function New-Venv {
+    if (Test-Venv) { return }
+    $command = @(Find-Python)
+    $arguments = @($command | Select-Object -Skip 1) + @('-m', 'venv')
+    if (Test-Path -LiteralPath $Venv) {
+        Write-Host 'The folder .venv does not work any more (Python was replaced, or the folder was moved).'
+        Write-Host 'It is made anew.'
+        $arguments += '--clear'
+    }
+    if ((Invoke-Program $command[0] ($arguments + $Venv)) -ne 0) {
+        Stop-Setup 1 @('The folder .venv could not be made; Python says above why.')
+    }
+}
+
+function Install-Packages([string[]] $Packages) {
+    $arguments = @('-m', 'pip', 'install', '--disable-pip-version-check', '--no-input')
+    $arguments += @('--constraint', $Constraints) + $Packages
+    if ((Invoke-Program $VenvPython $arguments) -ne 0) {
+        Stop-Setup 1 @(
+            'Installing the packages failed; pip says above why.',
+            'No network or a full disk: mend that and run this again, it goes on where it stopped.',
+            'No matching version: this Python may be too new for PyTorch; install an older one of 3.11 or',
+            'newer, remove .venv, set PYTHON to it and run this again.'
+        )
+    }
+}
+
+function Write-TorchNote {
+    $gpu = $null -ne (Get-Command 'nvidia-smi' -ErrorAction SilentlyContinue)
+    if ($env:DLLM_TORCH_INDEX_URL) {
+        Write-Host 'PyTorch: the build that DLLM_TORCH_INDEX_URL offers.'
+    } elseif ($gpu) {
+        Write-Host 'PyTorch: the build for CPUs. An NVIDIA graphics card was found; to use it, remove .venv,'
+        Write-Host 'set DLLM_TORCH_INDEX_URL (see the top of this script) and run this again.'
+    } else {
+        Write-Host 'PyTorch: the build for CPUs.'
+    }
+}
+
+function Install-Package([string] $Extras) {
+    $hashes = foreach ($file in @((Join-Path $Root 'pyproject.toml'), $Constraints)) {
+        (Get-FileHash -LiteralPath $file -Algorithm SHA256).Hash
+    }
+    $fingerprint = $hashes -join ' '
+    if ((Test-Path -LiteralPath $Stamp) -and (Test-Venv)) {
+        $installed = (Get-Content -LiteralPath $Stamp -TotalCount 1)
+        if (@("dev $fingerprint", "$Extras $fingerprint") -contains $installed) { return }
+    }
+    New-Venv
+    # PyTorch first and by itself: it is by far the largest, and the only one with several builds.
+    Write-TorchNote
+    $torch = @('torch')
+    if ($env:DLLM_TORCH_INDEX_URL) { $torch = @('--extra-index-url', $env:DLLM_TORCH_INDEX_URL, 'torch') }
+    Install-Packages $torch
+    $target = $Root
+    if ($Extras -eq 'dev') { $target = "${Root}[dev]" }
+    Install-Packages @('--editable', $target)
+    if (-not $DryRun) {
+        Set-Content -LiteralPath $Stamp -Value "$Extras $fingerprint" -Encoding Ascii
+        Write-Host "Installed into $Venv."
+    }
+}
+
+function Write-Config {
+    if (Test-Path -LiteralPath $Config) { return }
+    $arguments = @('-m', 'distributed_llm.common.config_template', $Config)
+    if ($Coordinator) { $arguments += @('--set', "worker.coordinator=$Coordinator") }
+    if ($Name) { $arguments += @('--set', "worker.name=$Name") }
+    if ($Model) { $arguments += @('--set', "coordinator.model=$Model") }
+    if ($Bind) { $arguments += @('--set', "coordinator.bind=$Bind") }
+    $code = Invoke-Program $VenvPython $arguments
+    if ($code -ne 0) { exit $code }
+}
+
+# What the role runs; what was given here goes before config\local.yaml.
+function Get-RoleCommand {
+    switch ($Role) {
+        'test' { return @($VenvPython, '-m', 'pytest') }
+        'coordinator' {
+            $command = @($Dllm, 'coordinator')
+            if ($Model) { $command += $Model }
+            $command += @('--config', $Config)
+            if ($Bind) { $command += @('--bind', $Bind) }
+            return $command
+        }
+        'worker' {
+            $command = @($Dllm, 'worker', '--config', $Config)
+            if ($Coordinator) { $command += @('--coordinator', $Coordinator) }
+            if ($Name) { $command += @('--name', $Name) }
+            return $command
+        }
+        default { return @($Dllm, $Role) }
+    }
+}
+
+function Assert-Administrator {
+    $user = [Security.Principal.WindowsPrincipal] [Security.Principal.WindowsIdentity]::GetCurrent()
+    if (-not $user.IsInRole([Security.Principal.WindowsBuiltInRole]::Administrator)) {
+        Stop-Setup 1 @(
+            'Tasks that start with Windows can only be changed by an administrator.',
+            'Open PowerShell with "Run as administrator" and run this again.'
+        )
+    }
+}
+
+# A scheduled task: starts with Windows, before anybody logs in, and again a minute after it failed.
+function Install-RoleService([string[]] $Command) {
+    $task = "dllm-$Role"
+    $arguments = Join-Arguments @($Command | Select-Object -Skip 1)
+    Write-Host "Task ${task}: at startup, as $env:USERNAME: $(Join-Arguments $Command)"
+    if ($DryRun) {
+        Write-Host "would run: Register-ScheduledTask -TaskName $task"
+        Write-Host "would run: Start-ScheduledTask -TaskName $task"
+        return
+    }
+    $settings = @{
+        AllowStartIfOnBatteries    = $true
+        DontStopIfGoingOnBatteries = $true
+        ExecutionTimeLimit         = [TimeSpan]::Zero
+        RestartCount               = 999
+        RestartInterval            = New-TimeSpan -Minutes 1
+    }
+    $parts = @{
+        TaskName  = $task
+        Action    = New-ScheduledTaskAction -Execute $Command[0] -Argument $arguments -WorkingDirectory $Root
+        Trigger   = New-ScheduledTaskTrigger -AtStartup
+        Principal = New-ScheduledTaskPrincipal -UserId "$env:USERDOMAIN\$env:USERNAME" -LogonType S4U
+        Settings  = New-ScheduledTaskSettingsSet @settings
+    }
+    Register-ScheduledTask @parts -Force | Out-Null
+    Start-ScheduledTask -TaskName $task
+    Write-Host "The $Role runs now and starts again with this machine."
+    Write-Host "To remove it: setup_scripts\setup_windows.ps1 $Role --uninstall-service"
+}
+
+function Uninstall-RoleService {
+    $task = "dllm-$Role"
+    if ($DryRun) {
+        Write-Host "would run: Stop-ScheduledTask -TaskName $task"
+        Write-Host "would run: Unregister-ScheduledTask -TaskName $task"
+        return
+    }
+    if (-not (Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue)) {
+        Write-Host "There is no service to remove: no scheduled task is called $task."
+        return
+    }
+    Stop-ScheduledTask -TaskName $task
+    Unregister-ScheduledTask -TaskName $task -Confirm:$false
+}
+
+$given = @($args)
+for ($at = 0; $at -lt $given.Count; $at++) {
+    $word = [string] $given[$at]
+    $value = ''
+    if ($word -match '^(--[a-z-]+)=(.*)$') {
+        $word = $Matches[1]
+        $value = $Matches[2]
+    } elseif (@('--coordinator', '--name', '--model', '--bind') -ccontains $word) {
+        $at++
+        if ($at -lt $given.Count) { $value = [string] $given[$at] }
+    }
+    if (@('--coordinator', '--name', '--model', '--bind') -ccontains $word -and $value -notmatch '^[^-]') {
+        Stop-Setup 2 @("$word needs a value. See --help.")
+    }
+    switch -CaseSensitive ($word) {
+        { @('--help', '-h') -ccontains $_ } { Write-Host $Usage; exit 0 }
+        '--dry-run' { $DryRun = $true }
+        '--service' { $Service = 'install' }
+        '--uninstall-service' { $Service = 'uninstall' }
+        '--coordinator' { $Coordinator = $value }
+        '--name' { $Name = $value }
+        '--model' { $Model = $value }
+        '--bind' { $Bind = $value }
+        { @('demo', 'test', 'coordinator', 'worker') -ccontains $_ } {
+            if ($Role) { Stop-Setup 2 @("Two roles were given, $Role and $word. Choose one.") }
+            $Role = $word
+        }
+        { $_.StartsWith('-') -and -not $_.StartsWith('--') } { Stop-Setup 2 @("Unknown option $word. See --help.") }
+        default {
+            Stop-Setup 2 @("Unknown role or option $word. Choose demo, test, coordinator or worker, or none.")
+        }
+    }
+}
+
+if ($Role -ne 'worker' -and ($Coordinator -or $Name)) {
+    Stop-Setup 2 @('--coordinator and --name belong to the role worker.')
+}
+if ($Role -ne 'coordinator' -and ($Model -or $Bind)) {
+    Stop-Setup 2 @('--model and --bind belong to the role coordinator.')
+}
+if ($Service -and @('worker', 'coordinator') -notcontains $Role) {
+    Stop-Setup 2 @('--service and --uninstall-service belong to the roles worker and coordinator.')
+}
+if ($Role -eq 'worker' -and $Service -ne 'uninstall' -and -not $Coordinator -and -not (Test-Path -LiteralPath $Config)) {
+    if ([Console]::IsInputRedirected -or $DryRun) {
+        Stop-Setup 2 @('A worker must know whom to join: add --coordinator HOST:PORT.')
+    }
+    $Coordinator = Read-Host 'Address of the coordinator (HOST:PORT)'
+}
+foreach ($address in @($Coordinator, $Bind)) {
+    if ($address -and $address -notmatch '^([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$') {
+        Stop-Setup 2 @("$address is no address. Write HOST:PORT, such as 192.168.1.100:5555.")
+    }
+}
+if ($Name -and $Name -notmatch '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$') {
+    Stop-Setup 2 @("The name $Name will not do. Use up to 64 letters, digits, '.', '_' and '-'.")
+}
+
+if ($Service -and -not $DryRun) { Assert-Administrator }
+if ($Service -eq 'uninstall') {
+    Uninstall-RoleService
+    exit 0
+}
+Set-Location -LiteralPath $Root
+if (@('coordinator', 'worker') -contains $Role) {
+    Install-Package 'run'
+    Write-Config
+} else {
+    Install-Package 'dev'
+}
+if (-not $Role) { exit 0 }
+$command = @(Get-RoleCommand)
+if ($Service -eq 'install') {
+    Install-RoleService $command
+    exit 0
+}
+$program = $command[0]
+$rest = @($command | Select-Object -Skip 1)
+if ($DryRun) { exit (Invoke-Program $program $rest) }
+& $program @rest
+exit $LASTEXITCODE

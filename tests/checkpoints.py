@@ -1,0 +1,194 @@
+"""Tiny random checkpoints of every model family, made in place; nothing is downloaded."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+HIDDEN_SIZE = 32
+VOCAB_SIZE = 128
+WEIGHT_STD = 0.15
+
+_COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": HIDDEN_SIZE,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_NO_GQA = {"num_key_value_heads": 4}
+_MIXED = ["sliding_attention", "full_attention"]
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "gpt2": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [3],
+    },
+    "mixtral": {**_EXPERTS, "sliding_window": 6},
+    "gemma": {"head_dim": 16},
+    "gemma2": {
+        "head_dim": 16,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 5,
+        "layer_types": _MIXED,
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {"sliding_window": 7},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 24},
+    "olmo2": {},
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "logits_scaling": 1.5,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.3,
+    },
+    "granitemoe": {**_EXPERTS, "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"logit_scale": 0.5, "sliding_window": 5, "layer_types": _MIXED, "head_dim": 8},
+    "gpt_oss": {**_EXPERTS, "head_dim": 16, "sliding_window": 5, "layer_types": _MIXED},
+    "starcoder2": {"sliding_window": 6},
+    "phi": {"partial_rotary_factor": 0.5},
+    "olmo": {"clip_qkv": 2.0},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1], "use_sliding_window": False},
+    "glm": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "glm4": {"head_dim": 8, "partial_rotary_factor": 0.5},
+    "ernie4_5": {"head_dim": 8},
+    "exaone4": {"sliding_window": 5, "layer_types": _MIXED},
+    "gpt_bigcode": {"multi_query": True},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "stablelm": {"partial_rotary_factor": 0.5},
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, **_NO_GQA},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    },
+    "seed_oss": {"head_dim": 8},
+    "arcee": {},
+    "helium": {"head_dim": 8},
+    "apertus": {},
+}
+"""What the configuration of each family has beyond `_COMMON`; layer lists repeat as needed."""
+
+
+def build_model(
+    family: str, *, num_layers: int = 4, tie: bool | None = None, seed: int = 0, **settings: Any
+) -> PreTrainedModel:
+    """Return a small random float32 model whose outputs vary.
+
+    Args:
+        family: a model type.
+        tie: whether the head is the embedding; default: as the family does.
+        settings: more values of the configuration.
+    """
+    values = {**_COMMON, "num_hidden_layers": num_layers, **FAMILIES.get(family, {}), **settings}
+    for name in ("layer_types", "no_rope_layers"):
+        if name in values:
+            repeated = values[name] * num_layers
+            values[name] = repeated[:num_layers]
+    if tie is not None:
+        values["tie_word_embeddings"] = tie
+    config = CONFIG_MAPPING[family](**copy.deepcopy(values))
+    torch.manual_seed(seed)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=WEIGHT_STD)
+            else:
+                parameter.add_(WEIGHT_STD * torch.randn_like(parameter))
+    model.train(False)
+    return model
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    *,
+    num_layers: int = 4,
+    tokenizer: bool = False,
+    tie: bool | None = None,
+    max_shard_size: str = "1GB",
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """Write a small random checkpoint of `family` to `folder` and return it.
+
+    Args:
+        tokenizer: write a byte-level BPE tokenizer with a chat template, and let the vocabulary
+            and the end-of-sequence token be its.
+        max_shard_size: largest safetensors file; "40KB" gives several and an index.
+        settings: more values of the configuration.
+    """
+    if tokenizer:
+        made = make_tokenizer()
+        made.save_pretrained(folder)
+        settings = {"vocab_size": len(made), "eos_token_id": made.eos_token_id, **settings}
+        settings.setdefault("bos_token_id", made.bos_token_id)
+    model = build_model(family, num_layers=num_layers, tie=tie, seed=seed, **settings)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+_TEXT = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A worker holds its layers and the cache of those layers.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 你好世界 🙂",
+)
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer with a few merges, a chat template and an end token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(_SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_TEXT, trainer)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>"
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast

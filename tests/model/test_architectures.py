@@ -1,0 +1,62 @@
+"""Model types that stand in no table are checked with a small model before they are served."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING
+
+from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.worker import architectures
+from distributed_llm.worker.architectures import ensure_supported, shrink_config
+from distributed_llm.worker.stage import Stage
+
+
+def config_of(model_type: str, **settings: Any) -> dict[str, Any]:
+    config: dict[str, Any] = CONFIG_MAPPING[model_type](**settings).to_dict()
+    return {**config, "model_type": model_type}
+
+
+def checkpoint_of(model_type: str) -> Checkpoint:
+    return Checkpoint(Path("nowhere"), config_of(model_type), {})
+
+
+@pytest.mark.parametrize("model_type", ["olmo3", "persimmon", "biogpt", "glm4_moe", "deepseek_v3"])
+def test_a_type_that_works_passes(model_type: str) -> None:
+    Stage.ensure_supported(checkpoint_of(model_type))
+
+
+@pytest.mark.parametrize(
+    "model_type", ["diffllama", "gpt_neox_japanese", "doge", "bert", "rembert", "xlnet"]
+)
+def test_a_type_that_does_not_work_is_refused(model_type: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"'{model_type}' is not supported: .+Use a model"):
+        Stage.ensure_supported(checkpoint_of(model_type))
+
+
+def test_a_wrong_answer_is_refused() -> None:
+    class Inexact(Stage):
+        def run(self, sequences: Any, token_ids: Any, hidden_states: Any) -> Any:
+            if hidden_states is not None:
+                hidden_states = hidden_states * 1.05
+            return super().run(sequences, token_ids, hidden_states)
+
+    with pytest.raises(UnsupportedModel, match="gave other tokens"):
+        ensure_supported(checkpoint_of("olmo3"), Inexact.load_unchecked)
+
+
+def test_a_covered_type_is_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "_self_check", None)
+    Stage.ensure_supported(checkpoint_of("llama"))
+
+
+def test_a_small_config_keeps_the_structure() -> None:
+    config = config_of("gemma3_text", num_hidden_layers=12)
+    small = shrink_config(config)
+    assert small["num_hidden_layers"] == 6
+    assert small["layer_types"] == config["layer_types"][:6]
+    assert len(set(small["layer_types"])) == 2
+    assert small["hidden_size"] < 100
+    assert torch.tensor(small["sliding_window"]) == 5

@@ -1,0 +1,231 @@
+"""The probe: real measurements on the CPU, and machines of other kinds built from files."""
+
+import re
+import statistics
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.worker import probe
+
+GIB = 2**30
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_devices", lambda: ["cpu"])
+
+
+@pytest.fixture
+def no_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_cgroup_limits", lambda root: [])
+
+
+def with_ram(monkeypatch: pytest.MonkeyPatch, available: int, total: int) -> None:
+    ram = SimpleNamespace(available=available, total=total)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: ram)
+
+
+# ------------------------------------------------------------------ the whole
+
+
+def test_measures_this_machine_quickly() -> None:
+    threads = torch.get_num_threads()
+    torch.mm(torch.ones(8, 8), torch.ones(8, 8))  # torch starts its threads
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        found = probe.measure("cpu", threads=2, max_memory_bytes=None)
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 2  # 0.4 s on an idle machine
+    assert (found.device, found.threads) == ("cpu", 2)
+    assert 0 < found.memory_bytes < psutil.virtual_memory().total
+    assert 1e8 < found.memory_bandwidth_bytes_per_s < 1e13
+    assert 1e8 < found.flops_per_s < 1e15
+    assert found.device_name.strip()
+    assert re.search(r"Python 3.*torch \d", found.platform)
+    assert torch.get_num_threads() == threads
+
+
+def test_threads_are_used_while_measuring_and_restored_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = torch.get_num_threads()
+    seen = []
+
+    def fail(device: torch.device) -> float:
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(probe, "_bandwidth", fail)
+    with pytest.raises(RuntimeError, match="injected"):
+        probe.measure("cpu", threads=before + 1, max_memory_bytes=None)
+    assert seen == [before + 1]
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("threads", [0, -1, 65537])
+def test_a_number_of_threads_out_of_range(threads: int) -> None:
+    with pytest.raises(ConfigError, match="threads"):
+        probe.measure("cpu", threads=threads, max_memory_bytes=None)
+
+
+def test_speeds_are_amounts_divided_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_median_seconds", lambda device, work: 0.5)
+    cpu = torch.device("cpu")
+    assert probe._bandwidth(cpu) == 2 * 128 * 2**20
+    assert probe._flops(cpu) == 2 * 2 * 1024**3
+
+
+def test_operations_are_counted_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(probe, "_matmul_seconds", lambda device, dtype, size: seconds[dtype])
+    assert probe._flops(torch.device("cpu")) == 2 * 1024**3
+
+
+def test_the_median_ignores_a_hiccup_and_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([9.0, 0.01, 0.01, 5.0])
+    monkeypatch.setattr(probe, "_timed", lambda device, work: next(times))
+    assert probe._median_seconds(torch.device("cpu"), lambda: None) == 0.01
+
+
+# ------------------------------------------------------------------ devices
+
+
+@pytest.mark.parametrize(
+    ("present", "asked", "expected"),
+    [
+        (["cpu"], "auto", "cpu"),
+        (["cuda:0", "cuda:1", "cpu"], "auto", "cuda:0"),
+        (["cuda:0", "cuda:1", "cpu"], "cuda", "cuda:0"),
+        (["cuda:0", "cuda:1", "cpu"], "cuda:1", "cuda:1"),
+        (["cuda:0", "cpu"], "cpu", "cpu"),
+        (["mps", "cpu"], "auto", "mps"),
+    ],
+)
+def test_devices(
+    monkeypatch: pytest.MonkeyPatch, present: list[str], asked: str, expected: str
+) -> None:
+    monkeypatch.setattr(probe, "_devices", lambda: present)
+    assert str(probe.resolve_device(asked)) == expected
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0", "mps", "tpu", "", "CPU", "cpu\n", "x" * 10**6])
+def test_a_device_that_is_not_there(no_gpu: None, asked: str) -> None:
+    with pytest.raises(ConfigError, match="Present are: cpu") as caught:
+        probe.resolve_device(asked)
+    assert len(str(caught.value)) < 600
+
+
+def test_the_devices_of_this_machine_end_with_the_cpu() -> None:
+    assert probe._devices()[-1] == "cpu"
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_memory_is_a_share_of_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, no_cgroup: None
+) -> None:
+    with_ram(monkeypatch, available=10 * GIB, total=16 * GIB)
+    cpu = torch.device("cpu")
+    assert probe._budget(cpu, None) == 8 * GIB
+    assert probe._budget(cpu, 3 * GIB) == 3 * GIB
+    assert probe._budget(cpu, 16 * GIB) == 8 * GIB
+
+
+@pytest.mark.parametrize("limit", [16 * GIB + 1, 0, -1])
+def test_a_memory_limit_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, no_cgroup: None, limit: int
+) -> None:
+    with_ram(monkeypatch, available=10 * GIB, total=16 * GIB)
+    with pytest.raises(ConfigError, match=f"{16 * GIB} bytes in all"):
+        probe._budget(torch.device("cpu"), limit)
+
+
+def test_memory_of_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 8 * GIB))
+    assert probe._budget(torch.device("cuda:0"), None) == 4 * GIB
+    with pytest.raises(ConfigError, match=str(8 * GIB)):
+        probe._budget(torch.device("cuda:0"), 9 * GIB)
+
+
+def write(root: Path, files: dict[str, Any]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{content}\n")
+    return root
+
+
+def test_a_container_of_today(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/",
+        "sys/fs/cgroup/memory.max": 4 * GIB,
+        "sys/fs/cgroup/memory.current": 3 * GIB,
+        "sys/fs/cgroup/memory.stat": f"anon 5\ninactive_file {GIB}\nactive_file 7",
+    }
+    assert probe._cgroup_limits(write(tmp_path, files)) == [(4 * GIB, 2 * GIB)]
+
+
+def test_a_service_within_limited_slices(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/user.slice/app.service",
+        "sys/fs/cgroup/user.slice/app.service/memory.max": "max",
+        "sys/fs/cgroup/user.slice/app.service/memory.current": GIB,
+        "sys/fs/cgroup/user.slice/memory.max": 2 * GIB,
+        "sys/fs/cgroup/user.slice/memory.current": GIB,
+    }
+    assert probe._cgroup_limits(write(tmp_path, files)) == [(2 * GIB, GIB)]
+
+
+def test_a_container_of_the_past(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n1:name=systemd:/",
+        "sys/fs/cgroup/memory/docker/x/memory.limit_in_bytes": 2 * GIB,
+        "sys/fs/cgroup/memory/docker/x/memory.usage_in_bytes": GIB,
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": 9223372036854771712,
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": GIB,
+    }
+    assert probe._cgroup_limits(write(tmp_path, files)) == [(2 * GIB, GIB)]
+
+
+def test_no_cgroups(tmp_path: Path) -> None:
+    assert probe._cgroup_limits(tmp_path) == []
+
+
+def test_the_tightest_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_ram(monkeypatch, available=10 * GIB, total=16 * GIB)
+    limits = [(8 * GIB, 3 * GIB), (6 * GIB, 0), (4 * GIB, 5 * GIB)]
+    monkeypatch.setattr(probe, "_cgroup_limits", lambda root: limits[:2])
+    assert probe._memory(torch.device("cpu")) == (5 * GIB, 6 * GIB)
+    monkeypatch.setattr(probe, "_cgroup_limits", lambda root: limits)
+    assert probe._memory(torch.device("cpu")) == (0, 4 * GIB)
+
+
+# ------------------------------------------------------------------ names
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: AMD Ryzen 9\nmodel name\t: AMD Ryzen 9", "AMD Ryzen 9"),
+        ("processor\t: 0\nModel\t\t: Raspberry Pi 5", "Raspberry Pi 5"),
+        ("processor\t: 0", ""),
+    ],
+)
+def test_names_of_processors(tmp_path: Path, cpuinfo: str, name: str) -> None:
+    assert probe._linux_cpu_name(write(tmp_path, {"proc/cpuinfo": cpuinfo})) == name
+
+
+def test_a_processor_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise OSError("no /proc here")
+
+    monkeypatch.setattr(probe, "_cpu_name", fail)
+    assert probe._device_name(torch.device("cpu"))

@@ -1,0 +1,412 @@
+"""The setup scripts in dry runs: nothing is installed, nothing outside a copy is touched."""
+
+import configparser
+import os
+import plistlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from pygments.lexers.shell import PowerShellLexer  # type: ignore[import-untyped]
+from pygments.token import (  # type: ignore[import-untyped]
+    Comment,
+    Error,
+    Punctuation,
+    String,
+    Token,
+)
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "setup_scripts"
+WINDOWS = SCRIPTS / "setup_windows.ps1"
+CONFIG = ["{0}/.venv/bin/python", "-m", "distributed_llm.common.config_template"]
+CONFIG += ["{0}/config/local.yaml"]
+ROLES: dict[str, list[list[str]]] = {  # what a dry run prints after installing; {0} is the folder
+    "": [],
+    "demo": [["exec", "{0}/.venv/bin/dllm", "demo"]],
+    "test": [["exec", "{0}/.venv/bin/python", "-m", "pytest"]],
+    "coordinator": [
+        CONFIG,
+        ["exec", "{0}/.venv/bin/dllm", "coordinator", "--config", "{0}/config/local.yaml"],
+    ],
+    "worker": [
+        [*CONFIG, "--set", "worker.coordinator=pc:5555", "--set", "worker.name=mac"],
+        ["exec", "{0}/.venv/bin/dllm", "worker", "--config", "{0}/config/local.yaml"]
+        + ["--coordinator", "pc:5555", "--name", "mac"],
+    ],
+}
+TOOLS = ("bash", "cat", "cksum", "dirname", "grep", "id", "sed", "sh", "uname")
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash here")
+systems = pytest.mark.parametrize("system", ["linux", "macos"])
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of what the scripts read, in a folder whose name is hard to handle."""
+    root = tmp_path / 'it\'s a "copy" & 100% <$1>'
+    shutil.copytree(SCRIPTS, root / "setup_scripts")
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, root)
+    (root / "config").mkdir()
+    return root
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder with the programs that the scripts need, and with no Python."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for name in TOOLS:
+        program = shutil.which(name)
+        assert program, name
+        (folder / name).symlink_to(program)
+    return folder
+
+
+def add_program(folder: Path, name: str, script: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def run(
+    root: Path, system: str, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(root / f"setup_scripts/setup_{system}.sh"), *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": str(root), "PYTHON": sys.executable} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(root.rglob("*"))
+
+
+def plan_of(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
+    """Return the commands that a dry run would run."""
+    assert result.returncode == 0, result.stderr
+    return [
+        shlex.split(line.removeprefix("would run: "))
+        for line in result.stdout.splitlines()
+        if line.startswith("would run: ")
+    ]
+
+
+def service_file(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the text of the file that a dry run would write."""
+    lines = result.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("would write ")) + 1
+    stop = next(i for i in range(start, len(lines)) if not lines[i].startswith("    "))
+    return "\n".join(line[4:] for line in lines[start:stop]) + "\n"
+
+
+@needs_bash
+@pytest.mark.parametrize("path", [*SCRIPTS.glob("*.sh"), ROOT / ".ci/run"], ids=str)
+def test_bash_can_parse_it(path: Path) -> None:
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    scripts = [str(SCRIPTS / "setup_linux.sh"), str(SCRIPTS / "setup_macos.sh"), ".ci/run"]
+    result = subprocess.run(
+        ["shellcheck", "-x", "-P", str(ROOT), *scripts],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.stdout + result.stderr == ""
+
+
+@needs_bash
+@systems
+def test_help_names_every_role(copy: Path, system: str) -> None:
+    result = run(copy, system, "--help")
+    assert result.returncode == 0, result.stderr
+    assert all(role in result.stdout for role in ROLES)
+
+
+@needs_bash
+@systems
+@pytest.mark.parametrize("role", ROLES)
+def test_a_dry_run_prints_the_plan_and_changes_nothing(copy: Path, system: str, role: str) -> None:
+    before = files(copy)
+    arguments = [role] if role else []
+    if role == "worker":
+        arguments += ["--coordinator", "pc:5555", "--name", "mac"]
+    plan = plan_of(run(copy, system, *arguments, "--dry-run"))
+    assert plan[0][1:] == ["-m", "venv", f"{copy}/.venv"]
+    assert plan[1][-3:] == ["--constraint", f"{copy}/constraints.txt", "torch"]  # by itself
+    extras = "[dev]" if role in ("", "demo", "test") else ""
+    assert plan[2][-2:] == ["--editable", f"{copy}{extras}"]
+    assert plan[3:] == [[part.format(copy) for part in command] for command in ROLES[role]]
+    assert files(copy) == before
+
+
+@needs_bash
+@systems
+def test_the_second_time_nothing_is_installed(copy: Path, system: str) -> None:
+    programs = copy / ".venv/bin"
+    programs.mkdir(parents=True)
+    add_program(programs, "python", "exit 0")
+    (copy / ".venv/pyvenv.cfg").write_text(f"command = python -m venv {copy}/.venv\n")
+    content = b"".join((copy / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    checksum = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout
+    (copy / ".venv/.installed").write_text(f"dev {checksum.decode().strip()}\n")
+    assert run(copy, system, "--dry-run").stdout == ""
+    assert "install" not in run(copy, system, "coordinator", "--dry-run").stdout
+
+    (copy / "constraints.txt").write_text("torch==0\n")
+    plan = run(copy, system, "--dry-run").stdout
+    assert "pip install" in plan
+    assert "-m venv" not in plan
+
+    (copy / ".venv/pyvenv.cfg").write_text("command = python -m venv /elsewhere/.venv\n")
+    assert "-m venv --clear" in run(copy, system, "--dry-run").stdout
+
+
+@needs_bash
+@systems
+def test_a_local_config_is_never_overwritten(copy: Path, system: str) -> None:
+    (copy / "config/local.yaml").touch()
+    result = run(copy, system, "worker", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "config_template" not in result.stdout
+
+
+@needs_bash
+@systems
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nonsense"], "Unknown role nonsense. Choose demo, test, coordinator or worker"),
+        (["demo", "test"], "Two roles were given, demo and test"),
+        (["--nonsense"], "Unknown option --nonsense"),
+        (["worker"], "add --coordinator HOST:PORT"),
+        (["worker", "--coordinator"], "--coordinator needs a value"),
+        (["worker", "--coordinator", "pc"], "pc is no address. Write HOST:PORT"),
+        (["worker", "--coordinator", "p c:1"], "p c:1 is no address"),
+        (["worker", "--coordinator=pc:1", "--name=a b"], "The name a b will not do"),
+        (["demo", "--name", "a"], "belong to the role worker"),
+        (["worker", "--bind", "pc:1"], "belong to the role coordinator"),
+        (["demo", "--service"], "belong to the roles worker and coordinator"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use(copy: Path, system: str, arguments: list[str], expected: str) -> None:
+    result = run(copy, system, *arguments, "--dry-run")
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert result.stdout == ""
+
+
+@needs_bash
+def test_the_script_of_another_system_refuses(copy: Path) -> None:
+    other = "linux" if sys.platform == "darwin" else "macos"
+    result = run(copy, other)
+    assert result.returncode == 2
+    assert "Use the other script" in result.stderr
+
+
+@needs_bash
+@systems
+def test_python_too_old(copy: Path, tools: Path, system: str) -> None:
+    add_program(tools, "python3", "echo 3.9")
+    add_program(tools, "apt-get", "")
+    result = run(copy, system, "--dry-run", PATH=str(tools), PYTHON="")
+    assert result.returncode == 1
+    assert "Python 3.11 or newer is needed, and none was found (python3 is 3.9)" in result.stderr
+    assert "Install it: " in result.stderr
+    assert "would run" not in result.stdout
+
+
+@needs_bash
+@systems
+def test_no_python(copy: Path, tools: Path, system: str) -> None:
+    result = run(copy, system, "--dry-run", PATH=str(tools), PYTHON="")
+    assert result.returncode == 1
+    assert "Python 3.11 or newer is needed, and none was found." in result.stderr
+
+
+@needs_bash
+@systems
+def test_a_newer_python_under_another_name_is_found(copy: Path, tools: Path, system: str) -> None:
+    add_program(tools, "python3", "echo 3.9")
+    add_program(tools, "python3.12", "echo 3.12")
+    result = run(copy, system, "--dry-run", PATH=str(tools), PYTHON="")
+    assert result.returncode == 0, result.stderr
+    assert "would run: python3.12 -m venv" in result.stdout
+
+
+@needs_bash
+def test_the_python_that_was_asked_for_is_too_old(copy: Path, tools: Path) -> None:
+    add_program(tools, "python3.12", "echo 3.12")
+    add_program(tools, "old", "echo 3.8")
+    result = run(copy, "linux", "--dry-run", PATH=str(tools), PYTHON="old")
+    assert result.returncode == 1
+    assert "PYTHON is set to old, which is Python 3.8" in result.stderr
+
+
+@needs_bash
+def test_python_without_venv(copy: Path, tools: Path) -> None:
+    add_program(tools, "python3", 'case $2 in *ensurepip*) exit 1 ;; esac; echo "3.12"')
+    add_program(tools, "apt-get", "")
+    result = run(copy, "linux", "--dry-run", PATH=str(tools), PYTHON="")
+    assert result.returncode == 1
+    assert "without its venv module" in result.stderr
+    assert "sudo apt-get install python3.12-venv" in result.stderr
+
+
+@needs_bash
+def test_another_build_of_torch(copy: Path) -> None:
+    result = run(copy, "linux", "--dry-run", DLLM_TORCH_INDEX_URL="https://index.example/cpu")
+    plan = plan_of(result)
+    assert plan[1][-3:] == ["--extra-index-url", "https://index.example/cpu", "torch"]
+    assert "--extra-index-url" not in plan[2]  # for PyTorch alone
+
+
+def unquoted(text: str) -> list[str]:
+    """Return the arguments of ExecStart, as systemd.service(5) says they are read."""
+    arguments = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+    return [
+        re.sub(r"\\(.)", r"\1", argument).replace("%%", "%").replace("$$", "$")
+        for argument in arguments
+    ]
+
+
+@needs_bash
+@pytest.mark.parametrize("role", ["worker", "coordinator"])
+def test_systemd_unit(copy: Path, role: str) -> None:
+    own = ["--coordinator", "[::1]:5555", "--name", "mac"]
+    if role == "coordinator":
+        own = ["--model", '$HOME/"my\\ model"', "--bind", "0.0.0.0:5555"]
+    result = run(copy, "linux", role, *own, "--service", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read_string(service_file(result))
+    expected = [f"{copy}/.venv/bin/dllm", role, "--config", f"{copy}/config/local.yaml", *own]
+    if role == "coordinator":
+        expected = [*expected[:2], own[1], *expected[2:4], *own[2:]]
+    assert unquoted(unit["Service"]["ExecStart"]) == expected
+    assert unit["Service"]["WorkingDirectory"].replace("%%", "%") == str(copy)
+    assert unit["Service"]["Restart"] == "always"
+    assert unit["Install"]["WantedBy"] in ("default.target", "multi-user.target")
+    assert f"enable dllm-{role}.service" in result.stdout
+
+
+@needs_bash
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_systemd_accepts_the_unit(copy: Path, tmp_path: Path) -> None:
+    dllm = copy / ".venv/bin/dllm"
+    dllm.parent.mkdir(parents=True)
+    add_program(dllm.parent, "dllm", "exit 0")
+    result = run(copy, "linux", "worker", "--coordinator", "pc:5555", "--service", "--dry-run")
+    path = tmp_path / "dllm-worker.service"
+    path.write_text(service_file(result))
+    verdict = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "dllm-worker" not in verdict.stderr
+
+
+@needs_bash
+def test_launchd_plist(copy: Path) -> None:
+    result = run(
+        copy, "macos", "worker", "--coordinator", "pc:5555", "--name", "a", "--service", "--dry-run"
+    )
+    assert result.returncode == 0, result.stderr
+    plist = plistlib.loads(service_file(result).encode())
+    assert plist["ProgramArguments"] == [
+        f"{copy}/.venv/bin/dllm",
+        "worker",
+        "--config",
+        f"{copy}/config/local.yaml",
+        *("--coordinator", "pc:5555", "--name", "a"),
+    ]
+    assert plist["WorkingDirectory"] == str(copy)
+    assert plist["RunAtLoad"] is True
+    assert plist["KeepAlive"] is True
+    assert f"{plist['Label']}.plist" in result.stdout
+
+
+@needs_bash
+@systems
+def test_uninstalling_the_service(copy: Path, system: str) -> None:
+    result = run(copy, system, "worker", "--uninstall-service", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    stop, remove = result.stdout.splitlines()
+    assert "disable --now" in stop or "bootout" in stop
+    assert remove.startswith("would run: rm -f ")
+
+
+# --- Windows
+
+
+def test_powershell_tokens() -> None:
+    text = WINDOWS.read_text(encoding="ascii")  # Windows PowerShell reads no UTF-8 without a mark
+    opened: list[str] = []
+    pairs = {")": "(", "]": "[", "}": "{"}
+    for token, value in PowerShellLexer().get_tokens(text):
+        assert token is not Error, value
+        if token in Comment or token in String or token not in (Punctuation, Token.Operator):
+            continue
+        for character in value:
+            if character in pairs.values():
+                opened.append(character)
+            elif character in pairs:
+                assert opened.pop() == pairs[character]
+    assert opened == []
+
+
+def test_powershell_has_the_roles_and_options_of_bash() -> None:
+    common = (SCRIPTS / "common.sh").read_text(encoding="utf-8")
+    windows = WINDOWS.read_text(encoding="utf-8")
+    bash_help = common[common.index("Installs ") : common.index("\nEND\n")]
+    windows_help = windows[windows.index("Installs ") : windows.index("\n'@")]
+    assert windows_help == bash_help
+    code = windows.replace(windows_help, "")
+    for option in re.findall(r"^  (--[a-z-]+)", bash_help, re.MULTILINE):
+        assert f"'{option}'" in code
+    for role in filter(None, ROLES):
+        assert f"'{role}'" in code
+
+
+# --- what goes with the scripts
+
+
+def test_every_dependency_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = project["dependencies"] + project["optional-dependencies"]["dev"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pinned = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
+    for requirement in needed:
+        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+        assert re.sub(r"[-_.]+", "-", name).lower() in pinned
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in pins.values())
+
+
+def test_pre_commit_runs_what_make_runs() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for hook in hooks["repos"][0]["hooks"]:
+        tool = hook["entry"].removeprefix(".venv/bin/").removeprefix("python -m ").split()[0]
+        assert tool in makefile
