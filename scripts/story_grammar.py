@@ -4,8 +4,8 @@ A story is drawn in two steps. First its facts: hero, friend, place, thing. Then
 each row of a plot, filled in with these facts, so that names, pronouns and things agree from the
 first sentence to the last. Everything is written here by hand; nothing is copied from a data set.
 
-Earlier alternatives of a row are likelier than later ones (`pick`), so that greedy decoding meets
-few near-ties. One story in six is about words made up from syllables, which teaches the model to
+The first alternative of a row is twice as likely as the others (`pick`), so that greedy decoding
+meets few near-ties. One story in five is about words made up from syllables, which teaches the model to
 copy words it has never seen.
 """
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 Facts = dict[str, str]
 Turn = dict[str, str]
 
-_NOVEL_SHARE = 0.17
+_NOVEL_SHARE = 0.2
 _PARAGRAPH = "\n\n"
 _PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
 
@@ -40,8 +40,8 @@ class Story:
 
 
 def pick(rng: Random, items: Sequence[T]) -> T:
-    """Return one of `items`, the i-th with a weight of 1 / (i + 2)."""
-    return rng.choices(items, [1 / (i + 2) for i in range(len(items))])[0]
+    """Return one of `items`, the first twice as often as any other."""
+    return rng.choices(items, [2] + [1] * (len(items) - 1))[0]
 
 
 def with_article(words: str) -> str:
@@ -136,7 +136,7 @@ def _add_character(rng: Random, facts: Facts, prefix: str, novel: bool) -> None:
     if is_child:
         species, names = ("girl" if gender == "she" else "boy"), tables.NAMES[gender]
     else:
-        species = pick(rng, tables.SPECIES if rng.random() < 0.9 else tables.RARE_SPECIES)
+        species = pick(rng, tables.SPECIES if rng.random() < 0.8 else tables.RARE_SPECIES)
         gender = tables.GENDERED.get(species, gender)
         names = tables.NAMES[gender]
     name = pick(rng, names)

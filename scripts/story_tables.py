@@ -27,17 +27,24 @@ def _words(text: str) -> Row:
 
 
 NAMES: dict[str, Row] = {
-    "she": _words("Lily Mia Rosie Anna Luna Ruby Daisy Nora Ella Pip Clara Ivy Zoe Hazel"),
-    "he": _words("Finn Tom Max Ben Leo Sam Oscar Jack Bruno Felix Otto Theo Milo Hugo"),
+    "she": _words(
+        "Lily Mia Rosie Anna Luna Ruby Daisy Nora Ella Pip Clara Ivy Zoe Hazel Emma Lucy Alice "
+        "Molly Grace Eva Lola Maya Nina Olive Poppy Stella Tilly Wendy Bella Cora Elsa Greta"
+    ),
+    "he": _words(
+        "Finn Tom Max Ben Leo Sam Oscar Jack Bruno Felix Otto Theo Milo Hugo Tim Bob Charlie "
+        "Henry George Noah Peter Paul Rex Rusty Toby Walter Arthur Bolt Buddy Eddie Frank Jasper"
+    ),
 }
 SPECIES: Row = _words(
     "fox rabbit bear cat dragon robot dog mouse owl frog duck bird squirrel turtle hedgehog "
-    "princess king knight queen wizard elephant penguin lion"
+    "princess king knight queen wizard elephant penguin lion pig horse cow sheep goat monkey tiger "
+    "wolf deer"
 )
 RARE_SPECIES: Row = _words(
-    "pig horse cow sheep goat monkey tiger wolf deer fish whale crab snail bee ant spider pirate "
-    "witch giant fairy unicorn ghost monster dinosaur kitten puppy farmer baker sailor teacher "
-    "doctor train car bus boat ship star cloud moon snowman tree"
+    "fish whale crab snail bee ant spider pirate witch giant fairy unicorn ghost monster dinosaur "
+    "kitten puppy farmer baker sailor teacher doctor train car bus boat ship star cloud moon "
+    "snowman tree"
 )
 GENDERED = {
     "princess": "she", "queen": "she", "witch": "she", "fairy": "she",

@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -150,6 +151,23 @@ def make_batches(
         yield from map(_pad, batches)
 
 
+def make_drills(
+    vocab_size: int, rng: Random, tokens: int, count: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield `count` batches of random tokens that repeat three times, like `make_batches`.
+
+    From them the model learns within a hundred steps to copy from its context. Stories alone teach
+    that late, and until then names and things change from one sentence to the next.
+    """
+    for _ in range(count):
+        length = rng.randrange(4, 20)
+        rows = []
+        for _ in range(tokens // (3 * length)):
+            ids = [rng.randrange(len(SPECIAL_TOKENS), vocab_size) for _ in range(length)]
+            rows.append(([BOS, *ids * 3], [IGNORED] * (length + 1) + ids * 2))
+        yield _pad(rows)
+
+
 def _pad(examples: list[Example]) -> tuple[Tensor, Tensor]:
     """Return the examples as two matrices, padded on the right."""
     length = max(len(ids) for ids, _ in examples)
@@ -200,7 +218,7 @@ def train(
             break
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = args.rate * min((step + 1) / 40, (1 - done) / 0.7, 1)
+                group["lr"] = args.rate * min((step + 1) / 40, (1 - done) / 0.5, 1)
         loss = train_step(model, optimizers, ids, labels)
         tokens += ids.numel()
         mean = loss if math.isnan(mean) else 0.95 * mean + 0.05 * loss
@@ -298,16 +316,17 @@ def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "distributed_llm" / "builtin_model")
-    parser.add_argument("--steps", type=int, default=1000, help="batches to train on")
+    parser.add_argument("--steps", type=int, default=1500, help="batches to train on")
+    parser.add_argument("--drills", type=int, default=150, help="first batches: drills in copying")
     parser.add_argument("--minutes", type=float, help="train this long instead; does not repeat")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocab-size", type=int, default=1536)
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--intermediate-size", type=int, default=320)
+    parser.add_argument("--intermediate-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--context", type=int, default=512, help="longest text, in tokens")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--rate", type=float, default=6e-3, help="highest learning rate")
     return parser.parse_args()
 
@@ -323,7 +342,9 @@ def main() -> None:
     model = make_model(len(tokenizer), args)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     started = time.monotonic()
-    steps = train(model, make_batches(tokenizer, rng, args.batch_tokens, args.context), args)
+    drills = make_drills(len(tokenizer), rng, args.batch_tokens, args.drills)
+    batches = chain(drills, make_batches(tokenizer, rng, args.batch_tokens, args.context))
+    steps = train(model, batches, args)
     print(f"{steps} steps in {time.monotonic() - started:.0f} s")
     save(model, tokenizer, args.output, args.seed, steps)
     show_samples(args.output)

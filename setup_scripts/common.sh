@@ -4,7 +4,7 @@
 #   os_name                   as `uname -s` prints it
 #   python_hint, venv_hint    how to install Python, and its venv module
 #   torch_note                which build of PyTorch this machine gets
-#   service_file, service_text, service_start, service_stop, service_logs
+#   service_check, service_file, service_text, service_start, service_stop, service_logs
 # Works with bash 3.2, which macOS has: hence ${array[@]+"${array[@]}"} for arrays that may be empty.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -245,6 +245,7 @@ set_command_line() {
 }
 
 install_service() {
+    service_check
     write_file "$(service_file)" "$(service_text)"
     service_start
     [[ -z $dry_run ]] || return 0
@@ -253,6 +254,7 @@ install_service() {
 }
 
 uninstall_service() {
+    service_check
     local file
     file=$(service_file)
     if [[ ! -e $file && -z $dry_run ]]; then

@@ -95,10 +95,13 @@ END
     fi
 }
 
-service_start() {
+service_check() {
     [[ -d /run/systemd/system || -n $dry_run ]] || die 1 \
-        "systemd does not run here, so the service cannot be started (a container, or WSL?)." \
+        "systemd does not run here, so it cannot start the $role (a container, or WSL?)." \
         "Start the $role without --service from whatever starts programs on this machine."
+}
+
+service_start() {
     control daemon-reload
     control enable "dllm-$role.service"
     control restart "dllm-$role.service"

@@ -92,6 +92,8 @@ END
     printf '%s\n' "</dict>" "</plist>"
 }
 
+service_check() { :; }
+
 service_start() {
     run launchctl bootout "$(service_domain)/$(label)" 2>/dev/null || true # an earlier version of it
     run launchctl bootstrap "$(service_domain)" "$(service_file)" || die 1 \

@@ -216,7 +216,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = read_config(folder)
     tensors: dict[str, TensorInfo] = {}
     for name in _weight_files(folder):
-        tensors.update(_read_header(folder, name))
+        tensors.update(read_header(folder, name))
     return Checkpoint(folder, config, tensors)
 
 
@@ -307,7 +307,12 @@ def _weight_files(folder: Path) -> list[str]:
     )
 
 
-def _read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
+def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
+    """Return the tensors of the safetensors file `name` in `folder`, by their names.
+
+    Raises:
+        CheckpointError: it is missing or broken, or a name occurs twice.
+    """
     path = folder / name
     try:
         with safe_open(path, framework="numpy"):  # checks everything but repeated names

@@ -21,7 +21,7 @@ from distributed_llm.common.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     TensorInfo,
-    _read_header,
+    read_header,
     open_checkpoint,
     read_config,
 )
@@ -46,8 +46,8 @@ _PATH_START = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
 _T = TypeVar("_T")
 
 
-def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint, bool]:
-    """Return where the workers find `model`, what it holds, and whether its weights are here.
+def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
+    """Return where the workers find `model`, and what it holds.
 
     Downloads configuration and tokenizer of a hub model, no weights.
 
@@ -56,23 +56,21 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint, bool]:
 
     Returns:
         The source with the commit pinned; the checkpoint (of a hub model whose weights are not
-        here, the tensors have offset 0); True if `Checkpoint.digest` can sample the weights.
+        here, the tensors have offset 0).
 
     Raises:
         CheckpointError: it is not there, cannot be fetched, or is of a kind that is not read.
     """
     if not model:
-        return ModelSource(kind="builtin", name=""), open_checkpoint(_builtin_folder()), True
+        return ModelSource(kind="builtin", name=""), open_checkpoint(_builtin_folder())
     folder = _existing_folder(model)
     if folder is not None:
         source = ModelSource(kind="folder", name=str(folder))
-        return source, open_checkpoint(folder), True
+        return source, open_checkpoint(folder)
     name, revision = _parse_hub_id(model)
     folder = _download(name, revision, (*_CONFIG_FILES, *_TOKENIZER_FILES))
     checkpoint = _hub_checkpoint(name, folder)
-    source = ModelSource(kind="hub", name=name, revision=folder.name)
-    complete = all((folder / file).exists() for file in _files(checkpoint.tensors.values()))
-    return source, checkpoint, complete
+    return ModelSource(kind="hub", name=name, revision=folder.name), checkpoint
 
 
 def resolve_for_worker(
@@ -107,6 +105,18 @@ def resolve_for_worker(
     needed = _files(_hub_checkpoint(source.name, folder).tensors_of(layers))
     _download(source.name, source.revision, needed)
     return _hub_checkpoint(source.name, folder)
+
+
+def weights_digest(source: ModelSource, checkpoint: Checkpoint, layers: LayerRange) -> str:
+    """Return the name of the weights of `layers` by which both sides know that they are the same.
+
+    The commit of a hub model says what its files hold, so only there the weights are not looked
+    at: the coordinator does not have them.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return checkpoint.digest(layers, sampled=source.kind != "hub")
 
 
 def _builtin_folder() -> Path:
@@ -182,7 +192,7 @@ def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
     tensors = dict(_tensors_on_hub(name, folder))
     for file in _files(tensors.values()):
         if (folder / file).exists():
-            tensors.update(_read_header(folder, file))  # with offsets, and the file checked
+            tensors.update(read_header(folder, file))  # with offsets, and the file checked
     return Checkpoint(folder, read_config(folder), tensors)
 
 

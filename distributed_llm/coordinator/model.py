@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.hub import weights_digest
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.planner import ModelCost
@@ -31,7 +32,7 @@ class ServedModel:
 
 
 def served_model(
-    source: ModelSource, checkpoint: Checkpoint, *, dtype: DtypeName | None, sampled: bool
+    source: ModelSource, checkpoint: Checkpoint, *, dtype: DtypeName | None
 ) -> ServedModel:
     """Return the model in `checkpoint`.
 
@@ -39,7 +40,6 @@ def served_model(
         source: where workers find it.
         checkpoint: config and tensor names; weights need not be on this machine.
         dtype: to run it in; None is the checkpoint's own.
-        sampled: whether the weights are here, so that digests can look at them.
 
     Raises:
         CheckpointError: the files contradict one another.
@@ -59,7 +59,7 @@ def served_model(
         cost=model_cost(checkpoint, kept),
         hidden_size=checkpoint.hidden_size,
         defaults=defaults,
-        digest=lambda layers: checkpoint.digest(layers, sampled=sampled),
+        digest=lambda layers: weights_digest(source, checkpoint, layers),
     )
 
 

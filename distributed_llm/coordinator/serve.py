@@ -71,10 +71,10 @@ def dry_run(
 
 
 def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
-    source, checkpoint, sampled = resolve_for_coordinator(model)
+    source, checkpoint = resolve_for_coordinator(model)
     check_architecture(checkpoint.config)
     dtype: DtypeName | None = None if settings.dtype == "auto" else settings.dtype
-    return served_model(source, checkpoint, dtype=dtype, sampled=sampled), checkpoint
+    return served_model(source, checkpoint, dtype=dtype), checkpoint
 
 
 def _offer(text: str, number: int) -> Offer:

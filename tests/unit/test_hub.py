@@ -191,8 +191,8 @@ def test_no_name_is_the_model_in_the_package(
 ) -> None:
     folder = write_model(tmp_path / "builtin")
     monkeypatch.setattr(hub, "_builtin_folder", lambda: folder)
-    source, checkpoint, complete = hub.resolve_for_coordinator("")
-    assert (source, complete) == (ModelSource(kind="builtin", name=""), True)
+    source, checkpoint = hub.resolve_for_coordinator("")
+    assert source == ModelSource(kind="builtin", name="")
     on_worker = hub.resolve_for_worker(source, LayerRange(0, 4), local_model="/elsewhere")
     assert on_worker == checkpoint
 
@@ -208,9 +208,8 @@ def test_a_folder_is_named_by_its_absolute_path(
 ) -> None:
     folder = write_model(tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
-    source, checkpoint, complete = hub.resolve_for_coordinator("models/../models/tiny")
+    source, checkpoint = hub.resolve_for_coordinator("models/../models/tiny")
     assert source == ModelSource(kind="folder", name=str(folder))
-    assert complete
     assert hub.resolve_for_worker(source, LayerRange(1, 2)) == checkpoint
 
 
@@ -290,9 +289,8 @@ def test_a_worker_does_not_trust_what_the_coordinator_names(
 
 
 def test_the_coordinator_fetches_no_weights_and_no_code(fake: FakeHub) -> None:
-    source, checkpoint, complete = hub.resolve_for_coordinator(f"{NAME}@main")
+    source, checkpoint = hub.resolve_for_coordinator(f"{NAME}@main")
     assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
-    assert not complete
     assert sorted(set(fake.bodies)) == sorted(["config.json", INDEX_NAME, "tokenizer.json"])
     assert weights_in(checkpoint.folder) == []
     assert checkpoint.num_layers == 4
@@ -314,7 +312,7 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
     stop: int,
     shards: list[int],
 ) -> None:
-    source, ours, _ = hub.resolve_for_coordinator(NAME)
+    source, ours = hub.resolve_for_coordinator(NAME)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
     fake.bodies.clear()
     layers = LayerRange(start, stop)
@@ -327,11 +325,11 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
 
 
 def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, ours, _ = hub.resolve_for_coordinator(NAME)
+    source, ours = hub.resolve_for_coordinator(NAME)
     theirs = hub.resolve_for_worker(source, LayerRange(0, 2))
     fake.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    again, checkpoint, _ = hub.resolve_for_coordinator(NAME)
+    again, checkpoint = hub.resolve_for_coordinator(NAME)
     assert again == source
     assert checkpoint.digest(LayerRange(0, 4), sampled=False) == ours.digest(
         LayerRange(0, 4), sampled=False
@@ -343,15 +341,19 @@ def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.Monk
 def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
     source = hub_source(fake)
     hub.resolve_for_worker(source, LayerRange(0, 4))
-    _, checkpoint, complete = hub.resolve_for_coordinator(NAME)
-    assert complete
+    _, checkpoint = hub.resolve_for_coordinator(NAME)
     whole = open_checkpoint(fake.folder)
     assert checkpoint.digest(LayerRange(0, 4)) == whole.digest(LayerRange(0, 4))
 
 
-def test_some_of_the_weights_are_not_enough_to_sample(fake: FakeHub) -> None:
-    hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
-    assert not hub.resolve_for_coordinator(NAME)[2]
+def test_weights_have_one_name_with_and_without_them_on_disk(fake: FakeHub) -> None:
+    source, without = hub.resolve_for_coordinator(NAME)
+    with_weights = hub.resolve_for_worker(source, LayerRange(0, 1))
+    names = {
+        hub.weights_digest(source, held, LayerRange(0, 1)) for held in (without, with_weights)
+    }
+    assert len(names) == 1
+    assert hub.weights_digest(source, without, LayerRange(1, 2)) not in names
 
 
 def test_an_index_that_names_a_file_in_another_folder(fake: FakeHub) -> None:
@@ -366,15 +368,14 @@ def test_a_model_in_one_file(fake: FakeHub) -> None:
     (fake.folder / SHARDS[1]).rename(fake.folder / SINGLE_NAME)
     (fake.folder / INDEX_NAME).unlink()
     (fake.folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 4}))
-    source, checkpoint, complete = hub.resolve_for_coordinator(NAME)
-    assert not complete
+    source, checkpoint = hub.resolve_for_coordinator(NAME)
     assert {t.file for t in checkpoint.tensors.values()} == {SINGLE_NAME}
     with pytest.raises(CheckpointError, match="incomplete"):
         hub.resolve_for_worker(source, LayerRange(0, 1))
 
 
 def test_a_broken_list_of_tensors_is_fetched_again(fake: FakeHub) -> None:
-    _, checkpoint, _ = hub.resolve_for_coordinator(NAME)
+    _, checkpoint = hub.resolve_for_coordinator(NAME)
     kept = checkpoint.folder / hub._TENSORS_NAME
     kept.write_text('{"a": 1')
     assert hub.resolve_for_coordinator(NAME)[1] == checkpoint

@@ -37,8 +37,10 @@ ROLES: dict[str, list[list[str]]] = {  # what a dry run prints after installing;
     ],
     "worker": [
         [*CONFIG, "--set", "worker.coordinator=pc:5555", "--set", "worker.name=mac"],
-        ["exec", "{0}/.venv/bin/dllm", "worker", "--config", "{0}/config/local.yaml"]
-        + ["--coordinator", "pc:5555", "--name", "mac"],
+        [
+            *("exec", "{0}/.venv/bin/dllm", "worker", "--config", "{0}/config/local.yaml"),
+            *("--coordinator", "pc:5555", "--name", "mac"),
+        ],
     ],
 }
 TOOLS = ("bash", "cat", "cksum", "dirname", "grep", "id", "sed", "sh", "uname")
@@ -282,6 +284,8 @@ def test_another_build_of_torch(copy: Path) -> None:
 def unquoted(text: str) -> list[str]:
     """Return the arguments of ExecStart, as systemd.service(5) says they are read."""
     arguments = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+    for special in "%$":  # alone they stand for something else
+        assert special not in text.replace(special * 2, "")
     return [
         re.sub(r"\\(.)", r"\1", argument).replace("%%", "%").replace("$$", "$")
         for argument in arguments
@@ -384,7 +388,7 @@ def test_powershell_has_the_roles_and_options_of_bash() -> None:
     assert windows_help == bash_help
     code = windows.replace(windows_help, "")
     for option in re.findall(r"^  (--[a-z-]+)", bash_help, re.MULTILINE):
-        assert f"'{option}'" in code
+        assert f"'{option}' {{" in code or option == "--help"
     for role in filter(None, ROLES):
         assert f"'{role}'" in code
 

@@ -1,0 +1,893 @@
+"""A cluster in memory: the production core and agents on a virtual clock and a virtual network.
+
+The fake parts are the wires (first in, first out per connection, with delays and faults), the
+compute threads, the text thread and the clients. A fake layer is a rolling hash over the positions
+of a sequence, so a stage that was skipped, repeated or left with stale positions changes every
+later token; what a stage is given is checked besides. Every message passes the codec, and the
+core's invariants are asserted after every event.
+"""
+
+import heapq
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, assert_never
+
+import numpy as np
+
+from distributed_llm.common import codec
+from distributed_llm.common.errors import DistributedLLMError, StageError
+from distributed_llm.common.messages import (
+    Cancel,
+    Capabilities,
+    ClientHello,
+    ClientWelcome,
+    FinishReason,
+    Finished,
+    FromClient,
+    FromWorker,
+    Generate,
+    Goodbye,
+    Heartbeat,
+    LoadStage,
+    MissingPositions,
+    ModelSource,
+    Ping,
+    Pong,
+    Refused,
+    RequestFailed,
+    SequenceSlice,
+    StatusReport,
+    Task,
+    TaskResult,
+    ToClient,
+    TokenChunk,
+    ToWorker,
+)
+from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.tensors import (
+    Frame,
+    TensorSpec,
+    frame_of_token_ids,
+    token_ids_of_frame,
+)
+from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator import events
+from distributed_llm.coordinator.core import Core, CoreSettings
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.requests import GenerationDefaults, RequestKey
+from distributed_llm.worker import agent as agents
+
+NUM_LAYERS = 6
+VOCAB = 97
+HIDDEN = 4
+EOS = 96
+POISON = 95
+"""A token that no stage can compute."""
+
+CONTEXT = 256
+DRAWN_SEED = 11
+BIG = 600
+"""Memory with which two workers hold the model, and three hold two layers each."""
+
+COST = ModelCost(
+    layer_bytes=(100,) * NUM_LAYERS,
+    first_bytes=50,
+    last_bytes=50,
+    shared_bytes=0,
+    kv_bytes_per_token=1,
+)
+MODEL = ServedModel(
+    name="simulated",
+    source=ModelSource(kind="builtin", name=""),
+    dtype="float32",
+    cost=COST,
+    hidden_size=HIDDEN,
+    defaults=GenerationDefaults(CONTEXT, VOCAB, (EOS,), SamplingParams(temperature=0.0)),
+    digest=lambda layers: f"digest of {layers}",
+)
+SETTINGS = CoreSettings(min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
+
+Message = FromWorker | FromClient | ToWorker | ToClient
+
+
+# ------------------------------------------------------------------ the model
+
+
+def mix(*values: int) -> int:
+    """Return 31 bits that depend on every bit of `values` and on their order."""
+    state = 2166136261
+    for value in values:
+        state = ((state ^ (value & 0xFFFFFFFF)) * 16777619) & 0xFFFFFFFF
+        state ^= state >> 15
+    return state & 0x7FFFFFFF
+
+
+def pick(hidden: int, sampling: Sampling) -> int:
+    """Return the next token."""
+    token = mix(hidden, sampling.seed, int(sampling.temperature * 1000)) % VOCAB
+    while token in (POISON, *sampling.suppressed):
+        token = (token + 1) % VOCAB
+    return token
+
+
+def reference(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    default_max_new_tokens: int = 256,
+) -> list[int]:
+    """Return the answer that one machine without faults gives."""
+    limit = params.max_new_tokens or default_max_new_tokens
+    states = [0] * NUM_LAYERS
+    hidden, answer = 0, list[int]()
+    tokens = deque(enumerate(prompt))
+    while len(answer) < limit:
+        while tokens:
+            position, token = tokens.popleft()
+            hidden = mix(token, position)
+            for layer in range(NUM_LAYERS):
+                hidden = states[layer] = mix(states[layer], hidden, layer)
+        ends = () if params.ignore_eos else (EOS,)
+        early = len(answer) < (params.min_new_tokens or 0)
+        sampling = Sampling(
+            temperature=params.temperature or 0.0,
+            seed=DRAWN_SEED if params.seed is None else params.seed,
+            suppressed=ends if early else (),
+        )
+        answer.append(pick(hidden, sampling))
+        if answer[-1] in ends:
+            break
+        tokens.append((len(prompt) + len(answer) - 1, answer[-1]))
+    return answer
+
+
+class Missing(StageError):
+    """A stage lacks positions."""
+
+    def __init__(self, missing: tuple[MissingPositions, ...]) -> None:
+        super().__init__("positions are missing")
+        self.missing = missing
+
+
+class FakeStage:
+    """Layers [start, stop): for every sequence and position the state of each layer."""
+
+    def __init__(self, order: LoadStage) -> None:
+        self.layers = order.layers
+        self.kv: dict[int, list[list[int]]] = {}
+
+    def run(
+        self, task: Task, frames: tuple[Frame, ...]
+    ) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+        """Return the answer to a task; same arguments, same answer."""
+        token_ids = token_ids_of_frame(frames[0])
+        assert len(token_ids) == sum(part.num_tokens for part in task.sequences)
+        assert len({part.sequence_id for part in task.sequences}) == len(task.sequences)
+        rows = self._rows(task, token_ids, frames)
+        missing = tuple(
+            MissingPositions(sequence_id=part.sequence_id, have=have)
+            for part in task.sequences
+            if (have := len(self.kv.get(part.sequence_id, []))) < part.start
+        )
+        if missing:
+            raise Missing(missing)
+        if POISON in token_ids:
+            raise StageError("poison")
+        sampled, row = [], 0
+        for part in task.sequences:
+            self._run_slice(part, rows[row : row + part.num_tokens])
+            row += part.num_tokens
+            if part.sampling is not None:
+                sampled.append(pick(rows[row - 1][3], part.sampling))
+        if self.layers.stop < NUM_LAYERS:
+            array = np.asarray(rows, dtype="<i4")
+            return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
+        if not sampled:
+            return (), ()
+        spec, frame = frame_of_token_ids(sampled)
+        return (spec,), (frame,)
+
+    def _rows(self, task: Task, ids: list[int], frames: tuple[Frame, ...]) -> list[list[int]]:
+        """Return [layers passed, position, token, hidden] per token; nothing else may arrive."""
+        positions = [
+            part.start + i for part in task.sequences for i in range(part.num_tokens)
+        ]
+        if self.layers.start == 0:
+            assert len(frames) == 1, "the first stage was given hidden states"
+            return [
+                [0, position, token, mix(token, position)]
+                for position, token in zip(positions, ids, strict=True)
+            ]
+        array = np.frombuffer(frames[1], dtype="<i4").reshape(len(ids), HIDDEN)
+        rows = [[int(x) for x in row] for row in array]
+        for row, position, token in zip(rows, positions, ids, strict=True):
+            assert row[:3] == [self.layers.start, position, token], "not what this stage computes"
+        return rows
+
+    def _run_slice(self, part: SequenceSlice, rows: list[list[int]]) -> None:
+        kv = self.kv.setdefault(part.sequence_id, [])
+        del kv[part.start :]
+        for row in rows:
+            before = kv[-1] if kv else [0] * len(self.layers)
+            states = []
+            for layer, state in zip(
+                range(self.layers.start, self.layers.stop), before, strict=True
+            ):
+                row[3] = mix(state, row[3], layer)
+                states.append(row[3])
+            row[0] = self.layers.stop
+            kv.append(states)
+
+
+# ------------------------------------------------------------------ the wires
+
+
+@dataclass(eq=False)
+class Link:
+    """One connection: messages keep their order in each direction."""
+
+    peer: PeerId
+    owner: "SimWorker | SimClient"
+    open: bool = True
+    up_at: float = 0.0
+    down_at: float = 0.0
+
+
+@dataclass
+class Fault:
+    """What happens to the next `count` messages of a kind.
+
+    Attributes:
+        peer_of: the worker to or from whom; None is any.
+    """
+
+    kind: type[Message]
+    what: Literal["drop", "duplicate", "delay"]
+    count: int = 1
+    peer_of: "SimWorker | None" = None
+    delay_s: float = 1.0
+
+
+class World:
+    """The coordinator's edge, the network, and the clock.
+
+    Args:
+        settings: of the core.
+        seed: of the delays.
+        delay_s: of a message, between these.
+        text_delay_s: of the text thread for each thing it does.
+    """
+
+    def __init__(
+        self,
+        settings: CoreSettings = SETTINGS,
+        *,
+        seed: int = 0,
+        delay_s: tuple[float, float] = (0.001, 0.002),
+        text_delay_s: float = 0.0005,
+    ) -> None:
+        self.core = Core(MODEL, settings, draw_seed=lambda: DRAWN_SEED)
+        self.now = 100.0
+        self.workers: list[SimWorker] = []
+        self.clients: list[SimClient] = []
+        self.faults: list[Fault] = []
+        self.logs: list[str] = []
+        self.stopped: DistributedLLMError | None = None
+        self.num_arrived = 0
+        self.text_delay_s = text_delay_s
+        self._delay_s = delay_s
+        self._random = random.Random(seed)
+        self._links: dict[PeerId, Link] = {}
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self._texts: dict[RequestKey, FakeDetokenizer] = {}
+        self._text_at = 0.0
+
+    # -------------------------------------------------------------- people
+
+    def worker(self, name: str, memory_bytes: int = BIG) -> "SimWorker":
+        """Return a worker that is about to join."""
+        worker = SimWorker(self, name, memory_bytes)
+        self.workers.append(worker)
+        return worker
+
+    def client(self) -> "SimClient":
+        """Return a client that says hello."""
+        client = SimClient(self)
+        self.clients.append(client)
+        return client
+
+    def serving(self, count: int = 3, memory_bytes: int = BIG) -> list["SimWorker"]:
+        """Return that many workers once they serve."""
+        workers = [self.worker(f"w{i}", memory_bytes) for i in range(count)]
+        assert self.run(lambda: self.state == "serving")
+        return workers
+
+    @property
+    def state(self) -> str:
+        """The core's."""
+        return self.core.status(now=self.now).state
+
+    @property
+    def epoch(self) -> int:
+        """The core's."""
+        return self.core.status(now=self.now).epoch
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """How many messages were dropped, by reason."""
+        return self.core.status(now=self.now).rejected
+
+    def plan(self) -> list["SimWorker"]:
+        """Return the workers that serve or load, in the order of their layers."""
+        held = [w for w in self.core.status(now=self.now).workers if w.layers is not None]
+        names = [w.name for w in sorted(held, key=lambda w: w.layers or LayerRange(0, 1))]
+        by_id = {w.worker_id: w for w in self.workers if w.state != "dead"}
+        return [by_id[name] for name in names]
+
+    # -------------------------------------------------------------- the clock
+
+    def at(self, delay_s: float, call: Callable[[], None]) -> None:
+        """Call `call` in `delay_s`."""
+        self.at_time(self.now + delay_s, call)
+
+    def at_time(self, when: float, call: Callable[[], None]) -> None:
+        """Call `call` at `when`."""
+        self._serial += 1
+        heapq.heappush(self._heap, (when, self._serial, call))
+
+    def run(self, until: Callable[[], bool] = lambda: False, *, for_s: float = 120.0) -> bool:
+        """Let time pass until `until` or for `for_s`; return whether `until` came true."""
+        stop_at = self.now + for_s
+        turns, turns_at = 0, self.now
+        while not until():
+            when, call = self._next()
+            if when > stop_at:
+                self.now = stop_at
+                return False
+            if when > turns_at:
+                turns, turns_at = 0, when
+            turns += 1
+            assert turns < 5000, "time stands still"
+            self.now = max(self.now, when)
+            call()
+        return True
+
+    def _next(self) -> tuple[float, Callable[[], None]]:
+        due: list[tuple[float, Callable[[], None]]] = []
+        if self._heap and self._heap[0][0] <= self.now:
+            return self._heap[0][0], self._pop
+        if self._heap:
+            due.append((self._heap[0][0], self._pop))
+        core_at = self.core.next_deadline()
+        if core_at is not None:
+            due.append((core_at, self._core_timer))
+        for worker in self.workers:
+            at = worker.next_deadline()
+            if at is not None:
+                due.append((at, worker.on_timer))
+        return min(due, key=lambda item: item[0], default=(float("inf"), self._pop))
+
+    def _pop(self) -> None:
+        heapq.heappop(self._heap)[2]()
+
+    def _core_timer(self) -> None:
+        actions = self.core.on_timer(now=self.now)
+        self.core.validate()
+        self._perform(actions)
+
+    # -------------------------------------------------------------- the coordinator's edge
+
+    def apply(self, event: events.Event) -> list[events.Action]:
+        """Give the core an event and do what it says."""
+        stale = (
+            isinstance(event, events.Received)
+            and isinstance(event.message, TaskResult)
+            and event.message.epoch != self.epoch
+        )
+        actions = self.core.handle(event, now=self.now)
+        self.core.validate()
+        if stale:
+            applied = [a for a in actions if isinstance(a, events.Detokenize) or _is_task(a)]
+            assert not applied, f"a result of an older epoch was applied: {applied}"
+        self._perform(actions)
+        return actions
+
+    def _perform(self, actions: Iterable[events.Action]) -> None:
+        for action in actions:
+            match action:
+                case events.Send(peer=peer, message=message, frames=frames):
+                    self._send_down(peer, message, frames)
+                case events.Tokenize() | events.Detokenize() | events.Forget():
+                    self._text_at = max(self._text_at, self.now) + self.text_delay_s
+                    self.at_time(self._text_at, lambda order=action: self._text(order))  # type: ignore[misc]
+                case events.Log(text=text):
+                    self.logs.append(text)
+                case events.Stop(error=error):
+                    self.stopped = error
+                case _:
+                    assert_never(action)
+
+    def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
+        match order:
+            case events.Tokenize(key=key, payload=payload, stop_strings=stops):
+                self._texts[key] = FakeDetokenizer(stops)
+                self.apply(events.Tokenized(key, token_ids_of_frame(payload)))
+            case events.Forget(key=key):
+                self._texts.pop(key, None)
+            case events.Detokenize(key=key, token_ids=ids, last=last):
+                if text := self._texts.get(key):
+                    self.apply(text.feed(key, ids, last=last))
+
+    # -------------------------------------------------------------- the network
+
+    def connect(self, owner: "SimWorker | SimClient", name: str) -> Link:
+        """Return a new connection."""
+        link = Link(PeerId(f"{name}#{len(self._links)}".encode()), owner)
+        self._links[link.peer] = link
+        return link
+
+    def close(self, link: Link) -> None:
+        """Close a connection; the coordinator's socket notices."""
+        if link.open:
+            link.open = False
+            self.at(self._delay(), lambda: self._do(events.ConnectionClosed()))
+
+    def send_up(self, link: Link, message: FromWorker | FromClient, frames: Sequence[Frame]) -> None:
+        """Send a message to the coordinator."""
+        copies, extra_s = self._fate(message, link)
+        decoded, tensors = codec.to_coordinator.decode(codec.encode(message, frames))
+        for _ in range(copies):
+            link.up_at = max(link.up_at, self.now + self._delay() + extra_s)
+            self.at_time(
+                link.up_at, lambda: self._arrive(events.Received(link.peer, decoded, tensors))
+            )
+
+    def _arrive(self, event: events.Received) -> None:
+        self.num_arrived += isinstance(event.message, Generate)
+        self.apply(event)
+
+    def _do(self, event: events.Event) -> None:
+        self.apply(event)
+
+    def _send_down(self, peer: PeerId, message: ToWorker | ToClient, frames: Sequence[Frame]) -> None:
+        wire = codec.encode(message, frames)
+        link = self._links.get(peer)
+        if link is None or not link.open:
+            self.at(0.0, lambda: self._do(events.Unreachable(peer, "is gone")))
+            return
+        copies, extra_s = self._fate(message, link)
+        for _ in range(copies):
+            link.down_at = max(link.down_at, self.now + self._delay() + extra_s)
+            self.at_time(link.down_at, lambda: link.owner.receive(link, wire))
+
+    def _fate(self, message: Message, link: Link) -> tuple[int, float]:
+        """Return how many copies arrive, and how much later."""
+        for fault in self.faults:
+            if isinstance(message, fault.kind) and fault.peer_of in (None, link.owner):
+                fault.count -= 1
+                if fault.count == 0:
+                    self.faults.remove(fault)
+                copies = {"drop": 0, "duplicate": 2, "delay": 1}[fault.what]
+                return copies, fault.delay_s if fault.what == "delay" else 0.0
+        return 1, 0.0
+
+    def _delay(self) -> float:
+        return self._random.uniform(*self._delay_s)
+
+    # -------------------------------------------------------------- the checker
+
+    def all_ended(self) -> bool:
+        """Return whether every request of a client that is there has its last message."""
+        return all(
+            answer.end is not None
+            for client in self.clients
+            if not client.gone
+            for answer in client.answers.values()
+        )
+
+    def check_drained(self) -> None:
+        """Assert that nothing is left of any request, anywhere."""
+        status = self.core.status(now=self.now)
+        assert (status.requests_running, status.requests_waiting) == (0, 0)
+        assert status.requests_finished + status.requests_failed == self.num_arrived - status.rejected.get(
+            "duplicate_request", 0
+        )
+        assert not self._texts
+        for worker in self.workers:
+            if worker.state == "up" and worker.stage is not None:
+                assert not worker.stage.kv, f"{worker.name} holds {worker.stage.kv.keys()}"
+                assert not worker.orders
+
+
+def _is_task(action: events.Action) -> bool:
+    return isinstance(action, events.Send) and isinstance(action.message, Task)
+
+
+class FakeDetokenizer:
+    """One letter per token; what may be the beginning of a stop string waits."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stops = stop_strings
+        self._text = ""
+        self._given = 0
+        self._count = 0
+
+    def feed(self, key: RequestKey, ids: Iterable[int], *, last: bool) -> events.Detokenized:
+        """Return what the core is told."""
+        for token in ids:
+            self._text += text_of([token])
+            self._count += 1
+            found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+            if found:
+                text = self._text[self._given : min(found)]
+                return events.Detokenized(key, text, self._count, stopped=True, last=last)
+        end = len(self._text) if last else len(self._text) - self._held()
+        text, self._given = self._text[self._given : end], end
+        return events.Detokenized(key, text, self._count, stopped=False, last=last)
+
+    def _held(self) -> int:
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        return next(
+            (
+                n
+                for n in range(min(longest, len(self._text) - self._given), 0, -1)
+                if any(stop.startswith(self._text[-n:]) for stop in self._stops)
+            ),
+            0,
+        )
+
+
+def text_of(token_ids: Iterable[int]) -> str:
+    """Return the text of tokens, one letter for each."""
+    return "".join(chr(0x4E00 + token) for token in token_ids)
+
+
+# ------------------------------------------------------------------ workers
+
+
+class SimWorker:
+    """A machine: the production agent, a fake compute thread, and what may happen to both.
+
+    Attributes:
+        load_error: why it cannot load any layers.
+        load_s: time to load.
+        fail_tasks: how many of the next tasks fail.
+        hung: its compute thread does nothing.
+        before_task: called before each task is computed.
+        after_task: called after each task, before the answer is sent.
+    """
+
+    def __init__(self, world: World, name: str, memory_bytes: int) -> None:
+        self.world = world
+        self.name = name
+        self.state: Literal["up", "frozen", "dead"] = "up"
+        self.exit: DistributedLLMError | None = None
+        self.worker_id = ""
+        self.load_error: DistributedLLMError | None = None
+        self.load_s = 0.01
+        self.fail_tasks = 0
+        self.hung = False
+        self.before_task: Callable[[Task], None] = lambda task: None
+        self.after_task: Callable[[Task], None] = lambda task: None
+        self.stage: FakeStage | None = None
+        self.orders: deque[agents.Load | agents.Run | agents.Release | agents.Drop] = deque()
+        self.num_sessions = 0
+        self._progress_at = world.now
+        self._busy = False
+        self._thawed: list[Callable[[], None]] = []
+        self.agent = agents.Agent(
+            name,
+            capabilities(memory_bytes),
+            address="simulated:1",
+            connect_timeout_s=10.0,
+            now=world.now,
+        )
+        self._connect()
+
+    # -------------------------------------------------------------- fate
+
+    def kill(self, *, silently: bool = False) -> None:
+        """Die; silently if nobody closes the connection (power loss)."""
+        self.state = "dead"
+        if not silently:
+            self.world.close(self.link)
+
+    def freeze(self) -> None:
+        """Stop (SIGSTOP); the connection stays."""
+        self.state = "frozen"
+
+    def thaw(self) -> None:
+        """Go on with all that has come meanwhile."""
+        self.state = "up"
+        calls, self._thawed = self._thawed, []
+        for call in calls:
+            self._when_up(call)
+
+    def leave(self) -> None:
+        """Say goodbye and end."""
+        self._say(Goodbye())
+        self.kill()
+
+    def _when_up(self, call: Callable[[], None]) -> None:
+        if self.state == "up":
+            call()
+        elif self.state == "frozen":
+            self._thawed.append(call)
+
+    # -------------------------------------------------------------- edge
+
+    def next_deadline(self) -> float | None:
+        """The agent's, while it can act."""
+        return self.agent.next_deadline() if self.state == "up" else None
+
+    def on_timer(self) -> None:
+        """The agent's."""
+        self._perform(self.agent.on_timer(reached=True, now=self.world.now))
+
+    def receive(self, link: Link, wire: list[Frame]) -> None:
+        """Take a message of a connection that may be an old one."""
+        self._when_up(lambda: self._received(link, wire))
+
+    def _received(self, link: Link, wire: list[Frame]) -> None:
+        if link is self.link:
+            message, frames = codec.to_worker.decode(wire)
+            if type(message).__name__ == "Welcome":
+                self.worker_id = message.worker_id
+            self._apply(agents.Received(message, frames))
+
+    def _connect(self) -> None:
+        self.link = self.world.connect(self, self.name)
+        self.num_sessions += 1
+        link = self.link
+        self.world.at(
+            0.001,
+            lambda: self._when_up(
+                lambda: self._apply(agents.Connected()) if link is self.link else None
+            ),
+        )
+
+    def _apply(self, event: agents.Event) -> None:
+        self._perform(self.agent.handle(event, now=self.world.now))
+
+    def _perform(self, actions: Iterable[agents.Action]) -> None:
+        for action in actions:
+            match action:
+                case agents.Say(message=message, frames=frames):
+                    self._say(message, frames)
+                case agents.Beat(epoch=epoch):
+                    self._say(self._heartbeat(epoch))
+                case agents.Load() | agents.Run() | agents.Release() | agents.Drop():
+                    self.orders.append(action)
+                    self._work()
+                case agents.Reconnect():
+                    self.world.close(self.link)
+                    self._connect()
+                case agents.Log(text=text):
+                    self.world.logs.append(f"{self.name}: {text}")
+                case agents.Exit(error=error):
+                    self.exit = error
+                    self.kill()
+                case _:
+                    assert_never(action)
+
+    def _say(self, message: FromWorker, frames: Sequence[Frame] = ()) -> None:
+        if self.state == "up":
+            self.world.send_up(self.link, message, frames)
+
+    def _heartbeat(self, epoch: int) -> Heartbeat:
+        waiting = sum(isinstance(order, agents.Run) for order in self.orders)
+        return Heartbeat(
+            epoch=epoch,
+            progress_age_s=self.world.now - self._progress_at if waiting else 0.0,
+            tasks_waiting=waiting,
+            memory_used_bytes=1,
+            kv_bytes=1,
+        )
+
+    # -------------------------------------------------------------- compute thread
+
+    def _work(self) -> None:
+        if self.orders and not self._busy:
+            self._busy = True
+            self._progress_at = self.world.now
+            takes_s = self.load_s if isinstance(self.orders[0], agents.Load) else 0.001
+            self.world.at(takes_s, lambda: self._when_up(self._finish))
+
+    def _finish(self) -> None:
+        if self.hung:
+            return
+        order = self.orders[0]
+        event = self._do(order)
+        if self.state != "up":
+            return
+        self.orders.popleft()
+        self._busy = False
+        if event is not None:
+            self._apply(event)
+        self._work()
+
+    def _do(self, order: agents.Load | agents.Run | agents.Release | agents.Drop) -> agents.Event | None:
+        match order:
+            case agents.Load():
+                return self._load(order)
+            case agents.Run():
+                return self._run(order)
+            case agents.Release(sequence_ids=ids):
+                for sequence_id in ids:
+                    if self.stage:
+                        self.stage.kv.pop(sequence_id, None)
+            case agents.Drop():
+                self.stage = None
+        return None
+
+    def _load(self, load: agents.Load) -> agents.Event | None:
+        order = load.order
+        if order.epoch < self.agent.epoch:
+            return None
+        if self.load_error is not None:
+            self.stage = None
+            return agents.LoadFailed(load.session, order.epoch, self.load_error)
+        self.stage = FakeStage(order)
+        weights = COST.weight_bytes(order.layers)
+        return agents.Loaded(load.session, order.epoch, self.load_s, weights)
+
+    def _run(self, run: agents.Run) -> agents.Event | None:
+        if run.task.epoch < self.agent.epoch:
+            return None
+        self.before_task(run.task)
+        if self.state == "dead":
+            return None
+        try:
+            if self.fail_tasks:
+                self.fail_tasks -= 1
+                raise StageError("injected")
+            if self.stage is None:
+                raise StageError("no layers are loaded")
+            specs, frames = self.stage.run(run.task, run.frames)
+        except Missing as exc:
+            return agents.Broke(run.session, run.task, exc, exc.missing)
+        except StageError as exc:
+            return agents.Broke(run.session, run.task, exc)
+        self.after_task(run.task)
+        return agents.Computed(run.session, run.task, specs, frames, 0.001, 0.0)
+
+
+def capabilities(memory_bytes: int = BIG) -> Capabilities:
+    """Return those of a machine with this much memory."""
+    return Capabilities(
+        device="cpu",
+        device_name="simulated",
+        platform="none",
+        memory_bytes=memory_bytes,
+        cores=1,
+        threads=1,
+        memory_bandwidth_bytes_per_s=1e9,
+        flops_per_s=1e9,
+    )
+
+
+# ------------------------------------------------------------------ clients
+
+
+@dataclass
+class Answer:
+    """What a client got for a request."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    end: Finished | RequestFailed | None = None
+    cancelled: bool = False
+
+    @property
+    def code(self) -> str:
+        """Why it failed; empty if it did not."""
+        return self.end.code if isinstance(self.end, RequestFailed) else ""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it finished."""
+        return self.end.finish_reason if isinstance(self.end, Finished) else None
+
+    def expected(self) -> list[int]:
+        """Return the answer without faults."""
+        room = CONTEXT - len(self.prompt)
+        tokens = reference(self.prompt, self.params, default_max_new_tokens=room)
+        for count in range(1, len(tokens) + 1):
+            if any(stop in text_of(tokens[:count]) for stop in self.params.stop_strings):
+                return tokens[:count]
+        return tokens
+
+    def check(self) -> None:
+        """Assert that all that came is right."""
+        expected = self.expected()
+        assert self.token_ids == expected[: len(self.token_ids)]
+        if isinstance(self.end, Finished):
+            assert self.token_ids == expected
+            assert self.end.usage.prompt_tokens == len(self.prompt)
+            assert self.end.usage.completion_tokens == len(expected)
+            whole = text_of(expected)
+            found = [at for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
+            assert self.text == whole[: min(found, default=None)]
+
+
+class SimClient:
+    """A client that checks the order of what it is sent."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.gone = False
+        self.answers: dict[str, Answer] = {}
+        self.others: list[ToClient] = []
+        self.link = world.connect(self, "client")
+        self.say(ClientHello())
+        self._ping()
+
+    def say(self, message: FromClient, frames: Sequence[Frame] = ()) -> None:
+        """Send a message."""
+        if not self.gone:
+            self.world.send_up(self.link, message, frames)
+
+    def submit(
+        self,
+        prompt: Sequence[int] = (1, 2, 3),
+        params: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+    ) -> Answer:
+        """Send a request for 8 tokens, or with `params`."""
+        name = request_id or f"r{len(self.answers)}"
+        answer = Answer(tuple(prompt), params or SamplingParams(max_new_tokens=8))
+        self.answers[name] = answer
+        spec, frame = frame_of_token_ids(prompt)
+        message = Generate(
+            request_id=name, prompt="token_ids", params=answer.params, tensors=(spec,)
+        )
+        self.say(message, (frame,))
+        return answer
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request."""
+        self.answers[request_id].cancelled = True
+        self.say(Cancel(request_id=request_id))
+
+    def vanish(self, *, silently: bool = False) -> None:
+        """End without a word; silently if nobody closes the connection."""
+        self.gone = True
+        if not silently:
+            self.world.close(self.link)
+
+    def receive(self, link: Link, wire: list[Frame]) -> None:
+        """Take a message."""
+        if self.gone:
+            return
+        message, _ = codec.to_client.decode(wire)
+        match message:
+            case TokenChunk(request_id=name, index=index, text=text, token_ids=ids):
+                answer = self.answers[name]
+                assert answer.end is None, "a chunk after the end"
+                assert index == len(answer.token_ids), "chunks are not contiguous"
+                answer.token_ids += ids
+                answer.text += text
+            case Finished(request_id=name) | RequestFailed(request_id=name):
+                assert self.answers[name].end is None, "a second end"
+                self.answers[name].end = message
+            case ClientWelcome() | StatusReport() | Pong() | Refused():
+                self.others.append(message)
+            case _:
+                raise AssertionError(f"unexpected {message}")
+
+    def _ping(self) -> None:
+        if not self.gone:
+            self.say(Ping())
+            self.world.at(5.0, self._ping)
+
+
+def with_settings(**changes: object) -> CoreSettings:
+    """Return the usual settings with these changes."""
+    return replace(SETTINGS, **changes)  # type: ignore[arg-type]
