@@ -5,8 +5,8 @@ each row of a plot, filled in with these facts, so that names, pronouns and thin
 first sentence to the last. Everything is written here by hand; nothing is copied from a data set.
 
 The first alternative of a row is twice as likely as the others (`pick`), so that greedy decoding
-meets few near-ties. One story in five is about words made up from syllables, which teaches the model to
-copy words it has never seen.
+meets few near-ties. One story in five is about words made up from syllables, which teaches the
+model to copy words it has never seen.
 """
 
 import re

@@ -16,10 +16,11 @@ class Plot:
     things: Row = ()
 
 
-_THING_NAMES = tuple(
-    "ball kite book drum hat bell boat cup lamp key blanket toy flute ring doll spoon box coat "
-    "stone basket mirror ladder pencil button".split()
-)
+_THING_NAMES = (
+    "ball", "kite", "book", "drum", "hat", "bell", "boat", "cup", "lamp", "key",
+    "blanket", "toy", "flute", "ring", "doll", "spoon", "box", "coat", "stone",
+    "basket", "mirror", "ladder", "pencil", "button",
+)  # fmt: skip
 _BREAKABLE = ("boat", "kite", "drum", "clock", "cup", "lamp", "flute", "toy", "wagon")
 _LIGHT = ("kite", "hat", "balloon", "scarf", "feather", "map")
 

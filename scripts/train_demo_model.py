@@ -255,11 +255,7 @@ def held_out_loss(
 
 
 def save(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    output: Path,
-    seed: int,
-    steps: int,
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, seed: int, steps: int
 ) -> None:
     """Write the checkpoint, in bfloat16, and its model card; print the loss of what was written."""
     output.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     MAX_TENSORS,
     PROTOCOL_VERSION,
     AnyMessage,
+    Chat,
     ChatMessage,
     ClusterStatus,
     ToClient,
@@ -76,7 +77,7 @@ to_coordinator = Decoder(ToCoordinator)
 to_worker = Decoder(ToWorker)
 to_client = Decoder(ToClient)
 
-_chat: msgspec.msgpack.Decoder[list[ChatMessage]] = msgspec.msgpack.Decoder(list[ChatMessage])
+_chat: msgspec.msgpack.Decoder[list[ChatMessage]] = msgspec.msgpack.Decoder(Chat)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
 
 

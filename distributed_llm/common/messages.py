@@ -15,6 +15,7 @@ from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
 
 PROTOCOL_VERSION = 1
 MAX_TENSORS = 8
+MAX_CHAT_MESSAGES = 16_384
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Label = Annotated[str, Meta(max_length=256)]
@@ -235,11 +236,14 @@ class ChatMessage(Value, frozen=True, kw_only=True):
     content: str
 
 
+Chat = Annotated[list[ChatMessage], Meta(max_length=MAX_CHAT_MESSAGES)]
+
+
 class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     """Client -> coordinator: a request, under an id that the client chose.
 
     `tensors` holds the prompt: "text" as UTF-8 bytes (uint8), "token_ids" as int32,
-    "chat" as msgpack of `list[ChatMessage]` (uint8); none for an empty text.
+    "chat" as msgpack of `Chat` (uint8); none for an empty text.
     """
 
     request_id: RequestId

@@ -1,8 +1,8 @@
 """ROUTER and DEALER sockets under asyncio: the only module that knows ZeroMQ.
 
-Both ends are driven by callbacks on the event loop's thread. ZeroMQ signals readiness by edges, so
-after every send, too, the socket is looked at again; and it is left every `_BATCH` messages, so
-that a backlog never starves timers or other tasks.
+Both ends are driven by callbacks on the event loop's thread. ZeroMQ signals readiness by edges, and
+any call may swallow one: after every send, a refused one too, the socket is looked at again. It is
+left every `_BATCH` messages, so that a backlog never starves timers or other tasks.
 
 Peers have no identities of their own: the ROUTER makes one per connection, so a worker that comes
 back is heard at once and nobody can take the place of another.
@@ -63,7 +63,7 @@ class Router:
         except zmq.ZMQError as exc:
             self._context.destroy(linger=0)
             raise AddressInUse(
-                f"Cannot listen on {bind}: {exc.strerror}. Another coordinator may be running "
+                f"Cannot listen on {bind}: {zmq.strerror(exc.errno)}. Another coordinator may be running "
                 "there, or the address is not one of this machine; choose another with --bind."
             ) from exc
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
@@ -74,6 +74,7 @@ class Router:
 
     def send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
         """Queue a message to `peer`; never blocks."""
+        self._pump.look_again()
         try:
             self._socket.send_multipart([peer, *frames], zmq.NOBLOCK)
         except zmq.Again:
@@ -82,7 +83,6 @@ class Router:
             if exc.errno != zmq.EHOSTUNREACH:
                 raise
             return Delivery.GONE
-        self._pump.look_again()
         return Delivery.SENT
 
     def close(self) -> None:
@@ -105,7 +105,8 @@ class Dealer:
         address: "HOST:PORT" of the coordinator.
         on_message: called with each message that arrives.
         on_connect: called when the coordinator's port was found to speak our transport.
-        on_disconnect: called when the connection was lost; the session is over then.
+        on_disconnect: called when the connection was lost, after the last message; the session is
+            over then: nothing more is sent, and nobody is told if the port can be reached again.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Dealer:
         self._on_disconnect = on_disconnect
         self._outbox: deque[list[Frame]] = deque()
         self._connected = False
+        self._over = False
         self.reached = False
         self._context = zmq.Context()
         self._socket = _open(self._context, zmq.DEALER)
@@ -129,14 +131,17 @@ class Dealer:
         self._socket.connect(_endpoint(address, self._socket))
 
     def send(self, frames: Sequence[Frame]) -> None:
-        """Queue a message to the coordinator; never blocks.
+        """Queue a message to the coordinator; never blocks. Does nothing once the session is over.
 
         Raises:
             LocalProtocolError: too many messages wait already.
         """
+        if self._over:
+            return
         if len(self._outbox) >= _MAX_OUTBOX:
             raise LocalProtocolError(f"{_MAX_OUTBOX} messages wait to be sent")
         self._outbox.append(list(frames))
+        self._pump.look_again()
         self._flush()
 
     def close(self) -> None:
@@ -145,69 +150,94 @@ class Dealer:
         self._pump.close()
         self._context.destroy(linger=_LINGER_MS)
 
-    def _flush(self) -> None:
+    def _flush(self) -> bool:
         while self._outbox:
             try:
                 self._socket.send_multipart(self._outbox[0], zmq.NOBLOCK)
             except zmq.Again:
-                return
+                return False
             self._outbox.popleft()
-            self._pump.look_again()
+        return True
 
     def _watch(self, event: int) -> None:
         if event == zmq.EVENT_CONNECTED:
             self.reached = True
-        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._over:
             self._connected = True
             self._on_connect()
-        elif self._connected:
+        elif event == zmq.EVENT_DISCONNECTED and self._connected:
             self._connected = False
-            self._on_disconnect()
+            self._over = True
+            self._outbox.clear()
+            self._pump.drain()
+            if not self._pump.closed:
+                self._on_disconnect()
 
 
 class _Pump:
-    """Hands every message of a socket to a callback, a batch at a time."""
+    """Hands every message of a socket to a callback, a batch at a time.
+
+    Args:
+        flush: sends what can be sent now; returns whether that was all.
+    """
 
     def __init__(
         self,
         socket: "zmq.Socket[bytes]",
         on_frames: Callable[[list[Frame]], None],
-        on_writable: Callable[[], None] = lambda: None,
+        flush: Callable[[], bool] = lambda: True,
     ) -> None:
         self._socket = socket
         self._on_frames = on_frames
-        self._on_writable = on_writable
+        self._flush = flush
         self._loop = asyncio.get_running_loop()
-        self._scheduled = False
-        self._closed = False
+        self._again: asyncio.Handle | None = None
+        self.closed = False
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._run)
         self.look_again()
 
     def look_again(self) -> None:
         """Look at the socket once more soon: the edge may have passed unseen."""
-        if not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._run)
+        if self._again is None and not self.closed:
+            self._again = self._loop.call_soon(self._run)
+
+    def drain(self) -> None:
+        """Hand over all that has arrived, now."""
+        while not self.closed and self._take():
+            pass
 
     def close(self) -> None:
-        self._closed = True
+        self.closed = True
         self._loop.remove_reader(self._fd)
 
     def _run(self) -> None:
-        self._scheduled = False
-        if self._closed:
+        if self._again:  # this call does its work: two at once would double with every batch
+            self._again.cancel()
+            self._again = None
+        if self.closed:
             return
-        self._on_writable()
+        flushed = self._flush()
         for _ in range(_BATCH):
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
+            if not self._take():
+                break
+        else:
+            self.look_again()
+        if not flushed and not self.closed and self._socket.getsockopt(zmq.EVENTS):
+            self.look_again()  # receiving swallowed the edge that said: writable
+
+    def _take(self) -> bool:
+        """Hand over one message; return whether there may be more."""
+        try:
+            parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        try:
             self._on_frames([part.buffer for part in parts])
-            if self._closed:  # by the callback
-                return
-        self.look_again()
+        except BaseException:
+            self.look_again()  # what follows is not lost with this message
+            raise
+        return not self.closed
 
 
 class _Monitor:

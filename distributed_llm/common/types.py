@@ -16,7 +16,9 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
-    """Consecutive transformer layers `[start, stop)`.
+    """Consecutive transformer layers `[start, stop)`, written "start-stop".
+
+    `stop` is not included: 0-8 and 8-16 are the first sixteen layers.
 
     Raises:
         ValueError: the range is empty.
@@ -33,7 +35,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=
         return self.stop - self.start
 
     def __str__(self) -> str:
-        return f"{self.start}-{self.stop - 1}" if len(self) > 1 else f"{self.start}"
+        return f"{self.start}-{self.stop}"
 
 
 def size_text(count: int) -> str:

@@ -187,8 +187,7 @@ class Core:
             sends, given_up = self._pipeline.on_timer(now=now)
             actions += map(_sending, sends)
             for peer in given_up:
-                actions += self._gone(peer, "made no progress on a task", now)
-                actions.append(_refusal(peer, NotReady("No progress on a task."), "lost"))
+                actions += self._give_up(peer, now)
         if self._replan_at is not None and self._replan_at <= now and not self._desk.busy:
             actions += self._replan(now)
         return self._settle(actions, now)
@@ -243,7 +242,7 @@ class Core:
                     self._rejected["duplicate_request"] += 1
                     return []
                 if self._state == "waiting":
-                    return self._desk.refuse((peer, request_id), NotReady(self._note))
+                    return self._desk.refuse(peer, request_id, NotReady(self._note))
                 return self._desk.submit(peer, message, event.frames, now=now)
             case Cancel(request_id=request_id):
                 return self._desk.cancel(peer, request_id)
@@ -256,10 +255,7 @@ class Core:
     def _from_worker(self, worker: Worker, event: Received, now: float) -> list[Action]:
         match event.message:
             case Heartbeat() as beat:
-                self._registry.heartbeat(worker.peer, beat)
-                if self._pipeline and beat.tasks_waiting:
-                    self._pipeline.progress(worker.peer, beat.progress_age_s, now=now)
-                return [Send(worker.peer, Pong())]
+                return self._heartbeat(worker, beat, now)
             case StageReady() as ready:
                 return self._stage_ready(worker, ready)
             case StageFailed() as failed:
@@ -328,12 +324,32 @@ class Core:
             actions += self._replan(now, lost=worker.id)
         return actions
 
+    def _heartbeat(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
+        hung = self._hangs(worker)
+        self._registry.heartbeat(worker.peer, beat)
+        if self._pipeline and beat.tasks_waiting:
+            self._pipeline.progress(worker.peer, beat.progress_age_s, now=now)
+        pong = Send(worker.peer, Pong())
+        if self._hangs(worker) and worker.state == "loading":
+            return [pong, *self._give_up(worker.peer, now)]
+        if hung and not self._hangs(worker):
+            self._replan_at = now + self._settings.settle_s
+        return [pong]
+
+    def _hangs(self, worker: Worker) -> bool:
+        """Return whether a worker is stuck in a task, of this session or an earlier one."""
+        return worker.progress_age_s >= self._settings.task_timeout_s
+
+    def _give_up(self, peer: PeerId, now: float) -> list[Action]:
+        actions = self._gone(peer, "made no progress on a task", now)
+        return [*actions, _refusal(peer, NotReady("No progress on a task."), "lost")]
+
     # -------------------------------------------------------------- plans
 
     def _replan(self, now: float, *, lost: WorkerId | None = None) -> list[Action]:
         """Plan for the workers that are there and have them load their layers."""
         self._replan_at = None
-        fit = [worker for worker in self._registry.workers if worker.state != "unfit"]
+        fit = [w for w in self._registry.workers if w.state != "unfit" and not self._hangs(w)]
         if self._epoch == 0 and len(fit) < self._settings.min_workers:
             self._note = (
                 f"{len(fit)} of {self._settings.min_workers} workers have joined. "

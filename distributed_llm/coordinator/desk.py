@@ -80,7 +80,7 @@ class Desk:
         self._scheduler = scheduler
         self._max_waiting = max_waiting
         self._draw_seed = draw_seed
-        self._requests: dict[RequestKey, Request] = {}
+        self._requests: dict[tuple[PeerId, RequestId], Request] = {}
         self._next_sequence = 0
         self._kv_tokens = 0
         self._freed: list[int] = []
@@ -130,22 +130,25 @@ class Desk:
         self, peer: PeerId, message: Generate, frames: tuple[Frame, ...], *, now: float
     ) -> list[Action]:
         """Take a new request."""
-        key = (peer, message.request_id)
         if self.num_waiting >= self._max_waiting:
             error = Overloaded(
                 f"{self.num_waiting} requests wait already, which is the limit. Try again later.",
                 retry_after_s=self._retry_after_s(),
             )
-            return self.refuse(key, error)
-        self._requests[key] = Request(key, self._next_sequence, message.params, arrived_at=now)
+            return self.refuse(peer, message.request_id, error)
+        number = self._next_sequence
         self._next_sequence += 1
+        key = (peer, message.request_id, number)
+        self._requests[key[:2]] = Request(key, number, message.params, arrived_at=now)
         payload = bytes(frames[0]) if frames else b""
         return [Tokenize(key, message.prompt, payload, message.params.stop_strings)]
 
-    def refuse(self, key: RequestKey, error: DistributedLLMError) -> list[Action]:
+    def refuse(
+        self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
+    ) -> list[Action]:
         """Answer a request that is not taken."""
         self.totals.failed += 1
-        return [_failure(key, error)]
+        return [_failure(peer, request_id, error)]
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
         """Return whether a request of this name is under way."""
@@ -153,7 +156,7 @@ class Desk:
 
     def tokenized(self, event: Tokenized) -> list[Action]:
         """The prompt of a request is known: queue it."""
-        request = self._requests.get(event.key)
+        request = self._find(event.key)
         if request is None:
             return []
         vocab = self._defaults.vocab_size
@@ -179,43 +182,48 @@ class Desk:
 
     def fail(self, key: RequestKey, error: DistributedLLMError) -> list[Action]:
         """End a request with an error, if it is still under way."""
-        request = self._requests.get(key)
+        request = self._find(key)
         if request is None:
             return []
         self._retire(request)
         self.totals.failed += 1
-        return [_failure(key, error), Forget(key)]
+        return [_failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
         """End a request because its client wants it."""
-        return self.fail((peer, request_id), RequestCancelled("The request was cancelled."))
+        request = self._requests.get((peer, request_id))
+        error = RequestCancelled("The request was cancelled.")
+        return self.fail(request.key, error) if request else []
 
     def drop_client(self, peer: PeerId) -> list[Action]:
         """End all requests of a client that is gone."""
-        keys = [key for key in self._requests if key[0] == peer]
-        for key in keys:
-            self._retire(self._requests[key])
+        requests = [r for r in self._requests.values() if r.key[0] == peer]
+        for request in requests:
+            self._retire(request)
             self.totals.failed += 1
-        return [Forget(key) for key in keys]
+        return [Forget(request.key) for request in requests]
 
     def fail_all(self, error: DistributedLLMError) -> list[Action]:
-        """End every request with an error."""
-        return [action for key in list(self._requests) for action in self.fail(key, error)]
+        """End every request with an error, but those that only wait for the text of their end."""
+        keys = [r.key for r in self._requests.values() if r.phase is not Phase.CLOSING]
+        return [action for key in keys for action in self.fail(key, error)]
 
     def step_done(self, step: Step, token_ids: Iterable[int], *, now: float) -> list[Action]:
         """A step ran: its requests have a token more."""
         self._scheduler.complete(step)
+        self._free_gone(step)
         actions: list[Action] = []
         for request, token in zip(step.sampling, token_ids, strict=True):
             if request.phase is Phase.RUNNING:
                 actions += self._append(request, token, now)
-        self._free_gone(step)
         return actions
 
     def step_broken(self, step: Step, failure: TaskFailed, worker: WorkerId) -> list[Action]:
         """A stage could not run a step: compute again, alone if that may help, or give up."""
         self._scheduler.abandon(step)
+        self._free_gone(step)
         missing = {m.sequence_id for m in failure.missing}
+        missing &= {request.sequence_id for request in step.requests}
         actions: list[Action] = [
             Log(f"worker {worker} failed a step: {failure.code}: {failure.message}", "warning")
         ]
@@ -235,7 +243,6 @@ class Desk:
                     f"{failure.message} Look into the worker's log."
                 )
                 actions += self.fail(request.key, error)
-        self._free_gone(step)
         return actions
 
     def steps_lost(self, steps: Iterable[Step], worker: WorkerId) -> list[Action]:
@@ -243,6 +250,8 @@ class Desk:
         actions: list[Action] = []
         for step in steps:
             for request in step.requests:
+                if request.phase is not Phase.RUNNING:
+                    continue
                 request.losses += 1
                 request.alone = True
                 if request.losses >= _MAX_LOSSES:
@@ -255,7 +264,7 @@ class Desk:
 
     def detokenized(self, event: Detokenized) -> list[Action]:
         """Text of an answer is known: send it, and the end if this is it."""
-        request = self._requests.get(event.key)
+        request = self._find(event.key)
         if request is None:
             return []
         actions: list[Action] = []
@@ -299,8 +308,13 @@ class Desk:
         self.totals.finished += 1
         return [Send(request.key[0], finished), Forget(request.key)]
 
+    def _find(self, key: RequestKey) -> Request | None:
+        """Return the request, unless it has ended; another one may have its id by now."""
+        request = self._requests.get(key[:2])
+        return request if request is not None and request.key == key else None
+
     def _retire(self, request: Request) -> None:
-        del self._requests[request.key]
+        del self._requests[request.key[:2]]
         request.phase = Phase.GONE
         if self._scheduler.remove(request) and not request.in_flight:
             self._freed.append(request.sequence_id)
@@ -315,17 +329,16 @@ class Desk:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         self._scheduler.validate()
-        scheduled = {*(r.key for r in self._scheduler.waiting)}
-        scheduled |= {r.key for r in self._scheduler.running}
-        assert scheduled <= set(self._requests)
-        for key, request in self._requests.items():
-            assert request.key == key
+        scheduled = [r.key for r in (*self._scheduler.waiting, *self._scheduler.running)]
+        assert len(set(scheduled)) == len(scheduled)
+        assert set(scheduled) <= {r.key for r in self._requests.values()}
+        for name, request in self._requests.items():
+            assert request.key == (*name, request.sequence_id)
             queued = request.phase in (Phase.WAITING, Phase.RUNNING)
-            assert queued == (key in scheduled)
+            assert queued == (request.key in scheduled)
 
 
-def _failure(key: RequestKey, error: DistributedLLMError) -> Send:
-    peer, request_id = key
+def _failure(peer: PeerId, request_id: RequestId, error: DistributedLLMError) -> Send:
     retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
     return Send(
         peer,

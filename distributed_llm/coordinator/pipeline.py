@@ -2,7 +2,8 @@
 
 A task is sent only against a credit of its worker; every task has a lease, which the worker's
 progress extends. A lease that runs out sends the task once more (tasks are idempotent, so
-whichever answer comes first is right); when it runs out again the worker is given up.
+whichever answer comes first is right); when it runs out again the worker is given up. Sending again
+costs no credit, so only the first answer to a task grants any.
 """
 
 from collections import deque
@@ -135,12 +136,12 @@ class Pipeline:
         stage, travel = self._expected(peer, answer)
         if stage is None:
             return [], Dropped("foreign_result")
+        if travel is None:
+            return [], Dropped("late_result")
         self._stages[stage].credits = min(
             _MAX_CREDITS, self._stages[stage].credits + answer.credits
         )
         sends = self._dispatch(stage, now)
-        if travel is None:
-            return sends, Dropped("late_result")
         if stage == len(self._stages) - 1:
             wrong = self._wrong_tokens(travel, answer)
         else:
@@ -174,12 +175,12 @@ class Pipeline:
         stage, travel = self._expected(peer, answer)
         if stage is None:
             return [], Dropped("foreign_result")
+        if travel is None:
+            return [], Dropped("late_result")
         self._stages[stage].credits = min(
             _MAX_CREDITS, self._stages[stage].credits + answer.credits
         )
         sends = self._dispatch(stage, now)
-        if travel is None:
-            return sends, Dropped("late_result")
         return sends, self._break(travel, answer)
 
     def progress(self, peer: PeerId, age_s: float, *, now: float) -> None:

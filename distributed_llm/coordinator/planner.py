@@ -9,6 +9,7 @@ unequal layers are counted exactly.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -122,8 +123,8 @@ def make_plan(
         ranges = _even_ranges(cost, ranked)
     else:
         ranges = _proportional_ranges(cost, ranked, kv_tokens)
-        if not ranges:
-            raise NotEnoughMemory(_what_is_missing(cost, offers, kv_tokens))
+    if not ranges:
+        raise NotEnoughMemory(_what_is_missing(cost, offers, kv_tokens))
     for offer, held in ranges:
         needed = cost.stage_bytes(held, kv_tokens)
         if needed > offer.memory_bytes:
@@ -147,10 +148,11 @@ def _stage(cost: ModelCost, offer: Offer, layers: LayerRange) -> Stage:
 
 
 def _even_ranges(cost: ModelCost, offers: Sequence[Offer]) -> _Ranges:
-    edges = [cost.num_layers * i // len(offers) for i in range(len(offers) + 1)]
+    count = len(offers)
+    edges = [cost.num_layers * i // count for i in range(count + 1)] if count else [0]
     return [
         (offer, LayerRange(start, stop))
-        for offer, start, stop in zip(offers, edges, edges[1:], strict=False)
+        for offer, (start, stop) in zip(offers, pairwise(edges), strict=True)
     ]
 
 

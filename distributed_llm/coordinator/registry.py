@@ -23,6 +23,7 @@ class Worker:
     Attributes:
         state: "idle" (no layers), "loading", "serving" or "unfit" (`note` says why).
         layers: what it serves or loads.
+        progress_age_s: how long ago its tasks, if it has any, made progress; as it said last.
         seconds_per_token: running mean over steps that only decode, or None before any.
     """
 
@@ -36,6 +37,7 @@ class Worker:
     weight_bytes: int = 0
     memory_used_bytes: int = 0
     kv_bytes: int = 0
+    progress_age_s: float = 0.0
     tasks_done: int = 0
     compute_s: float = 0.0
     seconds_per_token: float | None = None
@@ -136,6 +138,7 @@ class Registry:
         worker = self._workers[peer]
         worker.memory_used_bytes = beat.memory_used_bytes
         worker.kv_bytes = beat.kv_bytes
+        worker.progress_age_s = beat.progress_age_s if beat.tasks_waiting else 0.0
 
     def remove(self, peer: PeerId) -> Worker | None:
         """Forget `peer`; return the worker it was, or None."""

@@ -31,8 +31,8 @@ DEFAULT_MAX_NEW_TOKENS = 256
 
 T = TypeVar("T")
 
-RequestKey = tuple[PeerId, RequestId]
-"""Names a request: ids are chosen by clients, so they are unique per client only."""
+RequestKey = tuple[PeerId, RequestId, int]
+"""Names a request for good: clients choose ids, and may use them again; the number is ours."""
 
 
 class Phase(Enum):
@@ -70,13 +70,15 @@ def generation_defaults(
 ) -> GenerationDefaults:
     """Return the defaults in a checkpoint's config.json and generation_config.json.
 
-    As in transformers, sampling parameters count only if `do_sample` is true.
+    As in transformers, sampling parameters count only if `do_sample` is true. What is no token of
+    the vocabulary (some files say -1) ends nothing.
 
     Raises:
         InvalidRequest: a value in the files is out of range.
     """
     eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    eos_ids = tuple(token for token in eos_ids if 0 <= token < vocab_size)
     names = ["max_new_tokens", "min_new_tokens", "repetition_penalty"]
     values: dict[str, Any] = {"temperature": 0.0}
     if generation_config.get("do_sample"):
@@ -129,8 +131,8 @@ def resolve(
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty. Give at least one token.")
     room = min(defaults.context_length, kv_tokens) - prompt_tokens
-    asked = _first(params.max_new_tokens, defaults.params.max_new_tokens)
-    max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, room)) if asked is None else asked
+    usual = defaults.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    max_new_tokens = params.max_new_tokens or max(1, min(usual, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
         raise ContextLengthExceeded(
@@ -143,7 +145,8 @@ def resolve(
             f"Prompt and answer may take {total} positions, but the workers' memory has room for "
             f"{kv_tokens}. Add a worker, raise --max-memory, or lower max_new_tokens."
         )
-    min_new_tokens = _first(params.min_new_tokens, defaults.params.min_new_tokens) or 0
+    usual = min(defaults.params.min_new_tokens or 0, max_new_tokens)
+    min_new_tokens = usual if params.min_new_tokens is None else params.min_new_tokens
     if min_new_tokens > max_new_tokens:
         raise InvalidRequest(
             f"min_new_tokens ({min_new_tokens}) is above max_new_tokens ({max_new_tokens})."
@@ -183,11 +186,13 @@ class Request:
     """A request and what has come of it.
 
     Attributes:
+        key: its client, the id that the client chose, and `sequence_id`.
         sequence_id: names it to the workers; never used twice.
         token_ids: prompt and answer so far.
         num_computed_tokens: how many of them are in the KV cache of every stage.
-        losses: how many workers in a row died while they worked on it.
-        alone: it is suspected of breaking steps, and runs without company until one succeeds.
+        losses: how many workers died while they worked on its next token.
+        failures: how many steps for its next token failed.
+        alone: it is suspected of breaking steps, and runs without company until its next token.
         started_at: time of its first step, clock seconds; likewise the others.
     """
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.coordinator.requests import Phase, Request
 
+MAX_SLICES = 224
+"""Sequences in one task: slices of the longest kind, that many, fit into a message's header."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -39,12 +42,12 @@ class Scheduler:
     """Requests that wait and requests that run.
 
     Args:
-        max_sequences: in one step.
+        max_sequences: in one step; no more than `MAX_SLICES`.
         max_tokens: in one step.
     """
 
     def __init__(self, *, max_sequences: int, max_tokens: int) -> None:
-        self._max_sequences = max_sequences
+        self._max_sequences = min(max_sequences, MAX_SLICES)
         self._max_tokens = max_tokens
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -107,11 +110,16 @@ class Scheduler:
         )
 
     def complete(self, step: Step) -> None:
-        """A step ran through all stages: its tokens are in their KV caches."""
+        """A step ran through all stages: its tokens are in their KV caches.
+
+        A request that got a token is cleared of suspicion. One that only went through a part of its
+        prompt is not: what breaks stages may be in a later part.
+        """
         for request, part in zip(step.requests, step.slices, strict=True):
             request.in_flight = False
-            request.alone = False
-            request.losses = request.failures = 0
+            if part.sampling is not None:
+                request.alone = False
+                request.losses = request.failures = 0
             request.num_computed_tokens = part.start + part.num_tokens
 
     def abandon(self, step: Step) -> None:

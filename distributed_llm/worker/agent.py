@@ -3,6 +3,7 @@
     connecting --connected--> greeting --Welcome--> joined --connection lost--> connecting
 
 What was asked for in one session is never answered in another: the coordinator may be a new one.
+What arrives before the welcome, or after the connection was given up, is of no session.
 """
 
 from dataclasses import dataclass
@@ -210,7 +211,7 @@ class Agent:
         self._state: Literal["connecting", "greeting", "joined"] = "connecting"
         self._session = 0
         self._epoch = 0
-        self._ever_joined = False
+        self._reached = False
         self._heartbeat_interval_s = 0.0
         self._silence_timeout_s = 0.0
         self._heard_at = now
@@ -227,11 +228,16 @@ class Agent:
         match event:
             case Connected():
                 self._state, self._heard_at = "greeting", now
+                self._reached = True
                 return [Say(WorkerHello(name=self._name, capabilities=self._capabilities))]
             case Disconnected():
-                return self._leave_session("The coordinator is gone; trying to find it again.", now)
-            case Received():
+                return self._leave_session("The coordinator is gone; trying to find it again.")
+            case Received() | Garbage() if self._state == "connecting":
+                return []
+            case Received(message=message):
                 self._heard_at = now
+                if self._state == "greeting" and not isinstance(message, Welcome | Refused | Pong):
+                    return []
                 return self._received(event, now)
             case Garbage(error=error):
                 if isinstance(error, ProtocolMismatch):
@@ -247,17 +253,19 @@ class Agent:
         if self._state == "joined":
             return min(self._beat_at, self._heard_at + self._silence_timeout_s)
         if self._state == "greeting":
-            return self._heard_at + _GREETING_TIMEOUT_S
+            silent_at = self._heard_at + _GREETING_TIMEOUT_S
+            return silent_at if self._connect_by is None else min(silent_at, self._connect_by)
         return self._connect_by
 
     def on_timer(self, *, reached: bool, now: float) -> list[Action]:
         """Do what is due; `reached` tells whether anything at all listens at the address."""
+        if self._connect_by is not None and self._connect_by <= now:
+            return [Exit(self._unreachable(reached or self._reached))]
         if self._state == "connecting":
-            due = self._connect_by is not None and self._connect_by <= now
-            return [Exit(self._unreachable(reached))] if due else []
+            return []
         timeout_s = self._silence_timeout_s if self._state == "joined" else _GREETING_TIMEOUT_S
         if self._heard_at + timeout_s <= now:
-            return self._leave_session("The coordinator is silent; connecting anew.", now)
+            return self._leave_session("The coordinator is silent; connecting anew.")
         if self._state == "joined" and self._beat_at <= now:
             self._beat_at = now + self._heartbeat_interval_s
             return [Beat(self._epoch)]
@@ -268,7 +276,7 @@ class Agent:
             case Welcome() as welcome:
                 return self._join(welcome, now)
             case Refused(code="lost", message=why):
-                return self._leave_session(why, now)
+                return self._leave_session(why)
             case Refused(code=code, message=why):
                 return [Exit(error_from_wire(code, why, 0.0))]
             case LoadStage() as order:
@@ -280,7 +288,9 @@ class Agent:
                     Load(self._session, order),
                 ]
             case DropStage(epoch=epoch):
-                self._epoch = max(self._epoch, epoch)
+                if epoch < self._epoch:
+                    return [Log(f"ignored an order of epoch {epoch}", "warning")]
+                self._epoch = epoch
                 return [Log("no layers to serve; waiting"), Drop()]
             case Task() as task:
                 if task.epoch != self._epoch:
@@ -294,18 +304,16 @@ class Agent:
                 assert_never(event.message)
 
     def _join(self, welcome: Welcome, now: float) -> list[Action]:
-        self._state, self._ever_joined, self._connect_by = "joined", True, None
+        self._state, self._connect_by = "joined", None
         self._heartbeat_interval_s = welcome.heartbeat_interval_s
         self._silence_timeout_s = welcome.silence_timeout_s
         self._beat_at = now
         return [Log(f"joined {self._address} as {welcome.worker_id}")]
 
-    def _leave_session(self, why: str, now: float) -> list[Action]:
+    def _leave_session(self, why: str) -> list[Action]:
         self._state = "connecting"
         self._session += 1
         self._epoch = 0
-        if not self._ever_joined and self._connect_by is None:
-            self._connect_by = now + self._connect_timeout_s
         return [Log(why, "warning"), Reconnect()]
 
     def _answer(self, event: Loaded | LoadFailed | Computed | Broke) -> list[Action]:

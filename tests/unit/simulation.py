@@ -91,6 +91,7 @@ MODEL = ServedModel(
 SETTINGS = CoreSettings(min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
 
 Message = FromWorker | FromClient | ToWorker | ToClient
+FaultKind = Literal["drop", "duplicate", "delay"]
 
 
 # ------------------------------------------------------------------ the model
@@ -245,7 +246,7 @@ class Fault:
     """
 
     kind: type[Message]
-    what: Literal["drop", "duplicate", "delay"]
+    what: FaultKind
     count: int = 1
     peer_of: "SimWorker | None" = None
     delay_s: float = 1.0
@@ -302,7 +303,10 @@ class World:
 
     def serving(self, count: int = 3, memory_bytes: int = BIG) -> list["SimWorker"]:
         """Return that many workers once they serve."""
-        workers = [self.worker(f"w{i}", memory_bytes) for i in range(count)]
+        workers = []
+        for i in range(count):
+            workers.append(self.worker(f"w{i}", memory_bytes))
+            self.run(for_s=0.01)
         assert self.run(lambda: self.state == "serving")
         return workers
 
@@ -434,7 +438,8 @@ class World:
         """Close a connection; the coordinator's socket notices."""
         if link.open:
             link.open = False
-            self.at(self._delay(), lambda: self._do(events.ConnectionClosed()))
+            closed_at = max(link.up_at, self.now + self._delay())
+            self.at_time(closed_at, lambda: self._do(events.ConnectionClosed()))
 
     def send_up(self, link: Link, message: FromWorker | FromClient, frames: Sequence[Frame]) -> None:
         """Send a message to the coordinator."""
@@ -447,7 +452,8 @@ class World:
             )
 
     def _arrive(self, event: events.Received) -> None:
-        self.num_arrived += isinstance(event.message, Generate)
+        known = self.core._registry.is_client(event.peer)
+        self.num_arrived += known and isinstance(event.message, Generate)
         self.apply(event)
 
     def _do(self, event: events.Event) -> None:
@@ -497,10 +503,10 @@ class World:
             "duplicate_request", 0
         )
         assert not self._texts
-        for worker in self.workers:
-            if worker.state == "up" and worker.stage is not None:
-                assert not worker.stage.kv, f"{worker.name} holds {worker.stage.kv.keys()}"
-                assert not worker.orders
+        for worker in self.plan():
+            assert worker.stage is not None
+            assert not worker.stage.kv, f"{worker.name} holds {worker.stage.kv.keys()}"
+            assert not worker.orders
 
 
 def _is_task(action: events.Action) -> bool:
@@ -607,6 +613,12 @@ class SimWorker:
         for call in calls:
             self._when_up(call)
 
+    def resume(self) -> None:
+        """Hang no longer."""
+        self.hung = False
+        if self._busy:
+            self._when_up(self._finish)
+
     def leave(self) -> None:
         """Say goodbye and end."""
         self._say(Goodbye())
@@ -700,10 +712,10 @@ class SimWorker:
     def _finish(self) -> None:
         if self.hung:
             return
-        order = self.orders[0]
-        event = self._do(order)
-        if self.state != "up":
-            return
+        event = self._do(self.orders[0])
+        self._when_up(lambda: self._finished(event))
+
+    def _finished(self, event: agents.Event | None) -> None:
         self.orders.popleft()
         self._busy = False
         if event is not None:
@@ -738,10 +750,10 @@ class SimWorker:
     def _run(self, run: agents.Run) -> agents.Event | None:
         if run.task.epoch < self.agent.epoch:
             return None
-        self.before_task(run.task)
-        if self.state == "dead":
-            return None
         try:
+            self.before_task(run.task)
+            if self.state == "dead":
+                return None
             if self.fail_tasks:
                 self.fail_tasks -= 1
                 raise StageError("injected")

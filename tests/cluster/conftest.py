@@ -1,0 +1,43 @@
+"""Real clusters of real processes; one small checkpoint for all."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed_llm import DistributedClient, LocalCluster
+from tests.checkpoints import make_checkpoint
+
+NUM_LAYERS = 6
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "tiny llama",
+        num_layers=NUM_LAYERS,
+        tokenizer=True,
+        tie=False,
+        seed=10,  # one whose answers vary
+    )
+
+
+@pytest.fixture(scope="session")
+def cluster(checkpoint: Path) -> Iterator[LocalCluster]:
+    """Three workers that no test harms."""
+    with LocalCluster(checkpoint, workers=3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: LocalCluster) -> Iterator[DistributedClient]:
+    with DistributedClient(cluster.address) as client:
+        yield client
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

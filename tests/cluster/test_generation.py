@@ -1,0 +1,254 @@
+"""A split model answers as the whole one does: text, ids, lists, streams, conversations."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from distributed_llm import (
+    AsyncDistributedClient,
+    ContextLengthExceeded,
+    CoordinatorUnreachable,
+    DistributedClient,
+    InvalidRequest,
+    LocalCluster,
+)
+from tests.cluster.conftest import NUM_LAYERS
+from tests.reference import check_varied, reference_ids, reference_text, tokenizer
+from tests.waiting import eventually
+
+PROMPT = [5, 17, 42, 99, 7]
+OPEN_END = {"temperature": 0.0, "ignore_eos": True}
+
+
+def test_token_ids_are_those_of_transformers(client: DistributedClient, checkpoint: Path) -> None:
+    expected = reference_ids(checkpoint, PROMPT, 40)
+    check_varied(expected)
+    answer = client.generate(PROMPT, max_new_tokens=40, details=True, **OPEN_END)
+    assert answer.token_ids == expected
+    assert answer.finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 40)
+
+
+def test_text_is_that_of_transformers(client: DistributedClient, checkpoint: Path) -> None:
+    text = client.generate("The quick brown", max_new_tokens=30, **OPEN_END)
+    assert text == reference_text(checkpoint, "The quick brown", 30)
+
+
+def test_every_stage_took_part(client: DistributedClient) -> None:
+    answer = client.generate(PROMPT, max_new_tokens=10, details=True, **OPEN_END)
+    layers = [stage.layers for stage in answer.timings.stages]
+    assert [layer for held in layers for layer in range(held.start, held.stop)] == [
+        *range(NUM_LAYERS)
+    ]
+    assert [stage.tasks for stage in answer.timings.stages] == [10, 10, 10]
+    assert all(stage.compute_s > 0 for stage in answer.timings.stages)
+
+
+def test_a_list_of_prompts_gives_a_list_in_order(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    prompts = [[3 + i, 50 - i, 7][: 1 + i % 3] for i in range(12)]
+    answers = client.generate(prompts, max_new_tokens=12, details=True, **OPEN_END)
+    assert [a.token_ids for a in answers] == [reference_ids(checkpoint, p, 12) for p in prompts]
+
+
+def test_many_clients_at_once_do_not_disturb_each_other(
+    cluster: LocalCluster, checkpoint: Path
+) -> None:
+    prompts = [[10 + i] * (1 + 7 * i % 40) for i in range(16)]
+
+    def ask(prompt: list[int]) -> list[int]:
+        with DistributedClient(cluster.address) as client:
+            answer = client.generate(prompt, max_new_tokens=15, details=True, **OPEN_END)
+            return answer.token_ids
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, prompts))
+    assert answers == [reference_ids(checkpoint, prompt, 15) for prompt in prompts]
+
+
+def test_a_prompt_longer_than_a_step(client: DistributedClient, checkpoint: Path) -> None:
+    prompt = [(11 * i) % 250 + 3 for i in range(200)]
+    answer = client.generate(prompt, max_new_tokens=20, details=True, **OPEN_END)
+    assert answer.token_ids == reference_ids(checkpoint, prompt, 20)
+
+
+def test_a_stream_joins_to_the_whole_answer(client: DistributedClient) -> None:
+    whole = client.generate("Zwölf Boxkämpfer", max_new_tokens=60, details=True, **OPEN_END)
+    chunks = list(client.stream("Zwölf Boxkämpfer", max_new_tokens=60, **OPEN_END))
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [token for chunk in chunks for token in chunk.token_ids] == whole.token_ids
+    assert chunks[-1].generation is not None
+    assert chunks[-1].generation.token_ids == whole.token_ids
+
+
+def test_the_end_token_ends_an_answer(client: DistributedClient, checkpoint: Path) -> None:
+    free = reference_ids(checkpoint, PROMPT, 40)
+    end = free[20]
+    first = free.index(end)
+    answer = client.generate(
+        PROMPT, max_new_tokens=40, temperature=0.0, eos_token_id=end, details=True
+    )
+    assert answer.token_ids == free[: first + 1]
+    assert answer.finish_reason == "stop"
+    longer = client.generate(
+        PROMPT,
+        max_new_tokens=40,
+        temperature=0.0,
+        eos_token_id=end,
+        min_new_tokens=first + 5,
+        details=True,
+    )
+    assert longer.token_ids[: first + 4].count(end) == 0
+    assert longer.token_ids == reference_ids(
+        checkpoint, PROMPT, 40, eos_token_id=end, min_new_tokens=first + 5
+    )
+
+
+def test_a_stop_string_never_shows(client: DistributedClient) -> None:
+    text = client.generate("The worker", max_new_tokens=60, **OPEN_END)
+    stop = text[20:23]
+    expected = text[: text.index(stop)]
+    answer = client.generate(
+        "The worker", max_new_tokens=60, stop_strings=[stop], details=True, **OPEN_END
+    )
+    assert answer.text == expected
+    assert answer.finish_reason == "stop"
+    assert answer.usage.completion_tokens == len(answer.token_ids) < 60
+
+
+def test_a_seed_gives_the_same_text_again_and_others_differ(client: DistributedClient) -> None:
+    texts = [
+        client.generate(PROMPT, max_new_tokens=30, temperature=1.0, seed=seed, ignore_eos=True)
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_seed_gives_the_same_text_however_the_model_is_split(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    ask = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.9, "seed": 7, "ignore_eos": True}
+    with LocalCluster(checkpoint, workers=1) as whole, DistributedClient(whole.address) as other:
+        assert other.generate(PROMPT, **ask) == client.generate(PROMPT, **ask)
+
+
+def test_a_conversation_goes_through_the_chat_template(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer(checkpoint).apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    answer = client.chat(messages, max_new_tokens=10, details=True, **OPEN_END)
+    assert answer.token_ids == reference_ids(checkpoint, list(ids), 10)
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_repetition_penalty_is_that_of_transformers(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    answer = client.generate(
+        PROMPT, max_new_tokens=30, repetition_penalty=1.7, details=True, **OPEN_END
+    )
+    expected = reference_ids(checkpoint, PROMPT, 30, repetition_penalty=1.7)
+    assert answer.token_ids == expected != reference_ids(checkpoint, PROMPT, 30)
+
+
+def test_closing_a_stream_frees_its_memory_everywhere(client: DistributedClient) -> None:
+    stream = client.stream(PROMPT, max_new_tokens=200, **OPEN_END)
+    next(iter(stream))
+    assert client.status().requests_running == 1
+    stream.close()  # type: ignore[attr-defined]
+    eventually(lambda: client.status().requests_running == 0)
+    eventually(lambda: all(worker.kv_bytes == 0 for worker in client.status().workers))
+
+
+def test_a_client_that_vanishes_takes_its_requests_along(
+    cluster: LocalCluster, client: DistributedClient
+) -> None:
+    other = DistributedClient(cluster.address)
+    next(iter(other.stream(PROMPT, max_new_tokens=200, **OPEN_END)))
+    other.close()
+    eventually(lambda: client.status().requests_running == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompt": PROMPT, "temperature": -1.0}, "temperature"),
+        ({"prompt": PROMPT, "max_new_tokens": 0}, "max_new_tokens"),
+        ({"prompt": PROMPT, "max_new_tokens": True}, "max_new_tokens"),
+        ({"prompt": PROMPT, "tempratur": 1.0}, "tempratur"),
+        ({"prompt": PROMPT, "seed": 2**64}, "seed"),
+        ({"prompt": PROMPT, "stop_strings": [""]}, "stop_strings"),
+        ({"prompt": PROMPT, "min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens"),
+        ({"prompt": []}, "empty"),
+        ({"prompt": [-1]}, "Token ids"),
+        ({"prompt": [10**6]}, "vocabulary"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": "\ud800"}, "Unicode"),
+    ],
+)
+def test_a_bad_request_is_refused_with_its_reason(
+    client: DistributedClient, arguments: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        client.generate(**arguments)  # type: ignore[call-overload]
+    assert client.generate(PROMPT, max_new_tokens=2, details=True).usage.completion_tokens <= 2
+
+
+def test_one_bad_prompt_of_a_list_fails_the_list(client: DistributedClient) -> None:
+    with pytest.raises(InvalidRequest, match="vocabulary"):
+        client.generate([PROMPT, [10**6]], max_new_tokens=5)
+    eventually(lambda: client.status().requests_running == 0)
+
+
+def test_what_exceeds_the_context_is_refused_with_both_numbers(client: DistributedClient) -> None:
+    with pytest.raises(ContextLengthExceeded, match=r"250 tokens.*may have 50.*256"):
+        client.generate([9] * 250, max_new_tokens=50)
+
+
+def test_status_tells_who_serves_what(cluster: LocalCluster, client: DistributedClient) -> None:
+    status = client.status()
+    assert status.state == "serving"
+    assert status.num_layers == NUM_LAYERS
+    assert {worker.name for worker in status.workers} == {"worker-1", "worker-2", "worker-3"}
+    held = sorted(worker.layers for worker in status.workers if worker.layers)
+    assert held[0].start == 0
+    assert held[-1].stop == NUM_LAYERS
+    assert all(a.stop == b.start for a, b in zip(held, held[1:], strict=False))
+    assert all(worker.memory_used_bytes > 0 for worker in status.workers)
+
+
+def test_the_async_client_does_the_same(cluster: LocalCluster, checkpoint: Path) -> None:
+    async def ask() -> tuple[list[int], list[str]]:
+        async with AsyncDistributedClient(cluster.address) as client:
+            ids = [
+                token
+                async for chunk in client.stream(PROMPT, max_new_tokens=8, **OPEN_END)
+                for token in chunk.token_ids
+            ]
+            texts = await client.generate(["a", "b"], max_new_tokens=4, **OPEN_END)
+            assert (await client.status()).state == "serving"
+            return ids, texts
+
+    ids, texts = asyncio.run(ask())
+    assert ids == reference_ids(checkpoint, PROMPT, 8)
+    assert texts == [reference_text(checkpoint, "a", 4), reference_text(checkpoint, "b", 4)]
+
+
+def test_no_coordinator_is_said_at_once(unused_port: int) -> None:
+    with (
+        DistributedClient(f"127.0.0.1:{unused_port}", connect_timeout_s=0.5) as client,
+        pytest.raises(CoordinatorUnreachable, match="nothing listens there"),
+    ):
+        client.generate("Hi")
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(InvalidRequest, match="no address"):
+        DistributedClient("localhost")
