@@ -20,8 +20,6 @@ from distributed_llm.common.errors import DistributedLLMError
 if TYPE_CHECKING:
     from distributed_llm.common.settings import Settings
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     name="dllm",
     help="Run one language model on several machines, each too small for it alone.",
@@ -87,7 +85,7 @@ def coordinator(
     _start_process(settings.coordinator.log_level, exit_with_parent)
     from distributed_llm.coordinator.serve import serve
 
-    asyncio.run(serve(settings.coordinator, on_listening=_announce))
+    raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_now)))
 
 
 @app.command()
@@ -124,7 +122,7 @@ def worker(
     _start_process(settings.worker.log_level, exit_with_parent)
     from distributed_llm.worker.work import work
 
-    _leave(asyncio.run(work(settings.worker)))
+    raise typer.Exit(asyncio.run(work(settings.worker)))
 
 
 @app.command()
@@ -215,26 +213,13 @@ def demo(
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    _leave(_run())
-
-
-def _run() -> int:
-    import click
-
     try:
-        result = app(standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        return INTERRUPTED
-    except click.ClickException as exc:
-        exc.show()
-        return exc.exit_code
+        app()
+    except SystemExit as exc:
+        _leave(exc.code if isinstance(exc.code, int) else int(exc.code is not None))
     except DistributedLLMError as exc:
         print(f"Error ({exc.code}): {exc}", file=sys.stderr)
-        return exc.exit_code
-    except BrokenPipeError:  # the reader of our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _leave(exc.exit_code)
 
 
 def _leave(code: int) -> None:
@@ -243,6 +228,10 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _print_now(text: str) -> None:
+    print(text, flush=True)
 
 
 def _settings(config: Path | None, overrides: dict[str, Any]) -> "Settings":
@@ -256,10 +245,6 @@ def _client(settings: "Settings") -> Any:
 
     asked = settings.client
     return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
-
-
-def _announce(address: str) -> None:
-    print(address, flush=True)
 
 
 def _start_process(log_level: str, exit_with_parent: bool) -> None:

@@ -284,7 +284,7 @@ PLOTS: dict[str, Plot] = {
         moral="being kind",
         problem=(
             ("{when}, {hero} had a big bowl of {food}.",
-             "{when}, {hero} had only a little {food}."),
+             "{when}, {hero} had only a small bowl of {food}."),
             ("On the road {he} met {a_fspecies} named {friend}.",
              "{A_fspecies} named {friend} knocked at the door."),
             ('"I am so hungry," said {friend}.',

@@ -261,7 +261,7 @@ def save(
     output.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(tokenizer, output)
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
+        do_sample=True, temperature=0.6, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD
     )
     model.to(torch.bfloat16).save_pretrained(output)  # type: ignore[arg-type]
     (output / "model.safetensors").chmod(0o644)
@@ -291,19 +291,15 @@ def show_samples(folder: Path) -> None:
     """Print what the saved checkpoint makes of some prompts."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    texts = ("Once upon a time", "One day, a little fox", "Lily had a", "The old robot")
+    texts = ["Once upon a time", "One day, a little fox", "Lily had a", "The old robot"]
     questions = ("Tell me a story about a dragon.", "Write about Mia and a red ball.", "Hello!")
-    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts += [f"<|user|>{question}<|assistant|>" for question in questions]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    prompts += [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        for chat in chats
-    ]
     for temperature in (None, 0.7):
         torch.manual_seed(0)
         for prompt in prompts:
-            options = {"do_sample": True, "temperature": temperature} if temperature else {}
-            ids = model.generate(torch.tensor([prompt]), max_new_tokens=256, **options)[0]
+            sampling = {"do_sample": temperature is not None, "temperature": temperature}
+            ids = model.generate(torch.tensor([prompt]), max_new_tokens=256, **sampling)[0]
             print(f"--- temperature {temperature or 0}, {len(ids) - len(prompt)} tokens")
             print(tokenizer.decode(ids))
 
@@ -312,7 +308,7 @@ def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "distributed_llm" / "builtin_model")
-    parser.add_argument("--steps", type=int, default=1500, help="batches to train on")
+    parser.add_argument("--steps", type=int, default=1900, help="batches to train on")
     parser.add_argument("--drills", type=int, default=150, help="first batches: drills in copying")
     parser.add_argument("--minutes", type=float, help="train this long instead; does not repeat")
     parser.add_argument("--seed", type=int, default=1)

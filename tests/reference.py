@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+
 @lru_cache(maxsize=4)
 def _model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder)

@@ -17,10 +17,10 @@ PROTOCOL_VERSION = 1
 MAX_TENSORS = 8
 MAX_CHAT_MESSAGES = 16_384
 
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Label = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=16384)]
-RequestId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+RequestId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
 Tensors = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
 Credits = Annotated[int, Meta(ge=0, le=64)]
 FinishReason = Literal["stop", "length"]

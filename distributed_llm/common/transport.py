@@ -24,6 +24,7 @@ from distributed_llm.common.types import PeerId
 _BATCH = 64
 _LINGER_MS = 300
 _MAX_OUTBOX = 10_000
+_NOTICE_S = 0.05
 
 
 class Delivery(Enum):
@@ -40,7 +41,7 @@ class Router:
     Args:
         bind: "HOST:PORT" to listen on; port 0 takes any free one.
         on_message: called with each message that arrives.
-        on_disconnect: called when some connection was closed; which one, a send will tell.
+        on_disconnect: called soon after connections were closed; which ones, a send will tell.
 
     Raises:
         AddressInUse: the address is taken or not of this machine.
@@ -54,6 +55,7 @@ class Router:
     ) -> None:
         self._on_message = on_message
         self._on_disconnect = on_disconnect
+        self._notice: asyncio.TimerHandle | None = None
         self._context = zmq.Context()
         self._socket = _open(self._context, zmq.ROUTER)
         self._socket.router_mandatory = True
@@ -62,9 +64,10 @@ class Router:
             self._socket.bind(_endpoint(bind, self._socket))
         except zmq.ZMQError as exc:
             self._context.destroy(linger=0)
+            why = zmq.strerror(exc.errno or 0)
             raise AddressInUse(
-                f"Cannot listen on {bind}: {zmq.strerror(exc.errno)}. Another coordinator may be running "
-                "there, or the address is not one of this machine; choose another with --bind."
+                f"Cannot listen on {bind}: {why}. Another coordinator may be running there, or the "
+                "address is not one of this machine; choose another with --bind."
             ) from exc
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
@@ -87,6 +90,8 @@ class Router:
 
     def close(self) -> None:
         """Close the socket after at most 300 ms for what is still to be sent."""
+        if self._notice:
+            self._notice.cancel()
         self._monitor.close()
         self._pump.close()
         self._context.destroy(linger=_LINGER_MS)
@@ -95,6 +100,13 @@ class Router:
         self._on_message(PeerId(bytes(frames[0])), frames[1:])
 
     def _watch(self, event: int) -> None:
+        # ZeroMQ tells of it before it forgets the peer: a send right now would still succeed.
+        # Waiting also makes one notice of many, when strangers come and go.
+        if not self._notice:
+            self._notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._notify)
+
+    def _notify(self) -> None:
+        self._notice = None
         self._on_disconnect()
 
 

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable, Sequence
 
-from distributed_llm.common.architectures import check_architecture
+from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.hub import resolve_for_coordinator
 from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import WorkerId
 from distributed_llm.common.units import parse_size
@@ -19,8 +20,8 @@ from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 logger = logging.getLogger(__name__)
 
 
-async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> None:
-    """Serve the model that `settings` names until SIGINT or SIGTERM.
+async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
+    """Serve the model that `settings` names until SIGINT or SIGTERM; return the code to exit with.
 
     Raises:
         CheckpointError: the model cannot be read or split.
@@ -31,16 +32,19 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
 
     def listening(address: str) -> None:
         logger.info("serving %s (%s)", model.name, model.dtype)
+        if checkpoint.model_type not in VERIFIED:
+            logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
         logger.info("workers join with: dllm worker --coordinator %s", address)
         on_listening(address)
 
-    await Coordinator(
+    service = Coordinator(
         model,
         checkpoint.folder,
         _core_settings(settings),
         bind=settings.bind,
         on_listening=listening,
-    ).run()
+    )
+    return exit_code(await service.run())
 
 
 def dry_run(

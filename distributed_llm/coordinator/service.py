@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
 )
 from distributed_llm.common.sampling_params import MAX_SEED
+from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
@@ -74,35 +74,34 @@ class Coordinator:
         self._texts: dict[RequestKey, Detokenizer] = {}  # touched by the text thread only
         self._timer: asyncio.TimerHandle | None = None
 
-    async def run(self) -> None:
-        """Serve until SIGINT or SIGTERM.
+    async def run(self) -> int:
+        """Serve until SIGINT or SIGTERM; return the signal's number.
 
         Raises:
             AddressInUse: the address cannot be listened on.
             UnsupportedModel: a worker found that the model cannot be split.
         """
         self._loop = asyncio.get_running_loop()
-        self._stopped: asyncio.Future[None] = self._loop.create_future()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError):  # Windows raises KeyboardInterrupt
-                self._loop.add_signal_handler(number, self._stop)
+        self._stopped: asyncio.Future[int] = self._loop.create_future()
+        on_signal(self._stop)
         self._router = Router(self._bind, self._on_message, lambda: self._apply(ConnectionClosed()))
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         try:
             self._on_listening(self._router.address)
-            await self._stopped
+            return await self._stopped
         finally:
             if self._timer:
                 self._timer.cancel()
             self._text_thread.shutdown(cancel_futures=True)
             self._router.close()
 
-    def _stop(self, error: DistributedLLMError | None = None) -> None:
+    def _stop(self, number: int) -> None:
         if not self._stopped.done():
-            if error:
-                self._stopped.set_exception(error)
-            else:
-                self._stopped.set_result(None)
+            self._stopped.set_result(number)
+
+    def _fail(self, error: DistributedLLMError) -> None:
+        if not self._stopped.done():
+            self._stopped.set_exception(error)
 
     # -------------------------------------------------------------- events
 
@@ -137,7 +136,7 @@ class Coordinator:
                 self._perform_one(action)
         except Exception as exc:  # a bug here: end with it rather than serve in an unknown state
             logger.exception("the coordinator cannot go on")
-            self._stop(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
+            self._fail(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
         self._set_timer()
 
     def _perform_one(self, action: Action) -> None:
@@ -153,7 +152,7 @@ class Coordinator:
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
             case Stop(error=error):
-                self._stop(error)
+                self._fail(error)
             case _:
                 assert_never(action)
 

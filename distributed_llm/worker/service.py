@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import signal
 from typing import assert_never
 
 import psutil
@@ -15,6 +14,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
 )
 from distributed_llm.common.messages import Capabilities, FromWorker, Goodbye, Heartbeat
+from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
 from distributed_llm.worker.agent import (
@@ -85,9 +85,7 @@ class Worker:
         """
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[int] = self._loop.create_future()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError):  # Windows raises KeyboardInterrupt
-                self._loop.add_signal_handler(number, self._stop, int(number))
+        on_signal(self._stop)
         self._agent = Agent(
             self._name,
             self._capabilities,

@@ -3,19 +3,17 @@
 import logging
 import os
 import re
-import signal
 import socket
 
 import msgspec
 
 from distributed_llm.common.settings import WorkerSettings
+from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.types import size_text
 from distributed_llm.worker.probe import measure
 from distributed_llm.worker.service import Worker
 
 logger = logging.getLogger(__name__)
-
-_INTERRUPTED = 130
 
 
 async def work(settings: WorkerSettings) -> int:
@@ -50,8 +48,7 @@ async def work(settings: WorkerSettings) -> int:
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
     )
-    number = await worker.run()
-    return _INTERRUPTED if number == signal.SIGINT else 0
+    return exit_code(await worker.run())
 
 
 def _host_name() -> str:

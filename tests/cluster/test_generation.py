@@ -2,7 +2,9 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from tests.reference import check_varied, reference_ids, reference_text, tokeniz
 from tests.waiting import eventually
 
 PROMPT = [5, 17, 42, 99, 7]
-OPEN_END = {"temperature": 0.0, "ignore_eos": True}
+OPEN_END: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 
 
 def test_token_ids_are_those_of_transformers(client: DistributedClient, checkpoint: Path) -> None:
@@ -130,7 +132,13 @@ def test_a_seed_gives_the_same_text_again_and_others_differ(client: DistributedC
 def test_a_seed_gives_the_same_text_however_the_model_is_split(
     client: DistributedClient, checkpoint: Path
 ) -> None:
-    ask = {"max_new_tokens": 30, "temperature": 0.8, "top_p": 0.9, "seed": 7, "ignore_eos": True}
+    ask: dict[str, Any] = {
+        "max_new_tokens": 30,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "seed": 7,
+        "ignore_eos": True,
+    }
     with LocalCluster(checkpoint, workers=1) as whole, DistributedClient(whole.address) as other:
         assert other.generate(PROMPT, **ask) == client.generate(PROMPT, **ask)
 
@@ -220,7 +228,7 @@ def test_status_tells_who_serves_what(cluster: LocalCluster, client: Distributed
     held = sorted(worker.layers for worker in status.workers if worker.layers)
     assert held[0].start == 0
     assert held[-1].stop == NUM_LAYERS
-    assert all(a.stop == b.start for a, b in zip(held, held[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(held))
     assert all(worker.memory_used_bytes > 0 for worker in status.workers)
 
 

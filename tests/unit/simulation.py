@@ -23,8 +23,8 @@ from distributed_llm.common.messages import (
     Capabilities,
     ClientHello,
     ClientWelcome,
-    FinishReason,
     Finished,
+    FinishReason,
     FromClient,
     FromWorker,
     Generate,
@@ -584,6 +584,7 @@ class SimWorker:
         self.num_sessions = 0
         self._progress_at = world.now
         self._busy = False
+        self._stuck = False
         self._thawed: list[Callable[[], None]] = []
         self.agent = agents.Agent(
             name,
@@ -616,7 +617,8 @@ class SimWorker:
     def resume(self) -> None:
         """Hang no longer."""
         self.hung = False
-        if self._busy:
+        if self._stuck:
+            self._stuck = False
             self._when_up(self._finish)
 
     def leave(self) -> None:
@@ -711,6 +713,7 @@ class SimWorker:
 
     def _finish(self) -> None:
         if self.hung:
+            self._stuck = True
             return
         event = self._do(self.orders[0])
         self._when_up(lambda: self._finished(event))

@@ -63,7 +63,8 @@ def finish(world: World, *answers: Answer) -> None:
     for answer in answers:
         assert isinstance(answer.end, Finished), answer.end
         answer.check()
-    world.run(for_s=1.0)
+    world.run(for_s=4.0)  # what is late arrives
+    assert world.run(lambda: world.state != "loading")
     world.check_drained()
 
 
@@ -321,8 +322,9 @@ def test_worker_that_hangs_in_a_task_is_given_up() -> None:
     world.run(lambda: len(answer.token_ids) == 2)
     victim.hung = True  # heartbeats go on
     began = world.now
+    world.run(lambda: answer.end is not None)
+    assert world.now - began < 2 * 3.0 + 2.0  # two leases
     finish(world, answer)
-    assert world.now - began < 2 * 3.0 + 2.0
     assert "no progress" in " ".join(world.logs)
 
 
@@ -652,7 +654,6 @@ def test_cancel_while_waiting_and_of_nothing() -> None:
     client.say(Cancel(request_id="unknown"))
     world.run(lambda: answer.end is not None, for_s=0.5)
     assert answer.code == "cancelled"
-    world.run(lambda: world.state == "serving")
     finish(world)
 
 
@@ -693,13 +694,12 @@ def test_id_is_used_again_while_text_is_under_way(at_token: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("kind", [Task, TaskResult])
-@pytest.mark.parametrize("what", ["drop", "duplicate", "delay"])
-@pytest.mark.parametrize("delay_s", [0.5, 3.5])
+@pytest.mark.parametrize(
+    ("what", "delay_s"), [("drop", 0.0), ("duplicate", 0.0), ("delay", 0.5), ("delay", 3.5)]
+)
 def test_message_of_a_step_is_lost_repeated_or_late(
     stage: int, kind: type[Task] | type[TaskResult], what: FaultKind, delay_s: float
 ) -> None:
-    if what != "delay" and delay_s != 0.5:
-        pytest.skip("only one kind of this")
     world = World()
     worker = world.serving(3)[stage]
     client = world.client()

@@ -1,0 +1,305 @@
+"""The `dllm` command as people use it, rightly and wrongly: output, messages, exit codes."""
+
+import asyncio
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distributed_llm import CheckpointError, DistributedClient, LocalCluster, UnsupportedModel
+from distributed_llm.common.transport import Router
+from distributed_llm.common.types import PeerId
+from tests.reference import reference_text
+from tests.waiting import eventually
+
+COMMAND = [sys.executable, "-m", "distributed_llm.cli"]
+LIMIT_S = 60
+
+
+def dllm(
+    *arguments: str, stdin: str = "", **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+# ------------------------------------------------------------------ used rightly
+
+
+def test_generate_prints_the_text_and_nothing_else(cluster: LocalCluster, checkpoint: Path) -> None:
+    done = dllm(
+        *("generate", "--coordinator", cluster.address, "The quick brown"),
+        *("--max-new-tokens", "20", "--temperature", "0", "--ignore-eos"),
+    )
+    assert done.stdout == reference_text(checkpoint, "The quick brown", 20) + "\n"
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_generate_reads_stdin_and_tells_who_ran_what(cluster: LocalCluster) -> None:
+    done = dllm(
+        *("generate", "--coordinator", cluster.address, "--max-new-tokens", "5", "--stats"),
+        stdin="The quick brown",
+    )
+    assert done.returncode == 0
+    assert all(f"worker-{i}" in done.stderr for i in (1, 2, 3))
+    assert "worker-1" not in done.stdout
+
+
+def test_generate_prints_json(cluster: LocalCluster) -> None:
+    done = dllm(
+        *("generate", "--coordinator", cluster.address, "Hi", "--max-new-tokens", "5", "--json"),
+        "--ignore-eos",
+    )
+    answer = json.loads(done.stdout)
+    assert len(answer["token_ids"]) == answer["usage"]["completion_tokens"] == 5
+    assert answer["finish_reason"] == "length"
+
+
+def test_the_coordinator_may_be_named_in_the_environment(cluster: LocalCluster) -> None:
+    done = dllm("status", "--json", DLLM_CLIENT__COORDINATOR=cluster.address)
+    status = json.loads(done.stdout)
+    assert status["state"] == "serving"
+    assert len(status["workers"]) == 3
+
+
+def test_status_shows_every_worker(cluster: LocalCluster) -> None:
+    done = dllm("status", "--coordinator", cluster.address)
+    assert done.returncode == 0
+    assert all(f"worker-{i}" in done.stdout for i in (1, 2, 3))
+    assert "serving" in done.stdout
+
+
+def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
+    done = dllm("plan", str(checkpoint), "--worker", "pc=3MiB", "--worker", "2MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["stages"]
+    assert [stage["worker"] for stage in stages] == ["pc", "worker-2"]
+    assert stages[0]["layers"][0] == 0
+    assert stages[-1]["layers"][1] == 6
+
+
+def test_help_and_version() -> None:
+    assert "coordinator" in dllm("--help").stdout
+    assert re.match(r"dllm \d+\.\d+", dllm("--version").stdout)
+
+
+# ------------------------------------------------------------------ used wrongly
+
+
+def failure(*arguments: str, **environment: str) -> tuple[int, str]:
+    done = dllm(*arguments, **environment)
+    assert "Traceback" not in done.stderr
+    return done.returncode, " ".join(done.stderr.split())
+
+
+def test_a_plan_that_does_not_fit_says_what_is_missing(checkpoint: Path) -> None:
+    code, said = failure("plan", str(checkpoint), "--worker", "100KiB", "--worker", "200KiB")
+    assert code == 4
+    assert re.search(r"needs .*offer 300.0 KiB.*missing.*layers would fit.*Add a worker", said)
+
+
+def test_wrong_words() -> None:
+    assert failure("generat")[0] == 2
+    assert failure("worker", "--threds", "1")[0] == 2
+    code, said = failure("worker", "--threads", "-1")
+    assert code == 2
+    assert "threads" in said
+    code, said = failure("status", DLLM_CLIENT__CORDINATOR="x")
+    assert code == 2
+    assert "DLLM_CLIENT__COORDINATOR" in said
+
+
+def test_nobody_at_the_address(unused_port: int) -> None:
+    address = f"127.0.0.1:{unused_port}"
+    code, said = failure(
+        "generate", "Hi", "--coordinator", address, DLLM_CLIENT__CONNECT_TIMEOUT_S="0.5"
+    )
+    assert code == 3
+    assert "nothing listens there" in said
+    code, said = failure("worker", "--coordinator", address, DLLM_WORKER__CONNECT_TIMEOUT_S="0.5")
+    assert code == 3
+    assert "nothing listens there" in said
+
+
+@pytest.fixture
+def web_server() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_something_else_at_the_address(web_server: str) -> None:
+    code, said = failure(
+        "status", "--coordinator", web_server, DLLM_CLIENT__CONNECT_TIMEOUT_S="0.5"
+    )
+    assert code == 3
+    assert "it is no coordinator" in said
+
+
+def test_a_port_that_is_taken(cluster: LocalCluster, checkpoint: Path) -> None:
+    code, said = failure("coordinator", str(checkpoint), "--bind", cluster.address)
+    assert code == 2
+    assert "in use" in said
+    assert "--bind" in said
+
+
+@pytest.mark.parametrize("verb", ["coordinator", "plan"])
+def test_a_model_that_is_not_there(verb: str, tmp_path: Path) -> None:
+    more = ["--worker", "1GiB"] if verb == "plan" else []
+    code, said = failure(verb, str(tmp_path / "nowhere"), *more)
+    assert code == 2
+    assert "nowhere" in said
+
+
+def test_models_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
+    def broken(name: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in checkpoint.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    cut = broken("cut")
+    weights = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    pickled = broken("pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    code_inside = broken("code")
+    config = json.loads((code_inside / "config.json").read_text())
+    (code_inside / "config.json").write_text(json.dumps({**config, "auto_map": {"A": "b.C"}}))
+    for folder, said in (
+        (cut, "not a whole safetensors file"),
+        (pickled, "a pickle"),
+        (code_inside, "never run"),
+    ):
+        code, text = failure("coordinator", str(folder), "--bind", "127.0.0.1:0")
+        assert code == 2, text
+        assert said in text
+
+
+def test_an_architecture_that_cannot_be_split_is_refused_with_its_reason(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bloom", "n_layer": 2}')
+    save_file({"h.0.w": torch.zeros(1), "h.1.w": torch.zeros(1)}, tmp_path / "model.safetensors")
+    code, said = failure("coordinator", str(tmp_path), "--bind", "127.0.0.1:0")
+    assert code == 2
+    assert "ALiBi" in said
+    with pytest.raises(UnsupportedModel, match="ALiBi"):
+        LocalCluster(tmp_path).start()
+
+
+def test_an_architecture_that_nobody_knows_is_refused_by_the_first_worker(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "nonesuch"}))
+    with pytest.raises(UnsupportedModel, match="does not know the model type 'nonesuch'"):
+        LocalCluster(tmp_path, workers=1).start()
+
+
+def test_a_local_cluster_raises_what_its_processes_say(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nowhere"):
+        LocalCluster(tmp_path / "nowhere" / "at" / "all").start()
+
+
+# ------------------------------------------------------------------ who does not belong
+
+
+def test_a_worker_with_other_weights_is_told_and_the_others_serve(
+    cluster: LocalCluster, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in checkpoint.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    weights = load_file(other / "model.safetensors")
+    save_file({name: w + 0.01 for name, w in weights.items()}, other / "model.safetensors")
+    with LocalCluster(checkpoint, workers=1) as small:
+        with start(
+            "worker", "--coordinator", small.address, "--name", "wrong", "--model", str(other)
+        ) as worker:
+            _, said = worker.communicate(timeout=LIMIT_S)
+            assert worker.returncode == 2
+            assert "not those of the coordinator" in said
+        small.wait_until_serving(num_workers=1)
+        with DistributedClient(small.address) as client:
+            assert client.generate("Hi", max_new_tokens=3, details=True).token_ids
+
+
+def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None:
+    """The coordinator of a later release is played by this process."""
+
+    async def serve_later_version() -> tuple[int | None, str]:
+        def answer(peer: PeerId, frames: object) -> None:
+            router.send(peer, [b"DLLM\x02", b"\x80"])
+
+        router = Router("127.0.0.1:0", answer, lambda: None)
+        worker = await asyncio.create_subprocess_exec(
+            *COMMAND, "worker", "--coordinator", router.address, stderr=subprocess.PIPE
+        )
+        try:
+            _, said = await worker.communicate()
+        finally:
+            router.close()
+        return worker.returncode, said.decode()
+
+    code, said = asyncio.run(asyncio.wait_for(serve_later_version(), LIMIT_S))
+    assert code == 3
+    assert "version 2, this program version 1" in said
+
+
+# ------------------------------------------------------------------ Ctrl-C
+
+
+def test_ctrl_c_ends_every_verb_cleanly(checkpoint: Path) -> None:
+    coordinator = start("coordinator", str(checkpoint), "--bind", "127.0.0.1:0")
+    assert coordinator.stdout is not None
+    address = coordinator.stdout.readline().strip()
+    worker = start("worker", "--coordinator", address)
+    with DistributedClient(address) as client:
+        eventually(lambda: client.status().state == "serving")
+        writer = start(
+            *("generate", "Hi", "--coordinator", address, "--max-new-tokens", "200"),
+            *("--ignore-eos", "--temperature", "0"),
+        )
+        eventually(lambda: client.status().requests_running == 1)
+        writer.send_signal(signal.SIGINT)
+        _, said = writer.communicate(timeout=LIMIT_S)
+        assert (writer.returncode, said) == (130, "")
+        eventually(lambda: client.status().requests_running == 0)
+    for process in (worker, coordinator):
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=LIMIT_S)
+        assert process.returncode == 130
+        assert "Traceback" not in said

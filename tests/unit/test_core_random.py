@@ -1,0 +1,262 @@
+"""Random schedules of everything that can happen to a cluster, and what must hold in each."""
+
+from collections.abc import Callable
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import (
+    Heartbeat,
+    Pong,
+    Task,
+    TaskFailed,
+    TaskResult,
+    Welcome,
+    WorkerHello,
+)
+from distributed_llm.common.sampling_params import SamplingParams
+from tests.unit.simulation import (
+    BIG,
+    POISON,
+    Answer,
+    Fault,
+    FaultKind,
+    Message,
+    SimClient,
+    SimWorker,
+    World,
+    text_of,
+    with_settings,
+)
+
+_MAX_WORKERS = 7
+_FAULTY: list[type[Message]] = [Task, TaskResult, TaskFailed, Heartbeat, Pong, Welcome, WorkerHello]
+_FAULTS: list[FaultKind] = ["drop", "duplicate", "delay"]
+_PROMPTS = st.lists(st.integers(0, POISON - 1), min_size=1, max_size=24)
+_INDEX = st.integers(0, 1000)
+
+
+class Cluster(RuleBasedStateMachine):
+    """Faults at any moment; the core's invariants are asserted after every event (`World`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_errors = 0  # injected into the running of stages
+        self.submitted: list[tuple[SimClient, Answer]] = []
+
+    @initialize(
+        seed=st.integers(0, 2**16),
+        slow_network=st.booleans(),
+        slow_text=st.booleans(),
+        workers=st.integers(1, 4),
+    )
+    def start(self, seed: int, slow_network: bool, slow_text: bool, workers: int) -> None:
+        self.world = World(
+            with_settings(max_waiting_requests=6),
+            seed=seed,
+            delay_s=(0.001, 0.3) if slow_network else (0.001, 0.002),
+            text_delay_s=0.01 if slow_text else 0.0,
+        )
+        for _ in range(workers):
+            self.join(BIG, fit=True)
+        self.world.client()
+        self.world.run(for_s=2.0)
+
+    # -------------------------------------------------------------- people
+
+    def up(self) -> list[SimWorker]:
+        return [w for w in self.world.workers if w.state == "up"]
+
+    def alive(self) -> list[SimWorker]:
+        return [w for w in self.world.workers if w.state != "dead"]
+
+    def any_up(self) -> bool:
+        return bool(self.up())
+
+    @precondition(lambda self: len(self.alive()) < _MAX_WORKERS)
+    @rule(memory=st.sampled_from([300, BIG, 1200]), fit=st.integers(0, 5).map(bool))
+    def join(self, memory: int, fit: bool) -> None:
+        worker = self.world.worker(f"w{len(self.world.workers)}", memory)
+        if not fit:
+            worker.load_error = StageError("cannot load")
+
+    @rule(
+        prompt=_PROMPTS,
+        length=st.integers(1, 20),
+        seed=st.none() | st.integers(0, 3),
+        stop=st.none() | st.integers(0, 19),
+    )
+    def submit(self, prompt: list[int], length: int, seed: int | None, stop: int | None) -> None:
+        params = SamplingParams(max_new_tokens=length, seed=seed)
+        if stop is not None:
+            whole = Answer(tuple(prompt), params).expected()
+            params = SamplingParams(
+                max_new_tokens=length,
+                seed=seed,
+                stop_strings=(text_of([whole[stop % len(whole)]]), text_of([1, 2])),
+            )
+        self._submit(prompt, params)
+
+    @rule(prompt=_PROMPTS, at=_INDEX)
+    def submit_poison(self, prompt: list[int], at: int) -> None:
+        prompt[at % len(prompt)] = POISON
+        self._submit(prompt, SamplingParams(max_new_tokens=4))
+
+    def _submit(self, prompt: list[int], params: SamplingParams) -> None:
+        client = next(c for c in reversed(self.world.clients) if not c.gone)
+        self.submitted.append((client, client.submit(prompt, params)))
+
+    @precondition(lambda self: self.submitted)
+    @rule(index=_INDEX)
+    def cancel(self, index: int) -> None:
+        client, answer = self.submitted[index % len(self.submitted)]
+        name = next(n for n, a in client.answers.items() if a is answer)
+        client.cancel(name)
+
+    @rule(silently=st.booleans())
+    def client_vanishes(self, silently: bool) -> None:
+        next(c for c in reversed(self.world.clients) if not c.gone).vanish(silently=silently)
+        self.world.client()
+
+    # -------------------------------------------------------------- faults
+
+    @precondition(any_up)
+    @rule(index=_INDEX, silently=st.booleans(), after_tasks=st.integers(0, 6), late=st.booleans())
+    def kill(self, index: int, silently: bool, after_tasks: int, late: bool) -> None:
+        worker = self._pick(index)
+        self._after_tasks(worker, after_tasks, late, lambda: worker.kill(silently=silently))
+
+    @precondition(any_up)
+    @rule(index=_INDEX, after_tasks=st.integers(0, 6), late=st.booleans())
+    def freeze(self, index: int, after_tasks: int, late: bool) -> None:
+        worker = self._pick(index)
+        self._after_tasks(worker, after_tasks, late, worker.freeze)
+
+    @rule(index=_INDEX)
+    def thaw(self, index: int) -> None:
+        frozen = [w for w in self.world.workers if w.state == "frozen"]
+        if frozen:
+            frozen[index % len(frozen)].thaw()
+
+    @precondition(any_up)
+    @rule(index=_INDEX)
+    def leave(self, index: int) -> None:
+        self._pick(index).leave()
+
+    @precondition(any_up)
+    @rule(index=_INDEX, hang=st.booleans())
+    def hang_or_resume(self, index: int, hang: bool) -> None:
+        worker = self._pick(index)
+        if hang:
+            worker.hung = True
+        elif worker.hung:
+            worker.resume()
+
+    @precondition(any_up)
+    @rule(index=_INDEX)
+    def fail_a_task(self, index: int) -> None:
+        self._pick(index).fail_tasks += 1
+        self.num_errors += 1
+
+    @precondition(any_up)
+    @rule(index=_INDEX)
+    def lose_kv_cache(self, index: int) -> None:
+        worker = self._pick(index)
+        if worker.stage is not None:
+            worker.stage.kv.clear()
+            self.num_errors += 1
+
+    @rule(
+        kind=st.sampled_from(_FAULTY),
+        what=st.sampled_from(_FAULTS),
+        count=st.integers(1, 2),
+        delay_s=st.sampled_from([0.1, 2.0, 5.0]),
+    )
+    def break_messages(
+        self, kind: type[Message], what: FaultKind, count: int, delay_s: float
+    ) -> None:
+        self.world.faults.append(Fault(kind, what, count, delay_s=delay_s))
+
+    @rule(seconds=st.sampled_from([0.0, 0.002, 0.005, 0.02, 0.1, 1.0, 5.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.run(for_s=seconds)
+
+    def _pick(self, index: int) -> SimWorker:
+        return self.up()[index % len(self.up())]
+
+    def _after_tasks(
+        self, worker: SimWorker, count: int, late: bool, act: Callable[[], None]
+    ) -> None:
+        """Do `act` now, or when the worker has run `count` more tasks, before or after one."""
+        if count == 0:
+            act()
+            return
+        left = [count]
+
+        def hook(task: Task) -> None:
+            left[0] -= 1
+            if left[0] == 0 and worker.state == "up":
+                act()
+
+        if late:
+            worker.after_task = hook
+        else:
+            worker.before_task = hook
+
+    # -------------------------------------------------------------- the end
+
+    def teardown(self) -> None:
+        """Mend everything; then all must end well, and nothing be left."""
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        world.faults.clear()
+        for worker in world.workers:
+            worker.before_task = worker.after_task = lambda task: None
+            worker.fail_tasks = 0
+            if worker.state == "frozen":
+                worker.thaw()
+            worker.resume()
+        for i in range(2):
+            world.worker(f"mender{i}", 1200)
+        assert world.run(world.all_ended, for_s=600.0), "a request never ended"
+        world.run(for_s=10.0)  # losses of just now are noticed
+        assert world.run(lambda: world.state == "serving", for_s=60.0)
+        last = world.client().submit((1, 2, 3, 4))
+        assert world.run(lambda: last.end is not None)
+        assert last.finish_reason is not None, last.end
+        for client, answer in self.submitted:
+            answer_is_right(answer, client, self.num_errors)
+        world.run(for_s=35.0)  # clients that vanished are forgotten, joiners are used
+        assert world.run(lambda: world.state == "serving", for_s=60.0)
+        world.check_drained()
+
+
+def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
+    """Assert the tokens, and that a failure has a cause."""
+    if POISON in answer.prompt:
+        assert answer.finish_reason is None
+        assert answer.token_ids == []
+        return
+    answer.check()
+    if client.gone or answer.code == "":
+        return
+    causes = {"overloaded", "not_ready", "worker_lost", "not_enough_memory"}
+    if answer.cancelled:
+        causes.add("cancelled")
+    if num_errors >= 2:
+        causes.add("stage_error")
+    assert answer.code in causes, answer.end
+
+
+TestRandomSchedules = Cluster.TestCase
+TestRandomSchedules.settings = settings(
+    max_examples=150,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
