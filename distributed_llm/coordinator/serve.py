@@ -1,6 +1,7 @@
 """From settings to a running coordinator, and to a dry run of its plan."""
 
 import logging
+import socket
 from collections.abc import Callable, Sequence
 
 from distributed_llm.common.architectures import VERIFIED, check_architecture
@@ -11,13 +12,16 @@ from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import WorkerId
-from distributed_llm.common.units import parse_size
+from distributed_llm.common.units import parse_size, split_address
 from distributed_llm.coordinator.core import CoreSettings
 from distributed_llm.coordinator.model import ServedModel, served_model
 from distributed_llm.coordinator.planner import ModelCost, Offer, Plan, make_plan
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 
 logger = logging.getLogger(__name__)
+
+_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+_EVERYWHERE = {"0.0.0.0", "::", "*"}  # noqa: S104 - compared with, not listened on
 
 
 async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
@@ -34,7 +38,15 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
             logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
-        logger.info("workers join with: dllm worker --coordinator %s", address)
+        host, port = split_address(address)
+        if host in _EVERYWHERE:
+            host = socket.gethostname()
+        logger.info("workers join with: dllm worker --coordinator %s:%d", host, port)
+        if host not in _LOOPBACK:
+            logger.warning(
+                "whoever can reach this port can send prompts and join as a worker; the traffic is "
+                "not encrypted. Use it in a network that you trust."
+            )
         on_listening(address)
 
     service = Coordinator(

@@ -193,9 +193,7 @@ class FakeStage:
 
     def _rows(self, task: Task, ids: list[int], frames: tuple[Frame, ...]) -> list[list[int]]:
         """Return [layers passed, position, token, hidden] per token; nothing else may arrive."""
-        positions = [
-            part.start + i for part in task.sequences for i in range(part.num_tokens)
-        ]
+        positions = [part.start + i for part in task.sequences for i in range(part.num_tokens)]
         if self.layers.start == 0:
             assert len(frames) == 1, "the first stage was given hidden states"
             return [
@@ -441,7 +439,9 @@ class World:
             closed_at = max(link.up_at, self.now + self._delay())
             self.at_time(closed_at, lambda: self._do(events.ConnectionClosed()))
 
-    def send_up(self, link: Link, message: FromWorker | FromClient, frames: Sequence[Frame]) -> None:
+    def send_up(
+        self, link: Link, message: FromWorker | FromClient, frames: Sequence[Frame]
+    ) -> None:
         """Send a message to the coordinator."""
         copies, extra_s = self._fate(message, link)
         decoded, tensors = codec.to_coordinator.decode(codec.encode(message, frames))
@@ -459,7 +459,9 @@ class World:
     def _do(self, event: events.Event) -> None:
         self.apply(event)
 
-    def _send_down(self, peer: PeerId, message: ToWorker | ToClient, frames: Sequence[Frame]) -> None:
+    def _send_down(
+        self, peer: PeerId, message: ToWorker | ToClient, frames: Sequence[Frame]
+    ) -> None:
         wire = codec.encode(message, frames)
         link = self._links.get(peer)
         if link is None or not link.open:
@@ -499,8 +501,9 @@ class World:
         """Assert that nothing is left of any request, anywhere."""
         status = self.core.status(now=self.now)
         assert (status.requests_running, status.requests_waiting) == (0, 0)
-        assert status.requests_finished + status.requests_failed == self.num_arrived - status.rejected.get(
-            "duplicate_request", 0
+        assert (
+            status.requests_finished + status.requests_failed
+            == self.num_arrived - status.rejected.get("duplicate_request", 0)
         )
         assert not self._texts
         for worker in self.plan():
@@ -725,7 +728,9 @@ class SimWorker:
             self._apply(event)
         self._work()
 
-    def _do(self, order: agents.Load | agents.Run | agents.Release | agents.Drop) -> agents.Event | None:
+    def _do(
+        self, order: agents.Load | agents.Run | agents.Release | agents.Drop
+    ) -> agents.Event | None:
         match order:
             case agents.Load():
                 return self._load(order)

@@ -15,6 +15,8 @@ from distributed_llm.common.messages import (
     Cancel,
     ClientWelcome,
     Finished,
+    FromClient,
+    FromWorker,
     Generate,
     GetStatus,
     Goodbye,
@@ -727,9 +729,7 @@ def test_task_lost_twice_gives_the_worker_up() -> None:
 
 @pytest.mark.parametrize("kind", [WorkerHello, Welcome, Heartbeat, Pong])
 @pytest.mark.parametrize("what", ["drop", "duplicate"])
-def test_message_of_a_session_is_lost_or_repeated(
-    kind: type[WorkerHello], what: FaultKind
-) -> None:
+def test_message_of_a_session_is_lost_or_repeated(kind: type[WorkerHello], what: FaultKind) -> None:
     world = World()
     world.faults += [Fault(kind, what), Fault(kind, what)]
     world.serving(3)
@@ -923,17 +923,13 @@ def test_model_that_cannot_be_split_stops_the_coordinator() -> None:
 def test_strangers_are_told_to_connect_again() -> None:
     world = World()
     world.serving(2)
-    messages = [
+    messages: list[FromWorker | FromClient] = [
         Ping(),
         Cancel(request_id="x"),
         GetStatus(),
-        Heartbeat(
-            epoch=1, progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
-        ),
+        Heartbeat(epoch=1, progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0),
         StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=0),
-        TaskResult(
-            epoch=1, step=0, attempt=0, credits=1, compute_s=0.0, queued_s=0.0, tensors=()
-        ),
+        TaskResult(epoch=1, step=0, attempt=0, credits=1, compute_s=0.0, queued_s=0.0, tensors=()),
         TaskFailed(epoch=1, step=0, attempt=0, credits=1, code="x", message="x"),
     ]
     for message in messages:
@@ -952,10 +948,11 @@ def test_workers_may_not_ask_and_clients_may_not_work() -> None:
     worker, _ = world.serving(2)
     client = world.client()
     world.run(for_s=0.1)
-    for peer, message in (
+    questions: list[tuple[PeerId, FromWorker | FromClient]] = [
         (worker.link.peer, GetStatus()),
         (client.link.peer, StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=0)),
-    ):
+    ]
+    for peer, message in questions:
         (send,) = world.core.handle(events.Received(peer, message), now=world.now)
         assert isinstance(send, events.Send)
         assert isinstance(send.message, Refused)
@@ -979,9 +976,7 @@ def test_garbage_is_counted_and_harms_nobody() -> None:
 def test_other_protocol_version_is_refused_by_name() -> None:
     world = World()
     error = ProtocolMismatch("version 2")
-    actions = world.core.handle(
-        events.Garbage(PeerId(b"?"), error.code, error), now=world.now
-    )
+    actions = world.core.handle(events.Garbage(PeerId(b"?"), error.code, error), now=world.now)
     (send,) = [a for a in actions if isinstance(a, events.Send)]
     assert isinstance(send.message, Refused)
     assert send.message.code == "unsupported_version"

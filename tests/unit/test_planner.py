@@ -241,7 +241,7 @@ def test_message_when_there_is_enough_in_pieces_too_small() -> None:
 @pytest.mark.parametrize("strategy", ["even", "custom"])
 def test_worker_given_too_much_is_named(strategy: Strategy) -> None:
     layers = {"w0": LayerRange(0, 3), "w1": LayerRange(3, 6)}
-    with pytest.raises(NotEnoughMemory, match=r"Worker w1 would hold layers 3-5.*300 bytes.*250"):
+    with pytest.raises(NotEnoughMemory, match=r"Worker w1 would hold layers 3-6.*300 bytes.*250"):
         make_plan(model(), offers(999, 250), strategy=strategy, kv_tokens=0, layers=layers)
 
 

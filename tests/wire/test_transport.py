@@ -365,30 +365,33 @@ async def test_a_waiting_send_does_not_swallow_what_arrives() -> None:
 @on_loop
 async def test_receiving_does_not_swallow_that_there_is_room_to_send() -> None:
     """The other end makes room at the very moment between trying to send and receiving."""
-    sent = 400
+    total = 400
+    connects = Inbox()
+    numbers: list[bytes] = []
     with raw_sockets() as raw:
         router = raw(zmq.ROUTER, rcvhwm=1)
         port = router.bind_to_random_port("tcp://127.0.0.1")
-        numbers: list[bytes] = []
-
-        def take(until: int) -> None:
-            while len(numbers) < until:
-                numbers.append(router.recv_multipart()[1])
 
         def on_message(frames: list[Any]) -> None:
-            take(sent - len(dealer._outbox))  # all that is on its way
-            select.select([dealer._pump._fd], [], [])
+            while len(numbers) < total - len(dealer._outbox):  # all that is on its way
+                numbers.append(router.recv_multipart()[1])
+            select.select([dealer._pump._fd], [], [])  # the news that there is room is here
 
-        dealer = Dealer(f"127.0.0.1:{port}", on_message, lambda: None, lambda: None)
+        dealer = Dealer(f"127.0.0.1:{port}", on_message, connects.put, lambda: None)
         try:
+            await connects.until(1)
             dealer.send([b"hello"])
-            peer = (await asyncio.to_thread(router.recv_multipart))[0]
-            for number in range(sent):
+            await come_true(lambda: bool(router.poll(0)))
+            peer = router.recv_multipart()[0]
+            for number in range(total):
                 dealer.send([b"%d" % number, bytes(1 << 17)])
             assert dealer._outbox
             router.send_multipart([peer, b"read"])
-            await asyncio.to_thread(take, sent)
-            assert numbers == [b"%d" % number for number in range(sent)]
+            await come_true(lambda: bool(numbers))
+            while len(numbers) < total:
+                await come_true(lambda: bool(router.poll(0)))
+                numbers.append(router.recv_multipart()[1])
+            assert numbers == [b"%d" % number for number in range(total)]
         finally:
             dealer.close()
 
@@ -450,7 +453,7 @@ async def test_a_killed_coordinator_is_noticed_after_its_last_message() -> None:
             await below.connects.until(1)
             dealer.send([b"hello"])
             await readable(dealer._pump._fd)
-            killed.kill()  # the loop is held meanwhile: it learns of the loss and of messages at once
+            killed.kill()  # the loop is held: it learns of the messages and the loss at once
             killed.wait()
             await below.losses.until(1)
             assert [frames for (frames,) in below.heard] == [[b"one"], [b"two"], [b"last"]]

@@ -1,0 +1,133 @@
+"""Who is connected, and who has been silent for too long."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from distributed_llm.common.messages import Heartbeat, WorkerHello
+from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator.registry import CLIENT_SILENCE_S, Registry, Worker
+from tests.unit.simulation import capabilities
+
+A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
+
+
+@pytest.fixture
+def registry() -> Iterator[Registry]:
+    made = Registry(silence_timeout_s=4.0)
+    yield made
+    made.validate()
+
+
+def join(registry: Registry, peer: PeerId, name: str = "pc", now: float = 0.0) -> Worker:
+    hello = WorkerHello(name=name, capabilities=capabilities())
+    return registry.add_worker(peer, hello, now=now)
+
+
+def test_knows_who_said_hello(registry: Registry) -> None:
+    assert not registry.knows(A)
+    worker = join(registry, A)
+    registry.add_client(B, now=0.0)
+    assert registry.knows(A)
+    assert registry.knows(B)
+    assert registry.worker(A) is worker
+    assert registry.worker(B) is None
+    assert registry.is_client(B)
+    assert not registry.is_client(A)
+    assert list(registry.peers) == [A, B]
+    assert registry.workers == [worker]
+
+
+def test_taken_names_get_a_number_and_free_ones_do_not(registry: Registry) -> None:
+    assert [join(registry, p).id for p in (A, B, C)] == ["pc", "pc-2", "pc-3"]
+    registry.remove(B)
+    assert join(registry, B).id == "pc-2"
+
+
+def test_longest_names_stay_names(registry: Registry) -> None:
+    first, second = join(registry, A, "x" * 64), join(registry, B, "x" * 64)
+    assert first.id != second.id
+    assert len(second.id) <= 64
+
+
+def test_remove(registry: Registry) -> None:
+    worker = join(registry, A)
+    registry.add_client(B, now=0.0)
+    assert registry.remove(A) is worker
+    assert registry.remove(A) is None
+    assert registry.remove(B) is None
+    assert not registry.knows(B)
+    assert registry.next_deadline() is None
+
+
+def test_worker_is_silent_after_the_timeout(registry: Registry) -> None:
+    join(registry, A, now=10.0)
+    assert registry.next_deadline() == 14.0
+    assert registry.silent(now=13.999) == []
+    assert registry.silent(now=14.0) == [A]
+
+
+def test_any_message_is_a_sign_of_life(registry: Registry) -> None:
+    join(registry, A, now=10.0)
+    join(registry, B, now=11.0)
+    registry.heard(A, now=13.0)
+    registry.heard(C, now=13.0)  # nobody
+    assert registry.next_deadline() == 15.0
+    assert registry.silent(now=15.0) == [B]
+    assert registry.silent(now=17.0) == [A, B]
+
+
+def test_clients_may_be_silent_for_longer(registry: Registry) -> None:
+    registry.add_client(A, now=10.0)
+    assert registry.silent(now=10.0 + CLIENT_SILENCE_S - 0.001) == []
+    registry.heard(A, now=20.0)
+    assert registry.next_deadline() == 20.0 + CLIENT_SILENCE_S
+    assert registry.silent(now=20.0 + CLIENT_SILENCE_S) == [A]
+
+
+def beat(*, waiting: int = 0, age_s: float = 0.0) -> Heartbeat:
+    return Heartbeat(
+        epoch=1, progress_age_s=age_s, tasks_waiting=waiting, memory_used_bytes=5, kv_bytes=7
+    )
+
+
+def test_heartbeat_is_kept_and_shown(registry: Registry) -> None:
+    worker = join(registry, A, now=1.0)
+    registry.heartbeat(A, beat())
+    status = worker.status(now=3.5)
+    assert (status.memory_used_bytes, status.kv_bytes, status.last_heard_s) == (5, 7, 2.5)
+    assert (status.name, status.state, status.layers) == ("pc", "idle", None)
+    assert worker.status(now=0.5).last_heard_s == 0.0
+
+
+def test_progress_matters_only_where_there_are_tasks(registry: Registry) -> None:
+    worker = join(registry, A)
+    registry.heartbeat(A, beat(waiting=1, age_s=9.0))
+    assert worker.progress_age_s == 9.0
+    registry.heartbeat(A, beat(waiting=0, age_s=9.0))
+    assert worker.progress_age_s == 0.0
+
+
+def test_assign_and_take_away(registry: Registry) -> None:
+    worker = join(registry, A)
+    worker.count_task(1.0, 1)
+    worker.assign(LayerRange(0, 3))
+    assert (worker.state, worker.layers, worker.seconds_per_token) == (
+        "loading",
+        LayerRange(0, 3),
+        None,
+    )
+    registry.validate()
+    worker.assign(None)
+    assert (worker.state, worker.layers) == ("idle", None)
+
+
+def test_time_per_token_is_a_running_mean_over_decodes(registry: Registry) -> None:
+    worker = join(registry, A)
+    worker.count_task(100.0, 0)  # part of a prompt
+    assert worker.seconds_per_token is None
+    worker.count_task(4.0, 2)
+    assert worker.seconds_per_token == 2.0
+    worker.count_task(1.0, 1)
+    assert worker.seconds_per_token == pytest.approx(0.8 * 2.0 + 0.2 * 1.0)
+    assert (worker.tasks_done, worker.compute_s) == (3, 105.0)
