@@ -61,6 +61,8 @@ nothing on text that `scripts/story_grammar.py` draws at random. No other data w
 {seed}, {steps} steps; {loss:.3f} nats per token on held-out stories.
 
 Start a text ("Once upon a time", "The old robot") or chat ("Tell me a story about a dragon.").
+In a chat it keeps to the first character asked for; a second one, or a thing, it often forgets,
+and words it does not know it often misspells.
 
 Licence: Apache-2.0, like the rest of the repository.
 """
