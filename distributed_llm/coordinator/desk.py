@@ -237,7 +237,7 @@ class Desk:
             request.failures += 1
             request.alone = True
             limit = _MAX_MISSING if missing else _MAX_FAILURES
-            if request.failures >= limit and (len(step.requests) == 1 or missing):
+            if request.failures >= limit:
                 error = StageError(
                     f"Worker {worker} failed on this request {request.failures} times: "
                     f"{failure.message} Look into the worker's log."
@@ -250,8 +250,6 @@ class Desk:
         actions: list[Action] = []
         for step in steps:
             for request in step.requests:
-                if request.phase is not Phase.RUNNING:
-                    continue
                 request.losses += 1
                 request.alone = True
                 if request.losses >= _MAX_LOSSES:

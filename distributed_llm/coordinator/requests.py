@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, TypeVar
 
+import msgspec
+
 from distributed_llm.common.errors import (
     ContextLengthExceeded,
     InvalidRequest,
@@ -240,16 +242,7 @@ class Request:
         assert limits is not None
         if self.num_new_tokens >= limits.min_new_tokens or not limits.eos_token_ids:
             return limits.sampling
-        plain = limits.sampling
-        return Sampling(
-            temperature=plain.temperature,
-            top_k=plain.top_k,
-            top_p=plain.top_p,
-            min_p=plain.min_p,
-            repetition_penalty=plain.repetition_penalty,
-            seed=plain.seed,
-            suppressed=limits.eos_token_ids,
-        )
+        return msgspec.structs.replace(limits.sampling, suppressed=limits.eos_token_ids)
 
     def append(self, token_id: int, *, now: float) -> None:
         """Take the next token of the answer; it may end the answer."""

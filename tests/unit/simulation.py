@@ -284,6 +284,7 @@ class World:
         self._serial = 0
         self._texts: dict[RequestKey, FakeDetokenizer] = {}
         self._text_at = 0.0
+        self._forgotten: set[RequestKey] = set()
 
     # -------------------------------------------------------------- people
 
@@ -404,6 +405,9 @@ class World:
                 case events.Send(peer=peer, message=message, frames=frames):
                     self._send_down(peer, message, frames)
                 case events.Tokenize() | events.Detokenize() | events.Forget():
+                    assert action.key not in self._forgotten, f"{action} after the end"
+                    if isinstance(action, events.Forget):
+                        self._forgotten.add(action.key)
                     self._text_at = max(self._text_at, self.now) + self.text_delay_s
                     self.at_time(self._text_at, lambda order=action: self._text(order))  # type: ignore[misc]
                 case events.Log(text=text):

@@ -26,6 +26,7 @@ from distributed_llm.common.messages import (
     Ping,
     Pong,
     Refused,
+    StageFailed,
     StageReady,
     StatusReport,
     Task,
@@ -490,12 +491,14 @@ def test_min_workers_are_waited_for() -> None:
 
 
 def test_joiner_is_used_once_nothing_runs() -> None:
-    world = World()
+    world = World(with_settings(settle_s=0.01))
     world.serving(2)
     client = world.client()
     answer = client.submit(LONG, SamplingParams(max_new_tokens=60, ignore_eos=True))
     world.run(lambda: len(answer.token_ids) == 2)
     world.worker("w2")
+    world.run(lambda: len(answer.token_ids) == 30)
+    world.faults.append(Fault(Task, "drop"))  # timers run
     world.run(lambda: len(answer.token_ids) == 58)
     assert world.epoch == 1
     finish(world, answer)
@@ -626,6 +629,7 @@ def test_cancel_frees_every_stage(at_token: int, wait_s: float) -> None:
     if answer.code:
         assert answer.code == "cancelled"
     answer.check()
+    assert not any("failed a step" in line for line in world.logs)  # freed too early
 
 
 @pytest.mark.parametrize("at_token", [0, 3])
@@ -780,7 +784,62 @@ def test_results_of_an_older_epoch_are_dropped() -> None:
     assert world.rejected["stale_epoch"] >= 1
 
 
+def test_what_workers_say_of_older_epochs_is_counted_and_no_more() -> None:
+    world = World()
+    _, worker, victim = world.serving(3)
+    victim.kill()
+    assert world.run(lambda: world.epoch == 2 and world.state == "serving")
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    result = TaskResult(
+        epoch=1, step=2, attempt=0, credits=1, compute_s=0.0, queued_s=0.0, tensors=()
+    )
+    messages: list[FromWorker] = [
+        result,
+        TaskFailed(epoch=1, step=2, attempt=0, credits=1, code="stage_error", message="x"),
+        StageFailed(epoch=1, code="stage_error", message="x"),
+        StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=1),
+        StageReady(epoch=2, credits=2, load_s=0.0, weight_bytes=1),  # it is served already
+    ]
+    before = world.rejected.get("stale_epoch", 0)
+    for message in messages:
+        assert world.apply(events.Received(worker.link.peer, message)) == []
+    assert world.rejected["stale_epoch"] == before + len(messages)
+    finish(world, answer)
+    assert world.epoch == 2
+
+
+def test_older_layers_that_are_ready_are_not_the_new_ones() -> None:
+    world = World()
+    workers = [world.worker(f"w{i}") for i in range(4)]
+    for worker in workers:
+        worker.load_s = 1.0
+    assert world.run(lambda: world.state == "loading")
+    workers[0].kill()
+    assert world.run(lambda: world.epoch == 2)
+    for worker in workers[1:]:
+        ready = StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=1)
+        world.apply(events.Received(worker.link.peer, ready))
+        failed = StageFailed(epoch=1, code="stage_error", message="x")
+        world.apply(events.Received(worker.link.peer, failed))
+    assert world.state == "loading"
+    finish(world, world.client().submit(LONG))
+    assert world.epoch == 2
+
+
 # ------------------------------------------------------------------ stages fail
+
+
+def test_lonely_request_whose_step_fails_once_is_run_again() -> None:
+    world = World()
+    _, worker, _ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    for _ in range(2):  # once each, not twice in a row
+        worker.fail_tasks = 1
+        count = len(answer.token_ids)
+        world.run(lambda count=count: len(answer.token_ids) > count + 1)  # type: ignore[misc]
+    finish(world, answer)
 
 
 def test_step_that_fails_once_is_run_again() -> None:

@@ -253,7 +253,7 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
 
 TestRandomSchedules = Cluster.TestCase
 TestRandomSchedules.settings = settings(
-    max_examples=150,
+    max_examples=200,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,

@@ -236,12 +236,12 @@ def test_ignore_eos_goes_on_and_suppresses_nothing() -> None:
 
 
 def test_eos_is_suppressed_until_min_new_tokens() -> None:
-    limits = limits_of(min_new_tokens=2, max_new_tokens=5, temperature=0.7, top_k=3, seed=5)
+    shape = {"temperature": 0.7, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2}
+    limits = limits_of(min_new_tokens=2, max_new_tokens=5, seed=5, **shape)  # type: ignore[arg-type]
     request = request_of(limits)
     for _ in range(2):
         sampling = request.next_sampling()
-        assert sampling.suppressed == (2,)
-        assert (sampling.temperature, sampling.top_k, sampling.seed) == (0.7, 3, 5)
+        assert sampling == Sampling(0.7, 3, 0.8, 0.1, 1.2, 5, suppressed=(2,))
         request.append(9, now=2.0)
     assert request.next_sampling() == limits.sampling
     assert request.next_sampling().suppressed == ()
