@@ -14,10 +14,16 @@ from typing import IO, Any, Self
 import psutil
 
 from distributed_llm.client.client import DistributedClient
-from distributed_llm.common.errors import ConfigError, DistributedLLMError, error_from_wire
+from distributed_llm.common.errors import (
+    ConfigError,
+    ConnectionFailed,
+    DistributedLLMError,
+    error_from_wire,
+)
 from distributed_llm.common.messages import ClusterStatus
 
 _POLL_S = 0.05
+_CONNECT_S = 1.0
 _KILL_AFTER_S = 5.0
 _SHARE_OF_MEMORY = 0.8
 _LOG_TAIL = 8000
@@ -208,20 +214,35 @@ class LocalCluster:
             DistributedLLMError: a process failed, or it took longer than `start_timeout_s`.
         """
         give_up_at = time.monotonic() + self._start_timeout_s
-        with DistributedClient(self.address, connect_timeout_s=self._start_timeout_s) as client:
+        with DistributedClient(self.address, connect_timeout_s=_CONNECT_S) as client:
             while True:
-                self._check_processes()
-                status = client.status()
-                serving = sum(worker.state == "serving" for worker in status.workers)
-                if status.state == "serving" and num_workers in (None, serving):
-                    return status
+                status = self._status(client)
+                if status and status.state == "serving":
+                    serving = sum(worker.state == "serving" for worker in status.workers)
+                    if num_workers in (None, serving):
+                        return status
                 if time.monotonic() > give_up_at:
-                    raise DistributedLLMError(
-                        f"The cluster does not serve after {self._start_timeout_s:g} s: it is "
-                        f"{status.state}. {status.note} Last events: "
-                        f"{'; '.join(status.events[-5:])}"
-                    )
+                    raise self._too_late(status)
                 time.sleep(_POLL_S)
+
+    def _status(self, client: DistributedClient) -> ClusterStatus | None:
+        """Return the status, or None if the coordinator runs but does not answer yet."""
+        self._check_processes()
+        try:
+            return client.status()
+        except ConnectionFailed:
+            self._check_processes()
+            return None
+
+    def _too_late(self, status: ClusterStatus | None) -> DistributedLLMError:
+        why = (
+            f"It is {status.state}. {status.note} Last events: {'; '.join(status.events)}"
+            if status
+            else "Its coordinator does not answer."
+        )
+        return DistributedLLMError(
+            f"The cluster does not serve after {self._start_timeout_s:g} s. {why}"
+        )
 
     def close(self) -> None:
         """End all processes."""

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -181,30 +181,47 @@ class Checkpoint:
             return tensor.nbytes
         return math.prod(tensor.shape) * ITEM_BYTES[dtype]
 
-    def digest(self, layers: LayerRange, *, sampled: bool = True) -> str:
-        """Return a name for these weights: equal on machines that hold the same ones.
+    def fingerprints(self, layers: LayerRange, *, sampled: bool) -> dict[str, str]:
+        """Return a name for each tensor of `layers` that tells it from others of its name.
 
-        Covers config.json, names, dtypes and shapes of the tensors of `layers` and, if `sampled`,
-        the first 4 KiB of each. It finds the wrong checkpoint, not a forged one.
+        Covers dtype, shape and, if `sampled`, the first 4 KiB. It finds the wrong checkpoint, not a
+        forged one.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         by_file: dict[str, list[TensorInfo]] = {}
-        for tensor in sorted(self.tensors_of(layers), key=lambda t: t.name):
-            digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+        for tensor in self.tensors_of(layers):
             by_file.setdefault(tensor.file, []).append(tensor)
-        if sampled:
-            for name, tensors in sorted(by_file.items()):
-                try:
-                    with open(self.folder / name, "rb") as file:
-                        for tensor in tensors:
-                            file.seek(tensor.offset)
-                            digest.update(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
-                except OSError as exc:
-                    raise CheckpointError(f"{self.folder / name} cannot be read: {exc}") from exc
+        prints: dict[str, str] = {}
+        for name, tensors in by_file.items():
+            samples = self._samples(name, tensors) if sampled else [b""] * len(tensors)
+            for tensor, sample in zip(tensors, samples, strict=True):
+                named = f"{tensor.name} {tensor.dtype} {tensor.shape} ".encode()
+                prints[tensor.name] = hashlib.sha256(named + sample).hexdigest()
+        return prints
+
+    def digest(self, layers: LayerRange, fingerprints: Mapping[str, str]) -> str:
+        """Return a name for config.json and the weights of `layers`. Reads nothing.
+
+        Args:
+            fingerprints: of these tensors at least.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(tensor.name for tensor in self.tensors_of(layers)):
+            digest.update(fingerprints[name].encode())
         return digest.hexdigest()
+
+    def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
+        samples = []
+        try:
+            with open(self.folder / name, "rb") as file:
+                for tensor in tensors:
+                    file.seek(tensor.offset)
+                    samples.append(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
+        except OSError as exc:
+            raise CheckpointError(f"{self.folder / name} cannot be read: {exc}.") from exc
+        return samples
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

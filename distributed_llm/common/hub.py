@@ -21,9 +21,9 @@ from distributed_llm.common.checkpoint import (
     SINGLE_NAME,
     Checkpoint,
     TensorInfo,
-    read_header,
     open_checkpoint,
     read_config,
+    read_header,
 )
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import ModelSource
@@ -107,8 +107,8 @@ def resolve_for_worker(
     return _hub_checkpoint(source.name, folder)
 
 
-def weights_digest(source: ModelSource, checkpoint: Checkpoint, layers: LayerRange) -> str:
-    """Return the name of the weights of `layers` by which both sides know that they are the same.
+def fingerprints(source: ModelSource, checkpoint: Checkpoint, layers: LayerRange) -> dict[str, str]:
+    """Return the names of the tensors of `layers` by which both sides know they hold the same.
 
     The commit of a hub model says what its files hold, so only there the weights are not looked
     at: the coordinator does not have them.
@@ -116,7 +116,7 @@ def weights_digest(source: ModelSource, checkpoint: Checkpoint, layers: LayerRan
     Raises:
         CheckpointError: a file cannot be read.
     """
-    return checkpoint.digest(layers, sampled=source.kind != "hub")
+    return checkpoint.fingerprints(layers, sampled=source.kind != "hub")
 
 
 def _builtin_folder() -> Path:

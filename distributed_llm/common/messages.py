@@ -86,7 +86,7 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     """Worker -> coordinator: the layers of `epoch` are loaded; grants the first credits."""
 
     epoch: Count
-    credits: Credits
+    credits: Annotated[int, Meta(ge=1, le=64)]
     load_s: Seconds
     weight_bytes: Count
 
@@ -169,7 +169,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     KV cache of older epochs is dropped even if the layers are the same.
 
     Attributes:
-        digest: what `Checkpoint.digest(layers)` must be on the worker.
+        digest: what `Checkpoint.digest` of the layers must be on the worker.
         dtype: of weights, KV cache and activations.
         kv_tokens: positions of all sequences together that the KV cache must have room for.
     """

@@ -87,6 +87,7 @@ class Pipeline:
         epoch: of the plan.
         stages: worker, layers and first credits of each stage, in the order of the layers.
         hidden_size: numbers per token between stages.
+        vocab_size: token ids are below this.
         first_step: number of the first step.
         task_timeout_s: lease of a task without progress.
     """
@@ -97,6 +98,7 @@ class Pipeline:
         stages: Sequence[tuple[PeerId, LayerRange, int]],
         *,
         hidden_size: int,
+        vocab_size: int,
         first_step: int,
         task_timeout_s: float,
     ) -> None:
@@ -104,6 +106,7 @@ class Pipeline:
         self._stages = [_Stage(*stage) for stage in stages]
         self._index = {stage.peer: i for i, stage in enumerate(self._stages)}
         self._hidden_size = hidden_size
+        self._vocab_size = vocab_size
         self.next_step = first_step
         self._task_timeout_s = task_timeout_s
         self._travels: dict[int, _Travel] = {}
@@ -112,6 +115,17 @@ class Pipeline:
     def steps(self) -> list[Step]:
         """The steps in flight."""
         return [travel.step for travel in self._travels.values()]
+
+    @property
+    def peers(self) -> list[PeerId]:
+        """The workers of all stages, in the order of the layers."""
+        return [stage.peer for stage in self._stages]
+
+    def step_at(self, peer: PeerId, number: int) -> Step | None:
+        """Return the step of this number if the worker at `peer` is computing it."""
+        travel = self._travels.get(number)
+        here = travel is not None and travel.stage == self._index.get(peer)
+        return travel.step if travel and here and travel.deadline is not None else None
 
     def steps_at(self, peer: PeerId) -> list[Step]:
         """Return the steps that the worker at `peer` was given."""
@@ -138,12 +152,9 @@ class Pipeline:
             return [], Dropped("foreign_result")
         if travel is None:
             return [], Dropped("late_result")
-        self._stages[stage].credits = min(
-            _MAX_CREDITS, self._stages[stage].credits + answer.credits
-        )
-        sends = self._dispatch(stage, now)
+        sends = self._grant(stage, answer.credits, now)
         if stage == len(self._stages) - 1:
-            wrong = self._wrong_tokens(travel, answer)
+            wrong = self._wrong_tokens(travel, answer, frames)
         else:
             wrong = self._wrong_activations(travel, answer)
         if wrong:
@@ -177,10 +188,7 @@ class Pipeline:
             return [], Dropped("foreign_result")
         if travel is None:
             return [], Dropped("late_result")
-        self._stages[stage].credits = min(
-            _MAX_CREDITS, self._stages[stage].credits + answer.credits
-        )
-        sends = self._dispatch(stage, now)
+        sends = self._grant(stage, answer.credits, now)
         return sends, self._break(travel, answer)
 
     def progress(self, peer: PeerId, age_s: float, *, now: float) -> None:
@@ -208,6 +216,11 @@ class Pipeline:
                 travel.attempt += 1
                 sends.append(self._send(travel, now))
         return sends, given_up
+
+    def _grant(self, stage: int, credits: int, now: float) -> list[SendTask]:
+        at = self._stages[stage]
+        at.credits = min(_MAX_CREDITS, at.credits + credits)
+        return self._dispatch(stage, now)
 
     def _dispatch(self, stage: int, now: float) -> list[SendTask]:
         at = self._stages[stage]
@@ -245,10 +258,14 @@ class Pipeline:
         del self._travels[travel.number]
         return StepBroken(travel.step, failure)
 
-    def _wrong_tokens(self, travel: _Travel, answer: TaskResult) -> str:
+    def _wrong_tokens(self, travel: _Travel, answer: TaskResult, frames: tuple[Frame, ...]) -> str:
         count = len(travel.step.sampling)
         wanted = (TensorSpec("int32", (count,)),) if count else ()
-        return "" if answer.tensors == wanted else f"token ids {_specs(answer)}, expected {count}"
+        if answer.tensors != wanted:
+            return f"token ids {_specs(answer)}, expected {count}"
+        ids = token_ids_of_frame(frames[0]) if frames else []
+        strange = [token for token in ids if not 0 <= token < self._vocab_size]
+        return f"token id {strange[0]} is not in the vocabulary" if strange else ""
 
     def _wrong_activations(self, travel: _Travel, answer: TaskResult) -> str:
         shape = (len(travel.step.token_ids), self._hidden_size)

@@ -20,7 +20,7 @@ from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.core import Core, CoreSettings
+from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
@@ -39,6 +39,7 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.placement import CoreSettings
 from distributed_llm.coordinator.requests import RequestKey
 from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 

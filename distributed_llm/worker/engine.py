@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import CheckpointMismatch, DistributedLLMError, StageError
-from distributed_llm.common.hub import resolve_for_worker, weights_digest
+from distributed_llm.common.hub import fingerprints, resolve_for_worker
 from distributed_llm.common.messages import LoadStage
 from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
 from distributed_llm.worker.agent import (
@@ -186,8 +186,8 @@ class Engine:
 
     def _load_stage(self, order: LoadStage) -> Stage:
         checkpoint = resolve_for_worker(order.source, order.layers, local_model=self._local_model)
-        digest = weights_digest(order.source, checkpoint, order.layers)
-        if digest != order.digest:
+        prints = fingerprints(order.source, checkpoint, order.layers)
+        if checkpoint.digest(order.layers, prints) != order.digest:
             raise CheckpointMismatch(
                 f"The weights of layers {order.layers} in {checkpoint.folder} are not those of the "
                 "coordinator: they would give other text. Copy the coordinator's checkpoint to "

@@ -127,7 +127,7 @@ def test_without_workers_requests_fail_clearly_and_a_new_worker_heals(checkpoint
         stream = client.stream(PROMPT, max_new_tokens=200, **OPEN_END)
         next(stream)
         cluster.workers[0].kill()
-        with pytest.raises(WorkerLost, match=r"worker-1 is gone.*Start one"):
+        with pytest.raises(WorkerLost, match=r"worker-1 serves its layers no longer.*Start one"):
             list(stream)
         with pytest.raises(NotReady, match="No worker is there"):
             client.generate(PROMPT)

@@ -54,8 +54,9 @@ from distributed_llm.common.tensors import (
 )
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
-from distributed_llm.coordinator.core import Core, CoreSettings
+from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.placement import CoreSettings
 from distributed_llm.coordinator.planner import ModelCost
 from distributed_llm.coordinator.requests import GenerationDefaults, RequestKey
 from distributed_llm.worker import agent as agents

@@ -757,8 +757,8 @@ def test_credits_do_not_grow_by_repeated_answers() -> None:
     client.submit(LONG, SamplingParams(max_new_tokens=40, ignore_eos=True))
     world.faults.append(Fault(TaskResult, "duplicate", 20))
     world.run(world.all_ended)
-    assert world.core._pipeline is not None
-    assert [stage.credits for stage in world.core._pipeline._stages] == [2, 2]
+    assert world.core._placement.pipeline is not None
+    assert [stage.credits for stage in world.core._placement.pipeline._stages] == [2, 2]
     assert first.state == "up"
 
 

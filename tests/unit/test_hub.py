@@ -320,8 +320,10 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
     wanted = [SHARDS[i] for i in shards]
     assert sorted(name for name in fake.bodies if name.endswith(".safetensors")) == wanted
     assert weights_in(theirs.folder) == wanted
-    assert theirs.digest(layers, sampled=False) == ours.digest(layers, sampled=False)
-    assert theirs.digest(layers) == open_checkpoint(fake.folder).digest(layers)
+    assert theirs.fingerprints(layers, sampled=False) == ours.fingerprints(layers, sampled=False)
+    assert theirs.fingerprints(layers, sampled=True) == open_checkpoint(fake.folder).fingerprints(
+        layers, sampled=True
+    )
 
 
 def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +333,7 @@ def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.Monk
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again, checkpoint = hub.resolve_for_coordinator(NAME)
     assert again == source
-    assert checkpoint.digest(LayerRange(0, 4), sampled=False) == ours.digest(
+    assert checkpoint.fingerprints(LayerRange(0, 4), sampled=False) == ours.fingerprints(
         LayerRange(0, 4), sampled=False
     )
     assert hub.resolve_for_worker(source, LayerRange(0, 2)) == theirs
@@ -343,17 +345,19 @@ def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
     hub.resolve_for_worker(source, LayerRange(0, 4))
     _, checkpoint = hub.resolve_for_coordinator(NAME)
     whole = open_checkpoint(fake.folder)
-    assert checkpoint.digest(LayerRange(0, 4)) == whole.digest(LayerRange(0, 4))
+    assert checkpoint.fingerprints(LayerRange(0, 4), sampled=True) == whole.fingerprints(
+        LayerRange(0, 4), sampled=True
+    )
 
 
 def test_weights_have_one_name_with_and_without_them_on_disk(fake: FakeHub) -> None:
     source, without = hub.resolve_for_coordinator(NAME)
-    with_weights = hub.resolve_for_worker(source, LayerRange(0, 1))
-    names = {
-        hub.weights_digest(source, held, LayerRange(0, 1)) for held in (without, with_weights)
-    }
-    assert len(names) == 1
-    assert hub.weights_digest(source, without, LayerRange(1, 2)) not in names
+    layers = LayerRange(0, 1)
+    here = hub.resolve_for_worker(source, layers)
+    everything = hub.fingerprints(source, without, LayerRange(0, 4))
+    name = here.digest(layers, hub.fingerprints(source, here, layers))
+    assert name == without.digest(layers, everything)
+    assert name != without.digest(LayerRange(1, 2), everything)
 
 
 def test_an_index_that_names_a_file_in_another_folder(fake: FakeHub) -> None:
@@ -392,7 +396,9 @@ def test_an_interrupted_download_is_reported_and_taken_up_again(fake: FakeHub) -
     fake.cut_after = None
     layers = LayerRange(0, 1)
     checkpoint = hub.resolve_for_worker(source, layers)
-    assert checkpoint.digest(layers) == open_checkpoint(fake.folder).digest(layers)
+    assert checkpoint.fingerprints(layers, sampled=True) == open_checkpoint(
+        fake.folder
+    ).fingerprints(layers, sampled=True)
 
 
 def test_a_file_cut_short_on_the_disk_is_found(fake: FakeHub) -> None:

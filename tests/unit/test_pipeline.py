@@ -21,6 +21,7 @@ from distributed_llm.coordinator.requests import Request
 from distributed_llm.coordinator.scheduler import Step
 
 HIDDEN = 4
+VOCAB = 50
 PEERS = [PeerId(b"a"), PeerId(b"b"), PeerId(b"c")]
 EPOCH = 7
 
@@ -29,7 +30,14 @@ Outcome = StepDone | StepBroken | Dropped | None
 
 def pipeline(credits: int = 2, first_step: int = 0) -> Pipeline:
     stages = [(peer, LayerRange(i, i + 1), credits) for i, peer in enumerate(PEERS)]
-    return Pipeline(EPOCH, stages, hidden_size=HIDDEN, first_step=first_step, task_timeout_s=10.0)
+    return Pipeline(
+        EPOCH,
+        stages,
+        hidden_size=HIDDEN,
+        vocab_size=VOCAB,
+        first_step=first_step,
+        task_timeout_s=10.0,
+    )
 
 
 def step(number: int = 0, tokens: int = 3, *, samples: bool = True) -> Step:
@@ -374,3 +382,16 @@ def test_wrong_token_ids_break_the_step(tensors: tuple[TensorSpec, ...]) -> None
     assert sends == []
     assert isinstance(outcome, StepBroken)
     assert "expected 1" in outcome.failure.message
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_a_token_outside_the_vocabulary_breaks_the_step(token: int) -> None:
+    line = pipeline()
+    (task,) = line.begin(step(), now=0.0)
+    for peer in PEERS[:2]:
+        result, frames = answer(task)
+        (task,), _ = line.result(peer, result, tuple(frames), now=0.0)
+    result, frames = answer(task, tensors=(TensorSpec("int32", (1,)),))
+    _, broken = line.result(PEERS[2], result, (frame_of_token_ids([token])[1],), now=0.0)
+    assert isinstance(broken, StepBroken)
+    assert "vocabulary" in broken.failure.message

@@ -1,0 +1,68 @@
+"""From a checkpoint to what the coordinator knows of it. Reads headers and samples, no weights."""
+
+from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
+from distributed_llm.common.hub import fingerprints
+from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.requests import generation_defaults
+
+
+def served_model(
+    source: ModelSource, checkpoint: Checkpoint, *, dtype: DtypeName | None
+) -> ServedModel:
+    """Return the model in `checkpoint`.
+
+    Args:
+        source: where workers find it.
+        checkpoint: config and tensor names; weights need not be on this machine.
+        dtype: to run it in; None is the checkpoint's own.
+
+    Raises:
+        CheckpointError: the files contradict one another.
+        InvalidRequest: generation_config.json has a value out of range.
+    """
+    kept = dtype or checkpoint.dtype
+    prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))
+    defaults = generation_defaults(
+        checkpoint.config,
+        read_generation_config(checkpoint.folder),
+        context_length=checkpoint.context_length,
+        vocab_size=checkpoint.vocab_size,
+    )
+    return ServedModel(
+        name=source.name or "built-in",
+        source=source,
+        dtype=kept,
+        cost=model_cost(checkpoint, kept),
+        hidden_size=checkpoint.hidden_size,
+        defaults=defaults,
+        digest=lambda layers: checkpoint.digest(layers, prints),
+    )
+
+
+def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
+    """Return what the layers of `checkpoint` cost when run in `dtype`.
+
+    Raises:
+        CheckpointError: tensors of some layers are missing.
+    """
+    parts = {"layers": [0] * checkpoint.num_layers, "first": [0], "last": [0], "shared": [0]}
+    for tensor in checkpoint.tensors.values():
+        layer = checkpoint.layer_of(tensor.name)
+        size = checkpoint.bytes_in_memory(tensor, dtype)
+        if layer is not None:
+            parts["layers"][layer] += size
+        elif not checkpoint.is_embedding(tensor.name):
+            parts["last"][0] += size
+        else:
+            parts["shared" if checkpoint.ties_embeddings else "first"][0] += size
+    return ModelCost(
+        layer_bytes=tuple(parts["layers"]),
+        first_bytes=parts["first"][0],
+        last_bytes=parts["last"][0],
+        shared_bytes=parts["shared"][0],
+        kv_bytes_per_token=checkpoint.kv_bytes_per_token(dtype),
+    )
