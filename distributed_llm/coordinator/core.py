@@ -140,7 +140,7 @@ class Core:
             sends, given_up = self._placement.pipeline.on_timer(now=now)
             actions += map(_sending, sends)
             for peer in given_up:
-                actions += self._give_up(peer, now)
+                actions += self._give_up(peer, "made no progress on a task", now)
         replan_at = self._placement.replan_at
         if replan_at is not None and replan_at <= now and not self._desk.busy:
             actions += self._placement.replan()
@@ -284,15 +284,17 @@ class Core:
         if self._placement.pipeline and beat.tasks_waiting:
             self._placement.pipeline.progress(worker.peer, beat.progress_age_s, now=now)
         pong = Send(worker.peer, Pong())
+        if worker.state == "serving" and beat.epoch != self._placement.epoch:
+            return self._give_up(worker.peer, "serves another plan", now)
         if self._placement.hangs(worker) and worker.state == "loading":
-            return [pong, *self._give_up(worker.peer, now)]
+            return [pong, *self._give_up(worker.peer, "hangs", now)]
         if hung and not self._placement.hangs(worker):
             self._placement.replan_at = now + self._settings.settle_s
         return [pong]
 
-    def _give_up(self, peer: PeerId, now: float) -> list[Action]:
-        actions = self._gone(peer, "made no progress on a task", now)
-        return [*actions, _refusal(peer, NotReady("No progress on a task."), "lost")]
+    def _give_up(self, peer: PeerId, why: str, now: float) -> list[Action]:
+        error = NotReady(f"The coordinator gave this worker up because it {why}.")
+        return [*self._gone(peer, why, now), _refusal(peer, error, "lost")]
 
     # -------------------------------------------------------------- steps
 

@@ -387,6 +387,18 @@ def test_slow_worker_with_progress_keeps_its_lease() -> None:
     finish(world, answer)
 
 
+def test_worker_that_says_it_serves_another_plan_is_given_up() -> None:
+    world = World()
+    astray, *_ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    beat = Heartbeat(epoch=99, progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0)
+    world.apply(events.Received(astray.link.peer, beat))
+    assert "w0 serves another plan" in " ".join(world.logs)
+    finish(world, answer)
+    assert world.epoch == 2
+
+
 def test_graceful_leave_moves_the_work() -> None:
     world = World()
     leaver, *_ = world.serving(3)
