@@ -396,7 +396,7 @@ def test_worker_that_says_it_serves_another_plan_is_given_up() -> None:
     world.apply(events.Received(astray.link.peer, beat))
     assert "w0 serves another plan" in " ".join(world.logs)
     finish(world, answer)
-    assert world.epoch == 2
+    assert world.epoch > 1
 
 
 def test_graceful_leave_moves_the_work() -> None:
