@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from distributed_llm.common.errors import (
+    ContextLengthExceeded,
     DistributedLLMError,
     InvalidRequest,
     NotEnoughMemory,
@@ -47,6 +48,9 @@ from distributed_llm.coordinator.scheduler import Scheduler, Step, restart
 _MAX_LOSSES = 3
 _MAX_FAILURES = 2
 _MAX_MISSING = 3
+_MAX_BYTES_PER_TOKEN = 64
+"""Of a prompt; no text comes near it on average, so what is longer need not be tokenized."""
+_MIN_PROMPT_BYTES = 64 * 1024
 
 
 @dataclass
@@ -136,12 +140,29 @@ class Desk:
                 retry_after_s=self._retry_after_s(),
             )
             return self.refuse(peer, message.request_id, error)
+        wrong = self._wrong_prompt(message)
+        if wrong:
+            return self.refuse(peer, message.request_id, wrong)
         number = self._next_sequence
         self._next_sequence += 1
         key = (peer, message.request_id, number)
         self._requests[key[:2]] = Request(key, number, message.params, arrived_at=now)
         payload = bytes(frames[0]) if frames else b""
         return [Tokenize(key, message.prompt, payload, message.params.stop_strings)]
+
+    def _wrong_prompt(self, message: Generate) -> InvalidRequest | None:
+        wanted = "int32" if message.prompt == "token_ids" else "uint8"
+        context = self._defaults.context_length
+        limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context)
+        for spec in message.tensors:
+            if spec.dtype != wanted:
+                return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
+            if spec.nbytes > limit:
+                return ContextLengthExceeded(
+                    f"The prompt has {spec.nbytes} bytes, which no context of {context} tokens can "
+                    "hold. Shorten it."
+                )
+        return None
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError

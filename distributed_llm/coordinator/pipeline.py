@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distributed_llm.common.messages import Task, TaskFailed, TaskResult
-from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids, token_ids_of_frame
+from distributed_llm.common.tensors import (
+    DtypeName,
+    Frame,
+    TensorSpec,
+    frame_of_token_ids,
+    token_ids_of_frame,
+)
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator.scheduler import Step
 
@@ -86,6 +92,7 @@ class Pipeline:
     Args:
         epoch: of the plan.
         stages: worker, layers and first credits of each stage, in the order of the layers.
+        dtype: of what travels between stages.
         hidden_size: numbers per token between stages.
         vocab_size: token ids are below this.
         first_step: number of the first step.
@@ -97,6 +104,7 @@ class Pipeline:
         epoch: int,
         stages: Sequence[tuple[PeerId, LayerRange, int]],
         *,
+        dtype: DtypeName,
         hidden_size: int,
         vocab_size: int,
         first_step: int,
@@ -105,6 +113,7 @@ class Pipeline:
         self.epoch = epoch
         self._stages = [_Stage(*stage) for stage in stages]
         self._index = {stage.peer: i for i, stage in enumerate(self._stages)}
+        self._dtype = dtype
         self._hidden_size = hidden_size
         self._vocab_size = vocab_size
         self.next_step = first_step
@@ -268,10 +277,10 @@ class Pipeline:
         return f"token id {strange[0]} is not in the vocabulary" if strange else ""
 
     def _wrong_activations(self, travel: _Travel, answer: TaskResult) -> str:
-        shape = (len(travel.step.token_ids), self._hidden_size)
-        if len(answer.tensors) == 1 and answer.tensors[0].shape == shape:
+        wanted = TensorSpec(self._dtype, (len(travel.step.token_ids), self._hidden_size))
+        if answer.tensors == (wanted,):
             return ""
-        return f"activations {_specs(answer)}, expected shape {shape}"
+        return f"activations {_specs(answer)}, expected {wanted}"
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

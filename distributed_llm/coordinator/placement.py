@@ -209,6 +209,7 @@ class Placement:
         self.pipeline = Pipeline(
             self.epoch,
             [(peers[s.worker], s.layers, self._ready[peers[s.worker]]) for s in self._plan],
+            dtype=self._model.dtype,
             hidden_size=self._model.hidden_size,
             vocab_size=self._model.defaults.vocab_size,
             first_step=self._next_step,

@@ -159,23 +159,30 @@ class Worker:
     # -------------------------------------------------------------- actions
 
     def _perform(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Say(message=message, frames=frames):
-                    self._say(message, frames)
-                case Beat(epoch=epoch):
-                    self._say(self._heartbeat(epoch))
-                case Load() | Run() | Release() | Drop():
-                    self._engine.put(action)
-                case Reconnect():
-                    self._loop.call_soon(self._reconnect)
-                case Log(text=text, level=level):
-                    logger.log(_LEVELS[level], "%s", text)
-                case Exit(error=error):
-                    self._fail(error)
-                case _:
-                    assert_never(action)
+        try:
+            for action in actions:
+                self._perform_one(action)
+        except Exception as exc:  # a bug here: end with it rather than be silent and not dead
+            logger.exception("the worker cannot go on")
+            self._fail(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
         self._set_timer()
+
+    def _perform_one(self, action: Action) -> None:
+        match action:
+            case Say(message=message, frames=frames):
+                self._say(message, frames)
+            case Beat(epoch=epoch):
+                self._say(self._heartbeat(epoch))
+            case Load() | Run() | Release() | Drop():
+                self._engine.put(action)
+            case Reconnect():
+                self._loop.call_soon(self._reconnect)
+            case Log(text=text, level=level):
+                logger.log(_LEVELS[level], "%s", text)
+            case Exit(error=error):
+                self._fail(error)
+            case _:
+                assert_never(action)
 
     def _say(self, message: FromWorker, frames: tuple[Frame, ...] = ()) -> None:
         if self._dealer:

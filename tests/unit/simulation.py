@@ -83,7 +83,7 @@ COST = ModelCost(
 MODEL = ServedModel(
     name="simulated",
     source=ModelSource(kind="builtin", name=""),
-    dtype="float32",
+    dtype="int32",
     cost=COST,
     hidden_size=HIDDEN,
     defaults=GenerationDefaults(CONTEXT, VOCAB, (EOS,), SamplingParams(temperature=0.0)),

@@ -26,6 +26,7 @@ from distributed_llm.common.messages import (
     Ping,
     Pong,
     Refused,
+    RequestFailed,
     StageFailed,
     StageReady,
     StatusReport,
@@ -1073,3 +1074,17 @@ def test_silent_client_is_forgotten_and_told_so_when_it_speaks() -> None:
     assert isinstance(send, events.Send)
     assert isinstance(send.message, Refused)
     assert send.message.code == "lost"
+
+
+def test_a_prompt_that_no_context_can_hold_is_not_even_tokenized() -> None:
+    world = World()
+    world.serving(1)
+    client = world.client()
+    world.run(for_s=1.0)
+    spec, frame = frame_of_token_ids([1] * 20_000)
+    ask = Generate(request_id="big", prompt="token_ids", params=SamplingParams(), tensors=(spec,))
+    actions = world.apply(events.Received(client.link.peer, ask, (frame,)))
+    (refusal,) = [a.message for a in actions if isinstance(a, events.Send)]
+    assert isinstance(refusal, RequestFailed)
+    assert refusal.code == "context_length_exceeded"
+    assert not any(isinstance(a, events.Tokenize) for a in actions)

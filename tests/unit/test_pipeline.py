@@ -33,6 +33,7 @@ def pipeline(credits: int = 2, first_step: int = 0) -> Pipeline:
     return Pipeline(
         EPOCH,
         stages,
+        dtype="float32",
         hidden_size=HIDDEN,
         vocab_size=VOCAB,
         first_step=first_step,
@@ -364,7 +365,7 @@ def test_activations_of_the_wrong_shape_break_the_step(tensors: tuple[TensorSpec
     assert sends == []
     assert isinstance(outcome, StepBroken)
     assert outcome.failure.code == "shape_mismatch"
-    assert "expected shape (3, 4)" in outcome.failure.message
+    assert "expected float32[3, 4]" in outcome.failure.message
     assert line.steps == []
     assert credits(line) == [2, 2, 2]
 
@@ -395,3 +396,12 @@ def test_a_token_outside_the_vocabulary_breaks_the_step(token: int) -> None:
     _, broken = line.result(PEERS[2], result, (frame_of_token_ids([token])[1],), now=0.0)
     assert isinstance(broken, StepBroken)
     assert "vocabulary" in broken.failure.message
+
+
+def test_activations_of_another_dtype_break_the_step() -> None:
+    line = pipeline()
+    (task,) = line.begin(step(), now=0.0)
+    result, frames = answer(task, tensors=(TensorSpec("bfloat16", (3, HIDDEN)),))
+    _, broken = line.result(PEERS[0], result, tuple(frames), now=0.0)
+    assert isinstance(broken, StepBroken)
+    assert "float32" in broken.failure.message
