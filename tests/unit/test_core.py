@@ -1078,7 +1078,7 @@ def test_silent_client_is_forgotten_and_told_so_when_it_speaks() -> None:
 
 def test_a_prompt_that_no_context_can_hold_is_not_even_tokenized() -> None:
     world = World()
-    world.serving(1)
+    world.serving(3)
     client = world.client()
     world.run(for_s=1.0)
     spec, frame = frame_of_token_ids([1] * 20_000)
