@@ -41,8 +41,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(
     checkpoint: Path, workers: int = 3, **settings: Any
 ) -> Iterator[tuple[LocalCluster, DistributedClient]]:
+    slow = [{"slowdown": 5.0}] * workers  # or an answer is complete before the deed is done
     with (
-        LocalCluster(checkpoint, workers, coordinator=settings) as cluster,
+        LocalCluster(checkpoint, slow, coordinator=settings) as cluster,
         DistributedClient(cluster.address) as client,
     ):
         yield cluster, client

@@ -30,6 +30,13 @@ def cluster(checkpoint: Path) -> Iterator[LocalCluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def slow_cluster(checkpoint: Path) -> Iterator[LocalCluster]:
+    """Two workers with which a long answer takes many seconds."""
+    with LocalCluster(checkpoint, workers=[{"slowdown": 50.0}] * 2) as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def client(cluster: LocalCluster) -> Iterator[DistributedClient]:
     with DistributedClient(cluster.address) as client:

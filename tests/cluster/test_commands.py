@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -282,24 +283,34 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
 # ------------------------------------------------------------------ Ctrl-C
 
 
+def interrupt(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=LIMIT_S)
+    return process.returncode, said
+
+
 def test_ctrl_c_ends_every_verb_cleanly(checkpoint: Path) -> None:
-    coordinator = start("coordinator", str(checkpoint), "--bind", "127.0.0.1:0")
-    assert coordinator.stdout is not None
-    address = coordinator.stdout.readline().strip()
-    worker = start("worker", "--coordinator", address)
-    with DistributedClient(address) as client:
+    with ExitStack() as stack:
+
+        def started(*arguments: str) -> "subprocess.Popen[str]":
+            process = stack.enter_context(start(*arguments))
+            stack.callback(process.kill)
+            return process
+
+        coordinator = started("coordinator", str(checkpoint), "--bind", "127.0.0.1:0")
+        assert coordinator.stdout is not None
+        address = coordinator.stdout.readline().strip()
+        worker = started("worker", "--coordinator", address, "--slowdown", "50")
+        client = stack.enter_context(DistributedClient(address))
         eventually(lambda: client.status().state == "serving")
-        writer = start(
+        writer = started(
             *("generate", "Hi", "--coordinator", address, "--max-new-tokens", "200"),
             *("--ignore-eos", "--temperature", "0"),
         )
         eventually(lambda: client.status().requests_running == 1)
-        writer.send_signal(signal.SIGINT)
-        _, said = writer.communicate(timeout=LIMIT_S)
-        assert (writer.returncode, said) == (130, "")
+        assert interrupt(writer) == (130, "")
         eventually(lambda: client.status().requests_running == 0)
-    for process in (worker, coordinator):
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=LIMIT_S)
-        assert process.returncode == 130
-        assert "Traceback" not in said
+        for process in (worker, coordinator):
+            code, said = interrupt(process)
+            assert code == 130
+            assert "Traceback" not in said

@@ -165,22 +165,23 @@ def test_repetition_penalty_is_that_of_transformers(
     assert answer.token_ids == expected != reference_ids(checkpoint, PROMPT, 30)
 
 
-def test_closing_a_stream_frees_its_memory_everywhere(client: DistributedClient) -> None:
-    stream = client.stream(PROMPT, max_new_tokens=200, **OPEN_END)
-    next(iter(stream))
-    assert client.status().requests_running == 1
-    stream.close()  # type: ignore[attr-defined]
-    eventually(lambda: client.status().requests_running == 0)
-    eventually(lambda: all(worker.kv_bytes == 0 for worker in client.status().workers))
+def test_closing_a_stream_frees_its_memory_everywhere(slow_cluster: LocalCluster) -> None:
+    with DistributedClient(slow_cluster.address) as client:
+        stream = client.stream(PROMPT, max_new_tokens=200, **OPEN_END)
+        next(stream)
+        eventually(lambda: all(worker.kv_bytes > 0 for worker in client.status().workers))
+        stream.close()  # type: ignore[attr-defined]
+        eventually(lambda: client.status().requests_running == 0, limit_s=5)
+        eventually(lambda: all(worker.kv_bytes == 0 for worker in client.status().workers))
 
 
-def test_a_client_that_vanishes_takes_its_requests_along(
-    cluster: LocalCluster, client: DistributedClient
-) -> None:
-    other = DistributedClient(cluster.address)
-    next(iter(other.stream(PROMPT, max_new_tokens=200, **OPEN_END)))
-    other.close()
-    eventually(lambda: client.status().requests_running == 0)
+def test_a_client_that_vanishes_takes_its_requests_along(slow_cluster: LocalCluster) -> None:
+    with DistributedClient(slow_cluster.address) as client:
+        other = DistributedClient(slow_cluster.address)
+        next(other.stream(PROMPT, max_new_tokens=200, **OPEN_END))
+        assert client.status().requests_running == 1
+        other.close()
+        eventually(lambda: client.status().requests_running == 0, limit_s=5)
 
 
 @pytest.mark.parametrize(
