@@ -5,9 +5,8 @@ client.generate("Once upon a time", max_new_tokens=20)
 """
 
 import asyncio
-import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 import msgspec
 
+from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.client.session import Session, new_request_id
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import DistributedLLMError, InvalidRequest
@@ -279,15 +279,11 @@ class DistributedClient:
     def __init__(
         self, coordinator_address: str = "127.0.0.1:5555", *, connect_timeout_s: float = 5.0
     ) -> None:
-        self._runner = _LoopThread()
-        self._closer = weakref.finalize(self, self._runner.stop)
-        try:
-            self._client = self._runner.run(
-                _make(coordinator_address, connect_timeout_s=connect_timeout_s)
-            )
-        except BaseException:
-            self._closer()
-            raise
+        self._client = AsyncDistributedClient(
+            coordinator_address, connect_timeout_s=connect_timeout_s
+        )
+        self._runner = LoopThread()
+        self._closer = weakref.finalize(self, _close, self._runner, self._client)
 
     def __enter__(self) -> Self:
         return self
@@ -302,9 +298,7 @@ class DistributedClient:
 
     def close(self) -> None:
         """Close the connection; requests under way are cancelled."""
-        if self._closer.alive:
-            self._runner.run(self._client.close())
-            self._closer()
+        self._closer()
 
     @overload
     def generate(
@@ -361,8 +355,9 @@ _PromptKind = Literal["text", "token_ids", "chat"]
 _Payload = tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]
 
 
-async def _make(address: str, *, connect_timeout_s: float) -> AsyncDistributedClient:
-    return AsyncDistributedClient(address, connect_timeout_s=connect_timeout_s)
+def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:
+    runner.run(client.close())
+    runner.stop()
 
 
 def _prompt(prompt: Any) -> tuple[_PromptKind, _Payload]:
@@ -406,51 +401,3 @@ def _payload(data: bytes) -> _Payload:
 def _first(errors: BaseExceptionGroup[DistributedLLMError]) -> DistributedLLMError:
     inner = errors.exceptions[0]
     return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
-
-
-async def _next(items: AsyncGenerator[T, None]) -> list[T]:
-    """Return the next item in a list, which is empty at the end."""
-    async for item in items:
-        return [item]
-    return []
-
-
-class _LoopThread:
-    """An event loop in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="dllm-client", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` returns; an interrupt (Ctrl-C) cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
-        """Yield the items; closing the iterator closes `items`."""
-        try:
-            while found := self.run(_next(items)):
-                yield from found
-        finally:
-            self.run(items.aclose())
-
-    def stop(self) -> None:
-        """End the loop, what still runs on it, and its thread."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
-
-    def _main(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.close()

@@ -11,6 +11,7 @@ import pytest
 from distributed_llm import (
     AsyncDistributedClient,
     ContextLengthExceeded,
+    CoordinatorLost,
     CoordinatorUnreachable,
     DistributedClient,
     InvalidRequest,
@@ -178,9 +179,12 @@ def test_closing_a_stream_frees_its_memory_everywhere(slow_cluster: LocalCluster
 def test_a_client_that_vanishes_takes_its_requests_along(slow_cluster: LocalCluster) -> None:
     with DistributedClient(slow_cluster.address) as client:
         other = DistributedClient(slow_cluster.address)
-        next(other.stream(PROMPT, max_new_tokens=200, **OPEN_END))
+        stream = other.stream(PROMPT, max_new_tokens=200, **OPEN_END)
+        next(stream)
         assert client.status().requests_running == 1
         other.close()
+        with pytest.raises(CoordinatorLost, match="closed"):
+            next(stream)
         eventually(lambda: client.status().requests_running == 0, limit_s=5)
 
 
