@@ -31,18 +31,19 @@ def print_answer(chunks: Iterator[Chunk], *, as_json: bool, stats: bool) -> Gene
     Raises:
         DistributedLLMError: as the client does.
     """
-    generation = None
+    generation, written = None, False
     try:
         for chunk in chunks:
             generation = chunk.generation or generation
             if not as_json:
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
+                written = True
     finally:
         close = getattr(chunks, "close", None)
         if close:
             close()
-        if not as_json:
+        if written:
             print(flush=True)
     if generation is None:
         raise DistributedLLMError("The answer ended before it was complete. Ask again.")

@@ -1,5 +1,6 @@
 """Real clusters of real processes; one small checkpoint for all."""
 
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,13 @@ from distributed_llm import DistributedClient, LocalCluster
 from tests.checkpoints import make_checkpoint
 
 NUM_LAYERS = 6
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> None:
+    """Undo what a shell does to jobs in the background: their children would ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
