@@ -156,8 +156,10 @@ def run(folder: Path, rounds: int) -> None:
     started = time.perf_counter()
     with LocalCluster(folder, workers=WORKERS) as cluster:
         up_s = time.perf_counter() - started
-        baseline = Baseline(folder)
         with DistributedClient(cluster.address) as client:
+            _print_memory("after loading", cluster, client)
+            _print_alone(client, rounds)
+            baseline = Baseline(folder)
             for count in (1, 8):
                 ours, theirs = [], []
                 for turn in range(rounds + 1):
@@ -166,7 +168,8 @@ def run(folder: Path, rounds: int) -> None:
                         ours.append(a)
                         theirs.append(b)
                 _print_speed(count, ours, theirs)
-            _print_memory(cluster, client, baseline)
+            _print_memory("after all runs", cluster, client)
+            print(f"| transformers, one process | all | | {baseline.rss() / MIB:.0f} | |")
             _print_load(cluster, read_s, up_s, baseline.load_s)
         baseline.close()
 
@@ -185,9 +188,33 @@ def _print_speed(count: int, ours: Sequence[Speed], theirs: Sequence[Speed]) -> 
     print(f"| wire, bytes per token | {_median(ours, 'wire_bytes_per_token'):.0f} | | |")
 
 
-def _print_memory(cluster: LocalCluster, client: DistributedClient, baseline: Baseline) -> None:
+def _print_alone(client: DistributedClient, rounds: int) -> None:
+    """Print where the time of one sequence goes while nothing else runs on the machine."""
+    firsts, steps = [], []
+    for turn in range(rounds + 1):
+        first, whole = (_cost(client, new) for new in (1, NEW_TOKENS))
+        if turn:
+            firsts.append(first)
+            steps.append([(b - a) / (NEW_TOKENS - 1) for a, b in zip(first, whole, strict=True)])
+    print("\n| 1 sequence, nothing else running | computing, ms | outside the stages, ms |")
+    print("|---|---|---|")
+    for name, costs in ((f"prefill of {PROMPT_TOKENS} tokens", firsts), ("a decode step", steps)):
+        computing, outside = (statistics.median(values) for values in zip(*costs, strict=True))
+        print(f"| {name} | {computing:.1f} | {outside:.2f} |")
+
+
+def _cost(client: DistributedClient, new_tokens: int) -> tuple[float, float]:
+    """Return the ms that the stages computed for an answer, and the ms that they did not."""
+    timings = client.generate(
+        prompts(1)[0], max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True, details=True
+    ).timings
+    computed = sum(stage.compute_s for stage in timings.stages)
+    return computed * 1000, (timings.first_token_s + timings.decode_s - computed) * 1000
+
+
+def _print_memory(when: str, cluster: LocalCluster, client: DistributedClient) -> None:
     status = client.status()
-    print("\n| process | layers | weights + KV, MiB | memory (RSS), MiB | above, MiB |")
+    print(f"\n| process, {when} | layers | weights + KV, MiB | memory (RSS), MiB | above, MiB |")
     print("|---|---|---|---|---|")
     for worker in status.workers:
         held = worker.weight_bytes + worker.kv_bytes
@@ -198,7 +225,6 @@ def _print_memory(cluster: LocalCluster, client: DistributedClient, baseline: Ba
         )
     rss = psutil.Process(cluster.coordinator.pid).memory_info().rss
     print(f"| coordinator | | | {rss / MIB:.0f} | |")
-    print(f"| transformers, one process | all | | {baseline.rss() / MIB:.0f} | |")
 
 
 def _print_load(cluster: LocalCluster, read_s: float, up_s: float, baseline_s: float) -> None:

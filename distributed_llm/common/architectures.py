@@ -64,8 +64,17 @@ _CHUNKED = "some of its layers see chunks of the text, which is expressed in the
 _SHARED_KV = "some of its layers read the keys and values of others, which may be elsewhere"
 
 _REASONS: Mapping[str, tuple[str, ...]] = {
-    _ALIBI: ("bloom", "falcon", "mpt"),
-    _OWN_ATTENTION: ("gptj", "gpt_neo", "codegen", "openai-gpt", "ctrl", "xlnet", "transfo-xl"),
+    _ALIBI: ("bloom", "mpt"),
+    _OWN_ATTENTION: (
+        "falcon",
+        "gptj",
+        "gpt_neo",
+        "codegen",
+        "openai-gpt",
+        "ctrl",
+        "xlnet",
+        "transfo-xl",
+    ),
     _OWN_STATE: (
         "bamba",
         "falcon_h1",

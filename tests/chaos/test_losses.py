@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distributed_llm import (
     DistributedClient,
     LocalCluster,
     NotReady,
+    Overloaded,
     WorkerLost,
 )
 from distributed_llm.common.messages import ClusterStatus
@@ -198,3 +200,29 @@ def test_closing_a_cluster_leaves_nothing_behind(checkpoint: Path) -> None:
         pids = [cluster.coordinator.pid, *[worker.pid for worker in cluster.workers]]
     assert not any(psutil.pid_exists(pid) for pid in pids)
     eventually(lambda: (me.num_fds(), threading.active_count()) <= before, limit_s=5)
+
+
+def test_more_requests_than_the_queue_holds_are_refused_and_the_rest_answered(
+    checkpoint: Path,
+) -> None:
+    prompts = [[10 + i, 7, 5 + i] for i in range(20)]
+    limits = {"max_waiting_requests": 4, "max_batch_sequences": 2}
+    with serving(checkpoint, workers=1, **limits) as (_, client):
+
+        def ask(prompt: list[int]) -> list[int] | Overloaded:
+            try:
+                answer = client.generate(prompt, max_new_tokens=20, details=True, **OPEN_END)
+                return answer.token_ids
+            except Overloaded as exc:
+                return exc
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(ask, prompts))
+        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        assert refused
+        assert all(error.retry_after_s > 0 for error in refused)
+        answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if isinstance(a, list)]
+        assert answered
+        assert all(ids == reference_ids(checkpoint, prompt, 20) for prompt, ids in answered)
+        eventually(lambda: client.status().requests_running == 0)
+        eventually(lambda: all(worker.kv_bytes == 0 for worker in client.status().workers))
