@@ -214,11 +214,12 @@ def _cost(client: DistributedClient, new_tokens: int) -> tuple[float, float]:
 
 def _print_memory(when: str, cluster: LocalCluster, client: DistributedClient) -> None:
     status = client.status()
+    pids = {worker.name: worker.pid for worker in cluster.workers}
     print(f"\n| process, {when} | layers | weights + KV, MiB | memory (RSS), MiB | above, MiB |")
     print("|---|---|---|---|---|")
     for worker in status.workers:
         held = worker.weight_bytes + worker.kv_bytes
-        used = worker.memory_used_bytes
+        used = psutil.Process(pids[worker.name]).memory_info().rss
         print(
             f"| {worker.name} | {worker.layers} | {held / MIB:.0f} | {used / MIB:.0f} "
             f"| {(used - held) / MIB:.0f} |"
