@@ -139,13 +139,30 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop what is this unlikely.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Taken off for what the answer has; 0 is none.")
+    ] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="The same, as often as it has it; 0 is none.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end.")] = False,
+    n: Annotated[int | None, typer.Option("--n", help="So many answers.")] = None,
+    timeout: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Give up after this, such as 30s.")
+    ] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: likelihood of so many tokens at each place.")
+    ] = None,
     as_json: AsJson = False,
     stats: Annotated[bool, typer.Option(help="Tell who ran what.")] = False,
 ) -> None:
     """Go on from a prompt and print the text as it comes."""
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter(
+            "they are shown in JSON only; give --json too.", param_hint="--logprobs"
+        )
     settings = _settings(config, {"client.coordinator": coordinator})
     text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
     params = {
@@ -156,14 +173,19 @@ def generate(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
         "seed": seed,
         "stop_strings": stop,
         "ignore_eos": ignore_eos,
+        "n": n,
+        "timeout_s": _seconds(timeout, "--timeout"),
+        "logprobs": logprobs,
     }
     from distributed_llm import console
 
     with _client(settings) as client:
-        console.print_answer(client.stream(text, **params), as_json=as_json, stats=stats)
+        console.print_answers(client.stream(text, **params), n=n, as_json=as_json, stats=stats)
 
 
 @app.command()
@@ -245,6 +267,15 @@ def _client(settings: "Settings") -> Any:
 
     asked = settings.client
     return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
+
+
+def _seconds(duration: str | None, flag: str) -> float | None:
+    from distributed_llm.common.units import parse_duration
+
+    try:
+        return None if duration is None else parse_duration(duration)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{duration!r} is {exc}.", param_hint=flag) from exc
 
 
 def _start_process(log_level: str, exit_with_parent: bool) -> None:

@@ -6,78 +6,32 @@ client.generate("Once upon a time", max_new_tokens=20)
 
 import asyncio
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, overload
 
-import msgspec
-
+from distributed_llm.client.answers import Answers, Chunk, Generation
 from distributed_llm.client.loop_thread import LoopThread
+from distributed_llm.client.prompts import (
+    EncodedPrompt,
+    Messages,
+    Prompt,
+    Prompts,
+    are_several,
+    encode_chat,
+    encode_prompt,
+)
 from distributed_llm.client.session import Session, new_request_id
-from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import DistributedLLMError, InvalidRequest
-from distributed_llm.common.messages import (
-    ChatMessage,
-    ClusterStatus,
-    Finished,
-    FinishReason,
-    Generate,
-    Timings,
-    TokenChunk,
-    Usage,
-)
+from distributed_llm.common.messages import ClusterStatus, Generate, TokenChunk
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import (
-    MAX_FRAME_BYTES,
-    Frame,
-    TensorSpec,
-    frame_of_bytes,
-    frame_of_token_ids,
-)
 from distributed_llm.common.units import split_address
 
-Prompt = str | list[int]
-"""Text, or token ids."""
+__all__ = ["AsyncDistributedClient", "Chunk", "DistributedClient", "Generation"]
 
-Messages = Sequence[Mapping[str, str]]
-"""A conversation: `[{"role": "user", "content": "Hi"}]`."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A complete answer.
-
-    Attributes:
-        text: without special tokens, ended before a stop string.
-        token_ids: of the answer alone.
-        finish_reason: "stop" (end-of-sequence token or stop string) or "length".
-    """
-
-    text: str
-    token_ids: list[int]
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-    request_id: str
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The next piece of an answer.
-
-    Attributes:
-        text: complete characters; empty while one is unfinished.
-        token_ids: the tokens that were generated since the last chunk.
-        generation: the whole answer, with the last chunk only.
-    """
-
-    text: str
-    token_ids: list[int]
-    generation: Generation | None = None
+_No = Literal[False]
+_Yes = Literal[True]
 
 
 class AsyncDistributedClient:
@@ -124,96 +78,122 @@ class AsyncDistributedClient:
 
     @overload
     async def generate(
-        self, prompt: Prompt, *, details: Literal[False] = False, **params: Any
+        self, prompt: Prompt, *, n: None = None, details: _No = False, **params: Any
     ) -> str: ...
     @overload
     async def generate(
-        self, prompt: Prompt, *, details: Literal[True], **params: Any
+        self, prompt: Prompt, *, n: None = None, details: _Yes, **params: Any
     ) -> Generation: ...
     @overload
     async def generate(
-        self,
-        prompt: list[str] | list[list[int]],
-        *,
-        details: Literal[False] = False,
-        **params: Any,
+        self, prompt: Prompts, *, n: None = None, details: _No = False, **params: Any
     ) -> list[str]: ...
     @overload
     async def generate(
-        self, prompt: list[str] | list[list[int]], *, details: Literal[True], **params: Any
+        self, prompt: Prompts, *, n: None = None, details: _Yes, **params: Any
     ) -> list[Generation]: ...
+    @overload
+    async def generate(
+        self, prompt: Prompt, *, n: int, details: _No = False, **params: Any
+    ) -> list[str]: ...
+    @overload
+    async def generate(
+        self, prompt: Prompt, *, n: int, details: _Yes, **params: Any
+    ) -> list[Generation]: ...
+    @overload
+    async def generate(
+        self, prompt: Prompts, *, n: int, details: _No = False, **params: Any
+    ) -> list[list[str]]: ...
+    @overload
+    async def generate(
+        self, prompt: Prompts, *, n: int, details: _Yes, **params: Any
+    ) -> list[list[Generation]]: ...
     async def generate(
         self,
-        prompt: Prompt | list[str] | list[list[int]],
+        prompt: Prompt | Prompts,
         *,
+        n: int | None = None,
         details: bool = False,
         **params: Any,
-    ) -> str | Generation | list[str] | list[Generation]:
+    ) -> Any:
         """Return the answer to a prompt, or the answers to a list of prompts, in their order.
 
         Args:
             prompt: text, token ids, or a list of either.
+            n: how many answers to a prompt; if it is given, even as 1, a list of so many stands
+                where the one answer would.
             details: return `Generation` rather than text.
-            params: fields of `SamplingParams`.
+            params: other fields of `SamplingParams`.
 
         Raises:
             InvalidRequest: a prompt or parameter is wrong.
             CapacityError: the cluster cannot do it now.
+            DeadlineExceeded: it was not done within `timeout_s`.
             ConnectionFailed: there is no coordinator, or it was lost.
         """
-        sampling = SamplingParams.from_arguments(params)
-        many = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        prompts: list[Any] = list(prompt) if many else [prompt]
-        if not many:
-            generation = await self._complete(*_prompt(prompt), sampling)
-            return generation if details else generation.text
-        encoded = [_prompt(one) for one in prompts]
+        sampling = SamplingParams.from_arguments({"n": n, **params})
+        if not are_several(prompt):
+            generations = await self._complete(encode_prompt(prompt), sampling)
+            return _answers(generations, n, details)
+        encoded = [encode_prompt(one) for one in prompt]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._complete(kind, payload, sampling))
-                    for kind, payload in encoded
-                ]
+                tasks = [group.create_task(self._complete(one, sampling)) for one in encoded]
         except* DistributedLLMError as errors:
             raise _first(errors) from None
-        generations = [task.result() for task in tasks]
-        return generations if details else [generation.text for generation in generations]
+        return [_answers(task.result(), n, details) for task in tasks]
 
     def stream(self, prompt: Prompt, **params: Any) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the answer as it is generated; closing it cancels the request.
 
-        Args and errors are those of `generate`.
+        With `n`, the chunks of the answers come in between one another, each with its `choice`.
+
+        Args:
+            prompt: text or token ids.
+            params: fields of `SamplingParams`.
+
+        Raises:
+            DistributedLLMError: as `generate` does; a wrong prompt or parameter is told at once,
+                the rest as the chunks are read.
         """
-        return self._stream(*_prompt(prompt), SamplingParams.from_arguments(params))
+        return self._stream(encode_prompt(prompt), SamplingParams.from_arguments(params))
 
     @overload
     async def chat(
-        self, messages: Messages, *, details: Literal[False] = False, **params: Any
+        self, messages: Messages, *, n: None = None, details: _No = False, **params: Any
     ) -> str: ...
     @overload
     async def chat(
-        self, messages: Messages, *, details: Literal[True], **params: Any
+        self, messages: Messages, *, n: None = None, details: _Yes, **params: Any
     ) -> Generation: ...
+    @overload
     async def chat(
-        self, messages: Messages, *, details: bool = False, **params: Any
-    ) -> str | Generation:
+        self, messages: Messages, *, n: int, details: _No = False, **params: Any
+    ) -> list[str]: ...
+    @overload
+    async def chat(
+        self, messages: Messages, *, n: int, details: _Yes, **params: Any
+    ) -> list[Generation]: ...
+    async def chat(
+        self, messages: Messages, *, n: int | None = None, details: bool = False, **params: Any
+    ) -> Any:
         """Return the assistant's next message, by the checkpoint's chat template.
 
         Args:
             messages: `[{"role": "user", "content": "Hi"}]`.
+            n: how many; if it is given, even as 1, a list of so many is returned.
             details: return `Generation` rather than text.
-            params: fields of `SamplingParams`.
+            params: other fields of `SamplingParams`.
 
         Raises:
             InvalidRequest: also if the model has no chat template. Otherwise as `generate`.
         """
-        sampling = SamplingParams.from_arguments(params)
-        generation = await self._complete("chat", _chat(messages), sampling)
-        return generation if details else generation.text
+        sampling = SamplingParams.from_arguments({"n": n, **params})
+        return _answers(await self._complete(encode_chat(messages), sampling), n, details)
 
     def stream_chat(self, messages: Messages, **params: Any) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the assistant's next message; see `stream` and `chat`."""
-        return self._stream("chat", _chat(messages), SamplingParams.from_arguments(params))
+        return self._stream(encode_chat(messages), SamplingParams.from_arguments(params))
 
     async def status(self) -> ClusterStatus:
         """Return the cluster as the coordinator sees it.
@@ -233,39 +213,25 @@ class AsyncDistributedClient:
                 self._session = await Session.open(self._address, self._connect_timeout_s)
             return self._session
 
-    async def _complete(
-        self, kind: "_PromptKind", payload: "_Payload", sampling: SamplingParams
-    ) -> Generation:
-        async with aclosing(self._stream(kind, payload, sampling)) as chunks:
-            async for chunk in chunks:
-                if chunk.generation:
-                    return chunk.generation
-        raise AssertionError("a stream ended without its generation")
+    async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
+        async with aclosing(self._stream(prompt, sampling)) as chunks:
+            return [chunk.generation async for chunk in chunks if chunk.generation]
 
     async def _stream(
-        self, kind: "_PromptKind", payload: "_Payload", sampling: SamplingParams
+        self, prompt: EncodedPrompt, sampling: SamplingParams
     ) -> AsyncGenerator[Chunk, None]:
         session = await self._connected()
-        specs, frames = payload
-        message = Generate(request_id=new_request_id(), prompt=kind, params=sampling, tensors=specs)
-        texts: list[str] = []
-        token_ids: list[int] = []
-        async with aclosing(session.request(message, frames)) as answers:  # type: ignore[type-var]
-            async for answer in answers:
-                if isinstance(answer, TokenChunk):
-                    texts.append(answer.text)
-                    token_ids += answer.token_ids
-                    yield Chunk(answer.text, list(answer.token_ids))
-                elif isinstance(answer, Finished):
-                    generation = Generation(
-                        text="".join(texts),
-                        token_ids=token_ids,
-                        finish_reason=answer.finish_reason,
-                        usage=answer.usage,
-                        timings=answer.timings,
-                        request_id=message.request_id,
-                    )
-                    yield Chunk("", [], generation)
+        message = Generate(
+            request_id=new_request_id(), prompt=prompt.kind, params=sampling, tensors=prompt.specs
+        )
+        answers = Answers(message.request_id, sampling)
+        async with aclosing(session.request(message, prompt.frames)) as replies:
+            async for reply in replies:
+                if isinstance(reply, TokenChunk):
+                    yield answers.add(reply)
+                    continue
+                for generation in answers.finish(reply):
+                    yield Chunk("", [], generation.choice, generation=generation)
 
 
 class DistributedClient:
@@ -302,45 +268,67 @@ class DistributedClient:
 
     @overload
     def generate(
-        self, prompt: Prompt, *, details: Literal[False] = False, **params: Any
+        self, prompt: Prompt, *, n: None = None, details: _No = False, **params: Any
     ) -> str: ...
     @overload
-    def generate(self, prompt: Prompt, *, details: Literal[True], **params: Any) -> Generation: ...
+    def generate(
+        self, prompt: Prompt, *, n: None = None, details: _Yes, **params: Any
+    ) -> Generation: ...
     @overload
     def generate(
-        self,
-        prompt: list[str] | list[list[int]],
-        *,
-        details: Literal[False] = False,
-        **params: Any,
+        self, prompt: Prompts, *, n: None = None, details: _No = False, **params: Any
     ) -> list[str]: ...
     @overload
     def generate(
-        self, prompt: list[str] | list[list[int]], *, details: Literal[True], **params: Any
+        self, prompt: Prompts, *, n: None = None, details: _Yes, **params: Any
     ) -> list[Generation]: ...
+    @overload
     def generate(
-        self,
-        prompt: Any,
-        *,
-        details: bool = False,
-        **params: Any,
+        self, prompt: Prompt, *, n: int, details: _No = False, **params: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, *, n: int, details: _Yes, **params: Any
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, *, n: int, details: _No = False, **params: Any
+    ) -> list[list[str]]: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, *, n: int, details: _Yes, **params: Any
+    ) -> list[list[Generation]]: ...
+    def generate(
+        self, prompt: Any, *, n: int | None = None, details: bool = False, **params: Any
     ) -> Any:
         """Return the answer or answers; see `AsyncDistributedClient.generate`."""
-        return self._runner.run(self._client.generate(prompt, details=details, **params))  # type: ignore[call-overload]
+        return self._runner.run(self._client.generate(prompt, n=n, details=details, **params))  # type: ignore[call-overload]
 
     def stream(self, prompt: Prompt, **params: Any) -> Iterator[Chunk]:
-        """Return an iterator over the answer as it is generated; closing it cancels the request."""
+        """Return an iterator over the answer; see `AsyncDistributedClient.stream`."""
         return self._runner.iterate(self._client.stream(prompt, **params))
 
     @overload
     def chat(
-        self, messages: Messages, *, details: Literal[False] = False, **params: Any
+        self, messages: Messages, *, n: None = None, details: _No = False, **params: Any
     ) -> str: ...
     @overload
-    def chat(self, messages: Messages, *, details: Literal[True], **params: Any) -> Generation: ...
-    def chat(self, messages: Messages, *, details: bool = False, **params: Any) -> str | Generation:
+    def chat(
+        self, messages: Messages, *, n: None = None, details: _Yes, **params: Any
+    ) -> Generation: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, n: int, details: _No = False, **params: Any
+    ) -> list[str]: ...
+    @overload
+    def chat(
+        self, messages: Messages, *, n: int, details: _Yes, **params: Any
+    ) -> list[Generation]: ...
+    def chat(
+        self, messages: Messages, *, n: int | None = None, details: bool = False, **params: Any
+    ) -> Any:
         """Return the assistant's next message; see `AsyncDistributedClient.chat`."""
-        return self._runner.run(self._client.chat(messages, details=details, **params))  # type: ignore[call-overload,no-any-return]
+        return self._runner.run(self._client.chat(messages, n=n, details=details, **params))  # type: ignore[call-overload]
 
     def stream_chat(self, messages: Messages, **params: Any) -> Iterator[Chunk]:
         """Return an iterator over the assistant's next message."""
@@ -351,51 +339,19 @@ class DistributedClient:
         return self._runner.run(self._client.status())
 
 
-_PromptKind = Literal["text", "token_ids", "chat"]
-_Payload = tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]
-
-
 def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:
     runner.run(client.close())
     runner.stop()
 
 
-def _prompt(prompt: Any) -> tuple[_PromptKind, _Payload]:
-    if isinstance(prompt, str):
-        try:
-            return "text", _payload(prompt.encode())
-        except UnicodeEncodeError as exc:
-            raise InvalidRequest(f"The prompt is not valid Unicode: {exc}.") from exc
-    if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-        if any(not 0 <= token < 2**31 for token in prompt):
-            raise InvalidRequest("Token ids of a prompt must be at least 0 and below 2^31.")
-        if not prompt:
-            raise InvalidRequest("The prompt is empty. Give at least one token.")
-        spec, frame = frame_of_token_ids(prompt)
-        return "token_ids", ((spec,), (frame,))
-    raise InvalidRequest(
-        f"A prompt is text or a list of token ids, not {type(prompt).__name__} {prompt!r:.60}."
-    )
-
-
-def _chat(messages: Messages) -> _Payload:
-    try:
-        turns = msgspec.convert(list(messages), list[ChatMessage])
-    except (msgspec.ValidationError, TypeError) as exc:
-        raise InvalidRequest(
-            f"Bad messages: {exc}. Give a list of "
-            '{"role": "system" | "user" | "assistant" | "tool", "content": "text"}.'
-        ) from exc
-    return _payload(encode_payload(turns))
-
-
-def _payload(data: bytes) -> _Payload:
-    if len(data) > MAX_FRAME_BYTES:
-        raise InvalidRequest(f"The prompt has {len(data)} bytes; {MAX_FRAME_BYTES} are allowed.")
-    if not data:
-        return (), ()
-    spec, frame = frame_of_bytes(data)
-    return (spec,), (frame,)
+def _answers(
+    generations: Sequence[Generation], n: int | None, details: bool
+) -> str | Generation | list[str] | list[Generation]:
+    """Return the answers to one prompt in the shape that was asked for."""
+    if details:
+        return generations[0] if n is None else list(generations)
+    texts = [generation.text for generation in generations]
+    return texts[0] if n is None else texts
 
 
 def _first(errors: BaseExceptionGroup[DistributedLLMError]) -> DistributedLLMError:

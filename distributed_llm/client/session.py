@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import assert_never
 
 from distributed_llm.common import codec
@@ -34,7 +34,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
 
-_Answer = TokenChunk | Finished | DistributedLLMError
+_Reply = TokenChunk | Finished
 
 
 def new_request_id() -> str:
@@ -53,7 +53,7 @@ class Session:
         self._address = address
         self._loop = asyncio.get_running_loop()
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
-        self._answers: dict[str, asyncio.Queue[_Answer]] = {}
+        self._answers: dict[str, asyncio.Queue[_Reply | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
         self._heard_at = self._loop.time()
         self._pulse: asyncio.Task[None] | None = None
@@ -102,8 +102,12 @@ class Session:
             self._pulse.cancel()
         self._dealer.close()
 
-    async def request(self, message: Generate, frames: tuple[Frame, ...]) -> AsyncIterator[_Answer]:
+    async def request(
+        self, message: Generate, frames: tuple[Frame, ...]
+    ) -> AsyncGenerator[_Reply, None]:
         """Yield the chunks of a request and `Finished`; leaving early cancels it.
+
+        What has come and is not read yet waits here: at most what the request asked for.
 
         Raises:
             DistributedLLMError: as the coordinator says, or `CoordinatorLost`.
@@ -194,7 +198,7 @@ class Session:
         if report and not report.done():
             report.set_result(status)
 
-    def _answer(self, request_id: str, answer: _Answer) -> None:
+    def _answer(self, request_id: str, answer: _Reply | DistributedLLMError) -> None:
         answers = self._answers.get(request_id)
         if answers is not None:
             answers.put_nowait(answer)

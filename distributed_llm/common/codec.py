@@ -22,8 +22,10 @@ from distributed_llm.common.messages import (
     Chat,
     ChatMessage,
     ClusterStatus,
+    PeerWelcome,
     ToClient,
     ToCoordinator,
+    ToNextWorker,
     ToWorker,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
@@ -76,6 +78,8 @@ class Decoder:
 to_coordinator = Decoder(ToCoordinator)
 to_worker = Decoder(ToWorker)
 to_client = Decoder(ToClient)
+to_next_worker = Decoder(ToNextWorker)
+to_previous_worker = Decoder(PeerWelcome)
 
 _chat: msgspec.msgpack.Decoder[list[ChatMessage]] = msgspec.msgpack.Decoder(Chat)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)

@@ -18,6 +18,7 @@
   x WorkerLost                 the machines that ran a request died and none can replace them
   x StageError                 a worker failed to run its layers
   x RequestCancelled           the request was cancelled
+  x DeadlineExceeded           the request did not finish within its timeout_s
   x ProtocolError              the wire protocol was violated
     + LocalProtocolError       by us: a bug here
     + RemoteProtocolError      by the peer: drop the message, keep serving
@@ -154,6 +155,13 @@ class RequestCancelled(DistributedLLMError):
     code = "cancelled"
 
 
+class DeadlineExceeded(DistributedLLMError):
+    """The request did not finish within its `timeout_s`."""
+
+    code = "deadline_exceeded"
+    exit_code = 4
+
+
 class ProtocolError(DistributedLLMError):
     """The wire protocol was violated."""
 
@@ -205,6 +213,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         WorkerLost,
         StageError,
         RequestCancelled,
+        DeadlineExceeded,
         ProtocolMismatch,
     )
 }

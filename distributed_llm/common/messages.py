@@ -13,8 +13,13 @@ from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_TENSORS = 8
+MAX_SLICES = 512
+"""Sequences in one task."""
+
+MAX_STAGES = 256
+MAX_RELEASED = 1024
 MAX_CHAT_MESSAGES = 16_384
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
@@ -22,7 +27,10 @@ Label = Annotated[str, Meta(max_length=256)]
 Text = Annotated[str, Meta(max_length=16384)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
 Tensors = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
-Credits = Annotated[int, Meta(ge=0, le=64)]
+Address = Annotated[str, Meta(min_length=1, max_length=256)]
+Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
+SequenceIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_RELEASED)]
+Microseconds = Annotated[int, Meta(ge=0, le=2**53)]
 FinishReason = Literal["stop", "length"]
 
 
@@ -61,10 +69,15 @@ class Capabilities(Value, frozen=True, kw_only=True):
 
 
 class WorkerHello(Message, frozen=True, kw_only=True, tag="worker_hello"):
-    """Worker -> coordinator: first message of a session."""
+    """Worker -> coordinator: first message of a session.
+
+    Attributes:
+        peer_addresses: "HOST:PORT" at which other workers may reach it, best first.
+    """
 
     name: Name
     capabilities: Capabilities
+    peer_addresses: Addresses = ()
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
@@ -83,12 +96,19 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
 
 
 class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
-    """Worker -> coordinator: the layers of `epoch` are loaded; grants the first credits."""
+    """Worker -> coordinator: the layers of `epoch` are loaded; grants credits.
+
+    Attributes:
+        credits: tasks that it is ready to hold, waiting or running. No more steps are under way in
+            a pipeline than the smallest grant of its stages.
+        kv_tokens: positions of KV cache that the memory it really has leaves room for.
+    """
 
     epoch: Count
     credits: Annotated[int, Meta(ge=1, le=64)]
     load_s: Seconds
     weight_bytes: Count
+    kv_tokens: Count
 
 
 class StageFailed(Message, frozen=True, kw_only=True, tag="stage_failed"):
@@ -99,20 +119,41 @@ class StageFailed(Message, frozen=True, kw_only=True, tag="stage_failed"):
     message: Text
 
 
-class TaskResult(Message, frozen=True, kw_only=True, tag="task_result"):
-    """Worker -> coordinator: one task done; grants credits for more.
+class StageTime(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """What one task took on one stage.
 
-    `tensors` is [hidden_states [tokens, hidden_size]], or on the last stage
-    [token_ids [sequences that sample] int32], in the order of the task; empty if none samples.
+    Attributes:
+        queued_us: from arrival until it ran.
+    """
+
+    compute_us: Microseconds
+    queued_us: Microseconds
+
+
+StageTimes = Annotated[tuple[StageTime, ...], Meta(max_length=MAX_STAGES)]
+
+
+class TaskResult(Message, frozen=True, kw_only=True, tag="task_result"):
+    """Worker -> coordinator: a stage is done with a step, and the coordinator is next.
+
+    The last stage answers with `tensors` [token_ids [sequences that sample] int32], in the order of
+    the task; none if nothing samples. If any of these sequences asked for log-probabilities, two
+    more follow: logprobs [sequences that sample, 1 + k] float32 and their token ids, int32 of the
+    same shape; k is the largest number asked for, column 0 the token that was picked.
+
+    Another stage answers only if it could not hand the step to the next one itself; `tensors` is
+    [hidden_states [tokens, hidden_size]] in the wire dtype then.
+
+    Attributes:
+        timings: of the stages that the step has passed, the sender's last.
     """
 
     epoch: Count
     step: Count
-    attempt: Count
-    credits: Credits
-    compute_s: Seconds
-    queued_s: Seconds
-    tensors: Tensors
+    timings: Annotated[StageTimes, Meta(min_length=1)]
+    tensors: Tensors = ()
 
 
 class MissingPositions(Value, frozen=True, kw_only=True):
@@ -123,15 +164,25 @@ class MissingPositions(Value, frozen=True, kw_only=True):
 
 
 class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
-    """Worker -> coordinator: a task could not be run; grants credits for others."""
+    """Worker -> coordinator: a task could not be run."""
 
     epoch: Count
     step: Count
-    attempt: Count
-    credits: Credits
     code: Label
     message: Text
     missing: Annotated[tuple[MissingPositions, ...], Meta(max_length=1024)] = ()
+
+
+class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
+    """Worker -> coordinator: whether it reaches the worker of the next stage.
+
+    Attributes:
+        rtt_s: of the handshake; 0 if it is down.
+    """
+
+    epoch: Count
+    up: bool
+    rtt_s: Seconds = 0.0
 
 
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
@@ -163,6 +214,13 @@ class ModelSource(Value, frozen=True, kw_only=True):
     revision: Label = ""
 
 
+class NextStage(Value, frozen=True, kw_only=True):
+    """The worker of the stage after this one, and where it may be reached."""
+
+    worker: Name
+    addresses: Addresses
+
+
 class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     """Coordinator -> worker: serve these layers under `epoch`; drop those of older epochs.
 
@@ -170,54 +228,115 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
 
     Attributes:
         digest: what `Checkpoint.digest` of the layers must be on the worker.
-        dtype: of weights, KV cache and activations.
+        dtype: of weights, KV cache and computing.
+        wire_dtype: of activations between stages.
         kv_tokens: positions of all sequences together that the KV cache must have room for.
+        link_key: whoever hands this worker tasks of this epoch must know it.
+        next_stage: to try to reach; None on the last stage.
     """
 
     epoch: Count
     source: ModelSource
     layers: LayerRange
     dtype: DtypeName
+    wire_dtype: DtypeName
     digest: Label
     kv_tokens: Count
+    link_key: Label
+    next_stage: NextStage | None = None
 
 
-class SequenceSlice(Value, frozen=True, kw_only=True, omit_defaults=True):
+class SharedPrefix(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """A sequence begins as the first `length` positions of another that the stages hold.
+
+    Attributes:
+        take: the other sequence ends with this; nothing else needs it.
+    """
+
+    sequence_id: Count
+    length: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    take: bool = False
+
+
+class SequenceSlice(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
     """The part of one sequence that a task computes: positions `[start, start + num_tokens)`.
 
     Attributes:
-        sampling: how to pick the next token, or None while more of the prompt is to come.
+        sample: pick the token after the last of them.
+        sampling: how, from now on; with the first slice that samples, and again after a restart.
+        prefix: with the first slice of a sequence whose first `start` positions are another's.
     """
 
     sequence_id: Count
     start: Count
     num_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    sample: bool = False
     sampling: Sampling | None = None
+    prefix: SharedPrefix | None = None
 
 
-class Task(Message, frozen=True, kw_only=True, tag="task"):
-    """Coordinator -> worker: one step on one stage, for a packed batch of sequences.
+class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
+    """Coordinator -> worker, or worker -> worker: one step on one stage, for a packed batch.
 
     `tensors` is [token_ids [tokens] int32] and, on all stages but the first,
-    hidden_states [tokens, hidden_size]; tokens is the sum of `num_tokens`.
+    hidden_states [tokens, hidden_size] in the wire dtype; tokens is the sum of `num_tokens`.
+
+    Attributes:
+        oldest: steps with smaller numbers are void; those that arrive later are not run.
+        released: sequences to free before this step: their memory may be what it needs.
+        route: for each hop that is left: to the next worker itself (true), or to the coordinator.
+            Empty on the last stage, which always answers the coordinator.
+        timings: of the stages that the step has passed.
     """
 
     epoch: Count
     step: Count
-    attempt: Count
-    sequences: Annotated[tuple[SequenceSlice, ...], Meta(min_length=1, max_length=512)]
+    oldest: Count
+    sequences: Annotated[tuple[SequenceSlice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
     tensors: Tensors
+    released: SequenceIds = ()
+    route: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
+    timings: StageTimes = ()
 
 
 class ReleaseSequences(Message, frozen=True, kw_only=True, tag="release_sequences"):
-    """Coordinator -> worker: free the KV cache of these sequences."""
+    """Coordinator -> worker: free the KV cache of these sequences, while no step is under way.
+
+    The next task says it again: handed on from worker to worker, it may be faster than this.
+    """
 
     epoch: Count
-    sequence_ids: Annotated[tuple[Count, ...], Meta(max_length=1024)]
+    sequence_ids: SequenceIds
 
 
 class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
     """Coordinator -> worker: free the layers of all epochs up to this one; there is no work."""
+
+    epoch: Count
+
+
+# ------------------------------------------------------------------ worker -> next worker
+
+
+class PeerHello(Message, frozen=True, kw_only=True, tag="peer_hello"):
+    """Worker -> worker of the next stage: first message of a link; repeated until answered."""
+
+    epoch: Count
+    key: Label
+
+
+# ------------------------------------------------------------------ next worker -> worker
+
+
+class PeerWelcome(Message, frozen=True, kw_only=True, tag="peer_welcome"):
+    """Worker -> worker of the stage before: the key is right; tasks of `epoch` may come.
+
+    A hello that is not answered has a wrong key, or comes before the epoch is known here.
+    """
 
     epoch: Count
 
@@ -277,25 +396,53 @@ class ClientWelcome(Message, frozen=True, kw_only=True, tag="client_welcome"):
     silence_timeout_s: Seconds
 
 
-class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk"):
+class TokenLogprobs(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """How likely the model found a token, before any parameter changed that.
+
+    Attributes:
+        logprob: natural logarithm of the probability of the token that was picked.
+        top: token ids and log-probabilities of the likeliest tokens, best first.
+    """
+
+    logprob: Annotated[float, Meta(ge=-1e9, le=1e-3)]
+    top: Annotated[
+        tuple[tuple[TokenId, Annotated[float, Meta(ge=-1e9, le=1e-3)]], ...], Meta(max_length=20)
+    ] = ()
+
+
+class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_defaults=True):
     """Coordinator -> client: the next piece of an answer.
 
     Attributes:
-        index: how many token ids of the answer were sent before.
+        choice: which of the request's `n` answers.
+        index: how many token ids of this answer were sent before.
         text: complete characters only; may be empty while a character is unfinished.
+        logprobs: one per token id, if they were asked for.
+        finish_reason: with the last chunk of this answer, why it ends.
     """
 
     request_id: RequestId
+    choice: Count = 0
     index: Count
     text: Text
     token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=4096)]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=4096)] = ()
+    finish_reason: FinishReason | None = None
 
 
 class Usage(Value, frozen=True, kw_only=True):
-    """How many tokens a request took."""
+    """How many tokens a request took.
+
+    Attributes:
+        completion_tokens: of all its answers.
+        cached_tokens: tokens of the prompt whose KV cache was there already.
+    """
 
     prompt_tokens: Count
     completion_tokens: Count
+    cached_tokens: Count = 0
 
 
 class StageTiming(Value, frozen=True, kw_only=True):
@@ -313,7 +460,7 @@ class Timings(Value, frozen=True, kw_only=True):
     Attributes:
         queued_s: from arrival to the first step.
         first_token_s: from the first step to the first token.
-        decode_s: from the first token to the last.
+        decode_s: from the first token to the last, of the answer that took longest.
         stages: by stage, in the order of the layers; workers that left are listed too.
     """
 
@@ -324,10 +471,12 @@ class Timings(Value, frozen=True, kw_only=True):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
-    """Coordinator -> client: a request is complete; nothing more comes for it."""
+    """Coordinator -> client: a request is complete; nothing more comes for it.
+
+    The last chunk of each of its answers told why it ended.
+    """
 
     request_id: RequestId
-    finish_reason: FinishReason
     usage: Usage
     timings: Timings
 
@@ -347,6 +496,8 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     Attributes:
         state: "idle" (no layers), "loading", "serving" or "unfit" (see `note`).
         layers: what it serves or loads.
+        link: how its results reach the next stage: "direct", "relayed" by the coordinator, or
+            "" where there is none.
         seconds_per_token: measured time of its stage per decoded token, or None before any.
     """
 
@@ -354,6 +505,8 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     state: Literal["idle", "loading", "serving", "unfit"]
     note: Text
     layers: LayerRange | None
+    epoch: Count
+    link: Literal["direct", "relayed", ""]
     capabilities: Capabilities
     memory_used_bytes: Count
     kv_bytes: Count
@@ -369,7 +522,12 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
 
     Attributes:
         state: "waiting" (for workers, see `note`), "loading" or "serving".
-        epoch: of the plan that is served or loaded; 0 before the first.
+        epoch: of the newest plan that is served or loaded; 0 before the first.
+        kv_tokens: positions of KV cache that the pipelines have room for.
+        kv_tokens_used: of them, by running requests.
+        kv_tokens_cached: of them, by prefixes that are kept for later requests.
+        prefix_hit_tokens: positions that were not computed because a prefix was kept.
+        preemptions: how often a running request gave up its KV cache to an older one.
         events: what happened lately, oldest first.
     """
 
@@ -380,6 +538,10 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     num_layers: Count
     context_length: Count
     kv_tokens: Count
+    kv_tokens_used: Count
+    kv_tokens_cached: Count
+    prefix_hit_tokens: Count
+    preemptions: Count
     requests_running: Count
     requests_waiting: Count
     requests_finished: Count
@@ -410,9 +572,20 @@ class Refused(Message, frozen=True, kw_only=True, tag="refused"):
     message: Text
 
 
-FromWorker = WorkerHello | Heartbeat | StageReady | StageFailed | TaskResult | TaskFailed | Goodbye
+FromWorker = (
+    WorkerHello
+    | Heartbeat
+    | StageReady
+    | StageFailed
+    | TaskResult
+    | TaskFailed
+    | LinkReport
+    | Goodbye
+)
 FromClient = ClientHello | Generate | Cancel | GetStatus | Ping
 ToCoordinator = FromWorker | FromClient
 ToWorker = Welcome | LoadStage | DropStage | Task | ReleaseSequences | Pong | Refused
 ToClient = ClientWelcome | TokenChunk | Finished | RequestFailed | StatusReport | Pong | Refused
-AnyMessage = ToCoordinator | ToWorker | ToClient
+ToNextWorker = PeerHello | Task
+ToPreviousWorker = PeerWelcome
+AnyMessage = ToCoordinator | ToWorker | ToClient | ToNextWorker | ToPreviousWorker

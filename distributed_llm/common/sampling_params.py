@@ -3,6 +3,7 @@
 Names are those of `transformers.GenerationConfig`.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -13,12 +14,16 @@ from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.types import TokenId
 
 MAX_SEED = 2**63 - 1
+MAX_LOGIT_BIASES = 300
 _MAX_STOPS = 16
 
 _Temperature = Annotated[float, Meta(ge=0, le=100)]
 _TopK = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Probability = Annotated[float, Meta(ge=0, le=1)]
 _Penalty = Annotated[float, Meta(gt=0, le=100)]
+_AdditivePenalty = Annotated[float, Meta(ge=-100, le=100)]
+_Bias = Annotated[float, Meta(ge=-1000, le=1000)]
+_NumLogprobs = Annotated[int, Meta(ge=0, le=20)]
 _Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 _NumTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -38,10 +43,17 @@ class SamplingParams(
         top_p: sample from the smallest set of tokens with this much probability; 1 is off.
         min_p: drop tokens less likely than this share of the likeliest; 0 is off.
         repetition_penalty: above 1 makes tokens of prompt and answer less likely; 1 is off.
+        presence_penalty: taken off the logit of every token that the answer has; 0 is off.
+        frequency_penalty: the same, times how often the answer has it; 0 is off.
+        logit_bias: token id to what is added to its logit.
+        logprobs: how many of the likeliest tokens to report at each position beside the one
+            that was picked; default: none, not even that one.
+        n: answers to the same prompt; they differ by their seeds.
         seed: same seed, same text; default: a new one for each request.
         stop_strings: generation ends before the first of these; they are not part of the text.
         eos_token_id: tokens that end generation; default: the checkpoint's.
         ignore_eos: go on after an end-of-sequence token.
+        timeout_s: the request fails if it has not finished by then, seconds from its arrival.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -51,14 +63,23 @@ class SamplingParams(
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     min_p: _Probability | None = None
     repetition_penalty: _Penalty | None = None
+    presence_penalty: _AdditivePenalty = 0.0
+    frequency_penalty: _AdditivePenalty = 0.0
+    logit_bias: Annotated[dict[TokenId, _Bias], Meta(max_length=MAX_LOGIT_BIASES)] = {}
+    logprobs: _NumLogprobs | None = None
+    n: Annotated[int, Meta(ge=1, le=64)] = 1
     seed: _Seed | None = None
     stop_strings: Annotated[tuple[_StopString, ...], Meta(max_length=_MAX_STOPS)] = ()
     eos_token_id: _Eos | None = None
     ignore_eos: bool = False
+    timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "SamplingParams":
-        """Return the parameters named in `arguments`; one string or id may stand for a list.
+        """Return the parameters named in `arguments`; None stands for the default.
+
+        One string or id may stand for a list, and the token ids of `logit_bias` may be strings, as
+        they are in JSON.
 
         Raises:
             InvalidRequest: an unknown name, or a value of the wrong type or out of range.
@@ -75,16 +96,54 @@ class SamplingParams(
         if type(values.get("eos_token_id")) is int:
             values["eos_token_id"] = (values["eos_token_id"],)
         try:
-            return msgspec.convert(values, cls)
+            return msgspec.convert(values, cls, str_keys=True)
         except msgspec.ValidationError as exc:
-            raise InvalidRequest(f"Bad generation parameter: {exc}.") from exc
+            raise InvalidRequest(_complaint(arguments, str(exc))) from exc
+
+
+_WANTED: Mapping[str, str] = {
+    "max_new_tokens": "a whole number from 1",
+    "min_new_tokens": "a whole number from 0",
+    "temperature": "a number from 0 (greedy) to 100",
+    "top_k": "a whole number from 0 (off)",
+    "top_p": "a number above 0, up to 1 (off)",
+    "min_p": "a number from 0 (off) to 1",
+    "repetition_penalty": "a number above 0 (1 is off), up to 100",
+    "presence_penalty": "a number from -100 to 100 (0 is off)",
+    "frequency_penalty": "a number from -100 to 100 (0 is off)",
+    "logit_bias": f"at most {MAX_LOGIT_BIASES} token ids, each with a number from -1000 to 1000",
+    "logprobs": "a whole number from 0 (only the token that was picked) to 20",
+    "n": "a whole number from 1 to 64",
+    "seed": "a whole number from 0, below 2^63",
+    "stop_strings": f"at most {_MAX_STOPS} texts of 1 to 256 characters",
+    "eos_token_id": f"a token id, or a list of at most {_MAX_STOPS}",
+    "ignore_eos": "true or false",
+    "timeout_s": "a number of seconds above 0, up to 1000000",
+}
+
+
+def _complaint(arguments: Mapping[str, Any], error: str) -> str:
+    """Return what is wrong with which of `arguments`, and what to give instead."""
+    what, _, where = error.rpartition(" - at ")
+    found = re.search(r"\$\.(\w+)", where)
+    assert found, f"msgspec names the field: {error}"
+    name = found[1]
+    return (
+        f"Bad generation parameter {name}={arguments[name]!r:.80}: {what[:1].lower()}{what[1:]}. "
+        f"Give {_WANTED[name]}."
+    )
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the last stage picks one token: what a task carries for each sequence that samples.
+    """How the last stage picks the tokens of one sequence: parameters after defaults.
+
+    It travels once, with the first slice that samples; the last stage keeps it with the sequence.
 
     Attributes:
-        suppressed: token ids that may not be sampled at this position.
+        logit_bias: pairs of token id and what is added to its logit.
+        prompt_tokens: where the answer begins: penalties of the answer count from here.
+        suppressed: token ids that may not be picked before position `suppressed_before`.
+        logprobs: how many of the likeliest tokens to report, or None.
     """
 
     temperature: _Temperature = 0.0
@@ -92,5 +151,11 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     top_p: _Probability = 1.0
     min_p: _Probability = 0.0
     repetition_penalty: _Penalty = 1.0
+    presence_penalty: _AdditivePenalty = 0.0
+    frequency_penalty: _AdditivePenalty = 0.0
+    logit_bias: Annotated[tuple[tuple[TokenId, _Bias], ...], Meta(max_length=MAX_LOGIT_BIASES)] = ()
     seed: _Seed = 0
+    prompt_tokens: _NumTokens = 0
     suppressed: _Eos = ()
+    suppressed_before: _NumTokens = 0
+    logprobs: _NumLogprobs | None = None

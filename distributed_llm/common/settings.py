@@ -142,6 +142,11 @@ class CoordinatorSettings(_Section):
         default="auto",
         description="Number type of weights and activations; auto: as in the model's files.",
     )
+    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number type of activations between workers; auto: as `dtype`. A narrower one "
+        "saves traffic and changes answers a little.",
+    )
     strategy: Literal["memory", "even", "custom"] = Field(
         default="memory",
         description="How layers are shared out: memory (in proportion to it), even (equal "
@@ -151,6 +156,13 @@ class CoordinatorSettings(_Section):
         default={},
         description="For strategy custom: which worker serves which layers, counted from 0, the "
         "second number not included: {pc: 0-8, mac: 8-16}; [0, 8] is the same as 0-8.",
+    )
+    replicas: Whole = Field(
+        default=1,
+        ge=1,
+        le=4096,
+        description="How many times to serve the whole model, each time on workers of its own; as "
+        "many as the workers can hold.",
     )
     min_workers: Whole = Field(
         default=1,
@@ -164,10 +176,11 @@ class CoordinatorSettings(_Section):
         description="Quiet time after a worker joins before layers are shared out, s.",
     )
     max_batch_sequences: Whole = Field(
-        default=64,
+        default=256,
         ge=1,
         le=65536,
-        description="Sequences that are generated at the same time at most.",
+        description="Answers that are generated at the same time at most, per replica; memory may "
+        "allow fewer.",
     )
     max_batch_tokens: Whole = Field(
         default=512,
@@ -179,7 +192,7 @@ class CoordinatorSettings(_Section):
         default=256,
         ge=0,
         le=1 << 20,
-        description="Requests in the queue at most; further ones are refused.",
+        description="Answers that may wait to be begun; further requests are refused.",
     )
     min_kv_tokens: Whole = Field(
         default=1024,
@@ -223,6 +236,13 @@ class CoordinatorSettings(_Section):
                     "layers",
                 )
             return self
+        if self.replicas > 1:
+            raise conflict(
+                "strategy custom names one worker for each layer; several replicas need another "
+                "strategy",
+                "replicas",
+                "strategy",
+            )
         if not self.layers:
             raise conflict("strategy custom needs `layers`", "strategy")
         served = sorted(self.layers.items(), key=lambda item: item[1])
@@ -249,6 +269,12 @@ class WorkerSettings(_Section):
     coordinator: RemoteAddress = Field(
         default="127.0.0.1:5555", description="HOST:PORT of the coordinator to join."
     )
+    peer_bind: BindAddress = Field(
+        default="0.0.0.0:0",
+        description="HOST:PORT to listen on for the other workers, which hand their results on; "
+        "0.0.0.0 is every network of this machine, but only this machine if the coordinator is "
+        "found at 127.0.0.1; port 0 any free port.",
+    )
     name: WorkerNameOrEmpty = Field(
         default="", description="What this worker is called; empty: after this machine."
     )
@@ -265,6 +291,9 @@ class WorkerSettings(_Section):
     )
     slowdown: Factor = Field(
         default=1.0, ge=1, le=1000, description="For tests: look this many times slower; 1: off."
+    )
+    delay_s: Seconds = Field(
+        default=0.0, ge=0, description="For tests: wait this long in every task, s; 0: off."
     )
     model: Location = Field(
         default="",

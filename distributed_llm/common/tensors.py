@@ -55,6 +55,12 @@ def token_ids_of_frame(frame: Frame) -> list[int]:
     return [int(x) for x in array]
 
 
+def floats_of_frame(frame: Frame) -> list[float]:
+    """Return the numbers in a float32 frame."""
+    array: npt.NDArray[Any] = np.frombuffer(frame, dtype="<f4")
+    return [float(x) for x in array]
+
+
 def frame_of_bytes(data: bytes) -> tuple[TensorSpec, Frame]:
     """Return `data` (not empty) as a uint8 tensor; for payloads too long for a header."""
     return TensorSpec("uint8", (len(data),)), data

@@ -6,10 +6,17 @@ left every `_BATCH` messages, so that a backlog never starves timers or other ta
 
 Peers have no identities of their own: the ROUTER makes one per connection, so a worker that comes
 back is heard at once and nobody can take the place of another.
+
+A context is ZeroMQ's threads, and closing one waits until what was said is sent. So all DEALERs of
+a process share one, which is closed with the last of them: opening and closing links while others
+work costs no time.
 """
 
 import asyncio
 import contextlib
+import os
+import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
@@ -17,13 +24,14 @@ from enum import Enum, auto
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from distributed_llm.common.errors import AddressInUse, LocalProtocolError
+from distributed_llm.common.errors import AddressInUse, ConnectionFailed, LocalProtocolError
 from distributed_llm.common.tensors import MAX_FRAME_BYTES, Frame
 from distributed_llm.common.types import PeerId
 
 _BATCH = 64
 _LINGER_MS = 300
 _MAX_OUTBOX = 10_000
+_MAX_SOCKETS = 16_384
 _NOTICE_S = 0.05
 
 
@@ -36,12 +44,13 @@ class Delivery(Enum):
 
 
 class Router:
-    """The coordinator's socket.
+    """The socket of the coordinator, and of a worker for other workers.
 
     Args:
         bind: "HOST:PORT" to listen on; port 0 takes any free one.
         on_message: called with each message that arrives.
         on_disconnect: called soon after connections were closed; which ones, a send will tell.
+        setting: what the user changes to listen elsewhere, for the error.
 
     Raises:
         AddressInUse: the address is taken or not of this machine.
@@ -52,6 +61,8 @@ class Router:
         bind: str,
         on_message: Callable[[PeerId, list[Frame]], None],
         on_disconnect: Callable[[], None],
+        *,
+        setting: str = "--bind",
     ) -> None:
         self._on_message = on_message
         self._on_disconnect = on_disconnect
@@ -66,8 +77,8 @@ class Router:
             self._context.destroy(linger=0)
             why = zmq.strerror(exc.errno or 0)
             raise AddressInUse(
-                f"Cannot listen on {bind}: {why}. Another coordinator may be running there, or the "
-                "address is not one of this machine; choose another with --bind."
+                f"Cannot listen on {bind}: {why}. Another program may be listening there, or the "
+                f"address is not one of this machine; choose another with {setting}."
             ) from exc
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
@@ -88,18 +99,18 @@ class Router:
             return Delivery.GONE
         return Delivery.SENT
 
-    def close(self) -> None:
-        """Close the socket after at most 300 ms for what is still to be sent."""
+    def close(self, *, linger_ms: int = _LINGER_MS) -> None:
+        """Close the socket after at most `linger_ms` for what is still to be sent."""
         if self._notice:
             self._notice.cancel()
         self._monitor.close()
         self._pump.close()
-        self._context.destroy(linger=_LINGER_MS)
+        self._context.destroy(linger=linger_ms)
 
     def _receive(self, frames: list[Frame]) -> None:
         self._on_message(PeerId(bytes(frames[0])), frames[1:])
 
-    def _watch(self, event: int) -> None:
+    def _watch(self, event: int, value: int) -> None:
         # ZeroMQ tells of it before it forgets the peer: a send right now would still succeed.
         # Waiting also makes one notice of many, when strangers come and go.
         if not self._notice:
@@ -111,14 +122,23 @@ class Router:
 
 
 class Dealer:
-    """The socket of a worker or a client; it lives for one session and is never reused.
+    """A connection to a ROUTER; it lives for one session and is never reused.
 
     Args:
-        address: "HOST:PORT" of the coordinator.
+        address: "HOST:PORT" of the ROUTER.
         on_message: called with each message that arrives.
-        on_connect: called when the coordinator's port was found to speak our transport.
+        on_connect: called when the port was found to speak our transport.
         on_disconnect: called when the connection was lost, after the last message; the session is
             over then: nothing more is sent, and nobody is told if the port can be reached again.
+        max_outbox: messages that may wait to be sent, beside the 64 that ZeroMQ and those that the
+            network holds.
+
+    Attributes:
+        reached: something at all listens at the address.
+        local_host: IP address of this machine on the way there; empty before it was reached.
+
+    Raises:
+        ConnectionFailed: the address is not of this form.
     """
 
     def __init__(
@@ -127,40 +147,54 @@ class Dealer:
         on_message: Callable[[list[Frame]], None],
         on_connect: Callable[[], None],
         on_disconnect: Callable[[], None],
+        *,
+        max_outbox: int = _MAX_OUTBOX,
     ) -> None:
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
+        self._max_outbox = max_outbox
         self._outbox: deque[list[Frame]] = deque()
         self._connected = False
         self._over = False
         self.reached = False
-        self._context = zmq.Context()
-        self._socket = _open(self._context, zmq.DEALER)
+        self.local_host = ""
+        self._socket = _open(_dealers.acquire(), zmq.DEALER)
         self._socket.immediate = True
         self._pump = _Pump(self._socket, on_message, self._flush)
         events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         self._monitor = _Monitor(self._socket, events, self._watch)
-        self._socket.connect(_endpoint(address, self._socket))
+        try:
+            self._socket.connect(_endpoint(address, self._socket))
+        except zmq.ZMQError as exc:
+            self.close(linger_ms=0)
+            raise ConnectionFailed(f"{address!r} is not an address to connect to: {exc}.") from exc
 
     def send(self, frames: Sequence[Frame]) -> None:
-        """Queue a message to the coordinator; never blocks. Does nothing once the session is over.
+        """Queue a message; never blocks. Does nothing once the session is over.
 
         Raises:
             LocalProtocolError: too many messages wait already.
         """
         if self._over:
             return
-        if len(self._outbox) >= _MAX_OUTBOX:
-            raise LocalProtocolError(f"{_MAX_OUTBOX} messages wait to be sent")
+        if len(self._outbox) >= self._max_outbox:
+            raise LocalProtocolError(f"{self._max_outbox} messages wait to be sent")
         self._outbox.append(list(frames))
         self._pump.look_again()
         self._flush()
 
-    def close(self) -> None:
-        """Close the socket after at most 300 ms for what is still to be sent."""
+    def close(self, *, linger_ms: int = _LINGER_MS) -> None:
+        """Close the socket; what is still to be sent gets `linger_ms`.
+
+        Returns at once while this process has other DEALERs, else when the time is over or all is
+        sent.
+        """
+        if self._pump.closed:
+            return
         self._monitor.close()
         self._pump.close()
-        self._context.destroy(linger=_LINGER_MS)
+        self._socket.close(linger_ms)
+        _dealers.release()
 
     def _flush(self) -> bool:
         while self._outbox:
@@ -171,9 +205,10 @@ class Dealer:
             self._outbox.popleft()
         return True
 
-    def _watch(self, event: int) -> None:
+    def _watch(self, event: int, value: int) -> None:
         if event == zmq.EVENT_CONNECTED:
             self.reached = True
+            self.local_host = _local_host(value)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._over:
             self._connected = True
             self._on_connect()
@@ -253,10 +288,10 @@ class _Pump:
 
 
 class _Monitor:
-    """Hands the events of a socket's connections to a callback."""
+    """Hands the events of a socket's connections, and their values, to a callback."""
 
     def __init__(
-        self, socket: "zmq.Socket[bytes]", events: int, on_event: Callable[[int], None]
+        self, socket: "zmq.Socket[bytes]", events: int, on_event: Callable[[int, int], None]
     ) -> None:
         self._watched = socket
         self._on_event = on_event
@@ -267,9 +302,66 @@ class _Monitor:
         self._pump.close()
         with contextlib.suppress(zmq.ZMQError):
             self._watched.disable_monitor()
+        self._socket.close(0)
 
     def _receive(self, frames: list[Frame]) -> None:
-        self._on_event(int(parse_monitor_message([bytes(frame) for frame in frames])["event"]))
+        said = parse_monitor_message([bytes(frame) for frame in frames])
+        self._on_event(int(said["event"]), int(said["value"]))
+
+
+class _SharedContext:
+    """The context of all sockets of one kind in this process; there is none while there are none.
+
+    May be used from several threads. A forked child gets one of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._users = 0
+
+    def acquire(self) -> "zmq.Context[zmq.Socket[bytes]]":
+        """Return the context for one more socket."""
+        with self._lock:
+            if self._context is None:
+                self._context = zmq.Context()
+                self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+            self._users += 1
+            return self._context
+
+    def release(self) -> None:
+        """Note that a socket was closed; the last one waits until all that linger are gone."""
+        with self._lock:
+            self._users -= 1
+            unused = None if self._users else self._context
+            if unused:
+                self._context = None
+        if unused:
+            unused.term()
+
+    def forget(self) -> None:
+        """Leave the context to the parent of this process; its threads are not here."""
+        self._lock = threading.Lock()
+        self._inherited, self._context, self._users = self._context, None, 0
+
+
+_dealers = _SharedContext()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_dealers.forget)
+
+
+def _local_host(fd: int) -> str:
+    """Return this machine's address in a connection of ZeroMQ's; empty if it is closed already."""
+    try:
+        connection = socket.socket(fileno=fd)
+    except OSError:
+        return ""
+    try:
+        return str(connection.getsockname()[0])
+    except OSError:
+        return ""
+    finally:
+        connection.detach()  # it is not ours to close
 
 
 def _open(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":

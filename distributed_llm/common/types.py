@@ -10,6 +10,9 @@ WorkerId = NewType("WorkerId", str)
 PeerId = NewType("PeerId", bytes)
 """The identity that the ROUTER socket made for one connection."""
 
+KV_BLOCK = 64
+"""KV cache is allocated, and charged, in blocks of this many positions."""
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]

@@ -1,16 +1,16 @@
 """The coordinator's decisions: events in, actions out. Pure.
 
 It joins the registry (who is there), the placement (who serves what), the desk (what was asked) and
-the pipeline (steps under way).
+the replicas (steps under way).
 
-When a worker of the plan is lost, the layers are planned anew over those that are left, under a
-larger epoch; answers of the old epoch are dropped, and every running request computes its tokens
-again on the new stages. Sampling depends on nothing but the tokens, so no answer changes. A worker
-that joins is used as soon as no request is under way.
+When a worker of a plan is lost, the layers are planned anew over those that are left, under a
+larger epoch; answers of the old epoch are dropped, and the requests that ran there compute their
+tokens again on the new stages. Sampling depends on nothing but the tokens, so no answer changes. A
+worker that joins is used as soon as no request is under way.
 """
 
 from collections.abc import Callable
-from typing import assert_never
+from typing import Literal, assert_never
 
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import (
@@ -27,10 +27,10 @@ from distributed_llm.common.messages import (
     GetStatus,
     Goodbye,
     Heartbeat,
+    LinkReport,
     Ping,
     Pong,
     Refused,
-    ReleaseSequences,
     StageFailed,
     StageReady,
     StatusReport,
@@ -57,18 +57,11 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.journal import Journal
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.pipeline import (
-    Dropped,
-    SendTask,
-    StepBroken,
-    StepDone,
-)
+from distributed_llm.coordinator.pipeline import Dropped, SendTask, StepBroken, StepDone
 from distributed_llm.coordinator.placement import CoreSettings, Placement
 from distributed_llm.coordinator.registry import Registry, Worker
-from distributed_llm.coordinator.scheduler import Scheduler, Step
-
-_MAX_EVENTS = 50
-_RELEASE_BATCH = 1024
+from distributed_llm.coordinator.replica import Replica, sending
+from distributed_llm.coordinator.requests import Request
 
 
 class Core:
@@ -86,18 +79,20 @@ class Core:
         self._model = model
         self._settings = settings
         self._registry = Registry(silence_timeout_s=settings.silence_timeout_s)
-        scheduler = Scheduler(
-            max_sequences=settings.max_batch_sequences, max_tokens=settings.max_batch_tokens
-        )
-        self._scheduler = scheduler
         self._desk = Desk(
-            model.defaults,
-            scheduler,
-            max_waiting=settings.max_waiting_requests,
-            draw_seed=draw_seed,
+            model.defaults, max_waiting=settings.max_waiting_requests, draw_seed=draw_seed
         )
         self._journal = Journal()
-        self._placement = Placement(model, settings, self._registry, self._desk, self._journal)
+        self._placement = Placement(
+            model,
+            settings,
+            self._registry,
+            self._desk,
+            self._journal,
+            draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
+        )
+        self._full: set[int] = set()  # epochs of replicas that had no room for who is next
+        self._leases_at: float | None = None  # no lease runs out before
 
     # -------------------------------------------------------------- the four doors
 
@@ -117,17 +112,19 @@ class Core:
             case TokenizeFailed():
                 actions = self._desk.fail(event.key, event.error)
             case Detokenized():
-                actions = self._desk.detokenized(event)
+                actions = self._desk.detokenized(event, now=now)
             case _:
                 assert_never(event)
         return self._settle(actions, now)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
+        waits = self._desk.busy and self._placement.complete
         deadlines = (
             self._registry.next_deadline(),
-            self._placement.pipeline.next_deadline() if self._placement.pipeline else None,
-            None if self._desk.busy else self._placement.replan_at,
+            self._desk.next_deadline(),
+            self._leases_at,
+            None if waits else self._placement.replan_at,
         )
         return min((at for at in deadlines if at is not None), default=None)
 
@@ -136,18 +133,20 @@ class Core:
         actions: list[Action] = []
         for peer in self._registry.silent(now=now):
             actions += self._gone(peer, "fell silent", now)
-        if self._placement.pipeline:
-            sends, given_up = self._placement.pipeline.on_timer(now=now)
-            actions += map(_sending, sends)
-            for peer in given_up:
-                actions += self._give_up(peer, "made no progress on a task", now)
+        actions += self._desk.on_timer(now=now)
+        if self._leases_at is not None and self._leases_at <= now:
+            actions += self._check_leases(now)
         replan_at = self._placement.replan_at
-        if replan_at is not None and replan_at <= now and not self._desk.busy:
-            actions += self._placement.replan()
+        if replan_at is not None and replan_at <= now:
+            if not self._desk.busy:
+                actions += self._placement.replan()
+            elif not self._placement.complete:
+                actions += self._placement.add()
         return self._settle(actions, now)
 
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
+        schedulers = [r.scheduler for r in self._placement.replicas if r.scheduler]
         return ClusterStatus(
             model=self._model.name,
             state=self._placement.state,
@@ -156,6 +155,10 @@ class Core:
             num_layers=self._model.cost.num_layers,
             context_length=self._model.defaults.context_length,
             kv_tokens=self._placement.kv_tokens,
+            kv_tokens_used=sum(s.kv_tokens_used for s in schedulers),
+            kv_tokens_cached=sum(s.kv_tokens_cached for s in schedulers),
+            prefix_hit_tokens=self._desk.totals.prefix_hit_tokens,
+            preemptions=self._desk.totals.preemptions,
             requests_running=self._desk.num_running,
             requests_waiting=self._desk.num_waiting,
             requests_finished=self._desk.totals.finished,
@@ -180,7 +183,14 @@ class Core:
                 if not self._registry.is_client(peer):
                     return self._stranger(peer)
                 return self._from_client(event, now)
-            case Heartbeat() | StageReady() | StageFailed() | TaskResult() | TaskFailed():
+            case (
+                Heartbeat()
+                | StageReady()
+                | StageFailed()
+                | TaskResult()
+                | TaskFailed()
+                | LinkReport()
+            ):
                 worker = self._registry.worker(peer)
                 return self._from_worker(worker, event, now) if worker else self._stranger(peer)
             case Goodbye():
@@ -217,7 +227,9 @@ class Core:
             case TaskResult() as result:
                 return self._task_result(worker, result, event, now)
             case TaskFailed() as task_failed:
-                return self._task_failed(worker, task_failed, now)
+                return self._task_failed(worker, task_failed)
+            case LinkReport() as report:
+                return self._link_report(worker, report)
             case _:
                 return []
 
@@ -272,19 +284,19 @@ class Core:
         if worker is None:
             return self._desk.drop_client(peer)
         actions: list[Action] = [self._journal.note(f"worker {worker.id} {why}", "warning")]
-        if self._placement.uses(worker.id):
-            if self._placement.pipeline:
-                actions += self._desk.steps_lost(self._placement.pipeline.steps_at(peer), worker.id)
-            actions += self._placement.replan(lost=worker.id)
-        return actions
+        replica = self._placement.replica_of(peer)
+        if replica and replica.pipeline:
+            actions += self._desk.steps_lost(replica.pipeline.steps, worker.id)
+        return actions + self._placement.lose(worker)
 
     def _heartbeat(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
         hung = self._placement.hangs(worker)
         self._registry.heartbeat(worker.peer, beat)
-        if self._placement.pipeline and beat.tasks_waiting:
-            self._placement.pipeline.progress(worker.peer, beat.progress_age_s, now=now)
+        replica = self._placement.replica_of(worker.peer)
+        if replica and replica.pipeline and beat.tasks_waiting:
+            replica.pipeline.progress(worker.peer, beat.progress_age_s, now=now)
         pong = Send(worker.peer, Pong())
-        if worker.state == "serving" and beat.epoch != self._placement.epoch:
+        if worker.state == "serving" and beat.epoch != worker.epoch:
             return self._give_up(worker.peer, "serves another plan", now)
         if self._placement.hangs(worker) and worker.state == "loading":
             return [pong, *self._give_up(worker.peer, "hangs", now)]
@@ -301,78 +313,138 @@ class Core:
     def _task_result(
         self, worker: Worker, result: TaskResult, event: Received, now: float
     ) -> list[Action]:
-        if self._placement.pipeline is None or result.epoch != self._placement.epoch:
-            self._journal.rejected["stale_epoch"] += 1
+        replica = self._replica_at(worker, result.epoch)
+        if replica is None or replica.pipeline is None or replica.scheduler is None:
             return []
-        step = self._placement.pipeline.step_at(worker.peer, result.step)
-        sends, outcome = self._placement.pipeline.result(worker.peer, result, event.frames, now=now)
-        actions: list[Action] = [*map(_sending, sends)]
+        outcome = replica.pipeline.result(worker.peer, result, event.frames, now=now)
+        match outcome:
+            case SendTask():
+                return [sending(outcome)]
+            case StepDone():
+                counts = replica.scheduler.complete(outcome.step)
+                replica.observe(outcome, now=now)
+                self._count(replica, outcome)
+                return self._desk.step_done(outcome, counts, replica.scheduler, now=now)
+            case StepBroken():
+                return self._step_broken(replica, outcome, worker)
+            case Dropped():
+                self._journal.rejected[outcome.reason] += 1
+                return []
+            case _:
+                assert_never(outcome)
+
+    def _task_failed(self, worker: Worker, failed: TaskFailed) -> list[Action]:
+        replica = self._replica_at(worker, failed.epoch)
+        if replica is None or replica.pipeline is None:
+            return []
+        outcome = replica.pipeline.failed(worker.peer, failed)
         if isinstance(outcome, Dropped):
             self._journal.rejected[outcome.reason] += 1
-            return actions
-        if step is not None:
-            _count(worker, step, result.compute_s)
-        if isinstance(outcome, StepDone):
-            done = self._desk.step_done(outcome.step, outcome.token_ids, now=now)
-            return [*actions, *self._next_sends(now), *done]
-        if isinstance(outcome, StepBroken):
-            actions += self._desk.step_broken(outcome.step, outcome.failure, worker.id)
+            return []
+        return self._step_broken(replica, outcome, worker)
+
+    def _step_broken(self, replica: Replica, broken: StepBroken, worker: Worker) -> list[Action]:
+        """Suspect the step's requests, and begin anew with all that was under way."""
+        assert replica.scheduler is not None
+        actions = self._desk.step_broken(broken.step, broken.failure, worker.id)
+        replica.scheduler.abandon(broken.step)
+        replica.abandon_steps()
         return actions
 
-    def _task_failed(self, worker: Worker, failed: TaskFailed, now: float) -> list[Action]:
-        if self._placement.pipeline is None or failed.epoch != self._placement.epoch:
-            self._journal.rejected["stale_epoch"] += 1
+    def _link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
+        replica = self._replica_at(worker, report.epoch)
+        if replica is None:
             return []
-        sends, outcome = self._placement.pipeline.failed(worker.peer, failed, now=now)
-        actions: list[Action] = [*map(_sending, sends)]
-        if isinstance(outcome, Dropped):
-            self._journal.rejected[outcome.reason] += 1
-            return actions
-        return actions + self._desk.step_broken(outcome.step, outcome.failure, worker.id)
+        replica.set_link(worker.peer, report.up)
+        link: Literal["direct", "relayed"] = "direct" if report.up else "relayed"
+        if link == worker.link:
+            return []
+        worker.link = link
+        how = (
+            f"hands its results on itself ({1000 * report.rtt_s:.1f} ms)"
+            if report.up
+            else "does not reach the next worker; its results go through the coordinator"
+        )
+        return [self._journal.note(f"worker {worker.id} {how}")]
+
+    def _replica_at(self, worker: Worker, epoch: int) -> Replica | None:
+        replica = self._placement.replica_of(worker.peer)
+        if replica is None or replica.epoch != epoch:
+            self._journal.rejected["stale_epoch"] += 1
+            return None
+        return replica
+
+    def _check_leases(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for replica in self._placement.replicas:
+            if replica.pipeline is None:
+                continue
+            due = replica.pipeline.expired(now=now)
+            if due == "abandon":
+                text = f"plan {replica.epoch}: no progress; its steps are computed again"
+                actions.append(self._journal.note(text, "warning"))
+                replica.abandon_steps()
+            elif due is not None:
+                actions += self._give_up(due, "made no progress on a task", now)
+        pipelines = (r.pipeline for r in self._placement.replicas if r.pipeline)
+        deadlines = (pipeline.next_deadline() for pipeline in pipelines)
+        self._leases_at = min((at for at in deadlines if at is not None), default=None)
+        return actions
+
+    def _count(self, replica: Replica, done: StepDone) -> None:
+        tokens = len(done.step.slices) if done.step.decodes else 0
+        for seat, timing in zip(replica.seats, done.timings, strict=True):
+            worker = self._registry.worker(seat.peer)
+            if worker is not None:
+                worker.count_task(timing.compute_us / 1e6, tokens)
+        for request in done.step.requests:
+            request.add_stage_times(replica.epoch, replica.seats, done.timings)
+
+    # -------------------------------------------------------------- what can be started
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
-        """Start what can be started after any change."""
-        return actions + self._next_sends(now)
+        """Start what can be started after any change; stages wait for it, so it goes first."""
+        if self._placement.replan_when_idle and not self._desk.busy:
+            actions += self._placement.replan()
+        sends: list[Action] = []
+        self._admit(now)
+        while self._placement.changed:
+            _, replica = self._placement.changed.popitem()
+            self._full.discard(replica.epoch)
+            sends += replica.begin_steps(now=now)
+            if replica.scheduler:
+                self._desk.collect(replica.scheduler)
+            self._admit(now)
+        if self._leases_at is None and sends:
+            self._leases_at = now + self._settings.task_timeout_s
+        return sends + actions
 
-    def _next_sends(self, now: float) -> list[Action]:
-        """Return the messages that free what ended and begin the next step, if none is under way.
+    def _admit(self, now: float) -> None:
+        """Let waiting requests run, each on the pipeline where it will have to wait least."""
+        while (request := self._desk.next_waiting()) is not None:
+            replica = self._choose(request)
+            if replica is None or replica.scheduler is None:
+                return
+            if not self._desk.admit(replica.scheduler, now=now):
+                self._full.add(replica.epoch)
 
-        One step at a time: all requests that run go together in it.
-        """
-        pipeline = self._placement.pipeline
-        if pipeline is None:
-            return []
-        actions: list[Action] = []
-        freed = self._desk.take_freed()
-        for at in range(0, len(freed), _RELEASE_BATCH):
-            release = ReleaseSequences(
-                epoch=self._placement.epoch, sequence_ids=tuple(freed[at : at + _RELEASE_BATCH])
-            )
-            actions += [Send(peer, release) for peer in pipeline.peers]
-        if not pipeline.steps:
-            step = self._scheduler.next_step(now=now)
-            if step is not None:
-                actions += map(_sending, pipeline.begin(step, now=now))
-        return actions
+    def _choose(self, request: Request) -> Replica | None:
+        choice = [
+            (replica.scheduler.hit_length(request), -replica.load, -replica.epoch, replica)
+            for replica in self._placement.replicas
+            if replica.scheduler and replica.epoch not in self._full
+        ]
+        return max(choice)[3] if choice else None
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         self._registry.validate()
         self._desk.validate()
         self._placement.validate()
-
-
-def _sending(send: SendTask) -> Action:
-    return Send(send.peer, send.task, send.frames)
+        pipelines = [r.pipeline for r in self._placement.replicas if r.pipeline]
+        if pipelines and self._desk.next_waiting():
+            assert any(p.num_steps for p in pipelines), "requests wait while nothing runs"
 
 
 def _refusal(peer: PeerId, error: DistributedLLMError, code: str | None = None) -> Send:
     return Send(peer, Refused(code=code or error.code, message=str(error)[:4096]))
-
-
-def _count(worker: Worker, step: Step, compute_s: float) -> None:
-    decodes = all(part.num_tokens == 1 for part in step.slices)
-    worker.count_task(compute_s, len(step.slices) if decodes else 0)
-    assert worker.layers is not None
-    for request in step.requests:
-        request.add_stage_time(worker.id, worker.layers, compute_s)

@@ -1,13 +1,15 @@
 """Requests from arrival to their last message. Pure.
 
 Every request ends with exactly one of `Finished` and `RequestFailed`, unless its client is gone.
+Those that wait are served fairly among clients, and in the order of arrival within one.
 """
 
+import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from distributed_llm.common.errors import (
     ContextLengthExceeded,
+    DeadlineExceeded,
     DistributedLLMError,
     InvalidRequest,
     NotEnoughMemory,
@@ -23,6 +25,7 @@ from distributed_llm.common.messages import (
     RequestId,
     TaskFailed,
     TokenChunk,
+    TokenLogprobs,
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId, WorkerId
@@ -36,14 +39,18 @@ from distributed_llm.coordinator.events import (
     Tokenize,
     Tokenized,
 )
+from distributed_llm.coordinator.fairness import FairQueue
+from distributed_llm.coordinator.pipeline import StepDone
 from distributed_llm.coordinator.requests import (
     GenerationDefaults,
     Phase,
     Request,
     RequestKey,
+    Ticket,
     resolve,
 )
-from distributed_llm.coordinator.scheduler import Scheduler, Step, restart
+from distributed_llm.coordinator.scheduler import Scheduler, Step
+from distributed_llm.coordinator.totals import Totals
 
 _MAX_LOSSES = 3
 _MAX_FAILURES = 2
@@ -53,102 +60,78 @@ _MAX_BYTES_PER_TOKEN = 64
 _MIN_PROMPT_BYTES = 64 * 1024
 
 
-@dataclass
-class Totals:
-    """What has come of all requests."""
-
-    finished: int = 0
-    failed: int = 0
-    tokens: int = 0
-
-
 class Desk:
     """All requests of all clients.
 
     Args:
         defaults: of the checkpoint.
-        scheduler: takes the requests whose prompt is known.
-        max_waiting: requests that may wait; more are refused.
+        max_waiting: answers that may wait to be begun; more are refused.
         draw_seed: gives a seed for a request without one.
+
+    Attributes:
+        totals: what has come of all requests.
     """
 
     def __init__(
         self,
         defaults: GenerationDefaults,
-        scheduler: Scheduler,
         *,
         max_waiting: int,
         draw_seed: Callable[[], int],
     ) -> None:
         self._defaults = defaults
-        self._scheduler = scheduler
         self._max_waiting = max_waiting
         self._draw_seed = draw_seed
-        self._requests: dict[tuple[PeerId, RequestId], Request] = {}
-        self._next_sequence = 0
+        self._tickets: dict[PeerId, dict[RequestId, Ticket]] = {}
+        self._queue: FairQueue[Request] = FairQueue()
+        self._homes: dict[Request, Scheduler] = {}
+        self._num_tokenizing = 0
+        self._next_number = 0
         self._kv_tokens = 0
-        self._freed: list[int] = []
+        self._deadlines: list[tuple[float, RequestKey]] = []
         self.totals = Totals()
 
     @property
     def busy(self) -> bool:
         """Whether any request is under way."""
-        return bool(self._requests)
+        return bool(self._tickets)
 
     @property
     def num_running(self) -> int:
-        """Requests with KV cache."""
-        return len(self._scheduler.running)
+        """Answers that a pipeline works on."""
+        return len(self._homes)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that are being tokenized or wait for room."""
-        waiting = (Phase.TOKENIZING, Phase.WAITING)
-        return sum(request.phase in waiting for request in self._requests.values())
+        """Answers whose prompt is being tokenized or that wait for room."""
+        return self._num_tokenizing + len(self._queue)
 
-    def take_freed(self) -> list[int]:
-        """Return the sequences whose KV cache is to be freed on every stage, once."""
-        freed, self._freed = self._freed, []
-        return freed
-
-    def set_capacity(self, kv_tokens: int) -> list[Action]:
-        """A new plan has room for `kv_tokens` positions; all requests start on it anew."""
-        self._freed.clear()
-        self._kv_tokens = kv_tokens
-        self._scheduler.set_capacity(kv_tokens)
-        actions: list[Action] = []
-        for request in list(self._scheduler.waiting):
-            if request.reserved_tokens > kv_tokens:
-                error = NotEnoughMemory(
-                    f"The request may take {request.reserved_tokens} positions, but after workers "
-                    f"left there is room for {kv_tokens}. Add a worker or lower max_new_tokens."
-                )
-                actions += self.fail(request.key, error)
-        return actions
-
-    def expect_capacity(self, kv_tokens: int) -> None:
-        """A plan with this much room is being prepared."""
-        self._kv_tokens = kv_tokens
+    # -------------------------------------------------------------- arrival
 
     def submit(
         self, peer: PeerId, message: Generate, frames: tuple[Frame, ...], *, now: float
     ) -> list[Action]:
         """Take a new request."""
-        if self.num_waiting >= self._max_waiting:
+        params = message.params
+        if self.num_waiting + params.n > self._max_waiting:
             error = Overloaded(
-                f"{self.num_waiting} requests wait already, which is the limit. Try again later.",
-                retry_after_s=self._retry_after_s(),
+                f"{self.num_waiting} answers wait already, and the limit is {self._max_waiting}. "
+                "Try again later, or raise max_waiting_requests.",
+                retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
         wrong = self._wrong_prompt(message)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
-        number = self._next_sequence
-        self._next_sequence += 1
-        key = (peer, message.request_id, number)
-        self._requests[key[:2]] = Request(key, number, message.params, arrived_at=now)
+        key = (peer, message.request_id, self._next_number)
+        self._next_number += params.n
+        ticket = Ticket(key, params, arrived_at=now)
+        self._tickets.setdefault(peer, {})[message.request_id] = ticket
+        self._num_tokenizing += params.n
+        if ticket.deadline is not None:
+            heapq.heappush(self._deadlines, (ticket.deadline, key))
         payload = bytes(frames[0]) if frames else b""
-        return [Tokenize(key, message.prompt, payload, message.params.stop_strings)]
+        return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
 
     def _wrong_prompt(self, message: Generate) -> InvalidRequest | None:
         wanted = "int32" if message.prompt == "token_ids" else "uint8"
@@ -173,15 +156,16 @@ class Desk:
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
         """Return whether a request of this name is under way."""
-        return (peer, request_id) in self._requests
+        return request_id in self._tickets.get(peer, ())
 
     def tokenized(self, event: Tokenized) -> list[Action]:
-        """The prompt of a request is known: queue it."""
-        request = self._find(event.key)
-        if request is None:
+        """The prompt of a request is known: queue its answers."""
+        ticket = self._find(event.key)
+        if ticket is None:
             return []
         vocab = self._defaults.vocab_size
-        strange = next((t for t in event.token_ids if not 0 <= t < vocab), None)
+        used = (*event.token_ids, *ticket.params.logit_bias)
+        strange = next((t for t in used if not 0 <= t < vocab), None)
         if strange is not None:
             error = InvalidRequest(
                 f"Token id {strange} is not in the model's vocabulary of {vocab}."
@@ -189,7 +173,7 @@ class Desk:
             return self.fail(event.key, error)
         try:
             limits = resolve(
-                request.params,
+                ticket.params,
                 self._defaults,
                 prompt_tokens=len(event.token_ids),
                 kv_tokens=self._kv_tokens,
@@ -197,164 +181,272 @@ class Desk:
             )
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
-        request.accept(event.token_ids, limits)
-        self._scheduler.add(request)
+        self._num_tokenizing -= ticket.params.n
+        ticket.accept(event.token_ids, limits, number=event.key[2])
+        for request in ticket.requests:
+            self._queue.add(ticket.key[0], request, order=request.number)
         return []
+
+    # -------------------------------------------------------------- to pipelines and back
+
+    def next_waiting(self) -> Request | None:
+        """Return the request whose turn it is."""
+        return self._queue.first()
+
+    def admit(self, scheduler: Scheduler, *, now: float) -> bool:
+        """Let the request whose turn it is run, if there is room; return whether it does."""
+        request = self._queue.first()
+        assert request is not None
+        if not scheduler.admit(request, now=now):
+            return False
+        self._queue.pop()
+        self._queue.charge(request.ticket.key[0], len(request.token_ids))
+        self._homes[request] = scheduler
+        return True
+
+    def requeue(self, requests: Iterable[Request]) -> None:
+        """These lost their KV cache; they come before younger ones of their client."""
+        for request in requests:
+            if self._homes.pop(request, None) is not None:  # else it has ended
+                self._queue.add(request.ticket.key[0], request, order=request.number)
+
+    def collect(self, scheduler: Scheduler) -> None:
+        """Queue the requests that gave up their KV cache to older ones; count prefix hits."""
+        self.totals.prefix_hit_tokens += scheduler.prefix_hit_tokens
+        self.totals.preemptions += len(scheduler.preempted)
+        self.requeue(scheduler.preempted)
+        scheduler.preempted.clear()
+        scheduler.prefix_hit_tokens = 0
+
+    def set_capacity(self, kv_tokens: int) -> list[Action]:
+        """The largest pipeline has, or will have, room for `kv_tokens` positions."""
+        self._kv_tokens = kv_tokens
+        tickets = {r.ticket: None for r in self._queue if r.ticket.reserved_tokens > kv_tokens}
+        actions: list[Action] = []
+        for ticket in tickets:
+            error = NotEnoughMemory(
+                f"The request may take {ticket.reserved_tokens} positions, but after workers left "
+                f"there is room for {kv_tokens}. Add a worker or lower max_new_tokens."
+            )
+            actions += self.fail(ticket.key, error)
+        return actions
+
+    def step_done(
+        self, done: StepDone, counts: Iterable[bool], scheduler: Scheduler, *, now: float
+    ) -> list[Action]:
+        """A step ran: its requests have a token more, where it still `counts`."""
+        actions: list[Action] = []
+        samplers = [
+            request
+            for request, part in zip(done.step.requests, done.step.slices, strict=True)
+            if part.sample
+        ]
+        for request, token, logprobs, current in zip(
+            samplers, done.token_ids, done.logprobs, counts, strict=True
+        ):
+            if current:
+                actions += self._append(request, token, logprobs, scheduler, now)
+        return actions
+
+    def step_broken(self, step: Step, failure: TaskFailed, worker: WorkerId) -> list[Action]:
+        """A stage could not run a step: compute again, alone if that may help, or give up.
+
+        Call it before the step is abandoned: then it is known which of its sequences still count.
+        """
+        missing = {m.sequence_id for m in failure.missing}
+        missing &= {part.sequence_id for part in step.slices}
+        actions: list[Action] = [
+            Log(f"worker {worker} failed a step: {failure.code}: {failure.message}", "warning")
+        ]
+        for request, part in zip(step.requests, step.slices, strict=True):
+            if request.sequence_id != part.sequence_id or request.phase is not Phase.RUNNING:
+                continue
+            if missing:
+                if part.sequence_id not in missing:
+                    continue
+                self._homes[request].restart(request)
+            request.failures += 1
+            request.alone = True
+            if request.failures >= (_MAX_MISSING if missing else _MAX_FAILURES):
+                error = StageError(
+                    f"Worker {worker} failed on this request {request.failures} times: "
+                    f"{failure.message} Look into the worker's log."
+                )
+                actions += self.fail(request.ticket.key, error)
+        return actions
+
+    def steps_lost(self, steps: Iterable[Step], worker: WorkerId) -> list[Action]:
+        """A worker died over these steps: suspect their requests, give up the worst.
+
+        The first loss is taken for bad luck; a request that was there twice runs alone.
+        """
+        requests = {request: None for step in steps for request in step.requests}
+        actions: list[Action] = []
+        for request in requests:
+            request.losses += 1
+            request.alone = request.losses > 1
+            if request.losses >= _MAX_LOSSES:
+                error = WorkerLost(
+                    f"{request.losses} workers in a row died while they worked on this "
+                    f"request, the last one {worker}. It is not tried again."
+                )
+                actions += self.fail(request.ticket.key, error)
+        return actions
+
+    def _append(
+        self,
+        request: Request,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        scheduler: Scheduler,
+        now: float,
+    ) -> list[Action]:
+        request.append(token, logprobs, now=now)
+        self.totals.tokens += 1
+        self._queue.charge(request.ticket.key[0], 1)
+        last = request.finish_reason is not None
+        if last:
+            self._leave(request, keep=True)
+        return [Detokenize(request.ticket.key, request.choice, (token,), last)]
+
+    def _leave(self, request: Request, *, keep: bool) -> None:
+        """Its pipeline is done with a request; only its text may be missing."""
+        scheduler = self._homes.pop(request, None)
+        if scheduler is not None:
+            scheduler.remove(request, keep=keep)
+        request.phase = Phase.CLOSING
+
+    # -------------------------------------------------------------- the end
+
+    def detokenized(self, event: Detokenized, *, now: float) -> list[Action]:
+        """Text of an answer is known: send it, and the end if this is it."""
+        ticket = self._find(event.key)
+        if ticket is None:
+            return []
+        request = ticket.requests[event.choice]
+        if request.phase is Phase.GONE:
+            return []
+        stop = request.num_prompt_tokens + event.num_tokens
+        if event.stopped:
+            self._leave(request, keep=True)
+            del request.token_ids[stop:]
+            request.finish_reason = "stop"
+        actions = self._chunk(request, event.text, stop, ended=event.stopped or event.last)
+        if event.stopped or event.last:
+            request.phase = Phase.GONE
+            if all(other.phase is Phase.GONE for other in ticket.requests):
+                actions += self._finish(ticket, now)
+        return actions
+
+    def _chunk(self, request: Request, text: str, stop: int, *, ended: bool) -> list[Action]:
+        sent, key = request.num_sent_tokens, request.ticket.key
+        new = tuple(request.token_ids[request.num_prompt_tokens + sent : stop])
+        if not (new or text or ended):
+            return []
+        request.num_sent_tokens += len(new)
+        chunk = TokenChunk(
+            request_id=key[1],
+            choice=request.choice,
+            index=sent,
+            text=text,
+            token_ids=new,
+            logprobs=tuple(request.logprobs[sent : sent + len(new)]),
+            finish_reason=request.finish_reason if ended else None,
+        )
+        return [Send(key[0], chunk)]
+
+    def _finish(self, ticket: Ticket, now: float) -> list[Action]:
+        finished = Finished(
+            request_id=ticket.key[1], usage=ticket.usage(), timings=ticket.timings()
+        )
+        self._retire(ticket)
+        self.totals.count_finished(now=now)
+        return [Send(ticket.key[0], finished), Forget(ticket.key)]
 
     def fail(self, key: RequestKey, error: DistributedLLMError) -> list[Action]:
         """End a request with an error, if it is still under way."""
-        request = self._find(key)
-        if request is None:
+        ticket = self._find(key)
+        if ticket is None:
             return []
-        self._retire(request)
+        self._retire(ticket)
         self.totals.failed += 1
         return [_failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
         """End a request because its client wants it."""
-        request = self._requests.get((peer, request_id))
+        ticket = self._tickets.get(peer, {}).get(request_id)
         error = RequestCancelled("The request was cancelled.")
-        return self.fail(request.key, error) if request else []
+        return self.fail(ticket.key, error) if ticket else []
 
     def drop_client(self, peer: PeerId) -> list[Action]:
         """End all requests of a client that is gone."""
-        requests = [r for r in self._requests.values() if r.key[0] == peer]
-        for request in requests:
-            self._retire(request)
+        tickets = list(self._tickets.get(peer, {}).values())
+        for ticket in tickets:
+            self._retire(ticket)
             self.totals.failed += 1
-        return [Forget(request.key) for request in requests]
+        return [Forget(ticket.key) for ticket in tickets]
 
     def fail_all(self, error: DistributedLLMError) -> list[Action]:
         """End every request with an error, but those that only wait for the text of their end."""
-        keys = [r.key for r in self._requests.values() if r.phase is not Phase.CLOSING]
+        ended = (Phase.CLOSING, Phase.GONE)
+        keys = [
+            ticket.key
+            for tickets in self._tickets.values()
+            for ticket in tickets.values()
+            if not ticket.requests or any(r.phase not in ended for r in ticket.requests)
+        ]
         return [action for key in keys for action in self.fail(key, error)]
 
-    def step_done(self, step: Step, token_ids: Iterable[int], *, now: float) -> list[Action]:
-        """A step ran: its requests have a token more."""
-        self._scheduler.complete(step)
-        self._free_gone(step)
-        actions: list[Action] = []
-        for request, token in zip(step.sampling, token_ids, strict=True):
-            if request.phase is Phase.RUNNING:
-                actions += self._append(request, token, now)
-        return actions
+    def next_deadline(self) -> float | None:
+        """Return when the next request will have taken too long, clock seconds."""
+        while self._deadlines and self._find(self._deadlines[0][1]) is None:
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
 
-    def step_broken(self, step: Step, failure: TaskFailed, worker: WorkerId) -> list[Action]:
-        """A stage could not run a step: compute again, alone if that may help, or give up."""
-        self._scheduler.abandon(step)
-        self._free_gone(step)
-        missing = {m.sequence_id for m in failure.missing}
-        missing &= {request.sequence_id for request in step.requests}
-        actions: list[Action] = [
-            Log(f"worker {worker} failed a step: {failure.code}: {failure.message}", "warning")
-        ]
-        for request in step.requests:
-            if request.phase is not Phase.RUNNING:
-                continue
-            if missing:
-                if request.sequence_id not in missing:
-                    continue
-                restart(request)
-            request.failures += 1
-            request.alone = True
-            limit = _MAX_MISSING if missing else _MAX_FAILURES
-            if request.failures >= limit:
-                error = StageError(
-                    f"Worker {worker} failed on this request {request.failures} times: "
-                    f"{failure.message} Look into the worker's log."
-                )
-                actions += self.fail(request.key, error)
-        return actions
-
-    def steps_lost(self, steps: Iterable[Step], worker: WorkerId) -> list[Action]:
-        """A worker died over these steps: suspect their requests, give up the worst."""
+    def on_timer(self, *, now: float) -> list[Action]:
+        """End the requests that took too long."""
         actions: list[Action] = []
-        for step in steps:
-            for request in step.requests:
-                request.losses += 1
-                request.alone = True
-                if request.losses >= _MAX_LOSSES:
-                    error = WorkerLost(
-                        f"{request.losses} workers in a row died while they worked on this "
-                        f"request, the last one {worker}. It is not tried again."
-                    )
-                    actions += self.fail(request.key, error)
-        return actions
-
-    def detokenized(self, event: Detokenized) -> list[Action]:
-        """Text of an answer is known: send it, and the end if this is it."""
-        request = self._find(event.key)
-        if request is None:
-            return []
-        actions: list[Action] = []
-        stop = request.num_prompt_tokens + event.num_tokens
-        new = tuple(request.token_ids[request.num_prompt_tokens + request.num_sent_tokens : stop])
-        if new or event.text:
-            chunk = TokenChunk(
-                request_id=request.key[1],
-                index=request.num_sent_tokens,
-                text=event.text,
-                token_ids=new,
+        while (at := self.next_deadline()) is not None and at <= now:
+            ticket = self._find(heapq.heappop(self._deadlines)[1])
+            assert ticket is not None
+            error = DeadlineExceeded(
+                f"The request did not finish within {ticket.params.timeout_s:g} s, its timeout_s. "
+                "Allow more time, or ask for fewer tokens."
             )
-            actions.append(Send(request.key[0], chunk))
-            request.num_sent_tokens += len(new)
-        if event.stopped:
-            del request.token_ids[stop:]
-            request.finish_reason = "stop"
-        if event.stopped or event.last:
-            actions += self._finish(request)
+            actions += self.fail(ticket.key, error)
         return actions
 
-    def _append(self, request: Request, token: int, now: float) -> list[Action]:
-        request.append(token, now=now)
-        self.totals.tokens += 1
-        last = request.finish_reason is not None
-        if last:
-            request.phase = Phase.CLOSING
-            if self._scheduler.remove(request):
-                self._freed.append(request.sequence_id)
-        return [Detokenize(request.key, (token,), last)]
+    def _find(self, key: RequestKey) -> Ticket | None:
+        """Return the ticket, unless it has ended; another one may have its id by now."""
+        ticket = self._tickets.get(key[0], {}).get(key[1])
+        return ticket if ticket is not None and ticket.key == key else None
 
-    def _finish(self, request: Request) -> list[Action]:
-        assert request.finish_reason is not None
-        finished = Finished(
-            request_id=request.key[1],
-            finish_reason=request.finish_reason,
-            usage=request.usage(),
-            timings=request.timings(),
-        )
-        self._retire(request)
-        self.totals.finished += 1
-        return [Send(request.key[0], finished), Forget(request.key)]
-
-    def _find(self, key: RequestKey) -> Request | None:
-        """Return the request, unless it has ended; another one may have its id by now."""
-        request = self._requests.get(key[:2])
-        return request if request is not None and request.key == key else None
-
-    def _retire(self, request: Request) -> None:
-        del self._requests[request.key[:2]]
-        request.phase = Phase.GONE
-        if self._scheduler.remove(request) and not request.in_flight:
-            self._freed.append(request.sequence_id)
-
-    def _free_gone(self, step: Step) -> None:
-        """Free what ended while the step was under way; before, later stages would start anew."""
-        self._freed += [r.sequence_id for r in step.requests if r.phase is Phase.GONE]
-
-    def _retry_after_s(self) -> float:
-        return max(1.0, 0.1 * self.num_waiting)
+    def _retire(self, ticket: Ticket) -> None:
+        peer, request_id, _ = ticket.key
+        del self._tickets[peer][request_id]
+        if not ticket.requests:
+            self._num_tokenizing -= ticket.params.n
+        for request in ticket.requests:
+            if request.phase is Phase.WAITING:
+                self._queue.remove(peer, request)
+            self._leave(request, keep=False)
+            request.phase = Phase.GONE
+        if not self._tickets[peer]:
+            del self._tickets[peer]
+            self._queue.forget(peer)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        self._scheduler.validate()
-        scheduled = [r.key for r in (*self._scheduler.waiting, *self._scheduler.running)]
-        assert len(set(scheduled)) == len(scheduled)
-        assert set(scheduled) <= {r.key for r in self._requests.values()}
-        for name, request in self._requests.items():
-            assert request.key == (*name, request.sequence_id)
-            queued = request.phase in (Phase.WAITING, Phase.RUNNING)
-            assert queued == (request.key in scheduled)
+        self._queue.validate()
+        waiting = set(self._queue)
+        tickets = [t for tickets in self._tickets.values() for t in tickets.values()]
+        requests = [request for ticket in tickets for request in ticket.requests]
+        assert all(self._find(ticket.key) is ticket for ticket in tickets)
+        assert waiting == {r for r in requests if r.phase is Phase.WAITING}
+        assert set(self._homes) == {r for r in requests if r.phase is Phase.RUNNING}
+        assert self._num_tokenizing == sum(t.params.n for t in tickets if not t.requests)
+        for request, scheduler in self._homes.items():
+            assert request in scheduler.running
 
 
 def _failure(peer: PeerId, request_id: RequestId, error: DistributedLLMError) -> Send:

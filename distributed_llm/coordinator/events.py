@@ -64,12 +64,14 @@ class Detokenized:
     """Event: the text of an answer's next tokens.
 
     Attributes:
+        choice: which of the ticket's answers.
         num_tokens: of the answer that the text so far stands for.
         stopped: a stop string ended the text.
         last: the text is complete.
     """
 
     key: RequestKey
+    choice: int
     text: str
     num_tokens: int
     stopped: bool
@@ -92,15 +94,17 @@ class Send:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Action: turn a prompt into token ids, and be ready to turn its answer into text.
+    """Action: turn a prompt into token ids, and be ready to turn its answers into text.
 
     Attributes:
+        num_choices: how many answers.
         stop_strings: the answer ends before the first of these.
     """
 
     key: RequestKey
     kind: PromptKind
     payload: bytes
+    num_choices: int
     stop_strings: tuple[str, ...]
 
 
@@ -109,10 +113,12 @@ class Detokenize:
     """Action: turn the next tokens of an answer into text.
 
     Attributes:
+        choice: which of the ticket's answers.
         last: no more tokens come.
     """
 
     key: RequestKey
+    choice: int
     token_ids: tuple[int, ...]
     last: bool
 

@@ -1,28 +1,40 @@
 """Steps on their way through the stages of one plan. Pure.
 
-A task is sent only against a credit of its worker; every task has a lease, which the worker's
-progress extends. A lease that runs out sends the task once more (tasks are idempotent, so
-whichever answer comes first is right); when it runs out again the worker is given up. Sending again
-costs no credit, so only the first answer to a task grants any.
+A step is handed to the first stage as a task that carries its route. Stages pass it on among
+themselves where they reach each other, and through here where they do not; the last one answers.
+No more steps are under way than every stage has granted credits for.
+
+Every step has a lease, which is renewed by each answer and by the progress that stages report. When
+a lease runs out, or a link breaks, or a stage fails, all steps under way are abandoned: later
+tasks say so (`oldest`), and stages drop what is void. Nothing is lost by that but time, because
+tasks are idempotent. After a lease ran out once, steps go through here at every hop, so that it is
+known where they are; if one runs out again, the worker that holds the step is given up.
 """
 
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
 
-from distributed_llm.common.messages import Task, TaskFailed, TaskResult
+from distributed_llm.common.messages import (
+    MAX_RELEASED,
+    StageTime,
+    Task,
+    TaskFailed,
+    TaskResult,
+    TokenLogprobs,
+)
 from distributed_llm.common.tensors import (
     DtypeName,
     Frame,
     TensorSpec,
+    floats_of_frame,
     frame_of_token_ids,
     token_ids_of_frame,
 )
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.requests import Request, Seat
 from distributed_llm.coordinator.scheduler import Step
-
-_MAX_ATTEMPTS = 2
-_MAX_CREDITS = 64
 
 
 @dataclass(frozen=True)
@@ -39,11 +51,19 @@ class StepDone:
     """Outcome: a step left the last stage.
 
     Attributes:
-        token_ids: one for each of `step.sampling`.
+        token_ids: one for each slice that samples.
+        logprobs: likewise, or None where none were asked for.
+        timings: of each stage.
+        depth: steps that were under way when this one began, itself included.
+        round_trip_s: from its beginning to its end.
     """
 
     step: Step
     token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    timings: tuple[StageTime, ...]
+    depth: int
+    round_trip_s: float
 
 
 @dataclass(frozen=True)
@@ -66,24 +86,17 @@ class Dropped:
 
 
 @dataclass
-class _Stage:
-    peer: PeerId
-    layers: LayerRange
-    credits: int
-    waiting: deque[int] = field(default_factory=deque)
-
-
-@dataclass
 class _Travel:
-    """A step on its way: the stage it is at, what that stage is given, and the lease if sent."""
+    """A step on its way; `stage` is the last one that it is known to have been sent to."""
 
     number: int
     step: Step
+    ids: tuple[TensorSpec, Frame]
+    released: tuple[int, ...]
     stage: int
-    specs: tuple[TensorSpec, ...]
-    frames: tuple[Frame, ...]
-    attempt: int = 0
-    deadline: float | None = None
+    depth: int
+    began_at: float
+    deadline: float
 
 
 class Pipeline:
@@ -91,166 +104,178 @@ class Pipeline:
 
     Args:
         epoch: of the plan.
-        stages: worker, layers and first credits of each stage, in the order of the layers.
-        dtype: of what travels between stages.
+        seats: the stages, in the order of the layers.
+        credits: tasks that every stage is ready to hold.
+        wire_dtype: of what travels between stages.
         hidden_size: numbers per token between stages.
         vocab_size: token ids are below this.
-        first_step: number of the first step.
-        task_timeout_s: lease of a task without progress.
+        task_timeout_s: lease of a step without progress.
     """
 
     def __init__(
         self,
         epoch: int,
-        stages: Sequence[tuple[PeerId, LayerRange, int]],
+        seats: Sequence[Seat],
         *,
-        dtype: DtypeName,
+        credits: int,
+        wire_dtype: DtypeName,
         hidden_size: int,
         vocab_size: int,
-        first_step: int,
         task_timeout_s: float,
     ) -> None:
         self.epoch = epoch
-        self._stages = [_Stage(*stage) for stage in stages]
-        self._index = {stage.peer: i for i, stage in enumerate(self._stages)}
-        self._dtype = dtype
+        self.seats = tuple(seats)
+        self.credits = credits
+        self._index = {seat.peer: i for i, seat in enumerate(self.seats)}
+        self._wire_dtype = wire_dtype
         self._hidden_size = hidden_size
         self._vocab_size = vocab_size
-        self.next_step = first_step
         self._task_timeout_s = task_timeout_s
+        self._linked = [False] * (len(self.seats) - 1)
+        self._relayed = False  # a lease ran out and nothing has come back since
         self._travels: dict[int, _Travel] = {}
+        self._to_release: dict[int, None] = {}
+        self._next_step = 1
+        self._oldest = 1
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps are under way."""
+        return len(self._travels)
 
     @property
     def steps(self) -> list[Step]:
-        """The steps in flight."""
+        """The steps under way, oldest first."""
         return [travel.step for travel in self._travels.values()]
 
+    def set_link(self, peer: PeerId, up: bool) -> bool:
+        """A stage reaches the next one itself, or not; return whether steps may be lost by that."""
+        at = self._index.get(peer, len(self.seats))
+        if at >= len(self._linked):
+            return False
+        broken = self._linked[at] and not up
+        self._linked[at] = up
+        return broken and bool(self._travels)
+
+    def release(self, sequence_ids: Iterable[int]) -> None:
+        """The stages are to free these before the next step."""
+        self._to_release.update(dict.fromkeys(sequence_ids))
+
     @property
-    def peers(self) -> list[PeerId]:
-        """The workers of all stages, in the order of the layers."""
-        return [stage.peer for stage in self._stages]
+    def to_release(self) -> list[int]:
+        """Sequences to be freed that no task was told of yet."""
+        return list(self._to_release)
 
-    def step_at(self, peer: PeerId, number: int) -> Step | None:
-        """Return the step of this number if the worker at `peer` is computing it."""
-        travel = self._travels.get(number)
-        here = travel is not None and travel.stage == self._index.get(peer)
-        return travel.step if travel and here and travel.deadline is not None else None
-
-    def steps_at(self, peer: PeerId) -> list[Step]:
-        """Return the steps that the worker at `peer` was given."""
-        stage = self._index.get(peer)
-        return [
-            t.step for t in self._travels.values() if t.stage == stage and t.deadline is not None
-        ]
-
-    def begin(self, step: Step, *, now: float) -> list[SendTask]:
+    def begin(self, step: Step, *, now: float) -> SendTask:
         """Start a step at the first stage."""
-        spec, frame = frame_of_token_ids(step.token_ids)
-        travel = _Travel(self.next_step, step, 0, (spec,), (frame,))
-        self.next_step += 1
+        ids = frame_of_token_ids(step.token_ids)
+        depth = len(self._travels) + 1
+        deadline = now + self._task_timeout_s
+        released = tuple(islice(self._to_release, MAX_RELEASED))
+        for sequence_id in released:
+            del self._to_release[sequence_id]
+        travel = _Travel(self._next_step, step, ids, released, 0, depth, now, deadline)
+        self._next_step += 1
         self._travels[travel.number] = travel
-        self._stages[0].waiting.append(travel.number)
-        return self._dispatch(0, now)
+        return self._task(travel, (ids[0],), (ids[1],), ())
+
+    def abandon(self) -> list[Step]:
+        """Give up all steps under way and return them; what still comes of them is dropped."""
+        steps = self.steps
+        for travel in self._travels.values():
+            self.release(travel.released)  # some stages may not have heard
+        self._travels.clear()
+        self._oldest = self._next_step
+        return steps
 
     def result(
         self, peer: PeerId, answer: TaskResult, frames: tuple[Frame, ...], *, now: float
-    ) -> tuple[list[SendTask], StepDone | StepBroken | Dropped | None]:
-        """Take a stage's answer: on to the next stage, or done."""
+    ) -> StepDone | SendTask | StepBroken | Dropped:
+        """Take a stage's answer: the step is done, or goes on to the next stage."""
         stage, travel = self._expected(peer, answer)
-        if stage is None:
-            return [], Dropped("foreign_result")
-        if travel is None:
-            return [], Dropped("late_result")
-        sends = self._grant(stage, answer.credits, now)
-        if stage == len(self._stages) - 1:
-            wrong = self._wrong_tokens(travel, answer, frames)
-        else:
-            wrong = self._wrong_activations(travel, answer)
+        if stage is None or len(answer.timings) != stage + 1:
+            return Dropped("foreign_result")
+        if travel is None or stage < travel.stage:
+            return Dropped("late_result")
+        last = stage == len(self.seats) - 1
+        wrong = (
+            self._wrong_tokens(travel, answer, frames)
+            if last
+            else self._wrong_activations(travel, answer)
+        )
         if wrong:
             failure = TaskFailed(
-                epoch=self.epoch,
-                step=travel.number,
-                attempt=travel.attempt,
-                credits=0,
-                code="shape_mismatch",
-                message=wrong,
+                epoch=self.epoch, step=travel.number, code="shape_mismatch", message=wrong
             )
-            return sends, self._break(travel, failure)
-        if stage == len(self._stages) - 1:
-            del self._travels[travel.number]
-            ids = token_ids_of_frame(frames[0]) if frames else []
-            return sends, StepDone(travel.step, ids)
-        travel.stage += 1
-        travel.attempt = 0
-        travel.deadline = None
-        travel.specs = (travel.specs[0], answer.tensors[0])
-        travel.frames = (travel.frames[0], frames[0])
-        self._stages[travel.stage].waiting.append(travel.number)
-        return sends + self._dispatch(travel.stage, now), None
+            return self._break(travel, failure)
+        if last:
+            return self._done(travel, answer, frames, now)
+        travel.stage = stage + 1
+        travel.deadline = now + self._task_timeout_s
+        specs = (travel.ids[0], answer.tensors[0])
+        return self._task(travel, specs, (travel.ids[1], frames[0]), answer.timings)
 
-    def failed(
-        self, peer: PeerId, answer: TaskFailed, *, now: float
-    ) -> tuple[list[SendTask], StepBroken | Dropped]:
+    def failed(self, peer: PeerId, answer: TaskFailed) -> StepBroken | Dropped:
         """Take a stage's refusal of a task."""
         stage, travel = self._expected(peer, answer)
         if stage is None:
-            return [], Dropped("foreign_result")
-        if travel is None:
-            return [], Dropped("late_result")
-        sends = self._grant(stage, answer.credits, now)
-        return sends, self._break(travel, answer)
+            return Dropped("foreign_result")
+        return self._break(travel, answer) if travel else Dropped("late_result")
 
     def progress(self, peer: PeerId, age_s: float, *, now: float) -> None:
-        """The worker at `peer` made progress `age_s` ago: its leases run from there."""
-        stage = self._index.get(peer)
+        """The worker at `peer` made progress `age_s` ago: leases it may hold run from there."""
+        stage = self._index.get(peer, -1)
         for travel in self._travels.values():
-            if travel.stage == stage and travel.deadline is not None:
+            if travel.stage <= stage:
                 travel.deadline = max(travel.deadline, now - age_s + self._task_timeout_s)
 
     def next_deadline(self) -> float | None:
         """Return when the next lease runs out, clock seconds."""
-        return min(
-            (t.deadline for t in self._travels.values() if t.deadline is not None), default=None
-        )
+        return min((t.deadline for t in self._travels.values()), default=None)
 
-    def on_timer(self, *, now: float) -> tuple[list[SendTask], list[PeerId]]:
-        """Return the tasks to send again, and the workers to give up."""
-        sends, given_up = [], []
-        for travel in self._travels.values():
-            if travel.deadline is None or travel.deadline > now:
-                continue
-            if travel.attempt + 1 >= _MAX_ATTEMPTS:
-                given_up.append(self._stages[travel.stage].peer)
-            else:
-                travel.attempt += 1
-                sends.append(self._send(travel, now))
-        return sends, given_up
+    def expired(self, *, now: float) -> PeerId | Literal["abandon"] | None:
+        """Return what to do about leases that ran out: abandon all steps, or give up a worker."""
+        late = [t for t in self._travels.values() if t.deadline <= now]
+        if not late:
+            return None
+        if self._relayed:
+            return self.seats[late[0].stage].peer
+        self._relayed = True
+        return "abandon"
 
-    def _grant(self, stage: int, credits: int, now: float) -> list[SendTask]:
-        at = self._stages[stage]
-        at.credits = min(_MAX_CREDITS, at.credits + credits)
-        return self._dispatch(stage, now)
-
-    def _dispatch(self, stage: int, now: float) -> list[SendTask]:
-        at = self._stages[stage]
-        sends = []
-        while at.waiting and at.credits:
-            travel = self._travels.get(at.waiting.popleft())
-            if travel is not None:
-                at.credits -= 1
-                sends.append(self._send(travel, now))
-        return sends
-
-    def _send(self, travel: _Travel, now: float) -> SendTask:
-        travel.deadline = now + self._task_timeout_s
+    def _task(
+        self,
+        travel: _Travel,
+        specs: tuple[TensorSpec, ...],
+        frames: tuple[Frame, ...],
+        timings: tuple[StageTime, ...],
+    ) -> SendTask:
+        route = self._linked[travel.stage :]
         task = Task(
             epoch=self.epoch,
             step=travel.number,
-            attempt=travel.attempt,
+            oldest=self._oldest,
             sequences=travel.step.slices,
-            tensors=travel.specs,
+            tensors=specs,
+            released=travel.released,
+            route=tuple(linked and not self._relayed for linked in route),
+            timings=timings,
         )
-        return SendTask(self._stages[travel.stage].peer, task, travel.frames)
+        return SendTask(self.seats[travel.stage].peer, task, frames)
+
+    def _done(
+        self, travel: _Travel, answer: TaskResult, frames: tuple[Frame, ...], now: float
+    ) -> StepDone:
+        del self._travels[travel.number]
+        self._relayed = False
+        return StepDone(
+            step=travel.step,
+            token_ids=token_ids_of_frame(frames[0]) if frames else [],
+            logprobs=_logprobs(travel.step, answer, frames),
+            timings=answer.timings,
+            depth=travel.depth,
+            round_trip_s=now - travel.began_at,
+        )
 
     def _expected(
         self, peer: PeerId, answer: TaskResult | TaskFailed
@@ -258,39 +283,72 @@ class Pipeline:
         stage = self._index.get(peer)
         if stage is None or answer.epoch != self.epoch:
             return None, None
-        travel = self._travels.get(answer.step)
-        if travel is None or travel.stage != stage or travel.deadline is None:
-            return stage, None
-        return stage, travel
+        return stage, self._travels.get(answer.step)
 
     def _break(self, travel: _Travel, failure: TaskFailed) -> StepBroken:
         del self._travels[travel.number]
+        self.release(travel.released)
         return StepBroken(travel.step, failure)
 
     def _wrong_tokens(self, travel: _Travel, answer: TaskResult, frames: tuple[Frame, ...]) -> str:
-        count = len(travel.step.sampling)
-        wanted = (TensorSpec("int32", (count,)),) if count else ()
+        count, asked = travel.step.num_samples, _asked(travel.step)
+        wanted: tuple[TensorSpec, ...] = (TensorSpec("int32", (count,)),) if count else ()
+        if asked is not None:
+            shape = (count, 1 + asked)
+            wanted += (TensorSpec("float32", shape), TensorSpec("int32", shape))
         if answer.tensors != wanted:
-            return f"token ids {_specs(answer)}, expected {count}"
-        ids = token_ids_of_frame(frames[0]) if frames else []
+            return f"answers {_specs(answer.tensors)}, expected {_specs(wanted)}"
+        ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
         strange = [token for token in ids if not 0 <= token < self._vocab_size]
+        if asked is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
+            return "log-probabilities out of range"
         return f"token id {strange[0]} is not in the vocabulary" if strange else ""
 
     def _wrong_activations(self, travel: _Travel, answer: TaskResult) -> str:
-        wanted = TensorSpec(self._dtype, (len(travel.step.token_ids), self._hidden_size))
+        wanted = TensorSpec(self._wire_dtype, (len(travel.step.token_ids), self._hidden_size))
         if answer.tensors == (wanted,):
             return ""
-        return f"activations {_specs(answer)}, expected {wanted}"
+        return f"activations {_specs(answer.tensors)}, expected {wanted}"
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        for stage in self._stages:
-            assert 0 <= stage.credits <= _MAX_CREDITS
+        assert len(self._travels) <= self.credits
         for number, travel in self._travels.items():
             assert travel.number == number
-            queued = number in self._stages[travel.stage].waiting
-            assert queued == (travel.deadline is None)
+            assert self._oldest <= number < self._next_step
+            assert 0 <= travel.stage < len(self.seats)
 
 
-def _specs(answer: TaskResult) -> str:
-    return ", ".join(map(str, answer.tensors)) or "none"
+def _specs(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(map(str, specs)) or "none"
+
+
+def _asked(step: Step) -> int | None:
+    """Return how many likeliest tokens the last stage reports for this step, or None."""
+    numbers = [request.sampling.logprobs for request in _samplers(step)]
+    return max((number for number in numbers if number is not None), default=None)
+
+
+def _samplers(step: Step) -> list[Request]:
+    pairs = zip(step.requests, step.slices, strict=True)
+    return [request for request, part in pairs if part.sample]
+
+
+def _logprobs(
+    step: Step, answer: TaskResult, frames: tuple[Frame, ...]
+) -> list[TokenLogprobs | None]:
+    samplers = _samplers(step)
+    if len(frames) < 3:
+        return [None] * len(samplers)
+    width = answer.tensors[1].shape[1]
+    values, ids = floats_of_frame(frames[1]), token_ids_of_frame(frames[2])
+    logprobs: list[TokenLogprobs | None] = []
+    for row, request in enumerate(samplers):
+        number = request.sampling.logprobs
+        if number is None:
+            logprobs.append(None)
+            continue
+        at = row * width
+        top = zip(ids[at + 1 : at + 1 + number], values[at + 1 : at + 1 + number], strict=True)
+        logprobs.append(TokenLogprobs(logprob=values[at], top=tuple(top)))
+    return logprobs

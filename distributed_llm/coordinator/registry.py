@@ -4,8 +4,10 @@ Any message is a sign of life. A peer that is silent for too long is lost, and s
 connection is gone; what it says afterwards comes from a stranger.
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
@@ -22,7 +24,10 @@ class Worker:
 
     Attributes:
         state: "idle" (no layers), "loading", "serving" or "unfit" (`note` says why).
-        layers: what it serves or loads.
+        layers: what it serves or loads, under `epoch`.
+        epoch: of the newest plan that it was told of and still holds layers of; 0 is none.
+        link: how its results reach the next stage.
+        peer_addresses: where other workers may reach it, best first.
         progress_age_s: how long ago its tasks, if it has any, made progress; as it said last.
         seconds_per_token: running mean over steps that only decode, or None before any.
     """
@@ -34,6 +39,9 @@ class Worker:
     state: Literal["idle", "loading", "serving", "unfit"] = "idle"
     note: str = ""
     layers: LayerRange | None = None
+    epoch: int = 0
+    link: Literal["direct", "relayed", ""] = ""
+    peer_addresses: tuple[str, ...] = ()
     weight_bytes: int = 0
     memory_used_bytes: int = 0
     kv_bytes: int = 0
@@ -42,10 +50,16 @@ class Worker:
     compute_s: float = 0.0
     seconds_per_token: float | None = None
 
-    def assign(self, layers: LayerRange | None) -> None:
-        """Give it layers to load, or take them away."""
-        self.state = "idle" if layers is None else "loading"
-        self.layers = layers
+    def assign(self, layers: LayerRange, *, epoch: int) -> None:
+        """Give it layers to load."""
+        self.state, self.layers, self.epoch = "loading", layers, epoch
+        self.link = ""
+        self.weight_bytes = 0
+        self.seconds_per_token = None
+
+    def unassign(self) -> None:
+        """Take its layers away; `epoch` stays until it is told."""
+        self.state, self.layers, self.link = "idle", None, ""
         self.weight_bytes = 0
         self.seconds_per_token = None
 
@@ -65,6 +79,8 @@ class Worker:
             state=self.state,
             note=self.note,
             layers=self.layers,
+            epoch=self.epoch,
+            link=self.link,
             capabilities=self.capabilities,
             memory_used_bytes=self.memory_used_bytes,
             kv_bytes=self.kv_bytes,
@@ -87,6 +103,9 @@ class Registry:
         self._silence_timeout_s = silence_timeout_s
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
+        self._watches: dict[PeerId, int] = {}
+        self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
+        self._numbers = count()
 
     @property
     def workers(self) -> Sequence[Worker]:
@@ -119,12 +138,15 @@ class Registry:
             name = f"{hello.name[:58]}-{number}"
             number += 1
         worker = Worker(peer, WorkerId(name), hello.capabilities, last_heard_at=now)
+        worker.peer_addresses = hello.peer_addresses
         self._workers[peer] = worker
+        self._watch(peer)
         return worker
 
     def add_client(self, peer: PeerId, *, now: float) -> None:
         """Take a new client."""
         self._clients[peer] = now
+        self._watch(peer)
 
     def heard(self, peer: PeerId, *, now: float) -> None:
         """A message of `peer` arrived."""
@@ -142,25 +164,53 @@ class Registry:
 
     def remove(self, peer: PeerId) -> Worker | None:
         """Forget `peer`; return the worker it was, or None."""
+        self._watches.pop(peer, None)
         self._clients.pop(peer, None)
         return self._workers.pop(peer, None)
 
     def next_deadline(self) -> float | None:
-        """Return when the next peer will have been silent for too long, clock seconds."""
-        return min(self._deadlines().values(), default=None)
+        """Return when the next peer will have been silent for too long, clock seconds.
+
+        Deadlines move with every message. An entry of the heap is brought up to date only when it
+        comes to the top, so that a message costs nothing here.
+        """
+        while self._heap:
+            at, watch, peer = self._heap[0]
+            if self._watches.get(peer) != watch:
+                heapq.heappop(self._heap)
+            elif at < (deadline := self._deadline(peer)):
+                heapq.heapreplace(self._heap, (deadline, watch, peer))
+            else:
+                return at
+        return None
 
     def silent(self, *, now: float) -> list[PeerId]:
-        """Return the peers that have been silent for too long."""
-        return [peer for peer, at in self._deadlines().items() if at <= now]
+        """Return the peers that have been silent for too long, those overdue most first."""
+        found = []
+        while (at := self.next_deadline()) is not None and at <= now:
+            found.append(heapq.heappop(self._heap))
+        for entry in found:
+            heapq.heappush(self._heap, entry)
+        return [peer for _, _, peer in found]
 
-    def _deadlines(self) -> dict[PeerId, float]:
-        workers = {p: w.last_heard_at + self._silence_timeout_s for p, w in self._workers.items()}
-        return workers | {p: at + CLIENT_SILENCE_S for p, at in self._clients.items()}
+    def _watch(self, peer: PeerId) -> None:
+        watch = self._watches[peer] = next(self._numbers)
+        heapq.heappush(self._heap, (self._deadline(peer), watch, peer))
+
+    def _deadline(self, peer: PeerId) -> float:
+        worker = self._workers.get(peer)
+        if worker:
+            return worker.last_heard_at + self._silence_timeout_s
+        return self._clients[peer] + CLIENT_SILENCE_S
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         names = [worker.id for worker in self._workers.values()]
         assert len(set(names)) == len(names)
         assert not set(self._workers) & set(self._clients)
+        assert set(self._watches) == {*self._workers, *self._clients}
+        watched = {peer: at for at, watch, peer in self._heap if self._watches.get(peer) == watch}
+        assert set(watched) == set(self._watches)
+        assert all(at <= self._deadline(peer) for peer, at in watched.items())
         for worker in self._workers.values():
             assert (worker.layers is not None) == (worker.state in ("loading", "serving"))

@@ -1,18 +1,20 @@
 """One request's life: parameters after defaults, tokens so far, when it ends. Pure.
 
-    tokenizing -> waiting -> running -> closing -> gone
+A client's request is a `Ticket`. Once its prompt is known, each of its `n` answers is a `Request`:
 
-It can go from any phase to `gone`: by an error, or because its client is gone. It is `closing`
-once its last token is known, until the text of that token is known too. The tokens of a request
-are kept here and nowhere else: whatever a worker loses is computed again from them.
+    waiting -> running -> closing -> gone
+
+It can go from any phase to `gone`: by an error, or because its client is gone; and from running
+back to waiting, when it gives its KV cache up. It is `closing` once its last token is known, until
+the text of that token is known too. The tokens are kept here and nowhere else: whatever a worker
+loses is computed again from them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, TypeVar
-
-import msgspec
 
 from distributed_llm.common.errors import (
     ContextLengthExceeded,
@@ -20,27 +22,30 @@ from distributed_llm.common.errors import (
     NotEnoughMemory,
 )
 from distributed_llm.common.messages import (
+    MAX_STAGES,
     FinishReason,
     RequestId,
+    SharedPrefix,
+    StageTime,
     StageTiming,
     Timings,
+    TokenLogprobs,
     Usage,
 )
-from distributed_llm.common.sampling_params import Sampling, SamplingParams
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
+from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId, WorkerId
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
 T = TypeVar("T")
 
 RequestKey = tuple[PeerId, RequestId, int]
-"""Names a request for good: clients choose ids, and may use them again; the number is ours."""
+"""Names a ticket for good: clients choose ids, and may use them again; the number is ours."""
 
 
 class Phase(Enum):
     """Where a request is in its life."""
 
-    TOKENIZING = auto()
     WAITING = auto()
     RUNNING = auto()
     CLOSING = auto()
@@ -98,13 +103,12 @@ class Limits:
     """The parameters of one request after defaults.
 
     Attributes:
-        sampling: as a task carries it, without `suppressed`.
+        sampling: of each answer, as a task carries it.
         eos_token_ids: tokens that end the answer; empty if they are ignored.
     """
 
-    sampling: Sampling
+    sampling: tuple[Sampling, ...]
     max_new_tokens: int
-    min_new_tokens: int
     eos_token_ids: tuple[int, ...]
 
 
@@ -122,7 +126,7 @@ def resolve(
         params: as the user gave them.
         defaults: of the checkpoint.
         prompt_tokens: length of the prompt.
-        kv_tokens: positions that the cluster has room for.
+        kv_tokens: positions that a pipeline has room for.
         seed: used if the user gave none.
 
     Raises:
@@ -132,6 +136,7 @@ def resolve(
     """
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty. Give at least one token.")
+    kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens) - prompt_tokens
     usual = defaults.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
     max_new_tokens = params.max_new_tokens or max(1, min(usual, room))
@@ -154,69 +159,118 @@ def resolve(
             f"min_new_tokens ({min_new_tokens}) is above max_new_tokens ({max_new_tokens})."
         )
     eos = defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
+    eos = () if params.ignore_eos else eos
+    first = params.seed if params.seed is not None else seed
     return Limits(
-        sampling=_sampling(params, defaults.params, seed),
+        sampling=tuple(
+            Sampling(
+                **_shaping(params, defaults.params),
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                logit_bias=tuple(params.logit_bias.items()),
+                seed=(first + choice) % (MAX_SEED + 1),
+                prompt_tokens=prompt_tokens,
+                suppressed=eos if min_new_tokens else (),
+                suppressed_before=prompt_tokens + min_new_tokens,
+                logprobs=params.logprobs,
+            )
+            for choice in range(params.n)
+        ),
         max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        eos_token_ids=() if params.ignore_eos else eos,
+        eos_token_ids=eos,
     )
 
 
-def _sampling(params: SamplingParams, defaults: SamplingParams, seed: int) -> Sampling:
+def _shaping(params: SamplingParams, defaults: SamplingParams) -> dict[str, Any]:
     temperature = params.temperature
     if temperature is None:
         temperature = defaults.temperature or 0.0
         shaped = any(x is not None for x in (params.top_k, params.top_p, params.min_p))
         if shaped and temperature == 0.0:
             temperature = 1.0  # who shapes the distribution wants to sample from it
-    return Sampling(
-        temperature=temperature,
-        top_k=_first(params.top_k, defaults.top_k) or 0,
-        top_p=_first(params.top_p, defaults.top_p) or 1.0,
-        min_p=_first(params.min_p, defaults.min_p) or 0.0,
-        repetition_penalty=_first(params.repetition_penalty, defaults.repetition_penalty) or 1.0,
-        seed=seed if params.seed is None else params.seed,
-    )
+    penalty = _first(params.repetition_penalty, defaults.repetition_penalty)
+    return {
+        "temperature": temperature,
+        "top_k": _first(params.top_k, defaults.top_k) or 0,
+        "top_p": _first(params.top_p, defaults.top_p) or 1.0,
+        "min_p": _first(params.min_p, defaults.min_p) or 0.0,
+        "repetition_penalty": penalty or 1.0,
+    }
 
 
 def _first(given: T | None, default: T | None) -> T | None:
     return default if given is None else given
 
 
+@dataclass(frozen=True)
+class Seat:
+    """A worker and the layers that it serves."""
+
+    peer: PeerId
+    worker: WorkerId
+    layers: LayerRange
+
+
 @dataclass
+class Spent:
+    """What the stages of one plan did for a request: steps, and time of each stage."""
+
+    seats: Sequence[Seat]
+    compute_us: list[int]
+    tasks: int = 0
+
+
+@dataclass(eq=False)
 class Request:
-    """A request and what has come of it.
+    """One answer to a client's request, and what has come of it.
 
     Attributes:
-        key: its client, the id that the client chose, and `sequence_id`.
-        sequence_id: names it to the workers; never used twice.
+        ticket: what the client asked for.
+        number: of all answers, in the order of arrival.
+        choice: which of the ticket's answers.
         token_ids: prompt and answer so far.
-        num_computed_tokens: how many of them are in the KV cache of every stage.
+        sequence_id: names its KV cache to the workers; None while it has none. Never used twice.
+        num_computed_tokens: how many of its tokens are in the KV cache of every stage.
+        num_scheduled_tokens: how many will be when the steps that are under way have ended.
+        num_in_flight: how many these steps are.
+        sampling_sent: the last stage knows how to pick its tokens.
+        prefix: what its sequence begins as, if that was another's.
+        shares: it may begin as another sequence.
+        waits_for: another request, which computes what this one is going to share.
         losses: how many workers died while they worked on its next token.
         failures: how many steps for its next token failed.
         alone: it is suspected of breaking steps, and runs without company until its next token.
+        logprobs: of the tokens of the answer, if they were asked for.
         started_at: time of its first step, clock seconds; likewise the others.
+        stages: what they computed for it, by the epoch of their plan.
     """
 
-    key: RequestKey
-    sequence_id: int
-    params: SamplingParams
-    arrived_at: float
-    phase: Phase = Phase.TOKENIZING
-    limits: Limits | None = None
-    token_ids: list[int] = field(default_factory=list)
-    num_prompt_tokens: int = 0
+    ticket: "Ticket"
+    number: int
+    choice: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: Sampling
+    phase: Phase = Phase.WAITING
+    sequence_id: int | None = None
     num_computed_tokens: int = 0
-    in_flight: bool = False
+    num_scheduled_tokens: int = 0
+    num_in_flight: int = 0
+    num_cached_tokens: int = 0
+    sampling_sent: bool = False
+    prefix: SharedPrefix | None = None
+    shares: bool = True
+    waits_for: "Request | None" = None
     losses: int = 0
     failures: int = 0
     alone: bool = False
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_sent_tokens: int = 0
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
-    stages: dict[tuple[WorkerId, LayerRange], StageTiming] = field(default_factory=dict)
+    stages: dict[int, Spent] = field(default_factory=dict)
 
     @property
     def num_new_tokens(self) -> int:
@@ -224,31 +278,33 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def reserved_tokens(self) -> int:
-        """Positions of KV cache that it may come to need."""
-        assert self.limits is not None
-        return self.num_prompt_tokens + self.limits.max_new_tokens
+    def num_unscheduled_tokens(self) -> int:
+        """Tokens that no step computes yet."""
+        return len(self.token_ids) - self.num_scheduled_tokens
 
-    def accept(self, prompt: Sequence[int], limits: Limits) -> None:
-        """Take the prompt's token ids and wait."""
-        self.token_ids = list(prompt)
-        self.num_prompt_tokens = len(prompt)
-        self.limits = limits
-        self.phase = Phase.WAITING
+    @property
+    def sampling_bytes(self) -> int:
+        """About what its parameters take in a message; 0 once they are known."""
+        return 0 if self.sampling_sent else 300 + 16 * len(self.sampling.logit_bias)
 
-    def next_sampling(self) -> Sampling:
-        """Return how its next token is to be picked."""
-        limits = self.limits
-        assert limits is not None
-        if self.num_new_tokens >= limits.min_new_tokens or not limits.eos_token_ids:
-            return limits.sampling
-        return msgspec.structs.replace(limits.sampling, suppressed=limits.eos_token_ids)
+    def reset(self) -> None:
+        """Forget what is computed; no token of its answer changes."""
+        self.sequence_id = self.prefix = self.waits_for = None
+        self.num_computed_tokens = self.num_scheduled_tokens = self.num_in_flight = 0
+        self.sampling_sent = False
 
-    def append(self, token_id: int, *, now: float) -> None:
+    def clear(self) -> None:
+        """Clear it of suspicion."""
+        self.alone = False
+        self.losses = self.failures = 0
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
         """Take the next token of the answer; it may end the answer."""
-        limits = self.limits
+        limits = self.ticket.limits
         assert limits is not None
         self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         self.first_token_at = now if self.first_token_at is None else self.first_token_at
         self.last_token_at = now
         if token_id in limits.eos_token_ids:
@@ -256,28 +312,92 @@ class Request:
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"
 
-    def add_stage_time(self, worker: WorkerId, layers: LayerRange, compute_s: float) -> None:
-        """Count one task of a stage that this request was part of."""
-        before = self.stages.get((worker, layers))
-        self.stages[worker, layers] = StageTiming(
-            worker=worker,
-            layers=layers,
-            tasks=1 + (before.tasks if before else 0),
-            compute_s=compute_s + (before.compute_s if before else 0.0),
+    def add_stage_times(
+        self, epoch: int, seats: Sequence[Seat], timings: Sequence[StageTime]
+    ) -> None:
+        """Count a step that this request was part of, on all stages of a plan."""
+        spent = self.stages.get(epoch)
+        if spent is None:
+            spent = self.stages[epoch] = Spent(seats, [0] * len(seats))
+        spent.tasks += 1
+        for stage, timing in enumerate(timings):
+            spent.compute_us[stage] += timing.compute_us
+
+
+@dataclass(eq=False)
+class Ticket:
+    """What a client asked for: one prompt, `params.n` answers.
+
+    Attributes:
+        key: its client, the id that the client chose, and a number of ours.
+        arrived_at: clock seconds.
+        requests: its answers; none before the prompt is known.
+    """
+
+    key: RequestKey
+    params: SamplingParams
+    arrived_at: float
+    limits: Limits | None = None
+    requests: tuple[Request, ...] = ()
+
+    @property
+    def deadline(self) -> float | None:
+        """When it is given up, clock seconds, or None."""
+        timeout_s = self.params.timeout_s
+        return None if timeout_s is None else self.arrived_at + timeout_s
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Positions of KV cache that one of its answers may come to need."""
+        assert self.limits is not None
+        return self.requests[0].num_prompt_tokens + self.limits.max_new_tokens
+
+    def accept(self, prompt: Sequence[int], limits: Limits, *, number: int) -> None:
+        """Take the prompt's token ids; its answers are numbered from `number` on."""
+        self.limits = limits
+        self.requests = tuple(
+            Request(self, number + choice, choice, list(prompt), len(prompt), sampling)
+            for choice, sampling in enumerate(limits.sampling)
         )
 
     def usage(self) -> Usage:
         """Return its token counts."""
-        return Usage(prompt_tokens=self.num_prompt_tokens, completion_tokens=self.num_new_tokens)
+        return Usage(
+            prompt_tokens=self.requests[0].num_prompt_tokens,
+            completion_tokens=sum(request.num_new_tokens for request in self.requests),
+            cached_tokens=self.requests[0].num_cached_tokens,
+        )
 
     def timings(self) -> Timings:
-        """Return where its time went; call it once it has a token."""
-        assert self.started_at is not None
-        assert self.first_token_at is not None
-        assert self.last_token_at is not None
+        """Return where its time went; call it once all answers have a token."""
+        started_at = min(r.started_at for r in self.requests if r.started_at is not None)
+        first_at = min(r.first_token_at for r in self.requests if r.first_token_at is not None)
+        decodes = [
+            r.last_token_at - r.first_token_at
+            for r in self.requests
+            if r.first_token_at is not None and r.last_token_at is not None
+        ]
         return Timings(
-            queued_s=self.started_at - self.arrived_at,
-            first_token_s=self.first_token_at - self.started_at,
-            decode_s=self.last_token_at - self.first_token_at,
-            stages=tuple(sorted(self.stages.values(), key=lambda s: s.layers))[:256],
+            queued_s=started_at - self.arrived_at,
+            first_token_s=first_at - started_at,
+            decode_s=max(decodes),
+            stages=_stage_timings(self.requests),
         )
+
+
+def _stage_timings(requests: Iterable[Request]) -> tuple[StageTiming, ...]:
+    """Return what each stage did; a task is counted for each of the answers in it."""
+    tasks: Counter[tuple[WorkerId, LayerRange]] = Counter()
+    compute_us: Counter[tuple[WorkerId, LayerRange]] = Counter()
+    for request in requests:
+        for spent in request.stages.values():
+            for seat, microseconds in zip(spent.seats, spent.compute_us, strict=True):
+                tasks[seat.worker, seat.layers] += spent.tasks
+                compute_us[seat.worker, seat.layers] += microseconds
+    timings = [
+        StageTiming(
+            worker=stage[0], layers=stage[1], tasks=number, compute_s=compute_us[stage] / 1e6
+        )
+        for stage, number in tasks.items()
+    ]
+    return tuple(sorted(timings, key=lambda timing: timing.layers))[:MAX_STAGES]

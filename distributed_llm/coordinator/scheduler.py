@@ -1,18 +1,27 @@
-"""Which sequences compute how many tokens in the next step. Pure.
+"""Which sequences of one pipeline compute how many tokens in the next step. Pure.
 
-First come, first served: a request is admitted when the KV cache has room for its prompt and its
-longest answer. Every step takes one token of each running sequence and fills the rest of its
-token budget with chunks of prompts, so that a long prompt never stops those that are answering.
+Every step takes one token of each of its running sequences and fills the rest of its token budget
+with chunks of prompts, so that a long prompt never stops those that are answering. Running
+sequences are spread over the steps in flight: a sequence that answers is in one of them, for its
+next token depends on the last; a prompt's chunks may follow each other through the stages.
+
+A request is admitted when its prompt finds room in the KV cache. When answers outgrow the room,
+prefixes kept for later go first, then the youngest request gives its KV cache up and computes it
+again later; the oldest always goes on. What a request begins alike with another, it shares.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
+from distributed_llm.coordinator.kv_ledger import KVLedger, Match, common_prefix
 from distributed_llm.coordinator.requests import Phase, Request
 
-MAX_SLICES = 224
-"""Sequences in one task: slices of the longest kind, that many, fit into a message's header."""
+_WORTH_WAITING = 64
+"""Positions; to share so many, a request waits until another one has computed them."""
+
+_MAX_SAMPLING_BYTES = 40_000
+"""Of one step; a message's header has 64 KiB."""
 
 
 @dataclass(frozen=True)
@@ -29,76 +38,201 @@ class Step:
     token_ids: tuple[int, ...]
 
     @property
-    def sampling(self) -> tuple[Request, ...]:
-        """The requests that get a token from this step, in the order of the last stage's answer."""
-        return tuple(
-            request
-            for request, part in zip(self.requests, self.slices, strict=True)
-            if part.sampling is not None
-        )
+    def num_samples(self) -> int:
+        """How many tokens the last stage answers with."""
+        return sum(part.sample for part in self.slices)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence computes a single token."""
+        return len(self.token_ids) == len(self.slices)
 
 
 class Scheduler:
-    """Requests that wait and requests that run.
+    """The requests that run on one pipeline.
 
     Args:
-        max_sequences: in one step; no more than `MAX_SLICES`.
+        max_sequences: that run at the same time.
         max_tokens: in one step.
+        kv_tokens: positions of KV cache that all stages have room for.
+        new_sequence_id: names that are never used twice.
+        on_change: called when steps may be begun, or requests admitted, that could not before.
+
+    Attributes:
+        preempted: requests that gave up their KV cache; whoever reads it empties it.
+        prefix_hit_tokens: positions not computed because they were there; read like that, too.
     """
 
-    def __init__(self, *, max_sequences: int, max_tokens: int) -> None:
-        self._max_sequences = min(max_sequences, MAX_SLICES)
+    def __init__(
+        self,
+        *,
+        max_sequences: int,
+        max_tokens: int,
+        kv_tokens: int,
+        new_sequence_id: Callable[[], int],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._on_change = on_change
+        self._max_sequences = max_sequences
         self._max_tokens = max_tokens
-        self._waiting: list[Request] = []
-        self._running: list[Request] = []
-        self._kv_tokens = 0
+        self._new_sequence_id = new_sequence_id
+        self._ledger = KVLedger(kv_tokens)
+        self._running: dict[int, Request] = {}  # by number, in the order of admission
+        self._in_flight: dict[int, int] = {}  # steps under way, by sequence
+        self._leaving: dict[int, bool] = {}  # sequences to end then; whether to keep them
+        self.preempted: list[Request] = []
+        self.prefix_hit_tokens = 0
 
     @property
-    def waiting(self) -> Sequence[Request]:
-        """Requests without KV cache, oldest first."""
-        return self._waiting
+    def running(self) -> Iterable[Request]:
+        """Requests that were admitted, oldest first."""
+        return self._running.values()
 
     @property
-    def running(self) -> Sequence[Request]:
-        """Requests with KV cache, oldest first."""
-        return self._running
+    def num_running(self) -> int:
+        """How many they are."""
+        return len(self._running)
 
-    def set_capacity(self, kv_tokens: int) -> None:
-        """A new plan is served: it has room for `kv_tokens` positions, and all of it is free.
+    @property
+    def num_decoding(self) -> int:
+        """How many of them compute one token at a time."""
+        return sum(_missing(r) <= 1 for r in self._running.values())
 
-        Every running request computes all its tokens again; those that no longer fit wait.
-        """
-        self._kv_tokens = kv_tokens
-        everyone = sorted(self._running + self._waiting, key=lambda r: r.sequence_id)
-        for request in everyone:
-            restart(request)
+    @property
+    def kv_tokens_used(self) -> int:
+        """Positions of KV cache that running requests take."""
+        return self._ledger.used_tokens - self._ledger.cached_tokens
+
+    @property
+    def kv_tokens_cached(self) -> int:
+        """Positions of KV cache that prefixes kept for later take."""
+        return self._ledger.cached_tokens
+
+    def take_freed(self) -> list[int]:
+        """Return the sequences whose KV cache is to be freed on every stage, once."""
+        freed, self._ledger.freed = self._ledger.freed, []
+        return freed
+
+    # -------------------------------------------------------------- who comes and goes
+
+    def admit(self, request: Request, *, now: float) -> bool:
+        """Let a request run; return False if there is no room for it now."""
+        if len(self._running) >= self._max_sequences:
+            return False
+        request.waits_for = self._leader(request)
+        if request.waits_for is None and not self._open(request):
+            return False
+        request.phase = Phase.RUNNING
+        request.started_at = now if request.started_at is None else request.started_at
+        self._running[request.number] = request
+        self._on_change()
+        return True
+
+    def hit_length(self, request: Request) -> int:
+        """Return how many positions a request would find computed here."""
+        match = self._match(request)
+        return match.length if match else 0
+
+    def remove(self, request: Request, *, keep: bool = False) -> None:
+        """A request runs no longer; its KV cache may be kept as a prefix for others."""
+        if self._running.pop(request.number, None) is not None:
+            self._on_change()
+            self._close(request, keep=keep)
+            self._release_followers(request)
+
+    def restart(self, request: Request) -> None:
+        """Make a running request compute all its tokens again; no token of its answer changes."""
+        self._close(request, keep=False)
+        request.shares = False
+        request.reset()
+        if not self._open(request):
+            self._preempt(request)
+
+    def evacuate(self) -> list[Request]:
+        """Return all requests, ready to run elsewhere: the pipeline is no more."""
+        requests = list(self._running.values())
+        self._running.clear()
+        for request in requests:
+            request.reset()
             request.phase = Phase.WAITING
-        self._running = []
-        self._waiting = everyone
+        return requests
 
-    def add(self, request: Request) -> None:
-        """Queue a request whose prompt is known."""
-        self._waiting.append(request)
+    def _open(self, request: Request) -> bool:
+        """Give a request room for all tokens that it has, and for the next one."""
+        sequence_id, length = self._new_sequence_id(), len(request.token_ids) + 1
+        match = self._match(request) if request.shares else None
+        # What is shared keeps all of the other sequence; there may be room without.
+        choices = (match, None) if match else (None,)
+        if not any(
+            self._ledger.open(sequence_id, request.token_ids, length, choice) for choice in choices
+        ):
+            return False
+        request.sequence_id, request.prefix = sequence_id, self._ledger.prefix_of(sequence_id)
+        if request.prefix:
+            request.num_computed_tokens = request.num_scheduled_tokens = request.prefix.length
+            request.num_cached_tokens = max(request.num_cached_tokens, request.prefix.length)
+            self.prefix_hit_tokens += request.prefix.length
+        return True
 
-    def remove(self, request: Request) -> bool:
-        """Forget a request; return whether stages may hold KV cache of it."""
-        if request in self._running:
-            self._running.remove(request)
-            return True
-        if request in self._waiting:
-            self._waiting.remove(request)
-        return False
+    def _match(self, request: Request) -> Match | None:
+        # One token at least is computed: the next one is sampled from what it gives.
+        return self._ledger.match(request.token_ids, len(request.token_ids) - 1)
 
-    def next_step(self, *, now: float) -> Step | None:
-        """Return what to compute next, or None if nothing is ready; marks it in flight."""
-        self._admit(now)
-        ready = [r for r in self._running if not r.in_flight]
-        suspects = [r for r in ready if r.alone]
-        parts = list(self._fill(suspects[:1] or ready))
+    def _leader(self, request: Request) -> Request | None:
+        """Return a request whose prompt, being computed, is worth waiting for."""
+        if not request.shares:
+            return None
+        limit = len(request.token_ids) - 1
+        best, length = None, max(self.hit_length(request), _WORTH_WAITING - 1)
+        for other in self._running.values():
+            if other.waits_for is None and _missing(other) > 1:
+                common = common_prefix(other.token_ids, request.token_ids, limit)
+                if common > length:
+                    best, length = other, common
+        return best
+
+    def _release_followers(self, leader: Request) -> None:
+        for request in list(self._running.values()):
+            if request.waits_for is leader:
+                request.waits_for = None
+                if not self._open(request):
+                    self._preempt(request)
+
+    def _preempt(self, request: Request) -> None:
+        del self._running[request.number]
+        self._close(request, keep=False)
+        request.reset()
+        request.phase = Phase.WAITING
+        self.preempted.append(request)
+        self._on_change()
+        self._release_followers(request)
+
+    def _close(self, request: Request, *, keep: bool) -> None:
+        """End a request's sequence, as soon as no step with it is under way."""
+        sequence_id, request.sequence_id = request.sequence_id, None
+        if sequence_id is None:
+            return
+        if sequence_id in self._in_flight:
+            self._leaving[sequence_id] = keep
+        else:
+            self._ledger.end(sequence_id, keep=keep)
+
+    # -------------------------------------------------------------- steps
+
+    def next_step(self, *, max_decodes: int, idle: bool) -> Step | None:
+        """Return what to compute next, or None if nothing is ready; it is under way then.
+
+        Args:
+            max_decodes: sequences that may compute one token in it.
+            idle: no other step is under way.
+        """
+        suspects = [r for r in self._running.values() if r.alone and r.waits_for is None]
+        if suspects:
+            parts = list(self._fill(suspects[:1], 1)) if idle else []
+        else:
+            parts = list(self._fill(self._running.values(), max_decodes))
         if not parts:
             return None
-        for request, _ in parts:
-            request.in_flight = True
         return Step(
             requests=tuple(request for request, _ in parts),
             slices=tuple(part for _, part in parts),
@@ -109,68 +243,137 @@ class Scheduler:
             ),
         )
 
-    def complete(self, step: Step) -> None:
-        """A step ran through all stages: its tokens are in their KV caches.
+    def _fill(
+        self, candidates: Iterable[Request], max_decodes: int
+    ) -> Iterator[tuple[Request, SequenceSlice]]:
+        """Yield slices within the budgets: sequences that answer first, then prompts by age."""
+        budget, room = self._max_tokens, _MAX_SAMPLING_BYTES
+        decodes = min(max_decodes, budget, MAX_SLICES)
+        count, prompts = 0, []
+        for request in list(candidates):
+            if request.sequence_id is None:  # it waits for another, or was preempted just now
+                continue
+            missing = request.num_unscheduled_tokens
+            if missing > 1 or (missing == 1 and request.num_scheduled_tokens == 0):
+                prompts.append(request)
+            elif missing == 1 and request.num_in_flight == 0 and count < decodes:
+                if not self._grow(request):
+                    continue
+                count += 1
+                budget -= 1
+                room -= request.sampling_bytes
+                yield request, self._slice(request, 1)
+        for request in prompts:
+            size = min(request.num_unscheduled_tokens, budget)
+            if size <= 0 or count >= MAX_SLICES or room < request.sampling_bytes:
+                return
+            if request.sequence_id is None:
+                continue
+            count += 1
+            budget -= size
+            room -= request.sampling_bytes
+            yield request, self._slice(request, size)
+
+    def _slice(self, request: Request, size: int) -> SequenceSlice:
+        sequence_id, start = request.sequence_id, request.num_scheduled_tokens
+        assert sequence_id is not None
+        self._in_flight[sequence_id] = self._in_flight.get(sequence_id, 0) + 1
+        request.num_in_flight += 1
+        request.num_scheduled_tokens = start + size
+        sample = request.num_scheduled_tokens == len(request.token_ids)
+        sampling = None
+        if sample and not request.sampling_sent:
+            sampling, request.sampling_sent = request.sampling, True
+        prefix = request.prefix
+        return SequenceSlice(
+            sequence_id=sequence_id,
+            start=start,
+            num_tokens=size,
+            sample=sample,
+            sampling=sampling,
+            prefix=prefix if prefix and prefix.length == start else None,
+        )
+
+    def _grow(self, request: Request) -> bool:
+        """Give a request room for its next token, if need be at the cost of younger ones."""
+        assert request.sequence_id is not None
+        while not self._ledger.extend(request.sequence_id, len(request.token_ids) + 1):
+            victim = self._victim(request)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _victim(self, request: Request) -> Request | None:
+        """Return who shall give up its KV cache for `request`; None is to wait for steps to end."""
+        holding = [r for r in self._running.values() if r.sequence_id is not None]
+        younger = [r for r in holding if r.number > request.number and not r.num_in_flight]
+        if younger:
+            return max(younger, key=lambda r: r.number)
+        if self._in_flight:
+            return None
+        if len(holding) == 1:
+            # Alone, and still no room: what it shares keeps more than itself. It starts without.
+            request.shares = False
+        return request
+
+    def complete(self, step: Step) -> list[bool]:
+        """A step ran through all stages: return, by slice that samples, whether its token counts.
 
         A request that got a token is cleared of suspicion. One that only went through a part of its
         prompt is not: what breaks stages may be in a later part.
         """
+        counts = []
         for request, part in zip(step.requests, step.slices, strict=True):
-            request.in_flight = False
-            if part.sampling is not None:
-                request.alone = False
-                request.losses = request.failures = 0
-            request.num_computed_tokens = part.start + part.num_tokens
+            current = request.sequence_id == part.sequence_id
+            if current:
+                request.num_in_flight -= 1
+                request.num_computed_tokens = part.start + part.num_tokens
+                self._ledger.computed(part.sequence_id, request.num_computed_tokens)
+                if part.sample:
+                    request.clear()
+                if _missing(request) == 0:
+                    self._release_followers(request)
+            self._landed(part.sequence_id)
+            if part.sample:
+                counts.append(current)
+        return counts
 
     def abandon(self, step: Step) -> None:
-        """A step did not run through all stages; its sequences are ready for another."""
-        for request in step.requests:
-            request.in_flight = False
+        """A step will never run through all stages: its sequences go back to what is computed."""
+        for request, part in zip(step.requests, step.slices, strict=True):
+            if request.sequence_id == part.sequence_id:
+                request.num_in_flight -= 1
+                request.num_scheduled_tokens = request.num_computed_tokens
+                request.sampling_sent = False
+            self._landed(part.sequence_id)
 
-    def _admit(self, now: float) -> None:
-        reserved = sum(r.reserved_tokens for r in self._running)
-        while self._waiting and len(self._running) < self._max_sequences:
-            request = self._waiting[0]
-            reserved += request.reserved_tokens
-            if reserved > self._kv_tokens:
-                return
-            request.phase = Phase.RUNNING
-            request.started_at = now if request.started_at is None else request.started_at
-            self._running.append(self._waiting.pop(0))
-
-    def _fill(self, ready: Sequence[Request]) -> Iterator[tuple[Request, SequenceSlice]]:
-        """Yield slices within the budget: sequences that answer first, then prompts by age."""
-        budget = self._max_tokens
-        for request in sorted(ready, key=lambda r: _missing(r) > 1):
-            size = min(_missing(request), budget)
-            if size == 0:
-                continue
-            budget -= size
-            last = size == _missing(request)
-            yield (
-                request,
-                SequenceSlice(
-                    sequence_id=request.sequence_id,
-                    start=request.num_computed_tokens,
-                    num_tokens=size,
-                    sampling=request.next_sampling() if last else None,
-                ),
-            )
+    def _landed(self, sequence_id: int) -> None:
+        self._on_change()
+        self._in_flight[sequence_id] -= 1
+        if not self._in_flight[sequence_id]:
+            del self._in_flight[sequence_id]
+            if sequence_id in self._leaving:
+                self._ledger.end(sequence_id, keep=self._leaving.pop(sequence_id))
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        assert sum(r.reserved_tokens for r in self._running) <= self._kv_tokens or not self._running
+        self._ledger.validate()
         assert len(self._running) <= self._max_sequences
-        assert all(r.phase in (Phase.RUNNING, Phase.CLOSING) for r in self._running)
-        assert all(r.phase is Phase.WAITING and not r.in_flight for r in self._waiting)
-        for request in self._running:
-            assert 0 <= request.num_computed_tokens < len(request.token_ids)
-
-
-def restart(request: Request) -> None:
-    """Make a request compute all its tokens again; no token of its answer changes."""
-    request.num_computed_tokens = 0
-    request.in_flight = False
+        held = {r.sequence_id for r in self._running.values() if r.sequence_id is not None}
+        assert set(self._leaving) <= set(self._in_flight)
+        assert set(self._in_flight) <= held | set(self._leaving)
+        for request in self._running.values():
+            assert request.phase is Phase.RUNNING
+            assert (request.sequence_id is None) == (request.waits_for is not None)
+            assert request.num_in_flight == self._in_flight.get(request.sequence_id or -1, 0)
+            assert 0 <= request.num_computed_tokens <= request.num_scheduled_tokens
+            assert request.num_scheduled_tokens <= len(request.token_ids)
+            assert request.num_in_flight or request.num_computed_tokens < len(request.token_ids)
+            leader = request.waits_for
+            assert leader is None or leader.number in self._running
 
 
 def _missing(request: Request) -> int:

@@ -109,6 +109,8 @@ def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
     return CoreSettings(
         strategy=settings.strategy,
         layers=settings.layers,
+        replicas=settings.replicas,
+        wire_dtype=None if settings.wire_dtype == "auto" else settings.wire_dtype,
         min_workers=settings.min_workers,
         settle_s=settings.settle_s,
         max_batch_sequences=settings.max_batch_sequences,

@@ -72,7 +72,7 @@ class Coordinator:
         self._tokenizer = Tokenizer.open(folder)
         self._bind = bind
         self._on_listening = on_listening
-        self._texts: dict[RequestKey, Detokenizer] = {}  # touched by the text thread only
+        self._texts: dict[RequestKey, list[Detokenizer]] = {}  # touched by the text thread only
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> int:
@@ -168,7 +168,9 @@ class Coordinator:
     def _tokenize(self, action: Tokenize) -> None:
         event: Event
         try:
-            self._texts[action.key] = Detokenizer(self._tokenizer, action.stop_strings)
+            self._texts[action.key] = [
+                Detokenizer(self._tokenizer, action.stop_strings) for _ in range(action.num_choices)
+            ]
             event = Tokenized(action.key, self._token_ids(action.kind, action.payload))
         except DistributedLLMError as exc:
             event = TokenizeFailed(action.key, exc)
@@ -188,9 +190,10 @@ class Coordinator:
             raise RemoteProtocolError("malformed", f"prompt is not UTF-8: {exc}") from exc
 
     def _detokenize(self, action: Detokenize) -> None:
-        text = self._texts.get(action.key)
-        if text is None:  # the request has ended
+        texts = self._texts.get(action.key)
+        if texts is None:  # the request has ended
             return
+        text = texts[action.choice]
         try:
             piece = text.feed(action.token_ids)
             parts, stopped = [piece.text], piece.stopped
@@ -203,7 +206,11 @@ class Coordinator:
             error = DistributedLLMError(f"The text of the answer cannot be made: {exc!r}.")
             self._tell(TokenizeFailed(action.key, error))
             return
-        self._tell(Detokenized(action.key, "".join(parts), piece.token_count, stopped, action.last))
+        self._tell(
+            Detokenized(
+                action.key, action.choice, "".join(parts), piece.token_count, stopped, action.last
+            )
+        )
 
     def _tell(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear

@@ -203,6 +203,7 @@ def _step(
             sequence_id=number,
             start=start,
             num_tokens=len(text) - start,
+            sample=True,
             sampling=sampling,
         )
         for number, (text, start) in enumerate(zip(texts, done, strict=True))

@@ -6,7 +6,7 @@ registered under that name, so transformers builds none: each sequence sees itse
 it is attended to by itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from distributed_llm.worker.kv_cache import KVCache
+from distributed_llm.worker.kv_cache import KVCache, KVSegment
 
 ATTENTION_NAME = "distributed_llm"
 
@@ -40,6 +40,7 @@ class PackedStep:
         first_layer: number, in the whole model, of the stage's first layer.
         appended: how many times keys and values were written, by layer of the stage.
         masks: masks of this step by what they are made from, shared by its layers.
+        sizes: tokens of each slice.
     """
 
     cache: KVCache
@@ -47,6 +48,10 @@ class PackedStep:
     slices: tuple[PackedSlice, ...]
     appended: list[int]
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    sizes: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = [part.num_tokens for part in self.slices]
 
 
 # Of the context, not of the module: stages in other threads do not see it.
@@ -101,15 +106,18 @@ def packed_attention(
     step = _step.get()
     layer = int(module.layer_idx) - step.first_layer  # type: ignore[arg-type]
     step.appended[layer] += 1
-    queries, new_keys, new_values = query[0], key[0], value[0]
     window = sliding_window or 0
+    sizes = step.sizes
     outputs = []
-    for part in step.slices:
-        if len(step.slices) > 1:
-            stop = part.row + part.num_tokens
-            queries = query[0, :, part.row : stop]
-            new_keys, new_values = key[0, :, part.row : stop], value[0, :, part.row : stop]
-        keys, values = step.cache.append(layer, part.sequence_id, part.start, new_keys, new_values)
+    for part, queries, new_keys, new_values in zip(
+        step.slices,
+        query[0].split(sizes, dim=1),
+        key[0].split(sizes, dim=1),
+        value[0].split(sizes, dim=1),
+        strict=True,
+    ):
+        segments = step.cache.append(layer, part.sequence_id, part.start, new_keys, new_values)
+        keys, values = segments[0] if len(segments) == 1 else _joined(segments)
         if window:  # positions before the first token's window are seen by none
             first = max(0, part.start - window + 1)
             keys, values = keys[:, first:], values[:, first:]
@@ -125,6 +133,16 @@ def packed_attention(
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)
+
+
+def _joined(segments: Sequence[KVSegment]) -> tuple[Tensor, Tensor]:
+    """Return the keys and the values of consecutive segments, copied into one tensor each.
+
+    Copying what one token reads takes about as long as reading it in attention. Attending to each
+    segment by itself and merging the results by their log-sum-exp was slower on a CPU.
+    """
+    keys, values = zip(*segments, strict=True)
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
 
 def _attend(

@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_llm.common.errors import CheckpointMismatch, DistributedLLMError, StageError
+from distributed_llm.common.errors import (
+    CheckpointMismatch,
+    DistributedLLMError,
+    NotEnoughMemory,
+    StageError,
+)
 from distributed_llm.common.hub import fingerprints, resolve_for_worker
-from distributed_llm.common.messages import LoadStage
+from distributed_llm.common.messages import Capabilities, LoadStage
 from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
-from distributed_llm.worker.agent import (
+from distributed_llm.common.types import KV_BLOCK, size_text
+from distributed_llm.worker.events import (
     Broke,
     Computed,
     Drop,
@@ -29,7 +35,13 @@ from distributed_llm.worker.agent import (
     Release,
     Run,
 )
-from distributed_llm.worker.stage import MissingPositionsError, Stage
+from distributed_llm.worker.probe import free_memory_bytes
+from distributed_llm.worker.stage import (
+    MissingPositionsError,
+    ReleasedSequence,
+    Stage,
+    StageOutput,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +54,17 @@ TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
+_RESERVE_BYTES = 256 * 1024 * 1024
+_RESERVE_SHARE = 0.05
+
 Order = Load | Run | Release | Drop
 
 
 def tensor_of(spec: TensorSpec, frame: Frame) -> Tensor:
-    """Return the tensor in a frame, on the CPU; it owns its memory and may be written to."""
+    """Return the tensor in a frame, on the CPU; it owns its memory and may be written to.
+
+    It is copied because a frame may lie at any address, and numbers may not.
+    """
     return torch.frombuffer(bytearray(frame), dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
 
 
@@ -59,40 +77,47 @@ def frame_of(tensor: Tensor) -> tuple[TensorSpec, Frame]:
 
 @dataclass
 class Vitals:
-    """What a heartbeat tells of the compute thread; read from other threads."""
+    """What a heartbeat tells of the compute thread; each value is written by one thread only."""
 
-    tasks_waiting: int = 0
+    tasks_put: int = 0
+    tasks_done: int = 0
     kv_bytes: int = 0
     progress_at: float = 0.0
+
+    @property
+    def tasks_waiting(self) -> int:
+        """Tasks that wait or run."""
+        return self.tasks_put - self.tasks_done
 
 
 class Engine:
     """Holds one stage and runs it.
 
     Args:
-        device: torch's name.
-        threads: CPU threads to compute with.
+        capabilities: of this machine: the device and threads to compute with, memory to use.
         slowdown: how many times slower to look; it waits after each task.
+        delay_s: how long to wait after each task besides.
         local_model: path of the checkpoint on this machine; empty is the coordinator's.
-        newest_epoch: tasks of older epochs are passed over.
+        is_void: called in this thread; what is void is passed over in silence.
         post: called in this thread with each event.
     """
 
     def __init__(
         self,
+        capabilities: Capabilities,
         *,
-        device: str,
-        threads: int,
         slowdown: float,
+        delay_s: float,
         local_model: str,
-        newest_epoch: Callable[[], int],
+        is_void: Callable[[Load | Run], bool],
         post: Callable[[Event], None],
     ) -> None:
-        self._device = torch.device(device)
-        self._threads = threads
+        self._capabilities = capabilities
+        self._device = torch.device(capabilities.device)
         self._slowdown = slowdown
+        self._delay_s = delay_s
         self._local_model = local_model
-        self._newest_epoch = newest_epoch
+        self._is_void = is_void
         self._post = post
         self._orders: queue.SimpleQueue[tuple[float, Order] | None] = queue.SimpleQueue()
         self._stage: Stage | None = None
@@ -104,7 +129,7 @@ class Engine:
     def put(self, order: Order) -> None:
         """Queue an order."""
         if isinstance(order, Run):
-            self.vitals.tasks_waiting += 1
+            self.vitals.tasks_put += 1
         self._orders.put((time.perf_counter(), order))
 
     def progress_age_s(self) -> float:
@@ -120,7 +145,7 @@ class Engine:
         return not self._thread.is_alive()
 
     def _main(self) -> None:
-        torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._capabilities.threads)
         while (item := self._orders.get()) is not None:
             queued_at, order = item
             self._made_progress()
@@ -130,12 +155,12 @@ class Engine:
                 logger.exception("the compute thread failed at %s", type(order).__name__)
             finally:
                 if isinstance(order, Run):
-                    self.vitals.tasks_waiting -= 1
+                    self.vitals.tasks_done += 1
 
     def _do(self, order: Order, queued_at: float) -> None:
         match order:
             case Run():
-                self._run(order, time.perf_counter() - queued_at)
+                self._run(order, _us(time.perf_counter() - queued_at))
             case Load():
                 self._load(order)
             case Release(sequence_ids=ids):
@@ -147,6 +172,9 @@ class Engine:
 
     def _drop(self) -> None:
         self._stage = self._held = None
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -155,26 +183,56 @@ class Engine:
 
     def _load(self, load: Load) -> None:
         order = load.order
-        if order.epoch < self._newest_epoch():
+        if self._is_void(load):
             return
         started = time.perf_counter()
         try:
-            if self._stage is not None and self._holds(order):
-                self._stage.reset()
-            else:
-                self._drop()
-                self._stage = self._load_stage(order)
+            stage = self._stage_for(order)
+            kv_tokens = self._limit_kv(stage, order)
         except DistributedLLMError as exc:
-            self._post(LoadFailed(load.session, order.epoch, exc))
+            self._give_up(load, exc)
             return
         except Exception as exc:
             logger.exception("loading layers %s failed", order.layers)
-            error = StageError(f"Loading layers {order.layers} failed: {_short(exc)}.")
-            self._post(LoadFailed(load.session, order.epoch, error))
+            self._give_up(load, StageError(f"Loading layers {order.layers} failed: {_short(exc)}."))
             return
         self._held = order
         load_s = time.perf_counter() - started
-        self._post(Loaded(load.session, order.epoch, load_s, self._stage.weight_bytes))
+        self._post(Loaded(load.session, order.epoch, load_s, stage.weight_bytes, kv_tokens))
+
+    def _give_up(self, load: Load, error: DistributedLLMError) -> None:
+        self._drop()
+        self._post(LoadFailed(load.session, load.order.epoch, error))
+
+    def _stage_for(self, order: LoadStage) -> Stage:
+        if self._stage is not None and self._holds(order):
+            self._stage.reset()
+            self._give_memory_back()
+        else:
+            self._drop()
+            self._stage = self._load_stage(order)
+        return self._stage
+
+    def _limit_kv(self, stage: Stage, order: LoadStage) -> int:
+        """Give the KV cache what is wanted, or what there is; return how many positions that is."""
+        free_bytes = free_memory_bytes(self._device)
+        reserve_bytes = max(_RESERVE_BYTES, int(free_bytes * _RESERVE_SHARE))
+        own_bytes = self._capabilities.memory_bytes - stage.weight_bytes
+        room_bytes = min(own_bytes, free_bytes - reserve_bytes)
+        block_bytes = KV_BLOCK * stage.kv_bytes_per_token
+        blocks = min(-(-order.kv_tokens // KV_BLOCK), room_bytes // block_bytes)
+        if blocks < 1:
+            raise NotEnoughMemory(
+                f"No room for a KV cache beside layers {order.layers}. They take "
+                f"{size_text(stage.weight_bytes)} of "
+                f"{size_text(self._capabilities.memory_bytes)} that this worker may use; "
+                f"{size_text(free_bytes)} are free on {self._device}, of which "
+                f"{size_text(reserve_bytes)} are left to others; {KV_BLOCK} positions take "
+                f"{size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
+                "or end other programs there."
+            )
+        stage.limit_kv(blocks * block_bytes)
+        return min(order.kv_tokens, blocks * KV_BLOCK)
 
     def _holds(self, order: LoadStage) -> bool:
         held = self._held
@@ -201,33 +259,39 @@ class Engine:
 
     # -------------------------------------------------------------- running
 
-    def _run(self, run: Run, queued_s: float) -> None:
-        task = run.task
-        if task.epoch < self._newest_epoch():
+    def _run(self, run: Run, queued_us: int) -> None:
+        if self._is_void(run):
             return
         started = time.perf_counter()
         try:
             specs, frames = self._compute(run)
+        except ReleasedSequence as exc:
+            logger.debug("step %s is late: %s", run.task.step, exc)
+            return
         except MissingPositionsError as exc:
-            self._post(Broke(run.session, task, exc, exc.missing))
+            self._post(Broke(run, exc, exc.missing))
             return
         except DistributedLLMError as exc:
-            logger.error("step %s failed: %s", task.step, exc)
-            self._post(Broke(run.session, task, exc))
+            logger.error("step %s failed: %s", run.task.step, exc)
+            self._post(Broke(run, exc))
             return
         except Exception as exc:
-            logger.exception("step %s failed", task.step)
-            self._post(Broke(run.session, task, StageError(f"Computing failed: {_short(exc)}.")))
+            logger.exception("step %s failed", run.task.step)
+            self._post(Broke(run, StageError(f"Computing failed: {_short(exc)}.")))
             return
-        compute_s = time.perf_counter() - started
-        if self._slowdown > 1.0:
-            time.sleep(compute_s * (self._slowdown - 1.0))
-            compute_s *= self._slowdown
-        self._post(Computed(run.session, task, specs, frames, compute_s, queued_s))
+        self._wait(time.perf_counter() - started)
+        compute_us = _us(time.perf_counter() - started)
+        self._post(Computed(run, specs, frames, compute_us, queued_us))
+
+    def _wait(self, computed_s: float) -> None:
+        wait_s = computed_s * (self._slowdown - 1.0) + self._delay_s
+        if wait_s > 0.0:
+            time.sleep(wait_s)
 
     def _compute(self, run: Run) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
-        if self._stage is None:
+        if self._stage is None or self._held is None:
             raise StageError("No layers are loaded.")
+        self._stage.release(run.task.released)
         tensors = [
             tensor_of(spec, frame) for spec, frame in zip(run.task.tensors, run.frames, strict=True)
         ]
@@ -236,14 +300,28 @@ class Engine:
         output = self._stage.run(
             run.task.sequences, tensors[0], tensors[1] if len(tensors) == 2 else None
         )
-        given = output.token_ids if output.hidden_states is None else output.hidden_states
-        if given is None or given.numel() == 0:
-            return (), ()
-        spec, frame = frame_of(given)
-        return (spec,), (frame,)
+        given = [frame_of(tensor) for tensor in _tensors_of(output, self._held.wire_dtype)]
+        return tuple(spec for spec, _ in given), tuple(frame for _, frame in given)
 
     def _made_progress(self) -> None:
         self.vitals.progress_at = time.monotonic()
+
+
+def _tensors_of(output: StageOutput, wire_dtype: DtypeName) -> list[Tensor]:
+    """Return what a task answers: hidden states, or token ids and what was asked for besides."""
+    if output.hidden_states is not None:
+        return [output.hidden_states.to(TORCH_DTYPES[wire_dtype])]
+    if output.token_ids is None or output.token_ids.numel() == 0:
+        return []
+    return [
+        tensor
+        for tensor in (output.token_ids, output.logprobs, output.logprob_ids)
+        if tensor is not None
+    ]
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
 
 
 def _short(exc: Exception) -> str:

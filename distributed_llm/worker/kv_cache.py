@@ -1,50 +1,94 @@
 """Keys and values of every sequence in every layer of one stage, and the token ids behind them.
 
-A step is a transaction. `begin` cuts a sequence back to where the step starts and notes its tokens,
-`append` writes one layer's keys and values beyond the cut, and only `commit` makes the new
-positions count. A step that fails in between leaves positions that no one counts; running it again
-overwrites them. So a task may be run twice, or half, and never corrupts a sequence.
+A sequence is a chain of segments. A segment is, in each layer, one contiguous buffer of keys
+`[heads, capacity, head_dim]` and one of values, so attention reads it without gathering, and a
+layer moves to another worker as a few slices. Most sequences have one segment. A sequence that
+begins as another (`share`) references that one's segments and copies nothing; a segment that
+several sequences reference is not written any more, each of them goes on in a segment of its own.
+Once the others are gone it belongs to the last one again and grows in place: a conversation whose
+every turn takes over the turn before stays one segment.
 
-Everything of one sequence in one layer lies in two tensors `[heads, capacity, head_dim]`, so that
-attention reads it without gathering, and a layer moves to another worker as two slices.
+Buffers have room for exactly the blocks of `KV_BLOCK` positions that they need: memory is what the
+coordinator charges. A buffer that grows is copied, every `KV_BLOCK` tokens; attention has read it
+`KV_BLOCK` times meanwhile, so reading and writing it once more costs one part in 32 of that. While
+it is copied one layer of one segment exists twice; that much is not counted.
+
+A step is a transaction. `admit` refuses what does not fit before anything is touched, `begin` cuts
+a sequence back to where the step starts and notes its tokens, `append` writes one layer's keys and
+values beyond the cut, and only `commit` makes the new positions count. A step that fails in between
+leaves positions that no one counts; running it again overwrites them. So a task may be run twice,
+or half, and never corrupts a sequence.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.types import KV_BLOCK
+
 TokenIds = npt.NDArray[np.int32]
 
-_BLOCK = 64
-"""Capacity grows in multiples of this many positions."""
+
+class KVCacheFull(StageError):
+    """A step needs more blocks than the budget has left. Nothing was touched.
+
+    It fits once other sequences are released.
+    """
+
+    code = "kv_full"
 
 
-class _LayerKV:
-    """Keys `[heads, capacity, head_dim]` and values `[heads, capacity, value_dim]`."""
+class KVSegment(NamedTuple):
+    """Consecutive positions of a sequence in one layer.
 
-    __slots__ = ("keys", "values")
+    Attributes:
+        keys: [heads, positions, head_dim].
+        values: [heads, positions, value_dim].
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self.keys = keys
-        self.values = values
+    keys: Tensor
+    values: Tensor
+
+
+class _Segment:
+    """Buffers for positions from `start` on, shared by all sequences that reference it.
+
+    Attributes:
+        capacity: positions that are paid for, a multiple of `KV_BLOCK`; never shrinks.
+        layers: by layer, buffers with room for `capacity` positions, or fewer until written again;
+            None until first written.
+        holders: ids of the sequences that reference it.
+    """
+
+    __slots__ = ("capacity", "holders", "layers", "start")
+
+    def __init__(self, start: int, num_layers: int, holder: int) -> None:
+        self.start = start
+        self.capacity = 0
+        self.layers: list[KVSegment | None] = [None] * num_layers
+        self.holders = {holder}
 
 
 class _Sequence:
     """What is held of one sequence: `length` positions, in all layers.
 
     Attributes:
-        layers: None where nothing was ever written.
+        segments: each ends where the next begins, the last at `length` or, in a step, beyond.
         tokens: [capacity] int32; those below `length` count, those of a running step lie beyond.
     """
 
-    __slots__ = ("layers", "length", "tokens")
+    __slots__ = ("length", "segments", "tokens")
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self) -> None:
         self.length = 0
-        self.layers: list[_LayerKV | None] = [None] * num_layers
+        self.segments: list[_Segment] = []
         self.tokens: TokenIds = np.empty(0, dtype=np.int32)
 
 
@@ -53,52 +97,123 @@ class KVCache:
 
     Args:
         num_layers: layers of the stage, numbered from 0.
+        max_bytes: what it may take; None is no limit. It limits from when `bytes_per_token` is
+            known.
+
+    Attributes:
+        max_bytes: may be set at any time; what is held already is not given up.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
         self._num_layers = num_layers
         self._sequences: dict[int, _Sequence] = {}
+        self._token_bytes = [0] * num_layers
         self._nbytes = 0
+        self._capacity = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values, those not yet filled included."""
+        """Bytes allocated for keys and values, each buffer once, unfilled positions included."""
         return self._nbytes
+
+    @property
+    def capacity(self) -> int:
+        """Positions that are paid for, each segment once: a multiple of `KV_BLOCK`."""
+        return self._capacity
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one position in all layers; 0 until every layer was written once."""
+        return sum(self._token_bytes) if all(self._token_bytes) else 0
 
     @property
     def sequence_ids(self) -> tuple[int, ...]:
         """The sequences of which anything is held."""
         return tuple(self._sequences)
 
+    def __contains__(self, sequence_id: int) -> bool:
+        return sequence_id in self._sequences
+
     def length(self, sequence_id: int) -> int:
         """Return how many positions of the sequence are held in all layers; 0 if unknown."""
         sequence = self._sequences.get(sequence_id)
         return sequence.length if sequence else 0
 
+    def tokens(self, sequence_id: int, length: int) -> TokenIds:
+        """Return the first `length` token ids, int32; those of a running step may be among them."""
+        return self._sequences[sequence_id].tokens[:length]
+
+    def admit(self, step: Sequence[SequenceSlice]) -> None:
+        """Start a step as a whole: begin its new sequences as prefixes of others, if it fits.
+
+        Sequences that are taken are freed. A prefix of a sequence that exists already is passed
+        over, so that a step may be admitted again.
+
+        Args:
+            step: what positions are to be computed; each sequence once, none of them taken. What
+                each of them starts from is held.
+
+        Raises:
+            KVCacheFull: it does not fit, or might not: what several of its sequences cut off and
+                only they share is not counted as free. Nothing was changed.
+        """
+        taken = {part.prefix.sequence_id for part in step if part.prefix and part.prefix.take}
+        children = []
+        for part in step:
+            if part.prefix and part.sequence_id not in self:
+                self.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)
+                children.append(part.sequence_id)
+        missing = self._missing_positions(step, taken)
+        if missing > 0:
+            self.free(children)
+            raise KVCacheFull(
+                f"The KV cache of this worker is full: the step needs {missing} positions more "
+                f"than its limit of {self.max_bytes} bytes has room for. Release sequences first."
+            )
+        self.free(taken)
+
+    def share(self, child: int, parent: int, length: int) -> None:
+        """Let the new sequence `child` begin as the first `length` positions of `parent`.
+
+        Raises:
+            ValueError: `child` exists, or these positions of `parent` are not held.
+        """
+        held = self._sequences.get(parent)
+        if child in self or held is None or length > held.length:
+            raise ValueError(f"sequence {child} cannot begin as {length} positions of {parent}")
+        sequence = self._sequences[child] = _Sequence()
+        sequence.length = length
+        sequence.tokens = held.tokens[:length].copy()
+        sequence.segments = [segment for segment in held.segments if segment.start < length]
+        for segment in sequence.segments:
+            segment.holders.add(child)
+
     def begin(self, sequence_id: int, start: int, token_ids: TokenIds) -> None:
         """Start a step that computes `token_ids` at positions from `start` on.
 
-        Positions from `start` on are forgotten.
+        Positions from `start` on are forgotten; other sequences that share them keep them.
 
         Raises:
             ValueError: positions before `start` are not held.
         """
-        sequence = self._sequences.get(sequence_id)
-        if start > (sequence.length if sequence else 0):
+        if start > self.length(sequence_id):
             raise ValueError(f"sequence {sequence_id} has no position {start - 1}")
-        if sequence is None:
-            sequence = self._sequences[sequence_id] = _Sequence(self._num_layers)
-        sequence.length = start
+        sequence = self._sequences.setdefault(sequence_id, _Sequence())
+        kept = _segments_before(sequence, start)
+        self._let_go(sequence_id, sequence.segments[len(kept) :])
         stop = start + len(token_ids)
-        if stop > len(sequence.tokens):
-            grown = np.empty(_capacity_for(stop), dtype=np.int32)
-            grown[:start] = sequence.tokens[:start]
-            sequence.tokens = grown
-        sequence.tokens[start:stop] = token_ids
+        if not kept or len(kept[-1].holders) > 1:
+            kept.append(_Segment(start, self._num_layers, sequence_id))
+        growth = max(0, _rounded(stop - kept[-1].start) - kept[-1].capacity)
+        kept[-1].capacity += growth
+        self._capacity += growth
+        sequence.segments, sequence.length = kept, start
+        _write_tokens(sequence, start, token_ids)
 
     def append(
         self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> list[KVSegment]:
         """Write one layer's keys and values from position `start` on; return all up to there.
 
         Args:
@@ -109,49 +224,87 @@ class KVCache:
             values: [heads, tokens, value_dim].
 
         Returns:
-            Views [heads, start + tokens, head_dim] and [heads, start + tokens, value_dim]; good
-            until the next call for this sequence and layer.
+            Views of the positions [0, start + tokens), in order, the last of them at least the
+            tokens; good until the next call for this layer.
         """
-        layers = self._sequences[sequence_id].layers
-        stop = start + keys.shape[1]
-        held = layers[layer]
-        if held is None or stop > held.keys.shape[1]:
-            held = layers[layer] = self._grow(held, start, stop, keys, values)
-        held.keys[:, start:stop] = keys
-        held.values[:, start:stop] = values
-        return held.keys[:, :stop], held.values[:, :stop]
+        segments = self._sequences[sequence_id].segments
+        last = segments[-1]
+        first = start - last.start
+        stop = first + keys.shape[1]
+        held = last.layers[layer]
+        if held is None or held.keys.shape[1] < last.capacity:
+            held = self._grow(layer, last, first, keys, values)
+        held.keys[:, first:stop] = keys
+        held.values[:, first:stop] = values
+        newest = KVSegment(held.keys[:, :stop], held.values[:, :stop])
+        if len(segments) == 1:
+            return [newest]
+        return [*_views(layer, segments), newest]
 
     def commit(self, sequence_id: int, length: int) -> None:
         """Count `length` positions of the sequence as held: every layer of the step succeeded."""
         self._sequences[sequence_id].length = length
 
-    def truncate(self, sequence_id: int, length: int) -> None:
-        """Forget all positions of the sequence from `length` on; nothing if it has no more."""
-        sequence = self._sequences.get(sequence_id)
-        if sequence is not None:
-            sequence.length = min(sequence.length, length)
-
-    def tokens(self, sequence_id: int, length: int) -> TokenIds:
-        """Return the first `length` token ids, int32; those of a running step may be among them."""
-        return self._sequences[sequence_id].tokens[:length]
-
     def free(self, sequence_ids: Iterable[int]) -> None:
-        """Forget these sequences and give back their memory; unknown ones are passed over."""
+        """Forget these sequences; unknown ones are passed over.
+
+        What nobody else references gives its memory back.
+        """
         for sequence_id in sequence_ids:
             sequence = self._sequences.pop(sequence_id, None)
             if sequence is not None:
-                self._nbytes -= sum(_nbytes(held) for held in sequence.layers if held)
+                self._let_go(sequence_id, sequence.segments)
+
+    def _let_go(self, sequence_id: int, segments: Iterable[_Segment]) -> None:
+        for segment in segments:
+            segment.holders.remove(sequence_id)
+            if not segment.holders:
+                self._capacity -= segment.capacity
+                self._nbytes -= sum(_nbytes(held) for held in segment.layers)
+
+    def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[int]) -> int:
+        """Return how many positions too few there would be if the step ran and `leaving` left."""
+        if self.max_bytes is None or not self.bytes_per_token:
+            return 0
+        room = self.max_bytes // (self.bytes_per_token * KV_BLOCK) * KV_BLOCK
+        needed = self._capacity - self._capacity_without(leaving)
+        needed += sum(self._growth(part, leaving) for part in step)
+        return needed - room
+
+    def _capacity_without(self, leaving: set[int]) -> int:
+        """Return how much of the capacity is of no sequence but `leaving`."""
+        sequences = [self._sequences[i] for i in leaving if i in self]
+        segments = {segment for sequence in sequences for segment in sequence.segments}
+        return sum(segment.capacity for segment in segments if segment.holders <= leaving)
+
+    def _growth(self, part: SequenceSlice, leaving: set[int]) -> int:
+        """Return what `begin` will add to the capacity once `leaving` have left."""
+        sequence = self._sequences.get(part.sequence_id, _Sequence())
+        kept = _segments_before(sequence, part.start, leaving)
+        growth = -sum(
+            segment.capacity
+            for segment in sequence.segments[len(kept) :]
+            if len(segment.holders - leaving) == 1
+        )
+        stop = part.start + part.num_tokens
+        if not kept or len(kept[-1].holders - leaving) > 1:
+            return growth + _rounded(stop - part.start)
+        return growth + max(0, _rounded(stop - kept[-1].start) - kept[-1].capacity)
 
     def _grow(
-        self, held: _LayerKV | None, start: int, stop: int, keys: Tensor, values: Tensor
-    ) -> _LayerKV:
-        capacity = _capacity_for(stop)
-        grown = _LayerKV(_empty_like(keys, capacity), _empty_like(values, capacity))
+        self, layer: int, segment: _Segment, kept: int, keys: Tensor, values: Tensor
+    ) -> KVSegment:
+        """Give a layer of a segment buffers of its capacity with the first `kept` positions."""
+        grown = KVSegment(
+            _empty_like(keys, segment.capacity), _empty_like(values, segment.capacity)
+        )
+        held = segment.layers[layer]
         if held is not None:
-            grown.keys[:, :start] = held.keys[:, :start]
-            grown.values[:, :start] = held.values[:, :start]
-            self._nbytes -= _nbytes(held)
-        self._nbytes += _nbytes(grown)
+            grown.keys[:, :kept] = held.keys[:, :kept]
+            grown.values[:, :kept] = held.values[:, :kept]
+        self._nbytes += _nbytes(grown) - _nbytes(held)
+        self._token_bytes[layer] = _nbytes(grown) // segment.capacity
+        segment.layers[layer] = grown
         return grown
 
 
@@ -160,10 +313,43 @@ def as_token_ids(token_ids: Sequence[int]) -> TokenIds:
     return np.asarray(token_ids, dtype=np.int32)
 
 
-def _capacity_for(positions: int) -> int:
-    # A quarter more than is needed: a token is copied four times in all however long its sequence
-    # grows, and no more than a fifth of the memory lies idle.
-    return -(-(positions + positions // 4) // _BLOCK) * _BLOCK
+def _segments_before(
+    sequence: _Sequence, start: int, leaving: Iterable[int] = ()
+) -> list[_Segment]:
+    """Return the segments that the sequence keeps if it goes on at `start`.
+
+    One that begins right there is kept if no sequence but those `leaving` references it too.
+    """
+    return [
+        segment
+        for segment in sequence.segments
+        if segment.start < start
+        or (segment.start == start and len(segment.holders.difference(leaving)) == 1)
+    ]
+
+
+def _views(layer: int, segments: Sequence[_Segment]) -> list[KVSegment]:
+    """Return what the sequence sees of all its segments but the last."""
+    views = []
+    for segment, following in itertools.pairwise(segments):
+        held = segment.layers[layer]
+        assert held is not None
+        stop = following.start - segment.start
+        views.append(KVSegment(held.keys[:, :stop], held.values[:, :stop]))
+    return views
+
+
+def _write_tokens(sequence: _Sequence, start: int, token_ids: TokenIds) -> None:
+    stop = start + len(token_ids)
+    if stop > len(sequence.tokens):
+        grown = np.empty(_rounded(stop + stop // 4), dtype=np.int32)
+        grown[:start] = sequence.tokens[:start]
+        sequence.tokens = grown
+    sequence.tokens[start:stop] = token_ids
+
+
+def _rounded(positions: int) -> int:
+    return -(-positions // KV_BLOCK) * KV_BLOCK
 
 
 def _empty_like(states: Tensor, capacity: int) -> Tensor:
@@ -171,5 +357,5 @@ def _empty_like(states: Tensor, capacity: int) -> Tensor:
     return torch.empty((heads, capacity, head_dim), dtype=states.dtype, device=states.device)
 
 
-def _nbytes(held: _LayerKV) -> int:
-    return held.keys.nbytes + held.values.nbytes
+def _nbytes(held: KVSegment | None) -> int:
+    return held.keys.nbytes + held.values.nbytes if held else 0

@@ -108,6 +108,11 @@ def _budget(device: torch.device, max_memory_bytes: int | None) -> int:
     return min(usable, max_memory_bytes)
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """Return how much memory this process could still take on `device`, bytes."""
+    return _memory(device)[0]
+
+
 def _memory(device: torch.device) -> tuple[int, int]:
     """Return (free, total) bytes of memory for this process on `device`."""
     if device.type == "cuda":

@@ -1,4 +1,7 @@
-"""The worker's edge: one DEALER socket, one timer, one compute thread. It decides nothing."""
+"""The worker's edge: the coordinator's socket, the peers', a timer, a compute thread.
+
+It decides nothing.
+"""
 
 import asyncio
 import contextlib
@@ -10,32 +13,46 @@ import psutil
 from distributed_llm.common import codec
 from distributed_llm.common.errors import (
     DistributedLLMError,
+    LocalProtocolError,
     ProtocolMismatch,
     RemoteProtocolError,
 )
-from distributed_llm.common.messages import Capabilities, FromWorker, Goodbye, Heartbeat
+from distributed_llm.common.messages import (
+    Capabilities,
+    FromWorker,
+    Goodbye,
+    Heartbeat,
+    Task,
+    TaskFailed,
+)
 from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
-from distributed_llm.worker.agent import (
+from distributed_llm.worker.agent import Agent
+from distributed_llm.worker.engine import Engine
+from distributed_llm.worker.events import (
     Action,
-    Agent,
     Beat,
+    CloseLink,
     Connected,
     Disconnected,
     Drop,
     Event,
     Exit,
     Garbage,
+    Greet,
+    HandOn,
     Load,
     Log,
+    OpenLink,
+    PeerSay,
     Received,
     Reconnect,
     Release,
     Run,
     Say,
 )
-from distributed_llm.worker.engine import Engine
+from distributed_llm.worker.links import Links, bind_for, reachable_at
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +67,9 @@ class Worker:
         name: that it asks for.
         capabilities: of this machine, with the device to compute on.
         address: "HOST:PORT" of the coordinator.
+        peer_bind: "HOST:PORT" to listen on for other workers.
         slowdown: how many times slower to look.
+        delay_s: how long to wait in every task besides.
         local_model: path of the checkpoint on this machine; empty is the coordinator's.
         connect_timeout_s: for the first connection.
     """
@@ -61,17 +80,22 @@ class Worker:
         capabilities: Capabilities,
         *,
         address: str,
+        peer_bind: str,
         slowdown: float,
+        delay_s: float,
         local_model: str,
         connect_timeout_s: float,
     ) -> None:
         self._name = name
         self._capabilities = capabilities
         self._address = address
+        self._peer_bind = bind_for(peer_bind, address)
         self._slowdown = slowdown
+        self._delay_s = delay_s
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
         self._process = psutil.Process()
         self._dealer: Dealer | None = None
 
@@ -82,10 +106,12 @@ class Worker:
             CoordinatorUnreachable: no coordinator answered at the start.
             CheckpointError: this machine cannot load the model.
             ProtocolMismatch: the coordinator speaks another version.
+            AddressInUse: the address for other workers cannot be listened on.
         """
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[int] = self._loop.create_future()
         on_signal(self._stop)
+        self._links = Links(self._peer_bind, self._apply)
         self._agent = Agent(
             self._name,
             self._capabilities,
@@ -94,11 +120,11 @@ class Worker:
             now=self._loop.time(),
         )
         self._engine = Engine(
-            device=self._capabilities.device,
-            threads=self._capabilities.threads,
+            self._capabilities,
             slowdown=self._slowdown,
+            delay_s=self._delay_s,
             local_model=self._local_model,
-            newest_epoch=lambda: self._agent.epoch,
+            is_void=self._agent.is_void,
             post=self._post,
         )
         self._connect()
@@ -116,6 +142,7 @@ class Worker:
     def _close(self) -> None:
         if self._timer:
             self._timer.cancel()
+        self._links.close()
         if self._dealer:
             self._dealer.close()
         self._engine.stop(_STOP_TIMEOUT_S)
@@ -126,9 +153,13 @@ class Worker:
         self._dealer = Dealer(
             self._address,
             self._on_message,
-            lambda: self._apply(Connected()),
+            self._on_connect,
             lambda: self._apply(Disconnected()),
         )
+
+    def _on_connect(self) -> None:
+        assert self._dealer is not None
+        self._apply(Connected(reachable_at(self._links.address, self._dealer.local_host)))
 
     def _on_message(self, frames: list[Frame]) -> None:
         try:
@@ -147,13 +178,17 @@ class Worker:
             self._perform(self._agent.handle(event, now=self._loop.time()))
 
     def _on_timer(self) -> None:
+        self._timer = self._timer_at = None
         reached = self._dealer is not None and self._dealer.reached
         self._perform(self._agent.on_timer(reached=reached, now=self._loop.time()))
 
     def _set_timer(self) -> None:
+        deadline = self._agent.next_deadline()
+        if deadline == self._timer_at:
+            return
         if self._timer:
             self._timer.cancel()
-        deadline = self._agent.next_deadline()
+        self._timer_at = deadline
         self._timer = None if deadline is None else self._loop.call_at(deadline, self._on_timer)
 
     # -------------------------------------------------------------- actions
@@ -169,12 +204,22 @@ class Worker:
 
     def _perform_one(self, action: Action) -> None:
         match action:
-            case Say(message=message, frames=frames):
-                self._say(message, frames)
+            case Say(message=said, frames=frames):
+                self._say(said, frames)
             case Beat(epoch=epoch):
                 self._say(self._heartbeat(epoch))
+            case HandOn(task=task, frames=frames):
+                self._hand_on(task, frames)
             case Load() | Run() | Release() | Drop():
                 self._engine.put(action)
+            case OpenLink(epoch=epoch, addresses=addresses):
+                self._links.open(epoch, addresses)
+            case Greet(hello=hello, addresses=addresses):
+                self._links.greet(hello, addresses)
+            case CloseLink():
+                self._links.close_link()
+            case PeerSay(peer=peer, message=message):
+                self._links.say(peer, message)
             case Reconnect():
                 self._loop.call_soon(self._reconnect)
             case Log(text=text, level=level):
@@ -188,19 +233,26 @@ class Worker:
         if self._dealer:
             self._dealer.send(codec.encode(message, frames))
 
+    def _hand_on(self, task: Task, frames: tuple[Frame, ...]) -> None:
+        try:
+            self._links.hand_on(task, frames)
+        except LocalProtocolError as exc:  # with the timings, its header is too long
+            self._say(TaskFailed(epoch=task.epoch, step=task.step, code=exc.code, message=str(exc)))
+
     def _heartbeat(self, epoch: int) -> Heartbeat:
         return Heartbeat(
             epoch=epoch,
             progress_age_s=self._engine.progress_age_s(),
-            tasks_waiting=max(0, self._engine.vitals.tasks_waiting),
+            tasks_waiting=self._engine.vitals.tasks_waiting,
             memory_used_bytes=self._process.memory_info().rss,
             kv_bytes=self._engine.vitals.kv_bytes,
         )
 
     def _reconnect(self) -> None:
         if self._dealer and not self._stopped.done():
-            self._dealer.close()
+            old = self._dealer
             self._connect()
+            old.close()  # after the new one is open: closing the last one would wait
 
     def _fail(self, error: DistributedLLMError) -> None:
         if not self._stopped.done():

@@ -11,12 +11,21 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.architectures import ensure_supported
 from distributed_llm.worker.attention import PackedSlice, PackedStep, running
 from distributed_llm.worker.kv_cache import KVCache
-from distributed_llm.worker.sampler import sample
+from distributed_llm.worker.sampler import log_probabilities, sample
 from distributed_llm.worker.weights import StageModel, load_stage_model
+
+_MAX_RELEASED = 10_000
+"""How many released sequences are remembered; a task is never this late."""
+
+_WARM_UP = -1
+"""A sequence id that no task can have."""
+
+_WIRE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
@@ -27,10 +36,17 @@ class StageOutput:
         hidden_states: [tokens, hidden_size] in the stage's dtype, on its device; None on the last.
         token_ids: int32 [sequences that sample] on the CPU, in the order of the task; None on all
             stages but the last.
+        logprobs: float32 [sequences that sample, 1 + k] on the CPU: natural logarithms of what the
+            model's own logits, before any parameter, give the token that was picked and the k
+            likeliest, best first. k is the most that any of these sequences asked for; all rows
+            are full. None if none asked.
+        logprob_ids: int32, of the same shape: whose they are.
     """
 
-    hidden_states: Tensor | None
-    token_ids: Tensor | None
+    hidden_states: Tensor | None = None
+    token_ids: Tensor | None = None
+    logprobs: Tensor | None = None
+    logprob_ids: Tensor | None = None
 
 
 class MissingPositionsError(StageError):
@@ -44,6 +60,10 @@ class MissingPositionsError(StageError):
         held = ", ".join(f"{m.have} of sequence {m.sequence_id}" for m in missing)
         super().__init__(f"positions are missing in the KV cache; held are {held}")
         self.missing = missing
+
+
+class ReleasedSequence(StageError):
+    """A task names a sequence that was released: it is late, and void. Nothing was touched."""
 
 
 class Stage:
@@ -76,9 +96,12 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers))
+        self._samplings: dict[int, Sampling] = {}
+        self._released: dict[int, None] = {}  # the latest last
         self._incoming: Tensor | None = None
         self._outgoing: Tensor | None = None
         self._add_hooks(stage_model)
+        self._warm_up()
 
     @classmethod
     def load(
@@ -120,6 +143,15 @@ class Stage:
         """Bytes of memory that the KV cache takes now."""
         return self._cache.nbytes
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of memory that one position of one sequence takes in the KV cache, measured."""
+        return self._cache.bytes_per_token
+
+    def limit_kv(self, max_bytes: int) -> None:
+        """Refuse steps that would make the KV cache take more than this."""
+        self._cache.max_bytes = max_bytes
+
     def num_computed_tokens(self, sequence_id: int) -> int:
         """Return how many positions of the sequence are in the KV cache."""
         return self._cache.length(sequence_id)
@@ -132,20 +164,28 @@ class Stage:
     ) -> StageOutput:
         """Compute one step and add its positions to the KV cache.
 
-        May be called again with the same arguments, whether it succeeded or failed before.
+        May be called again with the same arguments, whether it succeeded or failed before. All
+        errors but those of computing itself come before anything is touched.
 
         Args:
-            sequences: which positions of which sequences; each sequence once.
+            sequences: which positions of which sequences; each sequence once. One that is not
+                held begins as its `prefix`; a sequence that is taken is released.
             token_ids: int32 [tokens], the tokens at those positions, one sequence after the other.
-            hidden_states: [tokens, hidden_size] in the stage's dtype, what the stage before gave;
+            hidden_states: [tokens, hidden_size] in any wire dtype, what the stage before gave;
                 None on the first stage.
 
         Raises:
-            MissingPositionsError: positions before a slice's start are not held.
+            ReleasedSequence: a sequence was released before.
+            MissingPositionsError: positions before a slice's start are not held, or it samples and
+                how was never told.
+            KVCacheFull: it does not fit the limit.
             StageError: the arguments do not fit each other, or the result is not finite.
         """
         self._check_arguments(sequences, token_ids, hidden_states)
+        self._check_released(sequences)
         self._check_positions(sequences)
+        self._cache.admit(sequences)
+        self._note(sequences)
         step = self._begin(sequences, token_ids)
         with torch.inference_mode(), running(step), _kernels_for(token_ids):
             output = self._compute(sequences, step, token_ids, hidden_states)
@@ -154,12 +194,28 @@ class Stage:
         return output
 
     def release(self, sequence_ids: Iterable[int]) -> None:
-        """Free the KV cache of these sequences; unknown ones are passed over."""
-        self._cache.free(sequence_ids)
+        """Free the KV cache of these sequences; they never come back, known here or not."""
+        for sequence_id in sequence_ids:
+            self._cache.free([sequence_id])
+            self._samplings.pop(sequence_id, None)
+            self._released[sequence_id] = None
+            if len(self._released) > _MAX_RELEASED:
+                del self._released[next(iter(self._released))]
 
     def reset(self) -> None:
-        """Free the KV cache of all sequences."""
+        """Free the KV cache of all sequences and forget that any existed: ids may begin anew."""
         self._cache.free(self._cache.sequence_ids)
+        self._samplings.clear()
+        self._released.clear()
+
+    def _warm_up(self) -> None:
+        """Compute one token and forget it: measures the KV cache and makes kernels ready."""
+        token_ids = torch.zeros(1, dtype=torch.int32)
+        hidden_states = None if self._first else torch.zeros(1, self._hidden_size)
+        step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
+        with torch.inference_mode(), running(step), _kernels_for(token_ids):
+            self._forward(step, token_ids, hidden_states, [0] if self._last else [])
+        self._cache.free([_WARM_UP])
 
     def _add_hooks(self, stage_model: StageModel) -> None:
         first, last = stage_model.layers[0], stage_model.layers[-1]
@@ -205,25 +261,52 @@ class Stage:
                 raise StageError("the first stage was given hidden states")
         else:
             self._check_hidden_states(hidden_states, total)
+        for part in sequences:
+            _check_prefix(part, sequences)
 
     def _check_hidden_states(self, hidden_states: Tensor | None, total: int) -> None:
-        wanted = f"{self._dtype} of shape {[total, self._hidden_size]}"
+        wanted = f"floats of shape {[total, self._hidden_size]}"
         if hidden_states is None:
             raise StageError(f"stage {self.layers} was given no hidden states; it needs {wanted}")
-        if hidden_states.shape != (total, self._hidden_size) or hidden_states.dtype != self._dtype:
+        shape = (total, self._hidden_size)
+        if hidden_states.shape != shape or hidden_states.dtype not in _WIRE_DTYPES:
             raise StageError(
                 f"stage {self.layers} was given hidden states {hidden_states.dtype} of shape "
                 f"{list(hidden_states.shape)}; it needs {wanted}"
             )
 
+    def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
+        late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
+        if late:
+            raise ReleasedSequence(f"the task is late: sequences {late} were released")
+
     def _check_positions(self, sequences: Sequence[SequenceSlice]) -> None:
         missing = tuple(
             MissingPositions(sequence_id=part.sequence_id, have=have)
             for part in sequences
-            if part.start > (have := self._cache.length(part.sequence_id))
+            if (have := self._have(part)) is not None
         )
         if missing:
             raise MissingPositionsError(missing)
+
+    def _have(self, part: SequenceSlice) -> int | None:
+        """Return how many positions are held that the slice could go on from; None if enough."""
+        told = part.sampling is not None or part.sequence_id in self._samplings
+        if self._last and part.sample and not told:
+            return 0  # as good as lost: whoever starts it again says how to sample
+        prefix = part.prefix
+        if prefix is None or part.sequence_id in self._cache:
+            have = self._cache.length(part.sequence_id)
+            return have if have < part.start else None
+        return None
+
+    def _note(self, sequences: Sequence[SequenceSlice]) -> None:
+        """Keep how sequences are sampled; note that those taken are no more."""
+        for part in sequences:
+            if self._last and part.sampling is not None:
+                self._samplings[part.sequence_id] = part.sampling
+            if part.prefix is not None and part.prefix.take:
+                self.release([part.prefix.sequence_id])
 
     def _begin(self, sequences: Sequence[SequenceSlice], token_ids: Tensor) -> PackedStep:
         tokens = token_ids.cpu().numpy()
@@ -242,6 +325,29 @@ class Stage:
         token_ids: Tensor,
         hidden_states: Tensor | None,
     ) -> StageOutput:
+        if not self._last:
+            given = self._forward(step, token_ids, hidden_states, [])
+            assert given is not None
+            last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
+            self._check_finite(given[last_rows], "hidden states")
+            return StageOutput(hidden_states=given)
+        ends = [s for s, part in zip(step.slices, sequences, strict=True) if part.sample]
+        rows = [s.row + s.num_tokens - 1 for s in ends]
+        logits = self._forward(step, token_ids, hidden_states, rows)
+        if logits is None:
+            return StageOutput(token_ids=torch.empty(0, dtype=torch.int32))
+        if len(logits) != len(ends):
+            raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
+        self._check_finite(logits, "logits")
+        return self._sample(ends, logits)
+
+    def _forward(
+        self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
+    ) -> Tensor | None:
+        """Run the layers; return hidden states [tokens, hidden_size], or logits of the last stage.
+
+        Logits are [rows, vocab_size], of these rows; None without any.
+        """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         inputs = {
             "input_ids": token_ids.to(self._device, torch.int64)[None],
@@ -249,46 +355,29 @@ class Stage:
             "use_cache": False,
         }
         if hidden_states is not None:
-            self._incoming = hidden_states.to(self._device)[None]
+            self._incoming = hidden_states.to(self._device, self._dtype)[None]
         try:
-            if self._last:
-                return StageOutput(None, self._finish(sequences, step, inputs))
-            return StageOutput(self._pass_on(step, inputs), None)
+            if rows:
+                kept = torch.tensor(rows, device=self._device)
+                given = self._model(**inputs, logits_to_keep=kept).logits
+            else:
+                self._decoder(**inputs)
+                given = self._outgoing
         finally:
             self._incoming = self._outgoing = None
-
-    def _pass_on(self, step: PackedStep, inputs: dict[str, Any]) -> Tensor:
-        """Return the hidden states that the next stage needs."""
-        self._decoder(**inputs)
         _check_every_layer_ran(step)
-        assert self._outgoing is not None
-        hidden_states = self._outgoing[0]
-        last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
-        self._check_finite(hidden_states[last_rows], "hidden states")
-        return hidden_states
+        return None if given is None else given[0]
 
-    def _finish(
-        self, sequences: Sequence[SequenceSlice], step: PackedStep, inputs: dict[str, Any]
-    ) -> Tensor:
-        """Return a token for each sequence that samples."""
-        ends = [
-            (slice_, part.sampling)
-            for slice_, part in zip(step.slices, sequences, strict=True)
-            if part.sampling is not None
-        ]
-        if not ends:
-            self._decoder(**inputs)
-            _check_every_layer_ran(step)
-            return torch.empty(0, dtype=torch.int32)
-        rows = torch.tensor([s.row + s.num_tokens - 1 for s, _ in ends], device=self._device)
-        logits: Tensor = self._model(**inputs, logits_to_keep=rows).logits[0]
-        _check_every_layer_ran(step)
-        if len(logits) != len(ends):
-            raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
-        self._check_finite(logits, "logits")
-        positions = [s.start + s.num_tokens for s, _ in ends]
-        histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s, _ in ends]
-        return sample(logits, [sampling for _, sampling in ends], positions, histories)
+    def _sample(self, ends: Sequence[PackedSlice], logits: Tensor) -> StageOutput:
+        samplings = [self._samplings[s.sequence_id] for s in ends]
+        positions = [s.start + s.num_tokens for s in ends]
+        histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
+        token_ids = sample(logits, samplings, positions, histories)
+        asked = [s.logprobs for s in samplings if s.logprobs is not None]
+        if not asked:
+            return StageOutput(token_ids=token_ids)
+        logprobs, logprob_ids = log_probabilities(logits, token_ids, max(asked))
+        return StageOutput(token_ids=token_ids, logprobs=logprobs, logprob_ids=logprob_ids)
 
     def _check_finite(self, values: Tensor, what: str) -> None:
         # The extremes of a tensor with a NaN are NaN; argmax would name a token for it in silence.
@@ -298,6 +387,19 @@ class Stage:
                 f"the {what} after layers {self.layers} are not finite: the weights on this "
                 f"machine are damaged, or {self._dtype} is too narrow for this model"
             )
+
+
+def _check_prefix(part: SequenceSlice, sequences: Sequence[SequenceSlice]) -> None:
+    prefix = part.prefix
+    if prefix is None:
+        return
+    if prefix.length != part.start:
+        raise StageError(
+            f"sequence {part.sequence_id} starts at {part.start}, its prefix ends at "
+            f"{prefix.length}"
+        )
+    if prefix.take and any(other.sequence_id == prefix.sequence_id for other in sequences):
+        raise StageError(f"sequence {prefix.sequence_id} is computed and taken at once")
 
 
 def _check_every_layer_ran(step: PackedStep) -> None:

@@ -32,6 +32,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.attention import ATTENTION_NAME
+from distributed_llm.worker.kernels import pack_linear_layers, packed_nbytes
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +136,10 @@ def load_stage_model(
     with ExitStack() as files, _without_progress_bars():
         tensors, mapped = _open_tensors(checkpoint, layers, files)
         _load(model, tensors, checkpoint, layers, device=device, dtype=dtype)
+        model.train(False).requires_grad_(False)
+        _drop_tied_embedding(model, layers, dtype)
+        pack_linear_layers(model)  # reads the mapped memory: those weights are copied only once
         _own_memory(model, mapped)
-    model.train(False).requires_grad_(False)
     return StageModel(model, decoder, kept, _nbytes(model))
 
 
@@ -304,6 +307,17 @@ def _refuse_problems(
             raise CheckpointError(f"{where} {kind} tensor {min(map(original, names))}. {fix}")
 
 
+def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange, dtype: torch.dtype) -> None:
+    """Leave the tensor of a tied head to the head alone on a stage that embeds nothing."""
+    if layers.start == 0:
+        return
+    heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Embedding) and id(module.weight) in heads:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, _absent(module, dtype))
+
+
 def _own_memory(model: PreTrainedModel, mapped: set[int]) -> None:
     """Copy, one after the other, parameters that still lie in the mapped files."""
     for parameter in model.parameters():
@@ -313,7 +327,7 @@ def _own_memory(model: PreTrainedModel, mapped: set[int]) -> None:
 
 def _nbytes(model: PreTrainedModel) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}  # tied ones once
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values()) + packed_nbytes(model)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ async def work(settings: WorkerSettings) -> int:
         CoordinatorUnreachable: no coordinator answered at the start.
         CheckpointError: this machine cannot load the model.
         ProtocolMismatch: the coordinator speaks another version.
+        AddressInUse: `peer_bind` cannot be listened on.
     """
     threads = settings.threads or os.cpu_count() or 1
     measured = measure(settings.device, threads=threads, max_memory_bytes=settings.max_memory)
@@ -44,7 +45,9 @@ async def work(settings: WorkerSettings) -> int:
         settings.name or _host_name(),
         capabilities,
         address=settings.coordinator,
+        peer_bind=settings.peer_bind,
         slowdown=settings.slowdown,
+        delay_s=settings.delay_s,
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.messages import SequenceSlice, SharedPrefix
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.stage import Stage
@@ -36,18 +36,11 @@ class Pipeline:
         self.stages = stages
         self.texts: list[list[int]] = []
         self.done: list[int] = []
+        self.prefixes: dict[int, SharedPrefix] = {}
 
     def run(self, chunks: Sequence[Chunk], sampling: Sampling | None = GREEDY) -> list[int]:
         """Run one step of these chunks of the texts; return the tokens that follow them."""
-        sequences = [
-            SequenceSlice(
-                sequence_id=number,
-                start=start,
-                num_tokens=stop - start,
-                sampling=sampling,
-            )
-            for number, start, stop in chunks
-        ]
+        sequences = [self._slice(*chunk, sampling) for chunk in chunks]
         tokens = [t for number, start, stop in chunks for t in self.texts[number][start:stop]]
         token_ids, hidden_states = torch.tensor(tokens, dtype=torch.int32), None
         for stage in self.stages:
@@ -58,6 +51,32 @@ class Pipeline:
         assert output.token_ids is not None
         return [int(token) for token in output.token_ids]
 
+    def _slice(
+        self, number: int, start: int, stop: int, sampling: Sampling | None
+    ) -> SequenceSlice:
+        prefix = self.prefixes.get(number)
+        return SequenceSlice(
+            sequence_id=number,
+            start=start,
+            num_tokens=stop - start,
+            sample=sampling is not None,
+            sampling=sampling,
+            prefix=prefix if prefix and prefix.length == start else None,
+        )
+
+    def share(self, parent: int, length: int, rest: Sequence[int], *, take: bool = False) -> int:
+        """Add a text that begins as the first `length` positions of another; return its number."""
+        number = len(self.texts)
+        self.texts.append([*self.texts[parent][:length], *rest])
+        self.done.append(length)
+        self.prefixes[number] = SharedPrefix(sequence_id=parent, length=length, take=take)
+        return number
+
+    def release(self, *numbers: int) -> None:
+        """Release these texts on every stage."""
+        for stage in self.stages:
+            stage.release(numbers)
+
     def prefill(self, prompts: Sequence[Sequence[int]], stops: Sequence[int]) -> None:
         """Start these texts and compute the first positions of each, without sampling."""
         self.texts = [list(prompt) for prompt in prompts]
@@ -65,12 +84,15 @@ class Pipeline:
         if any(stops):
             self.run([(i, 0, stop) for i, stop in enumerate(stops) if stop], sampling=None)
 
-    def decode(self, sampling: Sampling = GREEDY) -> list[int]:
-        """Compute what is left of each text, and add a token to it."""
-        chunks = [(i, self.done[i], len(text)) for i, text in enumerate(self.texts)]
+    def decode(
+        self, sampling: Sampling = GREEDY, numbers: Sequence[int] | None = None
+    ) -> list[int]:
+        """Compute what is left of these texts, default all, and add a token to each."""
+        numbers = range(len(self.texts)) if numbers is None else numbers
+        chunks = [(i, self.done[i], len(self.texts[i])) for i in numbers]
         tokens = self.run(chunks, sampling)
-        for text, token in zip(self.texts, tokens, strict=True):
-            text.append(token)
+        for number, token in zip(numbers, tokens, strict=True):
+            self.texts[number].append(token)
         return tokens
 
     def next_chunks(self, prompts: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[Chunk]:

@@ -1,5 +1,7 @@
-"""The KV cache against a list of lists, under any order of steps, failures and releases."""
+"""The KV cache against lists of numbers, under any order of steps, failures, shares, releases."""
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,75 +11,228 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from distributed_llm.worker.kv_cache import KVCache, as_token_ids
+from distributed_llm.common.messages import SequenceSlice, SharedPrefix
+from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.worker.kv_cache import KVCache, KVCacheFull, as_token_ids
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM = 3, 2, 4, 6
-IDS = st.integers(0, 3)
+TOKEN_BYTES = LAYERS * HEADS * (KEY_DIM + VALUE_DIM) * 4
+BLOCK_BYTES = KV_BLOCK * TOKEN_BYTES
+IDS = st.integers(0, 4)
+MAX_BLOCKS = 14
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """Each position's key is a fresh number, so that any mix-up shows."""
+def blocks(positions: int) -> int:
+    return math.ceil(positions / KV_BLOCK)
+
+
+class Charges:
+    """What a bookkeeper charges, in positions: segments of sequences and who references them.
+
+    A sequence goes on in its last segment if no other references that, else in a new one.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.cache = KVCache(LAYERS)
+        self.chains: dict[int, list[int]] = {}  # segments by sequence
+        self.starts: dict[int, int] = {}  # by segment
+        self.lengths: dict[int, int] = {}  # the most that there ever was, by segment
+        self.next_segment = 0
+
+    def holders(self, segment: int) -> int:
+        return sum(segment in chain for chain in self.chains.values())
+
+    def step(self, sequence_id: int, start: int, stop: int) -> None:
+        chain = self.chains.get(sequence_id, [])
+        chain = [s for s in chain if self.starts[s] < start or self.may_rewrite(s, start)]
+        if not chain or self.holders(chain[-1]) > 1:
+            self.next_segment += 1
+            chain = [*chain, self.next_segment]
+            self.starts[self.next_segment] = start
+            self.lengths[self.next_segment] = 0
+        last = chain[-1]
+        self.lengths[last] = max(self.lengths[last], stop - self.starts[last])
+        self.chains[sequence_id] = chain
+
+    def may_rewrite(self, segment: int, start: int) -> bool:
+        return self.starts[segment] == start and self.holders(segment) == 1
+
+    def share(self, child: int, parent: int, length: int) -> None:
+        self.chains[child] = [s for s in self.chains[parent] if self.starts[s] < length]
+
+    def free(self, sequence_id: int) -> None:
+        self.chains.pop(sequence_id, None)
+
+    def blocks(self) -> int:
+        held = {segment for chain in self.chains.values() for segment in chain}
+        return sum(blocks(self.lengths[segment]) for segment in held)
+
+
+class Driver:
+    """A cache, and what it should hold: each position's key is a fresh number, so mix-ups show."""
+
+    def __init__(self, max_blocks: int | None = None) -> None:
+        self.cache = KVCache(LAYERS, None if max_blocks is None else max_blocks * BLOCK_BYTES)
         self.model: dict[int, list[int]] = {}
+        self.charges = Charges()
         self.next_number = 0
 
-    def begin(self, sequence_id: int, start: int, count: int) -> list[int]:
-        numbers = list(range(self.next_number, self.next_number + count))
+    def fresh(self, count: int) -> list[int]:
         self.next_number += count
+        return list(range(self.next_number - count, self.next_number))
+
+    def begin(self, sequence_id: int, start: int, numbers: list[int]) -> None:
         self.cache.begin(sequence_id, start, as_token_ids(numbers))
         self.model[sequence_id] = self.model.get(sequence_id, [])[:start]
-        return numbers
+        self.charges.step(sequence_id, start, start + len(numbers))
 
     def append(self, layer: int, sequence_id: int, start: int, numbers: list[int]) -> list[Any]:
         column = torch.tensor(numbers, dtype=torch.float32)[None, :, None] + layer / 8
-        keys, values = self.cache.append(
+        segments = self.cache.append(
             layer,
             sequence_id,
             start,
             column.expand(HEADS, -1, KEY_DIM),
             -column.expand(HEADS, -1, VALUE_DIM),
         )
+        assert segments[-1].keys.shape[1] >= len(numbers)
+        keys = torch.cat([segment.keys for segment in segments], dim=1)
+        values = torch.cat([segment.values for segment in segments], dim=1)
         assert keys.shape == (HEADS, start + len(numbers), KEY_DIM)
+        assert values.shape == (HEADS, start + len(numbers), VALUE_DIM)
         assert torch.equal(values[..., :KEY_DIM], -keys)
         assert bool((keys == keys[:1, :, :1]).all())
         return (keys[0, :, 0] - layer / 8).tolist()
 
-    @rule(sequence_id=IDS, count=st.integers(1, 90), back=st.integers(0, 5))
-    def run_step(self, sequence_id: int, count: int, back: int) -> None:
-        start = max(0, self.cache.length(sequence_id) - back)
-        numbers = self.begin(sequence_id, start, count)
+    def step(self, sequence_id: int, count: int, start: int | None = None) -> None:
+        """Compute `count` positions from `start` on; default: from where the sequence ends."""
+        if start is None:
+            start = self.cache.length(sequence_id)
+        numbers = self.fresh(count)
+        self.begin(sequence_id, start, numbers)
+        self.finish(sequence_id, start, numbers)
+
+    def finish(self, sequence_id: int, start: int, numbers: list[int]) -> None:
         for layer in range(LAYERS):
             seen = self.append(layer, sequence_id, start, numbers)
             assert seen == self.model[sequence_id] + numbers
-        self.cache.commit(sequence_id, start + count)
+        self.cache.commit(sequence_id, start + len(numbers))
         self.model[sequence_id] += numbers
 
-    @rule(
-        sequence_id=IDS,
-        count=st.integers(1, 90),
-        back=st.integers(0, 5),
-        layers=st.integers(0, LAYERS),
-    )
-    def fail_step(self, sequence_id: int, count: int, back: int, layers: int) -> None:
-        start = max(0, self.cache.length(sequence_id) - back)
-        numbers = self.begin(sequence_id, start, count)
-        for layer in range(layers):
-            self.append(layer, sequence_id, start, numbers)
+    def share(self, child: int, parent: int, length: int) -> None:
+        self.cache.share(child, parent, length)
+        self.model[child] = self.model[parent][:length]
+        self.charges.share(child, parent, length)
 
-    @rule(sequence_id=IDS, length=st.integers(0, 200))
-    def truncate(self, sequence_id: int, length: int) -> None:
-        self.cache.truncate(sequence_id, length)
-        if sequence_id in self.model:
-            self.model[sequence_id] = self.model[sequence_id][:length]
-
-    @rule(sequence_ids=st.lists(IDS))
-    def free(self, sequence_ids: list[int]) -> None:
+    def free(self, *sequence_ids: int) -> None:
         self.cache.free(sequence_ids)
         for sequence_id in sequence_ids:
             self.model.pop(sequence_id, None)
+            self.charges.free(sequence_id)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Any order of what a stage does, one sequence or several at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver = Driver(MAX_BLOCKS)
+        self.cache, self.model = self.driver.cache, self.driver.model
+        self.driver.step(0, 1)  # as a stage warms up: the limit counts from here on
+        self.driver.free(0)
+
+    def admit(self, *step: SequenceSlice) -> bool:
+        """Admit a step; when refused, rightly so, and nothing has changed."""
+        charges = self.driver.charges
+        before = (self.cache.nbytes, self.cache.capacity, dict(self.model))
+        try:
+            self.cache.admit(step)
+        except KVCacheFull:
+            assert (self.cache.nbytes, self.cache.capacity, self.model) == before
+            cut = [part for part in step if part.start < self.cache.length(part.sequence_id)]
+            assert self.would_charge(step) > MAX_BLOCKS or len(cut) > 1
+            return False
+        for part in step:
+            if part.prefix and part.sequence_id not in self.model:
+                parent, length = part.prefix.sequence_id, part.prefix.length
+                self.model[part.sequence_id] = self.model[parent][:length]
+                charges.share(part.sequence_id, parent, length)
+        for part in step:
+            if part.prefix and part.prefix.take:
+                self.model.pop(part.prefix.sequence_id, None)
+                charges.free(part.prefix.sequence_id)
+        return True
+
+    def would_charge(self, step: Iterable[SequenceSlice]) -> int:
+        charges = Charges()
+        charges.chains = dict(self.driver.charges.chains)
+        charges.starts = dict(self.driver.charges.starts)
+        charges.lengths = dict(self.driver.charges.lengths)
+        charges.next_segment = self.driver.charges.next_segment
+        step = list(step)
+        for part in step:
+            if part.prefix and part.sequence_id not in charges.chains:
+                charges.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)
+        for part in step:
+            if part.prefix and part.prefix.take:
+                charges.free(part.prefix.sequence_id)
+        for part in step:
+            charges.step(part.sequence_id, part.start, part.start + part.num_tokens)
+        return charges.blocks()
+
+    def run(self, parts: list[SequenceSlice], layers: int) -> None:
+        """Run a step; it fails after `layers` of them, or succeeds if that is all."""
+        if not self.admit(*parts):
+            return
+        numbers = [self.driver.fresh(part.num_tokens) for part in parts]
+        for part, own in zip(parts, numbers, strict=True):
+            self.driver.begin(part.sequence_id, part.start, own)
+        for part, own in zip(parts, numbers, strict=True):
+            if layers == LAYERS:
+                self.driver.finish(part.sequence_id, part.start, own)
+            else:
+                for layer in range(layers):
+                    self.driver.append(layer, part.sequence_id, part.start, own)
+
+    @rule(
+        sequence_ids=st.lists(IDS, min_size=1, max_size=3, unique=True),
+        count=st.integers(1, 150),
+        back=st.integers(0, 80),
+        layers=st.sampled_from([LAYERS, LAYERS, *range(LAYERS)]),
+    )
+    def step(self, sequence_ids: list[int], count: int, back: int, layers: int) -> None:
+        parts = [
+            SequenceSlice(
+                sequence_id=sequence_id,
+                start=max(0, self.cache.length(sequence_id) - back),
+                num_tokens=count,
+            )
+            for sequence_id in sequence_ids
+        ]
+        self.run(parts, layers)
+
+    @precondition(lambda self: any(self.model.values()) and len(self.model) < 5)
+    @rule(
+        data=st.data(),
+        count=st.integers(1, 150),
+        take=st.booleans(),
+        layers=st.sampled_from([LAYERS, LAYERS, *range(LAYERS)]),
+    )
+    def share(self, data: st.DataObject, count: int, take: bool, layers: int) -> None:
+        parents = sorted(i for i, numbers in self.model.items() if numbers)
+        parent = data.draw(st.sampled_from(parents))
+        held = len(self.model[parent])
+        length = data.draw(st.integers(1, held) | st.just(held))
+        child = data.draw(st.sampled_from([i for i in range(5) if i not in self.model]))
+        prefix = SharedPrefix(sequence_id=parent, length=length, take=take)
+        part = SequenceSlice(sequence_id=child, start=length, num_tokens=count, prefix=prefix)
+        self.run([part], layers)
+        if child in self.model:
+            again = SequenceSlice(sequence_id=child, start=length, num_tokens=count, prefix=prefix)
+            self.run([again], layers)
+
+    @rule(sequence_ids=st.lists(IDS))
+    def free(self, sequence_ids: list[int]) -> None:
+        self.driver.free(*sequence_ids)
 
     @precondition(lambda self: self.model)
     @rule(data=st.data())
@@ -94,36 +249,124 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.tokens(sequence_id, len(numbers)).tolist() == numbers
 
     @invariant()
-    def bytes_are_zero_exactly_without_sequences(self) -> None:
-        held = sum(map(len, self.model.values())) * LAYERS * HEADS * (KEY_DIM + VALUE_DIM) * 4
-        assert held <= self.cache.nbytes
-        if not self.model:
-            assert self.cache.nbytes == 0
+    def memory_is_what_is_charged(self) -> None:
+        charged = self.driver.charges.blocks()
+        assert self.cache.capacity == charged * KV_BLOCK
+        assert self.cache.nbytes <= charged * BLOCK_BYTES <= MAX_BLOCKS * BLOCK_BYTES
+        assert self.cache.bytes_per_token == TOKEN_BYTES
+
+    def teardown(self) -> None:
+        for sequence_id in sorted(self.model):
+            # What every sequence holds is right to the end, whatever became of the others.
+            start = len(self.model[sequence_id])
+            self.driver.step(sequence_id, 1, start)
+            self.driver.free(sequence_id)
+        assert (self.cache.nbytes, self.cache.capacity, self.cache.sequence_ids) == (0, 0, ())
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=150, stateful_step_count=25, deadline=None, derandomize=True
 )
 TestCache = CacheMachine.TestCase
 
 
-def test_growing_by_single_tokens_rarely_copies_and_wastes_little() -> None:
-    cache = KVCache(1)
-    sizes = set()
-    for position in range(2000):
-        cache.begin(7, position, as_token_ids([position]))
-        column = torch.zeros(1, 1, 8)
-        cache.append(0, 7, position, column, column)
-        cache.commit(7, position + 1)
-        sizes.add(cache.nbytes)
-    assert len(sizes) < 20
-    assert cache.nbytes <= 2000 * 2 * 8 * 4 * 1.25 + 64 * 2 * 8 * 4
+def test_sequences_of_one_prefix_hold_it_once() -> None:
+    driver = Driver()
+    driver.step(0, 5 * KV_BLOCK)
+    for child in (1, 2, 3):
+        driver.share(child, 0, 5 * KV_BLOCK)
+    assert driver.cache.nbytes == 5 * BLOCK_BYTES
+    for child in (1, 2, 3):
+        driver.step(child, 1)
+    assert driver.cache.nbytes == 8 * BLOCK_BYTES
+    driver.free(0, 1)
+    assert driver.cache.nbytes == 7 * BLOCK_BYTES
+    driver.free(2)
+    driver.step(3, KV_BLOCK)
+    driver.free(3)
+    assert driver.cache.nbytes == 0
+
+
+def test_a_parent_goes_on_and_back_without_its_children_noticing() -> None:
+    driver = Driver()
+    driver.step(0, 100)
+    driver.share(1, 0, 80)
+    driver.step(0, 50)
+    driver.step(0, 70, start=30)
+    driver.step(1, 10)
+    driver.step(0, 70, start=0)
+    driver.step(1, 10)
+    driver.step(0, 10)
+
+
+def test_conversations_that_take_over_their_last_turn_stay_one_segment() -> None:
+    driver = Driver()
+    driver.step(0, 50)
+    for turn in range(1, 30):
+        driver.share(turn, turn - 1, 50 * turn)
+        driver.free(turn - 1)
+        driver.step(turn, 50)
+    driver.cache.begin(29, 1500, as_token_ids([0]))
+    keys, values = torch.zeros(HEADS, 1, KEY_DIM), torch.zeros(HEADS, 1, VALUE_DIM)
+    assert len(driver.cache.append(0, 29, 1500, keys, values)) == 1
+    assert driver.cache.capacity == blocks(1501) * KV_BLOCK
+
+
+def test_memory_is_exactly_the_blocks_that_are_needed() -> None:
+    driver = Driver()
+    for position in range(1, 400):
+        driver.step(7, 1)
+        assert driver.cache.nbytes == blocks(position) * BLOCK_BYTES
+
+
+def slice_of(
+    sequence_id: int, start: int, count: int, parent: int | None = None, *, take: bool = False
+) -> SequenceSlice:
+    prefix = None
+    if parent is not None:
+        prefix = SharedPrefix(sequence_id=parent, length=start, take=take)
+    return SequenceSlice(sequence_id=sequence_id, start=start, num_tokens=count, prefix=prefix)
+
+
+def test_a_step_that_does_not_fit_as_a_whole_is_refused() -> None:
+    driver = Driver(max_blocks=4)
+    driver.step(0, 2 * KV_BLOCK)
+    fits = [slice_of(0, 2 * KV_BLOCK, 1), slice_of(1, 0, KV_BLOCK)]
+    driver.cache.admit(fits)
+    with pytest.raises(KVCacheFull, match="needs 64 positions more than its limit"):
+        driver.cache.admit([*fits, slice_of(2, 0, 1)])
+    with pytest.raises(KVCacheFull) as caught:
+        driver.cache.admit([slice_of(2, 100, 3 * KV_BLOCK, parent=0)])
+    assert caught.value.code == "kv_full"
+    assert driver.cache.sequence_ids == (0,)
+    driver.step(0, 2 * KV_BLOCK)  # the refused child left nothing that would be in the way
+    assert driver.cache.capacity == 4 * KV_BLOCK
+
+
+def test_what_is_taken_makes_room() -> None:
+    driver = Driver(max_blocks=4)
+    driver.step(0, 4 * KV_BLOCK)
+    with pytest.raises(KVCacheFull):
+        driver.cache.admit([slice_of(1, 2 * KV_BLOCK, 2 * KV_BLOCK, parent=0)])
+    step = [slice_of(1, 2 * KV_BLOCK, 2 * KV_BLOCK, parent=0, take=True)]
+    driver.cache.admit(step)
+    driver.cache.admit(step)
+    assert driver.cache.sequence_ids == (1,)
+
+
+def test_only_a_new_sequence_shares_and_only_what_there_is() -> None:
+    driver = Driver()
+    driver.step(0, 10)
+    driver.step(1, 10)
+    for child, parent, length in ((1, 0, 5), (2, 0, 11), (2, 5, 1)):
+        with pytest.raises(ValueError, match=f"cannot begin as {length} positions of {parent}"):
+            driver.cache.share(child, parent, length)
 
 
 def test_an_unknown_sequence_has_nothing() -> None:
     cache = KVCache(1)
     assert cache.length(5) == 0
-    cache.truncate(5, 0)
+    assert 5 not in cache
     cache.free([5])
     with pytest.raises(ValueError, match="sequence 5 has no position 0"):
         cache.begin(5, 1, np.zeros(1, dtype=np.int32))

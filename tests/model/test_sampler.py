@@ -1,4 +1,7 @@
-"""Sampling: what transformers leaves of the logits, drawn with the right frequencies."""
+"""Sampling: what transformers leaves of the logits, drawn with the right frequencies.
+
+Penalties that transformers does not have are computed from their definition.
+"""
 
 import math
 from typing import Any, cast
@@ -7,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -18,10 +23,19 @@ from transformers import (
 
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.kv_cache import as_token_ids
-from distributed_llm.worker.sampler import Candidates, candidates, draw, process, sample
+from distributed_llm.worker.sampler import (
+    Candidates,
+    candidates,
+    draw,
+    log_probabilities,
+    process,
+    sample,
+)
 
 VOCAB_SIZE = 3000
-HISTORY = as_token_ids([5, 9, 5, 2999, 0])
+HISTORY = as_token_ids([5, 9, 5, 2999, 0, 9, 9, 7])
+PROMPT_TOKENS = 3
+POSITION = len(HISTORY)
 
 SAMPLINGS = [
     Sampling(temperature=1.0),
@@ -34,17 +48,56 @@ SAMPLINGS = [
     Sampling(temperature=2.0, min_p=0.05),
     Sampling(temperature=1.0, min_p=1.0),
     Sampling(temperature=0.9, top_k=50, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
-    Sampling(temperature=1.0, repetition_penalty=0.5, suppressed=(5, 17)),
+    Sampling(temperature=1.0, repetition_penalty=0.5, suppressed=(5, 17), suppressed_before=9),
+    Sampling(temperature=1.0, suppressed=(5, 17), suppressed_before=8),
+    Sampling(temperature=1.0, logit_bias=((5, 3.5), (2999, -2.0), (8, 100.0))),
+    Sampling(temperature=1.0, presence_penalty=1.5, prompt_tokens=PROMPT_TOKENS),
+    Sampling(temperature=1.0, frequency_penalty=0.7, prompt_tokens=PROMPT_TOKENS),
+    Sampling(
+        temperature=0.8,
+        top_k=400,
+        top_p=0.95,
+        min_p=0.001,
+        repetition_penalty=1.2,
+        presence_penalty=-0.5,
+        frequency_penalty=0.3,
+        logit_bias=((5, 6.0), (9, 6.0), (7, -6.0), (17, 8.0)),
+        prompt_tokens=PROMPT_TOKENS,
+        suppressed=(17,),
+        suppressed_before=12,
+    ),
 ]
+
+
+class AnswerPenalties(LogitsProcessor):
+    """The penalties of the OpenAI API, from their definition: for each token of the vocabulary."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Return the scores less what the tokens of the answer cost."""
+        answer = input_ids[0, self.sampling.prompt_tokens :].tolist()
+        counts = np.array([answer.count(token) for token in range(scores.shape[-1])])
+        scores = scores.numpy().astype(np.float64)
+        scores -= counts * self.sampling.frequency_penalty
+        scores -= (counts > 0) * self.sampling.presence_penalty
+        return torch.from_numpy(scores.astype(np.float32))
 
 
 def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return transformers' probabilities for `logits`, float32 [vocab_size]."""
     steps: list[Any] = []
+    if sampling.logit_bias:
+        biases = {(token,): bias for token, bias in sampling.logit_bias}
+        steps.append(SequenceBiasLogitsProcessor(cast(Any, biases)))
     if sampling.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    steps.append(AnswerPenalties(sampling))
     if sampling.suppressed:
-        steps.append(SuppressTokensLogitsProcessor(list(sampling.suppressed)))
+        least = sampling.suppressed_before - PROMPT_TOKENS
+        suppressed = list(sampling.suppressed)
+        steps.append(MinNewTokensLengthLogitsProcessor(PROMPT_TOKENS, least, suppressed))
     if sampling.temperature not in {0, 1}:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
@@ -68,7 +121,10 @@ def random_logits(seed: int, scale: float = 3.0) -> torch.Tensor:
 def test_candidates_are_those_of_transformers(sampling: Sampling, seed: int, scale: float) -> None:
     logits = random_logits(seed, scale)
     wanted = reference(logits, sampling).double().numpy()
-    found = candidates(process(logits, sampling, HISTORY), sampling)
+    scores = logits.numpy().copy()
+    process(scores, sampling, POSITION, HISTORY)
+    found = candidates(scores, sampling)
+    assert (np.diff(found.token_ids) > 0).all()
     positive = found.probabilities > 0
     assert set(found.token_ids[positive].tolist()) == set(np.flatnonzero(wanted).tolist())
     normalised = found.probabilities / found.probabilities.sum()
@@ -77,18 +133,48 @@ def test_candidates_are_those_of_transformers(sampling: Sampling, seed: int, sca
 
 def test_tokens_as_likely_as_the_last_of_the_top_k_stay() -> None:
     sampling = Sampling(temperature=1.0, top_k=2)
-    found = candidates(torch.tensor([0.0, 1.0, 2.0, 1.0]), sampling)
-    assert sorted(found.token_ids.tolist()) == [1, 2, 3]
+    found = candidates(np.array([0.0, 1.0, 2.0, 1.0], dtype=np.float32), sampling)
+    assert found.token_ids.tolist() == [1, 2, 3]
 
 
-@pytest.mark.parametrize("penalty", [1.0, 3.0])
-def test_greedy_is_the_likeliest_after_the_penalties(penalty: float) -> None:
+def test_no_more_tokens_than_reach_top_p_stay_though_they_are_as_likely() -> None:
+    found = candidates(np.zeros(1000, dtype=np.float32), Sampling(temperature=1.0, top_p=0.3))
+    assert len(found.token_ids) == 300
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"suppressed": (1047,), "suppressed_before": POSITION + 1},
+        {"logit_bias": ((1047, -100.0),)},
+        {"repetition_penalty": 3.0, "logit_bias": ((5, 100.0), (8, 50.0))},
+        {"presence_penalty": 100.0},
+        {"frequency_penalty": 100.0},
+    ],
+)
+def test_greedy_is_the_likeliest_after_bias_and_penalties(change: dict[str, Any]) -> None:
+    """Beside rows without any, which are computed together."""
     logits = random_logits(1)
-    best = int(logits.argmax())
-    sampling = Sampling(repetition_penalty=penalty, suppressed=(best,))
-    expected = int(reference(logits, sampling).argmax())
-    assert sample(logits[None], [sampling], [3], [HISTORY]).tolist() == [expected] != [best]
-    assert sample(logits[None], [Sampling()], [3], [HISTORY]).tolist() == [best]
+    best = 1047
+    logits[best] = logits.max() + 1
+    history = as_token_ids([*HISTORY, best]) if len(change) == 1 else HISTORY
+    position = POSITION if "suppressed" in change else len(history)
+    sampling = Sampling(**change)
+    scores = logits.numpy().copy()
+    process(scores, sampling, position, history)
+    assert int(scores.argmax()) != best
+    samplings = [Sampling(), sampling, Sampling(suppressed=(best,), suppressed_before=position)]
+    token_ids = sample(logits.expand(3, -1), samplings, [position] * 3, [history] * 3)
+    assert token_ids.dtype == torch.int32
+    assert token_ids.tolist() == [best, scores.argmax(), best]
+
+
+def test_tokens_beyond_the_vocabulary_change_nothing() -> None:
+    logits = random_logits(1)
+    sampling = Sampling(
+        logit_bias=((VOCAB_SIZE, 1000.0),), suppressed=(VOCAB_SIZE,), suppressed_before=100
+    )
+    assert sample(logits[None], [sampling], [3], [HISTORY]).tolist() == [int(logits.argmax())]
 
 
 def test_a_token_depends_on_neither_batch_nor_order() -> None:
@@ -112,7 +198,7 @@ def test_draws_are_these_on_every_platform() -> None:
     """A change of these numbers would change the text of every request with a seed."""
     choice = Candidates(np.arange(1000), np.full(1000, 1e-3))
     drawn = [draw(choice, seed, position) for seed in (0, 1, 2**63 - 1) for position in (0, 1, 2)]
-    assert drawn == [956, 995, 215, 668, 339, 381, 400, 613, 59]
+    assert drawn == [786, 91, 2, 322, 376, 989, 117, 765, 40]
 
 
 def test_seeds_and_positions_draw_independently() -> None:
@@ -127,26 +213,76 @@ def test_seeds_and_positions_draw_independently() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_frequencies_are_the_probabilities(seed: int) -> None:
+@pytest.mark.parametrize(
+    "token_ids", [[0, 3, 4, 17, 18, 999], [0, 255, 256, 511, 512, 513], [1, 2, 3, 4, 5, 6]]
+)
+def test_frequencies_are_the_probabilities(seed: int, token_ids: list[int]) -> None:
     """Chi-square of 4000 draws at consecutive positions; the limit is met by 999 of 1000 seeds."""
     probabilities = np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
-    choice = Candidates(np.array([3, 999, 0, 17, 18, 4]), probabilities * 7)
+    choice = Candidates(np.array(token_ids), probabilities * 7)
     total = 4000
     drawn = [draw(choice, seed, position) for position in range(total)]
-    counts = np.array([drawn.count(token) for token in choice.token_ids.tolist()])
+    counts = np.array([drawn.count(token) for token in token_ids])
     assert counts.sum() == total
     chi_square = float((((counts - total * probabilities) ** 2) / (total * probabilities)).sum())
     assert chi_square < 20.5  # 5 degrees of freedom
 
 
+def test_a_whole_vocabulary_is_drawn_evenly() -> None:
+    """Chi-square over the tokens' places within their groups and over the groups."""
+    choice = Candidates(np.arange(2560), np.full(2560, 0.5))
+    drawn = np.array([draw(choice, 3, position) for position in range(5120)])
+    for cells in (np.bincount(drawn // 256, minlength=10), np.bincount(drawn % 256)):
+        expected = 5120 / len(cells)
+        chi_square = float(((cells - expected) ** 2 / expected).sum())
+        freedom = len(cells) - 1
+        assert abs(chi_square - freedom) < 4 * math.sqrt(2 * freedom)
+
+
+def test_a_candidate_fewer_changes_no_draw_that_it_would_have_lost() -> None:
+    """As when another machine's probabilities are off in the last bits at a border."""
+    probabilities = np.full(1000, 1e-3)
+    whole = Candidates(np.arange(1000), probabilities)
+    fewer = Candidates(np.delete(np.arange(1000), 300), np.delete(probabilities, 300))
+    pairs = [(draw(whole, 1, position), draw(fewer, 1, position)) for position in range(500)]
+    assert sum(a != b for a, b in pairs) < 5
+
+
 def test_what_cannot_happen_is_never_drawn() -> None:
-    choice = Candidates(np.array([1, 2, 3]), np.array([0.0, 1e-300, 0.0]))
-    assert {draw(choice, 0, position) for position in range(200)} == {2}
+    choice = Candidates(np.array([1, 302, 303]), np.array([0.0, 1e-300, 0.0]))
+    assert {draw(choice, 0, position) for position in range(200)} == {302}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab_size", [100, 2560, VOCAB_SIZE])
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_log_probabilities_are_those_of_the_raw_logits(
+    dtype: torch.dtype, vocab_size: int, count: int
+) -> None:
+    logits = torch.stack([random_logits(seed)[:vocab_size] for seed in range(4)]).to(dtype)
+    picked = torch.tensor([3, 99, 0, 17], dtype=torch.int32)
+    logprobs, token_ids = log_probabilities(logits, picked, count)
+    assert (logprobs.dtype, token_ids.dtype) == (torch.float32, torch.int32)
+    assert logprobs.shape == token_ids.shape == (4, 1 + count)
+    assert token_ids[:, 0].tolist() == picked.tolist()
+    wanted = logits.double().numpy()
+    wanted = wanted - np.log(np.exp(wanted).sum(axis=1, keepdims=True))
+    found = np.take_along_axis(wanted, token_ids.numpy().astype(np.int64), axis=1)
+    np.testing.assert_allclose(logprobs.numpy(), found, atol=1e-5)
+    likeliest = -np.sort(-wanted, axis=1)[:, :count]
+    np.testing.assert_allclose(logprobs[:, 1:].numpy(), likeliest, atol=1e-5)
+    assert all(len(set(row)) == count for row in token_ids[:, 1:].tolist())
+
+
+def test_there_are_no_more_log_probabilities_than_tokens() -> None:
+    logprobs, _ = log_probabilities(torch.zeros(1, 7), torch.zeros(1, dtype=torch.int32), 20)
+    assert logprobs.shape == (1, 8)
 
 
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(0)
     before = logits.clone()
-    sample(logits[None], [SAMPLINGS[-1]], [0], [HISTORY])
+    sample(logits[None], [SAMPLINGS[-1]], [POSITION], [HISTORY])
+    log_probabilities(logits[None], torch.zeros(1, dtype=torch.int32), 5)
     assert torch.equal(logits, before)
     assert math.isfinite(float(logits.sum()))

@@ -7,13 +7,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.stage import MissingPositionsError, Stage
+from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.worker import stage as stage_module
+from distributed_llm.worker.kv_cache import KVCacheFull
+from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, Stage
 from tests.checkpoints import HIDDEN_SIZE, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 
@@ -25,6 +28,11 @@ NUM_LAYERS = 3
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     folder = tmp_path_factory.mktemp("llama")
     return open_checkpoint(make_checkpoint(folder, num_layers=NUM_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Checkpoint) -> Any:
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -40,7 +48,11 @@ def whole_stage(checkpoint: Checkpoint) -> Stage:
 
 def piece(start: int, num_tokens: int, sequence_id: int = 0) -> SequenceSlice:
     return SequenceSlice(
-        sequence_id=sequence_id, start=start, num_tokens=num_tokens, sampling=Sampling()
+        sequence_id=sequence_id,
+        start=start,
+        num_tokens=num_tokens,
+        sample=True,
+        sampling=Sampling(),
     )
 
 
@@ -180,18 +192,151 @@ def test_bad_tasks_are_refused(checkpoint: Checkpoint, name: str) -> None:
         None,
         torch.zeros(2, HIDDEN_SIZE),
         torch.zeros(1, HIDDEN_SIZE + 1),
-        torch.zeros(1, HIDDEN_SIZE, dtype=torch.float16),
+        torch.zeros(1, HIDDEN_SIZE, dtype=torch.int32),
         torch.zeros(1, 1, HIDDEN_SIZE),
     ],
     ids=["none", "rows", "width", "dtype", "dimensions"],
 )
 def test_bad_hidden_states_are_refused(checkpoint: Checkpoint, hidden_states: Any) -> None:
     stage = Stage.load(checkpoint, LayerRange(1, 2), device=CPU, dtype=torch.float32)
-    with pytest.raises(StageError, match=r"needs torch.float32 of shape \[1, 32\]"):
+    with pytest.raises(StageError, match=r"needs floats of shape \[1, 32\]"):
         stage.run([piece(0, 1)], ids(1), hidden_states)
     first = Stage.load(checkpoint, LayerRange(0, 1), device=CPU, dtype=torch.float32)
     with pytest.raises(StageError, match="first stage was given hidden states"):
         first.run([piece(0, 1)], ids(1), torch.zeros(1, HIDDEN_SIZE))
+
+
+@pytest.mark.parametrize("wire", [torch.bfloat16, torch.float16])
+def test_hidden_states_come_in_any_wire_dtype(checkpoint: Checkpoint, wire: torch.dtype) -> None:
+    first, last = load_stages(checkpoint, [1, 2])
+    hidden_states = first.run([piece(0, 3)], ids(1, 2, 3), None).hidden_states
+    assert hidden_states is not None
+    assert hidden_states.dtype == torch.float32
+    rounded = hidden_states.to(wire)
+    given = last.run([piece(0, 3)], ids(1, 2, 3), rounded)
+    expected = last.run([piece(0, 3, sequence_id=1)], ids(1, 2, 3), rounded.to(torch.float32))
+    assert given.token_ids is not None
+    assert expected.token_ids is not None
+    assert given.token_ids.tolist() == expected.token_ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "per_layer"),
+    [("llama", 2, 2 * 2 * 8), ("gpt2", 3, 2 * 4 * 8), ("qwen3", 1, 2 * 2 * 16)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_of_a_position_are_measured(
+    tmp_path: Path, family: str, layers: int, per_layer: int, dtype: torch.dtype
+) -> None:
+    """Keys and values, of `heads` times `head_dim` numbers each, in every layer."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, family, num_layers=4))
+    stage = Stage.load(checkpoint, LayerRange(1, 1 + layers), device=CPU, dtype=dtype)
+    assert stage.kv_bytes_per_token == layers * per_layer * dtype.itemsize
+    assert stage.kv_bytes == 0
+    stage.run([piece(0, 65)], torch.zeros(65, dtype=torch.int32), torch.zeros(65, HIDDEN_SIZE))
+    assert stage.kv_bytes == 2 * KV_BLOCK * stage.kv_bytes_per_token
+
+
+def test_a_step_beyond_the_limit_is_refused_before_anything_is_touched(
+    checkpoint: Checkpoint,
+) -> None:
+    stage = whole_stage(checkpoint)
+    stage.limit_kv(3 * KV_BLOCK * stage.kv_bytes_per_token + 1)
+    tokens = [1] * KV_BLOCK
+    stage.run([piece(0, KV_BLOCK), piece(0, KV_BLOCK, sequence_id=1)], ids(*tokens, *tokens), None)
+    for _ in range(2):
+        with pytest.raises(KVCacheFull) as caught:
+            stage.run([piece(KV_BLOCK, 1), piece(KV_BLOCK, 1, sequence_id=1)], ids(1, 1), None)
+        assert caught.value.code == "kv_full"
+        assert [stage.num_computed_tokens(i) for i in (0, 1)] == [KV_BLOCK, KV_BLOCK]
+    stage.release([1])
+    stage.run([piece(KV_BLOCK, 1)], ids(1), None)
+
+
+def test_how_to_sample_is_told_once_and_may_be_told_anew(checkpoint: Checkpoint) -> None:
+    stage = whole_stage(checkpoint)
+    stage.run([piece(0, 3)], ids(1, 2, 3), None)
+    again = SequenceSlice(sequence_id=0, start=2, num_tokens=1, sample=True)
+    greedy = stage.run([again], ids(3), None).token_ids
+    biased = Sampling(logit_bias=((77, 1000.0),))
+    told = SequenceSlice(sequence_id=0, start=2, num_tokens=1, sample=True, sampling=biased)
+    assert greedy is not None
+    assert greedy.tolist() != [77]
+    for part in (told, again):
+        tokens = stage.run([part], ids(3), None).token_ids
+        assert tokens is not None
+        assert tokens.tolist() == [77]
+
+
+def test_a_sequence_of_which_nothing_is_known_cannot_sample(checkpoint: Checkpoint) -> None:
+    stage = whole_stage(checkpoint)
+    first = SequenceSlice(sequence_id=0, start=0, num_tokens=3)
+    stage.run([first], ids(1, 2, 3), None)
+    untold = SequenceSlice(sequence_id=0, start=3, num_tokens=1, sample=True)
+    for part in (untold, SequenceSlice(sequence_id=4, start=0, num_tokens=1, sample=True)):
+        with pytest.raises(MissingPositionsError) as caught:
+            stage.run([part], ids(4), None)
+        assert caught.value.missing == (MissingPositions(sequence_id=part.sequence_id, have=0),)
+    assert stage.num_computed_tokens(0) == 3
+    # Stages before the last do not sample, and are not told how.
+    middle = Stage.load(checkpoint, LayerRange(0, 1), device=CPU, dtype=torch.float32)
+    untold = SequenceSlice(sequence_id=0, start=0, num_tokens=1, sample=True)
+    assert middle.run([untold], ids(4), None).hidden_states is not None
+
+
+def test_a_late_task_of_a_released_sequence_is_void(checkpoint: Checkpoint) -> None:
+    stage = whole_stage(checkpoint)
+    stage.run([piece(0, 3), piece(0, 1, sequence_id=1)], ids(1, 2, 3, 4), None)
+    stage.release([0, 7])
+    held = stage.kv_bytes
+    for late in (0, 7):
+        with pytest.raises(ReleasedSequence, match=rf"sequences \[{late}\] were released"):
+            stage.run([piece(1, 1, sequence_id=1), piece(0, 1, late)], ids(1, 1), None)
+    assert stage.kv_bytes == held
+    assert stage.num_computed_tokens(1) == 1
+    stage.reset()
+    stage.run([piece(0, 1)], ids(1), None)
+
+
+def test_the_memory_of_released_sequences_is_bounded(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "_MAX_RELEASED", 3)
+    stage = whole_stage(checkpoint)
+    stage.release([1, 2, 3, 4])
+    stage.run([piece(0, 1, sequence_id=1)], ids(1), None)
+    with pytest.raises(ReleasedSequence):
+        stage.run([piece(0, 1, sequence_id=2)], ids(1), None)
+
+
+def test_log_probabilities_come_with_the_tokens(checkpoint: Checkpoint, whole: Any) -> None:
+    stage = whole_stage(checkpoint)
+    asked: list[int | None] = [3, None, 0]
+    samplings = [
+        Sampling(temperature=1.0, seed=5, repetition_penalty=1.5, logprobs=k) for k in asked
+    ]
+    slices = [
+        SequenceSlice(
+            sequence_id=i, start=0, num_tokens=len(prompt), sample=i != 2, sampling=samplings[i]
+        )
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    tokens = ids(*(token for prompt in PROMPTS for token in prompt))
+    output = stage.run(slices, tokens, None)
+    assert output.token_ids is not None
+    assert output.logprobs is not None
+    assert output.logprob_ids is not None
+    assert output.logprobs.shape == output.logprob_ids.shape == (2, 4)
+    assert output.logprob_ids[:, 0].tolist() == output.token_ids.tolist()
+    for row, prompt in enumerate(PROMPTS[:2]):
+        with torch.inference_mode():
+            logits = whole(input_ids=torch.tensor([prompt])).logits[0, -1]
+        wanted = torch.log_softmax(logits, dim=0)
+        found = output.logprob_ids[row].to(torch.int64)
+        torch.testing.assert_close(output.logprobs[row], wanted[found], atol=1e-4, rtol=1e-4)
+        assert found[1:].tolist() == wanted.topk(3).indices.tolist()
+    plain = stage.run([piece(0, 1, sequence_id=9)], ids(1), None)
+    assert plain.logprobs is plain.logprob_ids is None
 
 
 @pytest.mark.parametrize("damaged", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])

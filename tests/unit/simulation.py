@@ -1,10 +1,8 @@
 """A cluster in memory: the production core and agents on a virtual clock and a virtual network.
 
 The fake parts are the wires (first in, first out per connection, with delays and faults), the
-compute threads, the text thread and the clients. A fake layer is a rolling hash over the positions
-of a sequence, so a stage that was skipped, repeated or left with stale positions changes every
-later token; what a stage is given is checked besides. Every message passes the codec, and the
-core's invariants are asserted after every event.
+compute threads with their model (`fake_model`), the text thread and the clients. Every message
+passes the codec, and the core's invariants are asserted after every event.
 """
 
 import heapq
@@ -13,8 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, assert_never
-
-import numpy as np
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError, StageError
@@ -30,196 +26,43 @@ from distributed_llm.common.messages import (
     Generate,
     Goodbye,
     Heartbeat,
-    LoadStage,
-    MissingPositions,
-    ModelSource,
     Ping,
     Pong,
     Refused,
     RequestFailed,
-    SequenceSlice,
     StatusReport,
     Task,
     TaskResult,
     ToClient,
     TokenChunk,
+    ToNextWorker,
     ToWorker,
 )
-from distributed_llm.common.sampling_params import Sampling, SamplingParams
-from distributed_llm.common.tensors import (
-    Frame,
-    TensorSpec,
-    frame_of_token_ids,
-    token_ids_of_frame,
-)
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.tensors import Frame, frame_of_token_ids, token_ids_of_frame
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.placement import CoreSettings
-from distributed_llm.coordinator.planner import ModelCost
-from distributed_llm.coordinator.requests import GenerationDefaults, RequestKey
-from distributed_llm.worker import agent as agents
-
-NUM_LAYERS = 6
-VOCAB = 97
-HIDDEN = 4
-EOS = 96
-POISON = 95
-"""A token that no stage can compute."""
-
-CONTEXT = 256
-DRAWN_SEED = 11
-BIG = 600
-"""Memory with which two workers hold the model, and three hold two layers each."""
-
-COST = ModelCost(
-    layer_bytes=(100,) * NUM_LAYERS,
-    first_bytes=50,
-    last_bytes=50,
-    shared_bytes=0,
-    kv_bytes_per_token=1,
+from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.worker import events as agents
+from distributed_llm.worker.agent import Agent
+from tests.unit.fake_model import (
+    BIG,
+    CONTEXT,
+    COST,
+    DRAWN_SEED,
+    MODEL,
+    FakeStage,
+    Missing,
+    Void,
+    reference,
 )
-MODEL = ServedModel(
-    name="simulated",
-    source=ModelSource(kind="builtin", name=""),
-    dtype="int32",
-    cost=COST,
-    hidden_size=HIDDEN,
-    defaults=GenerationDefaults(CONTEXT, VOCAB, (EOS,), SamplingParams(temperature=0.0)),
-    digest=lambda layers: f"digest of {layers}",
-)
+
 SETTINGS = CoreSettings(min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
 
-Message = FromWorker | FromClient | ToWorker | ToClient
+Message = FromWorker | FromClient | ToWorker | ToClient | ToNextWorker
 FaultKind = Literal["drop", "duplicate", "delay"]
-
-
-# ------------------------------------------------------------------ the model
-
-
-def mix(*values: int) -> int:
-    """Return 31 bits that depend on every bit of `values` and on their order."""
-    state = 2166136261
-    for value in values:
-        state = ((state ^ (value & 0xFFFFFFFF)) * 16777619) & 0xFFFFFFFF
-        state ^= state >> 15
-    return state & 0x7FFFFFFF
-
-
-def pick(hidden: int, sampling: Sampling) -> int:
-    """Return the next token."""
-    token = mix(hidden, sampling.seed, int(sampling.temperature * 1000)) % VOCAB
-    while token in (POISON, *sampling.suppressed):
-        token = (token + 1) % VOCAB
-    return token
-
-
-def reference(
-    prompt: Sequence[int],
-    params: SamplingParams,
-    *,
-    default_max_new_tokens: int = 256,
-) -> list[int]:
-    """Return the answer that one machine without faults gives."""
-    limit = params.max_new_tokens or default_max_new_tokens
-    states = [0] * NUM_LAYERS
-    hidden, answer = 0, list[int]()
-    tokens = deque(enumerate(prompt))
-    while len(answer) < limit:
-        while tokens:
-            position, token = tokens.popleft()
-            hidden = mix(token, position)
-            for layer in range(NUM_LAYERS):
-                hidden = states[layer] = mix(states[layer], hidden, layer)
-        ends = () if params.ignore_eos else (EOS,)
-        early = len(answer) < (params.min_new_tokens or 0)
-        sampling = Sampling(
-            temperature=params.temperature or 0.0,
-            seed=DRAWN_SEED if params.seed is None else params.seed,
-            suppressed=ends if early else (),
-        )
-        answer.append(pick(hidden, sampling))
-        if answer[-1] in ends:
-            break
-        tokens.append((len(prompt) + len(answer) - 1, answer[-1]))
-    return answer
-
-
-class Missing(StageError):
-    """A stage lacks positions."""
-
-    def __init__(self, missing: tuple[MissingPositions, ...]) -> None:
-        super().__init__("positions are missing")
-        self.missing = missing
-
-
-class FakeStage:
-    """Layers [start, stop): for every sequence and position the state of each layer."""
-
-    def __init__(self, order: LoadStage) -> None:
-        self.layers = order.layers
-        self.kv: dict[int, list[list[int]]] = {}
-
-    def run(
-        self, task: Task, frames: tuple[Frame, ...]
-    ) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
-        """Return the answer to a task; same arguments, same answer."""
-        token_ids = token_ids_of_frame(frames[0])
-        assert len(token_ids) == sum(part.num_tokens for part in task.sequences)
-        assert len({part.sequence_id for part in task.sequences}) == len(task.sequences)
-        rows = self._rows(task, token_ids, frames)
-        missing = tuple(
-            MissingPositions(sequence_id=part.sequence_id, have=have)
-            for part in task.sequences
-            if (have := len(self.kv.get(part.sequence_id, []))) < part.start
-        )
-        if missing:
-            raise Missing(missing)
-        if POISON in token_ids:
-            raise StageError("poison")
-        sampled, row = [], 0
-        for part in task.sequences:
-            self._run_slice(part, rows[row : row + part.num_tokens])
-            row += part.num_tokens
-            if part.sampling is not None:
-                sampled.append(pick(rows[row - 1][3], part.sampling))
-        if self.layers.stop < NUM_LAYERS:
-            array = np.asarray(rows, dtype="<i4")
-            return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
-        if not sampled:
-            return (), ()
-        spec, frame = frame_of_token_ids(sampled)
-        return (spec,), (frame,)
-
-    def _rows(self, task: Task, ids: list[int], frames: tuple[Frame, ...]) -> list[list[int]]:
-        """Return [layers passed, position, token, hidden] per token; nothing else may arrive."""
-        positions = [part.start + i for part in task.sequences for i in range(part.num_tokens)]
-        if self.layers.start == 0:
-            assert len(frames) == 1, "the first stage was given hidden states"
-            return [
-                [0, position, token, mix(token, position)]
-                for position, token in zip(positions, ids, strict=True)
-            ]
-        array = np.frombuffer(frames[1], dtype="<i4").reshape(len(ids), HIDDEN)
-        rows = [[int(x) for x in row] for row in array]
-        for row, position, token in zip(rows, positions, ids, strict=True):
-            assert row[:3] == [self.layers.start, position, token], "not what this stage computes"
-        return rows
-
-    def _run_slice(self, part: SequenceSlice, rows: list[list[int]]) -> None:
-        kv = self.kv.setdefault(part.sequence_id, [])
-        del kv[part.start :]
-        for row in rows:
-            before = kv[-1] if kv else [0] * len(self.layers)
-            states = []
-            for layer, state in zip(
-                range(self.layers.start, self.layers.stop), before, strict=True
-            ):
-                row[3] = mix(state, row[3], layer)
-                states.append(row[3])
-            row[0] = self.layers.stop
-            kv.append(states)
 
 
 # ------------------------------------------------------------------ the wires
@@ -231,7 +74,7 @@ class Link:
 
     peer: PeerId
     owner: "SimWorker | SimClient"
-    open: bool = True
+    open: bool = True  # seen from the coordinator, or from the next worker
     up_at: float = 0.0
     down_at: float = 0.0
 
@@ -280,10 +123,11 @@ class World:
         self.text_delay_s = text_delay_s
         self._delay_s = delay_s
         self._random = random.Random(seed)
+        self.apart: set[tuple[SimWorker, SimWorker]] = set()  # cannot reach each other, this way
         self._links: dict[PeerId, Link] = {}
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
-        self._texts: dict[RequestKey, FakeDetokenizer] = {}
+        self._texts: dict[RequestKey, list[FakeDetokenizer]] = {}
         self._text_at = 0.0
         self._forgotten: set[RequestKey] = set()
 
@@ -390,7 +234,7 @@ class World:
         stale = (
             isinstance(event, events.Received)
             and isinstance(event.message, TaskResult)
-            and event.message.epoch != self.epoch
+            and event.message.epoch not in {r.epoch for r in self.core._placement.replicas}
         )
         actions = self.core.handle(event, now=self.now)
         self.core.validate()
@@ -421,13 +265,13 @@ class World:
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:
             case events.Tokenize(key=key, payload=payload, stop_strings=stops):
-                self._texts[key] = FakeDetokenizer(stops)
+                self._texts[key] = [FakeDetokenizer(stops) for _ in range(order.num_choices)]
                 self.apply(events.Tokenized(key, token_ids_of_frame(payload)))
             case events.Forget(key=key):
                 self._texts.pop(key, None)
-            case events.Detokenize(key=key, token_ids=ids, last=last):
-                if text := self._texts.get(key):
-                    self.apply(text.feed(key, ids, last=last))
+            case events.Detokenize(key=key, choice=choice, token_ids=ids, last=last):
+                if texts := self._texts.get(key):
+                    self.apply(texts[choice].feed(key, choice, ids, last=last))
 
     # -------------------------------------------------------------- the network
 
@@ -477,6 +321,23 @@ class World:
             link.down_at = max(link.down_at, self.now + self._delay() + extra_s)
             self.at_time(link.down_at, lambda: link.owner.receive(link, wire))
 
+    def reach(self, dialer: "SimWorker", address: str) -> "SimWorker | None":
+        """Return the worker at an address, if `dialer` gets through to it."""
+        for other in self.workers:
+            if other.address == address and other.state == "up":
+                return None if (dialer, other) in self.apart else other
+        return None
+
+    def send_across(self, link: Link, message: ToNextWorker, frames: Sequence[Frame]) -> None:
+        """Send a message to the next worker, the link's owner."""
+        copies, extra_s = self._fate(message, link)
+        wire = codec.encode(message, frames)
+        owner = link.owner
+        assert isinstance(owner, SimWorker)
+        for _ in range(copies):
+            link.down_at = max(link.down_at, self.now + self._delay() + extra_s)
+            self.at_time(link.down_at, lambda: owner.receive_across(link, wire))
+
     def _fate(self, message: Message, link: Link) -> tuple[int, float]:
         """Return how many copies arrive, and how much later."""
         for fault in self.faults:
@@ -511,10 +372,16 @@ class World:
             == self.num_arrived - status.rejected.get("duplicate_request", 0)
         )
         assert not self._texts
-        for worker in self.plan():
-            assert worker.stage is not None
-            assert not worker.stage.kv, f"{worker.name} holds {worker.stage.kv.keys()}"
-            assert not worker.orders
+        for replica in self.core._placement.replicas:
+            assert replica.scheduler is not None
+            ledger = replica.scheduler._ledger
+            assert set(ledger.sequence_ids) == set(ledger._ended)
+            for seat in replica.seats:
+                worker = self._links[seat.peer].owner
+                assert isinstance(worker, SimWorker)
+                assert worker.stage is not None
+                assert set(worker.stage.kv) <= set(ledger.sequence_ids)
+                assert not worker.orders
 
 
 def _is_task(action: events.Action) -> bool:
@@ -530,7 +397,9 @@ class FakeDetokenizer:
         self._given = 0
         self._count = 0
 
-    def feed(self, key: RequestKey, ids: Iterable[int], *, last: bool) -> events.Detokenized:
+    def feed(
+        self, key: RequestKey, choice: int, ids: Iterable[int], *, last: bool
+    ) -> events.Detokenized:
         """Return what the core is told."""
         for token in ids:
             self._text += text_of([token])
@@ -538,10 +407,10 @@ class FakeDetokenizer:
             found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
             if found:
                 text = self._text[self._given : min(found)]
-                return events.Detokenized(key, text, self._count, stopped=True, last=last)
+                return events.Detokenized(key, choice, text, self._count, stopped=True, last=last)
         end = len(self._text) if last else len(self._text) - self._held()
         text, self._given = self._text[self._given : end], end
-        return events.Detokenized(key, text, self._count, stopped=False, last=last)
+        return events.Detokenized(key, choice, text, self._count, stopped=False, last=last)
 
     def _held(self) -> int:
         longest = max((len(stop) for stop in self._stops), default=1) - 1
@@ -594,7 +463,11 @@ class SimWorker:
         self._busy = False
         self._stuck = False
         self._thawed: list[Callable[[], None]] = []
-        self.agent = agents.Agent(
+        self.task_s = 0.001
+        self.address = f"{name}:1"
+        self._next: Link | None = None  # the link to the worker of the next stage
+        self._hellos: dict[PeerId, SimWorker] = {}  # who dialled this worker
+        self.agent = Agent(
             name,
             capabilities(memory_bytes),
             address="simulated:1",
@@ -610,6 +483,9 @@ class SimWorker:
         self.state = "dead"
         if not silently:
             self.world.close(self.link)
+        after_s = 3.0 if silently else 0.001  # what heartbeats of the transport take
+        for dialer in self._hellos.values():
+            self.world.at(after_s, lambda dialer=dialer: dialer.lost(self))  # type: ignore[misc]
 
     def freeze(self) -> None:
         """Stop (SIGSTOP); the connection stays."""
@@ -668,7 +544,9 @@ class SimWorker:
         self.world.at(
             0.001,
             lambda: self._when_up(
-                lambda: self._apply(agents.Connected()) if link is self.link else None
+                lambda: (
+                    self._apply(agents.Connected((self.address,))) if link is self.link else None
+                )
             ),
         )
 
@@ -685,6 +563,20 @@ class SimWorker:
                 case agents.Load() | agents.Run() | agents.Release() | agents.Drop():
                     self.orders.append(action)
                     self._work()
+                case agents.OpenLink(epoch=epoch, addresses=addresses):
+                    self._next = None
+                    self.world.at(0.001, lambda: self._dial(epoch, addresses))
+                case agents.Greet(hello=hello):
+                    if self._next:
+                        self.world.send_across(self._next, hello, ())
+                case agents.HandOn(task=task, frames=frames):
+                    if self._next and self.state == "up":
+                        self.world.send_across(self._next, task, frames)
+                case agents.CloseLink():
+                    self._next = None
+                case agents.PeerSay(peer=peer, message=welcome):
+                    dialer = self._hellos[peer]
+                    self.world.at(0.001, lambda: dialer.welcomed(peer, welcome.epoch))  # noqa: B023
                 case agents.Reconnect():
                     self.world.close(self.link)
                     self._connect()
@@ -710,13 +602,48 @@ class SimWorker:
             kv_bytes=1,
         )
 
+    # -------------------------------------------------------------- other workers
+
+    def _dial(self, epoch: int, addresses: Sequence[str]) -> None:
+        other = self.world.reach(self, addresses[0])
+        if other and self.state == "up":
+            self._next = self.world.connect(other, f"{self.name}->{other.name}")
+            other._hellos[self._next.peer] = self
+            self._apply(agents.NextReached(epoch, addresses[0]))
+
+    def welcomed(self, peer: PeerId, epoch: int) -> None:
+        """The next worker answered the hello of a link."""
+        if self._next and self._next.peer == peer:
+            self._when_up(lambda: self._apply(agents.LinkUp(epoch, 0.002)))
+
+    def lost(self, other: "SimWorker") -> None:
+        """The connection to `other`, if there is one, is gone."""
+        if self._next and self._next.owner is other:
+            self._next = None
+            self._when_up(lambda: self._apply(agents.LinkDown(self.agent.epoch)))
+
+    def cut(self) -> None:
+        """Break the link to the next worker, with all that is on it."""
+        if self._next:
+            self._next.open = False
+            owner = self._next.owner
+            assert isinstance(owner, SimWorker)
+            self.lost(owner)
+
+    def receive_across(self, link: Link, wire: list[Frame]) -> None:
+        """Take a message of the worker of the stage before."""
+        if link.open:
+            message, frames = codec.to_next_worker.decode(wire)
+            event = agents.PeerReceived(link.peer, message, frames)
+            self._when_up(lambda: self._apply(event))
+
     # -------------------------------------------------------------- compute thread
 
     def _work(self) -> None:
         if self.orders and not self._busy:
             self._busy = True
             self._progress_at = self.world.now
-            takes_s = self.load_s if isinstance(self.orders[0], agents.Load) else 0.001
+            takes_s = self.load_s if isinstance(self.orders[0], agents.Load) else self.task_s
             self.world.at(takes_s, lambda: self._when_up(self._finish))
 
     def _finish(self) -> None:
@@ -744,24 +671,24 @@ class SimWorker:
             case agents.Release(sequence_ids=ids):
                 for sequence_id in ids:
                     if self.stage:
-                        self.stage.kv.pop(sequence_id, None)
+                        self.stage.release(sequence_id)
             case agents.Drop():
                 self.stage = None
         return None
 
     def _load(self, load: agents.Load) -> agents.Event | None:
         order = load.order
-        if order.epoch < self.agent.epoch:
+        if self.agent.is_void(load):
             return None
         if self.load_error is not None:
             self.stage = None
             return agents.LoadFailed(load.session, order.epoch, self.load_error)
-        self.stage = FakeStage(order)
+        self.stage = FakeStage(order, order.kv_tokens)
         weights = COST.weight_bytes(order.layers)
-        return agents.Loaded(load.session, order.epoch, self.load_s, weights)
+        return agents.Loaded(load.session, order.epoch, self.load_s, weights, order.kv_tokens)
 
     def _run(self, run: agents.Run) -> agents.Event | None:
-        if run.task.epoch < self.agent.epoch:
+        if self.agent.is_void(run):
             return None
         try:
             self.before_task(run.task)
@@ -773,12 +700,14 @@ class SimWorker:
             if self.stage is None:
                 raise StageError("no layers are loaded")
             specs, frames = self.stage.run(run.task, run.frames)
+        except Void:
+            return None
         except Missing as exc:
-            return agents.Broke(run.session, run.task, exc, exc.missing)
+            return agents.Broke(run, exc, exc.missing)
         except StageError as exc:
-            return agents.Broke(run.session, run.task, exc)
+            return agents.Broke(run, exc)
         self.after_task(run.task)
-        return agents.Computed(run.session, run.task, specs, frames, 0.001, 0.0)
+        return agents.Computed(run, specs, frames, int(1e6 * self.task_s), 0)
 
 
 def capabilities(memory_bytes: int = BIG) -> Capabilities:
@@ -800,10 +729,13 @@ def capabilities(memory_bytes: int = BIG) -> Capabilities:
 
 @dataclass
 class Answer:
-    """What a client got for a request."""
+    """What a client got for a request; further choices are answers of their own."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
+    choice: int = 0
+    others: list["Answer"] = field(default_factory=list)
+    reason: FinishReason | None = None
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     end: Finished | RequestFailed | None = None
@@ -817,12 +749,19 @@ class Answer:
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why it finished."""
-        return self.end.finish_reason if isinstance(self.end, Finished) else None
+        return self.reason if isinstance(self.end, Finished) else None
+
+    @property
+    def all(self) -> list["Answer"]:
+        """All choices, this one first."""
+        return [self, *self.others]
 
     def expected(self) -> list[int]:
         """Return the answer without faults."""
         room = CONTEXT - len(self.prompt)
-        tokens = reference(self.prompt, self.params, default_max_new_tokens=room)
+        tokens = reference(
+            self.prompt, self.params, choice=self.choice, default_max_new_tokens=room
+        )
         for count in range(1, len(tokens) + 1):
             if any(stop in text_of(tokens[:count]) for stop in self.params.stop_strings):
                 return tokens[:count]
@@ -830,12 +769,17 @@ class Answer:
 
     def check(self) -> None:
         """Assert that all that came is right."""
+        for other in self.others:
+            other.check()
         expected = self.expected()
         assert self.token_ids == expected[: len(self.token_ids)]
         if isinstance(self.end, Finished):
             assert self.token_ids == expected
             assert self.end.usage.prompt_tokens == len(self.prompt)
-            assert self.end.usage.completion_tokens == len(expected)
+            assert self.reason is not None
+            if self.choice == 0:
+                lengths = [len(one.expected()) for one in self.all]
+                assert self.end.usage.completion_tokens == sum(lengths)
             whole = text_of(expected)
             found = [at for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
             assert self.text == whole[: min(found, default=None)]
@@ -868,6 +812,9 @@ class SimClient:
         """Send a request for 8 tokens, or with `params`."""
         name = request_id or f"r{len(self.answers)}"
         answer = Answer(tuple(prompt), params or SamplingParams(max_new_tokens=8))
+        answer.others = [
+            Answer(answer.prompt, answer.params, choice) for choice in range(1, answer.params.n)
+        ]
         self.answers[name] = answer
         spec, frame = frame_of_token_ids(prompt)
         message = Generate(
@@ -894,14 +841,17 @@ class SimClient:
         message, _ = codec.to_client.decode(wire)
         match message:
             case TokenChunk(request_id=name, index=index, text=text, token_ids=ids):
-                answer = self.answers[name]
+                answer = self.answers[name].all[message.choice]
                 assert answer.end is None, "a chunk after the end"
+                assert answer.reason is None, "a chunk after the last one"
                 assert index == len(answer.token_ids), "chunks are not contiguous"
                 answer.token_ids += ids
                 answer.text += text
+                answer.reason = message.finish_reason
             case Finished(request_id=name) | RequestFailed(request_id=name):
-                assert self.answers[name].end is None, "a second end"
-                self.answers[name].end = message
+                for answer in self.answers[name].all:
+                    assert answer.end is None, "a second end"
+                    answer.end = message
             case ClientWelcome() | StatusReport() | Pong() | Refused():
                 self.others.append(message)
             case _:

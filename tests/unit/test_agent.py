@@ -1,5 +1,6 @@
-"""The worker's decisions: sessions, heartbeats, epochs."""
+"""The worker's decisions: sessions, heartbeats, epochs, tasks and their way on."""
 
+import msgspec
 import pytest
 
 from distributed_llm.common.errors import (
@@ -12,16 +13,22 @@ from distributed_llm.common.errors import (
     StageError,
 )
 from distributed_llm.common.messages import (
+    Capabilities,
     DropStage,
+    LinkReport,
     LoadStage,
     MissingPositions,
     ModelSource,
+    NextStage,
+    PeerHello,
+    PeerWelcome,
     Pong,
     Refused,
     ReleaseSequences,
     SequenceSlice,
     StageFailed,
     StageReady,
+    StageTime,
     Task,
     TaskFailed,
     TaskResult,
@@ -30,32 +37,56 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.agent import (
-    CREDITS,
+from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.worker.agent import CREDITS, Agent
+from distributed_llm.worker.events import (
     Action,
-    Agent,
     Beat,
     Broke,
+    CloseLink,
     Computed,
     Connected,
     Disconnected,
     Drop,
     Exit,
     Garbage,
+    HandOn,
+    LinkDown,
+    LinkUp,
     Load,
     Loaded,
     LoadFailed,
     Log,
+    OpenLink,
+    PeerGarbage,
+    PeerReceived,
+    PeerSay,
     Received,
     Reconnect,
     Release,
     Run,
     Say,
 )
-from tests.unit.simulation import capabilities
+from distributed_llm.worker.peers import proof
 
-WELCOME = Welcome(worker_id="pc", heartbeat_interval_s=1.0, silence_timeout_s=4.0)
+WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=4.0)
+IDS = TensorSpec("int32", (1,))
+HIDDEN = TensorSpec("bfloat16", (1, 2))
+MAC = NextStage(worker="mac", addresses=("10.0.0.2:7000", "127.0.0.1:7000"))
+BEFORE, STRANGER = PeerId(b"before"), PeerId(b"stranger")
+
+
+def capabilities() -> Capabilities:
+    return Capabilities(
+        device="cpu",
+        device_name="A CPU",
+        platform="Linux",
+        memory_bytes=1 << 30,
+        cores=2,
+        threads=2,
+        memory_bandwidth_bytes_per_s=1e10,
+        flops_per_s=1e11,
+    )
 
 
 def new_agent(now: float = 0.0) -> Agent:
@@ -78,27 +109,54 @@ def joined(now: float = 0.0) -> Agent:
     return agent
 
 
-def order(epoch: int, start: int = 0, stop: int = 2) -> LoadStage:
+def order(epoch: int, next_stage: NextStage | None = None) -> LoadStage:
     return LoadStage(
         epoch=epoch,
         source=ModelSource(kind="builtin", name=""),
-        layers=LayerRange(start, stop),
+        layers=LayerRange(0, 2),
         dtype="float32",
+        wire_dtype="bfloat16",
         digest="d",
         kv_tokens=100,
+        link_key="secret",
+        next_stage=next_stage,
     )
 
 
-def task(epoch: int, step: int = 0) -> Task:
+def task(epoch: int, step: int = 0, *, oldest: int = 0, route: tuple[bool, ...] = ()) -> Task:
     part = SequenceSlice(sequence_id=0, start=0, num_tokens=1)
-    spec = TensorSpec("int32", (1,))
-    return Task(epoch=epoch, step=step, attempt=1, sequences=(part,), tensors=(spec,))
+    return Task(
+        epoch=epoch, step=step, oldest=oldest, sequences=(part,), tensors=(IDS,), route=route
+    )
 
 
 def session_of(actions: list[Action]) -> int:
-    (load,) = actions
-    assert isinstance(load, Load)
-    return load.session
+    (session,) = [action.session for action in actions if isinstance(action, Load)]
+    return session
+
+
+def serving(next_stage: NextStage | None = None) -> Agent:
+    """An agent that serves epoch 3; its link is up if there is a next stage."""
+    agent = joined()
+    hear(agent, order(3, next_stage))
+    if next_stage is not None:
+        agent.handle(LinkUp(3, 0.001), now=0.0)
+    return agent
+
+
+def run_of(agent: Agent, given: Task, *frames: bytes) -> Run:
+    """Hand a task to the agent and return the order that it gives."""
+    (run,) = agent.handle(Received(given, frames), now=0.0)
+    assert isinstance(run, Run)
+    return run
+
+
+def failed(agent: Agent, run: Run) -> list[Action]:
+    return agent.handle(Broke(run, StageError("no")), now=0.0)
+
+
+def hello(epoch: int, key: str = "secret", worker: str = "pc-2") -> PeerHello:
+    return PeerHello(epoch=epoch, key=proof(key, epoch, worker))
 
 
 # ------------------------------------------------------------------ joining
@@ -106,8 +164,18 @@ def session_of(actions: list[Action]) -> int:
 
 def test_hello_is_the_first_thing_said() -> None:
     agent = new_agent()
-    hello = WorkerHello(name="pc", capabilities=capabilities())
-    assert agent.handle(Connected(), now=1.0) == [Say(hello)]
+    here = ("10.0.0.1:7000", "127.0.0.1:7000")
+    said = WorkerHello(name="pc", capabilities=capabilities(), peer_addresses=here)
+    assert agent.handle(Connected(here), now=1.0) == [Say(said)]
+
+
+def test_it_asks_for_its_own_name_again_in_another_session() -> None:
+    agent = joined()
+    agent.handle(Disconnected(), now=1.0)
+    (said,) = agent.handle(Connected(), now=2.0)
+    assert isinstance(said, Say)
+    assert isinstance(said.message, WorkerHello)
+    assert said.message.name == "pc"
 
 
 def test_nobody_listens() -> None:
@@ -245,6 +313,7 @@ def test_orders_are_carried_out() -> None:
     assert load.order == order(1)
     (run,) = without_logs(agent.handle(Received(task(1), (b"1234",)), now=0.0))
     assert run == Run(load.session, task(1), (b"1234",))
+    assert not agent.is_void(run)
     assert hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3, 4))) == [Release((3, 4))]
     assert hear(agent, DropStage(epoch=2)) == [Drop()]
     assert agent.epoch == 2
@@ -287,14 +356,18 @@ def test_answers_of_an_old_session_are_dropped() -> None:
     hear(agent, WELCOME, 2.0)
     new = session_of(hear(agent, order(1), 2.0))
     assert new != old
+    run = Run(old, task(1), (b"1234",))
     for event in (
-        Loaded(old, 1, 1.0, 5),
+        Loaded(old, 1, 1.0, 5, 64),
         LoadFailed(old, 1, CheckpointMismatch("x")),
-        Computed(old, task(1), (), (), 0.1, 0.0),
-        Broke(old, task(1), StageError("x")),
+        Computed(run, (), (), 100, 0),
+        Broke(run, StageError("x")),
     ):
         assert agent.handle(event, now=3.0) == []
-    assert without_logs(agent.handle(Loaded(new, 1, 1.0, 5), now=3.0)) != []
+    assert agent.is_void(run)
+    assert agent.is_void(Load(old, order(1)))
+    assert not agent.is_void(Load(new, order(1)))
+    assert without_logs(agent.handle(Loaded(new, 1, 1.0, 5, 64), now=3.0)) != []
 
 
 def test_new_coordinator_may_count_epochs_from_one_again() -> None:
@@ -335,8 +408,8 @@ def test_orders_before_the_welcome_are_ignored(message: ToWorker) -> None:
 def test_loaded() -> None:
     agent = joined()
     session = session_of(hear(agent, order(3)))
-    ready = StageReady(epoch=3, credits=CREDITS, load_s=1.5, weight_bytes=99)
-    said = without_logs(agent.handle(Loaded(session, 3, 1.5, 99), now=1.0))
+    ready = StageReady(epoch=3, credits=CREDITS, load_s=1.5, weight_bytes=99, kv_tokens=640)
+    said = without_logs(agent.handle(Loaded(session, 3, 1.5, 99, 640), now=1.0))
     assert said == [Say(ready)]
 
 
@@ -359,30 +432,250 @@ def test_other_failure_to_load_is_said_and_it_stays() -> None:
     assert said == [Say(StageFailed(epoch=3, code="stage_error", message="no memory"))]
 
 
-def test_result_names_its_task_and_grants_one_credit() -> None:
-    agent = joined()
-    session = session_of(hear(agent, order(3)))
-    spec = TensorSpec("float32", (1, 2))
-    done = Computed(session, task(3, step=8), (spec,), (b"12345678",), 0.5, 0.25)
-    (said,) = agent.handle(done, now=1.0)
-    result = TaskResult(
-        epoch=3, step=8, attempt=1, credits=1, compute_s=0.5, queued_s=0.25, tensors=(spec,)
-    )
-    assert said == Say(result, (b"12345678",))
-
-
 def test_broken_task_names_what_is_missing() -> None:
-    agent = joined()
-    session = session_of(hear(agent, order(3)))
+    agent = serving()
+    run = run_of(agent, task(3, step=8), b"1234")
     missing = (MissingPositions(sequence_id=4, have=2),)
-    (said,) = agent.handle(Broke(session, task(3), StageError("no"), missing), now=1.0)
-    failed = TaskFailed(
-        epoch=3,
-        step=0,
-        attempt=1,
-        credits=1,
-        code="stage_error",
-        message="no",
-        missing=missing,
+    (said,) = agent.handle(Broke(run, StageError("no"), missing), now=1.0)
+    told = TaskFailed(epoch=3, step=8, code="stage_error", message="no", missing=missing)
+    assert said == Say(told)
+
+
+def test_last_stage_answers_the_coordinator() -> None:
+    agent = serving()
+    passed = (StageTime(compute_us=7, queued_us=1),)
+    given = msgspec.structs.replace(task(3, step=8), timings=passed)
+    run = run_of(agent, given, b"1234")
+    (said,) = agent.handle(Computed(run, (IDS,), (b"5678",), 500, 250), now=1.0)
+    own = StageTime(compute_us=500, queued_us=250)
+    result = TaskResult(epoch=3, step=8, timings=(*passed, own), tensors=(IDS,))
+    assert said == Say(result, (b"5678",))
+
+
+def test_what_samples_nothing_is_answered_with_nothing() -> None:
+    agent = serving()
+    run = run_of(agent, task(3, step=8), b"1234")
+    (said,) = agent.handle(Computed(run, (), (), 500, 250), now=1.0)
+    own = StageTime(compute_us=500, queued_us=250)
+    assert said == Say(TaskResult(epoch=3, step=8, timings=(own,)))
+
+
+# ------------------------------------------------------------------ the way on
+
+
+def test_result_is_handed_on_as_the_route_says() -> None:
+    agent = serving(MAC)
+    passed = (StageTime(compute_us=7, queued_us=1),)
+    given = msgspec.structs.replace(
+        task(3, step=8, oldest=6, route=(True, False)), timings=passed, tensors=(IDS, HIDDEN)
     )
-    assert said == Say(failed)
+    run = run_of(agent, given, b"1234", b"in.."[:4])
+    (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 250), now=1.0)
+    onward = msgspec.structs.replace(
+        given,
+        route=(False,),
+        timings=(*passed, StageTime(compute_us=500, queued_us=250)),
+        tensors=(IDS, HIDDEN),
+    )
+    assert sent == HandOn(onward, (b"1234", b"out."))
+    assert onward.sequences is given.sequences
+
+
+def test_handed_on_task_carries_the_newest_that_is_known_to_be_void() -> None:
+    agent = serving(MAC)
+    run = run_of(agent, task(3, step=8, oldest=1, route=(True,)), b"1234")
+    run_of(agent, task(3, step=9, oldest=5, route=(True,)), b"1234")
+    (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 1, 1), now=1.0)
+    assert isinstance(sent, HandOn)
+    assert sent.task.oldest == 5
+
+
+@pytest.mark.parametrize(
+    ("route", "link"),
+    [((False,), True), ((False, True), True), ((True,), False), ((True, True), False)],
+)
+def test_coordinator_relays_where_it_must(route: tuple[bool, ...], link: bool) -> None:
+    agent = serving(MAC)
+    if not link:
+        agent.handle(LinkDown(3), now=0.5)
+    run = run_of(agent, task(3, step=8, route=route), b"1234")
+    (said,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 250), now=1.0)
+    own = StageTime(compute_us=500, queued_us=250)
+    result = TaskResult(epoch=3, step=8, timings=(own,), tensors=(HIDDEN,))
+    assert said == Say(result, (b"out.",))
+
+
+def test_link_is_dialled_with_every_order_and_closed_with_every_end() -> None:
+    agent = joined()
+    dial, load = hear(agent, order(3, MAC))
+    assert dial == OpenLink(3, MAC.addresses)
+    assert isinstance(load, Load)
+    dial, _ = hear(agent, order(4, MAC))
+    assert dial == OpenLink(4, MAC.addresses)
+    close, load = hear(agent, order(5))
+    assert close == CloseLink()
+    assert isinstance(load, Load)
+    hear(agent, order(6, MAC))
+    assert hear(agent, DropStage(epoch=7)) == [CloseLink(), Drop()]
+    hear(agent, order(8, MAC))
+    actions = without_logs(agent.handle(Disconnected(), now=1.0))
+    assert actions == [CloseLink(), Reconnect()]
+
+
+def test_reports_of_the_link_are_said_between_heartbeats() -> None:
+    agent = joined()
+    hear(agent, order(3, MAC))
+    assert agent.on_timer(reached=True, now=0.0) == [Beat(3)]
+    for now in (1.0, 2.0, 3.0):
+        hear(agent, Pong(), now)
+        assert agent.next_deadline() == now
+        actions = without_logs(agent.on_timer(reached=True, now=now))
+        down = [Say(LinkReport(epoch=3, up=False))] if now == 3.0 else []
+        assert actions == [*down, Beat(3)]
+    said = without_logs(agent.handle(LinkUp(3, 0.25), now=3.5))
+    assert said == [Say(LinkReport(epoch=3, up=True, rtt_s=0.25))]
+
+
+# ------------------------------------------------------------------ tasks of other workers
+
+
+def test_whoever_said_a_right_hello_may_hand_tasks() -> None:
+    agent = serving()
+    given = PeerReceived(BEFORE, task(3, step=1), (b"1234",))
+    assert without_logs(agent.handle(given, now=0.0)) == []
+    welcome = agent.handle(PeerReceived(BEFORE, hello(3)), now=0.0)
+    assert welcome == [PeerSay(BEFORE, PeerWelcome(epoch=3))]
+    assert agent.handle(given, now=0.0) == [Run(0, task(3, step=1), (b"1234",))]
+    stranger = PeerReceived(STRANGER, task(3, step=2), (b"1234",))
+    assert without_logs(agent.handle(stranger, now=0.0)) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        hello(3, key="guess"),
+        hello(3, worker="mac"),
+        hello(2),
+        hello(4),
+        PeerHello(epoch=3, key="secret"),
+        PeerHello(epoch=3, key=""),
+        PeerHello(epoch=3, key="é"),
+        PeerHello(epoch=3, key=proof("secret", 2, "pc-2")),
+    ],
+)
+def test_wrong_hello_is_not_answered(wrong: PeerHello) -> None:
+    agent = serving()
+    assert without_logs(agent.handle(PeerReceived(STRANGER, wrong), now=0.0)) == []
+    given = PeerReceived(STRANGER, task(3, step=1), (b"1234",))
+    assert without_logs(agent.handle(given, now=0.0)) == []
+
+
+def test_whoever_was_welcome_in_one_epoch_is_nobody_in_the_next() -> None:
+    agent = serving()
+    agent.handle(PeerReceived(BEFORE, hello(3)), now=0.0)
+    for message in (order(4), DropStage(epoch=5), order(6)):
+        hear(agent, message)
+        for epoch in range(7):
+            given = PeerReceived(BEFORE, task(epoch, step=1), (b"1234",))
+            assert without_logs(agent.handle(given, now=0.0)) == []
+
+
+def test_nobody_is_welcome_where_nothing_is_served() -> None:
+    agent = serving()
+    agent.handle(Disconnected(), now=1.0)
+    for epoch in (0, 3):
+        for key in (proof("secret", 3, "pc-2"), proof("secret", 0, "pc-2"), proof("", 0, "pc-2")):
+            given = PeerReceived(BEFORE, PeerHello(epoch=epoch, key=key))
+            assert agent.handle(given, now=1.0) == []
+        given = PeerReceived(BEFORE, task(epoch), (b"1234",))
+        assert without_logs(agent.handle(given, now=1.0)) == []
+
+
+def test_flood_of_strangers_writes_one_line_a_second() -> None:
+    agent = serving()
+    lines = []
+    for number in range(300):
+        now = number * 0.01
+        lines += agent.handle(PeerReceived(STRANGER, task(3), (b"1234",)), now=now)
+        lines += agent.handle(PeerReceived(STRANGER, hello(3, key="guess")), now=now)
+        lines += agent.handle(PeerGarbage(RemoteProtocolError("bad_magic", "noise")), now=now)
+        lines += agent.handle(PeerGarbage(ProtocolMismatch("version 9")), now=now)
+    assert len(lines) == 3
+    assert all(isinstance(line, Log) and line.level == "warning" for line in lines)
+
+
+# ------------------------------------------------------------------ void steps
+
+
+def test_steps_before_the_oldest_are_void_wherever_they_are() -> None:
+    """Not received yet, waiting in the queue, or just computed."""
+    agent = serving(MAC)
+    waiting = run_of(agent, task(3, step=1, route=(True,)), b"1234")
+    ahead = run_of(agent, task(3, step=6, oldest=1), b"1234")
+    assert not agent.is_void(waiting)
+    run_of(agent, task(3, step=7, oldest=5), b"1234")
+    assert agent.is_void(waiting)
+    assert not agent.is_void(ahead)
+    assert agent.handle(Computed(waiting, (HIDDEN,), (b"out.",), 1, 1), now=0.0) == []
+    assert failed(agent, waiting) == []
+    assert agent.handle(Received(task(3, step=4, oldest=1), (b"1234",)), now=0.0) == []
+    run_of(agent, task(3, step=5, oldest=1), b"1234")
+
+
+def test_oldest_is_of_its_epoch() -> None:
+    agent = serving()
+    run_of(agent, task(3, step=50, oldest=50), b"1234")
+    hear(agent, order(4))
+    run_of(agent, task(4, step=1, oldest=1), b"1234")
+
+
+def test_oldest_of_another_worker_counts_too() -> None:
+    agent = serving()
+    waiting = run_of(agent, task(3, step=1), b"1234")
+    agent.handle(PeerReceived(STRANGER, task(3, step=9, oldest=9), (b"1234",)), now=0.0)
+    assert not agent.is_void(waiting)
+    agent.handle(PeerReceived(BEFORE, hello(3)), now=0.0)
+    agent.handle(PeerReceived(BEFORE, task(3, step=9, oldest=9), (b"1234",)), now=0.0)
+    assert agent.is_void(waiting)
+
+
+def test_task_that_waits_already_is_not_run_twice() -> None:
+    agent = serving()
+    run = run_of(agent, task(3, step=1), b"1234")
+    assert agent.handle(Received(task(3, step=1), (b"1234",)), now=0.0) == []
+    agent.handle(Computed(run, (IDS,), (b"5678",), 1, 1), now=0.0)
+    run_of(agent, task(3, step=1), b"1234")
+
+
+def test_more_tasks_than_were_granted_are_refused() -> None:
+    agent = serving()
+    runs = [run_of(agent, task(3, step=step), b"1234") for step in range(CREDITS)]
+    for refused in (100, 101):
+        (said,) = agent.handle(Received(task(3, step=refused), (b"1234",)), now=0.0)
+        assert isinstance(said, Say)
+        assert isinstance(said.message, TaskFailed)
+        assert (said.message.step, said.message.code) == (refused, "too_many_tasks")
+    agent.handle(Computed(runs[0], (IDS,), (b"5678",), 1, 1), now=0.0)
+    failed(agent, runs[1])
+    run_of(agent, task(3, step=102), b"1234")
+    run_of(agent, task(3, step=103), b"1234")
+    (said,) = agent.handle(Received(task(3, step=104), (b"1234",)), now=0.0)
+    assert isinstance(said, Say)
+
+
+@pytest.mark.parametrize("how", ["void", "next epoch", "next session"])
+def test_what_is_void_does_not_count_as_waiting(how: str) -> None:
+    agent = serving()
+    for step in range(CREDITS):
+        run_of(agent, task(3, step=step), b"1234")
+    if how == "void":
+        for step in range(CREDITS, 2 * CREDITS):
+            run_of(agent, task(3, step=step, oldest=CREDITS), b"1234")
+        return
+    if how == "next session":
+        agent.handle(Disconnected(), now=0.0)
+        agent.handle(Connected(), now=0.0)
+        hear(agent, WELCOME)
+    hear(agent, order(4))
+    for step in range(CREDITS):
+        run_of(agent, task(4, step=step), b"1234")

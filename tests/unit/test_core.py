@@ -40,19 +40,15 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
+from tests.unit.fake_model import BIG, CONTEXT, POISON, Missing, reference
 from tests.unit.simulation import (
-    BIG,
-    CONTEXT,
-    POISON,
     Answer,
     Fault,
     FaultKind,
-    Missing,
     SimClient,
     SimWorker,
     World,
     capabilities,
-    reference,
     text_of,
     with_settings,
 )
@@ -811,8 +807,8 @@ def test_what_workers_say_of_older_epochs_is_counted_and_no_more() -> None:
         result,
         TaskFailed(epoch=1, step=2, attempt=0, credits=1, code="stage_error", message="x"),
         StageFailed(epoch=1, code="stage_error", message="x"),
-        StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=1),
-        StageReady(epoch=2, credits=2, load_s=0.0, weight_bytes=1),  # it is served already
+        StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1),
+        StageReady(epoch=2, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1),  # it is served already
     ]
     before = world.rejected.get("stale_epoch", 0)
     for message in messages:
@@ -831,7 +827,7 @@ def test_older_layers_that_are_ready_are_not_the_new_ones() -> None:
     workers[0].kill()
     assert world.run(lambda: world.epoch == 2)
     for worker in workers[1:]:
-        ready = StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=1)
+        ready = StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1)
         world.apply(events.Received(worker.link.peer, ready))
         failed = StageFailed(epoch=1, code="stage_error", message="x")
         world.apply(events.Received(worker.link.peer, failed))
@@ -1000,7 +996,7 @@ def test_strangers_are_told_to_connect_again() -> None:
         Cancel(request_id="x"),
         GetStatus(),
         Heartbeat(epoch=1, progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0),
-        StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=0),
+        StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0),
         TaskResult(epoch=1, step=0, attempt=0, credits=1, compute_s=0.0, queued_s=0.0, tensors=()),
         TaskFailed(epoch=1, step=0, attempt=0, credits=1, code="x", message="x"),
     ]
@@ -1022,7 +1018,7 @@ def test_workers_may_not_ask_and_clients_may_not_work() -> None:
     world.run(for_s=0.1)
     questions: list[tuple[PeerId, FromWorker | FromClient]] = [
         (worker.link.peer, GetStatus()),
-        (client.link.peer, StageReady(epoch=1, credits=2, load_s=0.0, weight_bytes=0)),
+        (client.link.peer, StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0)),
     ]
     for peer, message in questions:
         (send,) = world.core.handle(events.Received(peer, message), now=world.now)

@@ -9,6 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import (
     Heartbeat,
+    LinkReport,
+    PeerHello,
     Pong,
     Task,
     TaskFailed,
@@ -17,9 +19,8 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from tests.unit.fake_model import BIG, POISON
 from tests.unit.simulation import (
-    BIG,
-    POISON,
     Answer,
     Fault,
     FaultKind,
@@ -32,7 +33,17 @@ from tests.unit.simulation import (
 )
 
 _MAX_WORKERS = 7
-_FAULTY: list[type[Message]] = [Task, TaskResult, TaskFailed, Heartbeat, Pong, Welcome, WorkerHello]
+_FAULTY: list[type[Message]] = [
+    Task,
+    TaskResult,
+    TaskFailed,
+    Heartbeat,
+    Pong,
+    Welcome,
+    WorkerHello,
+    PeerHello,
+    LinkReport,
+]
 _FAULTS: list[FaultKind] = ["drop", "duplicate", "delay"]
 _PROMPTS = st.lists(st.integers(0, POISON - 1), min_size=1, max_size=24)
 _INDEX = st.integers(0, 1000)
@@ -51,10 +62,13 @@ class Cluster(RuleBasedStateMachine):
         slow_network=st.booleans(),
         slow_text=st.booleans(),
         workers=st.integers(1, 4),
+        replicas=st.integers(1, 2),
     )
-    def start(self, seed: int, slow_network: bool, slow_text: bool, workers: int) -> None:
+    def start(
+        self, seed: int, slow_network: bool, slow_text: bool, workers: int, replicas: int
+    ) -> None:
         self.world = World(
-            with_settings(max_waiting_requests=6),
+            with_settings(max_waiting_requests=8, replicas=replicas),
             seed=seed,
             delay_s=(0.001, 0.3) if slow_network else (0.001, 0.002),
             text_delay_s=0.01 if slow_text else 0.0,
@@ -87,14 +101,32 @@ class Cluster(RuleBasedStateMachine):
         length=st.integers(1, 20),
         seed=st.none() | st.integers(0, 3),
         stop=st.none() | st.integers(0, 19),
+        n=st.sampled_from([1, 1, 1, 3]),
+        like=st.none() | _INDEX,
+        timeout_s=st.sampled_from([None, None, 0.05, 1.0]),
     )
-    def submit(self, prompt: list[int], length: int, seed: int | None, stop: int | None) -> None:
-        params = SamplingParams(max_new_tokens=length, seed=seed)
+    def submit(
+        self,
+        prompt: list[int],
+        length: int,
+        seed: int | None,
+        stop: int | None,
+        n: int,
+        like: int | None,
+        timeout_s: float | None,
+    ) -> None:
+        if like is not None and self.submitted:  # begin like another one, or go on from it
+            other = self.submitted[like % len(self.submitted)][1]
+            if POISON not in other.prompt:
+                prompt = [*other.prompt, *other.token_ids, *prompt][:200]
+        params = SamplingParams(max_new_tokens=length, seed=seed, n=n, timeout_s=timeout_s)
         if stop is not None:
             whole = Answer(tuple(prompt), params).expected()
             params = SamplingParams(
                 max_new_tokens=length,
                 seed=seed,
+                n=n,
+                timeout_s=timeout_s,
                 stop_strings=(text_of([whole[stop % len(whole)]]), text_of([1, 2])),
             )
         self._submit(prompt, params)
@@ -168,6 +200,19 @@ class Cluster(RuleBasedStateMachine):
             worker.stage.kv.clear()
             self.num_errors += 1
 
+    @precondition(any_up)
+    @rule(index=_INDEX, other=_INDEX, apart=st.booleans())
+    def cut_a_link(self, index: int, other: int, apart: bool) -> None:
+        worker, next_worker = self._pick(index), self._pick(other)
+        if apart:
+            self.world.apart.add((worker, next_worker))
+        worker.cut()
+
+    @precondition(any_up)
+    @rule(index=_INDEX, task_s=st.sampled_from([0.0005, 0.001, 0.02, 0.2]))
+    def change_speed(self, index: int, task_s: float) -> None:
+        self._pick(index).task_s = task_s
+
     @rule(
         kind=st.sampled_from(_FAULTY),
         what=st.sampled_from(_FAULTS),
@@ -213,6 +258,7 @@ class Cluster(RuleBasedStateMachine):
             return
         world = self.world
         world.faults.clear()
+        world.apart.clear()
         for worker in world.workers:
             worker.before_task = worker.after_task = lambda task: None
             worker.fail_tasks = 0
@@ -244,6 +290,8 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
     if client.gone or answer.code == "":
         return
     causes = {"overloaded", "not_ready", "worker_lost", "not_enough_memory"}
+    if answer.params.timeout_s is not None:
+        causes.add("deadline_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
     if num_errors >= 2:

@@ -3,13 +3,24 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from distributed_llm.common.messages import Heartbeat, WorkerHello
+from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator.registry import CLIENT_SILENCE_S, Registry, Worker
-from tests.unit.simulation import capabilities
 
 A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
+CAPABILITIES = Capabilities(
+    device="cpu",
+    device_name="none",
+    platform="none",
+    memory_bytes=1 << 30,
+    cores=1,
+    threads=1,
+    memory_bandwidth_bytes_per_s=1e9,
+    flops_per_s=1e9,
+)
 
 
 @pytest.fixture
@@ -20,7 +31,7 @@ def registry() -> Iterator[Registry]:
 
 
 def join(registry: Registry, peer: PeerId, name: str = "pc", now: float = 0.0) -> Worker:
-    hello = WorkerHello(name=name, capabilities=capabilities())
+    hello = WorkerHello(name=name, capabilities=CAPABILITIES, peer_addresses=("10.0.0.1:7",))
     return registry.add_worker(peer, hello, now=now)
 
 
@@ -74,7 +85,8 @@ def test_any_message_is_a_sign_of_life(registry: Registry) -> None:
     registry.heard(C, now=13.0)  # nobody
     assert registry.next_deadline() == 15.0
     assert registry.silent(now=15.0) == [B]
-    assert registry.silent(now=17.0) == [A, B]
+    assert registry.silent(now=17.0) == [B, A]
+    assert registry.silent(now=17.0) == [B, A]  # until they are removed
 
 
 def test_clients_may_be_silent_for_longer(registry: Registry) -> None:
@@ -111,15 +123,68 @@ def test_progress_matters_only_where_there_are_tasks(registry: Registry) -> None
 def test_assign_and_take_away(registry: Registry) -> None:
     worker = join(registry, A)
     worker.count_task(1.0, 1)
-    worker.assign(LayerRange(0, 3))
-    assert (worker.state, worker.layers, worker.seconds_per_token) == (
-        "loading",
-        LayerRange(0, 3),
-        None,
-    )
+    worker.link = "direct"
+    worker.assign(LayerRange(0, 3), epoch=5)
+    status = worker.status(now=0.0)
+    assert (status.state, status.layers, status.epoch) == ("loading", LayerRange(0, 3), 5)
+    assert (status.link, status.seconds_per_token) == ("", None)
     registry.validate()
-    worker.assign(None)
-    assert (worker.state, worker.layers) == ("idle", None)
+    worker.link = "relayed"
+    assert worker.status(now=0.0).link == "relayed"
+    worker.unassign()
+    assert (worker.state, worker.layers, worker.link) == ("idle", None, "")
+
+
+def test_where_other_workers_reach_it_is_kept(registry: Registry) -> None:
+    assert join(registry, A).peer_addresses == ("10.0.0.1:7",)
+
+
+def test_who_comes_back_is_watched_once(registry: Registry) -> None:
+    join(registry, A, now=0.0)
+    registry.remove(A)
+    registry.validate()
+    registry.add_client(A, now=1.0)
+    registry.validate()
+    assert registry.next_deadline() == 1.0 + CLIENT_SILENCE_S
+    assert registry.silent(now=100.0) == [A]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["worker", "client", "heard", "heard", "remove"]),
+            st.sampled_from([PeerId(bytes([number])) for number in range(6)]),
+            st.integers(0, 10),
+        )
+    )
+)
+def test_deadlines_are_those_of_a_look_at_everybody(events: list[tuple[str, PeerId, int]]) -> None:
+    registry = Registry(silence_timeout_s=4.0)
+    timeouts: dict[PeerId, float] = {}
+    heard: dict[PeerId, float] = {}
+    now = 0.0
+    for what, peer, elapsed in events:
+        now += elapsed
+        if what in ("worker", "client") and not registry.knows(peer):
+            timeouts[peer] = 4.0 if what == "worker" else CLIENT_SILENCE_S
+            heard[peer] = now
+            if what == "worker":
+                join(registry, peer, now=now)
+            else:
+                registry.add_client(peer, now=now)
+        elif what == "remove":
+            registry.remove(peer)
+            heard.pop(peer, None)
+        elif what == "heard":
+            registry.heard(peer, now=now)
+            heard |= {peer: now} if peer in heard else {}
+        registry.validate()
+        deadlines = {one: at + timeouts[one] for one, at in heard.items()}
+        assert registry.next_deadline() == min(deadlines.values(), default=None)
+        silent = registry.silent(now=now)
+        assert [deadlines[one] for one in silent] == sorted(
+            at for at in deadlines.values() if at <= now
+        )
 
 
 def test_time_per_token_is_a_running_mean_over_decodes(registry: Registry) -> None:

@@ -1,13 +1,20 @@
 """Generation parameters: what a user may write, and what is refused before it is sent."""
 
+import json
 import math
+import re
 from typing import Any
 
 import msgspec
 import pytest
 
 from distributed_llm.common.errors import InvalidRequest
-from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
+from distributed_llm.common.sampling_params import (
+    MAX_LOGIT_BIASES,
+    MAX_SEED,
+    Sampling,
+    SamplingParams,
+)
 
 EVERYTHING: dict[str, Any] = {
     "max_new_tokens": 10,
@@ -17,10 +24,16 @@ EVERYTHING: dict[str, Any] = {
     "top_p": 0.9,
     "min_p": 0.05,
     "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": {5: -100.0, 6: 1.0},
+    "logprobs": 3,
+    "n": 4,
     "seed": 7,
     "stop_strings": ["a", "b"],
     "eos_token_id": [1, 2],
     "ignore_eos": True,
+    "timeout_s": 30.0,
 }
 
 
@@ -37,13 +50,19 @@ def test_every_parameter_can_be_given() -> None:
 def test_nothing_and_none_mean_the_defaults() -> None:
     assert SamplingParams.from_arguments({}) == SamplingParams()
     assert SamplingParams.from_arguments(dict.fromkeys(EVERYTHING)) == SamplingParams()
-    assert msgspec.msgpack.encode(SamplingParams()) == b"\x80"  # and cost nothing on the wire
+    encoded = msgspec.msgpack.encode(SamplingParams())
+    assert msgspec.msgpack.decode(encoded) == {}  # and cost nothing on the wire
 
 
 def test_one_stands_for_a_list() -> None:
     params = SamplingParams.from_arguments({"stop_strings": "END", "eos_token_id": 0})
     assert params.stop_strings == ("END",)
     assert params.eos_token_id == (0,)
+
+
+def test_token_ids_of_biases_may_be_strings_as_in_json() -> None:
+    given = json.loads('{"logit_bias": {"5": -100, "50256": 1.5}}')
+    assert SamplingParams.from_arguments(given).logit_bias == {5: -100.0, 50256: 1.5}
 
 
 def test_an_unknown_name_is_refused_and_the_known_are_listed() -> None:
@@ -67,12 +86,25 @@ def test_an_unknown_name_is_refused_and_the_known_are_listed() -> None:
         ("min_p", 0.0),
         ("min_p", 1.0),
         ("repetition_penalty", 100.0),
+        ("presence_penalty", -100.0),
+        ("presence_penalty", 100),
+        ("frequency_penalty", -100.0),
+        ("frequency_penalty", 100.0),
+        ("logit_bias", {}),
+        ("logit_bias", {0: -1000.0, 2**31 - 1: 1000}),
+        ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIASES), 1.0)),
+        ("logprobs", 0),
+        ("logprobs", 20),
+        ("n", 1),
+        ("n", 64),
         ("seed", 0),
         ("seed", MAX_SEED),
         ("stop_strings", []),
         ("stop_strings", ("x" * 256,) * 16),
         ("eos_token_id", []),
         ("eos_token_id", [2**31 - 1]),
+        ("timeout_s", 0.001),
+        ("timeout_s", 1_000_000),
     ],
 )
 def test_the_bounds_are_allowed(name: str, value: Any) -> None:
@@ -105,6 +137,26 @@ def test_the_bounds_are_allowed(name: str, value: Any) -> None:
         ("min_p", 1.01),
         ("repetition_penalty", 0),
         ("repetition_penalty", math.nan),
+        ("presence_penalty", -100.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", 100.1),
+        ("frequency_penalty", "0"),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {2**31: 1.0}),
+        ("logit_bias", {"five": 1.0}),
+        ("logit_bias", {"": 1.0}),
+        ("logit_bias", {5: 1000.1}),
+        ("logit_bias", {5: -math.inf}),
+        ("logit_bias", {5: math.nan}),
+        ("logit_bias", {5: "1"}),
+        ("logit_bias", [(5, 1.0)]),
+        ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIASES + 1), 1.0)),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("n", 0),
+        ("n", 65),
+        ("n", 2.0),
         ("seed", -1),
         ("seed", MAX_SEED + 1),
         ("seed", 2**64),
@@ -121,11 +173,24 @@ def test_the_bounds_are_allowed(name: str, value: Any) -> None:
         ("eos_token_id", "1"),
         ("ignore_eos", 1),
         ("ignore_eos", "yes"),
+        ("timeout_s", 0),
+        ("timeout_s", -1.0),
+        ("timeout_s", 1e7),
+        ("timeout_s", math.inf),
+        ("timeout_s", "30s"),
     ],
 )
-def test_what_is_wrong_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InvalidRequest, match=rf"\$\.{name}"):
-        SamplingParams.from_arguments({name: value})
+def test_what_is_wrong_is_refused_with_what_to_give(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams.from_arguments({**EVERYTHING, name: value})
+    said = rf"^Bad generation parameter {name}={re.escape(repr(value)[:80])}: .*\. Give .+\.$"
+    assert re.match(said, str(caught.value))
+
+
+def test_what_to_give_is_known_for_every_parameter() -> None:
+    for name in EVERYTHING:
+        with pytest.raises(InvalidRequest, match=rf"{name}=<object.*: expected .*\. Give "):
+            SamplingParams.from_arguments({name: object()})
 
 
 def test_the_wire_is_as_strict_as_the_user_is_told() -> None:
@@ -139,5 +204,13 @@ def test_the_wire_is_as_strict_as_the_user_is_told() -> None:
 def test_what_a_task_carries_is_greedy_and_plain_by_default() -> None:
     assert msgspec.to_builtins(Sampling()) == {}
     assert Sampling() == Sampling(
-        temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=0
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        seed=0,
+        logprobs=None,
     )

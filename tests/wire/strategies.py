@@ -12,7 +12,15 @@ from msgspec import inspect
 
 from distributed_llm.common import codec
 from distributed_llm.common.codec import Decoder
-from distributed_llm.common.messages import AnyMessage, Message, ToClient, ToCoordinator, ToWorker
+from distributed_llm.common.messages import (
+    AnyMessage,
+    Message,
+    ToClient,
+    ToCoordinator,
+    ToNextWorker,
+    ToPreviousWorker,
+    ToWorker,
+)
 from distributed_llm.common.tensors import ITEM_BYTES, TensorSpec
 from distributed_llm.common.types import LayerRange
 
@@ -20,11 +28,14 @@ DECODERS: Mapping[Decoder, Any] = {
     codec.to_coordinator: ToCoordinator,
     codec.to_worker: ToWorker,
     codec.to_client: ToClient,
+    codec.to_next_worker: ToNextWorker,
+    codec.to_previous_worker: ToPreviousWorker,
 }
 CASES: list[tuple[Decoder, type[Message]]] = [
-    (decoder, kind) for decoder, union in DECODERS.items() for kind in get_args(union)
+    (decoder, kind) for decoder, union in DECODERS.items() for kind in get_args(union) or (union,)
 ]
-CASE_IDS = [kind.__name__ for _, kind in CASES]
+_NAMES = {decoder: name for name, decoder in vars(codec).items() if isinstance(decoder, Decoder)}
+CASE_IDS = [f"{_NAMES[decoder]}-{kind.__name__}" for decoder, kind in CASES]
 
 _MAX_TEXT = 40
 _MAX_ITEMS = 4
@@ -74,6 +85,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.one_of([values(one) for one in types])
         case inspect.VarTupleType():
             return _lists(kind).map(tuple)
+        case inspect.TupleType(item_types=types):
+            return st.tuples(*[values(one) for one in types])
         case inspect.ListType():
             return _lists(kind)
         case inspect.DictType(key_type=key, value_type=value):
@@ -135,8 +148,8 @@ def _example(kind: inspect.Type) -> Any:
         case inspect.IntType():
             low, high = _int_bounds(kind)
             return max(low, min(high, 300))
-        case inspect.FloatType():
-            return 0.5
+        case inspect.FloatType(le=le):
+            return 0.5 if le is None else min(0.5, le)
         case inspect.StrType():
             return "a1"
         case inspect.LiteralType(values=choices):
@@ -145,6 +158,8 @@ def _example(kind: inspect.Type) -> Any:
             return _example(next(one for one in types if not isinstance(one, inspect.NoneType)))
         case inspect.VarTupleType(item_type=item):
             return (_example(item),)
+        case inspect.TupleType(item_types=types):
+            return tuple(_example(one) for one in types)
         case inspect.ListType(item_type=item):
             return [_example(item)]
         case inspect.DictType(key_type=key, value_type=value):

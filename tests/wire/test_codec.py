@@ -31,6 +31,7 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.messages import (
     MAX_CHAT_MESSAGES,
+    MAX_SLICES,
     MAX_TENSORS,
     PROTOCOL_VERSION,
     Chat,
@@ -41,13 +42,19 @@ from distributed_llm.common.messages import (
     Heartbeat,
     Message,
     RequestFailed,
+    SequenceSlice,
+    SharedPrefix,
     StageFailed,
+    StageTime,
     StatusReport,
     Task,
     TaskResult,
+    TokenChunk,
+    TokenLogprobs,
     Welcome,
     WorkerHello,
 )
+from distributed_llm.common.sampling_params import MAX_LOGIT_BIASES
 from distributed_llm.common.tensors import MAX_FRAME_BYTES, Frame, TensorSpec
 from tests.wire.strategies import (
     CASE_IDS,
@@ -110,7 +117,7 @@ def test_the_msgpack_package_reads_and_writes_the_same(
 ) -> None:
     message, tensors = data.draw(messages(kind))
     header = encode(message, tensors)[1]
-    values_read = msgpack.unpackb(header)
+    values_read = msgpack.unpackb(header, strict_map_key=False)
     assert values_read == plain(message)
     assert values_read["type"] == kind.__struct_config__.tag
     again = msgpack.packb(values_read)
@@ -271,7 +278,7 @@ def test_empty_frames_are_refused() -> None:
             codec.to_coordinator.decode(frames)
 
 
-@pytest.mark.parametrize("version", [0, 2, 255])
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1, 255])
 @every_message
 def test_another_version_is_named_whatever_its_header_is(
     decoder: Decoder, kind: type[Message], version: int
@@ -429,10 +436,7 @@ def test_pickles_are_not_opened(tmp_path: Path, protocol: int) -> None:
         TaskResult(
             epoch=1,
             step=1,
-            attempt=0,
-            credits=1,
-            compute_s=0.0,
-            queued_s=0.0,
+            timings=(StageTime(compute_us=1, queued_us=0),),
             tensors=(TensorSpec("uint8", (len(evil),)),),
         ),
         [evil],
@@ -475,6 +479,113 @@ def test_nan_is_refused_in_sampling_parameters() -> None:
             broken = {**generate, "params": {name: value}}
             assert f"$.params.{name}" in refuse("bad_field", broken, bytes(24))
     assert read({**generate, "params": {"temperature": 0.5}}, bytes(24)).params.temperature == 0.5
+
+
+def task_with(**slice_fields: object) -> dict[str, Any]:
+    """A task of one slice, as plain values; `slice_fields` are by name, in their order."""
+    part = {"id": 7, "start": 2, "tokens": 3, "sample": True, **slice_fields}
+    task = plain(example(Task))
+    return {**task, "sequences": [list(part.values())]}
+
+
+def test_slices_and_times_travel_as_arrays() -> None:
+    assert plain(example(Task))["sequences"][0][:4] == [300, 300, 300, True]
+    short = task_with()
+    (part,) = read(short, bytes(24), decoder=codec.to_worker).sequences
+    assert part == SequenceSlice(sequence_id=7, start=2, num_tokens=3, sample=True)
+    shared = task_with(sampling=None, prefix=[5, 2, True])
+    for decoder in (codec.to_worker, codec.to_next_worker):
+        (part,) = read(shared, bytes(24), decoder=decoder).sequences
+        assert part.sampling is None
+        assert part.prefix == SharedPrefix(sequence_id=5, length=2, take=True)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        [],
+        [7],
+        [7, 2],
+        [7, 2, 0],
+        [-1, 2, 3],
+        [7, 2, 2**31],
+        [7, 2, 3, 1],
+        [7, 2, 3, True, None, None, 0],
+        [7, 2, 3, True, {"temperature": -1.0}],
+        [7, 2, 3, True, {"nonsense": 1}],
+        [7, 2, 3, True, {"logit_bias": [[1, 0.5]] * 301}],
+        [7, 2, 3, True, {"logit_bias": [[1]]}],
+        [7, 2, 3, True, {"logit_bias": [[1, 0.5, 2]]}],
+        [7, 2, 3, True, {"logit_bias": [[-1, 0.5]]}],
+        [7, 2, 3, True, {"logit_bias": [[1, math.nan]]}],
+        [7, 2, 3, True, None, [5]],
+        [7, 2, 3, True, None, [5, 0]],
+        [7, 2, 3, True, None, [5, 2, True, 1]],
+        {"sequence_id": 7, "start": 2, "num_tokens": 3},
+        None,
+        7,
+    ],
+    ids=lambda part: str(part)[:40],
+)
+def test_a_slice_that_is_none_is_refused(part: object) -> None:
+    task = {**task_with(), "sequences": [part]}
+    for decoder in (codec.to_worker, codec.to_next_worker):
+        assert "$.sequences[0]" in refuse("bad_field", task, bytes(24), decoder=decoder)
+
+
+def test_a_task_has_one_to_512_slices() -> None:
+    task = task_with()
+    most = {**task, "sequences": task["sequences"] * MAX_SLICES}
+    assert len(read(most, bytes(24), decoder=codec.to_worker).sequences) == MAX_SLICES
+    for count in (0, MAX_SLICES + 1):
+        wrong = {**task, "sequences": task["sequences"] * count}
+        assert "$.sequences" in refuse("bad_field", wrong, bytes(24), decoder=codec.to_worker)
+
+
+@pytest.mark.parametrize("times", [[], [[1]], [[1, -1]], [[1.5, 2]], [[1, 2, 3]], [[1, 2**60]], 1])
+def test_times_are_pairs_of_microseconds(times: object) -> None:
+    result = plain(example(TaskResult))
+    times_read = read({**result, "timings": [[1, 2]]}, bytes(24)).timings
+    assert times_read == (StageTime(compute_us=1, queued_us=2),)
+    assert "$.timings" in refuse("bad_field", {**result, "timings": times}, bytes(24))
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [{-1: 0.5}, {2**31: 0.5}, {"1": 0.5}, {1.0: 0.5}, {1: 1001.0}, {1: math.nan}, {1: None}, []],
+    ids=str,
+)
+def test_a_logit_bias_is_a_bounded_table(bias: object) -> None:
+    generate = plain(example(Generate))
+    most = {**generate, "params": {"logit_bias": dict.fromkeys(range(MAX_LOGIT_BIASES), 1.5)}}
+    assert read(most, bytes(24)).params.logit_bias == dict.fromkeys(range(MAX_LOGIT_BIASES), 1.5)
+    for wrong in (bias, dict.fromkeys(range(MAX_LOGIT_BIASES + 1), 1.5)):
+        broken = {**generate, "params": {"logit_bias": wrong}}
+        assert "logit_bias" in refuse("bad_field", broken, bytes(24))
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [[[]], [[0.5]], [[math.nan]], [[-1.0, [[1]]]], [[-1.0, [[1, -1.0]] * 21]], [[-1.0, [], 1]]],
+    ids=lambda value: str(value)[:30],
+)
+def test_log_probabilities_are_pairs(logprobs: object) -> None:
+    chunk = plain(example(TokenChunk))
+    said = [[-1.0, [[7, -1.0], [8, -2.5]]], [-0.5]]
+    read_back = read({**chunk, "logprobs": said}, decoder=codec.to_client).logprobs
+    assert read_back == (
+        TokenLogprobs(logprob=-1.0, top=((7, -1.0), (8, -2.5))),
+        TokenLogprobs(logprob=-0.5),
+    )
+    wrong = {**chunk, "logprobs": logprobs}
+    assert "$.logprobs" in refuse("bad_field", wrong, decoder=codec.to_client)
+
+
+@pytest.mark.parametrize("addresses", [["a:1"] * 17, [""], ["x" * 257], [1], "a:1", None])
+def test_peer_addresses_are_few_and_short(addresses: object) -> None:
+    hello = plain(example(WorkerHello))
+    assert read({**hello, "peer_addresses": ["a:1"] * 16}).peer_addresses == ("a:1",) * 16
+    assert "$.peer_addresses" in refuse("bad_field", {**hello, "peer_addresses": addresses})
 
 
 @every_message

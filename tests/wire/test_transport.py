@@ -483,7 +483,7 @@ async def test_messages_come_before_the_loss_of_their_connection() -> None:
         peer = router.recv_multipart()[0]
         router.send_multipart([peer, b"last"])
         select.select([dealer._pump._fd], [], [])
-        dealer._watch(zmq.EVENT_DISCONNECTED)
+        dealer._watch(zmq.EVENT_DISCONNECTED, 0)
         assert [*story] == [("connected",), (b"last",), ("lost",)]
         dealer.close()
 
@@ -497,7 +497,7 @@ async def test_a_session_is_over_when_its_connection_is() -> None:
         await above.heard.until(1)
         events = Inbox()
         watch = dealer._monitor._on_event
-        dealer._monitor._on_event = lambda event: (watch(event), events.put(event))[1]  # type: ignore[func-returns-value]
+        dealer._monitor._on_event = lambda event, value: (watch(event, value), events.put(event))[1]  # type: ignore[func-returns-value]
         first.close()
         await below.losses.until(1)
         dealer.send([b"of the old session"])
@@ -662,7 +662,7 @@ async def test_one_notice_tells_of_many_lost_connections() -> None:
     with opened(above) as router:
         for notices in (1, 2):
             for _ in range(50):
-                router._watch(zmq.EVENT_DISCONNECTED)
+                router._watch(zmq.EVENT_DISCONNECTED, 0)
             await above.losses.until(notices)
         assert len(above.losses) == 2
 
@@ -693,7 +693,7 @@ async def test_a_taken_port_is_refused_with_what_and_why_and_what_to_do() -> Non
             End().router(router.address)
         text = str(caught.value)
         assert text.startswith(f"Cannot listen on {router.address}: Address already in use. ")
-        assert "Another coordinator may be running there" in text
+        assert "Another program may be listening there" in text
         assert "--bind" in text
         assert "tcp://" not in text
 
@@ -754,9 +754,9 @@ async def test_something_else_that_listens_is_told_from_nothing(
     class Telling(transport._Monitor):
         """Tells the test of refused connections too."""
 
-        def __init__(self, socket: Any, events: int, on_event: Callable[[int], None]) -> None:
-            def sort(event: int) -> None:
-                (retries.put if event == zmq.EVENT_CONNECT_RETRIED else on_event)(event)
+        def __init__(self, socket: Any, events: int, on_event: Callable[[int, int], None]) -> None:
+            def sort(event: int, value: int) -> None:
+                (retries.put if event == zmq.EVENT_CONNECT_RETRIED else on_event)(event, value)
 
             super().__init__(socket, events | zmq.EVENT_CONNECT_RETRIED, sort)
 

@@ -1,0 +1,147 @@
+"""What a user gets of a request: chunks as they come, and the complete answers."""
+
+from dataclasses import dataclass, field
+
+from distributed_llm.common.errors import RemoteProtocolError
+from distributed_llm.common.messages import (
+    Finished,
+    FinishReason,
+    Timings,
+    TokenChunk,
+    TokenLogprobs,
+    Usage,
+)
+from distributed_llm.common.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A complete answer.
+
+    Attributes:
+        text: without special tokens, ended before a stop string.
+        token_ids: of the answer alone.
+        finish_reason: "stop" (end-of-sequence token or stop string) or "length".
+        choice: which of the `n` answers to its prompt, from 0.
+        logprobs: one per token id if `logprobs` was asked for, else None.
+        usage: of the request; its `n` answers share it.
+        timings: of the request.
+        request_id: of the request, as the coordinator's log names it.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    choice: int
+    logprobs: list[TokenLogprobs] | None
+    usage: Usage
+    timings: Timings
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next piece of an answer.
+
+    A stream of `n` answers has the chunks of all of them, each in order, as they come. It ends with
+    one chunk per answer, by `choice`, that has nothing but its `generation`.
+
+    Attributes:
+        text: complete characters; empty while one is unfinished.
+        token_ids: the tokens that this answer got since its last chunk.
+        choice: which of the `n` answers, from 0.
+        logprobs: one per token id if `logprobs` was asked for, else None.
+        finish_reason: with the last piece of this answer, why it ends; see `Generation`.
+        generation: the whole answer, with its last chunk only.
+    """
+
+    text: str
+    token_ids: list[int]
+    choice: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    generation: Generation | None = None
+
+
+class Answers:
+    """Puts the answers of one request together from what the coordinator sends.
+
+    Args:
+        request_id: of the request.
+        params: that it was sent with.
+    """
+
+    def __init__(self, request_id: str, params: SamplingParams) -> None:
+        self._request_id = request_id
+        self._with_logprobs = params.logprobs is not None
+        self._answers = [_Answer() for _ in range(params.n)]
+
+    def add(self, piece: TokenChunk) -> Chunk:
+        """Return the piece as the user sees it.
+
+        Raises:
+            RemoteProtocolError: it does not continue its answer.
+        """
+        answer = self._continued(piece)
+        answer.texts.append(piece.text)
+        answer.token_ids += piece.token_ids
+        answer.logprobs += piece.logprobs
+        answer.finish_reason = piece.finish_reason
+        return Chunk(
+            text=piece.text,
+            token_ids=list(piece.token_ids),
+            choice=piece.choice,
+            logprobs=list(piece.logprobs) if self._with_logprobs else None,
+            finish_reason=piece.finish_reason,
+        )
+
+    def finish(self, end: Finished) -> list[Generation]:
+        """Return the complete answers, by choice.
+
+        Raises:
+            RemoteProtocolError: not all of them have ended.
+        """
+        return [self._generation(choice, end) for choice in range(len(self._answers))]
+
+    def _continued(self, piece: TokenChunk) -> "_Answer":
+        if piece.choice >= len(self._answers):
+            raise _bad(f"choice {piece.choice} was not asked for")
+        answer = self._answers[piece.choice]
+        if answer.finish_reason:
+            raise _bad(f"choice {piece.choice} goes on after its end")
+        come = len(answer.token_ids)
+        if piece.index != come:
+            raise _bad(
+                f"choice {piece.choice} goes on at token {piece.index}, but {come} have come"
+            )
+        expected = len(piece.token_ids) if self._with_logprobs else 0
+        if len(piece.logprobs) != expected:
+            raise _bad(f"{len(piece.logprobs)} log-probabilities where {expected} belong")
+        return answer
+
+    def _generation(self, choice: int, end: Finished) -> Generation:
+        answer = self._answers[choice]
+        if answer.finish_reason is None:
+            raise _bad(f"choice {choice} has no end")
+        return Generation(
+            text="".join(answer.texts),
+            token_ids=answer.token_ids,
+            finish_reason=answer.finish_reason,
+            choice=choice,
+            logprobs=answer.logprobs if self._with_logprobs else None,
+            usage=end.usage,
+            timings=end.timings,
+            request_id=self._request_id,
+        )
+
+
+@dataclass
+class _Answer:
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+def _bad(what: str) -> RemoteProtocolError:
+    return RemoteProtocolError("bad_answer", f"{what}. The coordinator is in error; ask again.")

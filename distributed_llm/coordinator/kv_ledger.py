@@ -1,0 +1,284 @@
+"""What the stages of one pipeline hold in their KV caches, and how much room is left. Pure.
+
+Every stage holds the same positions of the same sequences, so one book is enough for all. It is
+kept in blocks of `KV_BLOCK` positions and in segments, as the stages keep their buffers: a sequence
+that begins like another references that one's segments and goes on in one of its own; a segment
+is charged once, until the last sequence that references it is freed. What is charged is never
+less than what a stage allocates.
+
+Sequences that have ended stay, as prefixes for later ones, until room is needed: the one that was
+used least lately goes first. Prefixes are found by hashes of all tokens up to each multiple of
+`_STRIDE` (as in vLLM's prefix caching), and then compared token by token: a hash that lies costs
+nothing but the comparison.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from distributed_llm.common.messages import SharedPrefix
+from distributed_llm.common.types import KV_BLOCK
+
+_STRIDE = 16
+
+
+@dataclass(eq=False)
+class _Segment:
+    """A buffer on every stage: blocks charged for it, and how many sequences reference it."""
+
+    blocks: int = 0
+    holders: int = 1
+
+
+@dataclass(eq=False)
+class _Held:
+    """One sequence.
+
+    Attributes:
+        tokens: the owner's list; positions below `computed` are in the KV cache of all stages.
+        segments: that it references, and the positions at which they begin.
+        length: positions that are charged.
+        hashes: under which it can be found.
+        prefix: what it began as.
+        ended: it is kept only as a prefix for others.
+    """
+
+    tokens: Sequence[int]
+    segments: list[tuple[_Segment, int]] = field(default_factory=list)
+    length: int = 0
+    computed: int = 0
+    hashes: list[int] = field(default_factory=list)
+    prefix: SharedPrefix | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Match:
+    """The first `length` positions of a held sequence are those that are wanted."""
+
+    sequence_id: int
+    length: int
+
+
+class KVLedger:
+    """The book of one pipeline.
+
+    Args:
+        capacity_tokens: positions that every stage has room for.
+
+    Attributes:
+        freed: sequences that the stages are to free, in order; whoever reads it empties it.
+    """
+
+    def __init__(self, capacity_tokens: int) -> None:
+        self._capacity = capacity_tokens // KV_BLOCK
+        self._used = 0
+        self._held: dict[int, _Held] = {}
+        self._ended: dict[int, None] = {}  # least lately used first
+        self._index: dict[int, dict[int, None]] = {}
+        self.freed: list[int] = []
+
+    @property
+    def used_tokens(self) -> int:
+        """Positions that are charged, in whole blocks."""
+        return self._used * KV_BLOCK
+
+    @property
+    def cached_tokens(self) -> int:
+        """Those of them that would be free if all sequences that ended went."""
+        holders: dict[_Segment, int] = {}
+        for sequence_id in self._ended:
+            for segment, _ in self._held[sequence_id].segments:
+                holders[segment] = holders.get(segment, 0) + 1
+        return KV_BLOCK * sum(s.blocks for s, count in holders.items() if count == s.holders)
+
+    @property
+    def sequence_ids(self) -> list[int]:
+        """The sequences that are held."""
+        return list(self._held)
+
+    def match(self, tokens: Sequence[int], limit: int) -> Match | None:
+        """Return the held sequence that shares most with `tokens[:limit]`, if any does."""
+        found = None
+        state = 0
+        for at in range(0, limit - _STRIDE + 1, _STRIDE):
+            state = _hash(state, tokens[at : at + _STRIDE])
+            holders = self._index.get(state)
+            if not holders:
+                break
+            found = next(reversed(holders))
+        if found is None:
+            return None
+        held = self._held[found]
+        length = common_prefix(held.tokens, tokens, min(held.computed, limit))
+        return Match(found, length) if length >= _STRIDE else None
+
+    def open(
+        self, sequence_id: int, tokens: Sequence[int], length: int, match: Match | None
+    ) -> bool:
+        """Begin a sequence with room for `length` positions; False, if there is no room.
+
+        Args:
+            tokens: read later too, as it grows.
+            match: what to share; `prefix_of` tells whether it was.
+        """
+        held = self._held[sequence_id] = _Held(tokens)
+        if match is not None:
+            held.prefix = self._share(sequence_id, match)
+        if self.extend(sequence_id, length):
+            return True
+        self._forget(sequence_id)
+        if held.prefix and held.prefix.take:  # nobody knows of it any more
+            self.freed.append(held.prefix.sequence_id)
+        return False
+
+    def prefix_of(self, sequence_id: int) -> SharedPrefix | None:
+        """Return what the sequence began as, if that was another's."""
+        return self._held[sequence_id].prefix
+
+    def _share(self, sequence_id: int, match: Match) -> SharedPrefix | None:
+        """Let a sequence begin as part of another one; None, changing nothing, if full.
+
+        An ended sequence of which nothing would be left over is taken: the new one covers it.
+        """
+        parent, child = self._held[match.sequence_id], self._held[sequence_id]
+        last = parent.segments[-1][0]
+        if last.holders == 1 and not parent.ended:
+            # It goes on in a segment of its own; where that begins may cost a block more.
+            if not self._make_room(1):
+                return None
+            last.blocks += 1
+            self._used += 1
+        for segment, start in parent.segments:
+            if start < match.length:
+                segment.holders += 1
+                child.segments.append((segment, start))
+        child.length = child.computed = match.length
+        self._index_up_to(sequence_id, child)
+        take = parent.ended and match.length >= parent.computed
+        if take:
+            del self._ended[match.sequence_id]
+            self._forget(match.sequence_id)
+        elif parent.ended:
+            self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # used just now
+        return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=take)
+
+    def extend(self, sequence_id: int, length: int) -> bool:
+        """Charge the sequence for `length` positions; return False if there is no room.
+
+        Prefixes of ended sequences make room.
+        """
+        held = self._held[sequence_id]
+        if length <= held.length:
+            return True
+        own, start = held.segments[-1] if held.segments else (None, 0)
+        if own is None or own.holders > 1:
+            own, start = None, held.length
+        more = max(0, _blocks(length - start) - (own.blocks if own else 0))
+        if not self._make_room(more):
+            return False
+        if own is None:
+            own = _Segment()
+            held.segments.append((own, start))
+        own.blocks += more
+        self._used += more
+        held.length = length
+        return True
+
+    def computed(self, sequence_id: int, length: int) -> None:
+        """All stages have the first `length` positions: others may share them."""
+        held = self._held[sequence_id]
+        held.computed = length
+        self._index_up_to(sequence_id, held)
+
+    def end(self, sequence_id: int, *, keep: bool) -> None:
+        """The sequence is done; keep it as a prefix for others if it is of use."""
+        held = self._held[sequence_id]
+        held.tokens = list(held.tokens[: held.computed])  # the owner may have dropped some
+        held.computed = len(held.tokens)
+        if keep and held.computed >= _STRIDE and not self._is_covered(sequence_id, held):
+            held.ended = True
+            self._ended[sequence_id] = None
+        else:
+            self._free(sequence_id)
+
+    def _is_covered(self, sequence_id: int, held: _Held) -> bool:
+        self._unindex(sequence_id, held)
+        match = self.match(held.tokens, held.computed)
+        if match is not None and match.length >= held.computed:
+            return True
+        self._index_up_to(sequence_id, held)
+        return False
+
+    def _make_room(self, blocks: int) -> bool:
+        while self._used + blocks > self._capacity:
+            if not self._ended:
+                return False
+            self._free(next(iter(self._ended)))
+        return True
+
+    def _free(self, sequence_id: int) -> None:
+        self._ended.pop(sequence_id, None)
+        self._forget(sequence_id)
+        self.freed.append(sequence_id)
+
+    def _forget(self, sequence_id: int) -> None:
+        held = self._held.pop(sequence_id)
+        self._unindex(sequence_id, held)
+        for segment, _ in held.segments:
+            segment.holders -= 1
+            if not segment.holders:
+                self._used -= segment.blocks
+
+    def _index_up_to(self, sequence_id: int, held: _Held) -> None:
+        state = held.hashes[-1] if held.hashes else 0
+        for at in range(len(held.hashes) * _STRIDE, held.computed - _STRIDE + 1, _STRIDE):
+            state = _hash(state, held.tokens[at : at + _STRIDE])
+            held.hashes.append(state)
+            self._index.setdefault(state, {})[sequence_id] = None
+
+    def _unindex(self, sequence_id: int, held: _Held) -> None:
+        for state in held.hashes:
+            holders = self._index.get(state)
+            if holders is not None:
+                holders.pop(sequence_id, None)
+                if not holders:
+                    del self._index[state]
+        held.hashes = []
+
+    def validate(self) -> None:
+        """Assert the invariants; tests call this after every step."""
+        assert 0 <= self._used <= self._capacity
+        holders: dict[_Segment, int] = {}
+        for held in self._held.values():
+            assert held.computed <= held.length
+            for segment, _ in held.segments:
+                holders[segment] = holders.get(segment, 0) + 1
+        assert all(segment.holders == count for segment, count in holders.items())
+        assert self._used == sum(segment.blocks for segment in holders)
+        assert set(self._ended) == {i for i, held in self._held.items() if held.ended}
+        for state, found in self._index.items():
+            assert found
+            assert all(state in self._held[i].hashes for i in found)
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
+    """Return how many of the first `limit` tokens are the same in both."""
+    limit = min(limit, len(left), len(right))
+    same, step = 0, _STRIDE
+    while same < limit:
+        stop = min(same + step, limit)
+        if left[same:stop] == right[same:stop]:
+            same, step = stop, step * 2
+        elif step == 1:
+            break
+        else:
+            step = max(1, min(step, stop - same) // 2)
+    return same
+
+
+def _hash(state: int, tokens: Sequence[int]) -> int:
+    return hash((state, *tokens))
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // KV_BLOCK)

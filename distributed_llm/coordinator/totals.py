@@ -1,0 +1,41 @@
+"""What has come of all requests, and how fast. Pure."""
+
+from dataclasses import dataclass
+
+_DECAY = 0.8
+_MIN_WAIT_S = 1.0
+_MAX_WAIT_S = 600.0
+
+
+@dataclass
+class Totals:
+    """Counters of one coordinator.
+
+    Attributes:
+        finished: requests, likewise `failed`.
+        tokens: of all answers.
+        prefix_hit_tokens: positions that were not computed because another sequence had them.
+        preemptions: how often a request gave up its KV cache to an older one.
+    """
+
+    finished: int = 0
+    failed: int = 0
+    tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    _finished_at: float | None = None
+    _interval_s: float | None = None
+
+    def count_finished(self, *, now: float) -> None:
+        """A request was answered in full."""
+        self.finished += 1
+        if self._finished_at is not None:
+            sample = now - self._finished_at
+            past = sample if self._interval_s is None else self._interval_s
+            self._interval_s = _DECAY * past + (1 - _DECAY) * sample
+        self._finished_at = now
+
+    def seconds_for(self, requests: int) -> float:
+        """Return about how long so many requests take, at the pace of the last ones."""
+        wait_s = requests * (self._interval_s or 0.0)
+        return min(max(wait_s, _MIN_WAIT_S), _MAX_WAIT_S)

@@ -1,0 +1,230 @@
+"""The sockets between neighbours: one ROUTER for whoever hands tasks here, one link to the next.
+
+The edge of `peers`: it dials, sends and tells; it decides nothing. A link is dialled at all of its
+addresses at once and is up where the first hello is welcomed; the other connections are closed.
+"""
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Callable
+
+import psutil
+
+from distributed_llm.common import codec
+from distributed_llm.common.errors import (
+    ConnectionFailed,
+    LocalProtocolError,
+    ProtocolMismatch,
+    RemoteProtocolError,
+)
+from distributed_llm.common.messages import Address, Addresses, PeerHello, PeerWelcome, Task
+from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport import Dealer, Router
+from distributed_llm.common.types import PeerId
+from distributed_llm.common.units import split_address
+from distributed_llm.worker.events import (
+    Event,
+    LinkDown,
+    LinkUp,
+    NextReached,
+    PeerGarbage,
+    PeerReceived,
+)
+
+logger = logging.getLogger(__name__)
+
+_MAX_OUTBOX = 32
+_MAX_ADDRESSES = 16
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def bind_for(bind: str, coordinator: str) -> str:
+    """Return the "HOST:PORT" to listen on for other workers.
+
+    If the coordinator is reached over loopback, so are all workers that have to be: every network
+    becomes loopback then, and no port of this machine is opened to others.
+    """
+    host, port = split_address(bind)
+    boss, _ = split_address(coordinator)
+    wanted, there = _ip(host), _ip("127.0.0.1" if boss == "localhost" else boss)
+    if wanted is None or there is None or not (wanted.is_unspecified and there.is_loopback):
+        return bind
+    return _address(there, port)
+
+
+def reachable_at(bound: str, local_host: str) -> Addresses:
+    """Return where other workers may reach what is bound to "HOST:PORT" here, best first.
+
+    Args:
+        local_host: IP address of this machine that the coordinator sees; it goes first. Then
+            come those of all networks, loopback last: it serves workers on the same machine.
+    """
+    host, port = split_address(bound)
+    ip = ipaddress.ip_address(host)
+    if not ip.is_unspecified:
+        return (_address(ip, port),)
+    here = [found for text in _interface_hosts() if (found := _ip(text)) is not None]
+    here.sort(key=lambda one: (one.is_loopback, one.version))
+    seen = _ip(local_host)
+    hosts = [one for one in dict.fromkeys([seen, *here] if seen else here) if _serves(ip, one)]
+    return tuple(_address(one, port) for one in hosts)[:_MAX_ADDRESSES]
+
+
+class Links:
+    """The peer sockets of one worker. Must be made and used in a running event loop.
+
+    Args:
+        bind: "HOST:PORT" to listen on for other workers; port 0 takes any free one.
+        on_event: called with what happens, never from within a method of this class but `open`.
+
+    Attributes:
+        address: "HOST:PORT" that it listens on.
+
+    Raises:
+        AddressInUse: the address is taken or not of this machine.
+    """
+
+    def __init__(self, bind: str, on_event: Callable[[Event], None]) -> None:
+        self._on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._epoch = 0
+        self._dials: dict[Address, _Dial] = {}
+        self._up: _Dial | None = None
+        self._router = Router(bind, self._on_message, lambda: None, setting="peer_bind")
+        self.address = self._router.address
+
+    # -------------------------------------------------------------- to the next worker
+
+    def open(self, epoch: int, addresses: Addresses) -> None:
+        """Dial the next worker at all of `addresses`; close the link that there was."""
+        self.close_link()
+        self._epoch = epoch
+        for address in dict.fromkeys(addresses):
+            try:
+                if split_address(address)[1]:
+                    self._dials[address] = _Dial(self, address)
+            except (ValueError, ConnectionFailed) as exc:
+                logger.warning("cannot dial %r: %s", address, exc)
+
+    def greet(self, hello: PeerHello, addresses: Addresses) -> None:
+        """Say hello at those of `addresses` that are connected."""
+        for address in addresses:
+            if dial := self._dials.get(address):
+                dial.greet(hello)
+
+    def hand_on(self, task: Task, frames: tuple[Frame, ...]) -> None:
+        """Send a task over the link. One that takes no more is closed, and that is told.
+
+        Raises:
+            LocalProtocolError: the task's header is too long.
+        """
+        encoded = codec.encode(task, frames)
+        if self._up is None:
+            return
+        try:
+            self._up.dealer.send(encoded)
+        except LocalProtocolError:
+            self._loop.call_soon(self._lose, self._up)
+
+    def close_link(self) -> None:
+        """Close all connections to the next worker; what waits to be sent is dropped."""
+        dials, self._dials, self._up = self._dials, {}, None
+        for dial in dials.values():
+            dial.close()
+
+    def _reached(self, dial: "_Dial") -> None:
+        self._on_event(NextReached(self._epoch, dial.address))
+
+    def _welcomed(self, dial: "_Dial", welcome: PeerWelcome, rtt_s: float) -> None:
+        if self._up or welcome.epoch != self._epoch:
+            return
+        self._up = self._dials.pop(dial.address)
+        for other in self._dials.values():
+            other.close()
+        self._dials = {dial.address: dial}
+        self._on_event(LinkUp(self._epoch, rtt_s))
+
+    def _lose(self, dial: "_Dial") -> None:
+        if self._dials.get(dial.address) is not dial:
+            return
+        del self._dials[dial.address]
+        dial.close()
+        if self._up is dial:
+            self._up = None
+            self._on_event(LinkDown(self._epoch))
+
+    # -------------------------------------------------------------- from the previous worker
+
+    def say(self, peer: PeerId, message: PeerWelcome) -> None:
+        """Answer somebody who connected here; does nothing if it is gone."""
+        self._router.send(peer, codec.encode(message))
+
+    def close(self) -> None:
+        """Close all sockets; what waits to be sent is dropped."""
+        self.close_link()
+        self._router.close(linger_ms=0)
+
+    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+        try:
+            message, tensors = codec.to_next_worker.decode(frames)
+        except (ProtocolMismatch, RemoteProtocolError) as exc:
+            self._on_event(PeerGarbage(exc))
+        else:
+            self._on_event(PeerReceived(peer, message, tensors))
+
+
+class _Dial:
+    """One connection to one address of the next worker."""
+
+    def __init__(self, links: Links, address: Address) -> None:
+        self.address = address
+        self._links = links
+        self._greeted_at = 0.0
+        self.dealer = Dealer(
+            address,
+            self._on_message,
+            lambda: links._reached(self),
+            lambda: links._lose(self),
+            max_outbox=_MAX_OUTBOX,
+        )
+
+    def greet(self, hello: PeerHello) -> None:
+        self._greeted_at = self._links._loop.time()
+        self.dealer.send(codec.encode(hello))
+
+    def close(self) -> None:
+        self.dealer.close(linger_ms=0)
+
+    def _on_message(self, frames: list[Frame]) -> None:
+        try:
+            welcome, _ = codec.to_previous_worker.decode(frames)
+        except (ProtocolMismatch, RemoteProtocolError) as exc:
+            self._links._on_event(PeerGarbage(exc))
+        else:
+            rtt_s = self._links._loop.time() - self._greeted_at
+            self._links._welcomed(self, welcome, rtt_s)
+
+
+def _ip(host: str) -> IPAddress | None:
+    """Return the IP address that `host` is; None if it is a name."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _address(ip: IPAddress, port: int) -> Address:
+    return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"
+
+
+def _serves(bound: IPAddress, host: IPAddress) -> bool:
+    """Return whether others may use `host` for a socket bound to all addresses like `bound`."""
+    if host.is_link_local or host.is_multicast or host.is_unspecified:
+        return False
+    return bound.version == 6 or host.version == 4
+
+
+def _interface_hosts() -> list[str]:
+    return [one.address for interface in psutil.net_if_addrs().values() for one in interface]

@@ -1,0 +1,272 @@
+"""A model that is quick and tells every mistake: its layers, its stages, and what they must give.
+
+A layer is a rolling hash over the positions of a sequence, so a stage that was skipped, repeated or
+left with stale positions changes every later token; what a stage is given is checked besides. A
+stage counts the memory that a real one would take, and must not need more than it said it has.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import (
+    LoadStage,
+    MissingPositions,
+    ModelSource,
+    SequenceSlice,
+    Task,
+)
+from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.tensors import (
+    Frame,
+    TensorSpec,
+    frame_of_token_ids,
+    token_ids_of_frame,
+)
+from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.requests import GenerationDefaults
+
+NUM_LAYERS = 6
+VOCAB = 97
+HIDDEN = 4
+EOS = 96
+POISON = 95
+"""A token that no stage can compute."""
+
+CONTEXT = 256
+DRAWN_SEED = 11
+BIG = 600
+"""Memory with which two workers hold the model, and three hold two layers each."""
+
+COST = ModelCost(
+    layer_bytes=(100,) * NUM_LAYERS,
+    first_bytes=50,
+    last_bytes=50,
+    shared_bytes=0,
+    kv_bytes_per_token=1,
+)
+MODEL = ServedModel(
+    name="simulated",
+    source=ModelSource(kind="builtin", name=""),
+    dtype="int32",
+    cost=COST,
+    hidden_size=HIDDEN,
+    defaults=GenerationDefaults(CONTEXT, VOCAB, (EOS,), SamplingParams(temperature=0.0)),
+    digest=lambda layers: f"digest of {layers}",
+)
+# ------------------------------------------------------------------ the model
+
+
+def mix(*values: int) -> int:
+    """Return 31 bits that depend on every bit of `values` and on their order."""
+    state = 2166136261
+    for value in values:
+        state = ((state ^ (value & 0xFFFFFFFF)) * 16777619) & 0xFFFFFFFF
+        state ^= state >> 15
+    return state & 0x7FFFFFFF
+
+
+def pick(hidden: int, sampling: Sampling, position: int) -> int:
+    """Return the token at `position`."""
+    token = mix(hidden, sampling.seed, int(sampling.temperature * 1000)) % VOCAB
+    suppressed = sampling.suppressed if position < sampling.suppressed_before else ()
+    while token in (POISON, *suppressed):
+        token = (token + 1) % VOCAB
+    return token
+
+
+def reference(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    choice: int = 0,
+    default_max_new_tokens: int = 256,
+) -> list[int]:
+    """Return the answer that one machine without faults gives."""
+    limit = params.max_new_tokens or default_max_new_tokens
+    states = [0] * NUM_LAYERS
+    hidden, answer = 0, list[int]()
+    tokens = deque(enumerate(prompt))
+    while len(answer) < limit:
+        while tokens:
+            position, token = tokens.popleft()
+            hidden = mix(token, position)
+            for layer in range(NUM_LAYERS):
+                hidden = states[layer] = mix(states[layer], hidden, layer)
+        ends = () if params.ignore_eos else (EOS,)
+        sampling = Sampling(
+            temperature=params.temperature or 0.0,
+            seed=choice + (DRAWN_SEED if params.seed is None else params.seed),
+            suppressed=ends,
+            suppressed_before=len(prompt) + (params.min_new_tokens or 0),
+        )
+        answer.append(pick(hidden, sampling, len(prompt) + len(answer)))
+        if answer[-1] in ends:
+            break
+        tokens.append((len(prompt) + len(answer) - 1, answer[-1]))
+    return answer
+
+
+class Missing(StageError):
+    """A stage lacks positions."""
+
+    def __init__(self, missing: tuple[MissingPositions, ...]) -> None:
+        super().__init__("positions are missing")
+        self.missing = missing
+
+
+class Void(Exception):
+    """The task names a sequence that was released."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory for the positions of one sequence; others may read it."""
+
+    start: int
+    length: int = 0
+
+
+@dataclass
+class FakeSequence:
+    """State of each layer by position, how to sample, and the buffers behind it."""
+
+    states: list[list[int]] = field(default_factory=list)
+    sampling: Sampling | None = None
+    buffers: list[Buffer] = field(default_factory=list)
+
+
+class FakeStage:
+    """Layers [start, stop) and the KV cache of all sequences.
+
+    Args:
+        kv_tokens: positions that it has room for.
+    """
+
+    def __init__(self, order: LoadStage, kv_tokens: int) -> None:
+        self.layers = order.layers
+        self.kv: dict[int, FakeSequence] = {}
+        self._kv_tokens = kv_tokens
+        self._released: set[int] = set()
+
+    def release(self, sequence_id: int) -> None:
+        """Free a sequence."""
+        self.kv.pop(sequence_id, None)
+        self._released.add(sequence_id)
+
+    def run(
+        self, task: Task, frames: tuple[Frame, ...]
+    ) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+        """Return the answer to a task; same arguments, same answer."""
+        for sequence_id in task.released:
+            self.release(sequence_id)
+        if any(part.sequence_id in self._released for part in task.sequences):
+            raise Void
+        token_ids = token_ids_of_frame(frames[0])
+        assert len(token_ids) == sum(part.num_tokens for part in task.sequences)
+        assert len({part.sequence_id for part in task.sequences}) == len(task.sequences)
+        rows = self._rows(task, token_ids, frames)
+        missing = tuple(
+            MissingPositions(sequence_id=part.sequence_id, have=have)
+            for part in task.sequences
+            if (have := self._have(part)) < part.start or self._cannot_sample(part)
+        )
+        if missing:
+            raise Missing(missing)
+        if POISON in token_ids:
+            raise StageError("poison")
+        sampled, row = [], 0
+        for part in task.sequences:
+            self._run_slice(part, rows[row : row + part.num_tokens])
+            row += part.num_tokens
+            if part.sample:
+                sampling = self.kv[part.sequence_id].sampling
+                assert sampling is not None
+                sampled.append(pick(rows[row - 1][3], sampling, part.start + part.num_tokens))
+        assert self.num_blocks <= self._kv_tokens // KV_BLOCK, "out of memory"
+        if self.layers.stop < NUM_LAYERS:
+            array = np.asarray(rows, dtype="<i4")
+            return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
+        if not sampled:
+            return (), ()
+        spec, frame = frame_of_token_ids(sampled)
+        return (spec,), (frame,)
+
+    @property
+    def num_blocks(self) -> int:
+        """What a real stage would have allocated."""
+        buffers = {buffer: None for held in self.kv.values() for buffer in held.buffers}
+        return sum(-(-buffer.length // KV_BLOCK) for buffer in buffers)
+
+    def _have(self, part: SequenceSlice) -> int:
+        held = self.kv.get(part.sequence_id)
+        if held is not None:
+            return len(held.states)
+        if part.prefix is None:
+            return 0
+        parent = self.kv.get(part.prefix.sequence_id)
+        return part.start if parent and len(parent.states) >= part.prefix.length else 0
+
+    def _cannot_sample(self, part: SequenceSlice) -> bool:
+        held = self.kv.get(part.sequence_id)
+        known = part.sampling or (held and held.sampling)
+        return part.sample and known is None
+
+    def _rows(self, task: Task, ids: list[int], frames: tuple[Frame, ...]) -> list[list[int]]:
+        """Return [layers passed, position, token, hidden] per token; nothing else may arrive."""
+        positions = [part.start + i for part in task.sequences for i in range(part.num_tokens)]
+        if self.layers.start == 0:
+            assert len(frames) == 1, "the first stage was given hidden states"
+            return [
+                [0, position, token, mix(token, position)]
+                for position, token in zip(positions, ids, strict=True)
+            ]
+        array = np.frombuffer(frames[1], dtype="<i4").reshape(len(ids), HIDDEN)
+        rows = [[int(x) for x in row] for row in array]
+        for row, position, token in zip(rows, positions, ids, strict=True):
+            assert row[:3] == [self.layers.start, position, token], "not what this stage computes"
+        return rows
+
+    def _begin(self, part: SequenceSlice) -> FakeSequence:
+        held = self.kv.get(part.sequence_id)
+        if held is None:
+            held = self.kv[part.sequence_id] = FakeSequence()
+            if part.prefix:
+                parent = self.kv[part.prefix.sequence_id]
+                held.states = parent.states[: part.prefix.length]
+                held.buffers = [b for b in parent.buffers if b.start < part.prefix.length]
+                if part.prefix.take:
+                    self.release(part.prefix.sequence_id)
+        held.sampling = part.sampling or held.sampling
+        return held
+
+    def _run_slice(self, part: SequenceSlice, rows: list[list[int]]) -> None:
+        held = self._begin(part)
+        del held.states[part.start :]
+        for row in rows:
+            before = held.states[-1] if held.states else [0] * len(self.layers)
+            states = []
+            for layer, state in zip(
+                range(self.layers.start, self.layers.stop), before, strict=True
+            ):
+                row[3] = mix(state, row[3], layer)
+                states.append(row[3])
+            row[0] = self.layers.stop
+            held.states.append(states)
+        self._allocate(held)
+
+    def _allocate(self, held: FakeSequence) -> None:
+        last = held.buffers[-1] if held.buffers else None
+        stop = len(held.states)
+        if last is not None and stop <= last.start + last.length:
+            return
+        shared = [other for other in self.kv.values() if other is not held]
+        if last is None or any(last in other.buffers for other in shared):
+            last = Buffer(start=last.start + last.length if last else 0)
+            held.buffers.append(last)
+        last.length = stop - last.start

@@ -1,0 +1,409 @@
+"""The clients against a coordinator that plays its part: choices, log-probabilities, failures."""
+
+import asyncio
+import math
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from distributed_llm import (
+    AsyncDistributedClient,
+    Chunk,
+    CoordinatorLost,
+    DistributedClient,
+    DistributedLLMError,
+    Generation,
+    InvalidRequest,
+    Overloaded,
+    RequestCancelled,
+)
+from distributed_llm.common import codec
+from distributed_llm.common.errors import DeadlineExceeded, RemoteProtocolError
+from distributed_llm.common.messages import (
+    Cancel,
+    ChatMessage,
+    Generate,
+    RequestFailed,
+    ToClient,
+    TokenLogprobs,
+)
+from distributed_llm.common.tensors import token_ids_of_frame
+from tests.fake_coordinator import TIMINGS, USAGE, FakeCoordinator, Script, failed, finished, piece
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def coordinator() -> Iterator[FakeCoordinator]:
+    with FakeCoordinator() as fake:
+        yield fake
+
+
+@pytest.fixture
+def client(coordinator: FakeCoordinator) -> Iterator[DistributedClient]:
+    with DistributedClient(coordinator.address) as client:
+        yield client
+
+
+def numbered(request: Generate) -> list[ToClient]:
+    """Answer i of a request is the text "<i>" and the token ids [i, i]; the last ends first."""
+    choices = range(request.params.n)
+    return [
+        *(piece(request, "<", i, choice=i) for i in choices),
+        *(piece(request, f"{i}>", i, choice=i, index=1, end="stop") for i in reversed(choices)),
+        finished(request),
+    ]
+
+
+# ------------------------------------------------------------------ choices
+
+
+def interleaved(request: Generate) -> list[ToClient]:
+    return [
+        piece(request, "a", 1, choice=1),
+        piece(request, "x", 7, 8, choice=0),
+        piece(request, "b", 2, choice=1, index=1, end="stop"),
+        piece(request, "", 4, choice=2, end="length"),
+        piece(request, "y", choice=0, index=2),
+        piece(request, "z", 9, choice=0, index=2, end="length"),
+        finished(request),
+    ]
+
+
+def test_choices_come_in_between_one_another_and_end_in_any_order(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = interleaved
+    chunks = list(client.stream("Hi", n=3))
+    assert chunks[:-3] == [
+        Chunk("a", [1], 1),
+        Chunk("x", [7, 8], 0),
+        Chunk("b", [2], 1, finish_reason="stop"),
+        Chunk("", [4], 2, finish_reason="length"),
+        Chunk("y", [], 0),
+        Chunk("z", [9], 0, finish_reason="length"),
+    ]
+    generations = [chunk.generation for chunk in chunks[-3:]]
+    assert chunks[-3:] == [Chunk("", [], i, generation=generations[i]) for i in range(3)]
+    (request,) = coordinator.requests
+    shared: dict[str, Any] = {
+        "logprobs": None,
+        "usage": USAGE,
+        "timings": TIMINGS,
+        "request_id": request.request_id,
+    }
+    assert generations == [
+        Generation(text="xyz", token_ids=[7, 8, 9], finish_reason="length", choice=0, **shared),
+        Generation(text="ab", token_ids=[1, 2], finish_reason="stop", choice=1, **shared),
+        Generation(text="", token_ids=[4], finish_reason="length", choice=2, **shared),
+    ]
+
+
+SHAPES: list[tuple[Any, int | None, Any]] = [
+    ("Hi", None, "<0>"),
+    ("Hi", 1, ["<0>"]),
+    ("Hi", 3, ["<0>", "<1>", "<2>"]),
+    ([5, 6], 2, ["<0>", "<1>"]),
+    (["Hi", "Ho"], None, ["<0>", "<0>"]),
+    (["Hi", "Ho"], 1, [["<0>"], ["<0>"]]),
+    ([[5, 6], [7]], 2, [["<0>", "<1>"], ["<0>", "<1>"]]),
+]
+
+
+def texts(answer: Any) -> Any:
+    """The same shape with texts in the place of generations."""
+    if isinstance(answer, list):
+        return [texts(one) for one in answer]
+    assert isinstance(answer, Generation)
+    return answer.text
+
+
+@pytest.mark.parametrize(("prompt", "n", "expected"), SHAPES)
+def test_a_list_stands_where_n_or_prompts_are_several(
+    coordinator: FakeCoordinator, client: DistributedClient, prompt: Any, n: Any, expected: Any
+) -> None:
+    coordinator.script = numbered
+    assert client.generate(prompt, n=n) == expected
+    assert texts(client.generate(prompt, n=n, details=True)) == expected
+
+    async def ask() -> tuple[Any, Any]:
+        async with AsyncDistributedClient(coordinator.address) as other:
+            plain: Any = await other.generate(prompt, n=n)
+            return plain, await other.generate(prompt, n=n, details=True)
+
+    plain, detailed = asyncio.run(ask())
+    assert (plain, texts(detailed)) == (expected, expected)
+    assert {request.params.n for request in coordinator.requests} == {n or 1}
+
+
+def test_choices_of_a_conversation(coordinator: FakeCoordinator, client: DistributedClient) -> None:
+    coordinator.script = numbered
+    messages = [{"role": "user", "content": "Hi"}]
+    assert client.chat(messages) == "<0>"
+    assert client.chat(messages, n=2) == ["<0>", "<1>"]
+    assert [one.choice for one in client.chat(messages, n=2, details=True)] == [0, 1]
+    chunks = client.stream_chat(messages, n=2)
+    assert [chunk.choice for chunk in chunks if not chunk.generation] == [0, 1, 1, 0]
+    assert {request.prompt for request in coordinator.requests} == {"chat"}
+    assert all(
+        codec.decode_chat(frame) == [ChatMessage(role="user", content="Hi")]
+        for (frame,) in coordinator.prompts
+    )
+
+
+def test_prompts_arrive_as_they_were_given(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = numbered
+    for prompt in ("Grüße", [5, 2**31 - 1], ""):
+        client.generate(prompt)
+    assert [request.prompt for request in coordinator.requests] == ["text", "token_ids", "text"]
+    text, ids, empty = coordinator.prompts
+    assert text == ["Grüße".encode()]
+    assert token_ids_of_frame(ids[0]) == [5, 2**31 - 1]
+    assert empty == []
+
+
+def test_parameters_arrive_as_they_were_given(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = numbered
+    client.generate("Hi", n=2, timeout_s=3, logit_bias={"5": -1}, presence_penalty=0.5)
+    params = coordinator.requests[0].params
+    assert (params.n, params.timeout_s, params.presence_penalty) == (2, 3.0, 0.5)
+    assert params.logit_bias == {5: -1.0}
+
+
+@pytest.mark.parametrize("n", [0, 65, True, 1.0, "2"])
+def test_a_number_of_answers_that_is_none(client: DistributedClient, n: Any) -> None:
+    with pytest.raises(InvalidRequest, match="from 1 to 64"):
+        client.generate("Hi", n=n)
+    with pytest.raises(InvalidRequest, match="from 1 to 64"):
+        client.stream("Hi", n=n)
+
+
+# ------------------------------------------------------------------ log-probabilities
+
+FIRST = TokenLogprobs(logprob=-0.5, top=((7, -0.5), (3, -1.25)))
+SECOND = TokenLogprobs(logprob=math.log(0.125), top=((3, -0.75), (8, -2.0)))
+
+
+def with_logprobs(request: Generate) -> list[ToClient]:
+    return [
+        piece(request, "a", 7, logprobs=(FIRST,)),
+        piece(request, "", index=1),
+        piece(request, "b", 8, 7, index=1, logprobs=(SECOND, FIRST), end="stop"),
+        finished(request),
+    ]
+
+
+def test_every_token_has_its_log_probability(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = with_logprobs
+    *chunks, last = client.stream("Hi", logprobs=2)
+    assert [chunk.logprobs for chunk in chunks] == [[FIRST], [], [SECOND, FIRST]]
+    assert last.generation
+    assert last.generation.logprobs == [FIRST, SECOND, FIRST]
+    assert last.generation.token_ids == [7, 8, 7]
+
+
+def test_none_were_asked_for_and_none_is_given(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = numbered
+    assert client.generate("Hi", details=True).logprobs is None
+    assert [chunk.logprobs for chunk in client.stream("Hi")] == [None, None, None]
+
+
+# ------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("deadline_exceeded", DeadlineExceeded),
+        ("overloaded", Overloaded),
+        ("cancelled", RequestCancelled),
+        ("of_a_later_release", DistributedLLMError),
+    ],
+)
+def test_a_failure_has_its_class_and_its_sentence(
+    coordinator: FakeCoordinator,
+    client: DistributedClient,
+    code: str,
+    kind: type[DistributedLLMError],
+) -> None:
+    coordinator.script = lambda request: [failed(request, code, "Not within 1 s.")]
+    with pytest.raises(DistributedLLMError, match=r"^Not within 1 s\.$") as caught:
+        client.generate("Hi", timeout_s=1.0)
+    assert type(caught.value) is kind
+
+
+def test_being_refused_tells_when_to_come_again(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = lambda request: [
+        RequestFailed(
+            request_id=request.request_id, code="overloaded", message="Full.", retry_after_s=2.5
+        )
+    ]
+    with pytest.raises(Overloaded) as caught:
+        client.generate("Hi")
+    assert caught.value.retry_after_s == 2.5
+
+
+def test_a_failure_ends_all_choices_and_what_came_before_stays(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = lambda request: [
+        *interleaved(request)[:3],  # choice 1 has ended, 0 and 2 have not
+        failed(request, "deadline_exceeded"),
+    ]
+    got: list[Chunk] = []
+    with pytest.raises(DeadlineExceeded):
+        got.extend(client.stream("Hi", n=3))
+    assert [chunk.choice for chunk in got] == [1, 0, 1]
+    with pytest.raises(DeadlineExceeded):
+        client.generate("Hi", n=3)
+    coordinator.script = numbered
+    assert client.generate("Hi") == "<0>"
+    assert len(coordinator.heard) == 3  # no cancelling of what is over
+
+
+def test_one_failure_of_several_prompts_cancels_the_others(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    def script(request: Generate) -> list[ToClient]:
+        third = len(coordinator.requests) == 3
+        return [failed(request, "deadline_exceeded")] if third else []
+
+    coordinator.script = script
+    with pytest.raises(DeadlineExceeded):
+        client.generate(["a", "b", "c"], n=2)
+    eventually(lambda: len(coordinator.heard) == 5)
+    first, second, _, *cancels = coordinator.heard
+    assert isinstance(first, Generate)
+    assert isinstance(second, Generate)
+    assert sorted(cancels, key=str) == sorted(
+        [Cancel(request_id=first.request_id), Cancel(request_id=second.request_id)], key=str
+    )
+
+
+BROKEN: list[tuple[Callable[[Generate], list[ToClient]], str]] = [
+    (lambda r: [piece(r, "a", 1, choice=2)], "choice 2 was not asked for"),
+    (lambda r: [piece(r, "a", 1), piece(r, "a", 1)], "goes on at token 0, but 1 have come"),
+    (lambda r: [piece(r, "a", 1), piece(r, "b", 2, index=2)], "goes on at token 2, but 1"),
+    (lambda r: [piece(r, "a", 1, index=1)], "goes on at token 1, but 0"),
+    (lambda r: [piece(r, "a", 1, end="stop"), piece(r, "", index=1)], "goes on after its end"),
+    (lambda r: [piece(r, "a", 1, logprobs=(FIRST,))], "1 log-probabilities where 0"),
+]
+
+
+@pytest.mark.parametrize(("script", "said"), BROKEN)
+def test_an_answer_with_a_hole_is_no_answer(
+    coordinator: FakeCoordinator, client: DistributedClient, script: Script, said: str
+) -> None:
+    coordinator.script = script
+    with pytest.raises(RemoteProtocolError, match=said):
+        client.generate("Hi", n=2)
+    eventually(lambda: coordinator.heard[1:])
+    assert coordinator.heard[1:] == [Cancel(request_id=coordinator.requests[0].request_id)]
+
+
+def test_missing_log_probabilities_are_not_passed_over(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = numbered
+    with pytest.raises(RemoteProtocolError, match="0 log-probabilities where 1"):
+        client.generate("Hi", logprobs=0)
+
+
+def test_an_end_before_all_choices_have_ended(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = lambda r: [piece(r, "a", 1, end="stop"), finished(r)]
+    with pytest.raises(RemoteProtocolError, match="choice 1 has no end"):
+        client.generate("Hi", n=2)
+
+
+def test_a_coordinator_that_goes_away_ends_every_choice(coordinator: FakeCoordinator) -> None:
+    with FakeCoordinator(lambda r: interleaved(r)[:2]) as other:
+        client = DistributedClient(other.address)
+        stream = client.stream("Hi", n=3)
+        assert [next(stream).choice, next(stream).choice] == [1, 0]
+    with client, pytest.raises(CoordinatorLost, match="closed the connection"):
+        next(stream)
+
+
+# ------------------------------------------------------------------ leaving early
+
+
+def test_leaving_a_stream_cancels_its_request_once(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = lambda request: interleaved(request)[:3]
+    for chunk in client.stream("Hi", n=3):
+        if chunk.finish_reason:  # one choice is through, two are not
+            break
+    (request,) = coordinator.requests
+    eventually(lambda: coordinator.heard[1:])
+    coordinator.say(*interleaved(request)[3:], failed(request, "cancelled"))  # crossed the cancel
+    coordinator.script = numbered
+    assert client.generate("Hi", n=2) == ["<0>", "<1>"]
+    assert coordinator.heard[1:-1] == [Cancel(request_id=request.request_id)]
+
+
+def test_leaving_an_async_stream_cancels_its_request(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda request: interleaved(request)[:1]
+
+    async def leave() -> None:
+        async with AsyncDistributedClient(coordinator.address) as client:
+            async with aclosing(client.stream("Hi", n=3)) as chunks:
+                async for _ in chunks:
+                    break
+            waiting = asyncio.create_task(client.generate("Hi", n=2))
+            while len(coordinator.requests) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    asyncio.run(leave())
+    expected = [Cancel(request_id=request.request_id) for request in coordinator.requests]
+    eventually(lambda: len(coordinator.heard) == 4)
+    assert [one for one in coordinator.heard if isinstance(one, Cancel)] == expected
+
+
+def test_reading_to_the_end_cancels_nothing(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = numbered
+    for chunk in client.stream("Hi", n=2):
+        if chunk.generation:  # the first of two; the request is over
+            break
+    client.generate("Hi")
+    assert coordinator.heard == coordinator.requests
+
+
+def test_a_reader_that_sleeps_delays_nobody_and_loses_nothing(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    count = 3000  # far more than one batch of the socket
+
+    def script(request: Generate) -> list[ToClient]:
+        pieces = [piece(request, "x", i, index=i) for i in range(count)]
+        return [*pieces, piece(request, "", index=count, end="length"), finished(request)]
+
+    coordinator.script = script
+    slow = client.stream("Hi")
+    assert next(slow).token_ids == [0]
+    coordinator.script = numbered
+    assert client.generate("Ho") == "<0>"
+    *rest, last = slow
+    assert [token for chunk in rest for token in chunk.token_ids] == list(range(1, count))
+    assert last.generation
+    assert last.generation.text == "x" * count

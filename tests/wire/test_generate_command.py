@@ -1,0 +1,206 @@
+"""`dllm generate` and `dllm status` against a coordinator that plays its part: what they print."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from typer.testing import CliRunner, Result
+
+from distributed_llm.cli import app
+from distributed_llm.common.errors import DeadlineExceeded, InvalidRequest
+from distributed_llm.common.messages import (
+    ClusterStatus,
+    Generate,
+    ToClient,
+    TokenLogprobs,
+    WorkerStatus,
+)
+from distributed_llm.common.types import LayerRange
+from tests.fake_coordinator import FakeCoordinator, failed, finished, piece
+from tests.wire.strategies import example
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that are not folded."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def coordinator() -> Iterator[FakeCoordinator]:
+    with FakeCoordinator() as fake:
+        yield fake
+
+
+def dllm(coordinator: FakeCoordinator, verb: str, *arguments: str) -> Result:
+    return CliRunner().invoke(app, [verb, "--coordinator", coordinator.address, *arguments])
+
+
+def three(request: Generate) -> list[ToClient]:
+    """The first of three answers comes last."""
+    return [
+        piece(request, "two", 4, choice=1),
+        piece(request, "on", 1, choice=0),
+        piece(request, "three", 5, choice=2, end="stop"),
+        piece(request, "e", 2, choice=0, index=1, end="length"),
+        piece(request, "!", 3, choice=1, index=1, end="stop"),
+        finished(request),
+    ]
+
+
+def test_answers_are_printed_one_after_the_other(coordinator: FakeCoordinator) -> None:
+    coordinator.script = three
+    done = dllm(coordinator, "generate", "Hi", "--n", "3", "--stats")
+    assert (done.exit_code, done.stdout) == (0, "one\ntwo!\nthree\n")
+    assert [done.stderr.find(f"answer {i} of 3") >= 0 for i in (1, 2, 3)] == [True] * 3
+    assert "3 tokens in (2 cached), 6 out (length, stop, stop)" in done.stderr
+    assert "queued 250 ms, first token after 500 ms, then 1.5 tokens/s" in done.stderr
+
+
+def test_one_answer_has_no_heading(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda r: [
+        piece(r, "a", 1),
+        piece(r, "b", 2, index=1, end="stop"),
+        finished(r),
+    ]
+    done = dllm(coordinator, "generate", "Hi")
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "ab\n", "")
+
+
+def test_what_came_before_a_failure_is_printed(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda r: [*three(r)[:4], failed(r, "deadline_exceeded", "Too late.")]
+    done = dllm(coordinator, "generate", "Hi", "--n", "3", "--timeout", "1500ms")
+    assert done.stdout == "one\ntwo\n"
+    assert isinstance(done.exception, DeadlineExceeded)
+    assert done.exception.exit_code == 4
+    assert coordinator.requests[0].params.timeout_s == 1.5
+
+
+def test_json_of_several_answers_is_a_list(coordinator: FakeCoordinator) -> None:
+    coordinator.script = three
+    done = dllm(coordinator, "generate", "Hi", "--n", "3", "--json")
+    answers = json.loads(done.stdout)
+    assert [(one["choice"], one["text"]) for one in answers] == [
+        (0, "one"),
+        (1, "two!"),
+        (2, "three"),
+    ]
+    assert answers[0]["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "cached_tokens": 2}
+    assert answers[0]["logprobs"] is None
+    coordinator.script = lambda r: [piece(r, "a", 1, end="stop"), finished(r)]
+    assert json.loads(dllm(coordinator, "generate", "Hi", "--json").stdout)["text"] == "a"
+    assert [
+        one["text"]
+        for one in json.loads(dllm(coordinator, "generate", "Hi", "--json", "--n", "1").stdout)
+    ] == ["a"]
+
+
+def test_json_names_every_log_probability(coordinator: FakeCoordinator) -> None:
+    one = TokenLogprobs(logprob=-1.5, top=((8, -0.25), (7, -1.5)))
+    coordinator.script = lambda r: [piece(r, "a", 7, logprobs=(one,), end="stop"), finished(r)]
+    done = dllm(coordinator, "generate", "Hi", "--logprobs", "2", "--json")
+    assert json.loads(done.stdout)["logprobs"] == [
+        {
+            "token_id": 7,
+            "logprob": -1.5,
+            "top": [{"token_id": 8, "logprob": -0.25}, {"token_id": 7, "logprob": -1.5}],
+        }
+    ]
+
+
+def test_every_option_arrives(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda r: [piece(r, "", 1, end="stop"), finished(r)]
+    options = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 2,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.25,
+        "frequency_penalty": -0.25,
+        "seed": 7,
+    }
+    flags = [
+        text
+        for name, value in options.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    done = dllm(coordinator, "generate", "Hi", *flags, "--stop", "a", "--stop", "b", "--ignore-eos")
+    assert done.exit_code == 0
+    assert msgspec.to_builtins(coordinator.requests[0].params) == {
+        **options,
+        "stop_strings": ("a", "b"),
+        "ignore_eos": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--logprobs", "2"), "give --json too"),
+        (("--timeout", "soon"), "write seconds, or a unit as in 500ms"),
+        (("--n", "two"), "--n"),
+    ],
+)
+def test_wrong_usage_is_told(
+    coordinator: FakeCoordinator, arguments: tuple[str, ...], said: str
+) -> None:
+    done = dllm(coordinator, "generate", "Hi", *arguments)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert coordinator.requests == []
+
+
+def test_what_no_request_may_say_is_told(coordinator: FakeCoordinator) -> None:
+    for arguments in (("--n", "0"), ("--timeout", "0"), ("--presence-penalty", "101")):
+        done = dllm(coordinator, "generate", "Hi", *arguments)
+        assert isinstance(done.exception, InvalidRequest)
+        assert (done.stdout, coordinator.requests) == ("", [])
+
+
+def worker(**fields: Any) -> WorkerStatus:
+    plain = example(WorkerStatus)
+    assert isinstance(plain, WorkerStatus)
+    return msgspec.structs.replace(plain, note="", **fields)
+
+
+STATUS = msgspec.structs.replace(
+    example(ClusterStatus),
+    kv_tokens=4096,
+    kv_tokens_used=1234,
+    prefix_hit_tokens=777,
+    preemptions=5,
+    workers=(
+        worker(name="pc", epoch=11, link="direct", layers=LayerRange(0, 4)),
+        worker(name="mac", epoch=12, link="relayed", layers=LayerRange(4, 8)),
+        worker(name="spare", epoch=0, link="", layers=None, state="idle"),
+    ),
+)
+
+
+def test_status_shows_memory_links_and_plans() -> None:
+    with FakeCoordinator(status=STATUS) as coordinator:
+        done = dllm(coordinator, "status")
+        document = json.loads(dllm(coordinator, "status", "--json").stdout)
+    assert done.exit_code == 0
+    assert "KV cache: 1234 of 4096 positions used" in done.stdout
+    assert "777 positions of prompts were in the KV cache already" in done.stdout
+    assert "5 preempted" in done.stdout
+    rows = {
+        cells[0]: cells[2:5]
+        for line in done.stdout.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) > 5
+    }
+    assert rows == {
+        "pc": ["11", "0-4", "direct"],
+        "mac": ["12", "4-8", "relayed"],
+        "spare": ["-", "-", "-"],
+    }
+    assert (document["kv_tokens_used"], document["prefix_hit_tokens"]) == (1234, 777)
+    assert [one["link"] for one in document["workers"]] == ["direct", "relayed", ""]
