@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.common import fresh_prompts
 from benchmarks.make_checkpoint import make_checkpoint
 from distributed_llm import DistributedClient, Generation, LocalCluster
 
@@ -38,11 +39,6 @@ class Speed:
     decode_tokens_per_s: float
     outside_stages_ms: float = 0.0
     wire_bytes_per_token: float = 0.0
-
-
-def prompts(count: int) -> list[list[int]]:
-    """Return `count` different prompts."""
-    return [[(7 * i + 31 * j) % 31000 + 3 for i in range(PROMPT_TOKENS)] for j in range(count)]
 
 
 # ------------------------------------------------------------------ transformers, one process
@@ -91,7 +87,7 @@ def serve_baseline(folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     print(json.dumps({"load_s": time.perf_counter() - started}), flush=True)
     for line in sys.stdin:
-        ids = torch.tensor(prompts(int(line)))
+        ids = torch.tensor(fresh_prompts(int(line), PROMPT_TOKENS))
         took: dict[int, float] = {}
         for new in (1, NEW_TOKENS):
             started = time.perf_counter()
@@ -116,10 +112,11 @@ def serve_baseline(folder: Path) -> None:
 
 def measure_split(client: DistributedClient, count: int) -> Speed:
     """Return the speed of the cluster with `count` sequences sent at once."""
+    prompts = fresh_prompts(count, PROMPT_TOKENS)
     sent_before = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
     started = time.perf_counter()
     with ThreadPoolExecutor(count) as pool:
-        answers = list(pool.map(lambda prompt: _stream(client, prompt), prompts(count)))
+        answers = list(pool.map(lambda prompt: _stream(client, prompt), prompts))
     firsts, lasts, generations = zip(*answers, strict=True)
     wire = psutil.net_io_counters(pernic=True)["lo"].bytes_sent - sent_before
     return Speed(
@@ -205,8 +202,9 @@ def _print_alone(client: DistributedClient, rounds: int) -> None:
 
 def _cost(client: DistributedClient, new_tokens: int) -> tuple[float, float]:
     """Return the ms that the stages computed for an answer, and the ms that they did not."""
+    prompt = fresh_prompts(1, PROMPT_TOKENS)[0]
     timings = client.generate(
-        prompts(1)[0], max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True, details=True
+        prompt, max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True, details=True
     ).timings
     computed = sum(stage.compute_s for stage in timings.stages)
     return computed * 1000, (timings.first_token_s + timings.decode_s - computed) * 1000

@@ -1,11 +1,7 @@
 """Run one language model on several machines, each too small for it alone."""
 
-from distributed_llm.client.client import (
-    AsyncDistributedClient,
-    Chunk,
-    DistributedClient,
-    Generation,
-)
+from distributed_llm.client.answers import Chunk, Generation
+from distributed_llm.client.client import AsyncDistributedClient, DistributedClient
 from distributed_llm.common.errors import (
     AddressInUse,
     CapacityError,
@@ -16,6 +12,7 @@ from distributed_llm.common.errors import (
     ContextLengthExceeded,
     CoordinatorLost,
     CoordinatorUnreachable,
+    DeadlineExceeded,
     DistributedLLMError,
     InvalidRequest,
     NotEnoughMemory,
@@ -27,6 +24,7 @@ from distributed_llm.common.errors import (
     UnsupportedModel,
     WorkerLost,
 )
+from distributed_llm.common.messages import TokenLogprobs, Usage
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.local_cluster import LocalCluster
 
@@ -42,6 +40,7 @@ __all__ = [
     "ContextLengthExceeded",
     "CoordinatorLost",
     "CoordinatorUnreachable",
+    "DeadlineExceeded",
     "DistributedClient",
     "DistributedLLMError",
     "Generation",
@@ -54,6 +53,8 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "TokenLogprobs",
     "UnsupportedModel",
+    "Usage",
     "WorkerLost",
 ]

@@ -93,6 +93,9 @@ def worker(
     coordinator: Coordinator = None,
     config: Config = None,
     name: Annotated[str | None, typer.Option(help="What to call this worker.")] = None,
+    peer_bind: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Address for other workers.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, mps.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; 0 is all cores.")] = None,
     max_memory: Annotated[
@@ -112,6 +115,7 @@ def worker(
         {
             "worker.coordinator": coordinator,
             "worker.name": name,
+            "worker.peer_bind": peer_bind,
             "worker.device": device,
             "worker.threads": threads,
             "worker.max_memory": max_memory,

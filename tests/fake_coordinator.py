@@ -80,6 +80,7 @@ class FakeCoordinator:
     Args:
         script: says what a request is answered with.
         status: what `GetStatus` is answered with.
+        heartbeat_interval_s, silence_timeout_s: that clients are told.
 
     Attributes:
         address: "HOST:PORT".
@@ -87,7 +88,19 @@ class FakeCoordinator:
         prompts: the tensor frames of requests.
     """
 
-    def __init__(self, script: Script = lambda _: (), status: ClusterStatus | None = None) -> None:
+    def __init__(
+        self,
+        script: Script = lambda _: (),
+        status: ClusterStatus | None = None,
+        *,
+        heartbeat_interval_s: float = 5.0,
+        silence_timeout_s: float = 60.0,
+    ) -> None:
+        self._welcome = ClientWelcome(
+            model="fake",
+            heartbeat_interval_s=heartbeat_interval_s,
+            silence_timeout_s=silence_timeout_s,
+        )
         self.script = script
         self.heard: list[ToCoordinator] = []
         self.prompts: list[list[bytes]] = []
@@ -131,10 +144,7 @@ class FakeCoordinator:
         message, tensors = codec.to_coordinator.decode(frames)
         match message:
             case ClientHello():
-                self._send(
-                    peer,
-                    ClientWelcome(model="fake", heartbeat_interval_s=5.0, silence_timeout_s=60.0),
-                )
+                self._send(peer, self._welcome)
             case Ping():
                 self._send(peer, Pong())
             case GetStatus():

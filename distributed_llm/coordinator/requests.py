@@ -236,7 +236,8 @@ class Request:
         sampling_sent: the last stage knows how to pick its tokens.
         prefix: what its sequence begins as, if that was another's.
         shares: it may begin as another sequence.
-        waits_for: another request, which computes what this one is going to share.
+        waits_for: another request, which computes what this one is going to share, up to
+            position `waits_until`.
         losses: how many workers died while they worked on its next token.
         failures: how many steps for its next token failed.
         alone: it is suspected of breaking steps, and runs without company until its next token.
@@ -261,6 +262,7 @@ class Request:
     prefix: SharedPrefix | None = None
     shares: bool = True
     waits_for: "Request | None" = None
+    waits_until: int = 0
     losses: int = 0
     failures: int = 0
     alone: bool = False

@@ -1,7 +1,7 @@
 """Which sequences of one pipeline compute how many tokens in the next step. Pure.
 
 Every step takes one token of each of its running sequences and fills the rest of its token budget
-with chunks of prompts, so that a long prompt never stops those that are answering. Running
+with chunks of prompts, the same for each client, so that a long prompt stops nobody. Running
 sequences are spread over the steps in flight: a sequence that answers is in one of them, for its
 next token depends on the last; a prompt's chunks may follow each other through the stages.
 
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
+from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.kv_ledger import KVLedger, Match, common_prefix
 from distributed_llm.coordinator.requests import Phase, Request
 
@@ -78,6 +79,7 @@ class Scheduler:
         self._new_sequence_id = new_sequence_id
         self._ledger = KVLedger(kv_tokens)
         self._running: dict[int, Request] = {}  # by number, in the order of admission
+        self._followers: dict[Request, list[Request]] = {}  # who waits for whom
         self._in_flight: dict[int, int] = {}  # steps under way, by sequence
         self._leaving: dict[int, bool] = {}  # sequences to end then; whether to keep them
         self.preempted: list[Request] = []
@@ -119,8 +121,11 @@ class Scheduler:
         """Let a request run; return False if there is no room for it now."""
         if len(self._running) >= self._max_sequences:
             return False
-        request.waits_for = self._leader(request)
-        if request.waits_for is None and not self._open(request):
+        leader, common = self._leader(request)
+        if leader is not None:
+            request.waits_for, request.waits_until = leader, common
+            self._followers.setdefault(leader, []).append(request)
+        elif not self._open(request):
             return False
         request.phase = Phase.RUNNING
         request.started_at = now if request.started_at is None else request.started_at
@@ -138,7 +143,7 @@ class Scheduler:
         if self._running.pop(request.number, None) is not None:
             self._on_change()
             self._close(request, keep=keep)
-            self._release_followers(request)
+            self._forget_waiting(request)
 
     def restart(self, request: Request) -> None:
         """Make a running request compute all its tokens again; no token of its answer changes."""
@@ -152,6 +157,7 @@ class Scheduler:
         """Return all requests, ready to run elsewhere: the pipeline is no more."""
         requests = list(self._running.values())
         self._running.clear()
+        self._followers.clear()
         for request in requests:
             request.reset()
             request.phase = Phase.WAITING
@@ -178,34 +184,45 @@ class Scheduler:
         # One token at least is computed: the next one is sampled from what it gives.
         return self._ledger.match(request.token_ids, len(request.token_ids) - 1)
 
-    def _leader(self, request: Request) -> Request | None:
-        """Return a request whose prompt, being computed, is worth waiting for."""
-        if not request.shares:
-            return None
-        limit = len(request.token_ids) - 1
-        best, length = None, max(self.hit_length(request), _WORTH_WAITING - 1)
-        for other in self._running.values():
-            if other.waits_for is None and _missing(other) > 1:
-                common = common_prefix(other.token_ids, request.token_ids, limit)
-                if common > length:
-                    best, length = other, common
-        return best
+    def _leader(self, request: Request) -> tuple[Request | None, int]:
+        """Return a request that computes what is worth waiting for, and how many positions."""
+        best, length = None, 0
+        if request.shares:
+            limit = len(request.token_ids) - 1
+            length = max(self.hit_length(request), _WORTH_WAITING - 1)
+            for other in self._running.values():
+                if other.waits_for is None and _missing(other) > 1:
+                    common = common_prefix(other.token_ids, request.token_ids, limit)
+                    if common > length:
+                        best, length = other, common
+        return best, length
 
-    def _release_followers(self, leader: Request) -> None:
-        for request in list(self._running.values()):
-            if request.waits_for is leader:
-                request.waits_for = None
-                if not self._open(request):
-                    self._preempt(request)
+    def _forget_waiting(self, request: Request) -> None:
+        """A request runs no longer: it waits for nobody, and nobody for it."""
+        if request.waits_for is not None:
+            self._followers[request.waits_for].remove(request)
+            request.waits_for = None
+        self._release_followers(request, everybody=True)
+
+    def _release_followers(self, leader: Request, *, everybody: bool = False) -> None:
+        """Let those go on who waited for what `leader` has computed by now."""
+        waiting = self._followers.pop(leader, [])
+        for request in waiting:
+            if not everybody and leader.num_computed_tokens < request.waits_until:
+                self._followers.setdefault(leader, []).append(request)
+                continue
+            request.waits_for = None
+            if not self._open(request):
+                self._preempt(request)
 
     def _preempt(self, request: Request) -> None:
         del self._running[request.number]
         self._close(request, keep=False)
+        self._forget_waiting(request)
         request.reset()
         request.phase = Phase.WAITING
         self.preempted.append(request)
         self._on_change()
-        self._release_followers(request)
 
     def _close(self, request: Request, *, keep: bool) -> None:
         """End a request's sequence, as soon as no step with it is under way."""
@@ -263,14 +280,12 @@ class Scheduler:
                 budget -= 1
                 room -= request.sampling_bytes
                 yield request, self._slice(request, 1)
-        for request in prompts:
-            size = min(request.num_unscheduled_tokens, budget)
-            if size <= 0 or count >= MAX_SLICES or room < request.sampling_bytes:
+        for request, size in _shared_out(prompts, budget):
+            if count >= MAX_SLICES or room < request.sampling_bytes:
                 return
             if request.sequence_id is None:
                 continue
             count += 1
-            budget -= size
             room -= request.sampling_bytes
             yield request, self._slice(request, size)
 
@@ -334,7 +349,7 @@ class Scheduler:
                 self._ledger.computed(part.sequence_id, request.num_computed_tokens)
                 if part.sample:
                     request.clear()
-                if _missing(request) == 0:
+                if request in self._followers:
                     self._release_followers(request)
             self._landed(part.sequence_id)
             if part.sample:
@@ -374,6 +389,27 @@ class Scheduler:
             assert request.num_in_flight or request.num_computed_tokens < len(request.token_ids)
             leader = request.waits_for
             assert leader is None or leader.number in self._running
+            assert leader is None or request in self._followers[leader]
+
+
+def _shared_out(prompts: Iterable[Request], budget: int) -> Iterator[tuple[Request, int]]:
+    """Yield how many tokens of each prompt to compute: the same for all clients that want as many.
+
+    Within a client the oldest is first. What a client does not need is left to the others.
+    """
+    clients: dict[PeerId, list[Request]] = {}
+    for request in prompts:
+        clients.setdefault(request.ticket.key[0], []).append(request)
+    wanted = {peer: sum(r.num_unscheduled_tokens for r in own) for peer, own in clients.items()}
+    for at, peer in enumerate(sorted(clients, key=wanted.__getitem__)):
+        share = -(-budget // (len(clients) - at))
+        for request in clients[peer]:
+            size = min(request.num_unscheduled_tokens, share)
+            if size <= 0:
+                break
+            share -= size
+            budget -= size
+            yield request, size
 
 
 def _missing(request: Request) -> int:

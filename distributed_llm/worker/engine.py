@@ -172,10 +172,10 @@ class Engine:
 
     def _drop(self) -> None:
         self._stage = self._held = None
+        gc.collect()
         self._give_memory_back()
 
     def _give_memory_back(self) -> None:
-        gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -298,7 +298,7 @@ class Stage:
         if prefix is None or part.sequence_id in self._cache:
             have = self._cache.length(part.sequence_id)
             return have if have < part.start else None
-        return None
+        return 0 if self._cache.length(prefix.sequence_id) < prefix.length else None
 
     def _note(self, sequences: Sequence[SequenceSlice]) -> None:
         """Keep how sequences are sampled; note that those taken are no more."""

@@ -263,7 +263,7 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
 
     async def serve_later_version() -> tuple[int | None, str]:
         def answer(peer: PeerId, frames: object) -> None:
-            router.send(peer, [b"DLLM\x02", b"\x80"])
+            router.send(peer, [b"DLLM\x03", b"\x80"])
 
         router = Router("127.0.0.1:0", answer, lambda: None)
         worker = await asyncio.create_subprocess_exec(
@@ -277,7 +277,7 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
 
     code, said = asyncio.run(asyncio.wait_for(serve_later_version(), LIMIT_S))
     assert code == 3
-    assert "version 2, this program version 1" in said
+    assert "version 3, this program version 2" in said
 
 
 # ------------------------------------------------------------------ Ctrl-C

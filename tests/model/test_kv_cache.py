@@ -354,6 +354,16 @@ def test_what_is_taken_makes_room() -> None:
     assert driver.cache.sequence_ids == (1,)
 
 
+def test_segments_that_only_what_is_taken_has_make_room() -> None:
+    driver = Driver(max_blocks=4)
+    driver.step(0, 2 * KV_BLOCK)
+    driver.share(1, 0, 1)
+    driver.step(0, 2 * KV_BLOCK)  # in a segment of its own
+    driver.free(1)
+    driver.cache.admit([slice_of(2, 2 * KV_BLOCK, 2 * KV_BLOCK, parent=0, take=True)])
+    assert driver.cache.capacity == 2 * KV_BLOCK
+
+
 def test_only_a_new_sequence_shares_and_only_what_there_is() -> None:
     driver = Driver()
     driver.step(0, 10)

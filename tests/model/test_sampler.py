@@ -260,6 +260,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(
     dtype: torch.dtype, vocab_size: int, count: int
 ) -> None:
     logits = torch.stack([random_logits(seed)[:vocab_size] for seed in range(4)]).to(dtype)
+    logits[1, -1] = 30.0
     picked = torch.tensor([3, 99, 0, 17], dtype=torch.int32)
     logprobs, token_ids = log_probabilities(logits, picked, count)
     assert (logprobs.dtype, token_ids.dtype) == (torch.float32, torch.int32)

@@ -311,24 +311,26 @@ def test_the_memory_of_released_sequences_is_bounded(
 
 def test_log_probabilities_come_with_the_tokens(checkpoint: Checkpoint, whole: Any) -> None:
     stage = whole_stage(checkpoint)
-    asked: list[int | None] = [3, None, 0]
-    samplings = [
-        Sampling(temperature=1.0, seed=5, repetition_penalty=1.5, logprobs=k) for k in asked
-    ]
+    asked = (3, None, 0, 9)
+    prompts = [*PROMPTS, [1, 2]]
     slices = [
         SequenceSlice(
-            sequence_id=i, start=0, num_tokens=len(prompt), sample=i != 2, sampling=samplings[i]
+            sequence_id=i,
+            start=0,
+            num_tokens=len(prompt),
+            sample=i != 3,
+            sampling=Sampling(temperature=1.0, seed=5, repetition_penalty=1.5, logprobs=asked[i]),
         )
-        for i, prompt in enumerate(PROMPTS)
+        for i, prompt in enumerate(prompts)
     ]
-    tokens = ids(*(token for prompt in PROMPTS for token in prompt))
+    tokens = ids(*(token for prompt in prompts for token in prompt))
     output = stage.run(slices, tokens, None)
     assert output.token_ids is not None
     assert output.logprobs is not None
     assert output.logprob_ids is not None
-    assert output.logprobs.shape == output.logprob_ids.shape == (2, 4)
+    assert output.logprobs.shape == output.logprob_ids.shape == (3, 4)
     assert output.logprob_ids[:, 0].tolist() == output.token_ids.tolist()
-    for row, prompt in enumerate(PROMPTS[:2]):
+    for row, prompt in enumerate(PROMPTS):
         with torch.inference_mode():
             logits = whole(input_ids=torch.tensor([prompt])).logits[0, -1]
         wanted = torch.log_softmax(logits, dim=0)

@@ -6,7 +6,7 @@ stage counts the memory that a real one would take, and must not need more than 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from distributed_llm.common.messages import (
     ModelSource,
     SequenceSlice,
     Task,
+    TokenLogprobs,
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import (
@@ -80,6 +81,12 @@ def pick(hidden: int, sampling: Sampling, position: int) -> int:
     return token
 
 
+def token_logprobs(hidden: int, token: int, number: int) -> TokenLogprobs:
+    """Return how likely `token` and the `number` likeliest tokens are; exact in 32 bits."""
+    top = tuple(((mix(hidden) + i) % VOCAB, -(i + 1) / 8) for i in range(number))
+    return TokenLogprobs(logprob=-(mix(hidden, token) % 64) / 8, top=top)
+
+
 def reference(
     prompt: Sequence[int],
     params: SamplingParams,
@@ -89,27 +96,44 @@ def reference(
 ) -> list[int]:
     """Return the answer that one machine without faults gives."""
     limit = params.max_new_tokens or default_max_new_tokens
+    return [token for _, token in _generate(prompt, params, choice, limit)]
+
+
+def reference_logprobs(
+    prompt: Sequence[int], params: SamplingParams, *, choice: int = 0
+) -> list[TokenLogprobs]:
+    """Return what goes with these tokens; needs `logprobs` and `max_new_tokens`."""
+    assert params.logprobs is not None
+    assert params.max_new_tokens is not None
+    answer = _generate(prompt, params, choice, params.max_new_tokens)
+    return [token_logprobs(hidden, token, params.logprobs) for hidden, token in answer]
+
+
+def _generate(
+    prompt: Sequence[int], params: SamplingParams, choice: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """Yield what each token of the answer was picked from, and the token."""
     states = [0] * NUM_LAYERS
-    hidden, answer = 0, list[int]()
+    hidden = 0
     tokens = deque(enumerate(prompt))
-    while len(answer) < limit:
+    ends = () if params.ignore_eos else (EOS,)
+    sampling = Sampling(
+        temperature=params.temperature or 0.0,
+        seed=choice + (DRAWN_SEED if params.seed is None else params.seed),
+        suppressed=ends,
+        suppressed_before=len(prompt) + (params.min_new_tokens or 0),
+    )
+    for at in range(len(prompt), len(prompt) + limit):
         while tokens:
             position, token = tokens.popleft()
             hidden = mix(token, position)
             for layer in range(NUM_LAYERS):
                 hidden = states[layer] = mix(states[layer], hidden, layer)
-        ends = () if params.ignore_eos else (EOS,)
-        sampling = Sampling(
-            temperature=params.temperature or 0.0,
-            seed=choice + (DRAWN_SEED if params.seed is None else params.seed),
-            suppressed=ends,
-            suppressed_before=len(prompt) + (params.min_new_tokens or 0),
-        )
-        answer.append(pick(hidden, sampling, len(prompt) + len(answer)))
-        if answer[-1] in ends:
-            break
-        tokens.append((len(prompt) + len(answer) - 1, answer[-1]))
-    return answer
+        token = pick(hidden, sampling, at)
+        yield hidden, token
+        if token in ends:
+            return
+        tokens.append((at, token))
 
 
 class Missing(StageError):
@@ -146,11 +170,15 @@ class FakeStage:
 
     Args:
         kv_tokens: positions that it has room for.
+
+    Attributes:
+        num_computed: tokens that it computed.
     """
 
     def __init__(self, order: LoadStage, kv_tokens: int) -> None:
         self.layers = order.layers
         self.kv: dict[int, FakeSequence] = {}
+        self.num_computed = 0
         self._kv_tokens = kv_tokens
         self._released: set[int] = set()
 
@@ -180,22 +208,21 @@ class FakeStage:
             raise Missing(missing)
         if POISON in token_ids:
             raise StageError("poison")
-        sampled, row = [], 0
+        sampled, row = list[tuple[int, Sampling, int]](), 0
         for part in task.sequences:
             self._run_slice(part, rows[row : row + part.num_tokens])
             row += part.num_tokens
             if part.sample:
                 sampling = self.kv[part.sequence_id].sampling
                 assert sampling is not None
-                sampled.append(pick(rows[row - 1][3], sampling, part.start + part.num_tokens))
+                token = pick(rows[row - 1][3], sampling, part.start + part.num_tokens)
+                sampled.append((rows[row - 1][3], sampling, token))
+        self.num_computed += row
         assert self.num_blocks <= self._kv_tokens // KV_BLOCK, "out of memory"
         if self.layers.stop < NUM_LAYERS:
             array = np.asarray(rows, dtype="<i4")
             return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
-        if not sampled:
-            return (), ()
-        spec, frame = frame_of_token_ids(sampled)
-        return (spec,), (frame,)
+        return _answer(sampled) if sampled else ((), ())
 
     @property
     def num_blocks(self) -> int:
@@ -270,3 +297,28 @@ class FakeStage:
             last = Buffer(start=last.start + last.length if last else 0)
             held.buffers.append(last)
         last.length = stop - last.start
+
+
+def _answer(
+    sampled: Sequence[tuple[int, Sampling, int]],
+) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+    """Return what the last stage answers; log-probabilities too if any asked for them."""
+    ids = frame_of_token_ids([token for _, _, token in sampled])
+    asked = [sampling.logprobs for _, sampling, _ in sampled if sampling.logprobs is not None]
+    if not asked:
+        return (ids[0],), (ids[1],)
+    found = [token_logprobs(hidden, token, max(asked)) for hidden, _, token in sampled]
+    values = [[one.logprob, *(value for _, value in one.top)] for one in found]
+    tokens = [
+        [token, *(other for other, _ in one.top)]
+        for (_, _, token), one in zip(sampled, found, strict=True)
+    ]
+    shape = (len(sampled), 1 + max(asked))
+    return (
+        (ids[0], TensorSpec("float32", shape), TensorSpec("int32", shape)),
+        (
+            ids[1],
+            np.asarray(values, dtype="<f4").tobytes(),
+            np.asarray(tokens, dtype="<i4").tobytes(),
+        ),
+    )

@@ -50,6 +50,7 @@ from distributed_llm.worker.events import (
     Drop,
     Exit,
     Garbage,
+    Greet,
     HandOn,
     LinkDown,
     LinkUp,
@@ -57,6 +58,7 @@ from distributed_llm.worker.events import (
     Loaded,
     LoadFailed,
     Log,
+    NextReached,
     OpenLink,
     PeerGarbage,
     PeerReceived,
@@ -532,6 +534,12 @@ def test_reports_of_the_link_are_said_between_heartbeats() -> None:
         actions = without_logs(agent.on_timer(reached=True, now=now))
         down = [Say(LinkReport(epoch=3, up=False))] if now == 3.0 else []
         assert actions == [*down, Beat(3)]
+    hello_to_mac = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
+    address = MAC.addresses[0]
+    greet = Greet(hello_to_mac, (address,))
+    assert agent.handle(NextReached(3, address), now=3.1) == [greet]
+    assert agent.next_deadline() == pytest.approx(3.4)
+    assert agent.on_timer(reached=True, now=3.4) == [greet]
     said = without_logs(agent.handle(LinkUp(3, 0.25), now=3.5))
     assert said == [Say(LinkReport(epoch=3, up=True, rtt_s=0.25))]
 

@@ -144,8 +144,8 @@ FILES = {
     ),
     "unknown section": ("workers: {}\n", ":1: unknown key 'workers'; did you mean 'worker'?"),
     "key of another section": (
-        "worker:\n  bind: 127.0.0.1:1\n",
-        ":2: unknown key 'worker.bind'; did you mean 'coordinator.bind'?",
+        "worker:\n  strategy: even\n",
+        ":2: unknown key 'worker.strategy'; did you mean 'coordinator.strategy'?",
     ),
     "key outside a section": ("slowdown: 2\n", "did you mean 'worker.slowdown'?"),
     "nothing near": ("zzz: 1\n", ":1: unknown key 'zzz'; known here: coordinator, worker, client"),

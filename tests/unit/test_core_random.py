@@ -19,18 +19,10 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from tests.unit.fake_client import Answer, SimClient, text_of
 from tests.unit.fake_model import BIG, POISON
-from tests.unit.simulation import (
-    Answer,
-    Fault,
-    FaultKind,
-    Message,
-    SimClient,
-    SimWorker,
-    World,
-    text_of,
-    with_settings,
-)
+from tests.unit.fake_worker import SimWorker
+from tests.unit.simulation import Fault, FaultKind, Message, World, with_settings
 
 _MAX_WORKERS = 7
 _FAULTY: list[type[Message]] = [

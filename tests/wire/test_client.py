@@ -31,6 +31,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import token_ids_of_frame
 from tests.fake_coordinator import TIMINGS, USAGE, FakeCoordinator, Script, failed, finished, piece
+from tests.fault_proxy import FaultProxy, Faults
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
@@ -407,3 +408,42 @@ def test_a_reader_that_sleeps_delays_nobody_and_loses_nothing(
     assert [token for chunk in rest for token in chunk.token_ids] == list(range(1, count))
     assert last.generation
     assert last.generation.text == "x" * count
+
+
+# ------------------------------------------------------------------ a bad network
+
+
+def test_a_cut_connection_is_told_and_the_next_call_makes_another(
+    coordinator: FakeCoordinator,
+) -> None:
+    coordinator.script = lambda request: interleaved(request)[:1]
+    with FaultProxy(coordinator.address) as proxy, DistributedClient(proxy.address) as client:
+        stream = client.stream("Hi", n=3)
+        next(stream)
+        proxy.cut()
+        with pytest.raises(CoordinatorLost, match="closed the connection"):
+            next(stream)
+        coordinator.script = numbered
+        assert client.generate("Hi", n=2) == ["<0>", "<1>"]
+
+
+def test_bytes_that_come_one_by_one(coordinator: FakeCoordinator) -> None:
+    coordinator.script = numbered
+    slices = Faults(slice_bytes=7)
+    with FaultProxy(coordinator.address) as proxy, DistributedClient(proxy.address) as client:
+        proxy.degrade(to_server=slices, to_client=slices)
+        assert client.generate("Hi", n=3) == ["<0>", "<1>", "<2>"]
+
+
+def test_a_coordinator_that_falls_silent_is_lost() -> None:
+    with (
+        FakeCoordinator(heartbeat_interval_s=0.05, silence_timeout_s=1.0) as coordinator,
+        FaultProxy(coordinator.address) as proxy,
+        DistributedClient(proxy.address) as client,
+    ):
+        stream = client.stream("Hi")
+        coordinator.script = lambda request: [piece(request, "a", 1)]
+        next(stream)
+        proxy.degrade(to_client=Faults(black_hole=True))
+        with pytest.raises(CoordinatorLost, match=r"has been silent for 1 s"):
+            next(stream)

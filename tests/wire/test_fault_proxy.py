@@ -47,6 +47,14 @@ class Echo:
         finally:
             writer.close()
 
+    def send(self, data: bytes) -> None:
+        """Send to the first client, unasked."""
+
+        async def send() -> None:
+            self._writers[0].write(data)
+
+        self._thread.run(send())
+
     def close(self) -> None:
         async def close() -> None:
             self._server.close()
@@ -205,6 +213,22 @@ def test_a_black_hole_swallows_the_end_too(proxy: FaultProxy, echo: Echo, how: s
     proxy.heal()
     assert proxy.num_connections == 0
     eventually(lambda: echo.ends == ["reset"])
+
+
+def test_a_server_that_sends_to_one_who_is_gone_does_not_hear_of_it(
+    proxy: FaultProxy, echo: Echo
+) -> None:
+    with connected(proxy) as client:
+        ask(client, b"before")
+        proxy.degrade(to_server=Faults(black_hole=True))
+    eventually(lambda: proxy._to_server.lossy)
+    echo.send(b"hello?")  # is answered by a reset
+    eventually(lambda: proxy.passed_bytes[1] == 12)
+    echo.send(b"hello?")  # finds that out
+    eventually(lambda: proxy.passed_bytes[1] == 18)
+    for _ in range(10):  # time for what follows from it
+        proxy.degrade(to_server=Faults(black_hole=True))
+    assert (echo.ends, proxy.num_connections) == ([], 1)
 
 
 def test_cut_resets_both_sides_now(proxy: FaultProxy, echo: Echo) -> None:

@@ -6,6 +6,7 @@ Tests wait for events, never for time; what never happens is ended by pytest's o
 import asyncio
 import contextlib
 import functools
+import os
 import secrets
 import select
 import socket
@@ -21,7 +22,12 @@ import pytest
 import zmq
 
 from distributed_llm.common import codec, transport
-from distributed_llm.common.errors import AddressInUse, LocalProtocolError, RemoteProtocolError
+from distributed_llm.common.errors import (
+    AddressInUse,
+    ConnectionFailed,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
 from distributed_llm.common.tensors import MAX_FRAME_BYTES
 from distributed_llm.common.transport import _BATCH, _MAX_OUTBOX, Dealer, Delivery, Router
 from distributed_llm.common.types import PeerId
@@ -766,6 +772,150 @@ async def test_something_else_that_listens_is_told_from_nothing(
         await retries.until(2)
         assert dealer.reached is False
         assert nothing.connects == nothing.losses == []
+
+
+# ------------------------------------------------------------------ several DEALERs
+
+
+@on_loop
+async def test_dealers_share_a_context_that_is_closed_with_the_last() -> None:
+    above, below = End(), End()
+    with opened(above) as router:
+        first, second = below.dealer(router.address), below.dealer(router.address)
+        await below.connects.until(2)
+        shared = first._socket.context
+        assert second._socket.context is shared
+        first.send([b"first"])
+        first.close()
+        assert not shared.closed
+        second.send([b"second"])
+        second.close()
+        assert shared.closed
+        await above.heard.until(2)
+        assert {frames[0] for _, frames in above.heard} == {b"first", b"second"}
+        third = End().dealer(router.address)
+        assert third._socket.context is not shared
+        third.close()
+
+
+@on_loop
+async def test_one_of_several_closes_without_waiting_for_what_it_said() -> None:
+    below = End()
+    with raw_sockets() as raw, dealing(End(), "127.0.0.1:1"):
+        deaf = raw(zmq.ROUTER, rcvhwm=1)
+        port = deaf.bind_to_random_port("tcp://127.0.0.1")
+        dealers = [below.dealer(f"127.0.0.1:{port}") for _ in range(10)]
+        await below.connects.until(len(dealers))
+        for dealer in dealers:
+            while not dealer._outbox:
+                dealer.send([bytes(1 << 20)])
+        started = asyncio.get_running_loop().time()
+        for dealer in dealers:
+            dealer.close()
+        assert asyncio.get_running_loop().time() - started < 0.3 * len(dealers) / 2
+
+
+@on_loop
+async def test_many_dealers() -> None:
+    """More than a context has room for by default."""
+    resource = pytest.importorskip("resource")
+    count = min(400, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8)
+    above = End()
+    with opened(above) as router, contextlib.ExitStack() as stack:
+        dealers = [stack.enter_context(dealing(End(), router.address)) for _ in range(count)]
+        for dealer in dealers:
+            dealer.send([b"hello"])
+        await above.heard.until(count)
+        assert len({peer for peer, _ in above.heard}) == count
+
+
+FORK = """
+import asyncio, os, sys
+from distributed_llm.common.transport import Dealer, Router
+
+async def speak(address, word):
+    over = asyncio.get_running_loop().create_future()
+    dealer = Dealer(address, over.set_result, lambda: dealer.send([word]), lambda: None)
+    await over
+    dealer.close()
+
+async def main():
+    heard = []
+    router = Router("127.0.0.1:0", lambda peer, frames: (
+        heard.append(bytes(frames[0])), router.send(peer, [b"heard"])), lambda: None)
+    dealer = Dealer(router.address, lambda frames: None, lambda: None, lambda: None)
+    child = os.fork()
+    if not child:
+        asyncio._set_running_loop(None)
+        try:
+            asyncio.run(speak(router.address, b"child"))
+        finally:
+            os._exit(0)
+    await speak(router.address, b"parent")
+    while len(heard) < 2:
+        await asyncio.sleep(0.001)
+    await asyncio.to_thread(os.waitpid, child, 0)
+    dealer.close()
+    router.close()
+    print(*sorted(heard))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_has_its_own_context() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, check=True, timeout=30
+    )
+    assert done.stdout == "b'child' b'parent'\n"
+
+
+@on_loop
+async def test_own_address_in_the_connection_is_known() -> None:
+    below = End()
+    with opened(End()) as router, dealing(below, router.address) as dealer:
+        assert dealer.local_host == ""
+        await below.connects.until(1)
+        assert dealer.local_host == "127.0.0.1"
+        gone = os.dup(0)
+        os.close(gone)
+        assert transport._local_host(gone) == ""
+
+
+@on_loop
+async def test_own_address_is_asked_for_without_touching_the_connection() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_connection(server.getsockname()) as one,
+    ):
+        other, _ = server.accept()
+        with other:
+            assert transport._local_host(one.fileno()) == "127.0.0.1"
+            one.sendall(b"still open")
+            assert other.recv(10) == b"still open"
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "127.0.0.1:x", "no port"])
+@on_loop
+async def test_what_is_no_address_is_refused_and_leaks_nothing(address: str) -> None:
+    with pytest.raises(ConnectionFailed, match="is not an address to connect to"):
+        End().dealer(address)
+    assert transport._dealers._context is None
+
+
+@on_loop
+async def test_outbox_may_be_smaller() -> None:
+    with opened(End()) as router:
+        address = router.address
+    dealer = Dealer(address, lambda _: None, lambda: None, lambda: None, max_outbox=3)
+    try:
+        for _ in range(3):
+            dealer.send([b"x"])
+        with pytest.raises(LocalProtocolError, match="3 messages"):
+            dealer.send([b"x"])
+    finally:
+        dealer.close()
 
 
 # ------------------------------------------------------------------ options and leaks

@@ -1,0 +1,131 @@
+"""What must hold after every event that a simulated coordinator handles, whatever happens to it."""
+
+from collections.abc import Sequence
+
+from distributed_llm.common.messages import Generate, Task, TaskFailed, TaskResult
+from distributed_llm.coordinator import events
+from distributed_llm.coordinator.core import Core
+from distributed_llm.coordinator.placement import CoreSettings
+from distributed_llm.coordinator.requests import RequestKey
+
+
+class Checker:
+    """Asserts invariants of a core that hold in public and those that its parts assert themselves.
+
+    Args:
+        core: read only.
+        settings: of the core.
+
+    Attributes:
+        num_arrived: requests of clients that it knows, repeated ones included.
+    """
+
+    def __init__(self, core: Core, settings: CoreSettings) -> None:
+        self._core = core
+        self._settings = settings
+        self._stale = False
+        self.num_arrived = 0
+        self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
+        self._ended: set[RequestKey] = set()
+        self._largest = (0, 0, 0, 0, 0, 0, 0)
+
+    def before(self, event: events.Event, *, now: float) -> None:
+        """Look at what an event is about to meet."""
+        self._stale = isinstance(event, events.Received) and self._is_stale(event)
+        if isinstance(event, events.Received) and isinstance(event.message, Generate):
+            self.num_arrived += self._core._registry.is_client(event.peer)
+
+    def _is_stale(self, event: events.Received) -> bool:
+        """Return whether it answers a step of an older plan, or one that was given up."""
+        answer = event.message
+        if not isinstance(answer, TaskResult | TaskFailed):
+            return False
+        pipelines = {r.epoch: r.pipeline for r in self._core._placement.replicas}
+        pipeline = pipelines.get(answer.epoch)
+        return pipeline is None or answer.step not in pipeline._travels
+
+    def check(
+        self, event: events.Event | None, actions: Sequence[events.Action], *, now: float
+    ) -> None:
+        """Assert all of it; `event` is None for a timer."""
+        self._core.validate()
+        self._check_text_orders(event, actions, now)
+        if self._stale:
+            effects = [a for a in actions if isinstance(a, events.Detokenize) or _is_task(a)]
+            assert not effects, f"an answer that nobody waits for was applied: {effects}"
+        self._stale = False
+        assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
+        self._check_numbers()
+        self._check_nobody_idles()
+
+    def _check_text_orders(
+        self, event: events.Event | None, actions: Sequence[events.Action], now: float
+    ) -> None:
+        """Every request that was begun ends once, and nothing is done for it afterwards."""
+        for action in actions:
+            match action:
+                case events.Tokenize(key=key):
+                    assert isinstance(event, events.Received)
+                    assert isinstance(event.message, Generate)
+                    self._open[key] = now + (event.message.params.timeout_s or float("inf"))
+                    waiting = self._core._desk.num_waiting
+                    assert waiting <= self._settings.max_waiting_requests
+                case events.Detokenize(key=key):
+                    assert key not in self._ended, f"{action} after the end"
+                case events.Forget(key=key):
+                    del self._open[key]
+                    self._ended.add(key)
+                case _:
+                    pass
+
+    def _check_numbers(self) -> None:
+        totals = self._core._desk.totals
+        numbers = (
+            self._core._placement.epoch,
+            totals.finished,
+            totals.failed,
+            totals.tokens,
+            totals.prefix_hit_tokens,
+            totals.preemptions,
+            sum(self._core._journal.rejected.values()),
+        )
+        assert all(a <= b for a, b in zip(self._largest, numbers, strict=True)), "it decreased"
+        self._largest = numbers
+
+    def _check_nobody_idles(self) -> None:
+        """No request waits while a pipeline that has room for it has nothing to do."""
+        request = self._core._desk.next_waiting()
+        if request is None:
+            return
+        for replica in self._core._placement.replicas:
+            scheduler, pipeline = replica.scheduler, replica.pipeline
+            if scheduler and pipeline and not scheduler.num_running and not pipeline.num_steps:
+                assert len(request.token_ids) >= replica.kv_tokens, "a request waits for nothing"
+
+    def check_drained(self) -> None:
+        """Assert that nothing is left of any request in the core."""
+        status = self._core.status(now=0.0)
+        assert (status.requests_running, status.requests_waiting) == (0, 0)
+        duplicates = status.rejected.get("duplicate_request", 0)
+        assert status.requests_finished + status.requests_failed == self.num_arrived - duplicates
+        assert not self._open
+        desk = self._core._desk
+        assert not desk.busy
+        assert not desk._homes
+        assert not desk._queue._accounts
+        assert desk.next_deadline() is None
+        assert not desk._deadlines
+        assert status.kv_tokens_used == 0
+        for replica in self._core._placement.replicas:
+            assert replica.pipeline is not None
+            assert replica.scheduler is not None
+            assert not replica.pipeline.num_steps
+            assert not replica.scheduler._in_flight
+            assert not replica.scheduler._leaving
+            ledger = replica.scheduler._ledger
+            assert set(ledger.sequence_ids) == set(ledger._ended)
+            assert not ledger.freed
+
+
+def _is_task(action: events.Action) -> bool:
+    return isinstance(action, events.Send) and isinstance(action.message, Task)

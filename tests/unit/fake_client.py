@@ -1,0 +1,224 @@
+"""The fake clients of a simulation, which check what they are sent, and its fake text thread."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from distributed_llm.common import codec
+from distributed_llm.common.messages import (
+    Cancel,
+    ClientHello,
+    ClientWelcome,
+    Finished,
+    FinishReason,
+    FromClient,
+    Generate,
+    Ping,
+    Pong,
+    Refused,
+    RequestFailed,
+    StatusReport,
+    ToClient,
+    TokenChunk,
+    TokenLogprobs,
+)
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.tensors import Frame, frame_of_token_ids
+from distributed_llm.coordinator import events
+from distributed_llm.coordinator.requests import RequestKey
+from tests.unit.fake_model import CONTEXT, reference, reference_logprobs
+
+if TYPE_CHECKING:
+    from tests.unit.simulation import Link, World
+
+
+@dataclass
+class Answer:
+    """What a client got for a request; further choices are answers of their own.
+
+    Attributes:
+        sent_at: when the request was sent, clock seconds; likewise the others.
+        token_times: when each token came.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    sent_at: float = 0.0
+    choice: int = 0
+    others: list["Answer"] = field(default_factory=list)
+    reason: FinishReason | None = None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)
+    text: str = ""
+    end: Finished | RequestFailed | None = None
+    ended_at: float = 0.0
+    cancelled: bool = False
+
+    @property
+    def code(self) -> str:
+        """Why it failed; empty if it did not."""
+        return self.end.code if isinstance(self.end, RequestFailed) else ""
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it finished."""
+        return self.reason if isinstance(self.end, Finished) else None
+
+    @property
+    def all(self) -> list["Answer"]:
+        """All choices, this one first."""
+        return [self, *self.others]
+
+    def expected(self) -> list[int]:
+        """Return the answer without faults."""
+        room = CONTEXT - len(self.prompt)
+        tokens = reference(
+            self.prompt, self.params, choice=self.choice, default_max_new_tokens=room
+        )
+        for count in range(1, len(tokens) + 1):
+            if any(stop in text_of(tokens[:count]) for stop in self.params.stop_strings):
+                return tokens[:count]
+        return tokens
+
+    def check(self) -> None:
+        """Assert that all that came is right."""
+        for other in self.others:
+            other.check()
+        expected = self.expected()
+        assert self.token_ids == expected[: len(self.token_ids)]
+        if self.params.logprobs is not None:
+            known = reference_logprobs(self.prompt, self.params, choice=self.choice)
+            assert self.logprobs == known[: len(self.token_ids)]
+        if isinstance(self.end, Finished):
+            assert self.token_ids == expected
+            assert self.end.usage.prompt_tokens == len(self.prompt)
+            assert self.reason is not None
+            if self.choice == 0:
+                lengths = [len(one.expected()) for one in self.all]
+                assert self.end.usage.completion_tokens == sum(lengths)
+            whole = text_of(expected)
+            found = [at for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
+            assert self.text == whole[: min(found, default=None)]
+
+
+class SimClient:
+    """A client that checks the order of what it is sent."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.gone = False
+        self.answers: dict[str, Answer] = {}
+        self.others: list[ToClient] = []
+        self.link = world.connect(self, "client")
+        self.say(ClientHello())
+        self._ping()
+
+    def say(self, message: FromClient, frames: Sequence[Frame] = ()) -> None:
+        """Send a message."""
+        if not self.gone:
+            self.world.send_up(self.link, message, frames)
+
+    def submit(
+        self,
+        prompt: Sequence[int] = (1, 2, 3),
+        params: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+    ) -> Answer:
+        """Send a request for 8 tokens, or with `params`."""
+        name = request_id or f"r{len(self.answers)}"
+        params = params or SamplingParams(max_new_tokens=8)
+        answer, *others = (
+            Answer(tuple(prompt), params, self.world.now, choice) for choice in range(params.n)
+        )
+        answer.others = others
+        self.answers[name] = answer
+        spec, frame = frame_of_token_ids(prompt)
+        message = Generate(
+            request_id=name, prompt="token_ids", params=answer.params, tensors=(spec,)
+        )
+        self.say(message, (frame,))
+        return answer
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request."""
+        self.answers[request_id].cancelled = True
+        self.say(Cancel(request_id=request_id))
+
+    def vanish(self, *, silently: bool = False) -> None:
+        """End without a word; silently if nobody closes the connection."""
+        self.gone = True
+        if not silently:
+            self.world.close(self.link)
+
+    def receive(self, link: "Link", wire: list[Frame]) -> None:
+        """Take a message."""
+        if self.gone:
+            return
+        message, _ = codec.to_client.decode(wire)
+        match message:
+            case TokenChunk(request_id=name, index=index, text=text, token_ids=ids):
+                answer = self.answers[name].all[message.choice]
+                assert answer.end is None, "a chunk after the end"
+                assert answer.reason is None, "a chunk after the last one"
+                assert index == len(answer.token_ids), "chunks are not contiguous"
+                answer.token_ids += ids
+                answer.token_times += [self.world.now] * len(ids)
+                answer.logprobs += message.logprobs
+                answer.text += text
+                answer.reason = message.finish_reason
+            case Finished(request_id=name) | RequestFailed(request_id=name):
+                for answer in self.answers[name].all:
+                    assert answer.end is None, "a second end"
+                    answer.end, answer.ended_at = message, self.world.now
+            case ClientWelcome() | StatusReport() | Pong() | Refused():
+                self.others.append(message)
+            case _:
+                raise AssertionError(f"unexpected {message}")
+
+    def _ping(self) -> None:
+        if not self.gone:
+            self.say(Ping())
+            self.world.at(5.0, self._ping)
+
+
+class FakeDetokenizer:
+    """One letter per token; what may be the beginning of a stop string waits."""
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        self._stops = stop_strings
+        self._text = ""
+        self._given = 0
+        self._count = 0
+
+    def feed(
+        self, key: RequestKey, choice: int, ids: Iterable[int], *, last: bool
+    ) -> events.Detokenized:
+        """Return what the core is told."""
+        for token in ids:
+            self._text += text_of([token])
+            self._count += 1
+            found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+            if found:
+                text = self._text[self._given : min(found)]
+                return events.Detokenized(key, choice, text, self._count, stopped=True, last=last)
+        end = len(self._text) if last else len(self._text) - self._held()
+        text, self._given = self._text[self._given : end], end
+        return events.Detokenized(key, choice, text, self._count, stopped=False, last=last)
+
+    def _held(self) -> int:
+        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        return next(
+            (
+                n
+                for n in range(min(longest, len(self._text) - self._given), 0, -1)
+                if any(stop.startswith(self._text[-n:]) for stop in self._stops)
+            ),
+            0,
+        )
+
+
+def text_of(token_ids: Iterable[int]) -> str:
+    """Return the text of tokens, one letter for each."""
+    return "".join(chr(0x4E00 + token) for token in token_ids)

@@ -1,0 +1,351 @@
+"""The core in a simulated cluster: workers that die, hang or fail, one at a time."""
+
+import pytest
+
+from distributed_llm.common.messages import (
+    Finished,
+    Heartbeat,
+    MissingPositions,
+    Task,
+)
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator import events
+from tests.unit.fake_model import POISON, Missing
+from tests.unit.fake_worker import SimWorker
+from tests.unit.simulation import LONG, World, finish, with_settings
+
+# ------------------------------------------------------------------ workers are lost
+
+
+def kill_nth(worker: SimWorker, number: int, when: str, how: str) -> None:
+    """Have `worker` die before or after it computes its `number`th task."""
+    left = [number]
+
+    def hook(task: Task) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            worker.kill(silently=how == "silently")
+
+    if when == "before":
+        worker.before_task = hook
+    else:
+        worker.after_task = hook
+
+
+@pytest.mark.parametrize("how", ["loudly", "silently"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_killed_at_any_step_gives_the_same_tokens(stage: int, when: str, how: str) -> None:
+    steps = 3 + 8 - 1  # chunks of the prompt, and tokens after the first
+    for number in range(1, steps + 1):
+        world = World()
+        victim = world.serving(3)[stage]
+        kill_nth(victim, number, when, how)
+        client = world.client()
+        answers = [client.submit(LONG), client.submit((1, 2, 3))]
+        finish(world, *answers)
+        assert victim.state == "dead"
+        assert world.epoch == 2
+        assert len(world.plan()) == 2
+
+
+def test_all_but_the_last_possible_worker_die_one_after_the_other() -> None:
+    world = World()
+    workers = world.serving(5, memory_bytes=1500)  # one could do it
+    client = world.client()
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    answer = client.submit(LONG, params)
+    for worker in workers[:4]:
+        count = len(answer.token_ids)
+        assert world.run(lambda count=count: len(answer.token_ids) >= count + 3)  # type: ignore[misc]
+        worker.kill()
+    finish(world, answer)
+    assert isinstance(answer.end, Finished)
+    assert {s.worker for s in answer.end.timings.stages} == {w.name for w in workers}
+    assert world.epoch == 5
+
+
+def test_two_workers_die_at_once() -> None:
+    world = World()
+    first, second, *_ = world.serving(4)
+    client = world.client()
+    answer = client.submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    first.kill(silently=True)
+    second.kill(silently=True)
+    finish(world, answer)
+
+
+def test_worker_dies_while_it_loads() -> None:
+    world = World()
+    workers = [world.worker(f"w{i}") for i in range(3)]
+    for worker in workers:
+        worker.load_s = 1.0
+    assert world.run(lambda: world.state == "loading")
+    client = world.client()
+    answer = client.submit()
+    world.run(for_s=0.5)
+    workers[1].kill()
+    finish(world, answer)
+
+
+def test_frozen_for_less_than_the_timeout_is_not_lost() -> None:
+    world = World()
+    _, victim, _ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    victim.freeze()
+    world.run(for_s=2.0)
+    victim.thaw()
+    finish(world, answer)
+    assert world.epoch == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_zombie_is_fenced_and_joins_again(stage: int) -> None:
+    world = World()
+    zombie = world.serving(3)[stage]
+    client = world.client()
+    answer = client.submit(LONG, SamplingParams(max_new_tokens=40, ignore_eos=True))
+
+    def freeze(task: Task) -> None:
+        if task.step >= 5 and zombie.state == "up":
+            zombie.freeze()
+
+    zombie.before_task = freeze
+    world.run(lambda: zombie.state == "frozen")
+    assert world.run(lambda: world.epoch == 2 and world.state == "serving")
+    count = len(answer.token_ids)
+    assert world.run(lambda: len(answer.token_ids) > count)
+    zombie.before_task = lambda task: None
+    zombie.thaw()
+    finish(world, answer)
+    assert zombie.num_sessions == 2
+    assert world.run(lambda: len(world.plan()) == 3)
+    finish(world, client.submit())
+
+
+def test_zombie_that_was_not_missed_yet_and_no_spare() -> None:
+    """Frozen with a result on its way; the others cannot hold the model; it comes back."""
+    world = World()
+    _, zombie = world.serving(2)
+    client = world.client()
+    lost = client.submit(LONG)
+    zombie.after_task = lambda task: zombie.freeze()
+    world.run(lambda: lost.end is not None)
+    assert lost.code == "worker_lost"
+    refused = client.submit()
+    world.run(lambda: refused.end is not None)
+    assert refused.code == "not_ready"
+    zombie.after_task = lambda task: None
+    zombie.thaw()
+    assert world.run(lambda: world.state == "serving")
+    assert world.rejected["bad_state"] >= 1
+    finish(world, client.submit(LONG))
+
+
+def test_worker_that_hangs_in_a_task_is_given_up() -> None:
+    world = World()
+    _, victim, _ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    victim.hung = True  # heartbeats go on
+    began = world.now
+    world.run(lambda: answer.end is not None)
+    assert world.now - began < 2 * 3.0 + 2.0  # two leases
+    finish(world, answer)
+    assert "no progress" in " ".join(world.logs)
+
+
+def test_hung_worker_is_given_nothing_until_it_moves_again() -> None:
+    world = World()
+    _, victim, _ = world.serving(3)
+    client = world.client()
+    first = client.submit(LONG)
+    world.run(lambda: len(first.token_ids) == 2)
+    victim.hung = True
+    finish(world, first)
+    assert victim.num_sessions == 2  # it is there again, and its task still hangs
+    world.run(for_s=10.0)
+    assert world.state == "serving"
+    assert victim not in world.plan()
+    finish(world, client.submit(LONG))
+    victim.resume()
+    assert world.run(lambda: victim in world.plan() and world.state == "serving", for_s=5.0)
+    finish(world, client.submit(LONG))
+
+
+def test_worker_that_hangs_is_not_waited_for_while_layers_load() -> None:
+    world = World()
+    _, victim, other, _ = world.serving(4)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    victim.hung = True
+    world.run(lambda: bool(victim.orders))
+    world.run(for_s=1.0)
+    other.kill()  # the new plan counts on the hung worker, which does not load
+    finish(world, answer)
+    assert victim not in world.plan()
+
+
+def test_slow_worker_with_progress_keeps_its_lease() -> None:
+    world = World()
+    _, slow, _ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    slow.hung = True
+    for _ in range(20):  # a task of ten seconds, a layer a second
+        world.run(for_s=0.5)
+        world.apply(
+            events.Received(
+                slow.link.peer,
+                Heartbeat(
+                    epoch=1,
+                    progress_age_s=0.1,
+                    tasks_waiting=1,
+                    memory_used_bytes=0,
+                    kv_bytes=0,
+                ),
+            )
+        )
+    assert world.epoch == 1
+    slow.resume()
+    finish(world, answer)
+
+
+def test_worker_that_says_it_serves_another_plan_is_given_up() -> None:
+    world = World()
+    astray, *_ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    beat = Heartbeat(epoch=99, progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0)
+    world.apply(events.Received(astray.link.peer, beat))
+    assert "w0 serves another plan" in " ".join(world.logs)
+    finish(world, answer)
+    assert world.epoch > 1
+
+
+def test_graceful_leave_moves_the_work() -> None:
+    world = World()
+    leaver, *_ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    leaver.leave()
+    finish(world, answer)
+    assert "w0 said goodbye" in " ".join(world.logs)
+
+
+def test_spare_worker_dies_unnoticed() -> None:
+    world = World(with_settings(strategy="custom", layers={"w0": LayerRange(0, 6)}))
+    _, spare = world.worker("w0", 2000), world.worker("w1")
+    assert world.run(lambda: world.state == "serving")
+    spare.kill()
+    finish(world, world.client().submit())
+    assert world.epoch == 1
+    assert len(world.core.status(now=world.now).workers) == 1
+
+
+# ------------------------------------------------------------------ stages fail
+
+
+def test_lonely_request_whose_step_fails_once_is_run_again() -> None:
+    world = World()
+    _, worker, _ = world.serving(3)
+    answer = world.client().submit(LONG)
+    world.run(lambda: len(answer.token_ids) == 2)
+    for _ in range(2):  # once each, not twice in a row
+        worker.fail_tasks = 1
+        count = len(answer.token_ids)
+        world.run(lambda count=count: len(answer.token_ids) > count + 1)  # type: ignore[misc]
+    finish(world, answer)
+
+
+def test_step_that_fails_once_is_run_again() -> None:
+    for stage in range(3):
+        world = World()
+        worker = world.serving(3)[stage]
+        client = world.client()
+        answers = [client.submit(LONG), client.submit((1, 2))]
+        world.run(lambda answers=answers: len(answers[1].token_ids) == 2)  # type: ignore[misc]
+        worker.fail_tasks = 1
+        finish(world, *answers)
+        assert world.epoch == 1
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 15, 16, 19])
+def test_poison_request_fails_alone(at: int) -> None:
+    world = World()
+    world.serving(3)
+    client = world.client()
+    good = [client.submit(LONG), client.submit((1, 2, 3))]
+    poison = list(LONG)
+    poison[at] = POISON
+    bad = client.submit(poison)
+    good += [client.submit((5, 6)), client.submit(LONG[::-1])]
+    finish(world, *good)
+    assert bad.code == "stage_error"
+    assert world.epoch == 1
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 15, 16, 19])
+def test_request_that_kills_its_workers_is_given_up_after_three(at: int) -> None:
+    world = World()
+    workers = world.serving(8)
+    for worker in workers:
+        worker.before_task = lambda task, worker=worker: (  # type: ignore[misc]
+            worker.kill() if POISON in poisoned(worker) else None
+        )
+
+    def poisoned(worker: SimWorker) -> bytes:
+        order = worker.orders[0]
+        return bytes(getattr(order, "frames")[0][::4])  # noqa: B009
+
+    client = world.client()
+    good = [client.submit(LONG), client.submit((1, 2, 3))]
+    poison = list(LONG)
+    poison[at] = POISON
+    bad = client.submit(poison)
+    good += [client.submit((5, 6)), client.submit(LONG[::-1])]
+    finish(world, *good)
+    assert bad.code == "worker_lost"
+    assert sum(w.state == "dead" for w in workers) == 3
+
+
+def test_lost_kv_cache_is_computed_again() -> None:
+    for stage in range(3):
+        world = World()
+        worker = world.serving(3)[stage]
+        client = world.client()
+        answers = [client.submit(LONG), client.submit((1, 2))]
+        world.run(lambda answers=answers: len(answers[0].token_ids) == 3)  # type: ignore[misc]
+        assert worker.stage is not None
+        worker.stage.kv.clear()
+        finish(world, *answers)
+        assert world.epoch == 1
+
+
+def test_stage_that_always_forgets_fails_the_request() -> None:
+    world = World()
+    _, worker, _ = world.serving(3)
+    worker.after_task = lambda task: worker.stage.kv.clear() if worker.stage else None
+    answer = world.client().submit(LONG)
+    assert world.run(lambda: answer.end is not None, for_s=5.0)
+    assert answer.code == "stage_error"
+
+
+def test_refusal_that_names_sequences_of_no_step_does_not_go_on_for_ever() -> None:
+    world = World()
+    _, worker, _ = world.serving(3)
+    answer = world.client().submit(LONG)
+    count = 0
+
+    def lie(task: Task) -> None:
+        nonlocal count
+        count += 1
+        raise Missing((MissingPositions(sequence_id=999, have=0),))
+
+    worker.before_task = lie
+    assert world.run(lambda: answer.end is not None, for_s=5.0)
+    assert answer.code == "stage_error"
+    assert count < 10

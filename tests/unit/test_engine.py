@@ -1,0 +1,440 @@
+"""The compute thread: orders in turn, what is void, what is answered, memory for the KV cache."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_llm.common.errors import NotEnoughMemory, StageError
+from distributed_llm.common.messages import (
+    Capabilities,
+    LoadStage,
+    MissingPositions,
+    ModelSource,
+    SequenceSlice,
+    Task,
+)
+from distributed_llm.common.tensors import TensorSpec
+from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.worker import engine as engine_module
+from distributed_llm.worker.engine import Engine, frame_of, tensor_of
+from distributed_llm.worker.events import (
+    Broke,
+    Computed,
+    Drop,
+    Event,
+    Load,
+    Loaded,
+    LoadFailed,
+    Release,
+    Run,
+)
+from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, StageOutput
+
+MIB = 1 << 20
+GIB = 1 << 30
+PER_TOKEN = 1000
+WEIGHTS = 7 * MIB
+TOKENS = TensorSpec("int32", (2,))
+TOKEN_IDS = bytes([1, 0, 0, 0, 2, 0, 0, 0])
+
+ORDER = LoadStage(
+    epoch=3,
+    source=ModelSource(kind="builtin", name=""),
+    layers=LayerRange(0, 2),
+    dtype="float32",
+    wire_dtype="bfloat16",
+    digest="d",
+    kv_tokens=1000,
+    link_key="k",
+)
+
+
+class FakeStage:
+    """Answers what it is told to, and notes what it is asked."""
+
+    weight_bytes = WEIGHTS
+    kv_bytes = 5
+    kv_bytes_per_token = PER_TOKEN
+
+    def __init__(self) -> None:
+        self.story: list[Any] = []
+        self.answer: Callable[[], StageOutput] = StageOutput
+
+    def limit_kv(self, max_bytes: int) -> None:
+        self.story.append(("limit", max_bytes))
+
+    def reset(self) -> None:
+        self.story.append("reset")
+
+    def release(self, ids: Sequence[int]) -> None:
+        if ids:
+            self.story.append(("release", *ids))
+
+    def run(
+        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden: Tensor | None
+    ) -> StageOutput:
+        self.story.append((token_ids.tolist(), None if hidden is None else hidden.dtype))
+        return self.answer()
+
+
+class FakeEngine(Engine):
+    """An engine whose stage is a fake."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.stages: list[FakeStage] = []
+        super().__init__(*args, **kwargs)
+
+    def _load_stage(self, order: LoadStage) -> Any:
+        self.stages.append(FakeStage())
+        return self.stages[-1]
+
+
+class Posted:
+    """What the engine posted, and waiting for it."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.post = self._queue.put
+
+    def next(self) -> Event:
+        return self._queue.get(timeout=20)
+
+    def loaded(self) -> Loaded:
+        event = self.next()
+        assert isinstance(event, Loaded)
+        return event
+
+    def computed(self) -> Computed:
+        event = self.next()
+        assert isinstance(event, Computed)
+        return event
+
+    @property
+    def nothing(self) -> bool:
+        return self._queue.empty()
+
+
+def capabilities(memory_bytes: int = GIB) -> Capabilities:
+    return Capabilities(
+        device="cpu",
+        device_name="A CPU",
+        platform="Linux",
+        memory_bytes=memory_bytes,
+        cores=2,
+        threads=1,
+        memory_bandwidth_bytes_per_s=1e10,
+        flops_per_s=1e11,
+    )
+
+
+@contextmanager
+def running(
+    memory_bytes: int = GIB,
+    *,
+    slowdown: float = 1.0,
+    delay_s: float = 0.0,
+    void: Callable[[Load | Run], bool] = lambda order: False,
+) -> Iterator[tuple[FakeEngine, Posted]]:
+    posted = Posted()
+    engine = FakeEngine(
+        capabilities(memory_bytes),
+        slowdown=slowdown,
+        delay_s=delay_s,
+        local_model="",
+        is_void=void,
+        post=posted.post,
+    )
+    try:
+        yield engine, posted
+    finally:
+        assert engine.stop(20)
+
+
+@pytest.fixture(autouse=True)
+def _much_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: 100 * GIB)
+
+
+def order(**fields: Any) -> LoadStage:
+    return msgspec.structs.replace(ORDER, **fields)
+
+
+def run(step: int = 0, *tensors: Tensor) -> Run:
+    given = [frame_of(tensor) for tensor in tensors]
+    part = SequenceSlice(sequence_id=1, start=0, num_tokens=2)
+    specs = (TOKENS, *(spec for spec, _ in given))
+    task = Task(epoch=3, step=step, oldest=0, sequences=(part,), tensors=specs)
+    return Run(0, task, (TOKEN_IDS, *(frame for _, frame in given)))
+
+
+# ------------------------------------------------------------------ what is answered
+
+
+@pytest.mark.parametrize(
+    ("wire", "dtype"),
+    [("bfloat16", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)],
+)
+def test_hidden_states_travel_in_the_wire_dtype(wire: str, dtype: torch.dtype) -> None:
+    hidden = torch.tensor([[1.0, 2.5], [3.0, -4.0]])
+    with running() as (engine, posted):
+        engine.put(Load(0, order(wire_dtype=wire)))
+        posted.loaded()
+        engine.stages[0].answer = lambda: StageOutput(hidden_states=hidden)
+        given = run(0, torch.ones(2, 3, dtype=torch.float16))
+        engine.put(given)
+        done = posted.computed()
+        assert done.run is given
+        assert done.specs == (TensorSpec(wire, (2, 2)),)  # type: ignore[arg-type]
+        back = tensor_of(done.specs[0], done.frames[0])
+        assert back.dtype == dtype
+        assert back.tolist() == hidden.tolist()
+        assert engine.stages[0].story[1:] == [([1, 2], torch.float16)]
+
+
+def test_last_stage_answers_token_ids_and_what_was_asked_besides() -> None:
+    ids = torch.tensor([7, 8], dtype=torch.int32)
+    logprobs = torch.tensor([[-0.5, -1.0], [-0.25, -2.0]])
+    logprob_ids = torch.tensor([[7, 9], [8, 1]], dtype=torch.int32)
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        engine.stages[0].answer = lambda: StageOutput(token_ids=ids)
+        engine.put(run())
+        done = posted.computed()
+        assert done.specs == (TensorSpec("int32", (2,)),)
+        assert bytes(done.frames[0]) == bytes([7, 0, 0, 0, 8, 0, 0, 0])
+        engine.stages[0].answer = lambda: StageOutput(
+            token_ids=ids, logprobs=logprobs, logprob_ids=logprob_ids
+        )
+        engine.put(run())
+        done = posted.computed()
+        assert [str(spec) for spec in done.specs] == ["int32[2]", "float32[2, 2]", "int32[2, 2]"]
+        got = [tensor_of(s, f).tolist() for s, f in zip(done.specs, done.frames, strict=True)]
+        assert got == [ids.tolist(), logprobs.tolist(), logprob_ids.tolist()]
+        engine.stages[0].answer = lambda: StageOutput(token_ids=torch.empty(0, dtype=torch.int32))
+        engine.put(run())
+        assert posted.computed().specs == ()
+
+
+def raising(error: Exception) -> Callable[[], StageOutput]:
+    def answer() -> StageOutput:
+        raise error
+
+    return answer
+
+
+def test_errors_are_answers_and_the_thread_goes_on() -> None:
+    missing = (MissingPositions(sequence_id=1, have=0),)
+    with running() as (engine, posted):
+        engine.put(run())
+        (broke,) = [posted.next()]
+        assert isinstance(broke, Broke)
+        assert "No layers are loaded" in str(broke.error)
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        for error, said in (
+            (MissingPositionsError(missing), "positions are missing"),
+            (StageError("not finite"), "not finite"),
+            (RuntimeError("a bug"), "Computing failed: RuntimeError: a bug."),
+        ):
+            engine.stages[0].answer = raising(error)
+            engine.put(run())
+            broke = posted.next()
+            assert isinstance(broke, Broke)
+            assert said in str(broke.error)
+            assert broke.missing == (missing if isinstance(error, MissingPositionsError) else ())
+        engine.stages[0].answer = StageOutput
+        engine.put(run())
+        posted.computed()
+
+
+def test_task_without_token_ids_is_refused() -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        whole = run(0, torch.ones(2, 3), torch.ones(1))
+        hidden = msgspec.structs.replace(whole.task, tensors=whole.task.tensors[1:])
+        nothing = msgspec.structs.replace(whole.task, tensors=())
+        for wrong in (whole, Run(0, hidden, whole.frames[1:]), Run(0, nothing, ())):
+            engine.put(wrong)
+            broke = posted.next()
+            assert isinstance(broke, Broke)
+            assert "not token ids and hidden states" in str(broke.error)
+
+
+def test_late_task_of_a_released_sequence_is_dropped_in_silence() -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        engine.put(Release((1, 2)))
+        engine.stages[0].answer = raising(ReleasedSequence("late"))
+        engine.put(run(1))
+        engine.put(Drop())
+        engine.put(run(2))
+        broke = posted.next()
+        assert isinstance(broke, Broke)
+        assert broke.run.task.step == 2
+        assert engine.stages[0].story[1] == ("release", 1, 2)
+
+
+def test_what_a_task_releases_is_freed_before_it_runs() -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        given = run()
+        releasing = msgspec.structs.replace(given.task, released=(4, 5))
+        engine.put(Run(0, releasing, given.frames))
+        posted.computed()
+        assert engine.stages[0].story[1:] == [("release", 4, 5), ([1, 2], None)]
+
+
+# ------------------------------------------------------------------ what is void
+
+
+def test_what_became_void_while_it_waited_is_not_run() -> None:
+    oldest = 0
+    begun, held = threading.Event(), threading.Event()
+    with running(void=lambda o: isinstance(o, Run) and o.task.step < oldest) as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+
+        def wait() -> StageOutput:
+            begun.set()
+            held.wait(20)
+            return StageOutput()
+
+        engine.stages[0].answer = wait
+        for step in range(4):
+            engine.put(run(step))
+        assert begun.wait(20)
+        oldest = 3
+        held.set()
+        assert [posted.computed().run.task.step for _ in range(2)] == [0, 3]
+        assert len(engine.stages[0].story) == 3  # the limit, and two tasks
+        engine.put(run(9))
+        assert posted.computed().run.task.step == 9
+        assert posted.nothing
+
+
+def test_void_order_loads_nothing() -> None:
+    with running(void=lambda o: isinstance(o, Load) and o.order.epoch < 4) as (engine, posted):
+        engine.put(Load(0, order(epoch=3)))
+        engine.put(Load(0, order(epoch=4)))
+        assert posted.loaded().epoch == 4
+        assert len(engine.stages) == 1
+
+
+def test_same_layers_are_kept_and_their_cache_is_dropped() -> None:
+    with running() as (engine, posted):
+        for epoch in (3, 4):
+            engine.put(Load(0, order(epoch=epoch, wire_dtype="float32")))
+            assert posted.loaded().epoch == epoch
+        assert len(engine.stages) == 1
+        assert engine.stages[0].story.count("reset") == 1
+        engine.put(Load(0, order(epoch=5, layers=LayerRange(0, 3))))
+        posted.loaded()
+        assert len(engine.stages) == 2
+
+
+# ------------------------------------------------------------------ time
+
+
+def test_delay_is_waited_and_counted_in_whole_microseconds() -> None:
+    with running(delay_s=0.05) as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        engine.put(run(0))
+        engine.put(run(1))
+        first, second = posted.computed(), posted.computed()
+        assert first.compute_us >= 50_000
+        assert second.queued_us >= 50_000
+        assert {type(v) for v in (first.compute_us, first.queued_us)} == {int}
+        assert engine.vitals.tasks_waiting <= 1  # the last is counted until after it is posted
+
+
+# ------------------------------------------------------------------ memory
+
+
+def blocks(count: int) -> int:
+    return count * KV_BLOCK * PER_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("wanted", "memory_bytes", "free_bytes", "kv_tokens", "limit"),
+    [
+        pytest.param(1000, GIB, 100 * GIB, 1000, blocks(16), id="all that is wanted"),
+        pytest.param(64, GIB, 100 * GIB, 64, blocks(1), id="one block"),
+        pytest.param(10, GIB, 100 * GIB, 10, blocks(1), id="less than a block"),
+        pytest.param(
+            1000, WEIGHTS + blocks(3) + 1, 100 * GIB, 192, blocks(3), id="as max_memory allows"
+        ),
+        pytest.param(
+            1000, GIB, 256 * MIB + blocks(2), 128, blocks(2), id="what is free but 256 MiB"
+        ),
+        pytest.param(
+            10**9, 1000 * GIB, 100 * GIB, 102_005_440, None, id="what is free but 5 percent"
+        ),
+    ],
+)
+def test_cache_gets_what_is_wanted_or_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: int,
+    memory_bytes: int,
+    free_bytes: int,
+    kv_tokens: int,
+    limit: int | None,
+) -> None:
+    monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: free_bytes)
+    with running(memory_bytes) as (engine, posted):
+        engine.put(Load(0, order(kv_tokens=wanted)))
+        event = posted.loaded()
+        assert event.weight_bytes == WEIGHTS
+        assert event.kv_tokens == kv_tokens
+        if limit is None:
+            limit = kv_tokens * PER_TOKEN
+            assert limit <= 0.95 * free_bytes < limit + blocks(1)
+        assert engine.stages[0].story == [("limit", limit)]
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "free_bytes"),
+    [
+        (WEIGHTS + blocks(1) - 1, 100 * GIB),
+        (WEIGHTS - 1, 100 * GIB),
+        (GIB, 256 * MIB + blocks(1) - 1),
+        (GIB, 0),
+    ],
+)
+def test_no_room_for_one_block_is_said_with_numbers_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, memory_bytes: int, free_bytes: int
+) -> None:
+    monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: free_bytes)
+    with running(memory_bytes) as (engine, posted):
+        engine.put(Load(0, ORDER))
+        event = posted.next()
+        assert isinstance(event, LoadFailed)
+        assert isinstance(event.error, NotEnoughMemory)
+        text = str(event.error)
+        assert "No room for a KV cache beside layers 0-2" in text
+        assert "7.0 MiB" in text
+        assert "raise its max_memory" in text
+        engine.put(run())
+        broke = posted.next()
+        assert isinstance(broke, Broke)
+        assert "No layers are loaded" in str(broke.error)
+
+
+def test_tensor_owns_its_memory() -> None:
+    raw = bytearray(range(9))
+    spec = TensorSpec("int32", (2,))
+    tensor = tensor_of(spec, memoryview(raw)[1:])  # at an odd address, as frames may be
+    raw[:] = bytes(9)
+    assert tensor.tolist() == [0x04030201, 0x08070605]
+    tensor += 1

@@ -1,0 +1,595 @@
+"""The book of KV caches: what is charged, what is shared, what goes first when room is needed."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from distributed_llm.common.messages import SharedPrefix
+from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.coordinator import kv_ledger
+from distributed_llm.coordinator.kv_ledger import KVLedger, Match, common_prefix
+
+TEXT = list(range(1000))
+STRIDE = 16
+
+
+def ledger(blocks: int = 100) -> KVLedger:
+    return KVLedger(blocks * KV_BLOCK)
+
+
+def compute(book: KVLedger, sequence_id: int, tokens: list[int], *, then: str = "") -> None:
+    """Open a sequence, sharing what it can, and compute all of it; end it then, or free it."""
+    match = book.match(tokens, len(tokens) - 1)
+    assert book.open(sequence_id, tokens, len(tokens) + 1, match)
+    book.computed(sequence_id, len(tokens))
+    if then:
+        book.end(sequence_id, keep=then == "keep")
+    book.validate()
+
+
+def blocks(book: KVLedger) -> int:
+    return book.used_tokens // KV_BLOCK
+
+
+# ------------------------------------------------------------------ charging
+
+
+@pytest.mark.parametrize(
+    ("length", "charged"),
+    [(1, 1), (KV_BLOCK, 1), (KV_BLOCK + 1, 2), (3 * KV_BLOCK, 3), (3 * KV_BLOCK + 1, 4)],
+)
+def test_whole_blocks_are_charged(length: int, charged: int) -> None:
+    book = ledger()
+    assert book.open(1, TEXT, length, None)
+    assert blocks(book) == charged
+    assert book.used_tokens == charged * KV_BLOCK
+    book.validate()
+
+
+def test_growing_charges_a_block_when_one_is_full() -> None:
+    book = ledger()
+    assert book.open(1, TEXT, KV_BLOCK - 1, None)
+    charged = []
+    for length in (KV_BLOCK, KV_BLOCK + 1, KV_BLOCK + 2, 2 * KV_BLOCK, 2 * KV_BLOCK + 1):
+        assert book.extend(1, length)
+        charged.append(blocks(book))
+    assert charged == [1, 2, 2, 2, 3]
+    assert book.extend(1, 5)  # it never shrinks
+    assert blocks(book) == 3
+
+
+def test_capacity_counts_in_whole_blocks() -> None:
+    book = KVLedger(3 * KV_BLOCK - 1)
+    assert not book.open(1, TEXT, 2 * KV_BLOCK + 1, None)
+    assert book.sequence_ids == []
+    assert book.used_tokens == 0
+    assert book.open(2, TEXT, 2 * KV_BLOCK, None)
+    assert not book.extend(2, 2 * KV_BLOCK + 1)
+    assert blocks(book) == 2
+    book.validate()
+
+
+def test_what_does_not_grow_leaves_no_trace() -> None:
+    book = ledger(2)
+    assert book.open(1, TEXT, KV_BLOCK, None)
+    assert book.open(2, TEXT[7:], KV_BLOCK, None)
+    assert not book.extend(1, KV_BLOCK + 1)
+    assert blocks(book) == 2
+    book.end(2, keep=False)
+    assert book.extend(1, KV_BLOCK + 1)
+    book.validate()
+
+
+def test_end_without_keeping_frees_at_once() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:200])
+    compute(book, 2, TEXT[500:600])
+    book.end(1, keep=False)
+    assert book.freed == [1]
+    assert blocks(book) == 2
+    assert book.match(TEXT[:200], 199) is None
+    book.end(2, keep=False)
+    assert book.freed == [1, 2]
+    assert (book.used_tokens, book.sequence_ids) == (0, [])
+
+
+# ------------------------------------------------------------------ finding what is alike
+
+
+def test_only_what_is_computed_is_found() -> None:
+    book = ledger()
+    assert book.open(1, TEXT[:200], 201, None)
+    assert book.match(TEXT[:200], 199) is None
+    book.computed(1, 70)
+    assert book.match(TEXT[:200], 199) == Match(1, 70)
+    book.computed(1, 200)
+    assert book.match(TEXT[:200], 199) == Match(1, 199)
+    assert book.match(TEXT[:200], 33) == Match(1, 33)
+
+
+@pytest.mark.parametrize(
+    ("common", "found"), [(15, None), (16, 16), (17, 17), (31, 31), (100, 100)]
+)
+def test_alike_up_to_the_last_token(common: int, found: int | None) -> None:
+    """Sixteen positions are worth it; what is beyond a multiple of sixteen counts, too."""
+    book = ledger()
+    compute(book, 1, TEXT[:100])
+    match = book.match(TEXT[:common] + [7777] * 50, common + 49)
+    assert match == (Match(1, found) if found else None)
+
+
+def test_the_longest_is_found() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:64] + [5001] * 64)
+    compute(book, 2, TEXT[:96] + [5002] * 64)
+    compute(book, 3, TEXT[:32] + [5003] * 64)
+    assert book.match(TEXT[:200], 199) == Match(2, 96)
+
+
+def test_tokens_that_a_sequence_gets_later_are_found() -> None:
+    book = ledger()
+    tokens = TEXT[:40]
+    compute(book, 1, tokens)
+    tokens += TEXT[40:80]
+    assert book.extend(1, 81)
+    book.computed(1, 80)
+    assert book.match(TEXT[:100], 99) == Match(1, 80)
+
+
+def test_a_hash_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_ledger, "_hash", lambda state, tokens: 1)
+    book = ledger()
+    compute(book, 1, TEXT[:100], then="keep")
+    assert book.match(TEXT[500:600], 99) is None
+    assert book.match(TEXT[:20] + TEXT[500:580], 99) == Match(1, 20)
+    compute(book, 2, TEXT[500:600], then="keep")
+    assert book.sequence_ids == [1, 2]
+    book.validate()
+
+
+# ------------------------------------------------------------------ sharing
+
+
+def test_a_running_sequence_is_shared_and_charged_once() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:256])
+    before = blocks(book)
+    child = TEXT[:200] + [7777] * 20
+    match = book.match(child, len(child) - 1)
+    assert match == Match(1, 200)
+    assert book.open(2, child, 221, match)
+    assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=200)
+    assert blocks(book) <= before + 2  # its own 21, and where the other goes on now
+    assert book.freed == []
+    book.validate()
+    book.end(1, keep=False)
+    assert book.freed == [1]
+    assert blocks(book) >= 4 + 1, "the 200 positions are still there, and with them the rest"
+    book.end(2, keep=False)
+    assert book.used_tokens == 0
+
+
+def test_both_go_on_in_blocks_of_their_own() -> None:
+    book = ledger()
+    parent = TEXT[:KV_BLOCK]
+    compute(book, 1, parent)
+    child = [*parent[:-1], 7777]
+    assert book.open(2, child, KV_BLOCK + 1, book.match(child, KV_BLOCK - 1))
+    before = blocks(book)
+    assert book.extend(1, 4 * KV_BLOCK)
+    assert book.extend(2, 4 * KV_BLOCK)
+    assert blocks(book) - before >= 2 + 3, "what they write from here is not shared"
+    book.validate()
+
+
+def test_an_ended_sequence_is_shared_and_stays() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:200], then="keep")
+    child = TEXT[:128] + [7777] * 20
+    assert book.open(2, child, 149, book.match(child, 147))
+    assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=128)
+    assert blocks(book) == 4 + 1
+    assert book.sequence_ids == [1, 2]
+    assert book.match(TEXT[:200], 199) == Match(1, 199)
+
+
+def test_an_ended_sequence_that_is_covered_is_taken() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:200], then="keep")
+    assert blocks(book) == 4
+    assert book.open(2, TEXT[:240], 241, book.match(TEXT[:240], 239))
+    assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=200, take=True)
+    assert blocks(book) == 4, "it goes on where the other ended"
+    assert book.sequence_ids == [2]
+    assert book.freed == [], "the stages end it themselves"
+    book.computed(2, 240)
+    assert book.match(TEXT[:300], 299) == Match(2, 240)
+    book.end(2, keep=False)
+    assert book.used_tokens == 0
+
+
+def test_a_running_sequence_is_never_taken() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:64])
+    assert book.open(2, TEXT[:100], 101, book.match(TEXT[:100], 99))
+    prefix = book.prefix_of(2)
+    assert prefix is not None
+    assert (prefix.length, prefix.take) == (64, False)
+
+
+def test_a_sequence_that_shares_nothing_has_no_prefix() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:64])
+    assert book.open(2, TEXT[:100], 101, None)
+    assert book.prefix_of(2) is None
+    assert blocks(book) == 2 + 2
+
+
+def test_what_was_taken_in_vain_is_freed() -> None:
+    """The taken one is no more in the book; the stages still hold it."""
+    book = ledger(4)
+    compute(book, 1, TEXT[:64], then="keep")
+    assert not book.open(2, TEXT[:320], 321, book.match(TEXT[:320], 319))
+    assert book.freed == [1]
+    assert (book.used_tokens, book.sequence_ids) == (0, [])
+    book.validate()
+
+
+def test_sharing_without_room_shares_nothing() -> None:
+    book = ledger(3)
+    compute(book, 1, TEXT[: 2 * KV_BLOCK])  # 129 positions are charged: all three
+    match = book.match(TEXT[:100], 99)
+    assert match is not None
+    assert not book.open(2, TEXT[:100], 101, match)
+    assert book.sequence_ids == [1]
+    assert blocks(book) == 3
+    book.validate()
+
+
+# ------------------------------------------------------------------ what is kept, and what goes
+
+
+def test_what_is_not_worth_keeping_is_freed() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[: STRIDE - 1], then="keep")
+    assert book.freed == [1]
+    assert book.open(2, TEXT[:100], 101, None)
+    book.computed(2, STRIDE)
+    book.end(2, keep=True)
+    assert book.match(TEXT[:100], 99) == Match(2, STRIDE)
+
+
+def test_what_another_covers_is_freed() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:200], then="keep")
+    assert book.open(2, TEXT[:100], 101, None)
+    book.computed(2, 100)
+    book.end(2, keep=True)
+    assert book.freed == [2]
+    assert book.match(TEXT[:150], 149) == Match(1, 149)
+    book.validate()
+
+
+def test_tokens_that_the_owner_dropped_are_not_found() -> None:
+    """A stop string ends the answer before its last tokens."""
+    book = ledger()
+    tokens = TEXT[:100]
+    compute(book, 1, tokens)
+    del tokens[50:]
+    book.end(1, keep=True)
+    book.validate()
+    assert book.match(TEXT[:200], 199) == Match(1, 50)
+    tokens += [3] * 50
+    assert book.match(tokens, 100) == Match(1, 50)
+
+
+def test_the_least_lately_used_goes_first() -> None:
+    book = ledger(6)
+    for sequence_id in (1, 2, 3):
+        start = 100 * sequence_id
+        compute(book, sequence_id, TEXT[start : start + 64], then="keep")  # two blocks each
+    child = TEXT[100:132] + [7777] * 20
+    assert book.open(4, child, 53, book.match(child, 51))  # of the first, which is used by that
+    assert book.freed == [2]
+    book.end(4, keep=False)
+    assert book.open(5, TEXT[500:], 3 * KV_BLOCK, None)
+    assert book.freed == [2, 4, 3]
+    assert book.sequence_ids == [1, 5]
+    book.validate()
+
+
+def test_no_more_goes_than_must() -> None:
+    book = ledger(6)
+    for sequence_id in (1, 2, 3):
+        start = 100 * sequence_id
+        compute(book, sequence_id, TEXT[start : start + 64], then="keep")
+    assert book.open(4, TEXT[500:], 1, None)
+    assert book.freed == [1]
+    assert book.extend(4, 2 * KV_BLOCK)
+    assert book.freed == [1]
+    assert book.extend(4, 2 * KV_BLOCK + 1)
+    assert book.freed == [1, 2]
+
+
+def test_running_sequences_never_go() -> None:
+    book = ledger(4)
+    compute(book, 1, TEXT[:64])
+    compute(book, 2, TEXT[100:164], then="keep")
+    assert not book.open(3, TEXT[500:], 3 * KV_BLOCK, None)
+    assert book.freed == [2]
+    assert book.sequence_ids == [1]
+
+
+def test_cached_tokens_are_those_that_only_ended_sequences_hold() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:128])  # three blocks
+    assert book.cached_tokens == 0
+    book.end(1, keep=True)
+    assert book.cached_tokens == book.used_tokens == 3 * KV_BLOCK
+    child = TEXT[:100] + [7777] * 10
+    assert book.open(2, child, 111, book.match(child, 109))
+    assert book.cached_tokens == 0, "it would not be free if the ended one went"
+    assert book.used_tokens == 4 * KV_BLOCK
+    book.end(2, keep=False)
+    assert book.cached_tokens == 3 * KV_BLOCK
+
+
+# ------------------------------------------------------------------ comparing
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    left=st.lists(st.integers(0, 1), max_size=80),
+    right=st.lists(st.integers(0, 1), max_size=80),
+    same=st.integers(0, 300),
+    limit=st.integers(0, 400),
+)
+def test_common_prefix(left: list[int], right: list[int], same: int, limit: int) -> None:
+    left, right = TEXT[:same] + left, TEXT[:same] + right
+    assert common_prefix(left, right, limit) == _common(left[:limit], right[:limit])
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    at = 0
+    while at < min(len(left), len(right)) and left[at] == right[at]:
+        at += 1
+    return at
+
+
+# ------------------------------------------------------------------ against a stage
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of a stage for positions from `start` on, as `worker.kv_cache` has it."""
+
+    start: int
+    capacity: int = 0
+    holders: int = 1
+
+
+@dataclass(eq=False)
+class Kept:
+    """A sequence on a stage."""
+
+    tokens: list[int]
+    buffers: list[Buffer] = field(default_factory=list)
+    length: int = 0  # positions that the stage has
+    computed: int = 0  # of them, positions that the coordinator knows of
+    room: int = 0
+    ended: bool = False
+
+
+class Stage:
+    """What a stage allocates, told in the plainest way."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Kept] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        buffers = {buffer: None for kept in self.held.values() for buffer in kept.buffers}
+        return sum(buffer.capacity for buffer in buffers) // KV_BLOCK
+
+    def begin(self, sequence_id: int, tokens: list[int], prefix: SharedPrefix | None) -> None:
+        kept = self.held[sequence_id] = Kept(tokens)
+        if prefix is not None:
+            parent = self.held[prefix.sequence_id]
+            assert parent.length >= prefix.length
+            kept.buffers = [b for b in parent.buffers if b.start < prefix.length]
+            kept.length = prefix.length
+            for buffer in kept.buffers:
+                buffer.holders += 1
+            if prefix.take:
+                self.free(prefix.sequence_id)
+
+    def write(self, sequence_id: int, start: int, stop: int) -> None:
+        kept = self.held[sequence_id]
+        assert start <= kept.length
+        own = [b for b in kept.buffers if b.start < start or (b.start == start and b.holders == 1)]
+        for buffer in kept.buffers[len(own) :]:
+            buffer.holders -= 1
+        if not own or own[-1].holders > 1:
+            own.append(Buffer(start))
+        needed = -(-(stop - own[-1].start) // KV_BLOCK) * KV_BLOCK
+        own[-1].capacity = max(own[-1].capacity, needed)
+        kept.buffers, kept.length = own, stop
+
+    def free(self, sequence_id: int) -> None:
+        for buffer in self.held.pop(sequence_id).buffers:
+            buffer.holders -= 1
+
+
+_INDEX = st.integers(0, 1000)
+
+
+class Ledger(RuleBasedStateMachine):
+    """Sequences that begin alike come, are computed in pieces, and go, in any order."""
+
+    @initialize(capacity=st.sampled_from([4, 10, 20, 60, 100]))
+    def start(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.book = ledger(capacity)
+        self.stage = Stage()
+        self.next_id = 1
+
+    @property
+    def running(self) -> list[int]:
+        return [i for i, kept in self.stage.held.items() if not kept.ended]
+
+    @rule(
+        like=_INDEX,
+        common=st.none() | st.integers(0, 300),
+        length=st.integers(1, 300),
+        first=st.integers(1, 150),
+        shares=st.integers(0, 9).map(bool),
+    )
+    def open(self, like: int, common: int | None, length: int, first: int, shares: bool) -> None:
+        """Begin like another one, or like all that is known to be computed of it."""
+        tokens = [1000 + self.next_id] * length
+        if self.stage.held:
+            other = list(self.stage.held.values())[like % len(self.stage.held)]
+            tokens = other.tokens[: other.computed if common is None else common] + tokens
+        self._open(tokens[:600], first, shares=shares)
+
+    @precondition(lambda self: any(kept.ended for kept in self.stage.held.values()))
+    @rule(index=_INDEX, length=st.integers(1, 100))
+    def go_on(self, index: int, length: int) -> None:
+        """The next turn of a conversation: mostly, what ended is taken."""
+        ended = [kept for kept in self.stage.held.values() if kept.ended]
+        tokens = ended[index % len(ended)].tokens[:400]
+        self._open([*tokens, *[2000 + self.next_id] * length], 1, shares=True)
+
+    def _open(self, tokens: list[int], first: int, *, shares: bool) -> None:
+        match = self.book.match(tokens, len(tokens) - 1) if shares else None
+        if shares:
+            self._check_match(tokens, match)
+        sequence_id, self.next_id = self.next_id, self.next_id + 1
+        if self.book.open(sequence_id, tokens, len(tokens) + 1, match):
+            prefix = self.book.prefix_of(sequence_id)
+            self.stage.begin(sequence_id, tokens, prefix)
+            kept = self.stage.held[sequence_id]
+            kept.room = len(tokens) + 1
+            self._run(kept, sequence_id, first)
+            self._arrive(kept, sequence_id)
+        else:
+            used = len(tokens) // KV_BLOCK + 1 + self._blocks_of_running()
+            assert match or used > self.capacity, "there was room"
+        self._free()
+
+    def _blocks_of_running(self) -> int:
+        return (self.book.used_tokens - self.book.cached_tokens) // KV_BLOCK
+
+    def _check_match(self, tokens: list[int], match: Match | None) -> None:
+        limit = len(tokens) - 1
+        lengths = {
+            i: _common(kept.tokens[: kept.computed], tokens[:limit])
+            for i, kept in self.stage.held.items()
+        }
+        best = max(lengths.values(), default=0)
+        if match is None:
+            assert best < STRIDE
+        else:
+            assert match.length == lengths[match.sequence_id]
+            assert match.length >= best // STRIDE * STRIDE
+
+    @precondition(lambda self: self.running)
+    @rule(index=_INDEX, count=st.integers(1, 300), arrives=st.booleans())
+    def run_a_chunk(self, index: int, count: int, arrives: bool) -> None:
+        """The stage may be ahead of what the coordinator knows."""
+        kept, sequence_id = self._pick(index)
+        self._run(kept, sequence_id, count)
+        if arrives:
+            self._arrive(kept, sequence_id)
+
+    @precondition(lambda self: self.running)
+    @rule(index=_INDEX, count=st.integers(1, 50))
+    def steps_are_abandoned(self, index: int, count: int) -> None:
+        """What was computed meanwhile is computed again, from where the coordinator knows."""
+        kept, sequence_id = self._pick(index)
+        stop = min(kept.computed + count, len(kept.tokens))
+        if kept.computed < stop <= kept.length:
+            self.stage.write(sequence_id, kept.computed, stop)
+            kept.length = stop
+
+    @precondition(lambda self: self.running)
+    @rule(index=_INDEX, count=st.integers(1, 200))
+    def answer(self, index: int, count: int) -> None:
+        """Compute the rest of the prompt, and tokens of the answer one by one."""
+        kept, sequence_id = self._pick(index)
+        self._run(kept, sequence_id, len(kept.tokens))
+        self._arrive(kept, sequence_id)
+        for _ in range(count):
+            if not self.book.extend(sequence_id, kept.room + 1):
+                break
+            kept.room += 1
+            kept.tokens.append(sequence_id)
+            self._free()
+            self._run(kept, sequence_id, 1)
+            self._arrive(kept, sequence_id)
+
+    def _pick(self, index: int) -> tuple[Kept, int]:
+        sequence_id = self.running[index % len(self.running)]
+        return self.stage.held[sequence_id], sequence_id
+
+    def _run(self, kept: Kept, sequence_id: int, count: int) -> None:
+        stop = min(kept.length + count, len(kept.tokens))
+        if stop > kept.length:
+            self.stage.write(sequence_id, kept.length, stop)
+
+    def _arrive(self, kept: Kept, sequence_id: int) -> None:
+        """The coordinator hears of all that was computed."""
+        kept.computed = kept.length
+        self.book.computed(sequence_id, kept.length)
+
+    @precondition(lambda self: self.running)
+    @rule(index=_INDEX, keep=st.integers(0, 3).map(bool), dropped=st.integers(0, 5))
+    def end(self, index: int, keep: bool, dropped: int) -> None:
+        kept, sequence_id = self._pick(index)
+        kept.ended = True
+        del kept.tokens[max(1, len(kept.tokens) - dropped) :]
+        kept.tokens = kept.tokens[: kept.computed]
+        kept.computed = len(kept.tokens)
+        self.book.end(sequence_id, keep=keep)
+        assert keep or sequence_id in self.book.freed
+        self._free()
+
+    def _free(self) -> None:
+        for sequence_id in self.book.freed:
+            assert self.stage.held[sequence_id].ended, "it runs"
+            self.stage.free(sequence_id)
+        self.book.freed.clear()
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.book.validate()
+        assert set(self.book.sequence_ids) == set(self.stage.held)
+        assert self.stage.num_blocks * KV_BLOCK <= self.book.used_tokens
+        assert self.book.used_tokens <= self.capacity * KV_BLOCK
+
+    @invariant()
+    def cached_is_what_would_be_free(self) -> None:
+        rest = deepcopy(self.book)
+        for sequence_id in list(rest._ended):
+            rest._free(sequence_id)
+        assert self.book.cached_tokens == self.book.used_tokens - rest.used_tokens
+
+    def teardown(self) -> None:
+        for sequence_id in self.running:
+            self.book.end(sequence_id, keep=False)
+        while self.book._ended:
+            self.book._free(next(iter(self.book._ended)))
+        assert self.book.used_tokens == 0
+        assert not self.book._index
+        assert not self.book.sequence_ids
+
+
+TestLedgerAndStage = Ledger.TestCase
+TestLedgerAndStage.settings = settings(
+    max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None
+)
