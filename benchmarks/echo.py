@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from distributed_llm.common import codec
-from distributed_llm.common.messages import SequenceSlice, Task, TaskResult
+from distributed_llm.common.messages import SequenceSlice, StageTime, Task, TaskResult
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Dealer, Router
 from distributed_llm.common.types import PeerId
@@ -31,22 +31,15 @@ def task() -> list[Frame]:
     """Return one decode token of a model with 2048 hidden numbers on its way to a stage."""
     specs = (TensorSpec("int32", (1,)), TensorSpec("bfloat16", (1, 2048)))
     part = SequenceSlice(sequence_id=1, start=5, num_tokens=1)
-    message = Task(epoch=1, step=7, attempt=0, sequences=(part,), tensors=specs)
+    message = Task(epoch=1, step=7, oldest=7, sequences=(part,), tensors=specs, route=(False,))
     return codec.encode(message, (bytes(4), PAYLOAD))
 
 
 def result(frames: list[Frame]) -> list[Frame]:
     """Return a stage's answer to a task."""
     message, tensors = codec.to_worker.decode(frames)
-    answer = TaskResult(
-        epoch=1,
-        step=message.step,
-        attempt=0,
-        credits=1,
-        compute_s=0.0,
-        queued_s=0.0,
-        tensors=message.tensors[1:],
-    )
+    timing = StageTime(compute_us=0, queued_us=0)
+    answer = TaskResult(epoch=1, step=message.step, timings=(timing,), tensors=message.tensors[1:])
     return codec.encode(answer, tensors[1:])
 
 

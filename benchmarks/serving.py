@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks.common import Answer, ask, fresh_prompts, gather, print_table, until
 from benchmarks.make_checkpoint import make_checkpoint
@@ -258,6 +259,7 @@ async def overload(_: Path, rounds: int) -> None:
                     (turn + 1, *vars(held).values(), len(refused), max(refused, default=0.0) * 1000)
                 )
                 fates += found
+        torch.set_num_threads(1)  # a tiny model is slower with more
         outcome = Counter(_verdict(model, fate) for fate in fates)
     head = ("wave", "memory, MiB", "threads", "files and sockets", "KV, tokens")
     print_table((*head, "refused", "slowest refusal, ms"), rows)

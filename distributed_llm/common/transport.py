@@ -32,6 +32,8 @@ _BATCH = 64
 _LINGER_MS = 300
 _MAX_OUTBOX = 10_000
 _MAX_SOCKETS = 16_384
+_MAX_BACKLOG_BYTES = 8 << 20
+_RETRY_S = 0.005
 _NOTICE_S = 0.05
 
 
@@ -67,6 +69,8 @@ class Router:
         self._on_message = on_message
         self._on_disconnect = on_disconnect
         self._notice: asyncio.TimerHandle | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._backlogs: dict[PeerId, _Backlog] = {}
         self._context = zmq.Context()
         self._socket = _open(self._context, zmq.ROUTER)
         self._socket.router_mandatory = True
@@ -87,7 +91,21 @@ class Router:
         self._monitor = _Monitor(self._socket, zmq.EVENT_DISCONNECTED, self._watch)
 
     def send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
-        """Queue a message to `peer`; never blocks."""
+        """Queue a message to `peer`; never blocks.
+
+        ZeroMQ's queues count messages, and a step may have one for each of hundreds of requests.
+        What they do not take waits here, up to a number of bytes; then the peer is stuck.
+        """
+        backlog = self._backlogs.get(peer)
+        delivery = Delivery.STUCK if backlog else self._try_send(peer, frames)
+        if delivery is not Delivery.STUCK:
+            return delivery
+        if backlog is None:
+            backlog = self._backlogs[peer] = _Backlog()
+            self._retry_soon()
+        return Delivery.SENT if backlog.add(frames) else Delivery.STUCK
+
+    def _try_send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
         self._pump.look_again()
         try:
             self._socket.send_multipart([peer, *frames], zmq.NOBLOCK)
@@ -99,10 +117,30 @@ class Router:
             return Delivery.GONE
         return Delivery.SENT
 
+    def _retry_soon(self) -> None:
+        if not self._retry:  # a ROUTER does not tell which peer can be written to again
+            self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._flush)
+
+    def _flush(self) -> None:
+        self._retry = None
+        for peer, backlog in list(self._backlogs.items()):
+            while backlog.messages:
+                delivery = self._try_send(peer, backlog.messages[0])
+                if delivery is Delivery.STUCK:
+                    break
+                backlog.pop()
+                if delivery is Delivery.GONE:  # the next send tells
+                    backlog.messages.clear()
+            if not backlog.messages:
+                del self._backlogs[peer]
+        if self._backlogs:
+            self._retry_soon()
+
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Close the socket after at most `linger_ms` for what is still to be sent."""
-        if self._notice:
-            self._notice.cancel()
+        for timer in (self._notice, self._retry):
+            if timer:
+                timer.cancel()
         self._monitor.close()
         self._pump.close()
         self._context.destroy(linger=linger_ms)
@@ -119,6 +157,25 @@ class Router:
     def _notify(self) -> None:
         self._notice = None
         self._on_disconnect()
+
+
+class _Backlog:
+    """What waits to be sent to one peer of a ROUTER."""
+
+    def __init__(self) -> None:
+        self.messages: deque[list[Frame]] = deque()
+        self._nbytes = 0
+
+    def add(self, frames: Sequence[Frame]) -> bool:
+        """Queue a message; return False if too much waits already."""
+        if self._nbytes >= _MAX_BACKLOG_BYTES:
+            return False
+        self.messages.append(list(frames))
+        self._nbytes += sum(map(len, frames))
+        return True
+
+    def pop(self) -> None:
+        self._nbytes -= sum(map(len, self.messages.popleft()))
 
 
 class Dealer:

@@ -56,6 +56,7 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.journal import Journal
+from distributed_llm.coordinator.kv_ledger import prefix_key
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.pipeline import Dropped, SendTask, StepBroken, StepDone
 from distributed_llm.coordinator.placement import CoreSettings, Placement
@@ -91,7 +92,7 @@ class Core:
             self._journal,
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
         )
-        self._full: set[int] = set()  # epochs of replicas that had no room for who is next
+        self._open: dict[int, Replica] = {}  # by epoch; they may have room for who is next
         self._leases_at: float | None = None  # no lease runs out before
 
     # -------------------------------------------------------------- the four doors
@@ -126,7 +127,7 @@ class Core:
             self._leases_at,
             None if waits else self._placement.replan_at,
         )
-        return min((at for at in deadlines if at is not None), default=None)
+        return min([at for at in deadlines if at is not None], default=None)
 
     def on_timer(self, *, now: float) -> list[Action]:
         """Do what is due: peers that fell silent, leases that ran out, a plan for who joined."""
@@ -287,7 +288,9 @@ class Core:
         replica = self._placement.replica_of(peer)
         if replica and replica.pipeline:
             actions += self._desk.steps_lost(replica.pipeline.steps, worker.id)
-        return actions + self._placement.lose(worker)
+        actions += self._placement.lose(worker)
+        self._forget_dissolved()
+        return actions
 
     def _heartbeat(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
         hung = self._placement.hangs(worker)
@@ -409,11 +412,12 @@ class Core:
         sends: list[Action] = []
         self._admit(now)
         while self._placement.changed:
-            _, replica = self._placement.changed.popitem()
-            self._full.discard(replica.epoch)
+            epoch, replica = self._placement.changed.popitem()
             sends += replica.begin_steps(now=now)
             if replica.scheduler:
                 self._desk.collect(replica.scheduler)
+                if replica.scheduler.has_seat:
+                    self._open[epoch] = replica
             self._admit(now)
         if self._leases_at is None and sends:
             self._leases_at = now + self._settings.task_timeout_s
@@ -421,20 +425,28 @@ class Core:
 
     def _admit(self, now: float) -> None:
         """Let waiting requests run, each on the pipeline where it will have to wait least."""
-        while (request := self._desk.next_waiting()) is not None:
+        while self._open and (request := self._desk.next_waiting()) is not None:
             replica = self._choose(request)
             if replica is None or replica.scheduler is None:
                 return
             if not self._desk.admit(replica.scheduler, now=now):
-                self._full.add(replica.epoch)
+                del self._open[replica.epoch]
 
     def _choose(self, request: Request) -> Replica | None:
+        self._forget_dissolved()
+        key = prefix_key(request.token_ids)
         choice = [
-            (replica.scheduler.hit_length(request), -replica.load, -replica.epoch, replica)
-            for replica in self._placement.replicas
-            if replica.scheduler and replica.epoch not in self._full
+            (_hit_length(replica, request, key), -replica.load, -epoch)
+            for epoch, replica in self._open.items()
         ]
-        return max(choice)[3] if choice else None
+        return self._open[-max(choice)[2]] if choice else None
+
+    def _forget_dissolved(self) -> None:
+        self._open = {
+            epoch: replica
+            for epoch, replica in self._open.items()
+            if self._placement.replica_of(replica.seats[0].peer) is replica
+        }
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -444,6 +456,11 @@ class Core:
         pipelines = [r.pipeline for r in self._placement.replicas if r.pipeline]
         if pipelines and self._desk.next_waiting():
             assert any(p.num_steps for p in pipelines), "requests wait while nothing runs"
+
+
+def _hit_length(replica: Replica, request: Request, key: int) -> int:
+    scheduler = replica.scheduler
+    return scheduler.hit_length(request) if scheduler and scheduler.may_hit(key) else 0
 
 
 def _refusal(peer: PeerId, error: DistributedLLMError, code: str | None = None) -> Send:

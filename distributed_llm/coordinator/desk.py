@@ -8,7 +8,6 @@ import heapq
 from collections.abc import Callable, Iterable
 
 from distributed_llm.common.errors import (
-    ContextLengthExceeded,
     DeadlineExceeded,
     DistributedLLMError,
     InvalidRequest,
@@ -48,6 +47,7 @@ from distributed_llm.coordinator.requests import (
     RequestKey,
     Ticket,
     resolve,
+    wrong_prompt,
 )
 from distributed_llm.coordinator.scheduler import Scheduler, Step
 from distributed_llm.coordinator.totals import Totals
@@ -55,9 +55,6 @@ from distributed_llm.coordinator.totals import Totals
 _MAX_LOSSES = 3
 _MAX_FAILURES = 2
 _MAX_MISSING = 3
-_MAX_BYTES_PER_TOKEN = 64
-"""Of a prompt; no text comes near it on average, so what is longer need not be tokenized."""
-_MIN_PROMPT_BYTES = 64 * 1024
 
 
 class Desk:
@@ -120,7 +117,7 @@ class Desk:
                 retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
-        wrong = self._wrong_prompt(message)
+        wrong = wrong_prompt(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
         key = (peer, message.request_id, self._next_number)
@@ -132,20 +129,6 @@ class Desk:
             heapq.heappush(self._deadlines, (ticket.deadline, key))
         payload = bytes(frames[0]) if frames else b""
         return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
-
-    def _wrong_prompt(self, message: Generate) -> InvalidRequest | None:
-        wanted = "int32" if message.prompt == "token_ids" else "uint8"
-        context = self._defaults.context_length
-        limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context)
-        for spec in message.tensors:
-            if spec.dtype != wanted:
-                return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
-            if spec.nbytes > limit:
-                return ContextLengthExceeded(
-                    f"The prompt has {spec.nbytes} bytes, which no context of {context} tokens can "
-                    "hold. Shorten it."
-                )
-        return None
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError

@@ -112,6 +112,10 @@ class KVLedger:
         length = common_prefix(held.tokens, tokens, min(held.computed, limit))
         return Match(found, length) if length >= _STRIDE else None
 
+    def may_match(self, key: int) -> bool:
+        """Return whether `match` may find something; `key` is `prefix_key` of the tokens."""
+        return key in self._index
+
     def open(
         self, sequence_id: int, tokens: Sequence[int], length: int, match: Match | None
     ) -> bool:
@@ -259,6 +263,11 @@ class KVLedger:
         for state, found in self._index.items():
             assert found
             assert all(state in self._held[i].hashes for i in found)
+
+
+def prefix_key(tokens: Sequence[int]) -> int:
+    """Return what sequences have in common that could share anything."""
+    return _hash(0, tokens[:_STRIDE])
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:

@@ -16,7 +16,7 @@ from distributed_llm.coordinator.performance import StageTimes
 from distributed_llm.coordinator.pipeline import Pipeline, SendTask, StepDone
 from distributed_llm.coordinator.planner import Plan, kv_tokens_of
 from distributed_llm.coordinator.requests import Seat
-from distributed_llm.coordinator.scheduler import Scheduler, Step
+from distributed_llm.coordinator.scheduler import Scheduler
 
 _WORTHWHILE = 0.9
 """Of the best speed; more chunks under way than reach it would only delay what answers."""
@@ -74,6 +74,11 @@ class Replica:
         self._released: set[int] = set()  # said in messages, not yet in tasks
         self._decode_times = StageTimes(len(seats))
         self._prefill_times = StageTimes(len(seats))
+        # What was last asked of the times, and when to ask again: it takes longer than all else.
+        self._slowest_s: float | None = None  # per token; None: a step was observed since
+        self._chunks: int | None = None  # depth for prompts; likewise
+        self._decode_depth = (0, 0)  # and the number of sequences that it is for
+        self._decodes_seen = 0  # steps since then
         self.pipeline: Pipeline | None = None
         self.scheduler: Scheduler | None = None
 
@@ -89,9 +94,11 @@ class Replica:
         """How long its requests wait for their tokens, to compare with other pipelines."""
         scheduler = self.scheduler
         running = scheduler.num_running if scheduler else 0
-        stages = range(len(self.seats))
-        slowest_s = max(self._decode_times.seconds_per_token(stage) or 0.0 for stage in stages)
-        return (running + 1) * (slowest_s or 1e-9)
+        if self._slowest_s is None:
+            stages = range(len(self.seats))
+            times = (self._decode_times.seconds_per_token(stage) for stage in stages)
+            self._slowest_s = max(seconds or 0.0 for seconds in times) or 1e-9
+        return (running + 1) * self._slowest_s
 
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:
         """A stage has loaded its layers; return whether it was the last, and serving begins."""
@@ -138,25 +145,29 @@ class Replica:
         if pipeline is None or scheduler is None:
             return []
         sends: list[Send] = []
+        running = decoding = depth = 0
         while True:
             pipeline.release(scheduler.take_freed())
-            step = self._next_step(pipeline, scheduler, now)
+            if scheduler.num_running != running:  # the first time, or a step cost others their room
+                running, decoding = scheduler.num_running, scheduler.num_decoding
+                depth = min(self._depth(decoding, scheduler, now), pipeline.credits)
+            step = None
+            if pipeline.num_steps < depth:
+                max_decodes = -(-decoding // depth)
+                step = scheduler.next_step(max_decodes=max_decodes, idle=not pipeline.num_steps)
             if step is None:
                 break
             sends.append(sending(pipeline.begin(step, now=now)))
         pipeline.release(scheduler.take_freed())
         return [*self._releases(pipeline), *sends]
 
-    def _next_step(self, pipeline: Pipeline, scheduler: Scheduler, now: float) -> Step | None:
-        decoding = scheduler.num_decoding
-        depth = self._depth(decoding, scheduler, now)
-        if pipeline.num_steps >= min(depth, pipeline.credits):
-            return None
-        return scheduler.next_step(max_decodes=-(-decoding // depth), idle=not pipeline.num_steps)
-
     def observe(self, done: StepDone, *, now: float) -> None:
         """Learn from a step how long the stages take."""
-        times = self._decode_times if done.step.decodes else self._prefill_times
+        if done.step.decodes:
+            times, self._slowest_s = self._decode_times, None
+            self._decodes_seen += 1
+        else:
+            times, self._chunks = self._prefill_times, None
         tokens = len(done.step.token_ids)
         for stage, timing in enumerate(done.timings):
             times.observe(stage, tokens, timing.compute_us / 1e6, depth=done.depth, now=now)
@@ -167,10 +178,19 @@ class Replica:
         limit = min(2 * len(self.seats), self.pipeline.credits if self.pipeline else 1)
         depth = 1
         if decoding:
-            depth = self._decode_times.best_depth(decoding, limit=min(limit, decoding), now=now)
+            depth = self._depth_to_decode(decoding, limit, now)
         if scheduler.num_running > decoding:
-            depth = max(depth, self._chunk_depth(limit))
+            self._chunks = self._chunks or self._chunk_depth(limit)
+            depth = max(depth, self._chunks)
         return depth
+
+    def _depth_to_decode(self, decoding: int, limit: int, now: float) -> int:
+        """Return the best depth, as it was a round of steps ago if not much has changed."""
+        depth, sequences = self._decode_depth
+        if self._decodes_seen >= depth or 8 * abs(decoding - sequences) > sequences:
+            depth = self._decode_times.best_depth(decoding, limit=min(limit, decoding), now=now)
+            self._decode_depth, self._decodes_seen = (depth, decoding), 0
+        return min(depth, decoding)
 
     def _chunk_depth(self, limit: int) -> int:
         """Return how many chunks of prompts should be under way: no more than it is faster for."""

@@ -24,6 +24,7 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import (
     MAX_STAGES,
     FinishReason,
+    Generate,
     RequestId,
     SharedPrefix,
     StageTime,
@@ -36,6 +37,10 @@ from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingP
 from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId, WorkerId
 
 DEFAULT_MAX_NEW_TOKENS = 256
+
+_MAX_BYTES_PER_TOKEN = 64
+"""Of a prompt; no text comes near it on average, so what is longer need not be tokenized."""
+_MIN_PROMPT_BYTES = 64 * 1024
 
 T = TypeVar("T")
 
@@ -110,6 +115,21 @@ class Limits:
     sampling: tuple[Sampling, ...]
     max_new_tokens: int
     eos_token_ids: tuple[int, ...]
+
+
+def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | None:
+    """Return why the prompt of `message` cannot be right, before it is tokenized."""
+    wanted = "int32" if message.prompt == "token_ids" else "uint8"
+    limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context_length)
+    for spec in message.tensors:
+        if spec.dtype != wanted:
+            return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
+        if spec.nbytes > limit:
+            return ContextLengthExceeded(
+                f"The prompt has {spec.nbytes} bytes, which no context of {context_length} tokens "
+                "can hold. Shorten it."
+            )
+    return None
 
 
 def resolve(

@@ -119,7 +119,7 @@ class Scheduler:
 
     def admit(self, request: Request, *, now: float) -> bool:
         """Let a request run; return False if there is no room for it now."""
-        if len(self._running) >= self._max_sequences:
+        if not self.has_seat:
             return False
         leader, common = self._leader(request)
         if leader is not None:
@@ -132,6 +132,15 @@ class Scheduler:
         self._running[request.number] = request
         self._on_change()
         return True
+
+    @property
+    def has_seat(self) -> bool:
+        """Whether another request may run, if there is room in the KV cache."""
+        return len(self._running) < self._max_sequences
+
+    def may_hit(self, key: int) -> bool:
+        """Return whether `hit_length` may be above 0 for tokens with this `prefix_key`; quickly."""
+        return self._ledger.may_match(key)
 
     def hit_length(self, request: Request) -> int:
         """Return how many positions a request would find computed here."""

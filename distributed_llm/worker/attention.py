@@ -111,9 +111,9 @@ def packed_attention(
     outputs = []
     for part, queries, new_keys, new_values in zip(
         step.slices,
-        query[0].split(sizes, dim=1),
-        key[0].split(sizes, dim=1),
-        value[0].split(sizes, dim=1),
+        query[0].split_with_sizes(sizes, dim=1),
+        key[0].split_with_sizes(sizes, dim=1),
+        value[0].split_with_sizes(sizes, dim=1),
         strict=True,
     ):
         segments = step.cache.append(layer, part.sequence_id, part.start, new_keys, new_values)

@@ -171,8 +171,10 @@ class Engine:
         self.vitals.kv_bytes = self._stage.kv_bytes if self._stage else 0
 
     def _drop(self) -> None:
+        if self._stage is None:
+            return
         self._stage = self._held = None
-        gc.collect()
+        gc.collect()  # a model's modules and its hooks refer to each other
         self._give_memory_back()
 
     def _give_memory_back(self) -> None:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 _SMALLEST_PACKED = 256 * 256
-"""Elements of a weight. Below this the fixed cost of a call of oneDNN, 11 µs, is all of the time."""
+"""Elements of a weight; below this the 11 µs that any call of oneDNN takes are most of its time."""
 
 _TYPICAL_ROWS = 16
-"""Rows that oneDNN shall choose the order for; it suits others as well, that for one row does not."""
+"""Rows that oneDNN chooses the order for. It suits other numbers too; that for one row does not."""
 
 
 class PackedLinear(nn.Module):
@@ -63,7 +63,9 @@ def pack_linear_layers(model: nn.Module) -> None:
     embedding, where the head is tied to it) stays as it is: packed it would exist twice.
     """
     shared = _shared_weights(model)
-    for name, module in list(model.named_modules()):
+    names = [name for name, _ in model.named_modules()]  # a list of modules would hold them all
+    for name in names:
+        module = model.get_submodule(name)
         if type(module) is nn.Linear and _is_packable(module.weight, shared):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(module))
@@ -124,7 +126,8 @@ def _packing_helps(dtype: torch.dtype) -> bool:
     rows, and bfloat16 with AVX512-BF16. A processor that must emulate bfloat16 loses with one row
     what it gains with many.
     """
-    if platform.machine() not in {"x86_64", "AMD64"} or not torch.backends.mkldnn.is_available():
+    onednn_here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if platform.machine() not in {"x86_64", "AMD64"} or not onednn_here:
         return False
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported()

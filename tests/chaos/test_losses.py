@@ -17,6 +17,7 @@ import pytest
 from distributed_llm import (
     CoordinatorLost,
     DistributedClient,
+    Generation,
     LocalCluster,
     NotReady,
     Overloaded,
@@ -211,7 +212,9 @@ def test_more_requests_than_the_queue_holds_are_refused_and_the_rest_answered(
 
         def ask(prompt: list[int]) -> list[int] | Overloaded:
             try:
-                answer = client.generate(prompt, max_new_tokens=20, details=True, **OPEN_END)
+                answer: Generation = client.generate(
+                    prompt, max_new_tokens=20, details=True, **OPEN_END
+                )
                 return answer.token_ids
             except Overloaded as exc:
                 return exc

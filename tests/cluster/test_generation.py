@@ -14,6 +14,7 @@ from distributed_llm import (
     CoordinatorLost,
     CoordinatorUnreachable,
     DistributedClient,
+    Generation,
     InvalidRequest,
     LocalCluster,
 )
@@ -64,7 +65,9 @@ def test_many_clients_at_once_do_not_disturb_each_other(
 
     def ask(prompt: list[int]) -> list[int]:
         with DistributedClient(cluster.address) as client:
-            answer = client.generate(prompt, max_new_tokens=15, details=True, **OPEN_END)
+            answer: Generation = client.generate(
+                prompt, max_new_tokens=15, details=True, **OPEN_END
+            )
             return answer.token_ids
 
     with ThreadPoolExecutor(16) as pool:

@@ -14,7 +14,7 @@ from distributed_llm.common.messages import (
     Task,
     Welcome,
 )
-from distributed_llm.common.tensors import Frame
+from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import PeerId
 from distributed_llm.worker import events as agents
 from distributed_llm.worker.agent import CREDITS, Agent
@@ -23,6 +23,8 @@ from tests.unit.fake_model import BIG, COST, FakeStage, Missing, Void
 if TYPE_CHECKING:
     from tests.unit.simulation import Link, World
 
+Specs = tuple[TensorSpec, ...]
+Frames = tuple[Frame, ...]
 Order = agents.Load | agents.Run | agents.Release | agents.Drop
 
 
@@ -65,6 +67,7 @@ class SimWorker:
         self.token_s = 0.0
         self.busy_s = 0.0
         self.num_tasks = 0
+        self._spoils: list[Callable[[Specs, Frames], tuple[Specs, Frames]]] = []
         self._arrivals: deque[float] = deque()  # of the orders
         self._timer_at: float | None = None
         self.address = f"{name}:1"
@@ -107,6 +110,10 @@ class SimWorker:
         if self._stuck:
             self._stuck = False
             self._when_up(self._finish)
+
+    def spoil(self, times: int, change: Callable[[Specs, Frames], tuple[Specs, Frames]]) -> None:
+        """Change what the next `times` tasks give."""
+        self._spoils += [change] * times
 
     def leave(self) -> None:
         """Say goodbye and end."""
@@ -327,6 +334,8 @@ class SimWorker:
             if self.stage is None:
                 raise StageError("no layers are loaded")
             specs, frames = self.stage.run(run.task, run.frames)
+            if self._spoils:
+                specs, frames = self._spoils.pop()(specs, frames)
         except Void:
             return None
         except Missing as exc:

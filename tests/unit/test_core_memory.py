@@ -167,14 +167,14 @@ def test_prefix_that_a_stage_lost_is_computed_again(stage: int) -> None:
 
 def test_prefix_that_was_used_least_lately_goes_first() -> None:
     world = World()
-    world.linked(3)  # room for two blocks
+    world.linked(3, 850)  # room for four blocks
     client = world.client()
     finish(world, client.submit(PROMPT[:40], tokens(2)))
     finish(world, client.submit(PROMPT[40:80], tokens(2)))
     used = client.submit(PROMPT[:40], tokens(3))  # the other one is older now
     finish(world, used)
     assert cached(used) == 39
-    finish(world, client.submit(PROMPT[60:], tokens(2)))
+    finish(world, client.submit(PROMPT[::-1], tokens(2)))  # two blocks
     kept = client.submit(PROMPT[:40], tokens(2))
     finish(world, kept)
     assert cached(kept) == 39
@@ -211,10 +211,12 @@ def test_oldest_is_never_preempted_whatever_comes() -> None:
     world = World(with_settings(max_batch_tokens=16))
     world.linked(3, 1000)  # room for five blocks
     clients = [world.client() for _ in range(3)]
+    oldest = clients[0].submit((1,), tokens(90))
+    world.run(lambda: len(oldest.token_ids) == 1)
     answers = [clients[i % 3].submit((i,), tokens(90 + i % 7)) for i in range(12)]
-    finish(world, *answers)
+    finish(world, oldest, *answers)
     assert world.core.status(now=world.now).preemptions >= 3
-    assert steps_of(answers[0]) == 90
+    assert steps_of(oldest) == 90
     assert nothing_failed(world)
 
 

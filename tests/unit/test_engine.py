@@ -431,6 +431,19 @@ def test_no_room_for_one_block_is_said_with_numbers_and_what_to_do(
         assert "No layers are loaded" in str(broke.error)
 
 
+def test_layers_that_were_kept_are_given_up_where_there_is_no_more_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: 0)
+        engine.put(Load(0, order(epoch=4)))
+        assert isinstance(posted.next(), LoadFailed)
+        engine.put(run())
+        assert isinstance(posted.next(), Broke)
+
+
 def test_tensor_owns_its_memory() -> None:
     raw = bytearray(range(9))
     spec = TensorSpec("int32", (2,))

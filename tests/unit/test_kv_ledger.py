@@ -525,11 +525,12 @@ class Ledger(RuleBasedStateMachine):
         self._run(kept, sequence_id, len(kept.tokens))
         self._arrive(kept, sequence_id)
         for _ in range(count):
-            if not self.book.extend(sequence_id, kept.room + 1):
+            grown = self.book.extend(sequence_id, kept.room + 1)
+            self._free()
+            if not grown:
                 break
             kept.room += 1
             kept.tokens.append(sequence_id)
-            self._free()
             self._run(kept, sequence_id, 1)
             self._arrive(kept, sequence_id)
 

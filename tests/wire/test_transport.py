@@ -349,7 +349,9 @@ async def test_a_refused_send_does_not_swallow_what_arrives(refusal: Delivery) -
             deliveries: list[Delivery] = []
             for number in range(1, 6):
                 other.send(b"%d" % number)
-                swallow_edge(router._pump._fd, lambda: deliveries.append(router.send(peer, [b"x"])))
+                swallow_edge(
+                    router._pump._fd, lambda: deliveries.append(router._try_send(peer, [b"x"]))
+                )
                 assert set(deliveries) == {refusal}
                 await above.heard.until(count + number)
                 assert above.heard[-1][1] == [b"%d" % number]
@@ -564,6 +566,30 @@ async def test_a_peer_that_never_reads_is_stuck_and_others_are_served() -> None:
                 dealer.send([b"y"])
                 await below.heard.until(number)
                 await above.heard.until(number + 2)
+
+
+@on_loop
+async def test_a_burst_that_zeromq_does_not_take_at_once_arrives_in_order() -> None:
+    above, below = End(), End()
+    with opened(above) as router, dealing(below, router.address) as dealer:
+        dealer.send([b"hello"])
+        await above.heard.until(1)
+        peer = above.heard[0][0]
+        for number in range(5000):
+            assert router.send(peer, [b"%d" % number]) is Delivery.SENT
+        await below.heard.until(5000)
+        assert [frames for (frames,) in below.heard] == [[b"%d" % n] for n in range(5000)]
+        assert not router._backlogs
+
+
+@on_loop
+async def test_what_waits_for_a_peer_that_is_gone_is_dropped() -> None:
+    above = End()
+    with opened(above) as router:
+        with raw_sockets() as raw:
+            async with stuck_peer(router, above, raw):
+                assert router._backlogs
+        await come_true(lambda: not router._backlogs)
 
 
 @on_loop
