@@ -65,7 +65,7 @@ async def batch(folder: Path, rounds: int) -> None:
                 found = (
                     await decode_rate(client, 16),
                     await decode_rate(client, 1),
-                    baseline.measure(16).decode_tokens_per_s,
+                    (await asyncio.to_thread(baseline.measure, 16)).decode_tokens_per_s,
                 )
                 for name, rate in zip(rates, found, strict=True):
                     rates[name] += [rate] if turn else []  # the first is for warming up

@@ -23,10 +23,22 @@ _STRIDE = 16
 
 @dataclass(eq=False)
 class _Segment:
-    """A buffer on every stage: blocks charged for it, and how many sequences reference it."""
+    """A buffer on every stage.
+
+    Attributes:
+        blocks: charged for its positions.
+        splits: charged besides: whoever goes on elsewhere may begin in the middle of a block.
+        holders: sequences that reference it.
+    """
 
     blocks: int = 0
+    splits: int = 0
     holders: int = 1
+
+    @property
+    def charged(self) -> int:
+        """Blocks in all."""
+        return self.blocks + self.splits
 
 
 @dataclass(eq=False)
@@ -38,8 +50,9 @@ class _Held:
         segments: that it references, and the positions at which they begin.
         length: positions that are charged.
         hashes: under which it can be found.
-        prefix: what it began as.
-        ended: it is kept only as a prefix for others.
+        prefix: what it began as, until all stages know.
+        pins: sequences that are to begin as this one, on stages that may not know them yet.
+        ended: it is kept only as a prefix for others; not even that if it is `lost`.
     """
 
     tokens: Sequence[int]
@@ -48,7 +61,9 @@ class _Held:
     computed: int = 0
     hashes: list[int] = field(default_factory=list)
     prefix: SharedPrefix | None = None
+    pins: int = 0
     ended: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +104,7 @@ class KVLedger:
         for sequence_id in self._ended:
             for segment, _ in self._held[sequence_id].segments:
                 holders[segment] = holders.get(segment, 0) + 1
-        return KV_BLOCK * sum(s.blocks for s, count in holders.items() if count == s.holders)
+        return KV_BLOCK * sum(s.charged for s, count in holders.items() if count == s.holders)
 
     @property
     def sequence_ids(self) -> list[int]:
@@ -131,12 +146,10 @@ class KVLedger:
         if self.extend(sequence_id, length):
             return True
         self._forget(sequence_id)
-        if held.prefix and held.prefix.take:  # nobody knows of it any more
-            self.freed.append(held.prefix.sequence_id)
         return False
 
     def prefix_of(self, sequence_id: int) -> SharedPrefix | None:
-        """Return what the sequence began as, if that was another's."""
+        """Return what the sequence began as, if that was another's and not all stages know."""
         return self._held[sequence_id].prefix
 
     def _share(self, sequence_id: int, match: Match) -> SharedPrefix | None:
@@ -150,15 +163,16 @@ class KVLedger:
             # It goes on in a segment of its own; where that begins may cost a block more.
             if not self._make_room(1):
                 return None
-            last.blocks += 1
+            last.splits += 1
             self._used += 1
         for segment, start in parent.segments:
             if start < match.length:
                 segment.holders += 1
                 child.segments.append((segment, start))
-        child.length = child.computed = match.length
-        self._index_up_to(sequence_id, child)
+        child.length = match.length
         take = parent.ended and match.length >= parent.computed
+        if not take:
+            parent.pins += 1
         if take:
             del self._ended[match.sequence_id]
             self._forget(match.sequence_id)
@@ -191,6 +205,7 @@ class KVLedger:
     def computed(self, sequence_id: int, length: int) -> None:
         """All stages have the first `length` positions: others may share them."""
         held = self._held[sequence_id]
+        self._confirm(held)
         held.computed = length
         self._index_up_to(sequence_id, held)
 
@@ -199,7 +214,8 @@ class KVLedger:
         held = self._held[sequence_id]
         held.tokens = list(held.tokens[: held.computed])  # the owner may have dropped some
         held.computed = len(held.tokens)
-        if keep and held.computed >= _STRIDE and not self._is_covered(sequence_id, held):
+        useful = keep and held.computed >= _STRIDE and not self._is_covered(sequence_id, held)
+        if useful or held.pins:
             held.ended = True
             self._ended[sequence_id] = None
         else:
@@ -215,10 +231,31 @@ class KVLedger:
 
     def _make_room(self, blocks: int) -> bool:
         while self._used + blocks > self._capacity:
-            if not self._ended:
+            oldest = next((i for i in self._ended if not self._held[i].pins), None)
+            if oldest is None:
                 return False
-            self._free(next(iter(self._ended)))
+            self._free(oldest)
         return True
+
+    def discard(self, sequence_id: int) -> None:
+        """Keep a sequence no longer as a prefix, if it is kept as one: a stage has lost it."""
+        held = self._held.get(sequence_id)
+        if held is not None and held.ended:
+            self._unindex(sequence_id, held)
+            held.lost = True
+            self._free_lost(sequence_id)
+
+    def _free_lost(self, sequence_id: int) -> None:
+        held = self._held[sequence_id]
+        if held.lost and not held.pins:
+            self._free(sequence_id)
+
+    def _confirm(self, held: _Held) -> None:
+        """All stages know what a sequence began as, or it is gone: its parent is free to go."""
+        prefix, held.prefix = held.prefix, None
+        if prefix and not prefix.take:
+            self._held[prefix.sequence_id].pins -= 1
+            self._free_lost(prefix.sequence_id)
 
     def _free(self, sequence_id: int) -> None:
         self._ended.pop(sequence_id, None)
@@ -227,11 +264,14 @@ class KVLedger:
 
     def _forget(self, sequence_id: int) -> None:
         held = self._held.pop(sequence_id)
+        if held.prefix and held.prefix.take:  # stages that did not see it taken hold it still
+            self.freed.append(held.prefix.sequence_id)
+        self._confirm(held)
         self._unindex(sequence_id, held)
         for segment, _ in held.segments:
             segment.holders -= 1
             if not segment.holders:
-                self._used -= segment.blocks
+                self._used -= segment.charged
 
     def _index_up_to(self, sequence_id: int, held: _Held) -> None:
         state = held.hashes[-1] if held.hashes else 0
@@ -253,12 +293,14 @@ class KVLedger:
         """Assert the invariants; tests call this after every step."""
         assert 0 <= self._used <= self._capacity
         holders: dict[_Segment, int] = {}
-        for held in self._held.values():
+        for i, held in self._held.items():
             assert held.computed <= held.length
+            wanted = [h.prefix for h in self._held.values() if h.prefix and not h.prefix.take]
+            assert held.pins == sum(prefix.sequence_id == i for prefix in wanted)
             for segment, _ in held.segments:
                 holders[segment] = holders.get(segment, 0) + 1
         assert all(segment.holders == count for segment, count in holders.items())
-        assert self._used == sum(segment.blocks for segment in holders)
+        assert self._used == sum(segment.charged for segment in holders)
         assert set(self._ended) == {i for i, held in self._held.items() if held.ended}
         for state, found in self._index.items():
             assert found

@@ -87,12 +87,18 @@ class Dropped:
 
 @dataclass
 class _Travel:
-    """A step on its way; `stage` is the last one that it is known to have been sent to."""
+    """A step on its way.
+
+    Attributes:
+        route: of each hop, whether stages pass the step on themselves.
+        stage: the last one that it is known to have been sent to.
+    """
 
     number: int
     step: Step
     ids: tuple[TensorSpec, Frame]
     released: tuple[int, ...]
+    route: tuple[bool, ...]
     stage: int
     depth: int
     began_at: float
@@ -174,7 +180,8 @@ class Pipeline:
         released = tuple(islice(self._to_release, MAX_RELEASED))
         for sequence_id in released:
             del self._to_release[sequence_id]
-        travel = _Travel(self._next_step, step, ids, released, 0, depth, now, deadline)
+        route = self._route()
+        travel = _Travel(self._next_step, step, ids, released, route, 0, depth, now, deadline)
         self._next_step += 1
         self._travels[travel.number] = travel
         return self._task(travel, (ids[0],), (ids[1],), ())
@@ -250,7 +257,6 @@ class Pipeline:
         frames: tuple[Frame, ...],
         timings: tuple[StageTime, ...],
     ) -> SendTask:
-        route = self._linked[travel.stage :]
         task = Task(
             epoch=self.epoch,
             step=travel.number,
@@ -258,10 +264,21 @@ class Pipeline:
             sequences=travel.step.slices,
             tensors=specs,
             released=travel.released,
-            route=tuple(linked and not self._relayed for linked in route),
+            route=travel.route[travel.stage :],
             timings=timings,
         )
         return SendTask(self.seats[travel.stage].peer, task, frames)
+
+    def _route(self) -> tuple[bool, ...]:
+        """Return the route of a step that begins now.
+
+        A link is used once no step is under way that is relayed there: it would be overtaken.
+        """
+        routes = [travel.route for travel in self._travels.values()]
+        return tuple(
+            linked and not self._relayed and all(route[hop] for route in routes)
+            for hop, linked in enumerate(self._linked)
+        )
 
     def _done(
         self, travel: _Travel, answer: TaskResult, frames: tuple[Frame, ...], now: float

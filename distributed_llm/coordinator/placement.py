@@ -190,7 +190,8 @@ class Placement:
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             if self._replicas:
                 text = f"the model is served {len(self._replicas)} times: {exc}"
-                return [*self._drop_unused(), self._journal.note(text, "warning")]
+                note = self._journal.note(text, "warning")
+                return [*self._drop_unused(), note, *self._tell_capacity()]
             self.epoch += 1
             broken = WorkerLost(f"Worker {worker.id} serves its layers no longer. {exc}")
             return [*self._drop_unused(), *self._desk.fail_all(broken), *self._wait(exc)]
@@ -338,6 +339,7 @@ class Placement:
             self._journal.note(f"worker {worker.id} cannot serve: {failed.message}", "error")
         ]
         if failed.code == UnsupportedModel.code:
+            self._dissolve(self._of[worker.peer])
             return [*actions, Stop(UnsupportedModel(failed.message))]
         return actions + self.lose(worker)
 

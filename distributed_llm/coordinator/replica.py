@@ -79,6 +79,7 @@ class Replica:
         self._chunks: int | None = None  # depth for prompts; likewise
         self._decode_depth = (0, 0)  # and the number of sequences that it is for
         self._decodes_seen = 0  # steps since then
+        self._pace_s = 1e-9  # per token, on the slowest stage; as measured last
         self.pipeline: Pipeline | None = None
         self.scheduler: Scheduler | None = None
 
@@ -97,7 +98,8 @@ class Replica:
         if self._slowest_s is None:
             stages = range(len(self.seats))
             times = (self._decode_times.seconds_per_token(stage) for stage in stages)
-            self._slowest_s = max(seconds or 0.0 for seconds in times) or 1e-9
+            self._pace_s = max((seconds for seconds in times if seconds), default=self._pace_s)
+            self._slowest_s = self._pace_s
         return (running + 1) * self._slowest_s
 
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:

@@ -76,6 +76,7 @@ class Scheduler:
         self._on_change = on_change
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
+        self._kv_tokens = kv_tokens
         self._new_sequence_id = new_sequence_id
         self._ledger = KVLedger(kv_tokens)
         self._running: dict[int, Request] = {}  # by number, in the order of admission
@@ -119,7 +120,7 @@ class Scheduler:
 
     def admit(self, request: Request, *, now: float) -> bool:
         """Let a request run; return False if there is no room for it now."""
-        if not self.has_seat:
+        if not self.has_seat or request.ticket.reserved_tokens > self._kv_tokens:
             return False
         leader, common = self._leader(request)
         if leader is not None:
@@ -155,8 +156,14 @@ class Scheduler:
             self._forget_waiting(request)
 
     def restart(self, request: Request) -> None:
-        """Make a running request compute all its tokens again; no token of its answer changes."""
+        """A stage lost positions of a running request: compute all its tokens again.
+
+        No token of its answer changes. What it began as may be lost as well, and is kept no longer.
+        """
+        prefix = request.prefix
         self._close(request, keep=False)
+        if prefix and request.num_computed_tokens == prefix.length:
+            self._ledger.discard(prefix.sequence_id)
         request.shares = False
         request.reset()
         if not self._open(request):

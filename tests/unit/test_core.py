@@ -72,7 +72,7 @@ def test_batches_share_steps_and_prompts_come_in_chunks() -> None:
     answers = [client.submit(LONG), *(client.submit((i, i + 1)) for i in range(8))]
     finish(world, *answers)
     assert all(sum(part.num_tokens for part in task.sequences) <= 8 for task in tasks)
-    assert max(len(task.sequences) for task in tasks) >= 3  # a third of them at least
+    assert max(len(task.sequences) for task in tasks) >= 2
     parts = [part for task in tasks for part in task.sequences]
     long = [part for part in parts if part.sequence_id == parts[0].sequence_id]
     assert [(part.start, part.num_tokens) for part in long[:2]] == [(0, 8), (8, 8)]

@@ -1,6 +1,7 @@
 """The core in a simulated cluster: how well its stages are used, measured on the virtual clock."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -38,21 +39,39 @@ def cluster(
 
 def gaps(answer: Answer) -> list[float]:
     """Return the seconds between its tokens."""
-    times = answer.token_times
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(answer.token_times)]
+
+
+def steady(world: World, answers: Sequence[Answer], workers: Sequence[SimWorker]) -> list[float]:
+    """Run, and return tokens per second and each worker's busy share, once it has settled."""
+    world.run(lambda: min(len(a.token_ids) for a in answers) >= 45)
+    busy, began = [w.busy_s for w in workers], world.now
+    count = sum(len(a.token_ids) for a in answers)
+    world.run(lambda: max(len(a.token_ids) for a in answers) >= 95)
+    took_s = world.now - began
+    made = sum(len(a.token_ids) for a in answers) - count
+    return [made / took_s, *((w.busy_s - b) / took_s for w, b in zip(workers, busy, strict=True))]
 
 
 @pytest.mark.parametrize("stages", [2, 3, 6])
-@pytest.mark.parametrize(("task_s", "token_s"), [(0.0, 0.002), (0.005, 0.001), (0.02, 0.0)])
+@pytest.mark.parametrize(("task_s", "token_s"), [(0.0, 0.002), (0.005, 0.001)])
 def test_many_requests_keep_every_stage_busy(stages: int, task_s: float, token_s: float) -> None:
     world, workers = cluster(stages, task_s=task_s, token_s=token_s)
     client = world.client()
-    answers = [client.submit((i,), tokens(60)) for i in range(24)]
-    world.run(lambda: min(len(a.token_ids) for a in answers) >= 10)
-    busy, began = [w.busy_s for w in workers], world.now
-    world.run(lambda: max(len(a.token_ids) for a in answers) >= 50)
-    shares = [(w.busy_s - b) / (world.now - began) for w, b in zip(workers, busy, strict=True)]
+    answers = [client.submit((i,), tokens(100)) for i in range(18)]
+    _, *shares = steady(world, answers, workers)
     assert min(shares) > 0.9, shares
+    finish(world, *answers)
+
+
+@pytest.mark.parametrize("stages", [2, 3, 6])
+def test_stages_that_only_wait_give_what_they_can(stages: int) -> None:
+    """Every task takes 20 ms, whatever is in it: each round trip gives every request a token."""
+    world, workers = cluster(stages, task_s=0.02)
+    client = world.client()
+    answers = [client.submit((i,), tokens(100)) for i in range(16)]
+    rate, *_ = steady(world, answers, workers)
+    assert rate > 0.9 * 16 / (stages * 0.02)
     finish(world, *answers)
 
 
@@ -61,11 +80,9 @@ def test_slowest_stage_is_always_busy(slow: int) -> None:
     world, workers = cluster(3, token_s=0.001)
     workers[slow].token_s = 0.003
     client = world.client()
-    answers = [client.submit((i,), tokens(60)) for i in range(24)]
-    world.run(lambda: min(len(a.token_ids) for a in answers) >= 10)
-    busy, began = workers[slow].busy_s, world.now
-    world.run(lambda: max(len(a.token_ids) for a in answers) >= 50)
-    assert (workers[slow].busy_s - busy) / (world.now - began) > 0.9
+    answers = [client.submit((i,), tokens(100)) for i in range(18)]
+    _, *shares = steady(world, answers, workers)
+    assert shares[slow] > 0.9
     finish(world, *answers)
 
 
@@ -79,16 +96,15 @@ def test_token_of_a_single_request_takes_the_sum_of_the_stages(stages: int) -> N
 
 
 def test_chunks_of_a_prompt_follow_each_other_through_the_stages() -> None:
-    for _ in range(2):  # before anything is measured, and after
-        world, _workers = cluster(3, token_s=0.01, max_batch_tokens=8)
-        client = world.client()
-        for text in range(2):
-            began = world.now
-            answer = client.submit([(7 * i + text) % 90 for i in range(96)], tokens(1))
-            finish_at = world.run(lambda answer=answer: answer.end is not None)  # type: ignore[misc]
-            assert finish_at
-            chunk_s = 8 * 0.01
-            assert answer.ended_at - began < (12 + 2) * chunk_s * 1.1  # not 36
+    world, _ = cluster(3, token_s=0.01, max_batch_tokens=8)
+    client = world.client()
+    chunk_s = 8 * 0.01
+    for text, trials in enumerate([8, 0, 0]):  # the first one tries whether one at a time is better
+        began = world.now
+        answer = client.submit([(7 * i + text) % 90 for i in range(96)], tokens(1))
+        world.run(lambda answer=answer: answer.end is not None)  # type: ignore[misc]
+        assert answer.ended_at - began < (12 + 2 + trials) * chunk_s * 1.05  # not 36
+        finish(world, answer)
 
 
 def test_running_requests_keep_getting_tokens_while_a_long_prompt_is_prefilled() -> None:

@@ -1,8 +1,9 @@
 """Random schedules of everything that can happen to a cluster, and what must hold in each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from hypothesis import HealthCheck, settings
+import msgspec
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -22,7 +23,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from tests.unit.fake_client import Answer, SimClient, text_of
 from tests.unit.fake_model import BIG, POISON
 from tests.unit.fake_worker import SimWorker
-from tests.unit.simulation import Fault, FaultKind, Message, World, with_settings
+from tests.unit.simulation import Fault, FaultKind, Message, Way, World, with_settings
 
 _MAX_WORKERS = 7
 _FAULTY: list[type[Message]] = [
@@ -42,7 +43,19 @@ _INDEX = st.integers(0, 1000)
 
 
 class Cluster(RuleBasedStateMachine):
-    """Faults at any moment; the core's invariants are asserted after every event (`World`)."""
+    """Faults at any moment; what must always hold is asserted after every event (`Checker`).
+
+    Attributes:
+        replicas: pipelines that are wanted.
+        memories: of workers that join.
+        longest: answer that is asked for.
+        settings_of_core: others.
+    """
+
+    replicas = 1
+    memories = (300, BIG, 1200)
+    longest = 20
+    settings_of_core: Mapping[str, int] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,19 +67,16 @@ class Cluster(RuleBasedStateMachine):
         slow_network=st.booleans(),
         slow_text=st.booleans(),
         workers=st.integers(1, 4),
-        replicas=st.integers(1, 2),
     )
-    def start(
-        self, seed: int, slow_network: bool, slow_text: bool, workers: int, replicas: int
-    ) -> None:
+    def start(self, seed: int, slow_network: bool, slow_text: bool, workers: int) -> None:
         self.world = World(
-            with_settings(max_waiting_requests=8, replicas=replicas),
+            with_settings(max_waiting_requests=8, replicas=self.replicas, **self.settings_of_core),
             seed=seed,
             delay_s=(0.001, 0.3) if slow_network else (0.001, 0.002),
             text_delay_s=0.01 if slow_text else 0.0,
         )
         for _ in range(workers):
-            self.join(BIG, fit=True)
+            self.join(1, fit=True)
         self.world.client()
         self.world.run(for_s=2.0)
 
@@ -82,20 +92,21 @@ class Cluster(RuleBasedStateMachine):
         return bool(self.up())
 
     @precondition(lambda self: len(self.alive()) < _MAX_WORKERS)
-    @rule(memory=st.sampled_from([300, BIG, 1200]), fit=st.integers(0, 5).map(bool))
+    @rule(memory=st.integers(0, 2), fit=st.integers(0, 5).map(bool))
     def join(self, memory: int, fit: bool) -> None:
-        worker = self.world.worker(f"w{len(self.world.workers)}", memory)
+        worker = self.world.worker(f"w{len(self.world.workers)}", self.memories[memory])
         if not fit:
             worker.load_error = StageError("cannot load")
 
     @rule(
         prompt=_PROMPTS,
-        length=st.integers(1, 20),
+        length=_INDEX,
         seed=st.none() | st.integers(0, 3),
         stop=st.none() | st.integers(0, 19),
         n=st.sampled_from([1, 1, 1, 3]),
         like=st.none() | _INDEX,
         timeout_s=st.sampled_from([None, None, 0.05, 1.0]),
+        logprobs=st.sampled_from([None, None, 0, 3]),
     )
     def submit(
         self,
@@ -106,21 +117,23 @@ class Cluster(RuleBasedStateMachine):
         n: int,
         like: int | None,
         timeout_s: float | None,
+        logprobs: int | None,
     ) -> None:
         if like is not None and self.submitted:  # begin like another one, or go on from it
             other = self.submitted[like % len(self.submitted)][1]
             if POISON not in other.prompt:
                 prompt = [*other.prompt, *other.token_ids, *prompt][:200]
-        params = SamplingParams(max_new_tokens=length, seed=seed, n=n, timeout_s=timeout_s)
+        params = SamplingParams(
+            max_new_tokens=1 + length % self.longest,
+            seed=seed,
+            n=n,
+            timeout_s=timeout_s,
+            logprobs=logprobs,
+        )
         if stop is not None:
             whole = Answer(tuple(prompt), params).expected()
-            params = SamplingParams(
-                max_new_tokens=length,
-                seed=seed,
-                n=n,
-                timeout_s=timeout_s,
-                stop_strings=(text_of([whole[stop % len(whole)]]), text_of([1, 2])),
-            )
+            stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
+            params = msgspec.structs.replace(params, stop_strings=stops)
         self._submit(prompt, params)
 
     @rule(prompt=_PROMPTS, at=_INDEX)
@@ -201,20 +214,23 @@ class Cluster(RuleBasedStateMachine):
         worker.cut()
 
     @precondition(any_up)
-    @rule(index=_INDEX, task_s=st.sampled_from([0.0005, 0.001, 0.02, 0.2]))
-    def change_speed(self, index: int, task_s: float) -> None:
-        self._pick(index).task_s = task_s
+    @rule(index=_INDEX, task_s=st.sampled_from([0.0005, 0.001, 0.02, 0.2]), per_token=st.booleans())
+    def change_speed(self, index: int, task_s: float, per_token: bool) -> None:
+        worker = self._pick(index)
+        worker.task_s, worker.token_s = task_s, task_s / 8 if per_token else 0.0
 
     @rule(
         kind=st.sampled_from(_FAULTY),
         what=st.sampled_from(_FAULTS),
         count=st.integers(1, 2),
         delay_s=st.sampled_from([0.1, 2.0, 5.0]),
+        across=st.booleans(),
     )
     def break_messages(
-        self, kind: type[Message], what: FaultKind, count: int, delay_s: float
+        self, kind: type[Message], what: FaultKind, count: int, delay_s: float, across: bool
     ) -> None:
-        self.world.faults.append(Fault(kind, what, count, delay_s=delay_s))
+        way: Way | None = "across" if across and kind in (Task, PeerHello) else None
+        self.world.faults.append(Fault(kind, what, count, delay_s=delay_s, way=way))
 
     @rule(seconds=st.sampled_from([0.0, 0.002, 0.005, 0.02, 0.1, 1.0, 5.0]))
     def time_passes(self, seconds: float) -> None:
@@ -258,7 +274,7 @@ class Cluster(RuleBasedStateMachine):
                 worker.thaw()
             worker.resume()
         for i in range(2):
-            world.worker(f"mender{i}", 1200)
+            world.worker(f"mender{i}", 2000)
         assert world.run(world.all_ended, for_s=600.0), "a request never ended"
         world.run(for_s=10.0)  # losses of just now are noticed
         assert world.run(lambda: world.state == "serving", for_s=60.0)
@@ -291,12 +307,50 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
     assert answer.code in causes, answer.end
 
 
-TestRandomSchedules = Cluster.TestCase
-TestRandomSchedules.settings = settings(
-    max_examples=200,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+class TightCluster(Cluster):
+    """Answers outgrow the room."""
+
+    longest = 120
+    memories = (300, 600, 850)
+
+
+class CrowdedCluster(Cluster):
+    """Few may run at the same time, in small steps."""
+
+    settings_of_core = {"max_batch_sequences": 3, "max_batch_tokens": 4}
+
+
+class TwinCluster(Cluster):
+    """The model is served twice."""
+
+    replicas = 2
+    longest = 60
+    memories = (400, 800, 1200)
+
+
+class TestRandomSchedules(Cluster.TestCase):  # type: ignore[misc]
+    """Everything at once."""
+
+
+class TestTightSchedules(TightCluster.TestCase):  # type: ignore[misc]
+    """Everything, and too little memory."""
+
+
+class TestCrowdedSchedules(CrowdedCluster.TestCase):  # type: ignore[misc]
+    """Everything, and too little place."""
+
+
+class TestTwinSchedules(TwinCluster.TestCase):  # type: ignore[misc]
+    """Everything, in two pipelines."""
+
+
+for _case in (TestRandomSchedules, TestTightSchedules, TestCrowdedSchedules, TestTwinSchedules):
+    _case.settings = settings(
+        max_examples=500,
+        stateful_step_count=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.generate,),  # shrinking takes longer than a test may
+        suppress_health_check=list(HealthCheck),
+    )

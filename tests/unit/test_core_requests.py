@@ -1,12 +1,14 @@
 """The core in a simulated cluster: requests, how they end, and who is next."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
 from distributed_llm.common.messages import (
     Cancel,
     Generate,
+    RequestFailed,
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
@@ -193,3 +195,225 @@ def test_id_is_used_again_while_text_is_under_way(at_token: int) -> None:
     world.run(lambda: first.end is not None)
     second = client.submit((4, 5, 6, 7), request_id="again")
     finish(world, second)
+
+
+def held_anywhere(world: World) -> bool:
+    """Return whether any stage holds KV cache."""
+    return any(worker.stage and worker.stage.kv for worker in world.workers)
+
+
+@pytest.mark.parametrize("how", ["cancel", "vanish"])
+@pytest.mark.parametrize("wait_s", [0.0, 0.03, 0.07, 0.1, 0.17, 0.25, 0.5])
+def test_kv_cache_is_freed_on_every_stage_within_one_step(how: str, wait_s: float) -> None:
+    world = World()
+    for worker in world.linked(3, 2000):
+        worker.task_s = 0.1
+    client = world.client()
+    client.submit(LONG, SamplingParams(max_new_tokens=60, ignore_eos=True))
+    assert world.run(lambda: held_anywhere(world))
+    world.run(for_s=wait_s)
+    if how == "cancel":
+        client.cancel("r0")
+    else:
+        client.vanish()
+    assert world.run(lambda: not held_anywhere(world), for_s=3 * 3 * 0.1 + 0.02)
+    assert world.core.status(now=world.now).kv_tokens_used == 0
+    world.run(for_s=1.0)
+    assert not held_anywhere(world)
+
+
+@pytest.mark.parametrize("at_s", [0.0, 0.001, 0.003, 0.004, 0.01, 0.02, 0.1])
+def test_cancelled_while_others_wait_for_its_room(at_s: float) -> None:
+    world = World()
+    world.linked(3)
+    client, other = world.client(), world.client()
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    hogs = [client.submit(range(50 + i), params) for i in range(4)]
+    waiting = other.submit((1, 2, 3))
+    world.run(for_s=at_s)
+    for name in list(client.answers):
+        client.cancel(name)
+    finish(world, waiting)
+    assert {a.code for a in hogs} == {"cancelled"}
+
+
+# ------------------------------------------------------------------ deadlines
+
+
+def timed(timeout_s: float, count: int = 60) -> SamplingParams:
+    """Return parameters with a deadline."""
+    return SamplingParams(max_new_tokens=count, ignore_eos=True, timeout_s=timeout_s)
+
+
+def ends_in_time(world: World, answer: Answer) -> None:
+    """Assert that it ends by its deadline, but for the way of messages, and leaves nothing."""
+    assert answer.params.timeout_s is not None
+    assert world.run(lambda: answer.end is not None)
+    assert answer.code == "deadline_exceeded"
+    assert abs(answer.ended_at - answer.sent_at - answer.params.timeout_s) < 0.01
+    answer.check()
+
+
+@pytest.mark.parametrize("timeout_s", [0.0001, 0.004, 0.01, 0.03, 0.1])
+def test_deadline_of_a_running_request(timeout_s: float) -> None:
+    world = World()
+    world.linked(3)
+    client = world.client()
+    answer, other = client.submit(LONG, timed(timeout_s)), client.submit((1, 2))
+    ends_in_time(world, answer)
+    finish(world, other)
+
+
+def test_deadline_of_a_waiting_request() -> None:
+    world = World(with_settings(max_batch_sequences=1))
+    world.linked(3)
+    client = world.client()
+    first, late = client.submit((1,), timed(100.0, 100)), client.submit((2,), timed(0.2))
+    ends_in_time(world, late)
+    assert late.token_ids == []
+    finish(world, first)
+
+
+def test_deadline_while_layers_load() -> None:
+    world = World()
+    for i in range(3):
+        world.worker(f"w{i}").load_s = 5.0
+    assert world.run(lambda: world.state == "loading")
+    client = world.client()
+    answer, patient = client.submit(LONG, timed(1.0)), client.submit((1,), timed(60.0, 5))
+    ends_in_time(world, answer)
+    finish(world, patient)
+
+
+def test_deadline_while_the_prompt_is_tokenized() -> None:
+    world = World(text_delay_s=2.0)
+    world.linked(3)
+    client = world.client()
+    answer = client.submit(LONG, timed(0.5))
+    ends_in_time(world, answer)
+    assert world.core.status(now=world.now).requests_waiting == 0
+    finish(world)
+
+
+def test_deadline_while_only_the_text_is_missing() -> None:
+    world = World(text_delay_s=0.4)
+    world.linked(3)
+    answer = world.client().submit((1,), timed(1.0, 2))
+    world.run(lambda: world.core.status(now=world.now).tokens_generated == 2)
+    ends_in_time(world, answer)
+    finish(world)
+
+
+def test_deadline_that_is_met_changes_nothing() -> None:
+    world = World()
+    world.linked(3)
+    client = world.client()
+    answers = [client.submit((i,), timed(5.0, 10)) for i in range(5)]
+    finish(world, *answers)
+    world.run(for_s=10.0)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+def test_deadline_with_a_worker_that_hangs() -> None:
+    """Nothing comes from the stages, and yet the client is told in time."""
+    world = World()
+    _, victim, _ = world.linked(3)
+    answer = world.client().submit(LONG, timed(1.0))
+    world.run(lambda: len(answer.token_ids) == 2)
+    victim.hung = True
+    ends_in_time(world, answer)
+    victim.resume()
+    finish(world)
+
+
+# ------------------------------------------------------------------ overload, fairness
+
+
+def test_refusal_comes_at_once_and_says_when_to_come_back() -> None:
+    """What it says is near the truth, whatever the pace."""
+    waits = []
+    for task_s in (0.2, 0.6):
+        world = World(with_settings(max_waiting_requests=8, max_batch_sequences=1))
+        for worker in world.linked(3, 2000):
+            worker.task_s = task_s
+        client, late = world.client(), world.client()
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True)
+        answers = [client.submit((i,), params) for i in range(8)]
+        world.run(lambda a=answers: a[3].end is not None)  # type: ignore[misc]
+        answers += [client.submit((i,), params) for i in range(10)]
+        world.run(for_s=0.01)
+        refused = late.submit((1,), params)
+        world.run(lambda r=refused: r.end is not None, for_s=0.1)  # type: ignore[misc]
+        assert refused.code == "overloaded"
+        assert refused.ended_at - refused.sent_at < 0.1
+        assert isinstance(refused.end, RequestFailed)
+        wait_s, began = refused.end.retry_after_s, world.now
+        assert world.run(world.all_ended)
+        finished = [a for a in answers if not a.code]
+        assert 0.5 < wait_s / (finished[-1].ended_at - began) < 2.0
+        waits.append(wait_s)
+        finish(world, *finished)
+    assert waits[1] > 2 * waits[0]
+
+
+def test_many_answers_of_one_request_count_as_many() -> None:
+    world = World(with_settings(max_waiting_requests=5))
+    client = world.client()
+    world.worker("w0", 2000).load_s = 5.0
+    world.run(lambda: world.state == "loading")
+    three = SamplingParams(max_new_tokens=4, n=3)
+    first, second, third = client.submit((1,), three), client.submit((2,), three), client.submit()
+    world.run(lambda: second.end is not None, for_s=0.1)
+    assert second.code == "overloaded"
+    finish(world, first, third)
+
+
+def test_client_with_one_request_does_not_wait_for_one_with_fifty() -> None:
+    world = World(with_settings(max_batch_sequences=4))
+    world.linked(3, 2000)
+    greedy, modest = world.client(), world.client()
+    many = [greedy.submit((i,), SamplingParams(max_new_tokens=20)) for i in range(50)]
+    world.run(lambda: many[5].end is not None)
+    one = modest.submit((77,), SamplingParams(max_new_tokens=20))
+    world.run(lambda: one.end is not None)
+    assert sum(a.end is not None for a in many) <= 6 + 4 + 4
+    finish(world, *many, one)
+    ends = [a.ended_at for a in many]
+    assert sum(a > b for a, b in pairwise(ends)) < 25  # first come first served within a client
+
+
+def test_clients_get_equal_shares() -> None:
+    """One asks for long answers, one for short ones: tokens are shared, not requests."""
+    world = World(with_settings(max_batch_sequences=4, max_waiting_requests=500))
+    world.linked(3, 4000)
+    clients = [world.client() for _ in range(2)]
+    for i in range(100):
+        clients[0].submit((i % 90, i // 90), SamplingParams(max_new_tokens=40, ignore_eos=True))
+        clients[1].submit((i % 90, i // 90), SamplingParams(max_new_tokens=10, ignore_eos=True))
+    world.run(lambda: all(a.end for a in list(clients[1].answers.values())[:80]))
+    got = [sum(len(a.token_ids) for a in c.answers.values()) for c in clients]
+    assert 0.75 < got[0] / got[1] < 1.34
+    for client in clients:
+        client.vanish()
+    finish(world)
+
+
+def test_five_hundred_requests_against_a_queue_of_64() -> None:
+    settings = with_settings(max_batch_tokens=64, max_batch_sequences=32, max_waiting_requests=64)
+    world = World(settings)
+    world.linked(3, 1400)
+    clients = [world.client() for _ in range(5)]
+    for i in range(500):
+        prompt = [(i * j) % 90 for j in range(1 + i % 30)]
+        params = SamplingParams(max_new_tokens=1 + i % 40)
+        world.at(0.002 * i, lambda i=i, p=prompt, q=params: clients[i % 5].submit(p, q))  # type: ignore[misc]
+    world.run(for_s=1.0)
+    assert world.run(world.all_ended)
+    answers = [a for client in clients for a in client.answers.values()]
+    assert len(answers) == 500
+    refused = [a for a in answers if a.code]
+    assert {a.code for a in refused} == {"overloaded"}
+    assert max(a.ended_at - a.sent_at for a in refused) < 0.1
+    assert len(refused) < 400
+    finish(world, *(a for a in answers if not a.code))
+    assert not [line for line in world.logs if "failed a step" in line]

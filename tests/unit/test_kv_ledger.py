@@ -5,7 +5,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -165,7 +165,7 @@ def test_a_running_sequence_is_shared_and_charged_once() -> None:
     assert book.open(2, child, 221, match)
     assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=200)
     assert blocks(book) <= before + 2  # its own 21, and where the other goes on now
-    assert book.freed == []
+    book.computed(2, 220)
     book.validate()
     book.end(1, keep=False)
     assert book.freed == [1]
@@ -248,6 +248,72 @@ def test_sharing_without_room_shares_nothing() -> None:
     assert not book.open(2, TEXT[:100], 101, match)
     assert book.sequence_ids == [1]
     assert blocks(book) == 3
+    book.validate()
+
+
+# ------------------------------------------------------------------ until stages know
+
+
+def test_a_sequence_is_found_once_all_stages_have_it() -> None:
+    """Before, only what it begins as could be shared, and stages may not know it yet."""
+    book = ledger()
+    compute(book, 1, TEXT[:100])
+    for sequence_id in (2, 3, 4):
+        match = book.match(TEXT[:100], 99)
+        assert match == Match(1, 99)
+        assert book.open(sequence_id, TEXT[:100], 101, match)
+    book.computed(3, 100)
+    assert book.prefix_of(3) is None
+    assert book.match(TEXT[:100], 99) == Match(3, 99)
+    book.validate()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_prefix_is_held_until_the_other_has_begun(keep: bool) -> None:
+    book = ledger(5)
+    compute(book, 1, TEXT[:128])  # three blocks
+    child = TEXT[:100] + [7777] * 20
+    assert book.open(2, child, 121, book.match(child, 119))
+    book.end(1, keep=keep)
+    book.validate()
+    assert book.freed == []
+    assert not book.open(3, TEXT[500:], 3 * KV_BLOCK, None), "it may not go"
+    assert book.freed == []
+    book.computed(2, 101)
+    assert not book.open(4, TEXT[500:], 3 * KV_BLOCK, None)
+    assert book.freed == [1]
+    book.validate()
+
+
+def test_a_prefix_is_held_no_longer_if_the_other_never_begins() -> None:
+    book = ledger(4)
+    compute(book, 1, TEXT[:128], then="keep")
+    child = TEXT[:100] + [7777] * 20
+    assert book.open(2, child, 121, book.match(child, 119))
+    book.end(2, keep=True)
+    assert book.freed == [2], "nothing was computed"
+    book.validate()
+    assert book.open(3, TEXT[500:], 4 * KV_BLOCK, None)
+    assert book.freed == [2, 1]
+
+
+def test_what_was_taken_in_vain_by_one_that_ends_is_freed() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:128], then="keep")
+    assert book.open(2, TEXT[:200], 201, book.match(TEXT[:200], 199))
+    book.end(2, keep=False)
+    assert sorted(book.freed) == [1, 2]
+    assert book.used_tokens == 0
+
+
+def test_discard_frees_what_is_only_kept() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:100], then="keep")
+    compute(book, 2, TEXT[500:600])
+    for sequence_id in (1, 2, 3):
+        book.discard(sequence_id)
+    assert book.freed == [1]
+    assert book.sequence_ids == [2]
     book.validate()
 
 
@@ -425,6 +491,67 @@ class Stage:
             buffer.holders -= 1
 
 
+def begin(book: KVLedger, stage: Stage, sequence_id: int, tokens: list[int], stop: int) -> None:
+    """Open a sequence, sharing what it can, and compute it up to `stop`."""
+    match = book.match(tokens, len(tokens) - 1)
+    assert book.open(sequence_id, tokens, len(tokens) + 1, match)
+    prefix = book.prefix_of(sequence_id)
+    stage.begin(sequence_id, tokens, prefix)
+    run(book, stage, sequence_id, prefix.length if prefix else 0, stop)
+
+
+def run(book: KVLedger, stage: Stage, sequence_id: int, start: int, stop: int) -> None:
+    stage.write(sequence_id, start, stop)
+    book.computed(sequence_id, stop)
+    assert stage.num_blocks <= blocks(book)
+
+
+def test_a_prompt_that_is_shared_piece_by_piece() -> None:
+    """At each of these points the stage goes on in another buffer, which may cost a block more."""
+    book, stage = ledger(), Stage()
+    tokens = TEXT[:261]
+    begin(book, stage, 1, tokens, 65)
+    for stop in (65, 130, 195):
+        begin(book, stage, stop, [*tokens[:stop], 7777, 7777], stop + 2)
+        run(book, stage, 1, stop, min(stop + 65, 261))
+    run(book, stage, 1, 260, 261)
+
+
+def test_what_a_later_one_shares_stays_charged() -> None:
+    """One shares the beginning of a long prompt that is being computed, a later one more of it."""
+    book, stage = ledger(), Stage()
+    tokens = TEXT[:193]
+    begin(book, stage, 1, tokens, 64)
+    begin(book, stage, 2, TEXT[:48] + [7777] * 10, 58)
+    run(book, stage, 1, 64, 193)
+    tokens += [5000] * 600
+    assert book.extend(1, 794)
+    run(book, stage, 1, 193, 793)
+    begin(book, stage, 3, TEXT[:150] + [8888] * 10, 160)
+    for ended in (1, 2, 3):
+        book.end(ended, keep=False)
+        stage.free(ended)
+        assert stage.num_blocks <= blocks(book)
+    assert book.used_tokens == 0
+
+
+def test_what_goes_on_where_it_was_shared_stays_charged() -> None:
+    """Who shared it is gone, so the stage goes on in the same buffer; the next one shares all."""
+    book, stage = ledger(), Stage()
+    tokens = TEXT[:65]
+    begin(book, stage, 1, tokens, 65)
+    begin(book, stage, 2, TEXT[:65] + [7777] * 5, 70)
+    book.end(2, keep=False)
+    stage.free(2)
+    tokens += [5000] * 600
+    assert book.extend(1, 666)
+    run(book, stage, 1, 65, 665)
+    begin(book, stage, 3, TEXT[:60] + [8888] * 10, 70)
+    book.end(1, keep=False)
+    stage.free(1)
+    assert stage.num_blocks <= blocks(book)
+
+
 _INDEX = st.integers(0, 1000)
 
 
@@ -592,5 +719,10 @@ class Ledger(RuleBasedStateMachine):
 
 TestLedgerAndStage = Ledger.TestCase
 TestLedgerAndStage.settings = settings(
-    max_examples=300, stateful_step_count=40, deadline=None, derandomize=True, database=None
+    max_examples=300,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.generate, Phase.shrink),
 )
