@@ -117,7 +117,7 @@ async def pipeline(_: Path, rounds: int) -> None:
 
 async def _waiting_stages(model: Path, stages: int) -> tuple[float, float, float, float]:
     """Return tokens/s, its share of the ideal by nominal and by measured time, s per token."""
-    workers = [{"delay_s": DELAY_S, "threads": 1}] * stages
+    workers = [{"min_task_s": DELAY_S, "threads": 1}] * stages
     with LocalCluster(model, workers=workers, coordinator={"strategy": "even"}) as cluster:
         async with AsyncDistributedClient(cluster.address) as client:
             alone = await ask(client, _small_prompts(1)[0], 60)

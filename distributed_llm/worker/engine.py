@@ -96,7 +96,7 @@ class Engine:
     Args:
         capabilities: of this machine: the device and threads to compute with, memory to use.
         slowdown: how many times slower to look; it waits after each task.
-        delay_s: how long to wait after each task besides.
+        min_task_s: how long a task shall take at least; it waits.
         local_model: path of the checkpoint on this machine; empty is the coordinator's.
         is_void: called in this thread; what is void is passed over in silence.
         post: called in this thread with each event.
@@ -107,7 +107,7 @@ class Engine:
         capabilities: Capabilities,
         *,
         slowdown: float,
-        delay_s: float,
+        min_task_s: float,
         local_model: str,
         is_void: Callable[[Load | Run], bool],
         post: Callable[[Event], None],
@@ -115,7 +115,7 @@ class Engine:
         self._capabilities = capabilities
         self._device = torch.device(capabilities.device)
         self._slowdown = slowdown
-        self._delay_s = delay_s
+        self._min_task_s = min_task_s
         self._local_model = local_model
         self._is_void = is_void
         self._post = post
@@ -286,7 +286,7 @@ class Engine:
         self._post(Computed(run, specs, frames, compute_us, queued_us))
 
     def _wait(self, computed_s: float) -> None:
-        wait_s = computed_s * (self._slowdown - 1.0) + self._delay_s
+        wait_s = max(computed_s * self._slowdown, self._min_task_s) - computed_s
         if wait_s > 0.0:
             time.sleep(wait_s)
 

@@ -69,7 +69,7 @@ class Worker:
         address: "HOST:PORT" of the coordinator.
         peer_bind: "HOST:PORT" to listen on for other workers.
         slowdown: how many times slower to look.
-        delay_s: how long to wait in every task besides.
+        min_task_s: how long a task shall take at least.
         local_model: path of the checkpoint on this machine; empty is the coordinator's.
         connect_timeout_s: for the first connection.
     """
@@ -82,7 +82,7 @@ class Worker:
         address: str,
         peer_bind: str,
         slowdown: float,
-        delay_s: float,
+        min_task_s: float,
         local_model: str,
         connect_timeout_s: float,
     ) -> None:
@@ -91,7 +91,7 @@ class Worker:
         self._address = address
         self._peer_bind = bind_for(peer_bind, address)
         self._slowdown = slowdown
-        self._delay_s = delay_s
+        self._min_task_s = min_task_s
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._timer: asyncio.TimerHandle | None = None
@@ -122,7 +122,7 @@ class Worker:
         self._engine = Engine(
             self._capabilities,
             slowdown=self._slowdown,
-            delay_s=self._delay_s,
+            min_task_s=self._min_task_s,
             local_model=self._local_model,
             is_void=self._agent.is_void,
             post=self._post,

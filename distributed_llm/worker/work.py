@@ -49,7 +49,7 @@ async def work(settings: WorkerSettings) -> int:
         address=settings.coordinator,
         peer_bind=settings.peer_bind,
         slowdown=settings.slowdown,
-        delay_s=settings.delay_s,
+        min_task_s=settings.min_task_s,
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
     )

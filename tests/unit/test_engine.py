@@ -139,14 +139,14 @@ def running(
     memory_bytes: int = GIB,
     *,
     slowdown: float = 1.0,
-    delay_s: float = 0.0,
+    min_task_s: float = 0.0,
     void: Callable[[Load | Run], bool] = lambda order: False,
 ) -> Iterator[tuple[FakeEngine, Posted]]:
     posted = Posted()
     engine = FakeEngine(
         capabilities(memory_bytes),
         slowdown=slowdown,
-        delay_s=delay_s,
+        min_task_s=min_task_s,
         local_model="",
         is_void=void,
         post=posted.post,
@@ -346,8 +346,8 @@ def test_same_layers_are_kept_and_their_cache_is_dropped() -> None:
 # ------------------------------------------------------------------ time
 
 
-def test_delay_is_waited_and_counted_in_whole_microseconds() -> None:
-    with running(delay_s=0.05) as (engine, posted):
+def test_time_at_least_is_waited_and_counted_in_whole_microseconds() -> None:
+    with running(min_task_s=0.05) as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
         engine.put(run(0))

@@ -584,6 +584,16 @@ class Ledger(RuleBasedStateMachine):
             tokens = other.tokens[: other.computed if common is None else common] + tokens
         self._open(tokens[:600], first, shares=shares)
 
+    @precondition(lambda self: self.running)
+    @rule(index=_INDEX, count=st.integers(16, 100), back=st.sampled_from([0, 0, 0, 1, 20, 70]))
+    def branch_off(self, index: int, count: int, back: int) -> None:
+        """Share what was computed just now of a sequence that runs."""
+        kept, sequence_id = self._pick(index)
+        self._run(kept, sequence_id, count)
+        self._arrive(kept, sequence_id)
+        tokens = kept.tokens[: max(1, kept.computed - back)]
+        self._open([*tokens, 3000 + self.next_id, 3000 + self.next_id], 1, shares=True)
+
     @precondition(lambda self: any(kept.ended for kept in self.stage.held.values()))
     @rule(index=_INDEX, length=st.integers(1, 100))
     def go_on(self, index: int, length: int) -> None:
@@ -700,7 +710,7 @@ class Ledger(RuleBasedStateMachine):
         assert self.stage.num_blocks * KV_BLOCK <= self.book.used_tokens
         assert self.book.used_tokens <= self.capacity * KV_BLOCK
 
-    @invariant()
+    @rule()
     def cached_is_what_would_be_free(self) -> None:
         rest = deepcopy(self.book)
         for sequence_id in list(rest._ended):
@@ -719,7 +729,7 @@ class Ledger(RuleBasedStateMachine):
 
 TestLedgerAndStage = Ledger.TestCase
 TestLedgerAndStage.settings = settings(
-    max_examples=300,
+    max_examples=400,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
