@@ -20,7 +20,7 @@ Frame: TypeAlias = bytes | bytearray | memoryview
 _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAME_BYTES)]
 
 
-class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """Dtype and shape of one raw frame.
 
     Raises:

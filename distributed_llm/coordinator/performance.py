@@ -32,6 +32,9 @@ _OUTLIER = 3.0
 _PRIOR = 0.02
 """Weight of a prior slope: as much as that of batches whose sizes vary by its square root."""
 
+_FAST_ENOUGH = 0.9
+"""Share of the best throughput."""
+
 _WORTHWHILE = 0.05
 """The depth is changed for a round trip that is this share shorter."""
 
@@ -217,19 +220,26 @@ class StageTimes:
         self._choice = current
         return current
 
+    def best_chunks(self, tokens: int, *, limit: int, now: float) -> int:
+        """Return how many steps of `tokens` tokens should be under way: as few as are fast enough.
+
+        Beyond that they only delay each other, and what answers beside them. So this begins with
+        one, and tries at most twice as many as were measured.
+
+        Args:
+            tokens: in each step.
+            limit: steps that may be under way.
+        """
+        known = self._known(now)
+        if not known:
+            return 1
+        most = min(limit, 2 * known[-1])
+        rates = [depth / self._predict(tokens, depth, known) for depth in range(1, most + 1)]
+        return next(d for d, rate in enumerate(rates, 1) if rate >= _FAST_ENOUGH * max(rates))
+
     def seconds_per_token(self, stage: int) -> float | None:
         """Return what a stage takes per decoded token in batches as they are now, or None."""
         return self._latest.lines[stage].seconds_per_token if self._latest else None
-
-    def step_s(self, tokens: int, depth: int) -> float | None:
-        """Return the predicted round trip of a step, or None before anything was measured.
-
-        Args:
-            tokens: sequences in the step.
-            depth: steps of this size under way.
-        """
-        known = self._known(self._latest.seen_at) if self._latest else ()
-        return self._predict(tokens, depth, known) if known else None
 
     # -------------------------------------------------------------- predictions
 

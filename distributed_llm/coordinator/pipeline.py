@@ -150,6 +150,11 @@ class Pipeline:
         return len(self._travels)
 
     @property
+    def num_chunks(self) -> int:
+        """How many of them compute more than one token of a sequence."""
+        return sum(not travel.step.decodes for travel in self._travels.values())
+
+    @property
     def steps(self) -> list[Step]:
         """The steps under way, oldest first."""
         return [travel.step for travel in self._travels.values()]

@@ -18,9 +18,6 @@ from distributed_llm.coordinator.planner import Plan, kv_tokens_of
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.scheduler import Scheduler
 
-_WORTHWHILE = 0.9
-"""Of the best speed; more chunks under way than reach it would only delay what answers."""
-
 
 @dataclass(frozen=True)
 class ReplicaSettings:
@@ -147,16 +144,20 @@ class Replica:
         if pipeline is None or scheduler is None:
             return []
         sends: list[Send] = []
-        running = decoding = depth = 0
+        running = decoding = depth = chunks = 0
         while True:
             pipeline.release(scheduler.take_freed())
             if scheduler.num_running != running:  # the first time, or a step cost others their room
                 running, decoding = scheduler.num_running, scheduler.num_decoding
-                depth = min(self._depth(decoding, scheduler, now), pipeline.credits)
+                chunks = self._depth_to_prefill(now) if running > decoding else 0
+                depth = max(1, self._depth_to_decode(decoding, now), chunks)
             step = None
             if pipeline.num_steps < depth:
-                max_decodes = -(-decoding // depth)
-                step = scheduler.next_step(max_decodes=max_decodes, idle=not pipeline.num_steps)
+                step = scheduler.next_step(
+                    max_decodes=-(-decoding // depth),
+                    prompts=pipeline.num_chunks < chunks,
+                    idle=not pipeline.num_steps,
+                )
             if step is None:
                 break
             sends.append(sending(pipeline.begin(step, now=now)))
@@ -176,34 +177,25 @@ class Replica:
         inside_s = sum(t.compute_us + t.queued_us for t in done.timings) / 1e6
         times.observe_overhead(max(0.0, done.round_trip_s - inside_s), now=now)
 
-    def _depth(self, decoding: int, scheduler: Scheduler, now: float) -> int:
-        limit = min(2 * len(self.seats), self.pipeline.credits if self.pipeline else 1)
-        depth = 1
-        if decoding:
-            depth = self._depth_to_decode(decoding, limit, now)
-        if scheduler.num_running > decoding:
-            self._chunks = self._chunks or self._chunk_depth(limit)
-            depth = max(depth, self._chunks)
-        return depth
+    @property
+    def _limit(self) -> int:
+        return min(2 * len(self.seats), self.pipeline.credits if self.pipeline else 1)
 
-    def _depth_to_decode(self, decoding: int, limit: int, now: float) -> int:
+    def _depth_to_decode(self, decoding: int, now: float) -> int:
         """Return the best depth, as it was a round of steps ago if not much has changed."""
         depth, sequences = self._decode_depth
         if self._decodes_seen >= depth or 8 * abs(decoding - sequences) > sequences:
-            depth = self._decode_times.best_depth(decoding, limit=min(limit, decoding), now=now)
+            limit = min(self._limit, max(1, decoding))
+            depth = self._decode_times.best_depth(decoding, limit=limit, now=now)
             self._decode_depth, self._decodes_seen = (depth, decoding), 0
         return min(depth, decoding)
 
-    def _chunk_depth(self, limit: int) -> int:
-        """Return how many chunks of prompts should be under way: no more than it is faster for."""
-        round_trips = [
-            self._prefill_times.step_s(self._settings.max_tokens, depth)
-            for depth in range(1, limit + 1)
-        ]
-        rates = [depth / s for depth, s in enumerate(round_trips, 1) if s]
-        if not rates:
-            return min(limit, len(self.seats))
-        return next(d for d, rate in enumerate(rates, 1) if rate >= _WORTHWHILE * max(rates))
+    def _depth_to_prefill(self, now: float) -> int:
+        """Return how many steps with chunks of prompts should be under way."""
+        if self._chunks is None:
+            tokens = self._settings.max_tokens
+            self._chunks = self._prefill_times.best_chunks(tokens, limit=self._limit, now=now)
+        return self._chunks
 
     def _releases(self, pipeline: Pipeline) -> list[Send]:
         """Return the messages that free what no task will for now.

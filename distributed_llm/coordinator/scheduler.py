@@ -252,18 +252,19 @@ class Scheduler:
 
     # -------------------------------------------------------------- steps
 
-    def next_step(self, *, max_decodes: int, idle: bool) -> Step | None:
+    def next_step(self, *, max_decodes: int, prompts: bool, idle: bool) -> Step | None:
         """Return what to compute next, or None if nothing is ready; it is under way then.
 
         Args:
             max_decodes: sequences that may compute one token in it.
+            prompts: whether chunks of prompts may be in it.
             idle: no other step is under way.
         """
         suspects = [r for r in self._running.values() if r.alone and r.waits_for is None]
         if suspects:
-            parts = list(self._fill(suspects[:1], 1)) if idle else []
+            parts = list(self._fill(suspects[:1], 1, prompts=True)) if idle else []
         else:
-            parts = list(self._fill(self._running.values(), max_decodes))
+            parts = list(self._fill(self._running.values(), max_decodes, prompts=prompts))
         if not parts:
             return None
         return Step(
@@ -277,26 +278,26 @@ class Scheduler:
         )
 
     def _fill(
-        self, candidates: Iterable[Request], max_decodes: int
+        self, candidates: Iterable[Request], max_decodes: int, *, prompts: bool
     ) -> Iterator[tuple[Request, SequenceSlice]]:
         """Yield slices within the budgets: sequences that answer first, then prompts by age."""
         budget, room = self._max_tokens, _MAX_SAMPLING_BYTES
         decodes = min(max_decodes, budget, MAX_SLICES)
-        count, prompts = 0, []
+        count, unread = 0, []
         for request in list(candidates):
             if request.sequence_id is None:  # it waits for another, or was preempted just now
                 continue
             missing = request.num_unscheduled_tokens
-            if missing > 1 or (missing == 1 and request.num_scheduled_tokens == 0):
-                prompts.append(request)
+            if missing > 1:
+                unread.append(request)
             elif missing == 1 and request.num_in_flight == 0 and count < decodes:
-                if not self._grow(request):
+                if room < request.sampling_bytes or not self._grow(request):
                     continue
                 count += 1
                 budget -= 1
                 room -= request.sampling_bytes
                 yield request, self._slice(request, 1)
-        for request, size in _shared_out(prompts, budget):
+        for request, size in _shared_out(unread if prompts else [], budget):
             if count >= MAX_SLICES or room < request.sampling_bytes:
                 return
             if request.sequence_id is None:

@@ -54,6 +54,7 @@ class Answer:
     end: Finished | RequestFailed | None = None
     ended_at: float = 0.0
     cancelled: bool = False
+    _expected: list[int] | None = None
 
     @property
     def code(self) -> str:
@@ -72,6 +73,11 @@ class Answer:
 
     def expected(self) -> list[int]:
         """Return the answer without faults."""
+        if self._expected is None:
+            self._expected = self._reference()
+        return self._expected
+
+    def _reference(self) -> list[int]:
         room = CONTEXT - len(self.prompt)
         tokens = reference(
             self.prompt, self.params, choice=self.choice, default_max_new_tokens=room

@@ -1,7 +1,7 @@
 """The core in a simulated cluster: KV cache that is shared, runs out, and is computed again."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.messages import Finished, ReleaseSequences
@@ -267,11 +267,12 @@ _ARRIVALS = st.lists(
         st.none() | st.floats(0.0, 0.2),  # cancelled after
     ),
     min_size=1,
-    max_size=25,
+    max_size=20,
 )
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@pytest.mark.timeout(300)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
 @given(
     arrivals=_ARRIVALS,
     memory=st.sampled_from([600, 850, 1000, 1400]),

@@ -1,11 +1,19 @@
 """Random schedules of everything that can happen to a cluster, and what must hold in each."""
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import (
@@ -55,7 +63,7 @@ class Cluster(RuleBasedStateMachine):
     replicas = 1
     memories = (300, BIG, 1200)
     longest = 20
-    settings_of_core: Mapping[str, int] = {}
+    settings_of_core: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,7 +325,7 @@ class TightCluster(Cluster):
 class CrowdedCluster(Cluster):
     """Few may run at the same time, in small steps."""
 
-    settings_of_core = {"max_batch_sequences": 3, "max_batch_tokens": 4}
+    settings_of_core: ClassVar = {"max_batch_sequences": 3, "max_batch_tokens": 4}
 
 
 class TwinCluster(Cluster):
@@ -328,29 +336,18 @@ class TwinCluster(Cluster):
     memories = (400, 800, 1200)
 
 
-class TestRandomSchedules(Cluster.TestCase):  # type: ignore[misc]
-    """Everything at once."""
-
-
-class TestTightSchedules(TightCluster.TestCase):  # type: ignore[misc]
-    """Everything, and too little memory."""
-
-
-class TestCrowdedSchedules(CrowdedCluster.TestCase):  # type: ignore[misc]
-    """Everything, and too little place."""
-
-
-class TestTwinSchedules(TwinCluster.TestCase):  # type: ignore[misc]
-    """Everything, in two pipelines."""
-
-
-for _case in (TestRandomSchedules, TestTightSchedules, TestCrowdedSchedules, TestTwinSchedules):
-    _case.settings = settings(
-        max_examples=500,
-        stateful_step_count=30,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=(Phase.generate,),  # shrinking takes longer than a test may
-        suppress_health_check=list(HealthCheck),
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cluster", [Cluster, TightCluster, CrowdedCluster, TwinCluster])
+def test_random_schedules(cluster: type[Cluster]) -> None:
+    run_state_machine_as_test(
+        cluster,
+        settings=settings(
+            max_examples=400,
+            stateful_step_count=30,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=(Phase.generate,),  # shrinking would take longer than a test may
+            suppress_health_check=list(HealthCheck),
+        ),
     )

@@ -222,6 +222,22 @@ def test_a_running_sequence_is_never_taken() -> None:
     assert (prefix.length, prefix.take) == (64, False)
 
 
+def test_what_others_have_beyond_is_given_back() -> None:
+    """The second goes on in a segment of its own, and the third shares nothing of that."""
+    book = ledger()
+    compute(book, 1, TEXT[:64])
+    compute(book, 2, TEXT[:64] + [5000] * 640)
+    before = blocks(book)
+    child = TEXT[:64] + [7777] * 10
+    assert book.open(3, child, 75, Match(2, 64))
+    book.computed(3, 74)
+    book.end(2, keep=False)
+    assert blocks(book) <= before - 10 + 1
+    book.end(1, keep=False)
+    assert blocks(book) <= 2 + 2
+    book.validate()
+
+
 def test_a_sequence_that_shares_nothing_has_no_prefix() -> None:
     book = ledger()
     compute(book, 1, TEXT[:64])
@@ -314,6 +330,20 @@ def test_discard_frees_what_is_only_kept() -> None:
         book.discard(sequence_id)
     assert book.freed == [1]
     assert book.sequence_ids == [2]
+    book.validate()
+
+
+def test_discard_waits_for_who_is_about_to_begin() -> None:
+    book = ledger()
+    compute(book, 1, TEXT[:100], then="keep")
+    child = TEXT[:50] + [7777] * 20
+    assert book.open(2, child, 71, book.match(child, 69))
+    book.discard(1)
+    assert book.freed == []
+    assert book.match(child, 69) is None, "nobody else begins with it"
+    book.validate()
+    book.computed(2, 51)
+    assert book.freed == [1]
     book.validate()
 
 

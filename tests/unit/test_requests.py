@@ -1,4 +1,4 @@
-"""One request: parameters after defaults, and when its answer ends."""
+"""One request: parameters after defaults, when its answers end, and what they took."""
 
 from typing import Any
 
@@ -9,16 +9,27 @@ from distributed_llm.common.errors import (
     InvalidRequest,
     NotEnoughMemory,
 )
-from distributed_llm.common.messages import Usage
-from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.messages import (
+    Generate,
+    SharedPrefix,
+    StageTime,
+    StageTiming,
+    TokenLogprobs,
+    Usage,
+)
+from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
+from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.requests import (
     DEFAULT_MAX_NEW_TOKENS,
     GenerationDefaults,
     Limits,
     Request,
+    Seat,
+    Ticket,
     generation_defaults,
     resolve,
+    wrong_prompt,
 )
 
 
@@ -32,7 +43,7 @@ PLAIN = defaults_of({"eos_token_id": 2})
 
 
 def limits_of(
-    defaults: GenerationDefaults = PLAIN, *, prompt: int = 10, kv: int = 1000, **params: Any
+    defaults: GenerationDefaults = PLAIN, *, prompt: int = 10, kv: int = 1024, **params: Any
 ) -> Limits:
     return resolve(
         SamplingParams.from_arguments(params),
@@ -43,10 +54,34 @@ def limits_of(
     )
 
 
+def ticket_of(limits: Limits, prompt: int = 3, **params: Any) -> Ticket:
+    """A ticket that arrived at second 1; its answers are numbered from 5."""
+    key = (PeerId(b"c"), "r", 0)
+    ticket = Ticket(key, SamplingParams.from_arguments(params), arrived_at=1.0)
+    ticket.accept(range(prompt), limits, number=5)
+    return ticket
+
+
 def request_of(limits: Limits, prompt: int = 3) -> Request:
-    request = Request((PeerId(b"c"), "r", 0), 0, SamplingParams(), arrived_at=1.0)
-    request.accept(range(prompt), limits)
+    (request,) = ticket_of(limits, prompt).requests
     return request
+
+
+def sampling_of(
+    defaults: GenerationDefaults = PLAIN, *, prompt: int = 10, kv: int = 1024, **params: Any
+) -> Sampling:
+    """Return how the only answer is sampled."""
+    (sampling,) = limits_of(defaults, prompt=prompt, kv=kv, **params).sampling
+    return sampling
+
+
+def sampled(*, min_new_tokens: int = 0, eos: tuple[int, ...] = (2,), **shape: Any) -> Sampling:
+    """What is expected of a prompt of ten tokens without a seed, but for `shape`."""
+    return Sampling(
+        **{"seed": 77, "prompt_tokens": 10, **shape},
+        suppressed=eos if min_new_tokens else (),
+        suppressed_before=10 + min_new_tokens,
+    )
 
 
 # ------------------------------------------------------------------ defaults of the checkpoint
@@ -98,17 +133,25 @@ def test_default_out_of_range_is_an_error() -> None:
 
 def test_length_is_256_or_what_the_context_leaves() -> None:
     roomy = GenerationDefaults(10_000, 50, (), SamplingParams())
-    assert limits_of(roomy, kv=10_000).max_new_tokens == DEFAULT_MAX_NEW_TOKENS == 256
+    assert limits_of(roomy, kv=10_240).max_new_tokens == DEFAULT_MAX_NEW_TOKENS == 256
     assert limits_of().max_new_tokens == 90
-    assert limits_of(kv=60).max_new_tokens == 50
+
+
+@pytest.mark.parametrize(("kv", "room"), [(64, 54), (127, 54), (128, 90), (65, 54)])
+def test_room_in_the_kv_cache_is_whole_blocks(kv: int, room: int) -> None:
+    assert limits_of(kv=kv).max_new_tokens == room
+    assert limits_of(kv=kv, max_new_tokens=room).max_new_tokens == room
+    if kv < 100:
+        with pytest.raises(NotEnoughMemory, match=r"65 positions.*room for 64"):
+            limits_of(kv=kv, max_new_tokens=room + 1)
 
 
 def test_length_of_the_checkpoint_is_a_wish_and_of_the_request_an_order() -> None:
-    long = defaults_of({"max_new_tokens": 5000, "min_new_tokens": 20})
+    long = defaults_of({"eos_token_id": 2, "max_new_tokens": 5000, "min_new_tokens": 20})
     assert limits_of(long).max_new_tokens == 90
-    assert limits_of(long, kv=40).max_new_tokens == 30
+    assert limits_of(long, kv=64).max_new_tokens == 54
     short = limits_of(long, max_new_tokens=5)
-    assert (short.max_new_tokens, short.min_new_tokens) == (5, 5)
+    assert (short.max_new_tokens, short.sampling[0].suppressed_before) == (5, 15)
     with pytest.raises(ContextLengthExceeded):
         limits_of(long, max_new_tokens=91)
     assert limits_of(defaults_of({"max_new_tokens": 8})).max_new_tokens == 8
@@ -130,12 +173,12 @@ def test_prompt_that_leaves_no_room() -> None:
         limits_of(prompt=100)
 
 
-def test_kv_cache_has_too_little_room() -> None:
-    assert limits_of(max_new_tokens=20, kv=30).max_new_tokens == 20
-    with pytest.raises(NotEnoughMemory, match=r"31 positions.*room for 30"):
-        limits_of(max_new_tokens=21, kv=30)
-    with pytest.raises(NotEnoughMemory, match=r"11 positions.*room for 10"):
-        limits_of(kv=10)
+def test_prompt_that_the_kv_cache_has_no_room_for() -> None:
+    assert limits_of(prompt=63, kv=64).max_new_tokens == 1
+    with pytest.raises(NotEnoughMemory, match=r"65 positions.*room for 64"):
+        limits_of(prompt=64, kv=64)
+    with pytest.raises(NotEnoughMemory, match=r"11 positions.*room for 0"):
+        limits_of(kv=63)
 
 
 def test_empty_prompt() -> None:
@@ -144,36 +187,32 @@ def test_empty_prompt() -> None:
 
 
 def test_min_above_max() -> None:
-    assert limits_of(min_new_tokens=5, max_new_tokens=5).min_new_tokens == 5
+    assert sampling_of(min_new_tokens=5, max_new_tokens=5).suppressed_before == 15
     with pytest.raises(InvalidRequest, match=r"min_new_tokens \(6\) is above max_new_tokens \(5\)"):
         limits_of(min_new_tokens=6, max_new_tokens=5)
-
-
-def test_min_of_zero_overrides_the_checkpoint() -> None:
-    assert limits_of(defaults_of({"min_new_tokens": 4}), min_new_tokens=0).min_new_tokens == 0
 
 
 # ------------------------------------------------------------------ sampling
 
 
 def test_greedy_unless_someone_samples() -> None:
-    assert limits_of().sampling == Sampling(seed=77)
-    assert limits_of(temperature=0.0, top_k=5, top_p=0.5).sampling.temperature == 0.0
-    sampled = defaults_of({"do_sample": True, "temperature": 0.6, "top_k": 20})
-    assert limits_of(sampled).sampling == Sampling(temperature=0.6, top_k=20, seed=77)
-    assert limits_of(sampled, temperature=0.0).sampling.temperature == 0.0
+    assert sampling_of() == sampled()
+    assert sampling_of(temperature=0.0, top_k=5, top_p=0.5).temperature == 0.0
+    warm = defaults_of({"do_sample": True, "temperature": 0.6, "top_k": 20})
+    assert sampling_of(warm) == sampled(temperature=0.6, top_k=20)
+    assert sampling_of(warm, temperature=0.0).temperature == 0.0
 
 
 @pytest.mark.parametrize("shape", [{"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
 def test_shaping_the_distribution_means_sampling_from_it(shape: dict[str, Any]) -> None:
-    assert limits_of(**shape).sampling.temperature == 1.0
-    sampled = defaults_of({"do_sample": True, "temperature": 0.6})
-    assert limits_of(sampled, **shape).sampling.temperature == 0.6
+    assert sampling_of(**shape).temperature == 1.0
+    warm = defaults_of({"do_sample": True, "temperature": 0.6})
+    assert sampling_of(warm, **shape).temperature == 0.6
 
 
 def test_request_overrides_each_default() -> None:
     values: dict[str, Any] = {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "min_p": 0.1}
-    sampled = defaults_of({"do_sample": True, "repetition_penalty": 1.3, **values})
+    warm = defaults_of({"do_sample": True, "repetition_penalty": 1.3, **values})
     off: dict[str, Any] = {
         "temperature": 0.5,
         "top_k": 0,
@@ -181,13 +220,40 @@ def test_request_overrides_each_default() -> None:
         "min_p": 0.0,
         "repetition_penalty": 1.0,
     }
-    assert limits_of(sampled, **off).sampling == Sampling(temperature=0.5, seed=77)
-    assert limits_of(sampled).sampling == Sampling(**values, repetition_penalty=1.3, seed=77)
+    assert sampling_of(warm, **off) == sampled(temperature=0.5)
+    assert sampling_of(warm) == sampled(**values, repetition_penalty=1.3)
 
 
-def test_seed() -> None:
-    assert limits_of().sampling.seed == 77
-    assert limits_of(seed=0).sampling.seed == 0
+def test_what_only_a_request_gives() -> None:
+    given = sampling_of(
+        presence_penalty=0.5, frequency_penalty=-1.0, logit_bias={7: -2.0, 3: 1.5}, logprobs=4
+    )
+    assert given == sampled(
+        presence_penalty=0.5, frequency_penalty=-1.0, logit_bias=((7, -2.0), (3, 1.5)), logprobs=4
+    )
+    assert sampling_of(logprobs=0).logprobs == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "seeds"),
+    [
+        (None, (77, 78, 79)),
+        (0, (0, 1, 2)),
+        (MAX_SEED - 1, (MAX_SEED - 1, MAX_SEED, 0)),
+    ],
+)
+def test_answers_differ_by_their_seeds(given: int | None, seeds: tuple[int, ...]) -> None:
+    limits = limits_of(n=3, seed=given, temperature=0.5, logprobs=1)
+    assert limits.sampling == tuple(sampled(temperature=0.5, logprobs=1, seed=s) for s in seeds)
+
+
+def test_eos_is_suppressed_until_min_new_tokens() -> None:
+    assert sampling_of(min_new_tokens=2) == sampled(min_new_tokens=2)
+    assert sampling_of(min_new_tokens=2, eos_token_id=[7, 8]).suppressed == (7, 8)
+    wish = defaults_of({"eos_token_id": 2, "min_new_tokens": 4})
+    assert sampling_of(wish) == sampled(min_new_tokens=4)
+    assert sampling_of(wish, min_new_tokens=0) == sampled()
+    assert sampling_of(wish, ignore_eos=True).suppressed == ()
 
 
 # ------------------------------------------------------------------ the end of an answer
@@ -195,24 +261,25 @@ def test_seed() -> None:
 
 def test_ends_with_eos() -> None:
     request = request_of(limits_of(max_new_tokens=5))
-    request.append(9, now=2.0)
+    request.append(9, None, now=2.0)
     assert request.finish_reason is None
-    request.append(2, now=3.0)
+    request.append(2, None, now=3.0)
     assert request.finish_reason == "stop"
-    assert request.usage() == Usage(prompt_tokens=3, completion_tokens=2)
+    assert request.token_ids == [0, 1, 2, 9, 2]
 
 
 def test_ends_at_its_length() -> None:
     request = request_of(limits_of(max_new_tokens=2))
-    request.append(9, now=2.0)
-    request.append(9, now=2.0)
+    request.append(9, None, now=2.0)
+    assert request.finish_reason is None
+    request.append(9, None, now=2.0)
     assert request.finish_reason == "length"
-    assert request.reserved_tokens == 5
+    assert request.ticket.reserved_tokens == 5
 
 
 def test_last_token_that_is_eos_counts_as_stop() -> None:
     request = request_of(limits_of(max_new_tokens=1))
-    request.append(2, now=2.0)
+    request.append(2, None, now=2.0)
     assert request.finish_reason == "stop"
 
 
@@ -224,43 +291,159 @@ def test_eos_of_the_request_replaces_the_checkpoints() -> None:
 def test_eos_in_the_prompt_ends_nothing() -> None:
     request = request_of(limits_of(max_new_tokens=3))
     assert 2 in request.token_ids
-    request.append(0, now=2.0)
+    request.append(0, None, now=2.0)
     assert request.finish_reason is None
 
 
-def test_ignore_eos_goes_on_and_suppresses_nothing() -> None:
-    request = request_of(limits_of(ignore_eos=True, max_new_tokens=3, min_new_tokens=2))
-    assert request.next_sampling().suppressed == ()
-    request.append(2, now=2.0)
+def test_ignore_eos_goes_on() -> None:
+    request = request_of(limits_of(ignore_eos=True, max_new_tokens=3))
+    request.append(2, None, now=2.0)
     assert request.finish_reason is None
 
 
-def test_eos_is_suppressed_until_min_new_tokens() -> None:
-    shape = {"temperature": 0.7, "top_k": 3, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2}
-    limits = limits_of(min_new_tokens=2, max_new_tokens=5, seed=5, **shape)  # type: ignore[arg-type]
-    request = request_of(limits)
-    for _ in range(2):
-        sampling = request.next_sampling()
-        assert sampling == Sampling(0.7, 3, 0.8, 0.1, 1.2, 5, suppressed=(2,))
-        request.append(9, now=2.0)
-    assert request.next_sampling() == limits.sampling
-    assert request.next_sampling().suppressed == ()
+def test_log_probabilities_are_kept_if_there_are_any() -> None:
+    request = request_of(limits_of(max_new_tokens=3, logprobs=0))
+    said = [TokenLogprobs(logprob=-1.0), TokenLogprobs(logprob=-2.0)]
+    request.append(9, said[0], now=2.0)
+    request.append(9, said[1], now=2.0)
+    assert request.logprobs == said
+    silent = request_of(limits_of(max_new_tokens=3))
+    silent.append(9, None, now=2.0)
+    assert silent.logprobs == []
+
+
+# ------------------------------------------------------------------ several answers
+
+
+def test_each_answer_has_its_own_tokens_and_number() -> None:
+    limits = limits_of(n=3, max_new_tokens=4)
+    requests = ticket_of(limits).requests
+    assert [(r.number, r.choice) for r in requests] == [(5, 0), (6, 1), (7, 2)]
+    assert tuple(r.sampling for r in requests) == limits.sampling
+    requests[1].append(9, None, now=2.0)
+    assert [r.num_new_tokens for r in requests] == [0, 1, 0]
+    assert [r.num_unscheduled_tokens for r in requests] == [3, 4, 3]
+
+
+def test_usage_counts_the_prompt_once_and_all_answers() -> None:
+    ticket = ticket_of(limits_of(n=2, max_new_tokens=4))
+    first, second = ticket.requests
+    first.num_cached_tokens, second.num_cached_tokens = 1, 3
+    for request, tokens in ((first, 2), (second, 3)):
+        for _ in range(tokens):
+            request.append(9, None, now=2.0)
+    assert ticket.usage() == Usage(prompt_tokens=3, completion_tokens=5, cached_tokens=1)
+
+
+def test_reset_keeps_the_answer() -> None:
+    request = request_of(limits_of(max_new_tokens=4))
+    request.sequence_id, request.sampling_sent, request.num_in_flight = 1, True, 1
+    request.num_computed_tokens, request.num_scheduled_tokens = 2, 3
+    request.prefix = SharedPrefix(sequence_id=0, length=1)
+    request.append(9, None, now=2.0)
+    request.reset()
+    assert request.token_ids == [0, 1, 2, 9]
+    fresh = request_of(limits_of())
+    for name in ("sequence_id", "prefix", "sampling_sent", "num_computed_tokens", "num_in_flight"):
+        assert getattr(request, name) == getattr(fresh, name)
+    assert request.num_unscheduled_tokens == 4
+
+
+def test_sampling_takes_room_in_a_message_until_it_is_known() -> None:
+    request = request_of(limits_of(logit_bias={1: 1.0, 2: 1.0}))
+    plain = request_of(limits_of())
+    assert request.sampling_bytes > plain.sampling_bytes > 0
+    request.sampling_sent = True
+    assert request.sampling_bytes == 0
+
+
+def test_deadline() -> None:
+    assert ticket_of(limits_of()).deadline is None
+    assert ticket_of(limits_of(), timeout_s=2.5).deadline == 3.5
 
 
 # ------------------------------------------------------------------ timings
 
 
-def test_timings() -> None:
+def seats(*workers: tuple[str, int, int]) -> tuple[Seat, ...]:
+    return tuple(
+        Seat(PeerId(name.encode()), WorkerId(name), LayerRange(start, stop))
+        for name, start, stop in workers
+    )
+
+
+def times(*compute_us: int) -> tuple[StageTime, ...]:
+    return tuple(StageTime(compute_us=us, queued_us=1_000_000) for us in compute_us)
+
+
+def test_timings_of_one_answer() -> None:
     request = request_of(limits_of(max_new_tokens=3))
     request.started_at = 2.5
     for now in (4.0, 5.0, 7.0):
-        request.append(9, now=now)
-    a, b = (WorkerId("a"), LayerRange(0, 1)), (WorkerId("b"), LayerRange(1, 2))
-    for where, compute_s in ((b, 1.0), (a, 0.25), (b, 2.0)):
-        request.add_stage_time(*where, compute_s)
-    timings = request.timings()
+        request.append(9, None, now=now)
+    plan = seats(("a", 0, 1), ("b", 1, 2))
+    request.add_stage_times(1, plan, times(100_000, 250_000))
+    request.add_stage_times(1, plan, times(200_000, 500_000))
+    timings = request.ticket.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.5, 1.5, 3.0)
-    assert [(s.worker, s.tasks, s.compute_s) for s in timings.stages] == [
-        ("a", 1, 0.25),
-        ("b", 2, 3.0),
-    ]
+    assert timings.stages == (
+        StageTiming(worker="a", layers=LayerRange(0, 1), tasks=2, compute_s=0.3),
+        StageTiming(worker="b", layers=LayerRange(1, 2), tasks=2, compute_s=0.75),
+    )
+
+
+def test_timings_of_several_answers_and_plans() -> None:
+    ticket = ticket_of(limits_of(n=2, max_new_tokens=9))
+    first, second = ticket.requests
+    first.started_at, second.started_at = 3.0, 2.0
+    for request, instants in ((first, (6.0, 8.0)), (second, (5.0, 9.0, 9.5))):
+        for now in instants:
+            request.append(9, None, now=now)
+    old = seats(("b", 0, 1), ("a", 1, 2))
+    new = seats(("b", 0, 1), ("c", 1, 2))
+    first.add_stage_times(1, old, times(1_000_000, 2_000_000))
+    first.add_stage_times(2, new, times(1_000_000, 4_000_000))
+    second.add_stage_times(2, new, times(1_500_000, 8_000_000))
+    timings = ticket.timings()
+    assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.0, 3.0, 4.5)
+    assert timings.stages[0] == StageTiming(
+        worker="b", layers=LayerRange(0, 1), tasks=3, compute_s=3.5
+    )
+    assert {(s.worker, s.tasks, s.compute_s) for s in timings.stages[1:]} == {
+        ("a", 1, 2.0),
+        ("c", 2, 12.0),
+    }
+
+
+# ------------------------------------------------------------------ prompts that cannot be right
+
+
+def complaint(prompt: Any, dtype: Any, size: int, context: int = 100) -> InvalidRequest | None:
+    """Return what is wrong with a prompt tensor of this dtype and size."""
+    spec = TensorSpec(dtype, (size,))
+    message = Generate(request_id="r", prompt=prompt, params=SamplingParams(), tensors=(spec,))
+    return wrong_prompt(message, context)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "right", "wrong"),
+    [("text", "uint8", "int32"), ("chat", "uint8", "int32"), ("token_ids", "int32", "uint8")],
+)
+def test_dtype_of_a_prompt(prompt: str, right: str, wrong: str) -> None:
+    assert complaint(prompt, right, 16) is None
+    error = complaint(prompt, wrong, 16)
+    assert error is not None
+    assert f"travels as {right}" in str(error)
+
+
+def test_prompt_that_no_context_can_hold() -> None:
+    assert complaint("text", "uint8", 64 * 1024) is None
+    assert isinstance(complaint("text", "uint8", 64 * 1024 + 1), ContextLengthExceeded)
+    assert complaint("text", "uint8", 128_000, context=2000) is None
+    assert isinstance(complaint("text", "uint8", 128_001, context=2000), ContextLengthExceeded)
+    assert isinstance(complaint("token_ids", "int32", 16 * 1024 + 1), ContextLengthExceeded)
+
+
+def test_empty_text() -> None:
+    message = Generate(request_id="r", prompt="text", params=SamplingParams(), tensors=())
+    assert wrong_prompt(message, 100) is None

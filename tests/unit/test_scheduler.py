@@ -1,16 +1,31 @@
-"""Admission and steps: what is computed next, and for whom."""
+"""What is computed next and for whom: steps, admission, sharing, preemption, failures."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from distributed_llm.common import codec
-from distributed_llm.common.messages import Task
-from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
+from distributed_llm.common.messages import (
+    MAX_RELEASED,
+    MAX_SLICES,
+    MAX_STAGES,
+    SharedPrefix,
+    StageTime,
+    Task,
+)
+from distributed_llm.common.sampling_params import (
+    MAX_LOGIT_BIASES,
+    MAX_SEED,
+    Sampling,
+    SamplingParams,
+)
 from distributed_llm.common.tensors import frame_of_token_ids
-from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.requests import Limits, Phase, Request
-from distributed_llm.coordinator.scheduler import MAX_SLICES, Scheduler, Step
+from distributed_llm.common.types import KV_BLOCK, PeerId
+from distributed_llm.coordinator.requests import Limits, Phase, Request, Ticket
+from distributed_llm.coordinator.scheduler import Scheduler, Step
+
+ANSWER = 7
+"""Every token of every answer."""
 
 Parts = list[tuple[int, int, int, bool]]
 
@@ -18,42 +33,110 @@ Parts = list[tuple[int, int, int, bool]]
 class Desk:
     """A scheduler and a way to fill it."""
 
-    def __init__(self, *, sequences: int = 8, tokens: int = 100, kv_tokens: int = 1000) -> None:
-        self.scheduler = Scheduler(max_sequences=sequences, max_tokens=tokens)
-        self.scheduler.set_capacity(kv_tokens)
-        self.requests: list[Request] = []
-
-    def add(self, prompt: int, answer: int = 10) -> Request:
-        """Queue a request with a prompt of this many tokens, and so many in its answer."""
-        number = len(self.requests)
-        key = (PeerId(b"client"), f"r{number}", number)
-        request = Request(key, number, SamplingParams(), arrived_at=0.0)
-        request.accept(
-            range(100 * number, 100 * number + prompt), Limits(Sampling(), answer, 0, ())
+    def __init__(
+        self, *, sequences: int = 1000, tokens: int = 100, blocks: int = 100, first_id: int = 1
+    ) -> None:
+        self._next_id = first_id
+        self._number = 0
+        self.changes = 0
+        self.scheduler = Scheduler(
+            max_sequences=sequences,
+            max_tokens=tokens,
+            kv_tokens=blocks * KV_BLOCK,
+            new_sequence_id=self._new_sequence_id,
+            on_change=self._on_change,
         )
-        self.requests.append(request)
-        self.scheduler.add(request)
+
+    def _new_sequence_id(self) -> int:
+        self._next_id += 1
+        return self._next_id - 1
+
+    def _on_change(self) -> None:
+        self.changes += 1
+
+    def request(
+        self,
+        prompt: int | Sequence[int],
+        *,
+        answer: int = 10,
+        client: bytes = b"a",
+        sampling: Sampling | None = None,
+    ) -> Request:
+        """Make a request; a prompt that is a number of tokens begins like no other."""
+        number, self._number = self._number, self._number + 1
+        ticket = Ticket((PeerId(client), f"r{number}", number), SamplingParams(), arrived_at=0.0)
+        if isinstance(prompt, int):
+            prompt = range(10_000 * (number + 1), 10_000 * (number + 1) + prompt)
+        limits = Limits((sampling or Sampling(seed=number),), answer, ())
+        ticket.accept(prompt, limits, number=number)
+        return ticket.requests[0]
+
+    def admit(self, request: Request, *, now: float = 1.0) -> bool:
+        return self.scheduler.admit(request, now=now)
+
+    def add(
+        self,
+        prompt: int | Sequence[int],
+        *,
+        answer: int = 10,
+        client: bytes = b"a",
+        sampling: Sampling | None = None,
+    ) -> Request:
+        """Let a new request run."""
+        request = self.request(prompt, answer=answer, client=client, sampling=sampling)
+        assert self.admit(request)
         return request
 
-    def step(self, now: float = 1.0) -> Step:
-        step = self.scheduler.next_step(now=now)
+    def poll(self, *, max_decodes: int = 1000, idle: bool = False) -> Step | None:
+        step = self.scheduler.next_step(max_decodes=max_decodes, idle=idle)
+        self.scheduler.validate()
+        return step
+
+    def step(self, *, max_decodes: int = 1000, idle: bool = False) -> Step:
+        step = self.poll(max_decodes=max_decodes, idle=idle)
         assert step is not None
         return step
 
+    def land(self, step: Step) -> list[bool]:
+        """The step ran through all stages."""
+        counts = self.scheduler.complete(step)
+        samplers = [r for r, p in zip(step.requests, step.slices, strict=True) if p.sample]
+        for request, current in zip(samplers, counts, strict=True):
+            if current:
+                request.append(ANSWER, None, now=1.0)
+        self.scheduler.validate()
+        return counts
+
     def run(self, steps: int = 1) -> None:
-        """Run steps through all stages; every token is 7."""
         for _ in range(steps):
-            step = self.step()
-            self.scheduler.complete(step)
-            for request in step.sampling:
-                request.append(7, now=1.0)
-            self.scheduler.validate()
+            self.land(self.step(idle=True))
+
+    def keep(self, prompt: int | Sequence[int]) -> Request:
+        """Compute a prompt and one token, and keep it as a prefix for others."""
+        request = self.add(prompt)
+        while not request.num_new_tokens:
+            self.run()
+        self.scheduler.remove(request, keep=True)
+        self.scheduler.validate()
+        self.scheduler.prefix_hit_tokens = 0
+        return request
 
 
-def parts(step: Step | None) -> Parts:
-    """Return (request, start, tokens, whether it samples) of each slice."""
-    assert step is not None
-    return [(p.sequence_id, p.start, p.num_tokens, p.sampling is not None) for p in step.slices]
+def parts(step: Step) -> Parts:
+    """Return (request's number, start, tokens, whether it samples) of each slice."""
+    return [
+        (request.number, part.start, part.num_tokens, part.sample)
+        for request, part in zip(step.requests, step.slices, strict=True)
+    ]
+
+
+def prefixes(step: Step) -> list[SharedPrefix | None]:
+    return [part.prefix for part in step.slices]
+
+
+def id_of(request: Request) -> int:
+    assert request.sequence_id is not None
+    return request.sequence_id
 
 
 @pytest.fixture
@@ -63,193 +146,607 @@ def desk() -> Iterator[Desk]:
     made.scheduler.validate()
 
 
+# ------------------------------------------------------------------ steps
+
+
 def test_nothing_to_do(desk: Desk) -> None:
-    assert desk.scheduler.next_step(now=1.0) is None
+    assert desk.poll(idle=True) is None
 
 
 def test_whole_prompt_then_a_token_at_a_time(desk: Desk) -> None:
-    request = desk.add(4)
+    request = desk.add([5, 6, 7, 8])
     step = desk.step()
     assert parts(step) == [(0, 0, 4, True)]
-    assert step.token_ids == (0, 1, 2, 3)
-    assert step.sampling == (request,)
-    desk.scheduler.complete(step)
-    request.append(50, now=1.0)
+    assert step.token_ids == (5, 6, 7, 8)
+    assert step.requests == (request,)
+    assert step.slices[0].sequence_id == id_of(request)
+    assert (step.num_samples, step.decodes) == (1, False)
+    desk.land(step)
     step = desk.step()
     assert parts(step) == [(0, 4, 1, True)]
-    assert step.token_ids == (50,)
+    assert step.token_ids == (ANSWER,)
+    assert (step.num_samples, step.decodes) == (1, True)
 
 
-def test_no_second_step_while_one_is_in_flight(desk: Desk) -> None:
+def test_answering_sequence_is_in_one_step_at_a_time(desk: Desk) -> None:
     desk.add(4)
     step = desk.step()
-    assert desk.scheduler.next_step(now=1.0) is None
-    desk.scheduler.complete(step)
-    desk.requests[0].append(1, now=1.0)
-    assert desk.scheduler.next_step(now=1.0) is not None
+    assert desk.poll() is None
+    desk.land(step)
+    step = desk.step()
+    assert desk.poll() is None
+    desk.land(step)
+    assert parts(desk.step()) == [(0, 5, 1, True)]
 
 
-def test_newcomer_does_not_wait_for_the_step_of_others(desk: Desk) -> None:
+def test_newcomer_does_not_wait_for_steps_of_others(desk: Desk) -> None:
     desk.add(4)
     desk.step()
     desk.add(3)
     assert parts(desk.step()) == [(1, 0, 3, True)]
 
 
-def test_prompt_goes_in_chunks_and_only_the_last_samples() -> None:
+def test_chunks_of_a_prompt_follow_each_other_and_only_the_last_samples() -> None:
     desk = Desk(tokens=8)
     request = desk.add(20)
-    seen: Parts = []
-    for _ in range(3):
-        step = desk.step()
-        seen += parts(step)
-        assert step.sampling == ((request,) if len(seen) == 3 else ())
-        desk.scheduler.complete(step)
-    assert seen == [(0, 0, 8, False), (0, 8, 8, False), (0, 16, 4, True)]
+    steps = [desk.step() for _ in range(3)]
+    assert [parts(step) for step in steps] == [
+        [(0, 0, 8, False)],
+        [(0, 8, 8, False)],
+        [(0, 16, 4, True)],
+    ]
+    assert [token for step in steps for token in step.token_ids] == request.token_ids
+    assert desk.poll() is None
+    for step, computed, counts in zip(steps, (8, 16, 20), ([], [], [True]), strict=True):
+        assert desk.land(step) == counts
+        assert request.num_computed_tokens == computed
 
 
-def test_answers_go_before_prompts_and_share_the_budget() -> None:
+def test_answers_go_before_prompts_within_the_token_budget() -> None:
     desk = Desk(tokens=8)
-    desk.add(5)
     desk.add(3)
-    desk.run()
     desk.add(20)
     desk.add(2)
+    first = desk.step()
+    assert parts(first) == [(0, 0, 3, True), (1, 0, 5, False)]
+    desk.land(first)
     step = desk.step()
-    assert parts(step) == [(0, 5, 1, True), (1, 3, 1, True), (2, 0, 6, False)]
-    desk.scheduler.complete(step)
-    for request in step.sampling:
-        request.append(7, now=1.0)
-    assert parts(desk.step()) == [(0, 6, 1, True), (1, 4, 1, True), (2, 6, 6, False)]
+    assert parts(step) == [(0, 3, 1, True), (1, 5, 7, False)]
+    desk.land(step)
+    assert parts(desk.step()) == [(0, 4, 1, True), (1, 12, 7, False)]
 
 
-def test_long_prompt_does_not_stop_those_behind_it_from_answering() -> None:
+def test_long_prompt_stops_no_answer() -> None:
     desk = Desk(tokens=8)
-    desk.add(2)
+    talker = desk.add(2)
     desk.add(400)
-    before = desk.requests[0].num_new_tokens
     desk.run(5)
-    assert desk.requests[0].num_new_tokens == before + 5
+    assert talker.num_new_tokens == 5
 
 
-def test_budget_is_never_exceeded() -> None:
+def test_prompt_of_one_token_is_no_answer(desk: Desk) -> None:
+    for _ in range(3):
+        desk.add(1)
+    assert len(desk.step(max_decodes=1).slices) == 3
+
+
+def test_answers_spread_over_the_steps_in_flight(desk: Desk) -> None:
+    for _ in range(6):
+        desk.add(2)
+    desk.run()
+    steps = [desk.step(max_decodes=2) for _ in range(3)]
+    assert [[p[0] for p in parts(step)] for step in steps] == [[0, 1], [2, 3], [4, 5]]
+    assert desk.poll(max_decodes=2) is None
+    desk.land(steps[0])
+    assert [p[0] for p in parts(desk.step(max_decodes=2))] == [0, 1]
+
+
+def test_answers_keep_to_the_token_budget() -> None:
     desk = Desk(tokens=3)
-    for size in (1, 2, 5, 1, 9):
-        desk.add(size, answer=3)
-    for _ in range(30):
-        step = desk.scheduler.next_step(now=1.0)
-        if step is None:
-            break
-        assert 0 < len(step.token_ids) == sum(p.num_tokens for p in step.slices) <= 3
-        desk.scheduler.complete(step)
-        for request in step.sampling:
-            request.append(7, now=1.0)
-            if request.finish_reason:
-                assert desk.scheduler.remove(request)
-    assert all(r.num_new_tokens == 3 for r in desk.requests)
+    for _ in range(5):
+        desk.add(1)
+    desk.run(2)
+    steps = [desk.step(), desk.step()]
+    assert [len(step.token_ids) for step in steps] == [3, 2]
+    assert desk.poll() is None
+
+
+def test_no_more_slices_than_a_task_may_have() -> None:
+    count = MAX_SLICES + 9
+    desk = Desk(sequences=count, tokens=10_000, blocks=count)
+    for _ in range(count):
+        desk.add(1)
+    while desk.scheduler.num_decoding and any(not r.num_new_tokens for r in desk.scheduler.running):
+        step = desk.scheduler.next_step(max_decodes=0, idle=True)
+        assert step is not None
+        desk.land(step)
+    assert len(desk.step(max_decodes=count).slices) == MAX_SLICES
+    assert len(desk.step(max_decodes=count).slices) == 9
+
+
+# ------------------------------------------------------------------ clients
+
+
+def test_prompts_of_clients_share_the_budget() -> None:
+    desk = Desk(tokens=65)
+    desk.add(100, client=b"a")
+    desk.add(100, client=b"a")
+    desk.add(100, client=b"b")
+    desk.add(5, client=b"c")
+    # What c leaves is for a and b; within a, the oldest is first.
+    assert sorted(parts(desk.step())) == [(0, 0, 30, False), (2, 0, 30, False), (3, 0, 5, True)]
+
+
+def test_younger_prompt_of_a_client_gets_what_the_oldest_leaves() -> None:
+    desk = Desk(tokens=60)
+    desk.add(10, client=b"a")
+    desk.add(100, client=b"a")
+    desk.add(100, client=b"b")
+    assert sorted(parts(desk.step())) == [(0, 0, 10, True), (1, 0, 20, False), (2, 0, 30, False)]
+
+
+def test_one_client_alone_has_all_of_the_budget() -> None:
+    desk = Desk(tokens=60)
+    desk.add(100)
+    desk.add(100)
+    assert parts(desk.step()) == [(0, 0, 60, False)]
+    assert parts(desk.step()) == [(0, 60, 40, True), (1, 0, 20, False)]
+
+
+def test_many_clients_and_few_tokens() -> None:
+    desk = Desk(tokens=3)
+    for number in range(5):
+        desk.add(10, client=b"c%d" % number)
+    step = desk.step()
+    assert len(step.token_ids) == 3
+    assert [part.num_tokens for part in step.slices] == [1, 1, 1]
 
 
 # ------------------------------------------------------------------ admission
 
 
-def test_admission_by_what_prompt_and_longest_answer_may_take() -> None:
-    desk = Desk(kv_tokens=50)
-    first, second, third = desk.add(10, 10), desk.add(10, 20), desk.add(1, 1)
-    assert [p[0] for p in parts(desk.step())] == [0, 1]
-    assert [r.phase for r in (first, second, third)] == [
-        Phase.RUNNING,
-        Phase.RUNNING,
-        Phase.WAITING,
-    ]
+def test_no_more_sequences_than_allowed() -> None:
+    desk = Desk(sequences=2)
+    first, second = desk.add(1), desk.add(1)
+    third = desk.request(1)
+    assert not desk.scheduler.has_seat
+    assert not desk.admit(third)
+    assert third.phase is Phase.WAITING
+    desk.scheduler.remove(first)
+    assert desk.scheduler.has_seat
+    assert desk.admit(third)
+    assert third.phase is Phase.RUNNING
+    assert list(desk.scheduler.running) == [second, third]
+
+
+def test_prompt_that_finds_no_room_waits() -> None:
+    desk = Desk(blocks=3)
+    first = desk.add(2 * KV_BLOCK - 1)
+    second = desk.request(KV_BLOCK)  # and its first token: two blocks
+    assert not desk.admit(second)
+    assert (second.phase, second.sequence_id) == (Phase.WAITING, None)
+    assert desk.admit(desk.request(KV_BLOCK - 1))
+    desk.scheduler.remove(first)
+    assert desk.admit(second)
     desk.scheduler.validate()
 
 
-def test_who_came_first_is_not_overtaken() -> None:
-    desk = Desk(kv_tokens=30)
-    desk.add(10, 10)
-    desk.add(10, 10)
-    desk.add(1, 1)  # would fit beside the first
-    assert [p[0] for p in parts(desk.step())] == [0]
-    assert desk.scheduler.remove(desk.requests[0])
-    assert sorted(p[0] for p in parts(desk.step())) == [1, 2]
-
-
-def test_no_more_sequences_than_allowed() -> None:
-    desk = Desk(sequences=2)
-    for _ in range(3):
-        desk.add(1)
-    assert len(desk.step().slices) == 2
-    assert len(desk.scheduler.waiting) == 1
+@pytest.mark.parametrize(("answer", "fits"), [(64, True), (65, False)])
+def test_request_too_long_for_this_pipeline_is_not_admitted(answer: int, fits: bool) -> None:
+    desk = Desk(blocks=2)
+    request = desk.request(KV_BLOCK, answer=answer)
+    assert desk.admit(request) is fits
+    assert desk.scheduler.num_running == fits
 
 
 def test_start_is_noted_once() -> None:
     desk = Desk()
-    request = desk.add(3)
-    desk.step(now=5.0)
-    desk.scheduler.set_capacity(1000)
-    desk.step(now=9.0)
+    request = desk.request(3)
+    assert desk.admit(request, now=5.0)
+    desk.scheduler.evacuate()
+    assert desk.admit(request, now=9.0)
     assert request.started_at == 5.0
 
 
-def test_task_of_the_most_and_longest_slices_fits_a_message() -> None:
-    desk = Desk(sequences=10**6, tokens=10**6, kv_tokens=2**60)
-    far = 2**52
-    longest = Sampling(1.5, 2**31 - 1, 0.9, 0.1, 1.1, MAX_SEED, tuple(range(2**31 - 17, 2**31 - 1)))
-    for _ in range(MAX_SLICES + 5):
-        request = desk.add(1)
-        request.limits = Limits(longest, 10, 0, ())
-        request.sequence_id += far
+def test_counts_of_what_runs() -> None:
+    desk = Desk(tokens=80)
+    desk.add(70)
+    desk.add(70)
+    desk.run()
+    assert (desk.scheduler.num_running, desk.scheduler.num_decoding) == (2, 1)
+    assert desk.scheduler.kv_tokens_used == 4 * KV_BLOCK
+    desk.run()
+    assert desk.scheduler.num_decoding == 2
+
+
+def test_changes_are_told(desk: Desk) -> None:
+    request = desk.add(3)
+    assert desk.changes == 1
     step = desk.step()
-    assert len(step.slices) == MAX_SLICES
-    spec, frame = frame_of_token_ids(step.token_ids)
-    task = Task(epoch=far, step=far, attempt=1, sequences=step.slices, tensors=(spec, spec))
-    assert codec.to_worker.decode(codec.encode(task, (frame, frame)))[0] == task
+    assert desk.changes == 1
+    desk.land(step)
+    assert desk.changes == 2
+    desk.scheduler.abandon(desk.step())
+    assert desk.changes == 3
+    desk.scheduler.remove(request)
+    assert desk.changes == 4
+    desk.scheduler.remove(request)
+    assert desk.changes == 4
+
+
+# ------------------------------------------------------------------ what is sent once
+
+
+def test_sampling_is_sent_with_the_first_slice_that_samples_and_not_again() -> None:
+    desk = Desk(tokens=8)
+    request = desk.add(12)
+    sent = []
+    for _ in range(4):
+        step = desk.step()
+        sent += [part.sampling for part in step.slices]
+        desk.land(step)
+    assert sent == [None, request.sampling, None, None]
+
+
+def test_sampling_is_sent_again_after_steps_were_abandoned(desk: Desk) -> None:
+    request = desk.add(4)
+    step = desk.step()
+    desk.scheduler.abandon(step)
+    again = desk.step()
+    assert again == step
+    assert again.slices[0].sampling == request.sampling
+    desk.land(again)
+    desk.scheduler.abandon(desk.step())
+    assert desk.step().slices[0].sampling == request.sampling
+
+
+def test_sampling_is_sent_again_after_a_restart(desk: Desk) -> None:
+    request = desk.add(4)
+    desk.run(2)
+    desk.scheduler.restart(request)
+    step = desk.step()
+    assert parts(step) == [(0, 0, 6, True)]
+    assert step.slices[0].sampling == request.sampling
+
+
+def test_prefix_is_sent_until_its_first_slice_is_confirmed() -> None:
+    desk = Desk(tokens=20)
+    desk.keep(list(range(100)))
+    request = desk.add([*range(90), *[1] * 50])
+    shared = SharedPrefix(sequence_id=1, length=90)
+    steps = [desk.step(), desk.step()]
+    assert [parts(s) for s in steps] == [[(1, 90, 20, False)], [(1, 110, 20, False)]]
+    assert [prefixes(s) for s in steps] == [[shared], [None]]
+    for step in steps:
+        desk.scheduler.abandon(step)
+    desk.scheduler.validate()
+    steps = [desk.step(), desk.step()]
+    assert [prefixes(s) for s in steps] == [[shared], [None]]
+    desk.land(steps[0])
+    desk.scheduler.abandon(steps[1])
+    step = desk.step()
+    assert parts(step) == [(1, 110, 20, False)]
+    assert prefixes(step) == [None]
+    assert request.num_computed_tokens == 110
+
+
+# ------------------------------------------------------------------ prefixes
+
+
+def test_what_a_request_kept_is_found_by_the_next(desk: Desk) -> None:
+    old = desk.keep(50)
+    assert desk.scheduler.kv_tokens_used == 0
+    assert desk.scheduler.kv_tokens_cached == KV_BLOCK
+    request = desk.request([*old.token_ids, 1, 2])
+    assert desk.scheduler.hit_length(request) == 50  # the answer's token was not computed
+    assert desk.admit(request)
+    assert (request.num_computed_tokens, request.num_cached_tokens) == (50, 50)
+    assert desk.scheduler.prefix_hit_tokens == 50
+    step = desk.step()
+    assert parts(step) == [(1, 50, 3, True)]
+    assert prefixes(step) == [SharedPrefix(sequence_id=1, length=50, take=True)]
+    assert step.token_ids == (ANSWER, 1, 2)
+    desk.land(step)
+    assert desk.scheduler.take_freed() == []  # it was taken
+
+
+def test_last_token_of_a_prompt_is_always_computed(desk: Desk) -> None:
+    desk.keep(range(50))
+    desk.add(range(50))
+    assert parts(desk.step()) == [(1, 49, 1, True)]
+
+
+def test_what_is_not_kept_is_not_found(desk: Desk) -> None:
+    old = desk.add(50)
+    desk.run()
+    desk.scheduler.remove(old, keep=False)
+    assert desk.scheduler.take_freed() == [1]
+    assert desk.scheduler.take_freed() == []
+    assert desk.scheduler.hit_length(desk.request(range(50))) == 0
+    assert (desk.scheduler.kv_tokens_used, desk.scheduler.kv_tokens_cached) == (0, 0)
+
+
+def test_prefix_of_a_running_request_is_shared(desk: Desk) -> None:
+    old = desk.add(range(80))
+    desk.run(2)
+    desk.add([*range(80), ANSWER, 1, 2])
+    step = desk.step()
+    assert parts(step) == [(0, 81, 1, True), (1, 81, 2, True)]
+    assert prefixes(step) == [None, SharedPrefix(sequence_id=id_of(old), length=81)]
+
+
+def test_prefixes_make_room_for_requests() -> None:
+    desk = Desk(blocks=2)
+    desk.keep(100)
+    assert desk.scheduler.kv_tokens_cached == 2 * KV_BLOCK
+    desk.add(100)
+    assert desk.scheduler.take_freed() == [1]
+    assert desk.scheduler.kv_tokens_cached == 0
+
+
+# ------------------------------------------------------------------ followers
+
+
+def leader_and_follower(desk: Desk) -> tuple[Request, Request]:
+    """Return a request of 200 tokens, and one that has the first 150 and 30 others."""
+    leader, follower = desk.add(range(200)), desk.add([*range(150), *[1] * 30])
+    assert follower.waits_for is leader
+    assert (follower.phase, follower.sequence_id) == (Phase.RUNNING, None)
+    return leader, follower
+
+
+def test_follower_waits_until_the_common_part_is_computed_and_shares_it() -> None:
+    desk = Desk(tokens=50)
+    leader, follower = leader_and_follower(desk)
+    under_way = [desk.step() for _ in range(4)]
+    assert desk.poll() is None
+    for step in under_way[:2]:
+        assert step.requests == (leader,)
+        desk.land(step)
+        assert desk.poll() is None
+    desk.land(under_way[2])  # 150 by now
+    assert follower.waits_for is None
+    assert follower.num_cached_tokens == 150
+    step = desk.step()
+    assert parts(step) == [(1, 150, 30, True)]
+    assert prefixes(step) == [SharedPrefix(sequence_id=id_of(leader), length=150)]
+    assert desk.scheduler.prefix_hit_tokens == 150
+
+
+@pytest.mark.parametrize(("keep", "start"), [(False, 0), (True, 50)])
+def test_follower_goes_on_when_its_leader_is_removed(keep: bool, start: int) -> None:
+    desk = Desk(tokens=50)
+    leader, follower = leader_and_follower(desk)
+    desk.run()
+    desk.scheduler.remove(leader, keep=keep)
+    assert follower.waits_for is None
+    assert parts(desk.step()) == [(1, start, 50, False)]
+
+
+def test_follower_goes_on_when_its_leader_is_preempted() -> None:
+    desk = Desk(tokens=100, blocks=4)
+    old = desk.add(KV_BLOCK - 1)
+    leader = desk.add([*range(190)])
+    follower = desk.add([*range(65), *[1] * 5])
+    assert follower.waits_for is leader
+    desk.run()
+    assert parts(desk.step()) == [(0, 63, 1, True), (2, 0, 70, True)]
+    assert desk.scheduler.preempted == [leader]
+    assert follower.waits_for is None
+    assert list(desk.scheduler.running) == [old, follower]
+
+
+def test_follower_that_is_removed_leaves_its_leader_alone() -> None:
+    desk = Desk(tokens=50)
+    leader, follower = leader_and_follower(desk)
+    desk.scheduler.remove(follower)
+    desk.scheduler.validate()
+    desk.run(4)
+    assert leader.num_new_tokens == 1
+    assert desk.scheduler.num_running == 1
+
+
+def test_follower_for_whom_there_is_no_room_is_preempted() -> None:
+    desk = Desk(tokens=100, blocks=4)
+    desk.add(range(190))
+    follower = desk.add([*range(100), *[1] * 90])
+    desk.run(2)
+    assert desk.scheduler.preempted == [follower]
+    assert (follower.phase, follower.waits_for) == (Phase.WAITING, None)
+
+
+@pytest.mark.parametrize(("common", "waits"), [(63, False), (64, True)])
+def test_little_is_not_worth_waiting_for(common: int, waits: bool) -> None:
+    desk = Desk(tokens=200)
+    desk.add(range(100))
+    other = desk.add([*range(common), *[1] * 20])
+    assert (other.waits_for is not None) is waits
+
+
+def test_nobody_waits_for_what_is_there_already() -> None:
+    desk = Desk(tokens=200)
+    desk.keep(range(100))
+    desk.add([*range(80), *[1] * 50])
+    other = desk.add([*range(80), *[2] * 50])
+    assert other.waits_for is None
+    assert other.num_cached_tokens == 80
+
+
+def test_nobody_waits_for_who_waits() -> None:
+    desk = Desk(tokens=50)
+    leader, follower = leader_and_follower(desk)
+    third = desk.add([*follower.token_ids, 9])
+    assert third.waits_for is leader
+    desk.run(3)
+    assert not any(request.waits_for for request in (follower, third))
+
+
+# ------------------------------------------------------------------ preemption
+
+
+def test_youngest_gives_up_its_room_for_the_oldest() -> None:
+    desk = Desk(tokens=1000, blocks=3)
+    old, middle, young = (desk.add(KV_BLOCK - 1, answer=100) for _ in range(3))
+    desk.run()
+    assert parts(desk.step()) == [(0, 63, 1, True)]
+    assert desk.scheduler.preempted == [young]
+    assert (young.phase, young.sequence_id, young.num_computed_tokens) == (Phase.WAITING, None, 0)
+    assert len(young.token_ids) == KV_BLOCK  # its answer so far stays
+    assert young.sampling_sent is False
+    assert list(desk.scheduler.running) == [old, middle]
+    assert desk.scheduler.take_freed() == [3]
+
+
+def test_preempted_request_computes_all_its_tokens_again() -> None:
+    desk = Desk(tokens=1000, blocks=2)
+    old, young = desk.add(KV_BLOCK - 1), desk.add(KV_BLOCK - 1)
+    desk.run(2)
+    assert desk.scheduler.preempted == [young]
+    assert not desk.admit(young)
+    desk.scheduler.remove(old)
+    assert desk.admit(young)
+    assert parts(desk.step()) == [(1, 0, KV_BLOCK, True)]
+
+
+@pytest.mark.parametrize("oldest_first", [True, False])
+def test_oldest_is_not_preempted_for_a_younger_one(oldest_first: bool) -> None:
+    desk = Desk(tokens=1000, blocks=2)
+    old, young = desk.request(KV_BLOCK - 1), desk.request(KV_BLOCK - 1)
+    for request in (old, young) if oldest_first else (young, old):  # it may have been preempted
+        assert desk.admit(request)
+    desk.run()
+    assert parts(desk.step()) == [(0, 63, 1, True)]
+    assert desk.scheduler.preempted == [young]
+
+
+def test_who_is_under_way_is_not_preempted() -> None:
+    desk = Desk(blocks=3)
+    desk.add(KV_BLOCK - 1)
+    young = desk.add(120)
+    steps = [desk.step(), desk.step()]
+    assert parts(steps[1]) == [(1, 37, 83, True)]
+    desk.land(steps[0])
+    assert desk.poll() is None
+    assert not desk.scheduler.preempted
+    desk.land(steps[1])
+    assert parts(desk.step()) == [(0, 63, 1, True)]
+    assert desk.scheduler.preempted == [young]
+
+
+def test_kept_prefixes_go_before_requests_are_preempted() -> None:
+    desk = Desk(blocks=3)
+    desk.keep(KV_BLOCK - 10)
+    desk.add(KV_BLOCK - 1)
+    desk.add(20)
+    desk.run(2)
+    assert not desk.scheduler.preempted
+    assert desk.scheduler.take_freed() == [1]
+
+
+def test_who_is_alone_and_has_no_room_starts_without_sharing() -> None:
+    """What it shares is part of a longer buffer, which stays as long as it is shared."""
+    desk = Desk(tokens=1000, blocks=5)
+    desk.keep(range(200))
+    request = desk.add([*range(100), *[1] * 30], answer=190)
+    assert request.num_cached_tokens == 100
+    preempted = 0
+    while not request.finish_reason:
+        step = desk.poll(idle=True)
+        if step is None:
+            assert desk.scheduler.preempted == [request]
+            assert not request.shares
+            preempted += 1
+            desk.scheduler.preempted.clear()
+            assert desk.admit(request)
+            assert request.prefix is None
+        else:
+            desk.land(step)
+    assert preempted == 1
+    assert request.num_computed_tokens == 5 * KV_BLOCK - 1
 
 
 # ------------------------------------------------------------------ removal
 
 
-def test_remove_tells_whether_there_is_kv_cache() -> None:
-    desk = Desk(sequences=1)
-    running, waiting, other = desk.add(1), desk.add(1), desk.add(1)
-    desk.step()
-    assert desk.scheduler.remove(running)
-    assert not desk.scheduler.remove(running)
-    assert not desk.scheduler.remove(waiting)
-    assert desk.scheduler.waiting == [other]
+@pytest.mark.parametrize("lost", [False, True])
+def test_removed_while_under_way_is_freed_when_its_last_step_landed(lost: bool) -> None:
+    desk = Desk(tokens=10)
+    request = desk.add(20)
+    steps = [desk.step(), desk.step()]
+    desk.scheduler.remove(request)
+    for step, freed in zip(steps, ([], [1]), strict=True):
+        assert desk.scheduler.take_freed() == []
+        assert desk.scheduler.kv_tokens_used > 0
+        if lost:
+            desk.scheduler.abandon(step)
+        else:
+            assert desk.land(step) == [False] * step.num_samples
+        desk.scheduler.validate()
+        assert desk.scheduler.take_freed() == freed
+    assert desk.scheduler.kv_tokens_used == 0
+    assert desk.poll() is None
+
+
+def test_removed_while_under_way_may_be_kept() -> None:
+    desk = Desk()
+    request = desk.add(range(50))
+    desk.run()
+    step = desk.step()
+    desk.scheduler.remove(request, keep=True)
+    assert desk.land(step) == [False]
+    assert desk.scheduler.take_freed() == []
+    assert desk.scheduler.hit_length(desk.request(range(60))) == 50
+
+
+def test_others_of_a_step_go_on_when_one_is_removed(desk: Desk) -> None:
+    gone, stays = desk.add(3), desk.add(4)
+    step = desk.step()
+    desk.scheduler.remove(gone)
+    assert desk.land(step) == [False, True]
+    assert (gone.num_new_tokens, stays.num_new_tokens) == (0, 1)
 
 
 # ------------------------------------------------------------------ failures
 
 
-def test_complete_moves_on_and_abandon_does_not(desk: Desk) -> None:
-    request = desk.add(4)
-    step = desk.step()
-    desk.scheduler.abandon(step)
-    assert request.num_computed_tokens == 0
-    again = desk.step()
-    assert parts(again) == parts(step)
-    desk.scheduler.complete(again)
-    assert request.num_computed_tokens == 4
-    request.append(7, now=1.0)
+def test_abandoned_steps_go_back_to_what_is_computed() -> None:
+    desk = Desk(tokens=8)
+    request = desk.add(20)
+    desk.run()
+    steps = [desk.step(), desk.step()]
+    for step in steps:
+        desk.scheduler.abandon(step)
+    assert (request.num_computed_tokens, request.num_scheduled_tokens) == (8, 8)
+    assert (request.num_in_flight, request.sequence_id) == (0, 1)
+    assert parts(desk.step()) == [(0, 8, 8, False)]
 
 
-def test_suspects_run_alone_one_after_the_other() -> None:
+def test_suspect_runs_alone_and_only_when_idle() -> None:
+    desk = Desk(tokens=8)
+    desk.add(2)
+    suspect = desk.add(5)
+    desk.add(3)
+    suspect.alone = True
+    assert desk.poll(idle=False) is None
+    step = desk.step(idle=True)
+    assert parts(step) == [(1, 0, 5, True)]
+    assert desk.poll(idle=False) is None
+    desk.land(step)
+    assert not suspect.alone
+    assert parts(desk.step()) == [(1, 5, 1, True), (0, 0, 2, True), (2, 0, 3, True)]
+
+
+def test_suspects_run_one_after_the_other() -> None:
     desk = Desk(tokens=8)
     good, bad, worse = desk.add(2), desk.add(12), desk.add(3)
-    desk.scheduler.abandon(desk.step())
     bad.alone = worse.alone = True
     seen = []
-    for _ in range(4):
-        step = desk.step()
+    for _ in range(3):
+        step = desk.step(idle=True)
         seen.append([p[:3] for p in parts(step)])
-        desk.scheduler.complete(step)
-        for request in step.sampling:
-            request.append(7, now=1.0)
-    assert seen == [[(1, 0, 8)], [(1, 8, 4)], [(2, 0, 3)], [(1, 12, 1), (2, 3, 1), (0, 0, 2)]]
-    assert not bad.alone
-    assert not worse.alone
-    assert good.num_new_tokens == 1
+        desk.land(step)
+    assert seen == [[(1, 0, 8)], [(1, 8, 4)], [(2, 0, 3)]]
+    assert not any(request.alone for request in (good, bad, worse))
 
 
 def test_suspicion_ends_with_a_token_and_not_before() -> None:
@@ -257,27 +754,178 @@ def test_suspicion_ends_with_a_token_and_not_before() -> None:
     desk = Desk(tokens=8)
     request = desk.add(12)
     request.alone, request.losses, request.failures = True, 2, 1
-    desk.scheduler.complete(desk.step())
+    desk.run()
     assert (request.alone, request.losses, request.failures) == (True, 2, 1)
     desk.run()
     assert (request.alone, request.losses, request.failures) == (False, 0, 0)
 
 
-def test_new_plan_starts_everyone_again_in_order_of_arrival() -> None:
-    desk = Desk(sequences=2, tokens=8)
-    for size in (3, 12, 2, 1):
-        desk.add(size, 5)
-    desk.run(3)
-    answered = [list(r.token_ids) for r in desk.requests]
-    desk.step()
-    desk.scheduler.set_capacity(17)
-    desk.scheduler.validate()
-    assert [r.sequence_id for r in desk.scheduler.waiting] == [0, 1, 2, 3]
-    assert not desk.scheduler.running
-    for request in desk.requests:
-        assert request.phase is Phase.WAITING
-        assert (request.num_computed_tokens, request.in_flight) == (0, False)
-    assert [r.token_ids for r in desk.requests] == answered
+def test_suspect_that_waits_for_another_stops_nobody() -> None:
+    desk = Desk(tokens=50)
+    leader, follower = leader_and_follower(desk)
+    follower.alone = True
+    assert desk.step().requests == (leader,)
+
+
+def test_restart_computes_all_tokens_in_a_new_sequence(desk: Desk) -> None:
+    request = desk.add(30)
+    desk.run(2)
     step = desk.step()
-    assert parts(step) == [(0, 0, len(answered[0]), True)]  # the second would need 17 more
-    assert step.token_ids == tuple(answered[0])
+    tokens = list(request.token_ids)
+    desk.scheduler.restart(request)
+    desk.scheduler.validate()
+    assert request.token_ids == tokens
+    assert (request.num_computed_tokens, request.num_in_flight) == (0, 0)
+    again = desk.step()
+    assert again.slices[0].sequence_id != step.slices[0].sequence_id
+    assert again.token_ids == tuple(tokens)
+    assert desk.land(step) == [False]
+    assert desk.scheduler.take_freed() == [step.slices[0].sequence_id]
+    assert desk.land(again) == [True]
+
+
+def test_restart_before_the_first_slice_gives_up_what_it_began_as(desk: Desk) -> None:
+    """A stage lost the prefix, or the sequence: nobody may begin as either again."""
+    desk.keep(range(80))
+    request = desk.add([*range(60), 1, 2])
+    other = desk.request([*range(70), 3])
+    assert desk.scheduler.hit_length(other) == 70
+    step = desk.step()
+    desk.scheduler.restart(request)
+    desk.scheduler.abandon(step)
+    assert desk.scheduler.hit_length(other) == 0
+    assert sorted(desk.scheduler.take_freed()) == [1, 2]
+    step = desk.step()
+    assert parts(step) == [(1, 0, 62, True)]
+    assert prefixes(step) == [None]
+
+
+def test_restart_later_leaves_what_it_began_as_to_others(desk: Desk) -> None:
+    desk.keep(range(80))
+    request = desk.add([*range(60), 1, 2])
+    desk.run()
+    desk.scheduler.restart(request)
+    assert desk.scheduler.hit_length(desk.request([*range(70), 3])) == 70
+    assert parts(desk.step()) == [(1, 0, 63, True)]  # but it takes no part in that
+
+
+def test_restart_without_room_waits_for_the_old_sequence_to_land() -> None:
+    desk = Desk(blocks=1)
+    request = desk.add(20)
+    step = desk.step()
+    desk.scheduler.restart(request)
+    desk.scheduler.validate()
+    assert desk.scheduler.preempted == [request]
+    assert request.phase is Phase.WAITING
+    desk.scheduler.abandon(step)
+    assert desk.admit(request)
+    assert parts(desk.step()) == [(0, 0, 20, True)]
+
+
+def test_evacuated_requests_are_ready_to_run_elsewhere() -> None:
+    desk = Desk(tokens=50)
+    talker = desk.add(10)
+    leader, follower = leader_and_follower(desk)
+    desk.run()
+    desk.step()
+    answered = [list(r.token_ids) for r in (talker, leader, follower)]
+    assert desk.scheduler.evacuate() == [talker, leader, follower]
+    assert desk.scheduler.num_running == 0
+    elsewhere = Desk(tokens=1000)
+    for request in (talker, leader, follower):
+        assert request.phase is Phase.WAITING
+        assert (request.sequence_id, request.waits_for, request.prefix) == (None, None, None)
+        assert (request.num_computed_tokens, request.num_scheduled_tokens) == (0, 0)
+        assert (request.num_in_flight, request.sampling_sent) == (0, False)
+        assert elsewhere.admit(request)
+    assert [list(r.token_ids) for r in (talker, leader, follower)] == answered
+    assert [p[0] for p in parts(elsewhere.step())] == [talker.number, leader.number]
+
+
+# ------------------------------------------------------------------ a message's header
+
+
+FAR = 2**52
+
+WORST = Sampling(
+    temperature=1.5,
+    top_k=2**31 - 1,
+    top_p=0.9,
+    min_p=0.1,
+    repetition_penalty=1.1,
+    presence_penalty=0.3,
+    frequency_penalty=0.3,
+    logit_bias=tuple((2**31 - 1 - i, -99.9) for i in range(MAX_LOGIT_BIASES)),
+    seed=MAX_SEED,
+    prompt_tokens=2**31 - 1,
+    suppressed=tuple(range(2**31 - 17, 2**31 - 1)),
+    suppressed_before=2**31 - 1,
+    logprobs=20,
+)
+
+
+def encodes(step: Step) -> None:
+    """Assert that the task of a step fits a message, whatever it has to carry besides."""
+    spec, frame = frame_of_token_ids(step.token_ids)
+    task = Task(
+        epoch=FAR,
+        step=FAR,
+        oldest=FAR,
+        sequences=step.slices,
+        tensors=(spec,),
+        released=tuple(range(FAR, FAR + MAX_RELEASED)),
+        timings=(StageTime(queued_us=2**31, compute_us=2**31),) * MAX_STAGES,
+    )
+    assert codec.to_worker.decode(codec.encode(task, (frame,)))[0] == task
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WORST])
+def test_prompts_that_begin_together_fit_a_message(sampling: Sampling) -> None:
+    desk = Desk(tokens=100_000, blocks=1000, first_id=FAR)
+    for _ in range(200):
+        desk.add(2, sampling=sampling)
+    sampled = 0
+    while step := desk.poll():
+        encodes(step)
+        sampled += step.num_samples
+    assert sampled == 200
+
+
+def test_prompts_that_share_a_prefix_fit_a_message() -> None:
+    desk = Desk(tokens=100_000, blocks=1000, first_id=FAR)
+    desk.keep(range(100))
+    for number in range(300):
+        desk.add([*range(90), 1000 + number, 1, 2], sampling=WORST if number % 2 else Sampling())
+    sampled = 0
+    while step := desk.poll():
+        assert all(prefixes(step))
+        encodes(step)
+        sampled += step.num_samples
+    assert sampled == 300
+
+
+def test_answers_of_full_steps_and_prompts_fit_a_message() -> None:
+    desk = Desk(sequences=1000, tokens=100_000, blocks=2000, first_id=FAR)
+    for _ in range(MAX_SLICES - 5):
+        desk.add(1)
+    while any(not request.num_new_tokens for request in desk.scheduler.running):
+        desk.run()
+    for _ in range(20):
+        desk.add(2, sampling=WORST)
+    step = desk.step()
+    assert len(step.slices) == MAX_SLICES
+    encodes(step)
+
+
+def test_answers_after_steps_were_abandoned_fit_a_message() -> None:
+    """The last stage is to be told again how to pick the tokens of all of them."""
+    desk = Desk(tokens=1000, first_id=FAR)
+    requests = [desk.add(2, sampling=WORST) for _ in range(40)]
+    while any(not request.num_new_tokens for request in requests):
+        desk.run()
+    desk.scheduler.abandon(desk.step())
+    told = 0
+    while step := desk.poll():
+        encodes(step)
+        told += sum(part.sampling is not None for part in step.slices)
+    assert told == 40

@@ -1,0 +1,300 @@
+"""The scheduler in random schedules: whoever is not cancelled gets the right tokens, in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import hypothesis
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.coordinator.requests import Phase, Request
+from distributed_llm.coordinator.scheduler import Step
+from tests.unit.test_scheduler import Desk
+
+
+def next_token(context: Sequence[int]) -> int:
+    """Return the token after these: any mistake in them changes it."""
+    return hash(tuple(context)) % 997
+
+
+def reference(prompt: Sequence[int], count: int) -> list[int]:
+    """Return the prompt and its answer, computed without any schedule."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+@dataclass
+class Stages:
+    """All stages in one: what tasks do to it, told in the plainest way."""
+
+    held: dict[int, list[int]] = field(default_factory=dict)
+    sampling: dict[int, Sampling] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
+
+    def free(self, sequence_ids: Sequence[int]) -> None:
+        for sequence_id in sequence_ids:
+            self.held.pop(sequence_id, None)
+            self.sampling.pop(sequence_id, None)
+
+    def missing(self, step: Step) -> list[int]:
+        """Return the sequences of a step that lack positions; only what was lost may."""
+        found = []
+        for part in step.slices:
+            source = part.sequence_id
+            if source not in self.held and part.prefix:
+                source = part.prefix.sequence_id
+            if len(self.held.get(source, [])) < part.start:
+                assert source in self.lost
+                found.append(part.sequence_id)
+        return found
+
+    def run(self, step: Step) -> list[int]:
+        """Compute a step; return the tokens that it samples."""
+        sampled, at = [], 0
+        for request, part in zip(step.requests, step.slices, strict=True):
+            held = self._begin(part)
+            del held[part.start :]
+            held += step.token_ids[at : at + part.num_tokens]
+            at += part.num_tokens
+            assert held == request.token_ids[: len(held)]
+            if part.sampling:
+                self.sampling[part.sequence_id] = part.sampling
+            if part.sample:
+                assert self.sampling[part.sequence_id] == request.sampling
+                sampled.append(next_token(held))
+        assert at == len(step.token_ids)
+        return sampled
+
+    def _begin(self, part: SequenceSlice) -> list[int]:
+        if part.sequence_id not in self.held and part.prefix:
+            assert part.prefix.length == part.start
+            self.held[part.sequence_id] = self.held[part.prefix.sequence_id][: part.start]
+        if part.prefix and part.prefix.take:
+            self.free([part.prefix.sequence_id])
+        return self.held.setdefault(part.sequence_id, [])
+
+
+Sent = tuple[list[int], Step]
+"""A step under way, and the sequences to free before it."""
+
+_INDEX = st.integers(0, 10**6)
+
+
+class Schedules(RuleBasedStateMachine):
+    """Requests that come, are cancelled and lose steps; every other one ends with its tokens."""
+
+    @initialize(
+        sequences=st.integers(1, 8),
+        tokens=st.sampled_from([1, 7, 40, 200]),
+        blocks=st.sampled_from([4, 6, 10, 40]),
+    )
+    def start(self, sequences: int, tokens: int, blocks: int) -> None:
+        self.desk = Desk(sequences=sequences, tokens=tokens, blocks=blocks)
+        self.scheduler = self.desk.scheduler
+        self.max_tokens, self.capacity = tokens, blocks * KV_BLOCK
+        self.stages = Stages()
+        self.waiting: list[Request] = []
+        self.under_way: list[Sent] = []
+        self.to_free: list[int] = []
+        self.expected: dict[Request, list[int]] = {}
+
+    @rule(
+        family=st.integers(0, 2),
+        common=st.integers(0, 150),
+        own=st.integers(1, 60),
+        answer=st.integers(1, 40),
+        client=st.sampled_from([b"a", b"b"]),
+    )
+    def arrive(self, family: int, common: int, own: int, answer: int, client: bytes) -> None:
+        """Mostly it begins like others."""
+        tail = [9000 + len(self.expected)] * own
+        prompt = [*range(1000 * family, 1000 * family + common), *tail]
+        self._arrive(prompt, answer, client)
+
+    @precondition(lambda self: self.expected)
+    @rule(index=_INDEX, own=st.integers(1, 20), answer=st.integers(1, 20))
+    def go_on(self, index: int, own: int, answer: int) -> None:
+        """The next turn of a conversation."""
+        before = list(self.expected)[index % len(self.expected)].token_ids[:150]
+        self._arrive([*before, *[5000] * own], answer, b"a")
+
+    def _arrive(self, prompt: list[int], answer: int, client: bytes) -> None:
+        request = self.desk.request(prompt, answer=answer, client=client)
+        assert request.ticket.reserved_tokens <= self.capacity
+        self.expected[request] = reference(prompt, answer)
+        self.waiting.append(request)
+
+    @rule(depth=st.integers(1, 4), max_decodes=st.integers(1, 4))
+    def begin(self, depth: int, max_decodes: int) -> None:
+        """Admit who is next and begin steps, in the order in which the coordinator does."""
+        self._admit()
+        while len(self.under_way) < depth:
+            self._begin(max_decodes)
+            if not self.began:
+                break
+        self._collect()
+        assert self.under_way or not self.scheduler.num_running, "they run, but nothing does"
+
+    def _begin(self, max_decodes: int) -> None:
+        oldest = next((r for r in self.scheduler.running if r.sequence_id is not None), None)
+        before = [r.number for r in self.scheduler.running if r.sequence_id is not None]
+        idle = not self.under_way
+        step = self.scheduler.next_step(max_decodes=max_decodes, idle=idle)
+        self.to_free += self.scheduler.take_freed()
+        if oldest and len(before) > 1:
+            gone = [r.number for r in self.scheduler.preempted]
+            assert min(before) not in gone, "the oldest was preempted"
+        self.began = step is not None
+        if step:
+            self._check(step, max_decodes)
+            self.under_way.append((self.to_free, step))
+            self.to_free = []
+
+    def _check(self, step: Step, max_decodes: int) -> None:
+        assert len(step.token_ids) == sum(p.num_tokens for p in step.slices) <= self.max_tokens
+        pairs = list(zip(step.requests, step.slices, strict=True))
+        answering = [p for _, p in pairs if p.sample and p.num_tokens == 1 and p.start > 0]
+        assert len(answering) <= max_decodes
+        for request, part in pairs:
+            assert part.sample == (part.start + part.num_tokens == len(request.token_ids))
+        if any(request.alone for request in step.requests):
+            assert len(step.slices) == 1
+            assert not self.under_way
+
+    def _admit(self) -> None:
+        self._collect()
+        while self.waiting and self.desk.admit(self.waiting[0]):
+            self.waiting.pop(0)
+        nothing_runs = not self.scheduler.num_running and not self.under_way
+        assert not (self.waiting and nothing_runs), "there is room, but nobody is admitted"
+
+    def _collect(self) -> None:
+        """Who was preempted waits; who was freed is freed before the next step, or now."""
+        self.waiting = sorted([*self.waiting, *self.scheduler.preempted], key=lambda r: r.number)
+        self.scheduler.preempted.clear()
+        self.to_free += self.scheduler.take_freed()
+        if not self.under_way:
+            self.stages.free(self.to_free)
+            self.to_free = []
+
+    @precondition(lambda self: self.under_way)
+    @rule()
+    def land(self) -> None:
+        released, step = self.under_way[0]
+        self.stages.free(released)
+        missing = self.stages.missing(step)
+        if missing:
+            self._break(step, missing)
+            return
+        tokens = self.stages.run(step)
+        del self.under_way[0]
+        counts = self.scheduler.complete(step)
+        samplers = [r for r, p in zip(step.requests, step.slices, strict=True) if p.sample]
+        for request, token, current in zip(samplers, tokens, counts, strict=True):
+            if current:
+                self._append(request, token)
+        self._collect()
+
+    def _append(self, request: Request, token: int) -> None:
+        request.append(token, None, now=1.0)
+        if request.finish_reason:
+            assert request.token_ids == self.expected[request]
+            self.scheduler.remove(request, keep=request.number % 4 > 0)
+            request.phase = Phase.CLOSING
+
+    def _break(self, step: Step, missing: list[int]) -> None:
+        for request, part in zip(step.requests, step.slices, strict=True):
+            if part.sequence_id in missing and request.sequence_id == part.sequence_id:
+                self.scheduler.restart(request)
+                request.alone = True
+        self.abandon(0)
+
+    @rule(executed=st.integers(0, 3))
+    def abandon(self, executed: int) -> None:
+        """All steps under way are given up; stages have run some of them."""
+        given_up, self.under_way = self.under_way, []
+        for released, step in given_up[:executed]:
+            self.stages.free(released)
+            if self.stages.missing(step):
+                break
+            self.stages.run(step)
+        for released, step in given_up:
+            self.to_free += released
+            self.scheduler.abandon(step)
+        self._collect()
+
+    @precondition(lambda self: self.scheduler.num_running or self.waiting)
+    @rule(index=_INDEX, keep=st.booleans())
+    def cancel(self, index: int, keep: bool) -> None:
+        alive = [*self.scheduler.running, *self.waiting]
+        request = alive[index % len(alive)]
+        if request in self.waiting:
+            self.waiting.remove(request)
+        self.scheduler.remove(request, keep=keep)
+        request.phase = Phase.GONE
+        self._collect()
+
+    @precondition(lambda self: self.scheduler.num_running)
+    @rule(index=_INDEX)
+    def suspect(self, index: int) -> None:
+        alive = list(self.scheduler.running)
+        self.abandon(0)
+        alive[index % len(alive)].alone = True
+
+    @precondition(lambda self: self.stages.held)
+    @rule(index=_INDEX)
+    def lose(self, index: int) -> None:
+        """The stages forget a sequence."""
+        lost = list(self.stages.held)[index % len(self.stages.held)]
+        self.stages.lost.add(lost)
+        self.stages.free([lost])
+
+    @invariant()
+    def books_are_right(self) -> None:
+        self.scheduler.validate()
+        assert self.scheduler.kv_tokens_used + self.scheduler.kv_tokens_cached <= self.capacity
+
+    def teardown(self) -> None:
+        if not hasattr(self, "desk"):
+            return
+        self._drain()
+        for request, expected in self.expected.items():
+            if request.phase is not Phase.GONE:
+                assert request.token_ids == expected
+        assert self.scheduler.kv_tokens_used == 0
+        # A request that needs all the room drives out what is kept; then nothing is left.
+        last = self.desk.request([8000] * (self.capacity - 1), answer=1)
+        self.expected[last] = reference(last.token_ids, 1)
+        self.waiting.append(last)
+        self.begin(1, 1)
+        self.scheduler.remove(last)
+        last.phase = Phase.GONE
+        self._drain()
+        assert self.scheduler.kv_tokens_cached == 0
+        assert not self.stages.held
+
+    def _drain(self) -> None:
+        for _ in range(100_000):
+            if not self.scheduler.num_running and not self.waiting and not self.under_way:
+                return
+            self.begin(3, 2)
+            self.land()
+            self.scheduler.validate()
+        raise AssertionError("requests do not end")
+
+
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+)
