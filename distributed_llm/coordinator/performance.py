@@ -224,7 +224,7 @@ class StageTimes:
         """Return how many steps of `tokens` tokens should be under way: as few as are fast enough.
 
         Beyond that they only delay each other, and what answers beside them. So this begins with
-        one, and tries at most twice as many as were measured.
+        one, and tries up to twice as many as long as more were faster.
 
         Args:
             tokens: in each step.
@@ -233,9 +233,17 @@ class StageTimes:
         known = self._known(now)
         if not known:
             return 1
-        most = min(limit, 2 * known[-1])
-        rates = [depth / self._predict(tokens, depth, known) for depth in range(1, most + 1)]
-        return next(d for d, rate in enumerate(rates, 1) if rate >= _FAST_ENOUGH * max(rates))
+
+        def rate(depth: int) -> float:
+            return depth / max(self._predict(tokens, depth, known), 1e-9)
+
+        best = known[0]
+        for depth in known:
+            best = depth if _FAST_ENOUGH * rate(depth) > rate(best) else best
+        if best < known[-1]:
+            return min(best, limit)
+        rates = [rate(depth) for depth in range(1, min(limit, 2 * best) + 1)]
+        return next(d for d, one in enumerate(rates, 1) if one >= _FAST_ENOUGH * max(rates))
 
     def seconds_per_token(self, stage: int) -> float | None:
         """Return what a stage takes per decoded token in batches as they are now, or None."""

@@ -150,6 +150,18 @@ class Pipeline:
         return len(self._travels)
 
     @property
+    def drains(self) -> bool:
+        """Whether no step should begin before those under way have ended.
+
+        A link is up that they do not use, and later ones must not use before them.
+        """
+        return not self._relayed and any(
+            linked and not direct
+            for travel in self._travels.values()
+            for linked, direct in zip(self._linked, travel.route, strict=True)
+        )
+
+    @property
     def num_chunks(self) -> int:
         """How many of them compute more than one token of a sequence."""
         return sum(not travel.step.decodes for travel in self._travels.values())
@@ -278,6 +290,7 @@ class Pipeline:
         """Return the route of a step that begins now.
 
         A link is used once no step is under way that is relayed there: it would be overtaken.
+        See `drains`.
         """
         routes = [travel.route for travel in self._travels.values()]
         return tuple(

@@ -272,6 +272,7 @@ class Placement:
             workers[seat.worker].assign(seat.layers, epoch=self.epoch)
             after = None if following is None else workers[following.worker]
             actions.append(Send(seat.peer, self._load_stage(seat, after, key, replica)))
+        actions.reverse()  # who is dialled shall know the epoch by then
         cuts = ", ".join(f"{stage.worker} {stage.layers}" for stage in plan)
         return [*actions, self._journal.note(f"plan {self.epoch}: layers {cuts}")]
 

@@ -152,7 +152,7 @@ class Replica:
                 chunks = self._depth_to_prefill(now) if running > decoding else 0
                 depth = max(1, self._depth_to_decode(decoding, now), chunks)
             step = None
-            if pipeline.num_steps < depth:
+            if pipeline.num_steps < depth and not pipeline.drains:
                 step = scheduler.next_step(
                     max_decodes=-(-decoding // depth),
                     prompts=pipeline.num_chunks < chunks,

@@ -99,7 +99,7 @@ class Scheduler:
     @property
     def num_decoding(self) -> int:
         """How many of them compute one token at a time."""
-        return sum(_missing(r) <= 1 for r in self._running.values())
+        return sum([len(r.token_ids) - r.num_computed_tokens <= 1 for r in self.running])
 
     @property
     def kv_tokens_used(self) -> int:
@@ -287,7 +287,7 @@ class Scheduler:
         for request in list(candidates):
             if request.sequence_id is None:  # it waits for another, or was preempted just now
                 continue
-            missing = request.num_unscheduled_tokens
+            missing = len(request.token_ids) - request.num_scheduled_tokens
             if missing > 1:
                 unread.append(request)
             elif missing == 1 and request.num_in_flight == 0 and count < decodes:

@@ -1,7 +1,6 @@
 """Runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.architectures import ensure_supported
 from distributed_llm.worker.attention import PackedSlice, PackedStep, running
+from distributed_llm.worker.kernels import kernels_for
 from distributed_llm.worker.kv_cache import KVCache
 from distributed_llm.worker.sampler import log_probabilities, sample
 from distributed_llm.worker.weights import StageModel, load_stage_model
@@ -187,7 +187,7 @@ class Stage:
         self._cache.admit(sequences)
         self._note(sequences)
         step = self._begin(sequences, token_ids)
-        with torch.inference_mode(), running(step), _kernels_for(token_ids):
+        with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
             output = self._compute(sequences, step, token_ids, hidden_states)
         for part in step.slices:
             self._cache.commit(part.sequence_id, part.start + part.num_tokens)
@@ -213,7 +213,7 @@ class Stage:
         token_ids = torch.zeros(1, dtype=torch.int32)
         hidden_states = None if self._first else torch.zeros(1, self._hidden_size)
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
-        with torch.inference_mode(), running(step), _kernels_for(token_ids):
+        with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
             self._forward(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
 
@@ -405,23 +405,3 @@ def _check_prefix(part: SequenceSlice, sequences: Sequence[SequenceSlice]) -> No
 def _check_every_layer_ran(step: PackedStep) -> None:
     if any(count != 1 for count in step.appended):
         raise StageError(f"the layers called their attention {step.appended} times; once is right")
-
-
-@contextmanager
-def _kernels_for(token_ids: Tensor) -> Iterator[None]:
-    """Choose the matrix kernels for a step of one token.
-
-    oneDNN multiplies one row in bfloat16 at half the speed of memory; torch's own kernel reads the
-    weights as fast as memory gives them (0.5 against 1.2 to 1.5 ms for [5632, 2048] on two cores)
-    but is slower from two rows on. The switch is the process's: a stage that runs in another thread
-    at that moment gets the other kernel, which is slower or faster, not wrong.
-    """
-    onednn = torch.backends.mkldnn
-    if len(token_ids) > 1 or not onednn.enabled:
-        yield
-        return
-    onednn.enabled = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        onednn.enabled = True  # type: ignore[assignment]

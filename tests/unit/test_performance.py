@@ -233,6 +233,12 @@ def steady(
     return times
 
 
+def predicted_s(times: StageTimes, tokens: int, depth: int) -> float | None:
+    """Return the round trip that decisions are made from, or None before anything is known."""
+    known = times._known(times._latest.seen_at) if times._latest else ()
+    return times._predict(tokens, depth, known) if known else None
+
+
 @given(sequences=st.integers(1, 100), limit=st.integers(1, 64), depth=st.integers(1, 64))
 def test_never_more_steps_than_allowed_or_than_sequences(
     sequences: int, limit: int, depth: int
@@ -243,25 +249,25 @@ def test_never_more_steps_than_allowed_or_than_sequences(
 
 def test_a_slow_task_now_and_then_changes_nothing() -> None:
     times = steady(1.0)
-    before = times.step_s(4, 1)
+    before = predicted_s(times, 4, 1)
     times.observe(0, 4, 1000.0, depth=1, now=20.0)
-    after = times.step_s(4, 1)
+    after = predicted_s(times, 4, 1)
     assert before == pytest.approx(2.0)
     assert after == pytest.approx(2.0, rel=0.1)
 
 
 def test_predictions_and_time_per_token() -> None:
     times = StageTimes(2)
-    assert times.step_s(4, 1) is None
+    assert predicted_s(times, 4, 1) is None
     assert times.seconds_per_token(0) is None
     for now in range(40):
         for stage, cost in enumerate((linear(1.0, 0.5), linear(2.0, 0.25))):
             sequences = 2 + 6 * (now % 2)
             times.observe(stage, sequences, cost(sequences), depth=1, now=now / 10)
         times.observe_overhead(0.5, now / 10)
-    assert times.step_s(8, 1) == pytest.approx(5.0 + 4.0 + 0.5, rel=0.05)
-    assert times.step_s(2, 1) == pytest.approx(2.0 + 2.5 + 0.5, rel=0.05)
-    assert times.step_s(8, 3) == pytest.approx(3 * 5.0, rel=0.05)
+    assert predicted_s(times, 8, 1) == pytest.approx(5.0 + 4.0 + 0.5, rel=0.05)
+    assert predicted_s(times, 2, 1) == pytest.approx(2.0 + 2.5 + 0.5, rel=0.05)
+    assert predicted_s(times, 8, 3) == pytest.approx(3 * 5.0, rel=0.05)
     assert times.seconds_per_token(0) == pytest.approx((2.0 + 5.0) / 10, rel=0.05)
 
 
@@ -271,13 +277,13 @@ def test_an_untried_depth_is_as_good_as_its_neighbours_allow() -> None:
         for stage in range(8):
             times.observe(stage, 16, 5.0, depth=1, now=float(now))
             times.observe(stage, 2, 1.5, depth=8, now=float(now))
-    assert times.step_s(16, 1) == pytest.approx(8 * 5.0)
-    assert times.step_s(2, 8) == pytest.approx(8 * 1.5)
+    assert predicted_s(times, 16, 1) == pytest.approx(8 * 5.0)
+    assert predicted_s(times, 2, 8) == pytest.approx(8 * 1.5)
     # as at 1, at best in proportion to the sequences
-    assert times.step_s(8, 2) == pytest.approx(8 * 2.5)
+    assert predicted_s(times, 8, 2) == pytest.approx(8 * 2.5)
     # as at 8, at best the same for more sequences and half as slowed down
-    assert times.step_s(3, 4) == pytest.approx(max(8 * 5.0 * 3 / 16, 8 * 1.5 / 2))
-    assert times.step_s(1, 4) == pytest.approx(max(8 * 5.0 / 16, 8 * 1.5 / 4))
+    assert predicted_s(times, 3, 4) == pytest.approx(max(8 * 5.0 * 3 / 16, 8 * 1.5 / 2))
+    assert predicted_s(times, 1, 4) == pytest.approx(max(8 * 5.0 / 16, 8 * 1.5 / 4))
 
 
 def test_old_measurements_fade() -> None:
@@ -302,7 +308,37 @@ def test_predictions_are_sane_whatever_was_measured(
     times = StageTimes(2)
     for now, (stage, sequences, seconds, at) in enumerate(tasks):
         times.observe(stage, sequences, seconds, depth=at, now=float(now))
-    found = times.step_s(tokens, depth), times.step_s(tokens + 1, depth)
+    found = predicted_s(times, tokens, depth), predicted_s(times, tokens + 1, depth)
     if found[0] is not None and found[1] is not None:
         assert -1e-6 <= found[0] <= found[1] + 1e-6 < math.inf
     assert 1 <= times.best_depth(tokens, limit=depth, now=100.0) <= depth
+
+
+# ------------------------------------------------------------------ chunks of prompts
+
+
+def test_chunks_begin_with_one_and_double_while_it_pays() -> None:
+    times = StageTimes(8)
+    seen = []
+    for now in range(40):
+        depth = times.best_chunks(512, limit=16, now=float(now))
+        seen.append(depth)
+        for stage in range(8):
+            times.observe(stage, 512, 1.0, depth=depth, now=float(now))
+    assert seen[0] == 1
+    assert sorted(seen) == seen
+    assert all(after <= 2 * before for before, after in pairwise(seen))
+    assert seen[-1] == 8  # so many keep all stages busy; more would only wait
+
+
+def test_chunks_on_one_machine_stay_one_after_another() -> None:
+    times = StageTimes(3)
+    seen = []
+    for now in range(40):
+        depth = times.best_chunks(512, limit=6, now=float(now))
+        seen.append(depth)
+        for stage in range(3):
+            times.observe(stage, 512, 1.0 * depth, depth=depth, now=float(now))
+    assert max(seen) == 2  # tried once
+    assert seen.count(2) <= 3
+    assert seen[-1] == 1

@@ -87,13 +87,15 @@ class Desk:
         assert self.admit(request)
         return request
 
-    def poll(self, *, max_decodes: int = 1000, idle: bool = False) -> Step | None:
-        step = self.scheduler.next_step(max_decodes=max_decodes, idle=idle)
+    def poll(
+        self, *, max_decodes: int = 1000, prompts: bool = True, idle: bool = False
+    ) -> Step | None:
+        step = self.scheduler.next_step(max_decodes=max_decodes, prompts=prompts, idle=idle)
         self.scheduler.validate()
         return step
 
-    def step(self, *, max_decodes: int = 1000, idle: bool = False) -> Step:
-        step = self.poll(max_decodes=max_decodes, idle=idle)
+    def step(self, *, max_decodes: int = 1000, prompts: bool = True, idle: bool = False) -> Step:
+        step = self.poll(max_decodes=max_decodes, prompts=prompts, idle=idle)
         assert step is not None
         return step
 
@@ -224,12 +226,6 @@ def test_long_prompt_stops_no_answer() -> None:
     assert talker.num_new_tokens == 5
 
 
-def test_prompt_of_one_token_is_no_answer(desk: Desk) -> None:
-    for _ in range(3):
-        desk.add(1)
-    assert len(desk.step(max_decodes=1).slices) == 3
-
-
 def test_answers_spread_over_the_steps_in_flight(desk: Desk) -> None:
     for _ in range(6):
         desk.add(2)
@@ -239,6 +235,16 @@ def test_answers_spread_over_the_steps_in_flight(desk: Desk) -> None:
     assert desk.poll(max_decodes=2) is None
     desk.land(steps[0])
     assert [p[0] for p in parts(desk.step(max_decodes=2))] == [0, 1]
+
+
+def test_step_without_chunks_of_prompts() -> None:
+    desk = Desk(tokens=8)
+    desk.add(2)
+    desk.run()
+    desk.add(20)
+    assert parts(desk.step(prompts=False)) == [(0, 2, 1, True)]
+    assert desk.poll(prompts=False) is None
+    assert parts(desk.step(prompts=True)) == [(1, 0, 8, False)]
 
 
 def test_answers_keep_to_the_token_budget() -> None:
@@ -255,9 +261,9 @@ def test_no_more_slices_than_a_task_may_have() -> None:
     count = MAX_SLICES + 9
     desk = Desk(sequences=count, tokens=10_000, blocks=count)
     for _ in range(count):
-        desk.add(1)
-    while desk.scheduler.num_decoding and any(not r.num_new_tokens for r in desk.scheduler.running):
-        step = desk.scheduler.next_step(max_decodes=0, idle=True)
+        desk.add(2)
+    while desk.scheduler.num_decoding < count:
+        step = desk.scheduler.next_step(max_decodes=0, prompts=True, idle=True)
         assert step is not None
         desk.land(step)
     assert len(desk.step(max_decodes=count).slices) == MAX_SLICES

@@ -130,24 +130,24 @@ class Schedules(RuleBasedStateMachine):
         self.expected[request] = reference(prompt, answer)
         self.waiting.append(request)
 
-    @rule(depth=st.integers(1, 4), max_decodes=st.integers(1, 4))
-    def begin(self, depth: int, max_decodes: int) -> None:
+    @rule(depth=st.integers(1, 4), max_decodes=st.integers(1, 4), chunks=st.integers(1, 4))
+    def begin(self, depth: int, max_decodes: int, chunks: int) -> None:
         """Admit who is next and begin steps, in the order in which the coordinator does."""
         self._admit()
         while len(self.under_way) < depth:
-            self._begin(max_decodes)
+            self._begin(max_decodes, chunks)
             if not self.began:
                 break
         self._collect()
         assert self.under_way or not self.scheduler.num_running, "they run, but nothing does"
 
-    def _begin(self, max_decodes: int) -> None:
-        oldest = next((r for r in self.scheduler.running if r.sequence_id is not None), None)
+    def _begin(self, max_decodes: int, chunks: int) -> None:
         before = [r.number for r in self.scheduler.running if r.sequence_id is not None]
         idle = not self.under_way
-        step = self.scheduler.next_step(max_decodes=max_decodes, idle=idle)
+        prompts = sum(not step.decodes for _, step in self.under_way) < chunks
+        step = self.scheduler.next_step(max_decodes=max_decodes, prompts=prompts, idle=idle)
         self.to_free += self.scheduler.take_freed()
-        if oldest and len(before) > 1:
+        if len(before) > 1:
             gone = [r.number for r in self.scheduler.preempted]
             assert min(before) not in gone, "the oldest was preempted"
         self.began = step is not None
@@ -272,7 +272,7 @@ class Schedules(RuleBasedStateMachine):
         last = self.desk.request([8000] * (self.capacity - 1), answer=1)
         self.expected[last] = reference(last.token_ids, 1)
         self.waiting.append(last)
-        self.begin(1, 1)
+        self.begin(1, 1, 1)
         self.scheduler.remove(last)
         last.phase = Phase.GONE
         self._drain()
@@ -283,8 +283,9 @@ class Schedules(RuleBasedStateMachine):
         for _ in range(100_000):
             if not self.scheduler.num_running and not self.waiting and not self.under_way:
                 return
-            self.begin(3, 2)
-            self.land()
+            self.begin(3, 2, 3)
+            if self.under_way:  # else a request, alone, gave its room up
+                self.land()
             self.scheduler.validate()
         raise AssertionError("requests do not end")
 
