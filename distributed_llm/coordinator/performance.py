@@ -220,7 +220,7 @@ class StageTimes:
         self._choice = current
         return current
 
-    def best_chunks(self, tokens: int, *, limit: int, now: float) -> int:
+    def best_chunks(self, tokens: int, *, limit: int, try_up_to: int, now: float) -> int:
         """Return how many steps of `tokens` tokens should be under way: as few as are fast enough.
 
         Beyond that they only delay each other, and what answers beside them. So this begins with
@@ -229,6 +229,7 @@ class StageTimes:
         Args:
             tokens: in each step.
             limit: steps that may be under way.
+            try_up_to: of them, if it was not measured that they are worth it.
         """
         known = self._known(now)
         if not known:
@@ -242,7 +243,8 @@ class StageTimes:
             best = depth if _FAST_ENOUGH * rate(depth) > rate(best) else best
         if best < known[-1]:
             return min(best, limit)
-        rates = [rate(depth) for depth in range(1, min(limit, 2 * best) + 1)]
+        most = min(limit, 2 * best, max(best, try_up_to))
+        rates = [rate(depth) for depth in range(1, most + 1)]
         return next(d for d, one in enumerate(rates, 1) if one >= _FAST_ENOUGH * max(rates))
 
     def seconds_per_token(self, stage: int) -> float | None:

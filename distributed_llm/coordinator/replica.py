@@ -149,8 +149,11 @@ class Replica:
             pipeline.release(scheduler.take_freed())
             if scheduler.num_running != running:  # the first time, or a step cost others their room
                 running, decoding = scheduler.num_running, scheduler.num_decoding
-                chunks = self._depth_to_prefill(now) if running > decoding else 0
-                depth = max(1, self._depth_to_decode(decoding, now), chunks)
+                depth = max(1, self._depth_to_decode(decoding, now))
+                chunks = 0
+                if running > decoding:
+                    chunks = self._depth_to_prefill(now, depth if decoding else self._limit)
+                depth = max(depth, chunks)
             step = None
             if pipeline.num_steps < depth and not pipeline.drains:
                 step = scheduler.next_step(
@@ -190,11 +193,16 @@ class Replica:
             self._decode_depth, self._decodes_seen = (depth, decoding), 0
         return min(depth, decoding)
 
-    def _depth_to_prefill(self, now: float) -> int:
-        """Return how many steps with chunks of prompts should be under way."""
+    def _depth_to_prefill(self, now: float, try_up_to: int) -> int:
+        """Return how many steps with chunks of prompts should be under way.
+
+        Others wait for a chunk, so more are tried only where nobody does, or where steps that
+        decode were seen not to slow each other down.
+        """
         if self._chunks is None:
-            tokens = self._settings.max_tokens
-            self._chunks = self._prefill_times.best_chunks(tokens, limit=self._limit, now=now)
+            self._chunks = self._prefill_times.best_chunks(
+                self._settings.max_tokens, limit=self._limit, try_up_to=try_up_to, now=now
+            )
         return self._chunks
 
     def _releases(self, pipeline: Pipeline) -> list[Send]:

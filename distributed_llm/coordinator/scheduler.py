@@ -290,7 +290,7 @@ class Scheduler:
             missing = len(request.token_ids) - request.num_scheduled_tokens
             if missing > 1:
                 unread.append(request)
-            elif missing == 1 and request.num_in_flight == 0 and count < decodes:
+            elif missing == 1 and count < decodes:
                 if room < request.sampling_bytes or not self._grow(request):
                     continue
                 count += 1

@@ -4,7 +4,7 @@ import pytest
 
 from distributed_llm.common.messages import Heartbeat, LinkReport, PeerHello, Task, TaskResult
 from distributed_llm.common.sampling_params import SamplingParams
-from tests.unit.simulation import LONG, Fault, FaultKind, World, finish
+from tests.unit.simulation import LONG, Fault, FaultKind, Way, World, finish
 
 LEASE_S = 3.0
 
@@ -144,7 +144,7 @@ def test_what_is_lost_on_the_way_is_computed_again_and_relayed(
     answer, other = client.submit(LONG, forty()), client.submit((1, 2))
     world.run(lambda: len(answer.token_ids) == 5)
     lost_at = workers[stage] if kind is Task else workers[2]
-    way = "across" if kind is Task else "up"
+    way: Way = "across" if kind is Task else "up"
     world.faults.append(Fault(kind, "drop", 1, lost_at, way=way))
     world.run(lambda: not world.faults)
     world.counts.clear()

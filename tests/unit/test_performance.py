@@ -321,7 +321,7 @@ def test_chunks_begin_with_one_and_double_while_it_pays() -> None:
     times = StageTimes(8)
     seen = []
     for now in range(40):
-        depth = times.best_chunks(512, limit=16, now=float(now))
+        depth = times.best_chunks(512, limit=16, try_up_to=16, now=float(now))
         seen.append(depth)
         for stage in range(8):
             times.observe(stage, 512, 1.0, depth=depth, now=float(now))
@@ -335,10 +335,21 @@ def test_chunks_on_one_machine_stay_one_after_another() -> None:
     times = StageTimes(3)
     seen = []
     for now in range(40):
-        depth = times.best_chunks(512, limit=6, now=float(now))
+        depth = times.best_chunks(512, limit=6, try_up_to=6, now=float(now))
         seen.append(depth)
         for stage in range(3):
             times.observe(stage, 512, 1.0 * depth, depth=depth, now=float(now))
     assert max(seen) == 2  # tried once
     assert seen.count(2) <= 3
     assert seen[-1] == 1
+
+
+def test_chunks_are_not_tried_beyond_what_is_allowed_but_used_if_measured() -> None:
+    times = StageTimes(8)
+    for now in range(10):
+        for stage in range(8):
+            times.observe(stage, 512, 1.0, depth=1, now=float(now))
+    assert times.best_chunks(512, limit=16, try_up_to=1, now=10.0) == 1
+    for stage in [*range(8)] * 4:
+        times.observe(stage, 512, 1.0, depth=4, now=11.0)
+    assert times.best_chunks(512, limit=16, try_up_to=1, now=12.0) == 4
