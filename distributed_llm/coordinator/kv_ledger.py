@@ -26,19 +26,14 @@ class _Segment:
     """A buffer on every stage.
 
     Attributes:
-        blocks: charged for its positions.
-        splits: charged besides: whoever goes on elsewhere may begin in the middle of a block.
+        first: position before which no stage keeps anything in it.
+        blocks: charged for it.
         holders: sequences that reference it.
     """
 
+    first: int
     blocks: int = 0
-    splits: int = 0
-    holders: int = 1
-
-    @property
-    def charged(self) -> int:
-        """Blocks in all."""
-        return self.blocks + self.splits
+    holders: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -100,11 +95,8 @@ class KVLedger:
     @property
     def cached_tokens(self) -> int:
         """Those of them that would be free if all sequences that ended went."""
-        holders: dict[_Segment, int] = {}
-        for sequence_id in self._ended:
-            for segment, _ in self._held[sequence_id].segments:
-                holders[segment] = holders.get(segment, 0) + 1
-        return KV_BLOCK * sum(s.charged for s, count in holders.items() if count == s.holders)
+        segments = {s for i in self._ended for s, _ in self._held[i].segments}
+        return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= self._ended.keys())
 
     @property
     def sequence_ids(self) -> list[int]:
@@ -158,17 +150,19 @@ class KVLedger:
         An ended sequence of which nothing would be left over is taken: the new one covers it.
         """
         parent, child = self._held[match.sequence_id], self._held[sequence_id]
-        last = parent.segments[-1][0]
-        if last.holders == 1 and not parent.ended:
-            # It goes on in a segment of its own; where that begins may cost a block more.
-            if not self._make_room(1):
-                return None
-            last.splits += 1
-            self._used += 1
+        goes_on = not parent.ended and parent.segments[-1][0].first < match.length
+        if goes_on and not self._make_room(1):
+            return None
         for segment, start in parent.segments:
-            if start < match.length:
-                segment.holders += 1
+            if segment.first < match.length:
+                segment.holders.add(sequence_id)
                 child.segments.append((segment, start))
+        if goes_on:
+            # In a segment of its own. Stages may be ahead of what is known to be computed: where it
+            # begins, up to where the one before is charged, may cost a block more.
+            own = _Segment(parent.computed, 1, {match.sequence_id})
+            parent.segments.append((own, parent.computed))
+            self._used += 1
         child.length = match.length
         take = parent.ended and match.length >= parent.computed
         if not take:
@@ -189,13 +183,13 @@ class KVLedger:
         if length <= held.length:
             return True
         own, start = held.segments[-1] if held.segments else (None, 0)
-        if own is None or own.holders > 1:
+        if own is None or len(own.holders) > 1:
             own, start = None, held.length
         more = max(0, _blocks(length - start) - (own.blocks if own else 0))
         if not self._make_room(more):
             return False
         if own is None:
-            own = _Segment()
+            own = _Segment(start, 0, {sequence_id})
             held.segments.append((own, start))
         own.blocks += more
         self._used += more
@@ -266,12 +260,21 @@ class KVLedger:
         held = self._held.pop(sequence_id)
         if held.prefix and held.prefix.take:  # stages that did not see it taken hold it still
             self.freed.append(held.prefix.sequence_id)
-        self._confirm(held)
         self._unindex(sequence_id, held)
         for segment, _ in held.segments:
-            segment.holders -= 1
+            segment.holders.remove(sequence_id)
             if not segment.holders:
-                self._used -= segment.charged
+                self._used -= segment.blocks
+        sole = next((s for s, _ in held.segments if len(s.holders) == 1), None)
+        if sole is not None:
+            self._join(self._held[next(iter(sole.holders))], sole)
+        self._confirm(held)
+
+    def _join(self, held: _Held, sole: _Segment) -> None:
+        """Nobody else references a segment any more: stages may go on in it, or after it."""
+        for segment, _ in held.segments:
+            if segment.first > sole.first:
+                segment.first = sole.first
 
     def _index_up_to(self, sequence_id: int, held: _Held) -> None:
         state = held.hashes[-1] if held.hashes else 0
@@ -292,15 +295,15 @@ class KVLedger:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         assert 0 <= self._used <= self._capacity
-        holders: dict[_Segment, int] = {}
+        holders: dict[_Segment, set[int]] = {}
         for i, held in self._held.items():
             assert held.computed <= held.length
             wanted = [h.prefix for h in self._held.values() if h.prefix and not h.prefix.take]
             assert held.pins == sum(prefix.sequence_id == i for prefix in wanted)
             for segment, _ in held.segments:
-                holders[segment] = holders.get(segment, 0) + 1
-        assert all(segment.holders == count for segment, count in holders.items())
-        assert self._used == sum(segment.charged for segment in holders)
+                holders.setdefault(segment, set()).add(i)
+        assert all(segment.holders == found for segment, found in holders.items())
+        assert self._used == sum(segment.blocks for segment in holders)
         assert set(self._ended) == {i for i, held in self._held.items() if held.ended}
         for state, found in self._index.items():
             assert found
