@@ -35,6 +35,7 @@ _SILENCE_S = 3.0
 """After which a worker notices that the next one, dead without a word, is gone."""
 
 _WINDOW_S = 2.0
+_PATIENCE_S = 10_000.0
 
 
 class Meter:
@@ -267,7 +268,9 @@ class VirtualCluster:
         self.at(self.now + CONNECT_S, self._ask_next, iter(askers))
         self.at(self.now + _WINDOW_S, self._end_window)
         ended = self.seen.ended
-        self.run(lambda: ended.total() >= self.scenario.requests, limit_s=1e6)
+        asking_s = self.scenario.requests / self.scenario.rate if self.scenario.rate else 0.0
+        limit_s = 2 * asking_s + _PATIENCE_S
+        self.run(lambda: ended.total() >= self.scenario.requests, limit_s=limit_s)
 
     def request_started(self) -> None:
         """A request has its first token, or will never have one."""

@@ -64,6 +64,8 @@ from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica, sending
 from distributed_llm.coordinator.requests import Request
 
+_MUCH_BUSIER = 2.0
+
 
 class Core:
     """One model, its workers and its requests.
@@ -433,13 +435,21 @@ class Core:
                 del self._open[replica.epoch]
 
     def _choose(self, request: Request) -> Replica | None:
+        """Return where it finds most of its prompt computed, or else where it waits least.
+
+        A pipeline that is far busier than another one is not worth a shared prefix.
+        """
         self._forget_dissolved()
+        if not self._open:
+            return None
         key = prefix_key(request.token_ids)
+        least = min(replica.load for replica in self._open.values())
         choice = [
             (_hit_length(replica, request, key), -replica.load, -epoch)
             for epoch, replica in self._open.items()
+            if replica.load <= _MUCH_BUSIER * least
         ]
-        return self._open[-max(choice)[2]] if choice else None
+        return self._open[-max(choice)[2]]
 
     def _forget_dissolved(self) -> None:
         self._open = {

@@ -164,7 +164,7 @@ class KVLedger:
             parent.segments.append((own, parent.computed))
             self._used += 1
         child.length = match.length
-        take = parent.ended and match.length >= parent.computed
+        take = parent.ended and not parent.pins and match.length >= parent.computed
         if not take:
             parent.pins += 1
         if take:

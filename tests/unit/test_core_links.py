@@ -63,6 +63,29 @@ def test_peers_that_come_to_reach_each_other_are_relayed_no_longer() -> None:
     assert world.counts["up", TaskResult] * 2 == world.counts["across", Task]
 
 
+def test_link_that_comes_up_under_load_is_used() -> None:
+    """Steps that are relayed there must end first; nobody waits for them to end by chance."""
+    world = World()
+    workers = [world.worker(f"w{i}", 4000) for i in range(3)]
+    world.apart.add((workers[0], workers[1]))
+    assert world.run(lambda: world.links == ["relayed", "direct"])
+    client = world.client()
+    answers = [
+        client.submit((i,), SamplingParams(max_new_tokens=200, ignore_eos=True)) for i in range(8)
+    ]
+    for worker in workers:
+        worker.token_s = 0.003
+    world.run(lambda: min(len(a.token_ids) for a in answers) >= 1)
+    world.apart.clear()
+    assert world.run(lambda: world.links == ["direct"] * 2, for_s=6.0)
+    world.run(for_s=0.2)
+    world.counts.clear()
+    world.run(for_s=0.5)
+    assert world.counts["across", Task] > 20
+    assert world.counts["down", Task] < 0.6 * world.counts["across", Task]
+    finish(world, *answers)
+
+
 @pytest.mark.parametrize("wait_s", [0.001 * i for i in range(12)])
 def test_link_that_comes_up_in_mid_prompt_breaks_no_step(wait_s: float) -> None:
     """What is handed on directly must not overtake what was relayed just before."""
@@ -82,6 +105,22 @@ def test_link_that_comes_up_in_mid_prompt_breaks_no_step(wait_s: float) -> None:
     finish(world, answer)
     assert world.links == ["direct"] * 2
     assert not [line for line in world.logs if "failed a step" in line]
+
+
+def test_relayed_result_that_comes_twice_goes_on_once() -> None:
+    world = World()
+    workers = [world.worker(f"w{i}") for i in range(3)]
+    world.apart |= {(workers[0], workers[1]), (workers[1], workers[2])}
+    assert world.run(lambda: world.links == ["relayed"] * 2)
+    answer = world.client().submit(LONG, forty())
+    world.run(lambda: len(answer.token_ids) == 5)
+    world.counts.clear()
+    begun = steps_begun(world)
+    world.faults.append(Fault(TaskResult, "duplicate", 20))
+    world.run(lambda: not world.faults)
+    finish(world, answer)
+    assert abs(world.counts["down", Task] - 3 * (steps_begun(world) - begun)) <= 2  # under way
+    assert world.rejected["late_result"] >= 19
 
 
 # ------------------------------------------------------------------ links that break
@@ -169,6 +208,26 @@ def test_what_comes_late_on_a_link_is_void() -> None:
     world.faults.append(Fault(Task, "delay", 1, workers[1], delay_s=3.5, way="across"))
     finish(world, answer)
     assert world.epoch == 1
+    assert not [line for line in world.logs if "failed a step" in line]
+
+
+def test_sequences_freed_in_a_step_that_was_lost_are_freed_by_a_later_one() -> None:
+    world = World()
+    workers = world.linked(3, 2000)
+    client = world.client()
+    gone, answer = client.submit(LONG, forty()), client.submit((1, 2), forty())
+    world.run(lambda: len(gone.token_ids) == 5)
+
+    def lose(task: Task) -> None:
+        if task.released:
+            world.faults.append(Fault(Task, "drop", 1, workers[1], way="across"))
+            workers[0].before_task = lambda task: None
+
+    workers[0].before_task = lose
+    client.cancel("r0")
+    world.run(lambda: answer.end is not None)
+    assert [w.stage.kv.keys() - {2} for w in workers if w.stage] == [set()] * 3
+    finish(world, answer)
 
 
 @pytest.mark.parametrize("what", ["drop", "duplicate", "delay"])

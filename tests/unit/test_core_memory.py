@@ -207,6 +207,17 @@ def test_answers_that_outgrow_the_room_cost_the_youngest() -> None:
     assert nothing_failed(world)
 
 
+def test_youngest_goes_first() -> None:
+    world = World()
+    world.linked(3, 850)  # room for four blocks
+    client = world.client()
+    old, middle, young = (client.submit((i,), tokens(100)) for i in range(3))
+    finish(world, old, middle, young)
+    assert steps_of(old) == steps_of(middle) == 100
+    assert steps_of(young) > 100
+    assert nothing_failed(world)
+
+
 def test_oldest_is_never_preempted_whatever_comes() -> None:
     world = World(with_settings(max_batch_tokens=16))
     world.linked(3, 1000)  # room for five blocks

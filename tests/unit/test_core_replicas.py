@@ -159,8 +159,8 @@ def test_what_is_left_of_a_pipeline_is_used_once_nothing_runs() -> None:
     world.run(lambda: min(len(a.token_ids) for a in answers) >= 5)
     both[0][0].kill()
     finish(world, *answers)
-    world.run(for_s=2.0)
-    assert world.state == "serving"
+    assert world.run(lambda: [len(p) for p in pipelines(world)] == [3], for_s=2.0)
+    assert world.run(lambda: world.state == "serving")
     finish(world, client.submit(LONG))
 
 

@@ -688,7 +688,7 @@ def test_boasting_workers_are_refused(field: str, value: object) -> None:
 
 
 def result_with(dtype: object, shape: object, *, count: int = 1) -> dict[str, Any]:
-    spec = {"dtype": dtype, "shape": shape}
+    spec = [dtype, shape]
     return {**plain(example(TaskResult)), "tensors": [spec] * count}
 
 
@@ -698,7 +698,7 @@ def result_with(dtype: object, shape: object, *, count: int = 1) -> dict[str, An
 )
 def test_dtypes_are_of_a_fixed_table(dtype: object) -> None:
     assert isinstance(read(result_with("float32", [2, 3]), bytes(24)), TaskResult)
-    assert "$.tensors[0].dtype" in refuse("bad_field", result_with(dtype, [2, 3]), bytes(24))
+    assert "$.tensors[0][0]" in refuse("bad_field", result_with(dtype, [2, 3]), bytes(24))
 
 
 @pytest.mark.parametrize(
