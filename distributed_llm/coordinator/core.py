@@ -41,6 +41,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import frame_of_bytes
 from distributed_llm.common.types import PeerId, size_text
+from distributed_llm.coordinator.admission import Admission
 from distributed_llm.coordinator.desk import Desk
 from distributed_llm.coordinator.events import (
     Action,
@@ -56,15 +57,11 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.journal import Journal
-from distributed_llm.coordinator.kv_ledger import prefix_key
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.pipeline import Dropped, SendTask, StepBroken, StepDone
 from distributed_llm.coordinator.placement import CoreSettings, Placement
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica, sending
-from distributed_llm.coordinator.requests import Request
-
-_MUCH_BUSIER = 2.0
 
 
 class Core:
@@ -94,7 +91,7 @@ class Core:
             self._journal,
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
         )
-        self._open: dict[int, Replica] = {}  # by epoch; they may have room for who is next
+        self._admission = Admission(self._desk)
         self._leases_at: float | None = None  # no lease runs out before
 
     # -------------------------------------------------------------- the four doors
@@ -290,9 +287,7 @@ class Core:
         replica = self._placement.replica_of(peer)
         if replica and replica.pipeline:
             actions += self._desk.steps_lost(replica.pipeline.steps, worker.id)
-        actions += self._placement.lose(worker)
-        self._forget_dissolved()
-        return actions
+        return actions + self._placement.lose(worker)
 
     def _heartbeat(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
         hung = self._placement.hangs(worker)
@@ -412,51 +407,17 @@ class Core:
         if self._placement.replan_when_idle and not self._desk.busy:
             actions += self._placement.replan()
         sends: list[Action] = []
-        self._admit(now)
+        self._admission.admit(now=now)
         while self._placement.changed:
-            epoch, replica = self._placement.changed.popitem()
+            _, replica = self._placement.changed.popitem()
             sends += replica.begin_steps(now=now)
             if replica.scheduler:
                 self._desk.collect(replica.scheduler)
-                if replica.scheduler.has_seat:
-                    self._open[epoch] = replica
-            self._admit(now)
+                self._admission.may_have_room(replica)
+            self._admission.admit(now=now)
         if self._leases_at is None and sends:
             self._leases_at = now + self._settings.task_timeout_s
         return sends + actions
-
-    def _admit(self, now: float) -> None:
-        """Let waiting requests run, each on the pipeline where it will have to wait least."""
-        while self._open and (request := self._desk.next_waiting()) is not None:
-            replica = self._choose(request)
-            if replica is None or replica.scheduler is None:
-                return
-            if not self._desk.admit(replica.scheduler, now=now):
-                del self._open[replica.epoch]
-
-    def _choose(self, request: Request) -> Replica | None:
-        """Return where it finds most of its prompt computed, or else where it waits least.
-
-        A pipeline that is far busier than another one is not worth a shared prefix.
-        """
-        self._forget_dissolved()
-        if not self._open:
-            return None
-        key = prefix_key(request.token_ids)
-        least = min(replica.load for replica in self._open.values())
-        choice = [
-            (_hit_length(replica, request, key), -replica.load, -epoch)
-            for epoch, replica in self._open.items()
-            if replica.load <= _MUCH_BUSIER * least
-        ]
-        return self._open[-max(choice)[2]]
-
-    def _forget_dissolved(self) -> None:
-        self._open = {
-            epoch: replica
-            for epoch, replica in self._open.items()
-            if self._placement.replica_of(replica.seats[0].peer) is replica
-        }
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -466,11 +427,6 @@ class Core:
         pipelines = [r.pipeline for r in self._placement.replicas if r.pipeline]
         if pipelines and self._desk.next_waiting():
             assert any(p.num_steps for p in pipelines), "requests wait while nothing runs"
-
-
-def _hit_length(replica: Replica, request: Request, key: int) -> int:
-    scheduler = replica.scheduler
-    return scheduler.hit_length(request) if scheduler and scheduler.may_hit(key) else 0
 
 
 def _refusal(peer: PeerId, error: DistributedLLMError, code: str | None = None) -> Send:

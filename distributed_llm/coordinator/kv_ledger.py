@@ -150,6 +150,9 @@ class KVLedger:
         An ended sequence of which nothing would be left over is taken: the new one covers it.
         """
         parent, child = self._held[match.sequence_id], self._held[sequence_id]
+        covers = parent.ended and match.length >= parent.computed
+        if covers and parent.pins:
+            return None  # stages that do not know the others yet need it as it is
         goes_on = not parent.ended and parent.segments[-1][0].first < match.length
         if goes_on and not self._make_room(1):
             return None
@@ -164,15 +167,14 @@ class KVLedger:
             parent.segments.append((own, parent.computed))
             self._used += 1
         child.length = match.length
-        take = parent.ended and not parent.pins and match.length >= parent.computed
-        if not take:
-            parent.pins += 1
-        if take:
+        if covers:
             del self._ended[match.sequence_id]
             self._forget(match.sequence_id)
-        elif parent.ended:
+        else:
+            parent.pins += 1
+        if parent.ended and not covers:
             self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # used just now
-        return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=take)
+        return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=covers)
 
     def extend(self, sequence_id: int, length: int) -> bool:
         """Charge the sequence for `length` positions; return False if there is no room.

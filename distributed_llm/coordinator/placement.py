@@ -191,6 +191,7 @@ class Placement:
             if self._replicas:
                 text = f"the model is served {len(self._replicas)} times: {exc}"
                 note = self._journal.note(text, "warning")
+                self.replan_when_idle = True
                 return [*self._drop_unused(), note, *self._tell_capacity()]
             self.epoch += 1
             broken = WorkerLost(f"Worker {worker.id} serves its layers no longer. {exc}")
@@ -236,6 +237,7 @@ class Placement:
                 worker.unassign()
         if replica.scheduler:
             self._desk.requeue(replica.scheduler.evacuate())
+        replica.pipeline = replica.scheduler = None
 
     def _drop_unused(self) -> list[Action]:
         """Return the messages that free the layers of workers that no plan needs."""

@@ -88,16 +88,19 @@ class Replica:
         return tokens - tokens % KV_BLOCK
 
     @property
+    def num_running(self) -> int:
+        """Requests that run on it."""
+        return self.scheduler.num_running if self.scheduler else 0
+
+    @property
     def load(self) -> float:
         """How long its requests wait for their tokens, to compare with other pipelines."""
-        scheduler = self.scheduler
-        running = scheduler.num_running if scheduler else 0
         if self._slowest_s is None:
             stages = range(len(self.seats))
             times = (self._decode_times.seconds_per_token(stage) for stage in stages)
             self._pace_s = max((seconds for seconds in times if seconds), default=self._pace_s)
             self._slowest_s = self._pace_s
-        return (running + 1) * self._slowest_s
+        return (self.num_running + 1) * self._slowest_s
 
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:
         """A stage has loaded its layers; return whether it was the last, and serving begins."""

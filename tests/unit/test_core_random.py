@@ -342,7 +342,7 @@ def test_random_schedules(cluster: type[Cluster]) -> None:
     run_state_machine_as_test(
         cluster,
         settings=settings(
-            max_examples=400,
+            max_examples=500,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
