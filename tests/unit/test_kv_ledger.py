@@ -675,16 +675,6 @@ class Ledger(RuleBasedStateMachine):
             self._arrive(kept, sequence_id)
 
     @precondition(lambda self: self.running)
-    @rule(index=_INDEX, count=st.integers(1, 50))
-    def steps_are_abandoned(self, index: int, count: int) -> None:
-        """What was computed meanwhile is computed again, from where the coordinator knows."""
-        kept, sequence_id = self._pick(index)
-        stop = min(kept.computed + count, len(kept.tokens))
-        if kept.computed < stop <= kept.length:
-            self.stage.write(sequence_id, kept.computed, stop)
-            kept.length = stop
-
-    @precondition(lambda self: self.running)
     @rule(index=_INDEX, count=st.integers(1, 200))
     def answer(self, index: int, count: int) -> None:
         """Compute the rest of the prompt, and tokens of the answer one by one."""
