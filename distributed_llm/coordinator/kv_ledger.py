@@ -3,8 +3,9 @@
 Every stage holds the same positions of the same sequences, so one book is enough for all. It is
 kept in blocks of `KV_BLOCK` positions and in segments, as the stages keep their buffers: a sequence
 that begins like another references that one's segments and goes on in one of its own; a segment
-is charged once, until the last sequence that references it is freed. What is charged is never
-less than what a stage allocates.
+is charged once, until the last sequence that references it is freed. What is charged is no less
+than what a stage allocates, but for one case: steps abandoned on a stage that is ahead of what is
+known, behind a share. A stage at its limit then refuses the step, which is tried again.
 
 Sequences that have ended stay, as prefixes for later ones, until room is needed: the one that was
 used least lately goes first. Prefixes are found by hashes of all tokens up to each multiple of
