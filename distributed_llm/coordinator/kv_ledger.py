@@ -4,8 +4,7 @@ Every stage holds the same positions of the same sequences, so one book is enoug
 kept in blocks of `KV_BLOCK` positions and in segments, as the stages keep their buffers: a sequence
 that begins like another references that one's segments and goes on in one of its own; a segment
 is charged once, until the last sequence that references it is freed. What is charged is no less
-than what a stage allocates, but for one case: steps abandoned on a stage that is ahead of what is
-known, behind a share. A stage at its limit then refuses the step, which is tried again.
+than what a stage allocates.
 
 Sequences that have ended stay, as prefixes for later ones, until room is needed: the one that was
 used least lately goes first. Prefixes are found by hashes of all tokens up to each multiple of
@@ -27,14 +26,16 @@ class _Segment:
     """A buffer on every stage.
 
     Attributes:
-        first: position before which no stage keeps anything in it.
-        blocks: charged for it.
+        start: the first position in it.
+        owner: the sequence that goes on in it; it may be gone.
         holders: sequences that reference it.
+        blocks: charged for it.
     """
 
-    first: int
+    start: int
+    owner: int
+    holders: set[int]
     blocks: int = 0
-    holders: set[int] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -43,7 +44,7 @@ class _Held:
 
     Attributes:
         tokens: the owner's list; positions below `computed` are in the KV cache of all stages.
-        segments: that it references, and the positions at which they begin.
+        segments: that it references.
         length: positions that are charged.
         hashes: under which it can be found.
         prefix: what it began as, until all stages know.
@@ -52,7 +53,7 @@ class _Held:
     """
 
     tokens: Sequence[int]
-    segments: list[tuple[_Segment, int]] = field(default_factory=list)
+    segments: list[_Segment] = field(default_factory=list)
     length: int = 0
     computed: int = 0
     hashes: list[int] = field(default_factory=list)
@@ -96,8 +97,9 @@ class KVLedger:
     @property
     def cached_tokens(self) -> int:
         """Those of them that would be free if all sequences that ended went."""
-        segments = {s for i in self._ended for s, _ in self._held[i].segments}
-        return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= self._ended.keys())
+        segments = {segment for i in self._ended for segment in self._held[i].segments}
+        ended = self._ended.keys()
+        return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= ended)
 
     @property
     def sequence_ids(self) -> list[int]:
@@ -146,7 +148,7 @@ class KVLedger:
         return self._held[sequence_id].prefix
 
     def _share(self, sequence_id: int, match: Match) -> SharedPrefix | None:
-        """Let a sequence begin as part of another one; None, changing nothing, if full.
+        """Let a sequence begin as part of another one; None, changing nothing, if it must not.
 
         An ended sequence of which nothing would be left over is taken: the new one covers it.
         """
@@ -154,28 +156,29 @@ class KVLedger:
         covers = parent.ended and match.length >= parent.computed
         if covers and parent.pins:
             return None  # stages that do not know the others yet need it as it is
-        goes_on = not parent.ended and parent.segments[-1][0].first < match.length
-        if goes_on and not self._make_room(1):
-            return None
-        for segment, start in parent.segments:
-            if segment.first < match.length:
+        for segment in parent.segments:
+            if segment.start < match.length:
                 segment.holders.add(sequence_id)
-                child.segments.append((segment, start))
-        if goes_on:
-            # In a segment of its own. Stages may be ahead of what is known to be computed: where it
-            # begins, up to where the one before is charged, may cost a block more.
-            own = _Segment(parent.computed, 1, {match.sequence_id})
-            parent.segments.append((own, parent.computed))
-            self._used += 1
+                child.segments.append(segment)
         child.length = match.length
         if covers:
-            del self._ended[match.sequence_id]
-            self._forget(match.sequence_id)
+            self._take(match.sequence_id, sequence_id)
         else:
             parent.pins += 1
         if parent.ended and not covers:
             self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # used just now
         return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=covers)
+
+    def _take(self, parent: int, child: int) -> None:
+        """The child goes on where the parent did.
+
+        Others read nothing beyond: whoever shares more of an ended sequence covers it.
+        """
+        last = self._held[child].segments[-1]
+        if last.owner == parent:
+            last.owner = child
+        del self._ended[parent]
+        self._forget(parent)
 
     def extend(self, sequence_id: int, length: int) -> bool:
         """Charge the sequence for `length` positions; return False if there is no room.
@@ -185,15 +188,14 @@ class KVLedger:
         held = self._held[sequence_id]
         if length <= held.length:
             return True
-        own, start = held.segments[-1] if held.segments else (None, 0)
-        if own is None or len(own.holders) > 1:
-            own, start = None, held.length
-        more = max(0, _blocks(length - start) - (own.blocks if own else 0))
+        own = held.segments[-1] if held.segments else None
+        if own is None or own.owner != sequence_id:
+            own = _Segment(held.length, sequence_id, {sequence_id})
+        more = max(0, _blocks(length - own.start) - own.blocks)
         if not self._make_room(more):
             return False
-        if own is None:
-            own = _Segment(start, 0, {sequence_id})
-            held.segments.append((own, start))
+        if own not in held.segments[-1:]:
+            held.segments.append(own)
         own.blocks += more
         self._used += more
         held.length = length
@@ -264,20 +266,11 @@ class KVLedger:
         if held.prefix and held.prefix.take:  # stages that did not see it taken hold it still
             self.freed.append(held.prefix.sequence_id)
         self._unindex(sequence_id, held)
-        for segment, _ in held.segments:
+        for segment in held.segments:
             segment.holders.remove(sequence_id)
             if not segment.holders:
                 self._used -= segment.blocks
-        sole = next((s for s, _ in held.segments if len(s.holders) == 1), None)
-        if sole is not None:
-            self._join(self._held[next(iter(sole.holders))], sole)
         self._confirm(held)
-
-    def _join(self, held: _Held, sole: _Segment) -> None:
-        """Nobody else references a segment any more: stages may go on in it, or after it."""
-        for segment, _ in held.segments:
-            if segment.first > sole.first:
-                segment.first = sole.first
 
     def _index_up_to(self, sequence_id: int, held: _Held) -> None:
         state = held.hashes[-1] if held.hashes else 0
@@ -303,7 +296,7 @@ class KVLedger:
             assert held.computed <= held.length
             wanted = [h.prefix for h in self._held.values() if h.prefix and not h.prefix.take]
             assert held.pins == sum(prefix.sequence_id == i for prefix in wanted)
-            for segment, _ in held.segments:
+            for segment in held.segments:
                 holders.setdefault(segment, set()).add(i)
         assert all(segment.holders == found for segment, found in holders.items())
         assert self._used == sum(segment.blocks for segment in holders)

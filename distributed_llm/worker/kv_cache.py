@@ -3,10 +3,9 @@
 A sequence is a chain of segments. A segment is, in each layer, one contiguous buffer of keys
 `[heads, capacity, head_dim]` and one of values, so attention reads it without gathering, and a
 layer moves to another worker as a few slices. Most sequences have one segment. A sequence that
-begins as another (`share`) references that one's segments and copies nothing; a segment that
-several sequences reference is not written any more, each of them goes on in a segment of its own.
-Once the others are gone it belongs to the last one again and grows in place: a conversation whose
-every turn takes over the turn before stays one segment.
+begins as another (`share`) references that one's segments, copies nothing, and goes on in a segment
+of its own. Only the owner of a segment writes it, and only beyond what others were given of it. It
+may hand it on: a conversation whose every turn takes over the turn before stays one segment.
 
 Buffers have room for exactly the blocks of `KV_BLOCK` positions that they need: memory is what the
 coordinator charges. A buffer that grows is copied, every `KV_BLOCK` tokens; attention has read it
@@ -21,7 +20,7 @@ or half, and never corrupts a sequence.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,16 +63,27 @@ class _Segment:
         capacity: positions that are paid for, a multiple of `KV_BLOCK`; never shrinks.
         layers: by layer, buffers with room for `capacity` positions, or fewer until written again;
             None until first written.
-        holders: ids of the sequences that reference it.
+        owner: the sequence that may write it; None once that one let it go.
+        holders: sequences that reference it, and the position before which they read it; the
+            owner's may be out of date.
     """
 
-    __slots__ = ("capacity", "holders", "layers", "start")
+    __slots__ = ("capacity", "holders", "layers", "owner", "start")
 
-    def __init__(self, start: int, num_layers: int, holder: int) -> None:
+    def __init__(self, start: int, num_layers: int, owner: int) -> None:
         self.start = start
         self.capacity = 0
         self.layers: list[KVSegment | None] = [None] * num_layers
-        self.holders = {holder}
+        self.owner: int | None = owner
+        self.holders = {owner: start}
+
+    def may_write(self, writers: Collection[int], start: int, leaving: Collection[int]) -> bool:
+        """Return whether any of `writers` may, from `start` on, once `leaving` have left."""
+        return self.owner in writers and all(
+            read <= start
+            for holder, read in self.holders.items()
+            if holder not in writers and holder not in leaving
+        )
 
 
 class _Sequence:
@@ -171,6 +181,9 @@ class KVCache:
                 f"The KV cache of this worker is full: the step needs {missing} positions more "
                 f"than its limit of {self.max_bytes} bytes has room for. Release sequences first."
             )
+        for part in step:
+            if part.prefix and part.prefix.take:
+                self._hand_on(part.prefix.sequence_id, part.sequence_id)
         self.free(taken)
 
     def share(self, child: int, parent: int, length: int) -> None:
@@ -185,9 +198,18 @@ class KVCache:
         sequence = self._sequences[child] = _Sequence()
         sequence.length = length
         sequence.tokens = held.tokens[:length].copy()
-        sequence.segments = [segment for segment in held.segments if segment.start < length]
-        for segment in sequence.segments:
-            segment.holders.add(child)
+        for segment, following in itertools.pairwise((*held.segments, None)):
+            assert segment is not None
+            if segment.start < length:
+                sequence.segments.append(segment)
+                segment.holders[child] = min(length, following.start if following else length)
+
+    def _hand_on(self, parent: int, child: int) -> None:
+        """Let `child` write where `parent` did."""
+        if parent in self and child in self:
+            for segment in self._sequences[child].segments:
+                if segment.owner == parent:
+                    segment.owner = child
 
     def begin(self, sequence_id: int, start: int, token_ids: TokenIds) -> None:
         """Start a step that computes `token_ids` at positions from `start` on.
@@ -200,10 +222,10 @@ class KVCache:
         if start > self.length(sequence_id):
             raise ValueError(f"sequence {sequence_id} has no position {start - 1}")
         sequence = self._sequences.setdefault(sequence_id, _Sequence())
-        kept = _segments_before(sequence, start)
+        kept, goes_on = _segments_before(sequence, start, {sequence_id})
         self._let_go(sequence_id, sequence.segments[len(kept) :])
         stop = start + len(token_ids)
-        if not kept or len(kept[-1].holders) > 1:
+        if not goes_on:
             kept.append(_Segment(start, self._num_layers, sequence_id))
         growth = max(0, _rounded(stop - kept[-1].start) - kept[-1].capacity)
         kept[-1].capacity += growth
@@ -257,7 +279,8 @@ class KVCache:
 
     def _let_go(self, sequence_id: int, segments: Iterable[_Segment]) -> None:
         for segment in segments:
-            segment.holders.remove(sequence_id)
+            del segment.holders[sequence_id]
+            segment.owner = None if segment.owner == sequence_id else segment.owner
             if not segment.holders:
                 self._capacity -= segment.capacity
                 self._nbytes -= sum(_nbytes(held) for held in segment.layers)
@@ -275,19 +298,22 @@ class KVCache:
         """Return how much of the capacity is of no sequence but `leaving`."""
         sequences = [self._sequences[i] for i in leaving if i in self]
         segments = {segment for sequence in sequences for segment in sequence.segments}
-        return sum(segment.capacity for segment in segments if segment.holders <= leaving)
+        return sum(segment.capacity for segment in segments if segment.holders.keys() <= leaving)
 
     def _growth(self, part: SequenceSlice, leaving: set[int]) -> int:
         """Return what `begin` will add to the capacity once `leaving` have left."""
         sequence = self._sequences.get(part.sequence_id, _Sequence())
-        kept = _segments_before(sequence, part.start, leaving)
+        writers = {part.sequence_id}
+        if part.prefix and part.prefix.take:
+            writers.add(part.prefix.sequence_id)
+        kept, goes_on = _segments_before(sequence, part.start, writers, leaving)
         growth = -sum(
             segment.capacity
             for segment in sequence.segments[len(kept) :]
-            if len(segment.holders - leaving) == 1
+            if len(segment.holders.keys() - leaving) == 1
         )
         stop = part.start + part.num_tokens
-        if not kept or len(kept[-1].holders - leaving) > 1:
+        if not goes_on:
             return growth + _rounded(stop - part.start)
         return growth + max(0, _rounded(stop - kept[-1].start) - kept[-1].capacity)
 
@@ -314,18 +340,18 @@ def as_token_ids(token_ids: Sequence[int]) -> TokenIds:
 
 
 def _segments_before(
-    sequence: _Sequence, start: int, leaving: Iterable[int] = ()
-) -> list[_Segment]:
-    """Return the segments that the sequence keeps if it goes on at `start`.
+    sequence: _Sequence, start: int, writers: Collection[int], leaving: Collection[int] = ()
+) -> tuple[list[_Segment], bool]:
+    """Return what the sequence keeps if it goes on at `start`, and whether it does so in the last.
 
-    One that begins right there is kept if no sequence but those `leaving` references it too.
+    Args:
+        writers: the sequence itself, and the one that it takes.
+        leaving: sequences that will not be there any more.
     """
-    return [
-        segment
-        for segment in sequence.segments
-        if segment.start < start
-        or (segment.start == start and len(segment.holders.difference(leaving)) == 1)
-    ]
+    kept = [segment for segment in sequence.segments if segment.start <= start]
+    if kept and kept[-1].may_write(writers, start, leaving):
+        return kept, True
+    return [segment for segment in kept if segment.start < start], False
 
 
 def _views(layer: int, segments: Sequence[_Segment]) -> list[KVSegment]:

@@ -27,40 +27,62 @@ def blocks(positions: int) -> int:
 
 
 class Charges:
-    """What a bookkeeper charges, in positions: segments of sequences and who references them.
+    """What a bookkeeper charges, in positions: segments of sequences and who reads them how far.
 
-    A sequence goes on in its last segment if no other references that, else in a new one.
+    A sequence goes on in its last segment if that is its own, beyond what others read of it; else
+    in a new one.
     """
 
     def __init__(self) -> None:
         self.chains: dict[int, list[int]] = {}  # segments by sequence
         self.starts: dict[int, int] = {}  # by segment
+        self.owners: dict[int, int] = {}  # by segment
         self.lengths: dict[int, int] = {}  # the most that there ever was, by segment
+        self.reads: dict[tuple[int, int], int] = {}  # by sequence and segment, of what it shares
         self.next_segment = 0
 
-    def holders(self, segment: int) -> int:
-        return sum(segment in chain for chain in self.chains.values())
-
     def step(self, sequence_id: int, start: int, stop: int) -> None:
-        chain = self.chains.get(sequence_id, [])
-        chain = [s for s in chain if self.starts[s] < start or self.may_rewrite(s, start)]
-        if not chain or self.holders(chain[-1]) > 1:
+        before = self.chains.get(sequence_id, [])
+        chain = [s for s in before if self.starts[s] <= start]
+        if not chain or not self.may_write(chain[-1], sequence_id, start):
             self.next_segment += 1
-            chain = [*chain, self.next_segment]
+            chain = [*(s for s in chain if self.starts[s] < start), self.next_segment]
             self.starts[self.next_segment] = start
+            self.owners[self.next_segment] = sequence_id
             self.lengths[self.next_segment] = 0
+        for segment in before:
+            if segment not in chain:
+                self.leave(segment, sequence_id)
         last = chain[-1]
         self.lengths[last] = max(self.lengths[last], stop - self.starts[last])
         self.chains[sequence_id] = chain
 
-    def may_rewrite(self, segment: int, start: int) -> bool:
-        return self.starts[segment] == start and self.holders(segment) == 1
+    def may_write(self, segment: int, sequence_id: int, start: int) -> bool:
+        others = [i for i, chain in self.chains.items() if segment in chain and i != sequence_id]
+        owns = self.owners.get(segment) == sequence_id
+        return owns and all(self.reads[i, segment] <= start for i in others)
 
     def share(self, child: int, parent: int, length: int) -> None:
-        self.chains[child] = [s for s in self.chains[parent] if self.starts[s] < length]
+        chain = [s for s in self.chains[parent] if self.starts[s] < length]
+        for segment, stop in zip(
+            chain, [*(self.starts[s] for s in chain[1:]), length], strict=True
+        ):
+            self.reads[child, segment] = stop
+        self.chains[child] = chain
+
+    def take(self, child: int, parent: int) -> None:
+        for segment in self.chains[child] if parent in self.chains else ():
+            if self.owners.get(segment) == parent:
+                self.owners[segment] = child
+        self.free(parent)
 
     def free(self, sequence_id: int) -> None:
-        self.chains.pop(sequence_id, None)
+        for segment in self.chains.pop(sequence_id, ()):
+            self.leave(segment, sequence_id)
+
+    def leave(self, segment: int, sequence_id: int) -> None:
+        if self.owners.get(segment) == sequence_id:
+            del self.owners[segment]
 
     def blocks(self) -> int:
         held = {segment for chain in self.chains.values() for segment in chain}
@@ -123,6 +145,12 @@ class Driver:
         self.model[child] = self.model[parent][:length]
         self.charges.share(child, parent, length)
 
+    def take(self, child: int, parent: int, length: int) -> None:
+        self.cache.admit([slice_of(child, length, 1, parent, take=True)])
+        self.model[child] = self.model.pop(parent)[:length]
+        self.charges.share(child, parent, length)
+        self.charges.take(child, parent)
+
     def free(self, *sequence_ids: int) -> None:
         self.cache.free(sequence_ids)
         for sequence_id in sequence_ids:
@@ -159,14 +187,16 @@ class CacheMachine(RuleBasedStateMachine):
         for part in step:
             if part.prefix and part.prefix.take:
                 self.model.pop(part.prefix.sequence_id, None)
-                charges.free(part.prefix.sequence_id)
+                charges.take(part.sequence_id, part.prefix.sequence_id)
         return True
 
     def would_charge(self, step: Iterable[SequenceSlice]) -> int:
         charges = Charges()
         charges.chains = dict(self.driver.charges.chains)
         charges.starts = dict(self.driver.charges.starts)
+        charges.owners = dict(self.driver.charges.owners)
         charges.lengths = dict(self.driver.charges.lengths)
+        charges.reads = dict(self.driver.charges.reads)
         charges.next_segment = self.driver.charges.next_segment
         step = list(step)
         for part in step:
@@ -174,7 +204,7 @@ class CacheMachine(RuleBasedStateMachine):
                 charges.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)
         for part in step:
             if part.prefix and part.prefix.take:
-                charges.free(part.prefix.sequence_id)
+                charges.take(part.sequence_id, part.prefix.sequence_id)
         for part in step:
             charges.step(part.sequence_id, part.start, part.start + part.num_tokens)
         return charges.blocks()
@@ -303,8 +333,7 @@ def test_conversations_that_take_over_their_last_turn_stay_one_segment() -> None
     driver = Driver()
     driver.step(0, 50)
     for turn in range(1, 30):
-        driver.share(turn, turn - 1, 50 * turn)
-        driver.free(turn - 1)
+        driver.take(turn, turn - 1, 50 * turn)
         driver.step(turn, 50)
     driver.cache.begin(29, 1500, as_token_ids([0]))
     keys, values = torch.zeros(HEADS, 1, KEY_DIM), torch.zeros(HEADS, 1, VALUE_DIM)
@@ -354,14 +383,26 @@ def test_what_is_taken_makes_room() -> None:
     assert driver.cache.sequence_ids == (1,)
 
 
-def test_segments_that_only_what_is_taken_has_make_room() -> None:
-    driver = Driver(max_blocks=4)
-    driver.step(0, 2 * KV_BLOCK)
-    driver.share(1, 0, 1)
-    driver.step(0, 2 * KV_BLOCK)  # in a segment of its own
-    driver.free(1)
-    driver.cache.admit([slice_of(2, 2 * KV_BLOCK, 2 * KV_BLOCK, parent=0, take=True)])
+def test_what_is_taken_goes_on_in_place_unless_others_read_there() -> None:
+    """Five positions of it are read by another; the taker begins beyond them, or before."""
+    for start, capacity in ((5, 2), (4, 2 + 2)):
+        driver = Driver()
+        driver.step(0, 2 * KV_BLOCK)
+        driver.share(1, 0, 5)
+        driver.cache.admit([slice_of(2, start, 2 * KV_BLOCK - 5, parent=0, take=True)])
+        driver.cache.begin(2, start, as_token_ids([0] * (2 * KV_BLOCK - 5)))
+        assert driver.cache.capacity == capacity * KV_BLOCK
+
+
+def test_one_that_is_shared_goes_on_in_place() -> None:
+    driver = Driver()
+    driver.step(0, 10)
+    driver.share(1, 0, 10)
+    driver.step(0, KV_BLOCK - 10)
+    assert driver.cache.capacity == KV_BLOCK
+    driver.step(0, 10, start=9)  # what the other reads is not overwritten
     assert driver.cache.capacity == 2 * KV_BLOCK
+    driver.step(1, 1)
 
 
 def test_only_a_new_sequence_shares_and_only_what_there_is() -> None:

@@ -465,8 +465,9 @@ class Buffer:
     """Memory of a stage for positions from `start` on, as `worker.kv_cache` has it."""
 
     start: int
+    owner: int
+    readers: dict[int, int] = field(default_factory=dict)  # others, and where they stop reading
     capacity: int = 0
-    holders: int = 1
 
 
 @dataclass(eq=False)
@@ -477,6 +478,7 @@ class Kept:
     buffers: list[Buffer] = field(default_factory=list)
     length: int = 0  # positions that the stage has
     computed: int = 0  # of them, positions that the coordinator knows of
+    begins_at: int = 0
     room: int = 0
     ended: bool = False
 
@@ -498,27 +500,35 @@ class Stage:
             parent = self.held[prefix.sequence_id]
             assert parent.length >= prefix.length
             kept.buffers = [b for b in parent.buffers if b.start < prefix.length]
-            kept.length = prefix.length
-            for buffer in kept.buffers:
-                buffer.holders += 1
+            kept.length = kept.begins_at = kept.computed = prefix.length
+            for buffer, following in zip(kept.buffers, [*kept.buffers[1:], None], strict=True):
+                buffer.readers[sequence_id] = following.start if following else prefix.length
             if prefix.take:
+                for buffer in kept.buffers:
+                    if buffer.owner == prefix.sequence_id:
+                        buffer.owner = sequence_id
+                        del buffer.readers[sequence_id]
                 self.free(prefix.sequence_id)
 
     def write(self, sequence_id: int, start: int, stop: int) -> None:
         kept = self.held[sequence_id]
         assert start <= kept.length
-        own = [b for b in kept.buffers if b.start < start or (b.start == start and b.holders == 1)]
-        for buffer in kept.buffers[len(own) :]:
-            buffer.holders -= 1
-        if not own or own[-1].holders > 1:
-            own.append(Buffer(start))
-        needed = -(-(stop - own[-1].start) // KV_BLOCK) * KV_BLOCK
-        own[-1].capacity = max(own[-1].capacity, needed)
-        kept.buffers, kept.length = own, stop
+        chain = [b for b in kept.buffers if b.start <= start]
+        last = chain[-1] if chain else None
+        if last and last.owner == sequence_id and max(last.readers.values(), default=0) <= start:
+            own = last
+        else:
+            own = Buffer(start, sequence_id)
+            chain = [*(b for b in chain if b.start < start), own]
+        for buffer in kept.buffers:
+            if buffer not in chain:
+                buffer.readers.pop(sequence_id, None)
+        own.capacity = max(own.capacity, -(-(stop - own.start) // KV_BLOCK) * KV_BLOCK)
+        kept.buffers, kept.length = chain, stop
 
     def free(self, sequence_id: int) -> None:
         for buffer in self.held.pop(sequence_id).buffers:
-            buffer.holders -= 1
+            buffer.readers.pop(sequence_id, None)
 
 
 def begin(book: KVLedger, stage: Stage, sequence_id: int, tokens: list[int], stop: int) -> None:
@@ -537,7 +547,7 @@ def run(book: KVLedger, stage: Stage, sequence_id: int, start: int, stop: int) -
 
 
 def test_a_prompt_that_is_shared_piece_by_piece() -> None:
-    """At each of these points the stage goes on in another buffer, which may cost a block more."""
+    """It goes on in the same buffer, whatever others read of it."""
     book, stage = ledger(), Stage()
     tokens = TEXT[:261]
     begin(book, stage, 1, tokens, 65)
@@ -545,6 +555,19 @@ def test_a_prompt_that_is_shared_piece_by_piece() -> None:
         begin(book, stage, stop, [*tokens[:stop], 7777, 7777], stop + 2)
         run(book, stage, 1, stop, min(stop + 65, 261))
     run(book, stage, 1, 260, 261)
+    assert stage.num_blocks == blocks(book) == 5 + 3
+
+
+def test_steps_abandoned_behind_a_share() -> None:
+    """The stage is ahead of what is known, and computes that again once another shares it."""
+    book, stage = ledger(20), Stage()
+    tokens = TEXT[:272]
+    begin(book, stage, 1, tokens, 16)
+    stage.write(1, 16, 65)
+    begin(book, stage, 2, TEXT[:16] + [7777] * 10, 26)
+    for stop in range(17, 273):
+        run(book, stage, 1, stop - 1, stop)
+    assert stage.num_blocks == blocks(book)
 
 
 def test_what_a_later_one_shares_stays_charged() -> None:
@@ -673,6 +696,15 @@ class Ledger(RuleBasedStateMachine):
         self._run(kept, sequence_id, count)
         if arrives:
             self._arrive(kept, sequence_id)
+
+    @precondition(lambda self: self.running)
+    @rule(index=_INDEX, count=st.integers(0, 300))
+    def steps_are_abandoned(self, index: int, count: int) -> None:
+        """The stage computes again what it was ahead of what is known, as far as it gets."""
+        kept, sequence_id = self._pick(index)
+        stop = min(kept.computed + count, len(kept.tokens))
+        if stop > kept.computed:
+            self.stage.write(sequence_id, kept.computed, stop)
 
     @precondition(lambda self: self.running)
     @rule(index=_INDEX, count=st.integers(1, 200))
