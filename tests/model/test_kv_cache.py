@@ -405,6 +405,16 @@ def test_one_that_is_shared_goes_on_in_place() -> None:
     driver.step(1, 1)
 
 
+def test_who_shares_beyond_what_was_shared_is_not_in_the_way() -> None:
+    driver = Driver()
+    driver.step(0, 10)
+    driver.share(1, 0, 5)
+    driver.step(1, 100)
+    driver.share(2, 1, 100)  # five positions of the first one, the rest of the second
+    driver.step(0, KV_BLOCK - 10)
+    assert driver.cache.capacity == (1 + 2) * KV_BLOCK
+
+
 def test_only_a_new_sequence_shares_and_only_what_there_is() -> None:
     driver = Driver()
     driver.step(0, 10)
