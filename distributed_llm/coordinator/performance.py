@@ -220,20 +220,23 @@ class StageTimes:
         self._choice = current
         return current
 
-    def best_chunks(self, tokens: int, *, limit: int, try_up_to: int, now: float) -> int:
-        """Return how many steps of `tokens` tokens should be under way: as few as are fast enough.
+    def best_chunks(
+        self, tokens: int, *, limit: int, try_up_to: int, frugal: bool, now: float
+    ) -> int:
+        """Return how many steps of `tokens` tokens should be under way.
 
-        Beyond that they only delay each other, and what answers beside them. So this begins with
-        one, and tries up to twice as many as long as more were faster.
+        Beyond what keeps the slowest stage busy they only delay each other, and what answers
+        beside them.
 
         Args:
             tokens: in each step.
             limit: steps that may be under way.
             try_up_to: of them, if it was not measured that they are worth it.
+            frugal: others would have to wait, so fewer are tried as well, and taken if as fast.
         """
         known = self._known(now)
         if not known:
-            return 1
+            return min(limit, try_up_to, self._num_stages)
 
         def rate(depth: int) -> float:
             return depth / max(self._predict(tokens, depth, known), 1e-9)
@@ -241,11 +244,11 @@ class StageTimes:
         best = known[0]
         for depth in known:
             best = depth if _FAST_ENOUGH * rate(depth) > rate(best) else best
-        if best < known[-1]:
-            return min(best, limit)
-        most = min(limit, 2 * best, max(best, try_up_to))
-        rates = [rate(depth) for depth in range(1, most + 1)]
-        return next(d for d, one in enumerate(rates, 1) if one >= _FAST_ENOUGH * max(rates))
+        most = min(limit, max(best, try_up_to))
+        depths = range(1 if frugal else min(best, most), most + 1)
+        rates = [rate(depth) for depth in depths]
+        fast = _FAST_ENOUGH * max(rates)
+        return next(d for d, one in zip(depths, rates, strict=True) if one >= fast)
 
     def seconds_per_token(self, stage: int) -> float | None:
         """Return what a stage takes per decoded token in batches as they are now, or None."""

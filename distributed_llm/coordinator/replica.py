@@ -73,7 +73,7 @@ class Replica:
         self._prefill_times = StageTimes(len(seats))
         # What was last asked of the times, and when to ask again: it takes longer than all else.
         self._slowest_s: float | None = None  # per token; None: a step was observed since
-        self._chunks: int | None = None  # depth for prompts; likewise
+        self._chunks: dict[int, int] = {}  # depth for prompts, by what may be tried; likewise
         self._decode_depth = (0, 0)  # and the number of sequences that it is for
         self._decodes_seen = 0  # steps since then
         self._pace_s = 1e-9  # per token, on the slowest stage; as measured last
@@ -155,7 +155,7 @@ class Replica:
                 depth = max(1, self._depth_to_decode(decoding, now))
                 chunks = 0
                 if running > decoding:
-                    chunks = self._depth_to_prefill(now, depth if decoding else self._limit)
+                    chunks = self._depth_to_prefill(now, depth if decoding else 0)
                 depth = max(depth, chunks)
             step = None
             if pipeline.num_steps < depth and not pipeline.drains:
@@ -176,7 +176,7 @@ class Replica:
             times, self._slowest_s = self._decode_times, None
             self._decodes_seen += 1
         else:
-            times, self._chunks = self._prefill_times, None
+            times, self._chunks = self._prefill_times, {}
         tokens = len(done.step.token_ids)
         for stage, timing in enumerate(done.timings):
             times.observe(stage, tokens, timing.compute_us / 1e6, depth=done.depth, now=now)
@@ -196,17 +196,25 @@ class Replica:
             self._decode_depth, self._decodes_seen = (depth, decoding), 0
         return min(depth, decoding)
 
-    def _depth_to_prefill(self, now: float, try_up_to: int) -> int:
+    def _depth_to_prefill(self, now: float, decode_depth: int) -> int:
         """Return how many steps with chunks of prompts should be under way.
 
-        Others wait for a chunk, so more are tried only where nobody does, or where steps that
-        decode were seen not to slow each other down.
+        Those that answer wait for chunks, so more are tried only where nobody does, or as many as
+        steps that decode were seen not to slow each other down.
+
+        Args:
+            decode_depth: how many steps that decode should be; 0 if nobody does.
         """
-        if self._chunks is None:
-            self._chunks = self._prefill_times.best_chunks(
-                self._settings.max_tokens, limit=self._limit, try_up_to=try_up_to, now=now
+        chunks = self._chunks.get(decode_depth)
+        if chunks is None:
+            chunks = self._chunks[decode_depth] = self._prefill_times.best_chunks(
+                self._settings.max_tokens,
+                limit=self._limit,
+                try_up_to=decode_depth or self._limit,
+                frugal=decode_depth > 0,
+                now=now,
             )
-        return self._chunks
+        return chunks
 
     def _releases(self, pipeline: Pipeline) -> list[Send]:
         """Return the messages that free what no task will for now.

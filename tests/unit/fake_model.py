@@ -17,6 +17,7 @@ from distributed_llm.common.messages import (
     MissingPositions,
     ModelSource,
     SequenceSlice,
+    SharedPrefix,
     Task,
     TokenLogprobs,
 )
@@ -150,9 +151,11 @@ class Void(Exception):
 
 @dataclass(eq=False)
 class Buffer:
-    """Memory for the positions of one sequence; others may read it."""
+    """Memory for the positions of one sequence, which owns it; others read it up to somewhere."""
 
     start: int
+    owner: int
+    readers: dict[int, int] = field(default_factory=dict)
     length: int = 0
 
 
@@ -185,7 +188,8 @@ class FakeStage:
 
     def release(self, sequence_id: int) -> None:
         """Free a sequence."""
-        self.kv.pop(sequence_id, None)
+        held = self.kv.pop(sequence_id, None)
+        self._let_go(sequence_id, held.buffers if held else [])
         self._released.add(sequence_id)
 
     def run(
@@ -273,9 +277,7 @@ class FakeStage:
             if part.prefix:
                 parent = self.kv[part.prefix.sequence_id]
                 held.states = parent.states[: part.prefix.length]
-                held.buffers = [b for b in parent.buffers if b.start < part.prefix.length]
-                if part.prefix.take:
-                    self.release(part.prefix.sequence_id)
+                self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held
 
@@ -292,18 +294,37 @@ class FakeStage:
                 states.append(row[3])
             row[0] = self.layers.stop
             held.states.append(states)
-        self._allocate(held)
+        self._allocate(part.sequence_id, part.start)
 
-    def _allocate(self, held: FakeSequence) -> None:
-        last = held.buffers[-1] if held.buffers else None
-        stop = len(held.states)
-        if last is not None and stop <= last.start + last.length:
-            return
-        shared = [other for other in self.kv.values() if other is not held]
-        if last is None or any(last in other.buffers for other in shared):
-            last = Buffer(start=last.start + last.length if last else 0)
-            held.buffers.append(last)
-        last.length = stop - last.start
+    def _share(self, sequence_id: int, prefix: SharedPrefix) -> None:
+        parent, held = self.kv[prefix.sequence_id], self.kv[sequence_id]
+        stop = prefix.length
+        for buffer in reversed(parent.buffers):
+            if buffer.start < prefix.length:
+                held.buffers.insert(0, buffer)
+                if prefix.take and buffer.owner == prefix.sequence_id:
+                    buffer.owner = sequence_id
+                else:
+                    buffer.readers[sequence_id] = stop
+            stop = min(stop, buffer.start)
+        if prefix.take:
+            self.release(prefix.sequence_id)
+
+    def _allocate(self, sequence_id: int, start: int) -> None:
+        """Write in the last buffer, if it is the sequence's and others read nothing there."""
+        held = self.kv[sequence_id]
+        chain = [b for b in held.buffers if b.start <= start]
+        last = chain[-1] if chain else None
+        if not last or last.owner != sequence_id or max(last.readers.values(), default=0) > start:
+            last = Buffer(start, sequence_id)
+            chain = [*(b for b in chain if b.start < start), last]
+        self._let_go(sequence_id, [b for b in held.buffers if b not in chain])
+        last.length = max(last.length, len(held.states) - last.start)
+        held.buffers = chain
+
+    def _let_go(self, sequence_id: int, buffers: Sequence[Buffer]) -> None:
+        for buffer in buffers:
+            buffer.readers.pop(sequence_id, None)
 
 
 def _answer(

@@ -317,39 +317,51 @@ def test_predictions_are_sane_whatever_was_measured(
 # ------------------------------------------------------------------ chunks of prompts
 
 
-def test_chunks_begin_with_one_and_double_while_it_pays() -> None:
-    times = StageTimes(8)
+def chunks_over_time(
+    stages: int, seconds: Callable[[int], float], *, frugal: bool, try_up_to: int = 16
+) -> list[int]:
+    """Return what was chosen again and again where a stage takes `seconds(depth)`."""
+    times = StageTimes(stages)
     seen = []
     for now in range(40):
-        depth = times.best_chunks(512, limit=16, try_up_to=16, now=float(now))
+        depth = times.best_chunks(512, limit=16, try_up_to=try_up_to, frugal=frugal, now=float(now))
         seen.append(depth)
-        for stage in range(8):
-            times.observe(stage, 512, 1.0, depth=depth, now=float(now))
-    assert seen[0] == 1
-    assert sorted(seen) == seen
-    assert all(after <= 2 * before for before, after in pairwise(seen))
+        for stage in range(stages):
+            times.observe(stage, 512, seconds(depth), depth=depth, now=float(now))
+    return seen
+
+
+def test_chunks_keep_all_stages_busy_from_the_beginning() -> None:
+    """Nobody waits for anything else, so fewer are not tried."""
+    assert set(chunks_over_time(8, lambda depth: 1.0, frugal=False)) == {8}
+
+
+def test_chunks_are_fewer_where_somebody_waits_if_that_is_as_fast() -> None:
+    seen = chunks_over_time(8, lambda depth: 1.0, frugal=True)
+    assert seen[0] == 8
+    assert seen.count(1) <= 3  # tried
     assert seen[-1] == 8  # so many keep all stages busy; more would only wait
 
 
-def test_chunks_on_one_machine_stay_one_after_another() -> None:
-    times = StageTimes(3)
-    seen = []
-    for now in range(40):
-        depth = times.best_chunks(512, limit=6, try_up_to=6, now=float(now))
-        seen.append(depth)
-        for stage in range(3):
-            times.observe(stage, 512, 1.0 * depth, depth=depth, now=float(now))
-    assert max(seen) == 2  # tried once
-    assert seen.count(2) <= 3
-    assert seen[-1] == 1
+def test_chunks_on_one_machine_come_one_after_another_where_somebody_waits() -> None:
+    seen = chunks_over_time(3, lambda depth: 1.0 * depth, frugal=True)
+    assert seen[0] == 3
+    assert seen.count(3) <= 3
+    assert set(seen[3:]) == {1}
+    assert set(chunks_over_time(3, lambda depth: 1.0 * depth, frugal=True, try_up_to=1)) == {1}
 
 
 def test_chunks_are_not_tried_beyond_what_is_allowed_but_used_if_measured() -> None:
     times = StageTimes(8)
+
+    def best(now: float) -> int:
+        return times.best_chunks(512, limit=16, try_up_to=1, frugal=True, now=now)
+
+    assert best(0.0) == 1
     for now in range(10):
         for stage in range(8):
             times.observe(stage, 512, 1.0, depth=1, now=float(now))
-    assert times.best_chunks(512, limit=16, try_up_to=1, now=10.0) == 1
+    assert best(10.0) == 1
     for stage in [*range(8)] * 4:
         times.observe(stage, 512, 1.0, depth=4, now=11.0)
-    assert times.best_chunks(512, limit=16, try_up_to=1, now=12.0) == 4
+    assert best(12.0) == 4
