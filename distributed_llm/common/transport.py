@@ -106,7 +106,6 @@ class Router:
         return Delivery.SENT if backlog.add(frames) else Delivery.STUCK
 
     def _try_send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
-        self._pump.look_again()
         try:
             self._socket.send_multipart([peer, *frames], zmq.NOBLOCK)
         except zmq.Again:
@@ -115,6 +114,8 @@ class Router:
             if exc.errno != zmq.EHOSTUNREACH:
                 raise
             return Delivery.GONE
+        finally:
+            self._pump.notice()
         return Delivery.SENT
 
     def _retry_soon(self) -> None:
@@ -237,8 +238,7 @@ class Dealer:
         if len(self._outbox) >= self._max_outbox:
             raise LocalProtocolError(f"{self._max_outbox} messages wait to be sent")
         self._outbox.append(list(frames))
-        self._pump.look_again()
-        self._flush()
+        self._pump.notice(flushed=self._flush())
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Close the socket; what is still to be sent gets `linger_ms`.
@@ -301,6 +301,12 @@ class _Pump:
         self._loop.add_reader(self._fd, self._run)
         self.look_again()
 
+    def notice(self, *, flushed: bool = True) -> None:
+        """Do not miss what became possible while something was sent: that may swallow the edge."""
+        wanted = zmq.POLLIN if flushed else zmq.POLLIN | zmq.POLLOUT
+        if self._again is None and not self.closed and self._events() & wanted:
+            self.look_again()
+
     def look_again(self) -> None:
         """Look at the socket once more soon: the edge may have passed unseen."""
         if self._again is None and not self.closed:
@@ -327,21 +333,22 @@ class _Pump:
                 break
         else:
             self.look_again()
-        if not flushed and not self.closed and self._socket.getsockopt(zmq.EVENTS):
-            self.look_again()  # receiving swallowed the edge that said: writable
+        self.notice(flushed=flushed)  # receiving may have swallowed the edge that said: writable
 
     def _take(self) -> bool:
         """Hand over one message; return whether there may be more."""
-        try:
-            parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-        except zmq.Again:
+        if not self._events() & zmq.POLLIN:
             return False
+        parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
             self._on_frames([part.buffer for part in parts])
         except BaseException:
             self.look_again()  # what follows is not lost with this message
             raise
         return not self.closed
+
+    def _events(self) -> int:
+        return int(self._socket.getsockopt(zmq.EVENTS))
 
 
 class _Monitor:
