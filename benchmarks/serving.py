@@ -41,6 +41,7 @@ WARM_UP_S, WINDOW_S = 10.0, 20.0
 CHUNK_TOKENS, LONG_PROMPT = 512, 2000
 PREFIX_TOKENS, QUESTION_TOKENS = 1000, 16
 REQUESTS, QUEUE, SENDERS, RUNNING = 500, 64, 10, 32
+WORKER_MEMORY = 8 * 2**20
 
 
 def large_checkpoint(folder: Path | None) -> Path:
@@ -230,6 +231,7 @@ class Held:
     threads: int
     files_and_sockets: int
     kv_tokens: int
+    kv_tokens_cached: int
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,10 @@ async def overload(_: Path, rounds: int) -> None:
     settings = {"max_waiting_requests": QUEUE, "max_batch_sequences": RUNNING}
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoints.make_checkpoint(Path(folder))
-        with LocalCluster(model, workers=WORKERS, coordinator=settings) as cluster:
+        with LocalCluster(model, workers=0, coordinator=settings) as cluster:
+            for _ in range(WORKERS):  # with so little that the first wave fills all prefix caches
+                cluster.add_worker(max_memory=WORKER_MEMORY)
+            cluster.wait_until_serving(num_workers=WORKERS)
             await _wave(cluster)  # warms up
             before = await _held(cluster)
             rows: list[tuple[object, ...]] = [("before", *vars(before).values(), "", "")]
@@ -261,7 +266,7 @@ async def overload(_: Path, rounds: int) -> None:
                 fates += found
         torch.set_num_threads(1)  # a tiny model is slower with more
         outcome = Counter(_verdict(model, fate) for fate in fates)
-    head = ("wave", "memory, MiB", "threads", "files and sockets", "KV, tokens")
+    head = ("wave", "memory, MiB", "threads", "files and sockets", "KV, tokens", "cached, tokens")
     print_table((*head, "refused", "slowest refusal, ms"), rows)
     print(f"\n{REQUESTS} requests a wave: {dict(outcome)}")
 
@@ -315,6 +320,7 @@ async def _held(cluster: LocalCluster) -> Held:
         threads=sum(one.num_threads() for one in processes),
         files_and_sockets=sum(one.num_fds() for one in processes),
         kv_tokens=status.kv_tokens_used,
+        kv_tokens_cached=status.kv_tokens_cached,
     )
 
 

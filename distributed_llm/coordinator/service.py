@@ -116,23 +116,30 @@ class Coordinator:
         else:
             self._apply(Received(peer, message, tensors))
 
-    def _apply(self, event: Event) -> None:
-        if not self._stopped.done():
-            self._perform(self._core.handle(event, now=self._loop.time()))
+    def _apply(self, *events: Event) -> None:
+        for event in events:
+            if not self._stopped.done():
+                self._perform(self._core.handle(event, now=self._loop.time()))
 
     def _on_timer(self) -> None:
+        self._timer = None
         self._perform(self._core.on_timer(now=self._loop.time()))
 
     def _set_timer(self) -> None:
-        if self._timer:
-            self._timer.cancel()
         deadline = self._core.next_deadline()
+        if self._timer:
+            if deadline == self._timer.when():
+                return
+            self._timer.cancel()
         self._timer = None if deadline is None else self._loop.call_at(deadline, self._on_timer)
 
     # -------------------------------------------------------------- actions
 
     def _perform(self, actions: list[Action]) -> None:
+        texts = [action for action in actions if isinstance(action, Detokenize)]
         try:
+            if texts:  # of a whole step at once: going from thread to thread takes longest
+                self._text_thread.submit(self._detokenize, texts)
             for action in actions:
                 self._perform_one(action)
         except Exception as exc:  # a bug here: end with it rather than serve in an unknown state
@@ -147,7 +154,7 @@ class Coordinator:
             case Tokenize():
                 self._text_thread.submit(self._tokenize, action)
             case Detokenize():
-                self._text_thread.submit(self._detokenize, action)
+                pass  # begun already
             case Forget(key=key):
                 self._text_thread.submit(self._texts.pop, key, None)
             case Log(text=text, level=level):
@@ -189,11 +196,12 @@ class Coordinator:
         except UnicodeDecodeError as exc:
             raise RemoteProtocolError("malformed", f"prompt is not UTF-8: {exc}") from exc
 
-    def _detokenize(self, action: Detokenize) -> None:
-        texts = self._texts.get(action.key)
-        if texts is None:  # the request has ended
-            return
-        text = texts[action.choice]
+    def _detokenize(self, actions: list[Detokenize]) -> None:
+        events = [self._text_of(action) for action in actions if action.key in self._texts]
+        self._tell(*events)  # the other requests have ended
+
+    def _text_of(self, action: Detokenize) -> Event:
+        text = self._texts[action.key][action.choice]
         try:
             piece = text.feed(action.token_ids)
             parts, stopped = [piece.text], piece.stopped
@@ -204,17 +212,14 @@ class Coordinator:
         except Exception as exc:
             logger.exception("detokenizing failed")
             error = DistributedLLMError(f"The text of the answer cannot be made: {exc!r}.")
-            self._tell(TokenizeFailed(action.key, error))
-            return
-        self._tell(
-            Detokenized(
-                action.key, action.choice, "".join(parts), piece.token_count, stopped, action.last
-            )
+            return TokenizeFailed(action.key, error)
+        return Detokenized(
+            action.key, action.choice, "".join(parts), piece.token_count, stopped, action.last
         )
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, *events: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
-            self._loop.call_soon_threadsafe(self._apply, event)
+            self._loop.call_soon_threadsafe(self._apply, *events)
 
 
 def raise_file_limit() -> None:
