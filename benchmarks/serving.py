@@ -250,7 +250,7 @@ async def overload(_: Path, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoints.make_checkpoint(Path(folder))
         with LocalCluster(model, workers=0, coordinator=settings) as cluster:
-            for _ in range(WORKERS):  # with so little that the first wave fills all prefix caches
+            for _worker in range(WORKERS):  # the first wave fills their prefix caches
                 cluster.add_worker(max_memory=WORKER_MEMORY)
             cluster.wait_until_serving(num_workers=WORKERS)
             await _wave(cluster)  # warms up

@@ -54,7 +54,12 @@ class VirtualWorker:
         self._progress_at = cluster.now
         self._timer_at = math.inf
         self.agent = Agent(
-            name, self._capabilities(), address="a:1", connect_timeout_s=60.0, now=cluster.now
+            name,
+            self._capabilities(),
+            instance=f"process-{id(self)}",
+            address="a:1",
+            connect_timeout_s=60.0,
+            now=cluster.now,
         )
         self._connect()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from distributed_llm import Chunk, Generation, LocalCluster
 from distributed_llm.client.client import DistributedClient
@@ -16,7 +16,12 @@ from distributed_llm.common.messages import ClusterStatus, WorkerStatus
 from distributed_llm.common.types import size_text
 from distributed_llm.coordinator.planner import ModelCost, Plan, describe
 
-_out = Console(soft_wrap=True, highlight=False)
+_UNBOUND_WIDTH = 200
+"""Of what goes to a file or another program: nothing is cut."""
+
+_out = Console(
+    soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _UNBOUND_WIDTH
+)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -112,7 +117,7 @@ def _document(generation: Generation) -> dict[str, Any]:
 def print_stats(generations: Sequence[Generation]) -> None:
     """Print to stderr who ran what for the answers to a prompt, and how fast that was."""
     timings, usage = generations[0].timings, generations[0].usage
-    table = Table("worker", "layers", "tasks", "compute", title="who ran what")
+    table = _table("worker", "layers", "tasks", "compute", title="who ran what")
     for stage in timings.stages:
         table.add_row(
             stage.worker, str(stage.layers), str(stage.tasks), f"{stage.compute_s * 1000:.1f} ms"
@@ -139,7 +144,7 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
     )
     if status.note:
         _out.print(status.note, style="yellow")
-    table = Table(
+    table = _table(
         *("worker", "state", "plan", "layers", "link", "memory", "weights", "KV", "tasks", "speed")
     )
     for worker in status.workers:
@@ -156,6 +161,11 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
             _out.print(f"{worker.name}: {worker.note}", style="yellow")
     for event in status.events[-8:]:
         _out.print(f"  {event}", style="dim")
+
+
+def _table(*names: str, title: str = "") -> Table:
+    """Return a table that cuts nothing where the terminal is narrow, but folds it."""
+    return Table(*(Column(name, overflow="fold") for name in names), title=title or None)
 
 
 def _worker_row(worker: WorkerStatus) -> list[str]:
@@ -179,7 +189,7 @@ def print_plan(plan: Plan, cost: ModelCost, *, as_json: bool) -> None:
     if as_json:
         print_json({"num_layers": cost.num_layers, "stages": describe(plan, cost)})
         return
-    table = Table("worker", "layers", "weights", "room for KV cache")
+    table = _table("worker", "layers", "weights", "room for KV cache")
     for stage in plan:
         table.add_row(
             stage.worker,

@@ -306,7 +306,7 @@ class DistributedClient:
 
     def stream(self, prompt: Prompt, **params: Any) -> Iterator[Chunk]:
         """Return an iterator over the answer; see `AsyncDistributedClient.stream`."""
-        return self._runner.iterate(self._client.stream(prompt, **params))
+        return self._iterate(self._client.stream(prompt, **params))
 
     @overload
     def chat(
@@ -332,7 +332,11 @@ class DistributedClient:
 
     def stream_chat(self, messages: Messages, **params: Any) -> Iterator[Chunk]:
         """Return an iterator over the assistant's next message."""
-        return self._runner.iterate(self._client.stream_chat(messages, **params))
+        return self._iterate(self._client.stream_chat(messages, **params))
+
+    def _iterate(self, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
+        # A generator of this object, which is thus not closed before the answer ends.
+        yield from self._runner.iterate(chunks)
 
     def status(self) -> ClusterStatus:
         """Return the cluster as the coordinator sees it."""

@@ -72,10 +72,12 @@ class WorkerHello(Message, frozen=True, kw_only=True, tag="worker_hello"):
     """Worker -> coordinator: first message of a session.
 
     Attributes:
+        instance: drawn at random when the worker started: who comes back with it is no other.
         peer_addresses: "HOST:PORT" at which other workers may reach it, best first.
     """
 
     name: Name
+    instance: Name
     capabilities: Capabilities
     peer_addresses: Addresses = ()
 

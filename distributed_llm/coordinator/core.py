@@ -106,7 +106,7 @@ class Core:
             case ConnectionClosed():
                 actions = [Send(peer, Pong()) for peer in self._registry.peers]
             case Unreachable():
-                actions = self._gone(event.peer, event.why, now)
+                actions = self._gone(event.peer, event.why)
             case Tokenized():
                 actions = self._desk.tokenized(event)
             case TokenizeFailed():
@@ -132,7 +132,7 @@ class Core:
         """Do what is due: peers that fell silent, leases that ran out, a plan for who joined."""
         actions: list[Action] = []
         for peer in self._registry.silent(now=now):
-            actions += self._gone(peer, "fell silent", now)
+            actions += self._gone(peer, "fell silent")
         actions += self._desk.on_timer(now=now)
         if self._leases_at is not None and self._leases_at <= now:
             actions += self._check_leases(now)
@@ -194,7 +194,7 @@ class Core:
                 worker = self._registry.worker(peer)
                 return self._from_worker(worker, event, now) if worker else self._stranger(peer)
             case Goodbye():
-                return self._gone(peer, "said goodbye", now)
+                return self._gone(peer, "said goodbye")
             case _:
                 assert_never(message)
 
@@ -264,6 +264,7 @@ class Core:
         if self._registry.knows(peer):
             self._journal.rejected["bad_state"] += 1
             return []
+        earlier = self._registry.remove_instance(hello.instance)
         worker = self._registry.add_worker(peer, hello, now=now)
         self._placement.replan_at = now + self._settings.settle_s
         welcome = Welcome(
@@ -272,19 +273,23 @@ class Core:
             silence_timeout_s=self._settings.silence_timeout_s,
         )
         offer = hello.capabilities
-        return [
+        actions: list[Action] = [
             Send(peer, welcome),
             self._journal.note(
                 f"worker {worker.id} joined: {size_text(offer.memory_bytes)} on {offer.device}"
             ),
         ]
+        for session in earlier:  # its connection was not yet known to be lost
+            actions += self._lost(session, "connected anew")
+        return actions
 
-    def _gone(self, peer: PeerId, why: str, now: float) -> list[Action]:
+    def _gone(self, peer: PeerId, why: str) -> list[Action]:
         worker = self._registry.remove(peer)
-        if worker is None:
-            return self._desk.drop_client(peer)
+        return self._desk.drop_client(peer) if worker is None else self._lost(worker, why)
+
+    def _lost(self, worker: Worker, why: str) -> list[Action]:
         actions: list[Action] = [self._journal.note(f"worker {worker.id} {why}", "warning")]
-        replica = self._placement.replica_of(peer)
+        replica = self._placement.replica_of(worker.peer)
         if replica and replica.pipeline:
             actions += self._desk.steps_lost(replica.pipeline.steps, worker.id)
         return actions + self._placement.lose(worker)
@@ -297,16 +302,16 @@ class Core:
             replica.pipeline.progress(worker.peer, beat.progress_age_s, now=now)
         pong = Send(worker.peer, Pong())
         if worker.state == "serving" and beat.epoch != worker.epoch:
-            return self._give_up(worker.peer, "serves another plan", now)
+            return self._give_up(worker.peer, "serves another plan")
         if self._placement.hangs(worker) and worker.state == "loading":
-            return [pong, *self._give_up(worker.peer, "hangs", now)]
+            return [pong, *self._give_up(worker.peer, "hangs")]
         if hung and not self._placement.hangs(worker):
             self._placement.replan_at = now + self._settings.settle_s
         return [pong]
 
-    def _give_up(self, peer: PeerId, why: str, now: float) -> list[Action]:
+    def _give_up(self, peer: PeerId, why: str) -> list[Action]:
         error = NotReady(f"The coordinator gave this worker up because it {why}.")
-        return [*self._gone(peer, why, now), _refusal(peer, error, "lost")]
+        return [*self._gone(peer, why), _refusal(peer, error, "lost")]
 
     # -------------------------------------------------------------- steps
 
@@ -385,7 +390,7 @@ class Core:
                 actions.append(self._journal.note(text, "warning"))
                 replica.abandon_steps()
             elif due is not None:
-                actions += self._give_up(due, "made no progress on a task", now)
+                actions += self._give_up(due, "made no progress on a task")
         pipelines = (r.pipeline for r in self._placement.replicas if r.pipeline)
         deadlines = (pipeline.next_deadline() for pipeline in pipelines)
         self._leases_at = min((at for at in deadlines if at is not None), default=None)

@@ -8,7 +8,9 @@ Every step has a lease, which is renewed by each answer and by the progress that
 a lease runs out, or a link breaks, or a stage fails, all steps under way are abandoned: later
 tasks say so (`oldest`), and stages drop what is void. Nothing is lost by that but time, because
 tasks are idempotent. After a lease ran out once, steps go through here at every hop, so that it is
-known where they are; if one runs out again, the worker that holds the step is given up.
+known where they are; if one runs out again, the worker that holds the step is given up. If none
+does it may be a link that swallows what it is given and tells nobody: it is tried again after more
+and more steps.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,6 +37,9 @@ from distributed_llm.common.tensors import (
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.requests import Request, Seat
 from distributed_llm.coordinator.scheduler import Step
+
+_RELAY_STEPS, _MAX_RELAY_STEPS = 64, 1 << 20
+"""How many steps go through the coordinator after a lease ran out: at first, and at most."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ class Pipeline:
         self._vocab_size = vocab_size
         self._task_timeout_s = task_timeout_s
         self._linked = [False] * (len(self.seats) - 1)
-        self._relayed = False  # a lease ran out and nothing has come back since
+        self._relay_steps = 0  # that are still to go through here at every hop
+        self._next_relay_steps = _RELAY_STEPS
         self._travels: dict[int, _Travel] = {}
         self._to_release: dict[int, None] = {}
         self._next_step = 1
@@ -155,7 +161,7 @@ class Pipeline:
 
         A link is up that they do not use, and later ones must not use before them.
         """
-        return not self._relayed and any(
+        return not self._relay_steps and any(
             linked and not direct
             for travel in self._travels.values()
             for linked, direct in zip(self._linked, travel.route, strict=True)
@@ -262,9 +268,10 @@ class Pipeline:
         late = [t for t in self._travels.values() if t.deadline <= now]
         if not late:
             return None
-        if self._relayed:
+        if self._relay_steps:
             return self.seats[late[0].stage].peer
-        self._relayed = True
+        self._relay_steps = self._next_relay_steps
+        self._next_relay_steps = min(2 * self._relay_steps, _MAX_RELAY_STEPS)
         return "abandon"
 
     def _task(
@@ -294,7 +301,7 @@ class Pipeline:
         """
         routes = [travel.route for travel in self._travels.values()]
         return tuple(
-            linked and not self._relayed and all(route[hop] for route in routes)
+            linked and not self._relay_steps and all(route[hop] for route in routes)
             for hop, linked in enumerate(self._linked)
         )
 
@@ -302,7 +309,7 @@ class Pipeline:
         self, travel: _Travel, answer: TaskResult, frames: tuple[Frame, ...], now: float
     ) -> StepDone:
         del self._travels[travel.number]
-        self._relayed = False
+        self._relay_steps = max(0, self._relay_steps - 1)
         return StepDone(
             step=travel.step,
             token_ids=token_ids_of_frame(frames[0]) if frames else [],

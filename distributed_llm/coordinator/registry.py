@@ -26,6 +26,7 @@ class Worker:
         state: "idle" (no layers), "loading", "serving" or "unfit" (`note` says why).
         layers: what it serves or loads, under `epoch`.
         epoch: of the newest plan that it was told of and still holds layers of; 0 is none.
+        instance: of its process, which may come back in another session.
         link: how its results reach the next stage.
         peer_addresses: where other workers may reach it, best first.
         progress_age_s: how long ago its tasks, if it has any, made progress; as it said last.
@@ -36,6 +37,7 @@ class Worker:
     id: WorkerId
     capabilities: Capabilities
     last_heard_at: float
+    instance: str
     state: Literal["idle", "loading", "serving", "unfit"] = "idle"
     note: str = ""
     layers: LayerRange | None = None
@@ -137,7 +139,7 @@ class Registry:
         while name in taken:
             name = f"{hello.name[:58]}-{number}"
             number += 1
-        worker = Worker(peer, WorkerId(name), hello.capabilities, last_heard_at=now)
+        worker = Worker(peer, WorkerId(name), hello.capabilities, now, hello.instance)
         worker.peer_addresses = hello.peer_addresses
         self._workers[peer] = worker
         self._watch(peer)
@@ -167,6 +169,13 @@ class Registry:
         self._watches.pop(peer, None)
         self._clients.pop(peer, None)
         return self._workers.pop(peer, None)
+
+    def remove_instance(self, instance: str) -> list[Worker]:
+        """Forget the sessions of a worker process; return them."""
+        found = [worker for worker in self._workers.values() if worker.instance == instance]
+        for worker in found:
+            self.remove(worker.peer)
+        return found
 
     def next_deadline(self) -> float | None:
         """Return when the next peer will have been silent for too long, clock seconds.

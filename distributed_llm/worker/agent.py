@@ -90,11 +90,13 @@ class Agent:
         name: str,
         capabilities: Capabilities,
         *,
+        instance: str,
         address: str,
         connect_timeout_s: float,
         now: float,
     ) -> None:
         self._name = name
+        self._instance = instance
         self._worker_id = name
         self._capabilities = capabilities
         self._address = address
@@ -195,7 +197,10 @@ class Agent:
 
     def _hello(self, addresses: tuple[str, ...]) -> WorkerHello:
         return WorkerHello(
-            name=self._name, capabilities=self._capabilities, peer_addresses=addresses
+            name=self._name,
+            instance=self._instance,
+            capabilities=self._capabilities,
+            peer_addresses=addresses,
         )
 
     def _received(self, event: Received, now: float) -> list[Action]:

@@ -6,6 +6,7 @@ It decides nothing.
 import asyncio
 import contextlib
 import logging
+import secrets
 from typing import assert_never
 
 import psutil
@@ -115,6 +116,7 @@ class Worker:
         self._agent = Agent(
             self._name,
             self._capabilities,
+            instance=secrets.token_hex(16),
             address=self._address,
             connect_timeout_s=self._connect_timeout_s,
             now=self._loop.time(),

@@ -95,6 +95,7 @@ def test_status_shows_every_worker(cluster: LocalCluster) -> None:
     assert done.returncode == 0
     assert all(f"worker-{i}" in done.stdout for i in (1, 2, 3))
     assert "serving" in done.stdout
+    assert "…" not in done.stdout, "something was cut"
 
 
 def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Literal, assert_never
 
 from distributed_llm.common import codec
@@ -19,6 +20,8 @@ from distributed_llm.common.types import PeerId
 from distributed_llm.worker import events as agents
 from distributed_llm.worker.agent import CREDITS, Agent
 from tests.unit.fake_model import BIG, COST, FakeStage, Missing, Void
+
+_instances = count()
 
 if TYPE_CHECKING:
     from tests.unit.simulation import Link, World
@@ -70,12 +73,14 @@ class SimWorker:
         self._spoils: list[Callable[[Specs, Frames], tuple[Specs, Frames]]] = []
         self._arrivals: deque[float] = deque()  # of the orders
         self._timer_at: float | None = None
+        self._closing_takes_s = 0.0
         self.address = f"{name}:1"
         self._next: Link | None = None  # the link to the worker of the next stage
         self._hellos: dict[PeerId, SimWorker] = {}  # who dialled this worker
         self.agent = Agent(
             name,
             capabilities(memory_bytes),
+            instance=f"process-{next(_instances)}",
             address="simulated:1",
             connect_timeout_s=10.0,
             now=world.now,
@@ -114,6 +119,12 @@ class SimWorker:
     def spoil(self, times: int, change: Callable[[Specs, Frames], tuple[Specs, Frames]]) -> None:
         """Change what the next `times` tasks give."""
         self._spoils += [change] * times
+
+    def lose_connection(self) -> None:
+        """Notice that the connection is lost, and be back before the coordinator notices."""
+        self._closing_takes_s = 0.05
+        self._apply(agents.Disconnected())
+        self._closing_takes_s = 0.0
 
     def leave(self) -> None:
         """Say goodbye and end."""
@@ -203,7 +214,7 @@ class SimWorker:
                     dialer = self._hellos[peer]
                     self.world.at(0.001, lambda: dialer.welcomed(peer, welcome.epoch))  # noqa: B023
                 case agents.Reconnect():
-                    self.world.close(self.link)
+                    self.world.close(self.link, after_s=self._closing_takes_s)
                     self._connect()
                 case agents.Log(text=text):
                     self.world.logs.append(f"{self.name}: {text}")

@@ -272,11 +272,11 @@ class World:
         self._links[link.peer] = link
         return link
 
-    def close(self, link: Link) -> None:
-        """Close a connection; the coordinator's socket notices."""
+    def close(self, link: Link, *, after_s: float = 0.0) -> None:
+        """Close a connection; the coordinator's socket notices after a while."""
         if link.open:
             link.open = False
-            closed_at = max(link.up_at, self.now + self._delay())
+            closed_at = max(link.up_at, self.now + self._delay() + after_s)
             self.at_time(closed_at, lambda: self._do(events.ConnectionClosed()))
 
     def send_up(

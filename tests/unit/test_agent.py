@@ -92,7 +92,14 @@ def capabilities() -> Capabilities:
 
 
 def new_agent(now: float = 0.0) -> Agent:
-    return Agent("pc", capabilities(), address="boss:5555", connect_timeout_s=10.0, now=now)
+    return Agent(
+        "pc",
+        capabilities(),
+        instance="me",
+        address="boss:5555",
+        connect_timeout_s=10.0,
+        now=now,
+    )
 
 
 def hear(agent: Agent, message: ToWorker, now: float = 0.0) -> list[Action]:
@@ -167,7 +174,7 @@ def hello(epoch: int, key: str = "secret", worker: str = "pc-2") -> PeerHello:
 def test_hello_is_the_first_thing_said() -> None:
     agent = new_agent()
     here = ("10.0.0.1:7000", "127.0.0.1:7000")
-    said = WorkerHello(name="pc", capabilities=capabilities(), peer_addresses=here)
+    said = WorkerHello(name="pc", instance="me", capabilities=capabilities(), peer_addresses=here)
     assert agent.handle(Connected(here), now=1.0) == [Say(said)]
 
 

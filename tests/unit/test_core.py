@@ -254,6 +254,21 @@ def test_same_name_twice_gets_a_number() -> None:
     assert sorted(w.worker_id for w in twins) == ["pc", "pc-2"]
 
 
+def test_worker_that_is_back_before_it_was_missed_keeps_its_name_and_its_layers() -> None:
+    """The layer map names it; its old connection is not known to be lost."""
+    world = World(
+        with_settings(strategy="custom", layers={"w0": LayerRange(0, 2), "w1": LayerRange(2, 6)})
+    )
+    worker, _ = world.worker("w0", 2000), world.worker("w1", 2000)
+    assert world.run(lambda: world.state == "serving")
+    client = world.client()
+    answer = client.submit((1, 2, 3), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    world.run(lambda: len(answer.token_ids) > 3)
+    worker.lose_connection()
+    finish(world, client.submit(), answer)
+    assert (worker.num_sessions, worker.worker_id) == (2, "w0")
+
+
 def test_requests_wait_while_layers_load() -> None:
     world = World()
     workers = [world.worker(f"w{i}") for i in range(2)]
@@ -354,7 +369,7 @@ def test_workers_may_not_ask_and_clients_may_not_work() -> None:
         (send,) = world.core.handle(events.Received(peer, message), now=world.now)
         assert isinstance(send, events.Send)
         assert isinstance(send.message, Refused)
-    hello = WorkerHello(name="x", capabilities=capabilities())
+    hello = WorkerHello(name="x", instance="y", capabilities=capabilities())
     assert world.core.handle(events.Received(client.link.peer, hello), now=world.now) == []
 
 

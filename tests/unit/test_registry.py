@@ -31,7 +31,12 @@ def registry() -> Iterator[Registry]:
 
 
 def join(registry: Registry, peer: PeerId, name: str = "pc", now: float = 0.0) -> Worker:
-    hello = WorkerHello(name=name, capabilities=CAPABILITIES, peer_addresses=("10.0.0.1:7",))
+    hello = WorkerHello(
+        name=name,
+        instance="one",
+        capabilities=CAPABILITIES,
+        peer_addresses=("10.0.0.1:7",),
+    )
     return registry.add_worker(peer, hello, now=now)
 
 

@@ -1,6 +1,7 @@
 """The clients against a coordinator that plays its part: choices, log-probabilities, failures."""
 
 import asyncio
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
@@ -356,6 +357,13 @@ def test_leaving_a_stream_cancels_its_request_once(
     coordinator.script = numbered
     assert client.generate("Hi", n=2) == ["<0>", "<1>"]
     assert coordinator.heard[1:-1] == [Cancel(request_id=request.request_id)]
+
+
+def test_a_stream_keeps_its_client(coordinator: FakeCoordinator) -> None:
+    coordinator.script = numbered
+    stream = DistributedClient(coordinator.address).stream("Hi")  # nothing else refers to it
+    gc.collect()
+    assert "".join(chunk.text for chunk in stream) == "<0>"
 
 
 def test_leaving_an_async_stream_cancels_its_request(coordinator: FakeCoordinator) -> None:
