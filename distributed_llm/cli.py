@@ -124,6 +124,9 @@ def worker(
         },
     )
     _start_process(settings.worker.log_level, exit_with_parent)
+    # Threads wait actively for the next product of a step, about 0.1 ms, but not for the next step:
+    # other workers may compute meanwhile. GNU's OpenMP reads it when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from distributed_llm.worker.work import work
 
     raise typer.Exit(asyncio.run(work(settings.worker)))

@@ -46,8 +46,7 @@ class LocalProcess:
         self.name = name
         self.log = log
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
-        # Workers that share cores must not spin while they wait for one another.
-        environment |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **settings}
+        environment |= {"PYTHONUNBUFFERED": "1", **settings}
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "distributed_llm.cli", *command, "--exit-with-parent"],
