@@ -35,6 +35,9 @@ _PRIOR = 0.02
 _FAST_ENOUGH = 0.9
 """Share of the best throughput."""
 
+_BEARABLE = 1.5
+"""With others a step may take so many times what it takes alone, where somebody waits for it."""
+
 _WORTHWHILE = 0.05
 """The depth is changed for a round trip that is this share shorter."""
 
@@ -232,7 +235,8 @@ class StageTimes:
             tokens: in each step.
             limit: steps that may be under way.
             try_up_to: of them, if it was not measured that they are worth it.
-            frugal: others would have to wait, so fewer are tried as well, and taken if as fast.
+            frugal: others wait for these steps: fewer are tried as well, and taken if they are as
+                fast, or if a step among others takes much longer than alone.
         """
         known = self._known(now)
         if not known:
@@ -245,10 +249,13 @@ class StageTimes:
         for depth in known:
             best = depth if _FAST_ENOUGH * rate(depth) > rate(best) else best
         most = min(limit, max(best, try_up_to))
-        depths = range(1 if frugal else min(best, most), most + 1)
-        rates = [rate(depth) for depth in depths]
-        fast = _FAST_ENOUGH * max(rates)
-        return next(d for d, one in zip(depths, rates, strict=True) if one >= fast)
+        depths = [*range(min(best, most), most + 1)]
+        if frugal:
+            bearable_s = _BEARABLE * self._predict(tokens, 1, known)
+            waits = {d: self._predict(tokens, d, known) for d in range(1, most + 1)}
+            depths = [d for d, wait_s in waits.items() if d == 1 or wait_s <= bearable_s]
+        fast = _FAST_ENOUGH * max(map(rate, depths))
+        return next(depth for depth in depths if rate(depth) >= fast)
 
     def seconds_per_token(self, stage: int) -> float | None:
         """Return what a stage takes per decoded token in batches as they are now, or None."""

@@ -351,6 +351,15 @@ def test_chunks_on_one_machine_come_one_after_another_where_somebody_waits() -> 
     assert set(chunks_over_time(3, lambda depth: 1.0 * depth, frugal=True, try_up_to=1)) == {1}
 
 
+def test_chunks_that_slow_each_other_down_are_few_where_somebody_waits() -> None:
+    """On shared cores: three of them are faster by a third, but each takes twice as long."""
+    shared = {1: 1.0, 2: 1.6, 3: 2.25}
+    waiting = chunks_over_time(3, lambda d: shared.get(d, d), frugal=True, try_up_to=3)
+    assert set(waiting[12:]) == {1}
+    alone = chunks_over_time(3, lambda d: shared.get(d, d), frugal=False, try_up_to=3)
+    assert set(alone) == {3}
+
+
 def test_chunks_are_not_tried_beyond_what_is_allowed_but_used_if_measured() -> None:
     times = StageTimes(8)
 
