@@ -249,13 +249,13 @@ class StageTimes:
         for depth in known:
             best = depth if _FAST_ENOUGH * rate(depth) > rate(best) else best
         most = min(limit, max(best, try_up_to))
-        depths = [*range(min(best, most), most + 1)]
+        depths = list(range(min(best, most), most + 1))
         if frugal:
             bearable_s = _BEARABLE * self._predict(tokens, 1, known)
             waits = {d: self._predict(tokens, d, known) for d in range(1, most + 1)}
             depths = [d for d, wait_s in waits.items() if d == 1 or wait_s <= bearable_s]
         fast = _FAST_ENOUGH * max(map(rate, depths))
-        return next(depth for depth in depths if rate(depth) >= fast)
+        return min(depth for depth in depths if rate(depth) >= fast)
 
     def seconds_per_token(self, stage: int) -> float | None:
         """Return what a stage takes per decoded token in batches as they are now, or None."""

@@ -184,7 +184,7 @@ def test_workers_that_never_reach_each_other_serve_all_the_same(network: Network
     eventually(lambda: links(network.client) == ["relayed", "relayed", ""])
     Answers(network).check()
     assert all(proxy.num_connections == 0 for proxy in network.proxies.values())
-    told = dllm("status", "--coordinator", network.cluster.address, COLUMNS="200").stdout
+    told = dllm("status", "--coordinator", network.cluster.address).stdout
     rows = [line for line in told.splitlines() if "MiB" in line and "serving" in line]
     assert sorted("relayed" in row for row in rows) == [False, True, True]
     assert told.count("does not reach the next worker; its results go through the coordinator") == 2
