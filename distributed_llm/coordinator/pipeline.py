@@ -8,9 +8,9 @@ Every step has a lease, which is renewed by each answer and by the progress that
 a lease runs out, or a link breaks, or a stage fails, all steps under way are abandoned: later
 tasks say so (`oldest`), and stages drop what is void. Nothing is lost by that but time, because
 tasks are idempotent. After a lease ran out once, steps go through here at every hop, so that it is
-known where they are; if one runs out again, the worker that holds the step is given up. If none
-does it may be a link that swallows what it is given and tells nobody: it is tried again after more
-and more steps.
+known where they are; if one runs out before any has ended, the worker that holds the step is given
+up. If they end it may be a link that swallows what it is given and tells nobody: links are used
+again after more and more steps.
 """
 
 from collections.abc import Iterable, Sequence
@@ -143,6 +143,7 @@ class Pipeline:
         self._vocab_size = vocab_size
         self._task_timeout_s = task_timeout_s
         self._linked = [False] * (len(self.seats) - 1)
+        self._suspected = False  # a lease ran out and nothing has come back since
         self._relay_steps = 0  # that are still to go through here at every hop
         self._next_relay_steps = _RELAY_STEPS
         self._travels: dict[int, _Travel] = {}
@@ -268,8 +269,9 @@ class Pipeline:
         late = [t for t in self._travels.values() if t.deadline <= now]
         if not late:
             return None
-        if self._relay_steps:
+        if self._suspected:
             return self.seats[late[0].stage].peer
+        self._suspected = True
         self._relay_steps = self._next_relay_steps
         self._next_relay_steps = min(2 * self._relay_steps, _MAX_RELAY_STEPS)
         return "abandon"
@@ -309,6 +311,7 @@ class Pipeline:
         self, travel: _Travel, answer: TaskResult, frames: tuple[Frame, ...], now: float
     ) -> StepDone:
         del self._travels[travel.number]
+        self._suspected = False
         self._relay_steps = max(0, self._relay_steps - 1)
         return StepDone(
             step=travel.step,

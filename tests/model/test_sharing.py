@@ -77,7 +77,7 @@ def test_children_answer_as_if_they_shared_nothing(
     for prompt, text in zip(prompts, pipeline.texts, strict=True):
         assert text == prompt + generate(whole, prompt, 6)
     for stage in pipeline.stages:
-        assert kv_blocks(stage) == 2 + 3  # the prefix once, and a block for each to go on in
+        assert kv_blocks(stage) == 2 + 2  # the parent's, and a block for each child to go on in
 
 
 def test_children_go_on_when_the_parent_is_cut_rewritten_and_released(

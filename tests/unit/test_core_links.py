@@ -180,7 +180,8 @@ def test_what_is_lost_on_the_way_is_computed_again_and_relayed(
     world = World()
     workers = world.linked(3)
     client = world.client()
-    answer, other = client.submit(LONG, forty()), client.submit((1, 2))
+    answer = client.submit((7,), SamplingParams(max_new_tokens=120, ignore_eos=True))
+    other = client.submit((1, 2))
     world.run(lambda: len(answer.token_ids) == 5)
     lost_at = workers[stage] if kind is Task else workers[2]
     way: Way = "across" if kind is Task else "up"
@@ -191,7 +192,7 @@ def test_what_is_lost_on_the_way_is_computed_again_and_relayed(
     assert world.run(lambda: len(answer.token_ids) > count + 1)
     assert LEASE_S - 1.1 < world.now - lost < LEASE_S + 0.1
     relayed = world.counts["down", Task]
-    world.run(lambda: len(answer.token_ids) > count + 20)
+    world.run(lambda: len(answer.token_ids) > count + 90)
     assert world.counts["across", Task] > 20  # handed on directly again
     finish(world, answer, other)
     assert relayed > 1
