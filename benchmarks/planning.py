@@ -12,6 +12,7 @@ import statistics
 import time
 
 from distributed_llm.common.types import WorkerId
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition import (
     Candidate,
     Hop,
@@ -20,7 +21,6 @@ from distributed_llm.coordinator.partition import (
     Speed,
     best_partition,
 )
-from distributed_llm.coordinator.planner import ModelCost
 
 WORKERS = (4, 8, 16, 100, 1000)
 LAYERS = (32, 126)

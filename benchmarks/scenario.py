@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests import GenerationDefaults
 
 VOCAB = 32_000

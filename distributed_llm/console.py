@@ -14,7 +14,8 @@ from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import ClusterStatus, WorkerStatus
 from distributed_llm.common.types import size_text
-from distributed_llm.coordinator.planner import ModelCost, Plan, describe
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.planner import Plan, describe
 
 _UNBOUND_WIDTH = 200
 """Of what goes to a file or another program: nothing is cut."""

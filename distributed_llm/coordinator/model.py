@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
-from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests import GenerationDefaults
 
 

@@ -24,6 +24,7 @@ from itertools import pairwise
 import numpy as np
 
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition_solvers import (
     Window,
     additions_of,
@@ -50,7 +51,6 @@ from distributed_llm.coordinator.partition_tables import (
     make_tables,
     mean_layers,
 )
-from distributed_llm.coordinator.planner import ModelCost
 
 __all__ = [
     "Candidate",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distributed_llm.common.types import LayerRange, WorkerId
-from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.model_cost import ModelCost
 
 Objective = Literal["throughput", "latency"]
 Ranges = tuple[tuple[WorkerId, LayerRange], ...]

@@ -15,8 +15,9 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.common.units import parse_size, split_address
 from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.placement import CoreSettings
-from distributed_llm.coordinator.planner import ModelCost, Offer, Plan, make_plan
+from distributed_llm.coordinator.planner import Offer, Plan, make_plan
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 
 logger = logging.getLogger(__name__)

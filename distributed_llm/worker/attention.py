@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from distributed_llm.worker.kv_cache import KVCache, KVSegment
+from distributed_llm.worker.kv_cache import KVCache
+from distributed_llm.worker.kv_segments import KVSegment
 
 ATTENTION_NAME = "distributed_llm"
 

@@ -20,19 +20,25 @@ or half, and never corrupts a sequence.
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
+from weakref import WeakSet
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import KV_BLOCK
-
-TokenIds = npt.NDArray[np.int32]
+from distributed_llm.worker.kv_manifest import HeldSegment, KVManifest, held_sequence
+from distributed_llm.worker.kv_segments import (
+    CachedSequence,
+    KVLayout,
+    KVSegment,
+    Segment,
+    TokenIds,
+    rounded,
+)
 
 
 class KVCacheFull(StageError):
@@ -44,62 +50,11 @@ class KVCacheFull(StageError):
     code = "kv_full"
 
 
-class KVSegment(NamedTuple):
-    """Consecutive positions of a sequence in one layer.
+class WriteWatcher(Protocol):
+    """Wants to know what is written."""
 
-    Attributes:
-        keys: [heads, positions, head_dim].
-        values: [heads, positions, value_dim].
-    """
-
-    keys: Tensor
-    values: Tensor
-
-
-class _Segment:
-    """Buffers for positions from `start` on, shared by all sequences that reference it.
-
-    Attributes:
-        capacity: positions that are paid for, a multiple of `KV_BLOCK`; never shrinks.
-        layers: by layer, buffers with room for `capacity` positions, or fewer until written again;
-            None until first written.
-        owner: the sequence that may write it; None once that one let it go.
-        holders: sequences that reference it, and the position before which they read it; the
-            owner's may be out of date.
-    """
-
-    __slots__ = ("capacity", "holders", "layers", "owner", "start")
-
-    def __init__(self, start: int, num_layers: int, owner: int) -> None:
-        self.start = start
-        self.capacity = 0
-        self.layers: list[KVSegment | None] = [None] * num_layers
-        self.owner: int | None = owner
-        self.holders = {owner: start}
-
-    def may_write(self, writers: Collection[int], start: int, leaving: Collection[int]) -> bool:
-        """Return whether any of `writers` may, from `start` on, once `leaving` have left."""
-        return self.owner in writers and all(
-            read <= start
-            for holder, read in self.holders.items()
-            if holder not in writers and holder not in leaving
-        )
-
-
-class _Sequence:
-    """What is held of one sequence: `length` positions, in all layers.
-
-    Attributes:
-        segments: each ends where the next begins, the last at `length` or, in a step, beyond.
-        tokens: [capacity] int32; those below `length` count, those of a running step lie beyond.
-    """
-
-    __slots__ = ("length", "segments", "tokens")
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.segments: list[_Segment] = []
-        self.tokens: TokenIds = np.empty(0, dtype=np.int32)
+    def written(self, segment: int, offset: int) -> None:
+        """Positions of this segment, from `offset` after its start on, are about to change."""
 
 
 class KVCache:
@@ -117,10 +72,13 @@ class KVCache:
     def __init__(self, num_layers: int, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._num_layers = num_layers
-        self._sequences: dict[int, _Sequence] = {}
-        self._token_bytes = [0] * num_layers
+        self._sequences: dict[int, CachedSequence] = {}
+        self._layouts: list[KVLayout | None] = [None] * num_layers
+        self._bytes_per_token = 0
         self._nbytes = 0
         self._capacity = 0
+        self._numbers = itertools.count()
+        self._watchers: WeakSet[WriteWatcher] = WeakSet()
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +93,7 @@ class KVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one position in all layers; 0 until every layer was written once."""
-        return sum(self._token_bytes) if all(self._token_bytes) else 0
+        return self._bytes_per_token
 
     @property
     def sequence_ids(self) -> tuple[int, ...]:
@@ -149,6 +107,12 @@ class KVCache:
         """Return how many positions of the sequence are held in all layers; 0 if unknown."""
         sequence = self._sequences.get(sequence_id)
         return sequence.length if sequence else 0
+
+    def layout(self, layer: int) -> KVLayout:
+        """Return what keys and values of this layer look like; it was written once."""
+        layout = self._layouts[layer]
+        assert layout is not None
+        return layout
 
     def tokens(self, sequence_id: int, length: int) -> TokenIds:
         """Return the first `length` token ids, int32; those of a running step may be among them."""
@@ -195,7 +159,7 @@ class KVCache:
         held = self._sequences.get(parent)
         if child in self or held is None or length > held.length:
             raise ValueError(f"sequence {child} cannot begin as {length} positions of {parent}")
-        sequence = self._sequences[child] = _Sequence()
+        sequence = self._sequences[child] = CachedSequence()
         sequence.length = length
         sequence.tokens = held.tokens[:length].copy()
         for segment, following in itertools.pairwise((*held.segments, None)):
@@ -221,17 +185,22 @@ class KVCache:
         """
         if start > self.length(sequence_id):
             raise ValueError(f"sequence {sequence_id} has no position {start - 1}")
-        sequence = self._sequences.setdefault(sequence_id, _Sequence())
+        sequence = self._sequences.setdefault(sequence_id, CachedSequence())
         kept, goes_on = _segments_before(sequence, start, {sequence_id})
         self._let_go(sequence_id, sequence.segments[len(kept) :])
         stop = start + len(token_ids)
-        if not goes_on:
-            kept.append(_Segment(start, self._num_layers, sequence_id))
-        growth = max(0, _rounded(stop - kept[-1].start) - kept[-1].capacity)
+        if goes_on:
+            for watcher in self._watchers:
+                watcher.written(kept[-1].number, start - kept[-1].start)
+        else:
+            kept.append(self._new_segment(start))
+            kept[-1].owner = sequence_id
+            kept[-1].holders[sequence_id] = start
+        growth = max(0, rounded(stop - kept[-1].start) - kept[-1].capacity)
         kept[-1].capacity += growth
         self._capacity += growth
         sequence.segments, sequence.length = kept, start
-        _write_tokens(sequence, start, token_ids)
+        sequence.write_tokens(start, token_ids)
 
     def append(
         self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
@@ -277,13 +246,76 @@ class KVCache:
             if sequence is not None:
                 self._let_go(sequence_id, sequence.segments)
 
-    def _let_go(self, sequence_id: int, segments: Iterable[_Segment]) -> None:
+    def _let_go(self, sequence_id: int, segments: Iterable[Segment]) -> None:
         for segment in segments:
             del segment.holders[sequence_id]
             segment.owner = None if segment.owner == sequence_id else segment.owner
             if not segment.holders:
                 self._capacity -= segment.capacity
-                self._nbytes -= sum(_nbytes(held) for held in segment.layers)
+                self._nbytes -= segment.nbytes
+
+    def watch(self, watcher: WriteWatcher) -> None:
+        """Tell `watcher`, as long as anyone else knows it, what is written to old segments."""
+        self._watchers.add(watcher)
+
+    def extents(self) -> dict[Segment, int]:
+        """Return all segments, and how many positions of each count."""
+        found: dict[Segment, int] = {}
+        for sequence in self._sequences.values():
+            for segment, count in sequence.spans():
+                found[segment] = max(count, found.get(segment, 0))
+        return found
+
+    def manifest(self) -> KVManifest:
+        """Tell what is held, while no step runs."""
+        return KVManifest(
+            sequences=tuple(
+                held_sequence(
+                    sequence_id,
+                    sequence.tokens[: sequence.length],
+                    tuple(segment.number for segment in sequence.segments),
+                    tuple(segment.holders[sequence_id] for segment in sequence.segments),
+                )
+                for sequence_id, sequence in self._sequences.items()
+            ),
+            segments=tuple(
+                HeldSegment(number=s.number, start=s.start, capacity=s.capacity, owner=s.owner)
+                for s in self.extents()
+            ),
+        )
+
+    def restore(
+        self, manifest: KVManifest, buffers: Mapping[int, Sequence[KVSegment | None]]
+    ) -> None:
+        """Hold what `manifest` tells; `max_bytes` does not limit it.
+
+        Args:
+            manifest: of another cache; it was checked.
+            buffers: by number of a segment in the manifest, what it has in each layer; they belong
+                to this cache from now on.
+
+        Raises:
+            ValueError: something is held already.
+        """
+        if self._sequences:
+            raise ValueError("the KV cache is not empty")
+        segments = {}
+        for told in manifest.segments:
+            segment = segments[told.number] = self._new_segment(told.start)
+            segment.capacity, segment.owner = told.capacity, told.owner
+            segment.layers = list(buffers[told.number])
+            self._capacity += segment.capacity
+            self._nbytes += segment.nbytes
+        for held in manifest.sequences:
+            sequence = self._sequences[held.sequence_id] = CachedSequence()
+            sequence.length = held.length
+            sequence.segments = [segments[number] for number in held.segments]
+            sequence.write_tokens(0, held.tokens())
+            for segment, read in zip(sequence.segments, held.reads, strict=True):
+                segment.holders[held.sequence_id] = read
+
+    def _new_segment(self, start: int) -> Segment:
+        return Segment(next(self._numbers), start, self._num_layers)
 
     def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[int]) -> int:
         """Return how many positions too few there would be if the step ran and `leaving` left."""
@@ -302,7 +334,7 @@ class KVCache:
 
     def _growth(self, part: SequenceSlice, leaving: set[int]) -> int:
         """Return what `begin` will add to the capacity once `leaving` have left."""
-        sequence = self._sequences.get(part.sequence_id, _Sequence())
+        sequence = self._sequences.get(part.sequence_id, CachedSequence())
         writers = {part.sequence_id}
         if part.prefix and part.prefix.take:
             writers.add(part.prefix.sequence_id)
@@ -314,24 +346,32 @@ class KVCache:
         )
         stop = part.start + part.num_tokens
         if not goes_on:
-            return growth + _rounded(stop - part.start)
-        return growth + max(0, _rounded(stop - kept[-1].start) - kept[-1].capacity)
+            return growth + rounded(stop - part.start)
+        return growth + max(0, rounded(stop - kept[-1].start) - kept[-1].capacity)
 
     def _grow(
-        self, layer: int, segment: _Segment, kept: int, keys: Tensor, values: Tensor
+        self, layer: int, segment: Segment, kept: int, keys: Tensor, values: Tensor
     ) -> KVSegment:
         """Give a layer of a segment buffers of its capacity with the first `kept` positions."""
-        grown = KVSegment(
-            _empty_like(keys, segment.capacity), _empty_like(values, segment.capacity)
-        )
+        layout = self._layouts[layer] or self._learn_layout(layer, keys, values)
+        grown = layout.allocate(segment.capacity)
         held = segment.layers[layer]
         if held is not None:
             grown.keys[:, :kept] = held.keys[:, :kept]
             grown.values[:, :kept] = held.values[:, :kept]
-        self._nbytes += _nbytes(grown) - _nbytes(held)
-        self._token_bytes[layer] = _nbytes(grown) // segment.capacity
+            self._nbytes -= held.nbytes
+        self._nbytes += grown.nbytes
         segment.layers[layer] = grown
         return grown
+
+    def _learn_layout(self, layer: int, keys: Tensor, values: Tensor) -> KVLayout:
+        heads, _, key_dim = keys.shape
+        layout = KVLayout(heads, key_dim, values.shape[2], keys.dtype, keys.device)
+        self._layouts[layer] = layout
+        known = [layout for layout in self._layouts if layout]
+        if len(known) == self._num_layers:
+            self._bytes_per_token = sum(layout.token_bytes for layout in known)
+        return layout
 
 
 def as_token_ids(token_ids: Sequence[int]) -> TokenIds:
@@ -340,8 +380,8 @@ def as_token_ids(token_ids: Sequence[int]) -> TokenIds:
 
 
 def _segments_before(
-    sequence: _Sequence, start: int, writers: Collection[int], leaving: Collection[int] = ()
-) -> tuple[list[_Segment], bool]:
+    sequence: CachedSequence, start: int, writers: Collection[int], leaving: Collection[int] = ()
+) -> tuple[list[Segment], bool]:
     """Return what the sequence keeps if it goes on at `start`, and whether it does so in the last.
 
     Args:
@@ -354,7 +394,7 @@ def _segments_before(
     return [segment for segment in kept if segment.start < start], False
 
 
-def _views(layer: int, segments: Sequence[_Segment]) -> list[KVSegment]:
+def _views(layer: int, segments: Sequence[Segment]) -> list[KVSegment]:
     """Return what the sequence sees of all its segments but the last."""
     views = []
     for segment, following in itertools.pairwise(segments):
@@ -363,25 +403,3 @@ def _views(layer: int, segments: Sequence[_Segment]) -> list[KVSegment]:
         stop = following.start - segment.start
         views.append(KVSegment(held.keys[:, :stop], held.values[:, :stop]))
     return views
-
-
-def _write_tokens(sequence: _Sequence, start: int, token_ids: TokenIds) -> None:
-    stop = start + len(token_ids)
-    if stop > len(sequence.tokens):
-        grown = np.empty(_rounded(stop + stop // 4), dtype=np.int32)
-        grown[:start] = sequence.tokens[:start]
-        sequence.tokens = grown
-    sequence.tokens[start:stop] = token_ids
-
-
-def _rounded(positions: int) -> int:
-    return -(-positions // KV_BLOCK) * KV_BLOCK
-
-
-def _empty_like(states: Tensor, capacity: int) -> Tensor:
-    heads, _, head_dim = states.shape
-    return torch.empty((heads, capacity, head_dim), dtype=states.dtype, device=states.device)
-
-
-def _nbytes(held: KVSegment | None) -> int:
-    return held.keys.nbytes + held.values.nbytes if held else 0

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.worker.kv_cache import TokenIds
+from distributed_llm.worker.kv_segments import TokenIds
 
 FloatRow = npt.NDArray[np.float32]
 

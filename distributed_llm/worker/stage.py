@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,17 +14,21 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.architectures import ensure_supported
 from distributed_llm.worker.attention import PackedSlice, PackedStep, running
 from distributed_llm.worker.kernels import kernels_for
+from distributed_llm.worker.kv_assembly import assemble
 from distributed_llm.worker.kv_cache import KVCache
+from distributed_llm.worker.kv_manifest import KVManifest
+from distributed_llm.worker.kv_transfer import KVExporter, KVImporter
+from distributed_llm.worker.layer_hooks import LayerHooks, event_type
+from distributed_llm.worker.lending import StageModel
 from distributed_llm.worker.sampler import log_probabilities, sample
-from distributed_llm.worker.weights import StageModel, load_stage_model
+from distributed_llm.worker.task_inputs import TaskInputs
+from distributed_llm.worker.weights import load_stage_model
 
 _MAX_RELEASED = 10_000
 """How many released sequences are remembered; a task is never this late."""
 
 _WARM_UP = -1
 """A sequence id that no task can have."""
-
-_WIRE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
@@ -79,42 +82,58 @@ class Stage:
     def __init__(
         self,
         stage_model: StageModel,
-        layers: LayerRange,
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        layers = stage_model.numbers
         self.layers = layers
         self.progress: Callable[[], None] | None = None
+        self._held = stage_model
         self._model = stage_model.model
         self._decoder = stage_model.decoder
-        self._weight_bytes = stage_model.nbytes
         self._first = layers.start == 0
         self._last = layers.stop == checkpoint.num_layers
         self._hidden_size = checkpoint.hidden_size
-        self._vocab_size = checkpoint.vocab_size
+        self._inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers))
         self._samplings: dict[int, Sampling] = {}
         self._released: dict[int, None] = {}  # the latest last
-        self._incoming: Tensor | None = None
-        self._outgoing: Tensor | None = None
-        self._add_hooks(stage_model)
+        self._hooks = LayerHooks(
+            stage_model.layers,
+            first=self._first,
+            last=self._last,
+            new_event=event_type(device),
+            after_layer=self._report_progress,
+        )
         self._warm_up()
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, layers: LayerRange, *, device: torch.device, dtype: torch.dtype
+        cls,
+        checkpoint: Checkpoint,
+        layers: LayerRange,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        donor: "Stage | None" = None,
     ) -> "Stage":
         """Return the stage with its weights read, ready to run.
+
+        Args:
+            donor: a stage of the same weights. Its layers and whatever else it holds are shared
+                with it, not read again. It goes on as before, also in another thread meanwhile;
+                the two may run in turns, and either may be dropped.
 
         Raises:
             CheckpointError: the files do not hold what the layers need.
             UnsupportedModel: the architecture is computed wrongly when it is split.
+            ValueError: the donor is on another device or of another dtype.
         """
         cls.ensure_supported(checkpoint)
-        return cls.load_unchecked(checkpoint, layers, device=device, dtype=dtype)
+        return cls.load_unchecked(checkpoint, layers, device=device, dtype=dtype, donor=donor)
 
     @classmethod
     def ensure_supported(cls, checkpoint: Checkpoint) -> None:
@@ -127,16 +146,44 @@ class Stage:
 
     @classmethod
     def load_unchecked(
-        cls, checkpoint: Checkpoint, layers: LayerRange, *, device: torch.device, dtype: torch.dtype
+        cls,
+        checkpoint: Checkpoint,
+        layers: LayerRange,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        donor: "Stage | None" = None,
     ) -> "Stage":
         """Return what `load` returns, for an architecture that may be computed wrongly."""
-        stage_model = load_stage_model(checkpoint, layers, device=device, dtype=dtype)
-        return cls(stage_model, layers, checkpoint, device, dtype)
+        if donor and (donor._device, donor._dtype) != (device, dtype):
+            raise ValueError(f"the donor is {donor._dtype} on {donor._device}")
+        stage_model = load_stage_model(
+            checkpoint,
+            layers,
+            device=device,
+            dtype=dtype,
+            donor=donor._held if donor else None,
+        )
+        return cls(stage_model, checkpoint, device, dtype)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of memory that the weights take."""
-        return self._weight_bytes
+        return self._held.nbytes
+
+    @property
+    def shared_weight_bytes(self) -> int:
+        """How many of them the donor held when this was loaded; the others were added."""
+        return self._held.shared_nbytes
+
+    @property
+    def layers_s(self) -> float:
+        """Seconds that the layers took in the latest `run` that came through them.
+
+        What comes before and after them (embedding, norm, head, sampling) is left out. On a GPU
+        read it after the result was copied to the CPU; else it waits for the layers.
+        """
+        return self._hooks.seconds
 
     @property
     def kv_bytes(self) -> int:
@@ -181,7 +228,7 @@ class Stage:
             KVCacheFull: it does not fit the limit.
             StageError: the arguments do not fit each other, or the result is not finite.
         """
-        self._check_arguments(sequences, token_ids, hidden_states)
+        self._inputs.check(sequences, token_ids, hidden_states)
         self._check_released(sequences)
         self._check_positions(sequences)
         self._cache.admit(sequences)
@@ -208,6 +255,49 @@ class Stage:
         self._samplings.clear()
         self._released.clear()
 
+    def kv_manifest(self) -> KVManifest:
+        """Tell what the KV cache holds; no step runs meanwhile."""
+        return self._cache.manifest()
+
+    def export_kv(self, layers: LayerRange) -> KVExporter:
+        """Return what hands out the KV cache of these layers, while this stage goes on.
+
+        Raises:
+            ValueError: the stage does not have these layers.
+        """
+        return KVExporter(self._cache, self.layers, layers)
+
+    def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
+        """Return what collects the KV cache of these layers for `take_over`.
+
+        Args:
+            layers: some of this stage's.
+            max_bytes: of memory that it may take.
+        """
+        start = self.layers.start
+        numbers = range(layers.start, layers.stop)
+        return KVImporter({n: self._cache.layout(n - start) for n in numbers}, max_bytes)
+
+    def take_over(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
+        """Go on with the sequences of other stages, between two steps of the pipeline.
+
+        What all sources hold of a sequence is held afterwards; a task that starts beyond that is
+        answered with what is missing. How to sample is to be told again, and releases too that may
+        be late. What the donor holds is referenced, not copied: until either runs, one may be
+        dropped for the other; once one has run, the other must not run any more.
+
+        Args:
+            donor: what this worker ran so far.
+            imports: with what other workers sent of the layers that the donor does not have; not
+                to be used after this.
+
+        Raises:
+            KVIncomplete: not all has arrived. Nothing was touched.
+            KVTransferError: nobody sent one of the layers. Nothing was touched.
+            ValueError: this stage holds sequences already.
+        """
+        assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
+
     def _warm_up(self) -> None:
         """Compute one token and forget it: measures the KV cache and makes kernels ready."""
         token_ids = torch.zeros(1, dtype=torch.int32)
@@ -217,63 +307,9 @@ class Stage:
             self._forward(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
 
-    def _add_hooks(self, stage_model: StageModel) -> None:
-        first, last = stage_model.layers[0], stage_model.layers[-1]
-        for layer in stage_model.layers:
-            layer.register_forward_hook(self._report_progress)
-        if not self._first:
-            first.register_forward_pre_hook(self._replace_input, with_kwargs=True)
-        if not self._last:
-            last.register_forward_hook(self._take_output)
-
-    def _report_progress(self, *_: Any) -> None:
+    def _report_progress(self) -> None:
         if self.progress is not None:
             self.progress()
-
-    def _replace_input(
-        self, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (self._incoming, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._incoming}
-
-    def _take_output(self, layer: torch.nn.Module, args: Any, output: Any) -> None:
-        self._outgoing = output[0] if isinstance(output, tuple) else output
-
-    def _check_arguments(
-        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
-    ) -> None:
-        total = sum(part.num_tokens for part in sequences)
-        if not sequences or token_ids.shape != (total,):
-            raise StageError(
-                f"the task has {list(token_ids.shape)} token ids for {total} positions"
-            )
-        if len({part.sequence_id for part in sequences}) != len(sequences):
-            raise StageError("the task names a sequence twice")
-        lowest, highest = (int(value) for value in token_ids.aminmax())
-        if not 0 <= lowest <= highest < self._vocab_size:
-            raise StageError(
-                f"the task has token ids from {lowest} to {highest}, but the model knows "
-                f"{self._vocab_size}: the prompt was tokenized for another model"
-            )
-        if self._first:
-            if hidden_states is not None:
-                raise StageError("the first stage was given hidden states")
-        else:
-            self._check_hidden_states(hidden_states, total)
-        for part in sequences:
-            _check_prefix(part, sequences)
-
-    def _check_hidden_states(self, hidden_states: Tensor | None, total: int) -> None:
-        wanted = f"floats of shape {[total, self._hidden_size]}"
-        if hidden_states is None:
-            raise StageError(f"stage {self.layers} was given no hidden states; it needs {wanted}")
-        shape = (total, self._hidden_size)
-        if hidden_states.shape != shape or hidden_states.dtype not in _WIRE_DTYPES:
-            raise StageError(
-                f"stage {self.layers} was given hidden states {hidden_states.dtype} of shape "
-                f"{list(hidden_states.shape)}; it needs {wanted}"
-            )
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
@@ -355,16 +391,16 @@ class Stage:
             "use_cache": False,
         }
         if hidden_states is not None:
-            self._incoming = hidden_states.to(self._device, self._dtype)[None]
+            self._hooks.incoming = hidden_states.to(self._device, self._dtype)[None]
         try:
             if rows:
                 kept = torch.tensor(rows, device=self._device)
                 given = self._model(**inputs, logits_to_keep=kept).logits
             else:
                 self._decoder(**inputs)
-                given = self._outgoing
+                given = self._hooks.outgoing
         finally:
-            self._incoming = self._outgoing = None
+            self._hooks.forget()
         _check_every_layer_ran(step)
         return None if given is None else given[0]
 
@@ -387,19 +423,6 @@ class Stage:
                 f"the {what} after layers {self.layers} are not finite: the weights on this "
                 f"machine are damaged, or {self._dtype} is too narrow for this model"
             )
-
-
-def _check_prefix(part: SequenceSlice, sequences: Sequence[SequenceSlice]) -> None:
-    prefix = part.prefix
-    if prefix is None:
-        return
-    if prefix.length != part.start:
-        raise StageError(
-            f"sequence {part.sequence_id} starts at {part.start}, its prefix ends at "
-            f"{prefix.length}"
-        )
-    if prefix.take and any(other.sequence_id == prefix.sequence_id for other in sequences):
-        raise StageError(f"sequence {prefix.sequence_id} is computed and taken at once")
 
 
 def _check_every_layer_ran(step: PackedStep) -> None:

@@ -4,14 +4,14 @@ The whole model is built on the meta device, where it takes no memory, so that w
 a layer's number (sliding windows, which layers have experts) is as in the whole model. Then all
 layers but the stage's are dropped, modules outside the layers whose weights the stage does not need
 are replaced by empty ones, and the rest is read from the safetensors files through transformers'
-own conversion, which renames, fuses and splits what checkpoints store differently.
+own conversion, which renames, fuses and splits what checkpoints store differently. What another
+stage of the same model holds in this process already is not read but shared (`lending.py`).
 """
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -33,25 +33,9 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.attention import ATTENTION_NAME
 from distributed_llm.worker.kernels import pack_linear_layers, packed_nbytes
+from distributed_llm.worker.lending import Loan, StageModel, shared_nbytes
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StageModel:
-    """A model cut down to one stage.
-
-    Attributes:
-        model: the ForCausalLM; modules outside the stage are empty.
-        decoder: the part of it that ends before the head.
-        layers: the stage's layers, the first of them at index 0.
-        nbytes: memory of all weights and buffers.
-    """
-
-    model: PreTrainedModel
-    decoder: PreTrainedModel
-    layers: nn.ModuleList
-    nbytes: int
 
 
 class AbsentEmbedding(nn.Module):
@@ -117,7 +101,12 @@ def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> 
 
 
 def load_stage_model(
-    checkpoint: Checkpoint, layers: LayerRange, *, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    layers: LayerRange,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    donor: StageModel | None = None,
 ) -> StageModel:
     """Return the model of `checkpoint` cut down to `layers`, with their weights.
 
@@ -125,22 +114,34 @@ def load_stage_model(
     save the copy, but then the first step would wait for the disk, a file that is shortened under
     us would kill the process, and a tensor would start at any address, which costs vector loads.
 
+    Args:
+        donor: a stage of the same checkpoint, device and dtype; what it holds is shared with it.
+            It may run in another thread meanwhile.
+
     Raises:
         CheckpointError: tensors are missing, too many, of the wrong shape, or unreadable.
         UnsupportedModel: the architecture cannot be cut.
     """
     model = _empty_model(checkpoint, dtype)
     decoder = cast(PreTrainedModel, model.base_model)
-    kept = _keep_layers(model, checkpoint, layers)
-    _drop_unneeded(model, checkpoint, layers, dtype)
+    path = _path_of_layers(model, checkpoint.num_layers)
+    loan = Loan(checkpoint, layers, model.all_tied_weights_keys, donor)
+    missing = _missing_layers(layers, loan)
+    _keep_layers(model, path, missing)
+    _cut_config(model.config, checkpoint.num_layers, layers)
+    _drop_unneeded(model, path, checkpoint, layers, loan)
     with ExitStack() as files, _without_progress_bars():
-        tensors, mapped = _open_tensors(checkpoint, layers, files)
-        _load(model, tensors, checkpoint, layers, device=device, dtype=dtype)
+        tensors, mapped = _open_tensors(checkpoint, layers, loan, files)
+        _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
-        _drop_tied_embedding(model, layers, dtype)
+        _drop_tied_embedding(model, layers)
         pack_linear_layers(model)  # reads the mapped memory: those weights are copied only once
         _own_memory(model, mapped)
-    return StageModel(model, decoder, kept, _nbytes(model))
+    _borrow(model, path, layers, loan)
+    kept = cast(nn.ModuleList, model.get_submodule(path))
+    return StageModel(
+        model, decoder, kept, layers, _nbytes(model), shared_nbytes(model, donor) if donor else 0
+    )
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -155,17 +156,27 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         ) from exc
 
 
-def _keep_layers(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: LayerRange
-) -> nn.ModuleList:
+def _keep_layers(model: PreTrainedModel, path: str, layers: Sequence[int]) -> None:
     """Drop all layers but these; the modules keep the numbers that they have in the whole model."""
-    path = _path_of_layers(model, checkpoint.num_layers)
-    parent, _, name = path.rpartition(".")
     whole = cast(nn.ModuleList, model.get_submodule(path))
-    kept = nn.ModuleList(list(whole)[layers.start : layers.stop])
-    setattr(model.get_submodule(parent), name, kept)
-    _cut_config(model.config, checkpoint.num_layers, layers)
-    return kept
+    _replace(model, path, nn.ModuleList([whole[layer] for layer in layers]))
+
+
+def _borrow(model: PreTrainedModel, path: str, layers: LayerRange, loan: Loan) -> None:
+    """Put what is lent where it belongs."""
+    own = iter(cast(nn.ModuleList, model.get_submodule(path)))
+    together = [
+        loan.layer(layer) if loan.has_layer(layer) else next(own)
+        for layer in range(layers.start, layers.stop)
+    ]
+    _replace(model, path, nn.ModuleList(together))
+    for name, module in loan.modules():
+        _replace(model, name, module)
+
+
+def _replace(model: PreTrainedModel, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def _path_of_layers(model: PreTrainedModel, num_layers: int) -> str:
@@ -191,26 +202,28 @@ def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -
 
 
 def _drop_unneeded(
-    model: PreTrainedModel, checkpoint: Checkpoint, layers: LayerRange, dtype: torch.dtype
+    model: PreTrainedModel, path: str, checkpoint: Checkpoint, layers: LayerRange, loan: Loan
 ) -> None:
+    """Empty the modules outside the layers whose weights are elsewhere, or lent."""
     first, last = layers.start == 0, layers.stop == checkpoint.num_layers
-    if not last or not (first or checkpoint.ties_embeddings):
+    tied = model.all_tied_weights_keys
+    separate = not last or not (first or checkpoint.ties_embeddings)
+    if separate or any(loan.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is elsewhere, or has a tensor of its own
-    tied = set(model.all_tied_weights_keys.values())
-    inside = {id(m) for m in model.get_submodule(_path_of_layers(model, len(layers))).modules()}
+    tied_to = set(model.all_tied_weights_keys.values())
+    inside = {id(m) for m in model.get_submodule(path).modules()}
     for name, module in list(model.named_modules()):
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
         if not own or id(module) in inside:
             continue
         needed = first if checkpoint.is_embedding(own[0]) else last
-        if not needed and not tied.intersection(own):
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _absent(module, dtype))
+        if (not needed and not tied_to.intersection(own)) or loan.has(own[0]):
+            _replace(model, name, _absent(module))
 
 
-def _absent(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _absent(module: nn.Module) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return AbsentEmbedding(module.embedding_dim, dtype)
+        return AbsentEmbedding(module.embedding_dim, module.weight.dtype)
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
@@ -229,37 +242,49 @@ class _MappedTensor:
 
 
 def _open_tensors(
-    checkpoint: Checkpoint, layers: LayerRange, files: ExitStack
-) -> tuple[dict[str, _MappedTensor], set[int]]:
-    """Return the stage's tensors by name, layers counted from 0, and where they will be mapped."""
+    checkpoint: Checkpoint, layers: LayerRange, loan: Loan, files: ExitStack
+) -> tuple[dict[str, Any], set[int]]:
+    """Return the tensors to be loaded, by name, and where those of the files will be mapped.
+
+    Layers are counted from 0, those that are lent left out.
+    """
     opened: dict[str, Any] = {}
     mapped: set[int] = set()
-    tensors = {}
+    tensors: dict[str, Any] = {}
+    missing = _missing_layers(layers, loan)
     for info in checkpoint.tensors_of(layers):
+        layer = checkpoint.layer_of(info.name)
+        if loan.has(info.name) if layer is None else loan.has_layer(layer):
+            continue
+        if (matrix := loan.matrix(info.name)) is not None:
+            tensors[info.name] = matrix
+            continue
         if info.file not in opened:
             path = checkpoint.folder / info.file
             try:
                 opened[info.file] = files.enter_context(safe_open(path, framework="pt"))
             except (OSError, SafetensorError) as exc:
                 raise CheckpointError(f"{path} cannot be read: {exc}. Download it again.") from exc
-        name = _renumbered(info.name, checkpoint, -layers.start)
+        name = info.name if layer is None else _renumbered(info.name, checkpoint, layer, missing)
         tensors[name] = _MappedTensor(opened[info.file], info.name, mapped)
     return tensors, mapped
 
 
-def _renumbered(name: str, checkpoint: Checkpoint, shift: int) -> str:
-    layer = checkpoint.layer_of(name)
-    if layer is None:
-        return name
-    prefix = f"{checkpoint.layer_prefix}.{layer}."
-    return f"{checkpoint.layer_prefix}.{layer + shift}.{name.removeprefix(prefix)}"
+def _missing_layers(layers: LayerRange, loan: Loan) -> list[int]:
+    return [layer for layer in range(layers.start, layers.stop) if not loan.has_layer(layer)]
+
+
+def _renumbered(name: str, checkpoint: Checkpoint, layer: int, layers: Sequence[int]) -> str:
+    rest = name.removeprefix(f"{checkpoint.layer_prefix}.{layer}.")
+    return f"{checkpoint.layer_prefix}.{layers.index(layer)}.{rest}"
 
 
 def _load(
     model: PreTrainedModel,
-    tensors: dict[str, _MappedTensor],
+    path: str,
+    tensors: dict[str, Any],
     checkpoint: Checkpoint,
-    layers: LayerRange,
+    layers: Sequence[int],
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -271,21 +296,22 @@ def _load(
         weight_mapping=cast(Any, get_model_conversion_mapping(model)),
     )
     info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
-    _refuse_problems(model, info, checkpoint, layers)
+    _refuse_problems(model, path, info, checkpoint, layers)
     # Ties the head to the embedding and computes buffers that no file holds (rotary frequencies).
     # Nothing is missing, so it has no weights to make up.
     PreTrainedModel._finalize_model_loading(model, load_config, info)
 
 
 def _refuse_problems(
-    model: PreTrainedModel, info: Any, checkpoint: Checkpoint, layers: LayerRange
+    model: PreTrainedModel, path: str, info: Any, checkpoint: Checkpoint, layers: Sequence[int]
 ) -> None:
-    where = f"{checkpoint.folder} (layers {layers} of the {checkpoint.model_type!r} model)"
-    path = re.escape(_path_of_layers(model, len(layers)))
+    where = f"{checkpoint.folder} (layers {_text(layers)} of the {checkpoint.model_type!r} model)"
 
     def original(name: str) -> str:
         return re.sub(
-            rf"^({path}\.)(\d+)", lambda match: f"{match[1]}{int(match[2]) + layers.start}", name
+            rf"^({re.escape(path)}\.)(\d+)",
+            lambda match: f"{match[1]}{layers[int(match[2])]}",
+            name,
         )
 
     fix = "The checkpoint is incomplete or belongs to another config.json; download it again."
@@ -307,15 +333,18 @@ def _refuse_problems(
             raise CheckpointError(f"{where} {kind} tensor {min(map(original, names))}. {fix}")
 
 
-def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange, dtype: torch.dtype) -> None:
+def _text(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers)) or "none"
+
+
+def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
     """Leave the tensor of a tied head to the head alone on a stage that embeds nothing."""
     if layers.start == 0:
         return
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _absent(module, dtype))
+            _replace(model, name, _absent(module))
 
 
 def _own_memory(model: PreTrainedModel, mapped: set[int]) -> None:

@@ -61,8 +61,8 @@ async def work(settings: WorkerSettings) -> int:
 def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
     """Measure in a thread that ends.
 
-    Every thread that computes gets helpers from OpenMP, which stay as long as it does. With those of
-    the main thread beside those of the compute thread they would outnumber the cores, and GNU's
+    Every thread that computes gets helpers from OpenMP, which stay as long as it does. With those
+    of the main thread beside those of the compute thread they would outnumber the cores, and GNU's
     OpenMP then puts them to sleep after every product instead of letting them wait for the next
     one: a decode step took 186 ms instead of 98.
     """

@@ -20,9 +20,11 @@ from distributed_llm.worker.kernels import (
     pack_linear_layers,
     packed_nbytes,
 )
-from distributed_llm.worker.kv_cache import KVCache, KVSegment
+from distributed_llm.worker.kv_cache import KVCache
+from distributed_llm.worker.kv_segments import KVSegment
+from distributed_llm.worker.lending import StageModel
 from distributed_llm.worker.stage import Stage
-from distributed_llm.worker.weights import StageModel, load_stage_model
+from distributed_llm.worker.weights import load_stage_model
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline
 
@@ -191,8 +193,8 @@ def test_packed_stages_give_what_others_give(
 
 def _keep(stage: Stage, kept: list[Tensor]) -> Any:
     def hook(*_: Any) -> None:
-        assert stage._outgoing is not None
-        kept.append(stage._outgoing[0])
+        assert stage._hooks.outgoing is not None
+        kept.append(stage._hooks.outgoing[0])
 
     return hook
 

@@ -30,7 +30,7 @@ from distributed_llm.common.tensors import (
 )
 from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.planner import ModelCost
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests import GenerationDefaults
 
 NUM_LAYERS = 6

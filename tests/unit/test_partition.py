@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator import partition
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition import (
     Candidate,
     Hop,
@@ -26,7 +27,6 @@ from distributed_llm.coordinator.partition import (
 )
 from distributed_llm.coordinator.partition_solvers import solve_exactly, solve_uniform
 from distributed_llm.coordinator.partition_tables import Tables, make_tables
-from distributed_llm.coordinator.planner import ModelCost
 
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency")
 SAME = Links(Hop(0.0, 0.0), {})

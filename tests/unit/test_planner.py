@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planner import (
-    ModelCost,
     Offer,
     Plan,
     Strategy,

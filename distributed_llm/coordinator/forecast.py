@@ -1,0 +1,157 @@
+"""How fast a plan would be under a load, and which plan would be fastest. Pure.
+
+R sequences decode, in d steps of R/d sequences under way at once. A sequence gets a token per round
+trip T of its step, so the rate is R / T (Little's law), and the best d has the least
+
+    T(d) = max(sum of stages and links, d * slowest stage or link)
+
+Either a step finds every stage free, or it waits for the slowest. Prompts are computed between:
+each step pays for the chunks of prompts that come per step on average.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from distributed_llm.common.types import WorkerId
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.partition import (
+    Candidate,
+    Links,
+    Objective,
+    Partition,
+    Ranges,
+    best_partition,
+    predict,
+)
+from distributed_llm.coordinator.worker_costs import Load, Work, WorkerCosts
+
+Goal = Literal["auto", "throughput", "latency"]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What is asked of a pipeline, on average.
+
+    Attributes:
+        sequences: that decode at the same time.
+        positions: of KV cache that each of them attends to.
+        prompt_tokens: tokens of prompts that are computed per token that is answered.
+        chunk_tokens: tokens in a step that computes a part of a prompt.
+    """
+
+    sequences: float
+    positions: float
+    prompt_tokens: float
+    chunk_tokens: float
+
+    def load(self, sequences: float) -> Load:
+        """Return the load of steps in which so many sequences decode."""
+        chunk = max(1.0, self.chunk_tokens)
+        return Load(
+            decode=Work(sequences, sequences * self.positions),
+            prefill=Work(chunk, chunk * self.positions),
+            prefill_share=sequences * self.prompt_tokens / chunk,
+        )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan is expected to do.
+
+    Attributes:
+        tokens_per_s: of answers, all sequences together.
+        depth: steps under way at which that is so.
+        partition: with the times of its stages at that depth.
+    """
+
+    tokens_per_s: float
+    depth: int
+    partition: Partition
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Workers, as planning sees them.
+
+    Attributes:
+        memory_bytes: of each, for weights and KV cache.
+        costs: measured or from the probe.
+        links: from a number of tokens in a step to what the hops take.
+    """
+
+    memory_bytes: Mapping[WorkerId, int]
+    costs: Mapping[WorkerId, WorkerCosts]
+    links: Callable[[float], Links]
+
+    def candidates(self, load: Load) -> list[Candidate]:
+        """Return the workers with what they take under a load."""
+        return [
+            Candidate(worker, size, self.costs[worker].speed(load))
+            for worker, size in self.memory_bytes.items()
+        ]
+
+    def only(self, workers: Sequence[WorkerId]) -> "Machines":
+        """Return some of them."""
+        sizes = {worker: self.memory_bytes[worker] for worker in workers}
+        return Machines(sizes, self.costs, self.links)
+
+
+def forecast(cost: ModelCost, machines: Machines, ranges: Ranges, demand: Demand) -> Forecast:
+    """Return what these ranges are expected to do."""
+    used = machines.only([worker for worker, _ in ranges])
+    best = None
+    for depth in range(1, 1 + max(1, min(2 * len(ranges), int(demand.sequences)))):
+        sequences = demand.sequences / depth
+        load = demand.load(sequences)
+        partition = predict(cost, used.candidates(load), used.links(_tokens(load)), ranges)
+        step_s = max(partition.total_s, depth * partition.slowest_s, 1e-9)
+        found = Forecast(demand.sequences / step_s, depth, partition)
+        if best is None or found.tokens_per_s > best.tokens_per_s:
+            best = found
+    assert best is not None
+    return best
+
+
+def best_plan(
+    cost: ModelCost, machines: Machines, demand: Demand, *, goal: Goal, kv_tokens: int
+) -> Forecast | None:
+    """Return the best ranges, None if nothing fits.
+
+    Args:
+        cost: of the model.
+        machines: that may serve.
+        demand: what is asked for.
+        goal: "throughput" is for as many sequences as fill the pipeline, "latency" for one by one;
+            "auto" takes what gives more tokens per second under this demand.
+        kv_tokens: positions of KV cache that every stage must have room for.
+    """
+    objectives: list[Objective] = ["throughput", "latency"] if goal == "auto" else [goal]
+    found = []
+    for objective in objectives:
+        sequences = demand.sequences
+        if objective == "throughput":  # which are spread over the stages
+            sequences = max(1.0, sequences / len(machines.memory_bytes))
+        load = demand.load(sequences)
+        links = machines.links(_tokens(load))
+        partition = best_partition(
+            cost, machines.candidates(load), links, objective=objective, kv_tokens=kv_tokens
+        )
+        if partition:
+            found.append(forecast(cost, machines, partition.ranges, demand))
+    return max(found, key=lambda one: one.tokens_per_s, default=None)
+
+
+def merit(goal: Goal, found: Forecast) -> float:
+    """Return what a goal makes large: tokens, or steps of a full or empty pipeline, per second."""
+    if goal == "throughput":
+        return 1.0 / max(found.partition.slowest_s, 1e-9)
+    if goal == "latency":
+        return 1.0 / max(found.partition.total_s, 1e-9)
+    return found.tokens_per_s
+
+
+def _tokens(load: Load) -> float:
+    """Return the tokens whose activations cross a link per step."""
+    chunk = load.prefill.tokens if load.prefill else 0.0
+    return load.decode.tokens + load.prefill_share * chunk

@@ -1,0 +1,149 @@
+"""What a stage hangs on its layers: hidden states in and out, progress, and how long they take."""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class LayerHooks:
+    """Hooks on the layers of one stage.
+
+    Args:
+        layers: not empty; modules that no other stage runs.
+        first: whether the model's own embedding comes before them.
+        last: whether the model's own norm and head come after them.
+        new_event: makes an event of the device that they run on; see `event_type`.
+        after_layer: called after each of them.
+
+    Attributes:
+        incoming: [1, tokens, hidden_size], what the first layer is given instead of what the model
+            makes; not read if `first`.
+        outgoing: [1, tokens, hidden_size], what the last layer gave; not written if `last`.
+    """
+
+    def __init__(
+        self,
+        layers: nn.ModuleList,
+        *,
+        first: bool,
+        last: bool,
+        new_event: Callable[[], "Event"],
+        after_layer: Callable[[], None],
+    ) -> None:
+        self.incoming: Tensor | None = None
+        self.outgoing: Tensor | None = None
+        self._new_event = new_event
+        self._after_layer = after_layer
+        self._began = new_event()
+        self._span = (self._began, self._began)
+        layers[0].register_forward_pre_hook(self._begin)
+        if not first:
+            layers[0].register_forward_pre_hook(self._replace_input, with_kwargs=True)
+        layers[-1].register_forward_hook(self._end)
+        if not last:
+            layers[-1].register_forward_hook(self._take_output)
+        for layer in layers:
+            layer.register_forward_hook(self._report_progress)
+
+    @property
+    def seconds(self) -> float:
+        """How long the layers took when all of them last ran.
+
+        Waits until the device is through with them; it is once a result was copied to the CPU.
+        """
+        began, ended = self._span
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1000
+
+    def forget(self) -> None:
+        """Let go of the hidden states."""
+        self.incoming = self.outgoing = None
+
+    def _begin(self, *_: Any) -> None:
+        self._began = self._new_event()
+        self._began.record()
+
+    def _end(self, *_: Any) -> None:
+        ended = self._new_event()
+        ended.record()
+        self._span = (self._began, ended)
+
+    def _report_progress(self, *_: Any) -> None:
+        self._after_layer()
+
+    def _replace_input(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (self.incoming, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.incoming}
+
+    def _take_output(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self.outgoing = output[0] if isinstance(output, tuple) else output
+
+
+class Event(Protocol):
+    """A point among the kernels that a device computes one after the other."""
+
+    def record(self) -> None:
+        """Put it behind the kernels that are queued now."""
+
+    def synchronize(self) -> None:
+        """Wait until the device is there."""
+
+    def elapsed_time(self, other: Any) -> float:
+        """Return the milliseconds from this one to `other`, both recorded and reached."""
+
+
+class ClockEvent:
+    """A point in time of a CPU, which computes at once and queues nothing."""
+
+    __slots__ = ("_at_s",)
+
+    def __init__(self) -> None:
+        self._at_s = 0.0
+
+    def record(self) -> None:
+        """Note the time."""
+        self._at_s = perf_counter()
+
+    def synchronize(self) -> None:
+        """Return: it is reached."""
+
+    def elapsed_time(self, other: "ClockEvent") -> float:
+        """Return the milliseconds from this one to `other`."""
+        return (other._at_s - self._at_s) * 1000
+
+
+class CudaEvent:
+    """An event of one CUDA device, whichever device is torch's current one."""
+
+    __slots__ = ("_device", "_event")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        """Put it behind the kernels that are queued now."""
+        self._event.record(torch.cuda.current_stream(self._device))
+
+    def synchronize(self) -> None:
+        """Wait until the device is there."""
+        self._event.synchronize()
+
+    def elapsed_time(self, other: "CudaEvent") -> float:
+        """Return the milliseconds from this one to `other`, both recorded and reached."""
+        return float(self._event.elapsed_time(other._event))
+
+
+def event_type(device: torch.device) -> Callable[[], Event]:
+    """Return what makes events that tell how long kernels of `device` take."""
+    if device.type == "cuda":
+        return lambda: CudaEvent(device)
+    if device.type == "mps":
+        return lambda: torch.mps.Event(enable_timing=True)
+    return ClockEvent

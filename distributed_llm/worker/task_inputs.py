@@ -1,0 +1,79 @@
+"""Refuses tasks whose parts do not fit each other, before anything is touched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.types import LayerRange
+
+_WIRE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """What a stage of `layers` is given.
+
+    Attributes:
+        hidden_size: numbers per token that travel between stages.
+        vocab_size: token ids are below this.
+    """
+
+    layers: LayerRange
+    hidden_size: int
+    vocab_size: int
+
+    def check(
+        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
+    ) -> None:
+        """Refuse a task; see `Stage.run` for the arguments.
+
+        Raises:
+            StageError: with what does not fit.
+        """
+        total = sum(part.num_tokens for part in sequences)
+        if not sequences or token_ids.shape != (total,):
+            raise StageError(
+                f"the task has {list(token_ids.shape)} token ids for {total} positions"
+            )
+        if len({part.sequence_id for part in sequences}) != len(sequences):
+            raise StageError("the task names a sequence twice")
+        lowest, highest = (int(value) for value in token_ids.aminmax())
+        if not 0 <= lowest <= highest < self.vocab_size:
+            raise StageError(
+                f"the task has token ids from {lowest} to {highest}, but the model knows "
+                f"{self.vocab_size}: the prompt was tokenized for another model"
+            )
+        if self.layers.start > 0:
+            self._check_hidden_states(hidden_states, total)
+        elif hidden_states is not None:
+            raise StageError("the first stage was given hidden states")
+        for part in sequences:
+            _check_prefix(part, sequences)
+
+    def _check_hidden_states(self, hidden_states: Tensor | None, total: int) -> None:
+        wanted = f"floats of shape {[total, self.hidden_size]}"
+        if hidden_states is None:
+            raise StageError(f"stage {self.layers} was given no hidden states; it needs {wanted}")
+        shape = (total, self.hidden_size)
+        if hidden_states.shape != shape or hidden_states.dtype not in _WIRE_DTYPES:
+            raise StageError(
+                f"stage {self.layers} was given hidden states {hidden_states.dtype} of shape "
+                f"{list(hidden_states.shape)}; it needs {wanted}"
+            )
+
+
+def _check_prefix(part: SequenceSlice, sequences: Sequence[SequenceSlice]) -> None:
+    prefix = part.prefix
+    if prefix is None:
+        return
+    if prefix.length != part.start:
+        raise StageError(
+            f"sequence {part.sequence_id} starts at {part.start}, its prefix ends at "
+            f"{prefix.length}"
+        )
+    if prefix.take and any(other.sequence_id == prefix.sequence_id for other in sequences):
+        raise StageError(f"sequence {prefix.sequence_id} is computed and taken at once")

@@ -1,0 +1,74 @@
+"""What is asked of a pipeline, as its steps show."""
+
+import pytest
+
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.coordinator.demand import DemandMeter
+from distributed_llm.coordinator.pipeline import StepDone
+from distributed_llm.coordinator.scheduler import Step
+
+
+def step(*slices: tuple[int, int, bool]) -> StepDone:
+    """A step that has ended, of slices with (start, tokens, whether the last is sampled)."""
+    parts = tuple(
+        SequenceSlice(sequence_id=i, start=start, num_tokens=count, sample=sample)
+        for i, (start, count, sample) in enumerate(slices)
+    )
+    tokens = tuple(range(sum(count for _, count, _ in slices)))
+    done = Step(requests=(), slices=parts, token_ids=tokens)
+    return StepDone(done, [], [], (), depth=1, round_trip_s=0.1)
+
+
+def test_nothing_is_known_before_a_token_is_answered() -> None:
+    meter = DemandMeter()
+    assert meter.demand is None
+    meter.observe(step((0, 64, False)), decoding=0, now=1.0)
+    assert meter.demand is None
+    meter.observe(step((64, 36, True)), decoding=1, now=2.0)
+    assert meter.demand is not None
+
+
+def test_steps_of_an_even_load() -> None:
+    """Four sequences decode at 100 positions; every tenth step has 80 tokens of a prompt, too."""
+    meter = DemandMeter(half_life_s=1000.0)
+    for at in range(100):
+        decodes = [(99, 1, True)] * 4
+        prompt = [(0, 80, False)] if at % 10 == 0 else []
+        meter.observe(step(*decodes, *prompt), decoding=4, now=0.1 * at)
+    demand = meter.demand
+    assert demand is not None
+    assert demand.sequences == pytest.approx(4.0)
+    assert demand.positions == pytest.approx(100.0)
+    assert demand.prompt_tokens == pytest.approx(2.0, rel=0.01)  # 80 of 40 answered
+    assert demand.chunk_tokens == pytest.approx(80.0)
+
+
+def test_sequences_are_counted_by_the_time_that_they_were_there() -> None:
+    """One for nine seconds in a single step, then eleven for a second in a hundred of them."""
+    meter = DemandMeter(half_life_s=1000.0)
+    meter.observe(step((9, 1, True)), decoding=0, now=0.0)
+    meter.observe(step((10, 1, True)), decoding=1, now=9.0)
+    for at in range(100):
+        meter.observe(step((10, 1, True)), decoding=11, now=9.01 + 0.01 * at)
+    assert meter.demand is not None
+    assert meter.demand.sequences == pytest.approx(2.0, rel=0.01)
+
+
+def test_what_was_is_forgotten() -> None:
+    meter = DemandMeter(half_life_s=10.0)
+    for at in range(100):
+        meter.observe(step(*[(499, 1, True)] * 8), decoding=8, now=float(at))
+    for at in range(100, 160):
+        meter.observe(step((9, 1, True)), decoding=1, now=float(at))
+    demand = meter.demand
+    assert demand is not None
+    assert demand.sequences == pytest.approx(1.0, abs=0.15)
+    assert demand.positions < 10.0 + 0.15 * 490
+
+
+def test_at_least_one_sequence_is_planned_for() -> None:
+    meter = DemandMeter()
+    for at in range(10):
+        meter.observe(step((9, 1, True)), decoding=0, now=float(at))
+    assert meter.demand is not None
+    assert meter.demand.sequences == 1.0

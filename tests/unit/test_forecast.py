@@ -1,0 +1,148 @@
+"""What plans are expected to give, and which is the best under a load."""
+
+from itertools import permutations
+
+import pytest
+
+from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.forecast import (
+    Demand,
+    Goal,
+    Machines,
+    best_plan,
+    forecast,
+    merit,
+)
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.network import Network
+from distributed_llm.coordinator.partition_tables import Ranges
+from distributed_llm.coordinator.worker_costs import Prior, Work, WorkerCosts
+
+LAYERS = 14
+MODEL = ModelCost(
+    layer_bytes=(100,) * LAYERS,
+    first_bytes=0,
+    last_bytes=0,
+    shared_bytes=0,
+    kv_bytes_per_token=0,
+)
+ROOMY = 100 * LAYERS
+ALONE = Demand(sequences=1, positions=100, prompt_tokens=0, chunk_tokens=1)
+CROWD = Demand(sequences=60, positions=100, prompt_tokens=0, chunk_tokens=1)
+
+
+def machine(layer_s: float, token_s: float = 0.0) -> WorkerCosts:
+    """Return a machine whose layers take so long, and longer for each token."""
+    costs = WorkerCosts(Prior(layer_s, token_s, 0.0, 0.0, 0.0, 0.0))
+    for at in range(200):  # long enough for what it takes to be known well
+        tokens = 1 + at % 16
+        costs.observe(
+            Work(tokens, 0.0),
+            decodes=True,
+            layers=4.0,
+            is_last=False,
+            layers_s=4.0 * (layer_s + token_s * tokens),
+            other_s=0.0,
+            now=0.1 * at,
+        )
+    return costs
+
+
+def cluster(*costs: WorkerCosts, memory_bytes: int = ROOMY, rtt_s: float = 0.0) -> Machines:
+    names = [WorkerId(f"w{i}") for i in range(len(costs))]
+    network = Network(bytes_per_token=1000)
+    for pair in permutations(names, 2):
+        network.observe(*pair, rtt_s=rtt_s, bytes_per_s=1e9)
+    return Machines(
+        dict.fromkeys(names, memory_bytes), dict(zip(names, costs, strict=True)), network.links
+    )
+
+
+def ranges(*stops: int) -> Ranges:
+    edges = (0, *stops)
+    return tuple(
+        (WorkerId(f"w{i}"), LayerRange(start, stop))
+        for i, (start, stop) in enumerate(zip(edges, stops, strict=False))
+    )
+
+
+def sizes(found: Ranges) -> dict[str, int]:
+    return {str(worker): len(layers) for worker, layers in found}
+
+
+# ------------------------------------------------------------------ one plan
+
+
+def test_one_sequence_waits_for_every_stage_and_link() -> None:
+    machines = cluster(machine(0.01), machine(0.02), rtt_s=0.1)
+    found = forecast(MODEL, machines, ranges(4, 14), ALONE)
+    assert found.depth == 1
+    assert found.tokens_per_s == pytest.approx(1 / (4 * 0.01 + 10 * 0.02 + 0.05), rel=0.02)
+
+
+def test_many_sequences_wait_for_the_slowest_stage() -> None:
+    machines = cluster(machine(1e-6, 0.001), machine(1e-6, 0.002))
+    found = forecast(MODEL, machines, ranges(4, 14), CROWD)
+    assert found.depth >= 2
+    assert found.tokens_per_s == pytest.approx(1 / (10 * 0.002), rel=0.05)
+
+
+def test_tokens_that_cost_nothing_are_computed_in_one_step() -> None:
+    """Reading the layers takes all the time: more steps would read them more often."""
+    machines = cluster(machine(0.01), machine(0.02))
+    found = forecast(MODEL, machines, ranges(4, 14), CROWD)
+    assert found.depth == 1
+    assert found.tokens_per_s == pytest.approx(60 / 0.24, rel=0.02)
+
+
+def test_prompts_between_the_steps_cost_time() -> None:
+    machines = cluster(machine(0.001, 0.001))
+    busy = Demand(sequences=1, positions=100, prompt_tokens=4, chunk_tokens=64)
+    alone, beside = (
+        forecast(MODEL, machines, ranges(14), demand).tokens_per_s for demand in (ALONE, busy)
+    )
+    assert beside < alone / 2
+
+
+# ------------------------------------------------------------------ the best plan
+
+
+def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> Ranges:
+    found = best_plan(MODEL, machines, demand, goal=goal, kv_tokens=0)
+    assert found is not None
+    return found.partition.ranges
+
+
+def test_layers_go_by_speed_for_throughput() -> None:
+    machines = cluster(machine(0.04), machine(0.02), machine(0.01))
+    found = best(machines, CROWD, "throughput")
+    assert sizes(found) == {"w0": 2, "w1": 4, "w2": 8}
+
+
+def test_the_fastest_serves_alone_for_latency() -> None:
+    machines = cluster(machine(0.04), machine(0.02), machine(0.01))
+    assert sizes(best(machines, ALONE, "latency")) == {"w2": 14}
+
+
+def test_the_goal_follows_the_load() -> None:
+    machines = cluster(*(machine(0.001, 0.001) for _ in range(3)), rtt_s=0.01)
+    assert len(best(machines, ALONE)) == 1
+    assert sorted(sizes(best(machines, CROWD)).values()) == [4, 5, 5]
+
+
+def test_a_machine_that_hurts_is_left_out() -> None:
+    machines = cluster(machine(0.001, 0.001), machine(0.001, 0.001), machine(0.1, 0.1))
+    assert sizes(best(machines, CROWD)) == {"w0": 7, "w1": 7}
+
+
+def test_nothing_fits() -> None:
+    machines = cluster(machine(0.01), machine(0.01), memory_bytes=500)
+    assert best_plan(MODEL, machines, CROWD, goal="auto", kv_tokens=0) is None
+
+
+def test_merit_is_what_the_goal_makes_large() -> None:
+    machines = cluster(machine(0.01), machine(0.02))
+    found = forecast(MODEL, machines, ranges(4, 14), CROWD)
+    assert merit("throughput", found) == pytest.approx(1 / 0.2, rel=0.02)
+    assert merit("latency", found) == pytest.approx(1 / 0.24, rel=0.02)
+    assert merit("auto", found) == found.tokens_per_s

@@ -1,0 +1,449 @@
+"""What a worker takes: learnt from its tasks, steady under noise, and quick when it changes."""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass, field
+from itertools import product, repeat
+from statistics import pstdev
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distributed_llm.common.messages import Capabilities
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.partition_tables import Speed
+from distributed_llm.coordinator.worker_costs import Load, Prior, Work, WorkerCosts
+
+PRIOR = Prior(
+    layer_s=1e-3,
+    token_s=5e-5,
+    position_s=4e-8,
+    prompt_position_s=1e-8,
+    head_s=2e-3,
+    head_token_s=1e-4,
+)
+Cost = tuple[float, float, float]
+"""Seconds: base, per token, per position."""
+
+AS_PRIOR: Cost = (1e-3, 5e-5, 4e-8)
+FLAT: Cost = (3e-3, 2e-5, 4e-8)  # a slow start of every layer, then hardly more per token
+STEEP: Cost = (8e-4, 4e-4, 3e-7)
+TRUTHS = pytest.mark.parametrize("truth", [AS_PRIOR, FLAT, STEEP], ids=["prior", "flat", "steep"])
+
+TASK_S = 7e-4
+LAYERS = 4.5
+
+
+def seconds(cost: Cost, work: Work) -> float:
+    return cost[0] + cost[1] * work.tokens + cost[2] * work.positions
+
+
+def decoding(tokens: int, length: int = 500) -> Work:
+    return Work(tokens, tokens * length)
+
+
+def chunk(tokens: int, start: int = 0) -> Work:
+    return Work(tokens, tokens * start + tokens * (tokens + 1) / 2)
+
+
+@dataclass
+class Worker:
+    """A worker that takes exactly what its attributes say, times what each task is given.
+
+    Attributes:
+        rate: tasks a second.
+        slower: how many times slower it has become.
+    """
+
+    decode: Cost = AS_PRIOR
+    prefill: Cost = (1e-3, 5e-5, 1e-8)
+    head: Cost = (0.0, 0.0, 0.0)
+    rate: float = 20.0
+    slower: float = 1.0
+    now: float = 0.0
+    costs: WorkerCosts = field(default_factory=lambda: WorkerCosts(PRIOR, half_life_s=30.0))
+
+    def run(self, works: list[Work], factors: Iterable[float] = repeat(1.0)) -> None:
+        """Do a task for every work; each takes `factor` times as long as it should."""
+        for work, factor in zip(works, factors, strict=False):
+            self.do(work, factor)
+
+    def do(
+        self, work: Work, factor: float = 1.0, *, decodes: bool = True, last: bool = False
+    ) -> None:
+        self.now += 1 / self.rate
+        factor *= self.slower
+        self.costs.observe(
+            work,
+            decodes=decodes,
+            layers=LAYERS,
+            is_last=last,
+            layers_s=factor * LAYERS * seconds(self.decode if decodes else self.prefill, work),
+            other_s=factor * (TASK_S + last * seconds(self.head, work)),
+            now=self.now,
+        )
+
+    def off(self, work: Work, *, decodes: bool = True) -> float:
+        """Return predicted over true time of a layer."""
+        cost = self.decode if decodes else self.prefill
+        return self.costs.layer_s(work, decodes=decodes) / (self.slower * seconds(cost, work))
+
+
+def noise(seed: int, count: int, size: float = 0.2) -> list[float]:
+    draw = random.Random(seed)
+    return [1 + draw.uniform(-size, size) for _ in range(count)]
+
+
+def mixed(seed: int, count: int, sizes: Sequence[int] = range(1, 33)) -> list[Work]:
+    """Return batches of some sizes, of sequences of 100 to 2000 positions."""
+    draw = random.Random(seed)
+    return [decoding(draw.choice(sizes), draw.randint(100, 2000)) for _ in range(count)]
+
+
+# ------------------------------------------------------------------ the prior
+
+
+def test_the_prior_follows_from_bandwidth_and_operations() -> None:
+    speeds = {"memory_bandwidth_bytes_per_s": 1e9, "flops_per_s": 1e10}
+    size = {"memory_bytes": 0, "cores": 1, "threads": 1}
+    names = dict.fromkeys(("device", "device_name", "platform"), "cpu")
+    found = msgspec.convert({**names, **size, **speeds}, Capabilities)
+    cost = ModelCost((1_000_000, 3_000_000), 9, 400_000, 600_000, kv_bytes_per_token=1000)
+    prior = astuple(Prior.of(found, cost, item_bytes=2))
+    assert prior == pytest.approx((2e-3, 2e-4, 1e-6, 4e-7, 1e-3, 1e-4))
+
+
+def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others() -> None:
+    costs = WorkerCosts(PRIOR)
+    assert (costs.measured, costs.scale, costs.error) == (False, None, None)
+    load = Load(Work(10, 5000), Work(100, 10_000), prefill_share=0.5)
+    plain, scaled = costs.speed(load), costs.speed(load, scale=3.0)
+    assert plain.layer_s == pytest.approx(1e-3 + 5e-4 + 2e-4 + 0.5 * (1e-3 + 5e-3 + 1e-4))
+    assert plain.last_s == pytest.approx(2e-3 + 1e-3 + 0.5 * (2e-3 + 1e-4))
+    assert scaled.layer_s == pytest.approx(3 * plain.layer_s)
+    assert scaled.last_s == pytest.approx(3 * plain.last_s)
+    assert scaled.task_s == plain.task_s == pytest.approx(1.5 * 5e-4)
+
+
+# ------------------------------------------------------------------ sizes of steps
+
+
+@TRUTHS
+def test_learns_what_sizes_cost(truth: Cost) -> None:
+    worker = Worker(truth)
+    worker.run(mixed(1, 300))
+    for work in (decoding(1, 100), decoding(1, 4000), decoding(32, 100), decoding(64, 2000)):
+        assert worker.off(work) == pytest.approx(1, abs=0.02)
+
+
+@TRUTHS
+@pytest.mark.parametrize("seed", range(5))
+def test_predicts_sizes_it_never_saw_under_noise(truth: Cost, seed: int) -> None:
+    worker = Worker(truth)
+    worker.run(mixed(seed, 300, sizes=[1, 2, 4, 8, 16]), noise(seed, 300))
+    for size, length in product((1, 3, 6, 12, 16, 24), (100, 1000, 2000)):
+        assert worker.off(decoding(size, length)) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_other_sizes_follow_the_prior_while_all_are_the_same(seed: int) -> None:
+    """Noise at one size tells nothing about others, however long it goes on."""
+    worker = Worker()
+    worker.slower = 3.0
+    worker.run([decoding(4)] * 10, noise(seed + 5, 10))
+    assert worker.off(decoding(32)) == pytest.approx(worker.off(decoding(4)), rel=5e-3)
+    worker.run([decoding(4)] * 3000, noise(seed, 3000))
+    assert worker.costs.scale == pytest.approx(3, rel=0.08)
+    for work in (decoding(1), decoding(32), decoding(4, 4000)):
+        assert worker.off(work) == pytest.approx(1, abs=0.12)
+
+
+def test_what_was_learnt_of_sizes_stays_known_while_all_are_the_same() -> None:
+    worker = Worker(STEEP)
+    worker.run(mixed(1, 300))
+    worker.run([decoding(1)] * 3000, noise(1, 3000))
+    assert worker.off(decoding(32)) == pytest.approx(1, abs=0.1)
+    worker.slower = 4.0
+    worker.run([decoding(1)] * 300, noise(2, 300))
+    assert worker.off(decoding(32)) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("token_s", [1e-3, 4e-3])
+def test_a_size_that_costs_more_than_expected_is_no_change_of_speed(token_s: float) -> None:
+    """Here a token costs many times what it should; sizes come one after another."""
+    worker = Worker((1e-3, token_s, 0.0))
+    for size in (1, 16, 4):
+        worker.run([decoding(size)] * 40, noise(size, 40))
+    for size in (1, 4, 16, 32):
+        assert worker.off(decoding(size)) == pytest.approx(1, abs=0.15)
+
+
+# ------------------------------------------------------------------ noise, outliers, changes
+
+
+def spread(rate: float) -> float:
+    """Return the standard deviation of what is predicted under +-20 %, of the truth."""
+    worker = Worker(rate=rate)
+    found = []
+    for factor in noise(1, 3000):
+        worker.do(decoding(8), factor)
+        found.append(worker.off(decoding(8)))
+    return pstdev(found[100:])
+
+
+def test_is_steady_under_noise() -> None:
+    assert spread(rate=1000.0) < 0.02
+    assert spread(rate=20.0) < 0.025
+    assert spread(rate=1.0) < 0.045
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.floats(0.8, 1.2), st.integers(2, 100)), min_size=20, max_size=20),
+    st.integers(1, 64),
+    st.sampled_from([1.0, 20.0, 1000.0]),
+)
+def test_noise_of_a_fifth_is_never_taken_for_a_change(
+    parts: list[tuple[float, int]], size: int, rate: float
+) -> None:
+    """Whatever pattern it has; the worst is long at one bound, then long at the other."""
+    worker = Worker(rate=rate)
+    worker.run([decoding(size)] * 40)
+    before = 1.0
+    for factor in (factor for factor, count in parts for _ in range(count)):
+        worker.do(decoding(size), factor)
+        after = worker.off(decoding(size))
+        assert 0.79 < after < 1.21
+        assert abs(after / before - 1) < 0.07
+        before = after
+
+
+def test_from_one_bound_of_the_noise_to_the_other_is_no_change() -> None:
+    worker = Worker()
+    worker.run([decoding(8)] * 200, [0.8] * 200)
+    for _ in range(8):
+        before = worker.off(decoding(8))
+        worker.do(decoding(8), 1.2)
+        assert worker.off(decoding(8)) < 1.03 * before
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1, 3.0, 10.0, 1000.0])
+def test_a_task_far_off_hardly_counts(factor: float) -> None:
+    worker = Worker()
+    worker.run([decoding(8)] * 100)
+    worker.do(decoding(8), factor)
+    assert worker.off(decoding(8)) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("factors", [[10.0] * 3 + [1.0] * 7, [10.0, 0.1, 10.0, 0.1] + [1.0] * 9])
+def test_tasks_far_off_now_and_then_are_no_change(factors: list[float]) -> None:
+    worker = Worker()
+    worker.run([decoding(8)] * 100)
+    for factor in factors * 6:
+        worker.do(decoding(8), factor)
+        assert worker.off(decoding(8)) == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("slower", [4.0, 0.25, 2.5, 0.4, 100.0, 0.01])
+@pytest.mark.parametrize("seed", range(3))
+def test_follows_a_change_within_five_tasks(slower: float, seed: int) -> None:
+    worker = Worker(STEEP)
+    works, factors = mixed(seed, 235, sizes=[4, 8, 16]), noise(seed, 235)
+    for begin, stop, worker.slower in ((0, 200, 1.0), (200, 205, slower), (205, 230, slower)):
+        worker.run(works[begin:stop], factors[begin:stop])
+        for size in (4, 8, 16):
+            assert worker.off(decoding(size)) == pytest.approx(1, abs=0.2)
+    worker.slower = 1.0
+    worker.run(works[230:], factors[230:])
+    for size in (4, 8, 16, 32):
+        assert worker.off(decoding(size)) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("slower", [1.4, 0.7])
+def test_follows_a_small_change_within_some_tens_of_tasks(slower: float) -> None:
+    worker = Worker()
+    worker.run([decoding(8)] * 200)
+    worker.slower = slower
+    worker.run([decoding(8)] * 40)
+    assert worker.off(decoding(8)) == pytest.approx(1, abs=0.1)
+
+
+def test_a_slow_first_task_is_soon_forgotten() -> None:
+    worker = Worker()
+    worker.do(decoding(8), 20.0)
+    worker.run([decoding(8)] * 5)
+    assert worker.off(decoding(8)) == pytest.approx(1, abs=0.15)
+
+
+def test_after_a_half_life_a_task_counts_as_much_as_all_before() -> None:
+    weights = []
+    for pause_s in (0.0, 30.0, 1e6):
+        worker = Worker(rate=1000.0)
+        worker.run([decoding(8)] * 500)
+        worker.now += pause_s
+        worker.do(decoding(8), 1.2)
+        weights.append((worker.off(decoding(8)) - 1) / 0.2)
+    assert weights[0] == pytest.approx(1 / 32, rel=0.3)
+    assert weights[1] == pytest.approx(1 / 2, rel=0.05)
+    assert weights[2] == weights[1]
+
+
+# ------------------------------------------------------------------ prompts
+
+
+def test_prompts_are_measured_apart() -> None:
+    worker = Worker(decode=FLAT, prefill=(1e-3, 2e-4, 5e-8))
+    draw = random.Random(1)
+    for _ in range(200):
+        worker.do(decoding(draw.randint(1, 32)))
+        worker.do(chunk(draw.randint(16, 512), draw.choice([0, 512])), decodes=False)
+    for size in (1, 32):
+        assert worker.off(decoding(size)) == pytest.approx(1, abs=0.03)
+        assert worker.off(chunk(16 * size, 512), decodes=False) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_what_was_not_measured_is_scaled_like_what_was(decodes: bool) -> None:
+    worker = Worker()
+    worker.slower = 3.0
+    for _ in range(20):
+        worker.do(chunk(64), decodes=decodes)
+    assert worker.costs.measured
+    assert worker.costs.scale == pytest.approx(3, rel=0.1)
+    scale = worker.costs.scale
+    work, other = chunk(200), (1e-3, 5e-5, 1e-8 if decodes else 4e-8)
+    found = worker.costs.layer_s(work, decodes=not decodes, scale=99.0)
+    assert scale is not None
+    assert found == pytest.approx(scale * seconds(other, work))
+
+
+def test_after_a_change_of_decoding_the_next_prompt_shows_whether_it_is_one_of_prompts() -> None:
+    worker = Worker()
+    for _ in range(100):
+        worker.do(decoding(8))
+        worker.do(chunk(256), decodes=False)
+    before = worker.off(chunk(256), decodes=False)
+    worker.run([decoding(8)] * 5, [4.0] * 5)
+    assert worker.off(chunk(256), decodes=False) == before
+    worker.do(chunk(256), 1.3, decodes=False)
+    assert worker.off(chunk(256), decodes=False) == pytest.approx(1.15, abs=0.03)
+
+
+# ------------------------------------------------------------------ beside the layers
+
+
+HEAD: Cost = (5e-3, 3e-4, 0.0)
+
+
+def speed_of(worker: Worker, work: Work) -> Speed:
+    return worker.costs.speed(Load(work))
+
+
+def test_the_head_of_a_worker_that_was_last_and_was_not() -> None:
+    worker = Worker(head=HEAD)
+    for index, work in enumerate(mixed(1, 400)):
+        worker.do(work, last=index % 2 == 1)
+    for work in (decoding(1), decoding(32)):
+        found = speed_of(worker, work)
+        assert found.task_s == pytest.approx(TASK_S, rel=0.02)
+        assert found.last_s == pytest.approx(seconds(HEAD, work), rel=0.02)
+
+
+def test_the_head_of_a_worker_that_was_never_last_is_as_much_slower_as_its_layers() -> None:
+    worker = Worker()
+    worker.slower = 3.0
+    worker.run(mixed(1, 100))
+    found = speed_of(worker, decoding(10))
+    assert found.task_s == pytest.approx(3 * TASK_S, rel=0.02)
+    assert found.last_s == pytest.approx(3 * (2e-3 + 10 * 1e-4), rel=0.02)
+
+
+def test_a_worker_that_was_only_last_takes_a_little_for_a_task_and_the_rest_as_last() -> None:
+    worker = Worker(head=HEAD)
+    for work in mixed(1, 200):
+        worker.do(work, last=True)
+    found = speed_of(worker, decoding(32))
+    assert found.task_s == pytest.approx(5e-4)
+    assert found.task_s + found.last_s == pytest.approx(TASK_S + seconds(HEAD, decoding(32)), 0.02)
+
+
+def test_a_last_stage_that_takes_less_than_a_task_by_default() -> None:
+    worker = Worker(head=(1e-4 - TASK_S, 0.0, 0.0))
+    for _ in range(20):
+        worker.do(decoding(4), last=True)
+    found = speed_of(worker, decoding(4))
+    assert found.task_s == pytest.approx(1e-4)
+    assert found.last_s == 0
+
+
+def test_a_load_is_a_step_that_decodes_with_its_share_of_prompts() -> None:
+    worker = Worker(head=HEAD)
+    for last in [False, True] * 50:
+        worker.do(decoding(8), last=last)
+        worker.do(chunk(256), decodes=False, last=last)
+    found = worker.costs.speed(Load(decoding(8), chunk(256), prefill_share=0.25))
+    layer_s = seconds(worker.decode, decoding(8)) + 0.25 * seconds(worker.prefill, chunk(256))
+    last_s = seconds(HEAD, decoding(8)) + 0.25 * seconds(HEAD, chunk(256))
+    assert astuple(found) == pytest.approx((1.25 * TASK_S, layer_s, last_s), rel=0.02)
+
+
+# ------------------------------------------------------------------ error, whatever comes
+
+
+def test_the_error_is_that_of_predictions_made_before() -> None:
+    worker = Worker()
+    worker.do(decoding(4))
+    assert worker.costs.error is None
+    worker.do(decoding(4), 1.25)
+    assert worker.costs.error == pytest.approx(0.2)
+    worker.run([decoding(4)] * 100)
+    assert worker.costs.error == pytest.approx(0.0, abs=1e-3)
+    worker.run([decoding(4)] * 100, noise(1, 100))
+    assert worker.costs.error == pytest.approx(0.1, abs=0.05)
+
+
+def test_same_tasks_same_answer_however_often_it_is_asked() -> None:
+    found = []
+    for asked in (0, 3):
+        worker = Worker(STEEP)
+        for work, factor in zip(mixed(1, 100), noise(1, 100), strict=True):
+            worker.do(work, factor)
+            for _ in range(asked):
+                assert worker.costs.speed(Load(work, work, 0.5)).layer_s > 0
+        found.append((speed_of(worker, decoding(5)), worker.costs.error))
+    assert found[0] == found[1]
+
+
+anything = st.one_of(st.just(0.0), st.floats(0, 1), st.floats(0, 1e9))
+works = st.builds(
+    Work, st.integers(0, 1_000_000).map(float), st.one_of(st.just(0.0), st.floats(0, 1e10))
+)
+numbers = dict.fromkeys(("layers_s", "other_s", "now"), anything)
+kinds = dict.fromkeys(("decodes", "is_last"), st.booleans())
+observations = st.fixed_dictionaries(
+    {"work": works, "layers": st.floats(1e-3, 1e3), **kinds, **numbers}
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(observations, max_size=30), works, works, st.booleans())
+def test_is_sane_whatever_is_observed(
+    seen: list[dict[str, Any]], work: Work, more: Work, decodes: bool
+) -> None:
+    costs = WorkerCosts(PRIOR)
+    for each in seen:
+        costs.observe(**each)
+    larger = Work(work.tokens + more.tokens, work.positions + more.positions)
+    small, large = (costs.layer_s(at, decodes=decodes) for at in (work, larger))
+    assert 0 <= small <= large < math.inf
+    found, beyond = (costs.speed(Load(at, at, 1.0)) for at in (work, larger))
+    assert 0 <= found.layer_s <= beyond.layer_s < math.inf
+    assert min(found.task_s, found.last_s) >= 0
+    whole_s, more_s = found.task_s + found.last_s, beyond.task_s + beyond.last_s
+    assert whole_s <= more_s * (1 + 1e-9) < math.inf
+    assert costs.error is None or 0 <= costs.error < math.inf
+    assert costs.scale is None or 0 < costs.scale < math.inf
