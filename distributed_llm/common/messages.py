@@ -13,7 +13,7 @@ from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_TENSORS = 8
 MAX_SLICES = 512
 """Sequences in one task."""
