@@ -22,10 +22,10 @@ from distributed_llm.common.messages import (
     Chat,
     ChatMessage,
     ClusterStatus,
-    PeerWelcome,
     ToClient,
     ToCoordinator,
     ToNextWorker,
+    ToPreviousWorker,
     ToWorker,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
@@ -79,7 +79,7 @@ to_coordinator = Decoder(ToCoordinator)
 to_worker = Decoder(ToWorker)
 to_client = Decoder(ToClient)
 to_next_worker = Decoder(ToNextWorker)
-to_previous_worker = Decoder(PeerWelcome)
+to_previous_worker = Decoder(ToPreviousWorker)
 
 _chat: msgspec.msgpack.Decoder[list[ChatMessage]] = msgspec.msgpack.Decoder(Chat)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)

@@ -13,7 +13,7 @@ from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_TENSORS = 8
 MAX_SLICES = 512
 """Sequences in one task."""
@@ -21,6 +21,8 @@ MAX_SLICES = 512
 MAX_STAGES = 256
 MAX_RELEASED = 1024
 MAX_CHAT_MESSAGES = 16_384
+MAX_PIECES = 2048
+"""Pieces of KV cache in one message."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
 Label = Annotated[str, Meta(max_length=256)]
@@ -86,11 +88,12 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     """Worker -> coordinator, every `heartbeat_interval_s`: alive.
 
     Attributes:
+        epochs: whose layers it holds or loads; none if it has no work.
         progress_age_s: since the compute thread last finished a layer or had nothing to do.
         tasks_waiting: tasks received and not answered.
     """
 
-    epoch: Count
+    epochs: Annotated[tuple[Count, ...], Meta(max_length=2)]
     progress_age_s: Seconds
     tasks_waiting: Count
     memory_used_bytes: Count
@@ -127,10 +130,13 @@ class StageTime(
     """What one task took on one stage.
 
     Attributes:
+        layers_us: of `compute_us`, inside the layers; the rest is embedding, head, sampling and
+            what a task costs by itself.
         queued_us: from arrival until it ran.
     """
 
     compute_us: Microseconds
+    layers_us: Microseconds
     queued_us: Microseconds
 
 
@@ -178,17 +184,56 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
 class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
     """Worker -> coordinator: whether it reaches the worker of the next stage.
 
+    Said when that changes, and once more when the speed of the link was measured.
+
     Attributes:
         rtt_s: of the handshake; 0 if it is down.
+        bytes_per_s: of a large message; 0 while it is not known.
     """
 
     epoch: Count
     up: bool
     rtt_s: Seconds = 0.0
+    bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+
+
+class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
+    """Worker -> coordinator: who takes layers over in `epoch` has their KV cache as it was now.
+
+    What the steps add that run meanwhile follows after `TakeOver`.
+    """
+
+    epoch: Count
+    bytes_sent: Count
+
+
+class TookOver(Message, frozen=True, kw_only=True, tag="took_over"):
+    """Worker -> coordinator: the stage of `epoch` has its KV cache; tasks may come."""
+
+    epoch: Count
+
+
+class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
+    """Worker -> coordinator: the KV cache of layers that move in `epoch` cannot be handed over.
+
+    Both stages are as they were: the older epoch can go on, and the new one begin without.
+
+    Attributes:
+        worker: to whom it could not be sent; empty if it could not be taken over here.
+    """
+
+    epoch: Count
+    worker: Annotated[str, Meta(max_length=64)]
+    code: Label
+    message: Text
+
+
+class Leaving(Message, frozen=True, kw_only=True, tag="leaving"):
+    """Worker -> coordinator: wants to end; serves on until `MayLeave`."""
 
 
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
-    """Worker -> coordinator: leaving on purpose."""
+    """Worker -> coordinator: ends now."""
 
 
 # ------------------------------------------------------------------ coordinator -> worker
@@ -224,11 +269,15 @@ class NextStage(Value, frozen=True, kw_only=True):
 
 
 class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
-    """Coordinator -> worker: serve these layers under `epoch`; drop those of older epochs.
+    """Coordinator -> worker: load these layers, to serve them under `epoch`.
 
-    KV cache of older epochs is dropped even if the layers are the same.
+    Layers and KV cache of older epochs are dropped, unless it is `beside` them: then the served
+    epoch goes on, also while this loads, until `DropStage` or the first task of this epoch. Of what
+    loads beside, a newer order takes the place; `CancelStage` gives it up.
 
     Attributes:
+        beside: keep serving. `TakeOver` may hand the KV cache on to this epoch.
+        imports: layers whose KV cache other workers will send, each range by one of them.
         digest: what `Checkpoint.digest` of the layers must be on the worker.
         dtype: of weights, KV cache and computing.
         wire_dtype: of activations between stages.
@@ -246,6 +295,50 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     kv_tokens: Count
     link_key: Label
     next_stage: NextStage | None = None
+    beside: bool = False
+    imports: Annotated[tuple[LayerRange, ...], Meta(max_length=MAX_STAGES)] = ()
+
+
+class KVTransfer(Value, frozen=True, kw_only=True):
+    """Layers whose KV cache a worker is to send, to whom, and where it may be reached."""
+
+    layers: LayerRange
+    worker: Name
+    addresses: Addresses
+
+
+class CopyKV(Message, frozen=True, kw_only=True, tag="copy_kv"):
+    """Coordinator -> worker: send KV cache of the served epoch to who has the layers in `epoch`.
+
+    It goes on serving meanwhile, and may have no layers in `epoch` itself.
+
+    Attributes:
+        link_key: of `epoch`.
+    """
+
+    epoch: Count
+    link_key: Label
+    transfers: Annotated[tuple[KVTransfer, ...], Meta(min_length=1, max_length=MAX_STAGES)]
+
+
+class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
+    """Coordinator -> worker: no step of the served epoch is under way any more; `epoch` goes on.
+
+    A worker that sends KV cache sends what has changed, and what it holds. One that has layers in
+    `epoch` waits for that, takes over what is its own, and answers `TookOver`. From now on tasks of
+    the served epoch are void, until `CancelStage` takes this back.
+    """
+
+    epoch: Count
+
+
+class CancelStage(Message, frozen=True, kw_only=True, tag="cancel_stage"):
+    """Coordinator -> worker: `epoch` is not to be; go on with what is served.
+
+    Frees layers that were loaded beside, and ends what is sent.
+    """
+
+    epoch: Count
 
 
 class SharedPrefix(
@@ -316,9 +409,22 @@ class ReleaseSequences(Message, frozen=True, kw_only=True, tag="release_sequence
 
 
 class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
-    """Coordinator -> worker: free the layers of all epochs up to this one; there is no work."""
+    """Coordinator -> worker: free the layers of all epochs up to this one.
+
+    One that was loaded beside, and is newer, is served from now on.
+    """
 
     epoch: Count
+
+
+class MayLeave(Message, frozen=True, kw_only=True, tag="may_leave"):
+    """Coordinator -> worker: end; nobody needs it. Answers `Leaving`, or somebody drained it.
+
+    Attributes:
+        why: for the operator.
+    """
+
+    why: Text = ""
 
 
 # ------------------------------------------------------------------ worker -> next worker
@@ -331,6 +437,58 @@ class PeerHello(Message, frozen=True, kw_only=True, tag="peer_hello"):
     key: Label
 
 
+class PeerProbe(Message, frozen=True, kw_only=True, tag="peer_probe"):
+    """Worker -> next worker: zeros of some size, to see how fast the link is."""
+
+    epoch: Count
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+
+
+class KVPart(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """Positions `[offset, offset + count)` of a segment of the sender's KV cache, in one layer.
+
+    Attributes:
+        segment: its name at the sender.
+        layer: its number in the model.
+        capacity: positions that the segment has room for.
+    """
+
+    segment: Count
+    layer: Annotated[int, Meta(ge=0, le=65535)]
+    offset: Count
+    count: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+    capacity: Count
+
+
+class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
+    """Worker -> worker: a part of a KV cache; answered by `KVTaken`.
+
+    `tensors` is [bytes (uint8)]: of each part its keys [heads, count, key_dim] and its values
+    [heads, count, value_dim], in the model's dtype.
+
+    Attributes:
+        layers: of the transfer, which names it.
+        number: of the message in the transfer, from 1.
+    """
+
+    epoch: Count
+    layers: LayerRange
+    number: Count
+    parts: Annotated[tuple[KVPart, ...], Meta(min_length=1, max_length=MAX_PIECES)]
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+
+
+class KVEnd(Message, frozen=True, kw_only=True, tag="kv_end"):
+    """Worker -> worker: nothing more comes; `tensors` is [msgpack of `KVManifest` (uint8)]."""
+
+    epoch: Count
+    layers: LayerRange
+    number: Count
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+
+
 # ------------------------------------------------------------------ next worker -> worker
 
 
@@ -341,6 +499,20 @@ class PeerWelcome(Message, frozen=True, kw_only=True, tag="peer_welcome"):
     """
 
     epoch: Count
+
+
+class PeerProbed(Message, frozen=True, kw_only=True, tag="peer_probed"):
+    """Worker -> worker of the stage before: a `PeerProbe` has arrived."""
+
+    epoch: Count
+
+
+class KVTaken(Message, frozen=True, kw_only=True, tag="kv_taken"):
+    """Worker -> worker that sends KV cache: the transfer has arrived up to this message."""
+
+    epoch: Count
+    layers: LayerRange
+    number: Count
 
 
 # ------------------------------------------------------------------ client -> coordinator
@@ -381,6 +553,15 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
 
 class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):
     """Client -> coordinator: send a `StatusReport`."""
+
+
+class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
+    """Client -> coordinator: hand the layers of a worker to others and let it end.
+
+    Answered by `WorkerDrained`, once it is done or cannot be.
+    """
+
+    worker: Name
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
@@ -492,21 +673,40 @@ class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
     retry_after_s: Seconds = 0.0
 
 
+class WorkerDrained(Message, frozen=True, kw_only=True, tag="worker_drained"):
+    """Coordinator -> client: a worker has left, or cannot.
+
+    Attributes:
+        code: of the error; empty if it has left.
+        message: what happened, why, what to do.
+    """
+
+    worker: Name
+    code: Label = ""
+    message: Text = ""
+
+
 class WorkerStatus(Value, frozen=True, kw_only=True):
     """One worker as the coordinator sees it.
 
     Attributes:
-        state: "idle" (no layers), "loading", "serving" or "unfit" (see `note`).
+        state: "idle" (no layers), "loading", "serving", "leaving" or "unfit" (see `note`).
         layers: what it serves or loads.
+        next_layers: what it is about to serve instead, or None.
         link: how its results reach the next stage: "direct", "relayed" by the coordinator, or
             "" where there is none.
         seconds_per_token: measured time of its stage per decoded token, or None before any.
+        prediction_error: median of |predicted - measured| / measured of its latest tasks, or None.
+        gain: by how much more the cluster answers with it than without, as a share of the latter;
+            None if it is not known, or if nothing can be served without it.
+        advice: what that means, for people; empty if it is not known.
     """
 
     name: Name
-    state: Literal["idle", "loading", "serving", "unfit"]
+    state: Literal["idle", "loading", "serving", "leaving", "unfit"]
     note: Text
     layers: LayerRange | None
+    next_layers: LayerRange | None
     epoch: Count
     link: Literal["direct", "relayed", ""]
     capabilities: Capabilities
@@ -516,6 +716,9 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     tasks_done: Count
     compute_s: Seconds
     seconds_per_token: Seconds | None
+    prediction_error: Seconds | None
+    gain: float | None
+    advice: Text
     last_heard_s: Seconds
 
 
@@ -530,6 +733,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         kv_tokens_cached: of them, by prefixes that are kept for later requests.
         prefix_hit_tokens: positions that were not computed because a prefix was kept.
         preemptions: how often a running request gave up its KV cache to an older one.
+        moves: how often layers moved between workers while the model was served.
+        move_stall_s: how long steps stood still in the latest of them; 0 before any.
         events: what happened lately, oldest first.
     """
 
@@ -544,6 +749,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     kv_tokens_cached: Count
     prefix_hit_tokens: Count
     preemptions: Count
+    moves: Count
+    move_stall_s: Seconds
     requests_running: Count
     requests_waiting: Count
     requests_finished: Count
@@ -582,12 +789,37 @@ FromWorker = (
     | TaskResult
     | TaskFailed
     | LinkReport
+    | KVCopied
+    | TookOver
+    | KVFailed
+    | Leaving
     | Goodbye
 )
-FromClient = ClientHello | Generate | Cancel | GetStatus | Ping
+FromClient = ClientHello | Generate | Cancel | GetStatus | DrainWorker | Ping
 ToCoordinator = FromWorker | FromClient
-ToWorker = Welcome | LoadStage | DropStage | Task | ReleaseSequences | Pong | Refused
-ToClient = ClientWelcome | TokenChunk | Finished | RequestFailed | StatusReport | Pong | Refused
-ToNextWorker = PeerHello | Task
-ToPreviousWorker = PeerWelcome
+ToWorker = (
+    Welcome
+    | LoadStage
+    | CopyKV
+    | TakeOver
+    | CancelStage
+    | DropStage
+    | Task
+    | ReleaseSequences
+    | MayLeave
+    | Pong
+    | Refused
+)
+ToClient = (
+    ClientWelcome
+    | TokenChunk
+    | Finished
+    | RequestFailed
+    | StatusReport
+    | WorkerDrained
+    | Pong
+    | Refused
+)
+ToNextWorker = PeerHello | PeerProbe | Task | KVPieces | KVEnd
+ToPreviousWorker = PeerWelcome | PeerProbed | KVTaken
 AnyMessage = ToCoordinator | ToWorker | ToClient | ToNextWorker | ToPreviousWorker

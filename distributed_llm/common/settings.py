@@ -147,22 +147,26 @@ class CoordinatorSettings(_Section):
         description="Number type of activations between workers; auto: as `dtype`. A narrower one "
         "saves traffic and changes answers a little.",
     )
-    strategy: Literal["memory", "even", "custom"] = Field(
-        default="memory",
-        description="How layers are shared out: memory (in proportion to it), even (equal "
-        "numbers), custom (as `layers` says).",
+    strategy: Literal["speed", "memory", "even", "custom"] = Field(
+        default="speed",
+        description="How layers are shared out: speed (by measured speed, and again while requests "
+        "run when that changes), memory (in proportion to it), even (equal numbers), custom (as "
+        "`layers` says).",
+    )
+    objective: Literal["auto", "throughput", "latency"] = Field(
+        default="auto",
+        description="What strategy speed makes best: throughput (many requests at once), latency "
+        "(one at a time: fewest, fastest workers), auto (as many as there are).",
     )
     layers: Layers = Field(
         default={},
         description="For strategy custom: which worker serves which layers, counted from 0, the "
         "second number not included: {pc: 0-8, mac: 8-16}; [0, 8] is the same as 0-8.",
     )
-    replicas: Whole = Field(
-        default=1,
-        ge=1,
-        le=4096,
+    replicas: Literal["auto"] | Annotated[Whole, Field(ge=1, le=4096)] = Field(
+        default="auto",
         description="How many times to serve the whole model, each time on workers of its own; as "
-        "many as the workers can hold.",
+        "many as the workers can hold. auto: once, and with strategy speed as often as is fastest.",
     )
     min_workers: Whole = Field(
         default=1,
@@ -236,7 +240,7 @@ class CoordinatorSettings(_Section):
                     "layers",
                 )
             return self
-        if self.replicas > 1:
+        if self.replicas not in ("auto", 1):
             raise conflict(
                 "strategy custom names one worker for each layer; several replicas need another "
                 "strategy",
@@ -302,6 +306,12 @@ class WorkerSettings(_Section):
     )
     connect_timeout_s: Seconds = Field(
         default=10.0, gt=0, description="Time to wait for the coordinator to answer, s."
+    )
+    leave_timeout_s: Seconds = Field(
+        default=60.0,
+        ge=0,
+        description="When told to end, hand the layers to other workers for at most this long, s; "
+        "0: end at once. A second signal ends at once as well.",
     )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 

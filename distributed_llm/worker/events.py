@@ -8,6 +8,8 @@ from distributed_llm.common.messages import (
     Address,
     Addresses,
     Goodbye,
+    KVEnd,
+    KVPieces,
     LinkReport,
     LoadStage,
     MissingPositions,
@@ -23,14 +25,14 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import LayerRange, PeerId
 
 # ------------------------------------------------------------------ orders, which are actions too
 
 
 @dataclass(frozen=True)
 class Load:
-    """Action: load a stage; give up the one that is loaded."""
+    """Action: load a stage; give up all others first, or keep the served one if it is beside."""
 
     session: int
     order: LoadStage
@@ -47,14 +49,68 @@ class Run:
 
 @dataclass(frozen=True)
 class Release:
-    """Action: free the KV cache of sequences."""
+    """Action: free the KV cache of sequences in the stage of `epoch`."""
 
+    epoch: int
     sequence_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Action: give up the stage that is loaded."""
+    """Action: give up all stages."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Action: the stage of `epoch`, loaded beside, is the served one now; give up the other."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Action: give up what was loaded beside under `epoch`, and what is exported to it."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Export:
+    """Action: hand out the next message with KV cache of these layers of the served stage.
+
+    Answered by `Exported`.
+
+    Attributes:
+        epoch: in which somebody takes the layers over.
+        number: of the message in the transfer, from 1.
+        rest: no step runs any more: after the last pieces comes what is held.
+    """
+
+    session: int
+    epoch: int
+    layers: LayerRange
+    number: int
+    rest: bool
+
+
+@dataclass(frozen=True)
+class Import:
+    """Action: keep what another worker sent for the stage of `epoch`; answered by `Imported`."""
+
+    session: int
+    message: KVPieces | KVEnd
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True)
+class Inherit:
+    """Action: the stage of `epoch` takes over the KV cache of the served one and of the imports.
+
+    Answered by `Inherited`.
+    """
+
+    session: int
+    epoch: int
 
 
 # ------------------------------------------------------------------ events: the coordinator
@@ -170,6 +226,7 @@ class Computed:
 
     Attributes:
         specs: of what it gave: hidden states in the wire dtype, or what the last stage answers.
+        layers_us: of `compute_us`, inside the layers.
         queued_us: from its arrival until it ran.
     """
 
@@ -177,6 +234,7 @@ class Computed:
     specs: tuple[TensorSpec, ...]
     frames: tuple[Frame, ...]
     compute_us: int
+    layers_us: int
     queued_us: int
 
 
@@ -187,6 +245,37 @@ class Broke:
     run: Run
     error: DistributedLLMError
     missing: tuple[MissingPositions, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Event: the next message of a transfer; None if there is nothing to be sent just now."""
+
+    order: Export
+    message: KVPieces | KVEnd | None
+    frames: tuple[Frame, ...] = ()
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Event: what another worker sent is kept."""
+
+    order: Import
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """Event: the stage of `epoch` has its KV cache."""
+
+    order: Inherit
+
+
+@dataclass(frozen=True)
+class HandOverFailed:
+    """Event: an order to export, import or inherit could not be carried out."""
+
+    order: Export | Import | Inherit
+    error: DistributedLLMError
 
 
 Event = (
@@ -203,6 +292,10 @@ Event = (
     | LoadFailed
     | Computed
     | Broke
+    | Exported
+    | Imported
+    | Inherited
+    | HandOverFailed
 )
 
 
@@ -288,6 +381,11 @@ Action = (
     | Run
     | Release
     | Drop
+    | Serve
+    | Unload
+    | Export
+    | Import
+    | Inherit
     | OpenLink
     | Greet
     | HandOn

@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distributed_llm import CheckpointError, DistributedClient, LocalCluster, UnsupportedModel
+from distributed_llm.common.messages import PROTOCOL_VERSION
 from distributed_llm.common.transport import Router
 from distributed_llm.common.types import PeerId
 from tests.reference import reference_text
 from tests.waiting import eventually
 
 COMMAND = [sys.executable, "-m", "distributed_llm.cli"]
+LATER_VERSION = PROTOCOL_VERSION + 1
 LIMIT_S = 60
 
 
@@ -264,7 +266,7 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
 
     async def serve_later_version() -> tuple[int | None, str]:
         def answer(peer: PeerId, frames: object) -> None:
-            router.send(peer, [b"DLLM\x03", b"\x80"])
+            router.send(peer, [b"DLLM" + bytes([LATER_VERSION]), b"\x80"])
 
         router = Router("127.0.0.1:0", answer, lambda: None)
         worker = await asyncio.create_subprocess_exec(
@@ -278,7 +280,7 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
 
     code, said = asyncio.run(asyncio.wait_for(serve_later_version(), LIMIT_S))
     assert code == 3
-    assert "version 3, this program version 2" in said
+    assert f"version {LATER_VERSION}, this program version {PROTOCOL_VERSION}" in said
 
 
 # ------------------------------------------------------------------ Ctrl-C
