@@ -1,9 +1,11 @@
 """What is simulated: how many workers and requests, how fast, how far from one another."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.coordinator.forecast import Goal
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests import GenerationDefaults
@@ -12,8 +14,6 @@ VOCAB = 32_000
 HIDDEN = 2048
 LAYER_BYTES = 100 * 2**20
 _KV_BYTES = 4096
-_SPARE = 2.0
-"""Sizes of the model that a pipeline's memory holds: for KV cache, and one of many may die."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,21 @@ class Scenario:
     batch: int = field(default=64, metadata={"help": "answers that run in one pipeline"})
     chunk: int = field(default=512, metadata={"help": "tokens of a step"})
     waiting: int = field(default=0, metadata={"help": "answers that may wait; 0: any number"})
+    spare: float = field(default=2.0, metadata={"help": "times that a pipeline holds the model"})
     kv_tokens: int = field(default=65_536, metadata={"help": "positions of KV cache of a stage"})
     stage_ms: float = field(default=20.0, metadata={"help": "of a task, without its tokens"})
     token_ms: float = field(default=0.2, metadata={"help": "of a task, for each of its tokens"})
     spread: float = field(default=0.1, metadata={"help": "sigma of log-normal worker speeds"})
+    noise: float = field(default=0.02, metadata={"help": "of a task's time, at most, as a share"})
     link_ms: float = field(default=1.0, metadata={"help": "mean delay of a message, one way"})
     relayed: float = field(default=0.0, metadata={"help": "share of workers that reach no other"})
     join_s: float = field(default=0.01, metadata={"help": "between the first joins"})
     lifetime_s: float = field(default=0.0, metadata={"help": "mean, of a worker; 0: none dies"})
     rejoin_s: float = field(default=10.0, metadata={"help": "from a death to a worker instead"})
+    strategy: Literal["speed", "memory", "even"] = field(
+        default="memory", metadata={"help": "speed, memory or even"}
+    )
+    objective: Goal = field(default="auto", metadata={"help": "auto, throughput or latency"})
     seed: int = field(default=0, metadata={"help": "of all draws"})
 
     @property
@@ -51,7 +57,7 @@ class Scenario:
     @property
     def memory_bytes(self) -> int:
         """Memory of each worker."""
-        whole = _SPARE * (self.num_layers + 1) * LAYER_BYTES
+        whole = self.spare * (self.num_layers + 1) * LAYER_BYTES
         return int(whole * self.pipelines / self.workers)
 
 

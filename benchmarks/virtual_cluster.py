@@ -21,12 +21,14 @@ from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.placement import CoreSettings
+from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.worker.link_events import LinkId
 
 T = TypeVar("T")
 
 _TEXT_S = 0.0002
+_STUDY_S = 0.01
 _POLL_S = 1.0
 _SILENT_DEATHS = 4
 """One death in so many closes no connection (power loss)."""
@@ -81,6 +83,7 @@ class VirtualCluster:
         seen: by the clients.
         steps: that the core has sent to a first stage; `relays` to later ones.
         tasks: that workers have computed.
+        dials: by connection, whose it is.
         deaths: of workers.
         asked_at: when the first request was sent; `drained_at`: when the last one had a token.
         busy: by pipeline, the shares of that time in which its stages were busy.
@@ -98,6 +101,8 @@ class VirtualCluster:
         self.core = Core(
             served_model(scenario),
             CoreSettings(
+                strategy=scenario.strategy,
+                objective=scenario.objective,
                 replicas=scenario.pipelines,
                 max_batch_sequences=scenario.batch,
                 max_batch_tokens=scenario.chunk,
@@ -106,6 +111,7 @@ class VirtualCluster:
             draw_seed=lambda: self.random.getrandbits(62),
         )
         self.workers: dict[PeerId, VirtualWorker] = {}
+        self.dials: dict[PeerId, tuple[VirtualWorker, LinkId]] = {}
         self.clients = {client.peer: client for client in self._make_clients()}
         self.coordinator_delay_s = self.link_delay_s()
         self._joined, self._settled = 0, False
@@ -176,6 +182,9 @@ class VirtualCluster:
                     self._texts[key] = [0] * action.num_choices
                     event = events.Tokenized(key, token_ids_of_frame(payload))
                     self.at(self.now + _TEXT_S, self.apply, event)
+                case events.Study(survey=survey):
+                    found = self.meter.call("Study", survey.carry_out)
+                    self.at(self.now + _STUDY_S, self.apply, events.Studied(found))
                 case events.Forget(key=key):
                     self._texts.pop(key, None)
                 case events.Stop(error=error):
@@ -231,22 +240,22 @@ class VirtualCluster:
         self.deaths += 1
         worker.alive = False
         noticed_at = self.now + (_SILENCE_S if self.deaths % _SILENT_DEATHS == 0 else CONNECT_S)
-        self.at(noticed_at, self._noticed, worker)
+        self.at(noticed_at, self.noticed, worker)
         self.at(self.now + self.random.expovariate(1 / self.scenario.rejoin_s), self._join)
 
-    def _noticed(self, worker: VirtualWorker) -> None:
+    def noticed(self, worker: VirtualWorker) -> None:
+        """The connections of a worker are closed."""
         worker.gone = True
         self.apply(events.ConnectionClosed())
         for other in self.workers.values():
-            if other.next_worker is worker:
-                other.next_lost()
+            other.lost(worker)
 
     def pipelines(self) -> list[list[VirtualWorker]]:
         """Return the workers that have layers, by pipeline."""
         groups: defaultdict[int, list[VirtualWorker]] = defaultdict(list)
         for worker in self.workers.values():
-            if worker.alive and worker.layers:
-                groups[worker.agent.epoch].append(worker)
+            if worker.alive and worker.served:
+                groups[worker.epoch].append(worker)
         return list(groups.values())
 
     # -------------------------------------------------------------- clients
@@ -256,6 +265,14 @@ class VirtualCluster:
 
     def ask(self) -> None:
         """Let the clients ask, and wait until every request has ended."""
+        self.begin_asking()
+        ended = self.seen.ended
+        asking_s = self.scenario.requests / self.scenario.rate if self.scenario.rate else 0.0
+        limit_s = 2 * asking_s + _PATIENCE_S
+        self.run(lambda: ended.total() >= self.scenario.requests, limit_s=limit_s)
+
+    def begin_asking(self) -> None:
+        """Let the clients ask while time passes."""
         self.asked_at = self.now
         for worker in self.workers.values():
             worker.busy_s = 0.0
@@ -267,10 +284,6 @@ class VirtualCluster:
         )
         self.at(self.now + CONNECT_S, self._ask_next, iter(askers))
         self.at(self.now + _WINDOW_S, self._end_window)
-        ended = self.seen.ended
-        asking_s = self.scenario.requests / self.scenario.rate if self.scenario.rate else 0.0
-        limit_s = 2 * asking_s + _PATIENCE_S
-        self.run(lambda: ended.total() >= self.scenario.requests, limit_s=limit_s)
 
     def request_started(self) -> None:
         """A request has its first token, or will never have one."""

@@ -1,23 +1,31 @@
 """Workers of a virtual cluster: production agents, and compute threads that only take time."""
 
 import math
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from benchmarks.scenario import HIDDEN, LAYER_BYTES
+from benchmarks.scenario import HIDDEN, LAYER_BYTES, Scenario
 from distributed_llm.common.messages import (
+    Addresses,
     Capabilities,
     FromWorker,
     Heartbeat,
+    KVEnd,
+    KVPieces,
+    LoadStage,
+    PeerProbe,
+    PeerWelcome,
     Task,
     ToNextWorker,
+    ToPreviousWorker,
     ToWorker,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.worker import events as agents
+from distributed_llm.worker import link_events as links
 from distributed_llm.worker.agent import Agent
 
 if TYPE_CHECKING:
@@ -26,14 +34,26 @@ if TYPE_CHECKING:
 CONNECT_S = 0.01
 _LOAD_S = 2.0
 
+_BESIDE = 0.02
+"""Share of a task's time that is not spent in layers."""
+
+_BYTES_PER_S = 100e6
+_PROBE_BYTES = 256 * 1024
+_PIECES_BYTES = 4 * 2**20
+_PIECES = 4
+"""Messages that a transfer of KV cache takes, whatever it holds."""
+
+_PIECES_S = 0.001
+"""In the compute thread, for each of them."""
+
 
 class VirtualWorker:
     """A machine: the production agent, and a compute thread that only takes time.
 
     Attributes:
         delay_s: what its end adds to a link.
-        layers: how many it has loaded.
-        next_worker: of the next stage, if this one dialled it.
+        slowness: how many times longer than usual its tasks take; may be changed.
+        served: the order for the stage that it serves.
         alive: it has not died.
         gone: its connections are closed.
         busy_s: of its compute thread.
@@ -43,19 +63,21 @@ class VirtualWorker:
         scenario = cluster.scenario
         self.cluster, self.peer = cluster, PeerId(name.encode())
         self.delay_s = cluster.link_delay_s()
-        self.layers = 0
-        self.next_worker: VirtualWorker | None = None
+        self.served: LoadStage | None = None
         self.alive, self.gone = True, False
         self.busy_s = 0.0
         self._apart = cluster.random.random() < scenario.relayed
-        self._slowness = cluster.random.lognormvariate(0.0, scenario.spread)
-        self._queue: deque[tuple[agents.Run, float]] = deque()
+        self.slowness = cluster.random.lognormvariate(0.0, scenario.spread)
+        self._beside: LoadStage | None = None
+        self._exported: Counter[tuple[int, LayerRange]] = Counter()
+        self._links: dict[links.LinkId, VirtualWorker] = {}
+        self._queue: deque[tuple[_Order, float]] = deque()
         self._computing = False
         self._progress_at = cluster.now
         self._timer_at = math.inf
         self.agent = Agent(
             name,
-            self._capabilities(),
+            self._capabilities(scenario),
             instance=f"process-{id(self)}",
             address="a:1",
             connect_timeout_s=60.0,
@@ -63,17 +85,22 @@ class VirtualWorker:
         )
         self._connect()
 
-    def _capabilities(self) -> Capabilities:
+    def _capabilities(self, scenario: Scenario) -> Capabilities:
         return Capabilities(
             device="cpu",
             device_name="made up",
             platform="none",
-            memory_bytes=self.cluster.scenario.memory_bytes,
+            memory_bytes=scenario.memory_bytes,
             cores=1,
             threads=1,
-            memory_bandwidth_bytes_per_s=1e9,
-            flops_per_s=1e9,
+            memory_bandwidth_bytes_per_s=1e9 / self.slowness,
+            flops_per_s=1e9 / self.slowness,
         )
+
+    @property
+    def epoch(self) -> int:
+        """Of the stage that it serves; 0 is none."""
+        return self.served.epoch if self.served else 0
 
     # -------------------------------------------------------------- edge
 
@@ -84,11 +111,6 @@ class VirtualWorker:
     def receive(self, message: ToWorker, frames: tuple[Frame, ...]) -> None:
         """Take a message of the coordinator."""
         self._apply(agents.Received(message, frames))
-
-    def _receive_across(
-        self, sender: PeerId, message: ToNextWorker, frames: tuple[Frame, ...]
-    ) -> None:
-        self._apply(agents.PeerReceived(sender, message, frames))
 
     def _apply(self, event: agents.Event) -> None:
         if self.alive:
@@ -112,70 +134,99 @@ class VirtualWorker:
     def _perform(self, actions: Iterable[agents.Action]) -> None:
         for action in actions:
             match action:
-                case agents.Run():
+                case agents.Run() | agents.Export() | agents.Import() | agents.Inherit():
                     self._queue.append((action, self.cluster.now))
                     self._work()
-                case agents.HandOn(task=message, frames=frames):
-                    self._across(message, frames)
-                case agents.Say(message=said, frames=frames):
-                    self._say(said, frames)
-                case agents.Beat(epoch=epoch):
-                    self._say(self._heartbeat(epoch))
                 case agents.Load():
                     self.cluster.at(self.cluster.now + _LOAD_S, self._loaded, action)
+                case agents.Serve():
+                    self.served, self._beside = self._beside, None
+                case agents.Unload():
+                    self._beside = None
                 case agents.Drop():
-                    self.layers = 0
-                case agents.OpenLink(epoch=epoch, addresses=addresses):
-                    self.cluster.at(self.cluster.now + CONNECT_S, self._dialled, epoch, addresses)
-                case agents.Greet(hello=hello):
-                    self._across(hello)
-                case agents.PeerSay(peer=peer, message=welcome):
-                    self.cluster.workers[peer].welcomed(welcome.epoch, self)
-                case agents.CloseLink():
-                    self.next_worker = None
+                    self.served = self._beside = None
+                case agents.Say(message=said, frames=frames):
+                    self._say(said, frames)
+                case agents.Beat(epochs=epochs):
+                    self._say(self._heartbeat(epochs))
                 case agents.Reconnect():
                     self._queue.clear()
                     self._connect()
+                case agents.End():
+                    self.alive = False
+                    self.cluster.at(self.cluster.now + CONNECT_S, self.cluster.noticed, self)
                 case agents.Exit(error=error):
                     raise error
+                case agents.Release() | agents.Log():
+                    pass
+                case _:
+                    self._perform_link(action)
+
+    def _perform_link(self, action: links.LinkAction) -> None:
+        match action:
+            case links.OpenLink(link=link, addresses=addresses):
+                self._links.pop(link, None)
+                self.cluster.at(self.cluster.now + CONNECT_S, self._dialled, link, addresses)
+            case links.Greet(link=link, hello=hello):
+                self._across(link, hello)
+            case links.HandOn(task=task, frames=frames):
+                self._across(links.LinkId(task.epoch), task, frames)
+            case links.Transmit(link=link, message=message, frames=frames):
+                self._across(link, message, frames)
+            case links.CloseLink(link=link):
+                self._links.pop(link, None)
+            case links.PeerSay(peer=peer, message=answer):
+                dialler, link = self.cluster.dials[peer]
+                delay_s = self.delay_s + dialler.delay_s
+                when = self.cluster.now + delay_s
+                self.cluster.at(when, dialler._answered, link, answer, 2 * delay_s)
 
     def _say(self, message: FromWorker, frames: tuple[Frame, ...] = ()) -> None:
         when = self.cluster.now + self.delay_s + self.cluster.coordinator_delay_s
         self.cluster.at(when, self.cluster.apply, events.Received(self.peer, message, frames))
 
-    def _heartbeat(self, epoch: int) -> Heartbeat:
+    def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
         waiting = len(self._queue) + self._computing
         return Heartbeat(
-            epoch=epoch,
+            epochs=epochs,
             progress_age_s=self.cluster.now - self._progress_at if waiting else 0.0,
             tasks_waiting=waiting,
             memory_used_bytes=1,
             kv_bytes=1,
         )
 
-    # -------------------------------------------------------------- the next worker
+    # -------------------------------------------------------------- other workers
 
-    def _dialled(self, epoch: int, addresses: Sequence[str]) -> None:
+    def _dialled(self, link: links.LinkId, addresses: Addresses) -> None:
         other = self.cluster.workers[PeerId(addresses[0].encode())]
         if self.alive and other.alive and not self._apart:
-            self.next_worker = other
-            self._apply(agents.NextReached(epoch, addresses[0]))
+            self._links[link] = other
+            self._apply(links.NextReached(link, addresses[0]))
 
-    def _across(self, message: ToNextWorker, frames: tuple[Frame, ...] = ()) -> None:
-        other = self.next_worker
+    def _across(
+        self, link: links.LinkId, message: ToNextWorker, frames: tuple[Frame, ...] = ()
+    ) -> None:
+        other = self._links.get(link)
         if other is not None:
-            when = self.cluster.now + self.delay_s + other.delay_s
-            self.cluster.at(when, other._receive_across, self.peer, message, frames)
+            connection = PeerId(f"{self.peer.decode()} {link.epoch} {link.layers}".encode())
+            self.cluster.dials[connection] = self, link
+            delay_s = self.delay_s + other.delay_s + _size(message) / _BYTES_PER_S
+            event = links.PeerReceived(connection, message, frames)
+            self.cluster.at(self.cluster.now + delay_s, other._apply, event)
 
-    def welcomed(self, epoch: int, other: "VirtualWorker") -> None:
-        """The next worker answers a hello."""
-        delay_s = self.delay_s + other.delay_s
-        self.cluster.at(self.cluster.now + delay_s, self._apply, agents.LinkUp(epoch, 2 * delay_s))
+    def _answered(self, link: links.LinkId, message: ToPreviousWorker, rtt_s: float) -> None:
+        if link not in self._links:
+            return
+        if isinstance(message, PeerWelcome):
+            self._apply(links.LinkUp(link, rtt_s))
+        else:
+            self._apply(links.LinkHeard(link, message))
 
-    def next_lost(self) -> None:
-        """The next worker is gone."""
-        self.next_worker = None
-        self._apply(agents.LinkDown(self.agent.epoch))
+    def lost(self, other: "VirtualWorker") -> None:
+        """Another worker is gone."""
+        for link in [link for link, end in self._links.items() if end is other]:
+            del self._links[link]
+            self._apply(links.LinkDown(link))
 
     # -------------------------------------------------------------- compute thread
 
@@ -183,35 +234,76 @@ class VirtualWorker:
         order = load.order
         if self.agent.is_void(load):
             return
-        self.layers = len(order.layers)
+        if order.beside:
+            self._beside = order
+        else:
+            self.served, self._beside = order, None
         room = min(order.kv_tokens, self.cluster.scenario.kv_tokens)
-        weights = self.layers * LAYER_BYTES
+        weights = len(order.layers) * LAYER_BYTES
         self._apply(agents.Loaded(load.session, order.epoch, _LOAD_S, weights, room))
 
     def _work(self) -> None:
         while self._queue and not self._computing:
-            run, arrived_at = self._queue.popleft()
-            if not self.agent.is_void(run):
-                took_s = self._task_s(run.task)
+            order, arrived_at = self._queue.popleft()
+            if not self.agent.is_void(order):
+                took_s = self._task_s(order.task) if isinstance(order, agents.Run) else _PIECES_S
                 queued_s = self.cluster.now - arrived_at
                 self._computing, self._progress_at = True, self.cluster.now
-                self.cluster.at(self.cluster.now + took_s, self._computed, run, took_s, queued_s)
+                self.cluster.at(self.cluster.now + took_s, self._done, order, took_s, queued_s)
 
     def _task_s(self, task: Task) -> float:
         scenario = self.cluster.scenario
-        share = self.layers * scenario.workers / (scenario.num_layers * scenario.pipelines)
+        layers = len(self.served.layers) if self.served else 0
+        share = layers * scenario.workers / (scenario.num_layers * scenario.pipelines)
         tokens = task.tensors[0].shape[0]
-        noise = 0.98 + 0.04 * self.cluster.random.random()
+        noise = 1.0 + scenario.noise * (2.0 * self.cluster.random.random() - 1.0)
         base_ms = scenario.stage_ms + scenario.token_ms * tokens
-        return noise * self._slowness * share * base_ms / 1000
+        return noise * self.slowness * share * base_ms / 1000
 
-    def _computed(self, run: agents.Run, took_s: float, queued_s: float) -> None:
+    def _done(self, order: "_Order", took_s: float, queued_s: float) -> None:
         self._computing, self._progress_at = False, self.cluster.now
-        self.busy_s += took_s
-        self.cluster.tasks += 1
-        specs, frames = _output(run.task)
-        self._apply(agents.Computed(run, specs, frames, int(1e6 * took_s), int(1e6 * queued_s)))
+        match order:
+            case agents.Run():
+                self.busy_s += took_s
+                self.cluster.tasks += 1
+                specs, frames = _output(order.task)
+                took_us, layers_us = int(1e6 * took_s), int(1e6 * (1 - _BESIDE) * took_s)
+                computed = agents.Computed(
+                    order, specs, frames, took_us, layers_us, int(1e6 * queued_s)
+                )
+                self._apply(computed)
+            case agents.Export():
+                self._apply(self._export(order))
+            case agents.Import():
+                self._apply(agents.Imported(order))
+            case agents.Inherit():
+                self._apply(agents.Inherited(order))
         self._work()
+
+    def _export(self, order: agents.Export) -> agents.Exported:
+        """Return the next message of a transfer: some with KV cache, and one when it ends."""
+        named = {"epoch": order.epoch, "layers": order.layers, "number": order.number}
+        key = order.epoch, order.layers
+        if self._exported[key] < _PIECES:
+            self._exported[key] += 1
+            return agents.Exported(order, KVPieces(**named, parts=(), tensors=()), (b"",))
+        if order.rest:
+            return agents.Exported(order, KVEnd(**named, tensors=()), (b"",))
+        return agents.Exported(order, None)
+
+
+_Order = agents.Run | agents.Export | agents.Import | agents.Inherit
+
+
+def _size(message: ToNextWorker) -> int:
+    """Return the bytes of what is large."""
+    match message:
+        case PeerProbe():
+            return _PROBE_BYTES
+        case KVPieces():
+            return _PIECES_BYTES
+        case _:
+            return 0
 
 
 def _output(task: Task) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:

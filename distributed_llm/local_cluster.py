@@ -111,7 +111,8 @@ class LocalCluster:
     Args:
         model: checkpoint folder or hub id; empty is the built-in model.
         workers: how many, or the settings of each, such as
-            `{"name": "mac", "slowdown": 2.0, "max_memory": "512MiB", "threads": 1}`.
+            `{"name": "mac", "slowdown": 2.0, "max_memory": "512MiB", "threads": 1}`. They end at
+            once when told to, unless `leave_timeout_s` is given.
         start_timeout_s: after which a cluster that does not serve is given up.
         coordinator: settings of the coordinator, such as `{"strategy": "even"}`.
 
@@ -128,11 +129,10 @@ class LocalCluster:
         coordinator: Mapping[str, Any] | None = None,
     ) -> None:
         self._model = str(model)
-        self._wanted = (
-            [{"name": f"worker-{i + 1}"} for i in range(workers)]
-            if isinstance(workers, int)
-            else [{"name": f"worker-{i + 1}", **given} for i, given in enumerate(workers)]
-        )
+        self._wanted = [
+            {"name": f"worker-{i + 1}", "leave_timeout_s": 0, **given}
+            for i, given in enumerate([{}] * workers if isinstance(workers, int) else workers)
+        ]
         self._start_timeout_s = start_timeout_s
         self._settings: dict[str, Any] = {
             "bind": "127.0.0.1:0",

@@ -12,6 +12,7 @@ from distributed_llm.common.messages import (
     ClientHello,
     ClientWelcome,
     ClusterStatus,
+    DrainWorker,
     Finished,
     FinishReason,
     Generate,
@@ -126,7 +127,7 @@ class FakeCoordinator:
         return [message for message in self.heard if isinstance(message, Generate)]
 
     def say(self, *messages: ToClient) -> None:
-        """Send to the client that sent the last request."""
+        """Send to the client that sent the last request or order."""
 
         async def say() -> None:
             self._send(self._peer, *messages)
@@ -151,6 +152,9 @@ class FakeCoordinator:
                 assert self._status
                 spec, frame = frame_of_bytes(codec.encode_payload(self._status))
                 self._router.send(peer, codec.encode(StatusReport(tensors=(spec,)), [frame]))
+            case DrainWorker():
+                self._peer = peer
+                self.heard.append(message)
             case Generate():
                 self._peer = peer
                 self.prompts.append([bytes(tensor) for tensor in tensors])

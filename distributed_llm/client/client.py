@@ -11,6 +11,8 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
+import msgspec
+
 from distributed_llm.client.answers import Answers, Chunk, Generation
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.client.prompts import (
@@ -24,7 +26,7 @@ from distributed_llm.client.prompts import (
 )
 from distributed_llm.client.session import Session, new_request_id
 from distributed_llm.common.errors import DistributedLLMError, InvalidRequest
-from distributed_llm.common.messages import ClusterStatus, Generate, TokenChunk
+from distributed_llm.common.messages import ClusterStatus, Generate, Name, TokenChunk
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.units import split_address
 
@@ -204,6 +206,28 @@ class AsyncDistributedClient:
         session = await self._connected()
         return await session.status(self._connect_timeout_s)
 
+    async def drain_worker(self, name: str) -> None:
+        """Have a worker hand its layers to others, while requests run, and end.
+
+        Returns once it has, however long that takes. Giving the wait up does not call it off.
+
+        Args:
+            name: of the worker, as `status` shows it.
+
+        Raises:
+            InvalidRequest: there is no such worker.
+            NotEnoughMemory: the others cannot hold its layers; it stays.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        try:
+            msgspec.convert(name, Name)
+        except msgspec.ValidationError as exc:
+            raise InvalidRequest(
+                f"{name!r:.100} is no worker's name. `dllm status` shows the names."
+            ) from exc
+        session = await self._connected()
+        await session.drain(name)
+
     async def _connected(self) -> Session:
         async with self._connecting:
             if self._session and self._session.error:
@@ -341,6 +365,10 @@ class DistributedClient:
     def status(self) -> ClusterStatus:
         """Return the cluster as the coordinator sees it."""
         return self._runner.run(self._client.status())
+
+    def drain_worker(self, name: str) -> None:
+        """Have a worker hand its layers over and end; see `AsyncDistributedClient.drain_worker`."""
+        self._runner.run(self._client.drain_worker(name))
 
 
 def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import secrets
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator
-from typing import assert_never
+from itertools import chain
+from typing import Any, assert_never
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import (
@@ -20,6 +21,7 @@ from distributed_llm.common.messages import (
     ClientHello,
     ClientWelcome,
     ClusterStatus,
+    DrainWorker,
     Finished,
     Generate,
     GetStatus,
@@ -30,6 +32,7 @@ from distributed_llm.common.messages import (
     StatusReport,
     ToClient,
     TokenChunk,
+    WorkerDrained,
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
@@ -55,6 +58,7 @@ class Session:
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
         self._answers: dict[str, asyncio.Queue[_Reply | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
+        self._drains: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
         self._heard_at = self._loop.time()
         self._pulse: asyncio.Task[None] | None = None
         self.error: DistributedLLMError | None = None
@@ -148,6 +152,19 @@ class Session:
                 f"The coordinator at {self._address} did not answer in {timeout_s:g} s."
             ) from None
 
+    async def drain(self, worker: str) -> None:
+        """Have a worker hand its layers over and end; return once it has, however long that takes.
+
+        Raises:
+            DistributedLLMError: why it cannot, as the coordinator says, or `CoordinatorLost`.
+        """
+        if self.error:
+            raise self.error
+        drained: asyncio.Future[None] = self._loop.create_future()
+        self._drains[worker].append(drained)
+        self._dealer.send(codec.encode(DrainWorker(worker=worker)))
+        await drained
+
     async def _beat(self, welcome: ClientWelcome) -> None:
         while not self.error:
             self._dealer.send(codec.encode(Ping()))
@@ -179,6 +196,8 @@ class Session:
                 self._answer(message.request_id, error)
             case StatusReport():
                 self._report(tensors[0])
+            case WorkerDrained():
+                self._drained(message)
             case Refused(code="lost"):
                 self._lose("does not know this session any more")
             case Refused(code=code, message=why):
@@ -197,6 +216,16 @@ class Session:
         report = self._reports.popleft() if self._reports else None
         if report and not report.done():
             report.set_result(status)
+
+    def _drained(self, message: WorkerDrained) -> None:
+        waiting = self._drains[message.worker]
+        drained = waiting.popleft() if waiting else None
+        if drained is None or drained.done():
+            return
+        if message.code:
+            drained.set_exception(error_from_wire(message.code, message.message, 0.0))
+        else:
+            drained.set_result(None)
 
     def _answer(self, request_id: str, answer: _Reply | DistributedLLMError) -> None:
         answers = self._answers.get(request_id)
@@ -218,9 +247,10 @@ class Session:
         if not self._welcome.done():
             self._welcome.set_exception(error)
             self._welcome.exception()  # it may be that nobody waits for it any more
-        for report in self._reports:
-            if not report.done():
-                report.set_exception(error)
-                report.exception()
+        every: list[asyncio.Future[Any]] = [*self._reports, *chain(*self._drains.values())]
+        for waiting in every:
+            if not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()
         for answers in self._answers.values():
             answers.put_nowait(error)

@@ -8,6 +8,7 @@ from distributed_llm.common.messages import ToClient, ToCoordinator, ToWorker
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.coordinator.survey import Findings, Survey
 
 PromptKind = Literal["text", "token_ids", "chat"]
 
@@ -78,8 +79,30 @@ class Detokenized:
     last: bool
 
 
+@dataclass(frozen=True)
+class Studied:
+    """Event: a survey was carried out."""
+
+    findings: Findings
+
+
+@dataclass(frozen=True)
+class StudyFailed:
+    """Event: a survey could not be carried out; a bug."""
+
+    error: str
+
+
 Event = (
-    Received | Garbage | ConnectionClosed | Unreachable | Tokenized | TokenizeFailed | Detokenized
+    Received
+    | Garbage
+    | ConnectionClosed
+    | Unreachable
+    | Tokenized
+    | TokenizeFailed
+    | Detokenized
+    | Studied
+    | StudyFailed
 )
 
 
@@ -131,6 +154,13 @@ class Forget:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Action: carry out a survey, which takes a while; answered by `Studied`."""
+
+    survey: Survey
+
+
+@dataclass(frozen=True)
 class Log:
     """Action: write a line for the operator."""
 
@@ -145,4 +175,4 @@ class Stop:
     error: DistributedLLMError
 
 
-Action = Send | Tokenize | Detokenize | Forget | Log | Stop
+Action = Send | Tokenize | Detokenize | Forget | Study | Log | Stop

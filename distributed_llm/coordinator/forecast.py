@@ -11,6 +11,7 @@ each step pays for the chunks of prompts that come per step on average.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Literal
 
 from distributed_llm.common.types import WorkerId
@@ -24,9 +25,14 @@ from distributed_llm.coordinator.partition import (
     best_partition,
     predict,
 )
+from distributed_llm.coordinator.partition_solvers import costs_of, walk_forward
+from distributed_llm.coordinator.partition_tables import make_tables
 from distributed_llm.coordinator.worker_costs import Load, Work, WorkerCosts
 
 Goal = Literal["auto", "throughput", "latency"]
+
+_BETWEEN = 6
+"""Plans that "auto" looks at between that for throughput and that for latency."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,16 @@ class Demand:
     positions: float
     prompt_tokens: float
     chunk_tokens: float
+
+    @classmethod
+    def expected(cls, num_workers: int) -> "Demand":
+        """Return what to plan for before anything was asked: enough to keep all workers busy."""
+        return cls(
+            sequences=max(1, num_workers),
+            positions=256,
+            prompt_tokens=1,
+            chunk_tokens=128,
+        )
 
     def load(self, sequences: float) -> Load:
         """Return the load of steps in which so many sequences decode."""
@@ -69,6 +85,11 @@ class Forecast:
     depth: int
     partition: Partition
 
+    @property
+    def ranges(self) -> Ranges:
+        """Of the plan."""
+        return self.partition.ranges
+
 
 @dataclass(frozen=True)
 class Machines:
@@ -85,9 +106,14 @@ class Machines:
     links: Callable[[float], Links]
 
     def candidates(self, load: Load) -> list[Candidate]:
-        """Return the workers with what they take under a load."""
+        """Return the workers with what they take under a load.
+
+        One that was not measured is expected to be as far from its prior as the others are.
+        """
+        found = (self.costs[worker].scale for worker in self.memory_bytes)
+        scale = median([scale for scale in found if scale is not None] or [1.0])
         return [
-            Candidate(worker, size, self.costs[worker].speed(load))
+            Candidate(worker, size, self.costs[worker].speed(load, scale=scale))
             for worker, size in self.memory_bytes.items()
         ]
 
@@ -104,11 +130,13 @@ def forecast(cost: ModelCost, machines: Machines, ranges: Ranges, demand: Demand
     for depth in range(1, 1 + max(1, min(2 * len(ranges), int(demand.sequences)))):
         sequences = demand.sequences / depth
         load = demand.load(sequences)
-        partition = predict(cost, used.candidates(load), used.links(_tokens(load)), ranges)
+        partition = predict(cost, used.candidates(load), used.links(link_tokens(load)), ranges)
         step_s = max(partition.total_s, depth * partition.slowest_s, 1e-9)
         found = Forecast(demand.sequences / step_s, depth, partition)
         if best is None or found.tokens_per_s > best.tokens_per_s:
             best = found
+        if depth * partition.slowest_s >= partition.total_s:
+            break  # with more, steps wait for the slowest only, which has no fewer of them to do
     assert best is not None
     return best
 
@@ -123,23 +151,58 @@ def best_plan(
         machines: that may serve.
         demand: what is asked for.
         goal: "throughput" is for as many sequences as fill the pipeline, "latency" for one by one;
-            "auto" takes what gives more tokens per second under this demand.
+            "auto" takes what gives most tokens per second under this demand: one of these, or a
+            plan between.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    objectives: list[Objective] = ["throughput", "latency"] if goal == "auto" else [goal]
     found = []
-    for objective in objectives:
-        sequences = demand.sequences
-        if objective == "throughput":  # which are spread over the stages
-            sequences = max(1.0, sequences / len(machines.memory_bytes))
-        load = demand.load(sequences)
-        links = machines.links(_tokens(load))
+    for objective, load in aims(demand, goal, len(machines.memory_bytes)):
+        links = machines.links(link_tokens(load))
         partition = best_partition(
             cost, machines.candidates(load), links, objective=objective, kv_tokens=kv_tokens
         )
         if partition:
             found.append(forecast(cost, machines, partition.ranges, demand))
+    if goal == "auto" and len(found) == 2:
+        load = aims(demand, "throughput", len(machines.memory_bytes))[0][1]
+        most, least = (one.partition.ranges for one in found)
+        between = _between(cost, machines, load, most, least, kv_tokens)
+        found += [forecast(cost, machines, ranges, demand) for ranges in between]
     return max(found, key=lambda one: one.tokens_per_s, default=None)
+
+
+def _between(
+    cost: ModelCost, machines: Machines, load: Load, most: Ranges, least: Ranges, kv_tokens: int
+) -> list[Ranges]:
+    """Return ranges whose slowest stage takes longer than in `most`, and less than in `least`.
+
+    Args:
+        cost: of the model.
+        machines: that may serve.
+        load: of each step.
+        most: the plan with the quickest slowest stage; all keep the order of its workers.
+        least: the plan with the quickest sum of stages and links.
+        kv_tokens: positions of KV cache that every stage must have room for.
+    """
+    links, candidates = machines.links(link_tokens(load)), machines.candidates(load)
+    slowest = [predict(cost, candidates, links, one).slowest_s for one in (most, least)]
+    low, high = (max(each, 1e-9) for each in slowest)
+    used = machines.only([worker for worker, _ in most]).candidates(load)
+    tables = make_tables(cost, used, links, kv_tokens)
+    caps = (low * (high / low) ** (i / (_BETWEEN + 1)) for i in range(1, _BETWEEN + 1))
+    found = [walk_forward(costs_of(tables, range(len(used)), cap_s))[1] for cap_s in caps]
+    some = dict.fromkeys(tables.ranges(cuts) for cuts in found if cuts)
+    return [ranges for ranges in some if ranges not in (most, least)]
+
+
+def aims(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, Load]]:
+    """Return what to make best for a goal, at the load of which steps; of the plans, one is it."""
+    objectives: list[Objective] = ["throughput", "latency"] if goal == "auto" else [goal]
+    spread = max(1.0, demand.sequences / max(1, num_workers))
+    return [
+        (each, demand.load(spread if each == "throughput" else demand.sequences))
+        for each in objectives
+    ]
 
 
 def merit(goal: Goal, found: Forecast) -> float:
@@ -151,7 +214,7 @@ def merit(goal: Goal, found: Forecast) -> float:
     return found.tokens_per_s
 
 
-def _tokens(load: Load) -> float:
+def link_tokens(load: Load) -> float:
     """Return the tokens whose activations cross a link per step."""
     chunk = load.prefill.tokens if load.prefill else 0.0
     return load.decode.tokens + load.prefill_share * chunk

@@ -84,6 +84,7 @@ class KVLedger:
     def __init__(self, capacity_tokens: int) -> None:
         self._capacity = capacity_tokens // KV_BLOCK
         self._used = 0
+        self._tolerated = 0  # in use when there was room for less
         self._held: dict[int, _Held] = {}
         self._ended: dict[int, None] = {}  # least lately used first
         self._index: dict[int, dict[int, None]] = {}
@@ -236,6 +237,16 @@ class KVLedger:
             self._free(oldest)
         return True
 
+    def resize(self, capacity_tokens: int) -> bool:
+        """Have room for so many positions from now on; False if more than that are in use.
+
+        Prefixes of ended sequences make room. What is in use beyond that stays, and does not grow.
+        """
+        self._capacity = capacity_tokens // KV_BLOCK
+        fits = self._make_room(0)
+        self._tolerated = self._used
+        return fits
+
     def discard(self, sequence_id: int) -> None:
         """Keep a sequence no longer as a prefix, if it is kept as one: a stage has lost it."""
         held = self._held.get(sequence_id)
@@ -290,7 +301,7 @@ class KVLedger:
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        assert 0 <= self._used <= self._capacity
+        assert 0 <= self._used <= max(self._capacity, self._tolerated)
         holders: dict[_Segment, set[int]] = {}
         for i, held in self._held.items():
             assert held.computed <= held.length

@@ -1,5 +1,6 @@
 """What it takes to hand activations from worker to worker, as far as it was measured. Pure."""
 
+from collections.abc import Iterable
 from statistics import median
 
 from distributed_llm.common.types import WorkerId
@@ -32,11 +33,33 @@ class Network:
         """
         self._measured[sender, receiver] = (rtt_s / 2, bytes_per_s)
 
+    def bound(self, hops: Iterable[tuple[WorkerId, WorkerId]], seconds: float) -> None:
+        """A step was on its way over these hops for so long: they take no longer than that.
+
+        What a worker measures while it is busy is too long.
+        """
+        known = [pair for pair in hops if pair in self._measured]
+        total_s = sum(self._measured[pair][0] for pair in known)
+        if total_s > seconds:
+            for pair in known:
+                latency_s, bytes_per_s = self._measured[pair]
+                self._measured[pair] = (latency_s * max(0.0, seconds) / total_s, bytes_per_s)
+
     def forget(self, worker: WorkerId) -> None:
         """A worker is gone."""
         gone = [pair for pair in self._measured if worker in pair]
         for pair in gone:
             del self._measured[pair]
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from one end of a link to the other, the median of those that were measured."""
+        return median(latency for latency, _ in self._measured.values() or [(_LATENCY_S, 0.0)])
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What a link carries, the median of those that were measured."""
+        return median(rate for _, rate in self._measured.values() or [(0.0, _BYTES_PER_S)])
 
     def links(self, tokens: float) -> Links:
         """Return what the activations of so many tokens take on each link.
@@ -44,11 +67,13 @@ class Network:
         One that was not measured is expected to be as the others are.
         """
         known = {pair: self._hop(tokens, *found) for pair, found in self._measured.items()}
-        latency_s, bytes_per_s = _LATENCY_S, _BYTES_PER_S
-        if self._measured:
-            latency_s = median(latency for latency, _ in self._measured.values())
-            bytes_per_s = median(rate for _, rate in self._measured.values())
-        return Links(self._hop(tokens, latency_s, bytes_per_s), known)
+        return Links(self._hop(tokens, self.latency_s, self.bytes_per_s), known)
+
+    def snapshot(self) -> "Network":
+        """Return what is known now; it does not change when that does."""
+        copied = Network(self._bytes_per_token)
+        copied._measured = dict(self._measured)
+        return copied
 
     def _hop(self, tokens: float, latency_s: float, bytes_per_s: float) -> Hop:
         return Hop(latency_s, tokens * self._bytes_per_token / bytes_per_s)

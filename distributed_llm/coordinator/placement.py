@@ -5,11 +5,11 @@
        '---nobody can hold it---'  '---a worker came or was lost--'
 
 The model may be served several times, each time by workers of their own (`replicas`). Every plan
-has a larger epoch than all before; answers of an older epoch are dropped.
+has a larger epoch than all before; answers of an older epoch are dropped. How one plan becomes
+another while requests run is the matter of `relocation`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import count, pairwise
 from typing import Literal
 
@@ -28,47 +28,18 @@ from distributed_llm.common.messages import (
     StageFailed,
     StageReady,
 )
-from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.desk import Desk
 from distributed_llm.coordinator.events import Action, Send, Stop
 from distributed_llm.coordinator.journal import Journal
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.planner import Offer, Plan, Strategy, make_plan
+from distributed_llm.coordinator.moves import Move
+from distributed_llm.coordinator.planner import Plan
+from distributed_llm.coordinator.planning import Planning
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica, ReplicaSettings
 from distributed_llm.coordinator.requests import Seat
-
-
-@dataclass(frozen=True)
-class CoreSettings:
-    """How the coordinator decides; times in seconds.
-
-    Attributes:
-        layers: the layers of each worker, for strategy "custom".
-        replicas: how many times to serve the model, if there are workers enough.
-        wire_dtype: of activations between stages; None is the model's.
-        min_workers: workers to wait for before the first plan.
-        settle_s: quiet time after a join before planning.
-        max_batch_sequences: that run at the same time on one pipeline.
-        max_batch_tokens: tokens in one step.
-        min_kv_tokens: positions of KV cache that a plan must have room for.
-        task_timeout_s: without progress, after which a step is computed again.
-    """
-
-    strategy: Strategy = "memory"
-    layers: Mapping[str, LayerRange] = field(default_factory=dict)
-    replicas: int = 1
-    wire_dtype: DtypeName | None = None
-    min_workers: int = 1
-    settle_s: float = 0.5
-    max_batch_sequences: int = 256
-    max_batch_tokens: int = 512
-    max_waiting_requests: int = 256
-    min_kv_tokens: int = 1024
-    heartbeat_interval_s: float = 1.0
-    silence_timeout_s: float = 4.0
-    task_timeout_s: float = 30.0
 
 
 class Placement:
@@ -80,6 +51,7 @@ class Placement:
         registry: the workers.
         desk: the requests; they end when nobody can serve them.
         journal: takes what happens.
+        planning: makes plans.
         draw_key: gives random keys, with which workers know each other.
 
     Attributes:
@@ -97,6 +69,7 @@ class Placement:
         registry: Registry,
         desk: Desk,
         journal: Journal,
+        planning: Planning,
         draw_key: Callable[[], str],
     ) -> None:
         self._model = model
@@ -104,6 +77,7 @@ class Placement:
         self._registry = registry
         self._desk = desk
         self._journal = journal
+        self._planning = planning
         self._draw_key = draw_key
         self._replicas: dict[int, Replica] = {}  # by epoch
         self._of: dict[PeerId, Replica] = {}
@@ -138,7 +112,22 @@ class Placement:
     @property
     def complete(self) -> bool:
         """Whether the model is served as often as is wanted."""
-        return len(self._replicas) >= self._settings.replicas
+        wanted = self._settings.replicas
+        return len(self._replicas) >= (1 if wanted == "auto" else wanted)
+
+    @property
+    def fit_workers(self) -> list[Worker]:
+        """Workers that may be given layers."""
+        return [
+            worker
+            for worker in self._registry.workers
+            if worker.state != "unfit" and not worker.leaving and not self.hangs(worker)
+        ]
+
+    @property
+    def idle_workers(self) -> list[Worker]:
+        """Those of them that have none."""
+        return [worker for worker in self.fit_workers if worker.layers is None]
 
     def hangs(self, worker: Worker) -> bool:
         """Return whether a worker is stuck in a task, of this session or an earlier one."""
@@ -149,7 +138,7 @@ class Placement:
     def replan(self) -> list[Action]:
         """Plan for all workers that are there; what has to change loads its layers."""
         self.replan_at, self.replan_when_idle = None, False
-        fit = self._fit_workers()
+        fit = self.fit_workers
         if self.epoch == 0 and len(fit) < self._settings.min_workers:
             self.note = (
                 f"{len(fit)} of {self._settings.min_workers} workers have joined. "
@@ -157,7 +146,7 @@ class Placement:
             )
             return []
         try:
-            plans = self._make_plans(fit)
+            plans = self._planning.plans(fit)
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             if self._replicas:
                 return [self._journal.note(f"the plan stays: {exc}", "warning")]
@@ -171,11 +160,14 @@ class Placement:
     def add(self) -> list[Action]:
         """Serve the model once more with workers that have no layers, if they can hold it."""
         self.replan_at, self.replan_when_idle = None, True
-        idle = [worker for worker in self._fit_workers() if worker.layers is None]
         try:
-            plan = self._make_plan(idle)
+            plan = self._planning.plan(self.idle_workers)
         except (NotEnoughMemory, ConfigError, NotReady):
             return []
+        return self._load_all([plan])
+
+    def serve_also(self, plan: Plan) -> list[Action]:
+        """Serve the model once more, by workers that have no layers."""
         return self._load_all([plan])
 
     def lose(self, worker: Worker) -> list[Action]:
@@ -184,9 +176,8 @@ class Placement:
         if replica is None:
             return []
         self._dissolve(replica)
-        idle = [other for other in self._fit_workers() if other.layers is None]
         try:
-            return self._load_all([self._make_plan(idle)])
+            return self._load_all([self._planning.plan(self.idle_workers)])
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             if self._replicas:
                 text = f"the model is served {len(self._replicas)} times: {exc}"
@@ -196,29 +187,6 @@ class Placement:
             self.epoch += 1
             broken = WorkerLost(f"Worker {worker.id} serves its layers no longer. {exc}")
             return [*self._drop_unused(), *self._desk.fail_all(broken), *self._wait(exc)]
-
-    def _fit_workers(self) -> list[Worker]:
-        return [w for w in self._registry.workers if w.state != "unfit" and not self.hangs(w)]
-
-    def _make_plans(self, workers: list[Worker]) -> list[Plan]:
-        """Return as many plans as are wanted, or as the workers can hold."""
-        for number in range(min(self._settings.replicas, max(1, len(workers))), 1, -1):
-            try:
-                return [self._make_plan(group) for group in _dealt(workers, number)]
-            except NotEnoughMemory:
-                continue
-        return [self._make_plan(workers)]
-
-    def _make_plan(self, workers: list[Worker]) -> Plan:
-        if not workers:
-            raise NotReady("No worker is there. Start one with `dllm worker`.")
-        return make_plan(
-            self._model.cost,
-            [Offer(worker.id, worker.capabilities.memory_bytes) for worker in workers],
-            strategy=self._settings.strategy,
-            kv_tokens=min(self._settings.min_kv_tokens, self._model.defaults.context_length),
-            layers=self._settings.layers,
-        )
 
     # -------------------------------------------------------------- carrying it out
 
@@ -254,46 +222,143 @@ class Placement:
         return [*self._drop_unused(), *actions, *self._tell_capacity()]
 
     def _load(self, plan: Plan) -> list[Action]:
+        replica, key = self._new_replica(plan), self._draw_key()
+        self._replicas[replica.epoch] = replica
+        for seat in replica.seats:
+            self._of[seat.peer] = replica
+            self._worker(seat).assign(seat.layers, epoch=replica.epoch)
+        text = f"plan {replica.epoch}: layers {layers_text(replica)}"
+        return [*self._load_stages(replica, key), self._journal.note(text)]
+
+    def _new_replica(self, plan: Plan) -> Replica:
         self.epoch += 1
-        workers = {worker.id: worker for worker in self._registry.workers}
-        seats = tuple(Seat(workers[s.worker].peer, s.worker, s.layers) for s in plan)
-        replica = Replica(
+        peers = {worker.id: worker.peer for worker in self._registry.workers}
+        return Replica(
             self.epoch,
             plan,
-            seats,
+            tuple(Seat(peers[s.worker], s.worker, s.layers) for s in plan),
             self._replica_settings(),
             new_sequence_id=lambda: next(self._sequence_ids),
             on_change=self._note_change,
         )
-        self._replicas[self.epoch] = replica
-        key = self._draw_key()
-        actions: list[Action] = []
-        for seat, following in pairwise((*seats, None)):
-            assert seat is not None
-            self._of[seat.peer] = replica
-            workers[seat.worker].assign(seat.layers, epoch=self.epoch)
-            after = None if following is None else workers[following.worker]
-            actions.append(Send(seat.peer, self._load_stage(seat, after, key, replica)))
-        actions.reverse()  # who is dialled shall know the epoch by then
-        cuts = ", ".join(f"{stage.worker} {stage.layers}" for stage in plan)
-        return [*actions, self._journal.note(f"plan {self.epoch}: layers {cuts}")]
 
-    def _load_stage(
-        self, seat: Seat, following: Worker | None, key: str, replica: Replica
-    ) -> LoadStage:
-        return LoadStage(
-            epoch=replica.epoch,
-            source=self._model.source,
-            layers=seat.layers,
-            dtype=self._model.dtype,
-            wire_dtype=self._settings.wire_dtype or self._model.dtype,
-            digest=self._model.digest(seat.layers),
-            kv_tokens=next(s.kv_tokens for s in replica.plan if s.worker == seat.worker),
-            link_key=key,
-            next_stage=None
-            if following is None
-            else NextStage(worker=following.id, addresses=following.peer_addresses),
-        )
+    def _load_stages(
+        self,
+        replica: Replica,
+        key: str,
+        *,
+        beside: bool = False,
+        imports: Mapping[PeerId, tuple[LayerRange, ...]] | None = None,
+    ) -> list[Action]:
+        """Return the orders to load; who is dialled comes first, to know the epoch by then."""
+        actions: list[Action] = []
+        for seat, following in pairwise((*replica.seats, None)):
+            assert seat is not None
+            after = None if following is None else self._worker(following)
+            order = LoadStage(
+                epoch=replica.epoch,
+                source=self._model.source,
+                layers=seat.layers,
+                dtype=self._model.dtype,
+                wire_dtype=self._settings.wire_dtype or self._model.dtype,
+                digest=self._model.digest(seat.layers),
+                kv_tokens=next(s.kv_tokens for s in replica.plan if s.worker == seat.worker),
+                link_key=key,
+                next_stage=None
+                if after is None
+                else NextStage(worker=after.id, addresses=after.peer_addresses),
+                beside=beside,
+                imports=(imports or {}).get(seat.peer, ()),
+            )
+            actions.append(Send(seat.peer, order))
+        return actions[::-1]
+
+    def _worker(self, seat: Seat) -> Worker:
+        worker = self._registry.worker(seat.peer)
+        assert worker is not None
+        return worker
+
+    def replace(self, old: Replica, plan: Plan, *, why: str) -> list[Action]:
+        """Load a plan in place of one: for workers that cannot hold the layers of both.
+
+        Args:
+            plan: by workers of `old` and idle ones.
+        """
+        text = f"plan {old.epoch} ends, and another one is loaded in its place: {why}"
+        balancer, demand = old.balancer, old.demand
+        self._dissolve(old)
+        actions = self._load_all([plan])
+        new = self._replicas[self.epoch]
+        new.balancer, new.demand = balancer, demand
+        return [self._journal.note(text), *actions]
+
+    # -------------------------------------------------------------- from one plan to another
+
+    def prepare(
+        self, old: Replica, plan: Plan, *, copies: bool, now: float
+    ) -> tuple[Move, list[Action]]:
+        """Have the stages of a plan load beside those of a pipeline that serves.
+
+        Args:
+            plan: by workers of `old` and idle ones.
+            copies: whether the KV cache goes along.
+        """
+        new, key = self._new_replica(plan), self._draw_key()
+        addresses = {seat.peer: self._worker(seat).peer_addresses for seat in new.seats}
+        move = Move(old, new, addresses=addresses, link_key=key, copies=copies, now=now)
+        imports: dict[PeerId, tuple[LayerRange, ...]] = {}
+        for transfer in move.transfers:
+            peer = transfer.receiver.peer
+            imports[peer] = (*imports.get(peer, ()), transfer.layers)
+        for seat in new.seats:
+            worker = self._worker(seat)
+            if self._of.get(seat.peer) is old:
+                worker.prepare(seat.layers)
+            else:
+                self._of[seat.peer] = new
+                worker.assign(seat.layers, epoch=new.epoch)
+        return move, self._load_stages(new, key, beside=True, imports=imports)
+
+    def swap(self, move: Move) -> list[Action]:
+        """Serve what a move leads to; the old pipeline is no more."""
+        old, new = move.old, move.new
+        del self._replicas[old.epoch]
+        self.changed.pop(old.epoch, None)
+        self._replicas[new.epoch] = new
+        for seat in old.seats:
+            del self._of[seat.peer]
+        for seat in new.seats:
+            self._of[seat.peer] = new
+            worker = self._worker(seat)
+            worker.switch(epoch=new.epoch, weight_bytes=new.weight_bytes_of(seat.peer))
+            worker.link = new.link_of(seat.peer)
+        for seat in old.seats:
+            if seat.peer not in self._of:
+                worker = self._worker(seat)
+                worker.unassign()
+                worker.epoch = 0
+        if move.copies:
+            new.take_over(old)
+        else:
+            assert old.scheduler is not None
+            self._desk.requeue(old.scheduler.evacuate())
+            old.pipeline = old.scheduler = None
+            new.serve()
+        return [*move.commit(), *self._tell_capacity()]
+
+    def cancel(self, move: Move) -> list[Action]:
+        """Go on with what a move would have left."""
+        for seat in move.new.seats:
+            worker = self._registry.worker(seat.peer)
+            if self._of.get(seat.peer) is move.new:
+                del self._of[seat.peer]
+                if worker is not None:
+                    worker.unassign()
+                    worker.epoch = 0
+            elif worker is not None:
+                worker.next_layers = None
+        there = {worker.peer for worker in self._registry.workers}
+        return [send for send in move.undo() if send.peer in there]
 
     def _note_change(self, replica: Replica) -> None:
         self.changed[replica.epoch] = replica
@@ -323,9 +388,11 @@ class Placement:
             return []
         worker.state = "serving"
         worker.weight_bytes = ready.weight_bytes
+        worker.loaded(ready.weight_bytes, ready.load_s)
         note = f"worker {worker.id} loaded layers {worker.layers} in {ready.load_s:.1f} s"
         actions: list[Action] = [self._journal.note(note)]
         if replica.stage_ready(worker.peer, ready):
+            replica.serve()
             actions += self._tell_capacity()
             text = f"serving plan {replica.epoch}: {replica.kv_tokens} positions of KV cache"
             actions.append(self._journal.note(text))
@@ -352,20 +419,19 @@ class Placement:
             assert replica.epoch == epoch <= self.epoch
             replica.validate()
             assert replica.seats[-1].layers.stop == self._model.cost.num_layers
+            assert replica.seats[0].layers.start == 0
             for seat in replica.seats:
                 assert self._of[seat.peer] is replica
                 worker = self._registry.worker(seat.peer)
                 assert worker is not None
                 assert (worker.layers, worker.epoch) == (seat.layers, epoch)
                 assert worker.state in ("loading", "serving")
-        assert len(self._of) == sum(len(r.seats) for r in self._replicas.values())
+        served = {seat.peer for r in self._replicas.values() for seat in r.seats}
+        loading = {peer for peer, r in self._of.items() if r.epoch not in self._replicas}
+        assert set(self._of) == served | loading
+        assert len(served) == sum(len(r.seats) for r in self._replicas.values())
 
 
-def _dealt(workers: Sequence[Worker], number: int) -> list[list[Worker]]:
-    """Return the workers in groups of about the same memory: largest first, to and fro."""
-    ranked = sorted(workers, key=lambda w: (-w.capabilities.memory_bytes, w.id))
-    groups: list[list[Worker]] = [[] for _ in range(number)]
-    for at, worker in enumerate(ranked):
-        turn, place = divmod(at, number)
-        groups[place if turn % 2 == 0 else number - 1 - place].append(worker)
-    return groups
+def layers_text(replica: Replica) -> str:
+    """Return who has which layers, for people."""
+    return ", ".join(f"{seat.worker} {seat.layers}" for seat in replica.seats)

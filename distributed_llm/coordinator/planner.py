@@ -4,7 +4,7 @@ A plan cuts the layers into contiguous ranges, one per worker. Under strategy `m
 are in proportion to memory: of all cuts in which every range fits its worker, the one with the
 least sum of bytes^2 / memory, whose continuous optimum is exact proportion (bytes_i ~ memory_i by
 Lagrange). It is found by dynamic programming over (worker, first layer), so embedding, head and
-unequal layers are counted exactly.
+unequal layers are counted exactly. Under strategy `speed` they are what `forecast` finds best.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,17 @@ import numpy.typing as npt
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 from distributed_llm.common.types import LayerRange, WorkerId, size_text
+from distributed_llm.coordinator.forecast import Demand, Goal, Machines, best_plan
 from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.partition import Ranges
 
-Strategy = Literal["memory", "even", "custom"]
+Strategy = Literal["speed", "memory", "even", "custom"]
+StaticStrategy = Literal["memory", "even", "custom"]
+"""Those that do not ask how fast anything is."""
+
+_CONTEXTS = 16
+_POSITIONS = 65_536
+"""Room for KV cache that no plan has to give speed up for: so many whole contexts or positions."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ def make_plan(
     cost: ModelCost,
     offers: Sequence[Offer],
     *,
-    strategy: Strategy,
+    strategy: StaticStrategy,
     kv_tokens: int,
     layers: Mapping[str, LayerRange] | None = None,
 ) -> Plan:
@@ -96,18 +104,65 @@ def make_plan(
                 f"but offers {size_text(offer.memory_bytes)}. Give it fewer layers, or use "
                 "strategy 'memory', which fits the layers to the workers."
             )
-    return tuple(_stage(cost, offer, held) for offer, held in ranges)
+    memory = {offer.worker: offer.memory_bytes for offer in offers}
+    return plan_of(cost, memory, tuple((offer.worker, held) for offer, held in ranges))
+
+
+def plan_by_speed(
+    cost: ModelCost, machines: Machines, demand: Demand, *, goal: Goal, kv_tokens: int
+) -> Plan:
+    """Return the stages that are expected to serve the model best; see `forecast.best_plan`.
+
+    Raises:
+        NotEnoughMemory: with how much is missing and what would fit.
+    """
+    found = best_plan(cost, machines, demand, goal=goal, kv_tokens=kv_tokens)
+    if found is None:  # for many workers that is a search, which may find less than this does
+        offers = [Offer(worker, size) for worker, size in machines.memory_bytes.items()]
+        return make_plan(cost, offers, strategy="memory", kv_tokens=kv_tokens)
+    return plan_of(cost, machines.memory_bytes, found.partition.ranges)
+
+
+def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], ranges: Ranges) -> Plan:
+    """Return the stages of these ranges; whether they fit is not looked at.
+
+    Args:
+        cost: of the model.
+        memory: of each worker, bytes.
+        ranges: of layers, in order.
+    """
+    return tuple(_stage(cost, worker, held, memory[worker]) for worker, held in ranges)
+
+
+def wanted_kv_tokens(
+    cost: ModelCost, memory: Mapping[WorkerId, int], *, least: int, context_length: int
+) -> int:
+    """Return the positions of KV cache that a plan by speed must leave room for.
+
+    That is half of what the plan in proportion to memory has, which has the most room or nearly;
+    less if so many are hardly ever needed, and never less than `least`.
+
+    Args:
+        cost: of the model.
+        memory: of each worker, bytes.
+        least: without which nothing is served.
+        context_length: of the model.
+    """
+    offers = [Offer(worker, size) for worker, size in memory.items()]
+    try:
+        most = kv_tokens_of(make_plan(cost, offers, strategy="memory", kv_tokens=least))
+    except NotEnoughMemory:
+        return least
+    return max(least, min(most // 2, _CONTEXTS * context_length, _POSITIONS))
 
 
 _Ranges = list[tuple[Offer, LayerRange]]
 
 
-def _stage(cost: ModelCost, offer: Offer, layers: LayerRange) -> Stage:
+def _stage(cost: ModelCost, worker: WorkerId, layers: LayerRange, memory_bytes: int) -> Stage:
     weights = cost.weight_bytes(layers)
-    room = offer.memory_bytes - weights
-    return Stage(
-        offer.worker, layers, weights, room // max(1, cost.kv_bytes_per_token * len(layers))
-    )
+    room = max(0, memory_bytes - weights)
+    return Stage(worker, layers, weights, room // max(1, cost.kv_bytes_per_token * len(layers)))
 
 
 def _even_ranges(cost: ModelCost, offers: Sequence[Offer]) -> _Ranges:

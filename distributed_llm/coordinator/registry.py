@@ -12,6 +12,7 @@ from typing import Literal
 
 from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.advice import Advice
 
 CLIENT_SILENCE_S = 30.0
 _DECAY = 0.8
@@ -24,13 +25,16 @@ class Worker:
 
     Attributes:
         state: "idle" (no layers), "loading", "serving" or "unfit" (`note` says why).
+        leaving: it wants to end, or somebody wants it to; it is given no layers.
         layers: what it serves or loads, under `epoch`.
+        next_layers: what it is about to serve instead.
         epoch: of the newest plan that it was told of and still holds layers of; 0 is none.
         instance: of its process, which may come back in another session.
         link: how its results reach the next stage.
         peer_addresses: where other workers may reach it, best first.
         progress_age_s: how long ago its tasks, if it has any, made progress; as it said last.
         seconds_per_token: running mean over steps that only decode, or None before any.
+        bytes_per_s: of weights, when it loaded layers last; None before it has.
     """
 
     peer: PeerId
@@ -40,7 +44,9 @@ class Worker:
     instance: str
     state: Literal["idle", "loading", "serving", "unfit"] = "idle"
     note: str = ""
+    leaving: bool = False
     layers: LayerRange | None = None
+    next_layers: LayerRange | None = None
     epoch: int = 0
     link: Literal["direct", "relayed", ""] = ""
     peer_addresses: tuple[str, ...] = ()
@@ -51,19 +57,38 @@ class Worker:
     tasks_done: int = 0
     compute_s: float = 0.0
     seconds_per_token: float | None = None
+    bytes_per_s: float | None = None
 
     def assign(self, layers: LayerRange, *, epoch: int) -> None:
         """Give it layers to load."""
+        self._forget_stage()
         self.state, self.layers, self.epoch = "loading", layers, epoch
-        self.link = ""
-        self.weight_bytes = 0
-        self.seconds_per_token = None
+
+    def prepare(self, layers: LayerRange) -> None:
+        """Have it load layers beside those that it serves."""
+        self.next_layers = layers
+
+    def switch(self, *, epoch: int, weight_bytes: int) -> None:
+        """The layers that it prepared are the ones that it serves."""
+        layers = self.next_layers or self.layers
+        self._forget_stage()
+        self.state, self.layers, self.epoch = "serving", layers, epoch
+        self.weight_bytes = weight_bytes
 
     def unassign(self) -> None:
         """Take its layers away; `epoch` stays until it is told."""
-        self.state, self.layers, self.link = "idle", None, ""
+        self._forget_stage()
+        self.state, self.layers = "idle", None
+
+    def _forget_stage(self) -> None:
+        self.next_layers, self.link = None, ""
         self.weight_bytes = 0
         self.seconds_per_token = None
+
+    def loaded(self, added_bytes: int, load_s: float) -> None:
+        """It has loaded layers, of which `added_bytes` were read."""
+        if added_bytes and load_s:
+            self.bytes_per_s = added_bytes / load_s
 
     def count_task(self, compute_s: float, decode_tokens: int) -> None:
         """Count a task that took `compute_s`; `decode_tokens` is 0 if it held part of a prompt."""
@@ -74,13 +99,21 @@ class Worker:
             past = sample if self.seconds_per_token is None else self.seconds_per_token
             self.seconds_per_token = _DECAY * past + (1 - _DECAY) * sample
 
-    def status(self, *, now: float) -> WorkerStatus:
-        """Return what is known of it."""
+    def status(
+        self, *, prediction_error: float | None, advice: Advice | None, now: float
+    ) -> WorkerStatus:
+        """Return what is known of it.
+
+        Args:
+            prediction_error: of its latest tasks, as a share.
+            advice: whether it helps, if that is known.
+        """
         return WorkerStatus(
             name=self.id,
-            state=self.state,
+            state="leaving" if self.leaving else self.state,
             note=self.note,
             layers=self.layers,
+            next_layers=self.next_layers,
             epoch=self.epoch,
             link=self.link,
             capabilities=self.capabilities,
@@ -90,6 +123,9 @@ class Worker:
             tasks_done=self.tasks_done,
             compute_s=self.compute_s,
             seconds_per_token=self.seconds_per_token,
+            prediction_error=prediction_error,
+            gain=advice.gain if advice else None,
+            advice=advice.text if advice else "",
             last_heard_s=max(0.0, now - self.last_heard_at),
         )
 
@@ -222,4 +258,5 @@ class Registry:
         assert set(watched) == set(self._watches)
         assert all(at <= self._deadline(peer) for peer, at in watched.items())
         for worker in self._workers.values():
+            assert worker.next_layers is None or worker.state == "serving"
             assert (worker.layers is not None) == (worker.state in ("loading", "serving"))

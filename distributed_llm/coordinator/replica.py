@@ -5,13 +5,18 @@ it by the measured times of its stages: one, where stages share a machine and on
 down; about as many as there are stages, where each has a machine of its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 from distributed_llm.common.messages import MAX_RELEASED, ReleaseSequences, StageReady
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import KV_BLOCK, PeerId
+from distributed_llm.coordinator.balancer import Balancer
+from distributed_llm.coordinator.demand import DemandMeter
 from distributed_llm.coordinator.events import Send
+from distributed_llm.coordinator.partition_tables import Ranges
 from distributed_llm.coordinator.performance import StageTimes
 from distributed_llm.coordinator.pipeline import Pipeline, SendTask, StepDone
 from distributed_llm.coordinator.planner import Plan, kv_tokens_of
@@ -49,6 +54,9 @@ class Replica:
 
     Attributes:
         pipeline: None while it is loading; likewise `scheduler`.
+        held: no steps begin; what is said of sequences is kept for later.
+        demand: what is asked of it.
+        balancer: says when it should have another plan.
     """
 
     def __init__(
@@ -76,9 +84,23 @@ class Replica:
         self._chunks: dict[int, int] = {}  # depth for prompts, by what may be tried; likewise
         self._decode_depth = (0, 0)  # and the number of sequences that it is for
         self._decodes_seen = 0  # steps since then
+        self._num_decoding = 0  # when steps were begun last
         self._pace_s = 1e-9  # per token, on the slowest stage; as measured last
         self.pipeline: Pipeline | None = None
         self.scheduler: Scheduler | None = None
+        self.held = False
+        self.demand = DemandMeter()
+        self.balancer = Balancer()
+
+    @property
+    def ranges(self) -> Ranges:
+        """Who serves which layers, in their order."""
+        return tuple((seat.worker, seat.layers) for seat in self.seats)
+
+    def following(self, peer: PeerId) -> Seat | None:
+        """Return the stage after that of the worker at `peer`."""
+        pairs = pairwise(self.seats)
+        return next((after for seat, after in pairs if seat.peer == peer), None)
 
     @property
     def kv_tokens(self) -> int:
@@ -103,11 +125,39 @@ class Replica:
         return (self.num_running + 1) * self._slowest_s
 
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:
-        """A stage has loaded its layers; return whether it was the last, and serving begins."""
+        """A stage has loaded its layers; return whether it was the last."""
         self._ready[peer] = ready
-        if len(self._ready) < len(self.seats):
-            return False
+        return len(self._ready) == len(self.seats)
+
+    def serve(self) -> None:
+        """Begin to serve; every stage has its layers."""
         settings = self._settings
+        self._begin(
+            Scheduler(
+                max_sequences=settings.max_sequences,
+                max_tokens=settings.max_tokens,
+                kv_tokens=self.kv_tokens,
+                new_sequence_id=self._new_sequence_id,
+                on_change=lambda: self._on_change(self),
+            )
+        )
+
+    def take_over(self, old: "Replica") -> None:
+        """Go on with the requests of a pipeline whose KV cache the stages of this one have.
+
+        No step of the old one is under way. It serves no more.
+        """
+        assert old.scheduler is not None
+        assert old.pipeline is not None
+        scheduler, released = old.scheduler, old.pipeline.to_release
+        old.pipeline = old.scheduler = None
+        scheduler.on_change = lambda: self._on_change(self)
+        scheduler.move(self.kv_tokens)
+        self.demand, self.balancer = old.demand, old.balancer
+        self._begin(scheduler, released)
+
+    def _begin(self, scheduler: Scheduler, released: Sequence[int] = ()) -> None:
+        settings, self.scheduler = self._settings, scheduler
         self.pipeline = Pipeline(
             self.epoch,
             self.seats,
@@ -117,23 +167,35 @@ class Replica:
             vocab_size=settings.vocab_size,
             task_timeout_s=settings.task_timeout_s,
         )
-        self.scheduler = Scheduler(
-            max_sequences=settings.max_sequences,
-            max_tokens=settings.max_tokens,
-            kv_tokens=self.kv_tokens,
-            new_sequence_id=self._new_sequence_id,
-            on_change=lambda: self._on_change(self),
-        )
+        self.pipeline.release(released)
         self._on_change(self)
-        for peer_id, up in self._links.items():
-            self.pipeline.set_link(peer_id, up)
-        return True
+        for peer, up in self._links.items():
+            self.pipeline.set_link(peer, up)
+
+    def hold(self) -> None:
+        """Begin no more steps."""
+        self.held = True
+
+    def resume(self) -> None:
+        """Begin steps again."""
+        if self.held:
+            self.held = False
+            self._on_change(self)
 
     def set_link(self, peer: PeerId, up: bool) -> None:
         """A stage reaches the next one itself, or not."""
         self._links[peer] = up
         if self.pipeline and self.pipeline.set_link(peer, up):
             self.abandon_steps()
+
+    def weight_bytes_of(self, peer: PeerId) -> int:
+        """Return what the weights of a stage take, which has loaded."""
+        return self._ready[peer].weight_bytes
+
+    def link_of(self, peer: PeerId) -> Literal["direct", "relayed", ""]:
+        """Return how a stage's results reach the next one, as far as it has told."""
+        up = self._links.get(peer)
+        return "" if up is None else "direct" if up else "relayed"
 
     def abandon_steps(self) -> None:
         """Steps under way may be lost: compute what they would have, in new ones."""
@@ -146,12 +208,16 @@ class Replica:
         pipeline, scheduler = self.pipeline, self.scheduler
         if pipeline is None or scheduler is None:
             return []
+        if self.held:
+            pipeline.release(scheduler.take_freed())
+            return []
         sends: list[Send] = []
         running = decoding = depth = chunks = 0
         while True:
             pipeline.release(scheduler.take_freed())
             if scheduler.num_running != running:  # the first time, or a step cost others their room
                 running, decoding = scheduler.num_running, scheduler.num_decoding
+                self._num_decoding = decoding
                 depth = max(1, self._depth_to_decode(decoding, now))
                 chunks = 0
                 if running > decoding:
@@ -182,6 +248,7 @@ class Replica:
             times.observe(stage, tokens, timing.compute_us / 1e6, depth=done.depth, now=now)
         inside_s = sum(t.compute_us + t.queued_us for t in done.timings) / 1e6
         times.observe_overhead(max(0.0, done.round_trip_s - inside_s), now=now)
+        self.demand.observe(done, decoding=self._num_decoding, now=now)
 
     @property
     def _limit(self) -> int:
@@ -243,7 +310,7 @@ class Replica:
         if self.pipeline and self.scheduler:
             self.pipeline.validate()
             self.scheduler.validate()
-            if self.scheduler.num_running:
+            if self.scheduler.num_running and not self.held:
                 assert self.pipeline.num_steps, "requests run, but no step is under way"
 
 

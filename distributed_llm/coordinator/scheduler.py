@@ -73,7 +73,7 @@ class Scheduler:
         new_sequence_id: Callable[[], int],
         on_change: Callable[[], None],
     ) -> None:
-        self._on_change = on_change
+        self.on_change = on_change
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
         self._kv_tokens = kv_tokens
@@ -131,7 +131,7 @@ class Scheduler:
         request.phase = Phase.RUNNING
         request.started_at = now if request.started_at is None else request.started_at
         self._running[request.number] = request
-        self._on_change()
+        self.on_change()
         return True
 
     @property
@@ -151,7 +151,7 @@ class Scheduler:
     def remove(self, request: Request, *, keep: bool = False) -> None:
         """A request runs no longer; its KV cache may be kept as a prefix for others."""
         if self._running.pop(request.number, None) is not None:
-            self._on_change()
+            self.on_change()
             self._close(request, keep=keep)
             self._forget_waiting(request)
 
@@ -178,6 +178,30 @@ class Scheduler:
             request.reset()
             request.phase = Phase.WAITING
         return requests
+
+    def move(self, kv_tokens: int) -> None:
+        """Go on with other stages that hold the same KV cache; no step is under way.
+
+        How to sample is to be told again. Where there is less room than is used, prefixes kept for
+        later go first, then the youngest requests give their KV cache up.
+
+        Args:
+            kv_tokens: positions that all of the new stages have room for.
+        """
+        for request in self._running.values():
+            request.sampling_sent = False
+        while not self.resize(kv_tokens):
+            holding = [r for r in self._running.values() if r.sequence_id is not None]
+            self._preempt(max(holding, key=lambda r: r.number))
+
+    def resize(self, kv_tokens: int) -> bool:
+        """Have room for so many positions; return whether no more than that are in use.
+
+        Prefixes kept for later make room.
+        """
+        self._kv_tokens = kv_tokens
+        self.on_change()
+        return self._ledger.resize(kv_tokens)
 
     def _open(self, request: Request) -> bool:
         """Give a request room for all tokens that it has, and for the next one."""
@@ -238,7 +262,7 @@ class Scheduler:
         request.reset()
         request.phase = Phase.WAITING
         self.preempted.append(request)
-        self._on_change()
+        self.on_change()
 
     def _close(self, request: Request, *, keep: bool) -> None:
         """End a request's sequence, as soon as no step with it is under way."""
@@ -383,7 +407,7 @@ class Scheduler:
             self._landed(part.sequence_id)
 
     def _landed(self, sequence_id: int) -> None:
-        self._on_change()
+        self.on_change()
         self._in_flight[sequence_id] -= 1
         if not self._in_flight[sequence_id]:
             del self._in_flight[sequence_id]

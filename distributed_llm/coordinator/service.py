@@ -21,6 +21,7 @@ from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.core import Core
+from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
@@ -33,14 +34,17 @@ from distributed_llm.coordinator.events import (
     Received,
     Send,
     Stop,
+    Studied,
+    Study,
+    StudyFailed,
     Tokenize,
     Tokenized,
     TokenizeFailed,
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.placement import CoreSettings
 from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.coordinator.survey import Survey
 from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -87,6 +91,7 @@ class Coordinator:
         on_signal(self._stop)
         self._router = Router(self._bind, self._on_message, lambda: self._apply(ConnectionClosed()))
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        self._study_thread = ThreadPoolExecutor(1, thread_name_prefix="study")
         try:
             self._on_listening(self._router.address)
             return await self._stopped
@@ -94,6 +99,7 @@ class Coordinator:
             if self._timer:
                 self._timer.cancel()
             self._text_thread.shutdown(cancel_futures=True)
+            self._study_thread.shutdown(cancel_futures=True)
             self._router.close()
 
     def _stop(self, number: int) -> None:
@@ -159,6 +165,8 @@ class Coordinator:
                 self._text_thread.submit(self._texts.pop, key, None)
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
+            case Study(survey=survey):
+                self._study_thread.submit(self._study, survey)
             case Stop(error=error):
                 self._fail(error)
             case _:
@@ -169,6 +177,15 @@ class Coordinator:
         if delivery is not Delivery.SENT:
             why = "is gone" if delivery is Delivery.GONE else "reads too slowly"
             self._loop.call_soon(self._apply, Unreachable(action.peer, why))
+
+    # -------------------------------------------------------------- the study thread
+
+    def _study(self, survey: Survey) -> None:
+        try:
+            self._tell(Studied(survey.carry_out()))
+        except Exception as exc:
+            logger.exception("a survey failed")
+            self._tell(StudyFailed(repr(exc)))
 
     # -------------------------------------------------------------- the text thread
 

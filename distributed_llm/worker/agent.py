@@ -1,74 +1,62 @@
-"""A worker's decisions: hello, heartbeats, epochs, tasks and their way on. Pure.
+"""A worker's decisions: hello, heartbeats, silence, and when to leave. Pure.
 
     connecting --connected--> greeting --Welcome--> joined --connection lost--> connecting
 
 What was asked for in one session is never answered in another: the coordinator may be a new one.
-What arrives before the welcome, or after the connection was given up, is of no session.
+What arrives before the welcome, or after the connection was given up, is of no session. What it
+does in a session is decided in `stages`.
 
-A task is run if its epoch is the one that is served and its step is not void. It may come from the
-coordinator or from the worker of the stage before, and its result goes where its route says.
+Told to end while it serves, it says so and serves on, so that others can take its layers over;
+until it may leave, or that has taken too long, or it is told again.
 """
 
 import math
-from typing import Literal, assert_never
-
-import msgspec
+from typing import Literal
 
 from distributed_llm.common.errors import (
-    CheckpointError,
     CoordinatorUnreachable,
     ProtocolMismatch,
     error_from_wire,
 )
 from distributed_llm.common.messages import (
     Capabilities,
-    DropStage,
-    LoadStage,
-    PeerHello,
+    Goodbye,
+    Leaving,
+    MayLeave,
     Pong,
     Refused,
-    ReleaseSequences,
-    StageFailed,
-    StageReady,
-    StageTime,
-    Task,
-    TaskFailed,
-    TaskResult,
     Welcome,
     WorkerHello,
 )
-from distributed_llm.common.tensors import Frame
 from distributed_llm.worker.events import (
     Action,
     Beat,
-    Broke,
-    Computed,
     Connected,
     Disconnected,
-    Drop,
+    End,
     Event,
     Exit,
+    Export,
     Garbage,
-    HandOn,
-    LinkDown,
-    LinkUp,
+    Import,
+    Inherit,
     Load,
-    Loaded,
-    LoadFailed,
     Log,
+    Received,
+    Reconnect,
+    Run,
+    Say,
+    Signalled,
+)
+from distributed_llm.worker.link_events import (
+    LinkDown,
+    LinkHeard,
+    LinkUp,
     NextReached,
     PeerGarbage,
     PeerReceived,
-    Received,
-    Reconnect,
-    Release,
-    Run,
-    Say,
 )
-from distributed_llm.worker.peers import Peers
-
-CREDITS = 32
-"""Tasks that may wait or run: so many steps fill a pipeline of that many stages."""
+from distributed_llm.worker.stages import Stages
 
 _GREETING_TIMEOUT_S = 4.0
 _WARN_EVERY_S = 1.0
@@ -82,6 +70,7 @@ class Agent:
         capabilities: of this machine.
         address: of the coordinator, for messages.
         connect_timeout_s: for the first connection; later ones are tried for ever.
+        leave_timeout_s: how long others may take its layers over before it ends; 0 is not at all.
         now: when it was made, clock seconds.
     """
 
@@ -93,20 +82,18 @@ class Agent:
         instance: str,
         address: str,
         connect_timeout_s: float,
+        leave_timeout_s: float = 0.0,
         now: float,
     ) -> None:
         self._name = name
         self._instance = instance
-        self._worker_id = name
         self._capabilities = capabilities
         self._address = address
         self._connect_timeout_s = connect_timeout_s
+        self._leave_timeout_s = leave_timeout_s
         self._state: Literal["connecting", "greeting", "joined"] = "connecting"
         self._session = 0
-        self._epoch = 0
-        self._oldest = 0
-        self._held: set[int] = set()
-        self._peers = Peers()
+        self._stages = Stages(0, name, self._warn)
         self._reached = False
         self._heartbeat_interval_s = 0.0
         self._silence_timeout_s = 0.0
@@ -114,28 +101,21 @@ class Agent:
         self._beat_at = now
         self._warned_at = -math.inf
         self._connect_by: float | None = now + connect_timeout_s
+        self._leave_by = math.inf
+        self._signal = 0  # that it leaves for
 
     @property
     def epoch(self) -> int:
-        """The newest epoch that was asked for; older work is void."""
-        return self._epoch
+        """The newest epoch that was ordered or dropped in this session."""
+        return self._stages.newest
 
-    def is_void(self, order: Load | Run) -> bool:
+    def is_void(self, order: Load | Run | Export | Import | Inherit) -> bool:
         """Return whether nobody waits for this any more; may be called from any thread."""
-        if isinstance(order, Load):
-            return order.session != self._session or order.order.epoch != self._epoch
-        task = order.task
-        return (
-            order.session != self._session or task.epoch != self._epoch or task.step < self._oldest
-        )
+        return self._stages.is_void(order)
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply one event at `now` (clock seconds) and return what to do about it."""
         match event:
-            case Computed():
-                return self._computed(event)
-            case Broke():
-                return self._broke(event)
             case Received() | Garbage() if self._state == "connecting":
                 return []
             case Received(message=message):
@@ -144,13 +124,9 @@ class Agent:
                     return []
                 return self._received(event, now)
             case PeerReceived():
-                return self._peer_received(event, now)
-            case NextReached(epoch=epoch, address=address):
-                return self._peers.reached(epoch, address, now)
-            case LinkUp(epoch=epoch, rtt_s=rtt_s):
-                return self._peers.welcomed(epoch, rtt_s)
-            case LinkDown(epoch=epoch):
-                return self._peers.lost(epoch, now)
+                return self._stages.peer_received(event, now)
+            case NextReached() | LinkUp() | LinkDown() | LinkHeard():
+                return self._stages.linked(event, now)
             case Connected(peer_addresses=addresses):
                 self._state, self._heard_at = "greeting", now
                 self._reached = True
@@ -161,16 +137,16 @@ class Agent:
                 return [Exit(error)]
             case Garbage(error=error) | PeerGarbage(error=error):
                 return self._warn(f"dropped a message: {error}"[:1000], now)
-            case Loaded() | LoadFailed():
-                return self._loaded(event) if event.session == self._session else []
+            case Signalled(number=number):
+                return self._signalled(number, now)
             case _:
-                assert_never(event)
+                return self._stages.done(event, now)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
         if self._state == "joined":
             silent_at = self._heard_at + self._silence_timeout_s
-            return min(self._beat_at, silent_at, self._peers.next_deadline())
+            return min(self._beat_at, silent_at, self._leave_by, self._stages.next_deadline())
         if self._state == "greeting":
             silent_at = self._heard_at + _GREETING_TIMEOUT_S
             return silent_at if self._connect_by is None else min(silent_at, self._connect_by)
@@ -187,10 +163,13 @@ class Agent:
             return self._leave_session("The coordinator is silent; connecting anew.")
         if self._state == "greeting":
             return []
-        actions = self._peers.on_timer(now)
+        if self._leave_by <= now:
+            why = f"nobody took the layers over within {self._leave_timeout_s:g} s; ends"
+            return [Log(why, "warning"), *self._end(self._signal)]
+        actions = self._stages.on_timer(now)
         if self._beat_at <= now:
             self._beat_at = now + self._heartbeat_interval_s
-            actions.append(Beat(self._epoch))
+            actions.append(Beat(self._stages.epochs))
         return actions
 
     # -------------------------------------------------------------- the session
@@ -205,31 +184,22 @@ class Agent:
 
     def _received(self, event: Received, now: float) -> list[Action]:
         match event.message:
-            case Task() as task:
-                return self._task(task, event.frames, now)
             case Welcome() as welcome:
                 return self._join(welcome, now)
             case Refused(code="lost", message=why):
                 return self._leave_session(why)
             case Refused(code=code, message=why):
                 return [Exit(error_from_wire(code, why, 0.0))]
-            case LoadStage() as order:
-                return self._load(order, now)
-            case DropStage(epoch=epoch):
-                if epoch < self._epoch:
-                    return [Log(f"ignored an order of epoch {epoch}", "warning")]
-                self._begin_epoch(epoch)
-                return [*self._peers.end(), Log("no layers to serve; waiting"), Drop()]
-            case ReleaseSequences(epoch=epoch, sequence_ids=ids):
-                return [Release(ids)] if epoch == self._epoch else []
+            case MayLeave(why=why):
+                return self._may_leave(why)
             case Pong():
                 return []
-            case _:
-                assert_never(event.message)
+            case message:
+                return self._stages.obey(message, event.frames, now)
 
     def _join(self, welcome: Welcome, now: float) -> list[Action]:
         self._state, self._connect_by = "joined", None
-        self._worker_id = welcome.worker_id
+        self._stages = Stages(self._session, welcome.worker_id, self._warn)
         self._heartbeat_interval_s = welcome.heartbeat_interval_s
         self._silence_timeout_s = welcome.silence_timeout_s
         self._beat_at = now
@@ -238,93 +208,30 @@ class Agent:
     def _leave_session(self, why: str) -> list[Action]:
         self._state = "connecting"
         self._session += 1
-        self._begin_epoch(0)
-        return [*self._peers.end(), Log(why, "warning"), Reconnect()]
+        ended, self._stages = self._stages, Stages(self._session, self._name, self._warn)
+        actions = [*ended.end(), Log(why, "warning")]
+        if self._leave_by < math.inf:
+            return [*actions, End(self._signal)]
+        return [*actions, Reconnect()]
 
-    def _begin_epoch(self, epoch: int) -> None:
-        self._epoch, self._oldest = epoch, 0
-        self._held.clear()
+    # -------------------------------------------------------------- leaving
 
-    def _load(self, order: LoadStage, now: float) -> list[Action]:
-        if order.epoch <= self._epoch:
-            return [Log(f"ignored an order of epoch {order.epoch}", "warning")]
-        self._begin_epoch(order.epoch)
-        return [
-            *self._peers.begin(order, self._worker_id, now),
-            Log(f"loading layers {order.layers} (plan {order.epoch})"),
-            Load(self._session, order),
-        ]
+    def _signalled(self, number: int, now: float) -> list[Action]:
+        serving = self._stages.serving if self._state == "joined" else None
+        if self._leave_by < math.inf or self._leave_timeout_s <= 0 or serving is None:
+            return self._end(number)
+        self._leave_by, self._signal = now + self._leave_timeout_s, number
+        layers = f"handing layers {serving.layers} over to other workers"
+        return [Say(Leaving()), Log(f"{layers}; a second signal ends at once")]
 
-    def _loaded(self, event: Loaded | LoadFailed) -> list[Action]:
-        if isinstance(event, Loaded):
-            ready = StageReady(
-                epoch=event.epoch,
-                credits=CREDITS,
-                load_s=event.load_s,
-                weight_bytes=event.weight_bytes,
-                kv_tokens=event.kv_tokens,
-            )
-            return [Say(ready), Log(f"layers are loaded in {event.load_s:.1f} s")]
-        error = event.error
-        said = Say(StageFailed(epoch=event.epoch, code=error.code, message=str(error)[:4096]))
-        if isinstance(error, CheckpointError):
-            return [said, Exit(error)]
-        return [said, Log(str(error), "error")]
+    def _may_leave(self, why: str) -> list[Action]:
+        told = f": {why}" if why else ""
+        return [Log(f"may leave{told}"), *self._end(self._signal)]
 
-    # -------------------------------------------------------------- tasks
+    def _end(self, number: int) -> list[Action]:
+        return [Say(Goodbye()), End(number)]
 
-    def _peer_received(self, event: PeerReceived, now: float) -> list[Action]:
-        match event.message:
-            case Task() as task:
-                if self._peers.may_hand_tasks(event.peer):
-                    return self._task(task, event.frames, now)
-                return self._warn("dropped a task of somebody who said no hello", now)
-            case PeerHello() as hello:
-                if self._peers.is_forged(hello):
-                    return self._warn("dropped a hello with a wrong key", now)
-                return self._peers.greeted(event.peer, hello)
-            case _:
-                assert_never(event.message)
-
-    def _task(self, task: Task, frames: tuple[Frame, ...], now: float) -> list[Action]:
-        if task.epoch != self._epoch:
-            return self._warn(f"ignored a task of epoch {task.epoch}", now)
-        if task.oldest > self._oldest:
-            self._oldest = task.oldest
-            self._held = {step for step in self._held if step >= task.oldest}
-        if task.step < self._oldest or task.step in self._held:
-            return []
-        if len(self._held) >= CREDITS:
-            return [Say(_failed(task, "too_many_tasks", f"{CREDITS} tasks wait here already"))]
-        self._held.add(task.step)
-        return [Run(self._session, task, frames)]
-
-    def _computed(self, done: Computed) -> list[Action]:
-        if self.is_void(done.run):
-            return []
-        task = done.run.task
-        self._held.discard(task.step)
-        own = StageTime(compute_us=done.compute_us, queued_us=done.queued_us)
-        timings = (*task.timings, own)
-        if task.route and task.route[0] and self._peers.link_up:
-            onward = msgspec.structs.replace(
-                task,
-                oldest=self._oldest,
-                route=task.route[1:],
-                timings=timings,
-                tensors=(task.tensors[0], *done.specs),
-            )
-            return [HandOn(onward, (done.run.frames[0], *done.frames))]
-        result = TaskResult(epoch=task.epoch, step=task.step, timings=timings, tensors=done.specs)
-        return [Say(result, done.frames)]
-
-    def _broke(self, broke: Broke) -> list[Action]:
-        if self.is_void(broke.run):
-            return []
-        task = broke.run.task
-        self._held.discard(task.step)
-        failed = _failed(task, broke.error.code, str(broke.error)[:4096])
-        return [Say(msgspec.structs.replace(failed, missing=broke.missing))]
+    # -------------------------------------------------------------- for the operator
 
     def _warn(self, text: str, now: float) -> list[Action]:
         """Return a line for the operator, unless there was one a moment ago."""
@@ -344,7 +251,3 @@ class Agent:
             "the address and port, that `dllm coordinator` runs there with a --bind that other "
             "machines can reach, and that no firewall is between."
         )
-
-
-def _failed(task: Task, code: str, message: str) -> TaskFailed:
-    return TaskFailed(epoch=task.epoch, step=task.step, code=code, message=message)

@@ -1,8 +1,10 @@
 """The compute thread: runs orders one after the other and posts what came of them.
 
-Nothing but this thread touches torch, so heartbeats never wait for a layer.
+Nothing but this thread computes, so heartbeats never wait for a layer. It holds the served stage
+and, while layers move, one that was loaded beside it by a thread of its own.
 """
 
+import contextlib
 import gc
 import logging
 import queue
@@ -14,83 +16,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import (
-    CheckpointMismatch,
-    DistributedLLMError,
-    NotEnoughMemory,
-    StageError,
-)
-from distributed_llm.common.hub import fingerprints, resolve_for_worker
+from distributed_llm.common.errors import DistributedLLMError, StageError
 from distributed_llm.common.messages import Capabilities, LoadStage
 from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
-from distributed_llm.common.types import KV_BLOCK, size_text
 from distributed_llm.worker.events import (
     Broke,
     Computed,
     Drop,
     Event,
+    Export,
+    HandOverFailed,
+    Import,
+    Inherit,
     Load,
     Loaded,
     LoadFailed,
     Release,
     Run,
+    Serve,
+    Unload,
 )
-from distributed_llm.worker.probe import free_memory_bytes
+from distributed_llm.worker.hand_over import Exports, inherit, take
+from distributed_llm.worker.loading import (
+    BackgroundLoad,
+    Beside,
+    Held,
+    Room,
+    admit_beside,
+    checked_checkpoint,
+    ensure_same_model,
+    importers_for,
+    limit_kv,
+    missing_bytes,
+    num_threads,
+    room_beside,
+    room_now,
+    same_layers,
+    use_threads,
+)
 from distributed_llm.worker.stage import (
     MissingPositionsError,
     ReleasedSequence,
     Stage,
     StageOutput,
 )
+from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_of
 
 logger = logging.getLogger(__name__)
 
-TORCH_DTYPES: dict[DtypeName, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-    "uint8": torch.uint8,
-}
-_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-
-_RESERVE_BYTES = 256 * 1024 * 1024
-_RESERVE_SHARE = 0.05
-
-_WORTH_THREADS_BYTES = 2 << 20
-"""Of the largest matrix of a stage; one thread reads it in about 0.1 ms."""
-
-Order = Load | Run | Release | Drop
-
-
-def tensor_of(spec: TensorSpec, frame: Frame) -> Tensor:
-    """Return the tensor in a frame, on the CPU; it owns its memory and may be written to.
-
-    It is copied because a frame may lie at any address, and numbers may not.
-    """
-    return torch.frombuffer(bytearray(frame), dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
-
-
-def frame_of(tensor: Tensor) -> tuple[TensorSpec, Frame]:
-    """Return a tensor, not empty, as it crosses the wire."""
-    held = tensor.detach().contiguous().cpu()
-    spec = TensorSpec(_NAMES[held.dtype], tuple(held.shape))
-    return spec, held.view(-1).view(torch.uint8).numpy().data
-
-
-def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int:
-    """Return how many threads are worth it: one for layers whose matrices are small.
-
-    Threads wait for each other after every product. Where a product takes 0.1 ms that gains little,
-    and on a machine that is busy with something else it costs many times what it gains.
-    """
-    sizes = (
-        checkpoint.bytes_in_memory(tensor, order.dtype)
-        for tensor in checkpoint.tensors_of(order.layers)
-        if not checkpoint.is_embedding(tensor.name)
-    )
-    return available if max(sizes, default=0) >= _WORTH_THREADS_BYTES else 1
+HandOver = Export | Import | Inherit
+Order = Load | Run | Release | Drop | Serve | Unload | HandOver
+Voidable = Load | Run | HandOver
 
 
 @dataclass
@@ -109,11 +85,11 @@ class Vitals:
 
 
 class Engine:
-    """Holds one stage and runs it.
+    """Holds the served stage, and one beside it, and runs them.
 
     Args:
         capabilities: of this machine: the device and threads to compute with, memory to use.
-        slowdown: how many times slower to look; it waits after each task.
+        slowdown: how many times slower to look; it waits after each task. May be changed later.
         min_task_s: how long a task shall take at least; it waits.
         local_model: path of the checkpoint on this machine; empty is the coordinator's.
         is_void: called in this thread; what is void is passed over in silence.
@@ -127,19 +103,25 @@ class Engine:
         slowdown: float,
         min_task_s: float,
         local_model: str,
-        is_void: Callable[[Load | Run], bool],
+        is_void: Callable[[Voidable], bool],
         post: Callable[[Event], None],
     ) -> None:
         self._capabilities = capabilities
         self._device = torch.device(capabilities.device)
-        self._slowdown = slowdown
+        self.slowdown = slowdown
         self._min_task_s = min_task_s
         self._local_model = local_model
         self._is_void = is_void
         self._post = post
-        self._orders: queue.SimpleQueue[tuple[float, Order] | None] = queue.SimpleQueue()
-        self._stage: Stage | None = None
-        self._held: LoadStage | None = None
+        self._orders: queue.SimpleQueue[tuple[float, Order | BackgroundLoad] | None] = (
+            queue.SimpleQueue()
+        )
+        self._served: Held | None = None
+        self._beside: Beside | None = None
+        self._leaving: list[Tensor] = []  # memory of stages that were given up
+        self._exports = Exports()
+        self._wanted: Load | None = None  # to be loaded beside
+        self._loader: BackgroundLoad | None = None
         self.vitals = Vitals()
         self._thread = threading.Thread(target=self._main, name="compute", daemon=True)
         self._thread.start()
@@ -158,13 +140,16 @@ class Engine:
 
     def stop(self, timeout_s: float) -> bool:
         """End the thread after what it is doing; return whether it ended in time."""
+        deadline = time.monotonic() + timeout_s
         self._orders.put(None)
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self._thread.is_alive():
+            return False
+        return self._loader is None or self._loader.join(max(0.0, deadline - time.monotonic()))
 
     def _main(self) -> None:
-        torch.set_num_threads(self._capabilities.threads)
-        while (item := self._orders.get()) is not None:
+        use_threads(self._capabilities.threads)
+        while (item := self._next()) is not None:
             queued_at, order = item
             self._made_progress()
             try:
@@ -175,24 +160,80 @@ class Engine:
                 if isinstance(order, Run):
                     self.vitals.tasks_done += 1
 
-    def _do(self, order: Order, queued_at: float) -> None:
+    def _next(self) -> tuple[float, Order | BackgroundLoad] | None:
+        """Return the next order; until it comes, but once at least, give some memory back."""
+        while self._leaving:
+            self._leaving.pop()
+            if not self._leaving:
+                self._give_memory_back()
+            with contextlib.suppress(queue.Empty):
+                return self._orders.get_nowait()
+        return self._orders.get()
+
+    def _do(self, order: Order | BackgroundLoad, queued_at: float) -> None:
         match order:
             case Run():
                 self._run(order, _us(time.perf_counter() - queued_at))
+            case Release(epoch=epoch, sequence_ids=ids):
+                if held := self._held_of(epoch):
+                    held.stage.release(ids)
             case Load():
                 self._load(order)
-            case Release(sequence_ids=ids):
-                if self._stage:
-                    self._stage.release(ids)
+            case BackgroundLoad():
+                self._loaded_beside(order)
+            case Serve(epoch=epoch):
+                self._serve(epoch)
+            case Unload(epoch=epoch):
+                self._unload(epoch)
             case Drop():
                 self._drop()
-        self.vitals.kv_bytes = self._stage.kv_bytes if self._stage else 0
+            case Export() | Import() | Inherit():
+                self._hand_over(order)
+        kv_bytes = self._served.stage.kv_bytes if self._served else 0
+        self.vitals.kv_bytes = kv_bytes + (self._beside.imported_bytes if self._beside else 0)
+
+    def _held_of(self, epoch: int) -> Held | Beside | None:
+        for held in (self._served, self._beside):
+            if held is not None and held.order.epoch == epoch:
+                return held
+        return None
+
+    # -------------------------------------------------------------- which stages
+
+    def _serve(self, epoch: int) -> None:
+        beside = self._beside
+        if beside is None or beside.order.epoch != epoch:
+            logger.error("epoch %s is not to be served: its layers are not loaded", epoch)
+            return
+        self._exports.clear()
+        self._let_go(self._served)
+        self._served, self._beside = Held(beside.order, beside.stage), None
+        use_threads(beside.threads)
+
+    def _unload(self, epoch: int) -> None:
+        self._exports.end(epoch)
+        if self._wanted and self._wanted.order.epoch == epoch:
+            self._wanted = None
+        if self._beside and self._beside.order.epoch == epoch:
+            self._drop_beside()
+
+    def _drop_beside(self) -> None:
+        self._let_go(self._beside)
+        self._beside = None
+
+    def _let_go(self, held: Held | Beside | None) -> None:
+        """Give the memory of a stage back bit by bit, while the other one goes on."""
+        if held is not None:
+            self._leaving += held.stage.memory()
 
     def _drop(self) -> None:
-        if self._stage is None:
+        self._wanted = None
+        self._exports.clear()
+        if self._served is None and self._beside is None and not self._leaving:
             return
-        self._stage = self._held = None
-        gc.collect()  # a model's modules and its hooks refer to each other
+        self._served = self._beside = None
+        self._leaving.clear()
+        gc.collect()  # modules of some models may refer to each other
         self._give_memory_back()
 
     def _give_memory_back(self) -> None:
@@ -202,81 +243,136 @@ class Engine:
     # -------------------------------------------------------------- loading
 
     def _load(self, load: Load) -> None:
-        order = load.order
         if self._is_void(load):
             return
+        self._exports.clear()
+        self._drop_beside()
+        if load.order.beside:
+            self._wanted = load
+            self._load_wanted()
+        else:
+            self._wanted = None
+            self._load_alone(load)
+
+    def _load_alone(self, load: Load) -> None:
+        if self._loader:
+            self._loader.discard()
+        self._leaving.clear()
         started = time.perf_counter()
         try:
-            stage = self._stage_for(order)
-            kv_tokens = self._limit_kv(stage, order)
-        except DistributedLLMError as exc:
-            self._give_up(load, exc)
-            return
+            stage = self._stage_alone(load.order)
+            kv_tokens = limit_kv(stage, load.order, self._room())
         except Exception as exc:
-            logger.exception("loading layers %s failed", order.layers)
-            self._give_up(load, StageError(f"Loading layers {order.layers} failed: {_short(exc)}."))
-            return
-        self._held = order
-        load_s = time.perf_counter() - started
-        self._post(Loaded(load.session, order.epoch, load_s, stage.weight_bytes, kv_tokens))
-
-    def _give_up(self, load: Load, error: DistributedLLMError) -> None:
-        self._drop()
-        self._post(LoadFailed(load.session, load.order.epoch, error))
-
-    def _stage_for(self, order: LoadStage) -> Stage:
-        if self._stage is not None and self._holds(order):
-            self._stage.reset()
-            self._give_memory_back()
-        else:
             self._drop()
-            self._stage = self._load_stage(order)
-        return self._stage
+            self._fail(load, exc)
+            return
+        self._served = Held(load.order, stage)
+        self._tell(load, stage, time.perf_counter() - started, kv_tokens)
 
-    def _limit_kv(self, stage: Stage, order: LoadStage) -> int:
-        """Give the KV cache what is wanted, or what there is; return how many positions that is."""
-        free_bytes = free_memory_bytes(self._device)
-        reserve_bytes = max(_RESERVE_BYTES, int(free_bytes * _RESERVE_SHARE))
-        own_bytes = self._capabilities.memory_bytes - stage.weight_bytes
-        room_bytes = min(own_bytes, free_bytes - reserve_bytes)
-        block_bytes = KV_BLOCK * stage.kv_bytes_per_token
-        blocks = min(-(-order.kv_tokens // KV_BLOCK), room_bytes // block_bytes)
-        if blocks < 1:
-            raise NotEnoughMemory(
-                f"No room for a KV cache beside layers {order.layers}. They take "
-                f"{size_text(stage.weight_bytes)} of "
-                f"{size_text(self._capabilities.memory_bytes)} that this worker may use; "
-                f"{size_text(free_bytes)} are free on {self._device}, of which "
-                f"{size_text(reserve_bytes)} are left to others; {KV_BLOCK} positions take "
-                f"{size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
-                "or end other programs there."
-            )
-        stage.limit_kv(blocks * block_bytes)
-        return min(order.kv_tokens, blocks * KV_BLOCK)
-
-    def _holds(self, order: LoadStage) -> bool:
-        held = self._held
-        return held is not None and (held.layers, held.dtype, held.digest) == (
-            order.layers,
-            order.dtype,
-            order.digest,
-        )
+    def _stage_alone(self, order: LoadStage) -> Stage:
+        held = self._served
+        if held is not None and same_layers(held.order, order):
+            held.stage.reset()
+            self._give_memory_back()
+            return held.stage
+        del held
+        self._drop()
+        return self._load_stage(order)
 
     def _load_stage(self, order: LoadStage) -> Stage:
-        checkpoint = resolve_for_worker(order.source, order.layers, local_model=self._local_model)
-        prints = fingerprints(order.source, checkpoint, order.layers)
-        if checkpoint.digest(order.layers, prints) != order.digest:
-            raise CheckpointMismatch(
-                f"The weights of layers {order.layers} in {checkpoint.folder} are not those of the "
-                "coordinator: they would give other text. Copy the coordinator's checkpoint to "
-                "this machine, or name the right folder with `dllm worker --model`."
-            )
-        torch.set_num_threads(num_threads(checkpoint, order, self._capabilities.threads))
+        checkpoint = checked_checkpoint(order, self._local_model)
+        use_threads(num_threads(checkpoint, order, self._capabilities.threads))
         stage = Stage.load(
             checkpoint, order.layers, device=self._device, dtype=TORCH_DTYPES[order.dtype]
         )
         stage.progress = self._made_progress
         return stage
+
+    def _load_wanted(self) -> None:
+        """Begin with what is wanted, unless the thread is not through with what was before."""
+        load, served = self._wanted, self._served
+        if load is None or self._loader is not None:
+            return
+        order = load.order
+        self._leaving.clear()  # what is free counts
+        self._loader = BackgroundLoad(
+            load,
+            lambda: self._load_beside(order, served),
+            lambda done: self._orders.put((time.perf_counter(), done)),
+        )
+
+    def _load_beside(self, order: LoadStage, served: Held | None) -> tuple[Stage, int]:
+        """Return a stage and the threads that it is worth; runs in a thread of its own."""
+        checkpoint = checked_checkpoint(order, self._local_model)
+        if served:
+            ensure_same_model(served.order, order)
+            missing = missing_bytes(checkpoint, order, served.order.layers)
+            room_beside(order, served, missing, self._room(), loaded=False)
+        stage = Stage.load(
+            checkpoint,
+            order.layers,
+            device=self._device,
+            dtype=TORCH_DTYPES[order.dtype],
+            donor=served.stage if served else None,
+        )
+        stage.progress = self._made_progress
+        return stage, num_threads(checkpoint, order, self._capabilities.threads)
+
+    def _loaded_beside(self, done: BackgroundLoad) -> None:
+        self._loader = None
+        load = done.load
+        if load is self._wanted and not self._is_void(load):
+            self._admit(load, done)
+        elif stage := done.discard():
+            self._let_go(Held(load.order, stage))
+        if load is self._wanted:
+            self._wanted = None
+        self._load_wanted()
+
+    def _admit(self, load: Load, done: BackgroundLoad) -> None:
+        order = load.order
+        try:
+            stage, threads = done.take()
+        except Exception as exc:
+            self._fail(load, exc)
+            return
+        try:
+            kv_tokens, import_bytes = admit_beside(order, stage, self._served, self._room())
+            importers = importers_for(order, stage, import_bytes)
+        except Exception as exc:
+            self._let_go(Held(order, stage))
+            self._fail(load, exc)
+            return
+        self._beside = Beside(order, stage, threads, importers)
+        self._tell(load, stage, done.seconds, kv_tokens)
+
+    def _room(self) -> Room:
+        return room_now(self._device, self._capabilities.memory_bytes)
+
+    def _tell(self, load: Load, stage: Stage, load_s: float, kv_tokens: int) -> None:
+        self._post(Loaded(load.session, load.order.epoch, load_s, stage.weight_bytes, kv_tokens))
+
+    def _fail(self, load: Load, exc: Exception) -> None:
+        error = _told(exc, f"Loading layers {load.order.layers}")
+        self._post(LoadFailed(load.session, load.order.epoch, error))
+
+    # -------------------------------------------------------------- handing over
+
+    def _hand_over(self, order: HandOver) -> None:
+        if self._is_void(order):
+            return
+        served = self._served.stage if self._served else None
+        try:
+            match order:
+                case Export():
+                    event: Event = self._exports.next(order, served)
+                case Import():
+                    event = take(order, self._beside)
+                case Inherit():
+                    event = inherit(order, served, self._beside)
+        except Exception as exc:
+            event = HandOverFailed(order, _told(exc, "Handing over the KV cache"))
+        self._post(event)
 
     # -------------------------------------------------------------- running
 
@@ -297,31 +393,34 @@ class Engine:
             self._post(Broke(run, exc))
             return
         except Exception as exc:
-            logger.exception("step %s failed", run.task.step)
-            self._post(Broke(run, StageError(f"Computing failed: {_short(exc)}.")))
+            self._post(Broke(run, _told(exc, "Computing")))
             return
+        held = self._held_of(run.task.epoch)
+        layers_s = held.stage.layers_s * self.slowdown if held else 0.0
         self._wait(time.perf_counter() - started)
         compute_us = _us(time.perf_counter() - started)
-        self._post(Computed(run, specs, frames, compute_us, queued_us))
+        layers_us = min(_us(layers_s), compute_us)
+        self._post(Computed(run, specs, frames, compute_us, layers_us, queued_us))
 
     def _wait(self, computed_s: float) -> None:
-        wait_s = max(computed_s * self._slowdown, self._min_task_s) - computed_s
+        wait_s = max(computed_s * self.slowdown, self._min_task_s) - computed_s
         if wait_s > 0.0:
             time.sleep(wait_s)
 
     def _compute(self, run: Run) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
-        if self._stage is None or self._held is None:
-            raise StageError("No layers are loaded.")
-        self._stage.release(run.task.released)
+        held = self._held_of(run.task.epoch)
+        if held is None:
+            raise StageError(f"No layers are loaded for epoch {run.task.epoch}.")
+        held.stage.release(run.task.released)
         tensors = [
             tensor_of(spec, frame) for spec, frame in zip(run.task.tensors, run.frames, strict=True)
         ]
         if not 1 <= len(tensors) <= 2 or tensors[0].dtype != torch.int32:
             raise StageError("The task's tensors are not token ids and hidden states.")
-        output = self._stage.run(
+        output = held.stage.run(
             run.task.sequences, tensors[0], tensors[1] if len(tensors) == 2 else None
         )
-        given = [frame_of(tensor) for tensor in _tensors_of(output, self._held.wire_dtype)]
+        given = [frame_of(tensor) for tensor in _tensors_of(output, held.order.wire_dtype)]
         return tuple(spec for spec, _ in given), tuple(frame for _, frame in given)
 
     def _made_progress(self) -> None:
@@ -345,5 +444,9 @@ def _us(seconds: float) -> int:
     return max(0, round(seconds * 1e6))
 
 
-def _short(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {exc}"[:500]
+def _told(exc: Exception, what: str) -> DistributedLLMError:
+    """Return what others are told; what should not happen is logged with its trace."""
+    if isinstance(exc, DistributedLLMError):
+        return exc
+    logger.error("%s failed", what, exc_info=exc)
+    return StageError(f"{what} failed: {type(exc).__name__}: {exc}"[:500] + ".")

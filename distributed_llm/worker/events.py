@@ -5,27 +5,28 @@ from typing import Literal
 
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import (
-    Address,
     Addresses,
     Goodbye,
+    KVCopied,
     KVEnd,
+    KVFailed,
     KVPieces,
+    Leaving,
     LinkReport,
     LoadStage,
     MissingPositions,
-    PeerHello,
-    PeerWelcome,
     StageFailed,
     StageReady,
     Task,
     TaskFailed,
     TaskResult,
-    ToNextWorker,
+    TookOver,
     ToWorker,
     WorkerHello,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import LayerRange
+from distributed_llm.worker.link_events import LinkAction, LinkEvent
 
 # ------------------------------------------------------------------ orders, which are actions too
 
@@ -147,50 +148,11 @@ class Garbage:
     error: DistributedLLMError
 
 
-# ------------------------------------------------------------------ events: other workers
-
-
 @dataclass(frozen=True)
-class PeerReceived:
-    """Event: somebody who connected to this worker sent a message."""
+class Signalled:
+    """Event: somebody at this machine wants the worker to end, and sent the signal `number`."""
 
-    peer: PeerId
-    message: ToNextWorker
-    frames: tuple[Frame, ...] = ()
-
-
-@dataclass(frozen=True)
-class PeerGarbage:
-    """Event: somebody who connected to this worker sent what is no message."""
-
-    error: DistributedLLMError
-
-
-@dataclass(frozen=True)
-class NextReached:
-    """Event: something at this address of the link of `epoch` speaks our transport."""
-
-    epoch: int
-    address: Address
-
-
-@dataclass(frozen=True)
-class LinkUp:
-    """Event: the next worker welcomed the hello of `epoch`; tasks may be handed on.
-
-    Attributes:
-        rtt_s: since the latest hello that was said there.
-    """
-
-    epoch: int
-    rtt_s: float
-
-
-@dataclass(frozen=True)
-class LinkDown:
-    """Event: the link of `epoch` that was up is no more, or takes no more tasks; it is closed."""
-
-    epoch: int
+    number: int
 
 
 # ------------------------------------------------------------------ events: the compute thread
@@ -279,15 +241,12 @@ class HandOverFailed:
 
 
 Event = (
-    Connected
+    LinkEvent
+    | Connected
     | Disconnected
     | Received
     | Garbage
-    | PeerReceived
-    | PeerGarbage
-    | NextReached
-    | LinkUp
-    | LinkDown
+    | Signalled
     | Loaded
     | LoadFailed
     | Computed
@@ -306,7 +265,19 @@ Event = (
 class Say:
     """Action: send a message to the coordinator."""
 
-    message: WorkerHello | StageReady | StageFailed | TaskResult | TaskFailed | LinkReport | Goodbye
+    message: (
+        WorkerHello
+        | StageReady
+        | StageFailed
+        | TaskResult
+        | TaskFailed
+        | LinkReport
+        | KVCopied
+        | TookOver
+        | KVFailed
+        | Leaving
+        | Goodbye
+    )
     frames: tuple[Frame, ...] = ()
 
 
@@ -314,44 +285,7 @@ class Say:
 class Beat:
     """Action: send a heartbeat with the vitals of the moment."""
 
-    epoch: int
-
-
-@dataclass(frozen=True)
-class OpenLink:
-    """Action: dial the next worker at all of its addresses; close the link that there was."""
-
-    epoch: int
-    addresses: Addresses
-
-
-@dataclass(frozen=True)
-class Greet:
-    """Action: say hello at these addresses of the link; those that are gone again do not matter."""
-
-    hello: PeerHello
-    addresses: Addresses
-
-
-@dataclass(frozen=True)
-class HandOn:
-    """Action: send a task to the next worker, over the link that is up."""
-
-    task: Task
-    frames: tuple[Frame, ...]
-
-
-@dataclass(frozen=True)
-class CloseLink:
-    """Action: close the link to the next worker; what waits there to be sent is void."""
-
-
-@dataclass(frozen=True)
-class PeerSay:
-    """Action: answer somebody who connected to this worker."""
-
-    peer: PeerId
-    message: PeerWelcome
+    epochs: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -368,14 +302,26 @@ class Log:
 
 
 @dataclass(frozen=True)
+class End:
+    """Action: end the worker as was wished, after what was said is sent.
+
+    Attributes:
+        number: of the signal that wished it; 0 is none.
+    """
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Exit:
-    """Action: end the worker."""
+    """Action: end the worker because of an error."""
 
     error: DistributedLLMError
 
 
 Action = (
-    Say
+    LinkAction
+    | Say
     | Beat
     | Load
     | Run
@@ -386,12 +332,8 @@ Action = (
     | Export
     | Import
     | Inherit
-    | OpenLink
-    | Greet
-    | HandOn
-    | CloseLink
-    | PeerSay
     | Reconnect
     | Log
+    | End
     | Exit
 )

@@ -266,6 +266,16 @@ class KVCache:
                 found[segment] = max(count, found.get(segment, 0))
         return found
 
+    def buffers(self) -> list[Tensor]:
+        """Return all keys and values, each buffer once."""
+        return [
+            states
+            for segment in self.extents()
+            for held in segment.layers
+            if held
+            for states in held
+        ]
+
     def manifest(self) -> KVManifest:
         """Tell what is held, while no step runs."""
         return KVManifest(

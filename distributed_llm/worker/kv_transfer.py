@@ -22,13 +22,15 @@ from distributed_llm.worker.kv_segments import KVLayout, KVSegment, Segment
 class KVPiece:
     """Consecutive positions of one segment in one layer.
 
+    What an exporter hands out are views of its cache: copy them before the next step runs.
+
     Attributes:
         segment: its number in the exporting cache.
         layer: number of the layer in the model.
         offset: of the first position, after the segment's start.
         capacity: positions that the segment has room for by now.
-        keys: [heads, positions, head_dim], contiguous.
-        values: [heads, positions, value_dim], contiguous.
+        keys: [heads, positions, head_dim].
+        values: [heads, positions, value_dim].
     """
 
     segment: int
@@ -75,11 +77,12 @@ class KVExporter:
                     total += (extent - done) * self._cache.layout(layer).token_bytes
         return total
 
-    def next_chunk(self, max_bytes: int) -> list[KVPiece] | None:
+    def next_chunk(self, max_bytes: int, max_pieces: int) -> list[KVPiece] | None:
         """Return pieces that were not handed out yet; None if there are none. Not during a step.
 
         Args:
             max_bytes: of all pieces together; one position of one layer may be more.
+            max_pieces: at least one.
         """
         extents = self._cache.extents()
         held = {segment.number for segment in extents}
@@ -88,6 +91,8 @@ class KVExporter:
         room = max_bytes
         for segment, extent in extents.items():
             done = self._done.setdefault(segment.number, self._done_of(segment))
+            if min(done) >= extent:
+                continue
             for index, layer in enumerate(self._layers):
                 count = min(extent - done[index], room // self._cache.layout(layer).token_bytes)
                 if done[index] < extent and not pieces:
@@ -96,7 +101,7 @@ class KVExporter:
                     pieces.append(self._piece(segment, layer, done[index], count))
                     done[index] += count
                     room -= pieces[-1].nbytes
-                if done[index] < extent:
+                if done[index] < extent or len(pieces) == max_pieces:
                     return pieces
         return pieces or None
 
@@ -117,8 +122,8 @@ class KVExporter:
             self._first + layer,
             offset,
             segment.capacity,
-            _copied(held.keys, offset, count),
-            _copied(held.values, offset, count),
+            held.keys[:, offset : offset + count],
+            held.values[:, offset : offset + count],
         )
 
 
@@ -138,6 +143,7 @@ class KVImporter:
         max_bytes: what the buffers may take.
 
     Attributes:
+        layouts: what it expects.
         manifest: what the sender holds, as it told last; None before that.
         nbytes: what the buffers take.
     """
@@ -145,14 +151,14 @@ class KVImporter:
     def __init__(self, layouts: Mapping[int, KVLayout], max_bytes: int) -> None:
         self.manifest: KVManifest | None = None
         self.nbytes = 0
-        self._layouts = dict(layouts)
+        self.layouts = dict(layouts)
         self._max_bytes = max_bytes
         self._buffers: dict[tuple[int, int], _Buffer] = {}
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that it takes, by their numbers in the model."""
-        return tuple(self._layouts)
+        return tuple(self.layouts)
 
     def add(self, piece: KVPiece) -> None:
         """Put a piece where it belongs; what was there from its first position on is forgotten.
@@ -161,9 +167,9 @@ class KVImporter:
             KVTransferError: it is of no layer that is expected, does not look like one, does not
                 follow what has arrived of its segment, or does not fit `max_bytes`.
         """
-        layout = self._layouts.get(piece.layer)
+        layout = self.layouts.get(piece.layer)
         if layout is None:
-            raise KVTransferError(f"layer {piece.layer} is not among {sorted(self._layouts)}")
+            raise KVTransferError(f"layer {piece.layer} is not among {sorted(self.layouts)}")
         count = _count(piece, layout)
         buffer = self._buffers.get((piece.segment, piece.layer))
         filled = buffer.filled if buffer else 0
@@ -183,9 +189,12 @@ class KVImporter:
         """Note what the sender holds by now; what it does not hold any more is forgotten.
 
         Raises:
-            KVTransferError: the manifest contradicts itself.
+            KVTransferError: the manifest contradicts itself, or tells of more than `max_bytes`.
         """
         manifest.check()
+        token_bytes = sum(layout.token_bytes for layout in self.layouts.values())
+        if sum(segment.capacity for segment in manifest.segments) * token_bytes > self._max_bytes:
+            raise self._too_much()
         self.manifest = manifest
         held = {segment.number for segment in manifest.segments}
         gone = [key for key in self._buffers if key[0] not in held]
@@ -203,10 +212,7 @@ class KVImporter:
     def _grow(self, old: _Buffer | None, piece: KVPiece, layout: KVLayout) -> _Buffer:
         growth = piece.capacity * layout.token_bytes - (old.held.nbytes if old else 0)
         if self.nbytes + growth > self._max_bytes:
-            raise KVTransferError(
-                f"the KV cache that arrives takes more than the {self._max_bytes} bytes that are "
-                "left for it"
-            )
+            raise self._too_much()
         new = _Buffer(layout.allocate(piece.capacity), 0)
         if old is not None:
             new.filled = old.filled
@@ -216,11 +222,11 @@ class KVImporter:
         self._buffers[piece.segment, piece.layer] = new
         return new
 
-
-def _copied(states: Tensor, offset: int, count: int) -> Tensor:
-    """Return these positions in memory of their own, which no later step writes to."""
-    part = states[:, offset : offset + count]
-    return part.new_empty(part.shape).copy_(part)
+    def _too_much(self) -> KVTransferError:
+        return KVTransferError(
+            f"the KV cache that arrives takes more than the {self._max_bytes} bytes that are left "
+            "for it"
+        )
 
 
 def _count(piece: KVPiece, layout: KVLayout) -> int:

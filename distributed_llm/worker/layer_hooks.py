@@ -16,9 +16,11 @@ class LayerHooks:
         first: whether the model's own embedding comes before them.
         last: whether the model's own norm and head come after them.
         new_event: makes an event of the device that they run on; see `event_type`.
-        after_layer: called after each of them.
+        after_layer: called after each of them; it should not refer to them, or their memory stays
+            until garbage is looked for.
 
     Attributes:
+        after_layer: may be changed.
         incoming: [1, tokens, hidden_size], what the first layer is given instead of what the model
             makes; not read if `first`.
         outgoing: [1, tokens, hidden_size], what the last layer gave; not written if `last`.
@@ -31,12 +33,12 @@ class LayerHooks:
         first: bool,
         last: bool,
         new_event: Callable[[], "Event"],
-        after_layer: Callable[[], None],
+        after_layer: Callable[[], None] | None,
     ) -> None:
         self.incoming: Tensor | None = None
         self.outgoing: Tensor | None = None
         self._new_event = new_event
-        self._after_layer = after_layer
+        self.after_layer = after_layer
         self._began = new_event()
         self._span = (self._began, self._began)
         layers[0].register_forward_pre_hook(self._begin)
@@ -72,7 +74,8 @@ class LayerHooks:
         self._span = (self._began, ended)
 
     def _report_progress(self, *_: Any) -> None:
-        self._after_layer()
+        if self.after_layer is not None:
+            self.after_layer()
 
     def _replace_input(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -32,6 +32,8 @@ class StageModel:
     """A model cut down to one stage.
 
     Attributes:
+        whole: the model before it was cut, on the meta device; stages loaded beside are cut from
+            a copy. To build another one would change, for every thread, torch's default dtype.
         model: the ForCausalLM; modules outside the stage are empty.
         decoder: the part of it that ends before the head.
         layers: the stage's layers, the first of them at index 0.
@@ -40,12 +42,18 @@ class StageModel:
         shared_nbytes: how much of that the stage that it was loaded beside holds too.
     """
 
+    whole: PreTrainedModel
     model: PreTrainedModel
     decoder: PreTrainedModel
     layers: nn.ModuleList
     numbers: LayerRange
     nbytes: int
     shared_nbytes: int
+
+    def tensors(self) -> list[Tensor]:
+        """Return all weights and buffers."""
+        packed = [m.weight for m in self.model.modules() if isinstance(m, PackedLinear)]
+        return [*_tensors(self.model), *packed]
 
 
 class Loan:

@@ -1,7 +1,8 @@
-"""The sockets between neighbours: one ROUTER for whoever hands tasks here, one link to the next.
+"""The sockets between workers: one ROUTER for whoever dials this one, and links to others.
 
-The edge of `peers`: it dials, sends and tells; it decides nothing. A link is dialled at all of its
-addresses at once and is up where the first hello is welcomed; the other connections are closed.
+The edge of `peers` and `moving`: it dials, sends and tells; it decides nothing. A link is dialled
+at all of its addresses at once and is up where the first hello is welcomed; the other connections
+are closed.
 """
 
 import asyncio
@@ -18,14 +19,23 @@ from distributed_llm.common.errors import (
     ProtocolMismatch,
     RemoteProtocolError,
 )
-from distributed_llm.common.messages import Address, Addresses, PeerHello, PeerWelcome, Task
+from distributed_llm.common.messages import (
+    Address,
+    Addresses,
+    PeerHello,
+    PeerWelcome,
+    ToNextWorker,
+    ToPreviousWorker,
+)
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.common.units import split_address
-from distributed_llm.worker.events import (
-    Event,
+from distributed_llm.worker.events import Event
+from distributed_llm.worker.link_events import (
     LinkDown,
+    LinkHeard,
+    LinkId,
     LinkUp,
     NextReached,
     PeerGarbage,
@@ -88,82 +98,47 @@ class Links:
 
     def __init__(self, bind: str, on_event: Callable[[Event], None]) -> None:
         self._on_event = on_event
-        self._loop = asyncio.get_running_loop()
-        self._epoch = 0
-        self._dials: dict[Address, _Dial] = {}
-        self._up: _Dial | None = None
+        self._links: dict[LinkId, _Link] = {}
         self._router = Router(bind, self._on_message, lambda: None, setting="peer_bind")
         self.address = self._router.address
 
-    # -------------------------------------------------------------- to the next worker
+    # -------------------------------------------------------------- to other workers
 
-    def open(self, epoch: int, addresses: Addresses) -> None:
-        """Dial the next worker at all of `addresses`; close the link that there was."""
-        self.close_link()
-        self._epoch = epoch
-        for address in dict.fromkeys(addresses):
-            try:
-                if split_address(address)[1]:
-                    self._dials[address] = _Dial(self, address)
-            except (ValueError, ConnectionFailed) as exc:
-                logger.warning("cannot dial %r: %s", address, exc)
+    def open(self, link: LinkId, addresses: Addresses) -> None:
+        """Dial another worker at all of `addresses`; close the link of that name."""
+        self.close_link(link)
+        self._links[link] = _Link(link, addresses, self._on_event)
 
-    def greet(self, hello: PeerHello, addresses: Addresses) -> None:
+    def greet(self, link: LinkId, hello: PeerHello, addresses: Addresses) -> None:
         """Say hello at those of `addresses` that are connected."""
-        for address in addresses:
-            if dial := self._dials.get(address):
-                dial.greet(hello)
+        if opened := self._links.get(link):
+            opened.greet(hello, addresses)
 
-    def hand_on(self, task: Task, frames: tuple[Frame, ...]) -> None:
-        """Send a task over the link. One that takes no more is closed, and that is told.
+    def send(self, link: LinkId, message: ToNextWorker, frames: tuple[Frame, ...]) -> None:
+        """Send over a link that is up. One that takes no more is closed, and that is told.
 
         Raises:
-            LocalProtocolError: the task's header is too long.
+            LocalProtocolError: the message's header is too long.
         """
-        encoded = codec.encode(task, frames)
-        if self._up is None:
-            return
-        try:
-            self._up.dealer.send(encoded)
-        except LocalProtocolError:
-            self._loop.call_soon(self._lose, self._up)
+        encoded = codec.encode(message, frames)
+        if opened := self._links.get(link):
+            opened.send(encoded)
 
-    def close_link(self) -> None:
-        """Close all connections to the next worker; what waits to be sent is dropped."""
-        dials, self._dials, self._up = self._dials, {}, None
-        for dial in dials.values():
-            dial.close()
+    def close_link(self, link: LinkId) -> None:
+        """Close all connections of a link; what waits to be sent is dropped."""
+        if opened := self._links.pop(link, None):
+            opened.close()
 
-    def _reached(self, dial: "_Dial") -> None:
-        self._on_event(NextReached(self._epoch, dial.address))
+    # -------------------------------------------------------------- from other workers
 
-    def _welcomed(self, dial: "_Dial", welcome: PeerWelcome, rtt_s: float) -> None:
-        if self._up or welcome.epoch != self._epoch:
-            return
-        self._up = self._dials.pop(dial.address)
-        for other in self._dials.values():
-            other.close()
-        self._dials = {dial.address: dial}
-        self._on_event(LinkUp(self._epoch, rtt_s))
-
-    def _lose(self, dial: "_Dial") -> None:
-        if self._dials.get(dial.address) is not dial:
-            return
-        del self._dials[dial.address]
-        dial.close()
-        if self._up is dial:
-            self._up = None
-            self._on_event(LinkDown(self._epoch))
-
-    # -------------------------------------------------------------- from the previous worker
-
-    def say(self, peer: PeerId, message: PeerWelcome) -> None:
+    def say(self, peer: PeerId, message: ToPreviousWorker) -> None:
         """Answer somebody who connected here; does nothing if it is gone."""
         self._router.send(peer, codec.encode(message))
 
     def close(self) -> None:
         """Close all sockets; what waits to be sent is dropped."""
-        self.close_link()
+        for link in list(self._links):
+            self.close_link(link)
         self._router.close(linger_ms=0)
 
     def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
@@ -175,23 +150,83 @@ class Links:
             self._on_event(PeerReceived(peer, message, tensors))
 
 
-class _Dial:
-    """One connection to one address of the next worker."""
+class _Link:
+    """The connections to one other worker: many until one of them is up, then that one."""
 
-    def __init__(self, links: Links, address: Address) -> None:
+    def __init__(
+        self, link: LinkId, addresses: Addresses, on_event: Callable[[Event], None]
+    ) -> None:
+        self.link = link
+        self.on_event = on_event
+        self._loop = asyncio.get_running_loop()
+        self._dials: dict[Address, _Dial] = {}
+        self._up: _Dial | None = None
+        for address in dict.fromkeys(addresses):
+            try:
+                if split_address(address)[1]:
+                    self._dials[address] = _Dial(self, address)
+            except (ValueError, ConnectionFailed) as exc:
+                logger.warning("cannot dial %r: %s", address, exc)
+
+    def greet(self, hello: PeerHello, addresses: Addresses) -> None:
+        for address in addresses:
+            if dial := self._dials.get(address):
+                dial.greet(hello)
+
+    def send(self, encoded: list[Frame]) -> None:
+        if self._up is None:
+            return
+        try:
+            self._up.dealer.send(encoded)
+        except LocalProtocolError:
+            self._loop.call_soon(self.lose, self._up)
+
+    def close(self) -> None:
+        dials, self._dials, self._up = self._dials, {}, None
+        for dial in dials.values():
+            dial.close()
+
+    def heard(self, dial: "_Dial", message: ToPreviousWorker, rtt_s: float) -> None:
+        if message.epoch != self.link.epoch:
+            return
+        if not isinstance(message, PeerWelcome):
+            if dial is self._up:
+                self.on_event(LinkHeard(self.link, message))
+        elif self._up is None:
+            self._up = self._dials.pop(dial.address)
+            for other in self._dials.values():
+                other.close()
+            self._dials = {dial.address: dial}
+            self.on_event(LinkUp(self.link, rtt_s))
+
+    def lose(self, dial: "_Dial") -> None:
+        if self._dials.get(dial.address) is not dial:
+            return
+        del self._dials[dial.address]
+        dial.close()
+        if self._up is dial:
+            self._up = None
+            self.on_event(LinkDown(self.link))
+
+
+class _Dial:
+    """One connection to one address of another worker."""
+
+    def __init__(self, link: _Link, address: Address) -> None:
         self.address = address
-        self._links = links
+        self._link = link
+        self._loop = asyncio.get_running_loop()
         self._greeted_at = 0.0
         self.dealer = Dealer(
             address,
             self._on_message,
-            lambda: links._reached(self),
-            lambda: links._lose(self),
+            lambda: link.on_event(NextReached(link.link, address)),
+            lambda: link.lose(self),
             max_outbox=_MAX_OUTBOX,
         )
 
     def greet(self, hello: PeerHello) -> None:
-        self._greeted_at = self._links._loop.time()
+        self._greeted_at = self._loop.time()
         self.dealer.send(codec.encode(hello))
 
     def close(self) -> None:
@@ -199,12 +234,11 @@ class _Dial:
 
     def _on_message(self, frames: list[Frame]) -> None:
         try:
-            welcome, _ = codec.to_previous_worker.decode(frames)
+            message, _ = codec.to_previous_worker.decode(frames)
         except (ProtocolMismatch, RemoteProtocolError) as exc:
-            self._links._on_event(PeerGarbage(exc))
+            self._link.on_event(PeerGarbage(exc))
         else:
-            rtt_s = self._links._loop.time() - self._greeted_at
-            self._links._welcomed(self, welcome, rtt_s)
+            self._link.heard(self, message, self._loop.time() - self._greeted_at)
 
 
 def _ip(host: str) -> IPAddress | None:

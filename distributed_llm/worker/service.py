@@ -21,7 +21,6 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import (
     Capabilities,
     FromWorker,
-    Goodbye,
     Heartbeat,
     Task,
     TaskFailed,
@@ -34,24 +33,35 @@ from distributed_llm.worker.engine import Engine
 from distributed_llm.worker.events import (
     Action,
     Beat,
-    CloseLink,
     Connected,
     Disconnected,
     Drop,
+    End,
     Event,
     Exit,
+    Export,
     Garbage,
-    Greet,
-    HandOn,
+    Import,
+    Inherit,
     Load,
     Log,
-    OpenLink,
-    PeerSay,
     Received,
     Reconnect,
     Release,
     Run,
     Say,
+    Serve,
+    Signalled,
+    Unload,
+)
+from distributed_llm.worker.link_events import (
+    CloseLink,
+    Greet,
+    HandOn,
+    LinkId,
+    OpenLink,
+    PeerSay,
+    Transmit,
 )
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 
@@ -73,6 +83,7 @@ class Worker:
         min_task_s: how long a task shall take at least.
         local_model: path of the checkpoint on this machine; empty is the coordinator's.
         connect_timeout_s: for the first connection.
+        leave_timeout_s: how long others may take its layers over before it ends.
     """
 
     def __init__(
@@ -86,6 +97,7 @@ class Worker:
         min_task_s: float,
         local_model: str,
         connect_timeout_s: float,
+        leave_timeout_s: float,
     ) -> None:
         self._name = name
         self._capabilities = capabilities
@@ -95,13 +107,16 @@ class Worker:
         self._min_task_s = min_task_s
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
+        self._leave_timeout_s = leave_timeout_s
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at: float | None = None
         self._process = psutil.Process()
         self._dealer: Dealer | None = None
 
     async def run(self) -> int:
-        """Work until SIGINT or SIGTERM; return the signal's number, or 0.
+        """Work until SIGINT or SIGTERM, or until it may leave; return the signal's number, or 0.
+
+        Whoever serves hands its layers over to others first; a second signal ends that.
 
         Raises:
             CoordinatorUnreachable: no coordinator answered at the start.
@@ -111,7 +126,7 @@ class Worker:
         """
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[int] = self._loop.create_future()
-        on_signal(self._stop)
+        on_signal(lambda number: self._apply(Signalled(number)))
         self._links = Links(self._peer_bind, self._apply)
         self._agent = Agent(
             self._name,
@@ -119,6 +134,7 @@ class Worker:
             instance=secrets.token_hex(16),
             address=self._address,
             connect_timeout_s=self._connect_timeout_s,
+            leave_timeout_s=self._leave_timeout_s,
             now=self._loop.time(),
         )
         self._engine = Engine(
@@ -135,11 +151,6 @@ class Worker:
             return await self._stopped
         finally:
             self._close()
-
-    def _stop(self, number: int) -> None:
-        if not self._stopped.done():
-            self._say(Goodbye())
-            self._stopped.set_result(number)
 
     def _close(self) -> None:
         if self._timer:
@@ -208,24 +219,31 @@ class Worker:
         match action:
             case Say(message=said, frames=frames):
                 self._say(said, frames)
-            case Beat(epoch=epoch):
-                self._say(self._heartbeat(epoch))
+            case Beat(epochs=epochs):
+                self._say(self._heartbeat(epochs))
             case HandOn(task=task, frames=frames):
                 self._hand_on(task, frames)
-            case Load() | Run() | Release() | Drop():
+            case Load() | Run() | Release() | Drop() | Serve() | Unload():
                 self._engine.put(action)
-            case OpenLink(epoch=epoch, addresses=addresses):
-                self._links.open(epoch, addresses)
-            case Greet(hello=hello, addresses=addresses):
-                self._links.greet(hello, addresses)
-            case CloseLink():
-                self._links.close_link()
+            case Export() | Import() | Inherit():
+                self._engine.put(action)
+            case OpenLink(link=link, addresses=addresses):
+                self._links.open(link, addresses)
+            case Greet(link=link, hello=hello, addresses=addresses):
+                self._links.greet(link, hello, addresses)
+            case Transmit(link=link, message=sent, frames=frames):
+                self._links.send(link, sent, frames)
+            case CloseLink(link=link):
+                self._links.close_link(link)
             case PeerSay(peer=peer, message=message):
                 self._links.say(peer, message)
             case Reconnect():
                 self._loop.call_soon(self._reconnect)
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
+            case End(number=number):
+                if not self._stopped.done():
+                    self._stopped.set_result(number)
             case Exit(error=error):
                 self._fail(error)
             case _:
@@ -237,13 +255,13 @@ class Worker:
 
     def _hand_on(self, task: Task, frames: tuple[Frame, ...]) -> None:
         try:
-            self._links.hand_on(task, frames)
+            self._links.send(LinkId(task.epoch), task, frames)
         except LocalProtocolError as exc:  # with the timings, its header is too long
             self._say(TaskFailed(epoch=task.epoch, step=task.step, code=exc.code, message=str(exc)))
 
-    def _heartbeat(self, epoch: int) -> Heartbeat:
+    def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
         return Heartbeat(
-            epoch=epoch,
+            epochs=epochs,
             progress_age_s=self._engine.progress_age_s(),
             tasks_waiting=self._engine.vitals.tasks_waiting,
             memory_used_bytes=self._process.memory_info().rss,

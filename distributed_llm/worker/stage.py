@@ -76,7 +76,6 @@ class Stage:
 
     Attributes:
         layers: which of the model's layers these are.
-        progress: called after each layer, in the thread of `run`; feeds the heartbeat.
     """
 
     def __init__(
@@ -88,7 +87,6 @@ class Stage:
     ) -> None:
         layers = stage_model.numbers
         self.layers = layers
-        self.progress: Callable[[], None] | None = None
         self._held = stage_model
         self._model = stage_model.model
         self._decoder = stage_model.decoder
@@ -106,7 +104,7 @@ class Stage:
             first=self._first,
             last=self._last,
             new_event=event_type(device),
-            after_layer=self._report_progress,
+            after_layer=None,
         )
         self._warm_up()
 
@@ -165,6 +163,15 @@ class Stage:
             donor=donor._held if donor else None,
         )
         return cls(stage_model, checkpoint, device, dtype)
+
+    @property
+    def progress(self) -> Callable[[], None] | None:
+        """What is called after each layer, in the thread of `run`; feeds the heartbeat."""
+        return self._hooks.after_layer
+
+    @progress.setter
+    def progress(self, listener: Callable[[], None] | None) -> None:
+        self._hooks.after_layer = listener
 
     @property
     def weight_bytes(self) -> int:
@@ -255,6 +262,13 @@ class Stage:
         self._samplings.clear()
         self._released.clear()
 
+    def memory(self) -> list[Tensor]:
+        """Return all weights and all of the KV cache, to be let go of little by little.
+
+        To give a gigabyte back at once takes as long as several steps.
+        """
+        return [*self._held.tensors(), *self._cache.buffers()]
+
     def kv_manifest(self) -> KVManifest:
         """Tell what the KV cache holds; no step runs meanwhile."""
         return self._cache.manifest()
@@ -273,8 +287,13 @@ class Stage:
         Args:
             layers: some of this stage's.
             max_bytes: of memory that it may take.
+
+        Raises:
+            ValueError: the stage does not have these layers.
         """
         start = self.layers.start
+        if layers.start < start or layers.stop > self.layers.stop:
+            raise ValueError(f"a stage of layers {self.layers} has no layers {layers}")
         numbers = range(layers.start, layers.stop)
         return KVImporter({n: self._cache.layout(n - start) for n in numbers}, max_bytes)
 
@@ -306,10 +325,6 @@ class Stage:
         with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
             self._forward(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
-
-    def _report_progress(self) -> None:
-        if self.progress is not None:
-            self.progress()
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]

@@ -8,6 +8,7 @@ own conversion, which renames, fuses and splits what checkpoints store different
 stage of the same model holds in this process already is not read but shared (`lending.py`).
 """
 
+import copy
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +123,8 @@ def load_stage_model(
         CheckpointError: tensors are missing, too many, of the wrong shape, or unreadable.
         UnsupportedModel: the architecture cannot be cut.
     """
-    model = _empty_model(checkpoint, dtype)
+    whole = donor.whole if donor else _empty_model(checkpoint, dtype)
+    model = copy.deepcopy(whole)
     decoder = cast(PreTrainedModel, model.base_model)
     path = _path_of_layers(model, checkpoint.num_layers)
     loan = Loan(checkpoint, layers, model.all_tied_weights_keys, donor)
@@ -139,9 +141,8 @@ def load_stage_model(
         _own_memory(model, mapped)
     _borrow(model, path, layers, loan)
     kept = cast(nn.ModuleList, model.get_submodule(path))
-    return StageModel(
-        model, decoder, kept, layers, _nbytes(model), shared_nbytes(model, donor) if donor else 0
-    )
+    shared = shared_nbytes(model, donor) if donor else 0
+    return StageModel(whole, model, decoder, kept, layers, _nbytes(model), shared)
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

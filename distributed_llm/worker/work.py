@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 async def work(settings: WorkerSettings) -> int:
-    """Work until SIGINT or SIGTERM; return the code to exit with.
+    """Work until SIGINT or SIGTERM, or until drained; return the code to exit with.
 
     Raises:
         ConfigError: the device or the memory that `settings` name is not there.
@@ -54,6 +54,7 @@ async def work(settings: WorkerSettings) -> int:
         min_task_s=settings.min_task_s,
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
+        leave_timeout_s=settings.leave_timeout_s,
     )
     return exit_code(await worker.run())
 

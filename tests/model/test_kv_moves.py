@@ -39,7 +39,7 @@ class Transfer:
         self.into: KVImporter = importer(layers)
 
     def pump(self, max_bytes: int) -> bool:
-        pieces = self.out.next_chunk(max_bytes)
+        pieces = self.out.next_chunk(max_bytes, 100)
         for piece in pieces or []:
             self.into.add(piece)
         return pieces is not None

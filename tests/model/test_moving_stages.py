@@ -67,7 +67,7 @@ class Move:
         for transfers in self.transfers.values():
             for _, out, into in transfers:
                 left = chunks
-                while left != 0 and (pieces := out.next_chunk(max_bytes)) is not None:
+                while left != 0 and (pieces := out.next_chunk(max_bytes, 100)) is not None:
                     for piece in pieces:
                         into.add(piece)
                         moved += piece.nbytes

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from distributed_llm.common.messages import Generate, Task, TaskFailed, TaskResult
+from distributed_llm.common.messages import Generate, LoadStage, Task, TaskFailed, TaskResult
+from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.placement import CoreSettings
+from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.requests import RequestKey
+from tests.unit.fake_model import NUM_LAYERS
 
 
 class Checker:
@@ -28,6 +30,7 @@ class Checker:
         self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
         self._ended: set[RequestKey] = set()
         self._largest = (0, 0, 0, 0, 0, 0, 0)
+        self._ordered: dict[int, dict[PeerId, LayerRange]] = {}  # by epoch
 
     def before(self, event: events.Event, *, now: float) -> None:
         """Look at what an event is about to meet."""
@@ -50,6 +53,7 @@ class Checker:
         """Assert all of it; `event` is None for a timer."""
         self._core.validate()
         self._check_text_orders(event, actions, now)
+        self._check_layers(actions)
         if self._stale:
             effects = [a for a in actions if isinstance(a, events.Detokenize) or _is_task(a)]
             assert not effects, f"an answer that nobody waits for was applied: {effects}"
@@ -75,6 +79,20 @@ class Checker:
                 case events.Forget(key=key):
                     del self._open[key]
                     self._ended.add(key)
+                case _:
+                    pass
+
+    def _check_layers(self, actions: Sequence[events.Action]) -> None:
+        """Whoever serves an epoch together has every layer of the model once."""
+        for action in actions:
+            match action:
+                case events.Send(peer=peer, message=LoadStage(epoch=epoch, layers=layers)):
+                    self._ordered.setdefault(epoch, {})[peer] = layers
+                case events.Send(message=Task(epoch=epoch)):
+                    ranges = sorted(self._ordered[epoch].values())
+                    ends = [0, *(one.stop for one in ranges)]
+                    assert [one.start for one in ranges] == ends[:-1], f"{ranges} in plan {epoch}"
+                    assert ends[-1] == NUM_LAYERS, f"{ranges} in plan {epoch}"
                 case _:
                     pass
 

@@ -161,9 +161,10 @@ class Buffer:
 
 @dataclass
 class FakeSequence:
-    """State of each layer by position, how to sample, and the buffers behind it."""
+    """Token and state of each layer by position, how to sample, and the buffers behind it."""
 
     states: list[list[int]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     sampling: Sampling | None = None
     buffers: list[Buffer] = field(default_factory=list)
 
@@ -277,6 +278,7 @@ class FakeStage:
             if part.prefix:
                 parent = self.kv[part.prefix.sequence_id]
                 held.states = parent.states[: part.prefix.length]
+                held.tokens = parent.tokens[: part.prefix.length]
                 self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held
@@ -284,6 +286,7 @@ class FakeStage:
     def _run_slice(self, part: SequenceSlice, rows: list[list[int]]) -> None:
         held = self._begin(part)
         del held.states[part.start :]
+        del held.tokens[part.start :]
         for row in rows:
             before = held.states[-1] if held.states else [0] * len(self.layers)
             states = []
@@ -294,6 +297,7 @@ class FakeStage:
                 states.append(row[3])
             row[0] = self.layers.stop
             held.states.append(states)
+            held.tokens.append(row[2])
         self._allocate(part.sequence_id, part.start)
 
     def _share(self, sequence_id: int, prefix: SharedPrefix) -> None:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Literal, assert_never
 
@@ -12,13 +13,20 @@ from distributed_llm.common.messages import (
     FromWorker,
     Goodbye,
     Heartbeat,
+    LoadStage,
+    PeerWelcome,
     Task,
+    ToNextWorker,
     Welcome,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.worker import events as agents
-from distributed_llm.worker.agent import CREDITS, Agent
+from distributed_llm.worker import link_events as links
+from distributed_llm.worker.agent import Agent
+from distributed_llm.worker.held_stage import CREDITS
+from distributed_llm.worker.link_events import LinkId
+from tests.unit.fake_kv import FakeExporter, FakeImporter, take_over
 from tests.unit.fake_model import BIG, COST, FakeStage, Missing, Void
 
 _instances = count()
@@ -28,7 +36,26 @@ if TYPE_CHECKING:
 
 Specs = tuple[TensorSpec, ...]
 Frames = tuple[Frame, ...]
-Order = agents.Load | agents.Run | agents.Release | agents.Drop
+Order = (
+    agents.Load
+    | agents.Run
+    | agents.Release
+    | agents.Drop
+    | agents.Serve
+    | agents.Unload
+    | agents.Export
+    | agents.Import
+    | agents.Inherit
+)
+
+
+@dataclass
+class Beside:
+    """A stage that was loaded beside the served one, and what came for it."""
+
+    order: LoadStage
+    stage: FakeStage
+    imports: dict[LayerRange, FakeImporter]
 
 
 class SimWorker:
@@ -42,6 +69,13 @@ class SimWorker:
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
         fail_tasks: how many of the next tasks fail.
+        fail_exports: how many of the next orders to export fail; `fail_imports` and
+            `fail_inherits` likewise.
+        transfer_s: time that every message of a transfer takes its compute thread.
+        max_positions: of a layer in one message of a transfer.
+        layers_share: of the time of a task, what its layers take.
+        beside: what was loaded beside `stage`.
+        ended: the signal that it ended by, 0 if it was let go; None while it has not.
         hung: its compute thread does nothing.
         before_task: called before each task is computed.
         after_task: called after each task, before the answer is sent.
@@ -56,10 +90,19 @@ class SimWorker:
         self.load_error: DistributedLLMError | None = None
         self.load_s = 0.01
         self.fail_tasks = 0
+        self.fail_exports = self.fail_imports = self.fail_inherits = 0
+        self.transfer_s = 0.001
+        self.max_positions = 8
+        self.layers_share = 0.5
         self.hung = False
         self.before_task: Callable[[Task], None] = lambda task: None
         self.after_task: Callable[[Task], None] = lambda task: None
         self.stage: FakeStage | None = None
+        self.beside: Beside | None = None
+        self.ended: int | None = None
+        self._loading: agents.Load | None = None  # beside
+        self._exports: dict[tuple[int, LayerRange], FakeExporter] = {}
+        self._ran = (-1, 0)  # the newest session and epoch of which a task was computed
         self.orders: deque[Order] = deque()
         self.num_sessions = 0
         self._progress_at = world.now
@@ -75,7 +118,8 @@ class SimWorker:
         self._timer_at: float | None = None
         self._closing_takes_s = 0.0
         self.address = f"{name}:1"
-        self._next: Link | None = None  # the link to the worker of the next stage
+        self._links: dict[LinkId, Link | None] = {}  # to other workers; None while it is dialled
+        self._up: set[LinkId] = set()
         self._hellos: dict[PeerId, SimWorker] = {}  # who dialled this worker
         self.agent = Agent(
             name,
@@ -83,6 +127,7 @@ class SimWorker:
             instance=f"process-{next(_instances)}",
             address="simulated:1",
             connect_timeout_s=10.0,
+            leave_timeout_s=60.0,
             now=world.now,
         )
         self._connect()
@@ -125,6 +170,17 @@ class SimWorker:
         self._closing_takes_s = 0.05
         self._apply(agents.Disconnected())
         self._closing_takes_s = 0.0
+
+    @property
+    def dial_at(self) -> float:
+        """When it dials the next worker anew, clock seconds."""
+        served = self.agent._stages._served
+        assert served is not None
+        return served.peers._dial_at
+
+    def leave_kindly(self, number: int = 15) -> None:
+        """Be told to end by a signal: hand layers over first if it serves any."""
+        self._apply(agents.Signalled(number))
 
     def leave(self) -> None:
         """Say goodbye and end."""
@@ -191,47 +247,46 @@ class SimWorker:
             match action:
                 case agents.Say(message=message, frames=frames):
                     self._say(message, frames)
-                case agents.Beat(epoch=epoch):
-                    self._say(self._heartbeat(epoch))
-                case agents.Load() | agents.Run() | agents.Release() | agents.Drop():
-                    self.orders.append(action)
-                    self._arrivals.append(self.world.now)
-                    waiting = [o for o in self.orders if isinstance(o, agents.Run)]
-                    assert len([o for o in waiting if not self.agent.is_void(o)]) <= CREDITS
-                    self._work()
-                case agents.OpenLink(epoch=epoch, addresses=addresses):
-                    self._next = None
-                    self.world.at(0.001, lambda: self._dial(epoch, addresses))
-                case agents.Greet(hello=hello):
-                    if self._next:
-                        self.world.send_across(self._next, hello, ())
-                case agents.HandOn(task=task, frames=frames):
-                    if self._next and self.state == "up":
-                        self.world.send_across(self._next, task, frames)
-                case agents.CloseLink():
-                    self._next = None
-                case agents.PeerSay(peer=peer, message=welcome):
-                    dialer = self._hellos[peer]
-                    self.world.at(0.001, lambda: dialer.welcomed(peer, welcome.epoch))  # noqa: B023
+                case agents.Beat(epochs=epochs):
+                    self._say(self._heartbeat(epochs))
+                case (
+                    links.OpenLink()
+                    | links.Greet()
+                    | links.HandOn()
+                    | links.Transmit()
+                    | links.CloseLink()
+                    | links.PeerSay()
+                ):
+                    self._perform_across(action)
                 case agents.Reconnect():
                     self.world.close(self.link, after_s=self._closing_takes_s)
                     self._connect()
                 case agents.Log(text=text):
                     self.world.logs.append(f"{self.name}: {text}")
+                case agents.End(number=number):
+                    self.ended = number
+                    self.kill()
                 case agents.Exit(error=error):
                     self.exit = error
                     self.kill()
                 case _:
-                    assert_never(action)
+                    self._order(action)
+
+    def _order(self, order: Order) -> None:
+        self.orders.append(order)
+        self._arrivals.append(self.world.now)
+        waiting = [o for o in self.orders if isinstance(o, agents.Run)]
+        assert len([o for o in waiting if not self.agent.is_void(o)]) <= CREDITS
+        self._work()
 
     def _say(self, message: FromWorker, frames: Sequence[Frame] = ()) -> None:
         if self.state == "up":
             self.world.send_up(self.link, message, frames)
 
-    def _heartbeat(self, epoch: int) -> Heartbeat:
+    def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
         waiting = sum(isinstance(order, agents.Run) for order in self.orders)
         return Heartbeat(
-            epoch=epoch,
+            epochs=epochs,
             progress_age_s=self.world.now - self._progress_at if waiting else 0.0,
             tasks_waiting=waiting,
             memory_used_bytes=1,
@@ -240,37 +295,89 @@ class SimWorker:
 
     # -------------------------------------------------------------- other workers
 
-    def _dial(self, epoch: int, addresses: Sequence[str]) -> None:
-        other = self.world.reach(self, addresses[0])
-        if other and self.state == "up":
-            self._next = self.world.connect(other, f"{self.name}->{other.name}")
-            other._hellos[self._next.peer] = self
-            self._apply(agents.NextReached(epoch, addresses[0]))
+    def _perform_across(self, action: links.LinkAction) -> None:
+        match action:
+            case links.OpenLink(link=name, addresses=addresses):
+                self._forget(name)
+                self._links[name] = None
+                self.world.at(0.001, lambda: self._dial(name, addresses))
+            case links.Greet(link=name, hello=hello):
+                self._transmit(name, hello, ())
+            case links.HandOn(task=task, frames=frames):
+                if LinkId(task.epoch) in self._up:
+                    self._transmit(LinkId(task.epoch), task, frames)
+            case links.Transmit(link=name, message=message, frames=frames):
+                if name in self._up:
+                    self._transmit(name, message, frames)
+            case links.CloseLink(link=name):
+                self._forget(name)
+            case links.PeerSay(peer=peer, message=answer):
+                dialer = self._hellos[peer]
+                self.world.send_back(dialer.link_of(peer), answer, dialer)
+            case _:
+                assert_never(action)
 
-    def welcomed(self, peer: PeerId, epoch: int) -> None:
-        """The next worker answered the hello of a link."""
-        if self._next and self._next.peer == peer:
-            self._when_up(lambda: self._apply(agents.LinkUp(epoch, 0.002)))
+    def _transmit(self, name: LinkId, message: ToNextWorker, frames: Sequence[Frame]) -> None:
+        link = self._links.get(name)
+        if link and self.state == "up":
+            self.world.send_across(link, message, frames)
+
+    def _forget(self, name: LinkId) -> None:
+        self._links.pop(name, None)
+        self._up.discard(name)
+
+    def _dial(self, name: LinkId, addresses: Sequence[str]) -> None:
+        other = self.world.reach(self, addresses[0])
+        if other and self.state == "up" and self._links.get(name, other) is None:
+            link = self.world.connect(other, f"{self.name}->{other.name}")
+            self._links[name] = link
+            other._hellos[link.peer] = self
+            self._apply(links.NextReached(name, addresses[0]))
+
+    def link_of(self, peer: PeerId) -> "Link | None":
+        """The link to another worker which that knows as `peer`; None if it is closed."""
+        return next((one for one in self._links.values() if one and one.peer == peer), None)
+
+    def answered(self, link: "Link", wire: list[Frame]) -> None:
+        """Another worker answered over a link, which may be closed by now."""
+        names = [name for name, one in self._links.items() if one is link]
+        if names and link.open:
+            self._when_up(lambda: self._hear(names[0], wire))
+
+    def _hear(self, name: LinkId, wire: list[Frame]) -> None:
+        message, _ = codec.to_previous_worker.decode(wire)
+        if name not in self._links or message.epoch != name.epoch:
+            return
+        if not isinstance(message, PeerWelcome):
+            if name in self._up:
+                self._apply(links.LinkHeard(name, message))
+        elif name not in self._up:
+            self._up.add(name)
+            self._apply(links.LinkUp(name, 0.002))
 
     def lost(self, other: "SimWorker") -> None:
-        """The connection to `other`, if there is one, is gone."""
-        if self._next and self._next.owner is other:
-            self._next = None
-            self._when_up(lambda: self._apply(agents.LinkDown(self.agent.epoch)))
+        """The connections to `other`, if there are any, are gone."""
+        for name in [name for name, one in self._links.items() if one and one.owner is other]:
+            self._lost(name)
 
-    def cut(self) -> None:
-        """Break the link to the next worker, with all that is on it."""
-        if self._next:
-            self._next.open = False
-            owner = self._next.owner
-            assert isinstance(owner, SimWorker)
-            self.lost(owner)
+    def cut(self, *, transfers: bool = False) -> None:
+        """Break the links to next workers, or those of transfers, with all that is on them."""
+        for name in [n for n in self._links if (n.layers is not None) is transfers]:
+            self._lost(name)
+
+    def _lost(self, name: LinkId) -> None:
+        link, up = self._links[name], name in self._up
+        self._forget(name)
+        if link:
+            link.open = False
+        if up:
+            self._when_up(lambda: self._apply(links.LinkDown(name)))
 
     def receive_across(self, link: "Link", wire: list[Frame]) -> None:
         """Take a message of the worker of the stage before."""
         if link.open:
             message, frames = codec.to_next_worker.decode(wire)
-            event = agents.PeerReceived(link.peer, message, frames)
+            event = links.PeerReceived(link.peer, message, frames)
             self._when_up(lambda: self._apply(event))
 
     # -------------------------------------------------------------- compute thread
@@ -284,11 +391,13 @@ class SimWorker:
 
     def _takes_s(self, order: Order) -> float:
         match order:
-            case agents.Load():
+            case agents.Load(order=LoadStage(beside=False)):
                 return self.load_s
             case agents.Run(task=task) if not self.agent.is_void(order):
                 tokens = sum(part.num_tokens for part in task.sequences)
                 return self.task_s + self.token_s * tokens
+            case agents.Export() | agents.Import() | agents.Inherit():
+                return self.transfer_s
             case _:
                 return 0.0
 
@@ -313,29 +422,114 @@ class SimWorker:
                 return self._load(order)
             case agents.Run():
                 return self._run(order)
-            case agents.Release(sequence_ids=ids):
-                for sequence_id in ids:
-                    if self.stage:
-                        self.stage.release(sequence_id)
+            case agents.Release(epoch=epoch, sequence_ids=ids):
+                beside = self.beside if self.beside and self.beside.order.epoch == epoch else None
+                stage = beside.stage if beside else self.stage
+                if stage:
+                    for sequence_id in ids:
+                        stage.release(sequence_id)
             case agents.Drop():
-                self.stage = None
+                self._drop()
+            case agents.Serve(epoch=epoch):
+                assert self.beside is not None
+                assert self.beside.order.epoch == epoch
+                stage = self.beside.stage
+                self._drop()
+                self.stage = stage
+            case agents.Unload(epoch=epoch):
+                self._unload(epoch)
+            case agents.Export() | agents.Import() | agents.Inherit():
+                return self._move(order)
+            case _:
+                assert_never(order)
         return None
 
+    def _drop(self) -> None:
+        self.stage = self.beside = self._loading = None
+        self._exports.clear()
+
+    def _unload(self, epoch: int) -> None:
+        if self.beside and self.beside.order.epoch == epoch:
+            self.beside = None
+        if self._loading and self._loading.order.epoch == epoch:
+            self._loading = None
+        self._exports = {key: one for key, one in self._exports.items() if key[0] != epoch}
+
     def _load(self, load: agents.Load) -> agents.Event | None:
-        order = load.order
         if self.agent.is_void(load):
             return None
+        if load.order.beside:
+            self.beside, self._loading = None, load
+            self.world.at(self.load_s, lambda: self._when_up(lambda: self._loaded_beside(load)))
+            return None
+        self._drop()
         if self.load_error is not None:
-            self.stage = None
-            return agents.LoadFailed(load.session, order.epoch, self.load_error)
-        self.stage = FakeStage(order, order.kv_tokens)
+            return agents.LoadFailed(load.session, load.order.epoch, self.load_error)
+        self.stage = FakeStage(load.order, load.order.kv_tokens)
+        return self._loaded(load)
+
+    def _loaded_beside(self, load: agents.Load) -> None:
+        if self._loading is not load:
+            return
+        self._loading = None
+        order = load.order
+        if self.load_error is not None:
+            self._apply(agents.LoadFailed(load.session, order.epoch, self.load_error))
+            return
+        imports = {layers: FakeImporter() for layers in order.imports}
+        self.beside = Beside(order, FakeStage(order, order.kv_tokens), imports)
+        self._apply(self._loaded(load))
+
+    def _loaded(self, load: agents.Load) -> agents.Loaded:
+        order = load.order
         weights = COST.weight_bytes(order.layers)
         return agents.Loaded(load.session, order.epoch, self.load_s, weights, order.kv_tokens)
+
+    def _move(self, order: agents.Export | agents.Import | agents.Inherit) -> agents.Event | None:
+        if self.agent.is_void(order):
+            return None
+        try:
+            match order:
+                case agents.Export():
+                    return self._export(order)
+                case agents.Import(message=message):
+                    self._inject("fail_imports")
+                    self._beside_of(message.epoch).imports[message.layers].take(order)
+                    return agents.Imported(order)
+                case agents.Inherit(epoch=epoch):
+                    self._inject("fail_inherits")
+                    heir = self._beside_of(epoch)
+                    take_over(heir.stage, self.stage, heir.imports)
+                    return agents.Inherited(order)
+        except StageError as exc:
+            return agents.HandOverFailed(order, exc)
+
+    def _inject(self, failures: str) -> None:
+        """Fail if there is such a failure left to inject."""
+        left = getattr(self, failures)
+        if left:
+            setattr(self, failures, left - 1)
+            raise StageError("injected")
+
+    def _export(self, order: agents.Export) -> agents.Exported:
+        self._inject("fail_exports")
+        key = (order.epoch, order.layers)
+        if key not in self._exports:
+            assert self.stage is not None
+            self._exports[key] = FakeExporter(self.stage, order.layers, self.max_positions)
+        return self._exports[key].next(order)
+
+    def _beside_of(self, epoch: int) -> Beside:
+        assert self.beside is not None
+        assert self.beside.order.epoch == epoch
+        return self.beside
 
     def _run(self, run: agents.Run) -> agents.Event | None:
         if self.agent.is_void(run):
             return None
         try:
+            newest, self._ran = self._ran, (run.session, run.task.epoch)
+            assert newest <= self._ran, "it goes back to layers that were handed over"
             self.before_task(run.task)
             if self.state == "dead":
                 return None
@@ -359,7 +553,12 @@ class SimWorker:
         self.busy_s += took_s
         self.num_tasks += 1
         return agents.Computed(
-            run, specs, frames, compute_us=round(1e6 * took_s), queued_us=round(1e6 * queued_s)
+            run,
+            specs,
+            frames,
+            compute_us=round(1e6 * took_s),
+            layers_us=round(1e6 * took_s * self.layers_share),
+            queued_us=round(1e6 * queued_s),
         )
 
 

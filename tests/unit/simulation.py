@@ -21,25 +21,26 @@ from distributed_llm.common.messages import (
     FromWorker,
     ToClient,
     ToNextWorker,
+    ToPreviousWorker,
     ToWorker,
 )
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.placement import CoreSettings
+from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.requests import RequestKey
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
 from tests.unit.fake_model import BIG, DRAWN_SEED, MODEL
 from tests.unit.fake_worker import SimWorker
 
-SETTINGS = CoreSettings(min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
+SETTINGS = CoreSettings(strategy="memory", min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
 
-Message = FromWorker | FromClient | ToWorker | ToClient | ToNextWorker
+Message = FromWorker | FromClient | ToWorker | ToClient | ToNextWorker | ToPreviousWorker
 FaultKind = Literal["drop", "duplicate", "delay"]
-Way = Literal["up", "down", "across"]
-"""To the coordinator, from it, or from a worker to the next one."""
+Way = Literal["up", "down", "across", "back"]
+"""To the coordinator, from it, from a worker to the next one, or back from there."""
 
 LONG = tuple(range(20))
 """A prompt of three chunks."""
@@ -87,6 +88,7 @@ class World:
 
     Attributes:
         counts: messages that were sent, by way and kind.
+        study_s: how long a survey takes.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class World:
         self.counts: Counter[tuple[Way, type[Message]]] = Counter()
         self.checker = Checker(self.core, settings)
         self.text_delay_s = text_delay_s
+        self.study_s = 0.01
         self._delay_s = delay_s
         self._random = random.Random(seed)
         self.apart: set[tuple[SimWorker, SimWorker]] = set()  # cannot reach each other, this way
@@ -246,6 +249,10 @@ class World:
                 case events.Tokenize() | events.Detokenize() | events.Forget():
                     self._text_at = max(self._text_at, self.now) + self.text_delay_s
                     self.at_time(self._text_at, lambda order=action: self._text(order))  # type: ignore[misc]
+                case events.Study(survey=survey):
+                    self.at(
+                        self.study_s, lambda what=survey: self._do(events.Studied(what.carry_out()))
+                    )  # type: ignore[misc]
                 case events.Log(text=text):
                     self.logs.append(text)
                 case events.Stop(error=error):
@@ -322,6 +329,16 @@ class World:
         for _ in range(copies):
             link.down_at = max(link.down_at, self.now + self._delay() + extra_s)
             self.at_time(link.down_at, lambda: owner.receive_across(link, wire))
+
+    def send_back(self, link: Link | None, message: ToPreviousWorker, dialer: SimWorker) -> None:
+        """Answer over a link, whose owner is not `dialer`; None is one that is closed."""
+        if link is None:
+            return
+        copies, extra_s = self._fate("back", message, link)
+        wire = codec.encode(message)
+        for _ in range(copies):
+            link.up_at = max(link.up_at, self.now + self._delay() + extra_s)
+            self.at_time(link.up_at, lambda: dialer.answered(link, wire))
 
     def _fate(self, way: Way, message: Message, link: Link) -> tuple[int, float]:
         """Return how many copies arrive, and how much later."""

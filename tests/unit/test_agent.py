@@ -21,6 +21,7 @@ from distributed_llm.common.messages import (
     ModelSource,
     NextStage,
     PeerHello,
+    PeerProbed,
     PeerWelcome,
     Pong,
     Refused,
@@ -38,38 +39,44 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker.agent import CREDITS, Agent
+from distributed_llm.worker.agent import Agent
 from distributed_llm.worker.events import (
     Action,
     Beat,
     Broke,
-    CloseLink,
     Computed,
     Connected,
     Disconnected,
     Drop,
     Exit,
     Garbage,
-    Greet,
-    HandOn,
-    LinkDown,
-    LinkUp,
     Load,
     Loaded,
     LoadFailed,
     Log,
-    NextReached,
-    OpenLink,
-    PeerGarbage,
-    PeerReceived,
-    PeerSay,
     Received,
     Reconnect,
     Release,
     Run,
     Say,
 )
-from distributed_llm.worker.peers import proof
+from distributed_llm.worker.held_stage import CREDITS
+from distributed_llm.worker.link_events import (
+    CloseLink,
+    Greet,
+    HandOn,
+    LinkDown,
+    LinkHeard,
+    LinkId,
+    LinkUp,
+    NextReached,
+    OpenLink,
+    PeerGarbage,
+    PeerReceived,
+    PeerSay,
+    Transmit,
+)
+from distributed_llm.worker.peers import PROBE_BYTES, proof
 
 WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=4.0)
 IDS = TensorSpec("int32", (1,))
@@ -149,7 +156,7 @@ def serving(next_stage: NextStage | None = None) -> Agent:
     agent = joined()
     hear(agent, order(3, next_stage))
     if next_stage is not None:
-        agent.handle(LinkUp(3, 0.001), now=0.0)
+        agent.handle(LinkUp(LinkId(3), 0.001), now=0.0)
     return agent
 
 
@@ -239,7 +246,7 @@ def test_beats_at_once_and_then_every_interval() -> None:
         at = agent.next_deadline()
         assert at is not None
         assert agent.on_timer(reached=True, now=at - 0.001) == []
-        assert agent.on_timer(reached=True, now=at) == [Beat(0)]
+        assert agent.on_timer(reached=True, now=at) == [Beat(())]
         beats.append(at)
         hear(agent, Pong(), at)
     assert beats == [3.0, 4.0, 5.0, 6.0]
@@ -248,13 +255,13 @@ def test_beats_at_once_and_then_every_interval() -> None:
 def test_beat_carries_the_epoch() -> None:
     agent = joined()
     hear(agent, order(5))
-    assert agent.on_timer(reached=True, now=1.0) == [Beat(5)]
+    assert agent.on_timer(reached=True, now=1.0) == [Beat((5,))]
 
 
 def test_silence_makes_it_connect_anew() -> None:
     agent = joined()
     for now in (0.0, 1.0, 2.0, 3.0):
-        assert agent.on_timer(reached=True, now=now) == [Beat(0)]
+        assert agent.on_timer(reached=True, now=now) == [Beat(())]
     assert agent.next_deadline() == 4.0
     actions = agent.on_timer(reached=True, now=4.0)
     assert without_logs(actions) == [Reconnect()]
@@ -284,7 +291,7 @@ def test_told_that_its_session_is_lost() -> None:
     assert agent.epoch == 0
     agent.handle(Connected(), now=1.0)
     hear(agent, WELCOME, 1.0)
-    assert agent.on_timer(reached=True, now=1.0) == [Beat(0)]
+    assert agent.on_timer(reached=True, now=1.0) == [Beat(())]
 
 
 @pytest.mark.parametrize(
@@ -323,7 +330,7 @@ def test_orders_are_carried_out() -> None:
     (run,) = without_logs(agent.handle(Received(task(1), (b"1234",)), now=0.0))
     assert run == Run(load.session, task(1), (b"1234",))
     assert not agent.is_void(run)
-    assert hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3, 4))) == [Release((3, 4))]
+    assert hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3, 4))) == [Release(1, (3, 4))]
     assert hear(agent, DropStage(epoch=2)) == [Drop()]
     assert agent.epoch == 2
 
@@ -369,7 +376,7 @@ def test_answers_of_an_old_session_are_dropped() -> None:
     for event in (
         Loaded(old, 1, 1.0, 5, 64),
         LoadFailed(old, 1, CheckpointMismatch("x")),
-        Computed(run, (), (), 100, 0),
+        Computed(run, (), (), 100, 80, 0),
         Broke(run, StageError("x")),
     ):
         assert agent.handle(event, now=3.0) == []
@@ -452,11 +459,11 @@ def test_broken_task_names_what_is_missing() -> None:
 
 def test_last_stage_answers_the_coordinator() -> None:
     agent = serving()
-    passed = (StageTime(compute_us=7, queued_us=1),)
+    passed = (StageTime(compute_us=7, layers_us=5, queued_us=1),)
     given = msgspec.structs.replace(task(3, step=8), timings=passed)
     run = run_of(agent, given, b"1234")
-    (said,) = agent.handle(Computed(run, (IDS,), (b"5678",), 500, 250), now=1.0)
-    own = StageTime(compute_us=500, queued_us=250)
+    (said,) = agent.handle(Computed(run, (IDS,), (b"5678",), 500, 400, 250), now=1.0)
+    own = StageTime(compute_us=500, layers_us=400, queued_us=250)
     result = TaskResult(epoch=3, step=8, timings=(*passed, own), tensors=(IDS,))
     assert said == Say(result, (b"5678",))
 
@@ -464,8 +471,8 @@ def test_last_stage_answers_the_coordinator() -> None:
 def test_what_samples_nothing_is_answered_with_nothing() -> None:
     agent = serving()
     run = run_of(agent, task(3, step=8), b"1234")
-    (said,) = agent.handle(Computed(run, (), (), 500, 250), now=1.0)
-    own = StageTime(compute_us=500, queued_us=250)
+    (said,) = agent.handle(Computed(run, (), (), 500, 400, 250), now=1.0)
+    own = StageTime(compute_us=500, layers_us=400, queued_us=250)
     assert said == Say(TaskResult(epoch=3, step=8, timings=(own,)))
 
 
@@ -474,16 +481,16 @@ def test_what_samples_nothing_is_answered_with_nothing() -> None:
 
 def test_result_is_handed_on_as_the_route_says() -> None:
     agent = serving(MAC)
-    passed = (StageTime(compute_us=7, queued_us=1),)
+    passed = (StageTime(compute_us=7, layers_us=5, queued_us=1),)
     given = msgspec.structs.replace(
         task(3, step=8, oldest=6, route=(True, False)), timings=passed, tensors=(IDS, HIDDEN)
     )
     run = run_of(agent, given, b"1234", b"in.."[:4])
-    (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 250), now=1.0)
+    (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 400, 250), now=1.0)
     onward = msgspec.structs.replace(
         given,
         route=(False,),
-        timings=(*passed, StageTime(compute_us=500, queued_us=250)),
+        timings=(*passed, StageTime(compute_us=500, layers_us=400, queued_us=250)),
         tensors=(IDS, HIDDEN),
     )
     assert sent == HandOn(onward, (b"1234", b"out."))
@@ -494,7 +501,7 @@ def test_handed_on_task_carries_the_newest_that_is_known_to_be_void() -> None:
     agent = serving(MAC)
     run = run_of(agent, task(3, step=8, oldest=1, route=(True,)), b"1234")
     run_of(agent, task(3, step=9, oldest=5, route=(True,)), b"1234")
-    (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 1, 1), now=1.0)
+    (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1), now=1.0)
     assert isinstance(sent, HandOn)
     assert sent.task.oldest == 5
 
@@ -506,10 +513,10 @@ def test_handed_on_task_carries_the_newest_that_is_known_to_be_void() -> None:
 def test_coordinator_relays_where_it_must(route: tuple[bool, ...], link: bool) -> None:
     agent = serving(MAC)
     if not link:
-        agent.handle(LinkDown(3), now=0.5)
+        agent.handle(LinkDown(LinkId(3)), now=0.5)
     run = run_of(agent, task(3, step=8, route=route), b"1234")
-    (said,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 250), now=1.0)
-    own = StageTime(compute_us=500, queued_us=250)
+    (said,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 400, 250), now=1.0)
+    own = StageTime(compute_us=500, layers_us=400, queued_us=250)
     result = TaskResult(epoch=3, step=8, timings=(own,), tensors=(HIDDEN,))
     assert said == Say(result, (b"out.",))
 
@@ -517,38 +524,42 @@ def test_coordinator_relays_where_it_must(route: tuple[bool, ...], link: bool) -
 def test_link_is_dialled_with_every_order_and_closed_with_every_end() -> None:
     agent = joined()
     dial, load = hear(agent, order(3, MAC))
-    assert dial == OpenLink(3, MAC.addresses)
+    assert dial == OpenLink(LinkId(3), MAC.addresses)
     assert isinstance(load, Load)
-    dial, _ = hear(agent, order(4, MAC))
-    assert dial == OpenLink(4, MAC.addresses)
+    close, dial, _ = hear(agent, order(4, MAC))
+    assert close == CloseLink(LinkId(3))
+    assert dial == OpenLink(LinkId(4), MAC.addresses)
     close, load = hear(agent, order(5))
-    assert close == CloseLink()
+    assert close == CloseLink(LinkId(4))
     assert isinstance(load, Load)
     hear(agent, order(6, MAC))
-    assert hear(agent, DropStage(epoch=7)) == [CloseLink(), Drop()]
+    assert hear(agent, DropStage(epoch=7)) == [CloseLink(LinkId(6)), Drop()]
     hear(agent, order(8, MAC))
     actions = without_logs(agent.handle(Disconnected(), now=1.0))
-    assert actions == [CloseLink(), Reconnect()]
+    assert actions == [CloseLink(LinkId(8)), Reconnect()]
 
 
 def test_reports_of_the_link_are_said_between_heartbeats() -> None:
     agent = joined()
     hear(agent, order(3, MAC))
-    assert agent.on_timer(reached=True, now=0.0) == [Beat(3)]
+    assert agent.on_timer(reached=True, now=0.0) == [Beat((3,))]
     for now in (1.0, 2.0, 3.0):
         hear(agent, Pong(), now)
         assert agent.next_deadline() == now
         actions = without_logs(agent.on_timer(reached=True, now=now))
         down = [Say(LinkReport(epoch=3, up=False))] if now == 3.0 else []
-        assert actions == [*down, Beat(3)]
+        assert actions == [*down, Beat((3,))]
     hello_to_mac = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
     address = MAC.addresses[0]
-    greet = Greet(hello_to_mac, (address,))
-    assert agent.handle(NextReached(3, address), now=3.1) == [greet]
+    greet = Greet(LinkId(3), hello_to_mac, (address,))
+    assert agent.handle(NextReached(LinkId(3), address), now=3.1) == [greet]
     assert agent.next_deadline() == pytest.approx(3.4)
     assert agent.on_timer(reached=True, now=3.4) == [greet]
-    said = without_logs(agent.handle(LinkUp(3, 0.25), now=3.5))
-    assert said == [Say(LinkReport(epoch=3, up=True, rtt_s=0.25))]
+    said, probe = without_logs(agent.handle(LinkUp(LinkId(3), 0.25), now=3.5))
+    assert said == Say(LinkReport(epoch=3, up=True, rtt_s=0.25))
+    assert isinstance(probe, Transmit)
+    (said,) = agent.handle(LinkHeard(LinkId(3), PeerProbed(epoch=3)), now=4.25)
+    assert said == Say(LinkReport(epoch=3, up=True, rtt_s=0.25, bytes_per_s=PROBE_BYTES / 0.5))
 
 
 # ------------------------------------------------------------------ tasks of other workers
@@ -631,7 +642,7 @@ def test_steps_before_the_oldest_are_void_wherever_they_are() -> None:
     run_of(agent, task(3, step=7, oldest=5), b"1234")
     assert agent.is_void(waiting)
     assert not agent.is_void(ahead)
-    assert agent.handle(Computed(waiting, (HIDDEN,), (b"out.",), 1, 1), now=0.0) == []
+    assert agent.handle(Computed(waiting, (HIDDEN,), (b"out.",), 1, 1, 1), now=0.0) == []
     assert failed(agent, waiting) == []
     assert agent.handle(Received(task(3, step=4, oldest=1), (b"1234",)), now=0.0) == []
     run_of(agent, task(3, step=5, oldest=1), b"1234")
@@ -658,7 +669,7 @@ def test_task_that_waits_already_is_not_run_twice() -> None:
     agent = serving()
     run = run_of(agent, task(3, step=1), b"1234")
     assert agent.handle(Received(task(3, step=1), (b"1234",)), now=0.0) == []
-    agent.handle(Computed(run, (IDS,), (b"5678",), 1, 1), now=0.0)
+    agent.handle(Computed(run, (IDS,), (b"5678",), 1, 1, 1), now=0.0)
     run_of(agent, task(3, step=1), b"1234")
 
 
@@ -670,7 +681,7 @@ def test_more_tasks_than_were_granted_are_refused() -> None:
         assert isinstance(said, Say)
         assert isinstance(said.message, TaskFailed)
         assert (said.message.step, said.message.code) == (refused, "too_many_tasks")
-    agent.handle(Computed(runs[0], (IDS,), (b"5678",), 1, 1), now=0.0)
+    agent.handle(Computed(runs[0], (IDS,), (b"5678",), 1, 1, 1), now=0.0)
     failed(agent, runs[1])
     run_of(agent, task(3, step=102), b"1234")
     run_of(agent, task(3, step=103), b"1234")

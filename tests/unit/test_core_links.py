@@ -99,7 +99,7 @@ def test_link_that_comes_up_in_mid_prompt_breaks_no_step(wait_s: float) -> None:
     for text in range(3):  # chunks follow each other closely once that was measured to be good
         finish(world, client.submit([(i + text) % 90 for i in range(200)]))
     world.apart.clear()
-    dial_at = min(w.agent._peers._dial_at for w in workers[:2])
+    dial_at = min(w.dial_at for w in workers[:2])
     world.run(for_s=dial_at - world.now - wait_s)
     answer = client.submit([(i * 7) % 90 for i in range(240)])
     finish(world, answer)

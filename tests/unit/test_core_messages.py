@@ -105,7 +105,7 @@ def test_what_workers_say_of_older_epochs_is_counted_and_no_more() -> None:
     assert world.run(lambda: world.epoch == 2 and world.state == "serving")
     answer = world.client().submit(LONG)
     world.run(lambda: len(answer.token_ids) == 2)
-    times = (StageTime(compute_us=1, queued_us=0),)
+    times = (StageTime(compute_us=1, layers_us=0, queued_us=0),)
     messages: list[FromWorker] = [
         TaskResult(epoch=1, step=2, timings=times),
         TaskFailed(epoch=1, step=2, code="stage_error", message="x"),

@@ -7,7 +7,7 @@ import pytest
 
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.coordinator.placement import CoreSettings
+from distributed_llm.coordinator.core_settings import CoreSettings
 from tests.unit.fake_client import Answer
 from tests.unit.fake_worker import SimWorker
 from tests.unit.simulation import LONG, World, finish, with_settings

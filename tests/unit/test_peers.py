@@ -4,29 +4,39 @@ import math
 
 import pytest
 
+from distributed_llm.common import codec
 from distributed_llm.common.messages import (
     LinkReport,
     LoadStage,
     ModelSource,
     NextStage,
     PeerHello,
+    PeerProbe,
+    PeerProbed,
     PeerWelcome,
 )
+from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker.events import (
-    Action,
+from distributed_llm.worker.events import Action, Log, Say
+from distributed_llm.worker.link_events import (
     CloseLink,
     Greet,
-    Log,
+    LinkId,
     OpenLink,
     PeerSay,
-    Say,
+    Transmit,
 )
-from distributed_llm.worker.peers import Peers, proof
+from distributed_llm.worker.peers import PROBE_BYTES, Peers, proof
 
 LAN, LOOPBACK = "10.0.0.2:7000", "127.0.0.1:7000"
 MAC = NextStage(worker="mac", addresses=(LAN, LOOPBACK))
+LINK = LinkId(3)
 HELLO = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
+PROBE = Transmit(
+    LINK,
+    PeerProbe(epoch=3, tensors=(TensorSpec("uint8", (PROBE_BYTES,)),)),
+    (bytes(PROBE_BYTES),),
+)
 DOWN = Say(LinkReport(epoch=3, up=False))
 
 
@@ -45,8 +55,8 @@ def order(epoch: int = 3, next_stage: NextStage | None = MAC, key: str = "secret
 
 
 def dialling(now: float = 0.0) -> Peers:
-    peers = Peers()
-    assert peers.begin(order(), "pc", now) == [OpenLink(3, (LAN, LOOPBACK))]
+    peers = Peers(order(), "pc")
+    assert peers.begin(now) == [OpenLink(LINK, (LAN, LOOPBACK))]
     return peers
 
 
@@ -67,7 +77,7 @@ def story(peers: Peers, until: float) -> list[tuple[float, list[Action]]]:
 
 
 def test_unreachable_worker_is_reported_once_and_dialled_for_ever() -> None:
-    dial: list[Action] = [OpenLink(3, (LAN, LOOPBACK))]
+    dial: list[Action] = [OpenLink(LINK, (LAN, LOOPBACK))]
     assert story(dialling(now=10.0), until=26.0) == [
         (13.0, [DOWN]),
         (15.0, dial),
@@ -78,85 +88,107 @@ def test_unreachable_worker_is_reported_once_and_dialled_for_ever() -> None:
 
 def test_hello_is_said_where_something_answers_until_it_is_welcome() -> None:
     peers = dialling()
-    assert peers.reached(3, LOOPBACK, 0.1) == [Greet(HELLO, (LOOPBACK,))]
-    assert peers.reached(3, LAN, 0.2) == [Greet(HELLO, (LAN,))]
-    again: list[Action] = [Greet(HELLO, (LOOPBACK, LAN))]
+    assert peers.reached(LOOPBACK, 0.1) == [Greet(LINK, HELLO, (LOOPBACK,))]
+    assert peers.reached(LAN, 0.2) == [Greet(LINK, HELLO, (LAN,))]
+    again: list[Action] = [Greet(LINK, HELLO, (LOOPBACK, LAN))]
     assert story(peers, until=1.0) == [(0.5, again), (0.8, again)]
-    up = without_logs(peers.welcomed(3, 0.25))
-    assert up == [Say(LinkReport(epoch=3, up=True, rtt_s=0.25))]
+    up = without_logs(peers.welcomed(0.25, 0.0))
+    assert up == [Say(LinkReport(epoch=3, up=True, rtt_s=0.25)), PROBE]
     assert peers.link_up
     assert peers.next_deadline() == math.inf
 
 
 def test_link_that_comes_up_late_is_reported_again() -> None:
     peers = dialling()
-    assert story(peers, until=5.0) == [(3.0, [DOWN]), (5.0, [OpenLink(3, (LAN, LOOPBACK))])]
-    peers.reached(3, LAN, 5.1)
-    assert without_logs(peers.welcomed(3, 0.5)) == [Say(LinkReport(epoch=3, up=True, rtt_s=0.5))]
+    assert story(peers, until=5.0) == [(3.0, [DOWN]), (5.0, [OpenLink(LINK, (LAN, LOOPBACK))])]
+    peers.reached(LAN, 5.1)
+    up = without_logs(peers.welcomed(0.5, 5.5))
+    assert up == [Say(LinkReport(epoch=3, up=True, rtt_s=0.5)), PROBE]
 
 
 def test_dialling_anew_forgets_what_was_reached() -> None:
     peers = dialling()
-    peers.reached(3, LAN, 4.9)
+    peers.reached(LAN, 4.9)
     (_, reports), (_, dials) = story(peers, until=5.0)
-    assert (reports, dials) == ([DOWN], [OpenLink(3, (LAN, LOOPBACK))])
+    assert (reports, dials) == ([DOWN], [OpenLink(LINK, (LAN, LOOPBACK))])
     assert story(peers, until=9.0) == []
-    peers.reached(3, LOOPBACK, 9.1)
-    assert story(peers, until=9.5) == [(9.4, [Greet(HELLO, (LOOPBACK,))])]
+    peers.reached(LOOPBACK, 9.1)
+    assert story(peers, until=9.5) == [(9.4, [Greet(LINK, HELLO, (LOOPBACK,))])]
 
 
 def test_lost_link_is_reported_at_once_and_dialled_later() -> None:
     peers = dialling()
-    peers.reached(3, LAN, 0.1)
-    peers.welcomed(3, 0.5)
-    assert without_logs(peers.lost(3, 100.0)) == [DOWN]
+    peers.reached(LAN, 0.1)
+    peers.welcomed(0.5, 0.0)
+    assert without_logs(peers.lost(100.0)) == [DOWN]
     assert not peers.link_up
-    assert peers.lost(3, 100.0) == []
-    assert story(peers, until=109.0) == [(105.0, [OpenLink(3, (LAN, LOOPBACK))])]
+    assert peers.lost(100.0) == []
+    assert story(peers, until=109.0) == [(105.0, [OpenLink(LINK, (LAN, LOOPBACK))])]
 
 
 def test_worker_without_addresses_is_reported_and_not_dialled() -> None:
-    peers = Peers()
-    nowhere = order(next_stage=NextStage(worker="mac", addresses=()))
-    assert without_logs(peers.begin(nowhere, "pc", 0.0)) == [DOWN]
+    peers = Peers(order(next_stage=NextStage(worker="mac", addresses=())), "pc")
+    assert without_logs(peers.begin(0.0)) == [DOWN]
     assert peers.next_deadline() == math.inf
-    assert peers.end() == [CloseLink()]
+    assert peers.end() == [CloseLink(LINK)]
 
 
 def test_nothing_is_due_after_the_end() -> None:
     peers = dialling()
-    peers.reached(3, LAN, 0.1)
-    assert peers.end() == [CloseLink()]
+    peers.reached(LAN, 0.1)
+    assert peers.end() == [CloseLink(LINK)]
     assert peers.next_deadline() == math.inf
-    assert peers.end() == []
 
 
 def test_last_stage_dials_nobody() -> None:
-    peers = Peers()
-    assert peers.begin(order(next_stage=None), "pc", 0.0) == []
+    peers = Peers(order(next_stage=None), "pc")
+    assert peers.begin(0.0) == []
     assert peers.next_deadline() == math.inf
     assert peers.end() == []
 
 
-@pytest.mark.parametrize("up", [False, True])
-def test_what_comes_late_of_another_epoch_is_ignored(up: bool) -> None:
+# ------------------------------------------------------------------ how fast the link is
+
+
+@pytest.mark.parametrize(
+    ("rtt_s", "answered_at", "took_s"),
+    [(0.0, 10.5, 0.5), (0.1, 10.5, 0.4), (0.45, 10.5, 0.05), (2.0, 10.5, 0.05)],
+)
+def test_speed_of_the_link_is_told_once(rtt_s: float, answered_at: float, took_s: float) -> None:
     peers = dialling()
-    if up:
-        peers.welcomed(3, 0.5)
-    assert peers.begin(order(4), "pc", 1.0) == [OpenLink(4, (LAN, LOOPBACK))]
-    assert not peers.link_up
-    assert peers.reached(3, LAN, 1.0) == []
-    assert peers.welcomed(3, 0.5) == []
-    assert not peers.link_up
-    peers.welcomed(4, 0.5)
-    assert peers.lost(3, 1.0) == []
-    assert peers.link_up
-    assert peers.end() == [CloseLink()]
-    assert not peers.link_up
-    assert peers.next_deadline() == math.inf
-    for epoch in (3, 4):
-        assert peers.reached(epoch, LAN, 1.0) == peers.welcomed(epoch, 0.5) == []
-        assert peers.lost(epoch, 1.0) == []
+    peers.welcomed(rtt_s, 10.0)
+    (said,) = peers.probed(answered_at)
+    assert isinstance(said, Say)
+    assert isinstance(said.message, LinkReport)
+    assert (said.message.up, said.message.rtt_s) == (True, rtt_s)
+    assert said.message.bytes_per_s == pytest.approx(PROBE_BYTES / took_s)
+    assert peers.probed(answered_at) == []
+
+
+def test_probe_that_was_answered_at_once_is_within_what_can_be_told() -> None:
+    peers = dialling()
+    peers.welcomed(0.1, 10.0)
+    (said,) = peers.probed(10.0)
+    assert isinstance(said, Say)
+    codec.to_coordinator.decode(codec.encode(said.message))
+
+
+def test_speed_is_not_told_of_a_link_that_is_down_or_another_one() -> None:
+    peers = dialling()
+    assert peers.probed(1.0) == []
+    peers.welcomed(0.1, 10.0)
+    peers.lost(11.0)
+    assert peers.probed(12.0) == []
+    peers.welcomed(0.1, 20.0)
+    (said,) = peers.probed(21.0)
+    assert isinstance(said, Say)
+    assert isinstance(said.message, LinkReport)
+    assert said.message.bytes_per_s == pytest.approx(PROBE_BYTES / 0.9)
+
+
+def test_probe_is_answered() -> None:
+    name = PeerId(b"before")
+    assert dialling().probed_by(name) == [PeerSay(name, PeerProbed(epoch=3))]
 
 
 # ------------------------------------------------------------------ from the worker before
@@ -173,18 +205,17 @@ def test_proof_is_of_key_epoch_and_worker() -> None:
 def test_hello_of_one_worker_is_right_at_the_next() -> None:
     """What one end says is what the other end believes, and nobody else does, not even itself."""
     peers = dialling()
-    (greet,) = peers.reached(3, LAN, 0.0)
+    (greet,) = peers.reached(LAN, 0.0)
     assert isinstance(greet, Greet)
-    next_peers, other = Peers(), Peers()
-    next_peers.begin(order(next_stage=None), "mac", 0.0)
-    other.begin(order(next_stage=None), "mac-2", 0.0)
+    next_peers = Peers(order(next_stage=None), "mac")
+    other = Peers(order(next_stage=None), "mac-2")
     name = PeerId(b"pc")
     assert next_peers.greeted(name, greet.hello) == [PeerSay(name, PeerWelcome(epoch=3))]
-    assert next_peers.may_hand_tasks(name)
+    assert next_peers.knows(name)
     for wrong in (peers, other):
         assert wrong.is_forged(greet.hello)
         assert wrong.greeted(name, greet.hello) == []
-        assert not wrong.may_hand_tasks(name)
+        assert not wrong.knows(name)
 
 
 def test_every_right_hello_is_answered() -> None:
@@ -200,6 +231,6 @@ def test_number_of_those_who_are_known_is_bounded() -> None:
     names = [PeerId(b"%d" % number) for number in range(1000)]
     for name in names:
         peers.greeted(name, right)
-    known = [name for name in names if peers.may_hand_tasks(name)]
+    known = [name for name in names if peers.knows(name)]
     assert known == names[-len(known) :]
     assert len(known) <= 64

@@ -76,7 +76,7 @@ def step(*asked: int | None, samples: bool = True) -> Step:
 
 def timings(stage: int) -> tuple[StageTime, ...]:
     """What the stages up to this one took."""
-    return tuple(StageTime(compute_us=100 + i, queued_us=i) for i in range(stage + 1))
+    return tuple(StageTime(compute_us=100 + i, layers_us=0, queued_us=i) for i in range(stage + 1))
 
 
 def answer(line: Pipeline, task: Task, stage: int, *, now: float = 0.0) -> Outcome:

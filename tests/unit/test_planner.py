@@ -1,7 +1,7 @@
 """Layers to workers: never over memory, every layer once, and no cheaper cut exists."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -9,15 +9,22 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.forecast import Demand, Machines
 from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.network import Network
 from distributed_llm.coordinator.planner import (
     Offer,
     Plan,
-    Strategy,
+    Stage,
+    StaticStrategy,
     describe,
     kv_tokens_of,
     make_plan,
+    plan_by_speed,
+    plan_of,
+    wanted_kv_tokens,
 )
+from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
 
 
 def model(
@@ -36,7 +43,10 @@ def offers(*memory_bytes: int) -> list[Offer]:
 
 
 def plan(
-    cost: ModelCost, workers: Sequence[Offer], strategy: Strategy = "memory", kv_tokens: int = 0
+    cost: ModelCost,
+    workers: Sequence[Offer],
+    strategy: StaticStrategy = "memory",
+    kv_tokens: int = 0,
 ) -> Plan:
     return make_plan(cost, workers, strategy=strategy, kv_tokens=kv_tokens)
 
@@ -201,18 +211,18 @@ def test_small_workers_may_be_left_out() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
-def test_one_worker_serves_all(strategy: Strategy) -> None:
+def test_one_worker_serves_all(strategy: StaticStrategy) -> None:
     assert cuts(plan(model(), offers(1000), strategy)) == {"w0": (0, 6)}
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
-def test_more_workers_than_layers(strategy: Strategy) -> None:
+def test_more_workers_than_layers(strategy: StaticStrategy) -> None:
     found = plan(model((100, 100)), offers(100, 300, 200, 150), strategy)
     assert cuts(found) == {"w1": (0, 1), "w2": (1, 2)}
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
-def test_no_workers(strategy: Strategy) -> None:
+def test_no_workers(strategy: StaticStrategy) -> None:
     with pytest.raises(NotEnoughMemory, match=r"offer 0 bytes \(none\)"):
         plan(model(), [], strategy)
 
@@ -239,7 +249,7 @@ def test_message_when_there_is_enough_in_pieces_too_small() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["even", "custom"])
-def test_worker_given_too_much_is_named(strategy: Strategy) -> None:
+def test_worker_given_too_much_is_named(strategy: StaticStrategy) -> None:
     layers = {"w0": LayerRange(0, 3), "w1": LayerRange(3, 6)}
     with pytest.raises(NotEnoughMemory, match=r"Worker w1 would hold layers 3-6.*300 bytes.*250"):
         make_plan(model(), offers(999, 250), strategy=strategy, kv_tokens=0, layers=layers)
@@ -284,6 +294,78 @@ def test_custom_map_that_is_wrong(layers: dict[str, tuple[int, int]], words: str
 def test_custom_map_with_nobody_there() -> None:
     with pytest.raises(ConfigError, match="joined: none"):
         custom(model(), [], pc=(0, 6))
+
+
+# ------------------------------------------------------------------ by speed
+
+PC, MAC, PI = WorkerId("pc"), WorkerId("mac"), WorkerId("pi")
+
+
+def by_speed(
+    cost: ModelCost, memory: Mapping[WorkerId, int], layer_s: Mapping[WorkerId, float], kv: int = 0
+) -> Plan:
+    """Return the plan for throughput of machines whose layers take so long, with links for free."""
+    costs = {name: WorkerCosts(Prior(took, 0, 0, 0, 0, 0)) for name, took in layer_s.items()}
+    machines = Machines(memory, costs, Network(bytes_per_token=0).links)
+    demand = Demand.expected(len(memory))
+    return plan_by_speed(cost, machines, demand, goal="throughput", kv_tokens=kv)
+
+
+def test_ranges_as_a_plan() -> None:
+    cost = model((100,) * 4, first=10, last=20, shared=5, kv=2)
+    ranges = ((MAC, LayerRange(0, 1)), (PC, LayerRange(1, 4)))
+    assert plan_of(cost, {PC: 400, MAC: 200, PI: 7}, ranges) == (
+        Stage(MAC, LayerRange(0, 1), 115, 42),  # (200 - 115) / 2
+        Stage(PC, LayerRange(1, 4), 325, 12),  # (400 - 325) / 6
+    )
+    assert plan_of(cost, {MAC: 1}, ranges[:1]) == (Stage(MAC, LayerRange(0, 1), 115, 0),)
+
+
+def sizes_of(found: Plan) -> dict[str, int]:
+    return {stage.worker: len(stage.layers) for stage in found}
+
+
+def test_layers_by_speed() -> None:
+    memory = {PC: 600, MAC: 600, PI: 600}
+    found = by_speed(model(kv=1), memory, {PC: 0.1, MAC: 0.2, PI: 9.0})
+    assert is_whole(found, model())
+    assert sizes_of(found) == {"pc": 4, "mac": 2}
+    rooms = {stage.worker: (stage.weight_bytes, stage.kv_tokens) for stage in found}
+    assert rooms == {"pc": (400, 50), "mac": (200, 200)}  # (600 - 400) / 4, (600 - 200) / 2
+
+
+def test_room_for_kv_cache_goes_before_speed() -> None:
+    memory, speeds = {PC: 400, MAC: 600}, {PC: 0.1, MAC: 0.2}
+    assert sizes_of(by_speed(model(kv=1), memory, speeds, kv=0)) == {"pc": 4, "mac": 2}
+    found = by_speed(model(kv=1), memory, speeds, kv=50)  # a layer takes 150: pc holds two
+    assert sizes_of(found) == {"pc": 2, "mac": 4}
+    assert kv_tokens_of(found) == 50
+
+
+def test_nothing_fits_by_speed() -> None:
+    words = r"offer 300 bytes \(pc 100 bytes, mac 200 bytes\): 300 bytes are missing"
+    with pytest.raises(NotEnoughMemory, match=words):
+        by_speed(model(), {PC: 100, MAC: 200}, {PC: 0.1, MAC: 0.2})
+    with pytest.raises(NotEnoughMemory, match=r"offer 0 bytes \(none\)"):
+        by_speed(model(), {}, {})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "context", "expected"),
+    [
+        ((1000, 1000), 1000, 116),  # three layers each: (1000 - 300) / 3 = 233 positions, and half
+        ((1000, 1000), 5, 80),  # sixteen contexts
+        ((1_000_000, 1_000_000), 100_000, 65_536),
+        ((400, 400), 1000, 20),  # (400 - 300) / 3 = 33, of which half is below what is needed
+        ((100, 100), 1000, 20),  # fits in no way
+        ((), 1000, 20),
+    ],
+)
+def test_positions_that_a_plan_by_speed_leaves_room_for(
+    sizes: Sequence[int], context: int, expected: int
+) -> None:
+    memory = {offer.worker: offer.memory_bytes for offer in offers(*sizes)}
+    assert wanted_kv_tokens(model(kv=1), memory, least=20, context_length=context) == expected
 
 
 # ------------------------------------------------------------------ describe

@@ -104,17 +104,17 @@ def test_clients_may_be_silent_for_longer(registry: Registry) -> None:
 
 def beat(*, waiting: int = 0, age_s: float = 0.0) -> Heartbeat:
     return Heartbeat(
-        epoch=1, progress_age_s=age_s, tasks_waiting=waiting, memory_used_bytes=5, kv_bytes=7
+        epochs=(1,), progress_age_s=age_s, tasks_waiting=waiting, memory_used_bytes=5, kv_bytes=7
     )
 
 
 def test_heartbeat_is_kept_and_shown(registry: Registry) -> None:
     worker = join(registry, A, now=1.0)
     registry.heartbeat(A, beat())
-    status = worker.status(now=3.5)
+    status = worker.status(prediction_error=None, advice=None, now=3.5)
     assert (status.memory_used_bytes, status.kv_bytes, status.last_heard_s) == (5, 7, 2.5)
     assert (status.name, status.state, status.layers) == ("pc", "idle", None)
-    assert worker.status(now=0.5).last_heard_s == 0.0
+    assert worker.status(prediction_error=None, advice=None, now=0.5).last_heard_s == 0.0
 
 
 def test_progress_matters_only_where_there_are_tasks(registry: Registry) -> None:
@@ -130,12 +130,12 @@ def test_assign_and_take_away(registry: Registry) -> None:
     worker.count_task(1.0, 1)
     worker.link = "direct"
     worker.assign(LayerRange(0, 3), epoch=5)
-    status = worker.status(now=0.0)
+    status = worker.status(prediction_error=None, advice=None, now=0.0)
     assert (status.state, status.layers, status.epoch) == ("loading", LayerRange(0, 3), 5)
     assert (status.link, status.seconds_per_token) == ("", None)
     registry.validate()
     worker.link = "relayed"
-    assert worker.status(now=0.0).link == "relayed"
+    assert worker.status(prediction_error=None, advice=None, now=0.0).link == "relayed"
     worker.unassign()
     assert (worker.state, worker.layers, worker.link) == ("idle", None, "")
 

@@ -84,7 +84,10 @@ class Bench:
         said = StageReady(
             epoch=EPOCH, credits=credits, load_s=1.0, weight_bytes=1, kv_tokens=kv_tokens
         )
-        return self.replica.stage_ready(PEERS[stage], said)
+        last = self.replica.stage_ready(PEERS[stage], said)
+        if last:
+            self.replica.serve()
+        return last
 
     def serve(self, *, credits: int = 8) -> "Bench":
         """Let both stages load, and reach one another."""
@@ -113,7 +116,7 @@ class Bench:
         result = TaskResult(
             epoch=EPOCH,
             step=task.step,
-            timings=(StageTime(compute_us=1000, queued_us=0),) * 2,
+            timings=(StageTime(compute_us=1000, layers_us=0, queued_us=0),) * 2,
             tensors=(spec,) if samples else (),
         )
         outcome = self.pipeline.result(PEERS[1], result, (frame,) if samples else (), now=self.now)
@@ -169,7 +172,7 @@ def measured(
     sizes = [1] * 4 if decodes else [4]
     slices = tuple(SequenceSlice(sequence_id=1, start=9, num_tokens=size) for size in sizes)
     step = Step((request_of(99, 20, 5),) * len(sizes), slices, (0,) * 4)
-    timings = tuple(StageTime(compute_us=us, queued_us=0) for us in compute_us)
+    timings = tuple(StageTime(compute_us=us, layers_us=0, queued_us=0) for us in compute_us)
     round_trip_s = sum(compute_us) / 1e6
     for _ in range(times):
         bench.now += 0.1
@@ -291,7 +294,9 @@ def test_a_lost_link_abandons_what_is_under_way() -> None:
     assert {task.route for task in again} == {(False,)}
     assert {task.oldest for task in again} == {lost[-1].step + 1}
     result = TaskResult(
-        epoch=EPOCH, step=lost[0].step, timings=(StageTime(compute_us=1, queued_us=1),) * 2
+        epoch=EPOCH,
+        step=lost[0].step,
+        timings=(StageTime(compute_us=1, layers_us=0, queued_us=1),) * 2,
     )
     assert bench.pipeline.result(PEERS[1], result, (), now=0.0) == Dropped("late_result")
 
@@ -449,3 +454,64 @@ def test_a_broken_step_frees_again_what_it_was_to_free() -> None:
     (again,) = tasks_of(bench.begin())
     assert (task.released, again.released) == ((freed,), (freed,))
     assert [part.sequence_id for part in again.sequences] == [two.sequence_id]
+
+
+# ------------------------------------------------------------------ other stages
+
+
+def moved(bench: Bench) -> Replica:
+    """Return a replica with the stages the other way round that went on with the requests."""
+    seats = tuple(
+        Seat(peer, name, layers)
+        for peer, name, layers in zip(PEERS[::-1], NAMES[::-1], LAYERS, strict=True)
+    )
+    plan = tuple(Stage(seat.worker, seat.layers, 100, 1024) for seat in seats)
+    new = Replica(
+        EPOCH + 1, plan, seats, SETTINGS, itertools.count(500).__next__, lambda replica: None
+    )
+    for stage, seat in enumerate(seats):
+        said = StageReady(epoch=EPOCH + 1, credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096)
+        assert new.stage_ready(seat.peer, said) == (stage == 1)
+    new.set_link(seats[0].peer, True)
+    new.take_over(bench.replica)
+    return new
+
+
+def test_requests_go_on_on_other_stages() -> None:
+    bench = Bench().serve()
+    (request,) = bench.decode(1)
+    sequence = request.sequence_id
+    new = moved(bench)
+    assert (bench.replica.pipeline, bench.replica.scheduler) == (None, None)
+    (send,) = new.begin_steps(now=bench.now)
+    new.validate()
+    assert isinstance(send.message, Task)
+    assert (send.peer, send.message.epoch, send.message.route) == (PEERS[1], EPOCH + 1, (True,))
+    (part,) = send.message.sequences
+    assert (part.sequence_id, part.start, part.num_tokens) == (sequence, 4, 1)
+    assert part.sampling is not None
+
+
+def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
+    bench = Bench().serve()
+    gone, stays = bench.decode(2)
+    sequence = gone.sequence_id
+    bench.replica.hold()
+    bench.scheduler.remove(gone)
+    assert bench.begin() == [], "nothing is said while the caches are handed over"
+    new = moved(bench)
+    (send,) = new.begin_steps(now=bench.now)
+    assert isinstance(send.message, Task)
+    assert send.message.released == (sequence,)
+    assert [part.sequence_id for part in send.message.sequences] == [stays.sequence_id]
+
+
+def test_no_step_begins_while_it_is_held() -> None:
+    bench = Bench().serve()
+    bench.decode(1)
+    bench.replica.hold()
+    assert bench.begin() == []
+    changes = bench.changes
+    bench.replica.resume()
+    assert bench.changes == changes + 1
+    assert len(tasks_of(bench.begin())) == 1

@@ -373,7 +373,7 @@ def seats(*workers: tuple[str, int, int]) -> tuple[Seat, ...]:
 
 
 def times(*compute_us: int) -> tuple[StageTime, ...]:
-    return tuple(StageTime(compute_us=us, queued_us=1_000_000) for us in compute_us)
+    return tuple(StageTime(compute_us=us, layers_us=0, queued_us=1_000_000) for us in compute_us)
 
 
 def test_timings_of_one_answer() -> None:

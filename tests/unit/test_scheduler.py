@@ -880,7 +880,7 @@ def encodes(step: Step) -> None:
         sequences=step.slices,
         tensors=(spec,),
         released=tuple(range(FAR, FAR + MAX_RELEASED)),
-        timings=(StageTime(queued_us=2**31, compute_us=2**31),) * MAX_STAGES,
+        timings=(StageTime(queued_us=2**31, layers_us=2**31, compute_us=2**31),) * MAX_STAGES,
     )
     assert codec.to_worker.decode(codec.encode(task, (frame,)))[0] == task
 
@@ -935,3 +935,42 @@ def test_answers_after_steps_were_abandoned_fit_a_message() -> None:
         encodes(step)
         told += sum(part.sampling is not None for part in step.slices)
     assert told == 40
+
+
+# ------------------------------------------------------------------ other stages
+
+
+def test_on_other_stages_it_is_told_again_how_to_sample() -> None:
+    desk = Desk()
+    request = desk.add(5)
+    desk.land(desk.step())
+    desk.scheduler.move(100 * KV_BLOCK)
+    assert request.num_computed_tokens == 5, "what is computed stays"
+    (part,) = desk.step().slices
+    assert (part.start, part.num_tokens, part.sampling) == (5, 1, Sampling(seed=0))
+
+
+def test_where_other_stages_have_less_room_prefixes_go_first() -> None:
+    desk = Desk(blocks=4)
+    ended = desk.add(2 * KV_BLOCK - 1)
+    desk.land(desk.step())
+    desk.land(desk.step())
+    desk.scheduler.remove(ended, keep=True)
+    running = desk.add(KV_BLOCK)
+    assert desk.scheduler.kv_tokens_cached == 2 * KV_BLOCK
+    desk.scheduler.move(2 * KV_BLOCK)
+    desk.scheduler.validate()
+    assert desk.scheduler.kv_tokens_cached == 0
+    assert len(desk.scheduler.take_freed()) == 1
+    assert (running.phase, desk.scheduler.preempted) == (Phase.RUNNING, [])
+
+
+def test_where_other_stages_have_less_room_the_youngest_gives_way() -> None:
+    desk = Desk(blocks=4)
+    first, second = desk.add(KV_BLOCK), desk.add(KV_BLOCK)
+    desk.land(desk.step())
+    desk.scheduler.move(2 * KV_BLOCK)
+    desk.scheduler.validate()
+    assert desk.scheduler.preempted == [second]
+    assert (first.phase, second.phase) == (Phase.RUNNING, Phase.WAITING)
+    assert not desk.admit(desk.request(2 * KV_BLOCK)), "the new limit counts"

@@ -4,7 +4,8 @@ import asyncio
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from distributed_llm import (
     DistributedLLMError,
     Generation,
     InvalidRequest,
+    NotEnoughMemory,
     Overloaded,
     RequestCancelled,
 )
@@ -25,10 +27,12 @@ from distributed_llm.common.errors import DeadlineExceeded, RemoteProtocolError
 from distributed_llm.common.messages import (
     Cancel,
     ChatMessage,
+    DrainWorker,
     Generate,
     RequestFailed,
     ToClient,
     TokenLogprobs,
+    WorkerDrained,
 )
 from distributed_llm.common.tensors import token_ids_of_frame
 from tests.fake_coordinator import TIMINGS, USAGE, FakeCoordinator, Script, failed, finished, piece
@@ -416,6 +420,100 @@ def test_a_reader_that_sleeps_delays_nobody_and_loses_nothing(
     assert [token for chunk in rest for token in chunk.token_ids] == list(range(1, count))
     assert last.generation
     assert last.generation.text == "x" * count
+
+
+# ------------------------------------------------------------------ draining a worker
+
+
+@contextmanager
+def draining(
+    coordinator: FakeCoordinator, client: DistributedClient, *names: str
+) -> Iterator[list[Future[None]]]:
+    """Yield what comes of draining these workers, which the coordinator was told one by one."""
+    with ThreadPoolExecutor() as pool:
+        waiting = []
+        for name in names:
+            told = len(coordinator.heard) + 1
+            waiting.append(pool.submit(client.drain_worker, name))
+            eventually(lambda told=told: len(coordinator.heard) == told)  # type: ignore[misc]
+        yield waiting
+
+
+def test_a_worker_has_left_when_the_coordinator_says_so(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    with draining(coordinator, client, "pc", "mac", "pc") as (pc, mac, again):
+        assert coordinator.heard == [DrainWorker(worker=name) for name in ("pc", "mac", "pc")]
+        coordinator.say(WorkerDrained(worker="nobody"), WorkerDrained(worker="mac"))
+        mac.result(30)
+        assert not pc.done()
+        coordinator.say(WorkerDrained(worker="pc"))
+        pc.result(30)
+        assert not again.done()
+        coordinator.say(WorkerDrained(worker="pc"))
+        again.result(30)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("invalid_request", InvalidRequest),
+        ("not_enough_memory", NotEnoughMemory),
+        ("of_a_later_release", DistributedLLMError),
+    ],
+)
+def test_why_a_worker_cannot_be_drained(
+    coordinator: FakeCoordinator,
+    client: DistributedClient,
+    code: str,
+    kind: type[DistributedLLMError],
+) -> None:
+    with draining(coordinator, client, "pc") as (pc,):
+        coordinator.say(WorkerDrained(worker="pc", code=code, message="It cannot."))
+        with pytest.raises(DistributedLLMError, match=r"^It cannot\.$") as caught:
+            pc.result(30)
+    assert type(caught.value) is kind
+
+
+def test_draining_waits_as_long_as_the_coordinator_lives() -> None:
+    with (
+        FakeCoordinator(heartbeat_interval_s=0.05, silence_timeout_s=1.0) as coordinator,
+        FaultProxy(coordinator.address) as proxy,
+        DistributedClient(proxy.address, connect_timeout_s=1.0) as client,
+        draining(coordinator, client, "pc") as (pc,),
+    ):
+        assert wait([pc], timeout=1.5).not_done  # beyond every time limit
+        proxy.degrade(to_client=Faults(black_hole=True))
+        with pytest.raises(CoordinatorLost, match="has been silent for 1 s"):
+            pc.result(30)
+
+
+def test_a_name_that_no_worker_can_have(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    for name in ("", "my pc", "x" * 65):
+        with pytest.raises(InvalidRequest, match=r"is no worker's name.*dllm status"):
+            client.drain_worker(name)
+    assert coordinator.heard == []
+
+
+def test_whoever_no_longer_waits_for_a_worker_disturbs_nobody(
+    coordinator: FakeCoordinator,
+) -> None:
+    async def drain_twice() -> None:
+        async with AsyncDistributedClient(coordinator.address) as client:
+            first = asyncio.create_task(client.drain_worker("pc"))
+            while not coordinator.heard:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            first.cancel()
+            second = asyncio.create_task(client.drain_worker("pc"))
+            while len(coordinator.heard) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            both = [WorkerDrained(worker="pc")] * 2
+            await asyncio.get_running_loop().run_in_executor(None, coordinator.say, *both)
+            await asyncio.wait_for(second, 30)
+
+    asyncio.run(drain_twice())
 
 
 # ------------------------------------------------------------------ a bad network

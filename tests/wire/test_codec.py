@@ -40,7 +40,10 @@ from distributed_llm.common.messages import (
     Generate,
     Goodbye,
     Heartbeat,
+    KVEnd,
+    KVPieces,
     Message,
+    PeerProbe,
     RequestFailed,
     SequenceSlice,
     SharedPrefix,
@@ -71,7 +74,7 @@ every_message = pytest.mark.parametrize(("decoder", "kind"), CASES, ids=CASE_IDS
 
 HEARTBEAT: Mapping[str, Any] = {
     "type": "heartbeat",
-    "epoch": 7,
+    "epochs": [7],
     "progress_age_s": 0.5,
     "tasks_waiting": 1,
     "memory_used_bytes": 2,
@@ -140,7 +143,7 @@ def test_the_examples_cover_every_message_and_direction() -> None:
     tags = [kind.__struct_config__.tag for _, kind in CASES]
     assert len(set(tags)) == len({kind for _, kind in CASES})  # one tag, one message
     tensors = {kind for _, kind in CASES if hasattr(example(kind), "tensors")}
-    assert tensors == {Generate, StatusReport, Task, TaskResult}
+    assert tensors == {Generate, KVEnd, KVPieces, PeerProbe, StatusReport, Task, TaskResult}
 
 
 @settings(max_examples=25, deadline=None)
@@ -436,7 +439,7 @@ def test_pickles_are_not_opened(tmp_path: Path, protocol: int) -> None:
         TaskResult(
             epoch=1,
             step=1,
-            timings=(StageTime(compute_us=1, queued_us=0),),
+            timings=(StageTime(compute_us=1, layers_us=0, queued_us=0),),
             tensors=(TensorSpec("uint8", (len(evil),)),),
         ),
         [evil],
@@ -450,13 +453,13 @@ def test_pickles_are_not_opened(tmp_path: Path, protocol: int) -> None:
 
 def test_the_plain_heartbeat_is_read() -> None:
     assert read(HEARTBEAT) == Heartbeat(
-        epoch=7, progress_age_s=0.5, tasks_waiting=1, memory_used_bytes=2, kv_bytes=3
+        epochs=(7,), progress_age_s=0.5, tasks_waiting=1, memory_used_bytes=2, kv_bytes=3
     )
 
 
 @pytest.mark.parametrize("value", [True, 1.0, 0.5, -1, 2**53 + 1, 2**64 - 1, None, "1", [1], {}])
 def test_a_count_is_a_bounded_integer(value: object) -> None:
-    assert "$.epoch" in refuse("bad_field", {**HEARTBEAT, "epoch": value})
+    assert "$.tasks_waiting" in refuse("bad_field", {**HEARTBEAT, "tasks_waiting": value})
 
 
 @pytest.mark.parametrize(
@@ -467,8 +470,8 @@ def test_seconds_are_a_bounded_number(value: object) -> None:
 
 
 def test_the_bounds_themselves_are_read() -> None:
-    edge = {**HEARTBEAT, "epoch": 2**53, "tasks_waiting": 0, "progress_age_s": 1e9}
-    assert read(edge).epoch == 2**53
+    edge = {**HEARTBEAT, "kv_bytes": 2**53, "tasks_waiting": 0, "progress_age_s": 1e9}
+    assert read(edge).kv_bytes == 2**53
     assert read({**HEARTBEAT, "progress_age_s": 3}).progress_age_s == 3.0
 
 
@@ -542,11 +545,11 @@ def test_a_task_has_one_to_512_slices() -> None:
         assert "$.sequences" in refuse("bad_field", wrong, bytes(24), decoder=codec.to_worker)
 
 
-@pytest.mark.parametrize("times", [[], [[1]], [[1, -1]], [[1.5, 2]], [[1, 2, 3]], [[1, 2**60]], 1])
-def test_times_are_pairs_of_microseconds(times: object) -> None:
+@pytest.mark.parametrize("times", [[], [[1, 2]], [[1, 1, -1]], [[1.5, 2, 3]], [[1, 2, 3, 4]], [[1, 2, 2**60]], 1])
+def test_times_are_triples_of_microseconds(times: object) -> None:
     result = plain(example(TaskResult))
-    times_read = read({**result, "timings": [[1, 2]]}, bytes(24)).timings
-    assert times_read == (StageTime(compute_us=1, queued_us=2),)
+    times_read = read({**result, "timings": [[1, 1, 2]]}, bytes(24)).timings
+    assert times_read == (StageTime(compute_us=1, layers_us=1, queued_us=2),)
     assert "$.timings" in refuse("bad_field", {**result, "timings": times}, bytes(24))
 
 
@@ -647,8 +650,8 @@ def test_of_a_repeated_key_only_the_last_counts_and_it_is_checked() -> None:
     def twice(key: str, value: object) -> bytes:
         return b"".join([bytes([once[0] + 1]), once[1:], msgpack.packb(key), msgpack.packb(value)])
 
-    assert read(twice("epoch", 9)).epoch == 9
-    refuse("bad_field", twice("epoch", -1))
+    assert read(twice("kv_bytes", 9)).kv_bytes == 9
+    refuse("bad_field", twice("kv_bytes", -1))
     refuse("bad_field", twice("type", "goodbye"))
 
 

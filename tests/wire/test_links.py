@@ -15,18 +15,22 @@ import zmq
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
 from distributed_llm.common.messages import (
     MAX_SLICES,
+    KVTaken,
     PeerHello,
+    PeerProbed,
     PeerWelcome,
     SequenceSlice,
     Task,
 )
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.worker import links as links_module
-from distributed_llm.worker.events import (
-    Event,
+from distributed_llm.worker.events import Event
+from distributed_llm.worker.link_events import (
     LinkDown,
+    LinkHeard,
+    LinkId,
     LinkUp,
     NextReached,
     PeerGarbage,
@@ -37,6 +41,7 @@ from tests.wire.test_transport import come_true, on_loop, process, raw_sockets
 
 pytestmark = pytest.mark.timeout(60)
 ANY = "127.0.0.1:0"
+LINK = LinkId(3)
 HELLO = PeerHello(epoch=3, key="proof")
 
 
@@ -65,17 +70,17 @@ def opened(bind: str = ANY) -> Iterator[tuple[Links, Told]]:
 @asynccontextmanager
 async def linked(links: Links, told: Told, after: Links, after_told: Told) -> AsyncIterator[PeerId]:
     """Bring a link up; yield the name under which the next worker knows the one before."""
-    links.open(3, (after.address,))
+    links.open(LINK, (after.address,))
     reached = await told.until(NextReached)
-    assert reached == NextReached(3, after.address)
-    links.greet(HELLO, (after.address,))
+    assert reached == NextReached(LINK, after.address)
+    links.greet(LINK, HELLO, (after.address,))
     heard = await after_told.until(PeerReceived)
     assert isinstance(heard, PeerReceived)
     assert heard.message == HELLO
     after.say(heard.peer, PeerWelcome(epoch=3))
     up = await told.until(LinkUp)
     assert isinstance(up, LinkUp)
-    assert up.epoch == 3
+    assert up.link == LINK
     assert 0 < up.rtt_s < 10
     yield heard.peer
 
@@ -101,7 +106,7 @@ async def test_tasks_go_to_the_next_worker_in_order() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         async with linked(links, told, after, after_told) as peer:
             for step in range(20):
-                links.hand_on(*task(step, size=1 << 16))
+                links.send(LINK, *task(step, size=1 << 16))
             await after_told.until(PeerReceived, 21)
             for step, event in enumerate(after_told.of(PeerReceived)[1:]):
                 assert isinstance(event, PeerReceived)
@@ -114,22 +119,22 @@ async def test_tasks_go_to_the_next_worker_in_order() -> None:
 @on_loop
 async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
     with opened() as (links, told), opened() as (after, after_told):
-        links.open(3, (after.address,))
+        links.open(LINK, (after.address,))
         await told.until(NextReached)
         for _ in range(3):
-            links.greet(HELLO, (after.address,))
+            links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived, 3)
-        links.hand_on(*task())  # to nobody
+        links.send(LINK, *task())  # to nobody
         assert isinstance(heard, PeerReceived)
         after.say(heard.peer, PeerWelcome(epoch=2))
         after.say(heard.peer, PeerWelcome(epoch=4))
-        links.greet(HELLO, (after.address,))
+        links.greet(LINK, HELLO, (after.address,))
         await after_told.until(PeerReceived, 4)
         assert told.of(LinkUp) == []
         after.say(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
         after.say(heard.peer, PeerWelcome(epoch=3))  # to one of the other hellos
-        links.hand_on(*task(7))
+        links.send(LINK, *task(7))
         last = await after_told.until(PeerReceived, 5)
         assert isinstance(last, PeerReceived)
         assert last.message == task(7)[0]
@@ -143,41 +148,91 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         opened() as (one, one_told),
         opened() as (two, two_told),
     ):
-        links.open(3, (one.address, two.address, one.address))
+        links.open(LINK, (one.address, two.address, one.address))
         await told.until(NextReached, 2)
-        links.greet(HELLO, (one.address, two.address))
+        links.greet(LINK, HELLO, (one.address, two.address))
         first, second = await two_told.until(PeerReceived), await one_told.until(PeerReceived)
         assert isinstance(first, PeerReceived)
         assert isinstance(second, PeerReceived)
         two.say(first.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
         one.say(second.peer, PeerWelcome(epoch=3))
-        links.hand_on(*task(7))
+        links.send(LINK, *task(7))
         handed = await two_told.until(PeerReceived, 2)
         assert isinstance(handed, PeerReceived)
         assert handed.message == task(7)[0]
-        assert list(links._dials) == [two.address]
+        assert list(links._links[LINK]._dials) == [two.address]
         assert len(one_told) == 1
         assert len(told.of(LinkUp)) == 1
 
 
 @on_loop
-async def test_new_link_replaces_the_old_one() -> None:
+async def test_new_link_replaces_the_old_one_of_its_name() -> None:
     with (
         opened() as (links, told),
         opened() as (after, after_told),
         opened() as (other, other_told),
     ):
         async with linked(links, told, after, after_told):
-            links.open(4, (other.address,))
-            links.hand_on(*task())
+            links.open(LINK, (other.address,))
+            links.send(LINK, *task())
             reached = await told.until(NextReached, 2)
-            assert reached == NextReached(4, other.address)
-            links.close_link()
+            assert reached == NextReached(LINK, other.address)
+            links.close_link(LINK)
             assert told.of(LinkDown) == []  # it was no loss
             assert len(after_told) == 1
             assert other_told == []
-            links.hand_on(*task())
+            links.send(LINK, *task())
+
+
+@on_loop
+async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> None:
+    """To the same worker too; closing one leaves the others."""
+    names = (LINK, LinkId(4), LinkId(4, LayerRange(0, 2)), LinkId(4, LayerRange(2, 3)))
+    with opened() as (links, told), opened() as (after, after_told):
+        async with linked(links, told, after, after_told):
+            for number, name in enumerate(names[1:], 2):
+                links.open(name, (after.address,))
+                assert await told.until(NextReached, number) == NextReached(name, after.address)
+                hello = PeerHello(epoch=name.epoch, key="proof")
+                links.greet(name, hello, (after.address,))
+                heard = await after_told.until(PeerReceived, number)
+                assert isinstance(heard, PeerReceived)
+                after.say(heard.peer, PeerWelcome(epoch=name.epoch))
+                up = await told.until(LinkUp, number)
+                assert isinstance(up, LinkUp)
+                assert up.link == name
+            links.close_link(LinkId(4))
+            after_told.clear()
+            for step, name in enumerate(names):
+                links.send(name, *task(step))
+            await after_told.until(PeerReceived, 3)
+            heard_steps = [e.message.step for e in after_told if isinstance(e.message, Task)]  # type: ignore[union-attr]
+            assert sorted(heard_steps) == [0, 2, 3]
+            assert len({event.peer for event in after_told}) == 3  # type: ignore[union-attr]
+            assert told.of(LinkDown) == []
+
+
+@on_loop
+async def test_answers_over_a_link_are_told() -> None:
+    taken = KVTaken(epoch=3, layers=LayerRange(0, 2), number=7)
+    with opened() as (links, told), opened() as (after, after_told):
+        links.open(LINK, (after.address,))
+        await told.until(NextReached)
+        links.greet(LINK, HELLO, (after.address,))
+        heard = await after_told.until(PeerReceived)
+        assert isinstance(heard, PeerReceived)
+        after.say(heard.peer, taken)  # before the welcome: not of a link
+        after.say(heard.peer, PeerWelcome(epoch=3))
+        await told.until(LinkUp)
+        after.say(heard.peer, PeerProbed(epoch=4))
+        after.say(heard.peer, PeerProbed(epoch=3))
+        after.say(heard.peer, taken)
+        await told.until(LinkHeard, 2)
+        assert told.of(LinkHeard) == [
+            LinkHeard(LINK, PeerProbed(epoch=3)),
+            LinkHeard(LINK, taken),
+        ]
 
 
 # ------------------------------------------------------------------ loss
@@ -190,20 +245,20 @@ async def test_worker_that_closes_is_told_of_and_found_again() -> None:
             address = after.address
             async with linked(links, told, after, after_told):
                 pass
-        assert await told.until(LinkDown) == LinkDown(3)
-        links.hand_on(*task())  # to nobody: no error
+        assert await told.until(LinkDown) == LinkDown(LINK)
+        links.send(LINK, *task())  # to nobody: no error
         told.clear()
-        links.open(3, (address,))
+        links.open(LINK, (address,))
         with opened(address) as (again, again_told):
             async with linked(links, told, again, again_told):
-                links.hand_on(*task(7))
+                links.send(LINK, *task(7))
                 await again_told.until(PeerReceived, 2)
 
 
 CHILD = """
 import asyncio, sys
 from distributed_llm.common.messages import PeerHello, PeerWelcome
-from distributed_llm.worker.events import PeerReceived
+from distributed_llm.worker.link_events import PeerReceived
 from distributed_llm.worker.links import Links
 
 async def main():
@@ -224,9 +279,9 @@ async def linked_to_process(links: Links, told: Told) -> AsyncIterator["subproce
     with process(CHILD) as child:
         assert child.stdout
         address = (await asyncio.to_thread(child.stdout.readline)).strip()
-        links.open(3, (address,))
+        links.open(LINK, (address,))
         await told.until(NextReached)
-        links.greet(HELLO, (address,))
+        links.greet(LINK, HELLO, (address,))
         await told.until(LinkUp)
         yield child
 
@@ -236,7 +291,7 @@ async def test_killed_worker_is_told_of() -> None:
     with opened() as (links, told):
         async with linked_to_process(links, told) as child:
             child.kill()
-            assert await told.until(LinkDown) == LinkDown(3)
+            assert await told.until(LinkDown) == LinkDown(LINK)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
@@ -247,11 +302,11 @@ async def test_frozen_worker_takes_a_bounded_number_of_tasks() -> None:
         async with linked_to_process(links, told) as child:
             os.kill(child.pid, signal.SIGSTOP)
             sent = 0
-            while links._up is not None:
-                links.hand_on(*task(sent, size=1 << 20))
+            while links._links[LINK]._up is not None:
+                links.send(LINK, *task(sent, size=1 << 20))
                 sent += 1
                 await asyncio.sleep(0)
-            assert told.of(LinkDown) == [LinkDown(3)]
+            assert told.of(LinkDown) == [LinkDown(LINK)]
             assert sent < 32 + 64 + 32  # what the outbox, ZeroMQ and the network hold
             os.kill(child.pid, signal.SIGCONT)
 
@@ -262,7 +317,7 @@ async def test_frozen_worker_is_noticed_without_a_task() -> None:
     with opened() as (links, told):
         async with linked_to_process(links, told) as child:
             os.kill(child.pid, signal.SIGSTOP)
-            assert await told.until(LinkDown) == LinkDown(3)
+            assert await told.until(LinkDown) == LinkDown(LINK)
             os.kill(child.pid, signal.SIGCONT)
 
 
@@ -273,9 +328,9 @@ async def test_frozen_worker_is_noticed_without_a_task() -> None:
 async def test_addresses_where_nobody_is_do_no_harm() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         nobody = (f"127.0.0.1:{free_port()}", "192.0.2.1:7", "[2001:db8::1]:7", "no.such.invalid:7")
-        links.open(3, (*nobody, after.address))
-        assert await told.until(NextReached) == NextReached(3, after.address)
-        links.greet(HELLO, (*nobody, after.address))
+        links.open(LINK, (*nobody, after.address))
+        assert await told.until(NextReached) == NextReached(LINK, after.address)
+        links.greet(LINK, HELLO, (*nobody, after.address))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
         after.say(heard.peer, PeerWelcome(epoch=3))
@@ -291,9 +346,9 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
 @on_loop
 async def test_what_is_no_address_is_passed_over(address: str) -> None:
     with opened() as (links, told), opened() as (after, _):
-        links.open(3, (address, after.address))
-        assert await told.until(NextReached) == NextReached(3, after.address)
-        assert list(links._dials) == [after.address]
+        links.open(LINK, (address, after.address))
+        assert await told.until(NextReached) == NextReached(LINK, after.address)
+        assert list(links._links[LINK]._dials) == [after.address]
 
 
 @on_loop
@@ -301,15 +356,15 @@ async def test_black_hole_says_nothing_and_closes_at_once() -> None:
     """A port that accepts and never answers: no event, and no wait when it is given up."""
     with socket.create_server(("127.0.0.1", 0)) as server, opened() as (links, told):
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        links.open(3, (address,))
+        links.open(LINK, (address,))
         asker, _ = await asyncio.to_thread(server.accept)
         with asker:
-            links.greet(HELLO, (address,))
-            links.hand_on(*task())
+            links.greet(LINK, HELLO, (address,))
+            links.send(LINK, *task())
             before = asyncio.get_running_loop().time()
             for _ in range(20):
-                links.open(3, (address,))
-            links.close_link()
+                links.open(LINK, (address,))
+            links.close_link(LINK)
             assert asyncio.get_running_loop().time() - before < 0.3 * 20 / 2
             assert told == []
 
@@ -329,7 +384,7 @@ async def test_noise_is_told_and_serving_goes_on() -> None:
         with socket.create_connection(("127.0.0.1", int(after.address.split(":")[1]))) as http:
             http.sendall(b"GET / HTTP/1.1\r\n\r\n")
         async with linked(links, told, after, after_told):
-            links.hand_on(*task(7))
+            links.send(LINK, *task(7))
             await after_told.until(PeerReceived, 2)
 
 
@@ -338,9 +393,9 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
     with opened() as (links, told), raw_sockets() as raw:
         router = raw(zmq.ROUTER)
         address = f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
-        links.open(3, (address,))
+        links.open(LINK, (address,))
         await told.until(NextReached)
-        links.greet(HELLO, (address,))
+        links.greet(LINK, HELLO, (address,))
         await come_true(lambda: bool(router.poll(0)))
         router.send_multipart([router.recv_multipart()[0], b"noise"])
         await told.until(PeerGarbage)
@@ -362,8 +417,8 @@ async def test_header_that_grew_too_long_is_an_error_of_its_task_only() -> None:
             spec = TensorSpec("int32", (1,))
             long = Task(epoch=3, step=1, oldest=0, sequences=(part,) * MAX_SLICES, tensors=(spec,))
             with pytest.raises(LocalProtocolError):
-                links.hand_on(long, (bytes(4),))
-            links.hand_on(*task(7))
+                links.send(LINK, long, (bytes(4),))
+            links.send(LINK, *task(7))
             await after_told.until(PeerReceived, 2)
             assert told.of(LinkDown) == []
 
@@ -426,7 +481,7 @@ async def test_this_machine_is_reached_at_what_it_says() -> None:
     with opened("0.0.0.0:0") as (links, _), opened() as (before, told):
         addresses = reachable_at(links.address, "")
         assert addresses[-1].startswith("127.0.0.1:")
-        before.open(3, addresses)
+        before.open(LINK, addresses)
         await told.until(NextReached, len(addresses))
 
 
@@ -451,8 +506,8 @@ async def test_opening_and_closing_leaks_nothing() -> None:
     async def cycle() -> None:
         with opened() as (links, told), opened() as (after, after_told):
             async with linked(links, told, after, after_told):
-                links.hand_on(*task())
-            links.open(4, (f"127.0.0.1:{free_port()}", after.address))
+                links.send(LINK, *task())
+            links.open(LinkId(4), (f"127.0.0.1:{free_port()}", after.address))
 
     await cycle()
     files, threads = num_fds(me), me.num_threads()
@@ -467,15 +522,15 @@ async def test_links_of_many_epochs_leave_nothing_behind() -> None:
     """As a worker lives: its own sockets stay, only the link changes."""
     me = psutil.Process()
     with opened() as (links, told), opened() as (after, after_told), opened() as (keep, _):
-        keep.open(1, (after.address,))
+        keep.open(LinkId(1), (after.address,))
 
         async def epoch() -> None:
             told.clear()
             after_told.clear()
             async with linked(links, told, after, after_told):
-                links.hand_on(*task())
+                links.send(LINK, *task())
                 await after_told.until(PeerReceived, 2)
-            links.close_link()
+            links.close_link(LINK)
 
         await epoch()
         files, threads = num_fds(me), me.num_threads()

@@ -1,0 +1,73 @@
+"""A worker whose speed changes while it runs.
+
+    DLLM_WORKER__SLOWDOWN=8 python -m benchmarks.paced_worker
+
+It is `dllm worker`, with two differences. Every line on stdin is a number: how many times slower to
+look from now on. And its probe says what a machine of no remarkable speed would: so whatever the
+coordinator plans by at first, it has to find out how fast the worker is by what its tasks take.
+
+It ends when stdin does.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+from typing import Any
+
+import msgspec
+
+from distributed_llm.common.config import load_settings
+from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.log import configure
+from distributed_llm.common.messages import Capabilities
+from distributed_llm.worker import service, work
+from distributed_llm.worker.engine import Engine
+
+BYTES_PER_S = 10e9
+FLOPS_PER_S = 50e9
+
+
+class PacedEngine(Engine):
+    """An engine that is as slow as the latest line on stdin says."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        threading.Thread(target=self._obey, name="pace", daemon=True).start()
+
+    def _obey(self) -> None:
+        for line in sys.stdin:
+            self.slowdown = float(line)
+        os._exit(0)
+
+
+def unremarkable(measured: Capabilities, slowdown: float) -> Capabilities:
+    """Return what was measured, but with speeds that are always the same.
+
+    Args:
+        slowdown: by which the worker is going to divide them.
+    """
+    return msgspec.structs.replace(
+        measured,
+        memory_bandwidth_bytes_per_s=BYTES_PER_S * slowdown,
+        flops_per_s=FLOPS_PER_S * slowdown,
+    )
+
+
+def main() -> None:
+    """Work until a signal, or until stdin ends."""
+    settings = load_settings(None, environment=os.environ, overrides={}).worker
+    configure(settings.log_level)
+    measure = work._measure
+    work._measure = lambda *given: unremarkable(measure(*given), settings.slowdown)
+    service.Engine = PacedEngine  # type: ignore[misc]
+    try:
+        code = asyncio.run(work.work(settings))
+    except DistributedLLMError as exc:
+        print(f"Error ({exc.code}): {exc}", file=sys.stderr, flush=True)
+        code = exc.exit_code
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `benchmark.py` is made of: what is tried, how it is measured or predicted, what is best."""

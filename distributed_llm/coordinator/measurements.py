@@ -1,0 +1,106 @@
+"""How fast workers and links are, as far as it was measured. Pure."""
+
+import copy
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from distributed_llm.common.messages import Capabilities, LinkReport
+from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.forecast import Machines
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.network import Network
+from distributed_llm.coordinator.pipeline import StepDone
+from distributed_llm.coordinator.registry import Worker
+from distributed_llm.coordinator.requests import Seat
+from distributed_llm.coordinator.scheduler import Step
+from distributed_llm.coordinator.worker_costs import Prior, Work, WorkerCosts
+
+
+class Measurements:
+    """What is known of the machines of one cluster.
+
+    Args:
+        cost: of the model.
+        item_bytes: of one parameter, and of one number in the KV cache.
+        bytes_per_token: of activations, as they are handed on.
+    """
+
+    def __init__(self, cost: ModelCost, *, item_bytes: int, bytes_per_token: int) -> None:
+        self._cost = cost
+        self._item_bytes = item_bytes
+        self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
+        self._costs: dict[WorkerId, WorkerCosts] = {}
+        self._weights: dict[LayerRange, float] = {}  # of ranges, in layers of mean size
+        self._network = Network(bytes_per_token)
+
+    def joined(self, worker: WorkerId, found: Capabilities) -> None:
+        """A worker is there, of which nothing is known but what its probe found."""
+        prior = Prior.of(found, self._cost, self._item_bytes)
+        self._costs[worker] = WorkerCosts(prior)
+
+    def left(self, worker: WorkerId) -> None:
+        """A worker is gone."""
+        self._costs.pop(worker, None)
+        self._network.forget(worker)
+
+    def observe(self, seats: Sequence[Seat], done: StepDone, *, now: float) -> None:
+        """Learn from a step how long each stage takes, and how long the links at most."""
+        inside_us = sum(timing.compute_us + timing.queued_us for timing in done.timings)
+        hops = pairwise(seat.worker for seat in seats)
+        self._network.bound(hops, done.round_trip_s - inside_us / 1e6)
+        work = work_of(done.step)
+        for seat, timing in zip(seats, done.timings, strict=True):
+            costs = self._costs.get(seat.worker)
+            if costs is not None:
+                costs.observe(
+                    work,
+                    decodes=done.step.decodes,
+                    layers=self._weight(seat.layers),
+                    is_last=seat.layers.stop == self._cost.num_layers,
+                    layers_s=timing.layers_us / 1e6,
+                    other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
+                    now=now,
+                )
+
+    def observe_link(self, sender: WorkerId, receiver: WorkerId, report: LinkReport) -> None:
+        """Learn how fast a link is."""
+        if report.up and report.bytes_per_s:
+            self._network.observe(
+                sender, receiver, rtt_s=report.rtt_s, bytes_per_s=report.bytes_per_s
+            )
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What a link carries, about."""
+        return self._network.bytes_per_s
+
+    def layer_s(self, worker: WorkerId, prompt: Work) -> float:
+        """Return what a layer takes for a part of a prompt."""
+        return self._costs[worker].layer_s(prompt, decodes=False)
+
+    def error(self, worker: WorkerId) -> float | None:
+        """Return how far predictions of a worker's tasks are off, as a share; None if unknown."""
+        costs = self._costs.get(worker)
+        return costs.error if costs else None
+
+    def machines(self, workers: Iterable[Worker]) -> Machines:
+        """Return these workers as planning sees them; it does not change when they do."""
+        sizes = {worker.id: worker.capabilities.memory_bytes for worker in workers}
+        costs = {worker: copy.deepcopy(self._costs[worker]) for worker in sizes}
+        return Machines(sizes, costs, self._network.snapshot().links)
+
+    def _weight(self, layers: LayerRange) -> float:
+        weight = self._weights.get(layers)
+        if weight is None:
+            weight = sum(self._cost.layer_bytes[layers.start : layers.stop]) / self._mean_bytes
+            self._weights[layers] = weight
+        return weight
+
+
+def work_of(step: Step) -> Work:
+    """Return what every layer computes in a step."""
+    positions = sum(
+        part.num_tokens * part.start + part.num_tokens * (part.num_tokens + 1) // 2
+        for part in step.slices
+    )
+    return Work(len(step.token_ids), positions)

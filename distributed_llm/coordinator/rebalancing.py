@@ -1,0 +1,200 @@
+"""Keeps the plans of a cluster up with what is measured. Pure.
+
+Every second it has one pipeline surveyed: its workers as they are now, and those without layers. If
+there is a better plan, the pipeline's balancer says whether to move; idle workers that can hold the
+model by themselves may serve it once more instead.
+"""
+
+from collections.abc import Mapping
+
+from distributed_llm.common.types import WorkerId
+from distributed_llm.coordinator.advice import Advice
+from distributed_llm.coordinator.balancer import Offer
+from distributed_llm.coordinator.core_settings import CoreSettings
+from distributed_llm.coordinator.events import Action, Study
+from distributed_llm.coordinator.forecast import Demand, Forecast, merit
+from distributed_llm.coordinator.journal import Journal
+from distributed_llm.coordinator.measurements import Measurements
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.placement import Placement
+from distributed_llm.coordinator.planning import Planning, ranked_by_speed
+from distributed_llm.coordinator.registry import Registry, Worker
+from distributed_llm.coordinator.relocation import Relocation
+from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.survey import Findings, Survey
+
+_EVERY_S = 1.0
+_ADVISE_EVERY_S = 10.0
+_MAX_IDLE = 16
+"""Workers without layers that a survey looks at, the fastest."""
+
+_ERROR_OF_MEAN = 0.2
+"""Standard deviation of a fitted time, as a share of the median error of single tasks."""
+
+_HELPFUL = 0.2
+"""A further pipeline has to be at least so fast, compared with one that serves."""
+
+_AS_GOOD = 0.97
+"""Two pipelines are preferred to a longer one that is this little faster."""
+
+_PATIENCE_S = 10.0
+"""After a move was undone; twice as long each time."""
+
+
+class Rebalancing:
+    """The rebalancer of one cluster; does nothing unless the strategy is "speed".
+
+    Attributes:
+        advice: whether each worker helps, as found last.
+    """
+
+    def __init__(
+        self,
+        cost: ModelCost,
+        settings: CoreSettings,
+        placement: Placement,
+        planning: Planning,
+        relocation: Relocation,
+        measurements: Measurements,
+        registry: Registry,
+        journal: Journal,
+    ) -> None:
+        self._cost = cost
+        self._settings = settings
+        self._placement = placement
+        self._planning = planning
+        self._relocation = relocation
+        self._measurements = measurements
+        self._registry = registry
+        self._journal = journal
+        self._surveyed: Survey | None = None  # findings are awaited
+        self._looked_at: dict[int, float] = {}  # clock seconds, by epoch
+        self._advised_at = 0.0
+        self._advised: frozenset[WorkerId] = frozenset()
+        self._next_at: float | None = None
+        self.advice: Mapping[WorkerId, Advice] = {}
+
+    def next_deadline(self) -> float | None:
+        """Return when to look again, clock seconds."""
+        return self._next_at
+
+    def wake(self, *, now: float) -> None:
+        """Something may be served: look."""
+        if self._next_at is None and self._settings.strategy == "speed":
+            self._next_at = now + _EVERY_S
+
+    def on_timer(self, *, now: float) -> list[Action]:
+        """Have the pipeline surveyed that was looked at longest ago, if it may change."""
+        if self._next_at is None or self._next_at > now:
+            return []
+        self._next_at = now + _EVERY_S
+        serving = [r for r in self._placement.replicas if r.pipeline]
+        if not serving:
+            self._next_at = None
+            return []
+        patience_s = _PATIENCE_S * (2.0 ** min(self._relocation.failures, 6) - 1.0)
+        if self._surveyed or self._relocation.move or now < self._relocation.undone_at + patience_s:
+            return []
+        epochs = {replica.epoch for replica in serving}
+        self._looked_at = {e: at for e, at in self._looked_at.items() if e in epochs}
+        replica = min(serving, key=lambda r: self._looked_at.get(r.epoch, 0.0))
+        self._looked_at[replica.epoch] = now
+        survey = self._survey(replica, now)
+        if survey is None:
+            return []
+        self._surveyed = survey
+        return [Study(survey)]
+
+    def _survey(self, replica: Replica, now: float) -> Survey | None:
+        """Return what to find out about a pipeline; None if nothing has changed."""
+        own = {seat.peer for seat in replica.seats}
+        workers = [worker for worker in self._registry.workers if worker.peer in own]
+        if any(worker.leaving for worker in workers):
+            return None
+        idle = self._placement.idle_workers
+        idle = ranked_by_speed(self._measurements.machines(idle), idle)[:_MAX_IDLE]
+        demand = replica.demand.demand
+        everybody = frozenset(worker.id for worker in (*workers, *idle))
+        advise = self._advised != everybody or now >= self._advised_at + _ADVISE_EVERY_S
+        if demand is None and not idle and self._advised == everybody:
+            return None
+        if advise:
+            self._advised, self._advised_at = everybody, now
+        fit = [w for w in workers if not self._placement.hangs(w)]
+        used = replica.scheduler.kv_tokens_used if replica.scheduler else 0
+        return Survey(
+            epoch=replica.epoch,
+            cost=self._cost,
+            ranges=replica.ranges,
+            machines=self._measurements.machines([*workers, *idle]),
+            idle=tuple(worker.id for worker in idle),
+            demand=demand or Demand.expected(len(everybody)),
+            goal=self._planning.goal if demand is None else self._settings.objective,
+            kv_tokens=max(used, self._planning.kv_tokens([*fit, *idle])),
+            advise=advise,
+        )
+
+    # -------------------------------------------------------------- what was found
+
+    def studied(self, findings: Findings, *, now: float) -> list[Action]:
+        """Act on what a survey has found."""
+        survey, self._surveyed = findings.survey, None
+        if findings.advice:
+            self.advice = findings.advice
+        replica = next((r for r in self._placement.replicas if r.epoch == survey.epoch), None)
+        if replica is None or replica.pipeline is None or self._relocation.move:
+            return []
+        if self._adds(findings):
+            assert findings.extra is not None
+            plan = self._planning.plan_of(self._found(findings.extra), findings.extra.ranges)
+            return self._placement.serve_also(plan) if plan else []
+        best = findings.best
+        if best is None or best.ranges == replica.ranges:
+            return []
+        workers = self._found(best)
+        if len(workers) < len(best.ranges):
+            return []  # somebody has left meanwhile, or is to leave
+        plan = self._planning.plan_of(workers, best.ranges)
+        price = self._relocation.price(replica, plan)
+        gain = merit(survey.goal, best) / merit(survey.goal, findings.now) - 1.0
+        offer = Offer(best.ranges, gain, self._uncertainty(findings), price.standstill_s)
+        verdict = replica.balancer.consider(offer, now=now)
+        if verdict.what != "move":
+            return []
+        replica.balancer.moved(replica.ranges, now=now)
+        if price.kv_tokens is None:
+            return self._placement.replace(replica, plan, why=verdict.why)
+        return self._relocation.begin(replica, plan, price, why=verdict.why, now=now)
+
+    def study_failed(self) -> None:
+        """A survey could not be carried out."""
+        self._surveyed = None
+
+    def _adds(self, findings: Findings) -> bool:
+        """Return whether idle workers should serve the model once more by themselves."""
+        wanted, number = self._settings.replicas, len(self._placement.replicas)
+        extra, survey = findings.extra, findings.survey
+        if extra is None or (wanted != "auto" and number >= wanted):
+            return False
+        if len(self._found(extra)) < len(extra.ranges):
+            return False
+        if wanted != "auto":
+            return True
+        now, also = 1 / findings.now.partition.slowest_s, 1 / extra.partition.slowest_s
+        if also < _HELPFUL * now:
+            return False
+        if survey.goal == "latency":
+            return True
+        longer = 1 / findings.best.partition.slowest_s if findings.best else 0.0
+        return now + also >= _AS_GOOD * longer
+
+    def _found(self, forecast: Forecast) -> list[Worker]:
+        """Return those workers of a forecast that can still be had."""
+        fit = {worker.id: worker for worker in self._placement.fit_workers}
+        return [fit[worker] for worker, _ in forecast.ranges if worker in fit]
+
+    def _uncertainty(self, findings: Findings) -> float:
+        assert findings.best is not None
+        names = {worker for worker, _ in (*findings.best.ranges, *findings.survey.ranges)}
+        errors = [self._measurements.error(worker) or 0.0 for worker in names]
+        return _ERROR_OF_MEAN * max(errors)

@@ -1,0 +1,251 @@
+"""Carries out moves of layers between workers, one at a time. Pure.
+
+A move that fails in any phase is undone, and the pipeline goes on as it was.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distributed_llm.common.messages import KVFailed, StageFailed, StageReady
+from distributed_llm.common.types import KV_BLOCK, LayerRange, WorkerId
+from distributed_llm.coordinator.events import Action
+from distributed_llm.coordinator.journal import Journal
+from distributed_llm.coordinator.measurements import Measurements
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.moves import Move, transfers_between
+from distributed_llm.coordinator.placement import Placement, layers_text
+from distributed_llm.coordinator.planner import Plan
+from distributed_llm.coordinator.registry import Registry, Worker
+from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.requests import Seat
+from distributed_llm.coordinator.worker_costs import Work
+
+_BYTES_PER_S = 400e6
+"""At which a worker is expected to load layers before it has loaded any."""
+
+_SHARE = 0.5
+"""Of the speed of a pipeline that is lost while stages load and caches are copied beside it."""
+
+_STALL_S = 0.3
+"""Expected standstill of a move before there was one."""
+
+_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a move is expected to cost.
+
+    Attributes:
+        standstill_s: how long requests stand still, or lose as much by being slower for longer.
+        copies: whether it is cheaper to copy the KV cache than to compute it again.
+        kv_tokens: positions of KV cache that there is room for beside old and new layers; None if
+            workers cannot hold both, so that the new ones have to be loaded after the old ones go.
+    """
+
+    standstill_s: float
+    copies: bool
+    kv_tokens: int | None
+
+
+class Relocation:
+    """The mover of one cluster.
+
+    Args:
+        cost: of the model.
+        measurements: of the machines.
+
+    Attributes:
+        move: that is under way, or None.
+        num_moves: that were carried out.
+        stall_s: how long steps stood still in the latest of them.
+        failures: how many moves in a row were undone.
+        undone_at: when the latest of them was, clock seconds.
+    """
+
+    def __init__(
+        self,
+        cost: ModelCost,
+        placement: Placement,
+        registry: Registry,
+        journal: Journal,
+        measurements: Measurements,
+    ) -> None:
+        self._cost = cost
+        self._placement = placement
+        self._registry = registry
+        self._journal = journal
+        self._measurements = measurements
+        self._apart: set[tuple[WorkerId, WorkerId]] = set()  # cannot send each other anything
+        self.move: Move | None = None
+        self.num_moves = 0
+        self.stall_s = 0.0
+        self.failures = 0
+        self.undone_at = 0.0
+
+    # -------------------------------------------------------------- what it would cost
+
+    def price(self, old: Replica, plan: Plan) -> Price:
+        """Return what moving a pipeline to a plan is expected to cost."""
+        workers = {worker.id: worker for worker in self._registry.workers}
+        seats = tuple(Seat(workers[s.worker].peer, s.worker, s.layers) for s in plan)
+        held = {seat.worker: seat.layers for seat in old.seats}
+        tokens = old.scheduler.kv_tokens_used if old.scheduler else 0
+        load_s, room = 0.0, old.kv_tokens
+        for seat in seats:
+            worker, before = workers[seat.worker], held.get(seat.worker)
+            added = self._added_bytes(before, seat.layers)
+            load_s = max(load_s, added / (worker.bytes_per_s or _BYTES_PER_S))
+            own = self._cost.weight_bytes(before) if before else 0
+            layers = len(before) + len(seat.layers) if before else len(seat.layers)
+            left = worker.capabilities.memory_bytes - own - added
+            room = min(room, left // max(1, layers * self._cost.kv_bytes_per_token))
+        transfers = transfers_between(old.seats, seats)
+        apart = any((t.sender.worker, t.receiver.worker) in self._apart for t in transfers)
+        most = max((len(t.layers) for t in transfers), default=0)
+        copy_s = most * tokens * self._cost.kv_bytes_per_token / self._measurements.bytes_per_s
+        again_s = self._compute_again_s(seats, tokens)
+        copies = not apart and _SHARE * copy_s <= again_s + 1.0
+        if room < tokens or room < KV_BLOCK:
+            return Price(load_s + again_s, copies=False, kv_tokens=None)
+        moving_s = _SHARE * (load_s + copy_s) if copies else _SHARE * load_s + again_s
+        return Price((self.stall_s or _STALL_S) + moving_s, copies, room)
+
+    def _added_bytes(self, before: LayerRange | None, after: LayerRange) -> int:
+        """Return the weights that a worker reads to have other layers."""
+        if before is None:
+            return self._cost.weight_bytes(after)
+        layers = range(after.start, after.stop)
+        return sum(
+            self._cost.layer_bytes[layer]
+            for layer in layers
+            if not before.start <= layer < before.stop
+        )
+
+    def _compute_again_s(self, seats: Sequence[Seat], tokens: int) -> float:
+        """Return how long a pipeline takes to compute so many tokens of prompts."""
+        slowest_s = max(
+            len(seat.layers) * self._measurements.layer_s(seat.worker, Work(_CHUNK, _CHUNK * 256))
+            for seat in seats
+        )
+        return tokens / _CHUNK * slowest_s
+
+    # -------------------------------------------------------------- carrying it out
+
+    def begin(
+        self, old: Replica, plan: Plan, price: Price, *, why: str, now: float
+    ) -> list[Action]:
+        """Move a pipeline that serves to a plan, by its own workers and idle ones.
+
+        Args:
+            price: with `kv_tokens`.
+        """
+        assert self.move is None
+        assert price.kv_tokens is not None
+        assert old.scheduler is not None
+        old.scheduler.resize(price.kv_tokens)
+        copies = price.copies
+        before = layers_text(old)
+        self.move, actions = self._placement.prepare(old, plan, copies=copies, now=now)
+        how = "" if copies else ", computing its KV cache again"
+        text = (
+            f"plan {self.move.new.epoch}: moving to {layers_text(self.move.new)} from {before}"
+            f"{how}: {why}"
+        )
+        return [*actions, self._journal.note(text)]
+
+    def stage_ready(self, worker: Worker, ready: StageReady, *, now: float) -> list[Action] | None:
+        """Take it that a stage has loaded; None if it is not of the move."""
+        move = self._of_epoch(ready.epoch)
+        if move is None:
+            return None
+        layers = worker.next_layers or worker.layers
+        assert layers is not None
+        before = worker.layers if worker.next_layers else None
+        worker.loaded(self._added_bytes(before, layers), ready.load_s)
+        if move.phase != "loading" or not move.new.stage_ready(worker.peer, ready):
+            return []
+        return [*move.loaded(now=now)]
+
+    def stage_failed(
+        self, worker: Worker, failed: StageFailed, *, now: float
+    ) -> list[Action] | None:
+        """Take it that a stage cannot be loaded; None if it is not of the move."""
+        if self._of_epoch(failed.epoch) is None:
+            return None
+        return self.cancel(f"{worker.id} cannot load its layers: {failed.message}", now=now)
+
+    def copied(self, worker: Worker, epoch: int, *, now: float) -> list[Action]:
+        """Take it that a worker has sent its KV cache."""
+        move = self._of_epoch(epoch)
+        return [*move.copied(worker.peer, now=now)] if move else []
+
+    def took_over(self, worker: Worker, epoch: int) -> list[Action]:
+        """Take it that a stage has its KV cache."""
+        move = self._of_epoch(epoch)
+        if move is not None:
+            move.took_over(worker.peer)
+        return []
+
+    def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
+        """Take it that the KV cache cannot go along."""
+        if self._of_epoch(failed.epoch) is None:
+            return []
+        if failed.worker:
+            self._apart.add((worker.id, WorkerId(failed.worker)))
+        return self.cancel(f"{worker.id}: {failed.message}", now=now)
+
+    def loading(self, epoch: int) -> Replica | None:
+        """Return the pipeline that is loading, if it has this epoch."""
+        move = self._of_epoch(epoch)
+        return move.new if move else None
+
+    def lost(self, worker: Worker, *, now: float) -> list[Action]:
+        """A worker is no longer there."""
+        self._apart = {pair for pair in self._apart if worker.id not in pair}
+        if self.move and self.move.concerns(worker.peer):
+            return self.cancel(f"worker {worker.id} was lost", now=now)
+        return []
+
+    def cancel(self, why: str, *, now: float) -> list[Action]:
+        """Undo the move."""
+        assert self.move is not None
+        move, self.move = self.move, None
+        self.failures += 1
+        self.undone_at = now
+        if move.old.scheduler is not None:
+            move.old.scheduler.resize(move.old.kv_tokens)
+        text = f"plan {move.new.epoch}: layers stay as they are; the move was undone: {why}"
+        return [*self._placement.cancel(move), self._journal.note(text, "warning")]
+
+    def settle(self, *, now: float) -> list[Action]:
+        """Go on if nothing is left to wait for."""
+        move = self.move
+        if move is None:
+            return []
+        actions: list[Action] = [*move.settle(now=now)]
+        if not move.is_over:
+            return actions
+        self.move = None
+        self.failures = 0
+        self.num_moves += 1
+        self.stall_s = now - (now if move.held_at is None else move.held_at)
+        text = (
+            f"plan {move.new.epoch} is served: layers moved in {now - move.began_at:.1f} s, "
+            f"steps stood still for {1000 * self.stall_s:.0f} ms"
+        )
+        return [*actions, *self._placement.swap(move), self._journal.note(text)]
+
+    def next_deadline(self) -> float | None:
+        """Return when the move has taken too long, clock seconds."""
+        return self.move.next_deadline() if self.move else None
+
+    def on_timer(self, *, now: float) -> list[Action]:
+        """Undo a move that has taken too long."""
+        at = self.next_deadline()
+        if self.move is None or at is None or at > now:
+            return []
+        return self.cancel(f"{self.move.phase.replace('_', ' ')} took too long", now=now)
+
+    def _of_epoch(self, epoch: int) -> Move | None:
+        return self.move if self.move and self.move.new.epoch == epoch else None
