@@ -171,5 +171,8 @@ class PacedCluster:
 
 def _read(lines: IO[str], surveys: list[tuple[float, Survey]]) -> None:
     with suppress(ValueError):  # closed
-        for line in lines:
-            surveys.append((time.perf_counter(), msgspec.json.decode(line, type=Survey)))
+        surveys.extend((time.perf_counter(), _decode(line)) for line in lines)
+
+
+def _decode(line: str) -> Survey:
+    return msgspec.json.decode(line, type=Survey)

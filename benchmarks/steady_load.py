@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from distributed_llm import AsyncDistributedClient
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.messages import ClusterStatus
 
 _BATCH = 128
 _LEAST_MARGIN = 1e-3
@@ -34,7 +35,9 @@ class Example:
     answer: list[int]
 
 
-def make_examples(folder: Path, count: int, *, prompt_tokens: int, new_tokens: int) -> list[Example]:
+def make_examples(
+    folder: Path, count: int, *, prompt_tokens: int, new_tokens: int
+) -> list[Example]:
     """Return examples of a checkpoint, all different; they are kept in its folder."""
     kept = folder / f"examples-{prompt_tokens}-{new_tokens}.json"
     found: list[Example] = []
@@ -42,7 +45,7 @@ def make_examples(folder: Path, count: int, *, prompt_tokens: int, new_tokens: i
         found = msgspec.json.decode(kept.read_bytes(), type=list[Example])
     if len(found) < count:
         threads = torch.get_num_threads()
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # a small model is slower with more
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         draw = random.Random(len(found))
         while len(found) < count:
@@ -107,6 +110,8 @@ class Gap:
 class SteadyLoad:
     """Clients that ask as soon as they have been answered; an async context manager.
 
+    Their first requests are of different lengths, so that later ones do not begin all at once.
+
     Args:
         address: of the coordinator.
         examples: enough of them; each is asked once.
@@ -125,7 +130,8 @@ class SteadyLoad:
         self.errors: list[str] = []
 
     async def __aenter__(self) -> Self:
-        self._tasks = [asyncio.create_task(self._ask_on()) for _ in range(self._clients)]
+        shares = ((number + 1) / self._clients for number in range(self._clients))
+        self._tasks = [asyncio.create_task(self._ask_on(share)) for share in shares]
         return self
 
     async def __aexit__(
@@ -144,8 +150,10 @@ class SteadyLoad:
         self._left = iter(())
         await asyncio.gather(*self._tasks)
 
-    async def _ask_on(self) -> None:
-        for example in self._left_now():
+    async def _ask_on(self, share: float) -> None:
+        while (example := next(self._left, None)) is not None:
+            new_tokens = max(1, round(share * len(example.answer)))
+            example, share = Example(example.prompt, example.answer[:new_tokens]), 1.0
             asked = Asked()
             self.asked.append(asked)
             try:
@@ -153,10 +161,6 @@ class SteadyLoad:
             except DistributedLLMError as exc:
                 asked.outcome = exc.code
                 self.errors.append(f"{exc.code}: {exc}")
-
-    def _left_now(self) -> Iterator[Example]:
-        while (example := next(self._left, None)) is not None:
-            yield example
 
     async def _ask(self, example: Example, asked: Asked) -> str:
         new_tokens = len(example.answer)
@@ -169,6 +173,10 @@ class SteadyLoad:
                 asked.times += [time.perf_counter()] * len(chunk.token_ids)
                 got += chunk.token_ids
         return "right" if got == example.answer else "wrong"
+
+    async def status(self) -> ClusterStatus:
+        """Return the cluster as the coordinator sees it."""
+        return await self._client.status()
 
     # -------------------------------------------------------------- what came of it
 

@@ -33,6 +33,14 @@ Config = Annotated[
 Coordinator = Annotated[
     str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Address to ask.")
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(help="How to share layers out: by speed or memory, even, or custom."),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(help="What strategy speed makes best: auto, throughput or latency."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
@@ -65,7 +73,8 @@ def coordinator(
         str | None, typer.Option(metavar="HOST:PORT", help="Address to listen on.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="memory, even or custom.")] = None,
+    strategy: Strategy = None,
+    objective: Objective = None,
     min_workers: Annotated[
         int | None, typer.Option(help="Workers to wait for before the first plan.")
     ] = None,
@@ -79,6 +88,7 @@ def coordinator(
             "coordinator.bind": bind,
             "coordinator.dtype": dtype,
             "coordinator.strategy": strategy,
+            "coordinator.objective": objective,
             "coordinator.min_workers": min_workers,
         },
     )
@@ -212,21 +222,49 @@ def plan(
     ],
     worker: Annotated[
         list[str],
-        typer.Option(metavar="[NAME=]SIZE", help="Memory of one worker; give it several times."),
+        typer.Option(
+            metavar="[NAME=]SIZE[,BANDWIDTH[,FLOPS]]",
+            help="Memory and speed of one worker, such as pc=8GiB,40GB/s,1.5TFLOPS; give it "
+            "several times.",
+        ),
     ],
     config: Config = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="memory, even or custom.")] = None,
+    strategy: Strategy = None,
+    objective: Objective = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show who would get which layers, without starting anything."""
+    """Show who would get which layers and how fast that would be, without starting anything."""
     settings = _settings(
-        config, {"coordinator.dtype": dtype, "coordinator.strategy": strategy}
+        config,
+        {
+            "coordinator.dtype": dtype,
+            "coordinator.strategy": strategy,
+            "coordinator.objective": objective,
+        },
     ).coordinator
     from distributed_llm import console
-    from distributed_llm.coordinator.serve import dry_run
+    from distributed_llm.coordinator import serve
 
-    console.print_plan(*dry_run(model, worker, settings), as_json=as_json)
+    console.print_plan(serve.plan(model, worker, settings), as_json=as_json)
+
+
+@app.command()
+def drain(
+    name: Annotated[str, typer.Argument(help="Worker, as `dllm status` shows it.")],
+    coordinator: Coordinator = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a worker hand its layers to others, while requests run, and leave.
+
+    Waits until it has left. Ctrl-C ends the waiting only.
+    """
+    settings = _settings(config, {"client.coordinator": coordinator})
+    from distributed_llm import console
+
+    with _client(settings) as client:
+        console.drain(client, name, as_json=as_json)
 
 
 @app.command()

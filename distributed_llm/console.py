@@ -3,22 +3,30 @@
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from distributed_llm import Chunk, Generation, LocalCluster
 from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import ClusterStatus, WorkerStatus
 from distributed_llm.common.types import size_text
-from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.planner import Plan, describe
+from distributed_llm.coordinator.advice import Advice, rate_text
+from distributed_llm.coordinator.dry_run import MANY, DryRun
+from distributed_llm.coordinator.planner import describe
 
 _UNBOUND_WIDTH = 200
 """Of what goes to a file or another program: nothing is cut."""
+
+_NARROW = 100
+"""Characters of a terminal in which columns stand close together."""
+
+_LONG_WORD = 24
+"""Characters up to which words are not broken."""
 
 _out = Console(
     soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _UNBOUND_WIDTH
@@ -118,12 +126,11 @@ def _document(generation: Generation) -> dict[str, Any]:
 def print_stats(generations: Sequence[Generation]) -> None:
     """Print to stderr who ran what for the answers to a prompt, and how fast that was."""
     timings, usage = generations[0].timings, generations[0].usage
-    table = _table("worker", "layers", "tasks", "compute", title="who ran what")
-    for stage in timings.stages:
-        table.add_row(
-            stage.worker, str(stage.layers), str(stage.tasks), f"{stage.compute_s * 1000:.1f} ms"
-        )
-    _err.print(table)
+    rows = [
+        [stage.worker, str(stage.layers), str(stage.tasks), f"{stage.compute_s * 1000:.1f} ms"]
+        for stage in timings.stages
+    ]
+    _err.print(_table(("worker", "layers", "tasks", "compute"), rows, title="who ran what"))
     decoded = usage.completion_tokens - len(generations)
     rate = f"then {decoded / timings.decode_s:.1f} tokens/s" if timings.decode_s else "no others"
     reasons = ", ".join(generation.finish_reason for generation in generations)
@@ -145,60 +152,142 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
     )
     if status.note:
         _out.print(status.note, style="yellow")
-    table = _table(
-        *("worker", "state", "plan", "layers", "link", "memory", "weights", "KV", "tasks", "speed")
-    )
-    for worker in status.workers:
-        table.add_row(*_worker_row(worker))
-    _out.print(table)
+    names = ["worker", "state", "plan", "layers", "link", "memory", "weights", "KV", "tasks"]
+    _out.print(_table([*names, "speed"], [_worker_row(worker) for worker in status.workers]))
     _out.print(
         f"requests: {status.requests_running} running, {status.requests_waiting} waiting, "
         f"{status.requests_finished} finished, {status.requests_failed} failed; "
         f"{status.preemptions} preempted; {status.tokens_generated} tokens, "
         f"{status.prefix_hit_tokens} positions of prompts were in the KV cache already"
     )
+    if status.moves:
+        _out.print(
+            f"layers moved {'once' if status.moves == 1 else f'{status.moves} times'} while "
+            f"requests ran; the latest move stopped them "
+            f"for {status.move_stall_s * 1000:.0f} ms"
+        )
     for worker in status.workers:
         if worker.note:
             _out.print(f"{worker.name}: {worker.note}", style="yellow")
+        if worker.advice:
+            _out.print(f"{worker.name}: {worker.advice}")
     for event in status.events[-8:]:
         _out.print(f"  {event}", style="dim")
 
 
-def _table(*names: str, title: str = "") -> Table:
-    """Return a table that cuts nothing where the terminal is narrow, but folds it."""
-    return Table(*(Column(name, overflow="fold") for name in names), title=title or None)
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> Table:
+    """Return a table that cuts nothing where the terminal is narrow, but folds between words."""
+    gap = 1 if _out.width < _NARROW else 2
+    table = Table(title=title or None, title_justify="left", box=None, padding=(0, gap, 0, 0))
+    for name, *cells in zip(names, *rows, strict=True):
+        longest = max(len(word) for cell in (name, *cells) for word in cell.split())
+        table.add_column(name, overflow="fold", min_width=min(longest, _LONG_WORD))
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _worker_row(worker: WorkerStatus) -> list[str]:
-    speed = worker.seconds_per_token
     return [
         worker.name,
         worker.state,
         str(worker.epoch) if worker.layers else "-",
-        str(worker.layers) if worker.layers else "-",
+        _layers_text(worker),
         worker.link or "-",
         size_text(worker.capabilities.memory_bytes),
         size_text(worker.weight_bytes),
         size_text(worker.kv_bytes),
         str(worker.tasks_done),
-        f"{speed * 1000:.2f} ms/token" if speed else "-",
+        _speed_text(worker),
     ]
 
 
-def print_plan(plan: Plan, cost: ModelCost, *, as_json: bool) -> None:
-    """Print who would get which layers."""
+def _layers_text(worker: WorkerStatus) -> str:
+    now = str(worker.layers) if worker.layers else "-"
+    return f"{now} -> {worker.next_layers}" if worker.next_layers else now
+
+
+def _speed_text(worker: WorkerStatus) -> str:
+    """Return the measured time per token, and how far predictions of it are off."""
+    if not worker.seconds_per_token:
+        return "-"
+    error = worker.prediction_error
+    off = "" if error is None else f" ±{100 * error:.0f} %"
+    return f"{worker.seconds_per_token * 1000:.2f} ms/token{off}"
+
+
+def print_plan(found: DryRun, *, as_json: bool) -> None:
+    """Print who would get which layers, and how fast that would be."""
     if as_json:
-        print_json({"num_layers": cost.num_layers, "stages": describe(plan, cost)})
+        print_json(_plan_document(found))
         return
-    table = _table("worker", "layers", "weights", "room for KV cache")
-    for stage in plan:
-        table.add_row(
-            stage.worker,
-            str(stage.layers),
-            size_text(stage.weight_bytes),
-            f"{stage.kv_tokens} positions",
-        )
-    _out.print(table)
+    for number, plan in enumerate(found.plans, 1):
+        title = f"pipeline {number} of {len(found.plans)}" if len(found.plans) > 1 else ""
+        rows = [
+            [
+                stage.worker,
+                str(stage.layers),
+                size_text(found.memory[stage.worker]),
+                size_text(stage.weight_bytes),
+                f"{stage.kv_tokens} positions",
+            ]
+            for stage in plan
+        ]
+        names = ("worker", "layers", "memory", "weights", "room for KV cache")
+        _out.print(_table(names, rows, title=title))
+    used = {stage.worker for plan in found.plans for stage in plan}
+    idle = [worker for worker in found.memory if worker not in used]
+    if idle:
+        _out.print(f"without layers: {', '.join(idle)}")
+    _out.print(
+        f"expected: {rate_text(found.one_tokens_per_s)} tokens/s for one request, "
+        f"{rate_text(found.many_tokens_per_s)} for {MANY} at once"
+    )
+    for worker, advice in found.advice.items():
+        _out.print(f"{worker}: {advice.text}")
+    _out.print(f"assumed: {'; '.join(found.assumed)}", style="dim")
+
+
+def _plan_document(found: DryRun) -> dict[str, Any]:
+    """Return a dry run as JSON shows it."""
+    return {
+        "num_layers": found.cost.num_layers,
+        "stages": [
+            {"pipeline": number, **stage}
+            for number, plan in enumerate(found.plans)
+            for stage in describe(plan, found.cost)
+        ],
+        "one_tokens_per_s": found.one_tokens_per_s,
+        "many_tokens_per_s": found.many_tokens_per_s,
+        "many": MANY,
+        "workers": {
+            worker: {"memory_bytes": size, "advice": _advice_document(found.advice.get(worker))}
+            for worker, size in found.memory.items()
+        },
+        "assumed": found.assumed,
+    }
+
+
+def _advice_document(advice: Advice | None) -> dict[str, Any] | None:
+    return None if advice is None else asdict(advice)
+
+
+def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:
+    """Have a worker leave, wait for it, and print what happened.
+
+    Raises:
+        DistributedLLMError: as the client does.
+    """
+    layers = {worker.name: worker.layers for worker in client.status().workers}.get(name)
+    if layers is not None:
+        _err.print(f"waiting until others serve layers {layers} of {name} ...", style="dim")
+    client.drain_worker(name)
+    if as_json:
+        print_json({"worker": name, "layers": layers and [layers.start, layers.stop]})
+    elif layers is None:
+        _out.print(f"{name}, which had no layers, has left")
+    else:
+        _out.print(f"{name} has handed its layers over and left")
 
 
 def run_demo(prompt: str, workers: int) -> None:

@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,16 +36,26 @@ _LOAD = "What is asked for"
 _RESULT = "What comes of it"
 
 
-@app.command(
-    epilog="Settings are tried one after another, the others as they were found best so "
-    "far, beginning with the first value of each; not every combination."
+_HELP = (
+    "Find the settings of a coordinator that are fastest on your machines, by measuring.\n\n"
+    "Runs the model with one configuration after another, several times in turns, each warmed up, "
+    "and checks that all of them give the same tokens. Prints a table, says which configuration is "
+    "best for latency and which for throughput and why, and writes settings for dllm coordinator "
+    "--config and a report with plots."
 )
+_EPILOG = (
+    "Settings are tried one after another, the others as they were found best so far, beginning "
+    "with the first value of each; not every combination."
+)
+
+
+@app.command(help=_HELP, epilog=_EPILOG)
 def benchmark(
     context: typer.Context,
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Few configurations, two rounds, 2 to 3 minutes.", rich_help_panel=_RUN
+            "--quick", help="Few configurations, small loads, 2 to 3 minutes.", rich_help_panel=_RUN
         ),
     ] = False,
     model: Annotated[
@@ -97,8 +108,7 @@ def benchmark(
         typer.Option(
             min=1,
             max=100,
-            help="Runs of each configuration, in turns with the others; medians count. Default: 3, "
-            "quick 2.",
+            help="Runs of each configuration, in turns with the others; medians count. Default: 3.",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -209,15 +219,8 @@ def benchmark(
         ),
     ] = Path("config"),
 ) -> None:
-    """Find the settings of a coordinator that are fastest on your machines, by measuring.
-
-    Runs the model with one configuration after another, several times in turns, each warmed up;
-    checks that all of them give the same tokens; prints a table and says which configuration is
-    best for latency and which for throughput, and why; writes settings for
-    dllm coordinator --config, and a report with plots.
-    """
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output {output}: is a file; name a folder.")
+    """Tune; see `_HELP`."""
+    _prepare(output)
     wishes = Wishes(
         model=model,
         quick=quick,
@@ -236,7 +239,7 @@ def benchmark(
         loads=_loads(loads or ("1,8" if quick else "1,4,16")),
         prompt_tokens=prompt_tokens or (64 if quick else 128),
         new_tokens=new_tokens or (32 if quick else 64),
-        rounds=rounds or (2 if quick else 3),
+        rounds=rounds or 3,
         limit_s=_duration(limit, "--limit") if limit else (150.0 if quick else None),
         goal=goal,
         command=command_line(context.obj or []),
@@ -321,6 +324,22 @@ def _beginning(hands: Hands) -> str:
 
 
 # ------------------------------------------------------------------ what flags say
+
+
+def _prepare(output: Path) -> None:
+    """Make the folder for what will be written, before minutes were spent on it.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--output {output}: cannot be written to: {error.strerror}. Name another folder."
+        ) from None
 
 
 def _hands(

@@ -182,6 +182,10 @@ def read_description(path: Path) -> Description:
     Raises:
         ConfigError: with a line for each problem, saying where it stands and what to write.
     """
+    if not path.exists():
+        raise ConfigError(
+            f"{path}: no such file; start from a copy of config/examples/cluster.yaml"
+        )
     file = read_yaml(path)
     try:
         return Description(**file.values)

@@ -89,11 +89,10 @@ class Outcome:
             return {}
         return {n: _middle([run.loads[n] for run in self.runs]) for n in self.runs[0].loads}
 
-    @property
-    def spread(self) -> float:
-        """(most - least) / median of the tokens/s under the largest load, over the runs."""
-        rates = [run.loads[max(run.loads)].tokens_per_s for run in self.runs]
-        return (max(rates) - min(rates)) / median(rates) if rates else 0.0
+    def spread(self, count: int) -> float:
+        """Return (most - least) / median of the tokens/s under a load, over the runs."""
+        rates = [run.loads[count].tokens_per_s for run in self.runs]
+        return (max(rates) - min(rates)) / median(rates)
 
 
 @dataclass(frozen=True)

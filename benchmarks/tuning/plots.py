@@ -20,7 +20,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
-_MOST = 10
+MOST = 10
 """Configurations in one plot."""
 _BAR = 0.8
 
@@ -29,7 +29,7 @@ def throughput_plot(outcomes: Sequence[Outcome]) -> str:
     """Return tokens/s over the requests at once, a line per configuration."""
 
     def draw(axes: Axes) -> None:
-        for one in outcomes[:_MOST]:
+        for one in outcomes[:MOST]:
             loads = one.loads
             rates = [loads[n].tokens_per_s for n in loads]
             axes.plot(list(loads), rates, marker="o", label=one.configuration.title)
@@ -47,7 +47,7 @@ def latency_plot(outcomes: Sequence[Outcome]) -> str:
 
     def draw(axes: Axes) -> None:
         loads = list(outcomes[0].loads)
-        shown = outcomes[:_MOST]
+        shown = outcomes[:MOST]
         width = _BAR / len(shown)
         for number, one in enumerate(shown):
             at = [i - _BAR / 2 + (number + 0.5) * width for i in range(len(loads))]
@@ -69,7 +69,7 @@ def first_token_plot(outcomes: Sequence[Outcome]) -> str:
     """Return the time to the first token over the requests at once, a line per configuration."""
 
     def draw(axes: Axes) -> None:
-        for one in outcomes[:_MOST]:
+        for one in outcomes[:MOST]:
             times = [1000 * figures.first_token_s for figures in one.loads.values()]
             axes.plot(list(one.loads), times, marker="o", label=one.configuration.title)
         axes.set_xscale("log", base=2)
@@ -100,7 +100,7 @@ def prediction_plot(pairs: Sequence[tuple[float, float]]) -> str:
 
 def _svg(draw: Callable[[Axes], None], entries: int) -> str:
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.0, 3.2 + 0.17 * min(entries, _MOST)), layout="constrained")
+        figure = Figure(figsize=(8.0, 3.2 + 0.17 * min(entries, MOST)), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         figure.legend(loc="outside lower left", fontsize=8, frameon=False)

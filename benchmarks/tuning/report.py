@@ -61,6 +61,7 @@ def report_html(
         notes=[(one.configuration.title, one.note) for one in sound if one.note],
         picks=[(pick.goal, pick.outcome.configuration.title, pick.why) for pick in picks],
         plots=[(title, Markup(svg)) for title, svg in drawn],  # matplotlib escapes
+        num_plotted=plots.MOST,
         provenance=provenance,
         settings=settings,
         simulated=simulated,

@@ -5,6 +5,7 @@ from benchmarks.tuning.figures import LoadFigures, Outcome
 HEAD = (
     "at once",
     "tokens/s",
+    "spread",
     "first token, ms",
     "between tokens, ms: p50",
     "p99",
@@ -16,15 +17,20 @@ HEAD = (
 
 def rows_of(outcome: Outcome) -> list[tuple[str, ...]]:
     """Return a row for each load of a configuration that did not fail."""
-    return [_row(count, figures) for count, figures in outcome.loads.items()]
+    several = len(outcome.runs) > 1
+    return [
+        _row(count, figures, f"{outcome.spread(count):.0%}" if several else "-")
+        for count, figures in outcome.loads.items()
+    ]
 
 
-def _row(count: int, figures: LoadFigures) -> tuple[str, ...]:
+def _row(count: int, figures: LoadFigures, spread: str) -> tuple[str, ...]:
     busiest = figures.busiest
     outside, wire = figures.outside_share, figures.wire_bytes_per_token
     return (
         str(count),
         number(figures.tokens_per_s),
+        spread,
         number(1000 * figures.first_token_s),
         number(1000 * figures.gap_p50_s),
         number(1000 * figures.gap_p99_s),

@@ -15,6 +15,8 @@ from benchmarks.tuning.figures import Outcome, Run
 from benchmarks.tuning.recommendation import Goal, best
 from distributed_llm.common.errors import DistributedLLMError
 
+_WORKERS = "numbers of workers"
+
 
 @dataclass(frozen=True)
 class Step:
@@ -72,11 +74,10 @@ class Search:
         self._runs: dict[Configuration, list[Run]] = {}
         self._failures: dict[Configuration, DistributedLLMError] = {}
         self._count = 0
-        self._planned = rounds * (
-            sum(len(axis.values) - (not again) for axis in space.axes if len(axis.values) > 1)
-            + (len(space.subsets) + again if space.subsets else 0)
-            + (not again)
-        )
+        others = {axis.name: len(axis.values) - 1 for axis in space.axes}
+        others[_WORKERS] = len(space.subsets)
+        self._ahead = {name: rounds * (n + again) for name, n in others.items() if n}
+        self._rest = 0  # runs of what is varied now
         self.left_out: list[str] = []
 
     @property
@@ -114,26 +115,34 @@ class Search:
         found = self._subsets(start, self._runs[start][-1])
         if len(found) < len(self._space.subsets):
             self.left_out.append("some numbers of workers, since the model does not fit them")
-        return self._vary("numbers of workers", start, found)
+        return self._vary(_WORKERS, start, found)
 
     def _vary(
         self, name: str, start: Configuration, others: Sequence[Configuration]
     ) -> Configuration:
         """Run `start` and others in turns; return the best of them."""
-        wanted = [start, *others]
+        self._ahead.pop(name, None)
         if not others and self._runs:
-            self._plan_less(wanted, self._rounds)
             return start
+        wanted = [start, *others]
         for turn in range(self._rounds):
-            if self._too_late(len(wanted)):
-                self._plan_less(wanted, self._rounds - turn)
+            due = [one for one in wanted if self._is_due(one)]
+            self._rest = len(due) * (self._rounds - turn)
+            if self._too_late(len(due)):
                 self.left_out.append(f"{name} in round {turn + 1} of {self._rounds}, out of time")
-                continue
-            for configuration in wanted:
-                self._try(configuration)
+                self._rest = 0
+                break
+            for configuration in due:
+                self._try(configuration, self._rounds - turn - 1)
             if all(one in self._failures for one in self._runs):
                 raise self._failures[start]
         return self._best_of(start, wanted)
+
+    def _is_due(self, configuration: Configuration) -> bool:
+        """Say whether a run of a configuration would tell anything."""
+        return configuration not in self._failures and (
+            self._again or configuration not in self._runs
+        )
 
     def _best_of(self, start: Configuration, wanted: Sequence[Configuration]) -> Configuration:
         kind = kind_of(start, self._model_dtype)
@@ -146,30 +155,25 @@ class Search:
         ]
         if not sound:
             return start
-        sound.sort(key=lambda one: one.configuration != start)
         return best(sound, self._goal).configuration
 
-    def _try(self, configuration: Configuration) -> None:
-        if configuration in self._failures:
-            self._planned -= 1
-            return
-        if not self._again and configuration in self._runs:
-            return
-        self._tell(configuration, None)
+    def _try(self, configuration: Configuration, rounds_after: int) -> None:
+        self._tell(configuration, self._count + 1, None)
         runs = self._runs.setdefault(configuration, [])
-        self._count += 1
         try:
             runs.append(self._trial(configuration))
         except DistributedLLMError as error:
             self._failures[configuration] = error
+            self._rest -= rounds_after
+        self._count += 1
+        self._rest -= 1
         failure = _sentence(self._failures.get(configuration))
-        self._tell(configuration, Outcome(configuration, tuple(runs), failure))
+        self._tell(configuration, self._count, Outcome(configuration, tuple(runs), failure))
 
-    def _tell(self, configuration: Configuration, outcome: Outcome | None) -> None:
-        number = self._count + (outcome is None)
-        self._planned = max(self._planned, number)
-        left_s = (self._planned - self._count) * self._each_s if self._count else None
-        self._on_step(Step(number, self._planned, configuration, outcome, left_s))
+    def _tell(self, configuration: Configuration, number: int, outcome: Outcome | None) -> None:
+        left = self._rest + sum(self._ahead.values())
+        left_s = left * self._each_s if self._count else None
+        self._on_step(Step(number, self._count + left, configuration, outcome, left_s))
 
     @property
     def _each_s(self) -> float:
@@ -180,9 +184,6 @@ class Search:
         if self._limit_s is None or not self._count:
             return False
         return self._clock() - self._began_at + runs * self._each_s > self._limit_s
-
-    def _plan_less(self, wanted: Sequence[Configuration], rounds: int) -> None:
-        self._planned = max(self._count, self._planned - rounds * len(wanted))
 
 
 def _variants(start: Configuration, axis: Axis) -> list[Configuration]:

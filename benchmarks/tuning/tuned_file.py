@@ -41,8 +41,12 @@ def tuned_text(
     for line in provenance.lines:
         lines += _comment(line)
     settings = {**extra, **picked.changes}
+    if picked.layers:
+        settings["min_workers"] = len(picked.layers)
     if not settings:
         return "\n".join([*lines, "# The defaults are best: nothing is set here.", ""])
+    if picked.layers:
+        lines += _comment("Layers go to workers by name: start each with dllm worker --name NAME.")
     lines += ["", "coordinator:"]
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -58,7 +62,6 @@ def write_keeping(path: Path, text: str) -> Path | None:
 
     A file that says the same stays as it is.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = None
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
         kept = path.with_name(path.name + ".bak")

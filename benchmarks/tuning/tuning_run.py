@@ -18,7 +18,7 @@ from benchmarks.tuning.search import Search, Step
 from benchmarks.tuning.served import TunedModel, model_of_files, model_of_shape
 from benchmarks.tuning.simulation import KV_TOKENS, Asked, described_site, dtype_of, simulate
 from benchmarks.tuning.subsets import subset_configurations
-from benchmarks.tuning.workbench import LocalWorker, Workbench
+from benchmarks.tuning.workbench import LocalWorker, Unusable, Workbench
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.types import size_text
 
@@ -135,7 +135,10 @@ def tune(
                 return run_measurement(address, workload)
 
         search = _search(wishes, space, model, trial, on_step, wishes.rounds)
-        outcomes = search.run()
+        try:
+            outcomes = search.run()
+        except Unusable as unusable:
+            raise unusable.error from None
     facts = next(one.runs[0].workers for one in outcomes if one.runs)
     settings = {worker.name: _settings_text(worker) for worker in hands.local}
     return Tuned(

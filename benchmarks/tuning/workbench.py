@@ -34,6 +34,14 @@ _ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTIL
 _EVERYWHERE = ("0.0.0.0", "::", "*")
 
 
+class Unusable(Exception):
+    """No configuration can run here; `error` says why."""
+
+    def __init__(self, error: DistributedLLMError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 @dataclass(frozen=True)
 class LocalWorker:
     """A worker process to start here.
@@ -79,8 +87,7 @@ class Workbench:
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="dllm-tune-", ignore_cleanup_errors=True)
         try:
-            for worker in self._local:
-                self._workers.append(self._start_worker(worker))
+            self._workers = [self._start_worker(worker) for worker in self._local]
         except BaseException:
             self.close()
             raise
@@ -111,8 +118,10 @@ class Workbench:
 
         Raises:
             DistributedLLMError: it does not start, or does not serve in time.
+            Unusable: nor would any other.
         """
         self._num_started += 1
+        self._start_again()
         coordinator = LocalProcess(
             "coordinator",
             ["coordinator", *([self._model] if self._model else [])],
@@ -127,7 +136,8 @@ class Workbench:
         try:
             if not coordinator.stdout.readline():
                 coordinator.wait(_END_S)
-                raise _failure(coordinator)
+                error = _failure(coordinator)
+                raise Unusable(error) if isinstance(error, AddressInUse) else error
             self._wait_until_serving(coordinator)
             yield self.address
             self._check(coordinator)
@@ -189,9 +199,19 @@ class Workbench:
             return None
 
     def _check(self, coordinator: LocalProcess) -> None:
-        for process in [coordinator, *self._workers]:
+        if coordinator.exit_code is not None:
+            raise _failure(coordinator)
+        for process in self._workers:
             if process.exit_code is not None:
-                raise _failure(process)
+                error = _failure(process)
+                raise error if self._all_joined_once else Unusable(error)
+
+    def _start_again(self) -> None:
+        """Start the workers that have ended, whatever an earlier configuration did to them."""
+        for at, worker in enumerate(self._local):
+            if self._workers[at].exit_code is not None:
+                self._workers[at].close()
+                self._workers[at] = self._start_worker(worker)
 
 
 def _failure(process: LocalProcess) -> DistributedLLMError:
@@ -204,7 +224,7 @@ def _failure(process: LocalProcess) -> DistributedLLMError:
             f"The {process.name} ended with exit code {process.exit_code}. It said: {last}"
         )
     if match["code"] == AddressInUse.code:
-        return AddressInUse(match["message"].strip())
+        return AddressInUse(match["message"].strip().replace("--bind", "--listen"))
     return error_from_wire(match["code"], match["message"].strip(), 0.0)
 
 

@@ -6,8 +6,11 @@ import re
 from pydantic import ByteSize, TypeAdapter
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
+_RATE = re.compile(r"(.+?)\s*/\s*s", re.IGNORECASE)
+_FLOPS = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)flops(?:/s)?", re.IGNORECASE)
 _DURATION = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|)")
 _SECONDS_PER = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _BYTE_SIZE = TypeAdapter(ByteSize)
 
@@ -28,6 +31,39 @@ def parse_size(value: object) -> int | None:
     if isinstance(value, str) and _SIZE.fullmatch(value.strip()):
         return int(_BYTE_SIZE.validate_python(value))
     raise ValueError("not a size; write a number and a unit, such as 6GiB or 512MiB")
+
+
+def parse_rate(value: str) -> float:
+    """Return bytes per second, above 0.
+
+    Args:
+        value: a size per second: 40GB/s, 512MiB/s.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _RATE.fullmatch(value.strip())
+    found = parse_size(match[1]) if match and _SIZE.fullmatch(match[1]) else None
+    if not found:
+        raise ValueError("not a bandwidth; write a size per second, such as 40GB/s")
+    return float(found)
+
+
+def parse_flops(value: str) -> float:
+    """Return floating point operations per second, above 0.
+
+    Args:
+        value: a number with a unit: 1.5TFLOPS, 800 GFLOPS.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _FLOPS.fullmatch(value.strip())
+    if match is None or not float(match[1]):
+        raise ValueError(
+            "not a speed; write floating point operations per second, such as 1.5TFLOPS"
+        )
+    return float(match[1]) * _PREFIXES[match[2].lower()]
 
 
 def parse_duration(value: object) -> float:

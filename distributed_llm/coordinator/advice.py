@@ -22,11 +22,11 @@ from distributed_llm.coordinator.forecast import (
     Machines,
     aims,
     best_plan,
-    forecast,
     link_tokens,
+    rate,
 )
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition import Hop, Links, Objective, Ranges, Speed, predict
+from distributed_llm.coordinator.partition import Hop, Links, Objective, Ranges, Speed
 from distributed_llm.coordinator.partition_solvers import Costs, additions_of, solve, walk_forward
 from distributed_llm.coordinator.partition_tables import Cuts, make_tables
 from distributed_llm.coordinator.worker_costs import Load
@@ -76,12 +76,12 @@ def advise(
     goal: Goal,
     kv_tokens: int,
     least_kv_tokens: int | None = None,
+    beside_tokens_per_s: float = 0.0,
 ) -> dict[WorkerId, Advice] | None:
     """Return what each machine is worth, None if all of them together cannot hold the model.
 
-    Tokens per second are under the demand; for goal "throughput" of as many steps as fill the
-    pipeline, for "latency" of one step at a time. Of very many machines, only those of the plan
-    and then the quickest are in the answer, as far as time allows.
+    Tokens per second are what `rate` says, of all pipelines together. Of very many machines, only
+    those of the plan and then the quickest are in the answer, as far as time allows.
 
     Args:
         cost: of the model.
@@ -90,13 +90,16 @@ def advise(
         goal: as for `best_plan`.
         kv_tokens: positions of KV cache that every stage must have room for.
         least_kv_tokens: how many would do without one of the machines; None is `kv_tokens`.
+        beside_tokens_per_s: what other pipelines give, which serve the model too; see `rate`.
     """
     machines = replace(machines, links=cache(machines.links))
     best = best_plan(cost, machines, demand, goal=goal, kv_tokens=kv_tokens)
     if best is None:
         return None
     least = kv_tokens if least_kv_tokens is None else least_kv_tokens
-    case = _Case(cost, machines, demand, goal, kv_tokens, best.partition.ranges)
+    case = _Case(
+        cost, machines, demand, goal, kv_tokens, best.partition.ranges, beside_tokens_per_s
+    )
     shortlist = case.shortlist()
     return {
         worker: _of_used(case, worker, held, least) if held else _of_unused(case, worker)
@@ -110,7 +113,7 @@ _NOTHING: _Rated = (0.0, ())
 
 @dataclass(frozen=True)
 class _Case:
-    """What is planned for, and the best plan."""
+    """What is planned for, the best plan, and the tokens per second of other pipelines."""
 
     cost: ModelCost
     machines: Machines
@@ -118,6 +121,7 @@ class _Case:
     goal: Goal
     kv_tokens: int
     ranges: Ranges
+    beside: float
 
     @property
     def stages(self) -> list[WorkerId]:
@@ -126,7 +130,7 @@ class _Case:
 
     @cached_property
     def rate(self) -> float:
-        """Tokens per second of the plan."""
+        """Tokens per second with the plan."""
         return self.rated(self.ranges)[0]
 
     @cached_property
@@ -154,14 +158,9 @@ class _Case:
         return dict([*self.ranges, *((worker, None) for worker in quickest)][: max(1, most)])
 
     def rated(self, ranges: Ranges) -> _Rated:
-        """Return ranges with the tokens per second that the goal makes many."""
-        if self.goal == "auto":
-            return forecast(self.cost, self.machines, ranges, self.demand).tokens_per_s, ranges
-        load = self.aims[0][1]
-        candidates = self.machines.only([worker for worker, _ in ranges]).candidates(load)
-        found = predict(self.cost, candidates, self.links, ranges)
-        step_s = found.slowest_s if self.goal == "throughput" else found.total_s
-        return load.decode.tokens / max(step_s, 1e-9), ranges
+        """Return ranges with the tokens per second of all pipelines."""
+        found = rate(self.cost, self.machines, ranges, self.demand, goal=self.goal)
+        return found + self.beside, ranges
 
     def best_without(self, worker: WorkerId, kv_tokens: int) -> _Rated:
         """Return the best ranges without a machine of the plan."""
@@ -242,16 +241,19 @@ def _walk_through(at: int, costs: Costs) -> tuple[float, Cuts]:
 
 
 def _of_used(case: _Case, worker: WorkerId, held: LayerRange, least: int) -> Advice:
-    rate, others = case.best_without(worker, case.kv_tokens)
+    found, others = case.best_without(worker, case.kv_tokens)
     room = ""
     if not others and least < case.kv_tokens:
-        rate, others = case.best_without(worker, least)
+        found, others = case.best_without(worker, least)
         room = ", and less room for KV cache"
+    serves = f"serves {len(held)} of {case.cost.num_layers} layers"
+    if not others and case.beside:
+        text = f"{serves}; {_with_and_without(case.rate, case.beside)}: its pipeline needs it"
+        return Advice(case.rate / case.beside - 1, case.rate, case.beside, text)
     if not others:
         return Advice(None, case.rate, None, _what_is_missing(case, worker, least))
-    serves = f"serves {len(held)} of {case.cost.num_layers} layers"
-    text = f"{serves}; {_with_and_without(case.rate, rate)}{room}"
-    return Advice(case.rate / rate - 1, case.rate, rate, text)
+    text = f"{serves}; {_with_and_without(case.rate, found)}{room}"
+    return Advice(case.rate / found - 1, case.rate, found, text)
 
 
 def _what_is_missing(case: _Case, worker: WorkerId, kv_tokens: int) -> str:
@@ -272,10 +274,10 @@ def _of_unused(case: _Case, worker: WorkerId) -> Advice:
     (found, ranges), at = case.best_with(worker)
     if not ranges:
         return Advice(0.0, case.rate, case.rate, f"left out: {_why_not_any(case, worker)}")
-    rate = min(case.rate, found)
+    found = min(case.rate, found)
     why = _why_slower(case, worker, at, len(dict(ranges)[worker]))
-    text = f"left out: {_with_and_without(rate, case.rate)}: {why}"
-    return Advice(rate / case.rate - 1, rate, case.rate, text)
+    text = f"left out: {_with_and_without(found, case.rate)}: {why}"
+    return Advice(found / case.rate - 1, found, case.rate, text)
 
 
 def _why_not_any(case: _Case, worker: WorkerId) -> str:
@@ -299,8 +301,8 @@ def _why_slower(case: _Case, worker: WorkerId, at: int, layers: int) -> str:
     order = case.order_with(worker, at)
 
     def wins(machines: Machines) -> bool:
-        rate, _ = replace(case, machines=machines).best_in_order(order, through=at)
-        return rate > case.rate * (1 + _SAME)
+        found, _ = replace(case, machines=machines).best_in_order(order, through=at)
+        return found > case.rate * (1 + _SAME)
 
     linked = partial(_linked, worker=worker, used=list(pairwise(case.stages)))
     quick = _quick(case.machines, worker, case.quickest)
@@ -351,14 +353,15 @@ def _quick(machines: Machines, worker: WorkerId, quickest: WorkerId) -> Machines
     return replace(machines, costs={**machines.costs, worker: machines.costs[quickest]})
 
 
-def _with_and_without(rate: float, without: float) -> str:
-    texts = [_rate_text(each) for each in (rate, without)]
+def _with_and_without(found: float, without: float) -> str:
+    texts = [rate_text(each) for each in (found, without)]
     if texts[0] == texts[1]:
         return f"{texts[0]} tokens/s with it and without"
     return f"{texts[0]} tokens/s with it, {texts[1]} without"
 
 
-def _rate_text(rate: float) -> str:
-    if rate < 0.1:
-        return f"{rate:.2g}"
-    return f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+def rate_text(tokens_per_s: float) -> str:
+    """Return tokens per second as people write them."""
+    if tokens_per_s < 0.1:
+        return f"{tokens_per_s:.2g}"
+    return f"{tokens_per_s:.1f}" if tokens_per_s < 100 else f"{tokens_per_s:.0f}"

@@ -197,12 +197,33 @@ def _between(
 
 def aims(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, Load]]:
     """Return what to make best for a goal, at the load of which steps; of the plans, one is it."""
-    objectives: list[Objective] = ["throughput", "latency"] if goal == "auto" else [goal]
-    spread = max(1.0, demand.sequences / max(1, num_workers))
-    return [
-        (each, demand.load(spread if each == "throughput" else demand.sequences))
-        for each in objectives
-    ]
+    if goal == "latency":
+        return [("latency", demand.load(1.0))]
+    full: tuple[Objective, Load] = (
+        "throughput",
+        demand.load(max(1.0, demand.sequences / max(1, num_workers))),
+    )
+    return [full] if goal == "throughput" else [full, ("latency", demand.load(demand.sequences))]
+
+
+def rate(
+    cost: ModelCost, machines: Machines, ranges: Ranges, demand: Demand, *, goal: Goal
+) -> float:
+    """Return the tokens per second that a goal makes many, which can be compared between plans.
+
+    For "auto" that is under the demand; for "throughput" with as many steps under way as fill the
+    pipeline, of the size that is planned for; for "latency" of one sequence alone.
+
+    Args:
+        machines: all that may serve; how many there are makes the size of the steps.
+    """
+    if goal == "auto":
+        return forecast(cost, machines, ranges, demand).tokens_per_s
+    load = aims(demand, goal, len(machines.memory_bytes))[0][1]
+    candidates = machines.only([worker for worker, _ in ranges]).candidates(load)
+    found = predict(cost, candidates, machines.links(link_tokens(load)), ranges)
+    step_s = found.slowest_s if goal == "throughput" else found.total_s
+    return load.decode.tokens / max(step_s, 1e-9)
 
 
 def merit(goal: Goal, found: Forecast) -> float:

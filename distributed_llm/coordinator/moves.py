@@ -147,14 +147,17 @@ class Move:
         return self.phase == "done"
 
     def commit(self) -> list[Send]:
-        """Return the messages that free what is served no more."""
-        return [Send(seat.peer, DropStage(epoch=self.old.epoch)) for seat in self.old.seats]
+        """Return the messages that free what is served no more, and say that the new is."""
+        return [Send(peer, DropStage(epoch=self.old.epoch)) for peer in self._peers]
 
     def undo(self) -> list[Send]:
         """Let the old stages go on; return the messages that free the new ones."""
-        peers = {seat.peer for seat in (*self.old.seats, *self.new.seats)}
         self.old.resume()
-        return [Send(peer, CancelStage(epoch=self.new.epoch)) for peer in sorted(peers)]
+        return [Send(peer, CancelStage(epoch=self.new.epoch)) for peer in self._peers]
+
+    @property
+    def _peers(self) -> list[PeerId]:
+        return sorted({seat.peer for seat in (*self.old.seats, *self.new.seats)})
 
     def _drain(self, now: float) -> list[Send]:
         self._enter("draining", now, set())

@@ -134,6 +134,11 @@ def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], ranges: Ranges) -> 
     return tuple(_stage(cost, worker, held, memory[worker]) for worker, held in ranges)
 
 
+def ranges_of(plan: Plan) -> Ranges:
+    """Return the ranges of a plan."""
+    return tuple((stage.worker, stage.layers) for stage in plan)
+
+
 def wanted_kv_tokens(
     cost: ModelCost, memory: Mapping[WorkerId, int], *, least: int, context_length: int
 ) -> int:

@@ -131,6 +131,7 @@ class Rebalancing:
             demand=demand or Demand.expected(len(everybody)),
             goal=self._planning.goal if demand is None else self._settings.objective,
             kv_tokens=max(used, self._planning.kv_tokens([*fit, *idle])),
+            extra_kv_tokens=self._planning.kv_tokens(idle),
             advise=advise,
         )
 

@@ -97,7 +97,7 @@ class Relocation:
             added = self._added_bytes(before, seat.layers)
             load_s = max(load_s, added / (worker.bytes_per_s or _BYTES_PER_S))
             own = self._cost.weight_bytes(before) if before else 0
-            layers = len(before) + len(seat.layers) if before else len(seat.layers)
+            layers = len({*_numbers(seat.layers), *(_numbers(before) if before else ())})
             left = worker.capabilities.memory_bytes - own - added
             room = min(room, left // max(1, layers * self._cost.kv_bytes_per_token))
         transfers = transfers_between(old.seats, seats)
@@ -115,12 +115,8 @@ class Relocation:
         """Return the weights that a worker reads to have other layers."""
         if before is None:
             return self._cost.weight_bytes(after)
-        layers = range(after.start, after.stop)
-        return sum(
-            self._cost.layer_bytes[layer]
-            for layer in layers
-            if not before.start <= layer < before.stop
-        )
+        layers = set(_numbers(after)) - set(_numbers(before))
+        return sum(self._cost.layer_bytes[layer] for layer in layers)
 
     def _compute_again_s(self, seats: Sequence[Seat], tokens: int) -> float:
         """Return how long a pipeline takes to compute so many tokens of prompts."""
@@ -249,3 +245,7 @@ class Relocation:
 
     def _of_epoch(self, epoch: int) -> Move | None:
         return self.move if self.move and self.move.new.epoch == epoch else None
+
+
+def _numbers(layers: LayerRange) -> range:
+    return range(layers.start, layers.stop)

@@ -1,4 +1,4 @@
-"""From settings to a running coordinator, and to a dry run of its plan."""
+"""From settings to a running coordinator, or to a dry run of its plan."""
 
 import logging
 import socket
@@ -6,18 +6,15 @@ from collections.abc import Callable, Sequence
 
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.hub import resolve_for_coordinator
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.tensors import DtypeName
-from distributed_llm.common.types import WorkerId
-from distributed_llm.common.units import parse_size, split_address
+from distributed_llm.common.units import split_address
+from distributed_llm.coordinator.core_settings import CoreSettings
+from distributed_llm.coordinator.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.placement import CoreSettings
-from distributed_llm.coordinator.planner import Offer, Plan, make_plan
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 
 logger = logging.getLogger(__name__)
@@ -61,31 +58,21 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     return exit_code(await service.run())
 
 
-def dry_run(
-    model: str, workers: Sequence[str], settings: CoordinatorSettings
-) -> tuple[Plan, ModelCost]:
-    """Return who would get which layers of `model`.
+def plan(model: str, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
+    """Return who would get which layers of `model`, and how fast that would be.
 
     Args:
         model: checkpoint folder or hub id; empty is the built-in model.
-        workers: memory of each worker, "512MiB" or "mac=2GiB".
-        settings: strategy, dtype and room for KV cache.
+        workers: of each, what `dry_run` reads.
+        settings: strategy, objective, dtype, replicas and room for KV cache.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.
-        ConfigError: a size that is none.
+        ConfigError: a worker cannot be read.
         CheckpointError: the model cannot be read or split.
     """
     served, _ = _open(model, settings)
-    core = _core_settings(settings)
-    plan = make_plan(
-        served.cost,
-        [_offer(text, number) for number, text in enumerate(workers, 1)],
-        strategy=core.strategy,
-        kv_tokens=min(core.min_kv_tokens, served.defaults.context_length),
-        layers=core.layers,
-    )
-    return plan, served.cost
+    return dry_run(served, workers, _core_settings(settings))
 
 
 def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
@@ -95,20 +82,10 @@ def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Check
     return served_model(source, checkpoint, dtype=dtype), checkpoint
 
 
-def _offer(text: str, number: int) -> Offer:
-    name, _, size = text.rpartition("=")
-    try:
-        memory_bytes = parse_size(size)
-    except ValueError as exc:
-        raise ConfigError(f"--worker {text}: {exc}.") from exc
-    if not memory_bytes:
-        raise ConfigError(f"--worker {text}: write a size such as 512MiB or mac=2GiB.")
-    return Offer(WorkerId(name or f"worker-{number}"), memory_bytes)
-
-
 def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
     return CoreSettings(
         strategy=settings.strategy,
+        objective=settings.objective,
         layers=settings.layers,
         replicas=settings.replicas,
         wire_dtype=None if settings.wire_dtype == "auto" else settings.wire_dtype,

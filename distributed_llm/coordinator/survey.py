@@ -33,6 +33,7 @@ class Survey:
         idle: those that have no layers.
         demand: what is asked of it.
         kv_tokens: positions of KV cache that a plan must have room for.
+        extra_kv_tokens: likewise a plan of those that have no layers.
         advise: whether to tell of every worker if it helps.
     """
 
@@ -44,15 +45,14 @@ class Survey:
     demand: Demand
     goal: Goal
     kv_tokens: int
+    extra_kv_tokens: int
     advise: bool
 
     def carry_out(self) -> "Findings":
         """Return the answers."""
 
-        def best(machines: Machines) -> Forecast | None:
-            return best_plan(
-                self.cost, machines, self.demand, goal=self.goal, kv_tokens=self.kv_tokens
-            )
+        def best(machines: Machines, kv_tokens: int) -> Forecast | None:
+            return best_plan(self.cost, machines, self.demand, goal=self.goal, kv_tokens=kv_tokens)
 
         advice = None
         if self.advise:
@@ -62,8 +62,8 @@ class Survey:
         return Findings(
             self,
             now=forecast(self.cost, self.machines, self.ranges, self.demand),
-            best=best(self.machines),
-            extra=best(self.machines.only(self.idle)) if self.idle else None,
+            best=best(self.machines, self.kv_tokens),
+            extra=best(self.machines.only(self.idle), self.extra_kv_tokens) if self.idle else None,
             advice=advice or {},
         )
 

@@ -44,12 +44,10 @@ from distributed_llm.worker.loading import (
     Room,
     admit_beside,
     checked_checkpoint,
-    ensure_same_model,
     importers_for,
     limit_kv,
-    missing_bytes,
+    load_beside,
     num_threads,
-    room_beside,
     room_now,
     same_layers,
     use_threads,
@@ -232,8 +230,11 @@ class Engine:
         if self._served is None and self._beside is None and not self._leaving:
             return
         self._served = self._beside = None
-        self._leaving.clear()
         gc.collect()  # modules of some models may refer to each other
+        self._let_all_go()
+
+    def _let_all_go(self) -> None:
+        self._leaving.clear()
         self._give_memory_back()
 
     def _give_memory_back(self) -> None:
@@ -257,7 +258,7 @@ class Engine:
     def _load_alone(self, load: Load) -> None:
         if self._loader:
             self._loader.discard()
-        self._leaving.clear()
+        self._let_all_go()
         started = time.perf_counter()
         try:
             stage = self._stage_alone(load.order)
@@ -294,7 +295,7 @@ class Engine:
         if load is None or self._loader is not None:
             return
         order = load.order
-        self._leaving.clear()  # what is free counts
+        self._let_all_go()
         self._loader = BackgroundLoad(
             load,
             lambda: self._load_beside(order, served),
@@ -303,20 +304,9 @@ class Engine:
 
     def _load_beside(self, order: LoadStage, served: Held | None) -> tuple[Stage, int]:
         """Return a stage and the threads that it is worth; runs in a thread of its own."""
-        checkpoint = checked_checkpoint(order, self._local_model)
-        if served:
-            ensure_same_model(served.order, order)
-            missing = missing_bytes(checkpoint, order, served.order.layers)
-            room_beside(order, served, missing, self._room(), loaded=False)
-        stage = Stage.load(
-            checkpoint,
-            order.layers,
-            device=self._device,
-            dtype=TORCH_DTYPES[order.dtype],
-            donor=served.stage if served else None,
-        )
+        stage, threads = load_beside(order, served, self._capabilities, self._local_model)
         stage.progress = self._made_progress
-        return stage, num_threads(checkpoint, order, self._capabilities.threads)
+        return stage, threads
 
     def _loaded_beside(self, done: BackgroundLoad) -> None:
         self._loader = None

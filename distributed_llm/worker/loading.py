@@ -12,12 +12,13 @@ import torch
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointMismatch, NotEnoughMemory, StageError
 from distributed_llm.common.hub import fingerprints, resolve_for_worker
-from distributed_llm.common.messages import LoadStage
+from distributed_llm.common.messages import Capabilities, LoadStage
 from distributed_llm.common.types import KV_BLOCK, LayerRange, size_text
 from distributed_llm.worker.events import Load
 from distributed_llm.worker.kv_transfer import KVImporter
 from distributed_llm.worker.probe import free_memory_bytes
 from distributed_llm.worker.stage import Stage
+from distributed_llm.worker.tensor_frames import TORCH_DTYPES
 
 _RESERVE_BYTES = 256 * 1024 * 1024
 _RESERVE_SHARE = 0.05
@@ -25,7 +26,8 @@ _RESERVE_SHARE = 0.05
 _WORTH_THREADS_BYTES = 2 << 20
 """Of the largest matrix of a stage; one thread reads it in about 0.1 ms."""
 
-_SWITCH_INTERVAL_S = 0.0002
+_SWITCH_INTERVAL_S = sys.getswitchinterval()
+_SHORT_SWITCH_INTERVAL_S = 0.0002
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def limit_kv(stage: Stage, order: LoadStage, room: Room, leaving_bytes: int = 0)
     return min(order.kv_tokens, blocks * KV_BLOCK)
 
 
-def room_beside(
+def _room_beside(
     order: LoadStage, served: Held, added_bytes: int, room: Room, *, loaded: bool
 ) -> int:
     """Return the bytes that are left while the served stage and the new one are there together.
@@ -179,7 +181,7 @@ def admit_beside(
         left_bytes = min(room.budget_bytes - held_bytes, room.free_bytes - room.reserve_bytes)
         return limit_kv(stage, order, room), left_bytes
     shared_bytes = stage.shared_weight_bytes
-    left_bytes = room_beside(order, served, stage.weight_bytes - shared_bytes, room, loaded=True)
+    left_bytes = _room_beside(order, served, stage.weight_bytes - shared_bytes, room, loaded=True)
     leaving_bytes = served.stage.weight_bytes - shared_bytes + served.stage.kv_bytes
     return limit_kv(stage, order, room, leaving_bytes), left_bytes
 
@@ -189,7 +191,34 @@ def same_layers(served: LoadStage, order: LoadStage) -> bool:
     return (served.layers, served.dtype, served.digest) == (order.layers, order.dtype, order.digest)
 
 
-def ensure_same_model(served: LoadStage, order: LoadStage) -> None:
+def load_beside(
+    order: LoadStage, served: Held | None, capabilities: Capabilities, local_model: str
+) -> tuple[Stage, int]:
+    """Return a stage that shares what it can with the served one, and the threads it is worth.
+
+    Raises:
+        NotEnoughMemory: there is no room for its weights beside the served stage.
+        StageError: it is of another model.
+        CheckpointError: see `checked_checkpoint`.
+    """
+    checkpoint = checked_checkpoint(order, local_model)
+    device = torch.device(capabilities.device)
+    if served:
+        _ensure_same_model(served.order, order)
+        missing = _missing_bytes(checkpoint, order, served.order.layers)
+        room = room_now(device, capabilities.memory_bytes)
+        _room_beside(order, served, missing, room, loaded=False)
+    stage = Stage.load(
+        checkpoint,
+        order.layers,
+        device=device,
+        dtype=TORCH_DTYPES[order.dtype],
+        donor=served.stage if served else None,
+    )
+    return stage, num_threads(checkpoint, order, capabilities.threads)
+
+
+def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
     """Refuse layers that cannot share weights with those that are served.
 
     Both were compared with the coordinator's, so where the source is the same, the weights are.
@@ -205,7 +234,7 @@ def ensure_same_model(served: LoadStage, order: LoadStage) -> None:
         )
 
 
-def missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
+def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
     """Return about how many bytes of weights a stage needs that another one does not hold."""
     held = {tensor.name for tensor in checkpoint.tensors_of(served)}
     return sum(
@@ -311,11 +340,11 @@ def _in_background() -> Iterator[None]:
     Each operation of torch gives the interpreter to other threads and asks for it again. One that
     runs Python all the time, as loading does at first, hands it back only after an interval.
     """
-    threads, interval_s = torch.get_num_threads(), sys.getswitchinterval()
+    threads = torch.get_num_threads()
     use_threads(1)
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(_SHORT_SWITCH_INTERVAL_S)
     try:
         yield
     finally:
-        sys.setswitchinterval(interval_s)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         torch.set_num_threads(threads)  # for threads that begin later

@@ -109,6 +109,44 @@ def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
     assert stages[-1]["layers"][1] == 6
 
 
+def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
+    fast, slow = "pc=1MiB,40MB/s,1GFLOPS", "mac=1MiB,20MB/s,1GFLOPS"
+    asked = ["plan", str(checkpoint), "--worker", fast, "--worker", slow]
+    done = dllm(*asked, "--worker", "pi=20KiB,1MB/s,1GFLOPS", "--objective", "latency")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert any(re.match(r"pc +0-6 +1\.0 MiB", line) for line in lines)
+    assert any(
+        re.match(r"expected: [\d.]+ tokens/s for one request, [\d.]+ for 16", s) for s in lines
+    )
+    assert any(s.startswith("pi: left out: too little memory for one layer (") for s in lines)
+    assert any(s.startswith("assumed: links of 1 Gbit/s") for s in lines)
+    document = json.loads(dllm(*asked, "--objective", "latency", "--json").stdout)
+    assert set(document["workers"]) == {"pc", "mac"}
+    assert document["one_tokens_per_s"] > 0
+    assert all(one["advice"]["text"] for one in document["workers"].values())
+
+
+def test_a_worker_is_drained_while_a_request_runs(checkpoint: Path) -> None:
+    with (
+        LocalCluster(
+            checkpoint, workers=[{"slowdown": 20.0}] * 2, coordinator={"replicas": 1}
+        ) as cluster,
+        DistributedClient(cluster.address) as client,
+    ):
+        asked = {"max_new_tokens": 150, "ignore_eos": True, "temperature": 0.0}
+        expected = reference_text(checkpoint, "The quick brown", 150)
+        stream = client.stream("The quick brown", **asked)
+        texts = [next(stream).text]
+        done = dllm("drain", "worker-1", "--coordinator", cluster.address)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "worker-1 has handed its layers over and left\n"
+        (left,) = client.status().workers
+        assert (left.name, left.state) == ("worker-2", "serving")
+        texts += [chunk.text for chunk in stream]
+        assert "".join(texts) == expected
+
+
 def test_help_and_version() -> None:
     assert "coordinator" in dllm("--help").stdout
     assert re.match(r"dllm \d+\.\d+", dllm("--version").stdout)
@@ -127,6 +165,56 @@ def test_a_plan_that_does_not_fit_says_what_is_missing(checkpoint: Path) -> None
     code, said = failure("plan", str(checkpoint), "--worker", "100KiB", "--worker", "200KiB")
     assert code == 4
     assert re.search(r"needs .*offer 300.0 KiB.*missing.*layers would fit.*Add a worker", said)
+
+
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        (["pc=1GiB,40GB/s", "mac=1GiB"], "mac=1GiB: it has no speed, but pc=1GiB,40GB/s has one"),
+        (["pc=1GiB", "pc=2GiB"], "--worker pc: there are two of this name"),
+        (["pc=1GiB,40GB"], "not a bandwidth; write a size per second, such as 40GB/s"),
+        (["pc=1GiB,40GB/s,2"], "not a speed; write floating point operations per second"),
+        (["pc=1GiB,40GB/s,2TFLOPS,3"], "write [NAME=]SIZE[,BANDWIDTH[,FLOPS]]"),
+        (["pc="], "write [NAME=]SIZE[,BANDWIDTH[,FLOPS]]"),
+        (["my pc=1GiB"], "'my pc' cannot be a worker's name"),
+        (["pc=much"], "not a size"),
+    ],
+)
+def test_workers_of_a_plan_that_cannot_be_read(workers: list[str], said: str) -> None:
+    options = [text for worker in workers for text in ("--worker", worker)]
+    code, text = failure("plan", "", *options)
+    assert code == 2
+    assert said in text
+
+
+def test_an_objective_that_there_is_not() -> None:
+    code, said = failure("plan", "", "--worker", "1GiB", "--objective", "speed")
+    assert code == 2
+    assert "objective" in said
+    code, said = failure("coordinator", "--objective", "speed")
+    assert code == 2
+    assert "throughput" in said
+
+
+def test_draining_who_cannot_leave(cluster: LocalCluster, unused_port: int) -> None:
+    code, said = failure("drain", "nobody", "--coordinator", cluster.address)
+    assert code == 2
+    assert "There is no worker 'nobody'. Workers: worker-1, worker-2, worker-3." in said
+    code, said = failure(
+        *("drain", "pc", "--coordinator", f"127.0.0.1:{unused_port}"),
+        DLLM_CLIENT__CONNECT_TIMEOUT_S="0.5",
+    )
+    assert code == 3
+    assert "nothing listens there" in said
+
+
+def test_draining_the_only_worker(checkpoint: Path) -> None:
+    with (
+        LocalCluster(checkpoint, workers=1) as cluster,
+        DistributedClient(cluster.address) as client,
+    ):
+        assert failure("drain", "worker-1", "--coordinator", cluster.address)[0] == 4
+        assert client.generate("Hi", max_new_tokens=3, details=True).token_ids
 
 
 def test_wrong_words() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from distributed_llm.common.messages import MAX_PIECES
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.worker.kv_assembly import KVIncomplete, MissingKV, assemble
 from distributed_llm.worker.kv_cache import KVCache, as_token_ids
@@ -163,11 +164,17 @@ def test_released_segments_are_forgotten(source: KVCache) -> None:
     assert (out.remaining_bytes, out.next_chunk(MUCH, MAX_PIECES)) == (0, None)
 
 
-def test_a_piece_does_not_change_with_the_cache(source: KVCache) -> None:
-    pieces = exporter(source).next_chunk(MUCH, MAX_PIECES) or []
-    before = [part.keys.clone() for part in pieces]
-    compute(source, ALL, 2, 0, [9] * 64)
-    assert all(map(torch.equal, before, (part.keys for part in pieces)))
+@pytest.mark.parametrize("max_pieces", [1, 2, 4])
+def test_no_more_pieces_than_asked_for_come_at_once(source: KVCache, max_pieces: int) -> None:
+    out, into, made = exporter(source), importer(), new_cache(ALL)
+    while (pieces := out.next_chunk(MUCH, max_pieces)) is not None:
+        assert 1 <= len(pieces) <= max_pieces
+        for part in pieces:
+            into.add(part)
+    into.update(source.manifest())
+    assemble(made, ALL, None, [into])
+    for sequence_id in (0, 1, 2):
+        assert contents(made, ALL, sequence_id) == contents(source, ALL, sequence_id)
 
 
 def test_an_exporter_that_nobody_knows_any_more_is_not_told(source: KVCache) -> None:

@@ -21,6 +21,7 @@ from distributed_llm.common.messages import (
     ToClient,
     TokenChunk,
     TokenLogprobs,
+    WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import Frame, frame_of_token_ids
@@ -178,7 +179,7 @@ class SimClient:
                 for answer in self.answers[name].all:
                     assert answer.end is None, "a second end"
                     answer.end, answer.ended_at = message, self.world.now
-            case ClientWelcome() | StatusReport() | Pong() | Refused():
+            case ClientWelcome() | StatusReport() | WorkerDrained() | Pong() | Refused():
                 self.others.append(message)
             case _:
                 raise AssertionError(f"unexpected {message}")

@@ -66,6 +66,7 @@ class SimWorker:
         load_s: time to load.
         task_s: time that every task takes.
         token_s: time that every token of it takes beside.
+        layer_s: time that every layer of it takes beside.
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
         fail_tasks: how many of the next tasks fail.
@@ -110,7 +111,7 @@ class SimWorker:
         self._stuck = False
         self._thawed: list[Callable[[], None]] = []
         self.task_s = 0.001
-        self.token_s = 0.0
+        self.token_s = self.layer_s = 0.0
         self.busy_s = 0.0
         self.num_tasks = 0
         self._spoils: list[Callable[[Specs, Frames], tuple[Specs, Frames]]] = []
@@ -395,11 +396,14 @@ class SimWorker:
                 return self.load_s
             case agents.Run(task=task) if not self.agent.is_void(order):
                 tokens = sum(part.num_tokens for part in task.sequences)
-                return self.task_s + self.token_s * tokens
+                return self.task_s + self.token_s * tokens + self._layers_s()
             case agents.Export() | agents.Import() | agents.Inherit():
                 return self.transfer_s
             case _:
                 return 0.0
+
+    def _layers_s(self) -> float:
+        return self.layer_s * len(self.stage.layers) if self.stage else 0.0
 
     def _finish(self) -> None:
         if self.hung:
@@ -557,7 +561,9 @@ class SimWorker:
             specs,
             frames,
             compute_us=round(1e6 * took_s),
-            layers_us=round(1e6 * took_s * self.layers_share),
+            layers_us=round(
+                1e6 * (self._layers_s() + (took_s - self._layers_s()) * self.layers_share)
+            ),
             queued_us=round(1e6 * queued_s),
         )
 

@@ -30,6 +30,7 @@ from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.coordinator.survey import Survey
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
 from tests.unit.fake_model import BIG, DRAWN_SEED, MODEL
@@ -250,15 +251,16 @@ class World:
                     self._text_at = max(self._text_at, self.now) + self.text_delay_s
                     self.at_time(self._text_at, lambda order=action: self._text(order))  # type: ignore[misc]
                 case events.Study(survey=survey):
-                    self.at(
-                        self.study_s, lambda what=survey: self._do(events.Studied(what.carry_out()))
-                    )  # type: ignore[misc]
+                    self._study(survey)
                 case events.Log(text=text):
                     self.logs.append(text)
                 case events.Stop(error=error):
                     self.stopped = error
                 case _:
                     assert_never(action)
+
+    def _study(self, survey: Survey) -> None:
+        self.at(self.study_s, lambda: self._do(events.Studied(survey.carry_out())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:
@@ -370,6 +372,15 @@ class World:
             for answer in client.answers.values()
         )
 
+    def settle(self) -> None:
+        """Run until it serves and no layers have moved for a second."""
+        for _ in range(100):
+            before = self.epoch
+            self.run(for_s=1.0)
+            if (self.epoch, self.state) == (before, "serving") and not self.core._relocation.move:
+                return
+        raise AssertionError("layers move for ever")
+
     def check_drained(self) -> None:
         """Assert that nothing is left of any request, anywhere."""
         assert not self._texts
@@ -394,6 +405,8 @@ def finish(world: World, *answers: Answer) -> None:
         answer.check()
     world.run(for_s=4.0)  # what is late arrives
     assert world.run(lambda: world.state != "loading")
+    if world.state == "serving":
+        world.settle()
     world.check_drained()
 
 

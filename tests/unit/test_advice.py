@@ -168,6 +168,23 @@ def test_without_a_machine_less_room_for_kv_cache_may_do() -> None:
     )
 
 
+def test_other_pipelines_serve_the_model_too() -> None:
+    some = machines({"pc": (1000, 0.010), "mac": (90, 0.010)})
+    alone, beside = 1 / 0.1005, 5.0
+    found = advise(model(), some, ONE, goal="latency", kv_tokens=0, beside_tokens_per_s=beside)
+    assert found is not None
+    pc, mac = found.values()
+    assert (
+        pc.text
+        == "serves 10 of 10 layers; 15.0 tokens/s with it, 5.0 without: its pipeline needs it"
+    )
+    assert pc.with_tokens_per_s == pytest.approx(alone + 5)
+    assert pc.without_tokens_per_s == 5.0
+    assert pc.gain == pytest.approx(alone / beside)
+    assert mac.gain == 0.0
+    assert mac.with_tokens_per_s == pytest.approx(alone + 5)
+
+
 def test_nothing_fits_at_all() -> None:
     assert advise(model(), machines({"pc": (999, 0.01)}), ONE, goal="auto", kv_tokens=0) is None
     assert advise(model(), machines({}), ONE, goal="auto", kv_tokens=0) is None

@@ -15,8 +15,11 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import (
     Capabilities,
     DropStage,
+    Goodbye,
+    Leaving,
     LinkReport,
     LoadStage,
+    MayLeave,
     MissingPositions,
     ModelSource,
     NextStage,
@@ -48,6 +51,7 @@ from distributed_llm.worker.events import (
     Connected,
     Disconnected,
     Drop,
+    End,
     Exit,
     Garbage,
     Load,
@@ -59,6 +63,7 @@ from distributed_llm.worker.events import (
     Release,
     Run,
     Say,
+    Signalled,
 )
 from distributed_llm.worker.held_stage import CREDITS
 from distributed_llm.worker.link_events import (
@@ -98,13 +103,14 @@ def capabilities() -> Capabilities:
     )
 
 
-def new_agent(now: float = 0.0) -> Agent:
+def new_agent(now: float = 0.0, leave_timeout_s: float = 60.0) -> Agent:
     return Agent(
         "pc",
         capabilities(),
         instance="me",
         address="boss:5555",
         connect_timeout_s=10.0,
+        leave_timeout_s=leave_timeout_s,
         now=now,
     )
 
@@ -416,6 +422,96 @@ def test_orders_before_the_welcome_are_ignored(message: ToWorker) -> None:
     assert agent.handle(Received(message), now=0.0) == []
     hear(agent, WELCOME)
     assert agent.epoch == 0
+
+
+# ------------------------------------------------------------------ leaving
+
+
+def ready_agent(leave_timeout_s: float = 60.0) -> Agent:
+    """An agent whose layers of epoch 3 are loaded."""
+    agent = new_agent(leave_timeout_s=leave_timeout_s)
+    agent.handle(Connected(), now=0.0)
+    hear(agent, WELCOME)
+    hear(agent, order(3))
+    agent.handle(Loaded(0, 3, 1.0, 5, 64), now=0.0)
+    return agent
+
+
+def signal(agent: Agent, number: int = 15, now: float = 0.0) -> list[Action]:
+    return without_logs(agent.handle(Signalled(number), now=now))
+
+
+def beat_until(agent: Agent, now: float) -> list[tuple[float, list[Action]]]:
+    """Return what happens by the clock until then beside heartbeats, which are answered."""
+    told: list[tuple[float, list[Action]]] = []
+    while (at := agent.next_deadline()) is not None and at <= now:
+        hear(agent, Pong(), at)
+        actions = without_logs(agent.on_timer(reached=True, now=at))
+        actions = [action for action in actions if not isinstance(action, Beat)]
+        if actions:
+            told.append((at, actions))
+            if any(isinstance(action, End) for action in actions):
+                break
+    return told
+
+
+def test_worker_that_serves_says_that_it_wants_to_leave_and_serves_on() -> None:
+    agent = ready_agent()
+    said, line = agent.handle(Signalled(15), now=1.0)
+    assert said == Say(Leaving())
+    assert isinstance(line, Log)
+    assert line.text == ("handing layers 0-2 over to other workers; a second signal ends at once")
+    run_of(agent, task(3, step=1), b"1234")
+    assert beat_until(agent, 60.9) == []
+    hear(agent, DropStage(epoch=3))
+    assert hear(agent, MayLeave()) == [Say(Goodbye()), End(15)]
+
+
+def test_worker_leaves_anyway_after_a_while() -> None:
+    agent = ready_agent(leave_timeout_s=20.0)
+    signal(agent, 2, now=1.0)
+    assert beat_until(agent, 1e3) == [(21.0, [Say(Goodbye()), End(2)])]
+
+
+def test_second_signal_ends_at_once() -> None:
+    agent = ready_agent()
+    signal(agent, 15)
+    assert signal(agent, 2) == [Say(Goodbye()), End(2)]
+
+
+@pytest.mark.parametrize("how", ["lost", "refused", "silent"])
+def test_lost_connection_ends_a_worker_that_leaves(how: str) -> None:
+    agent = ready_agent()
+    signal(agent)
+    if how == "lost":
+        actions = agent.handle(Disconnected(), now=1.0)
+    elif how == "refused":
+        actions = hear(agent, Refused(code="lost", message="connect again"))
+    else:
+        actions = agent.on_timer(reached=True, now=4.0)
+    assert without_logs(actions) == [End(15)]
+
+
+@pytest.mark.parametrize("state", ["connecting", "greeting", "idle", "loading", "no time"])
+def test_worker_that_serves_nothing_ends_at_once(state: str) -> None:
+    agent = new_agent()
+    if state != "connecting":
+        agent.handle(Connected(), now=0.0)
+    if state in ("idle", "loading"):
+        hear(agent, WELCOME)
+    if state == "loading":
+        hear(agent, order(3))
+    if state == "no time":
+        agent = ready_agent(leave_timeout_s=0.0)
+    assert signal(agent) == [Say(Goodbye()), End(15)]
+
+
+def test_drained_worker_ends_without_a_signal_and_tells_why() -> None:
+    agent = ready_agent()
+    line, *actions = agent.handle(Received(MayLeave(why="drained by boss")), now=1.0)
+    assert isinstance(line, Log)
+    assert "drained by boss" in line.text
+    assert actions == [Say(Goodbye()), End(0)]
 
 
 # ------------------------------------------------------------------ answers

@@ -1,7 +1,7 @@
 """Random schedules of everything that can happen to a cluster, and what must hold in each."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import msgspec
 import pytest
@@ -17,13 +17,23 @@ from hypothesis.stateful import (
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import (
+    CancelStage,
+    CopyKV,
+    DrainWorker,
+    DropStage,
     Heartbeat,
+    KVCopied,
+    KVEnd,
+    KVPieces,
+    KVTaken,
     LinkReport,
     PeerHello,
     Pong,
+    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
+    TookOver,
     Welcome,
     WorkerHello,
 )
@@ -44,6 +54,15 @@ _FAULTY: list[type[Message]] = [
     WorkerHello,
     PeerHello,
     LinkReport,
+    CopyKV,
+    KVPieces,
+    KVEnd,
+    KVTaken,
+    KVCopied,
+    TakeOver,
+    TookOver,
+    CancelStage,
+    DropStage,
 ]
 _FAULTS: list[FaultKind] = ["drop", "duplicate", "delay"]
 _PROMPTS = st.lists(st.integers(0, POISON - 1), min_size=1, max_size=24)
@@ -54,16 +73,18 @@ class Cluster(RuleBasedStateMachine):
     """Faults at any moment; what must always hold is asserted after every event (`Checker`).
 
     Attributes:
+        max_examples: schedules that are tried.
         replicas: pipelines that are wanted.
         memories: of workers that join.
         longest: answer that is asked for.
         settings_of_core: others.
     """
 
-    replicas = 1
+    replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
     longest = 20
-    settings_of_core: ClassVar[Mapping[str, int]] = {}
+    max_examples = 400
+    settings_of_core: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,6 +247,23 @@ class Cluster(RuleBasedStateMachine):
     def change_speed(self, index: int, task_s: float, per_token: bool) -> None:
         worker = self._pick(index)
         worker.task_s, worker.token_s = task_s, task_s / 8 if per_token else 0.0
+        worker.layer_s = 0.0 if per_token else task_s / 2
+
+    @precondition(any_up)
+    @rule(index=_INDEX)
+    def leave_kindly(self, index: int) -> None:
+        self._pick(index).leave_kindly()
+
+    @precondition(any_up)
+    @rule(index=_INDEX)
+    def drain(self, index: int) -> None:
+        client = next(c for c in reversed(self.world.clients) if not c.gone)
+        client.say(DrainWorker(worker=self._pick(index).worker_id or "nobody"))
+
+    @precondition(any_up)
+    @rule(index=_INDEX, what=st.sampled_from(["fail_exports", "fail_imports", "fail_inherits"]))
+    def fail_a_handover(self, index: int, what: str) -> None:
+        setattr(self._pick(index), what, 1)
 
     @rule(
         kind=st.sampled_from(_FAULTY),
@@ -277,7 +315,8 @@ class Cluster(RuleBasedStateMachine):
         world.apart.clear()
         for worker in world.workers:
             worker.before_task = worker.after_task = lambda task: None
-            worker.fail_tasks = 0
+            worker.fail_tasks = worker.fail_exports = worker.fail_imports = 0
+            worker.fail_inherits = 0
             if worker.state == "frozen":
                 worker.thaw()
             worker.resume()
@@ -293,6 +332,7 @@ class Cluster(RuleBasedStateMachine):
             answer_is_right(answer, client, self.num_errors)
         world.run(for_s=35.0)  # clients that vanished are forgotten, joiners are used
         assert world.run(lambda: world.state == "serving", for_s=60.0)
+        world.settle()
         world.check_drained()
 
 
@@ -336,13 +376,38 @@ class TwinCluster(Cluster):
     memories = (400, 800, 1200)
 
 
+class MovingCluster(Cluster):
+    """Layers move to where they are computed soonest."""
+
+    longest = 120
+    memories = (600, 1200, 3000)
+    settings_of_core: ClassVar = {"strategy": "speed"}
+    max_examples = 60
+    num_moves: ClassVar[list[int]] = []
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "world"):
+            self.num_moves.append(self.world.core.status(now=self.world.now).moves)
+
+
+class MovingTwins(MovingCluster):
+    """Likewise, and the model is served as often as is fastest."""
+
+    replicas = "auto"
+    num_moves: ClassVar[list[int]] = []
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("cluster", [Cluster, TightCluster, CrowdedCluster, TwinCluster])
+@pytest.mark.parametrize(
+    "cluster",
+    [Cluster, TightCluster, CrowdedCluster, TwinCluster, MovingCluster, MovingTwins],
+)
 def test_random_schedules(cluster: type[Cluster]) -> None:
     run_state_machine_as_test(
         cluster,
         settings=settings(
-            max_examples=500,
+            max_examples=cluster.max_examples,
             stateful_step_count=30,
             deadline=None,
             derandomize=True,
@@ -351,3 +416,5 @@ def test_random_schedules(cluster: type[Cluster]) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    if issubclass(cluster, MovingCluster):
+        assert sum(cluster.num_moves) > cluster.max_examples, "hardly any layers moved"

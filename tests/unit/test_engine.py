@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,7 @@ from distributed_llm.worker.events import (
     LoadFailed,
     Release,
     Run,
+    Serve,
 )
 from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, StageOutput
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
@@ -61,6 +63,7 @@ class FakeStage:
     """Answers what it is told to, and notes what it is asked."""
 
     weight_bytes = WEIGHTS
+    shared_weight_bytes = 0
     kv_bytes = 5
     kv_bytes_per_token = PER_TOKEN
     layers_s = 0.0
@@ -68,6 +71,9 @@ class FakeStage:
     def __init__(self) -> None:
         self.story: list[Any] = []
         self.answer: Callable[[], StageOutput] = StageOutput
+
+    def memory(self) -> list[Tensor]:
+        return []
 
     def limit_kv(self, max_bytes: int) -> None:
         self.story.append(("limit", max_bytes))
@@ -96,6 +102,9 @@ class FakeEngine(Engine):
     def _load_stage(self, order: LoadStage) -> Any:
         self.stages.append(FakeStage())
         return self.stages[-1]
+
+    def _load_beside(self, order: LoadStage, served: Any) -> Any:
+        return self._load_stage(order), 1
 
 
 class Posted:
@@ -359,6 +368,88 @@ def test_time_at_least_is_waited_and_counted_in_whole_microseconds() -> None:
         assert second.queued_us >= 50_000
         assert {type(v) for v in (first.compute_us, first.queued_us)} == {int}
         assert engine.vitals.tasks_waiting <= 1  # the last is counted until after it is posted
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "min_task_s", "layers_s", "least_us", "layers_us"),
+    [
+        pytest.param(1.0, 0.0, 0.0, 0, 0, id="no time"),
+        pytest.param(1.0, 0.05, 0.02, 50_000, 20_000, id="what is waited is not the layers'"),
+        pytest.param(2.0, 0.05, 0.02, 50_000, 40_000, id="slower layers"),
+        pytest.param(3.0, 0.05, 0.02, 50_000, None, id="no more than all of it"),
+    ],
+)
+def test_layers_take_a_part_of_the_time(
+    slowdown: float, min_task_s: float, layers_s: float, least_us: int, layers_us: int | None
+) -> None:
+    with running(min_task_s=min_task_s) as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        engine.stages[0].layers_s = layers_s
+        engine.slowdown = slowdown
+        engine.put(run())
+        done = posted.computed()
+        assert done.compute_us >= least_us
+        assert done.layers_us == (done.compute_us if layers_us is None else layers_us)
+
+
+def test_a_machine_may_become_slower_while_it_works() -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+
+        def answer() -> StageOutput:
+            time.sleep(0.01)
+            return StageOutput()
+
+        engine.stages[0].answer = answer
+        engine.put(run())
+        assert 10_000 <= posted.computed().compute_us < 100_000
+        engine.slowdown = 10.0
+        engine.put(run())
+        assert posted.computed().compute_us >= 100_000
+
+
+# ------------------------------------------------------------------ two stages
+
+
+def test_tasks_run_on_the_stage_of_their_epoch() -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        engine.put(Load(0, order(epoch=4, layers=LayerRange(1, 3), beside=True)))
+        assert [posted.loaded().epoch for _ in range(2)] == [3, 4]
+        old, new = engine.stages
+        for epoch in (3, 4):
+            engine.put(Release(epoch, (epoch,)))
+            given = run()
+            task = msgspec.structs.replace(given.task, epoch=epoch)
+            engine.put(Run(0, task, given.frames))
+            posted.computed()
+        assert old.story[1:] == [("release", 3), ([1, 2], None)]
+        assert new.story[1:] == [("release", 4), ([1, 2], None)]
+        engine.put(Serve(4))
+        engine.put(Serve(4))  # already
+        engine.put(run())
+        broke = posted.next()
+        assert isinstance(broke, Broke)
+        assert "No layers are loaded for epoch 3" in str(broke.error)
+        engine.put(Load(0, order(epoch=5, layers=LayerRange(1, 3))))
+        assert posted.loaded().epoch == 5
+        assert new.story[-2:] == ["reset", ("limit", blocks(16))]  # it is the served one
+
+
+@pytest.mark.parametrize("end", [Drop(), Load(0, msgspec.structs.replace(ORDER, epoch=5))])
+def test_the_stage_beside_is_given_up_with_the_served_one(end: Drop | Load) -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        engine.put(Load(0, order(epoch=4, beside=True)))
+        posted.loaded(), posted.loaded()
+        engine.put(end)
+        if isinstance(end, Load):
+            posted.loaded()
+        given = run()
+        engine.put(Run(0, msgspec.structs.replace(given.task, epoch=4), given.frames))
+        assert isinstance(posted.next(), Broke)
 
 
 # ------------------------------------------------------------------ memory

@@ -12,6 +12,7 @@ from distributed_llm.coordinator.forecast import (
     best_plan,
     forecast,
     merit,
+    rate,
 )
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.network import Network
@@ -161,6 +162,26 @@ def test_what_is_expected_before_anything_was_asked() -> None:
         sequences=3, positions=256, prompt_tokens=1, chunk_tokens=128
     )
     assert Demand.expected(0).sequences == 1
+
+
+def test_rates_that_can_be_compared_between_plans() -> None:
+    machines = cluster(machine(0.01), machine(0.02), machine(0.03))
+    short, long = ranges(4, 14), ranges(4, 9, 14)
+
+    def rates(goal: Goal) -> list[float]:
+        return [rate(MODEL, machines, one, CROWD, goal=goal) for one in (short, long)]
+
+    # Steps of 60 / 3 sequences, and the slowest stages of 0.2 and 0.15 s.
+    assert rates("throughput") == pytest.approx([20 / 0.2, 20 / 0.15], rel=0.02)
+    assert rates("latency") == pytest.approx([1 / 0.24, 1 / 0.29], rel=0.02)
+    assert rates("auto")[0] == forecast(MODEL, machines, short, CROWD).tokens_per_s
+
+
+def test_latency_is_planned_for_one_sequence() -> None:
+    """One token is quicker on w0, sixty at once on w1."""
+    machines = cluster(machine(0.001, 0.01), machine(0.1, 0.0))
+    assert sizes(best(machines, CROWD, "latency")) == {"w0": 14}
+    assert sizes(best(machines, CROWD)) == {"w1": 14}
 
 
 def test_merit_is_what_the_goal_makes_large() -> None:

@@ -1,6 +1,7 @@
 """What a worker does while its layers move: the agent, driven by hand-made messages."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,7 +30,6 @@ from distributed_llm.common.messages import (
     TakeOver,
     TaskFailed,
     TookOver,
-    ToWorker,
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
@@ -142,7 +142,7 @@ def only_new(imports: Sequence[LayerRange] = ()) -> Agent:
     return agent
 
 
-def sending(now: float = 0.0) -> tuple[Agent, Export]:
+def sending(now: float = 0.0) -> tuple[Agent, Action]:
     """An agent that serves epoch 3 and is about to export to "nas"."""
     agent = serving_3()
     hear(agent, copy(), now)
@@ -161,8 +161,12 @@ def end(number: int, layers: LayerRange = SECOND, epoch: int = 5) -> KVEnd:
     return KVEnd(epoch=epoch, layers=layers, number=number, tensors=(BYTES,))
 
 
-def exported(agent: Agent, export: Export, message: object, now: float = 0.0) -> list[Action]:
-    return do(agent, Exported(export, message, (b"1234",) if message else ()), now)  # type: ignore[arg-type]
+def exported(
+    agent: Agent, export: Action, message: KVPieces | KVEnd | None, now: float = 0.0
+) -> list[Action]:
+    """Return what is done about the message that was exported."""
+    assert isinstance(export, Export)
+    return do(agent, Exported(export, message, (b"1234",) if message else ()), now)
 
 
 def taken(agent: Agent, number: int, now: float = 0.0, layers: LayerRange = SECOND) -> list[Action]:
@@ -236,13 +240,26 @@ def test_link_of_the_new_epoch_comes_up_beside_the_old_one() -> None:
     assert greet == Greet(
         LinkId(5), PeerHello(epoch=5, key=proof("new", 5, "mac")), (MAC.addresses[0],)
     )
-    said, probe = do(agent, LinkUp(LinkId(5), 0.001))
+    _, probe = do(agent, LinkUp(LinkId(5), 0.001))
     assert isinstance(probe, Transmit)
     assert probe.link == LinkId(5)
     do(agent, LinkDown(LinkId(5)))
     run = run_of(agent, task(3, step=1, route=(True,)), b"1234")
     (sent,) = do(agent, Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1))
     assert isinstance(sent, HandOn)
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_what_comes_late_of_links_of_another_epoch_is_ignored(served: bool) -> None:
+    agent = serving_3(MAC) if served else serving_3()
+    for link in (LinkId(2), LinkId(5), LinkId(3, SECOND), LinkId(5, SECOND)):
+        assert do(agent, NextReached(link, MAC.addresses[0])) == []
+        assert do(agent, LinkUp(link, 0.001)) == []
+        assert do(agent, LinkHeard(link, PeerProbed(epoch=link.epoch))) == []
+        assert do(agent, LinkDown(link)) == []
+    run = run_of(agent, task(3, step=1, route=(True,)), b"1234")
+    (sent,) = do(agent, Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1))
+    assert isinstance(sent, HandOn if served else Say)
 
 
 def test_whoever_is_welcome_in_one_epoch_is_not_in_the_other() -> None:
@@ -407,10 +424,10 @@ def test_released_sequences_are_of_their_epoch() -> None:
 # ------------------------------------------------------------------ cancelling
 
 
-def phases() -> dict[str, list[ToWorker | object]]:
+def phases() -> dict[str, list[Any]]:
     """What a worker of both epochs, that sends and is sent KV cache, is told, phase by phase."""
     hello = PeerHello(epoch=5, key=proof("new", 5, "pc-2"))
-    load = [beside(5, [COMES])]
+    load: list[Any] = [beside(5, [COMES])]
     ready = [*load, loaded(5), PeerReceived(SENDER, hello)]
     copying = [
         *ready,
@@ -508,6 +525,7 @@ def test_messages_are_sent_in_a_window_of_two() -> None:
     assert export == Export(0, 5, SECOND, 3, rest=False)
     assert taken(agent, 1) == taken(agent, 9) == []  # told again, or of nothing
     assert taken(agent, 2) == []  # the next message is being exported
+    assert isinstance(export, Export)
     assert not agent.is_void(export)
     assert_serves(agent, 3)
 
@@ -543,7 +561,7 @@ def test_copied_is_told_when_the_last_transfer_is_done() -> None:
     hear(agent, copy(NAS, TO_MAC))
     other = LinkId(5, FIRST)
     (export,) = do(agent, LinkUp(TO_NAS, 0.001))
-    assert exported(agent, export, None, 0.5) == []  # type: ignore[arg-type]
+    assert exported(agent, export, None, 0.5) == []
     (second,) = do(agent, LinkUp(other, 0.001), 0.6)
     assert second == Export(0, 5, FIRST, 1, rest=False)
     _, third = exported(agent, second, pieces(1, FIRST), 0.7)
@@ -632,6 +650,7 @@ def test_lost_link_while_copying() -> None:
     close, said = do(agent, LinkDown(TO_NAS))
     assert close == CloseLink(TO_NAS)
     assert failure([said]).worker == "nas"
+    assert isinstance(export, Export)
     assert agent.is_void(export)
     assert exported(agent, export, pieces(1)) == []
     assert pass_time(agent, 100.0) == []
@@ -647,6 +666,7 @@ def assert_not_run(agent: Agent, epoch: int) -> None:
 
 def test_export_that_fails_names_whom_it_was_for() -> None:
     agent, export = sending()
+    assert isinstance(export, Export)
     actions = do(agent, HandOverFailed(export, StageError("no such layers")))
     told = failure(actions)
     assert (told.worker, told.code, told.message) == ("nas", "stage_error", "no such layers")
@@ -724,8 +744,8 @@ def arrive(agent: Agent, message: KVPieces | KVEnd, peer: PeerId = SENDER) -> li
 def importing(agent: Agent, message: KVPieces | KVEnd) -> Import:
     (order,) = arrive(agent, message)
     assert order == Import(0, message, (b"1234",))
-    assert not agent.is_void(order)  # type: ignore[arg-type]
-    return order  # type: ignore[return-value]
+    assert not agent.is_void(order)
+    return order
 
 
 def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:

@@ -22,6 +22,7 @@ from distributed_llm.coordinator.planner import (
     make_plan,
     plan_by_speed,
     plan_of,
+    ranges_of,
     wanted_kv_tokens,
 )
 from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
@@ -318,6 +319,7 @@ def test_ranges_as_a_plan() -> None:
         Stage(MAC, LayerRange(0, 1), 115, 42),  # (200 - 115) / 2
         Stage(PC, LayerRange(1, 4), 325, 12),  # (400 - 325) / 6
     )
+    assert ranges_of(plan_of(cost, {PC: 400, MAC: 200}, ranges)) == ranges
     assert plan_of(cost, {MAC: 1}, ranges[:1]) == (Stage(MAC, LayerRange(0, 1), 115, 0),)
 
 

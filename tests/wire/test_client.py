@@ -498,7 +498,7 @@ def test_a_name_that_no_worker_can_have(
 
 
 def test_whoever_no_longer_waits_for_a_worker_disturbs_nobody(
-    coordinator: FakeCoordinator,
+    coordinator: FakeCoordinator, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def drain_twice() -> None:
         async with AsyncDistributedClient(coordinator.address) as client:
@@ -514,6 +514,7 @@ def test_whoever_no_longer_waits_for_a_worker_disturbs_nobody(
             await asyncio.wait_for(second, 30)
 
     asyncio.run(drain_twice())
+    assert caplog.records == []
 
 
 # ------------------------------------------------------------------ a bad network

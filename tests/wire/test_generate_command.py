@@ -1,6 +1,7 @@
 """`dllm generate` and `dllm status` against a coordinator that plays its part: what they print."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -167,7 +168,7 @@ def test_what_no_request_may_say_is_told(coordinator: FakeCoordinator) -> None:
 def worker(**fields: Any) -> WorkerStatus:
     plain = example(WorkerStatus)
     assert isinstance(plain, WorkerStatus)
-    return msgspec.structs.replace(plain, note="", **fields)
+    return msgspec.structs.replace(plain, note="", next_layers=None, **fields)
 
 
 STATUS = msgspec.structs.replace(
@@ -195,9 +196,10 @@ def test_status_shows_memory_links_and_plans() -> None:
     rows = {
         cells[0]: cells[2:5]
         for line in done.stdout.splitlines()
-        if len(cells := [cell.strip() for cell in line.strip("│").split("│")]) > 5
+        if len(cells := re.split(r"\s{2,}", line.strip())) > 5
     }
     assert rows == {
+        "worker": ["plan", "layers", "link"],
         "pc": ["11", "0-4", "direct"],
         "mac": ["12", "4-8", "relayed"],
         "spare": ["-", "-", "-"],

@@ -43,6 +43,7 @@ class FakeStage:
     """The first stage doubles token ids, the last adds up what it is given."""
 
     weight_bytes = kv_bytes = 0
+    layers_s = 0.0
     kv_bytes_per_token = 1
 
     def limit_kv(self, max_bytes: int) -> None:
@@ -118,6 +119,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]
             min_task_s=0.0,
             local_model="",
             connect_timeout_s=20.0,
+            leave_timeout_s=20.0,
         )
         for name in ("a", "b")
     ]
@@ -181,6 +183,10 @@ async def load(
         assert (await coordinator.hear(name, StageReady, count + 1)).epoch == epoch
     report = await coordinator.hear("a", LinkReport, reports + 1)
     assert (report.epoch, report.up, report.rtt_s > 0) == (epoch, up, up)
+    if up:
+        report = await coordinator.hear("a", LinkReport, reports + 2)
+        assert report.up
+        assert 1e5 < report.bytes_per_s < 1e12
 
 
 @on_loop
@@ -226,7 +232,7 @@ async def test_every_epoch_has_its_own_link(monkeypatch: pytest.MonkeyPatch) -> 
         coordinator.say("a", task(3, 1, direct=True), (TOKEN_IDS,))
         await coordinator.hear("b", TaskResult)
         coordinator.say("a", order(4, NextStage(worker="b", addresses=())))
-        assert (await coordinator.hear("a", LinkReport, 3)).up is False
+        assert (await coordinator.hear("a", LinkReport, 5)).up is False
         await coordinator.hear("a", StageReady, 3)
         coordinator.say("a", task(4, 1, direct=True), (TOKEN_IDS,))
         assert (await coordinator.hear("a", TaskResult)).tensors[0].dtype == "bfloat16"

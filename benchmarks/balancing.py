@@ -1,0 +1,525 @@
+"""How well layers follow the speeds of the workers, and what moving them costs those who ask.
+
+    python -m benchmarks.balancing live      three real workers whose speeds change under load
+    python -m benchmarks.balancing noise     noisy stage times for ten minutes on a virtual clock
+
+`live` has three workers of speeds 1 : 2 : 4, which the coordinator does not know: their probes all
+say the same, so the first plan is even. Clients ask one request after the other. Then the fast
+worker becomes four times slower, and later as fast as before. Every answer is compared with
+transformers.
+
+What is reached is held against the best contiguous split, which is found by trying with the same
+workers and strategy "custom". Two of these splits tell what a layer, the head and a task take on a
+worker of slowdown 1. By what the slowest stage takes, as calculated from that, the best few splits
+over three workers are tried, half as many over two, and the best single worker.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+
+from benchmarks.common import print_table
+from benchmarks.paced_cluster import PacedCluster
+from benchmarks.scenario import Scenario
+from benchmarks.steady_load import Example, SteadyLoad, make_examples
+from benchmarks.virtual_cluster import VirtualCluster
+from benchmarks.watched_coordinator import Expected
+from distributed_llm.common.messages import ClusterStatus
+from tests import checkpoints
+
+PROMPT_TOKENS, NEW_TOKENS = 64, 64
+NUM_LAYERS = 12
+SLOWDOWNS = {"slow": 32.0, "middle": 16.0, "fast": 8.0}
+SLOWER = {**SLOWDOWNS, "fast": 4 * SLOWDOWNS["fast"]}
+WITHIN_S = 20.0
+_SETTLE_S = 3.0
+_POLL_S = 0.1
+_VIRTUAL_S = 600.0
+
+Split = tuple[tuple[str, int], ...]
+"""Workers and how many layers each has, in their order."""
+
+
+def paced_checkpoint(folder: Path | None) -> Path:
+    """Return a small float32 checkpoint; it is written if it is not there."""
+    folder = folder or Path(tempfile.gettempdir()) / "dllm-paced-llama"
+    if not (folder / "config.json").exists():
+        checkpoints.make_checkpoint(
+            folder,
+            num_layers=NUM_LAYERS,
+            hidden_size=128,
+            intermediate_size=352,
+            vocab_size=512,
+            max_position_embeddings=512,
+            tie=False,
+        )
+    return folder
+
+
+# ------------------------------------------------------------------ splits that stay
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """Seconds on a worker of slowdown 1, averaged over all steps."""
+
+    layer_s: float
+    head_s: float
+    task_s: float
+
+    def slowest_s(self, split: Split, slowdowns: Mapping[str, float]) -> float:
+        """Return what the slowest stage takes."""
+        times = (slowdowns[name] * (self.task_s + self.layer_s * held) for name, held in split)
+        last, _ = split[-1]
+        return max(*times, self._last_s(split, slowdowns[last]))
+
+    def _last_s(self, split: Split, slowdown: float) -> float:
+        return slowdown * (self.task_s + self.layer_s * split[-1][1] + self.head_s)
+
+    @classmethod
+    def fitted(cls, found: Sequence[tuple[int, bool, float]]) -> "StageCosts":
+        """Return what explains stages best.
+
+        Args:
+            found: layers of a stage, whether it is the last, and seconds per task at slowdown 1.
+        """
+        columns = np.array([(layers, last, 1.0) for layers, last, _ in found])
+        times = np.array([seconds for *_, seconds in found])
+        weights = 1 / times
+        layer_s, head_s, task_s = np.linalg.lstsq(
+            columns * weights[:, None], times * weights, rcond=None
+        )[0]
+        return cls(float(layer_s), max(0.0, float(head_s)), max(0.0, float(task_s)))
+
+
+@dataclass(frozen=True)
+class Steady:
+    """A split under load: its tokens/s, and per stage the seconds per task at slowdown 1."""
+
+    rate: float
+    stages: list[tuple[int, bool, float]]
+
+
+class Splits:
+    """Measures splits that stay as they are, each once; one cluster for all."""
+
+    def __init__(
+        self, cluster: PacedCluster, examples: list[Example], clients: int, window_s: float
+    ) -> None:
+        self._cluster = cluster
+        self._examples = examples
+        self._clients = clients
+        self._window_s = window_s
+        self._slowdowns: Mapping[str, float] = {}
+        self.costs: StageCosts | None = None
+
+    async def best(
+        self, slowdowns: Mapping[str, float], chosen: Split, most: int
+    ) -> dict[Split, float]:
+        """Return the rates of the splits that were tried.
+
+        Args:
+            slowdowns: of the workers.
+            chosen: is tried in any case.
+            most: splits over three workers that are tried beside it.
+        """
+        self._slowdowns = slowdowns
+        for name, slowdown in slowdowns.items():
+            self._cluster.set_slowdown(name, slowdown)
+        if self.costs is None:
+            await self._calibrate()
+        assert self.costs is not None
+        expected = {split: self.costs.slowest_s(split, slowdowns) for split in splits(slowdowns)}
+        ranked = sorted(expected, key=expected.__getitem__)
+        wanted = {3: most, 2: most // 2, 1: 1}
+        near = [s for n, some in wanted.items() for s in [r for r in ranked if len(r) == n][:some]]
+        tried = dict.fromkeys([chosen, *near])
+        rates = {split: (await self.measure(split)).rate for split in tried}
+        first, second = sorted(rates, key=rates.__getitem__)[:-3:-1]
+        for split in {chosen, first, second}:  # these decide: once more
+            rates[split] = mean([rates[split], (await self.measure(split)).rate])
+        return rates
+
+    async def _calibrate(self) -> None:
+        names = list(self._slowdowns)
+        sizes = ((4, 4, 4), (2, 3, 7))
+        found = [await self.measure(tuple(zip(names, size, strict=True))) for size in sizes]
+        self.costs = StageCosts.fitted([stage for one in found for stage in one.stages])
+
+    async def measure(self, split: Split) -> Steady:
+        """Return what a split does under load."""
+        ends = np.cumsum([0, *(held for _, held in split)]).tolist()
+        ranges = zip(split, pairwise(ends), strict=True)
+        layers = ",".join(f"{name}={start}-{stop}" for (name, _), (start, stop) in ranges)
+        address = await self._custom(layers)
+        async with SteadyLoad(address, self._examples, self._clients) as load:
+            await asyncio.sleep(_SETTLE_S)
+            before, began = await load.status(), time.perf_counter()
+            await asyncio.sleep(self._window_s)
+            after, ended = await load.status(), time.perf_counter()
+            rate = load.tokens_per_s(began, ended)
+        return Steady(rate, list(self._stages(split, before, after)))
+
+    async def _custom(self, layers: str) -> str:
+        await self._cluster.coordinate(strategy="custom", layers=layers)
+        return self._cluster.address
+
+    def _stages(
+        self, split: Split, before: ClusterStatus, after: ClusterStatus
+    ) -> Iterator[tuple[int, bool, float]]:
+        earlier = {worker.name: worker for worker in before.workers}
+        later = {worker.name: worker for worker in after.workers}
+        for at, (name, held) in enumerate(split):
+            tasks = later[name].tasks_done - earlier[name].tasks_done
+            seconds = (later[name].compute_s - earlier[name].compute_s) / tasks
+            yield held, at == len(split) - 1, seconds / self._slowdowns[name]
+
+
+def splits(workers: Mapping[str, float]) -> Iterator[Split]:
+    """Yield all contiguous splits over some or all workers, in any order."""
+    for number in range(1, len(workers) + 1):
+        for order in permutations(workers, number):
+            for sizes in _sizes(NUM_LAYERS, number):
+                yield tuple(zip(order, sizes, strict=True))
+
+
+def _sizes(layers: int, parts: int) -> Iterator[tuple[int, ...]]:
+    if parts == 1:
+        yield (layers,)
+        return
+    for first in range(1, layers - parts + 2):
+        for rest in _sizes(layers - first, parts - 1):
+            yield (first, *rest)
+
+
+def split_of(status: ClusterStatus) -> Split:
+    """Return the split that is served."""
+    held = sorted((w.layers, w.name) for w in status.workers if w.layers)
+    return tuple((name, len(layers)) for layers, name in held)
+
+
+def text_of(split: Split) -> str:
+    """Return a split for people."""
+    return ", ".join(f"{name} {held}" for name, held in split)
+
+
+# ------------------------------------------------------------------ a cluster that moves layers
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the coordinator told at a time (`perf_counter` seconds)."""
+
+    at: float
+    status: ClusterStatus
+
+    @property
+    def moving(self) -> bool:
+        """Whether layers are on the move, or loading."""
+        workers = self.status.workers
+        return any(w.next_layers is not None or w.state == "loading" for w in workers)
+
+
+@dataclass(frozen=True)
+class MoveSeen:
+    """One move as clients saw it.
+
+    Attributes:
+        seconds: from its begin to its end.
+        stall_s: how long steps stood still, as the coordinator says.
+        worst_gap_s: between two tokens of a request, of those that it concerned.
+        usual_gap_s: median before it.
+        longest_usual_s: the longest before it.
+        expected_s: step time that was expected of the new plan; None if no survey told.
+    """
+
+    phase: str
+    seconds: float
+    stall_s: float
+    worst_gap_s: float
+    usual_gap_s: float
+    longest_usual_s: float
+    expected_s: float | None
+
+
+@dataclass(frozen=True)
+class PhaseSeen:
+    """What came of a change of speeds.
+
+    Attributes:
+        moves: that were made.
+        reached_s: from the change to the end of the last of them.
+        rate: tokens/s after the time that is allowed.
+        step_s: mean time between two tokens of a request, likewise.
+        forecasts: of that, at the time; as multiples of it.
+        stage_errors: medians per worker of how far single tasks were off.
+    """
+
+    name: str
+    slowdowns: Mapping[str, float]
+    split: Split
+    moves: int
+    reached_s: float
+    rate: float
+    step_s: float
+    forecasts: list[float]
+    stage_errors: list[float]
+
+
+class Watch:
+    """Looks at a cluster while its workers' speeds change."""
+
+    def __init__(self, cluster: PacedCluster, load: SteadyLoad, window_s: float) -> None:
+        self._cluster = cluster
+        self._load = load
+        self._window_s = window_s
+        self._looks: list[Look] = []
+        self.moves: list[MoveSeen] = []
+
+    async def phase(self, name: str, slowdowns: Mapping[str, float]) -> PhaseSeen:
+        """Set the speeds, and return what comes of it."""
+        for worker, slowdown in slowdowns.items():
+            self._cluster.set_slowdown(worker, slowdown)
+        began = time.perf_counter()
+        await self._look_until(began + WITHIN_S)
+        steady, first = time.perf_counter(), len(self._looks)
+        await self._look_until(steady + self._window_s)
+        ended = time.perf_counter()
+        looks = [look for look in self._looks if look.at >= began]
+        made = list(self._moves(name, looks))
+        self.moves += [move for move, _ in made]
+        step_s = mean(gap.seconds for gap in self._load.gaps(steady, ended))
+        surveys = [found for at, found in self._cluster.surveys if steady <= at < ended]
+        errors = [
+            [w.prediction_error for w in look.status.workers if w.prediction_error is not None]
+            for look in self._looks[first:]
+        ]
+        return PhaseSeen(
+            name,
+            dict(slowdowns),
+            split_of(looks[-1].status),
+            moves=len(made),
+            reached_s=max((at - began for _, at in made), default=0.0),
+            rate=self._load.tokens_per_s(steady, ended),
+            step_s=step_s,
+            forecasts=[found.now.step_s / step_s for found in surveys],
+            stage_errors=[median(each) for each in zip(*errors, strict=False)],
+        )
+
+    async def _look_until(self, end: float) -> None:
+        while time.perf_counter() < end:
+            self._looks.append(Look(time.perf_counter(), await self._load.status()))
+            await asyncio.sleep(_POLL_S)
+
+    def _moves(self, phase: str, looks: Sequence[Look]) -> Iterator[tuple[MoveSeen, float]]:
+        """Yield the moves that were made, and when each ended."""
+        begin: float | None = None
+        for before, look in pairwise(looks):
+            if look.moving and begin is None:
+                begin = before.at
+            if look.status.moves > before.status.moves:
+                yield self._seen(phase, look, before.at if begin is None else begin), look.at
+            if not look.moving:
+                begin = None
+
+    def _seen(self, phase: str, look: Look, begin: float) -> MoveSeen:
+        usual = [gap.seconds for gap in self._load.gaps(begin - 5.0, begin)]
+        split = split_of(look.status)
+        surveys = [found for at, found in self._cluster.surveys if at <= begin + 0.5]
+        best = [s.best for s in surveys if s.best and _split_expected(s.best) == split]
+        return MoveSeen(
+            phase,
+            seconds=look.at - begin,
+            stall_s=look.status.move_stall_s,
+            worst_gap_s=max(gap.seconds for gap in self._load.gaps(begin, look.at)),
+            usual_gap_s=median(usual),
+            longest_usual_s=max(usual),
+            expected_s=best[-1].step_s if best else None,
+        )
+
+
+def _split_expected(expected: Expected) -> Split:
+    found = []
+    for stage in expected.layers:
+        name, _, held = stage.rpartition(" ")
+        start, stop = (int(end) for end in held.split("-"))
+        found.append((name, stop - start))
+    return tuple(found)
+
+
+# ------------------------------------------------------------------ live
+
+
+async def live(given: argparse.Namespace) -> None:
+    """Let speeds change under load; compare with the best splits that stay."""
+    model = paced_checkpoint(given.folder)
+    examples = make_examples(
+        model, given.examples, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS
+    )
+    plan = [("even start", SLOWDOWNS), ("fast one 4 x slower", SLOWER), ("and back", SLOWDOWNS)]
+    with PacedCluster(model, SLOWDOWNS) as cluster:
+        started = split_of(await cluster.coordinate(strategy="speed", objective=given.objective))
+        print(f"first plan: {text_of(started)}")
+        async with SteadyLoad(cluster.address, examples, given.clients) as load:
+            watch = Watch(cluster, load, given.window)
+            seen = [await watch.phase(name, speeds) for name, speeds in plan[: given.phases]]
+            await load.finish()
+            events = (await load.status()).events
+        _print_moves(watch.moves, seen)
+        print(f"\nrequests: {dict(load.outcomes)} {' '.join(load.errors[:5])}")
+        if given.events:
+            print("\n".join(events))
+        statics = Splits(cluster, examples, given.clients, given.window)
+        bests: dict[tuple[float, ...], dict[Split, float]] = {}
+        for phase in seen:
+            key = tuple(phase.slowdowns.values())
+            if key not in bests:
+                bests[key] = await statics.best(phase.slowdowns, phase.split, given.candidates)
+            elif phase.split not in bests[key]:
+                bests[key][phase.split] = (await statics.measure(phase.split)).rate
+        _print_phases(seen, bests)
+        _print_splits(bests, statics)
+        _print_errors(seen)
+
+
+def _print_moves(moves: Sequence[MoveSeen], seen: Sequence[PhaseSeen]) -> None:
+    measured = {phase.name: phase.step_s for phase in seen}
+    head = ("move", "took, s", "steps stood still, ms", "worst gap, ms", "usual gap, ms")
+    more = ("worst / usual", "longest before / usual", "expected step / measured later")
+    rows = []
+    for move in moves:
+        forecast = "" if move.expected_s is None else move.expected_s / measured[move.phase]
+        rows.append(
+            (
+                *(move.phase, move.seconds, 1000 * move.stall_s, 1000 * move.worst_gap_s),
+                *(1000 * move.usual_gap_s, move.worst_gap_s / move.usual_gap_s),
+                *(move.longest_usual_s / move.usual_gap_s, forecast),
+            )
+        )
+    print_table((*head, *more), rows)
+
+
+def _print_phases(
+    seen: Sequence[PhaseSeen], bests: Mapping[tuple[float, ...], dict[Split, float]]
+) -> None:
+    head = ("change", "moves", "last one ended, s", "split", "tokens/s", "best split that stays")
+    rows = []
+    for phase in seen:
+        rates = bests[tuple(phase.slowdowns.values())]
+        best = max(rates, key=rates.__getitem__)
+        rows.append(
+            (
+                *(phase.name, phase.moves, phase.reached_s, text_of(phase.split), phase.rate),
+                *(text_of(best), rates[best], phase.rate / rates[best]),
+                rates[phase.split] / rates[best],
+            )
+        )
+    print_table((*head, "its tokens/s", "reached / best", "the same split, staying / best"), rows)
+
+
+def _print_splits(bests: Mapping[tuple[float, ...], dict[Split, float]], statics: Splits) -> None:
+    for slowdowns, rates in bests.items():
+        total = sum(1 for _ in splits(SLOWDOWNS))
+        print(f"\nslowdowns {slowdowns}: {len(rates)} of {total} splits were tried")
+        print_table(
+            ("split", "tokens/s"),
+            [(text_of(s), rates[s]) for s in sorted(rates, key=lambda s: -rates[s])],
+        )
+    costs = statics.costs
+    assert costs is not None
+    print(
+        f"\nms at slowdown 1: layer {1000 * costs.layer_s:.3f}, head {1000 * costs.head_s:.3f}, "
+        f"task {1000 * costs.task_s:.3f}"
+    )
+
+
+def _print_errors(seen: Sequence[PhaseSeen]) -> None:
+    rows = [
+        (
+            phase.name,
+            1000 * phase.step_s,
+            median(phase.forecasts) if phase.forecasts else "",
+            ", ".join(f"{100 * error:.1f} %" for error in phase.stage_errors),
+        )
+        for phase in seen
+    ]
+    print_table(("after", "step, ms", "expected step / measured", "single tasks, off by"), rows)
+
+
+# ------------------------------------------------------------------ noise
+
+
+async def noise(given: argparse.Namespace) -> None:
+    """Let stages take up to a fifth more or less at random, for ten virtual minutes each."""
+    rows = []
+    for seed in range(given.seeds):
+        for spread in (0.0, 0.6):
+            scenario = Scenario(
+                workers=3,
+                requests=4000,
+                skew=0.0,
+                prompt=PROMPT_TOKENS,
+                answer=NEW_TOKENS,
+                batch=given.clients,
+                spare=4.0,
+                spread=spread,
+                noise=given.noise,
+                strategy="speed",
+                objective=given.objective,
+                seed=seed,
+            )
+            rows.append((seed, spread, *_virtual(scenario)))
+    head = ("seed", "spread of speeds", "slowness", "layers", "tokens", "moves")
+    print(f"\n{_VIRTUAL_S:.0f} virtual seconds, every task +-{100 * given.noise:.0f} %")
+    print_table((*head, "single tasks, off by"), rows)
+    print(f"\nmoves in all: {sum(int(row[5]) for row in rows)}")
+
+
+def _virtual(scenario: Scenario) -> tuple[str, str, int, int, str]:
+    cluster = VirtualCluster(scenario)
+    cluster.start()
+    cluster.begin_asking()
+    end = cluster.now + _VIRTUAL_S
+    cluster.run(lambda: cluster.now >= end, limit_s=2 * _VIRTUAL_S)
+    status = cluster.core.status(now=cluster.now)
+    errors = [w.prediction_error for w in status.workers if w.prediction_error is not None]
+    return (
+        " ".join(f"{worker.slowness:.2f}" for worker in cluster.workers.values()),
+        " ".join(str(worker.layers) for worker in status.workers),
+        status.tokens_generated,
+        status.moves,
+        f"{100 * median(errors):.1f} %",
+    )
+
+
+# ------------------------------------------------------------------ command line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure one kind and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kind", choices=("live", "noise"))
+    parser.add_argument("--objective", choices=("throughput", "auto"), default="throughput")
+    parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--window", type=float, default=15.0, help="s that a rate is taken over")
+    parser.add_argument("--candidates", type=int, default=8, help="splits to try for each speed")
+    parser.add_argument("--phases", type=int, default=3, help="changes of speed to go through")
+    parser.add_argument("--examples", type=int, default=600, help="answers to be known beforehand")
+    parser.add_argument("--events", action="store_true", help="show what the coordinator noted")
+    parser.add_argument("--seeds", type=int, default=3, help="of noise")
+    parser.add_argument("--noise", type=float, default=0.2, help="share of a task's time")
+    given = parser.parse_args(arguments)
+    asyncio.run({"live": live, "noise": noise}[given.kind](given))
+
+
+if __name__ == "__main__":
+    main()

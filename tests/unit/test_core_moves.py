@@ -1,0 +1,397 @@
+"""Layers that move between workers while requests run: no token changes, no request fails."""
+
+from collections.abc import Callable
+
+import pytest
+
+from distributed_llm.common.errors import NotEnoughMemory
+from distributed_llm.common.messages import (
+    CancelStage,
+    CopyKV,
+    DrainWorker,
+    KVPieces,
+    LoadStage,
+    TakeOver,
+    WorkerDrained,
+)
+from distributed_llm.common.sampling_params import SamplingParams
+from tests.unit.fake_client import Answer, SimClient
+from tests.unit.fake_model import BIG
+from tests.unit.fake_worker import SimWorker
+from tests.unit.simulation import Fault, World, finish, with_settings
+
+LAYER_S = 0.01
+ROOM = 4000
+"""Memory for the whole model and the KV cache of many requests."""
+
+
+def cluster(count: int, *, memory_bytes: int = ROOM, replicas: int = 1) -> tuple[World, SimClient]:
+    """Return a cluster in which all workers are equally fast, and serve."""
+    world = World(with_settings(strategy="speed", objective="throughput", replicas=replicas))
+    for number in range(count):
+        join(world, f"w{number}", memory_bytes)
+    assert world.run(lambda: world.state == "serving")
+    return world, world.client()
+
+
+def join(world: World, name: str, memory_bytes: int = ROOM) -> SimWorker:
+    worker = world.worker(name, memory_bytes)
+    worker.layer_s = LAYER_S
+    worker.load_s = 0.3
+    return worker
+
+
+def asked(client: SimClient, number: int = 4, answer: int = 100) -> list[Answer]:
+    return [client.submit(list(range(n, n + 9)), params(answer)) for n in range(number)]
+
+
+def params(answer: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=answer, ignore_eos=True)
+
+
+def moves(world: World) -> int:
+    return world.core.status(now=world.now).moves
+
+
+def layers(world: World) -> dict[str, str]:
+    """Return who has which layers."""
+    status = world.core.status(now=world.now)
+    return {worker.name: str(worker.layers) for worker in status.workers if worker.layers}
+
+
+def moved(world: World, times: int = 1) -> None:
+    """Run until so many moves were made."""
+    assert world.run(lambda: moves(world) >= times, for_s=60.0), world.logs[-9:]
+
+
+def computed(world: World) -> int:
+    return sum(worker.num_tasks for worker in world.workers)
+
+
+# ------------------------------------------------------------------ when layers move
+
+
+def test_a_worker_that_became_slower_gets_fewer_layers() -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    assert sorted(layers(world).values()) == ["0-2", "2-4", "4-6"]
+    slow = world.plan()[1]
+    slow.layer_s = 4 * LAYER_S
+    moved(world)
+    held = next(w.layers for w in world.core.status(now=world.now).workers if w.name == slow.name)
+    assert held is None or len(held) == 1
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+def test_a_worker_that_joins_is_used_while_requests_run() -> None:
+    world, client = cluster(2)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 40)
+    join(world, "late")
+    moved(world)
+    assert "late" in layers(world)
+    assert not world.all_ended()
+    finish(world, *answers)
+    assert moves(world) <= 2
+
+
+def test_a_worker_that_only_hurts_is_not_used() -> None:
+    world, client = cluster(2)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 40)
+    for worker in world.workers:  # so that its probe promises what it does not hold
+        worker.layer_s = LAYER_S
+    join(world, "late").layer_s = 40 * LAYER_S
+    world.run(for_s=20.0)
+    finish(world, *answers)
+    world.run(for_s=10.0)
+    again = asked(client, answer=200)
+    finish(world, *again)
+    assert "late" not in layers(world), world.logs
+
+
+def test_nothing_moves_while_nothing_changes() -> None:
+    world, client = cluster(3)
+    for _ in range(10):
+        finish(world, *asked(client))
+    assert moves(world) == 0
+
+
+def test_other_strategies_do_not_move_layers() -> None:
+    world = World(with_settings(strategy="even"))
+    for name in ("a", "b", "c"):
+        join(world, name)
+    assert world.run(lambda: world.state == "serving")
+    answers = asked(world.client())
+    assert world.run(lambda: computed(world) > 30)
+    world.plan()[0].layer_s = 9 * LAYER_S
+    finish(world, *answers)
+    assert moves(world) == 0
+
+
+def test_the_kv_cache_goes_along_and_no_token_is_computed_again() -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=150)
+    assert world.run(lambda: computed(world) > 60)
+    world.plan()[1].layer_s = 4 * LAYER_S
+    moved(world)
+    assert world.counts["across", KVPieces] > 0
+    finish(world, *answers)
+    status = world.core.status(now=world.now)
+    assert status.preemptions == 0
+    assert "missing_positions" not in str(world.logs)
+    assert not any("computing its KV cache again" in line for line in world.logs)
+
+
+def test_requests_stand_still_for_hardly_more_than_a_step() -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=150)
+    assert world.run(lambda: computed(world) > 60)
+    world.plan()[1].layer_s = 4 * LAYER_S
+    moved(world)
+    finish(world, *answers)
+    step_s = 0.02 + 4 * 0.02 + 0.02
+    assert 0 < world.core.status(now=world.now).move_stall_s < 1.5 * step_s
+
+
+# ------------------------------------------------------------------ what may go wrong
+
+
+def slow_down(world: World) -> list[SimWorker]:
+    """Make one stage slow, so that a move begins; return its workers."""
+    plan = world.plan()
+    plan[1].layer_s = 4 * LAYER_S
+    return plan
+
+
+def undone(world: World) -> bool:
+    return any("the move was undone" in line for line in world.logs)
+
+
+def fail_loading(worker: SimWorker) -> None:
+    worker.load_error = NotEnoughMemory("no room")
+
+
+def fail_exports(worker: SimWorker) -> None:
+    worker.fail_exports = 1
+
+
+def fail_imports(worker: SimWorker) -> None:
+    worker.fail_imports = 1
+
+
+def fail_inherits(worker: SimWorker) -> None:
+    worker.fail_inherits = 1
+
+
+@pytest.mark.parametrize("failure", [fail_loading, fail_exports, fail_imports, fail_inherits])
+def test_a_move_that_fails_is_undone_and_the_requests_go_on(
+    failure: Callable[[SimWorker], None],
+) -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    before = layers(world)
+    for worker in slow_down(world):
+        failure(worker)
+    assert world.run(lambda: undone(world), for_s=60.0), world.logs
+    assert layers(world) == before
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+@pytest.mark.parametrize("message", [LoadStage, CopyKV, TakeOver])
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("silently", [False, True])
+def test_any_worker_may_die_in_any_phase(
+    message: type[LoadStage | CopyKV | TakeOver], index: int, silently: bool
+) -> None:
+    world, client = cluster(4)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    plan = slow_down(world)
+    told = world.counts["down", message]
+    assert world.run(lambda: world.counts["down", message] > told, for_s=60.0)
+    plan[index].kill(silently=silently)
+    finish(world, *answers)
+
+
+@pytest.mark.parametrize("message", [LoadStage, CopyKV, TakeOver, CancelStage])
+def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    for worker in slow_down(world):
+        worker.fail_inherits = 1 if message is CancelStage else 0
+    world.faults.append(Fault(message, "drop"))
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+def test_workers_that_cannot_reach_each_other_compute_the_cache_again() -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=240)
+    assert world.run(lambda: computed(world) > 60)
+    world.apart |= {(a, b) for a in world.workers for b in world.workers}
+    for worker in world.workers:
+        worker.cut(transfers=True)
+    slow_down(world)
+    assert world.run(lambda: undone(world)), "the first move tries to copy"
+    answers += asked(client, answer=240)
+    moved(world)
+    assert any("computing its KV cache again" in line for line in world.logs)
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+# ------------------------------------------------------------------ leaving
+
+
+def drained(client: SimClient) -> list[WorkerDrained]:
+    return [m for m in client.others if isinstance(m, WorkerDrained)]
+
+
+def test_a_worker_that_is_drained_leaves_and_no_request_notices() -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 30)
+    client.say(DrainWorker(worker="w1"))
+    assert world.run(lambda: bool(drained(client)))
+    assert drained(client) == [WorkerDrained(worker="w1")]
+    assert world.workers[1].ended == 0
+    assert sorted(layers(world)) == ["w0", "w2"]
+    assert not world.all_ended()
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+@pytest.mark.parametrize("strategy", ["speed", "memory", "even"])
+def test_a_worker_that_is_told_to_end_hands_its_layers_over(strategy: str) -> None:
+    world = World(with_settings(strategy=strategy, replicas=1))
+    for name in ("a", "b", "c"):
+        join(world, name)
+    assert world.run(lambda: world.state == "serving")
+    answers = asked(world.client())
+    assert world.run(lambda: computed(world) > 30)
+    leaving = world.plan()[1]
+    leaving.leave_kindly()
+    assert world.run(lambda: leaving.ended == 15)
+    assert moves(world) == 1
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+def test_a_worker_without_layers_may_leave_at_once() -> None:
+    world, client = cluster(2)
+    asked(client)
+    idle = join(world, "idle", 10)
+    world.run(for_s=1.0)
+    client.say(DrainWorker(worker="idle"))
+    assert world.run(lambda: idle.ended == 0, for_s=1.0)
+
+
+def test_a_worker_whose_layers_nobody_else_can_hold_is_not_drained() -> None:
+    world, client = cluster(2, memory_bytes=BIG)
+    answers = asked(client, answer=20)
+    client.say(DrainWorker(worker="w1"))
+    assert world.run(lambda: bool(drained(client)))
+    (answer,) = drained(client)
+    assert answer.code == NotEnoughMemory.code
+    assert "are missing" in answer.message
+    finish(world, *answers)
+    assert sorted(layers(world)) == ["w0", "w1"]
+
+
+def test_a_worker_that_ends_though_nobody_can_hold_its_layers_is_let_go() -> None:
+    world, client = cluster(2, memory_bytes=BIG)
+    asked(client, 1, 20)
+    world.workers[0].leave_kindly()
+    assert world.run(lambda: world.workers[0].ended == 15, for_s=5.0)
+    assert world.run(lambda: world.state == "waiting", for_s=5.0)
+
+
+def test_nobody_is_drained_who_is_not_there() -> None:
+    world, client = cluster(2)
+    client.say(DrainWorker(worker="nobody"))
+    assert world.run(lambda: bool(drained(client)))
+    (answer,) = drained(client)
+    assert answer.code == "invalid_request"
+    assert "Workers: w0, w1." in answer.message
+
+
+def test_all_but_the_needed_workers_can_leave_one_after_the_other() -> None:
+    world, client = cluster(5)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 30)
+    for worker in world.workers[:3]:
+        worker.leave_kindly()
+    assert world.run(lambda: all(w.ended == 15 for w in world.workers[:3]))
+    assert sorted(layers(world)) == ["w3", "w4"]
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+def test_a_worker_leaves_in_the_middle_of_a_move() -> None:
+    world, client = cluster(4)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    plan = slow_down(world)
+    told = world.counts["down", CopyKV]
+    assert world.run(lambda: world.counts["down", CopyKV] > told, for_s=60.0)
+    plan[0].leave_kindly()
+    assert world.run(lambda: plan[0].ended == 15)
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+
+
+def test_a_worker_that_dies_while_it_leaves_costs_no_request() -> None:
+    world, client = cluster(4)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 30)
+    leaving = world.plan()[0]
+    leaving.leave_kindly()
+    assert world.run(lambda: world.counts["down", CopyKV] > 0)
+    leaving.kill()
+    finish(world, *answers)
+
+
+# ------------------------------------------------------------------ several pipelines
+
+
+def test_idle_workers_that_can_hold_the_model_serve_it_once_more() -> None:
+    world = World(with_settings(strategy="speed", objective="throughput", replicas="auto"))
+    for name in ("a", "b"):
+        join(world, name, BIG)
+    assert world.run(lambda: world.state == "serving")
+    client = world.client()
+    answers = asked(client, 1, 50)
+    assert world.run(lambda: computed(world) > 10)
+    for name in ("c", "d"):
+        join(world, name, BIG)
+    assert world.run(lambda: sorted(layers(world)) == ["a", "b", "c", "d"], for_s=30.0)
+    assert sorted(layers(world).values()) == ["0-3", "0-3", "3-6", "3-6"]
+    more = asked(client, 8, 20)
+    finish(world, *answers, *more)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_layers_move_although_prefixes_fill_the_cache() -> None:
+    world, client = cluster(3)
+    for first in range(0, 88, 4):
+        finish(
+            world,
+            *(
+                client.submit([(first + n) % 90] * 70 + list(range(40)), params(4))
+                for n in range(4)
+            ),
+        )
+    assert world.core.status(now=world.now).kv_tokens_cached > 1500
+    answers = asked(client, answer=150)
+    assert world.run(lambda: computed(world) > 400)
+    slow_down(world)
+    moved(world)
+    finish(world, *answers)
