@@ -509,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("kind", choices=("live", "noise"))
     parser.add_argument("--objective", choices=("throughput", "auto"), default="throughput")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be")
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--window", type=float, default=15.0, help="s that a rate is taken over")
     parser.add_argument("--candidates", type=int, default=8, help="splits to try for each speed")
     parser.add_argument("--phases", type=int, default=3, help="changes of speed to go through")

@@ -2,9 +2,11 @@
 
     DLLM_WORKER__SLOWDOWN=8 python -m benchmarks.paced_worker
 
-It is `dllm worker`, with two differences. Every line on stdin is a number: how many times slower to
-look from now on. And its probe says what a machine of no remarkable speed would: so whatever the
-coordinator plans by at first, it has to find out how fast the worker is by what its tasks take.
+It is `dllm worker`, with three differences. Every line on stdin is a number: how many times slower
+to look from now on. Its clock for tasks is the CPU time of its compute thread, so what else runs on
+this machine changes its speed little. And its probe says what a machine of no remarkable speed
+would: so whatever the coordinator plans by at first, it has to find out how fast the worker is by
+what its tasks take.
 
 It ends when stdin does.
 """
@@ -13,6 +15,7 @@ import asyncio
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import msgspec
@@ -21,8 +24,10 @@ from distributed_llm.common.config import load_settings
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.log import configure
 from distributed_llm.common.messages import Capabilities
-from distributed_llm.worker import service, work
+from distributed_llm.common.tensors import Frame, TensorSpec
+from distributed_llm.worker import layer_hooks, service, work
 from distributed_llm.worker.engine import Engine
+from distributed_llm.worker.events import Run
 
 BYTES_PER_S = 10e9
 FLOPS_PER_S = 50e9
@@ -34,6 +39,16 @@ class PacedEngine(Engine):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         threading.Thread(target=self._obey, name="pace", daemon=True).start()
+
+    def _compute(self, run: Run) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+        self._began, self._began_cpu = time.perf_counter(), time.thread_time()
+        return super()._compute(run)
+
+    def _wait(self, computed_s: float) -> None:
+        computed_s = time.thread_time() - self._began_cpu
+        wait_s = self._began + computed_s * self.slowdown - time.perf_counter()
+        if wait_s > 0.0:
+            time.sleep(wait_s)
 
     def _obey(self) -> None:
         for line in sys.stdin:
@@ -60,6 +75,7 @@ def main() -> None:
     configure(settings.log_level)
     measure = work._measure
     work._measure = lambda *given: unremarkable(measure(*given), settings.slowdown)
+    layer_hooks.perf_counter = time.thread_time  # type: ignore[attr-defined]
     service.Engine = PacedEngine  # type: ignore[misc]
     try:
         code = asyncio.run(work.work(settings))

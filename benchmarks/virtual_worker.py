@@ -282,14 +282,14 @@ class VirtualWorker:
 
     def _export(self, order: agents.Export) -> agents.Exported:
         """Return the next message of a transfer: some with KV cache, and one when it ends."""
-        named = {"epoch": order.epoch, "layers": order.layers, "number": order.number}
-        key = order.epoch, order.layers
-        if self._exported[key] < _PIECES:
-            self._exported[key] += 1
-            return agents.Exported(order, KVPieces(**named, parts=(), tensors=()), (b"",))
-        if order.rest:
-            return agents.Exported(order, KVEnd(**named, tensors=()), (b"",))
-        return agents.Exported(order, None)
+        epoch, layers, number = order.epoch, order.layers, order.number
+        message: KVPieces | KVEnd | None = None
+        if self._exported[epoch, layers] < _PIECES:
+            self._exported[epoch, layers] += 1
+            message = KVPieces(epoch=epoch, layers=layers, number=number, parts=(), tensors=())
+        elif order.rest:
+            message = KVEnd(epoch=epoch, layers=layers, number=number, tensors=())
+        return agents.Exported(order, message)
 
 
 _Order = agents.Run | agents.Export | agents.Import | agents.Inherit

@@ -21,7 +21,7 @@ from distributed_llm.common.log import configure
 from distributed_llm.coordinator import service
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import Action, Event, Studied
-from distributed_llm.coordinator.forecast import Forecast
+from distributed_llm.coordinator.forecast import Demand, Forecast
 from distributed_llm.coordinator.serve import serve
 from distributed_llm.coordinator.survey import Findings
 
@@ -32,11 +32,15 @@ class Expected:
 
     Attributes:
         layers: "WORKER START-STOP" of each stage.
+        slowest_s: of the slowest stage or link, for a step and its share of prompts.
+        depth: steps that are under way.
         step_s: from one token of a sequence to its next, on average.
         tokens_per_s: of answers, of all sequences together.
     """
 
     layers: tuple[str, ...]
+    slowest_s: float
+    depth: int
     step_s: float
     tokens_per_s: float
 
@@ -49,9 +53,11 @@ class Survey:
         epoch: of the plan that is served.
         now: of that plan.
         best: of the best plan; None if nothing fits.
+        demand: that it is for.
     """
 
     epoch: int
+    demand: Demand
     now: Expected
     best: Expected | None
 
@@ -62,6 +68,7 @@ def told(findings: Findings) -> Survey:
     best = findings.best
     return Survey(
         findings.survey.epoch,
+        findings.survey.demand,
         _expected(findings.now, sequences),
         _expected(best, sequences) if best else None,
     )
@@ -69,7 +76,13 @@ def told(findings: Findings) -> Survey:
 
 def _expected(forecast: Forecast, sequences: float) -> Expected:
     layers = tuple(f"{worker} {held}" for worker, held in forecast.ranges)
-    return Expected(layers, sequences / forecast.tokens_per_s, forecast.tokens_per_s)
+    return Expected(
+        layers,
+        forecast.partition.slowest_s,
+        forecast.depth,
+        sequences / forecast.tokens_per_s,
+        forecast.tokens_per_s,
+    )
 
 
 class WatchedCore(Core):
@@ -92,7 +105,7 @@ def main() -> None:
     settings = load_settings(None, environment=os.environ, overrides={}).coordinator
     configure(settings.log_level)
     threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
-    service.Core = WatchedCore  # type: ignore[misc]
+    service.Core = WatchedCore  # type: ignore[attr-defined]
     code = asyncio.run(serve(settings, on_listening=lambda address: print(address, flush=True)))
     os._exit(code)
 

@@ -8,8 +8,9 @@ more than the noise. What is missed: settings that help only together.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
-from benchmarks.tuning.agreement import check_answers, kind_of
+from benchmarks.tuning.agreement import check_answers
 from benchmarks.tuning.configurations import Axis, Configuration, Space
 from benchmarks.tuning.figures import Outcome, Run
 from benchmarks.tuning.recommendation import Goal, best
@@ -47,7 +48,8 @@ class Search:
         goal: what is to be good.
         rounds: runs of each configuration.
         again: what is best so far runs again beside others; not needed where nothing is random.
-        limit_s: after which nothing more is begun that can be left out; None: no limit.
+        limit_s: nothing is begun that would end later than this after the end of the first run,
+            which may have waited for the workers; None: no limit.
         clock: seconds.
         on_step: is told before and after each run.
     """
@@ -70,10 +72,10 @@ class Search:
         self._model_dtype, self._goal, self._rounds = model_dtype, goal, rounds
         self._again = again
         self._limit_s, self._clock, self._on_step = limit_s, clock, on_step
-        self._began_at = clock()
+        self._took_s: list[float] = []
+        self._first_ended_at = 0.0  # it had to wait for the workers
         self._runs: dict[Configuration, list[Run]] = {}
         self._failures: dict[Configuration, DistributedLLMError] = {}
-        self._count = 0
         others = {axis.name: len(axis.values) - 1 for axis in space.axes}
         others[_WORKERS] = len(space.subsets)
         self._ahead = {name: rounds * (n + again) for name, n in others.items() if n}
@@ -129,11 +131,12 @@ class Search:
             due = [one for one in wanted if self._is_due(one)]
             self._rest = len(due) * (self._rounds - turn)
             if self._too_late(len(due)):
-                self.left_out.append(f"{name} in round {turn + 1} of {self._rounds}, out of time")
+                when = f"from round {turn + 1} of {self._rounds} on" if turn else "at all"
+                self.left_out.append(f"{name} {when}, for want of time")
                 self._rest = 0
                 break
             for configuration in due:
-                self._try(configuration, self._rounds - turn - 1)
+                self._try(configuration)
             if all(one in self._failures for one in self._runs):
                 raise self._failures[start]
         return self._best_of(start, wanted)
@@ -145,45 +148,37 @@ class Search:
         )
 
     def _best_of(self, start: Configuration, wanted: Sequence[Configuration]) -> Configuration:
-        kind = kind_of(start, self._model_dtype)
-        sound = [
-            one
-            for one in self.outcomes
-            if one.configuration in wanted
-            and not one.failure
-            and kind_of(one.configuration, self._model_dtype) == kind
-        ]
-        if not sound:
-            return start
-        return best(sound, self._goal).configuration
+        tried = [one for one in self.outcomes if one.configuration in wanted and not one.failure]
+        return best(tried, self._goal).configuration if tried else start
 
-    def _try(self, configuration: Configuration, rounds_after: int) -> None:
-        self._tell(configuration, self._count + 1, None)
+    def _try(self, configuration: Configuration) -> None:
+        self._tell(configuration, len(self._took_s) + 1, None)
+        began_at = self._clock()
         runs = self._runs.setdefault(configuration, [])
         try:
             runs.append(self._trial(configuration))
         except DistributedLLMError as error:
             self._failures[configuration] = error
-            self._rest -= rounds_after
-        self._count += 1
+        self._took_s.append(self._clock() - began_at)
+        if len(self._took_s) == 1:
+            self._first_ended_at = self._clock()
         self._rest -= 1
         failure = _sentence(self._failures.get(configuration))
-        self._tell(configuration, self._count, Outcome(configuration, tuple(runs), failure))
+        outcome = Outcome(configuration, tuple(runs), failure)
+        self._tell(configuration, len(self._took_s), outcome)
 
     def _tell(self, configuration: Configuration, number: int, outcome: Outcome | None) -> None:
         left = self._rest + sum(self._ahead.values())
-        left_s = left * self._each_s if self._count else None
-        self._on_step(Step(number, self._count + left, configuration, outcome, left_s))
-
-    @property
-    def _each_s(self) -> float:
-        return (self._clock() - self._began_at) / self._count
+        left_s = left * median(self._took_s) if self._took_s else None
+        planned = len(self._took_s) + left
+        self._on_step(Step(number, planned, configuration, outcome, left_s))
 
     def _too_late(self, runs: int) -> bool:
         """Say whether so many more runs would take longer than the limit."""
-        if self._limit_s is None or not self._count:
+        if self._limit_s is None or not self._took_s:
             return False
-        return self._clock() - self._began_at + runs * self._each_s > self._limit_s
+        elapsed_s = self._clock() - self._first_ended_at
+        return elapsed_s + runs * median(self._took_s) > self._limit_s
 
 
 def _variants(start: Configuration, axis: Axis) -> list[Configuration]:

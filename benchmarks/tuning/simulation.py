@@ -32,7 +32,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName, Frame
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.forecast import Demand, Goal, Machines, best_plan
@@ -42,6 +42,7 @@ from distributed_llm.coordinator.partition import Hop, Links
 from distributed_llm.coordinator.planner import Offer, StaticStrategy, make_plan
 from distributed_llm.coordinator.requests import GenerationDefaults
 from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
+from distributed_llm.worker import link_events as links
 
 KV_TOKENS = 1024
 """Positions of KV cache that every plan has room for: the coordinator's `min_kv_tokens`."""
@@ -136,7 +137,7 @@ def simulate(configuration: Configuration, model: TunedModel, site: Site, asked:
     return Run(
         loads={count: _figures(cluster, asked, len(stages)) for count, cluster in clusters.items()},
         stages=tuple((str(worker), str(held)) for worker, held in stages),
-        workers=facts_of(site),
+        workers=_facts(site, clusters[min(asked.loads)]),
     )
 
 
@@ -147,10 +148,14 @@ def dtype_of(configuration: Configuration, model: TunedModel) -> DtypeName:
     return cast(DtypeName, configuration.dtype)
 
 
-def facts_of(site: Site) -> tuple[WorkerFacts, ...]:
-    """Return the machines as a run would show them."""
+def _facts(site: Site, cluster: "_Cluster") -> tuple[WorkerFacts, ...]:
+    """Return the machines as a run shows them: what a stage takes, per layer."""
+    took_s = {
+        peer.decode(): worker.busy_s / cluster.steps / cluster.layers_of[peer.decode()]
+        for peer, worker in cluster.workers.items()
+    }
     return tuple(
-        WorkerFacts(name, machine.capabilities, machine.prior.layer_s + machine.prior.token_s)
+        WorkerFacts(name, machine.capabilities, took_s.get(name))
         for name, machine in site.machines.items()
     )
 
@@ -341,7 +346,7 @@ class _Worker(VirtualWorker):
         self._described = cluster
         super().__init__(cluster, name)
 
-    def _capabilities(self) -> Capabilities:
+    def _capabilities(self, scenario: Scenario) -> Capabilities:
         return self._machine.capabilities
 
     def _task_s(self, task: Task) -> float:
@@ -357,20 +362,25 @@ class _Worker(VirtualWorker):
             head_s = prior.head_s + prior.head_token_s * sampled
         return self._machine.task_s + self._described.layers_of[self._name] * layer_s + head_s
 
-    def _across(self, message: ToNextWorker, frames: tuple[Frame, ...] = ()) -> None:
-        other = self.next_worker
+    def _across(
+        self, link: links.LinkId, message: ToNextWorker, frames: tuple[Frame, ...] = ()
+    ) -> None:
+        other = self._links.get(link)
         if other is None:
             return
-        name = other.peer.decode()
-        link = self._site.link(self._name, name)
+        cluster, name = self._described, other.peer.decode()
+        connection = PeerId(f"{self._name} {link.epoch} {link.layers}".encode())
+        cluster.dials[connection] = self, link
         tokens = 0
         if isinstance(message, Task):
             tokens = sum(part.num_tokens for part in message.sequences)
+        way = self._site.link(self._name, name)
         pair = frozenset((self._name, name))
-        free_at = max(self.cluster.now, self._described.link_free_at[pair])
-        free_at += tokens * self._described.bytes_per_token / link.bandwidth
-        self._described.link_free_at[pair] = free_at
-        self.cluster.at(free_at + link.latency, other._receive_across, self.peer, message, frames)
+        free_at = max(cluster.now, cluster.link_free_at[pair])
+        free_at += tokens * cluster.bytes_per_token / way.bandwidth
+        cluster.link_free_at[pair] = free_at
+        event = links.PeerReceived(connection, message, frames)
+        cluster.at(free_at + way.latency, other._apply, event)
 
 
 class _Client(VirtualClient):

@@ -3,14 +3,14 @@
 R sequences decode, in d steps of R/d sequences under way at once. A sequence gets a token per round
 trip T of its step, so the rate is R / T (Little's law), and the best d has the least
 
-    T(d) = max(sum of stages and links, d * slowest stage or link)
+    T(d) = max(sum of stages and links + overhead, d * slowest stage or link)
 
 Either a step finds every stage free, or it waits for the slowest. Prompts are computed between:
 each step pays for the chunks of prompts that come per step on average.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -79,11 +79,17 @@ class Forecast:
         tokens_per_s: of answers, all sequences together.
         depth: steps under way at which that is so.
         partition: with the times of its stages at that depth.
+        overhead_s: that a step takes beside them.
+        full_tokens_per_s: with as many steps as fill the pipeline, of the size planned for.
+        alone_tokens_per_s: of one sequence alone.
     """
 
     tokens_per_s: float
     depth: int
     partition: Partition
+    overhead_s: float
+    full_tokens_per_s: float
+    alone_tokens_per_s: float
 
     @property
     def ranges(self) -> Ranges:
@@ -99,11 +105,14 @@ class Machines:
         memory_bytes: of each, for weights and KV cache.
         costs: measured or from the probe.
         links: from a number of tokens in a step to what the hops take.
+        overhead_s: that a step takes beside stages and hops: on its way from and to the
+            coordinator.
     """
 
     memory_bytes: Mapping[WorkerId, int]
     costs: Mapping[WorkerId, WorkerCosts]
     links: Callable[[float], Links]
+    overhead_s: float = 0.0
 
     def candidates(self, load: Load) -> list[Candidate]:
         """Return the workers with what they take under a load.
@@ -120,7 +129,7 @@ class Machines:
     def only(self, workers: Sequence[WorkerId]) -> "Machines":
         """Return some of them."""
         sizes = {worker: self.memory_bytes[worker] for worker in workers}
-        return Machines(sizes, self.costs, self.links)
+        return replace(self, memory_bytes=sizes)
 
 
 def forecast(cost: ModelCost, machines: Machines, ranges: Ranges, demand: Demand) -> Forecast:
@@ -131,14 +140,19 @@ def forecast(cost: ModelCost, machines: Machines, ranges: Ranges, demand: Demand
         sequences = demand.sequences / depth
         load = demand.load(sequences)
         partition = predict(cost, used.candidates(load), used.links(link_tokens(load)), ranges)
-        step_s = max(partition.total_s, depth * partition.slowest_s, 1e-9)
-        found = Forecast(demand.sequences / step_s, depth, partition)
-        if best is None or found.tokens_per_s > best.tokens_per_s:
-            best = found
-        if depth * partition.slowest_s >= partition.total_s:
+        alone_s = partition.total_s + machines.overhead_s
+        step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
+        if best is None or demand.sequences / step_s > best[0]:
+            best = demand.sequences / step_s, depth, partition
+        if depth * partition.slowest_s >= alone_s:
             break  # with more, steps wait for the slowest only, which has no fewer of them to do
     assert best is not None
-    return best
+    return Forecast(
+        *best,
+        overhead_s=machines.overhead_s,
+        full_tokens_per_s=rate(cost, machines, ranges, demand, goal="throughput"),
+        alone_tokens_per_s=rate(cost, machines, ranges, demand, goal="latency"),
+    )
 
 
 def best_plan(
@@ -222,16 +236,17 @@ def rate(
     load = aims(demand, goal, len(machines.memory_bytes))[0][1]
     candidates = machines.only([worker for worker, _ in ranges]).candidates(load)
     found = predict(cost, candidates, machines.links(link_tokens(load)), ranges)
-    step_s = found.slowest_s if goal == "throughput" else found.total_s
+    alone_s = found.total_s + machines.overhead_s
+    step_s = found.slowest_s if goal == "throughput" else alone_s
     return load.decode.tokens / max(step_s, 1e-9)
 
 
 def merit(goal: Goal, found: Forecast) -> float:
-    """Return what a goal makes large: tokens, or steps of a full or empty pipeline, per second."""
+    """Return the tokens per second that a goal makes many; see `rate`."""
     if goal == "throughput":
-        return 1.0 / max(found.partition.slowest_s, 1e-9)
+        return found.full_tokens_per_s
     if goal == "latency":
-        return 1.0 / max(found.partition.total_s, 1e-9)
+        return found.alone_tokens_per_s
     return found.tokens_per_s
 
 

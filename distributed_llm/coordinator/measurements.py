@@ -9,11 +9,14 @@ from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.forecast import Machines
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.network import Network
+from distributed_llm.coordinator.performance import Mean
 from distributed_llm.coordinator.pipeline import StepDone
 from distributed_llm.coordinator.registry import Worker
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.scheduler import Step
 from distributed_llm.coordinator.worker_costs import Prior, Work, WorkerCosts
+
+_HALF_LIFE_S = 30.0
 
 
 class Measurements:
@@ -32,6 +35,7 @@ class Measurements:
         self._costs: dict[WorkerId, WorkerCosts] = {}
         self._weights: dict[LayerRange, float] = {}  # of ranges, in layers of mean size
         self._network = Network(bytes_per_token)
+        self._overhead = Mean(_HALF_LIFE_S)  # of a step, beside stages and hops
 
     def joined(self, worker: WorkerId, found: Capabilities) -> None:
         """A worker is there, of which nothing is known but what its probe found."""
@@ -46,8 +50,9 @@ class Measurements:
     def observe(self, seats: Sequence[Seat], done: StepDone, *, now: float) -> None:
         """Learn from a step how long each stage takes, and how long the links at most."""
         inside_us = sum(timing.compute_us + timing.queued_us for timing in done.timings)
-        hops = pairwise(seat.worker for seat in seats)
-        self._network.bound(hops, done.round_trip_s - inside_us / 1e6)
+        outside_s = max(0.0, done.round_trip_s - inside_us / 1e6)
+        hops_s = self._network.bound(pairwise(seat.worker for seat in seats), outside_s)
+        self._overhead.add(outside_s - hops_s, now)
         work = work_of(done.step)
         for seat, timing in zip(seats, done.timings, strict=True):
             costs = self._costs.get(seat.worker)
@@ -87,7 +92,8 @@ class Measurements:
         """Return these workers as planning sees them; it does not change when they do."""
         sizes = {worker.id: worker.capabilities.memory_bytes for worker in workers}
         costs = {worker: copy.deepcopy(self._costs[worker]) for worker in sizes}
-        return Machines(sizes, costs, self._network.snapshot().links)
+        links = self._network.snapshot().links
+        return Machines(sizes, costs, links, self._overhead.value or 0.0)
 
     def _weight(self, layers: LayerRange) -> float:
         weight = self._weights.get(layers)

@@ -30,8 +30,13 @@ from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.replica import Replica
 from distributed_llm.coordinator.requests import Seat
 
-_LIMITS_S = {"loading": 900.0, "copying": 600.0, "handing_over": 10.0}
+_LIMITS_S = {"loading": 900.0, "handing_over": 10.0}
 """After which a phase is taken for stuck. While steps drain their leases run."""
+
+_COPY_S = 30.0
+_PATIENCE = 4.0
+"""Copying ends after so long, and so many times what it should take: where the caches grow faster
+than the links carry them, it would never."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Move:
         addresses: where the workers of `new` may be reached.
         link_key: of the epoch of `new`.
         copies: whether the KV cache goes along.
+        copy_s: how long that should take.
         now: clock seconds.
 
     Attributes:
@@ -79,6 +85,7 @@ class Move:
         addresses: Mapping[PeerId, tuple[str, ...]],
         link_key: str,
         copies: bool,
+        copy_s: float,
         now: float,
     ) -> None:
         self.old = old
@@ -90,6 +97,7 @@ class Move:
         self.phase: Literal["loading", "copying", "draining", "handing_over", "done"] = "loading"
         self._addresses = addresses
         self._link_key = link_key
+        self._copy_limit_s = _COPY_S + _PATIENCE * copy_s
         self._waits_for: set[PeerId] = set()
         self._phase_at = now
 
@@ -99,7 +107,8 @@ class Move:
 
     def next_deadline(self) -> float | None:
         """Return when the phase has taken too long, clock seconds."""
-        limit_s = _LIMITS_S.get(self.phase)
+        copying = self.phase == "copying"
+        limit_s = self._copy_limit_s if copying else _LIMITS_S.get(self.phase)
         return None if limit_s is None else self._phase_at + limit_s
 
     def loaded(self, *, now: float) -> list[Send]:
@@ -120,6 +129,10 @@ class Move:
             return []
         self._waits_for.remove(peer)
         return [] if self._waits_for else self._drain(now)
+
+    def copied_enough(self, *, now: float) -> list[Send]:
+        """Copying has taken long: what is left is sent while steps stand still."""
+        return self._drain(now)
 
     def settle(self, *, now: float) -> list[Send]:
         """Look whether the last step has ended; `is_over` may be true then."""

@@ -33,17 +33,19 @@ class Network:
         """
         self._measured[sender, receiver] = (rtt_s / 2, bytes_per_s)
 
-    def bound(self, hops: Iterable[tuple[WorkerId, WorkerId]], seconds: float) -> None:
+    def bound(self, hops: Iterable[tuple[WorkerId, WorkerId]], seconds: float) -> float:
         """A step was on its way over these hops for so long: they take no longer than that.
 
-        What a worker measures while it is busy is too long.
+        What a worker measures while it is busy is too long. Returns what the hops take by now.
         """
         known = [pair for pair in hops if pair in self._measured]
         total_s = sum(self._measured[pair][0] for pair in known)
-        if total_s > seconds:
-            for pair in known:
-                latency_s, bytes_per_s = self._measured[pair]
-                self._measured[pair] = (latency_s * max(0.0, seconds) / total_s, bytes_per_s)
+        if total_s <= seconds:
+            return total_s
+        for pair in known:
+            latency_s, bytes_per_s = self._measured[pair]
+            self._measured[pair] = (latency_s * seconds / total_s, bytes_per_s)
+        return seconds
 
     def forget(self, worker: WorkerId) -> None:
         """A worker is gone."""

@@ -42,7 +42,7 @@ _WORTHWHILE = 0.05
 """The depth is changed for a round trip that is this share shorter."""
 
 
-class _Mean:
+class Mean:
     """A mean that forgets.
 
     Attributes:
@@ -56,6 +56,7 @@ class _Mean:
         self.value: float | None = None
 
     def add(self, value: float, now: float) -> None:
+        """Take an observation; one far above the mean is counted as if it were not so far."""
         past = self._weight * _decay(now - self._at, self._half_life_s)
         if self.value is not None:
             value = min(value, _OUTLIER * self.value) if self.value else value
@@ -175,7 +176,7 @@ class StageTimes:
         self._num_stages = num_stages
         self._half_life_s = half_life_s
         self._depths: dict[int, _Depth] = {}
-        self._overhead = _Mean(half_life_s)
+        self._overhead = Mean(half_life_s)
         self._latest: _Depth | None = None
         self._choice = 0  # 0: none was made
 

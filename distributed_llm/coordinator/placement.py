@@ -295,17 +295,26 @@ class Placement:
     # -------------------------------------------------------------- from one plan to another
 
     def prepare(
-        self, old: Replica, plan: Plan, *, copies: bool, now: float
+        self, old: Replica, plan: Plan, *, copies: bool, copy_s: float, now: float
     ) -> tuple[Move, list[Action]]:
         """Have the stages of a plan load beside those of a pipeline that serves.
 
         Args:
             plan: by workers of `old` and idle ones.
             copies: whether the KV cache goes along.
+            copy_s: how long that should take.
         """
         new, key = self._new_replica(plan), self._draw_key()
         addresses = {seat.peer: self._worker(seat).peer_addresses for seat in new.seats}
-        move = Move(old, new, addresses=addresses, link_key=key, copies=copies, now=now)
+        move = Move(
+            old,
+            new,
+            addresses=addresses,
+            link_key=key,
+            copies=copies,
+            copy_s=copy_s,
+            now=now,
+        )
         imports: dict[PeerId, tuple[LayerRange, ...]] = {}
         for transfer in move.transfers:
             peer = transfer.receiver.peer

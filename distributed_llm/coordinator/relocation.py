@@ -39,12 +39,14 @@ class Price:
     Attributes:
         standstill_s: how long requests stand still, or lose as much by being slower for longer.
         copies: whether it is cheaper to copy the KV cache than to compute it again.
+        copy_s: how long copying it takes.
         kv_tokens: positions of KV cache that there is room for beside old and new layers; None if
             workers cannot hold both, so that the new ones have to be loaded after the old ones go.
     """
 
     standstill_s: float
     copies: bool
+    copy_s: float
     kv_tokens: int | None
 
 
@@ -107,9 +109,9 @@ class Relocation:
         again_s = self._compute_again_s(seats, tokens)
         copies = not apart and _SHARE * copy_s <= again_s + 1.0
         if room < tokens or room < KV_BLOCK:
-            return Price(load_s + again_s, copies=False, kv_tokens=None)
+            return Price(load_s + again_s, copies=False, copy_s=copy_s, kv_tokens=None)
         moving_s = _SHARE * (load_s + copy_s) if copies else _SHARE * load_s + again_s
-        return Price((self.stall_s or _STALL_S) + moving_s, copies, room)
+        return Price((self.stall_s or _STALL_S) + moving_s, copies, copy_s, room)
 
     def _added_bytes(self, before: LayerRange | None, after: LayerRange) -> int:
         """Return the weights that a worker reads to have other layers."""
@@ -142,7 +144,9 @@ class Relocation:
         old.scheduler.resize(price.kv_tokens)
         copies = price.copies
         before = layers_text(old)
-        self.move, actions = self._placement.prepare(old, plan, copies=copies, now=now)
+        self.move, actions = self._placement.prepare(
+            old, plan, copies=copies, copy_s=price.copy_s, now=now
+        )
         how = "" if copies else ", computing its KV cache again"
         text = (
             f"plan {self.move.new.epoch}: moving to {layers_text(self.move.new)} from {before}"
@@ -237,10 +241,12 @@ class Relocation:
         return self.move.next_deadline() if self.move else None
 
     def on_timer(self, *, now: float) -> list[Action]:
-        """Undo a move that has taken too long."""
+        """Undo a move that has taken too long, or end its copying."""
         at = self.next_deadline()
         if self.move is None or at is None or at > now:
             return []
+        if self.move.phase == "copying":
+            return [*self.move.copied_enough(now=now)]
         return self.cancel(f"{self.move.phase.replace('_', ' ')} took too long", now=now)
 
     def _of_epoch(self, epoch: int) -> Move | None:

@@ -197,7 +197,7 @@ class Peers:
         """Hand no more tasks on; dial again after a while."""
         if not self.link_up:
             return []
-        self.link_up, self._probed_at = False, None
+        self.link_up = False
         self._dial_at = now + _DIAL_S
         return self._report_down("the connection was lost or is too slow")
 

@@ -110,21 +110,27 @@ def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
 
 
 def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
-    fast, slow = "pc=1MiB,40MB/s,1GFLOPS", "mac=1MiB,20MB/s,1GFLOPS"
-    asked = ["plan", str(checkpoint), "--worker", fast, "--worker", slow]
-    done = dllm(*asked, "--worker", "pi=20KiB,1MB/s,1GFLOPS", "--objective", "latency")
+    asked = ["plan", str(checkpoint), "--objective", "latency"]
+    for worker in ("pc=16MiB,40MB/s,1GFLOPS", "mac=16MiB,20MB/s,1GFLOPS", "pi=20KiB,1MB/s,1GFLOPS"):
+        asked += ["--worker", worker]
+    done = dllm(*asked, DLLM_COORDINATOR__REPLICAS="1")
     assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
-    assert any(re.match(r"pc +0-6 +1\.0 MiB", line) for line in lines)
-    assert any(
-        re.match(r"expected: [\d.]+ tokens/s for one request, [\d.]+ for 16", s) for s in lines
+    header, pc, idle, expected, worth, *others, assumed = done.stdout.splitlines()
+    assert header.split()[:3] == ["worker", "layers", "memory"]
+    assert pc.split()[:4] == ["pc", "0-6", "16.0", "MiB"]
+    assert idle == "without layers: mac, pi"
+    assert re.fullmatch(
+        r"expected: [\d.]+ tokens/s for one request, [\d.]+ for 16 at once", expected
     )
-    assert any(s.startswith("pi: left out: too little memory for one layer (") for s in lines)
-    assert any(s.startswith("assumed: links of 1 Gbit/s") for s in lines)
-    document = json.loads(dllm(*asked, "--objective", "latency", "--json").stdout)
-    assert set(document["workers"]) == {"pc", "mac"}
-    assert document["one_tokens_per_s"] > 0
-    assert all(one["advice"]["text"] for one in document["workers"].values())
+    assert worth.startswith("pc: serves 6 of 6 layers; ")
+    assert re.match(r"mac: left out: .* without: the model runs fastest on pc alone$", others[0])
+    assert others[1].startswith("pi: left out: too little memory for one layer (")
+    assert assumed == "assumed: links of 1 Gbit/s and 0.5 ms"
+    document = json.loads(dllm(*asked, "--json", DLLM_COORDINATOR__REPLICAS="1").stdout)
+    assert [stage["worker"] for stage in document["stages"]] == ["pc"]
+    assert document["workers"]["pi"]["memory_bytes"] == 20 * 1024
+    assert document["workers"]["pi"]["advice"]["gain"] == 0.0
+    assert document["many_tokens_per_s"] > document["one_tokens_per_s"] > 0
 
 
 def test_a_worker_is_drained_while_a_request_runs(checkpoint: Path) -> None:

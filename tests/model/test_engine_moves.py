@@ -195,6 +195,7 @@ def test_a_move_may_be_cancelled_at_any_time(
         cluster.copy(2, plan, rest=True)
     if reached >= 5:
         cluster.inherit(2, plan)
+    assert (kv_bytes(four) > before) == (reached >= 2)
     cluster.cancel(2)
     for worker in four.values():
         worker.gate.set()
@@ -249,11 +250,17 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
     worker.gate.set()
     cluster.prefill(PROMPTS, [0, 0, 0])
     cluster.decode(PENALTY, numbers=[1])  # the first one is served still
-    for worker_order in (Drop(), Load(0, cluster.order(6, (0, 3)))):
+    for given_up in (Unload(4), Drop()):
         worker.gate.clear()
-        worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=True)))
-        worker.engine.put(worker_order)
+        worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=True)))
+        worker.engine.put(given_up)
         worker.gate.set()
+        eventually(lambda: worker.engine._loader is None)
+        assert worker.silent
+    worker.gate.clear()
+    worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=True)))
+    worker.engine.put(Load(0, cluster.order(6, (0, 3))))
+    worker.gate.set()
     assert worker.next(Loaded).epoch == 6
     assert worker.silent
 

@@ -367,7 +367,7 @@ class SimWorker:
             self._lost(name)
 
     def _lost(self, name: LinkId) -> None:
-        link, up = self._links[name], name in self._up
+        link, up = self._links.get(name), name in self._up
         self._forget(name)
         if link:
             link.open = False

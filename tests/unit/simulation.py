@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, assert_never
 
 from distributed_llm.common import codec
@@ -29,6 +30,7 @@ from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.core_settings import CoreSettings
+from distributed_llm.coordinator.planner import kv_tokens_of, plan_of
 from distributed_llm.coordinator.requests import RequestKey
 from distributed_llm.coordinator.survey import Survey
 from tests.unit.checker import Checker
@@ -371,6 +373,37 @@ class World:
             if not client.gone
             for answer in client.answers.values()
         )
+
+    def move(self, cuts: Sequence[int], shift: int) -> None:
+        """Have the layers cut there and moved to some workers, if a move can begin now.
+
+        Args:
+            cuts: between layers, in order.
+            shift: who comes first.
+        """
+        core = self.core
+        replica = next((r for r in core._placement.replicas if r.pipeline), None)
+        if replica is None or core._relocation.move:
+            return
+        own = {seat.peer for seat in replica.seats}
+        idle = core._placement.idle_workers
+        workers = [w for w in core._placement.fit_workers if w.peer in own or w in idle]
+        edges = [0, *cuts, MODEL.cost.num_layers]
+        held = [LayerRange(*pair) for pair in pairwise(edges)]
+        if len(workers) < len(held):
+            return
+        first = shift % len(workers)
+        pairs = zip(workers[first:] + workers[:first], held, strict=False)
+        ranges = tuple((worker.id, layers) for worker, layers in pairs)
+        memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
+        plan = plan_of(MODEL.cost, memory, ranges)
+        price = core._relocation.price(replica, plan)
+        if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
+            actions = core._relocation.begin(replica, plan, price, why="a test", now=self.now)
+            actions = core._settle(actions, self.now)
+            self.checker.check(None, actions, now=self.now)
+            self._perform(actions)
+            self._arm()
 
     def settle(self) -> None:
         """Run until it serves and no layers have moved for a second."""

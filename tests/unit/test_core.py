@@ -336,7 +336,9 @@ def test_strangers_are_told_to_connect_again() -> None:
         Ping(),
         Cancel(request_id="x"),
         GetStatus(),
-        Heartbeat(epochs=(1,), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0),
+        Heartbeat(
+            epochs=(1,), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
+        ),
         StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0),
         TaskResult(epoch=1, step=1, timings=(StageTime(compute_us=1, layers_us=0, queued_us=0),)),
         TaskFailed(epoch=1, step=1, code="x", message="x"),

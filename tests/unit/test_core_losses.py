@@ -219,7 +219,9 @@ def test_worker_that_says_it_serves_another_plan_is_given_up() -> None:
     astray, *_ = world.serving(3)
     answer = world.client().submit(LONG)
     world.run(lambda: len(answer.token_ids) == 2)
-    beat = Heartbeat(epochs=(99,), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0)
+    beat = Heartbeat(
+        epochs=(99,), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
+    )
     world.apply(events.Received(astray.link.peer, beat))
     assert "w0 serves another plan" in " ".join(world.logs)
     finish(world, answer)

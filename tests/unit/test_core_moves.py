@@ -226,6 +226,8 @@ def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
     for worker in slow_down(world):
         worker.fail_inherits = 1 if message is CancelStage else 0
     world.faults.append(Fault(message, "drop"))
+    assert world.run(world.all_ended)
+    world.run(for_s=1000.0)
     finish(world, *answers)
     assert world.core.status(now=world.now).requests_failed == 0
 

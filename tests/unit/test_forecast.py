@@ -1,5 +1,6 @@
 """What plans are expected to give, and which is the best under a load."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -184,9 +185,18 @@ def test_latency_is_planned_for_one_sequence() -> None:
     assert sizes(best(machines, CROWD)) == {"w1": 14}
 
 
-def test_merit_is_what_the_goal_makes_large() -> None:
-    machines = cluster(machine(0.01), machine(0.02))
+def test_merit_is_the_rate_that_the_goal_makes_large() -> None:
+    machines = replace(cluster(machine(0.01), machine(0.02)), overhead_s=0.1)
     found = forecast(MODEL, machines, ranges(4, 14), CROWD)
-    assert merit("throughput", found) == pytest.approx(1 / 0.2, rel=0.02)
-    assert merit("latency", found) == pytest.approx(1 / 0.24, rel=0.02)
+    assert merit("throughput", found) == pytest.approx(30 / 0.2, rel=0.02)  # two stages, 60 / 2
+    assert merit("latency", found) == pytest.approx(1 / 0.34, rel=0.02)
     assert merit("auto", found) == found.tokens_per_s
+
+
+def test_more_steps_fill_the_time_beside_the_stages() -> None:
+    """A stage of 0.1 s waits 0.3 s for the coordinator, unless other steps come meanwhile."""
+    machines = replace(cluster(machine(1e-6, 0.1 / 14)), overhead_s=0.3)
+    two = Demand(sequences=2, positions=100, prompt_tokens=0, chunk_tokens=1)
+    found = forecast(MODEL, machines, ranges(14), two)
+    assert found.depth == 2
+    assert found.tokens_per_s == pytest.approx(2 / 0.4, rel=0.02)

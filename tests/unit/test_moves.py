@@ -60,7 +60,13 @@ class Bench:
         self.old.serve()
         addresses = {seat.peer: (f"{seat.worker}:1",) for seat in new}
         self.move = Move(
-            self.old, self.new, addresses=addresses, link_key="key", copies=copies, now=10.0
+            self.old,
+            self.new,
+            addresses=addresses,
+            link_key="key",
+            copies=copies,
+            copy_s=5.0,
+            now=10.0,
         )
 
     def load(self, now: float = 11.0) -> list[Send]:
@@ -195,9 +201,16 @@ def test_a_phase_has_a_time_limit() -> None:
     bench = Bench(OLD, SHIFTED, copies=True)
     assert bench.move.next_deadline() == 10.0 + 900.0
     bench.load(now=20.0)
-    assert bench.move.next_deadline() == 20.0 + 600.0
+    assert bench.move.next_deadline() == 20.0 + 30.0 + 4 * 5.0
     bench.move.copied(PeerId(b"a"), now=30.0)
     assert bench.move.next_deadline() == 30.0 + 10.0
+
+
+def test_copying_that_does_not_come_to_an_end_is_ended() -> None:
+    bench = Bench(OLD, SHIFTED, copies=True)
+    bench.load()
+    assert told(bench.move.copied_enough(now=70.0), TakeOver) == ["a", "b"]
+    assert bench.old.held
 
 
 def test_answers_at_the_wrong_time_change_nothing() -> None:

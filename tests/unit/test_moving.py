@@ -530,6 +530,15 @@ def test_messages_are_sent_in_a_window_of_two() -> None:
     assert_serves(agent, 3)
 
 
+def test_acknowledgment_of_nothing_opens_no_window() -> None:
+    agent, export = sending()
+    _, export = exported(agent, export, pieces(1))
+    exported(agent, export, pieces(2))
+    for number in (0, 3, 9):
+        assert taken(agent, number) == []
+    assert len(taken(agent, 1)) == 1
+
+
 def test_hello_to_the_receiver_is_repeated_and_proves_the_key() -> None:
     agent = serving_3()
     assert hear(agent, copy()) == [OpenLink(TO_NAS, NAS.addresses)]
@@ -643,6 +652,15 @@ def test_receiver_that_does_not_acknowledge(after_take_over: bool) -> None:
     told = failure(actions)
     assert (told.worker, told.code) == ("nas", "connection_failed")
     assert "took none of the KV cache of layers 1-2 for 10 s" in told.message
+
+
+def test_receiver_that_acknowledges_nothing_at_all() -> None:
+    agent, export = sending()
+    _, export = exported(agent, export, pieces(1), 2.0)
+    exported(agent, export, pieces(2), 4.0)
+    ((at, actions),) = pass_time(agent, 100.0)
+    assert at == 12.0
+    assert failure(actions).worker == "nas"
 
 
 def test_lost_link_while_copying() -> None:
@@ -779,6 +797,14 @@ def test_it_takes_over_once_all_has_arrived(end_first: bool) -> None:
 
 def without_says(actions: list[Action]) -> list[Action]:
     return [action for action in actions if not isinstance(action, PeerSay)]
+
+
+def test_it_does_not_take_over_before_the_end_is_kept() -> None:
+    agent = receiving()
+    first, last = importing(agent, pieces(1, COMES)), importing(agent, end(2, COMES))
+    assert hear(agent, TakeOver(epoch=5)) == []
+    assert without_says(do(agent, Imported(first))) == []
+    assert without_says(do(agent, Imported(last))) == [Inherit(0, 5)]
 
 
 def test_idle_worker_without_imports_takes_over_at_once() -> None:

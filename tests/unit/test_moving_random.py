@@ -32,6 +32,7 @@ from distributed_llm.common.messages import (
     Pong,
     SequenceSlice,
     StageReady,
+    StageTime,
     TakeOver,
     Task,
     TaskFailed,
@@ -284,7 +285,7 @@ class Script(World):
         self.serving_epoch, self.layout = 1, plan
         assert self.run(lambda: len(self.told[1].ready) == len(plan), for_s=_PATIENCE_S)
 
-    def move(self, epoch: int, plan: Plan, cancelled: Callable[[], bool]) -> bool:
+    def relocate(self, epoch: int, plan: Plan, cancelled: Callable[[], bool]) -> bool:
         """Return whether the layers moved; else everything is as it was."""
         told_to = {number for number, _ in (*self.layout, *plan)}
         self.order(epoch, plan, beside=True)
@@ -416,7 +417,7 @@ def test_moves_never_hang_nor_change_a_token(data: st.DataObject) -> None:
             script.at(after_s, lambda what=what, ones=ones: disturb(script, what, *ones))  # type: ignore[misc]
         cancel_at = script.now + data.draw(st.one_of(st.just(1e9), st.floats(0.0, 1.5)))
         script.at_time(min(cancel_at, script.now + 1e6), lambda: None)
-        script.move(epoch, data.draw(plans(count)), lambda at=cancel_at: script.now >= at)  # type: ignore[misc]
+        script.relocate(epoch, data.draw(plans(count)), lambda at=cancel_at: script.now >= at)  # type: ignore[misc]
         script.generate(2)
     script.apart.clear()
     script.faults.clear()
@@ -440,7 +441,7 @@ def test_moves_that_nothing_disturbs_are_made() -> None:
     script.generate(5)
     for epoch, plan in enumerate(others, 2):
         computed = [one.computed for one in script.answers]
-        assert script.move(epoch, plan, lambda: False)
+        assert script.relocate(epoch, plan, lambda: False)
         script.generate(3)
         assert all(one.computed > had for one, had in zip(script.answers, computed, strict=True))
     script.drain()

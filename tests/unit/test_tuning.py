@@ -313,11 +313,19 @@ def test_the_first_failing_leaves_the_others() -> None:
 
 def test_what_would_take_too_long_is_left_out_and_told() -> None:
     bench = Bench({}, run_s=10.0)
-    search = bench.search(STRATEGIES, CHUNKS, limit_s=45.0)
+    search = bench.search(STRATEGIES, CHUNKS, limit_s=30.0)
     search.run()
     assert bench.order == [MEMORY, EVEN, MEMORY, EVEN]
-    assert search.left_out == ["max_batch_tokens in round 1 of 2, out of time"]
+    assert search.left_out == ["max_batch_tokens at all, for want of time"]
     assert bench.steps[-1].left_s == 40.0  # it was not known yet
+
+
+def test_a_round_that_would_take_too_long_is_left_out_and_told() -> None:
+    bench = Bench({}, run_s=10.0)
+    search = bench.search(STRATEGIES, rounds=3, limit_s=35.0)
+    search.run()
+    assert bench.order == [MEMORY, EVEN, MEMORY, EVEN]
+    assert search.left_out == ["strategy from round 3 of 3 on, for want of time"]
 
 
 def test_the_rest_of_the_time_is_told() -> None:

@@ -17,6 +17,7 @@ from distributed_llm.common.config import CoordinatorSettings, load_settings
 from distributed_llm.common.types import LayerRange
 
 EVIL = "<script>alert('x')</script> & \"$x^2$\""
+WHY = f"It is fast.\x1b\0\n# {EVIL}\nworker:\n  threads: 9"
 PROVENANCE = Provenance(
     command=f"python benchmark.py --model {EVIL}\ncoordinator: {{}}",
     model=EVIL,
@@ -37,7 +38,7 @@ def outcome(configuration: Configuration, rate: float = 100.0, failure: str = ""
 
 
 def pick(configuration: Configuration) -> Pick:
-    return Pick("both", outcome(configuration), f"It is fast.\n# {EVIL}\nworker:\n  threads: 9")
+    return Pick("both", outcome(configuration), WHY)
 
 
 def settings_of(text: str, folder: Path) -> CoordinatorSettings:
