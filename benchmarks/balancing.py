@@ -458,7 +458,10 @@ def _print_errors(seen: Sequence[PhaseSeen]) -> None:
 
 
 async def noise(given: argparse.Namespace) -> None:
-    """Let stages take up to a fifth more or less at random, for ten virtual minutes each."""
+    """Let stages take up to a fifth more or less at random, for ten virtual minutes each.
+
+    Then the fastest worker becomes four times slower, to show that changes are still seen.
+    """
     rows = []
     for seed in range(given.seeds):
         for spread in (0.0, 0.6):
@@ -477,13 +480,13 @@ async def noise(given: argparse.Namespace) -> None:
                 seed=seed,
             )
             rows.append((seed, spread, *_virtual(scenario)))
-    head = ("seed", "spread of speeds", "slowness", "layers", "tokens", "moves")
+    head = ("seed", "spread of speeds", "slowness", "layers", "tokens", "moves", "moved after, s")
     print(f"\n{_VIRTUAL_S:.0f} virtual seconds, every task +-{100 * given.noise:.0f} %")
     print_table((*head, "single tasks, off by"), rows)
     print(f"\nmoves in all: {sum(int(row[5]) for row in rows)}")
 
 
-def _virtual(scenario: Scenario) -> tuple[str, str, int, int, str]:
+def _virtual(scenario: Scenario) -> tuple[str, str, int, int, str, str]:
     cluster = VirtualCluster(scenario)
     cluster.start()
     cluster.begin_asking()
@@ -491,13 +494,26 @@ def _virtual(scenario: Scenario) -> tuple[str, str, int, int, str]:
     cluster.run(lambda: cluster.now >= end, limit_s=2 * _VIRTUAL_S)
     status = cluster.core.status(now=cluster.now)
     errors = [w.prediction_error for w in status.workers if w.prediction_error is not None]
+    slowness = [worker.slowness for worker in cluster.workers.values()]
     return (
-        " ".join(f"{worker.slowness:.2f}" for worker in cluster.workers.values()),
+        " ".join(f"{each:.2f}" for each in slowness),
         " ".join(str(worker.layers) for worker in status.workers),
         status.tokens_generated,
         status.moves,
+        _moved_after(cluster, status.moves),
         f"{100 * median(errors):.1f} %",
     )
+
+
+def _moved_after(cluster: VirtualCluster, moves: int) -> str:
+    """Return how long it takes to move layers when the fastest worker becomes slow."""
+    min(cluster.workers.values(), key=lambda worker: worker.slowness).slowness *= 4
+    changed_at = cluster.now
+    try:
+        cluster.run(lambda: cluster.core.status(now=cluster.now).moves > moves, limit_s=60)
+    except TimeoutError:
+        return "not in 60"
+    return f"{cluster.now - changed_at:.1f}"
 
 
 # ------------------------------------------------------------------ command line
@@ -510,8 +526,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--objective", choices=("throughput", "auto"), default="throughput")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be")
     parser.add_argument("--clients", type=int, default=24)
-    parser.add_argument("--window", type=float, default=15.0, help="s that a rate is taken over")
-    parser.add_argument("--candidates", type=int, default=8, help="splits to try for each speed")
+    parser.add_argument("--window", type=float, default=10.0, help="s that a rate is taken over")
+    parser.add_argument("--candidates", type=int, default=4, help="splits to try for each speed")
     parser.add_argument("--phases", type=int, default=3, help="changes of speed to go through")
     parser.add_argument("--examples", type=int, default=600, help="answers to be known beforehand")
     parser.add_argument("--events", action="store_true", help="show what the coordinator noted")

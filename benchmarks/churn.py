@@ -2,9 +2,9 @@
 
     python -m benchmarks.churn --seconds 300
 
-Real `dllm worker` processes of different speeds. Every few seconds one joins or leaves: it is told
-to end (SIGTERM), drained by a client, or killed (SIGKILL). Every answer is compared with what
-transformers says.
+Real `dllm worker` processes of different speeds, none of which can hold the model alone. Every few
+seconds one joins or leaves: it is told to end (SIGTERM), drained by a client, or killed (SIGKILL).
+Every answer is compared with what transformers says.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import random
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.common import print_table
 from benchmarks.steady_load import SteadyLoad, make_examples
@@ -61,10 +61,21 @@ class Deed:
 
 
 class Churn:
-    """Lets workers of a cluster come and go."""
+    """Lets workers of a cluster come and go.
 
-    def __init__(self, cluster: LocalCluster, seed: int, every_s: float) -> None:
+    Args:
+        settings: of those that come.
+        every_s: from one deed to the next, on average.
+
+    Attributes:
+        deeds: what was done.
+    """
+
+    def __init__(
+        self, cluster: LocalCluster, settings: Mapping[str, Any], *, seed: int, every_s: float
+    ) -> None:
         self._cluster = cluster
+        self._settings = settings
         self._random = random.Random(seed)
         self._every_s = every_s
         self._there: dict[str, LocalProcess] = {w.name: w for w in cluster.workers}
@@ -101,7 +112,7 @@ class Churn:
             self._numbers += 1
             name = f"worker-{self._numbers}"
             slowdown = self._random.choice(SLOWDOWNS)
-            worker = self._cluster.add_worker(name=name, slowdown=slowdown, threads=1)
+            worker = self._cluster.add_worker(name=name, slowdown=slowdown, **self._settings)
             self._there[name] = worker
             return Deed(how, name, began, time.perf_counter())
         name = self._random.choice(self._joined)
@@ -137,12 +148,13 @@ async def churn(given: argparse.Namespace) -> bool:
     examples = make_examples(
         model, given.examples, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS
     )
-    first = [{"slowdown": slowdown, "threads": 1} for slowdown in SLOWDOWNS]
+    worker = {"threads": 1, "max_memory": given.memory}
+    first = [{"slowdown": slowdown, **worker} for slowdown in SLOWDOWNS]
     settings = {"strategy": "speed", "objective": given.objective, "replicas": given.replicas}
     with LocalCluster(model, first, coordinator=settings) as cluster:
         async with SteadyLoad(cluster.address, examples, given.clients) as load:
             began = time.perf_counter()
-            doing = Churn(cluster, given.seed, given.every)
+            doing = Churn(cluster, worker, seed=given.seed, every_s=given.every)
             await doing.run(given.seconds)
             took_s = time.perf_counter() - began
             late = ""
@@ -202,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--objective", choices=("auto", "throughput", "latency"), default="auto")
     parser.add_argument("--replicas", default="1", help="1, 2, ... or auto")
+    parser.add_argument("--memory", default="1280KiB", help="of each worker; two hold the model")
     parser.add_argument("--folder", type=Path, help="where the checkpoint is or shall be")
     parser.add_argument("--examples", type=int, default=4000, help="answers known beforehand")
     parser.add_argument("--seed", type=int, default=0)

@@ -78,7 +78,10 @@ async def count_bytes() -> None:
             max_position_embeddings=2048,
             vocab_size=1000,
         )
-        with LocalCluster(model, workers=0) as cluster, _behind_proxies(cluster) as proxies:
+        with (
+            LocalCluster(model, workers=0, coordinator={"strategy": "memory"}) as cluster,
+            _behind_proxies(cluster) as proxies,
+        ):
             to_workers, to_clients = proxies
             async with AsyncDistributedClient(to_clients.address) as client:
                 rows = [

@@ -76,7 +76,7 @@ def main() -> None:
     measure = work._measure
     work._measure = lambda *given: unremarkable(measure(*given), settings.slowdown)
     layer_hooks.perf_counter = time.thread_time  # type: ignore[attr-defined]
-    service.Engine = PacedEngine  # type: ignore[misc]
+    service.Engine = PacedEngine  # type: ignore[attr-defined]
     try:
         code = asyncio.run(work.work(settings))
     except DistributedLLMError as exc:

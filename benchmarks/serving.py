@@ -59,7 +59,7 @@ async def batch(folder: Path, rounds: int) -> None:
     longer than answers of one; so no rate counts the prompts, whose order differs.
     """
     rates: dict[str, list[float]] = {"16 requests": [], "1 request": [], "transformers, 16": []}
-    with LocalCluster(folder, workers=WORKERS) as cluster:
+    with LocalCluster(folder, workers=WORKERS, coordinator={"strategy": "memory"}) as cluster:
         baseline = Baseline(folder)
         async with AsyncDistributedClient(cluster.address) as client:
             for turn in range(rounds + 1):
@@ -161,7 +161,9 @@ async def prefill(folder: Path, rounds: int) -> None:
     chunks = -(-LONG_PROMPT // CHUNK_TOKENS)
     rows = []
     with LocalCluster(
-        folder, workers=WORKERS, coordinator={"max_batch_tokens": CHUNK_TOKENS}
+        folder,
+        workers=WORKERS,
+        coordinator={"strategy": "memory", "max_batch_tokens": CHUNK_TOKENS},
     ) as cluster:
         async with AsyncDistributedClient(cluster.address) as client:
             for turn in range(rounds + 1):
@@ -205,7 +207,7 @@ async def _gap_beside(client: AsyncDistributedClient) -> tuple[float, float, Ans
 async def prefix(folder: Path, rounds: int) -> None:
     """Compare the time to the first token of two prompts that share their first 1,000 tokens."""
     rows = []
-    with LocalCluster(folder, workers=WORKERS) as cluster:
+    with LocalCluster(folder, workers=WORKERS, coordinator={"strategy": "memory"}) as cluster:
         async with AsyncDistributedClient(cluster.address) as client:
             for turn in range(rounds + 1):
                 shared = fresh_prompts(1, PREFIX_TOKENS)[0]
@@ -246,7 +248,11 @@ class Fate:
 async def overload(_: Path, rounds: int) -> None:
     """Send 500 requests to a queue of 64, several times; check every answer and what is left."""
     fates: list[Fate] = []
-    settings = {"max_waiting_requests": QUEUE, "max_batch_sequences": RUNNING}
+    settings = {
+        "strategy": "memory",
+        "max_waiting_requests": QUEUE,
+        "max_batch_sequences": RUNNING,
+    }
     with tempfile.TemporaryDirectory() as folder:
         model = checkpoints.make_checkpoint(Path(folder))
         with LocalCluster(model, workers=0, coordinator=settings) as cluster:

@@ -151,7 +151,7 @@ def run(folder: Path, rounds: int) -> None:
     """Measure and print."""
     read_s = _read_files(folder)
     started = time.perf_counter()
-    with LocalCluster(folder, workers=WORKERS) as cluster:
+    with LocalCluster(folder, workers=WORKERS, coordinator={"strategy": "memory"}) as cluster:
         up_s = time.perf_counter() - started
         with DistributedClient(cluster.address) as client:
             _print_memory("after loading", cluster, client)

@@ -43,8 +43,8 @@ _PIECES_BYTES = 4 * 2**20
 _PIECES = 4
 """Messages that a transfer of KV cache takes, whatever it holds."""
 
-_PIECES_S = 0.001
-"""In the compute thread, for each of them."""
+_ORDER_S = 0.001
+"""In the compute thread, for what is no task."""
 
 
 class VirtualWorker:
@@ -86,6 +86,7 @@ class VirtualWorker:
         self._connect()
 
     def _capabilities(self, scenario: Scenario) -> Capabilities:
+        bytes_per_s, flops_per_s = self._speeds()
         return Capabilities(
             device="cpu",
             device_name="made up",
@@ -93,9 +94,13 @@ class VirtualWorker:
             memory_bytes=scenario.memory_bytes,
             cores=1,
             threads=1,
-            memory_bandwidth_bytes_per_s=1e9 / self.slowness,
-            flops_per_s=1e9 / self.slowness,
+            memory_bandwidth_bytes_per_s=bytes_per_s,
+            flops_per_s=flops_per_s,
         )
+
+    def _speeds(self) -> tuple[float, float]:
+        """Return what a probe finds: bytes and operations per second."""
+        return 1e9 / self.slowness, 1e9 / self.slowness
 
     @property
     def epoch(self) -> int:
@@ -134,7 +139,13 @@ class VirtualWorker:
     def _perform(self, actions: Iterable[agents.Action]) -> None:
         for action in actions:
             match action:
-                case agents.Run() | agents.Export() | agents.Import() | agents.Inherit():
+                case (
+                    agents.Run()
+                    | agents.Export()
+                    | agents.Import()
+                    | agents.Inherit()
+                    | agents.Probe()
+                ):
                     self._queue.append((action, self.cluster.now))
                     self._work()
                 case agents.Load():
@@ -246,7 +257,7 @@ class VirtualWorker:
         while self._queue and not self._computing:
             order, arrived_at = self._queue.popleft()
             if not self.agent.is_void(order):
-                took_s = self._task_s(order.task) if isinstance(order, agents.Run) else _PIECES_S
+                took_s = self._task_s(order.task) if isinstance(order, agents.Run) else _ORDER_S
                 queued_s = self.cluster.now - arrived_at
                 self._computing, self._progress_at = True, self.cluster.now
                 self.cluster.at(self.cluster.now + took_s, self._done, order, took_s, queued_s)
@@ -278,6 +289,8 @@ class VirtualWorker:
                 self._apply(agents.Imported(order))
             case agents.Inherit():
                 self._apply(agents.Inherited(order))
+            case agents.Probe(session=session):
+                self._apply(agents.Probed(session, *self._speeds()))
         self._work()
 
     def _export(self, order: agents.Export) -> agents.Exported:
@@ -292,7 +305,7 @@ class VirtualWorker:
         return agents.Exported(order, message)
 
 
-_Order = agents.Run | agents.Export | agents.Import | agents.Inherit
+_Order = agents.Run | agents.Export | agents.Import | agents.Inherit | agents.Probe
 
 
 def _size(message: ToNextWorker) -> int:

@@ -294,7 +294,7 @@ def run_demo(prompt: str, workers: int) -> None:
     """Start a cluster of this machine alone, write a story, and show who ran what."""
     _err.print(f"Starting a coordinator and {workers} workers on this machine ...")
     with (
-        LocalCluster(workers=workers) as cluster,
+        LocalCluster(workers=workers, coordinator={"strategy": "even"}) as cluster,
         closing(DistributedClient(cluster.address)) as client,
     ):
         status = client.status()

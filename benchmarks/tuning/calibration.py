@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from benchmarks.tuning.configurations import Configuration
 from benchmarks.tuning.description import Link
-from benchmarks.tuning.figures import Outcome, Run
+from benchmarks.tuning.figures import Outcome
 from benchmarks.tuning.report import Predictions
 from benchmarks.tuning.served import TunedModel
 from benchmarks.tuning.simulation import Asked, Machine, Site, simulate
@@ -20,19 +20,19 @@ _LOOPBACK = "1GB/s"
 
 
 def predictions(outcomes: Sequence[Outcome], model: TunedModel, asked: Asked) -> Predictions:
-    """Return the tokens/s that the first run foretells of all configurations in its dtype.
+    """Return the tokens/s that the first run of one pipeline foretells of all in its dtype.
 
     What it knows is the speed of each worker's layers, and the time outside the stages, for one
     request at a time; batching, waiting and other cuts of the layers are foretold.
     """
-    sound = [one for one in outcomes if not one.failure]
-    first = sound[0]
-    if 1 not in first.loads:
+    sound = [one for one in outcomes if not one.failure and _as_served(one)]
+    first = next(iter(sound), None)
+    if first is None or 1 not in first.loads:
         return {}
     site = measured_site(first, model.cost(model.dtype), model.dtype)
     found = {}
     for one in sound:
-        served = _as_served(one.configuration, one.runs[-1])
+        served = _as_served(one)
         if served is None or one.configuration.dtype != first.configuration.dtype:
             continue
         try:
@@ -59,11 +59,16 @@ def measured_site(outcome: Outcome, cost: ModelCost, dtype: DtypeName) -> Site:
     return Site(machines, {}, Link.model_validate({"latency": latency_s, "bandwidth": _LOOPBACK}))
 
 
-def _as_served(configuration: Configuration, run: Run) -> Configuration | None:
+def _as_served(outcome: Outcome) -> Configuration | None:
     """Return a configuration with the layers as they were served; None for several pipelines."""
+    run = outcome.runs[-1]
     ends = [tuple(int(end) for end in held.split("-")) for _, held in run.stages]
     if any(before[1] != after[0] for before, after in pairwise(ends)):
         return None
     return replace(
-        configuration, strategy="custom", objective="auto", layers=run.stages, replicas="auto"
+        outcome.configuration,
+        strategy="custom",
+        objective="auto",
+        layers=run.stages,
+        replicas="auto",
     )

@@ -19,7 +19,7 @@ from benchmarks.tuning.served import TunedModel, model_of_files, model_of_shape
 from benchmarks.tuning.simulation import KV_TOKENS, Asked, described_site, dtype_of, simulate
 from benchmarks.tuning.subsets import subset_configurations
 from benchmarks.tuning.workbench import LocalWorker, Unusable, Workbench
-from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.errors import ConfigError, WorkerLost
 from distributed_llm.common.types import size_text
 
 _SIMULATED_AXES = {"replicas": ()}
@@ -132,7 +132,12 @@ def tune(
 
         def trial(configuration: Configuration) -> Run:
             with workbench.serve(configuration.environment) as address:
-                return run_measurement(address, workload)
+                run = run_measurement(address, workload)
+            if len(run.workers) < hands.num_workers:
+                raise WorkerLost(
+                    f"Of {hands.num_workers} workers {len(run.workers)} were left at the end."
+                )
+            return run
 
         search = _search(wishes, space, model, trial, on_step, wishes.rounds)
         try:
@@ -208,7 +213,7 @@ def tune_described(
             ),
             asked=wishes.asked,
             how="predicted: the planner and the scheduler are the real ones, machines and time are "
-            "simulated",
+            "simulated; strategy speed with one pipeline, as it is once all has been measured",
         ),
         model_dtype=model.dtype,
         simulated=True,

@@ -221,7 +221,7 @@ def _failure(process: LocalProcess) -> DistributedLLMError:
     if match is None:
         last = said.splitlines()[-1] if said else "nothing"
         return DistributedLLMError(
-            f"The {process.name} ended with exit code {process.exit_code}. It said: {last}"
+            f"The process {process.name} ended with exit code {process.exit_code}. It said: {last}"
         )
     if match["code"] == AddressInUse.code:
         return AddressInUse(match["message"].strip().replace("--bind", "--listen"))

@@ -33,6 +33,8 @@ Address = Annotated[str, Meta(min_length=1, max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
 SequenceIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_RELEASED)]
 Microseconds = Annotated[int, Meta(ge=0, le=2**53)]
+Bandwidth = Annotated[float, Meta(gt=0, le=1e16)]
+Flops = Annotated[float, Meta(gt=0, le=1e20)]
 FinishReason = Literal["stop", "length"]
 
 
@@ -66,8 +68,8 @@ class Capabilities(Value, frozen=True, kw_only=True):
     memory_bytes: Count
     cores: Annotated[int, Meta(ge=1, le=65536)]
     threads: Annotated[int, Meta(ge=1, le=65536)]
-    memory_bandwidth_bytes_per_s: Annotated[float, Meta(gt=0, le=1e16)]
-    flops_per_s: Annotated[float, Meta(gt=0, le=1e20)]
+    memory_bandwidth_bytes_per_s: Bandwidth
+    flops_per_s: Flops
 
 
 class WorkerHello(Message, frozen=True, kw_only=True, tag="worker_hello"):
@@ -195,6 +197,16 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
     up: bool
     rtt_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+
+
+class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
+    """Worker -> coordinator, now and then while it has no layers: how fast its machine is now.
+
+    Said first right after it lost its layers; the attributes are those of `Capabilities`.
+    """
+
+    memory_bandwidth_bytes_per_s: Bandwidth
+    flops_per_s: Flops
 
 
 class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
@@ -789,6 +801,7 @@ FromWorker = (
     | TaskResult
     | TaskFailed
     | LinkReport
+    | Remeasured
     | KVCopied
     | TookOver
     | KVFailed

@@ -35,6 +35,7 @@ from distributed_llm.common.messages import (
     LinkReport,
     Ping,
     Pong,
+    Remeasured,
     StageFailed,
     StageReady,
     StatusReport,
@@ -270,6 +271,7 @@ class Core:
                 | TaskResult()
                 | TaskFailed()
                 | LinkReport()
+                | Remeasured()
                 | KVCopied()
                 | TookOver()
                 | KVFailed()
@@ -318,8 +320,10 @@ class Core:
                 return self._stepping.failed(worker, task_failed)
             case LinkReport() as report:
                 return self._link_report(worker, report)
-            case KVCopied(epoch=epoch):
-                return self._relocation.copied(worker, epoch, now=now)
+            case Remeasured() as remeasured:
+                return self._membership.remeasured(worker, remeasured)
+            case KVCopied() as copied:
+                return self._relocation.copied(worker, copied, now=now)
             case TookOver(epoch=epoch):
                 return self._relocation.took_over(worker, epoch)
             case KVFailed() as kv_failed:

@@ -5,9 +5,16 @@ import math
 from distributed_llm.coordinator.forecast import Demand
 from distributed_llm.coordinator.pipeline import StepDone
 
+_BELIEVED_S = (10.0, 40.0)
+"""Seconds after the first step: until then, and from then on, in which what prompts are to answers
+is taken from the lengths that requests may have, and from what was seen."""
+
 
 class DemandMeter:
     """Means over the steps of a pipeline, of which the older ones count less and less.
+
+    At first there are more prompts than later: whoever comes has one, and no answer yet. So they
+    are compared with the answers that are to follow, as long as those may be.
 
     Args:
         half_life_s: after which a step counts half.
@@ -15,13 +22,15 @@ class DemandMeter:
 
     def __init__(self, half_life_s: float = 10.0) -> None:
         self._half_life_s = half_life_s
-        self._at = 0.0
+        self._at: float | None = None
+        self._began_at = 0.0
         # Sums over steps, faded.
         self._sequences = 0.0
         self._sequences_s = 0.0
         self._answered = 0.0
         self._positions = 0.0
         self._prompt_tokens = 0.0
+        self._promised = 0.0  # tokens of answers to these parts of prompts
         self._chunks = 0.0
 
     def observe(self, done: StepDone, *, decoding: int, now: float) -> None:
@@ -31,6 +40,8 @@ class DemandMeter:
             decoding: sequences that decode on the pipeline now, in this step or another.
             now: clock seconds.
         """
+        if self._at is None:
+            self._at = self._began_at = now
         elapsed_s = max(0.0, now - self._at)
         keep = math.exp2(-elapsed_s / self._half_life_s)
         answered = done.step.num_samples
@@ -41,6 +52,7 @@ class DemandMeter:
         self._positions = keep * self._positions + sum(ends)
         prompts = [part.num_tokens for part in done.step.slices if part.num_tokens > 1]
         self._prompt_tokens = keep * self._prompt_tokens + sum(prompts)
+        self._promised = keep * self._promised + _promised(done)
         self._chunks = keep * self._chunks + bool(prompts)
         self._at = now
 
@@ -52,6 +64,27 @@ class DemandMeter:
         return Demand(
             sequences=max(1.0, self._sequences / self._sequences_s),
             positions=self._positions / self._answered,
-            prompt_tokens=self._prompt_tokens / self._answered,
+            prompt_tokens=self._prompt_share(),
             chunk_tokens=self._prompt_tokens / self._chunks if self._chunks else 1.0,
         )
+
+    def _prompt_share(self) -> float:
+        """Return the tokens of prompts per token that is answered."""
+        assert self._at is not None
+        seen = self._prompt_tokens / self._answered
+        if not self._promised:
+            return seen
+        first, last = _BELIEVED_S
+        weight = min(1.0, max(0.0, (self._at - self._began_at - first) / (last - first)))
+        return weight * seen + (1.0 - weight) * self._prompt_tokens / self._promised
+
+
+def _promised(done: StepDone) -> float:
+    """Return the tokens that may be answered to the parts of prompts in a step."""
+    promised = 0.0
+    for request, part in zip(done.step.requests, done.step.slices, strict=True):
+        if part.num_tokens > 1:
+            assert request.ticket.limits is not None
+            share = part.num_tokens / request.num_prompt_tokens
+            promised += share * request.ticket.limits.max_new_tokens
+    return promised

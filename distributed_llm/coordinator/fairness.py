@@ -1,4 +1,4 @@
-"""Whose request is next: fair among clients by the service they got. Pure.
+"""Whose request is next, and whose prompt is read: fair among clients. Pure.
 
 The virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., 2024): every
 client has a counter of the tokens it was served, and the next request is one of the client with the
@@ -7,10 +7,13 @@ wait stands, so that idling earns nothing. Within a client the oldest request is
 """
 
 import heapq
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
+
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.requests import Request
 
 _SLACK = 16
 """Entries of what is gone that a heap may hold beside as many as it has live ones."""
@@ -199,3 +202,23 @@ class FairQueue(Generic[T]):
             assert (account.key is None) == (account.number not in entries)
             if live:
                 assert entries[account.number] <= (account.counter, min(live)[0], account.number)
+
+
+def shared_out(prompts: Iterable[Request], budget: int) -> Iterator[tuple[Request, int]]:
+    """Yield how many tokens of each prompt to compute: the same for all clients that want as many.
+
+    Within a client the oldest is first. What a client does not need is left to the others.
+    """
+    clients: dict[PeerId, list[Request]] = {}
+    for request in prompts:
+        clients.setdefault(request.ticket.key[0], []).append(request)
+    wanted = {peer: sum(r.num_unscheduled_tokens for r in own) for peer, own in clients.items()}
+    for at, peer in enumerate(sorted(clients, key=wanted.__getitem__)):
+        share = -(-budget // (len(clients) - at))
+        for request in clients[peer]:
+            size = min(request.num_unscheduled_tokens, share)
+            if size <= 0:
+                break
+            share -= size
+            budget -= size
+            yield request, size

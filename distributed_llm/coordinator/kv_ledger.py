@@ -247,6 +247,13 @@ class KVLedger:
         self._tolerated = self._used
         return fits
 
+    def trim(self, cached_tokens: int) -> None:
+        """Free prefixes of ended sequences until they take no more than so many positions."""
+        for sequence_id in [i for i in self._ended if not self._held[i].pins]:
+            if self.cached_tokens <= cached_tokens:
+                return
+            self._free(sequence_id)
+
     def discard(self, sequence_id: int) -> None:
         """Keep a sequence no longer as a prefix, if it is kept as one: a stage has lost it."""
         held = self._held.get(sequence_id)

@@ -1,6 +1,7 @@
 """How fast workers and links are, as far as it was measured. Pure."""
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
@@ -17,6 +18,8 @@ from distributed_llm.coordinator.scheduler import Step
 from distributed_llm.coordinator.worker_costs import Prior, Work, WorkerCosts
 
 _HALF_LIFE_S = 30.0
+_PROBES = 3
+"""Latest probes of a machine of which the median counts."""
 
 
 class Measurements:
@@ -33,6 +36,7 @@ class Measurements:
         self._item_bytes = item_bytes
         self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
         self._costs: dict[WorkerId, WorkerCosts] = {}
+        self._probes: dict[WorkerId, _Probes] = {}  # since the last task of each
         self._weights: dict[LayerRange, float] = {}  # of ranges, in layers of mean size
         self._network = Network(bytes_per_token)
         self._overhead = Mean(_HALF_LIFE_S)  # of a step, beside stages and hops
@@ -40,11 +44,26 @@ class Measurements:
     def joined(self, worker: WorkerId, found: Capabilities) -> None:
         """A worker is there, of which nothing is known but what its probe found."""
         prior = Prior.of(found, self._cost, self._item_bytes)
-        self._costs[worker] = WorkerCosts(prior)
+        self._probes[worker] = _Probes(WorkerCosts(prior))
+        self._costs[worker] = self._probes[worker].add(prior)
+
+    def remeasured(self, worker: WorkerId, found: Capabilities) -> None:
+        """A worker without layers has probed its machine again.
+
+        The first probe after its last task is what its measured costs go with. What later ones find
+        more or less than that, they change by; when tasks come again they tell for themselves.
+        """
+        if worker not in self._costs:
+            return
+        if worker not in self._probes:
+            self._probes[worker] = _Probes(self._costs[worker])
+        prior = Prior.of(found, self._cost, self._item_bytes)
+        self._costs[worker] = self._probes[worker].add(prior)
 
     def left(self, worker: WorkerId) -> None:
         """A worker is gone."""
         self._costs.pop(worker, None)
+        self._probes.pop(worker, None)
         self._network.forget(worker)
 
     def observe(self, seats: Sequence[Seat], done: StepDone, *, now: float) -> None:
@@ -57,6 +76,7 @@ class Measurements:
         for seat, timing in zip(seats, done.timings, strict=True):
             costs = self._costs.get(seat.worker)
             if costs is not None:
+                self._probes.pop(seat.worker, None)
                 costs.observe(
                     work,
                     decodes=done.step.decodes,
@@ -101,6 +121,34 @@ class Measurements:
             weight = sum(self._cost.layer_bytes[layers.start : layers.stop]) / self._mean_bytes
             self._weights[layers] = weight
         return weight
+
+
+class _Probes:
+    """What probes of an idle machine found, one after another.
+
+    Args:
+        costs: of the worker, from the tasks that it did before.
+    """
+
+    def __init__(self, costs: WorkerCosts) -> None:
+        self._costs = costs
+        self._first_s: float | None = None
+        self._latest: deque[Prior] = deque(maxlen=_PROBES)
+
+    def add(self, prior: Prior) -> WorkerCosts:
+        """Return what the worker is expected to take now."""
+        self._latest.append(prior)
+        usual = sorted(self._latest, key=_token_s)[len(self._latest) // 2]  # of two the slower
+        if not self._costs.measured:
+            return WorkerCosts(usual)
+        if self._first_s is None:
+            self._first_s = _token_s(prior)
+        return self._costs.rescaled(_token_s(usual) / self._first_s)
+
+
+def _token_s(prior: Prior) -> float:
+    """Return what a layer takes for one token."""
+    return prior.layer_s + prior.token_s
 
 
 def work_of(step: Step) -> Work:

@@ -8,6 +8,7 @@ from distributed_llm.common.messages import (
     Heartbeat,
     Pong,
     Refused,
+    Remeasured,
     Welcome,
     WorkerHello,
 )
@@ -122,6 +123,12 @@ class Membership:
         if hung and not self._placement.hangs(worker):
             self._placement.replan_at = now + self._settings.settle_s
         return [pong]
+
+    def remeasured(self, worker: Worker, found: Remeasured) -> list[Action]:
+        """A worker without layers tells how fast its machine is now."""
+        worker.remeasured(found)
+        self._measurements.remeasured(worker.id, worker.capabilities)
+        return []
 
     def give_up(self, peer: PeerId, why: str, *, now: float) -> list[Action]:
         """End the session of a worker that is there, but of no use."""

@@ -74,6 +74,7 @@ class Move:
 
     Attributes:
         transfers: of KV cache.
+        phase_at: since when it is in its phase, clock seconds.
         held_at: since when no steps begin, clock seconds; None before that.
     """
 
@@ -99,7 +100,7 @@ class Move:
         self._link_key = link_key
         self._copy_limit_s = _COPY_S + _PATIENCE * copy_s
         self._waits_for: set[PeerId] = set()
-        self._phase_at = now
+        self.phase_at = now
 
     def concerns(self, peer: PeerId) -> bool:
         """Return whether a worker has a part in it."""
@@ -109,7 +110,7 @@ class Move:
         """Return when the phase has taken too long, clock seconds."""
         copying = self.phase == "copying"
         limit_s = self._copy_limit_s if copying else _LIMITS_S.get(self.phase)
-        return None if limit_s is None else self._phase_at + limit_s
+        return None if limit_s is None else self.phase_at + limit_s
 
     def loaded(self, *, now: float) -> list[Send]:
         """All new stages have their layers: copy what they need, or let the steps end."""
@@ -181,7 +182,7 @@ class Move:
     def _enter(
         self, phase: Literal["copying", "draining", "handing_over"], now: float, waits: set[PeerId]
     ) -> None:
-        self.phase, self._phase_at, self._waits_for = phase, now, waits
+        self.phase, self.phase_at, self._waits_for = phase, now, waits
 
     def _sent_by(self, peer: PeerId) -> tuple[KVTransfer, ...]:
         return tuple(

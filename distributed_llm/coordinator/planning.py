@@ -44,6 +44,11 @@ class Planning:
         self._least = min(settings.min_kv_tokens, model.defaults.context_length)
 
     @property
+    def least_kv_tokens(self) -> int:
+        """Positions of KV cache without which nothing is served."""
+        return self._least
+
+    @property
     def goal(self) -> Goal:
         """What is planned for while nothing was asked: several requests, unless one counts."""
         return "throughput" if self._settings.objective == "auto" else self._settings.objective

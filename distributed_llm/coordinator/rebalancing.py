@@ -69,8 +69,8 @@ class Rebalancing:
         self._journal = journal
         self._surveyed: Survey | None = None  # findings are awaited
         self._looked_at: dict[int, float] = {}  # clock seconds, by epoch
-        self._advised_at = 0.0
-        self._advised: frozenset[WorkerId] = frozenset()
+        self._advised: dict[int, tuple[frozenset[WorkerId], float]] = {}  # and when, by epoch
+        self._rates: dict[int, float] = {}  # tokens per second that are expected, by epoch
         self._next_at: float | None = None
         self.advice: Mapping[WorkerId, Advice] = {}
 
@@ -95,8 +95,7 @@ class Rebalancing:
         patience_s = _PATIENCE_S * (2.0 ** min(self._relocation.failures, 6) - 1.0)
         if self._surveyed or self._relocation.move or now < self._relocation.undone_at + patience_s:
             return []
-        epochs = {replica.epoch for replica in serving}
-        self._looked_at = {e: at for e, at in self._looked_at.items() if e in epochs}
+        self._forget({replica.epoch for replica in serving})
         replica = min(serving, key=lambda r: self._looked_at.get(r.epoch, 0.0))
         self._looked_at[replica.epoch] = now
         survey = self._survey(replica, now)
@@ -104,6 +103,12 @@ class Rebalancing:
             return []
         self._surveyed = survey
         return [Study(survey)]
+
+    def _forget(self, epochs: set[int]) -> None:
+        """Keep what is known of these plans only."""
+        self._looked_at = {e: at for e, at in self._looked_at.items() if e in epochs}
+        self._advised = {e: found for e, found in self._advised.items() if e in epochs}
+        self._rates = {e: found for e, found in self._rates.items() if e in epochs}
 
     def _survey(self, replica: Replica, now: float) -> Survey | None:
         """Return what to find out about a pipeline; None if nothing has changed."""
@@ -115,11 +120,12 @@ class Rebalancing:
         idle = ranked_by_speed(self._measurements.machines(idle), idle)[:_MAX_IDLE]
         demand = replica.demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
-        advise = self._advised != everybody or now >= self._advised_at + _ADVISE_EVERY_S
-        if demand is None and not idle and self._advised == everybody:
+        advised, advised_at = self._advised.get(replica.epoch, (frozenset(), 0.0))
+        if demand is None and not idle and advised == everybody:
             return None
+        advise = advised != everybody or now >= advised_at + _ADVISE_EVERY_S
         if advise:
-            self._advised, self._advised_at = everybody, now
+            self._advised[replica.epoch] = everybody, now
         fit = [w for w in workers if not self._placement.hangs(w)]
         used = replica.scheduler.kv_tokens_used if replica.scheduler else 0
         return Survey(
@@ -132,6 +138,10 @@ class Rebalancing:
             goal=self._planning.goal if demand is None else self._settings.objective,
             kv_tokens=max(used, self._planning.kv_tokens([*fit, *idle])),
             extra_kv_tokens=self._planning.kv_tokens(idle),
+            least_kv_tokens=self._planning.least_kv_tokens,
+            beside_tokens_per_s=sum(
+                found for epoch, found in self._rates.items() if epoch != replica.epoch
+            ),
             advise=advise,
         )
 
@@ -140,8 +150,10 @@ class Rebalancing:
     def studied(self, findings: Findings, *, now: float) -> list[Action]:
         """Act on what a survey has found."""
         survey, self._surveyed = findings.survey, None
-        if findings.advice:
-            self.advice = findings.advice
+        there = {worker.id for worker in self._registry.workers}
+        advice = {**self.advice, **findings.advice}
+        self.advice = {worker: one for worker, one in advice.items() if worker in there}
+        self._rates[survey.epoch] = merit(survey.goal, findings.now)
         replica = next((r for r in self._placement.replicas if r.epoch == survey.epoch), None)
         if replica is None or replica.pipeline is None or self._relocation.move:
             return []
@@ -181,12 +193,12 @@ class Rebalancing:
             return False
         if wanted != "auto":
             return True
-        now, also = 1 / findings.now.partition.slowest_s, 1 / extra.partition.slowest_s
+        now, also = findings.now.full_tokens_per_s, extra.full_tokens_per_s
         if also < _HELPFUL * now:
             return False
         if survey.goal == "latency":
             return True
-        longer = 1 / findings.best.partition.slowest_s if findings.best else 0.0
+        longer = findings.best.full_tokens_per_s if findings.best else 0.0
         return now + also >= _AS_GOOD * longer
 
     def _found(self, forecast: Forecast) -> list[Worker]:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
+import msgspec
+
+from distributed_llm.common.messages import (
+    Capabilities,
+    Heartbeat,
+    Remeasured,
+    WorkerHello,
+    WorkerStatus,
+)
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.advice import Advice
 
@@ -89,6 +97,14 @@ class Worker:
         """It has loaded layers, of which `added_bytes` were read."""
         if added_bytes and load_s:
             self.bytes_per_s = added_bytes / load_s
+
+    def remeasured(self, found: Remeasured) -> None:
+        """It has measured its machine again."""
+        self.capabilities = msgspec.structs.replace(
+            self.capabilities,
+            memory_bandwidth_bytes_per_s=found.memory_bandwidth_bytes_per_s,
+            flops_per_s=found.flops_per_s,
+        )
 
     def count_task(self, compute_s: float, decode_tokens: int) -> None:
         """Count a task that took `compute_s`; `decode_tokens` is 0 if it held part of a prompt."""

@@ -6,7 +6,7 @@ A move that fails in any phase is undone, and the pipeline goes on as it was.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distributed_llm.common.messages import KVFailed, StageFailed, StageReady
+from distributed_llm.common.messages import KVCopied, KVFailed, StageFailed, StageReady
 from distributed_llm.common.types import KV_BLOCK, LayerRange, WorkerId
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.journal import Journal
@@ -31,6 +31,15 @@ _STALL_S = 0.3
 
 _CHUNK = 128
 
+_COPY_BYTES_PER_S = 30e6
+"""At which KV cache is expected to be copied, between tasks, before any was."""
+
+_TELLING_BYTES = 1 << 20
+"""Of KV cache; how long fewer take says nothing."""
+
+_KEPT_S = 2.0
+"""Prefixes kept for later go along if copying them takes no longer; the oldest ones go first."""
+
 
 @dataclass(frozen=True)
 class Price:
@@ -40,6 +49,7 @@ class Price:
         standstill_s: how long requests stand still, or lose as much by being slower for longer.
         copies: whether it is cheaper to copy the KV cache than to compute it again.
         copy_s: how long copying it takes.
+        cached_tokens: of prefixes kept for later that go along.
         kv_tokens: positions of KV cache that there is room for beside old and new layers; None if
             workers cannot hold both, so that the new ones have to be loaded after the old ones go.
     """
@@ -47,6 +57,7 @@ class Price:
     standstill_s: float
     copies: bool
     copy_s: float
+    cached_tokens: int
     kv_tokens: int | None
 
 
@@ -84,6 +95,7 @@ class Relocation:
         self.stall_s = 0.0
         self.failures = 0
         self.undone_at = 0.0
+        self._copied_bytes_per_s: float | None = None
 
     # -------------------------------------------------------------- what it would cost
 
@@ -105,13 +117,16 @@ class Relocation:
         transfers = transfers_between(old.seats, seats)
         apart = any((t.sender.worker, t.receiver.worker) in self._apart for t in transfers)
         most = max((len(t.layers) for t in transfers), default=0)
-        copy_s = most * tokens * self._cost.kv_bytes_per_token / self._measurements.bytes_per_s
+        token_s = most * self._cost.kv_bytes_per_token / self._copy_bytes_per_s
+        cached = old.scheduler.kv_tokens_cached if old.scheduler else 0
+        cached = min(cached, int(_KEPT_S / token_s)) if token_s else cached
+        copy_s = (tokens + cached) * token_s
         again_s = self._compute_again_s(seats, tokens)
         copies = not apart and _SHARE * copy_s <= again_s + 1.0
         if room < tokens or room < KV_BLOCK:
-            return Price(load_s + again_s, copies=False, copy_s=copy_s, kv_tokens=None)
+            return Price(load_s + again_s, False, copy_s, cached, kv_tokens=None)
         moving_s = _SHARE * (load_s + copy_s) if copies else _SHARE * load_s + again_s
-        return Price((self.stall_s or _STALL_S) + moving_s, copies, copy_s, room)
+        return Price((self.stall_s or _STALL_S) + moving_s, copies, copy_s, cached, room)
 
     def _added_bytes(self, before: LayerRange | None, after: LayerRange) -> int:
         """Return the weights that a worker reads to have other layers."""
@@ -141,6 +156,7 @@ class Relocation:
         assert self.move is None
         assert price.kv_tokens is not None
         assert old.scheduler is not None
+        old.scheduler.trim(price.cached_tokens)
         old.scheduler.resize(price.kv_tokens)
         copies = price.copies
         before = layers_text(old)
@@ -175,10 +191,20 @@ class Relocation:
             return None
         return self.cancel(f"{worker.id} cannot load its layers: {failed.message}", now=now)
 
-    def copied(self, worker: Worker, epoch: int, *, now: float) -> list[Action]:
+    def copied(self, worker: Worker, said: KVCopied, *, now: float) -> list[Action]:
         """Take it that a worker has sent its KV cache."""
-        move = self._of_epoch(epoch)
-        return [*move.copied(worker.peer, now=now)] if move else []
+        move = self._of_epoch(said.epoch)
+        if move is None or move.phase != "copying":
+            return []
+        if said.bytes_sent >= _TELLING_BYTES and now > move.phase_at:
+            self._copied_bytes_per_s = said.bytes_sent / (now - move.phase_at)
+        return [*move.copied(worker.peer, now=now)]
+
+    @property
+    def _copy_bytes_per_s(self) -> float:
+        """What a worker sends of its KV cache while it serves, as seen last, or else at most."""
+        measured = self._measurements.bytes_per_s
+        return min(measured, self._copied_bytes_per_s or _COPY_BYTES_PER_S)
 
     def took_over(self, worker: Worker, epoch: int) -> list[Action]:
         """Take it that a stage has its KV cache."""
@@ -191,9 +217,11 @@ class Relocation:
         """Take it that the KV cache cannot go along."""
         if self._of_epoch(failed.epoch) is None:
             return []
-        if failed.worker:
+        actions = self.cancel(f"{worker.id}: {failed.message}", now=now)
+        if failed.worker:  # the next move between these two goes without
             self._apart.add((worker.id, WorkerId(failed.worker)))
-        return self.cancel(f"{worker.id}: {failed.message}", now=now)
+            self.failures -= 1
+        return actions
 
     def loading(self, epoch: int) -> Replica | None:
         """Return the pipeline that is loading, if it has this epoch."""
@@ -232,7 +260,8 @@ class Relocation:
         self.stall_s = now - (now if move.held_at is None else move.held_at)
         text = (
             f"plan {move.new.epoch} is served: layers moved in {now - move.began_at:.1f} s, "
-            f"steps stood still for {1000 * self.stall_s:.0f} ms"
+            f"steps stood still for {1000 * self.stall_s:.0f} ms, of which "
+            f"{1000 * (now - move.phase_at):.0f} ms to hand over"
         )
         return [*actions, *self._placement.swap(move), self._journal.note(text)]
 

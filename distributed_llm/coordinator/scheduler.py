@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
-from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.fairness import shared_out
 from distributed_llm.coordinator.kv_ledger import KVLedger, Match, common_prefix
 from distributed_llm.coordinator.requests import Phase, Request
 
@@ -203,6 +203,11 @@ class Scheduler:
         self.on_change()
         return self._ledger.resize(kv_tokens)
 
+    def trim(self, cached_tokens: int) -> None:
+        """Keep no more than so many positions of prefixes for later, those used last."""
+        self._ledger.trim(cached_tokens)
+        self.on_change()
+
     def _open(self, request: Request) -> bool:
         """Give a request room for all tokens that it has, and for the next one."""
         sequence_id, length = self._new_sequence_id(), len(request.token_ids) + 1
@@ -321,7 +326,7 @@ class Scheduler:
                 budget -= 1
                 room -= request.sampling_bytes
                 yield request, self._slice(request, 1)
-        for request, size in _shared_out(unread if prompts else [], budget):
+        for request, size in shared_out(unread if prompts else [], budget):
             if count >= MAX_SLICES or room < request.sampling_bytes:
                 return
             if request.sequence_id is None:
@@ -431,26 +436,6 @@ class Scheduler:
             leader = request.waits_for
             assert leader is None or leader.number in self._running
             assert leader is None or request in self._followers[leader]
-
-
-def _shared_out(prompts: Iterable[Request], budget: int) -> Iterator[tuple[Request, int]]:
-    """Yield how many tokens of each prompt to compute: the same for all clients that want as many.
-
-    Within a client the oldest is first. What a client does not need is left to the others.
-    """
-    clients: dict[PeerId, list[Request]] = {}
-    for request in prompts:
-        clients.setdefault(request.ticket.key[0], []).append(request)
-    wanted = {peer: sum(r.num_unscheduled_tokens for r in own) for peer, own in clients.items()}
-    for at, peer in enumerate(sorted(clients, key=wanted.__getitem__)):
-        share = -(-budget // (len(clients) - at))
-        for request in clients[peer]:
-            size = min(request.num_unscheduled_tokens, share)
-            if size <= 0:
-                break
-            share -= size
-            budget -= size
-            yield request, size
 
 
 def _missing(request: Request) -> int:

@@ -34,6 +34,8 @@ class Survey:
         demand: what is asked of it.
         kv_tokens: positions of KV cache that a plan must have room for.
         extra_kv_tokens: likewise a plan of those that have no layers.
+        least_kv_tokens: with which it would do, if need be.
+        beside_tokens_per_s: what other pipelines give, which serve the model too.
         advise: whether to tell of every worker if it helps.
     """
 
@@ -46,6 +48,8 @@ class Survey:
     goal: Goal
     kv_tokens: int
     extra_kv_tokens: int
+    least_kv_tokens: int
+    beside_tokens_per_s: float
     advise: bool
 
     def carry_out(self) -> "Findings":
@@ -57,7 +61,13 @@ class Survey:
         advice = None
         if self.advise:
             advice = advise(
-                self.cost, self.machines, self.demand, goal=self.goal, kv_tokens=self.kv_tokens
+                self.cost,
+                self.machines,
+                self.demand,
+                goal=self.goal,
+                kv_tokens=self.kv_tokens,
+                least_kv_tokens=self.least_kv_tokens,
+                beside_tokens_per_s=self.beside_tokens_per_s,
             )
         return Findings(
             self,

@@ -11,6 +11,7 @@ scale means little, its shape more: as long as all steps have one size, other si
 proportion to it. Noise is taken to be in proportion to the time.
 """
 
+import copy
 from collections import deque
 from dataclasses import dataclass
 from math import sqrt
@@ -54,6 +55,9 @@ _LATEST = 64
 
 _TASK_S = 0.0005
 """What a task is taken to cost beside layers and head where that was not measured."""
+
+_IDLE_TASKS = 4.0
+"""Tasks to come that count as much as all that was measured before the machine was idle."""
 
 _QUERIES = 4
 """Query heads that share a KV head: 1 to 8, where models differ."""
@@ -205,7 +209,7 @@ class _Fit:
 
     def _begin(self, scale: float) -> None:
         self.measured = True
-        self._rescale(scale)
+        self.rescale(scale)
         square = scale * scale
         a, b, c = self._doubts
         self._wander(_ANY_SCALE, (square * a, square * b, square * c))
@@ -276,12 +280,13 @@ class _Fit:
         self._run.append(seconds / max(expected, _LEAST_S))
         if len(self._run) == _IN_A_ROW:
             self._found, self._covariance = self._before
-            self._rescale(median(self._run))
+            self.rescale(median(self._run))
             self.doubt(_IN_A_ROW - 1)
-            self._run = []
             self.changed = True
 
-    def _rescale(self, factor: float) -> None:
+    def rescale(self, factor: float) -> None:
+        """Let all take so many times as long."""
+        self._run = []
         a, b, c = self._found
         self._found = (factor * a, factor * b, factor * c)
         v00, v01, v02, v11, v12, v22 = self._covariance
@@ -393,6 +398,19 @@ class WorkerCosts:
         if layer_s is not None and beside_s is not None:
             taken_s = max(layers_s + other_s, _LEAST_S)
             self._errors.append(abs(layers * layer_s + beside_s - taken_s) / taken_s)
+
+    def rescaled(self, factor: float) -> "WorkerCosts":
+        """Return what it takes once its machine is so many times slower than it was.
+
+        The first tasks after that soon count more. What was not measured stays as it is.
+        """
+        changed = copy.deepcopy(self)
+        for pair in (changed._layers, changed._tasks, changed._lasts):
+            for fit in pair.values():
+                if fit.measured:
+                    fit.rescale(factor)
+                    fit.doubt(_IDLE_TASKS)
+        return changed
 
     def layer_s(self, work: Work, *, decodes: bool, scale: float = 1.0) -> float:
         """Return the seconds of one layer of mean size.

@@ -6,6 +6,9 @@ What was asked for in one session is never answered in another: the coordinator 
 What arrives before the welcome, or after the connection was given up, is of no session. What it
 does in a session is decided in `stages`.
 
+While it has no layers it measures its machine again now and then: nobody else would notice that
+it has become faster. The first time is right after it lost them, to compare with.
+
 Told to end while it serves, it says so and serves on, so that others can take its layers over;
 until it may leave, or that has taken too long, or it is told again.
 """
@@ -42,6 +45,7 @@ from distributed_llm.worker.events import (
     Inherit,
     Load,
     Log,
+    Probe,
     Received,
     Reconnect,
     Run,
@@ -60,6 +64,7 @@ from distributed_llm.worker.stages import Stages
 
 _GREETING_TIMEOUT_S = 4.0
 _WARN_EVERY_S = 1.0
+_PROBE_EVERY_S = 10.0
 
 
 class Agent:
@@ -99,6 +104,7 @@ class Agent:
         self._silence_timeout_s = 0.0
         self._heard_at = now
         self._beat_at = now
+        self._probe_at = now  # while it has no layers
         self._warned_at = -math.inf
         self._connect_by: float | None = now + connect_timeout_s
         self._leave_by = math.inf
@@ -109,7 +115,7 @@ class Agent:
         """The newest epoch that was ordered or dropped in this session."""
         return self._stages.newest
 
-    def is_void(self, order: Load | Run | Export | Import | Inherit) -> bool:
+    def is_void(self, order: Load | Run | Export | Import | Inherit | Probe) -> bool:
         """Return whether nobody waits for this any more; may be called from any thread."""
         return self._stages.is_void(order)
 
@@ -146,7 +152,9 @@ class Agent:
         """Return when `on_timer` is next due, clock seconds, or None."""
         if self._state == "joined":
             silent_at = self._heard_at + self._silence_timeout_s
-            return min(self._beat_at, silent_at, self._leave_by, self._stages.next_deadline())
+            probe_at = math.inf if self._stages.epochs else self._probe_at
+            stages_at = self._stages.next_deadline()
+            return min(self._beat_at, silent_at, self._leave_by, stages_at, probe_at)
         if self._state == "greeting":
             silent_at = self._heard_at + _GREETING_TIMEOUT_S
             return silent_at if self._connect_by is None else min(silent_at, self._connect_by)
@@ -170,6 +178,9 @@ class Agent:
         if self._beat_at <= now:
             self._beat_at = now + self._heartbeat_interval_s
             actions.append(Beat(self._stages.epochs))
+        if self._probe_at <= now and not self._stages.epochs:
+            self._probe_at = now + _PROBE_EVERY_S
+            actions.append(Probe(self._session))
         return actions
 
     # -------------------------------------------------------------- the session
@@ -195,7 +206,11 @@ class Agent:
             case Pong():
                 return []
             case message:
-                return self._stages.obey(message, event.frames, now)
+                held = self._stages.epochs
+                actions = self._stages.obey(message, event.frames, now)
+                if held and not self._stages.epochs:
+                    self._probe_at = now
+                return actions
 
     def _join(self, welcome: Welcome, now: float) -> list[Action]:
         self._state, self._connect_by = "joined", None
@@ -203,6 +218,7 @@ class Agent:
         self._heartbeat_interval_s = welcome.heartbeat_interval_s
         self._silence_timeout_s = welcome.silence_timeout_s
         self._beat_at = now
+        self._probe_at = now + _PROBE_EVERY_S
         return [Log(f"joined {self._address} as {welcome.worker_id}")]
 
     def _leave_session(self, why: str) -> list[Action]:

@@ -31,6 +31,7 @@ from distributed_llm.worker.events import (
     Load,
     Loaded,
     LoadFailed,
+    Probe,
     Release,
     Run,
     Serve,
@@ -52,6 +53,7 @@ from distributed_llm.worker.loading import (
     same_layers,
     use_threads,
 )
+from distributed_llm.worker.probe import remeasure
 from distributed_llm.worker.stage import (
     MissingPositionsError,
     ReleasedSequence,
@@ -63,8 +65,8 @@ from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_
 logger = logging.getLogger(__name__)
 
 HandOver = Export | Import | Inherit
-Order = Load | Run | Release | Drop | Serve | Unload | HandOver
-Voidable = Load | Run | HandOver
+Order = Load | Run | Release | Drop | Serve | Unload | HandOver | Probe
+Voidable = Load | Run | HandOver | Probe
 
 
 @dataclass
@@ -187,6 +189,8 @@ class Engine:
                 self._drop()
             case Export() | Import() | Inherit():
                 self._hand_over(order)
+            case Probe() if self._loader is None and not self._is_void(order):
+                self._post(remeasure(order, self._capabilities, slowdown=self.slowdown))
         kv_bytes = self._served.stage.kv_bytes if self._served else 0
         self.vitals.kv_bytes = kv_bytes + (self._beside.imported_bytes if self._beside else 0)
 

@@ -15,6 +15,7 @@ from distributed_llm.common.messages import (
     LinkReport,
     LoadStage,
     MissingPositions,
+    Remeasured,
     StageFailed,
     StageReady,
     Task,
@@ -112,6 +113,13 @@ class Inherit:
 
     session: int
     epoch: int
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Action: measure again how fast this machine is; answered by `Probed`."""
+
+    session: int
 
 
 # ------------------------------------------------------------------ events: the coordinator
@@ -240,6 +248,15 @@ class HandOverFailed:
     error: DistributedLLMError
 
 
+@dataclass(frozen=True)
+class Probed:
+    """Event: this machine was measured again."""
+
+    session: int
+    memory_bandwidth_bytes_per_s: float
+    flops_per_s: float
+
+
 Event = (
     LinkEvent
     | Connected
@@ -255,6 +272,7 @@ Event = (
     | Imported
     | Inherited
     | HandOverFailed
+    | Probed
 )
 
 
@@ -272,6 +290,7 @@ class Say:
         | TaskResult
         | TaskFailed
         | LinkReport
+        | Remeasured
         | KVCopied
         | TookOver
         | KVFailed
@@ -332,6 +351,7 @@ Action = (
     | Export
     | Import
     | Inherit
+    | Probe
     | Reconnect
     | Log
     | End

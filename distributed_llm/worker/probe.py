@@ -5,6 +5,7 @@ operations that of prefill.
 """
 
 import ctypes
+import functools
 import os
 import platform
 import statistics
@@ -18,6 +19,7 @@ import torch
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities
+from distributed_llm.worker.events import Probe, Probed
 
 _USABLE_SHARE = 0.8
 _LABEL_CHARS = 256
@@ -27,6 +29,7 @@ _READ_SHAPE = {"cpu": (4096, 8192), "cuda": (16384, 8192), "mps": (8192, 8192)} 
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
 _TRIAL_SIZE = 256
 _BUDGET_S = 0.06
+_SHORT_BUDGET_S = 0.01
 _MAX_ROUNDS = 25
 
 
@@ -46,12 +49,7 @@ def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capab
         raise ConfigError(f"threads = {threads}; it must be between 1 and {_MAX_THREADS}.")
     found = resolve_device(device)
     memory_bytes = _budget(found, max_memory_bytes)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        bandwidth, flops = _bandwidth(found), _flops(found)
-    finally:
-        torch.set_num_threads(before)
+    bandwidth, flops = _speeds(found, threads, _READ_SHAPE[found.type], _BUDGET_S)
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return Capabilities(
@@ -64,6 +62,22 @@ def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capab
         memory_bandwidth_bytes_per_s=bandwidth,
         flops_per_s=flops,
     )
+
+
+def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> Probed:
+    """Return how fast this machine is now; takes about 0.05 s and half the memory of `measure`.
+
+    Args:
+        capabilities: what `measure` found, with the device and threads to measure with.
+        slowdown: how many times slower to look.
+    """
+    device = torch.device(capabilities.device)
+    rows, columns = _READ_SHAPE[device.type]
+    shape = rows // 2, columns
+    bandwidth, flops = _speeds(device, capabilities.threads, shape, _SHORT_BUDGET_S)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what others on this GPU may use
+    return Probed(order.session, bandwidth / slowdown, flops / slowdown)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -176,36 +190,59 @@ def _reclaimable(folder: Path) -> int:
 # ------------------------------------------------------------------ speed
 
 
-def _bandwidth(device: torch.device) -> float:
+def _speeds(
+    device: torch.device, threads: int, shape: tuple[int, int], budget_s: float
+) -> tuple[float, float]:
+    """Return bytes and operations per second with so many threads.
+
+    Args:
+        shape: of the matrix to read.
+        budget_s: for each, beside the first two rounds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _bandwidth(device, shape, budget_s), _flops(device, budget_s)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bandwidth(device: torch.device, shape: tuple[int, int], budget_s: float) -> float:
     """Return bytes per second of reading a matrix that no cache holds, as decoding does."""
-    rows, columns = _READ_SHAPE[device.type]
+    rows, columns = shape
     matrix = torch.ones(rows, columns, dtype=torch.float32, device=device)
     vector = torch.ones(columns, dtype=torch.float32, device=device)
-    seconds = _median_seconds(device, lambda: torch.mv(matrix, vector))
+    seconds = _median_seconds(device, lambda: torch.mv(matrix, vector), budget_s)
     return matrix.numel() * matrix.element_size() / seconds
 
 
-def _flops(device: torch.device) -> float:
-    """Return operations per second of multiplying matrices, in the faster of two dtypes.
-
-    CPUs differ: some have units for bfloat16, on others it is emulated and slow.
-    """
-    half = torch.float16 if device.type == "mps" else torch.bfloat16
-    trials = {kind: _matmul_seconds(device, kind, _TRIAL_SIZE) for kind in (torch.float32, half)}
+def _flops(device: torch.device, budget_s: float) -> float:
+    """Return operations per second of multiplying matrices, in the faster of two dtypes."""
     size = _MATMUL_SIZE[device.type]
-    return 2.0 * size**3 / _matmul_seconds(device, min(trials, key=lambda k: trials[k]), size)
+    return 2.0 * size**3 / _matmul_seconds(device, _faster_dtype(device), size, budget_s)
 
 
-def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int) -> float:
+@functools.cache  # a matter of the hardware; two noisy trials might differ
+def _faster_dtype(device: torch.device) -> torch.dtype:
+    """Return it: some CPUs have units for bfloat16, on others it is emulated and slow."""
+    half = torch.float16 if device.type == "mps" else torch.bfloat16
+    trials = {
+        kind: _matmul_seconds(device, kind, _TRIAL_SIZE, _BUDGET_S)
+        for kind in (torch.float32, half)
+    }
+    return min(trials, key=lambda kind: trials[kind])
+
+
+def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int, budget_s: float) -> float:
     left = torch.ones(size, size, dtype=dtype, device=device)
-    return _median_seconds(device, lambda: left @ left)
+    return _median_seconds(device, lambda: left @ left, budget_s)
 
 
-def _median_seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Return the median time of `work` after one round of warming up, in about 0.06 s."""
+def _median_seconds(device: torch.device, work: Callable[[], object], budget_s: float) -> float:
+    """Return the median time of `work` after one round of warming up, in about `budget_s`."""
     _timed(device, work)
     rounds = [_timed(device, work)]
-    while sum(rounds) < _BUDGET_S and len(rounds) < _MAX_ROUNDS:
+    while sum(rounds) < budget_s and len(rounds) < _MAX_ROUNDS:
         rounds.append(_timed(device, work))
     return statistics.median(rounds)
 

@@ -45,6 +45,7 @@ from distributed_llm.worker.events import (
     Inherit,
     Load,
     Log,
+    Probe,
     Received,
     Reconnect,
     Release,
@@ -225,7 +226,7 @@ class Worker:
                 self._hand_on(task, frames)
             case Load() | Run() | Release() | Drop() | Serve() | Unload():
                 self._engine.put(action)
-            case Export() | Import() | Inherit():
+            case Export() | Import() | Inherit() | Probe():
                 self._engine.put(action)
             case OpenLink(link=link, addresses=addresses):
                 self._links.open(link, addresses)

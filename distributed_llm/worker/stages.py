@@ -29,6 +29,7 @@ from distributed_llm.common.messages import (
     PeerProbe,
     PeerProbed,
     ReleaseSequences,
+    Remeasured,
     StageFailed,
     StageReady,
     TakeOver,
@@ -52,6 +53,8 @@ from distributed_llm.worker.events import (
     Loaded,
     LoadFailed,
     Log,
+    Probe,
+    Probed,
     Release,
     Run,
     Say,
@@ -71,7 +74,15 @@ from distributed_llm.worker.moving import HandOver
 
 WorkMessage = LoadStage | CopyKV | TakeOver | CancelStage | DropStage | Task | ReleaseSequences
 ComputeEvent = (
-    Loaded | LoadFailed | Computed | Broke | Exported | Imported | Inherited | HandOverFailed
+    Loaded
+    | LoadFailed
+    | Computed
+    | Broke
+    | Exported
+    | Imported
+    | Inherited
+    | HandOverFailed
+    | Probed
 )
 
 
@@ -108,7 +119,7 @@ class Stages:
         """The order for the stage that is served; None if there is none, or not yet."""
         return self._served.order if self._served and self._served.loaded else None
 
-    def is_void(self, order: Load | Run | Export | Import | Inherit) -> bool:
+    def is_void(self, order: Load | Run | Export | Import | Inherit | Probe) -> bool:
         """Return whether nobody waits for this any more; may be called from any thread."""
         if order.session != self._session:
             return True
@@ -118,6 +129,8 @@ class Stages:
                 return served is None or served.epoch != task.epoch or served.is_void(task)
             case Load(order=LoadStage(epoch=epoch)):
                 return self._find(epoch) is None
+            case Probe():
+                return bool(self.epochs)
             case Import(message=KVPieces(epoch=epoch) | KVEnd(epoch=epoch)):
                 pass
             case Export(epoch=epoch) | Inherit(epoch=epoch):
@@ -340,6 +353,8 @@ class Stages:
                 if self._hand_over is None or self.is_void(event.order):
                     return []
                 return self._moved(self._hand_over, event, now)
+            case Probed(session=session):
+                return [] if self.is_void(Probe(session)) else [Say(_remeasured(event))]
             case _:
                 assert_never(event)
 
@@ -400,6 +415,13 @@ class Stages:
             if stage is not None and stage.epoch == epoch:
                 return stage
         return None
+
+
+def _remeasured(event: Probed) -> Remeasured:
+    return Remeasured(
+        memory_bandwidth_bytes_per_s=event.memory_bandwidth_bytes_per_s,
+        flops_per_s=event.flops_per_s,
+    )
 
 
 def _not_loaded(stage: HeldStage) -> str:

@@ -44,6 +44,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(
     checkpoint: Path, workers: int = 3, **settings: Any
 ) -> Iterator[tuple[LocalCluster, DistributedClient]]:
+    settings = {"strategy": "memory", **settings}
     slow = [{"slowdown": 5.0}] * workers  # or an answer is complete before the deed is done
     with (
         LocalCluster(checkpoint, slow, coordinator=settings) as cluster,
@@ -150,7 +151,9 @@ def test_a_coordinator_that_dies_is_noticed_and_its_successor_found(checkpoint: 
             list(stream)
         port = cluster.address.rpartition(":")[2]
         with LocalCluster(
-            checkpoint, workers=0, coordinator={"bind": f"127.0.0.1:{port}", "min_workers": 2}
+            checkpoint,
+            workers=0,
+            coordinator={"strategy": "memory", "bind": f"127.0.0.1:{port}", "min_workers": 2},
         ) as successor:
             successor.wait_until_serving(num_workers=2)
             answer = client.generate(PROMPT, max_new_tokens=20, details=True, **OPEN_END)

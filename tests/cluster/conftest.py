@@ -34,14 +34,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster(checkpoint: Path) -> Iterator[LocalCluster]:
     """Three workers that no test harms."""
-    with LocalCluster(checkpoint, workers=3) as cluster:
+    with LocalCluster(checkpoint, workers=3, coordinator={"strategy": "memory"}) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
 def slow_cluster(checkpoint: Path) -> Iterator[LocalCluster]:
     """Two workers with which a long answer takes many seconds."""
-    with LocalCluster(checkpoint, workers=[{"slowdown": 50.0}] * 2) as cluster:
+    workers = [{"slowdown": 50.0}] * 2
+    with LocalCluster(checkpoint, workers, coordinator={"strategy": "memory"}) as cluster:
         yield cluster
 
 

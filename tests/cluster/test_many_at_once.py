@@ -110,7 +110,9 @@ def test_small_memory_is_shared_by_giving_way(checkpoint: Path) -> None:
     prompts = [prompt(20, 20 + i) for i in range(24)]
     with (
         LocalCluster(
-            checkpoint, workers=[{"max_memory": "1MiB"}] * 2, coordinator={"min_kv_tokens": 64}
+            checkpoint,
+            workers=[{"max_memory": "1MiB"}] * 2,
+            coordinator={"strategy": "memory", "min_kv_tokens": 64},
         ) as cluster,
         DistributedClient(cluster.address) as client,
     ):

@@ -65,7 +65,7 @@ class Mute:
 @pytest.fixture(scope="module")
 def unhurried(checkpoint: Path) -> Iterator[LocalCluster]:
     """Two stages that take 40 ms for a token together, and ten seconds for a long answer."""
-    settings = {"heartbeat_interval_s": BEAT_S}
+    settings = {"strategy": "memory", "heartbeat_interval_s": BEAT_S}
     with LocalCluster(checkpoint, [{"min_task_s": 0.02}] * 2, coordinator=settings) as cluster:
         yield cluster
 

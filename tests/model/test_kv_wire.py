@@ -208,7 +208,8 @@ def test_manifests_that_make_no_sense_are_refused(data: bytes) -> None:
     spec = TensorSpec("uint8", (len(data),))
     arrived = codec.encode(KVEnd(epoch=2, layers=ALL, number=1, tensors=(spec,)), (data,))
     into, made = importer(max_bytes=1 << 22), new_cache(ALL)
-    for frames in (*MESSAGES[:-1], arrived):
+    transfer: list[Any] = [*MESSAGES[:-1], arrived]
+    for frames in transfer:
         with contextlib.suppress(KVTransferError):
             take(into, frames, into.layouts)
     with contextlib.suppress(KVTransferError):

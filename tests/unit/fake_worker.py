@@ -46,6 +46,7 @@ Order = (
     | agents.Export
     | agents.Import
     | agents.Inherit
+    | agents.Probe
 )
 
 
@@ -67,6 +68,10 @@ class SimWorker:
         task_s: time that every task takes.
         token_s: time that every token of it takes beside.
         layer_s: time that every layer of it takes beside.
+        base_s: of `layer_s`, at which a probe finds what `capabilities` has; 0 is the first
+            `layer_s` that a probe meets.
+        probe_noise: returns how many times too fast the next probe finds the machine.
+        num_probes: that were made.
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
         fail_tasks: how many of the next tasks fail.
@@ -112,6 +117,9 @@ class SimWorker:
         self._thawed: list[Callable[[], None]] = []
         self.task_s = 0.001
         self.token_s = self.layer_s = 0.0
+        self.base_s = 0.0
+        self.probe_noise: Callable[[], float] = lambda: 1.0
+        self.num_probes = 0
         self.busy_s = 0.0
         self.num_tasks = 0
         self._spoils: list[Callable[[Specs, Frames], tuple[Specs, Frames]]] = []
@@ -444,9 +452,22 @@ class SimWorker:
                 self._unload(epoch)
             case agents.Export() | agents.Import() | agents.Inherit():
                 return self._move(order)
+            case agents.Probe():
+                return self._probe(order)
             case _:
                 assert_never(order)
         return None
+
+    def _probe(self, order: agents.Probe) -> agents.Event | None:
+        if self.agent.is_void(order):
+            return None
+        self.num_probes += 1
+        self.base_s = self.base_s or self.layer_s
+        found = capabilities()
+        speed = self.probe_noise() * (self.base_s / self.layer_s if self.layer_s else 1.0)
+        return agents.Probed(
+            order.session, speed * found.memory_bandwidth_bytes_per_s, speed * found.flops_per_s
+        )
 
     def _drop(self) -> None:
         self.stage = self.beside = self._loading = None

@@ -3,8 +3,11 @@
 import pytest
 
 from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.demand import DemandMeter
 from distributed_llm.coordinator.pipeline import StepDone
+from distributed_llm.coordinator.requests import Limits, Request, Ticket
 from distributed_llm.coordinator.scheduler import Step
 
 
@@ -15,8 +18,17 @@ def step(*slices: tuple[int, int, bool]) -> StepDone:
         for i, (start, count, sample) in enumerate(slices)
     )
     tokens = tuple(range(sum(count for _, count, _ in slices)))
-    done = Step(requests=(), slices=parts, token_ids=tokens)
+    done = Step(requests=(REQUEST,) * len(parts), slices=parts, token_ids=tokens)
     return StepDone(done, [], [], (), depth=1, round_trip_s=0.1)
+
+
+def request(prompt: int, answer: int) -> Request:
+    ticket = Ticket((PeerId(b"client"), "r", 0), SamplingParams(), 0.0)
+    ticket.accept(range(prompt), Limits((Sampling(),), answer, ()), number=0)
+    return ticket.requests[0]
+
+
+REQUEST = request(80, 40)
 
 
 def test_nothing_is_known_before_a_token_is_answered() -> None:
@@ -72,3 +84,33 @@ def test_at_least_one_sequence_is_planned_for() -> None:
         meter.observe(step((9, 1, True)), decoding=0, now=float(at))
     assert meter.demand is not None
     assert meter.demand.sequences == 1.0
+
+
+def test_the_clock_may_have_run_for_long_before() -> None:
+    """Clocks count from when the machine was started."""
+    meter = DemandMeter()
+    for at in range(100):
+        meter.observe(step(*[(99, 1, True)] * 8), decoding=8, now=1e6 + at)
+    assert meter.demand is not None
+    assert meter.demand.sequences == pytest.approx(8.0)
+
+
+def test_clients_that_all_begin_at_once_are_not_taken_for_many_prompts() -> None:
+    """Eight prompts of 80 tokens, to which 40 are answered each, in the first second."""
+    meter = DemandMeter()
+    for at in range(8):
+        meter.observe(step((0, 80, True)), decoding=at, now=100.0 + 0.1 * at)
+    meter.observe(step(*[(80, 1, True)] * 8), decoding=8, now=101.0)
+    assert meter.demand is not None
+    assert meter.demand.prompt_tokens == pytest.approx(2.0)
+
+
+def test_in_the_long_run_it_counts_what_was_answered() -> None:
+    """Answers end after 10 of the 40 tokens that they may have."""
+    meter = DemandMeter()
+    for at in range(500):
+        meter.observe(step((0, 80, True)), decoding=1, now=0.1 * (10 * at))
+        for then in range(1, 10):
+            meter.observe(step((79 + then, 1, True)), decoding=1, now=0.1 * (10 * at + then))
+    assert meter.demand is not None
+    assert meter.demand.prompt_tokens == pytest.approx(8.0, rel=0.05)

@@ -30,6 +30,7 @@ from distributed_llm.common.messages import (
     NextStage,
     PeerWelcome,
     Pong,
+    Remeasured,
     SequenceSlice,
     StageReady,
     StageTime,
@@ -134,6 +135,8 @@ class Script(World):
                 self.names.add(name)
             case Heartbeat():
                 self.say(worker, Pong())
+            case Remeasured():
+                pass
             case StageReady(epoch=epoch):
                 self.told[epoch].ready.add(worker)
             case KVCopied(epoch=epoch):

@@ -3,16 +3,19 @@
 import re
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import torch
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.worker import probe
+from distributed_llm.worker.events import Probe, Probed
 
 GIB = 2**30
 
@@ -59,7 +62,7 @@ def test_threads_are_used_while_measuring_and_restored_after_a_failure(
     before = torch.get_num_threads()
     seen = []
 
-    def fail(device: torch.device) -> float:
+    def fail(*args: object) -> float:
         seen.append(torch.get_num_threads())
         raise RuntimeError("injected")
 
@@ -77,22 +80,75 @@ def test_a_number_of_threads_out_of_range(threads: int) -> None:
 
 
 def test_speeds_are_amounts_divided_by_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_median_seconds", lambda device, work: 0.5)
+    monkeypatch.setattr(probe, "_median_seconds", lambda device, work, budget_s: 0.5)
     cpu = torch.device("cpu")
-    assert probe._bandwidth(cpu) == 2 * 128 * 2**20
-    assert probe._flops(cpu) == 2 * 2 * 1024**3
+    assert probe._bandwidth(cpu, (4096, 8192), 0.1) == 2 * 128 * 2**20
+    assert probe._flops(cpu, 0.1) == 2 * 2 * 1024**3
 
 
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """No dtype was found to be the faster one, nor will be."""
+    probe._faster_dtype.cache_clear()
+    yield
+    probe._faster_dtype.cache_clear()
+
+
+@pytest.mark.usefixtures("untried")
 def test_operations_are_counted_in_the_faster_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    monkeypatch.setattr(probe, "_matmul_seconds", lambda device, dtype, size: seconds[dtype])
-    assert probe._flops(torch.device("cpu")) == 2 * 1024**3
+    monkeypatch.setattr(probe, "_matmul_seconds", lambda device, dtype, *_: seconds[dtype])
+    assert probe._flops(torch.device("cpu"), 0.1) == 2 * 1024**3
+
+
+@pytest.mark.usefixtures("untried")
+def test_the_faster_dtype_stays_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(probe, "_matmul_seconds", lambda device, dtype, *_: seconds[dtype])
+    probe._flops(torch.device("cpu"), 0.1)
+    seconds[torch.bfloat16] = 4.0
+    assert probe._flops(torch.device("cpu"), 0.1) == 2 * 1024**3 / 4
 
 
 def test_the_median_ignores_a_hiccup_and_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 0.01, 0.01, 5.0])
     monkeypatch.setattr(probe, "_timed", lambda device, work: next(times))
-    assert probe._median_seconds(torch.device("cpu"), lambda: None) == 0.01
+    assert probe._median_seconds(torch.device("cpu"), lambda: None, 0.06) == 0.01
+
+
+# ------------------------------------------------------------------ again, while it is idle
+
+
+def test_measures_this_machine_again_in_less_time() -> None:
+    found = probe.measure("cpu", threads=1, max_memory_bytes=None)
+    seconds, again = [], []
+    for _ in range(5):
+        start = time.perf_counter()
+        again.append(probe.remeasure(Probe(4), found, slowdown=1.0))
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 1  # 0.05 s on an idle machine
+    assert {each.session for each in again} == {4}
+    bandwidth = statistics.median(each.memory_bandwidth_bytes_per_s for each in again)
+    flops = statistics.median(each.flops_per_s for each in again)
+    assert 0.1 < bandwidth / found.memory_bandwidth_bytes_per_s < 10
+    assert 0.1 < flops / found.flops_per_s < 10
+
+
+def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = msgspec.structs.replace(
+        probe.measure("cpu", threads=1, max_memory_bytes=None), threads=torch.get_num_threads() + 1
+    )
+    before, seen = torch.get_num_threads(), []
+
+    def median(device: torch.device, work: object, budget_s: float) -> float:
+        seen.append((str(device), torch.get_num_threads(), budget_s))
+        return 0.5
+
+    monkeypatch.setattr(probe, "_median_seconds", median)
+    done = probe.remeasure(Probe(7), found, slowdown=4.0)
+    assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4)
+    assert seen == [("cpu", before + 1, 0.01)] * 2
+    assert torch.get_num_threads() == before
 
 
 # ------------------------------------------------------------------ devices

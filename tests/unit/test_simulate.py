@@ -7,6 +7,7 @@ import pytest
 from benchmarks.scenario import Scenario
 from benchmarks.simulate import Run, report, simulate
 from benchmarks.virtual_client import jain
+from benchmarks.virtual_cluster import VirtualCluster
 
 SMALL = Scenario(workers=4, pipelines=2, requests=24, clients=3, prompt=20, answer=8, batch=4)
 
@@ -43,6 +44,37 @@ def test_workers_may_die_and_others_come() -> None:
     run = simulate(replace(SMALL, workers=8, requests=48, lifetime_s=20.0, rejoin_s=2.0))
     assert run.cluster.deaths > 0
     assert run.cluster.seen.ended.total() == 48
+
+
+def test_layers_leave_a_worker_that_becomes_slow_while_requests_run() -> None:
+    cluster = VirtualCluster(
+        replace(
+            SMALL,
+            workers=3,
+            pipelines=1,
+            requests=400,
+            spread=0.0,
+            spare=4.0,
+            strategy="speed",
+            objective="throughput",
+        )
+    )
+    cluster.start()
+    cluster.begin_asking()
+    slow, *others = cluster.workers.values()
+    changes_at = cluster.now + 5.0
+    cluster.run(lambda: cluster.now >= changes_at, limit_s=10)
+    assert cluster.core.status(now=cluster.now).moves == 0
+    slow.slowness *= 4
+
+    def held() -> list[int]:
+        orders = (worker.served for worker in (slow, *others))
+        return [len(order.layers) if order else 0 for order in orders]
+
+    whole = cluster.scenario.num_layers
+    cluster.run(lambda: held()[0] < min(held()[1:]) and sum(held()) == whole, limit_s=20)
+    cluster.run(lambda: cluster.seen.ended.total() == 400, limit_s=1000)
+    assert dict(cluster.seen.ended) == {"finished": 400}
 
 
 def test_what_exceeds_the_queue_is_refused() -> None:

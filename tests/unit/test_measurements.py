@@ -1,0 +1,271 @@
+"""What is known of machines and links: from tasks, from reports, and from probes of idle ones."""
+
+from dataclasses import astuple
+from statistics import median
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distributed_llm.common.messages import Capabilities, LinkReport, SequenceSlice, StageTime
+from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.measurements import Measurements, work_of
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.pipeline import StepDone
+from distributed_llm.coordinator.registry import Worker
+from distributed_llm.coordinator.requests import Seat
+from distributed_llm.coordinator.scheduler import Step
+from distributed_llm.coordinator.worker_costs import Load, Prior, Work
+
+COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, kv_bytes_per_token=1000)
+ITEM_BYTES = 2
+FOUND = Capabilities(
+    device="cpu",
+    device_name="A CPU",
+    platform="none",
+    memory_bytes=10_000_000,
+    cores=2,
+    threads=2,
+    memory_bandwidth_bytes_per_s=1e9,
+    flops_per_s=1e10,
+)
+A, B = WorkerId("a"), WorkerId("b")
+SEATS = (
+    Seat(PeerId(b"a"), A, LayerRange(0, 1)),
+    Seat(PeerId(b"b"), B, LayerRange(1, 2)),
+)
+TOKEN = Work(1, 1)
+HEAVY, LIGHT = 1.5, 0.5
+"""Layers of mean size that a layer of `COST` is."""
+
+LOAD = Load(TOKEN, Work(20, 400), prefill_share=0.5)
+factors = st.floats(0.05, 20)
+
+
+def found(faster: float = 1.0, *, flops_faster: float | None = None) -> Capabilities:
+    """Return what the probe of a machine so many times faster than at the start finds."""
+    return msgspec.structs.replace(
+        FOUND,
+        memory_bandwidth_bytes_per_s=faster * FOUND.memory_bandwidth_bytes_per_s,
+        flops_per_s=(flops_faster or faster) * FOUND.flops_per_s,
+    )
+
+
+def two_workers() -> Measurements:
+    """Return what is known once both have joined."""
+    known = Measurements(COST, item_bytes=ITEM_BYTES, bytes_per_token=1000)
+    known.joined(A, found())
+    known.joined(B, found())
+    return known
+
+
+def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: float = 0.0) -> None:
+    """Have a step of one token observed, whose stages spend all their time in the layer."""
+    part = SequenceSlice(sequence_id=1, start=0, num_tokens=1, sample=True)
+    step = Step((), (part,), (7,))
+    times = tuple(
+        StageTime(compute_us=round(1e6 * s), layers_us=round(1e6 * s), queued_us=0)
+        for s in stages_s
+    )
+    done = StepDone(step, [8], [None], times, 1, took_s or sum(stages_s))
+    known.observe(SEATS, done, now=now)
+
+
+def layer_s(known: Measurements, worker: WorkerId, work: Work = TOKEN) -> float:
+    """Return what a layer of mean size takes in a step that decodes."""
+    machine = Worker(PeerId(b"?"), worker, FOUND, 0.0, "i")
+    return known.machines([machine]).costs[worker].layer_s(work, decodes=True)
+
+
+def after_tasks(seconds: float = 0.012) -> Measurements:
+    """Return what is known after tasks in which a layer of mean size takes A so long."""
+    known = two_workers()
+    for at in range(100):
+        decode(known, LIGHT * seconds, HEAVY * 0.02, now=0.1 * at)
+    assert layer_s(known, A) == pytest.approx(seconds, rel=0.01)
+    return known
+
+
+def probe(known: Measurements, *speeds: float, worker: WorkerId = A) -> None:
+    for faster in speeds:
+        known.remeasured(worker, found(faster))
+
+
+# ------------------------------------------------------------------ tasks
+
+
+def test_layers_count_by_their_size() -> None:
+    known = after_tasks(0.012)
+    assert layer_s(known, B) == pytest.approx(0.02, rel=0.01)
+    assert known.error(A) == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_worker_that_is_not_known_any_more_teaches_nothing() -> None:
+    known = after_tasks()
+    known.left(B)
+    decode(known, 0.006, 0.03)
+    assert known.error(B) is None
+    probe(known, 2.0, worker=B)
+    assert known.error(B) is None
+
+
+def test_a_worker_that_joins_again_is_a_stranger() -> None:
+    known = after_tasks()
+    known.left(A)
+    known.joined(A, found())
+    assert known.error(A) is None
+    assert layer_s(known, A) == pytest.approx(unmeasured_s(1.0))
+
+
+def test_work_is_tokens_and_the_positions_that_they_attend_to() -> None:
+    parts = (
+        SequenceSlice(sequence_id=1, start=10, num_tokens=1),
+        SequenceSlice(sequence_id=2, start=4, num_tokens=3),
+    )
+    assert work_of(Step((), parts, (0, 0, 0, 0))) == Work(4, 11 + 5 + 6 + 7)
+
+
+# ------------------------------------------------------------------ links and the rest
+
+
+def test_what_is_neither_stage_nor_hop_is_overhead() -> None:
+    known = two_workers()
+    report = LinkReport(epoch=1, up=True, rtt_s=0.02, bytes_per_s=1e6)
+    known.observe_link(A, B, report)
+    for at in range(50):
+        decode(known, 0.01, 0.02, took_s=0.01 + 0.02 + 0.01 + 0.005, now=at)
+    assert machines(known).overhead_s == pytest.approx(0.005, abs=1e-4)
+
+
+@pytest.mark.parametrize("report", [{"up": False}, {"up": True, "rtt_s": 0.02}])
+def test_links_are_known_once_their_speed_was_measured(report: dict[str, Any]) -> None:
+    known = two_workers()
+    before = known.bytes_per_s
+    known.observe_link(A, B, LinkReport(epoch=1, **report))
+    assert known.bytes_per_s == before
+    known.observe_link(A, B, LinkReport(epoch=1, up=True, rtt_s=0.02, bytes_per_s=7e6))
+    assert known.bytes_per_s == pytest.approx(7e6)
+    assert machines(known).links(1000).hop(A, B).latency_s == pytest.approx(0.01)
+
+
+def machines(known: Measurements) -> Any:
+    return known.machines([Worker(seat.peer, seat.worker, FOUND, 0.0, "i") for seat in SEATS])
+
+
+def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:
+    known = after_tasks(0.012)
+    before = machines(known)
+    for at in range(50):
+        decode(known, 0.06, 0.01, took_s=9.0, now=20.0 + at)
+    known.observe_link(A, B, LinkReport(epoch=1, up=True, rtt_s=4.0, bytes_per_s=1e6))
+    assert before.costs[A].layer_s(TOKEN, decodes=True) == pytest.approx(0.012, rel=0.01)
+    assert before.overhead_s == pytest.approx(0.0, abs=1e-3)
+    assert before.links(1).hop(A, B).latency_s < 0.1
+    after = machines(known)
+    assert after.costs[A].layer_s(TOKEN, decodes=True) > 0.1
+    assert after.overhead_s > 1.0
+    assert after.links(1).hop(A, B).latency_s == 2.0
+    probe(known, 1.0, 9.0, 9.0)
+    assert after.costs[A].layer_s(TOKEN, decodes=True) > 0.1
+
+
+# ------------------------------------------------------------------ probes
+
+
+def unmeasured_s(faster: float) -> float:
+    """Return what a layer should take by its probe."""
+    prior = Prior.of(found(faster), COST, ITEM_BYTES)
+    return prior.layer_s + prior.token_s + prior.position_s
+
+
+def test_the_first_probe_after_the_tasks_changes_nothing() -> None:
+    known = after_tasks()
+    probe(known, 0.1)
+    assert layer_s(known, A) == pytest.approx(0.012, rel=0.01)
+
+
+@pytest.mark.parametrize("faster", [0.25, 4.0])
+def test_a_large_change_shows_with_the_second_probe_of_it(faster: float) -> None:
+    known = after_tasks()
+    probe(known, 0.7, 0.7, 0.7, 0.7 * faster)
+    probe(known, 0.7 * faster)
+    assert layer_s(known, A) == pytest.approx(0.012 / faster, rel=0.01)
+
+
+@given(first=factors, now=factors)
+def test_costs_change_as_probes_do(first: float, now: float) -> None:
+    known = after_tasks()
+    probe(known, first, now, now, now)
+    assert layer_s(known, A) == pytest.approx(0.012 * first / now, rel=0.01)
+    assert layer_s(known, B) == pytest.approx(0.02, rel=0.01)
+
+
+@given(st.lists(st.floats(0.8, 1.2), min_size=2, max_size=30), st.sampled_from([0.01, 100.0]))
+def test_a_probe_that_is_far_off_does_not_count(noise: list[float], wild: float) -> None:
+    known = after_tasks()
+    probe(known, *noise, wild)
+    change = layer_s(known, A) / 0.012
+    assert 0.99 * noise[0] / max(noise[-2:]) < change < 1.01 * noise[0] / min(noise[-2:])
+
+
+@given(st.lists(factors, min_size=3, max_size=10))
+def test_the_latest_three_count(speeds: list[float]) -> None:
+    known = after_tasks()
+    probe(known, *speeds)
+    assert layer_s(known, A) == pytest.approx(0.012 * speeds[0] / median(speeds[-3:]), rel=0.01)
+
+
+def test_bandwidth_counts_more_than_operations_for_a_token() -> None:
+    known = after_tasks()
+    known.remeasured(A, found(1.0))
+    for _ in range(3):
+        known.remeasured(A, found(1.0, flops_faster=0.5))
+    prior = Prior.of(found(), COST, ITEM_BYTES)
+    slower = (prior.layer_s + 2 * prior.token_s) / (prior.layer_s + prior.token_s)
+    assert 1.05 < slower < 1.15
+    assert layer_s(known, A) == pytest.approx(0.012 * slower, rel=0.01)
+
+
+def test_tasks_tell_more_than_probes_and_the_next_probe_is_a_first_one() -> None:
+    known = after_tasks()
+    probe(known, 1.0, 4.0, 4.0)
+    assert layer_s(known, A) == pytest.approx(0.003, rel=0.01)
+    for at in range(8):
+        decode(known, LIGHT * 0.005, HEAVY * 0.02, now=60.0 + 0.1 * at)
+    assert layer_s(known, A) == pytest.approx(0.005, rel=0.1)
+    before = layer_s(known, A)
+    probe(known, 0.5, 0.5, 0.5)
+    assert layer_s(known, A) == pytest.approx(before)
+    probe(known, 1.0, 1.0)
+    assert layer_s(known, A) == pytest.approx(before / 2)
+
+
+def test_sizes_of_steps_compare_as_they_were_measured() -> None:
+    known = after_tasks()
+    before = layer_s(known, A, Work(20, 400)) / layer_s(known, A)
+    probe(known, 1.0, 4.0, 4.0)
+    assert layer_s(known, A, Work(20, 400)) / layer_s(known, A) == pytest.approx(before)
+
+
+def test_who_never_had_a_task_is_expected_to_take_what_its_latest_probes_say() -> None:
+    known = two_workers()
+    assert layer_s(known, A) == pytest.approx(unmeasured_s(1.0))
+    probe(known, 4.0)
+    assert layer_s(known, A) == pytest.approx(unmeasured_s(1.0))  # of two the slower
+    probe(known, 4.0)
+    assert layer_s(known, A) == pytest.approx(unmeasured_s(4.0))
+    probe(known, 0.25, 0.25)
+    assert layer_s(known, A) == pytest.approx(unmeasured_s(0.25))
+    assert layer_s(known, B) == pytest.approx(unmeasured_s(1.0))
+    assert known.error(A) is None
+
+
+def test_the_same_probes_teach_the_same() -> None:
+    taught = []
+    for _ in range(2):
+        known = after_tasks()
+        probe(known, 1.0, 3.0, 0.5, 2.0)
+        taught.append((layer_s(known, A), astuple(machines(known).costs[A].speed(LOAD))))
+    assert taught[0] == taught[1]
