@@ -2,7 +2,7 @@
 
     python benchmark.py --quick                              # workers on this machine, 2-3 minutes
     python benchmark.py --listen 0.0.0.0:5555 --workers 3    # real machines; workers join here
-    python benchmark.py --simulate config/examples/cluster.yaml   # machines that one does not have
+    python benchmark.py --simulate config/clusters/mixed.yaml   # machines that one does not have
 
 It ends with a table, with what is best for latency and for throughput and why, with
 `config/tuned.yaml` for `dllm coordinator --config`, and with a report `config/tuned.html`.

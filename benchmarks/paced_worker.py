@@ -4,9 +4,9 @@
 
 It is `dllm worker`, with three differences. Every line on stdin is a number: how many times slower
 to look from now on. Its clock for tasks is the CPU time of its compute thread, so what else runs on
-this machine changes its speed little. And its probe says what a machine of no remarkable speed
-would: so whatever the coordinator plans by at first, it has to find out how fast the worker is by
-what its tasks take.
+this machine changes its speed little. And its probes are made up: the first says what a machine of
+no remarkable speed would, so the coordinator has to find out how fast the worker is by what its
+tasks take; later ones, while it has no layers, follow the slowdown.
 
 It ends when stdin does.
 """
@@ -25,9 +25,9 @@ from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.log import configure
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.worker import layer_hooks, service, work
+from distributed_llm.worker import engine, layer_hooks, service, work
 from distributed_llm.worker.engine import Engine
-from distributed_llm.worker.events import Run
+from distributed_llm.worker.events import Probe, Probed, Run
 
 BYTES_PER_S = 10e9
 FLOPS_PER_S = 50e9
@@ -69,12 +69,18 @@ def unremarkable(measured: Capabilities, slowdown: float) -> Capabilities:
     )
 
 
+def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> Probed:
+    """Return what a later probe says."""
+    return Probed(order.session, BYTES_PER_S / slowdown, FLOPS_PER_S / slowdown)
+
+
 def main() -> None:
     """Work until a signal, or until stdin ends."""
     settings = load_settings(None, environment=os.environ, overrides={}).worker
     configure(settings.log_level)
     measure = work._measure
     work._measure = lambda *given: unremarkable(measure(*given), settings.slowdown)
+    engine.remeasure = remeasure  # type: ignore[attr-defined]
     layer_hooks.perf_counter = time.thread_time  # type: ignore[attr-defined]
     service.Engine = PacedEngine  # type: ignore[attr-defined]
     try:

@@ -181,6 +181,12 @@ class SteadyLoad:
     # -------------------------------------------------------------- what came of it
 
     @property
+    def everybody_answered(self) -> bool:
+        """Whether every client has had a token, or an error."""
+        first = self.asked[: self._clients]
+        return len(first) == self._clients and all(a.times or a.outcome for a in first)
+
+    @property
     def outcomes(self) -> Counter[str]:
         """Requests that have ended, by how."""
         return Counter(asked.outcome for asked in self.asked if asked.outcome)

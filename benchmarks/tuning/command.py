@@ -99,7 +99,7 @@ def benchmark(
         typer.Option(
             metavar="FILE",
             help="Predict instead, for the cluster that a YAML file describes; see "
-            "config/examples/cluster.yaml.",
+            "config/clusters/mixed.yaml.",
             rich_help_panel=_RUN,
         ),
     ] = None,

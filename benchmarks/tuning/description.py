@@ -184,7 +184,7 @@ def read_description(path: Path) -> Description:
     """
     if not path.exists():
         raise ConfigError(
-            f"{path}: no such file; start from a copy of config/examples/cluster.yaml"
+            f"{path}: no such file; start from a copy of config/clusters/mixed.yaml"
         )
     file = read_yaml(path)
     try:

@@ -21,6 +21,9 @@ _HALF_LIFE_S = 30.0
 _PROBES = 3
 """Latest probes of a machine of which the median counts."""
 
+_ALIKE = 1.5
+"""Probes that differ by a smaller factor show no change: noise of +-20 % is 1.2 / 0.8."""
+
 
 class Measurements:
     """What is known of the machines of one cluster.
@@ -50,8 +53,8 @@ class Measurements:
     def remeasured(self, worker: WorkerId, found: Capabilities) -> None:
         """A worker without layers has probed its machine again.
 
-        The first probe after its last task is what its measured costs go with. What later ones find
-        more or less than that, they change by; when tasks come again they tell for themselves.
+        The first probe after its last task is what its measured costs go with. If later ones differ
+        much from that, its costs are expected to differ likewise, until tasks tell.
         """
         if worker not in self._costs:
             return
@@ -132,18 +135,21 @@ class _Probes:
 
     def __init__(self, costs: WorkerCosts) -> None:
         self._costs = costs
-        self._first_s: float | None = None
+        self._first: Prior | None = None
         self._latest: deque[Prior] = deque(maxlen=_PROBES)
 
     def add(self, prior: Prior) -> WorkerCosts:
         """Return what the worker is expected to take now."""
+        if self._first is None:
+            self._first = self._level = prior
         self._latest.append(prior)
         usual = sorted(self._latest, key=_token_s)[len(self._latest) // 2]  # of two the slower
+        change = _token_s(usual) / _token_s(self._level)
+        if not 1 / _ALIKE <= change <= _ALIKE:
+            self._level = usual
         if not self._costs.measured:
-            return WorkerCosts(usual)
-        if self._first_s is None:
-            self._first_s = _token_s(prior)
-        return self._costs.rescaled(_token_s(usual) / self._first_s)
+            return WorkerCosts(self._level)
+        return self._costs.rescaled(_token_s(self._level) / _token_s(self._first))
 
 
 def _token_s(prior: Prior) -> float:

@@ -56,8 +56,8 @@ _LATEST = 64
 _TASK_S = 0.0005
 """What a task is taken to cost beside layers and head where that was not measured."""
 
-_IDLE_TASKS = 4.0
-"""Tasks to come that count as much as all that was measured before the machine was idle."""
+_RESCALED_TASKS = 0.5
+"""Tasks that all that was rescaled counts as much as: a probe tells only about how fast it is."""
 
 _QUERIES = 4
 """Query heads that share a KV head: 1 to 8, where models differ."""
@@ -409,7 +409,7 @@ class WorkerCosts:
             for fit in pair.values():
                 if fit.measured:
                     fit.rescale(factor)
-                    fit.doubt(_IDLE_TASKS)
+                    fit.doubt(_RESCALED_TASKS)
         return changed
 
     def layer_s(self, work: Work, *, decodes: bool, scale: float = 1.0) -> float:

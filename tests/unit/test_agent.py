@@ -13,6 +13,7 @@ from distributed_llm.common.errors import (
     StageError,
 )
 from distributed_llm.common.messages import (
+    CancelStage,
     Capabilities,
     DropStage,
     Goodbye,
@@ -29,6 +30,7 @@ from distributed_llm.common.messages import (
     Pong,
     Refused,
     ReleaseSequences,
+    Remeasured,
     SequenceSlice,
     StageFailed,
     StageReady,
@@ -58,6 +60,8 @@ from distributed_llm.worker.events import (
     Loaded,
     LoadFailed,
     Log,
+    Probe,
+    Probed,
     Received,
     Reconnect,
     Release,
@@ -87,6 +91,7 @@ WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=
 IDS = TensorSpec("int32", (1,))
 HIDDEN = TensorSpec("bfloat16", (1, 2))
 MAC = NextStage(worker="mac", addresses=("10.0.0.2:7000", "127.0.0.1:7000"))
+REMEASURED = Say(Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10))
 BEFORE, STRANGER = PeerId(b"before"), PeerId(b"stranger")
 
 
@@ -365,6 +370,74 @@ def test_dropped_epoch_is_over() -> None:
     hear(agent, DropStage(epoch=4))
     assert hear(agent, task(3)) == []
     assert hear(agent, order(4)) == []
+
+
+# ------------------------------------------------------------------ measuring again
+
+
+def probes(agent: Agent, until: float) -> list[float]:
+    """Return when the agent orders probes, each of which finds something that is said at once."""
+    times: list[float] = []
+    while (at := agent.next_deadline()) is not None and at <= until:
+        hear(agent, Pong(), at)
+        for action in agent.on_timer(reached=True, now=at):
+            if isinstance(action, Probe):
+                assert not agent.is_void(action)
+                assert agent.handle(Probed(action.session, 5e9, 7e10), now=at) == [REMEASURED]
+                times.append(at)
+    return times
+
+
+def test_worker_without_layers_measures_its_machine_every_ten_seconds() -> None:
+    assert probes(joined(now=3.0), until=40.0) == [13.0, 23.0, 33.0]
+
+
+def test_worker_with_layers_does_not_measure_but_at_once_when_it_has_lost_them() -> None:
+    agent = joined()
+    hear(agent, order(1))
+    assert probes(agent, until=34.5) == []
+    assert hear(agent, DropStage(epoch=1), 34.5) == [Drop()]
+    assert agent.next_deadline() == 34.5
+    assert probes(agent, until=60.0) == [34.5, 44.5, 54.5]
+
+
+def test_orders_that_take_no_layers_away_do_not_count() -> None:
+    agent = joined()
+    hear(agent, DropStage(epoch=1), 4.5)
+    hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3,)), 4.5)
+    assert probes(agent, until=15.0) == [10.0]
+
+
+def test_layers_that_are_loaded_beside_are_layers() -> None:
+    agent = joined()
+    hear(agent, msgspec.structs.replace(order(1), beside=True))
+    assert probes(agent, until=34.5) == []
+    hear(agent, CancelStage(epoch=1), 34.5)
+    assert probes(agent, until=36.0) == [34.5]
+
+
+def test_probe_is_void_once_there_are_layers_to_load() -> None:
+    agent = joined()
+    (probe,) = due_probes(agent, 10.0)
+    hear(agent, order(1), 10.0)
+    assert agent.is_void(probe)
+    assert agent.handle(Probed(probe.session, 5e9, 7e10), now=10.1) == []
+
+
+def test_probe_of_an_old_session_is_void() -> None:
+    agent = joined()
+    (probe,) = due_probes(agent, 10.0)
+    agent.handle(Disconnected(), now=11.0)
+    agent.handle(Connected(), now=12.0)
+    hear(agent, WELCOME, 12.0)
+    assert agent.is_void(probe)
+    assert agent.handle(Probed(probe.session, 5e9, 7e10), now=12.0) == []
+    assert probes(agent, until=30.0) == [22.0]
+
+
+def due_probes(agent: Agent, now: float) -> list[Probe]:
+    hear(agent, Pong(), now)
+    return [a for a in agent.on_timer(reached=True, now=now) if isinstance(a, Probe)]
 
 
 # ------------------------------------------------------------------ sessions

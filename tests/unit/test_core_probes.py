@@ -2,17 +2,21 @@
 
 import random
 
-from distributed_llm.common.messages import Remeasured
+import pytest
+
+from distributed_llm.common.messages import Refused, Remeasured
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.coordinator import events
 from tests.unit.fake_client import SimClient
 from tests.unit.fake_worker import SimWorker
-from tests.unit.simulation import World, with_settings
+from tests.unit.simulation import Fault, FaultKind, World, with_settings
 
 ROOM = 200_000
-"""Memory for the whole model and the KV cache of many requests."""
+"""Memory for the whole model, so that one worker may have all layers, and much KV cache."""
 
-LAYER_S = 0.01
-FAST_LAYER_S = 0.004
+LAYER_S = 0.04
+FAST_LAYER_S = 0.016
+SLOW_LAYER_S = 4 * FAST_LAYER_S
 PROMPT = tuple(range(9))
 ANSWER = SamplingParams(max_new_tokens=100, ignore_eos=True)
 
@@ -23,6 +27,7 @@ def cluster() -> tuple[World, SimClient, SimWorker]:
     for name in ("w0", "w1", "fast"):
         worker = world.worker(name, ROOM)
         worker.layer_s = FAST_LAYER_S if name == "fast" else LAYER_S
+        worker.base_s = worker.layer_s
         worker.load_s = 0.3
         worker.max_positions = 500
     client = world.client()
@@ -50,41 +55,101 @@ def moves(world: World) -> int:
     return world.core.status(now=world.now).moves
 
 
-def become(worker: SimWorker, slower: float) -> None:
-    worker.layer_s = FAST_LAYER_S * slower
-
-
-def left_alone(slower: float) -> tuple[World, SimClient, SimWorker]:
+def left_alone() -> tuple[World, SimClient, SimWorker]:
     """Return a cluster whose fast worker has become so much slower that it has no layers."""
     world, client, fast = cluster()
     before = moves(world)
-    become(fast, slower)
+    fast.layer_s = SLOW_LAYER_S
     keep_busy(world, client, 20.0)
     assert "fast" not in busy(world), world.logs[-9:]
     assert moves(world) - before <= 2
     return world, client, fast
 
 
-def test_a_worker_that_was_slow_for_a_while_is_taken_back() -> None:
-    world, client, fast = left_alone(slower=4.0)
-    keep_busy(world, client, 30.0)
+@pytest.mark.parametrize("after_s", [0.5, 4.0, 8.0, 60.0])
+def test_a_worker_that_was_slow_for_a_while_is_taken_back(after_s: float) -> None:
+    world, client, fast = left_alone()
+    keep_busy(world, client, after_s)
     before, changed_at = moves(world), world.now
-    become(fast, 1.0)
+    fast.layer_s = FAST_LAYER_S
     while busy(world) != ["fast"]:
         assert world.now < changed_at + 25.0, world.logs[-9:]
         keep_busy(world, client, 1.0)
     keep_busy(world, client, 60.0)
     assert busy(world) == ["fast"]
     assert moves(world) - before <= 2
-if __name__ == "__main__":
+
+
+@pytest.mark.parametrize(("noise", "seed"), [(0.0, 0), (0.2, 0), (0.2, 1)])
+def test_a_worker_that_stays_slow_is_left_alone(noise: float, seed: int) -> None:
+    world, client, fast = left_alone()
+    draw, before = random.Random(seed), moves(world)
+    fast.probe_noise = lambda: 1.0 + draw.uniform(-noise, noise)
+    probes = fast.num_probes
+    keep_busy(world, client, 600.0)
+    assert fast.num_probes - probes == pytest.approx(60, abs=1)
+    assert moves(world) == before
+    assert "fast" not in busy(world)
+
+
+def test_noisy_probes_of_a_worker_that_is_as_fast_as_the_others_move_nothing() -> None:
     world, client, fast = cluster()
-    def show(n):
-        for l in world.logs[n:]: print("   ", round(world.now,1), l)
-        return len(world.logs)
-    n = show(0); print(world.now, busy(world), fast.num_probes)
-    become(fast, 4.0)
-    for _ in range(30):
-        keep_busy(world, client, 1.0); n=show(n); print(world.now, busy(world), fast.num_probes)
-    become(fast, 1.0); print("FAST")
-    for _ in range(40):
-        keep_busy(world, client, 1.0); n=show(n); print(world.now, busy(world), fast.num_probes)
+    draw = random.Random(0)
+    idle = [worker for worker in world.workers if worker is not fast]
+    for worker in idle:
+        worker.probe_noise = lambda: 1.0 + draw.uniform(-0.2, 0.2)
+    fast.layer_s = LAYER_S
+    keep_busy(world, client, 60.0)
+    before = moves(world)
+    keep_busy(world, client, 600.0)
+    assert moves(world) == before
+
+
+def test_a_worker_that_becomes_slow_while_it_is_idle_is_not_taken() -> None:
+    world, client, fast = cluster()
+    for worker in world.workers:
+        if worker is not fast:
+            worker.layer_s = 10 * LAYER_S
+    keep_busy(world, client, 30.0)
+    before = moves(world)
+    fast.layer_s = SLOW_LAYER_S
+    keep_busy(world, client, 60.0)
+    assert busy(world) == ["fast"], world.logs[-9:]
+    assert moves(world) == before
+
+
+def test_status_tells_what_was_measured_last() -> None:
+    world, client, fast = left_alone()
+    keep_busy(world, client, 20.0)
+    assert bandwidth(world) == pytest.approx(1e9 * FAST_LAYER_S / SLOW_LAYER_S)
+    fast.layer_s = FAST_LAYER_S
+    keep_busy(world, client, 10.0)
+    assert bandwidth(world) == pytest.approx(1e9)
+
+
+def bandwidth(world: World) -> float:
+    """Return how fast the fast worker reads, bytes/s."""
+    workers = {worker.name: worker for worker in world.core.status(now=world.now).workers}
+    return workers["fast"].capabilities.memory_bandwidth_bytes_per_s
+
+
+@pytest.mark.parametrize("what", ["drop", "duplicate"])
+def test_probes_that_are_lost_or_repeated_do_no_harm(what: FaultKind) -> None:
+    world, client, fast = left_alone()
+    world.faults.append(Fault(Remeasured, what, 2, fast))
+    keep_busy(world, client, 30.0)
+    assert not world.faults
+    before = moves(world)
+    fast.layer_s = FAST_LAYER_S
+    keep_busy(world, client, 30.0)
+    assert busy(world) == ["fast"]
+    assert moves(world) - before <= 2
+
+
+def test_a_stranger_is_not_believed() -> None:
+    world, _, fast = cluster()
+    fast.kill()
+    world.run(for_s=5.0)
+    found = Remeasured(memory_bandwidth_bytes_per_s=1e12, flops_per_s=1e12)
+    actions = world.apply(events.Received(fast.link.peer, found))
+    assert [type(a.message) for a in actions if isinstance(a, events.Send)] == [Refused]

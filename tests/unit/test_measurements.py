@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from distributed_llm.common.messages import Capabilities, LinkReport, SequenceSlice, StageTime
@@ -196,36 +196,41 @@ def test_a_large_change_shows_with_the_second_probe_of_it(faster: float) -> None
 
 @given(first=factors, now=factors)
 def test_costs_change_as_probes_do(first: float, now: float) -> None:
+    assume(not 1 / 1.51 < first / now < 1.51)
     known = after_tasks()
     probe(known, first, now, now, now)
     assert layer_s(known, A) == pytest.approx(0.012 * first / now, rel=0.01)
     assert layer_s(known, B) == pytest.approx(0.02, rel=0.01)
 
 
-@given(st.lists(st.floats(0.8, 1.2), min_size=2, max_size=30), st.sampled_from([0.01, 100.0]))
-def test_a_probe_that_is_far_off_does_not_count(noise: list[float], wild: float) -> None:
+@given(
+    noise=st.lists(st.floats(0.81, 1.19), min_size=2, max_size=30),
+    wild=st.sampled_from([0.01, 1.0, 100.0]),
+)
+def test_neither_noise_nor_one_probe_that_is_far_off_count(noise: list[float], wild: float) -> None:
     known = after_tasks()
     probe(known, *noise, wild)
-    change = layer_s(known, A) / 0.012
-    assert 0.99 * noise[0] / max(noise[-2:]) < change < 1.01 * noise[0] / min(noise[-2:])
+    assert layer_s(known, A) == pytest.approx(0.012, rel=0.01)
 
 
 @given(st.lists(factors, min_size=3, max_size=10))
 def test_the_latest_three_count(speeds: list[float]) -> None:
     known = after_tasks()
     probe(known, *speeds)
-    assert layer_s(known, A) == pytest.approx(0.012 * speeds[0] / median(speeds[-3:]), rel=0.01)
+    usual_s = 0.012 * speeds[0] / median(speeds[-3:])
+    assert 0.99 / 1.5 < layer_s(known, A) / usual_s < 1.01 * 1.5
 
 
-def test_bandwidth_counts_more_than_operations_for_a_token() -> None:
+@pytest.mark.parametrize("slower", [1.0, 20.0])
+def test_operations_count_for_as_much_as_they_do_for_a_token(slower: float) -> None:
     known = after_tasks()
     known.remeasured(A, found(1.0))
     for _ in range(3):
-        known.remeasured(A, found(1.0, flops_faster=0.5))
+        known.remeasured(A, found(1.0, flops_faster=1 / slower))
     prior = Prior.of(found(), COST, ITEM_BYTES)
-    slower = (prior.layer_s + 2 * prior.token_s) / (prior.layer_s + prior.token_s)
-    assert 1.05 < slower < 1.15
-    assert layer_s(known, A) == pytest.approx(0.012 * slower, rel=0.01)
+    change = (prior.layer_s + slower * prior.token_s) / (prior.layer_s + prior.token_s)
+    assert change < 3.0 if slower > 1.0 else change == 1.0
+    assert layer_s(known, A) == pytest.approx(0.012 * change, rel=0.01)
 
 
 def test_tasks_tell_more_than_probes_and_the_next_probe_is_a_first_one() -> None:

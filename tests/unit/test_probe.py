@@ -1,5 +1,6 @@
 """The probe: real measurements on the CPU, and machines of other kinds built from files."""
 
+import queue
 import re
 import statistics
 import time
@@ -15,7 +16,8 @@ import torch
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.worker import probe
-from distributed_llm.worker.events import Probe, Probed
+from distributed_llm.worker.engine import Engine
+from distributed_llm.worker.events import Event, Probe, Probed
 
 GIB = 2**30
 
@@ -149,6 +151,30 @@ def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPa
     assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4)
     assert seen == [("cpu", before + 1, 0.01)] * 2
     assert torch.get_num_threads() == before
+
+
+def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = probe.measure("cpu", threads=1, max_memory_bytes=None)
+    monkeypatch.setattr(probe, "_speeds", lambda *args: (8e9, 4e10))
+    posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    engine = Engine(
+        found,
+        slowdown=2.0,
+        min_task_s=0.0,
+        local_model="",
+        is_void=lambda order: isinstance(order, Probe) and order.session == 0,
+        post=posted.put,
+    )
+    engine.put(Probe(0))
+    engine.put(Probe(1))
+    assert posted.get(timeout=20) == Probed(1, 4e9, 2e10)
+    engine.slowdown = 8.0
+    engine.put(Probe(2))
+    assert posted.get(timeout=20) == Probed(2, 1e9, 5e9)
+    assert engine.stop(20)
+    assert posted.empty()
 
 
 # ------------------------------------------------------------------ devices

@@ -16,7 +16,7 @@ from distributed_llm.common.config import load_settings
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 
 ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "config/examples/cluster.yaml"
+EXAMPLE = ROOT / "config/clusters/mixed.yaml"
 SHAPE = Shape(layers=8, hidden_size=1024, heads=16, vocab_size=30_000, tied=True)
 LAYER_BYTES = SHAPE.cost("bfloat16").layer_bytes[0]
 MODEL = model_of_shape(SHAPE)
@@ -198,7 +198,7 @@ def test_a_described_cluster_gives_table_settings_and_report(
         (["--listen", "here"], 2, "--listen: not an address"),
         (["--model", "/nowhere/at-all"], 2, "There is no folder '/nowhere/at-all'"),
         (["--prompt-tokens", "9000"], 2, "the context of the built-in model is 512"),
-        (["--simulate", "/nowhere.yaml"], 2, "config/examples/cluster.yaml"),
+        (["--simulate", "/nowhere.yaml"], 2, "config/clusters/mixed.yaml"),
         (["--simulate", str(EXAMPLE), "--workers", "2"], 2, "exclude one another"),
         (["--workers", "0"], 2, "--workers"),
         (["--limit", "soon"], 2, "--limit: 'soon' is not a duration"),

@@ -429,6 +429,61 @@ observations = st.fixed_dictionaries(
 )
 
 
+# ------------------------------------------------------------------ another speed, without tasks
+
+
+@TRUTHS
+@pytest.mark.parametrize("factor", [0.25, 4.0])
+def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: float) -> None:
+    worker = Worker(truth)
+    for work in mixed(1, 200):
+        worker.do(work)
+        worker.do(work, last=True)
+        worker.do(chunk(64), decodes=False)
+    before, other = worker.costs, worker.costs.rescaled(factor)
+    for load in (Load(decoding(1)), Load(decoding(16), chunk(64), 0.5)):
+        was, now = before.speed(load), other.speed(load)
+        assert now.layer_s == pytest.approx(factor * was.layer_s)
+        assert now.task_s == pytest.approx(factor * was.task_s)
+        assert now.last_s == pytest.approx(factor * was.last_s)
+    assert other.scale == pytest.approx(factor * (before.scale or 0.0))
+    assert other.error == before.error
+
+
+def test_what_is_rescaled_is_another_one() -> None:
+    worker = Worker()
+    worker.run(mixed(1, 50))
+    before = worker.costs.layer_s(decoding(1), decodes=True)
+    worker.costs.rescaled(4.0)
+    assert worker.costs.layer_s(decoding(1), decodes=True) == before
+
+
+def test_what_was_not_measured_is_not_rescaled() -> None:
+    costs = WorkerCosts(PRIOR).rescaled(4.0)
+    assert not costs.measured
+    assert costs.speed(Load(decoding(1))) == WorkerCosts(PRIOR).speed(Load(decoding(1)))
+
+
+@pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])
+def test_a_few_tasks_count_more_than_a_rescaling_that_was_wrong(slower: float) -> None:
+    worker = Worker()
+    worker.run(mixed(1, 200))
+    worker.costs = worker.costs.rescaled(1.0)
+    worker.slower = slower
+    worker.run(mixed(2, 8))
+    assert worker.off(decoding(4)) == pytest.approx(1, abs=0.12)
+
+
+def test_tasks_that_were_suspect_before_are_forgotten_with_the_speed_of_then() -> None:
+    worker = Worker()
+    worker.run(mixed(1, 200))
+    worker.run(mixed(2, 3), [4.0, 4.0, 4.0])
+    worker.costs = worker.costs.rescaled(4.0)
+    before = worker.costs.layer_s(decoding(4), decodes=True)
+    worker.run([decoding(4)], [40.0])
+    assert worker.costs.layer_s(decoding(4), decodes=True) < 3 * before
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(observations, max_size=30), works, works, st.booleans())
 def test_is_sane_whatever_is_observed(

@@ -1,0 +1,313 @@
+"""Layers move between real workers while answers are written, and no answer shows it."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from distributed_llm import (
+    DistributedClient,
+    Generation,
+    LocalCluster,
+    NotEnoughMemory,
+    WorkerLost,
+)
+from distributed_llm.common.messages import ClusterStatus, WorkerStatus
+from distributed_llm.common.types import LayerRange
+from distributed_llm.local_cluster import LocalProcess
+from tests.checkpoints import make_checkpoint
+from tests.cluster.test_commands import dllm
+from tests.fault_proxy import FaultProxy, Faults
+from tests.reference import check_varied, reference_ids
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.timeout(120)
+
+NUM_LAYERS = 8
+PROMPTS = tuple((3 + n, *((7 * i + n) % 90 + 3 for i in range(n))) for n in (4, 11, 30))
+NUM_TOKENS = 300
+"""More than any test needs: once it has seen enough it ends the answers."""
+
+OPEN_END: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
+SLOWDOWN = 8.0
+SETTINGS: dict[str, Any] = {"strategy": "speed", "objective": "throughput", "replicas": 1}
+WORKER: dict[str, Any] = {"threads": 1, "leave_timeout_s": 60, "max_memory": "512MiB"}
+LIMIT_S = 60.0
+"""For whatever is awaited; nothing takes a quarter of it on a quiet machine."""
+
+
+def make_movable_checkpoint(folder: Path) -> Path:
+    return make_checkpoint(
+        folder,
+        num_layers=NUM_LAYERS,
+        tokenizer=True,
+        tie=False,
+        seed=10,
+        hidden_size=64,
+        intermediate_size=128,
+        max_position_embeddings=1024,
+    )
+
+
+@pytest.fixture(scope="module")
+def movable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_movable_checkpoint(tmp_path_factory.mktemp("checkpoint") / "llama")
+
+
+@lru_cache(maxsize=64)
+def expected_ids(checkpoint: Path, prompt: tuple[int, ...]) -> list[int]:
+    expected = reference_ids(checkpoint, list(prompt), NUM_TOKENS)
+    check_varied(expected)
+    return expected
+
+
+# ------------------------------------------------------------------ answers
+
+
+class Answer:
+    """An answer that comes while the test goes on; read in a thread of its own."""
+
+    def __init__(self, client: DistributedClient, prompt: Sequence[int], **asked: Any) -> None:
+        self.token_ids: list[int] = []
+        self.generation: Generation | None = None
+        self.error: Exception | None = None
+        self._enough = threading.Event()
+        self._stream = client.stream(
+            list(prompt), **{"max_new_tokens": NUM_TOKENS, **OPEN_END, **asked}
+        )
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            with closing(self._stream) as stream:  # type: ignore[type-var]
+                for chunk in stream:
+                    self.token_ids += chunk.token_ids
+                    self.generation = chunk.generation
+                    if self._enough.is_set():
+                        return
+        except Exception as exc:
+            self.error = exc
+
+    @property
+    def has_ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def end(self, *, complete: bool) -> None:
+        """Wait for its end, or end it."""
+        if not complete:
+            self._enough.set()
+        self._thread.join(LIMIT_S)
+        assert self.has_ended
+
+
+class Answers:
+    """Answers to all prompts that are under way; a context manager that ends them."""
+
+    def __init__(self, client: DistributedClient, checkpoint: Path, **asked: Any) -> None:
+        self._checkpoint = checkpoint
+        self._answers = [Answer(client, prompt, **asked) for prompt in PROMPTS]
+
+    def __enter__(self) -> "Answers":
+        try:
+            self.go_on()
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    @property
+    def errors(self) -> list[Exception | None]:
+        return [answer.error for answer in self._answers]
+
+    def go_on(self, num_tokens: int = 3) -> None:
+        """Wait until each has got so many more tokens; none may have ended."""
+        wanted = [len(answer.token_ids) + num_tokens for answer in self._answers]
+
+        def have_got_them() -> bool:
+            self.check_under_way()
+            return all(
+                len(answer.token_ids) >= number
+                for answer, number in zip(self._answers, wanted, strict=True)
+            )
+
+        eventually(have_got_them, limit_s=LIMIT_S)
+
+    def check_under_way(self) -> None:
+        """Fail if one has failed, or has ended before the test had seen what it waits for."""
+        assert self.errors == [None] * len(PROMPTS)
+        assert not any(answer.has_ended for answer in self._answers)
+
+    def end(self, *, complete: bool = False) -> None:
+        for answer in self._answers:
+            answer.end(complete=complete)
+
+    def check(self) -> None:
+        """End them; fail if one is not what transformers answers."""
+        self.end()
+        assert self.errors == [None] * len(PROMPTS)
+        for prompt, answer in zip(PROMPTS, self._answers, strict=True):
+            expected = expected_ids(self._checkpoint, prompt)
+            assert answer.token_ids == expected[: len(answer.token_ids)]
+
+    def finish(self) -> list[Generation]:
+        """Wait until they are complete, and check them."""
+        self.end(complete=True)
+        self.check()
+        whole = [answer.generation for answer in self._answers if answer.generation]
+        assert len(whole) == len(PROMPTS)
+        return whole
+
+
+# ------------------------------------------------------------------ clusters
+
+
+def serving(status: ClusterStatus) -> dict[str, LayerRange]:
+    """Return who serves which layers, in their order."""
+    held = {w.name: w.layers for w in status.workers if w.layers and w.state != "loading"}
+    return dict(sorted(held.items(), key=lambda item: item[1]))
+
+
+def check_whole(status: ClusterStatus) -> None:
+    """Fail unless every layer is served by one worker."""
+    layers = serving(status).values()
+    assert [n for held in layers for n in range(held.start, held.stop)] == [*range(NUM_LAYERS)]
+
+
+def worker_of(status: ClusterStatus, name: str) -> WorkerStatus:
+    return next(worker for worker in status.workers if worker.name == name)
+
+
+def is_idle(client: DistributedClient) -> bool:
+    """Return whether nothing is asked, and no KV cache in use, on any worker."""
+    status = client.status()
+    return status.requests_running == status.requests_waiting == status.kv_tokens_used == 0
+
+
+@dataclass
+class PacedWorker:
+    """A worker whose speed changes when told; its probe never tells (see the benchmarks)."""
+
+    name: str
+    process: "subprocess.Popen[str]"
+
+    @classmethod
+    def start(cls, name: str, address: str, slowdown: float, log: Path) -> "PacedWorker":
+        settings = {**WORKER, "name": name, "coordinator": address, "slowdown": slowdown}
+        environment = {f"DLLM_WORKER__{key.upper()}": str(v) for key, v in settings.items()}
+        with log.open("wb") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.paced_worker"],
+                env={**os.environ, **environment},
+                stdin=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                bufsize=1,
+            )
+        return cls(name, process)
+
+    def pace(self, slowdown: float) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{slowdown}\n")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+
+@dataclass
+class Crew:
+    """A cluster that tests take workers from, and give new ones."""
+
+    cluster: LocalCluster
+    client: DistributedClient
+    checkpoint: Path
+
+    def answers(self, **asked: Any) -> Answers:
+        return Answers(self.client, self.checkpoint, **asked)
+
+    def need(self, number: int) -> None:
+        """Start workers until there are so many, and wait until they all have layers."""
+        while self.num_alive < number:
+            self.cluster.add_worker(**WORKER, slowdown=SLOWDOWN)
+        eventually(lambda: len(serving(self.client.status())) >= number, limit_s=LIMIT_S)
+
+    @property
+    def num_alive(self) -> int:
+        return sum(worker.exit_code is None for worker in self.cluster.workers)
+
+    def process(self, name: str) -> LocalProcess:
+        return next(worker for worker in self.cluster.workers if worker.name == name)
+
+    def wait_until(self, seen: Callable[[ClusterStatus], bool], answers: Answers) -> ClusterStatus:
+        """Return the status in which something is seen, while all answers go on."""
+
+        def look() -> ClusterStatus | None:
+            answers.check_under_way()
+            status = self.client.status()
+            check_whole(status)
+            return status if seen(status) else None
+
+        found = eventually(look, limit_s=LIMIT_S)
+        assert found is not None
+        return found
+
+
+@pytest.fixture(scope="module")
+def one_crew(movable: Path) -> Iterator[Crew]:
+    with (
+        LocalCluster(movable, [{**WORKER, "slowdown": SLOWDOWN}] * 2, coordinator=SETTINGS) as cluster,
+        DistributedClient(cluster.address) as client,
+    ):
+        yield Crew(cluster, client, movable)
+
+
+@pytest.fixture
+def crew(one_crew: Crew) -> Iterator[Crew]:
+    """A crew at rest, which leaves nothing in use and has failed nothing."""
+    eventually(lambda: is_idle(one_crew.client), limit_s=LIMIT_S)
+    failed = one_crew.client.status().requests_failed
+    yield one_crew
+    eventually(lambda: is_idle(one_crew.client), limit_s=LIMIT_S)
+    assert one_crew.client.status().requests_failed == failed
+
+
+# ------------------------------------------------------------------ by speed
+
+
+def test_layers_move_to_a_worker_that_joins_and_away_from_it_once_it_is_slow(
+    crew: Crew, tmp_path: Path
+) -> None:
+    before = crew.client.status()
+    with ExitStack() as stack:
+        answers = stack.enter_context(crew.answers())
+        late = PacedWorker.start("late", crew.cluster.address, 2.0, tmp_path / "late.log")
+        stack.callback(late.close)
+        with_late = crew.wait_until(lambda status: "late" in serving(status), answers)
+        held = serving(with_late)["late"]
+        answers.go_on()
+        late.pace(100.0)
+        after = crew.wait_until(
+            lambda status: len(serving(status).get("late", ())) < len(held), answers
+        )
+        assert serving(after)
+        answers.go_on()
+        answers.check()
+        assert after.moves >= before.moves + 2
+        assert after.preemptions == before.preemptions
+        assert worker_of(after, "late").weight_bytes < worker_of(with_late, "late").weight_bytes
