@@ -18,10 +18,10 @@ from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import (
     NotReady,
     ProtocolMismatch,
-    UnsupportedModel,
 )
 from distributed_llm.common.messages import (
     Cancel,
+    CancelStage,
     ClientHello,
     ClusterStatus,
     DrainWorker,
@@ -212,6 +212,9 @@ class Core:
         if self._settings.strategy == "speed" and self._placement.state != "waiting":
             self._placement.replan_at = None
             return [] if self._placement.complete else self._placement.add()
+        if self._relocation.move is not None:  # when it is over
+            self._placement.replan_at, self._placement.replan_when_idle = None, True
+            return []
         if not self._desk.busy:
             return self._placement.replan()
         return [] if self._placement.complete else self._placement.add()
@@ -347,11 +350,8 @@ class Core:
         return actions
 
     def _stage_failed(self, worker: Worker, failed: StageFailed, now: float) -> list[Action]:
-        if failed.code != UnsupportedModel.code:
-            moving = self._relocation.stage_failed(worker, failed, now=now)
-            if moving is not None:
-                return moving
-        return self._placement.stage_failed(worker, failed)
+        moving = self._relocation.stage_failed(worker, failed, now=now)
+        return self._placement.stage_failed(worker, failed) if moving is None else moving
 
     def _link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
         replica = self._relocation.loading(report.epoch) or self._placement.replica_of(worker.peer)
@@ -394,7 +394,8 @@ class Core:
             self._admission.admit(now=now)
         if sends:
             self._stepping.began(now=now)
-        return sends + actions
+        first = [action for action in actions if _undoes(action)]
+        return [*first, *sends, *(action for action in actions if not _undoes(action))]
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -402,6 +403,10 @@ class Core:
         self._desk.validate()
         self._placement.validate()
         pipelines = [r.pipeline for r in self._placement.replicas if r.pipeline]
-        held = any(replica.held for replica in self._placement.replicas)
-        if pipelines and self._desk.next_waiting() and not held:
+        if pipelines and self._desk.next_waiting() and not self._relocation.move:
             assert any(p.num_steps for p in pipelines), "requests wait while nothing runs"
+
+
+def _undoes(action: Action) -> bool:
+    """Return whether tasks that are sent now are void until this has arrived."""
+    return isinstance(action, Send) and isinstance(action.message, CancelStage)

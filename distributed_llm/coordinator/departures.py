@@ -23,7 +23,6 @@ from distributed_llm.coordinator.planner import Plan
 from distributed_llm.coordinator.planning import Planning
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.relocation import Relocation
-from distributed_llm.coordinator.replica import Replica
 
 _ATTEMPTS = 2
 """Moves that are tried; the second one without the KV cache."""
@@ -151,7 +150,8 @@ class Departures:
         if not others:
             raise NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
         try:
-            return self._planning.plan(others, used_tokens=_used_tokens(replica))
+            needed = self._placement.needed_tokens(replica)
+            return self._planning.plan(others, used_tokens=needed)
         except (NotEnoughMemory, NotReady):
             if any(r.pipeline for r in self._placement.replicas if r is not replica):
                 return None  # another pipeline serves its requests
@@ -169,10 +169,6 @@ class Departures:
             del self._leaving[worker.peer]
             return actions
         return [*actions, *self._dismiss(worker, departure, f"Nobody can have its layers: {error}")]
-
-
-def _used_tokens(replica: Replica) -> int:
-    return replica.scheduler.kv_tokens_used if replica.scheduler else 0
 
 
 def _answer(client: PeerId, worker: str, error: DistributedLLMError) -> Send:

@@ -103,6 +103,11 @@ class Desk:
         """Answers whose prompt is being tokenized or that wait for room."""
         return self._num_tokenizing + len(self._queue)
 
+    @property
+    def most_reserved(self) -> int:
+        """Positions that the largest request which runs or waits may take."""
+        return max((r.ticket.reserved_tokens for r in (*self._queue, *self._homes)), default=0)
+
     # -------------------------------------------------------------- arrival
 
     def submit(
@@ -204,9 +209,9 @@ class Desk:
     def set_capacity(self, kv_tokens: int) -> list[Action]:
         """The largest pipeline has, or will have, room for `kv_tokens` positions."""
         self._kv_tokens = kv_tokens
-        tickets = {r.ticket: None for r in self._queue if r.ticket.reserved_tokens > kv_tokens}
+        tickets = {r.ticket: None for r in (*self._queue, *self._homes)}
         actions: list[Action] = []
-        for ticket in tickets:
+        for ticket in [one for one in tickets if one.reserved_tokens > kv_tokens]:
             error = NotEnoughMemory(
                 f"The request may take {ticket.reserved_tokens} positions, but after workers left "
                 f"there is room for {kv_tokens}. Add a worker or lower max_new_tokens."

@@ -109,6 +109,11 @@ class Placement:
         """Positions of KV cache in all pipelines."""
         return sum(replica.kv_tokens for replica in self._replicas.values())
 
+    def needed_tokens(self, replica: Replica) -> int:
+        """Return the positions without which another plan would cost requests of this one."""
+        used = replica.scheduler.kv_tokens_used if replica.scheduler else 0
+        return max(used, min(self._desk.most_reserved, replica.kv_tokens))
+
     @property
     def complete(self) -> bool:
         """Whether the model is served as often as is wanted."""
@@ -227,7 +232,7 @@ class Placement:
         for seat in replica.seats:
             self._of[seat.peer] = replica
             self._worker(seat).assign(seat.layers, epoch=replica.epoch)
-        text = f"plan {replica.epoch}: layers {layers_text(replica)}"
+        text = f"plan {replica.epoch}: layers {replica.layers_text}"
         return [*self._load_stages(replica, key), self._journal.note(text)]
 
     def _new_replica(self, plan: Plan) -> Replica:
@@ -348,6 +353,8 @@ class Placement:
                 worker.epoch = 0
         if move.copies:
             new.take_over(old)
+            assert new.scheduler is not None
+            self._desk.collect(new.scheduler)
         else:
             assert old.scheduler is not None
             self._desk.requeue(old.scheduler.evacuate())
@@ -439,8 +446,3 @@ class Placement:
         loading = {peer for peer, r in self._of.items() if r.epoch not in self._replicas}
         assert set(self._of) == served | loading
         assert len(served) == sum(len(r.seats) for r in self._replicas.values())
-
-
-def layers_text(replica: Replica) -> str:
-    """Return who has which layers, for people."""
-    return ", ".join(f"{seat.worker} {seat.layers}" for seat in replica.seats)

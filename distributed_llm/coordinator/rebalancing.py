@@ -70,6 +70,7 @@ class Rebalancing:
         self._surveyed: Survey | None = None  # findings are awaited
         self._looked_at: dict[int, float] = {}  # clock seconds, by epoch
         self._advised: dict[int, tuple[frozenset[WorkerId], float]] = {}  # and when, by epoch
+        self._left_out: set[WorkerId] = set()
         self._rates: dict[int, float] = {}  # tokens per second that are expected, by epoch
         self._next_at: float | None = None
         self.advice: Mapping[WorkerId, Advice] = {}
@@ -127,7 +128,7 @@ class Rebalancing:
         if advise:
             self._advised[replica.epoch] = everybody, now
         fit = [w for w in workers if not self._placement.hangs(w)]
-        used = replica.scheduler.kv_tokens_used if replica.scheduler else 0
+        needed = self._placement.needed_tokens(replica)
         return Survey(
             epoch=replica.epoch,
             cost=self._cost,
@@ -136,7 +137,7 @@ class Rebalancing:
             idle=tuple(worker.id for worker in idle),
             demand=demand or Demand.expected(len(everybody)),
             goal=self._planning.goal if demand is None else self._settings.objective,
-            kv_tokens=max(used, self._planning.kv_tokens([*fit, *idle])),
+            kv_tokens=max(needed, self._planning.kv_tokens([*fit, *idle])),
             extra_kv_tokens=self._planning.kv_tokens(idle),
             least_kv_tokens=self._planning.least_kv_tokens,
             beside_tokens_per_s=sum(
@@ -150,10 +151,23 @@ class Rebalancing:
     def studied(self, findings: Findings, *, now: float) -> list[Action]:
         """Act on what a survey has found."""
         survey, self._surveyed = findings.survey, None
-        there = {worker.id for worker in self._registry.workers}
-        advice = {**self.advice, **findings.advice}
-        self.advice = {worker: one for worker, one in advice.items() if worker in there}
         self._rates[survey.epoch] = merit(survey.goal, findings.now)
+        return [*self._advise(findings.advice), *self._act(findings, now)]
+
+    def _advise(self, found: Mapping[WorkerId, Advice]) -> list[Action]:
+        """Keep what is known of each worker; tell once who is left out, and why."""
+        advice = {**self.advice, **found}
+        workers = [worker for worker in self._registry.workers if worker.id in advice]
+        self.advice = {worker.id: advice[worker.id] for worker in workers}
+        left_out = {worker.id for worker in workers if worker.layers is None}
+        new, self._left_out = left_out - self._left_out, left_out
+        return [
+            self._journal.note(f"worker {worker} has no layers: {advice[worker].text}")
+            for worker in sorted(new)
+        ]
+
+    def _act(self, findings: Findings, now: float) -> list[Action]:
+        survey = findings.survey
         replica = next((r for r in self._placement.replicas if r.epoch == survey.epoch), None)
         if replica is None or replica.pipeline is None or self._relocation.move:
             return []

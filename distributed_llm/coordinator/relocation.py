@@ -13,7 +13,7 @@ from distributed_llm.coordinator.journal import Journal
 from distributed_llm.coordinator.measurements import Measurements
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.moves import Move, transfers_between
-from distributed_llm.coordinator.placement import Placement, layers_text
+from distributed_llm.coordinator.placement import Placement
 from distributed_llm.coordinator.planner import Plan
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica
@@ -159,21 +159,21 @@ class Relocation:
         old.scheduler.trim(price.cached_tokens)
         old.scheduler.resize(price.kv_tokens)
         copies = price.copies
-        before = layers_text(old)
+        before = old.layers_text
         self.move, actions = self._placement.prepare(
             old, plan, copies=copies, copy_s=price.copy_s, now=now
         )
         how = "" if copies else ", computing its KV cache again"
         text = (
-            f"plan {self.move.new.epoch}: moving to {layers_text(self.move.new)} from {before}"
+            f"plan {self.move.new.epoch}: moving to {self.move.new.layers_text} from {before}"
             f"{how}: {why}"
         )
         return [*actions, self._journal.note(text)]
 
     def stage_ready(self, worker: Worker, ready: StageReady, *, now: float) -> list[Action] | None:
         """Take it that a stage has loaded; None if it is not of the move."""
-        move = self._of_epoch(ready.epoch)
-        if move is None:
+        move = self._of(worker, ready.epoch)
+        if move is None or all(seat.peer != worker.peer for seat in move.new.seats):
             return None
         layers = worker.next_layers or worker.layers
         assert layers is not None
@@ -187,13 +187,16 @@ class Relocation:
         self, worker: Worker, failed: StageFailed, *, now: float
     ) -> list[Action] | None:
         """Take it that a stage cannot be loaded; None if it is not of the move."""
-        if self._of_epoch(failed.epoch) is None:
+        if self._of(worker, failed.epoch) is None:
             return None
-        return self.cancel(f"{worker.id} cannot load its layers: {failed.message}", now=now)
+        actions = self.cancel(f"{worker.id} cannot load its layers: {failed.message}", now=now)
+        if worker.layers is None:
+            worker.state, worker.note = "unfit", failed.message
+        return actions
 
     def copied(self, worker: Worker, said: KVCopied, *, now: float) -> list[Action]:
         """Take it that a worker has sent its KV cache."""
-        move = self._of_epoch(said.epoch)
+        move = self._of(worker, said.epoch)
         if move is None or move.phase != "copying":
             return []
         if said.bytes_sent >= _TELLING_BYTES and now > move.phase_at:
@@ -208,14 +211,14 @@ class Relocation:
 
     def took_over(self, worker: Worker, epoch: int) -> list[Action]:
         """Take it that a stage has its KV cache."""
-        move = self._of_epoch(epoch)
+        move = self._of(worker, epoch)
         if move is not None:
             move.took_over(worker.peer)
         return []
 
     def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
         """Take it that the KV cache cannot go along."""
-        if self._of_epoch(failed.epoch) is None:
+        if self._of(worker, failed.epoch) is None:
             return []
         actions = self.cancel(f"{worker.id}: {failed.message}", now=now)
         if failed.worker:  # the next move between these two goes without
@@ -225,8 +228,7 @@ class Relocation:
 
     def loading(self, epoch: int) -> Replica | None:
         """Return the pipeline that is loading, if it has this epoch."""
-        move = self._of_epoch(epoch)
-        return move.new if move else None
+        return self.move.new if self.move and self.move.new.epoch == epoch else None
 
     def lost(self, worker: Worker, *, now: float) -> list[Action]:
         """A worker is no longer there."""
@@ -278,8 +280,10 @@ class Relocation:
             return [*self.move.copied_enough(now=now)]
         return self.cancel(f"{self.move.phase.replace('_', ' ')} took too long", now=now)
 
-    def _of_epoch(self, epoch: int) -> Move | None:
-        return self.move if self.move and self.move.new.epoch == epoch else None
+    def _of(self, worker: Worker, epoch: int) -> Move | None:
+        """Return the move, if it is to this epoch and the worker has a part in it."""
+        move = self.move
+        return move if move and move.new.epoch == epoch and move.concerns(worker.peer) else None
 
 
 def _numbers(layers: LayerRange) -> range:

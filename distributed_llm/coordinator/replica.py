@@ -97,6 +97,11 @@ class Replica:
         """Who serves which layers, in their order."""
         return tuple((seat.worker, seat.layers) for seat in self.seats)
 
+    @property
+    def layers_text(self) -> str:
+        """Who serves which layers, for people."""
+        return ", ".join(f"{seat.worker} {seat.layers}" for seat in self.seats)
+
     def following(self, peer: PeerId) -> Seat | None:
         """Return the stage after that of the worker at `peer`."""
         pairs = pairwise(self.seats)
