@@ -159,7 +159,8 @@ class Rebalancing:
         advice = {**self.advice, **found}
         workers = [worker for worker in self._registry.workers if worker.id in advice]
         self.advice = {worker.id: advice[worker.id] for worker in workers}
-        left_out = {worker.id for worker in workers if worker.layers is None}
+        idle = {worker.id for worker in workers if worker.layers is None}
+        left_out = {worker for worker in idle if (advice[worker].gain or 0.0) <= 0.0}
         new, self._left_out = left_out - self._left_out, left_out
         return [
             self._journal.note(f"worker {worker} has no layers: {advice[worker].text}")

@@ -53,6 +53,7 @@ from distributed_llm.worker.loading import (
     same_layers,
     use_threads,
 )
+from distributed_llm.worker.orders import Orders
 from distributed_llm.worker.probe import remeasure
 from distributed_llm.worker.stage import (
     MissingPositionsError,
@@ -113,9 +114,7 @@ class Engine:
         self._local_model = local_model
         self._is_void = is_void
         self._post = post
-        self._orders: queue.SimpleQueue[tuple[float, Order | BackgroundLoad] | None] = (
-            queue.SimpleQueue()
-        )
+        self._orders: Orders[Order | BackgroundLoad] = Orders()
         self._served: Held | None = None
         self._beside: Beside | None = None
         self._leaving: list[Tensor] = []  # memory of stages that were given up
@@ -130,7 +129,7 @@ class Engine:
         """Queue an order."""
         if isinstance(order, Run):
             self.vitals.tasks_put += 1
-        self._orders.put((time.perf_counter(), order))
+        self._orders.put(order)
 
     def progress_age_s(self) -> float:
         """Return how long ago the thread finished a layer; 0 if it has nothing to do."""
@@ -141,7 +140,7 @@ class Engine:
     def stop(self, timeout_s: float) -> bool:
         """End the thread after what it is doing; return whether it ended in time."""
         deadline = time.monotonic() + timeout_s
-        self._orders.put(None)
+        self._orders.end()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
@@ -167,7 +166,7 @@ class Engine:
             if not self._leaving:
                 self._give_memory_back()
             with contextlib.suppress(queue.Empty):
-                return self._orders.get_nowait()
+                return self._orders.get(block=False)
         return self._orders.get()
 
     def _do(self, order: Order | BackgroundLoad, queued_at: float) -> None:
@@ -303,7 +302,7 @@ class Engine:
         self._loader = BackgroundLoad(
             load,
             lambda: self._load_beside(order, served),
-            lambda done: self._orders.put((time.perf_counter(), done)),
+            self._orders.put,
         )
 
     def _load_beside(self, order: LoadStage, served: Held | None) -> tuple[Stage, int]:

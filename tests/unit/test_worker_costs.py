@@ -481,7 +481,7 @@ def test_tasks_that_were_suspect_before_are_forgotten_with_the_speed_of_then() -
     worker.costs = worker.costs.rescaled(4.0)
     before = worker.costs.layer_s(decoding(4), decodes=True)
     worker.run([decoding(4)], [40.0])
-    assert worker.costs.layer_s(decoding(4), decodes=True) < 3 * before
+    assert worker.costs.layer_s(decoding(4), decodes=True) >= before
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

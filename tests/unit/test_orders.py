@@ -1,0 +1,84 @@
+"""In which order the compute thread is given what waits for it."""
+
+import queue
+
+import pytest
+
+from distributed_llm.common.messages import SequenceSlice, Task
+from distributed_llm.common.types import LayerRange
+from distributed_llm.worker.events import Drop, Export, Run, Serve
+from distributed_llm.worker.orders import Orders
+
+SLICES = (SequenceSlice(sequence_id=1, start=0, num_tokens=1),)
+
+
+def run(step: int) -> Run:
+    return Run(0, Task(epoch=1, step=step, oldest=0, sequences=SLICES, tensors=()), ())
+
+
+def export(number: int) -> Export:
+    return Export(session=0, epoch=2, layers=LayerRange(0, 1), number=number, rest=False)
+
+
+def filled(*orders: object) -> "Orders[object]":
+    queued: Orders[object] = Orders()
+    for order in orders:
+        queued.put(order)
+    return queued
+
+
+def rest(orders: "Orders[object]") -> list[object]:
+    """Return what is there, in the order in which it is given out."""
+    found: list[object] = []
+    while True:
+        try:
+            item = orders.get(block=False)
+        except queue.Empty:
+            return found
+        assert item is not None
+        found.append(item[1])
+
+
+def test_first_come_first_served() -> None:
+    orders = [run(1), Drop(), run(2), Serve(3)]
+    assert rest(filled(*orders)) == orders
+
+
+def test_kv_cache_goes_before_waiting_tasks() -> None:
+    assert rest(filled(run(1), run(2), export(1))) == [export(1), run(1), run(2)]
+
+
+def test_tasks_go_on_between_much_kv_cache() -> None:
+    """Four pieces, a task, four pieces, a task; the last ones when their turn has come."""
+    exports = [export(number) for number in range(10)]
+    given = rest(filled(run(1), run(2), run(3), *exports))
+    assert given == [*exports[:4], run(1), *exports[4:8], run(2), *exports[8:], run(3)]
+
+
+def test_without_tasks_nothing_waits() -> None:
+    exports = [export(number) for number in range(10)]
+    assert rest(filled(*exports)) == exports
+
+
+def test_the_end_comes_after_all() -> None:
+    orders = filled(run(1), export(1), run(2))
+    orders.end()
+    given = []
+    while (item := orders.get()) is not None:
+        given.append(item[1])
+    assert given == [export(1), run(1), run(2)]
+
+
+def test_an_empty_queue_says_so() -> None:
+    orders = filled(export(1))
+    assert rest(orders) == [export(1)]
+    with pytest.raises(queue.Empty):
+        orders.get(block=False)
+
+
+def test_the_time_of_arrival_is_kept() -> None:
+    orders = filled(run(1), run(2))
+    first, second = orders.get(), orders.get()
+    assert first is not None
+    assert second is not None
+    assert first[0] <= second[0]
