@@ -104,8 +104,9 @@ class PhaseSeen:
     Attributes:
         moves: that were made.
         reached_s: from the change to the end of the last of them.
-        rate: tokens/s after the time that is allowed.
-        step_s: mean time between two tokens of a request, likewise.
+        rate: tokens/s in a while after the time that is allowed.
+        later: in a while after that.
+        step_s: mean time between two tokens of a request in that second while.
         forecasts: of that, at the time; as multiples of it.
         stage_errors: medians per worker of how far single tasks were off.
     """
@@ -116,6 +117,7 @@ class PhaseSeen:
     moves: int
     reached_s: float
     rate: float
+    later: float
     step_s: float
     forecasts: list[float]
     stage_errors: list[float]
@@ -137,6 +139,8 @@ class Watch:
             self._cluster.set_slowdown(worker, slowdown)
         began = time.perf_counter()
         await self._look_until(began + WITHIN_S)
+        allowed = time.perf_counter()
+        await self._look_until(allowed + self._window_s)
         steady, first = time.perf_counter(), len(self._looks)
         await self._look_until(steady + self._window_s)
         ended = time.perf_counter()
@@ -155,7 +159,8 @@ class Watch:
             split_of(looks[-1].status),
             moves=len(made),
             reached_s=max((at - began for _, at in made), default=0.0),
-            rate=self._load.tokens_per_s(steady, ended),
+            rate=self._load.tokens_per_s(allowed, steady),
+            later=self._load.tokens_per_s(steady, ended),
             step_s=step_s,
             forecasts=[found.now.step_s / step_s for found in surveys],
             stage_errors=[median(each) for each in zip(*errors, strict=False)],
@@ -226,12 +231,11 @@ async def live(given: argparse.Namespace) -> None:
             print("\n".join(events), cluster.logs(), sep="\n")
         statics = Splits(cluster, examples, given.clients, given.window)
         bests: dict[tuple[float, ...], dict[Split, float]] = {}
-        for phase in seen:
-            key = tuple(phase.slowdowns.values())
-            if key not in bests:
-                bests[key] = await statics.best(phase.slowdowns, phase.split, given.candidates)
-            elif phase.split not in bests[key]:
-                bests[key][phase.split] = (await statics.measure(phase.split)).rate
+        for slowdowns in (SLOWDOWNS, SLOWER):
+            chosen = {phase.split for phase in seen if phase.slowdowns == slowdowns}
+            if chosen:
+                key = tuple(slowdowns.values())
+                bests[key] = await statics.best(slowdowns, chosen, given.candidates)
         _print_phases(seen, bests)
         _print_splits(bests, statics)
         _print_errors(seen)
@@ -257,7 +261,7 @@ def _print_moves(moves: Sequence[MoveSeen], seen: Sequence[PhaseSeen]) -> None:
 def _print_phases(
     seen: Sequence[PhaseSeen], bests: Mapping[tuple[float, ...], dict[Split, float]]
 ) -> None:
-    head = ("change", "moves", "last one ended, s", "split", "tokens/s", "best split that stays")
+    head = ("change", "moves", "last one ended, s", "split", "tokens/s after 20 s", "and later")
     rows = []
     for phase in seen:
         rates = bests[tuple(phase.slowdowns.values())]
@@ -265,11 +269,12 @@ def _print_phases(
         rows.append(
             (
                 *(phase.name, phase.moves, phase.reached_s, text_of(phase.split), phase.rate),
-                *(text_of(best), rates[best], phase.rate / rates[best]),
-                rates[phase.split] / rates[best],
+                *(phase.later, text_of(best), rates[best], phase.rate / rates[best]),
+                *(phase.later / rates[best], rates[phase.split] / rates[best]),
             )
         )
-    print_table((*head, "its tokens/s", "reached / best", "the same split, staying / best"), rows)
+    more = ("best split that stays", "its tokens/s", "after 20 s / best", "later / best")
+    print_table((*head, *more, "the same split, staying / best"), rows)
 
 
 def _print_splits(bests: Mapping[tuple[float, ...], dict[Split, float]], statics: Splits) -> None:
@@ -359,7 +364,7 @@ def _moved_after(cluster: VirtualCluster, moves: int) -> str:
     try:
         cluster.run(lambda: cluster.core.status(now=cluster.now).moves > moves, limit_s=60)
     except TimeoutError:
-        return "not in 60"
+        return f"not in 60: {cluster.core.status(now=cluster.now).events[-1]}"
     return f"{cluster.now - changed_at:.1f}"
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, permutations
 from statistics import mean
@@ -76,13 +76,13 @@ class Splits:
         self.costs: StageCosts | None = None
 
     async def best(
-        self, slowdowns: Mapping[str, float], chosen: Split, most: int
+        self, slowdowns: Mapping[str, float], chosen: Iterable[Split], most: int
     ) -> dict[Split, float]:
         """Return the rates of the splits that were tried.
 
         Args:
             slowdowns: of the workers.
-            chosen: is tried in any case.
+            chosen: are tried in any case.
             most: splits over three workers that are tried beside it.
         """
         self._slowdowns = slowdowns
@@ -95,10 +95,10 @@ class Splits:
         ranked = sorted(expected, key=expected.__getitem__)
         wanted = {3: most, 2: most // 2, 1: 1}
         near = [s for n, some in wanted.items() for s in [r for r in ranked if len(r) == n][:some]]
-        tried = dict.fromkeys([chosen, *near])
+        tried = dict.fromkeys([*chosen, *near])
         rates = {split: (await self.measure(split)).rate for split in tried}
         first, second = sorted(rates, key=rates.__getitem__)[:-3:-1]
-        for split in {chosen, first, second}:  # these decide: once more
+        for split in {*chosen, first, second}:  # these decide: once more
             rates[split] = mean([rates[split], (await self.measure(split)).rate])
         return rates
 

@@ -210,8 +210,9 @@ class Core:
     def _use_joined(self) -> list[Action]:
         """Plan for workers that joined; under strategy "speed" the rebalancing sees to them."""
         if self._settings.strategy == "speed" and self._placement.state != "waiting":
-            self._placement.replan_at = None
-            return [] if self._placement.complete else self._placement.add()
+            actions = [] if self._placement.complete else self._placement.add()
+            self._placement.replan_at, self._placement.replan_when_idle = None, False
+            return actions
         if self._relocation.move is not None:  # when it is over
             self._placement.replan_at, self._placement.replan_when_idle = None, True
             return []

@@ -13,6 +13,7 @@ from distributed_llm.common.errors import (
     InvalidRequest,
     NotEnoughMemory,
     NotReady,
+    WorkerLost,
 )
 from distributed_llm.common.messages import MayLeave, WorkerDrained
 from distributed_llm.common.types import PeerId
@@ -34,11 +35,13 @@ class _Departure:
 
     Attributes:
         clients: who want to know.
+        wanted: by the worker itself.
         attempts: moves that were begun for it.
         dismissed: it was told that it may.
     """
 
     clients: list[PeerId] = field(default_factory=list)
+    wanted: bool = False
     attempts: int = 0
     dismissed: bool = False
 
@@ -83,13 +86,21 @@ class Departures:
         """A worker wants to leave."""
         if worker.peer not in self._leaving:
             self._begin(worker)
+        self._leaving[worker.peer].wanted = True
         return [self._journal.note(f"worker {worker.id} wants to leave")]
 
     def gone(self, worker: Worker) -> list[Action]:
         """A worker is no longer there."""
         departure = self._leaving.pop(worker.peer, None)
-        clients = departure.clients if departure else []
-        return [Send(client, WorkerDrained(worker=worker.id)) for client in clients]
+        if departure is None:
+            return []
+        if departure.dismissed or departure.wanted:
+            return [Send(client, WorkerDrained(worker=worker.id)) for client in departure.clients]
+        error = WorkerLost(
+            f"Worker {worker.id} was lost before others had its layers. See in `dllm status` "
+            "whether it is back."
+        )
+        return [_answer(client, worker.id, error) for client in departure.clients]
 
     def settle(self, *, now: float) -> list[Action]:
         """Let go who has no layers any more; begin what the others wait for."""
@@ -163,12 +174,12 @@ class Departures:
         """Nobody can have its layers."""
         text = f"worker {worker.id} cannot hand its layers over: {error}"
         actions: list[Action] = [self._journal.note(text, "warning")]
-        if departure.clients:
-            actions += [_answer(client, worker.id, error) for client in departure.clients]
-            worker.leaving = False
-            del self._leaving[worker.peer]
-            return actions
-        return [*actions, *self._dismiss(worker, departure, f"Nobody can have its layers: {error}")]
+        if departure.wanted:
+            why = f"Nobody can have its layers: {error}"
+            return [*actions, *self._dismiss(worker, departure, why)]
+        worker.leaving = False
+        del self._leaving[worker.peer]
+        return [*actions, *(_answer(client, worker.id, error) for client in departure.clients)]
 
 
 def _answer(client: PeerId, worker: str, error: DistributedLLMError) -> Send:

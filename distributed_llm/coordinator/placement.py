@@ -290,11 +290,10 @@ class Placement:
             plan: by workers of `old` and idle ones.
         """
         text = f"plan {old.epoch} ends, and another one is loaded in its place: {why}"
-        balancer, demand = old.balancer, old.demand
         self._dissolve(old)
         actions = self._load_all([plan])
         new = self._replicas[self.epoch]
-        new.balancer, new.demand = balancer, demand
+        new.demand, new.balancer = old.demand, old.balancer
         return [self._journal.note(text), *actions]
 
     # -------------------------------------------------------------- from one plan to another
@@ -351,6 +350,7 @@ class Placement:
                 worker = self._worker(seat)
                 worker.unassign()
                 worker.epoch = 0
+        new.demand, new.balancer = old.demand, old.balancer
         if move.copies:
             new.take_over(old)
             assert new.scheduler is not None

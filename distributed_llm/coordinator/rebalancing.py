@@ -175,11 +175,11 @@ class Rebalancing:
         if self._adds(findings):
             assert findings.extra is not None
             plan = self._planning.plan_of(self._found(findings.extra), findings.extra.ranges)
-            return self._placement.serve_also(plan) if plan else []
+            return self._placement.serve_also(plan)
         best = findings.best
         if best is None or best.ranges == replica.ranges:
             return []
-        workers = self._found(best)
+        workers = self._found(best, replica)
         if len(workers) < len(best.ranges):
             return []  # somebody has left meanwhile, or is to leave
         plan = self._planning.plan_of(workers, best.ranges)
@@ -216,10 +216,14 @@ class Rebalancing:
         longer = findings.best.full_tokens_per_s if findings.best else 0.0
         return now + also >= _AS_GOOD * longer
 
-    def _found(self, forecast: Forecast) -> list[Worker]:
-        """Return those workers of a forecast that can still be had."""
-        fit = {worker.id: worker for worker in self._placement.fit_workers}
-        return [fit[worker] for worker, _ in forecast.ranges if worker in fit]
+    def _found(self, forecast: Forecast, own: Replica | None = None) -> list[Worker]:
+        """Return those workers of a forecast that can still be had: idle ones, and of `own`."""
+        free = {
+            worker.id: worker
+            for worker in self._placement.fit_workers
+            if worker.layers is None or (own and self._placement.replica_of(worker.peer) is own)
+        }
+        return [free[worker] for worker, _ in forecast.ranges if worker in free]
 
     def _uncertainty(self, findings: Findings) -> float:
         assert findings.best is not None

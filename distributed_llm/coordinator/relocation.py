@@ -132,8 +132,17 @@ class Relocation:
         """Return the weights that a worker reads to have other layers."""
         if before is None:
             return self._cost.weight_bytes(after)
+        cost, size = self._cost, self._cost.num_layers
         layers = set(_numbers(after)) - set(_numbers(before))
-        return sum(self._cost.layer_bytes[layer] for layer in layers)
+        first = after.start == 0 and before.start != 0
+        last = after.stop == size and before.stop != size
+        has_shared = before.start == 0 or before.stop == size
+        return (
+            sum(cost.layer_bytes[layer] for layer in layers)
+            + cost.first_bytes * first
+            + cost.last_bytes * last
+            + cost.shared_bytes * ((first or last) and not has_shared)
+        )
 
     def _compute_again_s(self, seats: Sequence[Seat], tokens: int) -> float:
         """Return how long a pipeline takes to compute so many tokens of prompts."""

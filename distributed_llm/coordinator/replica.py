@@ -158,7 +158,6 @@ class Replica:
         old.pipeline = old.scheduler = None
         scheduler.on_change = lambda: self._on_change(self)
         scheduler.move(self.kv_tokens)
-        self.demand, self.balancer = old.demand, old.balancer
         self._begin(scheduler, released)
 
     def _begin(self, scheduler: Scheduler, released: Sequence[int] = ()) -> None:
