@@ -83,7 +83,7 @@ class MoveSeen:
         seconds: from its begin to its end.
         stall_s: how long steps stood still, as the coordinator says.
         worst_gap_s: between two tokens of a request, of those that it concerned.
-        usual_gap_s: median before it.
+        usual_gap_s: median in the five seconds before it, since speeds changed.
         longest_usual_s: the longest before it.
         expected_s: step time that was expected of the new plan; None if no survey told.
     """
@@ -131,13 +131,14 @@ class Watch:
         self._load = load
         self._window_s = window_s
         self._looks: list[Look] = []
+        self._changed_at = 0.0
         self.moves: list[MoveSeen] = []
 
     async def phase(self, name: str, slowdowns: Mapping[str, float]) -> PhaseSeen:
         """Set the speeds, and return what comes of it."""
         for worker, slowdown in slowdowns.items():
             self._cluster.set_slowdown(worker, slowdown)
-        began = time.perf_counter()
+        began = self._changed_at = time.perf_counter()
         await self._look_until(began + WITHIN_S)
         allowed = time.perf_counter()
         await self._look_until(allowed + self._window_s)
@@ -183,7 +184,8 @@ class Watch:
                 begin = None
 
     def _seen(self, phase: str, look: Look, begin: float) -> MoveSeen:
-        usual = [gap.seconds for gap in self._load.gaps(begin - 5.0, begin)]
+        since = max(begin - 5.0, self._changed_at)
+        usual = [gap.seconds for gap in self._load.gaps(since, begin)]
         split = split_of(look.status)
         surveys = [found for at, found in self._cluster.surveys if at <= begin + 0.5]
         best = [s.best for s in surveys if s.best and _split_expected(s.best) == split]

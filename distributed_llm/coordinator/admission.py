@@ -18,18 +18,29 @@ class Admission:
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
         self._open: dict[int, Replica] = {}  # by epoch; they may have room, or be dissolved
+        self._full: dict[int, Replica] = {}  # likewise; they have none for the request below
+        self._head: Request | None = None  # whose turn it was last
 
     def may_have_room(self, replica: Replica) -> None:
         """Something in a pipeline has changed: it is asked again."""
         if replica.scheduler and replica.scheduler.has_seat:
             self._open[replica.epoch] = replica
+            self._full.pop(replica.epoch, None)
 
     def admit(self, *, now: float) -> None:
         """Let waiting requests run as long as there is room for the next one."""
-        while self._open and (request := self._desk.next_waiting()) is not None:
+        while (request := self._desk.next_waiting()) is not None:
+            if request is not self._head:
+                self._head = request
+                self._open |= self._full
+                self._full.clear()
+            if not self._open:
+                return
             replica = self._choose(request)
             if replica.scheduler is None or not self._desk.admit(replica.scheduler, now=now):
                 del self._open[replica.epoch]
+                if replica.scheduler is not None and replica.scheduler.has_seat:
+                    self._full[replica.epoch] = replica
 
     def _choose(self, request: Request) -> Replica:
         """Return where it finds most of its prompt computed, or else where it waits least.

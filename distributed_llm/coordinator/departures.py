@@ -158,9 +158,9 @@ class Departures:
         idle = {other.peer for other in self._placement.idle_workers}
         others = [w for w in self._placement.fit_workers if w.peer in own | idle]
         others = [other for other in others if other.peer != worker.peer]
-        if not others:
-            raise NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
         try:
+            if not others:
+                raise NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
             needed = self._placement.needed_tokens(replica)
             return self._planning.plan(others, used_tokens=needed)
         except (NotEnoughMemory, NotReady):

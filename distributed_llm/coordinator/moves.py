@@ -34,7 +34,7 @@ _LIMITS_S = {"loading": 900.0, "handing_over": 10.0}
 """After which a phase is taken for stuck. While steps drain their leases run."""
 
 _COPY_S = 30.0
-_PATIENCE = 4.0
+SLOW = 4.0
 """Copying ends after so long, and so many times what it should take: where the caches grow faster
 than the links carry them, it would never."""
 
@@ -98,7 +98,7 @@ class Move:
         self.phase: Literal["loading", "copying", "draining", "handing_over", "done"] = "loading"
         self._addresses = addresses
         self._link_key = link_key
-        self._copy_limit_s = _COPY_S + _PATIENCE * copy_s
+        self._copy_limit_s = _COPY_S + SLOW * copy_s
         self._waits_for: set[PeerId] = set()
         self.phase_at = now
 

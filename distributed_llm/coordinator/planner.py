@@ -29,6 +29,9 @@ _CONTEXTS = 16
 _POSITIONS = 65_536
 """Room for KV cache that no plan has to give speed up for: so many whole contexts or positions."""
 
+_CONTEXT = 8192
+"""A request that may take so many positions should be served, if it can be, however slowly."""
+
 
 @dataclass(frozen=True)
 class Offer:
@@ -145,7 +148,8 @@ def wanted_kv_tokens(
     """Return the positions of KV cache that a plan by speed must leave room for.
 
     That is half of what the plan in proportion to memory has, which has the most room or nearly;
-    less if so many are hardly ever needed, and never less than `least`.
+    less if so many are hardly ever needed; as many as a whole context of usual length takes, if
+    there can be so many; and never less than `least`.
 
     Args:
         cost: of the model.
@@ -158,7 +162,8 @@ def wanted_kv_tokens(
         most = kv_tokens_of(make_plan(cost, offers, strategy="memory", kv_tokens=least))
     except NotEnoughMemory:
         return least
-    return max(least, min(most // 2, _CONTEXTS * context_length, _POSITIONS))
+    whole = min(most, context_length, _CONTEXT)
+    return max(least, whole, min(most // 2, _CONTEXTS * context_length, _POSITIONS))
 
 
 _Ranges = list[tuple[Offer, LayerRange]]

@@ -12,7 +12,7 @@ from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.journal import Journal
 from distributed_llm.coordinator.measurements import Measurements
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.moves import Move, transfers_between
+from distributed_llm.coordinator.moves import SLOW, Move, transfers_between
 from distributed_llm.coordinator.placement import Placement
 from distributed_llm.coordinator.planner import Plan
 from distributed_llm.coordinator.registry import Registry, Worker
@@ -227,11 +227,14 @@ class Relocation:
 
     def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
         """Take it that the KV cache cannot go along."""
-        if self._of(worker, failed.epoch) is None:
+        move = self._of(worker, failed.epoch)
+        if move is None:
             return []
+        pair = (worker.id, WorkerId(failed.worker))
+        pairs = {(t.sender.worker, t.receiver.worker) for t in move.transfers} - self._apart
         actions = self.cancel(f"{worker.id}: {failed.message}", now=now)
-        if failed.worker:  # the next move between these two goes without
-            self._apart.add((worker.id, WorkerId(failed.worker)))
+        if pair in pairs:  # the next move between these two goes without
+            self._apart.add(pair)
             self.failures -= 1
         return actions
 
@@ -285,6 +288,8 @@ class Relocation:
         at = self.next_deadline()
         if self.move is None or at is None or at > now:
             return []
+        if self.move.copies and self.move.phase != "loading":  # slower than was expected
+            self._copied_bytes_per_s = self._copy_bytes_per_s / SLOW
         if self.move.phase == "copying":
             return [*self.move.copied_enough(now=now)]
         return self.cancel(f"{self.move.phase.replace('_', ' ')} took too long", now=now)

@@ -106,3 +106,146 @@ class Network:
 
     def events(self) -> str:
         return "\n".join(self.client.status().events)
+
+    def heal(self) -> None:
+        for proxy in (*self.lifelines.values(), *self.doors.values()):
+            proxy.heal()
+
+    def answers(self) -> Answers:
+        return Answers(self.client, self.checkpoint, **ASKED)
+
+
+@pytest.fixture(scope="module")
+def one_network(movable: Path) -> Iterator[Network]:
+    me = psutil.Process()
+    settings = {
+        "strategy": "even",  # all workers have layers, and they move only to let one leave
+        "min_workers": NUM_WORKERS,
+        "max_batch_tokens": 16,
+    }
+    num_fds = me.num_fds()
+    with ExitStack() as stack:
+        cluster = stack.enter_context(LocalCluster(movable, 0, coordinator=settings))
+        client = stack.enter_context(DistributedClient(cluster.address))
+        network = Network(cluster, client, movable, stack)
+        relay = stack.enter_context(HelloRelay(cluster.address, network.open_door))
+        network.relay = relay.address
+        network.rest()
+        yield network
+        pids = [process.pid for process in (cluster.coordinator, *cluster.workers)]
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    eventually(lambda: me.num_fds() <= num_fds, limit_s=LIMIT_S)
+
+
+@pytest.fixture
+def network(one_network: Network) -> Iterator[Network]:
+    """All workers serve, at rest; in the end nothing may be in use or have failed."""
+    one_network.rest()
+    failed = one_network.client.status().requests_failed
+    yield one_network
+    one_network.heal()
+    eventually(lambda: is_idle(one_network.client), limit_s=LIMIT_S)
+    status = one_network.client.status()
+    check_whole(status)
+    assert status.requests_failed == failed
+
+
+class Departure:
+    """A worker in the middle of the pipeline is told to end; what others say of that."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.stages = network.stages()
+        self.leaver = self.stages[1]
+        self._said_before = {worker.name: len(_log(worker)) for worker in self.stages}
+        self._epoch = network.client.status().epoch
+        self.leaver.terminate()
+
+    def wait_for(self, text: str) -> str:
+        """Return the first line with a text that any of the workers says about the new plan."""
+
+        def look() -> str | None:
+            for worker in self.stages:
+                said = _log(worker)[self._said_before[worker.name] :]
+                if found := re.search(rf".*{text}.*\(plan \d+\)", said):
+                    return found[0]
+            return None
+
+        line = eventually(look, limit_s=LIMIT_S)
+        assert line is not None
+        return line
+
+    def check_left(self) -> None:
+        """Wait for the end of the leaver's process."""
+        eventually(lambda: self.leaver.exit_code is not None, limit_s=LIMIT_S)
+
+
+def _log(worker: LocalProcess) -> str:
+    return worker.log.read_text(errors="replace")
+
+
+# ------------------------------------------------------------------ killed
+
+
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [
+        ("loading layers", 0),
+        ("sends the KV cache", 1),
+        ("sends the KV cache", 2),
+        ("has the KV cache", 1),
+        ("has the KV cache", 3),
+    ],
+)
+def test_any_worker_may_be_killed_in_any_phase_of_a_move(
+    network: Network, phase: str, victim: int
+) -> None:
+    with network.answers() as answers:
+        network.make_late()
+        if phase == "sends the KV cache":
+            network.make_narrow()
+        departure = Departure(network)
+        departure.wait_for(phase)
+        departure.stages[victim].kill()
+        network.heal()
+        answers.finish()
+        departure.check_left()
+    if phase != "has the KV cache":  # or it may have been over when the loss was noticed
+        name = departure.stages[victim].name
+        assert f"the move was undone: worker {name} was lost" in network.events()
+
+
+# ------------------------------------------------------------------ cut
+
+
+def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: Network) -> None:
+    with network.answers() as answers:
+        network.make_narrow()
+        departure = Departure(network)
+        line = departure.wait_for("sends the KV cache")
+        door = network.doors[re.findall(r" to (\S+)", line)[0]]
+        door.refuse()
+        door.cut()
+        departure.check_left()
+        answers.check_under_way()
+        network.heal()
+        answers.finish()
+    assert departure.leaver.exit_code == 0
+    assert "was lost while KV cache was sent there" in network.events()
+    assert "computing its KV cache again: worker" in network.events()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_worker_may_lose_its_coordinator_for_an_instant_while_layers_move(
+    network: Network, stage: int
+) -> None:
+    with network.answers() as answers:
+        network.make_narrow()
+        departure = Departure(network)
+        departure.wait_for("sends the KV cache")
+        network.lifelines[departure.stages[stage].name].cut()
+        departure.check_left()
+        network.heal()
+        answers.finish()
+    assert departure.leaver.exit_code == 0
+    assert "the move was undone" in network.events()

@@ -118,7 +118,8 @@ class Checker:
         for replica in self._core._placement.replicas:
             scheduler, pipeline = replica.scheduler, replica.pipeline
             if scheduler and pipeline and not scheduler.num_running and not pipeline.num_steps:
-                assert len(request.token_ids) >= replica.kv_tokens, "a request waits for nothing"
+                needed = request.ticket.reserved_tokens
+                assert needed > replica.kv_tokens, "a request waits for nothing"
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""

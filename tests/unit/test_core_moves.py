@@ -4,17 +4,23 @@ from collections.abc import Callable
 
 import pytest
 
-from distributed_llm.common.errors import NotEnoughMemory
+from distributed_llm.common.errors import NotEnoughMemory, UnsupportedModel, WorkerLost
 from distributed_llm.common.messages import (
     CancelStage,
     CopyKV,
     DrainWorker,
+    KVCopied,
+    KVFailed,
     KVPieces,
     LoadStage,
+    StageFailed,
+    StageReady,
     TakeOver,
+    TookOver,
     WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.coordinator import events
 from tests.unit.fake_client import Answer, SimClient
 from tests.unit.fake_model import BIG
 from tests.unit.fake_worker import SimWorker
@@ -396,4 +402,122 @@ def test_layers_move_although_prefixes_fill_the_cache() -> None:
     assert world.run(lambda: computed(world) > 400)
     slow_down(world)
     moved(world)
+    finish(world, *answers)
+
+
+# ------------------------------------------------------------------ what was wrong once
+
+
+def generated(world: World) -> int:
+    return world.core.status(now=world.now).tokens_generated
+
+
+def test_requests_go_on_at_once_when_a_move_is_undone() -> None:
+    world, client = cluster(3)
+    answers = asked(client, 8, 240)
+    assert world.run(lambda: computed(world) > 60)
+    for worker in slow_down(world):
+        worker.fail_inherits = 1
+    assert world.run(lambda: undone(world))
+    assert not world.all_ended()
+    tokens = generated(world)
+    assert world.run(lambda: generated(world) > tokens, for_s=0.5)
+    finish(world, *answers)
+
+
+@pytest.mark.parametrize("after_s", [0.15 + 0.03 * step for step in range(20)])
+def test_who_joins_while_layers_move_waits_until_they_have(after_s: float) -> None:
+    """At any moment of a drain of an idle cluster, whose plan does not go by speed."""
+    world = World(with_settings(strategy="memory", replicas=1))
+    for name in ("a", "b", "c"):
+        join(world, name)
+    assert world.run(lambda: world.state == "serving")
+    client = world.client()
+    world.run(for_s=1.0)
+    join(world, "d")
+    world.run(for_s=after_s)
+    client.say(DrainWorker(worker="b"))
+    assert world.run(lambda: bool(drained(client)), for_s=30.0)
+    assert world.run(lambda: sorted(layers(world)) == ["a", "c", "d"], for_s=30.0)
+    finish(world, client.submit())
+
+
+def test_a_joiner_that_cannot_run_the_model_does_not_stop_who_serves() -> None:
+    world, client = cluster(2)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 40)
+    join(world, "late").load_error = UnsupportedModel("another version")
+    assert world.run(lambda: undone(world), for_s=30.0)
+    finish(world, *answers)
+    assert world.stopped is None
+    assert moves(world) == 0
+    assert "late" not in layers(world)
+
+
+def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    stranger = join(world, "stranger", 10)
+    slow_down(world)
+    assert world.run(lambda: world.core._relocation.move is not None)
+    assert world.core._relocation.move
+    epoch = world.core._relocation.move.new.epoch
+    for message in (
+        StageReady(epoch=epoch, credits=1, load_s=1.0, weight_bytes=1, kv_tokens=1),
+        KVCopied(epoch=epoch, bytes_sent=1),
+        TookOver(epoch=epoch),
+        KVFailed(epoch=epoch, worker="", code="stage_error", message="no"),
+        StageFailed(epoch=epoch, code="stage_error", message="no"),
+    ):
+        world.apply(events.Received(stranger.link.peer, message))
+    moved(world)
+    assert not undone(world)
+    finish(world, *answers)
+
+
+def test_a_plan_has_room_for_what_the_largest_request_may_take() -> None:
+    world, client = cluster(3, memory_bytes=900)
+    answer = client.submit([1, 2, 3], params(250))
+    assert world.run(lambda: len(answer.token_ids) > 5)
+    world.plan()[1].layer_s = 6 * LAYER_S
+    finish(world, answer)
+    finish(world, client.submit([1, 2, 3], params(250)))
+
+
+def test_a_worker_that_both_wants_to_leave_and_is_drained_may_go() -> None:
+    world, client = cluster(2, memory_bytes=BIG)
+    finish(world, client.submit())
+    client.say(DrainWorker(worker="w0"))
+    world.workers[0].leave_kindly()
+    assert world.run(lambda: world.workers[0].ended == 15, for_s=5.0)
+    assert world.run(lambda: bool(drained(client)), for_s=5.0)
+
+
+def test_a_worker_that_is_lost_while_it_is_drained_was_not_drained() -> None:
+    world, client = cluster(3)
+    asked(client, answer=50)
+    for worker in world.workers:
+        worker.load_s = 9.0
+    client.say(DrainWorker(worker="w1"))
+    world.run(for_s=0.5)
+    world.workers[1].kill()
+    assert world.run(lambda: bool(drained(client)))
+    (answer,) = drained(client)
+    assert answer.code == WorkerLost.code
+    assert "was lost before" in answer.message
+
+
+def test_findings_that_come_late_take_nobody_away() -> None:
+    world = World(with_settings(strategy="speed", objective="throughput", replicas=3))
+    world.study_s = 0.6
+    for name in "ab":
+        join(world, name, BIG)
+    assert world.run(lambda: world.state == "serving")
+    client = world.client()
+    answers = asked(client, 4, 40)
+    for name in "cdef":
+        join(world, name, BIG)
+        world.run(for_s=0.2)
+    assert world.run(lambda: len(layers(world)) == 6, for_s=60.0)
     finish(world, *answers)

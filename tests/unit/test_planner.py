@@ -355,10 +355,14 @@ def test_nothing_fits_by_speed() -> None:
 @pytest.mark.parametrize(
     ("sizes", "context", "expected"),
     [
-        ((1000, 1000), 1000, 116),  # three layers each: (1000 - 300) / 3 = 233 positions, and half
+        ((1000, 1000), 1000, 233),  # three layers each: (1000 - 300) / 3, less than a context
+        ((1000, 1000), 150, 150),  # a whole context, which is more than half of that
+        ((1000, 1000), 100, 116),  # half of that
         ((1000, 1000), 5, 80),  # sixteen contexts
         ((1_000_000, 1_000_000), 100_000, 65_536),
-        ((400, 400), 1000, 20),  # (400 - 300) / 3 = 33, of which half is below what is needed
+        ((400, 400), 25, 25),  # (400 - 300) / 3 = 33, of which half is below a context
+        ((400, 400), 8, 20),  # and a context below what is needed
+        ((1_000_000, 1_000_000), 1_000_000, 65_536),
         ((100, 100), 1000, 20),  # fits in no way
         ((), 1000, 20),
     ],
