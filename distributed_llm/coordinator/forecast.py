@@ -27,7 +27,8 @@ from distributed_llm.coordinator.partition import (
 )
 from distributed_llm.coordinator.partition_solvers import costs_of, walk_forward
 from distributed_llm.coordinator.partition_tables import make_tables
-from distributed_llm.coordinator.worker_costs import Load, Work, WorkerCosts
+from distributed_llm.coordinator.task_fit import Work
+from distributed_llm.coordinator.worker_costs import Load, WorkerCosts
 
 Goal = Literal["auto", "throughput", "latency"]
 

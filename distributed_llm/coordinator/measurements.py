@@ -15,7 +15,8 @@ from distributed_llm.coordinator.pipeline import StepDone
 from distributed_llm.coordinator.registry import Worker
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.scheduler import Step
-from distributed_llm.coordinator.worker_costs import Prior, Work, WorkerCosts
+from distributed_llm.coordinator.task_fit import Work
+from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
 
 _HALF_LIFE_S = 30.0
 _PROBES = 3

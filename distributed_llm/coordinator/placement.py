@@ -185,7 +185,7 @@ class Placement:
             return self._load_all([self._planning.plan(self.idle_workers)])
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             if self._replicas:
-                text = f"the model is served {len(self._replicas)} times: {exc}"
+                text = f"{len(self._replicas)} pipelines are left to serve the model: {exc}"
                 note = self._journal.note(text, "warning")
                 self.replan_when_idle = True
                 return [*self._drop_unused(), note, *self._tell_capacity()]
@@ -196,7 +196,7 @@ class Placement:
     # -------------------------------------------------------------- carrying it out
 
     def _wait(self, error: DistributedLLMError) -> list[Action]:
-        self.note = str(error)[:4096]
+        self.note, self.replan_when_idle = str(error)[:4096], False
         return [self._journal.note(f"waiting: {error}", "warning")]
 
     def _dissolve(self, replica: Replica) -> None:

@@ -18,7 +18,7 @@ from distributed_llm.coordinator.planner import Plan
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica
 from distributed_llm.coordinator.requests import Seat
-from distributed_llm.coordinator.worker_costs import Work
+from distributed_llm.coordinator.task_fit import Work
 
 _BYTES_PER_S = 400e6
 """At which a worker is expected to load layers before it has loaded any."""

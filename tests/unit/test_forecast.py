@@ -18,7 +18,8 @@ from distributed_llm.coordinator.forecast import (
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.network import Network
 from distributed_llm.coordinator.partition_tables import Ranges
-from distributed_llm.coordinator.worker_costs import Prior, Work, WorkerCosts
+from distributed_llm.coordinator.task_fit import Work
+from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
 
 LAYERS = 14
 MODEL = ModelCost(

@@ -17,7 +17,8 @@ from distributed_llm.coordinator.pipeline import StepDone
 from distributed_llm.coordinator.registry import Worker
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.scheduler import Step
-from distributed_llm.coordinator.worker_costs import Load, Prior, Work
+from distributed_llm.coordinator.task_fit import Work
+from distributed_llm.coordinator.worker_costs import Load, Prior
 
 COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, kv_bytes_per_token=1000)
 ITEM_BYTES = 2

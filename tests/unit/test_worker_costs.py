@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition_tables import Speed
-from distributed_llm.coordinator.worker_costs import Load, Prior, Work, WorkerCosts
+from distributed_llm.coordinator.task_fit import Work
+from distributed_llm.coordinator.worker_costs import Load, Prior, WorkerCosts
 
 PRIOR = Prior(
     layer_s=1e-3,

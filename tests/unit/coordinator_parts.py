@@ -1,0 +1,183 @@
+"""The parts of a coordinator behind its core, with numbers that can be checked by hand."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from distributed_llm.common.messages import (
+    Capabilities,
+    Generate,
+    ModelSource,
+    StageReady,
+    WorkerHello,
+)
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.core_settings import CoreSettings
+from distributed_llm.coordinator.departures import Departures
+from distributed_llm.coordinator.desk import Desk
+from distributed_llm.coordinator.events import Tokenize, Tokenized
+from distributed_llm.coordinator.journal import Journal
+from distributed_llm.coordinator.measurements import Measurements
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.partition_tables import Ranges
+from distributed_llm.coordinator.placement import Placement
+from distributed_llm.coordinator.planner import Plan, plan_of
+from distributed_llm.coordinator.planning import Planning
+from distributed_llm.coordinator.rebalancing import Rebalancing
+from distributed_llm.coordinator.registry import Registry, Worker
+from distributed_llm.coordinator.relocation import Relocation
+from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.requests import GenerationDefaults, Request
+from distributed_llm.coordinator.task_fit import Work
+
+COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
+CLIENT = PeerId(b"client")
+
+
+class Known(Measurements):
+    """Measurements that were told what to say.
+
+    Attributes:
+        layer_times: what a layer takes for a chunk of a prompt, by worker, seconds; 1 where nothing
+            is said.
+        rate: what a link carries, bytes per second.
+    """
+
+    layer_times: Mapping[str, float] = {}
+    rate = 64.0
+
+    def layer_s(self, worker: WorkerId, prompt: Work) -> float:
+        """Return what was said."""
+        return self.layer_times.get(worker, 1.0)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What was said."""
+        return self.rate
+
+
+class Parts:
+    """A cluster without a network.
+
+    Args:
+        memory: of each worker, bytes.
+        cost: of the model.
+        settings: others than the usual ones.
+    """
+
+    def __init__(self, memory: Mapping[str, int], cost: ModelCost = COST, **settings: Any) -> None:
+        given = CoreSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
+        self.cost = cost
+        model = ServedModel(
+            name="small",
+            source=ModelSource(kind="builtin", name=""),
+            dtype="float32",
+            cost=cost,
+            hidden_size=4,
+            defaults=GenerationDefaults(2048, 50, (49,), SamplingParams()),
+            digest=str,
+        )
+        self.registry = Registry(silence_timeout_s=4.0)
+        self.desk = Desk(model.defaults, max_waiting=99, draw_seed=lambda: 1)
+        self.journal = Journal()
+        self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
+        self.planning = Planning(model, given, self.measurements)
+        self.placement = Placement(
+            model,
+            given,
+            self.registry,
+            self.desk,
+            self.journal,
+            self.planning,
+            draw_key=lambda: "key",
+        )
+        self.relocation = Relocation(
+            cost, self.placement, self.registry, self.journal, self.measurements
+        )
+        self.departures = Departures(
+            self.placement, self.planning, self.relocation, self.registry, self.journal
+        )
+        self.rebalancing = Rebalancing(
+            cost,
+            given,
+            self.placement,
+            self.planning,
+            self.relocation,
+            self.measurements,
+            self.registry,
+            self.journal,
+        )
+        for name, size in memory.items():
+            self.join(name, size)
+
+    def join(self, name: str, memory_bytes: int) -> Worker:
+        """Return a worker that says hello."""
+        hello = WorkerHello(name=name, instance=name, capabilities=capabilities(memory_bytes))
+        worker = self.registry.add_worker(PeerId(name.encode()), hello, now=0.0)
+        self.measurements.joined(worker.id, hello.capabilities)
+        return worker
+
+    def worker(self, name: str) -> Worker:
+        """Return one of the workers."""
+        found = self.registry.worker(PeerId(name.encode()))
+        assert found is not None
+        return found
+
+    def plan(self, *ranges: tuple[str, int, int]) -> Plan:
+        """Return the plan in which these workers have these layers."""
+        memory = {worker.id: worker.capabilities.memory_bytes for worker in self.registry.workers}
+        return plan_of(self.cost, memory, ranges_of(*ranges))
+
+    def serve(self, *ranges: tuple[str, int, int]) -> Replica:
+        """Return a pipeline that serves."""
+        self.placement.serve_also(self.plan(*ranges))
+        replica = self.placement.replicas[-1]
+        for name, _, _ in ranges:
+            self.placement.stage_ready(self.worker(name), ready(replica.epoch, load_s=0.0))
+        assert replica.pipeline
+        return replica
+
+    def ask(self, replica: Replica, prompt: int, answer: int = 20) -> Request:
+        """Return a request that runs on a pipeline; no two begin alike."""
+        assert replica.scheduler
+        number = self.desk.num_running
+        params = SamplingParams(max_new_tokens=answer)
+        generate = Generate(request_id=f"r{number}", prompt="token_ids", params=params, tensors=())
+        (order,) = self.desk.submit(CLIENT, generate, (), now=0.0)
+        assert isinstance(order, Tokenize)
+        self.desk.tokenized(Tokenized(order.key, [(number + at) % 49 for at in range(prompt)]))
+        request = self.desk.next_waiting()
+        assert request
+        assert self.desk.admit(replica.scheduler, now=0.0)
+        return request
+
+    def goes_on(self) -> None:
+        """Begin steps where they may be begun, and assert the invariants."""
+        for replica in self.placement.replicas:
+            replica.begin_steps(now=20.0)
+        self.placement.validate()
+
+
+def ranges_of(*ranges: tuple[str, int, int]) -> Ranges:
+    """Return who has which layers."""
+    return tuple((WorkerId(name), LayerRange(start, stop)) for name, start, stop in ranges)
+
+
+def ready(epoch: int, load_s: float = 1.0) -> StageReady:
+    """Return what a worker says once it has loaded its layers."""
+    return StageReady(epoch=epoch, credits=4, load_s=load_s, weight_bytes=1, kv_tokens=1 << 20)
+
+
+def capabilities(memory_bytes: int) -> Capabilities:
+    """Return those of a machine with this much memory."""
+    return Capabilities(
+        device="cpu",
+        device_name="made up",
+        platform="none",
+        memory_bytes=memory_bytes,
+        cores=1,
+        threads=1,
+        memory_bandwidth_bytes_per_s=1e6,
+        flops_per_s=1e9,
+    )

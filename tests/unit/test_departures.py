@@ -1,0 +1,275 @@
+"""Workers that are to leave: who may go when, and what those who asked are told."""
+
+import pytest
+
+from distributed_llm.common.errors import InvalidRequest, NotEnoughMemory, NotReady, WorkerLost
+from distributed_llm.common.messages import CancelStage, LoadStage, MayLeave, WorkerDrained
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.events import Action, Send
+from tests.unit.coordinator_parts import CLIENT, Parts, ready
+
+OTHER = PeerId(b"another client")
+
+
+def pair(memory: int = 20_000, strategy: str = "even", **memories: int) -> Parts:
+    """Return workers a and b that serve half of the model each, and perhaps others."""
+    parts = Parts({"a": memory, "b": memory, **memories}, strategy=strategy)
+    parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100)
+    return parts
+
+
+def settle(parts: Parts, now: float = 10.0) -> list[Action]:
+    """Do what the core does after every event."""
+    return [*parts.relocation.settle(now=now), *parts.departures.settle(now=now)]
+
+
+def moved(parts: Parts, now: float = 11.0) -> list[Action]:
+    """All stages of the move have loaded; it goes on without copying."""
+    move = parts.relocation.move
+    assert move
+    for seat in move.new.seats:
+        worker = parts.registry.worker(seat.peer)
+        assert worker
+        parts.relocation.stage_ready(worker, ready(move.new.epoch), now=now)
+    if move.phase == "copying":
+        move.copied_enough(now=now)
+    for seat in move.new.seats:
+        move.took_over(seat.peer)
+    return settle(parts, now)
+
+
+def may_leave(actions: list[Action]) -> list[str]:
+    """Return who is told that it may."""
+    sends = [action for action in actions if isinstance(action, Send)]
+    return [send.peer.decode() for send in sends if isinstance(send.message, MayLeave)]
+
+
+def answers(actions: list[Action]) -> list[tuple[PeerId, str, str]]:
+    """Return which clients are told what of whom."""
+    sends = [action for action in actions if isinstance(action, Send)]
+    return [
+        (send.peer, send.message.worker, send.message.code)
+        for send in sends
+        if isinstance(send.message, WorkerDrained)
+    ]
+
+
+def gone(parts: Parts, name: str) -> list[Action]:
+    """A worker is no longer there."""
+    worker = parts.registry.remove(PeerId(name.encode()))
+    assert worker
+    actions = parts.departures.gone(worker)
+    actions += parts.relocation.lost(worker, now=12.0)
+    return actions + parts.placement.lose(worker)
+
+
+# ------------------------------------------------------------------ who may go
+
+
+def test_a_worker_without_layers_may_leave_at_once_and_is_told_so_once() -> None:
+    parts = pair(c=100)
+    assert parts.departures.drain(CLIENT, "c") == []
+    assert parts.worker("c").leaving
+    assert may_leave(settle(parts)) == ["c"]
+    assert settle(parts) == []
+    assert answers(gone(parts, "c")) == [(CLIENT, "c", "")]
+
+
+def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
+    parts = pair()
+    assert parts.departures.drain(CLIENT, "b") == []
+    actions = settle(parts)
+    assert [a.peer for a in actions if isinstance(a, Send)] == [b"a"]
+    assert parts.relocation.move
+    assert parts.relocation.move.copies
+    assert "worker b is to leave" in parts.journal.events[-1]
+    assert settle(parts) == [], "it waits for the move"
+    assert may_leave(moved(parts)) == ["b"]
+    assert parts.placement.replicas[0].layers_text == "a 0-6"
+
+
+def test_everybody_who_asked_is_told() -> None:
+    parts = pair()
+    for client in (CLIENT, OTHER):
+        parts.departures.drain(client, "b")
+    settle(parts)
+    moved(parts)
+    assert answers(gone(parts, "b")) == [(CLIENT, "b", ""), (OTHER, "b", "")]
+
+
+def test_two_may_leave_at_once() -> None:
+    """The second one would have layers after the move of the first: that is undone."""
+    parts = pair(c=20_000)
+    parts.departures.leave(parts.worker("a"))
+    settle(parts)
+    assert parts.relocation.move
+    parts.departures.leave(parts.worker("b"))
+    actions = settle(parts)
+    assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
+    assert parts.relocation.move
+    assert parts.relocation.move.new.layers_text == "c 0-6"
+    assert may_leave(moved(parts)) == ["a", "b"]
+
+
+def test_a_worker_that_takes_over_just_now_is_waited_for() -> None:
+    parts = pair(c=20_000)
+    parts.departures.leave(parts.worker("a"))
+    settle(parts)
+    move = parts.relocation.move
+    assert move
+    for seat in move.new.seats:
+        parts.relocation.stage_ready(parts.worker(seat.worker), ready(2), now=11.0)
+    move.copied_enough(now=11.0)
+    assert move.phase == "handing_over"
+    parts.departures.leave(parts.worker("b"))
+    assert settle(parts) == []
+    assert parts.relocation.move is move
+
+
+def test_one_that_only_loads_for_a_move_may_leave() -> None:
+    parts = pair(c=20_000)
+    parts.departures.leave(parts.worker("a"))
+    settle(parts)
+    parts.departures.leave(parts.worker("c"))
+    settle(parts)
+    assert may_leave(settle(parts)) == ["c"]
+    assert parts.relocation.move
+    assert parts.relocation.move.new.layers_text == "b 0-6"
+
+
+# ------------------------------------------------------------------ when nobody can take over
+
+
+def test_a_client_is_told_why_a_worker_cannot_leave() -> None:
+    parts = pair(memory=5000)
+    (action,) = parts.departures.drain(CLIENT, "b")
+    assert answers([action]) == [(CLIENT, "b", NotEnoughMemory.code)]
+    assert not parts.worker("b").leaving
+    assert settle(parts) == []
+
+
+def test_the_last_worker_cannot_be_drained() -> None:
+    parts = Parts({"a": 20_000})
+    parts.serve(("a", 0, 6))
+    (action,) = parts.departures.drain(CLIENT, "a")
+    assert answers([action]) == [(CLIENT, "a", NotReady.code)]
+    assert isinstance(action, Send)
+    assert isinstance(action.message, WorkerDrained)
+    assert action.message.message == "Nobody but a can serve the model. Add a worker first."
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_its_pipeline_just_ends_where_another_one_serves(alone: bool) -> None:
+    parts = Parts(dict.fromkeys("abcd", 20000 if alone else 5000), replicas=2)
+    both = (
+        [(("a", 0, 6),), (("b", 0, 6),)]
+        if alone
+        else [
+            (("a", 0, 3), ("c", 3, 6)),
+            (("b", 0, 3), ("d", 3, 6)),
+        ]
+    )
+    for name in "cd":
+        parts.worker(name).leaving = alone
+    first, second = (parts.serve(*ranges) for ranges in both)
+    parts.ask(first, 100)
+    assert parts.departures.drain(CLIENT, "a") == []
+    settle(parts)
+    assert parts.placement.replicas == [second]
+    assert parts.desk.num_waiting == 1
+    assert may_leave(settle(parts)) == ["a"]
+
+
+def test_nobody_who_is_not_there_is_drained() -> None:
+    parts = pair()
+    (action,) = parts.departures.drain(CLIENT, "nobody" * 20)
+    assert answers([action]) == [(CLIENT, ("nobody" * 20)[:64], InvalidRequest.code)]
+    assert isinstance(action, Send)
+    assert isinstance(action.message, WorkerDrained)
+    assert action.message.message.endswith("Workers: a, b.")
+
+
+def test_a_worker_that_wants_to_end_does_though_nobody_can_have_its_layers() -> None:
+    parts = pair(memory=5000)
+    parts.departures.leave(parts.worker("b"))
+    actions = settle(parts)
+    assert may_leave(actions) == ["b"]
+    assert "cannot hand its layers over" in parts.journal.events[-1]
+    assert settle(parts) == [], "told once"
+
+
+@pytest.mark.parametrize("wants", [False, True])
+def test_who_could_have_its_layers_is_lost_meanwhile(wants: bool) -> None:
+    """A worker that only clients want to leave stays; one that wants to end goes."""
+    parts = pair(memory=5000, c=5000)
+    assert parts.departures.drain(CLIENT, "b") == []
+    if wants:
+        parts.departures.leave(parts.worker("b"))
+    settle(parts)
+    assert parts.relocation.move
+    gone(parts, "c")
+    actions = settle(parts)
+    assert may_leave(actions) == (["b"] if wants else [])
+    assert answers(actions) == ([] if wants else [(CLIENT, "b", NotEnoughMemory.code)])
+    assert parts.worker("b").leaving == wants
+    if not wants:
+        assert parts.departures.drain(CLIENT, "b"), "it may be asked again"
+    assert answers(gone(parts, "b")) == ([(CLIENT, "b", "")] if wants else [])
+
+
+def test_one_that_is_lost_before_others_have_its_layers_was_not_drained() -> None:
+    parts = pair()
+    parts.departures.drain(CLIENT, "b")
+    settle(parts)
+    assert answers(gone(parts, "b")) == [(CLIENT, "b", WorkerLost.code)]
+
+
+def test_nobody_is_told_of_a_worker_that_nobody_asked_for() -> None:
+    parts = pair()
+    assert parts.departures.gone(parts.worker("a")) == []
+
+
+# ------------------------------------------------------------------ moves that fail
+
+
+def test_tried_once_with_and_once_without_the_cache_and_then_given_up() -> None:
+    parts = pair()
+    parts.departures.leave(parts.worker("b"))
+    for copies in (True, False):
+        settle(parts)
+        assert parts.relocation.move
+        assert parts.relocation.move.copies == copies
+        parts.relocation.cancel("a test", now=11.0)
+    actions = settle(parts)
+    assert parts.relocation.move is None
+    loads = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)]
+    assert [load.beside for load in loads] == [False]
+    assert parts.desk.num_waiting == 1, "its request waits for the new stage"
+    assert may_leave(settle(parts)) == ["b"]
+
+
+def test_without_room_for_both_the_layers_are_loaded_anew() -> None:
+    """a can hold the model with one block of KV cache, but two are used."""
+    parts = pair(memory=6800 + 6 * 127)
+    parts.departures.leave(parts.worker("b"))
+    settle(parts)
+    assert parts.relocation.move is None
+    assert parts.placement.replicas[0].layers_text == "a 0-6"
+    assert parts.worker("a").state == "loading"
+
+
+def test_layers_that_are_loading_are_loaded_by_others() -> None:
+    parts = Parts({"a": 20_000, "b": 20_000})
+    parts.placement.serve_also(parts.plan(("a", 0, 3), ("b", 3, 6)))
+    parts.departures.leave(parts.worker("b"))
+    settle(parts)
+    assert parts.relocation.move is None
+    assert parts.placement.replicas[0].layers_text == "a 0-6"
+    assert may_leave(settle(parts)) == ["b"]
+
+
+def test_a_worker_that_says_it_twice_leaves_once() -> None:
+    parts = pair(c=100)
+    for _ in range(2):
+        parts.departures.leave(parts.worker("c"))
+    assert may_leave(settle(parts)) == ["c"]

@@ -1,0 +1,336 @@
+"""When pipelines are surveyed, and what follows from what is found."""
+
+from typing import Any
+
+import pytest
+
+from distributed_llm.common.messages import LoadStage
+from distributed_llm.common.types import PeerId, WorkerId
+from distributed_llm.coordinator.advice import Advice
+from distributed_llm.coordinator.events import Action, Send, Study
+from distributed_llm.coordinator.forecast import Demand, Forecast
+from distributed_llm.coordinator.partition_tables import Partition
+from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.survey import Findings, Survey
+from tests.unit.coordinator_parts import Parts, ranges_of
+
+Held = tuple[str, int, int]
+
+
+def serving(**given: Any) -> Parts:
+    """Return workers a and b that serve half of the model each; c and d are idle."""
+    parts = Parts(dict.fromkeys("abcd", 90_000), **given)
+    parts.serve(("a", 0, 3), ("b", 3, 6))
+    parts.rebalancing.wake(now=10.0)
+    return parts
+
+
+def replica_of(parts: Parts) -> Replica:
+    return parts.placement.replicas[0]
+
+
+def asked(parts: Parts, now: float) -> Survey | None:
+    """Return the survey that is wanted now, if one is."""
+    actions = parts.rebalancing.on_timer(now=now)
+    assert len(actions) <= 1
+    for action in actions:
+        assert isinstance(action, Study)
+        return action.survey
+    return None
+
+
+def expected(rate: float, *ranges: Held) -> Forecast:
+    partition = Partition(ranges_of(*ranges), 1 / rate, 1 / rate)
+    return Forecast(rate, 1, partition, 0.0, rate, rate)
+
+
+def found(
+    survey: Survey, best: Forecast | None = None, extra: Forecast | None = None, **advice: Advice
+) -> Findings:
+    """Return findings by which the plan of now gives ten tokens per second."""
+    now = expected(10.0, ("a", 0, 3), ("b", 3, 6))
+    return Findings(survey, now, best, extra, {WorkerId(k): v for k, v in advice.items()})
+
+
+def loads(actions: list[Action]) -> list[str]:
+    sends = [action for action in actions if isinstance(action, Send)]
+    return sorted(send.peer.decode() for send in sends if isinstance(send.message, LoadStage))
+
+
+BETTER = expected(20.0, ("a", 0, 2), ("b", 2, 6))
+
+
+def confirmed(parts: Parts, best: Forecast, now: float = 11.0) -> list[Action]:
+    """Have a plan found twice, long enough apart."""
+    first = asked(parts, now)
+    assert first
+    assert parts.rebalancing.studied(found(first, best), now=now) == []
+    second = asked(parts, now + 2.0)
+    assert second
+    return parts.rebalancing.studied(found(second, best), now=now + 2.0)
+
+
+# ------------------------------------------------------------------ when it looks
+
+
+def test_looks_every_second_while_something_is_served() -> None:
+    parts = serving()
+    assert parts.rebalancing.next_deadline() == 11.0
+    assert asked(parts, 10.9) is None
+    survey = asked(parts, 11.0)
+    assert survey
+    assert parts.rebalancing.next_deadline() == 12.0
+    assert asked(parts, 12.0) is None, "the findings are awaited"
+    parts.rebalancing.studied(found(survey), now=12.5)
+    assert asked(parts, 13.0)
+    parts.rebalancing.study_failed()
+    assert asked(parts, 14.0)
+
+
+def test_does_not_look_while_nothing_is_served() -> None:
+    parts = Parts({"a": 90_000})
+    assert parts.rebalancing.next_deadline() is None
+    parts.rebalancing.wake(now=10.0)
+    assert asked(parts, 11.0) is None
+    assert parts.rebalancing.next_deadline() is None
+    parts.serve(("a", 0, 6))
+    parts.rebalancing.wake(now=20.0)
+    assert parts.rebalancing.next_deadline() == 21.0
+
+
+@pytest.mark.parametrize("strategy", ["memory", "even"])
+def test_never_looks_under_other_strategies(strategy: str) -> None:
+    parts = serving(strategy=strategy)
+    assert parts.rebalancing.next_deadline() is None
+
+
+def test_does_not_look_during_a_move_nor_soon_after_one_was_undone() -> None:
+    parts = serving()
+    confirmed(parts, BETTER)
+    assert parts.relocation.move
+    assert asked(parts, 14.0) is None
+    parts.relocation.cancel("a test", now=15.0)
+    assert asked(parts, 24.9) is None
+    assert asked(parts, 26.0)
+
+
+@pytest.mark.parametrize(
+    ("failures", "patience_s"), [(0, 0), (1, 10), (2, 30), (6, 630), (60, 630)]
+)
+def test_is_more_patient_with_each_move_that_is_undone(failures: int, patience_s: float) -> None:
+    parts = serving()
+    parts.relocation.failures, parts.relocation.undone_at = failures, 100.0
+    if patience_s:
+        assert asked(parts, 100.0 + patience_s - 0.1) is None
+    parts.rebalancing._next_at = 0.0
+    assert asked(parts, 100.0 + patience_s)
+
+
+def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() -> None:
+    parts = serving()
+    for name in "cd":
+        parts.worker(name).state = "unfit"
+    survey = asked(parts, 11.0)
+    assert survey
+    parts.rebalancing.studied(found(survey), now=11.1)
+    assert asked(parts, 12.0) is None
+    parts.join("e", 90_000)
+    assert asked(parts, 13.0)
+
+
+def test_pipelines_are_looked_at_in_turn() -> None:
+    parts = serving(replicas=2)
+    parts.serve(("c", 0, 3), ("d", 3, 6))
+    epochs = []
+    for second in range(4):
+        survey = asked(parts, 11.0 + second)
+        if survey:
+            epochs.append(survey.epoch)
+            parts.rebalancing.studied(found(survey), now=11.1 + second)
+    assert epochs == [1, 2], "and nothing has changed since"
+
+
+def test_a_pipeline_somebody_is_to_leave_is_left_alone() -> None:
+    parts = serving()
+    parts.worker("a").leaving = True
+    assert asked(parts, 11.0) is None
+
+
+# ------------------------------------------------------------------ what it asks
+
+
+def test_what_a_survey_asks() -> None:
+    parts = serving(objective="latency")
+    parts.worker("d").leaving = True
+    survey = asked(parts, 11.0)
+    assert survey
+    assert survey.ranges == ranges_of(("a", 0, 3), ("b", 3, 6))
+    assert survey.idle == ("c",)
+    assert sorted(survey.machines.memory_bytes) == ["a", "b", "c"]
+    assert survey.demand == Demand.expected(3)
+    assert survey.goal == "latency"
+    assert survey.least_kv_tokens == 64
+    assert survey.kv_tokens == parts.planning.kv_tokens([parts.worker(name) for name in "abc"])
+    assert survey.extra_kv_tokens == parts.planning.kv_tokens([parts.worker("c")])
+
+
+def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
+    parts = serving()
+    parts.planning.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts.ask(replica_of(parts), 100, answer=900)
+    survey = asked(parts, 11.0)
+    assert survey
+    assert survey.kv_tokens == 1000
+
+
+def test_advice_is_asked_for_now_and_then_and_when_somebody_came() -> None:
+    parts = serving()
+    wanted = {}
+    for second in range(11, 25):
+        if second == 14:
+            parts.join("e", 90_000)
+        survey = asked(parts, float(second))
+        assert survey
+        wanted[second] = survey.advise
+        parts.rebalancing.studied(found(survey), now=second + 0.1)
+    assert [second for second, advise in wanted.items() if advise] == [11, 14, 24]
+
+
+def test_advice_is_kept_for_those_that_are_there() -> None:
+    parts = serving()
+    survey = asked(parts, 11.0)
+    assert survey
+    one, other = Advice(0.1, 2.0, 1.0, "helps"), Advice(0.2, 2.0, 1.0, "helps")
+    parts.rebalancing.studied(found(survey, a=one, b=one, gone=one), now=11.1)
+    parts.rebalancing.studied(found(survey, b=other), now=12.1)
+    assert parts.rebalancing.advice == {"a": one, "b": other}
+
+
+# ------------------------------------------------------------------ what follows
+
+
+def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
+    parts = serving()
+    assert loads(confirmed(parts, BETTER)) == ["a", "b"]
+    assert parts.relocation.move
+    assert parts.relocation.move.new.ranges == BETTER.ranges
+    assert parts.journal.events[-1].endswith("100 % faster")
+
+
+@pytest.mark.parametrize(
+    "best",
+    [None, expected(99.0, ("a", 0, 3), ("b", 3, 6)), expected(10.3, ("a", 0, 2), ("b", 2, 6))],
+)
+def test_no_plan_or_the_same_or_one_hardly_better_changes_nothing(best: Forecast | None) -> None:
+    parts = serving()
+    for second in range(11, 20):
+        survey = asked(parts, float(second))
+        assert survey
+        assert parts.rebalancing.studied(found(survey, best), now=second + 0.1) == []
+
+
+def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
+    """a and c hold 3500 bytes each; the other three layers do not fit beside them in a."""
+    parts = Parts({"a": 3500 + 3 * 400, "b": 4800, "c": 4800})
+    replica = parts.serve(("a", 0, 3), ("b", 3, 6))
+    parts.rebalancing.wake(now=10.0)
+    actions = confirmed(parts, expected(99.0, ("c", 0, 3), ("a", 3, 6)))
+    assert loads(actions) == ["a", "c"]
+    assert parts.relocation.move is None
+    assert parts.placement.replicas[0].balancer is replica.balancer
+    assert parts.worker("a").state == "loading"
+
+
+def test_findings_of_a_plan_that_is_gone_change_nothing() -> None:
+    parts = serving()
+    survey = asked(parts, 11.0)
+    assert survey
+    parts.placement.lose(parts.worker("a"))
+    assert parts.rebalancing.studied(found(survey, BETTER), now=99.0) == []
+    assert parts.rebalancing.advice == {}
+
+
+@pytest.mark.parametrize("state", ["leaving", "unfit", "hangs", "gone"])
+def test_a_plan_with_somebody_who_cannot_be_had_any_more_is_not_taken(state: str) -> None:
+    parts = serving()
+    best = expected(99.0, ("a", 0, 2), ("c", 2, 6))
+    first = asked(parts, 11.0)
+    assert first
+    parts.rebalancing.studied(found(first, best), now=11.0)
+    second = asked(parts, 13.0)
+    assert second
+    match state:
+        case "leaving":
+            parts.worker("c").leaving = True
+        case "unfit":
+            parts.worker("c").state = "unfit"
+        case "hangs":
+            parts.worker("c").progress_age_s = 1e6
+        case _:
+            parts.registry.remove(PeerId(b"c"))
+    assert parts.rebalancing.studied(found(second, best), now=13.0) == []
+
+
+@pytest.mark.parametrize("as_extra", [False, True])
+def test_workers_that_have_layers_by_now_are_not_taken_away(as_extra: bool) -> None:
+    parts = serving(replicas=3)
+    first = asked(parts, 11.0)
+    assert first
+    best = None if as_extra else expected(99.0, ("a", 0, 2), ("c", 2, 6))
+    extra = expected(99.0, ("c", 0, 6)) if as_extra else None
+    if not as_extra:
+        parts.rebalancing.studied(found(first, best), now=11.0)
+        first = asked(parts, 13.0)
+        assert first
+    other = parts.serve(("c", 0, 3), ("d", 3, 6))
+    assert parts.rebalancing.studied(found(first, best, extra), now=13.0) == []
+    assert parts.placement.replica_of(PeerId(b"c")) is other
+    parts.goes_on()
+
+
+# ------------------------------------------------------------------ once more
+
+
+def adds(parts: Parts, extra: Forecast, best: Forecast | None = None) -> bool:
+    """Return whether idle workers begin to serve the model by themselves."""
+    survey = asked(parts, 11.0)
+    assert survey
+    parts.rebalancing.studied(found(survey, best, extra), now=11.1)
+    return len(parts.placement.replicas) > 1
+
+
+@pytest.mark.parametrize(("replicas", "more"), [(1, False), (2, True)])
+def test_idle_workers_serve_too_if_so_many_are_wanted(replicas: int, more: bool) -> None:
+    slow = expected(0.01, ("c", 0, 3), ("d", 3, 6))
+    assert adds(serving(replicas=replicas), slow) == more
+
+
+@pytest.mark.parametrize(("rate", "more"), [(2.0, True), (1.9, False)])
+def test_a_pipeline_that_is_far_slower_is_not_added(rate: float, more: bool) -> None:
+    """It has to be a fifth as fast as the one that serves."""
+    extra = expected(rate, ("c", 0, 6))
+    assert adds(serving(replicas="auto", objective="throughput"), extra) == more
+
+
+@pytest.mark.parametrize(("rate", "more"), [(20.6, True), (20.7, False)])
+def test_a_longer_pipeline_is_preferred_if_it_is_faster_than_both(rate: float, more: bool) -> None:
+    """Two of ten tokens per second are as good as one of twenty, or a little more."""
+    longer = expected(rate, ("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    parts = serving(replicas="auto", objective="throughput")
+    assert adds(parts, expected(10.0, ("c", 0, 6)), longer) == more
+
+
+def test_for_latency_another_pipeline_costs_nothing() -> None:
+    longer = expected(99.0, ("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    parts = serving(replicas="auto", objective="latency")
+    assert adds(parts, expected(10.0, ("c", 0, 6)), longer)
+
+
+@pytest.mark.parametrize(("gain", "moves"), [(0.23, False), (0.25, True)])
+def test_an_uncertain_gain_has_to_be_larger(gain: float, moves: bool) -> None:
+    """Tasks are 50 % off, so a mean 10 %: twice that and the least gain have to be exceeded."""
+    parts = serving()
+    errors = {"a": None, "b": 0.5, "c": 9.0}
+    parts.measurements.error = errors.get  # type: ignore[method-assign, assignment]
+    confirmed(parts, expected(10.0 * (1 + gain), ("a", 0, 2), ("b", 2, 6)))
+    assert (parts.relocation.move is not None) == moves

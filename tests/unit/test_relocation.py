@@ -1,0 +1,426 @@
+"""What a move costs, and how it is carried out or undone."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from distributed_llm.common.messages import (
+    CancelStage,
+    CopyKV,
+    DropStage,
+    KVCopied,
+    KVFailed,
+    LoadStage,
+    StageFailed,
+    TakeOver,
+)
+from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator.events import Action, Send
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.moves import Move
+from distributed_llm.coordinator.relocation import Price
+from distributed_llm.coordinator.replica import Replica
+from tests.unit.coordinator_parts import COST, Parts, ranges_of, ready
+
+Held = tuple[str, int, int]
+
+OLD: tuple[Held, ...] = (("a", 0, 3), ("b", 3, 6))
+SHIFTED: tuple[Held, ...] = (("a", 0, 2), ("b", 2, 6))
+
+
+def moving(*old: Held, memory: int = 10_000, prompt: int = 100, **given: Any) -> Parts:
+    """Return workers that serve these layers, or `OLD`, with a request that takes two blocks.
+
+    A layer takes a quarter of a second on `a`, and half of one on `b`.
+    """
+    parts = Parts({"a": memory, "b": memory, "c": memory}, **given)
+    parts.measurements.layer_times = {"a": 0.25, "b": 0.5}
+    replica = parts.serve(*(old or OLD))
+    if prompt:
+        parts.ask(replica, prompt)
+    return parts
+
+
+def price(parts: Parts, *new: Held) -> Price:
+    return parts.relocation.price(parts.placement.replicas[0], parts.plan(*(new or SHIFTED)))
+
+
+def sent(actions: list[Action]) -> list[tuple[str, type]]:
+    """Return to whom what is sent."""
+    return [(a.peer.decode(), type(a.message)) for a in actions if isinstance(a, Send)]
+
+
+# ------------------------------------------------------------------ what it would cost
+
+
+def test_the_price_of_a_shifted_cut() -> None:
+    """128 positions of one layer go to b, at 64 bytes per second; it reads 1000 bytes at 500.
+
+    To compute them again takes b, with four layers, as long as one chunk: 4 x 0.5 s.
+    """
+    parts = moving()
+    parts.worker("b").bytes_per_s = 500.0
+    found = price(parts)
+    assert found.copies
+    assert found.copy_s == pytest.approx(2.0)
+    assert found.standstill_s == pytest.approx(0.3 + 0.5 * (2.0 + 2.0))
+
+
+def test_what_is_cheaper_to_compute_again_is_not_copied() -> None:
+    """Copying takes 8 s at half the speed, computing again 2 s: a second more would be borne."""
+    parts = moving()
+    parts.worker("b").bytes_per_s = 500.0
+    parts.measurements.rate = 16.0
+    found = price(parts)
+    assert not found.copies
+    assert found.copy_s == pytest.approx(8.0)
+    assert found.standstill_s == pytest.approx(0.3 + 0.5 * 2.0 + 2.0)
+
+
+@pytest.mark.parametrize(("rate", "copies"), [(21.4, True), (21.2, False)])
+def test_copying_may_cost_a_second_more_than_computing_again(rate: float, copies: bool) -> None:
+    parts = moving()
+    parts.measurements.rate = rate  # 128 / 21.33 is 6 s, of which half the speed is lost
+    assert price(parts).copies == copies
+
+
+def test_the_stage_that_takes_longest_tells_how_long_it_is_computed_again() -> None:
+    """There is no room for both, so that all is loaded anew; 256 positions are two chunks."""
+    parts = moving(memory=4400, prompt=200)
+    parts.worker("a").bytes_per_s = 3300.0
+    parts.worker("c").bytes_per_s = 350.0
+    found = price(parts, ("c", 0, 3), ("a", 3, 6))
+    parts.measurements.layer_times = {"a": 0.25, "b": 0.5, "c": 0.5}
+    again = price(parts, ("c", 0, 3), ("a", 3, 6))
+    assert (found.kv_tokens, again.kv_tokens) == (None, None)
+    assert found.standstill_s == pytest.approx(3500 / 350 + 2 * 3 * 1.0)
+    assert again.standstill_s == pytest.approx(3500 / 350 + 2 * 3 * 0.5)
+    assert not again.copies
+
+
+def test_the_latest_standstill_is_the_one_that_is_expected() -> None:
+    parts = moving()
+    before = price(parts).standstill_s
+    parts.relocation.stall_s = 1.5
+    assert price(parts).standstill_s == pytest.approx(before + 1.2)
+
+
+def test_nothing_is_sent_where_nothing_is_used() -> None:
+    parts = moving(prompt=0)
+    found = price(parts)
+    assert found.copies
+    assert found.copy_s == 0.0
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_room_is_what_both_stages_leave() -> None:
+    """b keeps 3300 bytes and reads 1000; the caches of four layers share what is left."""
+    assert price(moving()).kv_tokens == (10_000 - 3300 - 1000) // 4
+
+
+def test_there_is_no_more_room_than_before() -> None:
+    """a has 3500 bytes of weights, which leave 6500 for three layers: in whole blocks 2112."""
+    assert price(moving(), ("a", 0, 3), ("c", 3, 6)).kv_tokens == 2112
+
+
+def test_embedding_and_head_count_for_who_did_not_have_them() -> None:
+    parts = moving(("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    turned = (("b", 0, 2), ("a", 2, 6))
+    memory = parts.worker("a").capabilities.memory_bytes
+    of_a = (memory - 2500 - 4000 - 300) // 6
+    of_b = (memory - 2000 - 2000 - 500) // 4
+    assert price(parts, *turned).kv_tokens == min(of_a, of_b)
+
+
+@pytest.mark.parametrize(("memory", "room"), [(4812, 128), (4811, None)])
+def test_a_move_needs_room_for_what_is_used(memory: int, room: int | None) -> None:
+    """b holds 4300 bytes of weights, and 128 positions of four layers."""
+    assert price(moving(memory=memory)).kv_tokens == room
+
+
+@pytest.mark.parametrize(("memory", "room"), [(4556, 64), (4555, None)])
+def test_a_move_needs_room_for_one_block(memory: int, room: int | None) -> None:
+    assert price(moving(memory=memory, prompt=0)).kv_tokens == room
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[Held, ...]:
+    names = draw(st.lists(st.sampled_from("abc"), min_size=1, max_size=3, unique=True))
+    cuts = sorted(
+        draw(st.sets(st.integers(1, 5), min_size=len(names) - 1, max_size=len(names) - 1))
+    )
+    return tuple(zip(names, [0, *cuts], [*cuts, 6], strict=True))
+
+
+def weights(cost: ModelCost, layers: LayerRange) -> dict[str, int]:
+    """Return the matrices of a stage by name, and what they take."""
+    found = {f"layer {i}": cost.layer_bytes[i] for i in range(layers.start, layers.stop)}
+    if layers.start == 0:
+        found["embedding"] = cost.first_bytes
+    if layers.stop == 6:
+        found["head"] = cost.last_bytes
+    if layers.start == 0 or layers.stop == 6:
+        found["tied"] = cost.shared_bytes
+    return found
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    old=plans(),
+    new=plans(),
+    sizes=st.lists(st.integers(1, 900), min_size=6, max_size=6),
+    ends=st.tuples(st.integers(0, 900), st.integers(0, 900), st.integers(0, 900)),
+    kv_bytes=st.integers(1, 3),
+    memory=st.lists(st.integers(1000, 9000), min_size=3, max_size=3),
+)
+def test_room_is_never_more_than_a_count_of_all_memory_finds(
+    old: tuple[Held, ...],
+    new: tuple[Held, ...],
+    sizes: list[int],
+    ends: tuple[int, int, int],
+    kv_bytes: int,
+    memory: list[int],
+) -> None:
+    """While both stages are there, a worker holds each matrix and each layer's cache once."""
+    cost = ModelCost(tuple(sizes), *ends, kv_bytes)
+    parts = Parts(dict(zip("abc", memory, strict=True)), cost)
+    was, comes = dict(ranges_of(*old)), dict(ranges_of(*new))
+    assume(all(stage.kv_tokens >= 64 for stage in parts.plan(*old)))
+    replica = parts.serve(*old)
+
+    def fits(tokens: int) -> bool:
+        for name, size in zip("abc", memory, strict=True):
+            held = [part for part in (was.get(name), comes.get(name)) if part]  # type: ignore[call-overload]
+            if held and held[-1] is comes.get(name):  # type: ignore[call-overload]
+                matrices = {k: v for part in held for k, v in weights(cost, part).items()}
+                layers = {i for part in held for i in range(part.start, part.stop)}
+                if sum(matrices.values()) + tokens * kv_bytes * len(layers) > size:
+                    return False
+        return True
+
+    room = parts.relocation.price(replica, parts.plan(*new)).kv_tokens
+    most = max((t for t in range(replica.kv_tokens + 1) if fits(t)), default=-1)
+    assert room == (most if most >= 64 else None)
+
+
+# ------------------------------------------------------------------ carrying it out
+
+
+def begun(parts: Parts, *new: Held, copies: bool = True) -> tuple[Replica, Move, list[Action]]:
+    old = parts.placement.replicas[0]
+    found = replace(price(parts, *new), copies=copies)
+    plan = parts.plan(*(new or SHIFTED))
+    actions = parts.relocation.begin(old, plan, found, why="it is better", now=10.0)
+    assert parts.relocation.move
+    return old, parts.relocation.move, actions
+
+
+def loaded(parts: Parts) -> list[Action]:
+    """All new stages have loaded."""
+    move = parts.relocation.move
+    assert move
+    actions: list[Action] = []
+    for seat in move.new.seats:
+        worker = parts.registry.worker(seat.peer)
+        assert worker
+        actions += parts.relocation.stage_ready(worker, ready(move.new.epoch), now=11.0) or []
+    return actions
+
+
+def test_a_move_from_beginning_to_end() -> None:
+    parts = moving()
+    old, move, actions = begun(parts)
+    assert sent(actions) == [("b", LoadStage), ("a", LoadStage)]
+    assert (
+        parts.journal.events[-1] == "plan 2: moving to a 0-2, b 2-6 from a 0-3, b 3-6: it is better"
+    )
+    assert parts.worker("b").next_layers == LayerRange(2, 6)
+    assert sent(loaded(parts)) == [("a", CopyKV)]
+    said = KVCopied(epoch=2, bytes_sent=128)
+    assert sent(parts.relocation.copied(parts.worker("a"), said, now=12.0)) == [
+        ("a", TakeOver),
+        ("b", TakeOver),
+    ]
+    assert old.held
+    assert parts.relocation.settle(now=12.1) == []
+    for name in ("a", "b"):
+        parts.relocation.took_over(parts.worker(name), 2)
+    assert sent(parts.relocation.settle(now=12.5)) == [("a", DropStage), ("b", DropStage)]
+    assert parts.relocation.move is None
+    assert parts.relocation.num_moves == 1
+    assert parts.relocation.stall_s == pytest.approx(0.5)
+    assert parts.placement.replicas == [move.new]
+    assert parts.worker("b").layers == LayerRange(2, 6)
+    parts.goes_on()
+
+
+def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
+    parts = moving()
+    old, move, _ = begun(parts, copies=False)
+    assert "computing its KV cache again: it is better" in parts.journal.events[-1]
+    loaded(parts)
+    parts.relocation.settle(now=12.0)
+    assert parts.placement.replicas == [move.new]
+    assert move.new.balancer is old.balancer
+    assert move.new.demand is old.demand
+    assert move.new.num_running == 0
+    assert parts.desk.num_waiting == 1
+
+
+def test_while_it_moves_the_old_pipeline_has_less_room() -> None:
+    parts = moving(memory=5000)
+    old, _, _ = begun(parts)
+    assert old.scheduler
+    assert old.kv_tokens == 448
+    assert not old.scheduler.resize(0), "two blocks are in use"
+    old.scheduler.resize(175)
+    number = parts.desk.num_running
+    parts.relocation.cancel("a test", now=12.0)
+    parts.ask(old, 250)
+    assert parts.desk.num_running == number + 1, "it has all of it again"
+
+
+@pytest.mark.parametrize("phase", ["loading", "copying", "handing_over"])
+def test_a_move_that_is_undone_leaves_everything_as_it_was(phase: str) -> None:
+    parts = moving()
+    old, move, _ = begun(parts, ("c", 0, 2), ("b", 2, 6))
+    if phase != "loading":
+        loaded(parts)
+    if phase == "handing_over":
+        parts.relocation.copied(parts.worker("a"), KVCopied(epoch=2, bytes_sent=1), now=12.0)
+    assert move.phase == phase
+    actions = parts.relocation.cancel("a test", now=13.0)
+    assert sent(actions) == [("a", CancelStage), ("b", CancelStage), ("c", CancelStage)]
+    assert parts.relocation.move is None
+    assert (parts.relocation.failures, parts.relocation.undone_at) == (1, 13.0)
+    assert "the move was undone: a test" in parts.journal.events[-1]
+    assert not old.held
+    assert parts.worker("c").layers is None
+    assert parts.worker("b").next_layers is None
+    assert parts.placement.replica_of(PeerId(b"c")) is None
+    parts.goes_on()
+
+
+def test_a_lost_worker_undoes_the_move_that_it_has_a_part_in() -> None:
+    parts = moving()
+    begun(parts)
+    assert parts.relocation.lost(parts.worker("c"), now=12.0) == []
+    assert parts.relocation.move
+    assert parts.registry.remove(PeerId(b"b"))
+    actions = parts.relocation.lost(parts.join("b", 1), now=12.0)
+    assert actions
+    assert parts.relocation.move is None
+
+
+def test_those_that_did_not_reach_each_other_compute_the_cache_again_next_time() -> None:
+    parts = moving()
+    begun(parts)
+    loaded(parts)
+    failed = KVFailed(epoch=2, worker="b", code="unreachable", message="no answer")
+    assert parts.relocation.kv_failed(parts.worker("a"), failed, now=12.0)
+    assert parts.relocation.failures == 0, "the next move goes without, at once"
+    assert not price(parts).copies
+    assert price(parts, ("a", 0, 4), ("b", 4, 6)).copies, "the other way was not tried"
+    parts.relocation.lost(parts.worker("b"), now=13.0)
+    assert price(parts).copies, "another worker of this name may be reached"
+
+
+def test_a_failure_of_its_own_counts() -> None:
+    parts = moving()
+    begun(parts)
+    loaded(parts)
+    failed = KVFailed(epoch=2, worker="", code="stage_error", message="no memory")
+    parts.relocation.kv_failed(parts.worker("b"), failed, now=12.0)
+    assert parts.relocation.failures == 1
+    assert price(parts).copies
+
+
+@pytest.mark.parametrize("code", ["stage_error", "unsupported_model"])
+def test_an_idle_worker_that_cannot_load_is_not_asked_again(code: str) -> None:
+    parts = moving()
+    begun(parts, ("a", 0, 3), ("b", 3, 5), ("c", 5, 6))
+    failed = StageFailed(epoch=2, code=code, message="no room")
+    assert parts.relocation.stage_failed(parts.worker("c"), failed, now=11.0)
+    assert (parts.worker("c").state, parts.worker("c").note) == ("unfit", "no room")
+    assert parts.worker("a").state == "serving"
+
+
+def test_one_that_serves_and_cannot_load_serves_on() -> None:
+    parts = moving()
+    begun(parts)
+    failed = StageFailed(epoch=2, code="stage_error", message="no room")
+    assert parts.relocation.stage_failed(parts.worker("b"), failed, now=11.0)
+    assert parts.worker("b").state == "serving"
+
+
+def test_strangers_and_older_plans_change_nothing() -> None:
+    parts = moving()
+    _, move, _ = begun(parts)
+    stranger, own = parts.worker("c"), parts.worker("a")
+    for worker, epoch in ((stranger, 2), (own, 1)):
+        stage_failed = StageFailed(epoch=epoch, code="stage_error", message="no")
+        kv_failed = KVFailed(epoch=epoch, worker="b", code="stage_error", message="no")
+        assert parts.relocation.stage_ready(worker, ready(epoch), now=11.0) is None
+        assert parts.relocation.stage_failed(worker, stage_failed, now=11.0) is None
+        assert parts.relocation.kv_failed(worker, kv_failed, now=11.0) == []
+    assert parts.relocation.move is move
+    assert move.phase == "loading"
+
+
+def test_who_only_sends_has_nothing_to_load() -> None:
+    parts = moving()
+    _, move, _ = begun(parts, ("c", 0, 2), ("b", 2, 6))
+    assert parts.relocation.stage_ready(parts.worker("a"), ready(2), now=11.0) is None
+    assert move.phase == "loading"
+
+
+def test_a_stage_that_does_not_load_in_time_undoes_the_move() -> None:
+    parts = moving()
+    begun(parts)
+    assert parts.relocation.next_deadline() == 10.0 + 900.0
+    assert parts.relocation.on_timer(now=909.9) == []
+    assert sent(parts.relocation.on_timer(now=910.0)) == [("a", CancelStage), ("b", CancelStage)]
+    assert "loading took too long" in parts.journal.events[-1]
+    assert parts.relocation.next_deadline() is None
+
+
+def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
+    parts = moving()
+    begun(parts)
+    loaded(parts)
+    due = parts.relocation.next_deadline()
+    assert due == pytest.approx(11.0 + 30.0 + 4 * 2.0)
+    assert sent(parts.relocation.on_timer(now=due)) == [("a", TakeOver), ("b", TakeOver)]
+    assert sent(parts.relocation.on_timer(now=due + 10.0))[0] == ("a", CancelStage)
+    assert "handing over took too long" in parts.journal.events[-1]
+
+
+def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
+    parts = moving()
+    begun(parts)
+    for name, read in (("a", None), ("b", 1000 / 4)):
+        parts.worker(name).bytes_per_s = None
+        parts.relocation.stage_ready(parts.worker(name), ready(2, load_s=4.0), now=11.0)
+        assert parts.worker(name).bytes_per_s == read
+
+
+def test_how_fast_caches_are_copied_is_learnt() -> None:
+    parts = moving()
+    parts.measurements.rate = 1e9
+    assert price(parts).copy_s == pytest.approx(128 / 30e6)
+    begun(parts)
+    loaded(parts)
+    said = KVCopied(epoch=2, bytes_sent=4 << 20)
+    parts.relocation.copied(parts.worker("a"), said, now=13.0)
+    parts.relocation.cancel("a test", now=13.0)
+    assert price(parts).copy_s == pytest.approx(128 / (2 << 20))
+
+
+def test_the_cost_of_the_tests_is_what_they_say() -> None:
+    assert COST.weight_bytes(LayerRange(0, 3)) == 3500
+    assert COST.weight_bytes(LayerRange(3, 6)) == 3300
