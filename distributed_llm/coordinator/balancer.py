@@ -23,9 +23,9 @@ _HORIZON_S = 60.0
 _CONFIRM_S = 2.0
 """Between the first and the last of the looks that see a gain."""
 
-_AFTER_A_MOVE = 1.0
+_AFTER_A_MOVE = 2.0
 """The gain that is needed right after a move is so many times larger than usual, ..."""
-_CALM_S = 6.0
+_CALM_S = 5.0
 """... and this is halved after each such time."""
 
 _FORGIVEN_S = 120.0

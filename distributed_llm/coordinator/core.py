@@ -403,8 +403,11 @@ class Core:
         self._registry.validate()
         self._desk.validate()
         self._placement.validate()
-        pipelines = [r.pipeline for r in self._placement.replicas if r.pipeline]
-        if pipelines and self._desk.next_waiting() and not self._relocation.move:
+        waiting = self._desk.next_waiting()
+        needed = waiting.ticket.reserved_tokens if waiting else 0
+        replicas = [r for r in self._placement.replicas if r.kv_tokens >= needed]
+        pipelines = [r.pipeline for r in replicas if r.pipeline]
+        if pipelines and waiting and not self._relocation.move:
             assert any(p.num_steps for p in pipelines), "requests wait while nothing runs"
 
 

@@ -69,6 +69,7 @@ class Fit:
 
     Attributes:
         measured: anything was added.
+        latest: the work added last.
         changed: the task added last showed that the speed is another from now on.
     """
 
@@ -83,7 +84,7 @@ class Fit:
         self._doubts = (doubts[0] ** 2, doubts[1] ** 2, doubts[2] ** 2)
         self._found: Coefficients = self._prior
         self._covariance: _Covariance = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-        self._latest = Work(0.0, 0.0)
+        self.latest = Work(0.0, 0.0)
         self._at = 0.0
         self._run: list[float] = []  # suspect tasks in a row: measured over expected before them
         self._slow = False  # or else these were fast
@@ -98,7 +99,7 @@ class Fit:
 
     def bound(self, work: Work) -> float:
         """Return the seconds of a work that is no smaller than this, nor than that added last."""
-        latest = self._latest
+        latest = self.latest
         return self(Work(max(work.tokens, latest.tokens), max(work.positions, latest.positions)))
 
     def prior_s(self, work: Work) -> float:
@@ -109,7 +110,7 @@ class Fit:
     @property
     def scale(self) -> float:
         """How many times the prior the measured time is, at the work added last."""
-        return max(self(self._latest), LEAST_S) / self.prior_s(self._latest)
+        return max(self(self.latest), LEAST_S) / self.prior_s(self.latest)
 
     def add(self, work: Work, seconds: float, now: float) -> float | None:
         """Take what a task took; return what was expected of it, None of the first."""
@@ -128,7 +129,7 @@ class Fit:
             self._run = []
         else:
             self._suspect(work, seconds, seconds > expected, before)
-        self._latest, self._at = work, now
+        self.latest, self._at = work, now
         return None if first else expected
 
     def doubt(self, tasks: float = 1.0) -> None:

@@ -2,7 +2,7 @@
 
 A layer takes base + per token + per position, steps that decode and steps with prompts each their
 own (`task_fit`). A step that decodes takes no longer than one with as many tokens of prompts, which
-tells what larger batches would take than have been seen.
+tells what larger batches would take than those of late.
 
 Before anything is measured there is only a prior from bandwidth and operations per second. Its
 scale means little, its shape more: as long as all steps have one size, other sizes are predicted in
@@ -27,6 +27,9 @@ _TASK_S = 0.0005
 
 _RESCALED_TASKS = 0.5
 """Tasks that all that was rescaled counts as much as: a probe tells only about how fast it is."""
+
+_BEYOND = 1.25
+"""Times the tokens of the latest step that decoded: of larger ones steps with prompts tell more."""
 
 _QUERIES = 4
 """Query heads that share a KV head: 1 to 8, where models differ."""
@@ -141,6 +144,7 @@ class WorkerCosts:
             (base_s + prior.head_token_s, 0.0, 0.0),  # about one prompt ends in a step
             half_life_s,
         )
+        self._stale = {True: False, False: False}  # seen only before the other kind changed
         self._errors: deque[float] = deque(maxlen=_LATEST)
 
     @property
@@ -187,8 +191,10 @@ class WorkerCosts:
         beside = (self._lasts if is_last else self._tasks)[decodes]
         layer_s = fit.add(work, layers_s / layers, now)
         beside_s = beside.add(work, other_s, now)
+        self._stale[decodes] = False
         if fit.changed:
             self._layers[not decodes].doubt()
+            self._stale[not decodes] = True
         if layer_s is not None and beside_s is not None:
             taken_s = max(layers_s + other_s, LEAST_S)
             self._errors.append(abs(layers * layer_s + beside_s - taken_s) / taken_s)
@@ -214,9 +220,13 @@ class WorkerCosts:
         """
         seconds = _seconds(self._layers, work, decodes, scale)
         answers, prompts = self._layers[True], self._layers[False]
-        if decodes and answers.measured and prompts.measured:
-            return min(seconds, prompts.bound(work))
-        return seconds
+        edge = _BEYOND * answers.latest.tokens
+        if not decodes or not answers.measured or work.tokens <= edge:
+            return seconds
+        if not prompts.measured or self._stale[False]:
+            return seconds
+        known_s = answers(Work(edge, work.positions))
+        return min(seconds, max(known_s, prompts.bound(work)))
 
     def speed(self, load: Load, *, scale: float = 1.0) -> Speed:
         """Return the seconds of a step that decodes, with its share of the steps with prompts.

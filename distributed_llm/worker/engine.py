@@ -45,6 +45,7 @@ from distributed_llm.worker.loading import (
     Room,
     admit_beside,
     checked_checkpoint,
+    give_memory_back,
     importers_for,
     limit_kv,
     load_beside,
@@ -64,6 +65,7 @@ from distributed_llm.worker.stage import (
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_of
 
 logger = logging.getLogger(__name__)
+
 
 HandOver = Export | Import | Inherit
 Order = Load | Run | Release | Drop | Serve | Unload | HandOver | Probe
@@ -164,7 +166,7 @@ class Engine:
         while self._leaving:
             self._leaving.pop()
             if not self._leaving:
-                self._give_memory_back()
+                give_memory_back(self._device)
             with contextlib.suppress(queue.Empty):
                 return self._orders.get(block=False)
         return self._orders.get()
@@ -238,11 +240,7 @@ class Engine:
 
     def _let_all_go(self) -> None:
         self._leaving.clear()
-        self._give_memory_back()
-
-    def _give_memory_back(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_memory_back(self._device)
 
     # -------------------------------------------------------------- loading
 
@@ -277,7 +275,7 @@ class Engine:
         held = self._served
         if held is not None and same_layers(held.order, order):
             held.stage.reset()
-            self._give_memory_back()
+            give_memory_back(self._device)
             return held.stage
         del held
         self._drop()

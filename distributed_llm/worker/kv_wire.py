@@ -14,7 +14,7 @@ from distributed_llm.worker.kv_transfer import KVPiece
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Of one message with pieces. One goes between two tasks: that delays tasks little, and copying less."""
+"""Of one message with pieces. One or two go between tasks, and should not delay them much."""
 
 _HEADER_BYTES = 64 * 1024
 MAX_PIECES_BYTES = MAX_MESSAGE_BYTES - _HEADER_BYTES

@@ -1,10 +1,11 @@
 """From an order to a stage: which weights, how many threads, how much memory for its KV cache."""
 
+import ctypes
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,15 @@ class Room:
     def reserve_bytes(self) -> int:
         """What is free and left to others."""
         return max(_RESERVE_BYTES, int(self.free_bytes * _RESERVE_SHARE))
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Give the system the memory that was freed; torch, and GNU's malloc, keep it for later."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(AttributeError):  # another C library, which need not be asked
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def room_now(device: torch.device, budget_bytes: int) -> Room:

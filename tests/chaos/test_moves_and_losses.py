@@ -1,6 +1,5 @@
 """Workers die and connections break while layers move: no answer changes, and none fails."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -8,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from distributed_llm import DistributedClient, LocalCluster
@@ -22,6 +20,7 @@ from tests.cluster.test_live_moves import (
     check_whole,
     is_idle,
     make_movable_checkpoint,
+    nothing_left_behind,
     serving,
 )
 from tests.fault_proxy import FaultProxy, Faults
@@ -29,9 +28,12 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
-NUM_WORKERS = 4
-ASKED: dict[str, Any] = {"max_new_tokens": 100}
+NUM_WORKERS = 3
+ASKED: dict[str, Any] = {"max_new_tokens": 60}
 SLOWDOWN = 2.0
+LEAVER = 1
+"""The stage that is told to end, so that its layers go to both others."""
+
 LATE = Faults(latency_s=0.4)
 """So late come the messages of workers to their coordinator that each phase of a move takes this
 long at least, and what happens as a phase begins happens in it."""
@@ -64,9 +66,7 @@ class Network:
 
     def add_worker(self) -> None:
         lifeline = self.stack.enter_context(FaultProxy(self.relay))
-        worker = self.cluster.add_worker(
-            **WORKER, slowdown=SLOWDOWN, coordinator=lifeline.address
-        )
+        worker = self.cluster.add_worker(**WORKER, slowdown=SLOWDOWN, coordinator=lifeline.address)
         self.lifelines[worker.name] = lifeline
 
     def open_door(self, hello: WorkerHello) -> Addresses:
@@ -75,21 +75,19 @@ class Network:
             self.doors[hello.name] = proxy
         return (self.doors[hello.name].address,)
 
-    @property
-    def alive(self) -> list[LocalProcess]:
-        return [worker for worker in self.cluster.workers if worker.exit_code is None]
+    def start_workers(self, *, leaving: int = 0) -> None:
+        """Start so many that there are enough once some have left."""
+        while sum(w.exit_code is None for w in self.cluster.workers) - leaving < NUM_WORKERS:
+            self.add_worker()
 
     def rest(self) -> None:
-        """End all faults, and wait until all workers serve."""
-        for proxy in (*self.lifelines.values(), *self.doors.values()):
-            proxy.heal()
-        while len(self.alive) < NUM_WORKERS:
-            self.add_worker()
-        eventually(
-            lambda: is_idle(self.client)
-            and len(serving(self.client.status())) == NUM_WORKERS,
-            limit_s=LIMIT_S,
-        )
+        """Wait until nothing is asked and enough workers serve."""
+        self.start_workers()
+
+        def is_at_rest() -> bool:
+            return is_idle(self.client) and len(serving(self.client.status())) == NUM_WORKERS
+
+        eventually(is_at_rest, limit_s=LIMIT_S)
 
     def stages(self) -> list[LocalProcess]:
         """Return the workers that serve, in the order of their layers."""
@@ -117,14 +115,12 @@ class Network:
 
 @pytest.fixture(scope="module")
 def one_network(movable: Path) -> Iterator[Network]:
-    me = psutil.Process()
     settings = {
         "strategy": "even",  # all workers have layers, and they move only to let one leave
         "min_workers": NUM_WORKERS,
         "max_batch_tokens": 16,
     }
-    num_fds = me.num_fds()
-    with ExitStack() as stack:
+    with nothing_left_behind(), ExitStack() as stack:
         cluster = stack.enter_context(LocalCluster(movable, 0, coordinator=settings))
         client = stack.enter_context(DistributedClient(cluster.address))
         network = Network(cluster, client, movable, stack)
@@ -132,9 +128,6 @@ def one_network(movable: Path) -> Iterator[Network]:
         network.relay = relay.address
         network.rest()
         yield network
-        pids = [process.pid for process in (cluster.coordinator, *cluster.workers)]
-    assert not any(psutil.pid_exists(pid) for pid in pids)
-    eventually(lambda: me.num_fds() <= num_fds, limit_s=LIMIT_S)
 
 
 @pytest.fixture
@@ -156,7 +149,7 @@ class Departure:
     def __init__(self, network: Network) -> None:
         self._network = network
         self.stages = network.stages()
-        self.leaver = self.stages[1]
+        self.leaver = self.stages[LEAVER]
         self._said_before = {worker.name: len(_log(worker)) for worker in self.stages}
         self._epoch = network.client.status().epoch
         self.leaver.terminate()
@@ -193,8 +186,7 @@ def _log(worker: LocalProcess) -> str:
         ("loading layers", 0),
         ("sends the KV cache", 1),
         ("sends the KV cache", 2),
-        ("has the KV cache", 1),
-        ("has the KV cache", 3),
+        ("has the KV cache", 0),
     ],
 )
 def test_any_worker_may_be_killed_in_any_phase_of_a_move(
@@ -208,6 +200,7 @@ def test_any_worker_may_be_killed_in_any_phase_of_a_move(
         departure.wait_for(phase)
         departure.stages[victim].kill()
         network.heal()
+        network.start_workers(leaving=int(victim != LEAVER))
         answers.finish()
         departure.check_left()
     if phase != "has the KV cache":  # or it may have been over when the loss was noticed
@@ -223,9 +216,10 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
         network.make_narrow()
         departure = Departure(network)
         line = departure.wait_for("sends the KV cache")
-        door = network.doors[re.findall(r" to (\S+)", line)[0]]
+        door = network.doors[re.findall(r" to ([\w-]+)", line)[0]]
         door.refuse()
         door.cut()
+        network.start_workers(leaving=1)
         departure.check_left()
         answers.check_under_way()
         network.heal()
@@ -235,7 +229,7 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
     assert "computing its KV cache again: worker" in network.events()
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, LEAVER])
 def test_worker_may_lose_its_coordinator_for_an_instant_while_layers_move(
     network: Network, stage: int
 ) -> None:
@@ -244,6 +238,7 @@ def test_worker_may_lose_its_coordinator_for_an_instant_while_layers_move(
         departure = Departure(network)
         departure.wait_for("sends the KV cache")
         network.lifelines[departure.stages[stage].name].cut()
+        network.start_workers(leaving=1)
         departure.check_left()
         network.heal()
         answers.finish()

@@ -107,7 +107,7 @@ def test_the_largest_message_is_in_bounds() -> None:
     source = new_cache(ALL)
     for number in range(600):
         compute(source, ALL, number, 0, [number])
-    compute(source, ALL, 999, 0, [1] * 20_000)
+    compute(source, ALL, 999, 0, [1] * 40_000)
     messages = sent(source)
     assert len(messages) > 3
     assert max(sum(map(len, frames)) for frames in messages) <= MAX_MESSAGE_BYTES

@@ -115,7 +115,10 @@ class Checker:
         request = self._core._desk.next_waiting()
         if request is None:
             return
+        move = self._core._relocation.move
         for replica in self._core._placement.replicas:
+            if move and move.old is replica:
+                continue  # it has less room until the move is over
             scheduler, pipeline = replica.scheduler, replica.pipeline
             if scheduler and pipeline and not scheduler.num_running and not pipeline.num_steps:
                 needed = request.ticket.reserved_tokens

@@ -1,6 +1,7 @@
 """The parts of a coordinator behind its core, with numbers that can be checked by hand."""
 
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 from distributed_llm.common.messages import (
@@ -69,6 +70,7 @@ class Parts:
     def __init__(self, memory: Mapping[str, int], cost: ModelCost = COST, **settings: Any) -> None:
         given = CoreSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
         self.cost = cost
+        self._numbers = count()
         model = ServedModel(
             name="small",
             source=ModelSource(kind="builtin", name=""),
@@ -141,7 +143,21 @@ class Parts:
     def ask(self, replica: Replica, prompt: int, answer: int = 20) -> Request:
         """Return a request that runs on a pipeline; no two begin alike."""
         assert replica.scheduler
-        number = self.desk.num_running
+        request = self.waiting(prompt, answer)
+        assert self.desk.admit(replica.scheduler, now=0.0)
+        return request
+
+    def keep(self, replica: Replica, prompt: int) -> None:
+        """Have a request that has ended kept as a prefix for later ones."""
+        request = self.ask(replica, prompt)
+        assert replica.scheduler
+        assert request.sequence_id
+        replica.scheduler._ledger.computed(request.sequence_id, prompt)
+        self.desk._leave(request, keep=True)
+
+    def waiting(self, prompt: int, answer: int = 20) -> Request:
+        """Return a request whose turn it is."""
+        number = next(self._numbers)
         params = SamplingParams(max_new_tokens=answer)
         generate = Generate(request_id=f"r{number}", prompt="token_ids", params=params, tensors=())
         (order,) = self.desk.submit(CLIENT, generate, (), now=0.0)
@@ -149,7 +165,6 @@ class Parts:
         self.desk.tokenized(Tokenized(order.key, [(number + at) % 49 for at in range(prompt)]))
         request = self.desk.next_waiting()
         assert request
-        assert self.desk.admit(replica.scheduler, now=0.0)
         return request
 
     def goes_on(self) -> None:

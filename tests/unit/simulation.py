@@ -410,7 +410,13 @@ class World:
         for _ in range(100):
             before = self.epoch
             self.run(for_s=1.0)
-            if (self.epoch, self.state) == (before, "serving") and not self.core._relocation.move:
+            over = not self.core._relocation.move
+            self.run(for_s=0.1)  # what ends a move arrives
+            if (
+                over
+                and (self.epoch, self.state) == (before, "serving")
+                and not self.core._relocation.move
+            ):
                 return
         raise AssertionError("layers move for ever")
 

@@ -224,6 +224,25 @@ def test_one_that_is_lost_before_others_have_its_layers_was_not_drained() -> Non
     assert answers(gone(parts, "b")) == [(CLIENT, "b", WorkerLost.code)]
 
 
+def test_one_that_wanted_to_end_and_is_gone_has_left() -> None:
+    parts = pair()
+    parts.departures.drain(CLIENT, "b")
+    parts.departures.leave(parts.worker("b"))
+    settle(parts)
+    assert answers(gone(parts, "b")) == [(CLIENT, "b", "")]
+
+
+def test_the_others_must_have_room_for_what_a_request_may_take() -> None:
+    """b alone would do, and leave (11,000 - 6800) / 6 = 700 positions; with c there are more."""
+    parts = pair(memory=11_000, strategy="speed", c=11_000)
+    parts.planning.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts.ask(parts.placement.replicas[0], 100, answer=700)
+    parts.departures.leave(parts.worker("a"))
+    settle(parts)
+    assert parts.relocation.move
+    assert parts.relocation.move.new.kv_tokens >= 800
+
+
 def test_nobody_is_told_of_a_worker_that_nobody_asked_for() -> None:
     parts = pair()
     assert parts.departures.gone(parts.worker("a")) == []

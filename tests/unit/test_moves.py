@@ -223,3 +223,13 @@ def test_answers_at_the_wrong_time_change_nothing() -> None:
         for seat in SHIFTED:
             bench.move.took_over(seat.peer)
         assert bench.move.phase == phase
+
+
+def test_who_says_again_that_it_has_copied_has_not_taken_over() -> None:
+    bench = Bench(OLD, SHIFTED, copies=True)
+    bench.load()
+    bench.move.copied(PeerId(b"a"), now=12.0)
+    for seat in SHIFTED:
+        assert bench.move.copied(seat.peer, now=12.5) == []
+    bench.move.took_over(PeerId(b"a"))
+    assert not bench.move.is_over

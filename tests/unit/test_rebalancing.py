@@ -7,12 +7,14 @@ import pytest
 from distributed_llm.common.messages import LoadStage
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.advice import Advice
+from distributed_llm.coordinator.balancer import Offer
+from distributed_llm.coordinator.demand import DemandMeter
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.forecast import Demand, Forecast
 from distributed_llm.coordinator.partition_tables import Partition
 from distributed_llm.coordinator.replica import Replica
 from distributed_llm.coordinator.survey import Findings, Survey
-from tests.unit.coordinator_parts import Parts, ranges_of
+from tests.unit.coordinator_parts import Parts, capabilities, ranges_of
 
 Held = tuple[str, int, int]
 
@@ -183,6 +185,47 @@ def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
     assert survey.kv_tokens == 1000
 
 
+def test_who_hangs_gives_no_room() -> None:
+    parts = serving()
+    parts.worker("a").capabilities = capabilities(9_000)
+    parts.worker("b").progress_age_s = 1e6
+    survey = asked(parts, 11.0)
+    assert survey
+    assert survey.kv_tokens == parts.planning.kv_tokens([parts.worker(name) for name in "acd"])
+
+
+class Asked(DemandMeter):
+    """Somebody has asked for something."""
+
+    @property
+    def demand(self) -> Demand:
+        """One sequence."""
+        return Demand(1.0, 100.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("objective", "goal"), [("auto", "auto"), ("latency", "latency")])
+def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
+    parts = serving(objective=objective)
+    replica_of(parts).demand = Asked()
+    survey = asked(parts, 11.0)
+    assert survey
+    assert (survey.demand.sequences, survey.goal) == (1.0, goal)
+
+
+def test_what_other_pipelines_give_is_told() -> None:
+    parts = serving(replicas=2)
+    parts.serve(("c", 0, 3), ("d", 3, 6))
+    for replica in parts.placement.replicas:
+        replica.demand = Asked()
+    told = []
+    for second in range(4):
+        survey = asked(parts, 11.0 + second)
+        assert survey
+        told.append((survey.epoch, survey.beside_tokens_per_s))
+        parts.rebalancing.studied(found(survey), now=11.1 + second)
+    assert told == [(1, 0.0), (2, 10.0), (1, 10.0), (2, 10.0)]
+
+
 def test_advice_is_asked_for_now_and_then_and_when_somebody_came() -> None:
     parts = serving()
     wanted = {}
@@ -215,6 +258,8 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     assert parts.relocation.move
     assert parts.relocation.move.new.ranges == BETTER.ranges
     assert parts.journal.events[-1].endswith("100 % faster")
+    again = Offer(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
+    assert replica_of(parts).balancer.consider(again, now=13.0).what == "stay", "so soon"
 
 
 @pytest.mark.parametrize(

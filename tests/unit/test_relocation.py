@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from distributed_llm.common.messages import (
     KVCopied,
     KVFailed,
     LoadStage,
+    RequestFailed,
     StageFailed,
     TakeOver,
 )
@@ -273,16 +275,69 @@ def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
 
 
 def test_while_it_moves_the_old_pipeline_has_less_room() -> None:
+    """Beside both stages b has room for (5000 - 3300 - 1000) / 4 = 175 positions."""
     parts = moving(memory=5000)
     old, _, _ = begun(parts)
     assert old.scheduler
     assert old.kv_tokens == 448
-    assert not old.scheduler.resize(0), "two blocks are in use"
-    old.scheduler.resize(175)
-    number = parts.desk.num_running
+    parts.waiting(150)
+    assert not parts.desk.admit(old.scheduler, now=11.0)
     parts.relocation.cancel("a test", now=12.0)
-    parts.ask(old, 250)
-    assert parts.desk.num_running == number + 1, "it has all of it again"
+    assert parts.desk.admit(old.scheduler, now=12.0), "it has all of it again"
+
+
+def test_prefixes_go_along_as_far_as_that_is_quick() -> None:
+    """At 64 bytes per second 128 positions take two seconds; of two prefixes the older one goes."""
+    parts = moving()
+    old = parts.placement.replicas[0]
+    for _ in range(2):
+        parts.keep(old, 100)
+    assert old.scheduler
+    assert old.scheduler.kv_tokens_cached == 256
+    found = price(parts)
+    assert found.cached_tokens == 128
+    assert found.copy_s == pytest.approx((128 + 128) / 64)
+    begun(parts)
+    assert old.scheduler.kv_tokens_cached == 128
+
+
+def test_a_move_that_is_carried_out_makes_good_those_that_were_undone() -> None:
+    parts = moving()
+    parts.relocation.failures = 3
+    begun(parts, copies=False)
+    loaded(parts)
+    parts.relocation.settle(now=12.0)
+    assert parts.relocation.failures == 0
+
+
+def test_steps_under_way_end_before_anything_is_handed_over() -> None:
+    parts = moving()
+    old, move, _ = begun(parts, copies=False)
+    assert old.begin_steps(now=10.5)
+    loaded(parts)
+    assert parts.relocation.settle(now=12.0) == []
+    assert move.phase == "draining"
+    assert parts.relocation.next_deadline() is None, "leases see to them"
+    old.abandon_steps()
+    parts.relocation.settle(now=12.5)
+    assert parts.placement.replicas == [move.new]
+    assert parts.relocation.stall_s == pytest.approx(1.5)
+
+
+def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
+    """b turns out to have room for one block; the request has two, and may take no less."""
+    parts = moving()
+    _, move, _ = begun(parts)
+    for name, tokens in (("a", 640), ("b", 64)):
+        said = msgspec.structs.replace(ready(2), kv_tokens=tokens)
+        parts.relocation.stage_ready(parts.worker(name), said, now=11.0)
+    move.copied_enough(now=12.0)
+    for name in ("a", "b"):
+        parts.relocation.took_over(parts.worker(name), 2)
+    actions = parts.relocation.settle(now=12.0)
+    assert ("client", RequestFailed) in sent(actions)
+    assert (parts.desk.num_running, parts.desk.num_waiting) == (0, 0)
+    parts.goes_on()
 
 
 @pytest.mark.parametrize("phase", ["loading", "copying", "handing_over"])
@@ -311,9 +366,9 @@ def test_a_lost_worker_undoes_the_move_that_it_has_a_part_in() -> None:
     begun(parts)
     assert parts.relocation.lost(parts.worker("c"), now=12.0) == []
     assert parts.relocation.move
-    assert parts.registry.remove(PeerId(b"b"))
-    actions = parts.relocation.lost(parts.join("b", 1), now=12.0)
-    assert actions
+    lost = parts.registry.remove(PeerId(b"b"))
+    assert lost
+    assert sent(parts.relocation.lost(lost, now=12.0)) == [("a", CancelStage)]
     assert parts.relocation.move is None
 
 
@@ -391,10 +446,11 @@ def test_a_stage_that_does_not_load_in_time_undoes_the_move() -> None:
 
 def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
     parts = moving()
-    begun(parts)
+    begun(parts, ("b", 0, 3), ("a", 3, 6))
     loaded(parts)
     due = parts.relocation.next_deadline()
-    assert due == pytest.approx(11.0 + 30.0 + 4 * 2.0)
+    assert due is not None
+    assert due == pytest.approx(11.0 + 30.0 + 4 * 6.0)
     assert sent(parts.relocation.on_timer(now=due)) == [("a", TakeOver), ("b", TakeOver)]
     assert sent(parts.relocation.on_timer(now=due + 10.0))[0] == ("a", CancelStage)
     assert "handing over took too long" in parts.journal.events[-1]
@@ -409,16 +465,17 @@ def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
         assert parts.worker(name).bytes_per_s == read
 
 
-def test_how_fast_caches_are_copied_is_learnt() -> None:
+@pytest.mark.parametrize(("sent_bytes", "rate"), [(4 << 20, 2 << 20), (1000, 30e6)])
+def test_how_fast_caches_are_copied_is_learnt_if_it_was_much(sent_bytes: int, rate: float) -> None:
     parts = moving()
     parts.measurements.rate = 1e9
     assert price(parts).copy_s == pytest.approx(128 / 30e6)
     begun(parts)
     loaded(parts)
-    said = KVCopied(epoch=2, bytes_sent=4 << 20)
+    said = KVCopied(epoch=2, bytes_sent=sent_bytes)
     parts.relocation.copied(parts.worker("a"), said, now=13.0)
     parts.relocation.cancel("a test", now=13.0)
-    assert price(parts).copy_s == pytest.approx(128 / (2 << 20))
+    assert price(parts).copy_s == pytest.approx(128 / rate)
 
 
 def test_the_cost_of_the_tests_is_what_they_say() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.forecast import Demand, forecast
 from distributed_llm.coordinator.survey import Survey
 from tests.unit.coordinator_parts import COST, Parts, ranges_of
@@ -101,5 +101,5 @@ def test_advice_without_a_machine_may_do_with_less_room() -> None:
     room = (9000 - 2500) // 2
     little = survey(three(), advise=True, kv_tokens=room, least_kv_tokens=64).carry_out().advice
     strict = survey(three(), advise=True, kv_tokens=room, least_kv_tokens=room).carry_out().advice
-    assert strict["a"].gain is None
-    assert little["a"].gain is not None
+    assert strict[WorkerId("a")].gain is None
+    assert little[WorkerId("a")].gain is not None

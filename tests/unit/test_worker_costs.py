@@ -503,3 +503,25 @@ def test_is_sane_whatever_is_observed(
     assert whole_s <= more_s * (1 + 1e-9) < math.inf
     assert costs.error is None or 0 <= costs.error < math.inf
     assert costs.scale is None or 0 < costs.scale < math.inf
+
+
+def test_prompts_tell_what_larger_batches_would_take() -> None:
+    """Steps of 8 sequences take 10 ms, chunks of 64 tokens hardly more: so do 32 sequences."""
+    costs = WorkerCosts(PRIOR)
+    for at in range(40):
+        observed: dict[str, Any] = {"layers": 1.0, "is_last": False, "other_s": 0.001}
+        costs.observe(Work(8, 800), decodes=True, layers_s=0.010, now=float(at), **observed)
+        costs.observe(Work(64, 3200), decodes=False, layers_s=0.012, now=float(at), **observed)
+    assert costs.layer_s(Work(8, 800), decodes=True) == pytest.approx(0.010, rel=0.02)
+    assert 0.010 < costs.layer_s(Work(32, 3200), decodes=True) <= 0.0125
+
+
+def test_prompts_of_before_a_change_tell_nothing() -> None:
+    costs = WorkerCosts(PRIOR)
+    observed: dict[str, Any] = {"layers": 1.0, "is_last": False, "other_s": 0.001}
+    for at in range(40):
+        costs.observe(Work(8, 800), decodes=True, layers_s=0.010, now=float(at), **observed)
+        costs.observe(Work(64, 3200), decodes=False, layers_s=0.012, now=float(at), **observed)
+    for at in range(40, 60):
+        costs.observe(Work(8, 800), decodes=True, layers_s=0.040, now=float(at), **observed)
+    assert costs.layer_s(Work(32, 3200), decodes=True) > 0.040
