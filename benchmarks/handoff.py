@@ -206,6 +206,7 @@ def serve_null_stage(address: str) -> None:
         min_task_s=0.0,
         local_model="",
         connect_timeout_s=10.0,
+        leave_timeout_s=0.0,
     )
     with patch.object(service, "Engine", NullEngine):
         asyncio.run(worker.run())

@@ -183,9 +183,7 @@ def read_description(path: Path) -> Description:
         ConfigError: with a line for each problem, saying where it stands and what to write.
     """
     if not path.exists():
-        raise ConfigError(
-            f"{path}: no such file; start from a copy of config/clusters/mixed.yaml"
-        )
+        raise ConfigError(f"{path}: no such file; start from a copy of config/clusters/mixed.yaml")
     file = read_yaml(path)
     try:
         return Description(**file.values)

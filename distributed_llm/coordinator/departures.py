@@ -79,8 +79,10 @@ class Departures:
             except DistributedLLMError as error:
                 return [_answer(client, name, error)]
             self._begin(worker)
-        self._leaving[worker.peer].clients.append(client)
-        return []
+        clients = self._leaving[worker.peer].clients
+        if client not in clients:
+            clients.append(client)
+        return [self._journal.note(f"a client wants worker {worker.id} to leave")]
 
     def leave(self, worker: Worker) -> list[Action]:
         """A worker wants to leave."""

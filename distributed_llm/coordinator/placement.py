@@ -209,6 +209,7 @@ class Placement:
             if worker is not None and worker.layers is not None:
                 worker.unassign()
         if replica.scheduler:
+            self._desk.collect(replica.scheduler)
             self._desk.requeue(replica.scheduler.evacuate())
         replica.pipeline = replica.scheduler = None
 
@@ -353,10 +354,9 @@ class Placement:
         new.demand, new.balancer = old.demand, old.balancer
         if move.copies:
             new.take_over(old)
-            assert new.scheduler is not None
-            self._desk.collect(new.scheduler)
         else:
             assert old.scheduler is not None
+            self._desk.collect(old.scheduler)
             self._desk.requeue(old.scheduler.evacuate())
             old.pipeline = old.scheduler = None
             new.serve()

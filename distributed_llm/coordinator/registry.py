@@ -23,6 +23,9 @@ from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.advice import Advice
 
 CLIENT_SILENCE_S = 30.0
+_TELLING_BYTES = 64 << 20
+"""Of weights; how long fewer take to load says nothing."""
+
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
@@ -95,7 +98,7 @@ class Worker:
 
     def loaded(self, added_bytes: int, load_s: float) -> None:
         """It has loaded layers, of which `added_bytes` were read."""
-        if added_bytes and load_s:
+        if added_bytes >= _TELLING_BYTES and load_s:
             self.bytes_per_s = added_bytes / load_s
 
     def remeasured(self, found: Remeasured) -> None:

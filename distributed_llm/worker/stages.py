@@ -250,7 +250,7 @@ class Stages:
             return [*actions, Log("no layers to serve; waiting"), Drop()]
         if self._beside and (self._served is None or self._served.epoch <= epoch):
             return self._serve(self._beside)
-        return [_ignored(epoch)]
+        return []  # its first task came before this
 
     def _serve(self, stage: HeldStage) -> list[Action]:
         """Serve what was beside; if it is still loading, the compute thread hears of it then."""

@@ -88,6 +88,7 @@ class Network:
             return is_idle(self.client) and len(serving(self.client.status())) == NUM_WORKERS
 
         eventually(is_at_rest, limit_s=LIMIT_S)
+        check_whole(self.client.status())
 
     def stages(self) -> list[LocalProcess]:
         """Return the workers that serve, in the order of their layers."""
@@ -138,9 +139,7 @@ def network(one_network: Network) -> Iterator[Network]:
     yield one_network
     one_network.heal()
     eventually(lambda: is_idle(one_network.client), limit_s=LIMIT_S)
-    status = one_network.client.status()
-    check_whole(status)
-    assert status.requests_failed == failed
+    assert one_network.client.status().requests_failed == failed
 
 
 class Departure:

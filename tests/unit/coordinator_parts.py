@@ -196,3 +196,8 @@ def capabilities(memory_bytes: int) -> Capabilities:
         memory_bandwidth_bytes_per_s=1e6,
         flops_per_s=1e9,
     )
+
+
+def sent(actions: list[Action]) -> list[tuple[str, type]]:
+    """Return to whom what is sent."""
+    return [(a.peer.decode(), type(a.message)) for a in actions if isinstance(a, Send)]

@@ -6,7 +6,7 @@ from distributed_llm.common.errors import InvalidRequest, NotEnoughMemory, NotRe
 from distributed_llm.common.messages import CancelStage, LoadStage, MayLeave, WorkerDrained
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import Action, Send
-from tests.unit.coordinator_parts import CLIENT, Parts, ready
+from tests.unit.coordinator_parts import CLIENT, Parts, ready, sent
 
 OTHER = PeerId(b"another client")
 
@@ -68,7 +68,7 @@ def gone(parts: Parts, name: str) -> list[Action]:
 
 def test_a_worker_without_layers_may_leave_at_once_and_is_told_so_once() -> None:
     parts = pair(c=100)
-    assert parts.departures.drain(CLIENT, "c") == []
+    assert sent(parts.departures.drain(CLIENT, "c")) == []
     assert parts.worker("c").leaving
     assert may_leave(settle(parts)) == ["c"]
     assert settle(parts) == []
@@ -77,7 +77,7 @@ def test_a_worker_without_layers_may_leave_at_once_and_is_told_so_once() -> None
 
 def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     parts = pair()
-    assert parts.departures.drain(CLIENT, "b") == []
+    assert sent(parts.departures.drain(CLIENT, "b")) == []
     actions = settle(parts)
     assert [a.peer for a in actions if isinstance(a, Send)] == [b"a"]
     assert parts.relocation.move
@@ -173,7 +173,7 @@ def test_its_pipeline_just_ends_where_another_one_serves(alone: bool) -> None:
         parts.worker(name).leaving = alone
     first, second = (parts.serve(*ranges) for ranges in both)
     parts.ask(first, 100)
-    assert parts.departures.drain(CLIENT, "a") == []
+    assert sent(parts.departures.drain(CLIENT, "a")) == []
     settle(parts)
     assert parts.placement.replicas == [second]
     assert parts.desk.num_waiting == 1
@@ -202,7 +202,7 @@ def test_a_worker_that_wants_to_end_does_though_nobody_can_have_its_layers() -> 
 def test_who_could_have_its_layers_is_lost_meanwhile(wants: bool) -> None:
     """A worker that only clients want to leave stays; one that wants to end goes."""
     parts = pair(memory=5000, c=5000)
-    assert parts.departures.drain(CLIENT, "b") == []
+    assert sent(parts.departures.drain(CLIENT, "b")) == []
     if wants:
         parts.departures.leave(parts.worker("b"))
     settle(parts)
@@ -232,15 +232,17 @@ def test_one_that_wanted_to_end_and_is_gone_has_left() -> None:
     assert answers(gone(parts, "b")) == [(CLIENT, "b", "")]
 
 
-def test_the_others_must_have_room_for_what_a_request_may_take() -> None:
-    """b alone would do, and leave (11,000 - 6800) / 6 = 700 positions; with c there are more."""
-    parts = pair(memory=11_000, strategy="speed", c=11_000)
+@pytest.mark.parametrize(("answer", "served_by"), [(20, 1), (700, 2)])
+def test_the_others_have_room_for_what_a_request_may_take(answer: int, served_by: int) -> None:
+    """One of them alone is quickest, and leaves (11,000 - 6800) / 6 = 700 positions."""
+    parts = Parts(dict.fromkeys("abc", 11_000), objective="latency")
     parts.planning.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
-    parts.ask(parts.placement.replicas[0], 100, answer=700)
+    parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100, answer)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
     assert parts.relocation.move
-    assert parts.relocation.move.new.kv_tokens >= 800
+    assert len(parts.relocation.move.new.seats) == served_by
+    assert parts.relocation.move.new.kv_tokens >= 100 + answer
 
 
 def test_nobody_is_told_of_a_worker_that_nobody_asked_for() -> None:

@@ -20,12 +20,12 @@ from distributed_llm.common.messages import (
     TakeOver,
 )
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.coordinator.events import Action, Send
+from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.moves import Move
 from distributed_llm.coordinator.relocation import Price
 from distributed_llm.coordinator.replica import Replica
-from tests.unit.coordinator_parts import COST, Parts, ranges_of, ready
+from tests.unit.coordinator_parts import COST, Parts, ranges_of, ready, sent
 
 Held = tuple[str, int, int]
 
@@ -48,11 +48,6 @@ def moving(*old: Held, memory: int = 10_000, prompt: int = 100, **given: Any) ->
 
 def price(parts: Parts, *new: Held) -> Price:
     return parts.relocation.price(parts.placement.replicas[0], parts.plan(*(new or SHIFTED)))
-
-
-def sent(actions: list[Action]) -> list[tuple[str, type]]:
-    """Return to whom what is sent."""
-    return [(a.peer.decode(), type(a.message)) for a in actions if isinstance(a, Send)]
 
 
 # ------------------------------------------------------------------ what it would cost
@@ -459,10 +454,12 @@ def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
 def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
     parts = moving()
     begun(parts)
-    for name, read in (("a", None), ("b", 1000 / 4)):
+    for name in ("a", "b"):  # b reads a layer, of 1000 bytes: that says nothing
         parts.worker(name).bytes_per_s = None
         parts.relocation.stage_ready(parts.worker(name), ready(2, load_s=4.0), now=11.0)
-        assert parts.worker(name).bytes_per_s == read
+        assert parts.worker(name).bytes_per_s is None
+    parts.worker("b").loaded(1 << 30, 4.0)
+    assert parts.worker("b").bytes_per_s == (1 << 30) / 4
 
 
 @pytest.mark.parametrize(("sent_bytes", "rate"), [(4 << 20, 2 << 20), (1000, 30e6)])

@@ -545,7 +545,9 @@ def test_a_task_has_one_to_512_slices() -> None:
         assert "$.sequences" in refuse("bad_field", wrong, bytes(24), decoder=codec.to_worker)
 
 
-@pytest.mark.parametrize("times", [[], [[1, 2]], [[1, 1, -1]], [[1.5, 2, 3]], [[1, 2, 3, 4]], [[1, 2, 2**60]], 1])
+@pytest.mark.parametrize(
+    "times", [[], [[1, 2]], [[1, 1, -1]], [[1.5, 2, 3]], [[1, 2, 3, 4]], [[1, 2, 2**60]], 1]
+)
 def test_times_are_triples_of_microseconds(times: object) -> None:
     result = plain(example(TaskResult))
     times_read = read({**result, "timings": [[1, 1, 2]]}, bytes(24)).timings
