@@ -16,7 +16,7 @@ from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.departures import Departures
 from distributed_llm.coordinator.desk import Desk
-from distributed_llm.coordinator.events import Tokenize, Tokenized
+from distributed_llm.coordinator.events import Action, Send, Tokenize, Tokenized
 from distributed_llm.coordinator.journal import Journal
 from distributed_llm.coordinator.measurements import Measurements
 from distributed_llm.coordinator.model import ServedModel
