@@ -19,6 +19,8 @@ from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK
 
 _STRIDE = 16
+_NOBODY = 0
+"""A sequence id that none has."""
 
 
 @dataclass(eq=False)
@@ -214,12 +216,23 @@ class KVLedger:
         held = self._held[sequence_id]
         held.tokens = list(held.tokens[: held.computed])  # the owner may have dropped some
         held.computed = len(held.tokens)
+        if held.segments and self._read_until(held.segments[-1], sequence_id) > held.computed:
+            held.segments[-1].owner = _NOBODY  # others read what was dropped: it stays
         useful = keep and held.computed >= _STRIDE and not self._is_covered(sequence_id, held)
         if useful or held.pins:
             held.ended = True
             self._ended[sequence_id] = None
         else:
             self._free(sequence_id)
+
+    def _read_until(self, segment: _Segment, sequence_id: int) -> int:
+        """Return up to which position sequences other than this one read a segment."""
+        until = 0
+        for other in segment.holders - {sequence_id}:
+            chain = self._held[other].segments
+            beyond = chain[chain.index(segment) + 1 :]
+            until = max(until, beyond[0].start if beyond else self._held[other].length)
+        return until
 
     def _is_covered(self, sequence_id: int, held: _Held) -> bool:
         self._unindex(sequence_id, held)
