@@ -218,9 +218,9 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
         door = network.doors[re.findall(r" to ([\w-]+)", line)[0]]
         door.refuse()
         door.cut()
+        answers.check_under_way()
         network.start_workers(leaving=1)
         departure.check_left()
-        answers.check_under_way()
         network.heal()
         answers.finish()
     assert departure.leaver.exit_code == 0

@@ -605,6 +605,20 @@ def test_what_goes_on_where_it_was_shared_stays_charged() -> None:
     assert stage.num_blocks <= blocks(book)
 
 
+def test_what_others_read_of_dropped_tokens_stays_charged() -> None:
+    """A stop string took the last token of an answer that another one had begun with; kept as a
+    prefix it is taken over whole, and the stage cannot go on where the other one reads."""
+    book, stage = ledger(), Stage()
+    tokens = TEXT[:19]
+    begin(book, stage, 1, tokens, 19)
+    begin(book, stage, 2, [*TEXT[:19], 7777, 7777], 21)
+    del tokens[18:]
+    book.end(1, keep=True)
+    begin(book, stage, 3, [*TEXT[:18], 8888, 8888], 20)
+    assert 1 not in book.sequence_ids, "it was taken"
+    assert stage.num_blocks <= blocks(book)
+
+
 _INDEX = st.integers(0, 1000)
 
 
