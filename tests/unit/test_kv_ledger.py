@@ -612,6 +612,7 @@ def test_what_others_read_of_dropped_tokens_stays_charged() -> None:
     tokens = TEXT[:19]
     begin(book, stage, 1, tokens, 19)
     begin(book, stage, 2, [*TEXT[:19], 7777, 7777], 21)
+    begin(book, stage, 9, [*TEXT[:16], 9999, 9999], 18)
     del tokens[18:]
     book.end(1, keep=True)
     begin(book, stage, 3, [*TEXT[:18], 8888, 8888], 20)
