@@ -14,26 +14,22 @@ from distributed_llm.common.errors import (
     NotEnoughMemory,
     Overloaded,
     RequestCancelled,
-    StageError,
-    WorkerLost,
 )
 from distributed_llm.common.messages import (
     Finished,
     Generate,
     RequestFailed,
     RequestId,
-    TaskFailed,
     TokenChunk,
     TokenLogprobs,
 )
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import PeerId, WorkerId
+from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
     Action,
     Detokenize,
     Detokenized,
     Forget,
-    Log,
     Send,
     Tokenize,
     Tokenized,
@@ -49,12 +45,8 @@ from distributed_llm.coordinator.requests import (
     resolve,
     wrong_prompt,
 )
-from distributed_llm.coordinator.scheduler import Scheduler, Step
+from distributed_llm.coordinator.scheduler import Scheduler
 from distributed_llm.coordinator.totals import Totals
-
-_MAX_LOSSES = 3
-_MAX_FAILURES = 2
-_MAX_MISSING = 3
 
 
 class Desk:
@@ -219,9 +211,7 @@ class Desk:
             actions += self.fail(ticket.key, error)
         return actions
 
-    def step_done(
-        self, done: StepDone, counts: Iterable[bool], scheduler: Scheduler, *, now: float
-    ) -> list[Action]:
+    def step_done(self, done: StepDone, counts: Iterable[bool], *, now: float) -> list[Action]:
         """A step ran: its requests have a token more, where it still `counts`."""
         actions: list[Action] = []
         samplers = [
@@ -233,61 +223,11 @@ class Desk:
             samplers, done.token_ids, done.logprobs, counts, strict=True
         ):
             if current:
-                actions += self._append(request, token, logprobs, scheduler, now)
-        return actions
-
-    def step_broken(self, step: Step, failure: TaskFailed, worker: WorkerId) -> list[Action]:
-        """A stage could not run a step: compute again, alone if that may help, or give up.
-
-        Call it before the step is abandoned: then it is known which of its sequences still count.
-        """
-        missing = {m.sequence_id for m in failure.missing}
-        missing &= {part.sequence_id for part in step.slices}
-        actions: list[Action] = [
-            Log(f"worker {worker} failed a step: {failure.code}: {failure.message}", "warning")
-        ]
-        for request, part in zip(step.requests, step.slices, strict=True):
-            if request.sequence_id != part.sequence_id or request.phase is not Phase.RUNNING:
-                continue
-            if missing:
-                if part.sequence_id not in missing:
-                    continue
-                self._homes[request].restart(request)
-            request.failures += 1
-            request.alone = True
-            if request.failures >= (_MAX_MISSING if missing else _MAX_FAILURES):
-                error = StageError(
-                    f"Worker {worker} failed on this request {request.failures} times: "
-                    f"{failure.message} Look into the worker's log."
-                )
-                actions += self.fail(request.ticket.key, error)
-        return actions
-
-    def steps_lost(self, steps: Iterable[Step], worker: WorkerId) -> list[Action]:
-        """A worker died over these steps: suspect their requests, give up the worst.
-
-        The first loss is taken for bad luck; a request that was there twice runs alone.
-        """
-        requests = {request: None for step in steps for request in step.requests}
-        actions: list[Action] = []
-        for request in requests:
-            request.losses += 1
-            request.alone = request.losses > 1
-            if request.losses >= _MAX_LOSSES:
-                error = WorkerLost(
-                    f"{request.losses} workers in a row died while they worked on this "
-                    f"request, the last one {worker}. It is not tried again."
-                )
-                actions += self.fail(request.ticket.key, error)
+                actions += self._append(request, token, logprobs, now)
         return actions
 
     def _append(
-        self,
-        request: Request,
-        token: int,
-        logprobs: TokenLogprobs | None,
-        scheduler: Scheduler,
-        now: float,
+        self, request: Request, token: int, logprobs: TokenLogprobs | None, now: float
     ) -> list[Action]:
         request.append(token, logprobs, now=now)
         self.totals.tokens += 1

@@ -22,6 +22,7 @@ from distributed_llm.coordinator.measurements import Measurements
 from distributed_llm.coordinator.placement import Placement
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.relocation import Relocation
+from distributed_llm.coordinator.suspicion import steps_lost
 
 
 class Membership:
@@ -105,7 +106,7 @@ class Membership:
             self._measurements.left(worker.id)
         replica = self._placement.replica_of(worker.peer)
         if replica and replica.pipeline:
-            actions += self._desk.steps_lost(replica.pipeline.steps, worker.id)
+            actions += steps_lost(self._desk, replica.pipeline.steps, worker.id)
         return actions + self._placement.lose(worker)
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:

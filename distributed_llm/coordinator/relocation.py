@@ -13,10 +13,10 @@ from distributed_llm.coordinator.journal import Journal
 from distributed_llm.coordinator.measurements import Measurements
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.moves import SLOW, Move, transfers_between
-from distributed_llm.coordinator.placement import Placement
 from distributed_llm.coordinator.planner import Plan
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.replicas import Replicas
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.task_fit import Work
 
@@ -79,13 +79,13 @@ class Relocation:
     def __init__(
         self,
         cost: ModelCost,
-        placement: Placement,
+        replicas: Replicas,
         registry: Registry,
         journal: Journal,
         measurements: Measurements,
     ) -> None:
         self._cost = cost
-        self._placement = placement
+        self._replicas = replicas
         self._registry = registry
         self._journal = journal
         self._measurements = measurements
@@ -169,7 +169,7 @@ class Relocation:
         old.scheduler.resize(price.kv_tokens)
         copies = price.copies
         before = old.layers_text
-        self.move, actions = self._placement.prepare(
+        self.move, actions = self._replicas.prepare(
             old, plan, copies=copies, copy_s=price.copy_s, now=now
         )
         how = "" if copies else ", computing its KV cache again"
@@ -178,6 +178,19 @@ class Relocation:
             f"{how}: {why}"
         )
         return [*actions, self._journal.note(text)]
+
+    def replace(self, old: Replica, plan: Plan, *, why: str) -> list[Action]:
+        """Load a plan in place of one: for workers that cannot hold the layers of both.
+
+        Args:
+            plan: by workers of `old` and idle ones.
+        """
+        self._replicas.dissolve(old)
+        actions = self._replicas.load([plan])
+        new = self._replicas.all[-1]
+        new.demand, new.balancer = old.demand, old.balancer
+        text = f"plan {old.epoch} ends, and another one is loaded in its place: {why}"
+        return [self._journal.note(text), *actions]
 
     def stage_ready(self, worker: Worker, ready: StageReady, *, now: float) -> list[Action] | None:
         """Take it that a stage has loaded; None if it is not of the move."""
@@ -258,7 +271,7 @@ class Relocation:
         if move.old.scheduler is not None:
             move.old.scheduler.resize(move.old.kv_tokens)
         text = f"plan {move.new.epoch}: layers stay as they are; the move was undone: {why}"
-        return [*self._placement.cancel(move), self._journal.note(text, "warning")]
+        return [*self._replicas.cancel(move), self._journal.note(text, "warning")]
 
     def settle(self, *, now: float) -> list[Action]:
         """Go on if nothing is left to wait for."""
@@ -277,7 +290,7 @@ class Relocation:
             f"steps stood still for {1000 * self.stall_s:.0f} ms, of which "
             f"{1000 * (now - move.phase_at):.0f} ms to hand over"
         )
-        return [*actions, *self._placement.swap(move), self._journal.note(text)]
+        return [*actions, *self._replicas.swap(move), self._journal.note(text)]
 
     def next_deadline(self) -> float | None:
         """Return when the move has taken too long, clock seconds."""

@@ -13,6 +13,7 @@ from distributed_llm.coordinator.pipeline import Dropped, SendTask, StepBroken, 
 from distributed_llm.coordinator.placement import Placement
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.replica import Replica, sending
+from distributed_llm.coordinator.suspicion import step_broken
 
 
 class Stepping:
@@ -64,7 +65,7 @@ class Stepping:
                 replica.observe(outcome, now=now)
                 self._measurements.observe(replica.seats, outcome, now=now)
                 self._count(replica, outcome)
-                return self._desk.step_done(outcome, counts, replica.scheduler, now=now)
+                return self._desk.step_done(outcome, counts, now=now)
             case StepBroken():
                 return self._broken(replica, outcome, worker)
             case Dropped():
@@ -111,7 +112,7 @@ class Stepping:
     def _broken(self, replica: Replica, broken: StepBroken, worker: Worker) -> list[Action]:
         """Suspect the step's requests, and begin anew with all that was under way."""
         assert replica.scheduler is not None
-        actions = self._desk.step_broken(broken.step, broken.failure, worker.id)
+        actions = step_broken(self._desk, replica.scheduler, broken.step, broken.failure, worker.id)
         replica.scheduler.abandon(broken.step)
         replica.abandon_steps()
         return actions

@@ -99,7 +99,7 @@ class Checker:
     def _check_numbers(self) -> None:
         totals = self._core._desk.totals
         numbers = (
-            self._core._placement.epoch,
+            self._core._replicas.epoch,
             totals.finished,
             totals.failed,
             totals.tokens,

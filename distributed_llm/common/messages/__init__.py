@@ -1,0 +1,241 @@
+"""Every message that crosses a socket. One union per direction; `codec` turns them into frames.
+
+A message that carries tensors has a field `tensors`: one spec per raw frame after the header.
+All work names the `epoch` of the plan it belongs to and the `step`; stale answers are dropped.
+"""
+
+from distributed_llm.common.messages.base import (
+    MAX_STAGES,
+    MAX_TENSORS,
+    PROTOCOL_VERSION,
+    Address,
+    Addresses,
+    Bandwidth,
+    Capabilities,
+    Flops,
+    Label,
+    Message,
+    Microseconds,
+    Name,
+    RequestId,
+    StageTime,
+    StageTimes,
+    Tensors,
+    Text,
+    Value,
+)
+from distributed_llm.common.messages.between_workers import (
+    MAX_PIECES,
+    KVEnd,
+    KVPart,
+    KVPieces,
+    KVTaken,
+    PeerHello,
+    PeerProbe,
+    PeerProbed,
+    PeerWelcome,
+)
+from distributed_llm.common.messages.from_client import (
+    MAX_CHAT_MESSAGES,
+    Cancel,
+    Chat,
+    ChatMessage,
+    ClientHello,
+    DrainWorker,
+    Generate,
+    GetStatus,
+    Ping,
+)
+from distributed_llm.common.messages.from_worker import (
+    Goodbye,
+    Heartbeat,
+    KVCopied,
+    KVFailed,
+    Leaving,
+    LinkReport,
+    MissingPositions,
+    Remeasured,
+    StageFailed,
+    StageReady,
+    StageTrial,
+    TaskFailed,
+    TaskResult,
+    TookOver,
+    WorkerHello,
+)
+from distributed_llm.common.messages.to_anybody import (
+    Pong,
+    Refused,
+)
+from distributed_llm.common.messages.to_client import (
+    ClientWelcome,
+    ClusterStatus,
+    Finished,
+    FinishReason,
+    RequestFailed,
+    StageTiming,
+    StatusReport,
+    Timings,
+    TokenChunk,
+    TokenLogprobs,
+    Usage,
+    WorkerDrained,
+    WorkerStatus,
+)
+from distributed_llm.common.messages.to_worker import (
+    MAX_RELEASED,
+    MAX_SLICES,
+    CancelStage,
+    CopyKV,
+    DropStage,
+    KVTransfer,
+    LoadStage,
+    MayLeave,
+    ModelSource,
+    NextStage,
+    ReleaseSequences,
+    SequenceIds,
+    SequenceSlice,
+    SharedPrefix,
+    TakeOver,
+    Task,
+    Welcome,
+)
+
+__all__ = [
+    "MAX_CHAT_MESSAGES",
+    "MAX_PIECES",
+    "MAX_RELEASED",
+    "MAX_SLICES",
+    "MAX_STAGES",
+    "MAX_TENSORS",
+    "PROTOCOL_VERSION",
+    "Address",
+    "Addresses",
+    "AnyMessage",
+    "Bandwidth",
+    "Cancel",
+    "CancelStage",
+    "Capabilities",
+    "Chat",
+    "ChatMessage",
+    "ClientHello",
+    "ClientWelcome",
+    "ClusterStatus",
+    "CopyKV",
+    "DrainWorker",
+    "DropStage",
+    "FinishReason",
+    "Finished",
+    "Flops",
+    "FromClient",
+    "FromWorker",
+    "Generate",
+    "GetStatus",
+    "Goodbye",
+    "Heartbeat",
+    "KVCopied",
+    "KVEnd",
+    "KVFailed",
+    "KVPart",
+    "KVPieces",
+    "KVTaken",
+    "KVTransfer",
+    "Label",
+    "Leaving",
+    "LinkReport",
+    "LoadStage",
+    "MayLeave",
+    "Message",
+    "Microseconds",
+    "MissingPositions",
+    "ModelSource",
+    "Name",
+    "NextStage",
+    "PeerHello",
+    "PeerProbe",
+    "PeerProbed",
+    "PeerWelcome",
+    "Ping",
+    "Pong",
+    "Refused",
+    "ReleaseSequences",
+    "Remeasured",
+    "RequestFailed",
+    "RequestId",
+    "SequenceIds",
+    "SequenceSlice",
+    "SharedPrefix",
+    "StageFailed",
+    "StageReady",
+    "StageTime",
+    "StageTimes",
+    "StageTiming",
+    "StageTrial",
+    "StatusReport",
+    "TakeOver",
+    "Task",
+    "TaskFailed",
+    "TaskResult",
+    "Tensors",
+    "Text",
+    "Timings",
+    "ToClient",
+    "ToCoordinator",
+    "ToNextWorker",
+    "ToPreviousWorker",
+    "ToWorker",
+    "TokenChunk",
+    "TokenLogprobs",
+    "TookOver",
+    "Usage",
+    "Value",
+    "Welcome",
+    "WorkerDrained",
+    "WorkerHello",
+    "WorkerStatus",
+]
+
+FromWorker = (
+    WorkerHello
+    | Heartbeat
+    | StageReady
+    | StageFailed
+    | TaskResult
+    | TaskFailed
+    | LinkReport
+    | Remeasured
+    | KVCopied
+    | TookOver
+    | KVFailed
+    | Leaving
+    | Goodbye
+)
+FromClient = ClientHello | Generate | Cancel | GetStatus | DrainWorker | Ping
+ToCoordinator = FromWorker | FromClient
+ToWorker = (
+    Welcome
+    | LoadStage
+    | CopyKV
+    | TakeOver
+    | CancelStage
+    | DropStage
+    | Task
+    | ReleaseSequences
+    | MayLeave
+    | Pong
+    | Refused
+)
+ToClient = (
+    ClientWelcome
+    | TokenChunk
+    | Finished
+    | RequestFailed
+    | StatusReport
+    | WorkerDrained
+    | Pong
+    | Refused
+)
+ToNextWorker = PeerHello | PeerProbe | Task | KVPieces | KVEnd
+ToPreviousWorker = PeerWelcome | PeerProbed | KVTaken
+AnyMessage = ToCoordinator | ToWorker | ToClient | ToNextWorker | ToPreviousWorker

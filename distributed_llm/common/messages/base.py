@@ -1,0 +1,74 @@
+"""What messages of all directions are made of: limits, types, and values that go several ways."""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from distributed_llm.common.tensors import TensorSpec
+from distributed_llm.common.types import Count
+
+PROTOCOL_VERSION = 5
+MAX_TENSORS = 8
+MAX_STAGES = 256
+
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z")]
+Label = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=16384)]
+RequestId = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+\Z")]
+Tensors = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
+Address = Annotated[str, Meta(min_length=1, max_length=256)]
+Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
+Microseconds = Annotated[int, Meta(ge=0, le=2**53)]
+Bandwidth = Annotated[float, Meta(gt=0, le=1e16)]
+Flops = Annotated[float, Meta(gt=0, le=1e20)]
+
+
+class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of what messages are made of."""
+
+
+class Message(Value, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of all messages; the field `type` on the wire says which one it is."""
+
+
+class Capabilities(Value, frozen=True, kw_only=True):
+    """What a machine offers, measured by the worker when it starts.
+
+    Attributes:
+        device: torch's name of the device ("cpu", "cuda:0").
+        device_name: what people call it.
+        memory_bytes: what this worker may use for weights and KV cache.
+        cores: CPU cores of the machine.
+        threads: CPU threads this worker computes with.
+        memory_bandwidth_bytes_per_s: reading weights, measured.
+        flops_per_s: multiplying matrices, measured.
+    """
+
+    device: Label
+    device_name: Label
+    platform: Label
+    memory_bytes: Count
+    cores: Annotated[int, Meta(ge=1, le=65536)]
+    threads: Annotated[int, Meta(ge=1, le=65536)]
+    memory_bandwidth_bytes_per_s: Bandwidth
+    flops_per_s: Flops
+
+
+class StageTime(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """What one task took on one stage.
+
+    Attributes:
+        layers_us: of `compute_us`, inside the layers; the rest is embedding, head, sampling and
+            what a task costs by itself.
+        queued_us: from arrival until it ran.
+    """
+
+    compute_us: Microseconds
+    layers_us: Microseconds
+    queued_us: Microseconds
+
+
+StageTimes = Annotated[tuple[StageTime, ...], Meta(max_length=MAX_STAGES)]
