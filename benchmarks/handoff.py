@@ -35,12 +35,13 @@ from distributed_llm.common.messages import (
     ModelSource,
     Pong,
     StageReady,
+    StageTime,
     TaskResult,
     ToWorker,
     Welcome,
     WorkerHello,
 )
-from distributed_llm.common.tensors import Frame, TensorSpec
+from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Router
 from distributed_llm.common.types import LayerRange, PeerId
 from tests import checkpoints
@@ -188,14 +189,16 @@ _LOAD = LoadStage(
 def serve_null_stage(address: str) -> None:
     """Be a worker whose stage gives back what it got, until killed."""
     from distributed_llm.worker import engine, events, service
+    from distributed_llm.worker.computing import Given
 
     class NullEngine(engine.Engine):
         def _load(self, load: events.Load) -> None:
             ready = events.Loaded(load.session, load.order.epoch, 0.0, 0, load.order.kv_tokens)
             self._post(ready)
 
-        def _compute(self, run: events.Run) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
-            return run.task.tensors[1:], run.frames[1:]
+        def _compute(self, run: events.Run) -> tuple[Given, StageTime]:
+            none = StageTime(compute_us=0, layers_us=0, queued_us=0)
+            return (run.task.tensors[1:], run.frames[1:]), none
 
     worker = service.Worker(
         "null",

@@ -16,18 +16,21 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from distributed_llm.common.config import load_settings
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.log import configure
-from distributed_llm.common.messages import Capabilities
-from distributed_llm.common.tensors import Frame, TensorSpec
+from distributed_llm.common.messages import Capabilities, StageTime
 from distributed_llm.worker import engine, layer_hooks, service, work
 from distributed_llm.worker.engine import Engine
-from distributed_llm.worker.events import Probe, Probed, Run
+from distributed_llm.worker.events import Probe, Probed
+from distributed_llm.worker.stage import Stage
+
+_T = TypeVar("_T")
 
 BYTES_PER_S = 10e9
 FLOPS_PER_S = 50e9
@@ -40,9 +43,9 @@ class PacedEngine(Engine):
         super().__init__(*args, **settings)
         threading.Thread(target=self._obey, name="pace", daemon=True).start()
 
-    def _compute(self, run: Run) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+    def _timed(self, stage: Stage, work: Callable[[], _T]) -> tuple[_T, StageTime]:
         self._began, self._began_cpu = time.perf_counter(), time.thread_time()
-        return super()._compute(run)
+        return super()._timed(stage, work)
 
     def _wait(self, computed_s: float) -> None:
         computed_s = time.thread_time() - self._began_cpu

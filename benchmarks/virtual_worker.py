@@ -16,6 +16,8 @@ from distributed_llm.common.messages import (
     LoadStage,
     PeerProbe,
     PeerWelcome,
+    StageTime,
+    StageTrial,
     Task,
     ToNextWorker,
     ToPreviousWorker,
@@ -42,6 +44,9 @@ _PROBE_BYTES = 256 * 1024
 _PIECES_BYTES = 4 * 2**20
 _PIECES = 4
 """Messages that a transfer of KV cache takes, whatever it holds."""
+
+_TRIED = (1, 4, 16, 64)
+"""Sequences in the steps that are tried on new layers."""
 
 _ORDER_S = 0.001
 """In the compute thread, for what is no task."""
@@ -251,7 +256,20 @@ class VirtualWorker:
             self.served, self._beside = order, None
         room = min(order.kv_tokens, self.cluster.scenario.kv_tokens)
         weights = len(order.layers) * LAYER_BYTES
-        self._apply(agents.Loaded(load.session, order.epoch, _LOAD_S, weights, room))
+        trials = self._trials(order) if order.trials else ()
+        self._apply(agents.Loaded(load.session, order.epoch, _LOAD_S, weights, room, trials))
+
+    def _trials(self, order: LoadStage) -> tuple[StageTrial, ...]:
+        return tuple(
+            StageTrial(
+                sequences=sequences,
+                start=start,
+                num_tokens=tokens,
+                time=_time(self._step_s(len(order.layers), sequences * tokens)),
+            )
+            for sequences in _TRIED
+            for start, tokens in ((0, 8), (8, 1))
+        )
 
     def _work(self) -> None:
         while self._queue and not self._computing:
@@ -263,10 +281,11 @@ class VirtualWorker:
                 self.cluster.at(self.cluster.now + took_s, self._done, order, took_s, queued_s)
 
     def _task_s(self, task: Task) -> float:
+        return self._step_s(len(self.served.layers) if self.served else 0, task.tensors[0].shape[0])
+
+    def _step_s(self, layers: int, tokens: int) -> float:
         scenario = self.cluster.scenario
-        layers = len(self.served.layers) if self.served else 0
         share = layers * scenario.workers / (scenario.num_layers * scenario.pipelines)
-        tokens = task.tensors[0].shape[0]
         noise = 1.0 + scenario.noise * (2.0 * self.cluster.random.random() - 1.0)
         base_ms = scenario.stage_ms + scenario.token_ms * tokens
         return noise * self.slowness * share * base_ms / 1000
@@ -278,11 +297,12 @@ class VirtualWorker:
                 self.busy_s += took_s
                 self.cluster.tasks += 1
                 specs, frames = _output(order.task)
-                took_us, layers_us = int(1e6 * took_s), int(1e6 * (1 - _BESIDE) * took_s)
-                computed = agents.Computed(
-                    order, specs, frames, took_us, layers_us, int(1e6 * queued_s)
+                time, queued_us = _time(took_s), int(1e6 * queued_s)
+                self._apply(
+                    agents.Computed(
+                        order, specs, frames, time.compute_us, time.layers_us, queued_us
+                    )
                 )
-                self._apply(computed)
             case agents.Export():
                 self._apply(self._export(order))
             case agents.Import():
@@ -306,6 +326,11 @@ class VirtualWorker:
 
 
 _Order = agents.Run | agents.Export | agents.Import | agents.Inherit | agents.Probe
+
+
+def _time(took_s: float) -> StageTime:
+    layers_us = int(1e6 * (1 - _BESIDE) * took_s)
+    return StageTime(compute_us=int(1e6 * took_s), layers_us=layers_us, queued_us=0)
 
 
 def _size(message: ToNextWorker) -> int:

@@ -74,6 +74,7 @@ from distributed_llm.coordinator.planning import Planning
 from distributed_llm.coordinator.rebalancing import Rebalancing
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.relocation import Relocation
+from distributed_llm.coordinator.replicas import Replicas
 from distributed_llm.coordinator.stepping import Stepping
 
 
@@ -103,17 +104,20 @@ class Core:
             bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
         )
         planning = Planning(model, settings, self._measurements)
-        self._placement = Placement(
+        self._replicas = Replicas(
             model,
             settings,
             self._registry,
             self._desk,
             journal,
-            planning,
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
+            wants_trials=planning.wants_trials,
+        )
+        self._placement = Placement(
+            settings, self._registry, self._desk, journal, planning, self._replicas
         )
         self._relocation = Relocation(
-            model.cost, self._placement, self._registry, journal, self._measurements
+            model.cost, self._replicas, self._registry, journal, self._measurements
         )
         self._departures = Departures(
             self._placement, planning, self._relocation, self._registry, journal
@@ -227,10 +231,10 @@ class Core:
             model=self._model.name,
             state=self._placement.state,
             note=self._placement.note,
-            epoch=self._placement.epoch,
+            epoch=self._replicas.epoch,
             num_layers=self._model.cost.num_layers,
             context_length=self._model.defaults.context_length,
-            kv_tokens=self._placement.kv_tokens,
+            kv_tokens=self._replicas.kv_tokens,
             kv_tokens_used=sum(s.kv_tokens_used for s in schedulers),
             kv_tokens_cached=sum(s.kv_tokens_cached for s in schedulers),
             prefix_hit_tokens=self._desk.totals.prefix_hit_tokens,
@@ -314,6 +318,8 @@ class Core:
                 return self._membership.heartbeat(worker, beat, now=now)
             case StageReady() as ready:
                 self._rebalancing.wake(now=now)
+                if worker.layers and worker.epoch == ready.epoch:
+                    self._measurements.tried(worker.id, worker.layers, ready.trials, now=now)
                 moving = self._relocation.stage_ready(worker, ready, now=now)
                 return self._placement.stage_ready(worker, ready) if moving is None else moving
             case StageFailed() as failed:
@@ -386,8 +392,8 @@ class Core:
         actions += self._departures.settle(now=now)
         sends: list[Action] = []
         self._admission.admit(now=now)
-        while self._placement.changed:
-            _, replica = self._placement.changed.popitem()
+        while self._replicas.changed:
+            _, replica = self._replicas.changed.popitem()
             sends += replica.begin_steps(now=now)
             if replica.scheduler:
                 self._desk.collect(replica.scheduler)
@@ -402,7 +408,7 @@ class Core:
         """Assert the invariants; tests call this after every step."""
         self._registry.validate()
         self._desk.validate()
-        self._placement.validate()
+        self._replicas.validate()
         waiting = self._desk.next_waiting()
         needed = waiting.ticket.reserved_tokens if waiting else 0
         replicas = [r for r in self._placement.replicas if r.kv_tokens >= needed]

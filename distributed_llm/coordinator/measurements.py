@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from distributed_llm.common.messages import Capabilities, LinkReport
+from distributed_llm.common.messages import Capabilities, LinkReport, StageTrial
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.forecast import Machines
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -16,7 +16,7 @@ from distributed_llm.coordinator.registry import Worker
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.scheduler import Step
 from distributed_llm.coordinator.task_fit import Work
-from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
+from distributed_llm.coordinator.worker_costs import Prior, Trial, WorkerCosts
 
 _HALF_LIFE_S = 30.0
 _PROBES = 3
@@ -63,6 +63,26 @@ class Measurements:
             self._probes[worker] = _Probes(self._costs[worker])
         prior = Prior.of(found, self._cost, self._item_bytes)
         self._costs[worker] = self._probes[worker].add(prior)
+
+    def untried(self, worker: WorkerId) -> bool:
+        """Return whether nothing is known of a worker but what its probes found."""
+        costs = self._costs.get(worker)
+        return costs is not None and not costs.measured
+
+    def tried(
+        self, worker: WorkerId, held: LayerRange, trials: Sequence[StageTrial], *, now: float
+    ) -> None:
+        """Learn from what a worker has tried on its new layers."""
+        costs = self._costs.get(worker)
+        if costs is None or not trials:
+            return
+        self._probes.pop(worker, None)
+        costs.try_out(
+            [_trial(trial) for trial in trials],
+            layers=self._weight(held),
+            is_last=held.stop == self._cost.num_layers,
+            now=now,
+        )
 
     def left(self, worker: WorkerId) -> None:
         """A worker is gone."""
@@ -158,10 +178,22 @@ def _token_s(prior: Prior) -> float:
     return prior.layer_s + prior.token_s
 
 
+def _trial(tried: StageTrial) -> Trial:
+    tokens, took = tried.num_tokens, tried.time
+    return Trial(
+        Work(tried.sequences * tokens, tried.sequences * _positions(tried.start, tokens)),
+        decodes=tokens == 1,
+        layers_s=took.layers_us / 1e6,
+        other_s=max(0, took.compute_us - took.layers_us) / 1e6,
+    )
+
+
 def work_of(step: Step) -> Work:
     """Return what every layer computes in a step."""
-    positions = sum(
-        part.num_tokens * part.start + part.num_tokens * (part.num_tokens + 1) // 2
-        for part in step.slices
-    )
+    positions = sum(_positions(part.start, part.num_tokens) for part in step.slices)
     return Work(len(step.token_ids), positions)
+
+
+def _positions(start: int, num_tokens: int) -> int:
+    """Return how many positions tokens attend to that follow on `start` others."""
+    return num_tokens * start + num_tokens * (num_tokens + 1) // 2

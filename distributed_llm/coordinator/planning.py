@@ -53,6 +53,10 @@ class Planning:
         """What is planned for while nothing was asked: several requests, unless one counts."""
         return "throughput" if self._settings.objective == "auto" else self._settings.objective
 
+    def wants_trials(self, worker: WorkerId) -> bool:
+        """Return whether a worker should try steps of several sizes on its first layers."""
+        return self._settings.strategy == "speed" and self._measurements.untried(worker)
+
     def plans(self, workers: Sequence[Worker]) -> list[Plan]:
         """Return as many plans as are wanted, or as the workers can hold, or as is fastest.
 

@@ -71,6 +71,7 @@ class Rebalancing:
         self._looked_at: dict[int, float] = {}  # clock seconds, by epoch
         self._advised: dict[int, tuple[frozenset[WorkerId], float]] = {}  # and when, by epoch
         self._left_out: set[WorkerId] = set()
+        self._unconfirmed: set[int] = set()  # epochs of plans for which there may be a better one
         self._rates: dict[int, float] = {}  # tokens per second that are expected, by epoch
         self._next_at: float | None = None
         self.advice: Mapping[WorkerId, Advice] = {}
@@ -110,6 +111,7 @@ class Rebalancing:
         self._looked_at = {e: at for e, at in self._looked_at.items() if e in epochs}
         self._advised = {e: found for e, found in self._advised.items() if e in epochs}
         self._rates = {e: found for e, found in self._rates.items() if e in epochs}
+        self._unconfirmed &= epochs
 
     def _survey(self, replica: Replica, now: float) -> Survey | None:
         """Return what to find out about a pipeline; None if nothing has changed."""
@@ -122,7 +124,8 @@ class Rebalancing:
         demand = replica.demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
         advised, advised_at = self._advised.get(replica.epoch, (frozenset(), 0.0))
-        if demand is None and not idle and advised == everybody:
+        unconfirmed = replica.epoch in self._unconfirmed
+        if demand is None and not idle and advised == everybody and not unconfirmed:
             return None
         advise = advised != everybody or now >= advised_at + _ADVISE_EVERY_S
         if advise:
@@ -151,6 +154,7 @@ class Rebalancing:
     def studied(self, findings: Findings, *, now: float) -> list[Action]:
         """Act on what a survey has found."""
         survey, self._surveyed = findings.survey, None
+        self._unconfirmed.discard(survey.epoch)
         self._rates[survey.epoch] = merit(survey.goal, findings.now)
         return [*self._advise(findings.advice), *self._act(findings, now)]
 
@@ -187,11 +191,13 @@ class Rebalancing:
         gain = merit(survey.goal, best) / merit(survey.goal, findings.now) - 1.0
         offer = Offer(best.ranges, gain, self._uncertainty(findings), price.standstill_s)
         verdict = replica.balancer.consider(offer, now=now)
+        if verdict.what == "wait":
+            self._unconfirmed.add(survey.epoch)
         if verdict.what != "move":
             return []
         replica.balancer.moved(replica.ranges, now=now)
         if price.kv_tokens is None:
-            return self._placement.replace(replica, plan, why=verdict.why)
+            return self._relocation.replace(replica, plan, why=verdict.why)
         return self._relocation.begin(replica, plan, price, why=verdict.why, now=now)
 
     def study_failed(self) -> None:

@@ -6,12 +6,19 @@ grows with the size of a step is a matter of its hardware and hardly is. So slop
 known while all steps have one size, where forgetting everything alike would lose them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from statistics import median
 
 _NOISE = 0.12
 """Standard deviation of a task's time, of its mean; that of a uniform +-20 % is 0.115."""
+
+_NOISE_OF_TRIALS = 0.04
+"""That of a trial, which is a median."""
+
+_ANY_SHAPE = 100.0
+"""Variance of the coefficients before trials, over that of a prior."""
 
 _WINDOW = 32.0
 """Tasks that a speed is the mean of if they come fast; fewer if time passes between them."""
@@ -97,11 +104,6 @@ class Fit:
         base, token, position = self._found
         return base + token * work.tokens + position * work.positions
 
-    def bound(self, work: Work) -> float:
-        """Return the seconds of a work that is no smaller than this, nor than that added last."""
-        latest = self.latest
-        return self(Work(max(work.tokens, latest.tokens), max(work.positions, latest.positions)))
-
     def prior_s(self, work: Work) -> float:
         """Return the seconds by the prior alone."""
         base, token, position = self._prior
@@ -132,14 +134,29 @@ class Fit:
         self.latest, self._at = work, now
         return None if first else expected
 
+    def try_out(self, trials: Sequence[tuple[Work, float]], now: float) -> None:
+        """Take what works of several sizes took that were done once, seconds.
+
+        They tell the shape. Of the speed they tell as much as one task does.
+        """
+        self._run = []
+        for work, seconds in trials:
+            seconds = max(seconds, LEAST_S)
+            if not self.measured:
+                self._begin(seconds / self.prior_s(work), _ANY_SHAPE)
+            expected = max(self(work), LEAST_S)
+            self._learn(work, seconds - expected, expected, _NOISE_OF_TRIALS)
+            self.latest, self._at = work, now
+        self.doubt()
+
     def doubt(self, tasks: float = 1.0) -> None:
         """Let all before count as much as so many tasks to come."""
         self._wander(_NOISE * _NOISE / tasks, (0.0, 0.0, 0.0))
 
-    def _begin(self, scale: float) -> None:
+    def _begin(self, scale: float, variance: float = 1.0) -> None:
         self.measured = True
         self.rescale(scale)
-        square = scale * scale
+        square = variance * scale * scale
         a, b, c = self._doubts
         self._wander(_ANY_SCALE, (square * a, square * b, square * c))
 
@@ -169,14 +186,14 @@ class Fit:
             v22 + together * c * c + each[2],
         )
 
-    def _learn(self, work: Work, error: float, expected: float) -> float:
+    def _learn(self, work: Work, error: float, expected: float, share: float = _NOISE) -> float:
         """Correct the coefficients; return the standard deviation of `error`, seconds."""
         n, p = work.tokens, work.positions
         v00, v01, v02, v11, v12, v22 = self._covariance
         g0 = v00 + v01 * n + v02 * p
         g1 = v01 + v11 * n + v12 * p
         g2 = v02 + v12 * n + v22 * p
-        noise = _NOISE * expected
+        noise = share * expected
         variance = g0 + g1 * n + g2 * p + noise * noise
         deviation = sqrt(variance)
         variance *= max(1.0, abs(error) / (_LIMIT * deviation))  # Huber's weight

@@ -1,8 +1,8 @@
 """What a worker takes for a task, as it follows from what it reported. Pure.
 
 A layer takes base + per token + per position, steps that decode and steps with prompts each their
-own (`task_fit`). A step that decodes takes no longer than one with as many tokens of prompts, which
-tells what larger batches would take than those of late.
+own (`task_fit`). Steps of several sizes are tried when a worker has its first layers, which tells
+what larger batches would take than those of late.
 
 Before anything is measured there is only a prior from bandwidth and operations per second. Its
 scale means little, its shape more: as long as all steps have one size, other sizes are predicted in
@@ -11,6 +11,7 @@ proportion to it. Noise is taken to be in proportion to the time.
 
 import copy
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -28,8 +29,8 @@ _TASK_S = 0.0005
 _RESCALED_TASKS = 0.5
 """Tasks that all that was rescaled counts as much as: a probe tells only about how fast it is."""
 
-_BEYOND = 1.25
-"""Times the tokens of the latest step that decoded: of larger ones steps with prompts tell more."""
+_ERROR_OF_TRIALS = 0.5
+"""Others may have used the machine meanwhile, say workers that tried theirs."""
 
 _QUERIES = 4
 """Query heads that share a KV head: 1 to 8, where models differ."""
@@ -91,6 +92,22 @@ class Prior:
         )
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a step took that was tried on new layers.
+
+    Attributes:
+        decodes: every sequence computes one token.
+        layers_s: time inside the layers.
+        other_s: the rest of its compute time.
+    """
+
+    work: Work
+    decodes: bool
+    layers_s: float
+    other_s: float
+
+
 _Pair = dict[bool, Fit]  # by whether the step decodes
 
 
@@ -144,7 +161,7 @@ class WorkerCosts:
             (base_s + prior.head_token_s, 0.0, 0.0),  # about one prompt ends in a step
             half_life_s,
         )
-        self._stale = {True: False, False: False}  # seen only before the other kind changed
+        self._tried = False  # and no task was observed since
         self._errors: deque[float] = deque(maxlen=_LATEST)
 
     @property
@@ -162,9 +179,22 @@ class WorkerCosts:
         """Median of |predicted - measured| / measured over the latest tasks, of the whole stage.
 
         Each prediction was made before its task was observed. Those that rest on a prior alone do
-        not count; None if there are no others.
+        not count. After trials alone a guess; None if nothing is known.
         """
-        return median(self._errors) if self._errors else None
+        if self._errors:
+            return median(self._errors)
+        return _ERROR_OF_TRIALS if self._tried else None
+
+    def try_out(self, trials: Sequence[Trial], *, layers: float, is_last: bool, now: float) -> None:
+        """Take what was tried on new layers; arguments as for `observe`."""
+        for decodes in (True, False):
+            some = [trial for trial in trials if trial.decodes is decodes]
+            beside = self._lasts if is_last else self._tasks
+            if some:
+                of_layers = [(trial.work, trial.layers_s / layers) for trial in some]
+                self._layers[decodes].try_out(of_layers, now)
+                beside[decodes].try_out([(trial.work, trial.other_s) for trial in some], now)
+                self._tried = True
 
     def observe(
         self,
@@ -191,10 +221,9 @@ class WorkerCosts:
         beside = (self._lasts if is_last else self._tasks)[decodes]
         layer_s = fit.add(work, layers_s / layers, now)
         beside_s = beside.add(work, other_s, now)
-        self._stale[decodes] = False
+        self._tried = False
         if fit.changed:
             self._layers[not decodes].doubt()
-            self._stale[not decodes] = True
         if layer_s is not None and beside_s is not None:
             taken_s = max(layers_s + other_s, LEAST_S)
             self._errors.append(abs(layers * layer_s + beside_s - taken_s) / taken_s)
@@ -218,15 +247,7 @@ class WorkerCosts:
         Args:
             scale: of the prior if nothing was measured, say the median of other workers' scales.
         """
-        seconds = _seconds(self._layers, work, decodes, scale)
-        answers, prompts = self._layers[True], self._layers[False]
-        edge = _BEYOND * answers.latest.tokens
-        if not decodes or not answers.measured or work.tokens <= edge:
-            return seconds
-        if not prompts.measured or self._stale[False]:
-            return seconds
-        known_s = answers(Work(edge, work.positions))
-        return min(seconds, max(known_s, prompts.bound(work)))
+        return _seconds(self._layers, work, decodes, scale)
 
     def speed(self, load: Load, *, scale: float = 1.0) -> Speed:
         """Return the seconds of a step that decodes, with its share of the steps with prompts.

@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import DistributedLLMError, StageError
-from distributed_llm.common.messages import Capabilities, LoadStage
-from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
+from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, StageTrial
+from distributed_llm.worker.computing import Given, compute
 from distributed_llm.worker.events import (
     Broke,
     Computed,
@@ -56,13 +57,9 @@ from distributed_llm.worker.loading import (
 )
 from distributed_llm.worker.orders import Orders
 from distributed_llm.worker.probe import remeasure
-from distributed_llm.worker.stage import (
-    MissingPositionsError,
-    ReleasedSequence,
-    Stage,
-    StageOutput,
-)
-from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_of
+from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, Stage
+from distributed_llm.worker.tensor_frames import TORCH_DTYPES
+from distributed_llm.worker.trials import try_out
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +67,8 @@ logger = logging.getLogger(__name__)
 HandOver = Export | Import | Inherit
 Order = Load | Run | Release | Drop | Serve | Unload | HandOver | Probe
 Voidable = Load | Run | HandOver | Probe
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -335,13 +334,29 @@ class Engine:
             self._fail(load, exc)
             return
         self._beside = Beside(order, stage, threads, importers)
+        if self._served is None:
+            use_threads(threads)
         self._tell(load, stage, done.seconds, kv_tokens)
 
     def _room(self) -> Room:
         return room_now(self._device, self._capabilities.memory_bytes)
 
     def _tell(self, load: Load, stage: Stage, load_s: float, kv_tokens: int) -> None:
-        self._post(Loaded(load.session, load.order.epoch, load_s, stage.weight_bytes, kv_tokens))
+        epoch, size = load.order.epoch, stage.weight_bytes
+        trials = self._trials(load.order, stage, kv_tokens)
+        self._post(Loaded(load.session, epoch, load_s, size, kv_tokens, trials))
+
+    def _trials(self, order: LoadStage, stage: Stage, kv_tokens: int) -> tuple[StageTrial, ...]:
+        """Return what steps take that are tried, if that is wanted and no other stage waits."""
+        if not order.trials or (self._served and self._served.stage is not stage):
+            return ()
+        try:
+            return try_out(stage, lambda do: self._timed(stage, do)[1], kv_tokens=kv_tokens)
+        except Exception as exc:
+            logger.warning("layers %s could not be tried out: %s", order.layers, exc)
+            return ()
+        finally:
+            give_memory_back(self._device)
 
     def _fail(self, load: Load, exc: Exception) -> None:
         error = _told(exc, f"Loading layers {load.order.layers}")
@@ -370,9 +385,8 @@ class Engine:
     def _run(self, run: Run, queued_us: int) -> None:
         if self._is_void(run):
             return
-        started = time.perf_counter()
         try:
-            specs, frames = self._compute(run)
+            (specs, frames), took = self._compute(run)
         except ReleasedSequence as exc:
             logger.debug("step %s is late: %s", run.task.step, exc)
             return
@@ -386,49 +400,32 @@ class Engine:
         except Exception as exc:
             self._post(Broke(run, _told(exc, "Computing")))
             return
+        self._post(Computed(run, specs, frames, took.compute_us, took.layers_us, queued_us))
+
+    def _compute(self, run: Run) -> tuple[Given, StageTime]:
         held = self._held_of(run.task.epoch)
-        layers_s = held.stage.layers_s * self.slowdown if held else 0.0
+        if held is None:
+            raise StageError(f"No layers are loaded for epoch {run.task.epoch}.")
+        stage, dtype = held.stage, held.order.wire_dtype
+        return self._timed(stage, lambda: compute(stage, run.task, run.frames, dtype))
+
+    def _timed(self, stage: Stage, work: Callable[[], _T]) -> tuple[_T, StageTime]:
+        """Do what a task does, as slowly as is to be; return what it gives and what it took."""
+        started = time.perf_counter()
+        given = work()
+        layers_s = stage.layers_s * self.slowdown
         self._wait(time.perf_counter() - started)
         compute_us = _us(time.perf_counter() - started)
         layers_us = min(_us(layers_s), compute_us)
-        self._post(Computed(run, specs, frames, compute_us, layers_us, queued_us))
+        return given, StageTime(compute_us=compute_us, layers_us=layers_us, queued_us=0)
 
     def _wait(self, computed_s: float) -> None:
         wait_s = max(computed_s * self.slowdown, self._min_task_s) - computed_s
         if wait_s > 0.0:
             time.sleep(wait_s)
 
-    def _compute(self, run: Run) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
-        held = self._held_of(run.task.epoch)
-        if held is None:
-            raise StageError(f"No layers are loaded for epoch {run.task.epoch}.")
-        held.stage.release(run.task.released)
-        tensors = [
-            tensor_of(spec, frame) for spec, frame in zip(run.task.tensors, run.frames, strict=True)
-        ]
-        if not 1 <= len(tensors) <= 2 or tensors[0].dtype != torch.int32:
-            raise StageError("The task's tensors are not token ids and hidden states.")
-        output = held.stage.run(
-            run.task.sequences, tensors[0], tensors[1] if len(tensors) == 2 else None
-        )
-        given = [frame_of(tensor) for tensor in _tensors_of(output, held.order.wire_dtype)]
-        return tuple(spec for spec, _ in given), tuple(frame for _, frame in given)
-
     def _made_progress(self) -> None:
         self.vitals.progress_at = time.monotonic()
-
-
-def _tensors_of(output: StageOutput, wire_dtype: DtypeName) -> list[Tensor]:
-    """Return what a task answers: hidden states, or token ids and what was asked for besides."""
-    if output.hidden_states is not None:
-        return [output.hidden_states.to(TORCH_DTYPES[wire_dtype])]
-    if output.token_ids is None or output.token_ids.numel() == 0:
-        return []
-    return [
-        tensor
-        for tensor in (output.token_ids, output.logprobs, output.logprob_ids)
-        if tensor is not None
-    ]
 
 
 def _us(seconds: float) -> int:

@@ -18,6 +18,7 @@ from distributed_llm.common.messages import (
     Remeasured,
     StageFailed,
     StageReady,
+    StageTrial,
     Task,
     TaskFailed,
     TaskResult,
@@ -172,6 +173,7 @@ class Loaded:
 
     Attributes:
         kv_tokens: positions that the KV cache has room for.
+        trials: what steps took that were tried after that.
     """
 
     session: int
@@ -179,6 +181,7 @@ class Loaded:
     load_s: float
     weight_bytes: int
     kv_tokens: int
+    trials: tuple[StageTrial, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Stage:
 
     Attributes:
         layers: which of the model's layers these are.
+        inputs: what it can be given.
     """
 
     def __init__(
@@ -92,8 +93,7 @@ class Stage:
         self._decoder = stage_model.decoder
         self._first = layers.start == 0
         self._last = layers.stop == checkpoint.num_layers
-        self._hidden_size = checkpoint.hidden_size
-        self._inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
+        self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers))
@@ -235,7 +235,7 @@ class Stage:
             KVCacheFull: it does not fit the limit.
             StageError: the arguments do not fit each other, or the result is not finite.
         """
-        self._inputs.check(sequences, token_ids, hidden_states)
+        self.inputs.check(sequences, token_ids, hidden_states)
         self._check_released(sequences)
         self._check_positions(sequences)
         self._cache.admit(sequences)
@@ -319,8 +319,7 @@ class Stage:
 
     def _warm_up(self) -> None:
         """Compute one token and forget it: measures the KV cache and makes kernels ready."""
-        token_ids = torch.zeros(1, dtype=torch.int32)
-        hidden_states = None if self._first else torch.zeros(1, self._hidden_size)
+        token_ids, hidden_states = self.inputs.made_up(1)
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
         with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
             self._forward(step, token_ids, hidden_states, [0] if self._last else [])

@@ -367,6 +367,7 @@ class Stages:
                 load_s=event.load_s,
                 weight_bytes=event.weight_bytes,
                 kv_tokens=event.kv_tokens,
+                trials=event.trials,
             )
             due = stage.order.beside and stage is self._served
             serve = [Serve(stage.epoch)] if due else []

@@ -26,6 +26,17 @@ class TaskInputs:
     hidden_size: int
     vocab_size: int
 
+    def made_up(self, total: int) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and hidden states of so many tokens as `Stage.run` takes them.
+
+        They are drawn at random, always the same: experts are chosen as for real ones, about.
+        """
+        draw = torch.Generator().manual_seed(0)
+        token_ids = torch.randint(self.vocab_size, (total,), generator=draw, dtype=torch.int32)
+        if self.layers.start == 0:
+            return token_ids, None
+        return token_ids, torch.randn(total, self.hidden_size, generator=draw)
+
     def check(
         self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
     ) -> None:

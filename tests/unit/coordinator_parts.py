@@ -29,6 +29,7 @@ from distributed_llm.coordinator.rebalancing import Rebalancing
 from distributed_llm.coordinator.registry import Registry, Worker
 from distributed_llm.coordinator.relocation import Relocation
 from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.replicas import Replicas
 from distributed_llm.coordinator.requests import GenerationDefaults, Request
 from distributed_llm.coordinator.task_fit import Work
 
@@ -85,17 +86,20 @@ class Parts:
         self.journal = Journal()
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
         self.planning = Planning(model, given, self.measurements)
-        self.placement = Placement(
+        self.replicas = Replicas(
             model,
             given,
             self.registry,
             self.desk,
             self.journal,
-            self.planning,
             draw_key=lambda: "key",
+            wants_trials=self.planning.wants_trials,
+        )
+        self.placement = Placement(
+            given, self.registry, self.desk, self.journal, self.planning, self.replicas
         )
         self.relocation = Relocation(
-            cost, self.placement, self.registry, self.journal, self.measurements
+            cost, self.replicas, self.registry, self.journal, self.measurements
         )
         self.departures = Departures(
             self.placement, self.planning, self.relocation, self.registry, self.journal
@@ -171,7 +175,7 @@ class Parts:
         """Begin steps where they may be begun, and assert the invariants."""
         for replica in self.placement.replicas:
             replica.begin_steps(now=20.0)
-        self.placement.validate()
+        self.replicas.validate()
 
 
 def ranges_of(*ranges: tuple[str, int, int]) -> Ranges:

@@ -17,7 +17,7 @@ from distributed_llm.common.messages import Capabilities
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition_tables import Speed
 from distributed_llm.coordinator.task_fit import Work
-from distributed_llm.coordinator.worker_costs import Load, Prior, WorkerCosts
+from distributed_llm.coordinator.worker_costs import Load, Prior, Trial, WorkerCosts
 
 PRIOR = Prior(
     layer_s=1e-3,
@@ -505,23 +505,88 @@ def test_is_sane_whatever_is_observed(
     assert costs.scale is None or 0 < costs.scale < math.inf
 
 
-def test_prompts_tell_what_larger_batches_would_take() -> None:
-    """Steps of 8 sequences take 10 ms, chunks of 64 tokens hardly more: so do 32 sequences."""
-    costs = WorkerCosts(PRIOR)
-    for at in range(40):
-        observed: dict[str, Any] = {"layers": 1.0, "is_last": False, "other_s": 0.001}
-        costs.observe(Work(8, 800), decodes=True, layers_s=0.010, now=float(at), **observed)
-        costs.observe(Work(64, 3200), decodes=False, layers_s=0.012, now=float(at), **observed)
-    assert costs.layer_s(Work(8, 800), decodes=True) == pytest.approx(0.010, rel=0.02)
-    assert 0.010 < costs.layer_s(Work(32, 3200), decodes=True) <= 0.0125
+# ------------------------------------------------------------------ trials
 
 
-def test_prompts_of_before_a_change_tell_nothing() -> None:
+def trials(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> list[Trial]:
+    """Return what a worker with LAYERS layers would report of steps of 1 to 64 sequences."""
+    works = [(n, decodes) for n in (1, 4, 16, 64) for decodes in (False, True)]
+    return [
+        Trial(
+            work,
+            decodes,
+            layers_s=worker.slower * factor * LAYERS * seconds(cost, work),
+            other_s=worker.slower * factor * TASK_S,
+        )
+        for (n, decodes), factor in zip(works, factors, strict=False)
+        for work in [Work(n, 9 * n) if decodes else Work(8 * n, 36 * n)]
+        for cost in [worker.decode if decodes else worker.prefill]
+    ]
+
+
+def tried(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> Worker:
+    worker.costs.try_out(trials(worker, factors), layers=LAYERS, is_last=False, now=worker.now)
+    return worker
+
+
+@TRUTHS
+@pytest.mark.parametrize("slower", [0.2, 1.0, 7.0])
+def test_trials_tell_all_sizes(truth: Cost, slower: float) -> None:
+    worker = tried(Worker(decode=truth, prefill=truth, slower=slower))
+    for sequences in (1, 2, 8, 32, 64):
+        assert worker.off(decoding(sequences, 10)) == pytest.approx(1.0, abs=0.05)
+        prompts = Work(8 * sequences, 36 * sequences)
+        assert worker.off(prompts, decodes=False) == pytest.approx(1.0, abs=0.05)
+
+
+@TRUTHS
+def test_after_trials_the_tasks_of_one_size_tell_the_speed_at_all_sizes(truth: Cost) -> None:
+    """The trials were slowed down by others; then all steps have the size 6."""
+    worker = tried(Worker(decode=truth, slower=3.0))
+    worker.slower = 1.0
+    worker.run([decoding(6)] * 60, noise(3, 60))
+    for sequences in (1, 6, 16, 40):
+        assert worker.off(decoding(sequences)) == pytest.approx(1.0, abs=0.2)
+
+
+def test_trials_tell_the_speed_as_much_as_one_task() -> None:
+    worker = tried(Worker(slower=1.5))
+    worker.slower = 1.0
+    worker.run([decoding(8, 10)] * 3)
+    assert worker.off(decoding(8, 10)) < 1.15
+
+
+def test_trials_that_differ_from_the_prior_are_no_change_of_speed() -> None:
+    worker = tried(Worker(decode=STEEP))
+    assert worker.off(decoding(64, 10)) == pytest.approx(1.0, abs=0.05)
+    assert worker.off(decoding(1, 10)) == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_trials_foretell_is_a_guess_until_there_are_tasks() -> None:
+    worker = Worker()
+    assert worker.costs.error is None
+    tried(worker)
+    assert worker.costs.measured
+    assert worker.costs.error == 0.5
+    worker.run([decoding(8, 10)] * 5)
+    error = worker.costs.error
+    assert error is not None
+    assert error < 0.2
+
+
+def test_trials_of_the_last_stage_tell_the_head() -> None:
+    worker = Worker(head=(2e-3, 1e-4, 0.0))
+    some = [
+        Trial(t.work, t.decodes, t.layers_s, t.other_s + seconds(worker.head, t.work))
+        for t in trials(worker)
+    ]
+    worker.costs.try_out(some, layers=LAYERS, is_last=True, now=0.0)
+    found = worker.costs.speed(Load(decoding(32, 10)))
+    assert found.task_s + found.last_s == pytest.approx(TASK_S + 2e-3 + 32e-4, rel=0.1)
+
+
+def test_no_trials_tell_nothing() -> None:
     costs = WorkerCosts(PRIOR)
-    observed: dict[str, Any] = {"layers": 1.0, "is_last": False, "other_s": 0.001}
-    for at in range(40):
-        costs.observe(Work(8, 800), decodes=True, layers_s=0.010, now=float(at), **observed)
-        costs.observe(Work(64, 3200), decodes=False, layers_s=0.012, now=float(at), **observed)
-    for at in range(40, 60):
-        costs.observe(Work(8, 800), decodes=True, layers_s=0.040, now=float(at), **observed)
-    assert costs.layer_s(Work(32, 3200), decodes=True) > 0.040
+    costs.try_out([], layers=LAYERS, is_last=False, now=0.0)
+    assert not costs.measured
+    assert costs.error is None

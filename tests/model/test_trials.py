@@ -1,0 +1,159 @@
+"""What new layers take is tried on real ones, and leaves nothing behind."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.messages import StageTime, StageTrial
+from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.worker.events import Drop, Load, Loaded, Serve
+from distributed_llm.worker.stage import Stage
+from distributed_llm.worker.trials import try_out
+from tests.checkpoints import make_checkpoint
+from tests.model.workers import Cluster, Plan, Worker, workers
+from tests.reference import reference_ids
+
+NUM_LAYERS = 4
+RANGES = [(0, 4), (0, 2), (1, 3), (2, 4)]
+SIZES = [
+    (sequences, start, tokens) for sequences in (1, 4, 16, 64) for start, tokens in ((0, 8), (8, 1))
+]
+WHOLE: Plan = (("a", (0, 4)),)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), num_layers=NUM_LAYERS)
+
+
+@pytest.fixture
+def one() -> Iterator[Worker]:
+    with workers("a") as made:
+        yield made["a"]
+
+
+def stage_of(folder: Path, layers: tuple[int, int] = (0, 4)) -> Stage:
+    device = torch.device("cpu")
+    held = LayerRange(*layers)
+    return Stage.load(open_checkpoint(folder), held, device=device, dtype=torch.float32)
+
+
+def takes(*seconds: float) -> Callable[[Callable[[], object]], StageTime]:
+    """Return what does as it is told, and says that it took so long; the last one again."""
+    rest = list(seconds)
+
+    def timed(work: Callable[[], object]) -> StageTime:
+        work()
+        took_us = round(1e6 * (rest.pop(0) if len(rest) > 1 else rest[0]))
+        return StageTime(compute_us=took_us, layers_us=took_us // 2, queued_us=0)
+
+    return timed
+
+
+def sizes(trials: tuple[StageTrial, ...]) -> list[tuple[int, int, int]]:
+    return [(trial.sequences, trial.start, trial.num_tokens) for trial in trials]
+
+
+# ------------------------------------------------------------------ what is tried
+
+
+@pytest.mark.parametrize("layers", RANGES)
+def test_all_sizes_are_tried_on_any_layers(llama: Path, layers: tuple[int, int]) -> None:
+    stage = stage_of(llama, layers)
+    assert sizes(try_out(stage, takes(1e-4), kv_tokens=64 * KV_BLOCK)) == SIZES
+    assert stage.kv_bytes == 0
+
+
+def test_there_is_room_for_every_step(llama: Path) -> None:
+    stage = stage_of(llama)
+    stage.limit_kv(20 * KV_BLOCK * stage.kv_bytes_per_token)
+    assert sizes(try_out(stage, takes(1e-4), kv_tokens=20 * KV_BLOCK)) == SIZES[:6]
+
+
+def test_a_step_that_might_take_too_long_is_not_tried(llama: Path) -> None:
+    """After 0.15 s for each of two steps, one of 32 tokens may take 4.8 s."""
+    found = try_out(stage_of(llama), takes(0.05), kv_tokens=64 * KV_BLOCK)
+    assert sizes(found) == SIZES[:2]
+
+
+def test_a_slow_machine_tries_one_step_once(llama: Path) -> None:
+    rounds = []
+
+    def timed(work: Callable[[], object]) -> StageTime:
+        rounds.append(work())
+        return StageTime(compute_us=9_000_000, layers_us=8_000_000, queued_us=0)
+
+    found = try_out(stage_of(llama), timed, kv_tokens=64 * KV_BLOCK)
+    assert sizes(found) == SIZES[:1]
+    assert len(rounds) == 1
+
+
+def test_the_median_of_three_rounds_counts(llama: Path) -> None:
+    timed = takes(0.003, 0.001, 0.002, 1e-5)
+    found = try_out(stage_of(llama), timed, kv_tokens=KV_BLOCK)
+    assert [trial.time.compute_us for trial in found] == [2000, 10]
+
+
+def test_what_was_tried_is_forgotten_when_it_fails(llama: Path) -> None:
+    stage = stage_of(llama)
+
+    def timed(work: Callable[[], object]) -> StageTime:
+        work()
+        raise RuntimeError("the machine is on fire")
+
+    with pytest.raises(RuntimeError):
+        try_out(stage, timed, kv_tokens=64 * KV_BLOCK)
+    assert stage.kv_bytes == 0
+
+
+# ------------------------------------------------------------------ when it is tried
+
+
+def load(worker: Worker, order: Load) -> Loaded:
+    return worker.ask(order, Loaded)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_first_layers_are_tried_if_that_is_wanted(llama: Path, one: Worker, beside: bool) -> None:
+    cluster = Cluster(llama, WHOLE, {"a": one})
+    one.engine.put(Drop())
+    untried = load(one, Load(0, cluster.order(2, (0, 4), beside=beside)))
+    assert untried.trials == ()
+    one.engine.put(Drop())
+    tried = load(one, Load(0, cluster.order(3, (0, 4), beside=beside, trials=True)))
+    assert sizes(tried.trials)[:2] == SIZES[:2]
+    for trial in tried.trials:
+        assert 0 < trial.time.layers_us <= trial.time.compute_us
+    one.engine.put(Serve(3) if beside else Drop())
+
+
+def test_answers_after_trials_are_those_of_transformers(llama: Path, one: Worker) -> None:
+    cluster = Cluster(llama, WHOLE, {"a": one})
+    load(one, Load(0, cluster.order(2, (0, 4), trials=True)))
+    cluster.sit(2, WHOLE)
+    prompt = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    cluster.prefill([prompt], [len(prompt) - 1])
+    while len(cluster.texts[0]) < len(prompt) + 8:
+        cluster.decode()
+    assert cluster.texts[0] == prompt + reference_ids(llama, prompt, 8)
+
+
+def test_nothing_is_tried_beside_what_is_served(llama: Path, one: Worker) -> None:
+    cluster = Cluster(llama, WHOLE, {"a": one})
+    order = cluster.order(2, (0, 2), beside=True, trials=True)
+    assert load(one, Load(0, order)).trials == ()
+
+
+def test_layers_that_cannot_be_tried_are_served(
+    llama: Path, one: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(llama, WHOLE, {"a": one})
+
+    def broken(*given: object, **more: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("distributed_llm.worker.engine.try_out", broken)
+    assert load(one, Load(0, cluster.order(2, (0, 4), trials=True))).trials == ()
