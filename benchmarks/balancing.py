@@ -27,7 +27,7 @@ from statistics import mean, median
 from benchmarks.common import print_table
 from benchmarks.paced_cluster import PacedCluster
 from benchmarks.scenario import Scenario
-from benchmarks.splits import NUM_LAYERS, Split, Splits, split_of, splits, text_of
+from benchmarks.splits import NUM_LAYERS, POLL_S, Split, Splits, split_of, splits, text_of
 from benchmarks.steady_load import SteadyLoad, make_examples
 from benchmarks.virtual_cluster import VirtualCluster
 from benchmarks.watched_coordinator import Expected
@@ -35,10 +35,9 @@ from distributed_llm.common.messages import ClusterStatus
 from tests import checkpoints
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
-SLOWDOWNS = {"slow": 32.0, "middle": 16.0, "fast": 8.0}
+SLOWDOWNS = {"slow": 16.0, "middle": 8.0, "fast": 4.0}
 SLOWER = {**SLOWDOWNS, "fast": 4 * SLOWDOWNS["fast"]}
 WITHIN_S = 20.0
-_POLL_S = 0.1
 _VIRTUAL_S = 600.0
 
 
@@ -170,7 +169,7 @@ class Watch:
     async def _look_until(self, end: float) -> None:
         while time.perf_counter() < end:
             self._looks.append(Look(time.perf_counter(), await self._load.status()))
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(POLL_S)
 
     def _moves(self, phase: str, looks: Sequence[Look]) -> Iterator[tuple[MoveSeen, float]]:
         """Yield the moves that were made, and when each ended."""
@@ -383,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--window", type=float, default=10.0, help="s that a rate is taken over")
     parser.add_argument("--candidates", type=int, default=4, help="splits to try for each speed")
     parser.add_argument("--phases", type=int, default=3, help="changes of speed to go through")
-    parser.add_argument("--examples", type=int, default=600, help="answers to be known beforehand")
+    parser.add_argument("--examples", type=int, default=1500, help="answers to be known beforehand")
     parser.add_argument("--events", action="store_true", help="show what the coordinator noted")
     parser.add_argument("--seeds", type=int, default=3, help="of noise")
     parser.add_argument("--noise", type=float, default=0.2, help="share of a task's time")

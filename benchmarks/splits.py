@@ -16,6 +16,7 @@ from distributed_llm.common.messages import ClusterStatus
 
 NUM_LAYERS = 12
 _SETTLE_S = 2.0
+POLL_S = 0.1
 
 Split = tuple[tuple[str, int], ...]
 """Workers and how many layers each has, in their order."""
@@ -116,9 +117,9 @@ class Splits:
         address = await self._custom(layers)
         async with SteadyLoad(address, self._examples, self._clients) as load:
             await until(lambda: load.everybody_answered)
-            await asyncio.sleep(_SETTLE_S)
+            await _look_on(load, _SETTLE_S)
             before, began = await load.status(), time.perf_counter()
-            await asyncio.sleep(self._window_s)
+            await _look_on(load, self._window_s)
             after, ended = await load.status(), time.perf_counter()
             rate = load.tokens_per_s(began, ended)
         return Steady(rate, list(self._stages(split, before, after)))
@@ -136,6 +137,14 @@ class Splits:
             tasks = later[name].tasks_done - earlier[name].tasks_done
             seconds = (later[name].compute_s - earlier[name].compute_s) / tasks
             yield held, at == len(split) - 1, seconds / self._slowdowns[name]
+
+
+async def _look_on(load: SteadyLoad, seconds: float) -> None:
+    """Ask for the status meanwhile, as often as of a cluster that moves its layers."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        await load.status()
+        await asyncio.sleep(POLL_S)
 
 
 def splits(workers: Mapping[str, float]) -> Iterator[Split]:

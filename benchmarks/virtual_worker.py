@@ -267,8 +267,8 @@ class VirtualWorker:
                 num_tokens=tokens,
                 time=_time(self._step_s(len(order.layers), sequences * tokens)),
             )
-            for sequences in _TRIED
-            for start, tokens in ((0, 8), (8, 1))
+            for tried in _TRIED
+            for sequences, start, tokens in ((tried, 8, 1), (1, 0, 8 * tried), (1, 8 * tried, 1))
         )
 
     def _work(self) -> None:

@@ -29,7 +29,7 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition import Hop, Links, Objective, Ranges, Speed
 from distributed_llm.coordinator.partition_solvers import Costs, additions_of, solve, walk_forward
 from distributed_llm.coordinator.partition_tables import Cuts, make_tables
-from distributed_llm.coordinator.worker_costs import Load
+from distributed_llm.coordinator.task_fit import Work
 
 _EXACT_WORK = 4_000_000
 """Additions that all plans without one machine may take together, to be looked for in any order."""
@@ -134,7 +134,7 @@ class _Case:
         return self.rated(self.ranges)[0]
 
     @cached_property
-    def aims(self) -> list[tuple[Objective, Load]]:
+    def aims(self) -> list[tuple[Objective, Work]]:
         return aims(self.demand, self.goal, len(self.machines.memory_bytes))
 
     @cached_property

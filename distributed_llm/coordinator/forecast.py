@@ -5,8 +5,8 @@ trip T of its step, so the rate is R / T (Little's law), and the best d has the 
 
     T(d) = max(sum of stages and links + overhead, d * slowest stage or link)
 
-Either a step finds every stage free, or it waits for the slowest. Prompts are computed between:
-each step pays for the chunks of prompts that come per step on average.
+Either a step finds every stage free, or it waits for the slowest. Steps take parts of prompts
+along: each pays for as many as come per step on average.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ from distributed_llm.coordinator.partition import (
 from distributed_llm.coordinator.partition_solvers import costs_of, walk_forward
 from distributed_llm.coordinator.partition_tables import make_tables
 from distributed_llm.coordinator.task_fit import Work
-from distributed_llm.coordinator.worker_costs import Load, WorkerCosts
+from distributed_llm.coordinator.worker_costs import WorkerCosts
 
 Goal = Literal["auto", "throughput", "latency"]
 
@@ -44,7 +44,7 @@ class Demand:
         sequences: that decode at the same time.
         positions: of KV cache that each of them attends to.
         prompt_tokens: tokens of prompts that are computed per token that is answered.
-        chunk_tokens: tokens in a step that computes a part of a prompt.
+        chunk_tokens: tokens of prompts in a step that has parts of them.
     """
 
     sequences: float
@@ -62,13 +62,19 @@ class Demand:
             chunk_tokens=128,
         )
 
-    def load(self, sequences: float) -> Load:
-        """Return the load of steps in which so many sequences decode."""
-        chunk = max(1.0, self.chunk_tokens)
-        return Load(
-            decode=Work(sequences, sequences * self.positions),
-            prefill=Work(chunk, chunk * self.positions),
-            prefill_share=sequences * self.prompt_tokens / chunk,
+    def load(self, sequences: float) -> Work:
+        """Return an average step in which so many sequences decode.
+
+        Parts of prompts come with it now and then. Prompts are before their answers, so they attend
+        to fewer positions, say half of them.
+        """
+        prompt_tokens = sequences * self.prompt_tokens
+        return Work(
+            tokens=sequences,
+            positions=sequences * self.positions,
+            prompts=min(1.0, prompt_tokens / max(1.0, self.chunk_tokens)),
+            prompt_tokens=prompt_tokens,
+            prompt_positions=prompt_tokens * self.positions / 2,
         )
 
 
@@ -115,7 +121,7 @@ class Machines:
     links: Callable[[float], Links]
     overhead_s: float = 0.0
 
-    def candidates(self, load: Load) -> list[Candidate]:
+    def candidates(self, load: Work) -> list[Candidate]:
         """Return the workers with what they take under a load.
 
         One that was not measured is expected to be as far from its prior as the others are.
@@ -187,7 +193,7 @@ def best_plan(
 
 
 def _between(
-    cost: ModelCost, machines: Machines, load: Load, most: Ranges, least: Ranges, kv_tokens: int
+    cost: ModelCost, machines: Machines, load: Work, most: Ranges, least: Ranges, kv_tokens: int
 ) -> list[Ranges]:
     """Return ranges whose slowest stage takes longer than in `most`, and less than in `least`.
 
@@ -210,11 +216,11 @@ def _between(
     return [ranges for ranges in some if ranges not in (most, least)]
 
 
-def aims(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, Load]]:
+def aims(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, Work]]:
     """Return what to make best for a goal, at the load of which steps; of the plans, one is it."""
     if goal == "latency":
         return [("latency", demand.load(1.0))]
-    full: tuple[Objective, Load] = (
+    full: tuple[Objective, Work] = (
         "throughput",
         demand.load(max(1.0, demand.sequences / max(1, num_workers))),
     )
@@ -239,7 +245,7 @@ def rate(
     found = predict(cost, candidates, machines.links(link_tokens(load)), ranges)
     alone_s = found.total_s + machines.overhead_s
     step_s = found.slowest_s if goal == "throughput" else alone_s
-    return load.decode.tokens / max(step_s, 1e-9)
+    return load.tokens / max(step_s, 1e-9)
 
 
 def merit(goal: Goal, found: Forecast) -> float:
@@ -251,7 +257,6 @@ def merit(goal: Goal, found: Forecast) -> float:
     return found.tokens_per_s
 
 
-def link_tokens(load: Load) -> float:
+def link_tokens(load: Work) -> float:
     """Return the tokens whose activations cross a link per step."""
-    chunk = load.prefill.tokens if load.prefill else 0.0
-    return load.decode.tokens + load.prefill_share * chunk
+    return load.tokens + load.prompt_tokens

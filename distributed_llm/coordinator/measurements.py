@@ -103,7 +103,6 @@ class Measurements:
                 self._probes.pop(seat.worker, None)
                 costs.observe(
                     work,
-                    decodes=done.step.decodes,
                     layers=self._weight(seat.layers),
                     is_last=seat.layers.stop == self._cost.num_layers,
                     layers_s=timing.layers_us / 1e6,
@@ -125,7 +124,7 @@ class Measurements:
 
     def layer_s(self, worker: WorkerId, prompt: Work) -> float:
         """Return what a layer takes for a part of a prompt."""
-        return self._costs[worker].layer_s(prompt, decodes=False)
+        return self._costs[worker].layer_s(prompt)
 
     def error(self, worker: WorkerId) -> float | None:
         """Return how far predictions of a worker's tasks are off, as a share; None if unknown."""
@@ -179,10 +178,10 @@ def _token_s(prior: Prior) -> float:
 
 
 def _trial(tried: StageTrial) -> Trial:
-    tokens, took = tried.num_tokens, tried.time
+    number, tokens, took = tried.sequences, tried.num_tokens, tried.time
+    positions = number * _positions(tried.start, tokens)
     return Trial(
-        Work(tried.sequences * tokens, tried.sequences * _positions(tried.start, tokens)),
-        decodes=tokens == 1,
+        Work(number, positions) if tokens == 1 else Work.of_prompt(number * tokens, positions),
         layers_s=took.layers_us / 1e6,
         other_s=max(0, took.compute_us - took.layers_us) / 1e6,
     )
@@ -190,8 +189,15 @@ def _trial(tried: StageTrial) -> Trial:
 
 def work_of(step: Step) -> Work:
     """Return what every layer computes in a step."""
-    positions = sum(_positions(part.start, part.num_tokens) for part in step.slices)
-    return Work(len(step.token_ids), positions)
+    tokens = positions = prompt_tokens = prompt_positions = 0
+    for part in step.slices:
+        if part.num_tokens == 1:
+            tokens += 1
+            positions += part.start + 1
+        else:
+            prompt_tokens += part.num_tokens
+            prompt_positions += _positions(part.start, part.num_tokens)
+    return Work(tokens, positions, bool(prompt_tokens), prompt_tokens, prompt_positions)
 
 
 def _positions(start: int, num_tokens: int) -> int:

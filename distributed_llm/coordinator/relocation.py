@@ -146,9 +146,9 @@ class Relocation:
 
     def _compute_again_s(self, seats: Sequence[Seat], tokens: int) -> float:
         """Return how long a pipeline takes to compute so many tokens of prompts."""
+        prompt = Work.of_prompt(_CHUNK, _CHUNK * 256)
         slowest_s = max(
-            len(seat.layers) * self._measurements.layer_s(seat.worker, Work(_CHUNK, _CHUNK * 256))
-            for seat in seats
+            len(seat.layers) * self._measurements.layer_s(seat.worker, prompt) for seat in seats
         )
         return tokens / _CHUNK * slowest_s
 

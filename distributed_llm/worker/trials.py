@@ -23,7 +23,9 @@ Timed = Callable[[Callable[[], object]], StageTime]
 
 
 def try_out(stage: Stage, timed: Timed, *, kv_tokens: int) -> tuple[StageTrial, ...]:
-    """Return what prompts and decoding take for more and more sequences; takes about a second.
+    """Return what decoding takes for more and more sequences, and longer and longer prompts.
+
+    It takes about a second, more only where a single token does.
 
     Args:
         stage: that no sequence is on; none is afterwards.
@@ -33,11 +35,7 @@ def try_out(stage: Stage, timed: Timed, *, kv_tokens: int) -> tuple[StageTrial, 
     trials = _Trials(stage, timed)
     try:
         for sequences in _SEQUENCES:
-            if sequences * KV_BLOCK > kv_tokens:
-                break
-            if not trials.add(sequences, 0, _PROMPT_TOKENS):
-                break
-            if not trials.add(sequences, _PROMPT_TOKENS, 1):
+            if sequences * KV_BLOCK > kv_tokens or not trials.try_out(sequences):
                 break
     finally:
         stage.reset()
@@ -49,32 +47,44 @@ class _Trials:
         self._stage = stage
         self._timed = timed
         self._left_s = _BUDGET_S
+        self._token_s = 0.0  # at most, in a larger step than those before
         self.found: list[StageTrial] = []
 
-    def add(self, sequences: int, start: int, num_tokens: int) -> bool:
-        """Try a step of so many sequences, unless it might take too long."""
-        total = sequences * num_tokens
-        if self._most_s(total) > self._left_s:
+    def try_out(self, sequences: int) -> bool:
+        """Try so many that decode, a prompt of as many tokens as they had, and its answer.
+
+        Returns:
+            Whether there was time.
+        """
+        tokens = sequences * _PROMPT_TOKENS
+        if tokens * self._token_s > self._left_s:
             return False
-        token_ids, hidden_states = self._stage.inputs.made_up(total)
+        prepared = self._run(_step(sequences, 0, _PROMPT_TOKENS))
+        self._token_s = prepared.compute_us / 1e6 / tokens
+        self._add(sequences, _PROMPT_TOKENS, 1)
+        self._stage.reset()
+        self._add(1, 0, tokens)
+        self._add(1, tokens, 1)
+        self._stage.reset()
+        return True
+
+    def _add(self, sequences: int, start: int, num_tokens: int) -> None:
+        """Do a step some times, once at least; its median counts."""
         step = _step(sequences, start, num_tokens)
-        rounds: list[StageTime] = []
-        while len(rounds) < _ROUNDS and (not rounds or self._left_s > 0):
-            rounds.append(self._timed(lambda: self._stage.run(step, token_ids, hidden_states)))
-            self._left_s -= rounds[-1].compute_us / 1e6
+        rounds = [self._run(step)]
+        while len(rounds) < _ROUNDS and self._left_s > 0:
+            rounds.append(self._run(step))
         usual = sorted(rounds, key=lambda took: took.layers_us)[(len(rounds) - 1) // 2]
         self.found.append(
             StageTrial(sequences=sequences, start=start, num_tokens=num_tokens, time=usual)
         )
-        return True
 
-    def _most_s(self, tokens: int) -> float:
-        """Return the most that a step should take: no more per token than the last one."""
-        if not self.found:
-            return 0.0
-        last = self.found[-1]
-        grows = tokens / (last.sequences * last.num_tokens)
-        return last.time.compute_us / 1e6 * max(1.0, grows)
+    def _run(self, step: list[SequenceSlice]) -> StageTime:
+        total = sum(part.num_tokens for part in step)
+        token_ids, hidden_states = self._stage.inputs.made_up(total)
+        took = self._timed(lambda: self._stage.run(step, token_ids, hidden_states))
+        self._left_s -= took.compute_us / 1e6
+        return took
 
 
 def _step(sequences: int, start: int, num_tokens: int) -> list[SequenceSlice]:

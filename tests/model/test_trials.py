@@ -19,7 +19,9 @@ from tests.reference import reference_ids
 NUM_LAYERS = 4
 RANGES = [(0, 4), (0, 2), (1, 3), (2, 4)]
 SIZES = [
-    (sequences, start, tokens) for sequences in (1, 4, 16, 64) for start, tokens in ((0, 8), (8, 1))
+    size
+    for sequences in (1, 4, 16, 64)
+    for size in ((sequences, 8, 1), (1, 0, 8 * sequences), (1, 8 * sequences, 1))
 ]
 WHOLE: Plan = (("a", (0, 4)),)
 
@@ -70,16 +72,18 @@ def test_all_sizes_are_tried_on_any_layers(llama: Path, layers: tuple[int, int])
 def test_there_is_room_for_every_step(llama: Path) -> None:
     stage = stage_of(llama)
     stage.limit_kv(20 * KV_BLOCK * stage.kv_bytes_per_token)
-    assert sizes(try_out(stage, takes(1e-4), kv_tokens=20 * KV_BLOCK)) == SIZES[:6]
+    assert sizes(try_out(stage, takes(1e-4), kv_tokens=20 * KV_BLOCK)) == SIZES[:9]
 
 
 def test_a_step_that_might_take_too_long_is_not_tried(llama: Path) -> None:
-    """After 0.15 s for each of two steps, one of 32 tokens may take 4.8 s."""
-    found = try_out(stage_of(llama), takes(0.05), kv_tokens=64 * KV_BLOCK)
-    assert sizes(found) == SIZES[:2]
+    """If a step of 8 tokens took 0.1 s, one of 32 may take 0.4 s of the 0.45 s that are left."""
+    found = try_out(stage_of(llama), takes(0.1, 0.05), kv_tokens=64 * KV_BLOCK)
+    assert sizes(found) == SIZES[:6]
+    found = try_out(stage_of(llama), takes(0.12, 0.05), kv_tokens=64 * KV_BLOCK)
+    assert sizes(found) == SIZES[:3]
 
 
-def test_a_slow_machine_tries_one_step_once(llama: Path) -> None:
+def test_a_slow_machine_tries_each_of_the_smallest_steps_once(llama: Path) -> None:
     rounds = []
 
     def timed(work: Callable[[], object]) -> StageTime:
@@ -87,14 +91,14 @@ def test_a_slow_machine_tries_one_step_once(llama: Path) -> None:
         return StageTime(compute_us=9_000_000, layers_us=8_000_000, queued_us=0)
 
     found = try_out(stage_of(llama), timed, kv_tokens=64 * KV_BLOCK)
-    assert sizes(found) == SIZES[:1]
-    assert len(rounds) == 1
+    assert sizes(found) == SIZES[:3]
+    assert len(rounds) == 4
 
 
 def test_the_median_of_three_rounds_counts(llama: Path) -> None:
-    timed = takes(0.003, 0.001, 0.002, 1e-5)
+    timed = takes(0.1, 0.003, 0.001, 0.002, 1e-5)
     found = try_out(stage_of(llama), timed, kv_tokens=KV_BLOCK)
-    assert [trial.time.compute_us for trial in found] == [2000, 10]
+    assert [trial.time.compute_us for trial in found] == [2000, 10, 10]
 
 
 def test_what_was_tried_is_forgotten_when_it_fails(llama: Path) -> None:
@@ -124,7 +128,7 @@ def test_first_layers_are_tried_if_that_is_wanted(llama: Path, one: Worker, besi
     assert untried.trials == ()
     one.engine.put(Drop())
     tried = load(one, Load(0, cluster.order(3, (0, 4), beside=beside, trials=True)))
-    assert sizes(tried.trials)[:2] == SIZES[:2]
+    assert sizes(tried.trials)[:3] == SIZES[:3]
     for trial in tried.trials:
         assert 0 < trial.time.layers_us <= trial.time.compute_us
     one.engine.put(Serve(3) if beside else Drop())
