@@ -6,7 +6,8 @@ trip T of its step, so the rate is R / T (Little's law), and the best d has the 
     T(d) = max(sum of stages and links + overhead, d * slowest stage or link)
 
 Either a step finds every stage free, or it waits for the slowest. Steps take parts of prompts
-along: each pays for as many as come per step on average.
+along: each pays for as many as come per step on average. This tells d; what the plan really does is
+less, since the steps differ (`flow`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from statistics import median
 from typing import Literal
 
 from distributed_llm.common.types import WorkerId
+from distributed_llm.coordinator.flow import Times, round_trip_s
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition import (
     Candidate,
@@ -24,6 +26,7 @@ from distributed_llm.coordinator.partition import (
     Ranges,
     best_partition,
     predict,
+    times_of,
 )
 from distributed_llm.coordinator.partition_solvers import costs_of, walk_forward
 from distributed_llm.coordinator.partition_tables import make_tables
@@ -31,6 +34,9 @@ from distributed_llm.coordinator.task_fit import Work
 from distributed_llm.coordinator.worker_costs import WorkerCosts
 
 Goal = Literal["auto", "throughput", "latency"]
+
+_DEPTHS = 3
+"""Numbers of steps, the best if all were alike, of which it is found out what they really do."""
 
 _BETWEEN = 6
 """Plans that "auto" looks at between that for throughput and that for latency."""
@@ -63,18 +69,27 @@ class Demand:
         )
 
     def load(self, sequences: float) -> Work:
-        """Return an average step in which so many sequences decode.
+        """Return an average step in which so many sequences decode."""
+        return self._step(sequences, self.prompt_share(sequences))
 
-        Parts of prompts come with it now and then. Prompts are before their answers, so they attend
-        to fewer positions, say half of them.
-        """
-        prompt_tokens = sequences * self.prompt_tokens
+    def kinds(self, sequences: float) -> tuple[Work, Work]:
+        """Return a step without a part of a prompt, and one that has."""
+        return self._step(sequences, 0.0), self._step(sequences, 1.0)
+
+    def prompt_share(self, sequences: float) -> float:
+        """Return the share of steps that have parts of prompts."""
+        return min(1.0, sequences * self.prompt_tokens / max(1.0, self.chunk_tokens))
+
+    def _step(self, sequences: float, prompts: float) -> Work:
+        """Prompts are before their answers, so they attend to fewer positions, say half of them."""
+        share = self.prompt_share(sequences)
+        tokens = prompts * sequences * self.prompt_tokens / share if share else 0.0
         return Work(
             tokens=sequences,
             positions=sequences * self.positions,
-            prompts=min(1.0, prompt_tokens / max(1.0, self.chunk_tokens)),
-            prompt_tokens=prompt_tokens,
-            prompt_positions=prompt_tokens * self.positions / 2,
+            prompts=prompts,
+            prompt_tokens=tokens,
+            prompt_positions=tokens * self.positions / 2,
         )
 
 
@@ -142,24 +157,60 @@ class Machines:
 def forecast(cost: ModelCost, machines: Machines, ranges: Ranges, demand: Demand) -> Forecast:
     """Return what these ranges are expected to do."""
     used = machines.only([worker for worker, _ in ranges])
-    best = None
+    bounds: list[tuple[float, int, Partition]] = []  # tokens per second, depth
     for depth in range(1, 1 + max(1, min(2 * len(ranges), int(demand.sequences)))):
         sequences = demand.sequences / depth
         load = demand.load(sequences)
         partition = predict(cost, used.candidates(load), used.links(link_tokens(load)), ranges)
         alone_s = partition.total_s + machines.overhead_s
         step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
-        if best is None or demand.sequences / step_s > best[0]:
-            best = demand.sequences / step_s, depth, partition
+        bounds.append((demand.sequences / step_s, depth, partition))
         if depth * partition.slowest_s >= alone_s:
             break  # with more, steps wait for the slowest only, which has no fewer of them to do
-    assert best is not None
+    most = sorted(bounds, key=lambda one: -one[0])[:_DEPTHS]
+    flows = [(_flow(cost, used, ranges, demand, *bound[:2]), *bound[1:]) for bound in most]
+    tokens_per_s, depth, partition = max(flows, key=lambda one: one[0])
     return Forecast(
-        *best,
+        tokens_per_s,
+        depth,
+        partition,
         overhead_s=machines.overhead_s,
         full_tokens_per_s=rate(cost, machines, ranges, demand, goal="throughput"),
         alone_tokens_per_s=rate(cost, machines, ranges, demand, goal="latency"),
     )
+
+
+def _flow(
+    cost: ModelCost,
+    machines: Machines,
+    ranges: Ranges,
+    demand: Demand,
+    tokens_per_s: float,
+    depth: int,
+) -> float:
+    """Return the tokens per second with so many steps, of which some take longer than others.
+
+    Args:
+        tokens_per_s: if all were alike.
+    """
+    if depth == 1:
+        return tokens_per_s
+    sequences = demand.sequences / depth
+    usual, longer = (_times(cost, machines, ranges, load) for load in demand.kinds(sequences))
+    share = demand.prompt_share(sequences)
+    overhead_s = machines.overhead_s
+    step_s = round_trip_s(usual, longer, share=share, depth=depth, overhead_s=overhead_s)
+    return min(tokens_per_s, demand.sequences / max(step_s, 1e-9))
+
+
+def _times(cost: ModelCost, machines: Machines, ranges: Ranges, load: Work) -> Times:
+    links = machines.links(link_tokens(load))
+    stages, hops = times_of(cost, machines.candidates(load), links, ranges)
+    busy_s, delay_s = [stages[0]], [0.0]
+    for hop, stage_s in zip(hops, stages[1:], strict=True):
+        busy_s += [hop.busy_s, stage_s]
+        delay_s += [hop.latency_s, 0.0]
+    return Times(busy_s, delay_s)
 
 
 def best_plan(

@@ -62,6 +62,7 @@ __all__ = [
     "Speed",
     "best_partition",
     "predict",
+    "times_of",
 ]
 
 _EXACT_WORK = 50_000_000
@@ -91,6 +92,23 @@ def predict(
     Raises:
         KeyError: a range names a worker that is no candidate.
     """
+    stages, hops = times_of(cost, candidates, links, ranges)
+    slowest = max([*stages, *(hop.busy_s for hop in hops)])
+    total = math.fsum([*stages, *(hop.latency_s + hop.busy_s for hop in hops)])
+    return Partition(tuple(ranges), slowest, total)
+
+
+def times_of(
+    cost: ModelCost,
+    candidates: Sequence[Candidate],
+    links: Links,
+    ranges: Sequence[tuple[WorkerId, LayerRange]],
+) -> tuple[list[float], list[Hop]]:
+    """Return the seconds of each stage, and the hops between them.
+
+    Raises:
+        KeyError: a range names a worker that is no candidate.
+    """
     speeds = {candidate.worker: candidate.speed for candidate in candidates}
     weights = mean_layers(cost)
     stages = []
@@ -100,9 +118,7 @@ def predict(
         weight = float(weights[layers.start, layers.stop])
         stages.append(speed.task_s + speed.layer_s * weight + speed.last_s * last)
     hops = [links.hop(sender, receiver) for (sender, _), (receiver, _) in pairwise(ranges)]
-    slowest = max([*stages, *(hop.busy_s for hop in hops)])
-    total = math.fsum([*stages, *(hop.latency_s + hop.busy_s for hop in hops)])
-    return Partition(tuple(ranges), slowest, total)
+    return stages, hops
 
 
 def best_partition(
