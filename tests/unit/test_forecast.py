@@ -41,7 +41,6 @@ def machine(layer_s: float, token_s: float = 0.0) -> WorkerCosts:
         tokens = 1 + at % 16
         costs.observe(
             Work(tokens, 0.0),
-            decodes=True,
             layers=4.0,
             is_last=False,
             layers_s=4.0 * (layer_s + token_s * tokens),
@@ -105,6 +104,28 @@ def test_prompts_between_the_steps_cost_time() -> None:
         forecast(MODEL, machines, ranges(14), demand).tokens_per_s for demand in (ALONE, busy)
     )
     assert beside < alone / 2
+
+
+def test_stages_wait_where_some_steps_have_prompts() -> None:
+    """Both stages are alike, so one waits whenever only the other one has a part of a prompt."""
+    machines = cluster(machine(1e-6, 0.001), machine(1e-6, 0.001))
+    some = Demand(sequences=60, positions=1, prompt_tokens=0.5, chunk_tokens=60)
+    all_alike = Demand(sequences=60, positions=1, prompt_tokens=0.5, chunk_tokens=15)
+    rates = [forecast(MODEL, machines, ranges(7, 14), d).tokens_per_s for d in (some, all_alike)]
+    assert rates[1] == pytest.approx(1 / (7 * 0.0015), rel=0.05)
+    assert 0.6 < rates[0] / rates[1] < 0.9
+
+
+def test_prompts_are_a_part_of_the_steps_and_as_many_as_there_are() -> None:
+    demand = Demand(sequences=60, positions=100, prompt_tokens=0.5, chunk_tokens=40)
+    for sequences, share in ((20.0, 0.25), (80.0, 1.0), (160.0, 1.0)):
+        usual, longer = demand.kinds(sequences)
+        mean = demand.load(sequences)
+        assert demand.prompt_share(sequences) == share
+        assert (usual.tokens, usual.prompts, usual.prompt_tokens) == (sequences, 0.0, 0.0)
+        assert (longer.tokens, longer.prompts) == (sequences, 1.0)
+        assert mean.prompt_tokens == 0.5 * sequences == share * longer.prompt_tokens
+        assert mean.prompts == share
 
 
 # ------------------------------------------------------------------ the best plan

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from distributed_llm.common.messages import Capabilities, LinkReport, SequenceSlice, StageTime
+from distributed_llm.common.messages import (
+    Capabilities,
+    LinkReport,
+    SequenceSlice,
+    StageTime,
+    StageTrial,
+)
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.measurements import Measurements, work_of
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -18,7 +24,7 @@ from distributed_llm.coordinator.registry import Worker
 from distributed_llm.coordinator.requests import Seat
 from distributed_llm.coordinator.scheduler import Step
 from distributed_llm.coordinator.task_fit import Work
-from distributed_llm.coordinator.worker_costs import Load, Prior
+from distributed_llm.coordinator.worker_costs import Prior
 
 COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, kv_bytes_per_token=1000)
 ITEM_BYTES = 2
@@ -41,7 +47,7 @@ TOKEN = Work(1, 1)
 HEAVY, LIGHT = 1.5, 0.5
 """Layers of mean size that a layer of `COST` is."""
 
-LOAD = Load(TOKEN, Work(20, 400), prefill_share=0.5)
+LOAD = Work(1, 1, prompts=0.5, prompt_tokens=10, prompt_positions=200)
 factors = st.floats(0.05, 20)
 
 
@@ -77,7 +83,7 @@ def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: floa
 def layer_s(known: Measurements, worker: WorkerId, work: Work = TOKEN) -> float:
     """Return what a layer of mean size takes in a step that decodes."""
     machine = Worker(PeerId(b"?"), worker, FOUND, 0.0, "i")
-    return known.machines([machine]).costs[worker].layer_s(work, decodes=True)
+    return known.machines([machine]).costs[worker].layer_s(work)
 
 
 def after_tasks(seconds: float = 0.012) -> Measurements:
@@ -125,7 +131,78 @@ def test_work_is_tokens_and_the_positions_that_they_attend_to() -> None:
         SequenceSlice(sequence_id=1, start=10, num_tokens=1),
         SequenceSlice(sequence_id=2, start=4, num_tokens=3),
     )
-    assert work_of(Step((), parts, (0, 0, 0, 0))) == Work(4, 11 + 5 + 6 + 7)
+    assert work_of(Step((), parts[:1], (0,))) == Work(1, 11)
+    assert work_of(Step((), parts, (0, 0, 0, 0))) == Work(1, 11, 1, 3, 5 + 6 + 7)
+
+
+# ------------------------------------------------------------------ trials
+
+
+def tried(known: Measurements, worker: WorkerId, held: LayerRange, layer_s: float) -> None:
+    """Say that a layer takes so long, and a tenth of that more for every token."""
+    trials = [
+        StageTrial(
+            sequences=sequences,
+            start=start,
+            num_tokens=tokens,
+            time=StageTime(compute_us=took_us + 1000, layers_us=took_us, queued_us=0),
+        )
+        for n in (1, 4, 16)
+        for sequences, start, tokens in ((n, 8, 1), (1, 0, 8 * n))
+        for took_us in [round(1e6 * layer_s * len(held) * (1 + sequences * tokens / 10))]
+    ]
+    known.tried(worker, held, trials, now=0.0)
+
+
+def test_a_worker_is_untried_until_it_has_tried_or_done_something() -> None:
+    known = two_workers()
+    assert known.untried(A)
+    assert known.untried(B)
+    assert not known.untried(WorkerId("stranger"))
+    tried(known, A, LayerRange(0, 1), 0.01)
+    decode(known, 0.006, 0.03)
+    assert not known.untried(A)
+    assert not known.untried(B)
+
+
+def test_trials_tell_what_layers_take() -> None:
+    known = two_workers()
+    tried(known, A, LayerRange(0, 2), 0.01)
+    for tokens in (1, 8, 16):
+        expected = pytest.approx(0.01 * (1 + tokens / 10), rel=0.05)
+        assert layer_s(known, A, Work(tokens, 9 * tokens)) == expected
+    assert layer_s(known, A, Work.of_prompt(64, 32 * 65)) == pytest.approx(0.074, rel=0.06)
+
+
+def test_a_layer_that_is_tried_counts_by_its_size() -> None:
+    known = two_workers()
+    tried(known, A, LayerRange(0, 1), 0.01 * LIGHT)
+    tried(known, B, LayerRange(1, 2), 0.01 * HEAVY)
+    for worker in (A, B):
+        assert layer_s(known, worker, Work(4, 36)) == pytest.approx(0.014, rel=0.05)
+
+
+def test_trials_of_somebody_who_left_tell_nothing() -> None:
+    known = two_workers()
+    known.left(A)
+    tried(known, A, LayerRange(0, 1), 0.01)
+    assert not known.untried(A)
+    known.joined(A, found())
+    assert known.untried(A)
+
+
+def test_no_trials_leave_a_worker_untried() -> None:
+    known = two_workers()
+    known.tried(A, LayerRange(0, 1), (), now=0.0)
+    assert known.untried(A)
+
+
+def test_a_later_probe_changes_what_was_tried() -> None:
+    known = two_workers()
+    tried(known, A, LayerRange(0, 2), 0.01)
+    before = layer_s(known, A)
+    probe(known, 1.0, 0.25, 0.25)
+    assert layer_s(known, A) == pytest.approx(4 * before, rel=0.01)
 
 
 # ------------------------------------------------------------------ links and the rest
@@ -161,15 +238,15 @@ def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:
     for at in range(50):
         decode(known, 0.06, 0.01, took_s=9.0, now=20.0 + at)
     known.observe_link(A, B, LinkReport(epoch=1, up=True, rtt_s=4.0, bytes_per_s=1e6))
-    assert before.costs[A].layer_s(TOKEN, decodes=True) == pytest.approx(0.012, rel=0.01)
+    assert before.costs[A].layer_s(TOKEN) == pytest.approx(0.012, rel=0.01)
     assert before.overhead_s == pytest.approx(0.0, abs=1e-3)
     assert before.links(1).hop(A, B).latency_s < 0.1
     after = machines(known)
-    assert after.costs[A].layer_s(TOKEN, decodes=True) > 0.1
+    assert after.costs[A].layer_s(TOKEN) > 0.1
     assert after.overhead_s > 1.0
     assert after.links(1).hop(A, B).latency_s == 2.0
     probe(known, 1.0, 9.0, 9.0)
-    assert after.costs[A].layer_s(TOKEN, decodes=True) > 0.1
+    assert after.costs[A].layer_s(TOKEN) > 0.1
 
 
 # ------------------------------------------------------------------ probes
