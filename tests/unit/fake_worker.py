@@ -15,6 +15,8 @@ from distributed_llm.common.messages import (
     Heartbeat,
     LoadStage,
     PeerWelcome,
+    StageTime,
+    StageTrial,
     Task,
     ToNextWorker,
     Welcome,
@@ -74,6 +76,7 @@ class SimWorker:
         num_probes: that were made.
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
+        loaded: orders that were carried out.
         fail_tasks: how many of the next tasks fail.
         fail_exports: how many of the next orders to export fail; `fail_imports` and
             `fail_inherits` likewise.
@@ -122,6 +125,7 @@ class SimWorker:
         self.num_probes = 0
         self.busy_s = 0.0
         self.num_tasks = 0
+        self.loaded: list[LoadStage] = []
         self._spoils: list[Callable[[Specs, Frames], tuple[Specs, Frames]]] = []
         self._arrivals: deque[float] = deque()  # of the orders
         self._timer_at: float | None = None
@@ -507,8 +511,29 @@ class SimWorker:
 
     def _loaded(self, load: agents.Load) -> agents.Loaded:
         order = load.order
+        self.loaded.append(order)
         weights = COST.weight_bytes(order.layers)
-        return agents.Loaded(load.session, order.epoch, self.load_s, weights, order.kv_tokens)
+        trials = self._trials(order) if order.trials and self.layer_s else ()
+        return agents.Loaded(
+            load.session, order.epoch, self.load_s, weights, order.kv_tokens, trials
+        )
+
+    def _trials(self, order: LoadStage) -> tuple[StageTrial, ...]:
+        layers_s = self.layer_s * len(order.layers)
+        return tuple(
+            StageTrial(
+                sequences=sequences,
+                start=start,
+                num_tokens=tokens,
+                time=StageTime(
+                    compute_us=round(1e6 * (self.task_s + self.token_s * tokens + layers_s)),
+                    layers_us=round(1e6 * layers_s),
+                    queued_us=0,
+                ),
+            )
+            for n in (1, 4)
+            for sequences, start, tokens in ((n, 8, 1), (1, 0, 8 * n), (1, 8 * n, 1))
+        )
 
     def _move(self, order: agents.Export | agents.Import | agents.Inherit) -> agents.Event | None:
         if self.agent.is_void(order):

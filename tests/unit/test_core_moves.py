@@ -118,6 +118,59 @@ def test_a_worker_that_only_hurts_is_not_used() -> None:
     assert "late" not in layers(world), world.logs
 
 
+# ------------------------------------------------------------------ before anything was asked
+
+
+def load_orders(world: World) -> list[LoadStage]:
+    return [order for worker in world.workers for order in worker.loaded]
+
+
+def test_first_layers_are_tried_and_later_ones_are_not() -> None:
+    world, client = cluster(3)
+    assert [order.trials for order in load_orders(world)] == [True] * 3
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    world.plan()[1].layer_s = 4 * LAYER_S
+    moved(world)
+    late = join(world, "late")
+    moved(world, times=2)
+    finish(world, *answers)
+    tried = [order.trials for order in load_orders(world)]
+    assert tried.count(True) == 4
+    assert [order.trials for order in late.loaded][:1] == [True]
+
+
+def test_other_strategies_want_no_trials() -> None:
+    world = World(with_settings(strategy="even"))
+    for name in ("a", "b"):
+        join(world, name)
+    assert world.run(lambda: world.state == "serving")
+    assert [order.trials for order in load_orders(world)] == [False] * 2
+
+
+def test_layers_go_to_the_fastest_before_anything_is_asked() -> None:
+    """All probes say the same, and the trials how fast each worker really is."""
+    world = World(with_settings(strategy="speed", objective="throughput", replicas=1))
+    for number in range(3):
+        join(world, f"w{number}").layer_s = LAYER_S * (1, 2, 6)[number]
+    assert world.run(lambda: world.state == "serving")
+    assert sorted(layers(world).values()) == ["0-2", "2-4", "4-6"]
+    moved(world)
+    assert set(layers(world)) == {"w0", "w1"}
+    assert world.run(lambda: moves(world) > 1, for_s=60.0) is False
+
+
+def test_trials_that_differ_by_a_fifth_move_nothing() -> None:
+    world = World(with_settings(strategy="speed", objective="throughput", replicas=1))
+    for number in range(3):
+        join(world, f"w{number}").layer_s = LAYER_S * (1.0, 1.1, 1.2)[number]
+    assert world.run(lambda: world.state == "serving")
+    assert world.run(lambda: moves(world) > 0, for_s=30.0) is False
+
+
+# ------------------------------------------------------------------ when layers stay
+
+
 def test_nothing_moves_while_nothing_changes() -> None:
     world, client = cluster(3)
     for _ in range(10):
