@@ -320,7 +320,7 @@ async def noise(given: argparse.Namespace) -> None:
         for spread in (0.0, 0.6):
             scenario = Scenario(
                 workers=3,
-                requests=4000,
+                requests=20_000,
                 skew=0.0,
                 prompt=PROMPT_TOKENS,
                 answer=NEW_TOKENS,
