@@ -314,7 +314,8 @@ def _print_errors(seen: Sequence[PhaseSeen]) -> None:
 async def noise(given: argparse.Namespace) -> None:
     """Let stages take up to a fifth more or less at random, for ten virtual minutes each.
 
-    Before that the plan may follow the load for half a minute. Then the fastest worker becomes four times slower, to show that changes are still seen.
+    Before that the plan may follow the load for half a minute. Then the fastest worker becomes four
+    times slower, to show that changes are still seen.
     """
     rows = []
     for seed in range(given.seeds):

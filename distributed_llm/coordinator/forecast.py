@@ -139,9 +139,10 @@ class Machines:
     def candidates(self, load: Work) -> list[Candidate]:
         """Return the workers with what they take under a load.
 
-        One that was not measured is expected to be as far from its prior as the others are.
+        One that was not measured is expected to be as far from its prior as the others were at
+        first.
         """
-        found = (self.costs[worker].scale for worker in self.memory_bytes)
+        found = (costs.first_scale(load) for costs in self.costs.values())
         scale = median([scale for scale in found if scale is not None] or [1.0])
         return [
             Candidate(worker, size, self.costs[worker].speed(load, scale=scale))

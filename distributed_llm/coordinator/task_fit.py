@@ -118,7 +118,6 @@ class Fit:
 
     Attributes:
         measured: anything was added.
-        latest: the work added last.
         jumped: by how many times the speed changed at once with the task added last, or 1.
     """
 
@@ -127,9 +126,8 @@ class Fit:
         self._prior[0] = max(prior.step, LEAST_S)
         self._half_life_s = half_life_s
         self._doubts: _Array = (_TRUST * self._prior + _UNKNOWN * self._prior[0]) ** 2
-        self._found = self._prior
+        self._found = self._first = self._prior
         self._covariance: _Array = np.zeros((6, 6))
-        self.latest = Work()
         self._at = 0.0
         self._run: list[float] = []  # suspect tasks in a row: measured over expected before them
         self._slow = False  # or else these were fast
@@ -145,10 +143,13 @@ class Fit:
         """Return the seconds by the prior alone."""
         return float(self._prior @ work.vector)
 
-    @property
-    def scale(self) -> float:
-        """How many times the prior the measured time is, at the work added last."""
-        return max(self(self.latest), LEAST_S) / self.prior_s(self.latest)
+    def scale(self, work: Work) -> float:
+        """Return how many times the prior a work takes."""
+        return max(self(work), LEAST_S) / self.prior_s(work)
+
+    def first_scale(self, work: Work) -> float:
+        """Return how many times the prior it took when the machine was new."""
+        return max(float(self._first @ work.vector), LEAST_S) / self.prior_s(work)
 
     def add(self, work: Work, seconds: float, now: float) -> float | None:
         """Take what a task took; return what was expected of it, None of the first."""
@@ -167,7 +168,9 @@ class Fit:
             self._run = []
         else:
             self._suspect(work, seconds, seconds > expected, before)
-        self.latest, self._at = work, now
+        self._at = now
+        if first:
+            self._first = self._found
         return None if first else expected
 
     def try_out(self, trials: Sequence[tuple[Work, float]], now: float) -> None:
@@ -176,14 +179,16 @@ class Fit:
         They tell the shape. Of the speed they tell little: while a cluster starts, others may use
         the machine.
         """
-        self._run = []
+        self._run, first = [], not self.measured
         for work, seconds in trials:
             seconds = max(seconds, LEAST_S)
             if not self.measured:
                 self._begin(seconds / self.prior_s(work), _ANY_SHAPE)
             expected = max(self(work), LEAST_S)
             self._learn(work, seconds - expected, _NOISE_OF_TRIALS * expected)
-            self.latest, self._at = work, now
+            self._at = now
+        if first:
+            self._first = self._found
         self._doubt(_TRIED_TASKS)
 
     def _doubt(self, tasks: float) -> None:

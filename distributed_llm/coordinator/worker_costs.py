@@ -127,10 +127,12 @@ class WorkerCosts:
         """Whether any layers were observed."""
         return self._layers.measured
 
-    @property
-    def scale(self) -> float | None:
-        """How many times the prior its layers take in steps like the latest; None if unknown."""
-        return self._layers.scale if self._layers.measured else None
+    def first_scale(self, work: Work) -> float | None:
+        """Return how many times the prior its layers took for a step at first; None if unknown.
+
+        How fast it is now is its own matter; this tells how far priors are from this model.
+        """
+        return self._layers.first_scale(work) if self._layers.measured else None
 
     @property
     def error(self) -> float | None:
@@ -210,7 +212,7 @@ class WorkerCosts:
         tasks, lasts = self._tasks, self._lasts
         task_s = tasks(work) if tasks.measured else tasks.prior_s(work)
         if not lasts.measured:
-            found = self._layers.scale if self.measured else scale
+            found = self._layers.scale(work) if self.measured else scale
             return Speed(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
         whole_s = lasts(work)
         if not tasks.measured:

@@ -128,6 +128,26 @@ def test_prompts_are_a_part_of_the_steps_and_as_many_as_there_are() -> None:
         assert mean.prompts == share
 
 
+def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
+    """The other one took 100 times its prior, and is four times slower since; it is not asked."""
+    other = WorkerCosts(Prior(1e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
+    for at in range(100):
+        slower = 4.0 if at >= 50 else 1.0
+        other.observe(
+            Work(1, 1),
+            layers=4.0,
+            is_last=False,
+            layers_s=0.04 * slower,
+            other_s=0.0,
+            now=float(at),
+        )
+    stranger = WorkerCosts(Prior(2e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
+    machines = cluster(stranger, other)
+    found = forecast(MODEL, machines, ranges(14), ALONE)
+    assert found.tokens_per_s == pytest.approx(1 / (14 * 0.02), rel=0.05)
+    assert forecast(MODEL, machines.only([WorkerId("w0")]), ranges(14), ALONE) == found
+
+
 # ------------------------------------------------------------------ the best plan
 
 

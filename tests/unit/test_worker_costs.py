@@ -129,7 +129,7 @@ def test_the_prior_follows_from_bandwidth_and_operations() -> None:
 
 def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others() -> None:
     costs = WorkerCosts(PRIOR)
-    assert (costs.measured, costs.scale, costs.error) == (False, None, None)
+    assert (costs.measured, costs.first_scale(decoding(1)), costs.error) == (False, None, None)
     load = Work(10, 5000, prompts=0.5, prompt_tokens=50, prompt_positions=5000)
     plain, scaled = costs.speed(load), costs.speed(load, scale=3.0)
     assert plain.layer_s == pytest.approx(1e-3 + 5e-4 + 2e-4 + 0.5 * (5e-3 + 1e-4))
@@ -167,7 +167,7 @@ def test_other_sizes_follow_the_prior_while_all_are_the_same(seed: int) -> None:
     worker.run([decoding(4)] * 10, noise(seed + 5, 10))
     assert worker.off(decoding(32)) == pytest.approx(worker.off(decoding(4)), rel=5e-3)
     worker.run([decoding(4)] * 3000, noise(seed, 3000))
-    assert worker.costs.scale == pytest.approx(3, rel=0.08)
+    assert worker.costs._layers.scale(decoding(4)) == pytest.approx(3, rel=0.08)
     for work in (decoding(1), decoding(32), decoding(4, 4000)):
         assert worker.off(work) == pytest.approx(1, abs=0.12)
 
@@ -328,10 +328,19 @@ def test_steps_with_prompts_tell_nothing_wrong_of_larger_batches() -> None:
         assert worker.off(decoding(size)) == pytest.approx(1, abs=0.12)
 
 
+def test_how_far_the_prior_was_off_at_first_does_not_change() -> None:
+    worker = tried(Worker(slower=3.0))
+    assert worker.costs.first_scale(decoding(16, 9)) == pytest.approx(3, rel=0.05)
+    worker.slower = 12.0
+    worker.run([decoding(8)] * 50)
+    assert worker.off(decoding(8)) == pytest.approx(1, abs=0.05)
+    assert worker.costs.first_scale(decoding(16, 9)) == pytest.approx(3, rel=0.05)
+
+
 def test_what_was_not_measured_is_scaled_like_what_was() -> None:
     worker = Worker(slower=3.0)
     worker.run([decoding(64)] * 20)
-    assert worker.costs.scale == pytest.approx(3, rel=0.05)
+    assert worker.costs._layers.scale(decoding(64)) == pytest.approx(3, rel=0.05)
     assert worker.off(chunk(200)) == pytest.approx(1, abs=0.05)
 
 
@@ -474,7 +483,7 @@ def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: fl
         assert now.layer_s == pytest.approx(factor * was.layer_s)
         assert now.task_s == pytest.approx(factor * was.task_s)
         assert now.last_s == pytest.approx(factor * was.last_s)
-    assert other.scale == pytest.approx(factor * (before.scale or 0.0))
+    assert other.first_scale(decoding(1)) == before.first_scale(decoding(1))
     assert other.error == before.error
 
 
@@ -522,12 +531,12 @@ def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, mo
     small, large = (costs.layer_s(at) for at in (work, larger))
     assert 0 <= small <= large * (1 + 1e-9) < math.inf
     found, beyond = (costs.speed(at) for at in (work, larger))
-    assert 0 <= found.layer_s <= beyond.layer_s < math.inf
+    assert 0 <= found.layer_s <= beyond.layer_s * (1 + 1e-9) < math.inf
     assert min(found.task_s, found.last_s) >= 0
-    whole_s, more_s = found.task_s + found.last_s, beyond.task_s + beyond.last_s
-    assert whole_s <= more_s * (1 + 1e-9) < math.inf
+    assert max(found.task_s, found.last_s, beyond.task_s, beyond.last_s) < math.inf
     assert costs.error is None or 0 <= costs.error < math.inf
-    assert costs.scale is None or 0 < costs.scale < math.inf
+    scale = costs.first_scale(work)
+    assert scale is None or 0 < scale < math.inf
 
 
 # ------------------------------------------------------------------ trials
