@@ -9,9 +9,8 @@ worker becomes four times slower, and later as fast as before. Every answer is c
 transformers.
 
 What is reached is held against the best contiguous split, which is found by trying with the same
-workers and strategy "custom". Two of these splits tell what a layer, the head and a task take on a
-worker of slowdown 1. By what the slowest stage takes, as calculated from that, the best few splits
-over three workers are tried, half as many over two, and the best single worker.
+workers and strategy "custom". What workers take is known (`pace`), so it can be calculated what each
+split over one, two or three of them, in any order, gives; the best few of all are tried.
 """
 
 import argparse
@@ -27,7 +26,17 @@ from statistics import mean, median
 from benchmarks.common import print_table
 from benchmarks.paced_cluster import PacedCluster
 from benchmarks.scenario import Scenario
-from benchmarks.splits import NUM_LAYERS, POLL_S, Split, Splits, split_of, splits, text_of
+from benchmarks.splits import (
+    NUM_LAYERS,
+    POLL_S,
+    Asked,
+    Split,
+    Splits,
+    calculated,
+    split_of,
+    splits,
+    text_of,
+)
 from benchmarks.steady_load import SteadyLoad, make_examples
 from benchmarks.virtual_cluster import VirtualCluster
 from benchmarks.watched_coordinator import Expected
@@ -231,7 +240,8 @@ async def live(given: argparse.Namespace) -> None:
         print(f"\nrequests: {dict(load.outcomes)} {' '.join(load.errors[:5])}")
         if given.events:
             print("\n".join(events), cluster.logs(), sep="\n")
-        statics = Splits(cluster, examples, given.clients, given.window)
+        asked = Asked(given.clients, PROMPT_TOKENS, NEW_TOKENS)
+        statics = Splits(cluster, examples, asked, given.window)
         bests: dict[tuple[float, ...], dict[Split, float]] = {}
         for slowdowns in (SLOWDOWNS, SLOWER):
             chosen = {phase.split for phase in seen if phase.slowdowns == slowdowns}
@@ -239,7 +249,7 @@ async def live(given: argparse.Namespace) -> None:
                 key = tuple(slowdowns.values())
                 bests[key] = await statics.best(slowdowns, chosen, given.candidates)
         _print_phases(seen, bests)
-        _print_splits(bests, statics)
+        _print_splits(bests, asked)
         _print_errors(seen)
 
 
@@ -279,20 +289,18 @@ def _print_phases(
     print_table((*head, *more, "the same split, staying / best"), rows)
 
 
-def _print_splits(bests: Mapping[tuple[float, ...], dict[Split, float]], statics: Splits) -> None:
+def _print_splits(bests: Mapping[tuple[float, ...], dict[Split, float]], asked: Asked) -> None:
+    total = sum(1 for _ in splits(SLOWDOWNS))
     for slowdowns, rates in bests.items():
-        total = sum(1 for _ in splits(SLOWDOWNS))
+        by_name = dict(zip(SLOWDOWNS, slowdowns, strict=True))
         print(f"\nslowdowns {slowdowns}: {len(rates)} of {total} splits were tried")
         print_table(
-            ("split", "tokens/s"),
-            [(text_of(s), rates[s]) for s in sorted(rates, key=lambda s: -rates[s])],
+            ("split", "tokens/s", "calculated"),
+            [
+                (text_of(split), rates[split], calculated(split, by_name, asked))
+                for split in sorted(rates, key=lambda split: -rates[split])
+            ],
         )
-    costs = statics.costs
-    assert costs is not None
-    print(
-        f"\nms at slowdown 1: layer {1000 * costs.layer_s:.3f}, head {1000 * costs.head_s:.3f}, "
-        f"task {1000 * costs.task_s:.3f}"
-    )
 
 
 def _print_errors(seen: Sequence[PhaseSeen]) -> None:

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from torch import Tensor
 
+from benchmarks.pace import Pace
 from distributed_llm.common.config import load_settings
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.log import configure
@@ -38,31 +38,6 @@ BYTES_PER_S = 10e9
 FLOPS_PER_S = 50e9
 
 
-class Pace:
-    """What a worker of slowdown 1 takes for a step, seconds.
-
-    Measured once on a core of an AMD EPYC, with 12 layers of hidden size 128 in float32.
-    """
-
-    SEQUENCES = (0, 1, 2, 4, 8, 16, 32, 64)
-    LAYER_S = (0.16e-3, 0.18e-3, 0.21e-3, 0.30e-3, 0.42e-3, 0.66e-3, 1.18e-3, 2.5e-3)
-    """Of steps in which so many sequences compute one token each, with 96 positions before."""
-
-    PROMPT_TOKEN_S = 6.5e-6
-    TASK_S = 0.5e-3
-    HEAD_S = 0.1e-3
-    SAMPLE_S = 15e-6
-
-    def __init__(self, step: Sequence[SequenceSlice], *, layers: int, last: bool) -> None:
-        answering = sum(part.num_tokens == 1 for part in step)
-        prompts = sum(part.num_tokens for part in step if part.num_tokens > 1)
-        layer_s = float(np.interp(answering, self.SEQUENCES, self.LAYER_S))
-        self.layers_s = layers * (layer_s + prompts * self.PROMPT_TOKEN_S)
-        samples = sum(part.sample for part in step)
-        head_s = self.HEAD_S + samples * self.SAMPLE_S if last else 0.0
-        self.task_s = self.layers_s + self.TASK_S + head_s
-
-
 class PacedStage(Stage):
     """A stage that says it took what `Pace` says."""
 
@@ -70,7 +45,13 @@ class PacedStage(Stage):
         self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
     ) -> StageOutput:
         """Compute, as usual."""
-        self.pace = Pace(sequences, layers=len(self.layers), last=self._last)
+        prompts = sum(part.num_tokens for part in sequences if part.num_tokens > 1)
+        self.pace = Pace(
+            layers=len(self.layers),
+            last=self._last,
+            answering=sum(part.num_tokens == 1 for part in sequences),
+            prompt_tokens=prompts,
+        )
         return super().run(sequences, token_ids, hidden_states)
 
     @property
