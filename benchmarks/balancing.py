@@ -9,8 +9,8 @@ worker becomes four times slower, and later as fast as before. Every answer is c
 transformers.
 
 What is reached is held against the best contiguous split, which is found by trying with the same
-workers and strategy "custom". What workers take is known (`pace`), so it can be calculated what each
-split over one, two or three of them, in any order, gives; the best few of all are tried.
+workers and strategy "custom". What workers take is known (`pace`), so what each split over one, two
+or three of them gives, in any order, can be calculated; the best few of all are tried.
 """
 
 import argparse
