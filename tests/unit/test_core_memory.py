@@ -283,7 +283,7 @@ _ARRIVALS = st.lists(
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
+@settings(max_examples=30, deadline=None, derandomize=True, database=None, phases=(Phase.generate,))
 @given(
     arrivals=_ARRIVALS,
     memory=st.sampled_from([600, 850, 1000, 1400]),

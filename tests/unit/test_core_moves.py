@@ -15,6 +15,8 @@ from distributed_llm.common.messages import (
     LoadStage,
     StageFailed,
     StageReady,
+    StageTime,
+    StageTrial,
     TakeOver,
     TookOver,
     WorkerDrained,
@@ -160,12 +162,29 @@ def test_layers_go_to_the_fastest_before_anything_is_asked() -> None:
     assert world.run(lambda: moves(world) > 1, for_s=60.0) is False
 
 
-def test_trials_that_differ_by_a_fifth_move_nothing() -> None:
+def test_trials_that_promise_little_move_nothing() -> None:
+    """Layers 3, 2 and 1 would be 7 % faster; others may have used the machines meanwhile."""
     world = World(with_settings(strategy="speed", objective="throughput", replicas=1))
     for number in range(3):
-        join(world, f"w{number}").layer_s = LAYER_S * (1.0, 1.1, 1.2)[number]
+        join(world, f"w{number}").layer_s = LAYER_S * (1.0, 1.0, 1.6)[number]
     assert world.run(lambda: world.state == "serving")
     assert world.run(lambda: moves(world) > 0, for_s=30.0) is False
+
+
+def test_trials_of_an_older_plan_tell_nothing() -> None:
+    world = World(with_settings(strategy="even"))
+    join(world, "a")
+    assert world.run(lambda: world.state == "serving")
+    (peer,) = (worker.peer for worker in world.core._registry.workers)
+    time = StageTime(compute_us=9000, layers_us=8000, queued_us=0)
+    trial = StageTrial(sequences=1, start=8, num_tokens=1, time=time)
+    for epoch, known in ((0, False), (world.core.status(now=world.now).epoch, True)):
+        ready = StageReady(
+            epoch=epoch, credits=8, load_s=0.1, weight_bytes=1, kv_tokens=64, trials=(trial,)
+        )
+        world.core.handle(events.Received(peer, ready), now=world.now)
+        status = world.core.status(now=world.now)
+        assert (status.workers[0].prediction_error is not None) == known
 
 
 # ------------------------------------------------------------------ when layers stay

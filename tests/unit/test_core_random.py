@@ -83,7 +83,7 @@ class Cluster(RuleBasedStateMachine):
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
     longest = 20
-    max_examples = 250
+    max_examples = 150
     settings_of_core: ClassVar[Mapping[str, object]] = {}
 
     def __init__(self) -> None:
@@ -382,7 +382,7 @@ class MovingCluster(Cluster):
     longest = 120
     memories = (1500, 3000, 3000)
     settings_of_core: ClassVar = {"strategy": "speed"}
-    max_examples = 60
+    max_examples = 45
     least_moves = 5
     num_moves: ClassVar[list[int]] = []
 

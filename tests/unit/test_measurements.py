@@ -174,6 +174,16 @@ def test_trials_tell_what_layers_take() -> None:
     assert layer_s(known, A, Work.of_prompt(64, 32 * 65)) == pytest.approx(0.074, rel=0.06)
 
 
+def test_what_is_beside_the_last_layer_is_the_head_as_well() -> None:
+    known = two_workers()
+    tried(known, A, LayerRange(0, 1), 0.01)
+    tried(known, B, LayerRange(1, 2), 0.01)
+    first, last = (machines(known).costs[worker].speed(Work(1, 9)) for worker in (A, B))
+    assert first.task_s == pytest.approx(0.001, rel=0.05)
+    assert last.task_s == pytest.approx(0.0005, rel=0.05)
+    assert last.task_s + last.last_s == pytest.approx(0.001, rel=0.05)
+
+
 def test_a_layer_that_is_tried_counts_by_its_size() -> None:
     known = two_workers()
     tried(known, A, LayerRange(0, 1), 0.01 * LIGHT)

@@ -521,7 +521,7 @@ def test_tasks_that_were_suspect_before_are_forgotten_with_the_speed_of_then() -
     assert worker.costs.layer_s(decoding(4)) >= before
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(observations, max_size=30), works, works)
 def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, more: Work) -> None:
     costs = WorkerCosts(PRIOR)
