@@ -131,6 +131,11 @@ class Measurements:
         costs = self._costs.get(worker)
         return costs.error if costs else None
 
+    def doubt(self, worker: WorkerId) -> float:
+        """Return how far they may be off; a guess where only trials are known."""
+        costs = self._costs.get(worker)
+        return costs.doubt if costs else 0.0
+
     def machines(self, workers: Iterable[Worker]) -> Machines:
         """Return these workers as planning sees them; it does not change when they do."""
         sizes = {worker.id: worker.capabilities.memory_bytes for worker in workers}

@@ -234,5 +234,4 @@ class Rebalancing:
     def _uncertainty(self, findings: Findings) -> float:
         assert findings.best is not None
         names = {worker for worker, _ in (*findings.best.ranges, *findings.survey.ranges)}
-        errors = [self._measurements.error(worker) or 0.0 for worker in names]
-        return _ERROR_OF_MEAN * max(errors)
+        return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

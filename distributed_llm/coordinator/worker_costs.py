@@ -27,8 +27,9 @@ _LATEST = 64
 _TASK_S = 0.0005
 """What a task is taken to cost beside layers and head where that was not measured."""
 
-_ERROR_OF_TRIALS = 0.5
-"""Others may have used the machine meanwhile, say workers that tried theirs."""
+_ERROR_OF_TRIALS = 2.0
+"""Others may have used the machine meanwhile, say workers that loaded and tried their layers on it:
+only a plan that promises nearly twice as much is worth a move before there were any tasks."""
 
 _QUERIES = 4
 """Query heads that share a KV head: 1 to 8, where models differ."""
@@ -139,11 +140,14 @@ class WorkerCosts:
         """Median of |predicted - measured| / measured over the latest tasks, of the whole stage.
 
         Each prediction was made before its task was observed. Those that rest on a prior alone do
-        not count. After trials alone a guess; None if nothing is known.
+        not count; None if there are no others.
         """
-        if self._errors:
-            return median(self._errors)
-        return _ERROR_OF_TRIALS if self._tried else None
+        return median(self._errors) if self._errors else None
+
+    @property
+    def doubt(self) -> float:
+        """How far predictions may be off, as a share; a guess after trials alone."""
+        return self.error or (_ERROR_OF_TRIALS if self._tried else 0.0)
 
     def try_out(self, trials: Sequence[Trial], *, layers: float, is_last: bool, now: float) -> None:
         """Take what was tried on new layers; arguments as for `observe`."""

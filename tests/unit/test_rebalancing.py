@@ -375,7 +375,7 @@ def test_for_latency_another_pipeline_costs_nothing() -> None:
 def test_an_uncertain_gain_has_to_be_larger(gain: float, moves: bool) -> None:
     """Tasks are 50 % off, so a mean 10 %: twice that and the least gain have to be exceeded."""
     parts = serving()
-    errors = {"a": None, "b": 0.5, "c": 9.0}
-    parts.measurements.error = errors.get  # type: ignore[method-assign, assignment]
+    doubts = {"a": 0.0, "b": 0.5, "c": 9.0}
+    parts.measurements.doubt = doubts.__getitem__  # type: ignore[method-assign, assignment]
     confirmed(parts, expected(10.0 * (1 + gain), ("a", 0, 2), ("b", 2, 6)))
     assert (parts.relocation.move is not None) == moves

@@ -603,11 +603,11 @@ def test_what_trials_foretell_is_a_guess_until_there_are_tasks() -> None:
     assert worker.costs.error is None
     tried(worker)
     assert worker.costs.measured
-    assert worker.costs.error == 0.5
+    assert worker.costs.error is None
+    assert worker.costs.doubt == 2.0
     worker.run([decoding(8, 10)] * 5)
-    error = worker.costs.error
-    assert error is not None
-    assert error < 0.2
+    assert worker.costs.error is not None
+    assert worker.costs.doubt == worker.costs.error < 0.2
 
 
 def test_trials_of_the_last_stage_tell_the_head() -> None:
