@@ -70,7 +70,10 @@ class PacedEngine(Engine):
     def _timed(self, stage: Stage, work: Callable[[], _T]) -> tuple[_T, StageTime]:
         assert isinstance(stage, PacedStage)
         self._paced = stage
-        return super()._timed(stage, work)
+        try:
+            return super()._timed(stage, work)
+        finally:
+            del self._paced  # or its memory could not be freed
 
     def _wait(self, computed_s: float) -> None:
         time.sleep(max(0.0, self._paced.pace.task_s * self.slowdown - computed_s))
