@@ -188,8 +188,10 @@ _LOAD = LoadStage(
 
 def serve_null_stage(address: str) -> None:
     """Be a worker whose stage gives back what it got, until killed."""
-    from distributed_llm.worker import engine, events, service
-    from distributed_llm.worker.computing import Given
+    from distributed_llm.worker import service
+    from distributed_llm.worker.compute import engine
+    from distributed_llm.worker.compute.computing import Given
+    from distributed_llm.worker.session import events
 
     class NullEngine(engine.Engine):
         def _load(self, load: events.Load) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed_llm.worker.kernels import PackedLinear, kernels_for
+from distributed_llm.worker.model.kernels import PackedLinear, kernels_for
 
 SHAPES = {
     "q, o": (2048, 2048),

@@ -27,10 +27,11 @@ from distributed_llm.common.config import load_settings
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.log import configure
 from distributed_llm.common.messages import Capabilities, SequenceSlice, StageTime
-from distributed_llm.worker import engine, loading, service, work
-from distributed_llm.worker.engine import Engine
-from distributed_llm.worker.events import Probe, Probed
-from distributed_llm.worker.stage import Stage, StageOutput
+from distributed_llm.worker import service, work
+from distributed_llm.worker.compute import engine, loading
+from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.session.events import Probe, Probed
 
 _T = TypeVar("_T")
 

@@ -13,14 +13,8 @@ import time
 
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition import (
-    Candidate,
-    Hop,
-    Links,
-    Objective,
-    Speed,
-    best_partition,
-)
+from distributed_llm.coordinator.partition.search import best_partition
+from distributed_llm.coordinator.partition.tables import Candidate, Hop, Links, Objective, Speed
 
 WORKERS = (4, 8, 16, 100, 1000)
 LAYERS = (32, 126)

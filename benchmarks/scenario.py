@@ -5,10 +5,9 @@ from typing import Literal
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.coordinator.forecast import Goal
-from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.requests import GenerationDefaults
+from distributed_llm.coordinator.settings import Goal
 
 VOCAB = 32_000
 HIDDEN = 2048
@@ -21,7 +20,7 @@ class Scenario:
     """What is simulated. Times are virtual; "mean" is of an exponential or log-normal draw."""
 
     workers: int = field(default=8, metadata={"help": "workers that join, one by one"})
-    pipelines: int = field(default=1, metadata={"help": "times that the model is served"})
+    all_in_flight: int = field(default=1, metadata={"help": "times that the model is served"})
     requests: int = field(default=100, metadata={"help": "requests of all clients"})
     rate: float = field(default=0.0, metadata={"help": "requests per second; 0: all at once"})
     clients: int = field(default=8, metadata={"help": "clients"})
@@ -52,13 +51,13 @@ class Scenario:
     @property
     def num_layers(self) -> int:
         """Layers of the model: four for each worker of a pipeline."""
-        return 4 * max(1, self.workers // self.pipelines)
+        return 4 * max(1, self.workers // self.all_in_flight)
 
     @property
     def memory_bytes(self) -> int:
         """Memory of each worker."""
         whole = self.spare * (self.num_layers + 1) * LAYER_BYTES
-        return int(whole * self.pipelines / self.workers)
+        return int(whole * self.all_in_flight / self.workers)
 
 
 def served_model(scenario: Scenario) -> ServedModel:

@@ -14,7 +14,7 @@ from benchmarks.pace import Pace
 from benchmarks.paced_cluster import PacedCluster
 from benchmarks.steady_load import Example, SteadyLoad
 from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.coordinator.flow import Times, round_trip_s
+from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_s
 
 NUM_LAYERS = 12
 _SETTLE_S = 2.0

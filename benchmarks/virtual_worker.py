@@ -26,9 +26,9 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
-from distributed_llm.worker import events as agents
-from distributed_llm.worker import link_events as links
-from distributed_llm.worker.agent import Agent
+from distributed_llm.worker.session import events as agents
+from distributed_llm.worker.session import link_events as links
+from distributed_llm.worker.session.agent import Agent
 
 if TYPE_CHECKING:
     from benchmarks.virtual_cluster import VirtualCluster
@@ -285,7 +285,7 @@ class VirtualWorker:
 
     def _step_s(self, layers: int, tokens: int) -> float:
         scenario = self.cluster.scenario
-        share = layers * scenario.workers / (scenario.num_layers * scenario.pipelines)
+        share = layers * scenario.workers / (scenario.num_layers * scenario.all_in_flight)
         noise = 1.0 + scenario.noise * (2.0 * self.cluster.random.random() - 1.0)
         base_ms = scenario.stage_ms + scenario.token_ms * tokens
         return noise * self.slowness * share * base_ms / 1000

@@ -21,9 +21,10 @@ from distributed_llm.common.log import configure
 from distributed_llm.coordinator import service
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import Action, Event, Studied
-from distributed_llm.coordinator.forecast import Demand, Forecast
+from distributed_llm.coordinator.planning.forecast import Forecast
+from distributed_llm.coordinator.planning.plan_search import FoundPlans
 from distributed_llm.coordinator.serve import serve
-from distributed_llm.coordinator.survey import Findings
+from distributed_llm.coordinator.speeds.demand import Demand
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Survey:
     best: Expected | None
 
 
-def told(findings: Findings) -> Survey:
+def told(findings: FoundPlans) -> Survey:
     """Return what is printed."""
     sequences = findings.survey.demand.sequences
     best = findings.best

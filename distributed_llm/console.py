@@ -15,9 +15,9 @@ from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import ClusterStatus, WorkerStatus
 from distributed_llm.common.types import size_text
-from distributed_llm.coordinator.advice import Advice, rate_text
-from distributed_llm.coordinator.dry_run import MANY, DryRun
-from distributed_llm.coordinator.planner import describe
+from distributed_llm.coordinator.plan import describe
+from distributed_llm.coordinator.planning.advice import Advice, rate_text
+from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
 
 _UNBOUND_WIDTH = 200
 """Of what goes to a file or another program: nothing is cut."""

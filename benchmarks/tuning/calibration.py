@@ -14,7 +14,7 @@ from benchmarks.tuning.subsets import layer_seconds
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.worker_costs import Prior
+from distributed_llm.coordinator.speeds.worker_speed import Prior
 
 _LOOPBACK = "1GB/s"
 

@@ -34,15 +34,16 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName, Frame
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.forecast import Demand, Goal, Machines, best_plan
-from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition import Hop, Links
-from distributed_llm.coordinator.planner import Offer, StaticStrategy, make_plan
-from distributed_llm.coordinator.requests import GenerationDefaults
-from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
-from distributed_llm.worker import link_events as links
+from distributed_llm.coordinator.partition.tables import Hop, Links
+from distributed_llm.coordinator.planning.forecast import best_plan
+from distributed_llm.coordinator.planning.strategies import Offer, StaticStrategy, make_plan
+from distributed_llm.coordinator.settings import CoreSettings, Goal
+from distributed_llm.coordinator.speeds.demand import Demand
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
+from distributed_llm.worker.session import link_events as links
 
 KV_TOKENS = 1024
 """Positions of KV cache that every plan has room for: the coordinator's `min_kv_tokens`."""
@@ -196,7 +197,7 @@ def plan(
     )
     machines = Machines(
         memory,
-        {WorkerId(name): WorkerCosts(machine.prior) for name, machine in site.machines.items()},
+        {WorkerId(name): WorkerSpeed(machine.prior) for name, machine in site.machines.items()},
         lambda tokens: _links(site, tokens * bytes_per_token),
     )
     found = best_plan(

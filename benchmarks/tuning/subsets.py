@@ -8,7 +8,8 @@ from benchmarks.tuning.configurations import Configuration
 from benchmarks.tuning.figures import WorkerFacts
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition import Candidate, Hop, Links, Speed, best_partition
+from distributed_llm.coordinator.partition.search import best_partition
+from distributed_llm.coordinator.partition.tables import Candidate, Hop, Links, Speed
 
 
 def subset_configurations(

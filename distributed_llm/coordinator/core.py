@@ -46,10 +46,12 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import ITEM_BYTES, frame_of_bytes
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.admission import Admission
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.departures import Departures
-from distributed_llm.coordinator.desk import Desk
+from distributed_llm.coordinator.cluster.departures import Departures
+from distributed_llm.coordinator.cluster.pipelines import Pipelines
+from distributed_llm.coordinator.cluster.placement import Placement
+from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
+from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.relocation import Relocation
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
@@ -65,16 +67,14 @@ from distributed_llm.coordinator.events import (
     TokenizeFailed,
     Unreachable,
 )
-from distributed_llm.coordinator.journal import Journal
-from distributed_llm.coordinator.measurements import Measurements
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.placement import Placement
-from distributed_llm.coordinator.planning import Planning
-from distributed_llm.coordinator.rebalancing import Rebalancing
-from distributed_llm.coordinator.registry import Registry, Worker
-from distributed_llm.coordinator.relocation import Relocation
-from distributed_llm.coordinator.replicas import Replicas
+from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.serving.admission import Admission
+from distributed_llm.coordinator.serving.event_log import EventLog
+from distributed_llm.coordinator.serving.request_book import RequestBook
+from distributed_llm.coordinator.settings import CoreSettings
+from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.stepping import Stepping
 
 
@@ -93,68 +93,68 @@ class Core:
         self._model = model
         self._settings = settings
         self._registry = Registry(silence_timeout_s=settings.silence_timeout_s)
-        self._desk = Desk(
+        self._book = RequestBook(
             model.defaults, max_waiting=settings.max_waiting_requests, draw_seed=draw_seed
         )
-        self._journal = journal = Journal()
+        self._event_log = event_log = EventLog()
         wire_dtype = settings.wire_dtype or model.dtype
         self._measurements = Measurements(
             model.cost,
             item_bytes=ITEM_BYTES[model.dtype],
             bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
         )
-        planning = Planning(model, settings, self._measurements)
-        self._replicas = Replicas(
+        planner = Planner(model, settings, self._measurements)
+        self._pipelines = Pipelines(
             model,
             settings,
             self._registry,
-            self._desk,
-            journal,
+            self._book,
+            event_log,
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
-            wants_trials=planning.wants_trials,
+            wants_trials=planner.wants_trials,
         )
         self._placement = Placement(
-            settings, self._registry, self._desk, journal, planning, self._replicas
+            settings, self._registry, self._book, event_log, planner, self._pipelines
         )
         self._relocation = Relocation(
-            model.cost, self._replicas, self._registry, journal, self._measurements
+            model.cost, self._pipelines, self._registry, event_log, self._measurements
         )
         self._departures = Departures(
-            self._placement, planning, self._relocation, self._registry, journal
+            self._placement, planner, self._relocation, self._registry, event_log
         )
         self._rebalancing = Rebalancing(
             model.cost,
             settings,
             self._placement,
-            planning,
+            planner,
             self._relocation,
             self._measurements,
             self._registry,
-            journal,
+            event_log,
         )
         self._membership = Membership(
             model.name,
             settings,
             self._registry,
             self._placement,
-            self._desk,
+            self._book,
             self._relocation,
             self._departures,
             self._measurements,
-            journal,
+            event_log,
         )
         self._stepping = Stepping(
             self._placement,
-            self._desk,
+            self._book,
             self._registry,
-            journal,
+            event_log,
             self._measurements,
             task_timeout_s=settings.task_timeout_s,
             give_up=lambda peer, now: self._membership.give_up(
                 peer, "made no progress on a task", now=now
             ),
         )
-        self._admission = Admission(self._desk)
+        self._admission = Admission(self._book)
 
     # -------------------------------------------------------------- the four doors
 
@@ -175,21 +175,21 @@ class Core:
                 self._rebalancing.study_failed()
                 actions = [Log(f"looking for a better plan failed: {event.error}", "error")]
             case Tokenized():
-                actions = self._desk.tokenized(event)
+                actions = self._book.tokenized(event)
             case TokenizeFailed():
-                actions = self._desk.fail(event.key, event.error)
+                actions = self._book.fail(event.key, event.error)
             case Detokenized():
-                actions = self._desk.detokenized(event, now=now)
+                actions = self._book.detokenized(event, now=now)
             case _:
                 assert_never(event)
         return self._settle(actions, now)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
-        waits = self._desk.busy and self._placement.complete
+        waits = self._book.busy and self._placement.complete
         deadlines = (
             self._registry.next_deadline(),
-            self._desk.next_deadline(),
+            self._book.next_deadline(),
             self._stepping.next_deadline(),
             self._rebalancing.next_deadline(),
             self._relocation.next_deadline(),
@@ -202,7 +202,7 @@ class Core:
         actions: list[Action] = []
         for peer in self._registry.silent(now=now):
             actions += self._membership.gone(peer, "fell silent", now=now)
-        actions += self._desk.on_timer(now=now)
+        actions += self._book.on_timer(now=now)
         actions += self._stepping.on_timer(now=now)
         actions += self._relocation.on_timer(now=now)
         actions += self._rebalancing.on_timer(now=now)
@@ -220,33 +220,33 @@ class Core:
         if self._relocation.move is not None:  # when it is over
             self._placement.replan_at, self._placement.replan_when_idle = None, True
             return []
-        if not self._desk.busy:
+        if not self._book.busy:
             return self._placement.replan()
         return [] if self._placement.complete else self._placement.add()
 
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
-        schedulers = [r.scheduler for r in self._placement.replicas if r.scheduler]
+        schedulers = [r.scheduler for r in self._placement.pipelines if r.scheduler]
         return ClusterStatus(
             model=self._model.name,
             state=self._placement.state,
             note=self._placement.note,
-            epoch=self._replicas.epoch,
+            epoch=self._pipelines.epoch,
             num_layers=self._model.cost.num_layers,
             context_length=self._model.defaults.context_length,
-            kv_tokens=self._replicas.kv_tokens,
+            kv_tokens=self._pipelines.kv_tokens,
             kv_tokens_used=sum(s.kv_tokens_used for s in schedulers),
             kv_tokens_cached=sum(s.kv_tokens_cached for s in schedulers),
-            prefix_hit_tokens=self._desk.totals.prefix_hit_tokens,
-            preemptions=self._desk.totals.preemptions,
+            prefix_hit_tokens=self._book.totals.prefix_hit_tokens,
+            preemptions=self._book.totals.preemptions,
             moves=self._relocation.num_moves,
             move_stall_s=self._relocation.stall_s,
-            requests_running=self._desk.num_running,
-            requests_waiting=self._desk.num_waiting,
-            requests_finished=self._desk.totals.finished,
-            requests_failed=self._desk.totals.failed,
-            tokens_generated=self._desk.totals.tokens,
-            rejected=dict(self._journal.rejected),
+            requests_running=self._book.num_running,
+            requests_waiting=self._book.num_waiting,
+            requests_finished=self._book.totals.finished,
+            requests_failed=self._book.totals.failed,
+            tokens_generated=self._book.totals.tokens,
+            rejected=dict(self._event_log.rejected),
             workers=tuple(
                 worker.status(
                     prediction_error=self._measurements.error(worker.id),
@@ -255,7 +255,7 @@ class Core:
                 )
                 for worker in self._registry.workers
             ),
-            events=tuple(self._journal.events),
+            events=tuple(self._event_log.events),
         )
 
     # -------------------------------------------------------------- messages
@@ -296,14 +296,14 @@ class Core:
         peer = event.peer
         match event.message:
             case Generate(request_id=request_id) as message:
-                if self._desk.has(peer, request_id):
-                    self._journal.rejected["duplicate_request"] += 1
+                if self._book.has(peer, request_id):
+                    self._event_log.rejected["duplicate_request"] += 1
                     return []
                 if self._placement.state == "waiting":
-                    return self._desk.refuse(peer, request_id, NotReady(self._placement.note))
-                return self._desk.submit(peer, message, event.frames, now=now)
+                    return self._book.refuse(peer, request_id, NotReady(self._placement.note))
+                return self._book.submit(peer, message, event.frames, now=now)
             case Cancel(request_id=request_id):
-                return self._desk.cancel(peer, request_id)
+                return self._book.cancel(peer, request_id)
             case GetStatus():
                 spec, frame = frame_of_bytes(encode_payload(self.status(now=now)))
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
@@ -345,12 +345,12 @@ class Core:
 
     def _stranger(self, peer: PeerId) -> list[Action]:
         """Answer one who spoke before its hello, or was given up: it shall say hello again."""
-        self._journal.rejected["bad_state"] += 1
+        self._event_log.rejected["bad_state"] += 1
         error = NotReady("The coordinator does not know this session. Connect again.")
         return [refusal(peer, error, "lost")]
 
     def _garbage(self, event: Garbage) -> list[Action]:
-        self._journal.rejected[event.reason] += 1
+        self._event_log.rejected[event.reason] += 1
         actions: list[Action] = [Log(f"dropped a message: {event.error}"[:1000], "warning")]
         if isinstance(event.error, ProtocolMismatch):
             actions.append(refusal(event.peer, event.error))
@@ -361,15 +361,17 @@ class Core:
         return self._placement.stage_failed(worker, failed) if moving is None else moving
 
     def _link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
-        replica = self._relocation.loading(report.epoch) or self._placement.replica_of(worker.peer)
-        if replica is None or replica.epoch != report.epoch:
-            self._journal.rejected["stale_epoch"] += 1
+        pipeline = self._relocation.loading(report.epoch) or self._placement.pipeline_of(
+            worker.peer
+        )
+        if pipeline is None or pipeline.epoch != report.epoch:
+            self._event_log.rejected["stale_epoch"] += 1
             return []
-        replica.set_link(worker.peer, report.up)
-        following = replica.following(worker.peer)
+        pipeline.set_link(worker.peer, report.up)
+        following = pipeline.following(worker.peer)
         if following is not None:
             self._measurements.observe_link(worker.id, following.worker, report)
-        if replica.pipeline is None and worker.next_layers:
+        if pipeline.in_flight is None and worker.next_layers:
             return []  # the link of what it serves is another one
         link: Literal["direct", "relayed"] = "direct" if report.up else "relayed"
         if link == worker.link:
@@ -380,24 +382,24 @@ class Core:
             if report.up
             else "does not reach the next worker; its results go through the coordinator"
         )
-        return [self._journal.note(f"worker {worker.id} {how}")]
+        return [self._event_log.note(f"worker {worker.id} {how}")]
 
     # -------------------------------------------------------------- what can be started
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start what can be started after any change; stages wait for it, so it goes first."""
-        if self._placement.replan_when_idle and not self._desk.busy:
+        if self._placement.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
         actions += self._relocation.settle(now=now)
         actions += self._departures.settle(now=now)
         sends: list[Action] = []
         self._admission.admit(now=now)
-        while self._replicas.changed:
-            _, replica = self._replicas.changed.popitem()
-            sends += replica.begin_steps(now=now)
-            if replica.scheduler:
-                self._desk.collect(replica.scheduler)
-                self._admission.may_have_room(replica)
+        while self._pipelines.changed:
+            _, pipeline = self._pipelines.changed.popitem()
+            sends += pipeline.begin_steps(now=now)
+            if pipeline.scheduler:
+                self._book.collect(pipeline.scheduler)
+                self._admission.may_have_room(pipeline)
             self._admission.admit(now=now)
         if sends:
             self._stepping.began(now=now)
@@ -407,14 +409,14 @@ class Core:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         self._registry.validate()
-        self._desk.validate()
-        self._replicas.validate()
-        waiting = self._desk.next_waiting()
+        self._book.validate()
+        self._pipelines.validate()
+        waiting = self._book.next_waiting()
         needed = waiting.ticket.reserved_tokens if waiting else 0
-        replicas = [r for r in self._placement.replicas if r.kv_tokens >= needed]
-        pipelines = [r.pipeline for r in replicas if r.pipeline]
-        if pipelines and waiting and not self._relocation.move:
-            assert any(p.num_steps for p in pipelines), "requests wait while nothing runs"
+        replicas = [r for r in self._placement.pipelines if r.kv_tokens >= needed]
+        all_in_flight = [r.in_flight for r in replicas if r.in_flight]
+        if all_in_flight and waiting and not self._relocation.move:
+            assert any(p.num_steps for p in all_in_flight), "requests wait while nothing runs"
 
 
 def _undoes(action: Action) -> bool:

@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.messages import ToClient, ToCoordinator, ToWorker
+from distributed_llm.common.messages import RequestId, ToClient, ToCoordinator, ToWorker
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.requests import RequestKey
-from distributed_llm.coordinator.survey import Findings, Survey
+from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
+
+RequestKey = tuple[PeerId, RequestId, int]
+"""Names a ticket for good: clients choose ids, and may use them again; the number is ours."""
 
 PromptKind = Literal["text", "token_ids", "chat"]
 
@@ -83,7 +85,7 @@ class Detokenized:
 class Studied:
     """Event: a survey was carried out."""
 
-    findings: Findings
+    findings: FoundPlans
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ class Forget:
 class Study:
     """Action: carry out a survey, which takes a while; answered by `Studied`."""
 
-    survey: Survey
+    survey: PlanSearch
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.requests import generation_defaults
+from distributed_llm.coordinator.requests.parameters import generation_defaults
 
 
 def served_model(

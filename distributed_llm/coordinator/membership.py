@@ -13,16 +13,16 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.types import PeerId, size_text
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.departures import Departures
-from distributed_llm.coordinator.desk import Desk
+from distributed_llm.coordinator.cluster.departures import Departures
+from distributed_llm.coordinator.cluster.placement import Placement
+from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.relocation import Relocation
 from distributed_llm.coordinator.events import Action, Send
-from distributed_llm.coordinator.journal import Journal
-from distributed_llm.coordinator.measurements import Measurements
-from distributed_llm.coordinator.placement import Placement
-from distributed_llm.coordinator.registry import Registry, Worker
-from distributed_llm.coordinator.relocation import Relocation
-from distributed_llm.coordinator.suspicion import steps_lost
+from distributed_llm.coordinator.serving.event_log import EventLog
+from distributed_llm.coordinator.serving.request_book import RequestBook
+from distributed_llm.coordinator.serving.retries import steps_lost
+from distributed_llm.coordinator.settings import CoreSettings
+from distributed_llm.coordinator.speeds.measurements import Measurements
 
 
 class Membership:
@@ -38,26 +38,26 @@ class Membership:
         settings: CoreSettings,
         registry: Registry,
         placement: Placement,
-        desk: Desk,
+        book: RequestBook,
         relocation: Relocation,
         departures: Departures,
         measurements: Measurements,
-        journal: Journal,
+        event_log: EventLog,
     ) -> None:
         self._model = model
         self._settings = settings
         self._registry = registry
         self._placement = placement
-        self._desk = desk
+        self._book = book
         self._relocation = relocation
         self._departures = departures
         self._measurements = measurements
-        self._journal = journal
+        self._event_log = event_log
 
     def client_joins(self, peer: PeerId, *, now: float) -> list[Action]:
         """A client says hello."""
         if self._registry.knows(peer):
-            self._journal.rejected["bad_state"] += 1
+            self._event_log.rejected["bad_state"] += 1
             return []
         self._registry.add_client(peer, now=now)
         welcome = ClientWelcome(
@@ -70,7 +70,7 @@ class Membership:
     def worker_joins(self, peer: PeerId, hello: WorkerHello, *, now: float) -> list[Action]:
         """A worker says hello."""
         if self._registry.knows(peer):
-            self._journal.rejected["bad_state"] += 1
+            self._event_log.rejected["bad_state"] += 1
             return []
         earlier = self._registry.remove_instance(hello.instance)
         worker = self._registry.add_worker(peer, hello, now=now)
@@ -84,7 +84,7 @@ class Membership:
         offer = hello.capabilities
         actions: list[Action] = [
             Send(peer, welcome),
-            self._journal.note(
+            self._event_log.note(
                 f"worker {worker.id} joined: {size_text(offer.memory_bytes)} on {offer.device}"
             ),
         ]
@@ -95,27 +95,27 @@ class Membership:
     def gone(self, peer: PeerId, why: str, *, now: float) -> list[Action]:
         """A peer is no longer there."""
         worker = self._registry.remove(peer)
-        return self._desk.drop_client(peer) if worker is None else self._lost(worker, why, now)
+        return self._book.drop_client(peer) if worker is None else self._lost(worker, why, now)
 
     def _lost(self, worker: Worker, why: str, now: float) -> list[Action]:
         level: Literal["info", "warning"] = "info" if worker.leaving else "warning"
-        actions: list[Action] = [self._journal.note(f"worker {worker.id} {why}", level)]
+        actions: list[Action] = [self._event_log.note(f"worker {worker.id} {why}", level)]
         actions += self._departures.gone(worker)
         actions += self._relocation.lost(worker, now=now)
         if all(other.id != worker.id for other in self._registry.workers):
             self._measurements.left(worker.id)
-        replica = self._placement.replica_of(worker.peer)
-        if replica and replica.pipeline:
-            actions += steps_lost(self._desk, replica.pipeline.steps, worker.id)
+        pipeline = self._placement.pipeline_of(worker.peer)
+        if pipeline and pipeline.in_flight:
+            actions += steps_lost(self._book, pipeline.in_flight.steps, worker.id)
         return actions + self._placement.lose(worker)
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:
         """A worker tells how it is."""
         hung = self._placement.hangs(worker)
         self._registry.heartbeat(worker.peer, beat)
-        replica = self._placement.replica_of(worker.peer)
-        if replica and replica.pipeline and beat.tasks_waiting:
-            replica.pipeline.progress(worker.peer, beat.progress_age_s, now=now)
+        pipeline = self._placement.pipeline_of(worker.peer)
+        if pipeline and pipeline.in_flight and beat.tasks_waiting:
+            pipeline.in_flight.progress(worker.peer, beat.progress_age_s, now=now)
         pong = Send(worker.peer, Pong())
         if worker.state == "serving" and worker.epoch not in beat.epochs:
             return self.give_up(worker.peer, "serves another plan", now=now)

@@ -4,10 +4,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.requests import GenerationDefaults
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint says about generation.
+
+    Attributes:
+        context_length: positions that prompt and answer may take together.
+        eos_token_ids: tokens that end an answer.
+        params: values for what a request leaves open.
+    """
+
+    context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    params: SamplingParams
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.units import split_address
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
+from distributed_llm.coordinator.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
 

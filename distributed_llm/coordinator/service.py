@@ -21,7 +21,6 @@ from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.core_settings import CoreSettings
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
@@ -32,6 +31,7 @@ from distributed_llm.coordinator.events import (
     Garbage,
     Log,
     Received,
+    RequestKey,
     Send,
     Stop,
     Studied,
@@ -43,8 +43,8 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.requests import RequestKey
-from distributed_llm.coordinator.survey import Survey
+from distributed_llm.coordinator.planning.plan_search import PlanSearch
+from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Coordinator:
 
     # -------------------------------------------------------------- the study thread
 
-    def _study(self, survey: Survey) -> None:
+    def _study(self, survey: PlanSearch) -> None:
         try:
             self._tell(Studied(survey.carry_out()))
         except Exception as exc:

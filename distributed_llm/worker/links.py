@@ -31,8 +31,8 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.common.units import split_address
-from distributed_llm.worker.events import Event
-from distributed_llm.worker.link_events import (
+from distributed_llm.worker.session.events import Event
+from distributed_llm.worker.session.link_events import (
     LinkDown,
     LinkHeard,
     LinkId,

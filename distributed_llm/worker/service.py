@@ -28,9 +28,10 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
-from distributed_llm.worker.agent import Agent
-from distributed_llm.worker.engine import Engine
-from distributed_llm.worker.events import (
+from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.links import Links, bind_for, reachable_at
+from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.events import (
     Action,
     Beat,
     Connected,
@@ -55,7 +56,7 @@ from distributed_llm.worker.events import (
     Signalled,
     Unload,
 )
-from distributed_llm.worker.link_events import (
+from distributed_llm.worker.session.link_events import (
     CloseLink,
     Greet,
     HandOn,
@@ -64,7 +65,6 @@ from distributed_llm.worker.link_events import (
     PeerSay,
     Transmit,
 )
-from distributed_llm.worker.links import Links, bind_for, reachable_at
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.types import size_text
-from distributed_llm.worker.probe import measure
+from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.service import Worker
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.messages import SequenceSlice, SharedPrefix
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.stage import Stage
+from distributed_llm.worker.model.stage import Stage
 
 CPU = torch.device("cpu")
 GREEDY = Sampling()

@@ -9,9 +9,9 @@ from transformers import CONFIG_MAPPING
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.worker import architectures
-from distributed_llm.worker.architectures import ensure_supported, shrink_config
-from distributed_llm.worker.stage import Stage
+from distributed_llm.worker.model import architectures
+from distributed_llm.worker.model.architectures import ensure_supported, shrink_config
+from distributed_llm.worker.model.stage import Stage
 
 
 def config_of(model_type: str, **settings: Any) -> dict[str, Any]:

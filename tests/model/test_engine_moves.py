@@ -17,8 +17,10 @@ from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, size_text
-from distributed_llm.worker import hand_over, loading
-from distributed_llm.worker.events import (
+from distributed_llm.worker.compute import handover as hand_over
+from distributed_llm.worker.compute import loading
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.session.events import (
     Drop,
     Export,
     Exported,
@@ -33,7 +35,6 @@ from distributed_llm.worker.events import (
     Serve,
     Unload,
 )
-from distributed_llm.worker.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.workers import Cluster, Plan, Worker, carried, workers
 from tests.reference import check_varied, reference_ids
@@ -407,7 +408,7 @@ def test_what_arrives_may_take_what_is_left(
     cluster = start(llama, four)
     admit = loading.admit_beside
     monkeypatch.setattr(
-        "distributed_llm.worker.engine.admit_beside", lambda *a: (admit(*a)[0], 5000)
+        "distributed_llm.worker.compute.engine.admit_beside", lambda *a: (admit(*a)[0], 5000)
     )
     cluster.begin_to_load(2, EVERYWHERE)
     cluster.end_to_load(EVERYWHERE)

@@ -14,9 +14,9 @@ from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.worker.kv_cache import as_token_ids
-from distributed_llm.worker.sampler import sample
-from distributed_llm.worker.stage import Stage
+from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model.sampler import sample
+from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import Pipeline, load_stages
 

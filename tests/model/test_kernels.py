@@ -12,19 +12,24 @@ from torch import Tensor, nn
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker import kernels
-from distributed_llm.worker.attention import PackedSlice, PackedStep, packed_attention, running
-from distributed_llm.worker.kernels import (
+from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.segments import KVSegment
+from distributed_llm.worker.model import kernels
+from distributed_llm.worker.model.attention import (
+    PackedSlice,
+    PackedStep,
+    packed_attention,
+    running,
+)
+from distributed_llm.worker.model.kernels import (
     PackedLinear,
     kernels_for,
     pack_linear_layers,
     packed_nbytes,
 )
-from distributed_llm.worker.kv_cache import KVCache
-from distributed_llm.worker.kv_segments import KVSegment
-from distributed_llm.worker.lending import StageModel
-from distributed_llm.worker.stage import Stage
-from distributed_llm.worker.weights import load_stage_model
+from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.model.weights import load_stage_model
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from distributed_llm.common.messages import SequenceSlice, SharedPrefix
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.worker.kv_cache import KVCache, KVCacheFull, as_token_ids
+from distributed_llm.worker.kv.cache import KVCache, KVCacheFull, as_token_ids
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM = 3, 2, 4, 6
 TOKEN_BYTES = LAYERS * HEADS * (KEY_DIM + VALUE_DIM) * 4

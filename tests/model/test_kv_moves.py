@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker.kv_assembly import assemble
-from distributed_llm.worker.kv_cache import KVCache, as_token_ids
-from distributed_llm.worker.kv_transfer import KVExporter, KVImporter
+from distributed_llm.worker.kv.assembly import assemble
+from distributed_llm.worker.kv.cache import KVCache, as_token_ids
+from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from tests.model.test_kv_transfer import TOKEN_BYTES, compute, contents, importer, new_cache
 
 NUM_LAYERS = 4

@@ -10,11 +10,11 @@ import torch
 
 from distributed_llm.common.messages import MAX_PIECES
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker.kv_assembly import KVIncomplete, MissingKV, assemble
-from distributed_llm.worker.kv_cache import KVCache, as_token_ids
-from distributed_llm.worker.kv_manifest import KVManifest, KVTransferError
-from distributed_llm.worker.kv_segments import KVLayout
-from distributed_llm.worker.kv_transfer import KVExporter, KVImporter, KVPiece
+from distributed_llm.worker.kv.assembly import KVIncomplete, MissingKV, assemble
+from distributed_llm.worker.kv.cache import KVCache, as_token_ids
+from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
+from distributed_llm.worker.kv.segments import KVLayout
+from distributed_llm.worker.kv.transfer import KVExporter, KVImporter, KVPiece
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 4, 6
 LAYOUT = KVLayout(HEADS, KEY_DIM, VALUE_DIM, torch.float32, torch.device("cpu"))

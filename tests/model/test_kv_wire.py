@@ -15,13 +15,13 @@ from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import KVEnd, KVPart, KVPieces
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker import kv_wire
-from distributed_llm.worker.kv_assembly import assemble
-from distributed_llm.worker.kv_cache import KVCache
-from distributed_llm.worker.kv_manifest import KVTransferError
-from distributed_llm.worker.kv_segments import KVLayout
-from distributed_llm.worker.kv_transfer import KVExporter, KVImporter, KVPiece
-from distributed_llm.worker.kv_wire import (
+from distributed_llm.worker.kv import wire as kv_wire
+from distributed_llm.worker.kv.assembly import assemble
+from distributed_llm.worker.kv.cache import KVCache
+from distributed_llm.worker.kv.manifest import KVTransferError
+from distributed_llm.worker.kv.segments import KVLayout
+from distributed_llm.worker.kv.transfer import KVExporter, KVImporter, KVPiece
+from distributed_llm.worker.kv.wire import (
     MAX_MESSAGE_BYTES,
     MAX_PIECES_BYTES,
     MAX_PIECES_SENT,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distributed_llm.worker import layer_hooks
-from distributed_llm.worker.layer_hooks import ClockEvent, CudaEvent, LayerHooks, event_type
+from distributed_llm.worker.model import layer_hooks
+from distributed_llm.worker.model.layer_hooks import ClockEvent, CudaEvent, LayerHooks, event_type
 
 
 class Layer(nn.Module):

@@ -12,10 +12,10 @@ from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker.kv_assembly import KVIncomplete
-from distributed_llm.worker.kv_cache import KVCacheFull
-from distributed_llm.worker.kv_transfer import KVExporter, KVImporter
-from distributed_llm.worker.stage import MissingPositionsError, Stage
+from distributed_llm.worker.kv.assembly import KVIncomplete
+from distributed_llm.worker.kv.cache import KVCacheFull
+from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
+from distributed_llm.worker.model.stage import MissingPositionsError, Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Chunk, Pipeline
 from tests.reference import check_varied, reference_ids

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.worker.kv_cache import as_token_ids
-from distributed_llm.worker.sampler import (
+from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model.sampler import (
     Candidates,
     candidates,
     draw,

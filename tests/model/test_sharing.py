@@ -11,8 +11,8 @@ from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice, SharedPrefix
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.worker.kv_cache import KVCacheFull
-from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, Stage
+from distributed_llm.worker.kv.cache import KVCacheFull
+from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.driver import GREEDY, Pipeline, load_stages
 

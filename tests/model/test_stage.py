@@ -14,9 +14,9 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker import stage as stage_module
-from distributed_llm.worker.kv_cache import KVCacheFull
-from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, Stage
+from distributed_llm.worker.kv.cache import KVCacheFull
+from distributed_llm.worker.model import stage as stage_module
+from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
 from tests.checkpoints import HIDDEN_SIZE, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 

@@ -9,9 +9,9 @@ import torch
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.messages import StageTime, StageTrial
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker.events import Drop, Load, Loaded, Serve
-from distributed_llm.worker.stage import Stage
-from distributed_llm.worker.trials import try_out
+from distributed_llm.worker.compute.trials import try_out
+from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.session.events import Drop, Load, Loaded, Serve
 from tests.checkpoints import make_checkpoint
 from tests.model.workers import Cluster, Plan, Worker, workers
 from tests.reference import reference_ids
@@ -159,5 +159,5 @@ def test_layers_that_cannot_be_tried_are_served(
     def broken(*given: object, **more: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("distributed_llm.worker.engine.try_out", broken)
+    monkeypatch.setattr("distributed_llm.worker.compute.engine.try_out", broken)
     assert load(one, Load(0, cluster.order(2, (0, 4), trials=True))).trials == ()

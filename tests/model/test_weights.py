@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.lending import StageModel
-from distributed_llm.worker.weights import load_stage_model
+from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.weights import load_stage_model
 from tests.checkpoints import HIDDEN_SIZE, make_checkpoint
 from tests.model.driver import CPU
 

@@ -24,8 +24,10 @@ from distributed_llm.common.messages import (
     Task,
 )
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.engine import Engine, Order, Voidable
-from distributed_llm.worker.events import (
+from distributed_llm.worker.compute.engine import Engine, Order, Voidable
+from distributed_llm.worker.compute.loading import Held
+from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.session.events import (
     Broke,
     Computed,
     Event,
@@ -42,8 +44,6 @@ from distributed_llm.worker.events import (
     Serve,
     Unload,
 )
-from distributed_llm.worker.loading import Held
-from distributed_llm.worker.stage import Stage, StageOutput
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 from tests.model.driver import Pipeline
 

@@ -6,8 +6,8 @@ from distributed_llm.common.messages import Generate, LoadStage, Task, TaskFaile
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.coordinator.events import RequestKey
+from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.fake_model import NUM_LAYERS
 
 
@@ -43,9 +43,9 @@ class Checker:
         answer = event.message
         if not isinstance(answer, TaskResult | TaskFailed):
             return False
-        pipelines = {r.epoch: r.pipeline for r in self._core._placement.replicas}
-        pipeline = pipelines.get(answer.epoch)
-        return pipeline is None or answer.step not in pipeline._travels
+        all_in_flight = {r.epoch: r.in_flight for r in self._core._placement.pipelines}
+        in_flight = all_in_flight.get(answer.epoch)
+        return in_flight is None or answer.step not in in_flight._flights
 
     def check(
         self, event: events.Event | None, actions: Sequence[events.Action], *, now: float
@@ -72,7 +72,7 @@ class Checker:
                     assert isinstance(event, events.Received)
                     assert isinstance(event.message, Generate)
                     self._open[key] = now + (event.message.params.timeout_s or float("inf"))
-                    waiting = self._core._desk.num_waiting
+                    waiting = self._core._book.num_waiting
                     assert waiting <= self._settings.max_waiting_requests
                 case events.Detokenize(key=key):
                     assert key not in self._ended, f"{action} after the end"
@@ -97,32 +97,32 @@ class Checker:
                     pass
 
     def _check_numbers(self) -> None:
-        totals = self._core._desk.totals
+        totals = self._core._book.totals
         numbers = (
-            self._core._replicas.epoch,
+            self._core._pipelines.epoch,
             totals.finished,
             totals.failed,
             totals.tokens,
             totals.prefix_hit_tokens,
             totals.preemptions,
-            sum(self._core._journal.rejected.values()),
+            sum(self._core._event_log.rejected.values()),
         )
         assert all(a <= b for a, b in zip(self._largest, numbers, strict=True)), "it decreased"
         self._largest = numbers
 
     def _check_nobody_idles(self) -> None:
         """No request waits while a pipeline that has room for it has nothing to do."""
-        request = self._core._desk.next_waiting()
+        request = self._core._book.next_waiting()
         if request is None:
             return
         move = self._core._relocation.move
-        for replica in self._core._placement.replicas:
-            if move and move.old is replica:
+        for pipeline in self._core._placement.pipelines:
+            if move and move.old is pipeline:
                 continue  # it has less room until the move is over
-            scheduler, pipeline = replica.scheduler, replica.pipeline
-            if scheduler and pipeline and not scheduler.num_running and not pipeline.num_steps:
+            scheduler, in_flight = pipeline.scheduler, pipeline.in_flight
+            if scheduler and in_flight and not scheduler.num_running and not in_flight.num_steps:
                 needed = request.ticket.reserved_tokens
-                assert needed > replica.kv_tokens, "a request waits for nothing"
+                assert needed > pipeline.kv_tokens, "a request waits for nothing"
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""
@@ -131,20 +131,20 @@ class Checker:
         duplicates = status.rejected.get("duplicate_request", 0)
         assert status.requests_finished + status.requests_failed == self.num_arrived - duplicates
         assert not self._open
-        desk = self._core._desk
-        assert not desk.busy
-        assert not desk._homes
-        assert not desk._queue._accounts
-        assert desk.next_deadline() is None
-        assert not desk._deadlines
+        book = self._core._book
+        assert not book.busy
+        assert not book._homes
+        assert not book._queue._accounts
+        assert book.next_deadline() is None
+        assert not book._deadlines
         assert status.kv_tokens_used == 0
-        for replica in self._core._placement.replicas:
-            assert replica.pipeline is not None
-            assert replica.scheduler is not None
-            assert not replica.pipeline.num_steps
-            assert not replica.scheduler._in_flight
-            assert not replica.scheduler._leaving
-            ledger = replica.scheduler._ledger
+        for pipeline in self._core._placement.pipelines:
+            assert pipeline.in_flight is not None
+            assert pipeline.scheduler is not None
+            assert not pipeline.in_flight.num_steps
+            assert not pipeline.scheduler._in_flight
+            assert not pipeline.scheduler._leaving
+            ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
             assert not ledger.freed
 

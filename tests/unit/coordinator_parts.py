@@ -13,25 +13,24 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.departures import Departures
-from distributed_llm.coordinator.desk import Desk
+from distributed_llm.coordinator.cluster.departures import Departures
+from distributed_llm.coordinator.cluster.pipelines import Pipelines
+from distributed_llm.coordinator.cluster.placement import Placement
+from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
+from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.relocation import Relocation
 from distributed_llm.coordinator.events import Action, Send, Tokenize, Tokenized
-from distributed_llm.coordinator.journal import Journal
-from distributed_llm.coordinator.measurements import Measurements
-from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition_tables import Ranges
-from distributed_llm.coordinator.placement import Placement
-from distributed_llm.coordinator.planner import Plan, plan_of
-from distributed_llm.coordinator.planning import Planning
-from distributed_llm.coordinator.rebalancing import Rebalancing
-from distributed_llm.coordinator.registry import Registry, Worker
-from distributed_llm.coordinator.relocation import Relocation
-from distributed_llm.coordinator.replica import Replica
-from distributed_llm.coordinator.replicas import Replicas
-from distributed_llm.coordinator.requests import GenerationDefaults, Request
-from distributed_llm.coordinator.task_fit import Work
+from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
+from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.serving.event_log import EventLog
+from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.request_book import RequestBook
+from distributed_llm.coordinator.settings import CoreSettings
+from distributed_llm.coordinator.speeds.measurements import Measurements
+from distributed_llm.coordinator.speeds.speed_fit import Work
 
 COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
 CLIENT = PeerId(b"client")
@@ -82,37 +81,37 @@ class Parts:
             digest=str,
         )
         self.registry = Registry(silence_timeout_s=4.0)
-        self.desk = Desk(model.defaults, max_waiting=99, draw_seed=lambda: 1)
-        self.journal = Journal()
+        self.book = RequestBook(model.defaults, max_waiting=99, draw_seed=lambda: 1)
+        self.event_log = EventLog()
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
-        self.planning = Planning(model, given, self.measurements)
-        self.replicas = Replicas(
+        self.planner = Planner(model, given, self.measurements)
+        self.pipelines = Pipelines(
             model,
             given,
             self.registry,
-            self.desk,
-            self.journal,
+            self.book,
+            self.event_log,
             draw_key=lambda: "key",
-            wants_trials=self.planning.wants_trials,
+            wants_trials=self.planner.wants_trials,
         )
         self.placement = Placement(
-            given, self.registry, self.desk, self.journal, self.planning, self.replicas
+            given, self.registry, self.book, self.event_log, self.planner, self.pipelines
         )
         self.relocation = Relocation(
-            cost, self.replicas, self.registry, self.journal, self.measurements
+            cost, self.pipelines, self.registry, self.event_log, self.measurements
         )
         self.departures = Departures(
-            self.placement, self.planning, self.relocation, self.registry, self.journal
+            self.placement, self.planner, self.relocation, self.registry, self.event_log
         )
         self.rebalancing = Rebalancing(
             cost,
             given,
             self.placement,
-            self.planning,
+            self.planner,
             self.relocation,
             self.measurements,
             self.registry,
-            self.journal,
+            self.event_log,
         )
         for name, size in memory.items():
             self.join(name, size)
@@ -135,50 +134,50 @@ class Parts:
         memory = {worker.id: worker.capabilities.memory_bytes for worker in self.registry.workers}
         return plan_of(self.cost, memory, ranges_of(*ranges))
 
-    def serve(self, *ranges: tuple[str, int, int]) -> Replica:
+    def serve(self, *ranges: tuple[str, int, int]) -> Pipeline:
         """Return a pipeline that serves."""
         self.placement.serve_also(self.plan(*ranges))
-        replica = self.placement.replicas[-1]
+        pipeline = self.placement.pipelines[-1]
         for name, _, _ in ranges:
-            self.placement.stage_ready(self.worker(name), ready(replica.epoch, load_s=0.0))
-        assert replica.pipeline
-        return replica
+            self.placement.stage_ready(self.worker(name), ready(pipeline.epoch, load_s=0.0))
+        assert pipeline.in_flight
+        return pipeline
 
-    def ask(self, replica: Replica, prompt: int, answer: int = 20) -> Request:
+    def ask(self, pipeline: Pipeline, prompt: int, answer: int = 20) -> Request:
         """Return a request that runs on a pipeline; no two begin alike."""
-        assert replica.scheduler
+        assert pipeline.scheduler
         request = self.waiting(prompt, answer)
-        assert self.desk.admit(replica.scheduler, now=0.0)
+        assert self.book.admit(pipeline.scheduler, now=0.0)
         return request
 
-    def keep(self, replica: Replica, prompt: int) -> None:
+    def keep(self, pipeline: Pipeline, prompt: int) -> None:
         """Have a request that has ended kept as a prefix for later ones."""
-        request = self.ask(replica, prompt)
-        assert replica.scheduler
+        request = self.ask(pipeline, prompt)
+        assert pipeline.scheduler
         assert request.sequence_id
-        replica.scheduler._ledger.computed(request.sequence_id, prompt)
-        self.desk._leave(request, keep=True)
+        pipeline.scheduler._ledger.computed(request.sequence_id, prompt)
+        self.book._leave(request, keep=True)
 
     def waiting(self, prompt: int, answer: int = 20) -> Request:
         """Return a request whose turn it is."""
         number = next(self._numbers)
         params = SamplingParams(max_new_tokens=answer)
         generate = Generate(request_id=f"r{number}", prompt="token_ids", params=params, tensors=())
-        (order,) = self.desk.submit(CLIENT, generate, (), now=0.0)
+        (order,) = self.book.submit(CLIENT, generate, (), now=0.0)
         assert isinstance(order, Tokenize)
-        self.desk.tokenized(Tokenized(order.key, [(number + at) % 49 for at in range(prompt)]))
-        request = self.desk.next_waiting()
+        self.book.tokenized(Tokenized(order.key, [(number + at) % 49 for at in range(prompt)]))
+        request = self.book.next_waiting()
         assert request
         return request
 
     def goes_on(self) -> None:
         """Begin steps where they may be begun, and assert the invariants."""
-        for replica in self.placement.replicas:
-            replica.begin_steps(now=20.0)
-        self.replicas.validate()
+        for pipeline in self.placement.pipelines:
+            pipeline.begin_steps(now=20.0)
+        self.pipelines.validate()
 
 
-def ranges_of(*ranges: tuple[str, int, int]) -> Ranges:
+def ranges_of(*ranges: tuple[str, int, int]) -> LayerMap:
     """Return who has which layers."""
     return tuple((WorkerId(name), LayerRange(start, stop)) for name, start, stop in ranges)
 

@@ -26,7 +26,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import Frame, frame_of_token_ids
 from distributed_llm.coordinator import events
-from distributed_llm.coordinator.requests import RequestKey
+from distributed_llm.coordinator.events import RequestKey
 from tests.unit.fake_model import CONTEXT, reference, reference_logprobs
 
 if TYPE_CHECKING:

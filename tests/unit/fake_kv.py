@@ -14,7 +14,7 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import KVEnd, KVPart, KVPieces
 from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker.events import Export, Exported, Import
+from distributed_llm.worker.session.events import Export, Exported, Import
 from tests.unit.fake_model import Buffer, FakeSequence, FakeStage
 
 

@@ -29,9 +29,8 @@ from distributed_llm.common.tensors import (
     token_ids_of_frame,
 )
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.requests import GenerationDefaults
 
 NUM_LAYERS = 6
 VOCAB = 97

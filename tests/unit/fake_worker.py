@@ -23,11 +23,11 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker import events as agents
-from distributed_llm.worker import link_events as links
-from distributed_llm.worker.agent import Agent
-from distributed_llm.worker.held_stage import CREDITS
-from distributed_llm.worker.link_events import LinkId
+from distributed_llm.worker.session import events as agents
+from distributed_llm.worker.session import link_events as links
+from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.epoch_stage import CREDITS
+from distributed_llm.worker.session.link_events import LinkId
 from tests.unit.fake_kv import FakeExporter, FakeImporter, take_over
 from tests.unit.fake_model import BIG, COST, FakeStage, Missing, Void
 

@@ -29,10 +29,10 @@ from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.planner import kv_tokens_of, plan_of
-from distributed_llm.coordinator.requests import RequestKey
-from distributed_llm.coordinator.survey import Survey
+from distributed_llm.coordinator.events import RequestKey
+from distributed_llm.coordinator.plan import kv_tokens_of, plan_of
+from distributed_llm.coordinator.planning.plan_search import PlanSearch
+from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
 from tests.unit.fake_model import BIG, DRAWN_SEED, MODEL
@@ -261,7 +261,7 @@ class World:
                 case _:
                     assert_never(action)
 
-    def _study(self, survey: Survey) -> None:
+    def _study(self, survey: PlanSearch) -> None:
         self.at(self.study_s, lambda: self._do(events.Studied(survey.carry_out())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
@@ -382,10 +382,10 @@ class World:
             shift: who comes first.
         """
         core = self.core
-        replica = next((r for r in core._placement.replicas if r.pipeline), None)
-        if replica is None or core._relocation.move:
+        pipeline = next((r for r in core._placement.pipelines if r.in_flight), None)
+        if pipeline is None or core._relocation.move:
             return
-        own = {seat.peer for seat in replica.seats}
+        own = {stage.peer for stage in pipeline.stages}
         idle = core._placement.idle_workers
         workers = [w for w in core._placement.fit_workers if w.peer in own or w in idle]
         edges = [0, *cuts, MODEL.cost.num_layers]
@@ -397,9 +397,9 @@ class World:
         ranges = tuple((worker.id, layers) for worker, layers in pairs)
         memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
         plan = plan_of(MODEL.cost, memory, ranges)
-        price = core._relocation.price(replica, plan)
+        price = core._relocation.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
-            actions = core._relocation.begin(replica, plan, price, why="a test", now=self.now)
+            actions = core._relocation.begin(pipeline, plan, price, why="a test", now=self.now)
             actions = core._settle(actions, self.now)
             self.checker.check(None, actions, now=self.now)
             self._perform(actions)
@@ -424,11 +424,11 @@ class World:
         """Assert that nothing is left of any request, anywhere."""
         assert not self._texts
         self.checker.check_drained()
-        for replica in self.core._placement.replicas:
-            assert replica.scheduler is not None
-            ledger = replica.scheduler._ledger
-            for seat in replica.seats:
-                worker = self._links[seat.peer].owner
+        for pipeline in self.core._placement.pipelines:
+            assert pipeline.scheduler is not None
+            ledger = pipeline.scheduler._ledger
+            for stage in pipeline.stages:
+                worker = self._links[stage.peer].owner
                 assert isinstance(worker, SimWorker)
                 assert worker.stage is not None
                 assert set(worker.stage.kv) <= set(ledger.sequence_ids)

@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.types import WorkerId
-from distributed_llm.coordinator.advice import Advice, advise
-from distributed_llm.coordinator.forecast import Demand, Goal, Machines, best_plan, forecast
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.network import Network
-from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
+from distributed_llm.coordinator.planning.advice import Advice, advise
+from distributed_llm.coordinator.planning.forecast import best_plan, forecast
+from distributed_llm.coordinator.settings import Goal
+from distributed_llm.coordinator.speeds.demand import Demand
+from distributed_llm.coordinator.speeds.links import LinkSpeeds
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 TASK_S = 0.0005  # what a stage takes beside its layers
 ONE = Demand(sequences=1, positions=0, prompt_tokens=0, chunk_tokens=1)
@@ -33,7 +36,7 @@ def machines(
         link_s: of every link, or of the links of some machines, where that of others is 5 ms.
     """
     names = [WorkerId(name) for name in found]
-    network = Network(bytes_per_token=0)
+    network = LinkSpeeds(bytes_per_token=0)
     for a, b in permutations(names, 2):
         if isinstance(link_s, float):
             took = link_s
@@ -43,7 +46,7 @@ def machines(
     return Machines(
         {WorkerId(name): size for name, (size, _) in found.items()},
         {
-            WorkerId(name): WorkerCosts(Prior(took, 0, 0, 0, 0, 0))
+            WorkerId(name): WorkerSpeed(Prior(took, 0, 0, 0, 0, 0))
             for name, (_, took) in found.items()
         },
         network.links,
@@ -207,7 +210,7 @@ def test_throughput_is_that_of_a_full_pipeline() -> None:
 def test_gains_follow_the_demand() -> None:
     """A second machine helps many sequences, and one sequence not at all."""
     some = machines({"pc": (1000, 0.001), "mac": (1000, 0.001)}, link_s=0.002)
-    costs = {name: WorkerCosts(Prior(0.001, 0.001, 0, 0, 0, 0)) for name in some.costs}
+    costs = {name: WorkerSpeed(Prior(0.001, 0.001, 0, 0, 0, 0)) for name in some.costs}
     some = Machines(some.memory_bytes, costs, some.links)
     gains = {
         demand: [one.gain or 0.0 for one in told(model(), some, demand, "auto").values()]
@@ -294,7 +297,7 @@ def test_where_plans_keep_their_order_the_numbers_are_nearly_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exact = told(model(), crowd(7))
-    monkeypatch.setattr("distributed_llm.coordinator.advice._EXACT_WORK", 0)
+    monkeypatch.setattr("distributed_llm.coordinator.planning.advice._EXACT_WORK", 0)
     quick = told(model(), crowd(7))
     for name, advice in exact.items():
         assert advice.without_tokens_per_s is not None
@@ -304,7 +307,7 @@ def test_where_plans_keep_their_order_the_numbers_are_nearly_the_same(
 
 
 def test_where_plans_keep_their_order_others_step_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed_llm.coordinator.advice._EXACT_WORK", 0)
+    monkeypatch.setattr("distributed_llm.coordinator.planning.advice._EXACT_WORK", 0)
     some = machines({"pc": (200, 0.010), "mac": (200, 0.014), "pi": (200, 0.016)})
     found = told(model(2), some, ONE, "throughput")
     assert found["pc"].with_tokens_per_s == pytest.approx(1 / 0.0145)
@@ -317,10 +320,10 @@ def test_of_very_many_machines_those_of_the_plan_come_first() -> None:
     some = Machines(
         dict.fromkeys(names, 300),
         {
-            WorkerId(name): WorkerCosts(Prior(took, 0, 0, 0, 0, 0))
+            WorkerId(name): WorkerSpeed(Prior(took, 0, 0, 0, 0, 0))
             for name, (_, took) in costs.items()
         },
-        Network(bytes_per_token=0).links,
+        LinkSpeeds(bytes_per_token=0).links,
     )
     begun = time.perf_counter()
     found = told(model(22), some)

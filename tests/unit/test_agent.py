@@ -44,8 +44,9 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker.agent import Agent
-from distributed_llm.worker.events import (
+from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.epoch_stage import CREDITS
+from distributed_llm.worker.session.events import (
     Action,
     Beat,
     Broke,
@@ -69,8 +70,7 @@ from distributed_llm.worker.events import (
     Say,
     Signalled,
 )
-from distributed_llm.worker.held_stage import CREDITS
-from distributed_llm.worker.link_events import (
+from distributed_llm.worker.session.link_events import (
     CloseLink,
     Greet,
     HandOn,
@@ -85,7 +85,7 @@ from distributed_llm.worker.link_events import (
     PeerSay,
     Transmit,
 )
-from distributed_llm.worker.peers import PROBE_BYTES, proof
+from distributed_llm.worker.session.peers import PROBE_BYTES, proof
 
 WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=4.0)
 IDS = TensorSpec("int32", (1,))

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.types import LayerRange, WorkerId
-from distributed_llm.coordinator.balancer import Balancer, Offer
-from distributed_llm.coordinator.partition_tables import Ranges
+from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
+from distributed_llm.coordinator.plan import LayerMap
 
 
-def plan(cut: int) -> Ranges:
+def plan(cut: int) -> LayerMap:
     """Two workers; the first serves `cut` of twelve layers."""
     return (
         (WorkerId("a"), LayerRange(0, cut)),
@@ -20,12 +20,16 @@ def plan(cut: int) -> Ranges:
     )
 
 
-def offer(gain: float, *, cut: int = 6, uncertainty: float = 0.0, cost_s: float = 0.0) -> Offer:
-    return Offer(plan(cut), gain, uncertainty, cost_s)
+def offer(
+    gain: float, *, cut: int = 6, uncertainty: float = 0.0, cost_s: float = 0.0
+) -> Alternative:
+    return Alternative(plan(cut), gain, uncertainty, cost_s)
 
 
-def time_of_move(balancer: Balancer, what: Offer, *, since: float, for_s: float) -> float | None:
-    """Offer the same plan every half second; return when it was said to move there."""
+def time_of_move(
+    balancer: Balancer, what: Alternative, *, since: float, for_s: float
+) -> float | None:
+    """Alternative the same plan every half second; return when it was said to move there."""
     now = since
     while now <= since + for_s:
         if balancer.consider(what, now=now).what == "move":

@@ -5,10 +5,11 @@ import pytest
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.demand import DemandMeter
-from distributed_llm.coordinator.pipeline import StepDone
-from distributed_llm.coordinator.requests import Limits, Request, Ticket
-from distributed_llm.coordinator.scheduler import Step
+from distributed_llm.coordinator.requests.parameters import Limits
+from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.steps import StepDone
+from distributed_llm.coordinator.speeds.demand import DemandMeter
 
 
 def step(*slices: tuple[int, int, bool]) -> StepDone:

@@ -27,14 +27,14 @@ def moved(parts: Parts, now: float = 11.0) -> list[Action]:
     """All stages of the move have loaded; it goes on without copying."""
     move = parts.relocation.move
     assert move
-    for seat in move.new.seats:
-        worker = parts.registry.worker(seat.peer)
+    for stage in move.new.stages:
+        worker = parts.registry.worker(stage.peer)
         assert worker
         parts.relocation.stage_ready(worker, ready(move.new.epoch), now=now)
     if move.phase == "copying":
         move.copied_enough(now=now)
-    for seat in move.new.seats:
-        move.took_over(seat.peer)
+    for stage in move.new.stages:
+        move.took_over(stage.peer)
     return settle(parts, now)
 
 
@@ -82,10 +82,10 @@ def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     assert [a.peer for a in actions if isinstance(a, Send)] == [b"a"]
     assert parts.relocation.move
     assert parts.relocation.move.copies
-    assert "worker b is to leave" in parts.journal.events[-1]
+    assert "worker b is to leave" in parts.event_log.events[-1]
     assert settle(parts) == [], "it waits for the move"
     assert may_leave(moved(parts)) == ["b"]
-    assert parts.placement.replicas[0].layers_text == "a 0-6"
+    assert parts.placement.pipelines[0].layers_text == "a 0-6"
 
 
 def test_everybody_who_asked_is_told() -> None:
@@ -117,8 +117,8 @@ def test_a_worker_that_takes_over_just_now_is_waited_for() -> None:
     settle(parts)
     move = parts.relocation.move
     assert move
-    for seat in move.new.seats:
-        parts.relocation.stage_ready(parts.worker(seat.worker), ready(2), now=11.0)
+    for stage in move.new.stages:
+        parts.relocation.stage_ready(parts.worker(stage.worker), ready(2), now=11.0)
     move.copied_enough(now=11.0)
     assert move.phase == "handing_over"
     parts.departures.leave(parts.worker("b"))
@@ -175,8 +175,8 @@ def test_its_pipeline_just_ends_where_another_one_serves(alone: bool) -> None:
     parts.ask(first, 100)
     assert sent(parts.departures.drain(CLIENT, "a")) == []
     settle(parts)
-    assert parts.placement.replicas == [second]
-    assert parts.desk.num_waiting == 1
+    assert parts.placement.pipelines == [second]
+    assert parts.book.num_waiting == 1
     assert may_leave(settle(parts)) == ["a"]
 
 
@@ -194,7 +194,7 @@ def test_a_worker_that_wants_to_end_does_though_nobody_can_have_its_layers() -> 
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
     assert may_leave(actions) == ["b"]
-    assert "cannot hand its layers over" in parts.journal.events[-1]
+    assert "cannot hand its layers over" in parts.event_log.events[-1]
     assert settle(parts) == [], "told once"
 
 
@@ -236,12 +236,12 @@ def test_one_that_wanted_to_end_and_is_gone_has_left() -> None:
 def test_the_others_have_room_for_what_a_request_may_take(answer: int, served_by: int) -> None:
     """One of them alone is quickest, and leaves (11,000 - 6800) / 6 = 700 positions."""
     parts = Parts(dict.fromkeys("abc", 11_000), objective="latency")
-    parts.planning.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts.planner.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
     parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100, answer)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
     assert parts.relocation.move
-    assert len(parts.relocation.move.new.seats) == served_by
+    assert len(parts.relocation.move.new.stages) == served_by
     assert parts.relocation.move.new.kv_tokens >= 100 + answer
 
 
@@ -265,7 +265,7 @@ def test_tried_once_with_and_once_without_the_cache_and_then_given_up() -> None:
     assert parts.relocation.move is None
     loads = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)]
     assert [load.beside for load in loads] == [False]
-    assert parts.desk.num_waiting == 1, "its request waits for the new stage"
+    assert parts.book.num_waiting == 1, "its request waits for the new stage"
     assert may_leave(settle(parts)) == ["b"]
 
 
@@ -275,7 +275,7 @@ def test_without_room_for_both_the_layers_are_loaded_anew() -> None:
     parts.departures.leave(parts.worker("b"))
     settle(parts)
     assert parts.relocation.move is None
-    assert parts.placement.replicas[0].layers_text == "a 0-6"
+    assert parts.placement.pipelines[0].layers_text == "a 0-6"
     assert parts.worker("a").state == "loading"
 
 
@@ -285,7 +285,7 @@ def test_layers_that_are_loading_are_loaded_by_others() -> None:
     parts.departures.leave(parts.worker("b"))
     settle(parts)
     assert parts.relocation.move is None
-    assert parts.placement.replicas[0].layers_text == "a 0-6"
+    assert parts.placement.pipelines[0].layers_text == "a 0-6"
     assert may_leave(settle(parts)) == ["b"]
 
 

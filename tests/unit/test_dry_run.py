@@ -7,11 +7,11 @@ import pytest
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 from distributed_llm.common.types import LayerRange, WorkerId
-from distributed_llm.coordinator.advice import Advice
-from distributed_llm.coordinator.core_settings import CoreSettings
-from distributed_llm.coordinator.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.planning.advice import Advice
+from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
+from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.fake_model import MODEL
 
 MIB = 2**20

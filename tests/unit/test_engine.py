@@ -23,9 +23,10 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker import loading
-from distributed_llm.worker.engine import Engine, Voidable
-from distributed_llm.worker.events import (
+from distributed_llm.worker.compute import loading
+from distributed_llm.worker.compute.engine import Engine, Voidable
+from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
+from distributed_llm.worker.session.events import (
     Broke,
     Computed,
     Drop,
@@ -37,7 +38,6 @@ from distributed_llm.worker.events import (
     Run,
     Serve,
 )
-from distributed_llm.worker.stage import MissingPositionsError, ReleasedSequence, StageOutput
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
 MIB = 1 << 20

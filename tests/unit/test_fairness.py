@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from distributed_llm.coordinator.fairness import FairQueue
+from distributed_llm.coordinator.requests.fairness import FairQueue
 
 CLIENTS = "abcd"
 

@@ -6,20 +6,15 @@ from itertools import permutations
 import pytest
 
 from distributed_llm.common.types import LayerRange, WorkerId
-from distributed_llm.coordinator.forecast import (
-    Demand,
-    Goal,
-    Machines,
-    best_plan,
-    forecast,
-    merit,
-    rate,
-)
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.network import Network
-from distributed_llm.coordinator.partition_tables import Ranges
-from distributed_llm.coordinator.task_fit import Work
-from distributed_llm.coordinator.worker_costs import Prior, WorkerCosts
+from distributed_llm.coordinator.plan import LayerMap
+from distributed_llm.coordinator.planning.forecast import best_plan, forecast, merit, rate
+from distributed_llm.coordinator.settings import Goal
+from distributed_llm.coordinator.speeds.demand import Demand
+from distributed_llm.coordinator.speeds.links import LinkSpeeds
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 LAYERS = 14
 MODEL = ModelCost(
@@ -34,9 +29,9 @@ ALONE = Demand(sequences=1, positions=100, prompt_tokens=0, chunk_tokens=1)
 CROWD = Demand(sequences=60, positions=100, prompt_tokens=0, chunk_tokens=1)
 
 
-def machine(layer_s: float, token_s: float = 0.0) -> WorkerCosts:
+def machine(layer_s: float, token_s: float = 0.0) -> WorkerSpeed:
     """Return a machine whose layers take so long, and longer for each token."""
-    costs = WorkerCosts(Prior(layer_s, token_s, 0.0, 0.0, 0.0, 0.0))
+    costs = WorkerSpeed(Prior(layer_s, token_s, 0.0, 0.0, 0.0, 0.0))
     for at in range(200):  # long enough for what it takes to be known well
         tokens = 1 + at % 16
         costs.observe(
@@ -50,9 +45,9 @@ def machine(layer_s: float, token_s: float = 0.0) -> WorkerCosts:
     return costs
 
 
-def cluster(*costs: WorkerCosts, memory_bytes: int = ROOMY, rtt_s: float = 0.0) -> Machines:
+def cluster(*costs: WorkerSpeed, memory_bytes: int = ROOMY, rtt_s: float = 0.0) -> Machines:
     names = [WorkerId(f"w{i}") for i in range(len(costs))]
-    network = Network(bytes_per_token=1000)
+    network = LinkSpeeds(bytes_per_token=1000)
     for pair in permutations(names, 2):
         network.observe(*pair, rtt_s=rtt_s, bytes_per_s=1e9)
     return Machines(
@@ -60,7 +55,7 @@ def cluster(*costs: WorkerCosts, memory_bytes: int = ROOMY, rtt_s: float = 0.0) 
     )
 
 
-def ranges(*stops: int) -> Ranges:
+def ranges(*stops: int) -> LayerMap:
     edges = (0, *stops)
     return tuple(
         (WorkerId(f"w{i}"), LayerRange(start, stop))
@@ -68,7 +63,7 @@ def ranges(*stops: int) -> Ranges:
     )
 
 
-def sizes(found: Ranges) -> dict[str, int]:
+def sizes(found: LayerMap) -> dict[str, int]:
     return {str(worker): len(layers) for worker, layers in found}
 
 
@@ -130,7 +125,7 @@ def test_prompts_are_a_part_of_the_steps_and_as_many_as_there_are() -> None:
 
 def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
     """The other one took 100 times its prior, and is four times slower since; it is not asked."""
-    other = WorkerCosts(Prior(1e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
+    other = WorkerSpeed(Prior(1e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
     for at in range(100):
         slower = 4.0 if at >= 50 else 1.0
         other.observe(
@@ -141,7 +136,7 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
             other_s=0.0,
             now=float(at),
         )
-    stranger = WorkerCosts(Prior(2e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
+    stranger = WorkerSpeed(Prior(2e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
     machines = cluster(stranger, other)
     found = forecast(MODEL, machines, ranges(14), ALONE)
     assert found.tokens_per_s == pytest.approx(1 / (14 * 0.02), rel=0.05)
@@ -151,7 +146,7 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
 # ------------------------------------------------------------------ the best plan
 
 
-def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> Ranges:
+def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> LayerMap:
     found = best_plan(MODEL, machines, demand, goal=goal, kv_tokens=0)
     assert found is not None
     return found.partition.ranges
@@ -182,7 +177,7 @@ def test_a_machine_that_hurts_is_left_out() -> None:
 def test_between_throughput_and_latency() -> None:
     """Two machines help two sequences; a third one, far away, would only if there were many."""
     machines = cluster(*(machine(1e-6, 0.001) for _ in range(3)))
-    network = Network(bytes_per_token=0)
+    network = LinkSpeeds(bytes_per_token=0)
     for pair in permutations(machines.costs, 2):
         network.observe(*pair, rtt_s=0.2 if "w2" in pair else 0.0, bytes_per_s=1e9)
     machines = Machines(machines.memory_bytes, machines.costs, network.links)

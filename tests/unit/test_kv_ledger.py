@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.coordinator import kv_ledger
-from distributed_llm.coordinator.kv_ledger import KVLedger, Match, common_prefix
+from distributed_llm.coordinator.serving import kv_ledger
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
 
 TEXT = list(range(1000))
 STRIDE = 16

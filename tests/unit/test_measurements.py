@@ -17,14 +17,14 @@ from distributed_llm.common.messages import (
     StageTrial,
 )
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.measurements import Measurements, work_of
+from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.pipeline import StepDone
-from distributed_llm.coordinator.registry import Worker
-from distributed_llm.coordinator.requests import Seat
-from distributed_llm.coordinator.scheduler import Step
-from distributed_llm.coordinator.task_fit import Work
-from distributed_llm.coordinator.worker_costs import Prior
+from distributed_llm.coordinator.plan import PipelineStage
+from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.steps import StepDone
+from distributed_llm.coordinator.speeds.measurements import Measurements, work_of
+from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.worker_speed import Prior
 
 COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, kv_bytes_per_token=1000)
 ITEM_BYTES = 2
@@ -40,8 +40,8 @@ FOUND = Capabilities(
 )
 A, B = WorkerId("a"), WorkerId("b")
 SEATS = (
-    Seat(PeerId(b"a"), A, LayerRange(0, 1)),
-    Seat(PeerId(b"b"), B, LayerRange(1, 2)),
+    PipelineStage(PeerId(b"a"), A, LayerRange(0, 1)),
+    PipelineStage(PeerId(b"b"), B, LayerRange(1, 2)),
 )
 TOKEN = Work(1, 1)
 HEAVY, LIGHT = 1.5, 0.5
@@ -239,7 +239,7 @@ def test_links_are_known_once_their_speed_was_measured(report: dict[str, Any]) -
 
 
 def machines(known: Measurements) -> Any:
-    return known.machines([Worker(seat.peer, seat.worker, FOUND, 0.0, "i") for seat in SEATS])
+    return known.machines([Worker(stage.peer, stage.worker, FOUND, 0.0, "i") for stage in SEATS])
 
 
 def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:

@@ -16,13 +16,12 @@ from distributed_llm.common.messages import (
     TakeOver,
 )
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.cluster.move import Move, transfers_between
 from distributed_llm.coordinator.events import Send
-from distributed_llm.coordinator.moves import Move, transfers_between
-from distributed_llm.coordinator.planner import Stage
-from distributed_llm.coordinator.replica import Replica, ReplicaSettings
-from distributed_llm.coordinator.requests import Seat
+from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
+from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
 
-SETTINGS = ReplicaSettings(
+SETTINGS = PipelineSettings(
     wire_dtype="float32",
     hidden_size=4,
     vocab_size=50,
@@ -32,9 +31,9 @@ SETTINGS = ReplicaSettings(
 )
 
 
-def seats(*layers: tuple[str, int, int]) -> tuple[Seat, ...]:
+def stages(*layers: tuple[str, int, int]) -> tuple[PipelineStage, ...]:
     return tuple(
-        Seat(PeerId(name.encode()), WorkerId(name), LayerRange(start, stop))
+        PipelineStage(PeerId(name.encode()), WorkerId(name), LayerRange(start, stop))
         for name, start, stop in layers
     )
 
@@ -42,23 +41,25 @@ def seats(*layers: tuple[str, int, int]) -> tuple[Seat, ...]:
 class Bench:
     """A pipeline that serves, and a move of it."""
 
-    def __init__(self, old: tuple[Seat, ...], new: tuple[Seat, ...], *, copies: bool) -> None:
+    def __init__(
+        self, old: tuple[PipelineStage, ...], new: tuple[PipelineStage, ...], *, copies: bool
+    ) -> None:
         ids = itertools.count().__next__
         self.old, self.new = (
-            Replica(
+            Pipeline(
                 epoch,
-                tuple(Stage(seat.worker, seat.layers, 1, 640) for seat in some),
+                tuple(PlannedStage(stage.worker, stage.layers, 1, 640) for stage in some),
                 some,
                 SETTINGS,
                 ids,
-                lambda replica: None,
+                lambda pipeline: None,
             )
             for epoch, some in ((3, old), (4, new))
         )
-        for seat in old:
-            self.old.stage_ready(seat.peer, ready(3))
+        for stage in old:
+            self.old.stage_ready(stage.peer, ready(3))
         self.old.serve()
-        addresses = {seat.peer: (f"{seat.worker}:1",) for seat in new}
+        addresses = {stage.peer: (f"{stage.worker}:1",) for stage in new}
         self.move = Move(
             self.old,
             self.new,
@@ -71,8 +72,8 @@ class Bench:
 
     def load(self, now: float = 11.0) -> list[Send]:
         """All new stages have loaded."""
-        for seat in self.new.seats:
-            last = self.new.stage_ready(seat.peer, ready(4))
+        for stage in self.new.stages:
+            last = self.new.stage_ready(stage.peer, ready(4))
         assert last
         return self.move.loaded(now=now)
 
@@ -86,8 +87,8 @@ def told(sends: Sequence[Send], kind: type) -> list[str]:
     return [send.peer.decode() for send in sends]
 
 
-OLD = seats(("a", 0, 4), ("b", 4, 8))
-SHIFTED = seats(("a", 0, 2), ("b", 2, 8))
+OLD = stages(("a", 0, 4), ("b", 4, 8))
+SHIFTED = stages(("a", 0, 2), ("b", 2, 8))
 
 
 # ------------------------------------------------------------------ who sends what
@@ -99,42 +100,42 @@ def test_a_shifted_cut_sends_what_lies_between() -> None:
 
 
 def test_a_worker_in_the_middle_gets_both_ends() -> None:
-    new = seats(("a", 0, 2), ("c", 2, 6), ("b", 6, 8))
+    new = stages(("a", 0, 2), ("c", 2, 6), ("b", 6, 8))
     found = [(t.sender.worker, t.receiver.worker, t.layers) for t in transfers_between(OLD, new)]
     assert found == [("a", "c", LayerRange(2, 4)), ("b", "c", LayerRange(4, 6))]
 
 
 def test_workers_may_change_places() -> None:
-    new = seats(("b", 0, 4), ("a", 4, 8))
+    new = stages(("b", 0, 4), ("a", 4, 8))
     found = [(t.sender.worker, t.receiver.worker, t.layers) for t in transfers_between(OLD, new)]
     assert found == [("a", "b", LayerRange(0, 4)), ("b", "a", LayerRange(4, 8))]
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[Seat, ...]:
+def plans(draw: st.DrawFn) -> tuple[PipelineStage, ...]:
     """Some of six workers, in any order, with all of twelve layers."""
     names = draw(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6, unique=True))
     cuts = draw(
         st.lists(st.integers(1, 11), min_size=len(names) - 1, max_size=len(names) - 1, unique=True)
     )
     edges = [0, *sorted(cuts), 12]
-    return seats(*zip(names, edges, edges[1:], strict=False))
+    return stages(*zip(names, edges, edges[1:], strict=False))
 
 
 @given(old=plans(), new=plans())
 def test_every_layer_is_there_already_or_sent_once_by_who_has_it(
-    old: tuple[Seat, ...], new: tuple[Seat, ...]
+    old: tuple[PipelineStage, ...], new: tuple[PipelineStage, ...]
 ) -> None:
-    had = {seat.peer: set(range(seat.layers.start, seat.layers.stop)) for seat in old}
-    sent: dict[PeerId, list[int]] = {seat.peer: [] for seat in new}
+    had = {stage.peer: set(range(stage.layers.start, stage.layers.stop)) for stage in old}
+    sent: dict[PeerId, list[int]] = {stage.peer: [] for stage in new}
     for transfer in transfers_between(old, new):
         layers = range(transfer.layers.start, transfer.layers.stop)
         assert set(layers) <= had[transfer.sender.peer]
         assert transfer.sender.peer != transfer.receiver.peer
         sent[transfer.receiver.peer] += layers
-    for seat in new:
-        wanted = set(range(seat.layers.start, seat.layers.stop))
-        assert sorted(sent[seat.peer]) == sorted(wanted - had.get(seat.peer, set()))
+    for stage in new:
+        wanted = set(range(stage.layers.start, stage.layers.stop))
+        assert sorted(sent[stage.peer]) == sorted(wanted - had.get(stage.peer, set()))
 
 
 # ------------------------------------------------------------------ phases
@@ -161,7 +162,7 @@ def test_a_move_with_its_kv_cache() -> None:
 
 
 def test_who_only_sends_is_told_to_send_the_rest_but_not_waited_for() -> None:
-    new = seats(("b", 0, 8))
+    new = stages(("b", 0, 8))
     bench = Bench(OLD, new, copies=True)
     bench.load()
     assert told(bench.move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
@@ -178,13 +179,13 @@ def test_without_copying_it_ends_when_the_steps_have() -> None:
 
 
 def test_where_nothing_changes_hands_nothing_is_copied() -> None:
-    bench = Bench(seats(("a", 0, 8)), seats(("a", 0, 8)), copies=True)
+    bench = Bench(stages(("a", 0, 8)), stages(("a", 0, 8)), copies=True)
     assert told(bench.load(), TakeOver) == ["a"]
 
 
 @pytest.mark.parametrize("phase", ["loading", "copying", "handing_over"])
 def test_a_move_can_be_undone_in_any_phase(phase: str) -> None:
-    bench = Bench(OLD, seats(("c", 0, 2), ("b", 2, 8)), copies=True)
+    bench = Bench(OLD, stages(("c", 0, 2), ("b", 2, 8)), copies=True)
     if phase != "loading":
         bench.load()
     if phase == "handing_over":
@@ -220,8 +221,8 @@ def test_answers_at_the_wrong_time_change_nothing() -> None:
             assert bench.move.copied(PeerId(b"a"), now=11.0) == []
         else:
             bench.load()
-        for seat in SHIFTED:
-            bench.move.took_over(seat.peer)
+        for stage in SHIFTED:
+            bench.move.took_over(stage.peer)
         assert bench.move.phase == phase
 
 
@@ -229,7 +230,7 @@ def test_who_says_again_that_it_has_copied_has_not_taken_over() -> None:
     bench = Bench(OLD, SHIFTED, copies=True)
     bench.load()
     bench.move.copied(PeerId(b"a"), now=12.0)
-    for seat in SHIFTED:
-        assert bench.move.copied(seat.peer, now=12.5) == []
+    for stage in SHIFTED:
+        assert bench.move.copied(stage.peer, now=12.5) == []
     bench.move.took_over(PeerId(b"a"))
     assert not bench.move.is_over

@@ -6,8 +6,8 @@ import pytest
 
 from distributed_llm.common.messages import SequenceSlice, Task
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.events import Drop, Export, Run, Serve
-from distributed_llm.worker.orders import Orders
+from distributed_llm.worker.compute.orders import Orders
+from distributed_llm.worker.session.events import Drop, Export, Run, Serve
 
 SLICES = (SequenceSlice(sequence_id=1, start=0, num_tokens=1),)
 

@@ -12,21 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.types import LayerRange, WorkerId
-from distributed_llm.coordinator import partition
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition import (
+from distributed_llm.coordinator.partition import search as partition
+from distributed_llm.coordinator.partition.exact import solve_exactly, solve_uniform
+from distributed_llm.coordinator.partition.search import best_partition, predict
+from distributed_llm.coordinator.partition.tables import (
     Candidate,
     Hop,
     Links,
     Objective,
     Partition,
-    Ranges,
     Speed,
-    best_partition,
-    predict,
+    Tables,
+    make_tables,
 )
-from distributed_llm.coordinator.partition_solvers import solve_exactly, solve_uniform
-from distributed_llm.coordinator.partition_tables import Tables, make_tables
+from distributed_llm.coordinator.plan import LayerMap
 
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency")
 SAME = Links(Hop(0.0, 0.0), {})
@@ -44,7 +44,7 @@ class Problem:
             self.cost, self.candidates, self.links, objective=objective, kv_tokens=self.kv_tokens
         )
 
-    def times(self, ranges: Ranges) -> Partition:
+    def times(self, ranges: LayerMap) -> Partition:
         return predict(self.cost, self.candidates, self.links, ranges)
 
     def tables(self) -> Tables:
@@ -64,7 +64,7 @@ def is_same(objective: Objective, one: Partition, other: Partition) -> bool:
     return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-7) for a, b in pairs)
 
 
-def is_whole(found: Ranges, problem: Problem) -> bool:
+def is_whole(found: LayerMap, problem: Problem) -> bool:
     """Return whether each layer is served once, in order, by workers who have the memory."""
     memory = {each.worker: each.memory_bytes for each in problem.candidates}
     served = [i for _, held in found for i in range(held.start, held.stop)]

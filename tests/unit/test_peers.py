@@ -17,8 +17,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker.events import Action, Log, Say
-from distributed_llm.worker.link_events import (
+from distributed_llm.worker.session.events import Action, Log, Say
+from distributed_llm.worker.session.link_events import (
     CloseLink,
     Greet,
     LinkId,
@@ -26,7 +26,7 @@ from distributed_llm.worker.link_events import (
     PeerSay,
     Transmit,
 )
-from distributed_llm.worker.peers import PROBE_BYTES, Peers, proof
+from distributed_llm.worker.session.peers import PROBE_BYTES, Peers, proof
 
 LAN, LOOPBACK = "10.0.0.2:7000", "127.0.0.1:7000"
 MAC = NextStage(worker="mac", addresses=(LAN, LOOPBACK))

@@ -1,665 +1,518 @@
-"""Steps on their way: routes, answers, leases, and what stages are told to free."""
+"""One pipeline and its requests: what it begins with, how many steps, and what it frees."""
 
-from array import array
-from collections.abc import Iterable
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distributed_llm.common.messages import (
     MAX_RELEASED,
+    ReleaseSequences,
     SequenceSlice,
+    StageReady,
     StageTime,
     Task,
     TaskFailed,
     TaskResult,
-    TokenLogprobs,
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
-from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids
+from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.pipeline import (
-    Dropped,
-    Pipeline,
-    SendTask,
-    StepBroken,
-    StepDone,
+from distributed_llm.coordinator.events import Send
+from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
+from distributed_llm.coordinator.requests.parameters import Limits
+from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
+from distributed_llm.coordinator.serving.steps import Dropped, StepBroken, StepDone, StepsInFlight
+
+EPOCH = 3
+PEERS = [PeerId(b"a"), PeerId(b"b")]
+NAMES = [WorkerId("a"), WorkerId("b")]
+LAYERS = [LayerRange(0, 1), LayerRange(1, 2)]
+SEATS = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
+SETTINGS = PipelineSettings(
+    wire_dtype="float32",
+    hidden_size=4,
+    vocab_size=50,
+    max_sequences=16,
+    max_tokens=32,
+    task_timeout_s=10.0,
 )
-from distributed_llm.coordinator.requests import Limits, Request, Seat, Ticket
-from distributed_llm.coordinator.scheduler import Step
-
-HIDDEN = 4
-VOCAB = 50
-TOKENS = 3
-EPOCH = 7
-LEASE_S = 10.0
-PEERS = [PeerId(b"a"), PeerId(b"b"), PeerId(b"c")]
-STRANGER = PeerId(b"?")
-SEATS = [Seat(peer, WorkerId(peer.decode()), LayerRange(i, i + 1)) for i, peer in enumerate(PEERS)]
-ACTIVATIONS = TensorSpec("bfloat16", (TOKENS, HIDDEN))
-
-Outcome = StepDone | SendTask | StepBroken | Dropped
-
-
-def pipeline(credits: int = 4, links: Iterable[int] = ()) -> Pipeline:
-    """Three stages; those in `links` reach the next one."""
-    line = Pipeline(
-        EPOCH,
-        SEATS,
-        credits=credits,
-        wire_dtype="bfloat16",
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
-        task_timeout_s=LEASE_S,
-    )
-    for stage in links:
-        line.set_link(PEERS[stage], True)
-    return line
-
-
-def step(*asked: int | None, samples: bool = True) -> Step:
-    """A step of one slice per request, which asks for so many log-probabilities; or one request."""
-    asked = asked or (None,)
-    requests: list[Request] = []
-    for number, logprobs in enumerate(asked):
-        ticket = Ticket((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
-        limits = Limits((Sampling(logprobs=logprobs),), 5, ())
-        ticket.accept(range(TOKENS), limits, number=number)
-        requests += ticket.requests
-    slices = tuple(
-        SequenceSlice(sequence_id=10 + i, start=0, num_tokens=TOKENS, sample=samples)
-        for i in range(len(asked))
-    )
-    return Step(tuple(requests), slices, tuple(range(TOKENS)) * len(asked))
-
-
-def timings(stage: int) -> tuple[StageTime, ...]:
-    """What the stages up to this one took."""
-    return tuple(StageTime(compute_us=100 + i, layers_us=0, queued_us=i) for i in range(stage + 1))
-
-
-def answer(line: Pipeline, task: Task, stage: int, *, now: float = 0.0) -> Outcome:
-    """Give the pipeline the right answer of a stage to a step of one request."""
-    if stage == len(PEERS) - 1:
-        sampled = [42] * sum(part.sample for part in task.sequences)
-        tensors = [frame_of_token_ids(sampled)] if sampled else []
-    else:
-        tensors = [(ACTIVATIONS, bytes([task.step % 256]) * ACTIVATIONS.nbytes)]
-    return reply(line, task.step, stage, tensors, now=now)
-
-
-def reply(
-    line: Pipeline,
-    number: int,
-    stage: int,
-    tensors: Iterable[tuple[TensorSpec, Frame]],
-    *,
-    now: float = 0.0,
-) -> Outcome:
-    """Give the pipeline some answer of a stage to a step."""
-    pairs = list(tensors)
-    result = TaskResult(
-        epoch=EPOCH,
-        step=number,
-        timings=timings(stage),
-        tensors=tuple(spec for spec, _ in pairs),
-    )
-    outcome = line.result(PEERS[stage], result, tuple(frame for _, frame in pairs), now=now)
-    line.validate()
-    return outcome
-
-
-def relayed(line: Pipeline, sent: SendTask, stage: int, *, now: float = 0.0) -> SendTask:
-    """Give the right answer of a stage that is not the last, and return the next task."""
-    outcome = answer(line, sent.task, stage, now=now)
-    assert isinstance(outcome, SendTask)
-    return outcome
-
-
-def finish(line: Pipeline, sent: SendTask, *, now: float = 0.0) -> StepDone:
-    """Let the last stage answer."""
-    outcome = answer(line, sent.task, 2, now=now)
-    assert isinstance(outcome, StepDone)
-    return outcome
-
-
-def floats(values: Iterable[float], shape: tuple[int, ...]) -> tuple[TensorSpec, Frame]:
-    return TensorSpec("float32", shape), array("f", values).tobytes()
-
 
-def ints(values: Iterable[int], shape: tuple[int, ...]) -> tuple[TensorSpec, Frame]:
-    return TensorSpec("int32", shape), array("i", values).tobytes()
-
-
-def refusal(number: int, epoch: int = EPOCH) -> TaskFailed:
-    return TaskFailed(epoch=epoch, step=number, code="stage_error", message="no")
-
-
-# ------------------------------------------------------------------ the way through
-
-
-@pytest.mark.parametrize(
-    ("links", "route"),
-    [
-        ((), (False, False)),
-        ((0,), (True, False)),
-        ((1,), (False, True)),
-        ((0, 1), (True, True)),
-        ((0, 1, 2), (True, True)),  # nothing comes after the last stage
-    ],
-)
-def test_a_task_carries_its_route(links: tuple[int, ...], route: tuple[bool, ...]) -> None:
-    line = pipeline(links=links)
-    going = step()
-    sent = line.begin(going, now=1.0)
-    assert sent.peer == PEERS[0]
-    assert sent.frames == (frame_of_token_ids(range(TOKENS))[1],)
-    assert sent.task == Task(
-        epoch=EPOCH,
-        step=1,
-        oldest=1,
-        sequences=going.slices,
-        tensors=(TensorSpec("int32", (TOKENS,)),),
-        route=route,
-    )
-
-
-def test_relayed_from_stage_to_stage() -> None:
-    line = pipeline()
-    line.release([3])
-    going = step()
-    first = line.begin(going, now=1.0)
-    second = relayed(line, first, 0, now=2.0)
-    assert second.peer == PEERS[1]
-    assert second.task.tensors == (*first.task.tensors, ACTIVATIONS)
-    assert second.frames == (*first.frames, bytes([1]) * ACTIVATIONS.nbytes)
-    assert second.task.timings == timings(0)
-    assert second.task.route == (False,)
-    assert second.task.released == (3,)
-    assert second.task.sequences == going.slices
-    third = relayed(line, second, 1, now=3.0)
-    assert (third.peer, third.task.route, third.task.timings) == (PEERS[2], (), timings(1))
-    assert line.steps == [going]
-    assert finish(line, third, now=5.0) == StepDone(going, [42], [None], timings(2), 1, 4.0)
-    assert line.steps == []
-    assert line.next_deadline() is None
-
-
-def test_last_stage_answers_what_was_handed_on_directly() -> None:
-    line = pipeline(links=(0, 1))
-    first = line.begin(step(), now=0.0)
-    assert finish(line, first).timings == timings(2)
-    assert line.begin(step(), now=0.0).task.step == first.task.step + 1
-
-
-def test_a_stage_that_could_not_hand_on_is_relayed() -> None:
-    """The link broke meanwhile: the stage answers what its route told it to hand on."""
-    line = pipeline(links=(0, 1))
-    second = relayed(line, line.begin(step(), now=0.0), 0)
-    assert (second.peer, second.task.route) == (PEERS[1], (True,))
-    finish(line, second)
-
-
-def test_relayed_at_the_second_hop_only() -> None:
-    line = pipeline(links=(0,))
-    third = relayed(line, line.begin(step(), now=0.0), 1)
-    assert (third.peer, third.task.timings) == (PEERS[2], timings(1))
-    finish(line, third)
-
-
-def test_step_that_samples_nothing() -> None:
-    line = pipeline(links=(0, 1))
-    done = finish(line, line.begin(step(samples=False), now=0.0))
-    assert (done.token_ids, done.logprobs) == ([], [])
-
-
-def test_depth_is_what_was_under_way_at_the_beginning() -> None:
-    line = pipeline(links=(0, 1))
-    first, second = line.begin(step(), now=0.0), line.begin(step(), now=0.0)
-    assert line.num_steps == 2
-    assert [finish(line, sent).depth for sent in (first, second)] == [1, 2]
-
-
-def test_a_pipeline_of_one_stage() -> None:
-    line = Pipeline(
-        EPOCH,
-        SEATS[:1],
-        credits=1,
-        wire_dtype="bfloat16",
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
-        task_timeout_s=LEASE_S,
-    )
-    assert not line.set_link(PEERS[0], True)
-    sent = line.begin(step(), now=0.0)
-    assert sent.task.route == ()
-    assert isinstance(reply(line, sent.task.step, 0, [frame_of_token_ids([42])]), StepDone)
-
-
-# ------------------------------------------------------------------ links that come and go
-
-
-def test_a_link_that_comes_up_is_used_once_nothing_is_relayed_there() -> None:
-    """A step handed on directly would overtake one on its way through the coordinator."""
-    line = pipeline(links=(1,))
-    first = line.begin(step(), now=0.0)
-    line.set_link(PEERS[0], True)
-    second = line.begin(step(), now=0.0)
-    assert second.task.route == (False, True)
-    finish(line, relayed(line, first, 0))
-    assert line.begin(step(), now=0.0).task.route == (False, True)  # the second is relayed still
-    line.abandon()
-    assert line.begin(step(), now=0.0).task.route == (True, True)
-
-
-def test_a_link_that_goes_down_is_used_no_longer() -> None:
-    line = pipeline(links=(0, 1))
-    line.set_link(PEERS[1], False)
-    assert line.begin(step(), now=0.0).task.route == (True, False)
-
-
-def test_a_broken_link_may_lose_steps() -> None:
-    line = pipeline(links=(0,))
-    line.begin(step(), now=0.0)
-    assert not line.set_link(PEERS[1], False)  # it was down before
-    assert not line.set_link(PEERS[0], True)
-    assert not line.set_link(PEERS[2], False)  # there is no stage after it
-    assert not line.set_link(STRANGER, False)
-    assert line.set_link(PEERS[0], False)
-    assert not line.set_link(PEERS[0], False)
-
-
-def test_a_link_that_breaks_while_nothing_is_under_way_loses_nothing() -> None:
-    line = pipeline(links=(0,))
-    finish(line, line.begin(step(), now=0.0))
-    assert not line.set_link(PEERS[0], False)
-
-
-# ------------------------------------------------------------------ answers nobody waits for
-
-
-def test_an_earlier_stage_answers_again() -> None:
-    line = pipeline()
-    first = line.begin(step(), now=0.0)
-    second = relayed(line, first, 0)
-    assert answer(line, first.task, 0) == Dropped("late_result")
-    relayed(line, second, 1)
-    for stage in (0, 1):
-        assert answer(line, first.task, stage) == Dropped("late_result")
-    finish(line, first)
-    assert answer(line, first.task, 2) == Dropped("late_result")
-
-
-def test_a_step_that_was_never_sent() -> None:
-    line = pipeline()
-    line.begin(step(), now=0.0)
-    for number in (0, 2):
-        assert reply(line, number, 0, []) == Dropped("late_result")
-        assert line.failed(PEERS[0], refusal(number)) == Dropped("late_result")
-    assert line.num_steps == 1
-
-
-@pytest.mark.parametrize("number", [1, 3])
-def test_wrong_number_of_timings(number: int) -> None:
-    line = pipeline()
-    sent = line.begin(step(), now=0.0)
-    result = TaskResult(
-        epoch=EPOCH, step=sent.task.step, timings=timings(number - 1), tensors=(ACTIVATIONS,)
-    )
-    frames = (bytes(ACTIVATIONS.nbytes),)
-    assert line.result(PEERS[1], result, frames, now=0.0) == Dropped("foreign_result")
-    assert line.num_steps == 1
-
-
-def test_other_workers_and_other_epochs() -> None:
-    line = pipeline()
-    number = line.begin(step(), now=0.0).task.step
-    for peer, epoch in ((STRANGER, EPOCH), (PEERS[0], EPOCH - 1), (PEERS[0], EPOCH + 1)):
-        result = TaskResult(epoch=epoch, step=number, timings=timings(0), tensors=(ACTIVATIONS,))
-        frames = (bytes(ACTIVATIONS.nbytes),)
-        assert line.result(peer, result, frames, now=0.0) == Dropped("foreign_result")
-        assert line.failed(peer, refusal(number, epoch)) == Dropped("foreign_result")
-    assert line.num_steps == 1
-
-
-# ------------------------------------------------------------------ broken steps
-
-
-def broken(outcome: Outcome, line: Pipeline) -> str:
-    """Return why the only step under way was broken."""
-    assert isinstance(outcome, StepBroken)
-    assert outcome.failure.code == "shape_mismatch"
-    assert line.steps == []
-    return outcome.failure.message
-
-
-def test_refusal_breaks_the_step_alone() -> None:
-    line = pipeline()
-    one, two = step(), step()
-    sent = line.begin(one, now=0.0)
-    line.begin(two, now=0.0)
-    said = refusal(sent.task.step)
-    assert line.failed(PEERS[2], said) == StepBroken(one, said)
-    assert line.failed(PEERS[2], said) == Dropped("late_result")
-    assert line.steps == [two]
-
-
-@pytest.mark.parametrize(
-    "specs",
-    [
-        (),
-        (TensorSpec("float32", (TOKENS, HIDDEN)),),
-        (TensorSpec("bfloat16", (TOKENS - 1, HIDDEN)),),
-        (TensorSpec("bfloat16", (TOKENS, HIDDEN + 1)),),
-        (TensorSpec("bfloat16", (TOKENS * HIDDEN,)),),
-        (ACTIVATIONS, ACTIVATIONS),
-    ],
-)
-def test_wrong_activations_break_the_step(specs: tuple[TensorSpec, ...]) -> None:
-    line = pipeline()
-    sent = line.begin(step(), now=0.0)
-    tensors = [(spec, bytes(spec.nbytes)) for spec in specs]
-    why = broken(reply(line, sent.task.step, 0, tensors), line)
-    assert "expected bfloat16[3, 4]" in why
-
-
-@pytest.mark.parametrize(
-    "specs",
-    [(), (TensorSpec("int32", (2,)),), (TensorSpec("float32", (1,)),), (ACTIVATIONS,)],
-)
-def test_wrong_token_ids_break_the_step(specs: tuple[TensorSpec, ...]) -> None:
-    line = pipeline()
-    sent = line.begin(step(), now=0.0)
-    tensors = [(spec, bytes(spec.nbytes)) for spec in specs]
-    assert "expected int32[1]" in broken(reply(line, sent.task.step, 2, tensors), line)
-
-
-def test_token_ids_that_nobody_asked_for_break_the_step() -> None:
-    line = pipeline()
-    sent = line.begin(step(samples=False), now=0.0)
-    why = broken(reply(line, sent.task.step, 2, [frame_of_token_ids([1])]), line)
-    assert "int32[1], expected none" in why
-
-
-@pytest.mark.parametrize("token", [-1, VOCAB])
-def test_a_token_outside_the_vocabulary_breaks_the_step(token: int) -> None:
-    line = pipeline()
-    sent = line.begin(step(), now=0.0)
-    why = broken(reply(line, sent.task.step, 2, [frame_of_token_ids([token])]), line)
-    assert why == f"token id {token} is not in the vocabulary"
-
-
-@pytest.mark.parametrize("token", [0, VOCAB - 1])
-def test_the_ends_of_the_vocabulary_are_in_it(token: int) -> None:
-    line = pipeline()
-    sent = line.begin(step(), now=0.0)
-    done = reply(line, sent.task.step, 2, [frame_of_token_ids([token])])
-    assert isinstance(done, StepDone)
-    assert done.token_ids == [token]
-
-
-# ------------------------------------------------------------------ log-probabilities
-
-
-def test_each_request_gets_the_log_probabilities_that_it_asked_for() -> None:
-    """The last stage reports as many columns as the one that wants most."""
-    line = pipeline()
-    sent = line.begin(step(1, None, 3, 0), now=0.0)
-    values = [-(row + column / 8) for row in range(4) for column in range(4)]
-    ids = [10 * row + column for row in range(4) for column in range(4)]
-    tensors = [ints([5, 6, 7, 8], (4,)), floats(values, (4, 4)), ints(ids, (4, 4))]
-    done = reply(line, sent.task.step, 2, tensors)
-    assert isinstance(done, StepDone)
-    assert done.token_ids == [5, 6, 7, 8]
-    assert done.logprobs == [
-        TokenLogprobs(logprob=0.0, top=((1, -0.125),)),
-        None,
-        TokenLogprobs(logprob=-2.0, top=((21, -2.125), (22, -2.25), (23, -2.375))),
-        TokenLogprobs(logprob=-3.0, top=()),
+
+class Bench:
+    """A replica of two stages, and workers that answer when they are told to.
+
+    Attributes:
+        changes: how often it said that steps may be begun, or requests admitted.
+    """
+
+    def __init__(self, *, planned: tuple[int, int] = (1024, 1024), **settings: Any) -> None:
+        plan = tuple(
+            PlannedStage(name, layers, 100, tokens)
+            for name, layers, tokens in zip(NAMES, LAYERS, planned, strict=True)
+        )
+        self.changes = 0
+        self.now = 0.0
+        self._numbers = itertools.count()
+        self.pipeline = Pipeline(
+            EPOCH,
+            plan,
+            SEATS,
+            replace(SETTINGS, **settings),
+            itertools.count(100).__next__,
+            self._changed,
+        )
+
+    def _changed(self, pipeline: Pipeline) -> None:
+        assert pipeline is self.pipeline
+        self.changes += 1
+
+    @property
+    def in_flight(self) -> StepsInFlight:
+        assert self.pipeline.in_flight is not None
+        return self.pipeline.in_flight
+
+    @property
+    def scheduler(self) -> Scheduler:
+        assert self.pipeline.scheduler is not None
+        return self.pipeline.scheduler
+
+    def ready(self, stage: int, *, credits: int = 8, kv_tokens: int = 4096) -> bool:
+        """A stage has loaded; return whether serving begins."""
+        said = StageReady(
+            epoch=EPOCH, credits=credits, load_s=1.0, weight_bytes=1, kv_tokens=kv_tokens
+        )
+        last = self.pipeline.stage_ready(PEERS[stage], said)
+        if last:
+            self.pipeline.serve()
+        return last
+
+    def serve(self, *, credits: int = 8) -> "Bench":
+        """Let both stages load, and reach one another."""
+        self.ready(0, credits=credits)
+        self.ready(1, credits=credits)
+        self.pipeline.set_link(PEERS[0], True)
+        return self
+
+    def admit(self, prompt: int, answer: int = 20) -> Request:
+        """Let a request run whose prompt has this many tokens."""
+        number = next(self._numbers)
+        request = request_of(number, prompt, answer)
+        assert self.scheduler.admit(request, now=self.now)
+        return request
+
+    def begin(self) -> list[Send]:
+        """Return what is sent now."""
+        sends = self.pipeline.begin_steps(now=self.now)
+        self.pipeline.validate()
+        return sends
+
+    def done(self, task: Task) -> StepDone:
+        """Let the last stage answer a task, and its requests go on."""
+        samples = sum(part.sample for part in task.sequences)
+        spec, frame = frame_of_token_ids([7] * samples)
+        result = TaskResult(
+            epoch=EPOCH,
+            step=task.step,
+            timings=(StageTime(compute_us=1000, layers_us=0, queued_us=0),) * 2,
+            tensors=(spec,) if samples else (),
+        )
+        outcome = self.in_flight.result(PEERS[1], result, (frame,) if samples else (), now=self.now)
+        assert isinstance(outcome, StepDone)
+        self.scheduler.complete(outcome.step)
+        for request, part in zip(outcome.step.requests, outcome.step.slices, strict=True):
+            if part.sample and part.sequence_id == request.sequence_id:
+                request.append(7, None, now=self.now)
+        return outcome
+
+    def decode(self, prompts: int) -> list[Request]:
+        """Admit requests and compute their prompts."""
+        requests = [self.admit(4) for _ in range(prompts)]
+        tasks = tasks_of(self.begin())
+        while tasks:
+            self.done(tasks.pop(0))
+            if any(r.num_new_tokens == 0 and not r.num_in_flight for r in requests):
+                tasks += tasks_of(self.begin())
+        return requests
+
+
+def request_of(number: int, prompt: int, answer: int) -> Request:
+    """Return a request of so many tokens, and so many of its answer; no two begin alike."""
+    ticket = Ticket((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
+    tokens = [(number + at) % 50 for at in range(prompt)]
+    ticket.accept(tokens, Limits((Sampling(),), answer, ()), number=number)
+    return ticket.requests[0]
+
+
+def tasks_of(sends: list[Send]) -> list[Task]:
+    """Return the tasks in `sends`; all go to the first stage."""
+    tasks = []
+    for send in sends:
+        if isinstance(send.message, Task):
+            assert send.peer == PEERS[0]
+            tasks.append(send.message)
+    return tasks
+
+
+def releases_of(sends: list[Send]) -> list[tuple[PeerId, tuple[int, ...]]]:
+    """Return who is told to free what, by messages of their own."""
+    return [
+        (send.peer, send.message.sequence_ids)
+        for send in sends
+        if isinstance(send.message, ReleaseSequences)
     ]
 
 
-def test_only_requests_that_sample_count() -> None:
-    line = pipeline()
-    going = step(3, 1)
-    waits = SequenceSlice(sequence_id=10, start=0, num_tokens=TOKENS)
-    going = Step(going.requests, (waits, going.slices[1]), going.token_ids)
-    sent = line.begin(going, now=0.0)
-    tensors = [ints([5], (1,)), floats([-1.0, -0.5], (1, 2)), ints([5, 6], (1, 2))]
-    done = reply(line, sent.task.step, 2, tensors)
-    assert isinstance(done, StepDone)
-    assert done.logprobs == [TokenLogprobs(logprob=-1.0, top=((6, -0.5),))]
+def measured(
+    bench: Bench, compute_us: tuple[int, int], *, decodes: bool, times: int = 6, depth: int = 1
+) -> None:
+    """Let steps of 4 tokens have been measured at one depth."""
+    sizes = [1] * 4 if decodes else [4]
+    slices = tuple(SequenceSlice(sequence_id=1, start=9, num_tokens=size) for size in sizes)
+    step = Step((request_of(99, 20, 5),) * len(sizes), slices, (0,) * 4)
+    timings = tuple(StageTime(compute_us=us, layers_us=0, queued_us=0) for us in compute_us)
+    round_trip_s = sum(compute_us) / 1e6
+    for _ in range(times):
+        bench.now += 0.1
+        done = StepDone(step, [], [], timings, depth, round_trip_s)
+        bench.pipeline.observe(done, now=bench.now)
+
+
+# ------------------------------------------------------------------ loading
+
+
+def test_serves_once_all_stages_have_loaded() -> None:
+    bench = Bench()
+    assert bench.begin() == []
+    assert not bench.ready(1)
+    assert (bench.pipeline.in_flight, bench.changes) == (None, 0)
+    assert bench.begin() == []
+    assert bench.ready(0)
+    assert bench.changes == 1
+    assert bench.begin() == []
 
 
 @pytest.mark.parametrize(
-    "tensors",
+    ("planned", "told", "expected"),
     [
-        [ints([5], (1,))],
-        [ints([5], (1,)), floats([-1.0], (1, 1)), ints([5], (1, 1))],
-        [ints([5], (1,)), floats([-1.0, -1.0], (2,)), ints([5, 6], (2,))],
-        [ints([5], (1,)), ints([5, 6], (1, 2)), floats([-1.0, -1.0], (1, 2))],
+        ((1024, 512), (4096, 4096), (512, 512)),
+        ((1024, 512), (4096, 130), (512, 128)),
+        ((1024, 512), (255, 256), (192, 192)),
+        ((1000, 1000), (4096, 4096), (960, 960)),
     ],
 )
-def test_log_probabilities_of_the_wrong_shape(tensors: list[tuple[TensorSpec, Frame]]) -> None:
-    line = pipeline()
-    sent = line.begin(step(1), now=0.0)
-    why = broken(reply(line, sent.task.step, 2, tensors), line)
-    assert "expected int32[1], float32[1, 2], int32[1, 2]" in why
+def test_kv_tokens_are_the_least_that_a_stage_has(
+    planned: tuple[int, int], told: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """First of what is planned and what the first stage told, then of what both did."""
+    bench = Bench(planned=planned)
+    bench.ready(0, kv_tokens=told[0])
+    assert bench.pipeline.kv_tokens == expected[0]
+    bench.ready(1, kv_tokens=told[1])
+    assert bench.pipeline.kv_tokens == expected[1]
+    request = bench.admit(4, answer=expected[1] - 4)
+    bench.scheduler.remove(request)
+    with pytest.raises(AssertionError):
+        bench.admit(4, answer=expected[1] - 3)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.5])
-@pytest.mark.parametrize("column", [0, 1])
-def test_log_probabilities_out_of_range(value: float, column: int) -> None:
-    line = pipeline()
-    sent = line.begin(step(1), now=0.0)
-    values = [-1.0, -1.0]
-    values[column] = value
-    tensors = [ints([5], (1,)), floats(values, (1, 2)), ints([5, 6], (1, 2))]
-    assert "out of range" in broken(reply(line, sent.task.step, 2, tensors), line)
+@pytest.mark.parametrize("up", [True, False])
+def test_links_that_were_reported_while_loading_count(up: bool) -> None:
+    bench = Bench()
+    bench.pipeline.set_link(PEERS[0], True)
+    bench.ready(0)
+    bench.pipeline.set_link(PEERS[0], up)
+    bench.ready(1)
+    bench.admit(4)
+    (task,) = tasks_of(bench.begin())
+    assert task.route == (up,)
 
 
-def test_likeliest_tokens_outside_the_vocabulary() -> None:
-    line = pipeline()
-    sent = line.begin(step(1), now=0.0)
-    tensors = [ints([5], (1,)), floats([-1.0, -1.0], (1, 2)), ints([5, VOCAB], (1, 2))]
-    assert "vocabulary" in broken(reply(line, sent.task.step, 2, tensors), line)
+# ------------------------------------------------------------------ how many steps
 
 
-# ------------------------------------------------------------------ steps that are abandoned
+@pytest.mark.parametrize(("credits", "steps"), [(1, 1), (2, 2), (8, 2)])
+def test_steps_begin_up_to_the_credits_and_the_depth(credits: int, steps: int) -> None:
+    """Without measurements as many steps are worth it as there are stages."""
+    bench = Bench().serve(credits=credits)
+    bench.decode(8)
+    tasks = tasks_of(bench.begin())
+    assert [len(task.sequences) for task in tasks] == [8 // steps] * steps
+    assert bench.begin() == []
+    bench.done(tasks[0])
+    assert len(tasks_of(bench.begin())) == 1
 
 
-def test_abandoned_steps_are_void() -> None:
-    line = pipeline()
-    one, two = step(), step()
-    old = [line.begin(one, now=0.0), line.begin(two, now=0.0)]
-    assert old[1].task.oldest == 1
-    assert line.abandon() == [one, two]
-    assert line.steps == []
-    assert line.next_deadline() is None
-    new = line.begin(step(), now=0.0)
-    assert (new.task.step, new.task.oldest) == (3, 3)
-    for sent in old:
-        for stage in range(3):
-            assert answer(line, sent.task, stage) == Dropped("late_result")
-        assert line.failed(PEERS[0], refusal(sent.task.step)) == Dropped("late_result")
-    assert relayed(line, new, 0).task.oldest == 3
+def test_the_least_credits_of_a_stage_count() -> None:
+    bench = Bench()
+    bench.ready(0, credits=8)
+    bench.ready(1, credits=1)
+    bench.decode(8)
+    assert len(tasks_of(bench.begin())) == 1
+
+
+def test_chunks_of_a_prompt_follow_one_another() -> None:
+    bench = Bench().serve()
+    measured(bench, (10_000, 10_000), decodes=False)
+    bench.admit(100)
+    first, second = tasks_of(bench.begin())
+    assert [(p.start, p.num_tokens) for p in first.sequences] == [(0, 32)]
+    assert [(p.start, p.num_tokens) for p in second.sequences] == [(32, 32)]
+
+
+def test_one_sequence_that_decodes_is_one_step() -> None:
+    bench = Bench().serve()
+    bench.decode(1)
+    (task,) = tasks_of(bench.begin())
+    assert bench.begin() == []
+    assert task.route == (True,)
+
+
+def test_a_prompt_of_one_token_begins() -> None:
+    """It computes one token like those that answer, but it is a prompt."""
+    bench = Bench().serve()
+    bench.admit(1)
+    (task,) = tasks_of(bench.begin())
+    assert [(p.start, p.num_tokens, p.sample) for p in task.sequences] == [(0, 1, True)]
+
+
+# ------------------------------------------------------------------ steps that are lost
+
+
+def test_a_lost_link_abandons_what_is_under_way() -> None:
+    bench = Bench().serve()
+    measured(bench, (10_000, 10_000), decodes=False)
+    request = bench.admit(100)
+    lost = tasks_of(bench.begin())
+    assert len(lost) == 2
+    bench.pipeline.set_link(PEERS[0], False)
+    assert bench.in_flight.num_steps == request.num_in_flight == 0
+    again = tasks_of(bench.begin())
+    assert [task.sequences for task in again] == [task.sequences for task in lost]
+    assert {task.route for task in again} == {(False,)}
+    assert {task.oldest for task in again} == {lost[-1].step + 1}
+    result = TaskResult(
+        epoch=EPOCH,
+        step=lost[0].step,
+        timings=(StageTime(compute_us=1, layers_us=0, queued_us=1),) * 2,
+    )
+    assert bench.in_flight.result(PEERS[1], result, (), now=0.0) == Dropped("late_result")
+
+
+def test_a_link_that_comes_up_or_was_down_abandons_nothing() -> None:
+    bench = Bench().serve()
+    bench.decode(8)
+    bench.begin()
+    bench.pipeline.set_link(PEERS[0], True)
+    bench.pipeline.set_link(PEERS[1], False)
+    assert bench.in_flight.num_steps == 2
+
+
+def test_nothing_to_abandon_while_loading() -> None:
+    bench = Bench()
+    bench.pipeline.abandon_steps()
+    bench.pipeline.set_link(PEERS[0], False)
+    assert bench.begin() == []
 
 
 # ------------------------------------------------------------------ what stages free
 
 
-def test_the_next_task_says_what_to_free() -> None:
-    line = pipeline()
-    line.release([3, 1])
-    line.release([1, 2])
-    assert line.to_release == [3, 1, 2]
-    first = line.begin(step(), now=0.0)
-    assert first.task.released == (3, 1, 2)
-    assert line.to_release == []
-    assert line.begin(step(), now=0.0).task.released == ()
-    finish(line, first)
-    assert line.to_release == []
+def test_freed_by_message_while_nothing_is_under_way_and_again_by_the_next_task() -> None:
+    bench = Bench().serve()
+    (request,) = bench.decode(1)
+    sequence_id = request.sequence_id
+    assert sequence_id is not None
+    bench.scheduler.remove(request)
+    sends = bench.begin()
+    assert releases_of(sends) == [(PEERS[0], (sequence_id,)), (PEERS[1], (sequence_id,))]
+    assert {send.message.epoch for send in sends if isinstance(send.message, ReleaseSequences)} == {
+        EPOCH
+    }
+    assert bench.begin() == []  # said once
+    bench.admit(4)
+    (task,) = tasks_of(bench.begin())
+    assert task.released == (sequence_id,)
 
 
-def test_a_task_frees_so_many_at_most() -> None:
-    line = pipeline()
-    ids = tuple(range(2 * MAX_RELEASED + 1))
-    line.release(ids)
-    said = [line.begin(step(), now=0.0).task.released for _ in range(3)]
-    assert said == [ids[:MAX_RELEASED], ids[MAX_RELEASED:-1], ids[-1:]]
+def test_what_was_not_said_yet_is_said_alone() -> None:
+    bench = Bench().serve()
+    requests = bench.decode(2)
+    for request in requests:
+        sequence_id = request.sequence_id
+        bench.scheduler.remove(request)
+        sends = bench.begin()
+        if request is requests[-1]:
+            assert releases_of(sends) == [(peer, (sequence_id,)) for peer in PEERS]
+        else:  # the other goes on, and its next task says it
+            assert releases_of(sends) == []
+            (task,) = tasks_of(sends)
+            assert task.released == (sequence_id,)
+            bench.done(task)
 
 
-def test_what_an_abandoned_task_freed_is_said_again() -> None:
-    line = pipeline()
-    line.release([1, 2])
-    line.begin(step(), now=0.0)
-    line.release([3])
-    line.abandon()
-    assert set(line.to_release) == {1, 2, 3}
-    assert set(line.begin(step(), now=0.0).task.released) == {1, 2, 3}
+def test_no_message_overtakes_a_step_under_way() -> None:
+    bench = Bench().serve()
+    one, two = bench.decode(2)
+    leaving = one.sequence_id
+    tasks = tasks_of(bench.begin())
+    bench.scheduler.remove(one)
+    assert bench.begin() == []
+    (mine,) = [t for t in tasks if any(p.sequence_id == leaving for p in t.sequences)]
+    (other,) = [t for t in tasks if t is not mine]
+    bench.done(mine)
+    assert releases_of(bench.begin()) == []  # the other step is under way
+    bench.done(other)
+    (task,) = tasks_of(bench.begin())
+    assert task.released == (leaving,)
+    assert [part.sequence_id for part in task.sequences] == [two.sequence_id]
 
 
-def test_what_a_broken_task_freed_is_said_again() -> None:
-    line = pipeline()
-    line.release([1])
-    refused = line.begin(step(), now=0.0)
-    line.release([2])
-    wrong = line.begin(step(), now=0.0)
-    line.failed(PEERS[1], refusal(refused.task.step))
-    assert line.to_release == [1]
-    reply(line, wrong.task.step, 0, [])
-    assert line.to_release == [1, 2]
+def test_what_an_abandoned_task_said_is_said_by_message() -> None:
+    """Nothing is left to run: no later task would say it."""
+    bench = Bench().serve()
+    one, two = bench.decode(2)
+    freed = [one.sequence_id, two.sequence_id]
+    bench.scheduler.remove(one)
+    (task,) = tasks_of(bench.begin())
+    assert task.released == (freed[0],)
+    bench.pipeline.abandon_steps()
+    bench.scheduler.remove(two)
+    sends = bench.begin()
+    assert tasks_of(sends) == []
+    assert [(peer, sorted(ids)) for peer, ids in releases_of(sends)] == [
+        (peer, freed) for peer in PEERS
+    ]
 
 
-# ------------------------------------------------------------------ leases
+def test_a_message_frees_so_many_at_most() -> None:
+    bench = Bench().serve()
+    bench.in_flight.release(range(MAX_RELEASED + 1))
+    assert releases_of(bench.begin()) == [
+        (PEERS[0], tuple(range(MAX_RELEASED))),
+        (PEERS[1], tuple(range(MAX_RELEASED))),
+        (PEERS[0], (MAX_RELEASED,)),
+        (PEERS[1], (MAX_RELEASED,)),
+    ]
 
 
-def test_a_relayed_answer_renews_the_lease() -> None:
-    line = pipeline()
-    sent = line.begin(step(), now=5.0)
-    assert line.next_deadline() == 15.0
-    relayed(line, sent, 0, now=9.0)
-    assert line.next_deadline() == 19.0
+# ------------------------------------------------------------------ measured times
 
 
-def test_the_first_lease_to_run_out() -> None:
-    line = pipeline(links=(0, 1))
-    first = line.begin(step(), now=1.0)
-    line.begin(step(), now=3.0)
-    assert line.next_deadline() == 11.0
-    finish(line, first)
-    assert line.next_deadline() == 13.0
+def test_load_is_the_time_of_the_slowest_stage_per_request() -> None:
+    bench = Bench().serve()
+    measured(bench, (4_000, 8_000), decodes=True)
+    assert bench.pipeline.load == pytest.approx(0.002)
+    bench.admit(4)
+    assert bench.pipeline.load == pytest.approx(0.004)
 
 
-def test_progress_renews_the_lease() -> None:
-    line = pipeline()
-    line.begin(step(), now=0.0)
-    line.progress(PEERS[0], 1.0, now=8.0)
-    assert line.next_deadline() == 17.0
-    line.progress(PEERS[0], 30.0, now=9.0)  # old news
-    assert line.next_deadline() == 17.0
-    line.progress(STRANGER, 0.0, now=9.0)
-    assert line.next_deadline() == 17.0
+def test_prefill_says_nothing_about_decoding() -> None:
+    bench = Bench().serve()
+    measured(bench, (4_000, 8_000), decodes=True)
+    assert bench.pipeline.load == pytest.approx(0.002)
+    measured(bench, (400_000, 800_000), decodes=False, times=20)
+    assert bench.pipeline.load == pytest.approx(0.002)
+    measured(bench, (2_000, 40_000), decodes=True, times=60)
+    assert bench.pipeline.load == pytest.approx(0.01, rel=0.1)
 
 
-def test_progress_of_a_stage_that_cannot_hold_the_step_counts_for_nothing() -> None:
-    """The step went through the second stage's hands here: the first has no part in it."""
-    line = pipeline()
-    relayed(line, line.begin(step(), now=0.0), 0, now=0.0)
-    line.progress(PEERS[0], 0.0, now=5.0)
-    assert line.next_deadline() == 10.0
-    line.progress(PEERS[1], 0.0, now=5.0)
-    assert line.next_deadline() == 15.0
-    line.progress(PEERS[2], 0.0, now=6.0)  # it may have been handed on
-    assert line.next_deadline() == 16.0
+def test_depth_of_prompts_follows_from_prompts_alone() -> None:
+    """One stage takes all the time of a prompt: chunks in a row are hardly faster."""
+    bench = Bench().serve()
+    measured(bench, (10_000, 10_000), decodes=True)
+    measured(bench, (100, 20_000), decodes=False)
+    bench.admit(100)
+    assert len(tasks_of(bench.begin())) == 1
 
 
-def test_lease_that_runs_out_abandons_then_names_the_worker() -> None:
-    line = pipeline(links=(0, 1))
-    line.begin(step(), now=0.0)
-    assert line.expired(now=9.999) is None
-    assert line.expired(now=10.0) == "abandon"
-    line.abandon()
-    sent = line.begin(step(), now=10.0)
-    assert sent.task.route == (False, False)
-    relayed(line, sent, 0, now=12.0)
-    assert line.expired(now=21.999) is None
-    assert line.expired(now=22.0) == PEERS[1]
+def test_depth_of_decoding_follows_from_decoding_alone() -> None:
+    """Stages that slow each other down do so when they decode, too: one step at a time is best."""
+    bench = Bench().serve()
+    measured(bench, (10_000, 10_000), decodes=False)
+    measured(bench, (10_000, 10_000), decodes=True, times=4)
+    measured(bench, (40_000, 40_000), decodes=True, times=4, depth=2)
+    bench.decode(8)
+    assert len(tasks_of(bench.begin())) == 1
 
 
-def test_the_oldest_late_step_names_the_worker() -> None:
-    line = pipeline()
-    line.begin(step(), now=0.0)
-    assert line.expired(now=10.0) == "abandon"
-    line.abandon()
-    first, second = line.begin(step(), now=10.0), line.begin(step(), now=10.0)
-    relayed(line, relayed(line, first, 0, now=11.0), 1, now=14.0)
-    relayed(line, second, 0, now=11.0)
-    assert line.expired(now=21.0) == PEERS[1]  # the other's lease runs on
-    assert line.expired(now=24.0) == PEERS[2]
+# ------------------------------------------------------------------ broken steps
 
 
-def test_links_that_may_swallow_steps_are_tried_again_after_more_and_more_of_them() -> None:
-    line = pipeline(links=(0, 1))
-    now, steps = 0.0, []
-    for _ in range(3):
-        line.begin(step(), now=now)  # goes on by itself, and is lost
-        now += 10.0
-        assert line.expired(now=now) == "abandon"
-        line.abandon()
-        steps.append(0)
-        while (sent := line.begin(step(), now=now)).task.route == (False, False):
-            for stage in range(2):
-                sent = relayed(line, sent, stage, now=now)
-            finish(line, sent, now=now)
-            steps[-1] += 1
-        finish(line, sent, now=now)
-    assert steps == [64, 128, 256]
+def test_a_broken_step_frees_again_what_it_was_to_free() -> None:
+    bench = Bench().serve()
+    one, two = bench.decode(2)
+    freed = one.sequence_id
+    bench.scheduler.remove(one)
+    (task,) = tasks_of(bench.begin())
+    said = TaskFailed(epoch=EPOCH, step=task.step, code="stage_error", message="no")
+    broken = bench.in_flight.failed(PEERS[1], said)
+    assert isinstance(broken, StepBroken)
+    bench.scheduler.abandon(broken.step)
+    (again,) = tasks_of(bench.begin())
+    assert (task.released, again.released) == ((freed,), (freed,))
+    assert [part.sequence_id for part in again.sequences] == [two.sequence_id]
 
 
-def test_nothing_runs_out_while_nothing_is_under_way() -> None:
-    line = pipeline()
-    assert line.next_deadline() is None
-    assert line.expired(now=1e6) is None
+# ------------------------------------------------------------------ other stages
 
 
-# ------------------------------------------------------------------ whatever comes
+def moved(bench: Bench) -> Pipeline:
+    """Return a replica with the stages the other way round that went on with the requests."""
+    stages = tuple(
+        PipelineStage(peer, name, layers)
+        for peer, name, layers in zip(PEERS[::-1], NAMES[::-1], LAYERS, strict=True)
+    )
+    plan = tuple(PlannedStage(stage.worker, stage.layers, 100, 1024) for stage in stages)
+    new = Pipeline(
+        EPOCH + 1, plan, stages, SETTINGS, itertools.count(500).__next__, lambda pipeline: None
+    )
+    for at, stage in enumerate(stages):
+        said = StageReady(epoch=EPOCH + 1, credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096)
+        assert new.stage_ready(stage.peer, said) == (at == 1)
+    new.set_link(stages[0].peer, True)
+    new.take_over(bench.pipeline)
+    return new
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(
-    links=st.sets(st.integers(0, 1)),
-    choices=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 99)), max_size=50),
-)
-def test_each_step_ends_once(links: set[int], choices: list[tuple[int, int]]) -> None:
-    """Whatever is answered, refused, repeated or abandoned, of any task and by any stage."""
-    line = pipeline(credits=3, links=links)
-    sent: list[Task] = []
-    open_steps: dict[int, Step] = {}
-    for what, index in choices:
-        task = sent[index % len(sent)] if sent else None
-        if (what <= 4 or task is None) and line.num_steps < line.credits:
-            going = step()
-            begun = line.begin(going, now=0.0).task
-            assert begun.step not in open_steps
-            open_steps[begun.step] = going
-            sent.append(begun)
-        elif what <= 10 and task is not None:
-            stage = index % 3
-            outcome = answer(line, task, stage) if what <= 9 else None
-            outcome = outcome or line.failed(PEERS[stage], refusal(task.step))
-            if isinstance(outcome, SendTask):
-                assert outcome.peer == PEERS[stage + 1]
-                assert task.step in open_steps
-            elif not isinstance(outcome, Dropped):
-                assert outcome.step is open_steps.pop(task.step)
-            else:
-                assert outcome.reason == "late_result"
-        elif what == 11:
-            assert line.abandon() == list(open_steps.values())
-            open_steps.clear()
-        else:
-            line.set_link(PEERS[index % 3], bool(index % 2))
-        line.validate()
-        assert line.steps == list(open_steps.values())
+def test_requests_go_on_on_other_stages() -> None:
+    bench = Bench().serve()
+    (request,) = bench.decode(1)
+    sequence = request.sequence_id
+    new = moved(bench)
+    assert (bench.pipeline.in_flight, bench.pipeline.scheduler) == (None, None)
+    (send,) = new.begin_steps(now=bench.now)
+    new.validate()
+    assert isinstance(send.message, Task)
+    assert (send.peer, send.message.epoch, send.message.route) == (PEERS[1], EPOCH + 1, (True,))
+    (part,) = send.message.sequences
+    assert (part.sequence_id, part.start, part.num_tokens) == (sequence, 4, 1)
+    assert part.sampling is not None
+
+
+def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
+    bench = Bench().serve()
+    gone, stays = bench.decode(2)
+    sequence = gone.sequence_id
+    bench.pipeline.hold()
+    bench.scheduler.remove(gone)
+    assert bench.begin() == [], "nothing is said while the caches are handed over"
+    new = moved(bench)
+    (send,) = new.begin_steps(now=bench.now)
+    assert isinstance(send.message, Task)
+    assert send.message.released == (sequence,)
+    assert [part.sequence_id for part in send.message.sequences] == [stays.sequence_id]
+
+
+def test_no_step_begins_while_it_is_held() -> None:
+    bench = Bench().serve()
+    bench.decode(1)
+    bench.pipeline.hold()
+    assert bench.begin() == []
+    changes = bench.changes
+    bench.pipeline.resume()
+    assert bench.changes == changes + 1
+    assert len(tasks_of(bench.begin())) == 1

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from distributed_llm.common.errors import ConfigError
-from distributed_llm.worker import probe
-from distributed_llm.worker.engine import Engine
-from distributed_llm.worker.events import Event, Probe, Probed
+from distributed_llm.worker.compute import probe
+from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.session.events import Event, Probe, Probed
 
 GIB = 2**30
 

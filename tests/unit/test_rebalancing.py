@@ -6,14 +6,14 @@ import pytest
 
 from distributed_llm.common.messages import LoadStage
 from distributed_llm.common.types import PeerId, WorkerId
-from distributed_llm.coordinator.advice import Advice
-from distributed_llm.coordinator.balancer import Offer
-from distributed_llm.coordinator.demand import DemandMeter
+from distributed_llm.coordinator.cluster.balancer import Alternative
 from distributed_llm.coordinator.events import Action, Send, Study
-from distributed_llm.coordinator.forecast import Demand, Forecast
-from distributed_llm.coordinator.partition_tables import Partition
-from distributed_llm.coordinator.replica import Replica
-from distributed_llm.coordinator.survey import Findings, Survey
+from distributed_llm.coordinator.partition.tables import Partition
+from distributed_llm.coordinator.planning.advice import Advice
+from distributed_llm.coordinator.planning.forecast import Forecast
+from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
+from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 from tests.unit.coordinator_parts import Parts, capabilities, ranges_of
 
 Held = tuple[str, int, int]
@@ -27,11 +27,11 @@ def serving(**given: Any) -> Parts:
     return parts
 
 
-def replica_of(parts: Parts) -> Replica:
-    return parts.placement.replicas[0]
+def pipeline_of(parts: Parts) -> Pipeline:
+    return parts.placement.pipelines[0]
 
 
-def asked(parts: Parts, now: float) -> Survey | None:
+def asked(parts: Parts, now: float) -> PlanSearch | None:
     """Return the survey that is wanted now, if one is."""
     actions = parts.rebalancing.on_timer(now=now)
     assert len(actions) <= 1
@@ -47,11 +47,14 @@ def expected(rate: float, *ranges: Held) -> Forecast:
 
 
 def found(
-    survey: Survey, best: Forecast | None = None, extra: Forecast | None = None, **advice: Advice
-) -> Findings:
+    survey: PlanSearch,
+    best: Forecast | None = None,
+    extra: Forecast | None = None,
+    **advice: Advice,
+) -> FoundPlans:
     """Return findings by which the plan of now gives ten tokens per second."""
     now = expected(10.0, ("a", 0, 3), ("b", 3, 6))
-    return Findings(survey, now, best, extra, {WorkerId(k): v for k, v in advice.items()})
+    return FoundPlans(survey, now, best, extra, {WorkerId(k): v for k, v in advice.items()})
 
 
 def loads(actions: list[Action]) -> list[str]:
@@ -172,14 +175,14 @@ def test_what_a_survey_asks() -> None:
     assert survey.demand == Demand.expected(3)
     assert survey.goal == "latency"
     assert survey.least_kv_tokens == 64
-    assert survey.kv_tokens == parts.planning.kv_tokens([parts.worker(name) for name in "abc"])
-    assert survey.extra_kv_tokens == parts.planning.kv_tokens([parts.worker("c")])
+    assert survey.kv_tokens == parts.planner.kv_tokens([parts.worker(name) for name in "abc"])
+    assert survey.extra_kv_tokens == parts.planner.kv_tokens([parts.worker("c")])
 
 
 def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
     parts = serving()
-    parts.planning.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
-    parts.ask(replica_of(parts), 100, answer=900)
+    parts.planner.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts.ask(pipeline_of(parts), 100, answer=900)
     survey = asked(parts, 11.0)
     assert survey
     assert survey.kv_tokens == 1000
@@ -191,7 +194,7 @@ def test_who_hangs_gives_no_room() -> None:
     parts.worker("b").progress_age_s = 1e6
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.kv_tokens == parts.planning.kv_tokens([parts.worker(name) for name in "acd"])
+    assert survey.kv_tokens == parts.planner.kv_tokens([parts.worker(name) for name in "acd"])
 
 
 class Asked(DemandMeter):
@@ -206,7 +209,7 @@ class Asked(DemandMeter):
 @pytest.mark.parametrize(("objective", "goal"), [("auto", "auto"), ("latency", "latency")])
 def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
     parts = serving(objective=objective)
-    replica_of(parts).demand = Asked()
+    pipeline_of(parts).demand = Asked()
     survey = asked(parts, 11.0)
     assert survey
     assert (survey.demand.sequences, survey.goal) == (1.0, goal)
@@ -215,8 +218,8 @@ def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
 def test_what_other_pipelines_give_is_told() -> None:
     parts = serving(replicas=2)
     parts.serve(("c", 0, 3), ("d", 3, 6))
-    for replica in parts.placement.replicas:
-        replica.demand = Asked()
+    for pipeline in parts.placement.pipelines:
+        pipeline.demand = Asked()
     told = []
     for second in range(4):
         survey = asked(parts, 11.0 + second)
@@ -257,9 +260,9 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
     assert parts.relocation.move
     assert parts.relocation.move.new.ranges == BETTER.ranges
-    assert parts.journal.events[-1].endswith("100 % faster")
-    again = Offer(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
-    assert replica_of(parts).balancer.consider(again, now=13.0).what == "stay", "so soon"
+    assert parts.event_log.events[-1].endswith("100 % faster")
+    again = Alternative(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
+    assert pipeline_of(parts).balancer.consider(again, now=13.0).what == "stay", "so soon"
 
 
 @pytest.mark.parametrize(
@@ -277,12 +280,12 @@ def test_no_plan_or_the_same_or_one_hardly_better_changes_nothing(best: Forecast
 def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
     """a and c hold 3500 bytes each; the other three layers do not fit beside them in a."""
     parts = Parts({"a": 3500 + 3 * 400, "b": 4800, "c": 4800})
-    replica = parts.serve(("a", 0, 3), ("b", 3, 6))
+    pipeline = parts.serve(("a", 0, 3), ("b", 3, 6))
     parts.rebalancing.wake(now=10.0)
     actions = confirmed(parts, expected(99.0, ("c", 0, 3), ("a", 3, 6)))
     assert loads(actions) == ["a", "c"]
     assert parts.relocation.move is None
-    assert parts.placement.replicas[0].balancer is replica.balancer
+    assert parts.placement.pipelines[0].balancer is pipeline.balancer
     assert parts.worker("a").state == "loading"
 
 
@@ -329,7 +332,7 @@ def test_workers_that_have_layers_by_now_are_not_taken_away(as_extra: bool) -> N
         assert first
     other = parts.serve(("c", 0, 3), ("d", 3, 6))
     assert parts.rebalancing.studied(found(first, best, extra), now=13.0) == []
-    assert parts.placement.replica_of(PeerId(b"c")) is other
+    assert parts.placement.pipeline_of(PeerId(b"c")) is other
     parts.goes_on()
 
 
@@ -341,7 +344,7 @@ def adds(parts: Parts, extra: Forecast, best: Forecast | None = None) -> bool:
     survey = asked(parts, 11.0)
     assert survey
     parts.rebalancing.studied(found(survey, best, extra), now=11.1)
-    return len(parts.placement.replicas) > 1
+    return len(parts.placement.pipelines) > 1
 
 
 @pytest.mark.parametrize(("replicas", "more"), [(1, False), (2, True)])

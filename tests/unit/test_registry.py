@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.coordinator.registry import CLIENT_SILENCE_S, Registry, Worker
+from distributed_llm.coordinator.cluster.registry import CLIENT_SILENCE_S, Registry, Worker
 
 A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
 CAPABILITIES = Capabilities(

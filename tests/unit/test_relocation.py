@@ -20,11 +20,11 @@ from distributed_llm.common.messages import (
     TakeOver,
 )
 from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator.cluster.move import Move
+from distributed_llm.coordinator.cluster.relocation import Price
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.moves import Move
-from distributed_llm.coordinator.relocation import Price
-from distributed_llm.coordinator.replica import Replica
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from tests.unit.coordinator_parts import COST, Parts, ranges_of, ready, sent
 
 Held = tuple[str, int, int]
@@ -40,14 +40,14 @@ def moving(*old: Held, memory: int = 10_000, prompt: int = 100, **given: Any) ->
     """
     parts = Parts({"a": memory, "b": memory, "c": memory}, **given)
     parts.measurements.layer_times = {"a": 0.25, "b": 0.5}
-    replica = parts.serve(*(old or OLD))
+    pipeline = parts.serve(*(old or OLD))
     if prompt:
-        parts.ask(replica, prompt)
+        parts.ask(pipeline, prompt)
     return parts
 
 
 def price(parts: Parts, *new: Held) -> Price:
-    return parts.relocation.price(parts.placement.replicas[0], parts.plan(*(new or SHIFTED)))
+    return parts.relocation.price(parts.placement.pipelines[0], parts.plan(*(new or SHIFTED)))
 
 
 # ------------------------------------------------------------------ what it would cost
@@ -188,7 +188,7 @@ def test_room_is_never_more_than_a_count_of_all_memory_finds(
     parts = Parts(dict(zip("abc", memory, strict=True)), cost)
     was, comes = dict(ranges_of(*old)), dict(ranges_of(*new))
     assume(all(stage.kv_tokens >= 64 for stage in parts.plan(*old)))
-    replica = parts.serve(*old)
+    pipeline = parts.serve(*old)
 
     def fits(tokens: int) -> bool:
         for name, size in zip("abc", memory, strict=True):
@@ -200,16 +200,16 @@ def test_room_is_never_more_than_a_count_of_all_memory_finds(
                     return False
         return True
 
-    room = parts.relocation.price(replica, parts.plan(*new)).kv_tokens
-    most = max((t for t in range(replica.kv_tokens + 1) if fits(t)), default=-1)
+    room = parts.relocation.price(pipeline, parts.plan(*new)).kv_tokens
+    most = max((t for t in range(pipeline.kv_tokens + 1) if fits(t)), default=-1)
     assert room == (most if most >= 64 else None)
 
 
 # ------------------------------------------------------------------ carrying it out
 
 
-def begun(parts: Parts, *new: Held, copies: bool = True) -> tuple[Replica, Move, list[Action]]:
-    old = parts.placement.replicas[0]
+def begun(parts: Parts, *new: Held, copies: bool = True) -> tuple[Pipeline, Move, list[Action]]:
+    old = parts.placement.pipelines[0]
     found = replace(price(parts, *new), copies=copies)
     plan = parts.plan(*(new or SHIFTED))
     actions = parts.relocation.begin(old, plan, found, why="it is better", now=10.0)
@@ -222,8 +222,8 @@ def loaded(parts: Parts) -> list[Action]:
     move = parts.relocation.move
     assert move
     actions: list[Action] = []
-    for seat in move.new.seats:
-        worker = parts.registry.worker(seat.peer)
+    for stage in move.new.stages:
+        worker = parts.registry.worker(stage.peer)
         assert worker
         actions += parts.relocation.stage_ready(worker, ready(move.new.epoch), now=11.0) or []
     return actions
@@ -234,7 +234,8 @@ def test_a_move_from_beginning_to_end() -> None:
     old, move, actions = begun(parts)
     assert sent(actions) == [("b", LoadStage), ("a", LoadStage)]
     assert (
-        parts.journal.events[-1] == "plan 2: moving to a 0-2, b 2-6 from a 0-3, b 3-6: it is better"
+        parts.event_log.events[-1]
+        == "plan 2: moving to a 0-2, b 2-6 from a 0-3, b 3-6: it is better"
     )
     assert parts.worker("b").next_layers == LayerRange(2, 6)
     assert sent(loaded(parts)) == [("a", CopyKV)]
@@ -251,7 +252,7 @@ def test_a_move_from_beginning_to_end() -> None:
     assert parts.relocation.move is None
     assert parts.relocation.num_moves == 1
     assert parts.relocation.stall_s == pytest.approx(0.5)
-    assert parts.placement.replicas == [move.new]
+    assert parts.placement.pipelines == [move.new]
     assert parts.worker("b").layers == LayerRange(2, 6)
     parts.goes_on()
 
@@ -259,14 +260,14 @@ def test_a_move_from_beginning_to_end() -> None:
 def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
     parts = moving()
     old, move, _ = begun(parts, copies=False)
-    assert "computing its KV cache again: it is better" in parts.journal.events[-1]
+    assert "computing its KV cache again: it is better" in parts.event_log.events[-1]
     loaded(parts)
     parts.relocation.settle(now=12.0)
-    assert parts.placement.replicas == [move.new]
+    assert parts.placement.pipelines == [move.new]
     assert move.new.balancer is old.balancer
     assert move.new.demand is old.demand
     assert move.new.num_running == 0
-    assert parts.desk.num_waiting == 1
+    assert parts.book.num_waiting == 1
 
 
 def test_while_it_moves_the_old_pipeline_has_less_room() -> None:
@@ -276,15 +277,15 @@ def test_while_it_moves_the_old_pipeline_has_less_room() -> None:
     assert old.scheduler
     assert old.kv_tokens == 448
     parts.waiting(150)
-    assert not parts.desk.admit(old.scheduler, now=11.0)
+    assert not parts.book.admit(old.scheduler, now=11.0)
     parts.relocation.cancel("a test", now=12.0)
-    assert parts.desk.admit(old.scheduler, now=12.0), "it has all of it again"
+    assert parts.book.admit(old.scheduler, now=12.0), "it has all of it again"
 
 
 def test_prefixes_go_along_as_far_as_that_is_quick() -> None:
     """At 64 bytes per second 128 positions take two seconds; of two prefixes the older one goes."""
     parts = moving()
-    old = parts.placement.replicas[0]
+    old = parts.placement.pipelines[0]
     for _ in range(2):
         parts.keep(old, 100)
     assert old.scheduler
@@ -315,7 +316,7 @@ def test_steps_under_way_end_before_anything_is_handed_over() -> None:
     assert parts.relocation.next_deadline() is None, "leases see to them"
     old.abandon_steps()
     parts.relocation.settle(now=12.5)
-    assert parts.placement.replicas == [move.new]
+    assert parts.placement.pipelines == [move.new]
     assert parts.relocation.stall_s == pytest.approx(1.5)
 
 
@@ -331,7 +332,7 @@ def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
         parts.relocation.took_over(parts.worker(name), 2)
     actions = parts.relocation.settle(now=12.0)
     assert ("client", RequestFailed) in sent(actions)
-    assert (parts.desk.num_running, parts.desk.num_waiting) == (0, 0)
+    assert (parts.book.num_running, parts.book.num_waiting) == (0, 0)
     parts.goes_on()
 
 
@@ -348,11 +349,11 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(phase: str) -> None:
     assert sent(actions) == [("a", CancelStage), ("b", CancelStage), ("c", CancelStage)]
     assert parts.relocation.move is None
     assert (parts.relocation.failures, parts.relocation.undone_at) == (1, 13.0)
-    assert "the move was undone: a test" in parts.journal.events[-1]
+    assert "the move was undone: a test" in parts.event_log.events[-1]
     assert not old.held
     assert parts.worker("c").layers is None
     assert parts.worker("b").next_layers is None
-    assert parts.placement.replica_of(PeerId(b"c")) is None
+    assert parts.placement.pipeline_of(PeerId(b"c")) is None
     parts.goes_on()
 
 
@@ -435,7 +436,7 @@ def test_a_stage_that_does_not_load_in_time_undoes_the_move() -> None:
     assert parts.relocation.next_deadline() == 10.0 + 900.0
     assert parts.relocation.on_timer(now=909.9) == []
     assert sent(parts.relocation.on_timer(now=910.0)) == [("a", CancelStage), ("b", CancelStage)]
-    assert "loading took too long" in parts.journal.events[-1]
+    assert "loading took too long" in parts.event_log.events[-1]
     assert parts.relocation.next_deadline() is None
 
 
@@ -448,7 +449,7 @@ def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
     assert due == pytest.approx(11.0 + 30.0 + 4 * 6.0)
     assert sent(parts.relocation.on_timer(now=due)) == [("a", TakeOver), ("b", TakeOver)]
     assert sent(parts.relocation.on_timer(now=due + 10.0))[0] == ("a", CancelStage)
-    assert "handing over took too long" in parts.journal.events[-1]
+    assert "handing over took too long" in parts.event_log.events[-1]
 
 
 def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:

@@ -20,17 +20,16 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.requests import (
+from distributed_llm.coordinator.model import GenerationDefaults
+from distributed_llm.coordinator.plan import PipelineStage
+from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
-    GenerationDefaults,
     Limits,
-    Request,
-    Seat,
-    Ticket,
     generation_defaults,
     resolve,
     wrong_prompt,
 )
+from distributed_llm.coordinator.requests.request import Request, Ticket
 
 
 def defaults_of(
@@ -365,9 +364,9 @@ def test_deadline() -> None:
 # ------------------------------------------------------------------ timings
 
 
-def seats(*workers: tuple[str, int, int]) -> tuple[Seat, ...]:
+def stages(*workers: tuple[str, int, int]) -> tuple[PipelineStage, ...]:
     return tuple(
-        Seat(PeerId(name.encode()), WorkerId(name), LayerRange(start, stop))
+        PipelineStage(PeerId(name.encode()), WorkerId(name), LayerRange(start, stop))
         for name, start, stop in workers
     )
 
@@ -381,7 +380,7 @@ def test_timings_of_one_answer() -> None:
     request.started_at = 2.5
     for now in (4.0, 5.0, 7.0):
         request.append(9, None, now=now)
-    plan = seats(("a", 0, 1), ("b", 1, 2))
+    plan = stages(("a", 0, 1), ("b", 1, 2))
     request.add_stage_times(1, plan, times(100_000, 250_000))
     request.add_stage_times(1, plan, times(200_000, 500_000))
     timings = request.ticket.timings()
@@ -399,8 +398,8 @@ def test_timings_of_several_answers_and_plans() -> None:
     for request, instants in ((first, (6.0, 8.0)), (second, (5.0, 9.0, 9.5))):
         for now in instants:
             request.append(9, None, now=now)
-    old = seats(("b", 0, 1), ("a", 1, 2))
-    new = seats(("b", 0, 1), ("c", 1, 2))
+    old = stages(("b", 0, 1), ("a", 1, 2))
+    new = stages(("b", 0, 1), ("c", 1, 2))
     first.add_stage_times(1, old, times(1_000_000, 2_000_000))
     first.add_stage_times(2, new, times(1_000_000, 4_000_000))
     second.add_stage_times(2, new, times(1_500_000, 8_000_000))

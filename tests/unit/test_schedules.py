@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.coordinator.requests import Phase, Request
-from distributed_llm.coordinator.scheduler import Step
+from distributed_llm.coordinator.requests.request import Phase, Request
+from distributed_llm.coordinator.serving.scheduler import Step
 from tests.unit.test_scheduler import Desk
 
 
@@ -95,8 +95,8 @@ class Schedules(RuleBasedStateMachine):
         blocks=st.sampled_from([4, 6, 10, 40]),
     )
     def start(self, sequences: int, tokens: int, blocks: int) -> None:
-        self.desk = Desk(sequences=sequences, tokens=tokens, blocks=blocks)
-        self.scheduler = self.desk.scheduler
+        self.book = Desk(sequences=sequences, tokens=tokens, blocks=blocks)
+        self.scheduler = self.book.scheduler
         self.max_tokens, self.capacity = tokens, blocks * KV_BLOCK
         self.stages = Stages()
         self.waiting: list[Request] = []
@@ -125,7 +125,7 @@ class Schedules(RuleBasedStateMachine):
         self._arrive([*before, *[5000] * own], answer, b"a")
 
     def _arrive(self, prompt: list[int], answer: int, client: bytes) -> None:
-        request = self.desk.request(prompt, answer=answer, client=client)
+        request = self.book.request(prompt, answer=answer, client=client)
         assert request.ticket.reserved_tokens <= self.capacity
         self.expected[request] = reference(prompt, answer)
         self.waiting.append(request)
@@ -169,7 +169,7 @@ class Schedules(RuleBasedStateMachine):
 
     def _admit(self) -> None:
         self._collect()
-        while self.waiting and self.desk.admit(self.waiting[0]):
+        while self.waiting and self.book.admit(self.waiting[0]):
             self.waiting.pop(0)
         nothing_runs = not self.scheduler.num_running and not self.under_way
         assert not (self.waiting and nothing_runs), "there is room, but nobody is admitted"
@@ -269,7 +269,7 @@ class Schedules(RuleBasedStateMachine):
                 assert request.token_ids == expected
         assert self.scheduler.kv_tokens_used == 0
         # A request that needs all the room drives out what is kept; then nothing is left.
-        last = self.desk.request([8000] * (self.capacity - 1), answer=1)
+        last = self.book.request([8000] * (self.capacity - 1), answer=1)
         self.expected[last] = reference(last.token_ids, 1)
         self.waiting.append(last)
         self.begin(1, 1, 1)

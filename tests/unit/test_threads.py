@@ -8,7 +8,7 @@ import pytest
 from distributed_llm.common.checkpoint import Checkpoint, TensorInfo
 from distributed_llm.common.messages import LoadStage, ModelSource
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.loading import num_threads
+from distributed_llm.worker.compute.loading import num_threads
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 9}
 

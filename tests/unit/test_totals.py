@@ -2,7 +2,7 @@
 
 import pytest
 
-from distributed_llm.coordinator.totals import Totals
+from distributed_llm.coordinator.requests.totals import Totals
 
 
 def finished(*times: float) -> Totals:

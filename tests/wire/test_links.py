@@ -26,8 +26,9 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.worker import links as links_module
-from distributed_llm.worker.events import Event
-from distributed_llm.worker.link_events import (
+from distributed_llm.worker.links import Links, bind_for, reachable_at
+from distributed_llm.worker.session.events import Event
+from distributed_llm.worker.session.link_events import (
     LinkDown,
     LinkHeard,
     LinkId,
@@ -36,7 +37,6 @@ from distributed_llm.worker.link_events import (
     PeerGarbage,
     PeerReceived,
 )
-from distributed_llm.worker.links import Links, bind_for, reachable_at
 from tests.wire.test_transport import come_true, on_loop, process, raw_sockets
 
 pytestmark = pytest.mark.timeout(60)

@@ -39,8 +39,9 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker import service
-from distributed_llm.worker.engine import Vitals
-from distributed_llm.worker.events import (
+from distributed_llm.worker.compute.engine import Vitals
+from distributed_llm.worker.service import Worker
+from distributed_llm.worker.session.events import (
     Computed,
     Drop,
     Event,
@@ -56,7 +57,6 @@ from distributed_llm.worker.events import (
     Serve,
     Unload,
 )
-from distributed_llm.worker.service import Worker
 from tests.wire.test_transport import come_true, on_loop
 from tests.wire.test_worker import IDS, TOKEN_IDS, Coordinator, capabilities, order
 

@@ -29,9 +29,9 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker.engine import Engine
+from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.service import Worker
-from distributed_llm.worker.stage import Stage, StageOutput
 from tests.wire.test_transport import come_true, on_loop
 
 pytestmark = pytest.mark.timeout(60)

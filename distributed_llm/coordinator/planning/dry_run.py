@@ -1,0 +1,194 @@
+"""Who would get which layers, and how fast that would be: without starting anything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.messages import Capabilities, Name
+from distributed_llm.common.tensors import ITEM_BYTES
+from distributed_llm.common.types import PeerId, WorkerId
+from distributed_llm.common.units import parse_flops, parse_rate, parse_size
+from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.plan import Plan, layer_map_of
+from distributed_llm.coordinator.planning.advice import Advice, advise
+from distributed_llm.coordinator.planning.forecast import forecast, rate
+from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.settings import CoreSettings
+from distributed_llm.coordinator.speeds.demand import Demand
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.measurements import Measurements
+
+MANY = 16
+"""Requests at once that a second prediction is for."""
+
+_POSITIONS = 256
+_BYTES_PER_S = 20e9
+_FLOPS_PER_BYTE = 25.0
+"""What a machine is taken for if nobody said: that of an ordinary laptop."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a coordinator would do with these machines.
+
+    Attributes:
+        plans: one for each time that the model is served, each by machines of its own.
+        memory: of each machine, bytes.
+        one_tokens_per_s: of one request, while it answers.
+        many_tokens_per_s: of `MANY` requests at once, with prompts as long as their answers.
+        advice: of each machine if layers go by speed, else empty.
+        assumed: what nobody said and was taken for granted, for people.
+    """
+
+    cost: ModelCost
+    plans: tuple[Plan, ...]
+    memory: Mapping[WorkerId, int]
+    one_tokens_per_s: float
+    many_tokens_per_s: float
+    advice: Mapping[WorkerId, Advice]
+    assumed: tuple[str, ...]
+
+
+def dry_run(model: ServedModel, workers: Sequence[str], settings: CoreSettings) -> DryRun:
+    """Return what a coordinator would do with workers, of which it has measured nothing yet.
+
+    Args:
+        model: to be served.
+        workers: "[NAME=]SIZE[,BANDWIDTH[,FLOPS]]" of each, such as "pc=8GiB,40GB/s,1.5TFLOPS".
+        settings: of the coordinator.
+
+    Raises:
+        NotEnoughMemory: with how much is missing and what would fit.
+        ConfigError: a worker cannot be read, is there twice, or has a speed where others have none.
+    """
+    found = _workers(workers)
+    wire_dtype = settings.wire_dtype or model.dtype
+    measurements = Measurements(
+        model.cost,
+        item_bytes=ITEM_BYTES[model.dtype],
+        bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
+    )
+    for worker in found:
+        measurements.joined(worker.id, worker.capabilities)
+    planner = Planner(model, settings, measurements)
+    machines = measurements.machines(found)
+    plans = planner.plans(found)
+    by_speed = settings.strategy == "speed"
+    least = min(settings.min_kv_tokens, model.defaults.context_length)
+    one = Demand(sequences=1, positions=_POSITIONS, prompt_tokens=0, chunk_tokens=1)
+    many = Demand.expected(-(-MANY // len(plans)))
+    return DryRun(
+        model.cost,
+        tuple(plans),
+        machines.memory_bytes,
+        one_tokens_per_s=max(_rates(model.cost, machines, plans, one)),
+        many_tokens_per_s=sum(_rates(model.cost, machines, plans, many)),
+        advice=_advice(model.cost, planner, found, machines, plans, least) if by_speed else {},
+        assumed=_assumed(workers),
+    )
+
+
+def _rates(
+    cost: ModelCost, machines: Machines, plans: Sequence[Plan], demand: Demand
+) -> list[float]:
+    return [forecast(cost, machines, layer_map_of(plan), demand).tokens_per_s for plan in plans]
+
+
+def _advice(
+    cost: ModelCost,
+    planner: Planner,
+    workers: Sequence[Worker],
+    machines: Machines,
+    plans: Sequence[Plan],
+    least_kv_tokens: int,
+) -> dict[WorkerId, Advice]:
+    """Return what each machine is worth to its pipeline, or to the one that it helps most."""
+    used = {stage.worker for plan in plans for stage in plan}
+
+    def rate_of(plan: Plan) -> float:
+        some = machines.only([stage.worker for stage in plan])
+        demand = Demand.expected(len(plan))
+        return rate(cost, some, layer_map_of(plan), demand, goal=planner.goal)
+
+    rates = [rate_of(plan) for plan in plans]
+    advices: dict[WorkerId, Advice] = {}
+    for plan, own_rate in zip(plans, rates, strict=True):
+        own = {stage.worker for stage in plan}
+        group = [worker for worker in workers if worker.id in own or worker.id not in used]
+        found = advise(
+            cost,
+            machines.only([worker.id for worker in group]),
+            Demand.expected(len(group)),
+            goal=planner.goal,
+            kv_tokens=planner.kv_tokens(group),
+            least_kv_tokens=least_kv_tokens,
+            beside_tokens_per_s=sum(rates) - own_rate,
+        )
+        for worker, advice in (found or {}).items():
+            before = advices.get(worker)
+            if before is None or (before.gain or 0.0) < (advice.gain or 0.0):
+                advices[worker] = advice
+    return advices
+
+
+# ------------------------------------------------------------------ machines as people say them
+
+
+def _workers(texts: Sequence[str]) -> list[Worker]:
+    found = [_worker(text, number) for number, text in enumerate(texts, 1)]
+    names = [worker.id for worker in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"--worker {twice}: there are two of this name. Give each its own.")
+    fast, other = ([t for t in texts if ("," in t) is known] for known in (True, False))
+    if fast and other:
+        raise ConfigError(
+            f"--worker {other[0]}: it has no speed, but {fast[0]} has one. Give all workers a "
+            "speed, such as pc=8GiB,40GB/s,1.5TFLOPS, or none."
+        )
+    return found
+
+
+def _worker(text: str, number: int) -> Worker:
+    name, _, what = text.rpartition("=")
+    size, *speeds = (part.strip() for part in what.split(","))
+    try:
+        if name:
+            msgspec.convert(name, Name)
+        memory_bytes = parse_size(size)
+        bytes_per_s = parse_rate(speeds[0]) if speeds else _BYTES_PER_S
+        flops_per_s = parse_flops(speeds[1]) if speeds[1:] else _FLOPS_PER_BYTE * bytes_per_s
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"--worker {text}: {name!r} cannot be a worker's name.") from exc
+    except ValueError as exc:
+        raise ConfigError(f"--worker {text}: {exc}.") from exc
+    if not memory_bytes or speeds[2:]:
+        raise ConfigError(
+            f"--worker {text}: write [NAME=]SIZE[,BANDWIDTH[,FLOPS]], such as 512MiB, mac=2GiB or "
+            "pc=8GiB,40GB/s,1.5TFLOPS."
+        )
+    worker = WorkerId(name or f"worker-{number}")
+    capabilities = Capabilities(
+        device="",
+        device_name="",
+        platform="",
+        memory_bytes=memory_bytes,
+        cores=1,
+        threads=1,
+        memory_bandwidth_bytes_per_s=bytes_per_s,
+        flops_per_s=flops_per_s,
+    )
+    return Worker(PeerId(worker.encode()), worker, capabilities, 0.0, worker)
+
+
+def _assumed(workers: Sequence[str]) -> tuple[str, ...]:
+    links = "links of 1 Gbit/s and 0.5 ms"
+    if all(text.count(",") == 0 for text in workers):
+        return ("workers that are all alike, 20 GB/s and 0.5 TFLOPS", links)
+    if any(text.count(",") == 1 for text in workers):
+        return (f"{_FLOPS_PER_BYTE:.0f} FLOPS per byte/s where none are given", links)
+    return (links,)

@@ -1,0 +1,45 @@
+"""A task as a stage computes it: tensors out of frames, and what it gives back into frames."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distributed_llm.common.errors import StageError
+from distributed_llm.common.messages import Task
+from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
+from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_of
+
+Given = tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]
+
+
+def compute(stage: Stage, task: Task, frames: Sequence[Frame], wire_dtype: DtypeName) -> Given:
+    """Return specs and frames of what a stage gives for a task.
+
+    Args:
+        wire_dtype: in which hidden states are handed on.
+
+    Raises:
+        StageError: as `Stage.run`, or the task has other tensors than it takes.
+    """
+    stage.release(task.released)
+    tensors = [tensor_of(spec, frame) for spec, frame in zip(task.tensors, frames, strict=True)]
+    if not 1 <= len(tensors) <= 2 or tensors[0].dtype != torch.int32:
+        raise StageError("The task's tensors are not token ids and hidden states.")
+    output = stage.run(task.sequences, tensors[0], tensors[1] if len(tensors) == 2 else None)
+    given = [frame_of(tensor) for tensor in _tensors_of(output, wire_dtype)]
+    return tuple(spec for spec, _ in given), tuple(frame for _, frame in given)
+
+
+def _tensors_of(output: StageOutput, wire_dtype: DtypeName) -> list[Tensor]:
+    """Return what a task answers: hidden states, or token ids and what was asked for besides."""
+    if output.hidden_states is not None:
+        return [output.hidden_states.to(TORCH_DTYPES[wire_dtype])]
+    if output.token_ids is None or output.token_ids.numel() == 0:
+        return []
+    return [
+        tensor
+        for tensor in (output.token_ids, output.logprobs, output.logprob_ids)
+        if tensor is not None
+    ]

@@ -1,0 +1,296 @@
+"""What this machine can do: device, memory, and two numbers measured in half a second.
+
+Bandwidth bounds the speed of decoding (every weight is read once per step), floating point
+operations that of prefill.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.messages import Capabilities
+from distributed_llm.worker.session.events import Probe, Probed
+
+_USABLE_SHARE = 0.8
+_LABEL_CHARS = 256
+_MAX_THREADS = 65536
+_NO_LIMIT_BYTES = 2**60  # cgroups write "no limit" as a number near 2**63
+_READ_SHAPE = {"cpu": (4096, 8192), "cuda": (16384, 8192), "mps": (8192, 8192)}  # 128 MiB and up
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
+_TRIAL_SIZE = 256
+_BUDGET_S = 0.06
+_SHORT_BUDGET_S = 0.01
+_MAX_ROUNDS = 25
+
+
+def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capabilities:
+    """Return what this machine offers a worker; takes about 0.4 s and 128 MiB.
+
+    Args:
+        device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
+        threads: CPU threads to measure with; torch's own setting is restored afterwards.
+        max_memory_bytes: upper bound of what the worker may use; None: 80 % of what is free.
+
+    Raises:
+        ConfigError: there is no such device, less memory than `max_memory_bytes`, or `threads`
+            is out of range.
+    """
+    if not 1 <= threads <= _MAX_THREADS:
+        raise ConfigError(f"threads = {threads}; it must be between 1 and {_MAX_THREADS}.")
+    found = resolve_device(device)
+    memory_bytes = _budget(found, max_memory_bytes)
+    bandwidth, flops = _speeds(found, threads, _READ_SHAPE[found.type], _BUDGET_S)
+    system = f"{platform.system()} {platform.release()} {platform.machine()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return Capabilities(
+        device=str(found),
+        device_name=_device_name(found)[:_LABEL_CHARS],
+        platform=f"{system}, {versions}"[:_LABEL_CHARS],
+        memory_bytes=memory_bytes,
+        cores=min(os.cpu_count() or 1, _MAX_THREADS),
+        threads=threads,
+        memory_bandwidth_bytes_per_s=bandwidth,
+        flops_per_s=flops,
+    )
+
+
+def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> Probed:
+    """Return how fast this machine is now; takes about 0.05 s and half the memory of `measure`.
+
+    Args:
+        capabilities: what `measure` found, with the device and threads to measure with.
+        slowdown: how many times slower to look.
+    """
+    device = torch.device(capabilities.device)
+    rows, columns = _READ_SHAPE[device.type]
+    shape = rows // 2, columns
+    bandwidth, flops = _speeds(device, capabilities.threads, shape, _SHORT_BUDGET_S)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what others on this GPU may use
+    return Probed(order.session, bandwidth / slowdown, flops / slowdown)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the torch device that `device` names; "auto" is the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: it is not there; the message lists what is.
+    """
+    present = _devices()
+    if device == "auto":
+        return torch.device(present[0])
+    name = "cuda:0" if device == "cuda" else device
+    if name not in present:
+        raise ConfigError(
+            f"There is no device {device[:_LABEL_CHARS]!r} here. Present are: "
+            f"{', '.join(present)}. For a GPU that is missing, check its driver and that torch "
+            f"{torch.__version__} was built for it."
+        )
+    return torch.device(name)
+
+
+def _devices() -> list[str]:
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus.append("mps")
+    return [*gpus, "cpu"]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _budget(device: torch.device, max_memory_bytes: int | None) -> int:
+    free, total = _memory(device)
+    usable = int(free * _USABLE_SHARE)
+    if max_memory_bytes is None:
+        return usable
+    if not 0 < max_memory_bytes <= total:
+        raise ConfigError(
+            f"max_memory is {max_memory_bytes} bytes, but {device} has {total} bytes in all. "
+            "Set it between 1 and that, or leave it out to use 80 % of what is free."
+        )
+    return min(usable, max_memory_bytes)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return how much memory this process could still take on `device`, bytes."""
+    return _memory(device)[0]
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return (free, total) bytes of memory for this process on `device`."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    ram = psutil.virtual_memory()
+    free, total = ram.available, ram.total
+    for limit, used in _cgroup_limits(Path("/")):
+        free, total = min(free, max(limit - used, 0)), min(total, limit)
+    if device.type == "mps":  # unified: the GPU may use a part of the RAM
+        total = min(total, torch.mps.recommended_max_memory())
+        free = min(free, total - torch.mps.driver_allocated_memory())
+    return max(free, 0), total
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+    """Return (limit, used) bytes of each memory cgroup that this process is in; Linux only.
+
+    Page cache that the kernel would give back does not count as used.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if not controllers:
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        for folder in [own, *own.parents]:
+            if not folder.is_relative_to(mount):
+                break
+            limit, used = (_read_int(folder / name) for name in names)
+            if limit is not None and limit < _NO_LIMIT_BYTES:
+                limits.append((limit, max((used or 0) - _reclaimable(folder), 0)))
+    return limits
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def _reclaimable(folder: Path) -> int:
+    try:
+        words = (folder / "memory.stat").read_text().split()
+        return int(words[words.index("inactive_file") + 1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+# ------------------------------------------------------------------ speed
+
+
+def _speeds(
+    device: torch.device, threads: int, shape: tuple[int, int], budget_s: float
+) -> tuple[float, float]:
+    """Return bytes and operations per second with so many threads.
+
+    Args:
+        shape: of the matrix to read.
+        budget_s: for each, beside the first two rounds.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _bandwidth(device, shape, budget_s), _flops(device, budget_s)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bandwidth(device: torch.device, shape: tuple[int, int], budget_s: float) -> float:
+    """Return bytes per second of reading a matrix that no cache holds, as decoding does."""
+    rows, columns = shape
+    matrix = torch.ones(rows, columns, dtype=torch.float32, device=device)
+    vector = torch.ones(columns, dtype=torch.float32, device=device)
+    seconds = _median_seconds(device, lambda: torch.mv(matrix, vector), budget_s)
+    return matrix.numel() * matrix.element_size() / seconds
+
+
+def _flops(device: torch.device, budget_s: float) -> float:
+    """Return operations per second of multiplying matrices, in the faster of two dtypes."""
+    size = _MATMUL_SIZE[device.type]
+    return 2.0 * size**3 / _matmul_seconds(device, _faster_dtype(device), size, budget_s)
+
+
+@functools.cache  # a matter of the hardware; two noisy trials might differ
+def _faster_dtype(device: torch.device) -> torch.dtype:
+    """Return it: some CPUs have units for bfloat16, on others it is emulated and slow."""
+    half = torch.float16 if device.type == "mps" else torch.bfloat16
+    trials = {
+        kind: _matmul_seconds(device, kind, _TRIAL_SIZE, _BUDGET_S)
+        for kind in (torch.float32, half)
+    }
+    return min(trials, key=lambda kind: trials[kind])
+
+
+def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int, budget_s: float) -> float:
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    return _median_seconds(device, lambda: left @ left, budget_s)
+
+
+def _median_seconds(device: torch.device, work: Callable[[], object], budget_s: float) -> float:
+    """Return the median time of `work` after one round of warming up, in about `budget_s`."""
+    _timed(device, work)
+    rounds = [_timed(device, work)]
+    while sum(rounds) < budget_s and len(rounds) < _MAX_ROUNDS:
+        rounds.append(_timed(device, work))
+    return statistics.median(rounds)
+
+
+def _timed(device: torch.device, work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+# ------------------------------------------------------------------ names
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = _cpu_name()
+    except (OSError, ValueError, AttributeError):  # only a name: never worth a failure
+        name = ""
+    return name or platform.machine() or "CPU"
+
+
+def _cpu_name() -> str:
+    """Return what the operating system calls the processor; empty if it does not say."""
+    if sys.platform == "win32":
+        import winreg
+
+        path = r"HARDWARE\DESCRIPTION\System\CentralProcessor\0"
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, path) as key:
+            return str(winreg.QueryValueEx(key, "ProcessorNameString")[0]).strip()
+    if sys.platform == "darwin":
+        buffer = ctypes.create_string_buffer(_LABEL_CHARS)
+        size = ctypes.c_size_t(len(buffer))
+        key = b"machdep.cpu.brand_string"
+        ctypes.CDLL(None).sysctlbyname(key, buffer, ctypes.byref(size), None, 0)
+        return buffer.value.decode(errors="replace")
+    return _linux_cpu_name(Path("/"))
+
+
+def _linux_cpu_name(root: Path) -> str:
+    lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    for key in ("model name", "Model", "Hardware", "cpu"):
+        if fields.get(key):
+            return fields[key]
+    return ""

@@ -1,0 +1,130 @@
+"""Pieces of a KV cache as they cross the wire, and the manifest that ends a transfer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+import torch
+
+from distributed_llm.common.messages import MAX_PIECES, KVEnd, KVPart, KVPieces
+from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_bytes
+from distributed_llm.common.types import LayerRange, size_text
+from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
+from distributed_llm.worker.kv.segments import KVLayout
+from distributed_llm.worker.kv.transfer import KVPiece
+from distributed_llm.worker.tensor_frames import frame_of, tensor_of
+
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""Of one message with pieces. One or two go between tasks, and should not delay them much."""
+
+_HEADER_BYTES = 64 * 1024
+MAX_PIECES_BYTES = MAX_MESSAGE_BYTES - _HEADER_BYTES
+"""Keys and values in one message."""
+
+MAX_PIECES_SENT = MAX_PIECES // 2
+"""Pieces in one message: a header has 64 KiB, and one of them takes up to 36 bytes there."""
+
+MAX_MANIFEST_BYTES = 64 * 1024 * 1024
+"""Four of them for each position; what is made of it in memory may be many times as much."""
+
+_manifest: msgspec.msgpack.Decoder[KVManifest] = msgspec.msgpack.Decoder(KVManifest)
+
+
+def encode_pieces(
+    epoch: int, layers: LayerRange, number: int, pieces: Sequence[KVPiece]
+) -> tuple[KVPieces, tuple[Frame, ...]]:
+    """Return the message with these pieces, not none, in memory of its own, and its frames."""
+    size = sum(piece.nbytes for piece in pieces)
+    packed = torch.empty(size, dtype=torch.uint8, device=pieces[0].keys.device)
+    start = 0
+    for piece in pieces:
+        for states in (piece.keys, piece.values):
+            stop = start + states.nbytes
+            packed[start:stop].view(states.dtype).view(states.shape).copy_(states)
+            start = stop
+    parts = tuple(
+        KVPart(
+            segment=piece.segment,
+            layer=piece.layer,
+            offset=piece.offset,
+            count=piece.keys.shape[1],
+            capacity=piece.capacity,
+        )
+        for piece in pieces
+    )
+    spec, frame = frame_of(packed)
+    message = KVPieces(epoch=epoch, layers=layers, number=number, parts=parts, tensors=(spec,))
+    return message, (frame,)
+
+
+def decode_pieces(
+    message: KVPieces, frames: Sequence[Frame], layouts: Mapping[int, KVLayout]
+) -> Iterator[KVPiece]:
+    """Yield the pieces in a message, on the CPU, after all of their sizes were checked.
+
+    Args:
+        layouts: what keys and values look like, by number of the layer in the model.
+
+    Raises:
+        KVTransferError: a piece is of no such layer, or the sizes do not fit the frame.
+    """
+    frame = _only_frame(message, frames)
+    for part in message.parts:
+        if part.layer not in layouts:
+            raise KVTransferError(f"layer {part.layer} is not among {sorted(layouts)}")
+    size = sum(part.count * layouts[part.layer].token_bytes for part in message.parts)
+    if size != len(frame):
+        raise KVTransferError(
+            f"{len(message.parts)} pieces of KV cache have {size} bytes, but {len(frame)} came"
+        )
+    packed = tensor_of(message.tensors[0], frame)
+    start = 0
+    for part in message.parts:
+        layout = layouts[part.layer]
+        states = []
+        for width in (layout.key_dim, layout.value_dim):
+            shape = (layout.heads, part.count, width)
+            stop = start + layout.heads * part.count * width * layout.dtype.itemsize
+            states.append(packed[start:stop].view(layout.dtype).view(shape))
+            start = stop
+        yield KVPiece(part.segment, part.layer, part.offset, part.capacity, *states)
+
+
+def encode_end(
+    epoch: int, layers: LayerRange, number: int, manifest: KVManifest
+) -> tuple[KVEnd, tuple[Frame, ...]]:
+    """Return the message that ends a transfer, and its frames.
+
+    Raises:
+        KVTransferError: too much is held for one message.
+    """
+    data = msgspec.msgpack.encode(manifest)
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise KVTransferError(
+            f"{len(manifest.sequences)} sequences take {size_text(len(data))} to tell, and no more "
+            f"than {size_text(MAX_MANIFEST_BYTES)} are sent; they are to be computed again"
+        )
+    spec, frame = frame_of_bytes(data)
+    return KVEnd(epoch=epoch, layers=layers, number=number, tensors=(spec,)), (frame,)
+
+
+def decode_end(message: KVEnd, frames: Sequence[Frame]) -> KVManifest:
+    """Return what the sender of a message holds; it may contradict itself.
+
+    Raises:
+        KVTransferError: that cannot be read.
+    """
+    frame = _only_frame(message, frames)
+    if len(frame) > MAX_MANIFEST_BYTES:
+        raise KVTransferError(f"another worker tells of its KV cache in {size_text(len(frame))}")
+    try:
+        return _manifest.decode(frame)
+    except (ValueError, RecursionError) as exc:  # all that a msgpack decoder raises on bad bytes
+        raise KVTransferError(
+            f"what another worker tells of its KV cache cannot be read: {str(exc)[:200]}"
+        ) from exc
+
+
+def _only_frame(message: KVPieces | KVEnd, frames: Sequence[Frame]) -> Frame:
+    if len(frames) != 1 or message.tensors != (TensorSpec("uint8", (len(frames[0]),)),):
+        raise KVTransferError(f"{len(frames)} frames came with {message.tensors}; one of bytes may")
+    return frames[0]

@@ -1,0 +1,218 @@
+"""Finds out whether a model type that no test covers is computed rightly when it is split.
+
+A small random model of the same configuration is run whole, by transformers alone, and split in
+stages with ragged sequences, by the code that serves. What differs or fails is refused.
+"""
+
+import functools
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from distributed_llm.common.architectures import VERIFIED, check_architecture
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import LayerRange
+from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model.sampler import sample
+from distributed_llm.worker.model.weights import model_config, new_model
+
+logger = logging.getLogger(__name__)
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "sliding_window": 5,
+}
+"""What a small model has, by transformers' names; sizes that a configuration lacks stay away."""
+
+_MAX_LAYERS = 6
+_NO_TOKENS = as_token_ids(())
+_WEIGHT_STD = 0.15  # the usual 0.02 gives every token nearly the same logits
+_PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79), (2, 7, 18, 28), (16, 18, 0, 33, 98, 87, 49))
+_NEW_TOKENS = 6
+# Drawn tokens tell logits apart that have the same maximum.
+_SAMPLINGS = (Sampling(), *(Sampling(temperature=2.0, seed=seed) for seed in range(4)))
+
+
+class Runnable(Protocol):
+    """What the check needs of a stage."""
+
+    def run(
+        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
+    ) -> Any:
+        """Compute one step; see `Stage.run`."""
+
+
+class Loader(Protocol):
+    """Loads one stage; see `Stage.load_unchecked`."""
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        layers: LayerRange,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Runnable:
+        """Return the stage."""
+
+
+def ensure_supported(checkpoint: Checkpoint, load: Loader) -> None:
+    """Refuse a model that is computed wrongly when it is split.
+
+    Takes about a second for a model type that no test of this package covers.
+
+    Args:
+        checkpoint: of the model to be served; only its configuration is read.
+        load: how stages are loaded.
+
+    Raises:
+        UnsupportedModel: with what, why and what to do.
+    """
+    check_architecture(checkpoint.config)
+    if checkpoint.model_type not in VERIFIED:
+        model_config(checkpoint.config)
+        check: Any = _self_check  # lru_cache is typed for hashable protocols only
+        check(json.dumps(checkpoint.config, sort_keys=True), load)
+
+
+@functools.lru_cache(maxsize=16)
+def _self_check(config_json: str, load: Any) -> None:
+    config = json.loads(config_json)
+    model_type = config["model_type"]
+    logger.info("no test covers the model type %r; checking a small one", model_type)
+    try:
+        with tempfile.TemporaryDirectory(prefix="distributed_llm_check_") as folder:
+            whole = _small_model(config)
+            whole.save_pretrained(folder)
+            differing = _differing_tokens(whole, open_checkpoint(Path(folder)), load)
+    except Exception as exc:  # whatever fails here would fail, or be wrong, when serving
+        raise _unsupported(model_type, f"a small model of it cannot be run split ({exc})") from exc
+    if differing:
+        raise _unsupported(
+            model_type, f"split in two, a small model of it gave other tokens ({differing} differ)"
+        )
+
+
+def _unsupported(model_type: str, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The model type {model_type!r} is not supported: {why}. Use a model of a kind that is "
+        f"known to work: {', '.join(sorted(VERIFIED))}."
+    )
+
+
+def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json for a small model of the same structure as that of `config`."""
+    small = dict(model_config(config).to_dict())
+    attribute_map = model_config(config).attribute_map
+    heads = config.get(attribute_map.get("num_attention_heads", "num_attention_heads"), 1)
+    layers = _layers_to_keep(small)
+    old_layers = int(small[attribute_map.get("num_hidden_layers", "num_hidden_layers")])
+    for name, value in list(small.items()):
+        if name.endswith("_token_id"):
+            small[name] = None
+        elif "layer" in name and isinstance(value, list) and len(value) == old_layers:
+            small[name] = value[:layers]
+    sizes = {**_SIZES, "num_hidden_layers": layers}
+    if "qk_rope_head_dim" in small:
+        del sizes["head_dim"]  # latent attention makes it of parts
+    if kv_heads := small.get("num_key_value_heads"):
+        sizes["num_key_value_heads"] = 4 if kv_heads == heads else 2
+    for name, size in sizes.items():
+        own_name = attribute_map.get(name, name)
+        if small.get(own_name) is not None:
+            small[own_name] = size
+    return small
+
+
+def _layers_to_keep(config: Mapping[str, Any]) -> int:
+    """Return how many first layers show every kind of layer; at least two."""
+    kinds = config.get("layer_types") or [None]
+    shown = 1 + max(kinds.index(kind) for kind in set(kinds))
+    return int(min(max(shown, 2), _MAX_LAYERS))
+
+
+def _small_model(config: Mapping[str, Any]) -> PreTrainedModel:
+    small = model_config(shrink_config(config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = new_model(small, torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=_WEIGHT_STD)
+            else:
+                parameter.data += _WEIGHT_STD * torch.randn_like(parameter)
+    model.train(False)
+    return model
+
+
+def _differing_tokens(whole: PreTrainedModel, checkpoint: Checkpoint, load: Loader) -> int:
+    """Return how many tokens of the split model are not those of the whole one."""
+    middle, num_layers = checkpoint.num_layers // 2, checkpoint.num_layers
+    stages = [
+        load(checkpoint, layers, device=torch.device("cpu"), dtype=torch.float32)
+        for layers in (LayerRange(0, middle), LayerRange(middle, num_layers))
+    ]
+    texts = [list(prompt) for prompt in _PROMPTS]
+    done = [0] * len(texts)
+    differing = 0
+    for _ in range(_NEW_TOKENS):
+        logits = torch.stack([_next_logits(whole, text) for text in texts])
+        lengths = [len(text) for text in texts]
+        for sampling in _SAMPLINGS:
+            samplings = [sampling] * len(texts)
+            expected = sample(logits, samplings, lengths, histories=[_NO_TOKENS] * len(texts))
+            differing += int((expected != _step(stages, texts, done, sampling)).sum())
+        done = lengths
+        for text, row in zip(texts, logits, strict=True):
+            text.append(int(row.argmax()))
+    return differing
+
+
+@torch.inference_mode()
+def _next_logits(whole: PreTrainedModel, text: list[int]) -> Tensor:
+    logits: Tensor = whole(input_ids=torch.tensor([text]), use_cache=False).logits
+    return logits[0, -1]
+
+
+def _step(
+    stages: Sequence[Runnable], texts: list[list[int]], done: list[int], sampling: Sampling
+) -> Tensor:
+    sequences = [
+        SequenceSlice(
+            sequence_id=number,
+            start=start,
+            num_tokens=len(text) - start,
+            sample=True,
+            sampling=sampling,
+        )
+        for number, (text, start) in enumerate(zip(texts, done, strict=True))
+    ]
+    tokens = [token for text, start in zip(texts, done, strict=True) for token in text[start:]]
+    token_ids, hidden_states = torch.tensor(tokens, dtype=torch.int32), None
+    for stage in stages:
+        output = stage.run(sequences, token_ids, hidden_states)
+        hidden_states = output.hidden_states
+    token_ids = output.token_ids
+    assert isinstance(token_ids, Tensor)
+    return token_ids
