@@ -182,9 +182,9 @@ class VirtualCluster:
                     self._texts[key] = [0] * action.num_choices
                     event = events.Tokenized(key, token_ids_of_frame(payload))
                     self.at(self.now + _TEXT_S, self.apply, event)
-                case events.Study(survey=survey):
-                    found = self.meter.call("Study", survey.carry_out)
-                    self.at(self.now + _STUDY_S, self.apply, events.Studied(found))
+                case events.Study():
+                    found = self.meter.call("Study", action.work)
+                    self.at(self.now + _STUDY_S, self.apply, events.Studied(action, found))
                 case events.Forget(key=key):
                     self._texts.pop(key, None)
                 case events.Stop(error=error):

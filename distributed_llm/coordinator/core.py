@@ -43,6 +43,7 @@ from distributed_llm.common.messages import (
     TaskResult,
     TookOver,
     WorkerHello,
+    WorkerStatus,
 )
 from distributed_llm.common.tensors import ITEM_BYTES, frame_of_bytes
 from distributed_llm.common.types import PeerId
@@ -69,6 +70,7 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.planning.plan_search import FoundPlans
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import EventLog
@@ -103,7 +105,7 @@ class Core:
             item_bytes=ITEM_BYTES[model.dtype],
             bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
         )
-        planner = Planner(model, settings, self._measurements)
+        planner = Planner.of(model, settings)
         self._pipelines = Pipelines(
             model,
             settings,
@@ -111,16 +113,29 @@ class Core:
             self._book,
             event_log,
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
-            wants_trials=planner.wants_trials,
+            wants_trials=lambda worker: (
+                settings.strategy == "speed" and self._measurements.untried(worker)
+            ),
         )
         self._placement = Placement(
-            settings, self._registry, self._book, event_log, planner, self._pipelines
+            settings,
+            self._registry,
+            self._book,
+            event_log,
+            planner,
+            self._measurements,
+            self._pipelines,
         )
         self._relocation = Relocation(
             model.cost, self._pipelines, self._registry, event_log, self._measurements
         )
         self._departures = Departures(
-            self._placement, planner, self._relocation, self._registry, event_log
+            self._placement,
+            planner,
+            self._measurements,
+            self._relocation,
+            self._registry,
+            event_log,
         )
         self._rebalancing = Rebalancing(
             model.cost,
@@ -149,6 +164,7 @@ class Core:
             self._registry,
             event_log,
             self._measurements,
+            self._rebalancing,
             task_timeout_s=settings.task_timeout_s,
             give_up=lambda peer, now: self._membership.give_up(
                 peer, "made no progress on a task", now=now
@@ -169,8 +185,10 @@ class Core:
                 actions = [Send(peer, Pong()) for peer in self._registry.peers]
             case Unreachable():
                 actions = self._membership.gone(event.peer, event.why, now=now)
-            case Studied():
-                actions = self._rebalancing.studied(event.findings, now=now)
+            case Studied(result=FoundPlans() as found):
+                actions = self._rebalancing.studied(found, now=now)
+            case Studied(result=result):
+                raise TypeError(f"a study returned {result!r}")
             case StudyFailed():
                 self._rebalancing.study_failed()
                 actions = [Log(f"looking for a better plan failed: {event.error}", "error")]
@@ -247,15 +265,17 @@ class Core:
             requests_failed=self._book.totals.failed,
             tokens_generated=self._book.totals.tokens,
             rejected=dict(self._event_log.rejected),
-            workers=tuple(
-                worker.status(
-                    prediction_error=self._measurements.error(worker.id),
-                    advice=self._rebalancing.advice.get(worker.id),
-                    now=now,
-                )
-                for worker in self._registry.workers
-            ),
+            workers=tuple(self._worker_status(worker, now) for worker in self._registry.workers),
             events=tuple(self._event_log.events),
+        )
+
+    def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
+        advice = self._rebalancing.advice.get(worker.id)
+        return worker.status(
+            prediction_error=self._measurements.error(worker.id),
+            gain=advice.gain if advice else None,
+            advice=advice.text if advice else "",
+            now=now,
         )
 
     # -------------------------------------------------------------- messages

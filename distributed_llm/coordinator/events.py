@@ -1,5 +1,6 @@
 """What the edge tells the core (events) and what the core tells the edge to do (actions)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,6 @@ from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import RequestId, ToClient, ToCoordinator, ToWorker
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
 
 RequestKey = tuple[PeerId, RequestId, int]
 """Names a ticket for good: clients choose ids, and may use them again; the number is ours."""
@@ -83,15 +83,21 @@ class Detokenized:
 
 @dataclass(frozen=True)
 class Studied:
-    """Event: a survey was carried out."""
+    """Event: a study is done.
 
-    findings: FoundPlans
+    Attributes:
+        result: what its `work` returned.
+    """
+
+    study: "Study"
+    result: object
 
 
 @dataclass(frozen=True)
 class StudyFailed:
-    """Event: a survey could not be carried out; a bug."""
+    """Event: the `work` of a study raised an exception, which is a bug."""
 
+    study: "Study"
     error: str
 
 
@@ -157,9 +163,15 @@ class Forget:
 
 @dataclass(frozen=True)
 class Study:
-    """Action: carry out a survey, which takes a while; answered by `Studied`."""
+    """Action: call `work` beside the event loop; answered by `Studied` or `StudyFailed`.
 
-    survey: PlanSearch
+    Planning takes 2 to 200 ms, which no token should wait for.
+
+    Attributes:
+        work: computes from values that nobody changes; it may run in any thread.
+    """
+
+    work: Callable[[], object]
 
 
 @dataclass(frozen=True)

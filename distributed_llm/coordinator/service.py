@@ -43,7 +43,6 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.planning.plan_search import PlanSearch
 from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 
@@ -165,8 +164,8 @@ class Coordinator:
                 self._text_thread.submit(self._texts.pop, key, None)
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
-            case Study(survey=survey):
-                self._study_thread.submit(self._study, survey)
+            case Study():
+                self._study_thread.submit(self._study, action)
             case Stop(error=error):
                 self._fail(error)
             case _:
@@ -180,12 +179,12 @@ class Coordinator:
 
     # -------------------------------------------------------------- the study thread
 
-    def _study(self, survey: PlanSearch) -> None:
+    def _study(self, study: Study) -> None:
         try:
-            self._tell(Studied(survey.carry_out()))
+            self._tell(Studied(study, study.work()))
         except Exception as exc:
-            logger.exception("a survey failed")
-            self._tell(StudyFailed(repr(exc)))
+            logger.exception("planning failed")
+            self._tell(StudyFailed(study, repr(exc)))
 
     # -------------------------------------------------------------- the text thread
 

@@ -6,6 +6,7 @@ from typing import assert_never
 from distributed_llm.common.messages import TaskFailed, TaskResult
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.placement import Placement
+from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
 from distributed_llm.coordinator.cluster.registry import Registry, Worker
 from distributed_llm.coordinator.events import Action, Received
 from distributed_llm.coordinator.serving.event_log import EventLog
@@ -31,6 +32,7 @@ class Stepping:
         registry: Registry,
         event_log: EventLog,
         measurements: Measurements,
+        rebalancing: Rebalancing,
         *,
         task_timeout_s: float,
         give_up: Callable[[PeerId, float], list[Action]],
@@ -40,6 +42,7 @@ class Stepping:
         self._registry = registry
         self._event_log = event_log
         self._measurements = measurements
+        self._rebalancing = rebalancing
         self._task_timeout_s = task_timeout_s
         self._give_up = give_up
         self._leases_at: float | None = None  # no lease runs out before
@@ -63,6 +66,7 @@ class Stepping:
             case StepDone():
                 counts = pipeline.scheduler.complete(outcome.step)
                 pipeline.observe(outcome, now=now)
+                self._rebalancing.observe(pipeline, outcome, now=now)
                 self._measurements.observe(pipeline.stages, outcome, now=now)
                 self._count(pipeline, outcome)
                 return self._book.step_done(outcome, counts, now=now)

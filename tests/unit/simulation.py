@@ -31,7 +31,6 @@ from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.plan import kv_tokens_of, plan_of
-from distributed_llm.coordinator.planning.plan_search import PlanSearch
 from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
@@ -252,8 +251,8 @@ class World:
                 case events.Tokenize() | events.Detokenize() | events.Forget():
                     self._text_at = max(self._text_at, self.now) + self.text_delay_s
                     self.at_time(self._text_at, lambda order=action: self._text(order))  # type: ignore[misc]
-                case events.Study(survey=survey):
-                    self._study(survey)
+                case events.Study():
+                    self._study(action)
                 case events.Log(text=text):
                     self.logs.append(text)
                 case events.Stop(error=error):
@@ -261,8 +260,8 @@ class World:
                 case _:
                     assert_never(action)
 
-    def _study(self, survey: PlanSearch) -> None:
-        self.at(self.study_s, lambda: self._do(events.Studied(survey.carry_out())))
+    def _study(self, study: events.Study) -> None:
+        self.at(self.study_s, lambda: self._do(events.Studied(study, study.work())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:

@@ -18,12 +18,13 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import MayLeave, WorkerDrained
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.placement import Placement
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.registry import Registry, Worker, memory_of
 from distributed_llm.coordinator.cluster.relocation import Relocation
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventLog
+from distributed_llm.coordinator.speeds.measurements import Measurements
 
 _ATTEMPTS = 2
 """Moves that are tried; the second one without the KV cache."""
@@ -53,12 +54,14 @@ class Departures:
         self,
         placement: Placement,
         planner: Planner,
+        measurements: Measurements,
         relocation: Relocation,
         registry: Registry,
         event_log: EventLog,
     ) -> None:
         self._placement = placement
         self._planner = planner
+        self._measurements = measurements
         self._relocation = relocation
         self._registry = registry
         self._event_log = event_log
@@ -164,7 +167,8 @@ class Departures:
             if not others:
                 raise NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
             needed = self._placement.needed_tokens(pipeline)
-            return self._planner.plan(others, used_tokens=needed)
+            machines = self._measurements.machines(memory_of(others))
+            return self._planner.plan(machines, used_tokens=needed)
         except (NotEnoughMemory, NotReady):
             if any(r.in_flight for r in self._placement.pipelines if r is not pipeline):
                 return None  # another pipeline serves its requests

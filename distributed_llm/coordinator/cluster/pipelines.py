@@ -194,7 +194,7 @@ class Pipelines:
                 worker = self._worker(stage)
                 worker.unassign()
                 worker.epoch = 0
-        new.demand, new.balancer = old.demand, old.balancer
+        new.lineage = old.lineage
         if move.copies:
             new.take_over(old)
         else:

@@ -22,7 +22,7 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import StageFailed, StageReady
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.registry import Registry, Worker, memory_of
 from distributed_llm.coordinator.events import Action, Stop
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.planner import Planner
@@ -30,6 +30,8 @@ from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.settings import CoreSettings
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.measurements import Measurements
 
 
 class Placement:
@@ -56,6 +58,7 @@ class Placement:
         book: RequestBook,
         event_log: EventLog,
         planner: Planner,
+        measurements: Measurements,
         pipelines: Pipelines,
     ) -> None:
         self._settings = settings
@@ -63,6 +66,7 @@ class Placement:
         self._book = book
         self._event_log = event_log
         self._planner = planner
+        self._measurements = measurements
         self._pipelines = pipelines
         self.note = "No worker has joined."
         self.replan_at: float | None = None
@@ -126,7 +130,7 @@ class Placement:
             )
             return []
         try:
-            plans = self._planner.plans(fit)
+            plans = self._planner.plans(self._machines(fit))
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             if self.pipelines:
                 return [self._event_log.note(f"the plan stays: {exc}", "warning")]
@@ -141,7 +145,7 @@ class Placement:
         """Serve the model once more with workers that have no layers, if they can hold it."""
         self.replan_at, self.replan_when_idle = None, True
         try:
-            plan = self._planner.plan(self.idle_workers)
+            plan = self._planner.plan(self._machines(self.idle_workers))
         except (NotEnoughMemory, ConfigError, NotReady):
             return []
         return self._load([plan])
@@ -157,7 +161,7 @@ class Placement:
             return []
         self._pipelines.dissolve(pipeline)
         try:
-            return self._load([self._planner.plan(self.idle_workers)])
+            return self._load([self._planner.plan(self._machines(self.idle_workers))])
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             if self.pipelines:
                 text = f"{len(self.pipelines)} pipelines are left to serve the model: {exc}"
@@ -167,6 +171,9 @@ class Placement:
             ended = self._pipelines.end_epoch()
             broken = WorkerLost(f"Worker {worker.id} serves its layers no longer. {exc}")
             return [*ended, *self._book.fail_all(broken), *self._wait(exc)]
+
+    def _machines(self, workers: Sequence[Worker]) -> Machines:
+        return self._measurements.machines(memory_of(workers))
 
     def _wait(self, error: DistributedLLMError) -> list[Action]:
         self.note, self.replan_when_idle = str(error)[:4096], False

@@ -5,12 +5,13 @@ there is a better plan, the pipeline's balancer says whether to move; idle worke
 model by themselves may serve it once more instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from distributed_llm.common.types import WorkerId
-from distributed_llm.coordinator.cluster.balancer import Alternative
+from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
 from distributed_llm.coordinator.cluster.placement import Placement
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.registry import Registry, Worker, memory_of
 from distributed_llm.coordinator.cluster.relocation import Relocation
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -20,8 +21,9 @@ from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSea
 from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.settings import CoreSettings
-from distributed_llm.coordinator.speeds.demand import Demand
+from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
 _EVERY_S = 1.0
@@ -40,6 +42,19 @@ _AS_GOOD = 0.97
 
 _PATIENCE_S = 10.0
 """After a move was undone; twice as long each time."""
+
+
+@dataclass
+class _Lineage:
+    """What is known of pipelines that took each other's place, beyond their plans.
+
+    Attributes:
+        demand: what is asked of them.
+        balancer: says when they should have another plan.
+    """
+
+    demand: DemandMeter = field(default_factory=DemandMeter)
+    balancer: Balancer = field(default_factory=Balancer)
 
 
 class Rebalancing:
@@ -74,6 +89,7 @@ class Rebalancing:
         self._left_out: set[WorkerId] = set()
         self._unconfirmed: set[int] = set()  # epochs of plans for which there may be a better one
         self._rates: dict[int, float] = {}  # tokens per second that are expected, by epoch
+        self._lineages: dict[int, _Lineage] = {}
         self._next_at: float | None = None
         self.advice: Mapping[WorkerId, Advice] = {}
 
@@ -105,7 +121,7 @@ class Rebalancing:
         if survey is None:
             return []
         self._surveyed = survey
-        return [Study(survey)]
+        return [Study(survey.carry_out)]
 
     def _forget(self, epochs: set[int]) -> None:
         """Keep what is known of these plans only."""
@@ -113,6 +129,21 @@ class Rebalancing:
         self._advised = {e: found for e, found in self._advised.items() if e in epochs}
         self._rates = {e: found for e, found in self._rates.items() if e in epochs}
         self._unconfirmed &= epochs
+        lineages = {pipeline.lineage for pipeline in self._placement.pipelines}
+        self._lineages = {e: found for e, found in self._lineages.items() if e in lineages}
+
+    def _lineage(self, pipeline: Pipeline) -> "_Lineage":
+        return self._lineages.setdefault(pipeline.lineage, _Lineage())
+
+    def _quickest(self, idle: Sequence[Worker]) -> list[Worker]:
+        workers = {worker.id: worker for worker in idle}
+        ranked = ranked_by_speed(self._measurements.machines(memory_of(idle)))
+        return [workers[worker] for worker in ranked[:_MAX_IDLE]]
+
+    def observe(self, pipeline: Pipeline, done: StepDone, *, now: float) -> None:
+        """Learn from a step what is asked of a pipeline."""
+        demand = self._lineage(pipeline).demand
+        demand.observe(done, decoding=pipeline.num_decoding, now=now)
 
     def _survey(self, pipeline: Pipeline, now: float) -> PlanSearch | None:
         """Return what to find out about a pipeline; None if nothing has changed."""
@@ -121,8 +152,8 @@ class Rebalancing:
         if any(worker.leaving for worker in workers):
             return None
         idle = self._placement.idle_workers
-        idle = ranked_by_speed(self._measurements.machines(idle), idle)[:_MAX_IDLE]
-        demand = pipeline.demand.demand
+        idle = self._quickest(idle)
+        demand = self._lineage(pipeline).demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
         advised, advised_at = self._advised.get(pipeline.epoch, (frozenset(), 0.0))
         unconfirmed = pipeline.epoch in self._unconfirmed
@@ -137,12 +168,12 @@ class Rebalancing:
             epoch=pipeline.epoch,
             cost=self._cost,
             ranges=pipeline.ranges,
-            machines=self._measurements.machines([*workers, *idle]),
+            machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
             demand=demand or Demand.expected(len(everybody)),
             goal=self._planner.goal if demand is None else self._settings.objective,
-            kv_tokens=max(needed, self._planner.kv_tokens([*fit, *idle])),
-            extra_kv_tokens=self._planner.kv_tokens(idle),
+            kv_tokens=max(needed, self._planner.kv_tokens(memory_of([*fit, *idle]))),
+            extra_kv_tokens=self._planner.kv_tokens(memory_of(idle)),
             least_kv_tokens=self._planner.least_kv_tokens,
             beside_tokens_per_s=sum(
                 found for epoch, found in self._rates.items() if epoch != pipeline.epoch
@@ -179,7 +210,9 @@ class Rebalancing:
             return []
         if self._adds(findings):
             assert findings.extra is not None
-            plan = self._planner.plan_of(self._found(findings.extra), findings.extra.ranges)
+            plan = self._planner.plan_of(
+                memory_of(self._found(findings.extra)), findings.extra.ranges
+            )
             return self._placement.serve_also(plan)
         best = findings.best
         if best is None or best.ranges == pipeline.ranges:
@@ -187,16 +220,16 @@ class Rebalancing:
         workers = self._found(best, pipeline)
         if len(workers) < len(best.ranges):
             return []  # somebody has left meanwhile, or is to leave
-        plan = self._planner.plan_of(workers, best.ranges)
+        plan = self._planner.plan_of(memory_of(workers), best.ranges)
         price = self._relocation.price(pipeline, plan)
         gain = merit(survey.goal, best) / merit(survey.goal, findings.now) - 1.0
         offer = Alternative(best.ranges, gain, self._uncertainty(findings), price.standstill_s)
-        verdict = pipeline.balancer.consider(offer, now=now)
+        verdict = self._lineage(pipeline).balancer.consider(offer, now=now)
         if verdict.what == "wait":
             self._unconfirmed.add(survey.epoch)
         if verdict.what != "move":
             return []
-        pipeline.balancer.moved(pipeline.ranges, now=now)
+        self._lineage(pipeline).balancer.moved(pipeline.ranges, now=now)
         if price.kv_tokens is None:
             return self._relocation.replace(pipeline, plan, why=verdict.why)
         return self._relocation.begin(pipeline, plan, price, why=verdict.why, now=now)

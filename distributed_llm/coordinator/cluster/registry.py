@@ -5,7 +5,7 @@ connection is gone; what it says afterwards comes from a stranger.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
@@ -20,7 +20,6 @@ from distributed_llm.common.messages import (
     WorkerStatus,
 )
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.planning.advice import Advice
 
 CLIENT_SILENCE_S = 30.0
 _TELLING_BYTES = 64 << 20
@@ -119,13 +118,14 @@ class Worker:
             self.seconds_per_token = _DECAY * past + (1 - _DECAY) * sample
 
     def status(
-        self, *, prediction_error: float | None, advice: Advice | None, now: float
+        self, *, prediction_error: float | None, gain: float | None, advice: str, now: float
     ) -> WorkerStatus:
         """Return what is known of it.
 
         Args:
             prediction_error: of its latest tasks, as a share.
-            advice: whether it helps, if that is known.
+            gain: how much more is answered with it than without, as a share, if that is known.
+            advice: what that means, for people.
         """
         return WorkerStatus(
             name=self.id,
@@ -143,10 +143,15 @@ class Worker:
             compute_s=self.compute_s,
             seconds_per_token=self.seconds_per_token,
             prediction_error=prediction_error,
-            gain=advice.gain if advice else None,
-            advice=advice.text if advice else "",
+            gain=gain,
+            advice=advice,
             last_heard_s=max(0.0, now - self.last_heard_at),
         )
+
+
+def memory_of(workers: Iterable[Worker]) -> dict[WorkerId, int]:
+    """Return what each of these workers offers for weights and KV cache, bytes."""
+    return {worker.id: worker.capabilities.memory_bytes for worker in workers}
 
 
 class Registry:

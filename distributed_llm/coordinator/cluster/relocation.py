@@ -187,7 +187,7 @@ class Relocation:
         self._pipelines.dissolve(old)
         actions = self._pipelines.load([plan])
         new = self._pipelines.all[-1]
-        new.demand, new.balancer = old.demand, old.balancer
+        new.lineage = old.lineage
         text = f"plan {old.epoch} ends, and another one is loaded in its place: {why}"
         return [self._event_log.note(text), *actions]
 

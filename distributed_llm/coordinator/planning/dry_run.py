@@ -8,9 +8,8 @@ import msgspec
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities, Name
 from distributed_llm.common.tensors import ITEM_BYTES
-from distributed_llm.common.types import PeerId, WorkerId
+from distributed_llm.common.types import WorkerId
 from distributed_llm.common.units import parse_flops, parse_rate, parse_size
-from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import Plan, layer_map_of
@@ -72,11 +71,12 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoreSettings) 
         item_bytes=ITEM_BYTES[model.dtype],
         bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
     )
-    for worker in found:
-        measurements.joined(worker.id, worker.capabilities)
-    planner = Planner(model, settings, measurements)
-    machines = measurements.machines(found)
-    plans = planner.plans(found)
+    for worker, capabilities in found.items():
+        measurements.joined(worker, capabilities)
+    planner = Planner.of(model, settings)
+    memory = {worker: found[worker].memory_bytes for worker in found}
+    machines = measurements.machines(memory)
+    plans = planner.plans(machines)
     by_speed = settings.strategy == "speed"
     least = min(settings.min_kv_tokens, model.defaults.context_length)
     one = Demand(sequences=1, positions=_POSITIONS, prompt_tokens=0, chunk_tokens=1)
@@ -87,7 +87,7 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoreSettings) 
         machines.memory_bytes,
         one_tokens_per_s=max(_rates(model.cost, machines, plans, one)),
         many_tokens_per_s=sum(_rates(model.cost, machines, plans, many)),
-        advice=_advice(model.cost, planner, found, machines, plans, least) if by_speed else {},
+        advice=_advice(model.cost, planner, machines, plans, least) if by_speed else {},
         assumed=_assumed(workers),
     )
 
@@ -101,7 +101,6 @@ def _rates(
 def _advice(
     cost: ModelCost,
     planner: Planner,
-    workers: Sequence[Worker],
     machines: Machines,
     plans: Sequence[Plan],
     least_kv_tokens: int,
@@ -118,13 +117,13 @@ def _advice(
     advices: dict[WorkerId, Advice] = {}
     for plan, own_rate in zip(plans, rates, strict=True):
         own = {stage.worker for stage in plan}
-        group = [worker for worker in workers if worker.id in own or worker.id not in used]
+        group = [worker for worker in machines.memory_bytes if worker in own or worker not in used]
         found = advise(
             cost,
-            machines.only([worker.id for worker in group]),
+            machines.only(group),
             Demand.expected(len(group)),
             goal=planner.goal,
-            kv_tokens=planner.kv_tokens(group),
+            kv_tokens=planner.kv_tokens(machines.only(group).memory_bytes),
             least_kv_tokens=least_kv_tokens,
             beside_tokens_per_s=sum(rates) - own_rate,
         )
@@ -138,9 +137,9 @@ def _advice(
 # ------------------------------------------------------------------ machines as people say them
 
 
-def _workers(texts: Sequence[str]) -> list[Worker]:
+def _workers(texts: Sequence[str]) -> dict[WorkerId, Capabilities]:
     found = [_worker(text, number) for number, text in enumerate(texts, 1)]
-    names = [worker.id for worker in found]
+    names = [name for name, _ in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"--worker {twice}: there are two of this name. Give each its own.")
@@ -150,10 +149,10 @@ def _workers(texts: Sequence[str]) -> list[Worker]:
             f"--worker {other[0]}: it has no speed, but {fast[0]} has one. Give all workers a "
             "speed, such as pc=8GiB,40GB/s,1.5TFLOPS, or none."
         )
-    return found
+    return dict(found)
 
 
-def _worker(text: str, number: int) -> Worker:
+def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
     name, _, what = text.rpartition("=")
     size, *speeds = (part.strip() for part in what.split(","))
     try:
@@ -182,7 +181,7 @@ def _worker(text: str, number: int) -> Worker:
         memory_bandwidth_bytes_per_s=bytes_per_s,
         flops_per_s=flops_per_s,
     )
-    return Worker(PeerId(worker.encode()), worker, capabilities, 0.0, worker)
+    return worker, capabilities
 
 
 def _assumed(workers: Sequence[str]) -> tuple[str, ...]:

@@ -1,12 +1,18 @@
-"""Which plans to make for some workers, by the strategy that was chosen. Pure."""
+"""Makes plans: how many pipelines, by which workers, under the chosen strategy. Pure.
 
-from collections.abc import Sequence
+A planner keeps nothing and reads values that do not change, so it may run in any thread. How one
+pipeline is cut into layer ranges is decided in `strategies`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from distributed_llm.common.errors import NotEnoughMemory, NotReady
-from distributed_llm.common.types import WorkerId
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.plan import LayerMap, Plan, layer_map_of, plan_of
 from distributed_llm.coordinator.planning.forecast import forecast, merit
 from distributed_llm.coordinator.planning.strategies import (
     Offer,
@@ -14,71 +20,75 @@ from distributed_llm.coordinator.planning.strategies import (
     plan_by_speed,
     wanted_kv_tokens,
 )
-from distributed_llm.coordinator.settings import CoreSettings, Goal
+from distributed_llm.coordinator.settings import CoreSettings, Goal, Strategy
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.measurements import Measurements
 
-_MANY = 8
+_MOST_PIPELINES = 8
 """Pipelines that are tried at most where nobody said how many there should be."""
 
 _BETTER = 1.02
-"""By so much they have to be better than fewer of them."""
+"""More pipelines have to be this many times better than fewer of them."""
 
 
+@dataclass
 class Planner:
-    """The planner of one cluster.
+    """Plans for one model.
 
     Args:
-        model: what is served.
-        settings: how.
-        measurements: of the workers, for strategy "speed".
+        strategy: how layers are divided.
+        goal: what is planned for while nothing is asked; see `forecast.best_plan`.
+        layers: the layers of each worker, for strategy "custom".
+        replicas: how many pipelines should serve the model; "auto" is one, and with strategy
+            "speed" as many as are fastest.
+        context_length: of the model.
+        least_kv_tokens: positions of KV cache without which nothing is served.
     """
 
-    def __init__(
-        self, model: ServedModel, settings: CoreSettings, measurements: Measurements
-    ) -> None:
-        self._model = model
-        self._settings = settings
-        self._measurements = measurements
-        self._least = min(settings.min_kv_tokens, model.defaults.context_length)
+    cost: ModelCost
+    strategy: Strategy
+    goal: Goal
+    layers: Mapping[str, LayerRange]
+    replicas: int | Literal["auto"]
+    context_length: int
+    least_kv_tokens: int
 
-    @property
-    def least_kv_tokens(self) -> int:
-        """Positions of KV cache without which nothing is served."""
-        return self._least
+    @classmethod
+    def of(cls, model: ServedModel, settings: CoreSettings) -> "Planner":
+        """Return the planner of a coordinator; before anything is asked it plans for several."""
+        context_length = model.defaults.context_length
+        return cls(
+            cost=model.cost,
+            strategy=settings.strategy,
+            goal="throughput" if settings.objective == "auto" else settings.objective,
+            layers=settings.layers,
+            replicas=settings.replicas,
+            context_length=context_length,
+            least_kv_tokens=min(settings.min_kv_tokens, context_length),
+        )
 
-    @property
-    def goal(self) -> Goal:
-        """What is planned for while nothing was asked: several requests, unless one counts."""
-        return "throughput" if self._settings.objective == "auto" else self._settings.objective
-
-    def wants_trials(self, worker: WorkerId) -> bool:
-        """Return whether a worker should try steps of several sizes on its first layers."""
-        return self._settings.strategy == "speed" and self._measurements.untried(worker)
-
-    def plans(self, workers: Sequence[Worker]) -> list[Plan]:
-        """Return as many plans as are wanted, or as the workers can hold, or as is fastest.
+    def plans(self, machines: Machines) -> list[Plan]:
+        """Return as many plans as are wanted, or as the machines can hold, or as is fastest.
 
         Raises:
-            NotReady: there are no workers.
+            NotReady: there are no machines.
             NotEnoughMemory: they cannot hold the model.
             ConfigError: the layer map does not fit them.
         """
-        wanted = self._settings.replicas
-        if wanted == "auto":
-            by_speed = self._settings.strategy == "speed"
-            return self._fastest(workers) if by_speed else [self.plan(workers)]
-        ranked = sorted(workers, key=lambda w: (-w.capabilities.memory_bytes, w.id))
-        for number in range(min(wanted, max(1, len(workers))), 1, -1):
+        workers = list(machines.memory_bytes)
+        if not isinstance(self.replicas, int):
+            fastest = self.strategy == "speed" and workers
+            return self._fastest(machines) if fastest else [self.plan(machines)]
+        ranked = sorted(workers, key=lambda worker: (-machines.memory_bytes[worker], worker))
+        for number in range(min(self.replicas, max(1, len(workers))), 1, -1):
             try:
-                return [self.plan(group) for group in _dealt(ranked, number)]
+                return [self.plan(machines.only(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 continue
-        return [self.plan(workers)]
+        return [self.plan(machines)]
 
-    def plan(self, workers: Sequence[Worker], *, used_tokens: int = 0) -> Plan:
-        """Return the plan for all of these workers, of which it may leave some out.
+    def plan(self, machines: Machines, *, used_tokens: int = 0) -> Plan:
+        """Return the plan of one pipeline for all of these machines; it may leave some out.
 
         Args:
             used_tokens: positions of KV cache that it should have room for, if it can.
@@ -86,54 +96,43 @@ class Planner:
         Raises:
             NotReady, NotEnoughMemory, ConfigError: as `plans`.
         """
-        if not workers:
+        memory = machines.memory_bytes
+        if not memory:
             raise NotReady("No worker is there. Start one with `dllm worker`.")
-        settings = self._settings
-        if settings.strategy == "speed":
+        if self.strategy == "speed":
             try:
-                return self._by_speed(workers, max(used_tokens, self.kv_tokens(workers)))
+                return self._by_speed(machines, max(used_tokens, self.kv_tokens(memory)))
             except NotEnoughMemory:
-                return self._by_speed(workers, self._least)
+                return self._by_speed(machines, self.least_kv_tokens)
         return make_plan(
-            self._model.cost,
-            [Offer(worker.id, worker.capabilities.memory_bytes) for worker in workers],
-            strategy=settings.strategy,
-            kv_tokens=self._least,
-            layers=settings.layers,
+            self.cost,
+            [Offer(worker, size) for worker, size in memory.items()],
+            strategy=self.strategy,
+            kv_tokens=self.least_kv_tokens,
+            layers=self.layers,
         )
 
-    def plan_of(self, workers: Sequence[Worker], ranges: LayerMap) -> Plan:
-        """Return the plan in which these workers serve these ranges."""
-        return plan_of(self._model.cost, _memory(workers), ranges)
+    def plan_of(self, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:
+        """Return the plan in which workers with so much memory serve these layers."""
+        return plan_of(self.cost, memory, layer_map)
 
-    def kv_tokens(self, workers: Sequence[Worker]) -> int:
+    def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
         """Return the positions of KV cache that a plan by speed should have room for."""
         return wanted_kv_tokens(
-            self._model.cost,
-            _memory(workers),
-            least=self._least,
-            context_length=self._model.defaults.context_length,
+            self.cost, memory, least=self.least_kv_tokens, context_length=self.context_length
         )
 
-    def _by_speed(self, workers: Sequence[Worker], kv_tokens: int) -> Plan:
-        return plan_by_speed(
-            self._model.cost,
-            self._measurements.machines(workers),
-            Demand.expected(len(workers)),
-            goal=self.goal,
-            kv_tokens=kv_tokens,
-        )
+    def _by_speed(self, machines: Machines, kv_tokens: int) -> Plan:
+        demand = Demand.expected(len(machines.memory_bytes))
+        return plan_by_speed(self.cost, machines, demand, goal=self.goal, kv_tokens=kv_tokens)
 
-    def _fastest(self, workers: Sequence[Worker]) -> list[Plan]:
+    def _fastest(self, machines: Machines) -> list[Plan]:
         """Return the plans that together answer most, or of which one answers soonest."""
-        if not workers:
-            return [self.plan(workers)]
-        machines = self._measurements.machines(workers)
-        ranked = ranked_by_speed(machines, workers)
-        best, most = [self.plan(workers)], 0.0
-        for number in range(1, 1 + min(_MANY, len(workers))):
+        ranked = ranked_by_speed(machines)
+        best, most = [self.plan(machines)], 0.0
+        for number in range(1, 1 + min(_MOST_PIPELINES, len(ranked))):
             try:
-                plans = [self.plan(group) for group in _dealt(ranked, number)]
+                plans = [self.plan(machines.only(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 break
             merits = [self._merit(plan, machines) for plan in plans]
@@ -143,25 +142,20 @@ class Planner:
         return best
 
     def _merit(self, plan: Plan, machines: Machines) -> float:
-        ranges = tuple((stage.worker, stage.layers) for stage in plan)
-        demand = Demand.expected(len(ranges))
-        return merit(self.goal, forecast(self._model.cost, machines, ranges, demand))
+        demand = Demand.expected(len(plan))
+        return merit(self.goal, forecast(self.cost, machines, layer_map_of(plan), demand))
 
 
-def ranked_by_speed(machines: Machines, workers: Sequence[Worker]) -> list[Worker]:
+def ranked_by_speed(machines: Machines) -> list[WorkerId]:
     """Return the workers, the one first that computes a layer soonest."""
     load = Demand.expected(1).load(1.0)
     speeds = {found.worker: found.speed.layer_s for found in machines.candidates(load)}
-    return sorted(workers, key=lambda worker: (speeds[worker.id], worker.id))
+    return sorted(speeds, key=lambda worker: (speeds[worker], worker))
 
 
-def _memory(workers: Sequence[Worker]) -> dict[WorkerId, int]:
-    return {worker.id: worker.capabilities.memory_bytes for worker in workers}
-
-
-def _dealt(ranked: Sequence[Worker], number: int) -> list[list[Worker]]:
+def _dealt(ranked: Sequence[WorkerId], number: int) -> list[list[WorkerId]]:
     """Return the workers in groups that are about alike: best first, to and fro."""
-    groups: list[list[Worker]] = [[] for _ in range(number)]
+    groups: list[list[WorkerId]] = [[] for _ in range(number)]
     for at, worker in enumerate(ranked):
         turn, place = divmod(at, number)
         groups[place if turn % 2 == 0 else number - 1 - place].append(worker)

@@ -13,13 +13,11 @@ from typing import Literal
 from distributed_llm.common.messages import MAX_RELEASED, ReleaseSequences, StageReady
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import KV_BLOCK, PeerId
-from distributed_llm.coordinator.cluster.balancer import Balancer
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
 from distributed_llm.coordinator.serving.depth import DepthEstimator
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import SendTask, StepDone, StepsInFlight
-from distributed_llm.coordinator.speeds.demand import DemandMeter
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,8 @@ class Pipeline:
     Attributes:
         pipeline: None while it is loading; likewise `scheduler`.
         held: no steps begin; what is said of sequences is kept for later.
-        demand: what is asked of it.
-        balancer: says when it should have another plan.
+        lineage: the epoch of the first pipeline of those that took each other's place, down to it.
+        num_decoding: sequences that computed one token at a time when steps were begun last.
     """
 
     def __init__(
@@ -82,13 +80,12 @@ class Pipeline:
         self._chunks: dict[int, int] = {}  # depth for prompts, by what may be tried; likewise
         self._decode_depth = (0, 0)  # and the number of sequences that it is for
         self._decodes_seen = 0  # steps since then
-        self._num_decoding = 0  # when steps were begun last
+        self.num_decoding = 0
+        self.lineage = epoch
         self._pace_s = 1e-9  # per token, on the slowest stage; as measured last
         self.in_flight: StepsInFlight | None = None
         self.scheduler: Scheduler | None = None
         self.held = False
-        self.demand = DemandMeter()
-        self.balancer = Balancer()
 
     @property
     def ranges(self) -> LayerMap:
@@ -219,7 +216,7 @@ class Pipeline:
             in_flight.release(scheduler.take_freed())
             if scheduler.num_running != running:  # the first time, or a step cost others their room
                 running, decoding = scheduler.num_running, scheduler.num_decoding
-                self._num_decoding = decoding
+                self.num_decoding = decoding
                 depth = max(1, self._depth_to_decode(decoding, now))
                 chunks = 0
                 if running > decoding:
@@ -250,7 +247,6 @@ class Pipeline:
             times.observe(stage, tokens, timing.compute_us / 1e6, depth=done.depth, now=now)
         inside_s = sum(t.compute_us + t.queued_us for t in done.timings) / 1e6
         times.observe_overhead(max(0.0, done.round_trip_s - inside_s), now=now)
-        self.demand.observe(done, decoding=self._num_decoding, now=now)
 
     @property
     def _limit(self) -> int:

@@ -2,12 +2,11 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from distributed_llm.common.messages import Capabilities, LinkReport, StageTrial
 from distributed_llm.common.types import LayerRange, WorkerId
-from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.depth import Mean
@@ -136,12 +135,11 @@ class Measurements:
         costs = self._costs.get(worker)
         return costs.doubt if costs else 0.0
 
-    def machines(self, workers: Iterable[Worker]) -> Machines:
-        """Return these workers as planning sees them; it does not change when they do."""
-        sizes = {worker.id: worker.capabilities.memory_bytes for worker in workers}
-        costs = {worker: copy.deepcopy(self._costs[worker]) for worker in sizes}
+    def machines(self, memory_bytes: Mapping[WorkerId, int]) -> Machines:
+        """Return workers with so much memory as planning sees them; a copy that does not change."""
+        costs = {worker: copy.deepcopy(self._costs[worker]) for worker in memory_bytes}
         links = self._network.snapshot().links
-        return Machines(sizes, costs, links, self._overhead.value or 0.0)
+        return Machines(dict(memory_bytes), costs, links, self._overhead.value or 0.0)
 
     def _weight(self, layers: LayerRange) -> float:
         weight = self._weights.get(layers)
