@@ -20,19 +20,19 @@ def pair(memory: int = 20_000, strategy: str = "even", **memories: int) -> Parts
 
 def settle(parts: Parts, now: float = 10.0) -> list[Action]:
     """Do what the core does after every event."""
-    return [*parts.relocation.settle(now=now), *parts.departures.settle(now=now)]
+    return [*parts.moves.settle(now=now), *parts.departures.settle(now=now)]
 
 
 def moved(parts: Parts, now: float = 11.0) -> list[Action]:
     """All stages of the move have loaded; it goes on without copying."""
-    move = parts.relocation.move
+    move = parts.moves.move
     assert move
     for stage in move.new.stages:
         worker = parts.registry.worker(stage.peer)
         assert worker
-        parts.relocation.stage_ready(worker, ready(move.new.epoch), now=now)
+        parts.moves.stage_ready(worker, ready(move.new.epoch), now=now)
     if move.phase == "copying":
-        move.copied_enough(now=now)
+        move.copy_timed_out(now=now)
     for stage in move.new.stages:
         move.took_over(stage.peer)
     return settle(parts, now)
@@ -59,8 +59,8 @@ def gone(parts: Parts, name: str) -> list[Action]:
     worker = parts.registry.remove(PeerId(name.encode()))
     assert worker
     actions = parts.departures.gone(worker)
-    actions += parts.relocation.lost(worker, now=12.0)
-    return actions + parts.placement.lose(worker)
+    actions += parts.moves.lost(worker, now=12.0)
+    return actions + parts.replanning.lose(worker)
 
 
 # ------------------------------------------------------------------ who may go
@@ -80,12 +80,12 @@ def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     assert sent(parts.departures.drain(CLIENT, "b")) == []
     actions = settle(parts)
     assert [a.peer for a in actions if isinstance(a, Send)] == [b"a"]
-    assert parts.relocation.move
-    assert parts.relocation.move.copies
-    assert "worker b is to leave" in parts.event_log.events[-1]
+    assert parts.moves.move
+    assert parts.moves.move.copies
+    assert "worker b is to leave" in parts.event_log.texts[-1]
     assert settle(parts) == [], "it waits for the move"
     assert may_leave(moved(parts)) == ["b"]
-    assert parts.placement.pipelines[0].layers_text == "a 0-6"
+    assert parts.pipelines.all[0].layers_text == "a 0-6"
 
 
 def test_everybody_who_asked_is_told() -> None:
@@ -102,12 +102,12 @@ def test_two_may_leave_at_once() -> None:
     parts = pair(c=20_000)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
-    assert parts.relocation.move
+    assert parts.moves.move
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
     assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
-    assert parts.relocation.move
-    assert parts.relocation.move.new.layers_text == "c 0-6"
+    assert parts.moves.move
+    assert parts.moves.move.new.layers_text == "c 0-6"
     assert may_leave(moved(parts)) == ["a", "b"]
 
 
@@ -115,15 +115,15 @@ def test_a_worker_that_takes_over_just_now_is_waited_for() -> None:
     parts = pair(c=20_000)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
-    move = parts.relocation.move
+    move = parts.moves.move
     assert move
     for stage in move.new.stages:
-        parts.relocation.stage_ready(parts.worker(stage.worker), ready(2), now=11.0)
-    move.copied_enough(now=11.0)
+        parts.moves.stage_ready(parts.worker(stage.worker), ready(2), now=11.0)
+    move.copy_timed_out(now=11.0)
     assert move.phase == "handing_over"
     parts.departures.leave(parts.worker("b"))
     assert settle(parts) == []
-    assert parts.relocation.move is move
+    assert parts.moves.move is move
 
 
 def test_one_that_only_loads_for_a_move_may_leave() -> None:
@@ -133,8 +133,8 @@ def test_one_that_only_loads_for_a_move_may_leave() -> None:
     parts.departures.leave(parts.worker("c"))
     settle(parts)
     assert may_leave(settle(parts)) == ["c"]
-    assert parts.relocation.move
-    assert parts.relocation.move.new.layers_text == "b 0-6"
+    assert parts.moves.move
+    assert parts.moves.move.new.layers_text == "b 0-6"
 
 
 # ------------------------------------------------------------------ when nobody can take over
@@ -175,7 +175,7 @@ def test_its_pipeline_just_ends_where_another_one_serves(alone: bool) -> None:
     parts.ask(first, 100)
     assert sent(parts.departures.drain(CLIENT, "a")) == []
     settle(parts)
-    assert parts.placement.pipelines == [second]
+    assert parts.pipelines.all == [second]
     assert parts.book.num_waiting == 1
     assert may_leave(settle(parts)) == ["a"]
 
@@ -194,7 +194,7 @@ def test_a_worker_that_wants_to_end_does_though_nobody_can_have_its_layers() -> 
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
     assert may_leave(actions) == ["b"]
-    assert "cannot hand its layers over" in parts.event_log.events[-1]
+    assert "cannot hand its layers over" in parts.event_log.texts[-1]
     assert settle(parts) == [], "told once"
 
 
@@ -206,7 +206,7 @@ def test_who_could_have_its_layers_is_lost_meanwhile(wants: bool) -> None:
     if wants:
         parts.departures.leave(parts.worker("b"))
     settle(parts)
-    assert parts.relocation.move
+    assert parts.moves.move
     gone(parts, "c")
     actions = settle(parts)
     assert may_leave(actions) == (["b"] if wants else [])
@@ -240,9 +240,9 @@ def test_the_others_have_room_for_what_a_request_may_take(answer: int, served_by
     parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100, answer)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
-    assert parts.relocation.move
-    assert len(parts.relocation.move.new.stages) == served_by
-    assert parts.relocation.move.new.kv_tokens >= 100 + answer
+    assert parts.moves.move
+    assert len(parts.moves.move.new.stages) == served_by
+    assert parts.moves.move.new.kv_tokens >= 100 + answer
 
 
 def test_nobody_is_told_of_a_worker_that_nobody_asked_for() -> None:
@@ -258,11 +258,11 @@ def test_tried_once_with_and_once_without_the_cache_and_then_given_up() -> None:
     parts.departures.leave(parts.worker("b"))
     for copies in (True, False):
         settle(parts)
-        assert parts.relocation.move
-        assert parts.relocation.move.copies == copies
-        parts.relocation.cancel("a test", now=11.0)
+        assert parts.moves.move
+        assert parts.moves.move.copies == copies
+        parts.moves.undo("a test", now=11.0)
     actions = settle(parts)
-    assert parts.relocation.move is None
+    assert parts.moves.move is None
     loads = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)]
     assert [load.beside for load in loads] == [False]
     assert parts.book.num_waiting == 1, "its request waits for the new stage"
@@ -274,18 +274,18 @@ def test_without_room_for_both_the_layers_are_loaded_anew() -> None:
     parts = pair(memory=6800 + 6 * 127)
     parts.departures.leave(parts.worker("b"))
     settle(parts)
-    assert parts.relocation.move is None
-    assert parts.placement.pipelines[0].layers_text == "a 0-6"
+    assert parts.moves.move is None
+    assert parts.pipelines.all[0].layers_text == "a 0-6"
     assert parts.worker("a").state == "loading"
 
 
 def test_layers_that_are_loading_are_loaded_by_others() -> None:
     parts = Parts({"a": 20_000, "b": 20_000})
-    parts.placement.serve_also(parts.plan(("a", 0, 3), ("b", 3, 6)))
+    parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
     parts.departures.leave(parts.worker("b"))
     settle(parts)
-    assert parts.relocation.move is None
-    assert parts.placement.pipelines[0].layers_text == "a 0-6"
+    assert parts.moves.move is None
+    assert parts.pipelines.all[0].layers_text == "a 0-6"
     assert may_leave(settle(parts)) == ["b"]
 
 
