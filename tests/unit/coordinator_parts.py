@@ -235,6 +235,6 @@ def capabilities(memory_bytes: int) -> Capabilities:
     )
 
 
-def sent(actions: list[Action]) -> list[tuple[str, type]]:
+def sent(actions: Sequence[Action]) -> list[tuple[str, type]]:
     """Return to whom what is sent."""
     return [(a.peer.decode(), type(a.message)) for a in actions if isinstance(a, Send)]

@@ -15,8 +15,10 @@ from distributed_llm.common.messages import (
     StageReady,
     TakeOver,
 )
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.cluster.move import Move, transfers_between
+from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
+from distributed_llm.coordinator.cluster.move import MOVE_STATES, Move, MoveCause, MoveState
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
@@ -154,9 +156,9 @@ def test_a_move_with_its_kv_cache() -> None:
     assert bench.old.held
     assert move.paused_at == 12.0
     move.took_over(PeerId(b"a"))
-    assert not move.is_over
+    assert move.state is MoveState.HANDOVER
     move.took_over(PeerId(b"b"))
-    assert move.is_over
+    assert move.state is MoveState.COMMITTED
     assert told(move.commit_orders(), DropStage) == ["a", "b"]
     assert {send.message for send in move.commit_orders()} == {DropStage(epoch=3)}
 
@@ -167,7 +169,7 @@ def test_who_only_sends_is_told_to_send_the_rest_but_not_waited_for() -> None:
     bench.load()
     assert told(bench.move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
     bench.move.took_over(PeerId(b"b"))
-    assert bench.move.is_over
+    assert bench.move.state is MoveState.COMMITTED
     assert told(bench.move.commit_orders(), DropStage) == ["a", "b"]
 
 
@@ -175,7 +177,7 @@ def test_without_copying_it_ends_when_the_steps_have() -> None:
     bench = Bench(OLD, SHIFTED, copies=False)
     assert bench.load() == []
     assert bench.old.held
-    assert bench.move.is_over
+    assert bench.move.state is MoveState.COMMITTED
 
 
 def test_where_nothing_changes_hands_nothing_is_copied() -> None:
@@ -183,15 +185,15 @@ def test_where_nothing_changes_hands_nothing_is_copied() -> None:
     assert told(bench.load(), TakeOver) == ["a"]
 
 
-@pytest.mark.parametrize("phase", ["loading", "copying", "handing_over"])
-def test_a_move_can_be_undone_in_any_phase(phase: str) -> None:
+@pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])
+def test_a_move_can_be_undone_in_any_state(state: MoveState) -> None:
     bench = Bench(OLD, stages(("c", 0, 2), ("b", 2, 8)), copies=True)
-    if phase != "loading":
+    if state is not MoveState.LOADING:
         bench.load()
-    if phase == "handing_over":
+    if state is MoveState.HANDOVER:
         bench.move.copied(PeerId(b"a"), now=12.0)
         assert bench.old.held
-    assert bench.move.phase == phase
+    assert bench.move.state is state
     sends = bench.move.undo()
     assert told(sends, CancelStage) == ["a", "b", "c"]
     assert {send.message for send in sends} == {CancelStage(epoch=4)}
@@ -216,14 +218,14 @@ def test_copying_that_does_not_come_to_an_end_is_ended() -> None:
 
 def test_answers_at_the_wrong_time_change_nothing() -> None:
     bench = Bench(OLD, SHIFTED, copies=True)
-    for phase in ("loading", "copying"):
-        if phase == "loading":
+    for state in (MoveState.LOADING, MoveState.COPYING):
+        if state is MoveState.LOADING:
             assert bench.move.copied(PeerId(b"a"), now=11.0) == []
         else:
             bench.load()
         for stage in SHIFTED:
             bench.move.took_over(stage.peer)
-        assert bench.move.phase == phase
+        assert bench.move.state is state
 
 
 def test_who_says_again_that_it_has_copied_has_not_taken_over() -> None:
@@ -233,4 +235,24 @@ def test_who_says_again_that_it_has_copied_has_not_taken_over() -> None:
     for stage in SHIFTED:
         assert bench.move.copied(stage.peer, now=12.5) == []
     bench.move.took_over(PeerId(b"a"))
-    assert not bench.move.is_over
+    assert bench.move.state is MoveState.HANDOVER
+
+
+# ------------------------------------------------------------------ the table
+
+
+def test_nothing_happens_to_a_move_that_has_ended() -> None:
+    for state in (MoveState.COMMITTED, MoveState.UNDONE):
+        assert not any(MOVE_STATES.allows(state, cause) for cause in MoveCause)
+
+
+def test_every_state_before_the_end_can_be_undone() -> None:
+    for state in set(MoveState) - {MoveState.COMMITTED, MoveState.UNDONE}:
+        assert MOVE_STATES.after(state, MoveCause.CANCELLED) is MoveState.UNDONE
+
+
+def test_a_move_that_is_undone_twice_is_a_bug() -> None:
+    bench = Bench(OLD, SHIFTED, copies=True)
+    bench.move.undo()
+    with pytest.raises(IllegalTransition, match="a move: CANCELLED cannot happen while UNDONE"):
+        bench.move.undo()

@@ -5,7 +5,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from distributed_llm.coordinator.cluster.relocation import Price
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -19,9 +18,12 @@ from distributed_llm.common.messages import (
     RequestFailed,
     StageFailed,
     TakeOver,
+    TookOver,
 )
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.coordinator.cluster.move import Move
+from distributed_llm.coordinator.cluster.move import Move, MoveState
+from distributed_llm.coordinator.cluster.move_price import Price
+from distributed_llm.coordinator.cluster.registry import WorkerState
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.serving.pipeline import Pipeline
@@ -237,7 +239,7 @@ def test_a_move_from_beginning_to_end() -> None:
         parts.event_log.texts[-1]
         == "plan 2: moving to a 0-2, b 2-6 from a 0-3, b 3-6: it is better"
     )
-    assert parts.worker("b").next_layers == LayerRange(2, 6)
+    assert parts.moves.next_layers(parts.worker("b")) == LayerRange(2, 6)
     assert sent(loaded(parts)) == [("a", CopyKV)]
     said = KVCopied(epoch=2, bytes_sent=128)
     assert sent(parts.moves.copied(parts.worker("a"), said, now=12.0)) == [
@@ -247,7 +249,7 @@ def test_a_move_from_beginning_to_end() -> None:
     assert old.held
     assert parts.moves.settle(now=12.1) == []
     for name in ("a", "b"):
-        parts.moves.took_over(parts.worker(name), 2)
+        parts.moves.took_over(parts.worker(name), TookOver(epoch=2))
     assert sent(parts.moves.settle(now=12.5)) == [("a", DropStage), ("b", DropStage)]
     assert parts.moves.move is None
     assert parts.moves.num_moves == 1
@@ -264,8 +266,7 @@ def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
     loaded(parts)
     parts.moves.settle(now=12.0)
     assert parts.pipelines.all == [move.new]
-    assert move.new.balancer is old.balancer
-    assert move.new.demand is old.demand
+    assert move.new.lineage == old.lineage == 1
     assert move.new.num_running == 0
     assert parts.book.num_waiting == 1
 
@@ -312,7 +313,7 @@ def test_steps_under_way_end_before_anything_is_handed_over() -> None:
     assert old.begin_steps(now=10.5)
     loaded(parts)
     assert parts.moves.settle(now=12.0) == []
-    assert move.phase == "draining"
+    assert move.state is MoveState.DRAINING
     assert parts.moves.next_deadline() is None, "leases see to them"
     old.abandon_steps()
     parts.moves.settle(now=12.5)
@@ -329,22 +330,22 @@ def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
         parts.moves.stage_ready(parts.worker(name), said, now=11.0)
     move.copy_timed_out(now=12.0)
     for name in ("a", "b"):
-        parts.moves.took_over(parts.worker(name), 2)
+        parts.moves.took_over(parts.worker(name), TookOver(epoch=2))
     actions = parts.moves.settle(now=12.0)
     assert ("client", RequestFailed) in sent(actions)
     assert (parts.book.num_running, parts.book.num_waiting) == (0, 0)
     parts.goes_on()
 
 
-@pytest.mark.parametrize("phase", ["loading", "copying", "handing_over"])
-def test_a_move_that_is_undone_leaves_everything_as_it_was(phase: str) -> None:
+@pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])
+def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> None:
     parts = moving()
     old, move, _ = begun(parts, ("c", 0, 2), ("b", 2, 6))
-    if phase != "loading":
+    if state is not MoveState.LOADING:
         loaded(parts)
-    if phase == "handing_over":
+    if state is MoveState.HANDOVER:
         parts.moves.copied(parts.worker("a"), KVCopied(epoch=2, bytes_sent=1), now=12.0)
-    assert move.phase == phase
+    assert move.state is state
     actions = parts.moves.undo("a test", now=13.0)
     assert sent(actions) == [("a", CancelStage), ("b", CancelStage), ("c", CancelStage)]
     assert parts.moves.move is None
@@ -352,7 +353,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(phase: str) -> None:
     assert "the move was undone: a test" in parts.event_log.texts[-1]
     assert not old.held
     assert parts.worker("c").layers is None
-    assert parts.worker("b").next_layers is None
+    assert parts.moves.next_layers(parts.worker("b")) is None
     assert parts.pipelines.of(PeerId(b"c")) is None
     parts.goes_on()
 
@@ -397,8 +398,9 @@ def test_an_idle_worker_that_cannot_load_is_not_asked_again(code: str) -> None:
     begun(parts, ("a", 0, 3), ("b", 3, 5), ("c", 5, 6))
     failed = StageFailed(epoch=2, code=code, message="no room")
     assert parts.moves.stage_failed(parts.worker("c"), failed, now=11.0)
-    assert (parts.worker("c").state, parts.worker("c").note) == ("unfit", "no room")
-    assert parts.worker("a").state == "serving"
+    assert parts.worker("c").state is WorkerState.UNFIT
+    assert parts.worker("c").note == "no room"
+    assert parts.worker("a").state is WorkerState.SERVING
 
 
 def test_one_that_serves_and_cannot_load_serves_on() -> None:
@@ -406,7 +408,7 @@ def test_one_that_serves_and_cannot_load_serves_on() -> None:
     begun(parts)
     failed = StageFailed(epoch=2, code="stage_error", message="no room")
     assert parts.moves.stage_failed(parts.worker("b"), failed, now=11.0)
-    assert parts.worker("b").state == "serving"
+    assert parts.worker("b").state is WorkerState.SERVING
 
 
 def test_strangers_and_older_plans_change_nothing() -> None:
@@ -414,20 +416,21 @@ def test_strangers_and_older_plans_change_nothing() -> None:
     _, move, _ = begun(parts)
     stranger, own = parts.worker("c"), parts.worker("a")
     for worker, epoch in ((stranger, 2), (own, 1)):
-        stage_failed = StageFailed(epoch=epoch, code="stage_error", message="no")
         kv_failed = KVFailed(epoch=epoch, worker="b", code="stage_error", message="no")
-        assert parts.moves.stage_ready(worker, ready(epoch), now=11.0) is None
-        assert parts.moves.stage_failed(worker, stage_failed, now=11.0) is None
+        assert not parts.moves.is_loading(worker, epoch)
+        assert parts.moves.stage_ready(worker, ready(epoch), now=11.0) == []
+        assert not parts.moves.concerns(worker, epoch)
         assert parts.moves.kv_failed(worker, kv_failed, now=11.0) == []
     assert parts.moves.move is move
-    assert move.phase == "loading"
+    assert move.state is MoveState.LOADING
 
 
 def test_who_only_sends_has_nothing_to_load() -> None:
     parts = moving()
     _, move, _ = begun(parts, ("c", 0, 2), ("b", 2, 6))
-    assert parts.moves.stage_ready(parts.worker("a"), ready(2), now=11.0) is None
-    assert move.phase == "loading"
+    assert not parts.moves.is_loading(parts.worker("a"), 2)
+    assert parts.moves.stage_ready(parts.worker("a"), ready(2), now=11.0) == []
+    assert move.state is MoveState.LOADING
 
 
 def test_a_stage_that_does_not_load_in_time_undoes_the_move() -> None:
@@ -449,7 +452,7 @@ def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
     assert due == pytest.approx(11.0 + 30.0 + 4 * 6.0)
     assert sent(parts.moves.on_timer(now=due)) == [("a", TakeOver), ("b", TakeOver)]
     assert sent(parts.moves.on_timer(now=due + 10.0))[0] == ("a", CancelStage)
-    assert "handing over took too long" in parts.event_log.texts[-1]
+    assert "handover took too long" in parts.event_log.texts[-1]
 
 
 def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
@@ -459,7 +462,7 @@ def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
         parts.worker(name).bytes_per_s = None
         parts.moves.stage_ready(parts.worker(name), ready(2, load_s=4.0), now=11.0)
         assert parts.worker(name).bytes_per_s is None
-    parts.worker("b").loaded(1 << 30, 4.0)
+    parts.worker("b").learn_load_speed(1 << 30, 4.0)
     assert parts.worker("b").bytes_per_s == (1 << 30) / 4
 
 

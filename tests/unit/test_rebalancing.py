@@ -7,6 +7,7 @@ import pytest
 from distributed_llm.common.messages import LoadStage
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
+from distributed_llm.coordinator.cluster.registry import WorkerState, memory_of
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
@@ -27,6 +28,11 @@ def serving(**given: Any) -> Parts:
     return parts
 
 
+def room(parts: Parts, names: str) -> int:
+    """Return the positions of KV cache that a plan of these workers should have room for."""
+    return parts.planner.kv_tokens(memory_of(parts.worker(name) for name in names))
+
+
 def pipeline_of(parts: Parts) -> Pipeline:
     return parts.pipelines.all[0]
 
@@ -37,7 +43,8 @@ def asked(parts: Parts, now: float) -> PlanSearch | None:
     assert len(actions) <= 1
     for action in actions:
         assert isinstance(action, Study)
-        return action.survey
+        assert isinstance(action.question, PlanSearch)
+        return action.question
     return None
 
 
@@ -134,7 +141,7 @@ def test_is_more_patient_with_each_move_that_is_undone(failures: int, patience_s
 def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() -> None:
     parts = serving()
     for name in "cd":
-        parts.worker(name).state = "unfit"
+        parts.worker(name).fail("no room")
     survey = asked(parts, 11.0)
     assert survey
     parts.rebalancing.found(found(survey), now=11.1)
@@ -175,13 +182,12 @@ def test_what_a_survey_asks() -> None:
     assert survey.demand == Demand.expected(3)
     assert survey.goal == "latency"
     assert survey.least_kv_tokens == 64
-    assert survey.kv_tokens == parts.planner.kv_tokens([parts.worker(name) for name in "abc"])
-    assert survey.extra_kv_tokens == parts.planner.kv_tokens([parts.worker("c")])
+    assert survey.kv_tokens == room(parts, "abc")
+    assert survey.extra_kv_tokens == room(parts, "c")
 
 
 def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
-    parts = serving()
-    parts.planner.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts = serving(kv_tokens=64)
     parts.ask(pipeline_of(parts), 100, answer=900)
     survey = asked(parts, 11.0)
     assert survey
@@ -194,7 +200,7 @@ def test_who_hangs_gives_no_room() -> None:
     parts.worker("b").progress_age_s = 1e6
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.kv_tokens == parts.planner.kv_tokens([parts.worker(name) for name in "acd"])
+    assert survey.kv_tokens == room(parts, "acd")
 
 
 class Asked(DemandMeter):
@@ -206,10 +212,14 @@ class Asked(DemandMeter):
         return Demand(1.0, 100.0, 0.0, 1.0)
 
 
+def ask_for_one(parts: Parts, pipeline: Pipeline) -> None:
+    parts.rebalancing._lineage(pipeline).demand = Asked()
+
+
 @pytest.mark.parametrize(("objective", "goal"), [("auto", "auto"), ("latency", "latency")])
 def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
     parts = serving(objective=objective)
-    pipeline_of(parts).demand = Asked()
+    ask_for_one(parts, pipeline_of(parts))
     survey = asked(parts, 11.0)
     assert survey
     assert (survey.demand.sequences, survey.goal) == (1.0, goal)
@@ -219,7 +229,7 @@ def test_what_other_pipelines_give_is_told() -> None:
     parts = serving(replicas=2)
     parts.serve(("c", 0, 3), ("d", 3, 6))
     for pipeline in parts.pipelines.all:
-        pipeline.demand = Asked()
+        ask_for_one(parts, pipeline)
     told = []
     for second in range(4):
         survey = asked(parts, 11.0 + second)
@@ -259,10 +269,13 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     parts = serving()
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
     assert parts.moves.move
-    assert parts.moves.move.new.ranges == BETTER.ranges
+    assert parts.moves.move.new.layer_map == BETTER.ranges
     assert parts.event_log.texts[-1].endswith("100 % faster")
     again = Alternative(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
-    assert pipeline_of(parts).balancer.consider(again, now=13.0).what == "stay", "so soon"
+    assert (
+        parts.rebalancing._lineage(pipeline_of(parts)).balancer.consider(again, now=13.0).what
+        == "stay"
+    ), "so soon"
 
 
 @pytest.mark.parametrize(
@@ -285,15 +298,15 @@ def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
     actions = confirmed(parts, expected(99.0, ("c", 0, 3), ("a", 3, 6)))
     assert loads(actions) == ["a", "c"]
     assert parts.moves.move is None
-    assert parts.pipelines.all[0].balancer is pipeline.balancer
-    assert parts.worker("a").state == "loading"
+    assert parts.pipelines.all[0].lineage == pipeline.lineage
+    assert parts.worker("a").state is WorkerState.LOADING
 
 
 def test_findings_of_a_plan_that_is_gone_change_nothing() -> None:
     parts = serving()
     survey = asked(parts, 11.0)
     assert survey
-    parts.replanning.lose(parts.worker("a"))
+    parts.answered(parts.replanning.lose(parts.worker("a")))
     assert parts.rebalancing.found(found(survey, BETTER), now=99.0) == []
     assert parts.rebalancing.advice == {}
 
@@ -311,7 +324,7 @@ def test_a_plan_with_somebody_who_cannot_be_had_any_more_is_not_taken(state: str
         case "leaving":
             parts.worker("c").leaving = True
         case "unfit":
-            parts.worker("c").state = "unfit"
+            parts.worker("c").fail("no room")
         case "hangs":
             parts.worker("c").progress_age_s = 1e6
         case _:
