@@ -103,7 +103,7 @@ class VirtualCluster:
             CoreSettings(
                 strategy=scenario.strategy,
                 objective=scenario.objective,
-                replicas=scenario.all_in_flight,
+                replicas=scenario.pipelines,
                 max_batch_sequences=scenario.batch,
                 max_batch_tokens=scenario.chunk,
                 max_waiting_requests=scenario.waiting or scenario.requests,
@@ -250,7 +250,7 @@ class VirtualCluster:
         for other in self.workers.values():
             other.lost(worker)
 
-    def all_in_flight(self) -> list[list[VirtualWorker]]:
+    def pipelines(self) -> list[list[VirtualWorker]]:
         """Return the workers that have layers, by pipeline."""
         groups: defaultdict[int, list[VirtualWorker]] = defaultdict(list)
         for worker in self.workers.values():
@@ -291,7 +291,7 @@ class VirtualCluster:
         if self._unstarted == 0:
             self.drained_at = self.now
             took_s = self.now - self.asked_at
-            self.busy = [[w.busy_s / took_s for w in group] for group in self.all_in_flight()]
+            self.busy = [[w.busy_s / took_s for w in group] for group in self.pipelines()]
 
     def _ask_next(self, askers: Iterable[VirtualClient]) -> None:
         for asker in askers:

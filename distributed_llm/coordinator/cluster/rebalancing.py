@@ -105,7 +105,10 @@ class Rebalancing:
         demand.observe(done, decoding=pipeline.num_decoding, now=now)
 
     def _lineage(self, pipeline: Pipeline) -> _Lineage:
-        return self._lineages.setdefault(pipeline.lineage, _Lineage())
+        found = self._lineages.get(pipeline.lineage)
+        if found is None:
+            found = self._lineages[pipeline.lineage] = _Lineage()
+        return found
 
     # -------------------------------------------------------------- when to look
 
