@@ -45,6 +45,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
     WorkerStatus,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES, frame_of_bytes
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.departures import Departures
@@ -75,7 +76,6 @@ from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.stepping import Stepping
 
@@ -90,7 +90,7 @@ class Core:
     """
 
     def __init__(
-        self, model: ServedModel, settings: CoreSettings, *, draw_seed: Callable[[], int]
+        self, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> None:
         self._model = model
         self._settings = settings
@@ -99,11 +99,10 @@ class Core:
             model.defaults, max_waiting=settings.max_waiting_requests, draw_seed=draw_seed
         )
         self._event_log = event_log = EventLog()
-        wire_dtype = settings.wire_dtype or model.dtype
         self._measurements = Measurements(
             model.cost,
             item_bytes=ITEM_BYTES[model.dtype],
-            bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
+            bytes_per_token=model.activation_bytes,
         )
         planner = Planner.of(model, settings)
         self._pipelines = Pipelines(

@@ -12,6 +12,7 @@ from distributed_llm.common.messages import (
     Welcome,
     WorkerHello,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import PeerId, size_text
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.placement import Placement
@@ -21,7 +22,6 @@ from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.serving.retries import steps_lost
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
 
@@ -35,7 +35,7 @@ class Membership:
     def __init__(
         self,
         model: str,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         registry: Registry,
         placement: Placement,
         book: RequestBook,

@@ -12,6 +12,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
@@ -28,7 +29,6 @@ from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.speeds.speed_fit import Work
 
@@ -68,13 +68,14 @@ class Parts:
     """
 
     def __init__(self, memory: Mapping[str, int], cost: ModelCost = COST, **settings: Any) -> None:
-        given = CoreSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
+        given = CoordinatorSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
         self.cost = cost
         self._numbers = count()
         model = ServedModel(
             name="small",
             source=ModelSource(kind="builtin", name=""),
             dtype="float32",
+            wire_dtype="float32",
             cost=cost,
             hidden_size=4,
             defaults=GenerationDefaults(2048, 50, (49,), SamplingParams()),

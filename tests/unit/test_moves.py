@@ -15,20 +15,15 @@ from distributed_llm.common.messages import (
     StageReady,
     TakeOver,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.move import Move, transfers_between
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.pipeline import Pipeline
+from tests.unit.fake_model import MODEL
 
-SETTINGS = PipelineSettings(
-    wire_dtype="float32",
-    hidden_size=4,
-    vocab_size=50,
-    max_sequences=16,
-    max_tokens=32,
-    task_timeout_s=10.0,
-)
+SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task_timeout_s=10.0)
 
 
 def stages(*layers: tuple[str, int, int]) -> tuple[PipelineStage, ...]:
@@ -50,6 +45,7 @@ class Bench:
                 epoch,
                 tuple(PlannedStage(stage.worker, stage.layers, 1, 640) for stage in some),
                 some,
+                MODEL,
                 SETTINGS,
                 ids,
                 lambda pipeline: None,

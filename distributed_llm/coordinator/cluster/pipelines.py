@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count, pairwise
 
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.move import Move
 from distributed_llm.coordinator.cluster.registry import Registry, Worker
@@ -16,9 +17,8 @@ from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage, Plan
 from distributed_llm.coordinator.serving.event_log import EventLog
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 
 
 class Pipelines:
@@ -41,7 +41,7 @@ class Pipelines:
     def __init__(
         self,
         model: ServedModel,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         registry: Registry,
         book: RequestBook,
         event_log: EventLog,
@@ -103,7 +103,8 @@ class Pipelines:
             self.epoch,
             plan,
             tuple(PipelineStage(peers[s.worker], s.worker, s.layers) for s in plan),
-            self._pipeline_settings(),
+            self._model,
+            self._settings,
             new_sequence_id=lambda: next(self._sequence_ids),
             on_change=self._note_change,
         )
@@ -236,7 +237,7 @@ class Pipelines:
                 source=self._model.source,
                 layers=stage.layers,
                 dtype=self._model.dtype,
-                wire_dtype=self._settings.wire_dtype or self._model.dtype,
+                wire_dtype=self._model.wire_dtype,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=next(s.kv_tokens for s in pipeline.plan if s.worker == stage.worker),
                 link_key=key,
@@ -257,16 +258,6 @@ class Pipelines:
 
     def _note_change(self, pipeline: Pipeline) -> None:
         self.changed[pipeline.epoch] = pipeline
-
-    def _pipeline_settings(self) -> PipelineSettings:
-        return PipelineSettings(
-            wire_dtype=self._settings.wire_dtype or self._model.dtype,
-            hidden_size=self._model.hidden_size,
-            vocab_size=self._model.defaults.vocab_size,
-            max_sequences=self._settings.max_batch_sequences,
-            max_tokens=self._settings.max_batch_tokens,
-            task_timeout_s=self._settings.task_timeout_s,
-        )
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

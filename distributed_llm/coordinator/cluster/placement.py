@@ -20,6 +20,7 @@ from distributed_llm.common.errors import (
     WorkerLost,
 )
 from distributed_llm.common.messages import StageFailed, StageReady
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.registry import Registry, Worker, memory_of
@@ -29,7 +30,6 @@ from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
@@ -53,7 +53,7 @@ class Placement:
 
     def __init__(
         self,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         registry: Registry,
         book: RequestBook,
         event_log: EventLog,

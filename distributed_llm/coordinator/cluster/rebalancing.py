@@ -8,6 +8,7 @@ model by themselves may serve it once more instead.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
 from distributed_llm.coordinator.cluster.placement import Placement
@@ -22,7 +23,6 @@ from distributed_llm.coordinator.planning.planner import Planner, ranked_by_spee
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.steps import StepDone
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
@@ -67,7 +67,7 @@ class Rebalancing:
     def __init__(
         self,
         cost: ModelCost,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         placement: Placement,
         planner: Planner,
         relocation: Relocation,

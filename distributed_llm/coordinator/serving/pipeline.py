@@ -6,37 +6,18 @@ down; about as many as there are stages, where each has a machine of its own.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 from distributed_llm.common.messages import MAX_RELEASED, ReleaseSequences, StageReady
-from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import KV_BLOCK, PeerId
 from distributed_llm.coordinator.events import Send
+from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
 from distributed_llm.coordinator.serving.depth import DepthEstimator
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import SendTask, StepDone, StepsInFlight
-
-
-@dataclass(frozen=True)
-class PipelineSettings:
-    """How a pipeline is run.
-
-    Attributes:
-        wire_dtype: of what travels between stages.
-        max_sequences: that run at the same time.
-        max_tokens: in one step.
-        task_timeout_s: lease of a step without progress.
-    """
-
-    wire_dtype: DtypeName
-    hidden_size: int
-    vocab_size: int
-    max_sequences: int
-    max_tokens: int
-    task_timeout_s: float
 
 
 class Pipeline:
@@ -60,13 +41,15 @@ class Pipeline:
         epoch: int,
         plan: Plan,
         stages: tuple[PipelineStage, ...],
-        settings: PipelineSettings,
+        model: ServedModel,
+        settings: CoordinatorSettings,
         new_sequence_id: Callable[[], int],
         on_change: Callable[["Pipeline"], None],
     ) -> None:
         self.epoch = epoch
         self.plan = plan
         self.stages = stages
+        self._model = model
         self._settings = settings
         self._new_sequence_id = new_sequence_id
         self._on_change = on_change
@@ -134,8 +117,8 @@ class Pipeline:
         settings = self._settings
         self._begin(
             Scheduler(
-                max_sequences=settings.max_sequences,
-                max_tokens=settings.max_tokens,
+                max_sequences=settings.max_batch_sequences,
+                max_tokens=settings.max_batch_tokens,
                 kv_tokens=self.kv_tokens,
                 new_sequence_id=self._new_sequence_id,
                 on_change=lambda: self._on_change(self),
@@ -156,15 +139,13 @@ class Pipeline:
         self._begin(scheduler, released)
 
     def _begin(self, scheduler: Scheduler, released: Sequence[int] = ()) -> None:
-        settings, self.scheduler = self._settings, scheduler
+        self.scheduler = scheduler
         self.in_flight = StepsInFlight(
             self.epoch,
             self.stages,
             credits=min(ready.credits for ready in self._ready.values()),
-            wire_dtype=settings.wire_dtype,
-            hidden_size=settings.hidden_size,
-            vocab_size=settings.vocab_size,
-            task_timeout_s=settings.task_timeout_s,
+            model=self._model,
+            task_timeout_s=self._settings.task_timeout_s,
         )
         self.in_flight.release(released)
         self._on_change(self)
@@ -273,7 +254,7 @@ class Pipeline:
         chunks = self._chunks.get(decode_depth)
         if chunks is None:
             chunks = self._chunks[decode_depth] = self._prefill_times.best_chunks(
-                self._settings.max_tokens,
+                self._settings.max_batch_tokens,
                 limit=self._limit,
                 try_up_to=decode_depth or self._limit,
                 frugal=decode_depth > 0,

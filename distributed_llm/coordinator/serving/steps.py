@@ -27,7 +27,6 @@ from distributed_llm.common.messages import (
     TokenLogprobs,
 )
 from distributed_llm.common.tensors import (
-    DtypeName,
     Frame,
     TensorSpec,
     floats_of_frame,
@@ -35,6 +34,7 @@ from distributed_llm.common.tensors import (
     token_ids_of_frame,
 )
 from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.scheduler import Step
@@ -118,9 +118,7 @@ class StepsInFlight:
         epoch: of the plan.
         stages: the stages, in the order of the layers.
         credits: tasks that every stage is ready to hold.
-        wire_dtype: of what travels between stages.
-        hidden_size: numbers per token between stages.
-        vocab_size: token ids are below this.
+        model: what the stages compute; tells which answers have the right form.
         task_timeout_s: lease of a step without progress.
     """
 
@@ -130,18 +128,14 @@ class StepsInFlight:
         stages: Sequence[PipelineStage],
         *,
         credits: int,
-        wire_dtype: DtypeName,
-        hidden_size: int,
-        vocab_size: int,
+        model: ServedModel,
         task_timeout_s: float,
     ) -> None:
         self.epoch = epoch
         self.stages = tuple(stages)
         self.credits = credits
         self._index = {stage.peer: i for i, stage in enumerate(self.stages)}
-        self._wire_dtype = wire_dtype
-        self._hidden_size = hidden_size
-        self._vocab_size = vocab_size
+        self._model = model
         self._task_timeout_s = task_timeout_s
         self._linked = [False] * (len(self.stages) - 1)
         self._suspected = False  # a lease ran out and nothing has come back since
@@ -345,13 +339,14 @@ class StepsInFlight:
         if answer.tensors != wanted:
             return f"answers {_specs(answer.tensors)}, expected {_specs(wanted)}"
         ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
-        strange = [token for token in ids if not 0 <= token < self._vocab_size]
+        strange = [token for token in ids if not 0 <= token < self._model.defaults.vocab_size]
         if asked is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
             return "log-probabilities out of range"
         return f"token id {strange[0]} is not in the vocabulary" if strange else ""
 
     def _wrong_activations(self, flight: _Flight, answer: TaskResult) -> str:
-        wanted = TensorSpec(self._wire_dtype, (len(flight.step.token_ids), self._hidden_size))
+        shape = (len(flight.step.token_ids), self._model.hidden_size)
+        wanted = TensorSpec(self._model.wire_dtype, shape)
         if answer.tensors == (wanted,):
             return ""
         return f"activations {_specs(answer.tensors)}, expected {wanted}"
