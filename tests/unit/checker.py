@@ -133,7 +133,7 @@ class Checker:
         assert not self._open
         book = self._core._book
         assert not book.busy
-        assert not book._homes
+        assert not book._schedulers
         assert not book._queue._accounts
         assert book.next_deadline() is None
         assert not book._deadlines
@@ -146,7 +146,7 @@ class Checker:
             assert not pipeline.scheduler._leaving
             ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
-            assert not ledger.freed
+            assert not ledger.take_freed()
 
 
 def _is_task(action: events.Action) -> bool:
