@@ -79,6 +79,24 @@ from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.stepping import Stepping
 
+_OfClient = Generate | Cancel | GetStatus | DrainWorker | Ping
+"""Messages of a client's session, after its hello."""
+
+_OfWorker = (
+    Heartbeat
+    | StageReady
+    | StageFailed
+    | TaskResult
+    | TaskFailed
+    | LinkReport
+    | Remeasured
+    | KVCopied
+    | TookOver
+    | KVFailed
+    | Leaving
+)
+"""Messages of a worker's session, between its hello and its goodbye."""
+
 
 class Core:
     """One model, its workers and its requests.
@@ -282,39 +300,29 @@ class Core:
     def _received(self, event: Received, now: float) -> list[Action]:
         peer, message = event.peer, event.message
         self._registry.heard(peer, now=now)
+        if isinstance(message, _OfClient):
+            if not self._registry.is_client(peer):
+                return self._stranger(peer)
+            return self._from_client(message, event, now)
+        if isinstance(message, _OfWorker):
+            worker = self._registry.worker(peer)
+            if worker is None:
+                return self._stranger(peer)
+            return self._from_worker(worker, message, event, now)
         match message:
             case WorkerHello():
                 return self._membership.worker_joins(peer, message, now=now)
             case ClientHello():
                 return self._membership.client_joins(peer, now=now)
-            case Generate() | Cancel() | GetStatus() | DrainWorker() | Ping():
-                if not self._registry.is_client(peer):
-                    return self._stranger(peer)
-                return self._from_client(event, now)
-            case (
-                Heartbeat()
-                | StageReady()
-                | StageFailed()
-                | TaskResult()
-                | TaskFailed()
-                | LinkReport()
-                | Remeasured()
-                | KVCopied()
-                | TookOver()
-                | KVFailed()
-                | Leaving()
-            ):
-                worker = self._registry.worker(peer)
-                return self._from_worker(worker, event, now) if worker else self._stranger(peer)
             case Goodbye():
                 return self._membership.gone(peer, "said goodbye", now=now)
             case _:
                 assert_never(message)
 
-    def _from_client(self, event: Received, now: float) -> list[Action]:
+    def _from_client(self, message: _OfClient, event: Received, now: float) -> list[Action]:
         peer = event.peer
-        match event.message:
-            case Generate(request_id=request_id) as message:
+        match message:
+            case Generate(request_id=request_id):
                 if self._book.has(peer, request_id):
                     self._event_log.rejected["duplicate_request"] += 1
                     return []
@@ -328,11 +336,15 @@ class Core:
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
             case DrainWorker(worker=name):
                 return self._departures.drain(peer, name)
-            case _:
+            case Ping():
                 return [Send(peer, Pong())]
+            case _:
+                assert_never(message)
 
-    def _from_worker(self, worker: Worker, event: Received, now: float) -> list[Action]:
-        match event.message:
+    def _from_worker(
+        self, worker: Worker, message: _OfWorker, event: Received, now: float
+    ) -> list[Action]:
+        match message:
             case Heartbeat() as beat:
                 return self._membership.heartbeat(worker, beat, now=now)
             case StageReady() as ready:
@@ -360,7 +372,7 @@ class Core:
             case Leaving():
                 return self._departures.leave(worker)
             case _:
-                return []
+                assert_never(message)
 
     def _stranger(self, peer: PeerId) -> list[Action]:
         """Answer one who spoke before its hello, or was given up: it shall say hello again."""

@@ -25,6 +25,7 @@ from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.requests.lifecycle import RequestCause
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
@@ -157,7 +158,8 @@ class Parts:
         assert pipeline.scheduler
         assert request.sequence_id
         pipeline.scheduler._ledger.computed(request.sequence_id, prompt)
-        self.book._leave(request, keep=True)
+        self.book._withdraw(request, keep=True)
+        request.change(RequestCause.LAST_TOKEN)
 
     def waiting(self, prompt: int, answer: int = 20) -> Request:
         """Return a request whose turn it is."""
