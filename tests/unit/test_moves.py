@@ -144,10 +144,10 @@ def test_a_move_with_its_kv_cache() -> None:
     assert told(sends, CopyKV) == ["a"]
     transfer = KVTransfer(layers=LayerRange(2, 4), worker="b", addresses=("b:1",))
     assert sends[0].message == CopyKV(epoch=4, link_key="key", transfers=(transfer,))
-    assert not bench.old.held, "serving goes on while it is copied"
+    assert not bench.old.paused, "serving goes on while it is copied"
     assert move.copied(PeerId(b"b"), now=12.0) == [], "it has nothing to send"
     assert told(move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
-    assert bench.old.held
+    assert bench.old.paused
     assert move.held_at == 12.0
     move.took_over(PeerId(b"a"))
     assert not move.is_over
@@ -170,7 +170,7 @@ def test_who_only_sends_is_told_to_send_the_rest_but_not_waited_for() -> None:
 def test_without_copying_it_ends_when_the_steps_have() -> None:
     bench = Bench(OLD, SHIFTED, copies=False)
     assert bench.load() == []
-    assert bench.old.held
+    assert bench.old.paused
     assert bench.move.is_over
 
 
@@ -186,12 +186,12 @@ def test_a_move_can_be_undone_in_any_phase(phase: str) -> None:
         bench.load()
     if phase == "handing_over":
         bench.move.copied(PeerId(b"a"), now=12.0)
-        assert bench.old.held
+        assert bench.old.paused
     assert bench.move.phase == phase
     sends = bench.move.undo()
     assert told(sends, CancelStage) == ["a", "b", "c"]
     assert {send.message for send in sends} == {CancelStage(epoch=4)}
-    assert not bench.old.held, "steps begin again"
+    assert not bench.old.paused, "steps begin again"
 
 
 def test_a_phase_has_a_time_limit() -> None:
@@ -207,7 +207,7 @@ def test_copying_that_does_not_come_to_an_end_is_ended() -> None:
     bench = Bench(OLD, SHIFTED, copies=True)
     bench.load()
     assert told(bench.move.copied_enough(now=70.0), TakeOver) == ["a", "b"]
-    assert bench.old.held
+    assert bench.old.paused
 
 
 def test_answers_at_the_wrong_time_change_nothing() -> None:

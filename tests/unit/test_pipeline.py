@@ -474,7 +474,7 @@ def moved(bench: Bench) -> Pipeline:
         said = StageReady(epoch=EPOCH + 1, credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096)
         assert new.stage_ready(stage.peer, said) == (at == 1)
     new.set_link(stages[0].peer, True)
-    new.take_over(bench.pipeline)
+    new.continue_from(bench.pipeline)
     return new
 
 
@@ -497,7 +497,7 @@ def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
     bench = Bench().serve()
     gone, stays = bench.decode(2)
     sequence = gone.sequence_id
-    bench.pipeline.hold()
+    bench.pipeline.pause()
     bench.scheduler.remove(gone)
     assert bench.begin() == [], "nothing is said while the caches are handed over"
     new = moved(bench)
@@ -510,7 +510,7 @@ def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
 def test_no_step_begins_while_it_is_held() -> None:
     bench = Bench().serve()
     bench.decode(1)
-    bench.pipeline.hold()
+    bench.pipeline.pause()
     assert bench.begin() == []
     changes = bench.changes
     bench.pipeline.resume()

@@ -244,7 +244,7 @@ def test_a_move_from_beginning_to_end() -> None:
         ("a", TakeOver),
         ("b", TakeOver),
     ]
-    assert old.held
+    assert old.paused
     assert parts.relocation.settle(now=12.1) == []
     for name in ("a", "b"):
         parts.relocation.took_over(parts.worker(name), 2)
@@ -350,7 +350,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(phase: str) -> None:
     assert parts.relocation.move is None
     assert (parts.relocation.failures, parts.relocation.undone_at) == (1, 13.0)
     assert "the move was undone: a test" in parts.event_log.events[-1]
-    assert not old.held
+    assert not old.paused
     assert parts.worker("c").layers is None
     assert parts.worker("b").next_layers is None
     assert parts.placement.pipeline_of(PeerId(b"c")) is None

@@ -176,7 +176,7 @@ class Move:
     def _drain(self, now: float) -> list[Send]:
         self._enter("draining", now, set())
         self.held_at = now
-        self.old.hold()
+        self.old.pause()
         return self.settle(now=now)
 
     def _enter(

@@ -197,7 +197,7 @@ class Pipelines:
                 worker.epoch = 0
         new.lineage = old.lineage
         if move.copies:
-            new.take_over(old)
+            new.continue_from(old)
         else:
             self._evacuate(old)
             new.serve()
