@@ -5,9 +5,9 @@ from typing import Literal
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import Goal
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.settings import Goal
 
 VOCAB = 32_000
 HIDDEN = 2048
@@ -73,6 +73,7 @@ def served_model(scenario: Scenario) -> ServedModel:
         name="made up",
         source=ModelSource(kind="builtin", name=""),
         dtype="bfloat16",
+        wire_dtype="bfloat16",
         cost=cost,
         hidden_size=HIDDEN,
         defaults=GenerationDefaults(2**20, VOCAB, (), SamplingParams(temperature=0.0)),

@@ -17,12 +17,12 @@ from benchmarks.scenario import VOCAB, Scenario, served_model
 from benchmarks.virtual_client import Seen, VirtualClient, jain
 from benchmarks.virtual_worker import CONNECT_S, VirtualWorker
 from distributed_llm.common.messages import ClusterStatus, Task
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.worker.session.link_events import LinkId
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class VirtualCluster:
         self._unstarted = scenario.requests
         self.core = Core(
             served_model(scenario),
-            CoreSettings(
+            CoordinatorSettings(
                 strategy=scenario.strategy,
                 objective=scenario.objective,
                 replicas=scenario.pipelines,

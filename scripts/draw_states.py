@@ -11,6 +11,7 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.coordinator.cluster.departures import DEPARTURE_STATES
 from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
+from distributed_llm.coordinator.requests.lifecycle import REQUEST_STATES
 
 TARGET = Path(__file__).parents[1] / "docs" / "states.md"
 
@@ -18,6 +19,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/cluster/registry.py": WORKER_STATES,
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
+    "coordinator/requests/lifecycle.py": REQUEST_STATES,
 }
 """By the module that holds them."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model_cost import ModelCost
 
@@ -32,14 +32,22 @@ class ServedModel:
 
     Attributes:
         name: for people.
-        dtype: of weights, KV cache and activations.
+        dtype: of weights and KV cache.
+        wire_dtype: of activations between stages.
+        hidden_size: numbers per token between stages.
         digest: names the weights of a layer range.
     """
 
     name: str
     source: ModelSource
     dtype: DtypeName
+    wire_dtype: DtypeName
     cost: ModelCost
     hidden_size: int
     defaults: GenerationDefaults
     digest: Callable[[LayerRange], str]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that one token takes between stages."""
+        return self.hidden_size * ITEM_BYTES[self.wire_dtype]

@@ -150,4 +150,4 @@ class Stepping:
             if worker is not None:
                 worker.count_task(timing.compute_us / 1e6, tokens)
         for request in done.step.requests:
-            request.add_stage_times(pipeline.epoch, pipeline.stages, done.timings)
+            request.stage_times.add(pipeline.epoch, pipeline.stages, done.timings)

@@ -246,7 +246,7 @@ def test_a_move_from_beginning_to_end() -> None:
         ("a", TakeOver),
         ("b", TakeOver),
     ]
-    assert old.held
+    assert old.paused
     assert parts.moves.settle(now=12.1) == []
     for name in ("a", "b"):
         parts.moves.took_over(parts.worker(name), TookOver(epoch=2))
@@ -351,7 +351,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
     assert parts.moves.move is None
     assert (parts.moves.failures, parts.moves.undone_at) == (1, 13.0)
     assert "the move was undone: a test" in parts.event_log.texts[-1]
-    assert not old.held
+    assert not old.paused
     assert parts.worker("c").layers is None
     assert parts.moves.next_layers(parts.worker("b")) is None
     assert parts.pipelines.of(PeerId(b"c")) is None

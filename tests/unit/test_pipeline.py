@@ -1,8 +1,6 @@
 """One pipeline and its requests: what it begins with, how many steps, and what it frees."""
 
 import itertools
-from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -17,29 +15,24 @@ from distributed_llm.common.messages import (
     TaskResult,
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
 from distributed_llm.coordinator.serving.steps import Dropped, StepBroken, StepDone, StepsInFlight
+from tests.unit.fake_model import MODEL
 
 EPOCH = 3
 PEERS = [PeerId(b"a"), PeerId(b"b")]
 NAMES = [WorkerId("a"), WorkerId("b")]
 LAYERS = [LayerRange(0, 1), LayerRange(1, 2)]
 SEATS = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
-SETTINGS = PipelineSettings(
-    wire_dtype="float32",
-    hidden_size=4,
-    vocab_size=50,
-    max_sequences=16,
-    max_tokens=32,
-    task_timeout_s=10.0,
-)
+SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task_timeout_s=10.0)
 
 
 class Bench:
@@ -49,7 +42,7 @@ class Bench:
         changes: how often it said that steps may be begun, or requests admitted.
     """
 
-    def __init__(self, *, planned: tuple[int, int] = (1024, 1024), **settings: Any) -> None:
+    def __init__(self, *, planned: tuple[int, int] = (1024, 1024)) -> None:
         plan = tuple(
             PlannedStage(name, layers, 100, tokens)
             for name, layers, tokens in zip(NAMES, LAYERS, planned, strict=True)
@@ -61,7 +54,8 @@ class Bench:
             EPOCH,
             plan,
             SEATS,
-            replace(SETTINGS, **settings),
+            MODEL,
+            SETTINGS,
             itertools.count(100).__next__,
             self._changed,
         )
@@ -468,13 +462,19 @@ def moved(bench: Bench) -> Pipeline:
     )
     plan = tuple(PlannedStage(stage.worker, stage.layers, 100, 1024) for stage in stages)
     new = Pipeline(
-        EPOCH + 1, plan, stages, SETTINGS, itertools.count(500).__next__, lambda pipeline: None
+        EPOCH + 1,
+        plan,
+        stages,
+        MODEL,
+        SETTINGS,
+        itertools.count(500).__next__,
+        lambda pipeline: None,
     )
     for at, stage in enumerate(stages):
         said = StageReady(epoch=EPOCH + 1, credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096)
         assert new.stage_ready(stage.peer, said) == (at == 1)
     new.set_link(stages[0].peer, True)
-    new.take_over(bench.pipeline)
+    new.continue_from(bench.pipeline)
     return new
 
 
@@ -497,7 +497,7 @@ def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
     bench = Bench().serve()
     gone, stays = bench.decode(2)
     sequence = gone.sequence_id
-    bench.pipeline.hold()
+    bench.pipeline.pause()
     bench.scheduler.remove(gone)
     assert bench.begin() == [], "nothing is said while the caches are handed over"
     new = moved(bench)
@@ -510,7 +510,7 @@ def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
 def test_no_step_begins_while_it_is_held() -> None:
     bench = Bench().serve()
     bench.decode(1)
-    bench.pipeline.hold()
+    bench.pipeline.pause()
     assert bench.begin() == []
     changes = bench.changes
     bench.pipeline.resume()

@@ -205,7 +205,7 @@ class Moves:
         self.prices.stall_s = now - move.paused_at
         self._pipelines.replace(move.old, move.new)
         if move.copies:
-            move.new.take_over(move.old)
+            move.new.continue_from(move.old)
         else:
             self._pipelines.evacuate(move.old)
             move.new.serve()
@@ -246,7 +246,7 @@ class Moves:
         if move is not None:
             assert move.state not in (MoveState.COMMITTED, MoveState.UNDONE)
             paused = move.state in (MoveState.DRAINING, MoveState.HANDOVER)
-            assert move.old.held == paused
+            assert move.old.paused == paused
             assert move.old in self._pipelines.all
             assert move.new not in self._pipelines.all
             for stage in move.new.stages:
