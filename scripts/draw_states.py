@@ -12,10 +12,12 @@ from distributed_llm.coordinator.cluster.departures import DEPARTURE_STATES
 from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
 from distributed_llm.coordinator.requests.lifecycle import REQUEST_STATES
+from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
 
 TARGET = Path(__file__).parents[1] / "docs" / "states.md"
 
 TABLES: dict[str, StateTable[Any, Any]] = {
+    "coordinator/serving/pipeline.py": PIPELINE_STATES,
     "coordinator/cluster/registry.py": WORKER_STATES,
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,

@@ -101,7 +101,7 @@ class Core:
         self._stepping = Stepping(
             cluster, self._moves, self._rebalancing, give_up=self._give_up_stuck
         )
-        self._admission = Admission(cluster.book)
+        self._admission = Admission(cluster.book, cluster.event_log)
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book

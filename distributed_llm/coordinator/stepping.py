@@ -131,7 +131,9 @@ class Stepping:
         """Suspect the step's requests, and begin anew with all that was under way."""
         scheduler = pipeline.scheduler
         assert scheduler is not None
-        actions = step_broken(self._book, scheduler, broken.step, broken.failure, worker.id)
+        actions = step_broken(
+            self._book, self._log, scheduler, broken.step, broken.failure, worker.id
+        )
         scheduler.abandon(broken.step)
         pipeline.abandon_steps()
         return actions

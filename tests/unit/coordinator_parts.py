@@ -105,8 +105,8 @@ class Parts:
             digest=str,
         )
         self.registry = Registry(silence_timeout_s=4.0, task_timeout_s=given.task_timeout_s)
-        self.book = RequestBook(model.defaults, max_waiting=99, draw_seed=lambda: 1)
         self.event_log = EventLog()
+        self.book = RequestBook(model.defaults, self.event_log, max_waiting=99, draw_seed=lambda: 1)
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
         self.planner = Planner.of(model, given)
         if kv_tokens is not None:

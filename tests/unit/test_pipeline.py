@@ -16,13 +16,19 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
-from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.pipeline import (
+    PIPELINE_STATES,
+    Pipeline,
+    PipelineCause,
+    PipelineState,
+)
 from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
 from distributed_llm.coordinator.serving.steps import Dropped, StepBroken, StepDone, StepsInFlight
 from tests.unit.fake_model import MODEL
@@ -36,7 +42,7 @@ SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task
 
 
 class Bench:
-    """A replica of two stages, and workers that answer when they are told to.
+    """A pipeline of two stages, and workers that answer when they are told to.
 
     Attributes:
         changes: how often it said that steps may be begun, or requests admitted.
@@ -455,7 +461,7 @@ def test_a_broken_step_frees_again_what_it_was_to_free() -> None:
 
 
 def moved(bench: Bench) -> Pipeline:
-    """Return a replica with the stages the other way round that went on with the requests."""
+    """Return a pipeline that continues from another, with the stages the other way round."""
     stages = tuple(
         PipelineStage(peer, name, layers)
         for peer, name, layers in zip(PEERS[::-1], NAMES[::-1], LAYERS, strict=True)
@@ -482,6 +488,7 @@ def test_requests_go_on_on_other_stages() -> None:
     bench = Bench().serve()
     (request,) = bench.decode(1)
     sequence = request.sequence_id
+    bench.pipeline.pause()
     new = moved(bench)
     assert (bench.pipeline.in_flight, bench.pipeline.scheduler) == (None, None)
     (send,) = new.begin_steps(now=bench.now)
@@ -516,3 +523,21 @@ def test_no_step_begins_while_it_is_held() -> None:
     bench.pipeline.resume()
     assert bench.changes == changes + 1
     assert len(tasks_of(bench.begin())) == 1
+
+
+# ------------------------------------------------------------------ the table
+
+
+def test_a_pipeline_that_was_continued_or_given_up_does_nothing_more() -> None:
+    bench = Bench().serve()
+    bench.pipeline.pause()
+    moved(bench)
+    assert bench.pipeline.state is PipelineState.ENDED
+    assert not any(PIPELINE_STATES.allows(PipelineState.ENDED, cause) for cause in PipelineCause)
+    with pytest.raises(IllegalTransition, match="PAUSED cannot happen while ENDED"):
+        bench.pipeline.pause()
+
+
+def test_one_that_serves_cannot_be_continued_before_it_is_paused() -> None:
+    with pytest.raises(IllegalTransition, match="CONTINUED_BY_ANOTHER cannot happen while SERVING"):
+        moved(Bench().serve())

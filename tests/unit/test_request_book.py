@@ -26,6 +26,7 @@ from distributed_llm.coordinator.requests.lifecycle import (
     RequestState,
 )
 from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
@@ -41,7 +42,7 @@ class Bench:
     """A book with one request of two tokens, and a scheduler that may run it."""
 
     def __init__(self) -> None:
-        self.book = RequestBook(MODEL.defaults, max_waiting=8, draw_seed=lambda: 1)
+        self.book = RequestBook(MODEL.defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
         self.book.set_capacity(KV_TOKENS)
         self.scheduler = Scheduler(
             max_sequences=4,

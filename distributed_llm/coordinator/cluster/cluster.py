@@ -46,15 +46,18 @@ class Cluster:
         registry = Registry(
             silence_timeout_s=settings.silence_timeout_s, task_timeout_s=settings.task_timeout_s
         )
+        event_log = EventLog()
         book = RequestBook(
-            model.defaults, max_waiting=settings.max_waiting_requests, draw_seed=draw_seed
+            model.defaults,
+            event_log,
+            max_waiting=settings.max_waiting_requests,
+            draw_seed=draw_seed,
         )
         measurements = Measurements(
             model.cost,
             item_bytes=ITEM_BYTES[model.dtype],
             bytes_per_token=model.activation_bytes,
         )
-        event_log = EventLog()
         pipelines = Pipelines(
             model,
             settings,

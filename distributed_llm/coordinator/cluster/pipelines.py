@@ -202,8 +202,7 @@ class Pipelines:
         """Queue the requests of a pipeline for another; it serves no more."""
         if pipeline.scheduler:
             self._book.collect(pipeline.scheduler)
-            self._book.requeue(pipeline.scheduler.evacuate())
-        pipeline.in_flight = pipeline.scheduler = None
+        self._book.requeue(pipeline.give_up())
 
     def replace(self, old: Pipeline, new: Pipeline) -> None:
         """Let a pipeline that was loaded beside another one take its place.

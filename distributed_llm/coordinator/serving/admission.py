@@ -1,6 +1,7 @@
 """Admission: on which pipeline the next waiting request runs. Pure."""
 
 from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.kv_ledger import prefix_key
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
@@ -19,8 +20,9 @@ class Admission:
         book: holds the waiting requests, in their order.
     """
 
-    def __init__(self, book: RequestBook) -> None:
+    def __init__(self, book: RequestBook, event_log: EventLog) -> None:
         self._book = book
+        self._event_log = event_log
         self._open: dict[int, Pipeline] = {}  # by epoch; may have room, or be dissolved by now
         self._full: dict[int, Pipeline] = {}  # by epoch; have no room for `_head`
         self._head: Request | None = None  # the request that was next at the last call
@@ -41,10 +43,17 @@ class Admission:
             if not self._open:
                 return
             pipeline = self._choose(request)
-            if pipeline.scheduler is None or not self._book.admit(pipeline.scheduler, now=now):
-                del self._open[pipeline.epoch]
-                if pipeline.scheduler is not None and pipeline.scheduler.has_seat:
-                    self._full[pipeline.epoch] = pipeline
+            if pipeline.scheduler and self._book.admit(pipeline.scheduler, now=now):
+                self._event_log.trace(
+                    EventKind.ANSWER_ADMITTED,
+                    request.ticket.key[1],
+                    epoch=pipeline.epoch,
+                    choice=request.choice,
+                )
+                continue
+            del self._open[pipeline.epoch]
+            if pipeline.scheduler is not None and pipeline.scheduler.has_seat:
+                self._full[pipeline.epoch] = pipeline
 
     def _choose(self, request: Request) -> Pipeline:
         """Return the open pipeline with most of the prompt in its KV cache, else the least loaded.

@@ -6,18 +6,68 @@ carries steps through the stages, and `DepthPolicy` says how many there should b
 """
 
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from itertools import pairwise
 from typing import Literal
 
 from distributed_llm.common.messages import MAX_RELEASED, ReleaseSequences, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import KV_BLOCK, PeerId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
+from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.depth_policy import DepthPolicy
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import SendTask, StepDone, StepsInFlight
+
+
+class PipelineState(Enum):
+    """What a pipeline does.
+
+    Attributes:
+        LOADING: some of its stages have not loaded their layers.
+        READY: all stages have; it does not serve yet.
+        SERVING: it begins steps.
+        PAUSED: it begins no steps, and queues what is to be freed; steps in flight go on.
+        ENDED: another pipeline serves in its place, or none.
+    """
+
+    LOADING = auto()
+    READY = auto()
+    SERVING = auto()
+    PAUSED = auto()
+    ENDED = auto()
+
+
+class PipelineCause(Enum):
+    """What changes the state of a pipeline."""
+
+    STAGES_READY = auto()
+    SERVED = auto()
+    PAUSED = auto()
+    RESUMED = auto()
+    CONTINUED_BY_ANOTHER = auto()
+    GIVEN_UP = auto()
+
+
+_S, _C = PipelineState, PipelineCause
+PIPELINE_STATES = StateTable(
+    "a pipeline",
+    _S.LOADING,
+    {
+        (_S.LOADING, _C.STAGES_READY): _S.READY,
+        (_S.READY, _C.SERVED): _S.SERVING,
+        (_S.SERVING, _C.PAUSED): _S.PAUSED,
+        (_S.PAUSED, _C.RESUMED): _S.SERVING,
+        (_S.PAUSED, _C.CONTINUED_BY_ANOTHER): _S.ENDED,
+        (_S.LOADING, _C.GIVEN_UP): _S.ENDED,
+        (_S.READY, _C.GIVEN_UP): _S.ENDED,
+        (_S.SERVING, _C.GIVEN_UP): _S.ENDED,
+        (_S.PAUSED, _C.GIVEN_UP): _S.ENDED,
+    },
+)
 
 
 class Pipeline:
@@ -33,9 +83,9 @@ class Pipeline:
         on_change: called when a step may be begun, or a request admitted, that could not before.
 
     Attributes:
-        scheduler: its requests; None while the stages load.
-        in_flight: its steps; None while the stages load.
-        paused: while true, no step begins, and what is to be freed is queued.
+        state: what it does; see `PIPELINE_STATES`.
+        scheduler: its requests, while it serves or is paused; None otherwise.
+        in_flight: its steps, while it serves or is paused; None otherwise.
         lineage: epoch of the first in the line of pipelines that each replaced the one before.
         num_decoding: requests that were decoding when steps were last begun.
     """
@@ -65,7 +115,7 @@ class Pipeline:
         self.num_decoding = 0
         self.in_flight: StepsInFlight | None = None
         self.scheduler: Scheduler | None = None
-        self.paused = False
+        self.state = PIPELINE_STATES.initial
 
     @property
     def layer_map(self) -> LayerMap:
@@ -102,7 +152,10 @@ class Pipeline:
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:
         """Record that a stage has loaded its layers; return whether all have."""
         self._ready[peer] = ready
-        return len(self._ready) == len(self.stages)
+        ready_now = len(self._ready) == len(self.stages)
+        if ready_now and self.state is _S.LOADING:
+            self._change(_C.STAGES_READY)
+        return ready_now
 
     def serve(self) -> None:
         """Begin to serve, with empty KV caches. Every stage must be ready."""
@@ -126,12 +179,13 @@ class Pipeline:
         assert old.scheduler is not None
         assert old.in_flight is not None
         scheduler, released = old.scheduler, old.in_flight.to_release
-        old.in_flight = old.scheduler = None
+        old._end(_C.CONTINUED_BY_ANOTHER)
         scheduler.on_change = lambda: self._on_change(self)
         scheduler.move(self.kv_tokens)
         self._begin(scheduler, released)
 
     def _begin(self, scheduler: Scheduler, released: Sequence[int] = ()) -> None:
+        self._change(_C.SERVED)
         self.scheduler = scheduler
         self.in_flight = StepsInFlight(
             self.epoch,
@@ -147,13 +201,26 @@ class Pipeline:
 
     def pause(self) -> None:
         """Begin no more steps until `resume`."""
-        self.paused = True
+        self._change(_C.PAUSED)
 
     def resume(self) -> None:
         """Begin steps again, if paused."""
-        if self.paused:
-            self.paused = False
+        if self.state is _S.PAUSED:
+            self._change(_C.RESUMED)
             self._on_change(self)
+
+    def give_up(self) -> list[Request]:
+        """Serve no more; return the requests that ran, which have lost their KV cache."""
+        requests = self.scheduler.evacuate() if self.scheduler else []
+        self._end(_C.GIVEN_UP)
+        return requests
+
+    def _end(self, cause: PipelineCause) -> None:
+        self._change(cause)
+        self.in_flight = self.scheduler = None
+
+    def _change(self, cause: PipelineCause) -> None:
+        self.state = PIPELINE_STATES.after(self.state, cause)
 
     def set_link(self, peer: PeerId, up: bool) -> None:
         """Record whether the stage at `peer` reaches the next one directly.
@@ -184,7 +251,7 @@ class Pipeline:
         in_flight, scheduler = self.in_flight, self.scheduler
         if in_flight is None or scheduler is None:
             return []
-        if self.paused:
+        if self.state is _S.PAUSED:
             in_flight.release(scheduler.take_freed())
             return []
         sends: list[Send] = []
@@ -238,6 +305,7 @@ class Pipeline:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         assert (self.in_flight is None) == (self.scheduler is None)
+        assert (self.in_flight is None) == (self.state not in (_S.SERVING, _S.PAUSED))
         at = 0
         for stage in self.stages:
             assert stage.layers.start == at
@@ -245,7 +313,7 @@ class Pipeline:
         if self.in_flight and self.scheduler:
             self.in_flight.validate()
             self.scheduler.validate()
-            if self.scheduler.num_running and not self.paused:
+            if self.scheduler.num_running and self.state is _S.SERVING:
                 assert self.in_flight.num_steps, "requests run, but no step is under way"
 
 

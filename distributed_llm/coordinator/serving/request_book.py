@@ -43,6 +43,7 @@ from distributed_llm.coordinator.requests.lifecycle import RequestCause, Request
 from distributed_llm.coordinator.requests.parameters import resolve, wrong_prompt
 from distributed_llm.coordinator.requests.request import Request, Ticket
 from distributed_llm.coordinator.requests.totals import Totals
+from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
 
@@ -62,11 +63,13 @@ class RequestBook:
     def __init__(
         self,
         defaults: GenerationDefaults,
+        event_log: EventLog,
         *,
         max_waiting: int,
         draw_seed: Callable[[], int],
     ) -> None:
         self._defaults = defaults
+        self._event_log = event_log
         self._max_waiting = max_waiting
         self._draw_seed = draw_seed
         self._tickets: dict[PeerId, dict[RequestId, Ticket]] = {}
@@ -126,6 +129,7 @@ class RequestBook:
         self._num_tokenizing += params.n
         if ticket.deadline is not None:
             heapq.heappush(self._deadlines, (ticket.deadline, key))
+        self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
         payload = bytes(frames[0]) if frames else b""
         return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
 
@@ -165,6 +169,9 @@ class RequestBook:
             return self.fail(event.key, exc)
         self._num_tokenizing -= ticket.params.n
         ticket.accept(event.token_ids, limits, number=event.key[2])
+        self._event_log.trace(
+            EventKind.REQUEST_QUEUED, ticket.key[1], prompt_tokens=len(event.token_ids)
+        )
         for request in ticket.requests:
             self._queue.add(ticket.key[0], request, order=request.number)
         return []
@@ -195,6 +202,10 @@ class RequestBook:
     def collect(self, scheduler: Scheduler) -> None:
         """Queue the requests that a scheduler preempted; count them and its prefix hits."""
         preempted = scheduler.take_preempted()
+        for request in preempted:
+            self._event_log.trace(
+                EventKind.ANSWER_PREEMPTED, request.ticket.key[1], choice=request.choice
+            )
         self.requeue(preempted)
         self.totals.preemptions += len(preempted)
         self.totals.prefix_hit_tokens += scheduler.take_prefix_hit_tokens()
@@ -300,6 +311,11 @@ class RequestBook:
         )
         self._retire(ticket)
         self.totals.count_finished(now=now)
+        self._event_log.trace(
+            EventKind.REQUEST_FINISHED,
+            ticket.key[1],
+            answer_tokens=finished.usage.completion_tokens,
+        )
         return [Send(ticket.key[0], finished), Forget(ticket.key)]
 
     def fail(self, key: RequestKey, error: DistributedLLMError) -> list[Action]:
@@ -309,6 +325,9 @@ class RequestBook:
             return []
         self._retire(ticket)
         self.totals.failed += 1
+        self._event_log.trace(
+            EventKind.REQUEST_FAILED, ticket.key[1], code=error.code, why=str(error)
+        )
         return [_failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
@@ -322,6 +341,7 @@ class RequestBook:
         tickets = list(self._tickets.get(peer, {}).values())
         for ticket in tickets:
             self._retire(ticket)
+            self._event_log.trace(EventKind.CLIENT_GONE, ticket.key[1])
             self.totals.failed += 1
         return [Forget(ticket.key) for ticket in tickets]
 

@@ -12,6 +12,7 @@ from distributed_llm.common.messages import TaskFailed
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.events import Action, Log
 from distributed_llm.coordinator.requests.lifecycle import RequestState
+from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
 
@@ -26,7 +27,12 @@ _MAX_MISSING = 3
 
 
 def step_broken(
-    book: RequestBook, scheduler: Scheduler, step: Step, failure: TaskFailed, worker: WorkerId
+    book: RequestBook,
+    event_log: EventLog,
+    scheduler: Scheduler,
+    step: Step,
+    failure: TaskFailed,
+    worker: WorkerId,
 ) -> list[Action]:
     """Suspect the requests of a step that a stage could not run; fail those that failed too often.
 
@@ -52,6 +58,13 @@ def step_broken(
             scheduler.restart(request)
         request.failures += 1
         request.alone = True
+        event_log.trace(
+            EventKind.STEP_FAILED,
+            request.ticket.key[1],
+            worker=worker,
+            code=failure.code,
+            why=failure.message,
+        )
         if request.failures >= (_MAX_MISSING if missing else _MAX_FAILURES):
             error = StageError(
                 f"Worker {worker} failed on this request {request.failures} times: "
@@ -61,7 +74,9 @@ def step_broken(
     return actions
 
 
-def steps_lost(book: RequestBook, steps: Iterable[Step], worker: WorkerId) -> list[Action]:
+def steps_lost(
+    book: RequestBook, event_log: EventLog, steps: Iterable[Step], worker: WorkerId
+) -> list[Action]:
     """Suspect the requests of steps that were lost with a worker; fail those lost too often.
 
     The first loss is taken for chance; after the second in a row a request runs alone.
@@ -70,6 +85,7 @@ def steps_lost(book: RequestBook, steps: Iterable[Step], worker: WorkerId) -> li
     actions: list[Action] = []
     for request in requests:
         request.losses += 1
+        event_log.trace(EventKind.STEP_LOST, request.ticket.key[1], worker=worker)
         request.alone = request.losses > 1
         if request.losses >= _MAX_LOSSES:
             error = WorkerLost(
