@@ -34,10 +34,10 @@ from distributed_llm.common.units import split_address
 from distributed_llm.worker.session.events import Event
 from distributed_llm.worker.session.link_events import (
     LinkDown,
-    LinkHeard,
     LinkId,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerGarbage,
     PeerReceived,
 )
@@ -191,7 +191,7 @@ class _Link:
             return
         if not isinstance(message, PeerWelcome):
             if dial is self._up:
-                self.on_event(LinkHeard(self.link, message))
+                self.on_event(LinkReceived(self.link, message))
         elif self._up is None:
             self._up = self._dials.pop(dial.address)
             for other in self._dials.values():
@@ -220,7 +220,7 @@ class _Dial:
         self.dealer = Dealer(
             address,
             self._on_message,
-            lambda: link.on_event(NextReached(link.link, address)),
+            lambda: link.on_event(LinkReached(link.link, address)),
             lambda: link.lose(self),
             max_outbox=_MAX_OUTBOX,
         )

@@ -33,17 +33,16 @@ from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
     Action,
-    Beat,
+    AssembleKV,
     Connected,
     Disconnected,
     Drop,
     End,
     Event,
-    Exit,
-    Export,
+    ExportKV,
+    Fail,
     Garbage,
-    Import,
-    Inherit,
+    ImportKV,
     Load,
     Log,
     Probe,
@@ -51,19 +50,20 @@ from distributed_llm.worker.session.events import (
     Reconnect,
     Release,
     Run,
-    Say,
+    Send,
+    SendHeartbeat,
     Serve,
     Signalled,
     Unload,
 )
 from distributed_llm.worker.session.link_events import (
     CloseLink,
+    ForwardTask,
     Greet,
-    HandOn,
     LinkId,
     OpenLink,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
 
 logger = logging.getLogger(__name__)
@@ -218,25 +218,25 @@ class Worker:
 
     def _perform_one(self, action: Action) -> None:
         match action:
-            case Say(message=said, frames=frames):
+            case Send(message=said, frames=frames):
                 self._say(said, frames)
-            case Beat(epochs=epochs):
+            case SendHeartbeat(epochs=epochs):
                 self._say(self._heartbeat(epochs))
-            case HandOn(task=task, frames=frames):
+            case ForwardTask(task=task, frames=frames):
                 self._hand_on(task, frames)
             case Load() | Run() | Release() | Drop() | Serve() | Unload():
                 self._engine.put(action)
-            case Export() | Import() | Inherit() | Probe():
+            case ExportKV() | ImportKV() | AssembleKV() | Probe():
                 self._engine.put(action)
             case OpenLink(link=link, addresses=addresses):
                 self._links.open(link, addresses)
             case Greet(link=link, hello=hello, addresses=addresses):
                 self._links.greet(link, hello, addresses)
-            case Transmit(link=link, message=sent, frames=frames):
+            case SendOverLink(link=link, message=sent, frames=frames):
                 self._links.send(link, sent, frames)
             case CloseLink(link=link):
                 self._links.close_link(link)
-            case PeerSay(peer=peer, message=message):
+            case SendToPeer(peer=peer, message=message):
                 self._links.say(peer, message)
             case Reconnect():
                 self._loop.call_soon(self._reconnect)
@@ -245,7 +245,7 @@ class Worker:
             case End(number=number):
                 if not self._stopped.done():
                     self._stopped.set_result(number)
-            case Exit(error=error):
+            case Fail(error=error):
                 self._fail(error)
             case _:
                 assert_never(action)

@@ -396,7 +396,7 @@ def disturb(script: Script, what: str, one: int, other: int) -> None:
 
 DISTURBANCES = [
     "cut links", "cut transfers", "apart", "together", "lose pieces", "lose end", "lose taken",
-    "double pieces", "lose welcome", "late drop", "fail_exports", "fail_imports", "fail_inherits",
+    "double pieces", "lose welcome", "late drop", "fail_exports", "fail_imports", "fail_assemblies",
 ]  # fmt: skip
 
 

@@ -30,10 +30,10 @@ from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.events import Event
 from distributed_llm.worker.session.link_events import (
     LinkDown,
-    LinkHeard,
     LinkId,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerGarbage,
     PeerReceived,
 )
@@ -71,8 +71,8 @@ def opened(bind: str = ANY) -> Iterator[tuple[Links, Told]]:
 async def linked(links: Links, told: Told, after: Links, after_told: Told) -> AsyncIterator[PeerId]:
     """Bring a link up; yield the name under which the next worker knows the one before."""
     links.open(LINK, (after.address,))
-    reached = await told.until(NextReached)
-    assert reached == NextReached(LINK, after.address)
+    reached = await told.until(LinkReached)
+    assert reached == LinkReached(LINK, after.address)
     links.greet(LINK, HELLO, (after.address,))
     heard = await after_told.until(PeerReceived)
     assert isinstance(heard, PeerReceived)
@@ -120,7 +120,7 @@ async def test_tasks_go_to_the_next_worker_in_order() -> None:
 async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         links.open(LINK, (after.address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         for _ in range(3):
             links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived, 3)
@@ -149,7 +149,7 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         opened() as (two, two_told),
     ):
         links.open(LINK, (one.address, two.address, one.address))
-        await told.until(NextReached, 2)
+        await told.until(LinkReached, 2)
         links.greet(LINK, HELLO, (one.address, two.address))
         first, second = await two_told.until(PeerReceived), await one_told.until(PeerReceived)
         assert isinstance(first, PeerReceived)
@@ -176,8 +176,8 @@ async def test_new_link_replaces_the_old_one_of_its_name() -> None:
         async with linked(links, told, after, after_told):
             links.open(LINK, (other.address,))
             links.send(LINK, *task())
-            reached = await told.until(NextReached, 2)
-            assert reached == NextReached(LINK, other.address)
+            reached = await told.until(LinkReached, 2)
+            assert reached == LinkReached(LINK, other.address)
             links.close_link(LINK)
             assert told.of(LinkDown) == []  # it was no loss
             assert len(after_told) == 1
@@ -193,7 +193,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
         async with linked(links, told, after, after_told):
             for number, name in enumerate(names[1:], 2):
                 links.open(name, (after.address,))
-                assert await told.until(NextReached, number) == NextReached(name, after.address)
+                assert await told.until(LinkReached, number) == LinkReached(name, after.address)
                 hello = PeerHello(epoch=name.epoch, key="proof")
                 links.greet(name, hello, (after.address,))
                 heard = await after_told.until(PeerReceived, number)
@@ -218,7 +218,7 @@ async def test_answers_over_a_link_are_told() -> None:
     taken = KVTaken(epoch=3, layers=LayerRange(0, 2), number=7)
     with opened() as (links, told), opened() as (after, after_told):
         links.open(LINK, (after.address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
@@ -228,10 +228,10 @@ async def test_answers_over_a_link_are_told() -> None:
         after.say(heard.peer, PeerProbed(epoch=4))
         after.say(heard.peer, PeerProbed(epoch=3))
         after.say(heard.peer, taken)
-        await told.until(LinkHeard, 2)
-        assert told.of(LinkHeard) == [
-            LinkHeard(LINK, PeerProbed(epoch=3)),
-            LinkHeard(LINK, taken),
+        await told.until(LinkReceived, 2)
+        assert told.of(LinkReceived) == [
+            LinkReceived(LINK, PeerProbed(epoch=3)),
+            LinkReceived(LINK, taken),
         ]
 
 
@@ -280,7 +280,7 @@ async def linked_to_process(links: Links, told: Told) -> AsyncIterator["subproce
         assert child.stdout
         address = (await asyncio.to_thread(child.stdout.readline)).strip()
         links.open(LINK, (address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await told.until(LinkUp)
         yield child
@@ -329,7 +329,7 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         nobody = (f"127.0.0.1:{free_port()}", "192.0.2.1:7", "[2001:db8::1]:7", "no.such.invalid:7")
         links.open(LINK, (*nobody, after.address))
-        assert await told.until(NextReached) == NextReached(LINK, after.address)
+        assert await told.until(LinkReached) == LinkReached(LINK, after.address)
         links.greet(LINK, HELLO, (*nobody, after.address))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
@@ -347,7 +347,7 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
 async def test_what_is_no_address_is_passed_over(address: str) -> None:
     with opened() as (links, told), opened() as (after, _):
         links.open(LINK, (address, after.address))
-        assert await told.until(NextReached) == NextReached(LINK, after.address)
+        assert await told.until(LinkReached) == LinkReached(LINK, after.address)
         assert list(links._links[LINK]._dials) == [after.address]
 
 
@@ -394,7 +394,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
         router = raw(zmq.ROUTER)
         address = f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
         links.open(LINK, (address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await come_true(lambda: bool(router.poll(0)))
         router.send_multipart([router.recv_multipart()[0], b"noise"])
@@ -482,7 +482,7 @@ async def test_this_machine_is_reached_at_what_it_says() -> None:
         addresses = reachable_at(links.address, "")
         assert addresses[-1].startswith("127.0.0.1:")
         before.open(LINK, addresses)
-        await told.until(NextReached, len(addresses))
+        await told.until(LinkReached, len(addresses))
 
 
 @on_loop

@@ -20,20 +20,20 @@ from torch import Tensor
 from distributed_llm.common.errors import DistributedLLMError, StageError
 from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, StageTrial
 from distributed_llm.worker.compute.computing import Given, compute
-from distributed_llm.worker.compute.handover import Exports, inherit, take
+from distributed_llm.worker.compute.kv_orders import KVExports, assemble_kv, import_kv
 from distributed_llm.worker.compute.loading import (
     BackgroundLoad,
-    Beside,
-    Held,
-    Room,
+    LoadedStage,
+    Memory,
+    PreparedStage,
     admit_beside,
     checked_checkpoint,
     give_memory_back,
     importers_for,
     limit_kv,
     load_beside,
+    memory_now,
     num_threads,
-    room_now,
     same_layers,
     use_threads,
 )
@@ -42,14 +42,14 @@ from distributed_llm.worker.compute.probe import remeasure
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
 from distributed_llm.worker.session.events import (
-    Broke,
+    AssembleKV,
     Computed,
+    ComputeFailed,
     Drop,
     Event,
-    Export,
-    HandOverFailed,
-    Import,
-    Inherit,
+    ExportKV,
+    ImportKV,
+    KVOrderFailed,
     Load,
     Loaded,
     LoadFailed,
@@ -64,7 +64,7 @@ from distributed_llm.worker.tensor_frames import TORCH_DTYPES
 logger = logging.getLogger(__name__)
 
 
-HandOver = Export | Import | Inherit
+HandOver = ExportKV | ImportKV | AssembleKV
 Order = Load | Run | Release | Drop | Serve | Unload | HandOver | Probe
 Voidable = Load | Run | HandOver | Probe
 
@@ -116,10 +116,10 @@ class Engine:
         self._is_void = is_void
         self._post = post
         self._orders: Orders[Order | BackgroundLoad] = Orders()
-        self._served: Held | None = None
-        self._beside: Beside | None = None
+        self._served: LoadedStage | None = None
+        self._beside: PreparedStage | None = None
         self._leaving: list[Tensor] = []  # memory of stages that were given up
-        self._exports = Exports()
+        self._exports = KVExports()
         self._wanted: Load | None = None  # to be loaded beside
         self._loader: BackgroundLoad | None = None
         self.vitals = Vitals()
@@ -187,14 +187,14 @@ class Engine:
                 self._unload(epoch)
             case Drop():
                 self._drop()
-            case Export() | Import() | Inherit():
+            case ExportKV() | ImportKV() | AssembleKV():
                 self._hand_over(order)
             case Probe() if self._loader is None and not self._is_void(order):
                 self._post(remeasure(order, self._capabilities, slowdown=self.slowdown))
         kv_bytes = self._served.stage.kv_bytes if self._served else 0
         self.vitals.kv_bytes = kv_bytes + (self._beside.imported_bytes if self._beside else 0)
 
-    def _held_of(self, epoch: int) -> Held | Beside | None:
+    def _held_of(self, epoch: int) -> LoadedStage | PreparedStage | None:
         for held in (self._served, self._beside):
             if held is not None and held.order.epoch == epoch:
                 return held
@@ -209,7 +209,7 @@ class Engine:
             return
         self._exports.clear()
         self._let_go(self._served)
-        self._served, self._beside = Held(beside.order, beside.stage), None
+        self._served, self._beside = LoadedStage(beside.order, beside.stage), None
         use_threads(beside.threads)
 
     def _unload(self, epoch: int) -> None:
@@ -223,7 +223,7 @@ class Engine:
         self._let_go(self._beside)
         self._beside = None
 
-    def _let_go(self, held: Held | Beside | None) -> None:
+    def _let_go(self, held: LoadedStage | PreparedStage | None) -> None:
         """Give the memory of a stage back bit by bit, while the other one goes on."""
         if held is not None:
             self._leaving += held.stage.memory()
@@ -267,7 +267,7 @@ class Engine:
             self._drop()
             self._fail(load, exc)
             return
-        self._served = Held(load.order, stage)
+        self._served = LoadedStage(load.order, stage)
         self._tell(load, stage, time.perf_counter() - started, kv_tokens)
 
     def _stage_alone(self, order: LoadStage) -> Stage:
@@ -302,7 +302,7 @@ class Engine:
             self._orders.put,
         )
 
-    def _load_beside(self, order: LoadStage, served: Held | None) -> tuple[Stage, int]:
+    def _load_beside(self, order: LoadStage, served: LoadedStage | None) -> tuple[Stage, int]:
         """Return a stage and the threads that it is worth; runs in a thread of its own."""
         stage, threads = load_beside(order, served, self._capabilities, self._local_model)
         stage.progress = self._made_progress
@@ -314,7 +314,7 @@ class Engine:
         if load is self._wanted and not self._is_void(load):
             self._admit(load, done)
         elif stage := done.discard():
-            self._let_go(Held(load.order, stage))
+            self._let_go(LoadedStage(load.order, stage))
         if load is self._wanted:
             self._wanted = None
         self._load_wanted()
@@ -330,16 +330,16 @@ class Engine:
             kv_tokens, import_bytes = admit_beside(order, stage, self._served, self._room())
             importers = importers_for(order, stage, import_bytes)
         except Exception as exc:
-            self._let_go(Held(order, stage))
+            self._let_go(LoadedStage(order, stage))
             self._fail(load, exc)
             return
-        self._beside = Beside(order, stage, threads, importers)
+        self._beside = PreparedStage(order, stage, threads, importers)
         if self._served is None:
             use_threads(threads)
         self._tell(load, stage, done.seconds, kv_tokens)
 
-    def _room(self) -> Room:
-        return room_now(self._device, self._capabilities.memory_bytes)
+    def _room(self) -> Memory:
+        return memory_now(self._device, self._capabilities.memory_bytes)
 
     def _tell(self, load: Load, stage: Stage, load_s: float, kv_tokens: int) -> None:
         epoch, size = load.order.epoch, stage.weight_bytes
@@ -370,14 +370,14 @@ class Engine:
         served = self._served.stage if self._served else None
         try:
             match order:
-                case Export():
+                case ExportKV():
                     event: Event = self._exports.next(order, served)
-                case Import():
-                    event = take(order, self._beside)
-                case Inherit():
-                    event = inherit(order, served, self._beside)
+                case ImportKV():
+                    event = import_kv(order, self._beside)
+                case AssembleKV():
+                    event = assemble_kv(order, served, self._beside)
         except Exception as exc:
-            event = HandOverFailed(order, _told(exc, "Handing over the KV cache"))
+            event = KVOrderFailed(order, _told(exc, "Handing over the KV cache"))
         self._post(event)
 
     # -------------------------------------------------------------- running
@@ -391,14 +391,14 @@ class Engine:
             logger.debug("step %s is late: %s", run.task.step, exc)
             return
         except MissingPositionsError as exc:
-            self._post(Broke(run, exc, exc.missing))
+            self._post(ComputeFailed(run, exc, exc.missing))
             return
         except DistributedLLMError as exc:
             logger.error("step %s failed: %s", run.task.step, exc)
-            self._post(Broke(run, exc))
+            self._post(ComputeFailed(run, exc))
             return
         except Exception as exc:
-            self._post(Broke(run, _told(exc, "Computing")))
+            self._post(ComputeFailed(run, _told(exc, "Computing")))
             return
         self._post(Computed(run, specs, frames, took.compute_us, took.layers_us, queued_us))
 

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from typing import Generic, TypeVar
 
-from distributed_llm.worker.session.events import Export, Import, Run
+from distributed_llm.worker.session.events import ExportKV, ImportKV, Run
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class Orders(Generic[T]):
     def put(self, order: T) -> None:
         """Queue an order."""
         item = (time.perf_counter(), order)
-        if isinstance(order, Export | Import):
+        if isinstance(order, ExportKV | ImportKV):
             self._quick.append(item)
             self._queue.put(None)
         else:

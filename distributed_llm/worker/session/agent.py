@@ -33,30 +33,30 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.worker.session.events import (
     Action,
-    Beat,
+    AssembleKV,
     Connected,
     Disconnected,
     End,
     Event,
-    Exit,
-    Export,
+    ExportKV,
+    Fail,
     Garbage,
-    Import,
-    Inherit,
+    ImportKV,
     Load,
     Log,
     Probe,
     Received,
     Reconnect,
     Run,
-    Say,
+    Send,
+    SendHeartbeat,
     Signalled,
 )
 from distributed_llm.worker.session.link_events import (
     LinkDown,
-    LinkHeard,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerGarbage,
     PeerReceived,
 )
@@ -115,7 +115,7 @@ class Agent:
         """The newest epoch that was ordered or dropped in this session."""
         return self._stages.newest
 
-    def is_void(self, order: Load | Run | Export | Import | Inherit | Probe) -> bool:
+    def is_void(self, order: Load | Run | ExportKV | ImportKV | AssembleKV | Probe) -> bool:
         """Return whether nobody waits for this any more; may be called from any thread."""
         return self._stages.is_void(order)
 
@@ -131,16 +131,16 @@ class Agent:
                 return self._received(event, now)
             case PeerReceived():
                 return self._stages.peer_received(event, now)
-            case NextReached() | LinkUp() | LinkDown() | LinkHeard():
+            case LinkReached() | LinkUp() | LinkDown() | LinkReceived():
                 return self._stages.linked(event, now)
             case Connected(peer_addresses=addresses):
                 self._state, self._heard_at = "greeting", now
                 self._reached = True
-                return [Say(self._hello(addresses))]
+                return [Send(self._hello(addresses))]
             case Disconnected():
                 return self._leave_session("The coordinator is gone; trying to find it again.")
             case Garbage(error=error) if isinstance(error, ProtocolMismatch):
-                return [Exit(error)]
+                return [Fail(error)]
             case Garbage(error=error) | PeerGarbage(error=error):
                 return self._warn(f"dropped a message: {error}"[:1000], now)
             case Signalled(number=number):
@@ -163,7 +163,7 @@ class Agent:
     def on_timer(self, *, reached: bool, now: float) -> list[Action]:
         """Do what is due; `reached` tells whether anything at all listens at the address."""
         if self._connect_by is not None and self._connect_by <= now:
-            return [Exit(self._unreachable(reached or self._reached))]
+            return [Fail(self._unreachable(reached or self._reached))]
         if self._state == "connecting":
             return []
         timeout_s = self._silence_timeout_s if self._state == "joined" else _GREETING_TIMEOUT_S
@@ -177,7 +177,7 @@ class Agent:
         actions = self._stages.on_timer(now)
         if self._beat_at <= now:
             self._beat_at = now + self._heartbeat_interval_s
-            actions.append(Beat(self._stages.epochs))
+            actions.append(SendHeartbeat(self._stages.epochs))
         if self._probe_at <= now and not self._stages.epochs:
             self._probe_at = now + _PROBE_EVERY_S
             actions.append(Probe(self._session))
@@ -200,7 +200,7 @@ class Agent:
             case Refused(code="lost", message=why):
                 return self._leave_session(why)
             case Refused(code=code, message=why):
-                return [Exit(error_from_wire(code, why, 0.0))]
+                return [Fail(error_from_wire(code, why, 0.0))]
             case MayLeave(why=why):
                 return self._may_leave(why)
             case Pong():
@@ -238,14 +238,14 @@ class Agent:
             return self._end(number)
         self._leave_by, self._signal = now + self._leave_timeout_s, number
         layers = f"handing layers {serving.layers} over to other workers"
-        return [Say(Leaving()), Log(f"{layers}; a second signal ends at once")]
+        return [Send(Leaving()), Log(f"{layers}; a second signal ends at once")]
 
     def _may_leave(self, why: str) -> list[Action]:
         told = f": {why}" if why else ""
         return [Log(f"may leave{told}"), *self._end(self._signal)]
 
     def _end(self, number: int) -> list[Action]:
-        return [Say(Goodbye()), End(number)]
+        return [Send(Goodbye()), End(number)]
 
     # -------------------------------------------------------------- for the operator
 

@@ -4,8 +4,8 @@ import msgspec
 
 from distributed_llm.common.messages import LoadStage, StageTime, Task, TaskFailed, TaskResult
 from distributed_llm.common.tensors import Frame
-from distributed_llm.worker.session.events import Action, Broke, Computed, Run, Say
-from distributed_llm.worker.session.link_events import HandOn
+from distributed_llm.worker.session.events import Action, Computed, ComputeFailed, Run, Send
+from distributed_llm.worker.session.link_events import ForwardTask
 from distributed_llm.worker.session.peers import Peers
 
 CREDITS = 32
@@ -65,7 +65,7 @@ class EpochStage:
         if task.step < self._oldest or task.step in self._held:
             return []
         if len(self._held) >= CREDITS:
-            return [Say(failed(task, "too_many_tasks", f"{CREDITS} tasks wait here already"))]
+            return [Send(failed(task, "too_many_tasks", f"{CREDITS} tasks wait here already"))]
         self._held.add(task.step)
         return [Run(self._session, task, frames)]
 
@@ -85,13 +85,13 @@ class EpochStage:
                 timings=timings,
                 tensors=(task.tensors[0], *done.specs),
             )
-            return [HandOn(onward, (done.run.frames[0], *done.frames))]
+            return [ForwardTask(onward, (done.run.frames[0], *done.frames))]
         result = TaskResult(epoch=task.epoch, step=task.step, timings=timings, tensors=done.specs)
-        return [Say(result, done.frames)]
+        return [Send(result, done.frames)]
 
-    def broke(self, broke: Broke) -> list[Action]:
+    def broke(self, broke: ComputeFailed) -> list[Action]:
         """Tell that a task could not be run."""
         task = broke.run.task
         self._held.discard(task.step)
         told = failed(task, broke.error.code, str(broke.error)[:4096])
-        return [Say(msgspec.structs.replace(told, missing=broke.missing))]
+        return [Send(msgspec.structs.replace(told, missing=broke.missing))]

@@ -78,10 +78,10 @@ class Unload:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportKV:
     """Action: hand out the next message with KV cache of these layers of the served stage.
 
-    Answered by `Exported`.
+    Answered by `KVExported`.
 
     Attributes:
         epoch: in which somebody takes the layers over.
@@ -97,8 +97,8 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Import:
-    """Action: keep what another worker sent for the stage of `epoch`; answered by `Imported`."""
+class ImportKV:
+    """Action: keep what another worker sent for the stage of `epoch`; answered by `KVImported`."""
 
     session: int
     message: KVPieces | KVEnd
@@ -106,10 +106,10 @@ class Import:
 
 
 @dataclass(frozen=True)
-class Inherit:
+class AssembleKV:
     """Action: the stage of `epoch` takes over the KV cache of the served one and of the imports.
 
-    Answered by `Inherited`.
+    Answered by `KVAssembled`.
     """
 
     session: int
@@ -212,7 +212,7 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class Broke:
+class ComputeFailed:
     """Event: a task could not be run."""
 
     run: Run
@@ -221,33 +221,33 @@ class Broke:
 
 
 @dataclass(frozen=True)
-class Exported:
+class KVExported:
     """Event: the next message of a transfer; None if there is nothing to be sent just now."""
 
-    order: Export
+    order: ExportKV
     message: KVPieces | KVEnd | None
     frames: tuple[Frame, ...] = ()
 
 
 @dataclass(frozen=True)
-class Imported:
+class KVImported:
     """Event: what another worker sent is kept."""
 
-    order: Import
+    order: ImportKV
 
 
 @dataclass(frozen=True)
-class Inherited:
+class KVAssembled:
     """Event: the stage of `epoch` has its KV cache."""
 
-    order: Inherit
+    order: AssembleKV
 
 
 @dataclass(frozen=True)
-class HandOverFailed:
+class KVOrderFailed:
     """Event: an order to export, import or inherit could not be carried out."""
 
-    order: Export | Import | Inherit
+    order: ExportKV | ImportKV | AssembleKV
     error: DistributedLLMError
 
 
@@ -270,11 +270,11 @@ Event = (
     | Loaded
     | LoadFailed
     | Computed
-    | Broke
-    | Exported
-    | Imported
-    | Inherited
-    | HandOverFailed
+    | ComputeFailed
+    | KVExported
+    | KVImported
+    | KVAssembled
+    | KVOrderFailed
     | Probed
 )
 
@@ -283,7 +283,7 @@ Event = (
 
 
 @dataclass(frozen=True)
-class Say:
+class Send:
     """Action: send a message to the coordinator."""
 
     message: (
@@ -304,7 +304,7 @@ class Say:
 
 
 @dataclass(frozen=True)
-class Beat:
+class SendHeartbeat:
     """Action: send a heartbeat with the vitals of the moment."""
 
     epochs: tuple[int, ...]
@@ -335,7 +335,7 @@ class End:
 
 
 @dataclass(frozen=True)
-class Exit:
+class Fail:
     """Action: end the worker because of an error."""
 
     error: DistributedLLMError
@@ -343,20 +343,20 @@ class Exit:
 
 Action = (
     LinkAction
-    | Say
-    | Beat
+    | Send
+    | SendHeartbeat
     | Load
     | Run
     | Release
     | Drop
     | Serve
     | Unload
-    | Export
-    | Import
-    | Inherit
+    | ExportKV
+    | ImportKV
+    | AssembleKV
     | Probe
     | Reconnect
     | Log
     | End
-    | Exit
+    | Fail
 )

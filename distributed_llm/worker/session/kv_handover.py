@@ -24,22 +24,22 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import LayerRange, PeerId, size_text
 from distributed_llm.worker.session.events import (
     Action,
-    Export,
-    Exported,
-    HandOverFailed,
-    Import,
-    Imported,
-    Inherit,
+    AssembleKV,
+    ExportKV,
+    ImportKV,
+    KVExported,
+    KVImported,
+    KVOrderFailed,
     Log,
-    Say,
+    Send,
 )
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
-    LinkHeard,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
-    PeerSay,
+    SendToPeer,
 )
 from distributed_llm.worker.session.transfer import WINDOW, Transfer
 
@@ -132,12 +132,12 @@ class KVHandover:
             return []
         self.over = True
         told = KVFailed(epoch=self.epoch, worker=worker, code=code, message=message[:4096])
-        return [*self.end(), Say(told), Log(f"moving layers failed: {message}", "warning")]
+        return [*self.end(), Send(told), Log(f"moving layers failed: {message}", "warning")]
 
-    def failed(self, event: HandOverFailed) -> list[Action]:
+    def failed(self, event: KVOrderFailed) -> list[Action]:
         """An order could not be carried out."""
         worker = ""
-        if isinstance(event.order, Export) and event.order.layers in self._transfers:
+        if isinstance(event.order, ExportKV) and event.order.layers in self._transfers:
             worker = self._transfers[event.order.layers].worker
         return self.fail(event.error.code, str(event.error), worker)
 
@@ -149,19 +149,19 @@ class KVHandover:
         if transfer is None:
             return []
         match event:
-            case NextReached(address=address):
+            case LinkReached(address=address):
                 return transfer.reached(address, now)
             case LinkUp():
                 return transfer.welcomed()
-            case LinkHeard(message=KVTaken() as taken):
+            case LinkReceived(message=KVTaken() as taken):
                 return [*transfer.taken(taken, now), *self._tell_copied()]
-            case LinkHeard():
+            case LinkReceived():
                 return []
             case LinkDown():
                 why = f"The connection to {transfer.worker} was lost while KV cache was sent there."
                 return self.fail("connection_failed", why, transfer.worker)
 
-    def exported(self, event: Exported, now: float) -> list[Action]:
+    def exported(self, event: KVExported, now: float) -> list[Action]:
         """Send what the compute thread exported."""
         transfer = self._transfers.get(event.order.layers)
         if transfer is None:
@@ -175,7 +175,7 @@ class KVHandover:
         self._copied = True
         sent_bytes = sum(transfer.sent_bytes for transfer in self._transfers.values())
         return [
-            Say(KVCopied(epoch=self.epoch, bytes_sent=sent_bytes)),
+            Send(KVCopied(epoch=self.epoch, bytes_sent=sent_bytes)),
             Log(f"sent {size_text(sent_bytes)} of KV cache (plan {self.epoch})"),
         ]
 
@@ -203,9 +203,9 @@ class KVHandover:
         arrival.ended = isinstance(message, KVEnd)
         if self._taking_over:
             self._wait_for_arrivals(now)
-        return [Import(self._session, message, frames)]
+        return [ImportKV(self._session, message, frames)]
 
-    def imported(self, event: Imported) -> list[Action]:
+    def imported(self, event: KVImported) -> list[Action]:
         """Acknowledge what is kept."""
         message = event.order.message
         arrival = self._arrivals.get(message.layers)
@@ -213,7 +213,7 @@ class KVHandover:
             return []
         arrival.kept = message.number
         taken = KVTaken(epoch=self.epoch, layers=message.layers, number=message.number)
-        return [PeerSay(arrival.sender, taken), *self._inherit()]
+        return [SendToPeer(arrival.sender, taken), *self._inherit()]
 
     def inherited(self) -> list[Action]:
         """Tell that the stage has its KV cache."""
@@ -221,7 +221,7 @@ class KVHandover:
             return []
         self._took_over = True
         return [
-            Say(TookOver(epoch=self.epoch)),
+            Send(TookOver(epoch=self.epoch)),
             Log(f"has the KV cache of its layers (plan {self.epoch})"),
         ]
 
@@ -230,7 +230,7 @@ class KVHandover:
         if not (self._inherits and self._taking_over and all_here) or self._inheriting:
             return []
         self._inheriting = True
-        return [Inherit(self._session, self.epoch)]
+        return [AssembleKV(self._session, self.epoch)]
 
     def _wait_for_arrivals(self, now: float) -> None:
         waits = not all(arrival.ended for arrival in self._arrivals.values())

@@ -52,7 +52,7 @@ class PeerGarbage:
 
 
 @dataclass(frozen=True)
-class NextReached:
+class LinkReached:
     """Event: something at this address of a link speaks our transport."""
 
     link: LinkId
@@ -79,14 +79,14 @@ class LinkDown:
 
 
 @dataclass(frozen=True)
-class LinkHeard:
+class LinkReceived:
     """Event: the worker at the other end of a link that is up answered."""
 
     link: LinkId
     message: PeerProbed | KVTaken
 
 
-LinkChange = NextReached | LinkUp | LinkDown | LinkHeard
+LinkChange = LinkReached | LinkUp | LinkDown | LinkReceived
 LinkEvent = PeerReceived | PeerGarbage | LinkChange
 
 
@@ -111,7 +111,7 @@ class Greet:
 
 
 @dataclass(frozen=True)
-class HandOn:
+class ForwardTask:
     """Action: send a task over the link of its epoch to the next worker."""
 
     task: Task
@@ -119,7 +119,7 @@ class HandOn:
 
 
 @dataclass(frozen=True)
-class Transmit:
+class SendOverLink:
     """Action: send what is no task over a link."""
 
     link: LinkId
@@ -135,11 +135,11 @@ class CloseLink:
 
 
 @dataclass(frozen=True)
-class PeerSay:
+class SendToPeer:
     """Action: answer somebody who connected to this worker."""
 
     peer: PeerId
     message: ToPreviousWorker
 
 
-LinkAction = OpenLink | Greet | HandOn | Transmit | CloseLink | PeerSay
+LinkAction = OpenLink | Greet | ForwardTask | SendOverLink | CloseLink | SendToPeer

@@ -30,14 +30,14 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import frame_of_bytes
 from distributed_llm.common.types import PeerId
-from distributed_llm.worker.session.events import Action, Log, Say
+from distributed_llm.worker.session.events import Action, Log, Send
 from distributed_llm.worker.session.link_events import (
     CloseLink,
     Greet,
     LinkId,
     OpenLink,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
 
 PROBE_BYTES = 256 * 1024
@@ -152,7 +152,7 @@ class Peers:
             return []
         if peer not in self._known:
             self._known.append(peer)
-        return [PeerSay(peer, PeerWelcome(epoch=self._epoch))]
+        return [SendToPeer(peer, PeerWelcome(epoch=self._epoch))]
 
     def knows(self, peer: PeerId) -> bool:
         """Return whether `peer` was welcomed in this epoch: only who was may send anything."""
@@ -160,7 +160,7 @@ class Peers:
 
     def probed_by(self, peer: PeerId) -> list[Action]:
         """Tell `peer` that its probe has arrived."""
-        return [PeerSay(peer, PeerProbed(epoch=self._epoch))]
+        return [SendToPeer(peer, PeerProbed(epoch=self._epoch))]
 
     # -------------------------------------------------------------- to the next worker
 
@@ -178,9 +178,9 @@ class Peers:
         self._stop_timers()
         spec, zeros = frame_of_bytes(bytes(PROBE_BYTES))
         return [
-            Say(LinkReport(epoch=self._epoch, up=True, rtt_s=rtt_s)),
+            Send(LinkReport(epoch=self._epoch, up=True, rtt_s=rtt_s)),
             Log(f"hands its results to {self._next.worker} ({rtt_s * 1000:.1f} ms)"),
-            Transmit(self._link, PeerProbe(epoch=self._epoch, tensors=(spec,)), (zeros,)),
+            SendOverLink(self._link, PeerProbe(epoch=self._epoch, tensors=(spec,)), (zeros,)),
         ]
 
     def probed(self, now: float) -> list[Action]:
@@ -191,7 +191,7 @@ class Peers:
         took_s = max(took_s - self._rtt_s, took_s / 10, PROBE_BYTES / _MAX_BYTES_PER_S)
         rate = PROBE_BYTES / took_s
         report = LinkReport(epoch=self._epoch, up=True, rtt_s=self._rtt_s, bytes_per_s=rate)
-        return [Say(report)]
+        return [Send(report)]
 
     def lost(self, now: float) -> list[Action]:
         """Hand no more tasks on; dial again after a while."""
@@ -226,7 +226,7 @@ class Peers:
     def _report_down(self, why: str) -> list[Action]:
         assert self._next is not None
         text = f"cannot hand its results to {self._next.worker}: {why}; the coordinator relays them"
-        return [Say(LinkReport(epoch=self._epoch, up=False)), Log(text)]
+        return [Send(LinkReport(epoch=self._epoch, up=False)), Log(text)]
 
     def _stop_timers(self) -> None:
         if self._dialling:

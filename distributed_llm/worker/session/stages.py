@@ -39,17 +39,17 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.worker.session.epoch_stage import CREDITS, EpochStage, failed
 from distributed_llm.worker.session.events import (
     Action,
-    Broke,
+    AssembleKV,
     Computed,
+    ComputeFailed,
     Drop,
-    Exit,
-    Export,
-    Exported,
-    HandOverFailed,
-    Import,
-    Imported,
-    Inherit,
-    Inherited,
+    ExportKV,
+    Fail,
+    ImportKV,
+    KVAssembled,
+    KVExported,
+    KVImported,
+    KVOrderFailed,
     Load,
     Loaded,
     LoadFailed,
@@ -58,7 +58,7 @@ from distributed_llm.worker.session.events import (
     Probed,
     Release,
     Run,
-    Say,
+    Send,
     Serve,
     Unload,
 )
@@ -66,9 +66,9 @@ from distributed_llm.worker.session.kv_handover import KVHandover
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
-    LinkHeard,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerReceived,
 )
 
@@ -77,11 +77,11 @@ ComputeEvent = (
     Loaded
     | LoadFailed
     | Computed
-    | Broke
-    | Exported
-    | Imported
-    | Inherited
-    | HandOverFailed
+    | ComputeFailed
+    | KVExported
+    | KVImported
+    | KVAssembled
+    | KVOrderFailed
     | Probed
 )
 
@@ -119,7 +119,7 @@ class Stages:
         """The order for the stage that is served; None if there is none, or not yet."""
         return self._served.order if self._served and self._served.loaded else None
 
-    def is_void(self, order: Load | Run | Export | Import | Inherit | Probe) -> bool:
+    def is_void(self, order: Load | Run | ExportKV | ImportKV | AssembleKV | Probe) -> bool:
         """Return whether nobody waits for this any more; may be called from any thread."""
         if order.session != self._session:
             return True
@@ -131,9 +131,9 @@ class Stages:
                 return self._find(epoch) is None
             case Probe():
                 return bool(self.epochs)
-            case Import(message=KVPieces(epoch=epoch) | KVEnd(epoch=epoch)):
+            case ImportKV(message=KVPieces(epoch=epoch) | KVEnd(epoch=epoch)):
                 pass
-            case Export(epoch=epoch) | Inherit(epoch=epoch):
+            case ExportKV(epoch=epoch) | AssembleKV(epoch=epoch):
                 pass
         hand_over = self._hand_over
         return hand_over is None or hand_over.epoch != epoch or hand_over.over
@@ -223,7 +223,7 @@ class Stages:
     def _refuse(self, epoch: int, why: str) -> list[Action]:
         message = f"Cannot hand layers over to plan {epoch}: {why}."
         told = KVFailed(epoch=epoch, worker="", code="bad_order", message=message)
-        return [Say(told), Log(message, "warning")]
+        return [Send(told), Log(message, "warning")]
 
     def _cancel(self, epoch: int) -> list[Action]:
         loads = self._beside is not None and self._beside.epoch == epoch
@@ -275,12 +275,12 @@ class Stages:
         if stage is None or stage.handed_over:
             return self._warn(f"ignored a task of plan {task.epoch}", now)
         if stage.order.beside and not stage.loaded:
-            return [Say(failed(task, "not_ready", _not_loaded(stage)))]
+            return [Send(failed(task, "not_ready", _not_loaded(stage)))]
         if stage is not self._beside:
             return stage.take(task, frames)
         if self._hand_over and self._hand_over.is_inheriting:
             why = f"The KV cache of layers {stage.order.layers} is still being taken over."
-            return [Say(failed(task, "not_ready", why))]
+            return [Send(failed(task, "not_ready", why))]
         return [*self._serve(stage), *stage.take(task, frames)]
 
     # -------------------------------------------------------------- other workers
@@ -320,15 +320,15 @@ class Stages:
         if stage is None:
             return []
         match event:
-            case NextReached(address=address):
+            case LinkReached(address=address):
                 return stage.peers.reached(address, now)
             case LinkUp(rtt_s=rtt_s):
                 return stage.peers.welcomed(rtt_s, now)
             case LinkDown():
                 return stage.peers.lost(now)
-            case LinkHeard(message=PeerProbed()):
+            case LinkReceived(message=PeerProbed()):
                 return stage.peers.probed(now)
-            case LinkHeard():
+            case LinkReceived():
                 return []
             case _:
                 assert_never(event)
@@ -341,7 +341,7 @@ class Stages:
             case Computed(run=run):
                 stage = None if self.is_void(run) else self._served
                 return stage.computed(event) if stage else []
-            case Broke(run=run):
+            case ComputeFailed(run=run):
                 stage = None if self.is_void(run) else self._served
                 return stage.broke(event) if stage else []
             case Loaded() | LoadFailed():
@@ -349,12 +349,12 @@ class Stages:
                 if stage is None or event.session != self._session:
                     return []
                 return self._loaded(stage, event)
-            case Exported() | Imported() | Inherited() | HandOverFailed():
+            case KVExported() | KVImported() | KVAssembled() | KVOrderFailed():
                 if self._hand_over is None or self.is_void(event.order):
                     return []
                 return self._moved(self._hand_over, event, now)
             case Probed(session=session):
-                return [] if self.is_void(Probe(session)) else [Say(_remeasured(event))]
+                return [] if self.is_void(Probe(session)) else [Send(_remeasured(event))]
             case _:
                 assert_never(event)
 
@@ -371,27 +371,27 @@ class Stages:
             )
             due = stage.order.beside and stage is self._served
             serve = [Serve(stage.epoch)] if due else []
-            return [*serve, Say(ready), Log(f"layers are loaded in {event.load_s:.1f} s")]
+            return [*serve, Send(ready), Log(f"layers are loaded in {event.load_s:.1f} s")]
         error = event.error
-        said = Say(StageFailed(epoch=event.epoch, code=error.code, message=str(error)[:4096]))
+        said = Send(StageFailed(epoch=event.epoch, code=error.code, message=str(error)[:4096]))
         if isinstance(error, CheckpointError) and self.serving is None:
-            return [said, Exit(error)]
+            return [said, Fail(error)]
         return [said, Log(str(error), "error")]
 
     def _moved(
         self,
         hand_over: KVHandover,
-        event: Exported | Imported | Inherited | HandOverFailed,
+        event: KVExported | KVImported | KVAssembled | KVOrderFailed,
         now: float,
     ) -> list[Action]:
         match event:
-            case Exported():
+            case KVExported():
                 return hand_over.exported(event, now)
-            case Imported():
+            case KVImported():
                 return hand_over.imported(event)
-            case Inherited():
+            case KVAssembled():
                 return hand_over.inherited()
-            case HandOverFailed():
+            case KVOrderFailed():
                 return hand_over.failed(event)
             case _:
                 assert_never(event)

@@ -10,8 +10,8 @@ and then, because steps go on adding to the KV cache; so little is left for when
 import math
 
 from distributed_llm.common.messages import Address, KVEnd, KVTaken, KVTransfer
-from distributed_llm.worker.session.events import Action, Export, Exported
-from distributed_llm.worker.session.link_events import CloseLink, LinkId, Transmit
+from distributed_llm.worker.session.events import Action, ExportKV, KVExported
+from distributed_llm.worker.session.link_events import CloseLink, LinkId, SendOverLink
 from distributed_llm.worker.session.peers import Dialling
 
 WINDOW = 2
@@ -76,7 +76,7 @@ class Transfer:
         self._dialling.stop()
         return self._export()
 
-    def exported(self, done: Exported, now: float) -> list[Action]:
+    def exported(self, done: KVExported, now: float) -> list[Action]:
         """Send what was exported, or look again in a while."""
         self._exporting = False
         if done.message is None:
@@ -89,7 +89,7 @@ class Transfer:
         self._sent = done.order.number
         self._ended = isinstance(done.message, KVEnd)
         self.sent_bytes += sum(len(frame) for frame in done.frames)
-        return [Transmit(self.link, done.message, done.frames), *self._export()]
+        return [SendOverLink(self.link, done.message, done.frames), *self._export()]
 
     def taken(self, answer: KVTaken, now: float) -> list[Action]:
         """The other worker has what was sent up to this message."""
@@ -125,5 +125,5 @@ class Transfer:
             return []
         self._exporting, self._look_at = True, math.inf
         return [
-            Export(self._session, self.link.epoch, self._layers, self._sent + 1, self._rest),
+            ExportKV(self._session, self.link.epoch, self._layers, self._sent + 1, self._rest),
         ]
