@@ -183,8 +183,8 @@ class VirtualCluster:
                     event = events.Tokenized(key, token_ids_of_frame(payload))
                     self.at(self.now + _TEXT_S, self.apply, event)
                 case events.Study():
-                    found = self.meter.call("Study", action.work)
-                    self.at(self.now + _STUDY_S, self.apply, events.Studied(action, found))
+                    found = self.meter.call("Study", action.question.answer)
+                    self.at(self.now + _STUDY_S, self.apply, events.Studied(found))
                 case events.Forget(key=key):
                     self._texts.pop(key, None)
                 case events.Stop(error=error):

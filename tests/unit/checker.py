@@ -43,7 +43,7 @@ class Checker:
         answer = event.message
         if not isinstance(answer, TaskResult | TaskFailed):
             return False
-        all_in_flight = {r.epoch: r.in_flight for r in self._core._placement.pipelines}
+        all_in_flight = {r.epoch: r.in_flight for r in self._core._pipelines.all}
         in_flight = all_in_flight.get(answer.epoch)
         return in_flight is None or answer.step not in in_flight._flights
 
@@ -115,8 +115,8 @@ class Checker:
         request = self._core._book.next_waiting()
         if request is None:
             return
-        move = self._core._relocation.move
-        for pipeline in self._core._placement.pipelines:
+        move = self._core._moves.move
+        for pipeline in self._core._pipelines.all:
             if move and move.old is pipeline:
                 continue  # it has less room until the move is over
             scheduler, in_flight = pipeline.scheduler, pipeline.in_flight
@@ -138,7 +138,7 @@ class Checker:
         assert book.next_deadline() is None
         assert not book._deadlines
         assert status.kv_tokens_used == 0
-        for pipeline in self._core._placement.pipelines:
+        for pipeline in self._core._pipelines.all:
             assert pipeline.in_flight is not None
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps

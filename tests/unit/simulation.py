@@ -261,7 +261,7 @@ class World:
                     assert_never(action)
 
     def _study(self, study: events.Study) -> None:
-        self.at(self.study_s, lambda: self._do(events.Studied(study, study.work())))
+        self.at(self.study_s, lambda: self._do(events.Studied(study.question.answer())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:
@@ -381,12 +381,12 @@ class World:
             shift: who comes first.
         """
         core = self.core
-        pipeline = next((r for r in core._placement.pipelines if r.in_flight), None)
-        if pipeline is None or core._relocation.move:
+        pipeline = next((r for r in core._pipelines.all if r.in_flight), None)
+        if pipeline is None or core._moves.move:
             return
         own = {stage.peer for stage in pipeline.stages}
-        idle = core._placement.idle_workers
-        workers = [w for w in core._placement.fit_workers if w.peer in own or w in idle]
+        idle = core._registry.idle
+        workers = [w for w in core._registry.fit if w.peer in own or w in idle]
         edges = [0, *cuts, MODEL.cost.num_layers]
         held = [LayerRange(*pair) for pair in pairwise(edges)]
         if len(workers) < len(held):
@@ -396,9 +396,9 @@ class World:
         ranges = tuple((worker.id, layers) for worker, layers in pairs)
         memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
         plan = plan_of(MODEL.cost, memory, ranges)
-        price = core._relocation.price(pipeline, plan)
+        price = core._moves.prices.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
-            actions = core._relocation.begin(pipeline, plan, price, why="a test", now=self.now)
+            actions = core._moves.begin(pipeline, plan, price, why="a test", now=self.now)
             actions = core._settle(actions, self.now)
             self.checker.check(None, actions, now=self.now)
             self._perform(actions)
@@ -409,12 +409,12 @@ class World:
         for _ in range(100):
             before = self.epoch
             self.run(for_s=1.0)
-            over = not self.core._relocation.move
+            over = not self.core._moves.move
             self.run(for_s=0.1)  # what ends a move arrives
             if (
                 over
                 and (self.epoch, self.state) == (before, "serving")
-                and not self.core._relocation.move
+                and not self.core._moves.move
             ):
                 return
         raise AssertionError("layers move for ever")
@@ -423,7 +423,7 @@ class World:
         """Assert that nothing is left of any request, anywhere."""
         assert not self._texts
         self.checker.check_drained()
-        for pipeline in self.core._placement.pipelines:
+        for pipeline in self.core._pipelines.all:
             assert pipeline.scheduler is not None
             ledger = pipeline.scheduler._ledger
             for stage in pipeline.stages:

@@ -186,7 +186,7 @@ def test_trials_of_an_older_plan_tell_nothing() -> None:
         world.core.handle(events.Received(peer, ready), now=world.now)
         status = world.core.status(now=world.now)
         assert status.workers[0].prediction_error is None
-        assert (world.core._measurements.doubt(WorkerId("a")) > 0.0) == known
+        assert (world.core._cluster.measurements.doubt(WorkerId("a")) > 0.0) == known
 
 
 # ------------------------------------------------------------------ when layers stay
@@ -534,9 +534,9 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     assert world.run(lambda: computed(world) > 60)
     stranger = join(world, "stranger", 10)
     slow_down(world)
-    assert world.run(lambda: world.core._relocation.move is not None)
-    assert world.core._relocation.move
-    epoch = world.core._relocation.move.new.epoch
+    assert world.run(lambda: world.core._moves.move is not None)
+    assert world.core._moves.move
+    epoch = world.core._moves.move.new.epoch
     for message in (
         StageReady(epoch=epoch, credits=1, load_s=1.0, weight_bytes=1, kv_tokens=1),
         KVCopied(epoch=epoch, bytes_sent=1),

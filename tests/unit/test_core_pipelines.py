@@ -29,7 +29,7 @@ def two_pipelines(memory_bytes: int = HALF, count: int = 4) -> tuple[World, list
 def all_in_flight(world: World) -> list[list[SimWorker]]:
     """Return the workers of each pipeline, in the order of their layers."""
     by_id = {w.worker_id: w for w in world.workers if w.state != "dead"}
-    return [[by_id[s.worker] for s in r.stages] for r in world.core._placement.pipelines]
+    return [[by_id[s.worker] for s in r.stages] for r in world.core._pipelines.all]
 
 
 def served_by(answer: Answer) -> set[str]:

@@ -48,7 +48,7 @@ class PlanSearch:
     beside_tokens_per_s: float
     advise: bool
 
-    def carry_out(self) -> "FoundPlans":
+    def answer(self) -> "FoundPlans":
         """Return the answers."""
 
         def best(machines: Machines, kv_tokens: int) -> Forecast | None:
