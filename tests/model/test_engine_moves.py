@@ -199,7 +199,7 @@ def test_a_move_may_be_cancelled_at_any_time(
     cluster.cancel(2)
     for worker in four.values():
         worker.gate.set()
-        eventually(lambda worker=worker: worker.engine._loader is None)  # type: ignore[misc]
+        eventually(lambda worker=worker: worker.engine._background is None)  # type: ignore[misc]
     assert kv_bytes(four) == before
     cluster.decode(PENALTY)
     for name in "abc":
@@ -220,7 +220,7 @@ def test_memory_of_what_is_not_served_any_more_is_given_back(
     try:
         move(cluster, 2, BORDERS)
         cluster.decode(PENALTY)
-        while four["a"].engine._leaving:
+        while four["a"].engine._to_free:
             four["a"].ask(AssembleKV(0, 9), KVOrderFailed)
         now: Any = four["a"].engine._served
         kept = {id(p) for p in now.stage._model.parameters()}
@@ -255,7 +255,7 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
         worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=True)))
         worker.engine.put(given_up)
         worker.gate.set()
-        eventually(lambda: worker.engine._loader is None)
+        eventually(lambda: worker.engine._background is None)
         assert worker.silent
     worker.gate.clear()
     worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=True)))
@@ -273,7 +273,7 @@ def test_a_void_order_is_passed_over_in_silence(llama: Path, four: dict[str, Wor
     assert worker.silent
     worker.void = lambda order: order.session == 0
     worker.gate.set()
-    eventually(lambda: worker.engine._loader is None)
+    eventually(lambda: worker.engine._background is None)
     worker.engine.put(ExportKV(0, 2, LayerRange(2, 3), 1, False))
     worker.engine.put(AssembleKV(0, 2))
     assert worker.silent
@@ -380,7 +380,7 @@ def test_both_stages_and_the_cache_that_is_held_count_without_what_they_share(
     cluster.begin_to_load(2, BORDERS)
     cluster.end_to_load(BORDERS)
     served: Any = four["b"].engine._served
-    beside: Any = four["b"].engine._beside
+    beside: Any = four["b"].engine._prepared
     stage, order, device = beside.stage, beside.order, torch.device("cpu")
     old, new, shared = served.stage.weight_bytes, stage.weight_bytes, stage.shared_weight_bytes
     assert 0 < shared < old < new

@@ -24,7 +24,7 @@ from distributed_llm.common.messages import (
     Task,
 )
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.compute.engine import Engine, Order, Voidable
+from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.loading import LoadedStage
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.session.events import (
@@ -39,10 +39,12 @@ from distributed_llm.worker.session.events import (
     KVImported,
     Load,
     Loaded,
+    Order,
     Release,
     Run,
     Serve,
     Unload,
+    VoidableOrder,
 )
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 from tests.model.driver import Pipeline
@@ -68,7 +70,7 @@ class Worker:
     """One compute thread, and what it posted."""
 
     def __init__(self, memory_bytes: int = GIB) -> None:
-        self.void: Callable[[Voidable], bool] = lambda order: False
+        self.void: Callable[[VoidableOrder], bool] = lambda order: False
         self.gate = threading.Event()
         self.gate.set()
         self._posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -114,7 +116,7 @@ class Worker:
 
         last = AssembleKV(0, 0)
 
-        def is_void(order: Voidable) -> bool:
+        def is_void(order: VoidableOrder) -> bool:
             if order is last:
                 done.set()
             return order is last or before(order)

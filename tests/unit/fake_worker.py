@@ -38,18 +38,6 @@ if TYPE_CHECKING:
 
 Specs = tuple[TensorSpec, ...]
 Frames = tuple[Frame, ...]
-Order = (
-    agents.Load
-    | agents.Run
-    | agents.Release
-    | agents.Drop
-    | agents.Serve
-    | agents.Unload
-    | agents.ExportKV
-    | agents.ImportKV
-    | agents.AssembleKV
-    | agents.Probe
-)
 
 
 @dataclass
@@ -112,7 +100,7 @@ class SimWorker:
         self._loading: agents.Load | None = None  # beside
         self._exports: dict[tuple[int, LayerRange], FakeExporter] = {}
         self._ran = (-1, 0)  # the newest session and epoch of which a task was computed
-        self.orders: deque[Order] = deque()
+        self.orders: deque[agents.Order] = deque()
         self.num_sessions = 0
         self._progress_at = world.now
         self._busy = False
@@ -183,6 +171,11 @@ class SimWorker:
         self._closing_takes_s = 0.05
         self._apply(agents.Disconnected())
         self._closing_takes_s = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The newest epoch that it was told to load or to drop in this session."""
+        return self.agent._stages._newest
 
     @property
     def dial_at(self) -> float:
@@ -276,8 +269,8 @@ class SimWorker:
                     self._connect()
                 case agents.Log(text=text):
                     self.world.logs.append(f"{self.name}: {text}")
-                case agents.End(number=number):
-                    self.ended = number
+                case agents.End(signal=signal):
+                    self.ended = signal
                     self.kill()
                 case agents.Fail(error=error):
                     self.exit = error
@@ -285,7 +278,7 @@ class SimWorker:
                 case _:
                     self._order(action)
 
-    def _order(self, order: Order) -> None:
+    def _order(self, order: agents.Order) -> None:
         self.orders.append(order)
         self._arrivals.append(self.world.now)
         waiting = [o for o in self.orders if isinstance(o, agents.Run)]
@@ -402,7 +395,7 @@ class SimWorker:
             takes_s = self._takes_s(self.orders[0])
             self.world.at(takes_s, lambda: self._when_up(self._finish))
 
-    def _takes_s(self, order: Order) -> float:
+    def _takes_s(self, order: agents.Order) -> float:
         match order:
             case agents.Load(order=LoadStage(beside=False)):
                 return self.load_s
@@ -432,7 +425,7 @@ class SimWorker:
             self._apply(event)
         self._work()
 
-    def _do(self, order: Order) -> agents.Event | None:
+    def _do(self, order: agents.Order) -> agents.Event | None:
         match order:
             case agents.Load():
                 return self._load(order)
@@ -535,9 +528,7 @@ class SimWorker:
             for sequences, start, tokens in ((n, 8, 1), (1, 0, 8 * n), (1, 8 * n, 1))
         )
 
-    def _move(
-        self, order: agents.ExportKV | agents.ImportKV | agents.AssembleKV
-    ) -> agents.Event | None:
+    def _move(self, order: agents.KVOrder) -> agents.Event | None:
         if self.agent.is_void(order):
             return None
         try:

@@ -24,7 +24,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.worker.compute import loading
-from distributed_llm.worker.compute.engine import Engine, Voidable
+from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
 from distributed_llm.worker.session.events import (
     Computed,
@@ -37,6 +37,7 @@ from distributed_llm.worker.session.events import (
     Release,
     Run,
     Serve,
+    VoidableOrder,
 )
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
@@ -151,7 +152,7 @@ def running(
     *,
     slowdown: float = 1.0,
     min_task_s: float = 0.0,
-    void: Callable[[Voidable], bool] = lambda order: False,
+    void: Callable[[VoidableOrder], bool] = lambda order: False,
 ) -> Iterator[tuple[FakeEngine, Posted]]:
     posted = Posted()
     engine = FakeEngine(

@@ -31,9 +31,11 @@ from distributed_llm.common.messages import (
     TaskFailed,
     TookOver,
 )
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.events import (
     Action,
     AssembleKV,
@@ -75,7 +77,6 @@ from distributed_llm.worker.session.link_events import (
     SendOverLink,
     SendToPeer,
 )
-from distributed_llm.worker.session.peers import proof
 from tests.unit.test_agent import (
     HIDDEN,
     IDS,
@@ -785,10 +786,10 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
 def test_it_takes_over_once_all_has_arrived(end_first: bool) -> None:
     other = LayerRange(1, 2)
     agent = receiving([COMES, other])
-    assert without_says(hear(agent, TakeOver(epoch=5)) if not end_first else []) == []
+    assert without_answers(hear(agent, TakeOver(epoch=5)) if not end_first else []) == []
     for layers in (COMES, other):
         order = importing(agent, end(1, layers))
-        actions = without_says(do(agent, KVImported(order)))
+        actions = without_answers(do(agent, KVImported(order)))
     if end_first:
         assert actions == []
         actions = hear(agent, TakeOver(epoch=5))
@@ -797,10 +798,11 @@ def test_it_takes_over_once_all_has_arrived(end_first: bool) -> None:
     assert hear(agent, TakeOver(epoch=5)) == []
     assert hear(agent, task(3)) == []
     assert do(agent, KVAssembled(AssembleKV(0, 5))) == [Send(TookOver(epoch=5))]
-    assert do(agent, KVAssembled(AssembleKV(0, 5))) == []
+    with pytest.raises(IllegalTransition):
+        do(agent, KVAssembled(AssembleKV(0, 5)))
 
 
-def without_says(actions: list[Action]) -> list[Action]:
+def without_answers(actions: list[Action]) -> list[Action]:
     return [action for action in actions if not isinstance(action, SendToPeer)]
 
 
@@ -808,8 +810,8 @@ def test_it_does_not_take_over_before_the_end_is_kept() -> None:
     agent = receiving()
     first, last = importing(agent, pieces(1, COMES)), importing(agent, end(2, COMES))
     assert hear(agent, TakeOver(epoch=5)) == []
-    assert without_says(do(agent, KVImported(first))) == []
-    assert without_says(do(agent, KVImported(last))) == [AssembleKV(0, 5)]
+    assert without_answers(do(agent, KVImported(first))) == []
+    assert without_answers(do(agent, KVImported(last))) == [AssembleKV(0, 5)]
 
 
 def test_idle_worker_without_imports_takes_over_at_once() -> None:

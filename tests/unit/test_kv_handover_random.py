@@ -334,7 +334,7 @@ class Script(World):
         for number, worker in enumerate(self.machines):
             epochs = (self.serving_epoch,) if number in members else ()
             assert worker.agent._stages.epochs == epochs
-            assert worker.agent._stages._hand_over is None
+            assert worker.agent._stages._handover is None
             assert worker.beside is None
             assert not worker._exports
             assert not [

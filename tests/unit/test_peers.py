@@ -17,6 +17,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.events import Action, Log, Send
 from distributed_llm.worker.session.link_events import (
     CloseLink,
@@ -26,7 +27,7 @@ from distributed_llm.worker.session.link_events import (
     SendOverLink,
     SendToPeer,
 )
-from distributed_llm.worker.session.peers import PROBE_BYTES, Peers, proof
+from distributed_llm.worker.session.peers import PROBE_BYTES, Peers
 
 LAN, LOOPBACK = "10.0.0.2:7000", "127.0.0.1:7000"
 MAC = NextStage(worker="mac", addresses=(LAN, LOOPBACK))

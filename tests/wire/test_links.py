@@ -77,7 +77,7 @@ async def linked(links: Links, told: Told, after: Links, after_told: Told) -> As
     heard = await after_told.until(PeerReceived)
     assert isinstance(heard, PeerReceived)
     assert heard.message == HELLO
-    after.say(heard.peer, PeerWelcome(epoch=3))
+    after.answer(heard.peer, PeerWelcome(epoch=3))
     up = await told.until(LinkUp)
     assert isinstance(up, LinkUp)
     assert up.link == LINK
@@ -126,14 +126,14 @@ async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
         heard = await after_told.until(PeerReceived, 3)
         links.send(LINK, *task())  # to nobody
         assert isinstance(heard, PeerReceived)
-        after.say(heard.peer, PeerWelcome(epoch=2))
-        after.say(heard.peer, PeerWelcome(epoch=4))
+        after.answer(heard.peer, PeerWelcome(epoch=2))
+        after.answer(heard.peer, PeerWelcome(epoch=4))
         links.greet(LINK, HELLO, (after.address,))
         await after_told.until(PeerReceived, 4)
         assert told.of(LinkUp) == []
-        after.say(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
-        after.say(heard.peer, PeerWelcome(epoch=3))  # to one of the other hellos
+        after.answer(heard.peer, PeerWelcome(epoch=3))  # to one of the other hellos
         links.send(LINK, *task(7))
         last = await after_told.until(PeerReceived, 5)
         assert isinstance(last, PeerReceived)
@@ -154,9 +154,9 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         first, second = await two_told.until(PeerReceived), await one_told.until(PeerReceived)
         assert isinstance(first, PeerReceived)
         assert isinstance(second, PeerReceived)
-        two.say(first.peer, PeerWelcome(epoch=3))
+        two.answer(first.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
-        one.say(second.peer, PeerWelcome(epoch=3))
+        one.answer(second.peer, PeerWelcome(epoch=3))
         links.send(LINK, *task(7))
         handed = await two_told.until(PeerReceived, 2)
         assert isinstance(handed, PeerReceived)
@@ -198,7 +198,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
                 links.greet(name, hello, (after.address,))
                 heard = await after_told.until(PeerReceived, number)
                 assert isinstance(heard, PeerReceived)
-                after.say(heard.peer, PeerWelcome(epoch=name.epoch))
+                after.answer(heard.peer, PeerWelcome(epoch=name.epoch))
                 up = await told.until(LinkUp, number)
                 assert isinstance(up, LinkUp)
                 assert up.link == name
@@ -222,12 +222,12 @@ async def test_answers_over_a_link_are_told() -> None:
         links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
-        after.say(heard.peer, taken)  # before the welcome: not of a link
-        after.say(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, taken)  # before the welcome: not of a link
+        after.answer(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
-        after.say(heard.peer, PeerProbed(epoch=4))
-        after.say(heard.peer, PeerProbed(epoch=3))
-        after.say(heard.peer, taken)
+        after.answer(heard.peer, PeerProbed(epoch=4))
+        after.answer(heard.peer, PeerProbed(epoch=3))
+        after.answer(heard.peer, taken)
         await told.until(LinkReceived, 2)
         assert told.of(LinkReceived) == [
             LinkReceived(LINK, PeerProbed(epoch=3)),
@@ -258,13 +258,13 @@ async def test_worker_that_closes_is_told_of_and_found_again() -> None:
 CHILD = """
 import asyncio, sys
 from distributed_llm.common.messages import PeerHello, PeerWelcome
-from distributed_llm.worker.link_events import PeerReceived
+from distributed_llm.worker.session.link_events import PeerReceived
 from distributed_llm.worker.links import Links
 
 async def main():
     def on_event(event):
         if isinstance(event, PeerReceived) and isinstance(event.message, PeerHello):
-            links.say(event.peer, PeerWelcome(epoch=event.message.epoch))
+            links.answer(event.peer, PeerWelcome(epoch=event.message.epoch))
     links = Links("127.0.0.1:0", on_event)
     print(links.address, flush=True)
     await asyncio.Event().wait()
@@ -333,7 +333,7 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
         links.greet(LINK, HELLO, (*nobody, after.address))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
-        after.say(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
         assert len(told) == 2
 
@@ -405,7 +405,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
 @on_loop
 async def test_answering_somebody_who_is_gone_does_nothing() -> None:
     with opened() as (links, _):
-        links.say(PeerId(b"nobody"), PeerWelcome(epoch=3))
+        links.answer(PeerId(b"nobody"), PeerWelcome(epoch=3))
 
 
 @on_loop
