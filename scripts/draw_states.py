@@ -13,6 +13,9 @@ from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
 from distributed_llm.coordinator.requests.lifecycle import REQUEST_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
+from distributed_llm.worker.session.agent import AGENT_STATES
+from distributed_llm.worker.session.epoch_stage import STAGE_STATES
+from distributed_llm.worker.session.kv_handover import HANDOVER_STATES
 
 TARGET = Path(__file__).parents[1] / "docs" / "states.md"
 
@@ -22,6 +25,9 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
     "coordinator/requests/lifecycle.py": REQUEST_STATES,
+    "worker/session/agent.py": AGENT_STATES,
+    "worker/session/epoch_stage.py": STAGE_STATES,
+    "worker/session/kv_handover.py": HANDOVER_STATES,
 }
 """By the module that holds them."""
 

@@ -51,7 +51,7 @@ def status(world: World) -> ClusterStatus:
 def test_each_pipeline_covers_the_model() -> None:
     world, both = two_pipelines()
     for pipeline in both:
-        layers = [w.agent.epoch for w in pipeline]
+        layers = [w.epoch for w in pipeline]
         assert len(set(layers)) == 1
         assert [w.stage.layers for w in pipeline if w.stage] == [
             LayerRange(0, 3),
@@ -166,11 +166,11 @@ def test_what_is_left_of_a_pipeline_is_used_once_nothing_runs() -> None:
 
 def test_pipeline_that_is_not_touched_keeps_its_layers() -> None:
     world, _ = two_pipelines()
-    epochs = {w.worker_id: w.agent.epoch for w in world.workers}
+    epochs = {w.worker_id: w.epoch for w in world.workers}
     world.worker("fifth", 600)  # too little to change anything for the other two
     world.run(for_s=3.0)
     finish(world, world.client().submit(LONG))
-    same = [w for w in world.workers if epochs.get(w.worker_id) == w.agent.epoch]
+    same = [w for w in world.workers if epochs.get(w.worker_id) == w.epoch]
     assert len(same) >= 2
 
 

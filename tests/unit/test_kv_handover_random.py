@@ -335,7 +335,7 @@ class Script(World):
         for number, worker in enumerate(self.machines):
             epochs = (self.serving_epoch,) if number in members else ()
             assert worker.agent._stages.epochs == epochs
-            assert worker.agent._stages._hand_over is None
+            assert worker.agent._stages._handover is None
             assert worker.beside is None
             assert not worker._exports
             assert not [
@@ -397,7 +397,7 @@ def disturb(script: Script, what: str, one: int, other: int) -> None:
 
 DISTURBANCES = [
     "cut links", "cut transfers", "apart", "together", "lose pieces", "lose end", "lose taken",
-    "double pieces", "lose welcome", "late drop", "fail_exports", "fail_imports", "fail_inherits",
+    "double pieces", "lose welcome", "late drop", "fail_exports", "fail_imports", "fail_assemblies",
 ]  # fmt: skip
 
 
