@@ -76,7 +76,7 @@ def told(findings: FoundPlans) -> Survey:
 
 
 def _expected(forecast: Forecast, sequences: float) -> Expected:
-    layers = tuple(f"{worker} {held}" for worker, held in forecast.ranges)
+    layers = tuple(f"{worker} {held}" for worker, held in forecast.layer_map)
     return Expected(
         layers,
         forecast.partition.slowest_s,
@@ -91,8 +91,8 @@ class WatchedCore(Core):
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Print what a survey has found; go on as usual."""
-        if isinstance(event, Studied):
-            print(msgspec.json.encode(told(event.findings)).decode(), flush=True)
+        if isinstance(event, Studied) and isinstance(event.result, FoundPlans):
+            print(msgspec.json.encode(told(event.result)).decode(), flush=True)
         return super().handle(event, now=now)
 
 

@@ -47,7 +47,7 @@ def subset_configurations(
             kv_tokens=kv_tokens,
         )
         if partition:
-            layers = tuple((str(worker), str(held)) for worker, held in partition.ranges)
+            layers = tuple((str(worker), str(held)) for worker, held in partition.layer_map)
             found.append(replace(start, strategy="custom", objective="auto", layers=layers))
     return found
 

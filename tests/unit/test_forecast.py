@@ -149,7 +149,7 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
 def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> LayerMap:
     found = best_plan(MODEL, machines, demand, goal=goal, kv_tokens=0)
     assert found is not None
-    return found.partition.ranges
+    return found.partition.layer_map
 
 
 def test_layers_go_by_speed_for_throughput() -> None:

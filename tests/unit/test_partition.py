@@ -44,8 +44,8 @@ class Problem:
             self.cost, self.candidates, self.links, objective=objective, kv_tokens=self.kv_tokens
         )
 
-    def times(self, ranges: LayerMap) -> Partition:
-        return predict(self.cost, self.candidates, self.links, ranges)
+    def times(self, layer_map: LayerMap) -> Partition:
+        return predict(self.cost, self.candidates, self.links, layer_map)
 
     def tables(self) -> Tables:
         ranked = sorted(self.candidates, key=lambda candidate: candidate.worker)
@@ -55,7 +55,7 @@ class Problem:
 def key(objective: Objective, found: Partition) -> tuple[float, float]:
     if objective == "throughput":
         return found.slowest_s, found.total_s
-    return found.total_s, len(found.ranges)
+    return found.total_s, len(found.layer_map)
 
 
 def is_same(objective: Objective, one: Partition, other: Partition) -> bool:
@@ -90,17 +90,17 @@ def every_partition(problem: Problem) -> Iterator[Partition]:
             hops = [problem.links.known.get(pair, default) for pair in pairs]
             for cut in cuts:
                 edges = list(itertools.pairwise((0, *cut, size)))
-                ranges = tuple(
+                layer_map = tuple(
                     (each.worker, LayerRange(*edge)) for each, edge in zip(team, edges, strict=True)
                 )
-                if is_whole(ranges, problem):
+                if is_whole(layer_map, problem):
                     times = [hop.busy_s for hop in hops]
                     for each, (start, stop) in zip(team, edges, strict=True):
                         layers = sum(cost.layer_bytes[start:stop]) / mean
                         taken = each.speed.task_s + each.speed.layer_s * layers
                         times.append(taken + each.speed.last_s * (stop == size))
                     total = sum(times) + sum(hop.latency_s for hop in hops)
-                    yield Partition(ranges, max(times), total)
+                    yield Partition(layer_map, max(times), total)
 
 
 def brute_force(problem: Problem, objective: Objective) -> Partition | None:
@@ -174,7 +174,7 @@ def plain(
 
 def cuts(found: Partition | None) -> list[tuple[str, int, int]]:
     assert found is not None
-    return [(worker, held.start, held.stop) for worker, held in found.ranges]
+    return [(worker, held.start, held.stop) for worker, held in found.layer_map]
 
 
 # ------------------------------------------------------------------ the best
@@ -190,7 +190,7 @@ def test_few_workers_get_the_best_of_all_partitions(
     found, best = problem.best(objective), brute_force(problem, objective)
     assert (found is None) == (best is None)
     if found and best:
-        assert is_whole(found.ranges, problem)
+        assert is_whole(found.layer_map, problem)
         assert is_same(objective, found, best)
 
 
@@ -236,8 +236,8 @@ def test_latency_shares_evenly_where_the_sum_leaves_the_choice(memory: list[int]
     problem = plain(0.25, 0.25, 0.25, memory=memory)
     found = problem.best("latency")
     if found:
-        team = [worker for worker, _ in found.ranges]
-        others = [p for p in every_partition(problem) if [w for w, _ in p.ranges] == team]
+        team = [worker for worker, _ in found.layer_map]
+        others = [p for p in every_partition(problem) if [w for w, _ in p.layer_map] == team]
         assert found.slowest_s == min(other.slowest_s for other in others)
 
 
@@ -338,7 +338,7 @@ def test_the_order_of_the_candidates_does_not_matter(objective: Objective, worke
     problem = Problem(problem.cost, problem.candidates + twins, problem.links, problem.kv_tokens)
     found = problem.best(objective)
     assert found is not None
-    assert is_whole(found.ranges, problem)
+    assert is_whole(found.layer_map, problem)
     shuffled = list(problem.candidates)
     random.Random(0).shuffle(shuffled)
     assert found == Problem(problem.cost, tuple(shuffled), problem.links, 1).best(objective)
@@ -351,7 +351,7 @@ def test_the_search_finds_the_one_that_a_large_layer_fits(objective: Objective) 
     problem = Problem(ModelCost((10, 10, 40), 0, 0, 0, 0), (*quick, large), SAME, 0)
     found = problem.best(objective)
     assert found is not None
-    assert is_whole(found.ranges, problem)
+    assert is_whole(found.layer_map, problem)
 
 
 @pytest.mark.parametrize(("objective", "bound"), [("throughput", 0.85), ("latency", 0.72)])
@@ -374,7 +374,7 @@ def test_many_workers_serve_a_large_model(objective: Objective) -> None:
     problem = random_problem(2, workers=150, layers=126)
     found = problem.best(objective)
     assert found is not None
-    assert is_whole(found.ranges, problem)
+    assert is_whole(found.layer_map, problem)
     start = min(
         key(objective, problem.times(each))
         for each in partition._starts(problem.tables(), objective)

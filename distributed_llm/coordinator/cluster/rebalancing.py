@@ -167,7 +167,7 @@ class Rebalancing:
         return PlanSearch(
             epoch=pipeline.epoch,
             cost=self._cost,
-            ranges=pipeline.ranges,
+            layer_map=pipeline.layer_map,
             machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
             demand=demand or Demand.expected(len(everybody)),
@@ -211,25 +211,25 @@ class Rebalancing:
         if self._adds(findings):
             assert findings.extra is not None
             plan = self._planner.plan_of(
-                memory_of(self._found(findings.extra)), findings.extra.ranges
+                memory_of(self._found(findings.extra)), findings.extra.layer_map
             )
             return self._placement.serve_also(plan)
         best = findings.best
-        if best is None or best.ranges == pipeline.ranges:
+        if best is None or best.layer_map == pipeline.layer_map:
             return []
         workers = self._found(best, pipeline)
-        if len(workers) < len(best.ranges):
+        if len(workers) < len(best.layer_map):
             return []  # somebody has left meanwhile, or is to leave
-        plan = self._planner.plan_of(memory_of(workers), best.ranges)
+        plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._relocation.price(pipeline, plan)
         gain = merit(survey.goal, best) / merit(survey.goal, findings.now) - 1.0
-        offer = Alternative(best.ranges, gain, self._uncertainty(findings), price.standstill_s)
+        offer = Alternative(best.layer_map, gain, self._uncertainty(findings), price.standstill_s)
         verdict = self._lineage(pipeline).balancer.consider(offer, now=now)
         if verdict.what == "wait":
             self._unconfirmed.add(survey.epoch)
         if verdict.what != "move":
             return []
-        self._lineage(pipeline).balancer.moved(pipeline.ranges, now=now)
+        self._lineage(pipeline).balancer.moved(pipeline.layer_map, now=now)
         if price.kv_tokens is None:
             return self._relocation.replace(pipeline, plan, why=verdict.why)
         return self._relocation.begin(pipeline, plan, price, why=verdict.why, now=now)
@@ -244,7 +244,7 @@ class Rebalancing:
         extra, survey = findings.extra, findings.survey
         if extra is None or (wanted != "auto" and number >= wanted):
             return False
-        if len(self._found(extra)) < len(extra.ranges):
+        if len(self._found(extra)) < len(extra.layer_map):
             return False
         if wanted != "auto":
             return True
@@ -263,9 +263,9 @@ class Rebalancing:
             for worker in self._placement.fit_workers
             if worker.layers is None or (own and self._placement.pipeline_of(worker.peer) is own)
         }
-        return [free[worker] for worker, _ in forecast.ranges if worker in free]
+        return [free[worker] for worker, _ in forecast.layer_map if worker in free]
 
     def _uncertainty(self, findings: FoundPlans) -> float:
         assert findings.best is not None
-        names = {worker for worker, _ in (*findings.best.ranges, *findings.survey.ranges)}
+        names = {worker for worker, _ in (*findings.best.layer_map, *findings.survey.layer_map)}
         return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

@@ -85,24 +85,24 @@ def predict(
     cost: ModelCost,
     candidates: Sequence[Candidate],
     links: Links,
-    ranges: Sequence[tuple[WorkerId, LayerRange]],
+    layer_map: Sequence[tuple[WorkerId, LayerRange]],
 ) -> Partition:
     """Return the times of given ranges; memory is not looked at.
 
     Raises:
         KeyError: a range names a worker that is no candidate.
     """
-    stages, hops = times_of(cost, candidates, links, ranges)
+    stages, hops = times_of(cost, candidates, links, layer_map)
     slowest = max([*stages, *(hop.busy_s for hop in hops)])
     total = math.fsum([*stages, *(hop.latency_s + hop.busy_s for hop in hops)])
-    return Partition(tuple(ranges), slowest, total)
+    return Partition(tuple(layer_map), slowest, total)
 
 
 def times_of(
     cost: ModelCost,
     candidates: Sequence[Candidate],
     links: Links,
-    ranges: Sequence[tuple[WorkerId, LayerRange]],
+    layer_map: Sequence[tuple[WorkerId, LayerRange]],
 ) -> tuple[list[float], list[Hop]]:
     """Return the seconds of each stage, and the hops between them.
 
@@ -112,12 +112,12 @@ def times_of(
     speeds = {candidate.worker: candidate.speed for candidate in candidates}
     weights = mean_layers(cost)
     stages = []
-    for worker, layers in ranges:
+    for worker, layers in layer_map:
         speed = speeds[worker]
         last = layers.stop == cost.num_layers
         weight = float(weights[layers.start, layers.stop])
         stages.append(speed.task_s + speed.layer_s * weight + speed.last_s * last)
-    hops = [links.hop(sender, receiver) for (sender, _), (receiver, _) in pairwise(ranges)]
+    hops = [links.hop(sender, receiver) for (sender, _), (receiver, _) in pairwise(layer_map)]
     return stages, hops
 
 
@@ -146,16 +146,16 @@ def best_partition(
         return None
     tables = make_tables(cost, ranked, links, kv_tokens)
     if is_uniform(tables):
-        ranges = solve_uniform(tables, objective)
+        layer_map = solve_uniform(tables, objective)
     elif additions_of(len(ranked), cost.num_layers) <= _EXACT_WORK:
-        ranges = solve_exactly(tables, objective)
+        layer_map = solve_exactly(tables, objective)
     else:
-        ranges = _search(tables, objective)
-    if not ranges:
+        layer_map = _search(tables, objective)
+    if not layer_map:
         return None
     if objective == "latency":
-        ranges = _even_out(tables, ranges)
-    return predict(cost, ranked, links, ranges)
+        layer_map = _even_out(tables, layer_map)
+    return predict(cost, ranked, links, layer_map)
 
 
 # ------------------------------------------------------------------ the search
@@ -164,14 +164,14 @@ def best_partition(
 def _in_order(tables: Tables, order: Sequence[int], objective: Objective) -> LayerMap:
     """Return the best ranges of some of these workers in this order; nothing if none fit."""
     team = tables.subset(order)
-    return team.ranges(solve(team, range(len(order)), objective, walk_forward))
+    return team.layer_map(solve(team, range(len(order)), objective, walk_forward))
 
 
-def _even_out(tables: Tables, ranges: LayerMap) -> LayerMap:
+def _even_out(tables: Tables, layer_map: LayerMap) -> LayerMap:
     """Return ranges of the same total with the least slowest stage, in the same order."""
-    team = tables.subset(tables.order(ranges))
-    workers = range(len(ranges))
-    cuts = [(w, held.start, held.stop) for w, (_, held) in enumerate(ranges)]
+    team = tables.subset(tables.order(layer_map))
+    workers = range(len(layer_map))
+    cuts = [(w, held.start, held.stop) for w, (_, held) in enumerate(layer_map)]
     total, slowest = team.price(cuts, "latency")
     times = np.unique(team.stages[team.stages < slowest])
     least, most = 0, len(times)
@@ -183,7 +183,7 @@ def _even_out(tables: Tables, ranges: LayerMap) -> LayerMap:
         else:
             least = probe + 1
         probe = (least + most) // 2
-    return team.ranges(cuts)
+    return team.layer_map(cuts)
 
 
 def _search(tables: Tables, objective: Objective) -> LayerMap:
@@ -202,7 +202,7 @@ def _search(tables: Tables, objective: Objective) -> LayerMap:
     if not found:
         return ()
     best = min(found, key=lambda cuts: team.price(cuts, objective))
-    return team.ranges(_polish(team, best, objective))
+    return team.layer_map(_polish(team, best, objective))
 
 
 def _starts(tables: Tables, objective: Objective) -> list[LayerMap]:
@@ -210,7 +210,9 @@ def _starts(tables: Tables, objective: Objective) -> list[LayerMap]:
     sizes = tables.cost.layer_bytes
     alike = {math.ceil(sum(sizes) / len(sizes)), max(sizes)}
     found = [solve_uniform(tables.alike(size), objective) for size in sorted(alike)]
-    starts = [_in_order(tables, tables.order(ranges), objective) for ranges in found if ranges]
+    starts = [
+        _in_order(tables, tables.order(layer_map), objective) for layer_map in found if layer_map
+    ]
     return [start for start in starts if start]
 
 

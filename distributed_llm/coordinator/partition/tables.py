@@ -86,12 +86,12 @@ class Partition:
     """Who serves what, and what it takes.
 
     Attributes:
-        ranges: in the order of their layers; they cover every layer once.
+        layer_map: in the order of their layers; they cover every layer once.
         slowest_s: of the slowest stage or link: a full pipeline ends a step in this time.
         total_s: of all stages and links: a step alone takes this time.
     """
 
-    ranges: LayerMap
+    layer_map: LayerMap
     slowest_s: float
     total_s: float
 
@@ -128,13 +128,7 @@ class Tables:
     @cached_property
     def sizes(self) -> Floats:
         """Bytes of each stage with its KV cache, infinite if empty, float64 [L + 1, L + 1]."""
-        cost = self.cost
-        table = _between([b + cost.kv_bytes_per_token * self.kv_tokens for b in cost.layer_bytes])
-        table[0, :] += cost.first_bytes + cost.shared_bytes
-        table[:, -1] += cost.last_bytes
-        table[1:, -1] += cost.shared_bytes
-        table[np.tril_indices(len(table))] = np.inf
-        return table
+        return stage_bytes_table(self.cost, self.kv_tokens)
 
     def seconds(self, start: Ints, stop: Ints) -> Floats:
         """Return the times of stages on each worker, infinite where one does not fit, [W, ...]."""
@@ -172,14 +166,14 @@ class Tables:
         cost = replace(self.cost, layer_bytes=(layer_bytes,) * self.num_layers)
         return replace(self, cost=cost, delays=flat[0], busy=flat[1])
 
-    def ranges(self, cuts: Cuts) -> LayerMap:
-        """Return cuts with the names of their workers."""
+    def layer_map(self, cuts: Cuts) -> LayerMap:
+        """Return the layer map of these cuts."""
         return tuple((self.names[w], LayerRange(start, stop)) for w, start, stop in cuts)
 
-    def order(self, ranges: LayerMap) -> list[int]:
-        """Return the workers of these ranges."""
+    def order(self, layer_map: LayerMap) -> list[int]:
+        """Return the indices of the workers of a layer map, in its order."""
         index = {name: w for w, name in enumerate(self.names)}
-        return [index[name] for name, _ in ranges]
+        return [index[name] for name, _ in layer_map]
 
     def price(self, cuts: Cuts, objective: Objective) -> tuple[float, float]:
         """Return what the objective makes small, first of all and then."""
@@ -215,7 +209,20 @@ def make_tables(
     )
 
 
-def _between(values: Sequence[int]) -> Floats:
+def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:
+    """Return the bytes of every stage [start, stop) with its KV cache, float64 [L + 1, L + 1].
+
+    It is `ModelCost.stage_bytes` for all pairs at once; infinite where the stage is empty.
+    """
+    table = _range_sums([size + cost.kv_bytes_per_token * kv_tokens for size in cost.layer_bytes])
+    table[0, :] += cost.first_bytes + cost.shared_bytes
+    table[:, -1] += cost.last_bytes
+    table[1:, -1] += cost.shared_bytes
+    table[np.tril_indices(len(table))] = np.inf
+    return table
+
+
+def _range_sums(values: Sequence[int]) -> Floats:
     """Return the sum of values[start:stop] for all pairs; negative if start > stop."""
     edges = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     table: Floats = edges[np.newaxis, :] - edges[:, np.newaxis]
@@ -226,5 +233,5 @@ def mean_layers(cost: ModelCost) -> Floats:
     """Return the layers [start, stop) in layers of mean size, float64 [L + 1, L + 1]."""
     whole = sum(cost.layer_bytes)
     if not whole:
-        return _between((1,) * cost.num_layers)
-    return _between(cost.layer_bytes) * cost.num_layers / whole
+        return _range_sums((1,) * cost.num_layers)
+    return _range_sums(cost.layer_bytes) * cost.num_layers / whole

@@ -88,7 +88,7 @@ class Pipeline:
         self.held = False
 
     @property
-    def ranges(self) -> LayerMap:
+    def layer_map(self) -> LayerMap:
         """Who serves which layers, in their order."""
         return tuple((stage.worker, stage.layers) for stage in self.stages)
 
