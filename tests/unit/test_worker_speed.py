@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.messages import Capabilities, StageTime, StageTrial
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import Speed
-from distributed_llm.coordinator.speeds.speed_fit import Work
-from distributed_llm.coordinator.speeds.worker_speed import Prior, Trial, WorkerSpeed
+from distributed_llm.coordinator.speeds.work import Work, work_of_trial
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 PRIOR = Prior(
     layer_s=1e-3,
@@ -542,19 +542,27 @@ def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, mo
 # ------------------------------------------------------------------ trials
 
 
-def trials(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> list[Trial]:
+def trials(
+    worker: Worker, factors: Iterable[float] = repeat(1.0), *, last: bool = False
+) -> list[StageTrial]:
     """Return what a worker with LAYERS layers would report of larger and larger steps."""
-    works = [
-        work for n in (1, 4, 16, 64) for work in (Work(n, 9 * n), chunk(8 * n), Work(1, 8 * n + 1))
-    ]
-    return [
-        Trial(
-            work,
-            layers_s=worker.slower * factor * LAYERS * seconds(worker.decode, work, worker.prompt),
-            other_s=worker.slower * factor * TASK_S,
+    sizes = [
+        size for n in (1, 4, 16, 64) for size in ((n, 8, 1), (1, 0, 8 * n), (1, 8 * n, 1))
+    ]  # (sequences, start, tokens of each)
+    found = []
+    for (sequences, start, num_tokens), factor in zip(sizes, factors, strict=False):
+        bare = StageTime(compute_us=0, layers_us=0, queued_us=0)
+        trial = StageTrial(sequences=sequences, start=start, num_tokens=num_tokens, time=bare)
+        work = work_of_trial(trial)
+        layers_s = worker.slower * factor * LAYERS * seconds(worker.decode, work, worker.prompt)
+        other_s = worker.slower * factor * TASK_S + last * seconds(worker.head, work)
+        time = StageTime(
+            compute_us=round(1e6 * (layers_s + other_s)),
+            layers_us=round(1e6 * layers_s),
+            queued_us=0,
         )
-        for work, factor in zip(works, factors, strict=False)
-    ]
+        found.append(msgspec.structs.replace(trial, time=time))
+    return found
 
 
 def tried(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> Worker:
@@ -612,9 +620,7 @@ def test_what_trials_foretell_is_a_guess_until_there_are_tasks() -> None:
 
 def test_trials_of_the_last_stage_tell_the_head() -> None:
     worker = Worker(head=(2e-3, 1e-4, 0.0))
-    some = [
-        Trial(t.work, t.layers_s, t.other_s + seconds(worker.head, t.work)) for t in trials(worker)
-    ]
+    some = trials(worker, last=True)
     worker.costs.try_out(some, layers=LAYERS, is_last=True, now=0.0)
     found = worker.costs.speed(decoding(32, 10))
     assert found.task_s + found.last_s == pytest.approx(TASK_S + 2e-3 + 32e-4, rel=0.1)

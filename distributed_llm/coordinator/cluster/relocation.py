@@ -17,7 +17,7 @@ from distributed_llm.coordinator.plan import PipelineStage, Plan
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.measurements import Measurements
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 _BYTES_PER_S = 400e6
 """At which a worker is expected to load layers before it has loaded any."""

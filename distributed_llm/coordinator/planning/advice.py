@@ -27,11 +27,11 @@ from distributed_llm.coordinator.partition.tables import (
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
-from distributed_llm.coordinator.planning.forecast import aims, best_plan, link_tokens, rate
+from distributed_llm.coordinator.planning.forecast import aims, best_plan, rate
 from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 _EXACT_WORK = 4_000_000
 """Additions that all plans without one machine may take together, to be looked for in any order."""
@@ -145,7 +145,7 @@ class _Case:
 
     @cached_property
     def links(self) -> Links:
-        return self.machines.links(link_tokens(self.aims[0][1]))
+        return self.machines.links(self.aims[0][1].all_tokens)
 
     @property
     def quickest(self) -> WorkerId:
@@ -207,7 +207,7 @@ class _Case:
         solver = walk_forward if through is None else partial(_walk_through, through)
         some, found = self.machines.only(order), [_NOTHING]
         for objective, load in self.aims:
-            links = self.machines.links(link_tokens(load))
+            links = self.machines.links(load.all_tokens)
             room = self.kv_tokens if kv_tokens is None else kv_tokens
             tables = make_tables(self.cost, some.candidates(load), links, room)
             cuts = solve(tables, range(len(order)), objective, solver)

@@ -21,7 +21,7 @@ from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_
 from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 _DEPTHS = 3
 """Numbers of steps, the best if all were alike, of which it is found out what they really do."""
@@ -63,7 +63,7 @@ def forecast(cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: D
     for depth in range(1, 1 + max(1, min(2 * len(layer_map), int(demand.sequences)))):
         sequences = demand.sequences / depth
         load = demand.load(sequences)
-        partition = predict(cost, used.candidates(load), used.links(link_tokens(load)), layer_map)
+        partition = predict(cost, used.candidates(load), used.links(load.all_tokens), layer_map)
         alone_s = partition.total_s + machines.overhead_s
         step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
         bounds.append((demand.sequences / step_s, depth, partition))
@@ -106,7 +106,7 @@ def _flow(
 
 
 def _times(cost: ModelCost, machines: Machines, layer_map: LayerMap, load: Work) -> Times:
-    links = machines.links(link_tokens(load))
+    links = machines.links(load.all_tokens)
     stages, hops = times_of(cost, machines.candidates(load), links, layer_map)
     busy_s, delay_s = [stages[0]], [0.0]
     for hop, stage_s in zip(hops, stages[1:], strict=True):
@@ -131,7 +131,7 @@ def best_plan(
     """
     found = []
     for objective, load in aims(demand, goal, len(machines.memory_bytes)):
-        links = machines.links(link_tokens(load))
+        links = machines.links(load.all_tokens)
         partition = best_partition(
             cost, machines.candidates(load), links, objective=objective, kv_tokens=kv_tokens
         )
@@ -158,7 +158,7 @@ def _between(
         least: the plan with the quickest sum of stages and links.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    links, candidates = machines.links(link_tokens(load)), machines.candidates(load)
+    links, candidates = machines.links(load.all_tokens), machines.candidates(load)
     slowest = [predict(cost, candidates, links, one).slowest_s for one in (most, least)]
     low, high = (max(each, 1e-9) for each in slowest)
     used = machines.only([worker for worker, _ in most]).candidates(load)
@@ -195,7 +195,7 @@ def rate(
         return forecast(cost, machines, layer_map, demand).tokens_per_s
     load = aims(demand, goal, len(machines.memory_bytes))[0][1]
     candidates = machines.only([worker for worker, _ in layer_map]).candidates(load)
-    found = predict(cost, candidates, machines.links(link_tokens(load)), layer_map)
+    found = predict(cost, candidates, machines.links(load.all_tokens), layer_map)
     alone_s = found.total_s + machines.overhead_s
     step_s = found.slowest_s if goal == "throughput" else alone_s
     return load.tokens / max(step_s, 1e-9)
@@ -208,8 +208,3 @@ def merit(goal: Goal, found: Forecast) -> float:
     if goal == "latency":
         return found.alone_tokens_per_s
     return found.tokens_per_s
-
-
-def link_tokens(load: Work) -> float:
-    """Return the tokens whose activations cross a link per step."""
-    return load.tokens + load.prompt_tokens

@@ -6,7 +6,7 @@ from statistics import median
 
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.partition.tables import Candidate, Links
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import WorkerSpeed
 
 
