@@ -177,7 +177,7 @@ def test_what_is_beside_the_last_layer_is_the_head_as_well() -> None:
     known = two_workers()
     tried(known, A, LayerRange(0, 1), 0.01)
     tried(known, B, LayerRange(1, 2), 0.01)
-    first, last = (machines(known).costs[worker].speed(Work(1, 9)) for worker in (A, B))
+    first, last = (machines(known).costs[worker].times(Work(1, 9)) for worker in (A, B))
     assert first.task_s == pytest.approx(0.001, rel=0.05)
     assert last.task_s == pytest.approx(0.0005, rel=0.05)
     assert last.task_s + last.last_s == pytest.approx(0.001, rel=0.05)
@@ -359,5 +359,5 @@ def test_the_same_probes_teach_the_same() -> None:
     for _ in range(2):
         known = after_tasks()
         probe(known, 1.0, 3.0, 0.5, 2.0)
-        taught.append((layer_s(known, A), astuple(machines(known).costs[A].speed(LOAD))))
+        taught.append((layer_s(known, A), astuple(machines(known).costs[A].times(LOAD))))
     assert taught[0] == taught[1]

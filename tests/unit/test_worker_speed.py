@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.messages import Capabilities, StageTime, StageTrial
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.tables import Speed
+from distributed_llm.coordinator.partition.tables import WorkerTimes
 from distributed_llm.coordinator.speeds.work import Work, work_of_trial
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
@@ -131,7 +131,7 @@ def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others()
     costs = WorkerSpeed(PRIOR)
     assert (costs.measured, costs.first_scale(decoding(1)), costs.error) == (False, None, None)
     load = Work(10, 5000, prompts=0.5, prompt_tokens=50, prompt_positions=5000)
-    plain, scaled = costs.speed(load), costs.speed(load, scale=3.0)
+    plain, scaled = costs.times(load), costs.speed(load, scale=3.0)
     assert plain.layer_s == pytest.approx(1e-3 + 5e-4 + 2e-4 + 0.5 * (5e-3 + 1e-4))
     assert plain.last_s == pytest.approx(2e-3 + 1e-3 + 0.5 * 1e-4)
     assert scaled.layer_s == pytest.approx(3 * plain.layer_s)
@@ -360,8 +360,8 @@ def test_a_change_that_steps_show_that_decode_is_one_of_prompts_as_well() -> Non
 HEAD: Cost = (5e-3, 3e-4, 0.0)
 
 
-def speed_of(worker: Worker, work: Work) -> Speed:
-    return worker.costs.speed(work)
+def speed_of(worker: Worker, work: Work) -> WorkerTimes:
+    return worker.costs.times(work)
 
 
 def test_the_head_of_a_worker_that_was_last_and_was_not() -> None:
@@ -408,7 +408,7 @@ def test_a_load_is_an_average_step() -> None:
         worker.do(both(decoding(8), chunk(256)), last=last)
     part = chunk(256)
     load = Work(8, 4000, 0.25, part.prompt_tokens / 4, part.prompt_positions / 4)
-    found = worker.costs.speed(load)
+    found = worker.costs.times(load)
     layer_s = seconds(worker.decode, load, worker.prompt)
     expected = (TASK_S, layer_s, seconds(HEAD, decoding(8)))
     assert astuple(found) == pytest.approx(expected, rel=0.03)
@@ -451,7 +451,7 @@ def test_same_tasks_same_answer_however_often_it_is_asked() -> None:
         for work, factor in zip(mixed(1, 100), noise(1, 100), strict=True):
             worker.do(work, factor)
             for _ in range(asked):
-                assert worker.costs.speed(work).layer_s > 0
+                assert worker.costs.times(work).layer_s > 0
         found.append((speed_of(worker, decoding(5)), worker.costs.error))
     assert found[0] == found[1]
 
@@ -479,7 +479,7 @@ def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: fl
         worker.do(chunk(64))
     before, other = worker.costs, worker.costs.rescaled(factor)
     for load in (decoding(1), both(decoding(16), chunk(64))):
-        was, now = before.speed(load), other.speed(load)
+        was, now = before.times(load), other.speed(load)
         assert now.layer_s == pytest.approx(factor * was.layer_s)
         assert now.task_s == pytest.approx(factor * was.task_s)
         assert now.last_s == pytest.approx(factor * was.last_s)
@@ -498,7 +498,7 @@ def test_what_is_rescaled_is_another_one() -> None:
 def test_what_was_not_measured_is_not_rescaled() -> None:
     costs = WorkerSpeed(PRIOR).rescaled(4.0)
     assert not costs.measured
-    assert costs.speed(decoding(1)) == WorkerSpeed(PRIOR).speed(decoding(1))
+    assert costs.times(decoding(1)) == WorkerSpeed(PRIOR).speed(decoding(1))
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])
@@ -530,7 +530,7 @@ def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, mo
     larger = Work(*(a + b for a, b in zip(astuple(work), astuple(more), strict=True)))
     small, large = (costs.layer_s(at) for at in (work, larger))
     assert 0 <= small <= large * (1 + 1e-9) < math.inf
-    found, beyond = (costs.speed(at) for at in (work, larger))
+    found, beyond = (costs.times(at) for at in (work, larger))
     assert 0 <= found.layer_s <= beyond.layer_s * (1 + 1e-9) < math.inf
     assert min(found.task_s, found.last_s) >= 0
     assert max(found.task_s, found.last_s, beyond.task_s, beyond.last_s) < math.inf
@@ -622,7 +622,7 @@ def test_trials_of_the_last_stage_tell_the_head() -> None:
     worker = Worker(head=(2e-3, 1e-4, 0.0))
     some = trials(worker, last=True)
     worker.costs.try_out(some, layers=LAYERS, is_last=True, now=0.0)
-    found = worker.costs.speed(decoding(32, 10))
+    found = worker.costs.times(decoding(32, 10))
     assert found.task_s + found.last_s == pytest.approx(TASK_S + 2e-3 + 32e-4, rel=0.1)
 
 

@@ -23,7 +23,7 @@ from distributed_llm.coordinator.partition.tables import (
     Hop,
     Links,
     Objective,
-    Speed,
+    WorkerTimes,
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
@@ -140,8 +140,8 @@ class _Case:
         return aims(self.demand, self.goal, len(self.machines.memory_bytes))
 
     @cached_property
-    def speeds(self) -> dict[WorkerId, Speed]:
-        return {each.worker: each.speed for each in self.machines.candidates(self.aims[0][1])}
+    def speeds(self) -> dict[WorkerId, WorkerTimes]:
+        return {each.worker: each.times for each in self.machines.candidates(self.aims[0][1])}
 
     @cached_property
     def links(self) -> Links:
@@ -324,7 +324,7 @@ def _why_slower(case: _Case, worker: WorkerId, at: int, layers: int) -> str:
     return f"the model runs fastest on {', '.join(names)}{' and ' * bool(names)}{last} alone"
 
 
-def _stage_s(speed: Speed, layers: int) -> float:
+def _stage_s(speed: WorkerTimes, layers: int) -> float:
     return max(1e-9, speed.task_s + layers * speed.layer_s)
 
 

@@ -148,7 +148,7 @@ class Planner:
 def ranked_by_speed(machines: Machines) -> list[WorkerId]:
     """Return the workers, the one first that computes a layer soonest."""
     load = Demand.expected(1).load(1.0)
-    speeds = {found.worker: found.speed.layer_s for found in machines.candidates(load)}
+    speeds = {found.worker: found.times.layer_s for found in machines.candidates(load)}
     return sorted(speeds, key=lambda worker: (speeds[worker], worker))
 
 

@@ -18,7 +18,7 @@ from statistics import median
 
 from distributed_llm.common.messages import Capabilities, StageTrial
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.tables import Speed
+from distributed_llm.coordinator.partition.tables import WorkerTimes
 from distributed_llm.coordinator.speeds.speed_fit import LEAST_S, Coefficients, SpeedFit
 from distributed_llm.coordinator.speeds.work import Work, work_of_trial
 
@@ -199,7 +199,7 @@ class WorkerSpeed:
         """
         return self._layers(work) if self.measured else scale * self._layers.prior_s(work)
 
-    def speed(self, work: Work, *, scale: float = 1.0) -> Speed:
+    def times(self, work: Work, *, scale: float = 1.0) -> WorkerTimes:
         """Return the seconds of a step.
 
         Args:
@@ -210,8 +210,8 @@ class WorkerSpeed:
         task_s = tasks(work) if tasks.measured else tasks.prior_s(work)
         if not lasts.measured:
             found = self._layers.scale(work) if self.measured else scale
-            return Speed(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
+            return WorkerTimes(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
         whole_s = lasts(work)
         if not tasks.measured:
             task_s = min(task_s, whole_s)
-        return Speed(task_s, layer_s, max(0.0, whole_s - task_s))
+        return WorkerTimes(task_s, layer_s, max(0.0, whole_s - task_s))
