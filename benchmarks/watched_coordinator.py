@@ -76,7 +76,7 @@ def told(findings: FoundPlans) -> Survey:
 
 
 def _expected(forecast: Forecast, sequences: float) -> Expected:
-    layers = tuple(f"{worker} {held}" for worker, held in forecast.ranges)
+    layers = tuple(f"{worker} {held}" for worker, held in forecast.layer_map)
     return Expected(
         layers,
         forecast.partition.slowest_s,

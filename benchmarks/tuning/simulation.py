@@ -39,7 +39,7 @@ from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import Hop, Links
 from distributed_llm.coordinator.planning.forecast import best_plan
-from distributed_llm.coordinator.planning.strategies import Offer, StaticStrategy, make_plan
+from distributed_llm.coordinator.planning.strategies import StaticStrategy, make_plan
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
@@ -182,7 +182,7 @@ def plan(
         layers = {name: _range(held) for name, held in configuration.layers}
         stages = make_plan(
             cost,
-            [Offer(worker, size) for worker, size in memory.items()],
+            memory,
             strategy=cast(StaticStrategy, configuration.strategy),
             kv_tokens=KV_TOKENS,
             layers=layers,
@@ -204,10 +204,9 @@ def plan(
         cost, machines, demand, goal=cast(Goal, configuration.objective), kv_tokens=KV_TOKENS
     )
     if found is None:
-        offers = [Offer(worker, size) for worker, size in memory.items()]
-        make_plan(cost, offers, strategy="memory", kv_tokens=KV_TOKENS)  # says what is missing
+        make_plan(cost, memory, strategy="memory", kv_tokens=KV_TOKENS)  # says what is missing
         raise NotEnoughMemory("No partition of the layers fits the workers.")
-    return list(found.partition.ranges)
+    return list(found.partition.layer_map)
 
 
 def _range(text: str) -> LayerRange:

@@ -34,7 +34,7 @@ from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.speeds.measurements import Measurements
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
 CLIENT = PeerId(b"client")

@@ -395,9 +395,9 @@ class World:
             return
         first = shift % len(workers)
         pairs = zip(workers[first:] + workers[:first], held, strict=False)
-        ranges = tuple((worker.id, layers) for worker, layers in pairs)
+        layer_map = tuple((worker.id, layers) for worker, layers in pairs)
         memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
-        plan = plan_of(MODEL.cost, memory, ranges)
+        plan = plan_of(MODEL.cost, memory, layer_map)
         price = core._moves.prices.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
             actions = core._moves.begin(pipeline, plan, price, why="a test", now=self.now)

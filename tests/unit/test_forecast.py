@@ -13,7 +13,7 @@ from distributed_llm.coordinator.planning.forecast import best_plan, forecast, m
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 LAYERS = 14
@@ -149,7 +149,7 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
 def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> LayerMap:
     found = best_plan(MODEL, machines, demand, goal=goal, kv_tokens=0)
     assert found is not None
-    return found.partition.ranges
+    return found.partition.layer_map
 
 
 def test_layers_go_by_speed_for_throughput() -> None:

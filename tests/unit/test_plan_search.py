@@ -16,7 +16,7 @@ def survey(parts: Parts, **changes: Any) -> PlanSearch:
     given = {
         "epoch": 1,
         "cost": COST,
-        "ranges": ranges_of(("a", 0, 5), ("b", 5, 6)),
+        "layer_map": ranges_of(("a", 0, 5), ("b", 5, 6)),
         "machines": parts.measurements.machines(parts.registry.workers),
         "idle": (parts.worker("c").id,),
         "demand": Demand.expected(3),
@@ -38,15 +38,15 @@ def test_now_is_the_plan_of_the_survey() -> None:
     asked = survey(three())
     found = asked.carry_out()
     assert found.survey is asked
-    assert found.now == forecast(COST, asked.machines, asked.ranges, asked.demand)
-    assert found.now.ranges == asked.ranges
+    assert found.now == forecast(COST, asked.machines, asked.layer_map, asked.demand)
+    assert found.now.layer_map == asked.layer_map
 
 
 def test_the_best_plan_is_of_all_and_better() -> None:
     """Three machines that are alike have two layers each, where one had five."""
     found = survey(three()).carry_out()
     assert found.best
-    assert sorted(len(held) for _, held in found.best.ranges) == [2, 2, 2]
+    assert sorted(len(held) for _, held in found.best.layer_map) == [2, 2, 2]
     assert found.best.full_tokens_per_s > 1.1 * found.now.full_tokens_per_s
 
 
@@ -63,7 +63,7 @@ def test_the_best_plan_has_the_room_that_is_asked_for() -> None:
 def test_extra_is_what_idle_workers_do_by_themselves() -> None:
     found = survey(three()).carry_out()
     assert found.extra
-    assert found.extra.ranges == (("c", LayerRange(0, 6)),)
+    assert found.extra.layer_map == (("c", LayerRange(0, 6)),)
 
 
 @pytest.mark.parametrize(("kv_tokens", "fits"), [((9000 - 6800) // 6, True), (367, False)])

@@ -176,7 +176,7 @@ def test_what_a_survey_asks() -> None:
     parts.worker("d").leaving = True
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.ranges == ranges_of(("a", 0, 3), ("b", 3, 6))
+    assert survey.layer_map == ranges_of(("a", 0, 3), ("b", 3, 6))
     assert survey.idle == ("c",)
     assert sorted(survey.machines.memory_bytes) == ["a", "b", "c"]
     assert survey.demand == Demand.expected(3)
@@ -269,7 +269,7 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     parts = serving()
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
     assert parts.moves.move
-    assert parts.moves.move.new.layer_map == BETTER.ranges
+    assert parts.moves.move.new.layer_map == BETTER.layer_map
     assert parts.event_log.texts[-1].endswith("100 % faster")
     again = Alternative(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
     assert (

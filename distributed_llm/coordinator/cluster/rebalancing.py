@@ -169,7 +169,7 @@ class Rebalancing:
         return PlanSearch(
             epoch=pipeline.epoch,
             cost=self._cluster.model.cost,
-            ranges=pipeline.layer_map,
+            layer_map=pipeline.layer_map,
             machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
             demand=demand or Demand.expected(len(everybody)),
@@ -226,17 +226,19 @@ class Rebalancing:
         if self._adds(found):
             assert found.extra is not None
             memory = memory_of(self._available(found.extra))
-            return self._pipelines.load([self._planner.plan_of(memory, found.extra.ranges)])
+            return self._pipelines.load([self._planner.plan_of(memory, found.extra.layer_map)])
         best = found.best
-        if best is None or best.ranges == pipeline.layer_map:
+        if best is None or best.layer_map == pipeline.layer_map:
             return []
         workers = self._available(best, pipeline)
-        if len(workers) < len(best.ranges):
+        if len(workers) < len(best.layer_map):
             return []  # somebody has left meanwhile, or is to leave
-        plan = self._planner.plan_of(memory_of(workers), best.ranges)
+        plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
         gain = merit(search.goal, best) / merit(search.goal, found.now) - 1.0
-        alternative = Alternative(best.ranges, gain, self._uncertainty(found), price.standstill_s)
+        alternative = Alternative(
+            best.layer_map, gain, self._uncertainty(found), price.standstill_s
+        )
         balancer = self._lineage(pipeline).balancer
         verdict = balancer.consider(alternative, now=now)
         outlook.unconfirmed = verdict.what == "wait"
@@ -253,7 +255,7 @@ class Rebalancing:
         extra, search = found.extra, found.survey
         if extra is None or (wanted != "auto" and number >= wanted):
             return False
-        if len(self._available(extra)) < len(extra.ranges):
+        if len(self._available(extra)) < len(extra.layer_map):
             return False
         if wanted != "auto":
             return True
@@ -272,9 +274,9 @@ class Rebalancing:
             for worker in self._registry.fit
             if worker.layers is None or (own and self._pipelines.of(worker.peer) is own)
         }
-        return [free[worker] for worker, _ in forecast.ranges if worker in free]
+        return [free[worker] for worker, _ in forecast.layer_map if worker in free]
 
     def _uncertainty(self, found: FoundPlans) -> float:
         assert found.best is not None
-        names = {worker for worker, _ in (*found.best.ranges, *found.survey.ranges)}
+        names = {worker for worker, _ in (*found.best.layer_map, *found.survey.layer_map)}
         return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

@@ -46,8 +46,8 @@ def solve_uniform(tables: Tables, objective: Objective) -> LayerMap:
         delay_s = delay_s if busy_s <= cap_s else math.inf
     total, cuts = _knapsack(roles + (delay_s + TIE_S))
     if total - delay_s < alone.min() + TIE_S:
-        return tables.ranges(cuts)
-    return tables.ranges([(int(alone.argmin()), 0, size)] if np.isfinite(alone.min()) else [])
+        return tables.layer_map(cuts)
+    return tables.layer_map([(int(alone.argmin()), 0, size)] if np.isfinite(alone.min()) else [])
 
 
 _MIDDLE, _FIRST, _LAST = 0, 1, 2
@@ -173,7 +173,7 @@ def solve_exactly(tables: Tables, objective: Objective) -> LayerMap:
     """Return the best ranges; nothing if none fit."""
     team = range(len(tables.names))
     window = Window(len(team), None, None)
-    return tables.ranges(solve(tables, team, objective, lambda c: held_karp(c, window)))
+    return tables.layer_map(solve(tables, team, objective, lambda c: held_karp(c, window)))
 
 
 @dataclass(frozen=True)

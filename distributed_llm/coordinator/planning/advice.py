@@ -24,14 +24,14 @@ from distributed_llm.coordinator.partition.tables import (
     Hop,
     Links,
     Objective,
-    Speed,
+    WorkerTimes,
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
-from distributed_llm.coordinator.planning.forecast import aims, best_plan, link_tokens, rate
+from distributed_llm.coordinator.planning.forecast import aims, best_plan, rate
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 _EXACT_WORK = 4_000_000
 """Additions that all plans without one machine may take together, to be looked for in any order."""
@@ -100,7 +100,7 @@ def advise(
         return None
     least = kv_tokens if least_kv_tokens is None else least_kv_tokens
     case = _Case(
-        cost, machines, demand, goal, kv_tokens, best.partition.ranges, beside_tokens_per_s
+        cost, machines, demand, goal, kv_tokens, best.partition.layer_map, beside_tokens_per_s
     )
     shortlist = case.shortlist()
     return {
@@ -122,30 +122,30 @@ class _Case:
     demand: Demand
     goal: Goal
     kv_tokens: int
-    ranges: LayerMap
+    layer_map: LayerMap
     beside: float
 
     @property
     def stages(self) -> list[WorkerId]:
         """The machines of the plan, in its order."""
-        return [worker for worker, _ in self.ranges]
+        return [worker for worker, _ in self.layer_map]
 
     @cached_property
     def rate(self) -> float:
         """Tokens per second with the plan."""
-        return self.rated(self.ranges)[0]
+        return self.rated(self.layer_map)[0]
 
     @cached_property
     def aims(self) -> list[tuple[Objective, Work]]:
         return aims(self.demand, self.goal, len(self.machines.memory_bytes))
 
     @cached_property
-    def speeds(self) -> dict[WorkerId, Speed]:
-        return {each.worker: each.speed for each in self.machines.candidates(self.aims[0][1])}
+    def speeds(self) -> dict[WorkerId, WorkerTimes]:
+        return {each.worker: each.times for each in self.machines.candidates(self.aims[0][1])}
 
     @cached_property
     def links(self) -> Links:
-        return self.machines.links(link_tokens(self.aims[0][1]))
+        return self.machines.links(self.aims[0][1].all_tokens)
 
     @property
     def quickest(self) -> WorkerId:
@@ -156,18 +156,18 @@ class _Case:
         """Return whom to advise about, and the layers of each."""
         idle = set(self.machines.memory_bytes) - set(self.stages)
         quickest = sorted(idle, key=lambda worker: (self.speeds[worker].layer_s, worker))
-        most = min(_MOST, _WALKS // (self.cost.num_layers * (len(self.ranges) + _IDLE)))
-        return dict([*self.ranges, *((worker, None) for worker in quickest)][: max(1, most)])
+        most = min(_MOST, _WALKS // (self.cost.num_layers * (len(self.layer_map) + _IDLE)))
+        return dict([*self.layer_map, *((worker, None) for worker in quickest)][: max(1, most)])
 
-    def rated(self, ranges: LayerMap) -> _Rated:
+    def rated(self, layer_map: LayerMap) -> _Rated:
         """Return ranges with the tokens per second of all pipelines."""
-        found = rate(self.cost, self.machines, ranges, self.demand, goal=self.goal)
-        return found + self.beside, ranges
+        found = rate(self.cost, self.machines, layer_map, self.demand, goal=self.goal)
+        return found + self.beside, layer_map
 
     def best_without(self, worker: WorkerId, kv_tokens: int) -> _Rated:
         """Return the best ranges without a machine of the plan."""
         others = [other for other in self.machines.memory_bytes if other != worker]
-        work = additions_of(len(others), self.cost.num_layers) * len(self.ranges)
+        work = additions_of(len(others), self.cost.num_layers) * len(self.layer_map)
         if work > _EXACT_WORK:
             at = self.stages.index(worker)
             idle = [other for other, held in self.shortlist().items() if held is None][:_IDLE]
@@ -177,7 +177,7 @@ class _Case:
                 return found
         some = self.machines.only(others)
         best = best_plan(self.cost, some, self.demand, goal=self.goal, kv_tokens=kv_tokens)
-        return self.rated(best.partition.ranges) if best else _NOTHING
+        return self.rated(best.partition.layer_map) if best else _NOTHING
 
     def best_with(self, worker: WorkerId) -> tuple[_Rated, int]:
         """Return the best ranges with a machine that is not in the plan, and its place in it."""
@@ -207,12 +207,12 @@ class _Case:
         solver = walk_forward if through is None else partial(_walk_through, through)
         some, found = self.machines.only(order), [_NOTHING]
         for objective, load in self.aims:
-            links = self.machines.links(link_tokens(load))
+            links = self.machines.links(load.all_tokens)
             room = self.kv_tokens if kv_tokens is None else kv_tokens
             tables = make_tables(self.cost, some.candidates(load), links, room)
             cuts = solve(tables, range(len(order)), objective, solver)
             if cuts:
-                found.append(self.rated(tables.ranges(cuts)))
+                found.append(self.rated(tables.layer_map(cuts)))
         return max(found)
 
     def _places(self, worker: WorkerId) -> list[int]:
@@ -224,7 +224,7 @@ class _Case:
             around = [*((a, worker) for a in before), *((worker, b) for b in after)]
             return sum(map(self.hop_s, around)) - sum(map(self.hop_s, direct))
 
-        return sorted(range(len(self.ranges) + 1), key=added_s)[:_PLACES]
+        return sorted(range(len(self.layer_map) + 1), key=added_s)[:_PLACES]
 
     def hop_s(self, pair: tuple[WorkerId, WorkerId]) -> float:
         """Return how long a step is on its way between two machines."""
@@ -273,11 +273,11 @@ def _what_is_missing(case: _Case, worker: WorkerId, kv_tokens: int) -> str:
 
 
 def _of_unused(case: _Case, worker: WorkerId) -> Advice:
-    (found, ranges), at = case.best_with(worker)
-    if not ranges:
+    (found, layer_map), at = case.best_with(worker)
+    if not layer_map:
         return Advice(0.0, case.rate, case.rate, f"left out: {_why_not_any(case, worker)}")
     found = min(case.rate, found)
-    why = _why_slower(case, worker, at, len(dict(ranges)[worker]))
+    why = _why_slower(case, worker, at, len(dict(layer_map)[worker]))
     text = f"left out: {_with_and_without(found, case.rate)}: {why}"
     return Advice(found / case.rate - 1, found, case.rate, text)
 
@@ -324,7 +324,7 @@ def _why_slower(case: _Case, worker: WorkerId, at: int, layers: int) -> str:
     return f"the model runs fastest on {', '.join(names)}{' and ' * bool(names)}{last} alone"
 
 
-def _stage_s(speed: Speed, layers: int) -> float:
+def _stage_s(speed: WorkerTimes, layers: int) -> float:
     return max(1e-9, speed.task_s + layers * speed.layer_s)
 
 

@@ -21,7 +21,7 @@ from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_s
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 _DEPTHS = 3
 """Numbers of steps, the best if all were alike, of which it is found out what they really do."""
@@ -51,41 +51,41 @@ class Forecast:
     alone_tokens_per_s: float
 
     @property
-    def ranges(self) -> LayerMap:
-        """Of the plan."""
-        return self.partition.ranges
+    def layer_map(self) -> LayerMap:
+        """The layer map of the plan."""
+        return self.partition.layer_map
 
 
-def forecast(cost: ModelCost, machines: Machines, ranges: LayerMap, demand: Demand) -> Forecast:
+def forecast(cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: Demand) -> Forecast:
     """Return what these ranges are expected to do."""
-    used = machines.only([worker for worker, _ in ranges])
+    used = machines.only([worker for worker, _ in layer_map])
     bounds: list[tuple[float, int, Partition]] = []  # tokens per second, depth
-    for depth in range(1, 1 + max(1, min(2 * len(ranges), int(demand.sequences)))):
+    for depth in range(1, 1 + max(1, min(2 * len(layer_map), int(demand.sequences)))):
         sequences = demand.sequences / depth
         load = demand.load(sequences)
-        partition = predict(cost, used.candidates(load), used.links(link_tokens(load)), ranges)
+        partition = predict(cost, used.candidates(load), used.links(load.all_tokens), layer_map)
         alone_s = partition.total_s + machines.overhead_s
         step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
         bounds.append((demand.sequences / step_s, depth, partition))
         if depth * partition.slowest_s >= alone_s:
             break  # with more, steps wait for the slowest only, which has no fewer of them to do
     most = sorted(bounds, key=lambda one: -one[0])[:_DEPTHS]
-    flows = [(_flow(cost, used, ranges, demand, *bound[:2]), *bound[1:]) for bound in most]
+    flows = [(_flow(cost, used, layer_map, demand, *bound[:2]), *bound[1:]) for bound in most]
     tokens_per_s, depth, partition = max(flows, key=lambda one: one[0])
     return Forecast(
         tokens_per_s,
         depth,
         partition,
         overhead_s=machines.overhead_s,
-        full_tokens_per_s=rate(cost, machines, ranges, demand, goal="throughput"),
-        alone_tokens_per_s=rate(cost, machines, ranges, demand, goal="latency"),
+        full_tokens_per_s=rate(cost, machines, layer_map, demand, goal="throughput"),
+        alone_tokens_per_s=rate(cost, machines, layer_map, demand, goal="latency"),
     )
 
 
 def _flow(
     cost: ModelCost,
     machines: Machines,
-    ranges: LayerMap,
+    layer_map: LayerMap,
     demand: Demand,
     tokens_per_s: float,
     depth: int,
@@ -98,16 +98,16 @@ def _flow(
     if depth == 1:
         return tokens_per_s
     sequences = demand.sequences / depth
-    usual, longer = (_times(cost, machines, ranges, load) for load in demand.kinds(sequences))
+    usual, longer = (_times(cost, machines, layer_map, load) for load in demand.kinds(sequences))
     share = demand.prompt_share(sequences)
     overhead_s = machines.overhead_s
     step_s = round_trip_s(usual, longer, share=share, depth=depth, overhead_s=overhead_s)
     return min(tokens_per_s, demand.sequences / max(step_s, 1e-9))
 
 
-def _times(cost: ModelCost, machines: Machines, ranges: LayerMap, load: Work) -> Times:
-    links = machines.links(link_tokens(load))
-    stages, hops = times_of(cost, machines.candidates(load), links, ranges)
+def _times(cost: ModelCost, machines: Machines, layer_map: LayerMap, load: Work) -> Times:
+    links = machines.links(load.all_tokens)
+    stages, hops = times_of(cost, machines.candidates(load), links, layer_map)
     busy_s, delay_s = [stages[0]], [0.0]
     for hop, stage_s in zip(hops, stages[1:], strict=True):
         busy_s += [hop.busy_s, stage_s]
@@ -131,17 +131,17 @@ def best_plan(
     """
     found = []
     for objective, load in aims(demand, goal, len(machines.memory_bytes)):
-        links = machines.links(link_tokens(load))
+        links = machines.links(load.all_tokens)
         partition = best_partition(
             cost, machines.candidates(load), links, objective=objective, kv_tokens=kv_tokens
         )
         if partition:
-            found.append(forecast(cost, machines, partition.ranges, demand))
+            found.append(forecast(cost, machines, partition.layer_map, demand))
     if goal == "auto" and len(found) == 2:
         load = aims(demand, "throughput", len(machines.memory_bytes))[0][1]
-        most, least = (one.partition.ranges for one in found)
+        most, least = (one.partition.layer_map for one in found)
         between = _between(cost, machines, load, most, least, kv_tokens)
-        found += [forecast(cost, machines, ranges, demand) for ranges in between]
+        found += [forecast(cost, machines, layer_map, demand) for layer_map in between]
     return max(found, key=lambda one: one.tokens_per_s, default=None)
 
 
@@ -158,15 +158,15 @@ def _between(
         least: the plan with the quickest sum of stages and links.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    links, candidates = machines.links(link_tokens(load)), machines.candidates(load)
+    links, candidates = machines.links(load.all_tokens), machines.candidates(load)
     slowest = [predict(cost, candidates, links, one).slowest_s for one in (most, least)]
     low, high = (max(each, 1e-9) for each in slowest)
     used = machines.only([worker for worker, _ in most]).candidates(load)
     tables = make_tables(cost, used, links, kv_tokens)
     caps = (low * (high / low) ** (i / (_BETWEEN + 1)) for i in range(1, _BETWEEN + 1))
     found = [walk_forward(costs_of(tables, range(len(used)), cap_s))[1] for cap_s in caps]
-    some = dict.fromkeys(tables.ranges(cuts) for cuts in found if cuts)
-    return [ranges for ranges in some if ranges not in (most, least)]
+    some = dict.fromkeys(tables.layer_map(cuts) for cuts in found if cuts)
+    return [layer_map for layer_map in some if layer_map not in (most, least)]
 
 
 def aims(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, Work]]:
@@ -181,7 +181,7 @@ def aims(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, 
 
 
 def rate(
-    cost: ModelCost, machines: Machines, ranges: LayerMap, demand: Demand, *, goal: Goal
+    cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: Demand, *, goal: Goal
 ) -> float:
     """Return the tokens per second that a goal makes many, which can be compared between plans.
 
@@ -192,10 +192,10 @@ def rate(
         machines: all that may serve; how many there are makes the size of the steps.
     """
     if goal == "auto":
-        return forecast(cost, machines, ranges, demand).tokens_per_s
+        return forecast(cost, machines, layer_map, demand).tokens_per_s
     load = aims(demand, goal, len(machines.memory_bytes))[0][1]
-    candidates = machines.only([worker for worker, _ in ranges]).candidates(load)
-    found = predict(cost, candidates, machines.links(link_tokens(load)), ranges)
+    candidates = machines.only([worker for worker, _ in layer_map]).candidates(load)
+    found = predict(cost, candidates, machines.links(load.all_tokens), layer_map)
     alone_s = found.total_s + machines.overhead_s
     step_s = found.slowest_s if goal == "throughput" else alone_s
     return load.tokens / max(step_s, 1e-9)
@@ -208,8 +208,3 @@ def merit(goal: Goal, found: Forecast) -> float:
     if goal == "latency":
         return found.alone_tokens_per_s
     return found.tokens_per_s
-
-
-def link_tokens(load: Work) -> float:
-    """Return the tokens whose activations cross a link per step."""
-    return load.tokens + load.prompt_tokens

@@ -24,7 +24,7 @@ class PlanSearch:
 
     Attributes:
         epoch: of its plan.
-        ranges: of its plan.
+        layer_map: of its plan.
         machines: that may serve: its own workers, and those that have no layers.
         idle: those that have no layers.
         demand: what is asked of it.
@@ -37,7 +37,7 @@ class PlanSearch:
 
     epoch: int
     cost: ModelCost
-    ranges: LayerMap
+    layer_map: LayerMap
     machines: Machines
     idle: tuple[WorkerId, ...]
     demand: Demand
@@ -67,7 +67,7 @@ class PlanSearch:
             )
         return FoundPlans(
             self,
-            now=forecast(self.cost, self.machines, self.ranges, self.demand),
+            now=forecast(self.cost, self.machines, self.layer_map, self.demand),
             best=best(self.machines, self.kv_tokens),
             extra=best(self.machines.only(self.idle), self.extra_kv_tokens) if self.idle else None,
             advice=advice or {},

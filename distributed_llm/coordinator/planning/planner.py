@@ -16,7 +16,6 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, layer_map_of, plan_of
 from distributed_llm.coordinator.planning.forecast import forecast, merit
 from distributed_llm.coordinator.planning.strategies import (
-    Offer,
     make_plan,
     plan_by_speed,
     wanted_kv_tokens,
@@ -106,7 +105,7 @@ class Planner:
                 return self._by_speed(machines, self.least_kv_tokens)
         return make_plan(
             self.cost,
-            [Offer(worker, size) for worker, size in memory.items()],
+            memory,
             strategy=self.strategy,
             kv_tokens=self.least_kv_tokens,
             layers=self.layers,
@@ -149,7 +148,7 @@ class Planner:
 def ranked_by_speed(machines: Machines) -> list[WorkerId]:
     """Return the workers, the one first that computes a layer soonest."""
     load = Demand.expected(1).load(1.0)
-    speeds = {found.worker: found.speed.layer_s for found in machines.candidates(load)}
+    speeds = {found.worker: found.times.layer_s for found in machines.candidates(load)}
     return sorted(speeds, key=lambda worker: (speeds[worker], worker))
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from distributed_llm.coordinator.serving.steps import StepDone
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 
 @dataclass(frozen=True)

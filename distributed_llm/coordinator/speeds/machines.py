@@ -6,7 +6,7 @@ from statistics import median
 
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.partition.tables import Candidate, Links
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import WorkerSpeed
 
 
@@ -36,7 +36,7 @@ class Machines:
         found = (costs.first_scale(load) for costs in self.costs.values())
         scale = median([scale for scale in found if scale is not None] or [1.0])
         return [
-            Candidate(worker, size, self.costs[worker].speed(load, scale=scale))
+            Candidate(worker, size, self.costs[worker].times(load, scale=scale))
             for worker, size in self.memory_bytes.items()
         ]
 

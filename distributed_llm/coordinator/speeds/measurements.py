@@ -7,15 +7,14 @@ from itertools import pairwise
 
 from distributed_llm.common.messages import Capabilities, LinkReport, StageTrial
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.fading_mean import FadingMean
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
-from distributed_llm.coordinator.serving.depth import Mean
-from distributed_llm.coordinator.serving.scheduler import Step
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
-from distributed_llm.coordinator.speeds.worker_speed import Prior, Trial, WorkerSpeed
+from distributed_llm.coordinator.speeds.work import Work, work_of
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 _HALF_LIFE_S = 30.0
 _PROBES = 3
@@ -42,7 +41,7 @@ class Measurements:
         self._probes: dict[WorkerId, _Probes] = {}  # since the last task of each
         self._weights: dict[LayerRange, float] = {}  # of ranges, in layers of mean size
         self._network = LinkSpeeds(bytes_per_token)
-        self._overhead = Mean(_HALF_LIFE_S)  # of a step, beside stages and hops
+        self._overhead = FadingMean(_HALF_LIFE_S)  # of a step, beside stages and hops
 
     def joined(self, worker: WorkerId, found: Capabilities) -> None:
         """A worker is there, of which nothing is known but what its probe found."""
@@ -77,7 +76,7 @@ class Measurements:
             return
         self._probes.pop(worker, None)
         costs.try_out(
-            [_trial(trial) for trial in trials],
+            trials,
             layers=self._weight(held),
             is_last=held.stop == self._cost.num_layers,
             now=now,
@@ -178,31 +177,3 @@ class _Probes:
 def _token_s(prior: Prior) -> float:
     """Return what a layer takes for one token."""
     return prior.layer_s + prior.token_s
-
-
-def _trial(tried: StageTrial) -> Trial:
-    number, tokens, took = tried.sequences, tried.num_tokens, tried.time
-    positions = number * _positions(tried.start, tokens)
-    return Trial(
-        Work(number, positions) if tokens == 1 else Work.of_prompt(number * tokens, positions),
-        layers_s=took.layers_us / 1e6,
-        other_s=max(0, took.compute_us - took.layers_us) / 1e6,
-    )
-
-
-def work_of(step: Step) -> Work:
-    """Return what every layer computes in a step."""
-    tokens = positions = prompt_tokens = prompt_positions = 0
-    for part in step.slices:
-        if part.num_tokens == 1:
-            tokens += 1
-            positions += part.start + 1
-        else:
-            prompt_tokens += part.num_tokens
-            prompt_positions += _positions(part.start, part.num_tokens)
-    return Work(tokens, positions, bool(prompt_tokens), prompt_tokens, prompt_positions)
-
-
-def _positions(start: int, num_tokens: int) -> int:
-    """Return how many positions tokens attend to that follow on `start` others."""
-    return num_tokens * start + num_tokens * (num_tokens + 1) // 2

@@ -8,12 +8,13 @@ learnt stay known while all steps have one size, where forgetting everything ali
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import sqrt
 from statistics import median
 
 import numpy as np
 import numpy.typing as npt
+
+from distributed_llm.coordinator.speeds.work import Work
 
 _NOISE = 0.12
 """Standard deviation of a task's time, of its mean; that of a uniform +-20 % is 0.115."""
@@ -60,36 +61,6 @@ LEAST_S = 1e-9
 """No task takes less, so that there are ratios of times."""
 
 _Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step computes, or what steps do on average.
-
-    Attributes:
-        tokens: of sequences that compute one each.
-        positions: that these attend to, summed.
-        prompts: 1 if it has parts of prompts; on average, the share of steps that have.
-        prompt_tokens: tokens of these.
-        prompt_positions: that they attend to, summed over the tokens.
-    """
-
-    tokens: float = 0.0
-    positions: float = 0.0
-    prompts: float = 0.0
-    prompt_tokens: float = 0.0
-    prompt_positions: float = 0.0
-
-    @classmethod
-    def of_prompt(cls, tokens: float, positions: float) -> "Work":
-        """Return a step with nothing but a part of a prompt."""
-        return cls(prompts=1.0, prompt_tokens=tokens, prompt_positions=positions)
-
-    @cached_property
-    def vector(self) -> _Array:
-        """What the coefficients are multiplied with, float64 [6]."""
-        decoding = (1.0, self.tokens, self.positions)
-        return np.array((*decoding, self.prompts, self.prompt_tokens, self.prompt_positions))
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.messages import Capabilities, StageTrial
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.tables import Speed
-from distributed_llm.coordinator.speeds.speed_fit import LEAST_S, Coefficients, SpeedFit, Work
+from distributed_llm.coordinator.partition.tables import WorkerTimes
+from distributed_llm.coordinator.speeds.speed_fit import LEAST_S, Coefficients, SpeedFit
+from distributed_llm.coordinator.speeds.work import Work, work_of_trial
 
 _LATEST = 64
 """Predictions that the error is the median of."""
@@ -74,20 +75,6 @@ class Prior:
             head_s=head_bytes * byte_s,
             head_token_s=head_bytes * item_s,
         )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What a step took that was tried on new layers.
-
-    Attributes:
-        layers_s: time inside the layers.
-        other_s: the rest of its compute time.
-    """
-
-    work: Work
-    layers_s: float
-    other_s: float
 
 
 class WorkerSpeed:
@@ -149,13 +136,19 @@ class WorkerSpeed:
         """How far predictions may be off, as a share; a guess after trials alone."""
         return self.error or (_ERROR_OF_TRIALS if self._tried else 0.0)
 
-    def try_out(self, trials: Sequence[Trial], *, layers: float, is_last: bool, now: float) -> None:
-        """Take what was tried on new layers; arguments as for `observe`."""
-        if trials:
-            beside = self._lasts if is_last else self._tasks
-            self._layers.try_out([(each.work, each.layers_s / layers) for each in trials], now)
-            beside.try_out([(each.work, each.other_s) for each in trials], now)
-            self._tried = True
+    def try_out(
+        self, trials: Sequence[StageTrial], *, layers: float, is_last: bool, now: float
+    ) -> None:
+        """Learn from steps that were tried on new layers; arguments as for `observe`."""
+        if not trials:
+            return
+        works = [work_of_trial(trial) for trial in trials]
+        layer_s = [trial.time.layers_us / 1e6 / layers for trial in trials]
+        other_us = [max(0, trial.time.compute_us - trial.time.layers_us) for trial in trials]
+        beside = self._lasts if is_last else self._tasks
+        self._layers.try_out(list(zip(works, layer_s, strict=True)), now)
+        beside.try_out([(work, us / 1e6) for work, us in zip(works, other_us, strict=True)], now)
+        self._tried = True
 
     def observe(
         self,
@@ -206,7 +199,7 @@ class WorkerSpeed:
         """
         return self._layers(work) if self.measured else scale * self._layers.prior_s(work)
 
-    def speed(self, work: Work, *, scale: float = 1.0) -> Speed:
+    def times(self, work: Work, *, scale: float = 1.0) -> WorkerTimes:
         """Return the seconds of a step.
 
         Args:
@@ -217,8 +210,8 @@ class WorkerSpeed:
         task_s = tasks(work) if tasks.measured else tasks.prior_s(work)
         if not lasts.measured:
             found = self._layers.scale(work) if self.measured else scale
-            return Speed(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
+            return WorkerTimes(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
         whole_s = lasts(work)
         if not tasks.measured:
             task_s = min(task_s, whole_s)
-        return Speed(task_s, layer_s, max(0.0, whole_s - task_s))
+        return WorkerTimes(task_s, layer_s, max(0.0, whole_s - task_s))
