@@ -17,6 +17,15 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
+Epoch = Count
+"""The number of a plan. Every new plan has a larger one; 0 is before the first."""
+
+StepNumber = Count
+"""The number of a step of one pipeline, from 1; a step that is computed again gets a new one."""
+
+SequenceId = Count
+"""Names the KV cache of one sequence on the stages of a pipeline; never used for another."""
+
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
     """Consecutive transformer layers `[start, stop)`, written "start-stop".

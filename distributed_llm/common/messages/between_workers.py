@@ -7,7 +7,7 @@ from msgspec import Meta
 
 from distributed_llm.common.messages.base import Label, Message
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Count, LayerRange
+from distributed_llm.common.types import Count, Epoch, LayerRange
 
 MAX_PIECES = 2048
 """Most parts of KV cache in one message."""
@@ -20,14 +20,14 @@ class PeerHello(Message, frozen=True, kw_only=True, tag="peer_hello"):
         key: the `link_key` of `epoch`, which shows that the sender is part of the plan.
     """
 
-    epoch: Count
+    epoch: Epoch
     key: Label
 
 
 class PeerProbe(Message, frozen=True, kw_only=True, tag="peer_probe"):
     """Worker -> worker of the next stage: zeros, to measure the bandwidth of the link."""
 
-    epoch: Count
+    epoch: Epoch
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 
@@ -60,7 +60,7 @@ class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
         number: number of this message in the transfer, from 1.
     """
 
-    epoch: Count
+    epoch: Epoch
     layers: LayerRange
     number: Count
     parts: Annotated[tuple[KVPart, ...], Meta(min_length=1, max_length=MAX_PIECES)]
@@ -70,7 +70,7 @@ class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
 class KVEnd(Message, frozen=True, kw_only=True, tag="kv_end"):
     """Worker -> worker: last message of a transfer; `tensors` is [msgpack of `KVManifest`]."""
 
-    epoch: Count
+    epoch: Epoch
     layers: LayerRange
     number: Count
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
@@ -82,18 +82,18 @@ class PeerWelcome(Message, frozen=True, kw_only=True, tag="peer_welcome"):
     A hello with a wrong key, or of an epoch that is not known yet, is not answered.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class PeerProbed(Message, frozen=True, kw_only=True, tag="peer_probed"):
     """Worker -> worker of the previous stage: answers `PeerProbe`."""
 
-    epoch: Count
+    epoch: Epoch
 
 
 class KVTaken(Message, frozen=True, kw_only=True, tag="kv_taken"):
     """Worker -> worker that sends KV cache: the transfer has arrived up to message `number`."""
 
-    epoch: Count
+    epoch: Epoch
     layers: LayerRange
     number: Count

@@ -19,7 +19,7 @@ from distributed_llm.common.messages.base import (
     Text,
     Value,
 )
-from distributed_llm.common.types import Count, Seconds
+from distributed_llm.common.types import Count, Epoch, Seconds, SequenceId, StepNumber
 
 MAX_TRIALS = 16
 
@@ -49,7 +49,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
         tasks_waiting: tasks that were received and not answered.
     """
 
-    epochs: Annotated[tuple[Count, ...], Meta(max_length=2)]
+    epochs: Annotated[tuple[Epoch, ...], Meta(max_length=2)]
     progress_age_s: Seconds
     tasks_waiting: Count
     memory_used_bytes: Count
@@ -83,7 +83,7 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
         trials: empty unless `LoadStage` asked for them.
     """
 
-    epoch: Count
+    epoch: Epoch
     credits: Annotated[int, Meta(ge=1, le=64)]
     load_s: Seconds
     weight_bytes: Count
@@ -94,7 +94,7 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
 class StageFailed(Message, frozen=True, kw_only=True, tag="stage_failed"):
     """Worker -> coordinator: the layers of `epoch` could not be loaded."""
 
-    epoch: Count
+    epoch: Epoch
     code: Label
     message: Text
 
@@ -114,8 +114,8 @@ class TaskResult(Message, frozen=True, kw_only=True, tag="task_result"):
         timings: one per stage that has run the step, the sender's last.
     """
 
-    epoch: Count
-    step: Count
+    epoch: Epoch
+    step: StepNumber
     timings: Annotated[StageTimes, Meta(min_length=1)]
     tensors: Tensors = ()
 
@@ -123,7 +123,7 @@ class TaskResult(Message, frozen=True, kw_only=True, tag="task_result"):
 class MissingPositions(Value, frozen=True, kw_only=True):
     """The KV cache of a stage has only positions `[0, have)` of a sequence."""
 
-    sequence_id: Count
+    sequence_id: SequenceId
     have: Count
 
 
@@ -134,8 +134,8 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
         missing: sequences of which it lacks positions that the step needs.
     """
 
-    epoch: Count
-    step: Count
+    epoch: Epoch
+    step: StepNumber
     code: Label
     message: Text
     missing: Annotated[tuple[MissingPositions, ...], Meta(max_length=1024)] = ()
@@ -151,7 +151,7 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
         bytes_per_s: bandwidth; 0 until it is measured.
     """
 
-    epoch: Count
+    epoch: Epoch
     up: bool
     rtt_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
@@ -173,14 +173,14 @@ class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
     What steps have added since the copy began is sent after `TakeOver`.
     """
 
-    epoch: Count
+    epoch: Epoch
     bytes_sent: Count
 
 
 class TookOver(Message, frozen=True, kw_only=True, tag="took_over"):
     """Worker -> coordinator: its stage of `epoch` has its KV cache and can run tasks."""
 
-    epoch: Count
+    epoch: Epoch
 
 
 class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
@@ -192,7 +192,7 @@ class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
         worker: the worker that it could not be sent to; empty if the sender is the receiver.
     """
 
-    epoch: Count
+    epoch: Epoch
     worker: Annotated[str, Meta(max_length=64)]
     code: Label
     message: Text

@@ -15,7 +15,7 @@ from distributed_llm.common.messages.base import (
     Value,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
+from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
 
@@ -166,7 +166,7 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     note: Text
     layers: LayerRange | None
     next_layers: LayerRange | None
-    epoch: Count
+    epoch: Epoch
     link: Literal["direct", "relayed", ""]
     capabilities: Capabilities
     memory_used_bytes: Count
@@ -201,7 +201,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     model: str
     state: Literal["waiting", "loading", "serving"]
     note: str
-    epoch: Count
+    epoch: Epoch
     num_layers: Count
     context_length: Count
     kv_tokens: Count

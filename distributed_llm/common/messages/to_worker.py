@@ -18,7 +18,7 @@ from distributed_llm.common.messages.base import (
 )
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import DtypeName
-from distributed_llm.common.types import Count, LayerRange, Seconds
+from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, SequenceId, StepNumber
 
 MAX_SLICES = 512
 """Most slices in one task."""
@@ -26,7 +26,7 @@ MAX_SLICES = 512
 MAX_RELEASED = 1024
 """Most sequences that one message frees."""
 
-SequenceIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_RELEASED)]
+SequenceIds = Annotated[tuple[SequenceId, ...], Meta(max_length=MAX_RELEASED)]
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
@@ -81,7 +81,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         imports: layers whose KV cache other workers will send, one range per worker.
     """
 
-    epoch: Count
+    epoch: Epoch
     source: ModelSource
     layers: LayerRange
     dtype: DtypeName
@@ -113,7 +113,7 @@ class CopyKV(Message, frozen=True, kw_only=True, tag="copy_kv"):
         link_key: link key of `epoch`.
     """
 
-    epoch: Count
+    epoch: Epoch
     link_key: Label
     transfers: Annotated[tuple[KVTransfer, ...], Meta(min_length=1, max_length=MAX_STAGES)]
 
@@ -126,7 +126,7 @@ class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
     `TookOver`. Tasks of the served epoch are void from now on, unless `CancelStage` follows.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class CancelStage(Message, frozen=True, kw_only=True, tag="cancel_stage"):
@@ -135,7 +135,7 @@ class CancelStage(Message, frozen=True, kw_only=True, tag="cancel_stage"):
     Frees layers that were loaded beside, and stops sending KV cache.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class SharedPrefix(
@@ -147,7 +147,7 @@ class SharedPrefix(
         take: whether the other sequence ends by this, and its buffers are continued.
     """
 
-    sequence_id: Count
+    sequence_id: SequenceId
     length: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     take: bool = False
 
@@ -164,7 +164,7 @@ class SequenceSlice(
         prefix: in the first slice of a sequence whose first `start` positions are shared.
     """
 
-    sequence_id: Count
+    sequence_id: SequenceId
     start: Count
     num_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     sample: bool = False
@@ -187,9 +187,9 @@ class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
         timings: one per stage that has run the step.
     """
 
-    epoch: Count
-    step: Count
-    oldest: Count
+    epoch: Epoch
+    step: StepNumber
+    oldest: StepNumber
     sequences: Annotated[tuple[SequenceSlice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
     tensors: Tensors
     released: SequenceIds = ()
@@ -204,7 +204,7 @@ class ReleaseSequences(Message, frozen=True, kw_only=True, tag="release_sequence
     worker to worker.
     """
 
-    epoch: Count
+    epoch: Epoch
     sequence_ids: SequenceIds
 
 
@@ -214,7 +214,7 @@ class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
     A newer epoch that was loaded beside is served from now on.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class MayLeave(Message, frozen=True, kw_only=True, tag="may_leave"):

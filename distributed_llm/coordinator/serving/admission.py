@@ -1,5 +1,6 @@
 """Admission: on which pipeline the next waiting request runs. Pure."""
 
+from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.kv_ledger import prefix_key
 from distributed_llm.coordinator.serving.pipeline import Pipeline
@@ -21,8 +22,8 @@ class Admission:
 
     def __init__(self, book: RequestBook) -> None:
         self._book = book
-        self._open: dict[int, Pipeline] = {}  # by epoch; may have room, or be dissolved by now
-        self._full: dict[int, Pipeline] = {}  # by epoch; have no room for `_head`
+        self._open: dict[Epoch, Pipeline] = {}  # by epoch; may have room, or be dissolved by now
+        self._full: dict[Epoch, Pipeline] = {}  # by epoch; have no room for `_head`
         self._head: Request | None = None  # the request that was next at the last call
 
     def may_have_room(self, pipeline: Pipeline) -> None:

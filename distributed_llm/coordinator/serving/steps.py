@@ -35,7 +35,7 @@ from distributed_llm.common.tensors import (
     frame_of_token_ids,
     token_ids_of_frame,
 )
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.request import Request
@@ -110,10 +110,10 @@ class _StepInFlight:
         deadline: when its lease runs out, clock seconds.
     """
 
-    number: int
+    number: StepNumber
     step: Step
     ids: tuple[TensorSpec, Frame]
-    released: tuple[int, ...]
+    released: tuple[SequenceId, ...]
     route: tuple[bool, ...]
     stage: int
     depth: int
@@ -134,7 +134,7 @@ class StepsInFlight:
 
     def __init__(
         self,
-        epoch: int,
+        epoch: Epoch,
         stages: Sequence[PipelineStage],
         *,
         credits: int,
@@ -151,8 +151,8 @@ class StepsInFlight:
         self._suspected = False  # whether a lease has run out and no step ended since
         self._relay_steps = 0  # number of next steps that are relayed at every hop
         self._next_relay_steps = _RELAY_STEPS
-        self._flights: dict[int, _StepInFlight] = {}
-        self._to_release: dict[int, None] = {}
+        self._flights: dict[StepNumber, _StepInFlight] = {}
+        self._to_release: dict[SequenceId, None] = {}
         self._next_step = 1
         self._oldest = 1
 
@@ -196,12 +196,12 @@ class StepsInFlight:
         self._linked[at] = up
         return broken and bool(self._flights)
 
-    def release(self, sequence_ids: Iterable[int]) -> None:
+    def release(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Have the next tasks free sequences on every stage."""
         self._to_release.update(dict.fromkeys(sequence_ids))
 
     @property
-    def to_release(self) -> list[int]:
+    def to_release(self) -> list[SequenceId]:
         """Sequences to be freed that no task has carried yet."""
         return list(self._to_release)
 
