@@ -23,7 +23,8 @@ from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
 from distributed_llm.coordinator.serving.pipeline import Pipeline
-from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
+from distributed_llm.coordinator.serving.scheduler import Scheduler
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import Dropped, StepBroken, StepDone, StepsInFlight
 from tests.unit.fake_model import MODEL
 

@@ -13,7 +13,6 @@ another request waits for that.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
 from distributed_llm.common.types import SequenceId
@@ -21,36 +20,13 @@ from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
+from distributed_llm.coordinator.serving.step import Step
 
 _WORTH_WAITING = 64
 """Positions that must be shared for a request to wait until another one has computed them."""
 
 _MAX_SAMPLING_BYTES = 40_000
 """Sampling parameters in one step, bytes; the header of its task may have 64 KiB."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of a batch through all stages.
-
-    Attributes:
-        requests: one per slice, in the same order.
-        token_ids: of all slices, one after the other.
-    """
-
-    requests: tuple[Request, ...]
-    slices: tuple[SequenceSlice, ...]
-    token_ids: tuple[int, ...]
-
-    @property
-    def num_samples(self) -> int:
-        """Tokens that the last stage samples."""
-        return sum(part.sample for part in self.slices)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every slice is a single token: the step has no prefill chunks."""
-        return len(self.token_ids) == len(self.slices)
 
 
 class Scheduler:
