@@ -1,6 +1,8 @@
-"""Every setting: its name, type, limits, default and description.
+"""All settings: name, type, limits, default and description of each.
 
-`config/default.yaml` is made from this file. `config.load_settings` fills it in.
+`config.load_settings` reads them; `config/default.yaml` is generated from this module. Everything
+that has settings, the coordinator's core included, reads these types: they are frozen, and checked
+when they are made.
 """
 
 import re
@@ -70,7 +72,7 @@ def _layer_range(value: object) -> LayerRange:
 
 
 def _layer_map(value: object) -> object:
-    """Return the map that "pc=0-8,mac=8-16" (environment, command line) stands for."""
+    """Return "pc=0-8,mac=8-16", from environment or command line, as a map."""
     if not isinstance(value, str):
         return value
     layers: dict[str, str] = {}
@@ -83,7 +85,7 @@ def _layer_map(value: object) -> object:
 
 
 def _shape(pattern: str, rule: str) -> AfterValidator:
-    """Return a check that a text is of this form; `rule` says so to people."""
+    """Return a validator for text that matches `pattern`; `rule` is the error message."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -124,7 +126,7 @@ Layers = Annotated[
 
 
 def conflict(message: str, *keys: str) -> PydanticCustomError:
-    """Return an error of a whole section, to be shown at the first of `keys` that was given."""
+    """Return an error about several settings, shown at the first of `keys` that was given."""
     return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
 
 
@@ -340,7 +342,7 @@ SECTIONS: dict[str, type[_Section]] = {
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Comes from `load_settings`; built directly it reads no files."""
+    """All sections. `load_settings` reads them; built directly, it reads no file or environment."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix="DLLM_", env_nested_delimiter="__"
@@ -359,5 +361,5 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keep construction free of the process's environment, which `load_settings` is given."""
+        """Keep pydantic from reading the environment: `load_settings` does."""
         return (init_settings,)

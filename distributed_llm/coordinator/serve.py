@@ -1,4 +1,4 @@
-"""From settings to a running coordinator, or to a dry run of its plan."""
+"""Running a coordinator by its settings, or only its plan."""
 
 import logging
 import socket
@@ -22,7 +22,10 @@ _EVERYWHERE = {"0.0.0.0", "::", "*"}  # noqa: S104 - compared with, not listened
 
 
 async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
-    """Serve the model that `settings` names until SIGINT or SIGTERM; return the code to exit with.
+    """Serve the model that `settings` names until SIGINT or SIGTERM; return the exit code.
+
+    Args:
+        on_listening: called with the address once the coordinator listens.
 
     Raises:
         CheckpointError: the model cannot be read or split.
@@ -57,12 +60,11 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
 
 
 def plan(model: str, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
-    """Return who would get which layers of `model`, and how fast that would be.
+    """Return which workers would get which layers of `model`, and how fast that would be.
 
     Args:
-        model: checkpoint folder or hub id; empty is the built-in model.
-        workers: of each, what `dry_run` reads.
-        settings: strategy, objective, dtype, replicas and room for KV cache.
+        model: checkpoint folder or hub id; empty for the built-in model.
+        workers: descriptions of workers, as `dry_run` reads them.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.

@@ -19,7 +19,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.measurements import Measurements

@@ -29,7 +29,8 @@ from distributed_llm.coordinator.serving.pipeline import (
     PipelineCause,
     PipelineState,
 )
-from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
+from distributed_llm.coordinator.serving.scheduler import Scheduler
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import Dropped, StepBroken, StepDone, StepsInFlight
 from tests.unit.fake_model import MODEL
 

@@ -13,8 +13,8 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
 from distributed_llm.coordinator.requests.request import Request
-from distributed_llm.coordinator.serving.scheduler import Step
-from tests.unit.test_scheduler import Desk
+from distributed_llm.coordinator.serving.step import Step
+from tests.unit.test_scheduler import Bench
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -96,8 +96,8 @@ class Schedules(RuleBasedStateMachine):
         blocks=st.sampled_from([4, 6, 10, 40]),
     )
     def start(self, sequences: int, tokens: int, blocks: int) -> None:
-        self.book = Desk(sequences=sequences, tokens=tokens, blocks=blocks)
-        self.scheduler = self.book.scheduler
+        self.bench = Bench(sequences=sequences, tokens=tokens, blocks=blocks)
+        self.scheduler = self.bench.scheduler
         self.max_tokens, self.capacity = tokens, blocks * KV_BLOCK
         self.stages = Stages()
         self.waiting: list[Request] = []
@@ -126,7 +126,7 @@ class Schedules(RuleBasedStateMachine):
         self._arrive([*before, *[5000] * own], answer, b"a")
 
     def _arrive(self, prompt: list[int], answer: int, client: bytes) -> None:
-        request = self.book.request(prompt, answer=answer, client=client)
+        request = self.bench.request(prompt, answer=answer, client=client)
         assert request.ticket.reserved_tokens <= self.capacity
         self.expected[request] = reference(prompt, answer)
         self.waiting.append(request)
@@ -170,7 +170,7 @@ class Schedules(RuleBasedStateMachine):
 
     def _admit(self) -> None:
         self._collect()
-        while self.waiting and self.book.admit(self.waiting[0]):
+        while self.waiting and self.bench.admit(self.waiting[0]):
             self.waiting.pop(0)
         nothing_runs = not self.scheduler.num_running and not self.under_way
         assert not (self.waiting and nothing_runs), "there is room, but nobody is admitted"
@@ -267,7 +267,7 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.kv_tokens_used + self.scheduler.kv_tokens_cached <= self.capacity
 
     def teardown(self) -> None:
-        if not hasattr(self, "book"):
+        if not hasattr(self, "bench"):
             return
         self._drain()
         for request, expected in self.expected.items():
@@ -275,7 +275,7 @@ class Schedules(RuleBasedStateMachine):
                 assert request.token_ids == expected
         assert self.scheduler.kv_tokens_used == 0
         # A request that needs all the room drives out what is kept; then nothing is left.
-        last = self.book.request([8000] * (self.capacity - 1), answer=1)
+        last = self.bench.request([8000] * (self.capacity - 1), answer=1)
         self.expected[last] = reference(last.token_ids, 1)
         self.waiting.append(last)
         self.begin(1, 1, 1)

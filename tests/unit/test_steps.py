@@ -23,7 +23,7 @@ from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import (
     Dropped,
     SendTask,

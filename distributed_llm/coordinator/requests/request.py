@@ -17,6 +17,7 @@ from distributed_llm.common.messages import (
     Usage,
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.requests.lifecycle import (
     REQUEST_STATES,
@@ -62,7 +63,7 @@ class Request:
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: Sampling
-    sequence_id: int | None = None
+    sequence_id: SequenceId | None = None
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_in_flight: int = 0

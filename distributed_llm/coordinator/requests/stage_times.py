@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from distributed_llm.common.messages import MAX_STAGES, StageTime, StageTiming
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.plan import PipelineStage
 
 
@@ -22,10 +22,10 @@ class StageTimes:
     """Compute times of one request, by the epoch of the plan."""
 
     def __init__(self) -> None:
-        self._plans: dict[int, _OfPlan] = {}
+        self._plans: dict[Epoch, _OfPlan] = {}
 
     def add(
-        self, epoch: int, stages: Sequence[PipelineStage], timings: Sequence[StageTime]
+        self, epoch: Epoch, stages: Sequence[PipelineStage], timings: Sequence[StageTime]
     ) -> None:
         """Count one step.
 

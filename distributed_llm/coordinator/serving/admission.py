@@ -1,5 +1,6 @@
 """Admission: on which pipeline the next waiting request runs. Pure."""
 
+from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.kv_ledger import prefix_key
@@ -23,8 +24,8 @@ class Admission:
     def __init__(self, book: RequestBook, event_log: EventLog) -> None:
         self._book = book
         self._event_log = event_log
-        self._open: dict[int, Pipeline] = {}  # by epoch; may have room, or be dissolved by now
-        self._full: dict[int, Pipeline] = {}  # by epoch; have no room for `_head`
+        self._open: dict[Epoch, Pipeline] = {}  # by epoch; may have room, or be dissolved by now
+        self._full: dict[Epoch, Pipeline] = {}  # by epoch; have no room for `_head`
         self._head: Request | None = None  # the request that was next at the last call
 
     def may_have_room(self, pipeline: Pipeline) -> None:

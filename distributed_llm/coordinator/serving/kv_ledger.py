@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distributed_llm.common.messages import SharedPrefix
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 
 _STRIDE = 16
-_NOBODY = 0
+_NOBODY: SequenceId = 0
 """An id that no sequence has."""
 
 
@@ -35,8 +35,8 @@ class _Segment:
     """
 
     start: int
-    owner: int
-    holders: set[int]
+    owner: SequenceId
+    holders: set[SequenceId]
     blocks: int = 0
 
 
@@ -71,7 +71,7 @@ class _Held:
 class Match:
     """A sequence whose first `length` tokens are those that were looked for."""
 
-    sequence_id: int
+    sequence_id: SequenceId
     length: int
 
 
@@ -86,10 +86,10 @@ class KVLedger:
         self._capacity = capacity_tokens // KV_BLOCK
         self._used = 0
         self._tolerated = 0  # blocks in use when the capacity was last set
-        self._held: dict[int, _Held] = {}
-        self._ended: dict[int, None] = {}  # ordered set, least recently used first
-        self._index: dict[int, dict[int, None]] = {}  # by hash, the sequences with that prefix
-        self._freed: list[int] = []
+        self._held: dict[SequenceId, _Held] = {}
+        self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
+        self._index: dict[int, dict[SequenceId, None]] = {}  # by hash of a prefix
+        self._freed: list[SequenceId] = []
 
     @property
     def used_tokens(self) -> int:
@@ -104,11 +104,11 @@ class KVLedger:
         return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= ended)
 
     @property
-    def sequence_ids(self) -> list[int]:
+    def sequence_ids(self) -> list[SequenceId]:
         """All sequences, ended ones included."""
         return list(self._held)
 
-    def take_freed(self) -> list[int]:
+    def take_freed(self) -> list[SequenceId]:
         """Return the sequences that the stages are to free, in order, and forget them."""
         freed, self._freed = self._freed, []
         return freed
@@ -141,7 +141,7 @@ class KVLedger:
         return key in self._index
 
     def open(
-        self, sequence_id: int, tokens: Sequence[int], length: int, match: Match | None
+        self, sequence_id: SequenceId, tokens: Sequence[int], length: int, match: Match | None
     ) -> bool:
         """Begin a sequence with room for `length` positions; return False if there is no room.
 
@@ -157,11 +157,11 @@ class KVLedger:
         self._forget(sequence_id)
         return False
 
-    def prefix_of(self, sequence_id: int) -> SharedPrefix | None:
+    def prefix_of(self, sequence_id: SequenceId) -> SharedPrefix | None:
         """Return the prefix that a sequence shares, until `computed` is first called for it."""
         return self._held[sequence_id].prefix
 
-    def _share(self, sequence_id: int, match: Match) -> SharedPrefix | None:
+    def _share(self, sequence_id: SequenceId, match: Match) -> SharedPrefix | None:
         """Let a sequence begin with a prefix of another one, and return that.
 
         An ended sequence that is shared as a whole is taken over: the new one continues its last
@@ -184,7 +184,7 @@ class KVLedger:
             self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # recently used
         return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=covers)
 
-    def _take(self, parent: int, child: int) -> None:
+    def _take(self, parent: SequenceId, child: SequenceId) -> None:
         """Let `child` append to the last segment of `parent`, which is forgotten.
 
         No other sequence reads the positions that `child` will write: one that shares the whole of
@@ -196,7 +196,7 @@ class KVLedger:
         del self._ended[parent]
         self._forget(parent)
 
-    def extend(self, sequence_id: int, length: int) -> bool:
+    def extend(self, sequence_id: SequenceId, length: int) -> bool:
         """Charge a sequence for `length` positions; return False if there is no room.
 
         Ended sequences are freed as needed.
@@ -217,14 +217,14 @@ class KVLedger:
         held.length = length
         return True
 
-    def computed(self, sequence_id: int, length: int) -> None:
+    def computed(self, sequence_id: SequenceId, length: int) -> None:
         """Record that all stages have computed `length` positions; others may share them now."""
         held = self._held[sequence_id]
         self._confirm(held)
         held.computed = length
         self._index_up_to(sequence_id, held)
 
-    def end(self, sequence_id: int, *, keep: bool) -> None:
+    def end(self, sequence_id: SequenceId, *, keep: bool) -> None:
         """End a sequence.
 
         Args:
@@ -242,7 +242,7 @@ class KVLedger:
         else:
             self._free(sequence_id)
 
-    def _read_until(self, segment: _Segment, sequence_id: int) -> int:
+    def _read_until(self, segment: _Segment, sequence_id: SequenceId) -> int:
         """Return the end of the positions in `segment` that sequences other than this one read."""
         until = 0
         for other in segment.holders - {sequence_id}:
@@ -251,7 +251,7 @@ class KVLedger:
             until = max(until, beyond[0].start if beyond else self._held[other].length)
         return until
 
-    def _is_covered(self, sequence_id: int, held: _Held) -> bool:
+    def _is_covered(self, sequence_id: SequenceId, held: _Held) -> bool:
         """Return whether another sequence has all tokens of this one; if not, index this one."""
         self._unindex(sequence_id, held)
         match = self.match(held.tokens, held.computed)
@@ -287,7 +287,7 @@ class KVLedger:
                 return
             self._free(sequence_id)
 
-    def discard(self, sequence_id: int) -> None:
+    def discard(self, sequence_id: SequenceId) -> None:
         """Free a sequence if it has ended: a stage has lost it, so it is no good as a prefix."""
         held = self._held.get(sequence_id)
         if held is not None and held.ended:
@@ -295,7 +295,7 @@ class KVLedger:
             held.lost = True
             self._free_lost(sequence_id)
 
-    def _free_lost(self, sequence_id: int) -> None:
+    def _free_lost(self, sequence_id: SequenceId) -> None:
         held = self._held[sequence_id]
         if held.lost and not held.pins:
             self._free(sequence_id)
@@ -307,12 +307,12 @@ class KVLedger:
             self._held[prefix.sequence_id].pins -= 1
             self._free_lost(prefix.sequence_id)
 
-    def _free(self, sequence_id: int) -> None:
+    def _free(self, sequence_id: SequenceId) -> None:
         self._ended.pop(sequence_id, None)
         self._forget(sequence_id)
         self._freed.append(sequence_id)
 
-    def _forget(self, sequence_id: int) -> None:
+    def _forget(self, sequence_id: SequenceId) -> None:
         held = self._held.pop(sequence_id)
         if held.prefix and held.prefix.take:  # some stages may still hold it
             self._freed.append(held.prefix.sequence_id)
@@ -323,14 +323,14 @@ class KVLedger:
                 self._used -= segment.blocks
         self._confirm(held)
 
-    def _index_up_to(self, sequence_id: int, held: _Held) -> None:
+    def _index_up_to(self, sequence_id: SequenceId, held: _Held) -> None:
         state = held.hashes[-1] if held.hashes else 0
         for at in range(len(held.hashes) * _STRIDE, held.computed - _STRIDE + 1, _STRIDE):
             state = _hash(state, held.tokens[at : at + _STRIDE])
             held.hashes.append(state)
             self._index.setdefault(state, {})[sequence_id] = None
 
-    def _unindex(self, sequence_id: int, held: _Held) -> None:
+    def _unindex(self, sequence_id: SequenceId, held: _Held) -> None:
         for state in held.hashes:
             holders = self._index.get(state)
             if holders is not None:
@@ -342,7 +342,7 @@ class KVLedger:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         assert 0 <= self._used <= max(self._capacity, self._tolerated)
-        holders: dict[_Segment, set[int]] = {}
+        holders: dict[_Segment, set[SequenceId]] = {}
         for i, held in self._held.items():
             assert held.computed <= held.length
             wanted = [h.prefix for h in self._held.values() if h.prefix and not h.prefix.take]

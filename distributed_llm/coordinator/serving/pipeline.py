@@ -13,7 +13,7 @@ from typing import Literal
 from distributed_llm.common.messages import MAX_RELEASED, ReleaseSequences, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.states import StateTable
-from distributed_llm.common.types import KV_BLOCK, PeerId
+from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
@@ -92,12 +92,12 @@ class Pipeline:
 
     def __init__(
         self,
-        epoch: int,
+        epoch: Epoch,
         plan: Plan,
         stages: tuple[PipelineStage, ...],
         model: ServedModel,
         settings: CoordinatorSettings,
-        new_sequence_id: Callable[[], int],
+        new_sequence_id: Callable[[], SequenceId],
         on_change: Callable[["Pipeline"], None],
     ) -> None:
         self.epoch = epoch
@@ -109,7 +109,7 @@ class Pipeline:
         self._on_change = on_change
         self._ready: dict[PeerId, StageReady] = {}
         self._links: dict[PeerId, bool] = {}  # whether a stage reaches the next one
-        self._released: set[int] = set()  # released by messages, not yet by a task
+        self._released: set[SequenceId] = set()  # released by messages, not yet by a task
         self._depths = DepthPolicy(len(stages), max_tokens=settings.max_batch_tokens)
         self.lineage = epoch
         self.num_decoding = 0
@@ -184,7 +184,7 @@ class Pipeline:
         scheduler.move(self.kv_tokens)
         self._begin(scheduler, released)
 
-    def _begin(self, scheduler: Scheduler, released: Sequence[int] = ()) -> None:
+    def _begin(self, scheduler: Scheduler, released: Sequence[SequenceId] = ()) -> None:
         self._change(_C.SERVED)
         self.scheduler = scheduler
         self.in_flight = StepsInFlight(

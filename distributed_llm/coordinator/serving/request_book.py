@@ -230,13 +230,8 @@ class RequestBook:
             counts: of each token, whether it is current; others are dropped.
         """
         actions: list[Action] = []
-        samplers = [
-            request
-            for request, part in zip(done.step.requests, done.step.slices, strict=True)
-            if part.sample
-        ]
         for request, token, logprobs, current in zip(
-            samplers, done.token_ids, done.logprobs, counts, strict=True
+            done.step.samplers, done.token_ids, done.logprobs, counts, strict=True
         ):
             if current:
                 actions += self._append(request, token, logprobs, now)

@@ -14,7 +14,8 @@ from distributed_llm.coordinator.events import Action, Log
 from distributed_llm.coordinator.requests.lifecycle import RequestState
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
+from distributed_llm.coordinator.serving.scheduler import Scheduler
+from distributed_llm.coordinator.serving.step import Step
 
 _MAX_LOSSES = 3
 """Workers that may die over a request before its next token; then it is given up."""

@@ -13,43 +13,20 @@ another request waits for that.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
+from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
+from distributed_llm.coordinator.serving.step import Step
 
 _WORTH_WAITING = 64
 """Positions that must be shared for a request to wait until another one has computed them."""
 
 _MAX_SAMPLING_BYTES = 40_000
 """Sampling parameters in one step, bytes; the header of its task may have 64 KiB."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of a batch through all stages.
-
-    Attributes:
-        requests: one per slice, in the same order.
-        token_ids: of all slices, one after the other.
-    """
-
-    requests: tuple[Request, ...]
-    slices: tuple[SequenceSlice, ...]
-    token_ids: tuple[int, ...]
-
-    @property
-    def num_samples(self) -> int:
-        """Tokens that the last stage samples."""
-        return sum(part.sample for part in self.slices)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every slice is a single token: the step has no prefill chunks."""
-        return len(self.token_ids) == len(self.slices)
 
 
 class Scheduler:
@@ -71,7 +48,7 @@ class Scheduler:
         max_sequences: int,
         max_tokens: int,
         kv_tokens: int,
-        new_sequence_id: Callable[[], int],
+        new_sequence_id: Callable[[], SequenceId],
         on_change: Callable[[], None],
     ) -> None:
         self.on_change = on_change
@@ -82,8 +59,8 @@ class Scheduler:
         self._ledger = KVLedger(kv_tokens)
         self._running: dict[int, Request] = {}  # by number, in the order of admission
         self._followers: dict[Request, list[Request]] = {}  # by the request they wait for
-        self._in_flight: dict[int, int] = {}  # number of steps in flight, by sequence
-        self._leaving: dict[int, bool] = {}  # sequences to end after these steps: keep as prefix?
+        self._in_flight: dict[SequenceId, int] = {}  # number of steps in flight, by sequence
+        self._leaving: dict[SequenceId, bool] = {}  # to end after these steps; whether to keep
         self._preempted: list[Request] = []
         self._prefix_hit_tokens = 0
 
@@ -112,7 +89,7 @@ class Scheduler:
         """Positions of KV cache that prefixes of ended sequences take."""
         return self._ledger.cached_tokens
 
-    def take_freed(self) -> list[int]:
+    def take_freed(self) -> list[SequenceId]:
         """Return the sequences that every stage is to free, and forget them."""
         return self._ledger.take_freed()
 
@@ -434,7 +411,7 @@ class Scheduler:
                 request.sampling_sent = False
             self._landed(part.sequence_id)
 
-    def _landed(self, sequence_id: int) -> None:
+    def _landed(self, sequence_id: SequenceId) -> None:
         self.on_change()
         self._in_flight[sequence_id] -= 1
         if not self._in_flight[sequence_id]:

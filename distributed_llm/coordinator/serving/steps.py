@@ -31,15 +31,18 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import (
     Frame,
     TensorSpec,
-    floats_of_frame,
     frame_of_token_ids,
     token_ids_of_frame,
 )
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
-from distributed_llm.coordinator.requests.request import Request
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import (
+    Step,
+    token_logprobs,
+    wrong_activations,
+    wrong_tokens,
+)
 
 _RELAY_STEPS, _MAX_RELAY_STEPS = 64, 1 << 20
 """Steps that are relayed at every hop after a lease ran out: at first, and at most."""
@@ -110,10 +113,10 @@ class _StepInFlight:
         deadline: when its lease runs out, clock seconds.
     """
 
-    number: int
+    number: StepNumber
     step: Step
     ids: tuple[TensorSpec, Frame]
-    released: tuple[int, ...]
+    released: tuple[SequenceId, ...]
     route: tuple[bool, ...]
     stage: int
     depth: int
@@ -134,7 +137,7 @@ class StepsInFlight:
 
     def __init__(
         self,
-        epoch: int,
+        epoch: Epoch,
         stages: Sequence[PipelineStage],
         *,
         credits: int,
@@ -151,8 +154,8 @@ class StepsInFlight:
         self._suspected = False  # whether a lease has run out and no step ended since
         self._relay_steps = 0  # number of next steps that are relayed at every hop
         self._next_relay_steps = _RELAY_STEPS
-        self._flights: dict[int, _StepInFlight] = {}
-        self._to_release: dict[int, None] = {}
+        self._flights: dict[StepNumber, _StepInFlight] = {}
+        self._to_release: dict[SequenceId, None] = {}
         self._next_step = 1
         self._oldest = 1
 
@@ -196,12 +199,12 @@ class StepsInFlight:
         self._linked[at] = up
         return broken and bool(self._flights)
 
-    def release(self, sequence_ids: Iterable[int]) -> None:
+    def release(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Have the next tasks free sequences on every stage."""
         self._to_release.update(dict.fromkeys(sequence_ids))
 
     @property
-    def to_release(self) -> list[int]:
+    def to_release(self) -> list[SequenceId]:
         """Sequences to be freed that no task has carried yet."""
         return list(self._to_release)
 
@@ -244,9 +247,9 @@ class StepsInFlight:
             return Dropped("late_result")
         last = stage == len(self.stages) - 1
         wrong = (
-            self._wrong_tokens(flight, answer, frames)
+            wrong_tokens(flight.step, answer.tensors, frames, self._model)
             if last
-            else self._wrong_activations(flight, answer)
+            else wrong_activations(flight.step, answer.tensors, self._model)
         )
         if wrong:
             failure = TaskFailed(
@@ -337,7 +340,7 @@ class StepsInFlight:
         return StepDone(
             step=flight.step,
             token_ids=token_ids_of_frame(frames[0]) if frames else [],
-            logprobs=_logprobs(flight.step, answer, frames),
+            logprobs=token_logprobs(flight.step, answer.tensors, frames),
             timings=answer.timings,
             depth=flight.depth,
             round_trip_s=now - flight.began_at,
@@ -356,29 +359,6 @@ class StepsInFlight:
         self.release(flight.released)
         return StepBroken(flight.step, failure)
 
-    def _wrong_tokens(
-        self, flight: _StepInFlight, answer: TaskResult, frames: tuple[Frame, ...]
-    ) -> str:
-        count, asked = flight.step.num_samples, _asked(flight.step)
-        wanted: tuple[TensorSpec, ...] = (TensorSpec("int32", (count,)),) if count else ()
-        if asked is not None:
-            shape = (count, 1 + asked)
-            wanted += (TensorSpec("float32", shape), TensorSpec("int32", shape))
-        if answer.tensors != wanted:
-            return f"answers {_specs(answer.tensors)}, expected {_specs(wanted)}"
-        ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
-        strange = [token for token in ids if not 0 <= token < self._model.defaults.vocab_size]
-        if asked is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
-            return "log-probabilities out of range"
-        return f"token id {strange[0]} is not in the vocabulary" if strange else ""
-
-    def _wrong_activations(self, flight: _StepInFlight, answer: TaskResult) -> str:
-        shape = (len(flight.step.token_ids), self._model.hidden_size)
-        wanted = TensorSpec(self._model.wire_dtype, shape)
-        if answer.tensors == (wanted,):
-            return ""
-        return f"activations {_specs(answer.tensors)}, expected {wanted}"
-
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         assert len(self._flights) <= self.credits
@@ -386,38 +366,3 @@ class StepsInFlight:
             assert flight.number == number
             assert self._oldest <= number < self._next_step
             assert 0 <= flight.stage < len(self.stages)
-
-
-def _specs(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(map(str, specs)) or "none"
-
-
-def _asked(step: Step) -> int | None:
-    """Return how many likeliest tokens the last stage reports for this step, or None."""
-    numbers = [request.sampling.logprobs for request in _samplers(step)]
-    return max((number for number in numbers if number is not None), default=None)
-
-
-def _samplers(step: Step) -> list[Request]:
-    pairs = zip(step.requests, step.slices, strict=True)
-    return [request for request, part in pairs if part.sample]
-
-
-def _logprobs(
-    step: Step, answer: TaskResult, frames: tuple[Frame, ...]
-) -> list[TokenLogprobs | None]:
-    samplers = _samplers(step)
-    if len(frames) < 3:
-        return [None] * len(samplers)
-    width = answer.tensors[1].shape[1]
-    values, ids = floats_of_frame(frames[1]), token_ids_of_frame(frames[2])
-    logprobs: list[TokenLogprobs | None] = []
-    for row, request in enumerate(samplers):
-        number = request.sampling.logprobs
-        if number is None:
-            logprobs.append(None)
-            continue
-        at = row * width
-        top = zip(ids[at + 1 : at + 1 + number], values[at + 1 : at + 1 + number], strict=True)
-        logprobs.append(TokenLogprobs(logprob=values[at], top=tuple(top)))
-    return logprobs

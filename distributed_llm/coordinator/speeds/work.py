@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distributed_llm.common.messages import StageTrial
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import Step
 
 
 @dataclass(frozen=True)
