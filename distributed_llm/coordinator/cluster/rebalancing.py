@@ -16,7 +16,7 @@ from distributed_llm.coordinator.cluster.relocation import Relocation
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.advice import Advice
-from distributed_llm.coordinator.planning.forecast import Forecast, merit
+from distributed_llm.coordinator.planning.forecast import Forecast
 from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
 from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
 from distributed_llm.coordinator.serving.event_log import EventLog
@@ -121,7 +121,7 @@ class Rebalancing:
         if survey is None:
             return []
         self._surveyed = survey
-        return [Study(survey.carry_out)]
+        return [Study(survey.run)]
 
     def _forget(self, epochs: set[int]) -> None:
         """Keep what is known of these plans only."""
@@ -185,9 +185,9 @@ class Rebalancing:
 
     def studied(self, findings: FoundPlans, *, now: float) -> list[Action]:
         """Act on what a survey has found."""
-        survey, self._surveyed = findings.survey, None
+        survey, self._surveyed = findings.search, None
         self._unconfirmed.discard(survey.epoch)
-        self._rates[survey.epoch] = merit(survey.goal, findings.now)
+        self._rates[survey.epoch] = findings.now.score(survey.goal)
         return [*self._advise(findings.advice), *self._act(findings, now)]
 
     def _advise(self, found: Mapping[WorkerId, Advice]) -> list[Action]:
@@ -204,7 +204,7 @@ class Rebalancing:
         ]
 
     def _act(self, findings: FoundPlans, now: float) -> list[Action]:
-        survey = findings.survey
+        survey = findings.search
         pipeline = next((r for r in self._placement.pipelines if r.epoch == survey.epoch), None)
         if pipeline is None or pipeline.in_flight is None or self._relocation.move:
             return []
@@ -222,7 +222,7 @@ class Rebalancing:
             return []  # somebody has left meanwhile, or is to leave
         plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._relocation.price(pipeline, plan)
-        gain = merit(survey.goal, best) / merit(survey.goal, findings.now) - 1.0
+        gain = best.score(survey.goal) / findings.now.score(survey.goal) - 1.0
         offer = Alternative(best.layer_map, gain, self._uncertainty(findings), price.standstill_s)
         verdict = self._lineage(pipeline).balancer.consider(offer, now=now)
         if verdict.what == "wait":
@@ -241,7 +241,7 @@ class Rebalancing:
     def _adds(self, findings: FoundPlans) -> bool:
         """Return whether idle workers should serve the model once more by themselves."""
         wanted, number = self._settings.replicas, len(self._placement.pipelines)
-        extra, survey = findings.extra, findings.survey
+        extra, survey = findings.extra, findings.search
         if extra is None or (wanted != "auto" and number >= wanted):
             return False
         if len(self._found(extra)) < len(extra.layer_map):
@@ -267,5 +267,5 @@ class Rebalancing:
 
     def _uncertainty(self, findings: FoundPlans) -> float:
         assert findings.best is not None
-        names = {worker for worker, _ in (*findings.best.layer_map, *findings.survey.layer_map)}
+        names = {worker for worker, _ in (*findings.best.layer_map, *findings.search.layer_map)}
         return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

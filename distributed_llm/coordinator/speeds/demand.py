@@ -33,11 +33,11 @@ class Demand:
             chunk_tokens=128,
         )
 
-    def load(self, sequences: float) -> Work:
+    def mean_step(self, sequences: float) -> Work:
         """Return an average step in which so many sequences decode."""
         return self._step(sequences, self.prompt_share(sequences))
 
-    def kinds(self, sequences: float) -> tuple[Work, Work]:
+    def step_kinds(self, sequences: float) -> tuple[Work, Work]:
         """Return a step without a part of a prompt, and one that has."""
         return self._step(sequences, 0.0), self._step(sequences, 1.0)
 

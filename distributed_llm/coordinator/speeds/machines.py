@@ -40,7 +40,7 @@ class Machines:
             for worker, size in self.memory_bytes.items()
         ]
 
-    def only(self, workers: Sequence[WorkerId]) -> "Machines":
+    def subset(self, workers: Sequence[WorkerId]) -> "Machines":
         """Return some of them."""
         sizes = {worker: self.memory_bytes[worker] for worker in workers}
         return replace(self, memory_bytes=sizes)
