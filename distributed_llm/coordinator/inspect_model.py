@@ -1,4 +1,4 @@
-"""From a checkpoint to what the coordinator knows of it. Reads headers and samples, no weights."""
+"""Reads a `ServedModel` from a checkpoint: headers and samples of tensors, no whole weights."""
 
 from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
 from distributed_llm.common.hub import fingerprints
@@ -13,12 +13,12 @@ from distributed_llm.coordinator.requests.parameters import generation_defaults
 def served_model(
     source: ModelSource, checkpoint: Checkpoint, *, dtype: DtypeName | None
 ) -> ServedModel:
-    """Return the model in `checkpoint`.
+    """Return the served model of a checkpoint.
 
     Args:
         source: where workers find it.
         checkpoint: config and tensor names; weights need not be on this machine.
-        dtype: to run it in; None is the checkpoint's own.
+        dtype: to run in; None is the checkpoint's own.
 
     Raises:
         CheckpointError: the files contradict one another.
@@ -44,7 +44,7 @@ def served_model(
 
 
 def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
-    """Return what the layers of `checkpoint` cost when run in `dtype`.
+    """Return the memory that the parts of a checkpoint take when run in `dtype`.
 
     Raises:
         CheckpointError: tensors of some layers are missing.
