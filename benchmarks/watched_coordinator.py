@@ -65,11 +65,11 @@ class Survey:
 
 def told(findings: FoundPlans) -> Survey:
     """Return what is printed."""
-    sequences = findings.survey.demand.sequences
+    sequences = findings.search.demand.sequences
     best = findings.best
     return Survey(
-        findings.survey.epoch,
-        findings.survey.demand,
+        findings.search.epoch,
+        findings.search.demand,
         _expected(findings.now, sequences),
         _expected(best, sequences) if best else None,
     )

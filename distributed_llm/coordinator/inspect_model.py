@@ -1,4 +1,4 @@
-"""From a checkpoint to what the coordinator knows of it. Reads headers and samples, no weights."""
+"""Reads a `ServedModel` from a checkpoint: headers and samples of tensors, no whole weights."""
 
 from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
 from distributed_llm.common.hub import fingerprints
@@ -14,7 +14,7 @@ from distributed_llm.coordinator.requests.parameters import generation_defaults
 def served_model(
     source: ModelSource, checkpoint: Checkpoint, settings: CoordinatorSettings
 ) -> ServedModel:
-    """Return the model in `checkpoint`.
+    """Return the served model of a checkpoint.
 
     Args:
         source: where workers find it.
@@ -46,7 +46,7 @@ def served_model(
 
 
 def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
-    """Return what the layers of `checkpoint` cost when run in `dtype`.
+    """Return the memory that the parts of a checkpoint take when run in `dtype`.
 
     Raises:
         CheckpointError: tensors of some layers are missing.

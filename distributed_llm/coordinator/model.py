@@ -1,4 +1,4 @@
-"""What the coordinator knows of the model it serves."""
+"""The served model, as the coordinator knows it. Pure values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from distributed_llm.coordinator.model_cost import ModelCost
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the checkpoint says about generation.
+    """Limits and defaults of generation, from the checkpoint.
 
     Attributes:
-        context_length: positions that prompt and answer may take together.
+        context_length: positions of prompt and answer together.
+        vocab_size: token ids are below it.
         eos_token_ids: tokens that end an answer.
-        params: values for what a request leaves open.
+        params: values of the parameters that a request does not set.
     """
 
     context_length: int
@@ -31,11 +32,14 @@ class ServedModel:
     """The model of a cluster.
 
     Attributes:
-        name: for people.
+        name: shown to users.
+        source: where workers find the checkpoint.
         dtype: of weights and KV cache.
         wire_dtype: of activations between stages.
-        hidden_size: numbers per token between stages.
-        digest: names the weights of a layer range.
+        cost: memory of its parts.
+        hidden_size: numbers in the activations of one token.
+        defaults: of generation.
+        digest: returns a digest of the weights of a layer range.
     """
 
     name: str

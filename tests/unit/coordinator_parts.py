@@ -62,7 +62,7 @@ class Known(Measurements):
         return self.rate
 
 
-@dataclass
+@dataclass(frozen=True)
 class Roomy(Planner):
     """A planner that leaves room for a number of positions that it is told."""
 

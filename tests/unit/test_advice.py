@@ -256,7 +256,7 @@ def test_advice_agrees_with_the_plans(
     assert advices is not None
     assert set(advices) == set(names)
     for name, advice in advices.items():
-        rest = some.only([other for other in names if other != name])
+        rest = some.subset([other for other in names if other != name])
         without = best_plan(cost, rest, demand, goal=goal, kv_tokens=kv)
         assert (advice.gain is None) == (without is None)
         assert (advice.without_tokens_per_s is None) == (without is None)

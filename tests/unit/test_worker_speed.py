@@ -131,7 +131,7 @@ def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others()
     costs = WorkerSpeed(PRIOR)
     assert (costs.measured, costs.first_scale(decoding(1)), costs.error) == (False, None, None)
     load = Work(10, 5000, prompts=0.5, prompt_tokens=50, prompt_positions=5000)
-    plain, scaled = costs.times(load), costs.speed(load, scale=3.0)
+    plain, scaled = costs.times(load), costs.times(load, scale=3.0)
     assert plain.layer_s == pytest.approx(1e-3 + 5e-4 + 2e-4 + 0.5 * (5e-3 + 1e-4))
     assert plain.last_s == pytest.approx(2e-3 + 1e-3 + 0.5 * 1e-4)
     assert scaled.layer_s == pytest.approx(3 * plain.layer_s)
@@ -479,7 +479,7 @@ def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: fl
         worker.do(chunk(64))
     before, other = worker.costs, worker.costs.rescaled(factor)
     for load in (decoding(1), both(decoding(16), chunk(64))):
-        was, now = before.times(load), other.speed(load)
+        was, now = before.times(load), other.times(load)
         assert now.layer_s == pytest.approx(factor * was.layer_s)
         assert now.task_s == pytest.approx(factor * was.task_s)
         assert now.last_s == pytest.approx(factor * was.last_s)
@@ -498,7 +498,7 @@ def test_what_is_rescaled_is_another_one() -> None:
 def test_what_was_not_measured_is_not_rescaled() -> None:
     costs = WorkerSpeed(PRIOR).rescaled(4.0)
     assert not costs.measured
-    assert costs.times(decoding(1)) == WorkerSpeed(PRIOR).speed(decoding(1))
+    assert costs.times(decoding(1)) == WorkerSpeed(PRIOR).times(decoding(1))
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])

@@ -17,7 +17,7 @@ from distributed_llm.coordinator.cluster.registry import Worker, memory_of
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
-from distributed_llm.coordinator.planning.forecast import Forecast, merit
+from distributed_llm.coordinator.planning.forecast import Forecast
 from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
 from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
 from distributed_llm.coordinator.serving.event_log import EventKind
@@ -194,10 +194,10 @@ class Rebalancing:
 
     def found(self, found: FoundPlans, *, now: float) -> list[Action]:
         """Act on what a search has found."""
-        search, self._search = found.survey, None
+        search, self._search = found.search, None
         outlook = self._outlooks.setdefault(search.epoch, _Outlook())
         outlook.unconfirmed = False
-        outlook.tokens_per_s = merit(search.goal, found.now)
+        outlook.tokens_per_s = found.now.score(search.goal)
         return [*self._advise(found.advice), *self._act(found, outlook, now)]
 
     def search_failed(self) -> None:
@@ -219,7 +219,7 @@ class Rebalancing:
         ]
 
     def _act(self, found: FoundPlans, outlook: _Outlook, now: float) -> list[Action]:
-        search = found.survey
+        search = found.search
         pipeline = next((r for r in self._pipelines.serving if r.epoch == search.epoch), None)
         if pipeline is None or self._moves.move or self._replanning.busy:
             return []
@@ -235,7 +235,7 @@ class Rebalancing:
             return []  # somebody has left meanwhile, or is to leave
         plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
-        gain = merit(search.goal, best) / merit(search.goal, found.now) - 1.0
+        gain = best.score(search.goal) / found.now.score(search.goal) - 1.0
         alternative = Alternative(
             best.layer_map, gain, self._uncertainty(found), price.standstill_s
         )
@@ -252,7 +252,7 @@ class Rebalancing:
     def _adds(self, found: FoundPlans) -> bool:
         """Return whether idle workers should serve the model once more by themselves."""
         wanted, number = self._cluster.settings.replicas, len(self._pipelines.all)
-        extra, search = found.extra, found.survey
+        extra, search = found.extra, found.search
         if extra is None or (wanted != "auto" and number >= wanted):
             return False
         if len(self._available(extra)) < len(extra.layer_map):
@@ -278,5 +278,5 @@ class Rebalancing:
 
     def _uncertainty(self, found: FoundPlans) -> float:
         assert found.best is not None
-        names = {worker for worker, _ in (*found.best.layer_map, *found.survey.layer_map)}
+        names = {worker for worker, _ in (*found.best.layer_map, *found.search.layer_map)}
         return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

@@ -1,8 +1,8 @@
-"""Whether another plan would be better than the one that is served. Pure, but slow.
+"""Search for a better plan than the one that is served. Pure, but slow.
 
-Looking for the best plan takes some milliseconds for a few workers, and some hundred for many. So
-what is known is gathered in a survey, which is carried out beside the core; findings may be late,
-and are judged by what is so by then.
+The best plan takes a few milliseconds for a few workers, and hundreds for many. So a `PlanSearch`
+holds copies of all that it needs, and runs in a thread beside the core; by the time it ends, its
+results may be outdated, and are checked against what is so then.
 """
 
 from collections.abc import Mapping
@@ -20,19 +20,21 @@ from distributed_llm.coordinator.speeds.machines import Machines
 
 @dataclass(frozen=True)
 class PlanSearch:
-    """Questions about one pipeline.
+    """A search for better plans for one pipeline, and what it needs to know.
 
     Attributes:
-        epoch: of its plan.
-        layer_map: of its plan.
-        machines: that may serve: its own workers, and those that have no layers.
-        idle: those that have no layers.
-        demand: what is asked of it.
+        epoch: of the served plan.
+        cost: of the model.
+        layer_map: of the served plan.
+        machines: workers of the pipeline, and idle ones.
+        idle: workers without layers.
+        demand: what is asked of the pipeline.
+        goal: as for `forecast.best_plan`.
         kv_tokens: positions of KV cache that a plan must have room for.
-        extra_kv_tokens: likewise a plan of those that have no layers.
-        least_kv_tokens: with which it would do, if need be.
-        beside_tokens_per_s: what other pipelines give, which serve the model too.
-        advise: whether to tell of every worker if it helps.
+        extra_kv_tokens: likewise, for a plan of idle workers alone.
+        least_kv_tokens: room that is enough if a machine were missing; see `advice.advise`.
+        beside_tokens_per_s: rate of the other pipelines.
+        advise: whether to look for advice about every worker too.
     """
 
     epoch: int
@@ -49,7 +51,7 @@ class PlanSearch:
     advise: bool
 
     def answer(self) -> "FoundPlans":
-        """Return the answers."""
+        """Return what was found."""
 
         def best(machines: Machines, kv_tokens: int) -> Forecast | None:
             return best_plan(self.cost, machines, self.demand, goal=self.goal, kv_tokens=kv_tokens)
@@ -69,23 +71,25 @@ class PlanSearch:
             self,
             now=forecast(self.cost, self.machines, self.layer_map, self.demand),
             best=best(self.machines, self.kv_tokens),
-            extra=best(self.machines.only(self.idle), self.extra_kv_tokens) if self.idle else None,
+            extra=best(self.machines.subset(self.idle), self.extra_kv_tokens)
+            if self.idle
+            else None,
             advice=advice or {},
         )
 
 
 @dataclass(frozen=True)
 class FoundPlans:
-    """Answers to a survey.
+    """The result of a plan search.
 
     Attributes:
-        now: what the plan of the survey is expected to do.
-        best: what the best plan is; None if nothing fits.
-        extra: what the idle workers could do in a pipeline of their own; None if it does not fit.
-        advice: of each worker; empty if it was not asked for, or nothing fits.
+        now: forecast of the served plan.
+        best: forecast of the best plan, None if none fits.
+        extra: forecast of a further pipeline of the idle workers, None if none fits.
+        advice: by worker; empty if not asked for, or if no plan fits.
     """
 
-    survey: PlanSearch
+    search: PlanSearch
     now: Forecast
     best: Forecast | None
     extra: Forecast | None
