@@ -1,7 +1,7 @@
 """Which better plans a search finds for a pipeline."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -9,7 +9,8 @@ import pytest
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.forecast import forecast
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
@@ -25,19 +26,42 @@ def machines(memory: Mapping[WorkerId, int]) -> Machines:
     return Machines(memory, costs, LinkSpeeds(bytes_per_token=16).links)
 
 
+@dataclass(frozen=True)
+class Told(Planner):
+    """A planner that was told how much room plans should have.
+
+    Attributes:
+        room: for KV cache, positions.
+        spare_room: likewise, for plans of c alone.
+        asked: the workers that it was asked about.
+    """
+
+    room: int = 64
+    spare_room: int = 64
+    asked: list[set[WorkerId]] = field(default_factory=list)
+
+    def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
+        """Return what it was told."""
+        self.asked.append(set(memory))
+        return self.spare_room if set(memory) == {C} else self.room
+
+
+def planner(*, least: int = 64, spare_room: int = 64) -> Told:
+    return Told(COST, "speed", "throughput", {}, 1, 2048, least, spare_room=spare_room)
+
+
 def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
     """Return a search for a pipeline of a and b, which have `memory` bytes; c is idle."""
     usual = PlanSearch(
         epoch=1,
-        cost=COST,
+        planner=planner(),
         layer_map=((A, LayerRange(0, 5)), (B, LayerRange(5, 6))),
         machines=machines({A: memory, B: memory, C: 9000}),
         idle=(C,),
+        hanging=frozenset(),
         demand=Demand.expected(3),
         goal="throughput",
-        kv_tokens=64,
-        extra_kv_tokens=64,
-        least_kv_tokens=64,
+        needed_tokens=64,
         beside_tokens_per_s=0.0,
         advise=False,
     )
@@ -68,8 +92,8 @@ def test_the_best_plan_has_the_room_that_is_asked_for() -> None:
     """c with 9000 bytes could do all of it; two of 4000 cannot with more than 166 positions."""
     room = (4000 - 3500) // 3
     pair = machines({A: 4000, B: 4000})
-    for kv_tokens, fits in ((room, True), (room + 1, False)):
-        assert (found(machines=pair, idle=(), kv_tokens=kv_tokens).best is not None) == fits
+    for needed, fits in ((room, True), (room + 1, False)):
+        assert (found(machines=pair, idle=(), needed_tokens=needed).best is not None) == fits
 
 
 def test_extra_is_what_idle_workers_do_by_themselves() -> None:
@@ -80,7 +104,7 @@ def test_extra_is_what_idle_workers_do_by_themselves() -> None:
 
 @pytest.mark.parametrize(("kv_tokens", "fits"), [((9000 - 6800) // 6, True), (367, False)])
 def test_extra_has_room_of_its_own(kv_tokens: int, fits: bool) -> None:
-    plans = found(extra_kv_tokens=kv_tokens)
+    plans = found(planner=planner(spare_room=kv_tokens))
     assert (plans.extra is not None) == fits
     assert plans.best, "it is not asked for so much"
 
@@ -95,7 +119,7 @@ def test_advice_is_given_if_it_is_asked_for() -> None:
 
 
 def test_no_advice_where_nothing_fits() -> None:
-    plans = found(advise=True, kv_tokens=1 << 30)
+    plans = found(advise=True, needed_tokens=1 << 30)
     assert plans.best is None
     assert plans.advice == {}
 
@@ -109,7 +133,26 @@ def test_advice_counts_what_other_pipelines_give() -> None:
 def test_advice_without_a_machine_may_do_with_less_room() -> None:
     """Two of them have room for 3250 positions only if all three serve."""
     room = (9000 - 2500) // 2
-    little = found(advise=True, kv_tokens=room, least_kv_tokens=64).advice
-    strict = found(advise=True, kv_tokens=room, least_kv_tokens=room).advice
+    little = found(advise=True, needed_tokens=room).advice
+    strict = found(advise=True, needed_tokens=room, planner=planner(least=room)).advice
     assert strict[A].gain is None
     assert little[A].gain is not None
+
+
+def test_who_hangs_gives_no_room() -> None:
+    told = planner()
+    found(planner=told, hanging=frozenset({B}))
+    assert told.asked == [{A, C}, {C}]
+
+
+def test_only_the_fastest_without_layers_are_looked_at() -> None:
+    names = [WorkerId(f"idle-{number}") for number in range(MAX_IDLE + 2)]
+    some = machines(dict.fromkeys([A, B, *names], 9000))
+    quick = names[-1]
+    some = replace(some, costs={**some.costs, quick: WorkerSpeed(Prior(1e-4, 1e-6, 0, 0, 0, 0))})
+    told = planner()
+    found(planner=told, machines=some, idle=tuple(names), advise=False)
+    spare = told.asked[-1]
+    assert len(spare) == MAX_IDLE
+    assert quick in spare
+    assert told.asked[0] == {A, B, *spare}

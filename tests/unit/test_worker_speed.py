@@ -631,3 +631,23 @@ def test_no_trials_tell_nothing() -> None:
     costs.try_out([], layers=LAYERS, is_last=False, now=0.0)
     assert not costs.measured
     assert costs.error is None
+
+
+def test_a_snapshot_does_not_change_and_changes_nothing() -> None:
+    def task(costs: WorkerSpeed, now: float, layers_s: float) -> None:
+        costs.observe(
+            decoding(4), layers=2.0, is_last=False, layers_s=layers_s, other_s=1e-4, now=now
+        )
+
+    costs = WorkerSpeed(PRIOR)
+    for number in range(10):
+        task(costs, float(number), 0.01 if number % 2 else 0.03)  # some look like a change
+    before, kept = costs.snapshot(), costs.times(decoding(4))
+    for number in range(10, 40):
+        task(costs, float(number), 0.08)
+    assert before.times(decoding(4)) == kept
+    assert costs.times(decoding(4)) != kept
+    after, doubt = costs.times(decoding(4)), costs.doubt
+    task(before, 50.0, 0.5)
+    before.rescaled(3.0)
+    assert (costs.times(decoding(4)), costs.doubt) == (after, doubt)

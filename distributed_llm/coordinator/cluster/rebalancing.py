@@ -18,8 +18,8 @@ from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
-from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
+from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.steps import StepDone
@@ -27,9 +27,6 @@ from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 
 _EVERY_S = 1.0
 _ADVISE_EVERY_S = 10.0
-_MAX_IDLE = 16
-"""Workers without layers that a search looks at, the fastest."""
-
 _ERROR_OF_MEAN = 0.2
 """Standard deviation of a fitted time, as a share of the median error of single tasks."""
 
@@ -152,7 +149,7 @@ class Rebalancing:
         workers = [worker for worker in self._registry.workers if worker.peer in own]
         if any(worker.leaving for worker in workers):
             return None
-        idle = self._quickest(self._registry.idle)
+        idle = self._registry.idle
         demand = self._lineage(pipeline).demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
         outlook = self._outlooks[pipeline.epoch]
@@ -162,21 +159,16 @@ class Rebalancing:
         advise = not known or now >= outlook.advised_at + _ADVISE_EVERY_S
         if advise:
             outlook.advised, outlook.advised_at = everybody, now
-        fit = [worker for worker in workers if not self._registry.hangs(worker)]
-        needed = self._cluster.needed_tokens(pipeline)
-        planner = self._planner
-        objective = self._cluster.settings.objective
         return PlanSearch(
             epoch=pipeline.epoch,
-            cost=self._cluster.model.cost,
+            planner=self._planner,
             layer_map=pipeline.layer_map,
             machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
-            demand=demand or Demand.expected(len(everybody)),
-            goal=planner.goal if demand is None else objective,
-            kv_tokens=max(needed, planner.kv_tokens(memory_of([*fit, *idle]))),
-            extra_kv_tokens=planner.kv_tokens(memory_of(idle)),
-            least_kv_tokens=planner.least_kv_tokens,
+            hanging=frozenset(w.id for w in workers if self._registry.hangs(w)),
+            demand=demand or Demand.expected(min(len(everybody), len(own) + MAX_IDLE)),
+            goal=self._planner.goal if demand is None else self._cluster.settings.objective,
+            needed_tokens=self._cluster.needed_tokens(pipeline),
             beside_tokens_per_s=sum(
                 found.tokens_per_s or 0.0
                 for epoch, found in self._outlooks.items()
@@ -184,11 +176,6 @@ class Rebalancing:
             ),
             advise=advise,
         )
-
-    def _quickest(self, idle: Sequence[Worker]) -> list[Worker]:
-        workers = {worker.id: worker for worker in idle}
-        ranked = ranked_by_speed(self._measurements.machines(memory_of(idle)))
-        return [workers[worker] for worker in ranked[:_MAX_IDLE]]
 
     # -------------------------------------------------------------- what was found
 

@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distributed_llm.common.settings import Goal
-from distributed_llm.common.types import WorkerId
-from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.advice import Advice, advise
 from distributed_llm.coordinator.planning.forecast import Forecast, best_plan, forecast
+from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
+
+MAX_IDLE = 16
+"""Workers without layers that a search looks at, the fastest."""
 
 
 @dataclass(frozen=True)
@@ -24,56 +27,60 @@ class PlanSearch:
 
     Attributes:
         epoch: of the served plan.
-        cost: of the model.
+        planner: of the coordinator.
         layer_map: of the served plan.
         machines: workers of the pipeline, and idle ones.
-        idle: workers without layers.
+        idle: workers without layers; only the fastest of them are looked at.
+        hanging: workers of the pipeline that hang, and give no room for KV cache.
         demand: what is asked of the pipeline.
         goal: as for `forecast.best_plan`.
-        kv_tokens: positions of KV cache that a plan must have room for.
-        extra_kv_tokens: likewise, for a plan of idle workers alone.
-        least_kv_tokens: room that is enough if a machine were missing; see `advice.advise`.
+        needed_tokens: positions of KV cache that requests of the pipeline take or may take.
         beside_tokens_per_s: rate of the other pipelines.
         advise: whether to look for advice about every worker too.
     """
 
-    epoch: int
-    cost: ModelCost
+    epoch: Epoch
+    planner: Planner
     layer_map: LayerMap
     machines: Machines
     idle: tuple[WorkerId, ...]
+    hanging: frozenset[WorkerId]
     demand: Demand
     goal: Goal
-    kv_tokens: int
-    extra_kv_tokens: int
-    least_kv_tokens: int
+    needed_tokens: int
     beside_tokens_per_s: float
     advise: bool
 
     def answer(self) -> "FoundPlans":
         """Return what was found."""
+        cost, planner = self.planner.cost, self.planner
+        idle = ranked_by_speed(self.machines.subset(self.idle))[:MAX_IDLE]
+        own = [worker for worker, _ in self.layer_map]
+        machines = self.machines.subset([*own, *idle])
+        sizes = machines.memory_bytes
+        roomy = {worker: size for worker, size in sizes.items() if worker not in self.hanging}
+        kv_tokens = max(self.needed_tokens, planner.kv_tokens(roomy))
 
-        def best(machines: Machines, kv_tokens: int) -> Forecast | None:
-            return best_plan(self.cost, machines, self.demand, goal=self.goal, kv_tokens=kv_tokens)
+        def best(some: Machines, kv_tokens: int) -> Forecast | None:
+            return best_plan(cost, some, self.demand, goal=self.goal, kv_tokens=kv_tokens)
 
         advice = None
         if self.advise:
             advice = advise(
-                self.cost,
-                self.machines,
+                cost,
+                machines,
                 self.demand,
                 goal=self.goal,
-                kv_tokens=self.kv_tokens,
-                least_kv_tokens=self.least_kv_tokens,
+                kv_tokens=kv_tokens,
+                least_kv_tokens=planner.least_kv_tokens,
                 beside_tokens_per_s=self.beside_tokens_per_s,
             )
+        spare = machines.subset(idle)
         return FoundPlans(
             self,
-            now=forecast(self.cost, self.machines, self.layer_map, self.demand),
-            best=best(self.machines, self.kv_tokens),
-            extra=best(self.machines.subset(self.idle), self.extra_kv_tokens)
-            if self.idle
-            else None,
+            now=forecast(cost, machines, self.layer_map, self.demand),
+            best=best(machines, kv_tokens),
+            extra=best(spare, planner.kv_tokens(spare.memory_bytes)) if idle else None,
             advice=advice or {},
         )
 

@@ -1,6 +1,5 @@
 """Measurements: how fast the workers and links of a cluster are. Pure."""
 
-import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -136,7 +135,7 @@ class Measurements:
 
     def machines(self, memory_bytes: Mapping[WorkerId, int]) -> Machines:
         """Return an immutable copy for planning, of the workers in `memory_bytes`."""
-        costs = {worker: copy.deepcopy(self._costs[worker]) for worker in memory_bytes}
+        costs = {worker: self._costs[worker].snapshot() for worker in memory_bytes}
         links = self._network.snapshot().links
         return Machines(dict(memory_bytes), costs, links, self._overhead.value or 0.0)
 

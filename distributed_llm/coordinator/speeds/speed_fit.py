@@ -6,6 +6,7 @@ coefficients is forgotten soon. How its time grows with the size of a step depen
 so their ratios are hardly forgotten: they stay known while all steps have one size.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -229,6 +230,16 @@ class SpeedFit:
             self.jumped = median(self._run)
             self._rescale(self.jumped)
             self._doubt(_IN_A_ROW - 1)
+
+    def snapshot(self) -> "SpeedFit":
+        """Return a copy that does not change when this does.
+
+        It shares the arrays: a fit replaces them between tasks, and writes into none that is
+        shared.
+        """
+        copied = copy.copy(self)
+        copied._run = list(self._run)
+        return copied
 
     def rescale(self, factor: float) -> None:
         """Multiply the expected times, if anything was measured; later tasks soon outweigh it."""
