@@ -190,7 +190,7 @@ def serve_null_stage(address: str) -> None:
     """Be a worker whose stage gives back what it got, until killed."""
     from distributed_llm.worker import service
     from distributed_llm.worker.compute import engine
-    from distributed_llm.worker.compute.computing import Given
+    from distributed_llm.worker.compute.computing import TensorsOnWire
     from distributed_llm.worker.session import events
 
     class NullEngine(engine.Engine):
@@ -198,7 +198,7 @@ def serve_null_stage(address: str) -> None:
             ready = events.Loaded(load.session, load.order.epoch, 0.0, 0, load.order.kv_tokens)
             self._post(ready)
 
-        def _compute(self, run: events.Run) -> tuple[Given, StageTime]:
+        def _compute(self, run: events.Run) -> tuple[TensorsOnWire, StageTime]:
             none = StageTime(compute_us=0, layers_us=0, queued_us=0)
             return (run.task.tensors[1:], run.frames[1:]), none
 

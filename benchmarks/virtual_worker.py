@@ -146,9 +146,9 @@ class VirtualWorker:
             match action:
                 case (
                     agents.Run()
-                    | agents.Export()
-                    | agents.Import()
-                    | agents.Inherit()
+                    | agents.ExportKV()
+                    | agents.ImportKV()
+                    | agents.AssembleKV()
                     | agents.Probe()
                 ):
                     self._queue.append((action, self.cluster.now))
@@ -161,9 +161,9 @@ class VirtualWorker:
                     self._beside = None
                 case agents.Drop():
                     self.served = self._beside = None
-                case agents.Say(message=said, frames=frames):
+                case agents.Send(message=said, frames=frames):
                     self._say(said, frames)
-                case agents.Beat(epochs=epochs):
+                case agents.SendHeartbeat(epochs=epochs):
                     self._say(self._heartbeat(epochs))
                 case agents.Reconnect():
                     self._queue.clear()
@@ -171,7 +171,7 @@ class VirtualWorker:
                 case agents.End():
                     self.alive = False
                     self.cluster.at(self.cluster.now + CONNECT_S, self.cluster.noticed, self)
-                case agents.Exit(error=error):
+                case agents.Fail(error=error):
                     raise error
                 case agents.Release() | agents.Log():
                     pass
@@ -185,13 +185,13 @@ class VirtualWorker:
                 self.cluster.at(self.cluster.now + CONNECT_S, self._dialled, link, addresses)
             case links.Greet(link=link, hello=hello):
                 self._across(link, hello)
-            case links.HandOn(task=task, frames=frames):
+            case links.ForwardTask(task=task, frames=frames):
                 self._across(links.LinkId(task.epoch), task, frames)
-            case links.Transmit(link=link, message=message, frames=frames):
+            case links.SendOverLink(link=link, message=message, frames=frames):
                 self._across(link, message, frames)
             case links.CloseLink(link=link):
                 self._links.pop(link, None)
-            case links.PeerSay(peer=peer, message=answer):
+            case links.SendToPeer(peer=peer, message=answer):
                 dialler, link = self.cluster.dials[peer]
                 delay_s = self.delay_s + dialler.delay_s
                 when = self.cluster.now + delay_s
@@ -217,7 +217,7 @@ class VirtualWorker:
         other = self.cluster.workers[PeerId(addresses[0].encode())]
         if self.alive and other.alive and not self._apart:
             self._links[link] = other
-            self._apply(links.NextReached(link, addresses[0]))
+            self._apply(links.LinkReached(link, addresses[0]))
 
     def _across(
         self, link: links.LinkId, message: ToNextWorker, frames: tuple[Frame, ...] = ()
@@ -236,7 +236,7 @@ class VirtualWorker:
         if isinstance(message, PeerWelcome):
             self._apply(links.LinkUp(link, rtt_s))
         else:
-            self._apply(links.LinkHeard(link, message))
+            self._apply(links.LinkReceived(link, message))
 
     def lost(self, other: "VirtualWorker") -> None:
         """Another worker is gone."""
@@ -285,7 +285,7 @@ class VirtualWorker:
 
     def _step_s(self, layers: int, tokens: int) -> float:
         scenario = self.cluster.scenario
-        share = layers * scenario.workers / (scenario.num_layers * scenario.all_in_flight)
+        share = layers * scenario.workers / (scenario.num_layers * scenario.pipelines)
         noise = 1.0 + scenario.noise * (2.0 * self.cluster.random.random() - 1.0)
         base_ms = scenario.stage_ms + scenario.token_ms * tokens
         return noise * self.slowness * share * base_ms / 1000
@@ -303,17 +303,17 @@ class VirtualWorker:
                         order, specs, frames, time.compute_us, time.layers_us, queued_us
                     )
                 )
-            case agents.Export():
+            case agents.ExportKV():
                 self._apply(self._export(order))
-            case agents.Import():
-                self._apply(agents.Imported(order))
-            case agents.Inherit():
-                self._apply(agents.Inherited(order))
+            case agents.ImportKV():
+                self._apply(agents.KVImported(order))
+            case agents.AssembleKV():
+                self._apply(agents.KVAssembled(order))
             case agents.Probe(session=session):
                 self._apply(agents.Probed(session, *self._speeds()))
         self._work()
 
-    def _export(self, order: agents.Export) -> agents.Exported:
+    def _export(self, order: agents.ExportKV) -> agents.KVExported:
         """Return the next message of a transfer: some with KV cache, and one when it ends."""
         epoch, layers, number = order.epoch, order.layers, order.number
         message: KVPieces | KVEnd | None = None
@@ -322,10 +322,10 @@ class VirtualWorker:
             message = KVPieces(epoch=epoch, layers=layers, number=number, parts=(), tensors=())
         elif order.rest:
             message = KVEnd(epoch=epoch, layers=layers, number=number, tensors=())
-        return agents.Exported(order, message)
+        return agents.KVExported(order, message)
 
 
-_Order = agents.Run | agents.Export | agents.Import | agents.Inherit | agents.Probe
+_Order = agents.Run | agents.ExportKV | agents.ImportKV | agents.AssembleKV | agents.Probe
 
 
 def _time(took_s: float) -> StageTime:

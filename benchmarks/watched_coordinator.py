@@ -91,8 +91,8 @@ class WatchedCore(Core):
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Print what a survey has found; go on as usual."""
-        if isinstance(event, Studied) and isinstance(event.result, FoundPlans):
-            print(msgspec.json.encode(told(event.result)).decode(), flush=True)
+        if isinstance(event, Studied) and isinstance(event.answer, FoundPlans):
+            print(msgspec.json.encode(told(event.answer)).decode(), flush=True)
         return super().handle(event, now=now)
 
 

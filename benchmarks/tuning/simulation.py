@@ -31,6 +31,7 @@ from distributed_llm.common.messages import (
     ToNextWorker,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings, Goal
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName, Frame
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.core import Core
@@ -39,7 +40,6 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import Hop, Links
 from distributed_llm.coordinator.planning.forecast import best_plan
 from distributed_llm.coordinator.planning.strategies import StaticStrategy, make_plan
-from distributed_llm.coordinator.settings import CoreSettings, Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
@@ -256,6 +256,7 @@ def _run(
         name=model.name,
         source=ModelSource(kind="builtin", name=""),
         dtype=dtype,
+        wire_dtype=dtype,
         cost=model.cost(dtype),
         hidden_size=model.hidden_size,
         defaults=GenerationDefaults(
@@ -289,7 +290,7 @@ class _Cluster(VirtualCluster):
         super().__init__(scenario)
         self.core = Core(
             served,
-            CoreSettings(
+            CoordinatorSettings(
                 strategy="custom",
                 layers={str(worker): held for worker, held in stages},
                 replicas=1,
@@ -298,7 +299,7 @@ class _Cluster(VirtualCluster):
                 max_batch_tokens=scenario.chunk,
                 max_waiting_requests=scenario.requests,
                 min_kv_tokens=KV_TOKENS,
-                task_timeout_s=1e6,
+                task_timeout_s=86400,
             ),
             draw_seed=lambda: self.random.getrandbits(62),
         )

@@ -53,6 +53,8 @@ def _lower(value: object) -> object:
 
 
 def _layer_range(value: object) -> LayerRange:
+    if isinstance(value, LayerRange):
+        return value
     ends: Iterable[Any] = ()
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,6}\s*-\s*[0-9]{1,6}\s*", value):
         ends = (int(end) for end in value.split("-"))
@@ -103,6 +105,9 @@ Factor = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[str, _shape(r"[^\x00-\x1f]{0,4096}", "should be one line of text")]
 WorkerName = Annotated[str, _shape(_NAME, _NAME_RULE)]
 WorkerNameOrEmpty = Annotated[str, _shape(f"({_NAME})?", _NAME_RULE)]
+WeightDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Strategy = Literal["speed", "memory", "even", "custom"]
+Goal = Literal["auto", "throughput", "latency"]
 Device = Annotated[
     str,
     _shape(
@@ -138,22 +143,22 @@ class CoordinatorSettings(_Section):
         description="HOST:PORT to listen on; 0.0.0.0 is every network of this machine, port 0 any "
         "free port.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: WeightDtype = Field(
         default="auto",
         description="Number type of weights and activations; auto: as in the model's files.",
     )
-    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    wire_dtype: WeightDtype = Field(
         default="auto",
         description="Number type of activations between workers; auto: as `dtype`. A narrower one "
         "saves traffic and changes answers a little.",
     )
-    strategy: Literal["speed", "memory", "even", "custom"] = Field(
+    strategy: Strategy = Field(
         default="speed",
         description="How layers are shared out: speed (by measured speed, and again while requests "
         "run when that changes), memory (in proportion to it), even (equal numbers), custom (as "
         "`layers` says).",
     )
-    objective: Literal["auto", "throughput", "latency"] = Field(
+    objective: Goal = Field(
         default="auto",
         description="What strategy speed makes best: throughput (many requests at once), latency "
         "(one at a time: fewest, fastest workers), auto (as many as there are).",

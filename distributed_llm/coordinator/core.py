@@ -1,10 +1,10 @@
 """The coordinator's decisions: events in, actions out. Pure.
 
-It joins the registry (who is there), the placement (who serves what), the desk (what was asked) and
-the stepping (steps under way); the rebalancing says when layers should move, the departures who is
-to leave, and the relocation moves them.
+It joins the rooms: who is there and who serves what (`cluster`), what was asked and is computed
+(`serving`), and how fast everything is (`speeds`). Every event is dispatched here, once; then
+whatever can be started is started.
 
-When a worker of a plan is lost, the layers are planned anew over those that are left, under a
+When a worker of a pipeline is lost, the layers are planned anew over those that are left, under a
 larger epoch; answers of the old epoch are dropped, and the requests that ran there compute their
 tokens again on the new stages. Sampling depends on nothing but the tokens, so no answer changes. A
 worker that joins is used, under strategy "speed", as soon as that is faster; under the others as
@@ -12,17 +12,15 @@ soon as no request is under way.
 """
 
 from collections.abc import Callable
-from typing import Literal, assert_never
+from typing import assert_never
 
 from distributed_llm.common.codec import encode_payload
-from distributed_llm.common.errors import (
-    NotReady,
-    ProtocolMismatch,
-)
+from distributed_llm.common.errors import DistributedLLMError, NotReady, ProtocolMismatch
 from distributed_llm.common.messages import (
     Cancel,
     CancelStage,
     ClientHello,
+    ClientRequest,
     ClusterStatus,
     DrainWorker,
     Generate,
@@ -43,16 +41,18 @@ from distributed_llm.common.messages import (
     TaskResult,
     TookOver,
     WorkerHello,
+    WorkerReport,
     WorkerStatus,
 )
-from distributed_llm.common.tensors import ITEM_BYTES, frame_of_bytes
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
-from distributed_llm.coordinator.cluster.pipelines import Pipelines
-from distributed_llm.coordinator.cluster.placement import Placement
+from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
-from distributed_llm.coordinator.cluster.relocation import Relocation
+from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
@@ -60,6 +60,7 @@ from distributed_llm.coordinator.events import (
     Event,
     Garbage,
     Log,
+    Question,
     Received,
     Send,
     Studied,
@@ -70,13 +71,11 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.planning.plan_search import FoundPlans
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
-from distributed_llm.coordinator.serving.event_log import EventLog
-from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
-from distributed_llm.coordinator.speeds.measurements import Measurements
+from distributed_llm.coordinator.serving.event_log import Entry
 from distributed_llm.coordinator.stepping import Stepping
 
 
@@ -86,242 +85,161 @@ class Core:
     Args:
         model: what is served.
         settings: how.
-        draw_seed: gives a seed for a request without one.
+        draw_seed: draws a seed for a request that has none.
     """
 
     def __init__(
-        self, model: ServedModel, settings: CoreSettings, *, draw_seed: Callable[[], int]
+        self, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> None:
-        self._model = model
-        self._settings = settings
-        self._registry = Registry(silence_timeout_s=settings.silence_timeout_s)
-        self._book = RequestBook(
-            model.defaults, max_waiting=settings.max_waiting_requests, draw_seed=draw_seed
-        )
-        self._event_log = event_log = EventLog()
-        wire_dtype = settings.wire_dtype or model.dtype
-        self._measurements = Measurements(
-            model.cost,
-            item_bytes=ITEM_BYTES[model.dtype],
-            bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
-        )
+        self._cluster = cluster = Cluster.of(model, settings, draw_seed=draw_seed)
         planner = Planner.of(model, settings)
-        self._pipelines = Pipelines(
-            model,
-            settings,
-            self._registry,
-            self._book,
-            event_log,
-            draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
-            wants_trials=lambda worker: (
-                settings.strategy == "speed" and self._measurements.untried(worker)
-            ),
-        )
-        self._placement = Placement(
-            settings,
-            self._registry,
-            self._book,
-            event_log,
-            planner,
-            self._measurements,
-            self._pipelines,
-        )
-        self._relocation = Relocation(
-            model.cost, self._pipelines, self._registry, event_log, self._measurements
-        )
-        self._departures = Departures(
-            self._placement,
-            planner,
-            self._measurements,
-            self._relocation,
-            self._registry,
-            event_log,
-        )
-        self._rebalancing = Rebalancing(
-            model.cost,
-            settings,
-            self._placement,
-            planner,
-            self._relocation,
-            self._measurements,
-            self._registry,
-            event_log,
-        )
-        self._membership = Membership(
-            model.name,
-            settings,
-            self._registry,
-            self._placement,
-            self._book,
-            self._relocation,
-            self._departures,
-            self._measurements,
-            event_log,
-        )
+        self._replanning = Replanning(cluster, planner)
+        self._moves = Moves(cluster)
+        self._departures = Departures(cluster, planner, self._replanning, self._moves)
+        self._rebalancing = Rebalancing(cluster, planner, self._replanning, self._moves)
+        self._membership = Membership(cluster, self._replanning, self._moves, self._departures)
         self._stepping = Stepping(
-            self._placement,
-            self._book,
-            self._registry,
-            event_log,
-            self._measurements,
-            self._rebalancing,
-            task_timeout_s=settings.task_timeout_s,
-            give_up=lambda peer, now: self._membership.give_up(
-                peer, "made no progress on a task", now=now
-            ),
+            cluster, self._moves, self._rebalancing, give_up=self._give_up_stuck
         )
-        self._admission = Admission(self._book)
+        self._admission = Admission(cluster.book, cluster.event_log)
+        self._registry = cluster.registry
+        self._pipelines = cluster.pipelines
+        self._book = cluster.book
+        self._event_log = cluster.event_log
+
+    def _give_up_stuck(self, peer: PeerId, now: float) -> list[Action]:
+        return self._membership.give_up(peer, "made no progress on a task", now=now)
 
     # -------------------------------------------------------------- the four doors
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply one event at `now` (clock seconds) and return what to do about it."""
-        match event:
-            case Received():
-                actions = self._received(event, now)
-            case Garbage():
-                actions = self._garbage(event)
-            case ConnectionClosed():
-                actions = [Send(peer, Pong()) for peer in self._registry.peers]
-            case Unreachable():
-                actions = self._membership.gone(event.peer, event.why, now=now)
-            case Studied(result=FoundPlans() as found):
-                actions = self._rebalancing.studied(found, now=now)
-            case Studied(result=result):
-                raise TypeError(f"a study returned {result!r}")
-            case StudyFailed():
-                self._rebalancing.study_failed()
-                actions = [Log(f"looking for a better plan failed: {event.error}", "error")]
-            case Tokenized():
-                actions = self._book.tokenized(event)
-            case TokenizeFailed():
-                actions = self._book.fail(event.key, event.error)
-            case Detokenized():
-                actions = self._book.detokenized(event, now=now)
-            case _:
-                assert_never(event)
-        return self._settle(actions, now)
+        self._event_log.now = now
+        return self._settle(self._handle(event, now), now)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
-        waits = self._book.busy and self._placement.complete
+        waits = self._book.busy and self._pipelines.complete
         deadlines = (
             self._registry.next_deadline(),
             self._book.next_deadline(),
             self._stepping.next_deadline(),
             self._rebalancing.next_deadline(),
-            self._relocation.next_deadline(),
-            None if waits else self._placement.replan_at,
+            self._moves.next_deadline(),
+            None if waits else self._replanning.replan_at,
         )
         return min([at for at in deadlines if at is not None], default=None)
 
     def on_timer(self, *, now: float) -> list[Action]:
         """Do what is due: peers that fell silent, leases that ran out, a plan for who joined."""
+        self._event_log.now = now
         actions: list[Action] = []
         for peer in self._registry.silent(now=now):
             actions += self._membership.gone(peer, "fell silent", now=now)
         actions += self._book.on_timer(now=now)
         actions += self._stepping.on_timer(now=now)
-        actions += self._relocation.on_timer(now=now)
+        actions += self._moves.on_timer(now=now)
         actions += self._rebalancing.on_timer(now=now)
-        replan_at = self._placement.replan_at
+        replan_at = self._replanning.replan_at
         if replan_at is not None and replan_at <= now:
             actions += self._use_joined()
         return self._settle(actions, now)
 
-    def _use_joined(self) -> list[Action]:
-        """Plan for workers that joined; under strategy "speed" the rebalancing sees to them."""
-        if self._settings.strategy == "speed" and self._placement.state != "waiting":
-            actions = [] if self._placement.complete else self._placement.add()
-            self._placement.replan_at, self._placement.replan_when_idle = None, False
-            return actions
-        if self._relocation.move is not None:  # when it is over
-            self._placement.replan_at, self._placement.replan_when_idle = None, True
-            return []
-        if not self._book.busy:
-            return self._placement.replan()
-        return [] if self._placement.complete else self._placement.add()
-
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
-        schedulers = [r.scheduler for r in self._placement.pipelines if r.scheduler]
+        schedulers = [r.scheduler for r in self._pipelines.all if r.scheduler]
+        totals = self._book.totals
         return ClusterStatus(
-            model=self._model.name,
-            state=self._placement.state,
-            note=self._placement.note,
+            model=self._cluster.model.name,
+            state=self._pipelines.state,
+            note=self._pipelines.note,
             epoch=self._pipelines.epoch,
-            num_layers=self._model.cost.num_layers,
-            context_length=self._model.defaults.context_length,
+            num_layers=self._cluster.model.cost.num_layers,
+            context_length=self._cluster.model.defaults.context_length,
             kv_tokens=self._pipelines.kv_tokens,
             kv_tokens_used=sum(s.kv_tokens_used for s in schedulers),
             kv_tokens_cached=sum(s.kv_tokens_cached for s in schedulers),
-            prefix_hit_tokens=self._book.totals.prefix_hit_tokens,
-            preemptions=self._book.totals.preemptions,
-            moves=self._relocation.num_moves,
-            move_stall_s=self._relocation.stall_s,
+            prefix_hit_tokens=totals.prefix_hit_tokens,
+            preemptions=totals.preemptions,
+            moves=self._moves.num_moves,
+            move_stall_s=self._moves.prices.stall_s,
             requests_running=self._book.num_running,
             requests_waiting=self._book.num_waiting,
-            requests_finished=self._book.totals.finished,
-            requests_failed=self._book.totals.failed,
-            tokens_generated=self._book.totals.tokens,
+            requests_finished=totals.finished,
+            requests_failed=totals.failed,
+            tokens_generated=totals.tokens,
             rejected=dict(self._event_log.rejected),
             workers=tuple(self._worker_status(worker, now) for worker in self._registry.workers),
-            events=tuple(self._event_log.events),
+            events=self._event_log.texts,
         )
+
+    def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
+        """Return what is remembered of one request or of one worker, oldest first."""
+        return self._event_log.story(request=request, worker=worker)
 
     def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
         advice = self._rebalancing.advice.get(worker.id)
         return worker.status(
-            prediction_error=self._measurements.error(worker.id),
+            next_layers=self._moves.next_layers(worker),
+            prediction_error=self._cluster.measurements.error(worker.id),
             gain=advice.gain if advice else None,
             advice=advice.text if advice else "",
             now=now,
         )
 
-    # -------------------------------------------------------------- messages
+    # -------------------------------------------------------------- dispatch, once per union
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Received():
+                return self._received(event, now)
+            case Garbage():
+                return self._garbage(event)
+            case ConnectionClosed():
+                return [Send(peer, Pong()) for peer in self._registry.peers]
+            case Unreachable():
+                return self._membership.gone(event.peer, event.why, now=now)
+            case Studied():
+                return self._studied(event.answer, now)
+            case StudyFailed():
+                return self._study_failed(event.question, event.error, now)
+            case Tokenized():
+                return self._book.tokenized(event)
+            case TokenizeFailed():
+                return self._book.fail(event.key, event.error)
+            case Detokenized():
+                return self._book.detokenized(event, now=now)
+            case _:
+                assert_never(event)
 
     def _received(self, event: Received, now: float) -> list[Action]:
         peer, message = event.peer, event.message
         self._registry.heard(peer, now=now)
+        if isinstance(message, ClientRequest):
+            if not self._registry.is_client(peer):
+                return self._from_stranger(peer)
+            return self._from_client(peer, message, event.frames, now)
+        if isinstance(message, WorkerReport):
+            worker = self._registry.worker(peer)
+            if worker is None:
+                return self._from_stranger(peer)
+            return self._from_worker(worker, message, event.frames, now)
         match message:
             case WorkerHello():
                 return self._membership.worker_joins(peer, message, now=now)
             case ClientHello():
                 return self._membership.client_joins(peer, now=now)
-            case Generate() | Cancel() | GetStatus() | DrainWorker() | Ping():
-                if not self._registry.is_client(peer):
-                    return self._stranger(peer)
-                return self._from_client(event, now)
-            case (
-                Heartbeat()
-                | StageReady()
-                | StageFailed()
-                | TaskResult()
-                | TaskFailed()
-                | LinkReport()
-                | Remeasured()
-                | KVCopied()
-                | TookOver()
-                | KVFailed()
-                | Leaving()
-            ):
-                worker = self._registry.worker(peer)
-                return self._from_worker(worker, event, now) if worker else self._stranger(peer)
             case Goodbye():
                 return self._membership.gone(peer, "said goodbye", now=now)
             case _:
                 assert_never(message)
 
-    def _from_client(self, event: Received, now: float) -> list[Action]:
-        peer = event.peer
-        match event.message:
-            case Generate(request_id=request_id) as message:
-                if self._book.has(peer, request_id):
-                    self._event_log.rejected["duplicate_request"] += 1
-                    return []
-                if self._placement.state == "waiting":
-                    return self._book.refuse(peer, request_id, NotReady(self._placement.note))
-                return self._book.submit(peer, message, event.frames, now=now)
+    def _from_client(
+        self, peer: PeerId, message: ClientRequest, frames: tuple[Frame, ...], now: float
+    ) -> list[Action]:
+        match message:
+            case Generate():
+                return self._generate(peer, message, frames, now)
             case Cancel(request_id=request_id):
                 return self._book.cancel(peer, request_id)
             case GetStatus():
@@ -329,42 +247,54 @@ class Core:
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
             case DrainWorker(worker=name):
                 return self._departures.drain(peer, name)
-            case _:
+            case Ping():
                 return [Send(peer, Pong())]
+            case _:
+                assert_never(message)
 
-    def _from_worker(self, worker: Worker, event: Received, now: float) -> list[Action]:
-        match event.message:
-            case Heartbeat() as beat:
-                return self._membership.heartbeat(worker, beat, now=now)
-            case StageReady() as ready:
-                self._rebalancing.wake(now=now)
-                if worker.layers and worker.epoch == ready.epoch:
-                    self._measurements.tried(worker.id, worker.layers, ready.trials, now=now)
-                moving = self._relocation.stage_ready(worker, ready, now=now)
-                return self._placement.stage_ready(worker, ready) if moving is None else moving
-            case StageFailed() as failed:
-                return self._stage_failed(worker, failed, now)
-            case TaskResult() as result:
-                return self._stepping.result(worker, result, event, now=now)
-            case TaskFailed() as task_failed:
-                return self._stepping.failed(worker, task_failed)
-            case LinkReport() as report:
-                return self._link_report(worker, report)
-            case Remeasured() as remeasured:
-                return self._membership.remeasured(worker, remeasured)
-            case KVCopied() as copied:
-                return self._relocation.copied(worker, copied, now=now)
-            case TookOver(epoch=epoch):
-                return self._relocation.took_over(worker, epoch)
-            case KVFailed() as kv_failed:
-                return self._relocation.kv_failed(worker, kv_failed, now=now)
+    def _generate(
+        self, peer: PeerId, message: Generate, frames: tuple[Frame, ...], now: float
+    ) -> list[Action]:
+        if self._book.has(peer, message.request_id):
+            self._event_log.rejected["duplicate_request"] += 1
+            return []
+        if self._pipelines.state == "waiting":
+            error = NotReady(self._pipelines.note)
+            return self._book.refuse(peer, message.request_id, error)
+        return self._book.submit(peer, message, frames, now=now)
+
+    def _from_worker(
+        self, worker: Worker, message: WorkerReport, frames: tuple[Frame, ...], now: float
+    ) -> list[Action]:
+        match message:
+            case Heartbeat():
+                return self._membership.heartbeat(worker, message, now=now)
+            case StageReady():
+                return self._stage_ready(worker, message, now)
+            case StageFailed():
+                return self._stage_failed(worker, message, now)
+            case TaskResult():
+                return self._stepping.result(worker, message, frames, now=now)
+            case TaskFailed():
+                return self._stepping.failed(worker, message)
+            case LinkReport():
+                return self._stepping.link_report(worker, message)
+            case Remeasured():
+                return self._membership.remeasured(worker, message)
+            case KVCopied():
+                return [*self._moves.copied(worker, message, now=now)]
+            case TookOver():
+                self._moves.took_over(worker, message)
+                return []
+            case KVFailed():
+                return self._moves.kv_failed(worker, message, now=now)
             case Leaving():
                 return self._departures.leave(worker)
             case _:
-                return []
+                assert_never(message)
 
-    def _stranger(self, peer: PeerId) -> list[Action]:
-        """Answer one who spoke before its hello, or was given up: it shall say hello again."""
+    def _from_stranger(self, peer: PeerId) -> list[Action]:
+        """Have a peer say hello again that spoke before its hello, or was given up."""
         self._event_log.rejected["bad_state"] += 1
         error = NotReady("The coordinator does not know this session. Connect again.")
         return [refusal(peer, error, "lost")]
@@ -376,46 +306,71 @@ class Core:
             actions.append(refusal(event.peer, event.error))
         return actions
 
-    def _stage_failed(self, worker: Worker, failed: StageFailed, now: float) -> list[Action]:
-        moving = self._relocation.stage_failed(worker, failed, now=now)
-        return self._placement.stage_failed(worker, failed) if moving is None else moving
+    def _stage_ready(self, worker: Worker, ready: StageReady, now: float) -> list[Action]:
+        self._rebalancing.wake(now=now)
+        if worker.layers and worker.epoch == ready.epoch:
+            measurements = self._cluster.measurements
+            measurements.tried(worker.id, worker.layers, ready.trials, now=now)
+        if self._moves.is_loading(worker, ready.epoch):
+            return [*self._moves.stage_ready(worker, ready, now=now)]
+        return self._pipelines.stage_ready(worker, ready)
 
-    def _link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
-        pipeline = self._relocation.loading(report.epoch) or self._placement.pipeline_of(
-            worker.peer
-        )
-        if pipeline is None or pipeline.epoch != report.epoch:
-            self._event_log.rejected["stale_epoch"] += 1
+    def _stage_failed(self, worker: Worker, failed: StageFailed, now: float) -> list[Action]:
+        if self._moves.concerns(worker, failed.epoch):
+            return self._moves.stage_failed(worker, failed, now=now)
+        return self._replanning.stage_failed(worker, failed)
+
+    # -------------------------------------------------------------- plans
+
+    def _studied(self, answer: object, now: float) -> list[Action]:
+        match answer:
+            case FoundPlans():
+                return self._rebalancing.found(answer, now=now)
+            case PlanAnswer(question=PlanQuestion(leaving=None)):
+                moving = self._moves.move is not None
+                return self._replanning.answered(answer, moving=moving)
+            case PlanAnswer():
+                return self._departures.planned(answer, now=now)
+            case _:
+                raise TypeError(f"nobody asked for {answer!r}")
+
+    def _study_failed(self, question: Question, error: str, now: float) -> list[Action]:
+        log = Log(f"making plans failed: {error}", "error")
+        match question:
+            case PlanSearch():
+                self._rebalancing.search_failed()
+                return [log]
+            case PlanQuestion():
+                failure = DistributedLLMError(f"Making a plan failed: {error}. Please report it.")
+                return [log, *self._studied(PlanAnswer(question, error=failure), now)]
+            case _:
+                raise TypeError(f"nobody asked {question!r}")
+
+    def _use_joined(self) -> list[Action]:
+        """Plan for workers that joined; under strategy "speed" the rebalancing sees to them."""
+        planning, complete = self._replanning, self._pipelines.complete
+        if self._cluster.settings.strategy == "speed" and self._pipelines.state != "waiting":
+            actions = [] if complete else planning.add_pipeline()
+            planning.replan_at, planning.replan_when_idle = None, False
+            return actions
+        if self._moves.move is not None:  # when it is over
+            planning.replan_at, planning.replan_when_idle = None, True
             return []
-        pipeline.set_link(worker.peer, report.up)
-        following = pipeline.following(worker.peer)
-        if following is not None:
-            self._measurements.observe_link(worker.id, following.worker, report)
-        if pipeline.in_flight is None and worker.next_layers:
-            return []  # the link of what it serves is another one
-        link: Literal["direct", "relayed"] = "direct" if report.up else "relayed"
-        if link == worker.link:
-            return []
-        worker.link = link
-        how = (
-            f"hands its results on itself ({1000 * report.rtt_s:.1f} ms)"
-            if report.up
-            else "does not reach the next worker; its results go through the coordinator"
-        )
-        return [self._event_log.note(f"worker {worker.id} {how}")]
+        if not self._book.busy:
+            return planning.plan_anew()
+        return [] if complete else planning.add_pipeline()
 
     # -------------------------------------------------------------- what can be started
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start what can be started after any change; stages wait for it, so it goes first."""
-        if self._placement.replan_when_idle and not self._book.busy:
+        if self._replanning.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
-        actions += self._relocation.settle(now=now)
+        actions += self._moves.settle(now=now)
         actions += self._departures.settle(now=now)
         sends: list[Action] = []
         self._admission.admit(now=now)
-        while self._pipelines.changed:
-            _, pipeline = self._pipelines.changed.popitem()
+        while (pipeline := self._pipelines.take_changed()) is not None:
             sends += pipeline.begin_steps(now=now)
             if pipeline.scheduler:
                 self._book.collect(pipeline.scheduler)
@@ -423,22 +378,27 @@ class Core:
             self._admission.admit(now=now)
         if sends:
             self._stepping.began(now=now)
-        first = [action for action in actions if _undoes(action)]
-        return [*first, *sends, *(action for action in actions if not _undoes(action))]
+        first = [action for action in actions if _voids_tasks(action)]
+        return [*first, *sends, *(action for action in actions if not _voids_tasks(action))]
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        self._registry.validate()
-        self._book.validate()
-        self._pipelines.validate()
+        for room in (
+            self._registry,
+            self._book,
+            self._pipelines,
+            self._replanning,
+            self._moves,
+            self._departures,
+        ):
+            room.validate()
         waiting = self._book.next_waiting()
         needed = waiting.ticket.reserved_tokens if waiting else 0
-        replicas = [r for r in self._placement.pipelines if r.kv_tokens >= needed]
-        all_in_flight = [r.in_flight for r in replicas if r.in_flight]
-        if all_in_flight and waiting and not self._relocation.move:
-            assert any(p.num_steps for p in all_in_flight), "requests wait while nothing runs"
+        roomy = [r.in_flight for r in self._pipelines.serving if r.kv_tokens >= needed]
+        if roomy and waiting and not self._moves.move:
+            assert any(steps and steps.num_steps for steps in roomy), "requests wait for nothing"
 
 
-def _undoes(action: Action) -> bool:
+def _voids_tasks(action: Action) -> bool:
     """Return whether tasks that are sent now are void until this has arrived."""
     return isinstance(action, Send) and isinstance(action.message, CancelStage)

@@ -1,8 +1,7 @@
 """What the edge tells the core (events) and what the core tells the edge to do (actions)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import RequestId, ToClient, ToCoordinator, ToWorker
@@ -81,23 +80,25 @@ class Detokenized:
     last: bool
 
 
+class Question(Protocol):
+    """What takes long to find out. It knows only values that nobody changes."""
+
+    def answer(self) -> object:
+        """Return the answer; may be called from any thread."""
+
+
 @dataclass(frozen=True)
 class Studied:
-    """Event: a study is done.
+    """Event: a question is answered."""
 
-    Attributes:
-        result: what its `work` returned.
-    """
-
-    study: "Study"
-    result: object
+    answer: object
 
 
 @dataclass(frozen=True)
 class StudyFailed:
-    """Event: the `work` of a study raised an exception, which is a bug."""
+    """Event: answering a question raised an exception, which is a bug."""
 
-    study: "Study"
+    question: Question
     error: str
 
 
@@ -163,15 +164,12 @@ class Forget:
 
 @dataclass(frozen=True)
 class Study:
-    """Action: call `work` beside the event loop; answered by `Studied` or `StudyFailed`.
+    """Action: answer a question beside the event loop, by `Studied` or `StudyFailed`.
 
     Planning takes 2 to 200 ms, which no token should wait for.
-
-    Attributes:
-        work: computes from values that nobody changes; it may run in any thread.
     """
 
-    work: Callable[[], object]
+    question: Question
 
 
 @dataclass(frozen=True)

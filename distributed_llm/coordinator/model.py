@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model_cost import ModelCost
 
@@ -34,9 +34,10 @@ class ServedModel:
     Attributes:
         name: shown to users.
         source: where workers find the checkpoint.
-        dtype: of weights, KV cache and activations.
+        dtype: of weights and KV cache.
+        wire_dtype: of activations between stages.
         cost: memory of its parts.
-        hidden_size: numbers in the activations of one token.
+        hidden_size: numbers per token between stages.
         defaults: of generation.
         digest: returns a digest of the weights of a layer range.
     """
@@ -44,7 +45,13 @@ class ServedModel:
     name: str
     source: ModelSource
     dtype: DtypeName
+    wire_dtype: DtypeName
     cost: ModelCost
     hidden_size: int
     defaults: GenerationDefaults
     digest: Callable[[LayerRange], str]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that one token takes between stages."""
+        return self.hidden_size * ITEM_BYTES[self.wire_dtype]

@@ -16,6 +16,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
 )
 from distributed_llm.common.sampling_params import MAX_SEED
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
@@ -43,10 +44,12 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_STUDY_THREADS = 2
+"""A plan for workers that lost theirs does not wait until the search for a better one has ended."""
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -66,7 +69,7 @@ class Coordinator:
         self,
         model: ServedModel,
         folder: Path,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         *,
         bind: str,
         on_listening: Callable[[str], None],
@@ -90,7 +93,7 @@ class Coordinator:
         on_signal(self._stop)
         self._router = Router(self._bind, self._on_message, lambda: self._apply(ConnectionClosed()))
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
-        self._study_thread = ThreadPoolExecutor(1, thread_name_prefix="study")
+        self._study_threads = ThreadPoolExecutor(_STUDY_THREADS, thread_name_prefix="study")
         try:
             self._on_listening(self._router.address)
             return await self._stopped
@@ -98,7 +101,7 @@ class Coordinator:
             if self._timer:
                 self._timer.cancel()
             self._text_thread.shutdown(cancel_futures=True)
-            self._study_thread.shutdown(cancel_futures=True)
+            self._study_threads.shutdown(cancel_futures=True)
             self._router.close()
 
     def _stop(self, number: int) -> None:
@@ -165,7 +168,7 @@ class Coordinator:
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
             case Study():
-                self._study_thread.submit(self._study, action)
+                self._study_threads.submit(self._study, action)
             case Stop(error=error):
                 self._fail(error)
             case _:
@@ -177,14 +180,14 @@ class Coordinator:
             why = "is gone" if delivery is Delivery.GONE else "reads too slowly"
             self._loop.call_soon(self._apply, Unreachable(action.peer, why))
 
-    # -------------------------------------------------------------- the study thread
+    # -------------------------------------------------------------- the study threads
 
     def _study(self, study: Study) -> None:
         try:
-            self._tell(Studied(study, study.work()))
+            self._tell(Studied(study.question.answer()))
         except Exception as exc:
             logger.exception("planning failed")
-            self._tell(StudyFailed(study, repr(exc)))
+            self._tell(StudyFailed(study.question, repr(exc)))
 
     # -------------------------------------------------------------- the text thread
 

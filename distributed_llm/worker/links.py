@@ -1,14 +1,15 @@
-"""The sockets between workers: one ROUTER for whoever dials this one, and links to others.
+"""The sockets between workers: one ROUTER for workers that dial this one, and links to others.
 
-The edge of `peers` and `moving`: it dials, sends and tells; it decides nothing. A link is dialled
-at all of its addresses at once and is up where the first hello is welcomed; the other connections
-are closed.
+This is the edge of `session.peers` and `session.transfer`: it decides nothing. A link is dialled at
+all of its addresses at once. The connection on which a hello is welcomed first becomes the link,
+and the others are closed.
 """
 
 import asyncio
 import ipaddress
 import logging
 from collections.abc import Callable
+from typing import assert_never
 
 import psutil
 
@@ -22,7 +23,9 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.messages import (
     Address,
     Addresses,
+    KVTaken,
     PeerHello,
+    PeerProbed,
     PeerWelcome,
     ToNextWorker,
     ToPreviousWorker,
@@ -34,10 +37,10 @@ from distributed_llm.common.units import split_address
 from distributed_llm.worker.session.events import Event
 from distributed_llm.worker.session.link_events import (
     LinkDown,
-    LinkHeard,
     LinkId,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerGarbage,
     PeerReceived,
 )
@@ -53,8 +56,12 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 def bind_for(bind: str, coordinator: str) -> str:
     """Return the "HOST:PORT" to listen on for other workers.
 
-    If the coordinator is reached over loopback, so are all workers that have to be: every network
-    becomes loopback then, and no port of this machine is opened to others.
+    Listening on all networks becomes listening on loopback if the coordinator is reached over
+    loopback: all other workers are on this machine then, and no port need be open to others.
+
+    Args:
+        bind: "HOST:PORT" as configured.
+        coordinator: "HOST:PORT" of the coordinator.
     """
     host, port = split_address(bind)
     boss, _ = split_address(coordinator)
@@ -65,11 +72,12 @@ def bind_for(bind: str, coordinator: str) -> str:
 
 
 def reachable_at(bound: str, local_host: str) -> Addresses:
-    """Return where other workers may reach what is bound to "HOST:PORT" here, best first.
+    """Return the "HOST:PORT" at which other workers may reach this one, best first.
 
     Args:
-        local_host: IP address of this machine that the coordinator sees; it goes first. Then
-            come those of all networks, loopback last: it serves workers on the same machine.
+        bound: "HOST:PORT" that is listened on.
+        local_host: IP address of this machine that the coordinator sees. It comes first, then the
+            addresses of all networks, and loopback last, for workers on the same machine.
     """
     host, port = split_address(bound)
     ip = ipaddress.ip_address(host)
@@ -83,17 +91,17 @@ def reachable_at(bound: str, local_host: str) -> Addresses:
 
 
 class Links:
-    """The peer sockets of one worker. Must be made and used in a running event loop.
+    """The sockets between one worker and others; to be made and used in a running event loop.
 
     Args:
         bind: "HOST:PORT" to listen on for other workers; port 0 takes any free one.
-        on_event: called with what happens, never from within a method of this class but `open`.
+        on_event: called with each event, never from within a method of this class except `open`.
 
     Attributes:
-        address: "HOST:PORT" that it listens on.
+        address: "HOST:PORT" that is listened on.
 
     Raises:
-        AddressInUse: the address is taken or not of this machine.
+        AddressInUse: the address is taken, or is not one of this machine.
     """
 
     def __init__(self, bind: str, on_event: Callable[[Event], None]) -> None:
@@ -110,12 +118,12 @@ class Links:
         self._links[link] = _Link(link, addresses, self._on_event)
 
     def greet(self, link: LinkId, hello: PeerHello, addresses: Addresses) -> None:
-        """Say hello at those of `addresses` that are connected."""
+        """Send a hello to those of `addresses` that are connected."""
         if opened := self._links.get(link):
             opened.greet(hello, addresses)
 
     def send(self, link: LinkId, message: ToNextWorker, frames: tuple[Frame, ...]) -> None:
-        """Send over a link that is up. One that takes no more is closed, and that is told.
+        """Send over a link that is up; if it is congested, close it and post `LinkDown`.
 
         Raises:
             LocalProtocolError: the message's header is too long.
@@ -131,8 +139,8 @@ class Links:
 
     # -------------------------------------------------------------- from other workers
 
-    def say(self, peer: PeerId, message: ToPreviousWorker) -> None:
-        """Answer somebody who connected here; does nothing if it is gone."""
+    def answer(self, peer: PeerId, message: ToPreviousWorker) -> None:
+        """Answer a worker that dialled this one; does nothing if it is gone."""
         self._router.send(peer, codec.encode(message))
 
     def close(self) -> None:
@@ -151,7 +159,7 @@ class Links:
 
 
 class _Link:
-    """The connections to one other worker: many until one of them is up, then that one."""
+    """The connections to one other worker: several until one of them is welcomed, then that one."""
 
     def __init__(
         self, link: LinkId, addresses: Addresses, on_event: Callable[[Event], None]
@@ -186,13 +194,20 @@ class _Link:
         for dial in dials.values():
             dial.close()
 
-    def heard(self, dial: "_Dial", message: ToPreviousWorker, rtt_s: float) -> None:
+    def received(self, dial: "_Dial", message: ToPreviousWorker, rtt_s: float) -> None:
         if message.epoch != self.link.epoch:
             return
-        if not isinstance(message, PeerWelcome):
-            if dial is self._up:
-                self.on_event(LinkHeard(self.link, message))
-        elif self._up is None:
+        match message:
+            case PeerWelcome():
+                self._welcomed(dial, rtt_s)
+            case PeerProbed() | KVTaken():
+                if dial is self._up:
+                    self.on_event(LinkReceived(self.link, message))
+            case _:
+                assert_never(message)
+
+    def _welcomed(self, dial: "_Dial", rtt_s: float) -> None:
+        if self._up is None:
             self._up = self._dials.pop(dial.address)
             for other in self._dials.values():
                 other.close()
@@ -220,7 +235,7 @@ class _Dial:
         self.dealer = Dealer(
             address,
             self._on_message,
-            lambda: link.on_event(NextReached(link.link, address)),
+            lambda: link.on_event(LinkReached(link.link, address)),
             lambda: link.lose(self),
             max_outbox=_MAX_OUTBOX,
         )
@@ -238,11 +253,11 @@ class _Dial:
         except (ProtocolMismatch, RemoteProtocolError) as exc:
             self._link.on_event(PeerGarbage(exc))
         else:
-            self._link.heard(self, message, self._loop.time() - self._greeted_at)
+            self._link.received(self, message, self._loop.time() - self._greeted_at)
 
 
 def _ip(host: str) -> IPAddress | None:
-    """Return the IP address that `host` is; None if it is a name."""
+    """Return the IP address that `host` spells; None if it is a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

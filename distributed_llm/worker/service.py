@@ -1,12 +1,13 @@
-"""The worker's edge: the coordinator's socket, the peers', a timer, a compute thread.
+"""The worker's edge: sockets, timer and compute thread, joined to the agent that decides.
 
-It decides nothing.
+Everything that happens becomes an event for the agent; the actions it returns are carried out here.
 """
 
 import asyncio
 import contextlib
 import logging
 import secrets
+from collections.abc import Callable
 from typing import assert_never
 
 import psutil
@@ -33,17 +34,16 @@ from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
     Action,
-    Beat,
+    AssembleKV,
     Connected,
     Disconnected,
     Drop,
     End,
     Event,
-    Exit,
-    Export,
+    ExportKV,
+    Fail,
     Garbage,
-    Import,
-    Inherit,
+    ImportKV,
     Load,
     Log,
     Probe,
@@ -51,19 +51,20 @@ from distributed_llm.worker.session.events import (
     Reconnect,
     Release,
     Run,
-    Say,
+    Send,
+    SendHeartbeat,
     Serve,
     Signalled,
     Unload,
 )
 from distributed_llm.worker.session.link_events import (
     CloseLink,
+    ForwardTask,
     Greet,
-    HandOn,
     LinkId,
     OpenLink,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
 
 logger = logging.getLogger(__name__)
@@ -73,18 +74,18 @@ _STOP_TIMEOUT_S = 2.0
 
 
 class Worker:
-    """Serves whatever layers one coordinator gives it.
+    """A worker of one coordinator; `run` runs it.
 
     Args:
-        name: that it asks for.
+        name: the name to ask the coordinator for.
         capabilities: of this machine, with the device to compute on.
         address: "HOST:PORT" of the coordinator.
         peer_bind: "HOST:PORT" to listen on for other workers.
-        slowdown: how many times slower to look.
-        min_task_s: how long a task shall take at least.
-        local_model: path of the checkpoint on this machine; empty is the coordinator's.
-        connect_timeout_s: for the first connection.
-        leave_timeout_s: how long others may take its layers over before it ends.
+        slowdown: see `Engine`.
+        min_task_s: see `Engine`.
+        local_model: path of the checkpoint on this machine; empty is the coordinator's path.
+        connect_timeout_s: to reach the coordinator for the first time.
+        leave_timeout_s: for others to take its layers after a signal.
     """
 
     def __init__(
@@ -115,9 +116,10 @@ class Worker:
         self._dealer: Dealer | None = None
 
     async def run(self) -> int:
-        """Work until SIGINT or SIGTERM, or until it may leave; return the signal's number, or 0.
+        """Work until a signal or until drained; return the signal's number, or 0.
 
-        Whoever serves hands its layers over to others first; a second signal ends that.
+        After SIGINT or SIGTERM a worker that serves waits until others have its layers; a second
+        signal ends it at once.
 
         Raises:
             CoordinatorUnreachable: no coordinator answered at the start.
@@ -189,12 +191,12 @@ class Worker:
 
     def _apply(self, event: Event) -> None:
         if not self._stopped.done():
-            self._perform(self._agent.handle(event, now=self._loop.time()))
+            self._perform(lambda: self._agent.handle(event, now=self._loop.time()))
 
     def _on_timer(self) -> None:
         self._timer = self._timer_at = None
         reached = self._dealer is not None and self._dealer.reached
-        self._perform(self._agent.on_timer(reached=reached, now=self._loop.time()))
+        self._perform(lambda: self._agent.on_timer(reached=reached, now=self._loop.time()))
 
     def _set_timer(self) -> None:
         deadline = self._agent.next_deadline()
@@ -207,58 +209,69 @@ class Worker:
 
     # -------------------------------------------------------------- actions
 
-    def _perform(self, actions: list[Action]) -> None:
+    def _perform(self, decide: Callable[[], list[Action]]) -> None:
         try:
-            for action in actions:
+            for action in decide():
                 self._perform_one(action)
-        except Exception as exc:  # a bug here: end with it rather than be silent and not dead
+        except Exception as exc:  # a bug: better to end than to hang
             logger.exception("the worker cannot go on")
             self._fail(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
         self._set_timer()
 
     def _perform_one(self, action: Action) -> None:
         match action:
-            case Say(message=said, frames=frames):
-                self._say(said, frames)
-            case Beat(epochs=epochs):
-                self._say(self._heartbeat(epochs))
-            case HandOn(task=task, frames=frames):
-                self._hand_on(task, frames)
-            case Load() | Run() | Release() | Drop() | Serve() | Unload():
-                self._engine.put(action)
-            case Export() | Import() | Inherit() | Probe():
+            case Send(message=sent, frames=frames):
+                self._send(sent, frames)
+            case SendHeartbeat(epochs=epochs):
+                self._send(self._heartbeat(epochs))
+            case ForwardTask(task=task, frames=frames):
+                self._forward(task, frames)
+            case (
+                Load()
+                | Run()
+                | Release()
+                | Drop()
+                | Serve()
+                | Unload()
+                | ExportKV()
+                | ImportKV()
+                | AssembleKV()
+                | Probe()
+            ):
                 self._engine.put(action)
             case OpenLink(link=link, addresses=addresses):
                 self._links.open(link, addresses)
             case Greet(link=link, hello=hello, addresses=addresses):
                 self._links.greet(link, hello, addresses)
-            case Transmit(link=link, message=sent, frames=frames):
-                self._links.send(link, sent, frames)
+            case SendOverLink(link=link, message=over, frames=frames):
+                self._links.send(link, over, frames)
             case CloseLink(link=link):
                 self._links.close_link(link)
-            case PeerSay(peer=peer, message=message):
-                self._links.say(peer, message)
+            case SendToPeer(peer=peer, message=answer):
+                self._links.answer(peer, answer)
             case Reconnect():
                 self._loop.call_soon(self._reconnect)
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
-            case End(number=number):
+            case End(signal=signal):
                 if not self._stopped.done():
-                    self._stopped.set_result(number)
-            case Exit(error=error):
+                    self._stopped.set_result(signal)
+            case Fail(error=error):
                 self._fail(error)
             case _:
                 assert_never(action)
 
-    def _say(self, message: FromWorker, frames: tuple[Frame, ...] = ()) -> None:
+    def _send(self, message: FromWorker, frames: tuple[Frame, ...] = ()) -> None:
         if self._dealer:
             self._dealer.send(codec.encode(message, frames))
 
-    def _hand_on(self, task: Task, frames: tuple[Frame, ...]) -> None:
+    def _forward(self, task: Task, frames: tuple[Frame, ...]) -> None:
         try:
             self._links.send(LinkId(task.epoch), task, frames)
         except LocalProtocolError as exc:  # with the timings, its header is too long
-            self._say(TaskFailed(epoch=task.epoch, step=task.step, code=exc.code, message=str(exc)))
+            self._send(
+                TaskFailed(epoch=task.epoch, step=task.step, code=exc.code, message=str(exc))
+            )
 
     def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
         return Heartbeat(

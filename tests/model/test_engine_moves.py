@@ -17,18 +17,17 @@ from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, size_text
-from distributed_llm.worker.compute import handover as hand_over
-from distributed_llm.worker.compute import loading
+from distributed_llm.worker.compute import kv_orders, loading
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import (
+    AssembleKV,
     Drop,
-    Export,
-    Exported,
-    HandOverFailed,
-    Import,
-    Imported,
-    Inherit,
-    Inherited,
+    ExportKV,
+    ImportKV,
+    KVAssembled,
+    KVExported,
+    KVImported,
+    KVOrderFailed,
     Load,
     Loaded,
     LoadFailed,
@@ -107,7 +106,7 @@ def move(cluster: Cluster, epoch: int, plan: Plan) -> None:
     cluster.end_to_load(plan)
     cluster.copy(epoch, plan)
     cluster.copy(epoch, plan, rest=True)
-    cluster.inherit(epoch, plan)
+    cluster.assemble(epoch, plan)
     cluster.commit(epoch, plan)
 
 
@@ -118,8 +117,8 @@ def move(cluster: Cluster, epoch: int, plan: Plan) -> None:
 def test_tokens_are_those_of_transformers(
     folder: Path, four: dict[str, Worker], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(hand_over, "MAX_PIECES_BYTES", 30_000)
-    monkeypatch.setattr(hand_over, "MAX_PIECES_SENT", 3)
+    monkeypatch.setattr(kv_orders, "MAX_PIECES_BYTES", 30_000)
+    monkeypatch.setattr(kv_orders, "MAX_PIECES_SENT", 3)
     plan = PLANS[name]
     cluster = start(folder, four)
     for worker in four.values():
@@ -142,7 +141,7 @@ def test_tokens_are_those_of_transformers(
     assert cluster.copy(2, plan) == 0
     cluster.decode(PENALTY, numbers=[0, 1])
     assert cluster.copy(2, plan, rest=True) > 0
-    cluster.inherit(2, plan)
+    cluster.assemble(2, plan)
     cluster.commit(2, plan)
     finish(cluster, (0, 1, child))
 
@@ -172,7 +171,7 @@ def test_without_copying_the_new_stages_begin_empty(llama: Path, four: dict[str,
     finish(cluster, (0, 1))
 
 
-PHASES = ("loading", "loaded", "copying", "copied", "told", "inherited")
+PHASES = ("loading", "loaded", "copying", "copied", "told", "assembled")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -195,16 +194,16 @@ def test_a_move_may_be_cancelled_at_any_time(
     if reached >= 4:
         cluster.copy(2, plan, rest=True)
     if reached >= 5:
-        cluster.inherit(2, plan)
+        cluster.assemble(2, plan)
     assert (kv_bytes(four) > before) == (reached >= 2)
     cluster.cancel(2)
     for worker in four.values():
         worker.gate.set()
-        eventually(lambda worker=worker: worker.engine._loader is None)  # type: ignore[misc]
+        eventually(lambda worker=worker: worker.engine._background is None)  # type: ignore[misc]
     assert kv_bytes(four) == before
     cluster.decode(PENALTY)
     for name in "abc":
-        failed = four[name].ask(Inherit(0, 2), HandOverFailed)
+        failed = four[name].ask(AssembleKV(0, 2), KVOrderFailed)
         assert "no layers of epoch 2" in str(failed.error)
     move(cluster, 3, plan)
     finish(cluster, (0, 1))
@@ -221,8 +220,8 @@ def test_memory_of_what_is_not_served_any_more_is_given_back(
     try:
         move(cluster, 2, BORDERS)
         cluster.decode(PENALTY)
-        while four["a"].engine._leaving:
-            four["a"].ask(Inherit(0, 9), HandOverFailed)
+        while four["a"].engine._to_free:
+            four["a"].ask(AssembleKV(0, 9), KVOrderFailed)
         now: Any = four["a"].engine._served
         kept = {id(p) for p in now.stage._model.parameters()}
         assert {id(w) for ref in weights if (w := ref()) is not None} <= kept
@@ -256,7 +255,7 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
         worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=True)))
         worker.engine.put(given_up)
         worker.gate.set()
-        eventually(lambda: worker.engine._loader is None)
+        eventually(lambda: worker.engine._background is None)
         assert worker.silent
     worker.gate.clear()
     worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=True)))
@@ -274,12 +273,12 @@ def test_a_void_order_is_passed_over_in_silence(llama: Path, four: dict[str, Wor
     assert worker.silent
     worker.void = lambda order: order.session == 0
     worker.gate.set()
-    eventually(lambda: worker.engine._loader is None)
-    worker.engine.put(Export(0, 2, LayerRange(2, 3), 1, False))
-    worker.engine.put(Inherit(0, 2))
+    eventually(lambda: worker.engine._background is None)
+    worker.engine.put(ExportKV(0, 2, LayerRange(2, 3), 1, False))
+    worker.engine.put(AssembleKV(0, 2))
     assert worker.silent
     worker.void = lambda order: False
-    worker.ask(Inherit(0, 2), HandOverFailed)
+    worker.ask(AssembleKV(0, 2), KVOrderFailed)
     finish(cluster, (0, 1))
 
 
@@ -370,8 +369,8 @@ def test_what_does_not_fit_beside_is_refused_before_it_is_read(
         assert read == []
 
 
-def room(device: Any, budget_bytes: int, free_bytes: int = 1 << 36) -> loading.Room:
-    return loading.Room(device, budget_bytes, free_bytes)
+def room(device: Any, budget_bytes: int, free_bytes: int = 1 << 36) -> loading.Memory:
+    return loading.Memory(device, budget_bytes, free_bytes)
 
 
 def test_both_stages_and_the_cache_that_is_held_count_without_what_they_share(
@@ -381,7 +380,7 @@ def test_both_stages_and_the_cache_that_is_held_count_without_what_they_share(
     cluster.begin_to_load(2, BORDERS)
     cluster.end_to_load(BORDERS)
     served: Any = four["b"].engine._served
-    beside: Any = four["b"].engine._beside
+    beside: Any = four["b"].engine._prepared
     stage, order, device = beside.stage, beside.order, torch.device("cpu")
     old, new, shared = served.stage.weight_bytes, stage.weight_bytes, stage.shared_weight_bytes
     assert 0 < shared < old < new
@@ -412,26 +411,26 @@ def test_what_arrives_may_take_what_is_left(
     )
     cluster.begin_to_load(2, EVERYWHERE)
     cluster.end_to_load(EVERYWHERE)
-    out = four["b"].ask(Export(0, 2, LayerRange(2, 4), 1, False), Exported)
-    failed = four["d"].ask(carried(out), HandOverFailed)
+    out = four["b"].ask(ExportKV(0, 2, LayerRange(2, 4), 1, False), KVExported)
+    failed = four["d"].ask(carried(out), KVOrderFailed)
     assert "more than the 5000 bytes" in str(failed.error)
 
 
 # ------------------------------------------------------------------ what is wrong on the way
 
 
-def halved(order: Import) -> Import:
+def halved(order: ImportKV) -> ImportKV:
     (frame,) = order.frames
     half = bytes(frame)[: len(frame) // 2]
     message = msgspec.structs.replace(order.message, tensors=(TensorSpec("uint8", (len(half),)),))
-    return Import(0, message, (half,))
+    return ImportKV(0, message, (half,))
 
 
-def changed(order: Import, **fields: Any) -> Import:
-    return Import(0, msgspec.structs.replace(order.message, **fields), order.frames)
+def changed(order: ImportKV, **fields: Any) -> ImportKV:
+    return ImportKV(0, msgspec.structs.replace(order.message, **fields), order.frames)
 
 
-def part_changed(order: Import, **fields: Any) -> Import:
+def part_changed(order: ImportKV, **fields: Any) -> ImportKV:
     assert isinstance(order.message, KVPieces)
     first, *others = order.message.parts
     return changed(order, parts=(msgspec.structs.replace(first, **fields), *others))
@@ -450,18 +449,18 @@ WRONG_PIECES: dict[str, tuple[Any, str]] = {
         lambda o: changed(o, tensors=(TensorSpec("float32", (len(o.frames[0]) // 4,)),)),
         "one of bytes may",
     ),
-    "no frame": (lambda o: Import(0, o.message, ()), "0 frames came"),
+    "no frame": (lambda o: ImportKV(0, o.message, ()), "0 frames came"),
 }
 
 
 @pytest.fixture(scope="module")
-def copying(llama: Path) -> Iterator[tuple[Cluster, Import, Import]]:
+def copying(llama: Path) -> Iterator[tuple[Cluster, ImportKV, ImportKV]]:
     """A worker that takes the layers of another one over; the first message, and the last."""
     with workers(*"abcd") as held:
         cluster = start(llama, held)
         cluster.begin_to_load(2, EVERYWHERE)
         cluster.end_to_load(EVERYWHERE)
-        out = [held["b"].ask(Export(0, 2, LayerRange(2, 4), n, True), Exported) for n in (1, 2)]
+        out = [held["b"].ask(ExportKV(0, 2, LayerRange(2, 4), n, True), KVExported) for n in (1, 2)]
         pieces, end = map(carried, out)
         assert isinstance(pieces.message, KVPieces)
         assert isinstance(end.message, KVEnd)
@@ -469,28 +468,28 @@ def copying(llama: Path) -> Iterator[tuple[Cluster, Import, Import]]:
 
 
 @pytest.mark.parametrize("name", WRONG_PIECES)
-def test_wrong_pieces_are_refused(copying: tuple[Cluster, Import, Import], name: str) -> None:
+def test_wrong_pieces_are_refused(copying: tuple[Cluster, ImportKV, ImportKV], name: str) -> None:
     cluster, pieces, _ = copying
     change, said = WRONG_PIECES[name]
     order = change(pieces)
     assert re.search(said, refused(cluster.workers["d"], order))
 
 
-def refused(worker: Worker, order: Import) -> str:
+def refused(worker: Worker, order: ImportKV) -> str:
     """Return what the worker says of an order that it cannot carry out."""
-    failed = worker.ask(order, HandOverFailed)
+    failed = worker.ask(order, KVOrderFailed)
     assert failed.order is order
     assert failed.error.code == "stage_error"
     return str(failed.error)
 
 
-def with_frame(order: Import, frame: bytes) -> Import:
+def with_frame(order: ImportKV, frame: bytes) -> ImportKV:
     message = msgspec.structs.replace(order.message, tensors=(TensorSpec("uint8", (len(frame),)),))
-    return Import(0, message, (frame,))
+    return ImportKV(0, message, (frame,))
 
 
 def test_a_broken_end_is_refused_and_a_right_one_is_not(
-    copying: tuple[Cluster, Import, Import],
+    copying: tuple[Cluster, ImportKV, ImportKV],
 ) -> None:
     cluster, pieces, end = copying
     worker = cluster.workers["d"]
@@ -502,21 +501,21 @@ def test_a_broken_end_is_refused_and_a_right_one_is_not(
         (b"\x92\x90\x91\x94\x00\x00\xcd\x40\x00\xc0", "cannot be"),
     ):
         assert said in refused(worker, with_frame(end, broken))
-    failed = worker.ask(Inherit(0, 2), HandOverFailed)
+    failed = worker.ask(AssembleKV(0, 2), KVOrderFailed)
     assert "did not tell what it has" in str(failed.error)
-    worker.ask(end, Imported)
-    failed = worker.ask(Inherit(0, 2), HandOverFailed)
+    worker.ask(end, KVImported)
+    failed = worker.ask(AssembleKV(0, 2), KVOrderFailed)
     assert "lacks positions 0 to" in str(failed.error)
-    worker.ask(pieces, Imported)
-    worker.ask(Inherit(0, 2), Inherited)
+    worker.ask(pieces, KVImported)
+    worker.ask(AssembleKV(0, 2), KVAssembled)
     assert "nobody announced" in refused(worker, pieces)
 
 
 def test_only_layers_that_are_served_are_exported(llama: Path, four: dict[str, Worker]) -> None:
     cluster = start(llama, four)
     for name, said in (("a", "a cache of layers 0-2 has no layers 2-4"), ("d", "none are served")):
-        order = Export(0, 2, LayerRange(2, 4), 1, False)
-        failed = four[name].ask(order, HandOverFailed)
+        order = ExportKV(0, 2, LayerRange(2, 4), 1, False)
+        failed = four[name].ask(order, KVOrderFailed)
         assert failed.order is order
         assert said in str(failed.error)
     finish(cluster, (0, 1))
@@ -527,7 +526,7 @@ def test_nothing_is_sent_twice_and_then_what_is_held(llama: Path, four: dict[str
     layers = LayerRange(2, 4)
 
     def export(number: int, *, rest: bool = False, epoch: int = 2) -> Any:
-        out = four["b"].ask(Export(0, epoch, layers, number, rest), Exported)
+        out = four["b"].ask(ExportKV(0, epoch, layers, number, rest), KVExported)
         if out.message is not None:
             assert (out.message.epoch, out.message.layers) == (epoch, layers)
             assert out.message.number == number

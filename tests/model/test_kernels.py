@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import KVCache
-from distributed_llm.worker.kv.segments import KVSegment
+from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model import kernels
 from distributed_llm.worker.model.attention import (
     PackedSlice,
@@ -290,13 +290,13 @@ class SegmentedCache:
 
     def append(
         self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
-    ) -> list[KVSegment]:
+    ) -> list[KVBuffers]:
         assert layer == 0
         old_keys, old_values = self.held[sequence_id]
         keys = torch.cat([old_keys[:, :start], keys], dim=1)
         values = torch.cat([old_values[:, :start], values], dim=1)
         bounds = [0, *self.cuts[sequence_id], keys.shape[1]]
-        return [KVSegment(keys[:, a:b], values[:, a:b]) for a, b in itertools.pairwise(bounds)]
+        return [KVBuffers(keys[:, a:b], values[:, a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def reference(

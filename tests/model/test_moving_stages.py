@@ -74,11 +74,11 @@ class Move:
                     left = None if left is None else left - 1
         return moved
 
-    def take_over(self, worker: str) -> None:
+    def assemble_kv(self, worker: str) -> None:
         transfers = self.transfers[worker]
         for source, _, into in transfers:
             into.update(source.kv_manifest())
-        self.new[worker].take_over(self.old.get(worker), [into for _, _, into in transfers])
+        self.new[worker].assemble_kv(self.old.get(worker), [into for _, _, into in transfers])
 
 
 def load(checkpoint: Checkpoint, layers: LayerRange, donor: Stage | None = None) -> Stage:
@@ -100,7 +100,7 @@ class MovingPipeline(Pipeline):
 
     def end_to_move(self, move: Move) -> None:
         for worker in move.new:
-            move.take_over(worker)
+            move.assemble_kv(worker)
         self.workers = move.new
         self.stages = list(self.workers.values())
 
@@ -269,11 +269,11 @@ def test_until_one_of_them_runs_either_may_go_on(llama: Path) -> None:
     old = dict(pipeline.workers)
     move = pipeline.begin_to_move(PLANS["all borders move"])
     with pytest.raises(KVIncomplete):
-        move.take_over("b")
+        move.assemble_kv("b")
     assert move.new["b"].kv_bytes == 0
     move.pump(100_000)
     for worker in move.new:
-        move.take_over(worker)
+        move.assemble_kv(worker)
     assert pipeline.workers == old
     go_on(pipeline, None)
     finish(llama, pipeline)

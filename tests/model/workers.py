@@ -24,25 +24,27 @@ from distributed_llm.common.messages import (
     Task,
 )
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.compute.engine import Engine, Order, Voidable
-from distributed_llm.worker.compute.loading import Held
+from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.compute.loading import LoadedStage
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.session.events import (
-    Broke,
+    AssembleKV,
     Computed,
+    ComputeFailed,
     Event,
-    Export,
-    Exported,
-    Import,
-    Imported,
-    Inherit,
-    Inherited,
+    ExportKV,
+    ImportKV,
+    KVAssembled,
+    KVExported,
+    KVImported,
     Load,
     Loaded,
+    Order,
     Release,
     Run,
     Serve,
     Unload,
+    VoidableOrder,
 )
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 from tests.model.driver import Pipeline
@@ -59,7 +61,7 @@ class GatedEngine(Engine):
 
     gate: threading.Event
 
-    def _load_beside(self, order: LoadStage, served: Held | None) -> tuple[Stage, int]:
+    def _load_beside(self, order: LoadStage, served: LoadedStage | None) -> tuple[Stage, int]:
         assert self.gate.wait(20)
         return super()._load_beside(order, served)
 
@@ -68,7 +70,7 @@ class Worker:
     """One compute thread, and what it posted."""
 
     def __init__(self, memory_bytes: int = GIB) -> None:
-        self.void: Callable[[Voidable], bool] = lambda order: False
+        self.void: Callable[[VoidableOrder], bool] = lambda order: False
         self.gate = threading.Event()
         self.gate.set()
         self._posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -112,9 +114,9 @@ class Worker:
         done = threading.Event()
         before = self.void
 
-        last = Inherit(0, 0)
+        last = AssembleKV(0, 0)
 
-        def is_void(order: Voidable) -> bool:
+        def is_void(order: VoidableOrder) -> bool:
             if order is last:
                 done.set()
             return order is last or before(order)
@@ -149,7 +151,7 @@ class Seat:
         run = Run(0, task, tuple(frame for _, frame in given))
         self.worker.engine.put(run)
         event: Any = self.worker.next(object)
-        if isinstance(event, Broke):
+        if isinstance(event, ComputeFailed):
             raise event.error
         assert isinstance(event, Computed), event
         assert 0 < event.layers_us <= event.compute_us
@@ -226,7 +228,7 @@ class Cluster(Pipeline):
         sent = 0
         for giver, taker, layers in self.transfers(plan):
             for number in range(1, most + 1):
-                out = self.workers[giver].ask(Export(0, epoch, layers, number, rest), Exported)
+                out = self.workers[giver].ask(ExportKV(0, epoch, layers, number, rest), KVExported)
                 if out.message is None:
                     break
                 self.deliver(taker, out)
@@ -235,15 +237,15 @@ class Cluster(Pipeline):
                     break
         return sent
 
-    def deliver(self, taker: str, out: Exported) -> Imported:
+    def deliver(self, taker: str, out: KVExported) -> KVImported:
         """Carry a message over the wire."""
         order = carried(out)
-        return self.workers[taker].ask(order, Imported)
+        return self.workers[taker].ask(order, KVImported)
 
-    def inherit(self, epoch: int, plan: Plan) -> None:
+    def assemble(self, epoch: int, plan: Plan) -> None:
         """Let all stages of a new epoch take over."""
         for name, _ in plan:
-            self.workers[name].ask(Inherit(0, epoch), Inherited)
+            self.workers[name].ask(AssembleKV(0, epoch), KVAssembled)
 
     def commit(self, epoch: int, plan: Plan) -> None:
         """Serve the new epoch, and give up the old one."""
@@ -258,14 +260,14 @@ class Cluster(Pipeline):
             worker.engine.put(Unload(epoch))
 
 
-def carried(out: Exported) -> Import:
+def carried(out: KVExported) -> ImportKV:
     """Return a message as it arrives at another worker."""
     assert out.message is not None
     frames = [bytes(frame) for frame in codec.encode(out.message, out.frames)]
     assert sum(map(len, frames)) <= 4 << 20 or isinstance(out.message, KVEnd)
     message, tensors = codec.to_next_worker.decode(frames)
     assert isinstance(message, KVPieces | KVEnd)
-    return Import(0, message, tensors)
+    return ImportKV(0, message, tensors)
 
 
 @contextmanager

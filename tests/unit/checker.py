@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from distributed_llm.common.messages import Generate, LoadStage, Task, TaskFailed, TaskResult
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
-from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.fake_model import NUM_LAYERS
 
 
@@ -22,7 +22,7 @@ class Checker:
         num_arrived: requests of clients that it knows, repeated ones included.
     """
 
-    def __init__(self, core: Core, settings: CoreSettings) -> None:
+    def __init__(self, core: Core, settings: CoordinatorSettings) -> None:
         self._core = core
         self._settings = settings
         self._stale = False
@@ -43,7 +43,7 @@ class Checker:
         answer = event.message
         if not isinstance(answer, TaskResult | TaskFailed):
             return False
-        all_in_flight = {r.epoch: r.in_flight for r in self._core._placement.pipelines}
+        all_in_flight = {r.epoch: r.in_flight for r in self._core._pipelines.all}
         in_flight = all_in_flight.get(answer.epoch)
         return in_flight is None or answer.step not in in_flight._flights
 
@@ -115,8 +115,8 @@ class Checker:
         request = self._core._book.next_waiting()
         if request is None:
             return
-        move = self._core._relocation.move
-        for pipeline in self._core._placement.pipelines:
+        move = self._core._moves.move
+        for pipeline in self._core._pipelines.all:
             if move and move.old is pipeline:
                 continue  # it has less room until the move is over
             scheduler, in_flight = pipeline.scheduler, pipeline.in_flight
@@ -133,12 +133,12 @@ class Checker:
         assert not self._open
         book = self._core._book
         assert not book.busy
-        assert not book._homes
+        assert not book._schedulers
         assert not book._queue._accounts
         assert book.next_deadline() is None
         assert not book._deadlines
         assert status.kv_tokens_used == 0
-        for pipeline in self._core._placement.pipelines:
+        for pipeline in self._core._pipelines.all:
             assert pipeline.in_flight is not None
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps
@@ -146,7 +146,7 @@ class Checker:
             assert not pipeline.scheduler._leaving
             ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
-            assert not ledger.freed
+            assert not ledger.take_freed()
 
 
 def _is_task(action: events.Action) -> bool:

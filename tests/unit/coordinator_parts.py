@@ -1,6 +1,7 @@
 """The parts of a coordinator behind its core, with numbers that can be checked by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -12,23 +13,26 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
+from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
-from distributed_llm.coordinator.cluster.placement import Placement
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
 from distributed_llm.coordinator.cluster.registry import Registry, Worker
-from distributed_llm.coordinator.cluster.relocation import Relocation
-from distributed_llm.coordinator.events import Action, Send, Tokenize, Tokenized
+from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.events import Action, Send, Study, Tokenize, Tokenized
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.requests.lifecycle import RequestCause
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
 from distributed_llm.coordinator.speeds.work import Work
 
@@ -58,61 +62,77 @@ class Known(Measurements):
         return self.rate
 
 
+@dataclass(frozen=True)
+class Roomy(Planner):
+    """A planner that leaves room for a number of positions that it is told."""
+
+    room: int = 0
+
+    def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
+        """Return that number."""
+        return self.room
+
+
 class Parts:
     """A cluster without a network.
 
     Args:
         memory: of each worker, bytes.
         cost: of the model.
+        kv_tokens: positions that plans by speed leave room for; None is as many as usual.
         settings: others than the usual ones.
     """
 
-    def __init__(self, memory: Mapping[str, int], cost: ModelCost = COST, **settings: Any) -> None:
-        given = CoreSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
+    def __init__(
+        self,
+        memory: Mapping[str, int],
+        cost: ModelCost = COST,
+        *,
+        kv_tokens: int | None = None,
+        **settings: Any,
+    ) -> None:
+        given = CoordinatorSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
         self.cost = cost
         self._numbers = count()
         model = ServedModel(
             name="small",
             source=ModelSource(kind="builtin", name=""),
             dtype="float32",
+            wire_dtype="float32",
             cost=cost,
             hidden_size=4,
             defaults=GenerationDefaults(2048, 50, (49,), SamplingParams()),
             digest=str,
         )
-        self.registry = Registry(silence_timeout_s=4.0)
-        self.book = RequestBook(model.defaults, max_waiting=99, draw_seed=lambda: 1)
+        self.registry = Registry(silence_timeout_s=4.0, task_timeout_s=given.task_timeout_s)
         self.event_log = EventLog()
+        self.book = RequestBook(model.defaults, self.event_log, max_waiting=99, draw_seed=lambda: 1)
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
-        self.planner = Planner(model, given, self.measurements)
+        self.planner = Planner.of(model, given)
+        if kv_tokens is not None:
+            self.planner = Roomy(**vars(self.planner), room=kv_tokens)
         self.pipelines = Pipelines(
             model,
             given,
             self.registry,
             self.book,
+            self.measurements,
             self.event_log,
             draw_key=lambda: "key",
-            wants_trials=self.planner.wants_trials,
         )
-        self.placement = Placement(
-            given, self.registry, self.book, self.event_log, self.planner, self.pipelines
-        )
-        self.relocation = Relocation(
-            cost, self.pipelines, self.registry, self.event_log, self.measurements
-        )
-        self.departures = Departures(
-            self.placement, self.planner, self.relocation, self.registry, self.event_log
-        )
-        self.rebalancing = Rebalancing(
-            cost,
+        self.cluster = Cluster(
+            model,
             given,
-            self.placement,
-            self.planner,
-            self.relocation,
-            self.measurements,
             self.registry,
+            self.pipelines,
+            self.book,
+            self.measurements,
             self.event_log,
         )
+        self.replanning = Replanning(self.cluster, self.planner)
+        self.moves = Moves(self.cluster)
+        self.departures = Departures(self.cluster, self.planner, self.replanning, self.moves)
+        self.rebalancing = Rebalancing(self.cluster, self.planner, self.replanning, self.moves)
         for name, size in memory.items():
             self.join(name, size)
 
@@ -122,6 +142,22 @@ class Parts:
         worker = self.registry.add_worker(PeerId(name.encode()), hello, now=0.0)
         self.measurements.joined(worker.id, hello.capabilities)
         return worker
+
+    def answered(self, actions: Sequence[Action], now: float = 10.0) -> list[Action]:
+        """Answer the questions about plans among actions; return the others and what follows."""
+        done: list[Action] = []
+        for action in actions:
+            if not isinstance(action, Study):
+                done.append(action)
+                continue
+            answer = action.question.answer()
+            assert isinstance(answer, PlanAnswer)
+            if answer.question.leaving is None:
+                moving = self.moves.move is not None
+                done += self.answered(self.replanning.answered(answer, moving=moving), now)
+            else:
+                done += self.answered(self.departures.planned(answer, now=now), now)
+        return done
 
     def worker(self, name: str) -> Worker:
         """Return one of the workers."""
@@ -136,10 +172,10 @@ class Parts:
 
     def serve(self, *ranges: tuple[str, int, int]) -> Pipeline:
         """Return a pipeline that serves."""
-        self.placement.serve_also(self.plan(*ranges))
-        pipeline = self.placement.pipelines[-1]
+        self.pipelines.load([self.plan(*ranges)])
+        pipeline = self.pipelines.all[-1]
         for name, _, _ in ranges:
-            self.placement.stage_ready(self.worker(name), ready(pipeline.epoch, load_s=0.0))
+            self.pipelines.stage_ready(self.worker(name), ready(pipeline.epoch, load_s=0.0))
         assert pipeline.in_flight
         return pipeline
 
@@ -156,7 +192,8 @@ class Parts:
         assert pipeline.scheduler
         assert request.sequence_id
         pipeline.scheduler._ledger.computed(request.sequence_id, prompt)
-        self.book._leave(request, keep=True)
+        self.book._withdraw(request, keep=True)
+        request.change(RequestCause.LAST_TOKEN)
 
     def waiting(self, prompt: int, answer: int = 20) -> Request:
         """Return a request whose turn it is."""
@@ -172,7 +209,7 @@ class Parts:
 
     def goes_on(self) -> None:
         """Begin steps where they may be begun, and assert the invariants."""
-        for pipeline in self.placement.pipelines:
+        for pipeline in self.pipelines.all:
             pipeline.begin_steps(now=20.0)
         self.pipelines.validate()
 
@@ -201,6 +238,6 @@ def capabilities(memory_bytes: int) -> Capabilities:
     )
 
 
-def sent(actions: list[Action]) -> list[tuple[str, type]]:
+def sent(actions: Sequence[Action]) -> list[tuple[str, type]]:
     """Return to whom what is sent."""
     return [(a.peer.decode(), type(a.message)) for a in actions if isinstance(a, Send)]

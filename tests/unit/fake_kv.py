@@ -14,7 +14,7 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import KVEnd, KVPart, KVPieces
 from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import KV_BLOCK, LayerRange
-from distributed_llm.worker.session.events import Export, Exported, Import
+from distributed_llm.worker.session.events import ExportKV, ImportKV, KVExported
 from tests.unit.fake_model import Buffer, FakeSequence, FakeStage
 
 
@@ -72,7 +72,7 @@ class FakeExporter:
         self._max_positions = max_positions
         self._done: dict[int, list[list[int]]] = {}
 
-    def next(self, order: Export) -> Exported:
+    def next(self, order: ExportKV) -> KVExported:
         """Return the next message of a transfer."""
         for sequence_id, held in self._stage.kv.items():
             states = [list(row[self._columns]) for row in held.states]
@@ -85,14 +85,14 @@ class FakeExporter:
                 self._done[sequence_id] = states[: same + len(new)]
                 return self._pieces(order, sequence_id, same, new)
         if not order.rest:
-            return Exported(order, None)
+            return KVExported(order, None)
         spec, frame = frame_of_bytes(msgspec.msgpack.encode(manifest_of(self._stage)))
         end = KVEnd(epoch=order.epoch, layers=order.layers, number=order.number, tensors=(spec,))
-        return Exported(order, end, (frame,))
+        return KVExported(order, end, (frame,))
 
     def _pieces(
-        self, order: Export, sequence_id: int, offset: int, states: list[list[int]]
-    ) -> Exported:
+        self, order: ExportKV, sequence_id: int, offset: int, states: list[list[int]]
+    ) -> KVExported:
         array = np.asarray(states, dtype="<i4").T  # [layers, positions]
         spec, frame = frame_of_bytes(array.tobytes())
         capacity = -(-(offset + len(states)) // KV_BLOCK) * KV_BLOCK
@@ -113,7 +113,7 @@ class FakeExporter:
             parts=parts,
             tensors=(spec,),
         )
-        return Exported(order, message, (frame,))
+        return KVExported(order, message, (frame,))
 
 
 @dataclass
@@ -128,7 +128,7 @@ class FakeImporter:
     states: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     manifest: Manifest | None = None
 
-    def take(self, order: Import) -> None:
+    def take(self, order: ImportKV) -> None:
         """Keep what one message brings."""
         if isinstance(order.message, KVEnd):
             self.manifest = msgspec.msgpack.decode(bytes(order.frames[0]), type=Manifest)
@@ -147,7 +147,7 @@ class FakeImporter:
         assert not values
 
 
-def take_over(
+def assemble_kv(
     heir: FakeStage, donor: FakeStage | None, imports: dict[LayerRange, FakeImporter]
 ) -> None:
     """Fill an empty stage with what all sources hold of each sequence.

@@ -28,7 +28,7 @@ from distributed_llm.worker.session import link_events as links
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.epoch_stage import CREDITS
 from distributed_llm.worker.session.link_events import LinkId
-from tests.unit.fake_kv import FakeExporter, FakeImporter, take_over
+from tests.unit.fake_kv import FakeExporter, FakeImporter, assemble_kv
 from tests.unit.fake_model import BIG, COST, FakeStage, Missing, Void
 
 _instances = count()
@@ -38,18 +38,6 @@ if TYPE_CHECKING:
 
 Specs = tuple[TensorSpec, ...]
 Frames = tuple[Frame, ...]
-Order = (
-    agents.Load
-    | agents.Run
-    | agents.Release
-    | agents.Drop
-    | agents.Serve
-    | agents.Unload
-    | agents.Export
-    | agents.Import
-    | agents.Inherit
-    | agents.Probe
-)
 
 
 @dataclass
@@ -79,7 +67,7 @@ class SimWorker:
         loaded: orders that were carried out.
         fail_tasks: how many of the next tasks fail.
         fail_exports: how many of the next orders to export fail; `fail_imports` and
-            `fail_inherits` likewise.
+            `fail_assemblies` likewise.
         transfer_s: time that every message of a transfer takes its compute thread.
         max_positions: of a layer in one message of a transfer.
         layers_share: of the time of a task, what its layers take.
@@ -99,7 +87,7 @@ class SimWorker:
         self.load_error: DistributedLLMError | None = None
         self.load_s = 0.01
         self.fail_tasks = 0
-        self.fail_exports = self.fail_imports = self.fail_inherits = 0
+        self.fail_exports = self.fail_imports = self.fail_assemblies = 0
         self.transfer_s = 0.001
         self.max_positions = 8
         self.layers_share = 0.5
@@ -112,7 +100,7 @@ class SimWorker:
         self._loading: agents.Load | None = None  # beside
         self._exports: dict[tuple[int, LayerRange], FakeExporter] = {}
         self._ran = (-1, 0)  # the newest session and epoch of which a task was computed
-        self.orders: deque[Order] = deque()
+        self.orders: deque[agents.Order] = deque()
         self.num_sessions = 0
         self._progress_at = world.now
         self._busy = False
@@ -183,6 +171,11 @@ class SimWorker:
         self._closing_takes_s = 0.05
         self._apply(agents.Disconnected())
         self._closing_takes_s = 0.0
+
+    @property
+    def epoch(self) -> int:
+        """The newest epoch that it was told to load or to drop in this session."""
+        return self.agent._stages._newest
 
     @property
     def dial_at(self) -> float:
@@ -258,17 +251,17 @@ class SimWorker:
     def _perform(self, actions: Iterable[agents.Action]) -> None:
         for action in actions:
             match action:
-                case agents.Say(message=message, frames=frames):
+                case agents.Send(message=message, frames=frames):
                     self._say(message, frames)
-                case agents.Beat(epochs=epochs):
+                case agents.SendHeartbeat(epochs=epochs):
                     self._say(self._heartbeat(epochs))
                 case (
                     links.OpenLink()
                     | links.Greet()
-                    | links.HandOn()
-                    | links.Transmit()
+                    | links.ForwardTask()
+                    | links.SendOverLink()
                     | links.CloseLink()
-                    | links.PeerSay()
+                    | links.SendToPeer()
                 ):
                     self._perform_across(action)
                 case agents.Reconnect():
@@ -276,16 +269,16 @@ class SimWorker:
                     self._connect()
                 case agents.Log(text=text):
                     self.world.logs.append(f"{self.name}: {text}")
-                case agents.End(number=number):
-                    self.ended = number
+                case agents.End(signal=signal):
+                    self.ended = signal
                     self.kill()
-                case agents.Exit(error=error):
+                case agents.Fail(error=error):
                     self.exit = error
                     self.kill()
                 case _:
                     self._order(action)
 
-    def _order(self, order: Order) -> None:
+    def _order(self, order: agents.Order) -> None:
         self.orders.append(order)
         self._arrivals.append(self.world.now)
         waiting = [o for o in self.orders if isinstance(o, agents.Run)]
@@ -316,15 +309,15 @@ class SimWorker:
                 self.world.at(0.001, lambda: self._dial(name, addresses))
             case links.Greet(link=name, hello=hello):
                 self._transmit(name, hello, ())
-            case links.HandOn(task=task, frames=frames):
+            case links.ForwardTask(task=task, frames=frames):
                 if LinkId(task.epoch) in self._up:
                     self._transmit(LinkId(task.epoch), task, frames)
-            case links.Transmit(link=name, message=message, frames=frames):
+            case links.SendOverLink(link=name, message=message, frames=frames):
                 if name in self._up:
                     self._transmit(name, message, frames)
             case links.CloseLink(link=name):
                 self._forget(name)
-            case links.PeerSay(peer=peer, message=answer):
+            case links.SendToPeer(peer=peer, message=answer):
                 dialer = self._hellos[peer]
                 self.world.send_back(dialer.link_of(peer), answer, dialer)
             case _:
@@ -345,7 +338,7 @@ class SimWorker:
             link = self.world.connect(other, f"{self.name}->{other.name}")
             self._links[name] = link
             other._hellos[link.peer] = self
-            self._apply(links.NextReached(name, addresses[0]))
+            self._apply(links.LinkReached(name, addresses[0]))
 
     def link_of(self, peer: PeerId) -> "Link | None":
         """The link to another worker which that knows as `peer`; None if it is closed."""
@@ -363,7 +356,7 @@ class SimWorker:
             return
         if not isinstance(message, PeerWelcome):
             if name in self._up:
-                self._apply(links.LinkHeard(name, message))
+                self._apply(links.LinkReceived(name, message))
         elif name not in self._up:
             self._up.add(name)
             self._apply(links.LinkUp(name, 0.002))
@@ -402,14 +395,14 @@ class SimWorker:
             takes_s = self._takes_s(self.orders[0])
             self.world.at(takes_s, lambda: self._when_up(self._finish))
 
-    def _takes_s(self, order: Order) -> float:
+    def _takes_s(self, order: agents.Order) -> float:
         match order:
             case agents.Load(order=LoadStage(beside=False)):
                 return self.load_s
             case agents.Run(task=task) if not self.agent.is_void(order):
                 tokens = sum(part.num_tokens for part in task.sequences)
                 return self.task_s + self.token_s * tokens + self._layers_s()
-            case agents.Export() | agents.Import() | agents.Inherit():
+            case agents.ExportKV() | agents.ImportKV() | agents.AssembleKV():
                 return self.transfer_s
             case _:
                 return 0.0
@@ -432,7 +425,7 @@ class SimWorker:
             self._apply(event)
         self._work()
 
-    def _do(self, order: Order) -> agents.Event | None:
+    def _do(self, order: agents.Order) -> agents.Event | None:
         match order:
             case agents.Load():
                 return self._load(order)
@@ -454,7 +447,7 @@ class SimWorker:
                 self.stage = stage
             case agents.Unload(epoch=epoch):
                 self._unload(epoch)
-            case agents.Export() | agents.Import() | agents.Inherit():
+            case agents.ExportKV() | agents.ImportKV() | agents.AssembleKV():
                 return self._move(order)
             case agents.Probe():
                 return self._probe(order)
@@ -535,24 +528,24 @@ class SimWorker:
             for sequences, start, tokens in ((n, 8, 1), (1, 0, 8 * n), (1, 8 * n, 1))
         )
 
-    def _move(self, order: agents.Export | agents.Import | agents.Inherit) -> agents.Event | None:
+    def _move(self, order: agents.KVOrder) -> agents.Event | None:
         if self.agent.is_void(order):
             return None
         try:
             match order:
-                case agents.Export():
+                case agents.ExportKV():
                     return self._export(order)
-                case agents.Import(message=message):
+                case agents.ImportKV(message=message):
                     self._inject("fail_imports")
                     self._beside_of(message.epoch).imports[message.layers].take(order)
-                    return agents.Imported(order)
-                case agents.Inherit(epoch=epoch):
-                    self._inject("fail_inherits")
+                    return agents.KVImported(order)
+                case agents.AssembleKV(epoch=epoch):
+                    self._inject("fail_assemblies")
                     heir = self._beside_of(epoch)
-                    take_over(heir.stage, self.stage, heir.imports)
-                    return agents.Inherited(order)
+                    assemble_kv(heir.stage, self.stage, heir.imports)
+                    return agents.KVAssembled(order)
         except StageError as exc:
-            return agents.HandOverFailed(order, exc)
+            return agents.KVOrderFailed(order, exc)
 
     def _inject(self, failures: str) -> None:
         """Fail if there is such a failure left to inject."""
@@ -561,7 +554,7 @@ class SimWorker:
             setattr(self, failures, left - 1)
             raise StageError("injected")
 
-    def _export(self, order: agents.Export) -> agents.Exported:
+    def _export(self, order: agents.ExportKV) -> agents.KVExported:
         self._inject("fail_exports")
         key = (order.epoch, order.layers)
         if key not in self._exports:
@@ -594,9 +587,9 @@ class SimWorker:
         except Void:
             return None
         except Missing as exc:
-            return agents.Broke(run, exc, exc.missing)
+            return agents.ComputeFailed(run, exc, exc.missing)
         except StageError as exc:
-            return agents.Broke(run, exc)
+            return agents.ComputeFailed(run, exc)
         self.after_task(run.task)
         took_s = self.world.now - self._progress_at
         queued_s = self._progress_at - self._arrivals[0]

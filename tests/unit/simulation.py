@@ -10,7 +10,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, assert_never
 
@@ -25,19 +25,21 @@ from distributed_llm.common.messages import (
     ToPreviousWorker,
     ToWorker,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.plan import kv_tokens_of, plan_of
-from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
 from tests.unit.fake_model import BIG, DRAWN_SEED, MODEL
 from tests.unit.fake_worker import SimWorker
 
-SETTINGS = CoreSettings(strategy="memory", min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
+SETTINGS = CoordinatorSettings(
+    strategy="memory", min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0
+)
 
 Message = FromWorker | FromClient | ToWorker | ToClient | ToNextWorker | ToPreviousWorker
 FaultKind = Literal["drop", "duplicate", "delay"]
@@ -95,7 +97,7 @@ class World:
 
     def __init__(
         self,
-        settings: CoreSettings = SETTINGS,
+        settings: CoordinatorSettings = SETTINGS,
         *,
         seed: int = 0,
         delay_s: tuple[float, float] = (0.001, 0.002),
@@ -261,7 +263,7 @@ class World:
                     assert_never(action)
 
     def _study(self, study: events.Study) -> None:
-        self.at(self.study_s, lambda: self._do(events.Studied(study, study.work())))
+        self.at(self.study_s, lambda: self._do(events.Studied(study.question.answer())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:
@@ -381,12 +383,12 @@ class World:
             shift: who comes first.
         """
         core = self.core
-        pipeline = next((r for r in core._placement.pipelines if r.in_flight), None)
-        if pipeline is None or core._relocation.move:
+        pipeline = next((r for r in core._pipelines.all if r.in_flight), None)
+        if pipeline is None or core._moves.move:
             return
         own = {stage.peer for stage in pipeline.stages}
-        idle = core._placement.idle_workers
-        workers = [w for w in core._placement.fit_workers if w.peer in own or w in idle]
+        idle = core._registry.idle
+        workers = [w for w in core._registry.fit if w.peer in own or w in idle]
         edges = [0, *cuts, MODEL.cost.num_layers]
         held = [LayerRange(*pair) for pair in pairwise(edges)]
         if len(workers) < len(held):
@@ -396,9 +398,9 @@ class World:
         layer_map = tuple((worker.id, layers) for worker, layers in pairs)
         memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
         plan = plan_of(MODEL.cost, memory, layer_map)
-        price = core._relocation.price(pipeline, plan)
+        price = core._moves.prices.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
-            actions = core._relocation.begin(pipeline, plan, price, why="a test", now=self.now)
+            actions = core._moves.begin(pipeline, plan, price, why="a test", now=self.now)
             actions = core._settle(actions, self.now)
             self.checker.check(None, actions, now=self.now)
             self._perform(actions)
@@ -409,12 +411,12 @@ class World:
         for _ in range(100):
             before = self.epoch
             self.run(for_s=1.0)
-            over = not self.core._relocation.move
+            over = not self.core._moves.move
             self.run(for_s=0.1)  # what ends a move arrives
             if (
                 over
                 and (self.epoch, self.state) == (before, "serving")
-                and not self.core._relocation.move
+                and not self.core._moves.move
             ):
                 return
         raise AssertionError("layers move for ever")
@@ -423,7 +425,7 @@ class World:
         """Assert that nothing is left of any request, anywhere."""
         assert not self._texts
         self.checker.check_drained()
-        for pipeline in self.core._placement.pipelines:
+        for pipeline in self.core._pipelines.all:
             assert pipeline.scheduler is not None
             ledger = pipeline.scheduler._ledger
             for stage in pipeline.stages:
@@ -448,6 +450,6 @@ def finish(world: World, *answers: Answer) -> None:
     world.check_drained()
 
 
-def with_settings(**changes: object) -> CoreSettings:
+def with_settings(**changes: object) -> CoordinatorSettings:
     """Return the usual settings with these changes."""
-    return replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    return CoordinatorSettings.model_validate(dict(SETTINGS) | changes)

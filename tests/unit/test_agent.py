@@ -45,17 +45,17 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.epoch_stage import CREDITS
 from distributed_llm.worker.session.events import (
     Action,
-    Beat,
-    Broke,
     Computed,
+    ComputeFailed,
     Connected,
     Disconnected,
     Drop,
     End,
-    Exit,
+    Fail,
     Garbage,
     Load,
     Loaded,
@@ -67,31 +67,32 @@ from distributed_llm.worker.session.events import (
     Reconnect,
     Release,
     Run,
-    Say,
+    Send,
+    SendHeartbeat,
     Signalled,
 )
 from distributed_llm.worker.session.link_events import (
     CloseLink,
+    ForwardTask,
     Greet,
-    HandOn,
     LinkDown,
-    LinkHeard,
     LinkId,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     OpenLink,
     PeerGarbage,
     PeerReceived,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
-from distributed_llm.worker.session.peers import PROBE_BYTES, proof
+from distributed_llm.worker.session.peers import PROBE_BYTES
 
 WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=4.0)
 IDS = TensorSpec("int32", (1,))
 HIDDEN = TensorSpec("bfloat16", (1, 2))
 MAC = NextStage(worker="mac", addresses=("10.0.0.2:7000", "127.0.0.1:7000"))
-REMEASURED = Say(Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10))
+REMEASURED = Send(Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10))
 BEFORE, STRANGER = PeerId(b"before"), PeerId(b"stranger")
 
 
@@ -179,7 +180,7 @@ def run_of(agent: Agent, given: Task, *frames: bytes) -> Run:
 
 
 def failed(agent: Agent, run: Run) -> list[Action]:
-    return agent.handle(Broke(run, StageError("no")), now=0.0)
+    return agent.handle(ComputeFailed(run, StageError("no")), now=0.0)
 
 
 def hello(epoch: int, key: str = "secret", worker: str = "pc-2") -> PeerHello:
@@ -193,14 +194,14 @@ def test_hello_is_the_first_thing_said() -> None:
     agent = new_agent()
     here = ("10.0.0.1:7000", "127.0.0.1:7000")
     said = WorkerHello(name="pc", instance="me", capabilities=capabilities(), peer_addresses=here)
-    assert agent.handle(Connected(here), now=1.0) == [Say(said)]
+    assert agent.handle(Connected(here), now=1.0) == [Send(said)]
 
 
 def test_it_asks_for_its_own_name_again_in_another_session() -> None:
     agent = joined()
     agent.handle(Disconnected(), now=1.0)
     (said,) = agent.handle(Connected(), now=2.0)
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     assert isinstance(said.message, WorkerHello)
     assert said.message.name == "pc"
 
@@ -210,7 +211,7 @@ def test_nobody_listens() -> None:
     assert agent.next_deadline() == 15.0
     assert agent.on_timer(reached=False, now=14.9) == []
     (leave,) = agent.on_timer(reached=False, now=15.0)
-    assert isinstance(leave, Exit)
+    assert isinstance(leave, Fail)
     assert isinstance(leave.error, CoordinatorUnreachable)
     assert "boss:5555 after 10 s: nothing listens there" in str(leave.error)
 
@@ -218,7 +219,7 @@ def test_nobody_listens() -> None:
 def test_something_else_listens() -> None:
     agent = new_agent()
     (leave,) = agent.on_timer(reached=True, now=10.0)
-    assert isinstance(leave, Exit)
+    assert isinstance(leave, Fail)
     assert "something listens there, but it is no coordinator" in str(leave.error)
 
 
@@ -233,7 +234,7 @@ def test_something_that_connects_but_never_welcomes() -> None:
     agent.handle(Connected(), now=8.0)
     assert agent.next_deadline() == 10.0
     (leave,) = agent.on_timer(reached=False, now=10.0)
-    assert isinstance(leave, Exit)
+    assert isinstance(leave, Fail)
     assert "it is no coordinator" in str(leave.error)
 
 
@@ -257,7 +258,7 @@ def test_beats_at_once_and_then_every_interval() -> None:
         at = agent.next_deadline()
         assert at is not None
         assert agent.on_timer(reached=True, now=at - 0.001) == []
-        assert agent.on_timer(reached=True, now=at) == [Beat(())]
+        assert agent.on_timer(reached=True, now=at) == [SendHeartbeat(())]
         beats.append(at)
         hear(agent, Pong(), at)
     assert beats == [3.0, 4.0, 5.0, 6.0]
@@ -266,13 +267,13 @@ def test_beats_at_once_and_then_every_interval() -> None:
 def test_beat_carries_the_epoch() -> None:
     agent = joined()
     hear(agent, order(5))
-    assert agent.on_timer(reached=True, now=1.0) == [Beat((5,))]
+    assert agent.on_timer(reached=True, now=1.0) == [SendHeartbeat((5,))]
 
 
 def test_silence_makes_it_connect_anew() -> None:
     agent = joined()
     for now in (0.0, 1.0, 2.0, 3.0):
-        assert agent.on_timer(reached=True, now=now) == [Beat(())]
+        assert agent.on_timer(reached=True, now=now) == [SendHeartbeat(())]
     assert agent.next_deadline() == 4.0
     actions = agent.on_timer(reached=True, now=4.0)
     assert without_logs(actions) == [Reconnect()]
@@ -299,10 +300,9 @@ def test_told_that_its_session_is_lost() -> None:
     agent = joined()
     hear(agent, order(5))
     assert hear(agent, Refused(code="lost", message="connect again")) == [Reconnect()]
-    assert agent.epoch == 0
     agent.handle(Connected(), now=1.0)
     hear(agent, WELCOME, 1.0)
-    assert agent.on_timer(reached=True, now=1.0) == [Beat(())]
+    assert agent.on_timer(reached=True, now=1.0) == [SendHeartbeat(())]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_told_to_go_away(code: str, kind: type[DistributedLLMError]) -> None:
     agent = new_agent()
     agent.handle(Connected(), now=0.0)
     (leave,) = hear(agent, Refused(code=code, message="because"))
-    assert isinstance(leave, Exit)
+    assert isinstance(leave, Fail)
     assert type(leave.error) is kind
     assert str(leave.error) == "because"
 
@@ -327,7 +327,7 @@ def test_garbage_is_logged_and_another_version_is_the_end() -> None:
     (line,) = agent.handle(Garbage(RemoteProtocolError("malformed", "noise")), now=0.0)
     assert isinstance(line, Log)
     error = ProtocolMismatch("version 2")
-    assert agent.handle(Garbage(error), now=0.0) == [Exit(error)]
+    assert agent.handle(Garbage(error), now=0.0) == [Fail(error)]
 
 
 # ------------------------------------------------------------------ epochs
@@ -343,7 +343,7 @@ def test_orders_are_carried_out() -> None:
     assert not agent.is_void(run)
     assert hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3, 4))) == [Release(1, (3, 4))]
     assert hear(agent, DropStage(epoch=2)) == [Drop()]
-    assert agent.epoch == 2
+    assert hear(agent, order(2)) == []
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 4])
@@ -360,7 +360,6 @@ def test_orders_of_older_epochs_are_ignored() -> None:
     assert hear(agent, order(2)) == []
     assert hear(agent, order(3)) == []
     assert hear(agent, DropStage(epoch=2)) == []
-    assert agent.epoch == 3
     assert session_of(hear(agent, order(4))) == 0
 
 
@@ -456,7 +455,7 @@ def test_answers_of_an_old_session_are_dropped() -> None:
         Loaded(old, 1, 1.0, 5, 64),
         LoadFailed(old, 1, CheckpointMismatch("x")),
         Computed(run, (), (), 100, 80, 0),
-        Broke(run, StageError("x")),
+        ComputeFailed(run, StageError("x")),
     ):
         assert agent.handle(event, now=3.0) == []
     assert agent.is_void(run)
@@ -494,7 +493,7 @@ def test_orders_before_the_welcome_are_ignored(message: ToWorker) -> None:
     agent.handle(Connected(), now=0.0)
     assert agent.handle(Received(message), now=0.0) == []
     hear(agent, WELCOME)
-    assert agent.epoch == 0
+    assert session_of(hear(agent, order(1))) == 0
 
 
 # ------------------------------------------------------------------ leaving
@@ -520,7 +519,7 @@ def beat_until(agent: Agent, now: float) -> list[tuple[float, list[Action]]]:
     while (at := agent.next_deadline()) is not None and at <= now:
         hear(agent, Pong(), at)
         actions = without_logs(agent.on_timer(reached=True, now=at))
-        actions = [action for action in actions if not isinstance(action, Beat)]
+        actions = [action for action in actions if not isinstance(action, SendHeartbeat)]
         if actions:
             told.append((at, actions))
             if any(isinstance(action, End) for action in actions):
@@ -531,25 +530,25 @@ def beat_until(agent: Agent, now: float) -> list[tuple[float, list[Action]]]:
 def test_worker_that_serves_says_that_it_wants_to_leave_and_serves_on() -> None:
     agent = ready_agent()
     said, line = agent.handle(Signalled(15), now=1.0)
-    assert said == Say(Leaving())
+    assert said == Send(Leaving())
     assert isinstance(line, Log)
     assert line.text == ("handing layers 0-2 over to other workers; a second signal ends at once")
     run_of(agent, task(3, step=1), b"1234")
     assert beat_until(agent, 60.9) == []
     hear(agent, DropStage(epoch=3))
-    assert hear(agent, MayLeave()) == [Say(Goodbye()), End(15)]
+    assert hear(agent, MayLeave()) == [Send(Goodbye()), End(15)]
 
 
 def test_worker_leaves_anyway_after_a_while() -> None:
     agent = ready_agent(leave_timeout_s=20.0)
     signal(agent, 2, now=1.0)
-    assert beat_until(agent, 1e3) == [(21.0, [Say(Goodbye()), End(2)])]
+    assert beat_until(agent, 1e3) == [(21.0, [Send(Goodbye()), End(2)])]
 
 
 def test_second_signal_ends_at_once() -> None:
     agent = ready_agent()
     signal(agent, 15)
-    assert signal(agent, 2) == [Say(Goodbye()), End(2)]
+    assert signal(agent, 2) == [Send(Goodbye()), End(2)]
 
 
 @pytest.mark.parametrize("how", ["lost", "refused", "silent"])
@@ -576,7 +575,7 @@ def test_worker_that_serves_nothing_ends_at_once(state: str) -> None:
         hear(agent, order(3))
     if state == "no time":
         agent = ready_agent(leave_timeout_s=0.0)
-    assert signal(agent) == [Say(Goodbye()), End(15)]
+    assert signal(agent) == [Send(Goodbye()), End(15)]
 
 
 def test_drained_worker_ends_without_a_signal_and_tells_why() -> None:
@@ -584,7 +583,7 @@ def test_drained_worker_ends_without_a_signal_and_tells_why() -> None:
     line, *actions = agent.handle(Received(MayLeave(why="drained by boss")), now=1.0)
     assert isinstance(line, Log)
     assert "drained by boss" in line.text
-    assert actions == [Say(Goodbye()), End(0)]
+    assert actions == [Send(Goodbye()), End(0)]
 
 
 # ------------------------------------------------------------------ answers
@@ -595,7 +594,7 @@ def test_loaded() -> None:
     session = session_of(hear(agent, order(3)))
     ready = StageReady(epoch=3, credits=CREDITS, load_s=1.5, weight_bytes=99, kv_tokens=640)
     said = without_logs(agent.handle(Loaded(session, 3, 1.5, 99, 640), now=1.0))
-    assert said == [Say(ready)]
+    assert said == [Send(ready)]
 
 
 def test_checkpoint_error_is_said_and_ends_the_worker() -> None:
@@ -603,27 +602,27 @@ def test_checkpoint_error_is_said_and_ends_the_worker() -> None:
     session = session_of(hear(agent, order(3)))
     error = CheckpointMismatch("other weights " + "x" * 9000)
     said, leave = agent.handle(LoadFailed(session, 3, error), now=1.0)
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     assert isinstance(said.message, StageFailed)
     assert (said.message.epoch, said.message.code) == (3, "checkpoint_mismatch")
     assert said.message.message.startswith("other weights")
-    assert leave == Exit(error)
+    assert leave == Fail(error)
 
 
 def test_other_failure_to_load_is_said_and_it_stays() -> None:
     agent = joined()
     session = session_of(hear(agent, order(3)))
     said = without_logs(agent.handle(LoadFailed(session, 3, StageError("no memory")), now=1.0))
-    assert said == [Say(StageFailed(epoch=3, code="stage_error", message="no memory"))]
+    assert said == [Send(StageFailed(epoch=3, code="stage_error", message="no memory"))]
 
 
 def test_broken_task_names_what_is_missing() -> None:
     agent = serving()
     run = run_of(agent, task(3, step=8), b"1234")
     missing = (MissingPositions(sequence_id=4, have=2),)
-    (said,) = agent.handle(Broke(run, StageError("no"), missing), now=1.0)
+    (said,) = agent.handle(ComputeFailed(run, StageError("no"), missing), now=1.0)
     told = TaskFailed(epoch=3, step=8, code="stage_error", message="no", missing=missing)
-    assert said == Say(told)
+    assert said == Send(told)
 
 
 def test_last_stage_answers_the_coordinator() -> None:
@@ -634,7 +633,7 @@ def test_last_stage_answers_the_coordinator() -> None:
     (said,) = agent.handle(Computed(run, (IDS,), (b"5678",), 500, 400, 250), now=1.0)
     own = StageTime(compute_us=500, layers_us=400, queued_us=250)
     result = TaskResult(epoch=3, step=8, timings=(*passed, own), tensors=(IDS,))
-    assert said == Say(result, (b"5678",))
+    assert said == Send(result, (b"5678",))
 
 
 def test_what_samples_nothing_is_answered_with_nothing() -> None:
@@ -642,7 +641,7 @@ def test_what_samples_nothing_is_answered_with_nothing() -> None:
     run = run_of(agent, task(3, step=8), b"1234")
     (said,) = agent.handle(Computed(run, (), (), 500, 400, 250), now=1.0)
     own = StageTime(compute_us=500, layers_us=400, queued_us=250)
-    assert said == Say(TaskResult(epoch=3, step=8, timings=(own,)))
+    assert said == Send(TaskResult(epoch=3, step=8, timings=(own,)))
 
 
 # ------------------------------------------------------------------ the way on
@@ -662,7 +661,7 @@ def test_result_is_handed_on_as_the_route_says() -> None:
         timings=(*passed, StageTime(compute_us=500, layers_us=400, queued_us=250)),
         tensors=(IDS, HIDDEN),
     )
-    assert sent == HandOn(onward, (b"1234", b"out."))
+    assert sent == ForwardTask(onward, (b"1234", b"out."))
     assert onward.sequences is given.sequences
 
 
@@ -671,7 +670,7 @@ def test_handed_on_task_carries_the_newest_that_is_known_to_be_void() -> None:
     run = run_of(agent, task(3, step=8, oldest=1, route=(True,)), b"1234")
     run_of(agent, task(3, step=9, oldest=5, route=(True,)), b"1234")
     (sent,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1), now=1.0)
-    assert isinstance(sent, HandOn)
+    assert isinstance(sent, ForwardTask)
     assert sent.task.oldest == 5
 
 
@@ -687,7 +686,7 @@ def test_coordinator_relays_where_it_must(route: tuple[bool, ...], link: bool) -
     (said,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 400, 250), now=1.0)
     own = StageTime(compute_us=500, layers_us=400, queued_us=250)
     result = TaskResult(epoch=3, step=8, timings=(own,), tensors=(HIDDEN,))
-    assert said == Say(result, (b"out.",))
+    assert said == Send(result, (b"out.",))
 
 
 def test_link_is_dialled_with_every_order_and_closed_with_every_end() -> None:
@@ -711,24 +710,24 @@ def test_link_is_dialled_with_every_order_and_closed_with_every_end() -> None:
 def test_reports_of_the_link_are_said_between_heartbeats() -> None:
     agent = joined()
     hear(agent, order(3, MAC))
-    assert agent.on_timer(reached=True, now=0.0) == [Beat((3,))]
+    assert agent.on_timer(reached=True, now=0.0) == [SendHeartbeat((3,))]
     for now in (1.0, 2.0, 3.0):
         hear(agent, Pong(), now)
         assert agent.next_deadline() == now
         actions = without_logs(agent.on_timer(reached=True, now=now))
-        down = [Say(LinkReport(epoch=3, up=False))] if now == 3.0 else []
-        assert actions == [*down, Beat((3,))]
+        down = [Send(LinkReport(epoch=3, up=False))] if now == 3.0 else []
+        assert actions == [*down, SendHeartbeat((3,))]
     hello_to_mac = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
     address = MAC.addresses[0]
     greet = Greet(LinkId(3), hello_to_mac, (address,))
-    assert agent.handle(NextReached(LinkId(3), address), now=3.1) == [greet]
+    assert agent.handle(LinkReached(LinkId(3), address), now=3.1) == [greet]
     assert agent.next_deadline() == pytest.approx(3.4)
     assert agent.on_timer(reached=True, now=3.4) == [greet]
     said, probe = without_logs(agent.handle(LinkUp(LinkId(3), 0.25), now=3.5))
-    assert said == Say(LinkReport(epoch=3, up=True, rtt_s=0.25))
-    assert isinstance(probe, Transmit)
-    (said,) = agent.handle(LinkHeard(LinkId(3), PeerProbed(epoch=3)), now=4.25)
-    assert said == Say(LinkReport(epoch=3, up=True, rtt_s=0.25, bytes_per_s=PROBE_BYTES / 0.5))
+    assert said == Send(LinkReport(epoch=3, up=True, rtt_s=0.25))
+    assert isinstance(probe, SendOverLink)
+    (said,) = agent.handle(LinkReceived(LinkId(3), PeerProbed(epoch=3)), now=4.25)
+    assert said == Send(LinkReport(epoch=3, up=True, rtt_s=0.25, bytes_per_s=PROBE_BYTES / 0.5))
 
 
 # ------------------------------------------------------------------ tasks of other workers
@@ -739,7 +738,7 @@ def test_whoever_said_a_right_hello_may_hand_tasks() -> None:
     given = PeerReceived(BEFORE, task(3, step=1), (b"1234",))
     assert without_logs(agent.handle(given, now=0.0)) == []
     welcome = agent.handle(PeerReceived(BEFORE, hello(3)), now=0.0)
-    assert welcome == [PeerSay(BEFORE, PeerWelcome(epoch=3))]
+    assert welcome == [SendToPeer(BEFORE, PeerWelcome(epoch=3))]
     assert agent.handle(given, now=0.0) == [Run(0, task(3, step=1), (b"1234",))]
     stranger = PeerReceived(STRANGER, task(3, step=2), (b"1234",))
     assert without_logs(agent.handle(stranger, now=0.0)) == []
@@ -847,7 +846,7 @@ def test_more_tasks_than_were_granted_are_refused() -> None:
     runs = [run_of(agent, task(3, step=step), b"1234") for step in range(CREDITS)]
     for refused in (100, 101):
         (said,) = agent.handle(Received(task(3, step=refused), (b"1234",)), now=0.0)
-        assert isinstance(said, Say)
+        assert isinstance(said, Send)
         assert isinstance(said.message, TaskFailed)
         assert (said.message.step, said.message.code) == (refused, "too_many_tasks")
     agent.handle(Computed(runs[0], (IDS,), (b"5678",), 1, 1, 1), now=0.0)
@@ -855,7 +854,7 @@ def test_more_tasks_than_were_granted_are_refused() -> None:
     run_of(agent, task(3, step=102), b"1234")
     run_of(agent, task(3, step=103), b"1234")
     (said,) = agent.handle(Received(task(3, step=104), (b"1234",)), now=0.0)
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
 
 
 @pytest.mark.parametrize("how", ["void", "next epoch", "next session"])

@@ -175,8 +175,7 @@ def test_answer_whose_last_token_is_known_survives_the_loss_of_all_workers() -> 
     assert answer.end is None
     for worker in workers:
         worker.kill()
-    world.run(for_s=0.01)
-    assert world.state == "waiting"
+    assert world.run(lambda: world.state == "waiting")
     world.run(lambda: answer.end is not None)
     assert isinstance(answer.end, Finished)
     answer.check()

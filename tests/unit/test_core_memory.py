@@ -321,7 +321,7 @@ def test_under_any_load_all_get_their_tokens_and_no_step_fails(
     world.check_drained()
     assert nothing_failed(world)
     for worker in world.workers:  # and stages hold just what the book says
-        held = world.core._placement.pipelines[0].scheduler
+        held = world.core._pipelines.all[0].scheduler
         assert held is not None
         assert worker.stage is not None
         assert set(worker.stage.kv) == set(held._ledger.sequence_ids)

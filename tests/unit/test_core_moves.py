@@ -186,7 +186,7 @@ def test_trials_of_an_older_plan_tell_nothing() -> None:
         world.core.handle(events.Received(peer, ready), now=world.now)
         status = world.core.status(now=world.now)
         assert status.workers[0].prediction_error is None
-        assert (world.core._measurements.doubt(WorkerId("a")) > 0.0) == known
+        assert (world.core._cluster.measurements.doubt(WorkerId("a")) > 0.0) == known
 
 
 # ------------------------------------------------------------------ when layers stay
@@ -262,11 +262,11 @@ def fail_imports(worker: SimWorker) -> None:
     worker.fail_imports = 1
 
 
-def fail_inherits(worker: SimWorker) -> None:
-    worker.fail_inherits = 1
+def fail_assemblies(worker: SimWorker) -> None:
+    worker.fail_assemblies = 1
 
 
-@pytest.mark.parametrize("failure", [fail_loading, fail_exports, fail_imports, fail_inherits])
+@pytest.mark.parametrize("failure", [fail_loading, fail_exports, fail_imports, fail_assemblies])
 def test_a_move_that_fails_is_undone_and_the_requests_go_on(
     failure: Callable[[SimWorker], None],
 ) -> None:
@@ -304,7 +304,7 @@ def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
     answers = asked(client, answer=200)
     assert world.run(lambda: computed(world) > 60)
     for worker in slow_down(world):
-        worker.fail_inherits = 1 if message is CancelStage else 0
+        worker.fail_assemblies = 1 if message is CancelStage else 0
     world.faults.append(Fault(message, "drop"))
     assert world.run(world.all_ended)
     world.run(for_s=1000.0)
@@ -491,7 +491,7 @@ def test_requests_go_on_at_once_when_a_move_is_undone() -> None:
     answers = asked(client, 8, 240)
     assert world.run(lambda: computed(world) > 60)
     for worker in slow_down(world):
-        worker.fail_inherits = 1
+        worker.fail_assemblies = 1
     assert world.run(lambda: undone(world))
     assert not world.all_ended()
     tokens = generated(world)
@@ -534,9 +534,9 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     assert world.run(lambda: computed(world) > 60)
     stranger = join(world, "stranger", 10)
     slow_down(world)
-    assert world.run(lambda: world.core._relocation.move is not None)
-    assert world.core._relocation.move
-    epoch = world.core._relocation.move.new.epoch
+    assert world.run(lambda: world.core._moves.move is not None)
+    assert world.core._moves.move
+    epoch = world.core._moves.move.new.epoch
     for message in (
         StageReady(epoch=epoch, credits=1, load_s=1.0, weight_bytes=1, kv_tokens=1),
         KVCopied(epoch=epoch, bytes_sent=1),

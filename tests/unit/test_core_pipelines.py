@@ -29,7 +29,7 @@ def two_pipelines(memory_bytes: int = HALF, count: int = 4) -> tuple[World, list
 def all_in_flight(world: World) -> list[list[SimWorker]]:
     """Return the workers of each pipeline, in the order of their layers."""
     by_id = {w.worker_id: w for w in world.workers if w.state != "dead"}
-    return [[by_id[s.worker] for s in r.stages] for r in world.core._placement.pipelines]
+    return [[by_id[s.worker] for s in r.stages] for r in world.core._pipelines.all]
 
 
 def served_by(answer: Answer) -> set[str]:
@@ -50,10 +50,10 @@ def status(world: World) -> ClusterStatus:
 
 def test_each_pipeline_covers_the_model() -> None:
     world, both = two_pipelines()
-    for in_flight in both:
-        layers = [w.agent.epoch for w in in_flight]
+    for pipeline in both:
+        layers = [w.epoch for w in pipeline]
         assert len(set(layers)) == 1
-        assert [w.stage.layers for w in in_flight if w.stage] == [
+        assert [w.stage.layers for w in pipeline if w.stage] == [
             LayerRange(0, 3),
             LayerRange(3, 6),
         ]
@@ -66,8 +66,8 @@ def test_two_pipelines_share_the_load() -> None:
     client = world.client()
     answers = [client.submit((i,), tokens(30)) for i in range(16)]
     finish(world, *answers)
-    for in_flight in both:
-        assert sum(served_by(a) == names(in_flight) for a in answers) == 8
+    for pipeline in both:
+        assert sum(served_by(a) == names(pipeline) for a in answers) == 8
 
 
 def test_slower_pipeline_gets_less() -> None:
@@ -146,9 +146,9 @@ def test_pipeline_is_made_again_by_a_joiner_while_requests_run() -> None:
     assert len({frozenset(served_by(a)) for a in answers}) == 2
 
 
-def served_by_now(world: World, in_flight: list[SimWorker]) -> bool:
+def served_by_now(world: World, pipeline: list[SimWorker]) -> bool:
     """Return whether a pipeline has a request."""
-    return any(worker.stage is not None and worker.stage.kv for worker in in_flight)
+    return any(worker.stage is not None and worker.stage.kv for worker in pipeline)
 
 
 def test_what_is_left_of_a_pipeline_is_used_once_nothing_runs() -> None:
@@ -166,11 +166,11 @@ def test_what_is_left_of_a_pipeline_is_used_once_nothing_runs() -> None:
 
 def test_pipeline_that_is_not_touched_keeps_its_layers() -> None:
     world, _ = two_pipelines()
-    epochs = {w.worker_id: w.agent.epoch for w in world.workers}
+    epochs = {w.worker_id: w.epoch for w in world.workers}
     world.worker("fifth", 600)  # too little to change anything for the other two
     world.run(for_s=3.0)
     finish(world, world.client().submit(LONG))
-    same = [w for w in world.workers if epochs.get(w.worker_id) == w.agent.epoch]
+    same = [w for w in world.workers if epochs.get(w.worker_id) == w.epoch]
     assert len(same) >= 2
 
 

@@ -261,7 +261,7 @@ class Cluster(RuleBasedStateMachine):
         client.say(DrainWorker(worker=self._pick(index).worker_id or "nobody"))
 
     @precondition(any_up)
-    @rule(index=_INDEX, what=st.sampled_from(["fail_exports", "fail_imports", "fail_inherits"]))
+    @rule(index=_INDEX, what=st.sampled_from(["fail_exports", "fail_imports", "fail_assemblies"]))
     def fail_a_handover(self, index: int, what: str) -> None:
         setattr(self._pick(index), what, 1)
 
@@ -316,7 +316,7 @@ class Cluster(RuleBasedStateMachine):
         for worker in world.workers:
             worker.before_task = worker.after_task = lambda task: None
             worker.fail_tasks = worker.fail_exports = worker.fail_imports = 0
-            worker.fail_inherits = 0
+            worker.fail_assemblies = 0
             if worker.state == "frozen":
                 worker.thaw()
             worker.resume()

@@ -4,8 +4,17 @@ import pytest
 
 from distributed_llm.common.errors import InvalidRequest, NotEnoughMemory, NotReady, WorkerLost
 from distributed_llm.common.messages import CancelStage, LoadStage, MayLeave, WorkerDrained
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.events import Action, Send
+from distributed_llm.coordinator.cluster.departures import (
+    DEPARTURE_STATES,
+    DepartureCause,
+    DepartureState,
+)
+from distributed_llm.coordinator.cluster.move import MoveState
+from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.events import Action, Send, Study
+from distributed_llm.coordinator.planning.plan_question import PlanQuestion
 from tests.unit.coordinator_parts import CLIENT, Parts, ready, sent
 
 OTHER = PeerId(b"another client")
@@ -20,19 +29,20 @@ def pair(memory: int = 20_000, strategy: str = "even", **memories: int) -> Parts
 
 def settle(parts: Parts, now: float = 10.0) -> list[Action]:
     """Do what the core does after every event."""
-    return [*parts.relocation.settle(now=now), *parts.departures.settle(now=now)]
+    actions = [*parts.moves.settle(now=now), *parts.departures.settle(now=now)]
+    return parts.answered(actions, now)
 
 
 def moved(parts: Parts, now: float = 11.0) -> list[Action]:
     """All stages of the move have loaded; it goes on without copying."""
-    move = parts.relocation.move
+    move = parts.moves.move
     assert move
     for stage in move.new.stages:
         worker = parts.registry.worker(stage.peer)
         assert worker
-        parts.relocation.stage_ready(worker, ready(move.new.epoch), now=now)
-    if move.phase == "copying":
-        move.copied_enough(now=now)
+        parts.moves.stage_ready(worker, ready(move.new.epoch), now=now)
+    if move.state is MoveState.COPYING:
+        move.copy_timed_out(now=now)
     for stage in move.new.stages:
         move.took_over(stage.peer)
     return settle(parts, now)
@@ -59,8 +69,8 @@ def gone(parts: Parts, name: str) -> list[Action]:
     worker = parts.registry.remove(PeerId(name.encode()))
     assert worker
     actions = parts.departures.gone(worker)
-    actions += parts.relocation.lost(worker, now=12.0)
-    return actions + parts.placement.lose(worker)
+    actions += parts.moves.lost(worker, now=12.0)
+    return actions + parts.answered(parts.replanning.lose(worker))
 
 
 # ------------------------------------------------------------------ who may go
@@ -80,12 +90,12 @@ def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     assert sent(parts.departures.drain(CLIENT, "b")) == []
     actions = settle(parts)
     assert [a.peer for a in actions if isinstance(a, Send)] == [b"a"]
-    assert parts.relocation.move
-    assert parts.relocation.move.copies
-    assert "worker b is to leave" in parts.event_log.events[-1]
+    assert parts.moves.move
+    assert parts.moves.move.copies
+    assert "worker b is to leave" in parts.event_log.texts[-1]
     assert settle(parts) == [], "it waits for the move"
     assert may_leave(moved(parts)) == ["b"]
-    assert parts.placement.pipelines[0].layers_text == "a 0-6"
+    assert parts.pipelines.all[0].layers_text == "a 0-6"
 
 
 def test_everybody_who_asked_is_told() -> None:
@@ -102,12 +112,12 @@ def test_two_may_leave_at_once() -> None:
     parts = pair(c=20_000)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
-    assert parts.relocation.move
+    assert parts.moves.move
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
     assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
-    assert parts.relocation.move
-    assert parts.relocation.move.new.layers_text == "c 0-6"
+    assert parts.moves.move
+    assert parts.moves.move.new.layers_text == "c 0-6"
     assert may_leave(moved(parts)) == ["a", "b"]
 
 
@@ -115,15 +125,15 @@ def test_a_worker_that_takes_over_just_now_is_waited_for() -> None:
     parts = pair(c=20_000)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
-    move = parts.relocation.move
+    move = parts.moves.move
     assert move
     for stage in move.new.stages:
-        parts.relocation.stage_ready(parts.worker(stage.worker), ready(2), now=11.0)
-    move.copied_enough(now=11.0)
-    assert move.phase == "handing_over"
+        parts.moves.stage_ready(parts.worker(stage.worker), ready(2), now=11.0)
+    move.copy_timed_out(now=11.0)
+    assert move.state is MoveState.HANDOVER
     parts.departures.leave(parts.worker("b"))
     assert settle(parts) == []
-    assert parts.relocation.move is move
+    assert parts.moves.move is move
 
 
 def test_one_that_only_loads_for_a_move_may_leave() -> None:
@@ -133,8 +143,8 @@ def test_one_that_only_loads_for_a_move_may_leave() -> None:
     parts.departures.leave(parts.worker("c"))
     settle(parts)
     assert may_leave(settle(parts)) == ["c"]
-    assert parts.relocation.move
-    assert parts.relocation.move.new.layers_text == "b 0-6"
+    assert parts.moves.move
+    assert parts.moves.move.new.layers_text == "b 0-6"
 
 
 # ------------------------------------------------------------------ when nobody can take over
@@ -142,8 +152,8 @@ def test_one_that_only_loads_for_a_move_may_leave() -> None:
 
 def test_a_client_is_told_why_a_worker_cannot_leave() -> None:
     parts = pair(memory=5000)
-    (action,) = parts.departures.drain(CLIENT, "b")
-    assert answers([action]) == [(CLIENT, "b", NotEnoughMemory.code)]
+    assert sent(parts.departures.drain(CLIENT, "b")) == []
+    assert answers(settle(parts)) == [(CLIENT, "b", NotEnoughMemory.code)]
     assert not parts.worker("b").leaving
     assert settle(parts) == []
 
@@ -151,8 +161,10 @@ def test_a_client_is_told_why_a_worker_cannot_leave() -> None:
 def test_the_last_worker_cannot_be_drained() -> None:
     parts = Parts({"a": 20_000})
     parts.serve(("a", 0, 6))
-    (action,) = parts.departures.drain(CLIENT, "a")
-    assert answers([action]) == [(CLIENT, "a", NotReady.code)]
+    assert sent(parts.departures.drain(CLIENT, "a")) == []
+    actions = settle(parts)
+    assert answers(actions) == [(CLIENT, "a", NotReady.code)]
+    action = actions[-1]
     assert isinstance(action, Send)
     assert isinstance(action.message, WorkerDrained)
     assert action.message.message == "Nobody but a can serve the model. Add a worker first."
@@ -175,7 +187,7 @@ def test_its_pipeline_just_ends_where_another_one_serves(alone: bool) -> None:
     parts.ask(first, 100)
     assert sent(parts.departures.drain(CLIENT, "a")) == []
     settle(parts)
-    assert parts.placement.pipelines == [second]
+    assert parts.pipelines.all == [second]
     assert parts.book.num_waiting == 1
     assert may_leave(settle(parts)) == ["a"]
 
@@ -194,7 +206,7 @@ def test_a_worker_that_wants_to_end_does_though_nobody_can_have_its_layers() -> 
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
     assert may_leave(actions) == ["b"]
-    assert "cannot hand its layers over" in parts.event_log.events[-1]
+    assert "cannot hand its layers over" in parts.event_log.texts[-1]
     assert settle(parts) == [], "told once"
 
 
@@ -206,14 +218,15 @@ def test_who_could_have_its_layers_is_lost_meanwhile(wants: bool) -> None:
     if wants:
         parts.departures.leave(parts.worker("b"))
     settle(parts)
-    assert parts.relocation.move
+    assert parts.moves.move
     gone(parts, "c")
     actions = settle(parts)
     assert may_leave(actions) == (["b"] if wants else [])
     assert answers(actions) == ([] if wants else [(CLIENT, "b", NotEnoughMemory.code)])
     assert parts.worker("b").leaving == wants
     if not wants:
-        assert parts.departures.drain(CLIENT, "b"), "it may be asked again"
+        parts.departures.drain(CLIENT, "b")
+        assert answers(settle(parts)) == [(CLIENT, "b", NotEnoughMemory.code)], "asked again"
     assert answers(gone(parts, "b")) == ([(CLIENT, "b", "")] if wants else [])
 
 
@@ -235,14 +248,13 @@ def test_one_that_wanted_to_end_and_is_gone_has_left() -> None:
 @pytest.mark.parametrize(("answer", "served_by"), [(20, 1), (700, 2)])
 def test_the_others_have_room_for_what_a_request_may_take(answer: int, served_by: int) -> None:
     """One of them alone is quickest, and leaves (11,000 - 6800) / 6 = 700 positions."""
-    parts = Parts(dict.fromkeys("abc", 11_000), objective="latency")
-    parts.planner.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts = Parts(dict.fromkeys("abc", 11_000), kv_tokens=64, objective="latency")
     parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100, answer)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
-    assert parts.relocation.move
-    assert len(parts.relocation.move.new.stages) == served_by
-    assert parts.relocation.move.new.kv_tokens >= 100 + answer
+    assert parts.moves.move
+    assert len(parts.moves.move.new.stages) == served_by
+    assert parts.moves.move.new.kv_tokens >= 100 + answer
 
 
 def test_nobody_is_told_of_a_worker_that_nobody_asked_for() -> None:
@@ -258,11 +270,11 @@ def test_tried_once_with_and_once_without_the_cache_and_then_given_up() -> None:
     parts.departures.leave(parts.worker("b"))
     for copies in (True, False):
         settle(parts)
-        assert parts.relocation.move
-        assert parts.relocation.move.copies == copies
-        parts.relocation.cancel("a test", now=11.0)
+        assert parts.moves.move
+        assert parts.moves.move.copies == copies
+        parts.moves.undo("a test", now=11.0)
     actions = settle(parts)
-    assert parts.relocation.move is None
+    assert parts.moves.move is None
     loads = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)]
     assert [load.beside for load in loads] == [False]
     assert parts.book.num_waiting == 1, "its request waits for the new stage"
@@ -274,18 +286,18 @@ def test_without_room_for_both_the_layers_are_loaded_anew() -> None:
     parts = pair(memory=6800 + 6 * 127)
     parts.departures.leave(parts.worker("b"))
     settle(parts)
-    assert parts.relocation.move is None
-    assert parts.placement.pipelines[0].layers_text == "a 0-6"
-    assert parts.worker("a").state == "loading"
+    assert parts.moves.move is None
+    assert parts.pipelines.all[0].layers_text == "a 0-6"
+    assert parts.worker("a").state is WorkerState.LOADING
 
 
 def test_layers_that_are_loading_are_loaded_by_others() -> None:
     parts = Parts({"a": 20_000, "b": 20_000})
-    parts.placement.serve_also(parts.plan(("a", 0, 3), ("b", 3, 6)))
+    parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
     parts.departures.leave(parts.worker("b"))
     settle(parts)
-    assert parts.relocation.move is None
-    assert parts.placement.pipelines[0].layers_text == "a 0-6"
+    assert parts.moves.move is None
+    assert parts.pipelines.all[0].layers_text == "a 0-6"
     assert may_leave(settle(parts)) == ["b"]
 
 
@@ -294,3 +306,71 @@ def test_a_worker_that_says_it_twice_leaves_once() -> None:
     for _ in range(2):
         parts.departures.leave(parts.worker("c"))
     assert may_leave(settle(parts)) == ["c"]
+
+
+# ------------------------------------------------------------------ while a plan is made
+
+
+def asked(parts: Parts, actions: list[Action]) -> PlanQuestion:
+    """Return the question about a plan without a worker."""
+    (study,) = (action for action in actions if isinstance(action, Study))
+    assert isinstance(study.question, PlanQuestion)
+    assert study.question.leaving is not None
+    return study.question
+
+
+def test_a_plan_without_it_is_asked_for_once() -> None:
+    parts = pair()
+    parts.departures.leave(parts.worker("b"))
+    question = asked(parts, parts.departures.settle(now=10.0))
+    assert question.leaving == "b"
+    assert list(question.machines.memory_bytes) == ["a"]
+    assert parts.departures.settle(now=10.1) == []
+    parts.departures.validate()
+
+
+def test_a_move_that_began_meanwhile_is_waited_for_and_it_is_planned_anew() -> None:
+    parts = pair(c=20_000)
+    parts.departures.leave(parts.worker("b"))
+    question = asked(parts, parts.departures.settle(now=10.0))
+    pipeline, plan = parts.pipelines.all[0], parts.plan(("a", 0, 2), ("b", 2, 6))
+    price = parts.moves.prices.price(pipeline, plan)
+    parts.moves.begin(pipeline, plan, price, why="it is better", now=10.0)
+    assert parts.departures.planned(question.answer(), now=10.1) == []
+    actions = parts.departures.settle(now=10.2)
+    assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
+    assert asked(parts, actions) is not question
+
+
+def test_a_plan_with_somebody_who_has_left_is_made_anew() -> None:
+    parts = pair(c=20_000)
+    parts.departures.leave(parts.worker("b"))
+    question = asked(parts, parts.departures.settle(now=10.0))
+    parts.registry.remove(PeerId(b"c"))
+    assert parts.departures.planned(question.answer(), now=10.1) == []
+    assert list(asked(parts, parts.departures.settle(now=10.2)).machines.memory_bytes) == ["a"]
+
+
+def test_that_nobody_can_is_asked_again_if_somebody_came() -> None:
+    parts = pair(memory=5000)
+    parts.departures.drain(CLIENT, "b")
+    question = asked(parts, parts.departures.settle(now=10.0))
+    parts.join("c", 5000)
+    assert parts.departures.planned(question.answer(), now=10.1) == []
+    settle(parts)
+    assert parts.moves.move
+
+
+def test_an_answer_for_a_worker_that_is_gone_changes_nothing() -> None:
+    parts = pair()
+    parts.departures.leave(parts.worker("b"))
+    question = asked(parts, parts.departures.settle(now=10.0))
+    gone(parts, "b")
+    assert parts.departures.planned(question.answer(), now=10.1) == []
+
+
+def test_a_worker_that_was_let_go_or_stays_is_in_no_other_state() -> None:
+    for state in (DepartureState.DISMISSED, DepartureState.REFUSED):
+        assert not any(DEPARTURE_STATES.allows(state, cause) for cause in DepartureCause)
+    with pytest.raises(IllegalTransition, match="MOVE_BEGAN cannot happen while WAITING"):
+        DEPARTURE_STATES.after(DepartureState.WAITING, DepartureCause.MOVE_BEGAN)

@@ -47,20 +47,20 @@ MACHINES = pytest.mark.parametrize("shared", [False, True], ids=["own machines",
 def test_comes_near_the_best_depth_and_stays(
     costs: tuple[Cost, ...], shared: bool, sequences: int, noise: float
 ) -> None:
-    in_flight = Pipeline(costs, sequences, shared, noise)
-    in_flight.run(8.0)
-    changes = in_flight.changes
+    pipeline = Pipeline(costs, sequences, shared, noise)
+    pipeline.run(8.0)
+    changes = pipeline.changes
     best = best_of_all(costs, sequences, shared=shared, noise=noise)
-    assert in_flight.run(30.0) > 0.9 * best
-    assert in_flight.changes - changes <= 12  # others are tried again, briefly
+    assert pipeline.run(30.0) > 0.9 * best
+    assert pipeline.changes - changes <= 12  # others are tried again, briefly
 
 
 def test_what_is_best_on_machines_of_their_own_and_on_one() -> None:
     depths = []
     for shared in (False, True):
-        in_flight = Pipeline(EQUAL, 16, shared, noise=0.1)
-        in_flight.run(30.0)
-        depths.append(Counter(in_flight.choices).most_common(1)[0][0])
+        pipeline = Pipeline(EQUAL, 16, shared, noise=0.1)
+        pipeline.run(30.0)
+        depths.append(Counter(pipeline.choices).most_common(1)[0][0])
     assert depths == [3, 1]
 
 
@@ -72,29 +72,29 @@ def test_what_is_best_on_machines_of_their_own_and_on_one() -> None:
 def test_follows_a_change_of_speed(
     before: tuple[Cost, ...], after: tuple[Cost, ...], shared: bool
 ) -> None:
-    in_flight = Pipeline(before, 16, shared, noise=0.1)
-    in_flight.run(30.0)
-    in_flight.costs = after
-    in_flight.run(60.0)
-    assert in_flight.run(20.0) > 0.93 * best_of_all(after, 16, shared=shared, noise=0.1)
+    pipeline = Pipeline(before, 16, shared, noise=0.1)
+    pipeline.run(30.0)
+    pipeline.costs = after
+    pipeline.run(60.0)
+    assert pipeline.run(20.0) > 0.93 * best_of_all(after, 16, shared=shared, noise=0.1)
 
 
 @MACHINES
 def test_follows_stages_that_begin_or_end_to_share_a_machine(shared: bool) -> None:
-    in_flight = Pipeline(EQUAL, 16, shared, noise=0.1)
-    in_flight.run(30.0)
-    in_flight.shared = not shared
-    in_flight.run(80.0)
-    assert in_flight.run(20.0) > 0.93 * best_of_all(EQUAL, 16, shared=not shared, noise=0.1)
+    pipeline = Pipeline(EQUAL, 16, shared, noise=0.1)
+    pipeline.run(30.0)
+    pipeline.shared = not shared
+    pipeline.run(80.0)
+    assert pipeline.run(20.0) > 0.93 * best_of_all(EQUAL, 16, shared=not shared, noise=0.1)
 
 
 def test_follows_the_number_of_sequences() -> None:
-    in_flight = Pipeline(PROPORTIONAL, 16)
+    pipeline = Pipeline(PROPORTIONAL, 16)
     for sequences in (16, 1, 32, 2, 16):
-        in_flight.idle += sequences - in_flight.sequences
-        in_flight.sequences = sequences
-        in_flight.run(20.0)
-        assert in_flight.run(10.0) > 0.93 * best_of_all(PROPORTIONAL, sequences)
+        pipeline.idle += sequences - pipeline.sequences
+        pipeline.sequences = sequences
+        pipeline.run(20.0)
+        assert pipeline.run(10.0) > 0.93 * best_of_all(PROPORTIONAL, sequences)
 
 
 @pytest.mark.parametrize(("sequences", "limit"), [(1, 8), (2, 8), (9, 2), (9, 8), (0, 8)])

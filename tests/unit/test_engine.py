@@ -24,11 +24,11 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.worker.compute import loading
-from distributed_llm.worker.compute.engine import Engine, Voidable
+from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
 from distributed_llm.worker.session.events import (
-    Broke,
     Computed,
+    ComputeFailed,
     Drop,
     Event,
     Load,
@@ -37,6 +37,7 @@ from distributed_llm.worker.session.events import (
     Release,
     Run,
     Serve,
+    VoidableOrder,
 )
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
@@ -151,7 +152,7 @@ def running(
     *,
     slowdown: float = 1.0,
     min_task_s: float = 0.0,
-    void: Callable[[Voidable], bool] = lambda order: False,
+    void: Callable[[VoidableOrder], bool] = lambda order: False,
 ) -> Iterator[tuple[FakeEngine, Posted]]:
     posted = Posted()
     engine = FakeEngine(
@@ -246,7 +247,7 @@ def test_errors_are_answers_and_the_thread_goes_on() -> None:
     with running() as (engine, posted):
         engine.put(run())
         (broke,) = [posted.next()]
-        assert isinstance(broke, Broke)
+        assert isinstance(broke, ComputeFailed)
         assert "No layers are loaded" in str(broke.error)
         engine.put(Load(0, ORDER))
         posted.loaded()
@@ -258,7 +259,7 @@ def test_errors_are_answers_and_the_thread_goes_on() -> None:
             engine.stages[0].answer = raising(error)
             engine.put(run())
             broke = posted.next()
-            assert isinstance(broke, Broke)
+            assert isinstance(broke, ComputeFailed)
             assert said in str(broke.error)
             assert broke.missing == (missing if isinstance(error, MissingPositionsError) else ())
         engine.stages[0].answer = StageOutput
@@ -276,7 +277,7 @@ def test_task_without_token_ids_is_refused() -> None:
         for wrong in (whole, Run(0, hidden, whole.frames[1:]), Run(0, nothing, ())):
             engine.put(wrong)
             broke = posted.next()
-            assert isinstance(broke, Broke)
+            assert isinstance(broke, ComputeFailed)
             assert "not token ids and hidden states" in str(broke.error)
 
 
@@ -290,7 +291,7 @@ def test_late_task_of_a_released_sequence_is_dropped_in_silence() -> None:
         engine.put(Drop())
         engine.put(run(2))
         broke = posted.next()
-        assert isinstance(broke, Broke)
+        assert isinstance(broke, ComputeFailed)
         assert broke.run.task.step == 2
         assert engine.stages[0].story[1] == ("release", 1, 2)
 
@@ -431,7 +432,7 @@ def test_tasks_run_on_the_stage_of_their_epoch() -> None:
         engine.put(Serve(4))  # already
         engine.put(run())
         broke = posted.next()
-        assert isinstance(broke, Broke)
+        assert isinstance(broke, ComputeFailed)
         assert "No layers are loaded for epoch 3" in str(broke.error)
         engine.put(Load(0, order(epoch=5, layers=LayerRange(1, 3))))
         assert posted.loaded().epoch == 5
@@ -449,7 +450,7 @@ def test_the_stage_beside_is_given_up_with_the_served_one(end: Drop | Load) -> N
             posted.loaded()
         given = run()
         engine.put(Run(0, msgspec.structs.replace(given.task, epoch=4), given.frames))
-        assert isinstance(posted.next(), Broke)
+        assert isinstance(posted.next(), ComputeFailed)
 
 
 # ------------------------------------------------------------------ memory
@@ -520,7 +521,7 @@ def test_no_room_for_one_block_is_said_with_numbers_and_what_to_do(
         assert "raise its max_memory" in text
         engine.put(run())
         broke = posted.next()
-        assert isinstance(broke, Broke)
+        assert isinstance(broke, ComputeFailed)
         assert "No layers are loaded" in str(broke.error)
 
 
@@ -534,7 +535,7 @@ def test_layers_that_were_kept_are_given_up_where_there_is_no_more_room(
         engine.put(Load(0, order(epoch=4)))
         assert isinstance(posted.next(), LoadFailed)
         engine.put(run())
-        assert isinstance(posted.next(), Broke)
+        assert isinstance(posted.next(), ComputeFailed)
 
 
 def test_tensor_owns_its_memory() -> None:

@@ -5,11 +5,11 @@ from itertools import permutations
 
 import pytest
 
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.forecast import best_plan, forecast, score
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines

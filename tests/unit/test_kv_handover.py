@@ -31,24 +31,25 @@ from distributed_llm.common.messages import (
     TaskFailed,
     TookOver,
 )
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.worker.session.agent import Agent
+from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.events import (
     Action,
-    Beat,
-    Broke,
+    AssembleKV,
     Computed,
+    ComputeFailed,
     Disconnected,
     Drop,
-    Exit,
-    Export,
-    Exported,
-    HandOverFailed,
-    Import,
-    Imported,
-    Inherit,
-    Inherited,
+    ExportKV,
+    Fail,
+    ImportKV,
+    KVAssembled,
+    KVExported,
+    KVImported,
+    KVOrderFailed,
     Load,
     Loaded,
     LoadFailed,
@@ -57,25 +58,25 @@ from distributed_llm.worker.session.events import (
     Reconnect,
     Release,
     Run,
-    Say,
+    Send,
+    SendHeartbeat,
     Serve,
     Unload,
 )
 from distributed_llm.worker.session.link_events import (
     CloseLink,
+    ForwardTask,
     Greet,
-    HandOn,
     LinkDown,
-    LinkHeard,
     LinkId,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     OpenLink,
     PeerReceived,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
-from distributed_llm.worker.session.peers import proof
 from tests.unit.test_agent import (
     HIDDEN,
     IDS,
@@ -147,9 +148,9 @@ def sending(now: float = 0.0) -> tuple[Agent, Action]:
     """An agent that serves epoch 3 and is about to export to "nas"."""
     agent = serving_3()
     hear(agent, copy(), now)
-    do(agent, NextReached(TO_NAS, NAS.addresses[0]), now)
+    do(agent, LinkReached(TO_NAS, NAS.addresses[0]), now)
     (export,) = do(agent, LinkUp(TO_NAS, 0.001), now)
-    assert isinstance(export, Export)
+    assert isinstance(export, ExportKV)
     return agent, export
 
 
@@ -166,13 +167,13 @@ def exported(
     agent: Agent, export: Action, message: KVPieces | KVEnd | None, now: float = 0.0
 ) -> list[Action]:
     """Return what is done about the message that was exported."""
-    assert isinstance(export, Export)
-    return do(agent, Exported(export, message, (b"1234",) if message else ()), now)
+    assert isinstance(export, ExportKV)
+    return do(agent, KVExported(export, message, (b"1234",) if message else ()), now)
 
 
 def taken(agent: Agent, number: int, now: float = 0.0, layers: LayerRange = SECOND) -> list[Action]:
     answer = KVTaken(epoch=5, layers=layers, number=number)
-    return do(agent, LinkHeard(LinkId(5, layers), answer), now)
+    return do(agent, LinkReceived(LinkId(5, layers), answer), now)
 
 
 def pass_time(agent: Agent, until: float) -> list[tuple[float, list[Action]]]:
@@ -181,7 +182,7 @@ def pass_time(agent: Agent, until: float) -> list[tuple[float, list[Action]]]:
     while (at := agent.next_deadline()) is not None and at <= until:
         do(agent, Received(Pong()), at)
         actions = without_logs(agent.on_timer(reached=True, now=at))
-        actions = [action for action in actions if not isinstance(action, Beat)]
+        actions = [action for action in actions if not isinstance(action, SendHeartbeat)]
         if actions:
             told.append((round(at, 6), actions))
     return told
@@ -189,14 +190,14 @@ def pass_time(agent: Agent, until: float) -> list[tuple[float, list[Action]]]:
 
 def failure(actions: list[Action]) -> KVFailed:
     """Return the only failure that is told among these actions."""
-    said = [a.message for a in actions if isinstance(a, Say) and isinstance(a.message, KVFailed)]
+    said = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, KVFailed)]
     assert len(said) == 1, actions
     return said[0]
 
 
 def beats(agent: Agent) -> tuple[int, ...]:
     actions = agent.on_timer(reached=True, now=agent.next_deadline() or 0.0)
-    (epochs,) = [action.epochs for action in actions if isinstance(action, Beat)]
+    (epochs,) = [action.epochs for action in actions if isinstance(action, SendHeartbeat)]
     return epochs
 
 
@@ -220,7 +221,7 @@ def test_loading_beside_leaves_what_is_served() -> None:
     assert_serves(agent, 3)
     assert beats(agent) == (3, 5)
     (ready,) = do(agent, loaded(5))
-    assert isinstance(ready, Say)
+    assert isinstance(ready, Send)
     assert isinstance(ready.message, StageReady)
     assert ready.message.epoch == 5
     assert_serves(agent, 3, 501)
@@ -237,30 +238,30 @@ def test_link_of_the_new_epoch_comes_up_beside_the_old_one() -> None:
     dial, load = hear(agent, beside(next_stage=MAC))
     assert dial == OpenLink(LinkId(5), MAC.addresses)
     assert isinstance(load, Load)
-    (greet,) = do(agent, NextReached(LinkId(5), MAC.addresses[0]))
+    (greet,) = do(agent, LinkReached(LinkId(5), MAC.addresses[0]))
     assert greet == Greet(
         LinkId(5), PeerHello(epoch=5, key=proof("new", 5, "mac")), (MAC.addresses[0],)
     )
     _, probe = do(agent, LinkUp(LinkId(5), 0.001))
-    assert isinstance(probe, Transmit)
+    assert isinstance(probe, SendOverLink)
     assert probe.link == LinkId(5)
     do(agent, LinkDown(LinkId(5)))
     run = run_of(agent, task(3, step=1, route=(True,)), b"1234")
     (sent,) = do(agent, Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1))
-    assert isinstance(sent, HandOn)
+    assert isinstance(sent, ForwardTask)
 
 
 @pytest.mark.parametrize("served", [False, True])
 def test_what_comes_late_of_links_of_another_epoch_is_ignored(served: bool) -> None:
     agent = serving_3(MAC) if served else serving_3()
     for link in (LinkId(2), LinkId(5), LinkId(3, SECOND), LinkId(5, SECOND)):
-        assert do(agent, NextReached(link, MAC.addresses[0])) == []
+        assert do(agent, LinkReached(link, MAC.addresses[0])) == []
         assert do(agent, LinkUp(link, 0.001)) == []
-        assert do(agent, LinkHeard(link, PeerProbed(epoch=link.epoch))) == []
+        assert do(agent, LinkReceived(link, PeerProbed(epoch=link.epoch))) == []
         assert do(agent, LinkDown(link)) == []
     run = run_of(agent, task(3, step=1, route=(True,)), b"1234")
     (sent,) = do(agent, Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1))
-    assert isinstance(sent, HandOn if served else Say)
+    assert isinstance(sent, ForwardTask if served else Send)
 
 
 def test_whoever_is_welcome_in_one_epoch_is_not_in_the_other() -> None:
@@ -271,11 +272,13 @@ def test_whoever_is_welcome_in_one_epoch_is_not_in_the_other() -> None:
         new: PeerHello(epoch=5, key=proof("new", 5, "pc-2")),
     }
     for peer, said in hellos.items():
-        assert do(agent, PeerReceived(peer, said)) == [PeerSay(peer, PeerWelcome(epoch=said.epoch))]
+        assert do(agent, PeerReceived(peer, said)) == [
+            SendToPeer(peer, PeerWelcome(epoch=said.epoch))
+        ]
     assert do(agent, PeerReceived(new, task(3, step=1), (b"1234",))) == []
     assert do(agent, PeerReceived(old, task(5, step=1), (b"1234",))) == []
     probe = PeerProbe(epoch=5, tensors=(BYTES,))
-    assert do(agent, PeerReceived(new, probe, (b"1234",))) == [PeerSay(new, PeerProbed(epoch=5))]
+    assert do(agent, PeerReceived(new, probe, (b"1234",))) == [SendToPeer(new, PeerProbed(epoch=5))]
     assert do(agent, PeerReceived(old, probe, (b"1234",))) == []
     (run,) = do(agent, PeerReceived(old, task(3, step=1), (b"1234",)))
     assert isinstance(run, Run)
@@ -313,7 +316,7 @@ def test_failure_to_load_beside_is_told_and_serving_goes_on(kind: type[StageErro
     agent = serving_3()
     hear(agent, beside())
     (said,) = do(agent, LoadFailed(0, 5, kind("no")))
-    assert said == Say(StageFailed(epoch=5, code=kind.code, message="no"))
+    assert said == Send(StageFailed(epoch=5, code=kind.code, message="no"))
     assert_serves(agent, 3)
     assert hear(agent, CancelStage(epoch=5)) == [Unload(5)]
     assert beats(agent) == (3,)
@@ -323,7 +326,7 @@ def test_worker_that_serves_nothing_and_has_another_checkpoint_ends() -> None:
     agent = joined()
     hear(agent, beside())
     _, leave = do(agent, LoadFailed(0, 5, CheckpointMismatch("no")))
-    assert isinstance(leave, Exit)
+    assert isinstance(leave, Fail)
 
 
 # ------------------------------------------------------------------ the commit
@@ -335,7 +338,7 @@ def test_dropping_the_old_epoch_serves_the_new_one(after: str) -> None:
     waiting = run_of(agent, task(3, step=1), b"1234")
     if after == "take over":
         (inherit,) = hear(agent, TakeOver(epoch=5))
-        assert do(agent, Inherited(inherit)) == [Say(TookOver(epoch=5))]  # type: ignore[arg-type]
+        assert do(agent, KVAssembled(inherit)) == [Send(TookOver(epoch=5))]  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=3)) == [Serve(5)]
     assert beats(agent) == (5,)
     assert agent.is_void(waiting)
@@ -352,7 +355,7 @@ def test_first_task_of_the_new_epoch_overtakes_the_commit() -> None:
     hear(agent, beside(next_stage=MAC))
     do(agent, loaded(5))
     (inherit,) = hear(agent, TakeOver(epoch=5))
-    do(agent, Inherited(inherit))  # type: ignore[arg-type]
+    do(agent, KVAssembled(inherit))  # type: ignore[arg-type]
     close, serve, run = hear(agent, task(5, step=1))
     assert (close, serve) == (CloseLink(LinkId(3)), Serve(5))
     assert isinstance(run, Run)
@@ -395,7 +398,7 @@ def test_task_that_comes_too_early_is_refused(sort: str) -> None:
         do(agent, loaded(5))
         hear(agent, TakeOver(epoch=5))
     (said,) = hear(agent, task(5, step=4))
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     assert isinstance(said.message, TaskFailed)
     assert (said.message.epoch, said.message.step, said.message.code) == (5, 4, "not_ready")
     assert beats(agent) == (3, 5)
@@ -407,12 +410,12 @@ def test_commit_before_it_is_loaded_is_carried_out_then() -> None:
     assert hear(agent, DropStage(epoch=3)) == []
     assert hear(agent, task(3)) == []
     (said,) = hear(agent, task(5))
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     assert isinstance(said.message, TaskFailed)
     assert beats(agent) == (5,)
     serve, ready = do(agent, loaded(5))
     assert serve == Serve(5)
-    assert isinstance(ready, Say)
+    assert isinstance(ready, Send)
     assert_serves(agent, 5)
 
 
@@ -440,16 +443,16 @@ def phases() -> dict[str, list[Any]]:
     ]
     over = [*copying, TakeOver(epoch=5)]
     last = PeerReceived(SENDER, end(2, COMES), (b"",))
-    first = Import(0, pieces(1, COMES), (b"",))
-    second = Import(0, end(2, COMES), (b"",))
-    inheriting = [*over, last, Imported(first), Imported(second)]
+    first = ImportKV(0, pieces(1, COMES), (b"",))
+    second = ImportKV(0, end(2, COMES), (b"",))
+    inheriting = [*over, last, KVImported(first), KVImported(second)]
     return {
         "loading": load,
         "loaded": ready,
         "copying": copying,
         "handing over": over,
         "inheriting": inheriting,
-        "inherited": [*inheriting, Inherited(Inherit(0, 5))],
+        "inherited": [*inheriting, KVAssembled(AssembleKV(0, 5))],
     }
 
 
@@ -471,8 +474,8 @@ def test_cancelling_goes_on_with_the_old_epoch(phase: str) -> None:
     assert actions == [*links, Unload(5)]
     assert beats(agent) == (3,)
     assert_serves(agent, 3)
-    orders = (Load(0, beside(5)), Export(0, 5, SECOND, 1, False), Inherit(0, 5))
-    assert all(agent.is_void(one) for one in (*orders, Import(0, end(1, COMES), ())))
+    orders = (Load(0, beside(5)), ExportKV(0, 5, SECOND, 1, False), AssembleKV(0, 5))
+    assert all(agent.is_void(one) for one in (*orders, ImportKV(0, end(1, COMES), ())))
     assert hear(agent, task(5)) == []
     assert hear(agent, TakeOver(epoch=5)) != []  # is refused
     assert_serves(agent, 3, 501)
@@ -493,13 +496,13 @@ def test_lost_session_ends_all_of_it(phase: str) -> None:
     assert agent.next_deadline() is None
     for late in (
         Loaded(0, 5, 1.0, 1, 1),
-        Exported(Export(0, 5, SECOND, 1, False), pieces(1), (b"",)),
-        Imported(Import(0, end(2, COMES), ())),
-        Inherited(Inherit(0, 5)),
-        HandOverFailed(Inherit(0, 5), StageError("no")),
+        KVExported(ExportKV(0, 5, SECOND, 1, False), pieces(1), (b"",)),
+        KVImported(ImportKV(0, end(2, COMES), ())),
+        KVAssembled(AssembleKV(0, 5)),
+        KVOrderFailed(AssembleKV(0, 5), StageError("no")),
         LinkUp(TO_NAS, 0.1),
         LinkDown(TO_NAS),
-        LinkHeard(TO_NAS, KVTaken(epoch=5, layers=SECOND, number=1)),
+        LinkReceived(TO_NAS, KVTaken(epoch=5, layers=SECOND, number=1)),
     ):
         assert do(agent, late) == []
 
@@ -519,16 +522,16 @@ def test_new_plan_that_is_not_beside_ends_all_of_it(phase: str) -> None:
 
 def test_messages_are_sent_in_a_window_of_two() -> None:
     agent, export = sending()
-    assert export == Export(0, 5, SECOND, 1, rest=False)
+    assert export == ExportKV(0, 5, SECOND, 1, rest=False)
     sent, export = exported(agent, export, pieces(1))
-    assert sent == Transmit(TO_NAS, pieces(1), (b"1234",))
-    assert export == Export(0, 5, SECOND, 2, rest=False)
-    assert exported(agent, export, pieces(2)) == [Transmit(TO_NAS, pieces(2), (b"1234",))]
+    assert sent == SendOverLink(TO_NAS, pieces(1), (b"1234",))
+    assert export == ExportKV(0, 5, SECOND, 2, rest=False)
+    assert exported(agent, export, pieces(2)) == [SendOverLink(TO_NAS, pieces(2), (b"1234",))]
     (export,) = taken(agent, 1)
-    assert export == Export(0, 5, SECOND, 3, rest=False)
+    assert export == ExportKV(0, 5, SECOND, 3, rest=False)
     assert taken(agent, 1) == taken(agent, 9) == []  # told again, or of nothing
     assert taken(agent, 2) == []  # the next message is being exported
-    assert isinstance(export, Export)
+    assert isinstance(export, ExportKV)
     assert not agent.is_void(export)
     assert_serves(agent, 3)
 
@@ -546,7 +549,7 @@ def test_hello_to_the_receiver_is_repeated_and_proves_the_key() -> None:
     agent = serving_3()
     assert hear(agent, copy()) == [OpenLink(TO_NAS, NAS.addresses)]
     hello = Greet(TO_NAS, PeerHello(epoch=5, key=proof("new", 5, "nas")), NAS.addresses)
-    assert do(agent, NextReached(TO_NAS, NAS.addresses[0]), 0.1) == [hello]
+    assert do(agent, LinkReached(TO_NAS, NAS.addresses[0]), 0.1) == [hello]
     assert pass_time(agent, 1.0) == [(0.4, [hello]), (0.7, [hello]), (1.0, [hello])]
 
 
@@ -554,18 +557,18 @@ def test_all_was_copied_is_told_once_when_it_was_acknowledged() -> None:
     agent, export = sending()
     _, export = exported(agent, export, pieces(1))
     assert exported(agent, export, None, now=1.0) == []
-    assert taken(agent, 1, 1.1) == [Say(KVCopied(epoch=5, bytes_sent=4))]
-    look = Export(0, 5, SECOND, 2, rest=False)
+    assert taken(agent, 1, 1.1) == [Send(KVCopied(epoch=5, bytes_sent=4))]
+    look = ExportKV(0, 5, SECOND, 2, rest=False)
     assert pass_time(agent, 5.0) == [(2.0, [look])]  # steps go on adding to it
     sent, export = exported(agent, look, pieces(2), 5.0)
-    assert isinstance(sent, Transmit)
+    assert isinstance(sent, SendOverLink)
     assert exported(agent, export, None, 5.0) == []
     assert taken(agent, 2, 5.1) == []
 
 
 def test_nothing_to_copy_is_copied() -> None:
     agent, export = sending()
-    assert exported(agent, export, None) == [Say(KVCopied(epoch=5, bytes_sent=0))]
+    assert exported(agent, export, None) == [Send(KVCopied(epoch=5, bytes_sent=0))]
 
 
 def test_copied_is_told_when_the_last_transfer_is_done() -> None:
@@ -575,20 +578,20 @@ def test_copied_is_told_when_the_last_transfer_is_done() -> None:
     (export,) = do(agent, LinkUp(TO_NAS, 0.001))
     assert exported(agent, export, None, 0.5) == []
     (second,) = do(agent, LinkUp(other, 0.001), 0.6)
-    assert second == Export(0, 5, FIRST, 1, rest=False)
+    assert second == ExportKV(0, 5, FIRST, 1, rest=False)
     _, third = exported(agent, second, pieces(1, FIRST), 0.7)
     assert exported(agent, third, None, 0.8) == []
-    assert taken(agent, 1, 0.9, FIRST) == [Say(KVCopied(epoch=5, bytes_sent=4))]
+    assert taken(agent, 1, 0.9, FIRST) == [Send(KVCopied(epoch=5, bytes_sent=4))]
 
 
 def test_rest_is_sent_with_the_end_after_the_take_over() -> None:
     agent, export = sending()
     exported(agent, export, None)
     (export,) = hear(agent, TakeOver(epoch=5))
-    assert export == Export(0, 5, SECOND, 1, rest=True)
+    assert export == ExportKV(0, 5, SECOND, 1, rest=True)
     assert hear(agent, task(3, step=9)) == []
     _, export = exported(agent, export, pieces(1))
-    assert exported(agent, export, end(2)) == [Transmit(TO_NAS, end(2), (b"1234",))]
+    assert exported(agent, export, end(2)) == [SendOverLink(TO_NAS, end(2), (b"1234",))]
     assert taken(agent, 2) == []
     assert pass_time(agent, 100.0) == []
     assert hear(agent, DropStage(epoch=3)) == [CloseLink(TO_NAS), Drop()]
@@ -598,14 +601,14 @@ def test_take_over_while_an_export_is_under_way() -> None:
     agent, export = sending()
     assert hear(agent, TakeOver(epoch=5)) == []
     (export,) = exported(agent, export, None)
-    assert export == Export(0, 5, SECOND, 1, rest=True)
+    assert export == ExportKV(0, 5, SECOND, 1, rest=True)
 
 
 def test_take_over_before_the_receiver_was_reached() -> None:
     agent = serving_3()
     hear(agent, copy())
     assert hear(agent, TakeOver(epoch=5)) == []
-    assert do(agent, LinkUp(TO_NAS, 0.001)) == [Export(0, 5, SECOND, 1, rest=True)]
+    assert do(agent, LinkUp(TO_NAS, 0.001)) == [ExportKV(0, 5, SECOND, 1, rest=True)]
 
 
 def test_rest_waits_for_the_window() -> None:
@@ -613,7 +616,7 @@ def test_rest_waits_for_the_window() -> None:
     _, export = exported(agent, export, pieces(1))
     exported(agent, export, pieces(2))
     assert hear(agent, TakeOver(epoch=5)) == []
-    assert taken(agent, 1) == [Export(0, 5, SECOND, 3, rest=True)]
+    assert taken(agent, 1) == [ExportKV(0, 5, SECOND, 3, rest=True)]
 
 
 # ------------------------------------------------------------------ sending fails
@@ -635,7 +638,7 @@ def test_receiver_that_cannot_be_reached() -> None:
 def test_receiver_that_never_welcomes() -> None:
     agent = serving_3()
     hear(agent, copy())
-    do(agent, NextReached(TO_NAS, NAS.addresses[0]), 0.1)
+    do(agent, LinkReached(TO_NAS, NAS.addresses[0]), 0.1)
     told = pass_time(agent, 100.0)
     assert told[-1][0] == 5.0
     assert failure(told[-1][1]).worker == "nas"
@@ -671,7 +674,7 @@ def test_lost_link_while_copying() -> None:
     close, said = do(agent, LinkDown(TO_NAS))
     assert close == CloseLink(TO_NAS)
     assert failure([said]).worker == "nas"
-    assert isinstance(export, Export)
+    assert isinstance(export, ExportKV)
     assert agent.is_void(export)
     assert exported(agent, export, pieces(1)) == []
     assert pass_time(agent, 100.0) == []
@@ -687,11 +690,11 @@ def assert_not_run(agent: Agent, epoch: int) -> None:
 
 def test_export_that_fails_names_whom_it_was_for() -> None:
     agent, export = sending()
-    assert isinstance(export, Export)
-    actions = do(agent, HandOverFailed(export, StageError("no such layers")))
+    assert isinstance(export, ExportKV)
+    actions = do(agent, KVOrderFailed(export, StageError("no such layers")))
     told = failure(actions)
     assert (told.worker, told.code, told.message) == ("nas", "stage_error", "no such layers")
-    assert do(agent, HandOverFailed(export, StageError("again"))) == []
+    assert do(agent, KVOrderFailed(export, StageError("again"))) == []
 
 
 def test_failure_ends_all_transfers_and_is_told_once() -> None:
@@ -707,7 +710,7 @@ def test_failure_ends_all_transfers_and_is_told_once() -> None:
 def test_coordinator_may_begin_the_new_epoch_without_after_a_failure() -> None:
     agent = both()
     (inherit,) = hear(agent, TakeOver(epoch=5))
-    do(agent, HandOverFailed(inherit, StageError("no")))  # type: ignore[arg-type]
+    do(agent, KVOrderFailed(inherit, StageError("no")))  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=3)) == [Serve(5)]
     assert_serves(agent, 5)
 
@@ -762,9 +765,9 @@ def arrive(agent: Agent, message: KVPieces | KVEnd, peer: PeerId = SENDER) -> li
     return do(agent, PeerReceived(peer, message, (b"1234",)))
 
 
-def importing(agent: Agent, message: KVPieces | KVEnd) -> Import:
+def importing(agent: Agent, message: KVPieces | KVEnd) -> ImportKV:
     (order,) = arrive(agent, message)
-    assert order == Import(0, message, (b"1234",))
+    assert order == ImportKV(0, message, (b"1234",))
     assert not agent.is_void(order)
     return order
 
@@ -774,7 +777,7 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
     for number in (1, 2):
         order = importing(agent, pieces(number, COMES))
         ack = KVTaken(epoch=5, layers=COMES, number=number)
-        assert do(agent, Imported(order)) == [PeerSay(SENDER, ack)]
+        assert do(agent, KVImported(order)) == [SendToPeer(SENDER, ack)]
     assert arrive(agent, pieces(2, COMES)) == []  # came twice
     assert_serves(agent, 3)
 
@@ -783,44 +786,45 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
 def test_it_takes_over_once_all_has_arrived(end_first: bool) -> None:
     other = LayerRange(1, 2)
     agent = receiving([COMES, other])
-    assert without_says(hear(agent, TakeOver(epoch=5)) if not end_first else []) == []
+    assert without_answers(hear(agent, TakeOver(epoch=5)) if not end_first else []) == []
     for layers in (COMES, other):
         order = importing(agent, end(1, layers))
-        actions = without_says(do(agent, Imported(order)))
+        actions = without_answers(do(agent, KVImported(order)))
     if end_first:
         assert actions == []
         actions = hear(agent, TakeOver(epoch=5))
-    assert actions == [Inherit(0, 5)]
+    assert actions == [AssembleKV(0, 5)]
     assert not agent.is_void(actions[0])  # type: ignore[arg-type]
     assert hear(agent, TakeOver(epoch=5)) == []
     assert hear(agent, task(3)) == []
-    assert do(agent, Inherited(Inherit(0, 5))) == [Say(TookOver(epoch=5))]
-    assert do(agent, Inherited(Inherit(0, 5))) == []
+    assert do(agent, KVAssembled(AssembleKV(0, 5))) == [Send(TookOver(epoch=5))]
+    with pytest.raises(IllegalTransition):
+        do(agent, KVAssembled(AssembleKV(0, 5)))
 
 
-def without_says(actions: list[Action]) -> list[Action]:
-    return [action for action in actions if not isinstance(action, PeerSay)]
+def without_answers(actions: list[Action]) -> list[Action]:
+    return [action for action in actions if not isinstance(action, SendToPeer)]
 
 
 def test_it_does_not_take_over_before_the_end_is_kept() -> None:
     agent = receiving()
     first, last = importing(agent, pieces(1, COMES)), importing(agent, end(2, COMES))
     assert hear(agent, TakeOver(epoch=5)) == []
-    assert without_says(do(agent, Imported(first))) == []
-    assert without_says(do(agent, Imported(last))) == [Inherit(0, 5)]
+    assert without_answers(do(agent, KVImported(first))) == []
+    assert without_answers(do(agent, KVImported(last))) == [AssembleKV(0, 5)]
 
 
 def test_idle_worker_without_imports_takes_over_at_once() -> None:
     agent = only_new()
-    assert hear(agent, TakeOver(epoch=5)) == [Inherit(0, 5)]
+    assert hear(agent, TakeOver(epoch=5)) == [AssembleKV(0, 5)]
 
 
 def test_sender_with_new_layers_of_its_own_does_both() -> None:
     agent = both([COMES])
     hear(agent, copy())
     do(agent, LinkUp(TO_NAS, 0.001))
-    exported(agent, Export(0, 5, SECOND, 1, False), None)
-    assert hear(agent, TakeOver(epoch=5)) == [Export(0, 5, SECOND, 1, rest=True)]
+    exported(agent, ExportKV(0, 5, SECOND, 1, False), None)
+    assert hear(agent, TakeOver(epoch=5)) == [ExportKV(0, 5, SECOND, 1, rest=True)]
 
 
 @pytest.mark.parametrize("what", ["stranger", "other epoch", "old epoch", "other range"])
@@ -873,16 +877,16 @@ def test_take_over_before_the_layers_are_loaded_is_refused() -> None:
 @pytest.mark.parametrize("what", ["import", "inherit"])
 def test_what_cannot_be_taken_over_is_told(what: str) -> None:
     agent = receiving()
-    order: Import | Inherit = importing(agent, end(1, COMES))
+    order: ImportKV | AssembleKV = importing(agent, end(1, COMES))
     if what == "inherit":
-        do(agent, Imported(order))  # type: ignore[arg-type]
+        do(agent, KVImported(order))  # type: ignore[arg-type]
         (order,) = hear(agent, TakeOver(epoch=5))  # type: ignore[assignment]
-    (said,) = do(agent, HandOverFailed(order, StageError("is not whole")))
+    (said,) = do(agent, KVOrderFailed(order, StageError("is not whole")))
     told = failure([said])
     assert (told.epoch, told.worker, told.code) == (5, "", "stage_error")
     assert told.message == "is not whole"
     assert agent.is_void(order)
-    assert do(agent, Inherited(Inherit(0, 5))) == []
+    assert do(agent, KVAssembled(AssembleKV(0, 5))) == []
 
 
 def test_sender_that_falls_silent_after_the_take_over() -> None:
@@ -914,7 +918,7 @@ def test_tasks_from_before_the_take_over_stay_void_when_it_is_taken_back() -> No
     assert hear(agent, task(3, step=8)) == []
     hear(agent, CancelStage(epoch=5))
     assert agent.is_void(waiting)
-    assert do(agent, Broke(waiting, StageError("no"))) == []
+    assert do(agent, ComputeFailed(waiting, StageError("no"))) == []
     assert_serves(agent, 3, 8)
 
 

@@ -38,6 +38,7 @@ from distributed_llm.common.messages import (
     Task,
     TaskFailed,
     TaskResult,
+    ToCoordinator,
     TookOver,
     ToWorker,
     Welcome,
@@ -127,7 +128,7 @@ class Script(World):
         link.up_at = max(link.up_at, self.now + self._delay())
         self.at_time(link.up_at, lambda: self._heard(worker, decoded, tensors))
 
-    def _heard(self, worker: SimWorker, message: FromWorker, frames: Sequence[Frame]) -> None:
+    def _heard(self, worker: SimWorker, message: ToCoordinator, frames: Sequence[Frame]) -> None:
         match message:
             case WorkerHello(name=name):
                 welcome = Welcome(worker_id=name, heartbeat_interval_s=1.0, silence_timeout_s=4.0)
@@ -334,7 +335,7 @@ class Script(World):
         for number, worker in enumerate(self.machines):
             epochs = (self.serving_epoch,) if number in members else ()
             assert worker.agent._stages.epochs == epochs
-            assert worker.agent._stages._hand_over is None
+            assert worker.agent._stages._handover is None
             assert worker.beside is None
             assert not worker._exports
             assert not [
@@ -396,7 +397,7 @@ def disturb(script: Script, what: str, one: int, other: int) -> None:
 
 DISTURBANCES = [
     "cut links", "cut transfers", "apart", "together", "lose pieces", "lose end", "lose taken",
-    "double pieces", "lose welcome", "late drop", "fail_exports", "fail_imports", "fail_inherits",
+    "double pieces", "lose welcome", "late drop", "fail_exports", "fail_imports", "fail_assemblies",
 ]  # fmt: skip
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from distributed_llm.common.messages import SequenceSlice, Task
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.compute.orders import Orders
-from distributed_llm.worker.session.events import Drop, Export, Run, Serve
+from distributed_llm.worker.compute.orders import OrderQueue
+from distributed_llm.worker.session.events import Drop, ExportKV, Run, Serve
 
 SLICES = (SequenceSlice(sequence_id=1, start=0, num_tokens=1),)
 
@@ -16,18 +16,18 @@ def run(step: int) -> Run:
     return Run(0, Task(epoch=1, step=step, oldest=0, sequences=SLICES, tensors=()), ())
 
 
-def export(number: int) -> Export:
-    return Export(session=0, epoch=2, layers=LayerRange(0, 1), number=number, rest=False)
+def export(number: int) -> ExportKV:
+    return ExportKV(session=0, epoch=2, layers=LayerRange(0, 1), number=number, rest=False)
 
 
-def filled(*orders: object) -> "Orders[object]":
-    queued: Orders[object] = Orders()
+def filled(*orders: object) -> "OrderQueue[object]":
+    queued: OrderQueue[object] = OrderQueue()
     for order in orders:
         queued.put(order)
     return queued
 
 
-def rest(orders: "Orders[object]") -> list[object]:
+def rest(orders: "OrderQueue[object]") -> list[object]:
     """Return what is there, in the order in which it is given out."""
     found: list[object] = []
     while True:

@@ -17,27 +17,28 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.worker.session.events import Action, Log, Say
+from distributed_llm.worker.session.dialling import proof
+from distributed_llm.worker.session.events import Action, Log, Send
 from distributed_llm.worker.session.link_events import (
     CloseLink,
     Greet,
     LinkId,
     OpenLink,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
-from distributed_llm.worker.session.peers import PROBE_BYTES, Peers, proof
+from distributed_llm.worker.session.peers import PROBE_BYTES, Peers
 
 LAN, LOOPBACK = "10.0.0.2:7000", "127.0.0.1:7000"
 MAC = NextStage(worker="mac", addresses=(LAN, LOOPBACK))
 LINK = LinkId(3)
 HELLO = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
-PROBE = Transmit(
+PROBE = SendOverLink(
     LINK,
     PeerProbe(epoch=3, tensors=(TensorSpec("uint8", (PROBE_BYTES,)),)),
     (bytes(PROBE_BYTES),),
 )
-DOWN = Say(LinkReport(epoch=3, up=False))
+DOWN = Send(LinkReport(epoch=3, up=False))
 
 
 def order(epoch: int = 3, next_stage: NextStage | None = MAC, key: str = "secret") -> LoadStage:
@@ -93,7 +94,7 @@ def test_hello_is_said_where_something_answers_until_it_is_welcome() -> None:
     again: list[Action] = [Greet(LINK, HELLO, (LOOPBACK, LAN))]
     assert story(peers, until=1.0) == [(0.5, again), (0.8, again)]
     up = without_logs(peers.welcomed(0.25, 0.0))
-    assert up == [Say(LinkReport(epoch=3, up=True, rtt_s=0.25)), PROBE]
+    assert up == [Send(LinkReport(epoch=3, up=True, rtt_s=0.25)), PROBE]
     assert peers.link_up
     assert peers.next_deadline() == math.inf
 
@@ -103,7 +104,7 @@ def test_link_that_comes_up_late_is_reported_again() -> None:
     assert story(peers, until=5.0) == [(3.0, [DOWN]), (5.0, [OpenLink(LINK, (LAN, LOOPBACK))])]
     peers.reached(LAN, 5.1)
     up = without_logs(peers.welcomed(0.5, 5.5))
-    assert up == [Say(LinkReport(epoch=3, up=True, rtt_s=0.5)), PROBE]
+    assert up == [Send(LinkReport(epoch=3, up=True, rtt_s=0.5)), PROBE]
 
 
 def test_dialling_anew_forgets_what_was_reached() -> None:
@@ -158,7 +159,7 @@ def test_speed_of_the_link_is_told_once(rtt_s: float, answered_at: float, took_s
     peers = dialling()
     peers.welcomed(rtt_s, 10.0)
     (said,) = peers.probed(answered_at)
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     assert isinstance(said.message, LinkReport)
     assert (said.message.up, said.message.rtt_s) == (True, rtt_s)
     assert said.message.bytes_per_s == pytest.approx(PROBE_BYTES / took_s)
@@ -169,7 +170,7 @@ def test_probe_that_was_answered_at_once_is_within_what_can_be_told() -> None:
     peers = dialling()
     peers.welcomed(0.1, 10.0)
     (said,) = peers.probed(10.0)
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     codec.to_coordinator.decode(codec.encode(said.message))
 
 
@@ -181,14 +182,14 @@ def test_speed_is_not_told_of_a_link_that_is_down_or_another_one() -> None:
     assert peers.probed(12.0) == []
     peers.welcomed(0.1, 20.0)
     (said,) = peers.probed(21.0)
-    assert isinstance(said, Say)
+    assert isinstance(said, Send)
     assert isinstance(said.message, LinkReport)
     assert said.message.bytes_per_s == pytest.approx(PROBE_BYTES / 0.9)
 
 
 def test_probe_is_answered() -> None:
     name = PeerId(b"before")
-    assert dialling().probed_by(name) == [PeerSay(name, PeerProbed(epoch=3))]
+    assert dialling().probed_by(name) == [SendToPeer(name, PeerProbed(epoch=3))]
 
 
 # ------------------------------------------------------------------ from the worker before
@@ -210,7 +211,7 @@ def test_hello_of_one_worker_is_right_at_the_next() -> None:
     next_peers = Peers(order(next_stage=None), "mac")
     other = Peers(order(next_stage=None), "mac-2")
     name = PeerId(b"pc")
-    assert next_peers.greeted(name, greet.hello) == [PeerSay(name, PeerWelcome(epoch=3))]
+    assert next_peers.greeted(name, greet.hello) == [SendToPeer(name, PeerWelcome(epoch=3))]
     assert next_peers.knows(name)
     for wrong in (peers, other):
         assert wrong.is_forged(greet.hello)

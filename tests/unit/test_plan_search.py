@@ -45,12 +45,12 @@ def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
 
 
 def found(*, memory: int = 9000, **changes: Any) -> FoundPlans:
-    return search(memory=memory, **changes).run()
+    return search(memory=memory, **changes).answer()
 
 
 def test_now_is_the_served_plan() -> None:
     asked = search()
-    plans = asked.run()
+    plans = asked.answer()
     assert plans.search is asked
     assert plans.now == forecast(COST, asked.machines, asked.layer_map, asked.demand)
     assert plans.now.layer_map == asked.layer_map

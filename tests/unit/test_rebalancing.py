@@ -7,6 +7,7 @@ import pytest
 from distributed_llm.common.messages import LoadStage
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
+from distributed_llm.coordinator.cluster.registry import WorkerState, memory_of
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
@@ -27,8 +28,13 @@ def serving(**given: Any) -> Parts:
     return parts
 
 
+def room(parts: Parts, names: str) -> int:
+    """Return the positions of KV cache that a plan of these workers should have room for."""
+    return parts.planner.kv_tokens(memory_of(parts.worker(name) for name in names))
+
+
 def pipeline_of(parts: Parts) -> Pipeline:
-    return parts.placement.pipelines[0]
+    return parts.pipelines.all[0]
 
 
 def asked(parts: Parts, now: float) -> PlanSearch | None:
@@ -37,7 +43,8 @@ def asked(parts: Parts, now: float) -> PlanSearch | None:
     assert len(actions) <= 1
     for action in actions:
         assert isinstance(action, Study)
-        return action.survey
+        assert isinstance(action.question, PlanSearch)
+        return action.question
     return None
 
 
@@ -69,10 +76,10 @@ def confirmed(parts: Parts, best: Forecast, now: float = 11.0) -> list[Action]:
     """Have a plan found twice, long enough apart."""
     first = asked(parts, now)
     assert first
-    assert parts.rebalancing.studied(found(first, best), now=now) == []
+    assert parts.rebalancing.found(found(first, best), now=now) == []
     second = asked(parts, now + 2.0)
     assert second
-    return parts.rebalancing.studied(found(second, best), now=now + 2.0)
+    return parts.rebalancing.found(found(second, best), now=now + 2.0)
 
 
 # ------------------------------------------------------------------ when it looks
@@ -86,9 +93,9 @@ def test_looks_every_second_while_something_is_served() -> None:
     assert survey
     assert parts.rebalancing.next_deadline() == 12.0
     assert asked(parts, 12.0) is None, "the findings are awaited"
-    parts.rebalancing.studied(found(survey), now=12.5)
+    parts.rebalancing.found(found(survey), now=12.5)
     assert asked(parts, 13.0)
-    parts.rebalancing.study_failed()
+    parts.rebalancing.search_failed()
     assert asked(parts, 14.0)
 
 
@@ -112,9 +119,9 @@ def test_never_looks_under_other_strategies(strategy: str) -> None:
 def test_does_not_look_during_a_move_nor_soon_after_one_was_undone() -> None:
     parts = serving()
     confirmed(parts, BETTER)
-    assert parts.relocation.move
+    assert parts.moves.move
     assert asked(parts, 14.0) is None
-    parts.relocation.cancel("a test", now=15.0)
+    parts.moves.undo("a test", now=15.0)
     assert asked(parts, 24.9) is None
     assert asked(parts, 26.0)
 
@@ -124,7 +131,7 @@ def test_does_not_look_during_a_move_nor_soon_after_one_was_undone() -> None:
 )
 def test_is_more_patient_with_each_move_that_is_undone(failures: int, patience_s: float) -> None:
     parts = serving()
-    parts.relocation.failures, parts.relocation.undone_at = failures, 100.0
+    parts.moves.failures, parts.moves.undone_at = failures, 100.0
     if patience_s:
         assert asked(parts, 100.0 + patience_s - 0.1) is None
     parts.rebalancing._next_at = 0.0
@@ -134,10 +141,10 @@ def test_is_more_patient_with_each_move_that_is_undone(failures: int, patience_s
 def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() -> None:
     parts = serving()
     for name in "cd":
-        parts.worker(name).state = "unfit"
+        parts.worker(name).fail("no room")
     survey = asked(parts, 11.0)
     assert survey
-    parts.rebalancing.studied(found(survey), now=11.1)
+    parts.rebalancing.found(found(survey), now=11.1)
     assert asked(parts, 12.0) is None
     parts.join("e", 90_000)
     assert asked(parts, 13.0)
@@ -151,7 +158,7 @@ def test_pipelines_are_looked_at_in_turn() -> None:
         survey = asked(parts, 11.0 + second)
         if survey:
             epochs.append(survey.epoch)
-            parts.rebalancing.studied(found(survey), now=11.1 + second)
+            parts.rebalancing.found(found(survey), now=11.1 + second)
     assert epochs == [1, 2], "and nothing has changed since"
 
 
@@ -175,13 +182,12 @@ def test_what_a_survey_asks() -> None:
     assert survey.demand == Demand.expected(3)
     assert survey.goal == "latency"
     assert survey.least_kv_tokens == 64
-    assert survey.kv_tokens == parts.planner.kv_tokens([parts.worker(name) for name in "abc"])
-    assert survey.extra_kv_tokens == parts.planner.kv_tokens([parts.worker("c")])
+    assert survey.kv_tokens == room(parts, "abc")
+    assert survey.extra_kv_tokens == room(parts, "c")
 
 
 def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
-    parts = serving()
-    parts.planner.kv_tokens = lambda workers: 64  # type: ignore[method-assign]
+    parts = serving(kv_tokens=64)
     parts.ask(pipeline_of(parts), 100, answer=900)
     survey = asked(parts, 11.0)
     assert survey
@@ -194,7 +200,7 @@ def test_who_hangs_gives_no_room() -> None:
     parts.worker("b").progress_age_s = 1e6
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.kv_tokens == parts.planner.kv_tokens([parts.worker(name) for name in "acd"])
+    assert survey.kv_tokens == room(parts, "acd")
 
 
 class Asked(DemandMeter):
@@ -206,10 +212,14 @@ class Asked(DemandMeter):
         return Demand(1.0, 100.0, 0.0, 1.0)
 
 
+def ask_for_one(parts: Parts, pipeline: Pipeline) -> None:
+    parts.rebalancing._lineage(pipeline).demand = Asked()
+
+
 @pytest.mark.parametrize(("objective", "goal"), [("auto", "auto"), ("latency", "latency")])
 def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
     parts = serving(objective=objective)
-    pipeline_of(parts).demand = Asked()
+    ask_for_one(parts, pipeline_of(parts))
     survey = asked(parts, 11.0)
     assert survey
     assert (survey.demand.sequences, survey.goal) == (1.0, goal)
@@ -218,14 +228,14 @@ def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
 def test_what_other_pipelines_give_is_told() -> None:
     parts = serving(replicas=2)
     parts.serve(("c", 0, 3), ("d", 3, 6))
-    for pipeline in parts.placement.pipelines:
-        pipeline.demand = Asked()
+    for pipeline in parts.pipelines.all:
+        ask_for_one(parts, pipeline)
     told = []
     for second in range(4):
         survey = asked(parts, 11.0 + second)
         assert survey
         told.append((survey.epoch, survey.beside_tokens_per_s))
-        parts.rebalancing.studied(found(survey), now=11.1 + second)
+        parts.rebalancing.found(found(survey), now=11.1 + second)
     assert told == [(1, 0.0), (2, 10.0), (1, 10.0), (2, 10.0)]
 
 
@@ -238,7 +248,7 @@ def test_advice_is_asked_for_now_and_then_and_when_somebody_came() -> None:
         survey = asked(parts, float(second))
         assert survey
         wanted[second] = survey.advise
-        parts.rebalancing.studied(found(survey), now=second + 0.1)
+        parts.rebalancing.found(found(survey), now=second + 0.1)
     assert [second for second, advise in wanted.items() if advise] == [11, 14, 24]
 
 
@@ -247,8 +257,8 @@ def test_advice_is_kept_for_those_that_are_there() -> None:
     survey = asked(parts, 11.0)
     assert survey
     one, other = Advice(0.1, 2.0, 1.0, "helps"), Advice(0.2, 2.0, 1.0, "helps")
-    parts.rebalancing.studied(found(survey, a=one, b=one, gone=one), now=11.1)
-    parts.rebalancing.studied(found(survey, b=other), now=12.1)
+    parts.rebalancing.found(found(survey, a=one, b=one, gone=one), now=11.1)
+    parts.rebalancing.found(found(survey, b=other), now=12.1)
     assert parts.rebalancing.advice == {"a": one, "b": other}
 
 
@@ -258,11 +268,14 @@ def test_advice_is_kept_for_those_that_are_there() -> None:
 def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     parts = serving()
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
-    assert parts.relocation.move
-    assert parts.relocation.move.new.layer_map == BETTER.layer_map
-    assert parts.event_log.events[-1].endswith("100 % faster")
+    assert parts.moves.move
+    assert parts.moves.move.new.layer_map == BETTER.layer_map
+    assert parts.event_log.texts[-1].endswith("100 % faster")
     again = Alternative(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
-    assert pipeline_of(parts).balancer.consider(again, now=13.0).what == "stay", "so soon"
+    assert (
+        parts.rebalancing._lineage(pipeline_of(parts)).balancer.consider(again, now=13.0).what
+        == "stay"
+    ), "so soon"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +287,7 @@ def test_no_plan_or_the_same_or_one_hardly_better_changes_nothing(best: Forecast
     for second in range(11, 20):
         survey = asked(parts, float(second))
         assert survey
-        assert parts.rebalancing.studied(found(survey, best), now=second + 0.1) == []
+        assert parts.rebalancing.found(found(survey, best), now=second + 0.1) == []
 
 
 def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
@@ -284,17 +297,17 @@ def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
     parts.rebalancing.wake(now=10.0)
     actions = confirmed(parts, expected(99.0, ("c", 0, 3), ("a", 3, 6)))
     assert loads(actions) == ["a", "c"]
-    assert parts.relocation.move is None
-    assert parts.placement.pipelines[0].balancer is pipeline.balancer
-    assert parts.worker("a").state == "loading"
+    assert parts.moves.move is None
+    assert parts.pipelines.all[0].lineage == pipeline.lineage
+    assert parts.worker("a").state is WorkerState.LOADING
 
 
 def test_findings_of_a_plan_that_is_gone_change_nothing() -> None:
     parts = serving()
     survey = asked(parts, 11.0)
     assert survey
-    parts.placement.lose(parts.worker("a"))
-    assert parts.rebalancing.studied(found(survey, BETTER), now=99.0) == []
+    parts.answered(parts.replanning.lose(parts.worker("a")))
+    assert parts.rebalancing.found(found(survey, BETTER), now=99.0) == []
     assert parts.rebalancing.advice == {}
 
 
@@ -304,19 +317,19 @@ def test_a_plan_with_somebody_who_cannot_be_had_any_more_is_not_taken(state: str
     best = expected(99.0, ("a", 0, 2), ("c", 2, 6))
     first = asked(parts, 11.0)
     assert first
-    parts.rebalancing.studied(found(first, best), now=11.0)
+    parts.rebalancing.found(found(first, best), now=11.0)
     second = asked(parts, 13.0)
     assert second
     match state:
         case "leaving":
             parts.worker("c").leaving = True
         case "unfit":
-            parts.worker("c").state = "unfit"
+            parts.worker("c").fail("no room")
         case "hangs":
             parts.worker("c").progress_age_s = 1e6
         case _:
             parts.registry.remove(PeerId(b"c"))
-    assert parts.rebalancing.studied(found(second, best), now=13.0) == []
+    assert parts.rebalancing.found(found(second, best), now=13.0) == []
 
 
 @pytest.mark.parametrize("as_extra", [False, True])
@@ -327,12 +340,12 @@ def test_workers_that_have_layers_by_now_are_not_taken_away(as_extra: bool) -> N
     best = None if as_extra else expected(99.0, ("a", 0, 2), ("c", 2, 6))
     extra = expected(99.0, ("c", 0, 6)) if as_extra else None
     if not as_extra:
-        parts.rebalancing.studied(found(first, best), now=11.0)
+        parts.rebalancing.found(found(first, best), now=11.0)
         first = asked(parts, 13.0)
         assert first
     other = parts.serve(("c", 0, 3), ("d", 3, 6))
-    assert parts.rebalancing.studied(found(first, best, extra), now=13.0) == []
-    assert parts.placement.pipeline_of(PeerId(b"c")) is other
+    assert parts.rebalancing.found(found(first, best, extra), now=13.0) == []
+    assert parts.pipelines.of(PeerId(b"c")) is other
     parts.goes_on()
 
 
@@ -343,8 +356,8 @@ def adds(parts: Parts, extra: Forecast, best: Forecast | None = None) -> bool:
     """Return whether idle workers begin to serve the model by themselves."""
     survey = asked(parts, 11.0)
     assert survey
-    parts.rebalancing.studied(found(survey, best, extra), now=11.1)
-    return len(parts.placement.pipelines) > 1
+    parts.rebalancing.found(found(survey, best, extra), now=11.1)
+    return len(parts.pipelines.all) > 1
 
 
 @pytest.mark.parametrize(("replicas", "more"), [(1, False), (2, True)])
@@ -381,4 +394,4 @@ def test_an_uncertain_gain_has_to_be_larger(gain: float, moves: bool) -> None:
     doubts = {"a": 0.0, "b": 0.5, "c": 9.0}
     parts.measurements.doubt = doubts.__getitem__  # type: ignore[method-assign, assignment]
     confirmed(parts, expected(10.0 * (1 + gain), ("a", 0, 2), ("b", 2, 6)))
-    assert (parts.relocation.move is not None) == moves
+    assert (parts.moves.move is not None) == moves

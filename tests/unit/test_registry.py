@@ -6,9 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello
+from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import LayerRange, PeerId
-from distributed_llm.coordinator.cluster.registry import CLIENT_SILENCE_S, Registry, Worker
+from distributed_llm.coordinator.cluster.registry import (
+    CLIENT_SILENCE_S,
+    Registry,
+    Worker,
+    WorkerState,
+)
 
 A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
 CAPABILITIES = Capabilities(
@@ -25,7 +31,7 @@ CAPABILITIES = Capabilities(
 
 @pytest.fixture
 def registry() -> Iterator[Registry]:
-    made = Registry(silence_timeout_s=4.0)
+    made = Registry(silence_timeout_s=4.0, task_timeout_s=30.0)
     yield made
     made.validate()
 
@@ -108,13 +114,17 @@ def beat(*, waiting: int = 0, age_s: float = 0.0) -> Heartbeat:
     )
 
 
+def status_of(worker: Worker, *, now: float) -> WorkerStatus:
+    return worker.status(next_layers=None, prediction_error=None, gain=None, advice="", now=now)
+
+
 def test_heartbeat_is_kept_and_shown(registry: Registry) -> None:
     worker = join(registry, A, now=1.0)
     registry.heartbeat(A, beat())
-    status = worker.status(prediction_error=None, advice=None, now=3.5)
+    status = status_of(worker, now=3.5)
     assert (status.memory_used_bytes, status.kv_bytes, status.last_heard_s) == (5, 7, 2.5)
     assert (status.name, status.state, status.layers) == ("pc", "idle", None)
-    assert worker.status(prediction_error=None, advice=None, now=0.5).last_heard_s == 0.0
+    assert status_of(worker, now=0.5).last_heard_s == 0.0
 
 
 def test_progress_matters_only_where_there_are_tasks(registry: Registry) -> None:
@@ -130,14 +140,14 @@ def test_assign_and_take_away(registry: Registry) -> None:
     worker.count_task(1.0, 1)
     worker.link = "direct"
     worker.assign(LayerRange(0, 3), epoch=5)
-    status = worker.status(prediction_error=None, advice=None, now=0.0)
+    status = status_of(worker, now=0.0)
     assert (status.state, status.layers, status.epoch) == ("loading", LayerRange(0, 3), 5)
     assert (status.link, status.seconds_per_token) == ("", None)
     registry.validate()
     worker.link = "relayed"
-    assert worker.status(prediction_error=None, advice=None, now=0.0).link == "relayed"
+    assert status_of(worker, now=0.0).link == "relayed"
     worker.unassign()
-    assert (worker.state, worker.layers, worker.link) == ("idle", None, "")
+    assert (worker.state, worker.layers, worker.link) == (WorkerState.IDLE, None, "")
 
 
 def test_where_other_workers_reach_it_is_kept(registry: Registry) -> None:
@@ -164,7 +174,7 @@ def test_who_comes_back_is_watched_once(registry: Registry) -> None:
     )
 )
 def test_deadlines_are_those_of_a_look_at_everybody(events: list[tuple[str, PeerId, int]]) -> None:
-    registry = Registry(silence_timeout_s=4.0)
+    registry = Registry(silence_timeout_s=4.0, task_timeout_s=30.0)
     timeouts: dict[PeerId, float] = {}
     heard: dict[PeerId, float] = {}
     now = 0.0
@@ -201,3 +211,53 @@ def test_time_per_token_is_a_running_mean_over_decodes(registry: Registry) -> No
     worker.count_task(1.0, 1)
     assert worker.seconds_per_token == pytest.approx(0.8 * 2.0 + 0.2 * 1.0)
     assert (worker.tasks_done, worker.compute_s) == (3, 105.0)
+
+
+# ------------------------------------------------------------------ what a worker does
+
+
+def test_a_worker_goes_from_idle_to_serving_and_back(registry: Registry) -> None:
+    worker = join(registry, A)
+    worker.assign(LayerRange(0, 3), epoch=5)
+    assert worker.state is WorkerState.LOADING
+    worker.loaded(weight_bytes=7)
+    assert (worker.state, worker.weight_bytes) == (WorkerState.SERVING, 7)
+    worker.commit(LayerRange(0, 2), epoch=6, weight_bytes=4)
+    assert (worker.state, worker.layers, worker.epoch) == (
+        WorkerState.SERVING,
+        LayerRange(0, 2),
+        6,
+    )
+    worker.unassign()
+    worker.fail("no room")
+    assert (worker.state, worker.note) == (WorkerState.UNFIT, "no room")
+
+
+def test_one_that_loaded_for_a_move_serves_once_it_is_committed(registry: Registry) -> None:
+    worker = join(registry, A)
+    worker.assign(LayerRange(0, 3), epoch=5)
+    worker.commit(LayerRange(0, 3), epoch=5, weight_bytes=7)
+    assert worker.state is WorkerState.SERVING
+
+
+def test_one_that_cannot_serve_is_given_no_layers(registry: Registry) -> None:
+    worker = join(registry, A)
+    worker.fail("no room")
+    assert registry.fit == []
+    with pytest.raises(IllegalTransition, match="ASSIGNED cannot happen while UNFIT"):
+        worker.assign(LayerRange(0, 3), epoch=5)
+
+
+def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> None:
+    worker = join(registry, A)
+    assert registry.idle == registry.fit == [worker]
+    registry.heartbeat(A, beat(waiting=1, age_s=30.0))
+    assert registry.hangs(worker)
+    assert registry.fit == []
+    registry.heartbeat(A, beat(waiting=1, age_s=29.0))
+    worker.leaving = True
+    assert registry.fit == []
+    worker.leaving = False
+    worker.assign(LayerRange(0, 3), epoch=5)
+    assert registry.fit == [worker]
+    assert registry.idle == []

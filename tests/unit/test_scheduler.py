@@ -21,8 +21,9 @@ from distributed_llm.common.sampling_params import (
 )
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import KV_BLOCK, PeerId
+from distributed_llm.coordinator.requests.lifecycle import RequestState
 from distributed_llm.coordinator.requests.parameters import Limits
-from distributed_llm.coordinator.requests.request import Phase, Request, Ticket
+from distributed_llm.coordinator.requests.request import Request, Ticket
 from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
 
 ANSWER = 7
@@ -121,7 +122,7 @@ class Desk:
             self.run()
         self.scheduler.remove(request, keep=True)
         self.scheduler.validate()
-        self.scheduler.prefix_hit_tokens = 0
+        self.scheduler.take_prefix_hit_tokens()
         return request
 
 
@@ -318,11 +319,11 @@ def test_no_more_sequences_than_allowed() -> None:
     third = book.request(1)
     assert not book.scheduler.has_seat
     assert not book.admit(third)
-    assert third.phase is Phase.WAITING
+    assert third.state is RequestState.WAITING
     book.scheduler.remove(first)
     assert book.scheduler.has_seat
     assert book.admit(third)
-    assert third.phase is Phase.RUNNING
+    assert third.state is RequestState.RUNNING
     assert list(book.scheduler.running) == [second, third]
 
 
@@ -331,7 +332,7 @@ def test_prompt_that_finds_no_room_waits() -> None:
     first = book.add(2 * KV_BLOCK - 1)
     second = book.request(KV_BLOCK)  # and its first token: two blocks
     assert not book.admit(second)
-    assert (second.phase, second.sequence_id) == (Phase.WAITING, None)
+    assert (second.state, second.sequence_id) == (RequestState.WAITING, None)
     assert book.admit(book.request(KV_BLOCK - 1))
     book.scheduler.remove(first)
     assert book.admit(second)
@@ -448,7 +449,7 @@ def test_what_a_request_kept_is_found_by_the_next(book: Desk) -> None:
     assert book.scheduler.hit_length(request) == 50  # the answer's token was not computed
     assert book.admit(request)
     assert (request.num_computed_tokens, request.num_cached_tokens) == (50, 50)
-    assert book.scheduler.prefix_hit_tokens == 50
+    assert book.scheduler.take_prefix_hit_tokens() == 50
     step = book.step()
     assert parts(step) == [(1, 50, 3, True)]
     assert prefixes(step) == [SharedPrefix(sequence_id=1, length=50, take=True)]
@@ -498,7 +499,7 @@ def leader_and_follower(book: Desk) -> tuple[Request, Request]:
     """Return a request of 200 tokens, and one that has the first 150 and 30 others."""
     leader, follower = book.add(range(200)), book.add([*range(150), *[1] * 30])
     assert follower.waits_for is leader
-    assert (follower.phase, follower.sequence_id) == (Phase.RUNNING, None)
+    assert (follower.state, follower.sequence_id) == (RequestState.RUNNING, None)
     return leader, follower
 
 
@@ -517,7 +518,7 @@ def test_follower_waits_until_the_common_part_is_computed_and_shares_it() -> Non
     step = book.step()
     assert parts(step) == [(1, 150, 30, True)]
     assert prefixes(step) == [SharedPrefix(sequence_id=id_of(leader), length=150)]
-    assert book.scheduler.prefix_hit_tokens == 150
+    assert book.scheduler.take_prefix_hit_tokens() == 150
 
 
 @pytest.mark.parametrize(("keep", "start"), [(False, 0), (True, 50)])
@@ -538,7 +539,7 @@ def test_follower_goes_on_when_its_leader_is_preempted() -> None:
     assert follower.waits_for is leader
     book.run()
     assert parts(book.step()) == [(0, 63, 1, True), (2, 0, 70, True)]
-    assert book.scheduler.preempted == [leader]
+    assert book.scheduler.take_preempted() == [leader]
     assert follower.waits_for is None
     assert list(book.scheduler.running) == [old, follower]
 
@@ -558,8 +559,8 @@ def test_follower_for_whom_there_is_no_room_is_preempted() -> None:
     book.add(range(190))
     follower = book.add([*range(100), *[1] * 90])
     book.run(2)
-    assert book.scheduler.preempted == [follower]
-    assert (follower.phase, follower.waits_for) == (Phase.WAITING, None)
+    assert book.scheduler.take_preempted() == [follower]
+    assert (follower.state, follower.waits_for) == (RequestState.WAITING, None)
 
 
 @pytest.mark.parametrize(("common", "waits"), [(63, False), (64, True)])
@@ -596,8 +597,12 @@ def test_youngest_gives_up_its_room_for_the_oldest() -> None:
     old, middle, young = (book.add(KV_BLOCK - 1, answer=100) for _ in range(3))
     book.run()
     assert parts(book.step()) == [(0, 63, 1, True)]
-    assert book.scheduler.preempted == [young]
-    assert (young.phase, young.sequence_id, young.num_computed_tokens) == (Phase.WAITING, None, 0)
+    assert book.scheduler.take_preempted() == [young]
+    assert (young.state, young.sequence_id, young.num_computed_tokens) == (
+        RequestState.WAITING,
+        None,
+        0,
+    )
     assert len(young.token_ids) == KV_BLOCK  # its answer so far stays
     assert young.sampling_sent is False
     assert list(book.scheduler.running) == [old, middle]
@@ -608,7 +613,7 @@ def test_preempted_request_computes_all_its_tokens_again() -> None:
     book = Desk(tokens=1000, blocks=2)
     old, young = book.add(KV_BLOCK - 1), book.add(KV_BLOCK - 1)
     book.run(2)
-    assert book.scheduler.preempted == [young]
+    assert book.scheduler.take_preempted() == [young]
     assert not book.admit(young)
     book.scheduler.remove(old)
     assert book.admit(young)
@@ -623,7 +628,7 @@ def test_oldest_is_not_preempted_for_a_younger_one(oldest_first: bool) -> None:
         assert book.admit(request)
     book.run()
     assert parts(book.step()) == [(0, 63, 1, True)]
-    assert book.scheduler.preempted == [young]
+    assert book.scheduler.take_preempted() == [young]
 
 
 def test_who_is_under_way_is_not_preempted() -> None:
@@ -634,10 +639,10 @@ def test_who_is_under_way_is_not_preempted() -> None:
     assert parts(steps[1]) == [(1, 37, 83, True)]
     book.land(steps[0])
     assert book.poll() is None
-    assert not book.scheduler.preempted
+    assert not book.scheduler.take_preempted()
     book.land(steps[1])
     assert parts(book.step()) == [(0, 63, 1, True)]
-    assert book.scheduler.preempted == [young]
+    assert book.scheduler.take_preempted() == [young]
 
 
 def test_kept_prefixes_go_before_requests_are_preempted() -> None:
@@ -646,7 +651,7 @@ def test_kept_prefixes_go_before_requests_are_preempted() -> None:
     book.add(KV_BLOCK - 1)
     book.add(20)
     book.run(2)
-    assert not book.scheduler.preempted
+    assert not book.scheduler.take_preempted()
     assert book.scheduler.take_freed() == [1]
 
 
@@ -660,10 +665,9 @@ def test_who_is_alone_and_has_no_room_starts_without_sharing() -> None:
     while not request.finish_reason:
         step = book.poll(idle=True)
         if step is None:
-            assert book.scheduler.preempted == [request]
+            assert book.scheduler.take_preempted() == [request]
             assert not request.shares
             preempted += 1
-            book.scheduler.preempted.clear()
             assert book.admit(request)
             assert request.prefix is None
         else:
@@ -822,8 +826,8 @@ def test_restart_without_room_waits_for_the_old_sequence_to_land() -> None:
     step = book.step()
     book.scheduler.restart(request)
     book.scheduler.validate()
-    assert book.scheduler.preempted == [request]
-    assert request.phase is Phase.WAITING
+    assert book.scheduler.take_preempted() == [request]
+    assert request.state is RequestState.WAITING
     book.scheduler.abandon(step)
     assert book.admit(request)
     assert parts(book.step()) == [(0, 0, 20, True)]
@@ -840,7 +844,7 @@ def test_evacuated_requests_are_ready_to_run_elsewhere() -> None:
     assert book.scheduler.num_running == 0
     elsewhere = Desk(tokens=1000)
     for request in (talker, leader, follower):
-        assert request.phase is Phase.WAITING
+        assert request.state is RequestState.WAITING
         assert (request.sequence_id, request.waits_for, request.prefix) == (None, None, None)
         assert (request.num_computed_tokens, request.num_scheduled_tokens) == (0, 0)
         assert (request.num_in_flight, request.sampling_sent) == (0, False)
@@ -963,7 +967,7 @@ def test_where_other_stages_have_less_room_prefixes_go_first() -> None:
     book.scheduler.validate()
     assert book.scheduler.kv_tokens_cached == 0
     assert len(book.scheduler.take_freed()) == 1
-    assert (running.phase, book.scheduler.preempted) == (Phase.RUNNING, [])
+    assert (running.state, book.scheduler.take_preempted()) == (RequestState.RUNNING, [])
 
 
 def test_where_other_stages_have_less_room_the_youngest_gives_way() -> None:
@@ -972,6 +976,6 @@ def test_where_other_stages_have_less_room_the_youngest_gives_way() -> None:
     book.land(book.step())
     book.scheduler.move(2 * KV_BLOCK)
     book.scheduler.validate()
-    assert book.scheduler.preempted == [second]
-    assert (first.phase, second.phase) == (Phase.RUNNING, Phase.WAITING)
+    assert book.scheduler.take_preempted() == [second]
+    assert (first.state, second.state) == (RequestState.RUNNING, RequestState.WAITING)
     assert not book.admit(book.request(2 * KV_BLOCK)), "the new limit counts"

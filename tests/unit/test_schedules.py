@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.coordinator.requests.request import Phase, Request
+from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
+from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.scheduler import Step
 from tests.unit.test_scheduler import Desk
 
@@ -147,9 +148,9 @@ class Schedules(RuleBasedStateMachine):
         prompts = sum(not step.decodes for _, step in self.under_way) < chunks
         step = self.scheduler.next_step(max_decodes=max_decodes, prompts=prompts, idle=idle)
         self.to_free += self.scheduler.take_freed()
+        preempted = self._take_preempted()
         if len(before) > 1:
-            gone = [r.number for r in self.scheduler.preempted]
-            assert min(before) not in gone, "the oldest was preempted"
+            assert min(before) not in preempted, "the oldest was preempted"
         self.began = step is not None
         if step:
             self._check(step, max_decodes)
@@ -174,10 +175,15 @@ class Schedules(RuleBasedStateMachine):
         nothing_runs = not self.scheduler.num_running and not self.under_way
         assert not (self.waiting and nothing_runs), "there is room, but nobody is admitted"
 
+    def _take_preempted(self) -> list[int]:
+        """Let preempted requests wait; return their numbers."""
+        preempted = self.scheduler.take_preempted()
+        self.waiting = sorted([*self.waiting, *preempted], key=lambda r: r.number)
+        return [request.number for request in preempted]
+
     def _collect(self) -> None:
-        """Who was preempted waits; who was freed is freed before the next step, or now."""
-        self.waiting = sorted([*self.waiting, *self.scheduler.preempted], key=lambda r: r.number)
-        self.scheduler.preempted.clear()
+        """Preempted requests wait; freed sequences are freed before the next step, or now."""
+        self._take_preempted()
         self.to_free += self.scheduler.take_freed()
         if not self.under_way:
             self.stages.free(self.to_free)
@@ -206,7 +212,7 @@ class Schedules(RuleBasedStateMachine):
         if request.finish_reason:
             assert request.token_ids == self.expected[request]
             self.scheduler.remove(request, keep=request.number % 4 > 0)
-            request.phase = Phase.CLOSING
+            request.change(RequestCause.LAST_TOKEN)
 
     def _break(self, step: Step, missing: list[int]) -> None:
         for request, part in zip(step.requests, step.slices, strict=True):
@@ -237,7 +243,7 @@ class Schedules(RuleBasedStateMachine):
         if request in self.waiting:
             self.waiting.remove(request)
         self.scheduler.remove(request, keep=keep)
-        request.phase = Phase.GONE
+        request.change(RequestCause.FAILED)
         self._collect()
 
     @precondition(lambda self: self.scheduler.num_running)
@@ -261,11 +267,11 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.kv_tokens_used + self.scheduler.kv_tokens_cached <= self.capacity
 
     def teardown(self) -> None:
-        if not hasattr(self, "desk"):
+        if not hasattr(self, "book"):
             return
         self._drain()
         for request, expected in self.expected.items():
-            if request.phase is not Phase.GONE:
+            if request.state is not RequestState.GONE:
                 assert request.token_ids == expected
         assert self.scheduler.kv_tokens_used == 0
         # A request that needs all the room drives out what is kept; then nothing is left.
@@ -274,7 +280,7 @@ class Schedules(RuleBasedStateMachine):
         self.waiting.append(last)
         self.begin(1, 1, 1)
         self.scheduler.remove(last)
-        last.phase = Phase.GONE
+        last.change(RequestCause.FAILED)
         self._drain()
         assert self.scheduler.kv_tokens_cached == 0
         assert not self.stages.held

@@ -1,6 +1,9 @@
 """State tables: what they allow, what they refuse, and how they are drawn."""
 
+import runpy
 from enum import Enum, auto
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,3 +52,51 @@ def test_the_drawing_has_every_transition_and_the_ends() -> None:
         "    SHUT --> GONE: pulled hard",
         "    GONE --> [*]",
     ]
+
+
+# ------------------------------------------------------------------ the tables of the package
+
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "draw_docs.py"))
+TABLES: dict[str, StateTable[Any, Any]] = SCRIPT["TABLES"]
+
+
+def test_the_drawings_in_the_docs_are_those_of_the_tables() -> None:
+    """If not: run scripts/draw_docs.py."""
+    found = (ROOT / "docs" / "states.md").read_text(encoding="utf-8")
+    assert found == SCRIPT["states"]()
+
+
+def test_the_tree_in_the_docs_has_all_modules_with_their_first_lines() -> None:
+    """If not: run scripts/draw_docs.py."""
+    found = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert found == SCRIPT["architecture"]()
+
+
+def test_every_table_of_the_package_is_drawn() -> None:
+    package = ROOT / "distributed_llm"
+    holders = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if " = StateTable(" in path.read_text(encoding="utf-8")
+    }
+    assert holders == set(TABLES)
+
+
+@pytest.mark.parametrize("module", TABLES)
+def test_every_state_can_be_reached(module: str) -> None:
+    table = TABLES[module]
+    reached, before = {table.initial}, set[Enum]()
+    while reached != before:
+        before = set(reached)
+        reached |= {after for (state, _), after in table.transitions.items() if state in before}
+    states: type[Enum] = type(table.initial)
+    assert reached == set(states)
+
+
+@pytest.mark.parametrize("module", TABLES)
+def test_every_cause_leads_somewhere(module: str) -> None:
+    causes = {cause for _, cause in TABLES[module].transitions}
+    kind: type[Enum] = type(next(iter(causes)))
+    assert causes == set(kind)

@@ -30,10 +30,10 @@ from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.events import Event
 from distributed_llm.worker.session.link_events import (
     LinkDown,
-    LinkHeard,
     LinkId,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerGarbage,
     PeerReceived,
 )
@@ -71,13 +71,13 @@ def opened(bind: str = ANY) -> Iterator[tuple[Links, Told]]:
 async def linked(links: Links, told: Told, after: Links, after_told: Told) -> AsyncIterator[PeerId]:
     """Bring a link up; yield the name under which the next worker knows the one before."""
     links.open(LINK, (after.address,))
-    reached = await told.until(NextReached)
-    assert reached == NextReached(LINK, after.address)
+    reached = await told.until(LinkReached)
+    assert reached == LinkReached(LINK, after.address)
     links.greet(LINK, HELLO, (after.address,))
     heard = await after_told.until(PeerReceived)
     assert isinstance(heard, PeerReceived)
     assert heard.message == HELLO
-    after.say(heard.peer, PeerWelcome(epoch=3))
+    after.answer(heard.peer, PeerWelcome(epoch=3))
     up = await told.until(LinkUp)
     assert isinstance(up, LinkUp)
     assert up.link == LINK
@@ -120,20 +120,20 @@ async def test_tasks_go_to_the_next_worker_in_order() -> None:
 async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         links.open(LINK, (after.address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         for _ in range(3):
             links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived, 3)
         links.send(LINK, *task())  # to nobody
         assert isinstance(heard, PeerReceived)
-        after.say(heard.peer, PeerWelcome(epoch=2))
-        after.say(heard.peer, PeerWelcome(epoch=4))
+        after.answer(heard.peer, PeerWelcome(epoch=2))
+        after.answer(heard.peer, PeerWelcome(epoch=4))
         links.greet(LINK, HELLO, (after.address,))
         await after_told.until(PeerReceived, 4)
         assert told.of(LinkUp) == []
-        after.say(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
-        after.say(heard.peer, PeerWelcome(epoch=3))  # to one of the other hellos
+        after.answer(heard.peer, PeerWelcome(epoch=3))  # to one of the other hellos
         links.send(LINK, *task(7))
         last = await after_told.until(PeerReceived, 5)
         assert isinstance(last, PeerReceived)
@@ -149,14 +149,14 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         opened() as (two, two_told),
     ):
         links.open(LINK, (one.address, two.address, one.address))
-        await told.until(NextReached, 2)
+        await told.until(LinkReached, 2)
         links.greet(LINK, HELLO, (one.address, two.address))
         first, second = await two_told.until(PeerReceived), await one_told.until(PeerReceived)
         assert isinstance(first, PeerReceived)
         assert isinstance(second, PeerReceived)
-        two.say(first.peer, PeerWelcome(epoch=3))
+        two.answer(first.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
-        one.say(second.peer, PeerWelcome(epoch=3))
+        one.answer(second.peer, PeerWelcome(epoch=3))
         links.send(LINK, *task(7))
         handed = await two_told.until(PeerReceived, 2)
         assert isinstance(handed, PeerReceived)
@@ -176,8 +176,8 @@ async def test_new_link_replaces_the_old_one_of_its_name() -> None:
         async with linked(links, told, after, after_told):
             links.open(LINK, (other.address,))
             links.send(LINK, *task())
-            reached = await told.until(NextReached, 2)
-            assert reached == NextReached(LINK, other.address)
+            reached = await told.until(LinkReached, 2)
+            assert reached == LinkReached(LINK, other.address)
             links.close_link(LINK)
             assert told.of(LinkDown) == []  # it was no loss
             assert len(after_told) == 1
@@ -193,12 +193,12 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
         async with linked(links, told, after, after_told):
             for number, name in enumerate(names[1:], 2):
                 links.open(name, (after.address,))
-                assert await told.until(NextReached, number) == NextReached(name, after.address)
+                assert await told.until(LinkReached, number) == LinkReached(name, after.address)
                 hello = PeerHello(epoch=name.epoch, key="proof")
                 links.greet(name, hello, (after.address,))
                 heard = await after_told.until(PeerReceived, number)
                 assert isinstance(heard, PeerReceived)
-                after.say(heard.peer, PeerWelcome(epoch=name.epoch))
+                after.answer(heard.peer, PeerWelcome(epoch=name.epoch))
                 up = await told.until(LinkUp, number)
                 assert isinstance(up, LinkUp)
                 assert up.link == name
@@ -218,20 +218,20 @@ async def test_answers_over_a_link_are_told() -> None:
     taken = KVTaken(epoch=3, layers=LayerRange(0, 2), number=7)
     with opened() as (links, told), opened() as (after, after_told):
         links.open(LINK, (after.address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
-        after.say(heard.peer, taken)  # before the welcome: not of a link
-        after.say(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, taken)  # before the welcome: not of a link
+        after.answer(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
-        after.say(heard.peer, PeerProbed(epoch=4))
-        after.say(heard.peer, PeerProbed(epoch=3))
-        after.say(heard.peer, taken)
-        await told.until(LinkHeard, 2)
-        assert told.of(LinkHeard) == [
-            LinkHeard(LINK, PeerProbed(epoch=3)),
-            LinkHeard(LINK, taken),
+        after.answer(heard.peer, PeerProbed(epoch=4))
+        after.answer(heard.peer, PeerProbed(epoch=3))
+        after.answer(heard.peer, taken)
+        await told.until(LinkReceived, 2)
+        assert told.of(LinkReceived) == [
+            LinkReceived(LINK, PeerProbed(epoch=3)),
+            LinkReceived(LINK, taken),
         ]
 
 
@@ -258,13 +258,13 @@ async def test_worker_that_closes_is_told_of_and_found_again() -> None:
 CHILD = """
 import asyncio, sys
 from distributed_llm.common.messages import PeerHello, PeerWelcome
-from distributed_llm.worker.link_events import PeerReceived
+from distributed_llm.worker.session.link_events import PeerReceived
 from distributed_llm.worker.links import Links
 
 async def main():
     def on_event(event):
         if isinstance(event, PeerReceived) and isinstance(event.message, PeerHello):
-            links.say(event.peer, PeerWelcome(epoch=event.message.epoch))
+            links.answer(event.peer, PeerWelcome(epoch=event.message.epoch))
     links = Links("127.0.0.1:0", on_event)
     print(links.address, flush=True)
     await asyncio.Event().wait()
@@ -280,7 +280,7 @@ async def linked_to_process(links: Links, told: Told) -> AsyncIterator["subproce
         assert child.stdout
         address = (await asyncio.to_thread(child.stdout.readline)).strip()
         links.open(LINK, (address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await told.until(LinkUp)
         yield child
@@ -329,11 +329,11 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         nobody = (f"127.0.0.1:{free_port()}", "192.0.2.1:7", "[2001:db8::1]:7", "no.such.invalid:7")
         links.open(LINK, (*nobody, after.address))
-        assert await told.until(NextReached) == NextReached(LINK, after.address)
+        assert await told.until(LinkReached) == LinkReached(LINK, after.address)
         links.greet(LINK, HELLO, (*nobody, after.address))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
-        after.say(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=3))
         await told.until(LinkUp)
         assert len(told) == 2
 
@@ -347,7 +347,7 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
 async def test_what_is_no_address_is_passed_over(address: str) -> None:
     with opened() as (links, told), opened() as (after, _):
         links.open(LINK, (address, after.address))
-        assert await told.until(NextReached) == NextReached(LINK, after.address)
+        assert await told.until(LinkReached) == LinkReached(LINK, after.address)
         assert list(links._links[LINK]._dials) == [after.address]
 
 
@@ -394,7 +394,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
         router = raw(zmq.ROUTER)
         address = f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
         links.open(LINK, (address,))
-        await told.until(NextReached)
+        await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await come_true(lambda: bool(router.poll(0)))
         router.send_multipart([router.recv_multipart()[0], b"noise"])
@@ -405,7 +405,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
 @on_loop
 async def test_answering_somebody_who_is_gone_does_nothing() -> None:
     with opened() as (links, _):
-        links.say(PeerId(b"nobody"), PeerWelcome(epoch=3))
+        links.answer(PeerId(b"nobody"), PeerWelcome(epoch=3))
 
 
 @on_loop
@@ -482,7 +482,7 @@ async def test_this_machine_is_reached_at_what_it_says() -> None:
         addresses = reachable_at(links.address, "")
         assert addresses[-1].startswith("127.0.0.1:")
         before.open(LINK, addresses)
-        await told.until(NextReached, len(addresses))
+        await told.until(LinkReached, len(addresses))
 
 
 @on_loop

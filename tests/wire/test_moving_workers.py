@@ -42,15 +42,15 @@ from distributed_llm.worker import service
 from distributed_llm.worker.compute.engine import Vitals
 from distributed_llm.worker.service import Worker
 from distributed_llm.worker.session.events import (
+    AssembleKV,
     Computed,
     Drop,
     Event,
-    Export,
-    Exported,
-    Import,
-    Imported,
-    Inherit,
-    Inherited,
+    ExportKV,
+    ImportKV,
+    KVAssembled,
+    KVExported,
+    KVImported,
     Load,
     Loaded,
     Run,
@@ -93,25 +93,25 @@ class FakeEngine:
                 self._post(Loaded(session, wanted.epoch, 0.1, 1, wanted.kv_tokens))
             case Run():
                 self._post(Computed(order, (IDS,), (TOKEN_IDS,), 3, 2, 1))
-            case Export():
+            case ExportKV():
                 self._post(self._exported(order))
-            case Import(frames=frames):
+            case ImportKV(frames=frames):
                 self.imported_bytes += sum(len(frame) for frame in frames)
-                self._post(Imported(order))
-            case Inherit():
-                self._post(Inherited(order))
+                self._post(KVImported(order))
+            case AssembleKV():
+                self._post(KVAssembled(order))
 
-    def _exported(self, order: Export) -> Exported:
+    def _exported(self, order: ExportKV) -> KVExported:
         names = {"epoch": order.epoch, "layers": order.layers, "number": order.number}
         if order.number <= NUM_PIECES:
             spec = TensorSpec("uint8", (PIECE_BYTES,))
             part = KVPart(segment=1, layer=order.layers.start, offset=0, count=1, capacity=64)
             pieces = KVPieces(**names, parts=(part,), tensors=(spec,))  # type: ignore[arg-type]
-            return Exported(order, pieces, (bytes(PIECE_BYTES),))
+            return KVExported(order, pieces, (bytes(PIECE_BYTES),))
         if not order.rest:
-            return Exported(order, None)
+            return KVExported(order, None)
         end = KVEnd(**names, tensors=(TensorSpec("uint8", (3,)),))  # type: ignore[arg-type]
-        return Exported(order, end, (b"end",))
+        return KVExported(order, end, (b"end",))
 
     def progress_age_s(self) -> float:
         return 0.0
@@ -198,7 +198,7 @@ async def test_layers_move_with_their_kv_cache(monkeypatch: pytest.MonkeyPatch) 
         coordinator.say("a", TakeOver(epoch=2))
         for name in ("a", "b"):
             assert (await coordinator.hear(name, TookOver)).epoch == 2
-        assert [o.message.number for o in engines["b"].of(Import)] == [*range(1, NUM_PIECES + 2)]
+        assert [o.message.number for o in engines["b"].of(ImportKV)] == [*range(1, NUM_PIECES + 2)]
         coordinator.say("a", DropStage(epoch=1))
         coordinator.say("a", task(2, 1, True), (TOKEN_IDS,))
         result = await coordinator.hear("b", TaskResult)
@@ -246,7 +246,7 @@ async def test_sender_with_another_key_gives_up(monkeypatch: pytest.MonkeyPatch)
         failed = await coordinator.hear("a", KVFailed)
         assert (failed.worker, failed.code) == ("b", "connection_failed")
         assert "cannot be reached within 5 s" in failed.message
-        assert engines["b"].of(Import) == []
+        assert engines["b"].of(ImportKV) == []
 
 
 # ------------------------------------------------------------------ leaving

@@ -120,6 +120,7 @@ __all__ = [
     "Chat",
     "ChatMessage",
     "ClientHello",
+    "ClientRequest",
     "ClientWelcome",
     "ClusterStatus",
     "CopyKV",
@@ -193,12 +194,12 @@ __all__ = [
     "Welcome",
     "WorkerDrained",
     "WorkerHello",
+    "WorkerReport",
     "WorkerStatus",
 ]
 
-FromWorker = (
-    WorkerHello
-    | Heartbeat
+WorkerReport = (
+    Heartbeat
     | StageReady
     | StageFailed
     | TaskResult
@@ -209,9 +210,14 @@ FromWorker = (
     | TookOver
     | KVFailed
     | Leaving
-    | Goodbye
 )
-FromClient = ClientHello | Generate | Cancel | GetStatus | DrainWorker | Ping
+"""What only a worker may say that was welcomed."""
+
+ClientRequest = Generate | Cancel | GetStatus | DrainWorker | Ping
+"""What only a client may say that was welcomed."""
+
+FromWorker = WorkerHello | WorkerReport | Goodbye
+FromClient = ClientHello | ClientRequest
 ToCoordinator = FromWorker | FromClient
 ToWorker = (
     Welcome

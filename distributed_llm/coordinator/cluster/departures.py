@@ -1,33 +1,86 @@
 """Workers that are to leave: first their layers go to others. Pure.
 
-Whoever wants a worker to leave, itself (it got a signal) or somebody with a client: its pipeline
-moves to other workers while requests run. If that cannot be, those that asked are told why; a
-worker that wants to end does so all the same.
+Whoever wants a worker to leave, itself (it got a signal) or somebody with a client: its pipeline is
+moved to other workers while requests run. If that cannot be, the clients that asked are told why,
+and the worker stays; a worker that wants to end does so all the same.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from distributed_llm.common.errors import (
-    ConfigError,
     DistributedLLMError,
     InvalidRequest,
-    NotEnoughMemory,
     NotReady,
     WorkerLost,
 )
 from distributed_llm.common.messages import MayLeave, WorkerDrained
+from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.cluster.placement import Placement
-from distributed_llm.coordinator.cluster.registry import Registry, Worker, memory_of
-from distributed_llm.coordinator.cluster.relocation import Relocation
-from distributed_llm.coordinator.events import Action, Send
+from distributed_llm.coordinator.cluster.cluster import Cluster
+from distributed_llm.coordinator.cluster.move import MoveState
+from distributed_llm.coordinator.cluster.moves import Moves
+from distributed_llm.coordinator.cluster.registry import Worker, memory_of
+from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.plan import Plan
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
 from distributed_llm.coordinator.planning.planner import Planner
-from distributed_llm.coordinator.serving.event_log import EventLog
-from distributed_llm.coordinator.speeds.measurements import Measurements
+from distributed_llm.coordinator.serving.event_log import EventKind
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 
-_ATTEMPTS = 2
-"""Moves that are tried; the second one without the KV cache."""
+_MOST_MOVES = 2
+"""Moves that are tried for a worker; the second one without the KV cache."""
+
+
+class DepartureState(Enum):
+    """How far a worker is with leaving.
+
+    Attributes:
+        WAITING: nothing is done for it yet, or the move for it has ended.
+        PLANNING: a plan without it is being made.
+        MOVING: its layers are on their way to others.
+        DISMISSED: it was told that it may leave.
+        REFUSED: it stays.
+    """
+
+    WAITING = "waiting"
+    PLANNING = "planning"
+    MOVING = "moving"
+    DISMISSED = "dismissed"
+    REFUSED = "refused"
+
+
+class DepartureCause(Enum):
+    """What leads to the next state."""
+
+    ASKED = "plan asked for"
+    MOVE_BEGAN = "move began"
+    PIPELINE_ENDED = "pipeline ended"
+    PLAN_OUTDATED = "plan outdated"
+    MOVE_ENDED = "move ended"
+    HAS_NO_LAYERS = "has no layers"
+    NOBODY_CAN = "nobody can have its layers"
+    NOBODY_CAN_BUT_IT_ENDS = "nobody can, and it ends all the same"
+
+
+_S, _C = DepartureState, DepartureCause
+DEPARTURE_STATES = StateTable(
+    "a worker that is to leave",
+    _S.WAITING,
+    {
+        (_S.WAITING, _C.ASKED): _S.PLANNING,
+        (_S.WAITING, _C.PIPELINE_ENDED): _S.WAITING,
+        (_S.WAITING, _C.HAS_NO_LAYERS): _S.DISMISSED,
+        (_S.PLANNING, _C.MOVE_BEGAN): _S.MOVING,
+        (_S.PLANNING, _C.PIPELINE_ENDED): _S.WAITING,
+        (_S.PLANNING, _C.PLAN_OUTDATED): _S.WAITING,
+        (_S.PLANNING, _C.NOBODY_CAN): _S.REFUSED,
+        (_S.PLANNING, _C.NOBODY_CAN_BUT_IT_ENDS): _S.DISMISSED,
+        (_S.MOVING, _C.MOVE_ENDED): _S.WAITING,
+    },
+)
 
 
 @dataclass
@@ -37,69 +90,65 @@ class _Departure:
     Attributes:
         clients: who want to know.
         wanted: by the worker itself.
-        attempts: moves that were begun for it.
-        dismissed: it was told that it may.
+        moves: that were begun for it.
+        question: about a plan without it, while it is answered.
     """
 
     clients: list[PeerId] = field(default_factory=list)
     wanted: bool = False
-    attempts: int = 0
-    dismissed: bool = False
+    moves: int = 0
+    question: PlanQuestion | None = None
+    state: DepartureState = DEPARTURE_STATES.initial
+
+    def enter(self, cause: DepartureCause) -> None:
+        """Go to the state that follows."""
+        self.state = DEPARTURE_STATES.after(self.state, cause)
 
 
 class Departures:
     """The workers of one cluster that are to leave."""
 
     def __init__(
-        self,
-        placement: Placement,
-        planner: Planner,
-        measurements: Measurements,
-        relocation: Relocation,
-        registry: Registry,
-        event_log: EventLog,
+        self, cluster: Cluster, planner: Planner, replanning: Replanning, moves: Moves
     ) -> None:
-        self._placement = placement
+        self._cluster = cluster
+        self._registry = cluster.registry
+        self._pipelines = cluster.pipelines
+        self._log = cluster.event_log
         self._planner = planner
-        self._measurements = measurements
-        self._relocation = relocation
-        self._registry = registry
-        self._event_log = event_log
+        self._replanning = replanning
+        self._moves = moves
         self._leaving: dict[PeerId, _Departure] = {}
 
+    # -------------------------------------------------------------- who wants what
+
     def drain(self, client: PeerId, name: str) -> list[Action]:
-        """A client wants a worker to leave."""
-        workers = {str(worker.id): worker for worker in self._registry.workers}
-        worker = workers.get(name)
+        """Begin to take a worker away, because a client wants it; tell the client how it ends."""
+        worker = self._registry.named(name)
         if worker is None:
-            error = InvalidRequest(
-                f"There is no worker {name!r}. Workers: {', '.join(sorted(workers)) or 'none'}."
-            )
+            names = ", ".join(sorted(worker.id for worker in self._registry.workers)) or "none"
+            error = InvalidRequest(f"There is no worker {name!r}. Workers: {names}.")
             return [_answer(client, name, error)]
-        if worker.peer not in self._leaving:
-            try:
-                self._plan_without(worker)
-            except DistributedLLMError as error:
-                return [_answer(client, name, error)]
-            self._begin(worker)
-        clients = self._leaving[worker.peer].clients
-        if client not in clients:
-            clients.append(client)
-        return [self._event_log.note(f"a client wants worker {worker.id} to leave")]
+        departure = self._departure(worker)
+        if client not in departure.clients:
+            departure.clients.append(client)
+        return [self._log.note(EventKind.DRAIN_REQUESTED, worker=worker.id)]
 
     def leave(self, worker: Worker) -> list[Action]:
-        """A worker wants to leave."""
-        if worker.peer not in self._leaving:
-            self._begin(worker)
-        self._leaving[worker.peer].wanted = True
-        return [self._event_log.note(f"worker {worker.id} wants to leave")]
+        """Begin to let a worker go, because it wants to end."""
+        self._departure(worker).wanted = True
+        return [self._log.note(EventKind.LEAVE_REQUESTED, worker=worker.id)]
+
+    def _departure(self, worker: Worker) -> _Departure:
+        worker.leaving = True
+        return self._leaving.setdefault(worker.peer, _Departure())
 
     def gone(self, worker: Worker) -> list[Action]:
-        """A worker is no longer there."""
+        """Tell the clients that asked how it ended: a worker is no longer there."""
         departure = self._leaving.pop(worker.peer, None)
         if departure is None:
             return []
-        if departure.dismissed or departure.wanted:
+        if departure.state is _S.DISMISSED or departure.wanted:
             return [Send(client, WorkerDrained(worker=worker.id)) for client in departure.clients]
         error = WorkerLost(
             f"Worker {worker.id} was lost before others had its layers. See in `dllm status` "
@@ -107,85 +156,152 @@ class Departures:
         )
         return [_answer(client, worker.id, error) for client in departure.clients]
 
+    # -------------------------------------------------------------- what is done for it
+
     def settle(self, *, now: float) -> list[Action]:
-        """Let go who has no layers any more; begin what the others wait for."""
+        """Let workers go that have no layers any more; begin what the others wait for."""
         actions: list[Action] = []
+        self._note_ended_moves()
         for peer, departure in list(self._leaving.items()):
             worker = self._registry.worker(peer)
-            if worker is None or departure.dismissed:
-                continue
-            move = self._relocation.move
-            if worker.layers is None:
-                actions += self._dismiss(worker, departure, "Its layers are served by others.")
-            elif move is None:
-                actions += self._hand_over(worker, departure, now)
-            elif move.phase != "handing_over" and any(s.peer == peer for s in move.new.stages):
-                actions += self._relocation.cancel(f"worker {worker.id} is to leave", now=now)
-                actions += self._hand_over(worker, departure, now)
+            if worker is not None and departure.state is _S.WAITING:
+                actions += self._look_at(worker, departure, now)
+        self._note_ended_moves()
         return actions
 
-    def _begin(self, worker: Worker) -> None:
-        worker.leaving = True
-        self._leaving[worker.peer] = _Departure()
+    def _note_ended_moves(self) -> None:
+        for departure in self._leaving.values():
+            if departure.state is _S.MOVING and self._moves.move is None:
+                departure.enter(_C.MOVE_ENDED)
 
-    def _dismiss(self, worker: Worker, departure: _Departure, why: str) -> list[Action]:
-        departure.dismissed = True
+    def _look_at(self, worker: Worker, departure: _Departure, now: float) -> Sequence[Action]:
+        if worker.layers is None:
+            return self._dismiss(worker, departure, _C.HAS_NO_LAYERS)
+        move = self._moves.move
+        if move is None:
+            return self._plan(worker, departure)
+        if move.state is not MoveState.HANDOVER and move.new_stage(worker.peer):
+            undone = self._moves.undo(f"worker {worker.id} is to leave", now=now)
+            return [*undone, *self._plan(worker, departure)]
+        return []
+
+    def _plan(self, worker: Worker, departure: _Departure) -> list[Action]:
+        """Ask for a plan by which others serve what a worker serves; or let its pipeline end."""
+        pipeline = self._pipelines.of(worker.peer)
+        if pipeline is None or not pipeline.in_flight:
+            departure.enter(_C.PIPELINE_ENDED)
+            return self._replanning.lose(worker)
+        others = self._others(worker, pipeline)
+        departure.enter(_C.ASKED)
+        departure.question = PlanQuestion(
+            self._planner,
+            self._cluster.measurements.machines(memory_of(others)),
+            used_tokens=self._cluster.needed_tokens(pipeline),
+            leaving=worker.id,
+        )
+        return [Study(departure.question)]
+
+    def _others(self, worker: Worker, pipeline: Pipeline) -> list[Worker]:
+        """Return who may take a worker's layers over: its own pipeline and idle workers."""
+        own = {stage.peer for stage in pipeline.stages}
+        return [
+            other
+            for other in self._registry.fit
+            if other.peer != worker.peer and (other.peer in own or other.layers is None)
+        ]
+
+    def _is_spare(self, pipeline: Pipeline) -> bool:
+        """Return whether another pipeline can serve the requests of one."""
+        return any(other is not pipeline for other in self._pipelines.serving)
+
+    def planned(self, answer: PlanAnswer, *, now: float) -> list[Action]:
+        """Move to the plan that was made for a worker that is to leave, or ask again."""
+        for peer, departure in self._leaving.items():
+            worker = self._registry.worker(peer)
+            if worker is not None and departure.question is answer.question:
+                departure.question = None
+                return self._hand_over(worker, departure, answer, now)
+        return []
+
+    def _hand_over(
+        self, worker: Worker, departure: _Departure, answer: PlanAnswer, now: float
+    ) -> list[Action]:
+        pipeline = self._pipelines.of(worker.peer)
+        there = self._others(worker, pipeline) if pipeline else []
+        if pipeline is None or self._moves.move or self._is_outdated(answer, there):
+            departure.enter(_C.PLAN_OUTDATED)
+            return []
+        if answer.error is not None and not self._is_spare(pipeline):
+            return self._refuse(worker, departure, answer.error, alone=not there)
+        if answer.error is None and departure.moves < _MOST_MOVES and pipeline.in_flight:
+            moving = self._move(worker, departure, pipeline, answer.plans[0], now)
+            if moving is not None:
+                return moving
+        departure.enter(_C.PIPELINE_ENDED)
+        return self._replanning.lose(worker)
+
+    def _is_outdated(self, answer: PlanAnswer, there: Sequence[Worker]) -> bool:
+        names = {worker.id for worker in there}
+        if answer.error is not None:
+            return names != set(answer.question.machines.memory_bytes)
+        return any(stage.worker not in names for plan in answer.plans for stage in plan)
+
+    def _move(
+        self,
+        worker: Worker,
+        departure: _Departure,
+        pipeline: Pipeline,
+        plan: Plan,
+        now: float,
+    ) -> list[Action] | None:
+        """Move a pipeline to a plan without a worker; None if memory does not hold both."""
+        price = self._moves.prices.price(pipeline, plan)
+        if price.kv_tokens is None:
+            return None
+        if departure.moves > 0:
+            price = replace(price, copies=False)
+        departure.moves += 1
+        departure.enter(_C.MOVE_BEGAN)
+        why = f"worker {worker.id} is to leave"
+        return self._moves.begin(pipeline, plan, price, why=why, now=now)
+
+    def _dismiss(
+        self,
+        worker: Worker,
+        departure: _Departure,
+        cause: DepartureCause,
+        why: str = "Its layers are served by others.",
+    ) -> list[Action]:
+        departure.enter(cause)
         return [Send(worker.peer, MayLeave(why=why))]
 
-    def _hand_over(self, worker: Worker, departure: _Departure, now: float) -> list[Action]:
-        """Move what a worker serves to others, or let it go as if it were lost."""
-        pipeline = self._placement.pipeline_of(worker.peer)
-        try:
-            plan = self._plan_without(worker)
-        except (NotEnoughMemory, ConfigError, NotReady) as exc:
-            return self._refuse(worker, departure, exc)
-        if plan is None or pipeline is None or pipeline.in_flight is None:
-            return self._placement.lose(worker)
-        departure.attempts += 1
-        price = self._relocation.price(pipeline, plan)
-        if departure.attempts > _ATTEMPTS or price.kv_tokens is None:
-            return self._placement.lose(worker)
-        if departure.attempts > 1:
-            price = replace(price, copies=False)
-        why = f"worker {worker.id} is to leave"
-        return self._relocation.begin(pipeline, plan, price, why=why, now=now)
-
-    def _plan_without(self, worker: Worker) -> Plan | None:
-        """Return what its pipeline is to become; None if it may just go.
-
-        Raises:
-            NotEnoughMemory, ConfigError, NotReady: the others cannot hold the model.
-        """
-        pipeline = self._placement.pipeline_of(worker.peer)
-        if pipeline is None or worker.layers is None:
-            return None
-        own = {stage.peer for stage in pipeline.stages} - {worker.peer}
-        idle = {other.peer for other in self._placement.idle_workers}
-        others = [w for w in self._placement.fit_workers if w.peer in own | idle]
-        others = [other for other in others if other.peer != worker.peer]
-        try:
-            if not others:
-                raise NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
-            needed = self._placement.needed_tokens(pipeline)
-            machines = self._measurements.machines(memory_of(others))
-            return self._planner.plan(machines, used_tokens=needed)
-        except (NotEnoughMemory, NotReady):
-            if any(r.in_flight for r in self._placement.pipelines if r is not pipeline):
-                return None  # another pipeline serves its requests
-            raise
-
     def _refuse(
-        self, worker: Worker, departure: _Departure, error: DistributedLLMError
+        self, worker: Worker, departure: _Departure, error: DistributedLLMError, *, alone: bool
     ) -> list[Action]:
-        """Nobody can have its layers."""
-        text = f"worker {worker.id} cannot hand its layers over: {error}"
-        actions: list[Action] = [self._event_log.note(text, "warning")]
+        """Tell that nobody can have a worker's layers."""
+        if alone:
+            error = NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
+        actions: list[Action] = [
+            self._log.note(EventKind.HANDOVER_IMPOSSIBLE, worker=worker.id, why=str(error))
+        ]
         if departure.wanted:
             why = f"Nobody can have its layers: {error}"
-            return [*actions, *self._dismiss(worker, departure, why)]
+            cause = _C.NOBODY_CAN_BUT_IT_ENDS
+            return [*actions, *self._dismiss(worker, departure, cause, why)]
+        departure.enter(_C.NOBODY_CAN)
         worker.leaving = False
         del self._leaving[worker.peer]
         return [*actions, *(_answer(client, worker.id, error) for client in departure.clients)]
+
+    def validate(self) -> None:
+        """Assert the invariants; tests call this after every step."""
+        for peer, departure in self._leaving.items():
+            worker = self._registry.worker(peer)
+            assert worker is not None
+            assert worker.leaving
+            assert (departure.question is not None) == (departure.state is _S.PLANNING)
+            if departure.state is _S.MOVING:
+                assert self._moves.move is not None
 
 
 def _answer(client: PeerId, worker: str, error: DistributedLLMError) -> Send:

@@ -1,81 +1,99 @@
-"""How one pipeline becomes another while requests run: the phases of a move. Pure.
+"""How one pipeline becomes another while requests run: the state of a move, and its messages. Pure.
 
-    loading --all are ready--> copying --all are copied--> draining --no step is left-->
-    handing over --all took over--> done
+1. *Prepare*: the new stages load beside the old ones, which go on serving; then the KV cache of
+   layers that change hands is copied.
+2. *Handover*: the old pipeline is paused. When its steps have ended, senders send what has changed
+   since, and the new stages assemble their KV cache.
+3. *Commit*: the new stages go on where the old ones stopped.
 
-The new stages load beside the old ones, which go on serving, and the KV cache of layers that change
-hands is copied meanwhile. Then no more steps begin; when those under way have ended, what changed
-since is copied too, and the new stages go on where the old ones stopped. Until the last of them has
-said so everything can be undone, and the old stages go on as if nothing had been.
-
-A move without copying goes from loading to draining, and ends there: the new stages begin with
-empty caches, and the requests compute their tokens again.
+Until the commit everything can be undone, and the old stages go on as if nothing had been. A move
+that does not copy is committed as soon as the steps have ended: the new stages begin with empty
+caches, and the requests compute their tokens again.
 
 (Live migration of virtual machines by pre-copy: Clark et al., NSDI 2005.)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from enum import Enum
 
-from distributed_llm.common.messages import (
-    CancelStage,
-    CopyKV,
-    DropStage,
-    KVTransfer,
-    TakeOver,
-)
+from distributed_llm.common.messages import CancelStage, CopyKV, DropStage, KVTransfer, TakeOver
+from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 
-_LIMITS_S = {"loading": 900.0, "handing_over": 10.0}
-"""After which a phase is taken for stuck. While steps drain their leases run."""
+
+class MoveState(Enum):
+    """Where a move is; the value says it to people."""
+
+    LOADING = "loading"
+    COPYING = "copying"
+    DRAINING = "draining"
+    HANDOVER = "handover"
+    COMMITTED = "committed"
+    UNDONE = "undone"
+
+
+class MoveCause(Enum):
+    """What leads to the next state."""
+
+    LOADED = "loaded"
+    LOADED_WITHOUT_COPY = "loaded without copy"
+    COPIED = "copied"
+    COPY_TIMED_OUT = "copy timed out"
+    DRAINED = "drained"
+    DRAINED_WITHOUT_COPY = "drained without copy"
+    TAKEN_OVER = "taken over"
+    CANCELLED = "cancelled"
+
+
+_S, _C = MoveState, MoveCause
+MOVE_STATES = StateTable(
+    "a move",
+    _S.LOADING,
+    {
+        (_S.LOADING, _C.LOADED): _S.COPYING,
+        (_S.LOADING, _C.LOADED_WITHOUT_COPY): _S.DRAINING,
+        (_S.COPYING, _C.COPIED): _S.DRAINING,
+        (_S.COPYING, _C.COPY_TIMED_OUT): _S.DRAINING,
+        (_S.DRAINING, _C.DRAINED): _S.HANDOVER,
+        (_S.DRAINING, _C.DRAINED_WITHOUT_COPY): _S.COMMITTED,
+        (_S.HANDOVER, _C.TAKEN_OVER): _S.COMMITTED,
+        (_S.LOADING, _C.CANCELLED): _S.UNDONE,
+        (_S.COPYING, _C.CANCELLED): _S.UNDONE,
+        (_S.DRAINING, _C.CANCELLED): _S.UNDONE,
+        (_S.HANDOVER, _C.CANCELLED): _S.UNDONE,
+    },
+)
+
+_LIMITS_S = {_S.LOADING: 900.0, _S.HANDOVER: 10.0}
+"""After which a state is taken for stuck. While steps drain their leases run."""
 
 _COPY_S = 30.0
 SLOW = 4.0
-"""Copying ends after so long, and so many times what it should take: where the caches grow faster
-than the links carry them, it would never."""
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Layers whose KV cache goes from one worker to another."""
-
-    sender: PipelineStage
-    receiver: PipelineStage
-    layers: LayerRange
-
-
-def transfers_between(old: Sequence[PipelineStage], new: Sequence[PipelineStage]) -> list[Transfer]:
-    """Return what has to be sent so that the new stages have what the old ones have."""
-    held = {stage.peer: stage.layers for stage in old}
-    return [
-        Transfer(sender, receiver, part)
-        for receiver in new
-        for missing in _without(receiver.layers, held.get(receiver.peer))
-        for sender in old
-        for part in _common(missing, sender.layers)
-    ]
+"""Copying ends after 30 s and 4 times what it should take: where KV caches grow faster than links
+carry them, it would never."""
 
 
 class Move:
-    """One move.
+    """One move of a pipeline that serves.
 
     Args:
         old: the pipeline that serves.
-        new: the one that is loading.
+        new: the one that takes its place.
         addresses: where the workers of `new` may be reached.
         link_key: of the epoch of `new`.
         copies: whether the KV cache goes along.
-        copy_s: how long that should take.
+        copy_s: how long copying it should take.
         now: clock seconds.
 
     Attributes:
+        state: where it is; see `MOVE_STATES`.
+        state_at: since when, clock seconds.
         transfers: of KV cache.
-        phase_at: since when it is in its phase, clock seconds.
-        held_at: since when no steps begin, clock seconds; None before that.
+        paused_at: since when no steps begin, clock seconds; None before that.
     """
 
     def __init__(
@@ -94,78 +112,91 @@ class Move:
         self.copies = copies
         self.transfers = transfers_between(old.stages, new.stages) if copies else []
         self.began_at = now
-        self.held_at: float | None = None
-        self.phase: Literal["loading", "copying", "draining", "handing_over", "done"] = "loading"
+        self.paused_at: float | None = None
+        self.state = MOVE_STATES.initial
+        self.state_at = now
         self._addresses = addresses
         self._link_key = link_key
         self._copy_limit_s = _COPY_S + SLOW * copy_s
-        self._waits_for: set[PeerId] = set()
-        self.phase_at = now
+        self._awaited: set[PeerId] = set()  # who has not copied, or taken over, yet
+
+    # -------------------------------------------------------------- who has a part in it
 
     def concerns(self, peer: PeerId) -> bool:
         """Return whether a worker has a part in it."""
         return any(stage.peer == peer for stage in (*self.old.stages, *self.new.stages))
 
+    def new_stage(self, peer: PeerId) -> PipelineStage | None:
+        """Return what a worker is to serve once it is committed."""
+        return next((stage for stage in self.new.stages if stage.peer == peer), None)
+
+    @property
+    def imports(self) -> dict[PeerId, tuple[LayerRange, ...]]:
+        """The layers whose KV cache each worker is sent."""
+        found: dict[PeerId, tuple[LayerRange, ...]] = {}
+        for transfer in self.transfers:
+            peer = transfer.receiver.peer
+            found[peer] = (*found.get(peer, ()), transfer.layers)
+        return found
+
+    # -------------------------------------------------------------- from state to state
+
     def next_deadline(self) -> float | None:
-        """Return when the phase has taken too long, clock seconds."""
-        copying = self.phase == "copying"
-        limit_s = self._copy_limit_s if copying else _LIMITS_S.get(self.phase)
-        return None if limit_s is None else self.phase_at + limit_s
+        """Return when its state has lasted too long, clock seconds."""
+        copying = self.state is _S.COPYING
+        limit_s = self._copy_limit_s if copying else _LIMITS_S.get(self.state)
+        return None if limit_s is None else self.state_at + limit_s
 
     def loaded(self, *, now: float) -> list[Send]:
-        """All new stages have their layers: copy what they need, or let the steps end."""
-        senders = {transfer.sender.peer: transfer.sender for transfer in self.transfers}
+        """Copy KV cache, or wait for the steps to end: all new stages have their layers."""
+        senders = {transfer.sender.peer for transfer in self.transfers}
         if not senders:
-            return self._drain(now)
-        self._enter("copying", now, set(senders))
+            return self._drain(_C.LOADED_WITHOUT_COPY, now)
+        self._enter(_C.LOADED, now, senders)
+        epoch, key = self.new.epoch, self._link_key
         return [
-            Send(peer, CopyKV(epoch=self.new.epoch, link_key=self._link_key, transfers=sent))
-            for peer in senders
-            for sent in (self._sent_by(peer),)
+            Send(peer, CopyKV(epoch=epoch, link_key=key, transfers=self._sent_by(peer)))
+            for peer in dict.fromkeys(transfer.sender.peer for transfer in self.transfers)
         ]
 
     def copied(self, peer: PeerId, *, now: float) -> list[Send]:
-        """A worker has sent what it has; it will send again what changes."""
-        if self.phase != "copying" or peer not in self._waits_for:
+        """Take it that a worker has sent what it has; it will send again what changes."""
+        if self.state is not _S.COPYING or peer not in self._awaited:
             return []
-        self._waits_for.remove(peer)
-        return [] if self._waits_for else self._drain(now)
+        self._awaited.remove(peer)
+        return [] if self._awaited else self._drain(_C.COPIED, now)
 
-    def copied_enough(self, *, now: float) -> list[Send]:
-        """Copying has taken long: what is left is sent while steps stand still."""
-        return self._drain(now)
+    def copy_timed_out(self, *, now: float) -> list[Send]:
+        """Send the rest of the KV cache while steps stand still."""
+        return self._drain(_C.COPY_TIMED_OUT, now)
 
     def settle(self, *, now: float) -> list[Send]:
-        """Look whether the last step has ended; `is_over` may be true then."""
+        """Go on if the last step has ended; `state` may be COMMITTED then."""
         in_flight = self.old.in_flight
-        if self.phase != "draining" or in_flight is None or in_flight.num_steps:
+        if self.state is not _S.DRAINING or in_flight is None or in_flight.num_steps:
             return []
         if not self.copies:
-            self.phase = "done"
+            self._enter(_C.DRAINED_WITHOUT_COPY, self.state_at, set())
             return []
         receivers = {stage.peer for stage in self.new.stages}
         involved = receivers | {transfer.sender.peer for transfer in self.transfers}
-        self._enter("handing_over", now, receivers)
+        self._enter(_C.DRAINED, now, receivers)
         return [Send(peer, TakeOver(epoch=self.new.epoch)) for peer in sorted(involved)]
 
     def took_over(self, peer: PeerId) -> None:
-        """A new stage has its KV cache; `is_over` may be true then."""
-        if self.phase == "handing_over":
-            self._waits_for.discard(peer)
-            if not self._waits_for:
-                self.phase = "done"
+        """Take it that a new stage has its KV cache; `state` may be COMMITTED then."""
+        if self.state is _S.HANDOVER:
+            self._awaited.discard(peer)
+            if not self._awaited:
+                self._enter(_C.TAKEN_OVER, self.state_at, set())
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the new stages are to go on, and the old ones to go."""
-        return self.phase == "done"
-
-    def commit(self) -> list[Send]:
-        """Return the messages that free what is served no more, and say that the new is."""
+    def commit_orders(self) -> list[Send]:
+        """Return the messages that free the old stages, and say that the new ones serve."""
         return [Send(peer, DropStage(epoch=self.old.epoch)) for peer in self._peers]
 
     def undo(self) -> list[Send]:
         """Let the old stages go on; return the messages that free the new ones."""
+        self._enter(_C.CANCELLED, self.state_at, set())
         self.old.resume()
         return [Send(peer, CancelStage(epoch=self.new.epoch)) for peer in self._peers]
 
@@ -173,16 +204,15 @@ class Move:
     def _peers(self) -> list[PeerId]:
         return sorted({stage.peer for stage in (*self.old.stages, *self.new.stages)})
 
-    def _drain(self, now: float) -> list[Send]:
-        self._enter("draining", now, set())
-        self.held_at = now
-        self.old.hold()
+    def _drain(self, cause: MoveCause, now: float) -> list[Send]:
+        self._enter(cause, now, set())
+        self.paused_at = now
+        self.old.pause()
         return self.settle(now=now)
 
-    def _enter(
-        self, phase: Literal["copying", "draining", "handing_over"], now: float, waits: set[PeerId]
-    ) -> None:
-        self.phase, self.phase_at, self._waits_for = phase, now, waits
+    def _enter(self, cause: MoveCause, now: float, awaited: set[PeerId]) -> None:
+        self.state = MOVE_STATES.after(self.state, cause)
+        self.state_at, self._awaited = now, awaited
 
     def _sent_by(self, peer: PeerId) -> tuple[KVTransfer, ...]:
         return tuple(
@@ -194,20 +224,3 @@ class Move:
             for transfer in self.transfers
             if transfer.sender.peer == peer
         )
-
-
-def _without(layers: LayerRange, held: LayerRange | None) -> Iterator[LayerRange]:
-    """Yield the parts of `layers` that are not in `held`."""
-    if held is None or held.stop <= layers.start or layers.stop <= held.start:
-        yield layers
-        return
-    if layers.start < held.start:
-        yield LayerRange(layers.start, held.start)
-    if held.stop < layers.stop:
-        yield LayerRange(held.stop, layers.stop)
-
-
-def _common(left: LayerRange, right: LayerRange) -> Iterator[LayerRange]:
-    start, stop = max(left.start, right.start), min(left.stop, right.stop)
-    if start < stop:
-        yield LayerRange(start, stop)

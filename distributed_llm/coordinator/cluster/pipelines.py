@@ -1,130 +1,232 @@
-"""The pipelines of the moment: who is part of which, and how they come, change and go. Pure.
+"""All pipelines of a cluster: who is part of which, how they are loaded, served and given up. Pure.
 
-Every plan that is loaded has a larger epoch than all before; answers of an older epoch are dropped.
-A pipeline can take the place of another while requests run: its stages load beside the old ones,
-and go on where those stop. What happens meanwhile is the matter of `moves`.
+    waiting --plans--> loading --all stages of one are ready--> serving
+       ^                  |                                        |
+       '--the last pipeline is gone, and nobody can hold the model-'
+
+The model may be served by several pipelines, each with workers of its own. Every plan that is
+loaded has a larger epoch than all before; answers of an older epoch are dropped. Which plans there
+should be is decided in `replanning` and `rebalancing`; how one becomes another while requests run,
+in `move`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count, pairwise
+from typing import Literal
 
-from distributed_llm.common.messages import DropStage, LoadStage, NextStage
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.cluster.move import Move
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.coordinator.cluster.registry import Registry, Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage, Plan
-from distributed_llm.coordinator.serving.event_log import EventLog
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
+from distributed_llm.coordinator.speeds.measurements import Measurements
+
+ClusterState = Literal["waiting", "loading", "serving"]
 
 
 class Pipelines:
-    """All pipelines, served or loaded, and what their workers are told of it.
+    """The pipelines of one cluster, and what their workers are told to load.
 
     Args:
         model: what is served.
         settings: how.
-        registry: the workers.
-        desk: the requests; they wait while their pipeline is gone.
-        journal: takes what happens.
-        draw_key: gives random keys, with which workers know each other.
-        wants_trials: whether a worker should try steps of several sizes on its first layers.
+        draw_key: draws the random key of a plan, by which its workers know each other.
 
     Attributes:
         epoch: of the newest plan; 0 before the first.
-        changed: replicas in which something may be started, by epoch; whoever reads it empties it.
+        note: why nothing is served, for people.
+        recovering: while true, a plan for workers that lost theirs is being made.
     """
 
     def __init__(
         self,
         model: ServedModel,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         registry: Registry,
         book: RequestBook,
+        measurements: Measurements,
         event_log: EventLog,
         draw_key: Callable[[], str],
-        wants_trials: Callable[[WorkerId], bool],
     ) -> None:
         self._model = model
         self._settings = settings
         self._registry = registry
         self._book = book
+        self._measurements = measurements
         self._event_log = event_log
         self._draw_key = draw_key
-        self._wants_trials = wants_trials
-        self._pipelines: dict[int, Pipeline] = {}  # by epoch
+        self._by_epoch: dict[int, Pipeline] = {}  # loaded or served; not what loads beside
         self._of: dict[PeerId, Pipeline] = {}
+        self._changed: dict[int, Pipeline] = {}
         self._sequence_ids = count(1)
         self.epoch = 0
-        self.changed: dict[int, Pipeline] = {}
+        self.note = "No worker has joined."
+        self.recovering = False
+
+    # -------------------------------------------------------------- what there is
 
     @property
     def all(self) -> list[Pipeline]:
-        """What is served or loaded, but not what loads beside it; the newest comes last."""
-        return list(self._pipelines.values())
+        """Pipelines that load or serve, newest last; not the one that a move is loading."""
+        return list(self._by_epoch.values())
+
+    @property
+    def serving(self) -> list[Pipeline]:
+        """Those that serve."""
+        return [pipeline for pipeline in self._by_epoch.values() if pipeline.in_flight]
 
     def of(self, peer: PeerId) -> Pipeline | None:
-        """Return what the worker at `peer` is part of."""
+        """Return the pipeline that the worker at `peer` is part of."""
         return self._of.get(peer)
+
+    @property
+    def state(self) -> ClusterState:
+        """What the cluster does as a whole."""
+        if self.serving:
+            return "serving"
+        return "loading" if self._by_epoch or self.recovering else "waiting"
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are as many pipelines as are wanted."""
+        wanted = self._settings.replicas
+        return len(self._by_epoch) >= (1 if wanted == "auto" else wanted)
 
     @property
     def kv_tokens(self) -> int:
         """Positions of KV cache in all of them."""
-        return sum(pipeline.kv_tokens for pipeline in self._pipelines.values())
+        return sum(pipeline.kv_tokens for pipeline in self._by_epoch.values())
+
+    def take_changed(self) -> Pipeline | None:
+        """Return a pipeline that may begin steps or admit requests since it was last asked."""
+        return self._changed.popitem()[1] if self._changed else None
 
     def tell_capacity(self) -> list[Action]:
-        """Tell the desk the room of the largest pipeline: what exceeds it cannot be served."""
-        rooms = [pipeline.kv_tokens for pipeline in self._pipelines.values()]
+        """Fail the requests that exceed the room of the largest pipeline; refuse such from now."""
+        rooms = [pipeline.kv_tokens for pipeline in self._by_epoch.values()]
         return self._book.set_capacity(max(rooms)) if rooms else []
 
-    # -------------------------------------------------------------- to come and to go
+    # -------------------------------------------------------------- loading and serving
 
     def load(self, plans: Sequence[Plan]) -> list[Action]:
-        """Have workers that are part of nothing load plans; free what others hold in vain."""
+        """Have idle workers load plans; free layers that nobody needs any more."""
+        self.note = ""
         actions = [action for plan in plans for action in self._load(plan)]
         return [*self.drop_unused(), *actions, *self.tell_capacity()]
 
     def _load(self, plan: Plan) -> list[Action]:
-        pipeline, key = self._new_pipeline(plan), self._draw_key()
-        self._pipelines[pipeline.epoch] = pipeline
-        for stage in pipeline.stages:
-            self._of[stage.peer] = pipeline
-            self._worker(stage).assign(stage.layers, epoch=pipeline.epoch)
-        text = f"plan {pipeline.epoch}: layers {pipeline.layers_text}"
-        return [*self._load_stages(pipeline, key), self._event_log.note(text)]
+        pipeline = self.new_pipeline(plan)
+        self._by_epoch[pipeline.epoch] = pipeline
+        self.claim(pipeline)
+        note = self._event_log.note(
+            EventKind.PLAN_LOADING, epoch=pipeline.epoch, layer_map=pipeline.layer_map
+        )
+        return [*self.load_orders(pipeline, self._draw_key()), note]
 
-    def _new_pipeline(self, plan: Plan) -> Pipeline:
+    def new_pipeline(self, plan: Plan) -> Pipeline:
+        """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
         self.epoch += 1
         peers = {worker.id: worker.peer for worker in self._registry.workers}
         return Pipeline(
             self.epoch,
             plan,
             tuple(PipelineStage(peers[s.worker], s.worker, s.layers) for s in plan),
-            self._pipeline_settings(),
+            self._model,
+            self._settings,
             new_sequence_id=lambda: next(self._sequence_ids),
             on_change=self._note_change,
         )
 
+    def claim(self, pipeline: Pipeline) -> None:
+        """Make the idle workers of a pipeline part of it; they load its layers."""
+        for stage in pipeline.stages:
+            if stage.peer not in self._of:
+                self._of[stage.peer] = pipeline
+                self.worker(stage).assign(stage.layers, epoch=pipeline.epoch)
+
+    def stage_ready(self, worker: Worker, ready: StageReady) -> list[Action]:
+        """Take it that a worker has loaded its layers; once all of its plan have, serve."""
+        pipeline = self._of.get(worker.peer)
+        stale = pipeline is None or ready.epoch != pipeline.epoch
+        if pipeline is None or stale or worker.state is not WorkerState.LOADING:
+            self._event_log.rejected["stale_epoch"] += 1
+            return []
+        worker.loaded(weight_bytes=ready.weight_bytes)
+        worker.learn_load_speed(ready.weight_bytes, ready.load_s)
+        actions: list[Action] = [
+            self._event_log.note(
+                EventKind.STAGE_LOADED,
+                worker=worker.id,
+                epoch=ready.epoch,
+                layers=worker.layers,
+                load_s=ready.load_s,
+            )
+        ]
+        if pipeline.stage_ready(worker.peer, ready):
+            pipeline.serve()
+            actions += self.tell_capacity()
+            actions.append(
+                self._event_log.note(
+                    EventKind.PLAN_SERVING, epoch=pipeline.epoch, kv_tokens=pipeline.kv_tokens
+                )
+            )
+        return actions
+
+    # -------------------------------------------------------------- giving up
+
     def dissolve(self, pipeline: Pipeline) -> None:
         """Give a pipeline up; its requests wait for another."""
-        del self._pipelines[pipeline.epoch]
-        self.changed.pop(pipeline.epoch, None)
-        for stage in pipeline.stages:
-            self._of.pop(stage.peer, None)
-            worker = self._registry.worker(stage.peer)
-            if worker is not None and worker.layers is not None:
-                worker.unassign()
-        self._evacuate(pipeline)
+        del self._by_epoch[pipeline.epoch]
+        self._changed.pop(pipeline.epoch, None)
+        self.release(pipeline)
+        self.evacuate(pipeline)
 
-    def _evacuate(self, pipeline: Pipeline) -> None:
-        """Have the requests of a pipeline wait for another; it serves no more."""
+    def release(self, pipeline: Pipeline) -> list[Worker]:
+        """Take their layers away from workers that are part of a pipeline; return who is there."""
+        released = []
+        for stage in pipeline.stages:
+            if self._of.get(stage.peer) is pipeline:
+                del self._of[stage.peer]
+                worker = self._registry.worker(stage.peer)
+                if worker is not None:
+                    worker.unassign()
+                    released.append(worker)
+        return released
+
+    def evacuate(self, pipeline: Pipeline) -> None:
+        """Queue the requests of a pipeline for another; it serves no more."""
         if pipeline.scheduler:
             self._book.collect(pipeline.scheduler)
-            self._book.requeue(pipeline.scheduler.evacuate())
-        pipeline.in_flight = pipeline.scheduler = None
+        self._book.requeue(pipeline.give_up())
+
+    def replace(self, old: Pipeline, new: Pipeline) -> None:
+        """Let a pipeline that was loaded beside another one take its place.
+
+        Workers of both, and of the new one alone, serve the new one from now on.
+        """
+        del self._by_epoch[old.epoch]
+        self._changed.pop(old.epoch, None)
+        self._by_epoch[new.epoch] = new
+        new.lineage = old.lineage
+        for stage in old.stages:
+            del self._of[stage.peer]
+        for stage in new.stages:
+            self._of[stage.peer] = new
+            worker = self.worker(stage)
+            worker.commit(
+                stage.layers, epoch=new.epoch, weight_bytes=new.weight_bytes_of(stage.peer)
+            )
+            worker.link = new.link_of(stage.peer)
+        for stage in old.stages:
+            if stage.peer not in self._of:
+                worker = self.worker(stage)
+                worker.unassign()
+                worker.epoch = 0
 
     def drop_unused(self) -> list[Action]:
         """Return the messages that free layers which no pipeline needs any more."""
@@ -136,89 +238,13 @@ class Pipelines:
         return actions
 
     def end_epoch(self) -> list[Action]:
-        """Have what is still said of the newest plan dropped; free what nobody needs."""
+        """Make all that workers still answer stale; free what nobody needs."""
         self.epoch += 1
         return self.drop_unused()
 
-    # -------------------------------------------------------------- from one plan to another
-
-    def prepare(
-        self, old: Pipeline, plan: Plan, *, copies: bool, copy_s: float, now: float
-    ) -> tuple[Move, list[Action]]:
-        """Have the stages of a plan load beside those of a pipeline that serves.
-
-        Args:
-            plan: by workers of `old` and idle ones.
-            copies: whether the KV cache goes along.
-            copy_s: how long that should take.
-        """
-        new, key = self._new_pipeline(plan), self._draw_key()
-        addresses = {stage.peer: self._worker(stage).peer_addresses for stage in new.stages}
-        move = Move(
-            old,
-            new,
-            addresses=addresses,
-            link_key=key,
-            copies=copies,
-            copy_s=copy_s,
-            now=now,
-        )
-        imports: dict[PeerId, tuple[LayerRange, ...]] = {}
-        for transfer in move.transfers:
-            peer = transfer.receiver.peer
-            imports[peer] = (*imports.get(peer, ()), transfer.layers)
-        for stage in new.stages:
-            worker = self._worker(stage)
-            if self._of.get(stage.peer) is old:
-                worker.prepare(stage.layers)
-            else:
-                self._of[stage.peer] = new
-                worker.assign(stage.layers, epoch=new.epoch)
-        return move, self._load_stages(new, key, beside=True, imports=imports)
-
-    def swap(self, move: Move) -> list[Action]:
-        """Serve what a move leads to; the old pipeline is no more."""
-        old, new = move.old, move.new
-        del self._pipelines[old.epoch]
-        self.changed.pop(old.epoch, None)
-        self._pipelines[new.epoch] = new
-        for stage in old.stages:
-            del self._of[stage.peer]
-        for stage in new.stages:
-            self._of[stage.peer] = new
-            worker = self._worker(stage)
-            worker.switch(epoch=new.epoch, weight_bytes=new.weight_bytes_of(stage.peer))
-            worker.link = new.link_of(stage.peer)
-        for stage in old.stages:
-            if stage.peer not in self._of:
-                worker = self._worker(stage)
-                worker.unassign()
-                worker.epoch = 0
-        new.lineage = old.lineage
-        if move.copies:
-            new.take_over(old)
-        else:
-            self._evacuate(old)
-            new.serve()
-        return [*move.commit(), *self.tell_capacity()]
-
-    def cancel(self, move: Move) -> list[Action]:
-        """Go on with what a move would have left."""
-        for stage in move.new.stages:
-            worker = self._registry.worker(stage.peer)
-            if self._of.get(stage.peer) is move.new:
-                del self._of[stage.peer]
-                if worker is not None:
-                    worker.unassign()
-                    worker.epoch = 0
-            elif worker is not None:
-                worker.next_layers = None
-        there = {worker.peer for worker in self._registry.workers}
-        return [send for send in move.undo() if send.peer in there]
-
     # -------------------------------------------------------------- what workers are told
 
-    def _load_stages(
+    def load_orders(
         self,
         pipeline: Pipeline,
         key: str,
@@ -226,17 +252,25 @@ class Pipelines:
         beside: bool = False,
         imports: Mapping[PeerId, tuple[LayerRange, ...]] | None = None,
     ) -> list[Action]:
-        """Return the orders to load; who is dialled comes first, to know the epoch by then."""
+        """Return the orders to load a pipeline, last stage first.
+
+        A worker that is dialled must know the epoch by then, so it is told before its sender.
+
+        Args:
+            key: by which its workers know each other.
+            beside: each worker goes on with what it serves meanwhile.
+            imports: layers whose KV cache a worker will be sent.
+        """
         actions: list[Action] = []
         for stage, following in pairwise((*pipeline.stages, None)):
             assert stage is not None
-            after = None if following is None else self._worker(following)
+            after = None if following is None else self.worker(following)
             order = LoadStage(
                 epoch=pipeline.epoch,
                 source=self._model.source,
                 layers=stage.layers,
                 dtype=self._model.dtype,
-                wire_dtype=self._settings.wire_dtype or self._model.dtype,
+                wire_dtype=self._model.wire_dtype,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=next(s.kv_tokens for s in pipeline.plan if s.worker == stage.worker),
                 link_key=key,
@@ -244,33 +278,32 @@ class Pipelines:
                 if after is None
                 else NextStage(worker=after.id, addresses=after.peer_addresses),
                 beside=beside,
-                trials=self._wants_trials(stage.worker),
+                trials=self._wants_trials(stage),
                 imports=(imports or {}).get(stage.peer, ()),
             )
             actions.append(Send(stage.peer, order))
         return actions[::-1]
 
-    def _worker(self, stage: PipelineStage) -> Worker:
+    def draw_key(self) -> str:
+        """Return a random key for a plan."""
+        return self._draw_key()
+
+    def worker(self, stage: PipelineStage) -> Worker:
+        """Return the worker of a stage, which is there."""
         worker = self._registry.worker(stage.peer)
         assert worker is not None
         return worker
 
-    def _note_change(self, pipeline: Pipeline) -> None:
-        self.changed[pipeline.epoch] = pipeline
+    def _wants_trials(self, stage: PipelineStage) -> bool:
+        """Return whether a worker should try steps of several sizes on its first layers."""
+        return self._settings.strategy == "speed" and self._measurements.untried(stage.worker)
 
-    def _pipeline_settings(self) -> PipelineSettings:
-        return PipelineSettings(
-            wire_dtype=self._settings.wire_dtype or self._model.dtype,
-            hidden_size=self._model.hidden_size,
-            vocab_size=self._model.defaults.vocab_size,
-            max_sequences=self._settings.max_batch_sequences,
-            max_tokens=self._settings.max_batch_tokens,
-            task_timeout_s=self._settings.task_timeout_s,
-        )
+    def _note_change(self, pipeline: Pipeline) -> None:
+        self._changed[pipeline.epoch] = pipeline
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        for epoch, pipeline in self._pipelines.items():
+        for epoch, pipeline in self._by_epoch.items():
             assert pipeline.epoch == epoch <= self.epoch
             pipeline.validate()
             assert pipeline.stages[-1].layers.stop == self._model.cost.num_layers
@@ -280,8 +313,8 @@ class Pipelines:
                 worker = self._registry.worker(stage.peer)
                 assert worker is not None
                 assert (worker.layers, worker.epoch) == (stage.layers, epoch)
-                assert worker.state in ("loading", "serving")
-        served = {stage.peer for r in self._pipelines.values() for stage in r.stages}
-        loading = {peer for peer, r in self._of.items() if r.epoch not in self._pipelines}
+                assert worker.state in (WorkerState.LOADING, WorkerState.SERVING)
+        served = {stage.peer for r in self._by_epoch.values() for stage in r.stages}
+        loading = {peer for peer, r in self._of.items() if r.epoch not in self._by_epoch}
         assert set(self._of) == served | loading
-        assert len(served) == sum(len(r.stages) for r in self._pipelines.values())
+        assert len(served) == sum(len(r.stages) for r in self._by_epoch.values())

@@ -1,12 +1,13 @@
-"""Who is connected, what it can do, and when it was last heard. Pure.
+"""Who is connected, what each worker can do, and when it was last heard. Pure.
 
 Any message is a sign of life. A peer that is silent for too long is lost, and so is one whose
-connection is gone; what it says afterwards comes from a stranger.
+connection is gone; what it sends afterwards comes from a stranger.
 """
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from itertools import count
 from typing import Literal
 
@@ -19,30 +20,65 @@ from distributed_llm.common.messages import (
     WorkerHello,
     WorkerStatus,
 )
+from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 
 CLIENT_SILENCE_S = 30.0
 _TELLING_BYTES = 64 << 20
-"""Of weights; how long fewer take to load says nothing."""
+"""Weights from which loading speed is learnt; fewer load too quickly to say anything."""
 
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
 
+class WorkerState(Enum):
+    """What a worker does for the cluster, named as in `dllm status`."""
+
+    IDLE = "idle"
+    LOADING = "loading"
+    SERVING = "serving"
+    UNFIT = "unfit"
+
+
+class WorkerCause(Enum):
+    """What changes it."""
+
+    ASSIGNED = "assigned"
+    LOADED = "loaded"
+    COMMITTED = "committed"
+    UNASSIGNED = "unassigned"
+    FAILED = "failed"
+
+
+_S, _C = WorkerState, WorkerCause
+WORKER_STATES = StateTable(
+    "a worker of the cluster",
+    _S.IDLE,
+    {
+        (_S.IDLE, _C.ASSIGNED): _S.LOADING,
+        (_S.LOADING, _C.LOADED): _S.SERVING,
+        (_S.LOADING, _C.COMMITTED): _S.SERVING,  # its stage was loaded for a move
+        (_S.SERVING, _C.COMMITTED): _S.SERVING,
+        (_S.LOADING, _C.UNASSIGNED): _S.IDLE,
+        (_S.SERVING, _C.UNASSIGNED): _S.IDLE,
+        (_S.IDLE, _C.FAILED): _S.UNFIT,
+    },
+)
+
+
 @dataclass
 class Worker:
-    """One worker session.
+    """One session of a worker.
 
     Attributes:
-        state: "idle" (no layers), "loading", "serving" or "unfit" (`note` says why).
-        leaving: it wants to end, or somebody wants it to; it is given no layers.
+        note: why it is unfit.
+        leaving: it is to end, so it is given no layers.
         layers: what it serves or loads, under `epoch`.
-        next_layers: what it is about to serve instead.
-        epoch: of the newest plan that it was told of and still holds layers of; 0 is none.
-        instance: of its process, which may come back in another session.
+        epoch: the newest plan that it was told of and still holds layers of; 0 is none.
+        instance: names its process, which may come back in another session.
         link: how its results reach the next stage.
         peer_addresses: where other workers may reach it, best first.
-        progress_age_s: how long ago its tasks, if it has any, made progress; as it said last.
+        progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         seconds_per_token: running mean over steps that only decode, or None before any.
         bytes_per_s: of weights, when it loaded layers last; None before it has.
     """
@@ -52,11 +88,9 @@ class Worker:
     capabilities: Capabilities
     last_heard_at: float
     instance: str
-    state: Literal["idle", "loading", "serving", "unfit"] = "idle"
     note: str = ""
     leaving: bool = False
     layers: LayerRange | None = None
-    next_layers: LayerRange | None = None
     epoch: int = 0
     link: Literal["direct", "relayed", ""] = ""
     peer_addresses: tuple[str, ...] = ()
@@ -68,40 +102,57 @@ class Worker:
     compute_s: float = 0.0
     seconds_per_token: float | None = None
     bytes_per_s: float | None = None
+    _state: WorkerState = field(default=WORKER_STATES.initial)
+
+    @property
+    def state(self) -> WorkerState:
+        """What it does for the cluster."""
+        return self._state
 
     def assign(self, layers: LayerRange, *, epoch: int) -> None:
-        """Give it layers to load."""
+        """Record that it was told to load layers."""
+        self._change(WorkerCause.ASSIGNED)
         self._forget_stage()
-        self.state, self.layers, self.epoch = "loading", layers, epoch
+        self.layers, self.epoch = layers, epoch
 
-    def prepare(self, layers: LayerRange) -> None:
-        """Have it load layers beside those that it serves."""
-        self.next_layers = layers
+    def loaded(self, *, weight_bytes: int) -> None:
+        """Record that it serves the layers that it was assigned."""
+        self._change(WorkerCause.LOADED)
+        self.weight_bytes = weight_bytes
 
-    def switch(self, *, epoch: int, weight_bytes: int) -> None:
-        """The layers that it prepared are the ones that it serves."""
-        layers = self.next_layers or self.layers
+    def commit(self, layers: LayerRange, *, epoch: int, weight_bytes: int) -> None:
+        """Record that it serves what it loaded for a move."""
+        self._change(WorkerCause.COMMITTED)
         self._forget_stage()
-        self.state, self.layers, self.epoch = "serving", layers, epoch
+        self.layers, self.epoch = layers, epoch
         self.weight_bytes = weight_bytes
 
     def unassign(self) -> None:
-        """Take its layers away; `epoch` stays until it is told."""
+        """Take its layers away; `epoch` stays until the worker is told."""
+        self._change(WorkerCause.UNASSIGNED)
         self._forget_stage()
-        self.state, self.layers = "idle", None
+        self.layers = None
+
+    def fail(self, why: str) -> None:
+        """Record that it cannot serve; it has no layers."""
+        self._change(WorkerCause.FAILED)
+        self.note = why
+
+    def _change(self, cause: WorkerCause) -> None:
+        self._state = WORKER_STATES.after(self._state, cause)
 
     def _forget_stage(self) -> None:
-        self.next_layers, self.link = None, ""
+        self.link = ""
         self.weight_bytes = 0
         self.seconds_per_token = None
 
-    def loaded(self, added_bytes: int, load_s: float) -> None:
-        """It has loaded layers, of which `added_bytes` were read."""
+    def learn_load_speed(self, added_bytes: int, load_s: float) -> None:
+        """Learn from a load that read `added_bytes` of weights."""
         if added_bytes >= _TELLING_BYTES and load_s:
             self.bytes_per_s = added_bytes / load_s
 
     def remeasured(self, found: Remeasured) -> None:
-        """It has measured its machine again."""
+        """Take what it measured of its machine just now."""
         self.capabilities = msgspec.structs.replace(
             self.capabilities,
             memory_bandwidth_bytes_per_s=found.memory_bandwidth_bytes_per_s,
@@ -118,21 +169,28 @@ class Worker:
             self.seconds_per_token = _DECAY * past + (1 - _DECAY) * sample
 
     def status(
-        self, *, prediction_error: float | None, gain: float | None, advice: str, now: float
+        self,
+        *,
+        next_layers: LayerRange | None,
+        prediction_error: float | None,
+        gain: float | None,
+        advice: str,
+        now: float,
     ) -> WorkerStatus:
         """Return what is known of it.
 
         Args:
+            next_layers: what a move that is under way gives it instead.
             prediction_error: of its latest tasks, as a share.
             gain: how much more is answered with it than without, as a share, if that is known.
             advice: what that means, for people.
         """
         return WorkerStatus(
             name=self.id,
-            state="leaving" if self.leaving else self.state,
+            state="leaving" if self.leaving else self._state.value,
             note=self.note,
             layers=self.layers,
-            next_layers=self.next_layers,
+            next_layers=next_layers,
             epoch=self.epoch,
             link=self.link,
             capabilities=self.capabilities,
@@ -159,10 +217,12 @@ class Registry:
 
     Args:
         silence_timeout_s: after which a silent worker is lost.
+        task_timeout_s: after which a worker without progress on its tasks hangs.
     """
 
-    def __init__(self, *, silence_timeout_s: float) -> None:
+    def __init__(self, *, silence_timeout_s: float, task_timeout_s: float) -> None:
         self._silence_timeout_s = silence_timeout_s
+        self._task_timeout_s = task_timeout_s
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
         self._watches: dict[PeerId, int] = {}
@@ -173,6 +233,24 @@ class Registry:
     def workers(self) -> Sequence[Worker]:
         """All workers, in the order in which they joined."""
         return list(self._workers.values())
+
+    @property
+    def fit(self) -> list[Worker]:
+        """Workers that may be given layers."""
+        return [
+            worker
+            for worker in self._workers.values()
+            if worker.state is not _S.UNFIT and not worker.leaving and not self.hangs(worker)
+        ]
+
+    @property
+    def idle(self) -> list[Worker]:
+        """Workers that may be given layers and have none."""
+        return [worker for worker in self.fit if worker.layers is None]
+
+    def hangs(self, worker: Worker) -> bool:
+        """Return whether a worker is stuck in a task, of this session or an earlier one."""
+        return worker.progress_age_s >= self._task_timeout_s
 
     @property
     def peers(self) -> Iterator[PeerId]:
@@ -187,6 +265,10 @@ class Registry:
     def worker(self, peer: PeerId) -> Worker | None:
         """Return the worker at `peer`."""
         return self._workers.get(peer)
+
+    def named(self, name: str) -> Worker | None:
+        """Return the worker of this name."""
+        return next((worker for worker in self._workers.values() if worker.id == name), None)
 
     def is_client(self, peer: PeerId) -> bool:
         """Return whether `peer` is a client."""
@@ -206,19 +288,19 @@ class Registry:
         return worker
 
     def add_client(self, peer: PeerId, *, now: float) -> None:
-        """Take a new client."""
+        """Add a client."""
         self._clients[peer] = now
         self._watch(peer)
 
     def heard(self, peer: PeerId, *, now: float) -> None:
-        """A message of `peer` arrived."""
+        """Record that a message of `peer` arrived."""
         if peer in self._workers:
             self._workers[peer].last_heard_at = now
         elif peer in self._clients:
             self._clients[peer] = now
 
     def heartbeat(self, peer: PeerId, beat: Heartbeat) -> None:
-        """Take what a worker says of itself."""
+        """Record what a worker reports of itself."""
         worker = self._workers[peer]
         worker.memory_used_bytes = beat.memory_used_bytes
         worker.kv_bytes = beat.kv_bytes
@@ -282,5 +364,4 @@ class Registry:
         assert set(watched) == set(self._watches)
         assert all(at <= self._deadline(peer) for peer, at in watched.items())
         for worker in self._workers.values():
-            assert worker.next_layers is None or worker.state == "serving"
-            assert (worker.layers is not None) == (worker.state in ("loading", "serving"))
+            assert (worker.layers is not None) == (worker.state in (_S.LOADING, _S.SERVING))

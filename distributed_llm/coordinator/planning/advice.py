@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import LayerRange, WorkerId, size_text
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.exact import Costs, additions_of, solve, walk_forward
@@ -29,7 +30,6 @@ from distributed_llm.coordinator.partition.tables import (
 )
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.forecast import best_plan, score, targets
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.work import Work

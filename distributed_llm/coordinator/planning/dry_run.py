@@ -7,6 +7,7 @@ import msgspec
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities, Name
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
 from distributed_llm.common.types import WorkerId
 from distributed_llm.common.units import parse_flops, parse_rate, parse_size
@@ -16,7 +17,6 @@ from distributed_llm.coordinator.plan import Plan, layer_map_of
 from distributed_llm.coordinator.planning.advice import Advice, advise
 from distributed_llm.coordinator.planning.forecast import forecast, score
 from distributed_llm.coordinator.planning.planner import Planner
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.measurements import Measurements
@@ -53,7 +53,7 @@ class DryRun:
     assumed: tuple[str, ...]
 
 
-def dry_run(model: ServedModel, workers: Sequence[str], settings: CoreSettings) -> DryRun:
+def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
     """Return what a coordinator would do with workers before it has measured them.
 
     Args:
@@ -67,11 +67,10 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoreSettings) 
             and others have none.
     """
     found = _workers(workers)
-    wire_dtype = settings.wire_dtype or model.dtype
     measurements = Measurements(
         model.cost,
         item_bytes=ITEM_BYTES[model.dtype],
-        bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
+        bytes_per_token=model.activation_bytes,
     )
     for worker, capabilities in found.items():
         measurements.joined(worker, capabilities)

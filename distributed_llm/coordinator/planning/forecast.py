@@ -13,13 +13,13 @@ prompt tokens differ, and make stages wait for each other. `pipeline_sim` simula
 
 from dataclasses import dataclass
 
+from distributed_llm.common.settings import Goal
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.exact import costs_of, walk_forward
 from distributed_llm.coordinator.partition.search import best_partition, predict, times_of
 from distributed_llm.coordinator.partition.tables import Objective, Partition, make_tables
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_s
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.work import Work

@@ -8,12 +8,12 @@ results may be outdated, and are checked against what is so then.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.advice import Advice, advise
 from distributed_llm.coordinator.planning.forecast import Forecast, best_plan, forecast
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
@@ -50,7 +50,7 @@ class PlanSearch:
     beside_tokens_per_s: float
     advise: bool
 
-    def run(self) -> "FoundPlans":
+    def answer(self) -> "FoundPlans":
         """Return what was found."""
 
         def best(machines: Machines, kv_tokens: int) -> Forecast | None:

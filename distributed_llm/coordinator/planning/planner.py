@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributed_llm.common.errors import NotEnoughMemory, NotReady
+from distributed_llm.common.settings import CoordinatorSettings, Goal, Strategy
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -19,7 +20,6 @@ from distributed_llm.coordinator.planning.strategies import (
     plan_by_speed,
     wanted_kv_tokens,
 )
-from distributed_llm.coordinator.settings import CoreSettings, Goal, Strategy
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
@@ -54,7 +54,7 @@ class Planner:
     least_kv_tokens: int
 
     @classmethod
-    def of(cls, model: ServedModel, settings: CoreSettings) -> "Planner":
+    def of(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
         """Return the planner of a coordinator; objective "auto" starts out as throughput."""
         context_length = model.defaults.context_length
         return cls(

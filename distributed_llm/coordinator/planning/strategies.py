@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import LayerRange, WorkerId, size_text
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import stage_bytes_table
 from distributed_llm.coordinator.plan import LayerMap, Plan, kv_tokens_of, plan_of
 from distributed_llm.coordinator.planning.forecast import best_plan
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 

@@ -1,4 +1,4 @@
-"""A task as a stage computes it: tensors out of frames, and what it gives back into frames."""
+"""Runs one task on a stage: frames to tensors before, tensors to frames after."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,22 @@ from distributed_llm.common.tensors import DtypeName, Frame, TensorSpec
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES, frame_of, tensor_of
 
-Given = tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]
+TensorsOnWire = tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]
 
 
-def compute(stage: Stage, task: Task, frames: Sequence[Frame], wire_dtype: DtypeName) -> Given:
-    """Return specs and frames of what a stage gives for a task.
+def compute(
+    stage: Stage, task: Task, frames: Sequence[Frame], wire_dtype: DtypeName
+) -> TensorsOnWire:
+    """Run a task and return its result as specs and frames.
 
     Args:
-        wire_dtype: in which hidden states are handed on.
+        stage: its KV cache frees the released sequences and gains the computed positions.
+        task: as received.
+        frames: of the task's tensors.
+        wire_dtype: of the hidden states that are returned.
 
     Raises:
-        StageError: as `Stage.run`, or the task has other tensors than it takes.
+        StageError: the task has other tensors than it should, or as `Stage.run` says.
     """
     stage.release(task.released)
     tensors = [tensor_of(spec, frame) for spec, frame in zip(task.tensors, frames, strict=True)]
@@ -33,7 +38,7 @@ def compute(stage: Stage, task: Task, frames: Sequence[Frame], wire_dtype: Dtype
 
 
 def _tensors_of(output: StageOutput, wire_dtype: DtypeName) -> list[Tensor]:
-    """Return what a task answers: hidden states, or token ids and what was asked for besides."""
+    """Return the tensors of a `TaskResult`: hidden states, or token ids and log-probabilities."""
     if output.hidden_states is not None:
         return [output.hidden_states.to(TORCH_DTYPES[wire_dtype])]
     if output.token_ids is None or output.token_ids.numel() == 0:

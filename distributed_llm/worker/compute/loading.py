@@ -32,7 +32,7 @@ _SHORT_SWITCH_INTERVAL_S = 0.0002
 
 
 @dataclass(frozen=True)
-class Held:
+class LoadedStage:
     """A stage, and the order to load it."""
 
     order: LoadStage
@@ -40,7 +40,7 @@ class Held:
 
 
 @dataclass
-class Beside:
+class PreparedStage:
     """A stage that was loaded beside the served one.
 
     Attributes:
@@ -57,7 +57,7 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Room:
+class Memory:
     """The memory of a worker.
 
     Attributes:
@@ -84,9 +84,9 @@ def give_memory_back(device: torch.device) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def room_now(device: torch.device, budget_bytes: int) -> Room:
+def memory_now(device: torch.device, budget_bytes: int) -> Memory:
     """Return the memory as it is now."""
-    return Room(device, budget_bytes, free_memory_bytes(device))
+    return Memory(device, budget_bytes, free_memory_bytes(device))
 
 
 def checked_checkpoint(order: LoadStage, local_model: str) -> Checkpoint:
@@ -121,7 +121,7 @@ def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int
     return available if max(sizes, default=0) >= _WORTH_THREADS_BYTES else 1
 
 
-def limit_kv(stage: Stage, order: LoadStage, room: Room, leaving_bytes: int = 0) -> int:
+def limit_kv(stage: Stage, order: LoadStage, room: Memory, leaving_bytes: int = 0) -> int:
     """Give the KV cache what is wanted, or what there is; return how many positions that is.
 
     Args:
@@ -148,7 +148,7 @@ def limit_kv(stage: Stage, order: LoadStage, room: Room, leaving_bytes: int = 0)
 
 
 def _room_beside(
-    order: LoadStage, served: Held, added_bytes: int, room: Room, *, loaded: bool
+    order: LoadStage, served: LoadedStage, added_bytes: int, room: Memory, *, loaded: bool
 ) -> int:
     """Return the bytes that are left while the served stage and the new one are there together.
 
@@ -176,7 +176,7 @@ def _room_beside(
 
 
 def admit_beside(
-    order: LoadStage, stage: Stage, served: Held | None, room: Room
+    order: LoadStage, stage: Stage, served: LoadedStage | None, room: Memory
 ) -> tuple[int, int]:
     """Give the KV cache of a stage what it may take once it is alone.
 
@@ -202,7 +202,7 @@ def same_layers(served: LoadStage, order: LoadStage) -> bool:
 
 
 def load_beside(
-    order: LoadStage, served: Held | None, capabilities: Capabilities, local_model: str
+    order: LoadStage, served: LoadedStage | None, capabilities: Capabilities, local_model: str
 ) -> tuple[Stage, int]:
     """Return a stage that shares what it can with the served one, and the threads it is worth.
 
@@ -216,7 +216,7 @@ def load_beside(
     if served:
         _ensure_same_model(served.order, order)
         missing = _missing_bytes(checkpoint, order, served.order.layers)
-        room = room_now(device, capabilities.memory_bytes)
+        room = memory_now(device, capabilities.memory_bytes)
         _room_beside(order, served, missing, room, loaded=False)
     stage = Stage.load(
         checkpoint,

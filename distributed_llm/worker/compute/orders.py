@@ -1,8 +1,8 @@
-"""What waits for the compute thread: first come first served, but KV cache does not wait for tasks.
+"""The queue of the compute thread: first in, first out, but KV cache need not wait for all tasks.
 
-Orders to export and import KV cache take milliseconds, and the next one follows only when the last
-was carried out, at two workers. Behind the tasks that wait on both sides a move would take a task's
-time for each; so a few of them go first, between any two tasks.
+An export or import takes milliseconds, and the next one is ordered only when the last one is done
+on both workers. If each had to wait behind all queued tasks, a move would take many times as long.
+So a few of them may overtake between any two tasks.
 """
 
 import queue
@@ -10,50 +10,51 @@ import time
 from collections import deque
 from typing import Generic, TypeVar
 
-from distributed_llm.worker.session.events import Export, Import, Run
+from distributed_llm.worker.session.events import ExportKV, ImportKV, Run
 
 T = TypeVar("T")
 
-_BETWEEN_TASKS = 4
+_MAX_OVERTAKING = 4
+"""Exports and imports that may overtake between two tasks."""
 
 
-class Orders(Generic[T]):
-    """A queue with one reader. `put` may be called in any thread."""
+class OrderQueue(Generic[T]):
+    """A queue with one reader; `put` and `end` may be called in any thread."""
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[float, T] | None] = queue.SimpleQueue()
         self._quick: deque[tuple[float, T]] = deque()  # each has left a None in the queue
         self._ended = False
-        self._overtakes = 0  # since the last task
+        self._overtaking = 0  # since the last task
 
     def put(self, order: T) -> None:
         """Queue an order."""
         item = (time.perf_counter(), order)
-        if isinstance(order, Export | Import):
+        if isinstance(order, ExportKV | ImportKV):
             self._quick.append(item)
             self._queue.put(None)
         else:
             self._queue.put(item)
 
     def end(self) -> None:
-        """Have `get` return None after what is queued."""
+        """Have `get` return None after the last queued order."""
         self._ended = True
         self._queue.put(None)
 
     def get(self, *, block: bool = True) -> tuple[float, T] | None:
-        """Return when an order was put, and the order; None after the last one.
+        """Return the next order with the `time.perf_counter` at which it was put, or None.
 
         Raises:
-            queue.Empty: nothing is there, and it shall not block.
+            queue.Empty: no order is queued, and `block` is false.
         """
         while True:
-            if self._quick and self._overtakes < _BETWEEN_TASKS:
-                self._overtakes += 1
+            if self._quick and self._overtaking < _MAX_OVERTAKING:
+                self._overtaking += 1
                 return self._quick.popleft()
             item = self._queue.get(block)
             if item is not None:
                 if isinstance(item[1], Run):
-                    self._overtakes = 0
+                    self._overtaking = 0
                 return item
             if self._quick:
                 return self._quick.popleft()

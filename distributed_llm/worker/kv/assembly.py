@@ -14,12 +14,12 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import (
     Extent,
-    HeldSegment,
     KVManifest,
     KVTransferError,
+    ManifestSegment,
     spans,
 )
-from distributed_llm.worker.kv.segments import KVLayout, KVSegment
+from distributed_llm.worker.kv.segments import KVBuffers, KVLayout
 from distributed_llm.worker.kv.transfer import KVImporter
 
 _MAX_NAMED = 3
@@ -93,7 +93,7 @@ def assemble(
     if missing:
         raise KVIncomplete(tuple(missing))
 
-    def buffer(segment: HeldSegment, layer: int) -> KVSegment | None:
+    def buffer(segment: ManifestSegment, layer: int) -> KVBuffers | None:
         if layer in mine:
             return mine[layer][segment.number]
         layout = cache.layout(layer - layers.start)
@@ -115,7 +115,7 @@ def _manifest_of(source: KVImporter) -> KVManifest:
 
 def _buffers_of(
     own: tuple[KVCache, LayerRange] | None, layers: LayerRange
-) -> dict[int, dict[int, KVSegment | None]]:
+) -> dict[int, dict[int, KVBuffers | None]]:
     """Return what is held of `layers`, by layer of the model and number of the segment."""
     if own is None:
         return {}
@@ -167,7 +167,7 @@ class _Source:
                         part.position + part.count,
                     )
 
-    def take(self, segment: HeldSegment, layer: int, layout: KVLayout) -> KVSegment | None:
+    def take(self, segment: ManifestSegment, layer: int, layout: KVLayout) -> KVBuffers | None:
         """Return buffers of the segment's capacity; None if none of its positions count.
 
         They are those of the importer where they fit, so no more than one segment may have them.
@@ -183,7 +183,7 @@ class _Source:
             return arrived
         return self._copied(parts, layer, layout.allocate(segment.capacity))
 
-    def _copied(self, parts: Sequence[_Part], layer: int, made: KVSegment) -> KVSegment:
+    def _copied(self, parts: Sequence[_Part], layer: int, made: KVBuffers) -> KVBuffers:
         first = 0
         for part in parts:
             held = self._importer.buffer(part.segment, layer)
@@ -195,7 +195,7 @@ class _Source:
         return made
 
 
-def _parts(extent: Extent, chain: tuple[HeldSegment, ...]) -> Iterator[_Part]:
+def _parts(extent: Extent, chain: tuple[ManifestSegment, ...]) -> Iterator[_Part]:
     for segment, stop in spans(chain, extent.stop):
         start = max(segment.start, extent.start)
         if start < stop:

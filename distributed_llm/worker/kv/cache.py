@@ -30,11 +30,11 @@ from torch import Tensor
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.worker.kv.manifest import HeldSegment, KVManifest, held_sequence
+from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, held_sequence
 from distributed_llm.worker.kv.segments import (
     CachedSequence,
+    KVBuffers,
     KVLayout,
-    KVSegment,
     Segment,
     TokenIds,
     rounded,
@@ -204,7 +204,7 @@ class KVCache:
 
     def append(
         self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
-    ) -> list[KVSegment]:
+    ) -> list[KVBuffers]:
         """Write one layer's keys and values from position `start` on; return all up to there.
 
         Args:
@@ -227,7 +227,7 @@ class KVCache:
             held = self._grow(layer, last, first, keys, values)
         held.keys[:, first:stop] = keys
         held.values[:, first:stop] = values
-        newest = KVSegment(held.keys[:, :stop], held.values[:, :stop])
+        newest = KVBuffers(held.keys[:, :stop], held.values[:, :stop])
         if len(segments) == 1:
             return [newest]
         return [*_views(layer, segments), newest]
@@ -289,13 +289,13 @@ class KVCache:
                 for sequence_id, sequence in self._sequences.items()
             ),
             segments=tuple(
-                HeldSegment(number=s.number, start=s.start, capacity=s.capacity, owner=s.owner)
+                ManifestSegment(number=s.number, start=s.start, capacity=s.capacity, owner=s.owner)
                 for s in self.extents()
             ),
         )
 
     def restore(
-        self, manifest: KVManifest, buffers: Mapping[int, Sequence[KVSegment | None]]
+        self, manifest: KVManifest, buffers: Mapping[int, Sequence[KVBuffers | None]]
     ) -> None:
         """Hold what `manifest` tells; `max_bytes` does not limit it.
 
@@ -361,7 +361,7 @@ class KVCache:
 
     def _grow(
         self, layer: int, segment: Segment, kept: int, keys: Tensor, values: Tensor
-    ) -> KVSegment:
+    ) -> KVBuffers:
         """Give a layer of a segment buffers of its capacity with the first `kept` positions."""
         layout = self._layouts[layer] or self._learn_layout(layer, keys, values)
         grown = layout.allocate(segment.capacity)
@@ -404,12 +404,12 @@ def _segments_before(
     return [segment for segment in kept if segment.start < start], False
 
 
-def _views(layer: int, segments: Sequence[Segment]) -> list[KVSegment]:
+def _views(layer: int, segments: Sequence[Segment]) -> list[KVBuffers]:
     """Return what the sequence sees of all its segments but the last."""
     views = []
     for segment, following in itertools.pairwise(segments):
         held = segment.layers[layer]
         assert held is not None
         stop = following.start - segment.start
-        views.append(KVSegment(held.keys[:, :stop], held.values[:, :stop]))
+        views.append(KVBuffers(held.keys[:, :stop], held.values[:, :stop]))
     return views

@@ -17,7 +17,7 @@ class KVTransferError(StageError):
     """Keys and values of another worker are not what they should be. Nothing was touched."""
 
 
-class HeldSegment(
+class ManifestSegment(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
     """Consecutive positions that one sequence wrote and others may read.
@@ -35,7 +35,7 @@ class HeldSegment(
     owner: Count | None
 
 
-class HeldSequence(
+class ManifestSequence(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
     """What is held of one sequence, in all layers.
@@ -75,8 +75,8 @@ class KVManifest(
 ):
     """What a KV cache holds between two steps."""
 
-    sequences: tuple[HeldSequence, ...]
-    segments: tuple[HeldSegment, ...]
+    sequences: tuple[ManifestSequence, ...]
+    segments: tuple[ManifestSegment, ...]
 
     def check(self) -> None:
         """Refuse what no cache holds.
@@ -98,7 +98,7 @@ class KVManifest(
         if not sound:
             raise KVTransferError("another worker tells of a KV cache that cannot be")
 
-    def chains(self) -> Mapping[int, tuple[HeldSegment, ...]]:
+    def chains(self) -> Mapping[int, tuple[ManifestSegment, ...]]:
         """Return the segments of each sequence, in the order of their positions."""
         segments = {segment.number: segment for segment in self.segments}
         return {
@@ -143,14 +143,14 @@ class KVManifest(
         return found
 
 
-def spans(chain: tuple[HeldSegment, ...], stop: int) -> Iterator[tuple[HeldSegment, int]]:
+def spans(chain: tuple[ManifestSegment, ...], stop: int) -> Iterator[tuple[ManifestSegment, int]]:
     """Yield each segment of a sequence, and where its positions before `stop` end."""
     for segment, following in itertools.pairwise((*chain, None)):
         assert segment is not None
         yield segment, min(stop, following.start) if following else stop
 
 
-def _is_sound(sequence: HeldSequence, segments: Mapping[int, HeldSegment]) -> bool:
+def _is_sound(sequence: ManifestSequence, segments: Mapping[int, ManifestSegment]) -> bool:
     chain = [segments[number] for number in sequence.segments]
     starts = [segment.start for segment in chain]
     ends = [*starts[1:], sequence.length]
@@ -164,16 +164,18 @@ def _is_sound(sequence: HeldSequence, segments: Mapping[int, HeldSegment]) -> bo
     )
 
 
-def _common_length(mine: HeldSequence, theirs: HeldSequence) -> int:
+def _common_length(mine: ManifestSequence, theirs: ManifestSequence) -> int:
     length = min(mine.length, theirs.length)
     differing = np.flatnonzero(mine.tokens()[:length] != theirs.tokens()[:length])
     return int(differing[0]) if differing.size else length
 
 
-def _cut(sequence: HeldSequence, chain: tuple[HeldSegment, ...], length: int) -> HeldSequence:
+def _cut(
+    sequence: ManifestSequence, chain: tuple[ManifestSegment, ...], length: int
+) -> ManifestSequence:
     """Return what `KVCache.begin` at `length` would leave, before it looks who may write."""
     count = sum(segment.start <= length for segment in chain)
-    return HeldSequence(
+    return ManifestSequence(
         sequence_id=sequence.sequence_id,
         token_ids=sequence.token_ids[: length * _WIRE_TOKEN.itemsize],
         segments=sequence.segments[:count],
@@ -183,9 +185,9 @@ def _cut(sequence: HeldSequence, chain: tuple[HeldSegment, ...], length: int) ->
 
 def held_sequence(
     sequence_id: int, tokens: TokenIds, segments: tuple[int, ...], reads: tuple[int, ...]
-) -> HeldSequence:
+) -> ManifestSequence:
     """Return a sequence of these token ids."""
-    return HeldSequence(
+    return ManifestSequence(
         sequence_id=sequence_id,
         token_ids=tokens.astype(_WIRE_TOKEN, copy=False).tobytes(),
         segments=segments,

@@ -14,7 +14,7 @@ from distributed_llm.common.types import KV_BLOCK
 TokenIds = npt.NDArray[np.int32]
 
 
-class KVSegment(NamedTuple):
+class KVBuffers(NamedTuple):
     """Consecutive positions of a sequence in one layer.
 
     Attributes:
@@ -45,12 +45,12 @@ class KVLayout(NamedTuple):
         """Bytes of memory that one position takes."""
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
-    def allocate(self, capacity: int) -> KVSegment:
+    def allocate(self, capacity: int) -> KVBuffers:
         """Return buffers for `capacity` positions; what is in them is left open."""
         keys = torch.empty(
             (self.heads, capacity, self.key_dim), dtype=self.dtype, device=self.device
         )
-        return KVSegment(keys, keys.new_empty((self.heads, capacity, self.value_dim)))
+        return KVBuffers(keys, keys.new_empty((self.heads, capacity, self.value_dim)))
 
 
 class Segment:
@@ -72,7 +72,7 @@ class Segment:
         self.number = number
         self.start = start
         self.capacity = 0
-        self.layers: list[KVSegment | None] = [None] * num_layers
+        self.layers: list[KVBuffers | None] = [None] * num_layers
         self.owner: int | None = None
         self.holders: dict[int, int] = {}
 

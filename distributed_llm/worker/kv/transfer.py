@@ -15,7 +15,7 @@ from torch import Tensor
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
-from distributed_llm.worker.kv.segments import KVLayout, KVSegment, Segment
+from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class KVExporter:
 class _Buffer:
     """One layer of one segment, of which the first `filled` positions have arrived."""
 
-    held: KVSegment
+    held: KVBuffers
     filled: int
 
 
@@ -205,7 +205,7 @@ class KVImporter:
         buffer = self._buffers.get((segment, layer))
         return buffer.filled if buffer else 0
 
-    def buffer(self, segment: int, layer: int) -> KVSegment:
+    def buffer(self, segment: int, layer: int) -> KVBuffers:
         """Return what has arrived of a segment, with room for more; something has."""
         return self._buffers[segment, layer].held
 

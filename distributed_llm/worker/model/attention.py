@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from distributed_llm.worker.kv.cache import KVCache
-from distributed_llm.worker.kv.segments import KVSegment
+from distributed_llm.worker.kv.segments import KVBuffers
 
 ATTENTION_NAME = "distributed_llm"
 
@@ -136,7 +136,7 @@ def packed_attention(
 AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
-def _joined(segments: Sequence[KVSegment]) -> tuple[Tensor, Tensor]:
+def _joined(segments: Sequence[KVBuffers]) -> tuple[Tensor, Tensor]:
     """Return the keys and the values of consecutive segments, copied into one tensor each.
 
     Copying what one token reads takes about as long as reading it in attention. Attending to each

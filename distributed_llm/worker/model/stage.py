@@ -282,7 +282,7 @@ class Stage:
         return KVExporter(self._cache, self.layers, layers)
 
     def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
-        """Return what collects the KV cache of these layers for `take_over`.
+        """Return what collects the KV cache of these layers for `assemble_kv`.
 
         Args:
             layers: some of this stage's.
@@ -297,7 +297,7 @@ class Stage:
         numbers = range(layers.start, layers.stop)
         return KVImporter({n: self._cache.layout(n - start) for n in numbers}, max_bytes)
 
-    def take_over(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
+    def assemble_kv(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
         """Go on with the sequences of other stages, between two steps of the pipeline.
 
         What all sources hold of a sequence is held afterwards; a task that starts beyond that is

@@ -1,62 +1,81 @@
-"""A worker's decisions: hello, heartbeats, silence, and when to leave. Pure.
+"""A worker's session with the coordinator: hello, heartbeats, silence, leaving. Pure.
 
-    connecting --connected--> greeting --Welcome--> joined --connection lost--> connecting
+`AGENT_STATES` says how a session begins and ends. Everything that belongs to one session is dropped
+with it: the next coordinator may be another one, and a result of the old session must not reach it.
+Messages that arrive before the welcome, or after the connection was given up, are ignored. What a
+worker does within a session is decided in `stages`.
 
-What was asked for in one session is never answered in another: the coordinator may be a new one.
-What arrives before the welcome, or after the connection was given up, is of no session. What it
-does in a session is decided in `stages`.
+An idle worker measures its machine again every ten seconds, because no task would show that it has
+become faster. It measures at once when it loses its layers, to have something to compare with.
 
-While it has no layers it measures its machine again now and then: nobody else would notice that
-it has become faster. The first time is right after it lost them, to compare with.
-
-Told to end while it serves, it says so and serves on, so that others can take its layers over;
-until it may leave, or that has taken too long, or it is told again.
+A signal ends an idle worker at once. A worker that serves asks the coordinator to move its layers
+and goes on serving until it is told that it may leave, a time limit has passed, or a second signal
+arrives.
 """
 
 import math
-from typing import Literal
+from enum import Enum
+from typing import assert_never
 
 from distributed_llm.common.errors import (
+    CheckpointError,
     CoordinatorUnreachable,
+    DistributedLLMError,
     ProtocolMismatch,
     error_from_wire,
 )
 from distributed_llm.common.messages import (
+    Addresses,
+    CancelStage,
     Capabilities,
+    CopyKV,
+    DropStage,
     Goodbye,
     Leaving,
+    LoadStage,
     MayLeave,
     Pong,
     Refused,
+    ReleaseSequences,
+    TakeOver,
+    Task,
+    ToWorker,
     Welcome,
     WorkerHello,
 )
+from distributed_llm.common.states import StateTable
+from distributed_llm.common.tensors import Frame
 from distributed_llm.worker.session.events import (
     Action,
-    Beat,
+    Computed,
+    ComputeFailed,
     Connected,
     Disconnected,
     End,
     Event,
-    Exit,
-    Export,
+    Fail,
     Garbage,
-    Import,
-    Inherit,
-    Load,
+    KVAssembled,
+    KVExported,
+    KVImported,
+    KVOrderFailed,
+    Loaded,
+    LoadFailed,
     Log,
     Probe,
+    Probed,
     Received,
     Reconnect,
-    Run,
-    Say,
+    Send,
+    SendHeartbeat,
     Signalled,
+    VoidableOrder,
 )
 from distributed_llm.worker.session.link_events import (
     LinkDown,
-    LinkHeard,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerGarbage,
     PeerReceived,
 )
@@ -67,16 +86,69 @@ _WARN_EVERY_S = 1.0
 _PROBE_EVERY_S = 10.0
 
 
+class AgentState(Enum):
+    """Where a worker is with its coordinator.
+
+    Attributes:
+        CONNECTING: no connection stands; messages that still arrive belong to no session.
+        GREETING: connected, and said hello; waits for the welcome.
+        JOINED: in a session.
+        LEAVING: in a session, serving until others have its layers.
+        ENDED: has ended; every event is ignored.
+    """
+
+    CONNECTING = "connecting"
+    GREETING = "greeting"
+    JOINED = "joined"
+    LEAVING = "leaving"
+    ENDED = "ended"
+
+
+class AgentCause(Enum):
+    """What leads to the next state."""
+
+    CONNECTED = "connected"
+    WELCOMED = "welcomed"
+    SESSION_LOST = "session lost"
+    ASKED_TO_LEAVE = "asked to leave"
+    STOPPED = "stopped"
+
+
+_S, _C = AgentState, AgentCause
+AGENT_STATES = StateTable(
+    "a worker's session",
+    _S.CONNECTING,
+    {
+        (_S.CONNECTING, _C.CONNECTED): _S.GREETING,
+        (_S.CONNECTING, _C.SESSION_LOST): _S.CONNECTING,  # the old connection closes as well
+        (_S.GREETING, _C.CONNECTED): _S.GREETING,  # connected anew twice, for that reason
+        (_S.GREETING, _C.WELCOMED): _S.JOINED,
+        (_S.GREETING, _C.SESSION_LOST): _S.CONNECTING,
+        (_S.JOINED, _C.SESSION_LOST): _S.CONNECTING,
+        (_S.JOINED, _C.ASKED_TO_LEAVE): _S.LEAVING,
+        (_S.LEAVING, _C.SESSION_LOST): _S.ENDED,
+        (_S.CONNECTING, _C.STOPPED): _S.ENDED,
+        (_S.GREETING, _C.STOPPED): _S.ENDED,
+        (_S.JOINED, _C.STOPPED): _S.ENDED,
+        (_S.LEAVING, _C.STOPPED): _S.ENDED,
+    },
+)
+
+_IN_SESSION = (_S.JOINED, _S.LEAVING)
+
+
 class Agent:
-    """One worker.
+    """Decides for one worker: `handle` takes an event, `on_timer` the time; both return actions.
 
     Args:
-        name: that it asks for.
+        name: the name to ask for; the welcome says which one it got.
         capabilities: of this machine.
-        address: of the coordinator, for messages.
-        connect_timeout_s: for the first connection; later ones are tried for ever.
-        leave_timeout_s: how long others may take its layers over before it ends; 0 is not at all.
-        now: when it was made, clock seconds.
+        instance: names this process, so that the coordinator knows it again in a later session.
+        address: of the coordinator, for messages to the operator.
+        connect_timeout_s: to reach the coordinator for the first time; later there is no limit.
+        leave_timeout_s: for others to take the layers of a worker that was signalled; with 0 it
+            ends at once.
+        now: clock seconds.
     """
 
     def __init__(
@@ -96,156 +168,247 @@ class Agent:
         self._address = address
         self._connect_timeout_s = connect_timeout_s
         self._leave_timeout_s = leave_timeout_s
-        self._state: Literal["connecting", "greeting", "joined"] = "connecting"
+        self._state = AGENT_STATES.initial
         self._session = 0
         self._stages = Stages(0, name, self._warn)
         self._reached = False
         self._heartbeat_interval_s = 0.0
         self._silence_timeout_s = 0.0
         self._heard_at = now
-        self._beat_at = now
-        self._probe_at = now  # while it has no layers
+        self._heartbeat_at = now
+        self._probe_at = now
         self._warned_at = -math.inf
         self._connect_by: float | None = now + connect_timeout_s
         self._leave_by = math.inf
-        self._signal = 0  # that it leaves for
+        self._signal = 0  # the one that it leaves for; 0 is none
 
-    @property
-    def epoch(self) -> int:
-        """The newest epoch that was ordered or dropped in this session."""
-        return self._stages.newest
-
-    def is_void(self, order: Load | Run | Export | Import | Inherit | Probe) -> bool:
-        """Return whether nobody waits for this any more; may be called from any thread."""
+    def is_void(self, order: VoidableOrder) -> bool:
+        """Return whether nobody waits for the result of an order; thread-safe."""
         return self._stages.is_void(order)
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply one event at `now` (clock seconds) and return what to do about it."""
+        if self._state is _S.ENDED:
+            return []
         match event:
-            case Received() | Garbage() if self._state == "connecting":
-                return []
-            case Received(message=message):
-                self._heard_at = now
-                if self._state == "greeting" and not isinstance(message, Welcome | Refused | Pong):
-                    return []
-                return self._received(event, now)
+            case Connected(peer_addresses=addresses):
+                return self._connected(addresses, now)
+            case Disconnected():
+                return self._lose_session("The coordinator is gone; trying to find it again.")
+            case Received(message=message, frames=frames):
+                return self._received(message, frames, now)
+            case Garbage(error=error):
+                return self._garbage(error, now)
+            case Signalled(signal=signal):
+                return self._signalled(signal, now)
             case PeerReceived():
                 return self._stages.peer_received(event, now)
-            case NextReached() | LinkUp() | LinkDown() | LinkHeard():
-                return self._stages.linked(event, now)
-            case Connected(peer_addresses=addresses):
-                self._state, self._heard_at = "greeting", now
-                self._reached = True
-                return [Say(self._hello(addresses))]
-            case Disconnected():
-                return self._leave_session("The coordinator is gone; trying to find it again.")
-            case Garbage(error=error) if isinstance(error, ProtocolMismatch):
-                return [Exit(error)]
-            case Garbage(error=error) | PeerGarbage(error=error):
+            case PeerGarbage(error=error):
                 return self._warn(f"dropped a message: {error}"[:1000], now)
-            case Signalled(number=number):
-                return self._signalled(number, now)
+            case LinkReached() | LinkUp() | LinkDown() | LinkReceived():
+                return self._stages.link_changed(event, now)
+            case Loaded():
+                return self._stages.loaded(event)
+            case LoadFailed():
+                return self._load_failed(event)
+            case Computed():
+                return self._stages.computed(event)
+            case ComputeFailed():
+                return self._stages.compute_failed(event)
+            case KVExported() | KVImported() | KVAssembled() | KVOrderFailed():
+                return self._stages.kv_order_done(event, now)
+            case Probed():
+                return self._stages.probed(event)
             case _:
-                return self._stages.done(event, now)
+                assert_never(event)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
-        if self._state == "joined":
-            silent_at = self._heard_at + self._silence_timeout_s
-            probe_at = math.inf if self._stages.epochs else self._probe_at
-            stages_at = self._stages.next_deadline()
-            return min(self._beat_at, silent_at, self._leave_by, stages_at, probe_at)
-        if self._state == "greeting":
-            silent_at = self._heard_at + _GREETING_TIMEOUT_S
-            return silent_at if self._connect_by is None else min(silent_at, self._connect_by)
-        return self._connect_by
+        match self._state:
+            case AgentState.CONNECTING:
+                return self._connect_by
+            case AgentState.GREETING:
+                silent_at = self._heard_at + _GREETING_TIMEOUT_S
+                return silent_at if self._connect_by is None else min(silent_at, self._connect_by)
+            case AgentState.JOINED | AgentState.LEAVING:
+                return min(
+                    self._heartbeat_at,
+                    self._heard_at + self._silence_timeout_s,
+                    self._leave_by,
+                    self._stages.next_deadline(),
+                    math.inf if self._stages.epochs else self._probe_at,
+                )
+            case AgentState.ENDED:
+                return None
+            case _:
+                assert_never(self._state)
 
     def on_timer(self, *, reached: bool, now: float) -> list[Action]:
-        """Do what is due; `reached` tells whether anything at all listens at the address."""
-        if self._connect_by is not None and self._connect_by <= now:
-            return [Exit(self._unreachable(reached or self._reached))]
-        if self._state == "connecting":
+        """Do what is due.
+
+        Args:
+            reached: anything at all listens at the coordinator's address.
+        """
+        match self._state:
+            case AgentState.CONNECTING:
+                return self._check_connect_timeout(reached, now)
+            case AgentState.GREETING:
+                if failed := self._check_connect_timeout(reached, now):
+                    return failed
+                return self._check_silence(_GREETING_TIMEOUT_S, now)
+            case AgentState.JOINED | AgentState.LEAVING:
+                if lost := self._check_silence(self._silence_timeout_s, now):
+                    return lost
+                return self._on_timer_in_session(now)
+            case AgentState.ENDED:
+                return []
+            case _:
+                assert_never(self._state)
+
+    # -------------------------------------------------------------- time
+
+    def _check_connect_timeout(self, reached: bool, now: float) -> list[Action]:
+        if self._connect_by is None or now < self._connect_by:
             return []
-        timeout_s = self._silence_timeout_s if self._state == "joined" else _GREETING_TIMEOUT_S
-        if self._heard_at + timeout_s <= now:
-            return self._leave_session("The coordinator is silent; connecting anew.")
-        if self._state == "greeting":
+        return self._fail(self._unreachable(reached or self._reached))
+
+    def _check_silence(self, timeout_s: float, now: float) -> list[Action]:
+        if now < self._heard_at + timeout_s:
             return []
+        return self._lose_session("The coordinator is silent; connecting anew.")
+
+    def _on_timer_in_session(self, now: float) -> list[Action]:
         if self._leave_by <= now:
             why = f"nobody took the layers over within {self._leave_timeout_s:g} s; ends"
             return [Log(why, "warning"), *self._end(self._signal)]
         actions = self._stages.on_timer(now)
-        if self._beat_at <= now:
-            self._beat_at = now + self._heartbeat_interval_s
-            actions.append(Beat(self._stages.epochs))
+        if self._heartbeat_at <= now:
+            self._heartbeat_at = now + self._heartbeat_interval_s
+            actions.append(SendHeartbeat(self._stages.epochs))
         if self._probe_at <= now and not self._stages.epochs:
             self._probe_at = now + _PROBE_EVERY_S
             actions.append(Probe(self._session))
         return actions
 
+    # -------------------------------------------------------------- messages
+
+    def _received(self, message: ToWorker, frames: tuple[Frame, ...], now: float) -> list[Action]:
+        if self._state is _S.CONNECTING:
+            return []
+        self._heard_at = now
+        if self._state is _S.GREETING and not isinstance(message, Welcome | Refused | Pong):
+            return []
+        had_layers = bool(self._stages.epochs)
+        actions = self._obey(message, frames, now)
+        if had_layers and not self._stages.epochs:
+            self._probe_at = now
+        return actions
+
+    def _obey(self, message: ToWorker, frames: tuple[Frame, ...], now: float) -> list[Action]:
+        match message:
+            case Welcome():
+                return self._welcomed(message, now)
+            case Refused():
+                return self._refused(message)
+            case MayLeave(why=why):
+                return self._may_leave(why)
+            case Pong():
+                return []
+            case Task():
+                return self._stages.run(message, frames, now)
+            case LoadStage():
+                return self._stages.load(message, now)
+            case CopyKV():
+                return self._stages.copy_kv(message, now)
+            case TakeOver(epoch=epoch):
+                return self._stages.hand_over(epoch, now)
+            case CancelStage(epoch=epoch):
+                return self._stages.cancel(epoch)
+            case DropStage(epoch=epoch):
+                return self._stages.drop(epoch)
+            case ReleaseSequences():
+                return self._stages.release(message)
+            case _:
+                assert_never(message)
+
+    def _garbage(self, error: DistributedLLMError, now: float) -> list[Action]:
+        if self._state is _S.CONNECTING:
+            return []
+        if isinstance(error, ProtocolMismatch):
+            return self._fail(error)
+        return self._warn(f"dropped a message: {error}"[:1000], now)
+
     # -------------------------------------------------------------- the session
 
-    def _hello(self, addresses: tuple[str, ...]) -> WorkerHello:
-        return WorkerHello(
+    def _change(self, cause: AgentCause) -> None:
+        self._state = AGENT_STATES.after(self._state, cause)
+
+    def _connected(self, addresses: Addresses, now: float) -> list[Action]:
+        self._change(_C.CONNECTED)
+        self._heard_at = now
+        self._reached = True
+        hello = WorkerHello(
             name=self._name,
             instance=self._instance,
             capabilities=self._capabilities,
             peer_addresses=addresses,
         )
+        return [Send(hello)]
 
-    def _received(self, event: Received, now: float) -> list[Action]:
-        match event.message:
-            case Welcome() as welcome:
-                return self._join(welcome, now)
-            case Refused(code="lost", message=why):
-                return self._leave_session(why)
-            case Refused(code=code, message=why):
-                return [Exit(error_from_wire(code, why, 0.0))]
-            case MayLeave(why=why):
-                return self._may_leave(why)
-            case Pong():
-                return []
-            case message:
-                held = self._stages.epochs
-                actions = self._stages.obey(message, event.frames, now)
-                if held and not self._stages.epochs:
-                    self._probe_at = now
-                return actions
-
-    def _join(self, welcome: Welcome, now: float) -> list[Action]:
-        self._state, self._connect_by = "joined", None
+    def _welcomed(self, welcome: Welcome, now: float) -> list[Action]:
+        if self._state in _IN_SESSION:
+            return self._warn("ignored a second welcome", now)
+        self._change(_C.WELCOMED)
+        self._connect_by = None
         self._stages = Stages(self._session, welcome.worker_id, self._warn)
         self._heartbeat_interval_s = welcome.heartbeat_interval_s
         self._silence_timeout_s = welcome.silence_timeout_s
-        self._beat_at = now
+        self._heartbeat_at = now
         self._probe_at = now + _PROBE_EVERY_S
         return [Log(f"joined {self._address} as {welcome.worker_id}")]
 
-    def _leave_session(self, why: str) -> list[Action]:
-        self._state = "connecting"
+    def _refused(self, refusal: Refused) -> list[Action]:
+        if refusal.code == "lost":
+            return self._lose_session(refusal.message)
+        return self._fail(error_from_wire(refusal.code, refusal.message, 0.0))
+
+    def _lose_session(self, why: str) -> list[Action]:
+        self._change(_C.SESSION_LOST)
         self._session += 1
-        ended, self._stages = self._stages, Stages(self._session, self._name, self._warn)
-        actions = [*ended.end(), Log(why, "warning")]
-        if self._leave_by < math.inf:
-            return [*actions, End(self._signal)]
-        return [*actions, Reconnect()]
+        lost, self._stages = self._stages, Stages(self._session, self._name, self._warn)
+        following = End(self._signal) if self._state is _S.ENDED else Reconnect()
+        return [*lost.end(), Log(why, "warning"), following]
+
+    def _load_failed(self, event: LoadFailed) -> list[Action]:
+        told = self._stages.load_failed(event)
+        if not told:
+            return []
+        if isinstance(event.error, CheckpointError) and self._stages.serving is None:
+            return [*told, *self._fail(event.error)]  # another attempt would read the same files
+        return [*told, Log(str(event.error), "error")]
 
     # -------------------------------------------------------------- leaving
 
-    def _signalled(self, number: int, now: float) -> list[Action]:
-        serving = self._stages.serving if self._state == "joined" else None
-        if self._leave_by < math.inf or self._leave_timeout_s <= 0 or serving is None:
-            return self._end(number)
-        self._leave_by, self._signal = now + self._leave_timeout_s, number
+    def _signalled(self, signal: int, now: float) -> list[Action]:
+        serving = self._stages.serving
+        if self._state is not _S.JOINED or self._leave_timeout_s <= 0 or serving is None:
+            return self._end(signal)
+        self._change(_C.ASKED_TO_LEAVE)
+        self._leave_by, self._signal = now + self._leave_timeout_s, signal
         layers = f"handing layers {serving.layers} over to other workers"
-        return [Say(Leaving()), Log(f"{layers}; a second signal ends at once")]
+        return [Send(Leaving()), Log(f"{layers}; a second signal ends at once")]
 
     def _may_leave(self, why: str) -> list[Action]:
         told = f": {why}" if why else ""
         return [Log(f"may leave{told}"), *self._end(self._signal)]
 
-    def _end(self, number: int) -> list[Action]:
-        return [Say(Goodbye()), End(number)]
+    def _end(self, signal: int) -> list[Action]:
+        self._change(_C.STOPPED)
+        return [Send(Goodbye()), End(signal)]
+
+    def _fail(self, error: DistributedLLMError) -> list[Action]:
+        self._change(_C.STOPPED)
+        return [Fail(error)]
 
     # -------------------------------------------------------------- for the operator
 

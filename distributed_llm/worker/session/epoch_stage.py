@@ -1,15 +1,83 @@
-"""One stage that a worker holds or loads: its neighbours, and the tasks that wait or run. Pure."""
+"""A worker's stage of one epoch: its state, its neighbours, and its tasks. Pure.
+
+Two ways lead to being served. A stage that loads alone takes tasks at once; they wait for the
+compute thread to load it. A stage that loads beside the served one is prepared for a move, and is
+served from the commit on.
+"""
+
+from enum import Enum
 
 import msgspec
 
 from distributed_llm.common.messages import LoadStage, StageTime, Task, TaskFailed, TaskResult
+from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
-from distributed_llm.worker.session.events import Action, Broke, Computed, Run, Say
-from distributed_llm.worker.session.link_events import HandOn
+from distributed_llm.worker.session.events import Action, Computed, ComputeFailed, Run, Send
+from distributed_llm.worker.session.link_events import ForwardTask
 from distributed_llm.worker.session.peers import Peers
 
 CREDITS = 32
-"""Tasks that may wait or run: so many steps fill a pipeline of that many stages."""
+"""Tasks that may wait or run at once: enough to fill a pipeline of that many stages."""
+
+
+class StageState(Enum):
+    """What a worker does with its stage of one epoch.
+
+    Attributes:
+        NEW: ordered just now.
+        LOADING: loads alone; tasks wait for it.
+        PREPARING: loads beside the served stage.
+        PREPARED: loaded beside the served stage; its KV cache is copied or assembled.
+        COMMITTED: the commit came while it was loading beside; it will be served once loaded.
+        SERVED: loaded, and runs tasks.
+        SUSPENDED: runs no tasks while its KV cache is handed over to another epoch.
+        GONE: given up.
+    """
+
+    NEW = "new"
+    LOADING = "loading"
+    PREPARING = "preparing"
+    PREPARED = "prepared"
+    COMMITTED = "committed"
+    SERVED = "served"
+    SUSPENDED = "suspended"
+    GONE = "gone"
+
+
+class StageCause(Enum):
+    """What leads to the next state."""
+
+    ORDERED_ALONE = "ordered alone"
+    ORDERED_BESIDE = "ordered beside"
+    LOADED = "loaded"
+    COMMIT = "commit"
+    SUSPEND = "suspend"
+    RESUME = "resume"
+    GIVE_UP = "give up"
+
+
+_S, _C = StageState, StageCause
+STAGE_STATES = StateTable(
+    "a worker's stage of one epoch",
+    _S.NEW,
+    {
+        (_S.NEW, _C.ORDERED_ALONE): _S.LOADING,
+        (_S.NEW, _C.ORDERED_BESIDE): _S.PREPARING,
+        (_S.LOADING, _C.LOADED): _S.SERVED,
+        (_S.PREPARING, _C.LOADED): _S.PREPARED,
+        (_S.PREPARING, _C.COMMIT): _S.COMMITTED,
+        (_S.COMMITTED, _C.LOADED): _S.SERVED,
+        (_S.PREPARED, _C.COMMIT): _S.SERVED,
+        (_S.SERVED, _C.SUSPEND): _S.SUSPENDED,
+        (_S.SUSPENDED, _C.RESUME): _S.SERVED,
+        (_S.LOADING, _C.GIVE_UP): _S.GONE,
+        (_S.PREPARING, _C.GIVE_UP): _S.GONE,
+        (_S.PREPARED, _C.GIVE_UP): _S.GONE,
+        (_S.COMMITTED, _C.GIVE_UP): _S.GONE,
+        (_S.SERVED, _C.GIVE_UP): _S.GONE,
+        (_S.SUSPENDED, _C.GIVE_UP): _S.GONE,
+    },
+)
 
 
 def failed(task: Task, code: str, message: str) -> TaskFailed:
@@ -18,63 +86,90 @@ def failed(task: Task, code: str, message: str) -> TaskFailed:
 
 
 class EpochStage:
-    """The layers of one epoch on this worker.
+    """One layer range of this worker under one epoch.
 
     Args:
+        session: that the order belongs to.
+        order: to load the stage.
         worker: the name of this worker.
 
     Attributes:
-        loaded: the layers are in memory.
-        handed_over: its tasks are void, because its KV cache goes on elsewhere.
+        order: as given.
+        peers: the workers of the stages before and after it.
+        state: see `STAGE_STATES`. A stage that failed to load stays as it is until it is given up.
     """
 
     def __init__(self, session: int, order: LoadStage, worker: str) -> None:
         self.order = order
         self.peers = Peers(order, worker)
-        self.loaded = False
-        self.handed_over = False
+        self.state = STAGE_STATES.initial
         self._session = session
-        self._oldest = self._next = 0  # steps; all that came are before `_next`
-        self._held: set[int] = set()
+        self._oldest = 0  # all smaller steps are void
+        self._next = 0  # all steps that arrived are smaller
+        self._pending: set[int] = set()  # steps that wait or run
+        self._change(_C.ORDERED_BESIDE if order.beside else _C.ORDERED_ALONE)
 
     @property
     def epoch(self) -> int:
-        """Under which it serves or will serve."""
+        """The epoch that the stage belongs to."""
         return self.order.epoch
 
-    def hand_over(self) -> None:
-        """Give up all tasks that came."""
-        self.handed_over = True
-        self._oldest = self._next
-        self._held.clear()
+    @property
+    def is_prepared_only(self) -> bool:
+        """Whether the stage loads or is loaded beside another one, without commit."""
+        return self.state in (_S.PREPARING, _S.PREPARED)
 
-    def go_on(self) -> None:
-        """Take tasks again."""
-        self.handed_over = False
+    @property
+    def is_loaded(self) -> bool:
+        """Whether its layers are in memory."""
+        return self.state in (_S.PREPARED, _S.SERVED, _S.SUSPENDED)
+
+    def loaded(self) -> None:
+        """Note that the layers are in memory."""
+        self._change(_C.LOADED)
+
+    def commit(self) -> None:
+        """Serve this stage, which was ordered beside another one."""
+        self._change(_C.COMMIT)
+
+    def suspend(self) -> None:
+        """Run no more tasks; those that have arrived are void for good."""
+        self._change(_C.SUSPEND)
+        self._oldest = self._next
+        self._pending.clear()
+
+    def resume(self) -> None:
+        """Run tasks again."""
+        self._change(_C.RESUME)
+
+    def give_up(self) -> list[Action]:
+        """Close the links to the neighbours; the stage must not be used any more."""
+        self._change(_C.GIVE_UP)
+        return self.peers.end()
 
     def is_void(self, task: Task) -> bool:
-        """Return whether nobody waits for a task of its epoch; may be called from any thread."""
-        return self.handed_over or task.step < self._oldest
+        """Return whether the result of a task of this epoch is no longer wanted; thread-safe."""
+        return self.state not in (_S.LOADING, _S.SERVED) or task.step < self._oldest
 
-    def take(self, task: Task, frames: tuple[Frame, ...]) -> list[Action]:
-        """Have a task of its epoch run."""
+    def run(self, task: Task, frames: tuple[Frame, ...]) -> list[Action]:
+        """Have a task of this epoch run, unless it is void, a repetition, or one too many."""
         self._next = max(self._next, task.step + 1)
         if task.oldest > self._oldest:
             self._oldest = task.oldest
-            self._held = {step for step in self._held if step >= task.oldest}
-        if task.step < self._oldest or task.step in self._held:
+            self._pending = {step for step in self._pending if step >= task.oldest}
+        if task.step < self._oldest or task.step in self._pending:
             return []
-        if len(self._held) >= CREDITS:
-            return [Say(failed(task, "too_many_tasks", f"{CREDITS} tasks wait here already"))]
-        self._held.add(task.step)
+        if len(self._pending) >= CREDITS:
+            return [Send(failed(task, "too_many_tasks", f"{CREDITS} tasks wait here already"))]
+        self._pending.add(task.step)
         return [Run(self._session, task, frames)]
 
-    def computed(self, done: Computed) -> list[Action]:
-        """Send what a task gave on its way."""
-        task = done.run.task
-        self._held.discard(task.step)
+    def computed(self, event: Computed) -> list[Action]:
+        """Send the result of a task to the next worker or to the coordinator, as its route says."""
+        task = event.run.task
+        self._pending.discard(task.step)
         own = StageTime(
-            compute_us=done.compute_us, layers_us=done.layers_us, queued_us=done.queued_us
+            compute_us=event.compute_us, layers_us=event.layers_us, queued_us=event.queued_us
         )
         timings = (*task.timings, own)
         if task.route and task.route[0] and self.peers.link_up:
@@ -83,15 +178,18 @@ class EpochStage:
                 oldest=self._oldest,
                 route=task.route[1:],
                 timings=timings,
-                tensors=(task.tensors[0], *done.specs),
+                tensors=(task.tensors[0], *event.specs),
             )
-            return [HandOn(onward, (done.run.frames[0], *done.frames))]
-        result = TaskResult(epoch=task.epoch, step=task.step, timings=timings, tensors=done.specs)
-        return [Say(result, done.frames)]
+            return [ForwardTask(onward, (event.run.frames[0], *event.frames))]
+        result = TaskResult(epoch=task.epoch, step=task.step, timings=timings, tensors=event.specs)
+        return [Send(result, event.frames)]
 
-    def broke(self, broke: Broke) -> list[Action]:
-        """Tell that a task could not be run."""
-        task = broke.run.task
-        self._held.discard(task.step)
-        told = failed(task, broke.error.code, str(broke.error)[:4096])
-        return [Say(msgspec.structs.replace(told, missing=broke.missing))]
+    def compute_failed(self, event: ComputeFailed) -> list[Action]:
+        """Report that a task could not be run."""
+        task = event.run.task
+        self._pending.discard(task.step)
+        told = failed(task, event.error.code, str(event.error)[:4096])
+        return [Send(msgspec.structs.replace(told, missing=event.missing))]
+
+    def _change(self, cause: StageCause) -> None:
+        self.state = STAGE_STATES.after(self.state, cause)

@@ -1,4 +1,8 @@
-"""What the worker's edge tells the agent, and what the agent tells the edge to do."""
+"""What the edge tells the agent (events), and what the agent tells the edge to do (actions).
+
+Actions for the compute thread are called orders; each names the event that answers it. What crosses
+links to other workers is in `link_events`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -30,12 +34,15 @@ from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.session.link_events import LinkAction, LinkEvent
 
-# ------------------------------------------------------------------ orders, which are actions too
+# ------------------------------------------------------------------ orders to the compute thread
 
 
 @dataclass(frozen=True)
 class Load:
-    """Action: load a stage; give up all others first, or keep the served one if it is beside."""
+    """Order: load a stage, answered by `Loaded` or `LoadFailed`.
+
+    A stage that loads beside the served one leaves it alone; any other takes its place.
+    """
 
     session: int
     order: LoadStage
@@ -43,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Run:
-    """Action: run a task."""
+    """Order: run a task, answered by `Computed` or `ComputeFailed`."""
 
     session: int
     task: Task
@@ -52,7 +59,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Release:
-    """Action: free the KV cache of sequences in the stage of `epoch`."""
+    """Order: free the KV cache of sequences in the stage of `epoch`."""
 
     epoch: int
     sequence_ids: tuple[int, ...]
@@ -60,33 +67,33 @@ class Release:
 
 @dataclass(frozen=True)
 class Drop:
-    """Action: give up all stages."""
+    """Order: unload all stages."""
 
 
 @dataclass(frozen=True)
 class Serve:
-    """Action: the stage of `epoch`, loaded beside, is the served one now; give up the other."""
+    """Order: serve the stage of `epoch`, which was loaded beside; unload the one served so far."""
 
     epoch: int
 
 
 @dataclass(frozen=True)
 class Unload:
-    """Action: give up what was loaded beside under `epoch`, and what is exported to it."""
+    """Order: undo the move to `epoch`: unload its stage and forget what was exported to it."""
 
     epoch: int
 
 
 @dataclass(frozen=True)
-class Export:
-    """Action: hand out the next message with KV cache of these layers of the served stage.
+class ExportKV:
+    """Order: return the next message of a KV cache transfer from the served stage.
 
-    Answered by `Exported`.
+    Answered by `KVExported` or `KVOrderFailed`.
 
     Attributes:
-        epoch: in which somebody takes the layers over.
+        epoch: to which the layers move.
         number: of the message in the transfer, from 1.
-        rest: no step runs any more: after the last pieces comes what is held.
+        rest: no step runs any more, so the last pieces are followed by `KVEnd`.
     """
 
     session: int
@@ -97,8 +104,11 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Import:
-    """Action: keep what another worker sent for the stage of `epoch`; answered by `Imported`."""
+class ImportKV:
+    """Order: keep a message of a KV cache transfer for the stage that was loaded beside.
+
+    Answered by `KVImported` or `KVOrderFailed`.
+    """
 
     session: int
     message: KVPieces | KVEnd
@@ -106,10 +116,10 @@ class Import:
 
 
 @dataclass(frozen=True)
-class Inherit:
-    """Action: the stage of `epoch` takes over the KV cache of the served one and of the imports.
+class AssembleKV:
+    """Order: make the KV cache of the stage of `epoch` from the served stage's and the imports.
 
-    Answered by `Inherited`.
+    Answered by `KVAssembled` or `KVOrderFailed`.
     """
 
     session: int
@@ -118,9 +128,16 @@ class Inherit:
 
 @dataclass(frozen=True)
 class Probe:
-    """Action: measure again how fast this machine is; answered by `Probed`."""
+    """Order: measure this machine's speed again, answered by `Probed`."""
 
     session: int
+
+
+KVOrder = ExportKV | ImportKV | AssembleKV
+VoidableOrder = Load | Run | KVOrder | Probe
+"""Orders whose results may have become unwanted by the time the compute thread gets to them."""
+
+Order = VoidableOrder | Release | Drop | Serve | Unload
 
 
 # ------------------------------------------------------------------ events: the coordinator
@@ -128,7 +145,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Connected:
-    """Event: the coordinator's port was reached.
+    """Event: the connection to the coordinator stands.
 
     Attributes:
         peer_addresses: "HOST:PORT" at which other workers may reach this one, best first.
@@ -139,7 +156,7 @@ class Connected:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """Event: the connection was lost."""
+    """Event: the connection to the coordinator was lost."""
 
 
 @dataclass(frozen=True)
@@ -152,16 +169,16 @@ class Received:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Event: the coordinator sent what is no message."""
+    """Event: the coordinator sent something that cannot be decoded."""
 
     error: DistributedLLMError
 
 
 @dataclass(frozen=True)
 class Signalled:
-    """Event: somebody at this machine wants the worker to end, and sent the signal `number`."""
+    """Event: the operating system sent this process the signal `signal`, to end it."""
 
-    number: int
+    signal: int
 
 
 # ------------------------------------------------------------------ events: the compute thread
@@ -172,8 +189,10 @@ class Loaded:
     """Event: the layers of `epoch` are in memory.
 
     Attributes:
+        load_s: time that loading took.
+        weight_bytes: memory that the weights take.
         kv_tokens: positions that the KV cache has room for.
-        trials: what steps took that were tried after that.
+        trials: times of trial steps, if any were wanted.
     """
 
     session: int
@@ -186,7 +205,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """Event: the layers of `epoch` cannot be loaded."""
+    """Event: the layers of `epoch` could not be loaded."""
 
     session: int
     epoch: int
@@ -195,12 +214,15 @@ class LoadFailed:
 
 @dataclass(frozen=True)
 class Computed:
-    """Event: a task was run.
+    """Event: a task has run.
 
     Attributes:
-        specs: of what it gave: hidden states in the wire dtype, or what the last stage answers.
-        layers_us: of `compute_us`, inside the layers.
-        queued_us: from its arrival until it ran.
+        specs: of the resulting tensors: hidden states in the wire dtype, or the last stage's answer
+            as in `TaskResult`.
+        frames: their bytes.
+        compute_us: total time.
+        layers_us: the part of `compute_us` spent inside the layers.
+        queued_us: time from the task's arrival until it ran.
     """
 
     run: Run
@@ -212,8 +234,12 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class Broke:
-    """Event: a task could not be run."""
+class ComputeFailed:
+    """Event: a task could not be run.
+
+    Attributes:
+        missing: positions that the KV cache would have needed.
+    """
 
     run: Run
     error: DistributedLLMError
@@ -221,69 +247,55 @@ class Broke:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """Event: the next message of a transfer; None if there is nothing to be sent just now."""
+class KVExported:
+    """Event: the next message of a transfer; None if there is nothing new to send."""
 
-    order: Export
+    order: ExportKV
     message: KVPieces | KVEnd | None
     frames: tuple[Frame, ...] = ()
 
 
 @dataclass(frozen=True)
-class Imported:
-    """Event: what another worker sent is kept."""
+class KVImported:
+    """Event: a message of a transfer was kept."""
 
-    order: Import
-
-
-@dataclass(frozen=True)
-class Inherited:
-    """Event: the stage of `epoch` has its KV cache."""
-
-    order: Inherit
+    order: ImportKV
 
 
 @dataclass(frozen=True)
-class HandOverFailed:
-    """Event: an order to export, import or inherit could not be carried out."""
+class KVAssembled:
+    """Event: the stage that was loaded beside has its KV cache."""
 
-    order: Export | Import | Inherit
+    order: AssembleKV
+
+
+@dataclass(frozen=True)
+class KVOrderFailed:
+    """Event: KV cache could not be exported, imported or assembled."""
+
+    order: KVOrder
     error: DistributedLLMError
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Event: this machine was measured again."""
+    """Event: the machine's speed was measured again."""
 
     session: int
     memory_bandwidth_bytes_per_s: float
     flops_per_s: float
 
 
-Event = (
-    LinkEvent
-    | Connected
-    | Disconnected
-    | Received
-    | Garbage
-    | Signalled
-    | Loaded
-    | LoadFailed
-    | Computed
-    | Broke
-    | Exported
-    | Imported
-    | Inherited
-    | HandOverFailed
-    | Probed
-)
+KVEvent = KVExported | KVImported | KVAssembled | KVOrderFailed
+ComputeEvent = Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed
+Event = LinkEvent | Connected | Disconnected | Received | Garbage | Signalled | ComputeEvent
 
 
 # ------------------------------------------------------------------ actions
 
 
 @dataclass(frozen=True)
-class Say:
+class Send:
     """Action: send a message to the coordinator."""
 
     message: (
@@ -304,8 +316,12 @@ class Say:
 
 
 @dataclass(frozen=True)
-class Beat:
-    """Action: send a heartbeat with the vitals of the moment."""
+class SendHeartbeat:
+    """Action: send the coordinator a heartbeat with this moment's vitals.
+
+    Attributes:
+        epochs: of the stages that are loaded or loading.
+    """
 
     epochs: tuple[int, ...]
 
@@ -325,38 +341,20 @@ class Log:
 
 @dataclass(frozen=True)
 class End:
-    """Action: end the worker as was wished, after what was said is sent.
+    """Action: end the worker normally, once all messages are sent.
 
     Attributes:
-        number: of the signal that wished it; 0 is none.
+        signal: number of the signal that asked for it; 0 is none.
     """
 
-    number: int
+    signal: int
 
 
 @dataclass(frozen=True)
-class Exit:
-    """Action: end the worker because of an error."""
+class Fail:
+    """Action: end the worker with an error."""
 
     error: DistributedLLMError
 
 
-Action = (
-    LinkAction
-    | Say
-    | Beat
-    | Load
-    | Run
-    | Release
-    | Drop
-    | Serve
-    | Unload
-    | Export
-    | Import
-    | Inherit
-    | Probe
-    | Reconnect
-    | Log
-    | End
-    | Exit
-)
+Action = Order | LinkAction | Send | SendHeartbeat | Reconnect | Log | End | Fail

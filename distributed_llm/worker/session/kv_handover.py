@@ -1,15 +1,18 @@
-"""How the KV cache of layers that move gets from one epoch to the next, on one worker. Pure.
+"""One worker's part in handing the KV cache of moving layers over to a new epoch. Pure.
 
-What a worker sends, it sends in one `Transfer` per range of layers; what it is sent arrives in one
-`_Arrival` per range, of one worker each. Once it was told that no step runs, the stage of the new
-epoch inherits the KV cache as soon as all that arrives has ended.
+A worker may send, receive, or both. It sends each range of layers in a `Transfer` of its own, and
+receives each range from one other worker. While steps run, what they add is copied again and again.
+Once the coordinator says that no step runs, senders send the rest, and a new stage assembles its KV
+cache as soon as everything has arrived for it.
 
-Whatever fails is told once, and ends all of it here: the coordinator then takes back what it asked
-for, or begins the new epoch without.
+The first failure is reported and ends the handover on this worker. The coordinator then undoes the
+move, or commits it with empty KV caches.
 """
 
 import math
 from dataclasses import dataclass
+from enum import Enum
+from typing import assert_never
 
 from distributed_llm.common.messages import (
     CopyKV,
@@ -18,83 +21,139 @@ from distributed_llm.common.messages import (
     KVFailed,
     KVPieces,
     KVTaken,
+    PeerProbed,
     TookOver,
 )
+from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import LayerRange, PeerId, size_text
 from distributed_llm.worker.session.events import (
     Action,
-    Export,
-    Exported,
-    HandOverFailed,
-    Import,
-    Imported,
-    Inherit,
+    AssembleKV,
+    ExportKV,
+    ImportKV,
+    KVAssembled,
+    KVEvent,
+    KVExported,
+    KVImported,
+    KVOrderFailed,
     Log,
-    Say,
+    Send,
 )
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
-    LinkHeard,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
-    PeerSay,
+    SendToPeer,
 )
 from distributed_llm.worker.session.transfer import WINDOW, Transfer
 
-_ARRIVE_S = 30.0
-"""How long nothing may arrive of what is to be inherited; a sender gives up long before."""
+_ARRIVAL_TIMEOUT_S = 30.0
+"""How long nothing may arrive while the handover waits; a sender gives up long before that."""
+
+
+class HandoverState(Enum):
+    """How far a worker is with handing KV cache over.
+
+    Attributes:
+        COPYING: steps run; senders copy what is there, receivers keep what arrives.
+        COPIED: everything that was there has been copied once, and was reported.
+        HANDOVER: no step runs; senders send the rest, receivers wait for it.
+        ASSEMBLING: all has arrived; the compute thread assembles the new stage's KV cache.
+        ASSEMBLED: the new stage has its KV cache.
+        FAILED: a failure was reported; nothing more is done.
+    """
+
+    COPYING = "copying"
+    COPIED = "copied"
+    HANDOVER = "handover"
+    ASSEMBLING = "assembling"
+    ASSEMBLED = "assembled"
+    FAILED = "failed"
+
+
+class HandoverCause(Enum):
+    """What leads to the next state."""
+
+    ALL_COPIED = "all copied"
+    STEPS_ENDED = "steps ended"
+    ALL_ARRIVED = "all arrived"
+    ASSEMBLED = "assembled"
+    FAILED = "failed"
+
+
+_S, _C = HandoverState, HandoverCause
+HANDOVER_STATES = StateTable(
+    "a worker's handover of KV cache",
+    _S.COPYING,
+    {
+        (_S.COPYING, _C.ALL_COPIED): _S.COPIED,
+        (_S.COPYING, _C.STEPS_ENDED): _S.HANDOVER,
+        (_S.COPIED, _C.STEPS_ENDED): _S.HANDOVER,
+        (_S.HANDOVER, _C.ALL_ARRIVED): _S.ASSEMBLING,
+        (_S.ASSEMBLING, _C.ASSEMBLED): _S.ASSEMBLED,
+        (_S.COPYING, _C.FAILED): _S.FAILED,
+        (_S.COPIED, _C.FAILED): _S.FAILED,
+        (_S.HANDOVER, _C.FAILED): _S.FAILED,
+        (_S.ASSEMBLING, _C.FAILED): _S.FAILED,
+        (_S.ASSEMBLED, _C.FAILED): _S.FAILED,  # it may still be sending to others
+    },
+)
 
 
 @dataclass
 class _Arrival:
-    """Layers whose KV cache another worker sends.
+    """The KV cache of one range of layers, on its way from another worker.
 
     Attributes:
-        sender: the first that sent any; nobody else may.
-        arrived: number of the latest message.
-        kept: number of the latest that was imported.
-        ended: the latest is the last.
+        sender: the peer that sent the first message; no other one may send.
+        received: number of the latest message that has arrived.
+        imported: number of the latest message that the compute thread has kept.
+        ended: the latest message is the last.
     """
 
     sender: PeerId | None = None
-    arrived: int = 0
-    kept: int = 0
+    received: int = 0
+    imported: int = 0
     ended: bool = False
 
 
 class KVHandover:
-    """What one worker does about the KV cache of an epoch that is to be.
+    """The KV cache that one worker sends and receives for one new epoch.
 
     Args:
-        imports: of the stage that is loaded here for the epoch.
-        inherits: there is such a stage.
-
-    Attributes:
-        over: something failed, and that was told; nothing more is done.
+        session: of the worker, for orders.
+        epoch: the new one.
+        imports: layers whose KV cache other workers send here.
+        has_new_stage: a stage of the new epoch is prepared here, and needs a KV cache.
     """
 
     def __init__(
-        self, session: int, epoch: int, imports: tuple[LayerRange, ...] = (), *, inherits: bool
+        self, session: int, epoch: int, imports: tuple[LayerRange, ...] = (), *, has_new_stage: bool
     ) -> None:
         self.epoch = epoch
-        self.over = False
         self._session = session
-        self._inherits = inherits
+        self._has_new_stage = has_new_stage
+        self._state = HANDOVER_STATES.initial
         self._arrivals = {layers: _Arrival() for layers in imports}
         self._transfers: dict[LayerRange, Transfer] = {}
-        self._copied = self._taking_over = self._inheriting = self._took_over = False
         self._arrive_by = math.inf
 
     @property
-    def is_inheriting(self) -> bool:
-        """Whether the stage was told to take over and has not done so."""
-        return self._inherits and self._taking_over and not self._took_over and not self.over
+    def has_failed(self) -> bool:
+        """Whether a failure was reported; nothing more is done then."""
+        return self._state is _S.FAILED
+
+    @property
+    def is_assembling(self) -> bool:
+        """Whether the new stage waits for its KV cache, so that no task may run on it."""
+        return self._has_new_stage and self._state in (_S.HANDOVER, _S.ASSEMBLING)
 
     def copy(self, order: CopyKV, now: float) -> list[Action]:
-        """Begin to send."""
-        if self.over or self._transfers:
+        """Begin to copy."""
+        if self.has_failed or self._transfers:
             return [Log(f"ignored a second order to copy for plan {self.epoch}", "warning")]
         for what in order.transfers:
             self._transfers[what.layers] = Transfer(
@@ -106,152 +165,182 @@ class KVHandover:
             actions += transfer.begin()
         return actions
 
-    def take_over(self, now: float) -> list[Action]:
-        """No step of the served epoch runs any more: send the rest, inherit what has arrived."""
-        if self.over or self._taking_over:
+    def begin(self, now: float) -> list[Action]:
+        """Begin the handover: no step of the served epoch runs any more."""
+        if self._state not in (_S.COPYING, _S.COPIED):
             return []
-        self._taking_over = True
+        self._change(_C.STEPS_ENDED)
         self._wait_for_arrivals(now)
         actions: list[Action] = []
         for transfer in self._transfers.values():
-            actions += transfer.take_rest()
-        return [*actions, *self._inherit()]
+            actions += transfer.send_rest()
+        return [*actions, *self._assemble()]
 
     def end(self) -> list[Action]:
-        """Close the links; this is not used any more."""
+        """Close the links; the handover must not be used any more."""
         transfers, self._transfers = self._transfers, {}
         return [action for transfer in transfers.values() for action in transfer.end()]
 
     def fail(self, code: str, message: str, worker: str = "") -> list[Action]:
-        """Tell that it cannot be done, once, and do nothing more.
+        """Report a failure and end the handover; only the first failure is reported.
 
         Args:
-            worker: to whom nothing can be sent; empty if nothing can be taken over here.
+            code: of the error.
+            message: for people.
+            worker: that could not be sent to; empty if receiving or assembling failed here.
         """
-        if self.over:
+        if self.has_failed:
             return []
-        self.over = True
+        self._change(_C.FAILED)
         told = KVFailed(epoch=self.epoch, worker=worker, code=code, message=message[:4096])
-        return [*self.end(), Say(told), Log(f"moving layers failed: {message}", "warning")]
+        return [*self.end(), Send(told), Log(f"moving layers failed: {message}", "warning")]
 
-    def failed(self, event: HandOverFailed) -> list[Action]:
-        """An order could not be carried out."""
+    def order_done(self, event: KVEvent, now: float) -> list[Action]:
+        """Go on after an order to the compute thread."""
+        match event:
+            case KVExported():
+                return self._exported(event, now)
+            case KVImported():
+                return self._imported(event)
+            case KVAssembled():
+                return self._assembled()
+            case KVOrderFailed():
+                return self._order_failed(event)
+            case _:
+                assert_never(event)
+
+    def _change(self, cause: HandoverCause) -> None:
+        self._state = HANDOVER_STATES.after(self._state, cause)
+
+    def _order_failed(self, event: KVOrderFailed) -> list[Action]:
         worker = ""
-        if isinstance(event.order, Export) and event.order.layers in self._transfers:
+        if isinstance(event.order, ExportKV) and event.order.layers in self._transfers:
             worker = self._transfers[event.order.layers].worker
         return self.fail(event.error.code, str(event.error), worker)
 
     # -------------------------------------------------------------- sending
 
-    def linked(self, event: LinkChange, now: float) -> list[Action]:
-        """Something happened to the link of a transfer."""
+    def link_changed(self, event: LinkChange, now: float) -> list[Action]:
+        """Handle an event of the link of a transfer."""
         transfer = self._transfers.get(event.link.layers) if event.link.layers else None
         if transfer is None:
             return []
         match event:
-            case NextReached(address=address):
+            case LinkReached(address=address):
                 return transfer.reached(address, now)
             case LinkUp():
                 return transfer.welcomed()
-            case LinkHeard(message=KVTaken() as taken):
-                return [*transfer.taken(taken, now), *self._tell_copied()]
-            case LinkHeard():
-                return []
+            case LinkReceived(message=message):
+                return self._receiver_said(transfer, message, now)
             case LinkDown():
                 why = f"The connection to {transfer.worker} was lost while KV cache was sent there."
                 return self.fail("connection_failed", why, transfer.worker)
+            case _:
+                assert_never(event)
 
-    def exported(self, event: Exported, now: float) -> list[Action]:
-        """Send what the compute thread exported."""
+    def _receiver_said(
+        self, transfer: Transfer, message: KVTaken | PeerProbed, now: float
+    ) -> list[Action]:
+        match message:
+            case KVTaken():
+                return [*transfer.acknowledged(message, now), *self._report_copied()]
+            case PeerProbed():
+                return []  # nothing was probed over this link
+            case _:
+                assert_never(message)
+
+    def _exported(self, event: KVExported, now: float) -> list[Action]:
         transfer = self._transfers.get(event.order.layers)
         if transfer is None:
             return []
-        return [*transfer.exported(event, now), *self._tell_copied()]
+        return [*transfer.exported(event, now), *self._report_copied()]
 
-    def _tell_copied(self) -> list[Action]:
-        done = all(transfer.is_idle for transfer in self._transfers.values())
-        if not done or self._copied or self._taking_over:
+    def _report_copied(self) -> list[Action]:
+        all_idle = all(transfer.is_idle for transfer in self._transfers.values())
+        if self._state is not _S.COPYING or not all_idle:
             return []
-        self._copied = True
+        self._change(_C.ALL_COPIED)
         sent_bytes = sum(transfer.sent_bytes for transfer in self._transfers.values())
         return [
-            Say(KVCopied(epoch=self.epoch, bytes_sent=sent_bytes)),
+            Send(KVCopied(epoch=self.epoch, bytes_sent=sent_bytes)),
             Log(f"sent {size_text(sent_bytes)} of KV cache (plan {self.epoch})"),
         ]
 
     # -------------------------------------------------------------- receiving
 
-    def arrived(
+    def received(
         self, peer: PeerId, message: KVPieces | KVEnd, frames: tuple[Frame, ...], now: float
     ) -> list[Action]:
-        """Have kept what a worker sent that was welcomed in this epoch."""
+        """Have a message of a transfer kept, which a welcomed peer sent; ignore repetitions."""
         arrival = self._arrivals.get(message.layers)
-        if self.over or arrival is None:
+        if self.has_failed or arrival is None:
             return []
         if arrival.sender is None:
             arrival.sender = peer
-        if arrival.sender != peer or message.number <= arrival.arrived:
+        if arrival.sender != peer or message.number <= arrival.received:
             return []
-        in_order = message.number == arrival.arrived + 1
-        if not in_order or message.number - arrival.kept > WINDOW or arrival.ended:
+        in_order = message.number == arrival.received + 1
+        if not in_order or message.number - arrival.imported > WINDOW or arrival.ended:
             why = (
                 f"Message {message.number} with KV cache of layers {message.layers} came after "
-                f"message {arrival.arrived}, and {arrival.kept} are kept."
+                f"message {arrival.received}, and {arrival.imported} are kept."
             )
             return self.fail("bad_transfer", why)
-        arrival.arrived = message.number
+        arrival.received = message.number
         arrival.ended = isinstance(message, KVEnd)
-        if self._taking_over:
+        if self._state not in (_S.COPYING, _S.COPIED):
             self._wait_for_arrivals(now)
-        return [Import(self._session, message, frames)]
+        return [ImportKV(self._session, message, frames)]
 
-    def imported(self, event: Imported) -> list[Action]:
-        """Acknowledge what is kept."""
+    def _imported(self, event: KVImported) -> list[Action]:
+        """Acknowledge a message that is kept; it may have been the last one."""
         message = event.order.message
         arrival = self._arrivals.get(message.layers)
-        if self.over or arrival is None or arrival.sender is None:
+        if arrival is None or arrival.sender is None:
             return []
-        arrival.kept = message.number
+        arrival.imported = message.number
         taken = KVTaken(epoch=self.epoch, layers=message.layers, number=message.number)
-        return [PeerSay(arrival.sender, taken), *self._inherit()]
+        return [SendToPeer(arrival.sender, taken), *self._assemble()]
 
-    def inherited(self) -> list[Action]:
-        """Tell that the stage has its KV cache."""
-        if self.over or not self._inheriting or self._took_over:
+    def _assemble(self) -> list[Action]:
+        """Order the new stage's KV cache, once no step runs and everything is here."""
+        arrivals = self._arrivals.values()
+        all_here = all(one.ended and one.imported == one.received for one in arrivals)
+        if not self._has_new_stage or self._state is not _S.HANDOVER or not all_here:
             return []
-        self._took_over = True
+        self._change(_C.ALL_ARRIVED)
+        return [AssembleKV(self._session, self.epoch)]
+
+    def _assembled(self) -> list[Action]:
+        self._change(_C.ASSEMBLED)
         return [
-            Say(TookOver(epoch=self.epoch)),
+            Send(TookOver(epoch=self.epoch)),
             Log(f"has the KV cache of its layers (plan {self.epoch})"),
         ]
 
-    def _inherit(self) -> list[Action]:
-        all_here = all(one.ended and one.kept == one.arrived for one in self._arrivals.values())
-        if not (self._inherits and self._taking_over and all_here) or self._inheriting:
-            return []
-        self._inheriting = True
-        return [Inherit(self._session, self.epoch)]
-
     def _wait_for_arrivals(self, now: float) -> None:
         waits = not all(arrival.ended for arrival in self._arrivals.values())
-        self._arrive_by = now + _ARRIVE_S if waits else math.inf
+        self._arrive_by = now + _ARRIVAL_TIMEOUT_S if waits else math.inf
 
     # -------------------------------------------------------------- time
 
     def next_deadline(self) -> float:
         """Return when `on_timer` is next due, clock seconds; infinity if never."""
-        if self.over:
+        if self.has_failed:
             return math.inf
         dues = [transfer.next_deadline() for transfer in self._transfers.values()]
         return min([self._arrive_by, *dues])
 
     def on_timer(self, now: float) -> list[Action]:
         """Do what is due."""
-        if self.over:
+        if self.has_failed:
             return []
         if self._arrive_by <= now:
-            ranges = [str(layers) for layers, one in self._arrivals.items() if not one.ended]
-            why = f"Nothing came of the KV cache of layers {', '.join(ranges)} for {_ARRIVE_S:g} s."
+            late = [str(layers) for layers, one in self._arrivals.items() if not one.ended]
+            why = (
+                f"Nothing came of the KV cache of layers {', '.join(late)} for "
+                f"{_ARRIVAL_TIMEOUT_S:g} s."
+            )
             return self.fail("deadline_exceeded", why)
         actions: list[Action] = []
         for transfer in self._transfers.values():

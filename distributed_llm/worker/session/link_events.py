@@ -1,4 +1,8 @@
-"""What the links to other workers tell the agent, and what the agent tells them to do."""
+"""What the links to other workers tell the agent (events) and what it tells them to do (actions).
+
+A worker is dialled by its peers, and it dials others itself over links: one link to the worker of
+the next stage, and one for each KV cache transfer.
+"""
 
 from dataclasses import dataclass
 
@@ -22,10 +26,10 @@ from distributed_llm.common.types import LayerRange, PeerId
 
 @dataclass(frozen=True)
 class LinkId:
-    """Names a link of this worker to another one.
+    """Names a link from this worker to another one.
 
     Attributes:
-        layers: of the transfer that it is for; None is the link to the next stage.
+        layers: whose KV cache the link transfers; None is the link to the next stage.
     """
 
     epoch: int
@@ -37,7 +41,7 @@ class LinkId:
 
 @dataclass(frozen=True)
 class PeerReceived:
-    """Event: somebody who connected to this worker sent a message."""
+    """Event: a worker that dialled this one sent a message."""
 
     peer: PeerId
     message: ToNextWorker
@@ -46,14 +50,14 @@ class PeerReceived:
 
 @dataclass(frozen=True)
 class PeerGarbage:
-    """Event: somebody who connected to this worker sent what is no message."""
+    """Event: another worker sent something that cannot be decoded."""
 
     error: DistributedLLMError
 
 
 @dataclass(frozen=True)
-class NextReached:
-    """Event: something at this address of a link speaks our transport."""
+class LinkReached:
+    """Event: one of a link's addresses is connected; who is there has not been asked."""
 
     link: LinkId
     address: Address
@@ -64,7 +68,7 @@ class LinkUp:
     """Event: the other worker welcomed the hello; the link may be used.
 
     Attributes:
-        rtt_s: since the latest hello that was said there.
+        rtt_s: time from the latest hello on that connection to the welcome.
     """
 
     link: LinkId
@@ -73,20 +77,20 @@ class LinkUp:
 
 @dataclass(frozen=True)
 class LinkDown:
-    """Event: a link that was up is no more, or takes no more messages; it is closed."""
+    """Event: a link that was up has broken or is congested; it is closed."""
 
     link: LinkId
 
 
 @dataclass(frozen=True)
-class LinkHeard:
-    """Event: the worker at the other end of a link that is up answered."""
+class LinkReceived:
+    """Event: the other worker of a link that is up sent a message."""
 
     link: LinkId
     message: PeerProbed | KVTaken
 
 
-LinkChange = NextReached | LinkUp | LinkDown | LinkHeard
+LinkChange = LinkReached | LinkUp | LinkDown | LinkReceived
 LinkEvent = PeerReceived | PeerGarbage | LinkChange
 
 
@@ -95,7 +99,7 @@ LinkEvent = PeerReceived | PeerGarbage | LinkChange
 
 @dataclass(frozen=True)
 class OpenLink:
-    """Action: dial another worker at all of its addresses; close the link of that name."""
+    """Action: dial another worker at all of its addresses, closing a link of the same name."""
 
     link: LinkId
     addresses: Addresses
@@ -103,7 +107,7 @@ class OpenLink:
 
 @dataclass(frozen=True)
 class Greet:
-    """Action: say hello at these addresses of a link; those that are gone again do not matter."""
+    """Action: send a hello to those of these addresses that are connected."""
 
     link: LinkId
     hello: PeerHello
@@ -111,16 +115,16 @@ class Greet:
 
 
 @dataclass(frozen=True)
-class HandOn:
-    """Action: send a task over the link of its epoch to the next worker."""
+class ForwardTask:
+    """Action: send a task to the next worker, over the link of its epoch."""
 
     task: Task
     frames: tuple[Frame, ...]
 
 
 @dataclass(frozen=True)
-class Transmit:
-    """Action: send what is no task over a link."""
+class SendOverLink:
+    """Action: send any message but a task over a link."""
 
     link: LinkId
     message: PeerProbe | KVPieces | KVEnd
@@ -129,17 +133,17 @@ class Transmit:
 
 @dataclass(frozen=True)
 class CloseLink:
-    """Action: close a link; what waits there to be sent is void."""
+    """Action: close a link and drop what waits to be sent."""
 
     link: LinkId
 
 
 @dataclass(frozen=True)
-class PeerSay:
-    """Action: answer somebody who connected to this worker."""
+class SendToPeer:
+    """Action: answer a worker that dialled this one."""
 
     peer: PeerId
     message: ToPreviousWorker
 
 
-LinkAction = OpenLink | Greet | HandOn | Transmit | CloseLink | PeerSay
+LinkAction = OpenLink | Greet | ForwardTask | SendOverLink | CloseLink | SendToPeer

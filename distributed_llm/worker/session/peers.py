@@ -1,26 +1,19 @@
-"""The neighbours of a stage: who may hand it tasks, and whether it reaches the next one. Pure.
+"""The neighbours of a stage: who may hand it tasks, and its link to the worker after it. Pure.
 
-    down --reached, hello said, welcomed--> up --lost--> down
+    down --connected, hello said, welcomed--> up --lost--> down
 
-While the link to the next worker is down, all of its addresses are dialled anew every few seconds,
-and a hello is repeated where something answers: the next worker may not know the epoch yet, or a
+While the link is down, all addresses of the next worker are dialled again every few seconds: a
 firewall may have been opened. The coordinator is told of every change, and once at the beginning if
-the link does not come up; it relays what cannot be handed on. When the link is up it is probed with
-one large message, and how fast that was is told as well.
-
-The key of an epoch is known to the coordinator and the workers of a pipeline. A hello does not show
-it: it proves that its sender knows it, and to whom it speaks, because behind an address of another
-network may be somebody else in this one, even this worker itself.
+the link does not come up; it relays the results that cannot be handed on. When the link comes up,
+its speed is measured with one large message, and reported as well.
 """
 
-import hashlib
 import hmac
 import math
 from collections import deque
 
 from distributed_llm.common.messages import (
     Address,
-    Addresses,
     LinkReport,
     LoadStage,
     PeerHello,
@@ -30,84 +23,33 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import frame_of_bytes
 from distributed_llm.common.types import PeerId
-from distributed_llm.worker.session.events import Action, Log, Say
+from distributed_llm.worker.session.dialling import Dialling, proof
+from distributed_llm.worker.session.events import Action, Log, Send
 from distributed_llm.worker.session.link_events import (
     CloseLink,
-    Greet,
     LinkId,
-    OpenLink,
-    PeerSay,
-    Transmit,
+    SendOverLink,
+    SendToPeer,
 )
 
 PROBE_BYTES = 256 * 1024
+"""Size of the message that measures a link."""
 
-_DIAL_S = 5.0
-_GREET_S = 0.3
-_REPORT_S = 3.0
-_MAX_KNOWN = 64
+_DIAL_EVERY_S = 5.0
+_REPORT_DOWN_AFTER_S = 3.0
+_MAX_WELCOMED = 64
 _MAX_BYTES_PER_S = 1e12
 
 
-def proof(key: str, epoch: int, worker: str) -> str:
-    """Return what a hello of `epoch` to `worker` says instead of the key."""
-    return hmac.new(key.encode(), f"{epoch} {worker}".encode(), hashlib.sha256).hexdigest()
-
-
-class Dialling:
-    """A link until it is up: hellos, repeated where something answers.
-
-    Args:
-        key: of the link's epoch.
-        worker: at the other end.
-        addresses: where that may be reached.
-    """
-
-    def __init__(self, link: LinkId, key: str, worker: str, addresses: Addresses) -> None:
-        self._link = link
-        self._hello = PeerHello(epoch=link.epoch, key=proof(key, link.epoch, worker))
-        self._addresses = addresses
-        self._reached: list[Address] = []
-        self._greet_at = math.inf
-
-    def dial(self) -> list[Action]:
-        """Dial all addresses, anew if they were dialled before."""
-        self.stop()
-        return [OpenLink(self._link, self._addresses)]
-
-    def stop(self) -> None:
-        """Say no more hellos."""
-        self._reached.clear()
-        self._greet_at = math.inf
-
-    def reached(self, address: Address, now: float) -> list[Action]:
-        """Say hello where something answers."""
-        if address not in self._reached:
-            self._reached.append(address)
-        self._greet_at = now + _GREET_S
-        return [Greet(self._link, self._hello, (address,))]
-
-    def next_deadline(self) -> float:
-        """Return when `on_timer` is next due, clock seconds; infinity if never."""
-        return self._greet_at
-
-    def on_timer(self, now: float) -> list[Action]:
-        """Do what is due."""
-        if self._greet_at > now:
-            return []
-        self._greet_at = now + _GREET_S
-        return [Greet(self._link, self._hello, tuple(self._reached))]
-
-
 class Peers:
-    """What one worker knows of its neighbours in one epoch.
+    """The neighbours of a stage of one epoch.
 
     Args:
-        order: for the stage.
-        worker: this one.
+        order: to load the stage; it names the next worker, and the key of the epoch's links.
+        worker: the name of this worker.
 
     Attributes:
-        link_up: tasks can be handed to the next worker.
+        link_up: whether tasks can be sent to the next worker directly.
     """
 
     def __init__(self, order: LoadStage, worker: str) -> None:
@@ -115,7 +57,7 @@ class Peers:
         self._epoch = order.epoch
         self._link = LinkId(order.epoch)
         self._proof = proof(order.link_key, order.epoch, worker)
-        self._known: deque[PeerId] = deque(maxlen=_MAX_KNOWN)
+        self._welcomed: deque[PeerId] = deque(maxlen=_MAX_WELCOMED)
         self._next = order.next_stage
         self._dialling: Dialling | None = None
         if self._next is not None and self._next.addresses:
@@ -130,75 +72,83 @@ class Peers:
         """Dial the next worker."""
         if self._dialling is None:
             return self._report_down("it has no address") if self._next else []
-        self._report_at = now + _REPORT_S
+        self._report_at = now + _REPORT_DOWN_AFTER_S
         return self._dial(now)
 
     def end(self) -> list[Action]:
-        """Forget the neighbours; this is not used any more."""
-        self._known.clear()
+        """Close the link and forget the neighbours; this must not be used any more."""
+        self._welcomed.clear()
         self.link_up = False
         self._stop_timers()
         return [CloseLink(self._link)] if self._next else []
 
-    # -------------------------------------------------------------- who hands tasks
+    # -------------------------------------------------------------- workers that dialled this one
 
     def is_forged(self, hello: PeerHello) -> bool:
-        """Return whether a hello of this epoch does not prove that it knows the key."""
+        """Return whether a hello of this epoch does not prove that its sender knows the key."""
         return not hmac.compare_digest(hello.key.encode(), self._proof.encode())
 
     def greeted(self, peer: PeerId, hello: PeerHello) -> list[Action]:
-        """Welcome `peer` if its hello is right; others get no answer."""
+        """Welcome `peer` if its hello proves that it knows the key; else do not answer."""
         if self.is_forged(hello):
             return []
-        if peer not in self._known:
-            self._known.append(peer)
-        return [PeerSay(peer, PeerWelcome(epoch=self._epoch))]
+        if peer not in self._welcomed:
+            self._welcomed.append(peer)
+        return [SendToPeer(peer, PeerWelcome(epoch=self._epoch))]
 
     def knows(self, peer: PeerId) -> bool:
-        """Return whether `peer` was welcomed in this epoch: only who was may send anything."""
-        return peer in self._known
+        """Return whether `peer` was welcomed, and so may send messages of this epoch."""
+        return peer in self._welcomed
 
     def probed_by(self, peer: PeerId) -> list[Action]:
-        """Tell `peer` that its probe has arrived."""
-        return [PeerSay(peer, PeerProbed(epoch=self._epoch))]
+        """Confirm that a probe of `peer` has arrived."""
+        return [SendToPeer(peer, PeerProbed(epoch=self._epoch))]
 
-    # -------------------------------------------------------------- to the next worker
+    # -------------------------------------------------------------- the link to the next worker
 
     def reached(self, address: Address, now: float) -> list[Action]:
-        """Say hello where something answers."""
+        """Say hello at an address that is connected."""
         if self.link_up or self._dialling is None:
             return []
         return self._dialling.reached(address, now)
 
     def welcomed(self, rtt_s: float, now: float) -> list[Action]:
-        """Hand tasks on from now; see how fast the link is."""
+        """Use the link from now on, and measure its speed.
+
+        Args:
+            rtt_s: round-trip time of the handshake, seconds.
+        """
         if self._next is None or self.link_up:
             return []
         self.link_up, self._rtt_s, self._probed_at = True, rtt_s, now
         self._stop_timers()
         spec, zeros = frame_of_bytes(bytes(PROBE_BYTES))
         return [
-            Say(LinkReport(epoch=self._epoch, up=True, rtt_s=rtt_s)),
+            Send(LinkReport(epoch=self._epoch, up=True, rtt_s=rtt_s)),
             Log(f"hands its results to {self._next.worker} ({rtt_s * 1000:.1f} ms)"),
-            Transmit(self._link, PeerProbe(epoch=self._epoch, tensors=(spec,)), (zeros,)),
+            SendOverLink(self._link, PeerProbe(epoch=self._epoch, tensors=(spec,)), (zeros,)),
         ]
 
     def probed(self, now: float) -> list[Action]:
-        """Tell how fast the link is: the probe has arrived."""
+        """Report the link's speed: the next worker has received the probe.
+
+        Half of the probe's round trip and more may be latency, so the round-trip time is taken off,
+        but never more than nine tenths of the whole.
+        """
         if not self.link_up or self._probed_at is None:
             return []
         took_s, self._probed_at = now - self._probed_at, None
         took_s = max(took_s - self._rtt_s, took_s / 10, PROBE_BYTES / _MAX_BYTES_PER_S)
         rate = PROBE_BYTES / took_s
         report = LinkReport(epoch=self._epoch, up=True, rtt_s=self._rtt_s, bytes_per_s=rate)
-        return [Say(report)]
+        return [Send(report)]
 
     def lost(self, now: float) -> list[Action]:
-        """Hand no more tasks on; dial again after a while."""
+        """Stop using the link, and dial again after a while."""
         if not self.link_up:
             return []
         self.link_up = False
-        self._dial_at = now + _DIAL_S
+        self._dial_at = now + _DIAL_EVERY_S
         return self._report_down("the connection was lost or is too slow")
 
     def next_deadline(self) -> float:
@@ -220,13 +170,13 @@ class Peers:
 
     def _dial(self, now: float) -> list[Action]:
         assert self._dialling is not None
-        self._dial_at = now + _DIAL_S
+        self._dial_at = now + _DIAL_EVERY_S
         return self._dialling.dial()
 
     def _report_down(self, why: str) -> list[Action]:
         assert self._next is not None
         text = f"cannot hand its results to {self._next.worker}: {why}; the coordinator relays them"
-        return [Say(LinkReport(epoch=self._epoch, up=False)), Log(text)]
+        return [Send(LinkReport(epoch=self._epoch, up=False)), Log(text)]
 
     def _stop_timers(self) -> None:
         if self._dialling:

@@ -1,29 +1,24 @@
-"""The stages of a worker in one session, and what its messages about work mean for them. Pure.
+"""The stages of a worker in one session, and what orders, tasks and results mean for them. Pure.
 
-One stage is served, and at most one is beside it, of a later epoch, to be served next:
+A worker holds one stage that is served, and while layers move, one that was loaded beside it for a
+later epoch; `STAGE_STATES` in `epoch_stage` says how the one becomes the other. A task is run if
+its epoch is served and its step is not void. It may come from the coordinator or from the worker of
+the stage before, and its route says where its result goes.
 
-    nothing --LoadStage(beside)--> beside --its first task, or DropStage of what is served--> served
-    nothing --LoadStage--> served                  beside --CancelStage--> nothing
-
-A task is run if its epoch is the one that is served and its step is not void. It may come from the
-coordinator or from the worker of the stage before, and its result goes where its route says.
-
-The compute thread takes orders one after the other, but loads beside them: nothing that needs such
-a stage is ordered before it is loaded.
+The compute thread carries out orders one after the other, except that it loads a stage beside the
+served one in the background. So no order that needs that stage is given before it is loaded.
 """
 
 import math
 from collections.abc import Callable
 from typing import assert_never
 
-from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
-    DropStage,
     KVEnd,
     KVFailed,
     KVPieces,
+    KVTaken,
     LoadStage,
     PeerHello,
     PeerProbe,
@@ -32,24 +27,19 @@ from distributed_llm.common.messages import (
     Remeasured,
     StageFailed,
     StageReady,
-    TakeOver,
     Task,
 )
 from distributed_llm.common.tensors import Frame
-from distributed_llm.worker.session.epoch_stage import CREDITS, EpochStage, failed
+from distributed_llm.worker.session.epoch_stage import CREDITS, EpochStage, StageState, failed
 from distributed_llm.worker.session.events import (
     Action,
-    Broke,
+    AssembleKV,
     Computed,
+    ComputeFailed,
     Drop,
-    Exit,
-    Export,
-    Exported,
-    HandOverFailed,
-    Import,
-    Imported,
-    Inherit,
-    Inherited,
+    ExportKV,
+    ImportKV,
+    KVEvent,
     Load,
     Loaded,
     LoadFailed,
@@ -58,134 +48,113 @@ from distributed_llm.worker.session.events import (
     Probed,
     Release,
     Run,
-    Say,
+    Send,
     Serve,
     Unload,
+    VoidableOrder,
 )
 from distributed_llm.worker.session.kv_handover import KVHandover
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
-    LinkHeard,
+    LinkReached,
+    LinkReceived,
     LinkUp,
-    NextReached,
     PeerReceived,
-)
-
-WorkMessage = LoadStage | CopyKV | TakeOver | CancelStage | DropStage | Task | ReleaseSequences
-ComputeEvent = (
-    Loaded
-    | LoadFailed
-    | Computed
-    | Broke
-    | Exported
-    | Imported
-    | Inherited
-    | HandOverFailed
-    | Probed
 )
 
 
 class Stages:
-    """What a worker holds.
+    """The stages of one session.
 
     Args:
-        session: in which; what comes of other sessions is not for this.
-        worker: its name.
-        warn: returns a line for the operator, unless there was one a moment ago.
-
-    Attributes:
-        newest: epoch that was ordered or dropped; orders to load older ones are ignored.
+        session: names it; results of other sessions are ignored.
+        worker: the name of this worker.
+        warn: returns a line for the operator, or nothing if there was one a moment ago.
     """
 
     def __init__(
         self, session: int, worker: str, warn: Callable[[str, float], list[Action]]
     ) -> None:
-        self.newest = 0
         self._session = session
         self._worker = worker
         self._warn = warn
-        self._served: EpochStage | None = None
-        self._beside: EpochStage | None = None
-        self._hand_over: KVHandover | None = None
+        self._newest = 0  # epoch that was ordered or dropped; orders to load older ones are late
+        self._by_epoch: dict[int, EpochStage] = {}  # older first: the served one, the prepared one
+        self._handover: KVHandover | None = None  # always there while a stage is prepared
 
     @property
     def epochs(self) -> tuple[int, ...]:
-        """Of the stages that are held or loaded."""
-        return tuple(stage.epoch for stage in (self._served, self._beside) if stage)
+        """The epochs of the stages that are loaded or loading."""
+        return tuple(self._by_epoch)
 
     @property
     def serving(self) -> LoadStage | None:
-        """The order for the stage that is served; None if there is none, or not yet."""
-        return self._served.order if self._served and self._served.loaded else None
+        """The order of the stage that is served; None if there is none, or it is not loaded."""
+        return self._served.order if self._served and self._served.is_loaded else None
 
-    def is_void(self, order: Load | Run | Export | Import | Inherit | Probe) -> bool:
-        """Return whether nobody waits for this any more; may be called from any thread."""
+    @property
+    def _served(self) -> EpochStage | None:
+        return next((s for s in self._by_epoch.values() if not s.is_prepared_only), None)
+
+    @property
+    def _prepared(self) -> EpochStage | None:
+        return next((s for s in self._by_epoch.values() if s.is_prepared_only), None)
+
+    def is_void(self, order: VoidableOrder) -> bool:
+        """Return whether nobody waits for the result of an order; thread-safe."""
         if order.session != self._session:
             return True
         match order:
             case Run(task=task):
-                served = self._served
-                return served is None or served.epoch != task.epoch or served.is_void(task)
-            case Load(order=LoadStage(epoch=epoch)):
-                return self._find(epoch) is None
+                stage = self._by_epoch.get(task.epoch)
+                return stage is None or stage.is_void(task)
+            case Load(order=load):
+                return load.epoch not in self._by_epoch
             case Probe():
-                return bool(self.epochs)
-            case Import(message=KVPieces(epoch=epoch) | KVEnd(epoch=epoch)):
-                pass
-            case Export(epoch=epoch) | Inherit(epoch=epoch):
-                pass
-        hand_over = self._hand_over
-        return hand_over is None or hand_over.epoch != epoch or hand_over.over
+                return bool(self._by_epoch)
+            case ImportKV(message=message):
+                return self._is_handover_over(message.epoch)
+            case ExportKV(epoch=epoch) | AssembleKV(epoch=epoch):
+                return self._is_handover_over(epoch)
+            case _:
+                assert_never(order)
+
+    def _is_handover_over(self, epoch: int) -> bool:
+        handover = self._handover
+        return handover is None or handover.epoch != epoch or handover.has_failed
 
     def end(self) -> list[Action]:
-        """Give up all of it: the session is over. The layers that were served stay in memory."""
-        actions = self._end_links()
-        if self._served and self._served.order.beside and not self._served.loaded:
-            actions.append(Drop())
-        elif self._hand_over:
-            actions.append(Unload(self._hand_over.epoch))
-        self._served = self._beside = self._hand_over = None
-        return actions
+        """Give up everything because the session is over.
 
-    # -------------------------------------------------------------- orders
+        The layers that were served stay in memory: the next session may want them again.
+        """
+        served, handover = self._served, self._handover
+        actions = self._give_up_all()
+        if served and served.state is StageState.COMMITTED:
+            return [*actions, Drop()]
+        return [*actions, Unload(handover.epoch)] if handover else actions
 
-    def obey(self, message: WorkMessage, frames: tuple[Frame, ...], now: float) -> list[Action]:
-        """Do what the coordinator says."""
-        match message:
-            case Task():
-                return self._task(message, frames, now)
-            case LoadStage():
-                return self._load(message, now)
-            case CopyKV():
-                return self._copy(message, now)
-            case TakeOver(epoch=epoch):
-                return self._take_over(epoch, now)
-            case CancelStage(epoch=epoch):
-                return self._cancel(epoch)
-            case DropStage(epoch=epoch):
-                return self._drop(epoch)
-            case ReleaseSequences(epoch=epoch, sequence_ids=ids):
-                return [Release(epoch, ids)] if self._find(epoch) else []
-            case _:
-                assert_never(message)
+    # -------------------------------------------------------------- the coordinator's orders
 
-    def _load(self, order: LoadStage, now: float) -> list[Action]:
-        if order.epoch <= self.newest:
+    def load(self, order: LoadStage, now: float) -> list[Action]:
+        """Load a stage: beside the served one, or in its place."""
+        if order.epoch <= self._newest:
             return [_ignored(order.epoch)]
-        self.newest = order.epoch
-        stage = EpochStage(self._session, order, self._worker)
+        self._newest = order.epoch
         actions: list[Action] = []
+        if not order.beside:
+            actions += self._give_up_all()
+        elif self._handover:
+            actions += self.cancel(self._handover.epoch)
         if order.beside:
-            if self._hand_over:
-                actions += self._cancel(self._hand_over.epoch)
-            if self._served is None:  # layers of an older session may still be in memory
+            if not self._by_epoch:  # layers of an older session may still be in memory
                 actions.append(Drop())
-            self._beside = stage
-            self._hand_over = KVHandover(self._session, order.epoch, order.imports, inherits=True)
-        else:
-            actions += self._end_links()
-            self._served, self._beside, self._hand_over = stage, None, None
+            self._handover = KVHandover(
+                self._session, order.epoch, order.imports, has_new_stage=True
+            )
+        stage = EpochStage(self._session, order, self._worker)
+        self._by_epoch[order.epoch] = stage
         return [
             *actions,
             *stage.peers.begin(now),
@@ -193,102 +162,123 @@ class Stages:
             Load(self._session, order),
         ]
 
-    def _copy(self, order: CopyKV, now: float) -> list[Action]:
+    def copy_kv(self, order: CopyKV, now: float) -> list[Action]:
+        """Copy KV cache of the served stage to the workers of the new epoch, as ordered."""
         served, epoch = self._served, order.epoch
         if served and epoch <= served.epoch:
             return [_ignored(epoch)]
-        held = served.order.layers if served and served.loaded else None
+        held = served.order.layers if served and served.is_loaded else None
         if held is None or not all(
             held.start <= what.layers.start < what.layers.stop <= held.stop
             for what in order.transfers
         ):
             return self._refuse(epoch, f"KV cache of layers that are not served here ({held})")
-        if self._hand_over is None:
-            self._hand_over = KVHandover(self._session, epoch, inherits=False)
-        if self._hand_over.epoch != epoch:
-            return self._refuse(epoch, f"plan {self._hand_over.epoch} is to come next")
-        return self._hand_over.copy(order, now)
+        if self._handover is None:
+            self._handover = KVHandover(self._session, epoch, has_new_stage=False)
+        if self._handover.epoch != epoch:
+            return self._refuse(epoch, f"plan {self._handover.epoch} is to come next")
+        return self._handover.copy(order, now)
 
-    def _take_over(self, epoch: int, now: float) -> list[Action]:
-        if self._served and epoch <= self._served.epoch:
+    def hand_over(self, epoch: int, now: float) -> list[Action]:
+        """Suspend the served stage; send the rest of its KV cache, and assemble the new stage's."""
+        served, prepared = self._served, self._prepared
+        if served and epoch <= served.epoch:
             return [_ignored(epoch)]
-        if self._hand_over is None or self._hand_over.epoch != epoch:
+        if self._handover is None or self._handover.epoch != epoch:
             return self._refuse(epoch, "nothing was loaded or copied for it")
-        if self._beside and not self._beside.loaded:
-            return self._hand_over.fail("not_ready", _not_loaded(self._beside))
-        if self._served:
-            self._served.hand_over()
-        return self._hand_over.take_over(now)
+        if prepared and not prepared.is_loaded:
+            return self._handover.fail("not_ready", _not_loaded(prepared))
+        if served and served.state is StageState.SERVED:
+            served.suspend()
+        return self._handover.begin(now)
 
     def _refuse(self, epoch: int, why: str) -> list[Action]:
         message = f"Cannot hand layers over to plan {epoch}: {why}."
         told = KVFailed(epoch=epoch, worker="", code="bad_order", message=message)
-        return [Say(told), Log(message, "warning")]
+        return [Send(told), Log(message, "warning")]
 
-    def _cancel(self, epoch: int) -> list[Action]:
-        loads = self._beside is not None and self._beside.epoch == epoch
-        moves = self._hand_over is not None and self._hand_over.epoch == epoch
-        if not loads and not moves:
+    def cancel(self, epoch: int) -> list[Action]:
+        """Undo the move to `epoch`: give up its stage and transfers, resume the served stage."""
+        if self._handover is None or self._handover.epoch != epoch:
             return [_ignored(epoch)]
         actions: list[Action] = []
-        if self._beside:
-            actions += self._beside.peers.end()
-        actions += self._end_hand_over()
-        self._beside = None
-        if self._served:
-            self._served.go_on()
+        if prepared := self._prepared:
+            actions += self._give_up(prepared)
+        actions += self._end_handover()
+        if self._served and self._served.state is StageState.SUSPENDED:
+            self._served.resume()
         return [*actions, Log(f"plan {epoch} is cancelled"), Unload(epoch)]
 
-    def _drop(self, epoch: int) -> list[Action]:
-        newest = max(self.epochs, default=None)
-        if newest is None and epoch < self.newest:
+    def drop(self, epoch: int) -> list[Action]:
+        """Give up all stages up to `epoch`; a newer one that is prepared is served from now on."""
+        newest = max(self._by_epoch, default=None)
+        if newest is None and epoch < self._newest:
             return [_ignored(epoch)]
         if newest is None or newest <= epoch:
-            self.newest = max(self.newest, epoch)
-            actions = self._end_links()
-            self._served = self._beside = self._hand_over = None
-            return [*actions, Log("no layers to serve; waiting"), Drop()]
-        if self._beside and (self._served is None or self._served.epoch <= epoch):
-            return self._serve(self._beside)
-        return []  # its first task came before this
+            self._newest = max(self._newest, epoch)
+            return [*self._give_up_all(), Log("no layers to serve; waiting"), Drop()]
+        prepared, served = self._prepared, self._served
+        if prepared and (served is None or served.epoch <= epoch):
+            return self._commit(prepared)
+        return []  # the first task of the new epoch came before this order, and committed it
 
-    def _serve(self, stage: EpochStage) -> list[Action]:
-        """Serve what was beside; if it is still loading, the compute thread hears of it then."""
-        actions = self._served.peers.end() if self._served else []
-        actions += self._end_hand_over()
-        self._served, self._beside = stage, None
-        serve = [Serve(stage.epoch)] if stage.loaded else []
-        return [*actions, Log(f"serves layers {stage.order.layers} (plan {stage.epoch})"), *serve]
+    def release(self, order: ReleaseSequences) -> list[Action]:
+        """Free the KV cache of sequences."""
+        if order.epoch not in self._by_epoch:
+            return []
+        return [Release(order.epoch, order.sequence_ids)]
 
-    def _end_hand_over(self) -> list[Action]:
-        ended, self._hand_over = self._hand_over, None
+    def _commit(self, prepared: EpochStage) -> list[Action]:
+        """Serve the prepared stage; while it is still loading, the compute thread is told later."""
+        actions = self._give_up(self._served) if self._served else []
+        actions += self._end_handover()
+        prepared.commit()
+        actions.append(Log(f"serves layers {prepared.order.layers} (plan {prepared.epoch})"))
+        return [*actions, Serve(prepared.epoch)] if prepared.is_loaded else actions
+
+    def _give_up(self, stage: EpochStage) -> list[Action]:
+        del self._by_epoch[stage.epoch]
+        return stage.give_up()
+
+    def _give_up_all(self) -> list[Action]:
+        stages = list(self._by_epoch.values())
+        actions = [action for stage in stages for action in self._give_up(stage)]
+        return actions + self._end_handover()
+
+    def _end_handover(self) -> list[Action]:
+        ended, self._handover = self._handover, None
         return ended.end() if ended else []
-
-    def _end_links(self) -> list[Action]:
-        actions = [a for s in (self._served, self._beside) if s for a in s.peers.end()]
-        return actions + (self._hand_over.end() if self._hand_over else [])
 
     # -------------------------------------------------------------- tasks
 
-    def _task(self, task: Task, frames: tuple[Frame, ...], now: float) -> list[Action]:
-        stage = self._find(task.epoch)
-        if stage is None or stage.handed_over:
+    def run(self, task: Task, frames: tuple[Frame, ...], now: float) -> list[Action]:
+        """Have a task run; the first task of a prepared stage commits the move to it."""
+        stage = self._by_epoch.get(task.epoch)
+        if stage is None:
             return self._warn(f"ignored a task of plan {task.epoch}", now)
-        if stage.order.beside and not stage.loaded:
-            return [Say(failed(task, "not_ready", _not_loaded(stage)))]
-        if stage is not self._beside:
-            return stage.take(task, frames)
-        if self._hand_over and self._hand_over.is_inheriting:
-            why = f"The KV cache of layers {stage.order.layers} is still being taken over."
-            return [Say(failed(task, "not_ready", why))]
-        return [*self._serve(stage), *stage.take(task, frames)]
+        match stage.state:
+            case StageState.LOADING | StageState.SERVED:
+                return stage.run(task, frames)
+            case StageState.PREPARED if self._handover and self._handover.is_assembling:
+                why = f"The KV cache of layers {stage.order.layers} is still being taken over."
+                return [Send(failed(task, "not_ready", why))]
+            case StageState.PREPARED:
+                return [*self._commit(stage), *stage.run(task, frames)]
+            case StageState.PREPARING | StageState.COMMITTED:
+                return [Send(failed(task, "not_ready", _not_loaded(stage)))]
+            case StageState.SUSPENDED:
+                return self._warn(f"ignored a task of plan {task.epoch}", now)
+            case StageState.NEW | StageState.GONE:
+                raise AssertionError(f"a stage that is {stage.state.value} is held")
+            case _:
+                assert_never(stage.state)
 
     # -------------------------------------------------------------- other workers
 
     def peer_received(self, event: PeerReceived, now: float) -> list[Action]:
-        """Somebody who connected to this worker sent a message; believe whom was welcomed."""
+        """Handle a message of a worker that dialled this one; all but hellos need a welcome."""
         message, peer = event.message, event.peer
-        stage = self._find(message.epoch)
+        stage = self._by_epoch.get(message.epoch)
         if isinstance(message, PeerHello):
             if stage and stage.peers.is_forged(message):
                 return self._warn("dropped a hello with a wrong key", now)
@@ -298,131 +288,117 @@ class Stages:
             return self._warn(f"dropped a {what} of somebody who said no hello", now)
         match message:
             case Task():
-                return self._task(message, event.frames, now)
+                return self.run(message, event.frames, now)
             case PeerProbe():
                 return stage.peers.probed_by(peer)
             case KVPieces() | KVEnd():
-                if self._hand_over is None or stage is not self._beside:
+                if self._handover is None or not stage.is_prepared_only:
                     return self._warn("dropped KV cache that came too late", now)
-                if not stage.loaded:
-                    return self._hand_over.fail("not_ready", _not_loaded(stage))
-                return self._hand_over.arrived(peer, message, event.frames, now)
+                if not stage.is_loaded:
+                    return self._handover.fail("not_ready", _not_loaded(stage))
+                return self._handover.received(peer, message, event.frames, now)
             case _:
                 assert_never(message)
 
-    def linked(self, event: LinkChange, now: float) -> list[Action]:
-        """Something happened to a link of this worker."""
-        if event.link.layers is not None:
-            if self._hand_over is None or self._hand_over.epoch != event.link.epoch:
+    def link_changed(self, event: LinkChange, now: float) -> list[Action]:
+        """Handle an event of a link to another worker."""
+        link = event.link
+        if link.layers is not None:
+            if self._handover is None or self._handover.epoch != link.epoch:
                 return []
-            return self._hand_over.linked(event, now)
-        stage = self._find(event.link.epoch)
+            return self._handover.link_changed(event, now)
+        stage = self._by_epoch.get(link.epoch)
         if stage is None:
             return []
         match event:
-            case NextReached(address=address):
+            case LinkReached(address=address):
                 return stage.peers.reached(address, now)
             case LinkUp(rtt_s=rtt_s):
                 return stage.peers.welcomed(rtt_s, now)
             case LinkDown():
                 return stage.peers.lost(now)
-            case LinkHeard(message=PeerProbed()):
-                return stage.peers.probed(now)
-            case LinkHeard():
-                return []
+            case LinkReceived(message=message):
+                return self._next_worker_said(stage, message, now)
             case _:
                 assert_never(event)
+
+    def _next_worker_said(
+        self, stage: EpochStage, message: PeerProbed | KVTaken, now: float
+    ) -> list[Action]:
+        match message:
+            case PeerProbed():
+                return stage.peers.probed(now)
+            case KVTaken():
+                return self._warn("dropped an acknowledgment of KV cache that was not sent", now)
+            case _:
+                assert_never(message)
 
     # -------------------------------------------------------------- the compute thread
 
-    def done(self, event: ComputeEvent, now: float) -> list[Action]:
-        """Tell what came of an order, if anybody waits for that."""
-        match event:
-            case Computed(run=run):
-                stage = None if self.is_void(run) else self._served
-                return stage.computed(event) if stage else []
-            case Broke(run=run):
-                stage = None if self.is_void(run) else self._served
-                return stage.broke(event) if stage else []
-            case Loaded() | LoadFailed():
-                stage = self._find(event.epoch)
-                if stage is None or event.session != self._session:
-                    return []
-                return self._loaded(stage, event)
-            case Exported() | Imported() | Inherited() | HandOverFailed():
-                if self._hand_over is None or self.is_void(event.order):
-                    return []
-                return self._moved(self._hand_over, event, now)
-            case Probed(session=session):
-                return [] if self.is_void(Probe(session)) else [Say(_remeasured(event))]
-            case _:
-                assert_never(event)
+    def loaded(self, event: Loaded) -> list[Action]:
+        """Report that a stage is ready, and serve it if its commit came before."""
+        stage = self._by_epoch.get(event.epoch)
+        if stage is None or event.session != self._session:
+            return []
+        serve = [Serve(stage.epoch)] if stage.state is StageState.COMMITTED else []
+        stage.loaded()
+        ready = StageReady(
+            epoch=event.epoch,
+            credits=CREDITS,
+            load_s=event.load_s,
+            weight_bytes=event.weight_bytes,
+            kv_tokens=event.kv_tokens,
+            trials=event.trials,
+        )
+        return [*serve, Send(ready), Log(f"layers are loaded in {event.load_s:.1f} s")]
 
-    def _loaded(self, stage: EpochStage, event: Loaded | LoadFailed) -> list[Action]:
-        if isinstance(event, Loaded):
-            stage.loaded = True
-            ready = StageReady(
-                epoch=event.epoch,
-                credits=CREDITS,
-                load_s=event.load_s,
-                weight_bytes=event.weight_bytes,
-                kv_tokens=event.kv_tokens,
-                trials=event.trials,
-            )
-            due = stage.order.beside and stage is self._served
-            serve = [Serve(stage.epoch)] if due else []
-            return [*serve, Say(ready), Log(f"layers are loaded in {event.load_s:.1f} s")]
+    def load_failed(self, event: LoadFailed) -> list[Action]:
+        """Report that a stage cannot be loaded; return nothing if nobody waits for it."""
+        if event.epoch not in self._by_epoch or event.session != self._session:
+            return []
         error = event.error
-        said = Say(StageFailed(epoch=event.epoch, code=error.code, message=str(error)[:4096]))
-        if isinstance(error, CheckpointError) and self.serving is None:
-            return [said, Exit(error)]
-        return [said, Log(str(error), "error")]
+        return [Send(StageFailed(epoch=event.epoch, code=error.code, message=str(error)[:4096]))]
 
-    def _moved(
-        self,
-        hand_over: KVHandover,
-        event: Exported | Imported | Inherited | HandOverFailed,
-        now: float,
-    ) -> list[Action]:
-        match event:
-            case Exported():
-                return hand_over.exported(event, now)
-            case Imported():
-                return hand_over.imported(event)
-            case Inherited():
-                return hand_over.inherited()
-            case HandOverFailed():
-                return hand_over.failed(event)
-            case _:
-                assert_never(event)
+    def computed(self, event: Computed) -> list[Action]:
+        """Send the result of a task on its way, unless it is void."""
+        if self.is_void(event.run):
+            return []
+        return self._by_epoch[event.run.task.epoch].computed(event)
+
+    def compute_failed(self, event: ComputeFailed) -> list[Action]:
+        """Report that a task could not be run, unless it is void."""
+        if self.is_void(event.run):
+            return []
+        return self._by_epoch[event.run.task.epoch].compute_failed(event)
+
+    def kv_order_done(self, event: KVEvent, now: float) -> list[Action]:
+        """Go on with the KV handover, unless the order is void."""
+        if self._handover is None or self.is_void(event.order):
+            return []
+        return self._handover.order_done(event, now)
+
+    def probed(self, event: Probed) -> list[Action]:
+        """Report how fast the machine is, unless there are layers by now."""
+        if self.is_void(Probe(event.session)):
+            return []
+        measured = Remeasured(
+            memory_bandwidth_bytes_per_s=event.memory_bandwidth_bytes_per_s,
+            flops_per_s=event.flops_per_s,
+        )
+        return [Send(measured)]
 
     # -------------------------------------------------------------- time
 
     def next_deadline(self) -> float:
         """Return when `on_timer` is next due, clock seconds; infinity if never."""
-        dues = [stage.peers.next_deadline() for stage in (self._served, self._beside) if stage]
-        return min([*dues, self._hand_over.next_deadline() if self._hand_over else math.inf])
+        dues = [stage.peers.next_deadline() for stage in self._by_epoch.values()]
+        return min([*dues, self._handover.next_deadline() if self._handover else math.inf])
 
     def on_timer(self, now: float) -> list[Action]:
         """Do what is due."""
-        actions: list[Action] = []
-        for stage in (self._served, self._beside):
-            if stage:
-                actions += stage.peers.on_timer(now)
-        return actions + (self._hand_over.on_timer(now) if self._hand_over else [])
-
-    def _find(self, epoch: int) -> EpochStage | None:
-        for stage in (self._served, self._beside):
-            if stage is not None and stage.epoch == epoch:
-                return stage
-        return None
-
-
-def _remeasured(event: Probed) -> Remeasured:
-    return Remeasured(
-        memory_bandwidth_bytes_per_s=event.memory_bandwidth_bytes_per_s,
-        flops_per_s=event.flops_per_s,
-    )
+        stages = self._by_epoch.values()
+        actions = [action for stage in stages for action in stage.peers.on_timer(now)]
+        return actions + (self._handover.on_timer(now) if self._handover else [])
 
 
 def _not_loaded(stage: EpochStage) -> str:

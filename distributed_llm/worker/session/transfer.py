@@ -1,37 +1,44 @@
-"""One transfer: the KV cache of some layers on its way to the worker that takes them over. Pure.
+"""One KV cache transfer, as its sender sees it: some layers, for the worker that gets them. Pure.
 
-    dialling --welcomed--> copying <--> idle --TakeOver--> the rest --KVEnd--> acknowledged
+The receiver is dialled; once it welcomes the sender, the compute thread is asked for one message
+after the other, which are numbered from 1. At most `WINDOW` messages are unacknowledged, so little
+waits in sockets, and both workers run tasks in between. When there is nothing new to send, the
+transfer looks again every second, because steps go on adding to the KV cache: little is left to be
+sent when they stop. Then the rest is sent, and `KVEnd` closes the transfer.
 
-Messages are numbered from 1, and no more than `WINDOW` are unacknowledged: what waits in sockets is
-bounded, and tasks of both workers run between. A transfer that has nothing to send looks again now
-and then, because steps go on adding to the KV cache; so little is left for when they stand still.
+How far the link is and whether steps still run are independent of each other; that is why these are
+flags and not one table of states.
 """
 
 import math
 
 from distributed_llm.common.messages import Address, KVEnd, KVTaken, KVTransfer
-from distributed_llm.worker.session.events import Action, Export, Exported
-from distributed_llm.worker.session.link_events import CloseLink, LinkId, Transmit
-from distributed_llm.worker.session.peers import Dialling
+from distributed_llm.worker.session.dialling import Dialling
+from distributed_llm.worker.session.events import Action, ExportKV, KVExported
+from distributed_llm.worker.session.link_events import CloseLink, LinkId, SendOverLink
 
 WINDOW = 2
 """Messages of a transfer that may be unacknowledged."""
 
-_REACH_S = 5.0
-_TAKE_S = 10.0
-_LOOK_S = 1.0
+_CONNECT_TIMEOUT_S = 5.0
+_ACKNOWLEDGE_TIMEOUT_S = 10.0
+_LOOK_EVERY_S = 1.0
 
 
 class Transfer:
-    """What one worker sends of some layers.
+    """The sending side of one transfer.
 
     Args:
-        key: of the epoch.
+        session: of this worker, for orders.
+        epoch: to which the layers move.
+        key: of that epoch's links.
+        what: the layers, their new worker and its addresses.
+        now: clock seconds.
 
     Attributes:
-        worker: to whom.
-        link: over which it goes.
-        sent_bytes: so far.
+        worker: the receiver.
+        link: the link to it.
+        sent_bytes: of keys, values and manifest so far.
     """
 
     def __init__(self, session: int, epoch: int, key: str, what: KVTransfer, now: float) -> None:
@@ -41,76 +48,91 @@ class Transfer:
         self._session = session
         self._layers = what.layers
         self._dialling = Dialling(self.link, key, what.worker, what.addresses)
-        self._reach_by = now + _REACH_S
-        self._take_by = self._look_at = math.inf
-        self._up = self._exporting = self._rest = self._ended = False
-        self._sent = self._taken = 0
+        self._connect_by = now + _CONNECT_TIMEOUT_S
+        self._acknowledge_by = math.inf
+        self._look_at = math.inf  # finite while everything that was there has been exported
+        self._link_up = False
+        self._exporting = False  # an order to export is under way
+        self._steps_ended = False
+        self._end_exported = False
+        self._sent = self._acknowledged = 0  # numbers of messages
 
     @property
     def is_idle(self) -> bool:
-        """Whether all that there is to send just now was sent and acknowledged."""
-        return self._look_at < math.inf and self._taken == self._sent
+        """Whether everything that was there has been sent and acknowledged."""
+        return self._look_at < math.inf and self._acknowledged == self._sent
 
     def begin(self) -> list[Action]:
-        """Dial the worker."""
+        """Dial the receiver."""
         return self._dialling.dial()
 
     def end(self) -> list[Action]:
-        """Send no more; this is not used any more."""
+        """Close the link; the transfer must not be used any more."""
         return [CloseLink(self.link)]
 
-    def take_rest(self) -> list[Action]:
-        """No step runs any more: send what has changed, and what is held."""
-        self._rest = True
+    def send_rest(self) -> list[Action]:
+        """Send what has changed, and then `KVEnd`: no step runs any more."""
+        self._steps_ended = True
         return self._export()
 
     def reached(self, address: Address, now: float) -> list[Action]:
-        """Say hello where something answers."""
-        return [] if self._up else self._dialling.reached(address, now)
+        """Say hello at an address that is connected."""
+        return [] if self._link_up else self._dialling.reached(address, now)
 
     def welcomed(self) -> list[Action]:
-        """Begin to send."""
-        if self._up:
+        """Begin to send: the receiver knows the epoch."""
+        if self._link_up:
             return []
-        self._up, self._reach_by = True, math.inf
+        self._link_up, self._connect_by = True, math.inf
         self._dialling.stop()
         return self._export()
 
-    def exported(self, done: Exported, now: float) -> list[Action]:
-        """Send what was exported, or look again in a while."""
-        self._exporting = False
-        if done.message is None:
-            if done.order.rest:
-                raise ValueError(f"an export of the rest of layers {self._layers} has no end")
-            self._look_at = now + _LOOK_S
-            return self._export() if self._rest else []
-        if self._sent == self._taken:
-            self._take_by = now + _TAKE_S
-        self._sent = done.order.number
-        self._ended = isinstance(done.message, KVEnd)
-        self.sent_bytes += sum(len(frame) for frame in done.frames)
-        return [Transmit(self.link, done.message, done.frames), *self._export()]
+    def exported(self, event: KVExported, now: float) -> list[Action]:
+        """Send what was exported; if that is nothing, look again in a while.
 
-    def taken(self, answer: KVTaken, now: float) -> list[Action]:
-        """The other worker has what was sent up to this message."""
-        if not self._taken < answer.number <= self._sent:
+        Raises:
+            ValueError: the rest was to be exported, and there is not even a `KVEnd`.
+        """
+        self._exporting = False
+        if event.message is None:
+            if event.order.rest:
+                raise ValueError(f"an export of the rest of layers {self._layers} has no end")
+            self._look_at = now + _LOOK_EVERY_S
+            return self._export() if self._steps_ended else []
+        if self._sent == self._acknowledged:
+            self._acknowledge_by = now + _ACKNOWLEDGE_TIMEOUT_S
+        self._sent = event.order.number
+        self._end_exported = isinstance(event.message, KVEnd)
+        self.sent_bytes += sum(len(frame) for frame in event.frames)
+        return [SendOverLink(self.link, event.message, event.frames), *self._export()]
+
+    def acknowledged(self, answer: KVTaken, now: float) -> list[Action]:
+        """Go on sending: the receiver has kept all messages up to this one."""
+        if not self._acknowledged < answer.number <= self._sent:
             return []
-        self._taken = answer.number
-        self._take_by = math.inf if self._taken == self._sent else now + _TAKE_S
-        return [] if self._look_at < math.inf and not self._rest else self._export()
+        self._acknowledged = answer.number
+        all_acknowledged = self._acknowledged == self._sent
+        self._acknowledge_by = math.inf if all_acknowledged else now + _ACKNOWLEDGE_TIMEOUT_S
+        waits_to_look = self._look_at < math.inf and not self._steps_ended
+        return [] if waits_to_look else self._export()
 
     def why_failed(self, now: float) -> str:
         """Return what has taken too long; empty if nothing has."""
-        if self._reach_by <= now:
-            return f"cannot be reached within {_REACH_S:g} s, or has no such layers to load"
-        if self._take_by <= now:
-            return f"took none of the KV cache of layers {self._layers} for {_TAKE_S:g} s"
+        if self._connect_by <= now:
+            return (
+                f"cannot be reached within {_CONNECT_TIMEOUT_S:g} s, or has no such layers to load"
+            )
+        if self._acknowledge_by <= now:
+            return (
+                f"took none of the KV cache of layers {self._layers} for "
+                f"{_ACKNOWLEDGE_TIMEOUT_S:g} s"
+            )
         return ""
 
     def next_deadline(self) -> float:
         """Return when `why_failed` or `on_timer` is next due, clock seconds; infinity if never."""
         dial_at = self._dialling.next_deadline()
-        return min(dial_at, self._reach_by, self._take_by, self._look_at)
+        return min(dial_at, self._connect_by, self._acknowledge_by, self._look_at)
 
     def on_timer(self, now: float) -> list[Action]:
         """Do what is due."""
@@ -119,11 +141,10 @@ class Transfer:
         return self._dialling.on_timer(now)
 
     def _export(self) -> list[Action]:
-        """Ask for the next message, unless that has to wait."""
-        full = self._sent - self._taken >= WINDOW
-        if not self._up or self._exporting or self._ended or full:
+        """Order the next message, unless one is ordered, the window is full, or all is exported."""
+        full = self._sent - self._acknowledged >= WINDOW
+        if not self._link_up or self._exporting or self._end_exported or full:
             return []
         self._exporting, self._look_at = True, math.inf
-        return [
-            Export(self._session, self.link.epoch, self._layers, self._sent + 1, self._rest),
-        ]
+        number = self._sent + 1
+        return [ExportKV(self._session, self.link.epoch, self._layers, number, self._steps_ended)]

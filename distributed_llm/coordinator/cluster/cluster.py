@@ -1,0 +1,75 @@
+"""What all parts of a coordinator work on: its workers, pipelines and requests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.tensors import ITEM_BYTES
+from distributed_llm.coordinator.cluster.pipelines import Pipelines
+from distributed_llm.coordinator.cluster.registry import Registry
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.serving.event_log import EventLog
+from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.request_book import RequestBook
+from distributed_llm.coordinator.speeds.measurements import Measurements
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One model, its workers and its requests.
+
+    Attributes:
+        registry: who is there.
+        pipelines: who serves which layers.
+        book: what was asked.
+        measurements: how fast machines and links are.
+        event_log: what happened lately.
+    """
+
+    model: ServedModel
+    settings: CoordinatorSettings
+    registry: Registry
+    pipelines: Pipelines
+    book: RequestBook
+    measurements: Measurements
+    event_log: EventLog
+
+    @classmethod
+    def of(
+        cls, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
+    ) -> "Cluster":
+        """Return a cluster that nobody has joined.
+
+        Args:
+            draw_seed: draws random numbers, for the seeds of requests and the keys of plans.
+        """
+        registry = Registry(
+            silence_timeout_s=settings.silence_timeout_s, task_timeout_s=settings.task_timeout_s
+        )
+        event_log = EventLog()
+        book = RequestBook(
+            model.defaults,
+            event_log,
+            max_waiting=settings.max_waiting_requests,
+            draw_seed=draw_seed,
+        )
+        measurements = Measurements(
+            model.cost,
+            item_bytes=ITEM_BYTES[model.dtype],
+            bytes_per_token=model.activation_bytes,
+        )
+        pipelines = Pipelines(
+            model,
+            settings,
+            registry,
+            book,
+            measurements,
+            event_log,
+            draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
+        )
+        return cls(model, settings, registry, pipelines, book, measurements, event_log)
+
+    def needed_tokens(self, pipeline: Pipeline) -> int:
+        """Return the positions of KV cache without which a new plan would cost requests."""
+        used = pipeline.scheduler.kv_tokens_used if pipeline.scheduler else 0
+        return max(used, min(self.book.most_reserved, pipeline.kv_tokens))

@@ -1,0 +1,157 @@
+"""What it is expected to cost to move a pipeline to another plan. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distributed_llm.common.types import KV_BLOCK, LayerRange, WorkerId
+from distributed_llm.coordinator.cluster.cluster import Cluster
+from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.plan import PipelineStage, Plan
+from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.speeds.work import Work
+
+_LOAD_BYTES_PER_S = 400e6
+"""At which a worker is expected to load layers before it has loaded any."""
+
+_SLOWED_SHARE = 0.5
+"""Of a pipeline's speed that is lost while stages load and KV cache is copied beside it."""
+
+_STALL_S = 0.3
+"""Expected standstill of a move before there was one."""
+
+_CHUNK = 128
+"""Tokens of a prompt in a step, when KV cache is computed again."""
+
+_COPY_BYTES_PER_S = 30e6
+"""At which KV cache is expected to be copied, between tasks, before any was."""
+
+_TELLING_BYTES = 1 << 20
+"""KV cache from which copying speed is learnt; less is copied too quickly to say anything."""
+
+_PREFIX_COPY_S = 2.0
+"""Prefixes kept for later go along if copying them takes no longer; the oldest ones go first."""
+
+_PATIENCE_S = 1.0
+"""Copying KV cache may cost so much more than computing it again."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a move is expected to cost.
+
+    Attributes:
+        standstill_s: how long requests stand still, or lose as much by being slower for longer.
+        copies: whether it is cheaper to copy the KV cache than to compute it again.
+        copy_s: how long copying it takes.
+        cached_tokens: positions of prefixes kept for later that go along.
+        kv_tokens: positions of KV cache that there is room for beside old and new layers; None if
+            workers cannot hold both, so that the new ones have to be loaded after the old ones go.
+    """
+
+    standstill_s: float
+    copies: bool
+    copy_s: float
+    cached_tokens: int
+    kv_tokens: int | None
+
+
+class MovePrices:
+    """Prices of moves, and what earlier moves showed.
+
+    Attributes:
+        stall_s: how long steps stood still in the latest move.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._unreachable: set[tuple[WorkerId, WorkerId]] = set()  # sender, receiver
+        self._copied_bytes_per_s: float | None = None
+        self.stall_s = 0.0
+
+    def price(self, old: Pipeline, plan: Plan) -> Price:
+        """Return what moving a pipeline that serves to a plan is expected to cost."""
+        cost = self._cluster.model.cost
+        workers = {worker.id: worker for worker in self._cluster.registry.workers}
+        stages = tuple(PipelineStage(workers[s.worker].peer, s.worker, s.layers) for s in plan)
+        held = {stage.worker: stage.layers for stage in old.stages}
+        tokens = old.scheduler.kv_tokens_used if old.scheduler else 0
+        load_s, room = 0.0, old.kv_tokens
+        for stage in stages:
+            worker, before = workers[stage.worker], held.get(stage.worker)
+            added = added_bytes(cost, before, stage.layers)
+            load_s = max(load_s, added / (worker.bytes_per_s or _LOAD_BYTES_PER_S))
+            own = cost.weight_bytes(before) if before else 0
+            layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
+            left = worker.capabilities.memory_bytes - own - added
+            room = min(room, left // max(1, layers * cost.kv_bytes_per_token))
+        transfers = transfers_between(old.stages, stages)
+        reachable = all(
+            (t.sender.worker, t.receiver.worker) not in self._unreachable for t in transfers
+        )
+        most = max((len(t.layers) for t in transfers), default=0)
+        token_s = most * cost.kv_bytes_per_token / self._copy_bytes_per_s
+        cached = old.scheduler.kv_tokens_cached if old.scheduler else 0
+        cached = min(cached, int(_PREFIX_COPY_S / token_s)) if token_s else cached
+        copy_s = (tokens + cached) * token_s
+        again_s = self._compute_again_s(stages, tokens)
+        copies = reachable and _SLOWED_SHARE * copy_s <= again_s + _PATIENCE_S
+        if room < tokens or room < KV_BLOCK:
+            return Price(load_s + again_s, False, copy_s, cached, kv_tokens=None)
+        slowed_s = load_s + copy_s if copies else load_s
+        stall_s = (self.stall_s or _STALL_S) + (0.0 if copies else again_s)
+        return Price(stall_s + _SLOWED_SHARE * slowed_s, copies, copy_s, cached, room)
+
+    def _compute_again_s(self, stages: Sequence[PipelineStage], tokens: int) -> float:
+        """Return how long a pipeline takes to compute so many tokens of prompts."""
+        prompt = Work.of_prompt(_CHUNK, _CHUNK * 256)
+        layer_s = self._cluster.measurements.layer_s
+        slowest_s = max(len(stage.layers) * layer_s(stage.worker, prompt) for stage in stages)
+        return tokens / _CHUNK * slowest_s
+
+    @property
+    def _copy_bytes_per_s(self) -> float:
+        """What a worker sends of its KV cache while it serves, as seen last, or else at most."""
+        link_bytes_per_s = self._cluster.measurements.bytes_per_s
+        return min(link_bytes_per_s, self._copied_bytes_per_s or _COPY_BYTES_PER_S)
+
+    def copied(self, sent_bytes: int, seconds: float) -> None:
+        """Learn from KV cache that a worker has copied."""
+        if sent_bytes >= _TELLING_BYTES and seconds > 0.0:
+            self._copied_bytes_per_s = sent_bytes / seconds
+
+    def copied_slowly(self, times: float) -> None:
+        """Learn that copying took so many times as long as was expected."""
+        self._copied_bytes_per_s = self._copy_bytes_per_s / times
+
+    def unreachable(self, sender: WorkerId, receiver: WorkerId) -> bool:
+        """Learn that a worker cannot send KV cache to another; return whether that is new."""
+        pair = (sender, receiver)
+        new = pair not in self._unreachable
+        self._unreachable.add(pair)
+        return new
+
+    def forget(self, worker: WorkerId) -> None:
+        """Forget what is known of the links of a worker that is gone."""
+        self._unreachable = {pair for pair in self._unreachable if worker not in pair}
+
+
+def added_bytes(cost: ModelCost, before: LayerRange | None, after: LayerRange) -> int:
+    """Return the bytes of weights that a worker reads to have other layers."""
+    if before is None:
+        return cost.weight_bytes(after)
+    size = cost.num_layers
+    layers = set(_numbers(after)) - set(_numbers(before))
+    first = after.start == 0 and before.start != 0
+    last = after.stop == size and before.stop != size
+    has_shared = before.start == 0 or before.stop == size
+    return (
+        sum(cost.layer_bytes[layer] for layer in layers)
+        + cost.first_bytes * first
+        + cost.last_bytes * last
+        + cost.shared_bytes * ((first or last) and not has_shared)
+    )
+
+
+def _numbers(layers: LayerRange) -> range:
+    return range(layers.start, layers.stop)

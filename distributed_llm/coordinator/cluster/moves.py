@@ -1,0 +1,254 @@
+"""Carries out moves of layers between workers, one at a time. Pure.
+
+A move that fails in any state is undone, and the pipeline goes on as it was.
+"""
+
+from collections.abc import Sequence
+
+from distributed_llm.common.messages import (
+    KVCopied,
+    KVFailed,
+    StageFailed,
+    StageReady,
+    TookOver,
+)
+from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.cluster.cluster import Cluster
+from distributed_llm.coordinator.cluster.move import SLOW, Move, MoveState
+from distributed_llm.coordinator.cluster.move_price import MovePrices, Price, added_bytes
+from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.events import Action, Send
+from distributed_llm.coordinator.plan import Plan
+from distributed_llm.coordinator.serving.event_log import EventKind
+from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState
+
+
+class Moves:
+    """The moves of one cluster.
+
+    Attributes:
+        move: the one that is under way, or None.
+        prices: what moves cost.
+        num_moves: that were committed.
+        failures: how many moves in a row were undone.
+        undone_at: when the latest of them was, clock seconds.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._pipelines = cluster.pipelines
+        self._log = cluster.event_log
+        self.prices = MovePrices(cluster)
+        self.move: Move | None = None
+        self.num_moves = 0
+        self.failures = 0
+        self.undone_at = 0.0
+
+    def next_layers(self, worker: Worker) -> LayerRange | None:
+        """Return what a worker that serves is about to serve instead, if a move is under way."""
+        move = self.move
+        if move is None or self._pipelines.of(worker.peer) is not move.old:
+            return None
+        stage = move.new_stage(worker.peer)
+        return stage.layers if stage else None
+
+    def loading(self, epoch: int) -> Pipeline | None:
+        """Return the pipeline that a move is to lead to, if it has this epoch."""
+        return self.move.new if self.move and self.move.new.epoch == epoch else None
+
+    def concerns(self, worker: Worker, epoch: int) -> bool:
+        """Return whether a move to this epoch is under way in which a worker has a part."""
+        return self._of(worker, epoch) is not None
+
+    def is_loading(self, worker: Worker, epoch: int) -> bool:
+        """Return whether a worker loads a stage of this epoch for a move."""
+        move = self._of(worker, epoch)
+        return move is not None and move.new_stage(worker.peer) is not None
+
+    # -------------------------------------------------------------- beginning
+
+    def begin(
+        self, old: Pipeline, plan: Plan, price: Price, *, why: str, now: float
+    ) -> list[Action]:
+        """Move a pipeline that serves to a plan of its own workers and idle ones.
+
+        Args:
+            price: of this move; there is room for old and new layers.
+        """
+        assert self.move is None
+        assert price.kv_tokens is not None
+        assert old.scheduler is not None
+        old.scheduler.trim(price.cached_tokens)
+        old.scheduler.resize(price.kv_tokens)
+        new, key = self._pipelines.new_pipeline(plan), self._pipelines.draw_key()
+        self._pipelines.claim(new)
+        move = self.move = Move(
+            old,
+            new,
+            addresses={s.peer: self._pipelines.worker(s).peer_addresses for s in new.stages},
+            link_key=key,
+            copies=price.copies,
+            copy_s=price.copy_s,
+            now=now,
+        )
+        orders = self._pipelines.load_orders(new, key, beside=True, imports=move.imports)
+        note = self._log.note(
+            EventKind.MOVE_BEGAN,
+            epoch=new.epoch,
+            layer_map=new.layer_map,
+            before=old.layer_map,
+            how="" if price.copies else ", computing its KV cache again",
+            why=why,
+        )
+        return [*orders, note]
+
+    def replace(self, old: Pipeline, plan: Plan, *, why: str) -> list[Action]:
+        """Load a plan in place of a pipeline whose workers cannot hold the layers of both.
+
+        Args:
+            plan: of workers of `old` and idle ones.
+        """
+        self._pipelines.dissolve(old)
+        actions = self._pipelines.load([plan])
+        self._pipelines.all[-1].lineage = old.lineage
+        note = self._log.note(
+            EventKind.PLAN_REPLACED, epoch=old.epoch, layer_map=old.layer_map, why=why
+        )
+        return [note, *actions]
+
+    # -------------------------------------------------------------- what workers tell
+
+    def stage_ready(self, worker: Worker, ready: StageReady, *, now: float) -> Sequence[Action]:
+        """Take it that a stage of the move has loaded; once all have, copy KV cache."""
+        move = self._of(worker, ready.epoch)
+        stage = move.new_stage(worker.peer) if move else None
+        if move is None or stage is None:
+            return []
+        before = worker.layers if self._pipelines.of(worker.peer) is move.old else None
+        read_bytes = added_bytes(self._cluster.model.cost, before, stage.layers)
+        worker.learn_load_speed(read_bytes, ready.load_s)
+        if move.state is not MoveState.LOADING or not move.new.stage_ready(worker.peer, ready):
+            return []
+        return move.loaded(now=now)
+
+    def stage_failed(self, worker: Worker, failed: StageFailed, *, now: float) -> list[Action]:
+        """Undo the move: a stage of it cannot be loaded."""
+        actions = self.undo(f"{worker.id} cannot load its layers: {failed.message}", now=now)
+        if worker.layers is None:
+            worker.fail(failed.message)
+        return actions
+
+    def copied(self, worker: Worker, said: KVCopied, *, now: float) -> Sequence[Action]:
+        """Take it that a worker has sent its KV cache."""
+        move = self._of(worker, said.epoch)
+        if move is None or move.state is not MoveState.COPYING:
+            return []
+        self.prices.copied(said.bytes_sent, now - move.state_at)
+        return move.copied(worker.peer, now=now)
+
+    def took_over(self, worker: Worker, said: TookOver) -> None:
+        """Take it that a stage has its KV cache."""
+        move = self._of(worker, said.epoch)
+        if move is not None:
+            move.took_over(worker.peer)
+
+    def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
+        """Undo the move: KV cache cannot go along. The next move between these two goes without."""
+        move = self._of(worker, failed.epoch)
+        if move is None:
+            return []
+        pair = (worker.id, WorkerId(failed.worker))
+        sends = any((t.sender.worker, t.receiver.worker) == pair for t in move.transfers)
+        actions = self.undo(f"{worker.id}: {failed.message}", now=now)
+        if sends and self.prices.unreachable(*pair):
+            self.failures -= 1
+        return actions
+
+    def lost(self, worker: Worker, *, now: float) -> list[Action]:
+        """Undo the move if a worker that has a part in it is no longer there."""
+        self.prices.forget(worker.id)
+        if self.move and self.move.concerns(worker.peer):
+            return self.undo(f"worker {worker.id} was lost", now=now)
+        return []
+
+    # -------------------------------------------------------------- ending
+
+    def undo(self, why: str, *, now: float) -> list[Action]:
+        """Undo the move; the old pipeline goes on."""
+        assert self.move is not None
+        move, self.move = self.move, None
+        self.failures += 1
+        self.undone_at = now
+        if move.old.scheduler is not None:
+            move.old.scheduler.resize(move.old.kv_tokens)
+        move.new.give_up()
+        for worker in self._pipelines.release(move.new):
+            worker.epoch = 0
+        orders = [s for s in move.undo() if self._cluster.registry.worker(s.peer)]
+        note = self._log.note(
+            EventKind.MOVE_UNDONE, epoch=move.new.epoch, layer_map=move.new.layer_map, why=why
+        )
+        return [*orders, note]
+
+    def settle(self, *, now: float) -> list[Action]:
+        """Go on if nothing is left to wait for; commit what can be committed."""
+        move = self.move
+        if move is None:
+            return []
+        orders = move.settle(now=now)
+        return self._commit(move, now) if move.state is MoveState.COMMITTED else [*orders]
+
+    def _commit(self, move: Move, now: float) -> list[Action]:
+        assert move.paused_at is not None
+        self.move = None
+        self.failures = 0
+        self.num_moves += 1
+        self.prices.stall_s = now - move.paused_at
+        self._pipelines.replace(move.old, move.new)
+        if move.copies:
+            move.new.continue_from(move.old)
+        else:
+            self._pipelines.evacuate(move.old)
+            move.new.serve()
+        note = self._log.note(
+            EventKind.MOVE_COMMITTED,
+            epoch=move.new.epoch,
+            layer_map=move.new.layer_map,
+            took_s=now - move.began_at,
+            stall_s=self.prices.stall_s,
+            handover_s=now - move.state_at,
+        )
+        sends: list[Send] = move.commit_orders()
+        return [*sends, *self._pipelines.tell_capacity(), note]
+
+    def next_deadline(self) -> float | None:
+        """Return when the state of the move has lasted too long, clock seconds."""
+        return self.move.next_deadline() if self.move else None
+
+    def on_timer(self, *, now: float) -> Sequence[Action]:
+        """Undo a move that has taken too long, or end its copying."""
+        at = self.next_deadline()
+        if self.move is None or at is None or at > now:
+            return []
+        if self.move.copies and self.move.state is not MoveState.LOADING:
+            self.prices.copied_slowly(SLOW)
+        if self.move.state is MoveState.COPYING:
+            return self.move.copy_timed_out(now=now)
+        return self.undo(f"{self.move.state.value} took too long", now=now)
+
+    def _of(self, worker: Worker, epoch: int) -> Move | None:
+        """Return the move, if it is to this epoch and the worker has a part in it."""
+        move = self.move
+        return move if move and move.new.epoch == epoch and move.concerns(worker.peer) else None
+
+    def validate(self) -> None:
+        """Assert the invariants; tests call this after every step."""
+        move = self.move
+        if move is not None:
+            assert move.state not in (MoveState.COMMITTED, MoveState.UNDONE)
+            paused = move.state in (MoveState.DRAINING, MoveState.HANDOVER)
+            assert (move.old.state is PipelineState.PAUSED) == paused
+            assert move.old in self._pipelines.all
+            assert move.new not in self._pipelines.all
+            for stage in move.new.stages:
+                assert self._pipelines.of(stage.peer) in (move.old, move.new)

@@ -1,0 +1,193 @@
+"""Has plans made when workers come and go, and loads them. Pure.
+
+Plans take some milliseconds to make, so they are asked for beside the event loop, one question at a
+time. An answer counts only for workers that can still be had: if it names another one, or says that
+nobody can hold the model while others have come, the question is asked again for those that are
+there by then.
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+from distributed_llm.common.errors import DistributedLLMError, UnsupportedModel, WorkerLost
+from distributed_llm.common.messages import StageFailed
+from distributed_llm.common.types import WorkerId
+from distributed_llm.coordinator.cluster.cluster import Cluster
+from distributed_llm.coordinator.cluster.registry import Worker, memory_of
+from distributed_llm.coordinator.events import Action, Stop, Study
+from distributed_llm.coordinator.plan import Plan
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.serving.event_log import EventKind
+
+
+class Need(IntEnum):
+    """What plans are needed for; the smaller, the more urgent.
+
+    Attributes:
+        RECOVERY: a pipeline was lost; workers without layers should serve in its place.
+        ANEW: all workers, whatever they serve; pipelines that are planned as they are stay.
+        ANOTHER: workers without layers should serve the model once more.
+    """
+
+    RECOVERY = 0
+    ANEW = 1
+    ANOTHER = 2
+
+
+class Replanning:
+    """Plans for workers that come and go.
+
+    Attributes:
+        replan_at: when to plan for a worker that joined, clock seconds, or None.
+        replan_when_idle: another plan may be better, but requests are running.
+    """
+
+    def __init__(self, cluster: Cluster, planner: Planner) -> None:
+        self._cluster = cluster
+        self._pipelines = cluster.pipelines
+        self._planner = planner
+        self._needs: set[Need] = set()
+        self._open: tuple[Need, PlanQuestion] | None = None
+        self._lost: WorkerId | None = None  # by whose loss a pipeline ended last
+        self.replan_at: float | None = None
+        self.replan_when_idle = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether plans are being made."""
+        return self._open is not None
+
+    # -------------------------------------------------------------- asking
+
+    def plan_anew(self) -> list[Action]:
+        """Have plans made for all workers that are there, if enough have joined."""
+        self.replan_at, self.replan_when_idle = None, False
+        fit, wanted = len(self._cluster.registry.fit), self._cluster.settings.min_workers
+        if self._pipelines.epoch == 0 and fit < wanted:
+            self._pipelines.note = (
+                f"{fit} of {wanted} workers have joined. Start the others with `dllm worker`."
+            )
+            return []
+        return self._ask_for(Need.ANEW)
+
+    def add_pipeline(self) -> list[Action]:
+        """Have workers without layers serve the model once more, if they can hold it."""
+        self.replan_at, self.replan_when_idle = None, True
+        return self._ask_for(Need.ANOTHER)
+
+    def lose(self, worker: Worker) -> list[Action]:
+        """Give up the pipeline of a worker that serves no more; have another one planned."""
+        pipeline = self._pipelines.of(worker.peer)
+        if pipeline is None:
+            return []
+        self._pipelines.dissolve(pipeline)
+        return self._recover(worker)
+
+    def _recover(self, worker: Worker) -> list[Action]:
+        self._pipelines.recovering, self._lost = True, worker.id
+        return self._ask_for(Need.RECOVERY)
+
+    def stage_failed(self, worker: Worker, failed: StageFailed) -> list[Action]:
+        """Plan without a worker that cannot load its layers."""
+        pipeline = self._pipelines.of(worker.peer)
+        if pipeline is None or failed.epoch != worker.epoch:
+            self._cluster.event_log.rejected["stale_epoch"] += 1
+            return []
+        self._pipelines.dissolve(pipeline)
+        worker.fail(failed.message)
+        note = self._cluster.event_log.note(
+            EventKind.STAGE_FAILED, worker=worker.id, epoch=failed.epoch, why=failed.message
+        )
+        if failed.code == UnsupportedModel.code:
+            return [note, Stop(UnsupportedModel(failed.message))]
+        return [note, *self._recover(worker)]
+
+    def _ask_for(self, *needs: Need) -> list[Action]:
+        """Note what is needed; ask for the most urgent, unless a question is open."""
+        self._needs.update(needs)
+        if self._open is not None or not self._needs:
+            return []
+        need = min(self._needs)
+        self._needs.remove(need)
+        machines = self._cluster.measurements.machines(memory_of(self._candidates(need)))
+        question = PlanQuestion(self._planner, machines, several=need is Need.ANEW)
+        self._open = need, question
+        return [Study(question)]
+
+    def _candidates(self, need: Need) -> list[Worker]:
+        registry = self._cluster.registry
+        return registry.fit if need is Need.ANEW else registry.idle
+
+    # -------------------------------------------------------------- answers
+
+    def answered(self, answer: PlanAnswer, *, moving: bool) -> list[Action]:
+        """Load what was planned, or ask again; then ask for what else is needed.
+
+        Args:
+            moving: a move is under way, which plans for all workers have to wait for.
+        """
+        assert self._open is not None
+        (need, question), self._open = self._open, None
+        assert answer.question is question
+        if self._is_outdated(need, answer):
+            return self._ask_for(need)
+        if answer.error is not None:
+            actions = self._give_up(need, answer.error)
+        elif need is Need.ANEW:
+            actions = self._load_anew(answer.plans, moving)
+        else:
+            actions = self._load(answer.plans)
+        return [*actions, *self._ask_for()]
+
+    def _is_outdated(self, need: Need, answer: PlanAnswer) -> bool:
+        there = {worker.id for worker in self._candidates(need)}
+        if answer.error is not None:
+            return there != set(answer.question.machines.memory_bytes)
+        return any(stage.worker not in there for plan in answer.plans for stage in plan)
+
+    def _load_anew(self, plans: Sequence[Plan], moving: bool) -> list[Action]:
+        if self._pipelines.all and (moving or self._cluster.book.busy):
+            self.replan_when_idle = True
+            return []
+        kept = {pipeline.plan for pipeline in self._pipelines.all} & set(plans)
+        for pipeline in self._pipelines.all:
+            if pipeline.plan not in kept:
+                self._pipelines.dissolve(pipeline)
+        self._needs.discard(Need.RECOVERY)  # the workers that it is for are planned for
+        return self._load([plan for plan in plans if plan not in kept])
+
+    def _load(self, plans: Sequence[Plan]) -> list[Action]:
+        self._pipelines.recovering = Need.RECOVERY in self._needs
+        return self._pipelines.load(plans)
+
+    def _give_up(self, need: Need, error: DistributedLLMError) -> list[Action]:
+        """Go on without the plans that were needed."""
+        log, pipelines = self._cluster.event_log, self._pipelines
+        match need:
+            case Need.ANOTHER:
+                return []
+            case Need.ANEW if pipelines.all:
+                return [log.note(EventKind.PLAN_KEPT, why=str(error))]
+            case Need.ANEW:
+                return self._wait(error)
+            case Need.RECOVERY:
+                pipelines.recovering = Need.RECOVERY in self._needs
+                if pipelines.all:
+                    self.replan_when_idle = True
+                    left = len(pipelines.all)
+                    note = log.note(EventKind.PIPELINE_LOST, pipelines=left, why=str(error))
+                    return [*pipelines.drop_unused(), note, *pipelines.tell_capacity()]
+                broken = WorkerLost(f"Worker {self._lost} serves its layers no longer. {error}")
+                failed = self._cluster.book.fail_all(broken)
+                return [*pipelines.end_epoch(), *failed, *self._wait(error)]
+
+    def _wait(self, error: DistributedLLMError) -> list[Action]:
+        self._pipelines.note, self.replan_when_idle = str(error)[:4096], False
+        return [self._cluster.event_log.note(EventKind.WAITING, why=str(error))]
+
+    def validate(self) -> None:
+        """Assert the invariants; tests call this after every step."""
+        assert self._open is not None or not self._needs
+        wanted = Need.RECOVERY in self._needs or (self._open and self._open[0] is Need.RECOVERY)
+        assert bool(wanted) == self._pipelines.recovering

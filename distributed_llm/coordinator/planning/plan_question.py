@@ -1,0 +1,51 @@
+"""Which plans some machines should serve: a question, answered beside the event loop. Pure."""
+
+from dataclasses import dataclass
+
+from distributed_llm.common.errors import (
+    ConfigError,
+    DistributedLLMError,
+    NotEnoughMemory,
+    NotReady,
+)
+from distributed_llm.common.types import WorkerId
+from distributed_llm.coordinator.plan import Plan
+from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.speeds.machines import Machines
+
+
+@dataclass(frozen=True)
+class PlanQuestion:
+    """How machines should serve the model.
+
+    Attributes:
+        machines: all that may have layers.
+        several: plans as many pipelines as are wanted; otherwise one.
+        used_tokens: positions of KV cache that one pipeline should have room for, if it can.
+        leaving: the worker that is to leave, if the plan is for those that take its layers over.
+    """
+
+    planner: Planner
+    machines: Machines
+    several: bool = False
+    used_tokens: int = 0
+    leaving: WorkerId | None = None
+
+    def answer(self) -> "PlanAnswer":
+        """Return the plans, or why there are none."""
+        try:
+            if self.several:
+                return PlanAnswer(self, plans=tuple(self.planner.plans(self.machines)))
+            plan = self.planner.plan(self.machines, used_tokens=self.used_tokens)
+            return PlanAnswer(self, plans=(plan,))
+        except (NotEnoughMemory, ConfigError, NotReady) as exc:
+            return PlanAnswer(self, error=exc)
+
+
+@dataclass(frozen=True)
+class PlanAnswer:
+    """The answer to a `PlanQuestion`: plans, or the error that says why there are none."""
+
+    question: PlanQuestion
+    plans: tuple[Plan, ...] = ()
+    error: DistributedLLMError | None = None

@@ -1,0 +1,127 @@
+"""Events as facts: their texts, their bounds, and the stories they make."""
+
+from string import Formatter
+from typing import Any
+
+import pytest
+
+from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.events import Log
+from distributed_llm.coordinator.serving.event_log import (
+    MAX_EVENTS,
+    MAX_REQUEST_EVENTS,
+    Entry,
+    EventKind,
+    EventLog,
+)
+
+A, B = WorkerId("a"), WorkerId("b")
+MAP = ((A, LayerRange(0, 2)), (B, LayerRange(2, 6)))
+
+FACTS = {
+    "memory_bytes": 8 << 30,
+    "device": "cpu",
+    "why": "it is so",
+    "rtt_s": 0.0034,
+    "layer_map": MAP,
+    "before": MAP[:1],
+    "how": "",
+    "layers": LayerRange(0, 2),
+    "load_s": 1.25,
+    "kv_tokens": 640,
+    "pipelines": 2,
+    "took_s": 3.0,
+    "stall_s": 0.12,
+    "handover_s": 0.01,
+    "answers": 1,
+    "prompt_tokens": 7,
+    "choice": 0,
+    "code": "stage_error",
+    "answer_tokens": 20,
+}
+"""A value for every fact that a template may name."""
+
+
+@pytest.mark.parametrize("kind", EventKind)
+def test_every_kind_has_a_text_of_facts(kind: EventKind) -> None:
+    fields = {name for _, name, _, _ in Formatter().parse(kind.template) if name}
+    facts = {name: FACTS[name] for name in fields & set(FACTS)}
+    assert fields <= {"worker", "request", "epoch", *FACTS}
+    text = Entry(0.0, kind, A, "r1", 3, facts).text
+    assert text
+    assert "{" not in text
+    assert "None" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (EventKind.WORKER_JOINED, "worker a joined: 8.0 GiB on cpu"),
+        (EventKind.LINK_DIRECT, "worker a hands its results on itself (3.4 ms)"),
+        (EventKind.PLAN_LOADING, "plan 3: layers a 0-2, b 2-6"),
+        (EventKind.STAGE_LOADED, "worker a loaded layers 0-2 in 1.2 s"),
+        (
+            EventKind.MOVE_COMMITTED,
+            "plan 3 is served: layers moved in 3.0 s, steps stood still for 120 ms, of which "
+            "10 ms to hand over",
+        ),
+    ],
+)
+def test_units_are_those_that_people_read(kind: EventKind, text: str) -> None:
+    assert Entry(0.0, kind, A, None, 3, FACTS).text == text
+
+
+def test_an_event_is_kept_and_logged_with_its_level() -> None:
+    log = EventLog()
+    log.now = 5.0
+    action = log.note(EventKind.WAITING, why="nobody is there")
+    assert action == Log("waiting: nobody is there", "warning")
+    assert log.entries == (Entry(5.0, EventKind.WAITING, facts={"why": "nobody is there"}),)
+    assert log.texts == ("waiting: nobody is there",)
+
+
+def test_a_fact_that_is_missing_is_a_bug() -> None:
+    with pytest.raises(KeyError):
+        EventLog().note(EventKind.PLAN_SERVING, epoch=1)
+
+
+def test_it_is_bounded_and_requests_do_not_push_out_the_cluster() -> None:
+    log = EventLog()
+    log.note(EventKind.WORKER_LEFT, worker=A, why="said goodbye")
+    for number in range(MAX_REQUEST_EVENTS + 5):
+        log.trace(EventKind.REQUEST_ARRIVED, f"r{number}", answers=1)
+    assert [entry.kind for entry in log.entries] == [EventKind.WORKER_LEFT]
+    assert log.story(request="r4") == []
+    assert len(log.story(request="r5")) == 1
+    for _ in range(MAX_EVENTS):
+        log.note(EventKind.WORKER_LEFT, worker=B, why="said goodbye")
+    assert log.story(worker="a") == []
+    assert len(log.texts) == MAX_EVENTS
+
+
+def test_a_long_reason_is_cut() -> None:
+    log = EventLog()
+    log.note(EventKind.WAITING, why="x" * 5000)
+    assert len(log.texts[0]) == 1000
+
+
+def test_the_story_of_a_worker_has_the_plans_it_was_part_of_in_order() -> None:
+    log = EventLog()
+    told: list[tuple[float, EventKind, WorkerId | None, dict[str, Any]]] = [
+        (1.0, EventKind.WORKER_JOINED, A, {"memory_bytes": 1, "device": "cpu"}),
+        (2.0, EventKind.WORKER_JOINED, B, {"memory_bytes": 1, "device": "cpu"}),
+        (3.0, EventKind.PLAN_LOADING, None, {"layer_map": MAP}),
+        (5.0, EventKind.PLAN_LOADING, None, {"layer_map": MAP[1:]}),
+    ]
+    for at, kind, worker, facts in told:
+        log.now = at
+        log.note(kind, worker=worker, epoch=1, **facts)
+    log.now = 4.0
+    log.trace(EventKind.STEP_FAILED, "r1", worker=A, code="stage_error", why="no room")
+    story = log.story(worker="a")
+    assert [(entry.at, entry.kind) for entry in story] == [
+        (1.0, EventKind.WORKER_JOINED),
+        (3.0, EventKind.PLAN_LOADING),
+        (4.0, EventKind.STEP_FAILED),
+    ]
+    assert [entry.at for entry in log.story(request="r1")] == [4.0]

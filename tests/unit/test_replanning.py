@@ -1,0 +1,236 @@
+"""Plans that are made while the cluster goes on: what counts, what is asked again, what is told."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from distributed_llm.common.errors import DistributedLLMError, NotReady
+from distributed_llm.common.messages import DropStage, LoadStage, RequestFailed, StageFailed
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.events import Action, Stop, Study
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from tests.unit.coordinator_parts import Parts, sent
+
+WHOLE = 20_000
+"""Bytes in which the model fits."""
+HALF = 5_000
+"""Bytes in which half of it does."""
+
+
+def question_of(actions: Sequence[Action]) -> PlanQuestion:
+    """Return the question that is asked, the only one."""
+    (study,) = (action for action in actions if isinstance(action, Study))
+    assert isinstance(study.question, PlanQuestion)
+    return study.question
+
+
+def asked(actions: Sequence[Action]) -> list[str]:
+    """Return which workers are asked about."""
+    return sorted(question_of(actions).machines.memory_bytes)
+
+
+def answered(parts: Parts, question: PlanQuestion, *, moving: bool = False) -> list[Action]:
+    return parts.replanning.answered(question.answer(), moving=moving)
+
+
+def layers(parts: Parts) -> list[str]:
+    return [
+        ", ".join(f"{worker} {held}" for worker, held in pipeline.layer_map)
+        for pipeline in parts.pipelines.all
+    ]
+
+
+def serving(memory: int = HALF, strategy: str = "even", **memories: int) -> Parts:
+    """Return workers a and b that serve half of the model each, and perhaps others."""
+    parts = Parts({"a": memory, "b": memory, **memories}, strategy=strategy)
+    parts.serve(("a", 0, 3), ("b", 3, 6))
+    return parts
+
+
+def remove(parts: Parts, name: str) -> list[Action]:
+    """A worker is no longer there."""
+    worker = parts.registry.remove(PeerId(name.encode()))
+    assert worker
+    return parts.replanning.lose(worker)
+
+
+# ------------------------------------------------------------------ nothing is planned on the loop
+
+
+def test_the_first_plan_is_asked_for_and_loaded_when_it_is_made() -> None:
+    parts = Parts({"a": HALF, "b": HALF}, strategy="even")
+    actions = parts.replanning.plan_anew()
+    assert asked(actions) == ["a", "b"]
+    assert parts.replanning.busy
+    assert parts.pipelines.state == "waiting", "requests are still refused"
+    loads = answered(parts, question_of(actions))
+    assert sent(loads) == [("b", LoadStage), ("a", LoadStage)]
+    assert (parts.pipelines.state, parts.replanning.busy) == ("loading", False)
+
+
+def test_while_a_lost_pipeline_is_planned_anew_its_requests_wait() -> None:
+    parts = serving(c=HALF)
+    parts.ask(parts.pipelines.all[0], 100)
+    actions = remove(parts, "b")
+    assert asked(actions) == ["a", "c"]
+    assert sent(actions) == []
+    assert parts.pipelines.state == "loading", "nobody is refused"
+    assert parts.book.num_waiting == 1
+    answered(parts, question_of(actions))
+    assert layers(parts) == ["a 0-3, c 3-6"]
+
+
+# ------------------------------------------------------------------ answers that come too late
+
+
+def test_a_plan_with_somebody_who_has_left_is_asked_for_again() -> None:
+    parts = Parts({"a": HALF, "b": HALF, "c": HALF}, strategy="even")
+    first = question_of(parts.replanning.plan_anew())
+    parts.registry.remove(PeerId(b"b"))
+    again = answered(parts, first)
+    assert asked(again) == ["a", "c"]
+    answered(parts, question_of(again))
+    assert layers(parts) == ["a 0-3, c 3-6"]
+
+
+def test_that_nobody_can_hold_the_model_is_asked_again_if_somebody_came() -> None:
+    parts = serving()
+    first = question_of(remove(parts, "b"))
+    parts.join("c", HALF)
+    again = answered(parts, first)
+    assert asked(again) == ["a", "c"]
+    assert parts.pipelines.recovering
+    answered(parts, question_of(again))
+    assert layers(parts) == ["a 0-3, c 3-6"]
+    assert not parts.pipelines.recovering
+
+
+def test_a_plan_for_those_that_are_left_counts_although_somebody_came() -> None:
+    parts = Parts({"a": HALF, "b": HALF}, strategy="even")
+    first = question_of(parts.replanning.plan_anew())
+    parts.join("c", HALF)
+    assert sent(answered(parts, first)) == [("b", LoadStage), ("a", LoadStage)]
+
+
+def test_a_second_loss_is_planned_for_once_the_first_is() -> None:
+    """c and d serve too, and d is lost while a plan for a and e is made."""
+    parts = Parts(dict.fromkeys("abcde", HALF), strategy="even", replicas=2)
+    parts.serve(("a", 0, 3), ("b", 3, 6))
+    parts.serve(("c", 0, 3), ("d", 3, 6))
+    first = question_of(remove(parts, "b"))
+    assert remove(parts, "d") == [], "one question at a time"
+    second = answered(parts, first)
+    assert layers(parts) == ["a 0-3, e 3-6"]
+    assert asked(second) == ["c"]
+    assert parts.pipelines.recovering
+    actions = answered(parts, question_of(second))
+    assert "1 pipelines are left to serve the model" in parts.event_log.texts[-1]
+    assert not any(isinstance(action, Study) for action in actions)
+    assert not parts.pipelines.recovering
+
+
+def test_plans_for_all_workers_wait_for_requests_that_came_meanwhile() -> None:
+    parts = serving(WHOLE, c=WHOLE)
+    first = question_of(parts.replanning.plan_anew())
+    parts.ask(parts.pipelines.all[0], 100)
+    assert answered(parts, first) == []
+    assert layers(parts) == ["a 0-3, b 3-6"]
+    assert parts.replanning.replan_when_idle
+
+
+def test_plans_for_all_workers_wait_for_a_move() -> None:
+    parts = serving(WHOLE, c=WHOLE)
+    first = question_of(parts.replanning.plan_anew())
+    assert answered(parts, first, moving=True) == []
+    assert parts.replanning.replan_when_idle
+
+
+def test_what_is_planned_as_it_is_stays() -> None:
+    parts = serving(WHOLE)
+    before = parts.pipelines.all
+    assert sent(answered(parts, question_of(parts.replanning.plan_anew()))) == []
+    assert parts.pipelines.all == before
+
+
+# ------------------------------------------------------------------ nobody can hold it
+
+
+def test_without_anybody_who_can_hold_it_requests_fail_and_layers_are_freed() -> None:
+    parts = serving(strategy="memory")
+    parts.ask(parts.pipelines.all[0], 100)
+    actions = answered(parts, question_of(remove(parts, "b")))
+    assert sorted(sent(actions), key=str) == [("a", DropStage), ("client", RequestFailed)]
+    assert parts.pipelines.state == "waiting"
+    assert "are missing" in parts.pipelines.note
+    assert parts.event_log.texts[-1].startswith("waiting: ")
+
+
+def test_a_plan_that_cannot_be_bettered_stays() -> None:
+    parts = serving()
+    parts.worker("a").leaving = True
+    answered(parts, question_of(parts.replanning.plan_anew()))
+    assert layers(parts) == ["a 0-3, b 3-6"]
+    assert parts.event_log.texts[-1].startswith("the plan stays: ")
+
+
+def test_another_pipeline_that_does_not_fit_is_not_mentioned() -> None:
+    parts = serving(c=100)
+    before = parts.event_log.texts
+    assert answered(parts, question_of(parts.replanning.add_pipeline())) == []
+    assert parts.event_log.texts == before
+
+
+def test_so_many_have_to_join_before_the_first_plan() -> None:
+    parts = Parts({"a": WHOLE}, strategy="even", min_workers=2)
+    assert parts.replanning.plan_anew() == []
+    assert parts.pipelines.note.startswith("1 of 2 workers have joined.")
+    parts.join("b", WHOLE)
+    assert asked(parts.replanning.plan_anew()) == ["a", "b"]
+
+
+# ------------------------------------------------------------------ stages that cannot be loaded
+
+
+def test_a_worker_that_cannot_load_is_planned_without() -> None:
+    parts = Parts({"a": HALF, "b": HALF, "c": HALF}, strategy="even")
+    parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
+    failed = StageFailed(epoch=1, code="stage_error", message="no room")
+    actions = parts.replanning.stage_failed(parts.worker("b"), failed)
+    assert parts.worker("b").state is WorkerState.UNFIT
+    assert asked(actions) == ["a", "c"]
+    answered(parts, question_of(actions))
+    assert layers(parts) == ["a 0-3, c 3-6"]
+
+
+def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
+    parts = Parts({"a": WHOLE})
+    parts.pipelines.load([parts.plan(("a", 0, 6))])
+    failed = StageFailed(epoch=1, code="unsupported_model", message="it differs")
+    actions = parts.replanning.stage_failed(parts.worker("a"), failed)
+    assert [type(action) for action in actions if isinstance(action, Stop)] == [Stop]
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_failure_of_another_plan_changes_nothing(epoch: int) -> None:
+    parts = serving()
+    failed = StageFailed(epoch=epoch, code="stage_error", message="no room")
+    assert parts.replanning.stage_failed(parts.worker("b"), failed) == []
+    assert layers(parts) == ["a 0-3, b 3-6"]
+
+
+# ------------------------------------------------------------------ a bug in planning
+
+
+def test_a_plan_that_cannot_be_made_for_a_bug_is_told_like_any_other() -> None:
+    parts = serving()
+    question = question_of(remove(parts, "b"))
+    broken = PlanAnswer(question, error=DistributedLLMError("a bug"))
+    parts.replanning.answered(broken, moving=False)
+    assert parts.pipelines.state == "waiting"
+    assert parts.pipelines.note == "a bug"
+
+
+def test_nobody_there_is_no_plan() -> None:
+    answer = question_of(Parts({}).replanning.add_pipeline()).answer()
+    assert isinstance(answer.error, NotReady)
