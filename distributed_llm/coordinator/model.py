@@ -37,7 +37,7 @@ class ServedModel:
         dtype: of weights and KV cache.
         wire_dtype: of activations between stages.
         cost: memory of its parts.
-        hidden_size: numbers in the activations of one token.
+        hidden_size: numbers per token between stages.
         defaults: of generation.
         digest: returns a digest of the weights of a layer range.
     """
