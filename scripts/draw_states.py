@@ -11,6 +11,9 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.coordinator.cluster.departures import DEPARTURE_STATES
 from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
+from distributed_llm.worker.session.agent import AGENT_STATES
+from distributed_llm.worker.session.epoch_stage import STAGE_STATES
+from distributed_llm.worker.session.kv_handover import HANDOVER_STATES
 
 TARGET = Path(__file__).parents[1] / "docs" / "states.md"
 
@@ -18,6 +21,9 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/cluster/registry.py": WORKER_STATES,
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
+    "worker/session/agent.py": AGENT_STATES,
+    "worker/session/epoch_stage.py": STAGE_STATES,
+    "worker/session/kv_handover.py": HANDOVER_STATES,
 }
 """By the module that holds them."""
 
