@@ -358,7 +358,9 @@ def test_what_does_not_fit_beside_is_refused_before_it_is_read(
         weights = worker.engine._served.stage.weight_bytes  # type: ignore[union-attr]
         read: list[Any] = []
         monkeypatch.setattr(Stage, "load", lambda *args, **kwargs: read.append(args))
-        monkeypatch.setattr(loading, "room_now", lambda device, budget: room(device, weights + 10))
+        monkeypatch.setattr(
+            loading, "memory_now", lambda device, budget: room(device, weights + 10)
+        )
         failed = worker.ask(Load(0, fits), LoadFailed)
         assert isinstance(failed.error, NotEnoughMemory)
         text = str(failed.error)

@@ -121,7 +121,7 @@ OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
     (S.PREPARED, WHY.GIVE_UP): then(both, CancelStage(epoch=5)),
     (S.COMMITTED, WHY.GIVE_UP): then(serving_3, beside(5), DropStage(epoch=3), Disconnected()),
     (S.SERVED, WHY.GIVE_UP): then(serving_3, DropStage(epoch=3)),
-    (S.SUSPENDED, WHY.GIVE_UP): then(both, TakeOver(epoch=5), Disconnected()),
+    (S.SUSPENDED, WHY.GIVE_UP): then(copied, TakeOver(epoch=5), DropStage(epoch=3)),
 }
 
 H, STEP = HandoverState, HandoverCause
