@@ -1,15 +1,13 @@
 """A coordinator and workers as child processes: for tests, notebooks and `dllm demo`."""
 
-import os
 import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import psutil
 
@@ -21,88 +19,13 @@ from distributed_llm.common.errors import (
     error_from_wire,
 )
 from distributed_llm.common.messages import ClusterStatus
+from distributed_llm.local_process import LocalProcess, fork_server
 
 _POLL_S = 0.05
 _CONNECT_S = 1.0
 _KILL_AFTER_S = 5.0
 _SHARE_OF_MEMORY = 0.8
-_LOG_TAIL = 8000
 _ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTILINE | re.DOTALL)
-
-
-class LocalProcess:
-    """One child process. It ends when this process ends, however that ends.
-
-    Args:
-        name: for messages.
-        command: verb and flags of `dllm`.
-        settings: environment variables `DLLM_...` for it.
-        log: file that takes what it writes to stderr.
-    """
-
-    def __init__(
-        self, name: str, command: Sequence[str], settings: Mapping[str, str], log: Path
-    ) -> None:
-        self.name = name
-        self.log = log
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
-        environment |= {"PYTHONUNBUFFERED": "1", **settings}
-        with log.open("wb") as stderr:
-            self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-m", "distributed_llm.cli", *command, "--exit-with-parent"],
-                env=environment,
-                stdin=subprocess.PIPE,  # never written to: it closes when this process ends
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-            )
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    @property
-    def exit_code(self) -> int | None:
-        """What it exited with, or None while it runs."""
-        return self._process.poll()
-
-    @property
-    def stdout(self) -> IO[bytes]:
-        """What it prints."""
-        assert self._process.stdout is not None
-        return self._process.stdout
-
-    def kill(self) -> None:
-        """End it at once (SIGKILL), and wait until it is gone."""
-        self._process.kill()
-        self._process.wait()
-
-    def terminate(self) -> None:
-        """Ask it to end (SIGTERM)."""
-        self._process.terminate()
-
-    def wait(self, timeout_s: float) -> int:
-        """Return its exit code once it has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: it has not ended in time.
-        """
-        return self._process.wait(timeout_s)
-
-    def log_tail(self) -> str:
-        """Return the end of what it wrote to stderr."""
-        return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
-
-    def close(self) -> None:
-        """End it, at once if it does not end by itself."""
-        self._process.terminate()
-        try:
-            self._process.wait(_KILL_AFTER_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
 
 
 class LocalCluster:
@@ -165,6 +88,9 @@ class LocalCluster:
             DistributedLLMError: one of them failed, or it took too long.
         """
         self._folder = tempfile.TemporaryDirectory(prefix="dllm-", ignore_cleanup_errors=True)
+        self._used = ExitStack()
+        # It imports what workers need while the coordinator starts.
+        self._fork_server = self._used.enter_context(fork_server())
         self.coordinator = LocalProcess(
             "coordinator",
             ["coordinator", *([self._model] if self._model else [])],
@@ -202,6 +128,7 @@ class LocalCluster:
             ["worker"],
             _environment("WORKER", settings),
             Path(self._folder.name) / f"worker-{number}.log",
+            self._fork_server,
         )
         self.workers.append(worker)
         return worker
@@ -249,6 +176,7 @@ class LocalCluster:
             process.terminate()
         for process in [*self.workers, self.coordinator]:
             process.close()
+        self._used.close()
         self._folder.cleanup()
 
     def _check_processes(self) -> None:

@@ -1,0 +1,94 @@
+"""The process that forks workers; `local_process.ForkServer` is its other end.
+
+It imports what a worker needs, has no thread, opens no socket and computes nothing, so that a fork
+of it is as good as a new process. Orders come over a Unix socket, each with three file descriptors;
+the answers are the pid of a child, and later its exit code.
+"""
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+_MAX_ORDER_BYTES = 1 << 20
+
+
+def main() -> None:
+    """Serve orders until the other end of the socket is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that uses us
+    # As `dllm worker` sets it before torch is loaded; numpy's threads would not survive a fork.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.disable()  # collecting among a million new objects takes a third of the time
+    import distributed_llm.cli
+    import distributed_llm.worker.work  # noqa: F401 - for the children
+
+    gc.freeze()
+    with socket.socket(fileno=int(sys.argv[1])) as orders:
+        _serve(orders)
+
+
+def _serve(orders: socket.socket) -> None:
+    children: dict[int, int] = {}  # pid by the descriptor that tells when it has ended
+    while True:
+        ready = select.select([orders.fileno(), *children], [], [])[0]
+        for handle in ready:
+            if handle in children:
+                pid = children.pop(handle)
+                os.close(handle)
+                _, status = os.waitpid(pid, 0)
+                _tell(orders, {"ended": pid, "code": os.waitstatus_to_exitcode(status)})
+        if orders.fileno() in ready:
+            order, ends = _receive(orders)
+            if not order:
+                return
+            pid = os.fork()
+            if pid == 0:
+                for descriptor in (orders.fileno(), *children):
+                    os.close(descriptor)
+                _run(order, ends)
+            for descriptor in ends:
+                os.close(descriptor)
+            children[os.pidfd_open(pid)] = pid
+            _tell(orders, {"pid": pid})
+
+
+def _receive(orders: socket.socket) -> tuple[bytes, list[int]]:
+    """Return an order and its descriptors; nothing if the other end is closed."""
+    order, ends, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 3)
+    while order and not order.endswith(b"\n"):
+        more = orders.recv(_MAX_ORDER_BYTES)
+        if not more:
+            return b"", ends
+        order += more
+    return order, ends
+
+
+def _tell(orders: socket.socket, answer: dict[str, int]) -> None:
+    orders.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _run(order: bytes, ends: list[int]) -> None:
+    """Be the child: run a verb of `dllm` and exit."""
+    from distributed_llm.cli import main as dllm
+
+    try:
+        wanted = json.loads(order)
+        for target, descriptor in enumerate(ends):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        gc.enable()
+        os.environ.clear()
+        os.environ.update(wanted["environment"])
+        sys.argv = ["dllm", *wanted["arguments"]]
+        dllm()
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Child processes that run a verb of `dllm`, started cold or forked from a warm process.
+
+A worker needs seconds to import torch and transformers. Where the system can fork safely (Linux),
+one process imports them once, before it has any thread, and forks a child per worker (`ForkServer`,
+whose other end is `fork_server`). Elsewhere, and whenever that fails, a child is started cold. Both
+kinds read the same settings, write to the same files, and end when this process ends.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Protocol
+
+_KILL_AFTER_S = 5.0
+_LOG_TAIL = 8000
+
+_READ_BY_LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_")
+_READ_BY_LOADERS = ("TORCH", "PYTORCH", "CUDA_", "LD_", "PYTHON", "MALLOC_", "HF_", "TRANSFORMERS_")
+_FROZEN = (*_READ_BY_LIBRARIES, *_READ_BY_LOADERS)
+"""Variables that libraries read when they are loaded: a fork comes too late to change them."""
+
+
+class LocalProcess:
+    """One child process. It ends when this process ends, however that ends.
+
+    Args:
+        name: for messages.
+        command: verb and flags of `dllm`.
+        settings: environment variables `DLLM_...` for it.
+        log: file that takes what it writes to stderr.
+        fork_server: forks it; None starts it cold.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        settings: Mapping[str, str],
+        log: Path,
+        fork_server: "ForkServer | None" = None,
+    ) -> None:
+        self.name = name
+        self.log = log
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
+        environment |= {"PYTHONUNBUFFERED": "1", **settings}
+        arguments = [*command, "--exit-with-parent"]
+        # Nothing is ever written to stdin: it closes when this process ends, and so do children.
+        stdin_end, stdin = os.pipe()
+        stdout, stdout_end = os.pipe()
+        with log.open("wb") as stderr:
+            ends = (stdin_end, stdout_end, stderr.fileno())
+            forked = fork_server.fork(arguments, environment, ends) if fork_server else None
+            self._child: _Child = forked or _ColdChild(arguments, environment, ends)
+        os.close(stdin_end)
+        os.close(stdout_end)
+        self._stdin = stdin
+        self.stdout: IO[bytes] = open(stdout, "rb")  # noqa: SIM115 - closed by `close`
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._child.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it exited with, None while it runs; minus its number if a signal ended it."""
+        return self._child.wait(0.0)
+
+    def kill(self) -> None:
+        """End it at once (SIGKILL), and wait until it is gone."""
+        self._child.signal(signal.SIGKILL if sys.platform != "win32" else signal.SIGTERM)
+        self._child.wait(None)
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM)."""
+        self._child.signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float) -> int:
+        """Return its exit code once it has ended.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended in time.
+        """
+        code = self._child.wait(timeout_s)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.name, timeout_s)
+        return code
+
+    def log_tail(self) -> str:
+        """Return the end of what it wrote to stderr."""
+        return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
+
+    def close(self) -> None:
+        """End it, at once if it does not end by itself."""
+        self.terminate()
+        try:
+            self.wait(_KILL_AFTER_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        os.close(self._stdin)
+        self.stdout.close()
+
+
+class _Child(Protocol):
+    """A running child process."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        """Return its exit code, None if it still runs after `timeout_s`; None waits for ever."""
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+
+
+class _ColdChild:
+    """A child that is started as a new Python process."""
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], ends: Sequence[int]
+    ) -> None:
+        self._process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "distributed_llm.cli", *arguments],
+            env=dict(environment),
+            stdin=ends[0],
+            stdout=ends[1],
+            stderr=ends[2],
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s)
+        return None
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+
+class _ForkedChild:
+    """A child of the fork server."""
+
+    def __init__(self, server: "ForkServer", pid: int) -> None:
+        self._server = server
+        self._pid = pid
+        self._handle = os.pidfd_open(pid)  # names this process even after another has its pid
+        self._code: int | None = None
+
+    @property
+    def pid(self) -> int:
+        return self._pid
+
+    def wait(self, timeout_s: float | None) -> int | None:
+        if self._code is None and select.select([self._handle], [], [], timeout_s)[0]:
+            self._code = self._server.exit_code(self._pid)
+            os.close(self._handle)
+        return self._code
+
+    def signal(self, number: int) -> None:
+        if self._code is None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._handle, number)
+
+
+class ForkServer:
+    """A process that has imported what workers need, and forks them.
+
+    It ends when `close` is called or this process ends, and its children go on then.
+    """
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._socket = ours
+        self._lock = threading.Lock()
+        self._received = b""
+        self._codes: dict[int, int] = {}
+        self._environment = _frozen(os.environ)
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603
+                [sys.executable, "-m", "distributed_llm.fork_server", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # a child that is started cold will say the same
+            )
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def fork(
+        self, arguments: Sequence[str], environment: Mapping[str, str], ends: Sequence[int]
+    ) -> _ForkedChild | None:
+        """Fork a child that runs a verb of `dllm`; None if that cannot be done here and now.
+
+        Args:
+            arguments: of `dllm`.
+            environment: all its variables.
+            ends: file descriptors that become its stdin, stdout and stderr.
+        """
+        if _frozen(environment) != self._environment:
+            return None  # set since the libraries were loaded
+        order = json.dumps({"arguments": list(arguments), "environment": dict(environment)})
+        with self._lock:
+            try:
+                socket.send_fds(self._socket, [order.encode() + b"\n"], list(ends))
+                while "pid" not in (answer := self._receive()):
+                    self._codes[answer["ended"]] = answer["code"]
+                return _ForkedChild(self, answer["pid"])
+            except OSError:  # it has died; or the child has, before it could be watched
+                return None
+
+    def exit_code(self, pid: int) -> int:
+        """Return what a child exited with that has ended; minus SIGKILL if nobody knows it."""
+        with self._lock:
+            try:
+                while pid not in self._codes:
+                    answer = self._receive()
+                    self._codes[answer["ended"]] = answer["code"]
+                return self._codes.pop(pid)
+            except OSError:
+                return -signal.SIGKILL
+
+    def _receive(self) -> dict[str, int]:
+        while b"\n" not in self._received:
+            more = self._socket.recv(4096)
+            if not more:
+                raise ConnectionResetError("the fork server has ended")
+            self._received += more
+        line, _, self._received = self._received.partition(b"\n")
+        answer: dict[str, int] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End it."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+_lock = threading.Lock()
+_users = 0
+_server: ForkServer | None = None
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[ForkServer | None]:
+    """Lend the fork server of this process, which ends when nobody has it any more.
+
+    It is None where processes cannot be forked safely: only on Linux is nothing of the system's own
+    in a process that has loaded torch but not computed.
+    """
+    global _users, _server
+    if sys.platform != "linux":
+        yield None
+        return
+    with _lock:
+        _users += 1
+        if _server is None:
+            _server = ForkServer()
+        lent = _server
+    try:
+        yield lent
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users and _server is not None:
+                _server.close()
+                _server = None
+
+
+def _frozen(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_FROZEN) and name != "PYTHONUNBUFFERED"
+    }
