@@ -38,6 +38,7 @@ def task() -> list[Frame]:
 def result(frames: list[Frame]) -> list[Frame]:
     """Return a stage's answer to a task."""
     message, tensors = codec.to_worker.decode(frames)
+    assert isinstance(message, Task)
     timing = StageTime(compute_us=0, layers_us=0, queued_us=0)
     answer = TaskResult(epoch=1, step=message.step, timings=(timing,), tensors=message.tensors[1:])
     return codec.encode(answer, tensors[1:])

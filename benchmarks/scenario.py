@@ -5,9 +5,9 @@ from typing import Literal
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import Goal
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.settings import Goal
 
 VOCAB = 32_000
 HIDDEN = 2048
@@ -20,7 +20,7 @@ class Scenario:
     """What is simulated. Times are virtual; "mean" is of an exponential or log-normal draw."""
 
     workers: int = field(default=8, metadata={"help": "workers that join, one by one"})
-    all_in_flight: int = field(default=1, metadata={"help": "times that the model is served"})
+    pipelines: int = field(default=1, metadata={"help": "times that the model is served"})
     requests: int = field(default=100, metadata={"help": "requests of all clients"})
     rate: float = field(default=0.0, metadata={"help": "requests per second; 0: all at once"})
     clients: int = field(default=8, metadata={"help": "clients"})
@@ -51,13 +51,13 @@ class Scenario:
     @property
     def num_layers(self) -> int:
         """Layers of the model: four for each worker of a pipeline."""
-        return 4 * max(1, self.workers // self.all_in_flight)
+        return 4 * max(1, self.workers // self.pipelines)
 
     @property
     def memory_bytes(self) -> int:
         """Memory of each worker."""
         whole = self.spare * (self.num_layers + 1) * LAYER_BYTES
-        return int(whole * self.all_in_flight / self.workers)
+        return int(whole * self.pipelines / self.workers)
 
 
 def served_model(scenario: Scenario) -> ServedModel:
@@ -73,6 +73,7 @@ def served_model(scenario: Scenario) -> ServedModel:
         name="made up",
         source=ModelSource(kind="builtin", name=""),
         dtype="bfloat16",
+        wire_dtype="bfloat16",
         cost=cost,
         hidden_size=HIDDEN,
         defaults=GenerationDefaults(2**20, VOCAB, (), SamplingParams(temperature=0.0)),

@@ -98,7 +98,7 @@ async def _staggered(client: AsyncDistributedClient, count: int, new_tokens: int
 # ------------------------------------------------------------------ stages that wait
 
 
-async def in_flight(_: Path, rounds: int) -> None:
+async def pipeline(_: Path, rounds: int) -> None:
     """Compare steady throughput with what the slowest stage allows; show the latency of one."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -334,7 +334,7 @@ async def _held(cluster: LocalCluster) -> Held:
 
 _KINDS: dict[str, Callable[[Path, int], Coroutine[Any, Any, None]]] = {
     "batch": batch,
-    "pipeline": in_flight,
+    "pipeline": pipeline,
     "prefill": prefill,
     "prefix": prefix,
     "overload": overload,

@@ -149,13 +149,13 @@ def growth(scenario: Scenario) -> str:
         replace(
             scenario,
             workers=workers,
-            all_in_flight=max(1, workers // _STAGES),
+            pipelines=max(1, workers // _STAGES),
             requests=_PER_PIPELINE * max(1, workers // _STAGES),
         )
         for workers in _TABLE_WORKERS
     ]
     by_running = [
-        replace(scenario, workers=_STAGES, all_in_flight=1, batch=running, requests=8 * running)
+        replace(scenario, workers=_STAGES, pipelines=1, batch=running, requests=8 * running)
         for running in _TABLE_RUNNING
     ]
     return "\n\n".join(_growth(scenarios) for scenarios in (by_workers, by_running))
@@ -175,9 +175,9 @@ def _growth_row(run: Run) -> list[str]:
     scenario = cluster.scenario
     return [
         str(scenario.workers),
-        str(scenario.all_in_flight),
+        str(scenario.pipelines),
         str(scenario.requests),
-        str(min(scenario.batch, scenario.requests // scenario.all_in_flight)),
+        str(min(scenario.batch, scenario.requests // scenario.pipelines)),
         f"{cluster.seen.tokens / cluster.steps:.1f}",
         _per(total_s, sum(run.serving.count.values())),
         _per(total_s, cluster.steps),

@@ -17,12 +17,12 @@ from benchmarks.scenario import VOCAB, Scenario, served_model
 from benchmarks.virtual_client import Seen, VirtualClient, jain
 from benchmarks.virtual_worker import CONNECT_S, VirtualWorker
 from distributed_llm.common.messages import ClusterStatus, Task
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.worker.session.link_events import LinkId
 
 T = TypeVar("T")
@@ -100,10 +100,10 @@ class VirtualCluster:
         self._unstarted = scenario.requests
         self.core = Core(
             served_model(scenario),
-            CoreSettings(
+            CoordinatorSettings(
                 strategy=scenario.strategy,
                 objective=scenario.objective,
-                replicas=scenario.all_in_flight,
+                replicas=scenario.pipelines,
                 max_batch_sequences=scenario.batch,
                 max_batch_tokens=scenario.chunk,
                 max_waiting_requests=scenario.waiting or scenario.requests,
@@ -250,7 +250,7 @@ class VirtualCluster:
         for other in self.workers.values():
             other.lost(worker)
 
-    def all_in_flight(self) -> list[list[VirtualWorker]]:
+    def pipelines(self) -> list[list[VirtualWorker]]:
         """Return the workers that have layers, by pipeline."""
         groups: defaultdict[int, list[VirtualWorker]] = defaultdict(list)
         for worker in self.workers.values():
@@ -291,7 +291,7 @@ class VirtualCluster:
         if self._unstarted == 0:
             self.drained_at = self.now
             took_s = self.now - self.asked_at
-            self.busy = [[w.busy_s / took_s for w in group] for group in self.all_in_flight()]
+            self.busy = [[w.busy_s / took_s for w in group] for group in self.pipelines()]
 
     def _ask_next(self, askers: Iterable[VirtualClient]) -> None:
         for asker in askers:

@@ -285,7 +285,7 @@ class VirtualWorker:
 
     def _step_s(self, layers: int, tokens: int) -> float:
         scenario = self.cluster.scenario
-        share = layers * scenario.workers / (scenario.num_layers * scenario.all_in_flight)
+        share = layers * scenario.workers / (scenario.num_layers * scenario.pipelines)
         noise = 1.0 + scenario.noise * (2.0 * self.cluster.random.random() - 1.0)
         base_ms = scenario.stage_ms + scenario.token_ms * tokens
         return noise * self.slowness * share * base_ms / 1000

@@ -65,18 +65,18 @@ class Survey:
 
 def told(findings: FoundPlans) -> Survey:
     """Return what is printed."""
-    sequences = findings.survey.demand.sequences
+    sequences = findings.search.demand.sequences
     best = findings.best
     return Survey(
-        findings.survey.epoch,
-        findings.survey.demand,
+        findings.search.epoch,
+        findings.search.demand,
         _expected(findings.now, sequences),
         _expected(best, sequences) if best else None,
     )
 
 
 def _expected(forecast: Forecast, sequences: float) -> Expected:
-    layers = tuple(f"{worker} {held}" for worker, held in forecast.ranges)
+    layers = tuple(f"{worker} {held}" for worker, held in forecast.layer_map)
     return Expected(
         layers,
         forecast.partition.slowest_s,

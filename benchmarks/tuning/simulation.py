@@ -31,6 +31,7 @@ from distributed_llm.common.messages import (
     ToNextWorker,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings, Goal
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName, Frame
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.core import Core
@@ -38,8 +39,7 @@ from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import Hop, Links
 from distributed_llm.coordinator.planning.forecast import best_plan
-from distributed_llm.coordinator.planning.strategies import Offer, StaticStrategy, make_plan
-from distributed_llm.coordinator.settings import CoreSettings, Goal
+from distributed_llm.coordinator.planning.strategies import StaticStrategy, make_plan
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
@@ -182,7 +182,7 @@ def plan(
         layers = {name: _range(held) for name, held in configuration.layers}
         stages = make_plan(
             cost,
-            [Offer(worker, size) for worker, size in memory.items()],
+            memory,
             strategy=cast(StaticStrategy, configuration.strategy),
             kv_tokens=KV_TOKENS,
             layers=layers,
@@ -204,10 +204,9 @@ def plan(
         cost, machines, demand, goal=cast(Goal, configuration.objective), kv_tokens=KV_TOKENS
     )
     if found is None:
-        offers = [Offer(worker, size) for worker, size in memory.items()]
-        make_plan(cost, offers, strategy="memory", kv_tokens=KV_TOKENS)  # says what is missing
+        make_plan(cost, memory, strategy="memory", kv_tokens=KV_TOKENS)  # says what is missing
         raise NotEnoughMemory("No partition of the layers fits the workers.")
-    return list(found.partition.ranges)
+    return list(found.partition.layer_map)
 
 
 def _range(text: str) -> LayerRange:
@@ -257,6 +256,7 @@ def _run(
         name=model.name,
         source=ModelSource(kind="builtin", name=""),
         dtype=dtype,
+        wire_dtype=dtype,
         cost=model.cost(dtype),
         hidden_size=model.hidden_size,
         defaults=GenerationDefaults(
@@ -290,7 +290,7 @@ class _Cluster(VirtualCluster):
         super().__init__(scenario)
         self.core = Core(
             served,
-            CoreSettings(
+            CoordinatorSettings(
                 strategy="custom",
                 layers={str(worker): held for worker, held in stages},
                 replicas=1,
@@ -299,7 +299,7 @@ class _Cluster(VirtualCluster):
                 max_batch_tokens=scenario.chunk,
                 max_waiting_requests=scenario.requests,
                 min_kv_tokens=KV_TOKENS,
-                task_timeout_s=1e6,
+                task_timeout_s=86400,
             ),
             draw_seed=lambda: self.random.getrandbits(62),
         )

@@ -9,7 +9,7 @@ from benchmarks.tuning.figures import WorkerFacts
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.search import best_partition
-from distributed_llm.coordinator.partition.tables import Candidate, Hop, Links, Speed
+from distributed_llm.coordinator.partition.tables import Candidate, Hop, Links, WorkerTimes
 
 
 def subset_configurations(
@@ -35,7 +35,7 @@ def subset_configurations(
             Candidate(
                 WorkerId(worker.name),
                 worker.capabilities.memory_bytes,
-                Speed(0.0, seconds[worker.name], 0.0),
+                WorkerTimes(0.0, seconds[worker.name], 0.0),
             )
             for worker in ranked[:size]
         ]
@@ -47,7 +47,7 @@ def subset_configurations(
             kv_tokens=kv_tokens,
         )
         if partition:
-            layers = tuple((str(worker), str(held)) for worker, held in partition.ranges)
+            layers = tuple((str(worker), str(held)) for worker, held in partition.layer_map)
             found.append(replace(start, strategy="custom", objective="auto", layers=layers))
     return found
 

@@ -1,4 +1,4 @@
-"""What a user gets of a request: chunks as they come, and the complete answers."""
+"""Answers as users get them: chunks as they come, and complete ones."""
 
 from dataclasses import dataclass, field
 
@@ -19,14 +19,14 @@ class Generation:
     """A complete answer.
 
     Attributes:
-        text: without special tokens, ended before a stop string.
-        token_ids: of the answer alone.
+        text: without special tokens; ends before a stop string.
+        token_ids: token ids of the answer, without the prompt.
         finish_reason: "stop" (end-of-sequence token or stop string) or "length".
-        choice: which of the `n` answers to its prompt, from 0.
+        choice: index of the answer, of the `n` to its prompt.
         logprobs: one per token id if `logprobs` was asked for, else None.
-        usage: of the request; its `n` answers share it.
-        timings: of the request.
-        request_id: of the request, as the coordinator's log names it.
+        usage: token counts of the request, all of its `n` answers together.
+        timings: how long the request took.
+        request_id: id of the request.
     """
 
     text: str
@@ -43,16 +43,16 @@ class Generation:
 class Chunk:
     """The next piece of an answer.
 
-    A stream of `n` answers has the chunks of all of them, each in order, as they come. It ends with
-    one chunk per answer, by `choice`, that has nothing but its `generation`.
+    In a stream of `n` answers, chunks of all answers are mixed, those of each answer in order. The
+    stream ends with one chunk per answer, by `choice`, that has only `generation`.
 
     Attributes:
         text: complete characters; empty while one is unfinished.
-        token_ids: the tokens that this answer got since its last chunk.
-        choice: which of the `n` answers, from 0.
+        token_ids: tokens of this answer since its last chunk.
+        choice: index of the answer, of the request's `n`.
         logprobs: one per token id if `logprobs` was asked for, else None.
-        finish_reason: with the last piece of this answer, why it ends; see `Generation`.
-        generation: the whole answer, with its last chunk only.
+        finish_reason: in the last chunk with text, why the answer ends; see `Generation`.
+        generation: the complete answer, in its last chunk only.
     """
 
     text: str
@@ -64,11 +64,10 @@ class Chunk:
 
 
 class Answers:
-    """Puts the answers of one request together from what the coordinator sends.
+    """Assembles the answers of one request from the coordinator's messages, and checks them.
 
     Args:
-        request_id: of the request.
-        params: that it was sent with.
+        params: the parameters that the request was sent with.
     """
 
     def __init__(self, request_id: str, params: SamplingParams) -> None:
@@ -77,10 +76,10 @@ class Answers:
         self._answers = [_Answer() for _ in range(params.n)]
 
     def add(self, piece: TokenChunk) -> Chunk:
-        """Return the piece as the user sees it.
+        """Add a piece to its answer; return it as a chunk for the user.
 
         Raises:
-            RemoteProtocolError: it does not continue its answer.
+            RemoteProtocolError: the piece does not continue its answer.
         """
         answer = self._continued(piece)
         answer.texts.append(piece.text)

@@ -1,4 +1,4 @@
-"""The clients: `AsyncDistributedClient`, and `DistributedClient`, its thin face without asyncio.
+"""The clients: `AsyncDistributedClient`, and `DistributedClient` for programs without asyncio.
 
 client = DistributedClient(coordinator_address="192.168.1.100:5555")
 client.generate("Once upon a time", max_new_tokens=20)
@@ -37,13 +37,13 @@ _Yes = Literal[True]
 
 
 class AsyncDistributedClient:
-    """Talks to one coordinator; all requests share a connection.
+    """A client of one coordinator; all its requests share a connection.
 
-    It connects with the first call, and again with the first call after the connection was lost.
+    The first call connects, and so does the first call after the connection was lost.
 
     Args:
         coordinator_address: "HOST:PORT".
-        connect_timeout_s: after which an address without a coordinator is given up.
+        connect_timeout_s: how long to wait for a coordinator to answer at the address.
 
     Raises:
         InvalidRequest: the address is none.
@@ -73,7 +73,7 @@ class AsyncDistributedClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; requests under way are cancelled."""
+        """Close the connection, which cancels all requests."""
         if self._session:
             self._session.close()
             self._session = None
@@ -121,10 +121,10 @@ class AsyncDistributedClient:
         """Return the answer to a prompt, or the answers to a list of prompts, in their order.
 
         Args:
-            prompt: text, token ids, or a list of either.
-            n: how many answers to a prompt; if it is given, even as 1, a list of so many stands
-                where the one answer would.
-            details: return `Generation` rather than text.
+            prompt: text, token ids, or a list of either. n: number of answers to each prompt. If
+            given, even as 1, a list of `n` answers takes the
+                place of each single answer.
+            details: return `Generation` instead of text.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -148,7 +148,7 @@ class AsyncDistributedClient:
     def stream(self, prompt: Prompt, **params: Any) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the answer as it is generated; closing it cancels the request.
 
-        With `n`, the chunks of the answers come in between one another, each with its `choice`.
+        With `n`, chunks of all answers are mixed; `choice` says which answer a chunk is part of.
 
         Args:
             prompt: text or token ids.
@@ -183,8 +183,8 @@ class AsyncDistributedClient:
 
         Args:
             messages: `[{"role": "user", "content": "Hi"}]`.
-            n: how many; if it is given, even as 1, a list of so many is returned.
-            details: return `Generation` rather than text.
+            n: number of answers. If given, even as 1, a list of `n` answers is returned.
+            details: return `Generation` instead of text.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -198,21 +198,22 @@ class AsyncDistributedClient:
         return self._stream(encode_chat(messages), SamplingParams.from_arguments(params))
 
     async def status(self) -> ClusterStatus:
-        """Return the cluster as the coordinator sees it.
+        """Return the status of the cluster.
 
         Raises:
-            ConnectionFailed: there is no coordinator, or it was lost.
+            ConnectionFailed: the coordinator cannot be reached, or was lost.
         """
         session = await self._connected()
         return await session.status(self._connect_timeout_s)
 
     async def drain_worker(self, name: str) -> None:
-        """Have a worker hand its layers to others, while requests run, and end.
+        """Have a worker hand its layers to other workers, while requests run, and end.
 
-        Returns once it has, however long that takes. Giving the wait up does not call it off.
+        Returns when the worker has ended, however long that takes. Cancelling this call does not
+        stop the worker from ending.
 
         Args:
-            name: of the worker, as `status` shows it.
+            name: the worker's name, as `status` shows it.
 
         Raises:
             InvalidRequest: there is no such worker.
@@ -263,7 +264,7 @@ class DistributedClient:
 
     Args:
         coordinator_address: "HOST:PORT".
-        connect_timeout_s: after which an address without a coordinator is given up.
+        connect_timeout_s: how long to wait for a coordinator to answer at the address.
     """
 
     def __init__(
@@ -287,7 +288,7 @@ class DistributedClient:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; requests under way are cancelled."""
+        """Close the connection, which cancels all requests."""
         self._closer()
 
     @overload
@@ -359,11 +360,11 @@ class DistributedClient:
         return self._iterate(self._client.stream_chat(messages, **params))
 
     def _iterate(self, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
-        # A generator of this object, which is thus not closed before the answer ends.
+        # As a generator it references this object, which is not closed before the answer ends.
         yield from self._runner.iterate(chunks)
 
     def status(self) -> ClusterStatus:
-        """Return the cluster as the coordinator sees it."""
+        """Return the status of the cluster."""
         return self._runner.run(self._client.status())
 
     def drain_worker(self, name: str) -> None:
@@ -379,7 +380,7 @@ def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:
 def _answers(
     generations: Sequence[Generation], n: int | None, details: bool
 ) -> str | Generation | list[str] | list[Generation]:
-    """Return the answers to one prompt in the shape that was asked for."""
+    """Return the answers to one prompt: one or a list, texts or `Generation`."""
     if details:
         return generations[0] if n is None else list(generations)
     texts = [generation.text for generation in generations]

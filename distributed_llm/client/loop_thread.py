@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def _next(items: AsyncGenerator[T, None]) -> list[T]:
-    """Return the next item in a list, which is empty at the end."""
+    """Return a list of the next item, or an empty list at the end."""
     async for item in items:
         return [item]
     return []
@@ -28,7 +28,7 @@ class LoopThread:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` returns; an interrupt (Ctrl-C) cancels it.
+        """Run `work` on the loop and return its result; an interrupt (Ctrl-C) cancels it.
 
         Raises:
             CoordinatorLost: the client was closed.
@@ -55,7 +55,7 @@ class LoopThread:
                 self.run(items.aclose())
 
     def stop(self) -> None:
-        """End the loop, what still runs on it, and its thread."""
+        """Cancel what runs on the loop, then end the loop and its thread."""
         self._stopped = True
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)

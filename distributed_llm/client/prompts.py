@@ -1,4 +1,4 @@
-"""Prompts as users give them, and the tensors that carry them to the coordinator."""
+"""Encoding of prompts, text or token ids or conversations, as tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Prompt = str | list[int]
 """Text, or token ids."""
 
 Prompts = list[str] | list[list[int]]
-"""Several of one kind."""
+"""Several prompts of one kind."""
 
 Messages = Sequence[Mapping[str, str]]
 """A conversation: `[{"role": "user", "content": "Hi"}]`."""
@@ -29,7 +29,7 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as `Generate` carries it: no tensor for an empty text, else one."""
+    """A prompt as `Generate` carries it: one tensor, or none for an empty text."""
 
     kind: Literal["text", "token_ids", "chat"]
     specs: tuple[TensorSpec, ...]

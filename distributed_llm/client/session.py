@@ -1,4 +1,4 @@
-"""One connection of a client: requests go out, their messages come in, silence is noticed."""
+"""One connection of a client: sends requests, receives their answers, notices silence."""
 
 import asyncio
 import secrets
@@ -41,15 +41,18 @@ _Reply = TokenChunk | Finished
 
 
 def new_request_id() -> str:
-    """Return an id that no other request of this client has."""
+    """Return a random id that no other request of this client has."""
     return secrets.token_urlsafe(12)
 
 
 class Session:
-    """A connection to the coordinator. Make it with `open`; it is over once `error` is set.
+    """A connection to the coordinator. Make it with `open`.
 
     Args:
-        address: "HOST:PORT".
+        address: "HOST:PORT" of the coordinator.
+
+    Attributes:
+        error: why the session is over; None while it lasts.
     """
 
     def __init__(self, address: str) -> None:
@@ -74,7 +77,7 @@ class Session:
         """Return a session that the coordinator has welcomed.
 
         Raises:
-            CoordinatorUnreachable: nobody welcomed it in time.
+            CoordinatorUnreachable: no coordinator has answered within `timeout_s`.
             ProtocolMismatch: the coordinator speaks another version.
         """
         session = cls(address)
@@ -100,7 +103,7 @@ class Session:
         return session
 
     def close(self) -> None:
-        """End the session; the coordinator drops what is under way."""
+        """End the session; the coordinator cancels its requests."""
         self._fail(CoordinatorLost("The client was closed."))
         if self._pulse:
             self._pulse.cancel()
@@ -109,12 +112,12 @@ class Session:
     async def request(
         self, message: Generate, frames: tuple[Frame, ...]
     ) -> AsyncGenerator[_Reply, None]:
-        """Yield the chunks of a request and `Finished`; leaving early cancels it.
+        """Send a request; yield its chunks and then `Finished`. Closing the iterator cancels it.
 
-        What has come and is not read yet waits here: at most what the request asked for.
+        Chunks that are not read yet are kept; the request's parameters bound how many there can be.
 
         Raises:
-            DistributedLLMError: as the coordinator says, or `CoordinatorLost`.
+            DistributedLLMError: the error that the coordinator sent, or `CoordinatorLost`.
         """
         if self.error:
             raise self.error
@@ -134,10 +137,10 @@ class Session:
                 self._dealer.send(codec.encode(Cancel(request_id=message.request_id)))
 
     async def status(self, timeout_s: float) -> ClusterStatus:
-        """Return the cluster as the coordinator sees it.
+        """Return the status of the cluster.
 
         Raises:
-            CoordinatorLost: it did not answer in time.
+            CoordinatorLost: the coordinator did not answer within `timeout_s`.
         """
         if self.error:
             raise self.error
@@ -153,10 +156,10 @@ class Session:
             ) from None
 
     async def drain(self, worker: str) -> None:
-        """Have a worker hand its layers over and end; return once it has, however long that takes.
+        """Have a worker hand its layers over and end; return when it has ended.
 
         Raises:
-            DistributedLLMError: why it cannot, as the coordinator says, or `CoordinatorLost`.
+            DistributedLLMError: the reason why it cannot, or `CoordinatorLost`.
         """
         if self.error:
             raise self.error
@@ -246,7 +249,7 @@ class Session:
         self.error = error
         if not self._welcome.done():
             self._welcome.set_exception(error)
-            self._welcome.exception()  # it may be that nobody waits for it any more
+            self._welcome.exception()  # retrieved: nobody may be waiting for it
         every: list[asyncio.Future[Any]] = [*self._reports, *chain(*self._drains.values())]
         for waiting in every:
             if not waiting.done():

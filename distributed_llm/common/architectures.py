@@ -1,7 +1,7 @@
-"""Which architectures can be split into stages: known right, known wrong, and why.
+"""Which architectures can be split into stages, which cannot, and why.
 
-A model_type that stands in neither table may still work: the worker compares a small random model
-of it, whole and split, before it serves a checkpoint (`worker.architectures`).
+A model type in neither table may still work: before a worker serves a checkpoint of it, it compares
+a small random model of that type, whole and split.
 """
 
 from collections.abc import Iterator, Mapping
@@ -113,7 +113,7 @@ _WHAT_TO_DO = "Use a model of a kind that is known to work, such as llama, qwen3
 
 
 def check_architecture(config: Mapping[str, Any]) -> None:
-    """Refuse the models that are known to be computed wrongly when they are split.
+    """Raise if a model of this config is known to be computed wrongly when split.
 
     Args:
         config: the content of a checkpoint's config.json.
@@ -130,7 +130,7 @@ def check_architecture(config: Mapping[str, Any]) -> None:
 
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what in the values of `config`, not in its type, cannot be split or run."""
+    """Yield reasons why a model with the values in `config` cannot be split or run."""
     if config.get("is_encoder_decoder"):
         yield _ENCODER
     if "text_config" in config:

@@ -1,6 +1,6 @@
-"""What a checkpoint folder holds, read without torch: config, tensors, sizes, digest.
+"""Checkpoints on disk, read without torch: config, tensors and their sizes, digest.
 
-Only Hugging Face checkpoints with safetensors are read; nothing in them is ever executed.
+Only Hugging Face checkpoints with safetensors are read, and nothing in them is executed.
 """
 
 import hashlib
@@ -84,12 +84,12 @@ class Checkpoint:
 
     @cached_property
     def hidden_size(self) -> int:
-        """Numbers per token that travel between stages."""
+        """Numbers per token between layers."""
         return _positive(self.config, "hidden_size", "n_embd")
 
     @cached_property
     def vocab_size(self) -> int:
-        """Token ids are below this."""
+        """Number of token ids; all are below it."""
         return _positive(self.config, "vocab_size")
 
     @cached_property
@@ -119,7 +119,7 @@ class Checkpoint:
 
     @cached_property
     def layer_prefix(self) -> str:
-        """What stands before the layer's number in the names of its tensors.
+        """The part of a tensor's name before the layer's number, such as "model.layers.".
 
         Raises:
             CheckpointError: the tensors are not those of layers 0 to `num_layers`.
@@ -158,10 +158,10 @@ class Checkpoint:
         return self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
 
     def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
-        """Yield the tensors that a stage of these layers needs.
+        """Yield the tensors that a stage with `layers` needs.
 
-        The first stage also needs the embeddings, the last one the norm, the head and, where
-        that is tied, the embedding of tokens.
+        The first stage also needs the embeddings; the last one the final norm, the head and, if the
+        head is tied to it, the token embedding.
         """
         first, last = layers.start == 0, layers.stop == self.num_layers
         for name, tensor in self.tensors.items():
@@ -182,10 +182,10 @@ class Checkpoint:
         return math.prod(tensor.shape) * ITEM_BYTES[dtype]
 
     def fingerprints(self, layers: LayerRange, *, sampled: bool) -> dict[str, str]:
-        """Return a name for each tensor of `layers` that tells it from others of its name.
+        """Return, by name, a fingerprint of each tensor that a stage with `layers` needs.
 
-        Covers dtype, shape and, if `sampled`, the first 4 KiB. It finds the wrong checkpoint, not a
-        forged one.
+        It covers dtype, shape and, if `sampled`, the first 4 KiB. It detects a wrong checkpoint,
+        not a forged one.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -202,10 +202,10 @@ class Checkpoint:
         return prints
 
     def digest(self, layers: LayerRange, fingerprints: Mapping[str, str]) -> str:
-        """Return a name for config.json and the weights of `layers`. Reads nothing.
+        """Return a digest of config.json and the weights of `layers`. Reads no files.
 
         Args:
-            fingerprints: of these tensors at least.
+            fingerprints: of the tensors of `layers`, and perhaps of others.
         """
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name in sorted(tensor.name for tensor in self.tensors_of(layers)):
@@ -241,7 +241,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of config.json; of a multi-modal model, that of its text part.
 
     Raises:
-        CheckpointError: there is none, or it is none.
+        CheckpointError: there is no such file, or it is no config.
     """
     if not folder.is_dir():
         raise CheckpointError(

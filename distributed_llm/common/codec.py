@@ -1,12 +1,13 @@
-"""Messages to frames and back. The only place that knows how bytes are laid out.
+"""Messages to frames and back: the wire format.
 
-A message is `[preamble][header][tensor]...`: five bytes of magic and protocol version, msgpack of
-one struct of `messages`, and one raw frame per entry of its field `tensors`. The version stands
-before anything that a version may change, so that every version can tell every other from noise.
+A message is the frames `[preamble][header][tensor]...`: four bytes of magic and one of protocol
+version; one struct of `messages` in msgpack; and one raw frame per entry of its field `tensors`.
+The version comes before everything that may change with it, so that every version recognises all
+others.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -35,27 +36,28 @@ PREAMBLE = MAGIC + bytes([PROTOCOL_VERSION])
 MAX_HEADER_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 
-M = TypeVar("M")
+V = TypeVar("V")
+M_co = TypeVar("M_co", covariant=True)
 
 _encoder = msgspec.msgpack.Encoder()
 
 
-class Decoder:
-    """Reads the messages of one direction.
+class Decoder(Generic[M_co]):
+    """Decodes the messages of one direction.
 
     Args:
-        union: the messages that may arrive.
+        union: the messages of this direction: M_co, as a value.
     """
 
     def __init__(self, union: Any) -> None:
-        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(union)
+        self._decoder: msgspec.msgpack.Decoder[M_co] = msgspec.msgpack.Decoder(union)
 
-    def decode(self, frames: Sequence[Frame]) -> tuple[Any, tuple[Frame, ...]]:
+    def decode(self, frames: Sequence[Frame]) -> tuple[M_co, tuple[Frame, ...]]:
         """Return the message and its tensor frames.
 
         Raises:
-            ProtocolMismatch: the peer speaks another version.
-            RemoteProtocolError: for anything else that is not a message of this direction.
+            ProtocolMismatch: the peer speaks another protocol version.
+            RemoteProtocolError: `frames` are no valid message of this direction.
         """
         if not 2 <= len(frames) <= 2 + MAX_TENSORS:
             raise RemoteProtocolError("bad_frames", f"{len(frames)} frames")
@@ -75,11 +77,11 @@ class Decoder:
         return message, tuple(tensors)
 
 
-to_coordinator = Decoder(ToCoordinator)
-to_worker = Decoder(ToWorker)
-to_client = Decoder(ToClient)
-to_next_worker = Decoder(ToNextWorker)
-to_previous_worker = Decoder(ToPreviousWorker)
+to_coordinator: Decoder[ToCoordinator] = Decoder(ToCoordinator)
+to_worker: Decoder[ToWorker] = Decoder(ToWorker)
+to_client: Decoder[ToClient] = Decoder(ToClient)
+to_next_worker: Decoder[ToNextWorker] = Decoder(ToNextWorker)
+to_previous_worker: Decoder[ToPreviousWorker] = Decoder(ToPreviousWorker)
 
 _chat: msgspec.msgpack.Decoder[list[ChatMessage]] = msgspec.msgpack.Decoder(Chat)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
@@ -89,7 +91,7 @@ def encode(message: AnyMessage, tensors: Sequence[Frame] = ()) -> list[Frame]:
     """Return the frames of `message`.
 
     Raises:
-        LocalProtocolError: the header is too long, or `tensors` are not what the message says.
+        LocalProtocolError: the header is too long, or `tensors` do not match the message's specs.
     """
     header = _encoder.encode(message)
     if len(header) > MAX_HEADER_BYTES:
@@ -101,32 +103,40 @@ def encode(message: AnyMessage, tensors: Sequence[Frame] = ()) -> list[Frame]:
 
 
 def encode_payload(value: list[ChatMessage] | ClusterStatus) -> bytes:
-    """Return msgpack of a value that is too long for a header."""
+    """Return a value in msgpack that may be too long for a header, for a tensor frame."""
     return _encoder.encode(value)
 
 
 def decode_chat(payload: Frame) -> list[ChatMessage]:
-    """Return the conversation in `payload`, or raise RemoteProtocolError."""
+    """Return the conversation in `payload`.
+
+    Raises:
+        RemoteProtocolError: it is none.
+    """
     return _decode_payload(_chat, payload)
 
 
 def decode_status(payload: Frame) -> ClusterStatus:
-    """Return the status in `payload`, or raise RemoteProtocolError."""
+    """Return the status in `payload`.
+
+    Raises:
+        RemoteProtocolError: it is none.
+    """
     return _decode_payload(_status, payload)
 
 
-def _decode_payload(decoder: msgspec.msgpack.Decoder[M], payload: Frame) -> M:
+def _decode_payload(decoder: msgspec.msgpack.Decoder[V], payload: Frame) -> V:
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise RemoteProtocolError("payload_too_big", f"{len(payload)} bytes")
     return _decode(decoder, payload)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder[M], data: Frame) -> M:
+def _decode(decoder: msgspec.msgpack.Decoder[V], data: Frame) -> V:
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as exc:
         raise RemoteProtocolError("bad_field", str(exc)[:512]) from exc
-    except (ValueError, RecursionError) as exc:  # all that a msgpack decoder raises on bad bytes
+    except (ValueError, RecursionError) as exc:  # all that it raises on bad bytes
         raise RemoteProtocolError("malformed", str(exc)[:512]) from exc
 
 

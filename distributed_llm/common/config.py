@@ -1,8 +1,8 @@
-"""Settings of coordinator, worker and client: file < environment < command line.
+"""Reading settings from a file, the environment and the command line; later ones win.
 
-A setting has the same name everywhere: `threads` under `worker:` in the file,
-`DLLM_WORKER__THREADS` in the environment, `worker.threads` among the overrides that the command
-line passes. Whatever is not understood is an error that says where it stands.
+A setting has one name: `threads` under `worker:` in the file, `DLLM_WORKER__THREADS` in the
+environment, `worker.threads` among the overrides of the command line. An unknown name or a bad
+value is an error that says where it was given.
 """
 
 import difflib
@@ -33,7 +33,7 @@ __all__ = [
     "setting_names",
 ]
 
-# Read by the setup scripts, so not a typing error when a `dllm` command finds it set.
+# Read by the setup scripts; not an unknown setting when a `dllm` command finds it.
 _FOREIGN_VARIABLES = frozenset({"DLLM_TORCH_INDEX_URL"})
 
 _Key = tuple[str, str]  # section, name
@@ -50,15 +50,16 @@ def load_settings(
     environment: Mapping[str, str],
     overrides: Mapping[str, Any],
 ) -> Settings:
-    """Return the settings that file, environment and command line give together, later ones first.
+    """Return the settings from file, environment and command line; later ones win.
 
     Args:
-        path: the YAML file; None: no file.
-        environment: such as `os.environ`; only names that begin with `DLLM_` are looked at.
-        overrides: by dotted name, `{"worker.threads": 4}`; a value of None means: not given.
+        path: the YAML file, or None.
+        environment: such as `os.environ`; only names that begin with `DLLM_` are read.
+        overrides: from the command line, by dotted name: `{"worker.threads": 4}`. None means that
+            the setting was not given.
 
     Raises:
-        ConfigError: with a line for each problem, saying where it stands and what to write.
+        ConfigError: with a line for each problem: where it is and what to write instead.
     """
     given: dict[_Key, _Given] = {}
     problems: list[str] = []
@@ -149,7 +150,7 @@ def _unknown(name: str, section: str = "") -> str:
 
 
 def _problem(details: ErrorDetails, given: Mapping[_Key, _Given]) -> str:
-    """Return an error of pydantic as people read it."""
+    """Return an error of pydantic as a line for people."""
     section, *path = (str(part) for part in details["loc"])
     context = details.get("ctx", {})
     if not path:  # raised by `settings.conflict`

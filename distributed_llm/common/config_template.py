@@ -5,7 +5,7 @@
     python -m distributed_llm.common.config_template config/local.yaml --set worker.name=pc
         writes a file to edit, with the values that were set; all others are comments
 
-A file that is there is never overwritten.
+An existing file is never overwritten.
 """
 
 import argparse
@@ -31,14 +31,14 @@ _LOCAL_HEADER = """\
 
 
 def render(chosen: Mapping[str, str] | None = None) -> str:
-    """Return the text of a file of settings.
+    """Return a YAML file of settings.
 
     Args:
-        chosen: texts by dotted name, such as `{"worker.name": "pc"}`; all others become comments.
-            None: every setting with its default.
+        chosen: values by dotted name, such as `{"worker.name": "pc"}`; all other settings become
+            comments. None gives every setting with its default.
 
     Raises:
-        ConfigError: a name or value of `chosen` is wrong.
+        ConfigError: a name or value in `chosen` is wrong.
     """
     values = load_settings(None, environment={}, overrides=chosen or {})
     lines = [_DEFAULT_HEADER if chosen is None else _LOCAL_HEADER]
@@ -56,7 +56,7 @@ def render(chosen: Mapping[str, str] | None = None) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return the exit code."""
+    """Run the command and return its exit code."""
     parser = argparse.ArgumentParser(
         prog="config_template", description="Write a file of settings, or print the defaults."
     )

@@ -1,4 +1,4 @@
-"""Every exception of this package.
+"""All exceptions of this package.
 
 * DistributedLLMError
   x ConfigError                a setting or flag is wrong
@@ -15,7 +15,7 @@
     + CoordinatorUnreachable   nobody answers at the address
     + CoordinatorLost          it answered before and fell silent
     + AddressInUse             the port to listen on is taken
-  x WorkerLost                 the machines that ran a request died and none can replace them
+  x WorkerLost                 workers died and the others cannot replace them
   x StageError                 a worker failed to run its layers
   x RequestCancelled           the request was cancelled
   x DeadlineExceeded           the request did not finish within its timeout_s
@@ -24,8 +24,8 @@
     + RemoteProtocolError      by the peer: drop the message, keep serving
     + ProtocolMismatch         the peer speaks another version
 
-Messages are for people and say what happened, why, and what to do. `code` is the stable name that
-travels on the wire, `exit_code` what the command line exits with.
+Messages are for people: what happened, why, and what to do. `code` is the stable name on the wire,
+`exit_code` the exit code of the command line.
 """
 
 from typing import ClassVar
@@ -59,7 +59,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class CheckpointError(DistributedLLMError):
-    """The files of a model are missing, broken or of a kind that is not read."""
+    """The files of a model are missing, broken or of an unknown format."""
 
     code = "checkpoint"
     exit_code = 2
@@ -72,7 +72,7 @@ class UnsupportedModel(CheckpointError):
 
 
 class CheckpointMismatch(CheckpointError):
-    """A worker holds other weights than the coordinator under the same name."""
+    """A worker has other weights than the coordinator under the same name."""
 
     code = "checkpoint_mismatch"
 
@@ -101,7 +101,7 @@ class Overloaded(CapacityError):
 
     Args:
         message: what happened, why, what to do.
-        retry_after_s: when to try again, seconds.
+        retry_after_s: time to wait before trying again.
     """
 
     code = "overloaded"
@@ -112,7 +112,7 @@ class Overloaded(CapacityError):
 
 
 class ConnectionFailed(DistributedLLMError):
-    """The other end of a connection is not there."""
+    """The other end of a connection cannot be reached."""
 
     code = "connection_failed"
     exit_code = 3
@@ -138,7 +138,7 @@ class AddressInUse(ConnectionFailed):
 
 
 class WorkerLost(DistributedLLMError):
-    """Workers died and those that are left cannot hold the model."""
+    """Workers died, over a request or until the others could not hold the model."""
 
     code = "worker_lost"
 
@@ -169,17 +169,17 @@ class ProtocolError(DistributedLLMError):
 
 
 class LocalProtocolError(ProtocolError):
-    """We tried something the protocol forbids."""
+    """This program tried something that the protocol forbids: a bug here."""
 
     code = "local_protocol"
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent something the protocol forbids.
+    """The peer sent something that the protocol forbids.
 
     Args:
-        reason: one of a closed set of names, for counters.
-        detail: what exactly, for the log.
+        reason: name of a counter, from a fixed set.
+        detail: exactly what it was, for the log.
     """
 
     code = "remote_protocol"
@@ -220,7 +220,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
 
 
 def error_from_wire(code: str, message: str, retry_after_s: float) -> DistributedLLMError:
-    """Return the exception that a peer named by `code`; an unknown code gives the base class."""
+    """Return the exception with this `code`; `DistributedLLMError` if the code is unknown."""
     if code == Overloaded.code:
         return Overloaded(message, retry_after_s)
     return _BY_CODE.get(code, DistributedLLMError)(message)

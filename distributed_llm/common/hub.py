@@ -1,8 +1,8 @@
-"""Where a model is: in the package, in a folder, or on the Hugging Face hub.
+"""Finding a model: in the package, in a folder, or on the Hugging Face hub.
 
-From the hub, only JSON is fetched at first: the coordinator knows the tensors from the headers of
-the files, a worker downloads the files that hold its layers. The commit is pinned, and what the
-headers say is kept beside the snapshot, so that a second start needs no network.
+Of a model on the hub the coordinator downloads only JSON: it learns about the tensors from the
+headers of the files. A worker downloads the files that hold its layers. The commit is pinned, and
+the headers are kept beside the snapshot, so that a second start needs no network.
 """
 
 import errno
@@ -47,9 +47,9 @@ _T = TypeVar("_T")
 
 
 def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
-    """Return where the workers find `model`, and what it holds.
+    """Return the source of `model` for the workers, and its checkpoint.
 
-    Downloads configuration and tokenizer of a hub model, no weights.
+    Downloads configuration and tokenizer of a model on the hub, but no weights.
 
     Args:
         model: empty for the model in the package, a folder, or a hub id 'org/name[@revision]'.
@@ -108,10 +108,10 @@ def resolve_for_worker(
 
 
 def fingerprints(source: ModelSource, checkpoint: Checkpoint, layers: LayerRange) -> dict[str, str]:
-    """Return the names of the tensors of `layers` by which both sides know they hold the same.
+    """Return fingerprints by which coordinator and worker compare the tensors of `layers`.
 
-    The commit of a hub model says what its files hold, so only there the weights are not looked
-    at: the coordinator does not have them.
+    Weights are sampled, except those of a model on the hub: the coordinator does not have them, and
+    the commit determines what the files contain.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -188,7 +188,7 @@ def _files(tensors: Iterable[TensorInfo]) -> list[str]:
 
 
 def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
-    """Return what the files of the snapshot in `folder` hold, whether they are here or not."""
+    """Return the checkpoint of the snapshot in `folder`; its weights may not be downloaded yet."""
     tensors = dict(_tensors_on_hub(name, folder))
     for file in _files(tensors.values()):
         if (folder / file).exists():
@@ -197,7 +197,7 @@ def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
 
 
 def _tensors_on_hub(name: str, folder: Path) -> Mapping[str, TensorInfo]:
-    """Return the tensors that the headers on the hub name; they are asked for only once."""
+    """Return the tensors in the headers of the files on the hub; fetched once, then kept."""
     path = folder / _TENSORS_NAME
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, TensorInfo])
@@ -226,7 +226,7 @@ def _fetch_headers(name: str, commit: str) -> dict[str, TensorInfo]:
 
 
 def _download(name: str, revision: str | None, files: Iterable[str]) -> Path:
-    """Return the snapshot's folder, named by its commit, with `files` where the hub has them."""
+    """Return the folder of the snapshot, named by its commit, with those `files` the hub has."""
 
     def download() -> str:
         return _api().snapshot_download(name, revision=revision, allow_patterns=list(files))

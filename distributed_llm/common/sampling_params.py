@@ -1,6 +1,6 @@
-"""Generation parameters: as a user gives them, as they are after defaults, as a task carries them.
+"""Generation parameters: `SamplingParams` as users give them, `Sampling` as tasks carry them.
 
-Names are those of `transformers.GenerationConfig`.
+They are named as in `transformers.GenerationConfig` where it has them.
 """
 
 import re
@@ -33,27 +33,27 @@ _Eos = Annotated[tuple[TokenId, ...], Meta(max_length=_MAX_STOPS)]
 class SamplingParams(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """How to generate. None means: what the checkpoint's `generation_config.json` says, else off.
+    """How to generate. None stands for the value in generation_config.json, or else for off.
 
     Attributes:
-        max_new_tokens: tokens to generate at most; default: 256, or what the context leaves.
-        min_new_tokens: no end-of-sequence token before this many.
+        max_new_tokens: most tokens to generate; default: 256, or fewer if the context is full.
+        min_new_tokens: number of tokens before which no end-of-sequence token is sampled.
         temperature: 0 is greedy.
         top_k: sample from the k likeliest tokens; 0 is off.
-        top_p: sample from the smallest set of tokens with this much probability; 1 is off.
-        min_p: drop tokens less likely than this share of the likeliest; 0 is off.
+        top_p: sample from the smallest set of tokens with this total probability; 1 is off.
+        min_p: drop tokens less likely than this share of the likeliest one; 0 is off.
         repetition_penalty: above 1 makes tokens of prompt and answer less likely; 1 is off.
-        presence_penalty: taken off the logit of every token that the answer has; 0 is off.
-        frequency_penalty: the same, times how often the answer has it; 0 is off.
-        logit_bias: token id to what is added to its logit.
-        logprobs: how many of the likeliest tokens to report at each position beside the one
-            that was picked; default: none, not even that one.
-        n: answers to the same prompt; they differ by their seeds.
-        seed: same seed, same text; default: a new one for each request.
-        stop_strings: generation ends before the first of these; they are not part of the text.
-        eos_token_id: tokens that end generation; default: the checkpoint's.
-        ignore_eos: go on after an end-of-sequence token.
-        timeout_s: the request fails if it has not finished by then, seconds from its arrival.
+        presence_penalty: subtracted from the logit of each token in the answer; 0 is off.
+        frequency_penalty: subtracted as many times as the answer has the token; 0 is off.
+        logit_bias: by token id, a number to add to the logit.
+        logprobs: number of likeliest tokens to report at each position, besides the sampled one;
+            default: report no log-probabilities at all.
+        n: number of answers to the prompt; they differ by their seeds.
+        seed: the same seed gives the same text; default: a new one for each request.
+        stop_strings: the answer ends before the first occurrence of any of them.
+        eos_token_id: tokens that end the answer; default: the checkpoint's.
+        ignore_eos: continue after an end-of-sequence token.
+        timeout_s: time from the request's arrival after which it fails if it has not finished.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -78,8 +78,8 @@ class SamplingParams(
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "SamplingParams":
         """Return the parameters named in `arguments`; None stands for the default.
 
-        One string or id may stand for a list, and the token ids of `logit_bias` may be strings, as
-        they are in JSON.
+        A single string or id is taken for a list of one. Token ids of `logit_bias` may be strings,
+        as in JSON.
 
         Raises:
             InvalidRequest: an unknown name, or a value of the wrong type or out of range.
@@ -123,7 +123,7 @@ _WANTED: Mapping[str, str] = {
 
 
 def _complaint(arguments: Mapping[str, Any], error: str) -> str:
-    """Return what is wrong with which of `arguments`, and what to give instead."""
+    """Return a message for people: which argument is wrong, why, and what to give instead."""
     what, _, where = error.rpartition(" - at ")
     found = re.search(r"\$\.(\w+)", where)
     assert found, f"msgspec names the field: {error}"
@@ -135,15 +135,16 @@ def _complaint(arguments: Mapping[str, Any], error: str) -> str:
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How the last stage picks the tokens of one sequence: parameters after defaults.
+    """How the last stage samples the tokens of one sequence: parameters after defaults.
 
-    It travels once, with the first slice that samples; the last stage keeps it with the sequence.
+    It is sent once, in the first slice that samples; the last stage keeps it with the sequence.
 
     Attributes:
-        logit_bias: pairs of token id and what is added to its logit.
-        prompt_tokens: where the answer begins: penalties of the answer count from here.
-        suppressed: token ids that may not be picked before position `suppressed_before`.
-        logprobs: how many of the likeliest tokens to report, or None.
+        logit_bias: pairs of a token id and a number to add to its logit.
+        prompt_tokens: position at which the answer begins; presence and frequency penalties count
+            from there.
+        suppressed: token ids that are not sampled before position `suppressed_before`.
+        logprobs: number of likeliest tokens to report, or None for no log-probabilities.
     """
 
     temperature: _Temperature = 0.0

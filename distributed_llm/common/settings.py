@@ -1,6 +1,8 @@
-"""Every setting: its name, type, limits, default and description.
+"""All settings: name, type, limits, default and description of each.
 
-`config/default.yaml` is made from this file. `config.load_settings` fills it in.
+`config.load_settings` reads them; `config/default.yaml` is generated from this module. Everything
+that has settings, the coordinator's core included, reads these types: they are frozen, and checked
+when they are made.
 """
 
 import re
@@ -53,6 +55,8 @@ def _lower(value: object) -> object:
 
 
 def _layer_range(value: object) -> LayerRange:
+    if isinstance(value, LayerRange):
+        return value
     ends: Iterable[Any] = ()
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,6}\s*-\s*[0-9]{1,6}\s*", value):
         ends = (int(end) for end in value.split("-"))
@@ -68,7 +72,7 @@ def _layer_range(value: object) -> LayerRange:
 
 
 def _layer_map(value: object) -> object:
-    """Return the map that "pc=0-8,mac=8-16" (environment, command line) stands for."""
+    """Return "pc=0-8,mac=8-16", from environment or command line, as a map."""
     if not isinstance(value, str):
         return value
     layers: dict[str, str] = {}
@@ -81,7 +85,7 @@ def _layer_map(value: object) -> object:
 
 
 def _shape(pattern: str, rule: str) -> AfterValidator:
-    """Return a check that a text is of this form; `rule` says so to people."""
+    """Return a validator for text that matches `pattern`; `rule` is the error message."""
 
     def check(value: str) -> str:
         if not re.fullmatch(pattern, value):
@@ -103,6 +107,9 @@ Factor = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[str, _shape(r"[^\x00-\x1f]{0,4096}", "should be one line of text")]
 WorkerName = Annotated[str, _shape(_NAME, _NAME_RULE)]
 WorkerNameOrEmpty = Annotated[str, _shape(f"({_NAME})?", _NAME_RULE)]
+WeightDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Strategy = Literal["speed", "memory", "even", "custom"]
+Goal = Literal["auto", "throughput", "latency"]
 Device = Annotated[
     str,
     _shape(
@@ -119,7 +126,7 @@ Layers = Annotated[
 
 
 def conflict(message: str, *keys: str) -> PydanticCustomError:
-    """Return an error of a whole section, to be shown at the first of `keys` that was given."""
+    """Return an error about several settings, shown at the first of `keys` that was given."""
     return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
 
 
@@ -138,22 +145,22 @@ class CoordinatorSettings(_Section):
         description="HOST:PORT to listen on; 0.0.0.0 is every network of this machine, port 0 any "
         "free port.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: WeightDtype = Field(
         default="auto",
         description="Number type of weights and activations; auto: as in the model's files.",
     )
-    wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    wire_dtype: WeightDtype = Field(
         default="auto",
         description="Number type of activations between workers; auto: as `dtype`. A narrower one "
         "saves traffic and changes answers a little.",
     )
-    strategy: Literal["speed", "memory", "even", "custom"] = Field(
+    strategy: Strategy = Field(
         default="speed",
         description="How layers are shared out: speed (by measured speed, and again while requests "
         "run when that changes), memory (in proportion to it), even (equal numbers), custom (as "
         "`layers` says).",
     )
-    objective: Literal["auto", "throughput", "latency"] = Field(
+    objective: Goal = Field(
         default="auto",
         description="What strategy speed makes best: throughput (many requests at once), latency "
         "(one at a time: fewest, fastest workers), auto (as many as there are).",
@@ -335,7 +342,7 @@ SECTIONS: dict[str, type[_Section]] = {
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. Comes from `load_settings`; built directly it reads no files."""
+    """All sections. `load_settings` reads them; built directly, it reads no file or environment."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="forbid", env_prefix="DLLM_", env_nested_delimiter="__"
@@ -354,5 +361,5 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Keep construction free of the process's environment, which `load_settings` is given."""
+        """Keep pydantic from reading the environment: `load_settings` does."""
         return (init_settings,)

@@ -1,4 +1,4 @@
-"""How a process that serves is stopped: by SIGINT (Ctrl-C) or SIGTERM."""
+"""Stopping coordinator and worker by SIGINT (Ctrl-C) or SIGTERM."""
 
 import asyncio
 import contextlib
@@ -9,12 +9,12 @@ _INTERRUPTED = 130
 
 
 def on_signal(stop: Callable[[int], None]) -> None:
-    """Have the running loop call `stop` with the number of the signal that arrives."""
+    """Have the running event loop call `stop` with the number of each signal that arrives."""
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows raises KeyboardInterrupt instead
             asyncio.get_running_loop().add_signal_handler(number, stop, int(number))
 
 
 def exit_code(number: int) -> int:
-    """Return what a process exits with that a signal stopped."""
+    """Return the exit code of a process that was stopped by the signal `number`."""
     return _INTERRUPTED if number == signal.SIGINT else 0

@@ -1,7 +1,8 @@
-"""YAML files of settings: text, numbers, lists and maps, each key with the line it stands on.
+"""A strict subset of YAML for files of settings: text, numbers, lists and maps.
 
-What YAML can do beyond that is refused: aliases (a few lines of them unfold to gigabytes), tags
-that build objects, keys that are not text, the same key twice, several documents in a file.
+The line of each key is kept. Everything else that YAML can do is refused: aliases (a few lines of
+them expand to gigabytes), tags that build objects, keys that are not text, duplicate keys, and
+several documents in a file.
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ KeyPath = tuple[str, ...]
 
 @dataclass(frozen=True)
 class YamlFile:
-    """What a file says, and where.
+    """The content of a YAML file.
 
     Attributes:
         values: the outermost map; empty for an empty file.
-        lines: the line, counted from 1, of each key; `("worker", "name")` is a key path.
+        lines: by key path, such as `("worker", "name")`, the line of the key, from 1.
     """
 
     values: dict[str, Any]
@@ -32,10 +33,10 @@ class YamlFile:
 
 
 def read_yaml(path: Path) -> YamlFile:
-    """Return what the file says.
+    """Return the content of the file at `path`.
 
     Raises:
-        ConfigError: it cannot be read or is not of the plain kind described above; with the line.
+        ConfigError: it cannot be read, or is not of the subset above; with the line.
     """
     text = _read_text(path)
     lines: dict[KeyPath, int] = {}
@@ -55,11 +56,11 @@ def read_yaml(path: Path) -> YamlFile:
 
 
 class _Refused(Exception):
-    """Something that YAML allows and we do not.
+    """Something that YAML allows but this subset does not.
 
     Args:
-        where: the part of the file.
-        message: what, and what to do.
+        where: the node or event, which has the line.
+        message: what it is and what to do.
     """
 
     def __init__(self, where: yaml.Node | yaml.Event, message: str) -> None:

@@ -1,4 +1,4 @@
-"""How a tensor crosses the wire: its dtype and shape in the header, its bytes in a raw frame."""
+"""Tensors on the wire: dtype and shape in the header, the numbers in a raw frame."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ DtypeName = Literal["float32", "bfloat16", "float16", "int32", "uint8"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint8": 1}
 
 MAX_FRAME_BYTES = 256 * 1024 * 1024
-"""Largest tensor that may cross the wire."""
+"""Largest tensor on the wire, bytes."""
 
 Frame: TypeAlias = bytes | bytearray | memoryview
 """The raw bytes of one tensor: row-major, little-endian."""
@@ -21,7 +21,7 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_FRAME_BYTES)]
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Dtype and shape of one raw frame.
+    """Dtype and shape of the tensor in one raw frame.
 
     Raises:
         ValueError: the tensor is larger than `MAX_FRAME_BYTES`.
@@ -36,7 +36,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_
 
     @property
     def nbytes(self) -> int:
-        """Exact size of the frame, bytes."""
+        """Size of the frame, bytes."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def __str__(self) -> str:
@@ -62,5 +62,5 @@ def floats_of_frame(frame: Frame) -> list[float]:
 
 
 def frame_of_bytes(data: bytes) -> tuple[TensorSpec, Frame]:
-    """Return `data` (not empty) as a uint8 tensor; for payloads too long for a header."""
+    """Return `data`, which is not empty, as a uint8 tensor of shape [len(data)]."""
     return TensorSpec("uint8", (len(data),)), data

@@ -1,15 +1,16 @@
-"""ROUTER and DEALER sockets under asyncio: the only module that knows ZeroMQ.
+"""ROUTER and DEALER sockets under asyncio. The only module that uses ZeroMQ.
 
-Both ends are driven by callbacks on the event loop's thread. ZeroMQ signals readiness by edges, and
-any call may swallow one: after every send, a refused one too, the socket is looked at again. It is
-left every `_BATCH` messages, so that a backlog never starves timers or other tasks.
+Both sockets call back on the event loop's thread. ZeroMQ signals readiness by edges, and any call
+on the socket may consume an edge; therefore the socket's state is checked again after every send,
+even a refused one. After `_BATCH` messages the socket yields to the event loop, so that a backlog
+does not starve timers and other tasks.
 
-Peers have no identities of their own: the ROUTER makes one per connection, so a worker that comes
-back is heard at once and nobody can take the place of another.
+Peers choose no identities: the ROUTER makes one up per connection. A worker that reconnects is
+heard at once, and no peer can take the place of another.
 
-A context is ZeroMQ's threads, and closing one waits until what was said is sent. So all DEALERs of
-a process share one, which is closed with the last of them: opening and closing links while others
-work costs no time.
+A ZeroMQ context has threads of its own, and closing it blocks until queued messages are sent. All
+DEALERs of a process share one context, which is closed with the last of them, so that opening and
+closing links does not block while others are in use.
 """
 
 import asyncio
@@ -38,7 +39,13 @@ _NOTICE_S = 0.05
 
 
 class Delivery(Enum):
-    """What became of a message given to a ROUTER. SENT does not mean that it arrives."""
+    """What happened to a message given to a ROUTER.
+
+    Attributes:
+        SENT: it is queued; it may still not arrive.
+        GONE: the peer has disconnected.
+        STUCK: too much waits to be sent to the peer already.
+    """
 
     SENT = auto()
     GONE = auto()
@@ -46,16 +53,20 @@ class Delivery(Enum):
 
 
 class Router:
-    """The socket of the coordinator, and of a worker for other workers.
+    """A listening socket: the coordinator's, and each worker's for other workers.
 
     Args:
-        bind: "HOST:PORT" to listen on; port 0 takes any free one.
-        on_message: called with each message that arrives.
-        on_disconnect: called soon after connections were closed; which ones, a send will tell.
-        setting: what the user changes to listen elsewhere, for the error.
+        bind: "HOST:PORT" to listen on; port 0 takes any free port.
+        on_message: called with each message and the peer that sent it.
+        on_disconnect: called soon after one or more peers have disconnected. It is not told which;
+            a `send` to a peer that has returns GONE.
+        setting: name of the setting for `bind`, for the error message.
+
+    Attributes:
+        address: "HOST:PORT" that it listens on.
 
     Raises:
-        AddressInUse: the address is taken or not of this machine.
+        AddressInUse: the address is taken or does not belong to this machine.
     """
 
     def __init__(
@@ -93,8 +104,8 @@ class Router:
     def send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
         """Queue a message to `peer`; never blocks.
 
-        ZeroMQ's queues count messages, and a step may have one for each of hundreds of requests.
-        What they do not take waits here, up to a number of bytes; then the peer is stuck.
+        ZeroMQ limits its queues by messages, and a step may give each of hundreds of requests one.
+        Messages that do not fit wait here, up to `_MAX_BACKLOG_BYTES`; more are STUCK.
         """
         backlog = self._backlogs.get(peer)
         delivery = Delivery.STUCK if backlog else self._try_send(peer, frames)
@@ -119,7 +130,7 @@ class Router:
         return Delivery.SENT
 
     def _retry_soon(self) -> None:
-        if not self._retry:  # a ROUTER does not tell which peer can be written to again
+        if not self._retry:  # a ROUTER does not say which peer can be written to again
             self._retry = asyncio.get_running_loop().call_later(_RETRY_S, self._flush)
 
     def _flush(self) -> None:
@@ -130,7 +141,7 @@ class Router:
                 if delivery is Delivery.STUCK:
                     break
                 backlog.pop()
-                if delivery is Delivery.GONE:  # the next send tells
+                if delivery is Delivery.GONE:  # the next send returns it
                     backlog.messages.clear()
             if not backlog.messages:
                 del self._backlogs[peer]
@@ -138,7 +149,7 @@ class Router:
             self._retry_soon()
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
-        """Close the socket after at most `linger_ms` for what is still to be sent."""
+        """Close the socket; block for at most `linger_ms` to send what is queued."""
         for timer in (self._notice, self._retry):
             if timer:
                 timer.cancel()
@@ -150,8 +161,8 @@ class Router:
         self._on_message(PeerId(bytes(frames[0])), frames[1:])
 
     def _watch(self, event: int, value: int) -> None:
-        # ZeroMQ tells of it before it forgets the peer: a send right now would still succeed.
-        # Waiting also makes one notice of many, when strangers come and go.
+        # ZeroMQ reports it before it forgets the peer: a send right now would still succeed.
+        # Waiting also merges the notices of many peers into one.
         if not self._notice:
             self._notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._notify)
 
@@ -161,14 +172,14 @@ class Router:
 
 
 class _Backlog:
-    """What waits to be sent to one peer of a ROUTER."""
+    """Messages that wait to be sent to one peer of a ROUTER."""
 
     def __init__(self) -> None:
         self.messages: deque[list[Frame]] = deque()
         self._nbytes = 0
 
     def add(self, frames: Sequence[Frame]) -> bool:
-        """Queue a message; return False if too much waits already."""
+        """Queue a message; return False if too many bytes wait already."""
         if self._nbytes >= _MAX_BACKLOG_BYTES:
             return False
         self.messages.append(list(frames))
@@ -180,23 +191,22 @@ class _Backlog:
 
 
 class Dealer:
-    """A connection to a ROUTER; it lives for one session and is never reused.
+    """A connection to a ROUTER, for one session.
 
     Args:
         address: "HOST:PORT" of the ROUTER.
-        on_message: called with each message that arrives.
-        on_connect: called when the port was found to speak our transport.
-        on_disconnect: called when the connection was lost, after the last message; the session is
-            over then: nothing more is sent, and nobody is told if the port can be reached again.
-        max_outbox: messages that may wait to be sent, beside the 64 that ZeroMQ and those that the
-            network holds.
+        on_message: called with each message.
+        on_connect: called when the other end has answered ZeroMQ's handshake.
+        on_disconnect: called when the connection is lost, after the last message. The session is
+            over then: nothing more is sent, and reconnecting is not reported.
+        max_outbox: messages that may wait here, besides those that ZeroMQ and the network hold.
 
     Attributes:
-        reached: something at all listens at the address.
-        local_host: IP address of this machine on the way there; empty before it was reached.
+        reached: whether something accepts connections at the address.
+        local_host: IP address of this end of the connection; empty before it was reached.
 
     Raises:
-        ConnectionFailed: the address is not of this form.
+        ConnectionFailed: the address does not have this form.
     """
 
     def __init__(
@@ -241,10 +251,9 @@ class Dealer:
         self._pump.notice(flushed=self._flush())
 
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
-        """Close the socket; what is still to be sent gets `linger_ms`.
+        """Close the socket; what is queued is still sent, for at most `linger_ms`.
 
-        Returns at once while this process has other DEALERs, else when the time is over or all is
-        sent.
+        Blocks until then only if this is the last DEALER of the process.
         """
         if self._pump.closed:
             return
@@ -279,10 +288,11 @@ class Dealer:
 
 
 class _Pump:
-    """Hands every message of a socket to a callback, a batch at a time.
+    """Calls back with every message of a socket, `_BATCH` messages at a time.
 
     Args:
-        flush: sends what can be sent now; returns whether that was all.
+        on_frames: called with each message.
+        flush: sends what can be sent now; returns whether that was everything.
     """
 
     def __init__(
@@ -302,18 +312,22 @@ class _Pump:
         self.look_again()
 
     def notice(self, *, flushed: bool = True) -> None:
-        """Do not miss what became possible while something was sent: that may swallow the edge."""
+        """Check whether sending has consumed an edge; if so, run again soon.
+
+        Args:
+            flushed: whether nothing waits to be sent.
+        """
         wanted = zmq.POLLIN if flushed else zmq.POLLIN | zmq.POLLOUT
         if self._again is None and not self.closed and self._events() & wanted:
             self.look_again()
 
     def look_again(self) -> None:
-        """Look at the socket once more soon: the edge may have passed unseen."""
+        """Run again soon, without waiting for an edge."""
         if self._again is None and not self.closed:
             self._again = self._loop.call_soon(self._run)
 
     def drain(self) -> None:
-        """Hand over all that has arrived, now."""
+        """Call back with all messages that have arrived, now."""
         while not self.closed and self._take():
             pass
 
@@ -322,7 +336,7 @@ class _Pump:
         self._loop.remove_reader(self._fd)
 
     def _run(self) -> None:
-        if self._again:  # this call does its work: two at once would double with every batch
+        if self._again:  # this run replaces it: otherwise runs would double with every batch
             self._again.cancel()
             self._again = None
         if self.closed:
@@ -333,17 +347,17 @@ class _Pump:
                 break
         else:
             self.look_again()
-        self.notice(flushed=flushed)  # receiving may have swallowed the edge that said: writable
+        self.notice(flushed=flushed)  # receiving may have consumed the edge for writing
 
     def _take(self) -> bool:
-        """Hand over one message; return whether there may be more."""
+        """Call back with one message, if there is one; return whether there may be more."""
         if not self._events() & zmq.POLLIN:
             return False
         parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
             self._on_frames([part.buffer for part in parts])
         except BaseException:
-            self.look_again()  # what follows is not lost with this message
+            self.look_again()  # for the messages that follow
             raise
         return not self.closed
 
@@ -352,7 +366,7 @@ class _Pump:
 
 
 class _Monitor:
-    """Hands the events of a socket's connections, and their values, to a callback."""
+    """Calls back with each event of a socket's connections, and its value."""
 
     def __init__(
         self, socket: "zmq.Socket[bytes]", events: int, on_event: Callable[[int, int], None]
@@ -374,9 +388,9 @@ class _Monitor:
 
 
 class _SharedContext:
-    """The context of all sockets of one kind in this process; there is none while there are none.
+    """A context that exists while any socket of this process uses it.
 
-    May be used from several threads. A forked child gets one of its own.
+    Safe to use from several threads. A forked child gets a context of its own.
     """
 
     def __init__(self) -> None:
@@ -394,7 +408,7 @@ class _SharedContext:
             return self._context
 
     def release(self) -> None:
-        """Note that a socket was closed; the last one waits until all that linger are gone."""
+        """Note that a socket is closed. The last one blocks until all lingering ones are gone."""
         with self._lock:
             self._users -= 1
             unused = None if self._users else self._context
@@ -404,7 +418,7 @@ class _SharedContext:
             unused.term()
 
     def forget(self) -> None:
-        """Leave the context to the parent of this process; its threads are not here."""
+        """Forget the context, in a forked child: its threads exist only in the parent."""
         self._lock = threading.Lock()
         self._inherited, self._context, self._users = self._context, None, 0
 
@@ -415,7 +429,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def _local_host(fd: int) -> str:
-    """Return this machine's address in a connection of ZeroMQ's; empty if it is closed already."""
+    """Return the local address of a connection; empty if it is closed already.
+
+    Args:
+        fd: file descriptor of ZeroMQ's TCP socket.
+    """
     try:
         connection = socket.socket(fileno=fd)
     except OSError:

@@ -1,27 +1,36 @@
-"""Small values that every part of the package speaks of."""
+"""Identifiers, bounded numbers and layer ranges, for all parts of the package."""
 
 from typing import Annotated, NewType
 
 import msgspec
 
 WorkerId = NewType("WorkerId", str)
-"""The name of a worker, made unique among those that are alive by the coordinator."""
+"""The name of a worker, made unique among the connected workers by the coordinator."""
 
 PeerId = NewType("PeerId", bytes)
-"""The identity that the ROUTER socket made for one connection."""
+"""The address of one connection, made up by the ROUTER socket; a new one after reconnecting."""
 
 KV_BLOCK = 64
-"""KV cache is allocated, and charged, in blocks of this many positions."""
+"""Positions in one block; KV cache is allocated and charged in blocks."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
+Epoch = Count
+"""The number of a plan. Every new plan has a larger one; 0 is before the first."""
+
+StepNumber = Count
+"""The number of a step of one pipeline, from 1; a step that is computed again gets a new one."""
+
+SequenceId = Count
+"""Names the KV cache of one sequence on the stages of a pipeline; never used for another."""
+
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
     """Consecutive transformer layers `[start, stop)`, written "start-stop".
 
-    `stop` is not included: 0-8 and 8-16 are the first sixteen layers.
+    `stop` is not included: 0-8 and 8-16 together are the first sixteen layers.
 
     Raises:
         ValueError: the range is empty.
@@ -42,7 +51,7 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=
 
 
 def size_text(count: int) -> str:
-    """Return a number of bytes as people write it."""
+    """Return a number of bytes with a unit: "512 bytes", "1.5 GiB"."""
     value = float(count)
     for unit in ("bytes", "KiB", "MiB"):
         if value < 1024:

@@ -1,4 +1,4 @@
-"""Texts that people write for sizes, times and addresses, and what they stand for."""
+"""Parsing of sizes, bandwidths, speeds, durations and addresses as people write them."""
 
 import ipaddress
 import re
@@ -22,7 +22,7 @@ def parse_size(value: object) -> int | None:
         value: bytes, or a number with a unit: 6GiB and 512MiB count in 1024s, 6GB and 6G in 1000s.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `value` is no size.
     """
     if value is None or value == "":
         return None
@@ -40,7 +40,7 @@ def parse_rate(value: str) -> float:
         value: a size per second: 40GB/s, 512MiB/s.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `value` is no bandwidth.
     """
     match = _RATE.fullmatch(value.strip())
     found = parse_size(match[1]) if match and _SIZE.fullmatch(match[1]) else None
@@ -56,7 +56,7 @@ def parse_flops(value: str) -> float:
         value: a number with a unit: 1.5TFLOPS, 800 GFLOPS.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `value` is no speed.
     """
     match = _FLOPS.fullmatch(value.strip())
     if match is None or not float(match[1]):
@@ -73,7 +73,7 @@ def parse_duration(value: object) -> float:
         value: seconds, or a number with a unit: 500ms, 30s, 5m, 1h.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `value` is no duration.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
@@ -90,7 +90,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Return host and port of "HOST:PORT"; the host of "[::1]:5555" is "::1".
 
     Raises:
-        ValueError: it is not of this form, or the port is above 65535.
+        ValueError: `address` does not have this form, or its port is above 65535.
     """
     host, colon, port = address.rpartition(":")
     if "://" in address or not colon or not re.fullmatch(r"[0-9]{1,5}", port):

@@ -44,6 +44,7 @@ from distributed_llm.common.messages import (
     WorkerReport,
     WorkerStatus,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
@@ -75,7 +76,6 @@ from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSea
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.stepping import Stepping
 
 
@@ -89,7 +89,7 @@ class Core:
     """
 
     def __init__(
-        self, model: ServedModel, settings: CoreSettings, *, draw_seed: Callable[[], int]
+        self, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> None:
         self._cluster = cluster = Cluster.of(model, settings, draw_seed=draw_seed)
         planner = Planner.of(model, settings)
@@ -101,7 +101,7 @@ class Core:
         self._stepping = Stepping(
             cluster, self._moves, self._rebalancing, give_up=self._give_up_stuck
         )
-        self._admission = Admission(cluster.book)
+        self._admission = Admission(cluster.book, cluster.event_log)
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book

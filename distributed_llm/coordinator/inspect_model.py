@@ -1,8 +1,9 @@
-"""From a checkpoint to what the coordinator knows of it. Reads headers and samples, no weights."""
+"""Reads a `ServedModel` from a checkpoint: headers and samples of tensors, no whole weights."""
 
 from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
 from distributed_llm.common.hub import fingerprints
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model import ServedModel
@@ -11,20 +12,20 @@ from distributed_llm.coordinator.requests.parameters import generation_defaults
 
 
 def served_model(
-    source: ModelSource, checkpoint: Checkpoint, *, dtype: DtypeName | None
+    source: ModelSource, checkpoint: Checkpoint, settings: CoordinatorSettings
 ) -> ServedModel:
-    """Return the model in `checkpoint`.
+    """Return the served model of a checkpoint.
 
     Args:
         source: where workers find it.
         checkpoint: config and tensor names; weights need not be on this machine.
-        dtype: to run it in; None is the checkpoint's own.
+        settings: with the dtypes to run it in.
 
     Raises:
         CheckpointError: the files contradict one another.
         InvalidRequest: generation_config.json has a value out of range.
     """
-    kept = dtype or checkpoint.dtype
+    dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))
     defaults = generation_defaults(
         checkpoint.config,
@@ -35,8 +36,9 @@ def served_model(
     return ServedModel(
         name=source.name or "built-in",
         source=source,
-        dtype=kept,
-        cost=model_cost(checkpoint, kept),
+        dtype=dtype,
+        wire_dtype=dtype if settings.wire_dtype == "auto" else settings.wire_dtype,
+        cost=model_cost(checkpoint, dtype),
         hidden_size=checkpoint.hidden_size,
         defaults=defaults,
         digest=lambda layers: checkpoint.digest(layers, prints),
@@ -44,7 +46,7 @@ def served_model(
 
 
 def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
-    """Return what the layers of `checkpoint` cost when run in `dtype`.
+    """Return the memory that the parts of a checkpoint take when run in `dtype`.
 
     Raises:
         CheckpointError: tensors of some layers are missing.

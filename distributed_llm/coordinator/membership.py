@@ -89,7 +89,9 @@ class Membership:
             self._cluster.measurements.left(worker.id)
         pipeline = self._cluster.pipelines.of(worker.peer)
         if pipeline and pipeline.in_flight:
-            actions += steps_lost(self._cluster.book, pipeline.in_flight.steps, worker.id)
+            actions += steps_lost(
+                self._cluster.book, self._log, pipeline.in_flight.steps, worker.id
+            )
         return actions + self._replanning.lose(worker)
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:

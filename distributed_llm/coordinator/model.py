@@ -1,23 +1,24 @@
-"""What the coordinator knows of the model it serves."""
+"""The served model, as the coordinator knows it. Pure values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model_cost import ModelCost
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What the checkpoint says about generation.
+    """Limits and defaults of generation, from the checkpoint.
 
     Attributes:
-        context_length: positions that prompt and answer may take together.
+        context_length: positions of prompt and answer together.
+        vocab_size: token ids are below it.
         eos_token_ids: tokens that end an answer.
-        params: values for what a request leaves open.
+        params: values of the parameters that a request does not set.
     """
 
     context_length: int
@@ -31,15 +32,26 @@ class ServedModel:
     """The model of a cluster.
 
     Attributes:
-        name: for people.
-        dtype: of weights, KV cache and activations.
-        digest: names the weights of a layer range.
+        name: shown to users.
+        source: where workers find the checkpoint.
+        dtype: of weights and KV cache.
+        wire_dtype: of activations between stages.
+        cost: memory of its parts.
+        hidden_size: numbers per token between stages.
+        defaults: of generation.
+        digest: returns a digest of the weights of a layer range.
     """
 
     name: str
     source: ModelSource
     dtype: DtypeName
+    wire_dtype: DtypeName
     cost: ModelCost
     hidden_size: int
     defaults: GenerationDefaults
     digest: Callable[[LayerRange], str]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes that one token takes between stages."""
+        return self.hidden_size * ITEM_BYTES[self.wire_dtype]

@@ -1,4 +1,4 @@
-"""What the layers of a model cost in memory. Pure."""
+"""The memory that the layers of a model take. Pure values."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from distributed_llm.common.types import LayerRange
 
 @dataclass(frozen=True)
 class ModelCost:
-    """What the layers of a model cost.
+    """The memory that the parts of a model take, in bytes.
 
     Attributes:
-        layer_bytes: weights of each layer, bytes.
-        first_bytes: what only the first stage needs (embedding), bytes.
-        last_bytes: what only the last stage needs (norm, head), bytes.
-        shared_bytes: a tied embedding, needed by the first and by the last stage, bytes.
-        kv_bytes_per_token: KV cache of one position in one layer, bytes.
+        layer_bytes: weights of each layer.
+        first_bytes: what only the first stage needs (embedding).
+        last_bytes: what only the last stage needs (norm, head).
+        shared_bytes: a tied embedding, needed by the first and by the last stage.
+        kv_bytes_per_token: KV cache of one position in one layer.
     """
 
     layer_bytes: tuple[int, ...]
@@ -39,5 +39,5 @@ class ModelCost:
         )
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
-        """Return the bytes of a stage with a KV cache of `kv_tokens` positions."""
+        """Return the bytes of a stage with `kv_tokens` positions of KV cache."""
         return self.weight_bytes(layers) + self.kv_bytes_per_token * kv_tokens * len(layers)

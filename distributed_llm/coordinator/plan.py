@@ -1,4 +1,12 @@
-"""Which worker serves which layers: a map, a plan, stages of a pipeline."""
+"""Which worker serves which layers, in three forms. Pure values.
+
+- A `LayerMap` says who serves what and nothing else: (worker, layer range) pairs in the order of
+  the layers. Decisions compare, remember and pass on this form.
+- A `Plan` is a layer map with the memory that it takes: each `PlannedStage` knows its weights and
+  the room they leave for KV cache. Planning makes it, and placement carries it out.
+- `PipelineStage`s are the stages of a running pipeline: each knows the peer (the connection) at
+  which its worker is reached.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,14 +16,15 @@ from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 
 LayerMap = tuple[tuple[WorkerId, LayerRange], ...]
+"""The layers of each worker, in the order of the layers; they cover every layer exactly once."""
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """One layer range served by one worker.
+    """One layer range on one worker, and its memory.
 
     Attributes:
-        kv_tokens: positions that fit into the memory which the weights leave.
+        kv_tokens: positions of KV cache that fit into the memory left by the weights.
     """
 
     worker: WorkerId
@@ -25,12 +34,12 @@ class PlannedStage:
 
 
 Plan = tuple[PlannedStage, ...]
-"""The stages in the order of their layers; they cover every layer exactly once."""
+"""The stages in the order of the layers; they cover every layer exactly once."""
 
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """A worker and the layers that it serves."""
+    """A stage of a running pipeline: a worker, its connection and its layers."""
 
     peer: PeerId
     worker: WorkerId
@@ -38,28 +47,28 @@ class PipelineStage:
 
 
 def kv_tokens_of(plan: Plan) -> int:
-    """Return how many positions, of all sequences together, every stage has room for."""
+    """Return the positions of KV cache, of all sequences together, that every stage can hold."""
     return min(stage.kv_tokens for stage in plan)
 
 
-def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], ranges: LayerMap) -> Plan:
-    """Return the stages of these ranges; whether they fit is not looked at.
+def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:
+    """Return the plan of a layer map, without checking that it fits.
 
     Args:
         cost: of the model.
-        memory: of each worker, bytes.
-        ranges: of layers, in order.
+        memory: bytes of each worker, for weights and KV cache.
+        layer_map: of the plan.
     """
-    return tuple(_stage(cost, worker, held, memory[worker]) for worker, held in ranges)
+    return tuple(_stage(cost, worker, held, memory[worker]) for worker, held in layer_map)
 
 
 def layer_map_of(plan: Plan) -> LayerMap:
-    """Return the ranges of a plan."""
+    """Return the layer map of a plan."""
     return tuple((stage.worker, stage.layers) for stage in plan)
 
 
 def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
-    """Return the plan as plain values, for people and for JSON."""
+    """Return the plan as values that JSON can hold."""
     return [
         {
             "worker": stage.worker,

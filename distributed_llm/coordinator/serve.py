@@ -1,4 +1,4 @@
-"""From settings to a running coordinator, or to a dry run of its plan."""
+"""Running a coordinator by its settings, or only its plan."""
 
 import logging
 import socket
@@ -9,13 +9,11 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.hub import resolve_for_coordinator
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
-from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
-from distributed_llm.coordinator.settings import CoreSettings
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +22,10 @@ _EVERYWHERE = {"0.0.0.0", "::", "*"}  # noqa: S104 - compared with, not listened
 
 
 async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
-    """Serve the model that `settings` names until SIGINT or SIGTERM; return the code to exit with.
+    """Serve the model that `settings` names until SIGINT or SIGTERM; return the exit code.
+
+    Args:
+        on_listening: called with the address once the coordinator listens.
 
     Raises:
         CheckpointError: the model cannot be read or split.
@@ -51,7 +52,7 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     service = Coordinator(
         model,
         checkpoint.folder,
-        _core_settings(settings),
+        settings,
         bind=settings.bind,
         on_listening=listening,
     )
@@ -59,12 +60,11 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
 
 
 def plan(model: str, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
-    """Return who would get which layers of `model`, and how fast that would be.
+    """Return which workers would get which layers of `model`, and how fast that would be.
 
     Args:
-        model: checkpoint folder or hub id; empty is the built-in model.
-        workers: of each, what `dry_run` reads.
-        settings: strategy, objective, dtype, replicas and room for KV cache.
+        model: checkpoint folder or hub id; empty for the built-in model.
+        workers: descriptions of workers, as `dry_run` reads them.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.
@@ -72,30 +72,10 @@ def plan(model: str, workers: Sequence[str], settings: CoordinatorSettings) -> D
         CheckpointError: the model cannot be read or split.
     """
     served, _ = _open(model, settings)
-    return dry_run(served, workers, _core_settings(settings))
+    return dry_run(served, workers, settings)
 
 
 def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
     source, checkpoint = resolve_for_coordinator(model)
     check_architecture(checkpoint.config)
-    dtype: DtypeName | None = None if settings.dtype == "auto" else settings.dtype
-    return served_model(source, checkpoint, dtype=dtype), checkpoint
-
-
-def _core_settings(settings: CoordinatorSettings) -> CoreSettings:
-    return CoreSettings(
-        strategy=settings.strategy,
-        objective=settings.objective,
-        layers=settings.layers,
-        replicas=settings.replicas,
-        wire_dtype=None if settings.wire_dtype == "auto" else settings.wire_dtype,
-        min_workers=settings.min_workers,
-        settle_s=settings.settle_s,
-        max_batch_sequences=settings.max_batch_sequences,
-        max_batch_tokens=settings.max_batch_tokens,
-        max_waiting_requests=settings.max_waiting_requests,
-        min_kv_tokens=settings.min_kv_tokens,
-        heartbeat_interval_s=settings.heartbeat_interval_s,
-        silence_timeout_s=settings.silence_timeout_s,
-        task_timeout_s=settings.task_timeout_s,
-    )
+    return served_model(source, checkpoint, settings), checkpoint

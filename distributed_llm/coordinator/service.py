@@ -16,6 +16,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
 )
 from distributed_llm.common.sampling_params import MAX_SEED
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
@@ -43,7 +44,6 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Coordinator:
         self,
         model: ServedModel,
         folder: Path,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         *,
         bind: str,
         on_listening: Callable[[str], None],

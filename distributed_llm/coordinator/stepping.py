@@ -131,7 +131,9 @@ class Stepping:
         """Suspect the step's requests, and begin anew with all that was under way."""
         scheduler = pipeline.scheduler
         assert scheduler is not None
-        actions = step_broken(self._book, scheduler, broken.step, broken.failure, worker.id)
+        actions = step_broken(
+            self._book, self._log, scheduler, broken.step, broken.failure, worker.id
+        )
         scheduler.abandon(broken.step)
         pipeline.abandon_steps()
         return actions
@@ -150,4 +152,4 @@ class Stepping:
             if worker is not None:
                 worker.count_task(timing.compute_us / 1e6, tokens)
         for request in done.step.requests:
-            request.add_stage_times(pipeline.epoch, pipeline.stages, done.timings)
+            request.stage_times.add(pipeline.epoch, pipeline.stages, done.timings)

@@ -1,9 +1,9 @@
-"""Text to token ids and back: prompts, chat templates, and answers piece by piece.
+"""Text to token ids and back: prompts, chat templates, and answers token by token.
 
-`tokenizer.json` is read by transformers' generic fast tokenizer, which needs no torch (60 MB and
-a second less than `AutoTokenizer`). A folder with only the older files (vocab.json, merges.txt) is
-converted by `AutoTokenizer`. Nothing in a checkpoint is executed except its chat template, in the
-sandbox of transformers. Every method may be called from any thread.
+`tokenizer.json` is read by transformers' generic fast tokenizer, which needs no torch: 60 MB and a
+second less than `AutoTokenizer`, which converts folders with only older files (vocab.json,
+merges.txt). Nothing in a checkpoint is executed except its chat template, in the sandbox of
+transformers. A `Tokenizer` may be used from any thread.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ _NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, 
 
 
 class Tokenizer:
-    """The tokenizer of one checkpoint, or none: then only prompts of token ids can be served."""
+    """The tokenizer of a checkpoint; without one, only prompts of token ids can be served."""
 
     def __init__(self, hugging_face: Any | None) -> None:
-        """Wrap a transformers tokenizer with a `tokenizers` backend; use `load` or `open`."""
+        """Wrap a fast tokenizer of transformers. Use `load` or `open` instead."""
         self._hugging_face = hugging_face
         self._backend = None if hugging_face is None else hugging_face.backend_tokenizer
         self._special_ids: frozenset[int] = frozenset()
@@ -50,7 +50,7 @@ class Tokenizer:
         """Return the tokenizer in `folder`.
 
         Raises:
-            CheckpointError: there is none, it is broken, or it wants to run code of its own.
+            CheckpointError: there is no tokenizer, it is broken, or it needs to run its own code.
         """
         if not _has_tokenizer(folder):
             raise CheckpointError(
@@ -75,16 +75,16 @@ class Tokenizer:
 
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
-        """Return the tokenizer in `folder`; where there are no such files, one for ids only.
+        """Return the tokenizer in `folder`, or one for token ids only if the folder has none.
 
         Raises:
-            CheckpointError: it is broken, or it wants to run code of its own.
+            CheckpointError: the tokenizer is broken, or it needs to run its own code.
         """
         return cls.load(folder) if _has_tokenizer(folder) else cls(None)
 
     @property
     def available(self) -> bool:
-        """Whether there is text; if not, only token ids go in and out."""
+        """Whether the checkpoint has a tokenizer; without one there are only token ids."""
         return self._backend is not None
 
     def encode(self, text: str) -> list[int]:
@@ -135,7 +135,7 @@ class Tokenizer:
         return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
 
     def is_silent(self, token_id: int) -> bool:
-        """Return whether a token never has text: a special one, or no token of this tokenizer."""
+        """Return whether a token has no text: it is special, or unknown to the tokenizer."""
         if self._backend is None or token_id in self._special_ids:
             return True
         return self._backend.id_to_token(token_id) is None
@@ -156,13 +156,14 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class DetokenizedPiece:
-    """The next piece of an answer.
+    """The next text of an answer.
 
     Attributes:
-        text: complete characters, none of which can still become part of a stop string.
-        token_count: tokens of the answer so far; after a stop, up to and including the token
-            that completed the stop string.
-        stopped: a stop string was found; the text ends before it, later tokens are ignored.
+        text: complete characters that cannot be part of a stop string.
+        token_count: tokens of the answer so far; after a stop, up to and including the token that
+            completed the stop string.
+        stopped: whether a stop string was found; the text ends before it, and later tokens are
+            ignored.
     """
 
     text: str
@@ -171,35 +172,36 @@ class DetokenizedPiece:
 
 
 class Detokenizer:
-    """Turns the tokens of one request into text as they come, at a constant cost per token.
+    """Turns the tokens of one answer into text as they come, at constant cost per token.
 
-    The pieces joined are `Tokenizer.decode` of all tokens, up to the first stop string.
+    All pieces together are `Tokenizer.decode` of all tokens, up to the first stop string.
 
-    A window of the last tokens is decoded at each step and what is new at its end is given out, as
-    in text-generation-inference, vLLM (`detokenize_incrementally`) and `tokenizers.DecodeStream`.
-    Two things may still change and wait: a last U+FFFD, which may be an unfinished character, and
-    a run of byte tokens (<0x0A>), all of which become U+FFFD if the run turns out not to be UTF-8.
-    Windows may start inside of a character: both texts that are compared then start alike.
+    For each token, a window of the last tokens is decoded, and the text is returned that is new at
+    its end; as in text-generation-inference, vLLM (`detokenize_incrementally`) and
+    `tokenizers.DecodeStream`. Text that may still change is held back: a U+FFFD at the end, which
+    may be an unfinished character, and a run of byte tokens (<0x0A>), all of which become U+FFFD if
+    the run is not valid UTF-8. A window may start inside a character, because both texts that are
+    compared start with the same part of it.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()) -> None:
-        """Start an answer that ends before the first of `stop_strings`.
+        """Begin an answer that ends before the first occurrence of one of `stop_strings`.
 
         Raises:
-            InvalidRequest: there is no tokenizer, hence no text to look for `stop_strings` in.
+            InvalidRequest: there are stop strings but no tokenizer.
         """
         if stop_strings and not tokenizer.available:
             raise InvalidRequest(_NO_TOKENIZER.format("stop strings"))
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._window: list[int] = []
-        self._given = 0  # characters of the window's text that are final
+        self._given = 0  # characters of the window's text that were taken as final
         self._held = ""  # final text that may be the beginning of a stop string
         self._count = 0
         self._stopped = False
 
     def feed(self, token_ids: Sequence[int]) -> DetokenizedPiece:
-        """Return the text that `token_ids`, the next of the answer, add to it."""
+        """Return the text that the next tokens of the answer add."""
         pieces = []
         for token_id in token_ids:
             if self._stopped:
@@ -210,7 +212,7 @@ class Detokenizer:
         return DetokenizedPiece("".join(pieces), self._count, self._stopped)
 
     def finish(self) -> DetokenizedPiece:
-        """Return what was held back; the answer has no more tokens."""
+        """Return the text that was held back; the answer is complete."""
         rest = "" if self._stopped else self._tokenizer.decode(self._window)[self._given :]
         text, self._held, self._window, self._given = self._held + rest, "", [], 0
         return DetokenizedPiece(text, self._count, self._stopped)
@@ -220,7 +222,7 @@ class Detokenizer:
         self._window.append(token_id)
         in_run = self._tokenizer.is_byte(token_id)
         if in_run and not self._stops:
-            return "", ""  # nobody looks at it before the run ends
+            return "", ""  # only stop strings would be looked for before the run ends
         text = self._tokenizer.decode(self._window)
         if in_run:
             return "", text[self._given :]
@@ -231,14 +233,14 @@ class Detokenizer:
         return final, text[end:]
 
     def _shorten(self, waiting: int) -> None:
-        """Forget the oldest tokens; the last `waiting` characters are yet to be given out."""
+        """Drop the oldest tokens; the last `waiting` characters have not been returned yet."""
         recent = self._window[-_KEPT_TOKENS:]
         length = len(self._tokenizer.decode(recent))
         if length > waiting:
             self._window, self._given = recent, length - waiting
 
     def _release(self, final: str, changing: str) -> str:
-        """Return what may be shown of the text held so far and `final`; stop at a stop string."""
+        """Return the held text and `final` up to a stop string, or to what may begin one."""
         self._held += final
         if not self._stops:
             text, self._held = self._held, ""
@@ -254,7 +256,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that `stop` begins with, but is not all."""
+    """Return the length of the longest proper prefix of `stop` that `text` ends with."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 

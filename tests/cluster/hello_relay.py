@@ -62,6 +62,7 @@ class HelloRelay:
     def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
         if peer not in self._dealers:
             hello, _ = codec.to_coordinator.decode(frames)
+            assert isinstance(hello, WorkerHello)
             frames = codec.encode(
                 msgspec.structs.replace(hello, peer_addresses=self._advertise(hello))
             )

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from distributed_llm.common.messages import Generate, LoadStage, Task, TaskFailed, TaskResult
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
-from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.fake_model import NUM_LAYERS
 
 
@@ -22,7 +22,7 @@ class Checker:
         num_arrived: requests of clients that it knows, repeated ones included.
     """
 
-    def __init__(self, core: Core, settings: CoreSettings) -> None:
+    def __init__(self, core: Core, settings: CoordinatorSettings) -> None:
         self._core = core
         self._settings = settings
         self._stale = False
@@ -133,7 +133,7 @@ class Checker:
         assert not self._open
         book = self._core._book
         assert not book.busy
-        assert not book._homes
+        assert not book._schedulers
         assert not book._queue._accounts
         assert book.next_deadline() is None
         assert not book._deadlines
@@ -146,7 +146,7 @@ class Checker:
             assert not pipeline.scheduler._leaving
             ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
-            assert not ledger.freed
+            assert not ledger.take_freed()
 
 
 def _is_task(action: events.Action) -> bool:

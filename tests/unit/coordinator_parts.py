@@ -13,6 +13,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
@@ -27,13 +28,13 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.requests.lifecycle import RequestCause
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
 CLIENT = PeerId(b"client")
@@ -61,7 +62,7 @@ class Known(Measurements):
         return self.rate
 
 
-@dataclass
+@dataclass(frozen=True)
 class Roomy(Planner):
     """A planner that leaves room for a number of positions that it is told."""
 
@@ -90,21 +91,22 @@ class Parts:
         kv_tokens: int | None = None,
         **settings: Any,
     ) -> None:
-        given = CoreSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
+        given = CoordinatorSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
         self.cost = cost
         self._numbers = count()
         model = ServedModel(
             name="small",
             source=ModelSource(kind="builtin", name=""),
             dtype="float32",
+            wire_dtype="float32",
             cost=cost,
             hidden_size=4,
             defaults=GenerationDefaults(2048, 50, (49,), SamplingParams()),
             digest=str,
         )
         self.registry = Registry(silence_timeout_s=4.0, task_timeout_s=given.task_timeout_s)
-        self.book = RequestBook(model.defaults, max_waiting=99, draw_seed=lambda: 1)
         self.event_log = EventLog()
+        self.book = RequestBook(model.defaults, self.event_log, max_waiting=99, draw_seed=lambda: 1)
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
         self.planner = Planner.of(model, given)
         if kv_tokens is not None:
@@ -190,7 +192,8 @@ class Parts:
         assert pipeline.scheduler
         assert request.sequence_id
         pipeline.scheduler._ledger.computed(request.sequence_id, prompt)
-        self.book._leave(request, keep=True)
+        self.book._withdraw(request, keep=True)
+        request.change(RequestCause.LAST_TOKEN)
 
     def waiting(self, prompt: int, answer: int = 20) -> Request:
         """Return a request whose turn it is."""

@@ -55,6 +55,7 @@ MODEL = ServedModel(
     name="simulated",
     source=ModelSource(kind="builtin", name=""),
     dtype="int32",
+    wire_dtype="int32",
     cost=COST,
     hidden_size=HIDDEN,
     defaults=GenerationDefaults(CONTEXT, VOCAB, (EOS,), SamplingParams(temperature=0.0)),

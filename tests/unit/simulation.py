@@ -10,7 +10,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, assert_never
 
@@ -25,19 +25,21 @@ from distributed_llm.common.messages import (
     ToPreviousWorker,
     ToWorker,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.plan import kv_tokens_of, plan_of
-from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
 from tests.unit.fake_model import BIG, DRAWN_SEED, MODEL
 from tests.unit.fake_worker import SimWorker
 
-SETTINGS = CoreSettings(strategy="memory", min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0)
+SETTINGS = CoordinatorSettings(
+    strategy="memory", min_kv_tokens=64, max_batch_tokens=8, task_timeout_s=3.0
+)
 
 Message = FromWorker | FromClient | ToWorker | ToClient | ToNextWorker | ToPreviousWorker
 FaultKind = Literal["drop", "duplicate", "delay"]
@@ -95,7 +97,7 @@ class World:
 
     def __init__(
         self,
-        settings: CoreSettings = SETTINGS,
+        settings: CoordinatorSettings = SETTINGS,
         *,
         seed: int = 0,
         delay_s: tuple[float, float] = (0.001, 0.002),
@@ -393,9 +395,9 @@ class World:
             return
         first = shift % len(workers)
         pairs = zip(workers[first:] + workers[:first], held, strict=False)
-        ranges = tuple((worker.id, layers) for worker, layers in pairs)
+        layer_map = tuple((worker.id, layers) for worker, layers in pairs)
         memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
-        plan = plan_of(MODEL.cost, memory, ranges)
+        plan = plan_of(MODEL.cost, memory, layer_map)
         price = core._moves.prices.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
             actions = core._moves.begin(pipeline, plan, price, why="a test", now=self.now)
@@ -448,6 +450,6 @@ def finish(world: World, *answers: Answer) -> None:
     world.check_drained()
 
 
-def with_settings(**changes: object) -> CoreSettings:
+def with_settings(**changes: object) -> CoordinatorSettings:
     """Return the usual settings with these changes."""
-    return replace(SETTINGS, **changes)  # type: ignore[arg-type]
+    return CoordinatorSettings.model_validate(dict(SETTINGS) | changes)

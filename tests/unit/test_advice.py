@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.advice import Advice, advise
 from distributed_llm.coordinator.planning.forecast import best_plan, forecast
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
@@ -256,11 +256,11 @@ def test_advice_agrees_with_the_plans(
     assert advices is not None
     assert set(advices) == set(names)
     for name, advice in advices.items():
-        rest = some.only([other for other in names if other != name])
+        rest = some.subset([other for other in names if other != name])
         without = best_plan(cost, rest, demand, goal=goal, kv_tokens=kv)
         assert (advice.gain is None) == (without is None)
         assert (advice.without_tokens_per_s is None) == (without is None)
-        if name not in dict(best.partition.ranges):
+        if name not in dict(best.partition.layer_map):
             assert advice.gain is not None
             assert -1 < advice.gain <= 0
             assert advice.text.startswith("left out: ")
@@ -270,11 +270,11 @@ def test_advice_agrees_with_the_plans(
         elif without is None:
             assert advice.text.startswith("needed: ")
         else:
-            held = len(dict(best.partition.ranges)[name])
+            held = len(dict(best.partition.layer_map)[name])
             assert advice.text.startswith(f"serves {held} of 6 layers; ")
             if goal == "auto":
-                ranges = without.partition.ranges
-                expected = forecast(cost, rest, ranges, demand).tokens_per_s
+                layer_map = without.partition.layer_map
+                expected = forecast(cost, rest, layer_map, demand).tokens_per_s
                 assert advice.with_tokens_per_s == best.tokens_per_s
                 assert advice.without_tokens_per_s == pytest.approx(expected)
             else:  # the best of all is not worse than the best of some
@@ -330,7 +330,7 @@ def test_of_very_many_machines_those_of_the_plan_come_first() -> None:
     assert time.perf_counter() - begun < 10  # 0.2 s on a quiet machine
     best = best_plan(model(22), some, ONE, goal="latency", kv_tokens=0)
     assert best is not None
-    used = [worker for worker, _ in best.partition.ranges]
+    used = [worker for worker, _ in best.partition.layer_map]
     assert list(found)[: len(used)] == used
     assert len(used) < len(found) <= 32
     quick = {name for name, (_, took) in costs.items() if took == 0.01}

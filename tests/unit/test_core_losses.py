@@ -11,6 +11,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator import events
+from distributed_llm.coordinator.serving.event_log import EventKind
 from tests.unit.fake_model import POISON, Missing
 from tests.unit.fake_worker import SimWorker
 from tests.unit.simulation import LONG, World, finish, with_settings
@@ -351,3 +352,35 @@ def test_refusal_that_names_sequences_of_no_step_does_not_go_on_for_ever() -> No
     assert world.run(lambda: answer.end is not None, for_s=5.0)
     assert answer.code == "stage_error"
     assert count < 10
+
+
+def test_the_story_of_a_request_tells_what_it_went_through() -> None:
+    world = World()
+    workers = world.serving(3)
+    answer = world.client().submit(LONG, request_id="mine")
+    world.run(lambda: len(answer.token_ids) == 2)
+    workers[1].kill()
+    finish(world, answer)
+    story = world.core.story(request="mine")
+    assert [entry.kind for entry in story] == [
+        EventKind.REQUEST_ARRIVED,
+        EventKind.REQUEST_QUEUED,
+        EventKind.ANSWER_ADMITTED,
+        EventKind.STEP_LOST,
+        EventKind.ANSWER_ADMITTED,
+        EventKind.REQUEST_FINISHED,
+    ]
+    assert [entry.epoch for entry in story if entry.epoch] == [1, 2]
+    assert story[3].worker == workers[1].name
+    assert [entry.at for entry in story] == sorted(entry.at for entry in story)
+
+
+def test_the_story_of_a_worker_tells_why_it_is_gone() -> None:
+    world = World()
+    workers = world.serving(3)
+    workers[1].kill()
+    assert world.run(lambda: world.epoch == 2 and world.state == "serving")
+    kinds = [entry.kind for entry in world.core.story(worker=workers[1].name)]
+    assert kinds[0] is EventKind.WORKER_JOINED
+    assert EventKind.PLAN_LOADING in kinds
+    assert kinds[-1] is EventKind.WORKER_LOST

@@ -50,10 +50,10 @@ def status(world: World) -> ClusterStatus:
 
 def test_each_pipeline_covers_the_model() -> None:
     world, both = two_pipelines()
-    for in_flight in both:
-        layers = [w.epoch for w in in_flight]
+    for pipeline in both:
+        layers = [w.epoch for w in pipeline]
         assert len(set(layers)) == 1
-        assert [w.stage.layers for w in in_flight if w.stage] == [
+        assert [w.stage.layers for w in pipeline if w.stage] == [
             LayerRange(0, 3),
             LayerRange(3, 6),
         ]
@@ -66,8 +66,8 @@ def test_two_pipelines_share_the_load() -> None:
     client = world.client()
     answers = [client.submit((i,), tokens(30)) for i in range(16)]
     finish(world, *answers)
-    for in_flight in both:
-        assert sum(served_by(a) == names(in_flight) for a in answers) == 8
+    for pipeline in both:
+        assert sum(served_by(a) == names(pipeline) for a in answers) == 8
 
 
 def test_slower_pipeline_gets_less() -> None:
@@ -146,9 +146,9 @@ def test_pipeline_is_made_again_by_a_joiner_while_requests_run() -> None:
     assert len({frozenset(served_by(a)) for a in answers}) == 2
 
 
-def served_by_now(world: World, in_flight: list[SimWorker]) -> bool:
+def served_by_now(world: World, pipeline: list[SimWorker]) -> bool:
     """Return whether a pipeline has a request."""
-    return any(worker.stage is not None and worker.stage.kv for worker in in_flight)
+    return any(worker.stage is not None and worker.stage.kv for worker in pipeline)
 
 
 def test_what_is_left_of_a_pipeline_is_used_once_nothing_runs() -> None:

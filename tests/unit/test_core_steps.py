@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.fake_client import Answer
 from tests.unit.fake_worker import SimWorker
 from tests.unit.simulation import LONG, World, finish, with_settings
@@ -29,7 +29,7 @@ def cluster(
     max_batch_tokens: int = 64,
 ) -> tuple[World, list[SimWorker]]:
     """Return linked workers whose stages take so long, on a quick network."""
-    settings: CoreSettings = with_settings(max_batch_tokens=max_batch_tokens)
+    settings: CoordinatorSettings = with_settings(max_batch_tokens=max_batch_tokens)
     world = World(settings, delay_s=(0.0001, 0.0002), text_delay_s=0.0)
     workers = world.linked(stages, ROOMY)
     for worker in workers:

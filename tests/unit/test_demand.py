@@ -7,7 +7,7 @@ from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.demand import DemandMeter
 

@@ -1,139 +1,25 @@
 """How many steps are under way: as many as a simulated pipeline shows to be best."""
 
 import math
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
 from functools import cache
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_llm.coordinator.serving.depth import DepthEstimator
-
-Cost = Callable[[int], float]
-"""Seconds that a stage computes for a number of sequences."""
-
-
-def linear(base_s: float, per_sequence_s: float) -> Cost:
-    return lambda n: base_s + per_sequence_s * n
-
-
-@dataclass
-class Step:
-    """One micro-batch on its way."""
-
-    sequences: int
-    depth: int
-    began_at: float
-    stage: int = 0
-    spent_s: float = 0.0
-    arrived_at: float = 0.0
-    started_at: float = 0.0
-    work_s: float = 0.0
-
-
-@dataclass
-class Pipeline:
-    """Stages with queues; all sequences decode for ever, `depth` steps at a time.
-
-    Attributes:
-        shared: all stages are on one machine, which those that compute share evenly.
-        noise: each task takes up to this share more or less.
-        fixed_depth: 0: the best one.
-    """
-
-    costs: Sequence[Cost]
-    sequences: int
-    shared: bool = False
-    noise: float = 0.0
-    fixed_depth: int = 0
-    limit: int = 8
-    hop_s: float = 0.001
-    now: float = 0.0
-    tokens: int = 0
-    choices: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.times = DepthEstimator(len(self.costs), half_life_s=5.0)
-        self.draw = random.Random(1)
-        self.queues: list[deque[Step]] = [deque() for _ in self.costs]
-        self.computing: dict[int, Step] = {}  # by stage
-        self.hops: deque[tuple[float, Step]] = deque()
-        self.idle = self.sequences
-        self.under_way = 0
-
-    def run(self, seconds: float) -> float:
-        """Go on for so long; return tokens per second."""
-        until, before, began = self.now + seconds, self.tokens, self.now
-        self.start_steps()
-        while self.now < until:
-            self.advance()
-        return (self.tokens - before) / (self.now - began)
-
-    def advance(self) -> None:
-        """Go to when the next step is computed or arrives."""
-        share = len(self.computing) if self.shared else 1
-        first = min(self.computing.values(), key=lambda step: step.work_s, default=None)
-        done_at = self.now + first.work_s * share if first else math.inf
-        arrives_at = self.hops[0][0] if self.hops else math.inf
-        elapsed = max(0.0, min(done_at, arrives_at) - self.now)
-        self.now += elapsed
-        for step in self.computing.values():
-            step.work_s -= elapsed / share
-        if first and done_at <= arrives_at:
-            self.done(first)
-        else:
-            self.arrive(self.hops.popleft()[1])
-
-    def start_steps(self) -> None:
-        depth = self.fixed_depth or self.times.best_depth(
-            self.sequences, limit=self.limit, now=self.now
-        )
-        self.choices.append(depth)
-        while self.under_way < depth and self.idle:
-            self.under_way += 1
-            step = Step(min(-(-self.sequences // depth), self.idle), self.under_way, self.now)
-            self.idle -= step.sequences
-            self.hops.append((self.now + self.hop_s, step))
-
-    def arrive(self, step: Step) -> None:
-        if step.stage == len(self.costs):
-            return self.finish(step)
-        step.arrived_at = self.now
-        self.queues[step.stage].append(step)
-        self.compute(step.stage)
-
-    def compute(self, stage: int) -> None:
-        if stage not in self.computing and self.queues[stage]:
-            step = self.computing[stage] = self.queues[stage].popleft()
-            step.started_at = self.now
-            step.work_s = self.costs[stage](step.sequences)
-            step.work_s *= 1 + self.draw.uniform(-1, 1) * self.noise
-
-    def done(self, step: Step) -> None:
-        stage, took = step.stage, self.now - step.started_at
-        del self.computing[stage]
-        self.times.observe(stage, step.sequences, took, depth=step.depth, now=self.now)
-        step.spent_s += self.now - step.arrived_at
-        step.stage += 1
-        self.hops.append((self.now + self.hop_s, step))
-        self.compute(stage)
-
-    def finish(self, step: Step) -> None:
-        self.times.observe_overhead(self.now - step.began_at - step.spent_s, self.now)
-        self.tokens += step.sequences
-        self.idle += step.sequences
-        self.under_way -= 1
-        self.start_steps()
-
-    @property
-    def changes(self) -> int:
-        """How often the choice changed."""
-        return sum(a != b for a, b in pairwise(self.choices))
+from tests.unit.stage_pipeline import (
+    EQUAL,
+    LONG,
+    ONE_SLOW,
+    PROPORTIONAL,
+    SINGLE,
+    Cost,
+    Pipeline,
+    linear,
+)
 
 
 @cache
@@ -146,11 +32,6 @@ def best_of_all(
     return max(run.run(8.0) for run in runs)
 
 
-EQUAL = (linear(0.010, 0.0005),) * 3
-ONE_SLOW = (linear(0.005, 0.0005), linear(0.020, 0.001), linear(0.005, 0.0005))
-PROPORTIONAL = (linear(0.0, 0.002),) * 4
-LONG = (linear(0.010, 0.0001),) * 8
-SINGLE = (linear(0.010, 0.0005),)
 SHAPES = pytest.mark.parametrize(
     "costs",
     [EQUAL, ONE_SLOW, PROPORTIONAL, LONG, SINGLE],
@@ -166,20 +47,20 @@ MACHINES = pytest.mark.parametrize("shared", [False, True], ids=["own machines",
 def test_comes_near_the_best_depth_and_stays(
     costs: tuple[Cost, ...], shared: bool, sequences: int, noise: float
 ) -> None:
-    in_flight = Pipeline(costs, sequences, shared, noise)
-    in_flight.run(8.0)
-    changes = in_flight.changes
+    pipeline = Pipeline(costs, sequences, shared, noise)
+    pipeline.run(8.0)
+    changes = pipeline.changes
     best = best_of_all(costs, sequences, shared=shared, noise=noise)
-    assert in_flight.run(30.0) > 0.9 * best
-    assert in_flight.changes - changes <= 12  # others are tried again, briefly
+    assert pipeline.run(30.0) > 0.9 * best
+    assert pipeline.changes - changes <= 12  # others are tried again, briefly
 
 
 def test_what_is_best_on_machines_of_their_own_and_on_one() -> None:
     depths = []
     for shared in (False, True):
-        in_flight = Pipeline(EQUAL, 16, shared, noise=0.1)
-        in_flight.run(30.0)
-        depths.append(Counter(in_flight.choices).most_common(1)[0][0])
+        pipeline = Pipeline(EQUAL, 16, shared, noise=0.1)
+        pipeline.run(30.0)
+        depths.append(Counter(pipeline.choices).most_common(1)[0][0])
     assert depths == [3, 1]
 
 
@@ -191,29 +72,29 @@ def test_what_is_best_on_machines_of_their_own_and_on_one() -> None:
 def test_follows_a_change_of_speed(
     before: tuple[Cost, ...], after: tuple[Cost, ...], shared: bool
 ) -> None:
-    in_flight = Pipeline(before, 16, shared, noise=0.1)
-    in_flight.run(30.0)
-    in_flight.costs = after
-    in_flight.run(60.0)
-    assert in_flight.run(20.0) > 0.93 * best_of_all(after, 16, shared=shared, noise=0.1)
+    pipeline = Pipeline(before, 16, shared, noise=0.1)
+    pipeline.run(30.0)
+    pipeline.costs = after
+    pipeline.run(60.0)
+    assert pipeline.run(20.0) > 0.93 * best_of_all(after, 16, shared=shared, noise=0.1)
 
 
 @MACHINES
 def test_follows_stages_that_begin_or_end_to_share_a_machine(shared: bool) -> None:
-    in_flight = Pipeline(EQUAL, 16, shared, noise=0.1)
-    in_flight.run(30.0)
-    in_flight.shared = not shared
-    in_flight.run(80.0)
-    assert in_flight.run(20.0) > 0.93 * best_of_all(EQUAL, 16, shared=not shared, noise=0.1)
+    pipeline = Pipeline(EQUAL, 16, shared, noise=0.1)
+    pipeline.run(30.0)
+    pipeline.shared = not shared
+    pipeline.run(80.0)
+    assert pipeline.run(20.0) > 0.93 * best_of_all(EQUAL, 16, shared=not shared, noise=0.1)
 
 
 def test_follows_the_number_of_sequences() -> None:
-    in_flight = Pipeline(PROPORTIONAL, 16)
+    pipeline = Pipeline(PROPORTIONAL, 16)
     for sequences in (16, 1, 32, 2, 16):
-        in_flight.idle += sequences - in_flight.sequences
-        in_flight.sequences = sequences
-        in_flight.run(20.0)
-        assert in_flight.run(10.0) > 0.93 * best_of_all(PROPORTIONAL, sequences)
+        pipeline.idle += sequences - pipeline.sequences
+        pipeline.sequences = sequences
+        pipeline.run(20.0)
+        assert pipeline.run(10.0) > 0.93 * best_of_all(PROPORTIONAL, sequences)
 
 
 @pytest.mark.parametrize(("sequences", "limit"), [(1, 8), (2, 8), (9, 2), (9, 8), (0, 8)])

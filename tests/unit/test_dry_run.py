@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
-from distributed_llm.coordinator.settings import CoreSettings
 from tests.unit.fake_model import MODEL
 
 MIB = 2**20
@@ -24,7 +24,7 @@ def model() -> ServedModel:
 
 
 def plan(*workers: str, **settings: Any) -> DryRun:
-    return dry_run(model(), workers, CoreSettings(**{"replicas": 1, **settings}))
+    return dry_run(model(), workers, CoordinatorSettings(**{"replicas": 1, **settings}))
 
 
 def told(found: DryRun, name: str) -> Advice:

@@ -5,15 +5,15 @@ from itertools import permutations
 
 import pytest
 
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap
-from distributed_llm.coordinator.planning.forecast import best_plan, forecast, merit, rate
-from distributed_llm.coordinator.settings import Goal
+from distributed_llm.coordinator.planning.forecast import best_plan, forecast, score
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 LAYERS = 14
@@ -55,7 +55,7 @@ def cluster(*costs: WorkerSpeed, memory_bytes: int = ROOMY, rtt_s: float = 0.0) 
     )
 
 
-def ranges(*stops: int) -> LayerMap:
+def layer_map(*stops: int) -> LayerMap:
     edges = (0, *stops)
     return tuple(
         (WorkerId(f"w{i}"), LayerRange(start, stop))
@@ -72,14 +72,14 @@ def sizes(found: LayerMap) -> dict[str, int]:
 
 def test_one_sequence_waits_for_every_stage_and_link() -> None:
     machines = cluster(machine(0.01), machine(0.02), rtt_s=0.1)
-    found = forecast(MODEL, machines, ranges(4, 14), ALONE)
+    found = forecast(MODEL, machines, layer_map(4, 14), ALONE)
     assert found.depth == 1
     assert found.tokens_per_s == pytest.approx(1 / (4 * 0.01 + 10 * 0.02 + 0.05), rel=0.02)
 
 
 def test_many_sequences_wait_for_the_slowest_stage() -> None:
     machines = cluster(machine(1e-6, 0.001), machine(1e-6, 0.002))
-    found = forecast(MODEL, machines, ranges(4, 14), CROWD)
+    found = forecast(MODEL, machines, layer_map(4, 14), CROWD)
     assert found.depth >= 2
     assert found.tokens_per_s == pytest.approx(1 / (10 * 0.002), rel=0.05)
 
@@ -87,7 +87,7 @@ def test_many_sequences_wait_for_the_slowest_stage() -> None:
 def test_tokens_that_cost_nothing_are_computed_in_one_step() -> None:
     """Reading the layers takes all the time: more steps would read them more often."""
     machines = cluster(machine(0.01), machine(0.02))
-    found = forecast(MODEL, machines, ranges(4, 14), CROWD)
+    found = forecast(MODEL, machines, layer_map(4, 14), CROWD)
     assert found.depth == 1
     assert found.tokens_per_s == pytest.approx(60 / 0.24, rel=0.02)
 
@@ -96,7 +96,7 @@ def test_prompts_between_the_steps_cost_time() -> None:
     machines = cluster(machine(0.001, 0.001))
     busy = Demand(sequences=1, positions=100, prompt_tokens=4, chunk_tokens=64)
     alone, beside = (
-        forecast(MODEL, machines, ranges(14), demand).tokens_per_s for demand in (ALONE, busy)
+        forecast(MODEL, machines, layer_map(14), demand).tokens_per_s for demand in (ALONE, busy)
     )
     assert beside < alone / 2
 
@@ -106,7 +106,7 @@ def test_stages_wait_where_some_steps_have_prompts() -> None:
     machines = cluster(machine(1e-6, 0.001), machine(1e-6, 0.001))
     some = Demand(sequences=60, positions=1, prompt_tokens=0.5, chunk_tokens=60)
     all_alike = Demand(sequences=60, positions=1, prompt_tokens=0.5, chunk_tokens=15)
-    rates = [forecast(MODEL, machines, ranges(7, 14), d).tokens_per_s for d in (some, all_alike)]
+    rates = [forecast(MODEL, machines, layer_map(7, 14), d).tokens_per_s for d in (some, all_alike)]
     assert rates[1] == pytest.approx(1 / (7 * 0.0015), rel=0.05)
     assert 0.6 < rates[0] / rates[1] < 0.9
 
@@ -114,8 +114,8 @@ def test_stages_wait_where_some_steps_have_prompts() -> None:
 def test_prompts_are_a_part_of_the_steps_and_as_many_as_there_are() -> None:
     demand = Demand(sequences=60, positions=100, prompt_tokens=0.5, chunk_tokens=40)
     for sequences, share in ((20.0, 0.25), (80.0, 1.0), (160.0, 1.0)):
-        usual, longer = demand.kinds(sequences)
-        mean = demand.load(sequences)
+        usual, longer = demand.step_kinds(sequences)
+        mean = demand.mean_step(sequences)
         assert demand.prompt_share(sequences) == share
         assert (usual.tokens, usual.prompts, usual.prompt_tokens) == (sequences, 0.0, 0.0)
         assert (longer.tokens, longer.prompts) == (sequences, 1.0)
@@ -138,9 +138,9 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
         )
     stranger = WorkerSpeed(Prior(2e-4, 0.0, 0.0, 0.0, 0.0, 0.0))
     machines = cluster(stranger, other)
-    found = forecast(MODEL, machines, ranges(14), ALONE)
+    found = forecast(MODEL, machines, layer_map(14), ALONE)
     assert found.tokens_per_s == pytest.approx(1 / (14 * 0.02), rel=0.05)
-    assert forecast(MODEL, machines.only([WorkerId("w0")]), ranges(14), ALONE) == found
+    assert forecast(MODEL, machines.subset([WorkerId("w0")]), layer_map(14), ALONE) == found
 
 
 # ------------------------------------------------------------------ the best plan
@@ -149,7 +149,7 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
 def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> LayerMap:
     found = best_plan(MODEL, machines, demand, goal=goal, kv_tokens=0)
     assert found is not None
-    return found.partition.ranges
+    return found.partition.layer_map
 
 
 def test_layers_go_by_speed_for_throughput() -> None:
@@ -182,7 +182,7 @@ def test_between_throughput_and_latency() -> None:
         network.observe(*pair, rtt_s=0.2 if "w2" in pair else 0.0, bytes_per_s=1e9)
     machines = Machines(machines.memory_bytes, machines.costs, network.links)
     two = Demand(sequences=2, positions=100, prompt_tokens=0, chunk_tokens=1)
-    assert sizes(best(machines, two, "throughput")) == {"w0": 5, "w1": 5, "w2": 4} or True
+    assert len(best(machines, two, "throughput")) == 3
     assert sizes(best(machines, two)) == {"w0": 7, "w1": 7}
 
 
@@ -202,17 +202,17 @@ def test_what_is_expected_before_anything_was_asked() -> None:
     assert Demand.expected(0).sequences == 1
 
 
-def test_rates_that_can_be_compared_between_plans() -> None:
+def test_scores_can_be_compared_between_plans() -> None:
     machines = cluster(machine(0.01), machine(0.02), machine(0.03))
-    short, long = ranges(4, 14), ranges(4, 9, 14)
+    short, long = layer_map(4, 14), layer_map(4, 9, 14)
 
-    def rates(goal: Goal) -> list[float]:
-        return [rate(MODEL, machines, one, CROWD, goal=goal) for one in (short, long)]
+    def scores(goal: Goal) -> list[float]:
+        return [score(MODEL, machines, one, CROWD, goal=goal) for one in (short, long)]
 
     # Steps of 60 / 3 sequences, and the slowest stages of 0.2 and 0.15 s.
-    assert rates("throughput") == pytest.approx([20 / 0.2, 20 / 0.15], rel=0.02)
-    assert rates("latency") == pytest.approx([1 / 0.24, 1 / 0.29], rel=0.02)
-    assert rates("auto")[0] == forecast(MODEL, machines, short, CROWD).tokens_per_s
+    assert scores("throughput") == pytest.approx([20 / 0.2, 20 / 0.15], rel=0.02)
+    assert scores("latency") == pytest.approx([1 / 0.24, 1 / 0.29], rel=0.02)
+    assert scores("auto")[0] == forecast(MODEL, machines, short, CROWD).tokens_per_s
 
 
 def test_latency_is_planned_for_one_sequence() -> None:
@@ -222,18 +222,18 @@ def test_latency_is_planned_for_one_sequence() -> None:
     assert sizes(best(machines, CROWD)) == {"w1": 14}
 
 
-def test_merit_is_the_rate_that_the_goal_makes_large() -> None:
+def test_the_score_is_the_rate_that_the_goal_maximises() -> None:
     machines = replace(cluster(machine(0.01), machine(0.02)), overhead_s=0.1)
-    found = forecast(MODEL, machines, ranges(4, 14), CROWD)
-    assert merit("throughput", found) == pytest.approx(30 / 0.2, rel=0.02)  # two stages, 60 / 2
-    assert merit("latency", found) == pytest.approx(1 / 0.34, rel=0.02)
-    assert merit("auto", found) == found.tokens_per_s
+    found = forecast(MODEL, machines, layer_map(4, 14), CROWD)
+    assert found.score("throughput") == pytest.approx(30 / 0.2, rel=0.02)  # two stages, 60 / 2
+    assert found.score("latency") == pytest.approx(1 / 0.34, rel=0.02)
+    assert found.score("auto") == found.tokens_per_s
 
 
 def test_more_steps_fill_the_time_beside_the_stages() -> None:
     """A stage of 0.1 s waits 0.3 s for the coordinator, unless other steps come meanwhile."""
     machines = replace(cluster(machine(1e-6, 0.1 / 14)), overhead_s=0.3)
     two = Demand(sequences=2, positions=100, prompt_tokens=0, chunk_tokens=1)
-    found = forecast(MODEL, machines, ranges(14), two)
+    found = forecast(MODEL, machines, layer_map(14), two)
     assert found.depth == 2
     assert found.tokens_per_s == pytest.approx(2 / 0.4, rel=0.02)

@@ -38,6 +38,7 @@ from distributed_llm.common.messages import (
     Task,
     TaskFailed,
     TaskResult,
+    ToCoordinator,
     TookOver,
     ToWorker,
     Welcome,
@@ -127,7 +128,7 @@ class Script(World):
         link.up_at = max(link.up_at, self.now + self._delay())
         self.at_time(link.up_at, lambda: self._heard(worker, decoded, tensors))
 
-    def _heard(self, worker: SimWorker, message: FromWorker, frames: Sequence[Frame]) -> None:
+    def _heard(self, worker: SimWorker, message: ToCoordinator, frames: Sequence[Frame]) -> None:
         match message:
             case WorkerHello(name=name):
                 welcome = Welcome(worker_id=name, heartbeat_interval_s=1.0, silence_timeout_s=4.0)

@@ -90,11 +90,11 @@ def test_end_without_keeping_frees_at_once() -> None:
     compute(book, 1, TEXT[:200])
     compute(book, 2, TEXT[500:600])
     book.end(1, keep=False)
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     assert blocks(book) == 2
     assert book.match(TEXT[:200], 199) is None
     book.end(2, keep=False)
-    assert book.freed == [1, 2]
+    assert book.take_freed() == [2]
     assert (book.used_tokens, book.sequence_ids) == (0, [])
 
 
@@ -168,7 +168,7 @@ def test_a_running_sequence_is_shared_and_charged_once() -> None:
     book.computed(2, 220)
     book.validate()
     book.end(1, keep=False)
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     assert blocks(book) >= 4 + 1, "the 200 positions are still there, and with them the rest"
     book.end(2, keep=False)
     assert book.used_tokens == 0
@@ -206,7 +206,7 @@ def test_an_ended_sequence_that_is_covered_is_taken() -> None:
     assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=200, take=True)
     assert blocks(book) == 4, "it goes on where the other ended"
     assert book.sequence_ids == [2]
-    assert book.freed == [], "the stages end it themselves"
+    assert book.take_freed() == [], "the stages end it themselves"
     book.computed(2, 240)
     assert book.match(TEXT[:300], 299) == Match(2, 240)
     book.end(2, keep=False)
@@ -251,7 +251,7 @@ def test_what_was_taken_in_vain_is_freed() -> None:
     book = ledger(4)
     compute(book, 1, TEXT[:64], then="keep")
     assert not book.open(2, TEXT[:320], 321, book.match(TEXT[:320], 319))
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     assert (book.used_tokens, book.sequence_ids) == (0, [])
     book.validate()
 
@@ -292,12 +292,12 @@ def test_a_prefix_is_held_until_the_other_has_begun(keep: bool) -> None:
     assert book.open(2, child, 121, book.match(child, 119))
     book.end(1, keep=keep)
     book.validate()
-    assert book.freed == []
+    assert book.take_freed() == []
     assert not book.open(3, TEXT[500:], 3 * KV_BLOCK, None), "it may not go"
-    assert book.freed == []
+    assert book.take_freed() == []
     book.computed(2, 101)
     assert not book.open(4, TEXT[500:], 3 * KV_BLOCK, None)
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     book.validate()
 
 
@@ -307,10 +307,10 @@ def test_a_prefix_is_held_no_longer_if_the_other_never_begins() -> None:
     child = TEXT[:100] + [7777] * 20
     assert book.open(2, child, 121, book.match(child, 119))
     book.end(2, keep=True)
-    assert book.freed == [2], "nothing was computed"
+    assert book.take_freed() == [2], "nothing was computed"
     book.validate()
     assert book.open(3, TEXT[500:], 4 * KV_BLOCK, None)
-    assert book.freed == [2, 1]
+    assert book.take_freed() == [1]
 
 
 def test_what_was_taken_in_vain_by_one_that_ends_is_freed() -> None:
@@ -318,7 +318,7 @@ def test_what_was_taken_in_vain_by_one_that_ends_is_freed() -> None:
     compute(book, 1, TEXT[:128], then="keep")
     assert book.open(2, TEXT[:200], 201, book.match(TEXT[:200], 199))
     book.end(2, keep=False)
-    assert sorted(book.freed) == [1, 2]
+    assert sorted(book.take_freed()) == [1, 2]
     assert book.used_tokens == 0
 
 
@@ -328,7 +328,7 @@ def test_discard_frees_what_is_only_kept() -> None:
     compute(book, 2, TEXT[500:600])
     for sequence_id in (1, 2, 3):
         book.discard(sequence_id)
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     assert book.sequence_ids == [2]
     book.validate()
 
@@ -339,11 +339,11 @@ def test_discard_waits_for_who_is_about_to_begin() -> None:
     child = TEXT[:50] + [7777] * 20
     assert book.open(2, child, 71, book.match(child, 69))
     book.discard(1)
-    assert book.freed == []
+    assert book.take_freed() == []
     assert book.match(child, 69) is None, "nobody else begins with it"
     book.validate()
     book.computed(2, 51)
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     book.validate()
 
 
@@ -353,7 +353,7 @@ def test_discard_waits_for_who_is_about_to_begin() -> None:
 def test_what_is_not_worth_keeping_is_freed() -> None:
     book = ledger()
     compute(book, 1, TEXT[: STRIDE - 1], then="keep")
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     assert book.open(2, TEXT[:100], 101, None)
     book.computed(2, STRIDE)
     book.end(2, keep=True)
@@ -366,7 +366,7 @@ def test_what_another_covers_is_freed() -> None:
     assert book.open(2, TEXT[:100], 101, None)
     book.computed(2, 100)
     book.end(2, keep=True)
-    assert book.freed == [2]
+    assert book.take_freed() == [2]
     assert book.match(TEXT[:150], 149) == Match(1, 149)
     book.validate()
 
@@ -391,10 +391,10 @@ def test_the_least_lately_used_goes_first() -> None:
         compute(book, sequence_id, TEXT[start : start + 64], then="keep")  # two blocks each
     child = TEXT[100:132] + [7777] * 20
     assert book.open(4, child, 53, book.match(child, 51))  # of the first, which is used by that
-    assert book.freed == [2]
+    assert book.take_freed() == [2]
     book.end(4, keep=False)
     assert book.open(5, TEXT[500:], 3 * KV_BLOCK, None)
-    assert book.freed == [2, 4, 3]
+    assert book.take_freed() == [4, 3]
     assert book.sequence_ids == [1, 5]
     book.validate()
 
@@ -405,11 +405,11 @@ def test_no_more_goes_than_must() -> None:
         start = 100 * sequence_id
         compute(book, sequence_id, TEXT[start : start + 64], then="keep")
     assert book.open(4, TEXT[500:], 1, None)
-    assert book.freed == [1]
+    assert book.take_freed() == [1]
     assert book.extend(4, 2 * KV_BLOCK)
-    assert book.freed == [1]
+    assert book.take_freed() == []
     assert book.extend(4, 2 * KV_BLOCK + 1)
-    assert book.freed == [1, 2]
+    assert book.take_freed() == [2]
 
 
 def test_running_sequences_never_go() -> None:
@@ -417,7 +417,7 @@ def test_running_sequences_never_go() -> None:
     compute(book, 1, TEXT[:64])
     compute(book, 2, TEXT[100:164], then="keep")
     assert not book.open(3, TEXT[500:], 3 * KV_BLOCK, None)
-    assert book.freed == [2]
+    assert book.take_freed() == [2]
     assert book.sequence_ids == [1]
 
 
@@ -761,14 +761,15 @@ class Ledger(RuleBasedStateMachine):
         kept.tokens = kept.tokens[: kept.computed]
         kept.computed = len(kept.tokens)
         self.book.end(sequence_id, keep=keep)
-        assert keep or sequence_id in self.book.freed
-        self._free()
+        freed = self._free()
+        assert keep or sequence_id in freed
 
-    def _free(self) -> None:
-        for sequence_id in self.book.freed:
+    def _free(self) -> list[int]:
+        freed = self.book.take_freed()
+        for sequence_id in freed:
             assert self.stage.held[sequence_id].ended, "it runs"
             self.stage.free(sequence_id)
-        self.book.freed.clear()
+        return freed
 
     @invariant()
     def books_are_right(self) -> None:

@@ -17,13 +17,13 @@ from distributed_llm.common.messages import (
     StageTrial,
 )
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
-from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import StepDone
-from distributed_llm.coordinator.speeds.measurements import Measurements, work_of
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.measurements import Measurements
+from distributed_llm.coordinator.speeds.work import Work, work_of
 from distributed_llm.coordinator.speeds.worker_speed import Prior
 
 COST = ModelCost((1_000_000, 3_000_000), 0, 400_000, 0, kv_bytes_per_token=1000)
@@ -39,7 +39,7 @@ FOUND = Capabilities(
     flops_per_s=1e10,
 )
 A, B = WorkerId("a"), WorkerId("b")
-SEATS = (
+STAGES = (
     PipelineStage(PeerId(b"a"), A, LayerRange(0, 1)),
     PipelineStage(PeerId(b"b"), B, LayerRange(1, 2)),
 )
@@ -77,13 +77,12 @@ def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: floa
         for s in stages_s
     )
     done = StepDone(step, [8], [None], times, 1, took_s or sum(stages_s))
-    known.observe(SEATS, done, now=now)
+    known.observe(STAGES, done, now=now)
 
 
 def layer_s(known: Measurements, worker: WorkerId, work: Work = TOKEN) -> float:
     """Return what a layer of mean size takes in a step that decodes."""
-    machine = Worker(PeerId(b"?"), worker, FOUND, 0.0, "i")
-    return known.machines([machine]).costs[worker].layer_s(work)
+    return known.machines({worker: FOUND.memory_bytes}).costs[worker].layer_s(work)
 
 
 def after_tasks(seconds: float = 0.012) -> Measurements:
@@ -178,7 +177,7 @@ def test_what_is_beside_the_last_layer_is_the_head_as_well() -> None:
     known = two_workers()
     tried(known, A, LayerRange(0, 1), 0.01)
     tried(known, B, LayerRange(1, 2), 0.01)
-    first, last = (machines(known).costs[worker].speed(Work(1, 9)) for worker in (A, B))
+    first, last = (machines(known).costs[worker].times(Work(1, 9)) for worker in (A, B))
     assert first.task_s == pytest.approx(0.001, rel=0.05)
     assert last.task_s == pytest.approx(0.0005, rel=0.05)
     assert last.task_s + last.last_s == pytest.approx(0.001, rel=0.05)
@@ -238,8 +237,8 @@ def test_links_are_known_once_their_speed_was_measured(report: dict[str, Any]) -
     assert machines(known).links(1000).hop(A, B).latency_s == pytest.approx(0.01)
 
 
-def machines(known: Measurements) -> Any:
-    return known.machines([Worker(stage.peer, stage.worker, FOUND, 0.0, "i") for stage in SEATS])
+def machines(known: Measurements) -> Machines:
+    return known.machines({stage.worker: FOUND.memory_bytes for stage in STAGES})
 
 
 def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:
@@ -360,5 +359,5 @@ def test_the_same_probes_teach_the_same() -> None:
     for _ in range(2):
         known = after_tasks()
         probe(known, 1.0, 3.0, 0.5, 2.0)
-        taught.append((layer_s(known, A), astuple(machines(known).costs[A].speed(LOAD))))
+        taught.append((layer_s(known, A), astuple(machines(known).costs[A].times(LOAD))))
     assert taught[0] == taught[1]

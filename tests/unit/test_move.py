@@ -15,22 +15,17 @@ from distributed_llm.common.messages import (
     StageReady,
     TakeOver,
 )
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.cluster.move import MOVE_STATES, Move, MoveCause, MoveState
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState
+from tests.unit.fake_model import MODEL
 
-SETTINGS = PipelineSettings(
-    wire_dtype="float32",
-    hidden_size=4,
-    vocab_size=50,
-    max_sequences=16,
-    max_tokens=32,
-    task_timeout_s=10.0,
-)
+SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task_timeout_s=10.0)
 
 
 def stages(*layers: tuple[str, int, int]) -> tuple[PipelineStage, ...]:
@@ -52,6 +47,7 @@ class Bench:
                 epoch,
                 tuple(PlannedStage(stage.worker, stage.layers, 1, 640) for stage in some),
                 some,
+                MODEL,
                 SETTINGS,
                 ids,
                 lambda pipeline: None,
@@ -78,6 +74,14 @@ class Bench:
             last = self.new.stage_ready(stage.peer, ready(4))
         assert last
         return self.move.loaded(now=now)
+
+
+def where(move: Move) -> MoveState:
+    return move.state
+
+
+def doing(pipeline: Pipeline) -> PipelineState:
+    return pipeline.state
 
 
 def ready(epoch: int) -> StageReady:
@@ -150,15 +154,15 @@ def test_a_move_with_its_kv_cache() -> None:
     assert told(sends, CopyKV) == ["a"]
     transfer = KVTransfer(layers=LayerRange(2, 4), worker="b", addresses=("b:1",))
     assert sends[0].message == CopyKV(epoch=4, link_key="key", transfers=(transfer,))
-    assert not bench.old.held, "serving goes on while it is copied"
+    assert doing(bench.old) is PipelineState.SERVING, "serving goes on while it is copied"
     assert move.copied(PeerId(b"b"), now=12.0) == [], "it has nothing to send"
     assert told(move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
-    assert bench.old.held
+    assert doing(bench.old) is PipelineState.PAUSED
     assert move.paused_at == 12.0
     move.took_over(PeerId(b"a"))
-    assert move.state is MoveState.HANDOVER
+    assert where(move) is MoveState.HANDOVER
     move.took_over(PeerId(b"b"))
-    assert move.state is MoveState.COMMITTED
+    assert where(move) is MoveState.COMMITTED
     assert told(move.commit_orders(), DropStage) == ["a", "b"]
     assert {send.message for send in move.commit_orders()} == {DropStage(epoch=3)}
 
@@ -169,15 +173,15 @@ def test_who_only_sends_is_told_to_send_the_rest_but_not_waited_for() -> None:
     bench.load()
     assert told(bench.move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
     bench.move.took_over(PeerId(b"b"))
-    assert bench.move.state is MoveState.COMMITTED
+    assert where(bench.move) is MoveState.COMMITTED
     assert told(bench.move.commit_orders(), DropStage) == ["a", "b"]
 
 
 def test_without_copying_it_ends_when_the_steps_have() -> None:
     bench = Bench(OLD, SHIFTED, copies=False)
     assert bench.load() == []
-    assert bench.old.held
-    assert bench.move.state is MoveState.COMMITTED
+    assert doing(bench.old) is PipelineState.PAUSED
+    assert where(bench.move) is MoveState.COMMITTED
 
 
 def test_where_nothing_changes_hands_nothing_is_copied() -> None:
@@ -192,12 +196,12 @@ def test_a_move_can_be_undone_in_any_state(state: MoveState) -> None:
         bench.load()
     if state is MoveState.HANDOVER:
         bench.move.copied(PeerId(b"a"), now=12.0)
-        assert bench.old.held
+        assert doing(bench.old) is PipelineState.PAUSED
     assert bench.move.state is state
     sends = bench.move.undo()
     assert told(sends, CancelStage) == ["a", "b", "c"]
     assert {send.message for send in sends} == {CancelStage(epoch=4)}
-    assert not bench.old.held, "steps begin again"
+    assert doing(bench.old) is PipelineState.SERVING, "steps begin again"
 
 
 def test_a_phase_has_a_time_limit() -> None:
@@ -213,7 +217,7 @@ def test_copying_that_does_not_come_to_an_end_is_ended() -> None:
     bench = Bench(OLD, SHIFTED, copies=True)
     bench.load()
     assert told(bench.move.copy_timed_out(now=70.0), TakeOver) == ["a", "b"]
-    assert bench.old.held
+    assert doing(bench.old) is PipelineState.PAUSED
 
 
 def test_answers_at_the_wrong_time_change_nothing() -> None:
@@ -235,7 +239,7 @@ def test_who_says_again_that_it_has_copied_has_not_taken_over() -> None:
     for stage in SHIFTED:
         assert bench.move.copied(stage.peer, now=12.5) == []
     bench.move.took_over(PeerId(b"a"))
-    assert bench.move.state is MoveState.HANDOVER
+    assert where(bench.move) is MoveState.HANDOVER
 
 
 # ------------------------------------------------------------------ the table

@@ -26,7 +26,7 @@ from distributed_llm.coordinator.cluster.move_price import Price
 from distributed_llm.coordinator.cluster.registry import WorkerState
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState
 from tests.unit.coordinator_parts import COST, Parts, ranges_of, ready, sent
 
 Held = tuple[str, int, int]
@@ -246,7 +246,7 @@ def test_a_move_from_beginning_to_end() -> None:
         ("a", TakeOver),
         ("b", TakeOver),
     ]
-    assert old.held
+    assert old.state is PipelineState.PAUSED
     assert parts.moves.settle(now=12.1) == []
     for name in ("a", "b"):
         parts.moves.took_over(parts.worker(name), TookOver(epoch=2))
@@ -351,7 +351,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
     assert parts.moves.move is None
     assert (parts.moves.failures, parts.moves.undone_at) == (1, 13.0)
     assert "the move was undone: a test" in parts.event_log.texts[-1]
-    assert not old.held
+    assert old.state is PipelineState.SERVING
     assert parts.worker("c").layers is None
     assert parts.moves.next_layers(parts.worker("b")) is None
     assert parts.pipelines.of(PeerId(b"c")) is None

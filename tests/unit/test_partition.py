@@ -22,8 +22,8 @@ from distributed_llm.coordinator.partition.tables import (
     Links,
     Objective,
     Partition,
-    Speed,
     Tables,
+    WorkerTimes,
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
@@ -44,8 +44,8 @@ class Problem:
             self.cost, self.candidates, self.links, objective=objective, kv_tokens=self.kv_tokens
         )
 
-    def times(self, ranges: LayerMap) -> Partition:
-        return predict(self.cost, self.candidates, self.links, ranges)
+    def times(self, layer_map: LayerMap) -> Partition:
+        return predict(self.cost, self.candidates, self.links, layer_map)
 
     def tables(self) -> Tables:
         ranked = sorted(self.candidates, key=lambda candidate: candidate.worker)
@@ -55,7 +55,7 @@ class Problem:
 def key(objective: Objective, found: Partition) -> tuple[float, float]:
     if objective == "throughput":
         return found.slowest_s, found.total_s
-    return found.total_s, len(found.ranges)
+    return found.total_s, len(found.layer_map)
 
 
 def is_same(objective: Objective, one: Partition, other: Partition) -> bool:
@@ -90,17 +90,17 @@ def every_partition(problem: Problem) -> Iterator[Partition]:
             hops = [problem.links.known.get(pair, default) for pair in pairs]
             for cut in cuts:
                 edges = list(itertools.pairwise((0, *cut, size)))
-                ranges = tuple(
+                layer_map = tuple(
                     (each.worker, LayerRange(*edge)) for each, edge in zip(team, edges, strict=True)
                 )
-                if is_whole(ranges, problem):
+                if is_whole(layer_map, problem):
                     times = [hop.busy_s for hop in hops]
                     for each, (start, stop) in zip(team, edges, strict=True):
                         layers = sum(cost.layer_bytes[start:stop]) / mean
-                        taken = each.speed.task_s + each.speed.layer_s * layers
-                        times.append(taken + each.speed.last_s * (stop == size))
+                        taken = each.times.task_s + each.times.layer_s * layers
+                        times.append(taken + each.times.last_s * (stop == size))
                     total = sum(times) + sum(hop.latency_s for hop in hops)
-                    yield Partition(ranges, max(times), total)
+                    yield Partition(layer_map, max(times), total)
 
 
 def brute_force(problem: Problem, objective: Objective) -> Partition | None:
@@ -115,7 +115,7 @@ def brute_force(problem: Problem, objective: Objective) -> Partition | None:
 # ------------------------------------------------------------------ problems
 
 seconds = st.integers(0, 20).map(lambda milliseconds: milliseconds / 1000)
-speeds = st.builds(Speed, seconds, seconds, seconds)
+speeds = st.builds(WorkerTimes, seconds, seconds, seconds)
 hops = st.builds(Hop, seconds, seconds)
 
 
@@ -148,7 +148,9 @@ def random_problem(seed: int, workers: int, layers: int) -> Problem:
         Candidate(
             WorkerId(f"w{i:03}"),
             int(least * draw.uniform(1, draw.choice([1.3, 3]))),
-            Speed(draw.uniform(0, 0.01), draw.lognormvariate(-6, 0.7), draw.uniform(0, 0.005)),
+            WorkerTimes(
+                draw.uniform(0, 0.01), draw.lognormvariate(-6, 0.7), draw.uniform(0, 0.005)
+            ),
         )
         for i in range(workers)
     ]
@@ -166,7 +168,7 @@ def plain(
 ) -> Problem:
     """Return workers a, b, ... with these seconds per layer, nothing else, and layers of 10."""
     candidates = tuple(
-        Candidate(WorkerId(name), room, Speed(0.0, taken, 0.0))
+        Candidate(WorkerId(name), room, WorkerTimes(0.0, taken, 0.0))
         for name, taken, room in zip("abcdef", layer_s, memory, strict=False)
     )
     return Problem(ModelCost((10,) * size, 0, 0, 0, 0), candidates, links, 0)
@@ -174,7 +176,7 @@ def plain(
 
 def cuts(found: Partition | None) -> list[tuple[str, int, int]]:
     assert found is not None
-    return [(worker, held.start, held.stop) for worker, held in found.ranges]
+    return [(worker, held.start, held.stop) for worker, held in found.layer_map]
 
 
 # ------------------------------------------------------------------ the best
@@ -190,7 +192,7 @@ def test_few_workers_get_the_best_of_all_partitions(
     found, best = problem.best(objective), brute_force(problem, objective)
     assert (found is None) == (best is None)
     if found and best:
-        assert is_whole(found.ranges, problem)
+        assert is_whole(found.layer_map, problem)
         assert is_same(objective, found, best)
 
 
@@ -236,8 +238,8 @@ def test_latency_shares_evenly_where_the_sum_leaves_the_choice(memory: list[int]
     problem = plain(0.25, 0.25, 0.25, memory=memory)
     found = problem.best("latency")
     if found:
-        team = [worker for worker, _ in found.ranges]
-        others = [p for p in every_partition(problem) if [w for w, _ in p.ranges] == team]
+        team = [worker for worker, _ in found.layer_map]
+        others = [p for p in every_partition(problem) if [w for w, _ in p.layer_map] == team]
         assert found.slowest_s == min(other.slowest_s for other in others)
 
 
@@ -278,7 +280,7 @@ def test_predict_adds_up_stages_and_hops() -> None:
 
 def test_layers_without_bytes_are_all_of_mean_size() -> None:
     cost, (worker,) = ModelCost((0,) * 4, 0, 0, 0, 0), plain(0.5).candidates
-    found = predict(cost, [worker], SAME, [(worker.worker, LayerRange(0, 4))])
+    found = predict(cost, [worker], SAME, ((worker.worker, LayerRange(0, 4)),))
     assert found.total_s == 2.0
 
 
@@ -293,10 +295,10 @@ def test_the_search_comes_close_to_the_best_and_never_above_its_starts(
     for seed in range(40):
         problem = random_problem(seed, workers=6, layers=16)
         tables = problem.tables()
-        found = partition._search(tables, objective)
+        found = partition.search(tables, objective)
         assert is_whole(found, problem)
         reached = key(objective, problem.times(found))[0]
-        for start in partition._starts(tables, objective):
+        for start in partition.relaxed_starts(tables, objective):
             assert reached <= key(objective, problem.times(start))[0] + 1e-7
         exact = solve_exactly(tables, objective)
         gaps.append(reached / key(objective, problem.times(exact))[0] - 1)
@@ -312,8 +314,8 @@ def test_the_search_goes_on_from_its_best_start(
     for seed in range(10):
         problem = random_problem(seed, workers=6, layers=16)
         tables = problem.tables()
-        reached = key(objective, problem.times(partition._search(tables, objective)))[0]
-        for start in partition._starts(tables, objective):
+        reached = key(objective, problem.times(partition.search(tables, objective)))[0]
+        for start in partition.relaxed_starts(tables, objective):
             assert reached <= key(objective, problem.times(start))[0] + 1e-7
 
 
@@ -323,7 +325,7 @@ def test_the_search_goes_on_from_its_best_start(
 def test_what_the_search_finds_is_whole(objective: Objective, data: st.DataObject) -> None:
     problem = data.draw(problems(alike=False, workers=9, layers=12, roomy=True))
     if len(problem.candidates) > 1:
-        found = partition._search(problem.tables(), objective)
+        found = partition.search(problem.tables(), objective)
         assert not found or is_whole(found, problem)
 
 
@@ -332,13 +334,13 @@ def test_what_the_search_finds_is_whole(objective: Objective, data: st.DataObjec
 def test_the_order_of_the_candidates_does_not_matter(objective: Objective, workers: int) -> None:
     problem = random_problem(1, workers, layers=24)
     twins = tuple(
-        Candidate(WorkerId(f"twin-{each.worker}"), each.memory_bytes, each.speed)
+        Candidate(WorkerId(f"twin-{each.worker}"), each.memory_bytes, each.times)
         for each in problem.candidates
     )
     problem = Problem(problem.cost, problem.candidates + twins, problem.links, problem.kv_tokens)
     found = problem.best(objective)
     assert found is not None
-    assert is_whole(found.ranges, problem)
+    assert is_whole(found.layer_map, problem)
     shuffled = list(problem.candidates)
     random.Random(0).shuffle(shuffled)
     assert found == Problem(problem.cost, tuple(shuffled), problem.links, 1).best(objective)
@@ -346,12 +348,12 @@ def test_the_order_of_the_candidates_does_not_matter(objective: Objective, worke
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_search_finds_the_one_that_a_large_layer_fits(objective: Objective) -> None:
-    quick = [Candidate(WorkerId(f"quick{i}"), 20, Speed(0.0, 0.0, 0.0)) for i in range(60)]
-    large = Candidate(WorkerId("large"), 40, Speed(1.0, 1.0, 0.0))
+    quick = [Candidate(WorkerId(f"quick{i}"), 20, WorkerTimes(0.0, 0.0, 0.0)) for i in range(60)]
+    large = Candidate(WorkerId("large"), 40, WorkerTimes(1.0, 1.0, 0.0))
     problem = Problem(ModelCost((10, 10, 40), 0, 0, 0, 0), (*quick, large), SAME, 0)
     found = problem.best(objective)
     assert found is not None
-    assert is_whole(found.ranges, problem)
+    assert is_whole(found.layer_map, problem)
 
 
 @pytest.mark.parametrize(("objective", "bound"), [("throughput", 0.85), ("latency", 0.72)])
@@ -361,9 +363,9 @@ def test_the_search_beats_looking_away_from_links(objective: Objective, bound: f
         problem = random_problem(seed, workers=40, layers=48)
         tables = problem.tables()
         start = min(
-            key(objective, problem.times(s))[0] for s in partition._starts(tables, objective)
+            key(objective, problem.times(s))[0] for s in partition.relaxed_starts(tables, objective)
         )
-        found = partition._search(tables, objective)
+        found = partition.search(tables, objective)
         assert is_whole(found, problem)
         ratios.append(key(objective, problem.times(found))[0] / start)
     assert statistics.mean(ratios) < bound
@@ -374,9 +376,9 @@ def test_many_workers_serve_a_large_model(objective: Objective) -> None:
     problem = random_problem(2, workers=150, layers=126)
     found = problem.best(objective)
     assert found is not None
-    assert is_whole(found.ranges, problem)
+    assert is_whole(found.layer_map, problem)
     start = min(
         key(objective, problem.times(each))
-        for each in partition._starts(problem.tables(), objective)
+        for each in partition.relaxed_starts(problem.tables(), objective)
     )
     assert key(objective, found) < start

@@ -1,8 +1,6 @@
 """One pipeline and its requests: what it begins with, how many steps, and what it frees."""
 
 import itertools
-from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -17,39 +15,41 @@ from distributed_llm.common.messages import (
     TaskResult,
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
-from distributed_llm.coordinator.serving.scheduler import Scheduler, Step
+from distributed_llm.coordinator.serving.pipeline import (
+    PIPELINE_STATES,
+    Pipeline,
+    PipelineCause,
+    PipelineState,
+)
+from distributed_llm.coordinator.serving.scheduler import Scheduler
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import Dropped, StepBroken, StepDone, StepsInFlight
+from tests.unit.fake_model import MODEL
 
 EPOCH = 3
 PEERS = [PeerId(b"a"), PeerId(b"b")]
 NAMES = [WorkerId("a"), WorkerId("b")]
 LAYERS = [LayerRange(0, 1), LayerRange(1, 2)]
 SEATS = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
-SETTINGS = PipelineSettings(
-    wire_dtype="float32",
-    hidden_size=4,
-    vocab_size=50,
-    max_sequences=16,
-    max_tokens=32,
-    task_timeout_s=10.0,
-)
+SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task_timeout_s=10.0)
 
 
 class Bench:
-    """A replica of two stages, and workers that answer when they are told to.
+    """A pipeline of two stages, and workers that answer when they are told to.
 
     Attributes:
         changes: how often it said that steps may be begun, or requests admitted.
     """
 
-    def __init__(self, *, planned: tuple[int, int] = (1024, 1024), **settings: Any) -> None:
+    def __init__(self, *, planned: tuple[int, int] = (1024, 1024)) -> None:
         plan = tuple(
             PlannedStage(name, layers, 100, tokens)
             for name, layers, tokens in zip(NAMES, LAYERS, planned, strict=True)
@@ -61,7 +61,8 @@ class Bench:
             EPOCH,
             plan,
             SEATS,
-            replace(SETTINGS, **settings),
+            MODEL,
+            SETTINGS,
             itertools.count(100).__next__,
             self._changed,
         )
@@ -461,20 +462,26 @@ def test_a_broken_step_frees_again_what_it_was_to_free() -> None:
 
 
 def moved(bench: Bench) -> Pipeline:
-    """Return a replica with the stages the other way round that went on with the requests."""
+    """Return a pipeline that continues from another, with the stages the other way round."""
     stages = tuple(
         PipelineStage(peer, name, layers)
         for peer, name, layers in zip(PEERS[::-1], NAMES[::-1], LAYERS, strict=True)
     )
     plan = tuple(PlannedStage(stage.worker, stage.layers, 100, 1024) for stage in stages)
     new = Pipeline(
-        EPOCH + 1, plan, stages, SETTINGS, itertools.count(500).__next__, lambda pipeline: None
+        EPOCH + 1,
+        plan,
+        stages,
+        MODEL,
+        SETTINGS,
+        itertools.count(500).__next__,
+        lambda pipeline: None,
     )
     for at, stage in enumerate(stages):
         said = StageReady(epoch=EPOCH + 1, credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096)
         assert new.stage_ready(stage.peer, said) == (at == 1)
     new.set_link(stages[0].peer, True)
-    new.take_over(bench.pipeline)
+    new.continue_from(bench.pipeline)
     return new
 
 
@@ -482,6 +489,7 @@ def test_requests_go_on_on_other_stages() -> None:
     bench = Bench().serve()
     (request,) = bench.decode(1)
     sequence = request.sequence_id
+    bench.pipeline.pause()
     new = moved(bench)
     assert (bench.pipeline.in_flight, bench.pipeline.scheduler) == (None, None)
     (send,) = new.begin_steps(now=bench.now)
@@ -497,7 +505,7 @@ def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
     bench = Bench().serve()
     gone, stays = bench.decode(2)
     sequence = gone.sequence_id
-    bench.pipeline.hold()
+    bench.pipeline.pause()
     bench.scheduler.remove(gone)
     assert bench.begin() == [], "nothing is said while the caches are handed over"
     new = moved(bench)
@@ -510,9 +518,27 @@ def test_what_was_freed_meanwhile_is_said_to_the_other_stages() -> None:
 def test_no_step_begins_while_it_is_held() -> None:
     bench = Bench().serve()
     bench.decode(1)
-    bench.pipeline.hold()
+    bench.pipeline.pause()
     assert bench.begin() == []
     changes = bench.changes
     bench.pipeline.resume()
     assert bench.changes == changes + 1
     assert len(tasks_of(bench.begin())) == 1
+
+
+# ------------------------------------------------------------------ the table
+
+
+def test_a_pipeline_that_was_continued_or_given_up_does_nothing_more() -> None:
+    bench = Bench().serve()
+    bench.pipeline.pause()
+    moved(bench)
+    assert bench.pipeline.state is PipelineState.ENDED
+    assert not any(PIPELINE_STATES.allows(PipelineState.ENDED, cause) for cause in PipelineCause)
+    with pytest.raises(IllegalTransition, match="PAUSED cannot happen while ENDED"):
+        bench.pipeline.pause()
+
+
+def test_one_that_serves_cannot_be_continued_before_it_is_paused() -> None:
+    with pytest.raises(IllegalTransition, match="CONTINUED_BY_ANOTHER cannot happen while SERVING"):
+        moved(Bench().serve())

@@ -1,106 +1,158 @@
-"""What a survey asks, and what its findings are."""
+"""Which better plans a search finds for a pipeline."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.forecast import forecast
-from distributed_llm.coordinator.planning.plan_search import PlanSearch
+from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.speeds.demand import Demand
-from tests.unit.coordinator_parts import COST, Parts, ranges_of
+from distributed_llm.coordinator.speeds.links import LinkSpeeds
+from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
+
+COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
+A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
 
 
-def survey(parts: Parts, **changes: Any) -> PlanSearch:
-    """Return a survey of a pipeline of a and b; c is idle."""
-    given = {
-        "epoch": 1,
-        "cost": COST,
-        "ranges": ranges_of(("a", 0, 5), ("b", 5, 6)),
-        "machines": parts.measurements.machines(parts.registry.workers),
-        "idle": (parts.worker("c").id,),
-        "demand": Demand.expected(3),
-        "goal": "throughput",
-        "kv_tokens": 64,
-        "extra_kv_tokens": 64,
-        "least_kv_tokens": 64,
-        "beside_tokens_per_s": 0.0,
-        "advise": False,
-    }
-    return PlanSearch(**{**given, **changes})
+def machines(memory: Mapping[WorkerId, int]) -> Machines:
+    """Return machines that are alike but for their memory in bytes."""
+    costs = {worker: WorkerSpeed(Prior(1e-3, 1e-5, 0, 0, 0, 0)) for worker in memory}
+    return Machines(memory, costs, LinkSpeeds(bytes_per_token=16).links)
 
 
-def three(*, memory: int = 9000) -> Parts:
-    return Parts({"a": memory, "b": memory, "c": 9000})
+@dataclass(frozen=True)
+class Told(Planner):
+    """A planner that was told how much room plans should have.
+
+    Attributes:
+        room: for KV cache, positions.
+        spare_room: likewise, for plans of c alone.
+        asked: the workers that it was asked about.
+    """
+
+    room: int = 64
+    spare_room: int = 64
+    asked: list[set[WorkerId]] = field(default_factory=list)
+
+    def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
+        """Return what it was told."""
+        self.asked.append(set(memory))
+        return self.spare_room if set(memory) == {C} else self.room
 
 
-def test_now_is_the_plan_of_the_survey() -> None:
-    asked = survey(three())
-    found = asked.carry_out()
-    assert found.survey is asked
-    assert found.now == forecast(COST, asked.machines, asked.ranges, asked.demand)
-    assert found.now.ranges == asked.ranges
+def planner(*, least: int = 64, spare_room: int = 64) -> Told:
+    return Told(COST, "speed", "throughput", {}, 1, 2048, least, spare_room=spare_room)
+
+
+def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
+    """Return a search for a pipeline of a and b, which have `memory` bytes; c is idle."""
+    usual = PlanSearch(
+        epoch=1,
+        planner=planner(),
+        layer_map=((A, LayerRange(0, 5)), (B, LayerRange(5, 6))),
+        machines=machines({A: memory, B: memory, C: 9000}),
+        idle=(C,),
+        hanging=frozenset(),
+        demand=Demand.expected(3),
+        goal="throughput",
+        needed_tokens=64,
+        beside_tokens_per_s=0.0,
+        advise=False,
+    )
+    return replace(usual, **changes)
+
+
+def found(*, memory: int = 9000, **changes: Any) -> FoundPlans:
+    return search(memory=memory, **changes).answer()
+
+
+def test_now_is_the_served_plan() -> None:
+    asked = search()
+    plans = asked.answer()
+    assert plans.search is asked
+    assert plans.now == forecast(COST, asked.machines, asked.layer_map, asked.demand)
+    assert plans.now.layer_map == asked.layer_map
 
 
 def test_the_best_plan_is_of_all_and_better() -> None:
     """Three machines that are alike have two layers each, where one had five."""
-    found = survey(three()).carry_out()
-    assert found.best
-    assert sorted(len(held) for _, held in found.best.ranges) == [2, 2, 2]
-    assert found.best.full_tokens_per_s > 1.1 * found.now.full_tokens_per_s
+    plans = found()
+    assert plans.best
+    assert sorted(len(held) for _, held in plans.best.layer_map) == [2, 2, 2]
+    assert plans.best.full_tokens_per_s > 1.1 * plans.now.full_tokens_per_s
 
 
 def test_the_best_plan_has_the_room_that_is_asked_for() -> None:
-    """c with 9000 bytes could do all of it; two of 4000 cannot with more than 233 positions."""
-    parts = three(memory=4000)
+    """c with 9000 bytes could do all of it; two of 4000 cannot with more than 166 positions."""
     room = (4000 - 3500) // 3
-    pair = parts.measurements.machines([parts.worker("a"), parts.worker("b")])
-    for kv_tokens, fits in ((room, True), (room + 1, False)):
-        found = survey(parts, machines=pair, idle=(), kv_tokens=kv_tokens).carry_out()
-        assert (found.best is not None) == fits
+    pair = machines({A: 4000, B: 4000})
+    for needed, fits in ((room, True), (room + 1, False)):
+        assert (found(machines=pair, idle=(), needed_tokens=needed).best is not None) == fits
 
 
 def test_extra_is_what_idle_workers_do_by_themselves() -> None:
-    found = survey(three()).carry_out()
-    assert found.extra
-    assert found.extra.ranges == (("c", LayerRange(0, 6)),)
+    extra = found().extra
+    assert extra
+    assert extra.layer_map == ((C, LayerRange(0, 6)),)
 
 
 @pytest.mark.parametrize(("kv_tokens", "fits"), [((9000 - 6800) // 6, True), (367, False)])
 def test_extra_has_room_of_its_own(kv_tokens: int, fits: bool) -> None:
-    found = survey(three(), extra_kv_tokens=kv_tokens).carry_out()
-    assert (found.extra is not None) == fits
-    assert found.best, "it is not asked for so much"
+    plans = found(planner=planner(spare_room=kv_tokens))
+    assert (plans.extra is not None) == fits
+    assert plans.best, "it is not asked for so much"
 
 
 def test_nobody_idle_is_no_extra() -> None:
-    assert survey(three(), idle=()).carry_out().extra is None
+    assert found(idle=()).extra is None
 
 
 def test_advice_is_given_if_it_is_asked_for() -> None:
-    assert survey(three()).carry_out().advice == {}
-    assert set(survey(three(), advise=True).carry_out().advice) == {"a", "b", "c"}
+    assert found().advice == {}
+    assert set(found(advise=True).advice) == {A, B, C}
 
 
 def test_no_advice_where_nothing_fits() -> None:
-    found = survey(three(), advise=True, kv_tokens=1 << 30).carry_out()
-    assert found.best is None
-    assert found.advice == {}
+    plans = found(advise=True, needed_tokens=1 << 30)
+    assert plans.best is None
+    assert plans.advice == {}
 
 
 def test_advice_counts_what_other_pipelines_give() -> None:
-    alone, beside = (
-        survey(three(), advise=True, beside_tokens_per_s=more).carry_out().advice
-        for more in (0.0, 1000.0)
-    )
+    alone, beside = (found(advise=True, beside_tokens_per_s=more).advice for more in (0.0, 1000.0))
     for worker, advice in alone.items():
         assert beside[worker].with_tokens_per_s == pytest.approx(advice.with_tokens_per_s + 1000.0)
 
 
 def test_advice_without_a_machine_may_do_with_less_room() -> None:
-    """Two of them have room for 1000 positions only if all three serve."""
+    """Two of them have room for 3250 positions only if all three serve."""
     room = (9000 - 2500) // 2
-    little = survey(three(), advise=True, kv_tokens=room, least_kv_tokens=64).carry_out().advice
-    strict = survey(three(), advise=True, kv_tokens=room, least_kv_tokens=room).carry_out().advice
-    assert strict[WorkerId("a")].gain is None
-    assert little[WorkerId("a")].gain is not None
+    little = found(advise=True, needed_tokens=room).advice
+    strict = found(advise=True, needed_tokens=room, planner=planner(least=room)).advice
+    assert strict[A].gain is None
+    assert little[A].gain is not None
+
+
+def test_who_hangs_gives_no_room() -> None:
+    told = planner()
+    found(planner=told, hanging=frozenset({B}))
+    assert told.asked == [{A, C}, {C}]
+
+
+def test_only_the_fastest_without_layers_are_looked_at() -> None:
+    names = [WorkerId(f"idle-{number}") for number in range(MAX_IDLE + 2)]
+    some = machines(dict.fromkeys([A, B, *names], 9000))
+    quick = names[-1]
+    some = replace(some, costs={**some.costs, quick: WorkerSpeed(Prior(1e-4, 1e-6, 0, 0, 0, 0))})
+    told = planner()
+    found(planner=told, machines=some, idle=tuple(names), advise=False)
+    spare = told.asked[-1]
+    assert len(spare) == MAX_IDLE
+    assert quick in spare
+    assert told.asked[0] == {A, B, *spare}

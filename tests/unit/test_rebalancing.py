@@ -7,7 +7,7 @@ import pytest
 from distributed_llm.common.messages import LoadStage
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
-from distributed_llm.coordinator.cluster.registry import WorkerState, memory_of
+from distributed_llm.coordinator.cluster.registry import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
@@ -15,7 +15,7 @@ from distributed_llm.coordinator.planning.forecast import Forecast
 from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
-from tests.unit.coordinator_parts import Parts, capabilities, ranges_of
+from tests.unit.coordinator_parts import Parts, ranges_of
 
 Held = tuple[str, int, int]
 
@@ -26,11 +26,6 @@ def serving(**given: Any) -> Parts:
     parts.serve(("a", 0, 3), ("b", 3, 6))
     parts.rebalancing.wake(now=10.0)
     return parts
-
-
-def room(parts: Parts, names: str) -> int:
-    """Return the positions of KV cache that a plan of these workers should have room for."""
-    return parts.planner.kv_tokens(memory_of(parts.worker(name) for name in names))
 
 
 def pipeline_of(parts: Parts) -> Pipeline:
@@ -176,31 +171,30 @@ def test_what_a_survey_asks() -> None:
     parts.worker("d").leaving = True
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.ranges == ranges_of(("a", 0, 3), ("b", 3, 6))
+    assert survey.layer_map == ranges_of(("a", 0, 3), ("b", 3, 6))
     assert survey.idle == ("c",)
     assert sorted(survey.machines.memory_bytes) == ["a", "b", "c"]
     assert survey.demand == Demand.expected(3)
     assert survey.goal == "latency"
-    assert survey.least_kv_tokens == 64
-    assert survey.kv_tokens == room(parts, "abc")
-    assert survey.extra_kv_tokens == room(parts, "c")
+    assert survey.planner is parts.planner
+    assert survey.needed_tokens == 0
+    assert survey.hanging == set()
 
 
 def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
-    parts = serving(kv_tokens=64)
+    parts = serving()
     parts.ask(pipeline_of(parts), 100, answer=900)
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.kv_tokens == 1000
+    assert survey.needed_tokens == 1000
 
 
-def test_who_hangs_gives_no_room() -> None:
+def test_who_hangs_is_told() -> None:
     parts = serving()
-    parts.worker("a").capabilities = capabilities(9_000)
     parts.worker("b").progress_age_s = 1e6
     survey = asked(parts, 11.0)
     assert survey
-    assert survey.kv_tokens == room(parts, "acd")
+    assert survey.hanging == {"b"}
 
 
 class Asked(DemandMeter):
@@ -269,7 +263,7 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     parts = serving()
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
     assert parts.moves.move
-    assert parts.moves.move.new.layer_map == BETTER.ranges
+    assert parts.moves.move.new.layer_map == BETTER.layer_map
     assert parts.event_log.texts[-1].endswith("100 % faster")
     again = Alternative(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
     assert (

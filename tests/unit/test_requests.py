@@ -381,8 +381,8 @@ def test_timings_of_one_answer() -> None:
     for now in (4.0, 5.0, 7.0):
         request.append(9, None, now=now)
     plan = stages(("a", 0, 1), ("b", 1, 2))
-    request.add_stage_times(1, plan, times(100_000, 250_000))
-    request.add_stage_times(1, plan, times(200_000, 500_000))
+    request.stage_times.add(1, plan, times(100_000, 250_000))
+    request.stage_times.add(1, plan, times(200_000, 500_000))
     timings = request.ticket.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.5, 1.5, 3.0)
     assert timings.stages == (
@@ -400,9 +400,9 @@ def test_timings_of_several_answers_and_plans() -> None:
             request.append(9, None, now=now)
     old = stages(("b", 0, 1), ("a", 1, 2))
     new = stages(("b", 0, 1), ("c", 1, 2))
-    first.add_stage_times(1, old, times(1_000_000, 2_000_000))
-    first.add_stage_times(2, new, times(1_000_000, 4_000_000))
-    second.add_stage_times(2, new, times(1_500_000, 8_000_000))
+    first.stage_times.add(1, old, times(1_000_000, 2_000_000))
+    first.stage_times.add(2, new, times(1_000_000, 4_000_000))
+    second.stage_times.add(2, new, times(1_500_000, 8_000_000))
     timings = ticket.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.0, 3.0, 4.5)
     assert timings.stages[0] == StageTiming(

@@ -11,9 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.coordinator.requests.request import Phase, Request
-from distributed_llm.coordinator.serving.scheduler import Step
-from tests.unit.test_scheduler import Desk
+from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
+from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.serving.step import Step
+from tests.unit.test_scheduler import Bench
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -95,8 +96,8 @@ class Schedules(RuleBasedStateMachine):
         blocks=st.sampled_from([4, 6, 10, 40]),
     )
     def start(self, sequences: int, tokens: int, blocks: int) -> None:
-        self.book = Desk(sequences=sequences, tokens=tokens, blocks=blocks)
-        self.scheduler = self.book.scheduler
+        self.bench = Bench(sequences=sequences, tokens=tokens, blocks=blocks)
+        self.scheduler = self.bench.scheduler
         self.max_tokens, self.capacity = tokens, blocks * KV_BLOCK
         self.stages = Stages()
         self.waiting: list[Request] = []
@@ -125,7 +126,7 @@ class Schedules(RuleBasedStateMachine):
         self._arrive([*before, *[5000] * own], answer, b"a")
 
     def _arrive(self, prompt: list[int], answer: int, client: bytes) -> None:
-        request = self.book.request(prompt, answer=answer, client=client)
+        request = self.bench.request(prompt, answer=answer, client=client)
         assert request.ticket.reserved_tokens <= self.capacity
         self.expected[request] = reference(prompt, answer)
         self.waiting.append(request)
@@ -147,9 +148,9 @@ class Schedules(RuleBasedStateMachine):
         prompts = sum(not step.decodes for _, step in self.under_way) < chunks
         step = self.scheduler.next_step(max_decodes=max_decodes, prompts=prompts, idle=idle)
         self.to_free += self.scheduler.take_freed()
+        preempted = self._take_preempted()
         if len(before) > 1:
-            gone = [r.number for r in self.scheduler.preempted]
-            assert min(before) not in gone, "the oldest was preempted"
+            assert min(before) not in preempted, "the oldest was preempted"
         self.began = step is not None
         if step:
             self._check(step, max_decodes)
@@ -169,15 +170,20 @@ class Schedules(RuleBasedStateMachine):
 
     def _admit(self) -> None:
         self._collect()
-        while self.waiting and self.book.admit(self.waiting[0]):
+        while self.waiting and self.bench.admit(self.waiting[0]):
             self.waiting.pop(0)
         nothing_runs = not self.scheduler.num_running and not self.under_way
         assert not (self.waiting and nothing_runs), "there is room, but nobody is admitted"
 
+    def _take_preempted(self) -> list[int]:
+        """Let preempted requests wait; return their numbers."""
+        preempted = self.scheduler.take_preempted()
+        self.waiting = sorted([*self.waiting, *preempted], key=lambda r: r.number)
+        return [request.number for request in preempted]
+
     def _collect(self) -> None:
-        """Who was preempted waits; who was freed is freed before the next step, or now."""
-        self.waiting = sorted([*self.waiting, *self.scheduler.preempted], key=lambda r: r.number)
-        self.scheduler.preempted.clear()
+        """Preempted requests wait; freed sequences are freed before the next step, or now."""
+        self._take_preempted()
         self.to_free += self.scheduler.take_freed()
         if not self.under_way:
             self.stages.free(self.to_free)
@@ -206,7 +212,7 @@ class Schedules(RuleBasedStateMachine):
         if request.finish_reason:
             assert request.token_ids == self.expected[request]
             self.scheduler.remove(request, keep=request.number % 4 > 0)
-            request.phase = Phase.CLOSING
+            request.change(RequestCause.LAST_TOKEN)
 
     def _break(self, step: Step, missing: list[int]) -> None:
         for request, part in zip(step.requests, step.slices, strict=True):
@@ -237,7 +243,7 @@ class Schedules(RuleBasedStateMachine):
         if request in self.waiting:
             self.waiting.remove(request)
         self.scheduler.remove(request, keep=keep)
-        request.phase = Phase.GONE
+        request.change(RequestCause.FAILED)
         self._collect()
 
     @precondition(lambda self: self.scheduler.num_running)
@@ -261,20 +267,20 @@ class Schedules(RuleBasedStateMachine):
         assert self.scheduler.kv_tokens_used + self.scheduler.kv_tokens_cached <= self.capacity
 
     def teardown(self) -> None:
-        if not hasattr(self, "desk"):
+        if not hasattr(self, "bench"):
             return
         self._drain()
         for request, expected in self.expected.items():
-            if request.phase is not Phase.GONE:
+            if request.state is not RequestState.GONE:
                 assert request.token_ids == expected
         assert self.scheduler.kv_tokens_used == 0
         # A request that needs all the room drives out what is kept; then nothing is left.
-        last = self.book.request([8000] * (self.capacity - 1), answer=1)
+        last = self.bench.request([8000] * (self.capacity - 1), answer=1)
         self.expected[last] = reference(last.token_ids, 1)
         self.waiting.append(last)
         self.begin(1, 1, 1)
         self.scheduler.remove(last)
-        last.phase = Phase.GONE
+        last.change(RequestCause.FAILED)
         self._drain()
         assert self.scheduler.kv_tokens_cached == 0
         assert not self.stages.held

@@ -9,7 +9,7 @@ from benchmarks.simulate import Run, report, simulate
 from benchmarks.virtual_client import jain
 from benchmarks.virtual_cluster import VirtualCluster
 
-SMALL = Scenario(workers=4, all_in_flight=2, requests=24, clients=3, prompt=20, answer=8, batch=4)
+SMALL = Scenario(workers=4, pipelines=2, requests=24, clients=3, prompt=20, answer=8, batch=4)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_layers_leave_a_worker_that_becomes_slow_while_requests_run() -> None:
         replace(
             SMALL,
             workers=3,
-            all_in_flight=1,
+            pipelines=1,
             requests=400,
             spread=0.0,
             spare=4.0,
@@ -85,7 +85,7 @@ def test_what_exceeds_the_queue_is_refused() -> None:
 
 
 def test_a_stage_is_idle_while_requests_are_few(run: Run) -> None:
-    alone = simulate(replace(SMALL, all_in_flight=1, requests=1))
+    alone = simulate(replace(SMALL, pipelines=1, requests=1))
     assert max(alone.cluster.busy[0]) < 0.5
     gap_s = sum(alone.cluster.seen.gaps_s) / len(alone.cluster.seen.gaps_s)
     assert gap_s > 4 * SMALL.stage_ms / 1000 * 0.8

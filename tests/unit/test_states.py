@@ -58,14 +58,20 @@ def test_the_drawing_has_every_transition_and_the_ends() -> None:
 
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = runpy.run_path(str(ROOT / "scripts" / "draw_states.py"))
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "draw_docs.py"))
 TABLES: dict[str, StateTable[Any, Any]] = SCRIPT["TABLES"]
 
 
 def test_the_drawings_in_the_docs_are_those_of_the_tables() -> None:
-    """If not: run scripts/draw_states.py."""
+    """If not: run scripts/draw_docs.py."""
     found = (ROOT / "docs" / "states.md").read_text(encoding="utf-8")
-    assert found == SCRIPT["document"]()
+    assert found == SCRIPT["states"]()
+
+
+def test_the_tree_in_the_docs_has_all_modules_with_their_first_lines() -> None:
+    """If not: run scripts/draw_docs.py."""
+    found = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert found == SCRIPT["architecture"]()
 
 
 def test_every_table_of_the_package_is_drawn() -> None:

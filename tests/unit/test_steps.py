@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import (
     Dropped,
     SendTask,
@@ -30,9 +31,10 @@ from distributed_llm.coordinator.serving.steps import (
     StepDone,
     StepsInFlight,
 )
+from tests.unit import fake_model
+from tests.unit.fake_model import HIDDEN, VOCAB
 
-HIDDEN = 4
-VOCAB = 50
+MODEL = replace(fake_model.MODEL, wire_dtype="bfloat16")
 TOKENS = 3
 EPOCH = 7
 LEASE_S = 10.0
@@ -53,9 +55,7 @@ def in_flight(credits: int = 4, links: Iterable[int] = ()) -> StepsInFlight:
         EPOCH,
         SEATS,
         credits=credits,
-        wire_dtype="bfloat16",
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
+        model=MODEL,
         task_timeout_s=LEASE_S,
     )
     for stage in links:
@@ -231,9 +231,7 @@ def test_a_pipeline_of_one_stage() -> None:
         EPOCH,
         SEATS[:1],
         credits=1,
-        wire_dtype="bfloat16",
-        hidden_size=HIDDEN,
-        vocab_size=VOCAB,
+        model=MODEL,
         task_timeout_s=LEASE_S,
     )
     assert not line.set_link(PEERS[0], True)

@@ -19,7 +19,6 @@ from distributed_llm.coordinator.plan import (
     plan_of,
 )
 from distributed_llm.coordinator.planning.strategies import (
-    Offer,
     StaticStrategy,
     make_plan,
     plan_by_speed,
@@ -42,20 +41,21 @@ def model(
     return ModelCost(tuple(layer_bytes), first, last, shared, kv)
 
 
-def offers(*memory_bytes: int) -> list[Offer]:
-    return [Offer(WorkerId(f"w{i}"), size) for i, size in enumerate(memory_bytes)]
+def memory_of(*memory_bytes: int) -> dict[WorkerId, int]:
+    """Return the memory of workers w0, w1, ..."""
+    return {WorkerId(f"w{i}"): size for i, size in enumerate(memory_bytes)}
 
 
 def plan(
     cost: ModelCost,
-    workers: Sequence[Offer],
+    workers: Mapping[WorkerId, int],
     strategy: StaticStrategy = "memory",
     kv_tokens: int = 0,
 ) -> Plan:
     return make_plan(cost, workers, strategy=strategy, kv_tokens=kv_tokens)
 
 
-def custom(cost: ModelCost, workers: Sequence[Offer], **layers: tuple[int, int]) -> Plan:
+def custom(cost: ModelCost, workers: Mapping[WorkerId, int], **layers: tuple[int, int]) -> Plan:
     ranges = {name: LayerRange(*held) for name, held in layers.items()}
     return make_plan(cost, workers, strategy="custom", kv_tokens=0, layers=ranges)
 
@@ -89,23 +89,21 @@ def every_cut(count: int, workers: int) -> Iterator[list[tuple[int, int]]]:
         yield list(itertools.pairwise((0, *edges, count)))
 
 
-def cheapest(cost: ModelCost, workers: Sequence[Offer], kv_tokens: int) -> float | None:
+def cheapest(cost: ModelCost, workers: Mapping[WorkerId, int], kv_tokens: int) -> float | None:
     """Return the least sum of bytes^2 / memory over all cuts that fit, in order of memory."""
-    ranked = sorted(workers, key=lambda offer: (-offer.memory_bytes, offer.worker))
+    ranked = sorted(workers.values(), reverse=True)
     prices = []
     for ranges in every_cut(cost.num_layers, len(ranked)):
         sizes = [stage_bytes(cost, *r, kv_tokens) if r[0] < r[1] else 0 for r in ranges]
-        if all(s <= offer.memory_bytes for s, offer in zip(sizes, ranked, strict=True)):
-            prices.append(
-                sum(s**2 / offer.memory_bytes for s, offer in zip(sizes, ranked, strict=True) if s)
-            )
+        pairs = list(zip(sizes, ranked, strict=True))
+        if all(s <= memory for s, memory in pairs):
+            prices.append(sum(s**2 / memory for s, memory in pairs if s))
     return min(prices, default=None)
 
 
-def price(cost: ModelCost, workers: Sequence[Offer], found: Plan, kv_tokens: int) -> float:
-    memory = {offer.worker: offer.memory_bytes for offer in workers}
+def price(cost: ModelCost, workers: Mapping[WorkerId, int], found: Plan, kv_tokens: int) -> float:
     return sum(
-        stage_bytes(cost, s.layers.start, s.layers.stop, kv_tokens) ** 2 / memory[s.worker]
+        stage_bytes(cost, s.layers.start, s.layers.stop, kv_tokens) ** 2 / workers[s.worker]
         for s in found
     )
 
@@ -130,7 +128,7 @@ def test_memory_is_the_cheapest_of_all_cuts(
 ) -> None:
     first, last, shared = ends
     cost = model(layer_bytes, first=first, last=last, shared=shared, kv=kv)
-    workers = offers(*memory)
+    workers = memory_of(*memory)
     best = cheapest(cost, workers, kv_tokens)
     if best is None:
         with pytest.raises(NotEnoughMemory):
@@ -138,14 +136,13 @@ def test_memory_is_the_cheapest_of_all_cuts(
         return
     found = plan(cost, workers, kv_tokens=kv_tokens)
     assert is_whole(found, cost)
-    by_name = {offer.worker: offer.memory_bytes for offer in workers}
     for stage in found:
         start, stop = stage.layers.start, stage.layers.stop
         weights = stage_bytes(cost, start, stop, 0)
         assert stage.weight_bytes == weights == cost.weight_bytes(stage.layers)
-        room = by_name[stage.worker] - weights
+        room = workers[stage.worker] - weights
         assert stage.kv_tokens == room // max(1, kv * (stop - start))
-        assert stage_bytes(cost, start, stop, kv_tokens) <= by_name[stage.worker]
+        assert stage_bytes(cost, start, stop, kv_tokens) <= workers[stage.worker]
     assert kv == 0 or kv_tokens_of(found) >= kv_tokens
     assert price(cost, workers, found, kv_tokens) == pytest.approx(best)
 
@@ -155,7 +152,7 @@ def test_all_small_cases_agree_with_brute_force() -> None:
         for memory in itertools.combinations_with_replacement((10, 15, 20, 35), workers):
             for ends in itertools.product((0, 6), repeat=3):
                 cost = model((7,) * count, first=ends[0], last=ends[1], shared=ends[2], kv=1)
-                offered = offers(*memory)
+                offered = memory_of(*memory)
                 best = cheapest(cost, offered, 2)
                 try:
                     found = plan(cost, offered, kv_tokens=2)
@@ -167,16 +164,16 @@ def test_all_small_cases_agree_with_brute_force() -> None:
 
 
 def test_memory_shares_in_proportion() -> None:
-    found = plan(model((100,) * 12), offers(2000, 6000, 4000))
+    found = plan(model((100,) * 12), memory_of(2000, 6000, 4000))
     assert cuts(found) == {"w1": (0, 6), "w2": (6, 10), "w0": (10, 12)}
 
 
 def test_embedding_and_head_count_where_they_are() -> None:
-    lean = plan(model((100,) * 8), offers(2000, 2000))
+    lean = plan(model((100,) * 8), memory_of(2000, 2000))
     assert cuts(lean) == {"w0": (0, 4), "w1": (4, 8)}
-    with_head = plan(model((100,) * 8, last=400), offers(2000, 2000))
+    with_head = plan(model((100,) * 8, last=400), memory_of(2000, 2000))
     assert cuts(with_head) == {"w0": (0, 6), "w1": (6, 8)}
-    with_embedding = plan(model((100,) * 8, first=400), offers(2000, 2000))
+    with_embedding = plan(model((100,) * 8, first=400), memory_of(2000, 2000))
     assert cuts(with_embedding) == {"w0": (0, 2), "w1": (2, 8)}
 
 
@@ -185,50 +182,50 @@ def test_tied_embedding_is_on_both_ends_but_once_on_one_worker() -> None:
     assert cost.weight_bytes(LayerRange(0, 4)) == 140
     assert cost.weight_bytes(LayerRange(0, 1)) == cost.weight_bytes(LayerRange(3, 4)) == 110
     assert cost.weight_bytes(LayerRange(1, 3)) == 20
-    assert len(plan(cost, offers(140, 100))) == 1
+    assert len(plan(cost, memory_of(140, 100))) == 1
     with pytest.raises(NotEnoughMemory):
-        plan(cost, offers(139, 100))
+        plan(cost, memory_of(139, 100))
 
 
 def test_unequal_layers_are_counted_by_bytes() -> None:
-    found = plan(model((10, 10, 10, 30)), offers(100, 100))
+    found = plan(model((10, 10, 10, 30)), memory_of(100, 100))
     assert cuts(found) == {"w0": (0, 3), "w1": (3, 4)}
 
 
 def test_kv_cache_is_reserved() -> None:
     cost = model((10,) * 4, kv=2)
-    assert len(plan(cost, offers(60, 20, 20), kv_tokens=2)) >= 1
+    assert len(plan(cost, memory_of(60, 20, 20), kv_tokens=2)) >= 1
     with pytest.raises(NotEnoughMemory):
-        plan(cost, offers(60, 20, 20), kv_tokens=100)
-    (stage,) = plan(cost, offers(200), kv_tokens=20)
+        plan(cost, memory_of(60, 20, 20), kv_tokens=100)
+    (stage,) = plan(cost, memory_of(200), kv_tokens=20)
     assert stage.kv_tokens == kv_tokens_of((stage,)) == 20
 
 
-def test_order_of_the_offers_does_not_matter() -> None:
-    for workers in itertools.permutations(offers(900, 500, 500, 300)):
-        assert plan(model(), workers) == plan(model(), offers(900, 500, 500, 300))
+def test_order_of_the_workers_does_not_matter() -> None:
+    for workers in itertools.permutations(memory_of(900, 500, 500, 300).items()):
+        assert plan(model(), dict(workers)) == plan(model(), memory_of(900, 500, 500, 300))
 
 
 def test_small_workers_may_be_left_out() -> None:
-    found = plan(model((100,) * 3), offers(300, 99))
+    found = plan(model((100,) * 3), memory_of(300, 99))
     assert cuts(found) == {"w0": (0, 3)}
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
 def test_one_worker_serves_all(strategy: StaticStrategy) -> None:
-    assert cuts(plan(model(), offers(1000), strategy)) == {"w0": (0, 6)}
+    assert cuts(plan(model(), memory_of(1000), strategy)) == {"w0": (0, 6)}
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
 def test_more_workers_than_layers(strategy: StaticStrategy) -> None:
-    found = plan(model((100, 100)), offers(100, 300, 200, 150), strategy)
+    found = plan(model((100, 100)), memory_of(100, 300, 200, 150), strategy)
     assert cuts(found) == {"w1": (0, 1), "w2": (1, 2)}
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
 def test_no_workers(strategy: StaticStrategy) -> None:
     with pytest.raises(NotEnoughMemory, match=r"offer 0 bytes \(none\)"):
-        plan(model(), [], strategy)
+        plan(model(), {}, strategy)
 
 
 # ------------------------------------------------------------------ not enough memory
@@ -237,7 +234,7 @@ def test_no_workers(strategy: StaticStrategy) -> None:
 def test_message_says_what_is_missing_and_what_fits() -> None:
     cost = model((1024,) * 8, first=512, last=256, shared=256, kv=1)
     with pytest.raises(NotEnoughMemory) as caught:
-        plan(cost, offers(3 * 1024, 2 * 1024), kv_tokens=1024)
+        plan(cost, memory_of(3 * 1024, 2 * 1024), kv_tokens=1024)
     message = str(caught.value)
     assert "needs 17.0 KiB (weights 9.0 KiB, KV cache for 1024 positions 8.0 KiB)" in message
     assert "offer 5.0 KiB (w0 3.0 KiB, w1 2.0 KiB): 12.0 KiB are missing" in message
@@ -247,16 +244,16 @@ def test_message_says_what_is_missing_and_what_fits() -> None:
 
 def test_message_when_there_is_enough_in_pieces_too_small() -> None:
     with pytest.raises(NotEnoughMemory, match="in pieces into which whole layers do not fit"):
-        plan(model((100, 100)), offers(150, 99))
+        plan(model((100, 100)), memory_of(150, 99))
     with pytest.raises(NotEnoughMemory, match="about 2 of 2 layers"):
-        plan(model((100, 100)), offers(*(90,) * 9))
+        plan(model((100, 100)), memory_of(*(90,) * 9))
 
 
 @pytest.mark.parametrize("strategy", ["even", "custom"])
 def test_worker_given_too_much_is_named(strategy: StaticStrategy) -> None:
     layers = {"w0": LayerRange(0, 3), "w1": LayerRange(3, 6)}
     with pytest.raises(NotEnoughMemory, match=r"Worker w1 would hold layers 3-6.*300 bytes.*250"):
-        make_plan(model(), offers(999, 250), strategy=strategy, kv_tokens=0, layers=layers)
+        make_plan(model(), memory_of(999, 250), strategy=strategy, kv_tokens=0, layers=layers)
 
 
 # ------------------------------------------------------------------ even, custom
@@ -265,7 +262,7 @@ def test_worker_given_too_much_is_named(strategy: StaticStrategy) -> None:
 @pytest.mark.parametrize(("count", "workers"), [(6, 3), (7, 3), (5, 4), (3, 3), (1, 1)])
 def test_even_differs_by_one_layer_at_most(count: int, workers: int) -> None:
     cost = model((100,) * count)
-    found = plan(cost, offers(*range(1000, 1000 + workers)), "even")
+    found = plan(cost, memory_of(*range(1000, 1000 + workers)), "even")
     assert is_whole(found, cost)
     sizes = [len(stage.layers) for stage in found]
     assert len(sizes) == workers
@@ -273,7 +270,7 @@ def test_even_differs_by_one_layer_at_most(count: int, workers: int) -> None:
 
 
 def test_custom_is_followed() -> None:
-    found = custom(model(), offers(500, 500, 500), w2=(0, 1), w0=(1, 6))
+    found = custom(model(), memory_of(500, 500, 500), w2=(0, 1), w0=(1, 6))
     assert cuts(found) == {"w2": (0, 1), "w0": (1, 6)}
     assert [stage.worker for stage in found] == ["w2", "w0"]
 
@@ -292,12 +289,12 @@ def test_custom_is_followed() -> None:
 )
 def test_custom_map_that_is_wrong(layers: dict[str, tuple[int, int]], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        custom(model(), offers(1000, 1000), **layers)
+        custom(model(), memory_of(1000, 1000), **layers)
 
 
 def test_custom_map_with_nobody_there() -> None:
     with pytest.raises(ConfigError, match="joined: none"):
-        custom(model(), [], pc=(0, 6))
+        custom(model(), {}, pc=(0, 6))
 
 
 # ------------------------------------------------------------------ by speed
@@ -315,15 +312,15 @@ def by_speed(
     return plan_by_speed(cost, machines, demand, goal="throughput", kv_tokens=kv)
 
 
-def test_ranges_as_a_plan() -> None:
+def test_a_layer_map_as_a_plan() -> None:
     cost = model((100,) * 4, first=10, last=20, shared=5, kv=2)
-    ranges = ((MAC, LayerRange(0, 1)), (PC, LayerRange(1, 4)))
-    assert plan_of(cost, {PC: 400, MAC: 200, PI: 7}, ranges) == (
+    layer_map = ((MAC, LayerRange(0, 1)), (PC, LayerRange(1, 4)))
+    assert plan_of(cost, {PC: 400, MAC: 200, PI: 7}, layer_map) == (
         PlannedStage(MAC, LayerRange(0, 1), 115, 42),  # (200 - 115) / 2
         PlannedStage(PC, LayerRange(1, 4), 325, 12),  # (400 - 325) / 6
     )
-    assert layer_map_of(plan_of(cost, {PC: 400, MAC: 200}, ranges)) == ranges
-    assert plan_of(cost, {MAC: 1}, ranges[:1]) == (PlannedStage(MAC, LayerRange(0, 1), 115, 0),)
+    assert layer_map_of(plan_of(cost, {PC: 400, MAC: 200}, layer_map)) == layer_map
+    assert plan_of(cost, {MAC: 1}, layer_map[:1]) == (PlannedStage(MAC, LayerRange(0, 1), 115, 0),)
 
 
 def sizes_of(found: Plan) -> dict[str, int]:
@@ -373,7 +370,7 @@ def test_nothing_fits_by_speed() -> None:
 def test_positions_that_a_plan_by_speed_leaves_room_for(
     sizes: Sequence[int], context: int, expected: int
 ) -> None:
-    memory = {offer.worker: offer.memory_bytes for offer in offers(*sizes)}
+    memory = memory_of(*sizes)
     assert wanted_kv_tokens(model(kv=1), memory, least=20, context_length=context) == expected
 
 
@@ -382,7 +379,7 @@ def test_positions_that_a_plan_by_speed_leaves_room_for(
 
 def test_describe() -> None:
     cost = model((100,) * 4, first=10, last=20, kv=2)
-    found = plan(cost, offers(400, 400))
+    found = plan(cost, memory_of(400, 400))
     assert describe(found, cost) == [
         {
             "worker": "w0",

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.messages import Capabilities, StageTime, StageTrial
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.tables import Speed
-from distributed_llm.coordinator.speeds.speed_fit import Work
-from distributed_llm.coordinator.speeds.worker_speed import Prior, Trial, WorkerSpeed
+from distributed_llm.coordinator.partition.tables import WorkerTimes
+from distributed_llm.coordinator.speeds.work import Work, work_of_trial
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 PRIOR = Prior(
     layer_s=1e-3,
@@ -131,7 +131,7 @@ def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others()
     costs = WorkerSpeed(PRIOR)
     assert (costs.measured, costs.first_scale(decoding(1)), costs.error) == (False, None, None)
     load = Work(10, 5000, prompts=0.5, prompt_tokens=50, prompt_positions=5000)
-    plain, scaled = costs.speed(load), costs.speed(load, scale=3.0)
+    plain, scaled = costs.times(load), costs.times(load, scale=3.0)
     assert plain.layer_s == pytest.approx(1e-3 + 5e-4 + 2e-4 + 0.5 * (5e-3 + 1e-4))
     assert plain.last_s == pytest.approx(2e-3 + 1e-3 + 0.5 * 1e-4)
     assert scaled.layer_s == pytest.approx(3 * plain.layer_s)
@@ -360,8 +360,8 @@ def test_a_change_that_steps_show_that_decode_is_one_of_prompts_as_well() -> Non
 HEAD: Cost = (5e-3, 3e-4, 0.0)
 
 
-def speed_of(worker: Worker, work: Work) -> Speed:
-    return worker.costs.speed(work)
+def speed_of(worker: Worker, work: Work) -> WorkerTimes:
+    return worker.costs.times(work)
 
 
 def test_the_head_of_a_worker_that_was_last_and_was_not() -> None:
@@ -408,7 +408,7 @@ def test_a_load_is_an_average_step() -> None:
         worker.do(both(decoding(8), chunk(256)), last=last)
     part = chunk(256)
     load = Work(8, 4000, 0.25, part.prompt_tokens / 4, part.prompt_positions / 4)
-    found = worker.costs.speed(load)
+    found = worker.costs.times(load)
     layer_s = seconds(worker.decode, load, worker.prompt)
     expected = (TASK_S, layer_s, seconds(HEAD, decoding(8)))
     assert astuple(found) == pytest.approx(expected, rel=0.03)
@@ -451,7 +451,7 @@ def test_same_tasks_same_answer_however_often_it_is_asked() -> None:
         for work, factor in zip(mixed(1, 100), noise(1, 100), strict=True):
             worker.do(work, factor)
             for _ in range(asked):
-                assert worker.costs.speed(work).layer_s > 0
+                assert worker.costs.times(work).layer_s > 0
         found.append((speed_of(worker, decoding(5)), worker.costs.error))
     assert found[0] == found[1]
 
@@ -479,7 +479,7 @@ def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: fl
         worker.do(chunk(64))
     before, other = worker.costs, worker.costs.rescaled(factor)
     for load in (decoding(1), both(decoding(16), chunk(64))):
-        was, now = before.speed(load), other.speed(load)
+        was, now = before.times(load), other.times(load)
         assert now.layer_s == pytest.approx(factor * was.layer_s)
         assert now.task_s == pytest.approx(factor * was.task_s)
         assert now.last_s == pytest.approx(factor * was.last_s)
@@ -498,7 +498,7 @@ def test_what_is_rescaled_is_another_one() -> None:
 def test_what_was_not_measured_is_not_rescaled() -> None:
     costs = WorkerSpeed(PRIOR).rescaled(4.0)
     assert not costs.measured
-    assert costs.speed(decoding(1)) == WorkerSpeed(PRIOR).speed(decoding(1))
+    assert costs.times(decoding(1)) == WorkerSpeed(PRIOR).times(decoding(1))
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])
@@ -530,7 +530,7 @@ def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, mo
     larger = Work(*(a + b for a, b in zip(astuple(work), astuple(more), strict=True)))
     small, large = (costs.layer_s(at) for at in (work, larger))
     assert 0 <= small <= large * (1 + 1e-9) < math.inf
-    found, beyond = (costs.speed(at) for at in (work, larger))
+    found, beyond = (costs.times(at) for at in (work, larger))
     assert 0 <= found.layer_s <= beyond.layer_s * (1 + 1e-9) < math.inf
     assert min(found.task_s, found.last_s) >= 0
     assert max(found.task_s, found.last_s, beyond.task_s, beyond.last_s) < math.inf
@@ -542,19 +542,27 @@ def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, mo
 # ------------------------------------------------------------------ trials
 
 
-def trials(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> list[Trial]:
+def trials(
+    worker: Worker, factors: Iterable[float] = repeat(1.0), *, last: bool = False
+) -> list[StageTrial]:
     """Return what a worker with LAYERS layers would report of larger and larger steps."""
-    works = [
-        work for n in (1, 4, 16, 64) for work in (Work(n, 9 * n), chunk(8 * n), Work(1, 8 * n + 1))
-    ]
-    return [
-        Trial(
-            work,
-            layers_s=worker.slower * factor * LAYERS * seconds(worker.decode, work, worker.prompt),
-            other_s=worker.slower * factor * TASK_S,
+    sizes = [
+        size for n in (1, 4, 16, 64) for size in ((n, 8, 1), (1, 0, 8 * n), (1, 8 * n, 1))
+    ]  # (sequences, start, tokens of each)
+    found = []
+    for (sequences, start, num_tokens), factor in zip(sizes, factors, strict=False):
+        bare = StageTime(compute_us=0, layers_us=0, queued_us=0)
+        trial = StageTrial(sequences=sequences, start=start, num_tokens=num_tokens, time=bare)
+        work = work_of_trial(trial)
+        layers_s = worker.slower * factor * LAYERS * seconds(worker.decode, work, worker.prompt)
+        other_s = worker.slower * factor * TASK_S + last * seconds(worker.head, work)
+        time = StageTime(
+            compute_us=round(1e6 * (layers_s + other_s)),
+            layers_us=round(1e6 * layers_s),
+            queued_us=0,
         )
-        for work, factor in zip(works, factors, strict=False)
-    ]
+        found.append(msgspec.structs.replace(trial, time=time))
+    return found
 
 
 def tried(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> Worker:
@@ -612,11 +620,9 @@ def test_what_trials_foretell_is_a_guess_until_there_are_tasks() -> None:
 
 def test_trials_of_the_last_stage_tell_the_head() -> None:
     worker = Worker(head=(2e-3, 1e-4, 0.0))
-    some = [
-        Trial(t.work, t.layers_s, t.other_s + seconds(worker.head, t.work)) for t in trials(worker)
-    ]
+    some = trials(worker, last=True)
     worker.costs.try_out(some, layers=LAYERS, is_last=True, now=0.0)
-    found = worker.costs.speed(decoding(32, 10))
+    found = worker.costs.times(decoding(32, 10))
     assert found.task_s + found.last_s == pytest.approx(TASK_S + 2e-3 + 32e-4, rel=0.1)
 
 
@@ -625,3 +631,23 @@ def test_no_trials_tell_nothing() -> None:
     costs.try_out([], layers=LAYERS, is_last=False, now=0.0)
     assert not costs.measured
     assert costs.error is None
+
+
+def test_a_snapshot_does_not_change_and_changes_nothing() -> None:
+    def task(costs: WorkerSpeed, now: float, layers_s: float) -> None:
+        costs.observe(
+            decoding(4), layers=2.0, is_last=False, layers_s=layers_s, other_s=1e-4, now=now
+        )
+
+    costs = WorkerSpeed(PRIOR)
+    for number in range(10):
+        task(costs, float(number), 0.01 if number % 2 else 0.03)  # some look like a change
+    before, kept = costs.snapshot(), costs.times(decoding(4))
+    for number in range(10, 40):
+        task(costs, float(number), 0.08)
+    assert before.times(decoding(4)) == kept
+    assert costs.times(decoding(4)) != kept
+    after, doubt = costs.times(decoding(4)), costs.doubt
+    task(before, 50.0, 0.5)
+    before.rescaled(3.0)
+    assert (costs.times(decoding(4)), costs.doubt) == (after, doubt)

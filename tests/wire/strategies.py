@@ -24,14 +24,14 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import ITEM_BYTES, TensorSpec
 from distributed_llm.common.types import LayerRange
 
-DECODERS: Mapping[Decoder, Any] = {
+DECODERS: Mapping[Decoder[Message], Any] = {
     codec.to_coordinator: ToCoordinator,
     codec.to_worker: ToWorker,
     codec.to_client: ToClient,
     codec.to_next_worker: ToNextWorker,
     codec.to_previous_worker: ToPreviousWorker,
 }
-CASES: list[tuple[Decoder, type[Message]]] = [
+CASES: list[tuple[Decoder[Message], type[Message]]] = [
     (decoder, kind) for decoder, union in DECODERS.items() for kind in get_args(union) or (union,)
 ]
 _NAMES = {decoder: name for name, decoder in vars(codec).items() if isinstance(decoder, Decoder)}

@@ -82,14 +82,14 @@ HEARTBEAT: Mapping[str, Any] = {
 }
 
 
-def read(header: Any, *tensors: Frame, decoder: Decoder = codec.to_coordinator) -> Any:
+def read(header: Any, *tensors: Frame, decoder: Decoder[Message] = codec.to_coordinator) -> Any:
     """Decode a header, which may be plain values; return the message."""
     raw = header if isinstance(header, bytes) else msgpack.packb(header)
     return decoder.decode([PREAMBLE, raw, *tensors])[0]
 
 
 def refuse(
-    reason: str, header: Any, *tensors: Frame, decoder: Decoder = codec.to_coordinator
+    reason: str, header: Any, *tensors: Frame, decoder: Decoder[Message] = codec.to_coordinator
 ) -> str:
     """Check that a message is refused for `reason`; return what is said about it."""
     with pytest.raises(RemoteProtocolError) as caught:
@@ -106,7 +106,7 @@ def refuse(
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_every_message_comes_back(
-    decoder: Decoder, kind: type[Message], data: st.DataObject
+    decoder: Decoder[Message], kind: type[Message], data: st.DataObject
 ) -> None:
     message, tensors = data.draw(messages(kind))
     assert decoder.decode(encode(message, tensors)) == (message, tensors)
@@ -116,7 +116,7 @@ def test_every_message_comes_back(
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_the_msgpack_package_reads_and_writes_the_same(
-    decoder: Decoder, kind: type[Message], data: st.DataObject
+    decoder: Decoder[Message], kind: type[Message], data: st.DataObject
 ) -> None:
     message, tensors = data.draw(messages(kind))
     header = encode(message, tensors)[1]
@@ -129,7 +129,7 @@ def test_the_msgpack_package_reads_and_writes_the_same(
 
 @every_message
 def test_frames_of_the_socket_are_read_without_copying(
-    decoder: Decoder, kind: type[Message]
+    decoder: Decoder[Message], kind: type[Message]
 ) -> None:
     message = example(kind)
     views = [memoryview(frame) for frame in encode(message, example_frames(message))]
@@ -167,7 +167,7 @@ def test_status_comes_back(status: ClusterStatus) -> None:
 
 @every_message
 def test_every_damaged_byte_is_refused_or_gives_a_message(
-    decoder: Decoder, kind: type[Message]
+    decoder: Decoder[Message], kind: type[Message]
 ) -> None:
     message = example(kind)
     frames = encode(message, example_frames(message))
@@ -215,7 +215,7 @@ def test_every_damaged_byte_of_a_payload_is_refused_or_gives_a_value(
 
 
 @every_message
-def test_every_cut_is_refused(decoder: Decoder, kind: type[Message]) -> None:
+def test_every_cut_is_refused(decoder: Decoder[Message], kind: type[Message]) -> None:
     message = example(kind)
     frames = encode(message, example_frames(message))
     for index, frame in enumerate(frames):
@@ -284,7 +284,7 @@ def test_empty_frames_are_refused() -> None:
 @pytest.mark.parametrize("version", [0, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1, 255])
 @every_message
 def test_another_version_is_named_whatever_its_header_is(
-    decoder: Decoder, kind: type[Message], version: int
+    decoder: Decoder[Message], kind: type[Message], version: int
 ) -> None:
     message = example(kind)
     frames = encode(message, example_frames(message))
@@ -594,7 +594,9 @@ def test_peer_addresses_are_few_and_short(addresses: object) -> None:
 
 
 @every_message
-def test_fields_are_neither_missing_nor_more(decoder: Decoder, kind: type[Message]) -> None:
+def test_fields_are_neither_missing_nor_more(
+    decoder: Decoder[Message], kind: type[Message]
+) -> None:
     message = example(kind)
     fields = plain(message)
     tensors = example_frames(message)
@@ -635,7 +637,9 @@ def test_an_unknown_type_is_refused(header: object) -> None:
 
 
 @every_message
-def test_a_message_of_another_direction_is_refused(decoder: Decoder, kind: type[Message]) -> None:
+def test_a_message_of_another_direction_is_refused(
+    decoder: Decoder[Message], kind: type[Message]
+) -> None:
     message = example(kind)
     frames = encode(message, example_frames(message))
     assert decoder.decode(frames)[0] == message

@@ -1,7 +1,8 @@
-"""Every message that crosses a socket. One union per direction; `codec` turns them into frames.
+"""All messages on the wire: one module per direction, and one union per socket.
 
-A message that carries tensors has a field `tensors`: one spec per raw frame after the header.
-All work names the `epoch` of the plan it belongs to and the `step`; stale answers are dropped.
+`codec` turns messages into frames. A message that carries tensors has a field `tensors`, with one
+spec per raw frame after the header. Messages about work carry the `epoch` of their plan and, where
+it matters, the `step`, so that late ones are recognised and dropped.
 """
 
 from distributed_llm.common.messages.base import (

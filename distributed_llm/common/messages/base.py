@@ -1,4 +1,4 @@
-"""What messages of all directions are made of: limits, types, and values that go several ways."""
+"""Field types, limits and values that messages of several directions share."""
 
 from typing import Annotated
 
@@ -25,24 +25,24 @@ Flops = Annotated[float, Meta(gt=0, le=1e20)]
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what messages are made of."""
+    """Base of values inside messages."""
 
 
 class Message(Value, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """Base of all messages; the field `type` on the wire says which one it is."""
+    """Base of all messages. On the wire, the field `type` holds the tag of the class."""
 
 
 class Capabilities(Value, frozen=True, kw_only=True):
-    """What a machine offers, measured by the worker when it starts.
+    """What a worker's machine can do, as measured when the worker started.
 
     Attributes:
         device: torch's name of the device ("cpu", "cuda:0").
-        device_name: what people call it.
-        memory_bytes: what this worker may use for weights and KV cache.
+        device_name: name of the device for people.
+        memory_bytes: memory that the worker may use for weights and KV cache.
         cores: CPU cores of the machine.
-        threads: CPU threads this worker computes with.
-        memory_bandwidth_bytes_per_s: reading weights, measured.
-        flops_per_s: multiplying matrices, measured.
+        threads: CPU threads that the worker computes with.
+        memory_bandwidth_bytes_per_s: measured while reading weights.
+        flops_per_s: measured while multiplying matrices.
     """
 
     device: Label
@@ -58,12 +58,12 @@ class Capabilities(Value, frozen=True, kw_only=True):
 class StageTime(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """What one task took on one stage.
+    """How long one task took on one stage, microseconds.
 
     Attributes:
-        layers_us: of `compute_us`, inside the layers; the rest is embedding, head, sampling and
-            what a task costs by itself.
-        queued_us: from arrival until it ran.
+        layers_us: the part of `compute_us` inside the layers; the rest is embedding, head, sampling
+            and overhead per task.
+        queued_us: from the task's arrival until it ran.
     """
 
     compute_us: Microseconds

@@ -1,4 +1,4 @@
-"""What workers tell each other, besides tasks: to open and measure a link, to send KV cache."""
+"""Messages from worker to worker, besides `Task`: opening and measuring links, KV cache."""
 
 from typing import Annotated
 
@@ -7,23 +7,27 @@ from msgspec import Meta
 
 from distributed_llm.common.messages.base import Label, Message
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Count, LayerRange
+from distributed_llm.common.types import Count, Epoch, LayerRange
 
 MAX_PIECES = 2048
-"""Pieces of KV cache in one message."""
+"""Most parts of KV cache in one message."""
 
 
 class PeerHello(Message, frozen=True, kw_only=True, tag="peer_hello"):
-    """Worker -> worker of the next stage: first message of a link; repeated until answered."""
+    """Worker -> worker of the next stage: first message of a link, repeated until answered.
 
-    epoch: Count
+    Attributes:
+        key: the `link_key` of `epoch`, which shows that the sender is part of the plan.
+    """
+
+    epoch: Epoch
     key: Label
 
 
 class PeerProbe(Message, frozen=True, kw_only=True, tag="peer_probe"):
-    """Worker -> next worker: zeros of some size, to see how fast the link is."""
+    """Worker -> worker of the next stage: zeros, to measure the bandwidth of the link."""
 
-    epoch: Count
+    epoch: Epoch
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 
@@ -33,8 +37,8 @@ class KVPart(
     """Positions `[offset, offset + count)` of a segment of the sender's KV cache, in one layer.
 
     Attributes:
-        segment: its name at the sender.
-        layer: its number in the model.
+        segment: id of the segment at the sender.
+        layer: index of the layer in the model.
         capacity: positions that the segment has room for.
     """
 
@@ -46,17 +50,17 @@ class KVPart(
 
 
 class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
-    """Worker -> worker: a part of a KV cache; answered by `KVTaken`.
+    """Worker -> worker: parts of a KV cache; answered by `KVTaken`.
 
-    `tensors` is [bytes (uint8)]: of each part its keys [heads, count, key_dim] and its values
+    `tensors` is [bytes (uint8)]: for each part, keys [heads, count, key_dim] followed by values
     [heads, count, value_dim], in the model's dtype.
 
     Attributes:
-        layers: of the transfer, which names it.
-        number: of the message in the transfer, from 1.
+        layers: layers of the transfer, which identify it.
+        number: number of this message in the transfer, from 1.
     """
 
-    epoch: Count
+    epoch: Epoch
     layers: LayerRange
     number: Count
     parts: Annotated[tuple[KVPart, ...], Meta(min_length=1, max_length=MAX_PIECES)]
@@ -64,32 +68,32 @@ class KVPieces(Message, frozen=True, kw_only=True, tag="kv_pieces"):
 
 
 class KVEnd(Message, frozen=True, kw_only=True, tag="kv_end"):
-    """Worker -> worker: nothing more comes; `tensors` is [msgpack of `KVManifest` (uint8)]."""
+    """Worker -> worker: last message of a transfer; `tensors` is [msgpack of `KVManifest`]."""
 
-    epoch: Count
+    epoch: Epoch
     layers: LayerRange
     number: Count
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 
 class PeerWelcome(Message, frozen=True, kw_only=True, tag="peer_welcome"):
-    """Worker -> worker of the stage before: the key is right; tasks of `epoch` may come.
+    """Worker -> worker of the previous stage: accepts a `PeerHello`; tasks of `epoch` may come.
 
-    A hello that is not answered has a wrong key, or comes before the epoch is known here.
+    A hello with a wrong key, or of an epoch that is not known yet, is not answered.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class PeerProbed(Message, frozen=True, kw_only=True, tag="peer_probed"):
-    """Worker -> worker of the stage before: a `PeerProbe` has arrived."""
+    """Worker -> worker of the previous stage: answers `PeerProbe`."""
 
-    epoch: Count
+    epoch: Epoch
 
 
 class KVTaken(Message, frozen=True, kw_only=True, tag="kv_taken"):
-    """Worker -> worker that sends KV cache: the transfer has arrived up to this message."""
+    """Worker -> worker that sends KV cache: the transfer has arrived up to message `number`."""
 
-    epoch: Count
+    epoch: Epoch
     layers: LayerRange
     number: Count

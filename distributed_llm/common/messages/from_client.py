@@ -1,4 +1,4 @@
-"""What clients tell the coordinator."""
+"""Messages from clients to the coordinator."""
 
 from typing import Annotated, Literal
 
@@ -26,10 +26,13 @@ Chat = Annotated[list[ChatMessage], Meta(max_length=MAX_CHAT_MESSAGES)]
 
 
 class Generate(Message, frozen=True, kw_only=True, tag="generate"):
-    """Client -> coordinator: a request, under an id that the client chose.
+    """Client -> coordinator: generate answers to a prompt.
 
-    `tensors` holds the prompt: "text" as UTF-8 bytes (uint8), "token_ids" as int32,
-    "chat" as msgpack of `Chat` (uint8); none for an empty text.
+    `tensors` holds the prompt: "text" as UTF-8 bytes (uint8), "token_ids" as int32, "chat" as
+    msgpack of `Chat` (uint8). An empty text has no tensor.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
     """
 
     request_id: RequestId
@@ -39,23 +42,23 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
 
 
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
-    """Client -> coordinator: stop this request; it ends with `RequestFailed`, code "cancelled"."""
+    """Client -> coordinator: end a request; answered by `RequestFailed`, code "cancelled"."""
 
     request_id: RequestId
 
 
 class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):
-    """Client -> coordinator: send a `StatusReport`."""
+    """Client -> coordinator: answered by `StatusReport`."""
 
 
 class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
-    """Client -> coordinator: hand the layers of a worker to others and let it end.
+    """Client -> coordinator: move a worker's layers to other workers and let it end.
 
-    Answered by `WorkerDrained`, once it is done or cannot be.
+    Answered by `WorkerDrained` when that is done, or cannot be done.
     """
 
     worker: Name
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):
-    """Client -> coordinator: alive; answered by `Pong`."""
+    """Client -> coordinator: sign of life; answered by `Pong`."""

@@ -1,4 +1,4 @@
-"""What workers tell the coordinator."""
+"""Messages from workers to the coordinator."""
 
 from typing import Annotated
 
@@ -19,7 +19,7 @@ from distributed_llm.common.messages.base import (
     Text,
     Value,
 )
-from distributed_llm.common.types import Count, Seconds
+from distributed_llm.common.types import Count, Epoch, Seconds, SequenceId, StepNumber
 
 MAX_TRIALS = 16
 
@@ -30,7 +30,7 @@ class WorkerHello(Message, frozen=True, kw_only=True, tag="worker_hello"):
     """Worker -> coordinator: first message of a session.
 
     Attributes:
-        instance: drawn at random when the worker started: who comes back with it is no other.
+        instance: drawn at random when the worker started; the same after it has reconnected.
         peer_addresses: "HOST:PORT" at which other workers may reach it, best first.
     """
 
@@ -41,15 +41,15 @@ class WorkerHello(Message, frozen=True, kw_only=True, tag="worker_hello"):
 
 
 class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
-    """Worker -> coordinator, every `heartbeat_interval_s`: alive.
+    """Worker -> coordinator, every `heartbeat_interval_s`: sign of life.
 
     Attributes:
-        epochs: whose layers it holds or loads; none if it has no work.
-        progress_age_s: since the compute thread last finished a layer or had nothing to do.
-        tasks_waiting: tasks received and not answered.
+        epochs: epochs whose layers it holds or loads; empty if it has none.
+        progress_age_s: time since the compute thread last finished a layer or was idle.
+        tasks_waiting: tasks that were received and not answered.
     """
 
-    epochs: Annotated[tuple[Count, ...], Meta(max_length=2)]
+    epochs: Annotated[tuple[Epoch, ...], Meta(max_length=2)]
     progress_age_s: Seconds
     tasks_waiting: Count
     memory_used_bytes: Count
@@ -59,12 +59,12 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
 class StageTrial(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """What a step took that was tried on new layers.
+    """How long a trial step took on newly loaded layers.
 
     Attributes:
-        sequences: in it.
-        start: positions that each of them had before.
-        num_tokens: of each of them.
+        sequences: number of sequences in the step.
+        start: positions that each sequence had in the KV cache before.
+        num_tokens: tokens that each sequence computed.
     """
 
     sequences: _TrialSize
@@ -77,13 +77,13 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     """Worker -> coordinator: the layers of `epoch` are loaded; grants credits.
 
     Attributes:
-        credits: tasks that it is ready to hold, waiting or running. No more steps are under way in
-            a pipeline than the smallest grant of its stages.
-        kv_tokens: positions of KV cache that the memory it really has leaves room for.
-        trials: if they were ordered, and there was time for them.
+        credits: tasks that it is ready to hold, waiting or running. A pipeline has no more steps in
+            flight than the smallest grant of its stages.
+        kv_tokens: positions of KV cache that its memory has room for.
+        trials: empty unless `LoadStage` asked for them.
     """
 
-    epoch: Count
+    epoch: Epoch
     credits: Annotated[int, Meta(ge=1, le=64)]
     load_s: Seconds
     weight_bytes: Count
@@ -92,71 +92,75 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
 
 
 class StageFailed(Message, frozen=True, kw_only=True, tag="stage_failed"):
-    """Worker -> coordinator: the layers of `epoch` cannot be served, and why."""
+    """Worker -> coordinator: the layers of `epoch` could not be loaded."""
 
-    epoch: Count
+    epoch: Epoch
     code: Label
     message: Text
 
 
 class TaskResult(Message, frozen=True, kw_only=True, tag="task_result"):
-    """Worker -> coordinator: a stage is done with a step, and the coordinator is next.
+    """Worker -> coordinator: a stage has run a step.
 
-    The last stage answers with `tensors` [token_ids [sequences that sample] int32], in the order of
-    the task; none if nothing samples. If any of these sequences asked for log-probabilities, two
-    more follow: logprobs [sequences that sample, 1 + k] float32 and their token ids, int32 of the
-    same shape; k is the largest number asked for, column 0 the token that was picked.
+    The last stage sends [token_ids [samples] int32], one per slice that samples, in the order of
+    the task; nothing if no slice samples. If any of them asked for log-probabilities, two tensors
+    follow: logprobs [samples, 1 + k] float32 and their token ids [samples, 1 + k] int32. k is the
+    largest number asked for; column 0 is the sampled token.
 
-    Another stage answers only if it could not hand the step to the next one itself; `tensors` is
-    [hidden_states [tokens, hidden_size]] in the wire dtype then.
+    Another stage sends [hidden_states [tokens, hidden_size]] in the wire dtype, and only if the
+    step is to be relayed to the next stage by the coordinator.
 
     Attributes:
-        timings: of the stages that the step has passed, the sender's last.
+        timings: one per stage that has run the step, the sender's last.
     """
 
-    epoch: Count
-    step: Count
+    epoch: Epoch
+    step: StepNumber
     timings: Annotated[StageTimes, Meta(min_length=1)]
     tensors: Tensors = ()
 
 
 class MissingPositions(Value, frozen=True, kw_only=True):
-    """A stage holds only positions `[0, have)` of a sequence."""
+    """The KV cache of a stage has only positions `[0, have)` of a sequence."""
 
-    sequence_id: Count
+    sequence_id: SequenceId
     have: Count
 
 
 class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
-    """Worker -> coordinator: a task could not be run."""
+    """Worker -> coordinator: a stage could not run a step.
 
-    epoch: Count
-    step: Count
+    Attributes:
+        missing: sequences of which it lacks positions that the step needs.
+    """
+
+    epoch: Epoch
+    step: StepNumber
     code: Label
     message: Text
     missing: Annotated[tuple[MissingPositions, ...], Meta(max_length=1024)] = ()
 
 
 class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
-    """Worker -> coordinator: whether it reaches the worker of the next stage.
+    """Worker -> coordinator: whether it reaches the worker of the next stage directly.
 
-    Said when that changes, and once more when the speed of the link was measured.
+    Sent when that changes, and once more when the bandwidth of the link has been measured.
 
     Attributes:
-        rtt_s: of the handshake; 0 if it is down.
-        bytes_per_s: of a large message; 0 while it is not known.
+        rtt_s: round trip of the handshake; 0 if the link is down.
+        bytes_per_s: bandwidth; 0 until it is measured.
     """
 
-    epoch: Count
+    epoch: Epoch
     up: bool
     rtt_s: Seconds = 0.0
     bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
 
 
 class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
-    """Worker -> coordinator, now and then while it has no layers: how fast its machine is now.
+    """Worker -> coordinator, from time to time while it has no layers: how fast it is now.
 
-    Said first right after it lost its layers; the attributes are those of `Capabilities`.
+    First sent right after its layers were dropped. The attributes are those of `Capabilities`.
     """
 
     memory_bandwidth_bytes_per_s: Bandwidth
@@ -164,39 +168,39 @@ class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
 
 
 class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
-    """Worker -> coordinator: who takes layers over in `epoch` has their KV cache as it was now.
+    """Worker -> coordinator: its KV cache is copied to the workers that have its layers in `epoch`.
 
-    What the steps add that run meanwhile follows after `TakeOver`.
+    What steps have added since the copy began is sent after `TakeOver`.
     """
 
-    epoch: Count
+    epoch: Epoch
     bytes_sent: Count
 
 
 class TookOver(Message, frozen=True, kw_only=True, tag="took_over"):
-    """Worker -> coordinator: the stage of `epoch` has its KV cache; tasks may come."""
+    """Worker -> coordinator: its stage of `epoch` has its KV cache and can run tasks."""
 
-    epoch: Count
+    epoch: Epoch
 
 
 class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
-    """Worker -> coordinator: the KV cache of layers that move in `epoch` cannot be handed over.
+    """Worker -> coordinator: the KV cache for `epoch` could not be sent or taken over.
 
-    Both stages are as they were: the older epoch can go on, and the new one begin without.
+    Neither stage is changed: the served epoch can continue, or `epoch` begin with an empty cache.
 
     Attributes:
-        worker: to whom it could not be sent; empty if it could not be taken over here.
+        worker: the worker that it could not be sent to; empty if the sender is the receiver.
     """
 
-    epoch: Count
+    epoch: Epoch
     worker: Annotated[str, Meta(max_length=64)]
     code: Label
     message: Text
 
 
 class Leaving(Message, frozen=True, kw_only=True, tag="leaving"):
-    """Worker -> coordinator: wants to end; serves on until `MayLeave`."""
+    """Worker -> coordinator: it wants to end, and serves until `MayLeave`."""
 
 
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):
-    """Worker -> coordinator: ends now."""
+    """Worker -> coordinator: it ends now."""

@@ -1,4 +1,4 @@
-"""What the coordinator tells clients."""
+"""Messages from the coordinator to clients."""
 
 from typing import Annotated, Literal
 
@@ -15,13 +15,17 @@ from distributed_llm.common.messages.base import (
     Value,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
+from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
 
 
 class ClientWelcome(Message, frozen=True, kw_only=True, tag="client_welcome"):
-    """Coordinator -> client: the session exists."""
+    """Coordinator -> client: answers `ClientHello`; the session has begun.
+
+    Attributes:
+        model: name of the served model.
+    """
 
     model: Annotated[str, Meta(max_length=4096)]
     heartbeat_interval_s: Seconds
@@ -31,11 +35,11 @@ class ClientWelcome(Message, frozen=True, kw_only=True, tag="client_welcome"):
 class TokenLogprobs(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """How likely the model found a token, before any parameter changed that.
+    """Log-probabilities at one position, by the model's logits before any sampling parameter.
 
     Attributes:
-        logprob: natural logarithm of the probability of the token that was picked.
-        top: token ids and log-probabilities of the likeliest tokens, best first.
+        logprob: natural logarithm of the sampled token's probability.
+        top: ids and log-probabilities of the likeliest tokens, likeliest first.
     """
 
     logprob: Annotated[float, Meta(ge=-1e9, le=1e-3)]
@@ -48,11 +52,11 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
     """Coordinator -> client: the next piece of an answer.
 
     Attributes:
-        choice: which of the request's `n` answers.
-        index: how many token ids of this answer were sent before.
+        choice: index of the answer, of the request's `n`.
+        index: number of token ids of this answer that were sent before.
         text: complete characters only; may be empty while a character is unfinished.
         logprobs: one per token id, if they were asked for.
-        finish_reason: with the last chunk of this answer, why it ends.
+        finish_reason: in the last chunk of the answer, why it ends.
     """
 
     request_id: RequestId
@@ -65,11 +69,11 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
 
 
 class Usage(Value, frozen=True, kw_only=True):
-    """How many tokens a request took.
+    """Token counts of a request.
 
     Attributes:
-        completion_tokens: of all its answers.
-        cached_tokens: tokens of the prompt whose KV cache was there already.
+        completion_tokens: tokens of all its answers.
+        cached_tokens: tokens of the prompt that were found in the KV cache.
     """
 
     prompt_tokens: Count
@@ -78,7 +82,7 @@ class Usage(Value, frozen=True, kw_only=True):
 
 
 class StageTiming(Value, frozen=True, kw_only=True):
-    """What one stage did for a request: its tasks, and the seconds it computed on them."""
+    """The tasks of a request on one stage, and the time that they took."""
 
     worker: Name
     layers: LayerRange
@@ -87,13 +91,14 @@ class StageTiming(Value, frozen=True, kw_only=True):
 
 
 class Timings(Value, frozen=True, kw_only=True):
-    """Where the time of a request went.
+    """How long a request took, and where.
 
     Attributes:
-        queued_s: from arrival to the first step.
-        first_token_s: from the first step to the first token.
+        queued_s: from arrival until it was admitted.
+        first_token_s: from then until the first token.
         decode_s: from the first token to the last, of the answer that took longest.
-        stages: by stage, in the order of the layers; workers that left are listed too.
+        stages: all stages that computed for it, in the order of the layers; also of workers that
+            have left.
     """
 
     queued_s: Seconds
@@ -103,10 +108,7 @@ class Timings(Value, frozen=True, kw_only=True):
 
 
 class Finished(Message, frozen=True, kw_only=True, tag="finished"):
-    """Coordinator -> client: a request is complete; nothing more comes for it.
-
-    The last chunk of each of its answers told why it ended.
-    """
+    """Coordinator -> client: last message of a request whose answers are all complete."""
 
     request_id: RequestId
     usage: Usage
@@ -114,7 +116,13 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
 
 
 class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
-    """Coordinator -> client: a request ended without an answer; nothing more comes for it."""
+    """Coordinator -> client: last message of a request that failed.
+
+    Attributes:
+        code: `code` of the exception in `common.errors`.
+        message: what happened, why, and what to do.
+        retry_after_s: when to try again; 0 if that is not known.
+    """
 
     request_id: RequestId
     code: Label
@@ -123,11 +131,11 @@ class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
 
 
 class WorkerDrained(Message, frozen=True, kw_only=True, tag="worker_drained"):
-    """Coordinator -> client: a worker has left, or cannot.
+    """Coordinator -> client: answers `DrainWorker`: the worker has left, or cannot.
 
     Attributes:
-        code: of the error; empty if it has left.
-        message: what happened, why, what to do.
+        code: `code` of the exception in `common.errors`; empty if the worker has left.
+        message: what happened, why, and what to do.
     """
 
     worker: Name
@@ -136,19 +144,21 @@ class WorkerDrained(Message, frozen=True, kw_only=True, tag="worker_drained"):
 
 
 class WorkerStatus(Value, frozen=True, kw_only=True):
-    """One worker as the coordinator sees it.
+    """One worker, as the coordinator sees it.
 
     Attributes:
         state: "idle" (no layers), "loading", "serving", "leaving" or "unfit" (see `note`).
-        layers: what it serves or loads.
-        next_layers: what it is about to serve instead, or None.
-        link: how its results reach the next stage: "direct", "relayed" by the coordinator, or
-            "" where there is none.
-        seconds_per_token: measured time of its stage per decoded token, or None before any.
-        prediction_error: median of |predicted - measured| / measured of its latest tasks, or None.
-        gain: by how much more the cluster answers with it than without, as a share of the latter;
-            None if it is not known, or if nothing can be served without it.
-        advice: what that means, for people; empty if it is not known.
+        layers: the layers that it serves or loads.
+        next_layers: the layers that it loads to serve instead, or None.
+        link: how its results reach the next stage: "direct", "relayed" by the coordinator, or "" if
+            there is no next stage or it has not reported.
+        seconds_per_token: measured time of its stage per decoded token; None before the first.
+        prediction_error: median of |predicted - measured| / measured over its latest tasks, or
+        None. gain: throughput of the cluster with this worker over that without it, minus 1; None
+        if it
+            is not known, or if nothing can be served without it.
+        advice: what the gain means, for people; empty if it is not known.
+        last_heard_s: time since its last message.
     """
 
     name: Name
@@ -156,7 +166,7 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     note: Text
     layers: LayerRange | None
     next_layers: LayerRange | None
-    epoch: Count
+    epoch: Epoch
     link: Literal["direct", "relayed", ""]
     capabilities: Capabilities
     memory_used_bytes: Count
@@ -172,25 +182,26 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
 
 
 class ClusterStatus(Value, frozen=True, kw_only=True):
-    """The whole cluster as the coordinator sees it; travels as a msgpack payload.
+    """The whole cluster, as the coordinator sees it. It travels as msgpack in a tensor frame.
 
     Attributes:
         state: "waiting" (for workers, see `note`), "loading" or "serving".
-        epoch: of the newest plan that is served or loaded; 0 before the first.
-        kv_tokens: positions of KV cache that the pipelines have room for.
-        kv_tokens_used: of them, by running requests.
-        kv_tokens_cached: of them, by prefixes that are kept for later requests.
-        prefix_hit_tokens: positions that were not computed because a prefix was kept.
+        epoch: epoch of the newest plan that is served or loaded; 0 before the first.
+        kv_tokens: positions of KV cache that all pipelines have room for.
+        kv_tokens_used: positions of them that running requests take.
+        kv_tokens_cached: positions of them that prefixes of ended sequences take.
+        prefix_hit_tokens: positions that were shared with another sequence instead of computed.
         preemptions: how often a running request gave up its KV cache to an older one.
-        moves: how often layers moved between workers while the model was served.
-        move_stall_s: how long steps stood still in the latest of them; 0 before any.
-        events: what happened lately, oldest first.
+        moves: how often layers have moved between workers while the model was served.
+        move_stall_s: how long no step ran in the latest move; 0 before the first.
+        rejected: number of messages that were dropped, by reason.
+        events: the latest events, oldest first.
     """
 
     model: str
     state: Literal["waiting", "loading", "serving"]
     note: str
-    epoch: Count
+    epoch: Epoch
     num_layers: Count
     context_length: Count
     kv_tokens: Count
@@ -211,6 +222,6 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):
-    """Coordinator -> client: `tensors` is [msgpack of `ClusterStatus` (uint8)]."""
+    """Coordinator -> client: answers `GetStatus`; `tensors` is [msgpack of `ClusterStatus`]."""
 
     tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]

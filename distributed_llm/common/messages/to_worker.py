@@ -1,4 +1,4 @@
-"""What the coordinator tells workers. Tasks also go from worker to worker."""
+"""Messages from the coordinator to workers. `Task` also goes from worker to worker."""
 
 from typing import Annotated, Literal
 
@@ -18,17 +18,23 @@ from distributed_llm.common.messages.base import (
 )
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import DtypeName
-from distributed_llm.common.types import Count, LayerRange, Seconds
+from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, SequenceId, StepNumber
 
 MAX_SLICES = 512
-"""Sequences in one task."""
+"""Most slices in one task."""
 
 MAX_RELEASED = 1024
-SequenceIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_RELEASED)]
+"""Most sequences that one message frees."""
+
+SequenceIds = Annotated[tuple[SequenceId, ...], Meta(max_length=MAX_RELEASED)]
 
 
 class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
-    """Coordinator -> worker: the session exists."""
+    """Coordinator -> worker: answers `WorkerHello`; the session has begun.
+
+    Attributes:
+        worker_id: the worker's name, made unique among those that are connected.
+    """
 
     worker_id: Name
     heartbeat_interval_s: Seconds
@@ -40,8 +46,8 @@ class ModelSource(Value, frozen=True, kw_only=True):
 
     Attributes:
         kind: "builtin" (in the package), "folder" (same path on every machine) or "hub".
-        name: empty, the folder's path, or the hub id.
-        revision: commit on the hub, else empty.
+        name: empty, the path of the folder, or the id on the hub.
+        revision: commit on the hub; empty for other kinds.
     """
 
     kind: Literal["builtin", "folder", "hub"]
@@ -50,32 +56,32 @@ class ModelSource(Value, frozen=True, kw_only=True):
 
 
 class NextStage(Value, frozen=True, kw_only=True):
-    """The worker of the stage after this one, and where it may be reached."""
+    """The worker of the next stage, and addresses at which it may be reached, best first."""
 
     worker: Name
     addresses: Addresses
 
 
 class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
-    """Coordinator -> worker: load these layers, to serve them under `epoch`.
+    """Coordinator -> worker: load layers, to serve them as a stage of `epoch`.
 
-    Layers and KV cache of older epochs are dropped, unless it is `beside` them: then the served
-    epoch goes on, also while this loads, until `DropStage` or the first task of this epoch. Of what
-    loads beside, a newer order takes the place; `CancelStage` gives it up.
+    Answered by `StageReady` or `StageFailed`. Layers and KV cache of older epochs are dropped
+    first, unless `beside` is set: then the served epoch continues until `DropStage` or the first
+    task of `epoch`. A newer order replaces one that loads beside; `CancelStage` gives it up.
 
     Attributes:
-        beside: keep serving. `TakeOver` may hand the KV cache on to this epoch.
-        trials: try steps of several sizes before `StageReady`, unless other layers are served.
-        imports: layers whose KV cache other workers will send, each range by one of them.
-        digest: what `Checkpoint.digest` of the layers must be on the worker.
-        dtype: of weights, KV cache and computing.
-        wire_dtype: of activations between stages.
-        kv_tokens: positions of all sequences together that the KV cache must have room for.
-        link_key: whoever hands this worker tasks of this epoch must know it.
-        next_stage: to try to reach; None on the last stage.
+        dtype: dtype of weights, KV cache and computation.
+        wire_dtype: dtype of activations between stages.
+        digest: `Checkpoint.digest` of the layers, which the worker's files must have.
+        kv_tokens: positions, of all sequences together, that the KV cache must have room for.
+        link_key: key that a worker must know to send tasks of `epoch`.
+        next_stage: the next stage, to be reached directly if possible; None on the last stage.
+        beside: keep serving the older epoch; `TakeOver` may hand its KV cache on to `epoch`.
+        trials: run trial steps of several sizes before `StageReady`, unless other layers serve.
+        imports: layers whose KV cache other workers will send, one range per worker.
     """
 
-    epoch: Count
+    epoch: Epoch
     source: ModelSource
     layers: LayerRange
     dtype: DtypeName
@@ -90,7 +96,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
 
 
 class KVTransfer(Value, frozen=True, kw_only=True):
-    """Layers whose KV cache a worker is to send, to whom, and where it may be reached."""
+    """Layers whose KV cache is to be sent, and the worker to send it to."""
 
     layers: LayerRange
     worker: Name
@@ -98,49 +104,50 @@ class KVTransfer(Value, frozen=True, kw_only=True):
 
 
 class CopyKV(Message, frozen=True, kw_only=True, tag="copy_kv"):
-    """Coordinator -> worker: send KV cache of the served epoch to who has the layers in `epoch`.
+    """Coordinator -> worker: copy KV cache to the workers that have its layers in `epoch`.
 
-    It goes on serving meanwhile, and may have no layers in `epoch` itself.
+    Answered by `KVCopied` or `KVFailed`. The worker serves meanwhile, and may itself have no layers
+    in `epoch`.
 
     Attributes:
-        link_key: of `epoch`.
+        link_key: link key of `epoch`.
     """
 
-    epoch: Count
+    epoch: Epoch
     link_key: Label
     transfers: Annotated[tuple[KVTransfer, ...], Meta(min_length=1, max_length=MAX_STAGES)]
 
 
 class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
-    """Coordinator -> worker: no step of the served epoch is under way any more; `epoch` goes on.
+    """Coordinator -> worker: hand the KV cache over to `epoch`; no step is in flight.
 
-    A worker that sends KV cache sends what has changed, and what it holds. One that has layers in
-    `epoch` waits for that, takes over what is its own, and answers `TookOver`. From now on tasks of
-    the served epoch are void, until `CancelStage` takes this back.
+    A worker that sends KV cache sends what has changed since it was copied, and a manifest of what
+    it holds. A worker with layers in `epoch` waits for that, adds its own KV cache and answers
+    `TookOver`. Tasks of the served epoch are void from now on, unless `CancelStage` follows.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class CancelStage(Message, frozen=True, kw_only=True, tag="cancel_stage"):
-    """Coordinator -> worker: `epoch` is not to be; go on with what is served.
+    """Coordinator -> worker: `epoch` is given up; the served epoch continues.
 
-    Frees layers that were loaded beside, and ends what is sent.
+    Frees layers that were loaded beside, and stops sending KV cache.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class SharedPrefix(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """A sequence begins as the first `length` positions of another that the stages hold.
+    """The first `length` positions of another sequence, with which a sequence begins.
 
     Attributes:
-        take: the other sequence ends with this; nothing else needs it.
+        take: whether the other sequence ends by this, and its buffers are continued.
     """
 
-    sequence_id: Count
+    sequence_id: SequenceId
     length: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     take: bool = False
 
@@ -148,15 +155,16 @@ class SharedPrefix(
 class SequenceSlice(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """The part of one sequence that a task computes: positions `[start, start + num_tokens)`.
+    """Positions `[start, start + num_tokens)` of one sequence, which a task computes.
 
     Attributes:
-        sample: pick the token after the last of them.
-        sampling: how, from now on; with the first slice that samples, and again after a restart.
-        prefix: with the first slice of a sequence whose first `start` positions are another's.
+        sample: whether to sample the token after the last position.
+        sampling: how to sample from now on; in the first slice that samples, and again after the
+            sequence may have been lost.
+        prefix: in the first slice of a sequence whose first `start` positions are shared.
     """
 
-    sequence_id: Count
+    sequence_id: SequenceId
     start: Count
     num_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)]
     sample: bool = False
@@ -171,16 +179,17 @@ class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     hidden_states [tokens, hidden_size] in the wire dtype; tokens is the sum of `num_tokens`.
 
     Attributes:
-        oldest: steps with smaller numbers are void; those that arrive later are not run.
-        released: sequences to free before this step: their memory may be what it needs.
-        route: for each hop that is left: to the next worker itself (true), or to the coordinator.
-            Empty on the last stage, which always answers the coordinator.
-        timings: of the stages that the step has passed.
+        oldest: steps with smaller numbers are void and must not be run.
+        released: sequences to free before this step, which may need their memory.
+        route: for each remaining hop, whether the stage sends the task to the next worker directly
+            (true) or its result to the coordinator (false). Empty on the last stage, which always
+            answers the coordinator.
+        timings: one per stage that has run the step.
     """
 
-    epoch: Count
-    step: Count
-    oldest: Count
+    epoch: Epoch
+    step: StepNumber
+    oldest: StepNumber
     sequences: Annotated[tuple[SequenceSlice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
     tensors: Tensors
     released: SequenceIds = ()
@@ -189,29 +198,30 @@ class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
 
 
 class ReleaseSequences(Message, frozen=True, kw_only=True, tag="release_sequences"):
-    """Coordinator -> worker: free the KV cache of these sequences, while no step is under way.
+    """Coordinator -> worker: free the KV cache of sequences; sent while no step is in flight.
 
-    The next task says it again: handed on from worker to worker, it may be faster than this.
+    The next task repeats it in `released`, because it may overtake this message on its way from
+    worker to worker.
     """
 
-    epoch: Count
+    epoch: Epoch
     sequence_ids: SequenceIds
 
 
 class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
     """Coordinator -> worker: free the layers of all epochs up to this one.
 
-    One that was loaded beside, and is newer, is served from now on.
+    A newer epoch that was loaded beside is served from now on.
     """
 
-    epoch: Count
+    epoch: Epoch
 
 
 class MayLeave(Message, frozen=True, kw_only=True, tag="may_leave"):
-    """Coordinator -> worker: end; nobody needs it. Answers `Leaving`, or somebody drained it.
+    """Coordinator -> worker: it may end; no stage needs it. Answers `Leaving`, or a drain.
 
     Attributes:
-        why: for the operator.
+        why: reason, for people.
     """
 
     why: Text = ""

@@ -37,13 +37,13 @@ class Alternative:
     """A plan that might be moved to.
 
     Attributes:
-        ranges: of the plan.
+        layer_map: of the plan.
         gain: by how much more it gives, as a share of what the plan of now gives.
         uncertainty: standard deviation of `gain`.
         cost_s: how long requests stand still while moving there.
     """
 
-    ranges: LayerMap
+    layer_map: LayerMap
     gain: float
     uncertainty: float
     cost_s: float
@@ -100,14 +100,14 @@ class Balancer:
 
     def _needed(self, offer: Alternative, now: float) -> float:
         least = _MIN_GAIN + _SIGMAS * offer.uncertainty
-        again = math.exp2(self._times_left(offer.ranges, now))
+        again = math.exp2(self._times_left(offer.layer_map, now))
         return least * again * (1.0 + _AFTER_A_MOVE * self._recent_moves(now))
 
     def _recent_moves(self, now: float) -> float:
         return self._moves * math.exp2((self._moved_at - now) / _CALM_S)
 
-    def _times_left(self, ranges: LayerMap, now: float) -> float:
-        times, at = self._left.get(ranges, (0.0, now))
+    def _times_left(self, layer_map: LayerMap, now: float) -> float:
+        times, at = self._left.get(layer_map, (0.0, now))
         return max(0.0, times - (now - at) / _FORGIVEN_S)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.registry import Registry
@@ -10,7 +11,6 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
 
@@ -27,7 +27,7 @@ class Cluster:
     """
 
     model: ServedModel
-    settings: CoreSettings
+    settings: CoordinatorSettings
     registry: Registry
     pipelines: Pipelines
     book: RequestBook
@@ -36,7 +36,7 @@ class Cluster:
 
     @classmethod
     def of(
-        cls, model: ServedModel, settings: CoreSettings, *, draw_seed: Callable[[], int]
+        cls, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> "Cluster":
         """Return a cluster that nobody has joined.
 
@@ -46,15 +46,18 @@ class Cluster:
         registry = Registry(
             silence_timeout_s=settings.silence_timeout_s, task_timeout_s=settings.task_timeout_s
         )
+        event_log = EventLog()
         book = RequestBook(
-            model.defaults, max_waiting=settings.max_waiting_requests, draw_seed=draw_seed
+            model.defaults,
+            event_log,
+            max_waiting=settings.max_waiting_requests,
+            draw_seed=draw_seed,
         )
         measurements = Measurements(
             model.cost,
             item_bytes=ITEM_BYTES[model.dtype],
-            bytes_per_token=model.hidden_size * ITEM_BYTES[settings.wire_dtype or model.dtype],
+            bytes_per_token=model.activation_bytes,
         )
-        event_log = EventLog()
         pipelines = Pipelines(
             model,
             settings,

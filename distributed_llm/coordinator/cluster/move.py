@@ -207,7 +207,7 @@ class Move:
     def _drain(self, cause: MoveCause, now: float) -> list[Send]:
         self._enter(cause, now, set())
         self.paused_at = now
-        self.old.hold()
+        self.old.pause()
         return self.settle(now=now)
 
     def _enter(self, cause: MoveCause, now: float, awaited: set[PeerId]) -> None:

@@ -9,7 +9,7 @@ from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage, Plan
 from distributed_llm.coordinator.serving.pipeline import Pipeline
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 _LOAD_BYTES_PER_S = 400e6
 """At which a worker is expected to load layers before it has loaded any."""

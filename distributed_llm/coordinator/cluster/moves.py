@@ -20,7 +20,7 @@ from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.serving.event_log import EventKind
-from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState
 
 
 class Moves:
@@ -181,6 +181,7 @@ class Moves:
         self.undone_at = now
         if move.old.scheduler is not None:
             move.old.scheduler.resize(move.old.kv_tokens)
+        move.new.give_up()
         for worker in self._pipelines.release(move.new):
             worker.epoch = 0
         orders = [s for s in move.undo() if self._cluster.registry.worker(s.peer)]
@@ -205,7 +206,7 @@ class Moves:
         self.prices.stall_s = now - move.paused_at
         self._pipelines.replace(move.old, move.new)
         if move.copies:
-            move.new.take_over(move.old)
+            move.new.continue_from(move.old)
         else:
             self._pipelines.evacuate(move.old)
             move.new.serve()
@@ -246,7 +247,7 @@ class Moves:
         if move is not None:
             assert move.state not in (MoveState.COMMITTED, MoveState.UNDONE)
             paused = move.state in (MoveState.DRAINING, MoveState.HANDOVER)
-            assert move.old.held == paused
+            assert (move.old.state is PipelineState.PAUSED) == paused
             assert move.old in self._pipelines.all
             assert move.new not in self._pipelines.all
             for stage in move.new.stages:

@@ -15,15 +15,15 @@ from itertools import count, pairwise
 from typing import Literal
 
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator.cluster.registry import Registry, Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage, Plan
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
-from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineSettings
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
 ClusterState = Literal["waiting", "loading", "serving"]
@@ -46,7 +46,7 @@ class Pipelines:
     def __init__(
         self,
         model: ServedModel,
-        settings: CoreSettings,
+        settings: CoordinatorSettings,
         registry: Registry,
         book: RequestBook,
         measurements: Measurements,
@@ -132,19 +132,12 @@ class Pipelines:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
         self.epoch += 1
         peers = {worker.id: worker.peer for worker in self._registry.workers}
-        settings = self._settings
         return Pipeline(
             self.epoch,
             plan,
             tuple(PipelineStage(peers[s.worker], s.worker, s.layers) for s in plan),
-            PipelineSettings(
-                wire_dtype=settings.wire_dtype or self._model.dtype,
-                hidden_size=self._model.hidden_size,
-                vocab_size=self._model.defaults.vocab_size,
-                max_sequences=settings.max_batch_sequences,
-                max_tokens=settings.max_batch_tokens,
-                task_timeout_s=settings.task_timeout_s,
-            ),
+            self._model,
+            self._settings,
             new_sequence_id=lambda: next(self._sequence_ids),
             on_change=self._note_change,
         )
@@ -209,8 +202,7 @@ class Pipelines:
         """Queue the requests of a pipeline for another; it serves no more."""
         if pipeline.scheduler:
             self._book.collect(pipeline.scheduler)
-            self._book.requeue(pipeline.scheduler.evacuate())
-        pipeline.in_flight = pipeline.scheduler = None
+        self._book.requeue(pipeline.give_up())
 
     def replace(self, old: Pipeline, new: Pipeline) -> None:
         """Let a pipeline that was loaded beside another one take its place.
@@ -278,7 +270,7 @@ class Pipelines:
                 source=self._model.source,
                 layers=stage.layers,
                 dtype=self._model.dtype,
-                wire_dtype=self._settings.wire_dtype or self._model.dtype,
+                wire_dtype=self._model.wire_dtype,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=next(s.kv_tokens for s in pipeline.plan if s.worker == stage.worker),
                 link_key=key,

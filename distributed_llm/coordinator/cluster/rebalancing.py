@@ -17,9 +17,9 @@ from distributed_llm.coordinator.cluster.registry import Worker, memory_of
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
-from distributed_llm.coordinator.planning.forecast import Forecast, merit
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
-from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
+from distributed_llm.coordinator.planning.forecast import Forecast
+from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.steps import StepDone
@@ -27,9 +27,6 @@ from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 
 _EVERY_S = 1.0
 _ADVISE_EVERY_S = 10.0
-_MAX_IDLE = 16
-"""Workers without layers that a search looks at, the fastest."""
-
 _ERROR_OF_MEAN = 0.2
 """Standard deviation of a fitted time, as a share of the median error of single tasks."""
 
@@ -105,7 +102,10 @@ class Rebalancing:
         demand.observe(done, decoding=pipeline.num_decoding, now=now)
 
     def _lineage(self, pipeline: Pipeline) -> _Lineage:
-        return self._lineages.setdefault(pipeline.lineage, _Lineage())
+        found = self._lineages.get(pipeline.lineage)
+        if found is None:
+            found = self._lineages[pipeline.lineage] = _Lineage()
+        return found
 
     # -------------------------------------------------------------- when to look
 
@@ -149,7 +149,7 @@ class Rebalancing:
         workers = [worker for worker in self._registry.workers if worker.peer in own]
         if any(worker.leaving for worker in workers):
             return None
-        idle = self._quickest(self._registry.idle)
+        idle = self._registry.idle
         demand = self._lineage(pipeline).demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
         outlook = self._outlooks[pipeline.epoch]
@@ -159,21 +159,16 @@ class Rebalancing:
         advise = not known or now >= outlook.advised_at + _ADVISE_EVERY_S
         if advise:
             outlook.advised, outlook.advised_at = everybody, now
-        fit = [worker for worker in workers if not self._registry.hangs(worker)]
-        needed = self._cluster.needed_tokens(pipeline)
-        planner = self._planner
-        objective = self._cluster.settings.objective
         return PlanSearch(
             epoch=pipeline.epoch,
-            cost=self._cluster.model.cost,
-            ranges=pipeline.layer_map,
+            planner=self._planner,
+            layer_map=pipeline.layer_map,
             machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
-            demand=demand or Demand.expected(len(everybody)),
-            goal=planner.goal if demand is None else objective,
-            kv_tokens=max(needed, planner.kv_tokens(memory_of([*fit, *idle]))),
-            extra_kv_tokens=planner.kv_tokens(memory_of(idle)),
-            least_kv_tokens=planner.least_kv_tokens,
+            hanging=frozenset(w.id for w in workers if self._registry.hangs(w)),
+            demand=demand or Demand.expected(min(len(everybody), len(own) + MAX_IDLE)),
+            goal=self._planner.goal if demand is None else self._cluster.settings.objective,
+            needed_tokens=self._cluster.needed_tokens(pipeline),
             beside_tokens_per_s=sum(
                 found.tokens_per_s or 0.0
                 for epoch, found in self._outlooks.items()
@@ -182,19 +177,14 @@ class Rebalancing:
             advise=advise,
         )
 
-    def _quickest(self, idle: Sequence[Worker]) -> list[Worker]:
-        workers = {worker.id: worker for worker in idle}
-        ranked = ranked_by_speed(self._measurements.machines(memory_of(idle)))
-        return [workers[worker] for worker in ranked[:_MAX_IDLE]]
-
     # -------------------------------------------------------------- what was found
 
     def found(self, found: FoundPlans, *, now: float) -> list[Action]:
         """Act on what a search has found."""
-        search, self._search = found.survey, None
+        search, self._search = found.search, None
         outlook = self._outlooks.setdefault(search.epoch, _Outlook())
         outlook.unconfirmed = False
-        outlook.tokens_per_s = merit(search.goal, found.now)
+        outlook.tokens_per_s = found.now.score(search.goal)
         return [*self._advise(found.advice), *self._act(found, outlook, now)]
 
     def search_failed(self) -> None:
@@ -216,24 +206,26 @@ class Rebalancing:
         ]
 
     def _act(self, found: FoundPlans, outlook: _Outlook, now: float) -> list[Action]:
-        search = found.survey
+        search = found.search
         pipeline = next((r for r in self._pipelines.serving if r.epoch == search.epoch), None)
         if pipeline is None or self._moves.move or self._replanning.busy:
             return []
         if self._adds(found):
             assert found.extra is not None
             memory = memory_of(self._available(found.extra))
-            return self._pipelines.load([self._planner.plan_of(memory, found.extra.ranges)])
+            return self._pipelines.load([self._planner.plan_of(memory, found.extra.layer_map)])
         best = found.best
-        if best is None or best.ranges == pipeline.layer_map:
+        if best is None or best.layer_map == pipeline.layer_map:
             return []
         workers = self._available(best, pipeline)
-        if len(workers) < len(best.ranges):
+        if len(workers) < len(best.layer_map):
             return []  # somebody has left meanwhile, or is to leave
-        plan = self._planner.plan_of(memory_of(workers), best.ranges)
+        plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
-        gain = merit(search.goal, best) / merit(search.goal, found.now) - 1.0
-        alternative = Alternative(best.ranges, gain, self._uncertainty(found), price.standstill_s)
+        gain = best.score(search.goal) / found.now.score(search.goal) - 1.0
+        alternative = Alternative(
+            best.layer_map, gain, self._uncertainty(found), price.standstill_s
+        )
         balancer = self._lineage(pipeline).balancer
         verdict = balancer.consider(alternative, now=now)
         outlook.unconfirmed = verdict.what == "wait"
@@ -247,10 +239,10 @@ class Rebalancing:
     def _adds(self, found: FoundPlans) -> bool:
         """Return whether idle workers should serve the model once more by themselves."""
         wanted, number = self._cluster.settings.replicas, len(self._pipelines.all)
-        extra, search = found.extra, found.survey
+        extra, search = found.extra, found.search
         if extra is None or (wanted != "auto" and number >= wanted):
             return False
-        if len(self._available(extra)) < len(extra.ranges):
+        if len(self._available(extra)) < len(extra.layer_map):
             return False
         if wanted != "auto":
             return True
@@ -269,9 +261,9 @@ class Rebalancing:
             for worker in self._registry.fit
             if worker.layers is None or (own and self._pipelines.of(worker.peer) is own)
         }
-        return [free[worker] for worker, _ in forecast.ranges if worker in free]
+        return [free[worker] for worker, _ in forecast.layer_map if worker in free]
 
     def _uncertainty(self, found: FoundPlans) -> float:
         assert found.best is not None
-        names = {worker for worker, _ in (*found.best.ranges, *found.survey.ranges)}
+        names = {worker for worker, _ in (*found.best.layer_map, *found.search.layer_map)}
         return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

@@ -1,4 +1,7 @@
-"""Exact ways to the best partition, and a walk that is exact for a given order. Pure."""
+"""Solvers: exact for uniform problems and for few workers, and a walk for many. Pure.
+
+The walk is exact where the order of the workers is given.
+"""
 
 import math
 from bisect import bisect_left
@@ -23,14 +26,14 @@ from distributed_llm.coordinator.plan import LayerMap
 
 
 def is_uniform(tables: Tables) -> bool:
-    """Return whether all layers are alike, and all links."""
+    """Return whether all layers have one size, and all links one speed."""
     pairs = ~np.eye(len(tables.names), dtype=bool)
     links = [np.all(each[pairs] == each[0, -1]) for each in (tables.delays, tables.busy)]
     return len(set(tables.cost.layer_bytes)) == 1 and all(links)
 
 
 def solve_uniform(tables: Tables, objective: Objective) -> LayerMap:
-    """Return the best ranges if all layers are alike, and all links; nothing if none fit."""
+    """Return the best layer map of a uniform problem; empty if none fits."""
     size = tables.num_layers
     counts = np.arange(1, size)
     roles = np.full((3, len(tables.names), size), np.inf)  # of a stage of so many layers
@@ -46,17 +49,17 @@ def solve_uniform(tables: Tables, objective: Objective) -> LayerMap:
         delay_s = delay_s if busy_s <= cap_s else math.inf
     total, cuts = _knapsack(roles + (delay_s + TIE_S))
     if total - delay_s < alone.min() + TIE_S:
-        return tables.ranges(cuts)
-    return tables.ranges([(int(alone.argmin()), 0, size)] if np.isfinite(alone.min()) else [])
+        return tables.layer_map(cuts)
+    return tables.layer_map([(int(alone.argmin()), 0, size)] if np.isfinite(alone.min()) else [])
 
 
 _MIDDLE, _FIRST, _LAST = 0, 1, 2
 _MOVES = (([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [1, 3]), ([0, 1], [2, 3]))
-"""By role: the roles that may be taken before (first 1, last 2), and those taken then."""
+"""By role: the states from which it can be taken, and the states after. First is 1, last is 2."""
 
 
 def _least_slowest(roles: Floats, alone: Floats, busy_s: float) -> float:
-    """Return the least time that the slowest stage or link can take, infinite if nothing fits."""
+    """Return the least possible seconds of the slowest stage or link; infinite if nothing fits."""
 
     def suffices(cap_s: float) -> bool:
         if alone.min() <= cap_s or busy_s > cap_s:
@@ -75,10 +78,11 @@ def _knapsack(prices: Floats) -> tuple[float, Cuts]:
     """Return the least sum of a first, a last and any number of middle stages, and the cuts.
 
     Args:
-        prices: by role, worker and layers, infinite if it cannot be, float64 [3, W, L].
+        prices: seconds by role, worker and number of layers, float64 [3, W, L]; infinite where
+            impossible.
     """
     size = prices.shape[2]
-    best = np.full((4, size + 1), np.inf)  # [roles taken: first 1, last 2; layers covered]
+    best = np.full((4, size + 1), np.inf)  # [state: first 1 + last 2; layers covered]
     best[0, 0] = 0.0
     history = [best]
     never = np.full_like(best, np.inf)
@@ -126,7 +130,13 @@ def _unpack(prices: Floats, history: Sequence[Floats]) -> Cuts:
 
 @dataclass(frozen=True)
 class Costs:
-    """What is made small: sums of stages [n, L + 1, L + 1] and hops [n, n], or their maximum."""
+    """What a solver minimises: the sum or the maximum over the stages and hops of a path.
+
+    Attributes:
+        stages: seconds of [start, stop) by worker, float64 [n, L + 1, L + 1].
+        hops: seconds by sender and receiver, float64 [n, n].
+        join: `np.add` or `np.maximum`.
+    """
 
     stages: Floats
     hops: Floats
@@ -136,13 +146,14 @@ class Costs:
 def costs_of(
     tables: Tables, team: Sequence[int], cap_s: float | None, edges: slice = slice(None)
 ) -> Costs:
-    """Return the costs of these workers: sums with nothing above `cap_s`; for None the maximum.
+    """Return the costs of some workers.
 
     Args:
         tables: of all workers.
-        team: some of them.
-        cap_s: seconds.
-        edges: the layers, and the end of the last; all if not given.
+        team: indices of the workers.
+        cap_s: seconds that no stage or link may exceed, for the least sum; None for the least
+            maximum.
+        edges: slice of the L + 1 boundaries between layers, for a part of the layers.
     """
     index = np.array(team, dtype=np.int64)
     pairs = np.ix_(index, index)
@@ -157,7 +168,7 @@ _Solver = Callable[[Costs], tuple[float, Cuts]]
 
 
 def solve(tables: Tables, team: Sequence[int], objective: Objective, solver: _Solver) -> Cuts:
-    """Return the best cuts that `solver` finds; nothing if none fit."""
+    """Return the best cuts for the objective that `solver` finds; empty if none fit."""
     cap_s = math.inf
     if objective == "throughput":
         cap_s = solver(costs_of(tables, team, None))[0] + TIE_S
@@ -165,24 +176,25 @@ def solve(tables: Tables, team: Sequence[int], objective: Objective, solver: _So
 
 
 def additions_of(workers: int, layers: int) -> int:
-    """Return the additions of `held_karp`."""
+    """Return how many additions `held_karp` does."""
     return (workers << workers) * (layers + 1) ** 2 // 2
 
 
 def solve_exactly(tables: Tables, objective: Objective) -> LayerMap:
-    """Return the best ranges; nothing if none fit."""
+    """Return the best layer map, by Held-Karp; empty if none fits."""
     team = range(len(tables.names))
     window = Window(len(team), None, None)
-    return tables.ranges(solve(tables, team, objective, lambda c: held_karp(c, window)))
+    return tables.layer_map(solve(tables, team, objective, lambda c: held_karp(c, window)))
 
 
 @dataclass(frozen=True)
 class Window:
-    """Layers to be served by any of the first `workers` of a team.
+    """A part of the layers, to be served by any of the first `workers` workers of a team.
 
     Attributes:
-        before: which of the team serves the layers before, None at the start of the model.
-        after: which serves the layers after, None at the end of the model.
+        workers: how many.
+        before: index of the worker that serves the layers before; None at the start of the model.
+        after: index of the worker that serves the layers after; None at the end of the model.
     """
 
     workers: int
@@ -193,7 +205,8 @@ class Window:
 def held_karp(costs: Costs, window: Window) -> tuple[float, Cuts]:
     """Return the least cost of serving all layers, infinite if nothing fits, and the cuts.
 
-    best[set, w, j]: the first j layers by exactly these workers, of which w is last.
+    best[set, w, j] is the least cost of the first j layers on exactly this set of workers (a bit
+    each), with w the last. (Held and Karp, 1962.)
     """
     count, size = window.workers, costs.stages.shape[1] - 1
     stages, hops = costs.stages[:count], costs.hops[:count, :count]
@@ -228,7 +241,7 @@ def held_karp(costs: Costs, window: Window) -> tuple[float, Cuts]:
 
 @lru_cache
 def _growing_sets(count: int) -> list[tuple[int, Ints]]:
-    """Return each worker with the sets it may join as bits, smaller sets first."""
+    """Return (worker, sets of others as bits that it may join), smaller sets first."""
     sets = np.arange(1, 2**count)
     members = sum((sets >> worker & 1 for worker in range(count)), start=np.zeros_like(sets))
     return [
@@ -242,10 +255,10 @@ def _growing_sets(count: int) -> list[tuple[int, Ints]]:
 
 
 def walk(costs: Costs) -> tuple[float, Cuts]:
-    """Return a way through the layers, infinite if none was found.
+    """Return the cost of a path through the layers, infinite if none was found, and its cuts.
 
-    Of all ways to (last worker, layers covered) only the best is gone on with, to workers that it
-    has not used. That finds the best if hops lead one way only: no way then comes back to a worker.
+    Only the best path to each (last worker, layers covered) is extended, by workers that it has not
+    used. This is exact if hops lead one way only, for then no path can return to a worker.
     """
     count, edges = costs.stages.shape[:2]
     best = costs.stages[:, 0].copy()  # [last worker, layers covered]
@@ -271,6 +284,6 @@ def walk(costs: Costs) -> tuple[float, Cuts]:
 
 
 def walk_forward(costs: Costs) -> tuple[float, Cuts]:
-    """Return the best way that keeps the order of the workers; some may be left out."""
+    """Return the best path that keeps the order of the workers; some may be left out."""
     forward = np.triu(np.ones_like(costs.hops, dtype=bool), 1)
     return walk(replace(costs, hops=np.where(forward, costs.hops, np.inf)))

@@ -1,4 +1,4 @@
-"""Who would get which layers, and how fast that would be: without starting anything."""
+"""Dry run: who would serve which layers, and how fast, without starting anything. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import msgspec
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities, Name
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
 from distributed_llm.common.types import WorkerId
 from distributed_llm.common.units import parse_flops, parse_rate, parse_size
@@ -14,20 +15,19 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import Plan, layer_map_of
 from distributed_llm.coordinator.planning.advice import Advice, advise
-from distributed_llm.coordinator.planning.forecast import forecast, rate
+from distributed_llm.coordinator.planning.forecast import forecast, score
 from distributed_llm.coordinator.planning.planner import Planner
-from distributed_llm.coordinator.settings import CoreSettings
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
 MANY = 16
-"""Requests at once that a second prediction is for."""
+"""Concurrent requests of the second prediction."""
 
 _POSITIONS = 256
 _BYTES_PER_S = 20e9
 _FLOPS_PER_BYTE = 25.0
-"""What a machine is taken for if nobody said: that of an ordinary laptop."""
+"""Speed that a machine is assumed to have if none is given: an ordinary laptop's."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class DryRun:
     """What a coordinator would do with these machines.
 
     Attributes:
-        plans: one for each time that the model is served, each by machines of its own.
-        memory: of each machine, bytes.
-        one_tokens_per_s: of one request, while it answers.
-        many_tokens_per_s: of `MANY` requests at once, with prompts as long as their answers.
-        advice: of each machine if layers go by speed, else empty.
-        assumed: what nobody said and was taken for granted, for people.
+        cost: of the model.
+        plans: one per pipeline; no machine serves in two.
+        memory: bytes of each machine.
+        one_tokens_per_s: rate of a single request while it decodes.
+        many_tokens_per_s: rate of `MANY` concurrent requests, with prompts as long as answers.
+        advice: by machine, for strategy "speed"; else empty.
+        assumed: texts that say what was assumed because it was not given.
     """
 
     cost: ModelCost
@@ -52,24 +53,24 @@ class DryRun:
     assumed: tuple[str, ...]
 
 
-def dry_run(model: ServedModel, workers: Sequence[str], settings: CoreSettings) -> DryRun:
-    """Return what a coordinator would do with workers, of which it has measured nothing yet.
+def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
+    """Return what a coordinator would do with workers before it has measured them.
 
     Args:
-        model: to be served.
+        model: to serve.
         workers: "[NAME=]SIZE[,BANDWIDTH[,FLOPS]]" of each, such as "pc=8GiB,40GB/s,1.5TFLOPS".
         settings: of the coordinator.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.
-        ConfigError: a worker cannot be read, is there twice, or has a speed where others have none.
+        ConfigError: a worker's text is malformed, its name is not unique, or some have a speed
+            and others have none.
     """
     found = _workers(workers)
-    wire_dtype = settings.wire_dtype or model.dtype
     measurements = Measurements(
         model.cost,
         item_bytes=ITEM_BYTES[model.dtype],
-        bytes_per_token=model.hidden_size * ITEM_BYTES[wire_dtype],
+        bytes_per_token=model.activation_bytes,
     )
     for worker, capabilities in found.items():
         measurements.joined(worker, capabilities)
@@ -108,24 +109,24 @@ def _advice(
     """Return what each machine is worth to its pipeline, or to the one that it helps most."""
     used = {stage.worker for plan in plans for stage in plan}
 
-    def rate_of(plan: Plan) -> float:
-        some = machines.only([stage.worker for stage in plan])
+    def score_of(plan: Plan) -> float:
+        some = machines.subset([stage.worker for stage in plan])
         demand = Demand.expected(len(plan))
-        return rate(cost, some, layer_map_of(plan), demand, goal=planner.goal)
+        return score(cost, some, layer_map_of(plan), demand, goal=planner.goal)
 
-    rates = [rate_of(plan) for plan in plans]
+    scores = [score_of(plan) for plan in plans]
     advices: dict[WorkerId, Advice] = {}
-    for plan, own_rate in zip(plans, rates, strict=True):
+    for plan, own_score in zip(plans, scores, strict=True):
         own = {stage.worker for stage in plan}
         group = [worker for worker in machines.memory_bytes if worker in own or worker not in used]
         found = advise(
             cost,
-            machines.only(group),
+            machines.subset(group),
             Demand.expected(len(group)),
             goal=planner.goal,
-            kv_tokens=planner.kv_tokens(machines.only(group).memory_bytes),
+            kv_tokens=planner.kv_tokens(machines.subset(group).memory_bytes),
             least_kv_tokens=least_kv_tokens,
-            beside_tokens_per_s=sum(rates) - own_rate,
+            beside_tokens_per_s=sum(scores) - own_score,
         )
         for worker, advice in (found or {}).items():
             before = advices.get(worker)
@@ -134,7 +135,7 @@ def _advice(
     return advices
 
 
-# ------------------------------------------------------------------ machines as people say them
+# ------------------------------------------------------------------ machines from texts
 
 
 def _workers(texts: Sequence[str]) -> dict[WorkerId, Capabilities]:

@@ -1,8 +1,8 @@
-"""How long steps take in a pipeline where some take longer than others. Pure.
+"""Simulation of a full pipeline in which some steps take longer than others. Pure.
 
-A stage whose step was short waits for the stage before, whose step was longer; so the stages of a
-full pipeline do less than the slowest of them could. How much less depends on which steps meet:
-the pipeline is run, in numbers, for as many steps as show the mean.
+A stage with a short step waits for the stage before it, which has a longer one; so the stages of a
+full pipeline do less than the slowest of them could. How much less depends on which steps meet.
+The pipeline is run in max-plus arithmetic, for as many steps as show the mean.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ import numpy.typing as npt
 
 _STEPS = 89
 _ROUNDS = 4
-"""Times that at least every step goes round."""
+"""Steps that are simulated: at least so many, and so many per step under way."""
 
 _GOLDEN = 0.618034
-"""Multiples of it modulo 1 are spread evenly, however many of them there are."""
+"""Golden ratio - 1: its multiples modulo 1 are spread evenly, however many are taken."""
 
 _Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Times:
-    """What stages and links take for a step, in their order: stage, link, stage, ..., stage.
+    """Times of one kind of step at every place: stage, link, stage, ..., stage.
 
     Attributes:
-        busy_s: seconds in which no other step is served, [stages and links].
-        delay_s: seconds from then until the next one can begin, alike.
+        busy_s: seconds for which a place serves this step and no other.
+        delay_s: further seconds until the step reaches the next place.
     """
 
     busy_s: Sequence[float]
@@ -37,35 +37,35 @@ class Times:
 def round_trip_s(
     usual: Times, longer: Times, *, share: float, depth: int, overhead_s: float
 ) -> float:
-    """Return the mean time from the begin of a step to that of the one that follows on it.
+    """Return the mean seconds from the start of a step to the start of its successor.
 
     Args:
-        usual: of most steps.
-        longer: of the others.
-        share: of the others, 0 to 1; they come as evenly as they can.
-        depth: steps that are under way.
-        overhead_s: between the end of a step and the begin of the one that follows on it.
+        usual: times of most steps.
+        longer: times of the others.
+        share: of longer steps, 0 to 1; they are spread evenly.
+        depth: steps under way.
+        overhead_s: between the end of a step and the start of its successor.
     """
-    kinds = [_Line(usual), _Line(longer)]
-    free: _Array = np.zeros(len(usual.busy_s))  # from when on each stage and link is
+    kinds = [_StepKind(usual), _StepKind(longer)]
+    free: _Array = np.zeros(len(usual.busy_s))  # clock at which each place is free
     ends = [-overhead_s] * depth
     settle = 2 * depth
     for number in range(settle + max(_STEPS, _ROUNDS * depth)):
-        line = kinds[number * _GOLDEN % 1.0 < share]
-        ends.append(line.run(free, ends[-depth] + overhead_s))
+        kind = kinds[number * _GOLDEN % 1.0 < share]
+        ends.append(kind.run(free, ends[-depth] + overhead_s))
     return depth * (ends[-1] - ends[depth + settle - 1]) / (len(ends) - depth - settle)
 
 
-class _Line:
-    """The pipeline for one kind of step."""
+class _StepKind:
+    """Runs one kind of step through the pipeline."""
 
     def __init__(self, times: Times) -> None:
         self._busy: _Array = np.array(times.busy_s)
         passing = self._busy + np.array(times.delay_s)
         self._before: _Array = np.concatenate(([0.0], np.cumsum(passing)[:-1]))
 
-    def run(self, free: _Array, begin: float) -> float:
-        """Send a step through; return when it is at its end, and note it in `free`."""
-        waited = np.maximum.accumulate(np.maximum(free - self._before, begin))
+    def run(self, free: _Array, start: float) -> float:
+        """Run a step from `start` on; update `free` and return when it ends, clock seconds."""
+        waited = np.maximum.accumulate(np.maximum(free - self._before, start))
         np.add(self._before + waited, self._busy, out=free)
         return float(free[-1])

@@ -1,91 +1,102 @@
-"""Whether another plan would be better than the one that is served. Pure, but slow.
+"""Search for a better plan than the one that is served. Pure, but slow.
 
-Looking for the best plan takes some milliseconds for a few workers, and some hundred for many. So
-what is known is gathered in a survey, which is carried out beside the core; findings may be late,
-and are judged by what is so by then.
+The best plan takes a few milliseconds for a few workers, and hundreds for many. So a `PlanSearch`
+holds copies of all that it needs, and runs in a thread beside the core; by the time it ends, its
+results may be outdated, and are checked against what is so then.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distributed_llm.common.types import WorkerId
-from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.common.settings import Goal
+from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.advice import Advice, advise
 from distributed_llm.coordinator.planning.forecast import Forecast, best_plan, forecast
-from distributed_llm.coordinator.settings import Goal
+from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
+
+MAX_IDLE = 16
+"""Workers without layers that a search looks at, the fastest."""
 
 
 @dataclass(frozen=True)
 class PlanSearch:
-    """Questions about one pipeline.
+    """A search for better plans for one pipeline, and what it needs to know.
 
     Attributes:
-        epoch: of its plan.
-        ranges: of its plan.
-        machines: that may serve: its own workers, and those that have no layers.
-        idle: those that have no layers.
-        demand: what is asked of it.
-        kv_tokens: positions of KV cache that a plan must have room for.
-        extra_kv_tokens: likewise a plan of those that have no layers.
-        least_kv_tokens: with which it would do, if need be.
-        beside_tokens_per_s: what other pipelines give, which serve the model too.
-        advise: whether to tell of every worker if it helps.
+        epoch: of the served plan.
+        planner: of the coordinator.
+        layer_map: of the served plan.
+        machines: workers of the pipeline, and idle ones.
+        idle: workers without layers; only the fastest of them are looked at.
+        hanging: workers of the pipeline that hang, and give no room for KV cache.
+        demand: what is asked of the pipeline.
+        goal: as for `forecast.best_plan`.
+        needed_tokens: positions of KV cache that requests of the pipeline take or may take.
+        beside_tokens_per_s: rate of the other pipelines.
+        advise: whether to look for advice about every worker too.
     """
 
-    epoch: int
-    cost: ModelCost
-    ranges: LayerMap
+    epoch: Epoch
+    planner: Planner
+    layer_map: LayerMap
     machines: Machines
     idle: tuple[WorkerId, ...]
+    hanging: frozenset[WorkerId]
     demand: Demand
     goal: Goal
-    kv_tokens: int
-    extra_kv_tokens: int
-    least_kv_tokens: int
+    needed_tokens: int
     beside_tokens_per_s: float
     advise: bool
 
     def answer(self) -> "FoundPlans":
-        """Return the answers."""
+        """Return what was found."""
+        cost, planner = self.planner.cost, self.planner
+        idle = ranked_by_speed(self.machines.subset(self.idle))[:MAX_IDLE]
+        own = [worker for worker, _ in self.layer_map]
+        machines = self.machines.subset([*own, *idle])
+        sizes = machines.memory_bytes
+        roomy = {worker: size for worker, size in sizes.items() if worker not in self.hanging}
+        kv_tokens = max(self.needed_tokens, planner.kv_tokens(roomy))
 
-        def best(machines: Machines, kv_tokens: int) -> Forecast | None:
-            return best_plan(self.cost, machines, self.demand, goal=self.goal, kv_tokens=kv_tokens)
+        def best(some: Machines, kv_tokens: int) -> Forecast | None:
+            return best_plan(cost, some, self.demand, goal=self.goal, kv_tokens=kv_tokens)
 
         advice = None
         if self.advise:
             advice = advise(
-                self.cost,
-                self.machines,
+                cost,
+                machines,
                 self.demand,
                 goal=self.goal,
-                kv_tokens=self.kv_tokens,
-                least_kv_tokens=self.least_kv_tokens,
+                kv_tokens=kv_tokens,
+                least_kv_tokens=planner.least_kv_tokens,
                 beside_tokens_per_s=self.beside_tokens_per_s,
             )
+        spare = machines.subset(idle)
         return FoundPlans(
             self,
-            now=forecast(self.cost, self.machines, self.ranges, self.demand),
-            best=best(self.machines, self.kv_tokens),
-            extra=best(self.machines.only(self.idle), self.extra_kv_tokens) if self.idle else None,
+            now=forecast(cost, machines, self.layer_map, self.demand),
+            best=best(machines, kv_tokens),
+            extra=best(spare, planner.kv_tokens(spare.memory_bytes)) if idle else None,
             advice=advice or {},
         )
 
 
 @dataclass(frozen=True)
 class FoundPlans:
-    """Answers to a survey.
+    """The result of a plan search.
 
     Attributes:
-        now: what the plan of the survey is expected to do.
-        best: what the best plan is; None if nothing fits.
-        extra: what the idle workers could do in a pipeline of their own; None if it does not fit.
-        advice: of each worker; empty if it was not asked for, or nothing fits.
+        now: forecast of the served plan.
+        best: forecast of the best plan, None if none fits.
+        extra: forecast of a further pipeline of the idle workers, None if none fits.
+        advice: by worker; empty if not asked for, or if no plan fits.
     """
 
-    survey: PlanSearch
+    search: PlanSearch
     now: Forecast
     best: Forecast | None
     extra: Forecast | None

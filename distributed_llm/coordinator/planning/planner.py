@@ -1,7 +1,7 @@
-"""Makes plans: how many pipelines, by which workers, under the chosen strategy. Pure.
+"""Planner: how many pipelines, of which workers, under the chosen strategy. Pure.
 
-A planner keeps nothing and reads values that do not change, so it may run in any thread. How one
-pipeline is cut into layer ranges is decided in `strategies`.
+A planner has no state and reads values that do not change, so it may run in any thread. How the
+layers of one pipeline are divided is decided in `strategies`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,39 +9,39 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributed_llm.common.errors import NotEnoughMemory, NotReady
+from distributed_llm.common.settings import CoordinatorSettings, Goal, Strategy
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, layer_map_of, plan_of
-from distributed_llm.coordinator.planning.forecast import forecast, merit
+from distributed_llm.coordinator.planning.forecast import forecast
 from distributed_llm.coordinator.planning.strategies import (
-    Offer,
     make_plan,
     plan_by_speed,
     wanted_kv_tokens,
 )
-from distributed_llm.coordinator.settings import CoreSettings, Goal, Strategy
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
 _MOST_PIPELINES = 8
-"""Pipelines that are tried at most where nobody said how many there should be."""
+"""Upper bound of the pipelines that "auto" tries."""
 
 _BETTER = 1.02
-"""More pipelines have to be this many times better than fewer of them."""
+"""Factor by which more pipelines must be faster than fewer."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Planner:
-    """Plans for one model.
+    """Makes the plans of one model.
 
-    Args:
+    Attributes:
+        cost: of the model.
         strategy: how layers are divided.
-        goal: what is planned for while nothing is asked; see `forecast.best_plan`.
+        goal: what strategy "speed" optimises before there are requests; see `forecast.best_plan`.
         layers: the layers of each worker, for strategy "custom".
-        replicas: how many pipelines should serve the model; "auto" is one, and with strategy
-            "speed" as many as are fastest.
-        context_length: of the model.
+        replicas: pipelines that should serve the model; "auto" is one, or with strategy "speed" as
+            many as are fastest.
+        context_length: of the model, positions.
         least_kv_tokens: positions of KV cache without which nothing is served.
     """
 
@@ -54,8 +54,8 @@ class Planner:
     least_kv_tokens: int
 
     @classmethod
-    def of(cls, model: ServedModel, settings: CoreSettings) -> "Planner":
-        """Return the planner of a coordinator; before anything is asked it plans for several."""
+    def of(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
+        """Return the planner of a coordinator; objective "auto" starts out as throughput."""
         context_length = model.defaults.context_length
         return cls(
             cost=model.cost,
@@ -68,12 +68,12 @@ class Planner:
         )
 
     def plans(self, machines: Machines) -> list[Plan]:
-        """Return as many plans as are wanted, or as the machines can hold, or as is fastest.
+        """Return one plan per pipeline: `replicas` of them, or as many as the machines can hold.
 
         Raises:
             NotReady: there are no machines.
             NotEnoughMemory: they cannot hold the model.
-            ConfigError: the layer map does not fit them.
+            ConfigError: the layer map of strategy "custom" does not fit them.
         """
         workers = list(machines.memory_bytes)
         if not isinstance(self.replicas, int):
@@ -82,16 +82,18 @@ class Planner:
         ranked = sorted(workers, key=lambda worker: (-machines.memory_bytes[worker], worker))
         for number in range(min(self.replicas, max(1, len(workers))), 1, -1):
             try:
-                return [self.plan(machines.only(group)) for group in _dealt(ranked, number)]
+                return [self.plan(machines.subset(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 continue
         return [self.plan(machines)]
 
     def plan(self, machines: Machines, *, used_tokens: int = 0) -> Plan:
-        """Return the plan of one pipeline for all of these machines; it may leave some out.
+        """Return the plan of one pipeline of these machines; some may be left out.
 
         Args:
-            used_tokens: positions of KV cache that it should have room for, if it can.
+            machines: that may serve.
+            used_tokens: positions of KV cache that are in use; the plan has room for them if any
+                plan has.
 
         Raises:
             NotReady, NotEnoughMemory, ConfigError: as `plans`.
@@ -106,18 +108,18 @@ class Planner:
                 return self._by_speed(machines, self.least_kv_tokens)
         return make_plan(
             self.cost,
-            [Offer(worker, size) for worker, size in memory.items()],
+            memory,
             strategy=self.strategy,
             kv_tokens=self.least_kv_tokens,
             layers=self.layers,
         )
 
     def plan_of(self, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:
-        """Return the plan in which workers with so much memory serve these layers."""
+        """Return the plan of a layer map; see `plan.plan_of`."""
         return plan_of(self.cost, memory, layer_map)
 
     def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
-        """Return the positions of KV cache that a plan by speed should have room for."""
+        """Return the positions of KV cache that a plan by speed leaves room for, if it can."""
         return wanted_kv_tokens(
             self.cost, memory, least=self.least_kv_tokens, context_length=self.context_length
         )
@@ -127,34 +129,34 @@ class Planner:
         return plan_by_speed(self.cost, machines, demand, goal=self.goal, kv_tokens=kv_tokens)
 
     def _fastest(self, machines: Machines) -> list[Plan]:
-        """Return the plans that together answer most, or of which one answers soonest."""
+        """Return the plans with the best score: their sum, or for latency the best one."""
         ranked = ranked_by_speed(machines)
         best, most = [self.plan(machines)], 0.0
         for number in range(1, 1 + min(_MOST_PIPELINES, len(ranked))):
             try:
-                plans = [self.plan(machines.only(group)) for group in _dealt(ranked, number)]
+                plans = [self.plan(machines.subset(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 break
-            merits = [self._merit(plan, machines) for plan in plans]
-            found = max(merits) if self.goal == "latency" else sum(merits)
+            scores = [self._score(plan, machines) for plan in plans]
+            found = max(scores) if self.goal == "latency" else sum(scores)
             if found > _BETTER * most:
                 best, most = plans, found
         return best
 
-    def _merit(self, plan: Plan, machines: Machines) -> float:
+    def _score(self, plan: Plan, machines: Machines) -> float:
         demand = Demand.expected(len(plan))
-        return merit(self.goal, forecast(self.cost, machines, layer_map_of(plan), demand))
+        return forecast(self.cost, machines, layer_map_of(plan), demand).score(self.goal)
 
 
 def ranked_by_speed(machines: Machines) -> list[WorkerId]:
-    """Return the workers, the one first that computes a layer soonest."""
-    load = Demand.expected(1).load(1.0)
-    speeds = {found.worker: found.speed.layer_s for found in machines.candidates(load)}
+    """Return the workers by time per layer, quickest first."""
+    load = Demand.expected(1).mean_step(1.0)
+    speeds = {found.worker: found.times.layer_s for found in machines.candidates(load)}
     return sorted(speeds, key=lambda worker: (speeds[worker], worker))
 
 
 def _dealt(ranked: Sequence[WorkerId], number: int) -> list[list[WorkerId]]:
-    """Return the workers in groups that are about alike: best first, to and fro."""
+    """Return groups of about equal strength: workers are dealt best first, to and fro."""
     groups: list[list[WorkerId]] = [[] for _ in range(number)]
     for at, worker in enumerate(ranked):
         turn, place = divmod(at, number)

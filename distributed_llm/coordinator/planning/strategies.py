@@ -1,14 +1,13 @@
-"""Which worker serves which layers. Pure.
+"""Plans of one pipeline by strategy: `memory`, `even`, `custom` and `speed`. Pure.
 
-A plan cuts the layers into contiguous ranges, one per worker. Under strategy `memory` the ranges
-are in proportion to memory: of all cuts in which every range fits its worker, the one with the
-least sum of bytes^2 / memory, whose continuous optimum is exact proportion (bytes_i ~ memory_i by
-Lagrange). It is found by dynamic programming over (worker, first layer), so embedding, head and
-unequal layers are counted exactly. Under strategy `speed` they are what `forecast` finds best.
+Strategy `memory` divides the layers in proportion to memory: of all cuts in which every stage fits
+its worker, it takes the one with the least sum of bytes^2 / memory. (By Lagrange, the continuous
+optimum of that sum is exact proportion, bytes_i ~ memory_i.) Dynamic programming over (worker,
+first layer) finds it, with embedding, head and unequal layers counted exactly. Strategy `speed`
+takes the plan with the best forecast; see `forecast.best_plan`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -16,93 +15,81 @@ import numpy as np
 import numpy.typing as npt
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
+from distributed_llm.common.settings import Goal
 from distributed_llm.common.types import LayerRange, WorkerId, size_text
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.plan import Plan, kv_tokens_of, plan_of
+from distributed_llm.coordinator.partition.tables import stage_bytes_table
+from distributed_llm.coordinator.plan import LayerMap, Plan, kv_tokens_of, plan_of
 from distributed_llm.coordinator.planning.forecast import best_plan
-from distributed_llm.coordinator.settings import Goal
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
 StaticStrategy = Literal["memory", "even", "custom"]
-"""Those that do not ask how fast anything is."""
+"""The strategies that need no measured speeds."""
 
-_CONTEXTS = 16
-_POSITIONS = 65_536
-"""Room for KV cache that no plan has to give speed up for: so many whole contexts or positions."""
+_MAX_ROOM_CONTEXTS = 16
+_MAX_ROOM_TOKENS = 65_536
+"""Upper bounds of the KV cache for which a plan gives up speed: contexts, and positions."""
 
-_CONTEXT = 8192
-"""A request that may take so many positions should be served, if it can be, however slowly."""
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A worker that may be given layers.
-
-    Attributes:
-        memory_bytes: for weights and KV cache.
-    """
-
-    worker: WorkerId
-    memory_bytes: int
+_USUAL_CONTEXT = 8192
+"""Positions of a long request, which should fit even if that makes the plan slower."""
 
 
 def make_plan(
     cost: ModelCost,
-    offers: Sequence[Offer],
+    memory: Mapping[WorkerId, int],
     *,
     strategy: StaticStrategy,
     kv_tokens: int,
     layers: Mapping[str, LayerRange] | None = None,
 ) -> Plan:
-    """Return the stages that serve the model.
+    """Return the plan of a strategy that needs no measured speeds.
 
     Args:
         cost: of the model.
-        offers: the workers, in any order.
-        strategy: "memory" in proportion to memory, "even" in equal numbers of layers, "custom".
+        memory: bytes of each worker, for weights and KV cache; their order does not matter.
+        strategy: "memory" divides the layers in proportion to memory, "even" in equal numbers,
+            "custom" as `layers` says.
         kv_tokens: positions of KV cache that every stage must have room for.
-        layers: the layers of each worker, for "custom" only.
+        layers: the layers of each worker; for "custom" only.
 
     Raises:
-        NotEnoughMemory: with how much is missing and what would fit.
-        ConfigError: `layers` does not cover the model, or names a worker that is not there.
+        NotEnoughMemory: the model does not fit; the message says what is missing and what would
+            fit.
+        ConfigError: `layers` does not cover the model, or names an unknown worker.
     """
-    ranked = sorted(offers, key=lambda offer: (-offer.memory_bytes, offer.worker))
-    ranked = ranked[: cost.num_layers]
+    ranked = sorted(memory, key=lambda worker: (-memory[worker], worker))[: cost.num_layers]
     if strategy == "custom":
-        ranges = _custom_ranges(cost, offers, layers or {})
+        layer_map = _custom(cost, memory, layers or {})
     elif strategy == "even":
-        ranges = _even_ranges(cost, ranked)
+        layer_map = _even(cost, ranked)
     else:
-        ranges = _proportional_ranges(cost, ranked, kv_tokens)
-    if not ranges:
-        raise NotEnoughMemory(_what_is_missing(cost, offers, kv_tokens))
-    for offer, held in ranges:
+        layer_map = _proportional(cost, {w: memory[w] for w in ranked}, kv_tokens)
+    if not layer_map:
+        raise NotEnoughMemory(_what_is_missing(cost, memory, kv_tokens))
+    for worker, held in layer_map:
         needed = cost.stage_bytes(held, kv_tokens)
-        if needed > offer.memory_bytes:
+        if needed > memory[worker]:
             raise NotEnoughMemory(
-                f"Worker {offer.worker} would hold layers {held}, which need {size_text(needed)}, "
-                f"but offers {size_text(offer.memory_bytes)}. Give it fewer layers, or use "
+                f"Worker {worker} would hold layers {held}, which need {size_text(needed)}, "
+                f"but offers {size_text(memory[worker])}. Give it fewer layers, or use "
                 "strategy 'memory', which fits the layers to the workers."
             )
-    memory = {offer.worker: offer.memory_bytes for offer in offers}
-    return plan_of(cost, memory, tuple((offer.worker, held) for offer, held in ranges))
+    return plan_of(cost, memory, layer_map)
 
 
 def plan_by_speed(
     cost: ModelCost, machines: Machines, demand: Demand, *, goal: Goal, kv_tokens: int
 ) -> Plan:
-    """Return the stages that are expected to serve the model best; see `forecast.best_plan`.
+    """Return the plan with the best forecast; see `forecast.best_plan`.
 
     Raises:
-        NotEnoughMemory: with how much is missing and what would fit.
+        NotEnoughMemory: the model does not fit; the message says what is missing.
     """
     found = best_plan(cost, machines, demand, goal=goal, kv_tokens=kv_tokens)
-    if found is None:  # for many workers that is a search, which may find less than this does
-        offers = [Offer(worker, size) for worker, size in machines.memory_bytes.items()]
-        return make_plan(cost, offers, strategy="memory", kv_tokens=kv_tokens)
-    return plan_of(cost, machines.memory_bytes, found.partition.ranges)
+    if found is None:  # the search among many workers is not exact; this one is, for memory
+        return make_plan(cost, machines.memory_bytes, strategy="memory", kv_tokens=kv_tokens)
+    return plan_of(cost, machines.memory_bytes, found.layer_map)
 
 
 def wanted_kv_tokens(
@@ -110,41 +97,37 @@ def wanted_kv_tokens(
 ) -> int:
     """Return the positions of KV cache that a plan by speed must leave room for.
 
-    That is half of what the plan in proportion to memory has, which has the most room or nearly;
-    less if so many are hardly ever needed; as many as a whole context of usual length takes, if
-    there can be so many; and never less than `least`.
+    That is half of the room in the plan by memory, which has about the most there can be; but no
+    more than is ever needed, and at least one usual context if that fits. Never less than `least`.
 
     Args:
         cost: of the model.
-        memory: of each worker, bytes.
-        least: without which nothing is served.
-        context_length: of the model.
+        memory: bytes of each worker.
+        least: positions without which nothing is served.
+        context_length: of the model, positions.
     """
-    offers = [Offer(worker, size) for worker, size in memory.items()]
     try:
-        most = kv_tokens_of(make_plan(cost, offers, strategy="memory", kv_tokens=least))
+        most = kv_tokens_of(make_plan(cost, memory, strategy="memory", kv_tokens=least))
     except NotEnoughMemory:
         return least
-    whole = min(most, context_length, _CONTEXT)
-    return max(least, whole, min(most // 2, _CONTEXTS * context_length, _POSITIONS))
+    one_context = min(most, context_length, _USUAL_CONTEXT)
+    upper = min(most // 2, _MAX_ROOM_CONTEXTS * context_length, _MAX_ROOM_TOKENS)
+    return max(least, one_context, upper)
 
 
-_Ranges = list[tuple[Offer, LayerRange]]
-
-
-def _even_ranges(cost: ModelCost, offers: Sequence[Offer]) -> _Ranges:
-    count = len(offers)
+def _even(cost: ModelCost, workers: Sequence[WorkerId]) -> LayerMap:
+    count = len(workers)
     edges = [cost.num_layers * i // count for i in range(count + 1)] if count else [0]
-    return [
-        (offer, LayerRange(start, stop))
-        for offer, (start, stop) in zip(offers, pairwise(edges), strict=True)
-    ]
+    return tuple(
+        (worker, LayerRange(start, stop))
+        for worker, (start, stop) in zip(workers, pairwise(edges), strict=True)
+    )
 
 
-def _custom_ranges(
-    cost: ModelCost, offers: Sequence[Offer], layers: Mapping[str, LayerRange]
-) -> _Ranges:
-    by_name = {str(offer.worker): offer for offer in offers}
+def _custom(
+    cost: ModelCost, memory: Mapping[WorkerId, int], layers: Mapping[str, LayerRange]
+) -> LayerMap:
+    by_name = {str(worker): worker for worker in memory}
     absent = sorted(set(layers) - set(by_name))
     if absent:
         raise ConfigError(
@@ -166,58 +149,44 @@ def _custom_ranges(
             f"The layer map covers layers 0 to {at - 1}, but the model has layers 0 to "
             f"{cost.num_layers - 1}."
         )
-    return [(by_name[name], held) for name, held in ordered]
+    return tuple((by_name[name], held) for name, held in ordered)
 
 
-def _proportional_ranges(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -> _Ranges:
-    """Return the cut with the least sum of bytes^2 / memory; nothing if no cut fits.
+def _proportional(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> LayerMap:
+    """Return the cut with the least sum of bytes^2 / memory; empty if no cut fits.
 
-    best[w][s]: least cost of serving layers [s, L) with workers w, w+1, ...; a worker may be
-    left out.
+    best[w][s] is the least cost of serving layers [s, L) with workers w, w + 1, ...; any of them
+    may be left out.
     """
     size = cost.num_layers
-    stage_bytes = _stage_bytes_table(cost, kv_tokens)
+    stage_bytes = stage_bytes_table(cost, kv_tokens)
     best = np.full(size + 1, np.inf)
     best[size] = 0.0
     choices: list[npt.NDArray[np.int64]] = []
-    for offer in reversed(offers):
-        fits = stage_bytes <= offer.memory_bytes
-        price = np.where(fits, stage_bytes**2 / max(1, offer.memory_bytes), np.inf)
+    for memory_bytes in reversed(list(memory.values())):
+        fits = stage_bytes <= memory_bytes
+        price = np.where(fits, stage_bytes**2 / max(1, memory_bytes), np.inf)
         total = price + best[np.newaxis, :]  # [first layer, stop]
         np.fill_diagonal(total, best)  # takes no layers
         choices.append(np.argmin(total, axis=1))
         best = np.min(total, axis=1)
     if not np.isfinite(best[0]):
-        return []
-    ranges: _Ranges = []
+        return ()
+    layer_map: list[tuple[WorkerId, LayerRange]] = []
     start = 0
-    for offer, choice in zip(offers, reversed(choices), strict=True):
+    for worker, choice in zip(memory, reversed(choices), strict=True):
         stop = int(choice[start])
         if stop > start:
-            ranges.append((offer, LayerRange(start, stop)))
+            layer_map.append((worker, LayerRange(start, stop)))
         start = stop
-    return ranges
+    return tuple(layer_map)
 
 
-def _stage_bytes_table(cost: ModelCost, kv_tokens: int) -> npt.NDArray[np.float64]:
-    """Return the bytes of a stage [start, stop) for all pairs, float64 [L + 1, L + 1]."""
-    size = cost.num_layers
-    edges = np.concatenate([[0.0], np.cumsum(cost.layer_bytes, dtype=np.float64)])
-    counts = np.arange(size + 1, dtype=np.float64)
-    table: npt.NDArray[np.float64] = edges[np.newaxis, :] - edges[:, np.newaxis]
-    table += (counts[np.newaxis, :] - counts[:, np.newaxis]) * cost.kv_bytes_per_token * kv_tokens
-    table[0, :] += cost.first_bytes + cost.shared_bytes
-    table[:, size] += cost.last_bytes
-    table[1:, size] += cost.shared_bytes
-    table[np.tril_indices(size + 1)] = np.inf
-    return table
-
-
-def _what_is_missing(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -> str:
+def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> str:
     whole = LayerRange(0, cost.num_layers)
     needed = cost.stage_bytes(whole, kv_tokens)
-    offered = sum(offer.memory_bytes for offer in offers)
-    each = ", ".join(f"{offer.worker} {size_text(offer.memory_bytes)}" for offer in offers)
+    offered = sum(memory.values())
+    each = ", ".join(f"{worker} {size_text(size)}" for worker, size in memory.items())
     kv = cost.kv_bytes_per_token * kv_tokens * cost.num_layers
     what = (
         f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, KV cache for "
@@ -229,15 +198,15 @@ def _what_is_missing(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -
     else:
         why = ", but in pieces into which whole layers do not fit"
     return (
-        f"{what}{why}. {_what_fits(cost, offers, kv_tokens)} Add a worker, raise --max-memory, "
+        f"{what}{why}. {_what_fits(cost, offered, kv_tokens)} Add a worker, raise --max-memory, "
         "or take a smaller model or dtype."
     )
 
 
-def _what_fits(cost: ModelCost, offers: Sequence[Offer], kv_tokens: int) -> str:
+def _what_fits(cost: ModelCost, offered: int, kv_tokens: int) -> str:
     layer = max(cost.layer_bytes) + cost.kv_bytes_per_token * kv_tokens
     ends = cost.first_bytes + cost.last_bytes + cost.shared_bytes
-    room = max(0, sum(offer.memory_bytes for offer in offers) - ends)
+    room = max(0, offered - ends)
     return (
         f"One layer takes {size_text(layer)}, embedding and head {size_text(ends)}: about "
         f"{min(cost.num_layers, room // layer)} of {cost.num_layers} layers would fit."

@@ -1,98 +1,76 @@
-"""Whose request is next, and whose prompt is read: fair among clients. Pure.
+"""Fairness among clients: whose request runs next, and whose prompt is read. Pure.
 
-The virtual token counter of "Fairness in Serving Large Language Models" (Sheng et al., 2024): every
-client has a counter of the tokens it was served, and the next request is one of the client with the
-smallest counter. A client that comes back from idling starts where the least served of those that
-wait stands, so that idling earns nothing. Within a client the oldest request is first.
+`FairQueue` is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et
+al., 2024): every client has a counter of the tokens it was served, and the client with the smallest
+counter is next. A client that comes back from idling starts at the counter of the least served
+client that waits, so that idling earns nothing. Within a client the oldest request is first.
 """
 
-import heapq
+from bisect import insort
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.requests.request import Request
 
-_SLACK = 16
-"""Entries of what is gone that a heap may hold beside as many as it has live ones."""
-
 T = TypeVar("T")
-_Key = tuple[float, int, int]
-"""Counter, order of the first item, number of the client: smaller is next."""
 
 
 @dataclass(eq=False)
 class _Account(Generic[T]):
-    """One client.
+    """What is known of one client.
 
     Attributes:
-        number: tells accounts apart.
-        counter: tokens served, or as if.
-        heap: its items by (order, serial); some of them may be removed already.
-        size: items that are not.
-        key: of its entry in the heap of accounts; None if it has none.
+        counter: tokens the client was served, or is treated as having been served.
+        items: what waits, as (order, item), oldest first.
     """
 
-    number: int
+    client: Hashable
     counter: float = 0.0
-    heap: list[tuple[int, int, T]] = field(default_factory=list)
-    size: int = 0
-    key: _Key | None = None
+    items: list[tuple[int, T]] = field(default_factory=list)
 
 
 class FairQueue(Generic[T]):
-    """Items of many clients that wait. Items are told apart by identity.
+    """Waiting items of many clients. Items are told apart by identity.
 
-    An item's cost has to be charged when it is popped, at the latest before the next pop: as long
-    as counters do not move, it is the same client's turn.
-
-    All operations take O(log n), amortised: counters and orders mostly grow, so an entry of a heap
-    is brought up to date when it comes to the top.
+    Charge the cost of an item between popping it and the next pop: as long as no counter moves, the
+    same client is next again.
     """
 
     def __init__(self) -> None:
         self._accounts: dict[Hashable, _Account[T]] = {}
-        self._heap: list[tuple[_Key, _Account[T]]] = []
-        self._waiting: dict[int, tuple[_Account[T], int, T]] = {}  # by id; account, serial, item
-        self._last: _Account[T] | None = None
-        self._serials = count()
+        self._waiting: dict[Hashable, _Account[T]] = {}  # accounts with items
+        self._last_waiting: _Account[T] | None = None  # the last one to run out of items
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(len(account.items) for account in self._waiting.values())
 
     def __iter__(self) -> Iterator[T]:
-        """Iterate over all items that wait, in no particular order."""
-        return (item for _, _, item in self._waiting.values())
+        """Iterate over all waiting items, in no particular order."""
+        return (item for account in self._waiting.values() for _, item in account.items)
 
     def add(self, client: Hashable, item: T, *, order: int) -> None:
         """Queue `item`.
 
         Args:
-            order: number of its arrival; one that is put back keeps its old one, and so comes
+            order: number of its arrival. An item that is put back keeps its number, and so comes
                 before newer ones of its client.
         """
-        assert id(item) not in self._waiting, "an item cannot wait twice"
-        account = self._accounts.get(client)
-        if account is None:
-            account = self._accounts[client] = _Account(next(self._serials))
-        if not account.size:
+        account = self._accounts.setdefault(client, _Account(client))
+        if not account.items:
             account.counter = max(account.counter, self._level())
-        serial = next(self._serials)
-        heapq.heappush(account.heap, (order, serial, item))
-        account.size += 1
-        self._waiting[id(item)] = (account, serial, item)
-        if account.key is None or self._key(account) < account.key:
-            self._enter(account)
+            self._waiting[client] = account
+        insort(account.items, (order, item), key=itemgetter(0))
 
     def first(self) -> T | None:
         """Return the item that is next, or None if nothing waits."""
         account = self._next()
-        return self._head(account)[2] if account else None
+        return account.items[0][1] if account else None
 
     def pop(self) -> T:
-        """Take the item that is next.
+        """Remove and return the item that is next.
 
         Raises:
             IndexError: nothing waits.
@@ -100,114 +78,67 @@ class FairQueue(Generic[T]):
         account = self._next()
         if account is None:
             raise IndexError("pop from an empty queue")
-        item = self._head(account)[2]
-        heapq.heappop(account.heap)
-        self._left(account, item)
-        return item
+        return self._take(account, 0)
 
     def remove(self, client: Hashable, item: T) -> bool:
-        """Take `item` out wherever it stands; return whether it waited."""
-        account = self._accounts.get(client)
-        if account is None or self._waiting.get(id(item), (None,))[0] is not account:
-            return False
-        self._left(account, item)
-        return True
+        """Remove `item` from wherever it stands; return whether it waited."""
+        account = self._waiting.get(client)
+        if account is not None:
+            for at, (_, other) in enumerate(account.items):
+                if other is item:
+                    self._take(account, at)
+                    return True
+        return False
 
     def charge(self, client: Hashable, tokens: float) -> None:
-        """Count service for `client`, whether something of it waits or not.
-
-        Nothing is kept of a client that is not known (any more).
-        """
+        """Count service for `client`, waiting or not; a client that is not known is ignored."""
         assert tokens >= 0
         if client in self._accounts:
             self._accounts[client].counter += tokens
 
     def forget(self, client: Hashable) -> None:
         """Forget the counter of a client that has nothing waiting or running any more."""
-        account = self._accounts.pop(client, None)
-        assert account is None or not account.size, "work of this client waits"
-        self._shrink()
-
-    # -------------------------------------------------------------- heaps
-
-    def _level(self) -> float:
-        """Return where a client starts: with the least served, or the last one that waited."""
-        account = self._next() or self._last
-        return account.counter if account else 0.0
+        assert client not in self._waiting, "work of this client waits"
+        self._accounts.pop(client, None)
 
     def _next(self) -> _Account[T] | None:
-        """Return the account whose turn it is, with its entry on top of the heap."""
-        while self._heap:
-            key, account = self._heap[0]
-            if account.key is not key:
-                heapq.heappop(self._heap)
-            elif not account.size:
-                heapq.heappop(self._heap)
-                account.key = None
-            elif key != (current := self._key(account)):
-                account.key = current
-                heapq.heapreplace(self._heap, (current, account))
-            else:
-                return account
-        return None
+        """Return the least served account that has items; among equals, that of the oldest item."""
+        return min(
+            self._waiting.values(),
+            key=lambda account: (account.counter, account.items[0][0]),
+            default=None,
+        )
 
-    def _enter(self, account: _Account[T]) -> None:
-        """Give `account` an entry with its key; an older one is dead from now on."""
-        account.key = self._key(account)
-        heapq.heappush(self._heap, (account.key, account))
-        self._shrink()
+    def _level(self) -> float:
+        """Return where a client starts: level with the least served, or the last that waited."""
+        account = self._next() or self._last_waiting
+        return account.counter if account else 0.0
 
-    def _shrink(self) -> None:
-        """Drop dead entries if they are most of the heap."""
-        if len(self._heap) > 2 * len(self._accounts) + _SLACK:
-            known = self._accounts.values()
-            self._heap = [(one.key, one) for one in known if one.key is not None]
-            heapq.heapify(self._heap)
-
-    def _key(self, account: _Account[T]) -> _Key:
-        return account.counter, self._head(account)[0], account.number
-
-    def _head(self, account: _Account[T]) -> tuple[int, int, T]:
-        """Return the entry of the account's oldest item, on top of its heap."""
-        while not self._waits(account.heap[0]):
-            heapq.heappop(account.heap)
-        return account.heap[0]
-
-    def _waits(self, entry: tuple[int, int, T]) -> bool:
-        _, serial, item = entry
-        known = self._waiting.get(id(item))
-        return known is not None and known[1] == serial
-
-    def _left(self, account: _Account[T], item: T) -> None:
-        """`item` waits no longer."""
-        del self._waiting[id(item)]
-        account.size -= 1
-        if len(account.heap) > 2 * account.size + _SLACK:
-            account.heap = [entry for entry in account.heap if self._waits(entry)]
-            heapq.heapify(account.heap)
-        if not account.size:
-            account.heap.clear()
-            self._last = account
+    def _take(self, account: _Account[T], at: int) -> T:
+        item = account.items.pop(at)[1]
+        if not account.items:
+            del self._waiting[account.client]
+            self._last_waiting = account
+        return item
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        sizes = [account.size for account in self._accounts.values()]
-        assert sum(sizes) == len(self._waiting)
-        assert len(self._heap) <= 2 * len(self._accounts) + _SLACK
-        entries = {account.number: key for key, account in self._heap if account.key is key}
-        for account in self._accounts.values():
-            live = [entry for entry in account.heap if self._waits(entry)]
-            assert len(live) == account.size
-            assert len(account.heap) <= 2 * account.size + _SLACK
-            assert (account.key is None) == (account.number not in entries)
-            if live:
-                assert entries[account.number] <= (account.counter, min(live)[0], account.number)
+        assert self._waiting == {c: a for c, a in self._accounts.items() if a.items}
+        for client, account in self._accounts.items():
+            assert account.client == client
+            orders = [order for order, _ in account.items]
+            assert orders == sorted(orders)
+        assert len({id(item) for item in self}) == len(self), "an item waits twice"
 
 
 def shared_out(prompts: Iterable[Request], budget: int) -> Iterator[tuple[Request, int]]:
-    """Yield how many tokens of each prompt to compute: the same for all clients that want as many.
+    """Yield prompts and how many tokens of each to compute, `budget` tokens in all.
 
-    Within a client the oldest is first. What a client does not need is left to the others.
+    Clients get equal shares. Within a client the oldest prompt is first; what a client does not
+    need of its share goes to the others.
+
+    Args:
+        prompts: requests with unscheduled tokens, oldest first.
     """
     clients: dict[PeerId, list[Request]] = {}
     for request in prompts:

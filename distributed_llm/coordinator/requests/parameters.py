@@ -1,4 +1,4 @@
-"""The parameters of one request after defaults. Pure."""
+"""The parameters of a request: defaults applied, limits checked. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from distributed_llm.coordinator.model import GenerationDefaults
 DEFAULT_MAX_NEW_TOKENS = 256
 
 _MAX_BYTES_PER_TOKEN = 64
-"""Of a prompt; no text comes near it on average, so what is longer need not be tokenized."""
+"""No text has so many bytes per token on average; a longer prompt is refused untokenized."""
 
 _MIN_PROMPT_BYTES = 64 * 1024
 
@@ -27,10 +27,14 @@ def generation_defaults(
     context_length: int,
     vocab_size: int,
 ) -> GenerationDefaults:
-    """Return the defaults in a checkpoint's config.json and generation_config.json.
+    """Return the generation defaults of a checkpoint.
 
-    As in transformers, sampling parameters count only if `do_sample` is true. What is no token of
-    the vocabulary (some files say -1) ends nothing.
+    As in transformers, sampling parameters apply only if `do_sample` is true. End-of-sequence ids
+    outside the vocabulary (some files have -1) are ignored.
+
+    Args:
+        config: content of config.json.
+        generation_config: content of generation_config.json.
 
     Raises:
         InvalidRequest: a value in the files is out of range.
@@ -55,8 +59,8 @@ class Limits:
     """The parameters of one request after defaults.
 
     Attributes:
-        sampling: of each answer, as a task carries it.
-        eos_token_ids: tokens that end the answer; empty if they are ignored.
+        sampling: one for each answer, as tasks carry it.
+        eos_token_ids: tokens that end an answer; empty if they are ignored.
     """
 
     sampling: tuple[Sampling, ...]
@@ -65,7 +69,7 @@ class Limits:
 
 
 def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | None:
-    """Return why the prompt of `message` cannot be right, before it is tokenized."""
+    """Return an error if the prompt of `message` has a wrong dtype or is certainly too long."""
     wanted = "int32" if message.prompt == "token_ids" else "uint8"
     limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context_length)
     for spec in message.tensors:
@@ -87,19 +91,19 @@ def resolve(
     kv_tokens: int,
     seed: int,
 ) -> Limits:
-    """Return the parameters of a request with `prompt_tokens` tokens.
+    """Return the parameters of a request after defaults.
 
     Args:
-        params: as the user gave them.
-        defaults: of the checkpoint.
+        params: the parameters that the user gave.
+        defaults: the checkpoint's defaults.
         prompt_tokens: length of the prompt.
-        kv_tokens: positions that a pipeline has room for.
-        seed: used if the user gave none.
+        kv_tokens: positions of KV cache that the largest pipeline has room for.
+        seed: seed for a request without one.
 
     Raises:
-        ContextLengthExceeded: prompt and answer do not fit the model.
-        NotEnoughMemory: they do not fit the cluster.
-        InvalidRequest: the parameters contradict one another.
+        ContextLengthExceeded: prompt and answer are longer than the model's context.
+        NotEnoughMemory: no pipeline has room for their KV cache.
+        InvalidRequest: the prompt is empty, or parameters contradict one another.
     """
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty. Give at least one token.")

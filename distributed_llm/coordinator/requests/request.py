@@ -1,79 +1,60 @@
-"""One request's life: parameters after defaults, tokens so far, when it ends. Pure.
+"""What a client asked for, and the answers to it. Pure.
 
-A client's request is a `Ticket`. Once its prompt is known, each of its `n` answers is a `Request`:
-
-    waiting -> running -> closing -> gone
-
-It can go from any phase to `gone`: by an error, or because its client is gone; and from running
-back to waiting, when it gives its KV cache up. It is `closing` once its last token is known, until
-the text of that token is known too. The tokens are kept here and nowhere else: whatever a worker
-loses is computed again from them.
+A client's message `Generate` becomes a `Ticket`. When its prompt is tokenized, the ticket gets one
+`Request` for each of the `n` answers that the client wants: each is computed, preempted and ended
+on its own. The prompt's and the answer's token ids are kept here and nowhere else; whatever KV
+cache a worker loses is computed again from them.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from distributed_llm.common.messages import (
-    MAX_STAGES,
     FinishReason,
     SharedPrefix,
-    StageTime,
-    StageTiming,
     Timings,
     TokenLogprobs,
     Usage,
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.events import RequestKey
-from distributed_llm.coordinator.plan import PipelineStage
+from distributed_llm.coordinator.requests.lifecycle import (
+    REQUEST_STATES,
+    RequestCause,
+    RequestState,
+)
 from distributed_llm.coordinator.requests.parameters import Limits
+from distributed_llm.coordinator.requests.stage_times import StageTimes
 
-
-class Phase(Enum):
-    """Where a request is in its life."""
-
-    WAITING = auto()
-    RUNNING = auto()
-    CLOSING = auto()
-    GONE = auto()
-
-
-@dataclass
-class Spent:
-    """What the stages of one plan did for a request: steps, and time of each stage."""
-
-    stages: Sequence[PipelineStage]
-    compute_us: list[int]
-    tasks: int = 0
+_SAMPLING_BYTES = 300
+_BYTES_PER_BIAS = 16
 
 
 @dataclass(eq=False)
 class Request:
-    """One answer to a client's request, and what has come of it.
+    """One answer to a ticket, and how far it has come.
 
     Attributes:
-        ticket: what the client asked for.
-        number: of all answers, in the order of arrival.
-        choice: which of the ticket's answers.
-        token_ids: prompt and answer so far.
-        sequence_id: names its KV cache to the workers; None while it has none. Never used twice.
-        num_computed_tokens: how many of its tokens are in the KV cache of every stage.
-        num_scheduled_tokens: how many will be when the steps that are under way have ended.
-        num_in_flight: how many these steps are.
-        sampling_sent: the last stage knows how to pick its tokens.
-        prefix: what its sequence begins as, if that was another's.
-        shares: it may begin as another sequence.
-        waits_for: another request, which computes what this one is going to share, up to
-            position `waits_until`.
-        losses: how many workers died while they worked on its next token.
-        failures: how many steps for its next token failed.
-        alone: it is suspected of breaking steps, and runs without company until its next token.
-        logprobs: of the tokens of the answer, if they were asked for.
-        started_at: time of its first step, clock seconds; likewise the others.
-        stages: what they computed for it, by the epoch of their plan.
+        number: orders all requests by arrival; the oldest has the smallest.
+        choice: index of the answer among those of the ticket.
+        token_ids: prompt, then answer.
+        sequence_id: id of its KV cache on the workers, never reused; None while it has none.
+        num_computed_tokens: tokens that the KV cache of every stage has.
+        num_scheduled_tokens: tokens that it will have when the steps in flight have ended.
+        num_in_flight: steps in flight that compute some of its tokens.
+        num_cached_tokens: most tokens that it found in the KV cache of another sequence.
+        sampling_sent: whether the last stage was sent `sampling`.
+        prefix: the beginning of another sequence that this one begins with.
+        shares: whether it may begin with another sequence's beginning.
+        waits_for: a request that computes the prefix that this one will share, until it has
+            computed `waits_until` positions.
+        losses: workers that died in a row while they worked on its next token.
+        failures: steps that failed in a row while they computed its next token.
+        alone: whether it is suspected of breaking steps, and runs in steps of its own.
+        logprobs: of the answer's tokens; empty unless they were asked for.
+        num_sent_tokens: tokens of the answer that the client was sent.
+        started_at: when it was first admitted; like all times here in clock seconds.
     """
 
     ticket: "Ticket"
@@ -82,8 +63,7 @@ class Request:
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: Sampling
-    phase: Phase = Phase.WAITING
-    sequence_id: int | None = None
+    sequence_id: SequenceId | None = None
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_in_flight: int = 0
@@ -102,7 +82,21 @@ class Request:
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
-    stages: dict[int, Spent] = field(default_factory=dict)
+    stage_times: StageTimes = field(default_factory=StageTimes)
+    _state: RequestState = field(default=REQUEST_STATES.initial, init=False)
+
+    @property
+    def state(self) -> RequestState:
+        """Where it is in its life."""
+        return self._state
+
+    def change(self, cause: RequestCause) -> None:
+        """Enter the state that follows on `cause`.
+
+        Raises:
+            IllegalTransition: `cause` cannot happen in its state.
+        """
+        self._state = REQUEST_STATES.after(self._state, cause)
 
     @property
     def num_new_tokens(self) -> int:
@@ -110,28 +104,35 @@ class Request:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens that are not in the KV cache of every stage."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
     def num_unscheduled_tokens(self) -> int:
-        """Tokens that no step computes yet."""
+        """Tokens that no step has computed and no step in flight computes."""
         return len(self.token_ids) - self.num_scheduled_tokens
 
     @property
     def sampling_bytes(self) -> int:
-        """About what its parameters take in a message; 0 once they are known."""
-        return 0 if self.sampling_sent else 300 + 16 * len(self.sampling.logit_bias)
+        """About how many bytes `sampling` adds to its next task; 0 once it was sent."""
+        if self.sampling_sent:
+            return 0
+        return _SAMPLING_BYTES + _BYTES_PER_BIAS * len(self.sampling.logit_bias)
 
     def reset(self) -> None:
-        """Forget what is computed; no token of its answer changes."""
+        """Forget the KV cache, so that all tokens are computed again; the tokens stay."""
         self.sequence_id = self.prefix = self.waits_for = None
         self.num_computed_tokens = self.num_scheduled_tokens = self.num_in_flight = 0
         self.sampling_sent = False
 
-    def clear(self) -> None:
-        """Clear it of suspicion."""
+    def clear_suspicion(self) -> None:
+        """Forget failures and losses: it got a token."""
         self.alone = False
         self.losses = self.failures = 0
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
-        """Take the next token of the answer; it may end the answer."""
+        """Add the next token of the answer; set `finish_reason` if it is the last."""
         limits = self.ticket.limits
         assert limits is not None
         self.token_ids.append(token_id)
@@ -144,26 +145,16 @@ class Request:
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"
 
-    def add_stage_times(
-        self, epoch: int, stages: Sequence[PipelineStage], timings: Sequence[StageTime]
-    ) -> None:
-        """Count a step that this request was part of, on all stages of a plan."""
-        spent = self.stages.get(epoch)
-        if spent is None:
-            spent = self.stages[epoch] = Spent(stages, [0] * len(stages))
-        spent.tasks += 1
-        for stage, timing in enumerate(timings):
-            spent.compute_us[stage] += timing.compute_us
-
 
 @dataclass(eq=False)
 class Ticket:
-    """What a client asked for: one prompt, `params.n` answers.
+    """What a client asked for: one prompt, and `params.n` answers.
 
     Attributes:
-        key: its client, the id that the client chose, and a number of ours.
+        key: the client's address, its id for this ticket, and a number that no other ticket has.
         arrived_at: clock seconds.
-        requests: its answers; none before the prompt is known.
+        limits: the parameters after defaults; None until the prompt is tokenized.
+        requests: one per answer; empty until the prompt is tokenized.
     """
 
     key: RequestKey
@@ -174,18 +165,23 @@ class Ticket:
 
     @property
     def deadline(self) -> float | None:
-        """When it is given up, clock seconds, or None."""
+        """When it is given up, clock seconds; None if the client set no timeout."""
         timeout_s = self.params.timeout_s
         return None if timeout_s is None else self.arrived_at + timeout_s
 
     @property
     def reserved_tokens(self) -> int:
-        """Positions of KV cache that one of its answers may come to need."""
+        """Positions of KV cache that one of its answers may grow to."""
         assert self.limits is not None
         return self.requests[0].num_prompt_tokens + self.limits.max_new_tokens
 
     def accept(self, prompt: Sequence[int], limits: Limits, *, number: int) -> None:
-        """Take the prompt's token ids; its answers are numbered from `number` on."""
+        """Create its requests.
+
+        Args:
+            prompt: token ids.
+            number: of the first request; the others follow.
+        """
         self.limits = limits
         self.requests = tuple(
             Request(self, number + choice, choice, list(prompt), len(prompt), sampling)
@@ -201,7 +197,7 @@ class Ticket:
         )
 
     def timings(self) -> Timings:
-        """Return where its time went; call it once all answers have a token."""
+        """Return where its time went. Every answer must have a token."""
         started_at = min(r.started_at for r in self.requests if r.started_at is not None)
         first_at = min(r.first_token_at for r in self.requests if r.first_token_at is not None)
         decodes = [
@@ -213,23 +209,5 @@ class Ticket:
             queued_s=started_at - self.arrived_at,
             first_token_s=first_at - started_at,
             decode_s=max(decodes),
-            stages=_stage_timings(self.requests),
+            stages=StageTimes.sums(request.stage_times for request in self.requests),
         )
-
-
-def _stage_timings(requests: Iterable[Request]) -> tuple[StageTiming, ...]:
-    """Return what each stage did; a task is counted for each of the answers in it."""
-    tasks: Counter[tuple[WorkerId, LayerRange]] = Counter()
-    compute_us: Counter[tuple[WorkerId, LayerRange]] = Counter()
-    for request in requests:
-        for spent in request.stages.values():
-            for stage, microseconds in zip(spent.stages, spent.compute_us, strict=True):
-                tasks[stage.worker, stage.layers] += spent.tasks
-                compute_us[stage.worker, stage.layers] += microseconds
-    timings = [
-        StageTiming(
-            worker=stage[0], layers=stage[1], tasks=number, compute_s=compute_us[stage] / 1e6
-        )
-        for stage, number in tasks.items()
-    ]
-    return tuple(sorted(timings, key=lambda timing: timing.layers))[:MAX_STAGES]

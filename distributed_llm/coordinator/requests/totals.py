@@ -1,4 +1,4 @@
-"""What has come of all requests, and how fast. Pure."""
+"""Counts of all requests, and how fast they finish. Pure."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ _MAX_WAIT_S = 600.0
 
 @dataclass
 class Totals:
-    """Counters of one coordinator.
+    """Counts since the coordinator started.
 
     Attributes:
-        finished: requests, likewise `failed`.
-        tokens: of all answers.
-        prefix_hit_tokens: positions that were not computed because another sequence had them.
+        finished: requests that were answered completely.
+        failed: requests that ended otherwise, refused ones included.
+        tokens: tokens of all answers.
+        prefix_hit_tokens: positions that were shared with another sequence instead of computed.
         preemptions: how often a request gave up its KV cache to an older one.
     """
 
@@ -27,7 +28,7 @@ class Totals:
     _interval_s: float | None = None
 
     def count_finished(self, *, now: float) -> None:
-        """A request was answered in full."""
+        """Count a request that was answered completely."""
         self.finished += 1
         if self._finished_at is not None:
             sample = now - self._finished_at
@@ -36,6 +37,6 @@ class Totals:
         self._finished_at = now
 
     def seconds_for(self, requests: int) -> float:
-        """Return about how long so many requests take, at the pace of the last ones."""
+        """Estimate how long `requests` requests take, by the intervals at which others finished."""
         wait_s = requests * (self._interval_s or 0.0)
         return min(max(wait_s, _MIN_WAIT_S), _MAX_WAIT_S)

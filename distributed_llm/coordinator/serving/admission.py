@@ -1,34 +1,41 @@
-"""On which pipeline the request runs whose turn it is. Pure."""
+"""Admission: on which pipeline the next waiting request runs. Pure."""
 
+from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.kv_ledger import prefix_key
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
 
 _MUCH_BUSIER = 2
+"""A pipeline with this many times the requests of the least busy one is not chosen for a prefix."""
 
 
 class Admission:
-    """Lets waiting requests run.
+    """Lets waiting requests run, as long as there is room for the next one.
+
+    Pipelines that had no room are asked again only when something in them has changed, or when
+    another request is next.
 
     Args:
-        desk: has the requests, in their order.
+        book: holds the waiting requests, in their order.
     """
 
-    def __init__(self, book: RequestBook) -> None:
+    def __init__(self, book: RequestBook, event_log: EventLog) -> None:
         self._book = book
-        self._open: dict[int, Pipeline] = {}  # by epoch; they may have room, or be dissolved
-        self._full: dict[int, Pipeline] = {}  # likewise; they have none for the request below
-        self._head: Request | None = None  # whose turn it was last
+        self._event_log = event_log
+        self._open: dict[Epoch, Pipeline] = {}  # by epoch; may have room, or be dissolved by now
+        self._full: dict[Epoch, Pipeline] = {}  # by epoch; have no room for `_head`
+        self._head: Request | None = None  # the request that was next at the last call
 
     def may_have_room(self, pipeline: Pipeline) -> None:
-        """Something in a pipeline has changed: it is asked again."""
+        """Ask `pipeline` again: something in it has changed."""
         if pipeline.scheduler and pipeline.scheduler.has_seat:
             self._open[pipeline.epoch] = pipeline
             self._full.pop(pipeline.epoch, None)
 
     def admit(self, *, now: float) -> None:
-        """Let waiting requests run as long as there is room for the next one."""
+        """Let waiting requests run until there is no room for the next one."""
         while (request := self._book.next_waiting()) is not None:
             if request is not self._head:
                 self._head = request
@@ -37,15 +44,22 @@ class Admission:
             if not self._open:
                 return
             pipeline = self._choose(request)
-            if pipeline.scheduler is None or not self._book.admit(pipeline.scheduler, now=now):
-                del self._open[pipeline.epoch]
-                if pipeline.scheduler is not None and pipeline.scheduler.has_seat:
-                    self._full[pipeline.epoch] = pipeline
+            if pipeline.scheduler and self._book.admit(pipeline.scheduler, now=now):
+                self._event_log.trace(
+                    EventKind.ANSWER_ADMITTED,
+                    request.ticket.key[1],
+                    epoch=pipeline.epoch,
+                    choice=request.choice,
+                )
+                continue
+            del self._open[pipeline.epoch]
+            if pipeline.scheduler is not None and pipeline.scheduler.has_seat:
+                self._full[pipeline.epoch] = pipeline
 
     def _choose(self, request: Request) -> Pipeline:
-        """Return where it finds most of its prompt computed, or else where it waits least.
+        """Return the open pipeline with most of the prompt in its KV cache, else the least loaded.
 
-        A pipeline that is far busier than another one is not worth a shared prefix.
+        A shared prefix does not count in a pipeline that is much busier than the least busy one.
         """
         key = prefix_key(request.token_ids)
         least = min(pipeline.num_running for pipeline in self._open.values())

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline take, and how many steps should be under way in it. Pure.
+"""How many steps of one pipeline should be under way. Pure.
 
 All R sequences that decode are under way, spread over d steps of R/d sequences each. A sequence
 gets one token per round trip T of its step, so the throughput is R / T (Little's law), and the best
@@ -6,74 +6,52 @@ d has the least round trip:
 
     T(d) = max(sum of t_i(R/d) + overhead, d * largest t_i(R/d))
 
-Either a step finds every stage free, or it waits for the slowest. t_i(n) = a_i + b_i n is what
-stage i was measured to take for n sequences. It is measured for every depth by itself: stages that
-share one machine slow each other down, and only measuring tells.
+Either a step finds every stage free, or it waits for the slowest. t_i(n) = a_i + b_i n is the
+measured time of stage i for n sequences, fitted for each depth by itself. That is the difference to
+`speeds`, which learns the time of one layer on one worker, to forecast other plans: here the times
+belong to one plan, and include how stages that share a machine slow each other down at that depth,
+which only measuring tells (`python -m benchmarks.depth`).
 """
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
+from distributed_llm.coordinator.fading_mean import MAX_WEIGHT, OUTLIER, FadingMean, fade
+
 _WARM_UP = 1
-"""Tasks of every stage that do not count when a depth is tried: the pipeline fills or drains."""
+"""First tasks of each stage at a new depth that do not count: the pipeline fills or drains."""
 
 _ENOUGH = 2
-"""Tasks of every stage that show what a depth is worth."""
+"""Further tasks of each stage after which a depth can be judged."""
 
 _PATIENCE = (4, 16)
-"""Half-lives after which a depth is tried again: at first, doubling each time, and at most."""
-
-_MAX_WEIGHT = 64.0
-"""Of everything a fit has seen, in tasks: it follows a change within about so many."""
-
-_OUTLIER = 3.0
-"""A task that took more than this many times the expected is counted as if it took this."""
+"""Half-lives after which a depth is forgotten and may be tried again: at first, and at most; the
+number doubles each time."""
 
 _PRIOR = 0.02
-"""Weight of a prior slope: as much as that of batches whose sizes vary by its square root."""
+"""Weight of the prior slope: that of batches whose sizes vary by the square root of this share."""
 
 _FAST_ENOUGH = 0.9
-"""Share of the best throughput."""
+"""Share of the best throughput that counts as just as fast."""
 
 _BEARABLE = 1.5
-"""With others a step may take so many times what it takes alone, where somebody waits for it."""
+"""A step with prompt tokens may take so many times what it takes alone while others decode."""
 
 _WORTHWHILE = 0.05
-"""The depth is changed for a round trip that is this share shorter."""
+"""Least reduction of the round trip, as a share, for which the depth changes."""
 
 
-class Mean:
-    """A mean that forgets.
+class _StageFit:
+    """Seconds of one stage for n sequences at one depth: a line, by fading least squares.
 
-    Attributes:
-        value: None before the first observation.
-    """
-
-    def __init__(self, half_life_s: float) -> None:
-        self._half_life_s = half_life_s
-        self._weight = 0.0
-        self._at = 0.0
-        self.value: float | None = None
-
-    def add(self, value: float, now: float) -> None:
-        """Take an observation; one far above the mean is counted as if it were not so far."""
-        past = self._weight * _decay(now - self._at, self._half_life_s)
-        if self.value is not None:
-            value = min(value, _OUTLIER * self.value) if self.value else value
-            value = (past * self.value + value) / (past + 1)
-        self.value, self._weight, self._at = value, min(past + 1, _MAX_WEIGHT), now
-
-
-class _Line:
-    """Seconds for n sequences, by least squares over observations that fade.
-
-    The slope lies between none and proportion. While all batches have the same size it could be
-    any of these; the more sizes vary, the nearer `flat` and `steep`, made with either as a prior,
-    come to each other. Both pass through the mean, so the smaller one is the optimistic guess.
+    The slope lies between 0 and proportion (time / sequences). While all batches have one size,
+    nothing shows where; so two lines are fitted, `flat` with slope 0 as its prior and `steep` with
+    proportion, which approach each other as sizes vary. Both pass through the mean. A prediction
+    is the smaller of the two, the optimistic one.
 
     Attributes:
-        flat: base and slope, seconds and seconds per sequence.
-        steep: the same.
+        flat: base in seconds, and slope in seconds per sequence.
+        steep: likewise.
     """
 
     def __init__(self, half_life_s: float) -> None:
@@ -86,7 +64,7 @@ class _Line:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Mean time over mean number of sequences, each of which gets one token."""
+        """Mean time over mean number of sequences; None before the first observation."""
         return self._t / self._n if self._n else None
 
     def __call__(self, n: float) -> float:
@@ -94,14 +72,14 @@ class _Line:
 
     def add(self, n: int, seconds: float, now: float) -> None:
         if self._weight:
-            seconds = min(seconds, _OUTLIER * max(self(n), self._t))
-        past = self._weight * _decay(now - self._at, self._half_life_s)
+            seconds = min(seconds, OUTLIER * max(self(n), self._t))
+        past = self._weight * fade(now - self._at, self._half_life_s)
         share = 1 / (past + 1)
         self._n += share * (n - self._n)
         self._nn += share * (n * n - self._nn)
         self._t += share * (seconds - self._t)
         self._nt += share * (n * seconds - self._nt)
-        self._weight, self._at = min(past + 1, _MAX_WEIGHT), now
+        self._weight, self._at = min(past + 1, MAX_WEIGHT), now
         self._fit()
 
     def _fit(self) -> None:
@@ -114,28 +92,29 @@ class _Line:
         self.steep = (self._t - steep * self._n, steep)
 
 
-class _Depth:
-    """What was measured with one number of steps under way.
+class _DepthTimes:
+    """Times of all stages, measured at one depth.
 
-    Sum and slowest stage are kept up to date, so that a prediction does not look at all stages.
+    The sum over stages and the slowest stage are kept up to date, so a prediction costs O(1).
 
     Attributes:
-        patience: half-lives without observations after which it is tried again.
+        patience: half-lives without an observation after which the times are stale.
+        fits: by stage.
         seen_at: clock seconds of the last observation.
     """
 
     def __init__(self, num_stages: int, half_life_s: float, patience: int = _PATIENCE[0]) -> None:
         self.patience = patience
-        self.lines = [_Line(half_life_s) for _ in range(num_stages)]
+        self.fits = [_StageFit(half_life_s) for _ in range(num_stages)]
         self._tasks = [0] * num_stages
         self._lacking = num_stages  # stages without enough tasks
-        self._total = [0.0] * 4  # of flat and steep of all lines
+        self._total = [0.0] * 4  # base and slope of flat, then of steep, summed over stages
         self._slowest = 0
         self.seen_at = 0.0
 
     @property
     def known(self) -> bool:
-        """Whether there is enough to judge by."""
+        """Whether every stage has enough tasks to judge this depth by."""
         return not self._lacking
 
     def add(self, stage: int, n: int, seconds: float, now: float) -> None:
@@ -145,72 +124,77 @@ class _Depth:
             return
         if self._tasks[stage] == _WARM_UP + _ENOUGH:
             self._lacking -= 1
-        line = self.lines[stage]
-        flat, steep, total = line.flat, line.steep, self._total
-        line.add(n, seconds, now)
-        total[0] += line.flat[0] - flat[0]
-        total[1] += line.flat[1] - flat[1]
-        total[2] += line.steep[0] - steep[0]
-        total[3] += line.steep[1] - steep[1]
-        if line(n) > self.lines[self._slowest](n):
+        fit = self.fits[stage]
+        flat, steep, total = fit.flat, fit.steep, self._total
+        fit.add(n, seconds, now)
+        total[0] += fit.flat[0] - flat[0]
+        total[1] += fit.flat[1] - flat[1]
+        total[2] += fit.steep[0] - steep[0]
+        total[3] += fit.steep[1] - steep[1]
+        if fit(n) > self.fits[self._slowest](n):
             self._slowest = stage
 
     def total_s(self, n: int) -> float:
-        """Return the seconds that all stages together take for `n` sequences."""
+        """Return the seconds of all stages together for `n` sequences."""
         base, slope, steep_base, steep_slope = self._total
         return min(base + slope * n, steep_base + steep_slope * n)
 
     def slowest_s(self, n: int) -> float:
-        """Return the seconds that the slowest stage takes for `n` sequences."""
-        return self.lines[self._slowest](n)
+        """Return the seconds of the slowest stage for `n` sequences."""
+        return self.fits[self._slowest](n)
 
 
 class DepthEstimator:
-    """Measured times of the stages of one pipeline. Its memory is constant.
+    """Learns the stage times of one pipeline at each depth, and chooses the depth.
+
+    "Depth" is the number of steps under way. Memory is O(depths * stages).
 
     Args:
-        half_life_s: after which an observation counts half.
+        half_life_s: time after which an observation counts half.
     """
 
     def __init__(self, num_stages: int, half_life_s: float = 30.0) -> None:
         self._num_stages = num_stages
         self._half_life_s = half_life_s
-        self._depths: dict[int, _Depth] = {}
-        self._overhead = Mean(half_life_s)
-        self._latest: _Depth | None = None
+        self._depths: dict[int, _DepthTimes] = {}
+        self._overhead = FadingMean(half_life_s)
+        self._latest: _DepthTimes | None = None
         self._choice = 0  # 0: none was made
 
     def observe(self, stage: int, tokens: int, compute_s: float, *, depth: int, now: float) -> None:
-        """Take what a task of a step took that only decodes.
+        """Learn from one task, a step on one stage.
 
         Args:
-            tokens: sequences in the step; each decodes one token.
-            depth: steps under way when it began, itself included.
+            stage: index in the pipeline.
+            tokens: tokens of the step.
+            compute_s: seconds that the stage computed.
+            depth: steps under way when the step began, including itself.
             now: clock seconds.
         """
         at = self._depths.get(depth)
         if at is None:
-            at = self._depths[depth] = _Depth(self._num_stages, self._half_life_s)
+            at = self._depths[depth] = _DepthTimes(self._num_stages, self._half_life_s)
         elif self._is_stale(at, now):
             patience = min(2 * at.patience, _PATIENCE[1])
-            at = self._depths[depth] = _Depth(self._num_stages, self._half_life_s, patience)
+            at = self._depths[depth] = _DepthTimes(self._num_stages, self._half_life_s, patience)
         at.add(stage, tokens, compute_s, now)
         self._latest = at
 
     def observe_overhead(self, seconds: float, now: float) -> None:
-        """Take the part of a step's round trip in which it was neither computed nor queued."""
+        """Learn the part of a step's round trip in which it was neither computed nor queued."""
         self._overhead.add(seconds, now)
 
     def best_depth(self, sequences: int, *, limit: int, now: float) -> int:
-        """Return how many steps should be under way, of `ceil(sequences / depth)` sequences each.
+        """Return the depth with the shortest round trip, for steps that decode.
 
-        A depth that was not tried lately is expected to be as good as those next to it allow. So it
-        is tried if it could be the best, and judged by what it shows. The choice stays until
-        another is better by more than noise.
+        A depth without recent measurements gets the most optimistic prediction that its measured
+        neighbours allow; so it is tried if it could be the best, and then judged by its own times.
+        The choice changes only for a gain above noise (`_WORTHWHILE`).
 
         Args:
-            sequences: that decode.
-            limit: steps that may be under way.
+            sequences: that decode, in all steps together.
+            limit: most steps that may be under way.
+            now: clock seconds.
         """
         most = max(1, min(limit, sequences))
         known = self._known(now)
@@ -227,17 +211,18 @@ class DepthEstimator:
     def best_chunks(
         self, tokens: int, *, limit: int, try_up_to: int, frugal: bool, now: float
     ) -> int:
-        """Return how many steps of `tokens` tokens should be under way.
+        """Return the depth for steps that compute chunks of prompts.
 
-        Beyond what keeps the slowest stage busy they only delay each other, and what answers
-        beside them.
+        It is the least depth that keeps the slowest stage busy. More steps only delay each other,
+        and the answers that are decoded meanwhile.
 
         Args:
-            tokens: in each step.
-            limit: steps that may be under way.
-            try_up_to: of them, if it was not measured that they are worth it.
-            frugal: others wait for these steps: fewer are tried as well, and taken if they are as
-                fast, or if a step among others takes much longer than alone.
+            tokens: of each step.
+            limit: most steps that may be under way.
+            try_up_to: most steps, unless measurements show that more are faster.
+            frugal: answers wait for these steps. Then fewer steps are tried too, and taken if they
+                are as fast, or if a step takes much longer beside others than alone.
+            now: clock seconds.
         """
         known = self._known(now)
         if not known:
@@ -259,28 +244,28 @@ class DepthEstimator:
         return min(depth for depth in depths if rate(depth) >= fast)
 
     def seconds_per_token(self, stage: int) -> float | None:
-        """Return what a stage takes per decoded token in batches as they are now, or None."""
-        return self._latest.lines[stage].seconds_per_token if self._latest else None
+        """Return the seconds of a stage per token in the latest batches, None if unknown."""
+        return self._latest.fits[stage].seconds_per_token if self._latest else None
 
     # -------------------------------------------------------------- predictions
 
     def _known(self, now: float) -> Sequence[int]:
-        """Return the depths that can be judged, in order."""
+        """Return the depths with enough recent measurements, ascending."""
         found = self._depths.items()
         return sorted(d for d, at in found if at.known and not self._is_stale(at, now))
 
-    def _is_stale(self, at: _Depth, now: float) -> bool:
+    def _is_stale(self, at: _DepthTimes, now: float) -> bool:
         return now - at.seen_at > at.patience * self._half_life_s
 
     def _round_trips(self, sequences: int, most: int, known: Sequence[int]) -> Sequence[float]:
-        """Return T(1) to T(most)."""
+        """Return T(1) to T(most), seconds."""
         return [self._predict(-(-sequences // d), d, known) for d in range(1, most + 1)]
 
     def _predict(self, tokens: int, depth: int, known: Sequence[int]) -> float:
-        """Return T, measured or as low as the nearest depths on either side allow.
+        """Return T(depth), seconds: as measured, or the least that the nearest known depths allow.
 
-        With fewer steps under way no stage is faster than in proportion to the number of stages
-        that can be busy at once; with more of them none is faster at all.
+        From a known depth below: with more steps under way no stage gets faster. From one above:
+        with fewer steps, stages get faster at most in proportion to how many can be busy at once.
         """
         above = bisect_left(known, depth)
         if above < len(known) and known[above] == depth:
@@ -294,12 +279,8 @@ class DepthEstimator:
         return max(bounds)
 
     def _round_trip_s(self, tokens: int, depth: int, source: int, factor: float) -> float:
-        """Return T at `depth` if stages take `factor` times what they took at depth `source`."""
+        """Return T(depth) if stages take `factor` times as long as measured at depth `source`."""
         at = self._depths[source]
         overhead_s = self._overhead.value or 0.0
         alone = factor * at.total_s(tokens) + overhead_s
         return max(alone, depth * factor * at.slowest_s(tokens))
-
-
-def _decay(elapsed_s: float, half_life_s: float) -> float:
-    return float(0.5 ** (elapsed_s / half_life_s))

@@ -73,6 +73,8 @@ class EventKind(Enum):
     ANSWER_ADMITTED = "info", "request {request}: answer {choice} runs on plan {epoch}"
     ANSWER_PREEMPTED = "info", "request {request}: answer {choice} gave its KV cache up"
     STEP_FAILED = "warning", "request {request}: worker {worker} failed a step ({code}): {why}"
+    STEP_LOST = "warning", "request {request}: worker {worker} was lost over a step"
+    CLIENT_GONE = "info", "request {request}: its client is gone"
     REQUEST_FINISHED = "info", "request {request} finished: {answer_tokens} tokens"
     REQUEST_FAILED = "warning", "request {request} failed: {code}: {why}"
 

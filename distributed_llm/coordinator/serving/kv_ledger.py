@@ -1,57 +1,59 @@
-"""What the stages of one pipeline hold in their KV caches, and how much room is left. Pure.
+"""The ledger of the KV cache of one pipeline: sequences, shared prefixes and free room. Pure.
 
-Every stage holds the same positions of the same sequences, so one book is enough for all. It is
-kept in blocks of `KV_BLOCK` positions and in segments, as the stages keep their buffers: a sequence
-that begins like another references that one's segments and goes on in one of its own; a segment
-is charged once, until the last sequence that references it is freed. What is charged is no less
-than what a stage allocates.
+Every stage has the same positions of the same sequences in its KV cache, so one ledger is enough
+for all of them. It mirrors their buffers: each sequence references a chain of segments, which are
+charged in blocks of `KV_BLOCK` positions. A sequence that begins like another one references that
+one's segments and continues in a segment of its own. A segment is charged once, and until the last
+sequence that references it is freed. The ledger never charges less than a stage allocates.
 
-Sequences that have ended stay, as prefixes for later ones, until room is needed: the one that was
-used least lately goes first. Prefixes are found by hashes of all tokens up to each multiple of
-`_STRIDE` (as in vLLM's prefix caching), and then compared token by token: a hash that lies costs
-nothing but the comparison.
+A sequence that has ended stays as a prefix for later ones until its room is needed; the least
+recently used one goes first. Prefixes are found by hashing the tokens up to each multiple of
+`_STRIDE`, as in vLLM's prefix caching, and then compared token by token, so that a collision of
+hashes costs a comparison and no wrong answer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distributed_llm.common.messages import SharedPrefix
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 
 _STRIDE = 16
-_NOBODY = 0
-"""A sequence id that none has."""
+_NOBODY: SequenceId = 0
+"""An id that no sequence has."""
 
 
 @dataclass(eq=False)
 class _Segment:
-    """A buffer on every stage.
+    """A buffer that every stage has.
 
     Attributes:
-        start: the first position in it.
-        owner: the sequence that goes on in it; it may be gone.
+        start: its first position.
+        owner: the sequence that appends to it; it may be gone.
         holders: sequences that reference it.
-        blocks: charged for it.
+        blocks: blocks charged for it.
     """
 
     start: int
-    owner: int
-    holders: set[int]
+    owner: SequenceId
+    holders: set[SequenceId]
     blocks: int = 0
 
 
 @dataclass(eq=False)
 class _Held:
-    """One sequence.
+    """A sequence in the KV cache.
 
     Attributes:
-        tokens: the owner's list; positions below `computed` are in the KV cache of all stages.
-        segments: that it references.
-        length: positions that are charged.
-        hashes: under which it can be found.
-        prefix: what it began as, until all stages know.
-        pins: sequences that are to begin as this one, on stages that may not know them yet.
-        ended: it is kept only as a prefix for others; not even that if it is `lost`.
+        tokens: token ids; while the sequence runs, the request's own list, which grows.
+        segments: the segments it references, by position.
+        length: positions charged for it.
+        computed: positions that all stages have computed.
+        hashes: of its prefixes, one per `_STRIDE` positions, for those in the index.
+        prefix: the prefix it began with, until all stages have confirmed it.
+        pins: sequences that begin with a prefix of this one, which not all stages have confirmed.
+        ended: whether it is kept only as a prefix for others.
+        lost: whether a stage has lost it, so that it is not even kept as a prefix.
     """
 
     tokens: Sequence[int]
@@ -67,50 +69,55 @@ class _Held:
 
 @dataclass(frozen=True)
 class Match:
-    """The first `length` positions of a held sequence are those that are wanted."""
+    """A sequence whose first `length` tokens are those that were looked for."""
 
-    sequence_id: int
+    sequence_id: SequenceId
     length: int
 
 
 class KVLedger:
-    """The book of one pipeline.
+    """The KV cache of one pipeline.
 
     Args:
         capacity_tokens: positions that every stage has room for.
-
-    Attributes:
-        freed: sequences that the stages are to free, in order; whoever reads it empties it.
     """
 
     def __init__(self, capacity_tokens: int) -> None:
         self._capacity = capacity_tokens // KV_BLOCK
         self._used = 0
-        self._tolerated = 0  # in use when there was room for less
-        self._held: dict[int, _Held] = {}
-        self._ended: dict[int, None] = {}  # least lately used first
-        self._index: dict[int, dict[int, None]] = {}
-        self.freed: list[int] = []
+        self._tolerated = 0  # blocks in use when the capacity was last set
+        self._held: dict[SequenceId, _Held] = {}
+        self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
+        self._index: dict[int, dict[SequenceId, None]] = {}  # by hash of a prefix
+        self._freed: list[SequenceId] = []
 
     @property
     def used_tokens(self) -> int:
-        """Positions that are charged, in whole blocks."""
+        """Positions charged, in whole blocks."""
         return self._used * KV_BLOCK
 
     @property
     def cached_tokens(self) -> int:
-        """Those of them that would be free if all sequences that ended went."""
+        """Positions that would become free if all ended sequences were freed."""
         segments = {segment for i in self._ended for segment in self._held[i].segments}
         ended = self._ended.keys()
         return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= ended)
 
     @property
-    def sequence_ids(self) -> list[int]:
-        """The sequences that are held."""
+    def sequence_ids(self) -> list[SequenceId]:
+        """All sequences, ended ones included."""
         return list(self._held)
 
+    def take_freed(self) -> list[SequenceId]:
+        """Return the sequences that the stages are to free, in order, and forget them."""
+        freed, self._freed = self._freed, []
+        return freed
+
     def match(self, tokens: Sequence[int], limit: int) -> Match | None:
-        """Return the held sequence that shares most with `tokens[:limit]`, if any does."""
+        """Return a sequence with the longest common prefix with `tokens[:limit]`.
+
+        None if no sequence has at least `_STRIDE` tokens in common.
+        """
         found = None
         state = 0
         for at in range(0, limit - _STRIDE + 1, _STRIDE):
@@ -126,17 +133,21 @@ class KVLedger:
         return Match(found, length) if length >= _STRIDE else None
 
     def may_match(self, key: int) -> bool:
-        """Return whether `match` may find something; `key` is `prefix_key` of the tokens."""
+        """Return whether `match` may find a sequence.
+
+        Args:
+            key: `prefix_key` of the tokens.
+        """
         return key in self._index
 
     def open(
-        self, sequence_id: int, tokens: Sequence[int], length: int, match: Match | None
+        self, sequence_id: SequenceId, tokens: Sequence[int], length: int, match: Match | None
     ) -> bool:
-        """Begin a sequence with room for `length` positions; False, if there is no room.
+        """Begin a sequence with room for `length` positions; return False if there is no room.
 
         Args:
-            tokens: read later too, as it grows.
-            match: what to share; `prefix_of` tells whether it was.
+            tokens: kept, and read again when it has grown.
+            match: a prefix to share if possible; `prefix_of` returns what is shared.
         """
         held = self._held[sequence_id] = _Held(tokens)
         if match is not None:
@@ -146,19 +157,20 @@ class KVLedger:
         self._forget(sequence_id)
         return False
 
-    def prefix_of(self, sequence_id: int) -> SharedPrefix | None:
-        """Return what the sequence began as, if that was another's and not all stages know."""
+    def prefix_of(self, sequence_id: SequenceId) -> SharedPrefix | None:
+        """Return the prefix that a sequence shares, until `computed` is first called for it."""
         return self._held[sequence_id].prefix
 
-    def _share(self, sequence_id: int, match: Match) -> SharedPrefix | None:
-        """Let a sequence begin as part of another one; None, changing nothing, if it must not.
+    def _share(self, sequence_id: SequenceId, match: Match) -> SharedPrefix | None:
+        """Let a sequence begin with a prefix of another one, and return that.
 
-        An ended sequence of which nothing would be left over is taken: the new one covers it.
+        An ended sequence that is shared as a whole is taken over: the new one continues its last
+        segment. None, with nothing changed, if it would have to be taken but is pinned.
         """
         parent, child = self._held[match.sequence_id], self._held[sequence_id]
         covers = parent.ended and match.length >= parent.computed
         if covers and parent.pins:
-            return None  # stages that do not know the others yet need it as it is
+            return None  # stages have not confirmed others that begin with it
         for segment in parent.segments:
             if segment.start < match.length:
                 segment.holders.add(sequence_id)
@@ -169,13 +181,14 @@ class KVLedger:
         else:
             parent.pins += 1
         if parent.ended and not covers:
-            self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # used just now
+            self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # recently used
         return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=covers)
 
-    def _take(self, parent: int, child: int) -> None:
-        """The child goes on where the parent did.
+    def _take(self, parent: SequenceId, child: SequenceId) -> None:
+        """Let `child` append to the last segment of `parent`, which is forgotten.
 
-        Others read nothing beyond: whoever shares more of an ended sequence covers it.
+        No other sequence reads the positions that `child` will write: one that shares the whole of
+        an ended sequence takes it.
         """
         last = self._held[child].segments[-1]
         if last.owner == parent:
@@ -183,10 +196,10 @@ class KVLedger:
         del self._ended[parent]
         self._forget(parent)
 
-    def extend(self, sequence_id: int, length: int) -> bool:
-        """Charge the sequence for `length` positions; return False if there is no room.
+    def extend(self, sequence_id: SequenceId, length: int) -> bool:
+        """Charge a sequence for `length` positions; return False if there is no room.
 
-        Prefixes of ended sequences make room.
+        Ended sequences are freed as needed.
         """
         held = self._held[sequence_id]
         if length <= held.length:
@@ -204,20 +217,24 @@ class KVLedger:
         held.length = length
         return True
 
-    def computed(self, sequence_id: int, length: int) -> None:
-        """All stages have the first `length` positions: others may share them."""
+    def computed(self, sequence_id: SequenceId, length: int) -> None:
+        """Record that all stages have computed `length` positions; others may share them now."""
         held = self._held[sequence_id]
         self._confirm(held)
         held.computed = length
         self._index_up_to(sequence_id, held)
 
-    def end(self, sequence_id: int, *, keep: bool) -> None:
-        """The sequence is done; keep it as a prefix for others if it is of use."""
+    def end(self, sequence_id: SequenceId, *, keep: bool) -> None:
+        """End a sequence.
+
+        Args:
+            keep: keep it as a prefix, if it is long enough and no other sequence covers it.
+        """
         held = self._held[sequence_id]
-        held.tokens = list(held.tokens[: held.computed])  # the owner may have dropped some
+        held.tokens = list(held.tokens[: held.computed])  # the request may drop some
         held.computed = len(held.tokens)
         if held.segments and self._read_until(held.segments[-1], sequence_id) > held.computed:
-            held.segments[-1].owner = _NOBODY  # others read what was dropped: it stays
+            held.segments[-1].owner = _NOBODY  # others read past its end: nobody may append
         useful = keep and held.computed >= _STRIDE and not self._is_covered(sequence_id, held)
         if useful or held.pins:
             held.ended = True
@@ -225,8 +242,8 @@ class KVLedger:
         else:
             self._free(sequence_id)
 
-    def _read_until(self, segment: _Segment, sequence_id: int) -> int:
-        """Return up to which position sequences other than this one read a segment."""
+    def _read_until(self, segment: _Segment, sequence_id: SequenceId) -> int:
+        """Return the end of the positions in `segment` that sequences other than this one read."""
         until = 0
         for other in segment.holders - {sequence_id}:
             chain = self._held[other].segments
@@ -234,7 +251,8 @@ class KVLedger:
             until = max(until, beyond[0].start if beyond else self._held[other].length)
         return until
 
-    def _is_covered(self, sequence_id: int, held: _Held) -> bool:
+    def _is_covered(self, sequence_id: SequenceId, held: _Held) -> bool:
+        """Return whether another sequence has all tokens of this one; if not, index this one."""
         self._unindex(sequence_id, held)
         match = self.match(held.tokens, held.computed)
         if match is not None and match.length >= held.computed:
@@ -243,6 +261,7 @@ class KVLedger:
         return False
 
     def _make_room(self, blocks: int) -> bool:
+        """Free ended sequences until `blocks` more fit; return whether they do."""
         while self._used + blocks > self._capacity:
             oldest = next((i for i in self._ended if not self._held[i].pins), None)
             if oldest is None:
@@ -251,9 +270,10 @@ class KVLedger:
         return True
 
     def resize(self, capacity_tokens: int) -> bool:
-        """Have room for so many positions from now on; False if more than that are in use.
+        """Set the capacity; return False if more positions than that are in use.
 
-        Prefixes of ended sequences make room. What is in use beyond that stays, and does not grow.
+        Ended sequences are freed as needed. Positions in use beyond the capacity stay, but no
+        sequence grows until there is room again.
         """
         self._capacity = capacity_tokens // KV_BLOCK
         fits = self._make_room(0)
@@ -261,41 +281,41 @@ class KVLedger:
         return fits
 
     def trim(self, cached_tokens: int) -> None:
-        """Free prefixes of ended sequences until they take no more than so many positions."""
+        """Free ended sequences, least recently used first, down to `cached_tokens` positions."""
         for sequence_id in [i for i in self._ended if not self._held[i].pins]:
             if self.cached_tokens <= cached_tokens:
                 return
             self._free(sequence_id)
 
-    def discard(self, sequence_id: int) -> None:
-        """Keep a sequence no longer as a prefix, if it is kept as one: a stage has lost it."""
+    def discard(self, sequence_id: SequenceId) -> None:
+        """Free a sequence if it has ended: a stage has lost it, so it is no good as a prefix."""
         held = self._held.get(sequence_id)
         if held is not None and held.ended:
             self._unindex(sequence_id, held)
             held.lost = True
             self._free_lost(sequence_id)
 
-    def _free_lost(self, sequence_id: int) -> None:
+    def _free_lost(self, sequence_id: SequenceId) -> None:
         held = self._held[sequence_id]
         if held.lost and not held.pins:
             self._free(sequence_id)
 
     def _confirm(self, held: _Held) -> None:
-        """All stages know what a sequence began as, or it is gone: its parent is free to go."""
+        """Unpin the parent of a sequence: all stages know its prefix, or it is gone."""
         prefix, held.prefix = held.prefix, None
         if prefix and not prefix.take:
             self._held[prefix.sequence_id].pins -= 1
             self._free_lost(prefix.sequence_id)
 
-    def _free(self, sequence_id: int) -> None:
+    def _free(self, sequence_id: SequenceId) -> None:
         self._ended.pop(sequence_id, None)
         self._forget(sequence_id)
-        self.freed.append(sequence_id)
+        self._freed.append(sequence_id)
 
-    def _forget(self, sequence_id: int) -> None:
+    def _forget(self, sequence_id: SequenceId) -> None:
         held = self._held.pop(sequence_id)
-        if held.prefix and held.prefix.take:  # stages that did not see it taken hold it still
-            self.freed.append(held.prefix.sequence_id)
+        if held.prefix and held.prefix.take:  # some stages may still hold it
+            self._freed.append(held.prefix.sequence_id)
         self._unindex(sequence_id, held)
         for segment in held.segments:
             segment.holders.remove(sequence_id)
@@ -303,14 +323,14 @@ class KVLedger:
                 self._used -= segment.blocks
         self._confirm(held)
 
-    def _index_up_to(self, sequence_id: int, held: _Held) -> None:
+    def _index_up_to(self, sequence_id: SequenceId, held: _Held) -> None:
         state = held.hashes[-1] if held.hashes else 0
         for at in range(len(held.hashes) * _STRIDE, held.computed - _STRIDE + 1, _STRIDE):
             state = _hash(state, held.tokens[at : at + _STRIDE])
             held.hashes.append(state)
             self._index.setdefault(state, {})[sequence_id] = None
 
-    def _unindex(self, sequence_id: int, held: _Held) -> None:
+    def _unindex(self, sequence_id: SequenceId, held: _Held) -> None:
         for state in held.hashes:
             holders = self._index.get(state)
             if holders is not None:
@@ -322,7 +342,7 @@ class KVLedger:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         assert 0 <= self._used <= max(self._capacity, self._tolerated)
-        holders: dict[_Segment, set[int]] = {}
+        holders: dict[_Segment, set[SequenceId]] = {}
         for i, held in self._held.items():
             assert held.computed <= held.length
             wanted = [h.prefix for h in self._held.values() if h.prefix and not h.prefix.take]
@@ -338,12 +358,15 @@ class KVLedger:
 
 
 def prefix_key(tokens: Sequence[int]) -> int:
-    """Return what sequences have in common that could share anything."""
+    """Return a key that is equal for all sequences that may share a prefix."""
     return _hash(0, tokens[:_STRIDE])
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
-    """Return how many of the first `limit` tokens are the same in both."""
+    """Return the length of the common prefix of `left` and `right`, at most `limit`.
+
+    Slices that double in length are compared, then halved where they differ.
+    """
     limit = min(limit, len(left), len(right))
     same, step = 0, _STRIDE
     while same < limit:

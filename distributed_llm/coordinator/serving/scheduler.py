@@ -1,67 +1,45 @@
-"""Which sequences of one pipeline compute how many tokens in the next step. Pure.
+"""The scheduler of one pipeline: which requests compute how many tokens in the next step. Pure.
 
-Every step takes one token of each of its running sequences and fills the rest of its token budget
-with chunks of prompts, the same for each client, so that a long prompt stops nobody. Running
-sequences are spread over the steps in flight: a sequence that answers is in one of them, for its
-next token depends on the last; a prompt's chunks may follow each other through the stages.
+A step decodes one token of some requests and fills the rest of its token budget with prefill
+chunks, shared out equally among clients, so that a long prompt holds nobody up. Decoding requests
+are spread over the steps in flight; each is in at most one of them, because its next token depends
+on its last. The chunks of one prompt may follow each other through the stages in several steps.
 
-A request is admitted when its prompt finds room in the KV cache. When answers outgrow the room,
-prefixes kept for later go first, then the youngest request gives its KV cache up and computes it
-again later; the oldest always goes on. What a request begins alike with another, it shares.
+A request is admitted when the KV cache has room for its prompt. When answers outgrow the room, the
+prefixes of ended sequences are freed first; then the youngest request is preempted: it gives up its
+KV cache and computes it again later. The oldest request always goes on. A request whose beginning
+is in the KV cache of another sequence shares it, and one whose beginning is being computed for
+another request waits for that.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
+from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.requests.fairness import shared_out
-from distributed_llm.coordinator.requests.request import Phase, Request
+from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
+from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
+from distributed_llm.coordinator.serving.step import Step
 
 _WORTH_WAITING = 64
-"""Positions; to share so many, a request waits until another one has computed them."""
+"""Positions that must be shared for a request to wait until another one has computed them."""
 
 _MAX_SAMPLING_BYTES = 40_000
-"""Of one step; a message's header has 64 KiB."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of a batch through all stages.
-
-    Attributes:
-        requests: one per slice, in the same order.
-        token_ids: of all slices, packed.
-    """
-
-    requests: tuple[Request, ...]
-    slices: tuple[SequenceSlice, ...]
-    token_ids: tuple[int, ...]
-
-    @property
-    def num_samples(self) -> int:
-        """How many tokens the last stage answers with."""
-        return sum(part.sample for part in self.slices)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether each sequence computes a single token."""
-        return len(self.token_ids) == len(self.slices)
+"""Sampling parameters in one step, bytes; the header of its task may have 64 KiB."""
 
 
 class Scheduler:
-    """The requests that run on one pipeline.
+    """The running requests of one pipeline, and their KV cache.
 
     Args:
-        max_sequences: that run at the same time.
-        max_tokens: in one step.
-        kv_tokens: positions of KV cache that all stages have room for.
-        new_sequence_id: names that are never used twice.
-        on_change: called when steps may be begun, or requests admitted, that could not before.
+        max_sequences: requests that may run at the same time.
+        max_tokens: token budget of one step.
+        kv_tokens: positions of KV cache that every stage has room for.
+        new_sequence_id: returns ids that are never used twice.
 
     Attributes:
-        preempted: requests that gave up their KV cache; whoever reads it empties it.
-        prefix_hit_tokens: positions not computed because they were there; read like that, too.
+        on_change: called when a step may be begun, or a request admitted, that could not before.
     """
 
     def __init__(
@@ -70,7 +48,7 @@ class Scheduler:
         max_sequences: int,
         max_tokens: int,
         kv_tokens: int,
-        new_sequence_id: Callable[[], int],
+        new_sequence_id: Callable[[], SequenceId],
         on_change: Callable[[], None],
     ) -> None:
         self.on_change = on_change
@@ -80,25 +58,25 @@ class Scheduler:
         self._new_sequence_id = new_sequence_id
         self._ledger = KVLedger(kv_tokens)
         self._running: dict[int, Request] = {}  # by number, in the order of admission
-        self._followers: dict[Request, list[Request]] = {}  # who waits for whom
-        self._in_flight: dict[int, int] = {}  # steps under way, by sequence
-        self._leaving: dict[int, bool] = {}  # sequences to end then; whether to keep them
-        self.preempted: list[Request] = []
-        self.prefix_hit_tokens = 0
+        self._followers: dict[Request, list[Request]] = {}  # by the request they wait for
+        self._in_flight: dict[SequenceId, int] = {}  # number of steps in flight, by sequence
+        self._leaving: dict[SequenceId, bool] = {}  # to end after these steps; whether to keep
+        self._preempted: list[Request] = []
+        self._prefix_hit_tokens = 0
 
     @property
     def running(self) -> Iterable[Request]:
-        """Requests that were admitted, oldest first."""
+        """The running requests, in the order of admission."""
         return self._running.values()
 
     @property
     def num_running(self) -> int:
-        """How many they are."""
+        """Number of running requests."""
         return len(self._running)
 
     @property
     def num_decoding(self) -> int:
-        """How many of them compute one token at a time."""
+        """Running requests whose prompt is computed."""
         return sum([len(r.token_ids) - r.num_computed_tokens <= 1 for r in self.running])
 
     @property
@@ -108,18 +86,27 @@ class Scheduler:
 
     @property
     def kv_tokens_cached(self) -> int:
-        """Positions of KV cache that prefixes kept for later take."""
+        """Positions of KV cache that prefixes of ended sequences take."""
         return self._ledger.cached_tokens
 
-    def take_freed(self) -> list[int]:
-        """Return the sequences whose KV cache is to be freed on every stage, once."""
-        freed, self._ledger.freed = self._ledger.freed, []
-        return freed
+    def take_freed(self) -> list[SequenceId]:
+        """Return the sequences that every stage is to free, and forget them."""
+        return self._ledger.take_freed()
 
-    # -------------------------------------------------------------- who comes and goes
+    def take_preempted(self) -> list[Request]:
+        """Return the requests that were preempted since the last call."""
+        preempted, self._preempted = self._preempted, []
+        return preempted
+
+    def take_prefix_hit_tokens(self) -> int:
+        """Return how many positions since the last call were shared instead of computed."""
+        tokens, self._prefix_hit_tokens = self._prefix_hit_tokens, 0
+        return tokens
+
+    # -------------------------------------------------------------- requests
 
     def admit(self, request: Request, *, now: float) -> bool:
-        """Let a request run; return False if there is no room for it now."""
+        """Let a request run, if there is room for it; return whether it runs."""
         if not self.has_seat or request.ticket.reserved_tokens > self._kv_tokens:
             return False
         leader, common = self._leader(request)
@@ -128,7 +115,7 @@ class Scheduler:
             self._followers.setdefault(leader, []).append(request)
         elif not self._open(request):
             return False
-        request.phase = Phase.RUNNING
+        request.change(RequestCause.ADMITTED)
         request.started_at = now if request.started_at is None else request.started_at
         self._running[request.number] = request
         self.on_change()
@@ -136,29 +123,38 @@ class Scheduler:
 
     @property
     def has_seat(self) -> bool:
-        """Whether another request may run, if there is room in the KV cache."""
+        """Whether fewer than `max_sequences` requests run."""
         return len(self._running) < self._max_sequences
 
     def may_hit(self, key: int) -> bool:
-        """Return whether `hit_length` may be above 0 for tokens with this `prefix_key`; quickly."""
+        """Return, at less cost than `hit_length`, whether that may be above 0.
+
+        Args:
+            key: `prefix_key` of the request's tokens.
+        """
         return self._ledger.may_match(key)
 
     def hit_length(self, request: Request) -> int:
-        """Return how many positions a request would find computed here."""
+        """Return how many positions a request would share instead of computing them."""
         match = self._match(request)
         return match.length if match else 0
 
     def remove(self, request: Request, *, keep: bool = False) -> None:
-        """A request runs no longer; its KV cache may be kept as a prefix for others."""
+        """Stop running a request, if it runs.
+
+        Args:
+            keep: keep its KV cache as a prefix for other requests.
+        """
         if self._running.pop(request.number, None) is not None:
             self.on_change()
             self._close(request, keep=keep)
             self._forget_waiting(request)
 
     def restart(self, request: Request) -> None:
-        """A stage lost positions of a running request: compute all its tokens again.
+        """Compute all tokens of a running request again: a stage has lost positions of it.
 
-        No token of its answer changes. What it began as may be lost as well, and is kept no longer.
+        The prefix that it shares may be lost too; it is no longer kept, and the request shares
+        none.
         """
         prefix = request.prefix
         self._close(request, keep=False)
@@ -170,23 +166,23 @@ class Scheduler:
             self._preempt(request)
 
     def evacuate(self) -> list[Request]:
-        """Return all requests, ready to run elsewhere: the pipeline is no more."""
+        """Remove and return all requests, ready to run on another pipeline; this one is gone."""
         requests = list(self._running.values())
         self._running.clear()
         self._followers.clear()
         for request in requests:
             request.reset()
-            request.phase = Phase.WAITING
+            request.change(RequestCause.PIPELINE_GONE)
         return requests
 
     def move(self, kv_tokens: int) -> None:
-        """Go on with other stages that hold the same KV cache; no step is under way.
+        """Continue on other stages that hold the same KV cache; no step is in flight.
 
-        How to sample is to be told again. Where there is less room than is used, prefixes kept for
-        later go first, then the youngest requests give their KV cache up.
+        Sampling parameters are sent again. If more positions are in use than there is room for,
+        prefixes of ended sequences are freed, then the youngest requests preempted.
 
         Args:
-            kv_tokens: positions that all of the new stages have room for.
+            kv_tokens: positions that every new stage has room for.
         """
         for request in self._running.values():
             request.sampling_sent = False
@@ -195,24 +191,27 @@ class Scheduler:
             self._preempt(max(holding, key=lambda r: r.number))
 
     def resize(self, kv_tokens: int) -> bool:
-        """Have room for so many positions; return whether no more than that are in use.
+        """Set the room of the KV cache; return whether no more positions than that are in use.
 
-        Prefixes kept for later make room.
+        Prefixes of ended sequences are freed as needed.
         """
         self._kv_tokens = kv_tokens
         self.on_change()
         return self._ledger.resize(kv_tokens)
 
     def trim(self, cached_tokens: int) -> None:
-        """Keep no more than so many positions of prefixes for later, those used last."""
+        """Free prefixes of ended sequences until they take at most `cached_tokens` positions.
+
+        The least recently used go first.
+        """
         self._ledger.trim(cached_tokens)
         self.on_change()
 
     def _open(self, request: Request) -> bool:
-        """Give a request room for all tokens that it has, and for the next one."""
+        """Begin a request's sequence, if there is room for its tokens and one more."""
         sequence_id, length = self._new_sequence_id(), len(request.token_ids) + 1
         match = self._match(request) if request.shares else None
-        # What is shared keeps all of the other sequence; there may be room without.
+        # A shared prefix keeps the whole other sequence in memory; without it there may be room.
         choices = (match, None) if match else (None,)
         if not any(
             self._ledger.open(sequence_id, request.token_ids, length, choice) for choice in choices
@@ -222,35 +221,35 @@ class Scheduler:
         if request.prefix:
             request.num_computed_tokens = request.num_scheduled_tokens = request.prefix.length
             request.num_cached_tokens = max(request.num_cached_tokens, request.prefix.length)
-            self.prefix_hit_tokens += request.prefix.length
+            self._prefix_hit_tokens += request.prefix.length
         return True
 
     def _match(self, request: Request) -> Match | None:
-        # One token at least is computed: the next one is sampled from what it gives.
+        # At least one token is left to compute: the next one is sampled from its logits.
         return self._ledger.match(request.token_ids, len(request.token_ids) - 1)
 
     def _leader(self, request: Request) -> tuple[Request | None, int]:
-        """Return a request that computes what is worth waiting for, and how many positions."""
+        """Return a request that computes a prefix worth waiting for, and the prefix's length."""
         best, length = None, 0
         if request.shares:
             limit = len(request.token_ids) - 1
             length = max(self.hit_length(request), _WORTH_WAITING - 1)
             for other in self._running.values():
-                if other.waits_for is None and _missing(other) > 1:
+                if other.waits_for is None and other.num_uncomputed_tokens > 1:
                     common = common_prefix(other.token_ids, request.token_ids, limit)
                     if common > length:
                         best, length = other, common
         return best, length
 
     def _forget_waiting(self, request: Request) -> None:
-        """A request runs no longer: it waits for nobody, and nobody for it."""
+        """Let a request that runs no longer wait for nobody, and nobody for it."""
         if request.waits_for is not None:
             self._followers[request.waits_for].remove(request)
             request.waits_for = None
         self._release_followers(request, everybody=True)
 
     def _release_followers(self, leader: Request, *, everybody: bool = False) -> None:
-        """Let those go on who waited for what `leader` has computed by now."""
+        """Let the followers go on whose prefix `leader` has computed, or all of them."""
         waiting = self._followers.pop(leader, [])
         for request in waiting:
             if not everybody and leader.num_computed_tokens < request.waits_until:
@@ -265,12 +264,12 @@ class Scheduler:
         self._close(request, keep=False)
         self._forget_waiting(request)
         request.reset()
-        request.phase = Phase.WAITING
-        self.preempted.append(request)
+        request.change(RequestCause.PREEMPTED)
+        self._preempted.append(request)
         self.on_change()
 
     def _close(self, request: Request, *, keep: bool) -> None:
-        """End a request's sequence, as soon as no step with it is under way."""
+        """End a request's sequence as soon as no step in flight computes it."""
         sequence_id, request.sequence_id = request.sequence_id, None
         if sequence_id is None:
             return
@@ -282,12 +281,12 @@ class Scheduler:
     # -------------------------------------------------------------- steps
 
     def next_step(self, *, max_decodes: int, prompts: bool, idle: bool) -> Step | None:
-        """Return what to compute next, or None if nothing is ready; it is under way then.
+        """Return the next step, which is in flight from now on; None if no request is ready.
 
         Args:
-            max_decodes: sequences that may compute one token in it.
-            prompts: whether chunks of prompts may be in it.
-            idle: no other step is under way.
+            max_decodes: requests that may decode in it.
+            prompts: whether it may have prefill chunks.
+            idle: whether no step is in flight; a suspected request runs only then, alone.
         """
         suspects = [r for r in self._running.values() if r.alone and r.waits_for is None]
         if suspects:
@@ -309,12 +308,12 @@ class Scheduler:
     def _fill(
         self, candidates: Iterable[Request], max_decodes: int, *, prompts: bool
     ) -> Iterator[tuple[Request, SequenceSlice]]:
-        """Yield slices within the budgets: sequences that answer first, then prompts by age."""
+        """Yield slices within the budgets: decoding requests first, then prefill chunks."""
         budget, room = self._max_tokens, _MAX_SAMPLING_BYTES
         decodes = min(max_decodes, budget, MAX_SLICES)
         count, unread = 0, []
         for request in list(candidates):
-            if request.sequence_id is None:  # it waits for another, or was preempted just now
+            if request.sequence_id is None:  # it follows another, or was preempted in this loop
                 continue
             missing = len(request.token_ids) - request.num_scheduled_tokens
             if missing > 1:
@@ -356,7 +355,7 @@ class Scheduler:
         )
 
     def _grow(self, request: Request) -> bool:
-        """Give a request room for its next token, if need be at the cost of younger ones."""
+        """Make room for a request's next token, preempting others if need be; return whether."""
         assert request.sequence_id is not None
         while not self._ledger.extend(request.sequence_id, len(request.token_ids) + 1):
             victim = self._victim(request)
@@ -368,7 +367,7 @@ class Scheduler:
         return True
 
     def _victim(self, request: Request) -> Request | None:
-        """Return who shall give up its KV cache for `request`; None is to wait for steps to end."""
+        """Return which request to preempt for `request`; None: wait until steps have ended."""
         holding = [r for r in self._running.values() if r.sequence_id is not None]
         younger = [r for r in holding if r.number > request.number and not r.num_in_flight]
         if younger:
@@ -376,15 +375,16 @@ class Scheduler:
         if self._in_flight:
             return None
         if len(holding) == 1:
-            # Alone, and still no room: what it shares keeps more than itself. It starts without.
+            # It is alone and has no room: its shared prefix keeps more than it uses itself.
             request.shares = False
         return request
 
     def complete(self, step: Step) -> list[bool]:
-        """A step ran through all stages: return, by slice that samples, whether its token counts.
+        """Take a step that all stages have run; return whether each sampled token is current.
 
-        A request that got a token is cleared of suspicion. One that only went through a part of its
-        prompt is not: what breaks stages may be in a later part.
+        A token is not current if its request has been restarted or has ended since.
+        A request that got a token is cleared of suspicion; after a prefill chunk it is not, because
+        what breaks the stages may be in a later chunk.
         """
         counts = []
         for request, part in zip(step.requests, step.slices, strict=True):
@@ -394,7 +394,7 @@ class Scheduler:
                 request.num_computed_tokens = part.start + part.num_tokens
                 self._ledger.computed(part.sequence_id, request.num_computed_tokens)
                 if part.sample:
-                    request.clear()
+                    request.clear_suspicion()
                 if request in self._followers:
                     self._release_followers(request)
             self._landed(part.sequence_id)
@@ -403,7 +403,7 @@ class Scheduler:
         return counts
 
     def abandon(self, step: Step) -> None:
-        """A step will never run through all stages: its sequences go back to what is computed."""
+        """Take a step that will never end: its requests go back to what is computed."""
         for request, part in zip(step.requests, step.slices, strict=True):
             if request.sequence_id == part.sequence_id:
                 request.num_in_flight -= 1
@@ -411,7 +411,7 @@ class Scheduler:
                 request.sampling_sent = False
             self._landed(part.sequence_id)
 
-    def _landed(self, sequence_id: int) -> None:
+    def _landed(self, sequence_id: SequenceId) -> None:
         self.on_change()
         self._in_flight[sequence_id] -= 1
         if not self._in_flight[sequence_id]:
@@ -427,7 +427,7 @@ class Scheduler:
         assert set(self._leaving) <= set(self._in_flight)
         assert set(self._in_flight) <= held | set(self._leaving)
         for request in self._running.values():
-            assert request.phase is Phase.RUNNING
+            assert request.state is RequestState.RUNNING
             assert (request.sequence_id is None) == (request.waits_for is not None)
             assert request.num_in_flight == self._in_flight.get(request.sequence_id or -1, 0)
             assert 0 <= request.num_computed_tokens <= request.num_scheduled_tokens
@@ -436,7 +436,3 @@ class Scheduler:
             leader = request.waits_for
             assert leader is None or leader.number in self._running
             assert leader is None or request in self._followers[leader]
-
-
-def _missing(request: Request) -> int:
-    return len(request.token_ids) - request.num_computed_tokens

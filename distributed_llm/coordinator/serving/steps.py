@@ -1,16 +1,18 @@
-"""Steps on their way through the stages of one plan. Pure.
+"""The steps in flight of one pipeline: their routes, results and leases. Pure.
 
-A step is handed to the first stage as a task that carries its route. Stages pass it on among
-themselves where they reach each other, and through here where they do not; the last one answers.
-No more steps are under way than every stage has granted credits for.
+A step is sent to the first stage as a task that carries its route. A stage passes it on to the next
+one directly where it can, and through the coordinator where it cannot; the last stage answers. The
+pipeline begins no more steps than the credits that every stage has granted.
 
-Every step has a lease, which is renewed by each answer and by the progress that stages report. When
-a lease runs out, or a link breaks, or a stage fails, all steps under way are abandoned: later
-tasks say so (`oldest`), and stages drop what is void. Nothing is lost by that but time, because
-tasks are idempotent. After a lease ran out once, steps go through here at every hop, so that it is
-known where they are; if one runs out before any has ended, the worker that holds the step is given
-up. If they end it may be a link that swallows what it is given and tells nobody: links are used
-again after more and more steps.
+Every step has a lease, which is renewed by each answer and by progress that stages report. When a
+lease runs out, a link breaks or a stage fails, all steps in flight are abandoned: later tasks carry
+the number of the oldest step that is not (`oldest`), and stages drop older ones. Only time is lost,
+because tasks are idempotent.
+
+The first time that a lease runs out, it is not known which worker has the step. From then on steps
+pass through the coordinator at every hop. If another lease runs out before any step has ended, the
+worker that has the step is given up. If steps do end, a link may be losing what it is given: links
+are used again after a number of steps, which doubles each time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,25 +29,28 @@ from distributed_llm.common.messages import (
     TokenLogprobs,
 )
 from distributed_llm.common.tensors import (
-    DtypeName,
     Frame,
     TensorSpec,
-    floats_of_frame,
     frame_of_token_ids,
     token_ids_of_frame,
 )
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
+from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
-from distributed_llm.coordinator.requests.request import Request
-from distributed_llm.coordinator.serving.scheduler import Step
+from distributed_llm.coordinator.serving.step import (
+    Step,
+    token_logprobs,
+    wrong_activations,
+    wrong_tokens,
+)
 
 _RELAY_STEPS, _MAX_RELAY_STEPS = 64, 1 << 20
-"""How many steps go through the coordinator after a lease ran out: at first, and at most."""
+"""Steps that are relayed at every hop after a lease ran out: at first, and at most."""
 
 
 @dataclass(frozen=True)
 class SendTask:
-    """Action: send a task to the worker at `peer`."""
+    """Outcome: send a task to the worker at `peer`."""
 
     peer: PeerId
     task: Task
@@ -54,14 +59,14 @@ class SendTask:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Outcome: a step left the last stage.
+    """Outcome: all stages have run a step.
 
     Attributes:
-        token_ids: one for each slice that samples.
-        logprobs: likewise, or None where none were asked for.
-        timings: of each stage.
-        depth: steps that were under way when this one began, itself included.
-        round_trip_s: from its beginning to its end.
+        token_ids: the sampled tokens, one for each slice that samples.
+        logprobs: one for each slice that samples; None where none were asked for.
+        timings: one for each stage.
+        depth: steps in flight when this one began, itself included.
+        round_trip_s: from beginning to end.
     """
 
     step: Step
@@ -74,10 +79,10 @@ class StepDone:
 
 @dataclass(frozen=True)
 class StepBroken:
-    """Outcome: a stage could not run a step.
+    """Outcome: a stage could not run a step, or gave a wrong answer.
 
     Attributes:
-        failure: what the worker said.
+        failure: the worker's answer, or one made here that says what was wrong with it.
     """
 
     step: Step
@@ -86,24 +91,32 @@ class StepBroken:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Outcome: an answer that nobody waits for; `reason` is a counter's name."""
+    """Outcome: an answer to no step in flight.
+
+    Attributes:
+        reason: name of the counter to increase.
+    """
 
     reason: str
 
 
 @dataclass
-class _Flight:
-    """A step on its way.
+class _StepInFlight:
+    """A step in flight.
 
     Attributes:
-        route: of each hop, whether stages pass the step on themselves.
-        stage: the last one that it is known to have been sent to.
+        ids: token ids of the step, as a tensor.
+        released: sequences that its task frees.
+        route: for each hop, whether the stage passes the step on directly.
+        stage: index of the last stage that it was sent to by the coordinator.
+        depth: steps in flight when it began, itself included.
+        deadline: when its lease runs out, clock seconds.
     """
 
-    number: int
+    number: StepNumber
     step: Step
     ids: tuple[TensorSpec, Frame]
-    released: tuple[int, ...]
+    released: tuple[SequenceId, ...]
     route: tuple[bool, ...]
     stage: int
     depth: int
@@ -112,56 +125,50 @@ class _Flight:
 
 
 class StepsInFlight:
-    """The stages of one plan, and the steps in them.
+    """The steps in flight of one pipeline.
 
     Args:
-        epoch: of the plan.
-        stages: the stages, in the order of the layers.
-        credits: tasks that every stage is ready to hold.
-        wire_dtype: of what travels between stages.
-        hidden_size: numbers per token between stages.
-        vocab_size: token ids are below this.
-        task_timeout_s: lease of a step without progress.
+        epoch: number of the plan.
+        stages: the stages of the plan, in the order of the layers.
+        credits: tasks that every stage has granted.
+        model: the model that they serve, which determines the tensors of their answers.
+        task_timeout_s: length of a lease.
     """
 
     def __init__(
         self,
-        epoch: int,
+        epoch: Epoch,
         stages: Sequence[PipelineStage],
         *,
         credits: int,
-        wire_dtype: DtypeName,
-        hidden_size: int,
-        vocab_size: int,
+        model: ServedModel,
         task_timeout_s: float,
     ) -> None:
         self.epoch = epoch
         self.stages = tuple(stages)
         self.credits = credits
         self._index = {stage.peer: i for i, stage in enumerate(self.stages)}
-        self._wire_dtype = wire_dtype
-        self._hidden_size = hidden_size
-        self._vocab_size = vocab_size
+        self._model = model
         self._task_timeout_s = task_timeout_s
         self._linked = [False] * (len(self.stages) - 1)
-        self._suspected = False  # a lease ran out and nothing has come back since
-        self._relay_steps = 0  # that are still to go through here at every hop
+        self._suspected = False  # whether a lease has run out and no step ended since
+        self._relay_steps = 0  # number of next steps that are relayed at every hop
         self._next_relay_steps = _RELAY_STEPS
-        self._flights: dict[int, _Flight] = {}
-        self._to_release: dict[int, None] = {}
+        self._flights: dict[StepNumber, _StepInFlight] = {}
+        self._to_release: dict[SequenceId, None] = {}
         self._next_step = 1
         self._oldest = 1
 
     @property
     def num_steps(self) -> int:
-        """How many steps are under way."""
+        """Number of steps in flight."""
         return len(self._flights)
 
     @property
     def drains(self) -> bool:
-        """Whether no step should begin before those under way have ended.
+        """Whether no step may begin before those in flight have ended.
 
-        A link is up that they do not use, and later ones must not use before them.
+        True when a link is up that they do not use: a step that used it would overtake them.
         """
         return not self._relay_steps and any(
             linked and not direct
@@ -171,16 +178,20 @@ class StepsInFlight:
 
     @property
     def num_chunks(self) -> int:
-        """How many of them compute more than one token of a sequence."""
+        """Number of steps in flight with prefill chunks."""
         return sum(not flight.step.decodes for flight in self._flights.values())
 
     @property
     def steps(self) -> list[Step]:
-        """The steps under way, oldest first."""
+        """The steps in flight, oldest first."""
         return [flight.step for flight in self._flights.values()]
 
     def set_link(self, peer: PeerId, up: bool) -> bool:
-        """A stage reaches the next one itself, or not; return whether steps may be lost by that."""
+        """Record whether the stage at `peer` reaches the next one directly.
+
+        Returns:
+            Whether steps in flight may be lost: the link was up and is no longer.
+        """
         at = self._index.get(peer, len(self.stages))
         if at >= len(self._linked):
             return False
@@ -188,17 +199,17 @@ class StepsInFlight:
         self._linked[at] = up
         return broken and bool(self._flights)
 
-    def release(self, sequence_ids: Iterable[int]) -> None:
-        """The stages are to free these before the next step."""
+    def release(self, sequence_ids: Iterable[SequenceId]) -> None:
+        """Have the next tasks free sequences on every stage."""
         self._to_release.update(dict.fromkeys(sequence_ids))
 
     @property
-    def to_release(self) -> list[int]:
-        """Sequences to be freed that no task was told of yet."""
+    def to_release(self) -> list[SequenceId]:
+        """Sequences to be freed that no task has carried yet."""
         return list(self._to_release)
 
     def begin(self, step: Step, *, now: float) -> SendTask:
-        """Start a step at the first stage."""
+        """Begin a step: return its task for the first stage."""
         ids = frame_of_token_ids(step.token_ids)
         depth = len(self._flights) + 1
         deadline = now + self._task_timeout_s
@@ -206,16 +217,16 @@ class StepsInFlight:
         for sequence_id in released:
             del self._to_release[sequence_id]
         route = self._route()
-        flight = _Flight(self._next_step, step, ids, released, route, 0, depth, now, deadline)
+        flight = _StepInFlight(self._next_step, step, ids, released, route, 0, depth, now, deadline)
         self._next_step += 1
         self._flights[flight.number] = flight
         return self._task(flight, (ids[0],), (ids[1],), ())
 
     def abandon(self) -> list[Step]:
-        """Give up all steps under way and return them; what still comes of them is dropped."""
+        """Give up all steps in flight and return them; answers to them will be dropped."""
         steps = self.steps
         for flight in self._flights.values():
-            self.release(flight.released)  # some stages may not have heard
+            self.release(flight.released)  # some stages may not have got the task
         self._flights.clear()
         self._oldest = self._next_step
         return steps
@@ -223,7 +234,12 @@ class StepsInFlight:
     def result(
         self, peer: PeerId, answer: TaskResult, frames: tuple[Frame, ...], *, now: float
     ) -> StepDone | SendTask | StepBroken | Dropped:
-        """Take a stage's answer: the step is done, or goes on to the next stage."""
+        """Take a stage's answer to a task.
+
+        Args:
+            frames: token ids (and log-probabilities) of the last stage, or activations of another
+                one that did not pass them on.
+        """
         stage, flight = self._expected(peer, answer)
         if stage is None or len(answer.timings) != stage + 1:
             return Dropped("foreign_result")
@@ -231,9 +247,9 @@ class StepsInFlight:
             return Dropped("late_result")
         last = stage == len(self.stages) - 1
         wrong = (
-            self._wrong_tokens(flight, answer, frames)
+            wrong_tokens(flight.step, answer.tensors, frames, self._model)
             if last
-            else self._wrong_activations(flight, answer)
+            else wrong_activations(flight.step, answer.tensors, self._model)
         )
         if wrong:
             failure = TaskFailed(
@@ -248,25 +264,33 @@ class StepsInFlight:
         return self._task(flight, specs, (flight.ids[1], frames[0]), answer.timings)
 
     def failed(self, peer: PeerId, answer: TaskFailed) -> StepBroken | Dropped:
-        """Take a stage's refusal of a task."""
+        """Take a stage's answer that it could not run a task."""
         stage, flight = self._expected(peer, answer)
         if stage is None:
             return Dropped("foreign_result")
         return self._break(flight, answer) if flight else Dropped("late_result")
 
     def progress(self, peer: PeerId, age_s: float, *, now: float) -> None:
-        """The worker at `peer` made progress `age_s` ago: leases it may hold run from there."""
+        """Renew the leases of steps that the worker at `peer` may have.
+
+        Args:
+            age_s: how long ago it made progress.
+        """
         stage = self._index.get(peer, -1)
         for flight in self._flights.values():
             if flight.stage <= stage:
                 flight.deadline = max(flight.deadline, now - age_s + self._task_timeout_s)
 
     def next_deadline(self) -> float | None:
-        """Return when the next lease runs out, clock seconds."""
+        """Return when the next lease runs out, clock seconds, or None."""
         return min((t.deadline for t in self._flights.values()), default=None)
 
     def expired(self, *, now: float) -> PeerId | Literal["abandon"] | None:
-        """Return what to do about leases that ran out: abandon all steps, or give up a worker."""
+        """Return what to do about leases that have run out, if any have.
+
+        Returns:
+            "abandon" to abandon all steps; an address to give up the worker there.
+        """
         late = [t for t in self._flights.values() if t.deadline <= now]
         if not late:
             return None
@@ -279,7 +303,7 @@ class StepsInFlight:
 
     def _task(
         self,
-        flight: _Flight,
+        flight: _StepInFlight,
         specs: tuple[TensorSpec, ...],
         frames: tuple[Frame, ...],
         timings: tuple[StageTime, ...],
@@ -299,8 +323,7 @@ class StepsInFlight:
     def _route(self) -> tuple[bool, ...]:
         """Return the route of a step that begins now.
 
-        A link is used once no step is under way that is relayed there: it would be overtaken.
-        See `drains`.
+        It uses a link only if all steps in flight do: it would overtake one that is relayed there.
         """
         routes = [flight.route for flight in self._flights.values()]
         return tuple(
@@ -309,7 +332,7 @@ class StepsInFlight:
         )
 
     def _done(
-        self, flight: _Flight, answer: TaskResult, frames: tuple[Frame, ...], now: float
+        self, flight: _StepInFlight, answer: TaskResult, frames: tuple[Frame, ...], now: float
     ) -> StepDone:
         del self._flights[flight.number]
         self._suspected = False
@@ -317,7 +340,7 @@ class StepsInFlight:
         return StepDone(
             step=flight.step,
             token_ids=token_ids_of_frame(frames[0]) if frames else [],
-            logprobs=_logprobs(flight.step, answer, frames),
+            logprobs=token_logprobs(flight.step, answer.tensors, frames),
             timings=answer.timings,
             depth=flight.depth,
             round_trip_s=now - flight.began_at,
@@ -325,36 +348,16 @@ class StepsInFlight:
 
     def _expected(
         self, peer: PeerId, answer: TaskResult | TaskFailed
-    ) -> tuple[int | None, _Flight | None]:
+    ) -> tuple[int | None, _StepInFlight | None]:
         stage = self._index.get(peer)
         if stage is None or answer.epoch != self.epoch:
             return None, None
         return stage, self._flights.get(answer.step)
 
-    def _break(self, flight: _Flight, failure: TaskFailed) -> StepBroken:
+    def _break(self, flight: _StepInFlight, failure: TaskFailed) -> StepBroken:
         del self._flights[flight.number]
         self.release(flight.released)
         return StepBroken(flight.step, failure)
-
-    def _wrong_tokens(self, flight: _Flight, answer: TaskResult, frames: tuple[Frame, ...]) -> str:
-        count, asked = flight.step.num_samples, _asked(flight.step)
-        wanted: tuple[TensorSpec, ...] = (TensorSpec("int32", (count,)),) if count else ()
-        if asked is not None:
-            shape = (count, 1 + asked)
-            wanted += (TensorSpec("float32", shape), TensorSpec("int32", shape))
-        if answer.tensors != wanted:
-            return f"answers {_specs(answer.tensors)}, expected {_specs(wanted)}"
-        ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
-        strange = [token for token in ids if not 0 <= token < self._vocab_size]
-        if asked is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
-            return "log-probabilities out of range"
-        return f"token id {strange[0]} is not in the vocabulary" if strange else ""
-
-    def _wrong_activations(self, flight: _Flight, answer: TaskResult) -> str:
-        wanted = TensorSpec(self._wire_dtype, (len(flight.step.token_ids), self._hidden_size))
-        if answer.tensors == (wanted,):
-            return ""
-        return f"activations {_specs(answer.tensors)}, expected {wanted}"
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -363,38 +366,3 @@ class StepsInFlight:
             assert flight.number == number
             assert self._oldest <= number < self._next_step
             assert 0 <= flight.stage < len(self.stages)
-
-
-def _specs(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(map(str, specs)) or "none"
-
-
-def _asked(step: Step) -> int | None:
-    """Return how many likeliest tokens the last stage reports for this step, or None."""
-    numbers = [request.sampling.logprobs for request in _samplers(step)]
-    return max((number for number in numbers if number is not None), default=None)
-
-
-def _samplers(step: Step) -> list[Request]:
-    pairs = zip(step.requests, step.slices, strict=True)
-    return [request for request, part in pairs if part.sample]
-
-
-def _logprobs(
-    step: Step, answer: TaskResult, frames: tuple[Frame, ...]
-) -> list[TokenLogprobs | None]:
-    samplers = _samplers(step)
-    if len(frames) < 3:
-        return [None] * len(samplers)
-    width = answer.tensors[1].shape[1]
-    values, ids = floats_of_frame(frames[1]), token_ids_of_frame(frames[2])
-    logprobs: list[TokenLogprobs | None] = []
-    for row, request in enumerate(samplers):
-        number = request.sampling.logprobs
-        if number is None:
-            logprobs.append(None)
-            continue
-        at = row * width
-        top = zip(ids[at + 1 : at + 1 + number], values[at + 1 : at + 1 + number], strict=True)
-        logprobs.append(TokenLogprobs(logprob=values[at], top=tuple(top)))
-    return logprobs

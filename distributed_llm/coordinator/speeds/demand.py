@@ -1,21 +1,21 @@
-"""What is asked of a pipeline, as its steps show. Pure."""
+"""Demand: what clients ask of a pipeline, measured from its steps. Pure."""
 
 import math
 from dataclasses import dataclass
 
 from distributed_llm.coordinator.serving.steps import StepDone
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked of a pipeline, on average.
+    """What clients ask of a pipeline, on average.
 
     Attributes:
         sequences: that decode at the same time.
-        positions: of KV cache that each of them attends to.
-        prompt_tokens: tokens of prompts that are computed per token that is answered.
-        chunk_tokens: tokens of prompts in a step that has parts of them.
+        positions: of KV cache to which each of them attends.
+        prompt_tokens: prompt tokens per token of an answer.
+        chunk_tokens: prompt tokens in a step that has any.
     """
 
     sequences: float
@@ -25,7 +25,7 @@ class Demand:
 
     @classmethod
     def expected(cls, num_workers: int) -> "Demand":
-        """Return what to plan for before anything was asked: enough to keep all workers busy."""
+        """Return the demand to plan for before there are requests: a sequence per worker."""
         return cls(
             sequences=max(1, num_workers),
             positions=256,
@@ -33,20 +33,20 @@ class Demand:
             chunk_tokens=128,
         )
 
-    def load(self, sequences: float) -> Work:
-        """Return an average step in which so many sequences decode."""
+    def mean_step(self, sequences: float) -> Work:
+        """Return the average step in which `sequences` sequences decode."""
         return self._step(sequences, self.prompt_share(sequences))
 
-    def kinds(self, sequences: float) -> tuple[Work, Work]:
-        """Return a step without a part of a prompt, and one that has."""
+    def step_kinds(self, sequences: float) -> tuple[Work, Work]:
+        """Return a step without prompt tokens, and one with."""
         return self._step(sequences, 0.0), self._step(sequences, 1.0)
 
     def prompt_share(self, sequences: float) -> float:
-        """Return the share of steps that have parts of prompts."""
+        """Return the share of steps with prompt tokens."""
         return min(1.0, sequences * self.prompt_tokens / max(1.0, self.chunk_tokens))
 
     def _step(self, sequences: float, prompts: float) -> Work:
-        """Prompts are before their answers, so they attend to fewer positions, say half of them."""
+        """Prompts come before answers, so their tokens attend to about half of the positions."""
         share = self.prompt_share(sequences)
         tokens = prompts * sequences * self.prompt_tokens / share if share else 0.0
         return Work(
@@ -58,39 +58,40 @@ class Demand:
         )
 
 
-_BELIEVED_S = (10.0, 40.0)
-"""Seconds after the first step: until then, and from then on, in which what prompts are to answers
-is taken from the lengths that requests may have, and from what was seen."""
+_PROMISED_UNTIL_S, _MEASURED_FROM_S = 10.0, 40.0
+"""Seconds after the first step until which prompts are related to the longest answers that requests
+allow, and from which on to the answers that were measured; a mixture between."""
 
 
 class DemandMeter:
-    """Means over the steps of a pipeline, of which the older ones count less and less.
+    """Measures demand: fading means over the steps of a pipeline.
 
-    At first there are more prompts than later: whoever comes has one, and no answer yet. So they
-    are compared with the answers that are to follow, as long as those may be.
+    At first there are more prompt tokens than later, since a request begins with its prompt. So at
+    first prompts are related to the answers that will follow, at the length that requests allow.
 
     Args:
-        half_life_s: after which a step counts half.
+        half_life_s: time after which a step counts half.
     """
 
     def __init__(self, half_life_s: float = 10.0) -> None:
         self._half_life_s = half_life_s
         self._at: float | None = None
         self._began_at = 0.0
-        # Sums over steps, faded.
+        # Fading sums over steps.
         self._sequences = 0.0
         self._sequences_s = 0.0
         self._answered = 0.0
         self._positions = 0.0
         self._prompt_tokens = 0.0
-        self._promised = 0.0  # tokens of answers to these parts of prompts
+        self._promised = 0.0  # tokens of answers that may follow these prompt tokens
         self._chunks = 0.0
 
     def observe(self, done: StepDone, *, decoding: int, now: float) -> None:
-        """Take a step that has ended.
+        """Learn from a step that has ended.
 
         Args:
-            decoding: sequences that decode on the pipeline now, in this step or another.
+            done: the step.
+            decoding: sequences that decode on the pipeline now, in any step.
             now: clock seconds.
         """
         if self._at is None:
@@ -111,7 +112,7 @@ class DemandMeter:
 
     @property
     def demand(self) -> Demand | None:
-        """The load of late, None before any token was answered."""
+        """The recent demand, None before the first token of an answer."""
         if not self._answered or not self._sequences_s:
             return None
         return Demand(
@@ -122,18 +123,18 @@ class DemandMeter:
         )
 
     def _prompt_share(self) -> float:
-        """Return the tokens of prompts per token that is answered."""
+        """Return the prompt tokens per token of an answer."""
         assert self._at is not None
         seen = self._prompt_tokens / self._answered
         if not self._promised:
             return seen
-        first, last = _BELIEVED_S
-        weight = min(1.0, max(0.0, (self._at - self._began_at - first) / (last - first)))
+        elapsed_s = self._at - self._began_at - _PROMISED_UNTIL_S
+        weight = min(1.0, max(0.0, elapsed_s / (_MEASURED_FROM_S - _PROMISED_UNTIL_S)))
         return weight * seen + (1.0 - weight) * self._prompt_tokens / self._promised
 
 
 def _promised(done: StepDone) -> float:
-    """Return the tokens that may be answered to the parts of prompts in a step."""
+    """Return the tokens of answers that may follow the prompt tokens of a step."""
     promised = 0.0
     for request, part in zip(done.step.requests, done.step.slices, strict=True):
         if part.num_tokens > 1:

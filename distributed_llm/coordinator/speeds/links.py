@@ -1,4 +1,4 @@
-"""What it takes to hand activations from worker to worker, as far as it was measured. Pure."""
+"""Links: how fast activations get from worker to worker, as measured. Pure."""
 
 from collections.abc import Iterable
 from statistics import median
@@ -8,14 +8,14 @@ from distributed_llm.coordinator.partition.tables import Hop, Links
 
 _LATENCY_S = 0.0005
 _BYTES_PER_S = 100e6
-"""Of a link while none was measured: a local network of a gigabit per second."""
+"""Assumed before any link was measured: a local network with 1 Gbit/s."""
 
 
 class LinkSpeeds:
-    """The links between workers.
+    """Latency and bandwidth of the links between workers.
 
     Args:
-        bytes_per_token: of activations, as they are handed on.
+        bytes_per_token: size of the activations of one token on the wire.
     """
 
     def __init__(self, bytes_per_token: int) -> None:
@@ -25,18 +25,25 @@ class LinkSpeeds:
     def observe(
         self, sender: WorkerId, receiver: WorkerId, *, rtt_s: float, bytes_per_s: float
     ) -> None:
-        """Take what a worker measured of its link to another; the latest counts.
+        """Store what `sender` measured of its link to `receiver`; the latest counts.
 
         Args:
-            rtt_s: of a small message there and back.
-            bytes_per_s: of a large one.
+            sender: of activations.
+            receiver: of activations.
+            rtt_s: round-trip time of a small message.
+            bytes_per_s: bandwidth.
         """
         self._measured[sender, receiver] = (rtt_s / 2, bytes_per_s)
 
     def bound(self, hops: Iterable[tuple[WorkerId, WorkerId]], seconds: float) -> float:
-        """A step was on its way over these hops for so long: they take no longer than that.
+        """Lower latencies so that they do not exceed what a step showed; return their sum.
 
-        What a worker measures while it is busy is too long. Returns what the hops take by now.
+        A busy worker measures too long a round trip. The time of a step outside of its stages is an
+        upper bound for all of its hops together.
+
+        Args:
+            hops: (sender, receiver) of each hop of the step.
+            seconds: time of the step outside of its stages.
         """
         known = [pair for pair in hops if pair in self._measured]
         total_s = sum(self._measured[pair][0] for pair in known)
@@ -48,31 +55,31 @@ class LinkSpeeds:
         return seconds
 
     def forget(self, worker: WorkerId) -> None:
-        """A worker is gone."""
+        """Drop what is known of the links of a worker that is gone."""
         gone = [pair for pair in self._measured if worker in pair]
         for pair in gone:
             del self._measured[pair]
 
     @property
     def latency_s(self) -> float:
-        """Seconds from one end of a link to the other, the median of those that were measured."""
+        """Median latency of the measured links, one way."""
         return median(latency for latency, _ in self._measured.values() or [(_LATENCY_S, 0.0)])
 
     @property
     def bytes_per_s(self) -> float:
-        """What a link carries, the median of those that were measured."""
+        """Median bandwidth of the measured links."""
         return median(rate for _, rate in self._measured.values() or [(0.0, _BYTES_PER_S)])
 
     def links(self, tokens: float) -> Links:
-        """Return what the activations of so many tokens take on each link.
+        """Return the hops for the activations of `tokens` tokens.
 
-        One that was not measured is expected to be as the others are.
+        A link that was not measured is expected to have the median latency and bandwidth.
         """
         known = {pair: self._hop(tokens, *found) for pair, found in self._measured.items()}
         return Links(self._hop(tokens, self.latency_s, self.bytes_per_s), known)
 
     def snapshot(self) -> "LinkSpeeds":
-        """Return what is known now; it does not change when that does."""
+        """Return a copy that does not change."""
         copied = LinkSpeeds(self._bytes_per_token)
         copied._measured = dict(self._measured)
         return copied

@@ -1,4 +1,4 @@
-"""Workers and their links, as planning sees them. Pure."""
+"""Machines: workers and their links, as planning sees them. Pure values."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -6,20 +6,19 @@ from statistics import median
 
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.partition.tables import Candidate, Links
-from distributed_llm.coordinator.speeds.speed_fit import Work
+from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import WorkerSpeed
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Workers, as planning sees them.
+    """Workers and their links, as planning sees them.
 
     Attributes:
-        memory_bytes: of each, for weights and KV cache.
-        costs: measured or from the probe.
-        links: from a number of tokens in a step to what the hops take.
-        overhead_s: that a step takes beside stages and hops: on its way from and to the
-            coordinator.
+        memory_bytes: of each worker, for weights and KV cache.
+        costs: speed of each worker, as measured or probed.
+        links: returns the hops of a step, given its number of tokens.
+        overhead_s: seconds of a step beside stages and hops, such as to and from the coordinator.
     """
 
     memory_bytes: Mapping[WorkerId, int]
@@ -28,19 +27,19 @@ class Machines:
     overhead_s: float = 0.0
 
     def candidates(self, load: Work) -> list[Candidate]:
-        """Return the workers with what they take under a load.
+        """Return the workers with their times for an average step.
 
-        One that was not measured is expected to be as far from its prior as the others were at
-        first.
+        A worker that was not measured is expected to differ from its prior by the same factor as
+        the others did at first (median).
         """
         found = (costs.first_scale(load) for costs in self.costs.values())
         scale = median([scale for scale in found if scale is not None] or [1.0])
         return [
-            Candidate(worker, size, self.costs[worker].speed(load, scale=scale))
+            Candidate(worker, size, self.costs[worker].times(load, scale=scale))
             for worker, size in self.memory_bytes.items()
         ]
 
-    def only(self, workers: Sequence[WorkerId]) -> "Machines":
-        """Return some of them."""
+    def subset(self, workers: Sequence[WorkerId]) -> "Machines":
+        """Return the machines with only some of the workers."""
         sizes = {worker: self.memory_bytes[worker] for worker in workers}
         return replace(self, memory_bytes=sizes)

@@ -1,37 +1,35 @@
-"""How fast workers and links are, as far as it was measured. Pure."""
+"""Measurements: how fast the workers and links of a cluster are. Pure."""
 
-import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from distributed_llm.common.messages import Capabilities, LinkReport, StageTrial
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.coordinator.fading_mean import FadingMean
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
-from distributed_llm.coordinator.serving.depth import Mean
-from distributed_llm.coordinator.serving.scheduler import Step
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.speed_fit import Work
-from distributed_llm.coordinator.speeds.worker_speed import Prior, Trial, WorkerSpeed
+from distributed_llm.coordinator.speeds.work import Work, work_of
+from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 _HALF_LIFE_S = 30.0
-_PROBES = 3
-"""Latest probes of a machine of which the median counts."""
+_LATEST_PROBES = 3
+"""Probes of a machine that count: the median of the latest ones."""
 
 _ALIKE = 1.5
-"""Probes that differ by a smaller factor show no change: noise of +-20 % is 1.2 / 0.8."""
+"""Factor between probes up to which nothing has changed; noise of +-20 % gives 1.2 / 0.8."""
 
 
 class Measurements:
-    """What is known of the machines of one cluster.
+    """Learns the speeds of all workers and links of one cluster.
 
     Args:
         cost: of the model.
-        item_bytes: of one parameter, and of one number in the KV cache.
-        bytes_per_token: of activations, as they are handed on.
+        item_bytes: size of one parameter, and of one number in the KV cache.
+        bytes_per_token: size of the activations of one token on the wire.
     """
 
     def __init__(self, cost: ModelCost, *, item_bytes: int, bytes_per_token: int) -> None:
@@ -39,58 +37,58 @@ class Measurements:
         self._item_bytes = item_bytes
         self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
         self._costs: dict[WorkerId, WorkerSpeed] = {}
-        self._probes: dict[WorkerId, _Probes] = {}  # since the last task of each
-        self._weights: dict[LayerRange, float] = {}  # of ranges, in layers of mean size
+        self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
+        self._weights: dict[LayerRange, float] = {}  # in layers of mean size
         self._network = LinkSpeeds(bytes_per_token)
-        self._overhead = Mean(_HALF_LIFE_S)  # of a step, beside stages and hops
+        self._overhead = FadingMean(_HALF_LIFE_S)  # of a step, beside stages and hops
 
     def joined(self, worker: WorkerId, found: Capabilities) -> None:
-        """A worker is there, of which nothing is known but what its probe found."""
+        """Add a worker, with the probe of its machine as all that is known."""
         prior = Prior.of(found, self._cost, self._item_bytes)
-        self._probes[worker] = _Probes(WorkerSpeed(prior))
+        self._probes[worker] = _ProbeHistory(WorkerSpeed(prior))
         self._costs[worker] = self._probes[worker].add(prior)
 
     def remeasured(self, worker: WorkerId, found: Capabilities) -> None:
-        """A worker without layers has probed its machine again.
+        """Learn from a new probe of a worker without layers.
 
-        The first probe after its last task is what its measured costs go with. If later ones differ
-        much from that, its costs are expected to differ likewise, until tasks tell.
+        The first probe after its last task is the reference for its measured speed. If later probes
+        differ much from it, the speed is expected to differ likewise, until tasks show.
         """
         if worker not in self._costs:
             return
         if worker not in self._probes:
-            self._probes[worker] = _Probes(self._costs[worker])
+            self._probes[worker] = _ProbeHistory(self._costs[worker])
         prior = Prior.of(found, self._cost, self._item_bytes)
         self._costs[worker] = self._probes[worker].add(prior)
 
     def untried(self, worker: WorkerId) -> bool:
-        """Return whether nothing is known of a worker but what its probes found."""
+        """Return whether only probes are known of a worker."""
         costs = self._costs.get(worker)
         return costs is not None and not costs.measured
 
     def tried(
         self, worker: WorkerId, held: LayerRange, trials: Sequence[StageTrial], *, now: float
     ) -> None:
-        """Learn from what a worker has tried on its new layers."""
+        """Learn from the trials of a worker on its new layers."""
         costs = self._costs.get(worker)
         if costs is None or not trials:
             return
         self._probes.pop(worker, None)
         costs.try_out(
-            [_trial(trial) for trial in trials],
+            trials,
             layers=self._weight(held),
             is_last=held.stop == self._cost.num_layers,
             now=now,
         )
 
     def left(self, worker: WorkerId) -> None:
-        """A worker is gone."""
+        """Drop what is known of a worker that is gone."""
         self._costs.pop(worker, None)
         self._probes.pop(worker, None)
         self._network.forget(worker)
 
     def observe(self, stages: Sequence[PipelineStage], done: StepDone, *, now: float) -> None:
-        """Learn from a step how long each stage takes, and how long the links at most."""
+        """Learn the times of the stages from a step, and upper bounds of the links."""
         inside_us = sum(timing.compute_us + timing.queued_us for timing in done.timings)
         outside_s = max(0.0, done.round_trip_s - inside_us / 1e6)
         hops_s = self._network.bound(pairwise(stage.worker for stage in stages), outside_s)
@@ -110,7 +108,7 @@ class Measurements:
                 )
 
     def observe_link(self, sender: WorkerId, receiver: WorkerId, report: LinkReport) -> None:
-        """Learn how fast a link is."""
+        """Learn the speed of a link."""
         if report.up and report.bytes_per_s:
             self._network.observe(
                 sender, receiver, rtt_s=report.rtt_s, bytes_per_s=report.bytes_per_s
@@ -118,26 +116,26 @@ class Measurements:
 
     @property
     def bytes_per_s(self) -> float:
-        """What a link carries, about."""
+        """Median bandwidth of the links."""
         return self._network.bytes_per_s
 
     def layer_s(self, worker: WorkerId, prompt: Work) -> float:
-        """Return what a layer takes for a part of a prompt."""
+        """Return the seconds of a layer of mean size for prompt tokens."""
         return self._costs[worker].layer_s(prompt)
 
     def error(self, worker: WorkerId) -> float | None:
-        """Return how far predictions of a worker's tasks are off, as a share; None if unknown."""
+        """Return the relative error of predictions of a worker's tasks, None if unknown."""
         costs = self._costs.get(worker)
         return costs.error if costs else None
 
     def doubt(self, worker: WorkerId) -> float:
-        """Return how far they may be off; a guess where only trials are known."""
+        """Return the relative error to reckon with; see `WorkerSpeed.doubt`."""
         costs = self._costs.get(worker)
         return costs.doubt if costs else 0.0
 
     def machines(self, memory_bytes: Mapping[WorkerId, int]) -> Machines:
-        """Return workers with so much memory as planning sees them; a copy that does not change."""
-        costs = {worker: copy.deepcopy(self._costs[worker]) for worker in memory_bytes}
+        """Return an immutable copy for planning, of the workers in `memory_bytes`."""
+        costs = {worker: self._costs[worker].snapshot() for worker in memory_bytes}
         links = self._network.snapshot().links
         return Machines(dict(memory_bytes), costs, links, self._overhead.value or 0.0)
 
@@ -149,20 +147,20 @@ class Measurements:
         return weight
 
 
-class _Probes:
-    """What probes of an idle machine found, one after another.
+class _ProbeHistory:
+    """Probes of an idle machine, since its last task.
 
     Args:
-        costs: of the worker, from the tasks that it did before.
+        costs: speed of the worker, from tasks before.
     """
 
     def __init__(self, costs: WorkerSpeed) -> None:
         self._costs = costs
         self._first: Prior | None = None
-        self._latest: deque[Prior] = deque(maxlen=_PROBES)
+        self._latest: deque[Prior] = deque(maxlen=_LATEST_PROBES)
 
     def add(self, prior: Prior) -> WorkerSpeed:
-        """Return what the worker is expected to take now."""
+        """Add a probe; return the speed that is expected now."""
         if self._first is None:
             self._first = self._level = prior
         self._latest.append(prior)
@@ -176,33 +174,5 @@ class _Probes:
 
 
 def _token_s(prior: Prior) -> float:
-    """Return what a layer takes for one token."""
+    """Return the seconds of a layer for one token."""
     return prior.layer_s + prior.token_s
-
-
-def _trial(tried: StageTrial) -> Trial:
-    number, tokens, took = tried.sequences, tried.num_tokens, tried.time
-    positions = number * _positions(tried.start, tokens)
-    return Trial(
-        Work(number, positions) if tokens == 1 else Work.of_prompt(number * tokens, positions),
-        layers_s=took.layers_us / 1e6,
-        other_s=max(0, took.compute_us - took.layers_us) / 1e6,
-    )
-
-
-def work_of(step: Step) -> Work:
-    """Return what every layer computes in a step."""
-    tokens = positions = prompt_tokens = prompt_positions = 0
-    for part in step.slices:
-        if part.num_tokens == 1:
-            tokens += 1
-            positions += part.start + 1
-        else:
-            prompt_tokens += part.num_tokens
-            prompt_positions += _positions(part.start, part.num_tokens)
-    return Work(tokens, positions, bool(prompt_tokens), prompt_tokens, prompt_positions)
-
-
-def _positions(start: int, num_tokens: int) -> int:
-    """Return how many positions tokens attend to that follow on `start` others."""
-    return num_tokens * start + num_tokens * (num_tokens + 1) // 2

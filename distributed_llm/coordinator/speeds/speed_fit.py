@@ -1,100 +1,72 @@
-"""Seconds for a work, followed as they change: linear in what the work consists of. Pure.
+"""Fit of seconds linear in the work of a step, which follows changes of speed. Pure.
 
-A Kalman filter over the coefficients, which is recursive least squares with a choice of what is
-forgotten: how fast the machine is may change (somebody else uses it), so that is soon forgotten;
-how its time grows with the size of a step is a matter of its hardware and hardly is. So slopes once
-learnt stay known while all steps have one size, where forgetting everything alike would lose them.
+A Kalman filter over the coefficients, that is recursive least squares with a choice of what to
+forget. How fast a machine is may change (somebody else uses it), so the common scale of the
+coefficients is forgotten soon. How its time grows with the size of a step depends on its hardware,
+so their ratios are hardly forgotten: they stay known while all steps have one size.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import sqrt
 from statistics import median
 
 import numpy as np
 import numpy.typing as npt
 
+from distributed_llm.coordinator.speeds.work import Work
+
 _NOISE = 0.12
-"""Standard deviation of a task's time, of its mean; that of a uniform +-20 % is 0.115."""
+"""Standard deviation of a task's time relative to its mean; uniform +-20 % has 0.115."""
 
 _NOISE_OF_TRIALS = 0.04
-"""That of a trial, which is a median."""
+"""The same of a trial, which is a median."""
 
 _ANY_SHAPE = 100.0
-"""Variance of the coefficients before trials, over that of a prior."""
+"""Factor on the variance of the prior's coefficients before trials."""
 
 _WINDOW = 32.0
-"""Tasks that a speed is the mean of if they come fast; fewer if time passes between them."""
+"""Tasks over which the speed is averaged if they come fast; fewer if time passes between."""
 
 _SHAPE_LOSS = 1e-5
-"""Share of what is known of the shape that is forgotten with every task."""
+"""Share of the knowledge of the ratios that is forgotten with each task."""
 
 _TRUST = np.array((0.7, 0.7, 2.0, 0.7, 0.7, 2.0))
-"""Standard deviation of the coefficients of a prior, of themselves (attention is far from its
-limit in many ways) ..."""
+"""Standard deviation of the prior's coefficients, relative to themselves (attention is often far
+from the limit of the hardware) ..."""
 
 _UNKNOWN = np.array((0.0, 0.03, 0.0, 0.3, 0.03, 0.0))
-"""... and of the base, since a token costs more than arithmetic."""
+"""... plus this share of the base, since a token costs more than arithmetic."""
 
 _ANY_SCALE = 100.0
-"""Variance of a prior's scale before anything is measured."""
+"""Relative variance of the prior's scale before anything was measured."""
 
 _LIMIT = 2.0
-"""A task counts at most as if it were so many standard deviations off."""
+"""Standard deviations at which the influence of a task is bounded (Huber)."""
 
 _SUSPECT = 6.0
-"""By a factor of 1 + so many standard deviations off, a task may show a change. That is 1.72 at
-least; a noise of +-20 % can differ from itself by 1.2 / 0.8 = 1.5."""
+"""A task that is off by a factor of 1 + so many standard deviations is suspect: it may show a
+change. That is at least 1.72, while noise of +-20 % can make up 1.2 / 0.8 = 1.5."""
 
 _IN_A_ROW = 4
-"""Suspect tasks one after another, all slow or all fast, that show a change."""
+"""Consecutive suspect tasks, all slow or all fast, that show a change."""
 
 _TRIED_TASKS = 0.1
-"""Tasks that the speed counts as much as that trials show."""
+"""Weight of the speed that trials show, in tasks."""
 
 _RESCALED_TASKS = 0.5
-"""Tasks that all that was rescaled counts as much as."""
+"""Weight of what is known after rescaling, in tasks."""
 
 LEAST_S = 1e-9
-"""No task takes less, so that there are ratios of times."""
+"""Lower bound of all times in seconds, so that ratios exist."""
 
 _Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step computes, or what steps do on average.
-
-    Attributes:
-        tokens: of sequences that compute one each.
-        positions: that these attend to, summed.
-        prompts: 1 if it has parts of prompts; on average, the share of steps that have.
-        prompt_tokens: tokens of these.
-        prompt_positions: that they attend to, summed over the tokens.
-    """
-
-    tokens: float = 0.0
-    positions: float = 0.0
-    prompts: float = 0.0
-    prompt_tokens: float = 0.0
-    prompt_positions: float = 0.0
-
-    @classmethod
-    def of_prompt(cls, tokens: float, positions: float) -> "Work":
-        """Return a step with nothing but a part of a prompt."""
-        return cls(prompts=1.0, prompt_tokens=tokens, prompt_positions=positions)
-
-    @cached_property
-    def vector(self) -> _Array:
-        """What the coefficients are multiplied with, float64 [6]."""
-        decoding = (1.0, self.tokens, self.positions)
-        return np.array((*decoding, self.prompts, self.prompt_tokens, self.prompt_positions))
-
-
-@dataclass(frozen=True)
 class Coefficients:
-    """Seconds: of a step as such, and for each of what it consists of; see `Work`."""
+    """Seconds of a step, and for each unit of its work; see `Work`."""
 
     step: float
     token: float = 0.0
@@ -111,14 +83,18 @@ class Coefficients:
 
 
 class SpeedFit:
-    """Seconds for a work, linear in it with coefficients of which none is negative.
+    """Seconds of a step, linear in its work with non-negative coefficients, by a Kalman filter.
 
-    A Kalman filter over these. Between two tasks they wander together (the machine gets slower or
-    faster: noise along the coefficients themselves) and a little each by itself.
+    Between tasks the coefficients wander: all together, because the machine gets slower or faster
+    (noise along the coefficients themselves), and a little each by itself.
+
+    Args:
+        prior: coefficients before anything is measured.
+        half_life_s: time without tasks after which the next one counts as much as all before.
 
     Attributes:
-        measured: anything was added.
-        jumped: by how many times the speed changed at once with the task added last, or 1.
+        measured: whether anything was added.
+        jumped: factor by which the last task showed the time to have changed at once, else 1.
     """
 
     def __init__(self, prior: Coefficients, half_life_s: float) -> None:
@@ -136,23 +112,23 @@ class SpeedFit:
         self.jumped = 1.0
 
     def __call__(self, work: Work) -> float:
-        """Return the seconds that a work is expected to take."""
+        """Return the expected seconds of a work."""
         return float(self._found @ work.vector)
 
     def prior_s(self, work: Work) -> float:
-        """Return the seconds by the prior alone."""
+        """Return the expected seconds of a work by the prior."""
         return float(self._prior @ work.vector)
 
     def scale(self, work: Work) -> float:
-        """Return how many times the prior a work takes."""
+        """Return the expected seconds relative to the prior's."""
         return max(self(work), LEAST_S) / self.prior_s(work)
 
     def first_scale(self, work: Work) -> float:
-        """Return how many times the prior it took when the machine was new."""
+        """Return the same for what was known after the first task or trials."""
         return max(float(self._first @ work.vector), LEAST_S) / self.prior_s(work)
 
     def add(self, work: Work, seconds: float, now: float) -> float | None:
-        """Take what a task took; return what was expected of it, None of the first."""
+        """Learn the seconds of a task; return what was expected, None for the first task."""
         seconds = max(seconds, LEAST_S)
         first = not self.measured
         if first:
@@ -174,10 +150,10 @@ class SpeedFit:
         return None if first else expected
 
     def try_out(self, trials: Sequence[tuple[Work, float]], now: float) -> None:
-        """Take what works of several sizes took that were done once, seconds.
+        """Learn from trials: works of several sizes and their seconds.
 
-        They tell the shape. Of the speed they tell little: while a cluster starts, others may use
-        the machine.
+        They show the ratios of the coefficients. They show little of the speed, for others may use
+        the machine while a cluster starts.
         """
         self._run, first = [], not self.measured
         for work, seconds in trials:
@@ -192,7 +168,7 @@ class SpeedFit:
         self._doubt(_TRIED_TASKS)
 
     def _doubt(self, tasks: float) -> None:
-        """Let all before count as much as so many tasks to come."""
+        """Reduce the weight of everything known to that of `tasks` tasks."""
         self._wander(_NOISE * _NOISE / tasks)
 
     def _begin(self, scale: float, variance: float = 1.0) -> None:
@@ -202,7 +178,7 @@ class SpeedFit:
         self._covariance = self._covariance + np.diag(variance * scale * scale * self._doubts)
 
     def _forget(self, scale: float, elapsed_s: float) -> None:
-        """Let the coefficients wander, together and each by itself towards what it was at first."""
+        """Add the variance of the time since the last task: common, and of each coefficient."""
         idle = min(max(elapsed_s / self._half_life_s, 0.0), 1.0)
         lost = scale * scale * self._doubts - np.diagonal(self._covariance)
         self._wander(_NOISE * _NOISE * (idle + 1 / (_WINDOW * _WINDOW)))
@@ -212,14 +188,16 @@ class SpeedFit:
         )
 
     def _wander(self, together: float) -> None:
-        """Add variance to all coefficients in proportion."""
+        """Add variance along the coefficients: a common relative change."""
         self._covariance = self._covariance + together * np.outer(self._found, self._found)
 
     def _learn(self, work: Work, error: float, noise: float) -> float:
-        """Correct the coefficients; return the standard deviation of `error`, seconds.
+        """Correct the coefficients; return the expected standard deviation of `error`, seconds.
 
         Args:
-            noise: standard deviation of what was measured, seconds.
+            work: of the task.
+            error: measured - expected, seconds.
+            noise: standard deviation of the measurement, seconds.
         """
         gain = self._covariance @ work.vector
         variance = float(gain @ work.vector) + noise * noise
@@ -232,13 +210,16 @@ class SpeedFit:
     def _suspect(
         self, work: Work, seconds: float, slow: bool, before: tuple[_Array, _Array]
     ) -> None:
-        """Take a task far off; if it is one of some in a row, the speed is another from now on.
+        """Handle a suspect task; after `_IN_A_ROW` of them, rescale the coefficients.
 
-        Then what these tasks have done to the coefficients is undone: they tell of the speed, and
-        nothing of the shape.
+        Then the corrections by these tasks are undone, because they show a change of the speed and
+        nothing about the ratios.
 
         Args:
-            before: the coefficients before this task, and their covariance.
+            work: of the task.
+            seconds: that it took.
+            slow: it took longer than expected, not less.
+            before: coefficients and covariance before this task.
         """
         if not self._run or slow != self._slow:
             self._run, self._slow, self._before = [], slow, before
@@ -250,11 +231,18 @@ class SpeedFit:
             self._rescale(self.jumped)
             self._doubt(_IN_A_ROW - 1)
 
-    def rescale(self, factor: float) -> None:
-        """Let all take so many times as long, as far as anything was measured.
+    def snapshot(self) -> "SpeedFit":
+        """Return a copy that does not change when this does.
 
-        The first tasks after that soon count more.
+        It shares the arrays: a fit replaces them between tasks, and writes into none that is
+        shared.
         """
+        copied = copy.copy(self)
+        copied._run = list(self._run)
+        return copied
+
+    def rescale(self, factor: float) -> None:
+        """Multiply the expected times, if anything was measured; later tasks soon outweigh it."""
         if self.measured:
             self._rescale(factor)
             self._doubt(_RESCALED_TASKS)

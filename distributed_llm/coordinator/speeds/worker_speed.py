@@ -1,13 +1,12 @@
-"""What a worker takes for a task, as it follows from what it reported. Pure.
+"""The speed of one worker, learned from what it reports. Pure.
 
-A step takes a time as such, and more for each sequence that decodes in it, for each token of the
-prompts that it has parts of, and for what these attend to (`task_fit`). Steps of several sizes are
-tried when a worker has its first layers, which tells what larger batches would take than those of
-late.
+The time of a step is linear in its work: sequences that decode, prompt tokens, and the positions
+that these attend to (`speed_fit`). A worker with its first layers tries steps of several sizes, so
+sizes that were not served yet are known too.
 
-Before anything is measured there is only a prior from bandwidth and operations per second. Its
-scale means little, its shape more: as long as all steps have one size, other sizes are predicted in
-proportion to it. Noise is taken to be in proportion to the time.
+Before anything is measured there is only a prior, from bandwidth and operations per second. Its
+scale means little, its ratios more: while all steps have one size, other sizes are predicted in
+proportion to the prior. Noise is taken to be proportional to the time.
 """
 
 import copy
@@ -16,36 +15,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.messages import Capabilities, StageTrial
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.tables import Speed
-from distributed_llm.coordinator.speeds.speed_fit import LEAST_S, Coefficients, SpeedFit, Work
+from distributed_llm.coordinator.partition.tables import WorkerTimes
+from distributed_llm.coordinator.speeds.speed_fit import LEAST_S, Coefficients, SpeedFit
+from distributed_llm.coordinator.speeds.work import Work, work_of_trial
 
 _LATEST = 64
-"""Predictions that the error is the median of."""
+"""Number of predictions over which the error is the median."""
 
 _TASK_S = 0.0005
-"""What a task is taken to cost beside layers and head where that was not measured."""
+"""Assumed time of a task beside layers and head, until measured."""
 
 _ERROR_OF_TRIALS = 2.0
-"""Others may have used the machine meanwhile, say workers that loaded and tried their layers on it:
-only a plan that promises nearly twice as much is worth a move before there were any tasks."""
+"""Assumed relative error after trials alone, since other workers may have used the machine at the
+time: before there are tasks, only a plan that promises nearly twice as much is worth a move."""
 
 _QUERIES = 4
-"""Query heads that share a KV head: 1 to 8, where models differ."""
+"""Assumed query heads per KV head; models have 1 to 8."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What a worker should take by what it can do, seconds.
+    """Seconds that a worker should take by the bandwidth and FLOPS of its machine.
 
     Attributes:
-        layer_s: to read a layer of mean size.
-        token_s: to compute a layer for one token.
-        position_s: to read one position of KV cache in one layer.
-        prompt_position_s: to attend to one in a prompt; it is read once for many tokens.
-        head_s: to read norm and head.
-        head_token_s: to compute them for one token.
+        layer_s: for reading the weights of a layer of mean size.
+        token_s: for the arithmetic of one token in such a layer.
+        position_s: for reading one position of KV cache in one layer.
+        prompt_position_s: for attending to one position from a prompt; reads are shared by tokens.
+        head_s: for reading norm and head.
+        head_token_s: for their arithmetic for one token.
     """
 
     layer_s: float
@@ -60,7 +60,9 @@ class Prior:
         """Return the prior of a machine for a model.
 
         Args:
-            item_bytes: of one parameter, and of one number in the KV cache.
+            found: by the probe of the machine.
+            cost: of the model.
+            item_bytes: size of one parameter, and of one number in the KV cache.
         """
         byte_s = 1 / found.memory_bandwidth_bytes_per_s
         item_s = 2 / found.flops_per_s / item_bytes  # multiply and add, per byte of parameters
@@ -76,28 +78,14 @@ class Prior:
         )
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a step took that was tried on new layers.
-
-    Attributes:
-        layers_s: time inside the layers.
-        other_s: the rest of its compute time.
-    """
-
-    work: Work
-    layers_s: float
-    other_s: float
-
-
 class WorkerSpeed:
-    """What one worker takes for its layers, for a task as such, and as the last stage.
+    """Learns what one worker takes per layer, per task, and as the last stage.
 
-    Of what was not measured the prior tells, scaled like its layers. Its memory is constant.
+    What was not measured is predicted by the prior, scaled like the layers. Memory is constant.
 
     Args:
-        prior: what it should take by what it can do.
-        half_life_s: after so long without a task the next one counts as much as all before.
+        prior: times by the probe of the machine.
+        half_life_s: time without tasks after which the next one counts as much as all before.
     """
 
     def __init__(self, prior: Prior, half_life_s: float = 30.0) -> None:
@@ -129,33 +117,39 @@ class WorkerSpeed:
         return self._layers.measured
 
     def first_scale(self, work: Work) -> float | None:
-        """Return how many times the prior its layers took for a step at first; None if unknown.
+        """Return the first measured time of a layer relative to the prior's, None if unknown.
 
-        How fast it is now is its own matter; this tells how far priors are from this model.
+        It shows how far priors are off for this model, independent of later changes of this worker.
         """
         return self._layers.first_scale(work) if self._layers.measured else None
 
     @property
     def error(self) -> float | None:
-        """Median of |predicted - measured| / measured over the latest tasks, of the whole stage.
+        """Median of |predicted - measured| / measured for whole stages, over the latest tasks.
 
-        Each prediction was made before its task was observed. Those that rest on a prior alone do
-        not count; None if there are no others.
+        Predictions were made before their tasks were observed, and not by a prior alone. None
+        before there are any.
         """
         return median(self._errors) if self._errors else None
 
     @property
     def doubt(self) -> float:
-        """How far predictions may be off, as a share; a guess after trials alone."""
+        """Relative error to reckon with: `error`, an assumption after trials alone, else 0."""
         return self.error or (_ERROR_OF_TRIALS if self._tried else 0.0)
 
-    def try_out(self, trials: Sequence[Trial], *, layers: float, is_last: bool, now: float) -> None:
-        """Take what was tried on new layers; arguments as for `observe`."""
-        if trials:
-            beside = self._lasts if is_last else self._tasks
-            self._layers.try_out([(each.work, each.layers_s / layers) for each in trials], now)
-            beside.try_out([(each.work, each.other_s) for each in trials], now)
-            self._tried = True
+    def try_out(
+        self, trials: Sequence[StageTrial], *, layers: float, is_last: bool, now: float
+    ) -> None:
+        """Learn from steps that were tried on new layers; arguments as for `observe`."""
+        if not trials:
+            return
+        works = [work_of_trial(trial) for trial in trials]
+        layer_s = [trial.time.layers_us / 1e6 / layers for trial in trials]
+        other_us = [max(0, trial.time.compute_us - trial.time.layers_us) for trial in trials]
+        beside = self._lasts if is_last else self._tasks
+        self._layers.try_out(list(zip(works, layer_s, strict=True)), now)
+        beside.try_out([(work, us / 1e6) for work, us in zip(works, other_us, strict=True)], now)
+        self._tried = True
 
     def observe(
         self,
@@ -167,13 +161,14 @@ class WorkerSpeed:
         other_s: float,
         now: float,
     ) -> None:
-        """Take what a task took.
+        """Learn from one task.
 
         Args:
-            layers: that the stage holds, in layers of mean size; more than none.
-            is_last: the stage holds the last layer, so norm, head and sampling as well.
-            layers_s: time inside the layers.
-            other_s: the rest of its compute time.
+            work: of the step.
+            layers: layers of the stage, in layers of mean size; positive.
+            is_last: whether the stage also has norm, head and sampling.
+            layers_s: seconds inside the layers.
+            other_s: the other seconds of its compute time.
             now: clock seconds.
         """
         beside, unseen = self._tasks, self._lasts
@@ -188,12 +183,21 @@ class WorkerSpeed:
             taken_s = max(layers_s + other_s, LEAST_S)
             self._errors.append(abs(layers * layer_s + beside_s - taken_s) / taken_s)
 
-    def rescaled(self, factor: float) -> "WorkerSpeed":
-        """Return what it takes once its machine is so many times slower than it was.
+    def snapshot(self) -> "WorkerSpeed":
+        """Return a copy that does not change when this does; it costs microseconds."""
+        copied = copy.copy(self)
+        copied._layers = self._layers.snapshot()
+        copied._tasks = self._tasks.snapshot()
+        copied._lasts = self._lasts.snapshot()
+        copied._errors = self._errors.copy()
+        return copied
 
-        The first tasks after that soon count more. What was not measured stays as it is.
+    def rescaled(self, factor: float) -> "WorkerSpeed":
+        """Return a copy for a machine that takes `factor` times as long as before.
+
+        Later tasks soon outweigh the factor. What was not measured stays as it is.
         """
-        changed = copy.deepcopy(self)
+        changed = self.snapshot()
         for fit in (changed._layers, changed._tasks, changed._lasts):
             fit.rescale(factor)
         return changed
@@ -202,23 +206,25 @@ class WorkerSpeed:
         """Return the seconds of one layer of mean size.
 
         Args:
-            scale: of the prior if nothing was measured, say the median of other workers' scales.
+            work: of the step.
+            scale: factor on the prior if nothing was measured, such as that of other workers.
         """
         return self._layers(work) if self.measured else scale * self._layers.prior_s(work)
 
-    def speed(self, work: Work, *, scale: float = 1.0) -> Speed:
-        """Return the seconds of a step.
+    def times(self, work: Work, *, scale: float = 1.0) -> WorkerTimes:
+        """Return the times of a step.
 
         Args:
-            scale: of the prior if nothing was measured, say the median of other workers' scales.
+            work: of the step.
+            scale: factor on the prior if nothing was measured, such as that of other workers.
         """
         layer_s = self.layer_s(work, scale=scale)
         tasks, lasts = self._tasks, self._lasts
         task_s = tasks(work) if tasks.measured else tasks.prior_s(work)
         if not lasts.measured:
             found = self._layers.scale(work) if self.measured else scale
-            return Speed(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
+            return WorkerTimes(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
         whole_s = lasts(work)
         if not tasks.measured:
             task_s = min(task_s, whole_s)
-        return Speed(task_s, layer_s, max(0.0, whole_s - task_s))
+        return WorkerTimes(task_s, layer_s, max(0.0, whole_s - task_s))

@@ -1,0 +1,66 @@
+"""How long the stages of each plan computed for a request. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from distributed_llm.common.messages import MAX_STAGES, StageTime, StageTiming
+from distributed_llm.common.types import Epoch, LayerRange, WorkerId
+from distributed_llm.coordinator.plan import PipelineStage
+
+
+@dataclass
+class _OfPlan:
+    """Tasks of each stage of one plan, and microseconds by stage."""
+
+    stages: Sequence[PipelineStage]
+    compute_us: list[int]
+    tasks: int = 0
+
+
+class StageTimes:
+    """Compute times of one request, by the epoch of the plan."""
+
+    def __init__(self) -> None:
+        self._plans: dict[Epoch, _OfPlan] = {}
+
+    def add(
+        self, epoch: Epoch, stages: Sequence[PipelineStage], timings: Sequence[StageTime]
+    ) -> None:
+        """Count one step.
+
+        Args:
+            epoch: of the plan; `stages` are its stages.
+            timings: of this step, one per stage.
+        """
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = self._plans[epoch] = _OfPlan(stages, [0] * len(stages))
+        plan.tasks += 1
+        for at, timing in enumerate(timings):
+            plan.compute_us[at] += timing.compute_us
+
+    @staticmethod
+    def sums(times: Iterable["StageTimes"]) -> tuple[StageTiming, ...]:
+        """Return the sums by worker and layer range, in the order of the layers.
+
+        A task counts once for each of the requests in it. Of more than `MAX_STAGES` stages, as many
+        plans may have them, the last are left out.
+        """
+        tasks: Counter[tuple[WorkerId, LayerRange]] = Counter()
+        compute_us: Counter[tuple[WorkerId, LayerRange]] = Counter()
+        for one in times:
+            for plan in one._plans.values():
+                for stage, microseconds in zip(plan.stages, plan.compute_us, strict=True):
+                    tasks[stage.worker, stage.layers] += plan.tasks
+                    compute_us[stage.worker, stage.layers] += microseconds
+        timings = [
+            StageTiming(
+                worker=worker,
+                layers=layers,
+                tasks=number,
+                compute_s=compute_us[worker, layers] / 1e6,
+            )
+            for (worker, layers), number in tasks.items()
+        ]
+        return tuple(sorted(timings, key=lambda timing: timing.layers))[:MAX_STAGES]

@@ -1,0 +1,104 @@
+"""One step: what it computes, and what its stages must answer. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distributed_llm.common.messages import SequenceSlice, TokenLogprobs
+from distributed_llm.common.tensors import (
+    Frame,
+    TensorSpec,
+    floats_of_frame,
+    token_ids_of_frame,
+)
+from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.requests.request import Request
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pass of a batch through all stages.
+
+    Attributes:
+        requests: one per slice, in the same order.
+        token_ids: of all slices, one after the other.
+    """
+
+    requests: tuple[Request, ...]
+    slices: tuple[SequenceSlice, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def samplers(self) -> list[Request]:
+        """The requests that get a token from this step, in the order of the slices."""
+        pairs = zip(self.requests, self.slices, strict=True)
+        return [request for request, part in pairs if part.sample]
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens that the last stage samples."""
+        return sum(part.sample for part in self.slices)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether every slice is a single token: the step has no prefill chunks."""
+        return len(self.token_ids) == len(self.slices)
+
+
+def wrong_tokens(
+    step: Step, specs: Sequence[TensorSpec], frames: Sequence[Frame], model: ServedModel
+) -> str:
+    """Return what is wrong with the answer of the last stage, or an empty text."""
+    count, width = step.num_samples, _num_logprobs(step)
+    wanted: tuple[TensorSpec, ...] = (TensorSpec("int32", (count,)),) if count else ()
+    if width is not None:
+        shape = (count, 1 + width)
+        wanted += (TensorSpec("float32", shape), TensorSpec("int32", shape))
+    if tuple(specs) != wanted:
+        return f"answers {_text(specs)}, expected {_text(wanted)}"
+    ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
+    strange = [token for token in ids if not 0 <= token < model.defaults.vocab_size]
+    if width is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
+        return "log-probabilities out of range"
+    return f"token id {strange[0]} is not in the vocabulary" if strange else ""
+
+
+def wrong_activations(step: Step, specs: Sequence[TensorSpec], model: ServedModel) -> str:
+    """Return what is wrong with the answer of another stage, or an empty text."""
+    wanted = TensorSpec(model.wire_dtype, (len(step.token_ids), model.hidden_size))
+    return "" if tuple(specs) == (wanted,) else f"activations {_text(specs)}, expected {wanted}"
+
+
+def token_logprobs(
+    step: Step, specs: Sequence[TensorSpec], frames: Sequence[Frame]
+) -> list[TokenLogprobs | None]:
+    """Return the log-probabilities in the right answer of a last stage.
+
+    Returns:
+        One for each request that gets a token; None for those that did not ask. The tensors are as
+        wide as the request needs that asked for most, and are cut to what each asked for.
+    """
+    samplers = step.samplers
+    if len(frames) < 3:
+        return [None] * len(samplers)
+    width = specs[1].shape[1]
+    values, ids = floats_of_frame(frames[1]), token_ids_of_frame(frames[2])
+    logprobs: list[TokenLogprobs | None] = []
+    for row, request in enumerate(samplers):
+        number = request.sampling.logprobs
+        if number is None:
+            logprobs.append(None)
+            continue
+        at = row * width
+        top = zip(ids[at + 1 : at + 1 + number], values[at + 1 : at + 1 + number], strict=True)
+        logprobs.append(TokenLogprobs(logprob=values[at], top=tuple(top)))
+    return logprobs
+
+
+def _num_logprobs(step: Step) -> int | None:
+    """Return how many likeliest tokens the last stage reports; None for no log-probabilities."""
+    numbers = [request.sampling.logprobs for request in step.samplers]
+    return max((number for number in numbers if number is not None), default=None)
+
+
+def _text(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(map(str, specs)) or "none"

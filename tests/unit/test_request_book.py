@@ -1,0 +1,186 @@
+"""The states of a request, and what the book of requests does in each of them."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.messages import Finished, Generate, RequestFailed, TokenChunk
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.states import IllegalTransition
+from distributed_llm.common.tensors import frame_of_token_ids
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.events import (
+    Action,
+    Detokenized,
+    Forget,
+    RequestKey,
+    Send,
+    Tokenize,
+    Tokenized,
+)
+from distributed_llm.coordinator.requests.lifecycle import (
+    REQUEST_STATES,
+    RequestCause,
+    RequestState,
+)
+from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.serving.event_log import EventLog
+from distributed_llm.coordinator.serving.request_book import RequestBook
+from distributed_llm.coordinator.serving.scheduler import Scheduler
+from distributed_llm.coordinator.serving.steps import StepDone
+from tests.unit.fake_model import MODEL
+
+CLIENT = PeerId(b"client")
+PROMPT = (1, 2, 3)
+TOKEN = 5
+KV_TOKENS = 1024
+
+
+class Bench:
+    """A book with one request of two tokens, and a scheduler that may run it."""
+
+    def __init__(self) -> None:
+        self.book = RequestBook(MODEL.defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
+        self.book.set_capacity(KV_TOKENS)
+        self.scheduler = Scheduler(
+            max_sequences=4,
+            max_tokens=512,
+            kv_tokens=KV_TOKENS,
+            new_sequence_id=itertools.count(1).__next__,
+            on_change=lambda: None,
+        )
+        spec, frame = frame_of_token_ids(PROMPT)
+        params = SamplingParams(max_new_tokens=2, stop_strings=("stop",))
+        message = Generate(request_id="r", prompt="token_ids", params=params, tensors=(spec,))
+        (tokenize,) = self.book.submit(CLIENT, message, (frame,), now=0.0)
+        assert isinstance(tokenize, Tokenize)
+        self.key: RequestKey = tokenize.key
+        assert self.book.tokenized(Tokenized(self.key, list(PROMPT))) == []
+        request = self.book.next_waiting()
+        assert request is not None
+        self.request: Request = request
+        self.actions: list[Action] = []
+
+    def admitted(self) -> None:
+        assert self.book.admit(self.scheduler, now=1.0)
+
+    def got_token(self) -> None:
+        step = self.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+        assert step is not None
+        done = StepDone(step, [TOKEN], [None], (), depth=1, round_trip_s=0.1)
+        self.book.step_done(done, self.scheduler.complete(step), now=2.0)
+
+    def last_token(self) -> None:
+        while self.request.finish_reason is None:
+            self.got_token()
+
+    def preempted(self) -> None:
+        """Other stages have no room for it."""
+        assert not self.scheduler.resize(0)
+        self.scheduler.move(0)
+        self.book.collect(self.scheduler)
+        self.scheduler.resize(KV_TOKENS)
+
+    def pipeline_gone(self) -> None:
+        self.book.requeue(self.scheduler.evacuate())
+
+    def text_sent(self) -> None:
+        event = Detokenized(self.key, 0, "text", num_tokens=2, stopped=False, last=True)
+        self.actions = self.book.detokenized(event, now=3.0)
+
+    def stop_string(self) -> None:
+        event = Detokenized(self.key, 0, "text", num_tokens=1, stopped=True, last=False)
+        self.actions = self.book.detokenized(event, now=3.0)
+
+    def failed(self) -> None:
+        self.actions = self.book.fail(self.key, DistributedLLMError("It failed."))
+
+
+Deed = Callable[[Bench], None]
+DEEDS: dict[RequestCause, Deed] = {
+    RequestCause.ADMITTED: Bench.admitted,
+    RequestCause.PREEMPTED: Bench.preempted,
+    RequestCause.PIPELINE_GONE: Bench.pipeline_gone,
+    RequestCause.LAST_TOKEN: Bench.last_token,
+    RequestCause.TEXT_SENT: Bench.text_sent,
+    RequestCause.STOP_STRING: Bench.stop_string,
+    RequestCause.FAILED: Bench.failed,
+}
+UP_TO: dict[RequestState, tuple[Deed, ...]] = {
+    # It waits with a token, so that the text of that may hold a stop string.
+    RequestState.WAITING: (Bench.admitted, Bench.got_token, Bench.pipeline_gone),
+    RequestState.RUNNING: (Bench.admitted, Bench.got_token),
+    RequestState.CLOSING: (Bench.admitted, Bench.last_token),
+}
+
+
+def bench_in(state: RequestState) -> Bench:
+    bench = Bench()
+    for deed in UP_TO[state]:
+        deed(bench)
+    assert bench.request.state is state
+    bench.book.validate()
+    return bench
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"), REQUEST_STATES.transitions, ids=lambda value: value.name.lower()
+)
+def test_every_transition_happens(state: RequestState, cause: RequestCause) -> None:
+    bench = bench_in(state)
+    DEEDS[cause](bench)
+    assert bench.request.state is REQUEST_STATES.transitions[state, cause]
+    bench.book.validate()
+    bench.scheduler.validate()
+
+
+@pytest.mark.parametrize(
+    ("state", "cause"),
+    [
+        (state, cause)
+        for state in RequestState
+        for cause in RequestCause
+        if not REQUEST_STATES.allows(state, cause)
+    ],
+    ids=lambda value: value.name.lower(),
+)
+def test_any_other_raises(state: RequestState, cause: RequestCause) -> None:
+    bench = bench_in(RequestState.CLOSING if state is RequestState.GONE else state)
+    if state is RequestState.GONE:
+        bench.failed()
+    with pytest.raises(IllegalTransition):
+        bench.request.change(cause)
+    assert bench.request.state is state
+
+
+@pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
+def test_a_stop_string_ends_the_ticket_in_every_state(state: RequestState) -> None:
+    """Also of a request that waits: the text of its tokens comes after it lost its pipeline."""
+    bench = bench_in(state)
+    bench.stop_string()
+    chunk, finished, forget = bench.actions
+    assert isinstance(chunk, Send)
+    assert isinstance(chunk.message, TokenChunk)
+    assert (chunk.message.token_ids, chunk.message.finish_reason) == ((TOKEN,), "stop")
+    assert isinstance(finished, Send)
+    assert isinstance(finished.message, Finished)
+    assert isinstance(forget, Forget)
+    assert not bench.book.busy
+    assert (bench.book.num_waiting, bench.book.num_running) == (0, 0)
+    assert bench.book.next_waiting() is None
+
+
+@pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
+def test_a_failure_ends_the_ticket_in_every_state(state: RequestState) -> None:
+    bench = bench_in(state)
+    bench.failed()
+    failed, forget = bench.actions
+    assert isinstance(failed, Send)
+    assert isinstance(failed.message, RequestFailed)
+    assert isinstance(forget, Forget)
+    assert not bench.book.busy
+    assert bench.book.next_waiting() is None
+    bench.failed()
+    assert bench.actions == []
