@@ -1,4 +1,4 @@
-"""Tensors of torch as they cross the wire."""
+"""Converts torch tensors to frames of a message, and back."""
 
 import torch
 from torch import Tensor
@@ -16,15 +16,15 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def tensor_of(spec: TensorSpec, frame: Frame) -> Tensor:
-    """Return the tensor in a frame, on the CPU; it owns its memory and may be written to.
+    """Return the tensor in a frame, on the CPU; it owns its memory and is writable.
 
-    It is copied because a frame may lie at any address, and numbers may not.
+    The frame is copied because it may start at any address, while torch needs aligned memory.
     """
     return torch.frombuffer(bytearray(frame), dtype=TORCH_DTYPES[spec.dtype]).view(spec.shape)
 
 
 def frame_of(tensor: Tensor) -> tuple[TensorSpec, Frame]:
-    """Return a tensor, not empty, as it crosses the wire."""
+    """Return spec and frame of a tensor that is not empty; one on the CPU may share its memory."""
     held = tensor.detach().contiguous().cpu()
     spec = TensorSpec(_NAMES[held.dtype], tuple(held.shape))
     return spec, held.view(-1).view(torch.uint8).numpy().data

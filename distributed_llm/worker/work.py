@@ -1,4 +1,4 @@
-"""From settings to a running worker."""
+"""Runs a worker as its settings say: measures the machine, then serves."""
 
 import gc
 import logging
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 async def work(settings: WorkerSettings) -> int:
-    """Work until SIGINT or SIGTERM, or until drained; return the code to exit with.
+    """Run a worker until SIGINT, SIGTERM or until it is drained; return the exit code.
 
     Raises:
-        ConfigError: the device or the memory that `settings` name is not there.
+        ConfigError: this machine lacks the device or the memory that `settings` name.
         CoordinatorUnreachable: no coordinator answered at the start.
         CheckpointError: this machine cannot load the model.
         ProtocolMismatch: the coordinator speaks another version.
         AddressInUse: `peer_bind` cannot be listened on.
     """
-    gc.freeze()  # looking for garbage among all that was imported stops every thread for 0.4 s
+    gc.freeze()  # collecting garbage among imported modules stops every thread for 0.4 s
     threads = settings.threads or os.cpu_count() or 1
     measured = _measure(settings, threads)
     capabilities = msgspec.structs.replace(
@@ -60,12 +60,11 @@ async def work(settings: WorkerSettings) -> int:
 
 
 def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
-    """Measure in a thread that ends.
+    """Measure this machine in a thread that ends afterwards.
 
-    Every thread that computes gets helpers from OpenMP, which stay as long as it does. With those
-    of the main thread beside those of the compute thread they would outnumber the cores, and GNU's
-    OpenMP then puts them to sleep after every product instead of letting them wait for the next
-    one: a decode step took 186 ms instead of 98.
+    Each thread that computes gets helper threads from OpenMP, which live as long as it does. If the
+    main thread had helpers too, there would be more threads than cores, and GNU's OpenMP would let
+    idle helpers sleep instead of spin: a decode step took 186 ms instead of 98.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(
@@ -74,6 +73,6 @@ def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
 
 
 def _host_name() -> str:
-    """Return this machine's name in the letters that worker names may have."""
+    """Return this machine's name, reduced to the characters that worker names may have."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().split(".")[0])
     return name.lstrip("._-")[:60] or "worker"

@@ -105,7 +105,7 @@ class MoveMachine(RuleBasedStateMachine):
         for cache in self.caches():
             cache.share(self.next_id, parent, length)
             if take:
-                cache._hand_on(parent, self.next_id)
+                cache._pass_ownership(parent, self.next_id)
                 cache.free([parent])
         self.model[self.next_id] = self.model[parent][:length]
         if take:

@@ -1,14 +1,14 @@
 """Exporting, importing and assembling KV caches: what is refused, and how much travels."""
 
-from dataclasses import replace
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from distributed_llm.common.messages import MAX_PIECES
+from distributed_llm.common.messages import MAX_PIECES, KVPart
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.worker.kv.assembly import KVIncomplete, MissingKV, assemble
 from distributed_llm.worker.kv.cache import KVCache, as_token_ids
@@ -98,9 +98,14 @@ def pump(out: KVExporter, into: KVImporter, max_bytes: int = MUCH) -> int:
     return total
 
 
-def piece(**changes: Any) -> KVPiece:
-    made = KVPiece(7, 4, 0, KV_BLOCK, torch.zeros(2, 3, 4), torch.zeros(2, 3, 6))
-    return replace(made, **changes)
+def piece(keys: Tensor | None = None, values: Tensor | None = None, **changes: int) -> KVPiece:
+    """Return three positions of layer 4, with changes to the part or the tensors."""
+    part = KVPart(segment=7, layer=4, offset=0, count=3, capacity=KV_BLOCK)
+    return KVPiece(
+        msgspec.structs.replace(part, **changes),
+        torch.zeros(2, 3, 4) if keys is None else keys,
+        torch.zeros(2, 3, 6) if values is None else values,
+    )
 
 
 # ------------------------------------------------------------------ exporting
@@ -201,7 +206,10 @@ NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
     "value width": ({"values": torch.zeros(2, 3, 4)}, "expected are"),
     "one key too many": ({"keys": torch.zeros(2, 4, 4)}, "expected are"),
     "dimensions": ({"keys": torch.zeros(2, 12)}, "expected are"),
-    "nothing": ({"keys": torch.zeros(2, 0, 4), "values": torch.zeros(2, 0, 6)}, "expected are"),
+    "nothing": (
+        {"count": 0, "keys": torch.zeros(2, 0, 4), "values": torch.zeros(2, 0, 6)},
+        "expected are",
+    ),
     "key dtype": ({"keys": torch.zeros(2, 3, 4, dtype=torch.float16)}, "expected are"),
     "value dtype": ({"values": torch.zeros(2, 3, 6, dtype=torch.float64)}, "expected are"),
     "capacity": ({"capacity": 0}, "positions from 0 to 3 of a segment with room for 0"),
@@ -354,7 +362,7 @@ def test_buffers_are_taken_over_and_not_copied(source: KVCache) -> None:
     made = new_cache(layers)
     assemble(made, layers, (source, ALL), [into])
     own = {held.keys.data_ptr() for s in source.extents() for held in s.layers if held}
-    arrived = {buffer.held.keys.data_ptr() for buffer in into._buffers.values()}
+    arrived = {one.buffers.keys.data_ptr() for one in into._arrived.values()}
     for segment in made.extents():
         assert [held is not None and held.keys.data_ptr() in own for held in segment.layers] == [
             True,

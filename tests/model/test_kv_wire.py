@@ -83,8 +83,12 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
     keys = torch.randn(2, 9, 4).to(dtype)
     values = torch.randn(2, 9, 6).to(dtype)
     keys[0, 0, 0], values[0, 0, 0] = float("nan"), float("inf")
-    pieces = [KVPiece(7, 1, 0, 64, keys[:, :2], values[:, :2])]
-    pieces += [KVPiece(7, 2, 0, 64, keys[:, 2:], values[:, 2:])]
+    parts = [
+        KVPart(segment=7, layer=layer, offset=0, count=count, capacity=64)
+        for layer, count in ((1, 2), (2, 7))
+    ]
+    pieces = [KVPiece(parts[0], keys[:, :2], values[:, :2])]
+    pieces += [KVPiece(parts[1], keys[:, 2:], values[:, 2:])]
     message, frames = encode_pieces(2, LayerRange(1, 3), 1, pieces)
     back = list(decode_pieces(message, frames, {1: layout, 2: layout}))
     for given_, got in zip(pieces, back, strict=True):

@@ -337,8 +337,8 @@ def test_dropping_the_old_epoch_serves_the_new_one(after: str) -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=1), b"1234")
     if after == "take over":
-        (inherit,) = hear(agent, TakeOver(epoch=5))
-        assert do(agent, KVAssembled(inherit)) == [Send(TookOver(epoch=5))]  # type: ignore[arg-type]
+        (assemble,) = hear(agent, TakeOver(epoch=5))
+        assert do(agent, KVAssembled(assemble)) == [Send(TookOver(epoch=5))]  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=3)) == [Serve(5)]
     assert beats(agent) == (5,)
     assert agent.is_void(waiting)
@@ -354,8 +354,8 @@ def test_first_task_of_the_new_epoch_overtakes_the_commit() -> None:
     agent = serving_3(MAC)
     hear(agent, beside(next_stage=MAC))
     do(agent, loaded(5))
-    (inherit,) = hear(agent, TakeOver(epoch=5))
-    do(agent, KVAssembled(inherit))  # type: ignore[arg-type]
+    (assemble,) = hear(agent, TakeOver(epoch=5))
+    do(agent, KVAssembled(assemble))  # type: ignore[arg-type]
     close, serve, run = hear(agent, task(5, step=1))
     assert (close, serve) == (CloseLink(LinkId(3)), Serve(5))
     assert isinstance(run, Run)
@@ -445,14 +445,14 @@ def phases() -> dict[str, list[Any]]:
     last = PeerReceived(SENDER, end(2, COMES), (b"",))
     first = ImportKV(0, pieces(1, COMES), (b"",))
     second = ImportKV(0, end(2, COMES), (b"",))
-    inheriting = [*over, last, KVImported(first), KVImported(second)]
+    assembling = [*over, last, KVImported(first), KVImported(second)]
     return {
         "loading": load,
         "loaded": ready,
         "copying": copying,
-        "handing over": over,
-        "inheriting": inheriting,
-        "inherited": [*inheriting, KVAssembled(AssembleKV(0, 5))],
+        "handover": over,
+        "assembling": assembling,
+        "assembled": [*assembling, KVAssembled(AssembleKV(0, 5))],
     }
 
 
@@ -482,8 +482,8 @@ def test_cancelling_goes_on_with_the_old_epoch(phase: str) -> None:
     assert pass_time(agent, 100.0) == []
     assert hear(agent, CancelStage(epoch=5)) == []
     assert hear(agent, beside(5)) == []
-    handed_over = phase in ("handing over", "inheriting", "inherited")
-    assert agent.is_void(begun) is handed_over
+    suspended = phase in ("handover", "assembling", "assembled")
+    assert agent.is_void(begun) is suspended
 
 
 @pytest.mark.parametrize("phase", phases())
@@ -584,7 +584,7 @@ def test_copied_is_told_when_the_last_transfer_is_done() -> None:
     assert taken(agent, 1, 0.9, FIRST) == [Send(KVCopied(epoch=5, bytes_sent=4))]
 
 
-def test_rest_is_sent_with_the_end_after_the_take_over() -> None:
+def test_rest_is_sent_with_the_end_after_the_handover_began() -> None:
     agent, export = sending()
     exported(agent, export, None)
     (export,) = hear(agent, TakeOver(epoch=5))
@@ -597,14 +597,14 @@ def test_rest_is_sent_with_the_end_after_the_take_over() -> None:
     assert hear(agent, DropStage(epoch=3)) == [CloseLink(TO_NAS), Drop()]
 
 
-def test_take_over_while_an_export_is_under_way() -> None:
+def test_handover_while_an_export_is_under_way() -> None:
     agent, export = sending()
     assert hear(agent, TakeOver(epoch=5)) == []
     (export,) = exported(agent, export, None)
     assert export == ExportKV(0, 5, SECOND, 1, rest=True)
 
 
-def test_take_over_before_the_receiver_was_reached() -> None:
+def test_handover_before_the_receiver_was_reached() -> None:
     agent = serving_3()
     hear(agent, copy())
     assert hear(agent, TakeOver(epoch=5)) == []
@@ -645,13 +645,13 @@ def test_receiver_that_never_welcomes() -> None:
     assert all(isinstance(action, Greet) for _, actions in told[:-1] for action in actions)
 
 
-@pytest.mark.parametrize("after_take_over", [False, True])
-def test_receiver_that_does_not_acknowledge(after_take_over: bool) -> None:
+@pytest.mark.parametrize("after_handover", [False, True])
+def test_receiver_that_does_not_acknowledge(after_handover: bool) -> None:
     agent, export = sending()
-    if after_take_over:
+    if after_handover:
         hear(agent, TakeOver(epoch=5))
     _, export = exported(agent, export, pieces(1), 2.0)
-    exported(agent, export, end(2) if after_take_over else pieces(2), 4.0)
+    exported(agent, export, end(2) if after_handover else pieces(2), 4.0)
     taken(agent, 1, 6.0)
     ((at, actions),) = pass_time(agent, 100.0)
     assert at == 16.0
@@ -709,8 +709,8 @@ def test_failure_ends_all_transfers_and_is_told_once() -> None:
 
 def test_coordinator_may_begin_the_new_epoch_without_after_a_failure() -> None:
     agent = both()
-    (inherit,) = hear(agent, TakeOver(epoch=5))
-    do(agent, KVOrderFailed(inherit, StageError("no")))  # type: ignore[arg-type]
+    (assemble,) = hear(agent, TakeOver(epoch=5))
+    do(agent, KVOrderFailed(assemble, StageError("no")))  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=3)) == [Serve(5)]
     assert_serves(agent, 5)
 
@@ -783,7 +783,7 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
 
 
 @pytest.mark.parametrize("end_first", [False, True])
-def test_it_takes_over_once_all_has_arrived(end_first: bool) -> None:
+def test_it_assembles_once_all_has_arrived(end_first: bool) -> None:
     other = LayerRange(1, 2)
     agent = receiving([COMES, other])
     assert without_answers(hear(agent, TakeOver(epoch=5)) if not end_first else []) == []
@@ -806,7 +806,7 @@ def without_answers(actions: list[Action]) -> list[Action]:
     return [action for action in actions if not isinstance(action, SendToPeer)]
 
 
-def test_it_does_not_take_over_before_the_end_is_kept() -> None:
+def test_it_does_not_assemble_before_the_end_is_kept() -> None:
     agent = receiving()
     first, last = importing(agent, pieces(1, COMES)), importing(agent, end(2, COMES))
     assert hear(agent, TakeOver(epoch=5)) == []
@@ -814,7 +814,7 @@ def test_it_does_not_take_over_before_the_end_is_kept() -> None:
     assert without_answers(do(agent, KVImported(last))) == [AssembleKV(0, 5)]
 
 
-def test_idle_worker_without_imports_takes_over_at_once() -> None:
+def test_idle_worker_without_imports_assembles_at_once() -> None:
     agent = only_new()
     assert hear(agent, TakeOver(epoch=5)) == [AssembleKV(0, 5)]
 
@@ -867,18 +867,18 @@ def test_kv_cache_before_the_layers_are_loaded_is_refused() -> None:
     assert failure(arrive(agent, pieces(1, COMES))).code == "not_ready"
 
 
-def test_take_over_before_the_layers_are_loaded_is_refused() -> None:
+def test_handover_before_the_layers_are_loaded_is_refused() -> None:
     agent = serving_3()
     hear(agent, beside())
     assert failure(hear(agent, TakeOver(epoch=5))).code == "not_ready"
     assert_serves(agent, 3)
 
 
-@pytest.mark.parametrize("what", ["import", "inherit"])
-def test_what_cannot_be_taken_over_is_told(what: str) -> None:
+@pytest.mark.parametrize("what", ["import", "assemble"])
+def test_what_cannot_be_assembled_is_told(what: str) -> None:
     agent = receiving()
     order: ImportKV | AssembleKV = importing(agent, end(1, COMES))
-    if what == "inherit":
+    if what == "assemble":
         do(agent, KVImported(order))  # type: ignore[arg-type]
         (order,) = hear(agent, TakeOver(epoch=5))  # type: ignore[assignment]
     (said,) = do(agent, KVOrderFailed(order, StageError("is not whole")))
@@ -889,7 +889,7 @@ def test_what_cannot_be_taken_over_is_told(what: str) -> None:
     assert do(agent, KVAssembled(AssembleKV(0, 5))) == []
 
 
-def test_sender_that_falls_silent_after_the_take_over() -> None:
+def test_sender_that_falls_silent_after_the_handover_began() -> None:
     agent = receiving()
     assert pass_time(agent, 200.0) == []  # nothing is waited for yet
     hear(agent, TakeOver(epoch=5), 200.0)
@@ -910,7 +910,7 @@ def test_kv_cache_that_comes_after_the_commit_is_dropped() -> None:
 # ------------------------------------------------------------------ tasks that were handed over
 
 
-def test_tasks_from_before_the_take_over_stay_void_when_it_is_taken_back() -> None:
+def test_tasks_from_before_the_handover_stay_void_when_it_is_taken_back() -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=7), b"1234")
     hear(agent, TakeOver(epoch=5))
@@ -922,7 +922,7 @@ def test_tasks_from_before_the_take_over_stay_void_when_it_is_taken_back() -> No
     assert_serves(agent, 3, 8)
 
 
-def test_as_many_tasks_as_ever_may_wait_after_a_cancelled_take_over() -> None:
+def test_as_many_tasks_as_ever_may_wait_after_a_cancelled_handover() -> None:
     agent = both()
     for step in range(32):
         run_of(agent, task(3, step=step), b"1234")

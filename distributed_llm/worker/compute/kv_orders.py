@@ -4,6 +4,8 @@ Exports leave the served stage. Imports arrive for the prepared stage, the one l
 which assembles its KV cache from both.
 """
 
+from typing import assert_never
+
 from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.compute.loading import PreparedStage
@@ -88,6 +90,8 @@ def import_kv(order: ImportKV, prepared: PreparedStage | None) -> KVImported:
                 importer.add(piece)
         case KVEnd():
             importer.update(decode_end(message, order.frames))
+        case _:
+            assert_never(message)
     receiver.imported_bytes = sum(each.nbytes for each in receiver.importers.values())
     return KVImported(order)
 

@@ -1,4 +1,4 @@
-"""From an order to a stage: which weights, how many threads, how much memory for its KV cache."""
+"""Loads stages as ordered: the right weights, threads, and memory for weights and KV cache."""
 
 import ctypes
 import sys
@@ -24,8 +24,8 @@ from distributed_llm.worker.tensor_frames import TORCH_DTYPES
 _RESERVE_BYTES = 256 * 1024 * 1024
 _RESERVE_SHARE = 0.05
 
-_WORTH_THREADS_BYTES = 2 << 20
-"""Of the largest matrix of a stage; one thread reads it in about 0.1 ms."""
+_MIN_PARALLEL_BYTES = 2 << 20
+"""Size of a stage's largest matrix from which more than one thread is worth it."""
 
 _SWITCH_INTERVAL_S = sys.getswitchinterval()
 _SHORT_SWITCH_INTERVAL_S = 0.0002
@@ -33,7 +33,7 @@ _SHORT_SWITCH_INTERVAL_S = 0.0002
 
 @dataclass(frozen=True)
 class LoadedStage:
-    """A stage, and the order to load it."""
+    """A stage in memory, with the order that it was loaded for."""
 
     order: LoadStage
     stage: Stage
@@ -41,12 +41,14 @@ class LoadedStage:
 
 @dataclass
 class PreparedStage:
-    """A stage that was loaded beside the served one.
+    """A stage that was loaded beside the served one, for a move.
 
     Attributes:
-        threads: to compute with once it is served.
-        importers: for KV cache of other workers, by its layers; none once it was taken over.
-        imported_bytes: what they have taken of memory.
+        order: as in `LoadedStage`.
+        stage: as in `LoadedStage`.
+        threads: to compute with once the stage is served.
+        importers: of KV cache from other workers, by layers; none once it is assembled.
+        imported_bytes: memory that the importers take.
     """
 
     order: LoadStage
@@ -58,11 +60,12 @@ class PreparedStage:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a worker.
+    """The memory of a worker at one moment.
 
     Attributes:
-        budget_bytes: what the worker may use for weights and KV cache.
-        free_bytes: what this process could still take now.
+        device: that has the memory.
+        budget_bytes: that the worker may use for weights and KV cache in total.
+        free_bytes: that this process could still allocate.
     """
 
     device: torch.device
@@ -71,30 +74,34 @@ class Memory:
 
     @property
     def reserve_bytes(self) -> int:
-        """What is free and left to others."""
+        """How much of the free memory is left to other programs."""
         return max(_RESERVE_BYTES, int(self.free_bytes * _RESERVE_SHARE))
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Give the system the memory that was freed; torch, and GNU's malloc, keep it for later."""
+    """Return freed memory to the system; torch and glibc's malloc would keep it for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        with suppress(AttributeError):  # another C library, which need not be asked
+        with suppress(AttributeError):  # another C library than glibc
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_now(device: torch.device, budget_bytes: int) -> Memory:
-    """Return the memory as it is now."""
+    """Return the memory as it is at this moment."""
     return Memory(device, budget_bytes, free_memory_bytes(device))
 
 
 def checked_checkpoint(order: LoadStage, local_model: str) -> Checkpoint:
-    """Return the checkpoint on this machine that the order names.
+    """Return the checkpoint that an order names, from this machine.
+
+    Args:
+        order: with the coordinator's digest of the layers.
+        local_model: path on this machine; empty is the coordinator's path.
 
     Raises:
-        CheckpointMismatch: its weights are not those of the coordinator.
-        CheckpointError: it is not here, or broken.
+        CheckpointMismatch: the digest differs, so the weights are not the coordinator's.
+        CheckpointError: the checkpoint is missing or damaged.
     """
     checkpoint = resolve_for_worker(order.source, order.layers, local_model=local_model)
     prints = fingerprints(order.source, checkpoint, order.layers)
@@ -108,38 +115,41 @@ def checked_checkpoint(order: LoadStage, local_model: str) -> Checkpoint:
 
 
 def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int:
-    """Return how many threads are worth it: one for layers whose matrices are small.
+    """Return how many threads to compute with: one for layers with small matrices, else all.
 
-    Threads wait for each other after every product. Where a product takes 0.1 ms that gains little,
-    and on a machine that is busy with something else it costs many times what it gains.
+    Threads wait for each other after every product. One thread reads a matrix of 2 MiB in about
+    0.1 ms; more threads gain little there, and lose much on a machine that is busy with other work.
     """
     sizes = (
         checkpoint.bytes_in_memory(tensor, order.dtype)
         for tensor in checkpoint.tensors_of(order.layers)
         if not checkpoint.is_embedding(tensor.name)
     )
-    return available if max(sizes, default=0) >= _WORTH_THREADS_BYTES else 1
+    return available if max(sizes, default=0) >= _MIN_PARALLEL_BYTES else 1
 
 
-def limit_kv(stage: Stage, order: LoadStage, room: Memory, leaving_bytes: int = 0) -> int:
-    """Give the KV cache what is wanted, or what there is; return how many positions that is.
+def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int = 0) -> int:
+    """Limit a stage's KV cache to what is ordered or possible; return that number of positions.
 
     Args:
-        leaving_bytes: what will be free besides once the stage is alone.
+        stage: loaded.
+        order: wants `kv_tokens` positions.
+        memory: while `stage` is loaded.
+        leaving_bytes: memory that another stage will free before this one is served.
 
     Raises:
-        NotEnoughMemory: there is no room for one block.
+        NotEnoughMemory: not even one block fits.
     """
-    own_bytes = room.budget_bytes - stage.weight_bytes
-    room_bytes = min(own_bytes, room.free_bytes + leaving_bytes - room.reserve_bytes)
+    own_bytes = memory.budget_bytes - stage.weight_bytes
+    kv_bytes = min(own_bytes, memory.free_bytes + leaving_bytes - memory.reserve_bytes)
     block_bytes = KV_BLOCK * stage.kv_bytes_per_token
-    blocks = min(-(-order.kv_tokens // KV_BLOCK), room_bytes // block_bytes)
+    blocks = min(-(-order.kv_tokens // KV_BLOCK), kv_bytes // block_bytes)
     if blocks < 1:
         raise NotEnoughMemory(
             f"No room for a KV cache beside layers {order.layers}. They take "
-            f"{size_text(stage.weight_bytes)} of {size_text(room.budget_bytes)} that this worker "
-            f"may use; {size_text(room.free_bytes)} are free on {room.device}, of which "
-            f"{size_text(room.reserve_bytes)} are left to others; {KV_BLOCK} positions take "
+            f"{size_text(stage.weight_bytes)} of {size_text(memory.budget_bytes)} that this worker "
+            f"may use; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
+            f"{size_text(memory.reserve_bytes)} are left to others; {KV_BLOCK} positions take "
             f"{size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
             "or end other programs there."
         )
@@ -147,68 +157,77 @@ def limit_kv(stage: Stage, order: LoadStage, room: Memory, leaving_bytes: int = 
     return min(order.kv_tokens, blocks * KV_BLOCK)
 
 
-def _room_beside(
-    order: LoadStage, served: LoadedStage, added_bytes: int, room: Memory, *, loaded: bool
+def _bytes_left_beside(
+    order: LoadStage, served: LoadedStage, added_bytes: int, memory: Memory, *, loaded: bool
 ) -> int:
-    """Return the bytes that are left while the served stage and the new one are there together.
+    """Return the bytes that are left while the served stage and the new one are both in memory.
 
     Args:
-        added_bytes: weights of the new one that the served one does not hold.
-        loaded: whether they are in memory, and so not in what is free.
+        order: for the new stage.
+        served: with its KV cache.
+        added_bytes: weights of the new stage that it does not share with the served one.
+        memory: of the worker.
+        loaded: the new stage is in memory already, so that `memory` says what is left beside it.
 
     Raises:
-        NotEnoughMemory: they do not fit.
+        NotEnoughMemory: both together do not fit.
     """
     held_bytes = served.stage.weight_bytes + served.stage.kv_bytes
-    in_budget = room.budget_bytes - held_bytes - added_bytes
-    in_free = room.free_bytes - room.reserve_bytes - (0 if loaded else added_bytes)
+    in_budget = memory.budget_bytes - held_bytes - added_bytes
+    in_free = memory.free_bytes - memory.reserve_bytes - (0 if loaded else added_bytes)
     if min(in_budget, in_free) < 0:
         taken = "were added" if loaded else "would be added"
         raise NotEnoughMemory(
             f"No room for layers {order.layers} beside layers {served.order.layers}, which go on "
             f"being served meanwhile. Those take {size_text(held_bytes)} with their KV cache, and "
-            f"{size_text(added_bytes)} {taken}, of {size_text(room.budget_bytes)} that this worker "
-            f"may use; {size_text(room.free_bytes)} are free on {room.device}, of which "
-            f"{size_text(room.reserve_bytes)} are left to others. Move fewer layers at once, raise "
-            "its max_memory, or end other programs there."
+            f"{size_text(added_bytes)} {taken}, of {size_text(memory.budget_bytes)} that this "
+            f"worker may use; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
+            f"{size_text(memory.reserve_bytes)} are left to others. Move fewer layers at once, "
+            "raise its max_memory, or end other programs there."
         )
     return min(in_budget, in_free)
 
 
 def admit_beside(
-    order: LoadStage, stage: Stage, served: LoadedStage | None, room: Memory
+    order: LoadStage, stage: Stage, served: LoadedStage | None, memory: Memory
 ) -> tuple[int, int]:
-    """Give the KV cache of a stage what it may take once it is alone.
+    """Limit the KV cache of a stage that was loaded beside the served one.
 
     Returns:
-        How many positions that is, and the bytes that are left for KV cache that arrives before.
+        Positions that the KV cache has room for once the stage is served, and bytes that are left
+        until then for KV cache from other workers.
 
     Raises:
-        NotEnoughMemory: there is too little for that, or for both stages together.
+        NotEnoughMemory: there is too little for either, or for both stages together.
     """
     if served is None:
         held_bytes = stage.weight_bytes
-        left_bytes = min(room.budget_bytes - held_bytes, room.free_bytes - room.reserve_bytes)
-        return limit_kv(stage, order, room), left_bytes
+        left_bytes = min(memory.budget_bytes - held_bytes, memory.free_bytes - memory.reserve_bytes)
+        return limit_kv(stage, order, memory), left_bytes
     shared_bytes = stage.shared_weight_bytes
-    left_bytes = _room_beside(order, served, stage.weight_bytes - shared_bytes, room, loaded=True)
+    left_bytes = _bytes_left_beside(
+        order, served, stage.weight_bytes - shared_bytes, memory, loaded=True
+    )
     leaving_bytes = served.stage.weight_bytes - shared_bytes + served.stage.kv_bytes
-    return limit_kv(stage, order, room, leaving_bytes), left_bytes
+    return limit_kv(stage, order, memory, leaving_bytes), left_bytes
 
 
 def same_layers(served: LoadStage, order: LoadStage) -> bool:
-    """Return whether the order names the weights that are served."""
+    """Return whether both orders name the same layers with the same weights and dtype."""
     return (served.layers, served.dtype, served.digest) == (order.layers, order.dtype, order.digest)
 
 
 def load_beside(
     order: LoadStage, served: LoadedStage | None, capabilities: Capabilities, local_model: str
 ) -> tuple[Stage, int]:
-    """Return a stage that shares what it can with the served one, and the threads it is worth.
+    """Load a stage beside the served one, with which it shares layers that both have.
+
+    Returns:
+        The stage, and the number of threads for it to compute with.
 
     Raises:
-        NotEnoughMemory: there is no room for its weights beside the served stage.
-        StageError: it is of another model.
+        NotEnoughMemory: its weights do not fit beside the served stage.
+        StageError: it belongs to another model.
         CheckpointError: see `checked_checkpoint`.
     """
     checkpoint = checked_checkpoint(order, local_model)
@@ -216,8 +235,8 @@ def load_beside(
     if served:
         _ensure_same_model(served.order, order)
         missing = _missing_bytes(checkpoint, order, served.order.layers)
-        room = memory_now(device, capabilities.memory_bytes)
-        _room_beside(order, served, missing, room, loaded=False)
+        memory = memory_now(device, capabilities.memory_bytes)
+        _bytes_left_beside(order, served, missing, memory, loaded=False)
     stage = Stage.load(
         checkpoint,
         order.layers,
@@ -229,12 +248,13 @@ def load_beside(
 
 
 def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
-    """Refuse layers that cannot share weights with those that are served.
+    """Refuse layers that cannot share weights with the served ones.
 
-    Both were compared with the coordinator's, so where the source is the same, the weights are.
+    The digests of both were compared with the coordinator's, so the same source means the same
+    weights.
 
     Raises:
-        StageError: they are of another model.
+        StageError: they belong to another model.
     """
     if (served.source, served.dtype) != (order.source, order.dtype):
         raise StageError(
@@ -245,7 +265,7 @@ def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
 
 
 def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
-    """Return about how many bytes of weights a stage needs that another one does not hold."""
+    """Return an estimate of the weight bytes that a stage cannot share with the served layers."""
     held = {tensor.name for tensor in checkpoint.tensors_of(served)}
     return sum(
         checkpoint.bytes_in_memory(tensor, order.dtype)
@@ -255,10 +275,15 @@ def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange)
 
 
 def importers_for(order: LoadStage, stage: Stage, max_bytes: int) -> dict[LayerRange, KVImporter]:
-    """Return what collects KV cache for a stage, by its layers; together at most so many bytes.
+    """Return the importers for the KV cache that an order announces, by layers.
+
+    Args:
+        order: with `imports`.
+        stage: that the KV cache is for.
+        max_bytes: of memory for all importers together, divided in proportion to their layers.
 
     Raises:
-        StageError: layers are announced that the stage does not have.
+        StageError: the stage lacks some of the announced layers.
     """
     total = sum(len(layers) for layers in order.imports)
     try:
@@ -271,15 +296,16 @@ def importers_for(order: LoadStage, stage: Stage, max_bytes: int) -> dict[LayerR
 
 
 class BackgroundLoad:
-    """Makes a stage in a thread of its own, which computes with one thread and then ends.
+    """Loads a stage in a thread of its own, which starts at once and computes single-threaded.
 
     Args:
-        load: what is carried out.
-        make: returns the stage; called in that thread.
-        ended: called in that thread at its end.
+        load: the order that is carried out.
+        make: loads the stage and returns it with its number of threads; called in the thread.
+        ended: called in the thread when it is about to end.
 
     Attributes:
-        seconds: that it took, once it has ended.
+        load: as given.
+        seconds: time that loading took; 0 until it has ended.
     """
 
     def __init__(
@@ -298,10 +324,10 @@ class BackgroundLoad:
         self._thread.start()
 
     def take(self) -> tuple[Stage, int]:
-        """Return, once, the stage and the threads that it is worth; waits for the end.
+        """Wait for the thread and return the result of `make`, which is handed out only once.
 
         Raises:
-            Exception: what `make` raised.
+            Exception: whatever `make` raised.
         """
         self._thread.join()
         made, self._made = self._made, None
@@ -311,13 +337,13 @@ class BackgroundLoad:
         return made
 
     def discard(self) -> Stage | None:
-        """Give up what was made, if anything, and return it; waits for the end."""
+        """Wait for the thread and return the unwanted stage, so that it can be freed, if any."""
         self._thread.join()
         made, self._made = self._made, None
         return made[0] if made else None
 
     def join(self, timeout_s: float) -> bool:
-        """Return whether it has ended, after so long at most."""
+        """Wait for the thread for at most `timeout_s`; return whether it has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -334,10 +360,10 @@ class BackgroundLoad:
 
 
 def use_threads(count: int) -> None:
-    """Let this thread compute with so many.
+    """Have the calling thread compute with `count` threads.
 
-    A thread that has not asked torch how many it has gets, at its first product, what any thread
-    said last.
+    Asking torch for the number makes it stick: otherwise a thread adopts, at its first product, the
+    number that any thread has set last.
     """
     torch.set_num_threads(count)
     torch.get_num_threads()
@@ -345,10 +371,11 @@ def use_threads(count: int) -> None:
 
 @contextmanager
 def _in_background() -> Iterator[None]:
-    """Let this thread, and those that it starts, compute without helpers and wait for others.
+    """Compute single-threaded, and yield the interpreter to other threads quickly.
 
-    Each operation of torch gives the interpreter to other threads and asks for it again. One that
-    runs Python all the time, as loading does at first, hands it back only after an interval.
+    The compute thread releases the interpreter lock in each operation of torch and then has to wait
+    for it. A thread that runs Python code, as loading does at first, gives the lock back only after
+    the switch interval.
     """
     threads = torch.get_num_threads()
     use_threads(1)
@@ -357,4 +384,4 @@ def _in_background() -> Iterator[None]:
         yield
     finally:
         sys.setswitchinterval(_SWITCH_INTERVAL_S)
-        torch.set_num_threads(threads)  # for threads that begin later
+        torch.set_num_threads(threads)  # for threads that start later

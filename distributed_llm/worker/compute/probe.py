@@ -1,7 +1,7 @@
-"""What this machine can do: device, memory, and two numbers measured in half a second.
+"""Measures this machine: device, memory, memory bandwidth and arithmetic throughput.
 
-Bandwidth bounds the speed of decoding (every weight is read once per step), floating point
-operations that of prefill.
+Memory bandwidth limits decoding, because each step reads every weight once; arithmetic throughput
+limits prefill.
 """
 
 import ctypes
@@ -34,16 +34,16 @@ _MAX_ROUNDS = 25
 
 
 def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capabilities:
-    """Return what this machine offers a worker; takes about 0.4 s and 128 MiB.
+    """Measure this machine; takes about 0.4 s and 128 MiB.
 
     Args:
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
         threads: CPU threads to measure with; torch's own setting is restored afterwards.
-        max_memory_bytes: upper bound of what the worker may use; None: 80 % of what is free.
+        max_memory_bytes: limit for the worker; never more than 80 % of what is free are used.
 
     Raises:
-        ConfigError: there is no such device, less memory than `max_memory_bytes`, or `threads`
-            is out of range.
+        ConfigError: the device does not exist, has less memory than `max_memory_bytes`, or
+            `threads` is out of range.
     """
     if not 1 <= threads <= _MAX_THREADS:
         raise ConfigError(f"threads = {threads}; it must be between 1 and {_MAX_THREADS}.")
@@ -65,18 +65,19 @@ def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capab
 
 
 def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> Probed:
-    """Return how fast this machine is now; takes about 0.05 s and half the memory of `measure`.
+    """Measure the machine's speed again; takes about 0.05 s and half the memory of `measure`.
 
     Args:
-        capabilities: what `measure` found, with the device and threads to measure with.
-        slowdown: how many times slower to look.
+        order: to answer.
+        capabilities: with the device and threads to measure with.
+        slowdown: the measured speeds are divided by this.
     """
     device = torch.device(capabilities.device)
     rows, columns = _READ_SHAPE[device.type]
     shape = rows // 2, columns
     bandwidth, flops = _speeds(device, capabilities.threads, shape, _SHORT_BUDGET_S)
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what others on this GPU may use
+        torch.cuda.empty_cache()  # for other programs on this GPU
     return Probed(order.session, bandwidth / slowdown, flops / slowdown)
 
 
@@ -84,7 +85,7 @@ def resolve_device(device: str) -> torch.device:
     """Return the torch device that `device` names; "auto" is the first GPU, else the CPU.
 
     Raises:
-        ConfigError: it is not there; the message lists what is.
+        ConfigError: there is no such device; the message lists those there are.
     """
     present = _devices()
     if device == "auto":
@@ -123,7 +124,7 @@ def _budget(device: torch.device, max_memory_bytes: int | None) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Return how much memory this process could still take on `device`, bytes."""
+    """Return how many bytes of memory this process could still allocate on `device`."""
     return _memory(device)[0]
 
 
@@ -193,11 +194,13 @@ def _reclaimable(folder: Path) -> int:
 def _speeds(
     device: torch.device, threads: int, shape: tuple[int, int], budget_s: float
 ) -> tuple[float, float]:
-    """Return bytes and operations per second with so many threads.
+    """Return the memory bandwidth in bytes per second, and operations per second.
 
     Args:
+        device: to measure.
+        threads: CPU threads to measure with.
         shape: of the matrix to read.
-        budget_s: for each, beside the first two rounds.
+        budget_s: time for each measurement, beside the first two rounds.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -208,7 +211,7 @@ def _speeds(
 
 
 def _bandwidth(device: torch.device, shape: tuple[int, int], budget_s: float) -> float:
-    """Return bytes per second of reading a matrix that no cache holds, as decoding does."""
+    """Return bytes per second of reading a matrix too large for the caches, as decoding does."""
     rows, columns = shape
     matrix = torch.ones(rows, columns, dtype=torch.float32, device=device)
     vector = torch.ones(columns, dtype=torch.float32, device=device)
@@ -222,9 +225,9 @@ def _flops(device: torch.device, budget_s: float) -> float:
     return 2.0 * size**3 / _matmul_seconds(device, _faster_dtype(device), size, budget_s)
 
 
-@functools.cache  # a matter of the hardware; two noisy trials might differ
+@functools.cache  # depends on the hardware alone, but measurements are noisy
 def _faster_dtype(device: torch.device) -> torch.dtype:
-    """Return it: some CPUs have units for bfloat16, on others it is emulated and slow."""
+    """Return the faster dtype for matrices: some CPUs compute in bfloat16, others emulate it."""
     half = torch.float16 if device.type == "mps" else torch.bfloat16
     trials = {
         kind: _matmul_seconds(device, kind, _TRIAL_SIZE, _BUDGET_S)
@@ -271,7 +274,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _cpu_name() -> str:
-    """Return what the operating system calls the processor; empty if it does not say."""
+    """Return the operating system's name for the processor; empty if it has none."""
     if sys.platform == "win32":
         import winreg
 

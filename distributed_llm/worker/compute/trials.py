@@ -1,7 +1,7 @@
-"""What a new stage takes for steps of several sizes, tried before it serves.
+"""Times a new stage with steps of several sizes, before it serves.
 
-Tasks of a cluster at work are often all of one size, and tell little of other sizes. What a plan
-would do, whose steps are larger or smaller than those of now, follows from these trials.
+The tasks of a running cluster are often all of one size, which says little about other sizes. The
+coordinator needs both to predict plans whose steps would be larger or smaller.
 """
 
 from collections.abc import Callable
@@ -17,22 +17,23 @@ _ROUNDS = 3
 _GREEDY = Sampling()
 
 _BUDGET_S = 1.0
-"""For all of them; what might take longer than the rest of it is not tried."""
+"""Time for all trials, seconds; a size that might take longer than what is left is not tried."""
 
-Timed = Callable[[Callable[[], object]], StageTime]
+Timer = Callable[[Callable[[], object]], StageTime]
+"""Runs a function as a task is run, and returns the time it took."""
 
 
-def try_out(stage: Stage, timed: Timed, *, kv_tokens: int) -> tuple[StageTrial, ...]:
-    """Return what decoding takes for more and more sequences, and longer and longer prompts.
+def try_out(stage: Stage, timer: Timer, *, kv_tokens: int) -> tuple[StageTrial, ...]:
+    """Return the times of decoding with more and more sequences, and of longer and longer prompts.
 
-    It takes about a second, more only where a single token does.
+    Takes about a second, or longer if a single token does.
 
     Args:
-        stage: that no sequence is on; none is afterwards.
-        timed: does what it is given, as a task is done, and returns what that took.
+        stage: without sequences; has none afterwards either.
+        timer: runs and times a step.
         kv_tokens: positions that the KV cache has room for.
     """
-    trials = _Trials(stage, timed)
+    trials = _Trials(stage, timer)
     try:
         for sequences in _SEQUENCES:
             if sequences * KV_BLOCK > kv_tokens or not trials.try_out(sequences):
@@ -43,18 +44,18 @@ def try_out(stage: Stage, timed: Timed, *, kv_tokens: int) -> tuple[StageTrial, 
 
 
 class _Trials:
-    def __init__(self, stage: Stage, timed: Timed) -> None:
+    def __init__(self, stage: Stage, timer: Timer) -> None:
         self._stage = stage
-        self._timed = timed
+        self._timer = timer
         self._left_s = _BUDGET_S
-        self._token_s = 0.0  # at most, in a larger step than those before
+        self._token_s = 0.0  # upper bound for steps larger than the latest
         self.found: list[StageTrial] = []
 
     def try_out(self, sequences: int) -> bool:
-        """Try so many that decode, a prompt of as many tokens as they had, and its answer.
+        """Time a decoding step of `sequences`, a prompt of their total length, and its next token.
 
         Returns:
-            Whether there was time.
+            Whether there was time for it; if not, nothing was run.
         """
         tokens = sequences * _PROMPT_TOKENS
         if tokens * self._token_s > self._left_s:
@@ -69,7 +70,7 @@ class _Trials:
         return True
 
     def _add(self, sequences: int, start: int, num_tokens: int) -> None:
-        """Do a step some times, once at least; its median counts."""
+        """Run a step up to `_ROUNDS` times and add the median time."""
         step = _step(sequences, start, num_tokens)
         rounds = [self._run(step)]
         while len(rounds) < _ROUNDS and self._left_s > 0:
@@ -82,7 +83,7 @@ class _Trials:
     def _run(self, step: list[SequenceSlice]) -> StageTime:
         total = sum(part.num_tokens for part in step)
         token_ids, hidden_states = self._stage.inputs.made_up(total)
-        took = self._timed(lambda: self._stage.run(step, token_ids, hidden_states))
+        took = self._timer(lambda: self._stage.run(step, token_ids, hidden_states))
         self._left_s -= took.compute_us / 1e6
         return took
 

@@ -1,9 +1,9 @@
-"""Makes the KV cache of a new layer range of what this worker held and what others sent.
+"""Assembles the KV cache of a new layer range from the old stage's cache and from imports.
 
-The sources may differ by what a step left that was abandoned between their stages, in the lengths
-of sequences and even in where their segments begin. What all of them hold of a sequence, token for
-token, is held afterwards; a task that needs more is answered with what is missing. Segments are as
-in the first source: shared ones once, as long as they were.
+An abandoned step may have reached some stages and not others. So the sources may differ in the
+length of a sequence, and even in where its segments begin. The new cache holds, of each sequence,
+the tokens that all sources have in common; a task that needs more is answered with what is missing.
+Its segments are those of the first source, so shared ones stay shared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ _MAX_NAMED = 3
 
 @dataclass(frozen=True)
 class MissingKV:
-    """Positions `[start, stop)` of a sequence in one layer of the model."""
+    """Positions `[start, stop)` of a sequence that have not arrived in one layer of the model."""
 
     sequence_id: int
     layer: int
@@ -42,10 +42,13 @@ class MissingKV:
 
 
 class KVIncomplete(KVTransferError):
-    """Not all that was to be taken over has arrived. Nothing was touched.
+    """Positions that the manifests name have not arrived. No cache was changed.
 
     Args:
-        missing: what, by segment and layer.
+        missing: by segment and layer.
+
+    Attributes:
+        missing: as given.
     """
 
     def __init__(self, missing: tuple[MissingKV, ...]) -> None:
@@ -63,17 +66,20 @@ def assemble(
     own: tuple[KVCache, LayerRange] | None,
     imports: Sequence[KVImporter],
 ) -> None:
-    """Fill an empty cache of `layers`. No step runs meanwhile.
+    """Fill an empty cache, while no step runs.
 
     Args:
-        own: what this worker held so far, and the layers of that. What it has of `layers` is
-            referenced, not copied, and it is not changed: until one of the two caches runs a step,
-            either may go on. After that the other must not.
-        imports: with the manifests that their senders sent last; they are used up.
+        cache: to fill.
+        layers: of `cache`.
+        own: the cache that this worker used so far, and its layers. Its buffers are shared, not
+            copied. Either of the two caches may run the next step; the other one must not be used
+            after that.
+        imports: of the layers that `own` lacks, with their senders' manifests; must not be used
+            afterwards.
 
     Raises:
-        KVIncomplete: not all has arrived of what a sender's manifest tells.
-        KVTransferError: there is no source for one of the layers, or a sender told nothing.
+        KVIncomplete: positions that a sender's manifest names have not arrived.
+        KVTransferError: one of the layers has no source, or a sender sent no manifest.
         ValueError: the cache is not empty.
     """
     mine = _buffers_of(own, layers)
@@ -93,15 +99,15 @@ def assemble(
     if missing:
         raise KVIncomplete(tuple(missing))
 
-    def buffer(segment: ManifestSegment, layer: int) -> KVBuffers | None:
+    def buffers(segment: ManifestSegment, layer: int) -> KVBuffers | None:
         if layer in mine:
             return mine[layer][segment.number]
         layout = cache.layout(layer - layers.start)
-        return sources[imported[layer]].take(segment, layer, layout)
+        return sources[imported[layer]].buffers(segment, layer, layout)
 
     cache.restore(
         manifest,
-        {s.number: [buffer(s, layer) for layer in numbers] for s in manifest.segments},
+        {s.number: [buffers(s, layer) for layer in numbers] for s in manifest.segments},
     )
 
 
@@ -116,7 +122,7 @@ def _manifest_of(source: KVImporter) -> KVManifest:
 def _buffers_of(
     own: tuple[KVCache, LayerRange] | None, layers: LayerRange
 ) -> dict[int, dict[int, KVBuffers | None]]:
-    """Return what is held of `layers`, by layer of the model and number of the segment."""
+    """Return the buffers of `layers`, by layer of the model and number of the segment."""
     if own is None:
         return {}
     cache, held = own
@@ -128,8 +134,15 @@ def _buffers_of(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Positions of a sequence from `position` on, in a segment of the sender."""
+class _SourceRange:
+    """Consecutive positions of a sequence, and where they are in a segment of the sender.
+
+    Attributes:
+        segment: its number at the sender.
+        offset: of the first position in that segment.
+        count: number of positions.
+        position: the first position in the sequence.
+    """
 
     segment: int
     offset: int
@@ -138,10 +151,10 @@ class _Part:
 
 
 class _Source:
-    """What one importer gives for the segments of a manifest, in which its own may begin elsewhere.
+    """Finds the positions of a manifest's segments in one importer, whose segments may differ.
 
-    A position of a sequence has the same keys and values wherever it lies, so it is looked for by
-    the sequence.
+    Keys and values of a position depend on the sequence alone, not on the segment they are in. So
+    positions are looked up by sequence.
     """
 
     def __init__(self, importer: KVImporter, manifest: KVManifest) -> None:
@@ -155,7 +168,7 @@ class _Source:
         self._taken: set[tuple[int, int]] = set()
 
     def missing(self, layer: int) -> Iterator[MissingKV]:
-        """Yield what has not arrived."""
+        """Yield the positions that have not arrived in `layer`."""
         for number, parts in self._parts.items():
             for part in parts:
                 filled = self._importer.filled(part.segment, layer) - part.offset
@@ -167,15 +180,15 @@ class _Source:
                         part.position + part.count,
                     )
 
-    def take(self, segment: ManifestSegment, layer: int, layout: KVLayout) -> KVBuffers | None:
-        """Return buffers of the segment's capacity; None if none of its positions count.
+    def buffers(self, segment: ManifestSegment, layer: int, layout: KVLayout) -> KVBuffers | None:
+        """Return buffers with the segment's positions, or None if none of them count.
 
-        They are those of the importer where they fit, so no more than one segment may have them.
+        The importer's own buffers are returned where they fit, each of them only once; else a copy.
         """
         parts = self._parts[segment.number]
         if not parts:
             return None
-        arrived = self._importer.buffer(parts[0].segment, layer)
+        arrived = self._importer.buffers(parts[0].segment, layer)
         key = (parts[0].segment, layer)
         fits = arrived.keys.shape[1] == segment.capacity and parts[0].offset == 0
         if len(parts) == 1 and fits and key not in self._taken:
@@ -183,10 +196,10 @@ class _Source:
             return arrived
         return self._copied(parts, layer, layout.allocate(segment.capacity))
 
-    def _copied(self, parts: Sequence[_Part], layer: int, made: KVBuffers) -> KVBuffers:
+    def _copied(self, parts: Sequence[_SourceRange], layer: int, made: KVBuffers) -> KVBuffers:
         first = 0
         for part in parts:
-            held = self._importer.buffer(part.segment, layer)
+            held = self._importer.buffers(part.segment, layer)
             theirs = slice(part.offset, part.offset + part.count)
             mine = slice(first, first + part.count)
             made.keys[:, mine] = held.keys[:, theirs]
@@ -195,8 +208,8 @@ class _Source:
         return made
 
 
-def _parts(extent: Extent, chain: tuple[ManifestSegment, ...]) -> Iterator[_Part]:
+def _parts(extent: Extent, chain: tuple[ManifestSegment, ...]) -> Iterator[_SourceRange]:
     for segment, stop in spans(chain, extent.stop):
         start = max(segment.start, extent.start)
         if start < stop:
-            yield _Part(segment.number, start - segment.start, stop - start, start)
+            yield _SourceRange(segment.number, start - segment.start, stop - start, start)

@@ -1,22 +1,22 @@
-"""Keys and values of every sequence in every layer of one stage, and the token ids behind them.
+"""The KV cache of one stage: keys and values of every sequence in every layer, and its token ids.
 
-A sequence is a chain of segments. A segment is, in each layer, one contiguous buffer of keys
-`[heads, capacity, head_dim]` and one of values, so attention reads it without gathering, and a
-layer moves to another worker as a few slices. Most sequences have one segment. A sequence that
-begins as another (`share`) references that one's segments, copies nothing, and goes on in a segment
-of its own. Only the owner of a segment writes it, and only beyond what others were given of it. It
-may hand it on: a conversation whose every turn takes over the turn before stays one segment.
+A sequence is a chain of segments. In each layer a segment has one contiguous buffer of keys and one
+of values, so attention reads it without gathering, and a layer is sent to another worker as a few
+slices. Most sequences have one segment. A sequence whose prefix is another sequence (`share`)
+references the segments of that one, copies nothing, and continues in a segment of its own. Only the
+owner of a segment writes it, and only behind the positions that others read. It may pass ownership
+on: a conversation in which every turn takes the turn before stays in one segment.
 
-Buffers have room for exactly the blocks of `KV_BLOCK` positions that they need: memory is what the
-coordinator charges. A buffer that grows is copied, every `KV_BLOCK` tokens; attention has read it
-`KV_BLOCK` times meanwhile, so reading and writing it once more costs one part in 32 of that. While
-it is copied one layer of one segment exists twice; that much is not counted.
+Buffers have room for exactly the blocks of `KV_BLOCK` positions that they need, because the
+coordinator accounts for memory in blocks. A buffer that grows is copied, once per `KV_BLOCK`
+tokens. Attention has read it `KV_BLOCK` times by then, so reading and writing it once more adds one
+part in 32. During the copy one layer of one segment exists twice; that is not accounted for.
 
-A step is a transaction. `admit` refuses what does not fit before anything is touched, `begin` cuts
-a sequence back to where the step starts and notes its tokens, `append` writes one layer's keys and
-values beyond the cut, and only `commit` makes the new positions count. A step that fails in between
-leaves positions that no one counts; running it again overwrites them. So a task may be run twice,
-or half, and never corrupts a sequence.
+A step is a transaction. `admit` refuses a step that does not fit before anything changes. `begin`
+truncates a sequence to where the step starts and sets its tokens. `append` writes the keys and
+values of one layer behind that. Only `commit` makes the new positions count. A step that fails in
+between leaves positions that do not count, and that the next attempt overwrites. So a task may run
+twice, or half, without corrupting a sequence.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from torch import Tensor
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, held_sequence
+from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, manifest_sequence
 from distributed_llm.worker.kv.segments import (
     CachedSequence,
     KVBuffers,
@@ -42,19 +42,16 @@ from distributed_llm.worker.kv.segments import (
 
 
 class KVCacheFull(StageError):
-    """A step needs more blocks than the budget has left. Nothing was touched.
-
-    It fits once other sequences are released.
-    """
+    """A step needs more blocks than are left; the cache is unchanged. Releasing sequences helps."""
 
     code = "kv_full"
 
 
 class WriteWatcher(Protocol):
-    """Wants to know what is written."""
+    """Is told before positions of existing segments are overwritten."""
 
     def written(self, segment: int, offset: int) -> None:
-        """Positions of this segment, from `offset` after its start on, are about to change."""
+        """Handle that a segment is about to change from `offset` positions after its start on."""
 
 
 class KVCache:
@@ -62,11 +59,10 @@ class KVCache:
 
     Args:
         num_layers: layers of the stage, numbered from 0.
-        max_bytes: what it may take; None is no limit. It limits from when `bytes_per_token` is
-            known.
+        max_bytes: limit of `nbytes`, or None; has no effect before `bytes_per_token` is known.
 
     Attributes:
-        max_bytes: may be set at any time; what is held already is not given up.
+        max_bytes: as given; may be changed at any time, and frees nothing.
     """
 
     def __init__(self, num_layers: int, max_bytes: int | None = None) -> None:
@@ -87,7 +83,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that are paid for, each segment once: a multiple of `KV_BLOCK`."""
+        """Positions that the budget is charged for, each segment once: a multiple of `KV_BLOCK`."""
         return self._capacity
 
     @property
@@ -97,7 +93,7 @@ class KVCache:
 
     @property
     def sequence_ids(self) -> tuple[int, ...]:
-        """The sequences of which anything is held."""
+        """The sequences that the cache holds."""
         return tuple(self._sequences)
 
     def __contains__(self, sequence_id: int) -> bool:
@@ -109,28 +105,29 @@ class KVCache:
         return sequence.length if sequence else 0
 
     def layout(self, layer: int) -> KVLayout:
-        """Return what keys and values of this layer look like; it was written once."""
+        """Return the layout of a layer that has been written at least once."""
         layout = self._layouts[layer]
         assert layout is not None
         return layout
 
     def tokens(self, sequence_id: int, length: int) -> TokenIds:
-        """Return the first `length` token ids, int32; those of a running step may be among them."""
+        """Return the first `length` token ids, int32 [length]; those of a running step count."""
         return self._sequences[sequence_id].tokens[:length]
 
     def admit(self, step: Sequence[SequenceSlice]) -> None:
-        """Start a step as a whole: begin its new sequences as prefixes of others, if it fits.
+        """Check that a step fits, and create its new sequences from their prefixes.
 
-        Sequences that are taken are freed. A prefix of a sequence that exists already is passed
-        over, so that a step may be admitted again.
+        Prefixes that are taken are freed. Sequences that exist already are left alone, so a step
+        may be admitted again.
 
         Args:
-            step: what positions are to be computed; each sequence once, none of them taken. What
-                each of them starts from is held.
+            step: the positions to compute; each sequence once, none of them taken. The positions
+                before them are held.
 
         Raises:
-            KVCacheFull: it does not fit, or might not: what several of its sequences cut off and
-                only they share is not counted as free. Nothing was changed.
+            KVCacheFull: the step does not fit; the cache is unchanged. The estimate is on the safe
+                side: positions that several sequences of the step share and all truncate are not
+                counted as free.
         """
         taken = {part.prefix.sequence_id for part in step if part.prefix and part.prefix.take}
         children = []
@@ -147,14 +144,14 @@ class KVCache:
             )
         for part in step:
             if part.prefix and part.prefix.take:
-                self._hand_on(part.prefix.sequence_id, part.sequence_id)
+                self._pass_ownership(part.prefix.sequence_id, part.sequence_id)
         self.free(taken)
 
     def share(self, child: int, parent: int, length: int) -> None:
-        """Let the new sequence `child` begin as the first `length` positions of `parent`.
+        """Create the sequence `child` with the first `length` positions of `parent`.
 
         Raises:
-            ValueError: `child` exists, or these positions of `parent` are not held.
+            ValueError: `child` exists, or `parent` has fewer positions.
         """
         held = self._sequences.get(parent)
         if child in self or held is None or length > held.length:
@@ -168,17 +165,22 @@ class KVCache:
                 sequence.segments.append(segment)
                 segment.holders[child] = min(length, following.start if following else length)
 
-    def _hand_on(self, parent: int, child: int) -> None:
-        """Let `child` write where `parent` did."""
+    def _pass_ownership(self, parent: int, child: int) -> None:
+        """Make `child` the owner of the segments that both read and `parent` owns."""
         if parent in self and child in self:
             for segment in self._sequences[child].segments:
                 if segment.owner == parent:
                     segment.owner = child
 
     def begin(self, sequence_id: int, start: int, token_ids: TokenIds) -> None:
-        """Start a step that computes `token_ids` at positions from `start` on.
+        """Truncate a sequence to `start` positions, and set the tokens of the step after them.
 
-        Positions from `start` on are forgotten; other sequences that share them keep them.
+        Other sequences that share the truncated positions keep them.
+
+        Args:
+            sequence_id: created if it does not exist.
+            start: first position of the step.
+            token_ids: int32 [tokens].
 
         Raises:
             ValueError: positions before `start` are not held.
@@ -187,7 +189,7 @@ class KVCache:
             raise ValueError(f"sequence {sequence_id} has no position {start - 1}")
         sequence = self._sequences.setdefault(sequence_id, CachedSequence())
         kept, goes_on = _segments_before(sequence, start, {sequence_id})
-        self._let_go(sequence_id, sequence.segments[len(kept) :])
+        self._leave(sequence_id, sequence.segments[len(kept) :])
         stop = start + len(token_ids)
         if goes_on:
             for watcher in self._watchers:
@@ -205,18 +207,18 @@ class KVCache:
     def append(
         self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
     ) -> list[KVBuffers]:
-        """Write one layer's keys and values from position `start` on; return all up to there.
+        """Write one layer's keys and values of a step; return all positions up to their end.
 
         Args:
             layer: number of the layer within the stage.
-            sequence_id: of a sequence whose step was begun.
-            start: where the step starts.
+            sequence_id: of a sequence for which `begin` was called.
+            start: first position of the step.
             keys: [heads, tokens, head_dim].
             values: [heads, tokens, value_dim].
 
         Returns:
-            Views of the positions [0, start + tokens), in order, the last of them at least the
-            tokens; good until the next call for this layer.
+            Views of the positions [0, start + tokens), in order; the last view contains at least
+            the new tokens. They are valid until the next call for this layer.
         """
         segments = self._sequences[sequence_id].segments
         last = segments[-1]
@@ -237,16 +239,13 @@ class KVCache:
         self._sequences[sequence_id].length = length
 
     def free(self, sequence_ids: Iterable[int]) -> None:
-        """Forget these sequences; unknown ones are passed over.
-
-        What nobody else references gives its memory back.
-        """
+        """Drop these sequences, and the segments that no other one reads; ignore unknown ones."""
         for sequence_id in sequence_ids:
             sequence = self._sequences.pop(sequence_id, None)
             if sequence is not None:
-                self._let_go(sequence_id, sequence.segments)
+                self._leave(sequence_id, sequence.segments)
 
-    def _let_go(self, sequence_id: int, segments: Iterable[Segment]) -> None:
+    def _leave(self, sequence_id: int, segments: Iterable[Segment]) -> None:
         for segment in segments:
             del segment.holders[sequence_id]
             segment.owner = None if segment.owner == sequence_id else segment.owner
@@ -255,11 +254,11 @@ class KVCache:
                 self._nbytes -= segment.nbytes
 
     def watch(self, watcher: WriteWatcher) -> None:
-        """Tell `watcher`, as long as anyone else knows it, what is written to old segments."""
+        """Tell `watcher` of writes to existing segments, for as long as it exists."""
         self._watchers.add(watcher)
 
     def extents(self) -> dict[Segment, int]:
-        """Return all segments, and how many positions of each count."""
+        """Return all segments, each with the number of positions that belong to any sequence."""
         found: dict[Segment, int] = {}
         for sequence in self._sequences.values():
             for segment, count in sequence.spans():
@@ -277,10 +276,10 @@ class KVCache:
         ]
 
     def manifest(self) -> KVManifest:
-        """Tell what is held, while no step runs."""
+        """Return a description of the content; not to be called in a step."""
         return KVManifest(
             sequences=tuple(
-                held_sequence(
+                manifest_sequence(
                     sequence_id,
                     sequence.tokens[: sequence.length],
                     tuple(segment.number for segment in sequence.segments),
@@ -297,15 +296,15 @@ class KVCache:
     def restore(
         self, manifest: KVManifest, buffers: Mapping[int, Sequence[KVBuffers | None]]
     ) -> None:
-        """Hold what `manifest` tells; `max_bytes` does not limit it.
+        """Fill this empty cache with the content of a manifest, without regard to `max_bytes`.
 
         Args:
-            manifest: of another cache; it was checked.
-            buffers: by number of a segment in the manifest, what it has in each layer; they belong
-                to this cache from now on.
+            manifest: of another cache, checked.
+            buffers: by number of the manifest's segments, the buffers of each layer; they belong to
+                this cache from now on.
 
         Raises:
-            ValueError: something is held already.
+            ValueError: the cache is not empty.
         """
         if self._sequences:
             raise ValueError("the KV cache is not empty")
@@ -328,22 +327,22 @@ class KVCache:
         return Segment(next(self._numbers), start, self._num_layers)
 
     def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[int]) -> int:
-        """Return how many positions too few there would be if the step ran and `leaving` left."""
+        """Return by how many positions the step would exceed the limit once `leaving` are freed."""
         if self.max_bytes is None or not self.bytes_per_token:
             return 0
         room = self.max_bytes // (self.bytes_per_token * KV_BLOCK) * KV_BLOCK
-        needed = self._capacity - self._capacity_without(leaving)
+        needed = self._capacity - self._capacity_read_only_by(leaving)
         needed += sum(self._growth(part, leaving) for part in step)
         return needed - room
 
-    def _capacity_without(self, leaving: set[int]) -> int:
-        """Return how much of the capacity is of no sequence but `leaving`."""
+    def _capacity_read_only_by(self, leaving: set[int]) -> int:
+        """Return the capacity of the segments that only `leaving` read."""
         sequences = [self._sequences[i] for i in leaving if i in self]
         segments = {segment for sequence in sequences for segment in sequence.segments}
         return sum(segment.capacity for segment in segments if segment.holders.keys() <= leaving)
 
     def _growth(self, part: SequenceSlice, leaving: set[int]) -> int:
-        """Return what `begin` will add to the capacity once `leaving` have left."""
+        """Return how much `begin` will add to the capacity once `leaving` are freed."""
         sequence = self._sequences.get(part.sequence_id, CachedSequence())
         writers = {part.sequence_id}
         if part.prefix and part.prefix.take:
@@ -362,7 +361,7 @@ class KVCache:
     def _grow(
         self, layer: int, segment: Segment, kept: int, keys: Tensor, values: Tensor
     ) -> KVBuffers:
-        """Give a layer of a segment buffers of its capacity with the first `kept` positions."""
+        """Enlarge one layer's buffers to the segment's capacity; keep `kept` positions."""
         layout = self._layouts[layer] or self._learn_layout(layer, keys, values)
         grown = layout.allocate(segment.capacity)
         held = segment.layers[layer]
@@ -392,11 +391,13 @@ def as_token_ids(token_ids: Sequence[int]) -> TokenIds:
 def _segments_before(
     sequence: CachedSequence, start: int, writers: Collection[int], leaving: Collection[int] = ()
 ) -> tuple[list[Segment], bool]:
-    """Return what the sequence keeps if it goes on at `start`, and whether it does so in the last.
+    """Return the segments to keep when a sequence is truncated, and whether to write in the last.
 
     Args:
-        writers: the sequence itself, and the one that it takes.
-        leaving: sequences that will not be there any more.
+        sequence: to be truncated.
+        start: number of positions to keep.
+        writers: the sequence itself, and the prefix that it takes.
+        leaving: sequences that are freed.
     """
     kept = [segment for segment in sequence.segments if segment.start <= start]
     if kept and kept[-1].may_write(writers, start, leaving):
@@ -405,7 +406,7 @@ def _segments_before(
 
 
 def _views(layer: int, segments: Sequence[Segment]) -> list[KVBuffers]:
-    """Return what the sequence sees of all its segments but the last."""
+    """Return one layer's positions in all segments of a sequence but the last."""
     views = []
     for segment, following in itertools.pairwise(segments):
         held = segment.layers[layer]

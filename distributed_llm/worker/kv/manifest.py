@@ -1,4 +1,7 @@
-"""What a KV cache holds, told without tensors: sequences, and the segments that they consist of."""
+"""Describes a KV cache without its tensors, as it is sent to another worker.
+
+The fields of these structs are on the wire: arrays of MessagePack, in this order.
+"""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -14,19 +17,19 @@ _WIRE_TOKEN = np.dtype("<i4")
 
 
 class KVTransferError(StageError):
-    """Keys and values of another worker are not what they should be. Nothing was touched."""
+    """KV cache of another worker is damaged, incomplete or unexpected. No cache was changed."""
 
 
 class ManifestSegment(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """Consecutive positions that one sequence wrote and others may read.
+    """A segment of the described cache; see `segments.Segment`.
 
     Attributes:
-        number: its name in the cache that it is in; none has it again.
+        number: identifies the segment in its cache.
         start: its first position.
-        capacity: positions that are paid for, a multiple of `KV_BLOCK`.
-        owner: the sequence that may write it; None is nobody.
+        capacity: positions that the budget is charged for, a multiple of `KV_BLOCK`.
+        owner: the sequence that may write it, or None.
     """
 
     number: Count
@@ -38,13 +41,14 @@ class ManifestSegment(
 class ManifestSequence(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """What is held of one sequence, in all layers.
+    """A sequence of the described cache; see `segments.CachedSequence`.
 
     Attributes:
-        token_ids: of all positions that count, int32, little-endian.
-        segments: numbers; each segment ends where the next begins, the last beyond the last token.
-        reads: by segment, the position before which this sequence was given it, and its owner
-            leaves it alone; without meaning for its owner.
+        sequence_id: as in tasks.
+        token_ids: of all held positions, int32, little-endian.
+        segments: their numbers, in the order of positions; each ends where the next one begins.
+        reads: for each segment, the position before which this sequence reads it, so that the owner
+            must not write there; has no meaning for the owner itself.
     """
 
     sequence_id: Count
@@ -54,16 +58,16 @@ class ManifestSequence(
 
     @property
     def length(self) -> int:
-        """How many positions count."""
+        """How many positions are held."""
         return len(self.token_ids) // _WIRE_TOKEN.itemsize
 
     def tokens(self) -> TokenIds:
-        """Return the token ids, int32 [length], not to be written to."""
+        """Return the token ids, int32 [length], read-only."""
         return np.frombuffer(self.token_ids, dtype=_WIRE_TOKEN).astype(np.int32, copy=False)
 
 
 class Extent(msgspec.Struct, frozen=True):
-    """Positions `[start, stop)` of a sequence, which are those of a segment from its start on."""
+    """Positions `[start, stop)` of a sequence, held by one segment from its start on."""
 
     sequence_id: int
     start: int
@@ -73,13 +77,13 @@ class Extent(msgspec.Struct, frozen=True):
 class KVManifest(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """What a KV cache holds between two steps."""
+    """The content of a KV cache between two steps, without tensors."""
 
     sequences: tuple[ManifestSequence, ...]
     segments: tuple[ManifestSegment, ...]
 
     def check(self) -> None:
-        """Refuse what no cache holds.
+        """Refuse a manifest that no cache can have.
 
         Raises:
             KVTransferError: it contradicts itself.
@@ -107,9 +111,9 @@ class KVManifest(
         }
 
     def common_with(self, other: "KVManifest") -> "KVManifest":
-        """Return what of this the other cache holds too: of each sequence the same first tokens.
+        """Return this manifest cut to the leading tokens of each sequence that `other` has too.
 
-        Stages differ by what a step that was abandoned between them left.
+        Two stages differ in this way if a step was abandoned between them.
         """
         theirs = {sequence.sequence_id: sequence for sequence in other.sequences}
         chains = self.chains()
@@ -133,7 +137,7 @@ class KVManifest(
         return KVManifest(sequences=tuple(kept), segments=tuple(segments))
 
     def extents(self) -> dict[int, Extent]:
-        """Return, by segment, the positions that count, and a sequence that reads all of them."""
+        """Return, by segment, the positions that sequences have in it, and one that has all."""
         found: dict[int, Extent] = {}
         chains = self.chains()
         for sequence in self.sequences:
@@ -144,7 +148,7 @@ class KVManifest(
 
 
 def spans(chain: tuple[ManifestSegment, ...], stop: int) -> Iterator[tuple[ManifestSegment, int]]:
-    """Yield each segment of a sequence, and where its positions before `stop` end."""
+    """Yield each segment of a chain with the position where it ends, at most `stop`."""
     for segment, following in itertools.pairwise((*chain, None)):
         assert segment is not None
         yield segment, min(stop, following.start) if following else stop
@@ -173,7 +177,7 @@ def _common_length(mine: ManifestSequence, theirs: ManifestSequence) -> int:
 def _cut(
     sequence: ManifestSequence, chain: tuple[ManifestSegment, ...], length: int
 ) -> ManifestSequence:
-    """Return what `KVCache.begin` at `length` would leave, before it looks who may write."""
+    """Return the sequence cut to `length` tokens, with the segments `KVCache.begin` would keep."""
     count = sum(segment.start <= length for segment in chain)
     return ManifestSequence(
         sequence_id=sequence.sequence_id,
@@ -183,10 +187,14 @@ def _cut(
     )
 
 
-def held_sequence(
+def manifest_sequence(
     sequence_id: int, tokens: TokenIds, segments: tuple[int, ...], reads: tuple[int, ...]
 ) -> ManifestSequence:
-    """Return a sequence of these token ids."""
+    """Return the description of a sequence.
+
+    Args:
+        tokens: int32 [length].
+    """
     return ManifestSequence(
         sequence_id=sequence_id,
         token_ids=tokens.astype(_WIRE_TOKEN, copy=False).tobytes(),

@@ -1,4 +1,4 @@
-"""What sequences in a KV cache consist of: buffers of keys and values, and chains of them."""
+"""The parts of a KV cache: buffers of keys and values, segments made of them, and sequences."""
 
 import itertools
 from collections.abc import Collection, Iterator
@@ -15,7 +15,7 @@ TokenIds = npt.NDArray[np.int32]
 
 
 class KVBuffers(NamedTuple):
-    """Consecutive positions of a sequence in one layer.
+    """Keys and values of consecutive positions in one layer.
 
     Attributes:
         keys: [heads, positions, head_dim].
@@ -27,12 +27,12 @@ class KVBuffers(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that both take."""
+        """Bytes of memory that both tensors take."""
         return self.keys.nbytes + self.values.nbytes
 
 
 class KVLayout(NamedTuple):
-    """What the keys and values of one layer look like."""
+    """Shape, dtype and device of the keys and values of one layer."""
 
     heads: int
     key_dim: int
@@ -42,11 +42,11 @@ class KVLayout(NamedTuple):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of memory that one position takes."""
+        """Bytes of memory that one position takes in this layer."""
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     def allocate(self, capacity: int) -> KVBuffers:
-        """Return buffers for `capacity` positions; what is in them is left open."""
+        """Return uninitialised buffers for `capacity` positions."""
         keys = torch.empty(
             (self.heads, capacity, self.key_dim), dtype=self.dtype, device=self.device
         )
@@ -54,16 +54,19 @@ class KVLayout(NamedTuple):
 
 
 class Segment:
-    """Buffers for positions from `start` on, shared by all sequences that reference it.
+    """Buffers for positions from `start` on, in all layers, shared by the sequences that read them.
+
+    `manifest.ManifestSegment` describes a segment to another worker, without its buffers.
 
     Attributes:
-        number: its name in this cache; none has it again.
-        capacity: positions that are paid for, a multiple of `KV_BLOCK`; never shrinks.
-        layers: by layer, buffers with room for `capacity` positions, or fewer until written again;
-            None until first written.
-        owner: the sequence that may write it; None once that one let it go.
-        holders: sequences that reference it, and the position before which they read it; the
-            owner's may be out of date.
+        number: identifies the segment in its cache; never used again.
+        start: its first position.
+        capacity: positions that the budget is charged for, a multiple of `KV_BLOCK`; never shrinks.
+        layers: the buffers by layer; None until the layer is first written, and of an earlier,
+            smaller capacity until it is written again.
+        owner: the sequence that may write the segment; None once it has left.
+        holders: the sequences that read the segment, each with the position before which it does;
+            the owner's position may be out of date.
     """
 
     __slots__ = ("capacity", "holders", "layers", "number", "owner", "start")
@@ -82,7 +85,13 @@ class Segment:
         return sum(held.nbytes for held in self.layers if held)
 
     def may_write(self, writers: Collection[int], start: int, leaving: Collection[int]) -> bool:
-        """Return whether any of `writers` may, from `start` on, once `leaving` have left."""
+        """Return whether `writers` may write from `start` on, once `leaving` are freed.
+
+        Args:
+            writers: sequences, one of which has to own the segment.
+            start: position in the sequence.
+            leaving: sequences to be freed; what they read does not count.
+        """
         return self.owner in writers and all(
             read <= start
             for holder, read in self.holders.items()
@@ -91,11 +100,12 @@ class Segment:
 
 
 class CachedSequence:
-    """What is held of one sequence: `length` positions, in all layers.
+    """One sequence in a KV cache.
 
     Attributes:
-        segments: each ends where the next begins, the last at `length` or, in a step, beyond.
-        tokens: [capacity] int32; those below `length` count, those of a running step lie beyond.
+        length: positions that are held in all layers.
+        segments: in the order of positions; each ends where the next one begins.
+        tokens: int32 [capacity]; those of a running step are at positions from `length` on.
     """
 
     __slots__ = ("length", "segments", "tokens")
@@ -106,13 +116,13 @@ class CachedSequence:
         self.tokens: TokenIds = np.empty(0, dtype=np.int32)
 
     def spans(self) -> Iterator[tuple[Segment, int]]:
-        """Yield each segment, and how many of its positions count for this sequence."""
+        """Yield each segment with the number of its positions that belong to this sequence."""
         for segment, following in itertools.pairwise((*self.segments, None)):
             assert segment is not None
             yield segment, (following.start if following else self.length) - segment.start
 
     def write_tokens(self, start: int, token_ids: TokenIds) -> None:
-        """Note the tokens from position `start` on."""
+        """Set the tokens from position `start` on."""
         stop = start + len(token_ids)
         if stop > len(self.tokens):
             grown = np.empty(rounded(stop + stop // 4), dtype=np.int32)
@@ -122,5 +132,5 @@ class CachedSequence:
 
 
 def rounded(positions: int) -> int:
-    """Return `positions` filled up to whole blocks."""
+    """Return `positions` rounded up to whole blocks."""
     return -(-positions // KV_BLOCK) * KV_BLOCK

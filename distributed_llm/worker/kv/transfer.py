@@ -1,9 +1,10 @@
-"""The KV cache of some layers, piece by piece, from a stage that runs to one that shall take over.
+"""Copies the KV cache of some layers, piece by piece, while the stage that owns it runs steps.
 
-While steps run, an exporter hands out what is committed and was not yet handed out; what a later
-step writes anew it hands out again. So what is left for the end, when no step runs, is little. An
-importer at the other end puts the pieces into buffers like those they came from. Nothing here does
-any I/O.
+An exporter returns committed positions that it has not returned before, and returns a position
+again when a later step has overwritten it. So little is left when steps stop. An importer on the
+other worker puts the pieces into buffers like those they came from. Neither does any I/O.
+
+(Pre-copy, as in live migration of virtual machines: Clark et al., NSDI 2005.)
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from distributed_llm.common.messages import KVPart
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
@@ -20,23 +22,17 @@ from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
 
 @dataclass(frozen=True)
 class KVPiece:
-    """Consecutive positions of one segment in one layer.
+    """A `KVPart`, which says where it belongs, with its tensors.
 
-    What an exporter hands out are views of its cache: copy them before the next step runs.
+    Those of an exporter are views of its cache: copy them before the next step runs.
 
     Attributes:
-        segment: its number in the exporting cache.
-        layer: number of the layer in the model.
-        offset: of the first position, after the segment's start.
-        capacity: positions that the segment has room for by now.
-        keys: [heads, positions, head_dim].
-        values: [heads, positions, value_dim].
+        part: segment, layer, positions.
+        keys: [heads, part.count, key_dim].
+        values: [heads, part.count, value_dim].
     """
 
-    segment: int
-    layer: int
-    offset: int
-    capacity: int
+    part: KVPart
     keys: Tensor
     values: Tensor
 
@@ -47,12 +43,12 @@ class KVPiece:
 
 
 class KVExporter:
-    """Hands out what a cache holds in some layers, in the thread that runs the cache's steps.
+    """Exports what a cache holds in some layers, in the thread that runs the cache's steps.
 
     Args:
-        cache: what is exported; it goes on as if it were not.
+        cache: to export from; its steps go on.
         held: the layers of the cache.
-        layers: those to be exported.
+        layers: the layers to export.
 
     Raises:
         ValueError: the cache does not have these layers.
@@ -64,12 +60,12 @@ class KVExporter:
         self._cache = cache
         self._first = held.start
         self._layers = range(layers.start - held.start, layers.stop - held.start)
-        self._done: dict[int, list[int]] = {}  # positions handed out, by segment and layer
+        self._done: dict[int, list[int]] = {}  # exported positions, by segment and layer
         cache.watch(self)
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes of what is committed and not handed out."""
+        """Bytes of keys and values that are committed and not exported."""
         total = 0
         for segment, extent in self._cache.extents().items():
             for layer, done in zip(self._layers, self._done_of(segment), strict=True):
@@ -78,10 +74,10 @@ class KVExporter:
         return total
 
     def next_chunk(self, max_bytes: int, max_pieces: int) -> list[KVPiece] | None:
-        """Return pieces that were not handed out yet; None if there are none. Not during a step.
+        """Return the next pieces, or None if everything is exported. Not to be called in a step.
 
         Args:
-            max_bytes: of all pieces together; one position of one layer may be more.
+            max_bytes: of all pieces together; exceeded only by a single position of one layer.
             max_pieces: at least one.
         """
         extents = self._cache.extents()
@@ -106,7 +102,7 @@ class KVExporter:
         return pieces or None
 
     def written(self, segment: int, offset: int) -> None:
-        """Hand positions from `offset` on out again once they are committed."""
+        """Export positions from `offset` on again once they are committed."""
         done = self._done.get(segment)
         if done is not None and max(done) > offset:
             self._done[segment] = [min(count, offset) for count in done]
@@ -117,35 +113,36 @@ class KVExporter:
     def _piece(self, segment: Segment, layer: int, offset: int, count: int) -> KVPiece:
         held = segment.layers[layer]
         assert held is not None
-        return KVPiece(
-            segment.number,
-            self._first + layer,
-            offset,
-            segment.capacity,
-            held.keys[:, offset : offset + count],
-            held.values[:, offset : offset + count],
+        part = KVPart(
+            segment=segment.number,
+            layer=self._first + layer,
+            offset=offset,
+            count=count,
+            capacity=segment.capacity,
         )
+        stop = offset + count
+        return KVPiece(part, held.keys[:, offset:stop], held.values[:, offset:stop])
 
 
 @dataclass
-class _Buffer:
+class _Arrived:
     """One layer of one segment, of which the first `filled` positions have arrived."""
 
-    held: KVBuffers
+    buffers: KVBuffers
     filled: int
 
 
 class KVImporter:
-    """Collects what an exporter of another worker hands out.
+    """Collects the pieces of one exporter on another worker.
 
     Args:
-        layouts: what to expect, by number of the layer in the model.
-        max_bytes: what the buffers may take.
+        layouts: of the layers to expect, by their numbers in the model.
+        max_bytes: of memory for the buffers.
 
     Attributes:
-        layouts: what it expects.
-        manifest: what the sender holds, as it told last; None before that.
-        nbytes: what the buffers take.
+        layouts: as given.
+        manifest: what the sender holds, as its latest manifest says; None before the first.
+        nbytes: bytes of memory that the buffers take.
     """
 
     def __init__(self, layouts: Mapping[int, KVLayout], max_bytes: int) -> None:
@@ -153,43 +150,44 @@ class KVImporter:
         self.nbytes = 0
         self.layouts = dict(layouts)
         self._max_bytes = max_bytes
-        self._buffers: dict[tuple[int, int], _Buffer] = {}
+        self._arrived: dict[tuple[int, int], _Arrived] = {}  # by segment and layer
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that it takes, by their numbers in the model."""
+        """Numbers, in the model, of the layers that are expected."""
         return tuple(self.layouts)
 
     def add(self, piece: KVPiece) -> None:
-        """Put a piece where it belongs; what was there from its first position on is forgotten.
+        """Keep a piece; forget what had arrived of its segment from its first position on.
 
         Raises:
-            KVTransferError: it is of no layer that is expected, does not look like one, does not
-                follow what has arrived of its segment, or does not fit `max_bytes`.
+            KVTransferError: the piece is of a layer that is not expected, does not fit the layout,
+                leaves a gap after what has arrived of its segment, or exceeds `max_bytes`.
         """
-        layout = self.layouts.get(piece.layer)
+        part = piece.part
+        layout = self.layouts.get(part.layer)
         if layout is None:
-            raise KVTransferError(f"layer {piece.layer} is not among {sorted(self.layouts)}")
-        count = _count(piece, layout)
-        buffer = self._buffers.get((piece.segment, piece.layer))
-        filled = buffer.filled if buffer else 0
-        if not 0 <= piece.offset <= filled:
+            raise KVTransferError(f"layer {part.layer} is not among {sorted(self.layouts)}")
+        _check_piece(piece, layout)
+        arrived = self._arrived.get((part.segment, part.layer))
+        filled = arrived.filled if arrived else 0
+        if not 0 <= part.offset <= filled:
             raise KVTransferError(
-                f"a piece of segment {piece.segment} in layer {piece.layer} begins at "
-                f"{piece.offset}, but {filled} positions have arrived"
+                f"a piece of segment {part.segment} in layer {part.layer} begins at "
+                f"{part.offset}, but {filled} positions have arrived"
             )
-        if buffer is None or buffer.held.keys.shape[1] < piece.capacity:
-            buffer = self._grow(buffer, piece, layout)
-        stop = piece.offset + count
-        buffer.held.keys[:, piece.offset : stop] = piece.keys
-        buffer.held.values[:, piece.offset : stop] = piece.values
-        buffer.filled = stop
+        if arrived is None or arrived.buffers.keys.shape[1] < part.capacity:
+            arrived = self._grow(arrived, part, layout)
+        stop = part.offset + part.count
+        arrived.buffers.keys[:, part.offset : stop] = piece.keys
+        arrived.buffers.values[:, part.offset : stop] = piece.values
+        arrived.filled = stop
 
     def update(self, manifest: KVManifest) -> None:
-        """Note what the sender holds by now; what it does not hold any more is forgotten.
+        """Set the sender's manifest, and free segments that are not in it.
 
         Raises:
-            KVTransferError: the manifest contradicts itself, or tells of more than `max_bytes`.
+            KVTransferError: the manifest contradicts itself, or describes more than `max_bytes`.
         """
         manifest.check()
         token_bytes = sum(layout.token_bytes for layout in self.layouts.values())
@@ -197,29 +195,33 @@ class KVImporter:
             raise self._too_much()
         self.manifest = manifest
         held = {segment.number for segment in manifest.segments}
-        gone = [key for key in self._buffers if key[0] not in held]
-        self.nbytes -= sum(self._buffers.pop(key).held.nbytes for key in gone)
+        gone = [key for key in self._arrived if key[0] not in held]
+        self.nbytes -= sum(self._arrived.pop(key).buffers.nbytes for key in gone)
 
     def filled(self, segment: int, layer: int) -> int:
-        """Return how many positions of a segment have arrived."""
-        buffer = self._buffers.get((segment, layer))
-        return buffer.filled if buffer else 0
+        """Return how many positions of a segment have arrived in a layer."""
+        arrived = self._arrived.get((segment, layer))
+        return arrived.filled if arrived else 0
 
-    def buffer(self, segment: int, layer: int) -> KVBuffers:
-        """Return what has arrived of a segment, with room for more; something has."""
-        return self._buffers[segment, layer].held
+    def buffers(self, segment: int, layer: int) -> KVBuffers:
+        """Return the buffers of a segment in a layer.
 
-    def _grow(self, old: _Buffer | None, piece: KVPiece, layout: KVLayout) -> _Buffer:
-        growth = piece.capacity * layout.token_bytes - (old.held.nbytes if old else 0)
+        Raises:
+            KeyError: nothing of it has arrived.
+        """
+        return self._arrived[segment, layer].buffers
+
+    def _grow(self, old: _Arrived | None, part: KVPart, layout: KVLayout) -> _Arrived:
+        growth = part.capacity * layout.token_bytes - (old.buffers.nbytes if old else 0)
         if self.nbytes + growth > self._max_bytes:
             raise self._too_much()
-        new = _Buffer(layout.allocate(piece.capacity), 0)
+        new = _Arrived(layout.allocate(part.capacity), 0)
         if old is not None:
             new.filled = old.filled
-            new.held.keys[:, : old.filled] = old.held.keys[:, : old.filled]
-            new.held.values[:, : old.filled] = old.held.values[:, : old.filled]
+            new.buffers.keys[:, : old.filled] = old.buffers.keys[:, : old.filled]
+            new.buffers.values[:, : old.filled] = old.buffers.values[:, : old.filled]
         self.nbytes += growth
-        self._buffers[piece.segment, piece.layer] = new
+        self._arrived[part.segment, part.layer] = new
         return new
 
     def _too_much(self) -> KVTransferError:
@@ -229,13 +231,13 @@ class KVImporter:
         )
 
 
-def _count(piece: KVPiece, layout: KVLayout) -> int:
-    """Return how many positions a piece has.
+def _check_piece(piece: KVPiece, layout: KVLayout) -> None:
+    """Refuse a piece that does not fit the layout of its layer.
 
     Raises:
-        KVTransferError: it does not look like one of its layer.
+        KVTransferError: with what was found and what was expected.
     """
-    count = piece.keys.shape[1] if piece.keys.dim() == 3 else 0
+    part = piece.part
     found: tuple[Any, ...] = (
         tuple(piece.keys.shape),
         tuple(piece.values.shape),
@@ -243,18 +245,17 @@ def _count(piece: KVPiece, layout: KVLayout) -> int:
         piece.values.dtype,
     )
     expected = (
-        (layout.heads, count, layout.key_dim),
-        (layout.heads, count, layout.value_dim),
+        (layout.heads, part.count, layout.key_dim),
+        (layout.heads, part.count, layout.value_dim),
         layout.dtype,
         layout.dtype,
     )
-    if count < 1 or found != expected:
+    if part.count < 1 or found != expected:
         raise KVTransferError(
-            f"a piece of layer {piece.layer} has keys and values {found}; expected are {expected}"
+            f"a piece of layer {part.layer} has keys and values {found}; expected are {expected}"
         )
-    if piece.capacity % KV_BLOCK or piece.capacity < piece.offset + count:
+    if part.capacity % KV_BLOCK or part.capacity < part.offset + part.count:
         raise KVTransferError(
-            f"a piece of layer {piece.layer} has positions from {piece.offset} to "
-            f"{piece.offset + count} of a segment with room for {piece.capacity}"
+            f"a piece of layer {part.layer} has positions from {part.offset} to "
+            f"{part.offset + part.count} of a segment with room for {part.capacity}"
         )
-    return count

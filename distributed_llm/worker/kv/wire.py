@@ -1,11 +1,11 @@
-"""Pieces of a KV cache as they cross the wire, and the manifest that ends a transfer."""
+"""The messages of a KV cache transfer: pieces, and the manifest that ends it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 import torch
 
-from distributed_llm.common.messages import MAX_PIECES, KVEnd, KVPart, KVPieces
+from distributed_llm.common.messages import MAX_PIECES, KVEnd, KVPieces
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_bytes
 from distributed_llm.common.types import LayerRange, size_text
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
@@ -14,17 +14,17 @@ from distributed_llm.worker.kv.transfer import KVPiece
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Of one message with pieces. One or two go between tasks, and should not delay them much."""
+"""Size of one message with pieces: one or two travel between tasks, and should not delay them."""
 
 _HEADER_BYTES = 64 * 1024
 MAX_PIECES_BYTES = MAX_MESSAGE_BYTES - _HEADER_BYTES
-"""Keys and values in one message."""
+"""Bytes of keys and values in one message."""
 
 MAX_PIECES_SENT = MAX_PIECES // 2
-"""Pieces in one message: a header has 64 KiB, and one of them takes up to 36 bytes there."""
+"""Pieces in one message: a header may have 64 KiB, and a piece takes up to 36 bytes of it."""
 
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
-"""Four of them for each position; what is made of it in memory may be many times as much."""
+"""Size of a manifest, of which each position takes four bytes; decoded it may be much larger."""
 
 _manifest: msgspec.msgpack.Decoder[KVManifest] = msgspec.msgpack.Decoder(KVManifest)
 
@@ -32,7 +32,10 @@ _manifest: msgspec.msgpack.Decoder[KVManifest] = msgspec.msgpack.Decoder(KVManif
 def encode_pieces(
     epoch: int, layers: LayerRange, number: int, pieces: Sequence[KVPiece]
 ) -> tuple[KVPieces, tuple[Frame, ...]]:
-    """Return the message with these pieces, not none, in memory of its own, and its frames."""
+    """Return the message with these pieces, of which there is at least one, and its frames.
+
+    The tensors are copied, so that steps may go on.
+    """
     size = sum(piece.nbytes for piece in pieces)
     packed = torch.empty(size, dtype=torch.uint8, device=pieces[0].keys.device)
     start = 0
@@ -41,16 +44,7 @@ def encode_pieces(
             stop = start + states.nbytes
             packed[start:stop].view(states.dtype).view(states.shape).copy_(states)
             start = stop
-    parts = tuple(
-        KVPart(
-            segment=piece.segment,
-            layer=piece.layer,
-            offset=piece.offset,
-            count=piece.keys.shape[1],
-            capacity=piece.capacity,
-        )
-        for piece in pieces
-    )
+    parts = tuple(piece.part for piece in pieces)
     spec, frame = frame_of(packed)
     message = KVPieces(epoch=epoch, layers=layers, number=number, parts=parts, tensors=(spec,))
     return message, (frame,)
@@ -59,13 +53,15 @@ def encode_pieces(
 def decode_pieces(
     message: KVPieces, frames: Sequence[Frame], layouts: Mapping[int, KVLayout]
 ) -> Iterator[KVPiece]:
-    """Yield the pieces in a message, on the CPU, after all of their sizes were checked.
+    """Yield the pieces of a message, on the CPU; all sizes are checked before the first.
 
     Args:
-        layouts: what keys and values look like, by number of the layer in the model.
+        message: as received.
+        frames: as received.
+        layouts: of the layers that may come, by their numbers in the model.
 
     Raises:
-        KVTransferError: a piece is of no such layer, or the sizes do not fit the frame.
+        KVTransferError: a piece is of another layer, or the sizes do not fit the frame.
     """
     frame = _only_frame(message, frames)
     for part in message.parts:
@@ -86,7 +82,7 @@ def decode_pieces(
             stop = start + layout.heads * part.count * width * layout.dtype.itemsize
             states.append(packed[start:stop].view(layout.dtype).view(shape))
             start = stop
-        yield KVPiece(part.segment, part.layer, part.offset, part.capacity, *states)
+        yield KVPiece(part, *states)
 
 
 def encode_end(
@@ -95,7 +91,7 @@ def encode_end(
     """Return the message that ends a transfer, and its frames.
 
     Raises:
-        KVTransferError: too much is held for one message.
+        KVTransferError: the manifest is too large for one message.
     """
     data = msgspec.msgpack.encode(manifest)
     if len(data) > MAX_MANIFEST_BYTES:
@@ -108,17 +104,20 @@ def encode_end(
 
 
 def decode_end(message: KVEnd, frames: Sequence[Frame]) -> KVManifest:
-    """Return what the sender of a message holds; it may contradict itself.
+    """Return the manifest in a message; call its `check` before relying on it.
 
     Raises:
-        KVTransferError: that cannot be read.
+        KVTransferError: it cannot be decoded.
     """
     frame = _only_frame(message, frames)
     if len(frame) > MAX_MANIFEST_BYTES:
         raise KVTransferError(f"another worker tells of its KV cache in {size_text(len(frame))}")
     try:
         return _manifest.decode(frame)
-    except (ValueError, RecursionError) as exc:  # all that a msgpack decoder raises on bad bytes
+    except (
+        ValueError,
+        RecursionError,
+    ) as exc:  # all that a msgpack decoder raises on bad bytes
         raise KVTransferError(
             f"what another worker tells of its KV cache cannot be read: {str(exc)[:200]}"
         ) from exc

@@ -1,7 +1,8 @@
-"""Finds out whether a model type that no test covers is computed rightly when it is split.
+"""Checks whether a model type that no test covers gives right results when it is split.
 
-A small random model of the same configuration is run whole, by transformers alone, and split in
-stages with ragged sequences, by the code that serves. What differs or fails is refused.
+A small random model of the same architecture is run whole, by transformers alone, and split into
+stages, by the code that serves, with sequences of different lengths. If tokens differ or anything
+fails, the model is refused.
 """
 
 import functools
@@ -43,19 +44,19 @@ _SIZES = {
     "topk_group": 1,
     "sliding_window": 5,
 }
-"""What a small model has, by transformers' names; sizes that a configuration lacks stay away."""
+"""Sizes of the small model, by transformers' names; those that its configuration has are set."""
 
 _MAX_LAYERS = 6
 _NO_TOKENS = as_token_ids(())
 _WEIGHT_STD = 0.15  # the usual 0.02 gives every token nearly the same logits
 _PROMPTS = ((3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79), (2, 7, 18, 28), (16, 18, 0, 33, 98, 87, 49))
 _NEW_TOKENS = 6
-# Drawn tokens tell logits apart that have the same maximum.
+# Sampled tokens reveal differences between logits that have the same maximum.
 _SAMPLINGS = (Sampling(), *(Sampling(temperature=2.0, seed=seed) for seed in range(4)))
 
 
 class Runnable(Protocol):
-    """What the check needs of a stage."""
+    """The part of a stage that the check uses."""
 
     def run(
         self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
@@ -64,7 +65,7 @@ class Runnable(Protocol):
 
 
 class Loader(Protocol):
-    """Loads one stage; see `Stage.load_unchecked`."""
+    """A function that loads one stage; see `Stage.load_unchecked`."""
 
     def __call__(
         self,
@@ -78,16 +79,16 @@ class Loader(Protocol):
 
 
 def ensure_supported(checkpoint: Checkpoint, load: Loader) -> None:
-    """Refuse a model that is computed wrongly when it is split.
+    """Refuse a model that gives wrong results when it is split.
 
     Takes about a second for a model type that no test of this package covers.
 
     Args:
-        checkpoint: of the model to be served; only its configuration is read.
-        load: how stages are loaded.
+        checkpoint: of the model; only its config.json is read.
+        load: loads the stages of the small model.
 
     Raises:
-        UnsupportedModel: with what, why and what to do.
+        UnsupportedModel: with the reason and what to do.
     """
     check_architecture(checkpoint.config)
     if checkpoint.model_type not in VERIFIED:
@@ -106,7 +107,7 @@ def _self_check(config_json: str, load: Any) -> None:
             whole = _small_model(config)
             whole.save_pretrained(folder)
             differing = _differing_tokens(whole, open_checkpoint(Path(folder)), load)
-    except Exception as exc:  # whatever fails here would fail, or be wrong, when serving
+    except Exception as exc:  # what fails here would fail, or give wrong results, when serving
         raise _unsupported(model_type, f"a small model of it cannot be run split ({exc})") from exc
     if differing:
         raise _unsupported(
@@ -122,7 +123,7 @@ def _unsupported(model_type: str, why: str) -> UnsupportedModel:
 
 
 def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json for a small model of the same structure as that of `config`."""
+    """Return the content of a config.json for a small model of the same structure."""
     small = dict(model_config(config).to_dict())
     attribute_map = model_config(config).attribute_map
     heads = config.get(attribute_map.get("num_attention_heads", "num_attention_heads"), 1)
@@ -135,7 +136,7 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
             small[name] = value[:layers]
     sizes = {**_SIZES, "num_hidden_layers": layers}
     if "qk_rope_head_dim" in small:
-        del sizes["head_dim"]  # latent attention makes it of parts
+        del sizes["head_dim"]  # latent attention derives it from other sizes
     if kv_heads := small.get("num_key_value_heads"):
         sizes["num_key_value_heads"] = 4 if kv_heads == heads else 2
     for name, size in sizes.items():
@@ -146,7 +147,7 @@ def shrink_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers_to_keep(config: Mapping[str, Any]) -> int:
-    """Return how many first layers show every kind of layer; at least two."""
+    """Return how many leading layers contain every kind of layer; between 2 and `_MAX_LAYERS`."""
     kinds = config.get("layer_types") or [None]
     shown = 1 + max(kinds.index(kind) for kind in set(kinds))
     return int(min(max(shown, 2), _MAX_LAYERS))
@@ -167,7 +168,7 @@ def _small_model(config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def _differing_tokens(whole: PreTrainedModel, checkpoint: Checkpoint, load: Loader) -> int:
-    """Return how many tokens of the split model are not those of the whole one."""
+    """Return how many tokens the split model samples differently from the whole one."""
     middle, num_layers = checkpoint.num_layers // 2, checkpoint.num_layers
     stages = [
         load(checkpoint, layers, device=torch.device("cpu"), dtype=torch.float32)

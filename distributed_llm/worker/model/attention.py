@@ -1,9 +1,9 @@
-"""Attention over packed sequences, called from inside Hugging Face models.
+"""Attention over packed sequences, called from within Hugging Face models.
 
-Importing this module registers `packed_attention` with transformers under `ATTENTION_NAME`. A model
-that is run with it gets the tokens of all sequences of a step in one row. No attention mask is
-registered under that name, so transformers builds none: each sequence sees itself only, because
-it is attended to by itself.
+Importing this module registers `packed_attention` with transformers under `ATTENTION_NAME`. Such a
+model gets the tokens of all sequences of a step in one row. Attention is computed for one sequence
+at a time, so no mask has to separate them: none is registered under that name, and transformers
+builds none.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,13 +35,15 @@ class PackedSlice:
 
 @dataclass(slots=True)
 class PackedStep:
-    """One step as the attention of every layer sees it.
+    """One step, as the attention of each layer needs it.
 
     Attributes:
-        first_layer: number, in the whole model, of the stage's first layer.
-        appended: how many times keys and values were written, by layer of the stage.
-        masks: masks of this step by what they are made from, shared by its layers.
-        sizes: tokens of each slice.
+        cache: the KV cache of the stage.
+        first_layer: number of the stage's first layer in the whole model.
+        slices: of the sequences, in the order of the packed row.
+        appended: how many times each layer of the stage has appended keys and values.
+        masks: of this step, by (tokens, positions, window); its layers share them.
+        sizes: number of tokens of each slice.
     """
 
     cache: KVCache
@@ -55,13 +57,13 @@ class PackedStep:
         self.sizes = [part.num_tokens for part in self.slices]
 
 
-# Of the context, not of the module: stages in other threads do not see it.
+# A context variable, because stages may run in several threads.
 _step: ContextVar[PackedStep] = ContextVar("packed_step")
 
 
 @contextmanager
 def running(step: PackedStep) -> Iterator[None]:
-    """Make `step` the one that models run in this context compute."""
+    """Have models that run in this context compute `step`."""
     token = _step.set(step)
     try:
         yield
@@ -82,25 +84,25 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return attention of packed sequences, each over its cached positions and itself.
+    """Compute attention of each packed sequence over its cached positions and its new tokens.
 
     Args:
-        module: the model's attention module; `layer_idx` is its layer in the whole model.
+        module: the model's attention module; `layer_idx` is the layer's number in the whole model.
         query: [1, heads, tokens, head_dim].
         key: [1, kv_heads, tokens, head_dim]; appended to the cache.
         value: [1, kv_heads, tokens, value_dim]; appended to the cache.
-        attention_mask: none; see above.
-        scaling: of the scores; default 1 / sqrt(head_dim).
-        sliding_window: how many positions a token sees, itself included; default all.
-        softcap: scores are bent to stay within plus and minus this.
-        s_aux: [heads], logits of attention sinks: softmax counts them, nothing is read there.
-        kwargs: what other attention implementations need.
+        attention_mask: has to be None.
+        scaling: factor of the scores; default 1 / sqrt(head_dim).
+        sliding_window: number of positions that a token attends to, itself included; default all.
+        softcap: scores become softcap * tanh(score / softcap).
+        s_aux: [heads], logits of attention sinks, which take part in softmax without a value.
+        kwargs: for other attention implementations; ignored, except for `position_bias`.
 
     Returns:
-        [1, tokens, heads, value_dim], and no attention weights.
+        [1, tokens, heads, value_dim], and None for the attention weights.
 
     Raises:
-        NotImplementedError: the model asks for what is not computed here.
+        NotImplementedError: the model has a mask or a position bias of its own.
     """
     if attention_mask is not None or kwargs.get("position_bias") is not None:
         raise NotImplementedError(f"{type(module).__name__} brings its own mask or position bias")
@@ -119,7 +121,7 @@ def packed_attention(
     ):
         segments = step.cache.append(layer, part.sequence_id, part.start, new_keys, new_values)
         keys, values = segments[0] if len(segments) == 1 else _joined(segments)
-        if window:  # positions before the first token's window are seen by none
+        if window:  # earlier positions are outside every token's window
             first = max(0, part.start - window + 1)
             keys, values = keys[:, first:], values[:, first:]
         if softcap is None and s_aux is None:
@@ -137,10 +139,10 @@ AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
 def _joined(segments: Sequence[KVBuffers]) -> tuple[Tensor, Tensor]:
-    """Return the keys and the values of consecutive segments, copied into one tensor each.
+    """Return the keys and the values of consecutive segments, each concatenated to one tensor.
 
-    Copying what one token reads takes about as long as reading it in attention. Attending to each
-    segment by itself and merging the results by their log-sum-exp was slower on a CPU.
+    The copy takes about as long as attention of one token. Computing attention for each segment and
+    merging the results by their log-sum-exp was slower on a CPU.
     """
     keys, values = zip(*segments, strict=True)
     return torch.cat(keys, dim=1), torch.cat(values, dim=1)
@@ -154,15 +156,24 @@ def _attend(
     scale: float | None,
     window: int,
 ) -> Tensor:
-    """Return [tokens, heads, value_dim] for queries [heads, tokens, head_dim], the last tokens.
+    """Compute attention of one sequence with torch's fused kernels.
 
-    Uses torch's fused kernels.
+    Args:
+        step: keeps the masks.
+        queries: [heads, tokens, head_dim], of the last `tokens` positions.
+        keys: [kv_heads, positions, head_dim].
+        values: [kv_heads, positions, value_dim].
+        scale: factor of the scores, or None for the default.
+        window: positions that a token attends to; 0 is all.
+
+    Returns:
+        [tokens, heads, value_dim].
     """
     heads, tokens, head_dim = queries.shape
     kv_heads, positions, _ = keys.shape
     if tokens == 1:
-        # The heads that share keys become the rows of one small matrix: a tenth of the time that
-        # `enable_gqa` takes for one token in bfloat16 (0.31 ms against 3.7 ms at 1000 positions).
+        # Heads that share keys become the rows of one small matrix. This takes a tenth of the time
+        # of `enable_gqa` for one token in bfloat16 (0.31 ms against 3.7 ms at 1000 positions).
         grouped = queries.reshape(1, kv_heads, heads // kv_heads, head_dim)
         attended = F.scaled_dot_product_attention(grouped, keys[None], values[None], scale=scale)
         return attended.reshape(1, heads, -1)
@@ -189,7 +200,7 @@ def _attend_by_hand(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Return what `_attend` does, for soft caps and sinks, which no fused kernel offers."""
+    """Compute attention as `_attend` does, with a soft cap and sinks, which fused kernels lack."""
     heads, tokens, head_dim = queries.shape
     kv_heads, positions, _ = keys.shape
     groups = heads // kv_heads
@@ -214,7 +225,7 @@ def _attend_by_hand(
 def _mask(
     step: PackedStep, tokens: int, positions: int, window: int, device: torch.device
 ) -> Tensor:
-    """Return what each token sees: bool [tokens, positions]; the tokens are the last positions."""
+    """Return the positions that each of the last tokens attends to, bool [tokens, positions]."""
     made_from = (tokens, positions, window)
     mask = step.masks.get(made_from)
     if mask is None:

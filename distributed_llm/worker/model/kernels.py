@@ -1,10 +1,10 @@
-"""Linear layers for the device they run on.
+"""Linear layers with weights prepacked for the CPU.
 
-On a CPU that multiplies their dtype well, oneDNN is given each weight once, when the model is
-loaded, in the order in which its kernels read it. `nn.Linear` keeps a weight row after row, and
-oneDNN reorders it again for every product, or torch calls another library: when few rows are
-multiplied, as in decoding, that costs as much as the product itself or more. The weight exists only
-in the new order, so memory stays the same. `python -m benchmarks.kernels` shows what is gained.
+On a CPU whose oneDNN kernels are fast in the weights' dtype, each weight is reordered once, when
+the model is loaded, into the order in which those kernels read it. `nn.Linear` keeps weights row by
+row: oneDNN reorders them for every product, or torch calls another library. With few rows, as in
+decoding, that costs as much as the product or more. The weight is kept only in the new order, so it
+takes no more memory. `python -m benchmarks.kernels` measures the gain.
 """
 
 import functools
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor, nn
 
 _SMALLEST_PACKED = 256 * 256
-"""Elements of a weight; below this the 11 µs that any call of oneDNN takes are most of its time."""
+"""Elements of a weight; with fewer, the 11 µs of overhead of any oneDNN call dominate."""
 
 _TYPICAL_ROWS = 16
-"""Rows that oneDNN chooses the order for. It suits other numbers too; that for one row does not."""
+"""Number of rows to optimise the order for; it suits other numbers too. That for one does not."""
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN reads it. Give it rows in the weight's dtype.
+    """A linear layer with a weight in oneDNN's order; its input has to be of the weight's dtype.
 
     Args:
-        linear: what it computes; holds its own weight still.
+        linear: the layer to replace; it keeps its own weight.
 
     Attributes:
-        weight: [out_features, in_features], opaque: it has a shape and a dtype, but no strides. Not
-            a parameter, because nothing can be loaded into it.
+        weight: [out_features, in_features], an opaque tensor without strides. It is no parameter,
+            because nothing can be loaded into it.
         bias: [out_features], or None.
     """
 
@@ -45,7 +45,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of memory that the weight takes; rows and columns are filled up to whole blocks."""
+        """Bytes of memory that the weight takes, including padding to whole blocks."""
         return int(torch.ops.mkldnn._nbytes(self.weight))
 
     def forward(self, states: Tensor) -> Tensor:
@@ -59,11 +59,13 @@ class PackedLinear(nn.Module):
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace the linear layers of `model` by packed ones where that is faster.
 
-    Each weight is let go as soon as it is packed. A weight that another module reads too (the
-    embedding, where the head is tied to it) stays as it is: packed it would exist twice.
+    Each weight is freed as soon as it is packed. A weight that another module reads too, such as a
+    head that is tied to the embedding, stays as it is: packed, it would be in memory twice.
     """
     shared = _shared_weights(model)
-    names = [name for name, _ in model.named_modules()]  # a list of modules would hold them all
+    names = [
+        name for name, _ in model.named_modules()
+    ]  # a list of the modules themselves would keep all of them in memory
     for name in names:
         module = model.get_submodule(name)
         if type(module) is nn.Linear and _is_packable(module.weight, shared):
@@ -72,19 +74,18 @@ def pack_linear_layers(model: nn.Module) -> None:
 
 
 def packed_nbytes(model: nn.Module) -> int:
-    """Return the bytes of memory of all packed weights of `model`; they are no parameters."""
+    """Return the bytes of memory that the packed weights of `model` take."""
     return sum(m.weight_bytes for m in model.modules() if isinstance(m, PackedLinear))
 
 
 @contextmanager
 def kernels_for(num_tokens: int) -> Iterator[None]:
-    """Choose, for weights that are not packed, the kernels for a step of `num_tokens` tokens.
+    """Choose the kernels of unpacked weights for a step of `num_tokens` tokens.
 
-    oneDNN multiplies one row in bfloat16 at half the speed of memory; torch's own kernel reads the
-    weights as fast as memory gives them (0.6 against 1.2 ms for [5632, 2048] on two cores) but is
-    slower from two rows on. Packed layers are not affected. The switch is the process's: a stage
-    that runs in another thread at that moment gets the other kernel, which is slower or faster, not
-    wrong.
+    With one row in bfloat16, oneDNN uses half of the memory bandwidth, and torch's own kernel all
+    of it (1.2 ms against 0.6 ms for [5632, 2048] on two cores). From two rows on torch's kernel is
+    slower. Packed layers are not affected. The switch is global to the process, so a stage that
+    runs in another thread may get the slower kernel meanwhile, but never a wrong one.
     """
     onednn = torch.backends.mkldnn
     if num_tokens > 1 or not onednn.enabled:
@@ -98,7 +99,7 @@ def kernels_for(num_tokens: int) -> Iterator[None]:
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
-    """Return the ids of the parameters that more than one module holds."""
+    """Return the `id` of each parameter that more than one module holds."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():
@@ -119,12 +120,12 @@ def _is_packable(weight: Tensor, shared: set[int]) -> bool:
 
 @functools.cache
 def _packing_helps(dtype: torch.dtype) -> bool:
-    """Say whether oneDNN is faster than what torch does by itself, on this machine, in this dtype.
+    """Return whether packed weights are faster on this machine in `dtype`.
 
-    By what the processor can do, not by a measurement: a machine shall not choose differently from
-    one start to the next. Measured faster were float32 with AVX2 and AVX-512, for any number of
-    rows, and bfloat16 with AVX512-BF16. A processor that must emulate bfloat16 loses with one row
-    what it gains with many.
+    Decided by the processor's instruction set, so that a machine decides the same at every start.
+    Packing was measured to be faster for any number of rows in float32 with AVX2 or AVX-512, and in
+    bfloat16 with AVX512-BF16. A processor that emulates bfloat16 loses with one row what it gains
+    with many.
     """
     onednn_here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if platform.machine() not in {"x86_64", "AMD64"} or not onednn_here:

@@ -1,4 +1,4 @@
-"""What a stage hangs on its layers: hidden states in and out, progress, and how long they take."""
+"""Hooks on a stage's layers: hidden states in and out, progress, and time taken."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -12,18 +12,17 @@ class LayerHooks:
     """Hooks on the layers of one stage.
 
     Args:
-        layers: not empty; modules that no other stage runs.
-        first: whether the model's own embedding comes before them.
-        last: whether the model's own norm and head come after them.
-        new_event: makes an event of the device that they run on; see `event_type`.
-        after_layer: called after each of them; it should not refer to them, or their memory stays
-            until garbage is looked for.
+        layers: not empty; no other stage may run these modules.
+        first: the layers are the model's first, so they take the embedding's output.
+        last: the layers are the model's last, so the model's own norm and head take their output.
+        new_event: returns a new event of the layers' device; see `event_type`.
+        after_layer: called after each layer. It must not refer to the layers: the cycle would keep
+            their memory until the next garbage collection.
 
     Attributes:
-        after_layer: may be changed.
-        incoming: [1, tokens, hidden_size], what the first layer is given instead of what the model
-            makes; not read if `first`.
-        outgoing: [1, tokens, hidden_size], what the last layer gave; not written if `last`.
+        after_layer: as given; may be changed.
+        incoming: [1, tokens, hidden_size], the input of the first layer, unless `first`.
+        outgoing: [1, tokens, hidden_size], the output of the last layer, unless `last`.
     """
 
     def __init__(
@@ -52,16 +51,16 @@ class LayerHooks:
 
     @property
     def seconds(self) -> float:
-        """How long the layers took when all of them last ran.
+        """Time that the layers took in the latest complete run.
 
-        Waits until the device is through with them; it is once a result was copied to the CPU.
+        Waits until the device has finished them, which it has once a result was copied to the CPU.
         """
         began, ended = self._span
         ended.synchronize()
         return began.elapsed_time(ended) / 1000
 
     def forget(self) -> None:
-        """Let go of the hidden states."""
+        """Drop the hidden states, so that their memory can be freed."""
         self.incoming = self.outgoing = None
 
     def _begin(self, *_: Any) -> None:
@@ -89,20 +88,20 @@ class LayerHooks:
 
 
 class Event(Protocol):
-    """A point among the kernels that a device computes one after the other."""
+    """A point in the queue of kernels of a device."""
 
     def record(self) -> None:
-        """Put it behind the kernels that are queued now."""
+        """Set the point behind all kernels that are queued now."""
 
     def synchronize(self) -> None:
-        """Wait until the device is there."""
+        """Wait until the device has reached the point."""
 
     def elapsed_time(self, other: Any) -> float:
-        """Return the milliseconds from this one to `other`, both recorded and reached."""
+        """Return the milliseconds from this event to `other`; both have been reached."""
 
 
 class ClockEvent:
-    """A point in time of a CPU, which computes at once and queues nothing."""
+    """A point in time on a CPU, which queues no kernels."""
 
     __slots__ = ("_at_s",)
 
@@ -110,19 +109,19 @@ class ClockEvent:
         self._at_s = 0.0
 
     def record(self) -> None:
-        """Note the time."""
+        """Set the point to the present."""
         self._at_s = perf_counter()
 
     def synchronize(self) -> None:
-        """Return: it is reached."""
+        """Return at once."""
 
     def elapsed_time(self, other: "ClockEvent") -> float:
-        """Return the milliseconds from this one to `other`."""
+        """Return the milliseconds from this event to `other`."""
         return (other._at_s - self._at_s) * 1000
 
 
 class CudaEvent:
-    """An event of one CUDA device, whichever device is torch's current one."""
+    """An event of one CUDA device, which need not be torch's current device."""
 
     __slots__ = ("_device", "_event")
 
@@ -131,20 +130,20 @@ class CudaEvent:
         self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
     def record(self) -> None:
-        """Put it behind the kernels that are queued now."""
+        """Set the point behind all kernels that are queued now."""
         self._event.record(torch.cuda.current_stream(self._device))
 
     def synchronize(self) -> None:
-        """Wait until the device is there."""
+        """Wait until the device has reached the point."""
         self._event.synchronize()
 
     def elapsed_time(self, other: "CudaEvent") -> float:
-        """Return the milliseconds from this one to `other`, both recorded and reached."""
+        """Return the milliseconds from this event to `other`; both have been reached."""
         return float(self._event.elapsed_time(other._event))
 
 
 def event_type(device: torch.device) -> Callable[[], Event]:
-    """Return what makes events that tell how long kernels of `device` take."""
+    """Return a factory of events that time the kernels of `device`."""
     if device.type == "cuda":
         return lambda: CudaEvent(device)
     if device.type == "mps":

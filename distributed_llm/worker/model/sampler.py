@@ -1,24 +1,25 @@
-"""Picks the next token: a pure function of logits, parameters, seed, position and history.
+"""Samples the next token: a pure function of logits, parameters, seed, position and history.
 
-Logits are processed in float32 in transformers' order, and ours stand where vLLM has them: logit
-bias, repetition penalty, presence and frequency penalty (transformers has none), tokens suppressed
-before the least number of new tokens, temperature, top-k, top-p, min-p. What is left is a list of
-candidates and their probabilities.
+Logits are processed in float32, in the order of transformers, with the penalties that transformers
+lacks where vLLM has them: logit bias, repetition penalty, presence and frequency penalty, tokens
+suppressed before the minimum number of new tokens, temperature, top-k, top-p, min-p. The result is
+a list of candidates with their probabilities.
 
-The draw is an exponential race: candidate i gets a time -log(u_i) / p_i, the earliest wins, which
-happens with probability p_i. It is run in two heats, for the first of 256 tokens are as likely to
-come first as one with the sum of their probabilities: first between the groups of 256 consecutive
-token ids, then within the group that won. That draws some hundred numbers instead of one for each
-token (4 ms instead of 17 for 16 sequences with 128,000 tokens each, without top-k and top-p).
+The draw is an exponential race (the Gumbel-max trick in another form): candidate i arrives at time
+-log(u_i) / p_i for a uniform u_i, and is the first with probability p_i. It is run in two heats,
+because the first of a group arrives like one candidate with the sum of the group's probabilities:
+the first heat is between groups of 256 consecutive token ids, the second within the group that won.
+So a few hundred numbers are drawn instead of one for each token (4 ms instead of 17 for 16
+sequences with a vocabulary of 128,000, without top-k and top-p).
 
-u_i belongs to (seed, position, group) or (seed, position, token id): it is a number, found by its
-place, of the Philox generator with the key (seed, position), which NumPy promises never to change.
-So the same probabilities give the same token on every machine, in every batch, at every retry. Were
-the probabilities another machine's, off in the last bits, a heat would end otherwise only if its
-two first were that close; searching a uniform number in the cumulated probabilities would err at
-every candidate's border at once.
+u_i depends on (seed, position, group) or (seed, position, token id) alone. It is an element of the
+sequence of the counter-based Philox generator with the key (seed, position), which NumPy guarantees
+not to change. So the same probabilities give the same token on every machine, in every batch and at
+every retry. If the probabilities differ in the last bits, as between machines, the result differs
+only if the first two arrivals are that close. (A search in the cumulated probabilities would be
+affected by an error at any candidate before the one found.)
 
-All but plain argmax is computed on the CPU, also for logits from elsewhere.
+Everything but plain argmax is computed on the CPU, wherever the logits are.
 """
 
 from collections.abc import Sequence
@@ -36,18 +37,18 @@ from distributed_llm.worker.kv.segments import TokenIds
 FloatRow = npt.NDArray[np.float32]
 
 _GROUP = 256
-"""Token ids that race against each other in the second heat."""
+"""Consecutive token ids in a group."""
 
 _SECOND_HEAT = 2**32
-"""Where in the generator's sequence, in blocks of four numbers, those of the second heat begin."""
+"""Position of the second heat's numbers in the generator's sequence, in blocks of four numbers."""
 
 _TOP_GROUP = 128
-"""Neighbours of which first the largest is found, where a few of many values are looked for."""
+"""Size of the groups whose maxima `_largest` compares first."""
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tokens that may be picked.
+    """Tokens that may be sampled.
 
     Attributes:
         token_ids: [n] int64, ascending.
@@ -64,20 +65,20 @@ def sample(
     positions: Sequence[int],
     histories: Sequence[TokenIds],
 ) -> Tensor:
-    """Return one token per row.
+    """Sample one token per row.
 
     Args:
         logits: [n, vocab_size], finite.
-        samplings: how to pick, by row.
-        positions: which the picked tokens will have in their sequences, by row.
-        histories: the tokens before them, by row; read only where there is a penalty.
+        samplings: parameters, by row.
+        positions: of the sampled tokens in their sequences, by row.
+        histories: the tokens before them, int32, by row; used by penalties alone.
 
     Returns:
         int32 [n], on the CPU.
     """
     rows = [row for row, s in enumerate(samplings) if not _is_plain_argmax(s, positions[row])]
     if len(rows) < len(samplings):
-        # torch finds the largest of bfloat16 in five times the time that it takes for float32.
+        # argmax of bfloat16 takes torch five times as long as argmax of float32.
         token_ids = logits.float().argmax(dim=-1).to("cpu", torch.int32)
     else:
         token_ids = torch.empty(len(samplings), dtype=torch.int32)
@@ -89,16 +90,17 @@ def sample(
 
 
 def log_probabilities(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return how likely the model finds these tokens, and the likeliest ones, before processing.
+    """Return log-probabilities of the sampled and of the likeliest tokens, without any processing.
 
     Args:
         logits: [n, vocab_size].
-        token_ids: int32 [n], the tokens that were picked.
-        count: of the likeliest tokens, best first; no more than there are.
+        token_ids: int32 [n], the sampled tokens.
+        count: of likeliest tokens; at most the vocabulary is returned.
 
     Returns:
-        Natural logarithms of probabilities, float32 [n, 1 + count], and the token ids that they
-        belong to, int32 of the same shape, both on the CPU; the picked tokens come first.
+        Natural logarithms, float32 [n, 1 + count], and the token ids that they belong to, int32 of
+        the same shape, both on the CPU. The sampled token comes first, then the likeliest, best
+        first.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     picked = token_ids.to(logprobs.device, torch.int64)[:, None]
@@ -108,15 +110,15 @@ def log_probabilities(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Te
 
 
 def process(scores: FloatRow, sampling: Sampling, position: int, history: TokenIds) -> None:
-    """Turn logits [vocab_size] into what they are after bias and penalties, in place.
+    """Apply bias, penalties and suppressed tokens to logits [vocab_size], in place.
 
-    Token ids beyond the vocabulary are passed over.
+    Token ids beyond the vocabulary are ignored.
     """
     for token, bias in sampling.logit_bias:
         if token < len(scores):
             scores[token] += bias
     if sampling.repetition_penalty != 1.0:
-        # A token that comes twice is written twice, with the same value.
+        # A token that occurs twice is written twice, with the same value.
         old = scores[history]
         scores[history] = np.where(
             old < 0, old * sampling.repetition_penalty, old / sampling.repetition_penalty
@@ -130,11 +132,11 @@ def process(scores: FloatRow, sampling: Sampling, position: int, history: TokenI
 
 
 def candidates(scores: FloatRow, sampling: Sampling) -> Candidates:
-    """Return what temperature, top-k, top-p and min-p leave of `scores` [vocab_size]."""
+    """Return the tokens that temperature, top-k, top-p and min-p leave of `scores` [vocab_size]."""
     scores = scores / np.float32(sampling.temperature)
     token_ids = np.arange(len(scores))
     if 0 < sampling.top_k < len(scores):
-        # Not the k tokens of a sort: tokens as likely as the last of them stay too.
+        # As in transformers, tokens that tie with the k-th likeliest stay too.
         last = len(scores) - sampling.top_k
         token_ids = np.flatnonzero(scores >= np.partition(scores, last)[last])
         scores = scores[token_ids]
@@ -150,12 +152,12 @@ def candidates(scores: FloatRow, sampling: Sampling) -> Candidates:
 
 
 def draw(choice: Candidates, seed: int, position: int) -> int:
-    """Return one of the candidates with its probability, the same for the same seed and position.
+    """Draw a token id from the candidates; the same one for the same seed and position.
 
     Args:
-        choice: at least one of them with a probability above 0.
+        choice: the candidates, at least one with a probability above 0.
         seed: of the request, below 2**63.
-        position: which the token will have in its sequence.
+        position: of the token in its sequence.
     """
     key = np.array([seed, position], dtype=np.uint64)
     token_ids, probabilities = choice.token_ids, choice.probabilities
@@ -190,7 +192,7 @@ def _sample_row(scores: FloatRow, sampling: Sampling, position: int, history: To
 
 def _nucleus(probabilities: FloatRow, top_p: float) -> npt.NDArray[np.int64]:
     """Return the indices of the likeliest tokens that together reach `top_p`; at least one."""
-    # All the tokens below the mean of what may be missing do not make up for it together.
+    # Tokens below this make up less than 1 - top_p, even all together.
     least = min((1 - top_p) / len(probabilities), float(probabilities.max()))
     indices = np.flatnonzero(probabilities >= np.float32(least))
     values = np.sort(probabilities[indices])[::-1]
@@ -203,22 +205,22 @@ def _nucleus(probabilities: FloatRow, top_p: float) -> npt.NDArray[np.int64]:
 
 
 def _uniform(key: npt.NDArray[np.uint64], place: int, count: int) -> npt.NDArray[np.float64]:
-    """Return numbers inside (0, 1) that belong to these places of the generator's sequence."""
+    """Return uniform numbers in (0, 1), from these positions of the generator's sequence."""
     bits = np.random.Philox(key=key, counter=place).random_raw(count)
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 def _race(probabilities: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> int:
-    """Return the index that arrives first; one of probability 0 never does."""
+    """Return the index of the first arrival; a candidate of probability 0 never arrives."""
     with np.errstate(divide="ignore"):
         return int(np.argmin(-np.log(uniform) / probabilities))
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
-    """Return the indices of the largest values of each row, [n, count], best first.
+    """Return the indices of the largest values of each row, [n, count], largest first.
 
-    They are in the groups that have the largest maxima. Looking there takes a tenth of the time of
-    `topk` (0.3 ms against 5 ms for 20 of 128,000 values in 16 rows).
+    They are in the groups with the largest maxima. Searching these takes less than a tenth of the
+    time of `topk` (0.3 ms against 5 ms for 20 of 128,000 values in 16 rows).
     """
     rows, width = values.shape
     if count * _TOP_GROUP >= width:

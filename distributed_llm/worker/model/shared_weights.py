@@ -1,9 +1,8 @@
-"""What a stage shares with another stage of the same model, in the same process.
+"""Shares weights between two stages of the same model in one process.
 
-Both hold the same weights, in the same memory; whichever is dropped first leaves them to the other.
-A layer is shared as a copy of its outermost module alone, which has hooks of its own: what one
-stage hangs on its layers, the other does not notice. Modules outside the layers have no hooks, and
-are the same in both.
+Both stages reference the same tensors; dropping one stage leaves them to the other. A shared layer
+is a shallow copy of the layer's outermost module, so that each stage has its own hooks on it.
+Modules outside the layers have no hooks, and are shared as they are.
 """
 
 import copy
@@ -29,17 +28,18 @@ _HOOKS = (
 
 @dataclass(frozen=True)
 class StageModel:
-    """A model cut down to one stage.
+    """A model reduced to one stage.
 
     Attributes:
-        whole: the model before it was cut, on the meta device; stages loaded beside are cut from
-            a copy. To build another one would change, for every thread, torch's default dtype.
+        whole: the complete model on the meta device. Stages that are loaded beside this one are
+            made from a copy of it, because building it anew would change torch's default dtype for
+            all threads meanwhile.
         model: the ForCausalLM; modules outside the stage are empty.
-        decoder: the part of it that ends before the head.
-        layers: the stage's layers, the first of them at index 0.
-        numbers: which of the model's layers these are.
+        decoder: the part of `model` without the head.
+        layers: of the stage, the first one at index 0.
+        numbers: of these layers in the whole model.
         nbytes: memory of all weights and buffers.
-        shared_nbytes: how much of that the stage that it was loaded beside holds too.
+        shared_nbytes: the part of `nbytes` that is shared with the donor.
     """
 
     whole: PreTrainedModel
@@ -56,16 +56,18 @@ class StageModel:
         return [*_tensors(self.model), *packed]
 
 
-class Loan:
-    """What a stage of `layers` takes from `donor`, and need not read.
+class SharedModules:
+    """The modules and tensors that a new stage shares with a donor instead of reading them.
 
-    Where the head is tied to the embedding, both are one matrix, which the head has in an order of
-    its own (`kernels.py`) if there is no embedding beside it. So the modules are lent only to a
-    stage that needs the same of the two; to another one, only the matrix is.
+    A head that is tied to the embedding is the same matrix. On a stage without embedding the head
+    holds it packed (`kernels`), on one with both it does not. So the modules are shared only if
+    donor and new stage agree in this; otherwise only the matrix is, if the donor has it unpacked.
 
     Args:
-        tied: the names of tied parameters in the whole model.
-        donor: None lends nothing.
+        checkpoint: of both stages.
+        layers: of the new stage.
+        tied: names of tied parameters in the whole model, each with that of its original.
+        donor: the other stage, or None to share nothing.
     """
 
     def __init__(
@@ -87,20 +89,20 @@ class Loan:
             self._tied = {*tied.keys(), *tied.values()}
 
     def has_layer(self, layer: int) -> bool:
-        """Return whether this layer of the model is lent."""
+        """Return whether a layer of the model is shared."""
         held = self._donor.numbers if self._donor else None
         return held is not None and held.start <= layer < held.stop
 
     def layer(self, layer: int) -> nn.Module:
-        """Return a layer that is lent, without hooks."""
+        """Return a shared layer, without hooks."""
         assert self._donor is not None
-        lent = copy.copy(self._donor.layers[layer - self._donor.numbers.start])
+        layer_copy = copy.copy(self._donor.layers[layer - self._donor.numbers.start])
         for name in _HOOKS:
-            setattr(lent, name, OrderedDict())
-        return lent
+            setattr(layer_copy, name, OrderedDict())
+        return layer_copy
 
     def has(self, name: str) -> bool:
-        """Return whether the module outside the layers is lent to which this tensor belongs."""
+        """Return whether the module that a tensor belongs to, outside the layers, is shared."""
         if self._donor is None:
             return False
         held = self._donor.numbers
@@ -109,7 +111,7 @@ class Loan:
         return self._uses(held, name)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield what is lent outside the layers, by name."""
+        """Yield the shared modules outside the layers, by name."""
         if self._donor is None:
             return
         inside = {id(module) for module in self._donor.layers.modules()}
@@ -123,13 +125,13 @@ class Loan:
                     yield name, module
 
     def matrix(self, name: str) -> Tensor | None:
-        """Return the tensor of the checkpoint that embedding and head share, if it is lent."""
+        """Return the donor's tensor for a tied matrix of the checkpoint, or None."""
         if self._donor is None or name not in self._matrices:
             return None
         for parameter in self._tied:
             try:
                 return self._donor.model.get_parameter(parameter)
-            except AttributeError:  # the donor does not have it, or packed
+            except AttributeError:  # the donor lacks it, or has it packed
                 continue
         return None
 
@@ -143,7 +145,7 @@ class Loan:
 
 
 def shared_nbytes(model: PreTrainedModel, donor: StageModel) -> int:
-    """Return the bytes of weights and buffers that both hold."""
+    """Return the bytes of the weights and buffers that a model shares with the donor."""
     theirs = {tensor.data_ptr() for tensor in _tensors(donor.model)}
     packed = {id(m) for m in donor.model.modules() if isinstance(m, PackedLinear)}
     ours = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(model)}

@@ -1,4 +1,4 @@
-"""Runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
+"""A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,25 +25,26 @@ from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.model.weights import load_stage_model
 
 _MAX_RELEASED = 10_000
-"""How many released sequences are remembered; a task is never this late."""
+"""How many released sequences are remembered; no task is as late as that many releases."""
 
 _WARM_UP = -1
-"""A sequence id that no task can have."""
+"""The sequence id of the warm-up; no task can have it."""
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What one step of a stage gives.
+    """The result of one step on a stage.
 
     Attributes:
-        hidden_states: [tokens, hidden_size] in the stage's dtype, on its device; None on the last.
+        hidden_states: [tokens, hidden_size] in the stage's dtype, on its device; None on the last
+            stage.
         token_ids: int32 [sequences that sample] on the CPU, in the order of the task; None on all
-            stages but the last.
-        logprobs: float32 [sequences that sample, 1 + k] on the CPU: natural logarithms of what the
-            model's own logits, before any parameter, give the token that was picked and the k
-            likeliest, best first. k is the most that any of these sequences asked for; all rows
-            are full. None if none asked.
-        logprob_ids: int32, of the same shape: whose they are.
+            other stages.
+        logprobs: float32 [sequences that sample, 1 + k] on the CPU: natural logarithms of the
+            model's probabilities, before sampling parameters apply, for the sampled token and the k
+            likeliest ones, best first. k is the largest number that any of the sequences asked for.
+            None if none of them asked.
+        logprob_ids: int32, of the same shape: the tokens that these belong to.
     """
 
     hidden_states: Tensor | None = None
@@ -53,10 +54,13 @@ class StageOutput:
 
 
 class MissingPositionsError(StageError):
-    """Sequences were to go on at positions whose predecessors are not held. Nothing was touched.
+    """A task starts sequences beyond the positions that the KV cache holds. Nothing was changed.
 
     Args:
-        missing: what is held of each of them.
+        missing: these sequences, and how many positions of each are held.
+
+    Attributes:
+        missing: as given.
     """
 
     def __init__(self, missing: tuple[MissingPositions, ...]) -> None:
@@ -66,17 +70,17 @@ class MissingPositionsError(StageError):
 
 
 class ReleasedSequence(StageError):
-    """A task names a sequence that was released: it is late, and void. Nothing was touched."""
+    """A task names a released sequence, so it is late and void. Nothing was changed."""
 
 
 class Stage:
-    """Consecutive layers of a model and the KV cache of all sequences in them.
+    """Consecutive layers of a model, with the KV cache of all sequences in them.
 
-    Not to be used from two threads at once. Make it with `load`.
+    Use `load` to create one. Only one thread at a time may use it.
 
     Attributes:
-        layers: which of the model's layers these are.
-        inputs: what it can be given.
+        layers: their numbers in the model.
+        inputs: checks the inputs of a step.
     """
 
     def __init__(
@@ -118,27 +122,31 @@ class Stage:
         dtype: torch.dtype,
         donor: "Stage | None" = None,
     ) -> "Stage":
-        """Return the stage with its weights read, ready to run.
+        """Load a stage, ready to run.
 
         Args:
-            donor: a stage of the same weights. Its layers and whatever else it holds are shared
-                with it, not read again. It goes on as before, also in another thread meanwhile;
-                the two may run in turns, and either may be dropped.
+            checkpoint: with the weights.
+            layers: to load.
+            device: to compute on.
+            dtype: of weights, KV cache and computation.
+            donor: a stage of the same checkpoint, whose modules are shared instead of read again.
+                It may run in another thread meanwhile. Afterwards the two may run in turns, and
+                either may be dropped.
 
         Raises:
-            CheckpointError: the files do not hold what the layers need.
-            UnsupportedModel: the architecture is computed wrongly when it is split.
-            ValueError: the donor is on another device or of another dtype.
+            CheckpointError: the files lack tensors that the layers need.
+            UnsupportedModel: the architecture gives wrong results when it is split.
+            ValueError: the donor has another device or dtype.
         """
         cls.ensure_supported(checkpoint)
         return cls.load_unchecked(checkpoint, layers, device=device, dtype=dtype, donor=donor)
 
     @classmethod
     def ensure_supported(cls, checkpoint: Checkpoint) -> None:
-        """Refuse a model that is computed wrongly when it is split; reads only its configuration.
+        """Refuse a model that gives wrong results when it is split; only its config.json is read.
 
         Raises:
-            UnsupportedModel: with what, why and what to do.
+            UnsupportedModel: with the reason and what to do.
         """
         ensure_supported(checkpoint, cls.load_unchecked)
 
@@ -152,7 +160,7 @@ class Stage:
         dtype: torch.dtype,
         donor: "Stage | None" = None,
     ) -> "Stage":
-        """Return what `load` returns, for an architecture that may be computed wrongly."""
+        """Load a stage as `load` does, without checking the architecture."""
         if donor and (donor._device, donor._dtype) != (device, dtype):
             raise ValueError(f"the donor is {donor._dtype} on {donor._device}")
         stage_model = load_stage_model(
@@ -166,7 +174,7 @@ class Stage:
 
     @property
     def progress(self) -> Callable[[], None] | None:
-        """What is called after each layer, in the thread of `run`; feeds the heartbeat."""
+        """A function that is called after each layer, in the thread of `run`."""
         return self._hooks.after_layer
 
     @progress.setter
@@ -180,15 +188,15 @@ class Stage:
 
     @property
     def shared_weight_bytes(self) -> int:
-        """How many of them the donor held when this was loaded; the others were added."""
+        """Bytes of these weights that are shared with the donor."""
         return self._held.shared_nbytes
 
     @property
     def layers_s(self) -> float:
-        """Seconds that the layers took in the latest `run` that came through them.
+        """Seconds that the layers took in the latest `run` that completed them.
 
-        What comes before and after them (embedding, norm, head, sampling) is left out. On a GPU
-        read it after the result was copied to the CPU; else it waits for the layers.
+        Embedding, norm, head and sampling do not count. On a GPU read it after the result was
+        copied to the CPU, or it waits for the layers.
         """
         return self._hooks.seconds
 
@@ -203,7 +211,7 @@ class Stage:
         return self._cache.bytes_per_token
 
     def limit_kv(self, max_bytes: int) -> None:
-        """Refuse steps that would make the KV cache take more than this."""
+        """Refuse steps from now on with which the KV cache would exceed `max_bytes`."""
         self._cache.max_bytes = max_bytes
 
     def num_computed_tokens(self, sequence_id: int) -> int:
@@ -218,28 +226,28 @@ class Stage:
     ) -> StageOutput:
         """Compute one step and add its positions to the KV cache.
 
-        May be called again with the same arguments, whether it succeeded or failed before. All
-        errors but those of computing itself come before anything is touched.
+        May be repeated with the same arguments, after success as after failure. All errors except
+        those of the computation itself are raised before anything changes.
 
         Args:
-            sequences: which positions of which sequences; each sequence once. One that is not
-                held begins as its `prefix`; a sequence that is taken is released.
-            token_ids: int32 [tokens], the tokens at those positions, one sequence after the other.
-            hidden_states: [tokens, hidden_size] in any wire dtype, what the stage before gave;
-                None on the first stage.
+            sequences: positions to compute, each sequence once. A sequence that is not held begins
+                with its `prefix`; a prefix that is taken is released.
+            token_ids: int32 [tokens], at these positions, one sequence after the other.
+            hidden_states: [tokens, hidden_size] in any wire dtype, from the stage before; None on
+                the first stage.
 
         Raises:
             ReleasedSequence: a sequence was released before.
-            MissingPositionsError: positions before a slice's start are not held, or it samples and
-                how was never told.
-            KVCacheFull: it does not fit the limit.
+            MissingPositionsError: positions before a slice's start are not held, or its sampling
+                parameters are unknown.
+            KVCacheFull: the step exceeds the limit.
             StageError: the arguments do not fit each other, or the result is not finite.
         """
         self.inputs.check(sequences, token_ids, hidden_states)
         self._check_released(sequences)
         self._check_positions(sequences)
         self._cache.admit(sequences)
-        self._note(sequences)
+        self._remember(sequences)
         step = self._begin(sequences, token_ids)
         with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
             output = self._compute(sequences, step, token_ids, hidden_states)
@@ -248,7 +256,7 @@ class Stage:
         return output
 
     def release(self, sequence_ids: Iterable[int]) -> None:
-        """Free the KV cache of these sequences; they never come back, known here or not."""
+        """Free the KV cache of these sequences; later steps must not name them."""
         for sequence_id in sequence_ids:
             self._cache.free([sequence_id])
             self._samplings.pop(sequence_id, None)
@@ -257,24 +265,24 @@ class Stage:
                 del self._released[next(iter(self._released))]
 
     def reset(self) -> None:
-        """Free the KV cache of all sequences and forget that any existed: ids may begin anew."""
+        """Free the KV cache of all sequences, whose ids may then be used again."""
         self._cache.free(self._cache.sequence_ids)
         self._samplings.clear()
         self._released.clear()
 
     def memory(self) -> list[Tensor]:
-        """Return all weights and all of the KV cache, to be let go of little by little.
+        """Return all tensors of weights and KV cache, so that they can be freed one by one.
 
-        To give a gigabyte back at once takes as long as several steps.
+        Freeing a gigabyte at once takes as long as several steps.
         """
         return [*self._held.tensors(), *self._cache.buffers()]
 
     def kv_manifest(self) -> KVManifest:
-        """Tell what the KV cache holds; no step runs meanwhile."""
+        """Return a description of the KV cache's content; not to be called in a step."""
         return self._cache.manifest()
 
     def export_kv(self, layers: LayerRange) -> KVExporter:
-        """Return what hands out the KV cache of these layers, while this stage goes on.
+        """Return an exporter of the KV cache of these layers; steps may go on.
 
         Raises:
             ValueError: the stage does not have these layers.
@@ -282,11 +290,11 @@ class Stage:
         return KVExporter(self._cache, self.layers, layers)
 
     def import_kv(self, layers: LayerRange, max_bytes: int) -> KVImporter:
-        """Return what collects the KV cache of these layers for `assemble_kv`.
+        """Return an importer that collects KV cache of these layers for `assemble_kv`.
 
         Args:
             layers: some of this stage's.
-            max_bytes: of memory that it may take.
+            max_bytes: of memory for the importer.
 
         Raises:
             ValueError: the stage does not have these layers.
@@ -298,27 +306,26 @@ class Stage:
         return KVImporter({n: self._cache.layout(n - start) for n in numbers}, max_bytes)
 
     def assemble_kv(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
-        """Go on with the sequences of other stages, between two steps of the pipeline.
+        """Fill this stage's empty KV cache from other stages, between two steps of the pipeline.
 
-        What all sources hold of a sequence is held afterwards; a task that starts beyond that is
-        answered with what is missing. How to sample is to be told again, and releases too that may
-        be late. What the donor holds is referenced, not copied: until either runs, one may be
-        dropped for the other; once one has run, the other must not run any more.
+        Afterwards the stage holds what all sources have in common of each sequence; tasks that
+        start beyond that raise `MissingPositionsError`. Sampling parameters, and releases that may
+        be late, have to be sent again. Buffers are shared with the donor: either of the two stages
+        may run the next step, but the other one must not run after that.
 
         Args:
-            donor: what this worker ran so far.
-            imports: with what other workers sent of the layers that the donor does not have; not
-                to be used after this.
+            donor: the stage that this worker has run so far.
+            imports: for the layers that the donor lacks; must not be used afterwards.
 
         Raises:
-            KVIncomplete: not all has arrived. Nothing was touched.
-            KVTransferError: nobody sent one of the layers. Nothing was touched.
+            KVIncomplete: positions have not arrived; nothing was changed.
+            KVTransferError: a layer has no source; nothing was changed.
             ValueError: this stage holds sequences already.
         """
         assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
 
     def _warm_up(self) -> None:
-        """Compute one token and forget it: measures the KV cache and makes kernels ready."""
+        """Compute one token and drop it, to learn the KV cache's layouts and prepare kernels."""
         token_ids, hidden_states = self.inputs.made_up(1)
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
         with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
@@ -340,18 +347,18 @@ class Stage:
             raise MissingPositionsError(missing)
 
     def _have(self, part: SequenceSlice) -> int | None:
-        """Return how many positions are held that the slice could go on from; None if enough."""
+        """Return how many positions are held if these are too few for the slice; else None."""
         told = part.sampling is not None or part.sequence_id in self._samplings
         if self._last and part.sample and not told:
-            return 0  # as good as lost: whoever starts it again says how to sample
+            return 0  # whoever restarts the sequence sends the parameters again
         prefix = part.prefix
         if prefix is None or part.sequence_id in self._cache:
             have = self._cache.length(part.sequence_id)
             return have if have < part.start else None
         return 0 if self._cache.length(prefix.sequence_id) < prefix.length else None
 
-    def _note(self, sequences: Sequence[SequenceSlice]) -> None:
-        """Keep how sequences are sampled; note that those taken are no more."""
+    def _remember(self, sequences: Sequence[SequenceSlice]) -> None:
+        """Remember sampling parameters, and release the prefixes that are taken."""
         for part in sequences:
             if self._last and part.sampling is not None:
                 self._samplings[part.sequence_id] = part.sampling
@@ -394,9 +401,11 @@ class Stage:
     def _forward(
         self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
     ) -> Tensor | None:
-        """Run the layers; return hidden states [tokens, hidden_size], or logits of the last stage.
+        """Run the layers; return hidden states [tokens, hidden_size], or logits on the last stage.
 
-        Logits are [rows, vocab_size], of these rows; None without any.
+        Args:
+            rows: of the packed batch to return logits for, [len(rows), vocab_size]; empty on all
+                stages but the last. On the last stage None is returned if it is empty.
         """
         positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
         inputs = {
@@ -430,7 +439,7 @@ class Stage:
         return StageOutput(token_ids=token_ids, logprobs=logprobs, logprob_ids=logprob_ids)
 
     def _check_finite(self, values: Tensor, what: str) -> None:
-        # The extremes of a tensor with a NaN are NaN; argmax would name a token for it in silence.
+        # The extremes of a tensor with a NaN are NaN; argmax would return some token for it.
         lowest, highest = torch.aminmax(values)
         if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
             raise StageError(

@@ -1,4 +1,4 @@
-"""Refuses tasks whose parts do not fit each other, before anything is touched."""
+"""Checks the inputs of a step, before anything changes, and makes up inputs for trials."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ _WIRE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What a stage of `layers` is given.
+    """The inputs that a stage takes.
 
     Attributes:
-        hidden_size: numbers per token that travel between stages.
-        vocab_size: token ids are below this.
+        layers: of the stage.
+        hidden_size: width of the hidden states.
+        vocab_size: exclusive upper bound of token ids.
     """
 
     layers: LayerRange
@@ -27,9 +28,10 @@ class TaskInputs:
     vocab_size: int
 
     def made_up(self, total: int) -> tuple[Tensor, Tensor | None]:
-        """Return token ids and hidden states of so many tokens as `Stage.run` takes them.
+        """Return random token ids and hidden states of `total` tokens, as `Stage.run` takes them.
 
-        They are drawn at random, always the same: experts are chosen as for real ones, about.
+        They are random so that mixture-of-experts layers choose experts about as for real tokens,
+        and the same at every call.
         """
         draw = torch.Generator().manual_seed(0)
         token_ids = torch.randint(self.vocab_size, (total,), generator=draw, dtype=torch.int32)
@@ -40,10 +42,10 @@ class TaskInputs:
     def check(
         self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
     ) -> None:
-        """Refuse a task; see `Stage.run` for the arguments.
+        """Refuse inputs that do not fit each other or the stage; see `Stage.run`.
 
         Raises:
-            StageError: with what does not fit.
+            StageError: with the reason.
         """
         total = sum(part.num_tokens for part in sequences)
         if not sequences or token_ids.shape != (total,):

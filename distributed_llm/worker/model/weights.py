@@ -1,11 +1,11 @@
 """Loads the part of a Hugging Face model that one stage runs.
 
-The whole model is built on the meta device, where it takes no memory, so that whatever depends on
-a layer's number (sliding windows, which layers have experts) is as in the whole model. Then all
-layers but the stage's are dropped, modules outside the layers whose weights the stage does not need
-are replaced by empty ones, and the rest is read from the safetensors files through transformers'
-own conversion, which renames, fuses and splits what checkpoints store differently. What another
-stage of the same model holds in this process already is not read but shared (`lending.py`).
+The whole model is built on the meta device, where it takes no memory, so that everything that
+depends on a layer's number (sliding windows, experts) is as in the whole model. Then all layers but
+the stage's are dropped, and modules outside the layers that the stage does not need are replaced by
+empty ones. The remaining weights are read from the safetensors files through transformers' own
+conversion, which renames, fuses and splits tensors that checkpoints store differently. Modules that
+another stage of the same model holds in this process are shared instead (`shared_weights`).
 """
 
 import copy
@@ -34,13 +34,13 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
-from distributed_llm.worker.model.shared_weights import Loan, StageModel, shared_nbytes
+from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 
 logger = logging.getLogger(__name__)
 
 
 class AbsentEmbedding(nn.Module):
-    """Stands for an embedding that another stage holds; its output is replaced or thrown away."""
+    """Stands for an embedding of another stage; its output is replaced or discarded."""
 
     def __init__(self, size: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,19 +48,19 @@ class AbsentEmbedding(nn.Module):
         self._size = size
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return zeros [1, tokens, size] that take no memory."""
+        """Return zeros [1, tokens, size]; all are the same element in memory."""
         return self._zero.to(ids.device).expand(1, ids.shape[-1], self._size)
 
 
 class AbsentModule(nn.Module):
-    """Stands for a norm, projection or head of another stage; its output is thrown away."""
+    """Stands for a norm, projection or head of another stage; its output is discarded."""
 
     def __init__(self, size: int | None) -> None:
         super().__init__()
         self._size = size
 
     def forward(self, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the states, or zeros of the width that the module would have given them."""
+        """Return the input, or zeros as wide as the output of the module would be."""
         if self._size is None:
             return states
         return states.new_zeros(()).expand(*states.shape[:-1], self._size)
@@ -70,8 +70,8 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return transformers' configuration object for the content of a config.json.
 
     Raises:
-        UnsupportedModel: transformers knows no decoder of this type.
-        CheckpointError: a value in it is wrong.
+        UnsupportedModel: transformers has no decoder of this type.
+        CheckpointError: transformers refuses a value.
     """
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
@@ -95,7 +95,7 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
-    """Return the model of this configuration, its weights as transformers initialises them."""
+    """Return a model of this configuration, with weights as transformers initialises them."""
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
     return model
@@ -109,40 +109,44 @@ def load_stage_model(
     dtype: torch.dtype,
     donor: StageModel | None = None,
 ) -> StageModel:
-    """Return the model of `checkpoint` cut down to `layers`, with their weights.
+    """Load the model of a checkpoint, reduced to some layers.
 
-    Weights are read from memory-mapped files and copied once. Using the mapped memory itself would
-    save the copy, but then the first step would wait for the disk, a file that is shortened under
-    us would kill the process, and a tensor would start at any address, which costs vector loads.
+    Weights are read from memory-mapped files and copied once. Using the mapped memory without the
+    copy would make the first step wait for the disk, kill the process if a file is truncated, and
+    leave tensors unaligned, which slows vector instructions.
 
     Args:
-        donor: a stage of the same checkpoint, device and dtype; what it holds is shared with it.
-            It may run in another thread meanwhile.
+        checkpoint: with the weights.
+        layers: to load.
+        device: of the weights.
+        dtype: of the weights.
+        donor: a stage of the same checkpoint, device and dtype to share modules with; it may run in
+            another thread meanwhile.
 
     Raises:
-        CheckpointError: tensors are missing, too many, of the wrong shape, or unreadable.
-        UnsupportedModel: the architecture cannot be cut.
+        CheckpointError: tensors are missing, unknown, of the wrong shape, or unreadable.
+        UnsupportedModel: the architecture cannot be divided into stages.
     """
     whole = donor.whole if donor else _empty_model(checkpoint, dtype)
     model = copy.deepcopy(whole)
     decoder = cast(PreTrainedModel, model.base_model)
     path = _path_of_layers(model, checkpoint.num_layers)
-    loan = Loan(checkpoint, layers, model.all_tied_weights_keys, donor)
-    missing = _missing_layers(layers, loan)
+    shared = SharedModules(checkpoint, layers, model.all_tied_weights_keys, donor)
+    missing = _missing_layers(layers, shared)
     _keep_layers(model, path, missing)
     _cut_config(model.config, checkpoint.num_layers, layers)
-    _drop_unneeded(model, path, checkpoint, layers, loan)
+    _drop_unneeded(model, path, checkpoint, layers, shared)
     with ExitStack() as files, _without_progress_bars():
-        tensors, mapped = _open_tensors(checkpoint, layers, loan, files)
+        tensors, mapped = _open_tensors(checkpoint, layers, shared, files)
         _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
         _drop_tied_embedding(model, layers)
         pack_linear_layers(model)  # reads the mapped memory: those weights are copied only once
         _own_memory(model, mapped)
-    _borrow(model, path, layers, loan)
+    _insert_shared(model, path, layers, shared)
     kept = cast(nn.ModuleList, model.get_submodule(path))
-    shared = shared_nbytes(model, donor) if donor else 0
-    return StageModel(whole, model, decoder, kept, layers, _nbytes(model), shared)
+    shared_bytes = shared_nbytes(model, donor) if donor else 0
+    return StageModel(whole, model, decoder, kept, layers, _nbytes(model), shared_bytes)
 
 
 def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
@@ -158,20 +162,22 @@ def _empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _keep_layers(model: PreTrainedModel, path: str, layers: Sequence[int]) -> None:
-    """Drop all layers but these; the modules keep the numbers that they have in the whole model."""
+    """Drop all other layers; those that are kept keep their numbers (`layer_idx`)."""
     whole = cast(nn.ModuleList, model.get_submodule(path))
     _replace(model, path, nn.ModuleList([whole[layer] for layer in layers]))
 
 
-def _borrow(model: PreTrainedModel, path: str, layers: LayerRange, loan: Loan) -> None:
-    """Put what is lent where it belongs."""
+def _insert_shared(
+    model: PreTrainedModel, path: str, layers: LayerRange, shared: SharedModules
+) -> None:
+    """Insert the shared layers and modules into a model."""
     own = iter(cast(nn.ModuleList, model.get_submodule(path)))
-    together = [
-        loan.layer(layer) if loan.has_layer(layer) else next(own)
+    all_layers = [
+        shared.layer(layer) if shared.has_layer(layer) else next(own)
         for layer in range(layers.start, layers.stop)
     ]
-    _replace(model, path, nn.ModuleList(together))
-    for name, module in loan.modules():
+    _replace(model, path, nn.ModuleList(all_layers))
+    for name, module in shared.modules():
         _replace(model, name, module)
 
 
@@ -195,7 +201,7 @@ def _path_of_layers(model: PreTrainedModel, num_layers: int) -> str:
 
 
 def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -> None:
-    """Make the model's forward, which counts layers by its configuration, run only these."""
+    """Reduce the configuration to these layers; the model's forward takes their number from it."""
     for name, value in list(vars(config).items()):
         if "layer" in name and isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, value[layers.start : layers.stop])
@@ -203,14 +209,18 @@ def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -
 
 
 def _drop_unneeded(
-    model: PreTrainedModel, path: str, checkpoint: Checkpoint, layers: LayerRange, loan: Loan
+    model: PreTrainedModel,
+    path: str,
+    checkpoint: Checkpoint,
+    layers: LayerRange,
+    shared: SharedModules,
 ) -> None:
-    """Empty the modules outside the layers whose weights are elsewhere, or lent."""
+    """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
     first, last = layers.start == 0, layers.stop == checkpoint.num_layers
     tied = model.all_tied_weights_keys
     separate = not last or not (first or checkpoint.ties_embeddings)
-    if separate or any(loan.has(name) for pair in tied.items() for name in pair):
-        model.all_tied_weights_keys = {}  # the head is elsewhere, or has a tensor of its own
+    if separate or any(shared.has(name) for pair in tied.items() for name in pair):
+        model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
     inside = {id(m) for m in model.get_submodule(path).modules()}
     for name, module in list(model.named_modules()):
@@ -218,7 +228,7 @@ def _drop_unneeded(
         if not own or id(module) in inside:
             continue
         needed = first if checkpoint.is_embedding(own[0]) else last
-        if (not needed and not tied_to.intersection(own)) or loan.has(own[0]):
+        if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
             _replace(model, name, _absent(module))
 
 
@@ -229,7 +239,13 @@ def _absent(module: nn.Module) -> nn.Module:
 
 
 class _MappedTensor:
-    """A tensor of a safetensors file, read when transformers' loader slices it."""
+    """A tensor of a safetensors file, which is read when transformers' loader slices it.
+
+    Args:
+        file: open.
+        name: of the tensor in the file.
+        mapped: gets the address of the mapped memory when the tensor is read.
+    """
 
     def __init__(self, file: Any, name: str, mapped: set[int]) -> None:
         self._file = file
@@ -243,21 +259,21 @@ class _MappedTensor:
 
 
 def _open_tensors(
-    checkpoint: Checkpoint, layers: LayerRange, loan: Loan, files: ExitStack
+    checkpoint: Checkpoint, layers: LayerRange, shared: SharedModules, files: ExitStack
 ) -> tuple[dict[str, Any], set[int]]:
-    """Return the tensors to be loaded, by name, and where those of the files will be mapped.
+    """Return the tensors to load, by name, and a set that will hold their mapped addresses.
 
-    Layers are counted from 0, those that are lent left out.
+    In the names, the layers that are not shared are numbered from 0.
     """
     opened: dict[str, Any] = {}
     mapped: set[int] = set()
     tensors: dict[str, Any] = {}
-    missing = _missing_layers(layers, loan)
+    missing = _missing_layers(layers, shared)
     for info in checkpoint.tensors_of(layers):
         layer = checkpoint.layer_of(info.name)
-        if loan.has(info.name) if layer is None else loan.has_layer(layer):
+        if shared.has(info.name) if layer is None else shared.has_layer(layer):
             continue
-        if (matrix := loan.matrix(info.name)) is not None:
+        if (matrix := shared.matrix(info.name)) is not None:
             tensors[info.name] = matrix
             continue
         if info.file not in opened:
@@ -271,8 +287,8 @@ def _open_tensors(
     return tensors, mapped
 
 
-def _missing_layers(layers: LayerRange, loan: Loan) -> list[int]:
-    return [layer for layer in range(layers.start, layers.stop) if not loan.has_layer(layer)]
+def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
+    return [layer for layer in range(layers.start, layers.stop) if not shared.has_layer(layer)]
 
 
 def _renumbered(name: str, checkpoint: Checkpoint, layer: int, layers: Sequence[int]) -> str:
@@ -298,8 +314,8 @@ def _load(
     )
     info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
     _refuse_problems(model, path, info, checkpoint, layers)
-    # Ties the head to the embedding and computes buffers that no file holds (rotary frequencies).
-    # Nothing is missing, so it has no weights to make up.
+    # Ties the head to the embedding, and computes buffers that no file holds (rotary frequencies).
+    # It would also initialise missing weights, but none are missing.
     PreTrainedModel._finalize_model_loading(model, load_config, info)
 
 
@@ -339,7 +355,7 @@ def _text(layers: Sequence[int]) -> str:
 
 
 def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
-    """Leave the tensor of a tied head to the head alone on a stage that embeds nothing."""
+    """Remove the embedding that the head is tied to from a stage that only needs the head."""
     if layers.start == 0:
         return
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
@@ -349,7 +365,7 @@ def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
 
 
 def _own_memory(model: PreTrainedModel, mapped: set[int]) -> None:
-    """Copy, one after the other, parameters that still lie in the mapped files."""
+    """Copy the parameters that still reference mapped files, one at a time."""
     for parameter in model.parameters():
         if parameter.untyped_storage().data_ptr() in mapped:
             parameter.data = parameter.data.clone()
