@@ -23,7 +23,7 @@ from benchmarks.common import print_table
 from benchmarks.steady_load import SteadyLoad, make_examples
 from distributed_llm import AsyncDistributedClient, LocalCluster
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.local_cluster import LocalProcess
+from distributed_llm.local_process import LocalProcess
 from tests import checkpoints
 
 PROMPT_TOKENS, NEW_TOKENS = 32, 32

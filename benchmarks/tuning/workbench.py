@@ -22,7 +22,7 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.units import split_address
-from distributed_llm.local_cluster import LocalProcess
+from distributed_llm.local_process import LocalProcess
 
 _POLL_S = 0.05
 _CONNECT_S = 2.0

@@ -11,7 +11,7 @@ import pytest
 
 from distributed_llm import DistributedClient, LocalCluster
 from distributed_llm.common.messages import Addresses, WorkerHello
-from distributed_llm.local_cluster import LocalProcess
+from distributed_llm.local_process import LocalProcess
 from tests.cluster.hello_relay import HelloRelay
 from tests.cluster.test_live_moves import (
     LIMIT_S,

@@ -27,7 +27,7 @@ from distributed_llm import (
 )
 from distributed_llm.common.messages import ClusterStatus, WorkerStatus
 from distributed_llm.common.types import LayerRange
-from distributed_llm.local_cluster import LocalProcess
+from distributed_llm.local_process import LocalProcess
 from tests.checkpoints import make_checkpoint
 from tests.fault_proxy import FaultProxy, Faults
 from tests.reference import check_varied, reference_ids
