@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage or settings, 3 cannot reach, 4 not eno
 """
 
 import asyncio
+import gc
 import logging
 import os
 import platform
@@ -137,8 +138,10 @@ def worker(
     # Threads wait actively for the next product of a step, about 0.1 ms, but not for the next step:
     # other workers may compute meanwhile. GNU's OpenMP reads it when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.disable()  # collecting among a million new objects takes a third of the time of the imports
     from distributed_llm.worker.work import work
 
+    gc.enable()
     raise typer.Exit(asyncio.run(work(settings.worker)))
 
 

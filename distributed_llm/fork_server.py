@@ -12,13 +12,14 @@ import select
 import signal
 import socket
 import sys
+from typing import Any
 
 _MAX_ORDER_BYTES = 1 << 20
 
 
 def main() -> None:
     """Serve orders until the other end of the socket is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that uses us
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our user, not for us
     # As `dllm worker` sets it before torch is loaded; numpy's threads would not survive a fork.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -28,10 +29,15 @@ def main() -> None:
 
     gc.freeze()
     with socket.socket(fileno=int(sys.argv[1])) as orders:
-        _serve(orders)
+        _serve(orders, interrupt)
 
 
-def _serve(orders: socket.socket) -> None:
+def _serve(orders: socket.socket, interrupt: Any) -> None:
+    """Fork children and tell of their ends, until nobody orders any more.
+
+    Args:
+        interrupt: what the children do about SIGINT.
+    """
     children: dict[int, int] = {}  # pid by the descriptor that tells when it has ended
     while True:
         ready = select.select([orders.fileno(), *children], [], [])[0]
@@ -49,6 +55,7 @@ def _serve(orders: socket.socket) -> None:
             if pid == 0:
                 for descriptor in (orders.fileno(), *children):
                     os.close(descriptor)
+                signal.signal(signal.SIGINT, interrupt)
                 _run(order, ends)
             for descriptor in ends:
                 os.close(descriptor)
@@ -80,7 +87,6 @@ def _run(order: bytes, ends: list[int]) -> None:
         for target, descriptor in enumerate(ends):
             os.dup2(descriptor, target)
             os.close(descriptor)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.enable()
         os.environ.clear()
         os.environ.update(wanted["environment"])

@@ -9,6 +9,9 @@ import pytest
 
 from distributed_llm import DistributedClient, LocalCluster
 from tests.checkpoints import make_checkpoint
+from tests.warm import warm_workers
+
+__all__ = ["warm_workers"]
 
 NUM_LAYERS = 6
 

@@ -1,0 +1,5 @@
+"""Clusters that are hurt."""
+
+from tests.warm import warm_workers
+
+__all__ = ["warm_workers"]

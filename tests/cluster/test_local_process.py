@@ -1,0 +1,138 @@
+"""Workers that are forked from a warm process are like those that are started cold."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distributed_llm import LocalCluster
+from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks them")
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    made = ForkServer()
+    yield made
+    made.close()
+
+
+def starts(folder: Path, server: ForkServer | None, *command: str) -> LocalProcess:
+    """Return a child of ours, or of `server`."""
+    settings = {"DLLM_WORKER__COORDINATOR": "127.0.0.1:9", "DLLM_WORKER__CONNECT_TIMEOUT_S": "60"}
+    return LocalProcess("child", command or ["worker"], settings, folder / "log", server)
+
+
+def parent_of(process: LocalProcess) -> int:
+    return psutil.Process(process.pid).ppid()
+
+
+def test_a_forked_child_ends_like_a_cold_one(server: ForkServer, tmp_path: Path) -> None:
+    forked = starts(tmp_path, server)
+    assert parent_of(forked) == server.pid
+    assert forked.exit_code is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        forked.wait(0.01)
+    forked.kill()
+    assert forked.exit_code == -signal.SIGKILL
+    forked.terminate()  # it is gone: nobody else is hit
+    forked.close()
+
+
+def test_what_it_exits_with_and_writes_is_known(server: ForkServer, tmp_path: Path) -> None:
+    process = starts(tmp_path, server, "worker", "--threads", "-3")
+    assert process.wait(30.0) == 2
+    assert "threads" in process.log_tail()
+    process.close()
+
+
+def test_it_ends_when_its_stdin_does(server: ForkServer, tmp_path: Path) -> None:
+    """As it does when the program that started it is killed."""
+    process = starts(tmp_path, server)
+    second = starts(tmp_path, server)
+    process.close()
+    assert process.exit_code is not None
+    assert second.exit_code is None, "no child holds another one's pipes"
+    os.close(second._stdin)
+    assert second.wait(10.0) == 0
+    second._stdin = os.open(os.devnull, os.O_RDONLY)
+    second.close()
+
+
+def test_variables_that_torch_has_read_already_need_a_cold_start(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    process = starts(tmp_path, server)
+    assert parent_of(process) == os.getpid()
+    process.close()
+
+
+def test_without_its_server_a_child_goes_on_and_the_next_one_starts_cold(
+    server: ForkServer, tmp_path: Path
+) -> None:
+    forked = starts(tmp_path, server)
+    os.kill(server.pid, signal.SIGKILL)
+    server._process.wait()
+    assert forked.exit_code is None
+    cold = starts(tmp_path, server)
+    assert parent_of(cold) == os.getpid()
+    cold.close()
+    forked.kill()
+    assert forked.exit_code == -signal.SIGKILL
+    forked.close()
+
+
+def test_elsewhere_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with fork_server() as none:
+        assert none is None
+
+
+def test_all_clusters_share_one_server_that_ends_with_the_last(checkpoint: Path) -> None:
+    with fork_server() as outer:
+        assert outer is not None
+        with LocalCluster(checkpoint, workers=2) as cluster:
+            assert {parent_of(worker) for worker in cluster.workers} == {outer.pid}
+            instances = {worker.name for worker in cluster.wait_until_serving().workers}
+            assert len(instances) == 2
+        with fork_server() as inner:
+            assert inner is outer
+        assert psutil.pid_exists(outer.pid)
+
+
+PROGRAM = """
+import sys
+from distributed_llm import LocalCluster
+from distributed_llm.local_process import fork_server
+with LocalCluster(sys.argv[1], workers=1) as cluster, fork_server() as server:
+    print(server.pid, cluster.workers[0].pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_server_is_gone_with_the_program(checkpoint: Path, killed: bool) -> None:
+    """No `if __name__ == "__main__"` is needed: nobody imports the program again."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(checkpoint)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert program.stdout is not None
+    assert program.stdin is not None
+    pids = [int(pid) for pid in program.stdout.readline().split()]
+    assert len(pids) == 2
+    if killed:
+        program.kill()
+    program.stdin.close()
+    program.wait(30)
+    program.stdout.close()
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), limit_s=10)
