@@ -1,4 +1,4 @@
-"""How long a local cluster takes from the call to serving, against another checkout of this project.
+"""How long a local cluster takes from the call to serving, against another checkout.
 
     python -m benchmarks.startup [--against FOLDER] [--rounds 5]
 
