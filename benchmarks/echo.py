@@ -20,7 +20,7 @@ from distributed_llm.common import codec
 from distributed_llm.common.messages import SequenceSlice, StageTime, Task, TaskResult
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Dealer, Router
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
 
 PAYLOAD = bytes(4096)
 TRIPS = 2000
@@ -30,8 +30,15 @@ KINDS = ("pyzmq, blocking", "pyzmq, asyncio", "transport", "transport with messa
 def task() -> list[Frame]:
     """Return one decode token of a model with 2048 hidden numbers on its way to a stage."""
     specs = (TensorSpec("int32", (1,)), TensorSpec("bfloat16", (1, 2048)))
-    part = SequenceSlice(sequence_id=1, start=5, num_tokens=1)
-    message = Task(epoch=1, step=7, oldest=7, sequences=(part,), tensors=specs, route=(False,))
+    part = SequenceSlice(sequence_id=SequenceId(1), start=5, num_tokens=1)
+    message = Task(
+        epoch=Epoch(1),
+        step=StepNumber(7),
+        oldest=StepNumber(7),
+        sequences=(part,),
+        tensors=specs,
+        route=(False,),
+    )
     return codec.encode(message, (bytes(4), PAYLOAD))
 
 
@@ -40,7 +47,9 @@ def result(frames: list[Frame]) -> list[Frame]:
     message, tensors = codec.to_worker.decode(frames)
     assert isinstance(message, Task)
     timing = StageTime(compute_us=0, layers_us=0, queued_us=0)
-    answer = TaskResult(epoch=1, step=message.step, timings=(timing,), tensors=message.tensors[1:])
+    answer = TaskResult(
+        epoch=Epoch(1), step=message.step, timings=(timing,), tensors=message.tensors[1:]
+    )
     return codec.encode(answer, tensors[1:])
 
 

@@ -43,7 +43,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Router
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from tests import checkpoints
 from tests.fault_proxy import FaultProxy
 
@@ -175,7 +175,7 @@ class NullStage:
 
 
 _LOAD = LoadStage(
-    epoch=1,
+    epoch=Epoch(1),
     source=ModelSource(kind="folder", name="none"),
     layers=LayerRange(0, 1),
     dtype="bfloat16",

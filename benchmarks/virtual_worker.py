@@ -24,7 +24,7 @@ from distributed_llm.common.messages import (
     ToWorker,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.worker.session import events as agents
 from distributed_llm.worker.session import link_events as links
@@ -201,7 +201,7 @@ class VirtualWorker:
         when = self.cluster.now + self.delay_s + self.cluster.coordinator_delay_s
         self.cluster.at(when, self.cluster.apply, events.Received(self.peer, message, frames))
 
-    def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
+    def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
         waiting = len(self._queue) + self._computing
         return Heartbeat(
             epochs=epochs,

@@ -17,13 +17,16 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
-Epoch = Count
-"""The number of a plan. Every new plan has a larger one; 0 is before the first."""
+Epoch = NewType("Epoch", Count)
+"""The number of a plan. Every new plan has a larger one."""
 
-StepNumber = Count
+NO_EPOCH = Epoch(0)
+"""Before the first plan."""
+
+StepNumber = NewType("StepNumber", Count)
 """The number of a step of one pipeline, from 1; a step that is computed again gets a new one."""
 
-SequenceId = Count
+SequenceId = NewType("SequenceId", Count)
 """Names the KV cache of one sequence on the stages of a pipeline; never used for another."""
 
 

@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 from distributed_llm.common.messages import LinkReport, TaskFailed, TaskResult
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import Epoch, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
@@ -138,7 +138,7 @@ class Stepping:
         pipeline.abandon_steps()
         return actions
 
-    def _pipeline_at(self, worker: Worker, epoch: int) -> Pipeline | None:
+    def _pipeline_at(self, worker: Worker, epoch: Epoch) -> Pipeline | None:
         pipeline = self._pipelines.of(worker.peer)
         if pipeline is None or pipeline.epoch != epoch:
             self._log.rejected["stale_epoch"] += 1

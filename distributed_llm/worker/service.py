@@ -29,6 +29,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.stopping import on_signal
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
+from distributed_llm.common.types import Epoch
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.agent import Agent
@@ -273,7 +274,7 @@ class Worker:
                 TaskFailed(epoch=task.epoch, step=task.step, code=exc.code, message=str(exc))
             )
 
-    def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
+    def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
         return Heartbeat(
             epochs=epochs,
             progress_age_s=self._engine.progress_age_s(),

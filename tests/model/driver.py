@@ -7,7 +7,7 @@ import torch
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.messages import SequenceSlice, SharedPrefix
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model.stage import Stage
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ class Pipeline:
     ) -> SequenceSlice:
         prefix = self.prefixes.get(number)
         return SequenceSlice(
-            sequence_id=number,
+            sequence_id=SequenceId(number),
             start=start,
             num_tokens=stop - start,
             sample=sampling is not None,
@@ -69,13 +69,15 @@ class Pipeline:
         number = len(self.texts)
         self.texts.append([*self.texts[parent][:length], *rest])
         self.done.append(length)
-        self.prefixes[number] = SharedPrefix(sequence_id=parent, length=length, take=take)
+        self.prefixes[number] = SharedPrefix(
+            sequence_id=SequenceId(parent), length=length, take=take
+        )
         return number
 
     def release(self, *numbers: int) -> None:
         """Release these texts on every stage."""
         for stage in self.stages:
-            stage.release(numbers)
+            stage.release(map(SequenceId, numbers))
 
     def prefill(self, prompts: Sequence[Sequence[int]], stops: Sequence[int]) -> None:
         """Start these texts and compute the first positions of each, without sampling."""

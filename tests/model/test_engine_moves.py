@@ -16,7 +16,7 @@ from distributed_llm.common.errors import DistributedLLMError, NotEnoughMemory, 
 from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange, size_text
+from distributed_llm.common.types import Epoch, LayerRange, size_text
 from distributed_llm.worker.compute import kv_orders, loading
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import (
@@ -203,7 +203,7 @@ def test_a_move_may_be_cancelled_at_any_time(
     assert kv_bytes(four) == before
     cluster.decode(PENALTY)
     for name in "abc":
-        failed = four[name].ask(AssembleKV(0, 2), KVOrderFailed)
+        failed = four[name].ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
         assert "no layers of epoch 2" in str(failed.error)
     move(cluster, 3, plan)
     finish(cluster, (0, 1))
@@ -221,7 +221,7 @@ def test_memory_of_what_is_not_served_any_more_is_given_back(
         move(cluster, 2, BORDERS)
         cluster.decode(PENALTY)
         while four["a"].engine._to_free:
-            four["a"].ask(AssembleKV(0, 9), KVOrderFailed)
+            four["a"].ask(AssembleKV(0, Epoch(9)), KVOrderFailed)
         now: Any = four["a"].engine._served
         kept = {id(p) for p in now.stage._model.parameters()}
         assert {id(w) for ref in weights if (w := ref()) is not None} <= kept
@@ -245,12 +245,12 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
     assert worker.next(Loaded).epoch == 3
     worker.gate.clear()
     worker.engine.put(Load(0, cluster.order(4, (0, 5), beside=True)))
-    worker.engine.put(Serve(3))  # gone: a newer order took its place
-    worker.engine.put(Unload(4))
+    worker.engine.put(Serve(Epoch(3)))  # gone: a newer order took its place
+    worker.engine.put(Unload(Epoch(4)))
     worker.gate.set()
     cluster.prefill(PROMPTS, [0, 0, 0])
     cluster.decode(PENALTY, numbers=[1])  # the first one is served still
-    for given_up in (Unload(4), Drop()):
+    for given_up in (Unload(Epoch(4)), Drop()):
         worker.gate.clear()
         worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=True)))
         worker.engine.put(given_up)
@@ -274,11 +274,11 @@ def test_a_void_order_is_passed_over_in_silence(llama: Path, four: dict[str, Wor
     worker.void = lambda order: order.session == 0
     worker.gate.set()
     eventually(lambda: worker.engine._background is None)
-    worker.engine.put(ExportKV(0, 2, LayerRange(2, 3), 1, False))
-    worker.engine.put(AssembleKV(0, 2))
+    worker.engine.put(ExportKV(0, Epoch(2), LayerRange(2, 3), 1, False))
+    worker.engine.put(AssembleKV(0, Epoch(2)))
     assert worker.silent
     worker.void = lambda order: False
-    worker.ask(AssembleKV(0, 2), KVOrderFailed)
+    worker.ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
     finish(cluster, (0, 1))
 
 
@@ -413,7 +413,7 @@ def test_what_arrives_may_take_what_is_left(
     )
     cluster.begin_to_load(2, EVERYWHERE)
     cluster.end_to_load(EVERYWHERE)
-    out = four["b"].ask(ExportKV(0, 2, LayerRange(2, 4), 1, False), KVExported)
+    out = four["b"].ask(ExportKV(0, Epoch(2), LayerRange(2, 4), 1, False), KVExported)
     failed = four["d"].ask(carried(out), KVOrderFailed)
     assert "more than the 5000 bytes" in str(failed.error)
 
@@ -462,7 +462,10 @@ def copying(llama: Path) -> Iterator[tuple[Cluster, ImportKV, ImportKV]]:
         cluster = start(llama, held)
         cluster.begin_to_load(2, EVERYWHERE)
         cluster.end_to_load(EVERYWHERE)
-        out = [held["b"].ask(ExportKV(0, 2, LayerRange(2, 4), n, True), KVExported) for n in (1, 2)]
+        out = [
+            held["b"].ask(ExportKV(0, Epoch(2), LayerRange(2, 4), n, True), KVExported)
+            for n in (1, 2)
+        ]
         pieces, end = map(carried, out)
         assert isinstance(pieces.message, KVPieces)
         assert isinstance(end.message, KVEnd)
@@ -503,20 +506,20 @@ def test_a_broken_end_is_refused_and_a_right_one_is_not(
         (b"\x92\x90\x91\x94\x00\x00\xcd\x40\x00\xc0", "cannot be"),
     ):
         assert said in refused(worker, with_frame(end, broken))
-    failed = worker.ask(AssembleKV(0, 2), KVOrderFailed)
+    failed = worker.ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
     assert "did not tell what it has" in str(failed.error)
     worker.ask(end, KVImported)
-    failed = worker.ask(AssembleKV(0, 2), KVOrderFailed)
+    failed = worker.ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
     assert "lacks positions 0 to" in str(failed.error)
     worker.ask(pieces, KVImported)
-    worker.ask(AssembleKV(0, 2), KVAssembled)
+    worker.ask(AssembleKV(0, Epoch(2)), KVAssembled)
     assert "nobody announced" in refused(worker, pieces)
 
 
 def test_only_layers_that_are_served_are_exported(llama: Path, four: dict[str, Worker]) -> None:
     cluster = start(llama, four)
     for name, said in (("a", "a cache of layers 0-2 has no layers 2-4"), ("d", "none are served")):
-        order = ExportKV(0, 2, LayerRange(2, 4), 1, False)
+        order = ExportKV(0, Epoch(2), LayerRange(2, 4), 1, False)
         failed = four[name].ask(order, KVOrderFailed)
         assert failed.order is order
         assert said in str(failed.error)
@@ -528,7 +531,7 @@ def test_nothing_is_sent_twice_and_then_what_is_held(llama: Path, four: dict[str
     layers = LayerRange(2, 4)
 
     def export(number: int, *, rest: bool = False, epoch: int = 2) -> Any:
-        out = four["b"].ask(ExportKV(0, epoch, layers, number, rest), KVExported)
+        out = four["b"].ask(ExportKV(0, Epoch(epoch), layers, number, rest), KVExported)
         if out.message is not None:
             assert (out.message.epoch, out.message.layers) == (epoch, layers)
             assert out.message.number == number
@@ -542,7 +545,7 @@ def test_nothing_is_sent_twice_and_then_what_is_held(llama: Path, four: dict[str
     added = export(2, rest=True)
     assert [(part.layer, part.count) for part in added.parts] == [(2, 1), (3, 1)]
     assert isinstance(export(3, rest=True), KVEnd)
-    four["b"].engine.put(Unload(2))
+    four["b"].engine.put(Unload(Epoch(2)))
     assert sum(part.count for part in export(1).parts) == 2 + sum(
         part.count for part in everything.parts
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_llm.common.checkpoint import open_checkpoint
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model import kernels
@@ -353,7 +353,7 @@ def test_attention_over_segments(
     sinks = torch.randn(heads).to(dtype) if with_sinks else None
     slices, row = [], 0
     for i, size in sizes.items():
-        slices.append(PackedSlice(i, starts[i], row, size))
+        slices.append(PackedSlice(SequenceId(i), starts[i], row, size))
         row += size
     cache = cast(KVCache, SegmentedCache(held, cuts))
     step = PackedStep(cache, 3, tuple(slices), [0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from distributed_llm.common.messages import SequenceSlice, SharedPrefix
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.worker.kv.cache import KVCache, KVCacheFull, as_token_ids
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM = 3, 2, 4, 6
@@ -103,7 +103,7 @@ class Driver:
         return list(range(self.next_number - count, self.next_number))
 
     def begin(self, sequence_id: int, start: int, numbers: list[int]) -> None:
-        self.cache.begin(sequence_id, start, as_token_ids(numbers))
+        self.cache.begin(SequenceId(sequence_id), start, as_token_ids(numbers))
         self.model[sequence_id] = self.model.get(sequence_id, [])[:start]
         self.charges.step(sequence_id, start, start + len(numbers))
 
@@ -111,7 +111,7 @@ class Driver:
         column = torch.tensor(numbers, dtype=torch.float32)[None, :, None] + layer / 8
         segments = self.cache.append(
             layer,
-            sequence_id,
+            SequenceId(sequence_id),
             start,
             column.expand(HEADS, -1, KEY_DIM),
             -column.expand(HEADS, -1, VALUE_DIM),
@@ -128,7 +128,7 @@ class Driver:
     def step(self, sequence_id: int, count: int, start: int | None = None) -> None:
         """Compute `count` positions from `start` on; default: from where the sequence ends."""
         if start is None:
-            start = self.cache.length(sequence_id)
+            start = self.cache.length(SequenceId(sequence_id))
         numbers = self.fresh(count)
         self.begin(sequence_id, start, numbers)
         self.finish(sequence_id, start, numbers)
@@ -137,11 +137,11 @@ class Driver:
         for layer in range(LAYERS):
             seen = self.append(layer, sequence_id, start, numbers)
             assert seen == self.model[sequence_id] + numbers
-        self.cache.commit(sequence_id, start + len(numbers))
+        self.cache.commit(SequenceId(sequence_id), start + len(numbers))
         self.model[sequence_id] += numbers
 
     def share(self, child: int, parent: int, length: int) -> None:
-        self.cache.share(child, parent, length)
+        self.cache.share(SequenceId(child), SequenceId(parent), length)
         self.model[child] = self.model[parent][:length]
         self.charges.share(child, parent, length)
 
@@ -152,7 +152,7 @@ class Driver:
         self.charges.take(child, parent)
 
     def free(self, *sequence_ids: int) -> None:
-        self.cache.free(sequence_ids)
+        self.cache.free(map(SequenceId, sequence_ids))
         for sequence_id in sequence_ids:
             self.model.pop(sequence_id, None)
             self.charges.free(sequence_id)
@@ -232,8 +232,8 @@ class CacheMachine(RuleBasedStateMachine):
     def step(self, sequence_ids: list[int], count: int, back: int, layers: int) -> None:
         parts = [
             SequenceSlice(
-                sequence_id=sequence_id,
-                start=max(0, self.cache.length(sequence_id) - back),
+                sequence_id=SequenceId(sequence_id),
+                start=max(0, self.cache.length(SequenceId(sequence_id)) - back),
                 num_tokens=count,
             )
             for sequence_id in sequence_ids
@@ -253,11 +253,15 @@ class CacheMachine(RuleBasedStateMachine):
         held = len(self.model[parent])
         length = data.draw(st.integers(1, held) | st.just(held))
         child = data.draw(st.sampled_from([i for i in range(5) if i not in self.model]))
-        prefix = SharedPrefix(sequence_id=parent, length=length, take=take)
-        part = SequenceSlice(sequence_id=child, start=length, num_tokens=count, prefix=prefix)
+        prefix = SharedPrefix(sequence_id=SequenceId(parent), length=length, take=take)
+        part = SequenceSlice(
+            sequence_id=SequenceId(child), start=length, num_tokens=count, prefix=prefix
+        )
         self.run([part], layers)
         if child in self.model:
-            again = SequenceSlice(sequence_id=child, start=length, num_tokens=count, prefix=prefix)
+            again = SequenceSlice(
+                sequence_id=SequenceId(child), start=length, num_tokens=count, prefix=prefix
+            )
             self.run([again], layers)
 
     @rule(sequence_ids=st.lists(IDS))
@@ -269,14 +273,16 @@ class CacheMachine(RuleBasedStateMachine):
     def start_beyond_what_is_held(self, data: st.DataObject) -> None:
         sequence_id = data.draw(st.sampled_from(sorted(self.model)))
         with pytest.raises(ValueError, match="has no position"):
-            self.cache.begin(sequence_id, len(self.model[sequence_id]) + 1, as_token_ids([1]))
+            self.cache.begin(
+                SequenceId(sequence_id), len(self.model[sequence_id]) + 1, as_token_ids([1])
+            )
 
     @invariant()
     def counts_and_tokens_are_those_of_finished_steps(self) -> None:
         assert set(self.cache.sequence_ids) == set(self.model)
         for sequence_id, numbers in self.model.items():
-            assert self.cache.length(sequence_id) == len(numbers)
-            assert self.cache.tokens(sequence_id, len(numbers)).tolist() == numbers
+            assert self.cache.length(SequenceId(sequence_id)) == len(numbers)
+            assert self.cache.tokens(SequenceId(sequence_id), len(numbers)).tolist() == numbers
 
     @invariant()
     def memory_is_what_is_charged(self) -> None:
@@ -335,9 +341,9 @@ def test_conversations_that_take_over_their_last_turn_stay_one_segment() -> None
     for turn in range(1, 30):
         driver.take(turn, turn - 1, 50 * turn)
         driver.step(turn, 50)
-    driver.cache.begin(29, 1500, as_token_ids([0]))
+    driver.cache.begin(SequenceId(29), 1500, as_token_ids([0]))
     keys, values = torch.zeros(HEADS, 1, KEY_DIM), torch.zeros(HEADS, 1, VALUE_DIM)
-    assert len(driver.cache.append(0, 29, 1500, keys, values)) == 1
+    assert len(driver.cache.append(0, SequenceId(29), 1500, keys, values)) == 1
     assert driver.cache.capacity == blocks(1501) * KV_BLOCK
 
 
@@ -353,8 +359,10 @@ def slice_of(
 ) -> SequenceSlice:
     prefix = None
     if parent is not None:
-        prefix = SharedPrefix(sequence_id=parent, length=start, take=take)
-    return SequenceSlice(sequence_id=sequence_id, start=start, num_tokens=count, prefix=prefix)
+        prefix = SharedPrefix(sequence_id=SequenceId(parent), length=start, take=take)
+    return SequenceSlice(
+        sequence_id=SequenceId(sequence_id), start=start, num_tokens=count, prefix=prefix
+    )
 
 
 def test_a_step_that_does_not_fit_as_a_whole_is_refused() -> None:
@@ -390,7 +398,7 @@ def test_what_is_taken_goes_on_in_place_unless_others_read_there() -> None:
         driver.step(0, 2 * KV_BLOCK)
         driver.share(1, 0, 5)
         driver.cache.admit([slice_of(2, start, 2 * KV_BLOCK - 5, parent=0, take=True)])
-        driver.cache.begin(2, start, as_token_ids([0] * (2 * KV_BLOCK - 5)))
+        driver.cache.begin(SequenceId(2), start, as_token_ids([0] * (2 * KV_BLOCK - 5)))
         assert driver.cache.capacity == capacity * KV_BLOCK
 
 
@@ -421,13 +429,13 @@ def test_only_a_new_sequence_shares_and_only_what_there_is() -> None:
     driver.step(1, 10)
     for child, parent, length in ((1, 0, 5), (2, 0, 11), (2, 5, 1)):
         with pytest.raises(ValueError, match=f"cannot begin as {length} positions of {parent}"):
-            driver.cache.share(child, parent, length)
+            driver.cache.share(SequenceId(child), SequenceId(parent), length)
 
 
 def test_an_unknown_sequence_has_nothing() -> None:
     cache = KVCache(1)
-    assert cache.length(5) == 0
-    assert 5 not in cache
-    cache.free([5])
+    assert cache.length(SequenceId(5)) == 0
+    assert SequenceId(5) not in cache
+    cache.free([SequenceId(5)])
     with pytest.raises(ValueError, match="sequence 5 has no position 0"):
-        cache.begin(5, 1, np.zeros(1, dtype=np.int32))
+        cache.begin(SequenceId(5), 1, np.zeros(1, dtype=np.int32))

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache, as_token_ids
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
@@ -103,10 +103,10 @@ class MoveMachine(RuleBasedStateMachine):
         length = data.draw(st.integers(1, len(self.model[parent])))
         self.next_id += 1
         for cache in self.caches():
-            cache.share(self.next_id, parent, length)
+            cache.share(SequenceId(self.next_id), SequenceId(parent), length)
             if take:
-                cache._pass_ownership(parent, self.next_id)
-                cache.free([parent])
+                cache._pass_ownership(SequenceId(parent), SequenceId(self.next_id))
+                cache.free([SequenceId(parent)])
         self.model[self.next_id] = self.model[parent][:length]
         if take:
             del self.model[parent]
@@ -130,7 +130,7 @@ class MoveMachine(RuleBasedStateMachine):
         done = data.draw(st.integers(0, len(stages) - 1))
         for held in stages[:done]:
             compute(held.cache, held.layers, sequence_id, start, tokens)
-        stages[done].cache.begin(sequence_id, start, as_token_ids(tokens))
+        stages[done].cache.begin(SequenceId(sequence_id), start, as_token_ids(tokens))
         # The coordinator goes back to what all stages still hold, and no further.
         self.model[sequence_id] = self.model[sequence_id][:start]
         if not start:
@@ -143,7 +143,7 @@ class MoveMachine(RuleBasedStateMachine):
 
     def free(self, sequence_ids: list[int]) -> None:
         for cache in self.caches():
-            cache.free(sequence_ids)
+            cache.free(map(SequenceId, sequence_ids))
         for sequence_id in sequence_ids:
             self.model.pop(sequence_id, None)
 
@@ -205,8 +205,8 @@ class MoveMachine(RuleBasedStateMachine):
         for held in (*self.stages(), self.twin):
             for sequence_id, tokens in self.model.items():
                 count = len(tokens)
-                assert held.cache.length(sequence_id) >= count
-                assert held.cache.tokens(sequence_id, count).tolist() == tokens
+                assert held.cache.length(SequenceId(sequence_id)) >= count
+                assert held.cache.tokens(SequenceId(sequence_id), count).tolist() == tokens
                 for row in contents(held.cache, held.layers, sequence_id):
                     assert row[:count] == tokens
 

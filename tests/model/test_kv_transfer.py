@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.messages import MAX_PIECES, KVPart
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.assembly import KVIncomplete, MissingKV, assemble
 from distributed_llm.worker.kv.cache import KVCache, as_token_ids
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
@@ -27,7 +27,7 @@ def new_cache(layers: LayerRange) -> KVCache:
     """Return an empty cache that knows its layouts, as after the warm-up of a stage."""
     cache = KVCache(len(layers))
     compute(cache, layers, 99, 0, [0])
-    cache.free([99])
+    cache.free([SequenceId(99)])
     return cache
 
 
@@ -35,18 +35,18 @@ def compute(
     cache: KVCache, layers: LayerRange, sequence_id: int, start: int, tokens: list[int]
 ) -> None:
     """Run a step: keys are tokens plus a part that tells the layer."""
-    cache.begin(sequence_id, start, as_token_ids(tokens))
+    cache.begin(SequenceId(sequence_id), start, as_token_ids(tokens))
     for layer in range(len(layers)):
         column = torch.tensor(tokens, dtype=torch.float32)[None, :, None]
         column = column + (layers.start + layer) / 16
         cache.append(
             layer,
-            sequence_id,
+            SequenceId(sequence_id),
             start,
             column.expand(HEADS, -1, KEY_DIM),
             -column.expand(HEADS, -1, VALUE_DIM),
         )
-    cache.commit(sequence_id, start + len(tokens))
+    cache.commit(SequenceId(sequence_id), start + len(tokens))
 
 
 def contents(cache: KVCache, layers: LayerRange, sequence_id: int) -> list[list[float]]:
@@ -54,7 +54,7 @@ def contents(cache: KVCache, layers: LayerRange, sequence_id: int) -> list[list[
     found = []
     for layer in range(len(layers)):
         row: list[float] = []
-        for segment, count in cache._sequences[sequence_id].spans():
+        for segment, count in cache._sequences[SequenceId(sequence_id)].spans():
             held = segment.layers[layer]
             assert held is not None or not count
             if held is not None:
@@ -71,7 +71,7 @@ def source() -> KVCache:
     """Sequence 0 has 100 positions, 1 began as 70 of them and has 80, 2 has 64."""
     cache = new_cache(ALL)
     compute(cache, ALL, 0, 0, list(range(100)))
-    cache.share(1, 0, 70)
+    cache.share(SequenceId(1), SequenceId(0), 70)
     compute(cache, ALL, 1, 70, list(range(200, 210)))
     compute(cache, ALL, 2, 0, list(range(300, 364)))
     return cache
@@ -143,7 +143,7 @@ def test_what_is_written_anew_travels_again_and_nothing_else(source: KVCache) ->
     pump(out, into)
     compute(source, ALL, 2, 40, list(range(600, 610)))  # 24 positions of it are gone
     assert out.remaining_bytes == 10 * 3 * TOKEN_BYTES
-    source.begin(0, 90, as_token_ids([1, 2, 3]))  # a step that fails in the middle
+    source.begin(SequenceId(0), 90, as_token_ids([1, 2, 3]))  # a step that fails in the middle
     assert pump(out, into) == 10 * 3 * TOKEN_BYTES
     compute(source, ALL, 0, 88, [7, 7, 7, 7])
     assert pump(out, into) == 4 * 3 * TOKEN_BYTES
@@ -158,14 +158,14 @@ def test_released_segments_are_forgotten(source: KVCache) -> None:
     out, into = exporter(source), importer()
     pump(out, into)
     before = into.nbytes
-    source.free([2])
+    source.free([SequenceId(2)])
     assert out.next_chunk(MUCH, MAX_PIECES) is None
     into.update(source.manifest())
     assert before - into.nbytes == KV_BLOCK * 3 * TOKEN_BYTES
-    source.free([0])  # what sequence 1 shares of it stays
+    source.free([SequenceId(0)])  # what sequence 1 shares of it stays
     into.update(source.manifest())
     assert into.nbytes == source.nbytes
-    source.free([1])
+    source.free([SequenceId(1)])
     assert (out.remaining_bytes, out.next_chunk(MUCH, MAX_PIECES)) == (0, None)
 
 
@@ -256,7 +256,7 @@ def manifest() -> KVManifest:
     cache = KVCache(1)
     layers = LayerRange(0, 1)
     compute(cache, layers, 0, 0, [1, 2, 3])
-    cache.share(1, 0, 2)
+    cache.share(SequenceId(1), SequenceId(0), 2)
     compute(cache, layers, 1, 2, [4])
     return cache.manifest()
 
@@ -313,7 +313,9 @@ def test_what_has_not_arrived_is_named(source: KVCache) -> None:
     made = new_cache(ALL)
     with pytest.raises(KVIncomplete, match="positions 80 to 82 of sequence 1 in layer 4") as caught:
         assemble(made, ALL, None, [into])
-    assert caught.value.missing == tuple(MissingKV(1, layer, 80, 82) for layer in (4, 5, 6))
+    assert caught.value.missing == tuple(
+        MissingKV(SequenceId(1), layer, 80, 82) for layer in (4, 5, 6)
+    )
     assert made.sequence_ids == ()
     pump(out, into)
     assemble(made, ALL, None, [into])
@@ -354,7 +356,7 @@ def test_buffers_are_taken_over_and_not_copied(source: KVCache) -> None:
     sender = new_cache(layers)
     for sequence_id, start, tokens in ((0, 0, list(range(100))), (2, 0, list(range(300, 364)))):
         compute(sender, layers, sequence_id, start, tokens)
-    sender.share(1, 0, 70)
+    sender.share(SequenceId(1), SequenceId(0), 70)
     compute(sender, layers, 1, 70, list(range(200, 210)))
     into = importer(LayerRange(7, 8))
     pump(KVExporter(sender, layers, LayerRange(7, 8)), into)
@@ -382,7 +384,7 @@ def test_sources_that_differ_give_what_they_have_in_common(source: KVCache) -> N
     layers = LayerRange(7, 8)
     sender = new_cache(layers)
     compute(sender, layers, 0, 0, [*range(90), 900, 901])
-    sender.share(1, 0, 70)
+    sender.share(SequenceId(1), SequenceId(0), 70)
     compute(sender, layers, 1, 70, list(range(200, 210)))
     compute(sender, layers, 3, 0, [1, 2, 3])
     compute(source, ALL, 1, 40, list(range(40, 70)))  # now its segment begins at 40, not at 70
@@ -407,10 +409,10 @@ def test_one_segment_there_may_become_two_here(source: KVCache) -> None:
     layers = LayerRange(7, 8)
     sender = new_cache(layers)
     compute(sender, layers, 0, 0, list(range(100)))
-    sender.share(1, 0, 64)
+    sender.share(SequenceId(1), SequenceId(0), 64)
     here = new_cache(ALL)
     compute(here, ALL, 0, 0, list(range(100)))
-    here.share(1, 0, 64)
+    here.share(SequenceId(1), SequenceId(0), 64)
     compute(here, ALL, 0, 0, list(range(100)))
     into = importer(layers)
     pump(KVExporter(sender, layers, layers), into)
@@ -427,7 +429,7 @@ def test_one_segment_there_may_become_two_here(source: KVCache) -> None:
 def test_what_others_read_is_not_overwritten_afterwards(source: KVCache) -> None:
     """As in a cache that did not move, a child that went back counts with all it was given."""
     compute(source, ALL, 1, 40, list(range(200, 210)))
-    source.share(3, 0, 30)
+    source.share(SequenceId(3), SequenceId(0), 30)
     into = importer()
     pump(exporter(source), into)
     into.update(source.manifest())

@@ -14,7 +14,7 @@ from distributed_llm.common import codec
 from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import KVEnd, KVPart, KVPieces
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId
 from distributed_llm.worker.kv import wire as kv_wire
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
@@ -40,7 +40,7 @@ def cache() -> KVCache:
     """Sequence 0 has 100 positions, 1 began as 70 of them and has 80."""
     made = new_cache(ALL)
     compute(made, ALL, 0, 0, list(range(100)))
-    made.share(1, 0, 70)
+    made.share(SequenceId(1), SequenceId(0), 70)
     compute(made, ALL, 1, 70, list(range(200, 210)))
     return made
 
@@ -50,8 +50,8 @@ def sent(source: KVCache, max_pieces: int = MAX_PIECES_SENT) -> list[list[Frame]
     out = KVExporter(source, ALL, ALL)
     messages: list[tuple[KVPieces | KVEnd, tuple[Frame, ...]]] = []
     while (pieces := out.next_chunk(MAX_PIECES_BYTES, max_pieces)) is not None:
-        messages.append(encode_pieces(2, ALL, len(messages) + 1, pieces))
-    messages.append(encode_end(2, ALL, len(messages) + 1, source.manifest()))
+        messages.append(encode_pieces(Epoch(2), ALL, len(messages) + 1, pieces))
+    messages.append(encode_end(Epoch(2), ALL, len(messages) + 1, source.manifest()))
     return [codec.encode(message, frames) for message, frames in messages]
 
 
@@ -89,7 +89,7 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
     ]
     pieces = [KVPiece(parts[0], keys[:, :2], values[:, :2])]
     pieces += [KVPiece(parts[1], keys[:, 2:], values[:, 2:])]
-    message, frames = encode_pieces(2, LayerRange(1, 3), 1, pieces)
+    message, frames = encode_pieces(Epoch(2), LayerRange(1, 3), 1, pieces)
     back = list(decode_pieces(message, frames, {1: layout, 2: layout}))
     for given_, got in zip(pieces, back, strict=True):
         for one, other in ((given_.keys, got.keys), (given_.values, got.values)):
@@ -100,7 +100,7 @@ def test_numbers_arrive_bit_by_bit(dtype: torch.dtype) -> None:
 def test_a_message_does_not_change_with_the_cache() -> None:
     source = cache()
     pieces = KVExporter(source, ALL, ALL).next_chunk(MAX_PIECES_BYTES, MAX_PIECES_SENT) or []
-    _, (frame,) = encode_pieces(2, ALL, 1, pieces)
+    _, (frame,) = encode_pieces(Epoch(2), ALL, 1, pieces)
     before = bytes(frame)
     compute(source, ALL, 0, 0, [9] * 64)
     assert bytes(frame) == before
@@ -120,7 +120,8 @@ def test_the_largest_message_is_in_bounds() -> None:
     parts = (part,) * MAX_PIECES_SENT
     specs = (TensorSpec("uint8", (1,)),)
     codec.encode(
-        KVPieces(epoch=HIGHEST, layers=ALL, number=HIGHEST, parts=parts, tensors=specs), (b"\0",)
+        KVPieces(epoch=Epoch(HIGHEST), layers=ALL, number=HIGHEST, parts=parts, tensors=specs),
+        (b"\0",),
     )
     into = importer()
     for frames in messages:
@@ -129,11 +130,11 @@ def test_the_largest_message_is_in_bounds() -> None:
 
 def test_a_manifest_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     told = cache().manifest()
-    message, frames = encode_end(2, ALL, 1, told)
+    message, frames = encode_end(Epoch(2), ALL, 1, told)
     assert decode_end(message, frames) == told
     monkeypatch.setattr(kv_wire, "MAX_MANIFEST_BYTES", len(frames[0]) - 1)
     with pytest.raises(KVTransferError, match="they are to be computed again"):
-        encode_end(2, ALL, 1, told)
+        encode_end(Epoch(2), ALL, 1, told)
     with pytest.raises(KVTransferError, match="tells of its KV cache in"):
         decode_end(message, frames)
 
@@ -190,7 +191,7 @@ def test_parts_that_make_no_sense_are_refused(made: list[KVPart], data: st.DataO
     if size > 1 << 20 or data.draw(st.booleans()):
         size = data.draw(st.integers(1, 1000))
     spec = TensorSpec("uint8", (size,))
-    message = KVPieces(epoch=2, layers=ALL, number=1, parts=tuple(made), tensors=(spec,))
+    message = KVPieces(epoch=Epoch(2), layers=ALL, number=1, parts=tuple(made), tensors=(spec,))
     survives(codec.encode(message, (bytes(size),)))
 
 
@@ -210,7 +211,7 @@ manifests = st.tuples(st.lists(sequences, max_size=3), st.lists(owned, max_size=
 @given(st.one_of(manifests.map(msgspec.msgpack.encode), st.binary(min_size=1, max_size=60)))
 def test_manifests_that_make_no_sense_are_refused(data: bytes) -> None:
     spec = TensorSpec("uint8", (len(data),))
-    arrived = codec.encode(KVEnd(epoch=2, layers=ALL, number=1, tensors=(spec,)), (data,))
+    arrived = codec.encode(KVEnd(epoch=Epoch(2), layers=ALL, number=1, tensors=(spec,)), (data,))
     into, made = importer(max_bytes=1 << 22), new_cache(ALL)
     transfer: list[Any] = [*MESSAGES[:-1], arrived]
     for frames in transfer:

@@ -11,7 +11,7 @@ import torch
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.assembly import KVIncomplete
 from distributed_llm.worker.kv.cache import KVCacheFull
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
@@ -286,11 +286,11 @@ def test_the_new_last_stage_is_to_be_told_how_to_sample(llama: Path) -> None:
     pipeline.end_to_move(move)
     last = pipeline.stages[-1]
     part = SequenceSlice(
-        sequence_id=0, start=pipeline.done[0], num_tokens=1, sample=True, sampling=None
+        sequence_id=SequenceId(0), start=pipeline.done[0], num_tokens=1, sample=True, sampling=None
     )
     with pytest.raises(MissingPositionsError) as caught:
         last.run([part], torch.tensor([1], dtype=torch.int32), torch.zeros(1, 32))
-    assert caught.value.missing == (MissingPositions(sequence_id=0, have=0),)
+    assert caught.value.missing == (MissingPositions(sequence_id=SequenceId(0), have=0),)
 
 
 def test_what_only_one_stage_took_is_begun_again(llama: Path) -> None:
@@ -301,7 +301,7 @@ def test_what_only_one_stage_took_is_begun_again(llama: Path) -> None:
     move = pipeline.begin_to_move((("a", (0, 3)), ("b", (3, 4)), ("c", (4, 6))))
     move.pump(100_000)
     pipeline.end_to_move(move)
-    assert [stage.num_computed_tokens(turn) for stage in pipeline.stages] == [90, 90, 0]
+    assert [stage.num_computed_tokens(SequenceId(turn)) for stage in pipeline.stages] == [90, 90, 0]
     with pytest.raises(MissingPositionsError):
         pipeline.run([(turn, 91, 93)])
     del pipeline.prefixes[turn]

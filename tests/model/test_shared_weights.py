@@ -13,7 +13,7 @@ from torch import Tensor
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model import kernels, weights
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from tests.checkpoints import FAMILIES, HIDDEN_SIZE, make_checkpoint
@@ -66,7 +66,7 @@ def answer(stage: Stage, sequence_id: int = 0) -> list[Tensor]:
     outputs = []
     for start, stop in ((0, 4), (4, 5)):
         part = SequenceSlice(
-            sequence_id=sequence_id,
+            sequence_id=SequenceId(sequence_id),
             start=start,
             num_tokens=stop - start,
             sample=True,

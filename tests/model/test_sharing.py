@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice, SharedPrefix
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.worker.kv.cache import KVCacheFull
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
@@ -94,7 +94,7 @@ def test_children_go_on_when_the_parent_is_cut_rewritten_and_released(
     pipeline.decode(numbers=[child])
     assert pipeline.texts[0][60:70] == PREFIX[60:70]
     pipeline.decode(numbers=[0, child])
-    pipeline.prefixes[grandchild] = SharedPrefix(sequence_id=child, length=66)
+    pipeline.prefixes[grandchild] = SharedPrefix(sequence_id=SequenceId(child), length=66)
     pipeline.decode(numbers=[grandchild])
     pipeline.release(0)
     for _ in range(3):
@@ -170,9 +170,9 @@ def piece(
     """Return a slice; with `parent`, of a sequence that begins as the first `start` of that."""
     prefix = None
     if parent is not None:
-        prefix = SharedPrefix(sequence_id=parent, length=start, take=take)
+        prefix = SharedPrefix(sequence_id=SequenceId(parent), length=start, take=take)
     return SequenceSlice(
-        sequence_id=sequence_id,
+        sequence_id=SequenceId(sequence_id),
         start=start,
         num_tokens=num_tokens,
         sample=True,
@@ -189,7 +189,7 @@ def test_a_sharing_task_run_twice_gives_the_same_and_leaves_the_same(
     for _ in range(3):
         output = stage.run([piece(1, 66, 2, parent=0, take=take)], ids(5, 6), None)
         assert output.token_ids is not None
-        lengths = [stage.num_computed_tokens(i) for i in (0, 1)]
+        lengths = [stage.num_computed_tokens(SequenceId(i)) for i in (0, 1)]
         outcomes.append((output.token_ids.tolist(), stage.kv_bytes, lengths))
     assert outcomes[0] == outcomes[1] == outcomes[2]
     assert outcomes[0][2] == [0 if take else 70, 68]
@@ -212,7 +212,7 @@ def test_a_sharing_task_that_failed_may_be_run_again(
     stage.progress = fail
     with pytest.raises(RuntimeError, match="the machine failed"):
         stage.run(step, ids(5, 6), None)
-    assert stage.num_computed_tokens(1) in {0, 66}
+    assert stage.num_computed_tokens(SequenceId(1)) in {0, 66}
     stage.progress = None
     alone = load_stages(llama, [NUM_LAYERS])[0]
     expected = alone.run([piece(1, 0, 68)], ids(*PREFIX[:66], 5, 6), None).token_ids
@@ -232,27 +232,29 @@ def test_a_prefix_that_is_not_held_is_missing_and_nothing_is_touched(stage: Stag
     ]
     with pytest.raises(MissingPositionsError) as caught:
         stage.run(step, ids(1, 1, 1, 1), None)
-    assert caught.value.missing == tuple(MissingPositions(sequence_id=i, have=0) for i in (2, 3, 4))
-    assert [stage.num_computed_tokens(i) for i in range(5)] == [70, 0, 0, 0, 0]
+    assert caught.value.missing == tuple(
+        MissingPositions(sequence_id=SequenceId(i), have=0) for i in (2, 3, 4)
+    )
+    assert [stage.num_computed_tokens(SequenceId(i)) for i in range(5)] == [70, 0, 0, 0, 0]
     assert stage.kv_bytes == held
 
 
 def test_a_known_child_does_not_need_its_prefix(stage: Stage) -> None:
     stage.run([piece(1, 66, 2, parent=0)], ids(5, 6), None)
-    stage.release([0])
+    stage.release([SequenceId(0)])
     stage.run([piece(1, 66, 2, parent=0)], ids(5, 6), None)
     with pytest.raises(MissingPositionsError) as caught:
         stage.run([piece(1, 69, parent=0)], ids(5), None)
-    assert caught.value.missing == (MissingPositions(sequence_id=1, have=68),)
+    assert caught.value.missing == (MissingPositions(sequence_id=SequenceId(1), have=68),)
 
 
 def test_several_children_of_one_step_share_before_the_parent_is_taken_or_cut(
     stage: Stage,
 ) -> None:
     stage.run([piece(1, 66, parent=0), piece(0, 4), piece(2, 66, parent=0)], ids(5, 7, 5), None)
-    assert [stage.num_computed_tokens(i) for i in range(3)] == [5, 67, 67]
+    assert [stage.num_computed_tokens(SequenceId(i)) for i in range(3)] == [5, 67, 67]
     stage.run([piece(3, 60, parent=1, take=True), piece(4, 60, parent=1)], ids(5, 5), None)
-    assert [stage.num_computed_tokens(i) for i in range(5)] == [5, 0, 67, 61, 61]
+    assert [stage.num_computed_tokens(SequenceId(i)) for i in range(5)] == [5, 0, 67, 61, 61]
 
 
 def test_a_child_that_does_not_fit_leaves_the_parent(stage: Stage) -> None:
@@ -260,16 +262,16 @@ def test_a_child_that_does_not_fit_leaves_the_parent(stage: Stage) -> None:
     for take in (False, True):
         with pytest.raises(KVCacheFull):
             stage.run([piece(1, 66, 63, parent=0, take=take)], ids(*[1] * 63), None)
-        assert [stage.num_computed_tokens(i) for i in (0, 1)] == [70, 0]
+        assert [stage.num_computed_tokens(SequenceId(i)) for i in (0, 1)] == [70, 0]
     stage.run([piece(1, 66, 62, parent=0, take=True)], ids(*[1] * 62), None)
     assert kv_blocks(stage) == 2
 
 
 def test_prefixes_that_contradict_their_task_are_refused(stage: Stage) -> None:
-    prefix = SharedPrefix(sequence_id=0, length=60)
-    wrong_start = SequenceSlice(sequence_id=1, start=66, num_tokens=1, prefix=prefix)
+    prefix = SharedPrefix(sequence_id=SequenceId(0), length=60)
+    wrong_start = SequenceSlice(sequence_id=SequenceId(1), start=66, num_tokens=1, prefix=prefix)
     with pytest.raises(StageError, match="starts at 66, its prefix ends at 60"):
         stage.run([wrong_start], ids(1), None)
     with pytest.raises(StageError, match="sequence 0 is computed and taken at once"):
         stage.run([piece(1, 60, parent=0, take=True), piece(0, 70)], ids(1, 1), None)
-    assert [stage.num_computed_tokens(i) for i in (0, 1)] == [70, 0]
+    assert [stage.num_computed_tokens(SequenceId(i)) for i in (0, 1)] == [70, 0]

@@ -13,7 +13,7 @@ from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCacheFull
 from distributed_llm.worker.model import stage as stage_module
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
@@ -48,7 +48,7 @@ def whole_stage(checkpoint: Checkpoint) -> Stage:
 
 def piece(start: int, num_tokens: int, sequence_id: int = 0) -> SequenceSlice:
     return SequenceSlice(
-        sequence_id=sequence_id,
+        sequence_id=SequenceId(sequence_id),
         start=start,
         num_tokens=num_tokens,
         sample=True,
@@ -69,7 +69,7 @@ def test_a_task_run_twice_gives_the_same_and_leaves_the_same(pipeline: Pipeline)
     again = pipeline.run([(i, 0, len(prompt)) for i, prompt in enumerate(PROMPTS)])
     assert again == once
     for stage in pipeline.stages:
-        assert [stage.num_computed_tokens(i) for i in range(3)] == [8, 3, 5]
+        assert [stage.num_computed_tokens(SequenceId(i)) for i in range(3)] == [8, 3, 5]
 
 
 def test_a_slice_that_starts_earlier_forgets_what_came_after(pipeline: Pipeline) -> None:
@@ -114,10 +114,10 @@ def test_missing_positions_are_named_before_anything_is_touched(checkpoint: Chec
     with pytest.raises(MissingPositionsError) as caught:
         stage.run(slices, ids(1, 2, 3), None)
     assert caught.value.missing == (
-        MissingPositions(sequence_id=5, have=0),
-        MissingPositions(sequence_id=9, have=0),
+        MissingPositions(sequence_id=SequenceId(5), have=0),
+        MissingPositions(sequence_id=SequenceId(9), have=0),
     )
-    assert stage.num_computed_tokens(0) == 3
+    assert stage.num_computed_tokens(SequenceId(0)) == 3
     assert stage.kv_bytes == held
     with pytest.raises(MissingPositionsError, match="held are 3 of sequence 0"):
         stage.run([piece(4, 1)], ids(1), None)
@@ -140,7 +140,7 @@ def test_a_failure_in_a_layer_leaves_the_sequence_as_it_was(
     stage.progress = fail
     with pytest.raises(RuntimeError, match="the machine failed"):
         stage.run([piece(3, 2), piece(0, 1, sequence_id=1)], ids(4, 5, 6), None)
-    assert [stage.num_computed_tokens(i) for i in (0, 1)] == [3, 0]
+    assert [stage.num_computed_tokens(SequenceId(i)) for i in (0, 1)] == [3, 0]
     stage.progress = None
     output = stage.run([piece(3, 2), piece(0, 1, sequence_id=1)], ids(4, 5, 6), None)
     fresh = whole_stage(checkpoint)
@@ -161,10 +161,10 @@ def test_progress_is_reported_after_each_layer(pipeline: Pipeline) -> None:
 def test_release_gives_the_memory_back(pipeline: Pipeline) -> None:
     for stage in pipeline.stages:
         assert stage.kv_bytes > 0
-        stage.release([0, 2, 12345])
-        assert stage.num_computed_tokens(0) == 0
-        assert stage.num_computed_tokens(1) == 2
-        stage.release([1])
+        stage.release([SequenceId(0), SequenceId(2), SequenceId(12345)])
+        assert stage.num_computed_tokens(SequenceId(0)) == 0
+        assert stage.num_computed_tokens(SequenceId(1)) == 2
+        stage.release([SequenceId(1)])
         assert stage.kv_bytes == 0
 
 
@@ -248,18 +248,20 @@ def test_a_step_beyond_the_limit_is_refused_before_anything_is_touched(
         with pytest.raises(KVCacheFull) as caught:
             stage.run([piece(KV_BLOCK, 1), piece(KV_BLOCK, 1, sequence_id=1)], ids(1, 1), None)
         assert caught.value.code == "kv_full"
-        assert [stage.num_computed_tokens(i) for i in (0, 1)] == [KV_BLOCK, KV_BLOCK]
-    stage.release([1])
+        assert [stage.num_computed_tokens(SequenceId(i)) for i in (0, 1)] == [KV_BLOCK, KV_BLOCK]
+    stage.release([SequenceId(1)])
     stage.run([piece(KV_BLOCK, 1)], ids(1), None)
 
 
 def test_how_to_sample_is_told_once_and_may_be_told_anew(checkpoint: Checkpoint) -> None:
     stage = whole_stage(checkpoint)
     stage.run([piece(0, 3)], ids(1, 2, 3), None)
-    again = SequenceSlice(sequence_id=0, start=2, num_tokens=1, sample=True)
+    again = SequenceSlice(sequence_id=SequenceId(0), start=2, num_tokens=1, sample=True)
     greedy = stage.run([again], ids(3), None).token_ids
     biased = Sampling(logit_bias=((77, 1000.0),))
-    told = SequenceSlice(sequence_id=0, start=2, num_tokens=1, sample=True, sampling=biased)
+    told = SequenceSlice(
+        sequence_id=SequenceId(0), start=2, num_tokens=1, sample=True, sampling=biased
+    )
     assert greedy is not None
     assert greedy.tolist() != [77]
     for part in (told, again):
@@ -270,30 +272,33 @@ def test_how_to_sample_is_told_once_and_may_be_told_anew(checkpoint: Checkpoint)
 
 def test_a_sequence_of_which_nothing_is_known_cannot_sample(checkpoint: Checkpoint) -> None:
     stage = whole_stage(checkpoint)
-    first = SequenceSlice(sequence_id=0, start=0, num_tokens=3)
+    first = SequenceSlice(sequence_id=SequenceId(0), start=0, num_tokens=3)
     stage.run([first], ids(1, 2, 3), None)
-    untold = SequenceSlice(sequence_id=0, start=3, num_tokens=1, sample=True)
-    for part in (untold, SequenceSlice(sequence_id=4, start=0, num_tokens=1, sample=True)):
+    untold = SequenceSlice(sequence_id=SequenceId(0), start=3, num_tokens=1, sample=True)
+    for part in (
+        untold,
+        SequenceSlice(sequence_id=SequenceId(4), start=0, num_tokens=1, sample=True),
+    ):
         with pytest.raises(MissingPositionsError) as caught:
             stage.run([part], ids(4), None)
         assert caught.value.missing == (MissingPositions(sequence_id=part.sequence_id, have=0),)
-    assert stage.num_computed_tokens(0) == 3
+    assert stage.num_computed_tokens(SequenceId(0)) == 3
     # Stages before the last do not sample, and are not told how.
     middle = Stage.load(checkpoint, LayerRange(0, 1), device=CPU, dtype=torch.float32)
-    untold = SequenceSlice(sequence_id=0, start=0, num_tokens=1, sample=True)
+    untold = SequenceSlice(sequence_id=SequenceId(0), start=0, num_tokens=1, sample=True)
     assert middle.run([untold], ids(4), None).hidden_states is not None
 
 
 def test_a_late_task_of_a_released_sequence_is_void(checkpoint: Checkpoint) -> None:
     stage = whole_stage(checkpoint)
     stage.run([piece(0, 3), piece(0, 1, sequence_id=1)], ids(1, 2, 3, 4), None)
-    stage.release([0, 7])
+    stage.release([SequenceId(0), SequenceId(7)])
     held = stage.kv_bytes
     for late in (0, 7):
         with pytest.raises(ReleasedSequence, match=rf"sequences \[{late}\] were released"):
             stage.run([piece(1, 1, sequence_id=1), piece(0, 1, late)], ids(1, 1), None)
     assert stage.kv_bytes == held
-    assert stage.num_computed_tokens(1) == 1
+    assert stage.num_computed_tokens(SequenceId(1)) == 1
     stage.reset()
     stage.run([piece(0, 1)], ids(1), None)
 
@@ -303,7 +308,7 @@ def test_the_memory_of_released_sequences_is_bounded(
 ) -> None:
     monkeypatch.setattr(stage_module, "_MAX_RELEASED", 3)
     stage = whole_stage(checkpoint)
-    stage.release([1, 2, 3, 4])
+    stage.release([SequenceId(1), SequenceId(2), SequenceId(3), SequenceId(4)])
     stage.run([piece(0, 1, sequence_id=1)], ids(1), None)
     with pytest.raises(ReleasedSequence):
         stage.run([piece(0, 1, sequence_id=2)], ids(1), None)
@@ -315,7 +320,7 @@ def test_log_probabilities_come_with_the_tokens(checkpoint: Checkpoint, whole: A
     prompts = [*PROMPTS, [1, 2]]
     slices = [
         SequenceSlice(
-            sequence_id=i,
+            sequence_id=SequenceId(i),
             start=0,
             num_tokens=len(prompt),
             sample=i != 3,
@@ -353,7 +358,7 @@ def test_no_token_comes_from_damaged_weights(tmp_path: Path, damaged: str, value
     with pytest.raises(StageError, match="not finite"):
         pipeline.decode()
     last = pipeline.stages[2 if damaged.startswith("lm_head") else 1]
-    assert last.num_computed_tokens(0) == 0
+    assert last.num_computed_tokens(SequenceId(0)) == 0
 
 
 def test_two_stages_in_two_threads_do_not_disturb_each_other(checkpoint: Checkpoint) -> None:

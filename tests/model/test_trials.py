@@ -8,7 +8,7 @@ import torch
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.messages import StageTime, StageTrial
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Drop, Load, Loaded, Serve
@@ -131,7 +131,7 @@ def test_first_layers_are_tried_if_that_is_wanted(llama: Path, one: Worker, besi
     assert sizes(tried.trials)[:3] == SIZES[:3]
     for trial in tried.trials:
         assert 0 < trial.time.layers_us <= trial.time.compute_us
-    one.engine.put(Serve(3) if beside else Drop())
+    one.engine.put(Serve(Epoch(3)) if beside else Drop())
 
 
 def test_answers_after_trials_are_those_of_transformers(llama: Path, one: Worker) -> None:

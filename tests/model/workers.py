@@ -23,7 +23,7 @@ from distributed_llm.common.messages import (
     SequenceSlice,
     Task,
 )
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.loading import LoadedStage
 from distributed_llm.worker.model.stage import Stage, StageOutput
@@ -114,7 +114,7 @@ class Worker:
         done = threading.Event()
         before = self.void
 
-        last = AssembleKV(0, 0)
+        last = AssembleKV(0, Epoch(0))
 
         def is_void(order: VoidableOrder) -> bool:
             if order is last:
@@ -142,9 +142,9 @@ class Seat:
         tensors = [token_ids] if hidden_states is None else [token_ids, hidden_states]
         given = [frame_of(tensor) for tensor in tensors]
         task = Task(
-            epoch=self.epoch,
-            step=0,
-            oldest=0,
+            epoch=Epoch(self.epoch),
+            step=StepNumber(0),
+            oldest=StepNumber(0),
             sequences=tuple(sequences),
             tensors=tuple(spec for spec, _ in given),
         )
@@ -164,7 +164,7 @@ class Seat:
 
     def release(self, sequence_ids: Sequence[int]) -> None:
         """Release sequences."""
-        self.worker.engine.put(Release(self.epoch, tuple(sequence_ids)))
+        self.worker.engine.put(Release(Epoch(self.epoch), tuple(map(SequenceId, sequence_ids))))
 
 
 class Cluster(Pipeline):
@@ -228,7 +228,9 @@ class Cluster(Pipeline):
         sent = 0
         for giver, taker, layers in self.transfers(plan):
             for number in range(1, most + 1):
-                out = self.workers[giver].ask(ExportKV(0, epoch, layers, number, rest), KVExported)
+                out = self.workers[giver].ask(
+                    ExportKV(0, Epoch(epoch), layers, number, rest), KVExported
+                )
                 if out.message is None:
                     break
                 self.deliver(taker, out)
@@ -245,19 +247,19 @@ class Cluster(Pipeline):
     def assemble(self, epoch: int, plan: Plan) -> None:
         """Let all stages of a new epoch take over."""
         for name, _ in plan:
-            self.workers[name].ask(AssembleKV(0, epoch), KVAssembled)
+            self.workers[name].ask(AssembleKV(0, Epoch(epoch)), KVAssembled)
 
     def commit(self, epoch: int, plan: Plan) -> None:
         """Serve the new epoch, and give up the old one."""
         for name in {name for name, _ in (*plan, *self.plan)}:
             engine = self.workers[name].engine
-            engine.put(Serve(epoch) if name in dict(plan) else Release(0, ()))
+            engine.put(Serve(Epoch(epoch)) if name in dict(plan) else Release(Epoch(0), ()))
         self.sit(epoch, plan)
 
     def cancel(self, epoch: int) -> None:
         """Give the new epoch up."""
         for worker in self.workers.values():
-            worker.engine.put(Unload(epoch))
+            worker.engine.put(Unload(Epoch(epoch)))
 
 
 def carried(out: KVExported) -> ImportKV:

@@ -14,7 +14,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
@@ -221,7 +221,9 @@ def ranges_of(*ranges: tuple[str, int, int]) -> LayerMap:
 
 def ready(epoch: int, load_s: float = 1.0) -> StageReady:
     """Return what a worker says once it has loaded its layers."""
-    return StageReady(epoch=epoch, credits=4, load_s=load_s, weight_bytes=1, kv_tokens=1 << 20)
+    return StageReady(
+        epoch=Epoch(epoch), credits=4, load_s=load_s, weight_bytes=1, kv_tokens=1 << 20
+    )
 
 
 def capabilities(memory_bytes: int) -> Capabilities:

@@ -22,7 +22,7 @@ from distributed_llm.common.messages import (
     Welcome,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.worker.session import events as agents
 from distributed_llm.worker.session import link_events as links
 from distributed_llm.worker.session.agent import Agent
@@ -289,7 +289,7 @@ class SimWorker:
         if self.state == "up":
             self.world.send_up(self.link, message, frames)
 
-    def _heartbeat(self, epochs: tuple[int, ...]) -> Heartbeat:
+    def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
         waiting = sum(isinstance(order, agents.Run) for order in self.orders)
         return Heartbeat(
             epochs=epochs,

@@ -43,7 +43,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.epoch_stage import CREDITS
@@ -139,7 +139,7 @@ def joined(now: float = 0.0) -> Agent:
 
 def order(epoch: int, next_stage: NextStage | None = None) -> LoadStage:
     return LoadStage(
-        epoch=epoch,
+        epoch=Epoch(epoch),
         source=ModelSource(kind="builtin", name=""),
         layers=LayerRange(0, 2),
         dtype="float32",
@@ -152,9 +152,14 @@ def order(epoch: int, next_stage: NextStage | None = None) -> LoadStage:
 
 
 def task(epoch: int, step: int = 0, *, oldest: int = 0, route: tuple[bool, ...] = ()) -> Task:
-    part = SequenceSlice(sequence_id=0, start=0, num_tokens=1)
+    part = SequenceSlice(sequence_id=SequenceId(0), start=0, num_tokens=1)
     return Task(
-        epoch=epoch, step=step, oldest=oldest, sequences=(part,), tensors=(IDS,), route=route
+        epoch=Epoch(epoch),
+        step=StepNumber(step),
+        oldest=StepNumber(oldest),
+        sequences=(part,),
+        tensors=(IDS,),
+        route=route,
     )
 
 
@@ -168,7 +173,7 @@ def serving(next_stage: NextStage | None = None) -> Agent:
     agent = joined()
     hear(agent, order(3, next_stage))
     if next_stage is not None:
-        agent.handle(LinkUp(LinkId(3), 0.001), now=0.0)
+        agent.handle(LinkUp(LinkId(Epoch(3)), 0.001), now=0.0)
     return agent
 
 
@@ -184,7 +189,7 @@ def failed(agent: Agent, run: Run) -> list[Action]:
 
 
 def hello(epoch: int, key: str = "secret", worker: str = "pc-2") -> PeerHello:
-    return PeerHello(epoch=epoch, key=proof(key, epoch, worker))
+    return PeerHello(epoch=Epoch(epoch), key=proof(key, Epoch(epoch), worker))
 
 
 # ------------------------------------------------------------------ joining
@@ -267,7 +272,7 @@ def test_beats_at_once_and_then_every_interval() -> None:
 def test_beat_carries_the_epoch() -> None:
     agent = joined()
     hear(agent, order(5))
-    assert agent.on_timer(reached=True, now=1.0) == [SendHeartbeat((5,))]
+    assert agent.on_timer(reached=True, now=1.0) == [SendHeartbeat((Epoch(5),))]
 
 
 def test_silence_makes_it_connect_anew() -> None:
@@ -280,7 +285,7 @@ def test_silence_makes_it_connect_anew() -> None:
     assert agent.next_deadline() is None
 
 
-@pytest.mark.parametrize("message", [Pong(), order(1), task(9), DropStage(epoch=1)])
+@pytest.mark.parametrize("message", [Pong(), order(1), task(9), DropStage(epoch=Epoch(1))])
 def test_any_message_is_a_sign_of_life(message: ToWorker) -> None:
     agent = joined()
     hear(agent, message, 3.5)
@@ -341,8 +346,10 @@ def test_orders_are_carried_out() -> None:
     (run,) = without_logs(agent.handle(Received(task(1), (b"1234",)), now=0.0))
     assert run == Run(load.session, task(1), (b"1234",))
     assert not agent.is_void(run)
-    assert hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3, 4))) == [Release(1, (3, 4))]
-    assert hear(agent, DropStage(epoch=2)) == [Drop()]
+    assert hear(
+        agent, ReleaseSequences(epoch=Epoch(1), sequence_ids=(SequenceId(3), SequenceId(4)))
+    ) == [Release(Epoch(1), (SequenceId(3), SequenceId(4)))]
+    assert hear(agent, DropStage(epoch=Epoch(2))) == [Drop()]
     assert hear(agent, order(2)) == []
 
 
@@ -351,7 +358,7 @@ def test_work_of_another_epoch_is_ignored(epoch: int) -> None:
     agent = joined()
     hear(agent, order(3))
     assert hear(agent, task(epoch)) == []
-    assert hear(agent, ReleaseSequences(epoch=epoch, sequence_ids=(1,))) == []
+    assert hear(agent, ReleaseSequences(epoch=Epoch(epoch), sequence_ids=(SequenceId(1),))) == []
 
 
 def test_orders_of_older_epochs_are_ignored() -> None:
@@ -359,14 +366,14 @@ def test_orders_of_older_epochs_are_ignored() -> None:
     hear(agent, order(3))
     assert hear(agent, order(2)) == []
     assert hear(agent, order(3)) == []
-    assert hear(agent, DropStage(epoch=2)) == []
+    assert hear(agent, DropStage(epoch=Epoch(2))) == []
     assert session_of(hear(agent, order(4))) == 0
 
 
 def test_dropped_epoch_is_over() -> None:
     agent = joined()
     hear(agent, order(3))
-    hear(agent, DropStage(epoch=4))
+    hear(agent, DropStage(epoch=Epoch(4)))
     assert hear(agent, task(3)) == []
     assert hear(agent, order(4)) == []
 
@@ -395,15 +402,15 @@ def test_worker_with_layers_does_not_measure_but_at_once_when_it_has_lost_them()
     agent = joined()
     hear(agent, order(1))
     assert probes(agent, until=34.5) == []
-    assert hear(agent, DropStage(epoch=1), 34.5) == [Drop()]
+    assert hear(agent, DropStage(epoch=Epoch(1)), 34.5) == [Drop()]
     assert agent.next_deadline() == 34.5
     assert probes(agent, until=60.0) == [34.5, 44.5, 54.5]
 
 
 def test_orders_that_take_no_layers_away_do_not_count() -> None:
     agent = joined()
-    hear(agent, DropStage(epoch=1), 4.5)
-    hear(agent, ReleaseSequences(epoch=1, sequence_ids=(3,)), 4.5)
+    hear(agent, DropStage(epoch=Epoch(1)), 4.5)
+    hear(agent, ReleaseSequences(epoch=Epoch(1), sequence_ids=(SequenceId(3),)), 4.5)
     assert probes(agent, until=15.0) == [10.0]
 
 
@@ -411,7 +418,7 @@ def test_layers_that_are_loaded_beside_are_layers() -> None:
     agent = joined()
     hear(agent, msgspec.structs.replace(order(1), beside=True))
     assert probes(agent, until=34.5) == []
-    hear(agent, CancelStage(epoch=1), 34.5)
+    hear(agent, CancelStage(epoch=Epoch(1)), 34.5)
     assert probes(agent, until=36.0) == [34.5]
 
 
@@ -452,8 +459,8 @@ def test_answers_of_an_old_session_are_dropped() -> None:
     assert new != old
     run = Run(old, task(1), (b"1234",))
     for event in (
-        Loaded(old, 1, 1.0, 5, 64),
-        LoadFailed(old, 1, CheckpointMismatch("x")),
+        Loaded(old, Epoch(1), 1.0, 5, 64),
+        LoadFailed(old, Epoch(1), CheckpointMismatch("x")),
         Computed(run, (), (), 100, 80, 0),
         ComputeFailed(run, StageError("x")),
     ):
@@ -461,7 +468,7 @@ def test_answers_of_an_old_session_are_dropped() -> None:
     assert agent.is_void(run)
     assert agent.is_void(Load(old, order(1)))
     assert not agent.is_void(Load(new, order(1)))
-    assert without_logs(agent.handle(Loaded(new, 1, 1.0, 5, 64), now=3.0)) != []
+    assert without_logs(agent.handle(Loaded(new, Epoch(1), 1.0, 5, 64), now=3.0)) != []
 
 
 def test_new_coordinator_may_count_epochs_from_one_again() -> None:
@@ -474,7 +481,8 @@ def test_new_coordinator_may_count_epochs_from_one_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [WELCOME, order(50), task(50), DropStage(epoch=50), Refused(code="x", message="x")]
+    "message",
+    [WELCOME, order(50), task(50), DropStage(epoch=Epoch(50)), Refused(code="x", message="x")],
 )
 def test_rest_of_a_connection_that_was_given_up_is_ignored(message: ToWorker) -> None:
     """What was read with the last message, or comes before the new connection stands."""
@@ -487,7 +495,7 @@ def test_rest_of_a_connection_that_was_given_up_is_ignored(message: ToWorker) ->
     assert session_of(hear(agent, order(1), 1.0)) == 1
 
 
-@pytest.mark.parametrize("message", [order(50), task(50), DropStage(epoch=50)])
+@pytest.mark.parametrize("message", [order(50), task(50), DropStage(epoch=Epoch(50))])
 def test_orders_before_the_welcome_are_ignored(message: ToWorker) -> None:
     agent = new_agent()
     agent.handle(Connected(), now=0.0)
@@ -505,7 +513,7 @@ def ready_agent(leave_timeout_s: float = 60.0) -> Agent:
     agent.handle(Connected(), now=0.0)
     hear(agent, WELCOME)
     hear(agent, order(3))
-    agent.handle(Loaded(0, 3, 1.0, 5, 64), now=0.0)
+    agent.handle(Loaded(0, Epoch(3), 1.0, 5, 64), now=0.0)
     return agent
 
 
@@ -535,7 +543,7 @@ def test_worker_that_serves_says_that_it_wants_to_leave_and_serves_on() -> None:
     assert line.text == ("handing layers 0-2 over to other workers; a second signal ends at once")
     run_of(agent, task(3, step=1), b"1234")
     assert beat_until(agent, 60.9) == []
-    hear(agent, DropStage(epoch=3))
+    hear(agent, DropStage(epoch=Epoch(3)))
     assert hear(agent, MayLeave()) == [Send(Goodbye()), End(15)]
 
 
@@ -592,8 +600,8 @@ def test_drained_worker_ends_without_a_signal_and_tells_why() -> None:
 def test_loaded() -> None:
     agent = joined()
     session = session_of(hear(agent, order(3)))
-    ready = StageReady(epoch=3, credits=CREDITS, load_s=1.5, weight_bytes=99, kv_tokens=640)
-    said = without_logs(agent.handle(Loaded(session, 3, 1.5, 99, 640), now=1.0))
+    ready = StageReady(epoch=Epoch(3), credits=CREDITS, load_s=1.5, weight_bytes=99, kv_tokens=640)
+    said = without_logs(agent.handle(Loaded(session, Epoch(3), 1.5, 99, 640), now=1.0))
     assert said == [Send(ready)]
 
 
@@ -601,7 +609,7 @@ def test_checkpoint_error_is_said_and_ends_the_worker() -> None:
     agent = joined()
     session = session_of(hear(agent, order(3)))
     error = CheckpointMismatch("other weights " + "x" * 9000)
-    said, leave = agent.handle(LoadFailed(session, 3, error), now=1.0)
+    said, leave = agent.handle(LoadFailed(session, Epoch(3), error), now=1.0)
     assert isinstance(said, Send)
     assert isinstance(said.message, StageFailed)
     assert (said.message.epoch, said.message.code) == (3, "checkpoint_mismatch")
@@ -612,16 +620,20 @@ def test_checkpoint_error_is_said_and_ends_the_worker() -> None:
 def test_other_failure_to_load_is_said_and_it_stays() -> None:
     agent = joined()
     session = session_of(hear(agent, order(3)))
-    said = without_logs(agent.handle(LoadFailed(session, 3, StageError("no memory")), now=1.0))
-    assert said == [Send(StageFailed(epoch=3, code="stage_error", message="no memory"))]
+    said = without_logs(
+        agent.handle(LoadFailed(session, Epoch(3), StageError("no memory")), now=1.0)
+    )
+    assert said == [Send(StageFailed(epoch=Epoch(3), code="stage_error", message="no memory"))]
 
 
 def test_broken_task_names_what_is_missing() -> None:
     agent = serving()
     run = run_of(agent, task(3, step=8), b"1234")
-    missing = (MissingPositions(sequence_id=4, have=2),)
+    missing = (MissingPositions(sequence_id=SequenceId(4), have=2),)
     (said,) = agent.handle(ComputeFailed(run, StageError("no"), missing), now=1.0)
-    told = TaskFailed(epoch=3, step=8, code="stage_error", message="no", missing=missing)
+    told = TaskFailed(
+        epoch=Epoch(3), step=StepNumber(8), code="stage_error", message="no", missing=missing
+    )
     assert said == Send(told)
 
 
@@ -632,7 +644,7 @@ def test_last_stage_answers_the_coordinator() -> None:
     run = run_of(agent, given, b"1234")
     (said,) = agent.handle(Computed(run, (IDS,), (b"5678",), 500, 400, 250), now=1.0)
     own = StageTime(compute_us=500, layers_us=400, queued_us=250)
-    result = TaskResult(epoch=3, step=8, timings=(*passed, own), tensors=(IDS,))
+    result = TaskResult(epoch=Epoch(3), step=StepNumber(8), timings=(*passed, own), tensors=(IDS,))
     assert said == Send(result, (b"5678",))
 
 
@@ -641,7 +653,7 @@ def test_what_samples_nothing_is_answered_with_nothing() -> None:
     run = run_of(agent, task(3, step=8), b"1234")
     (said,) = agent.handle(Computed(run, (), (), 500, 400, 250), now=1.0)
     own = StageTime(compute_us=500, layers_us=400, queued_us=250)
-    assert said == Send(TaskResult(epoch=3, step=8, timings=(own,)))
+    assert said == Send(TaskResult(epoch=Epoch(3), step=StepNumber(8), timings=(own,)))
 
 
 # ------------------------------------------------------------------ the way on
@@ -681,53 +693,55 @@ def test_handed_on_task_carries_the_newest_that_is_known_to_be_void() -> None:
 def test_coordinator_relays_where_it_must(route: tuple[bool, ...], link: bool) -> None:
     agent = serving(MAC)
     if not link:
-        agent.handle(LinkDown(LinkId(3)), now=0.5)
+        agent.handle(LinkDown(LinkId(Epoch(3))), now=0.5)
     run = run_of(agent, task(3, step=8, route=route), b"1234")
     (said,) = agent.handle(Computed(run, (HIDDEN,), (b"out.",), 500, 400, 250), now=1.0)
     own = StageTime(compute_us=500, layers_us=400, queued_us=250)
-    result = TaskResult(epoch=3, step=8, timings=(own,), tensors=(HIDDEN,))
+    result = TaskResult(epoch=Epoch(3), step=StepNumber(8), timings=(own,), tensors=(HIDDEN,))
     assert said == Send(result, (b"out.",))
 
 
 def test_link_is_dialled_with_every_order_and_closed_with_every_end() -> None:
     agent = joined()
     dial, load = hear(agent, order(3, MAC))
-    assert dial == OpenLink(LinkId(3), MAC.addresses)
+    assert dial == OpenLink(LinkId(Epoch(3)), MAC.addresses)
     assert isinstance(load, Load)
     close, dial, _ = hear(agent, order(4, MAC))
-    assert close == CloseLink(LinkId(3))
-    assert dial == OpenLink(LinkId(4), MAC.addresses)
+    assert close == CloseLink(LinkId(Epoch(3)))
+    assert dial == OpenLink(LinkId(Epoch(4)), MAC.addresses)
     close, load = hear(agent, order(5))
-    assert close == CloseLink(LinkId(4))
+    assert close == CloseLink(LinkId(Epoch(4)))
     assert isinstance(load, Load)
     hear(agent, order(6, MAC))
-    assert hear(agent, DropStage(epoch=7)) == [CloseLink(LinkId(6)), Drop()]
+    assert hear(agent, DropStage(epoch=Epoch(7))) == [CloseLink(LinkId(Epoch(6))), Drop()]
     hear(agent, order(8, MAC))
     actions = without_logs(agent.handle(Disconnected(), now=1.0))
-    assert actions == [CloseLink(LinkId(8)), Reconnect()]
+    assert actions == [CloseLink(LinkId(Epoch(8))), Reconnect()]
 
 
 def test_reports_of_the_link_are_said_between_heartbeats() -> None:
     agent = joined()
     hear(agent, order(3, MAC))
-    assert agent.on_timer(reached=True, now=0.0) == [SendHeartbeat((3,))]
+    assert agent.on_timer(reached=True, now=0.0) == [SendHeartbeat((Epoch(3),))]
     for now in (1.0, 2.0, 3.0):
         hear(agent, Pong(), now)
         assert agent.next_deadline() == now
         actions = without_logs(agent.on_timer(reached=True, now=now))
-        down = [Send(LinkReport(epoch=3, up=False))] if now == 3.0 else []
-        assert actions == [*down, SendHeartbeat((3,))]
-    hello_to_mac = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
+        down = [Send(LinkReport(epoch=Epoch(3), up=False))] if now == 3.0 else []
+        assert actions == [*down, SendHeartbeat((Epoch(3),))]
+    hello_to_mac = PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "mac"))
     address = MAC.addresses[0]
-    greet = Greet(LinkId(3), hello_to_mac, (address,))
-    assert agent.handle(LinkReached(LinkId(3), address), now=3.1) == [greet]
+    greet = Greet(LinkId(Epoch(3)), hello_to_mac, (address,))
+    assert agent.handle(LinkReached(LinkId(Epoch(3)), address), now=3.1) == [greet]
     assert agent.next_deadline() == pytest.approx(3.4)
     assert agent.on_timer(reached=True, now=3.4) == [greet]
-    said, probe = without_logs(agent.handle(LinkUp(LinkId(3), 0.25), now=3.5))
-    assert said == Send(LinkReport(epoch=3, up=True, rtt_s=0.25))
+    said, probe = without_logs(agent.handle(LinkUp(LinkId(Epoch(3)), 0.25), now=3.5))
+    assert said == Send(LinkReport(epoch=Epoch(3), up=True, rtt_s=0.25))
     assert isinstance(probe, SendOverLink)
-    (said,) = agent.handle(LinkReceived(LinkId(3), PeerProbed(epoch=3)), now=4.25)
-    assert said == Send(LinkReport(epoch=3, up=True, rtt_s=0.25, bytes_per_s=PROBE_BYTES / 0.5))
+    (said,) = agent.handle(LinkReceived(LinkId(Epoch(3)), PeerProbed(epoch=Epoch(3))), now=4.25)
+    assert said == Send(
+        LinkReport(epoch=Epoch(3), up=True, rtt_s=0.25, bytes_per_s=PROBE_BYTES / 0.5)
+    )
 
 
 # ------------------------------------------------------------------ tasks of other workers
@@ -738,7 +752,7 @@ def test_whoever_said_a_right_hello_may_hand_tasks() -> None:
     given = PeerReceived(BEFORE, task(3, step=1), (b"1234",))
     assert without_logs(agent.handle(given, now=0.0)) == []
     welcome = agent.handle(PeerReceived(BEFORE, hello(3)), now=0.0)
-    assert welcome == [SendToPeer(BEFORE, PeerWelcome(epoch=3))]
+    assert welcome == [SendToPeer(BEFORE, PeerWelcome(epoch=Epoch(3)))]
     assert agent.handle(given, now=0.0) == [Run(0, task(3, step=1), (b"1234",))]
     stranger = PeerReceived(STRANGER, task(3, step=2), (b"1234",))
     assert without_logs(agent.handle(stranger, now=0.0)) == []
@@ -751,10 +765,10 @@ def test_whoever_said_a_right_hello_may_hand_tasks() -> None:
         hello(3, worker="mac"),
         hello(2),
         hello(4),
-        PeerHello(epoch=3, key="secret"),
-        PeerHello(epoch=3, key=""),
-        PeerHello(epoch=3, key="é"),
-        PeerHello(epoch=3, key=proof("secret", 2, "pc-2")),
+        PeerHello(epoch=Epoch(3), key="secret"),
+        PeerHello(epoch=Epoch(3), key=""),
+        PeerHello(epoch=Epoch(3), key="é"),
+        PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(2), "pc-2")),
     ],
 )
 def test_wrong_hello_is_not_answered(wrong: PeerHello) -> None:
@@ -767,7 +781,7 @@ def test_wrong_hello_is_not_answered(wrong: PeerHello) -> None:
 def test_whoever_was_welcome_in_one_epoch_is_nobody_in_the_next() -> None:
     agent = serving()
     agent.handle(PeerReceived(BEFORE, hello(3)), now=0.0)
-    for message in (order(4), DropStage(epoch=5), order(6)):
+    for message in (order(4), DropStage(epoch=Epoch(5)), order(6)):
         hear(agent, message)
         for epoch in range(7):
             given = PeerReceived(BEFORE, task(epoch, step=1), (b"1234",))
@@ -778,8 +792,12 @@ def test_nobody_is_welcome_where_nothing_is_served() -> None:
     agent = serving()
     agent.handle(Disconnected(), now=1.0)
     for epoch in (0, 3):
-        for key in (proof("secret", 3, "pc-2"), proof("secret", 0, "pc-2"), proof("", 0, "pc-2")):
-            given = PeerReceived(BEFORE, PeerHello(epoch=epoch, key=key))
+        for key in (
+            proof("secret", Epoch(3), "pc-2"),
+            proof("secret", Epoch(0), "pc-2"),
+            proof("", Epoch(0), "pc-2"),
+        ):
+            given = PeerReceived(BEFORE, PeerHello(epoch=Epoch(epoch), key=key))
             assert agent.handle(given, now=1.0) == []
         given = PeerReceived(BEFORE, task(epoch), (b"1234",))
         assert without_logs(agent.handle(given, now=1.0)) == []

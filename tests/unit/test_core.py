@@ -32,7 +32,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
-from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
+from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, PeerId, StepNumber
 from distributed_llm.coordinator import events
 from tests.unit.fake_model import reference
 from tests.unit.fake_worker import capabilities
@@ -336,12 +336,16 @@ def test_strangers_are_told_to_connect_again() -> None:
         Cancel(request_id="x"),
         GetStatus(),
         Heartbeat(
-            epochs=(1,), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
+            epochs=(Epoch(1),), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
         ),
-        StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0),
-        TaskResult(epoch=1, step=1, timings=(StageTime(compute_us=1, layers_us=0, queued_us=0),)),
-        TaskFailed(epoch=1, step=1, code="x", message="x"),
-        LinkReport(epoch=1, up=True),
+        StageReady(epoch=Epoch(1), credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0),
+        TaskResult(
+            epoch=Epoch(1),
+            step=StepNumber(1),
+            timings=(StageTime(compute_us=1, layers_us=0, queued_us=0),),
+        ),
+        TaskFailed(epoch=Epoch(1), step=StepNumber(1), code="x", message="x"),
+        LinkReport(epoch=Epoch(1), up=True),
     ]
     for message in messages:
         actions = world.core.handle(events.Received(PeerId(b"?"), message), now=world.now)
@@ -363,7 +367,7 @@ def test_workers_may_not_ask_and_clients_may_not_work() -> None:
         (worker.link.peer, GetStatus()),
         (
             client.link.peer,
-            StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0),
+            StageReady(epoch=Epoch(1), credits=2, load_s=0.0, kv_tokens=99, weight_bytes=0),
         ),
     ]
     for peer, message in questions:

@@ -9,7 +9,7 @@ from distributed_llm.common.messages import (
     Task,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange, SequenceId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.serving.event_log import EventKind
 from tests.unit.fake_model import POISON, Missing
@@ -202,7 +202,7 @@ def test_slow_worker_with_progress_keeps_its_lease() -> None:
             events.Received(
                 slow.link.peer,
                 Heartbeat(
-                    epochs=(1,),
+                    epochs=(Epoch(1),),
                     progress_age_s=0.1,
                     tasks_waiting=1,
                     memory_used_bytes=0,
@@ -221,7 +221,7 @@ def test_worker_that_says_it_serves_another_plan_is_given_up() -> None:
     answer = world.client().submit(LONG)
     world.run(lambda: len(answer.token_ids) == 2)
     beat = Heartbeat(
-        epochs=(99,), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
+        epochs=(Epoch(99),), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
     )
     world.apply(events.Received(astray.link.peer, beat))
     assert "w0 serves another plan" in " ".join(world.logs)
@@ -346,7 +346,7 @@ def test_refusal_that_names_sequences_of_no_step_does_not_go_on_for_ever() -> No
     def lie(task: Task) -> None:
         nonlocal count
         count += 1
-        raise Missing((MissingPositions(sequence_id=999, have=0),))
+        raise Missing((MissingPositions(sequence_id=SequenceId(999), have=0),))
 
     worker.before_task = lie
     assert world.run(lambda: answer.end is not None, for_s=5.0)

@@ -18,6 +18,7 @@ from distributed_llm.common.messages import (
     Welcome,
     WorkerHello,
 )
+from distributed_llm.common.types import Epoch, StepNumber
 from distributed_llm.coordinator import events
 from tests.unit.simulation import LONG, Fault, FaultKind, World, finish
 
@@ -107,13 +108,13 @@ def test_what_workers_say_of_older_epochs_is_counted_and_no_more() -> None:
     world.run(lambda: len(answer.token_ids) == 2)
     times = (StageTime(compute_us=1, layers_us=0, queued_us=0),)
     messages: list[FromWorker] = [
-        TaskResult(epoch=1, step=2, timings=times),
-        TaskFailed(epoch=1, step=2, code="stage_error", message="x"),
-        LinkReport(epoch=1, up=True),
-        StageFailed(epoch=1, code="stage_error", message="x"),
-        StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1),
+        TaskResult(epoch=Epoch(1), step=StepNumber(2), timings=times),
+        TaskFailed(epoch=Epoch(1), step=StepNumber(2), code="stage_error", message="x"),
+        LinkReport(epoch=Epoch(1), up=True),
+        StageFailed(epoch=Epoch(1), code="stage_error", message="x"),
+        StageReady(epoch=Epoch(1), credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1),
         StageReady(
-            epoch=2, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1
+            epoch=Epoch(2), credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1
         ),  # it is served already
     ]
     before = world.rejected.get("stale_epoch", 0)
@@ -133,9 +134,9 @@ def test_older_layers_that_are_ready_are_not_the_new_ones() -> None:
     workers[0].kill()
     assert world.run(lambda: world.epoch == 2)
     for worker in workers[1:]:
-        ready = StageReady(epoch=1, credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1)
+        ready = StageReady(epoch=Epoch(1), credits=2, load_s=0.0, kv_tokens=99, weight_bytes=1)
         world.apply(events.Received(worker.link.peer, ready))
-        failed = StageFailed(epoch=1, code="stage_error", message="x")
+        failed = StageFailed(epoch=Epoch(1), code="stage_error", message="x")
         world.apply(events.Received(worker.link.peer, failed))
     assert world.state == "loading"
     finish(world, world.client().submit(LONG))

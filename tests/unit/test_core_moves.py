@@ -22,7 +22,7 @@ from distributed_llm.common.messages import (
     WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.types import WorkerId
+from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator import events
 from tests.unit.fake_client import Answer, SimClient
 from tests.unit.fake_model import BIG
@@ -181,7 +181,7 @@ def test_trials_of_an_older_plan_tell_nothing() -> None:
     trial = StageTrial(sequences=1, start=8, num_tokens=1, time=time)
     for epoch, known in ((0, False), (world.core.status(now=world.now).epoch, True)):
         ready = StageReady(
-            epoch=epoch, credits=8, load_s=0.1, weight_bytes=1, kv_tokens=64, trials=(trial,)
+            epoch=Epoch(epoch), credits=8, load_s=0.1, weight_bytes=1, kv_tokens=64, trials=(trial,)
         )
         world.core.handle(events.Received(peer, ready), now=world.now)
         status = world.core.status(now=world.now)

@@ -4,7 +4,7 @@ import pytest
 
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import PeerId, SequenceId
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
 from distributed_llm.coordinator.serving.step import Step
@@ -15,7 +15,7 @@ from distributed_llm.coordinator.speeds.demand import DemandMeter
 def step(*slices: tuple[int, int, bool]) -> StepDone:
     """A step that has ended, of slices with (start, tokens, whether the last is sampled)."""
     parts = tuple(
-        SequenceSlice(sequence_id=i, start=start, num_tokens=count, sample=sample)
+        SequenceSlice(sequence_id=SequenceId(i), start=start, num_tokens=count, sample=sample)
         for i, (start, count, sample) in enumerate(slices)
     )
     tokens = tuple(range(sum(count for _, count, _ in slices)))

@@ -22,7 +22,7 @@ from distributed_llm.common.messages import (
     Task,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute import loading
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
@@ -49,7 +49,7 @@ TOKENS = TensorSpec("int32", (2,))
 TOKEN_IDS = bytes([1, 0, 0, 0, 2, 0, 0, 0])
 
 ORDER = LoadStage(
-    epoch=3,
+    epoch=Epoch(3),
     source=ModelSource(kind="builtin", name=""),
     layers=LayerRange(0, 2),
     dtype="float32",
@@ -180,9 +180,15 @@ def order(**fields: Any) -> LoadStage:
 
 def run(step: int = 0, *tensors: Tensor) -> Run:
     given = [frame_of(tensor) for tensor in tensors]
-    part = SequenceSlice(sequence_id=1, start=0, num_tokens=2)
+    part = SequenceSlice(sequence_id=SequenceId(1), start=0, num_tokens=2)
     specs = (TOKENS, *(spec for spec, _ in given))
-    task = Task(epoch=3, step=step, oldest=0, sequences=(part,), tensors=specs)
+    task = Task(
+        epoch=Epoch(3),
+        step=StepNumber(step),
+        oldest=StepNumber(0),
+        sequences=(part,),
+        tensors=specs,
+    )
     return Run(0, task, (TOKEN_IDS, *(frame for _, frame in given)))
 
 
@@ -243,7 +249,7 @@ def raising(error: Exception) -> Callable[[], StageOutput]:
 
 
 def test_errors_are_answers_and_the_thread_goes_on() -> None:
-    missing = (MissingPositions(sequence_id=1, have=0),)
+    missing = (MissingPositions(sequence_id=SequenceId(1), have=0),)
     with running() as (engine, posted):
         engine.put(run())
         (broke,) = [posted.next()]
@@ -285,7 +291,7 @@ def test_late_task_of_a_released_sequence_is_dropped_in_silence() -> None:
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
-        engine.put(Release(3, (1, 2)))
+        engine.put(Release(Epoch(3), (SequenceId(1), SequenceId(2))))
         engine.stages[0].answer = raising(ReleasedSequence("late"))
         engine.put(run(1))
         engine.put(Drop())
@@ -421,15 +427,15 @@ def test_tasks_run_on_the_stage_of_their_epoch() -> None:
         assert [posted.loaded().epoch for _ in range(2)] == [3, 4]
         old, new = engine.stages
         for epoch in (3, 4):
-            engine.put(Release(epoch, (epoch,)))
+            engine.put(Release(Epoch(epoch), (SequenceId(epoch),)))
             given = run()
             task = msgspec.structs.replace(given.task, epoch=epoch)
             engine.put(Run(0, task, given.frames))
             posted.computed()
         assert old.story[1:] == [("release", 3), ([1, 2], None)]
         assert new.story[1:] == [("release", 4), ([1, 2], None)]
-        engine.put(Serve(4))
-        engine.put(Serve(4))  # already
+        engine.put(Serve(Epoch(4)))
+        engine.put(Serve(Epoch(4)))  # already
         engine.put(run())
         broke = posted.next()
         assert isinstance(broke, ComputeFailed)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.events import Log
 from distributed_llm.coordinator.serving.event_log import (
     MAX_EVENTS,
@@ -47,7 +47,7 @@ def test_every_kind_has_a_text_of_facts(kind: EventKind) -> None:
     fields = {name for _, name, _, _ in Formatter().parse(kind.template) if name}
     facts = {name: FACTS[name] for name in fields & set(FACTS)}
     assert fields <= {"worker", "request", "epoch", *FACTS}
-    text = Entry(0.0, kind, A, "r1", 3, facts).text
+    text = Entry(0.0, kind, A, "r1", Epoch(3), facts).text
     assert text
     assert "{" not in text
     assert "None" not in text
@@ -68,7 +68,7 @@ def test_every_kind_has_a_text_of_facts(kind: EventKind) -> None:
     ],
 )
 def test_units_are_those_that_people_read(kind: EventKind, text: str) -> None:
-    assert Entry(0.0, kind, A, None, 3, FACTS).text == text
+    assert Entry(0.0, kind, A, None, Epoch(3), FACTS).text == text
 
 
 def test_an_event_is_kept_and_logged_with_its_level() -> None:
@@ -82,7 +82,7 @@ def test_an_event_is_kept_and_logged_with_its_level() -> None:
 
 def test_a_fact_that_is_missing_is_a_bug() -> None:
     with pytest.raises(KeyError):
-        EventLog().note(EventKind.PLAN_SERVING, epoch=1)
+        EventLog().note(EventKind.PLAN_SERVING, epoch=Epoch(1))
 
 
 def test_it_is_bounded_and_requests_do_not_push_out_the_cluster() -> None:
@@ -115,7 +115,7 @@ def test_the_story_of_a_worker_has_the_plans_it_was_part_of_in_order() -> None:
     ]
     for at, kind, worker, facts in told:
         log.now = at
-        log.note(kind, worker=worker, epoch=1, **facts)
+        log.note(kind, worker=worker, epoch=Epoch(1), **facts)
     log.now = 4.0
     log.trace(EventKind.STEP_FAILED, "r1", worker=A, code="stage_error", why="no room")
     story = log.story(worker="a")

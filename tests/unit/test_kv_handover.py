@@ -33,7 +33,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.events import (
@@ -97,7 +97,7 @@ NEW = LayerRange(0, 4)
 COMES = LayerRange(2, 4)
 NAS = KVTransfer(layers=SECOND, worker="nas", addresses=("10.0.0.3:7000",))
 TO_MAC = KVTransfer(layers=FIRST, worker="mac", addresses=MAC.addresses)
-TO_NAS = LinkId(5, SECOND)
+TO_NAS = LinkId(Epoch(5), SECOND)
 SENDER = PeerId(b"sender")
 
 
@@ -110,7 +110,7 @@ def beside(epoch: int = 5, imports: Sequence[LayerRange] = (), **changes: object
 
 
 def copy(*transfers: KVTransfer, epoch: int = 5) -> CopyKV:
-    return CopyKV(epoch=epoch, link_key="new", transfers=transfers or (NAS,))
+    return CopyKV(epoch=Epoch(epoch), link_key="new", transfers=transfers or (NAS,))
 
 
 def do(agent: Agent, event: object, now: float = 0.0) -> list[Action]:
@@ -118,7 +118,7 @@ def do(agent: Agent, event: object, now: float = 0.0) -> list[Action]:
 
 
 def loaded(epoch: int, session: int = 0) -> Loaded:
-    return Loaded(session, epoch, 1.0, 99, 640)
+    return Loaded(session, Epoch(epoch), 1.0, 99, 640)
 
 
 def serving_3(next_stage: object = None) -> Agent:
@@ -156,11 +156,13 @@ def sending(now: float = 0.0) -> tuple[Agent, Action]:
 
 def pieces(number: int, layers: LayerRange = SECOND, epoch: int = 5) -> KVPieces:
     part = KVPart(segment=1, layer=layers.start, offset=0, count=1, capacity=64)
-    return KVPieces(epoch=epoch, layers=layers, number=number, parts=(part,), tensors=(BYTES,))
+    return KVPieces(
+        epoch=Epoch(epoch), layers=layers, number=number, parts=(part,), tensors=(BYTES,)
+    )
 
 
 def end(number: int, layers: LayerRange = SECOND, epoch: int = 5) -> KVEnd:
-    return KVEnd(epoch=epoch, layers=layers, number=number, tensors=(BYTES,))
+    return KVEnd(epoch=Epoch(epoch), layers=layers, number=number, tensors=(BYTES,))
 
 
 def exported(
@@ -172,8 +174,8 @@ def exported(
 
 
 def taken(agent: Agent, number: int, now: float = 0.0, layers: LayerRange = SECOND) -> list[Action]:
-    answer = KVTaken(epoch=5, layers=layers, number=number)
-    return do(agent, LinkReceived(LinkId(5, layers), answer), now)
+    answer = KVTaken(epoch=Epoch(5), layers=layers, number=number)
+    return do(agent, LinkReceived(LinkId(Epoch(5), layers), answer), now)
 
 
 def pass_time(agent: Agent, until: float) -> list[tuple[float, list[Action]]]:
@@ -236,16 +238,18 @@ def test_layers_of_an_older_session_are_given_up_by_who_serves_nothing() -> None
 def test_link_of_the_new_epoch_comes_up_beside_the_old_one() -> None:
     agent = serving_3(MAC)
     dial, load = hear(agent, beside(next_stage=MAC))
-    assert dial == OpenLink(LinkId(5), MAC.addresses)
+    assert dial == OpenLink(LinkId(Epoch(5)), MAC.addresses)
     assert isinstance(load, Load)
-    (greet,) = do(agent, LinkReached(LinkId(5), MAC.addresses[0]))
+    (greet,) = do(agent, LinkReached(LinkId(Epoch(5)), MAC.addresses[0]))
     assert greet == Greet(
-        LinkId(5), PeerHello(epoch=5, key=proof("new", 5, "mac")), (MAC.addresses[0],)
+        LinkId(Epoch(5)),
+        PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "mac")),
+        (MAC.addresses[0],),
     )
-    _, probe = do(agent, LinkUp(LinkId(5), 0.001))
+    _, probe = do(agent, LinkUp(LinkId(Epoch(5)), 0.001))
     assert isinstance(probe, SendOverLink)
-    assert probe.link == LinkId(5)
-    do(agent, LinkDown(LinkId(5)))
+    assert probe.link == LinkId(Epoch(5))
+    do(agent, LinkDown(LinkId(Epoch(5))))
     run = run_of(agent, task(3, step=1, route=(True,)), b"1234")
     (sent,) = do(agent, Computed(run, (HIDDEN,), (b"out.",), 1, 1, 1))
     assert isinstance(sent, ForwardTask)
@@ -254,7 +258,12 @@ def test_link_of_the_new_epoch_comes_up_beside_the_old_one() -> None:
 @pytest.mark.parametrize("served", [False, True])
 def test_what_comes_late_of_links_of_another_epoch_is_ignored(served: bool) -> None:
     agent = serving_3(MAC) if served else serving_3()
-    for link in (LinkId(2), LinkId(5), LinkId(3, SECOND), LinkId(5, SECOND)):
+    for link in (
+        LinkId(Epoch(2)),
+        LinkId(Epoch(5)),
+        LinkId(Epoch(3), SECOND),
+        LinkId(Epoch(5), SECOND),
+    ):
         assert do(agent, LinkReached(link, MAC.addresses[0])) == []
         assert do(agent, LinkUp(link, 0.001)) == []
         assert do(agent, LinkReceived(link, PeerProbed(epoch=link.epoch))) == []
@@ -268,8 +277,8 @@ def test_whoever_is_welcome_in_one_epoch_is_not_in_the_other() -> None:
     agent = both()
     old, new = PeerId(b"old"), PeerId(b"new")
     hellos = {
-        old: PeerHello(epoch=3, key=proof("secret", 3, "pc-2")),
-        new: PeerHello(epoch=5, key=proof("new", 5, "pc-2")),
+        old: PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "pc-2")),
+        new: PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "pc-2")),
     }
     for peer, said in hellos.items():
         assert do(agent, PeerReceived(peer, said)) == [
@@ -277,8 +286,10 @@ def test_whoever_is_welcome_in_one_epoch_is_not_in_the_other() -> None:
         ]
     assert do(agent, PeerReceived(new, task(3, step=1), (b"1234",))) == []
     assert do(agent, PeerReceived(old, task(5, step=1), (b"1234",))) == []
-    probe = PeerProbe(epoch=5, tensors=(BYTES,))
-    assert do(agent, PeerReceived(new, probe, (b"1234",))) == [SendToPeer(new, PeerProbed(epoch=5))]
+    probe = PeerProbe(epoch=Epoch(5), tensors=(BYTES,))
+    assert do(agent, PeerReceived(new, probe, (b"1234",))) == [
+        SendToPeer(new, PeerProbed(epoch=Epoch(5)))
+    ]
     assert do(agent, PeerReceived(old, probe, (b"1234",))) == []
     (run,) = do(agent, PeerReceived(old, task(3, step=1), (b"1234",)))
     assert isinstance(run, Run)
@@ -288,17 +299,21 @@ def test_newer_order_takes_the_place_of_what_loads() -> None:
     agent = serving_3()
     hear(agent, beside(5, next_stage=MAC))
     assert hear(agent, beside(5)) == []
-    assert hear(agent, beside(7)) == [CloseLink(LinkId(5)), Unload(5), Load(0, beside(7))]
+    assert hear(agent, beside(7)) == [
+        CloseLink(LinkId(Epoch(5))),
+        Unload(Epoch(5)),
+        Load(0, beside(7)),
+    ]
     assert agent.is_void(Load(0, beside(5)))
     assert do(agent, loaded(5)) == []
     assert beats(agent) == (3, 7)
     do(agent, loaded(7))
-    assert hear(agent, DropStage(epoch=3)) == [Serve(7)]
+    assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(7))]
 
 
 def test_newer_order_takes_back_that_layers_were_handed_over() -> None:
     agent = both()
-    hear(agent, TakeOver(epoch=5))
+    hear(agent, TakeOver(epoch=Epoch(5)))
     hear(agent, beside(7))
     assert_serves(agent, 3)
 
@@ -315,17 +330,17 @@ def test_order_that_is_not_beside_drops_all_older_ones() -> None:
 def test_failure_to_load_beside_is_told_and_serving_goes_on(kind: type[StageError]) -> None:
     agent = serving_3()
     hear(agent, beside())
-    (said,) = do(agent, LoadFailed(0, 5, kind("no")))
-    assert said == Send(StageFailed(epoch=5, code=kind.code, message="no"))
+    (said,) = do(agent, LoadFailed(0, Epoch(5), kind("no")))
+    assert said == Send(StageFailed(epoch=Epoch(5), code=kind.code, message="no"))
     assert_serves(agent, 3)
-    assert hear(agent, CancelStage(epoch=5)) == [Unload(5)]
+    assert hear(agent, CancelStage(epoch=Epoch(5))) == [Unload(Epoch(5))]
     assert beats(agent) == (3,)
 
 
 def test_worker_that_serves_nothing_and_has_another_checkpoint_ends() -> None:
     agent = joined()
     hear(agent, beside())
-    _, leave = do(agent, LoadFailed(0, 5, CheckpointMismatch("no")))
+    _, leave = do(agent, LoadFailed(0, Epoch(5), CheckpointMismatch("no")))
     assert isinstance(leave, Fail)
 
 
@@ -337,16 +352,16 @@ def test_dropping_the_old_epoch_serves_the_new_one(after: str) -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=1), b"1234")
     if after == "take over":
-        (assemble,) = hear(agent, TakeOver(epoch=5))
+        (assemble,) = hear(agent, TakeOver(epoch=Epoch(5)))
         assert do(agent, KVAssembled(assemble)) == [Send(TookOver(epoch=5))]  # type: ignore[arg-type]
-    assert hear(agent, DropStage(epoch=3)) == [Serve(5)]
+    assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(5))]
     assert beats(agent) == (5,)
     assert agent.is_void(waiting)
     assert do(agent, Computed(waiting, (IDS,), (b"5678",), 1, 1, 1)) == []
     assert hear(agent, task(3, step=2)) == []
     assert_serves(agent, 5, step=0)
-    assert hear(agent, DropStage(epoch=3)) == []
-    assert hear(agent, CancelStage(epoch=5)) == []
+    assert hear(agent, DropStage(epoch=Epoch(3))) == []
+    assert hear(agent, CancelStage(epoch=Epoch(5))) == []
     assert_serves(agent, 5, step=1)
 
 
@@ -354,35 +369,35 @@ def test_first_task_of_the_new_epoch_overtakes_the_commit() -> None:
     agent = serving_3(MAC)
     hear(agent, beside(next_stage=MAC))
     do(agent, loaded(5))
-    (assemble,) = hear(agent, TakeOver(epoch=5))
+    (assemble,) = hear(agent, TakeOver(epoch=Epoch(5)))
     do(agent, KVAssembled(assemble))  # type: ignore[arg-type]
     close, serve, run = hear(agent, task(5, step=1))
-    assert (close, serve) == (CloseLink(LinkId(3)), Serve(5))
+    assert (close, serve) == (CloseLink(LinkId(Epoch(3))), Serve(Epoch(5)))
     assert isinstance(run, Run)
     assert not agent.is_void(run)
-    assert hear(agent, DropStage(epoch=3)) == []
+    assert hear(agent, DropStage(epoch=Epoch(3))) == []
     assert hear(agent, task(3, step=9)) == []
     assert_serves(agent, 5, 2)
 
 
 def test_task_from_the_stage_before_serves_the_new_epoch_too() -> None:
     agent = both()
-    do(agent, PeerReceived(SENDER, PeerHello(epoch=5, key=proof("new", 5, "pc-2"))))
+    do(agent, PeerReceived(SENDER, PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "pc-2"))))
     serve, run = do(agent, PeerReceived(SENDER, task(5, step=1), (b"1234",)))
-    assert serve == Serve(5)
+    assert serve == Serve(Epoch(5))
     assert isinstance(run, Run)
 
 
 def test_idle_worker_serves_with_its_first_task() -> None:
     agent = only_new()
     serve, run = hear(agent, task(5))
-    assert serve == Serve(5)
+    assert serve == Serve(Epoch(5))
     assert isinstance(run, Run)
 
 
 def test_worker_of_the_old_epoch_only_loses_its_layers() -> None:
     agent, _ = sending()
-    assert hear(agent, DropStage(epoch=3)) == [CloseLink(TO_NAS), Drop()]
+    assert hear(agent, DropStage(epoch=Epoch(3))) == [CloseLink(TO_NAS), Drop()]
     assert beats(agent) == ()
     assert agent.next_deadline() is not None
     done = [action for _, actions in pass_time(agent, 100.0) for action in actions]
@@ -396,7 +411,7 @@ def test_task_that_comes_too_early_is_refused(sort: str) -> None:
     hear(agent, beside())
     if sort == "taking over":
         do(agent, loaded(5))
-        hear(agent, TakeOver(epoch=5))
+        hear(agent, TakeOver(epoch=Epoch(5)))
     (said,) = hear(agent, task(5, step=4))
     assert isinstance(said, Send)
     assert isinstance(said.message, TaskFailed)
@@ -407,14 +422,14 @@ def test_task_that_comes_too_early_is_refused(sort: str) -> None:
 def test_commit_before_it_is_loaded_is_carried_out_then() -> None:
     agent = serving_3()
     hear(agent, beside())
-    assert hear(agent, DropStage(epoch=3)) == []
+    assert hear(agent, DropStage(epoch=Epoch(3))) == []
     assert hear(agent, task(3)) == []
     (said,) = hear(agent, task(5))
     assert isinstance(said, Send)
     assert isinstance(said.message, TaskFailed)
     assert beats(agent) == (5,)
     serve, ready = do(agent, loaded(5))
-    assert serve == Serve(5)
+    assert serve == Serve(Epoch(5))
     assert isinstance(ready, Send)
     assert_serves(agent, 5)
 
@@ -422,9 +437,12 @@ def test_commit_before_it_is_loaded_is_carried_out_then() -> None:
 def test_released_sequences_are_of_their_epoch() -> None:
     agent = both()
     for epoch in (3, 5):
-        told = ReleaseSequences(epoch=epoch, sequence_ids=(1, 2))
-        assert hear(agent, told) == [Release(epoch, (1, 2))]
-    assert hear(agent, ReleaseSequences(epoch=4, sequence_ids=(1, 2))) == []
+        told = ReleaseSequences(epoch=Epoch(epoch), sequence_ids=(SequenceId(1), SequenceId(2)))
+        assert hear(agent, told) == [Release(Epoch(epoch), (SequenceId(1), SequenceId(2)))]
+    assert (
+        hear(agent, ReleaseSequences(epoch=Epoch(4), sequence_ids=(SequenceId(1), SequenceId(2))))
+        == []
+    )
 
 
 # ------------------------------------------------------------------ cancelling
@@ -432,7 +450,7 @@ def test_released_sequences_are_of_their_epoch() -> None:
 
 def phases() -> dict[str, list[Any]]:
     """What a worker of both epochs, that sends and is sent KV cache, is told, phase by phase."""
-    hello = PeerHello(epoch=5, key=proof("new", 5, "pc-2"))
+    hello = PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "pc-2"))
     load: list[Any] = [beside(5, [COMES])]
     ready = [*load, loaded(5), PeerReceived(SENDER, hello)]
     copying = [
@@ -441,7 +459,7 @@ def phases() -> dict[str, list[Any]]:
         LinkUp(TO_NAS, 0.001),
         PeerReceived(SENDER, pieces(1, COMES), (b"",)),
     ]
-    over = [*copying, TakeOver(epoch=5)]
+    over = [*copying, TakeOver(epoch=Epoch(5))]
     last = PeerReceived(SENDER, end(2, COMES), (b"",))
     first = ImportKV(0, pieces(1, COMES), (b"",))
     second = ImportKV(0, end(2, COMES), (b"",))
@@ -452,7 +470,7 @@ def phases() -> dict[str, list[Any]]:
         "copying": copying,
         "handover": over,
         "assembling": assembling,
-        "assembled": [*assembling, KVAssembled(AssembleKV(0, 5))],
+        "assembled": [*assembling, KVAssembled(AssembleKV(0, Epoch(5)))],
     }
 
 
@@ -469,18 +487,18 @@ def test_cancelling_goes_on_with_the_old_epoch(phase: str) -> None:
     agent = serving_3()
     begun = run_of(agent, task(3, step=7), b"1234")
     go_through(agent, phases()[phase])
-    actions = hear(agent, CancelStage(epoch=5))
+    actions = hear(agent, CancelStage(epoch=Epoch(5)))
     links = [CloseLink(TO_NAS)] if phase not in ("loading", "loaded") else []
-    assert actions == [*links, Unload(5)]
+    assert actions == [*links, Unload(Epoch(5))]
     assert beats(agent) == (3,)
     assert_serves(agent, 3)
-    orders = (Load(0, beside(5)), ExportKV(0, 5, SECOND, 1, False), AssembleKV(0, 5))
+    orders = (Load(0, beside(5)), ExportKV(0, Epoch(5), SECOND, 1, False), AssembleKV(0, Epoch(5)))
     assert all(agent.is_void(one) for one in (*orders, ImportKV(0, end(1, COMES), ())))
     assert hear(agent, task(5)) == []
-    assert hear(agent, TakeOver(epoch=5)) != []  # is refused
+    assert hear(agent, TakeOver(epoch=Epoch(5))) != []  # is refused
     assert_serves(agent, 3, 501)
     assert pass_time(agent, 100.0) == []
-    assert hear(agent, CancelStage(epoch=5)) == []
+    assert hear(agent, CancelStage(epoch=Epoch(5))) == []
     assert hear(agent, beside(5)) == []
     suspended = phase in ("handover", "assembling", "assembled")
     assert agent.is_void(begun) is suspended
@@ -492,17 +510,17 @@ def test_lost_session_ends_all_of_it(phase: str) -> None:
     go_through(agent, phases()[phase])
     actions = do(agent, Disconnected())
     links = [CloseLink(TO_NAS)] if phase not in ("loading", "loaded") else []
-    assert actions == [*links, Unload(5), Reconnect()]
+    assert actions == [*links, Unload(Epoch(5)), Reconnect()]
     assert agent.next_deadline() is None
     for late in (
-        Loaded(0, 5, 1.0, 1, 1),
-        KVExported(ExportKV(0, 5, SECOND, 1, False), pieces(1), (b"",)),
+        Loaded(0, Epoch(5), 1.0, 1, 1),
+        KVExported(ExportKV(0, Epoch(5), SECOND, 1, False), pieces(1), (b"",)),
         KVImported(ImportKV(0, end(2, COMES), ())),
-        KVAssembled(AssembleKV(0, 5)),
-        KVOrderFailed(AssembleKV(0, 5), StageError("no")),
+        KVAssembled(AssembleKV(0, Epoch(5))),
+        KVOrderFailed(AssembleKV(0, Epoch(5)), StageError("no")),
         LinkUp(TO_NAS, 0.1),
         LinkDown(TO_NAS),
-        LinkReceived(TO_NAS, KVTaken(epoch=5, layers=SECOND, number=1)),
+        LinkReceived(TO_NAS, KVTaken(epoch=Epoch(5), layers=SECOND, number=1)),
     ):
         assert do(agent, late) == []
 
@@ -522,13 +540,13 @@ def test_new_plan_that_is_not_beside_ends_all_of_it(phase: str) -> None:
 
 def test_messages_are_sent_in_a_window_of_two() -> None:
     agent, export = sending()
-    assert export == ExportKV(0, 5, SECOND, 1, rest=False)
+    assert export == ExportKV(0, Epoch(5), SECOND, 1, rest=False)
     sent, export = exported(agent, export, pieces(1))
     assert sent == SendOverLink(TO_NAS, pieces(1), (b"1234",))
-    assert export == ExportKV(0, 5, SECOND, 2, rest=False)
+    assert export == ExportKV(0, Epoch(5), SECOND, 2, rest=False)
     assert exported(agent, export, pieces(2)) == [SendOverLink(TO_NAS, pieces(2), (b"1234",))]
     (export,) = taken(agent, 1)
-    assert export == ExportKV(0, 5, SECOND, 3, rest=False)
+    assert export == ExportKV(0, Epoch(5), SECOND, 3, rest=False)
     assert taken(agent, 1) == taken(agent, 9) == []  # told again, or of nothing
     assert taken(agent, 2) == []  # the next message is being exported
     assert isinstance(export, ExportKV)
@@ -548,7 +566,9 @@ def test_acknowledgment_of_nothing_opens_no_window() -> None:
 def test_hello_to_the_receiver_is_repeated_and_proves_the_key() -> None:
     agent = serving_3()
     assert hear(agent, copy()) == [OpenLink(TO_NAS, NAS.addresses)]
-    hello = Greet(TO_NAS, PeerHello(epoch=5, key=proof("new", 5, "nas")), NAS.addresses)
+    hello = Greet(
+        TO_NAS, PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "nas")), NAS.addresses
+    )
     assert do(agent, LinkReached(TO_NAS, NAS.addresses[0]), 0.1) == [hello]
     assert pass_time(agent, 1.0) == [(0.4, [hello]), (0.7, [hello]), (1.0, [hello])]
 
@@ -557,8 +577,8 @@ def test_all_was_copied_is_told_once_when_it_was_acknowledged() -> None:
     agent, export = sending()
     _, export = exported(agent, export, pieces(1))
     assert exported(agent, export, None, now=1.0) == []
-    assert taken(agent, 1, 1.1) == [Send(KVCopied(epoch=5, bytes_sent=4))]
-    look = ExportKV(0, 5, SECOND, 2, rest=False)
+    assert taken(agent, 1, 1.1) == [Send(KVCopied(epoch=Epoch(5), bytes_sent=4))]
+    look = ExportKV(0, Epoch(5), SECOND, 2, rest=False)
     assert pass_time(agent, 5.0) == [(2.0, [look])]  # steps go on adding to it
     sent, export = exported(agent, look, pieces(2), 5.0)
     assert isinstance(sent, SendOverLink)
@@ -568,55 +588,55 @@ def test_all_was_copied_is_told_once_when_it_was_acknowledged() -> None:
 
 def test_nothing_to_copy_is_copied() -> None:
     agent, export = sending()
-    assert exported(agent, export, None) == [Send(KVCopied(epoch=5, bytes_sent=0))]
+    assert exported(agent, export, None) == [Send(KVCopied(epoch=Epoch(5), bytes_sent=0))]
 
 
 def test_copied_is_told_when_the_last_transfer_is_done() -> None:
     agent = serving_3()
     hear(agent, copy(NAS, TO_MAC))
-    other = LinkId(5, FIRST)
+    other = LinkId(Epoch(5), FIRST)
     (export,) = do(agent, LinkUp(TO_NAS, 0.001))
     assert exported(agent, export, None, 0.5) == []
     (second,) = do(agent, LinkUp(other, 0.001), 0.6)
-    assert second == ExportKV(0, 5, FIRST, 1, rest=False)
+    assert second == ExportKV(0, Epoch(5), FIRST, 1, rest=False)
     _, third = exported(agent, second, pieces(1, FIRST), 0.7)
     assert exported(agent, third, None, 0.8) == []
-    assert taken(agent, 1, 0.9, FIRST) == [Send(KVCopied(epoch=5, bytes_sent=4))]
+    assert taken(agent, 1, 0.9, FIRST) == [Send(KVCopied(epoch=Epoch(5), bytes_sent=4))]
 
 
 def test_rest_is_sent_with_the_end_after_the_handover_began() -> None:
     agent, export = sending()
     exported(agent, export, None)
-    (export,) = hear(agent, TakeOver(epoch=5))
-    assert export == ExportKV(0, 5, SECOND, 1, rest=True)
+    (export,) = hear(agent, TakeOver(epoch=Epoch(5)))
+    assert export == ExportKV(0, Epoch(5), SECOND, 1, rest=True)
     assert hear(agent, task(3, step=9)) == []
     _, export = exported(agent, export, pieces(1))
     assert exported(agent, export, end(2)) == [SendOverLink(TO_NAS, end(2), (b"1234",))]
     assert taken(agent, 2) == []
     assert pass_time(agent, 100.0) == []
-    assert hear(agent, DropStage(epoch=3)) == [CloseLink(TO_NAS), Drop()]
+    assert hear(agent, DropStage(epoch=Epoch(3))) == [CloseLink(TO_NAS), Drop()]
 
 
 def test_handover_while_an_export_is_under_way() -> None:
     agent, export = sending()
-    assert hear(agent, TakeOver(epoch=5)) == []
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == []
     (export,) = exported(agent, export, None)
-    assert export == ExportKV(0, 5, SECOND, 1, rest=True)
+    assert export == ExportKV(0, Epoch(5), SECOND, 1, rest=True)
 
 
 def test_handover_before_the_receiver_was_reached() -> None:
     agent = serving_3()
     hear(agent, copy())
-    assert hear(agent, TakeOver(epoch=5)) == []
-    assert do(agent, LinkUp(TO_NAS, 0.001)) == [ExportKV(0, 5, SECOND, 1, rest=True)]
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == []
+    assert do(agent, LinkUp(TO_NAS, 0.001)) == [ExportKV(0, Epoch(5), SECOND, 1, rest=True)]
 
 
 def test_rest_waits_for_the_window() -> None:
     agent, export = sending()
     _, export = exported(agent, export, pieces(1))
     exported(agent, export, pieces(2))
-    assert hear(agent, TakeOver(epoch=5)) == []
-    assert taken(agent, 1) == [ExportKV(0, 5, SECOND, 3, rest=True)]
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == []
+    assert taken(agent, 1) == [ExportKV(0, Epoch(5), SECOND, 3, rest=True)]
 
 
 # ------------------------------------------------------------------ sending fails
@@ -631,7 +651,7 @@ def test_receiver_that_cannot_be_reached() -> None:
     told = failure(actions)
     assert (told.epoch, told.worker, told.code) == (5, "nas", "connection_failed")
     assert "nas cannot be reached within 5 s" in told.message
-    assert hear(agent, CancelStage(epoch=5)) == [Unload(5)]
+    assert hear(agent, CancelStage(epoch=Epoch(5))) == [Unload(Epoch(5))]
     assert_serves(agent, 3)
 
 
@@ -649,7 +669,7 @@ def test_receiver_that_never_welcomes() -> None:
 def test_receiver_that_does_not_acknowledge(after_handover: bool) -> None:
     agent, export = sending()
     if after_handover:
-        hear(agent, TakeOver(epoch=5))
+        hear(agent, TakeOver(epoch=Epoch(5)))
     _, export = exported(agent, export, pieces(1), 2.0)
     exported(agent, export, end(2) if after_handover else pieces(2), 4.0)
     taken(agent, 1, 6.0)
@@ -678,9 +698,9 @@ def test_lost_link_while_copying() -> None:
     assert agent.is_void(export)
     assert exported(agent, export, pieces(1)) == []
     assert pass_time(agent, 100.0) == []
-    assert hear(agent, TakeOver(epoch=5)) == []
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == []
     assert_not_run(agent, 3)
-    hear(agent, CancelStage(epoch=5))
+    hear(agent, CancelStage(epoch=Epoch(5)))
     assert_serves(agent, 3)
 
 
@@ -702,16 +722,16 @@ def test_failure_ends_all_transfers_and_is_told_once() -> None:
     hear(agent, copy(NAS, TO_MAC))
     do(agent, LinkUp(TO_NAS, 0.001))
     actions = do(agent, LinkDown(TO_NAS))
-    assert actions[:2] == [CloseLink(TO_NAS), CloseLink(LinkId(5, FIRST))]
-    assert do(agent, LinkUp(LinkId(5, FIRST), 0.001)) == []
+    assert actions[:2] == [CloseLink(TO_NAS), CloseLink(LinkId(Epoch(5), FIRST))]
+    assert do(agent, LinkUp(LinkId(Epoch(5), FIRST), 0.001)) == []
     assert pass_time(agent, 100.0) == []
 
 
 def test_coordinator_may_begin_the_new_epoch_without_after_a_failure() -> None:
     agent = both()
-    (assemble,) = hear(agent, TakeOver(epoch=5))
+    (assemble,) = hear(agent, TakeOver(epoch=Epoch(5)))
     do(agent, KVOrderFailed(assemble, StageError("no")))  # type: ignore[arg-type]
-    assert hear(agent, DropStage(epoch=3)) == [Serve(5)]
+    assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(5))]
     assert_serves(agent, 5)
 
 
@@ -740,10 +760,10 @@ def test_orders_of_wrong_epochs() -> None:
     agent = both()
     assert hear(agent, copy(epoch=3)) == hear(agent, copy(epoch=2)) == []
     assert failure(hear(agent, copy(epoch=9))).epoch == 9
-    assert hear(agent, TakeOver(epoch=3)) == []
-    assert failure(hear(agent, TakeOver(epoch=9))).epoch == 9
+    assert hear(agent, TakeOver(epoch=Epoch(3))) == []
+    assert failure(hear(agent, TakeOver(epoch=Epoch(9)))).epoch == 9
     for epoch in (2, 3, 4, 9):
-        assert hear(agent, CancelStage(epoch=epoch)) == []
+        assert hear(agent, CancelStage(epoch=Epoch(epoch))) == []
     assert_serves(agent, 3)
 
 
@@ -757,7 +777,7 @@ def test_second_order_to_copy_is_ignored() -> None:
 
 def receiving(imports: Sequence[LayerRange] = (COMES,)) -> Agent:
     agent = both(imports)
-    do(agent, PeerReceived(SENDER, PeerHello(epoch=5, key=proof("new", 5, "pc-2"))))
+    do(agent, PeerReceived(SENDER, PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "pc-2"))))
     return agent
 
 
@@ -776,7 +796,7 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
     agent = receiving()
     for number in (1, 2):
         order = importing(agent, pieces(number, COMES))
-        ack = KVTaken(epoch=5, layers=COMES, number=number)
+        ack = KVTaken(epoch=Epoch(5), layers=COMES, number=number)
         assert do(agent, KVImported(order)) == [SendToPeer(SENDER, ack)]
     assert arrive(agent, pieces(2, COMES)) == []  # came twice
     assert_serves(agent, 3)
@@ -786,20 +806,20 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
 def test_it_assembles_once_all_has_arrived(end_first: bool) -> None:
     other = LayerRange(1, 2)
     agent = receiving([COMES, other])
-    assert without_answers(hear(agent, TakeOver(epoch=5)) if not end_first else []) == []
+    assert without_answers(hear(agent, TakeOver(epoch=Epoch(5))) if not end_first else []) == []
     for layers in (COMES, other):
         order = importing(agent, end(1, layers))
         actions = without_answers(do(agent, KVImported(order)))
     if end_first:
         assert actions == []
-        actions = hear(agent, TakeOver(epoch=5))
-    assert actions == [AssembleKV(0, 5)]
+        actions = hear(agent, TakeOver(epoch=Epoch(5)))
+    assert actions == [AssembleKV(0, Epoch(5))]
     assert not agent.is_void(actions[0])  # type: ignore[arg-type]
-    assert hear(agent, TakeOver(epoch=5)) == []
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == []
     assert hear(agent, task(3)) == []
-    assert do(agent, KVAssembled(AssembleKV(0, 5))) == [Send(TookOver(epoch=5))]
+    assert do(agent, KVAssembled(AssembleKV(0, Epoch(5)))) == [Send(TookOver(epoch=Epoch(5)))]
     with pytest.raises(IllegalTransition):
-        do(agent, KVAssembled(AssembleKV(0, 5)))
+        do(agent, KVAssembled(AssembleKV(0, Epoch(5))))
 
 
 def without_answers(actions: list[Action]) -> list[Action]:
@@ -809,29 +829,32 @@ def without_answers(actions: list[Action]) -> list[Action]:
 def test_it_does_not_assemble_before_the_end_is_kept() -> None:
     agent = receiving()
     first, last = importing(agent, pieces(1, COMES)), importing(agent, end(2, COMES))
-    assert hear(agent, TakeOver(epoch=5)) == []
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == []
     assert without_answers(do(agent, KVImported(first))) == []
-    assert without_answers(do(agent, KVImported(last))) == [AssembleKV(0, 5)]
+    assert without_answers(do(agent, KVImported(last))) == [AssembleKV(0, Epoch(5))]
 
 
 def test_idle_worker_without_imports_assembles_at_once() -> None:
     agent = only_new()
-    assert hear(agent, TakeOver(epoch=5)) == [AssembleKV(0, 5)]
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == [AssembleKV(0, Epoch(5))]
 
 
 def test_sender_with_new_layers_of_its_own_does_both() -> None:
     agent = both([COMES])
     hear(agent, copy())
     do(agent, LinkUp(TO_NAS, 0.001))
-    exported(agent, ExportKV(0, 5, SECOND, 1, False), None)
-    assert hear(agent, TakeOver(epoch=5)) == [ExportKV(0, 5, SECOND, 1, rest=True)]
+    exported(agent, ExportKV(0, Epoch(5), SECOND, 1, False), None)
+    assert hear(agent, TakeOver(epoch=Epoch(5))) == [ExportKV(0, Epoch(5), SECOND, 1, rest=True)]
 
 
 @pytest.mark.parametrize("what", ["stranger", "other epoch", "old epoch", "other range"])
 def test_kv_cache_that_nobody_asked_for_is_dropped(what: str) -> None:
     agent = receiving()
     if what == "old epoch":
-        do(agent, PeerReceived(SENDER, PeerHello(epoch=3, key=proof("secret", 3, "pc-2"))))
+        do(
+            agent,
+            PeerReceived(SENDER, PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "pc-2"))),
+        )
     epoch = {"other epoch": 6, "old epoch": 3}.get(what, 5)
     layers = SECOND if what == "other range" else COMES
     peer = PeerId(b"stranger") if what == "stranger" else SENDER
@@ -842,7 +865,7 @@ def test_kv_cache_that_nobody_asked_for_is_dropped(what: str) -> None:
 def test_range_comes_of_one_worker_only() -> None:
     agent = receiving()
     other = PeerId(b"other")
-    do(agent, PeerReceived(other, PeerHello(epoch=5, key=proof("new", 5, "pc-2"))))
+    do(agent, PeerReceived(other, PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "pc-2"))))
     importing(agent, pieces(1, COMES))
     assert arrive(agent, pieces(1, COMES), other) == arrive(agent, pieces(2, COMES), other) == []
     importing(agent, pieces(2, COMES))
@@ -863,14 +886,14 @@ def test_sender_that_breaks_the_rules(how: str) -> None:
 def test_kv_cache_before_the_layers_are_loaded_is_refused() -> None:
     agent = serving_3()
     hear(agent, beside(5, [COMES]))
-    do(agent, PeerReceived(SENDER, PeerHello(epoch=5, key=proof("new", 5, "pc-2"))))
+    do(agent, PeerReceived(SENDER, PeerHello(epoch=Epoch(5), key=proof("new", Epoch(5), "pc-2"))))
     assert failure(arrive(agent, pieces(1, COMES))).code == "not_ready"
 
 
 def test_handover_before_the_layers_are_loaded_is_refused() -> None:
     agent = serving_3()
     hear(agent, beside())
-    assert failure(hear(agent, TakeOver(epoch=5))).code == "not_ready"
+    assert failure(hear(agent, TakeOver(epoch=Epoch(5)))).code == "not_ready"
     assert_serves(agent, 3)
 
 
@@ -880,19 +903,19 @@ def test_what_cannot_be_assembled_is_told(what: str) -> None:
     order: ImportKV | AssembleKV = importing(agent, end(1, COMES))
     if what == "assemble":
         do(agent, KVImported(order))  # type: ignore[arg-type]
-        (order,) = hear(agent, TakeOver(epoch=5))  # type: ignore[assignment]
+        (order,) = hear(agent, TakeOver(epoch=Epoch(5)))  # type: ignore[assignment]
     (said,) = do(agent, KVOrderFailed(order, StageError("is not whole")))
     told = failure([said])
     assert (told.epoch, told.worker, told.code) == (5, "", "stage_error")
     assert told.message == "is not whole"
     assert agent.is_void(order)
-    assert do(agent, KVAssembled(AssembleKV(0, 5))) == []
+    assert do(agent, KVAssembled(AssembleKV(0, Epoch(5)))) == []
 
 
 def test_sender_that_falls_silent_after_the_handover_began() -> None:
     agent = receiving()
     assert pass_time(agent, 200.0) == []  # nothing is waited for yet
-    hear(agent, TakeOver(epoch=5), 200.0)
+    hear(agent, TakeOver(epoch=Epoch(5)), 200.0)
     do(agent, PeerReceived(SENDER, pieces(1, COMES), (b"1234",)), 210.0)
     ((at, actions),) = pass_time(agent, 1000.0)
     assert at == 240.0
@@ -903,7 +926,7 @@ def test_sender_that_falls_silent_after_the_handover_began() -> None:
 
 def test_kv_cache_that_comes_after_the_commit_is_dropped() -> None:
     agent = receiving()
-    hear(agent, DropStage(epoch=3))
+    hear(agent, DropStage(epoch=Epoch(3)))
     assert arrive(agent, pieces(1, COMES)) == []
 
 
@@ -913,10 +936,10 @@ def test_kv_cache_that_comes_after_the_commit_is_dropped() -> None:
 def test_tasks_from_before_the_handover_stay_void_when_it_is_taken_back() -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=7), b"1234")
-    hear(agent, TakeOver(epoch=5))
+    hear(agent, TakeOver(epoch=Epoch(5)))
     assert agent.is_void(waiting)
     assert hear(agent, task(3, step=8)) == []
-    hear(agent, CancelStage(epoch=5))
+    hear(agent, CancelStage(epoch=Epoch(5)))
     assert agent.is_void(waiting)
     assert do(agent, ComputeFailed(waiting, StageError("no"))) == []
     assert_serves(agent, 3, 8)
@@ -926,7 +949,7 @@ def test_as_many_tasks_as_ever_may_wait_after_a_cancelled_handover() -> None:
     agent = both()
     for step in range(32):
         run_of(agent, task(3, step=step), b"1234")
-    hear(agent, TakeOver(epoch=5))
-    hear(agent, CancelStage(epoch=5))
+    hear(agent, TakeOver(epoch=Epoch(5)))
+    hear(agent, CancelStage(epoch=Epoch(5)))
     for step in range(32, 64):
         run_of(agent, task(3, step=step), b"1234")

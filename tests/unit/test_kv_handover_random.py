@@ -46,7 +46,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids, token_ids_of_frame
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.coordinator import events
 from tests.unit.fake_model import MODEL, NUM_LAYERS, reference
 from tests.unit.fake_worker import SimWorker
@@ -168,7 +168,7 @@ class Script(World):
         sampling = Sampling(temperature=0.0, seed=7)
         slices = tuple(
             SequenceSlice(
-                sequence_id=i,
+                sequence_id=SequenceId(i),
                 start=one.computed,
                 num_tokens=len(one.tokens) - one.computed,
                 sample=True,
@@ -186,9 +186,9 @@ class Script(World):
         rest = [self.machines[number] for number, _ in self.layout[step.stage : -1]]
         pairs = [step.ids, *hidden]
         task = Task(
-            epoch=step.epoch,
-            step=step.number,
-            oldest=step.number,
+            epoch=Epoch(step.epoch),
+            step=StepNumber(step.number),
+            oldest=StepNumber(step.number),
             sequences=step.slices,
             tensors=tuple(spec for spec, _ in pairs),
             route=tuple(worker in links for worker in rest),
@@ -247,7 +247,7 @@ class Script(World):
                 common for old, common in self._sources(number, layers) if beside and old != number
             )
             load = LoadStage(
-                epoch=epoch,
+                epoch=Epoch(epoch),
                 source=MODEL.source,
                 layers=layers,
                 dtype="int32",
@@ -308,22 +308,24 @@ class Script(World):
         moved = phase(lambda: told.ready == heirs)
         if moved:
             for number, transfers in sends.items():
-                copy = CopyKV(epoch=epoch, link_key=f"key {epoch}", transfers=tuple(transfers))
+                copy = CopyKV(
+                    epoch=Epoch(epoch), link_key=f"key {epoch}", transfers=tuple(transfers)
+                )
                 self.say(self.machines[number], copy)
             moved = phase(lambda: told.copied == senders)
         if moved:
             self.drain()
             for worker in senders | heirs:
-                self.say(worker, TakeOver(epoch=epoch))
+                self.say(worker, TakeOver(epoch=Epoch(epoch)))
             moved = phase(lambda: told.took_over == heirs)
         if moved:
             before = self.serving_epoch
             for number, _ in self.layout:
-                self.say(self.machines[number], DropStage(epoch=before))
+                self.say(self.machines[number], DropStage(epoch=Epoch(before)))
             self.serving_epoch, self.layout = epoch, plan
         else:
             for number in told_to:
-                self.say(self.machines[number], CancelStage(epoch=epoch))
+                self.say(self.machines[number], CancelStage(epoch=Epoch(epoch)))
         self.go_on()
         return moved
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from distributed_llm.common.messages import SharedPrefix
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.serving import kv_ledger
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
 
@@ -25,10 +25,10 @@ def ledger(blocks: int = 100) -> KVLedger:
 def compute(book: KVLedger, sequence_id: int, tokens: list[int], *, then: str = "") -> None:
     """Open a sequence, sharing what it can, and compute all of it; end it then, or free it."""
     match = book.match(tokens, len(tokens) - 1)
-    assert book.open(sequence_id, tokens, len(tokens) + 1, match)
-    book.computed(sequence_id, len(tokens))
+    assert book.open(SequenceId(sequence_id), tokens, len(tokens) + 1, match)
+    book.computed(SequenceId(sequence_id), len(tokens))
     if then:
-        book.end(sequence_id, keep=then == "keep")
+        book.end(SequenceId(sequence_id), keep=then == "keep")
     book.validate()
 
 
@@ -45,7 +45,7 @@ def blocks(book: KVLedger) -> int:
 )
 def test_whole_blocks_are_charged(length: int, charged: int) -> None:
     book = ledger()
-    assert book.open(1, TEXT, length, None)
+    assert book.open(SequenceId(1), TEXT, length, None)
     assert blocks(book) == charged
     assert book.used_tokens == charged * KV_BLOCK
     book.validate()
@@ -53,35 +53,35 @@ def test_whole_blocks_are_charged(length: int, charged: int) -> None:
 
 def test_growing_charges_a_block_when_one_is_full() -> None:
     book = ledger()
-    assert book.open(1, TEXT, KV_BLOCK - 1, None)
+    assert book.open(SequenceId(1), TEXT, KV_BLOCK - 1, None)
     charged = []
     for length in (KV_BLOCK, KV_BLOCK + 1, KV_BLOCK + 2, 2 * KV_BLOCK, 2 * KV_BLOCK + 1):
-        assert book.extend(1, length)
+        assert book.extend(SequenceId(1), length)
         charged.append(blocks(book))
     assert charged == [1, 2, 2, 2, 3]
-    assert book.extend(1, 5)  # it never shrinks
+    assert book.extend(SequenceId(1), 5)  # it never shrinks
     assert blocks(book) == 3
 
 
 def test_capacity_counts_in_whole_blocks() -> None:
     book = KVLedger(3 * KV_BLOCK - 1)
-    assert not book.open(1, TEXT, 2 * KV_BLOCK + 1, None)
+    assert not book.open(SequenceId(1), TEXT, 2 * KV_BLOCK + 1, None)
     assert book.sequence_ids == []
     assert book.used_tokens == 0
-    assert book.open(2, TEXT, 2 * KV_BLOCK, None)
-    assert not book.extend(2, 2 * KV_BLOCK + 1)
+    assert book.open(SequenceId(2), TEXT, 2 * KV_BLOCK, None)
+    assert not book.extend(SequenceId(2), 2 * KV_BLOCK + 1)
     assert blocks(book) == 2
     book.validate()
 
 
 def test_what_does_not_grow_leaves_no_trace() -> None:
     book = ledger(2)
-    assert book.open(1, TEXT, KV_BLOCK, None)
-    assert book.open(2, TEXT[7:], KV_BLOCK, None)
-    assert not book.extend(1, KV_BLOCK + 1)
+    assert book.open(SequenceId(1), TEXT, KV_BLOCK, None)
+    assert book.open(SequenceId(2), TEXT[7:], KV_BLOCK, None)
+    assert not book.extend(SequenceId(1), KV_BLOCK + 1)
     assert blocks(book) == 2
-    book.end(2, keep=False)
-    assert book.extend(1, KV_BLOCK + 1)
+    book.end(SequenceId(2), keep=False)
+    assert book.extend(SequenceId(1), KV_BLOCK + 1)
     book.validate()
 
 
@@ -89,11 +89,11 @@ def test_end_without_keeping_frees_at_once() -> None:
     book = ledger()
     compute(book, 1, TEXT[:200])
     compute(book, 2, TEXT[500:600])
-    book.end(1, keep=False)
+    book.end(SequenceId(1), keep=False)
     assert book.take_freed() == [1]
     assert blocks(book) == 2
     assert book.match(TEXT[:200], 199) is None
-    book.end(2, keep=False)
+    book.end(SequenceId(2), keep=False)
     assert book.take_freed() == [2]
     assert (book.used_tokens, book.sequence_ids) == (0, [])
 
@@ -103,13 +103,13 @@ def test_end_without_keeping_frees_at_once() -> None:
 
 def test_only_what_is_computed_is_found() -> None:
     book = ledger()
-    assert book.open(1, TEXT[:200], 201, None)
+    assert book.open(SequenceId(1), TEXT[:200], 201, None)
     assert book.match(TEXT[:200], 199) is None
-    book.computed(1, 70)
-    assert book.match(TEXT[:200], 199) == Match(1, 70)
-    book.computed(1, 200)
-    assert book.match(TEXT[:200], 199) == Match(1, 199)
-    assert book.match(TEXT[:200], 33) == Match(1, 33)
+    book.computed(SequenceId(1), 70)
+    assert book.match(TEXT[:200], 199) == Match(SequenceId(1), 70)
+    book.computed(SequenceId(1), 200)
+    assert book.match(TEXT[:200], 199) == Match(SequenceId(1), 199)
+    assert book.match(TEXT[:200], 33) == Match(SequenceId(1), 33)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_alike_up_to_the_last_token(common: int, found: int | None) -> None:
     book = ledger()
     compute(book, 1, TEXT[:100])
     match = book.match(TEXT[:common] + [7777] * 50, common + 49)
-    assert match == (Match(1, found) if found else None)
+    assert match == (Match(SequenceId(1), found) if found else None)
 
 
 def test_the_longest_is_found() -> None:
@@ -128,7 +128,7 @@ def test_the_longest_is_found() -> None:
     compute(book, 1, TEXT[:64] + [5001] * 64)
     compute(book, 2, TEXT[:96] + [5002] * 64)
     compute(book, 3, TEXT[:32] + [5003] * 64)
-    assert book.match(TEXT[:200], 199) == Match(2, 96)
+    assert book.match(TEXT[:200], 199) == Match(SequenceId(2), 96)
 
 
 def test_tokens_that_a_sequence_gets_later_are_found() -> None:
@@ -136,9 +136,9 @@ def test_tokens_that_a_sequence_gets_later_are_found() -> None:
     tokens = TEXT[:40]
     compute(book, 1, tokens)
     tokens += TEXT[40:80]
-    assert book.extend(1, 81)
-    book.computed(1, 80)
-    assert book.match(TEXT[:100], 99) == Match(1, 80)
+    assert book.extend(SequenceId(1), 81)
+    book.computed(SequenceId(1), 80)
+    assert book.match(TEXT[:100], 99) == Match(SequenceId(1), 80)
 
 
 def test_a_hash_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_hash_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     book = ledger()
     compute(book, 1, TEXT[:100], then="keep")
     assert book.match(TEXT[500:600], 99) is None
-    assert book.match(TEXT[:20] + TEXT[500:580], 99) == Match(1, 20)
+    assert book.match(TEXT[:20] + TEXT[500:580], 99) == Match(SequenceId(1), 20)
     compute(book, 2, TEXT[500:600], then="keep")
     assert book.sequence_ids == [1, 2]
     book.validate()
@@ -161,16 +161,16 @@ def test_a_running_sequence_is_shared_and_charged_once() -> None:
     before = blocks(book)
     child = TEXT[:200] + [7777] * 20
     match = book.match(child, len(child) - 1)
-    assert match == Match(1, 200)
-    assert book.open(2, child, 221, match)
-    assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=200)
+    assert match == Match(SequenceId(1), 200)
+    assert book.open(SequenceId(2), child, 221, match)
+    assert book.prefix_of(SequenceId(2)) == SharedPrefix(sequence_id=SequenceId(1), length=200)
     assert blocks(book) <= before + 2  # its own 21, and where the other goes on now
-    book.computed(2, 220)
+    book.computed(SequenceId(2), 220)
     book.validate()
-    book.end(1, keep=False)
+    book.end(SequenceId(1), keep=False)
     assert book.take_freed() == [1]
     assert blocks(book) >= 4 + 1, "the 200 positions are still there, and with them the rest"
-    book.end(2, keep=False)
+    book.end(SequenceId(2), keep=False)
     assert book.used_tokens == 0
 
 
@@ -179,10 +179,10 @@ def test_both_go_on_in_blocks_of_their_own() -> None:
     parent = TEXT[:KV_BLOCK]
     compute(book, 1, parent)
     child = [*parent[:-1], 7777]
-    assert book.open(2, child, KV_BLOCK + 1, book.match(child, KV_BLOCK - 1))
+    assert book.open(SequenceId(2), child, KV_BLOCK + 1, book.match(child, KV_BLOCK - 1))
     before = blocks(book)
-    assert book.extend(1, 4 * KV_BLOCK)
-    assert book.extend(2, 4 * KV_BLOCK)
+    assert book.extend(SequenceId(1), 4 * KV_BLOCK)
+    assert book.extend(SequenceId(2), 4 * KV_BLOCK)
     assert blocks(book) - before >= 2 + 3, "what they write from here is not shared"
     book.validate()
 
@@ -191,33 +191,35 @@ def test_an_ended_sequence_is_shared_and_stays() -> None:
     book = ledger()
     compute(book, 1, TEXT[:200], then="keep")
     child = TEXT[:128] + [7777] * 20
-    assert book.open(2, child, 149, book.match(child, 147))
-    assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=128)
+    assert book.open(SequenceId(2), child, 149, book.match(child, 147))
+    assert book.prefix_of(SequenceId(2)) == SharedPrefix(sequence_id=SequenceId(1), length=128)
     assert blocks(book) == 4 + 1
     assert book.sequence_ids == [1, 2]
-    assert book.match(TEXT[:200], 199) == Match(1, 199)
+    assert book.match(TEXT[:200], 199) == Match(SequenceId(1), 199)
 
 
 def test_an_ended_sequence_that_is_covered_is_taken() -> None:
     book = ledger()
     compute(book, 1, TEXT[:200], then="keep")
     assert blocks(book) == 4
-    assert book.open(2, TEXT[:240], 241, book.match(TEXT[:240], 239))
-    assert book.prefix_of(2) == SharedPrefix(sequence_id=1, length=200, take=True)
+    assert book.open(SequenceId(2), TEXT[:240], 241, book.match(TEXT[:240], 239))
+    assert book.prefix_of(SequenceId(2)) == SharedPrefix(
+        sequence_id=SequenceId(1), length=200, take=True
+    )
     assert blocks(book) == 4, "it goes on where the other ended"
     assert book.sequence_ids == [2]
     assert book.take_freed() == [], "the stages end it themselves"
-    book.computed(2, 240)
-    assert book.match(TEXT[:300], 299) == Match(2, 240)
-    book.end(2, keep=False)
+    book.computed(SequenceId(2), 240)
+    assert book.match(TEXT[:300], 299) == Match(SequenceId(2), 240)
+    book.end(SequenceId(2), keep=False)
     assert book.used_tokens == 0
 
 
 def test_a_running_sequence_is_never_taken() -> None:
     book = ledger()
     compute(book, 1, TEXT[:64])
-    assert book.open(2, TEXT[:100], 101, book.match(TEXT[:100], 99))
-    prefix = book.prefix_of(2)
+    assert book.open(SequenceId(2), TEXT[:100], 101, book.match(TEXT[:100], 99))
+    prefix = book.prefix_of(SequenceId(2))
     assert prefix is not None
     assert (prefix.length, prefix.take) == (64, False)
 
@@ -229,11 +231,11 @@ def test_what_others_have_beyond_is_given_back() -> None:
     compute(book, 2, TEXT[:64] + [5000] * 640)
     before = blocks(book)
     child = TEXT[:64] + [7777] * 10
-    assert book.open(3, child, 75, Match(2, 64))
-    book.computed(3, 74)
-    book.end(2, keep=False)
+    assert book.open(SequenceId(3), child, 75, Match(SequenceId(2), 64))
+    book.computed(SequenceId(3), 74)
+    book.end(SequenceId(2), keep=False)
     assert blocks(book) <= before - 10 + 1
-    book.end(1, keep=False)
+    book.end(SequenceId(1), keep=False)
     assert blocks(book) <= 2 + 2
     book.validate()
 
@@ -241,8 +243,8 @@ def test_what_others_have_beyond_is_given_back() -> None:
 def test_a_sequence_that_shares_nothing_has_no_prefix() -> None:
     book = ledger()
     compute(book, 1, TEXT[:64])
-    assert book.open(2, TEXT[:100], 101, None)
-    assert book.prefix_of(2) is None
+    assert book.open(SequenceId(2), TEXT[:100], 101, None)
+    assert book.prefix_of(SequenceId(2)) is None
     assert blocks(book) == 2 + 2
 
 
@@ -250,7 +252,7 @@ def test_what_was_taken_in_vain_is_freed() -> None:
     """The taken one is no more in the book; the stages still hold it."""
     book = ledger(4)
     compute(book, 1, TEXT[:64], then="keep")
-    assert not book.open(2, TEXT[:320], 321, book.match(TEXT[:320], 319))
+    assert not book.open(SequenceId(2), TEXT[:320], 321, book.match(TEXT[:320], 319))
     assert book.take_freed() == [1]
     assert (book.used_tokens, book.sequence_ids) == (0, [])
     book.validate()
@@ -261,7 +263,7 @@ def test_sharing_without_room_shares_nothing() -> None:
     compute(book, 1, TEXT[: 2 * KV_BLOCK])  # 129 positions are charged: all three
     match = book.match(TEXT[:100], 99)
     assert match is not None
-    assert not book.open(2, TEXT[:100], 101, match)
+    assert not book.open(SequenceId(2), TEXT[:100], 101, match)
     assert book.sequence_ids == [1]
     assert blocks(book) == 3
     book.validate()
@@ -276,11 +278,11 @@ def test_a_sequence_is_found_once_all_stages_have_it() -> None:
     compute(book, 1, TEXT[:100])
     for sequence_id in (2, 3, 4):
         match = book.match(TEXT[:100], 99)
-        assert match == Match(1, 99)
-        assert book.open(sequence_id, TEXT[:100], 101, match)
-    book.computed(3, 100)
-    assert book.prefix_of(3) is None
-    assert book.match(TEXT[:100], 99) == Match(3, 99)
+        assert match == Match(SequenceId(1), 99)
+        assert book.open(SequenceId(sequence_id), TEXT[:100], 101, match)
+    book.computed(SequenceId(3), 100)
+    assert book.prefix_of(SequenceId(3)) is None
+    assert book.match(TEXT[:100], 99) == Match(SequenceId(3), 99)
     book.validate()
 
 
@@ -289,14 +291,14 @@ def test_a_prefix_is_held_until_the_other_has_begun(keep: bool) -> None:
     book = ledger(5)
     compute(book, 1, TEXT[:128])  # three blocks
     child = TEXT[:100] + [7777] * 20
-    assert book.open(2, child, 121, book.match(child, 119))
-    book.end(1, keep=keep)
+    assert book.open(SequenceId(2), child, 121, book.match(child, 119))
+    book.end(SequenceId(1), keep=keep)
     book.validate()
     assert book.take_freed() == []
-    assert not book.open(3, TEXT[500:], 3 * KV_BLOCK, None), "it may not go"
+    assert not book.open(SequenceId(3), TEXT[500:], 3 * KV_BLOCK, None), "it may not go"
     assert book.take_freed() == []
-    book.computed(2, 101)
-    assert not book.open(4, TEXT[500:], 3 * KV_BLOCK, None)
+    book.computed(SequenceId(2), 101)
+    assert not book.open(SequenceId(4), TEXT[500:], 3 * KV_BLOCK, None)
     assert book.take_freed() == [1]
     book.validate()
 
@@ -305,19 +307,19 @@ def test_a_prefix_is_held_no_longer_if_the_other_never_begins() -> None:
     book = ledger(4)
     compute(book, 1, TEXT[:128], then="keep")
     child = TEXT[:100] + [7777] * 20
-    assert book.open(2, child, 121, book.match(child, 119))
-    book.end(2, keep=True)
+    assert book.open(SequenceId(2), child, 121, book.match(child, 119))
+    book.end(SequenceId(2), keep=True)
     assert book.take_freed() == [2], "nothing was computed"
     book.validate()
-    assert book.open(3, TEXT[500:], 4 * KV_BLOCK, None)
+    assert book.open(SequenceId(3), TEXT[500:], 4 * KV_BLOCK, None)
     assert book.take_freed() == [1]
 
 
 def test_what_was_taken_in_vain_by_one_that_ends_is_freed() -> None:
     book = ledger()
     compute(book, 1, TEXT[:128], then="keep")
-    assert book.open(2, TEXT[:200], 201, book.match(TEXT[:200], 199))
-    book.end(2, keep=False)
+    assert book.open(SequenceId(2), TEXT[:200], 201, book.match(TEXT[:200], 199))
+    book.end(SequenceId(2), keep=False)
     assert sorted(book.take_freed()) == [1, 2]
     assert book.used_tokens == 0
 
@@ -327,7 +329,7 @@ def test_discard_frees_what_is_only_kept() -> None:
     compute(book, 1, TEXT[:100], then="keep")
     compute(book, 2, TEXT[500:600])
     for sequence_id in (1, 2, 3):
-        book.discard(sequence_id)
+        book.discard(SequenceId(sequence_id))
     assert book.take_freed() == [1]
     assert book.sequence_ids == [2]
     book.validate()
@@ -337,12 +339,12 @@ def test_discard_waits_for_who_is_about_to_begin() -> None:
     book = ledger()
     compute(book, 1, TEXT[:100], then="keep")
     child = TEXT[:50] + [7777] * 20
-    assert book.open(2, child, 71, book.match(child, 69))
-    book.discard(1)
+    assert book.open(SequenceId(2), child, 71, book.match(child, 69))
+    book.discard(SequenceId(1))
     assert book.take_freed() == []
     assert book.match(child, 69) is None, "nobody else begins with it"
     book.validate()
-    book.computed(2, 51)
+    book.computed(SequenceId(2), 51)
     assert book.take_freed() == [1]
     book.validate()
 
@@ -354,20 +356,20 @@ def test_what_is_not_worth_keeping_is_freed() -> None:
     book = ledger()
     compute(book, 1, TEXT[: STRIDE - 1], then="keep")
     assert book.take_freed() == [1]
-    assert book.open(2, TEXT[:100], 101, None)
-    book.computed(2, STRIDE)
-    book.end(2, keep=True)
-    assert book.match(TEXT[:100], 99) == Match(2, STRIDE)
+    assert book.open(SequenceId(2), TEXT[:100], 101, None)
+    book.computed(SequenceId(2), STRIDE)
+    book.end(SequenceId(2), keep=True)
+    assert book.match(TEXT[:100], 99) == Match(SequenceId(2), STRIDE)
 
 
 def test_what_another_covers_is_freed() -> None:
     book = ledger()
     compute(book, 1, TEXT[:200], then="keep")
-    assert book.open(2, TEXT[:100], 101, None)
-    book.computed(2, 100)
-    book.end(2, keep=True)
+    assert book.open(SequenceId(2), TEXT[:100], 101, None)
+    book.computed(SequenceId(2), 100)
+    book.end(SequenceId(2), keep=True)
     assert book.take_freed() == [2]
-    assert book.match(TEXT[:150], 149) == Match(1, 149)
+    assert book.match(TEXT[:150], 149) == Match(SequenceId(1), 149)
     book.validate()
 
 
@@ -377,11 +379,11 @@ def test_tokens_that_the_owner_dropped_are_not_found() -> None:
     tokens = TEXT[:100]
     compute(book, 1, tokens)
     del tokens[50:]
-    book.end(1, keep=True)
+    book.end(SequenceId(1), keep=True)
     book.validate()
-    assert book.match(TEXT[:200], 199) == Match(1, 50)
+    assert book.match(TEXT[:200], 199) == Match(SequenceId(1), 50)
     tokens += [3] * 50
-    assert book.match(tokens, 100) == Match(1, 50)
+    assert book.match(tokens, 100) == Match(SequenceId(1), 50)
 
 
 def test_the_least_lately_used_goes_first() -> None:
@@ -390,10 +392,12 @@ def test_the_least_lately_used_goes_first() -> None:
         start = 100 * sequence_id
         compute(book, sequence_id, TEXT[start : start + 64], then="keep")  # two blocks each
     child = TEXT[100:132] + [7777] * 20
-    assert book.open(4, child, 53, book.match(child, 51))  # of the first, which is used by that
+    assert book.open(
+        SequenceId(4), child, 53, book.match(child, 51)
+    )  # of the first, which is used by that
     assert book.take_freed() == [2]
-    book.end(4, keep=False)
-    assert book.open(5, TEXT[500:], 3 * KV_BLOCK, None)
+    book.end(SequenceId(4), keep=False)
+    assert book.open(SequenceId(5), TEXT[500:], 3 * KV_BLOCK, None)
     assert book.take_freed() == [4, 3]
     assert book.sequence_ids == [1, 5]
     book.validate()
@@ -404,11 +408,11 @@ def test_no_more_goes_than_must() -> None:
     for sequence_id in (1, 2, 3):
         start = 100 * sequence_id
         compute(book, sequence_id, TEXT[start : start + 64], then="keep")
-    assert book.open(4, TEXT[500:], 1, None)
+    assert book.open(SequenceId(4), TEXT[500:], 1, None)
     assert book.take_freed() == [1]
-    assert book.extend(4, 2 * KV_BLOCK)
+    assert book.extend(SequenceId(4), 2 * KV_BLOCK)
     assert book.take_freed() == []
-    assert book.extend(4, 2 * KV_BLOCK + 1)
+    assert book.extend(SequenceId(4), 2 * KV_BLOCK + 1)
     assert book.take_freed() == [2]
 
 
@@ -416,7 +420,7 @@ def test_running_sequences_never_go() -> None:
     book = ledger(4)
     compute(book, 1, TEXT[:64])
     compute(book, 2, TEXT[100:164], then="keep")
-    assert not book.open(3, TEXT[500:], 3 * KV_BLOCK, None)
+    assert not book.open(SequenceId(3), TEXT[500:], 3 * KV_BLOCK, None)
     assert book.take_freed() == [2]
     assert book.sequence_ids == [1]
 
@@ -425,13 +429,13 @@ def test_cached_tokens_are_those_that_only_ended_sequences_hold() -> None:
     book = ledger()
     compute(book, 1, TEXT[:128])  # three blocks
     assert book.cached_tokens == 0
-    book.end(1, keep=True)
+    book.end(SequenceId(1), keep=True)
     assert book.cached_tokens == book.used_tokens == 3 * KV_BLOCK
     child = TEXT[:100] + [7777] * 10
-    assert book.open(2, child, 111, book.match(child, 109))
+    assert book.open(SequenceId(2), child, 111, book.match(child, 109))
     assert book.cached_tokens == 0, "it would not be free if the ended one went"
     assert book.used_tokens == 4 * KV_BLOCK
-    book.end(2, keep=False)
+    book.end(SequenceId(2), keep=False)
     assert book.cached_tokens == 3 * KV_BLOCK
 
 
@@ -534,15 +538,15 @@ class Stage:
 def begin(book: KVLedger, stage: Stage, sequence_id: int, tokens: list[int], stop: int) -> None:
     """Open a sequence, sharing what it can, and compute it up to `stop`."""
     match = book.match(tokens, len(tokens) - 1)
-    assert book.open(sequence_id, tokens, len(tokens) + 1, match)
-    prefix = book.prefix_of(sequence_id)
+    assert book.open(SequenceId(sequence_id), tokens, len(tokens) + 1, match)
+    prefix = book.prefix_of(SequenceId(sequence_id))
     stage.begin(sequence_id, tokens, prefix)
     run(book, stage, sequence_id, prefix.length if prefix else 0, stop)
 
 
 def run(book: KVLedger, stage: Stage, sequence_id: int, start: int, stop: int) -> None:
     stage.write(sequence_id, start, stop)
-    book.computed(sequence_id, stop)
+    book.computed(SequenceId(sequence_id), stop)
     assert stage.num_blocks <= blocks(book)
 
 
@@ -578,11 +582,11 @@ def test_what_a_later_one_shares_stays_charged() -> None:
     begin(book, stage, 2, TEXT[:48] + [7777] * 10, 58)
     run(book, stage, 1, 64, 193)
     tokens += [5000] * 600
-    assert book.extend(1, 794)
+    assert book.extend(SequenceId(1), 794)
     run(book, stage, 1, 193, 793)
     begin(book, stage, 3, TEXT[:150] + [8888] * 10, 160)
     for ended in (1, 2, 3):
-        book.end(ended, keep=False)
+        book.end(SequenceId(ended), keep=False)
         stage.free(ended)
         assert stage.num_blocks <= blocks(book)
     assert book.used_tokens == 0
@@ -594,13 +598,13 @@ def test_what_goes_on_where_it_was_shared_stays_charged() -> None:
     tokens = TEXT[:65]
     begin(book, stage, 1, tokens, 65)
     begin(book, stage, 2, TEXT[:65] + [7777] * 5, 70)
-    book.end(2, keep=False)
+    book.end(SequenceId(2), keep=False)
     stage.free(2)
     tokens += [5000] * 600
-    assert book.extend(1, 666)
+    assert book.extend(SequenceId(1), 666)
     run(book, stage, 1, 65, 665)
     begin(book, stage, 3, TEXT[:60] + [8888] * 10, 70)
-    book.end(1, keep=False)
+    book.end(SequenceId(1), keep=False)
     stage.free(1)
     assert stage.num_blocks <= blocks(book)
 
@@ -614,7 +618,7 @@ def test_what_others_read_of_dropped_tokens_stays_charged() -> None:
     begin(book, stage, 2, [*TEXT[:19], 7777, 7777], 21)
     begin(book, stage, 9, [*TEXT[:16], 9999, 9999], 18)
     del tokens[18:]
-    book.end(1, keep=True)
+    book.end(SequenceId(1), keep=True)
     begin(book, stage, 3, [*TEXT[:18], 8888, 8888], 20)
     assert 1 not in book.sequence_ids, "it was taken"
     assert stage.num_blocks <= blocks(book)
@@ -675,8 +679,8 @@ class Ledger(RuleBasedStateMachine):
         if shares:
             self._check_match(tokens, match)
         sequence_id, self.next_id = self.next_id, self.next_id + 1
-        if self.book.open(sequence_id, tokens, len(tokens) + 1, match):
-            prefix = self.book.prefix_of(sequence_id)
+        if self.book.open(SequenceId(sequence_id), tokens, len(tokens) + 1, match):
+            prefix = self.book.prefix_of(SequenceId(sequence_id))
             self.stage.begin(sequence_id, tokens, prefix)
             kept = self.stage.held[sequence_id]
             kept.room = len(tokens) + 1
@@ -729,7 +733,7 @@ class Ledger(RuleBasedStateMachine):
         self._run(kept, sequence_id, len(kept.tokens))
         self._arrive(kept, sequence_id)
         for _ in range(count):
-            grown = self.book.extend(sequence_id, kept.room + 1)
+            grown = self.book.extend(SequenceId(sequence_id), kept.room + 1)
             self._free()
             if not grown:
                 break
@@ -750,7 +754,7 @@ class Ledger(RuleBasedStateMachine):
     def _arrive(self, kept: Kept, sequence_id: int) -> None:
         """The coordinator hears of all that was computed."""
         kept.computed = kept.length
-        self.book.computed(sequence_id, kept.length)
+        self.book.computed(SequenceId(sequence_id), kept.length)
 
     @precondition(lambda self: self.running)
     @rule(index=_INDEX, keep=st.integers(0, 3).map(bool), dropped=st.integers(0, 5))
@@ -760,11 +764,11 @@ class Ledger(RuleBasedStateMachine):
         del kept.tokens[max(1, len(kept.tokens) - dropped) :]
         kept.tokens = kept.tokens[: kept.computed]
         kept.computed = len(kept.tokens)
-        self.book.end(sequence_id, keep=keep)
+        self.book.end(SequenceId(sequence_id), keep=keep)
         freed = self._free()
         assert keep or sequence_id in freed
 
-    def _free(self) -> list[int]:
+    def _free(self) -> list[SequenceId]:
         freed = self.book.take_freed()
         for sequence_id in freed:
             assert self.stage.held[sequence_id].ended, "it runs"
@@ -787,7 +791,7 @@ class Ledger(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for sequence_id in self.running:
-            self.book.end(sequence_id, keep=False)
+            self.book.end(SequenceId(sequence_id), keep=False)
         while self.book._ended:
             self.book._free(next(iter(self.book._ended)))
         assert self.book.used_tokens == 0

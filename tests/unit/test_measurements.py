@@ -16,7 +16,7 @@ from distributed_llm.common.messages import (
     StageTime,
     StageTrial,
 )
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.step import Step
@@ -70,7 +70,7 @@ def two_workers() -> Measurements:
 
 def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: float = 0.0) -> None:
     """Have a step of one token observed, whose stages spend all their time in the layer."""
-    part = SequenceSlice(sequence_id=1, start=0, num_tokens=1, sample=True)
+    part = SequenceSlice(sequence_id=SequenceId(1), start=0, num_tokens=1, sample=True)
     step = Step((), (part,), (7,))
     times = tuple(
         StageTime(compute_us=round(1e6 * s), layers_us=round(1e6 * s), queued_us=0)
@@ -127,8 +127,8 @@ def test_a_worker_that_joins_again_is_a_stranger() -> None:
 
 def test_work_is_tokens_and_the_positions_that_they_attend_to() -> None:
     parts = (
-        SequenceSlice(sequence_id=1, start=10, num_tokens=1),
-        SequenceSlice(sequence_id=2, start=4, num_tokens=3),
+        SequenceSlice(sequence_id=SequenceId(1), start=10, num_tokens=1),
+        SequenceSlice(sequence_id=SequenceId(2), start=4, num_tokens=3),
     )
     assert work_of(Step((), parts[:1], (0,))) == Work(1, 11)
     assert work_of(Step((), parts, (0, 0, 0, 0))) == Work(1, 11, 1, 3, 5 + 6 + 7)
@@ -219,7 +219,7 @@ def test_a_later_probe_changes_what_was_tried() -> None:
 
 def test_what_is_neither_stage_nor_hop_is_overhead() -> None:
     known = two_workers()
-    report = LinkReport(epoch=1, up=True, rtt_s=0.02, bytes_per_s=1e6)
+    report = LinkReport(epoch=Epoch(1), up=True, rtt_s=0.02, bytes_per_s=1e6)
     known.observe_link(A, B, report)
     for at in range(50):
         decode(known, 0.01, 0.02, took_s=0.01 + 0.02 + 0.01 + 0.005, now=at)
@@ -230,9 +230,9 @@ def test_what_is_neither_stage_nor_hop_is_overhead() -> None:
 def test_links_are_known_once_their_speed_was_measured(report: dict[str, Any]) -> None:
     known = two_workers()
     before = known.bytes_per_s
-    known.observe_link(A, B, LinkReport(epoch=1, **report))
+    known.observe_link(A, B, LinkReport(epoch=Epoch(1), **report))
     assert known.bytes_per_s == before
-    known.observe_link(A, B, LinkReport(epoch=1, up=True, rtt_s=0.02, bytes_per_s=7e6))
+    known.observe_link(A, B, LinkReport(epoch=Epoch(1), up=True, rtt_s=0.02, bytes_per_s=7e6))
     assert known.bytes_per_s == pytest.approx(7e6)
     assert machines(known).links(1000).hop(A, B).latency_s == pytest.approx(0.01)
 
@@ -246,7 +246,7 @@ def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:
     before = machines(known)
     for at in range(50):
         decode(known, 0.06, 0.01, took_s=9.0, now=20.0 + at)
-    known.observe_link(A, B, LinkReport(epoch=1, up=True, rtt_s=4.0, bytes_per_s=1e6))
+    known.observe_link(A, B, LinkReport(epoch=Epoch(1), up=True, rtt_s=4.0, bytes_per_s=1e6))
     assert before.costs[A].layer_s(TOKEN) == pytest.approx(0.012, rel=0.01)
     assert before.overhead_s == pytest.approx(0.0, abs=1e-3)
     assert before.links(1).hop(A, B).latency_s < 0.1

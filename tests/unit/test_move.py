@@ -17,7 +17,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.states import IllegalTransition
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.cluster.move import MOVE_STATES, Move, MoveCause, MoveState
 from distributed_llm.coordinator.events import Send
@@ -41,15 +41,15 @@ class Bench:
     def __init__(
         self, old: tuple[PipelineStage, ...], new: tuple[PipelineStage, ...], *, copies: bool
     ) -> None:
-        ids = itertools.count().__next__
+        ids = itertools.count()
         self.old, self.new = (
             Pipeline(
-                epoch,
+                Epoch(epoch),
                 tuple(PlannedStage(stage.worker, stage.layers, 1, 640) for stage in some),
                 some,
                 MODEL,
                 SETTINGS,
-                ids,
+                lambda: SequenceId(next(ids)),
                 lambda pipeline: None,
             )
             for epoch, some in ((3, old), (4, new))
@@ -85,7 +85,7 @@ def doing(pipeline: Pipeline) -> PipelineState:
 
 
 def ready(epoch: int) -> StageReady:
-    return StageReady(epoch=epoch, credits=4, load_s=1.0, weight_bytes=1, kv_tokens=640)
+    return StageReady(epoch=Epoch(epoch), credits=4, load_s=1.0, weight_bytes=1, kv_tokens=640)
 
 
 def told(sends: Sequence[Send], kind: type) -> list[str]:
@@ -153,7 +153,7 @@ def test_a_move_with_its_kv_cache() -> None:
     sends = bench.load()
     assert told(sends, CopyKV) == ["a"]
     transfer = KVTransfer(layers=LayerRange(2, 4), worker="b", addresses=("b:1",))
-    assert sends[0].message == CopyKV(epoch=4, link_key="key", transfers=(transfer,))
+    assert sends[0].message == CopyKV(epoch=Epoch(4), link_key="key", transfers=(transfer,))
     assert doing(bench.old) is PipelineState.SERVING, "serving goes on while it is copied"
     assert move.copied(PeerId(b"b"), now=12.0) == [], "it has nothing to send"
     assert told(move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
@@ -164,7 +164,7 @@ def test_a_move_with_its_kv_cache() -> None:
     move.took_over(PeerId(b"b"))
     assert where(move) is MoveState.COMMITTED
     assert told(move.commit_orders(), DropStage) == ["a", "b"]
-    assert {send.message for send in move.commit_orders()} == {DropStage(epoch=3)}
+    assert {send.message for send in move.commit_orders()} == {DropStage(epoch=Epoch(3))}
 
 
 def test_who_only_sends_is_told_to_send_the_rest_but_not_waited_for() -> None:
@@ -200,7 +200,7 @@ def test_a_move_can_be_undone_in_any_state(state: MoveState) -> None:
     assert bench.move.state is state
     sends = bench.move.undo()
     assert told(sends, CancelStage) == ["a", "b", "c"]
-    assert {send.message for send in sends} == {CancelStage(epoch=4)}
+    assert {send.message for send in sends} == {CancelStage(epoch=Epoch(4))}
     assert doing(bench.old) is PipelineState.SERVING, "steps begin again"
 
 

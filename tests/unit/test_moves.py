@@ -20,7 +20,7 @@ from distributed_llm.common.messages import (
     TakeOver,
     TookOver,
 )
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.move import Move, MoveState
 from distributed_llm.coordinator.cluster.move_price import Price
 from distributed_llm.coordinator.cluster.registry import WorkerState
@@ -241,7 +241,7 @@ def test_a_move_from_beginning_to_end() -> None:
     )
     assert parts.moves.next_layers(parts.worker("b")) == LayerRange(2, 6)
     assert sent(loaded(parts)) == [("a", CopyKV)]
-    said = KVCopied(epoch=2, bytes_sent=128)
+    said = KVCopied(epoch=Epoch(2), bytes_sent=128)
     assert sent(parts.moves.copied(parts.worker("a"), said, now=12.0)) == [
         ("a", TakeOver),
         ("b", TakeOver),
@@ -249,7 +249,7 @@ def test_a_move_from_beginning_to_end() -> None:
     assert old.state is PipelineState.PAUSED
     assert parts.moves.settle(now=12.1) == []
     for name in ("a", "b"):
-        parts.moves.took_over(parts.worker(name), TookOver(epoch=2))
+        parts.moves.took_over(parts.worker(name), TookOver(epoch=Epoch(2)))
     assert sent(parts.moves.settle(now=12.5)) == [("a", DropStage), ("b", DropStage)]
     assert parts.moves.move is None
     assert parts.moves.num_moves == 1
@@ -330,7 +330,7 @@ def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
         parts.moves.stage_ready(parts.worker(name), said, now=11.0)
     move.copy_timed_out(now=12.0)
     for name in ("a", "b"):
-        parts.moves.took_over(parts.worker(name), TookOver(epoch=2))
+        parts.moves.took_over(parts.worker(name), TookOver(epoch=Epoch(2)))
     actions = parts.moves.settle(now=12.0)
     assert ("client", RequestFailed) in sent(actions)
     assert (parts.book.num_running, parts.book.num_waiting) == (0, 0)
@@ -344,7 +344,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
     if state is not MoveState.LOADING:
         loaded(parts)
     if state is MoveState.HANDOVER:
-        parts.moves.copied(parts.worker("a"), KVCopied(epoch=2, bytes_sent=1), now=12.0)
+        parts.moves.copied(parts.worker("a"), KVCopied(epoch=Epoch(2), bytes_sent=1), now=12.0)
     assert move.state is state
     actions = parts.moves.undo("a test", now=13.0)
     assert sent(actions) == [("a", CancelStage), ("b", CancelStage), ("c", CancelStage)]
@@ -373,7 +373,7 @@ def test_those_that_did_not_reach_each_other_compute_the_cache_again_next_time()
     parts = moving()
     begun(parts)
     loaded(parts)
-    failed = KVFailed(epoch=2, worker="b", code="unreachable", message="no answer")
+    failed = KVFailed(epoch=Epoch(2), worker="b", code="unreachable", message="no answer")
     assert parts.moves.kv_failed(parts.worker("a"), failed, now=12.0)
     assert parts.moves.failures == 0, "the next move goes without, at once"
     assert not price(parts).copies
@@ -386,7 +386,7 @@ def test_a_failure_of_its_own_counts() -> None:
     parts = moving()
     begun(parts)
     loaded(parts)
-    failed = KVFailed(epoch=2, worker="", code="stage_error", message="no memory")
+    failed = KVFailed(epoch=Epoch(2), worker="", code="stage_error", message="no memory")
     parts.moves.kv_failed(parts.worker("b"), failed, now=12.0)
     assert parts.moves.failures == 1
     assert price(parts).copies
@@ -396,7 +396,7 @@ def test_a_failure_of_its_own_counts() -> None:
 def test_an_idle_worker_that_cannot_load_is_not_asked_again(code: str) -> None:
     parts = moving()
     begun(parts, ("a", 0, 3), ("b", 3, 5), ("c", 5, 6))
-    failed = StageFailed(epoch=2, code=code, message="no room")
+    failed = StageFailed(epoch=Epoch(2), code=code, message="no room")
     assert parts.moves.stage_failed(parts.worker("c"), failed, now=11.0)
     assert parts.worker("c").state is WorkerState.UNFIT
     assert parts.worker("c").note == "no room"
@@ -406,7 +406,7 @@ def test_an_idle_worker_that_cannot_load_is_not_asked_again(code: str) -> None:
 def test_one_that_serves_and_cannot_load_serves_on() -> None:
     parts = moving()
     begun(parts)
-    failed = StageFailed(epoch=2, code="stage_error", message="no room")
+    failed = StageFailed(epoch=Epoch(2), code="stage_error", message="no room")
     assert parts.moves.stage_failed(parts.worker("b"), failed, now=11.0)
     assert parts.worker("b").state is WorkerState.SERVING
 
@@ -416,10 +416,10 @@ def test_strangers_and_older_plans_change_nothing() -> None:
     _, move, _ = begun(parts)
     stranger, own = parts.worker("c"), parts.worker("a")
     for worker, epoch in ((stranger, 2), (own, 1)):
-        kv_failed = KVFailed(epoch=epoch, worker="b", code="stage_error", message="no")
-        assert not parts.moves.is_loading(worker, epoch)
+        kv_failed = KVFailed(epoch=Epoch(epoch), worker="b", code="stage_error", message="no")
+        assert not parts.moves.is_loading(worker, Epoch(epoch))
         assert parts.moves.stage_ready(worker, ready(epoch), now=11.0) == []
-        assert not parts.moves.concerns(worker, epoch)
+        assert not parts.moves.concerns(worker, Epoch(epoch))
         assert parts.moves.kv_failed(worker, kv_failed, now=11.0) == []
     assert parts.moves.move is move
     assert move.state is MoveState.LOADING
@@ -428,7 +428,7 @@ def test_strangers_and_older_plans_change_nothing() -> None:
 def test_who_only_sends_has_nothing_to_load() -> None:
     parts = moving()
     _, move, _ = begun(parts, ("c", 0, 2), ("b", 2, 6))
-    assert not parts.moves.is_loading(parts.worker("a"), 2)
+    assert not parts.moves.is_loading(parts.worker("a"), Epoch(2))
     assert parts.moves.stage_ready(parts.worker("a"), ready(2), now=11.0) == []
     assert move.state is MoveState.LOADING
 
@@ -473,7 +473,7 @@ def test_how_fast_caches_are_copied_is_learnt_if_it_was_much(sent_bytes: int, ra
     assert price(parts).copy_s == pytest.approx(128 / 30e6)
     begun(parts)
     loaded(parts)
-    said = KVCopied(epoch=2, bytes_sent=sent_bytes)
+    said = KVCopied(epoch=Epoch(2), bytes_sent=sent_bytes)
     parts.moves.copied(parts.worker("a"), said, now=13.0)
     parts.moves.undo("a test", now=13.0)
     assert price(parts).copy_s == pytest.approx(128 / rate)

@@ -5,19 +5,29 @@ import queue
 import pytest
 
 from distributed_llm.common.messages import SequenceSlice, Task
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute.orders import OrderQueue
 from distributed_llm.worker.session.events import Drop, ExportKV, Run, Serve
 
-SLICES = (SequenceSlice(sequence_id=1, start=0, num_tokens=1),)
+SLICES = (SequenceSlice(sequence_id=SequenceId(1), start=0, num_tokens=1),)
 
 
 def run(step: int) -> Run:
-    return Run(0, Task(epoch=1, step=step, oldest=0, sequences=SLICES, tensors=()), ())
+    return Run(
+        0,
+        Task(
+            epoch=Epoch(1),
+            step=StepNumber(step),
+            oldest=StepNumber(0),
+            sequences=SLICES,
+            tensors=(),
+        ),
+        (),
+    )
 
 
 def export(number: int) -> ExportKV:
-    return ExportKV(session=0, epoch=2, layers=LayerRange(0, 1), number=number, rest=False)
+    return ExportKV(session=0, epoch=Epoch(2), layers=LayerRange(0, 1), number=number, rest=False)
 
 
 def filled(*orders: object) -> "OrderQueue[object]":
@@ -40,7 +50,7 @@ def rest(orders: "OrderQueue[object]") -> list[object]:
 
 
 def test_first_come_first_served() -> None:
-    orders = [run(1), Drop(), run(2), Serve(3)]
+    orders = [run(1), Drop(), run(2), Serve(Epoch(3))]
     assert rest(filled(*orders)) == orders
 
 

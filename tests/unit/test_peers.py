@@ -16,7 +16,7 @@ from distributed_llm.common.messages import (
     PeerWelcome,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.events import Action, Log, Send
 from distributed_llm.worker.session.link_events import (
@@ -31,19 +31,19 @@ from distributed_llm.worker.session.peers import PROBE_BYTES, Peers
 
 LAN, LOOPBACK = "10.0.0.2:7000", "127.0.0.1:7000"
 MAC = NextStage(worker="mac", addresses=(LAN, LOOPBACK))
-LINK = LinkId(3)
-HELLO = PeerHello(epoch=3, key=proof("secret", 3, "mac"))
+LINK = LinkId(Epoch(3))
+HELLO = PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "mac"))
 PROBE = SendOverLink(
     LINK,
-    PeerProbe(epoch=3, tensors=(TensorSpec("uint8", (PROBE_BYTES,)),)),
+    PeerProbe(epoch=Epoch(3), tensors=(TensorSpec("uint8", (PROBE_BYTES,)),)),
     (bytes(PROBE_BYTES),),
 )
-DOWN = Send(LinkReport(epoch=3, up=False))
+DOWN = Send(LinkReport(epoch=Epoch(3), up=False))
 
 
 def order(epoch: int = 3, next_stage: NextStage | None = MAC, key: str = "secret") -> LoadStage:
     return LoadStage(
-        epoch=epoch,
+        epoch=Epoch(epoch),
         source=ModelSource(kind="builtin", name=""),
         layers=LayerRange(0, 2),
         dtype="float32",
@@ -94,7 +94,7 @@ def test_hello_is_said_where_something_answers_until_it_is_welcome() -> None:
     again: list[Action] = [Greet(LINK, HELLO, (LOOPBACK, LAN))]
     assert story(peers, until=1.0) == [(0.5, again), (0.8, again)]
     up = without_logs(peers.welcomed(0.25, 0.0))
-    assert up == [Send(LinkReport(epoch=3, up=True, rtt_s=0.25)), PROBE]
+    assert up == [Send(LinkReport(epoch=Epoch(3), up=True, rtt_s=0.25)), PROBE]
     assert peers.link_up
     assert peers.next_deadline() == math.inf
 
@@ -104,7 +104,7 @@ def test_link_that_comes_up_late_is_reported_again() -> None:
     assert story(peers, until=5.0) == [(3.0, [DOWN]), (5.0, [OpenLink(LINK, (LAN, LOOPBACK))])]
     peers.reached(LAN, 5.1)
     up = without_logs(peers.welcomed(0.5, 5.5))
-    assert up == [Send(LinkReport(epoch=3, up=True, rtt_s=0.5)), PROBE]
+    assert up == [Send(LinkReport(epoch=Epoch(3), up=True, rtt_s=0.5)), PROBE]
 
 
 def test_dialling_anew_forgets_what_was_reached() -> None:
@@ -189,7 +189,7 @@ def test_speed_is_not_told_of_a_link_that_is_down_or_another_one() -> None:
 
 def test_probe_is_answered() -> None:
     name = PeerId(b"before")
-    assert dialling().probed_by(name) == [SendToPeer(name, PeerProbed(epoch=3))]
+    assert dialling().probed_by(name) == [SendToPeer(name, PeerProbed(epoch=Epoch(3)))]
 
 
 # ------------------------------------------------------------------ from the worker before
@@ -197,7 +197,8 @@ def test_probe_is_answered() -> None:
 
 def test_proof_is_of_key_epoch_and_worker() -> None:
     proofs = {
-        proof(*what) for what in (("k", 3, "pc"), ("l", 3, "pc"), ("k", 4, "pc"), ("k", 3, "mac"))
+        proof(key, Epoch(epoch), worker)
+        for key, epoch, worker in (("k", 3, "pc"), ("l", 3, "pc"), ("k", 4, "pc"), ("k", 3, "mac"))
     }
     assert len(proofs) == 4
     assert all(len(one) == 64 and "k" not in one for one in proofs)
@@ -211,7 +212,7 @@ def test_hello_of_one_worker_is_right_at_the_next() -> None:
     next_peers = Peers(order(next_stage=None), "mac")
     other = Peers(order(next_stage=None), "mac-2")
     name = PeerId(b"pc")
-    assert next_peers.greeted(name, greet.hello) == [SendToPeer(name, PeerWelcome(epoch=3))]
+    assert next_peers.greeted(name, greet.hello) == [SendToPeer(name, PeerWelcome(epoch=Epoch(3)))]
     assert next_peers.knows(name)
     for wrong in (peers, other):
         assert wrong.is_forged(greet.hello)
@@ -221,14 +222,14 @@ def test_hello_of_one_worker_is_right_at_the_next() -> None:
 
 def test_every_right_hello_is_answered() -> None:
     peers = dialling()
-    right = PeerHello(epoch=3, key=proof("secret", 3, "pc"))
+    right = PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "pc"))
     for _ in range(3):
         assert peers.greeted(PeerId(b"x"), right) != []
 
 
 def test_number_of_those_who_are_known_is_bounded() -> None:
     peers = dialling()
-    right = PeerHello(epoch=3, key=proof("secret", 3, "pc"))
+    right = PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "pc"))
     names = [PeerId(b"%d" % number) for number in range(1000)]
     for name in names:
         peers.greeted(name, right)

@@ -18,7 +18,7 @@ from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import frame_of_token_ids
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.requests.parameters import Limits
@@ -58,12 +58,12 @@ class Bench:
         self.now = 0.0
         self._numbers = itertools.count()
         self.pipeline = Pipeline(
-            EPOCH,
+            Epoch(EPOCH),
             plan,
             SEATS,
             MODEL,
             SETTINGS,
-            itertools.count(100).__next__,
+            map(SequenceId, itertools.count(100)).__next__,
             self._changed,
         )
 
@@ -84,7 +84,7 @@ class Bench:
     def ready(self, stage: int, *, credits: int = 8, kv_tokens: int = 4096) -> bool:
         """A stage has loaded; return whether serving begins."""
         said = StageReady(
-            epoch=EPOCH, credits=credits, load_s=1.0, weight_bytes=1, kv_tokens=kv_tokens
+            epoch=Epoch(EPOCH), credits=credits, load_s=1.0, weight_bytes=1, kv_tokens=kv_tokens
         )
         last = self.pipeline.stage_ready(PEERS[stage], said)
         if last:
@@ -116,7 +116,7 @@ class Bench:
         samples = sum(part.sample for part in task.sequences)
         spec, frame = frame_of_token_ids([7] * samples)
         result = TaskResult(
-            epoch=EPOCH,
+            epoch=Epoch(EPOCH),
             step=task.step,
             timings=(StageTime(compute_us=1000, layers_us=0, queued_us=0),) * 2,
             tensors=(spec,) if samples else (),
@@ -172,7 +172,9 @@ def measured(
 ) -> None:
     """Let steps of 4 tokens have been measured at one depth."""
     sizes = [1] * 4 if decodes else [4]
-    slices = tuple(SequenceSlice(sequence_id=1, start=9, num_tokens=size) for size in sizes)
+    slices = tuple(
+        SequenceSlice(sequence_id=SequenceId(1), start=9, num_tokens=size) for size in sizes
+    )
     step = Step((request_of(99, 20, 5),) * len(sizes), slices, (0,) * 4)
     timings = tuple(StageTime(compute_us=us, layers_us=0, queued_us=0) for us in compute_us)
     round_trip_s = sum(compute_us) / 1e6
@@ -296,7 +298,7 @@ def test_a_lost_link_abandons_what_is_under_way() -> None:
     assert {task.route for task in again} == {(False,)}
     assert {task.oldest for task in again} == {lost[-1].step + 1}
     result = TaskResult(
-        epoch=EPOCH,
+        epoch=Epoch(EPOCH),
         step=lost[0].step,
         timings=(StageTime(compute_us=1, layers_us=0, queued_us=1),) * 2,
     )
@@ -391,7 +393,7 @@ def test_what_an_abandoned_task_said_is_said_by_message() -> None:
 
 def test_a_message_frees_so_many_at_most() -> None:
     bench = Bench().serve()
-    bench.in_flight.release(range(MAX_RELEASED + 1))
+    bench.in_flight.release(map(SequenceId, range(MAX_RELEASED + 1)))
     assert releases_of(bench.begin()) == [
         (PEERS[0], tuple(range(MAX_RELEASED))),
         (PEERS[1], tuple(range(MAX_RELEASED))),
@@ -449,7 +451,7 @@ def test_a_broken_step_frees_again_what_it_was_to_free() -> None:
     freed = one.sequence_id
     bench.scheduler.remove(one)
     (task,) = tasks_of(bench.begin())
-    said = TaskFailed(epoch=EPOCH, step=task.step, code="stage_error", message="no")
+    said = TaskFailed(epoch=Epoch(EPOCH), step=task.step, code="stage_error", message="no")
     broken = bench.in_flight.failed(PEERS[1], said)
     assert isinstance(broken, StepBroken)
     bench.scheduler.abandon(broken.step)
@@ -469,16 +471,18 @@ def moved(bench: Bench) -> Pipeline:
     )
     plan = tuple(PlannedStage(stage.worker, stage.layers, 100, 1024) for stage in stages)
     new = Pipeline(
-        EPOCH + 1,
+        Epoch(EPOCH + 1),
         plan,
         stages,
         MODEL,
         SETTINGS,
-        itertools.count(500).__next__,
+        map(SequenceId, itertools.count(500)).__next__,
         lambda pipeline: None,
     )
     for at, stage in enumerate(stages):
-        said = StageReady(epoch=EPOCH + 1, credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096)
+        said = StageReady(
+            epoch=Epoch(EPOCH + 1), credits=8, load_s=1.0, weight_bytes=1, kv_tokens=4096
+        )
         assert new.stage_ready(stage.peer, said) == (at == 1)
     new.set_link(stages[0].peer, True)
     new.continue_from(bench.pipeline)

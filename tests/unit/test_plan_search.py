@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.forecast import forecast
 from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
@@ -53,7 +53,7 @@ def planner(*, least: int = 64, spare_room: int = 64) -> Told:
 def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
     """Return a search for a pipeline of a and b, which have `memory` bytes; c is idle."""
     usual = PlanSearch(
-        epoch=1,
+        epoch=Epoch(1),
         planner=planner(),
         layer_map=((A, LayerRange(0, 5)), (B, LayerRange(5, 6))),
         machines=machines({A: memory, B: memory, C: 9000}),

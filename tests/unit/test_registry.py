@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
 from distributed_llm.common.states import IllegalTransition
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.registry import (
     CLIENT_SILENCE_S,
     Registry,
@@ -110,7 +110,11 @@ def test_clients_may_be_silent_for_longer(registry: Registry) -> None:
 
 def beat(*, waiting: int = 0, age_s: float = 0.0) -> Heartbeat:
     return Heartbeat(
-        epochs=(1,), progress_age_s=age_s, tasks_waiting=waiting, memory_used_bytes=5, kv_bytes=7
+        epochs=(Epoch(1),),
+        progress_age_s=age_s,
+        tasks_waiting=waiting,
+        memory_used_bytes=5,
+        kv_bytes=7,
     )
 
 
@@ -139,7 +143,7 @@ def test_assign_and_take_away(registry: Registry) -> None:
     worker = join(registry, A)
     worker.count_task(1.0, 1)
     worker.link = "direct"
-    worker.assign(LayerRange(0, 3), epoch=5)
+    worker.assign(LayerRange(0, 3), epoch=Epoch(5))
     status = status_of(worker, now=0.0)
     assert (status.state, status.layers, status.epoch) == ("loading", LayerRange(0, 3), 5)
     assert (status.link, status.seconds_per_token) == ("", None)
@@ -218,11 +222,11 @@ def test_time_per_token_is_a_running_mean_over_decodes(registry: Registry) -> No
 
 def test_a_worker_goes_from_idle_to_serving_and_back(registry: Registry) -> None:
     worker = join(registry, A)
-    worker.assign(LayerRange(0, 3), epoch=5)
+    worker.assign(LayerRange(0, 3), epoch=Epoch(5))
     assert worker.state is WorkerState.LOADING
     worker.loaded(weight_bytes=7)
     assert (worker.state, worker.weight_bytes) == (WorkerState.SERVING, 7)
-    worker.commit(LayerRange(0, 2), epoch=6, weight_bytes=4)
+    worker.commit(LayerRange(0, 2), epoch=Epoch(6), weight_bytes=4)
     assert (worker.state, worker.layers, worker.epoch) == (
         WorkerState.SERVING,
         LayerRange(0, 2),
@@ -235,8 +239,8 @@ def test_a_worker_goes_from_idle_to_serving_and_back(registry: Registry) -> None
 
 def test_one_that_loaded_for_a_move_serves_once_it_is_committed(registry: Registry) -> None:
     worker = join(registry, A)
-    worker.assign(LayerRange(0, 3), epoch=5)
-    worker.commit(LayerRange(0, 3), epoch=5, weight_bytes=7)
+    worker.assign(LayerRange(0, 3), epoch=Epoch(5))
+    worker.commit(LayerRange(0, 3), epoch=Epoch(5), weight_bytes=7)
     assert worker.state is WorkerState.SERVING
 
 
@@ -245,7 +249,7 @@ def test_one_that_cannot_serve_is_given_no_layers(registry: Registry) -> None:
     worker.fail("no room")
     assert registry.fit == []
     with pytest.raises(IllegalTransition, match="ASSIGNED cannot happen while UNFIT"):
-        worker.assign(LayerRange(0, 3), epoch=5)
+        worker.assign(LayerRange(0, 3), epoch=Epoch(5))
 
 
 def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> None:
@@ -258,6 +262,6 @@ def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> No
     worker.leaving = True
     assert registry.fit == []
     worker.leaving = False
-    worker.assign(LayerRange(0, 3), epoch=5)
+    worker.assign(LayerRange(0, 3), epoch=Epoch(5))
     assert registry.fit == [worker]
     assert registry.idle == []

@@ -6,7 +6,7 @@ import pytest
 
 from distributed_llm.common.errors import DistributedLLMError, NotReady
 from distributed_llm.common.messages import DropStage, LoadStage, RequestFailed, StageFailed
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import Epoch, PeerId
 from distributed_llm.coordinator.cluster.registry import WorkerState
 from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
@@ -195,7 +195,7 @@ def test_so_many_have_to_join_before_the_first_plan() -> None:
 def test_a_worker_that_cannot_load_is_planned_without() -> None:
     parts = Parts({"a": HALF, "b": HALF, "c": HALF}, strategy="even")
     parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
-    failed = StageFailed(epoch=1, code="stage_error", message="no room")
+    failed = StageFailed(epoch=Epoch(1), code="stage_error", message="no room")
     actions = parts.replanning.stage_failed(parts.worker("b"), failed)
     assert parts.worker("b").state is WorkerState.UNFIT
     assert asked(actions) == ["a", "c"]
@@ -206,7 +206,7 @@ def test_a_worker_that_cannot_load_is_planned_without() -> None:
 def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
     parts = Parts({"a": WHOLE})
     parts.pipelines.load([parts.plan(("a", 0, 6))])
-    failed = StageFailed(epoch=1, code="unsupported_model", message="it differs")
+    failed = StageFailed(epoch=Epoch(1), code="unsupported_model", message="it differs")
     actions = parts.replanning.stage_failed(parts.worker("a"), failed)
     assert [type(action) for action in actions if isinstance(action, Stop)] == [Stop]
 
@@ -214,7 +214,7 @@ def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_failure_of_another_plan_changes_nothing(epoch: int) -> None:
     parts = serving()
-    failed = StageFailed(epoch=epoch, code="stage_error", message="no room")
+    failed = StageFailed(epoch=Epoch(epoch), code="stage_error", message="no room")
     assert parts.replanning.stage_failed(parts.worker("b"), failed) == []
     assert layers(parts) == ["a 0-3, b 3-6"]
 

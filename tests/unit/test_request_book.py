@@ -10,7 +10,7 @@ from distributed_llm.common.messages import Finished, Generate, RequestFailed, T
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import frame_of_token_ids
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import PeerId, SequenceId
 from distributed_llm.coordinator.events import (
     Action,
     Detokenized,
@@ -48,7 +48,7 @@ class Bench:
             max_sequences=4,
             max_tokens=512,
             kv_tokens=KV_TOKENS,
-            new_sequence_id=itertools.count(1).__next__,
+            new_sequence_id=map(SequenceId, itertools.count(1)).__next__,
             on_change=lambda: None,
         )
         spec, frame = frame_of_token_ids(PROMPT)

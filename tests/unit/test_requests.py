@@ -19,7 +19,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.parameters import (
@@ -336,9 +336,9 @@ def test_usage_counts_the_prompt_once_and_all_answers() -> None:
 
 def test_reset_keeps_the_answer() -> None:
     request = request_of(limits_of(max_new_tokens=4))
-    request.sequence_id, request.sampling_sent, request.num_in_flight = 1, True, 1
+    request.sequence_id, request.sampling_sent, request.num_in_flight = SequenceId(1), True, 1
     request.num_computed_tokens, request.num_scheduled_tokens = 2, 3
-    request.prefix = SharedPrefix(sequence_id=0, length=1)
+    request.prefix = SharedPrefix(sequence_id=SequenceId(0), length=1)
     request.append(9, None, now=2.0)
     request.reset()
     assert request.token_ids == [0, 1, 2, 9]
@@ -381,8 +381,8 @@ def test_timings_of_one_answer() -> None:
     for now in (4.0, 5.0, 7.0):
         request.append(9, None, now=now)
     plan = stages(("a", 0, 1), ("b", 1, 2))
-    request.stage_times.add(1, plan, times(100_000, 250_000))
-    request.stage_times.add(1, plan, times(200_000, 500_000))
+    request.stage_times.add(Epoch(1), plan, times(100_000, 250_000))
+    request.stage_times.add(Epoch(1), plan, times(200_000, 500_000))
     timings = request.ticket.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.5, 1.5, 3.0)
     assert timings.stages == (
@@ -400,9 +400,9 @@ def test_timings_of_several_answers_and_plans() -> None:
             request.append(9, None, now=now)
     old = stages(("b", 0, 1), ("a", 1, 2))
     new = stages(("b", 0, 1), ("c", 1, 2))
-    first.stage_times.add(1, old, times(1_000_000, 2_000_000))
-    first.stage_times.add(2, new, times(1_000_000, 4_000_000))
-    second.stage_times.add(2, new, times(1_500_000, 8_000_000))
+    first.stage_times.add(Epoch(1), old, times(1_000_000, 2_000_000))
+    first.stage_times.add(Epoch(2), new, times(1_000_000, 4_000_000))
+    second.stage_times.add(Epoch(2), new, times(1_500_000, 8_000_000))
     timings = ticket.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.0, 3.0, 4.5)
     assert timings.stages[0] == StageTiming(

@@ -20,7 +20,7 @@ from distributed_llm.common.sampling_params import (
     SamplingParams,
 )
 from distributed_llm.common.tensors import frame_of_token_ids
-from distributed_llm.common.types import KV_BLOCK, PeerId
+from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId, StepNumber
 from distributed_llm.coordinator.requests.lifecycle import RequestState
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
@@ -50,9 +50,9 @@ class Bench:
             on_change=self._on_change,
         )
 
-    def _new_sequence_id(self) -> int:
+    def _new_sequence_id(self) -> SequenceId:
         self._next_id += 1
-        return self._next_id - 1
+        return SequenceId(self._next_id - 1)
 
     def _on_change(self) -> None:
         self.changes += 1
@@ -422,7 +422,7 @@ def test_prefix_is_sent_until_its_first_slice_is_confirmed() -> None:
     bench = Bench(tokens=20)
     bench.keep(list(range(100)))
     request = bench.add([*range(90), *[1] * 50])
-    shared = SharedPrefix(sequence_id=1, length=90)
+    shared = SharedPrefix(sequence_id=SequenceId(1), length=90)
     steps = [bench.step(), bench.step()]
     assert [parts(s) for s in steps] == [[(1, 90, 20, False)], [(1, 110, 20, False)]]
     assert [prefixes(s) for s in steps] == [[shared], [None]]
@@ -453,7 +453,7 @@ def test_what_a_request_kept_is_found_by_the_next(bench: Bench) -> None:
     assert bench.scheduler.take_prefix_hit_tokens() == 50
     step = bench.step()
     assert parts(step) == [(1, 50, 3, True)]
-    assert prefixes(step) == [SharedPrefix(sequence_id=1, length=50, take=True)]
+    assert prefixes(step) == [SharedPrefix(sequence_id=SequenceId(1), length=50, take=True)]
     assert step.token_ids == (ANSWER, 1, 2)
     bench.land(step)
     assert bench.scheduler.take_freed() == []  # it was taken
@@ -481,7 +481,7 @@ def test_prefix_of_a_running_request_is_shared(bench: Bench) -> None:
     bench.add([*range(80), ANSWER, 1, 2])
     step = bench.step()
     assert parts(step) == [(0, 81, 1, True), (1, 81, 2, True)]
-    assert prefixes(step) == [None, SharedPrefix(sequence_id=id_of(old), length=81)]
+    assert prefixes(step) == [None, SharedPrefix(sequence_id=SequenceId(id_of(old)), length=81)]
 
 
 def test_prefixes_make_room_for_requests() -> None:
@@ -518,7 +518,7 @@ def test_follower_waits_until_the_common_part_is_computed_and_shares_it() -> Non
     assert follower.num_cached_tokens == 150
     step = bench.step()
     assert parts(step) == [(1, 150, 30, True)]
-    assert prefixes(step) == [SharedPrefix(sequence_id=id_of(leader), length=150)]
+    assert prefixes(step) == [SharedPrefix(sequence_id=SequenceId(id_of(leader)), length=150)]
     assert bench.scheduler.take_prefix_hit_tokens() == 150
 
 
@@ -880,12 +880,12 @@ def encodes(step: Step) -> None:
     """Assert that the task of a step fits a message, whatever it has to carry besides."""
     spec, frame = frame_of_token_ids(step.token_ids)
     task = Task(
-        epoch=FAR,
-        step=FAR,
-        oldest=FAR,
+        epoch=Epoch(FAR),
+        step=StepNumber(FAR),
+        oldest=StepNumber(FAR),
         sequences=step.slices,
         tensors=(spec,),
-        released=tuple(range(FAR, FAR + MAX_RELEASED)),
+        released=tuple(map(SequenceId, range(FAR, FAR + MAX_RELEASED))),
         timings=(StageTime(queued_us=2**31, layers_us=2**31, compute_us=2**31),) * MAX_STAGES,
     )
     assert codec.to_worker.decode(codec.encode(task, (frame,)))[0] == task

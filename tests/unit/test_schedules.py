@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
 from distributed_llm.coordinator.requests.request import Request
 from distributed_llm.coordinator.serving.step import Step
@@ -43,7 +43,7 @@ class Stages:
             self.held.pop(sequence_id, None)
             self.sampling.pop(sequence_id, None)
 
-    def missing(self, step: Step) -> list[int]:
+    def missing(self, step: Step) -> list[SequenceId]:
         """Return the sequences of a step that lack positions; only what was lost may."""
         found = []
         for part in step.slices:
@@ -81,7 +81,7 @@ class Stages:
         return self.held.setdefault(part.sequence_id, [])
 
 
-Sent = tuple[list[int], Step]
+Sent = tuple[list[SequenceId], Step]
 """A step under way, and the sequences to free before it."""
 
 _INDEX = st.integers(0, 10**6)
@@ -102,7 +102,7 @@ class Schedules(RuleBasedStateMachine):
         self.stages = Stages()
         self.waiting: list[Request] = []
         self.under_way: list[Sent] = []
-        self.to_free: list[int] = []
+        self.to_free: list[SequenceId] = []
         self.expected: dict[Request, list[int]] = {}
 
     @rule(
@@ -214,7 +214,7 @@ class Schedules(RuleBasedStateMachine):
             self.scheduler.remove(request, keep=request.number % 4 > 0)
             request.change(RequestCause.LAST_TOKEN)
 
-    def _break(self, step: Step, missing: list[int]) -> None:
+    def _break(self, step: Step, missing: list[SequenceId]) -> None:
         for request, part in zip(step.requests, step.slices, strict=True):
             if part.sequence_id in missing and request.sequence_id == part.sequence_id:
                 self.scheduler.restart(request)

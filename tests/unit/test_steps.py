@@ -19,7 +19,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber, WorkerId
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Request, Ticket
@@ -52,7 +52,7 @@ Outcome = StepDone | SendTask | StepBroken | Dropped
 def in_flight(credits: int = 4, links: Iterable[int] = ()) -> StepsInFlight:
     """Three stages; those in `links` reach the next one."""
     line = StepsInFlight(
-        EPOCH,
+        Epoch(EPOCH),
         SEATS,
         credits=credits,
         model=MODEL,
@@ -73,7 +73,7 @@ def step(*asked: int | None, samples: bool = True) -> Step:
         ticket.accept(range(TOKENS), limits, number=number)
         requests += ticket.requests
     slices = tuple(
-        SequenceSlice(sequence_id=10 + i, start=0, num_tokens=TOKENS, sample=samples)
+        SequenceSlice(sequence_id=SequenceId(10 + i), start=0, num_tokens=TOKENS, sample=samples)
         for i in range(len(asked))
     )
     return Step(tuple(requests), slices, tuple(range(TOKENS)) * len(asked))
@@ -105,8 +105,8 @@ def reply(
     """Give the pipeline some answer of a stage to a step."""
     pairs = list(tensors)
     result = TaskResult(
-        epoch=EPOCH,
-        step=number,
+        epoch=Epoch(EPOCH),
+        step=StepNumber(number),
         timings=timings(stage),
         tensors=tuple(spec for spec, _ in pairs),
     )
@@ -138,7 +138,7 @@ def ints(values: Iterable[int], shape: tuple[int, ...]) -> tuple[TensorSpec, Fra
 
 
 def refusal(number: int, epoch: int = EPOCH) -> TaskFailed:
-    return TaskFailed(epoch=epoch, step=number, code="stage_error", message="no")
+    return TaskFailed(epoch=Epoch(epoch), step=StepNumber(number), code="stage_error", message="no")
 
 
 # ------------------------------------------------------------------ the way through
@@ -161,9 +161,9 @@ def test_a_task_carries_its_route(links: tuple[int, ...], route: tuple[bool, ...
     assert sent.peer == PEERS[0]
     assert sent.frames == (frame_of_token_ids(range(TOKENS))[1],)
     assert sent.task == Task(
-        epoch=EPOCH,
-        step=1,
-        oldest=1,
+        epoch=Epoch(EPOCH),
+        step=StepNumber(1),
+        oldest=StepNumber(1),
         sequences=going.slices,
         tensors=(TensorSpec("int32", (TOKENS,)),),
         route=route,
@@ -172,7 +172,7 @@ def test_a_task_carries_its_route(links: tuple[int, ...], route: tuple[bool, ...
 
 def test_relayed_from_stage_to_stage() -> None:
     line = in_flight()
-    line.release([3])
+    line.release([SequenceId(3)])
     going = step()
     first = line.begin(going, now=1.0)
     second = relayed(line, first, 0, now=2.0)
@@ -228,7 +228,7 @@ def test_depth_is_what_was_under_way_at_the_beginning() -> None:
 
 def test_a_pipeline_of_one_stage() -> None:
     line = StepsInFlight(
-        EPOCH,
+        Epoch(EPOCH),
         SEATS[:1],
         credits=1,
         model=MODEL,
@@ -308,7 +308,7 @@ def test_wrong_number_of_timings(number: int) -> None:
     line = in_flight()
     sent = line.begin(step(), now=0.0)
     result = TaskResult(
-        epoch=EPOCH, step=sent.task.step, timings=timings(number - 1), tensors=(ACTIVATIONS,)
+        epoch=Epoch(EPOCH), step=sent.task.step, timings=timings(number - 1), tensors=(ACTIVATIONS,)
     )
     frames = (bytes(ACTIVATIONS.nbytes),)
     assert line.result(PEERS[1], result, frames, now=0.0) == Dropped("foreign_result")
@@ -319,7 +319,9 @@ def test_other_workers_and_other_epochs() -> None:
     line = in_flight()
     number = line.begin(step(), now=0.0).task.step
     for peer, epoch in ((STRANGER, EPOCH), (PEERS[0], EPOCH - 1), (PEERS[0], EPOCH + 1)):
-        result = TaskResult(epoch=epoch, step=number, timings=timings(0), tensors=(ACTIVATIONS,))
+        result = TaskResult(
+            epoch=Epoch(epoch), step=number, timings=timings(0), tensors=(ACTIVATIONS,)
+        )
         frames = (bytes(ACTIVATIONS.nbytes),)
         assert line.result(peer, result, frames, now=0.0) == Dropped("foreign_result")
         assert line.failed(peer, refusal(number, epoch)) == Dropped("foreign_result")
@@ -426,7 +428,7 @@ def test_each_request_gets_the_log_probabilities_that_it_asked_for() -> None:
 def test_only_requests_that_sample_count() -> None:
     line = in_flight()
     going = step(3, 1)
-    waits = SequenceSlice(sequence_id=10, start=0, num_tokens=TOKENS)
+    waits = SequenceSlice(sequence_id=SequenceId(10), start=0, num_tokens=TOKENS)
     going = Step(going.requests, (waits, going.slices[1]), going.token_ids)
     sent = line.begin(going, now=0.0)
     tensors = [ints([5], (1,)), floats([-1.0, -0.5], (1, 2)), ints([5, 6], (1, 2))]
@@ -494,8 +496,8 @@ def test_abandoned_steps_are_void() -> None:
 
 def test_the_next_task_says_what_to_free() -> None:
     line = in_flight()
-    line.release([3, 1])
-    line.release([1, 2])
+    line.release([SequenceId(3), SequenceId(1)])
+    line.release([SequenceId(1), SequenceId(2)])
     assert line.to_release == [3, 1, 2]
     first = line.begin(step(), now=0.0)
     assert first.task.released == (3, 1, 2)
@@ -507,7 +509,7 @@ def test_the_next_task_says_what_to_free() -> None:
 
 def test_a_task_frees_so_many_at_most() -> None:
     line = in_flight()
-    ids = tuple(range(2 * MAX_RELEASED + 1))
+    ids = tuple(map(SequenceId, range(2 * MAX_RELEASED + 1)))
     line.release(ids)
     said = [line.begin(step(), now=0.0).task.released for _ in range(3)]
     assert said == [ids[:MAX_RELEASED], ids[MAX_RELEASED:-1], ids[-1:]]
@@ -515,9 +517,9 @@ def test_a_task_frees_so_many_at_most() -> None:
 
 def test_what_an_abandoned_task_freed_is_said_again() -> None:
     line = in_flight()
-    line.release([1, 2])
+    line.release([SequenceId(1), SequenceId(2)])
     line.begin(step(), now=0.0)
-    line.release([3])
+    line.release([SequenceId(3)])
     line.abandon()
     assert set(line.to_release) == {1, 2, 3}
     assert set(line.begin(step(), now=0.0).task.released) == {1, 2, 3}
@@ -525,9 +527,9 @@ def test_what_an_abandoned_task_freed_is_said_again() -> None:
 
 def test_what_a_broken_task_freed_is_said_again() -> None:
     line = in_flight()
-    line.release([1])
+    line.release([SequenceId(1)])
     refused = line.begin(step(), now=0.0)
-    line.release([2])
+    line.release([SequenceId(2)])
     wrong = line.begin(step(), now=0.0)
     line.failed(PEERS[1], refusal(refused.task.step))
     assert line.to_release == [1]

@@ -7,7 +7,7 @@ import pytest
 
 from distributed_llm.common.checkpoint import Checkpoint, TensorInfo
 from distributed_llm.common.messages import LoadStage, ModelSource
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.worker.compute.loading import num_threads
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "vocab_size": 9}
@@ -15,7 +15,7 @@ CONFIG = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8, "voca
 
 def order(layers: LayerRange) -> LoadStage:
     return LoadStage(
-        epoch=1,
+        epoch=Epoch(1),
         source=ModelSource(kind="builtin", name=""),
         layers=layers,
         dtype="float32",

@@ -16,6 +16,7 @@ from distributed_llm.common.messages import (
     ToWorker,
 )
 from distributed_llm.common.states import IllegalTransition, StateTable
+from distributed_llm.common.types import Epoch
 from distributed_llm.worker.session.agent import AGENT_STATES, Agent, AgentCause, AgentState
 from distributed_llm.worker.session.epoch_stage import (
     STAGE_STATES,
@@ -111,23 +112,25 @@ OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
     (S.NEW, WHY.ORDERED_BESIDE): then(joined, beside(5)),
     (S.LOADING, WHY.LOADED): serving_3,
     (S.PREPARING, WHY.LOADED): only_new,
-    (S.PREPARING, WHY.COMMIT): then(serving_3, beside(5), DropStage(epoch=3)),
-    (S.COMMITTED, WHY.LOADED): then(serving_3, beside(5), DropStage(epoch=3), loaded(5)),
-    (S.PREPARED, WHY.COMMIT): then(both, DropStage(epoch=3)),
-    (S.SERVED, WHY.SUSPEND): then(both, TakeOver(epoch=5)),
-    (S.SUSPENDED, WHY.RESUME): then(both, TakeOver(epoch=5), CancelStage(epoch=5)),
+    (S.PREPARING, WHY.COMMIT): then(serving_3, beside(5), DropStage(epoch=Epoch(3))),
+    (S.COMMITTED, WHY.LOADED): then(serving_3, beside(5), DropStage(epoch=Epoch(3)), loaded(5)),
+    (S.PREPARED, WHY.COMMIT): then(both, DropStage(epoch=Epoch(3))),
+    (S.SERVED, WHY.SUSPEND): then(both, TakeOver(epoch=Epoch(5))),
+    (S.SUSPENDED, WHY.RESUME): then(both, TakeOver(epoch=Epoch(5)), CancelStage(epoch=Epoch(5))),
     (S.LOADING, WHY.GIVE_UP): then(joined, order(3), Disconnected()),
-    (S.PREPARING, WHY.GIVE_UP): then(serving_3, beside(5), CancelStage(epoch=5)),
-    (S.PREPARED, WHY.GIVE_UP): then(both, CancelStage(epoch=5)),
-    (S.COMMITTED, WHY.GIVE_UP): then(serving_3, beside(5), DropStage(epoch=3), Disconnected()),
-    (S.SERVED, WHY.GIVE_UP): then(serving_3, DropStage(epoch=3)),
-    (S.SUSPENDED, WHY.GIVE_UP): then(copied, TakeOver(epoch=5), DropStage(epoch=3)),
+    (S.PREPARING, WHY.GIVE_UP): then(serving_3, beside(5), CancelStage(epoch=Epoch(5))),
+    (S.PREPARED, WHY.GIVE_UP): then(both, CancelStage(epoch=Epoch(5))),
+    (S.COMMITTED, WHY.GIVE_UP): then(
+        serving_3, beside(5), DropStage(epoch=Epoch(3)), Disconnected()
+    ),
+    (S.SERVED, WHY.GIVE_UP): then(serving_3, DropStage(epoch=Epoch(3))),
+    (S.SUSPENDED, WHY.GIVE_UP): then(copied, TakeOver(epoch=Epoch(5)), DropStage(epoch=Epoch(3))),
 }
 
 H, STEP = HandoverState, HandoverCause
-TAKE_OVER = TakeOver(epoch=5)
-ASSEMBLED = KVAssembled(AssembleKV(0, 5))
-NO_MEMORY = KVOrderFailed(AssembleKV(0, 5), StageError("no"))
+TAKE_OVER = TakeOver(epoch=Epoch(5))
+ASSEMBLED = KVAssembled(AssembleKV(0, Epoch(5)))
+NO_MEMORY = KVOrderFailed(AssembleKV(0, Epoch(5)), StageError("no"))
 OF_HANDOVER: dict[tuple[Enum, Enum], Scenario] = {
     (H.COPYING, STEP.ALL_COPIED): copied,
     (H.COPYING, STEP.STEPS_ENDED): then(lambda: both([SECOND]), TAKE_OVER),
@@ -205,7 +208,7 @@ def test_kv_cache_that_nobody_ordered_is_a_bug() -> None:
 def test_worker_that_has_ended_ignores_everything() -> None:
     agent = leaving()
     hear(agent, MayLeave())
-    taken = LinkReceived(TO_NAS, KVTaken(epoch=5, layers=SECOND, number=1))
+    taken = LinkReceived(TO_NAS, KVTaken(epoch=Epoch(5), layers=SECOND, number=1))
     for event in (Connected(), Disconnected(), Signalled(2), taken, loaded(3)):
         assert agent.handle(event, now=1.0) == []
     assert hear(agent, order(9)) == []

@@ -59,6 +59,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import MAX_LOGIT_BIASES
 from distributed_llm.common.tensors import MAX_FRAME_BYTES, Frame, TensorSpec
+from distributed_llm.common.types import Epoch, SequenceId, StepNumber
 from tests.wire.strategies import (
     CASE_IDS,
     CASES,
@@ -302,9 +303,9 @@ def test_another_version_is_named_whatever_its_header_is(
 def failure(length: int) -> bytes:
     """Header of exactly `length` bytes (about 64 KiB); what it says is too long for its field."""
     code = "c" * 200
-    short = msgspec.msgpack.encode(StageFailed(epoch=1, code=code, message="x" * 60_000))
+    short = msgspec.msgpack.encode(StageFailed(epoch=Epoch(1), code=code, message="x" * 60_000))
     message = "x" * (60_000 + length - len(short))
-    header = msgspec.msgpack.encode(StageFailed(epoch=1, code=code, message=message))
+    header = msgspec.msgpack.encode(StageFailed(epoch=Epoch(1), code=code, message=message))
     assert len(header) == length
     return header
 
@@ -437,8 +438,8 @@ def test_pickles_are_not_opened(tmp_path: Path, protocol: int) -> None:
         codec.decode_chat(evil)
     result = encode(
         TaskResult(
-            epoch=1,
-            step=1,
+            epoch=Epoch(1),
+            step=StepNumber(1),
             timings=(StageTime(compute_us=1, layers_us=0, queued_us=0),),
             tensors=(TensorSpec("uint8", (len(evil),)),),
         ),
@@ -453,7 +454,7 @@ def test_pickles_are_not_opened(tmp_path: Path, protocol: int) -> None:
 
 def test_the_plain_heartbeat_is_read() -> None:
     assert read(HEARTBEAT) == Heartbeat(
-        epochs=(7,), progress_age_s=0.5, tasks_waiting=1, memory_used_bytes=2, kv_bytes=3
+        epochs=(Epoch(7),), progress_age_s=0.5, tasks_waiting=1, memory_used_bytes=2, kv_bytes=3
     )
 
 
@@ -495,12 +496,12 @@ def test_slices_and_times_travel_as_arrays() -> None:
     assert plain(example(Task))["sequences"][0][:4] == [300, 300, 300, True]
     short = task_with()
     (part,) = read(short, bytes(24), decoder=codec.to_worker).sequences
-    assert part == SequenceSlice(sequence_id=7, start=2, num_tokens=3, sample=True)
+    assert part == SequenceSlice(sequence_id=SequenceId(7), start=2, num_tokens=3, sample=True)
     shared = task_with(sampling=None, prefix=[5, 2, True])
     for decoder in (codec.to_worker, codec.to_next_worker):
         (part,) = read(shared, bytes(24), decoder=decoder).sequences
         assert part.sampling is None
-        assert part.prefix == SharedPrefix(sequence_id=5, length=2, take=True)
+        assert part.prefix == SharedPrefix(sequence_id=SequenceId(5), length=2, take=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker import links as links_module
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.events import Event
@@ -41,8 +41,8 @@ from tests.wire.test_transport import come_true, on_loop, process, raw_sockets
 
 pytestmark = pytest.mark.timeout(60)
 ANY = "127.0.0.1:0"
-LINK = LinkId(3)
-HELLO = PeerHello(epoch=3, key="proof")
+LINK = LinkId(Epoch(3))
+HELLO = PeerHello(epoch=Epoch(3), key="proof")
 
 
 class Told(list[Event]):
@@ -77,7 +77,7 @@ async def linked(links: Links, told: Told, after: Links, after_told: Told) -> As
     heard = await after_told.until(PeerReceived)
     assert isinstance(heard, PeerReceived)
     assert heard.message == HELLO
-    after.answer(heard.peer, PeerWelcome(epoch=3))
+    after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))
     up = await told.until(LinkUp)
     assert isinstance(up, LinkUp)
     assert up.link == LINK
@@ -86,9 +86,16 @@ async def linked(links: Links, told: Told, after: Links, after_told: Told) -> As
 
 
 def task(step: int = 1, size: int = 4) -> tuple[Task, tuple[bytes, ...]]:
-    sequences = (SequenceSlice(sequence_id=1, start=5, num_tokens=1),)
+    sequences = (SequenceSlice(sequence_id=SequenceId(1), start=5, num_tokens=1),)
     specs = (TensorSpec("int32", (1,)), TensorSpec("uint8", (size,)))
-    made = Task(epoch=3, step=step, oldest=0, sequences=sequences, tensors=specs, route=(True,))
+    made = Task(
+        epoch=Epoch(3),
+        step=StepNumber(step),
+        oldest=StepNumber(0),
+        sequences=sequences,
+        tensors=specs,
+        route=(True,),
+    )
     return made, (bytes(4), bytes([step % 256]) * size)
 
 
@@ -126,14 +133,14 @@ async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
         heard = await after_told.until(PeerReceived, 3)
         links.send(LINK, *task())  # to nobody
         assert isinstance(heard, PeerReceived)
-        after.answer(heard.peer, PeerWelcome(epoch=2))
-        after.answer(heard.peer, PeerWelcome(epoch=4))
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(2)))
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(4)))
         links.greet(LINK, HELLO, (after.address,))
         await after_told.until(PeerReceived, 4)
         assert told.of(LinkUp) == []
-        after.answer(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))
         await told.until(LinkUp)
-        after.answer(heard.peer, PeerWelcome(epoch=3))  # to one of the other hellos
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))  # to one of the other hellos
         links.send(LINK, *task(7))
         last = await after_told.until(PeerReceived, 5)
         assert isinstance(last, PeerReceived)
@@ -154,9 +161,9 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         first, second = await two_told.until(PeerReceived), await one_told.until(PeerReceived)
         assert isinstance(first, PeerReceived)
         assert isinstance(second, PeerReceived)
-        two.answer(first.peer, PeerWelcome(epoch=3))
+        two.answer(first.peer, PeerWelcome(epoch=Epoch(3)))
         await told.until(LinkUp)
-        one.answer(second.peer, PeerWelcome(epoch=3))
+        one.answer(second.peer, PeerWelcome(epoch=Epoch(3)))
         links.send(LINK, *task(7))
         handed = await two_told.until(PeerReceived, 2)
         assert isinstance(handed, PeerReceived)
@@ -188,7 +195,12 @@ async def test_new_link_replaces_the_old_one_of_its_name() -> None:
 @on_loop
 async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> None:
     """To the same worker too; closing one leaves the others."""
-    names = (LINK, LinkId(4), LinkId(4, LayerRange(0, 2)), LinkId(4, LayerRange(2, 3)))
+    names = (
+        LINK,
+        LinkId(Epoch(4)),
+        LinkId(Epoch(4), LayerRange(0, 2)),
+        LinkId(Epoch(4), LayerRange(2, 3)),
+    )
     with opened() as (links, told), opened() as (after, after_told):
         async with linked(links, told, after, after_told):
             for number, name in enumerate(names[1:], 2):
@@ -202,7 +214,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
                 up = await told.until(LinkUp, number)
                 assert isinstance(up, LinkUp)
                 assert up.link == name
-            links.close_link(LinkId(4))
+            links.close_link(LinkId(Epoch(4)))
             after_told.clear()
             for step, name in enumerate(names):
                 links.send(name, *task(step))
@@ -215,7 +227,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
 
 @on_loop
 async def test_answers_over_a_link_are_told() -> None:
-    taken = KVTaken(epoch=3, layers=LayerRange(0, 2), number=7)
+    taken = KVTaken(epoch=Epoch(3), layers=LayerRange(0, 2), number=7)
     with opened() as (links, told), opened() as (after, after_told):
         links.open(LINK, (after.address,))
         await told.until(LinkReached)
@@ -223,14 +235,14 @@ async def test_answers_over_a_link_are_told() -> None:
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
         after.answer(heard.peer, taken)  # before the welcome: not of a link
-        after.answer(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))
         await told.until(LinkUp)
-        after.answer(heard.peer, PeerProbed(epoch=4))
-        after.answer(heard.peer, PeerProbed(epoch=3))
+        after.answer(heard.peer, PeerProbed(epoch=Epoch(4)))
+        after.answer(heard.peer, PeerProbed(epoch=Epoch(3)))
         after.answer(heard.peer, taken)
         await told.until(LinkReceived, 2)
         assert told.of(LinkReceived) == [
-            LinkReceived(LINK, PeerProbed(epoch=3)),
+            LinkReceived(LINK, PeerProbed(epoch=Epoch(3))),
             LinkReceived(LINK, taken),
         ]
 
@@ -333,7 +345,7 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
         links.greet(LINK, HELLO, (*nobody, after.address))
         heard = await after_told.until(PeerReceived)
         assert isinstance(heard, PeerReceived)
-        after.answer(heard.peer, PeerWelcome(epoch=3))
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))
         await told.until(LinkUp)
         assert len(told) == 2
 
@@ -405,7 +417,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
 @on_loop
 async def test_answering_somebody_who_is_gone_does_nothing() -> None:
     with opened() as (links, _):
-        links.answer(PeerId(b"nobody"), PeerWelcome(epoch=3))
+        links.answer(PeerId(b"nobody"), PeerWelcome(epoch=Epoch(3)))
 
 
 @on_loop
@@ -413,9 +425,17 @@ async def test_header_that_grew_too_long_is_an_error_of_its_task_only() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         async with linked(links, told, after, after_told):
             biased = Sampling(logit_bias=tuple((2**30 + i, 0.5) for i in range(300)))
-            part = SequenceSlice(sequence_id=1, start=5, num_tokens=1, sample=True, sampling=biased)
+            part = SequenceSlice(
+                sequence_id=SequenceId(1), start=5, num_tokens=1, sample=True, sampling=biased
+            )
             spec = TensorSpec("int32", (1,))
-            long = Task(epoch=3, step=1, oldest=0, sequences=(part,) * MAX_SLICES, tensors=(spec,))
+            long = Task(
+                epoch=Epoch(3),
+                step=StepNumber(1),
+                oldest=StepNumber(0),
+                sequences=(part,) * MAX_SLICES,
+                tensors=(spec,),
+            )
             with pytest.raises(LocalProtocolError):
                 links.send(LINK, long, (bytes(4),))
             links.send(LINK, *task(7))
@@ -507,7 +527,7 @@ async def test_opening_and_closing_leaks_nothing() -> None:
         with opened() as (links, told), opened() as (after, after_told):
             async with linked(links, told, after, after_told):
                 links.send(LINK, *task())
-            links.open(LinkId(4), (f"127.0.0.1:{free_port()}", after.address))
+            links.open(LinkId(Epoch(4)), (f"127.0.0.1:{free_port()}", after.address))
 
     await cycle()
     files, threads = num_fds(me), me.num_threads()
@@ -522,7 +542,7 @@ async def test_links_of_many_epochs_leave_nothing_behind() -> None:
     """As a worker lives: its own sockets stay, only the link changes."""
     me = psutil.Process()
     with opened() as (links, told), opened() as (after, after_told), opened() as (keep, _):
-        keep.open(LinkId(1), (after.address,))
+        keep.open(LinkId(Epoch(1)), (after.address,))
 
         async def epoch() -> None:
             told.clear()

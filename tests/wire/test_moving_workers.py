@@ -37,7 +37,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.worker import service
 from distributed_llm.worker.compute.engine import Vitals
 from distributed_llm.worker.service import Worker
@@ -175,7 +175,7 @@ async def both_loaded(coordinator: Coordinator) -> None:
 
 def copy_to_b(coordinator: Coordinator) -> CopyKV:
     what = KVTransfer(layers=SECOND, worker="b", addresses=address_of(coordinator, "b"))
-    return CopyKV(epoch=2, link_key="new", transfers=(what,))
+    return CopyKV(epoch=Epoch(2), link_key="new", transfers=(what,))
 
 
 def task(epoch: int, step: int, *route: bool) -> Task:
@@ -194,17 +194,17 @@ async def test_layers_move_with_their_kv_cache(monkeypatch: pytest.MonkeyPatch) 
         copied = await coordinator.hear("a", KVCopied)
         assert copied.bytes_sent == NUM_PIECES * PIECE_BYTES
         assert engines["b"].imported_bytes == NUM_PIECES * PIECE_BYTES
-        coordinator.say("b", TakeOver(epoch=2))
-        coordinator.say("a", TakeOver(epoch=2))
+        coordinator.say("b", TakeOver(epoch=Epoch(2)))
+        coordinator.say("a", TakeOver(epoch=Epoch(2)))
         for name in ("a", "b"):
             assert (await coordinator.hear(name, TookOver)).epoch == 2
         assert [o.message.number for o in engines["b"].of(ImportKV)] == [*range(1, NUM_PIECES + 2)]
-        coordinator.say("a", DropStage(epoch=1))
+        coordinator.say("a", DropStage(epoch=Epoch(1)))
         coordinator.say("a", task(2, 1, True), (TOKEN_IDS,))
         result = await coordinator.hear("b", TaskResult)
         assert (result.epoch, result.step, len(result.timings)) == (2, 1, 2)
         for engine in engines.values():
-            assert engine.of(Serve) == [Serve(2)]
+            assert engine.of(Serve) == [Serve(Epoch(2))]
         assert not coordinator.of("a", KVFailed)
         beats = len(coordinator.of("a", Heartbeat))
         assert (await coordinator.hear("a", Heartbeat, beats + 2)).epochs == (2,)
@@ -216,14 +216,14 @@ async def test_cancelled_move_leaves_the_old_epoch(monkeypatch: pytest.MonkeyPat
         await both_loaded(coordinator)
         coordinator.say("a", copy_to_b(coordinator))
         await coordinator.hear("a", KVCopied)
-        coordinator.say("a", TakeOver(epoch=2))
+        coordinator.say("a", TakeOver(epoch=Epoch(2)))
         await coordinator.hear("a", TookOver)
         for name in ("a", "b"):
-            coordinator.say(name, CancelStage(epoch=2))
+            coordinator.say(name, CancelStage(epoch=Epoch(2)))
         coordinator.say("a", task(1, 1), (TOKEN_IDS,))
         assert (await coordinator.hear("a", TaskResult)).epoch == 1
         await come_true(lambda: all(engine.of(Unload) for engine in engines.values()))
-        assert engines["a"].orders[-2:] == [Unload(2), engines["a"].of(Run)[-1]]
+        assert engines["a"].orders[-2:] == [Unload(Epoch(2)), engines["a"].of(Run)[-1]]
 
 
 @on_loop
@@ -273,7 +273,7 @@ async def test_worker_that_serves_is_let_go_by_the_coordinator(
         coordinator.say("a", task(1, 1), (TOKEN_IDS,))
         await coordinator.hear("a", TaskResult)
         assert not running["a"].done()
-        coordinator.say("a", DropStage(epoch=1))
+        coordinator.say("a", DropStage(epoch=Epoch(1)))
         coordinator.say("a", MayLeave())
         await coordinator.hear("a", Goodbye)
         assert await running["a"] == signal.SIGTERM
@@ -308,7 +308,7 @@ async def test_drained_worker_ends_without_a_signal(monkeypatch: pytest.MonkeyPa
     async with workers(monkeypatch, "a") as (coordinator, engines, running):
         coordinator.say("a", order(1, None))
         await coordinator.hear("a", StageReady)
-        coordinator.say("a", DropStage(epoch=1))
+        coordinator.say("a", DropStage(epoch=Epoch(1)))
         coordinator.say("a", MayLeave(why="drained"))
         await coordinator.hear("a", Goodbye)
         assert await running["a"] == 0

@@ -28,7 +28,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Delivery, Router
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.service import Worker
@@ -150,7 +150,7 @@ def capabilities() -> Capabilities:
 
 def order(epoch: int, next_stage: NextStage | None, key: str = "key") -> LoadStage:
     return LoadStage(
-        epoch=epoch,
+        epoch=Epoch(epoch),
         source=ModelSource(kind="builtin", name=""),
         layers=LayerRange(0, 1) if next_stage else LayerRange(1, 2),
         dtype="float32",
@@ -163,9 +163,14 @@ def order(epoch: int, next_stage: NextStage | None, key: str = "key") -> LoadSta
 
 
 def task(epoch: int, step: int, *, direct: bool) -> Task:
-    part = SequenceSlice(sequence_id=1, start=0, num_tokens=2, sample=True)
+    part = SequenceSlice(sequence_id=SequenceId(1), start=0, num_tokens=2, sample=True)
     return Task(
-        epoch=epoch, step=step, oldest=step, sequences=(part,), tensors=(IDS,), route=(direct,)
+        epoch=Epoch(epoch),
+        step=StepNumber(step),
+        oldest=StepNumber(step),
+        sequences=(part,),
+        tensors=(IDS,),
+        route=(direct,),
     )
 
 
@@ -211,9 +216,9 @@ async def test_route_of_the_coordinator_is_taken(monkeypatch: pytest.MonkeyPatch
         result = await coordinator.hear("a", TaskResult)
         assert result.tensors == (TensorSpec("bfloat16", (2, 1)),)
         relayed = Task(
-            epoch=1,
-            step=1,
-            oldest=1,
+            epoch=Epoch(1),
+            step=StepNumber(1),
+            oldest=StepNumber(1),
             sequences=task(1, 1, direct=False).sequences,
             tensors=(IDS, *result.tensors),
             timings=result.timings,
@@ -227,7 +232,7 @@ async def test_route_of_the_coordinator_is_taken(monkeypatch: pytest.MonkeyPatch
 async def test_every_epoch_has_its_own_link(monkeypatch: pytest.MonkeyPatch) -> None:
     async with cluster(monkeypatch) as coordinator:
         await load(coordinator, 1)
-        coordinator.say("b", DropStage(epoch=2))  # forgets who may hand it tasks
+        coordinator.say("b", DropStage(epoch=Epoch(2)))  # forgets who may hand it tasks
         await load(coordinator, 3)
         coordinator.say("a", task(3, 1, direct=True), (TOKEN_IDS,))
         await coordinator.hear("b", TaskResult)

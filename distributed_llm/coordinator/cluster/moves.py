@@ -12,7 +12,7 @@ from distributed_llm.common.messages import (
     StageReady,
     TookOver,
 )
-from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.move import SLOW, Move, MoveState
 from distributed_llm.coordinator.cluster.move_price import MovePrices, Price, added_bytes
@@ -52,15 +52,15 @@ class Moves:
         stage = move.new_stage(worker.peer)
         return stage.layers if stage else None
 
-    def loading(self, epoch: int) -> Pipeline | None:
+    def loading(self, epoch: Epoch) -> Pipeline | None:
         """Return the pipeline that a move is to lead to, if it has this epoch."""
         return self.move.new if self.move and self.move.new.epoch == epoch else None
 
-    def concerns(self, worker: Worker, epoch: int) -> bool:
+    def concerns(self, worker: Worker, epoch: Epoch) -> bool:
         """Return whether a move to this epoch is under way in which a worker has a part."""
         return self._of(worker, epoch) is not None
 
-    def is_loading(self, worker: Worker, epoch: int) -> bool:
+    def is_loading(self, worker: Worker, epoch: Epoch) -> bool:
         """Return whether a worker loads a stage of this epoch for a move."""
         move = self._of(worker, epoch)
         return move is not None and move.new_stage(worker.peer) is not None
@@ -183,7 +183,7 @@ class Moves:
             move.old.scheduler.resize(move.old.kv_tokens)
         move.new.give_up()
         for worker in self._pipelines.release(move.new):
-            worker.epoch = 0
+            worker.epoch = NO_EPOCH
         orders = [s for s in move.undo() if self._cluster.registry.worker(s.peer)]
         note = self._log.note(
             EventKind.MOVE_UNDONE, epoch=move.new.epoch, layer_map=move.new.layer_map, why=why
@@ -236,7 +236,7 @@ class Moves:
             return self.move.copy_timed_out(now=now)
         return self.undo(f"{self.move.state.value} took too long", now=now)
 
-    def _of(self, worker: Worker, epoch: int) -> Move | None:
+    def _of(self, worker: Worker, epoch: Epoch) -> Move | None:
         """Return the move, if it is to this epoch and the worker has a part in it."""
         move = self.move
         return move if move and move.new.epoch == epoch and move.concerns(worker.peer) else None

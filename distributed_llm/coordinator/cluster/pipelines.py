@@ -16,7 +16,7 @@ from typing import Literal
 
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, PeerId, SequenceId
 from distributed_llm.coordinator.cluster.registry import Registry, Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
@@ -60,11 +60,11 @@ class Pipelines:
         self._measurements = measurements
         self._event_log = event_log
         self._draw_key = draw_key
-        self._by_epoch: dict[int, Pipeline] = {}  # loaded or served; not what loads beside
+        self._by_epoch: dict[Epoch, Pipeline] = {}  # loaded or served; not what loads beside
         self._of: dict[PeerId, Pipeline] = {}
-        self._changed: dict[int, Pipeline] = {}
+        self._changed: dict[Epoch, Pipeline] = {}
         self._sequence_ids = count(1)
-        self.epoch = 0
+        self.epoch = NO_EPOCH
         self.note = "No worker has joined."
         self.recovering = False
 
@@ -130,7 +130,7 @@ class Pipelines:
 
     def new_pipeline(self, plan: Plan) -> Pipeline:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
-        self.epoch += 1
+        self.epoch = Epoch(self.epoch + 1)
         peers = {worker.id: worker.peer for worker in self._registry.workers}
         return Pipeline(
             self.epoch,
@@ -138,7 +138,7 @@ class Pipelines:
             tuple(PipelineStage(peers[s.worker], s.worker, s.layers) for s in plan),
             self._model,
             self._settings,
-            new_sequence_id=lambda: next(self._sequence_ids),
+            new_sequence_id=lambda: SequenceId(next(self._sequence_ids)),
             on_change=self._note_change,
         )
 
@@ -226,20 +226,20 @@ class Pipelines:
             if stage.peer not in self._of:
                 worker = self.worker(stage)
                 worker.unassign()
-                worker.epoch = 0
+                worker.epoch = NO_EPOCH
 
     def drop_unused(self) -> list[Action]:
         """Return the messages that free layers which no pipeline needs any more."""
         actions: list[Action] = []
         for worker in self._registry.workers:
             if worker.layers is None and worker.epoch:
-                worker.epoch = 0
+                worker.epoch = NO_EPOCH
                 actions.append(Send(worker.peer, DropStage(epoch=self.epoch)))
         return actions
 
     def end_epoch(self) -> list[Action]:
         """Make all that workers still answer stale; free what nobody needs."""
-        self.epoch += 1
+        self.epoch = Epoch(self.epoch + 1)
         return self.drop_unused()
 
     # -------------------------------------------------------------- what workers are told

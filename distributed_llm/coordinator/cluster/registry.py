@@ -21,7 +21,7 @@ from distributed_llm.common.messages import (
     WorkerStatus,
 )
 from distributed_llm.common.states import StateTable
-from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, PeerId, WorkerId
 
 CLIENT_SILENCE_S = 30.0
 _TELLING_BYTES = 64 << 20
@@ -91,7 +91,7 @@ class Worker:
     note: str = ""
     leaving: bool = False
     layers: LayerRange | None = None
-    epoch: int = 0
+    epoch: Epoch = NO_EPOCH
     link: Literal["direct", "relayed", ""] = ""
     peer_addresses: tuple[str, ...] = ()
     weight_bytes: int = 0
@@ -109,7 +109,7 @@ class Worker:
         """What it does for the cluster."""
         return self._state
 
-    def assign(self, layers: LayerRange, *, epoch: int) -> None:
+    def assign(self, layers: LayerRange, *, epoch: Epoch) -> None:
         """Record that it was told to load layers."""
         self._change(WorkerCause.ASSIGNED)
         self._forget_stage()
@@ -120,7 +120,7 @@ class Worker:
         self._change(WorkerCause.LOADED)
         self.weight_bytes = weight_bytes
 
-    def commit(self, layers: LayerRange, *, epoch: int, weight_bytes: int) -> None:
+    def commit(self, layers: LayerRange, *, epoch: Epoch, weight_bytes: int) -> None:
         """Record that it serves what it loaded for a move."""
         self._change(WorkerCause.COMMITTED)
         self._forget_stage()

@@ -68,7 +68,7 @@ class Admission:
             (_hit_length(pipeline, request, key, most), -pipeline.load, -epoch)
             for epoch, pipeline in self._open.items()
         ]
-        return self._open[-max(choice)[2]]
+        return self._open[Epoch(-max(choice)[2])]
 
 
 def _hit_length(pipeline: Pipeline, request: Request, key: int, most_running: int) -> int:

@@ -12,7 +12,7 @@ from enum import Enum
 from string import Formatter
 from typing import Any, Literal
 
-from distributed_llm.common.types import WorkerId, size_text
+from distributed_llm.common.types import Epoch, WorkerId, size_text
 from distributed_llm.coordinator.events import Log
 
 MAX_EVENTS = 50
@@ -105,7 +105,7 @@ class Entry:
     kind: EventKind
     worker: WorkerId | None = None
     request: str | None = None
-    epoch: int | None = None
+    epoch: Epoch | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -167,7 +167,7 @@ class EventLog:
         kind: EventKind,
         *,
         worker: WorkerId | None = None,
-        epoch: int | None = None,
+        epoch: Epoch | None = None,
         **facts: Any,
     ) -> Log:
         """Keep an event of the cluster; return the action that logs it."""
@@ -181,7 +181,7 @@ class EventLog:
         request: str,
         *,
         worker: WorkerId | None = None,
-        epoch: int | None = None,
+        epoch: Epoch | None = None,
         **facts: Any,
     ) -> None:
         """Keep an event of a request; `story` tells it, `dllm status` does not."""

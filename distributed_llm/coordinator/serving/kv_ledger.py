@@ -19,7 +19,7 @@ from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 
 _STRIDE = 16
-_NOBODY: SequenceId = 0
+_NOBODY = SequenceId(0)
 """An id that no sequence has."""
 
 

@@ -429,7 +429,8 @@ class Scheduler:
         for request in self._running.values():
             assert request.state is RequestState.RUNNING
             assert (request.sequence_id is None) == (request.waits_for is not None)
-            assert request.num_in_flight == self._in_flight.get(request.sequence_id or -1, 0)
+            in_flight = request.sequence_id is not None and self._in_flight.get(request.sequence_id)
+            assert request.num_in_flight == (in_flight or 0)
             assert 0 <= request.num_computed_tokens <= request.num_scheduled_tokens
             assert request.num_scheduled_tokens <= len(request.token_ids)
             assert request.num_in_flight or request.num_computed_tokens < len(request.token_ids)

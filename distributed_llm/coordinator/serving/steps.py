@@ -156,8 +156,7 @@ class StepsInFlight:
         self._next_relay_steps = _RELAY_STEPS
         self._flights: dict[StepNumber, _StepInFlight] = {}
         self._to_release: dict[SequenceId, None] = {}
-        self._next_step = 1
-        self._oldest = 1
+        self._next_step = self._oldest = StepNumber(1)
 
     @property
     def num_steps(self) -> int:
@@ -218,7 +217,7 @@ class StepsInFlight:
             del self._to_release[sequence_id]
         route = self._route()
         flight = _StepInFlight(self._next_step, step, ids, released, route, 0, depth, now, deadline)
-        self._next_step += 1
+        self._next_step = StepNumber(self._next_step + 1)
         self._flights[flight.number] = flight
         return self._task(flight, (ids[0],), (ids[1],), ())
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import DistributedLLMError, StageError
 from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, StageTrial
+from distributed_llm.common.types import Epoch
 from distributed_llm.worker.compute.computing import TensorsOnWire, compute
 from distributed_llm.worker.compute.kv_orders import KVExports, assemble_kv, import_kv
 from distributed_llm.worker.compute.loading import (
@@ -226,13 +227,13 @@ class Engine:
     def _served_stage(self) -> Stage | None:
         return self._served.stage if self._served else None
 
-    def _stage_of(self, epoch: int) -> LoadedStage | PreparedStage | None:
+    def _stage_of(self, epoch: Epoch) -> LoadedStage | PreparedStage | None:
         for held in (self._served, self._prepared):
             if held is not None and held.order.epoch == epoch:
                 return held
         return None
 
-    def _serve(self, epoch: int) -> None:
+    def _serve(self, epoch: Epoch) -> None:
         prepared = self._prepared
         if prepared is None or prepared.order.epoch != epoch:
             logger.error("epoch %s is not to be served: its layers are not loaded", epoch)
@@ -242,7 +243,7 @@ class Engine:
         self._served, self._prepared = LoadedStage(prepared.order, prepared.stage), None
         use_threads(prepared.threads)
 
-    def _unload(self, epoch: int) -> None:
+    def _unload(self, epoch: Epoch) -> None:
         self._exports.end(epoch)
         if self._next_load and self._next_load.order.epoch == epoch:
             self._next_load = None

@@ -7,7 +7,7 @@ which assembles its KV cache from both.
 from typing import assert_never
 
 from distributed_llm.common.messages import KVEnd, KVPieces
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.worker.compute.loading import PreparedStage
 from distributed_llm.worker.kv.manifest import KVTransferError
 from distributed_llm.worker.kv.transfer import KVExporter
@@ -52,7 +52,7 @@ class KVExports:
         assert served is not None
         return KVExported(order, *encode_end(epoch, layers, number, served.kv_manifest()))
 
-    def end(self, epoch: int) -> None:
+    def end(self, epoch: Epoch) -> None:
         """Forget the transfers to `epoch`."""
         self._exporters = {key: out for key, out in self._exporters.items() if key[0] != epoch}
 
@@ -110,7 +110,7 @@ def assemble_kv(
     return KVAssembled(order)
 
 
-def _of_epoch(prepared: PreparedStage | None, epoch: int) -> PreparedStage:
+def _of_epoch(prepared: PreparedStage | None, epoch: Epoch) -> PreparedStage:
     if prepared is None or prepared.order.epoch != epoch:
         raise KVTransferError(f"no layers of epoch {epoch} are loaded here beside the served ones")
     return prepared

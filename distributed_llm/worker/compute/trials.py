@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from distributed_llm.common.messages import SequenceSlice, StageTime, StageTrial
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.worker.model.stage import Stage
 
 _SEQUENCES = (1, 4, 16, 64)
@@ -91,7 +91,7 @@ class _Trials:
 def _step(sequences: int, start: int, num_tokens: int) -> list[SequenceSlice]:
     return [
         SequenceSlice(
-            sequence_id=number,
+            sequence_id=SequenceId(number),
             start=start,
             num_tokens=num_tokens,
             sample=True,

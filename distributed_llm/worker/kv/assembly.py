@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import (
     Extent,
@@ -29,7 +29,7 @@ _MAX_NAMED = 3
 class MissingKV:
     """Positions `[start, stop)` of a sequence that have not arrived in one layer of the model."""
 
-    sequence_id: int
+    sequence_id: SequenceId
     layer: int
     start: int
     stop: int

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, manifest_sequence
 from distributed_llm.worker.kv.segments import (
     CachedSequence,
@@ -68,7 +68,7 @@ class KVCache:
     def __init__(self, num_layers: int, max_bytes: int | None = None) -> None:
         self.max_bytes = max_bytes
         self._num_layers = num_layers
-        self._sequences: dict[int, CachedSequence] = {}
+        self._sequences: dict[SequenceId, CachedSequence] = {}
         self._layouts: list[KVLayout | None] = [None] * num_layers
         self._bytes_per_token = 0
         self._nbytes = 0
@@ -92,14 +92,14 @@ class KVCache:
         return self._bytes_per_token
 
     @property
-    def sequence_ids(self) -> tuple[int, ...]:
+    def sequence_ids(self) -> tuple[SequenceId, ...]:
         """The sequences that the cache holds."""
         return tuple(self._sequences)
 
-    def __contains__(self, sequence_id: int) -> bool:
+    def __contains__(self, sequence_id: SequenceId) -> bool:
         return sequence_id in self._sequences
 
-    def length(self, sequence_id: int) -> int:
+    def length(self, sequence_id: SequenceId) -> int:
         """Return how many positions of the sequence are held in all layers; 0 if unknown."""
         sequence = self._sequences.get(sequence_id)
         return sequence.length if sequence else 0
@@ -110,7 +110,7 @@ class KVCache:
         assert layout is not None
         return layout
 
-    def tokens(self, sequence_id: int, length: int) -> TokenIds:
+    def tokens(self, sequence_id: SequenceId, length: int) -> TokenIds:
         """Return the first `length` token ids, int32 [length]; those of a running step count."""
         return self._sequences[sequence_id].tokens[:length]
 
@@ -147,7 +147,7 @@ class KVCache:
                 self._pass_ownership(part.prefix.sequence_id, part.sequence_id)
         self.free(taken)
 
-    def share(self, child: int, parent: int, length: int) -> None:
+    def share(self, child: SequenceId, parent: SequenceId, length: int) -> None:
         """Create the sequence `child` with the first `length` positions of `parent`.
 
         Raises:
@@ -165,14 +165,14 @@ class KVCache:
                 sequence.segments.append(segment)
                 segment.holders[child] = min(length, following.start if following else length)
 
-    def _pass_ownership(self, parent: int, child: int) -> None:
+    def _pass_ownership(self, parent: SequenceId, child: SequenceId) -> None:
         """Make `child` the owner of the segments that both read and `parent` owns."""
         if parent in self and child in self:
             for segment in self._sequences[child].segments:
                 if segment.owner == parent:
                     segment.owner = child
 
-    def begin(self, sequence_id: int, start: int, token_ids: TokenIds) -> None:
+    def begin(self, sequence_id: SequenceId, start: int, token_ids: TokenIds) -> None:
         """Truncate a sequence to `start` positions, and set the tokens of the step after them.
 
         Other sequences that share the truncated positions keep them.
@@ -205,7 +205,7 @@ class KVCache:
         sequence.write_tokens(start, token_ids)
 
     def append(
-        self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
+        self, layer: int, sequence_id: SequenceId, start: int, keys: Tensor, values: Tensor
     ) -> list[KVBuffers]:
         """Write one layer's keys and values of a step; return all positions up to their end.
 
@@ -234,18 +234,18 @@ class KVCache:
             return [newest]
         return [*_views(layer, segments), newest]
 
-    def commit(self, sequence_id: int, length: int) -> None:
+    def commit(self, sequence_id: SequenceId, length: int) -> None:
         """Count `length` positions of the sequence as held: every layer of the step succeeded."""
         self._sequences[sequence_id].length = length
 
-    def free(self, sequence_ids: Iterable[int]) -> None:
+    def free(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Drop these sequences, and the segments that no other one reads; ignore unknown ones."""
         for sequence_id in sequence_ids:
             sequence = self._sequences.pop(sequence_id, None)
             if sequence is not None:
                 self._leave(sequence_id, sequence.segments)
 
-    def _leave(self, sequence_id: int, segments: Iterable[Segment]) -> None:
+    def _leave(self, sequence_id: SequenceId, segments: Iterable[Segment]) -> None:
         for segment in segments:
             del segment.holders[sequence_id]
             segment.owner = None if segment.owner == sequence_id else segment.owner
@@ -326,7 +326,7 @@ class KVCache:
     def _new_segment(self, start: int) -> Segment:
         return Segment(next(self._numbers), start, self._num_layers)
 
-    def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[int]) -> int:
+    def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[SequenceId]) -> int:
         """Return by how many positions the step would exceed the limit once `leaving` are freed."""
         if self.max_bytes is None or not self.bytes_per_token:
             return 0
@@ -335,13 +335,13 @@ class KVCache:
         needed += sum(self._growth(part, leaving) for part in step)
         return needed - room
 
-    def _capacity_read_only_by(self, leaving: set[int]) -> int:
+    def _capacity_read_only_by(self, leaving: set[SequenceId]) -> int:
         """Return the capacity of the segments that only `leaving` read."""
         sequences = [self._sequences[i] for i in leaving if i in self]
         segments = {segment for sequence in sequences for segment in sequence.segments}
         return sum(segment.capacity for segment in segments if segment.holders.keys() <= leaving)
 
-    def _growth(self, part: SequenceSlice, leaving: set[int]) -> int:
+    def _growth(self, part: SequenceSlice, leaving: set[SequenceId]) -> int:
         """Return how much `begin` will add to the capacity once `leaving` are freed."""
         sequence = self._sequences.get(part.sequence_id, CachedSequence())
         writers = {part.sequence_id}

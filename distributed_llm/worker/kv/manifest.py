@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from distributed_llm.common.errors import StageError
-from distributed_llm.common.types import KV_BLOCK, Count
+from distributed_llm.common.types import KV_BLOCK, Count, SequenceId
 from distributed_llm.worker.kv.segments import TokenIds
 
 _WIRE_TOKEN = np.dtype("<i4")
@@ -51,7 +51,7 @@ class ManifestSequence(
             must not write there; has no meaning for the owner itself.
     """
 
-    sequence_id: Count
+    sequence_id: SequenceId
     token_ids: bytes
     segments: tuple[Count, ...]
     reads: tuple[Count, ...]
@@ -69,7 +69,7 @@ class ManifestSequence(
 class Extent(msgspec.Struct, frozen=True):
     """Positions `[start, stop)` of a sequence, held by one segment from its start on."""
 
-    sequence_id: int
+    sequence_id: SequenceId
     start: int
     stop: int
 
@@ -188,7 +188,7 @@ def _cut(
 
 
 def manifest_sequence(
-    sequence_id: int, tokens: TokenIds, segments: tuple[int, ...], reads: tuple[int, ...]
+    sequence_id: SequenceId, tokens: TokenIds, segments: tuple[int, ...], reads: tuple[int, ...]
 ) -> ManifestSequence:
     """Return the description of a sequence.
 

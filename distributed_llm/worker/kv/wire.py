@@ -7,7 +7,7 @@ import torch
 
 from distributed_llm.common.messages import MAX_PIECES, KVEnd, KVPieces
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_bytes
-from distributed_llm.common.types import LayerRange, size_text
+from distributed_llm.common.types import Epoch, LayerRange, size_text
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.segments import KVLayout
 from distributed_llm.worker.kv.transfer import KVPiece
@@ -30,7 +30,7 @@ _manifest: msgspec.msgpack.Decoder[KVManifest] = msgspec.msgpack.Decoder(KVManif
 
 
 def encode_pieces(
-    epoch: int, layers: LayerRange, number: int, pieces: Sequence[KVPiece]
+    epoch: Epoch, layers: LayerRange, number: int, pieces: Sequence[KVPiece]
 ) -> tuple[KVPieces, tuple[Frame, ...]]:
     """Return the message with these pieces, of which there is at least one, and its frames.
 
@@ -86,7 +86,7 @@ def decode_pieces(
 
 
 def encode_end(
-    epoch: int, layers: LayerRange, number: int, manifest: KVManifest
+    epoch: Epoch, layers: LayerRange, number: int, manifest: KVManifest
 ) -> tuple[KVEnd, tuple[Frame, ...]]:
     """Return the message that ends a transfer, and its frames.
 

@@ -22,7 +22,7 @@ from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.weights import model_config, new_model
@@ -201,7 +201,7 @@ def _step(
 ) -> Tensor:
     sequences = [
         SequenceSlice(
-            sequence_id=number,
+            sequence_id=SequenceId(number),
             start=start,
             num_tokens=len(text) - start,
             sample=True,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.segments import KVBuffers
 
@@ -27,7 +28,7 @@ ATTENTION_NAME = "distributed_llm"
 class PackedSlice:
     """Tokens `[row, row + num_tokens)` of the packed row: positions of a sequence from `start`."""
 
-    sequence_id: int
+    sequence_id: SequenceId
     start: int
     row: int
     num_tokens: int

@@ -10,7 +10,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest
@@ -27,7 +27,7 @@ from distributed_llm.worker.model.weights import load_stage_model
 _MAX_RELEASED = 10_000
 """How many released sequences are remembered; no task is as late as that many releases."""
 
-_WARM_UP = -1
+_WARM_UP = SequenceId(-1)
 """The sequence id of the warm-up; no task can have it."""
 
 
@@ -101,8 +101,8 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers))
-        self._samplings: dict[int, Sampling] = {}
-        self._released: dict[int, None] = {}  # the latest last
+        self._samplings: dict[SequenceId, Sampling] = {}
+        self._released: dict[SequenceId, None] = {}  # the latest last
         self._hooks = LayerHooks(
             stage_model.layers,
             first=self._first,
@@ -214,7 +214,7 @@ class Stage:
         """Refuse steps from now on with which the KV cache would exceed `max_bytes`."""
         self._cache.max_bytes = max_bytes
 
-    def num_computed_tokens(self, sequence_id: int) -> int:
+    def num_computed_tokens(self, sequence_id: SequenceId) -> int:
         """Return how many positions of the sequence are in the KV cache."""
         return self._cache.length(sequence_id)
 
@@ -255,7 +255,7 @@ class Stage:
             self._cache.commit(part.sequence_id, part.start + part.num_tokens)
         return output
 
-    def release(self, sequence_ids: Iterable[int]) -> None:
+    def release(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Free the KV cache of these sequences; later steps must not name them."""
         for sequence_id in sequence_ids:
             self._cache.free([sequence_id])

@@ -10,13 +10,14 @@ import hmac
 import math
 
 from distributed_llm.common.messages import Address, Addresses, PeerHello
+from distributed_llm.common.types import Epoch
 from distributed_llm.worker.session.events import Action
 from distributed_llm.worker.session.link_events import Greet, LinkId, OpenLink
 
 _GREET_EVERY_S = 0.3
 
 
-def proof(key: str, epoch: int, worker: str) -> str:
+def proof(key: str, epoch: Epoch, worker: str) -> str:
     """Return what a hello of `epoch` to `worker` contains: an HMAC-SHA256, in hexadecimal."""
     return hmac.new(key.encode(), f"{epoch} {worker}".encode(), hashlib.sha256).hexdigest()
 

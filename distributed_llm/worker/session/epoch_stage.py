@@ -12,6 +12,7 @@ import msgspec
 from distributed_llm.common.messages import LoadStage, StageTime, Task, TaskFailed, TaskResult
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.types import Epoch, StepNumber
 from distributed_llm.worker.session.events import Action, Computed, ComputeFailed, Run, Send
 from distributed_llm.worker.session.link_events import ForwardTask
 from distributed_llm.worker.session.peers import Peers
@@ -106,11 +107,11 @@ class EpochStage:
         self._session = session
         self._oldest = 0  # all smaller steps are void
         self._next = 0  # all steps that arrived are smaller
-        self._pending: set[int] = set()  # steps that wait or run
+        self._pending: set[StepNumber] = set()  # steps that wait or run
         self._change(_C.ORDERED_BESIDE if order.beside else _C.ORDERED_ALONE)
 
     @property
-    def epoch(self) -> int:
+    def epoch(self) -> Epoch:
         """The epoch that the stage belongs to."""
         return self.order.epoch
 

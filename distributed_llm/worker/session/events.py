@@ -31,7 +31,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange, SequenceId
 from distributed_llm.worker.session.link_events import LinkAction, LinkEvent
 
 # ------------------------------------------------------------------ orders to the compute thread
@@ -61,8 +61,8 @@ class Run:
 class Release:
     """Order: free the KV cache of sequences in the stage of `epoch`."""
 
-    epoch: int
-    sequence_ids: tuple[int, ...]
+    epoch: Epoch
+    sequence_ids: tuple[SequenceId, ...]
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Drop:
 class Serve:
     """Order: serve the stage of `epoch`, which was loaded beside; unload the one served so far."""
 
-    epoch: int
+    epoch: Epoch
 
 
 @dataclass(frozen=True)
 class Unload:
     """Order: undo the move to `epoch`: unload its stage and forget what was exported to it."""
 
-    epoch: int
+    epoch: Epoch
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ExportKV:
     """
 
     session: int
-    epoch: int
+    epoch: Epoch
     layers: LayerRange
     number: int
     rest: bool
@@ -123,7 +123,7 @@ class AssembleKV:
     """
 
     session: int
-    epoch: int
+    epoch: Epoch
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Loaded:
     """
 
     session: int
-    epoch: int
+    epoch: Epoch
     load_s: float
     weight_bytes: int
     kv_tokens: int
@@ -208,7 +208,7 @@ class LoadFailed:
     """Event: the layers of `epoch` could not be loaded."""
 
     session: int
-    epoch: int
+    epoch: Epoch
     error: DistributedLLMError
 
 
@@ -323,7 +323,7 @@ class SendHeartbeat:
         epochs: of the stages that are loaded or loading.
     """
 
-    epochs: tuple[int, ...]
+    epochs: tuple[Epoch, ...]
 
 
 @dataclass(frozen=True)

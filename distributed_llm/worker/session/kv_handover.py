@@ -26,7 +26,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import LayerRange, PeerId, size_text
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, size_text
 from distributed_llm.worker.session.events import (
     Action,
     AssembleKV,
@@ -131,7 +131,12 @@ class KVHandover:
     """
 
     def __init__(
-        self, session: int, epoch: int, imports: tuple[LayerRange, ...] = (), *, has_new_stage: bool
+        self,
+        session: int,
+        epoch: Epoch,
+        imports: tuple[LayerRange, ...] = (),
+        *,
+        has_new_stage: bool,
     ) -> None:
         self.epoch = epoch
         self._session = session

@@ -21,7 +21,7 @@ from distributed_llm.common.messages import (
     ToPreviousWorker,
 )
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class LinkId:
         layers: whose KV cache the link transfers; None is the link to the next stage.
     """
 
-    epoch: int
+    epoch: Epoch
     layers: LayerRange | None = None
 
 

@@ -30,6 +30,7 @@ from distributed_llm.common.messages import (
     Task,
 )
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.types import Epoch
 from distributed_llm.worker.session.epoch_stage import CREDITS, EpochStage, StageState, failed
 from distributed_llm.worker.session.events import (
     Action,
@@ -80,11 +81,13 @@ class Stages:
         self._worker = worker
         self._warn = warn
         self._newest = 0  # epoch that was ordered or dropped; orders to load older ones are late
-        self._by_epoch: dict[int, EpochStage] = {}  # older first: the served one, the prepared one
+        self._by_epoch: dict[
+            Epoch, EpochStage
+        ] = {}  # older first: the served one, the prepared one
         self._handover: KVHandover | None = None  # always there while a stage is prepared
 
     @property
-    def epochs(self) -> tuple[int, ...]:
+    def epochs(self) -> tuple[Epoch, ...]:
         """The epochs of the stages that are loaded or loading."""
         return tuple(self._by_epoch)
 
@@ -120,7 +123,7 @@ class Stages:
             case _:
                 assert_never(order)
 
-    def _is_handover_over(self, epoch: int) -> bool:
+    def _is_handover_over(self, epoch: Epoch) -> bool:
         handover = self._handover
         return handover is None or handover.epoch != epoch or handover.has_failed
 
@@ -179,7 +182,7 @@ class Stages:
             return self._refuse(epoch, f"plan {self._handover.epoch} is to come next")
         return self._handover.copy(order, now)
 
-    def hand_over(self, epoch: int, now: float) -> list[Action]:
+    def hand_over(self, epoch: Epoch, now: float) -> list[Action]:
         """Suspend the served stage; send the rest of its KV cache, and assemble the new stage's."""
         served, prepared = self._served, self._prepared
         if served and epoch <= served.epoch:
@@ -192,12 +195,12 @@ class Stages:
             served.suspend()
         return self._handover.begin(now)
 
-    def _refuse(self, epoch: int, why: str) -> list[Action]:
+    def _refuse(self, epoch: Epoch, why: str) -> list[Action]:
         message = f"Cannot hand layers over to plan {epoch}: {why}."
         told = KVFailed(epoch=epoch, worker="", code="bad_order", message=message)
         return [Send(told), Log(message, "warning")]
 
-    def cancel(self, epoch: int) -> list[Action]:
+    def cancel(self, epoch: Epoch) -> list[Action]:
         """Undo the move to `epoch`: give up its stage and transfers, resume the served stage."""
         if self._handover is None or self._handover.epoch != epoch:
             return [_ignored(epoch)]
@@ -209,7 +212,7 @@ class Stages:
             self._served.resume()
         return [*actions, Log(f"plan {epoch} is cancelled"), Unload(epoch)]
 
-    def drop(self, epoch: int) -> list[Action]:
+    def drop(self, epoch: Epoch) -> list[Action]:
         """Give up all stages up to `epoch`; a newer one that is prepared is served from now on."""
         newest = max(self._by_epoch, default=None)
         if newest is None and epoch < self._newest:
@@ -405,5 +408,5 @@ def _not_loaded(stage: EpochStage) -> str:
     return f"Layers {stage.order.layers} of plan {stage.epoch} are not loaded yet."
 
 
-def _ignored(epoch: int) -> Log:
+def _ignored(epoch: Epoch) -> Log:
     return Log(f"ignored an order of plan {epoch}", "warning")

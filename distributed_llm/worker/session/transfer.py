@@ -13,6 +13,7 @@ flags and not one table of states.
 import math
 
 from distributed_llm.common.messages import Address, KVEnd, KVTaken, KVTransfer
+from distributed_llm.common.types import Epoch
 from distributed_llm.worker.session.dialling import Dialling
 from distributed_llm.worker.session.events import Action, ExportKV, KVExported
 from distributed_llm.worker.session.link_events import CloseLink, LinkId, SendOverLink
@@ -41,7 +42,7 @@ class Transfer:
         sent_bytes: of keys, values and manifest so far.
     """
 
-    def __init__(self, session: int, epoch: int, key: str, what: KVTransfer, now: float) -> None:
+    def __init__(self, session: int, epoch: Epoch, key: str, what: KVTransfer, now: float) -> None:
         self.worker = what.worker
         self.link = LinkId(epoch, what.layers)
         self.sent_bytes = 0
