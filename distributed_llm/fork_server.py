@@ -1,8 +1,9 @@
 """The process that forks workers; `local_process.ForkServer` is its other end.
 
-It imports what a worker needs, has no thread, opens no socket and computes nothing, so that a fork
-of it is as good as a new process. Orders come over a Unix socket, each with three file descriptors;
-the answers are the pid of a child, and later its exit code.
+It imports what a worker needs, starts no thread, opens no socket and computes nothing, so that a
+fork of it is as good as a new process. Orders come over a Unix socket, one JSON object per line,
+each with four file descriptors: stdin, stdout, stderr and the working folder of a child. Each is
+answered with the pid of that child, and later with its exit code.
 """
 
 import gc
@@ -15,6 +16,7 @@ import sys
 from typing import Any
 
 _MAX_ORDER_BYTES = 1 << 20
+_DESCRIPTORS = 4
 
 
 def main() -> None:
@@ -60,12 +62,12 @@ def _serve(orders: socket.socket, interrupt: Any) -> None:
             for descriptor in ends:
                 os.close(descriptor)
             children[os.pidfd_open(pid)] = pid
-            _tell(orders, {"pid": pid})
+            _tell(orders, {"order": json.loads(order)["number"], "pid": pid})
 
 
 def _receive(orders: socket.socket) -> tuple[bytes, list[int]]:
     """Return an order and its descriptors; nothing if the other end is closed."""
-    order, ends, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, 3)
+    order, ends, _, _ = socket.recv_fds(orders, _MAX_ORDER_BYTES, _DESCRIPTORS)
     while order and not order.endswith(b"\n"):
         more = orders.recv(_MAX_ORDER_BYTES)
         if not more:
@@ -84,7 +86,10 @@ def _run(order: bytes, ends: list[int]) -> None:
 
     try:
         wanted = json.loads(order)
-        for target, descriptor in enumerate(ends):
+        *files, folder = ends
+        os.fchdir(folder)
+        os.close(folder)
+        for target, descriptor in enumerate(files):
             os.dup2(descriptor, target)
             os.close(descriptor)
         gc.enable()

@@ -15,7 +15,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -24,7 +25,8 @@ _LOG_TAIL = 8000
 
 _READ_BY_LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_")
 _READ_BY_LOADERS = ("TORCH", "PYTORCH", "CUDA_", "LD_", "PYTHON", "MALLOC_", "HF_", "TRANSFORMERS_")
-_FROZEN = (*_READ_BY_LIBRARIES, *_READ_BY_LOADERS)
+_READ_FOR_CACHES = ("HOME", "XDG_")
+_FROZEN = (*_READ_BY_LIBRARIES, *_READ_BY_LOADERS, *_READ_FOR_CACHES)
 """Variables that libraries read when they are loaded: a fork comes too late to change them."""
 
 
@@ -52,17 +54,38 @@ class LocalProcess:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
         environment |= {"PYTHONUNBUFFERED": "1", **settings}
         arguments = [*command, "--exit-with-parent"]
-        # Nothing is ever written to stdin: it closes when this process ends, and so do children.
+        child = None
+        if fork_server:
+            child = self._start(partial(fork_server.fork, arguments, environment))
+        if child is None:
+            child = self._start(partial(_ColdChild, arguments, environment))
+            assert child is not None
+        self._child = child
+
+    def _start(self, start: "Callable[[Sequence[int]], _Child | None]") -> "_Child | None":
+        """Start a child with new pipes and an empty log; return None if `start` does.
+
+        Nothing is ever written to its stdin. That pipe closes when this process ends, or when the
+        start fails, and then the child ends itself.
+        """
         stdin_end, stdin = os.pipe()
         stdout, stdout_end = os.pipe()
-        with log.open("wb") as stderr:
-            ends = (stdin_end, stdout_end, stderr.fileno())
-            forked = fork_server.fork(arguments, environment, ends) if fork_server else None
-            self._child: _Child = forked or _ColdChild(arguments, environment, ends)
-        os.close(stdin_end)
-        os.close(stdout_end)
-        self._stdin = stdin
-        self.stdout: IO[bytes] = open(stdout, "rb")  # noqa: SIM115 - closed by `close`
+        self._stdin: IO[bytes] = os.fdopen(stdin, "wb")
+        self.stdout: IO[bytes] = os.fdopen(stdout, "rb")
+        child = None
+        try:
+            with self.log.open("wb") as stderr:
+                child = start((stdin_end, stdout_end, stderr.fileno()))
+        finally:
+            os.close(stdin_end)
+            os.close(stdout_end)
+            if child is None:
+                self._close_pipes()
+        return child
+
+    def _close_pipes(self) -> None:
+        self._stdin.close()
+        self.stdout.close()
 
     @property
     def pid(self) -> int:
@@ -105,8 +128,8 @@ class LocalProcess:
             self.wait(_KILL_AFTER_S)
         except subprocess.TimeoutExpired:
             self.kill()
-        os.close(self._stdin)
-        self.stdout.close()
+        self._child.close()
+        self._close_pipes()
 
 
 class _Child(Protocol):
@@ -121,6 +144,9 @@ class _Child(Protocol):
 
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
+
+    def close(self) -> None:
+        """Free what it was watched with, after it has ended."""
 
 
 class _ColdChild:
@@ -149,6 +175,9 @@ class _ColdChild:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
+    def close(self) -> None:
+        pass  # `wait` has freed it
+
 
 class _ForkedChild:
     """A child of the fork server."""
@@ -156,7 +185,8 @@ class _ForkedChild:
     def __init__(self, server: "ForkServer", pid: int) -> None:
         self._server = server
         self._pid = pid
-        self._handle = os.pidfd_open(pid)  # names this process even after another has its pid
+        # It names this process even after another one has its pid.
+        self._handle: IO[bytes] = os.fdopen(os.pidfd_open(pid), "rb", buffering=0)
         self._code: int | None = None
 
     @property
@@ -164,15 +194,22 @@ class _ForkedChild:
         return self._pid
 
     def wait(self, timeout_s: float | None) -> int | None:
-        if self._code is None and select.select([self._handle], [], [], timeout_s)[0]:
+        if self._code is None and self._ended(timeout_s):
             self._code = self._server.exit_code(self._pid)
-            os.close(self._handle)
         return self._code
+
+    def _ended(self, timeout_s: float | None) -> bool:
+        watched = select.poll()  # unlike `select`, for descriptors of any number
+        watched.register(self._handle, select.POLLIN)
+        return bool(watched.poll(None if timeout_s is None else timeout_s * 1000))
 
     def signal(self, number: int) -> None:
         if self._code is None:
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._handle, number)
+                signal.pidfd_send_signal(self._handle.fileno(), number)
+
+    def close(self) -> None:
+        self._handle.close()
 
 
 class ForkServer:
@@ -186,7 +223,9 @@ class ForkServer:
         self._socket = ours
         self._lock = threading.Lock()
         self._received = b""
-        self._codes: dict[int, int] = {}
+        self._orders = 0
+        self._pids: dict[int, int] = {}  # by order
+        self._codes: dict[int, int] = {}  # by pid
         self._environment = _frozen(os.environ)
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603
@@ -214,13 +253,17 @@ class ForkServer:
         """
         if _frozen(environment) != self._environment:
             return None  # set since the libraries were loaded
-        order = json.dumps({"arguments": list(arguments), "environment": dict(environment)})
-        with self._lock:
+        with self._lock, _working_folder() as folder:
+            self._orders += 1
+            number = self._orders
+            order = {"number": number, "arguments": [*arguments], "environment": {**environment}}
+            line = json.dumps(order).encode() + b"\n"
             try:
-                socket.send_fds(self._socket, [order.encode() + b"\n"], list(ends))
-                while "pid" not in (answer := self._receive()):
-                    self._codes[answer["ended"]] = answer["code"]
-                return _ForkedChild(self, answer["pid"])
+                sent = socket.send_fds(self._socket, [line], [*ends, folder])
+                self._socket.sendall(line[sent:])
+                while number not in self._pids:
+                    self._receive()
+                return _ForkedChild(self, self._pids.pop(number))
             except OSError:  # it has died; or the child has, before it could be watched
                 return None
 
@@ -229,21 +272,25 @@ class ForkServer:
         with self._lock:
             try:
                 while pid not in self._codes:
-                    answer = self._receive()
-                    self._codes[answer["ended"]] = answer["code"]
-                return self._codes.pop(pid)
+                    self._receive()
+                return self._codes[pid]
             except OSError:
                 return -signal.SIGKILL
 
-    def _receive(self) -> dict[str, int]:
+    def _receive(self) -> None:
+        """Wait for one answer, and keep what it tells."""
         while b"\n" not in self._received:
             more = self._socket.recv(4096)
             if not more:
                 raise ConnectionResetError("the fork server has ended")
             self._received += more
         line, _, self._received = self._received.partition(b"\n")
-        answer: dict[str, int] = json.loads(line)
-        return answer
+        match json.loads(line):
+            case {"order": int(number), "pid": int(pid)}:
+                self._codes.pop(pid, None)  # of an earlier process with that pid
+                self._pids[number] = pid
+            case {"ended": int(pid), "code": int(code)}:
+                self._codes[pid] = code
 
     def close(self) -> None:
         """End it."""
@@ -261,11 +308,10 @@ _server: ForkServer | None = None
 def fork_server() -> Iterator[ForkServer | None]:
     """Lend the fork server of this process, which ends when nobody has it any more.
 
-    It is None where processes cannot be forked safely: only on Linux is nothing of the system's own
-    in a process that has loaded torch but not computed.
+    It is None where workers cannot be forked.
     """
     global _users, _server
-    if sys.platform != "linux":
+    if not _can_fork():
         yield None
         return
     with _lock:
@@ -281,6 +327,31 @@ def fork_server() -> Iterator[ForkServer | None]:
             if not _users and _server is not None:
                 _server.close()
                 _server = None
+
+
+def _can_fork() -> bool:
+    """Return whether a process that has loaded torch can be forked safely here, and watched.
+
+    Only on Linux does such a process hold no threads or connections of the system's own. Some
+    kernels, sandboxes and builds of Python know no process descriptors.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _working_folder() -> Iterator[int]:
+    """Lend a descriptor of this process's working folder, which may have no path any more."""
+    folder = os.open(".", os.O_PATH)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _frozen(environment: Mapping[str, str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -60,10 +61,59 @@ def test_it_ends_when_its_stdin_does(server: ForkServer, tmp_path: Path) -> None
     process.close()
     assert process.exit_code is not None
     assert second.exit_code is None, "no child holds another one's pipes"
-    os.close(second._stdin)
+    second._stdin.close()
     assert second.wait(10.0) == 0
-    second._stdin = os.open(os.devnull, os.O_RDONLY)
     second.close()
+
+
+def test_the_server_may_fork_safely(server: ForkServer, tmp_path: Path) -> None:
+    """Another thread might hold a lock at that moment, which nobody would ever release."""
+    forked = starts(tmp_path, server)
+    assert psutil.Process(server.pid).num_threads() == 1
+    forked.close()
+
+
+def test_a_forked_child_works_where_the_program_works(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = starts(tmp_path, server)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    second = starts(tmp_path, server)
+    eventually(lambda: psutil.Process(second.pid).cwd() == str(folder))
+    assert psutil.Process(first.pid).cwd() != str(folder)
+    first.close()
+    second.close()
+
+
+def test_several_threads_may_wait_for_one_child(server: ForkServer, tmp_path: Path) -> None:
+    forked = starts(tmp_path, server)
+    with ThreadPoolExecutor(4) as pool:
+        codes = [pool.submit(forked.wait, 30.0) for _ in range(4)]
+        forked.kill()
+        assert [code.result() for code in codes] == [-signal.SIGKILL] * 4
+    forked.close()
+    forked.close()  # nothing is left to be closed
+
+
+def test_a_start_that_is_interrupted_leaves_no_child_and_later_ones_are_right(
+    server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ForkServer, "_receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            starts(tmp_path, server)
+    forked = starts(tmp_path, server)
+    children = psutil.Process(server.pid).children
+    eventually(lambda: [child.pid for child in children()] == [forked.pid], limit_s=10)
+    forked.kill()
+    assert forked.exit_code == -signal.SIGKILL
+    forked.close()
+
+
+def interrupted(_: ForkServer) -> None:
+    raise KeyboardInterrupt
 
 
 def test_variables_that_torch_has_read_already_need_a_cold_start(
@@ -90,8 +140,21 @@ def test_without_its_server_a_child_goes_on_and_the_next_one_starts_cold(
     forked.close()
 
 
-def test_elsewhere_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "darwin")
+def refused(_: int) -> int:
+    raise PermissionError
+
+
+@pytest.mark.parametrize("lacks", ["Linux", "the system call", "permission"])
+def test_where_forks_are_not_safe_or_cannot_be_watched_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    match lacks:
+        case "Linux":
+            monkeypatch.setattr(sys, "platform", "darwin")
+        case "the system call":  # as in builds of Python for old systems
+            monkeypatch.delattr(os, "pidfd_open")
+        case "permission":  # as in some sandboxes
+            monkeypatch.setattr(os, "pidfd_open", refused)
     with fork_server() as none:
         assert none is None
 
