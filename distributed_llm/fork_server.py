@@ -5,6 +5,7 @@ of it is as good as a new process. Orders come over a Unix socket, each with thr
 the answers are the pid of a child, and later its exit code.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -88,6 +89,8 @@ def _run(order: bytes, ends: list[int]) -> None:
             os.dup2(descriptor, target)
             os.close(descriptor)
         gc.enable()
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
+            name.write("dllm worker")  # for `ps` and `top`
         os.environ.clear()
         os.environ.update(wanted["environment"])
         sys.argv = ["dllm", *wanted["arguments"]]
