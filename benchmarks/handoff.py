@@ -208,7 +208,6 @@ def serve_null_stage(address: str) -> None:
         address=address,
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
-        min_task_s=0.0,
         local_model="",
         connect_timeout_s=10.0,
         leave_timeout_s=0.0,

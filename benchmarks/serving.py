@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,10 +32,12 @@ from benchmarks.split_generation import MIB, NEW_TOKENS, PROMPT_TOKENS, WORKERS,
 from distributed_llm import AsyncDistributedClient, LocalCluster, Overloaded
 from tests import checkpoints
 from tests.reference import reference_ids
+from tests.unhurried_worker import unhurried_worker
 
 STAGGER_S = 0.05
 DELAY_S = 0.020
 STAGES = (2, 4, 8)
+STAGE_MEMORY = "2GiB"
 PER_STEP = 2
 WARM_UP_S, WINDOW_S = 10.0, 20.0
 CHUNK_TOKENS, LONG_PROMPT = 512, 2000
@@ -118,8 +120,19 @@ async def pipeline(_: Path, rounds: int) -> None:
 
 async def _waiting_stages(model: Path, stages: int) -> tuple[float, float, float, float]:
     """Return tokens/s, its share of the ideal by nominal and by measured time, s per token."""
-    workers = [{"min_task_s": DELAY_S, "threads": 1}] * stages
-    with LocalCluster(model, workers=workers, coordinator={"strategy": "even"}) as cluster:
+    settings = {"min_workers": stages, "strategy": "even"}
+    with ExitStack() as stack:
+        cluster = stack.enter_context(LocalCluster(model, workers=0, coordinator=settings))
+        for number in range(1, stages + 1):
+            worker = unhurried_worker(
+                cluster.address,
+                f"worker-{number}",
+                min_task_s=DELAY_S,
+                max_memory=STAGE_MEMORY,
+                threads=1,
+            )
+            stack.enter_context(worker)
+        cluster.wait_until_serving(num_workers=stages)
         async with AsyncDistributedClient(cluster.address) as client:
             alone = await ask(client, _small_prompts(1)[0], 60)
             rate, slowest_s = await _steady(client, sequences=PER_STEP * stages)

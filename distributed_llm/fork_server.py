@@ -6,6 +6,7 @@ each with four file descriptors: stdin, stdout, stderr and the working folder of
 answered with the pid of that child, and later with its exit code.
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -93,6 +94,8 @@ def _run(order: bytes, ends: list[int]) -> None:
             os.dup2(descriptor, target)
             os.close(descriptor)
         gc.enable()
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
+            name.write("dllm worker")  # for `ps` and `top`
         os.environ.clear()
         os.environ.update(wanted["environment"])
         sys.argv = ["dllm", *wanted["arguments"]]

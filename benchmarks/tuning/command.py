@@ -29,7 +29,7 @@ app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
 _MANY_CORES = 6
 _MOST_REQUESTS = 256
 """That the coordinator lets wait by default."""
-_WORKER_SETTINGS = ("slowdown", "threads", "max_memory", "device", "min_task_s", "model")
+_WORKER_SETTINGS = ("slowdown", "threads", "max_memory", "device", "model")
 _KINDS = "What to try"
 _RUN = "Where and how it runs"
 _LOAD = "What is asked for"
@@ -80,7 +80,7 @@ def benchmark(
         typer.Option(
             metavar="NAME[=SETTING:VALUE,...]",
             help="A worker to start here, such as pc or old=slowdown:3,threads:1,max_memory:512MiB "
-            "(also device, min_task_s, model); give it several times instead of --workers.",
+            "(also device, model); give it several times instead of --workers.",
             rich_help_panel=_RUN,
         ),
     ] = None,

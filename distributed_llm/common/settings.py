@@ -303,9 +303,6 @@ class WorkerSettings(_Section):
     slowdown: Factor = Field(
         default=1.0, ge=1, le=1000, description="For tests: look this many times slower; 1: off."
     )
-    min_task_s: Seconds = Field(
-        default=0.0, ge=0, description="For tests: take at least this long for a task, s; 0: off."
-    )
     model: Location = Field(
         default="",
         description="Folder of the model on this machine, if it is not the coordinator's; empty: "

@@ -83,7 +83,6 @@ class Worker:
         address: "HOST:PORT" of the coordinator.
         peer_bind: "HOST:PORT" to listen on for other workers.
         slowdown: see `Engine`.
-        min_task_s: see `Engine`.
         local_model: path of the checkpoint on this machine; empty is the coordinator's path.
         connect_timeout_s: to reach the coordinator for the first time.
         leave_timeout_s: for others to take its layers after a signal.
@@ -97,7 +96,6 @@ class Worker:
         address: str,
         peer_bind: str,
         slowdown: float,
-        min_task_s: float,
         local_model: str,
         connect_timeout_s: float,
         leave_timeout_s: float,
@@ -107,7 +105,6 @@ class Worker:
         self._address = address
         self._peer_bind = bind_for(peer_bind, address)
         self._slowdown = slowdown
-        self._min_task_s = min_task_s
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._leave_timeout_s = leave_timeout_s
@@ -144,7 +141,6 @@ class Worker:
         self._engine = Engine(
             self._capabilities,
             slowdown=self._slowdown,
-            min_task_s=self._min_task_s,
             local_model=self._local_model,
             is_void=self._agent.is_void,
             post=self._post,

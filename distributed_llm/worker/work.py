@@ -51,7 +51,6 @@ async def work(settings: WorkerSettings) -> int:
         address=settings.coordinator,
         peer_bind=settings.peer_bind,
         slowdown=settings.slowdown,
-        min_task_s=settings.min_task_s,
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
         leave_timeout_s=settings.leave_timeout_s,

@@ -16,6 +16,7 @@ from tests.cluster.hello_relay import HelloRelay
 from tests.cluster.test_commands import dllm
 from tests.fault_proxy import FaultProxy, Faults
 from tests.reference import check_varied, reference_ids
+from tests.unhurried_worker import unhurried_worker
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(90)
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.timeout(90)
 PROMPTS = [[3 + n, *((7 * i + n) % 90 + 3 for i in range(n))] for n in (1, 8, 30, 90)]
 NUM_TOKENS = 60
 MIN_TASK_S = 0.005
-"""So that an answer takes a second, and is under way when something happens to a connection."""
+"""So that an answer takes a second, and is not over when something happens to a connection."""
 
 ACTIVATIONS_BYTES = len(PROMPTS) * NUM_TOKENS * HIDDEN_SIZE * 4
 """At least as much is handed from stage to stage for all answers."""
@@ -119,8 +120,11 @@ def one_network(checkpoint: Path) -> Iterator[Network]:
             return (proxy.address,)
 
         relay = stack.enter_context(HelloRelay(cluster.address, behind_proxy))
-        for join in (lifeline.address, relay.address, relay.address):
-            cluster.add_worker(coordinator=join, max_memory="256MiB", min_task_s=MIN_TASK_S)
+        for number, join in enumerate((lifeline.address, relay.address, relay.address), start=1):
+            worker = unhurried_worker(
+                join, f"worker-{number}", min_task_s=MIN_TASK_S, max_memory="256MiB"
+            )
+            stack.enter_context(worker)
         cluster.wait_until_serving(num_workers=3)
         yield network
 

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from distributed_llm.common.messages import ClientHello, ClusterStatus, Generate
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from tests.reference import reference_ids
+from tests.unhurried_worker import unhurried_worker
 from tests.waiting import eventually
 from tests.wire.test_transport import raw_sockets
 
@@ -65,8 +67,13 @@ class Mute:
 @pytest.fixture(scope="module")
 def unhurried(checkpoint: Path) -> Iterator[LocalCluster]:
     """Two stages that take 40 ms for a token together, and ten seconds for a long answer."""
-    settings = {"strategy": "memory", "heartbeat_interval_s": BEAT_S}
-    with LocalCluster(checkpoint, [{"min_task_s": 0.02}] * 2, coordinator=settings) as cluster:
+    settings = {"min_workers": 2, "strategy": "memory", "heartbeat_interval_s": BEAT_S}
+    with ExitStack() as stack:
+        cluster = stack.enter_context(LocalCluster(checkpoint, 0, coordinator=settings))
+        for name in ("worker-1", "worker-2"):
+            worker = unhurried_worker(cluster.address, name, min_task_s=0.02, max_memory="1GiB")
+            stack.enter_context(worker)
+        cluster.wait_until_serving(num_workers=2)
         yield cluster
 
 

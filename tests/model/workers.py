@@ -88,7 +88,6 @@ class Worker:
                 flops_per_s=1e11,
             ),
             slowdown=1.0,
-            min_task_s=0.0,
             local_model="",
             is_void=lambda order: self.void(order),
             post=self._posted.put,

@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId, StepNumber
-from distributed_llm.worker.compute import loading
+from distributed_llm.worker.compute import engine as engine_module
+from distributed_llm.worker.compute import loading, orders
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
 from distributed_llm.worker.session.events import (
@@ -151,14 +151,12 @@ def running(
     memory_bytes: int = GIB,
     *,
     slowdown: float = 1.0,
-    min_task_s: float = 0.0,
     void: Callable[[VoidableOrder], bool] = lambda order: False,
 ) -> Iterator[tuple[FakeEngine, Posted]]:
     posted = Posted()
     engine = FakeEngine(
         capabilities(memory_bytes),
         slowdown=slowdown,
-        min_task_s=min_task_s,
         local_model="",
         is_void=void,
         post=posted.post,
@@ -364,57 +362,99 @@ def test_same_layers_are_kept_and_their_cache_is_dropped() -> None:
 # ------------------------------------------------------------------ time
 
 
-def test_time_at_least_is_waited_and_counted_in_whole_microseconds() -> None:
-    with running(min_task_s=0.05) as (engine, posted):
+class Clock:
+    """Stands for the module `time` in the engine: time passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = perf_counter
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0.0
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(orders, "time", clock)
+    return clock
+
+
+def taking(clock: Clock, seconds: float) -> Callable[[], StageOutput]:
+    """Return the answer of a stage that computes for so long."""
+
+    def answer() -> StageOutput:
+        clock.now += seconds
+        return StageOutput()
+
+    return answer
+
+
+def test_time_is_counted_in_whole_microseconds_with_what_is_waited(clock: Clock) -> None:
+    both_queued = threading.Event()
+    with running(slowdown=5.0) as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
+
+        def answer() -> StageOutput:
+            assert both_queued.wait(20)
+            clock.now += 0.01
+            return StageOutput()
+
+        engine.stages[0].answer = answer
         engine.put(run(0))
         engine.put(run(1))
+        both_queued.set()
         first, second = posted.computed(), posted.computed()
-        assert first.compute_us >= 50_000
-        assert second.queued_us >= 50_000
+        assert (first.compute_us, first.queued_us) == (50_000, 0)
+        assert (second.compute_us, second.queued_us) == (50_000, 50_000)
         assert {type(v) for v in (first.compute_us, first.queued_us)} == {int}
         assert engine.vitals.tasks_waiting <= 1  # the last is counted until after it is posted
 
 
 @pytest.mark.parametrize(
-    ("slowdown", "min_task_s", "layers_s", "least_us", "layers_us"),
+    ("slowdown", "task_s", "layers_s", "compute_us", "layers_us"),
     [
         pytest.param(1.0, 0.0, 0.0, 0, 0, id="no time"),
-        pytest.param(1.0, 0.05, 0.02, 50_000, 20_000, id="what is waited is not the layers'"),
-        pytest.param(2.0, 0.05, 0.02, 50_000, 40_000, id="slower layers"),
-        pytest.param(3.0, 0.05, 0.02, 50_000, None, id="no more than all of it"),
+        pytest.param(1.0, 0.05, 0.02, 50_000, 20_000, id="the rest is not the layers'"),
+        pytest.param(2.0, 0.05, 0.02, 100_000, 40_000, id="slower layers"),
+        pytest.param(3.0, 0.01, 0.02, 30_000, 30_000, id="no more than all of it"),
     ],
 )
 def test_layers_take_a_part_of_the_time(
-    slowdown: float, min_task_s: float, layers_s: float, least_us: int, layers_us: int | None
+    clock: Clock,
+    slowdown: float,
+    task_s: float,
+    layers_s: float,
+    compute_us: int,
+    layers_us: int,
 ) -> None:
-    with running(min_task_s=min_task_s) as (engine, posted):
+    with running(slowdown=slowdown) as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
         engine.stages[0].layers_s = layers_s
-        engine.slowdown = slowdown
+        engine.stages[0].answer = taking(clock, task_s)
         engine.put(run())
         done = posted.computed()
-        assert done.compute_us >= least_us
-        assert done.layers_us == (done.compute_us if layers_us is None else layers_us)
+        assert (done.compute_us, done.layers_us) == (compute_us, layers_us)
 
 
-def test_a_machine_may_become_slower_while_it_works() -> None:
+def test_a_machine_may_become_slower_while_it_works(clock: Clock) -> None:
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))
         posted.loaded()
-
-        def answer() -> StageOutput:
-            time.sleep(0.01)
-            return StageOutput()
-
-        engine.stages[0].answer = answer
+        engine.stages[0].answer = taking(clock, 0.01)
         engine.put(run())
-        assert 10_000 <= posted.computed().compute_us < 100_000
+        assert posted.computed().compute_us == 10_000
         engine.slowdown = 10.0
         engine.put(run())
-        assert posted.computed().compute_us >= 100_000
+        assert posted.computed().compute_us == 100_000
 
 
 # ------------------------------------------------------------------ two stages

@@ -162,7 +162,6 @@ def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
     engine = Engine(
         found,
         slowdown=2.0,
-        min_task_s=0.0,
         local_model="",
         is_void=lambda order: isinstance(order, Probe) and order.session == 0,
         post=posted.put,

@@ -116,7 +116,6 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]
             address=coordinator.address,
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
-            min_task_s=0.0,
             local_model="",
             connect_timeout_s=20.0,
             leave_timeout_s=20.0,

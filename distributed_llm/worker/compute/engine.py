@@ -93,7 +93,6 @@ class Engine:
     Args:
         capabilities: of this machine: device, threads and memory to use.
         slowdown: how many times slower to be: the thread sleeps after each task.
-        min_task_s: time that a task takes at least: the thread sleeps after a shorter one.
         local_model: path of the checkpoint on this machine; empty is the coordinator's path.
         is_void: whether nobody waits for an order any more; called in the compute thread. A void
             order is skipped, and no event answers it.
@@ -109,7 +108,6 @@ class Engine:
         capabilities: Capabilities,
         *,
         slowdown: float,
-        min_task_s: float,
         local_model: str,
         is_void: Callable[[VoidableOrder], bool],
         post: Callable[[Event], None],
@@ -117,7 +115,6 @@ class Engine:
         self._capabilities = capabilities
         self._device = torch.device(capabilities.device)
         self.slowdown = slowdown
-        self._min_task_s = min_task_s
         self._local_model = local_model
         self._is_void = is_void
         self._post = post
@@ -435,7 +432,7 @@ class Engine:
         return given, StageTime(compute_us=compute_us, layers_us=layers_us, queued_us=0)
 
     def _wait(self, computed_s: float) -> None:
-        wait_s = max(computed_s * self.slowdown, self._min_task_s) - computed_s
+        wait_s = computed_s * self.slowdown - computed_s
         if wait_s > 0.0:
             time.sleep(wait_s)
 

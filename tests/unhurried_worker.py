@@ -1,0 +1,70 @@
+"""A worker that takes at least a given time for each task, as a child process.
+
+    python -m tests.unhurried_worker SECONDS worker [FLAG ...]
+
+It is `dllm worker`, but its compute thread sleeps after each task that took less than SECONDS. So a
+test decides how long an answer takes at least, however fast this machine is. The setting `slowdown`
+cannot do that: it multiplies what a task takes here.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+
+@contextmanager
+def unhurried_worker(
+    coordinator: str, name: str, *, min_task_s: float, max_memory: str, threads: int = 0
+) -> Iterator[None]:
+    """Run such a worker until the context ends; it may not have joined yet when that begins.
+
+    It writes its warnings and errors to this process's stderr, and ends with this process.
+
+    Args:
+        coordinator: "HOST:PORT" to join.
+        name: of the worker.
+        min_task_s: time that each task takes at least, seconds.
+        max_memory: for weights and KV cache, such as "256MiB".
+        threads: to compute with; 0 is one per core.
+    """
+    settings = {
+        "COORDINATOR": coordinator,
+        "NAME": name,
+        "MAX_MEMORY": max_memory,
+        "THREADS": str(threads),
+        "LOG_LEVEL": "warning",
+    }
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
+    environment |= {f"DLLM_WORKER__{setting}": value for setting, value in settings.items()}
+    command = ["-m", "tests.unhurried_worker", str(min_task_s), "worker", "--exit-with-parent"]
+    with subprocess.Popen(
+        [sys.executable, *command], env=environment, stdin=subprocess.PIPE
+    ) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    """Be the child process: run a verb of `dllm`, with an engine that waits after each task."""
+    min_task_s = float(sys.argv.pop(1))
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `dllm worker`, before torch is loaded
+    from distributed_llm import cli
+    from distributed_llm.worker import service
+    from distributed_llm.worker.compute.engine import Engine
+
+    class UnhurriedEngine(Engine):
+        def _wait(self, computed_s: float) -> None:
+            time.sleep(max(0.0, min_task_s - computed_s))
+
+    with patch.object(service, "Engine", UnhurriedEngine):
+        cli.main()
+
+
+if __name__ == "__main__":
+    main()
