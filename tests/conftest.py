@@ -6,6 +6,7 @@ _OF_PROCESSES = {"cluster", "chaos"}
 """Folders whose tests start processes and mostly wait for them."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let one process run all tests that wait, beside those that compute; the others go by file."""
     for item in items:
