@@ -12,7 +12,7 @@ demo: install
 	.venv/bin/dllm demo
 
 test: install
-	$(PYTHON) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PYTHON) -m pytest -n 2 $(ARGS)
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -1,14 +1,25 @@
-"""How tests are shared out when several processes run them (`pytest -n 2 --dist loadgroup`)."""
+"""How tests are shared out when several processes run them (`pytest -n 2`)."""
+
+import importlib
+from typing import Any
 
 import pytest
 
-_OF_PROCESSES = {"cluster", "chaos"}
+_OF_PROCESSES = ("tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one process run all tests that wait, beside those that compute; the others go by file."""
-    for item in items:
-        waits = item.path.parent.name in _OF_PROCESSES
-        item.add_marker(pytest.mark.xdist_group("processes" if waits else item.path.name))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let one process run all tests that wait, beside those that compute; the others go by file.
+
+    Groups (`--dist loadgroup`) would say the same, but pytest 9.2 does not tell them to xdist 3.8.
+    """
+    config.option.loadscopereorder = False  # by the order of folders, the longest group is first
+    scheduler = importlib.import_module("xdist.scheduler").LoadScopeScheduling(config, log)
+    scheduler._split_scope = _group
+    return scheduler
+
+
+def _group(test: str) -> str:
+    return "processes" if test.startswith(_OF_PROCESSES) else test.partition("::")[0]
