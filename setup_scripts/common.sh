@@ -230,7 +230,7 @@ write_config() {
 set_command_line() {
     command_line=("$venv/bin/dllm" "$role")
     case $role in
-        test) command_line=("$python" -m pytest) ;;
+        test) command_line=("$python" -m pytest -n 2) ;;
         coordinator)
             [[ -z $model ]] || command_line+=("$model")
             command_line+=(--config "$config")

@@ -197,7 +197,7 @@ function Write-Config {
 # What the role runs; what was given here goes before config\local.yaml.
 function Get-RoleCommand {
     switch ($Role) {
-        'test' { return @($VenvPython, '-m', 'pytest') }
+        'test' { return @($VenvPython, '-m', 'pytest', '-n', '2') }
         'coordinator' {
             $command = @($Dllm, 'coordinator')
             if ($Model) { $command += $Model }

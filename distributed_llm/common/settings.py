@@ -190,7 +190,7 @@ class CoordinatorSettings(_Section):
         default=256,
         ge=1,
         le=65536,
-        description="Answers that are generated at the same time at most, per replica; memory may "
+        description="Answers that are generated at the same time at most, per pipeline; memory may "
         "allow fewer.",
     )
     max_batch_tokens: Whole = Field(
@@ -249,7 +249,7 @@ class CoordinatorSettings(_Section):
             return self
         if self.replicas not in ("auto", 1):
             raise conflict(
-                "strategy custom names one worker for each layer; several replicas need another "
+                "strategy custom names one worker for each layer; several pipelines need another "
                 "strategy",
                 "replicas",
                 "strategy",

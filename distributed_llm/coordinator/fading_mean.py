@@ -1,7 +1,7 @@
 """A mean of what was observed lately. Pure.
 
 What both models of speed share: the one that plans (`speeds`) and the one that chooses how many
-steps are under way (`serving.depth`).
+steps are in flight (`serving.depth_estimator`).
 """
 
 MAX_WEIGHT = 64.0

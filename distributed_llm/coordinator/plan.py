@@ -3,7 +3,7 @@
 - A `LayerMap` says who serves what and nothing else: (worker, layer range) pairs in the order of
   the layers. Decisions compare, remember and pass on this form.
 - A `Plan` is a layer map with the memory that it takes: each `PlannedStage` knows its weights and
-  the room they leave for KV cache. Planning makes it, and placement carries it out.
+  the room they leave for KV cache. Planning makes it, and `cluster` has it loaded.
 - `PipelineStage`s are the stages of a running pipeline: each knows the peer (the connection) at
   which its worker is reached.
 """

@@ -128,7 +128,7 @@ class Stepping:
         return actions
 
     def _broken(self, pipeline: Pipeline, broken: StepBroken, worker: Worker) -> list[Action]:
-        """Suspect the step's requests, and begin anew with all that was under way."""
+        """Suspect the step's requests, and begin anew with all that was in flight."""
         scheduler = pipeline.scheduler
         assert scheduler is not None
         actions = step_broken(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
-from distributed_llm.coordinator.serving.depth import DepthEstimator
+from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
 
 Cost = Callable[[int], float]
 """Seconds that a stage computes for a number of sequences."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributed_llm.coordinator.serving.depth import DepthEstimator
+from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
 from tests.unit.stage_pipeline import (
     EQUAL,
     LONG,

@@ -30,7 +30,7 @@ CONFIG += ["{0}/config/local.yaml"]
 ROLES: dict[str, list[list[str]]] = {  # what a dry run prints after installing; {0} is the folder
     "": [],
     "demo": [["exec", "{0}/.venv/bin/dllm", "demo"]],
-    "test": [["exec", "{0}/.venv/bin/python", "-m", "pytest"]],
+    "test": [["exec", "{0}/.venv/bin/python", "-m", "pytest", "-n", "2"]],
     "coordinator": [
         CONFIG,
         ["exec", "{0}/.venv/bin/dllm", "coordinator", "--config", "{0}/config/local.yaml"],

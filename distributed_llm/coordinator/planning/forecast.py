@@ -1,6 +1,6 @@
 """Forecasts: how fast a plan would be under a demand, and which plan would be fastest. Pure.
 
-R sequences decode, in d steps of R/d sequences each that are under way at once. A sequence gets one
+R sequences decode, in d steps of R/d sequences each that are in flight at once. A sequence gets one
 token per round trip T of its step, so the rate is R / T (Little's law), and the best d has the
 least
 
@@ -37,7 +37,7 @@ class Forecast:
 
     Attributes:
         tokens_per_s: tokens of answers per second under the demand, of all sequences together.
-        depth: steps under way that give this rate.
+        depth: steps in flight that give this rate.
         partition: the layer map, with its times at this depth.
         overhead_s: seconds of a step beside its stages and hops.
         full_tokens_per_s: rate of a full pipeline; the score for goal "throughput".
@@ -107,7 +107,7 @@ def _simulated(
         layer_map: of the plan.
         demand: with prompts.
         tokens_per_s: upper bound; the rate if all steps were alike.
-        depth: steps under way.
+        depth: steps in flight.
     """
     if depth == 1:
         return tokens_per_s

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 _STEPS = 89
 _ROUNDS = 4
-"""Steps that are simulated: at least so many, and so many per step under way."""
+"""Steps that are simulated: at least so many, and so many per step in flight."""
 
 _GOLDEN = 0.618034
 """Golden ratio - 1: its multiples modulo 1 are spread evenly, however many are taken."""
@@ -43,7 +43,7 @@ def round_trip_s(
         usual: times of most steps.
         longer: times of the others.
         share: of longer steps, 0 to 1; they are spread evenly.
-        depth: steps under way.
+        depth: steps in flight.
         overhead_s: between the end of a step and the start of its successor.
     """
     kinds = [_StepKind(usual), _StepKind(longer)]

@@ -1,4 +1,4 @@
-"""How many steps of one pipeline should be in flight. Pure.
+"""The depth of one pipeline: how many steps should be in flight. Pure.
 
 Where every stage has a machine of its own, about as many as there are stages keep them all busy;
 where stages share a machine, more than one only slow each other down. `DepthEstimator` predicts
@@ -6,7 +6,7 @@ which depth is best by measured times. Asking it costs more than everything else
 its answers are kept until enough has changed.
 """
 
-from distributed_llm.coordinator.serving.depth import DepthEstimator
+from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
 from distributed_llm.coordinator.serving.steps import StepDone
 
 _NEVER_MEASURED_S = 1e-9

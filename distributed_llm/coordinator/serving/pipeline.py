@@ -314,7 +314,7 @@ class Pipeline:
             self.in_flight.validate()
             self.scheduler.validate()
             if self.scheduler.num_running and self.state is _S.SERVING:
-                assert self.in_flight.num_steps, "requests run, but no step is under way"
+                assert self.in_flight.num_steps, "requests run, but no step is in flight"
 
 
 def sending(task: SendTask) -> Send:

@@ -1,6 +1,6 @@
-"""How many steps of one pipeline should be under way. Pure.
+"""What each number of steps in flight is worth, as measured on one pipeline. Pure.
 
-All R sequences that decode are under way, spread over d steps of R/d sequences each. A sequence
+All R sequences that decode are in flight, spread over d steps of R/d sequences each. A sequence
 gets one token per round trip T of its step, so the throughput is R / T (Little's law), and the best
 d has the least round trip:
 
@@ -147,7 +147,7 @@ class _DepthTimes:
 class DepthEstimator:
     """Learns the stage times of one pipeline at each depth, and chooses the depth.
 
-    "Depth" is the number of steps under way. Memory is O(depths * stages).
+    "Depth" is the number of steps in flight. Memory is O(depths * stages).
 
     Args:
         half_life_s: time after which an observation counts half.
@@ -168,7 +168,7 @@ class DepthEstimator:
             stage: index in the pipeline.
             tokens: tokens of the step.
             compute_s: seconds that the stage computed.
-            depth: steps under way when the step began, including itself.
+            depth: steps in flight when the step began, including itself.
             now: clock seconds.
         """
         at = self._depths.get(depth)
@@ -193,7 +193,7 @@ class DepthEstimator:
 
         Args:
             sequences: that decode, in all steps together.
-            limit: most steps that may be under way.
+            limit: most steps that may be in flight.
             now: clock seconds.
         """
         most = max(1, min(limit, sequences))
@@ -218,7 +218,7 @@ class DepthEstimator:
 
         Args:
             tokens: of each step.
-            limit: most steps that may be under way.
+            limit: most steps that may be in flight.
             try_up_to: most steps, unless measurements show that more are faster.
             frugal: answers wait for these steps. Then fewer steps are tried too, and taken if they
                 are as fast, or if a step takes much longer beside others than alone.
@@ -264,7 +264,7 @@ class DepthEstimator:
     def _predict(self, tokens: int, depth: int, known: Sequence[int]) -> float:
         """Return T(depth), seconds: as measured, or the least that the nearest known depths allow.
 
-        From a known depth below: with more steps under way no stage gets faster. From one above:
+        From a known depth below: with more steps in flight no stage gets faster. From one above:
         with fewer steps, stages get faster at most in proportion to how many can be busy at once.
         """
         above = bisect_left(known, depth)
