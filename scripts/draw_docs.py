@@ -1,6 +1,6 @@
 """Draws the state tables of the package into docs/states.md. Run it after a table has changed.
 
-.venv/bin/python scripts/draw_states.py
+.venv/bin/python scripts/draw_docs.py
 """
 
 import ast

@@ -1,6 +1,6 @@
 """State machines as tables: legal transitions are data, and every other one raises.
 
-The tables are the documentation too: `StateTable.mermaid` draws them, `scripts/draw_states.py`
+The tables are the documentation too: `StateTable.mermaid` draws them, `scripts/draw_docs.py`
 writes the drawings into `docs/states.md`, and a test holds the two together. (As in h11, whose
 `_state.py` and `make-state-diagrams.py` do the same.)
 """

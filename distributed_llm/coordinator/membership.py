@@ -1,4 +1,4 @@
-"""Who comes and goes, and what follows from it. Pure."""
+"""Handles peers that join, report, leave or are lost. Pure."""
 
 from distributed_llm.common.errors import DistributedLLMError, NotReady
 from distributed_llm.common.messages import (

@@ -1,4 +1,4 @@
-"""What comes of steps: answers, failures, leases that run out, links that break. Pure."""
+"""Handles the ends of steps: answers, failures, leases that run out, links that break. Pure."""
 
 from collections.abc import Callable
 from typing import Literal, assert_never

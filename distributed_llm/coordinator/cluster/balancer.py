@@ -1,4 +1,4 @@
-"""When another plan is worth what it costs to move there. Pure.
+"""Decides whether a pipeline moves to a better plan. Pure.
 
 A plan is changed for a gain that is more than noise, that pays for the move within a horizon, and
 that was seen twice, some time apart. Every move makes the next one harder for a while, and a plan
@@ -24,7 +24,7 @@ _CONFIRM_S = 2.0
 """Between the first and the last of the looks that see a gain."""
 
 _AFTER_A_MOVE = 2.0
-"""The gain that is needed right after a move is so many times larger than usual, ..."""
+"""The gain that is needed right after a move is larger by so many times the usual one, ..."""
 _CALM_S = 5.0
 """... and this is halved after each such time."""
 

@@ -1,8 +1,8 @@
 """Retries: requests whose steps fail are computed again, then alone, then given up. Pure.
 
-A step that fails or is lost makes all its requests suspects. A suspect runs in steps of its own, so
-that the request which breaks the stages is found and no other fails with it. The scheduler clears a
-request of suspicion when it has got its next token.
+A step that fails, or is lost with its worker, makes all its requests suspects. A suspect runs in
+steps of its own, so that the request which breaks the stages is found and no other fails with it.
+The scheduler clears a request of suspicion when it has got its next token.
 """
 
 from collections.abc import Iterable

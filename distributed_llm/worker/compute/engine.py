@@ -1,6 +1,6 @@
 """The compute thread: carries out orders one after the other and posts their results as events.
 
-No other thread computes, and the thread of the event loop never does, so no heartbeat waits for a
+No other thread runs tasks, and the thread of the event loop never does, so no heartbeat waits for a
 layer. The thread holds the served stage and, while layers move, a prepared one beside it; the
 latter is loaded by a thread of its own (`BackgroundLoad`).
 """
