@@ -32,8 +32,14 @@ def pipeline_of(parts: Parts) -> Pipeline:
     return parts.pipelines.all[0]
 
 
-def asked(parts: Parts, now: float) -> PlanSearch | None:
-    """Return the survey that is wanted now, if one is."""
+def asked(parts: Parts, now: float, *, quiet: bool = False) -> PlanSearch | None:
+    """Return the survey that is wanted now, if one is.
+
+    Args:
+        quiet: no step has ended since the last one; otherwise one has, in every pipeline.
+    """
+    for pipeline in () if quiet else parts.pipelines.all:
+        parts.rebalancing._lineage(pipeline).observed_at = now
     actions = parts.rebalancing.on_timer(now=now)
     assert len(actions) <= 1
     for action in actions:
@@ -137,12 +143,34 @@ def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() ->
     parts = serving()
     for name in "cd":
         parts.worker(name).fail("no room")
-    survey = asked(parts, 11.0)
+    survey = asked(parts, 11.0, quiet=True)
     assert survey
     parts.rebalancing.found(found(survey), now=11.1)
-    assert asked(parts, 12.0) is None
+    assert asked(parts, 12.0, quiet=True) is None
+    assert asked(parts, 99.0, quiet=True) is None, "no better links help either"
     parts.join("e", 90_000)
-    assert asked(parts, 13.0)
+    assert asked(parts, 100.0, quiet=True)
+
+
+def test_a_quiet_pipeline_is_looked_at_as_often_as_advice_is_due() -> None:
+    """Links may have become faster, and idle workers worth having."""
+    parts = serving()
+    ask_for_one(parts, pipeline_of(parts))
+    looked = []
+    for second in range(11, 35):
+        survey = asked(parts, float(second), quiet=True)
+        if survey:
+            looked.append(second)
+            parts.rebalancing.found(found(survey), now=second + 0.1)
+    assert looked == [11, 21, 31]
+
+
+def test_a_better_plan_is_confirmed_although_it_is_quiet() -> None:
+    parts = serving()
+    survey = asked(parts, 11.0, quiet=True)
+    assert survey
+    parts.rebalancing.found(found(survey, BETTER), now=11.1)
+    assert asked(parts, 12.0, quiet=True)
 
 
 def test_pipelines_are_looked_at_in_turn() -> None:
@@ -150,7 +178,7 @@ def test_pipelines_are_looked_at_in_turn() -> None:
     parts.serve(("c", 0, 3), ("d", 3, 6))
     epochs = []
     for second in range(4):
-        survey = asked(parts, 11.0 + second)
+        survey = asked(parts, 11.0 + second, quiet=True)
         if survey:
             epochs.append(survey.epoch)
             parts.rebalancing.found(found(survey), now=11.1 + second)

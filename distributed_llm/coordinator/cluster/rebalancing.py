@@ -8,6 +8,7 @@ strategy is "speed".
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
@@ -47,10 +48,12 @@ class _Lineage:
     Attributes:
         demand: what is asked of them.
         balancer: says when they should have another plan.
+        observed_at: when a step was observed last, clock seconds.
     """
 
     demand: DemandMeter = field(default_factory=DemandMeter)
     balancer: Balancer = field(default_factory=Balancer)
+    observed_at: float = -inf
 
 
 @dataclass
@@ -98,8 +101,9 @@ class Rebalancing:
 
     def observe(self, pipeline: Pipeline, done: StepDone, *, now: float) -> None:
         """Learn from a step what is asked of a pipeline."""
-        demand = self._lineage(pipeline).demand
-        demand.observe(done, decoding=pipeline.num_decoding, now=now)
+        lineage = self._lineage(pipeline)
+        lineage.observed_at = now
+        lineage.demand.observe(done, decoding=pipeline.num_decoding, now=now)
 
     def _lineage(self, pipeline: Pipeline) -> _Lineage:
         found = self._lineages.get(pipeline.lineage)
@@ -133,8 +137,8 @@ class Rebalancing:
             return []
         self._forget_others(serving)
         pipeline = min(serving, key=lambda r: self._outlooks[r.epoch].searched_at)
-        self._outlooks[pipeline.epoch].searched_at = now
         self._search = self._new_search(pipeline, now)
+        self._outlooks[pipeline.epoch].searched_at = now
         return [Study(self._search)] if self._search else []
 
     def _forget_others(self, serving: Sequence[Pipeline]) -> None:
@@ -150,13 +154,17 @@ class Rebalancing:
         if any(worker.leaving for worker in workers):
             return None
         idle = self._registry.idle
-        demand = self._lineage(pipeline).demand.demand
+        lineage = self._lineage(pipeline)
+        demand = lineage.demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
         outlook = self._outlooks[pipeline.epoch]
         known = outlook.advised == everybody
-        if demand is None and not idle and known and not outlook.unconfirmed:
+        quiet = known and lineage.observed_at < outlook.searched_at and not outlook.unconfirmed
+        if quiet and demand is None and not idle:
             return None
         advise = not known or now >= outlook.advised_at + _ADVISE_EVERY_S
+        if quiet and not advise:
+            return None  # links may have changed, which can wait for the next advice
         if advise:
             outlook.advised, outlook.advised_at = everybody, now
         return PlanSearch(

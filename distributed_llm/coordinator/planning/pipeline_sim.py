@@ -2,14 +2,11 @@
 
 A stage with a short step waits for the stage before it, which has a longer one; so the stages of a
 full pipeline do less than the slowest of them could. How much less depends on which steps meet.
-The pipeline is run in max-plus arithmetic, for as many steps as show the mean.
+The pipeline is run for as many steps as show the mean.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
 
 _STEPS = 89
 _ROUNDS = 4
@@ -17,8 +14,6 @@ _ROUNDS = 4
 
 _GOLDEN = 0.618034
 """Golden ratio - 1: its multiples modulo 1 are spread evenly, however many are taken."""
-
-_Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -46,26 +41,27 @@ def round_trip_s(
         depth: steps in flight.
         overhead_s: between the end of a step and the start of its successor.
     """
-    kinds = [_StepKind(usual), _StepKind(longer)]
-    free: _Array = np.zeros(len(usual.busy_s))  # clock at which each place is free
+    kinds = [list(zip(times.busy_s, times.delay_s, strict=True)) for times in (usual, longer)]
+    free_at = [0.0] * len(usual.busy_s)
     ends = [-overhead_s] * depth
     settle = 2 * depth
     for number in range(settle + max(_STEPS, _ROUNDS * depth)):
         kind = kinds[number * _GOLDEN % 1.0 < share]
-        ends.append(kind.run(free, ends[-depth] + overhead_s))
+        ends.append(_run(kind, free_at, ends[-depth] + overhead_s))
     return depth * (ends[-1] - ends[depth + settle - 1]) / (len(ends) - depth - settle)
 
 
-class _StepKind:
-    """Runs one kind of step through the pipeline."""
+def _run(step: Sequence[tuple[float, float]], free_at: list[float], at: float) -> float:
+    """Run a step from `at` on, and return when it ends, clock seconds.
 
-    def __init__(self, times: Times) -> None:
-        self._busy: _Array = np.array(times.busy_s)
-        passing = self._busy + np.array(times.delay_s)
-        self._before: _Array = np.concatenate(([0.0], np.cumsum(passing)[:-1]))
-
-    def run(self, free: _Array, start: float) -> float:
-        """Run a step from `start` on; update `free` and return when it ends, clock seconds."""
-        waited = np.maximum.accumulate(np.maximum(free - self._before, start))
-        np.add(self._before + waited, self._busy, out=free)
-        return float(free[-1])
+    Args:
+        step: for how long it keeps each place busy, and its delay from there, seconds.
+        free_at: when each place is free, clock seconds; changed.
+    """
+    for place, (busy_s, delay_s) in enumerate(step):
+        if free_at[place] > at:
+            at = free_at[place]
+        at += busy_s
+        free_at[place] = at
+        at += delay_s
+    return free_at[-1]
