@@ -6,7 +6,9 @@ even a refused one. After `_BATCH` messages the socket yields to the event loop,
 does not starve timers and other tasks.
 
 Peers choose no identities: the ROUTER makes one up per connection. A worker that reconnects is
-heard at once, and no peer can take the place of another.
+heard at once, and no peer can take the place of another. A stranger may choose one nevertheless;
+ZeroMQ aborts the process if it is the next one that a ROUTER makes up, so where those begin is
+drawn (`_scatter_identities`).
 
 A ZeroMQ context has threads of its own, and closing it blocks until queued messages are sent. All
 DEALERs of a process share one context, which is closed with the last of them, so that opening and
@@ -15,8 +17,11 @@ closing links does not block while others are in use.
 
 import asyncio
 import contextlib
+import ctypes
 import os
+import secrets
 import socket
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -83,6 +88,7 @@ class Router:
         self._retry: asyncio.TimerHandle | None = None
         self._backlogs: dict[PeerId, _Backlog] = {}
         self._context = zmq.Context()
+        _scatter_identities()
         self._socket = _open(self._context, zmq.ROUTER)
         self._socket.router_mandatory = True
         self._socket.router_handover = False
@@ -444,6 +450,15 @@ def _local_host(fd: int) -> str:
         return ""
     finally:
         connection.detach()  # it is not ours to close
+
+
+def _scatter_identities() -> None:
+    """Draw the number from which the next ROUTER of this thread counts its peers.
+
+    ZeroMQ draws it by C's `rand` and leaves that unseeded, so it is the same in every process.
+    """
+    c = ctypes.CDLL("ucrtbase" if sys.platform == "win32" else None)
+    c.srand(secrets.randbits(32))
 
 
 def _open(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[bytes]":

@@ -5,6 +5,7 @@ Tests wait for events, never for time; what never happens is ended by pytest's o
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import os
 import secrets
@@ -550,6 +551,20 @@ async def test_a_living_peer_cannot_be_replaced() -> None:
         await below.heard.until(1)
         assert below.heard[0] == ([b"yours"],)
         forged.close()
+
+
+@on_loop
+async def test_nobody_can_guess_the_identity_of_the_next_peer() -> None:
+    """A stranger that chose it for itself would abort the process when that peer connects."""
+    first_peers = set()
+    for _ in range(2):
+        ctypes.CDLL(None).srand(1)  # as in a new process
+        end = End()
+        with opened(end) as router, dealing(End(), router.address) as dealer:
+            dealer.send([b"hello"])
+            await end.heard.until(1)
+            first_peers.add(end.heard[0][0])
+    assert len(first_peers) == 2
 
 
 @on_loop
