@@ -248,14 +248,13 @@ def test_a_sequence_that_shares_nothing_has_no_prefix() -> None:
     assert blocks(book) == 2 + 2
 
 
-def test_what_was_taken_in_vain_is_freed() -> None:
-    """The taken one is no more in the book; the stages still hold it."""
+def test_what_does_not_fit_takes_nothing() -> None:
     book = ledger(4)
     compute(book, 1, TEXT[:64], then="keep")
-    assert not book.open(SequenceId(2), TEXT[:320], 321, book.match(TEXT[:320], 319))
-    assert book.take_freed() == [1]
-    assert (book.used_tokens, book.sequence_ids) == (0, [])
-    book.validate()
+    match = book.match(TEXT[:320], 319)
+    assert not book.open(SequenceId(2), TEXT[:320], 321, match)
+    assert book.take_freed() == []
+    assert book.match(TEXT[:320], 319) == match
 
 
 def test_sharing_without_room_shares_nothing() -> None:
@@ -295,10 +294,10 @@ def test_a_prefix_is_held_until_the_other_has_begun(keep: bool) -> None:
     book.end(SequenceId(1), keep=keep)
     book.validate()
     assert book.take_freed() == []
-    assert not book.open(SequenceId(3), TEXT[500:], 3 * KV_BLOCK, None), "it may not go"
-    assert book.take_freed() == []
+    assert not book.resize(KV_BLOCK)
+    assert book.take_freed() == [], "it may not go"
     book.computed(SequenceId(2), 101)
-    assert not book.open(SequenceId(4), TEXT[500:], 3 * KV_BLOCK, None)
+    assert not book.resize(KV_BLOCK)
     assert book.take_freed() == [1]
     book.validate()
 
@@ -421,8 +420,56 @@ def test_running_sequences_never_go() -> None:
     compute(book, 1, TEXT[:64])
     compute(book, 2, TEXT[100:164], then="keep")
     assert not book.open(SequenceId(3), TEXT[500:], 3 * KV_BLOCK, None)
+    assert not book.resize(KV_BLOCK)
     assert book.take_freed() == [2]
     assert book.sequence_ids == [1]
+
+
+def test_what_does_not_fit_costs_no_prefix() -> None:
+    book = ledger(7)
+    compute(book, 1, TEXT[:128])  # three blocks
+    for sequence_id in (2, 3):
+        start = 100 * sequence_id
+        compute(book, sequence_id, TEXT[start : start + 64], then="keep")  # two each
+    assert not book.open(SequenceId(4), TEXT[600:], 5 * KV_BLOCK, None)
+    assert not book.extend(SequenceId(1), 8 * KV_BLOCK)
+    assert book.take_freed() == []
+    assert book.sequence_ids == [1, 2, 3]
+    assert book.open(SequenceId(4), TEXT[600:], 4 * KV_BLOCK, None)
+
+
+@pytest.mark.parametrize("common", [64, 32])
+def test_a_prefix_that_is_shared_makes_no_room(common: int) -> None:
+    """It is counted as kept when one asks whether the rest fits, although nobody uses it yet."""
+    book = ledger(3)
+    compute(book, 1, TEXT[:64], then="keep")
+    prompt = TEXT[:common] + TEXT[700:900]
+    match = book.match(prompt, 199)
+    assert match is not None
+    assert not book.open(SequenceId(2), prompt, common + 2 * KV_BLOCK + 65, match)
+    assert book.take_freed() == []
+    assert book.match(prompt, 199) == match
+
+
+class CountingLedger(KVLedger):
+    """Counts how often all that is kept is looked at."""
+
+    looks = 0
+
+    @property
+    def cached_tokens(self) -> int:
+        self.looks += 1
+        return super().cached_tokens
+
+
+def test_prefixes_are_trimmed_in_one_look() -> None:
+    """Looking at all of them for each one that goes takes seconds for some thousands."""
+    book = CountingLedger(50 * KV_BLOCK)
+    for sequence_id in range(1, 51):
+        compute(book, sequence_id, [sequence_id] * 40, then="keep")
+    book.trim(10 * KV_BLOCK)
+    assert book.take_freed() == list(range(1, 41))
+    assert book.looks == 1
 
 
 def test_cached_tokens_are_those_that_only_ended_sequences_hold() -> None:

@@ -12,6 +12,7 @@ recently used one goes first. Prefixes are found by hashing the tokens up to eac
 hashes costs a comparison and no wrong answer.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -32,12 +33,14 @@ class _Segment:
         owner: the sequence that appends to it; it may be gone.
         holders: sequences that reference it.
         blocks: blocks charged for it.
+        num_keeping: holders that cannot be freed now: they run, or are pinned.
     """
 
     start: int
     owner: SequenceId
     holders: set[SequenceId]
     blocks: int = 0
+    num_keeping: int = 0
 
 
 @dataclass(eq=False)
@@ -66,6 +69,11 @@ class _Held:
     ended: bool = False
     lost: bool = False
 
+    @property
+    def can_be_freed(self) -> bool:
+        """Whether its room can be given to others."""
+        return self.ended and not self.pins
+
 
 @dataclass(frozen=True)
 class Match:
@@ -85,6 +93,7 @@ class KVLedger:
     def __init__(self, capacity_tokens: int) -> None:
         self._capacity = capacity_tokens // KV_BLOCK
         self._used = 0
+        self._reclaimable = 0  # blocks that become free if all is freed that can be
         self._tolerated = 0  # blocks in use when the capacity was last set
         self._held: dict[SequenceId, _Held] = {}
         self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
@@ -102,6 +111,11 @@ class KVLedger:
         segments = {segment for i in self._ended for segment in self._held[i].segments}
         ended = self._ended.keys()
         return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= ended)
+
+    @property
+    def room_tokens(self) -> int:
+        """Positions that one more sequence may take, if all is freed that can be."""
+        return (self._capacity - self._used + self._reclaimable) * KV_BLOCK
 
     @property
     def sequence_ids(self) -> list[SequenceId]:
@@ -145,41 +159,61 @@ class KVLedger:
     ) -> bool:
         """Begin a sequence with room for `length` positions; return False if there is no room.
 
+        Ended sequences are freed as needed, but none if all of them together would not suffice.
+
         Args:
             tokens: kept, and read again when it has grown.
             match: a prefix to share if possible; `prefix_of` returns what is shared.
         """
+        if match is not None and self._covers(match) and self._held[match.sequence_id].pins:
+            match = None  # stages have not confirmed others that begin with it
+        if not self._has_room(length, match):
+            return False
         held = self._held[sequence_id] = _Held(tokens)
         if match is not None:
             held.prefix = self._share(sequence_id, match)
-        if self.extend(sequence_id, length):
-            return True
-        self._forget(sequence_id)
-        return False
+        extended = self.extend(sequence_id, length)
+        assert extended
+        return True
+
+    def _has_room(self, length: int, match: Match | None) -> bool:
+        """Return whether a sequence of `length` positions that shares `match` can begin."""
+        start, own_blocks, kept = 0, 0, 0
+        if match is not None:
+            segments = self._held[match.sequence_id].segments
+            kept = sum(segment.blocks for segment in segments if not segment.num_keeping)
+            start = match.length
+            if self._covers(match) and segments[-1].owner == match.sequence_id:
+                start, own_blocks = segments[-1].start, segments[-1].blocks
+        more = max(0, _blocks(length - start) - own_blocks)
+        return self._used + more - (self._reclaimable - kept) <= self._capacity
+
+    def _covers(self, match: Match) -> bool:
+        """Return whether a sequence that shares `match` takes the other one over."""
+        parent = self._held[match.sequence_id]
+        return parent.ended and match.length >= parent.computed
 
     def prefix_of(self, sequence_id: SequenceId) -> SharedPrefix | None:
         """Return the prefix that a sequence shares, until `computed` is first called for it."""
         return self._held[sequence_id].prefix
 
-    def _share(self, sequence_id: SequenceId, match: Match) -> SharedPrefix | None:
+    def _share(self, sequence_id: SequenceId, match: Match) -> SharedPrefix:
         """Let a sequence begin with a prefix of another one, and return that.
 
         An ended sequence that is shared as a whole is taken over: the new one continues its last
-        segment. None, with nothing changed, if it would have to be taken but is pinned.
+        segment.
         """
         parent, child = self._held[match.sequence_id], self._held[sequence_id]
-        covers = parent.ended and match.length >= parent.computed
-        if covers and parent.pins:
-            return None  # stages have not confirmed others that begin with it
+        covers = self._covers(match)
         for segment in parent.segments:
             if segment.start < match.length:
-                segment.holders.add(sequence_id)
+                self._hold(segment, sequence_id)
                 child.segments.append(segment)
         child.length = match.length
         if covers:
             self._take(match.sequence_id, sequence_id)
         else:
-            parent.pins += 1
+            self._pin(parent, 1)
         if parent.ended and not covers:
             self._ended[match.sequence_id] = self._ended.pop(match.sequence_id)  # recently used
         return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=covers)
@@ -206,11 +240,13 @@ class KVLedger:
             return True
         own = held.segments[-1] if held.segments else None
         if own is None or own.owner != sequence_id:
-            own = _Segment(held.length, sequence_id, {sequence_id})
+            own = _Segment(held.length, sequence_id, set())
         more = max(0, _blocks(length - own.start) - own.blocks)
-        if not self._make_room(more):
+        if self._used + more - self._reclaimable > self._capacity:
             return False
+        self._free_for(more)
         if own not in held.segments[-1:]:
+            self._hold(own, sequence_id)
             held.segments.append(own)
         own.blocks += more
         self._used += more
@@ -239,6 +275,8 @@ class KVLedger:
         if useful or held.pins:
             held.ended = True
             self._ended[sequence_id] = None
+            if not held.pins:
+                self._keep(held, -1)
         else:
             self._free(sequence_id)
 
@@ -260,14 +298,13 @@ class KVLedger:
         self._index_up_to(sequence_id, held)
         return False
 
-    def _make_room(self, blocks: int) -> bool:
-        """Free ended sequences until `blocks` more fit; return whether they do."""
+    def _free_for(self, blocks: int) -> None:
+        """Free ended sequences until `blocks` more fit, as far as there are any."""
         while self._used + blocks > self._capacity:
             oldest = next((i for i in self._ended if not self._held[i].pins), None)
             if oldest is None:
-                return False
+                return
             self._free(oldest)
-        return True
 
     def resize(self, capacity_tokens: int) -> bool:
         """Set the capacity; return False if more positions than that are in use.
@@ -276,14 +313,15 @@ class KVLedger:
         sequence grows until there is room again.
         """
         self._capacity = capacity_tokens // KV_BLOCK
-        fits = self._make_room(0)
+        self._free_for(0)
         self._tolerated = self._used
-        return fits
+        return self._used <= self._capacity
 
     def trim(self, cached_tokens: int) -> None:
         """Free ended sequences, least recently used first, down to `cached_tokens` positions."""
+        used, cached = self._used, self.cached_tokens
         for sequence_id in [i for i in self._ended if not self._held[i].pins]:
-            if self.cached_tokens <= cached_tokens:
+            if cached - (used - self._used) * KV_BLOCK <= cached_tokens:
                 return
             self._free(sequence_id)
 
@@ -304,7 +342,7 @@ class KVLedger:
         """Unpin the parent of a sequence: all stages know its prefix, or it is gone."""
         prefix, held.prefix = held.prefix, None
         if prefix and not prefix.take:
-            self._held[prefix.sequence_id].pins -= 1
+            self._pin(self._held[prefix.sequence_id], -1)
             self._free_lost(prefix.sequence_id)
 
     def _free(self, sequence_id: SequenceId) -> None:
@@ -317,11 +355,38 @@ class KVLedger:
         if held.prefix and held.prefix.take:  # some stages may still hold it
             self._freed.append(held.prefix.sequence_id)
         self._unindex(sequence_id, held)
+        if not held.can_be_freed:
+            self._keep(held, -1)
         for segment in held.segments:
             segment.holders.remove(sequence_id)
             if not segment.holders:
                 self._used -= segment.blocks
+                self._reclaimable -= segment.blocks
         self._confirm(held)
+
+    def _hold(self, segment: _Segment, sequence_id: SequenceId) -> None:
+        """Let a sequence that runs reference a segment."""
+        segment.holders.add(sequence_id)
+        self._keep_segment(segment, 1)
+
+    def _pin(self, held: _Held, by: int) -> None:
+        """Change how many sequences rely on `held` until all stages have confirmed them."""
+        could = held.can_be_freed
+        held.pins += by
+        if could != held.can_be_freed:
+            self._keep(held, 1 if could else -1)
+
+    def _keep(self, held: _Held, by: int) -> None:
+        """Record that a sequence can (-1) or cannot (1) be freed any more."""
+        for segment in held.segments:
+            self._keep_segment(segment, by)
+
+    def _keep_segment(self, segment: _Segment, by: int) -> None:
+        if not segment.num_keeping:
+            self._reclaimable -= segment.blocks
+        segment.num_keeping += by
+        if not segment.num_keeping:
+            self._reclaimable += segment.blocks
 
     def _index_up_to(self, sequence_id: SequenceId, held: _Held) -> None:
         state = held.hashes[-1] if held.hashes else 0
@@ -343,13 +408,18 @@ class KVLedger:
         """Assert the invariants; tests call this after every step."""
         assert 0 <= self._used <= max(self._capacity, self._tolerated)
         holders: dict[_Segment, set[SequenceId]] = {}
+        wanted = [held.prefix for held in self._held.values() if held.prefix]
+        pins = Counter(prefix.sequence_id for prefix in wanted if not prefix.take)
         for i, held in self._held.items():
             assert held.computed <= held.length
-            wanted = [h.prefix for h in self._held.values() if h.prefix and not h.prefix.take]
-            assert held.pins == sum(prefix.sequence_id == i for prefix in wanted)
+            assert held.pins == pins[i]
             for segment in held.segments:
                 holders.setdefault(segment, set()).add(i)
         assert all(segment.holders == found for segment, found in holders.items())
+        for segment, found in holders.items():
+            assert segment.num_keeping == sum(not self._held[i].can_be_freed for i in found)
+        freeable = (segment.blocks for segment in holders if not segment.num_keeping)
+        assert self._reclaimable == sum(freeable)
         assert self._used == sum(segment.blocks for segment in holders)
         assert set(self._ended) == {i for i, held in self._held.items() if held.ended}
         for state, found in self._index.items():
