@@ -26,7 +26,7 @@ def planner(**changes: Any) -> Planner:
     usual = Planner(
         COST,
         strategy="speed",
-        goal="throughput",
+        objective="throughput",
         layers={},
         replicas=1,
         context_length=CONTEXT,
@@ -45,11 +45,11 @@ def machines(memory: Mapping[str, int], **faster: float) -> Machines:
     links = LinkSpeeds(bytes_per_token=16)
     for pair in permutations(map(WorkerId, memory), 2):
         links.observe(*pair, rtt_s=2e-4, bytes_per_s=1e9)
-    costs = {
+    speeds = {
         WorkerId(name): WorkerSpeed(Prior(LAYER_S / faster.get(name, 1.0), 0, 0, 0, 0, 0))
         for name in memory
     }
-    return Machines({WorkerId(name): size for name, size in memory.items()}, costs, links.links)
+    return Machines({WorkerId(name): size for name, size in memory.items()}, speeds, links.links)
 
 
 def room(made: Planner, memory: Mapping[str, int]) -> int:
@@ -121,26 +121,28 @@ def test_auto_is_once_where_speed_is_not_asked_for(strategy: str) -> None:
 def test_auto_is_as_often_as_is_fastest() -> None:
     """Two that are alike answer twice as much apart; links would only take time."""
     assert layers(
-        planner(replicas="auto", goal="throughput").plans(machines(dict.fromkeys("ab", 900_000)))
+        planner(replicas="auto", objective="throughput").plans(
+            machines(dict.fromkeys("ab", 900_000))
+        )
     ) == [["a 0-6"], ["b 0-6"]]
 
 
 def test_auto_is_once_if_one_request_counts() -> None:
     """For latency the best pipeline counts, not the sum."""
     some = machines(dict.fromkeys("ab", 900_000), a=9.0)
-    assert layers(planner(replicas="auto", goal="latency").plans(some)) == [["a 0-6"]]
+    assert layers(planner(replicas="auto", objective="latency").plans(some)) == [["a 0-6"]]
 
 
 def test_auto_is_once_where_they_can_hold_it_only_together() -> None:
     assert names(
-        planner(replicas="auto", goal="throughput").plans(machines(dict.fromkeys("ab", 5000)))
+        planner(replicas="auto", objective="throughput").plans(machines(dict.fromkeys("ab", 5000)))
     ) == [["a", "b"]]
 
 
 # ------------------------------------------------------------------ by whom
 
 
-def test_the_layer_map_is_kept() -> None:
+def test_the_layers_of_strategy_custom_are_kept() -> None:
     given = {"b": LayerRange(0, 2), "a": LayerRange(2, 6)}
     made = planner(strategy="custom", layers=given)
     both = machines(dict.fromkeys("ab", 90_000))
@@ -183,7 +185,7 @@ def test_a_plan_never_leaves_less_room_than_is_needed() -> None:
 def test_there_is_room_for_what_is_used_if_there_can_be(used: int, found: list[list[str]]) -> None:
     """b would hold all of it alone, in 10,000 bytes, and leave (10,000 - 6800) / 6 = 533."""
     some = machines({"a": 9000, "b": 10_000}, b=50.0)
-    plan = planner(goal="latency", context_length=4).plan(some, used_tokens=used)
+    plan = planner(objective="latency", context_length=4).plan(some, used_tokens=used)
     assert names([plan]) == found
     assert kv_tokens_of(plan) >= used
 
