@@ -15,6 +15,7 @@ from distributed_llm.coordinator.planning.planner import Planner, ranked_by_spee
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
+from tests.unit.coordinator_parts import Parts
 
 COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
 CONTEXT = 2048
@@ -193,6 +194,17 @@ def test_there_is_room_for_what_is_used_if_there_can_be(used: int, found: list[l
 def test_if_there_cannot_be_the_least_is_enough() -> None:
     plan = planner().plan(machines(dict.fromkeys("ab", 4000)), used_tokens=1 << 20)
     assert 64 <= kv_tokens_of(plan) < 400
+
+
+@pytest.mark.parametrize(("wanted", "least"), [(100, 100), (CONTEXT, CONTEXT), (4096, CONTEXT)])
+@pytest.mark.parametrize("strategy", ["memory", "speed"])
+def test_no_more_room_than_one_context_is_needed(strategy: str, wanted: int, least: int) -> None:
+    """`min_kv_tokens` counts up to the context length of the model; one worker holds all layers."""
+    made = Parts({}, strategy=strategy, min_kv_tokens=wanted).planner
+    needed = 6800 + 6 * least
+    assert layers([made.plan(machines({"a": needed}))]) == [["a 0-6"]]
+    with pytest.raises(NotEnoughMemory):
+        made.plan(machines({"a": needed - 1}))
 
 
 def test_the_plan_of_a_layer_map() -> None:
