@@ -72,7 +72,7 @@ from distributed_llm.coordinator.events import (
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry
@@ -91,8 +91,8 @@ class Core:
     def __init__(
         self, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> None:
-        self._cluster = cluster = Cluster.of(model, settings, draw_seed=draw_seed)
-        planner = Planner.of(model, settings)
+        self._cluster = cluster = Cluster.create(model, settings, draw_seed=draw_seed)
+        planner = Planner.from_settings(model, settings)
         self._replanning = Replanning(cluster, planner)
         self._moves = Moves(cluster)
         self._departures = Departures(cluster, planner, self._replanning, self._moves)
@@ -110,7 +110,7 @@ class Core:
     def _give_up_stuck(self, peer: PeerId, now: float) -> list[Action]:
         return self._membership.give_up(peer, "made no progress on a task", now=now)
 
-    # -------------------------------------------------------------- the four doors
+    # -------------------------------------------------------------- what the edge calls
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply one event at `now` (clock seconds) and return what to do about it."""
@@ -147,7 +147,7 @@ class Core:
 
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
-        schedulers = [r.scheduler for r in self._pipelines.all if r.scheduler]
+        schedulers = [pipeline.scheduler for pipeline in self._pipelines.all if pipeline.scheduler]
         totals = self._book.totals
         return ClusterStatus(
             model=self._cluster.model.name,
@@ -324,8 +324,8 @@ class Core:
 
     def _studied(self, answer: object, now: float) -> list[Action]:
         match answer:
-            case FoundPlans():
-                return self._rebalancing.found(answer, now=now)
+            case SearchResult():
+                return self._rebalancing.search_done(answer, now=now)
             case PlanAnswer(question=PlanQuestion(leaving=None)):
                 moving = self._moves.move is not None
                 return self._replanning.answered(answer, moving=moving)
@@ -394,7 +394,11 @@ class Core:
             room.validate()
         waiting = self._book.next_waiting()
         needed = waiting.ticket.reserved_tokens if waiting else 0
-        roomy = [r.in_flight for r in self._pipelines.serving if r.kv_tokens >= needed]
+        roomy = [
+            pipeline.in_flight
+            for pipeline in self._pipelines.serving
+            if pipeline.kv_tokens >= needed
+        ]
         if roomy and waiting and not self._moves.move:
             assert any(steps and steps.num_steps for steps in roomy), "requests wait for nothing"
 

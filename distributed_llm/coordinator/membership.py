@@ -87,19 +87,19 @@ class Membership:
         actions += self._moves.lost(worker, now=now)
         if all(other.id != worker.id for other in self._registry.workers):
             self._cluster.measurements.left(worker.id)
-        pipeline = self._cluster.pipelines.of(worker.peer)
+        pipeline = self._cluster.pipelines.pipeline_of(worker.peer)
         if pipeline and pipeline.in_flight:
             actions += steps_lost(
                 self._cluster.book, self._log, pipeline.in_flight.steps, worker.id
             )
-        return actions + self._replanning.lose(worker)
+        return actions + self._replanning.recover(worker)
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:
         """Take what a worker reports of itself; give it up if it is of no use."""
         hung = self._registry.hangs(worker)
         self._registry.heartbeat(worker.peer, beat)
         hangs = self._registry.hangs(worker)
-        pipeline = self._cluster.pipelines.of(worker.peer)
+        pipeline = self._cluster.pipelines.pipeline_of(worker.peer)
         if pipeline and pipeline.in_flight and beat.tasks_waiting:
             pipeline.in_flight.progress(worker.peer, beat.progress_age_s, now=now)
         pong = Send(worker.peer, Pong())

@@ -86,7 +86,7 @@ class Stepping:
     def link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
         """Use the link from a stage to the next one, or go around it."""
         loading = self._moves.loading(report.epoch)
-        pipeline = loading or self._pipelines.of(worker.peer)
+        pipeline = loading or self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or pipeline.epoch != report.epoch:
             self._log.rejected["stale_epoch"] += 1
             return []
@@ -95,7 +95,7 @@ class Stepping:
         if following is not None:
             measurements = self._cluster.measurements
             measurements.observe_link(worker.id, following.worker, report)
-        if loading is not None and self._pipelines.of(worker.peer) is not loading:
+        if loading is not None and self._pipelines.pipeline_of(worker.peer) is not loading:
             return []  # the link of what it serves is another one
         link: Literal["direct", "relayed"] = "direct" if report.up else "relayed"
         if link == worker.link:
@@ -123,7 +123,11 @@ class Stepping:
                 pipeline.abandon_steps()
             elif due is not None:
                 actions += self._give_up(due, now)
-        leases = (r.in_flight.next_deadline() for r in self._pipelines.serving if r.in_flight)
+        leases = (
+            pipeline.in_flight.next_deadline()
+            for pipeline in self._pipelines.serving
+            if pipeline.in_flight
+        )
         self._leases_at = min((at for at in leases if at is not None), default=None)
         return actions
 
@@ -139,7 +143,7 @@ class Stepping:
         return actions
 
     def _pipeline_at(self, worker: Worker, epoch: Epoch) -> Pipeline | None:
-        pipeline = self._pipelines.of(worker.peer)
+        pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or pipeline.epoch != epoch:
             self._log.rejected["stale_epoch"] += 1
             return None

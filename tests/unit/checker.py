@@ -43,7 +43,9 @@ class Checker:
         answer = event.message
         if not isinstance(answer, TaskResult | TaskFailed):
             return False
-        all_in_flight = {r.epoch: r.in_flight for r in self._core._pipelines.all}
+        all_in_flight = {
+            pipeline.epoch: pipeline.in_flight for pipeline in self._core._pipelines.all
+        }
         in_flight = all_in_flight.get(answer.epoch)
         return in_flight is None or answer.step not in in_flight._flights
 

@@ -57,7 +57,7 @@ class Known(Measurements):
         return self.layer_times.get(worker, 1.0)
 
     @property
-    def bytes_per_s(self) -> float:
+    def link_bytes_per_s(self) -> float:
         """What was said."""
         return self.rate
 
@@ -108,7 +108,7 @@ class Parts:
         self.event_log = EventLog()
         self.book = RequestBook(model.defaults, self.event_log, max_waiting=99, draw_seed=lambda: 1)
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
-        self.planner = Planner.of(model, given)
+        self.planner = Planner.from_settings(model, given)
         if kv_tokens is not None:
             self.planner = Roomy(**vars(self.planner), room=kv_tokens)
         self.pipelines = Pipelines(

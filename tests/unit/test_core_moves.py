@@ -582,9 +582,9 @@ def test_a_worker_that_is_lost_while_it_is_drained_was_not_drained() -> None:
     assert "was lost before" in answer.message
 
 
-def test_findings_that_come_late_take_nobody_away() -> None:
+def test_a_search_that_ends_late_takes_nobody_away() -> None:
     world = World(with_settings(strategy="speed", objective="throughput", replicas=3))
-    world.study_s = 0.6
+    world.question_s = 0.6
     for name in "ab":
         join(world, name, BIG)
     assert world.run(lambda: world.state == "serving")

@@ -70,7 +70,7 @@ def gone(parts: Parts, name: str) -> list[Action]:
     assert worker
     actions = parts.departures.gone(worker)
     actions += parts.moves.lost(worker, now=12.0)
-    return actions + parts.answered(parts.replanning.lose(worker))
+    return actions + parts.answered(parts.replanning.recover(worker))
 
 
 # ------------------------------------------------------------------ who may go

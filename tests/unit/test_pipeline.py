@@ -38,7 +38,7 @@ EPOCH = 3
 PEERS = [PeerId(b"a"), PeerId(b"b")]
 NAMES = [WorkerId("a"), WorkerId("b")]
 LAYERS = [LayerRange(0, 1), LayerRange(1, 2)]
-SEATS = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
+STAGES = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
 SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task_timeout_s=10.0)
 
 
@@ -60,7 +60,7 @@ class Bench:
         self.pipeline = Pipeline(
             Epoch(EPOCH),
             plan,
-            SEATS,
+            STAGES,
             MODEL,
             SETTINGS,
             map(SequenceId, itertools.count(100)).__next__,
@@ -408,19 +408,19 @@ def test_a_message_frees_so_many_at_most() -> None:
 def test_load_is_the_time_of_the_slowest_stage_per_request() -> None:
     bench = Bench().serve()
     measured(bench, (4_000, 8_000), decodes=True)
-    assert bench.pipeline.load == pytest.approx(0.002)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.002)
     bench.admit(4)
-    assert bench.pipeline.load == pytest.approx(0.004)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.004)
 
 
 def test_prefill_says_nothing_about_decoding() -> None:
     bench = Bench().serve()
     measured(bench, (4_000, 8_000), decodes=True)
-    assert bench.pipeline.load == pytest.approx(0.002)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.002)
     measured(bench, (400_000, 800_000), decodes=False, times=20)
-    assert bench.pipeline.load == pytest.approx(0.002)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.002)
     measured(bench, (2_000, 40_000), decodes=True, times=60)
-    assert bench.pipeline.load == pytest.approx(0.01, rel=0.1)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.01, rel=0.1)
 
 
 def test_depth_of_prompts_follows_from_prompts_alone() -> None:

@@ -52,7 +52,7 @@ def remove(parts: Parts, name: str) -> list[Action]:
     """A worker is no longer there."""
     worker = parts.registry.remove(PeerId(name.encode()))
     assert worker
-    return parts.replanning.lose(worker)
+    return parts.replanning.recover(worker)
 
 
 # ------------------------------------------------------------------ nothing is planned on the loop

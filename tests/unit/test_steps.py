@@ -40,7 +40,7 @@ EPOCH = 7
 LEASE_S = 10.0
 PEERS = [PeerId(b"a"), PeerId(b"b"), PeerId(b"c")]
 STRANGER = PeerId(b"?")
-SEATS = [
+STAGES = [
     PipelineStage(peer, WorkerId(peer.decode()), LayerRange(i, i + 1))
     for i, peer in enumerate(PEERS)
 ]
@@ -53,7 +53,7 @@ def in_flight(credits: int = 4, links: Iterable[int] = ()) -> StepsInFlight:
     """Three stages; those in `links` reach the next one."""
     line = StepsInFlight(
         Epoch(EPOCH),
-        SEATS,
+        STAGES,
         credits=credits,
         model=MODEL,
         task_timeout_s=LEASE_S,
@@ -229,7 +229,7 @@ def test_depth_is_what_was_under_way_at_the_beginning() -> None:
 def test_a_pipeline_of_one_stage() -> None:
     line = StepsInFlight(
         Epoch(EPOCH),
-        SEATS[:1],
+        STAGES[:1],
         credits=1,
         model=MODEL,
         task_timeout_s=LEASE_S,

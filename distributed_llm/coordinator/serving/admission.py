@@ -65,7 +65,7 @@ class Admission:
         least = min(pipeline.num_running for pipeline in self._open.values())
         most = _MUCH_BUSIER * (least + 1)
         choice = [
-            (_hit_length(pipeline, request, key, most), -pipeline.load, -epoch)
+            (_hit_length(pipeline, request, key, most), -pipeline.expected_round_s, -epoch)
             for epoch, pipeline in self._open.items()
         ]
         return self._open[Epoch(-max(choice)[2])]

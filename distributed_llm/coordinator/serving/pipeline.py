@@ -42,14 +42,23 @@ class PipelineState(Enum):
 
 
 class PipelineCause(Enum):
-    """What changes the state of a pipeline."""
+    """What changes the state of a pipeline.
+
+    Attributes:
+        STAGES_READY: all stages have loaded their layers.
+        SERVED: it begins to serve.
+        PAUSED: a move waits for its steps to end.
+        RESUMED: that move was undone.
+        CONTINUED_BY_ANOTHER: a move was committed; another has its requests and KV cache.
+        DISSOLVED: it serves no more; its requests wait for another one.
+    """
 
     STAGES_READY = auto()
     SERVED = auto()
     PAUSED = auto()
     RESUMED = auto()
     CONTINUED_BY_ANOTHER = auto()
-    GIVEN_UP = auto()
+    DISSOLVED = auto()
 
 
 _S, _C = PipelineState, PipelineCause
@@ -62,10 +71,10 @@ PIPELINE_STATES = StateTable(
         (_S.SERVING, _C.PAUSED): _S.PAUSED,
         (_S.PAUSED, _C.RESUMED): _S.SERVING,
         (_S.PAUSED, _C.CONTINUED_BY_ANOTHER): _S.ENDED,
-        (_S.LOADING, _C.GIVEN_UP): _S.ENDED,
-        (_S.READY, _C.GIVEN_UP): _S.ENDED,
-        (_S.SERVING, _C.GIVEN_UP): _S.ENDED,
-        (_S.PAUSED, _C.GIVEN_UP): _S.ENDED,
+        (_S.LOADING, _C.DISSOLVED): _S.ENDED,
+        (_S.READY, _C.DISSOLVED): _S.ENDED,
+        (_S.SERVING, _C.DISSOLVED): _S.ENDED,
+        (_S.PAUSED, _C.DISSOLVED): _S.ENDED,
     },
 )
 
@@ -145,8 +154,8 @@ class Pipeline:
         return self.scheduler.num_running if self.scheduler else 0
 
     @property
-    def load(self) -> float:
-        """Seconds for a token of each request with one more running; to compare pipelines by."""
+    def expected_round_s(self) -> float:
+        """Expected seconds for a token of each request, if one more runs; compares pipelines."""
         return (self.num_running + 1) * self._depths.seconds_per_token
 
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:
@@ -209,10 +218,10 @@ class Pipeline:
             self._change(_C.RESUMED)
             self._on_change(self)
 
-    def give_up(self) -> list[Request]:
-        """Serve no more; return the requests that ran, which have lost their KV cache."""
+    def dissolve(self) -> list[Request]:
+        """End; return the requests that ran, which have lost their KV cache."""
         requests = self.scheduler.evacuate() if self.scheduler else []
-        self._end(_C.GIVEN_UP)
+        self._end(_C.DISSOLVED)
         return requests
 
     def _end(self, cause: PipelineCause) -> None:

@@ -282,7 +282,7 @@ class StepsInFlight:
 
     def next_deadline(self) -> float | None:
         """Return when the next lease runs out, clock seconds, or None."""
-        return min((t.deadline for t in self._flights.values()), default=None)
+        return min((flight.deadline for flight in self._flights.values()), default=None)
 
     def expired(self, *, now: float) -> PeerId | Literal["abandon"] | None:
         """Return what to do about leases that have run out, if any have.
@@ -290,7 +290,7 @@ class StepsInFlight:
         Returns:
             "abandon" to abandon all steps; an address to give up the worker there.
         """
-        late = [t for t in self._flights.values() if t.deadline <= now]
+        late = [flight for flight in self._flights.values() if flight.deadline <= now]
         if not late:
             return None
         if self._suspected:
