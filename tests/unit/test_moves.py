@@ -352,6 +352,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
     assert (parts.moves.failures, parts.moves.undone_at) == (1, 13.0)
     assert "the move was undone: a test" in parts.event_log.texts[-1]
     assert old.state is PipelineState.SERVING
+    assert move.new.state is PipelineState.ENDED
     assert parts.worker("c").layers is None
     assert parts.moves.next_layers(parts.worker("b")) is None
     assert parts.pipelines.pipeline_of(PeerId(b"c")) is None

@@ -12,6 +12,7 @@ from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
@@ -63,6 +64,12 @@ def result(
     """Return a result by which the served plan gives ten tokens per second."""
     served = expected(10.0, ("a", 0, 3), ("b", 3, 6))
     return SearchResult(search, served, best, extra, {WorkerId(k): v for k, v in advice.items()})
+
+
+def question_of(actions: list[Action]) -> PlanQuestion:
+    (study,) = (action for action in actions if isinstance(action, Study))
+    assert isinstance(study.question, PlanQuestion)
+    return study.question
 
 
 def loads(actions: list[Action]) -> list[str]:
@@ -135,6 +142,28 @@ def test_waits_longer_after_each_move_that_is_undone(failures: int, wait_s: floa
         assert asked(parts, 100.0 + wait_s - 0.1) is None
     parts.rebalancing._next_at = 0.0
     assert asked(parts, 100.0 + wait_s)
+
+
+def test_does_not_search_while_plans_are_made_for_who_came_or_left() -> None:
+    parts = serving()
+    actions = parts.replanning.add_pipeline()
+    assert parts.replanning.busy
+    assert asked(parts, 11.0) is None
+    parts.replanning.answered(PlanAnswer(question_of(actions)), moving=False)
+    assert asked(parts, 12.0)
+
+
+def test_what_a_search_found_waits_for_plans_that_are_made() -> None:
+    """Those plans may be for the same workers."""
+    parts = serving()
+    first = asked(parts, 11.0)
+    assert first
+    parts.rebalancing.search_done(result(first, BETTER), now=11.0)
+    second = asked(parts, 13.0)
+    assert second
+    parts.replanning.add_pipeline()
+    assert parts.rebalancing.search_done(result(second, BETTER), now=13.0) == []
+    assert parts.moves.move is None
 
 
 def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() -> None:

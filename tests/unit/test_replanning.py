@@ -130,6 +130,28 @@ def test_a_second_loss_is_planned_for_once_the_first_is() -> None:
     assert not parts.pipelines.recovering
 
 
+def test_what_was_lost_is_planned_before_what_would_be_nice() -> None:
+    parts = Parts(dict.fromkeys("abcdef", HALF), strategy="even", replicas=3)
+    parts.serve(("a", 0, 3), ("b", 3, 6))
+    first = question_of(parts.replanning.add_pipeline())
+    assert parts.replanning.plan_anew() == []
+    assert remove(parts, "b") == []
+    second = answered(parts, first)
+    assert len(parts.pipelines.all) == 1
+    assert asked(second) == ["a"], "all workers are planned for later"
+
+
+def test_a_plan_for_all_workers_recovers_what_was_lost_meanwhile() -> None:
+    parts = serving(c=WHOLE)
+    question = question_of(parts.replanning.plan_anew())
+    assert remove(parts, "b") == []
+    assert parts.pipelines.recovering
+    plan = PlanAnswer(question, plans=(parts.plan(("c", 0, 6)),))
+    orders = sent(parts.replanning.answered(plan, moving=False))
+    assert orders == [("a", DropStage), ("c", LoadStage)]
+    assert (parts.replanning.busy, parts.pipelines.recovering) == (False, False)
+
+
 def test_plans_for_all_workers_wait_for_requests_that_came_meanwhile() -> None:
     parts = serving(WHOLE, c=WHOLE)
     first = question_of(parts.replanning.plan_anew())
