@@ -383,7 +383,7 @@ class World:
             shift: who comes first.
         """
         core = self.core
-        pipeline = next((r for r in core._pipelines.all if r.in_flight), None)
+        pipeline = next((p for p in core._pipelines.all if p.in_flight), None)
         if pipeline is None or core._moves.move:
             return
         own = {stage.peer for stage in pipeline.stages}
