@@ -550,7 +550,7 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     finish(world, *answers)
 
 
-def test_a_plan_has_room_for_what_the_largest_request_may_take() -> None:
+def test_a_plan_has_room_for_what_the_largest_answer_may_take() -> None:
     world, client = cluster(3, memory_bytes=900)
     answer = client.submit([1, 2, 3], params(250))
     assert world.run(lambda: len(answer.token_ids) > 5)

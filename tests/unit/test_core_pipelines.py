@@ -148,7 +148,7 @@ def test_pipeline_is_made_again_by_a_joiner_while_requests_run() -> None:
 
 
 def served_by_now(world: World, pipeline: list[SimWorker]) -> bool:
-    """Return whether a pipeline has a request."""
+    """Return whether a pipeline has KV cache of a request."""
     return any(worker.stage is not None and worker.stage.kv for worker in pipeline)
 
 

@@ -36,7 +36,7 @@ SHIFTED: tuple[Held, ...] = (("a", 0, 2), ("b", 2, 6))
 
 
 def moving(*old: Held, memory: int = 10_000, prompt: int = 100, **given: Any) -> Parts:
-    """Return workers that serve these layers, or `OLD`, with a request that takes two blocks.
+    """Return workers that serve these layers, or `OLD`, with an answer that takes two blocks.
 
     A layer takes a quarter of a second on `a`, and half of one on `b`.
     """
@@ -322,7 +322,7 @@ def test_steps_under_way_end_before_anything_is_handed_over() -> None:
 
 
 def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
-    """b turns out to have room for one block; the request has two, and may take no less."""
+    """b turns out to have room for one block; the answer has two, and may take no less."""
     parts = moving()
     _, move, _ = begun(parts)
     for name, tokens in (("a", 640), ("b", 64)):

@@ -236,9 +236,9 @@ def test_what_a_search_is_about() -> None:
     assert search.hanging == set()
 
 
-def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
+def test_a_plan_must_have_room_for_what_an_answer_may_take() -> None:
     parts = serving()
-    parts.ask(pipeline_of(parts), 100, answer=900)
+    parts.ask(pipeline_of(parts), 100, new_tokens=900)
     search = asked(parts, 11.0)
     assert search
     assert search.needed_tokens == 1000

@@ -69,7 +69,7 @@ def test_the_first_plan_is_asked_for_and_loaded_when_it_is_made() -> None:
     assert (parts.pipelines.state, parts.replanning.busy) == ("loading", False)
 
 
-def test_while_a_lost_pipeline_is_planned_anew_its_requests_wait() -> None:
+def test_while_a_lost_pipeline_is_planned_anew_its_answers_wait() -> None:
     parts = serving(c=HALF)
     parts.ask(parts.pipelines.all[0], 100)
     actions = remove(parts, "b")

@@ -142,9 +142,9 @@ class DemandMeter:
 def _promised(done: StepDone) -> float:
     """Return the tokens of answers that may follow the prompt tokens of a step."""
     promised = 0.0
-    for request, part in zip(done.step.requests, done.step.slices, strict=True):
+    for answer, part in zip(done.step.answers, done.step.slices, strict=True):
         if part.num_tokens > 1:
-            assert request.ticket.limits is not None
-            share = part.num_tokens / request.num_prompt_tokens
-            promised += share * request.ticket.limits.max_new_tokens
+            assert answer.request.limits is not None
+            share = part.num_tokens / answer.num_prompt_tokens
+            promised += share * answer.request.limits.max_new_tokens
     return promised
