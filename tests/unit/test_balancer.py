@@ -137,5 +137,5 @@ def test_whatever_is_measured_layer_maps_do_not_swing(
         look += 1
         now += every_s
     assert max(swings.values(), default=0) <= 9
-    assert len(moves) <= 30
+    assert len(moves) <= 40, "one in 15 s"
     assert all(b - a >= 2.0 for a, b in pairwise(moves))
