@@ -409,15 +409,9 @@ class World:
     def settle(self) -> None:
         """Run until it serves and no layers have moved for a second."""
         for _ in range(100):
-            before = self.epoch
+            moving, before = self.core._moves.move, self.epoch
             self.run(for_s=1.0)
-            over = not self.core._moves.move
-            self.run(for_s=0.1)  # what ends a move arrives
-            if (
-                over
-                and (self.epoch, self.state) == (before, "serving")
-                and not self.core._moves.move
-            ):
+            if not moving and (self.epoch, self.state) == (before, "serving"):
                 return
         raise AssertionError("layers move for ever")
 
