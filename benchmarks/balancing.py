@@ -94,7 +94,7 @@ class MoveSeen:
         worst_gap_s: between two tokens of a request, of those that it concerned.
         usual_gap_s: median in the five seconds before it, since speeds changed.
         longest_usual_s: the longest before it.
-        expected_s: step time that was expected of the new plan; None if no survey told.
+        expected_s: step time that was expected of the new plan; None if no search found it.
     """
 
     phase: str
@@ -158,7 +158,7 @@ class Watch:
         made = list(self._moves(name, looks))
         self.moves += [move for move, _ in made]
         step_s = mean(gap.seconds for gap in self._load.gaps(steady, ended))
-        surveys = [found for at, found in self._cluster.surveys if steady <= at < ended]
+        searches = [search for at, search in self._cluster.searches if steady <= at < ended]
         errors = [
             [w.prediction_error for w in look.status.workers if w.prediction_error is not None]
             for look in self._looks[first:]
@@ -172,7 +172,7 @@ class Watch:
             rate=self._load.tokens_per_s(allowed, steady),
             later=self._load.tokens_per_s(steady, ended),
             step_s=step_s,
-            forecasts=[found.now.step_s / step_s for found in surveys],
+            forecasts=[search.served.step_s / step_s for search in searches],
             stage_errors=[median(each) for each in zip(*errors, strict=False)],
         )
 
@@ -196,8 +196,12 @@ class Watch:
         since = max(begin - 5.0, self._changed_at)
         usual = [gap.seconds for gap in self._load.gaps(since, begin)]
         split = split_of(look.status)
-        surveys = [found for at, found in self._cluster.surveys if at <= begin + 0.5]
-        best = [s.best for s in surveys if s.best and _split_expected(s.best) == split]
+        searches = [search for at, search in self._cluster.searches if at <= begin + 0.5]
+        best = [
+            search.best
+            for search in searches
+            if search.best and _split_expected(search.best) == split
+        ]
         return MoveSeen(
             phase,
             seconds=look.at - begin,

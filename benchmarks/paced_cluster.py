@@ -19,7 +19,7 @@ from typing import IO, Any, Self
 
 import msgspec
 
-from benchmarks.watched_coordinator import Survey
+from benchmarks.watched_coordinator import Searched
 from distributed_llm import AsyncDistributedClient
 from distributed_llm.common.errors import ConnectionFailed
 from distributed_llm.common.messages import ClusterStatus
@@ -78,7 +78,7 @@ class PacedCluster:
 
     Attributes:
         address: of the coordinator.
-        surveys: what the coordinator of now has found, and when, `perf_counter` seconds.
+        searches: what those of the present coordinator found, and when, `perf_counter` seconds.
     """
 
     def __init__(self, model: Path, slowdowns: Mapping[str, float]) -> None:
@@ -87,7 +87,7 @@ class PacedCluster:
         self._coordinator: _Child | None = None
         self._workers: dict[str, _Child] = {}
         self.address = "127.0.0.1:0"
-        self.surveys: list[tuple[float, Survey]] = []
+        self.searches: list[tuple[float, Searched]] = []
 
     def __enter__(self) -> Self:
         self._folder = tempfile.TemporaryDirectory(prefix="dllm-", ignore_cleanup_errors=True)
@@ -121,9 +121,9 @@ class PacedCluster:
         if not line:
             raise RuntimeError(f"no coordinator: {log.read_text()[-2000:]}")
         self.address = line
-        self.surveys = []
+        self.searches = []
         reader = threading.Thread(
-            target=_read, args=(self._coordinator.stdout, self.surveys), daemon=True
+            target=_read, args=(self._coordinator.stdout, self.searches), daemon=True
         )
         reader.start()
         for name, slowdown in self._slowdowns.items():
@@ -169,10 +169,10 @@ class PacedCluster:
         )
 
 
-def _read(lines: IO[str], surveys: list[tuple[float, Survey]]) -> None:
+def _read(lines: IO[str], searches: list[tuple[float, Searched]]) -> None:
     with suppress(ValueError):  # closed
-        surveys.extend((time.perf_counter(), _decode(line)) for line in lines)
+        searches.extend((time.perf_counter(), _decode(line)) for line in lines)
 
 
-def _decode(line: str) -> Survey:
-    return msgspec.json.decode(line, type=Survey)
+def _decode(line: str) -> Searched:
+    return msgspec.json.decode(line, type=Searched)

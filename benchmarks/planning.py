@@ -29,14 +29,14 @@ from distributed_llm.coordinator.partition.tables import (
     Candidate,
     Hop,
     Links,
-    Objective,
+    PartitionObjective,
     Tables,
     WorkerTimes,
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
 
-OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency")
+OBJECTIVES: tuple[PartitionObjective, ...] = ("throughput", "latency")
 _LAYER_BYTES = 400_000_000
 _KNOWN_LINKS = 300
 _KV_TOKENS = 1024
@@ -45,7 +45,7 @@ _TIMED = [(workers, layers) for workers in (4, 8, 16, 100, 1000) for layers in (
 _COMPARED = ((8, 32, 12), (12, 32, 6), (16, 32, 8), (64, 32, 4), (64, 126, 3), (300, 126, 2))
 """Workers, layers, and problems of that size."""
 
-Solver = Callable[[Tables, Objective], LayerMap]
+Solver = Callable[[Tables, PartitionObjective], LayerMap]
 
 _HELD_KARP = 50_000_000
 """Additions up to which the search is compared with the exact solver."""
@@ -89,13 +89,13 @@ def _rows(head: str, rows: list[list[str]]) -> str:
 def _part(*, starts: bool, walked: bool, windows: bool) -> Solver:
     """Return `search` with only some of its parts."""
 
-    def solver(tables: Tables, objective: Objective) -> LayerMap:
+    def solver(tables: Tables, objective: PartitionObjective) -> LayerMap:
         relaxed = relaxed_starts(tables, objective) if starts else []
         team = shortlist(tables, relaxed)
-        found = [team.cuts(start) for start in relaxed]
+        candidates = [team.cuts(start) for start in relaxed]
         if walked:
-            found += walks(team, objective, found)
-        best = min(found, key=lambda cuts: team.price(cuts, objective), default=[])
+            candidates += walks(team, objective, candidates)
+        best = min(candidates, key=lambda cuts: team.minimised(cuts, objective), default=[])
         if best and windows:
             best = resolve_windows(team, best, objective)
         return team.layer_map(best)
@@ -112,12 +112,14 @@ _PARTS: dict[str, Solver] = {
 }
 
 
-def value(tables: Tables, found: LayerMap, objective: Objective) -> float:
-    """Return the seconds that the objective minimises; infinite if nothing was found."""
-    return tables.price(tables.cuts(found), objective)[0] if found else float("inf")
+def value(tables: Tables, layer_map: LayerMap, objective: PartitionObjective) -> float:
+    """Return the seconds that the objective minimises; infinite for an empty layer map."""
+    return tables.minimised(tables.cuts(layer_map), objective)[0] if layer_map else float("inf")
 
 
-def compare(workers: int, layers: int, objective: Objective, number: int, *, mixed: bool) -> str:
+def compare(
+    workers: int, layers: int, objective: PartitionObjective, number: int, *, mixed: bool
+) -> str:
     """Return one cell per way: mean and worst excess over the best known, and median time."""
     exactly = solve_exactly if mixed else solve_uniform
     ways = dict(_PARTS)
@@ -167,7 +169,9 @@ def quality() -> None:
 # ------------------------------------------------------------------ time
 
 
-def measure(workers: int, layers: int, objective: Objective, rounds: int, *, mixed: bool) -> float:
+def measure(
+    workers: int, layers: int, objective: PartitionObjective, rounds: int, *, mixed: bool
+) -> float:
     """Return the median seconds of finding the best partition."""
     taken = []
     for seed in range(rounds):

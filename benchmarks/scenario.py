@@ -5,7 +5,7 @@ from typing import Literal
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 
@@ -45,7 +45,7 @@ class Scenario:
     strategy: Literal["speed", "memory", "even"] = field(
         default="memory", metadata={"help": "speed, memory or even"}
     )
-    objective: Goal = field(default="auto", metadata={"help": "auto, throughput or latency"})
+    objective: Objective = field(default="auto", metadata={"help": "auto, throughput or latency"})
     seed: int = field(default=0, metadata={"help": "of all draws"})
 
     @property

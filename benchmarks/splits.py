@@ -14,7 +14,7 @@ from benchmarks.pace import Pace
 from benchmarks.paced_cluster import PacedCluster
 from benchmarks.steady_load import Example, SteadyLoad
 from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_s
+from distributed_llm.coordinator.planning.pipeline_sim import StepTimes, round_trip_s
 
 NUM_LAYERS = 12
 _SETTLE_S = 2.0
@@ -53,7 +53,7 @@ def _calculated(split: Split, slowdowns: Mapping[str, float], asked: Asked, dept
 
 def _times(
     split: Split, slowdowns: Mapping[str, float], answering: float, prompt_tokens: int
-) -> Times:
+) -> StepTimes:
     stages = [
         slowdowns[name]
         * Pace(
@@ -64,7 +64,7 @@ def _times(
         ).task_s
         for place, (name, held) in enumerate(split)
     ]
-    return Times(stages, [0.0] * len(stages))
+    return StepTimes(stages, [0.0] * len(stages))
 
 
 class Splits:

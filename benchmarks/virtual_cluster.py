@@ -28,7 +28,7 @@ from distributed_llm.worker.session.link_events import LinkId
 T = TypeVar("T")
 
 _TEXT_S = 0.0002
-_STUDY_S = 0.01
+_QUESTION_S = 0.01
 _POLL_S = 1.0
 _SILENT_DEATHS = 4
 """One death in so many closes no connection (power loss)."""
@@ -37,7 +37,8 @@ _SILENCE_S = 3.0
 """After which a worker notices that the next one, dead without a word, is gone."""
 
 _WINDOW_S = 2.0
-_PATIENCE_S = 10_000.0
+_LIMIT_S = 10_000.0
+"""Virtual seconds, beside twice the time of asking, within which all requests must end."""
 
 
 class Meter:
@@ -184,7 +185,7 @@ class VirtualCluster:
                     self.at(self.now + _TEXT_S, self.apply, event)
                 case events.Study():
                     found = self.meter.call("Study", action.question.answer)
-                    self.at(self.now + _STUDY_S, self.apply, events.Studied(found))
+                    self.at(self.now + _QUESTION_S, self.apply, events.Studied(found))
                 case events.Forget(key=key):
                     self._texts.pop(key, None)
                 case events.Stop(error=error):
@@ -268,7 +269,7 @@ class VirtualCluster:
         self.begin_asking()
         ended = self.seen.ended
         asking_s = self.scenario.requests / self.scenario.rate if self.scenario.rate else 0.0
-        limit_s = 2 * asking_s + _PATIENCE_S
+        limit_s = 2 * asking_s + _LIMIT_S
         self.run(lambda: ended.total() >= self.scenario.requests, limit_s=limit_s)
 
     def begin_asking(self) -> None:

@@ -2,8 +2,8 @@
 
     DLLM_COORDINATOR__MODEL=FOLDER python -m benchmarks.watched_coordinator
 
-It is `dllm coordinator`, but after its address it prints a line of JSON for every survey: what it
-expects of the plan that is served, and of the best one that it knows.
+It is `dllm coordinator`, but after its address it prints a line of JSON for every search for a
+better plan: what it expects of the plan that is served, and of the best one.
 
 It ends when stdin does.
 """
@@ -22,7 +22,7 @@ from distributed_llm.coordinator import service
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import Action, Event, Studied
 from distributed_llm.coordinator.planning.forecast import Forecast
-from distributed_llm.coordinator.planning.plan_search import FoundPlans
+from distributed_llm.coordinator.planning.plan_search import SearchResult
 from distributed_llm.coordinator.serve import serve
 from distributed_llm.coordinator.speeds.demand import Demand
 
@@ -34,7 +34,7 @@ class Expected:
     Attributes:
         layers: "WORKER START-STOP" of each stage.
         slowest_s: of the slowest stage or link, for a step and its share of prompts.
-        depth: steps that are under way.
+        depth: steps in flight.
         step_s: from one token of a sequence to its next, on average.
         tokens_per_s: of answers, of all sequences together.
     """
@@ -47,30 +47,30 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What one survey has found.
+class Searched:
+    """What one search has found.
 
     Attributes:
         epoch: of the plan that is served.
-        now: of that plan.
-        best: of the best plan; None if nothing fits.
-        demand: that it is for.
+        demand: that plans are for.
+        served: what the plan that is served is expected to do.
+        best: what the best plan is expected to do; None if none fits.
     """
 
     epoch: int
     demand: Demand
-    now: Expected
+    served: Expected
     best: Expected | None
 
 
-def told(findings: FoundPlans) -> Survey:
-    """Return what is printed."""
-    sequences = findings.search.demand.sequences
-    best = findings.best
-    return Survey(
-        findings.search.epoch,
-        findings.search.demand,
-        _expected(findings.now, sequences),
+def searched(result: SearchResult) -> Searched:
+    """Return what is printed of a search."""
+    sequences = result.search.demand.sequences
+    best = result.best
+    return Searched(
+        result.search.epoch,
+        result.search.demand,
+        _expected(result.served, sequences),
         _expected(best, sequences) if best else None,
     )
 
@@ -87,12 +87,12 @@ def _expected(forecast: Forecast, sequences: float) -> Expected:
 
 
 class WatchedCore(Core):
-    """A core that prints what its surveys find."""
+    """A core that prints what its searches find."""
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
-        """Print what a survey has found; go on as usual."""
-        if isinstance(event, Studied) and isinstance(event.answer, FoundPlans):
-            print(msgspec.json.encode(told(event.answer)).decode(), flush=True)
+        """Print what a search has found; go on as usual."""
+        if isinstance(event, Studied) and isinstance(event.answer, SearchResult):
+            print(msgspec.json.encode(searched(event.answer)).decode(), flush=True)
         return super().handle(event, now=now)
 
 

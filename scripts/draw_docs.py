@@ -14,7 +14,7 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.coordinator.cluster.departures import DEPARTURE_STATES
 from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
-from distributed_llm.coordinator.requests.lifecycle import REQUEST_STATES
+from distributed_llm.coordinator.requests.answer_states import ANSWER_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
 from distributed_llm.worker.session.agent import AGENT_STATES
 from distributed_llm.worker.session.epoch_stage import STAGE_STATES
@@ -32,7 +32,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/cluster/registry.py": WORKER_STATES,
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
-    "coordinator/requests/lifecycle.py": REQUEST_STATES,
+    "coordinator/requests/answer_states.py": ANSWER_STATES,
     "worker/session/agent.py": AGENT_STATES,
     "worker/session/epoch_stage.py": STAGE_STATES,
     "worker/session/kv_handover.py": HANDOVER_STATES,

@@ -49,7 +49,7 @@ def measured_site(outcome: Outcome, cost: ModelCost, dtype: DtypeName) -> Site:
     seconds = layer_seconds(run.workers)
     machines = {}
     for worker in run.workers:
-        prior = Prior.of(worker.capabilities, cost, ITEM_BYTES[dtype])
+        prior = Prior.from_capabilities(worker.capabilities, cost, ITEM_BYTES[dtype])
         layer_s = max(0.0, seconds[worker.name] - prior.token_s)
         prior = replace(prior, layer_s=layer_s, head_s=0.0, head_token_s=0.0)  # is measured with it
         machines[worker.name] = Machine(worker.capabilities, prior, 0.0)

@@ -118,7 +118,7 @@ def make_space(
     """Return what to try: the values given for a setting, else those of a quick or full search.
 
     Values that could change nothing are left out where they were not given: more answers at once
-    than are asked for, the model's own dtype, two replicas with one worker.
+    than are asked for, the model's own dtype, two pipelines with one worker.
 
     Args:
         given: by setting; also "subsets". None: not given.

@@ -31,14 +31,14 @@ from distributed_llm.common.messages import (
     ToNextWorker,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.settings import CoordinatorSettings, Goal
+from distributed_llm.common.settings import CoordinatorSettings, Objective
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName, Frame
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import Hop, Links
-from distributed_llm.coordinator.planning.forecast import best_plan
+from distributed_llm.coordinator.planning.forecast import best_forecast
 from distributed_llm.coordinator.planning.strategies import StaticStrategy, make_plan
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
@@ -108,7 +108,7 @@ def described_site(description: Description, cost: ModelCost, dtype: DtypeName) 
             memory_bandwidth_bytes_per_s=worker.memory_bandwidth / worker.slowdown,
             flops_per_s=worker.flops / worker.slowdown,
         )
-        prior = Prior.of(capabilities, cost, ITEM_BYTES[dtype])
+        prior = Prior.from_capabilities(capabilities, cost, ITEM_BYTES[dtype])
         machines[name] = Machine(capabilities, prior, worker.task * worker.slowdown)
     links = {
         frozenset(pair.split("/")): link
@@ -200,13 +200,12 @@ def plan(
         {WorkerId(name): WorkerSpeed(machine.prior) for name, machine in site.machines.items()},
         lambda tokens: _links(site, tokens * bytes_per_token),
     )
-    found = best_plan(
-        cost, machines, demand, goal=cast(Goal, configuration.objective), kv_tokens=KV_TOKENS
-    )
-    if found is None:
+    objective = cast(Objective, configuration.objective)
+    best = best_forecast(cost, machines, demand, objective=objective, kv_tokens=KV_TOKENS)
+    if best is None:
         make_plan(cost, memory, strategy="memory", kv_tokens=KV_TOKENS)  # says what is missing
         raise NotEnoughMemory("No partition of the layers fits the workers.")
-    return list(found.partition.layer_map)
+    return list(best.layer_map)
 
 
 def _range(text: str) -> LayerRange:

@@ -109,7 +109,7 @@ WorkerName = Annotated[str, _shape(_NAME, _NAME_RULE)]
 WorkerNameOrEmpty = Annotated[str, _shape(f"({_NAME})?", _NAME_RULE)]
 WeightDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Strategy = Literal["speed", "memory", "even", "custom"]
-Goal = Literal["auto", "throughput", "latency"]
+Objective = Literal["auto", "throughput", "latency"]
 Device = Annotated[
     str,
     _shape(
@@ -160,7 +160,7 @@ class CoordinatorSettings(_Section):
         "run when that changes), memory (in proportion to it), even (equal numbers), custom (as "
         "`layers` says).",
     )
-    objective: Goal = Field(
+    objective: Objective = Field(
         default="auto",
         description="What strategy speed makes best: throughput (many requests at once), latency "
         "(one at a time: fewest, fastest workers), auto (as many as there are).",

@@ -1,11 +1,11 @@
 """The coordinator's decisions: events in, actions out. Pure.
 
-It joins the rooms: who is there and who serves what (`cluster`), what was asked and is computed
-(`serving`), and how fast everything is (`speeds`). Every event is dispatched here, once; then
-whatever can be started is started.
+`Core` joins the rooms: who is there and who serves what (`cluster`), what was asked and is computed
+(`serving`), and how fast everything is (`speeds`). It dispatches every event once; then it starts
+whatever can be started.
 
 When a worker of a pipeline is lost, the layers are planned anew over those that are left, under a
-larger epoch; answers of the old epoch are dropped, and the requests that ran there compute their
+larger epoch; results of the old epoch are dropped, and the answers that ran there compute their
 tokens again on the new stages. Sampling depends on nothing but the tokens, so no answer changes. A
 worker that joins is used, under strategy "speed", as soon as that is faster; under the others as
 soon as no request is under way.
@@ -72,7 +72,7 @@ from distributed_llm.coordinator.events import (
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry
@@ -80,19 +80,18 @@ from distributed_llm.coordinator.stepping import Stepping
 
 
 class Core:
-    """One model, its workers and its requests.
+    """Decides what a coordinator does: about the workers of one model, and its requests.
 
     Args:
-        model: what is served.
-        settings: how.
+        model: the model that is served.
         draw_seed: draws a seed for a request that has none.
     """
 
     def __init__(
         self, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> None:
-        self._cluster = cluster = Cluster.of(model, settings, draw_seed=draw_seed)
-        planner = Planner.of(model, settings)
+        self._cluster = cluster = Cluster.create(model, settings, draw_seed=draw_seed)
+        planner = Planner.from_settings(model, settings)
         self._replanning = Replanning(cluster, planner)
         self._moves = Moves(cluster)
         self._departures = Departures(cluster, planner, self._replanning, self._moves)
@@ -110,28 +109,28 @@ class Core:
     def _give_up_stuck(self, peer: PeerId, now: float) -> list[Action]:
         return self._membership.give_up(peer, "made no progress on a task", now=now)
 
-    # -------------------------------------------------------------- the four doors
+    # -------------------------------------------------------------- what the edge calls
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
-        """Apply one event at `now` (clock seconds) and return what to do about it."""
+        """Apply an event that happened at `now`, clock seconds; return what to do about it."""
         self._event_log.now = now
         return self._settle(self._handle(event, now), now)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
-        waits = self._book.busy and self._pipelines.complete
+        waits_until_idle = self._book.busy and self._pipelines.complete
         deadlines = (
             self._registry.next_deadline(),
             self._book.next_deadline(),
             self._stepping.next_deadline(),
             self._rebalancing.next_deadline(),
             self._moves.next_deadline(),
-            None if waits else self._replanning.replan_at,
+            None if waits_until_idle else self._replanning.replan_at,
         )
         return min([at for at in deadlines if at is not None], default=None)
 
     def on_timer(self, *, now: float) -> list[Action]:
-        """Do what is due: peers that fell silent, leases that ran out, a plan for who joined."""
+        """Do what is due: about silent peers, timeouts, leases, moves, and workers that joined."""
         self._event_log.now = now
         actions: list[Action] = []
         for peer in self._registry.silent(now=now):
@@ -147,7 +146,7 @@ class Core:
 
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
-        schedulers = [r.scheduler for r in self._pipelines.all if r.scheduler]
+        schedulers = [pipeline.scheduler for pipeline in self._pipelines.all if pipeline.scheduler]
         totals = self._book.totals
         return ClusterStatus(
             model=self._cluster.model.name,
@@ -174,7 +173,7 @@ class Core:
         )
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
-        """Return what is remembered of one request or of one worker, oldest first."""
+        """Return the events kept of one request or of one worker, oldest first."""
         return self._event_log.story(request=request, worker=worker)
 
     def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
@@ -187,7 +186,7 @@ class Core:
             now=now,
         )
 
-    # -------------------------------------------------------------- dispatch, once per union
+    # -------------------------------------------------------------- dispatch
 
     def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
@@ -294,7 +293,7 @@ class Core:
                 assert_never(message)
 
     def _from_stranger(self, peer: PeerId) -> list[Action]:
-        """Have a peer say hello again that spoke before its hello, or was given up."""
+        """Have a peer say hello that sent something else before, or whose session was ended."""
         self._event_log.rejected["bad_state"] += 1
         error = NotReady("The coordinator does not know this session. Connect again.")
         return [refusal(peer, error, "lost")]
@@ -320,19 +319,19 @@ class Core:
             return self._moves.stage_failed(worker, failed, now=now)
         return self._replanning.stage_failed(worker, failed)
 
-    # -------------------------------------------------------------- plans
+    # -------------------------------------------------------------- answers to questions
 
     def _studied(self, answer: object, now: float) -> list[Action]:
         match answer:
-            case FoundPlans():
-                return self._rebalancing.found(answer, now=now)
+            case SearchResult():
+                return self._rebalancing.search_done(answer, now=now)
             case PlanAnswer(question=PlanQuestion(leaving=None)):
                 moving = self._moves.move is not None
                 return self._replanning.answered(answer, moving=moving)
             case PlanAnswer():
                 return self._departures.planned(answer, now=now)
             case _:
-                raise TypeError(f"nobody asked for {answer!r}")
+                raise TypeError(f"no question has the answer {answer!r}")
 
     def _study_failed(self, question: Question, error: str, now: float) -> list[Action]:
         log = Log(f"making plans failed: {error}", "error")
@@ -344,26 +343,26 @@ class Core:
                 failure = DistributedLLMError(f"Making a plan failed: {error}. Please report it.")
                 return [log, *self._studied(PlanAnswer(question, error=failure), now)]
             case _:
-                raise TypeError(f"nobody asked {question!r}")
+                raise TypeError(f"{question!r} was never asked")
 
     def _use_joined(self) -> list[Action]:
-        """Plan for workers that joined; under strategy "speed" the rebalancing sees to them."""
-        planning, complete = self._replanning, self._pipelines.complete
+        """Plan with workers that joined; under strategy "speed", `Rebalancing` does if it can."""
+        replanning, complete = self._replanning, self._pipelines.complete
         if self._cluster.settings.strategy == "speed" and self._pipelines.state != "waiting":
-            actions = [] if complete else planning.add_pipeline()
-            planning.replan_at, planning.replan_when_idle = None, False
+            actions = [] if complete else replanning.add_pipeline()
+            replanning.replan_at, replanning.replan_when_idle = None, False
             return actions
-        if self._moves.move is not None:  # when it is over
-            planning.replan_at, planning.replan_when_idle = None, True
+        if self._moves.move is not None:  # plan when it has ended
+            replanning.replan_at, replanning.replan_when_idle = None, True
             return []
         if not self._book.busy:
-            return planning.plan_anew()
-        return [] if complete else planning.add_pipeline()
+            return replanning.plan_anew()
+        return [] if complete else replanning.add_pipeline()
 
-    # -------------------------------------------------------------- what can be started
+    # -------------------------------------------------------------- starting what can be started
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
-        """Start what can be started after any change; stages wait for it, so it goes first."""
+        """Start whatever a change made possible; put its tasks first, as stages wait for them."""
         if self._replanning.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
         actions += self._moves.settle(now=now)
@@ -393,12 +392,16 @@ class Core:
         ):
             room.validate()
         waiting = self._book.next_waiting()
-        needed = waiting.ticket.reserved_tokens if waiting else 0
-        roomy = [r.in_flight for r in self._pipelines.serving if r.kv_tokens >= needed]
+        needed = waiting.request.reserved_tokens if waiting else 0
+        roomy = [
+            pipeline.in_flight
+            for pipeline in self._pipelines.serving
+            if pipeline.kv_tokens >= needed
+        ]
         if roomy and waiting and not self._moves.move:
-            assert any(steps and steps.num_steps for steps in roomy), "requests wait for nothing"
+            assert any(steps and steps.num_steps for steps in roomy), "answers wait for nothing"
 
 
 def _voids_tasks(action: Action) -> bool:
-    """Return whether tasks that are sent now are void until this has arrived."""
+    """Return whether a worker drops new tasks until it has got the message of this action."""
     return isinstance(action, Send) and isinstance(action.message, CancelStage)

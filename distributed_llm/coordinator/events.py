@@ -9,7 +9,7 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
 
 RequestKey = tuple[PeerId, RequestId, int]
-"""Names a ticket for good: clients choose ids, and may use them again; the number is ours."""
+"""Names one request: client, the client's id for it, and a number that tells reused ids apart."""
 
 PromptKind = Literal["text", "token_ids", "chat"]
 
@@ -25,7 +25,11 @@ class Received:
 
 @dataclass(frozen=True)
 class Garbage:
-    """Event: a peer sent what is no message; `reason` is a counter's name."""
+    """Event: a peer sent bytes that are no valid message.
+
+    Attributes:
+        reason: name of the counter of rejected messages to increase.
+    """
 
     peer: PeerId
     reason: str
@@ -34,12 +38,16 @@ class Garbage:
 
 @dataclass(frozen=True)
 class ConnectionClosed:
-    """Event: some connection was closed; a send tells whose."""
+    """Event: some connection was closed; messages to all peers find out whose."""
 
 
 @dataclass(frozen=True)
 class Unreachable:
-    """Event: a message could not be sent; `why` goes into the log."""
+    """Event: a message could not be sent to a peer.
+
+    Attributes:
+        why: the reason, as it continues "worker NAME ..." in the log.
+    """
 
     peer: PeerId
     why: str
@@ -47,7 +55,7 @@ class Unreachable:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Event: the token ids of a prompt."""
+    """Event: a prompt was turned into token ids."""
 
     key: RequestKey
     token_ids: list[int]
@@ -55,7 +63,7 @@ class Tokenized:
 
 @dataclass(frozen=True)
 class TokenizeFailed:
-    """Event: a prompt that cannot be read."""
+    """Event: a prompt could not be turned into token ids, or an answer into text."""
 
     key: RequestKey
     error: DistributedLLMError
@@ -63,13 +71,13 @@ class TokenizeFailed:
 
 @dataclass(frozen=True)
 class Detokenized:
-    """Event: the text of an answer's next tokens.
+    """Event: the next tokens of an answer were turned into text.
 
     Attributes:
-        choice: which of the ticket's answers.
-        num_tokens: of the answer that the text so far stands for.
-        stopped: a stop string ended the text.
-        last: the text is complete.
+        choice: index of the answer among those of its request.
+        num_tokens: tokens of the answer that its text so far is made of.
+        stopped: whether a stop string ended the text.
+        last: whether the answer has no further tokens.
     """
 
     key: RequestKey
@@ -81,22 +89,22 @@ class Detokenized:
 
 
 class Question(Protocol):
-    """What takes long to find out. It knows only values that nobody changes."""
+    """Planning that takes milliseconds, done in another thread on values that nobody changes."""
 
     def answer(self) -> object:
-        """Return the answer; may be called from any thread."""
+        """Compute and return the answer; may be called from any thread."""
 
 
 @dataclass(frozen=True)
 class Studied:
-    """Event: a question is answered."""
+    """Event: the question of a `Study` was answered."""
 
     answer: object
 
 
 @dataclass(frozen=True)
 class StudyFailed:
-    """Event: answering a question raised an exception, which is a bug."""
+    """Event: answering the question of a `Study` raised an exception, which is a bug."""
 
     question: Question
     error: str
@@ -117,7 +125,7 @@ Event = (
 
 @dataclass(frozen=True)
 class Send:
-    """Action: send a message to a peer; tell if it is unreachable."""
+    """Action: send a message to a peer; `Unreachable` follows if that is impossible."""
 
     peer: PeerId
     message: ToWorker | ToClient
@@ -126,11 +134,11 @@ class Send:
 
 @dataclass(frozen=True)
 class Tokenize:
-    """Action: turn a prompt into token ids, and be ready to turn its answers into text.
+    """Action: turn a request's prompt into token ids, and prepare to turn its answers into text.
 
     Attributes:
-        num_choices: how many answers.
-        stop_strings: the answer ends before the first of these.
+        num_choices: number of answers.
+        stop_strings: an answer ends before the first of these.
     """
 
     key: RequestKey
@@ -145,8 +153,8 @@ class Detokenize:
     """Action: turn the next tokens of an answer into text.
 
     Attributes:
-        choice: which of the ticket's answers.
-        last: no more tokens come.
+        choice: index of the answer among those of its request.
+        last: whether these are its last tokens.
     """
 
     key: RequestKey
@@ -157,14 +165,14 @@ class Detokenize:
 
 @dataclass(frozen=True)
 class Forget:
-    """Action: drop what is kept for the text of a request."""
+    """Action: forget a request, of which no more text is needed."""
 
     key: RequestKey
 
 
 @dataclass(frozen=True)
 class Study:
-    """Action: answer a question beside the event loop, by `Studied` or `StudyFailed`.
+    """Action: answer a question in another thread; `Studied` or `StudyFailed` follows.
 
     Planning takes 2 to 200 ms, which no token should wait for.
     """
@@ -182,7 +190,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Stop:
-    """Action: end the coordinator; it can never serve this model."""
+    """Action: end the coordinator with an error: it can never serve this model."""
 
     error: DistributedLLMError
 

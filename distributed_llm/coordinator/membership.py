@@ -22,7 +22,7 @@ from distributed_llm.coordinator.serving.retries import steps_lost
 
 
 class Membership:
-    """The peers of one cluster."""
+    """Handles workers and clients that come, go or report how they are."""
 
     def __init__(
         self, cluster: Cluster, replanning: Replanning, moves: Moves, departures: Departures
@@ -49,7 +49,7 @@ class Membership:
         return [Send(peer, welcome)]
 
     def worker_joins(self, peer: PeerId, hello: WorkerHello, *, now: float) -> list[Action]:
-        """Welcome a worker that says hello; plan with it soon."""
+        """Welcome a worker that says hello; plan with it after `settle_s`."""
         if self._registry.knows(peer):
             self._log.rejected["bad_state"] += 1
             return []
@@ -69,12 +69,12 @@ class Membership:
             device=hello.capabilities.device,
         )
         actions: list[Action] = [Send(peer, welcome), note]
-        for session in earlier:  # its connection was not yet known to be lost
+        for session in earlier:  # their connections were not yet known to be lost
             actions += self._lost(session, "connected anew", now)
         return actions
 
     def gone(self, peer: PeerId, why: str, *, now: float) -> list[Action]:
-        """Do what follows from the end of a peer's session."""
+        """End a peer's session: the requests of a client, or the work of a worker."""
         worker = self._registry.remove(peer)
         if worker is None:
             return self._cluster.book.drop_client(peer)
@@ -87,19 +87,19 @@ class Membership:
         actions += self._moves.lost(worker, now=now)
         if all(other.id != worker.id for other in self._registry.workers):
             self._cluster.measurements.left(worker.id)
-        pipeline = self._cluster.pipelines.of(worker.peer)
+        pipeline = self._cluster.pipelines.pipeline_of(worker.peer)
         if pipeline and pipeline.in_flight:
             actions += steps_lost(
                 self._cluster.book, self._log, pipeline.in_flight.steps, worker.id
             )
-        return actions + self._replanning.lose(worker)
+        return actions + self._replanning.recover(worker)
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:
-        """Take what a worker reports of itself; give it up if it is of no use."""
+        """Take a worker's report of itself; give it up if it hangs or serves another plan."""
         hung = self._registry.hangs(worker)
         self._registry.heartbeat(worker.peer, beat)
         hangs = self._registry.hangs(worker)
-        pipeline = self._cluster.pipelines.of(worker.peer)
+        pipeline = self._cluster.pipelines.pipeline_of(worker.peer)
         if pipeline and pipeline.in_flight and beat.tasks_waiting:
             pipeline.in_flight.progress(worker.peer, beat.progress_age_s, now=now)
         pong = Send(worker.peer, Pong())
@@ -111,18 +111,18 @@ class Membership:
             self._replanning.replan_at = now + self._settings.settle_s
         return [pong]
 
-    def remeasured(self, worker: Worker, found: Remeasured) -> list[Action]:
+    def remeasured(self, worker: Worker, measured: Remeasured) -> list[Action]:
         """Learn how fast the machine of a worker without layers is now."""
-        worker.remeasured(found)
+        worker.remeasured(measured)
         self._cluster.measurements.remeasured(worker.id, worker.capabilities)
         return []
 
     def give_up(self, peer: PeerId, why: str, *, now: float) -> list[Action]:
-        """End the session of a worker that is there, but of no use."""
+        """End the session of a connected worker that is of no use, and tell it why."""
         error = NotReady(f"The coordinator gave this worker up because it {why}.")
         return [*self.gone(peer, why, now=now), refusal(peer, error, "lost")]
 
 
 def refusal(peer: PeerId, error: DistributedLLMError, code: str | None = None) -> Send:
-    """Return the message that ends a session."""
+    """Return the action that ends a peer's session; `code` is that of `error` unless given."""
     return Send(peer, Refused(code=code or error.code, message=str(error)[:4096]))

@@ -1,4 +1,4 @@
-"""The coordinator's edge: one ROUTER socket, one timer, one thread for text. It decides nothing."""
+"""The coordinator's edge: its socket, timer, and threads for text and planning. Decides nothing."""
 
 import asyncio
 import contextlib
@@ -49,7 +49,7 @@ from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
 logger = logging.getLogger(__name__)
 
 _STUDY_THREADS = 2
-"""A plan for workers that lost theirs does not wait until the search for a better one has ended."""
+"""Threads for planning: a plan after a loss need not wait for a search for better plans."""
 
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -58,9 +58,7 @@ class Coordinator:
     """Serves one model at one address.
 
     Args:
-        model: what is served.
-        folder: of its tokenizer.
-        settings: how the core decides.
+        folder: folder of the model's tokenizer.
         bind: "HOST:PORT" to listen on.
         on_listening: called with the address once it is open.
     """
@@ -146,7 +144,7 @@ class Coordinator:
     def _perform(self, actions: list[Action]) -> None:
         texts = [action for action in actions if isinstance(action, Detokenize)]
         try:
-            if texts:  # of a whole step at once: going from thread to thread takes longest
+            if texts:  # all of a step at once, as going from thread to thread takes longest
                 self._text_thread.submit(self._detokenize, texts)
             for action in actions:
                 self._perform_one(action)
@@ -162,7 +160,7 @@ class Coordinator:
             case Tokenize():
                 self._text_thread.submit(self._tokenize, action)
             case Detokenize():
-                pass  # begun already
+                pass  # submitted with the others above
             case Forget(key=key):
                 self._text_thread.submit(self._texts.pop, key, None)
             case Log(text=text, level=level):
@@ -216,8 +214,9 @@ class Coordinator:
             raise RemoteProtocolError("malformed", f"prompt is not UTF-8: {exc}") from exc
 
     def _detokenize(self, actions: list[Detokenize]) -> None:
+        # A request that is not in `_texts` has ended.
         events = [self._text_of(action) for action in actions if action.key in self._texts]
-        self._tell(*events)  # the other requests have ended
+        self._tell(*events)
 
     def _text_of(self, action: Detokenize) -> Event:
         text = self._texts[action.key][action.choice]

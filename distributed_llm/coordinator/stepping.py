@@ -1,4 +1,4 @@
-"""Handles the ends of steps: answers, failures, leases that run out, links that break. Pure."""
+"""Handles the ends of steps: results, failures, leases that run out, links that break. Pure."""
 
 from collections.abc import Callable
 from typing import Literal, assert_never
@@ -18,7 +18,7 @@ from distributed_llm.coordinator.serving.steps import Dropped, SendTask, StepBro
 
 
 class Stepping:
-    """The steps of one cluster.
+    """Handles results, failures and leases of the steps in flight, and reports of links.
 
     Args:
         give_up: called with a worker that made no progress on a step.
@@ -39,7 +39,7 @@ class Stepping:
         self._moves = moves
         self._rebalancing = rebalancing
         self._give_up = give_up
-        self._leases_at: float | None = None  # no lease runs out before
+        self._leases_at: float | None = None  # no lease runs out earlier
 
     def began(self, *, now: float) -> None:
         """Watch the leases of steps that were begun."""
@@ -49,7 +49,7 @@ class Stepping:
     def result(
         self, worker: Worker, result: TaskResult, frames: tuple[Frame, ...], *, now: float
     ) -> list[Action]:
-        """Go on with a step that a stage has run."""
+        """Take a result: send the step to the next stage, or take its tokens if it is done."""
         pipeline = self._pipeline_at(worker, result.epoch)
         if pipeline is None or pipeline.in_flight is None or pipeline.scheduler is None:
             return []
@@ -58,12 +58,12 @@ class Stepping:
             case SendTask():
                 return [sending(outcome)]
             case StepDone():
-                counts = pipeline.scheduler.complete(outcome.step)
+                are_current = pipeline.scheduler.complete(outcome.step)
                 pipeline.observe(outcome, now=now)
                 self._rebalancing.observe(pipeline, outcome, now=now)
                 self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
                 self._count(pipeline, outcome)
-                return self._book.step_done(outcome, counts, now=now)
+                return self._book.step_done(outcome, are_current, now=now)
             case StepBroken():
                 return self._broken(pipeline, outcome, worker)
             case Dropped():
@@ -73,7 +73,7 @@ class Stepping:
                 assert_never(outcome)
 
     def failed(self, worker: Worker, failed: TaskFailed) -> list[Action]:
-        """Retry what a stage could not run."""
+        """Retry the answers in a step that a stage could not run."""
         pipeline = self._pipeline_at(worker, failed.epoch)
         if pipeline is None or pipeline.in_flight is None:
             return []
@@ -84,9 +84,9 @@ class Stepping:
         return self._broken(pipeline, outcome, worker)
 
     def link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
-        """Use the link from a stage to the next one, or go around it."""
+        """Use the link from a stage to the next one if it is up, else relay results past it."""
         loading = self._moves.loading(report.epoch)
-        pipeline = loading or self._pipelines.of(worker.peer)
+        pipeline = loading or self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or pipeline.epoch != report.epoch:
             self._log.rejected["stale_epoch"] += 1
             return []
@@ -95,8 +95,8 @@ class Stepping:
         if following is not None:
             measurements = self._cluster.measurements
             measurements.observe_link(worker.id, following.worker, report)
-        if loading is not None and self._pipelines.of(worker.peer) is not loading:
-            return []  # the link of what it serves is another one
+        if loading is not None and self._pipelines.pipeline_of(worker.peer) is not loading:
+            return []  # the pipeline that it serves has another link
         link: Literal["direct", "relayed"] = "direct" if report.up else "relayed"
         if link == worker.link:
             return []
@@ -110,25 +110,29 @@ class Stepping:
         return self._leases_at
 
     def on_timer(self, *, now: float) -> list[Action]:
-        """Look at the leases, if one may have run out."""
+        """Handle leases that have run out, if any may have."""
         if self._leases_at is None or self._leases_at > now:
             return []
         actions: list[Action] = []
         for pipeline in self._pipelines.serving:
             if pipeline.in_flight is None:
-                continue  # a worker that was just given up was part of it
+                continue  # it lost a worker that was given up in this loop
             due = pipeline.in_flight.expired(now=now)
             if due == "abandon":
                 actions.append(self._log.note(EventKind.STEPS_STUCK, epoch=pipeline.epoch))
                 pipeline.abandon_steps()
             elif due is not None:
                 actions += self._give_up(due, now)
-        leases = (r.in_flight.next_deadline() for r in self._pipelines.serving if r.in_flight)
+        leases = (
+            pipeline.in_flight.next_deadline()
+            for pipeline in self._pipelines.serving
+            if pipeline.in_flight
+        )
         self._leases_at = min((at for at in leases if at is not None), default=None)
         return actions
 
     def _broken(self, pipeline: Pipeline, broken: StepBroken, worker: Worker) -> list[Action]:
-        """Suspect the step's requests, and begin anew with all that was in flight."""
+        """Suspect the answers in a broken step, and abandon all steps in flight."""
         scheduler = pipeline.scheduler
         assert scheduler is not None
         actions = step_broken(
@@ -139,7 +143,7 @@ class Stepping:
         return actions
 
     def _pipeline_at(self, worker: Worker, epoch: Epoch) -> Pipeline | None:
-        pipeline = self._pipelines.of(worker.peer)
+        pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or pipeline.epoch != epoch:
             self._log.rejected["stale_epoch"] += 1
             return None
@@ -151,5 +155,5 @@ class Stepping:
             worker = self._cluster.registry.worker(stage.peer)
             if worker is not None:
                 worker.count_task(timing.compute_us / 1e6, tokens)
-        for request in done.step.requests:
-            request.stage_times.add(pipeline.epoch, pipeline.stages, done.timings)
+        for answer in done.step.answers:
+            answer.stage_times.add(pipeline.epoch, pipeline.stages, done.timings)

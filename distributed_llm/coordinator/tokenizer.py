@@ -21,11 +21,23 @@ TOKENIZER_FILES = (
 )
 
 _FIXED_CHAT_CHARS = 65536
+"""Characters that a chat template may add to any conversation."""
+
 _CHARS_PER_TURN = 1024
+"""Characters that it may add for each message besides."""
+
 _ERROR_CHARS = 500
-_KEPT_TOKENS = 8
+"""Characters of another package's error message that are passed on."""
+
 _MAX_WINDOW_TOKENS = 16
+"""Tokens of a `Detokenizer`'s window, above which it is shortened."""
+
+_KEPT_TOKENS = 8
+"""Tokens to which it is shortened."""
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""The decoded text of an unfinished character."""
+
 _NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, without {}."
 
 
@@ -195,7 +207,7 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._window: list[int] = []
-        self._given = 0  # characters of the window's text that were taken as final
+        self._given = 0  # characters of the window's text that are final
         self._held = ""  # final text that may be the beginning of a stop string
         self._count = 0
         self._stopped = False
@@ -212,7 +224,7 @@ class Detokenizer:
         return DetokenizedPiece("".join(pieces), self._count, self._stopped)
 
     def finish(self) -> DetokenizedPiece:
-        """Return the text that was held back; the answer is complete."""
+        """Return the text that was held back, as the answer has no further tokens."""
         rest = "" if self._stopped else self._tokenizer.decode(self._window)[self._given :]
         text, self._held, self._window, self._given = self._held + rest, "", [], 0
         return DetokenizedPiece(text, self._count, self._stopped)

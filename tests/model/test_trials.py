@@ -137,7 +137,7 @@ def test_first_layers_are_tried_if_that_is_wanted(llama: Path, one: Worker, besi
 def test_answers_after_trials_are_those_of_transformers(llama: Path, one: Worker) -> None:
     cluster = Cluster(llama, WHOLE, {"a": one})
     load(one, Load(0, cluster.order(2, (0, 4), trials=True)))
-    cluster.sit(2, WHOLE)
+    cluster.serve_epoch(2, WHOLE)
     prompt = [5, 6, 7, 8, 9, 10, 11, 12, 13]
     cluster.prefill([prompt], [len(prompt) - 1])
     while len(cluster.texts[0]) < len(prompt) + 8:

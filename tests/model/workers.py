@@ -127,8 +127,8 @@ class Worker:
         return self._posted.empty() and not self._loaded
 
 
-class Seat:
-    """The stage of an epoch on a worker, as a pipeline drives it."""
+class WorkerStage:
+    """A stage that a worker's engine runs, as a pipeline drives it."""
 
     def __init__(self, worker: Worker, epoch: int) -> None:
         self.worker = worker
@@ -177,12 +177,12 @@ class Cluster(Pipeline):
         for name, layers in plan:
             workers[name].ask(Load(0, self.order(1, layers)), Loaded)
         super().__init__([])
-        self.sit(1, plan)
+        self.serve_epoch(1, plan)
 
-    def sit(self, epoch: int, plan: Plan) -> None:
+    def serve_epoch(self, epoch: int, plan: Plan) -> None:
         """Let the stages of this epoch run what comes."""
         self.epoch, self.plan = epoch, plan
-        self.stages = [Seat(self.workers[name], epoch) for name, _ in plan]  # type: ignore[misc]
+        self.stages = [WorkerStage(self.workers[name], epoch) for name, _ in plan]  # type: ignore[misc]
 
     def order(self, epoch: int, layers: tuple[int, int], **fields: Any) -> LoadStage:
         """Return the order to load these layers."""
@@ -253,7 +253,7 @@ class Cluster(Pipeline):
         for name in {name for name, _ in (*plan, *self.plan)}:
             engine = self.workers[name].engine
             engine.put(Serve(Epoch(epoch)) if name in dict(plan) else Release(Epoch(0), ()))
-        self.sit(epoch, plan)
+        self.serve_epoch(epoch, plan)
 
     def cancel(self, epoch: int) -> None:
         """Give the new epoch up."""

@@ -39,13 +39,15 @@ class Checker:
             self.num_arrived += self._core._registry.is_client(event.peer)
 
     def _is_stale(self, event: events.Received) -> bool:
-        """Return whether it answers a step of an older plan, or one that was given up."""
-        answer = event.message
-        if not isinstance(answer, TaskResult | TaskFailed):
+        """Return whether it is about a step of an older plan, or one that was given up."""
+        result = event.message
+        if not isinstance(result, TaskResult | TaskFailed):
             return False
-        all_in_flight = {r.epoch: r.in_flight for r in self._core._pipelines.all}
-        in_flight = all_in_flight.get(answer.epoch)
-        return in_flight is None or answer.step not in in_flight._flights
+        all_in_flight = {
+            pipeline.epoch: pipeline.in_flight for pipeline in self._core._pipelines.all
+        }
+        in_flight = all_in_flight.get(result.epoch)
+        return in_flight is None or result.step not in in_flight._flights
 
     def check(
         self, event: events.Event | None, actions: Sequence[events.Action], *, now: float
@@ -56,7 +58,7 @@ class Checker:
         self._check_layers(actions)
         if self._stale:
             effects = [a for a in actions if isinstance(a, events.Detokenize) or _is_task(a)]
-            assert not effects, f"an answer that nobody waits for was applied: {effects}"
+            assert not effects, f"a result that nobody waits for was applied: {effects}"
         self._stale = False
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
         self._check_numbers()
@@ -111,9 +113,9 @@ class Checker:
         self._largest = numbers
 
     def _check_nobody_idles(self) -> None:
-        """No request waits while a pipeline that has room for it has nothing to do."""
-        request = self._core._book.next_waiting()
-        if request is None:
+        """No answer waits while a pipeline that has room for it has nothing to do."""
+        answer = self._core._book.next_waiting()
+        if answer is None:
             return
         move = self._core._moves.move
         for pipeline in self._core._pipelines.all:
@@ -121,8 +123,8 @@ class Checker:
                 continue  # it has less room until the move is over
             scheduler, in_flight = pipeline.scheduler, pipeline.in_flight
             if scheduler and in_flight and not scheduler.num_running and not in_flight.num_steps:
-                needed = request.ticket.reserved_tokens
-                assert needed > pipeline.kv_tokens, "a request waits for nothing"
+                needed = answer.request.reserved_tokens
+                assert needed > pipeline.kv_tokens, "an answer waits for nothing"
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""
@@ -143,7 +145,7 @@ class Checker:
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps
             assert not pipeline.scheduler._in_flight
-            assert not pipeline.scheduler._leaving
+            assert not pipeline.scheduler._ending
             ledger = pipeline.scheduler._ledger
             assert set(ledger.sequence_ids) == set(ledger._ended)
             assert not ledger.take_freed()

@@ -28,8 +28,8 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer
 from distributed_llm.coordinator.planning.planner import Planner
-from distributed_llm.coordinator.requests.lifecycle import RequestCause
-from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.requests.answer_states import AnswerCause
+from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
@@ -57,7 +57,7 @@ class Known(Measurements):
         return self.layer_times.get(worker, 1.0)
 
     @property
-    def bytes_per_s(self) -> float:
+    def link_bytes_per_s(self) -> float:
         """What was said."""
         return self.rate
 
@@ -108,7 +108,7 @@ class Parts:
         self.event_log = EventLog()
         self.book = RequestBook(model.defaults, self.event_log, max_waiting=99, draw_seed=lambda: 1)
         self.measurements = Known(cost, item_bytes=4, bytes_per_token=16)
-        self.planner = Planner.of(model, given)
+        self.planner = Planner.from_settings(model, given)
         if kv_tokens is not None:
             self.planner = Roomy(**vars(self.planner), room=kv_tokens)
         self.pipelines = Pipelines(
@@ -179,33 +179,33 @@ class Parts:
         assert pipeline.in_flight
         return pipeline
 
-    def ask(self, pipeline: Pipeline, prompt: int, answer: int = 20) -> Request:
-        """Return a request that runs on a pipeline; no two begin alike."""
+    def ask(self, pipeline: Pipeline, prompt: int, new_tokens: int = 20) -> Answer:
+        """Return an answer that runs on a pipeline; no two begin alike."""
         assert pipeline.scheduler
-        request = self.waiting(prompt, answer)
+        answer = self.waiting(prompt, new_tokens)
         assert self.book.admit(pipeline.scheduler, now=0.0)
-        return request
+        return answer
 
     def keep(self, pipeline: Pipeline, prompt: int) -> None:
-        """Have a request that has ended kept as a prefix for later ones."""
-        request = self.ask(pipeline, prompt)
+        """Have an answer that has ended kept as a prefix for later ones."""
+        answer = self.ask(pipeline, prompt)
         assert pipeline.scheduler
-        assert request.sequence_id
-        pipeline.scheduler._ledger.computed(request.sequence_id, prompt)
-        self.book._withdraw(request, keep=True)
-        request.change(RequestCause.LAST_TOKEN)
+        assert answer.sequence_id
+        pipeline.scheduler._ledger.computed(answer.sequence_id, prompt)
+        self.book._withdraw(answer, keep=True)
+        answer.change(AnswerCause.LAST_TOKEN)
 
-    def waiting(self, prompt: int, answer: int = 20) -> Request:
-        """Return a request whose turn it is."""
+    def waiting(self, prompt: int, new_tokens: int = 20) -> Answer:
+        """Return an answer whose turn it is."""
         number = next(self._numbers)
-        params = SamplingParams(max_new_tokens=answer)
+        params = SamplingParams(max_new_tokens=new_tokens)
         generate = Generate(request_id=f"r{number}", prompt="token_ids", params=params, tensors=())
         (order,) = self.book.submit(CLIENT, generate, (), now=0.0)
         assert isinstance(order, Tokenize)
         self.book.tokenized(Tokenized(order.key, [(number + at) % 49 for at in range(prompt)]))
-        request = self.book.next_waiting()
-        assert request
-        return request
+        answer = self.book.next_waiting()
+        assert answer
+        return answer
 
     def goes_on(self) -> None:
         """Begin steps where they may be begun, and assert the invariants."""

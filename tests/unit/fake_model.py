@@ -184,7 +184,7 @@ class FakeStage:
         self.kv: dict[int, FakeSequence] = {}
         self.num_computed = 0
         self._kv_tokens = kv_tokens
-        self._latest = 0  # step
+        self._came: set[int] = set()  # steps
         self._released: set[int] = set()
 
     def release(self, sequence_id: int) -> None:
@@ -201,8 +201,8 @@ class FakeStage:
         Where memory runs out a real stage fails the task. That must not happen, unless what an
         earlier step was to free never came here: then this one is void, or will be in a moment.
         """
-        skipped = task.step > max(self._latest + 1, task.oldest)
-        self._latest = max(self._latest, task.step)
+        skipped = not self._came.issuperset(range(task.oldest, task.step))
+        self._came.add(task.step)
         for sequence_id in task.released:
             self.release(sequence_id)
         if any(part.sequence_id in self._released for part in task.sequences):

@@ -92,7 +92,7 @@ class World:
 
     Attributes:
         counts: messages that were sent, by way and kind.
-        study_s: how long a survey takes.
+        question_s: how long it takes to answer a question about plans.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class World:
         self.counts: Counter[tuple[Way, type[Message]]] = Counter()
         self.checker = Checker(self.core, settings)
         self.text_delay_s = text_delay_s
-        self.study_s = 0.01
+        self.question_s = 0.01
         self._delay_s = delay_s
         self._random = random.Random(seed)
         self.apart: set[tuple[SimWorker, SimWorker]] = set()  # cannot reach each other, this way
@@ -263,7 +263,7 @@ class World:
                     assert_never(action)
 
     def _study(self, study: events.Study) -> None:
-        self.at(self.study_s, lambda: self._do(events.Studied(study.question.answer())))
+        self.at(self.question_s, lambda: self._do(events.Studied(study.question.answer())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:
@@ -383,7 +383,7 @@ class World:
             shift: who comes first.
         """
         core = self.core
-        pipeline = next((r for r in core._pipelines.all if r.in_flight), None)
+        pipeline = next(iter(core._pipelines.serving), None)
         if pipeline is None or core._moves.move:
             return
         own = {stage.peer for stage in pipeline.stages}
@@ -409,15 +409,9 @@ class World:
     def settle(self) -> None:
         """Run until it serves and no layers have moved for a second."""
         for _ in range(100):
-            before = self.epoch
+            moving, before = self.core._moves.move, self.epoch
             self.run(for_s=1.0)
-            over = not self.core._moves.move
-            self.run(for_s=0.1)  # what ends a move arrives
-            if (
-                over
-                and (self.epoch, self.state) == (before, "serving")
-                and not self.core._moves.move
-            ):
+            if not moving and (self.epoch, self.state) == (before, "serving"):
                 return
         raise AssertionError("layers move for ever")
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.advice import Advice, advise
-from distributed_llm.coordinator.planning.forecast import best_plan, forecast
+from distributed_llm.coordinator.planning.forecast import best_forecast, forecast
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
@@ -57,11 +57,11 @@ def told(
     cost: ModelCost,
     some: Machines,
     demand: Demand = ONE,
-    goal: Goal = "latency",
+    objective: Objective = "latency",
     kv: int = 0,
     least: int | None = None,
 ) -> dict[str, Advice]:
-    found = advise(cost, some, demand, goal=goal, kv_tokens=kv, least_kv_tokens=least)
+    found = advise(cost, some, demand, objective=objective, kv_tokens=kv, least_kv_tokens=least)
     assert found is not None
     return {str(worker): advice for worker, advice in found.items()}
 
@@ -174,7 +174,7 @@ def test_without_a_machine_less_room_for_kv_cache_may_do() -> None:
 def test_other_pipelines_serve_the_model_too() -> None:
     some = machines({"pc": (1000, 0.010), "mac": (90, 0.010)})
     alone, beside = 1 / 0.1005, 5.0
-    found = advise(model(), some, ONE, goal="latency", kv_tokens=0, beside_tokens_per_s=beside)
+    found = advise(model(), some, ONE, objective="latency", kv_tokens=0, beside_tokens_per_s=beside)
     assert found is not None
     pc, mac = found.values()
     assert (
@@ -189,8 +189,10 @@ def test_other_pipelines_serve_the_model_too() -> None:
 
 
 def test_nothing_fits_at_all() -> None:
-    assert advise(model(), machines({"pc": (999, 0.01)}), ONE, goal="auto", kv_tokens=0) is None
-    assert advise(model(), machines({}), ONE, goal="auto", kv_tokens=0) is None
+    assert (
+        advise(model(), machines({"pc": (999, 0.01)}), ONE, objective="auto", kv_tokens=0) is None
+    )
+    assert advise(model(), machines({}), ONE, objective="auto", kv_tokens=0) is None
 
 
 def test_one_machine_alone_is_needed() -> None:
@@ -210,8 +212,8 @@ def test_throughput_is_that_of_a_full_pipeline() -> None:
 def test_gains_follow_the_demand() -> None:
     """A second machine helps many sequences, and one sequence not at all."""
     some = machines({"pc": (1000, 0.001), "mac": (1000, 0.001)}, link_s=0.002)
-    costs = {name: WorkerSpeed(Prior(0.001, 0.001, 0, 0, 0, 0)) for name in some.costs}
-    some = Machines(some.memory_bytes, costs, some.links)
+    speeds = {name: WorkerSpeed(Prior(0.001, 0.001, 0, 0, 0, 0)) for name in some.speeds}
+    some = Machines(some.memory_bytes, speeds, some.links)
     gains = {
         demand: [one.gain or 0.0 for one in told(model(), some, demand, "auto").values()]
         for demand in (ONE, SIX)
@@ -231,7 +233,7 @@ specs = st.tuples(st.integers(50, 700), st.floats(0.001, 0.1))
     link_s=st.lists(st.floats(0.0, 0.1), min_size=4, max_size=4),
     ends=st.integers(0, 80),
     sequences=st.integers(1, 9),
-    goal=st.sampled_from(["auto", "throughput", "latency"]),
+    objective=st.sampled_from(["auto", "throughput", "latency"]),
     kv=st.integers(0, 20),
 )
 def test_advice_agrees_with_the_plans(
@@ -239,7 +241,7 @@ def test_advice_agrees_with_the_plans(
     link_s: list[float],
     ends: int,
     sequences: int,
-    goal: Goal,
+    objective: Objective,
     kv: int,
 ) -> None:
     cost = model(6, ends=ends, kv=1)
@@ -248,8 +250,8 @@ def test_advice_agrees_with_the_plans(
         dict(zip(names, found, strict=True)), link_s=dict(zip(names, link_s, strict=False))
     )
     demand = Demand(sequences, positions=0, prompt_tokens=0, chunk_tokens=1)
-    best = best_plan(cost, some, demand, goal=goal, kv_tokens=kv)
-    advices = advise(cost, some, demand, goal=goal, kv_tokens=kv)
+    best = best_forecast(cost, some, demand, objective=objective, kv_tokens=kv)
+    advices = advise(cost, some, demand, objective=objective, kv_tokens=kv)
     if best is None:
         assert advices is None
         return
@@ -257,7 +259,7 @@ def test_advice_agrees_with_the_plans(
     assert set(advices) == set(names)
     for name, advice in advices.items():
         rest = some.subset([other for other in names if other != name])
-        without = best_plan(cost, rest, demand, goal=goal, kv_tokens=kv)
+        without = best_forecast(cost, rest, demand, objective=objective, kv_tokens=kv)
         assert (advice.gain is None) == (without is None)
         assert (advice.without_tokens_per_s is None) == (without is None)
         if name not in dict(best.partition.layer_map):
@@ -272,7 +274,7 @@ def test_advice_agrees_with_the_plans(
         else:
             held = len(dict(best.partition.layer_map)[name])
             assert advice.text.startswith(f"serves {held} of 6 layers; ")
-            if goal == "auto":
+            if objective == "auto":
                 layer_map = without.partition.layer_map
                 expected = forecast(cost, rest, layer_map, demand).tokens_per_s
                 assert advice.with_tokens_per_s == best.tokens_per_s
@@ -297,7 +299,7 @@ def test_where_plans_keep_their_order_the_numbers_are_nearly_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     exact = told(model(), crowd(7))
-    monkeypatch.setattr("distributed_llm.coordinator.planning.advice._EXACT_WORK", 0)
+    monkeypatch.setattr("distributed_llm.coordinator.planning.advice._EXACT_ADDITIONS", 0)
     quick = told(model(), crowd(7))
     for name, advice in exact.items():
         assert advice.without_tokens_per_s is not None
@@ -307,7 +309,7 @@ def test_where_plans_keep_their_order_the_numbers_are_nearly_the_same(
 
 
 def test_where_plans_keep_their_order_others_step_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distributed_llm.coordinator.planning.advice._EXACT_WORK", 0)
+    monkeypatch.setattr("distributed_llm.coordinator.planning.advice._EXACT_ADDITIONS", 0)
     some = machines({"pc": (200, 0.010), "mac": (200, 0.014), "pi": (200, 0.016)})
     found = told(model(2), some, ONE, "throughput")
     assert found["pc"].with_tokens_per_s == pytest.approx(1 / 0.0145)
@@ -315,23 +317,23 @@ def test_where_plans_keep_their_order_others_step_in(monkeypatch: pytest.MonkeyP
 
 
 def test_of_very_many_machines_those_of_the_plan_come_first() -> None:
-    costs = {f"w{i}": (300, 0.01 * (1 + i % 5)) for i in range(1000)}
-    names = [WorkerId(name) for name in costs]
+    workers = {f"w{i}": (300, 0.01 * (1 + i % 5)) for i in range(1000)}
+    names = [WorkerId(name) for name in workers]
     some = Machines(
         dict.fromkeys(names, 300),
         {
             WorkerId(name): WorkerSpeed(Prior(took, 0, 0, 0, 0, 0))
-            for name, (_, took) in costs.items()
+            for name, (_, took) in workers.items()
         },
         LinkSpeeds(bytes_per_token=0).links,
     )
     begun = time.perf_counter()
     found = told(model(22), some)
     assert time.perf_counter() - begun < 10  # 0.2 s on a quiet machine
-    best = best_plan(model(22), some, ONE, goal="latency", kv_tokens=0)
+    best = best_forecast(model(22), some, ONE, objective="latency", kv_tokens=0)
     assert best is not None
     used = [worker for worker, _ in best.partition.layer_map]
     assert list(found)[: len(used)] == used
     assert len(used) < len(found) <= 32
-    quick = {name for name, (_, took) in costs.items() if took == 0.01}
+    quick = {name for name, (_, took) in workers.items() if took == 0.01}
     assert set(found) <= quick

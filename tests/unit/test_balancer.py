@@ -1,4 +1,4 @@
-"""When plans change: for gains that last and pay, and never to and fro."""
+"""When layer maps change: for gains that last and pay, and never to and fro."""
 
 from collections import Counter
 from itertools import pairwise
@@ -12,27 +12,27 @@ from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
 from distributed_llm.coordinator.plan import LayerMap
 
 
-def plan(cut: int) -> LayerMap:
-    """Two workers; the first serves `cut` of twelve layers."""
+def cut_at(cut: int) -> LayerMap:
+    """Return the layer map of two workers of which the first serves `cut` of twelve layers."""
     return (
         (WorkerId("a"), LayerRange(0, cut)),
         (WorkerId("b"), LayerRange(cut, 12)),
     )
 
 
-def offer(
-    gain: float, *, cut: int = 6, uncertainty: float = 0.0, cost_s: float = 0.0
+def with_gain(
+    gain: float, *, cut: int = 6, uncertainty: float = 0.0, standstill_s: float = 0.0
 ) -> Alternative:
-    return Alternative(plan(cut), gain, uncertainty, cost_s)
+    return Alternative(cut_at(cut), gain, uncertainty, standstill_s)
 
 
 def time_of_move(
-    balancer: Balancer, what: Alternative, *, since: float, for_s: float
+    balancer: Balancer, alternative: Alternative, *, since: float, for_s: float
 ) -> float | None:
-    """Alternative the same plan every half second; return when it was said to move there."""
+    """Have it considered every half second; return when the balancer said to move there."""
     now = since
     while now <= since + for_s:
-        if balancer.consider(what, now=now).what == "move":
+        if balancer.consider(alternative, now=now).what == "move":
             return now
         now += 0.5
     return None
@@ -40,17 +40,17 @@ def time_of_move(
 
 def test_a_gain_is_confirmed_before_it_counts() -> None:
     balancer = Balancer()
-    assert balancer.consider(offer(0.5), now=10.0).what == "wait"
-    assert balancer.consider(offer(0.5), now=11.9).what == "wait"
-    verdict = balancer.consider(offer(0.5), now=12.0)
+    assert balancer.consider(with_gain(0.5), now=10.0).what == "wait"
+    assert balancer.consider(with_gain(0.5), now=11.9).what == "wait"
+    verdict = balancer.consider(with_gain(0.5), now=12.0)
     assert (verdict.what, verdict.why) == ("move", "50 % faster")
 
 
 def test_a_gain_that_was_gone_meanwhile_begins_anew() -> None:
     balancer = Balancer()
-    balancer.consider(offer(0.5), now=10.0)
-    balancer.consider(offer(0.0), now=11.0)
-    assert balancer.consider(offer(0.5), now=12.5).what == "wait"
+    balancer.consider(with_gain(0.5), now=10.0)
+    balancer.consider(with_gain(0.0), now=11.0)
+    assert balancer.consider(with_gain(0.5), now=12.5).what == "wait"
 
 
 @pytest.mark.parametrize(
@@ -60,43 +60,43 @@ def test_a_gain_that_was_gone_meanwhile_begins_anew() -> None:
 def test_small_gains_and_uncertain_ones_do_not_count(
     gain: float, uncertainty: float, moves: bool
 ) -> None:
-    at = time_of_move(Balancer(), offer(gain, uncertainty=uncertainty), since=0.0, for_s=600.0)
+    at = time_of_move(Balancer(), with_gain(gain, uncertainty=uncertainty), since=0.0, for_s=600.0)
     assert (at is not None) == moves
 
 
 def test_a_move_must_make_good_its_standstill() -> None:
-    assert time_of_move(Balancer(), offer(0.1, cost_s=5.9), since=0.0, for_s=10.0) == 2.0
-    verdict = Balancer().consider(offer(0.1, cost_s=6.1), now=0.0)
+    assert time_of_move(Balancer(), with_gain(0.1, standstill_s=5.9), since=0.0, for_s=10.0) == 2.0
+    verdict = Balancer().consider(with_gain(0.1, standstill_s=6.1), now=0.0)
     assert verdict.what == "stay"
     assert "stops requests for 6.1 s" in verdict.why
 
 
 def test_right_after_a_move_the_next_must_gain_more() -> None:
     balancer = Balancer()
-    balancer.moved(plan(1), now=0.0)
-    large = time_of_move(balancer, offer(0.5), since=0.0, for_s=60.0)
+    balancer.moved(cut_at(1), now=0.0)
+    large = time_of_move(balancer, with_gain(0.5), since=0.0, for_s=60.0)
     assert large == 2.0
-    small = time_of_move(balancer, offer(0.05), since=large, for_s=120.0)
+    small = time_of_move(balancer, with_gain(0.05), since=large, for_s=120.0)
     assert small is not None
     assert 12.0 < small < 30.0
 
 
-def test_a_plan_that_was_left_must_show_twice_the_gain_each_time() -> None:
+def test_a_layer_map_that_was_left_must_show_twice_the_gain_each_time() -> None:
     """Left four times in a minute; the moves are forgotten, but not yet that it was left."""
     balancer = Balancer()
     for times in range(4):
         at = 20.0 * times
-        balancer.moved(plan(6), now=at)
-        balancer.moved(plan(5), now=at)
+        balancer.moved(cut_at(6), now=at)
+        balancer.moved(cut_at(5), now=at)
     now = 160.0
     needed = [
         gain
         for gain in (0.05, 0.1, 0.2, 0.4, 0.8)
-        if balancer.consider(offer(gain, cut=6), now=now).what != "stay"
+        if balancer.consider(with_gain(gain, cut=6), now=now).what != "stay"
     ]
     assert needed == [0.4, 0.8]
-    assert balancer.consider(offer(0.05, cut=7), now=now).what != "stay", "another plan"
-    assert balancer.consider(offer(0.05, cut=6), now=now + 500.0).what != "stay", "forgiven"
+    assert balancer.consider(with_gain(0.05, cut=7), now=now).what != "stay", "another layer map"
+    assert balancer.consider(with_gain(0.05, cut=6), now=now + 500.0).what != "stay", "forgiven"
 
 
 def test_follows_a_machine_that_is_slow_now_and_then() -> None:
@@ -105,10 +105,10 @@ def test_follows_a_machine_that_is_slow_now_and_then() -> None:
     for turn in range(6):
         there = 3 if turn % 2 == 0 else 6
         began = 60.0 * (turn + 1)
-        moved = time_of_move(balancer, offer(1.0, cut=there), since=began, for_s=30.0)
+        moved = time_of_move(balancer, with_gain(1.0, cut=there), since=began, for_s=30.0)
         assert moved is not None, f"turn {turn}"
         assert moved - began <= 10.0
-        balancer.moved(plan(here), now=moved)
+        balancer.moved(cut_at(here), now=moved)
         here = there
 
 
@@ -118,7 +118,7 @@ def test_follows_a_machine_that_is_slow_now_and_then() -> None:
     cuts=st.lists(st.integers(1, 4), min_size=1, max_size=7),
     every_s=st.floats(0.2, 3.0),
 )
-def test_whatever_is_measured_plans_do_not_swing(
+def test_whatever_is_measured_layer_maps_do_not_swing(
     gains: list[float], cuts: list[int], every_s: float
 ) -> None:
     """For ten minutes somebody makes the numbers up; an honest gain is at most 40 %."""
@@ -129,13 +129,13 @@ def test_whatever_is_measured_plans_do_not_swing(
     while now < 600.0:
         there = cuts[len(moves) % len(cuts)]
         gain = gains[look % len(gains)]
-        if there != here and balancer.consider(offer(gain, cut=there), now=now).what == "move":
-            balancer.moved(plan(here), now=now)
+        if there != here and balancer.consider(with_gain(gain, cut=there), now=now).what == "move":
+            balancer.moved(cut_at(here), now=now)
             swings[here, there] += 1
             moves.append(now)
             here = there
         look += 1
         now += every_s
     assert max(swings.values(), default=0) <= 9
-    assert len(moves) <= 30
+    assert len(moves) <= 40, "one in 15 s"
     assert all(b - a >= 2.0 for a, b in pairwise(moves))

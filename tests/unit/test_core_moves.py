@@ -550,7 +550,7 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     finish(world, *answers)
 
 
-def test_a_plan_has_room_for_what_the_largest_request_may_take() -> None:
+def test_a_plan_has_room_for_what_the_largest_answer_may_take() -> None:
     world, client = cluster(3, memory_bytes=900)
     answer = client.submit([1, 2, 3], params(250))
     assert world.run(lambda: len(answer.token_ids) > 5)
@@ -582,9 +582,9 @@ def test_a_worker_that_is_lost_while_it_is_drained_was_not_drained() -> None:
     assert "was lost before" in answer.message
 
 
-def test_findings_that_come_late_take_nobody_away() -> None:
+def test_a_search_that_ends_late_takes_nobody_away() -> None:
     world = World(with_settings(strategy="speed", objective="throughput", replicas=3))
-    world.study_s = 0.6
+    world.question_s = 0.6
     for name in "ab":
         join(world, name, BIG)
     assert world.run(lambda: world.state == "serving")

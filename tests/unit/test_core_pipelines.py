@@ -29,7 +29,8 @@ def two_pipelines(memory_bytes: int = HALF, count: int = 4) -> tuple[World, list
 def all_in_flight(world: World) -> list[list[SimWorker]]:
     """Return the workers of each pipeline, in the order of their layers."""
     by_id = {w.worker_id: w for w in world.workers if w.state != "dead"}
-    return [[by_id[s.worker] for s in r.stages] for r in world.core._pipelines.all]
+    pipelines = world.core._pipelines.all
+    return [[by_id[stage.worker] for stage in pipeline.stages] for pipeline in pipelines]
 
 
 def served_by(answer: Answer) -> set[str]:
@@ -147,7 +148,7 @@ def test_pipeline_is_made_again_by_a_joiner_while_requests_run() -> None:
 
 
 def served_by_now(world: World, pipeline: list[SimWorker]) -> bool:
-    """Return whether a pipeline has a request."""
+    """Return whether a pipeline has KV cache of a request."""
     return any(worker.stage is not None and worker.stage.kv for worker in pipeline)
 
 

@@ -343,7 +343,7 @@ def test_refusal_comes_at_once_and_says_when_to_come_back() -> None:
         answers += [client.submit((i,), params) for i in range(10)]
         world.run(for_s=0.01)
         refused = late.submit((1,), params)
-        world.run(lambda r=refused: r.end is not None, for_s=0.1)  # type: ignore[misc]
+        world.run(lambda a=refused: a.end is not None, for_s=0.1)  # type: ignore[misc]
         assert refused.code == "overloaded"
         assert refused.ended_at - refused.sent_at < 0.1
         assert isinstance(refused.end, RequestFailed)

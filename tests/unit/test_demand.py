@@ -6,7 +6,7 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.types import PeerId, SequenceId
 from distributed_llm.coordinator.requests.parameters import Limits
-from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.demand import DemandMeter
@@ -19,17 +19,17 @@ def step(*slices: tuple[int, int, bool]) -> StepDone:
         for i, (start, count, sample) in enumerate(slices)
     )
     tokens = tuple(range(sum(count for _, count, _ in slices)))
-    done = Step(requests=(REQUEST,) * len(parts), slices=parts, token_ids=tokens)
+    done = Step(answers=(ANSWER,) * len(parts), slices=parts, token_ids=tokens)
     return StepDone(done, [], [], (), depth=1, round_trip_s=0.1)
 
 
-def request(prompt: int, answer: int) -> Request:
-    ticket = Ticket((PeerId(b"client"), "r", 0), SamplingParams(), 0.0)
-    ticket.accept(range(prompt), Limits((Sampling(),), answer, ()), number=0)
-    return ticket.requests[0]
+def answer_of(prompt: int, new_tokens: int) -> Answer:
+    request = Request((PeerId(b"client"), "r", 0), SamplingParams(), 0.0)
+    request.accept(range(prompt), Limits((Sampling(),), new_tokens, ()), number=0)
+    return request.answers[0]
 
 
-REQUEST = request(80, 40)
+ANSWER = answer_of(80, 40)
 
 
 def test_nothing_is_known_before_a_token_is_answered() -> None:

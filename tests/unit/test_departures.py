@@ -70,7 +70,7 @@ def gone(parts: Parts, name: str) -> list[Action]:
     assert worker
     actions = parts.departures.gone(worker)
     actions += parts.moves.lost(worker, now=12.0)
-    return actions + parts.answered(parts.replanning.lose(worker))
+    return actions + parts.answered(parts.replanning.recover(worker))
 
 
 # ------------------------------------------------------------------ who may go
@@ -245,16 +245,16 @@ def test_one_that_wanted_to_end_and_is_gone_has_left() -> None:
     assert answers(gone(parts, "b")) == [(CLIENT, "b", "")]
 
 
-@pytest.mark.parametrize(("answer", "served_by"), [(20, 1), (700, 2)])
-def test_the_others_have_room_for_what_a_request_may_take(answer: int, served_by: int) -> None:
+@pytest.mark.parametrize(("new_tokens", "served_by"), [(20, 1), (700, 2)])
+def test_the_others_have_room_for_what_an_answer_may_take(new_tokens: int, served_by: int) -> None:
     """One of them alone is quickest, and leaves (11,000 - 6800) / 6 = 700 positions."""
     parts = Parts(dict.fromkeys("abc", 11_000), kv_tokens=64, objective="latency")
-    parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100, answer)
+    parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100, new_tokens)
     parts.departures.leave(parts.worker("a"))
     settle(parts)
     assert parts.moves.move
     assert len(parts.moves.move.new.stages) == served_by
-    assert parts.moves.move.new.kv_tokens >= 100 + answer
+    assert parts.moves.move.new.kv_tokens >= 100 + new_tokens
 
 
 def test_nobody_is_told_of_a_worker_that_nobody_asked_for() -> None:
@@ -277,7 +277,7 @@ def test_tried_once_with_and_once_without_the_cache_and_then_given_up() -> None:
     assert parts.moves.move is None
     loads = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)]
     assert [load.beside for load in loads] == [False]
-    assert parts.book.num_waiting == 1, "its request waits for the new stage"
+    assert parts.book.num_waiting == 1, "its answer waits for the new stage"
     assert may_leave(settle(parts)) == ["b"]
 
 

@@ -1,4 +1,4 @@
-"""Whose request is next: the order of a naive model, and no client ahead of another for long."""
+"""Whose item is next: the order of a naive model, and no client ahead of another for long."""
 
 from dataclasses import dataclass
 
@@ -273,7 +273,7 @@ TestAgainstTheModel.settings = settings(max_examples=200, stateful_step_count=60
 
 @settings(deadline=None)
 @given(costs=st.lists(st.integers(1, 50), min_size=60, max_size=60), idlers=st.integers(0, 3))
-def test_busy_clients_never_differ_by_more_than_one_request(costs: list[int], idlers: int) -> None:
+def test_busy_clients_never_differ_by_more_than_one_item(costs: list[int], idlers: int) -> None:
     """Two clients that always have work waiting, among others that come and go."""
     queue: FairQueue[Job] = FairQueue()
     service = {"a": 0, "b": 0}

@@ -5,11 +5,11 @@ from itertools import permutations
 
 import pytest
 
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap
-from distributed_llm.coordinator.planning.forecast import best_plan, forecast, score
+from distributed_llm.coordinator.planning.forecast import best_forecast, forecast, score
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
@@ -31,10 +31,10 @@ CROWD = Demand(sequences=60, positions=100, prompt_tokens=0, chunk_tokens=1)
 
 def machine(layer_s: float, token_s: float = 0.0) -> WorkerSpeed:
     """Return a machine whose layers take so long, and longer for each token."""
-    costs = WorkerSpeed(Prior(layer_s, token_s, 0.0, 0.0, 0.0, 0.0))
+    speeds = WorkerSpeed(Prior(layer_s, token_s, 0.0, 0.0, 0.0, 0.0))
     for at in range(200):  # long enough for what it takes to be known well
         tokens = 1 + at % 16
-        costs.observe(
+        speeds.observe(
             Work(tokens, 0.0),
             layers=4.0,
             is_last=False,
@@ -42,16 +42,16 @@ def machine(layer_s: float, token_s: float = 0.0) -> WorkerSpeed:
             other_s=0.0,
             now=0.1 * at,
         )
-    return costs
+    return speeds
 
 
-def cluster(*costs: WorkerSpeed, memory_bytes: int = ROOMY, rtt_s: float = 0.0) -> Machines:
-    names = [WorkerId(f"w{i}") for i in range(len(costs))]
+def cluster(*speeds: WorkerSpeed, memory_bytes: int = ROOMY, rtt_s: float = 0.0) -> Machines:
+    names = [WorkerId(f"w{i}") for i in range(len(speeds))]
     network = LinkSpeeds(bytes_per_token=1000)
     for pair in permutations(names, 2):
         network.observe(*pair, rtt_s=rtt_s, bytes_per_s=1e9)
     return Machines(
-        dict.fromkeys(names, memory_bytes), dict(zip(names, costs, strict=True)), network.links
+        dict.fromkeys(names, memory_bytes), dict(zip(names, speeds, strict=True)), network.links
     )
 
 
@@ -146,8 +146,8 @@ def test_a_stranger_is_as_far_from_its_prior_as_others_were_at_first() -> None:
 # ------------------------------------------------------------------ the best plan
 
 
-def best(machines: Machines, demand: Demand, goal: Goal = "auto") -> LayerMap:
-    found = best_plan(MODEL, machines, demand, goal=goal, kv_tokens=0)
+def best(machines: Machines, demand: Demand, objective: Objective = "auto") -> LayerMap:
+    found = best_forecast(MODEL, machines, demand, objective=objective, kv_tokens=0)
     assert found is not None
     return found.partition.layer_map
 
@@ -178,9 +178,9 @@ def test_between_throughput_and_latency() -> None:
     """Two machines help two sequences; a third one, far away, would only if there were many."""
     machines = cluster(*(machine(1e-6, 0.001) for _ in range(3)))
     network = LinkSpeeds(bytes_per_token=0)
-    for pair in permutations(machines.costs, 2):
+    for pair in permutations(machines.speeds, 2):
         network.observe(*pair, rtt_s=0.2 if "w2" in pair else 0.0, bytes_per_s=1e9)
-    machines = Machines(machines.memory_bytes, machines.costs, network.links)
+    machines = Machines(machines.memory_bytes, machines.speeds, network.links)
     two = Demand(sequences=2, positions=100, prompt_tokens=0, chunk_tokens=1)
     assert len(best(machines, two, "throughput")) == 3
     assert sizes(best(machines, two)) == {"w0": 7, "w1": 7}
@@ -188,11 +188,11 @@ def test_between_throughput_and_latency() -> None:
 
 def test_nothing_fits() -> None:
     machines = cluster(machine(0.01), machine(0.01), memory_bytes=500)
-    assert best_plan(MODEL, machines, CROWD, goal="auto", kv_tokens=0) is None
+    assert best_forecast(MODEL, machines, CROWD, objective="auto", kv_tokens=0) is None
 
 
 def test_nobody_is_there() -> None:
-    assert best_plan(MODEL, cluster(), CROWD, goal="auto", kv_tokens=0) is None
+    assert best_forecast(MODEL, cluster(), CROWD, objective="auto", kv_tokens=0) is None
 
 
 def test_what_is_expected_before_anything_was_asked() -> None:
@@ -206,8 +206,8 @@ def test_scores_can_be_compared_between_plans() -> None:
     machines = cluster(machine(0.01), machine(0.02), machine(0.03))
     short, long = layer_map(4, 14), layer_map(4, 9, 14)
 
-    def scores(goal: Goal) -> list[float]:
-        return [score(MODEL, machines, one, CROWD, goal=goal) for one in (short, long)]
+    def scores(objective: Objective) -> list[float]:
+        return [score(MODEL, machines, one, CROWD, objective=objective) for one in (short, long)]
 
     # Steps of 60 / 3 sequences, and the slowest stages of 0.2 and 0.15 s.
     assert scores("throughput") == pytest.approx([20 / 0.2, 20 / 0.15], rel=0.02)

@@ -82,7 +82,7 @@ def decode(known: Measurements, *stages_s: float, took_s: float = 0.0, now: floa
 
 def layer_s(known: Measurements, worker: WorkerId, work: Work = TOKEN) -> float:
     """Return what a layer of mean size takes in a step that decodes."""
-    return known.machines({worker: FOUND.memory_bytes}).costs[worker].layer_s(work)
+    return known.machines({worker: FOUND.memory_bytes}).speeds[worker].layer_s(work)
 
 
 def after_tasks(seconds: float = 0.012) -> Measurements:
@@ -177,7 +177,7 @@ def test_what_is_beside_the_last_layer_is_the_head_as_well() -> None:
     known = two_workers()
     tried(known, A, LayerRange(0, 1), 0.01)
     tried(known, B, LayerRange(1, 2), 0.01)
-    first, last = (machines(known).costs[worker].times(Work(1, 9)) for worker in (A, B))
+    first, last = (machines(known).speeds[worker].times(Work(1, 9)) for worker in (A, B))
     assert first.task_s == pytest.approx(0.001, rel=0.05)
     assert last.task_s == pytest.approx(0.0005, rel=0.05)
     assert last.task_s + last.last_s == pytest.approx(0.001, rel=0.05)
@@ -229,11 +229,11 @@ def test_what_is_neither_stage_nor_hop_is_overhead() -> None:
 @pytest.mark.parametrize("report", [{"up": False}, {"up": True, "rtt_s": 0.02}])
 def test_links_are_known_once_their_speed_was_measured(report: dict[str, Any]) -> None:
     known = two_workers()
-    before = known.bytes_per_s
+    before = known.link_bytes_per_s
     known.observe_link(A, B, LinkReport(epoch=Epoch(1), **report))
-    assert known.bytes_per_s == before
+    assert known.link_bytes_per_s == before
     known.observe_link(A, B, LinkReport(epoch=Epoch(1), up=True, rtt_s=0.02, bytes_per_s=7e6))
-    assert known.bytes_per_s == pytest.approx(7e6)
+    assert known.link_bytes_per_s == pytest.approx(7e6)
     assert machines(known).links(1000).hop(A, B).latency_s == pytest.approx(0.01)
 
 
@@ -247,15 +247,15 @@ def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:
     for at in range(50):
         decode(known, 0.06, 0.01, took_s=9.0, now=20.0 + at)
     known.observe_link(A, B, LinkReport(epoch=Epoch(1), up=True, rtt_s=4.0, bytes_per_s=1e6))
-    assert before.costs[A].layer_s(TOKEN) == pytest.approx(0.012, rel=0.01)
+    assert before.speeds[A].layer_s(TOKEN) == pytest.approx(0.012, rel=0.01)
     assert before.overhead_s == pytest.approx(0.0, abs=1e-3)
     assert before.links(1).hop(A, B).latency_s < 0.1
     after = machines(known)
-    assert after.costs[A].layer_s(TOKEN) > 0.1
+    assert after.speeds[A].layer_s(TOKEN) > 0.1
     assert after.overhead_s > 1.0
     assert after.links(1).hop(A, B).latency_s == 2.0
     probe(known, 1.0, 9.0, 9.0)
-    assert after.costs[A].layer_s(TOKEN) > 0.1
+    assert after.speeds[A].layer_s(TOKEN) > 0.1
 
 
 # ------------------------------------------------------------------ probes
@@ -263,7 +263,7 @@ def test_machines_stay_as_they_were_when_they_were_asked_for() -> None:
 
 def unmeasured_s(faster: float) -> float:
     """Return what a layer should take by its probe."""
-    prior = Prior.of(found(faster), COST, ITEM_BYTES)
+    prior = Prior.from_capabilities(found(faster), COST, ITEM_BYTES)
     return prior.layer_s + prior.token_s + prior.position_s
 
 
@@ -314,7 +314,7 @@ def test_operations_count_for_as_much_as_they_do_for_a_token(slower: float) -> N
     known.remeasured(A, found(1.0))
     for _ in range(3):
         known.remeasured(A, found(1.0, flops_faster=1 / slower))
-    prior = Prior.of(found(), COST, ITEM_BYTES)
+    prior = Prior.from_capabilities(found(), COST, ITEM_BYTES)
     change = (prior.layer_s + slower * prior.token_s) / (prior.layer_s + prior.token_s)
     assert change < 3.0 if slower > 1.0 else change == 1.0
     assert layer_s(known, A) == pytest.approx(0.012 * change, rel=0.01)
@@ -359,5 +359,5 @@ def test_the_same_probes_teach_the_same() -> None:
     for _ in range(2):
         known = after_tasks()
         probe(known, 1.0, 3.0, 0.5, 2.0)
-        taught.append((layer_s(known, A), astuple(machines(known).costs[A].times(LOAD))))
+        taught.append((layer_s(known, A), astuple(machines(known).speeds[A].times(LOAD))))
     assert taught[0] == taught[1]

@@ -36,7 +36,7 @@ SHIFTED: tuple[Held, ...] = (("a", 0, 2), ("b", 2, 6))
 
 
 def moving(*old: Held, memory: int = 10_000, prompt: int = 100, **given: Any) -> Parts:
-    """Return workers that serve these layers, or `OLD`, with a request that takes two blocks.
+    """Return workers that serve these layers, or `OLD`, with an answer that takes two blocks.
 
     A layer takes a quarter of a second on `a`, and half of one on `b`.
     """
@@ -61,7 +61,7 @@ def test_the_price_of_a_shifted_cut() -> None:
     To compute them again takes b, with four layers, as long as one chunk: 4 x 0.5 s.
     """
     parts = moving()
-    parts.worker("b").bytes_per_s = 500.0
+    parts.worker("b").load_bytes_per_s = 500.0
     found = price(parts)
     assert found.copies
     assert found.copy_s == pytest.approx(2.0)
@@ -71,7 +71,7 @@ def test_the_price_of_a_shifted_cut() -> None:
 def test_what_is_cheaper_to_compute_again_is_not_copied() -> None:
     """Copying takes 8 s at half the speed, computing again 2 s: a second more would be borne."""
     parts = moving()
-    parts.worker("b").bytes_per_s = 500.0
+    parts.worker("b").load_bytes_per_s = 500.0
     parts.measurements.rate = 16.0
     found = price(parts)
     assert not found.copies
@@ -89,8 +89,8 @@ def test_copying_may_cost_a_second_more_than_computing_again(rate: float, copies
 def test_the_stage_that_takes_longest_tells_how_long_it_is_computed_again() -> None:
     """There is no room for both, so that all is loaded anew; 256 positions are two chunks."""
     parts = moving(memory=4400, prompt=200)
-    parts.worker("a").bytes_per_s = 3300.0
-    parts.worker("c").bytes_per_s = 350.0
+    parts.worker("a").load_bytes_per_s = 3300.0
+    parts.worker("c").load_bytes_per_s = 350.0
     found = price(parts, ("c", 0, 3), ("a", 3, 6))
     parts.measurements.layer_times = {"a": 0.25, "b": 0.5, "c": 0.5}
     again = price(parts, ("c", 0, 3), ("a", 3, 6))
@@ -322,7 +322,7 @@ def test_steps_under_way_end_before_anything_is_handed_over() -> None:
 
 
 def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
-    """b turns out to have room for one block; the request has two, and may take no less."""
+    """b turns out to have room for one block; the answer has two, and may take no less."""
     parts = moving()
     _, move, _ = begun(parts)
     for name, tokens in (("a", 640), ("b", 64)):
@@ -352,9 +352,10 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
     assert (parts.moves.failures, parts.moves.undone_at) == (1, 13.0)
     assert "the move was undone: a test" in parts.event_log.texts[-1]
     assert old.state is PipelineState.SERVING
+    assert move.new.state is PipelineState.ENDED
     assert parts.worker("c").layers is None
     assert parts.moves.next_layers(parts.worker("b")) is None
-    assert parts.pipelines.of(PeerId(b"c")) is None
+    assert parts.pipelines.pipeline_of(PeerId(b"c")) is None
     parts.goes_on()
 
 
@@ -459,11 +460,11 @@ def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
     parts = moving()
     begun(parts)
     for name in ("a", "b"):  # b reads a layer, of 1000 bytes: that says nothing
-        parts.worker(name).bytes_per_s = None
+        parts.worker(name).load_bytes_per_s = None
         parts.moves.stage_ready(parts.worker(name), ready(2, load_s=4.0), now=11.0)
-        assert parts.worker(name).bytes_per_s is None
+        assert parts.worker(name).load_bytes_per_s is None
     parts.worker("b").learn_load_speed(1 << 30, 4.0)
-    assert parts.worker("b").bytes_per_s == (1 << 30) / 4
+    assert parts.worker("b").load_bytes_per_s == (1 << 30) / 4
 
 
 @pytest.mark.parametrize(("sent_bytes", "rate"), [(4 << 20, 2 << 20), (1000, 30e6)])

@@ -20,15 +20,15 @@ from distributed_llm.coordinator.partition.tables import (
     Candidate,
     Hop,
     Links,
-    Objective,
     Partition,
+    PartitionObjective,
     Tables,
     WorkerTimes,
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
 
-OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency")
+OBJECTIVES: tuple[PartitionObjective, ...] = ("throughput", "latency")
 SAME = Links(Hop(0.0, 0.0), {})
 
 
@@ -39,7 +39,7 @@ class Problem:
     links: Links
     kv_tokens: int
 
-    def best(self, objective: Objective) -> Partition | None:
+    def best(self, objective: PartitionObjective) -> Partition | None:
         return best_partition(
             self.cost, self.candidates, self.links, objective=objective, kv_tokens=self.kv_tokens
         )
@@ -52,13 +52,13 @@ class Problem:
         return make_tables(self.cost, ranked, self.links, self.kv_tokens)
 
 
-def key(objective: Objective, found: Partition) -> tuple[float, float]:
+def key(objective: PartitionObjective, found: Partition) -> tuple[float, float]:
     if objective == "throughput":
         return found.slowest_s, found.total_s
     return found.total_s, len(found.layer_map)
 
 
-def is_same(objective: Objective, one: Partition, other: Partition) -> bool:
+def is_same(objective: PartitionObjective, one: Partition, other: Partition) -> bool:
     """Return whether the objective sees no difference between them, but for rounding."""
     pairs = zip(key(objective, one), key(objective, other), strict=True)
     return all(math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-7) for a, b in pairs)
@@ -103,7 +103,7 @@ def every_partition(problem: Problem) -> Iterator[Partition]:
                     yield Partition(layer_map, max(times), total)
 
 
-def brute_force(problem: Problem, objective: Objective) -> Partition | None:
+def brute_force(problem: Problem, objective: PartitionObjective) -> Partition | None:
     """Return the best of all partitions; sums that differ by rounding alone are ties."""
     return min(
         every_partition(problem),
@@ -186,7 +186,7 @@ def cuts(found: Partition | None) -> list[tuple[str, int, int]]:
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_few_workers_get_the_best_of_all_partitions(
-    objective: Objective, data: st.DataObject
+    objective: PartitionObjective, data: st.DataObject
 ) -> None:
     problem = data.draw(problems(alike=False))
     found, best = problem.best(objective), brute_force(problem, objective)
@@ -200,7 +200,7 @@ def test_few_workers_get_the_best_of_all_partitions(
 @settings(max_examples=250, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_alike_layers_and_links_get_the_best_of_all_partitions(
-    objective: Objective, data: st.DataObject
+    objective: PartitionObjective, data: st.DataObject
 ) -> None:
     problem = data.draw(problems(alike=True))
     found, best = (
@@ -216,7 +216,7 @@ def test_alike_layers_and_links_get_the_best_of_all_partitions(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_both_exact_ways_agree(objective: Objective, data: st.DataObject) -> None:
+def test_both_exact_ways_agree(objective: PartitionObjective, data: st.DataObject) -> None:
     problem = data.draw(problems(alike=True, workers=7, layers=14, roomy=True))
     tables = problem.tables()
     found = solve_uniform(tables, objective)
@@ -289,7 +289,7 @@ def test_layers_without_bytes_are_all_of_mean_size() -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_search_comes_close_to_the_best_and_never_above_its_starts(
-    objective: Objective,
+    objective: PartitionObjective,
 ) -> None:
     gaps = []
     for seed in range(40):
@@ -308,9 +308,9 @@ def test_the_search_comes_close_to_the_best_and_never_above_its_starts(
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_search_goes_on_from_its_best_start(
-    objective: Objective, monkeypatch: pytest.MonkeyPatch
+    objective: PartitionObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partition, "_WINDOWS_WORK", 0)
+    monkeypatch.setattr(partition, "_MAX_ADDITIONS", 0)
     for seed in range(10):
         problem = random_problem(seed, workers=6, layers=16)
         tables = problem.tables()
@@ -322,7 +322,7 @@ def test_the_search_goes_on_from_its_best_start(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_what_the_search_finds_is_whole(objective: Objective, data: st.DataObject) -> None:
+def test_what_the_search_finds_is_whole(objective: PartitionObjective, data: st.DataObject) -> None:
     problem = data.draw(problems(alike=False, workers=9, layers=12, roomy=True))
     if len(problem.candidates) > 1:
         found = partition.search(problem.tables(), objective)
@@ -331,7 +331,9 @@ def test_what_the_search_finds_is_whole(objective: Objective, data: st.DataObjec
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("workers", [5, 60])
-def test_the_order_of_the_candidates_does_not_matter(objective: Objective, workers: int) -> None:
+def test_the_order_of_the_candidates_does_not_matter(
+    objective: PartitionObjective, workers: int
+) -> None:
     problem = random_problem(1, workers, layers=24)
     twins = tuple(
         Candidate(WorkerId(f"twin-{each.worker}"), each.memory_bytes, each.times)
@@ -347,7 +349,7 @@ def test_the_order_of_the_candidates_does_not_matter(objective: Objective, worke
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_search_finds_the_one_that_a_large_layer_fits(objective: Objective) -> None:
+def test_the_search_finds_the_one_that_a_large_layer_fits(objective: PartitionObjective) -> None:
     quick = [Candidate(WorkerId(f"quick{i}"), 20, WorkerTimes(0.0, 0.0, 0.0)) for i in range(60)]
     large = Candidate(WorkerId("large"), 40, WorkerTimes(1.0, 1.0, 0.0))
     problem = Problem(ModelCost((10, 10, 40), 0, 0, 0, 0), (*quick, large), SAME, 0)
@@ -357,7 +359,9 @@ def test_the_search_finds_the_one_that_a_large_layer_fits(objective: Objective) 
 
 
 @pytest.mark.parametrize(("objective", "bound"), [("throughput", 0.85), ("latency", 0.72)])
-def test_the_search_beats_looking_away_from_links(objective: Objective, bound: float) -> None:
+def test_the_search_beats_looking_away_from_links(
+    objective: PartitionObjective, bound: float
+) -> None:
     ratios = []
     for seed in range(6):
         problem = random_problem(seed, workers=40, layers=48)
@@ -372,7 +376,7 @@ def test_the_search_beats_looking_away_from_links(objective: Objective, bound: f
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_many_workers_serve_a_large_model(objective: Objective) -> None:
+def test_many_workers_serve_a_large_model(objective: PartitionObjective) -> None:
     problem = random_problem(2, workers=150, layers=126)
     found = problem.best(objective)
     assert found is not None

@@ -1,4 +1,4 @@
-"""One pipeline and its requests: what it begins with, how many steps, and what it frees."""
+"""One pipeline and its answers: what it begins with, how many steps, and what it frees."""
 
 import itertools
 
@@ -22,7 +22,7 @@ from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, 
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.requests.parameters import Limits
-from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.serving.pipeline import (
     PIPELINE_STATES,
     Pipeline,
@@ -38,15 +38,15 @@ EPOCH = 3
 PEERS = [PeerId(b"a"), PeerId(b"b")]
 NAMES = [WorkerId("a"), WorkerId("b")]
 LAYERS = [LayerRange(0, 1), LayerRange(1, 2)]
-SEATS = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
+STAGES = tuple(PipelineStage(*stage) for stage in zip(PEERS, NAMES, LAYERS, strict=True))
 SETTINGS = CoordinatorSettings(max_batch_sequences=16, max_batch_tokens=32, task_timeout_s=10.0)
 
 
 class Bench:
-    """A pipeline of two stages, and workers that answer when they are told to.
+    """A pipeline of two stages, and workers that send results when they are told to.
 
     Attributes:
-        changes: how often it said that steps may be begun, or requests admitted.
+        changes: how often it said that steps may be begun, or answers admitted.
     """
 
     def __init__(self, *, planned: tuple[int, int] = (1024, 1024)) -> None:
@@ -60,7 +60,7 @@ class Bench:
         self.pipeline = Pipeline(
             Epoch(EPOCH),
             plan,
-            SEATS,
+            STAGES,
             MODEL,
             SETTINGS,
             map(SequenceId, itertools.count(100)).__next__,
@@ -98,12 +98,12 @@ class Bench:
         self.pipeline.set_link(PEERS[0], True)
         return self
 
-    def admit(self, prompt: int, answer: int = 20) -> Request:
-        """Let a request run whose prompt has this many tokens."""
+    def admit(self, prompt: int, new_tokens: int = 20) -> Answer:
+        """Let an answer run whose prompt has this many tokens."""
         number = next(self._numbers)
-        request = request_of(number, prompt, answer)
-        assert self.scheduler.admit(request, now=self.now)
-        return request
+        answer = answer_of(number, prompt, new_tokens)
+        assert self.scheduler.admit(answer, now=self.now)
+        return answer
 
     def begin(self) -> list[Send]:
         """Return what is sent now."""
@@ -112,7 +112,7 @@ class Bench:
         return sends
 
     def done(self, task: Task) -> StepDone:
-        """Let the last stage answer a task, and its requests go on."""
+        """Let the last stage send the result of a task, and its answers go on."""
         samples = sum(part.sample for part in task.sequences)
         spec, frame = frame_of_token_ids([7] * samples)
         result = TaskResult(
@@ -124,28 +124,28 @@ class Bench:
         outcome = self.in_flight.result(PEERS[1], result, (frame,) if samples else (), now=self.now)
         assert isinstance(outcome, StepDone)
         self.scheduler.complete(outcome.step)
-        for request, part in zip(outcome.step.requests, outcome.step.slices, strict=True):
-            if part.sample and part.sequence_id == request.sequence_id:
-                request.append(7, None, now=self.now)
+        for answer, part in zip(outcome.step.answers, outcome.step.slices, strict=True):
+            if part.sample and part.sequence_id == answer.sequence_id:
+                answer.append(7, None, now=self.now)
         return outcome
 
-    def decode(self, prompts: int) -> list[Request]:
-        """Admit requests and compute their prompts."""
-        requests = [self.admit(4) for _ in range(prompts)]
+    def decode(self, prompts: int) -> list[Answer]:
+        """Admit answers and compute their prompts."""
+        answers = [self.admit(4) for _ in range(prompts)]
         tasks = tasks_of(self.begin())
         while tasks:
             self.done(tasks.pop(0))
-            if any(r.num_new_tokens == 0 and not r.num_in_flight for r in requests):
+            if any(a.num_new_tokens == 0 and not a.num_in_flight for a in answers):
                 tasks += tasks_of(self.begin())
-        return requests
+        return answers
 
 
-def request_of(number: int, prompt: int, answer: int) -> Request:
-    """Return a request of so many tokens, and so many of its answer; no two begin alike."""
-    ticket = Ticket((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
+def answer_of(number: int, prompt: int, new_tokens: int) -> Answer:
+    """Return an answer to a prompt of so many tokens, with so many to come; no two begin alike."""
+    request = Request((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
     tokens = [(number + at) % 50 for at in range(prompt)]
-    ticket.accept(tokens, Limits((Sampling(),), answer, ()), number=number)
-    return ticket.requests[0]
+    request.accept(tokens, Limits((Sampling(),), new_tokens, ()), number=number)
+    return request.answers[0]
 
 
 def tasks_of(sends: list[Send]) -> list[Task]:
@@ -175,7 +175,7 @@ def measured(
     slices = tuple(
         SequenceSlice(sequence_id=SequenceId(1), start=9, num_tokens=size) for size in sizes
     )
-    step = Step((request_of(99, 20, 5),) * len(sizes), slices, (0,) * 4)
+    step = Step((answer_of(99, 20, 5),) * len(sizes), slices, (0,) * 4)
     timings = tuple(StageTime(compute_us=us, layers_us=0, queued_us=0) for us in compute_us)
     round_trip_s = sum(compute_us) / 1e6
     for _ in range(times):
@@ -216,10 +216,10 @@ def test_kv_tokens_are_the_least_that_a_stage_has(
     assert bench.pipeline.kv_tokens == expected[0]
     bench.ready(1, kv_tokens=told[1])
     assert bench.pipeline.kv_tokens == expected[1]
-    request = bench.admit(4, answer=expected[1] - 4)
-    bench.scheduler.remove(request)
+    answer = bench.admit(4, new_tokens=expected[1] - 4)
+    bench.scheduler.remove(answer)
     with pytest.raises(AssertionError):
-        bench.admit(4, answer=expected[1] - 3)
+        bench.admit(4, new_tokens=expected[1] - 3)
 
 
 @pytest.mark.parametrize("up", [True, False])
@@ -288,11 +288,11 @@ def test_a_prompt_of_one_token_begins() -> None:
 def test_a_lost_link_abandons_what_is_under_way() -> None:
     bench = Bench().serve()
     measured(bench, (10_000, 10_000), decodes=False)
-    request = bench.admit(100)
+    answer = bench.admit(100)
     lost = tasks_of(bench.begin())
     assert len(lost) == 2
     bench.pipeline.set_link(PEERS[0], False)
-    assert bench.in_flight.num_steps == request.num_in_flight == 0
+    assert bench.in_flight.num_steps == answer.num_in_flight == 0
     again = tasks_of(bench.begin())
     assert [task.sequences for task in again] == [task.sequences for task in lost]
     assert {task.route for task in again} == {(False,)}
@@ -326,10 +326,10 @@ def test_nothing_to_abandon_while_loading() -> None:
 
 def test_freed_by_message_while_nothing_is_under_way_and_again_by_the_next_task() -> None:
     bench = Bench().serve()
-    (request,) = bench.decode(1)
-    sequence_id = request.sequence_id
+    (answer,) = bench.decode(1)
+    sequence_id = answer.sequence_id
     assert sequence_id is not None
-    bench.scheduler.remove(request)
+    bench.scheduler.remove(answer)
     sends = bench.begin()
     assert releases_of(sends) == [(PEERS[0], (sequence_id,)), (PEERS[1], (sequence_id,))]
     assert {send.message.epoch for send in sends if isinstance(send.message, ReleaseSequences)} == {
@@ -343,12 +343,12 @@ def test_freed_by_message_while_nothing_is_under_way_and_again_by_the_next_task(
 
 def test_what_was_not_said_yet_is_said_alone() -> None:
     bench = Bench().serve()
-    requests = bench.decode(2)
-    for request in requests:
-        sequence_id = request.sequence_id
-        bench.scheduler.remove(request)
+    answers = bench.decode(2)
+    for answer in answers:
+        sequence_id = answer.sequence_id
+        bench.scheduler.remove(answer)
         sends = bench.begin()
-        if request is requests[-1]:
+        if answer is answers[-1]:
             assert releases_of(sends) == [(peer, (sequence_id,)) for peer in PEERS]
         else:  # the other goes on, and its next task says it
             assert releases_of(sends) == []
@@ -405,22 +405,22 @@ def test_a_message_frees_so_many_at_most() -> None:
 # ------------------------------------------------------------------ measured times
 
 
-def test_load_is_the_time_of_the_slowest_stage_per_request() -> None:
+def test_load_is_the_time_of_the_slowest_stage_per_answer() -> None:
     bench = Bench().serve()
     measured(bench, (4_000, 8_000), decodes=True)
-    assert bench.pipeline.load == pytest.approx(0.002)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.002)
     bench.admit(4)
-    assert bench.pipeline.load == pytest.approx(0.004)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.004)
 
 
 def test_prefill_says_nothing_about_decoding() -> None:
     bench = Bench().serve()
     measured(bench, (4_000, 8_000), decodes=True)
-    assert bench.pipeline.load == pytest.approx(0.002)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.002)
     measured(bench, (400_000, 800_000), decodes=False, times=20)
-    assert bench.pipeline.load == pytest.approx(0.002)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.002)
     measured(bench, (2_000, 40_000), decodes=True, times=60)
-    assert bench.pipeline.load == pytest.approx(0.01, rel=0.1)
+    assert bench.pipeline.expected_round_s == pytest.approx(0.01, rel=0.1)
 
 
 def test_depth_of_prompts_follows_from_prompts_alone() -> None:
@@ -489,10 +489,10 @@ def moved(bench: Bench) -> Pipeline:
     return new
 
 
-def test_requests_go_on_on_other_stages() -> None:
+def test_answers_go_on_on_other_stages() -> None:
     bench = Bench().serve()
-    (request,) = bench.decode(1)
-    sequence = request.sequence_id
+    (answer,) = bench.decode(1)
+    sequence = answer.sequence_id
     bench.pipeline.pause()
     new = moved(bench)
     assert (bench.pipeline.in_flight, bench.pipeline.scheduler) == (None, None)

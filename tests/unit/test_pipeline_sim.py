@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_s
+from distributed_llm.coordinator.planning.pipeline_sim import StepTimes, round_trip_s
 
 GOLDEN = 0.618034
 
@@ -51,20 +51,20 @@ def walked(
 def test_steps_that_are_alike_wait_for_the_slowest_stage_or_for_nobody(
     depth: int, share: float
 ) -> None:
-    times = Times([0.3, 0.01, 0.2], [0.0, 0.04, 0.0])
+    times = StepTimes([0.3, 0.01, 0.2], [0.0, 0.04, 0.0])
     found = round_trip_s(times, times, share=share, depth=depth, overhead_s=0.05)
     assert found == pytest.approx(max(0.6, depth * 0.3))
 
 
 def test_one_step_alone_takes_the_mean() -> None:
-    usual, longer = Times([0.1, 0.0, 0.1], [0.0] * 3), Times([0.2, 0.0, 0.4], [0.0] * 3)
+    usual, longer = StepTimes([0.1, 0.0, 0.1], [0.0] * 3), StepTimes([0.2, 0.0, 0.4], [0.0] * 3)
     found = round_trip_s(usual, longer, share=0.25, depth=1, overhead_s=0.1)
     assert found == pytest.approx(0.1 + 0.2 + 0.25 * 0.4, rel=0.02)
 
 
 def test_two_stages_that_are_alike_wait_for_each_other() -> None:
     """Every second step takes 3 instead of 1: the other stage waits 2 of every 6 seconds."""
-    usual, longer = Times([1.0, 0.0, 1.0], [0.0] * 3), Times([3.0, 0.0, 3.0], [0.0] * 3)
+    usual, longer = StepTimes([1.0, 0.0, 1.0], [0.0] * 3), StepTimes([3.0, 0.0, 3.0], [0.0] * 3)
     found = round_trip_s(usual, longer, share=0.5, depth=2, overhead_s=0.0)
     assert found > 1.2 * 2 * 2.0
 
@@ -83,7 +83,11 @@ def test_it_is_what_a_walk_finds(
     delays = [0.0 if place % 2 == 0 else 0.1 for place in range(places)]
     longer = [a + b for a, b in zip(usual, more, strict=True)]
     found = round_trip_s(
-        Times(usual, delays), Times(longer, delays), share=share, depth=depth, overhead_s=overhead_s
+        StepTimes(usual, delays),
+        StepTimes(longer, delays),
+        share=share,
+        depth=depth,
+        overhead_s=overhead_s,
     )
     expected = walked(usual, longer, delays, share=share, depth=depth, overhead_s=overhead_s)
     assert found == pytest.approx(expected, rel=0.08)

@@ -9,7 +9,7 @@ import pytest
 from distributed_llm.common.types import Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.planning.forecast import forecast
-from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
@@ -22,13 +22,13 @@ A, B, C = WorkerId("a"), WorkerId("b"), WorkerId("c")
 
 def machines(memory: Mapping[WorkerId, int]) -> Machines:
     """Return machines that are alike but for their memory in bytes."""
-    costs = {worker: WorkerSpeed(Prior(1e-3, 1e-5, 0, 0, 0, 0)) for worker in memory}
-    return Machines(memory, costs, LinkSpeeds(bytes_per_token=16).links)
+    speeds = {worker: WorkerSpeed(Prior(1e-3, 1e-5, 0, 0, 0, 0)) for worker in memory}
+    return Machines(memory, speeds, LinkSpeeds(bytes_per_token=16).links)
 
 
 @dataclass(frozen=True)
-class Told(Planner):
-    """A planner that was told how much room plans should have.
+class Roomy(Planner):
+    """A planner with a fixed room for KV cache.
 
     Attributes:
         room: for KV cache, positions.
@@ -41,13 +41,13 @@ class Told(Planner):
     asked: list[set[WorkerId]] = field(default_factory=list)
 
     def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
-        """Return what it was told."""
+        """Return the fixed room."""
         self.asked.append(set(memory))
         return self.spare_room if set(memory) == {C} else self.room
 
 
-def planner(*, least: int = 64, spare_room: int = 64) -> Told:
-    return Told(COST, "speed", "throughput", {}, 1, 2048, least, spare_room=spare_room)
+def planner(*, least: int = 64, spare_room: int = 64) -> Roomy:
+    return Roomy(COST, "speed", "throughput", {}, 1, 2048, least, spare_room=spare_room)
 
 
 def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
@@ -60,7 +60,7 @@ def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
         idle=(C,),
         hanging=frozenset(),
         demand=Demand.expected(3),
-        goal="throughput",
+        objective="throughput",
         needed_tokens=64,
         beside_tokens_per_s=0.0,
         advise=False,
@@ -68,24 +68,24 @@ def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
     return replace(usual, **changes)
 
 
-def found(*, memory: int = 9000, **changes: Any) -> FoundPlans:
+def result_of(*, memory: int = 9000, **changes: Any) -> SearchResult:
     return search(memory=memory, **changes).answer()
 
 
-def test_now_is_the_served_plan() -> None:
+def test_the_served_plan_is_forecast_too() -> None:
     asked = search()
-    plans = asked.answer()
-    assert plans.search is asked
-    assert plans.now == forecast(COST, asked.machines, asked.layer_map, asked.demand)
-    assert plans.now.layer_map == asked.layer_map
+    result = asked.answer()
+    assert result.search is asked
+    assert result.served == forecast(COST, asked.machines, asked.layer_map, asked.demand)
+    assert result.served.layer_map == asked.layer_map
 
 
 def test_the_best_plan_is_of_all_and_better() -> None:
     """Three machines that are alike have two layers each, where one had five."""
-    plans = found()
-    assert plans.best
-    assert sorted(len(held) for _, held in plans.best.layer_map) == [2, 2, 2]
-    assert plans.best.full_tokens_per_s > 1.1 * plans.now.full_tokens_per_s
+    result = result_of()
+    assert result.best
+    assert sorted(len(held) for _, held in result.best.layer_map) == [2, 2, 2]
+    assert result.best.full_tokens_per_s > 1.1 * result.served.full_tokens_per_s
 
 
 def test_the_best_plan_has_the_room_that_is_asked_for() -> None:
@@ -93,39 +93,41 @@ def test_the_best_plan_has_the_room_that_is_asked_for() -> None:
     room = (4000 - 3500) // 3
     pair = machines({A: 4000, B: 4000})
     for needed, fits in ((room, True), (room + 1, False)):
-        assert (found(machines=pair, idle=(), needed_tokens=needed).best is not None) == fits
+        assert (result_of(machines=pair, idle=(), needed_tokens=needed).best is not None) == fits
 
 
 def test_extra_is_what_idle_workers_do_by_themselves() -> None:
-    extra = found().extra
+    extra = result_of().extra
     assert extra
     assert extra.layer_map == ((C, LayerRange(0, 6)),)
 
 
 @pytest.mark.parametrize(("kv_tokens", "fits"), [((9000 - 6800) // 6, True), (367, False)])
 def test_extra_has_room_of_its_own(kv_tokens: int, fits: bool) -> None:
-    plans = found(planner=planner(spare_room=kv_tokens))
-    assert (plans.extra is not None) == fits
-    assert plans.best, "it is not asked for so much"
+    result = result_of(planner=planner(spare_room=kv_tokens))
+    assert (result.extra is not None) == fits
+    assert result.best, "it is not asked for so much"
 
 
 def test_nobody_idle_is_no_extra() -> None:
-    assert found(idle=()).extra is None
+    assert result_of(idle=()).extra is None
 
 
 def test_advice_is_given_if_it_is_asked_for() -> None:
-    assert found().advice == {}
-    assert set(found(advise=True).advice) == {A, B, C}
+    assert result_of().advice == {}
+    assert set(result_of(advise=True).advice) == {A, B, C}
 
 
 def test_no_advice_where_nothing_fits() -> None:
-    plans = found(advise=True, needed_tokens=1 << 30)
-    assert plans.best is None
-    assert plans.advice == {}
+    result = result_of(advise=True, needed_tokens=1 << 30)
+    assert result.best is None
+    assert result.advice == {}
 
 
 def test_advice_counts_what_other_pipelines_give() -> None:
-    alone, beside = (found(advise=True, beside_tokens_per_s=more).advice for more in (0.0, 1000.0))
+    alone, beside = (
+        result_of(advise=True, beside_tokens_per_s=more).advice for more in (0.0, 1000.0)
+    )
     for worker, advice in alone.items():
         assert beside[worker].with_tokens_per_s == pytest.approx(advice.with_tokens_per_s + 1000.0)
 
@@ -133,26 +135,26 @@ def test_advice_counts_what_other_pipelines_give() -> None:
 def test_advice_without_a_machine_may_do_with_less_room() -> None:
     """Two of them have room for 3250 positions only if all three serve."""
     room = (9000 - 2500) // 2
-    little = found(advise=True, needed_tokens=room).advice
-    strict = found(advise=True, needed_tokens=room, planner=planner(least=room)).advice
+    little = result_of(advise=True, needed_tokens=room).advice
+    strict = result_of(advise=True, needed_tokens=room, planner=planner(least=room)).advice
     assert strict[A].gain is None
     assert little[A].gain is not None
 
 
 def test_who_hangs_gives_no_room() -> None:
-    told = planner()
-    found(planner=told, hanging=frozenset({B}))
-    assert told.asked == [{A, C}, {C}]
+    made = planner()
+    result_of(planner=made, hanging=frozenset({B}))
+    assert made.asked == [{A, C}, {C}]
 
 
 def test_only_the_fastest_without_layers_are_looked_at() -> None:
     names = [WorkerId(f"idle-{number}") for number in range(MAX_IDLE + 2)]
     some = machines(dict.fromkeys([A, B, *names], 9000))
     quick = names[-1]
-    some = replace(some, costs={**some.costs, quick: WorkerSpeed(Prior(1e-4, 1e-6, 0, 0, 0, 0))})
-    told = planner()
-    found(planner=told, machines=some, idle=tuple(names), advise=False)
-    spare = told.asked[-1]
+    some = replace(some, speeds={**some.speeds, quick: WorkerSpeed(Prior(1e-4, 1e-6, 0, 0, 0, 0))})
+    made = planner()
+    result_of(planner=made, machines=some, idle=tuple(names), advise=False)
+    spare = made.asked[-1]
     assert len(spare) == MAX_IDLE
     assert quick in spare
-    assert told.asked[0] == {A, B, *spare}
+    assert made.asked[0] == {A, B, *spare}

@@ -15,6 +15,7 @@ from distributed_llm.coordinator.planning.planner import Planner, ranked_by_spee
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
+from tests.unit.coordinator_parts import Parts
 
 COST = ModelCost((1000,) * 6, first_bytes=500, last_bytes=300, shared_bytes=0, kv_bytes_per_token=1)
 CONTEXT = 2048
@@ -26,7 +27,7 @@ def planner(**changes: Any) -> Planner:
     usual = Planner(
         COST,
         strategy="speed",
-        goal="throughput",
+        objective="throughput",
         layers={},
         replicas=1,
         context_length=CONTEXT,
@@ -45,11 +46,11 @@ def machines(memory: Mapping[str, int], **faster: float) -> Machines:
     links = LinkSpeeds(bytes_per_token=16)
     for pair in permutations(map(WorkerId, memory), 2):
         links.observe(*pair, rtt_s=2e-4, bytes_per_s=1e9)
-    costs = {
+    speeds = {
         WorkerId(name): WorkerSpeed(Prior(LAYER_S / faster.get(name, 1.0), 0, 0, 0, 0, 0))
         for name in memory
     }
-    return Machines({WorkerId(name): size for name, size in memory.items()}, costs, links.links)
+    return Machines({WorkerId(name): size for name, size in memory.items()}, speeds, links.links)
 
 
 def room(made: Planner, memory: Mapping[str, int]) -> int:
@@ -121,26 +122,28 @@ def test_auto_is_once_where_speed_is_not_asked_for(strategy: str) -> None:
 def test_auto_is_as_often_as_is_fastest() -> None:
     """Two that are alike answer twice as much apart; links would only take time."""
     assert layers(
-        planner(replicas="auto", goal="throughput").plans(machines(dict.fromkeys("ab", 900_000)))
+        planner(replicas="auto", objective="throughput").plans(
+            machines(dict.fromkeys("ab", 900_000))
+        )
     ) == [["a 0-6"], ["b 0-6"]]
 
 
 def test_auto_is_once_if_one_request_counts() -> None:
     """For latency the best pipeline counts, not the sum."""
     some = machines(dict.fromkeys("ab", 900_000), a=9.0)
-    assert layers(planner(replicas="auto", goal="latency").plans(some)) == [["a 0-6"]]
+    assert layers(planner(replicas="auto", objective="latency").plans(some)) == [["a 0-6"]]
 
 
 def test_auto_is_once_where_they_can_hold_it_only_together() -> None:
     assert names(
-        planner(replicas="auto", goal="throughput").plans(machines(dict.fromkeys("ab", 5000)))
+        planner(replicas="auto", objective="throughput").plans(machines(dict.fromkeys("ab", 5000)))
     ) == [["a", "b"]]
 
 
 # ------------------------------------------------------------------ by whom
 
 
-def test_the_layer_map_is_kept() -> None:
+def test_the_layers_of_strategy_custom_are_kept() -> None:
     given = {"b": LayerRange(0, 2), "a": LayerRange(2, 6)}
     made = planner(strategy="custom", layers=given)
     both = machines(dict.fromkeys("ab", 90_000))
@@ -183,7 +186,7 @@ def test_a_plan_never_leaves_less_room_than_is_needed() -> None:
 def test_there_is_room_for_what_is_used_if_there_can_be(used: int, found: list[list[str]]) -> None:
     """b would hold all of it alone, in 10,000 bytes, and leave (10,000 - 6800) / 6 = 533."""
     some = machines({"a": 9000, "b": 10_000}, b=50.0)
-    plan = planner(goal="latency", context_length=4).plan(some, used_tokens=used)
+    plan = planner(objective="latency", context_length=4).plan(some, used_tokens=used)
     assert names([plan]) == found
     assert kv_tokens_of(plan) >= used
 
@@ -191,6 +194,17 @@ def test_there_is_room_for_what_is_used_if_there_can_be(used: int, found: list[l
 def test_if_there_cannot_be_the_least_is_enough() -> None:
     plan = planner().plan(machines(dict.fromkeys("ab", 4000)), used_tokens=1 << 20)
     assert 64 <= kv_tokens_of(plan) < 400
+
+
+@pytest.mark.parametrize(("wanted", "least"), [(100, 100), (CONTEXT, CONTEXT), (4096, CONTEXT)])
+@pytest.mark.parametrize("strategy", ["memory", "speed"])
+def test_no_more_room_than_one_context_is_needed(strategy: str, wanted: int, least: int) -> None:
+    """`min_kv_tokens` counts up to the context length of the model; one worker holds all layers."""
+    made = Parts({}, strategy=strategy, min_kv_tokens=wanted).planner
+    needed = 6800 + 6 * least
+    assert layers([made.plan(machines({"a": needed}))]) == [["a 0-6"]]
+    with pytest.raises(NotEnoughMemory):
+        made.plan(machines({"a": needed - 1}))
 
 
 def test_the_plan_of_a_layer_map() -> None:

@@ -1,4 +1,4 @@
-"""When pipelines are surveyed, and what follows from what is found."""
+"""When better plans are searched for a pipeline, and what follows from what is found."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
-from distributed_llm.coordinator.planning.plan_search import FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 from tests.unit.coordinator_parts import Parts, ranges_of
@@ -33,7 +34,7 @@ def pipeline_of(parts: Parts) -> Pipeline:
 
 
 def asked(parts: Parts, now: float, *, quiet: bool = False) -> PlanSearch | None:
-    """Return the survey that is wanted now, if one is.
+    """Return the search that is wanted now, if one is.
 
     Args:
         quiet: no step has ended since the last one; otherwise one has, in every pipeline.
@@ -54,15 +55,21 @@ def expected(rate: float, *ranges: Held) -> Forecast:
     return Forecast(rate, 1, partition, 0.0, rate, rate)
 
 
-def found(
-    survey: PlanSearch,
+def result(
+    search: PlanSearch,
     best: Forecast | None = None,
     extra: Forecast | None = None,
     **advice: Advice,
-) -> FoundPlans:
-    """Return findings by which the plan of now gives ten tokens per second."""
-    now = expected(10.0, ("a", 0, 3), ("b", 3, 6))
-    return FoundPlans(survey, now, best, extra, {WorkerId(k): v for k, v in advice.items()})
+) -> SearchResult:
+    """Return a result by which the served plan gives ten tokens per second."""
+    served = expected(10.0, ("a", 0, 3), ("b", 3, 6))
+    return SearchResult(search, served, best, extra, {WorkerId(k): v for k, v in advice.items()})
+
+
+def question_of(actions: list[Action]) -> PlanQuestion:
+    (study,) = (action for action in actions if isinstance(action, Study))
+    assert isinstance(study.question, PlanQuestion)
+    return study.question
 
 
 def loads(actions: list[Action]) -> list[str]:
@@ -77,30 +84,30 @@ def confirmed(parts: Parts, best: Forecast, now: float = 11.0) -> list[Action]:
     """Have a plan found twice, long enough apart."""
     first = asked(parts, now)
     assert first
-    assert parts.rebalancing.found(found(first, best), now=now) == []
+    assert parts.rebalancing.search_done(result(first, best), now=now) == []
     second = asked(parts, now + 2.0)
     assert second
-    return parts.rebalancing.found(found(second, best), now=now + 2.0)
+    return parts.rebalancing.search_done(result(second, best), now=now + 2.0)
 
 
-# ------------------------------------------------------------------ when it looks
+# ------------------------------------------------------------------ when it searches
 
 
-def test_looks_every_second_while_something_is_served() -> None:
+def test_searches_every_second_while_something_is_served() -> None:
     parts = serving()
     assert parts.rebalancing.next_deadline() == 11.0
     assert asked(parts, 10.9) is None
-    survey = asked(parts, 11.0)
-    assert survey
+    search = asked(parts, 11.0)
+    assert search
     assert parts.rebalancing.next_deadline() == 12.0
-    assert asked(parts, 12.0) is None, "the findings are awaited"
-    parts.rebalancing.found(found(survey), now=12.5)
+    assert asked(parts, 12.0) is None, "the search is not done"
+    parts.rebalancing.search_done(result(search), now=12.5)
     assert asked(parts, 13.0)
     parts.rebalancing.search_failed()
     assert asked(parts, 14.0)
 
 
-def test_does_not_look_while_nothing_is_served() -> None:
+def test_does_not_search_while_nothing_is_served() -> None:
     parts = Parts({"a": 90_000})
     assert parts.rebalancing.next_deadline() is None
     parts.rebalancing.wake(now=10.0)
@@ -112,12 +119,12 @@ def test_does_not_look_while_nothing_is_served() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["memory", "even"])
-def test_never_looks_under_other_strategies(strategy: str) -> None:
+def test_never_searches_under_other_strategies(strategy: str) -> None:
     parts = serving(strategy=strategy)
     assert parts.rebalancing.next_deadline() is None
 
 
-def test_does_not_look_during_a_move_nor_soon_after_one_was_undone() -> None:
+def test_does_not_search_during_a_move_nor_soon_after_one_was_undone() -> None:
     parts = serving()
     confirmed(parts, BETTER)
     assert parts.moves.move
@@ -127,25 +134,45 @@ def test_does_not_look_during_a_move_nor_soon_after_one_was_undone() -> None:
     assert asked(parts, 26.0)
 
 
-@pytest.mark.parametrize(
-    ("failures", "patience_s"), [(0, 0), (1, 10), (2, 30), (6, 630), (60, 630)]
-)
-def test_is_more_patient_with_each_move_that_is_undone(failures: int, patience_s: float) -> None:
+@pytest.mark.parametrize(("failures", "wait_s"), [(0, 0), (1, 10), (2, 30), (6, 630), (60, 630)])
+def test_waits_longer_after_each_move_that_is_undone(failures: int, wait_s: float) -> None:
     parts = serving()
     parts.moves.failures, parts.moves.undone_at = failures, 100.0
-    if patience_s:
-        assert asked(parts, 100.0 + patience_s - 0.1) is None
+    if wait_s:
+        assert asked(parts, 100.0 + wait_s - 0.1) is None
     parts.rebalancing._next_at = 0.0
-    assert asked(parts, 100.0 + patience_s)
+    assert asked(parts, 100.0 + wait_s)
+
+
+def test_does_not_search_while_plans_are_made_for_who_came_or_left() -> None:
+    parts = serving()
+    actions = parts.replanning.add_pipeline()
+    assert parts.replanning.busy
+    assert asked(parts, 11.0) is None
+    parts.replanning.answered(PlanAnswer(question_of(actions)), moving=False)
+    assert asked(parts, 12.0)
+
+
+def test_what_a_search_found_waits_for_plans_that_are_made() -> None:
+    """Those plans may be for the same workers."""
+    parts = serving()
+    first = asked(parts, 11.0)
+    assert first
+    parts.rebalancing.search_done(result(first, BETTER), now=11.0)
+    second = asked(parts, 13.0)
+    assert second
+    parts.replanning.add_pipeline()
+    assert parts.rebalancing.search_done(result(second, BETTER), now=13.0) == []
+    assert parts.moves.move is None
 
 
 def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() -> None:
     parts = serving()
     for name in "cd":
         parts.worker(name).fail("no room")
-    survey = asked(parts, 11.0, quiet=True)
-    assert survey
-    parts.rebalancing.found(found(survey), now=11.1)
+    search = asked(parts, 11.0, quiet=True)
+    assert search
+    parts.rebalancing.search_done(result(search), now=11.1)
     assert asked(parts, 12.0, quiet=True) is None
     assert asked(parts, 99.0, quiet=True) is None, "no better links help either"
     parts.join("e", 90_000)
@@ -158,30 +185,30 @@ def test_a_quiet_pipeline_is_looked_at_as_often_as_advice_is_due() -> None:
     ask_for_one(parts, pipeline_of(parts))
     looked = []
     for second in range(11, 35):
-        survey = asked(parts, float(second), quiet=True)
-        if survey:
+        search = asked(parts, float(second), quiet=True)
+        if search:
             looked.append(second)
-            parts.rebalancing.found(found(survey), now=second + 0.1)
+            parts.rebalancing.search_done(result(search), now=second + 0.1)
     assert looked == [11, 21, 31]
 
 
 def test_a_better_plan_is_confirmed_although_it_is_quiet() -> None:
     parts = serving()
-    survey = asked(parts, 11.0, quiet=True)
-    assert survey
-    parts.rebalancing.found(found(survey, BETTER), now=11.1)
+    search = asked(parts, 11.0, quiet=True)
+    assert search
+    parts.rebalancing.search_done(result(search, BETTER), now=11.1)
     assert asked(parts, 12.0, quiet=True)
 
 
-def test_pipelines_are_looked_at_in_turn() -> None:
+def test_plans_are_searched_for_one_pipeline_after_the_other() -> None:
     parts = serving(replicas=2)
     parts.serve(("c", 0, 3), ("d", 3, 6))
     epochs = []
     for second in range(4):
-        survey = asked(parts, 11.0 + second, quiet=True)
-        if survey:
-            epochs.append(survey.epoch)
-            parts.rebalancing.found(found(survey), now=11.1 + second)
+        search = asked(parts, 11.0 + second, quiet=True)
+        if search:
+            epochs.append(search.epoch)
+            parts.rebalancing.search_done(result(search), now=11.1 + second)
     assert epochs == [1, 2], "and nothing has changed since"
 
 
@@ -194,35 +221,35 @@ def test_a_pipeline_somebody_is_to_leave_is_left_alone() -> None:
 # ------------------------------------------------------------------ what it asks
 
 
-def test_what_a_survey_asks() -> None:
+def test_what_a_search_is_about() -> None:
     parts = serving(objective="latency")
     parts.worker("d").leaving = True
-    survey = asked(parts, 11.0)
-    assert survey
-    assert survey.layer_map == ranges_of(("a", 0, 3), ("b", 3, 6))
-    assert survey.idle == ("c",)
-    assert sorted(survey.machines.memory_bytes) == ["a", "b", "c"]
-    assert survey.demand == Demand.expected(3)
-    assert survey.goal == "latency"
-    assert survey.planner is parts.planner
-    assert survey.needed_tokens == 0
-    assert survey.hanging == set()
+    search = asked(parts, 11.0)
+    assert search
+    assert search.layer_map == ranges_of(("a", 0, 3), ("b", 3, 6))
+    assert search.idle == ("c",)
+    assert sorted(search.machines.memory_bytes) == ["a", "b", "c"]
+    assert search.demand == Demand.expected(3)
+    assert search.objective == "latency"
+    assert search.planner is parts.planner
+    assert search.needed_tokens == 0
+    assert search.hanging == set()
 
 
-def test_a_plan_must_have_room_for_what_a_request_may_take() -> None:
+def test_a_plan_must_have_room_for_what_an_answer_may_take() -> None:
     parts = serving()
-    parts.ask(pipeline_of(parts), 100, answer=900)
-    survey = asked(parts, 11.0)
-    assert survey
-    assert survey.needed_tokens == 1000
+    parts.ask(pipeline_of(parts), 100, new_tokens=900)
+    search = asked(parts, 11.0)
+    assert search
+    assert search.needed_tokens == 1000
 
 
-def test_who_hangs_is_told() -> None:
+def test_a_search_knows_who_hangs() -> None:
     parts = serving()
     parts.worker("b").progress_age_s = 1e6
-    survey = asked(parts, 11.0)
-    assert survey
-    assert survey.hanging == {"b"}
+    search = asked(parts, 11.0)
+    assert search
+    assert search.hanging == {"b"}
 
 
 class Asked(DemandMeter):
@@ -238,27 +265,27 @@ def ask_for_one(parts: Parts, pipeline: Pipeline) -> None:
     parts.rebalancing._lineage(pipeline).demand = Asked()
 
 
-@pytest.mark.parametrize(("objective", "goal"), [("auto", "auto"), ("latency", "latency")])
-def test_what_was_asked_for_is_planned_for(objective: str, goal: str) -> None:
+@pytest.mark.parametrize("objective", ["auto", "latency"])
+def test_what_was_asked_for_is_planned_for(objective: str) -> None:
     parts = serving(objective=objective)
     ask_for_one(parts, pipeline_of(parts))
-    survey = asked(parts, 11.0)
-    assert survey
-    assert (survey.demand.sequences, survey.goal) == (1.0, goal)
+    search = asked(parts, 11.0)
+    assert search
+    assert (search.demand.sequences, search.objective) == (1.0, objective)
 
 
-def test_what_other_pipelines_give_is_told() -> None:
+def test_a_search_knows_what_other_pipelines_give() -> None:
     parts = serving(replicas=2)
     parts.serve(("c", 0, 3), ("d", 3, 6))
     for pipeline in parts.pipelines.all:
         ask_for_one(parts, pipeline)
-    told = []
+    beside = []
     for second in range(4):
-        survey = asked(parts, 11.0 + second)
-        assert survey
-        told.append((survey.epoch, survey.beside_tokens_per_s))
-        parts.rebalancing.found(found(survey), now=11.1 + second)
-    assert told == [(1, 0.0), (2, 10.0), (1, 10.0), (2, 10.0)]
+        search = asked(parts, 11.0 + second)
+        assert search
+        beside.append((search.epoch, search.beside_tokens_per_s))
+        parts.rebalancing.search_done(result(search), now=11.1 + second)
+    assert beside == [(1, 0.0), (2, 10.0), (1, 10.0), (2, 10.0)]
 
 
 def test_advice_is_asked_for_now_and_then_and_when_somebody_came() -> None:
@@ -267,20 +294,20 @@ def test_advice_is_asked_for_now_and_then_and_when_somebody_came() -> None:
     for second in range(11, 25):
         if second == 14:
             parts.join("e", 90_000)
-        survey = asked(parts, float(second))
-        assert survey
-        wanted[second] = survey.advise
-        parts.rebalancing.found(found(survey), now=second + 0.1)
+        search = asked(parts, float(second))
+        assert search
+        wanted[second] = search.advise
+        parts.rebalancing.search_done(result(search), now=second + 0.1)
     assert [second for second, advise in wanted.items() if advise] == [11, 14, 24]
 
 
 def test_advice_is_kept_for_those_that_are_there() -> None:
     parts = serving()
-    survey = asked(parts, 11.0)
-    assert survey
+    search = asked(parts, 11.0)
+    assert search
     one, other = Advice(0.1, 2.0, 1.0, "helps"), Advice(0.2, 2.0, 1.0, "helps")
-    parts.rebalancing.found(found(survey, a=one, b=one, gone=one), now=11.1)
-    parts.rebalancing.found(found(survey, b=other), now=12.1)
+    parts.rebalancing.search_done(result(search, a=one, b=one, gone=one), now=11.1)
+    parts.rebalancing.search_done(result(search, b=other), now=12.1)
     assert parts.rebalancing.advice == {"a": one, "b": other}
 
 
@@ -293,7 +320,8 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     assert parts.moves.move
     assert parts.moves.move.new.layer_map == BETTER.layer_map
     assert parts.event_log.texts[-1].endswith("100 % faster")
-    again = Alternative(ranges_of(("a", 0, 1), ("b", 1, 6)), gain=0.1, uncertainty=0.0, cost_s=0.0)
+    layer_map = ranges_of(("a", 0, 1), ("b", 1, 6))
+    again = Alternative(layer_map, gain=0.1, uncertainty=0.0, standstill_s=0.0)
     assert (
         parts.rebalancing._lineage(pipeline_of(parts)).balancer.consider(again, now=13.0).what
         == "stay"
@@ -307,9 +335,9 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
 def test_no_plan_or_the_same_or_one_hardly_better_changes_nothing(best: Forecast | None) -> None:
     parts = serving()
     for second in range(11, 20):
-        survey = asked(parts, float(second))
-        assert survey
-        assert parts.rebalancing.found(found(survey, best), now=second + 0.1) == []
+        search = asked(parts, float(second))
+        assert search
+        assert parts.rebalancing.search_done(result(search, best), now=second + 0.1) == []
 
 
 def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
@@ -324,12 +352,12 @@ def test_what_cannot_be_loaded_beside_is_loaded_in_its_place() -> None:
     assert parts.worker("a").state is WorkerState.LOADING
 
 
-def test_findings_of_a_plan_that_is_gone_change_nothing() -> None:
+def test_a_result_for_a_plan_that_is_gone_changes_nothing() -> None:
     parts = serving()
-    survey = asked(parts, 11.0)
-    assert survey
-    parts.answered(parts.replanning.lose(parts.worker("a")))
-    assert parts.rebalancing.found(found(survey, BETTER), now=99.0) == []
+    search = asked(parts, 11.0)
+    assert search
+    parts.answered(parts.replanning.recover(parts.worker("a")))
+    assert parts.rebalancing.search_done(result(search, BETTER), now=99.0) == []
     assert parts.rebalancing.advice == {}
 
 
@@ -339,7 +367,7 @@ def test_a_plan_with_somebody_who_cannot_be_had_any_more_is_not_taken(state: str
     best = expected(99.0, ("a", 0, 2), ("c", 2, 6))
     first = asked(parts, 11.0)
     assert first
-    parts.rebalancing.found(found(first, best), now=11.0)
+    parts.rebalancing.search_done(result(first, best), now=11.0)
     second = asked(parts, 13.0)
     assert second
     match state:
@@ -351,7 +379,7 @@ def test_a_plan_with_somebody_who_cannot_be_had_any_more_is_not_taken(state: str
             parts.worker("c").progress_age_s = 1e6
         case _:
             parts.registry.remove(PeerId(b"c"))
-    assert parts.rebalancing.found(found(second, best), now=13.0) == []
+    assert parts.rebalancing.search_done(result(second, best), now=13.0) == []
 
 
 @pytest.mark.parametrize("as_extra", [False, True])
@@ -362,12 +390,12 @@ def test_workers_that_have_layers_by_now_are_not_taken_away(as_extra: bool) -> N
     best = None if as_extra else expected(99.0, ("a", 0, 2), ("c", 2, 6))
     extra = expected(99.0, ("c", 0, 6)) if as_extra else None
     if not as_extra:
-        parts.rebalancing.found(found(first, best), now=11.0)
+        parts.rebalancing.search_done(result(first, best), now=11.0)
         first = asked(parts, 13.0)
         assert first
     other = parts.serve(("c", 0, 3), ("d", 3, 6))
-    assert parts.rebalancing.found(found(first, best, extra), now=13.0) == []
-    assert parts.pipelines.of(PeerId(b"c")) is other
+    assert parts.rebalancing.search_done(result(first, best, extra), now=13.0) == []
+    assert parts.pipelines.pipeline_of(PeerId(b"c")) is other
     parts.goes_on()
 
 
@@ -376,9 +404,9 @@ def test_workers_that_have_layers_by_now_are_not_taken_away(as_extra: bool) -> N
 
 def adds(parts: Parts, extra: Forecast, best: Forecast | None = None) -> bool:
     """Return whether idle workers begin to serve the model by themselves."""
-    survey = asked(parts, 11.0)
-    assert survey
-    parts.rebalancing.found(found(survey, best, extra), now=11.1)
+    search = asked(parts, 11.0)
+    assert search
+    parts.rebalancing.search_done(result(search, best, extra), now=11.1)
     return len(parts.pipelines.all) > 1
 
 
@@ -403,7 +431,7 @@ def test_a_longer_pipeline_is_preferred_if_it_is_faster_than_both(rate: float, m
     assert adds(parts, expected(10.0, ("c", 0, 6)), longer) == more
 
 
-def test_for_latency_another_pipeline_costs_nothing() -> None:
+def test_for_latency_another_pipeline_takes_nothing_away() -> None:
     longer = expected(99.0, ("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     parts = serving(replicas="auto", objective="latency")
     assert adds(parts, expected(10.0, ("c", 0, 6)), longer)

@@ -52,7 +52,7 @@ def remove(parts: Parts, name: str) -> list[Action]:
     """A worker is no longer there."""
     worker = parts.registry.remove(PeerId(name.encode()))
     assert worker
-    return parts.replanning.lose(worker)
+    return parts.replanning.recover(worker)
 
 
 # ------------------------------------------------------------------ nothing is planned on the loop
@@ -69,7 +69,7 @@ def test_the_first_plan_is_asked_for_and_loaded_when_it_is_made() -> None:
     assert (parts.pipelines.state, parts.replanning.busy) == ("loading", False)
 
 
-def test_while_a_lost_pipeline_is_planned_anew_its_requests_wait() -> None:
+def test_while_a_lost_pipeline_is_planned_anew_its_answers_wait() -> None:
     parts = serving(c=HALF)
     parts.ask(parts.pipelines.all[0], 100)
     actions = remove(parts, "b")
@@ -128,6 +128,28 @@ def test_a_second_loss_is_planned_for_once_the_first_is() -> None:
     assert "1 pipelines are left to serve the model" in parts.event_log.texts[-1]
     assert not any(isinstance(action, Study) for action in actions)
     assert not parts.pipelines.recovering
+
+
+def test_what_was_lost_is_planned_before_what_would_be_nice() -> None:
+    parts = Parts(dict.fromkeys("abcdef", HALF), strategy="even", replicas=3)
+    parts.serve(("a", 0, 3), ("b", 3, 6))
+    first = question_of(parts.replanning.add_pipeline())
+    assert parts.replanning.plan_anew() == []
+    assert remove(parts, "b") == []
+    second = answered(parts, first)
+    assert len(parts.pipelines.all) == 1
+    assert asked(second) == ["a"], "all workers are planned for later"
+
+
+def test_a_plan_for_all_workers_recovers_what_was_lost_meanwhile() -> None:
+    parts = serving(c=WHOLE)
+    question = question_of(parts.replanning.plan_anew())
+    assert remove(parts, "b") == []
+    assert parts.pipelines.recovering
+    plan = PlanAnswer(question, plans=(parts.plan(("c", 0, 6)),))
+    orders = sent(parts.replanning.answered(plan, moving=False))
+    assert orders == [("a", DropStage), ("c", LoadStage)]
+    assert (parts.replanning.busy, parts.pipelines.recovering) == (False, False)
 
 
 def test_plans_for_all_workers_wait_for_requests_that_came_meanwhile() -> None:

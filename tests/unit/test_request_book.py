@@ -1,4 +1,4 @@
-"""The states of a request, and what the book of requests does in each of them."""
+"""The states of an answer, and what the book of requests does in each of them."""
 
 import itertools
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from distributed_llm.coordinator.events import (
     Tokenize,
     Tokenized,
 )
-from distributed_llm.coordinator.requests.lifecycle import (
-    REQUEST_STATES,
-    RequestCause,
-    RequestState,
+from distributed_llm.coordinator.requests.answer_states import (
+    ANSWER_STATES,
+    AnswerCause,
+    AnswerState,
 )
-from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.serving.scheduler import Scheduler
@@ -39,7 +39,7 @@ KV_TOKENS = 1024
 
 
 class Bench:
-    """A book with one request of two tokens, and a scheduler that may run it."""
+    """A book with one answer of two tokens, and a scheduler that may run it."""
 
     def __init__(self) -> None:
         self.book = RequestBook(MODEL.defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
@@ -58,9 +58,9 @@ class Bench:
         assert isinstance(tokenize, Tokenize)
         self.key: RequestKey = tokenize.key
         assert self.book.tokenized(Tokenized(self.key, list(PROMPT))) == []
-        request = self.book.next_waiting()
-        assert request is not None
-        self.request: Request = request
+        answer = self.book.next_waiting()
+        assert answer is not None
+        self.answer: Answer = answer
         self.actions: list[Action] = []
 
     def admitted(self) -> None:
@@ -73,7 +73,7 @@ class Bench:
         self.book.step_done(done, self.scheduler.complete(step), now=2.0)
 
     def last_token(self) -> None:
-        while self.request.finish_reason is None:
+        while self.answer.finish_reason is None:
             self.got_token()
 
     def preempted(self) -> None:
@@ -99,39 +99,39 @@ class Bench:
 
 
 Deed = Callable[[Bench], None]
-DEEDS: dict[RequestCause, Deed] = {
-    RequestCause.ADMITTED: Bench.admitted,
-    RequestCause.PREEMPTED: Bench.preempted,
-    RequestCause.PIPELINE_GONE: Bench.pipeline_gone,
-    RequestCause.LAST_TOKEN: Bench.last_token,
-    RequestCause.TEXT_SENT: Bench.text_sent,
-    RequestCause.STOP_STRING: Bench.stop_string,
-    RequestCause.FAILED: Bench.failed,
+DEEDS: dict[AnswerCause, Deed] = {
+    AnswerCause.ADMITTED: Bench.admitted,
+    AnswerCause.PREEMPTED: Bench.preempted,
+    AnswerCause.PIPELINE_GONE: Bench.pipeline_gone,
+    AnswerCause.LAST_TOKEN: Bench.last_token,
+    AnswerCause.TEXT_SENT: Bench.text_sent,
+    AnswerCause.STOP_STRING: Bench.stop_string,
+    AnswerCause.FAILED: Bench.failed,
 }
-UP_TO: dict[RequestState, tuple[Deed, ...]] = {
+UP_TO: dict[AnswerState, tuple[Deed, ...]] = {
     # It waits with a token, so that the text of that may hold a stop string.
-    RequestState.WAITING: (Bench.admitted, Bench.got_token, Bench.pipeline_gone),
-    RequestState.RUNNING: (Bench.admitted, Bench.got_token),
-    RequestState.CLOSING: (Bench.admitted, Bench.last_token),
+    AnswerState.WAITING: (Bench.admitted, Bench.got_token, Bench.pipeline_gone),
+    AnswerState.RUNNING: (Bench.admitted, Bench.got_token),
+    AnswerState.CLOSING: (Bench.admitted, Bench.last_token),
 }
 
 
-def bench_in(state: RequestState) -> Bench:
+def bench_in(state: AnswerState) -> Bench:
     bench = Bench()
     for deed in UP_TO[state]:
         deed(bench)
-    assert bench.request.state is state
+    assert bench.answer.state is state
     bench.book.validate()
     return bench
 
 
 @pytest.mark.parametrize(
-    ("state", "cause"), REQUEST_STATES.transitions, ids=lambda value: value.name.lower()
+    ("state", "cause"), ANSWER_STATES.transitions, ids=lambda value: value.name.lower()
 )
-def test_every_transition_happens(state: RequestState, cause: RequestCause) -> None:
+def test_every_transition_happens(state: AnswerState, cause: AnswerCause) -> None:
     bench = bench_in(state)
     DEEDS[cause](bench)
-    assert bench.request.state is REQUEST_STATES.transitions[state, cause]
+    assert bench.answer.state is ANSWER_STATES.transitions[state, cause]
     bench.book.validate()
     bench.scheduler.validate()
 
@@ -140,24 +140,24 @@ def test_every_transition_happens(state: RequestState, cause: RequestCause) -> N
     ("state", "cause"),
     [
         (state, cause)
-        for state in RequestState
-        for cause in RequestCause
-        if not REQUEST_STATES.allows(state, cause)
+        for state in AnswerState
+        for cause in AnswerCause
+        if not ANSWER_STATES.allows(state, cause)
     ],
     ids=lambda value: value.name.lower(),
 )
-def test_any_other_raises(state: RequestState, cause: RequestCause) -> None:
-    bench = bench_in(RequestState.CLOSING if state is RequestState.GONE else state)
-    if state is RequestState.GONE:
+def test_any_other_raises(state: AnswerState, cause: AnswerCause) -> None:
+    bench = bench_in(AnswerState.CLOSING if state is AnswerState.GONE else state)
+    if state is AnswerState.GONE:
         bench.failed()
     with pytest.raises(IllegalTransition):
-        bench.request.change(cause)
-    assert bench.request.state is state
+        bench.answer.change(cause)
+    assert bench.answer.state is state
 
 
 @pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
-def test_a_stop_string_ends_the_ticket_in_every_state(state: RequestState) -> None:
-    """Also of a request that waits: the text of its tokens comes after it lost its pipeline."""
+def test_a_stop_string_ends_the_request_in_every_state(state: AnswerState) -> None:
+    """Also of an answer that waits: the text of its tokens comes after it lost its pipeline."""
     bench = bench_in(state)
     bench.stop_string()
     chunk, finished, forget = bench.actions
@@ -173,7 +173,7 @@ def test_a_stop_string_ends_the_ticket_in_every_state(state: RequestState) -> No
 
 
 @pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
-def test_a_failure_ends_the_ticket_in_every_state(state: RequestState) -> None:
+def test_a_failure_ends_the_request_in_every_state(state: AnswerState) -> None:
     bench = bench_in(state)
     bench.failed()
     failed, forget = bench.actions

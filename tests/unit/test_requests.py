@@ -29,7 +29,7 @@ from distributed_llm.coordinator.requests.parameters import (
     resolve,
     wrong_prompt,
 )
-from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.requests.request import Answer, Request
 
 
 def defaults_of(
@@ -53,17 +53,17 @@ def limits_of(
     )
 
 
-def ticket_of(limits: Limits, prompt: int = 3, **params: Any) -> Ticket:
-    """A ticket that arrived at second 1; its answers are numbered from 5."""
+def request_of(limits: Limits, prompt: int = 3, **params: Any) -> Request:
+    """A request that arrived at second 1; its answers are numbered from 5."""
     key = (PeerId(b"c"), "r", 0)
-    ticket = Ticket(key, SamplingParams.from_arguments(params), arrived_at=1.0)
-    ticket.accept(range(prompt), limits, number=5)
-    return ticket
-
-
-def request_of(limits: Limits, prompt: int = 3) -> Request:
-    (request,) = ticket_of(limits, prompt).requests
+    request = Request(key, SamplingParams.from_arguments(params), arrived_at=1.0)
+    request.accept(range(prompt), limits, number=5)
     return request
+
+
+def answer_of(limits: Limits, prompt: int = 3) -> Answer:
+    (answer,) = request_of(limits, prompt).answers
+    return answer
 
 
 def sampling_of(
@@ -259,27 +259,27 @@ def test_eos_is_suppressed_until_min_new_tokens() -> None:
 
 
 def test_ends_with_eos() -> None:
-    request = request_of(limits_of(max_new_tokens=5))
-    request.append(9, None, now=2.0)
-    assert request.finish_reason is None
-    request.append(2, None, now=3.0)
-    assert request.finish_reason == "stop"
-    assert request.token_ids == [0, 1, 2, 9, 2]
+    answer = answer_of(limits_of(max_new_tokens=5))
+    answer.append(9, None, now=2.0)
+    assert answer.finish_reason is None
+    answer.append(2, None, now=3.0)
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids == [0, 1, 2, 9, 2]
 
 
 def test_ends_at_its_length() -> None:
-    request = request_of(limits_of(max_new_tokens=2))
-    request.append(9, None, now=2.0)
-    assert request.finish_reason is None
-    request.append(9, None, now=2.0)
-    assert request.finish_reason == "length"
-    assert request.ticket.reserved_tokens == 5
+    answer = answer_of(limits_of(max_new_tokens=2))
+    answer.append(9, None, now=2.0)
+    assert answer.finish_reason is None
+    answer.append(9, None, now=2.0)
+    assert answer.finish_reason == "length"
+    assert answer.request.reserved_tokens == 5
 
 
 def test_last_token_that_is_eos_counts_as_stop() -> None:
-    request = request_of(limits_of(max_new_tokens=1))
-    request.append(2, None, now=2.0)
-    assert request.finish_reason == "stop"
+    answer = answer_of(limits_of(max_new_tokens=1))
+    answer.append(2, None, now=2.0)
+    assert answer.finish_reason == "stop"
 
 
 def test_eos_of_the_request_replaces_the_checkpoints() -> None:
@@ -288,25 +288,25 @@ def test_eos_of_the_request_replaces_the_checkpoints() -> None:
 
 
 def test_eos_in_the_prompt_ends_nothing() -> None:
-    request = request_of(limits_of(max_new_tokens=3))
-    assert 2 in request.token_ids
-    request.append(0, None, now=2.0)
-    assert request.finish_reason is None
+    answer = answer_of(limits_of(max_new_tokens=3))
+    assert 2 in answer.token_ids
+    answer.append(0, None, now=2.0)
+    assert answer.finish_reason is None
 
 
 def test_ignore_eos_goes_on() -> None:
-    request = request_of(limits_of(ignore_eos=True, max_new_tokens=3))
-    request.append(2, None, now=2.0)
-    assert request.finish_reason is None
+    answer = answer_of(limits_of(ignore_eos=True, max_new_tokens=3))
+    answer.append(2, None, now=2.0)
+    assert answer.finish_reason is None
 
 
 def test_log_probabilities_are_kept_if_there_are_any() -> None:
-    request = request_of(limits_of(max_new_tokens=3, logprobs=0))
+    answer = answer_of(limits_of(max_new_tokens=3, logprobs=0))
     said = [TokenLogprobs(logprob=-1.0), TokenLogprobs(logprob=-2.0)]
-    request.append(9, said[0], now=2.0)
-    request.append(9, said[1], now=2.0)
-    assert request.logprobs == said
-    silent = request_of(limits_of(max_new_tokens=3))
+    answer.append(9, said[0], now=2.0)
+    answer.append(9, said[1], now=2.0)
+    assert answer.logprobs == said
+    silent = answer_of(limits_of(max_new_tokens=3))
     silent.append(9, None, now=2.0)
     assert silent.logprobs == []
 
@@ -316,49 +316,49 @@ def test_log_probabilities_are_kept_if_there_are_any() -> None:
 
 def test_each_answer_has_its_own_tokens_and_number() -> None:
     limits = limits_of(n=3, max_new_tokens=4)
-    requests = ticket_of(limits).requests
-    assert [(r.number, r.choice) for r in requests] == [(5, 0), (6, 1), (7, 2)]
-    assert tuple(r.sampling for r in requests) == limits.sampling
-    requests[1].append(9, None, now=2.0)
-    assert [r.num_new_tokens for r in requests] == [0, 1, 0]
-    assert [r.num_unscheduled_tokens for r in requests] == [3, 4, 3]
+    answers = request_of(limits).answers
+    assert [(answer.number, answer.choice) for answer in answers] == [(5, 0), (6, 1), (7, 2)]
+    assert tuple(answer.sampling for answer in answers) == limits.sampling
+    answers[1].append(9, None, now=2.0)
+    assert [answer.num_new_tokens for answer in answers] == [0, 1, 0]
+    assert [answer.num_unscheduled_tokens for answer in answers] == [3, 4, 3]
 
 
 def test_usage_counts_the_prompt_once_and_all_answers() -> None:
-    ticket = ticket_of(limits_of(n=2, max_new_tokens=4))
-    first, second = ticket.requests
+    request = request_of(limits_of(n=2, max_new_tokens=4))
+    first, second = request.answers
     first.num_cached_tokens, second.num_cached_tokens = 1, 3
-    for request, tokens in ((first, 2), (second, 3)):
+    for answer, tokens in ((first, 2), (second, 3)):
         for _ in range(tokens):
-            request.append(9, None, now=2.0)
-    assert ticket.usage() == Usage(prompt_tokens=3, completion_tokens=5, cached_tokens=1)
+            answer.append(9, None, now=2.0)
+    assert request.usage() == Usage(prompt_tokens=3, completion_tokens=5, cached_tokens=1)
 
 
 def test_reset_keeps_the_answer() -> None:
-    request = request_of(limits_of(max_new_tokens=4))
-    request.sequence_id, request.sampling_sent, request.num_in_flight = SequenceId(1), True, 1
-    request.num_computed_tokens, request.num_scheduled_tokens = 2, 3
-    request.prefix = SharedPrefix(sequence_id=SequenceId(0), length=1)
-    request.append(9, None, now=2.0)
-    request.reset()
-    assert request.token_ids == [0, 1, 2, 9]
-    fresh = request_of(limits_of())
+    answer = answer_of(limits_of(max_new_tokens=4))
+    answer.sequence_id, answer.sampling_sent, answer.num_in_flight = SequenceId(1), True, 1
+    answer.num_computed_tokens, answer.num_scheduled_tokens = 2, 3
+    answer.prefix = SharedPrefix(sequence_id=SequenceId(0), length=1)
+    answer.append(9, None, now=2.0)
+    answer.reset()
+    assert answer.token_ids == [0, 1, 2, 9]
+    fresh = answer_of(limits_of())
     for name in ("sequence_id", "prefix", "sampling_sent", "num_computed_tokens", "num_in_flight"):
-        assert getattr(request, name) == getattr(fresh, name)
-    assert request.num_unscheduled_tokens == 4
+        assert getattr(answer, name) == getattr(fresh, name)
+    assert answer.num_unscheduled_tokens == 4
 
 
 def test_sampling_takes_room_in_a_message_until_it_is_known() -> None:
-    request = request_of(limits_of(logit_bias={1: 1.0, 2: 1.0}))
-    plain = request_of(limits_of())
-    assert request.sampling_bytes > plain.sampling_bytes > 0
-    request.sampling_sent = True
-    assert request.sampling_bytes == 0
+    answer = answer_of(limits_of(logit_bias={1: 1.0, 2: 1.0}))
+    plain = answer_of(limits_of())
+    assert answer.sampling_bytes > plain.sampling_bytes > 0
+    answer.sampling_sent = True
+    assert answer.sampling_bytes == 0
 
 
 def test_deadline() -> None:
-    assert ticket_of(limits_of()).deadline is None
-    assert ticket_of(limits_of(), timeout_s=2.5).deadline == 3.5
+    assert request_of(limits_of()).deadline is None
+    assert request_of(limits_of(), timeout_s=2.5).deadline == 3.5
 
 
 # ------------------------------------------------------------------ timings
@@ -376,14 +376,14 @@ def times(*compute_us: int) -> tuple[StageTime, ...]:
 
 
 def test_timings_of_one_answer() -> None:
-    request = request_of(limits_of(max_new_tokens=3))
-    request.started_at = 2.5
+    answer = answer_of(limits_of(max_new_tokens=3))
+    answer.started_at = 2.5
     for now in (4.0, 5.0, 7.0):
-        request.append(9, None, now=now)
+        answer.append(9, None, now=now)
     plan = stages(("a", 0, 1), ("b", 1, 2))
-    request.stage_times.add(Epoch(1), plan, times(100_000, 250_000))
-    request.stage_times.add(Epoch(1), plan, times(200_000, 500_000))
-    timings = request.ticket.timings()
+    answer.stage_times.add(Epoch(1), plan, times(100_000, 250_000))
+    answer.stage_times.add(Epoch(1), plan, times(200_000, 500_000))
+    timings = answer.request.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.5, 1.5, 3.0)
     assert timings.stages == (
         StageTiming(worker="a", layers=LayerRange(0, 1), tasks=2, compute_s=0.3),
@@ -392,18 +392,18 @@ def test_timings_of_one_answer() -> None:
 
 
 def test_timings_of_several_answers_and_plans() -> None:
-    ticket = ticket_of(limits_of(n=2, max_new_tokens=9))
-    first, second = ticket.requests
+    request = request_of(limits_of(n=2, max_new_tokens=9))
+    first, second = request.answers
     first.started_at, second.started_at = 3.0, 2.0
-    for request, instants in ((first, (6.0, 8.0)), (second, (5.0, 9.0, 9.5))):
+    for answer, instants in ((first, (6.0, 8.0)), (second, (5.0, 9.0, 9.5))):
         for now in instants:
-            request.append(9, None, now=now)
+            answer.append(9, None, now=now)
     old = stages(("b", 0, 1), ("a", 1, 2))
     new = stages(("b", 0, 1), ("c", 1, 2))
     first.stage_times.add(Epoch(1), old, times(1_000_000, 2_000_000))
     first.stage_times.add(Epoch(2), new, times(1_000_000, 4_000_000))
     second.stage_times.add(Epoch(2), new, times(1_500_000, 8_000_000))
-    timings = ticket.timings()
+    timings = request.timings()
     assert (timings.queued_s, timings.first_token_s, timings.decode_s) == (1.0, 3.0, 4.5)
     assert timings.stages[0] == StageTiming(
         worker="b", layers=LayerRange(0, 1), tasks=3, compute_s=3.5

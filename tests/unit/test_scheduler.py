@@ -21,13 +21,13 @@ from distributed_llm.common.sampling_params import (
 )
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId, StepNumber
-from distributed_llm.coordinator.requests.lifecycle import RequestState
+from distributed_llm.coordinator.requests.answer_states import AnswerState
 from distributed_llm.coordinator.requests.parameters import Limits
-from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.step import Step
 
-ANSWER = 7
+TOKEN = 7
 """Every token of every answer."""
 
 Parts = list[tuple[int, int, int, bool]]
@@ -57,38 +57,38 @@ class Bench:
     def _on_change(self) -> None:
         self.changes += 1
 
-    def request(
+    def answer(
         self,
         prompt: int | Sequence[int],
         *,
-        answer: int = 10,
+        new_tokens: int = 10,
         client: bytes = b"a",
         sampling: Sampling | None = None,
-    ) -> Request:
-        """Make a request; a prompt that is a number of tokens begins like no other."""
+    ) -> Answer:
+        """Make an answer; a prompt that is a number of tokens begins like no other."""
         number, self._number = self._number, self._number + 1
-        ticket = Ticket((PeerId(client), f"r{number}", number), SamplingParams(), arrived_at=0.0)
+        request = Request((PeerId(client), f"r{number}", number), SamplingParams(), arrived_at=0.0)
         if isinstance(prompt, int):
             prompt = range(10_000 * (number + 1), 10_000 * (number + 1) + prompt)
-        limits = Limits((sampling or Sampling(seed=number),), answer, ())
-        ticket.accept(prompt, limits, number=number)
-        return ticket.requests[0]
+        limits = Limits((sampling or Sampling(seed=number),), new_tokens, ())
+        request.accept(prompt, limits, number=number)
+        return request.answers[0]
 
-    def admit(self, request: Request, *, now: float = 1.0) -> bool:
-        return self.scheduler.admit(request, now=now)
+    def admit(self, answer: Answer, *, now: float = 1.0) -> bool:
+        return self.scheduler.admit(answer, now=now)
 
     def add(
         self,
         prompt: int | Sequence[int],
         *,
-        answer: int = 10,
+        new_tokens: int = 10,
         client: bytes = b"a",
         sampling: Sampling | None = None,
-    ) -> Request:
-        """Let a new request run."""
-        request = self.request(prompt, answer=answer, client=client, sampling=sampling)
-        assert self.admit(request)
-        return request
+    ) -> Answer:
+        """Let a new answer run."""
+        answer = self.answer(prompt, new_tokens=new_tokens, client=client, sampling=sampling)
+        assert self.admit(answer)
+        return answer
 
     def poll(
         self, *, max_decodes: int = 1000, prompts: bool = True, idle: bool = False
@@ -104,34 +104,33 @@ class Bench:
 
     def land(self, step: Step) -> list[bool]:
         """The step ran through all stages."""
-        counts = self.scheduler.complete(step)
-        samplers = [r for r, p in zip(step.requests, step.slices, strict=True) if p.sample]
-        for request, current in zip(samplers, counts, strict=True):
-            if current:
-                request.append(ANSWER, None, now=1.0)
+        are_current = self.scheduler.complete(step)
+        for answer, is_current in zip(step.samplers, are_current, strict=True):
+            if is_current:
+                answer.append(TOKEN, None, now=1.0)
         self.scheduler.validate()
-        return counts
+        return are_current
 
     def run(self, steps: int = 1) -> None:
         for _ in range(steps):
             self.land(self.step(idle=True))
 
-    def keep(self, prompt: int | Sequence[int]) -> Request:
+    def keep(self, prompt: int | Sequence[int]) -> Answer:
         """Compute a prompt and one token, and keep it as a prefix for others."""
-        request = self.add(prompt)
-        while not request.num_new_tokens:
+        answer = self.add(prompt)
+        while not answer.num_new_tokens:
             self.run()
-        self.scheduler.remove(request, keep=True)
+        self.scheduler.remove(answer, keep=True)
         self.scheduler.validate()
         self.scheduler.take_prefix_hit_tokens()
-        return request
+        return answer
 
 
 def parts(step: Step) -> Parts:
-    """Return (request's number, start, tokens, whether it samples) of each slice."""
+    """Return (answer's number, start, tokens, whether it samples) of each slice."""
     return [
-        (request.number, part.start, part.num_tokens, part.sample)
-        for request, part in zip(step.requests, step.slices, strict=True)
+        (answer.number, part.start, part.num_tokens, part.sample)
+        for answer, part in zip(step.answers, step.slices, strict=True)
     ]
 
 
@@ -139,9 +138,9 @@ def prefixes(step: Step) -> list[SharedPrefix | None]:
     return [part.prefix for part in step.slices]
 
 
-def id_of(request: Request) -> int:
-    assert request.sequence_id is not None
-    return request.sequence_id
+def id_of(answer: Answer) -> int:
+    assert answer.sequence_id is not None
+    return answer.sequence_id
 
 
 @pytest.fixture
@@ -159,17 +158,17 @@ def test_nothing_to_do(bench: Bench) -> None:
 
 
 def test_whole_prompt_then_a_token_at_a_time(bench: Bench) -> None:
-    request = bench.add([5, 6, 7, 8])
+    answer = bench.add([5, 6, 7, 8])
     step = bench.step()
     assert parts(step) == [(0, 0, 4, True)]
     assert step.token_ids == (5, 6, 7, 8)
-    assert step.requests == (request,)
-    assert step.slices[0].sequence_id == id_of(request)
+    assert step.answers == (answer,)
+    assert step.slices[0].sequence_id == id_of(answer)
     assert (step.num_samples, step.decodes) == (1, False)
     bench.land(step)
     step = bench.step()
     assert parts(step) == [(0, 4, 1, True)]
-    assert step.token_ids == (ANSWER,)
+    assert step.token_ids == (TOKEN,)
     assert (step.num_samples, step.decodes) == (1, True)
 
 
@@ -193,18 +192,18 @@ def test_newcomer_does_not_wait_for_steps_of_others(bench: Bench) -> None:
 
 def test_chunks_of_a_prompt_follow_each_other_and_only_the_last_samples() -> None:
     bench = Bench(tokens=8)
-    request = bench.add(20)
+    answer = bench.add(20)
     steps = [bench.step() for _ in range(3)]
     assert [parts(step) for step in steps] == [
         [(0, 0, 8, False)],
         [(0, 8, 8, False)],
         [(0, 16, 4, True)],
     ]
-    assert [token for step in steps for token in step.token_ids] == request.token_ids
+    assert [token for step in steps for token in step.token_ids] == answer.token_ids
     assert bench.poll() is None
-    for step, computed, counts in zip(steps, (8, 16, 20), ([], [], [True]), strict=True):
-        assert bench.land(step) == counts
-        assert request.num_computed_tokens == computed
+    for step, computed, are_current in zip(steps, (8, 16, 20), ([], [], [True]), strict=True):
+        assert bench.land(step) == are_current
+        assert answer.num_computed_tokens == computed
 
 
 def test_answers_go_before_prompts_within_the_token_budget() -> None:
@@ -317,44 +316,44 @@ def test_many_clients_and_few_tokens() -> None:
 def test_no_more_sequences_than_allowed() -> None:
     bench = Bench(sequences=2)
     first, second = bench.add(1), bench.add(1)
-    third = bench.request(1)
+    third = bench.answer(1)
     assert not bench.scheduler.has_seat
     assert not bench.admit(third)
-    assert third.state is RequestState.WAITING
+    assert third.state is AnswerState.WAITING
     bench.scheduler.remove(first)
     assert bench.scheduler.has_seat
     assert bench.admit(third)
-    assert third.state is RequestState.RUNNING
+    assert third.state is AnswerState.RUNNING
     assert list(bench.scheduler.running) == [second, third]
 
 
 def test_prompt_that_finds_no_room_waits() -> None:
     bench = Bench(blocks=3)
     first = bench.add(2 * KV_BLOCK - 1)
-    second = bench.request(KV_BLOCK)  # and its first token: two blocks
+    second = bench.answer(KV_BLOCK)  # and its first token: two blocks
     assert not bench.admit(second)
-    assert (second.state, second.sequence_id) == (RequestState.WAITING, None)
-    assert bench.admit(bench.request(KV_BLOCK - 1))
+    assert (second.state, second.sequence_id) == (AnswerState.WAITING, None)
+    assert bench.admit(bench.answer(KV_BLOCK - 1))
     bench.scheduler.remove(first)
     assert bench.admit(second)
     bench.scheduler.validate()
 
 
-@pytest.mark.parametrize(("answer", "fits"), [(64, True), (65, False)])
-def test_request_too_long_for_this_pipeline_is_not_admitted(answer: int, fits: bool) -> None:
+@pytest.mark.parametrize(("new_tokens", "fits"), [(64, True), (65, False)])
+def test_answer_too_long_for_this_pipeline_is_not_admitted(new_tokens: int, fits: bool) -> None:
     bench = Bench(blocks=2)
-    request = bench.request(KV_BLOCK, answer=answer)
-    assert bench.admit(request) is fits
+    answer = bench.answer(KV_BLOCK, new_tokens=new_tokens)
+    assert bench.admit(answer) is fits
     assert bench.scheduler.num_running == fits
 
 
 def test_start_is_noted_once() -> None:
     bench = Bench()
-    request = bench.request(3)
-    assert bench.admit(request, now=5.0)
+    answer = bench.answer(3)
+    assert bench.admit(answer, now=5.0)
     bench.scheduler.evacuate()
-    assert bench.admit(request, now=9.0)
-    assert request.started_at == 5.0
+    assert bench.admit(answer, now=9.0)
+    assert answer.started_at == 5.0
 
 
 def test_counts_of_what_runs() -> None:
@@ -369,7 +368,7 @@ def test_counts_of_what_runs() -> None:
 
 
 def test_changes_are_told(bench: Bench) -> None:
-    request = bench.add(3)
+    answer = bench.add(3)
     assert bench.changes == 1
     step = bench.step()
     assert bench.changes == 1
@@ -377,9 +376,9 @@ def test_changes_are_told(bench: Bench) -> None:
     assert bench.changes == 2
     bench.scheduler.abandon(bench.step())
     assert bench.changes == 3
-    bench.scheduler.remove(request)
+    bench.scheduler.remove(answer)
     assert bench.changes == 4
-    bench.scheduler.remove(request)
+    bench.scheduler.remove(answer)
     assert bench.changes == 4
 
 
@@ -388,40 +387,40 @@ def test_changes_are_told(bench: Bench) -> None:
 
 def test_sampling_is_sent_with_the_first_slice_that_samples_and_not_again() -> None:
     bench = Bench(tokens=8)
-    request = bench.add(12)
+    answer = bench.add(12)
     sent = []
     for _ in range(4):
         step = bench.step()
         sent += [part.sampling for part in step.slices]
         bench.land(step)
-    assert sent == [None, request.sampling, None, None]
+    assert sent == [None, answer.sampling, None, None]
 
 
 def test_sampling_is_sent_again_after_steps_were_abandoned(bench: Bench) -> None:
-    request = bench.add(4)
+    answer = bench.add(4)
     step = bench.step()
     bench.scheduler.abandon(step)
     again = bench.step()
     assert again == step
-    assert again.slices[0].sampling == request.sampling
+    assert again.slices[0].sampling == answer.sampling
     bench.land(again)
     bench.scheduler.abandon(bench.step())
-    assert bench.step().slices[0].sampling == request.sampling
+    assert bench.step().slices[0].sampling == answer.sampling
 
 
 def test_sampling_is_sent_again_after_a_restart(bench: Bench) -> None:
-    request = bench.add(4)
+    answer = bench.add(4)
     bench.run(2)
-    bench.scheduler.restart(request)
+    bench.scheduler.restart(answer)
     step = bench.step()
     assert parts(step) == [(0, 0, 6, True)]
-    assert step.slices[0].sampling == request.sampling
+    assert step.slices[0].sampling == answer.sampling
 
 
 def test_prefix_is_sent_until_its_first_slice_is_confirmed() -> None:
     bench = Bench(tokens=20)
     bench.keep(list(range(100)))
-    request = bench.add([*range(90), *[1] * 50])
+    answer = bench.add([*range(90), *[1] * 50])
     shared = SharedPrefix(sequence_id=SequenceId(1), length=90)
     steps = [bench.step(), bench.step()]
     assert [parts(s) for s in steps] == [[(1, 90, 20, False)], [(1, 110, 20, False)]]
@@ -436,25 +435,25 @@ def test_prefix_is_sent_until_its_first_slice_is_confirmed() -> None:
     step = bench.step()
     assert parts(step) == [(1, 110, 20, False)]
     assert prefixes(step) == [None]
-    assert request.num_computed_tokens == 110
+    assert answer.num_computed_tokens == 110
 
 
 # ------------------------------------------------------------------ prefixes
 
 
-def test_what_a_request_kept_is_found_by_the_next(bench: Bench) -> None:
+def test_what_an_answer_kept_is_found_by_the_next(bench: Bench) -> None:
     old = bench.keep(50)
     assert bench.scheduler.kv_tokens_used == 0
     assert bench.scheduler.kv_tokens_cached == KV_BLOCK
-    request = bench.request([*old.token_ids, 1, 2])
-    assert bench.scheduler.hit_length(request) == 50  # the answer's token was not computed
-    assert bench.admit(request)
-    assert (request.num_computed_tokens, request.num_cached_tokens) == (50, 50)
+    answer = bench.answer([*old.token_ids, 1, 2])
+    assert bench.scheduler.hit_length(answer) == 50  # its last token was not computed
+    assert bench.admit(answer)
+    assert (answer.num_computed_tokens, answer.num_cached_tokens) == (50, 50)
     assert bench.scheduler.take_prefix_hit_tokens() == 50
     step = bench.step()
     assert parts(step) == [(1, 50, 3, True)]
     assert prefixes(step) == [SharedPrefix(sequence_id=SequenceId(1), length=50, take=True)]
-    assert step.token_ids == (ANSWER, 1, 2)
+    assert step.token_ids == (TOKEN, 1, 2)
     bench.land(step)
     assert bench.scheduler.take_freed() == []  # it was taken
 
@@ -471,20 +470,20 @@ def test_what_is_not_kept_is_not_found(bench: Bench) -> None:
     bench.scheduler.remove(old, keep=False)
     assert bench.scheduler.take_freed() == [1]
     assert bench.scheduler.take_freed() == []
-    assert bench.scheduler.hit_length(bench.request(range(50))) == 0
+    assert bench.scheduler.hit_length(bench.answer(range(50))) == 0
     assert (bench.scheduler.kv_tokens_used, bench.scheduler.kv_tokens_cached) == (0, 0)
 
 
-def test_prefix_of_a_running_request_is_shared(bench: Bench) -> None:
+def test_prefix_of_a_running_answer_is_shared(bench: Bench) -> None:
     old = bench.add(range(80))
     bench.run(2)
-    bench.add([*range(80), ANSWER, 1, 2])
+    bench.add([*range(80), TOKEN, 1, 2])
     step = bench.step()
     assert parts(step) == [(0, 81, 1, True), (1, 81, 2, True)]
     assert prefixes(step) == [None, SharedPrefix(sequence_id=SequenceId(id_of(old)), length=81)]
 
 
-def test_prefixes_make_room_for_requests() -> None:
+def test_prefixes_make_room_for_answers() -> None:
     bench = Bench(blocks=2)
     bench.keep(100)
     assert bench.scheduler.kv_tokens_cached == 2 * KV_BLOCK
@@ -496,11 +495,11 @@ def test_prefixes_make_room_for_requests() -> None:
 # ------------------------------------------------------------------ followers
 
 
-def leader_and_follower(bench: Bench) -> tuple[Request, Request]:
-    """Return a request of 200 tokens, and one that has the first 150 and 30 others."""
+def leader_and_follower(bench: Bench) -> tuple[Answer, Answer]:
+    """Return an answer of 200 tokens, and one that has the first 150 and 30 others."""
     leader, follower = bench.add(range(200)), bench.add([*range(150), *[1] * 30])
     assert follower.waits_for is leader
-    assert (follower.state, follower.sequence_id) == (RequestState.RUNNING, None)
+    assert (follower.state, follower.sequence_id) == (AnswerState.RUNNING, None)
     return leader, follower
 
 
@@ -510,7 +509,7 @@ def test_follower_waits_until_the_common_part_is_computed_and_shares_it() -> Non
     under_way = [bench.step() for _ in range(4)]
     assert bench.poll() is None
     for step in under_way[:2]:
-        assert step.requests == (leader,)
+        assert step.answers == (leader,)
         bench.land(step)
         assert bench.poll() is None
     bench.land(under_way[2])  # 150 by now
@@ -561,7 +560,7 @@ def test_follower_for_whom_there_is_no_room_is_preempted() -> None:
     follower = bench.add([*range(100), *[1] * 90])
     bench.run(2)
     assert bench.scheduler.take_preempted() == [follower]
-    assert (follower.state, follower.waits_for) == (RequestState.WAITING, None)
+    assert (follower.state, follower.waits_for) == (AnswerState.WAITING, None)
 
 
 @pytest.mark.parametrize(("common", "waits"), [(63, False), (64, True)])
@@ -587,7 +586,7 @@ def test_nobody_waits_for_who_waits() -> None:
     third = bench.add([*follower.token_ids, 9])
     assert third.waits_for is leader
     bench.run(3)
-    assert not any(request.waits_for for request in (follower, third))
+    assert not any(answer.waits_for for answer in (follower, third))
 
 
 # ------------------------------------------------------------------ preemption
@@ -595,22 +594,22 @@ def test_nobody_waits_for_who_waits() -> None:
 
 def test_youngest_gives_up_its_room_for_the_oldest() -> None:
     bench = Bench(tokens=1000, blocks=3)
-    old, middle, young = (bench.add(KV_BLOCK - 1, answer=100) for _ in range(3))
+    old, middle, young = (bench.add(KV_BLOCK - 1, new_tokens=100) for _ in range(3))
     bench.run()
     assert parts(bench.step()) == [(0, 63, 1, True)]
     assert bench.scheduler.take_preempted() == [young]
     assert (young.state, young.sequence_id, young.num_computed_tokens) == (
-        RequestState.WAITING,
+        AnswerState.WAITING,
         None,
         0,
     )
-    assert len(young.token_ids) == KV_BLOCK  # its answer so far stays
+    assert len(young.token_ids) == KV_BLOCK  # its tokens so far stay
     assert young.sampling_sent is False
     assert list(bench.scheduler.running) == [old, middle]
     assert bench.scheduler.take_freed() == [3]
 
 
-def test_preempted_request_computes_all_its_tokens_again() -> None:
+def test_preempted_answer_computes_all_its_tokens_again() -> None:
     bench = Bench(tokens=1000, blocks=2)
     old, young = bench.add(KV_BLOCK - 1), bench.add(KV_BLOCK - 1)
     bench.run(2)
@@ -624,9 +623,9 @@ def test_preempted_request_computes_all_its_tokens_again() -> None:
 @pytest.mark.parametrize("oldest_first", [True, False])
 def test_oldest_is_not_preempted_for_a_younger_one(oldest_first: bool) -> None:
     bench = Bench(tokens=1000, blocks=2)
-    old, young = bench.request(KV_BLOCK - 1), bench.request(KV_BLOCK - 1)
-    for request in (old, young) if oldest_first else (young, old):  # it may have been preempted
-        assert bench.admit(request)
+    old, young = bench.answer(KV_BLOCK - 1), bench.answer(KV_BLOCK - 1)
+    for answer in (old, young) if oldest_first else (young, old):  # it may have been preempted
+        assert bench.admit(answer)
     bench.run()
     assert parts(bench.step()) == [(0, 63, 1, True)]
     assert bench.scheduler.take_preempted() == [young]
@@ -646,7 +645,7 @@ def test_who_is_under_way_is_not_preempted() -> None:
     assert bench.scheduler.take_preempted() == [young]
 
 
-def test_kept_prefixes_go_before_requests_are_preempted() -> None:
+def test_kept_prefixes_go_before_answers_are_preempted() -> None:
     bench = Bench(blocks=3)
     bench.keep(KV_BLOCK - 10)
     bench.add(KV_BLOCK - 1)
@@ -660,21 +659,21 @@ def test_who_is_alone_and_has_no_room_starts_without_sharing() -> None:
     """What it shares is part of a longer buffer, which stays as long as it is shared."""
     bench = Bench(tokens=1000, blocks=5)
     bench.keep(range(200))
-    request = bench.add([*range(100), *[1] * 30], answer=190)
-    assert request.num_cached_tokens == 100
+    answer = bench.add([*range(100), *[1] * 30], new_tokens=190)
+    assert answer.num_cached_tokens == 100
     preempted = 0
-    while not request.finish_reason:
+    while not answer.finish_reason:
         step = bench.poll(idle=True)
         if step is None:
-            assert bench.scheduler.take_preempted() == [request]
-            assert not request.shares
+            assert bench.scheduler.take_preempted() == [answer]
+            assert not answer.shares
             preempted += 1
-            assert bench.admit(request)
-            assert request.prefix is None
+            assert bench.admit(answer)
+            assert answer.prefix is None
         else:
             bench.land(step)
     assert preempted == 1
-    assert request.num_computed_tokens == 5 * KV_BLOCK - 1
+    assert answer.num_computed_tokens == 5 * KV_BLOCK - 1
 
 
 # ------------------------------------------------------------------ removal
@@ -683,9 +682,9 @@ def test_who_is_alone_and_has_no_room_starts_without_sharing() -> None:
 @pytest.mark.parametrize("lost", [False, True])
 def test_removed_while_under_way_is_freed_when_its_last_step_landed(lost: bool) -> None:
     bench = Bench(tokens=10)
-    request = bench.add(20)
+    answer = bench.add(20)
     steps = [bench.step(), bench.step()]
-    bench.scheduler.remove(request)
+    bench.scheduler.remove(answer)
     for step, freed in zip(steps, ([], [1]), strict=True):
         assert bench.scheduler.take_freed() == []
         assert bench.scheduler.kv_tokens_used > 0
@@ -701,13 +700,13 @@ def test_removed_while_under_way_is_freed_when_its_last_step_landed(lost: bool) 
 
 def test_removed_while_under_way_may_be_kept() -> None:
     bench = Bench()
-    request = bench.add(range(50))
+    answer = bench.add(range(50))
     bench.run()
     step = bench.step()
-    bench.scheduler.remove(request, keep=True)
+    bench.scheduler.remove(answer, keep=True)
     assert bench.land(step) == [False]
     assert bench.scheduler.take_freed() == []
-    assert bench.scheduler.hit_length(bench.request(range(60))) == 50
+    assert bench.scheduler.hit_length(bench.answer(range(60))) == 50
 
 
 def test_others_of_a_step_go_on_when_one_is_removed(bench: Bench) -> None:
@@ -723,13 +722,13 @@ def test_others_of_a_step_go_on_when_one_is_removed(bench: Bench) -> None:
 
 def test_abandoned_steps_go_back_to_what_is_computed() -> None:
     bench = Bench(tokens=8)
-    request = bench.add(20)
+    answer = bench.add(20)
     bench.run()
     steps = [bench.step(), bench.step()]
     for step in steps:
         bench.scheduler.abandon(step)
-    assert (request.num_computed_tokens, request.num_scheduled_tokens) == (8, 8)
-    assert (request.num_in_flight, request.sequence_id) == (0, 1)
+    assert (answer.num_computed_tokens, answer.num_scheduled_tokens) == (8, 8)
+    assert (answer.num_in_flight, answer.sequence_id) == (0, 1)
     assert parts(bench.step()) == [(0, 8, 8, False)]
 
 
@@ -758,36 +757,36 @@ def test_suspects_run_one_after_the_other() -> None:
         seen.append([p[:3] for p in parts(step)])
         bench.land(step)
     assert seen == [[(1, 0, 8)], [(1, 8, 4)], [(2, 0, 3)]]
-    assert not any(request.alone for request in (good, bad, worse))
+    assert not any(answer.alone for answer in (good, bad, worse))
 
 
 def test_suspicion_ends_with_a_token_and_not_before() -> None:
     """What breaks stages may be in a later part of the prompt."""
     bench = Bench(tokens=8)
-    request = bench.add(12)
-    request.alone, request.losses, request.failures = True, 2, 1
+    answer = bench.add(12)
+    answer.alone, answer.losses, answer.failures = True, 2, 1
     bench.run()
-    assert (request.alone, request.losses, request.failures) == (True, 2, 1)
+    assert (answer.alone, answer.losses, answer.failures) == (True, 2, 1)
     bench.run()
-    assert (request.alone, request.losses, request.failures) == (False, 0, 0)
+    assert (answer.alone, answer.losses, answer.failures) == (False, 0, 0)
 
 
 def test_suspect_that_waits_for_another_stops_nobody() -> None:
     bench = Bench(tokens=50)
     leader, follower = leader_and_follower(bench)
     follower.alone = True
-    assert bench.step().requests == (leader,)
+    assert bench.step().answers == (leader,)
 
 
 def test_restart_computes_all_tokens_in_a_new_sequence(bench: Bench) -> None:
-    request = bench.add(30)
+    answer = bench.add(30)
     bench.run(2)
     step = bench.step()
-    tokens = list(request.token_ids)
-    bench.scheduler.restart(request)
+    tokens = list(answer.token_ids)
+    bench.scheduler.restart(answer)
     bench.scheduler.validate()
-    assert request.token_ids == tokens
-    assert (request.num_computed_tokens, request.num_in_flight) == (0, 0)
+    assert answer.token_ids == tokens
+    assert (answer.num_computed_tokens, answer.num_in_flight) == (0, 0)
     again = bench.step()
     assert again.slices[0].sequence_id != step.slices[0].sequence_id
     assert again.token_ids == tuple(tokens)
@@ -799,11 +798,11 @@ def test_restart_computes_all_tokens_in_a_new_sequence(bench: Bench) -> None:
 def test_restart_before_the_first_slice_gives_up_what_it_began_as(bench: Bench) -> None:
     """A stage lost the prefix, or the sequence: nobody may begin as either again."""
     bench.keep(range(80))
-    request = bench.add([*range(60), 1, 2])
-    other = bench.request([*range(70), 3])
+    answer = bench.add([*range(60), 1, 2])
+    other = bench.answer([*range(70), 3])
     assert bench.scheduler.hit_length(other) == 70
     step = bench.step()
-    bench.scheduler.restart(request)
+    bench.scheduler.restart(answer)
     bench.scheduler.abandon(step)
     assert bench.scheduler.hit_length(other) == 0
     assert sorted(bench.scheduler.take_freed()) == [1, 2]
@@ -814,43 +813,43 @@ def test_restart_before_the_first_slice_gives_up_what_it_began_as(bench: Bench) 
 
 def test_restart_later_leaves_what_it_began_as_to_others(bench: Bench) -> None:
     bench.keep(range(80))
-    request = bench.add([*range(60), 1, 2])
+    answer = bench.add([*range(60), 1, 2])
     bench.run()
-    bench.scheduler.restart(request)
-    assert bench.scheduler.hit_length(bench.request([*range(70), 3])) == 70
+    bench.scheduler.restart(answer)
+    assert bench.scheduler.hit_length(bench.answer([*range(70), 3])) == 70
     assert parts(bench.step()) == [(1, 0, 63, True)]  # but it takes no part in that
 
 
 def test_restart_without_room_waits_for_the_old_sequence_to_land() -> None:
     bench = Bench(blocks=1)
-    request = bench.add(20)
+    answer = bench.add(20)
     step = bench.step()
-    bench.scheduler.restart(request)
+    bench.scheduler.restart(answer)
     bench.scheduler.validate()
-    assert bench.scheduler.take_preempted() == [request]
-    assert request.state is RequestState.WAITING
+    assert bench.scheduler.take_preempted() == [answer]
+    assert answer.state is AnswerState.WAITING
     bench.scheduler.abandon(step)
-    assert bench.admit(request)
+    assert bench.admit(answer)
     assert parts(bench.step()) == [(0, 0, 20, True)]
 
 
-def test_evacuated_requests_are_ready_to_run_elsewhere() -> None:
+def test_evacuated_answers_are_ready_to_run_elsewhere() -> None:
     bench = Bench(tokens=50)
     talker = bench.add(10)
     leader, follower = leader_and_follower(bench)
     bench.run()
     bench.step()
-    answered = [list(r.token_ids) for r in (talker, leader, follower)]
+    answered = [list(answer.token_ids) for answer in (talker, leader, follower)]
     assert bench.scheduler.evacuate() == [talker, leader, follower]
     assert bench.scheduler.num_running == 0
     elsewhere = Bench(tokens=1000)
-    for request in (talker, leader, follower):
-        assert request.state is RequestState.WAITING
-        assert (request.sequence_id, request.waits_for, request.prefix) == (None, None, None)
-        assert (request.num_computed_tokens, request.num_scheduled_tokens) == (0, 0)
-        assert (request.num_in_flight, request.sampling_sent) == (0, False)
-        assert elsewhere.admit(request)
-    assert [list(r.token_ids) for r in (talker, leader, follower)] == answered
+    for answer in (talker, leader, follower):
+        assert answer.state is AnswerState.WAITING
+        assert (answer.sequence_id, answer.waits_for, answer.prefix) == (None, None, None)
+        assert (answer.num_computed_tokens, answer.num_scheduled_tokens) == (0, 0)
+        assert (answer.num_in_flight, answer.sampling_sent) == (0, False)
+        assert elsewhere.admit(answer)
+    assert [list(answer.token_ids) for answer in (talker, leader, follower)] == answered
     assert [p[0] for p in parts(elsewhere.step())] == [talker.number, leader.number]
 
 
@@ -920,7 +919,7 @@ def test_answers_of_full_steps_and_prompts_fit_a_message() -> None:
     bench = Bench(sequences=1000, tokens=100_000, blocks=2000, first_id=FAR)
     for _ in range(MAX_SLICES - 5):
         bench.add(1)
-    while any(not request.num_new_tokens for request in bench.scheduler.running):
+    while any(not answer.num_new_tokens for answer in bench.scheduler.running):
         bench.run()
     for _ in range(20):
         bench.add(2, sampling=WORST)
@@ -932,8 +931,8 @@ def test_answers_of_full_steps_and_prompts_fit_a_message() -> None:
 def test_answers_after_steps_were_abandoned_fit_a_message() -> None:
     """The last stage is to be told again how to pick the tokens of all of them."""
     bench = Bench(tokens=1000, first_id=FAR)
-    requests = [bench.add(2, sampling=WORST) for _ in range(40)]
-    while any(not request.num_new_tokens for request in requests):
+    answers = [bench.add(2, sampling=WORST) for _ in range(40)]
+    while any(not answer.num_new_tokens for answer in answers):
         bench.run()
     bench.scheduler.abandon(bench.step())
     told = 0
@@ -948,10 +947,10 @@ def test_answers_after_steps_were_abandoned_fit_a_message() -> None:
 
 def test_on_other_stages_it_is_told_again_how_to_sample() -> None:
     bench = Bench()
-    request = bench.add(5)
+    answer = bench.add(5)
     bench.land(bench.step())
     bench.scheduler.move(100 * KV_BLOCK)
-    assert request.num_computed_tokens == 5, "what is computed stays"
+    assert answer.num_computed_tokens == 5, "what is computed stays"
     (part,) = bench.step().slices
     assert (part.start, part.num_tokens, part.sampling) == (5, 1, Sampling(seed=0))
 
@@ -968,7 +967,7 @@ def test_where_other_stages_have_less_room_prefixes_go_first() -> None:
     bench.scheduler.validate()
     assert bench.scheduler.kv_tokens_cached == 0
     assert len(bench.scheduler.take_freed()) == 1
-    assert (running.state, bench.scheduler.take_preempted()) == (RequestState.RUNNING, [])
+    assert (running.state, bench.scheduler.take_preempted()) == (AnswerState.RUNNING, [])
 
 
 def test_where_other_stages_have_less_room_the_youngest_gives_way() -> None:
@@ -978,5 +977,5 @@ def test_where_other_stages_have_less_room_the_youngest_gives_way() -> None:
     bench.scheduler.move(2 * KV_BLOCK)
     bench.scheduler.validate()
     assert bench.scheduler.take_preempted() == [second]
-    assert (first.state, second.state) == (RequestState.RUNNING, RequestState.WAITING)
-    assert not bench.admit(bench.request(2 * KV_BLOCK)), "the new limit counts"
+    assert (first.state, second.state) == (AnswerState.RUNNING, AnswerState.WAITING)
+    assert not bench.admit(bench.answer(2 * KV_BLOCK)), "the new limit are_current"

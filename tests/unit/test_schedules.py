@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK, SequenceId
-from distributed_llm.coordinator.requests.lifecycle import RequestCause, RequestState
-from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
+from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.step import Step
 from tests.unit.test_scheduler import Bench
 
@@ -58,16 +58,16 @@ class Stages:
     def run(self, step: Step) -> list[int]:
         """Compute a step; return the tokens that it samples."""
         sampled, at = [], 0
-        for request, part in zip(step.requests, step.slices, strict=True):
+        for answer, part in zip(step.answers, step.slices, strict=True):
             held = self._begin(part)
             del held[part.start :]
             held += step.token_ids[at : at + part.num_tokens]
             at += part.num_tokens
-            assert held == request.token_ids[: len(held)]
+            assert held == answer.token_ids[: len(held)]
             if part.sampling:
                 self.sampling[part.sequence_id] = part.sampling
             if part.sample:
-                assert self.sampling[part.sequence_id] == request.sampling
+                assert self.sampling[part.sequence_id] == answer.sampling
                 sampled.append(next_token(held))
         assert at == len(step.token_ids)
         return sampled
@@ -88,7 +88,7 @@ _INDEX = st.integers(0, 10**6)
 
 
 class Schedules(RuleBasedStateMachine):
-    """Requests that come, are cancelled and lose steps; every other one ends with its tokens."""
+    """Answers that come, are cancelled and lose steps; every other one ends with its tokens."""
 
     @initialize(
         sequences=st.integers(1, 8),
@@ -100,36 +100,36 @@ class Schedules(RuleBasedStateMachine):
         self.scheduler = self.bench.scheduler
         self.max_tokens, self.capacity = tokens, blocks * KV_BLOCK
         self.stages = Stages()
-        self.waiting: list[Request] = []
+        self.waiting: list[Answer] = []
         self.under_way: list[Sent] = []
         self.to_free: list[SequenceId] = []
-        self.expected: dict[Request, list[int]] = {}
+        self.expected: dict[Answer, list[int]] = {}
 
     @rule(
         family=st.integers(0, 2),
         common=st.integers(0, 150),
         own=st.integers(1, 60),
-        answer=st.integers(1, 40),
+        new_tokens=st.integers(1, 40),
         client=st.sampled_from([b"a", b"b"]),
     )
-    def arrive(self, family: int, common: int, own: int, answer: int, client: bytes) -> None:
+    def arrive(self, family: int, common: int, own: int, new_tokens: int, client: bytes) -> None:
         """Mostly it begins like others."""
         tail = [9000 + len(self.expected)] * own
         prompt = [*range(1000 * family, 1000 * family + common), *tail]
-        self._arrive(prompt, answer, client)
+        self._arrive(prompt, new_tokens, client)
 
     @precondition(lambda self: self.expected)
-    @rule(index=_INDEX, own=st.integers(1, 20), answer=st.integers(1, 20))
-    def go_on(self, index: int, own: int, answer: int) -> None:
+    @rule(index=_INDEX, own=st.integers(1, 20), new_tokens=st.integers(1, 20))
+    def go_on(self, index: int, own: int, new_tokens: int) -> None:
         """The next turn of a conversation."""
         before = list(self.expected)[index % len(self.expected)].token_ids[:150]
-        self._arrive([*before, *[5000] * own], answer, b"a")
+        self._arrive([*before, *[5000] * own], new_tokens, b"a")
 
-    def _arrive(self, prompt: list[int], answer: int, client: bytes) -> None:
-        request = self.bench.request(prompt, answer=answer, client=client)
-        assert request.ticket.reserved_tokens <= self.capacity
-        self.expected[request] = reference(prompt, answer)
-        self.waiting.append(request)
+    def _arrive(self, prompt: list[int], new_tokens: int, client: bytes) -> None:
+        answer = self.bench.answer(prompt, new_tokens=new_tokens, client=client)
+        assert answer.request.reserved_tokens <= self.capacity
+        self.expected[answer] = reference(prompt, new_tokens)
+        self.waiting.append(answer)
 
     @rule(depth=st.integers(1, 4), max_decodes=st.integers(1, 4), chunks=st.integers(1, 4))
     def begin(self, depth: int, max_decodes: int, chunks: int) -> None:
@@ -143,7 +143,7 @@ class Schedules(RuleBasedStateMachine):
         assert self.under_way or not self.scheduler.num_running, "they run, but nothing does"
 
     def _begin(self, max_decodes: int, chunks: int) -> None:
-        before = [r.number for r in self.scheduler.running if r.sequence_id is not None]
+        before = [a.number for a in self.scheduler.running if a.sequence_id is not None]
         idle = not self.under_way
         prompts = sum(not step.decodes for _, step in self.under_way) < chunks
         step = self.scheduler.next_step(max_decodes=max_decodes, prompts=prompts, idle=idle)
@@ -159,12 +159,12 @@ class Schedules(RuleBasedStateMachine):
 
     def _check(self, step: Step, max_decodes: int) -> None:
         assert len(step.token_ids) == sum(p.num_tokens for p in step.slices) <= self.max_tokens
-        pairs = list(zip(step.requests, step.slices, strict=True))
+        pairs = list(zip(step.answers, step.slices, strict=True))
         answering = [p for _, p in pairs if p.sample and p.num_tokens == 1 and p.start > 0]
         assert len(answering) <= max_decodes
-        for request, part in pairs:
-            assert part.sample == (part.start + part.num_tokens == len(request.token_ids))
-        if any(request.alone for request in step.requests):
+        for answer, part in pairs:
+            assert part.sample == (part.start + part.num_tokens == len(answer.token_ids))
+        if any(answer.alone for answer in step.answers):
             assert len(step.slices) == 1
             assert not self.under_way
 
@@ -176,13 +176,13 @@ class Schedules(RuleBasedStateMachine):
         assert not (self.waiting and nothing_runs), "there is room, but nobody is admitted"
 
     def _take_preempted(self) -> list[int]:
-        """Let preempted requests wait; return their numbers."""
+        """Let preempted answers wait; return their numbers."""
         preempted = self.scheduler.take_preempted()
-        self.waiting = sorted([*self.waiting, *preempted], key=lambda r: r.number)
-        return [request.number for request in preempted]
+        self.waiting = sorted([*self.waiting, *preempted], key=lambda answer: answer.number)
+        return [answer.number for answer in preempted]
 
     def _collect(self) -> None:
-        """Preempted requests wait; freed sequences are freed before the next step, or now."""
+        """Preempted answers wait; freed sequences are freed before the next step, or now."""
         self._take_preempted()
         self.to_free += self.scheduler.take_freed()
         if not self.under_way:
@@ -200,25 +200,24 @@ class Schedules(RuleBasedStateMachine):
             return
         tokens = self.stages.run(step)
         del self.under_way[0]
-        counts = self.scheduler.complete(step)
-        samplers = [r for r, p in zip(step.requests, step.slices, strict=True) if p.sample]
-        for request, token, current in zip(samplers, tokens, counts, strict=True):
-            if current:
-                self._append(request, token)
+        are_current = self.scheduler.complete(step)
+        for answer, token, is_current in zip(step.samplers, tokens, are_current, strict=True):
+            if is_current:
+                self._append(answer, token)
         self._collect()
 
-    def _append(self, request: Request, token: int) -> None:
-        request.append(token, None, now=1.0)
-        if request.finish_reason:
-            assert request.token_ids == self.expected[request]
-            self.scheduler.remove(request, keep=request.number % 4 > 0)
-            request.change(RequestCause.LAST_TOKEN)
+    def _append(self, answer: Answer, token: int) -> None:
+        answer.append(token, None, now=1.0)
+        if answer.finish_reason:
+            assert answer.token_ids == self.expected[answer]
+            self.scheduler.remove(answer, keep=answer.number % 4 > 0)
+            answer.change(AnswerCause.LAST_TOKEN)
 
     def _break(self, step: Step, missing: list[SequenceId]) -> None:
-        for request, part in zip(step.requests, step.slices, strict=True):
-            if part.sequence_id in missing and request.sequence_id == part.sequence_id:
-                self.scheduler.restart(request)
-                request.alone = True
+        for answer, part in zip(step.answers, step.slices, strict=True):
+            if part.sequence_id in missing and answer.sequence_id == part.sequence_id:
+                self.scheduler.restart(answer)
+                answer.alone = True
         self.abandon(0)
 
     @rule(executed=st.integers(0, 3))
@@ -239,11 +238,11 @@ class Schedules(RuleBasedStateMachine):
     @rule(index=_INDEX, keep=st.booleans())
     def cancel(self, index: int, keep: bool) -> None:
         alive = [*self.scheduler.running, *self.waiting]
-        request = alive[index % len(alive)]
-        if request in self.waiting:
-            self.waiting.remove(request)
-        self.scheduler.remove(request, keep=keep)
-        request.change(RequestCause.FAILED)
+        answer = alive[index % len(alive)]
+        if answer in self.waiting:
+            self.waiting.remove(answer)
+        self.scheduler.remove(answer, keep=keep)
+        answer.change(AnswerCause.FAILED)
         self._collect()
 
     @precondition(lambda self: self.scheduler.num_running)
@@ -270,17 +269,17 @@ class Schedules(RuleBasedStateMachine):
         if not hasattr(self, "bench"):
             return
         self._drain()
-        for request, expected in self.expected.items():
-            if request.state is not RequestState.GONE:
-                assert request.token_ids == expected
+        for answer, expected in self.expected.items():
+            if answer.state is not AnswerState.GONE:
+                assert answer.token_ids == expected
         assert self.scheduler.kv_tokens_used == 0
-        # A request that needs all the room drives out what is kept; then nothing is left.
-        last = self.bench.request([8000] * (self.capacity - 1), answer=1)
+        # An answer that needs all the room drives out what is kept; then nothing is left.
+        last = self.bench.answer([8000] * (self.capacity - 1), new_tokens=1)
         self.expected[last] = reference(last.token_ids, 1)
         self.waiting.append(last)
         self.begin(1, 1, 1)
         self.scheduler.remove(last)
-        last.change(RequestCause.FAILED)
+        last.change(AnswerCause.FAILED)
         self._drain()
         assert self.scheduler.kv_tokens_cached == 0
         assert not self.stages.held
@@ -290,10 +289,10 @@ class Schedules(RuleBasedStateMachine):
             if not self.scheduler.num_running and not self.waiting and not self.under_way:
                 return
             self.begin(3, 2, 3)
-            if self.under_way:  # else a request, alone, gave its room up
+            if self.under_way:  # else an answer, alone, gave its room up
                 self.land()
             self.scheduler.validate()
-        raise AssertionError("requests do not end")
+        raise AssertionError("answers do not end")
 
 
 TestSchedules = Schedules.TestCase

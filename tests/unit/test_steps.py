@@ -1,4 +1,4 @@
-"""Steps on their way: routes, answers, leases, and what stages are told to free."""
+"""Steps on their way: routes, results, leases, and what stages are told to free."""
 
 from array import array
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_token_ids
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber, WorkerId
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.parameters import Limits
-from distributed_llm.coordinator.requests.request import Request, Ticket
+from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.steps import (
     Dropped,
@@ -40,7 +40,7 @@ EPOCH = 7
 LEASE_S = 10.0
 PEERS = [PeerId(b"a"), PeerId(b"b"), PeerId(b"c")]
 STRANGER = PeerId(b"?")
-SEATS = [
+STAGES = [
     PipelineStage(peer, WorkerId(peer.decode()), LayerRange(i, i + 1))
     for i, peer in enumerate(PEERS)
 ]
@@ -53,7 +53,7 @@ def in_flight(credits: int = 4, links: Iterable[int] = ()) -> StepsInFlight:
     """Three stages; those in `links` reach the next one."""
     line = StepsInFlight(
         Epoch(EPOCH),
-        SEATS,
+        STAGES,
         credits=credits,
         model=MODEL,
         task_timeout_s=LEASE_S,
@@ -64,19 +64,19 @@ def in_flight(credits: int = 4, links: Iterable[int] = ()) -> StepsInFlight:
 
 
 def step(*asked: int | None, samples: bool = True) -> Step:
-    """A step of one slice per request, which asks for so many log-probabilities; or one request."""
+    """Return a step of one slice per answer, each of which asks for so many log-probabilities."""
     asked = asked or (None,)
-    requests: list[Request] = []
+    answers: list[Answer] = []
     for number, logprobs in enumerate(asked):
-        ticket = Ticket((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
+        request = Request((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
         limits = Limits((Sampling(logprobs=logprobs),), 5, ())
-        ticket.accept(range(TOKENS), limits, number=number)
-        requests += ticket.requests
+        request.accept(range(TOKENS), limits, number=number)
+        answers += request.answers
     slices = tuple(
         SequenceSlice(sequence_id=SequenceId(10 + i), start=0, num_tokens=TOKENS, sample=samples)
         for i in range(len(asked))
     )
-    return Step(tuple(requests), slices, tuple(range(TOKENS)) * len(asked))
+    return Step(tuple(answers), slices, tuple(range(TOKENS)) * len(asked))
 
 
 def timings(stage: int) -> tuple[StageTime, ...]:
@@ -84,8 +84,8 @@ def timings(stage: int) -> tuple[StageTime, ...]:
     return tuple(StageTime(compute_us=100 + i, layers_us=0, queued_us=i) for i in range(stage + 1))
 
 
-def answer(line: StepsInFlight, task: Task, stage: int, *, now: float = 0.0) -> Outcome:
-    """Give the pipeline the right answer of a stage to a step of one request."""
+def run_stage(line: StepsInFlight, task: Task, stage: int, *, now: float = 0.0) -> Outcome:
+    """Give the pipeline the right result of a stage for a task."""
     if stage == len(PEERS) - 1:
         sampled = [42] * sum(part.sample for part in task.sequences)
         tensors = [frame_of_token_ids(sampled)] if sampled else []
@@ -102,7 +102,7 @@ def reply(
     *,
     now: float = 0.0,
 ) -> Outcome:
-    """Give the pipeline some answer of a stage to a step."""
+    """Give the pipeline some result of a stage for a step."""
     pairs = list(tensors)
     result = TaskResult(
         epoch=Epoch(EPOCH),
@@ -116,15 +116,15 @@ def reply(
 
 
 def relayed(line: StepsInFlight, sent: SendTask, stage: int, *, now: float = 0.0) -> SendTask:
-    """Give the right answer of a stage that is not the last, and return the next task."""
-    outcome = answer(line, sent.task, stage, now=now)
+    """Give the right result of a stage that is not the last, and return the next task."""
+    outcome = run_stage(line, sent.task, stage, now=now)
     assert isinstance(outcome, SendTask)
     return outcome
 
 
 def finish(line: StepsInFlight, sent: SendTask, *, now: float = 0.0) -> StepDone:
-    """Let the last stage answer."""
-    outcome = answer(line, sent.task, 2, now=now)
+    """Let the last stage send its result."""
+    outcome = run_stage(line, sent.task, 2, now=now)
     assert isinstance(outcome, StepDone)
     return outcome
 
@@ -191,7 +191,7 @@ def test_relayed_from_stage_to_stage() -> None:
     assert line.next_deadline() is None
 
 
-def test_last_stage_answers_what_was_handed_on_directly() -> None:
+def test_last_stage_sends_the_result_of_what_was_handed_on_directly() -> None:
     line = in_flight(links=(0, 1))
     first = line.begin(step(), now=0.0)
     assert finish(line, first).timings == timings(2)
@@ -199,7 +199,7 @@ def test_last_stage_answers_what_was_handed_on_directly() -> None:
 
 
 def test_a_stage_that_could_not_hand_on_is_relayed() -> None:
-    """The link broke meanwhile: the stage answers what its route told it to hand on."""
+    """The link broke meanwhile: the stage sends what its route told it to hand on."""
     line = in_flight(links=(0, 1))
     second = relayed(line, line.begin(step(), now=0.0), 0)
     assert (second.peer, second.task.route) == (PEERS[1], (True,))
@@ -229,7 +229,7 @@ def test_depth_is_what_was_under_way_at_the_beginning() -> None:
 def test_a_pipeline_of_one_stage() -> None:
     line = StepsInFlight(
         Epoch(EPOCH),
-        SEATS[:1],
+        STAGES[:1],
         credits=1,
         model=MODEL,
         task_timeout_s=LEASE_S,
@@ -279,19 +279,19 @@ def test_a_link_that_breaks_while_nothing_is_under_way_loses_nothing() -> None:
     assert not line.set_link(PEERS[0], False)
 
 
-# ------------------------------------------------------------------ answers nobody waits for
+# ------------------------------------------------------------------ results nobody waits for
 
 
-def test_an_earlier_stage_answers_again() -> None:
+def test_an_earlier_stage_sends_its_result_again() -> None:
     line = in_flight()
     first = line.begin(step(), now=0.0)
     second = relayed(line, first, 0)
-    assert answer(line, first.task, 0) == Dropped("late_result")
+    assert run_stage(line, first.task, 0) == Dropped("late_result")
     relayed(line, second, 1)
     for stage in (0, 1):
-        assert answer(line, first.task, stage) == Dropped("late_result")
+        assert run_stage(line, first.task, stage) == Dropped("late_result")
     finish(line, first)
-    assert answer(line, first.task, 2) == Dropped("late_result")
+    assert run_stage(line, first.task, 2) == Dropped("late_result")
 
 
 def test_a_step_that_was_never_sent() -> None:
@@ -407,7 +407,7 @@ def test_the_ends_of_the_vocabulary_are_in_it(token: int) -> None:
 # ------------------------------------------------------------------ log-probabilities
 
 
-def test_each_request_gets_the_log_probabilities_that_it_asked_for() -> None:
+def test_each_answer_gets_the_log_probabilities_that_were_asked_for() -> None:
     """The last stage reports as many columns as the one that wants most."""
     line = in_flight()
     sent = line.begin(step(1, None, 3, 0), now=0.0)
@@ -425,11 +425,11 @@ def test_each_request_gets_the_log_probabilities_that_it_asked_for() -> None:
     ]
 
 
-def test_only_requests_that_sample_count() -> None:
+def test_only_answers_that_sample_count() -> None:
     line = in_flight()
     going = step(3, 1)
     waits = SequenceSlice(sequence_id=SequenceId(10), start=0, num_tokens=TOKENS)
-    going = Step(going.requests, (waits, going.slices[1]), going.token_ids)
+    going = Step(going.answers, (waits, going.slices[1]), going.token_ids)
     sent = line.begin(going, now=0.0)
     tensors = [ints([5], (1,)), floats([-1.0, -0.5], (1, 2)), ints([5, 6], (1, 2))]
     done = reply(line, sent.task.step, 2, tensors)
@@ -486,7 +486,7 @@ def test_abandoned_steps_are_void() -> None:
     assert (new.task.step, new.task.oldest) == (3, 3)
     for sent in old:
         for stage in range(3):
-            assert answer(line, sent.task, stage) == Dropped("late_result")
+            assert run_stage(line, sent.task, stage) == Dropped("late_result")
         assert line.failed(PEERS[0], refusal(sent.task.step)) == Dropped("late_result")
     assert relayed(line, new, 0).task.oldest == 3
 
@@ -540,7 +540,7 @@ def test_what_a_broken_task_freed_is_said_again() -> None:
 # ------------------------------------------------------------------ leases
 
 
-def test_a_relayed_answer_renews_the_lease() -> None:
+def test_a_relayed_result_renews_the_lease() -> None:
     line = in_flight()
     sent = line.begin(step(), now=5.0)
     assert line.next_deadline() == 15.0
@@ -638,7 +638,7 @@ def test_nothing_runs_out_while_nothing_is_under_way() -> None:
     choices=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 99)), max_size=50),
 )
 def test_each_step_ends_once(links: set[int], choices: list[tuple[int, int]]) -> None:
-    """Whatever is answered, refused, repeated or abandoned, of any task and by any stage."""
+    """Whatever is computed, refused, repeated or abandoned, of any task and by any stage."""
     line = in_flight(credits=3, links=links)
     sent: list[Task] = []
     open_steps: dict[int, Step] = {}
@@ -652,7 +652,7 @@ def test_each_step_ends_once(links: set[int], choices: list[tuple[int, int]]) ->
             sent.append(begun)
         elif what <= 10 and task is not None:
             stage = index % 3
-            outcome = answer(line, task, stage) if what <= 9 else None
+            outcome = run_stage(line, task, stage) if what <= 9 else None
             outcome = outcome or line.failed(PEERS[stage], refusal(task.step))
             if isinstance(outcome, SendTask):
                 assert outcome.peer == PEERS[stage + 1]

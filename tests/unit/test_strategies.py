@@ -306,10 +306,10 @@ def by_speed(
     cost: ModelCost, memory: Mapping[WorkerId, int], layer_s: Mapping[WorkerId, float], kv: int = 0
 ) -> Plan:
     """Return the plan for throughput of machines whose layers take so long, with links for free."""
-    costs = {name: WorkerSpeed(Prior(took, 0, 0, 0, 0, 0)) for name, took in layer_s.items()}
-    machines = Machines(memory, costs, LinkSpeeds(bytes_per_token=0).links)
+    speeds = {name: WorkerSpeed(Prior(took, 0, 0, 0, 0, 0)) for name, took in layer_s.items()}
+    machines = Machines(memory, speeds, LinkSpeeds(bytes_per_token=0).links)
     demand = Demand.expected(len(memory))
-    return plan_by_speed(cost, machines, demand, goal="throughput", kv_tokens=kv)
+    return plan_by_speed(cost, machines, demand, objective="throughput", kv_tokens=kv)
 
 
 def test_a_layer_map_as_a_plan() -> None:

@@ -78,7 +78,7 @@ class Worker:
     rate: float = 20.0
     slower: float = 1.0
     now: float = 0.0
-    costs: WorkerSpeed = field(default_factory=lambda: WorkerSpeed(PRIOR, half_life_s=30.0))
+    speed: WorkerSpeed = field(default_factory=lambda: WorkerSpeed(PRIOR, half_life_s=30.0))
 
     def run(self, works: list[Work], factors: Iterable[float] = repeat(1.0)) -> None:
         """Do a task for every work; each takes `factor` times as long as it should."""
@@ -88,7 +88,7 @@ class Worker:
     def do(self, work: Work, factor: float = 1.0, *, last: bool = False) -> None:
         self.now += 1 / self.rate
         factor *= self.slower
-        self.costs.observe(
+        self.speed.observe(
             work,
             layers=LAYERS,
             is_last=last,
@@ -100,7 +100,7 @@ class Worker:
     def off(self, work: Work) -> float:
         """Return predicted over true time of a layer."""
         true_s = self.slower * seconds(self.decode, work, self.prompt)
-        return self.costs.layer_s(work) / true_s
+        return self.speed.layer_s(work) / true_s
 
 
 def noise(seed: int, count: int, size: float = 0.2) -> list[float]:
@@ -123,15 +123,15 @@ def test_the_prior_follows_from_bandwidth_and_operations() -> None:
     names = dict.fromkeys(("device", "device_name", "platform"), "cpu")
     found = msgspec.convert({**names, **size, **speeds}, Capabilities)
     cost = ModelCost((1_000_000, 3_000_000), 9, 400_000, 600_000, kv_bytes_per_token=1000)
-    prior = astuple(Prior.of(found, cost, item_bytes=2))
+    prior = astuple(Prior.from_capabilities(found, cost, item_bytes=2))
     assert prior == pytest.approx((2e-3, 2e-4, 1e-6, 4e-7, 1e-3, 1e-4))
 
 
 def test_before_anything_is_measured_there_is_the_prior_in_the_scale_of_others() -> None:
-    costs = WorkerSpeed(PRIOR)
-    assert (costs.measured, costs.first_scale(decoding(1)), costs.error) == (False, None, None)
+    speed = WorkerSpeed(PRIOR)
+    assert (speed.measured, speed.first_scale(decoding(1)), speed.error) == (False, None, None)
     load = Work(10, 5000, prompts=0.5, prompt_tokens=50, prompt_positions=5000)
-    plain, scaled = costs.times(load), costs.times(load, scale=3.0)
+    plain, scaled = speed.times(load), speed.times(load, scale=3.0)
     assert plain.layer_s == pytest.approx(1e-3 + 5e-4 + 2e-4 + 0.5 * (5e-3 + 1e-4))
     assert plain.last_s == pytest.approx(2e-3 + 1e-3 + 0.5 * 1e-4)
     assert scaled.layer_s == pytest.approx(3 * plain.layer_s)
@@ -167,7 +167,7 @@ def test_other_sizes_follow_the_prior_while_all_are_the_same(seed: int) -> None:
     worker.run([decoding(4)] * 10, noise(seed + 5, 10))
     assert worker.off(decoding(32)) == pytest.approx(worker.off(decoding(4)), rel=5e-3)
     worker.run([decoding(4)] * 3000, noise(seed, 3000))
-    assert worker.costs._layers.scale(decoding(4)) == pytest.approx(3, rel=0.08)
+    assert worker.speed._layers.scale(decoding(4)) == pytest.approx(3, rel=0.08)
     for work in (decoding(1), decoding(32), decoding(4, 4000)):
         assert worker.off(work) == pytest.approx(1, abs=0.12)
 
@@ -330,17 +330,17 @@ def test_steps_with_prompts_tell_nothing_wrong_of_larger_batches() -> None:
 
 def test_how_far_the_prior_was_off_at_first_does_not_change() -> None:
     worker = tried(Worker(slower=3.0))
-    assert worker.costs.first_scale(decoding(16, 9)) == pytest.approx(3, rel=0.05)
+    assert worker.speed.first_scale(decoding(16, 9)) == pytest.approx(3, rel=0.05)
     worker.slower = 12.0
     worker.run([decoding(8)] * 50)
     assert worker.off(decoding(8)) == pytest.approx(1, abs=0.05)
-    assert worker.costs.first_scale(decoding(16, 9)) == pytest.approx(3, rel=0.05)
+    assert worker.speed.first_scale(decoding(16, 9)) == pytest.approx(3, rel=0.05)
 
 
 def test_what_was_not_measured_is_scaled_like_what_was() -> None:
     worker = Worker(slower=3.0)
     worker.run([decoding(64)] * 20)
-    assert worker.costs._layers.scale(decoding(64)) == pytest.approx(3, rel=0.05)
+    assert worker.speed._layers.scale(decoding(64)) == pytest.approx(3, rel=0.05)
     assert worker.off(chunk(200)) == pytest.approx(1, abs=0.05)
 
 
@@ -361,7 +361,7 @@ HEAD: Cost = (5e-3, 3e-4, 0.0)
 
 
 def speed_of(worker: Worker, work: Work) -> WorkerTimes:
-    return worker.costs.times(work)
+    return worker.speed.times(work)
 
 
 def test_the_head_of_a_worker_that_was_last_and_was_not() -> None:
@@ -408,7 +408,7 @@ def test_a_load_is_an_average_step() -> None:
         worker.do(both(decoding(8), chunk(256)), last=last)
     part = chunk(256)
     load = Work(8, 4000, 0.25, part.prompt_tokens / 4, part.prompt_positions / 4)
-    found = worker.costs.times(load)
+    found = worker.speed.times(load)
     layer_s = seconds(worker.decode, load, worker.prompt)
     expected = (TASK_S, layer_s, seconds(HEAD, decoding(8)))
     assert astuple(found) == pytest.approx(expected, rel=0.03)
@@ -435,13 +435,13 @@ def test_the_head_gets_slower_with_the_layers_though_it_is_not_seen() -> None:
 def test_the_error_is_that_of_predictions_made_before() -> None:
     worker = Worker()
     worker.do(decoding(4))
-    assert worker.costs.error is None
+    assert worker.speed.error is None
     worker.do(decoding(4), 1.25)
-    assert worker.costs.error == pytest.approx(0.2)
+    assert worker.speed.error == pytest.approx(0.2)
     worker.run([decoding(4)] * 100)
-    assert worker.costs.error == pytest.approx(0.0, abs=1e-3)
+    assert worker.speed.error == pytest.approx(0.0, abs=1e-3)
     worker.run([decoding(4)] * 100, noise(1, 100))
-    assert worker.costs.error == pytest.approx(0.1, abs=0.05)
+    assert worker.speed.error == pytest.approx(0.1, abs=0.05)
 
 
 def test_same_tasks_same_answer_however_often_it_is_asked() -> None:
@@ -451,8 +451,8 @@ def test_same_tasks_same_answer_however_often_it_is_asked() -> None:
         for work, factor in zip(mixed(1, 100), noise(1, 100), strict=True):
             worker.do(work, factor)
             for _ in range(asked):
-                assert worker.costs.times(work).layer_s > 0
-        found.append((speed_of(worker, decoding(5)), worker.costs.error))
+                assert worker.speed.times(work).layer_s > 0
+        found.append((speed_of(worker, decoding(5)), worker.speed.error))
     assert found[0] == found[1]
 
 
@@ -477,7 +477,7 @@ def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: fl
         worker.do(work)
         worker.do(work, last=True)
         worker.do(chunk(64))
-    before, other = worker.costs, worker.costs.rescaled(factor)
+    before, other = worker.speed, worker.speed.rescaled(factor)
     for load in (decoding(1), both(decoding(16), chunk(64))):
         was, now = before.times(load), other.times(load)
         assert now.layer_s == pytest.approx(factor * was.layer_s)
@@ -490,22 +490,22 @@ def test_all_that_was_measured_is_rescaled_in_proportion(truth: Cost, factor: fl
 def test_what_is_rescaled_is_another_one() -> None:
     worker = Worker()
     worker.run(mixed(1, 50))
-    before = worker.costs.layer_s(decoding(1))
-    worker.costs.rescaled(4.0)
-    assert worker.costs.layer_s(decoding(1)) == before
+    before = worker.speed.layer_s(decoding(1))
+    worker.speed.rescaled(4.0)
+    assert worker.speed.layer_s(decoding(1)) == before
 
 
 def test_what_was_not_measured_is_not_rescaled() -> None:
-    costs = WorkerSpeed(PRIOR).rescaled(4.0)
-    assert not costs.measured
-    assert costs.times(decoding(1)) == WorkerSpeed(PRIOR).times(decoding(1))
+    speed = WorkerSpeed(PRIOR).rescaled(4.0)
+    assert not speed.measured
+    assert speed.times(decoding(1)) == WorkerSpeed(PRIOR).times(decoding(1))
 
 
 @pytest.mark.parametrize("slower", [0.6, 1.0, 1.6])
 def test_a_few_tasks_count_more_than_a_rescaling_that_was_wrong(slower: float) -> None:
     worker = Worker()
     worker.run(mixed(1, 200))
-    worker.costs = worker.costs.rescaled(1.0)
+    worker.speed = worker.speed.rescaled(1.0)
     worker.slower = slower
     worker.run(mixed(2, 8))
     assert worker.off(decoding(4)) == pytest.approx(1, abs=0.12)
@@ -515,27 +515,27 @@ def test_tasks_that_were_suspect_before_are_forgotten_with_the_speed_of_then() -
     worker = Worker()
     worker.run(mixed(1, 200))
     worker.run(mixed(2, 3), [4.0, 4.0, 4.0])
-    worker.costs = worker.costs.rescaled(4.0)
-    before = worker.costs.layer_s(decoding(4))
+    worker.speed = worker.speed.rescaled(4.0)
+    before = worker.speed.layer_s(decoding(4))
     worker.run([decoding(4)], [40.0])
-    assert worker.costs.layer_s(decoding(4)) >= before
+    assert worker.speed.layer_s(decoding(4)) >= before
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.lists(observations, max_size=30), works, works)
 def test_is_sane_whatever_is_observed(seen: list[dict[str, Any]], work: Work, more: Work) -> None:
-    costs = WorkerSpeed(PRIOR)
+    speed = WorkerSpeed(PRIOR)
     for each in seen:
-        costs.observe(**each)
+        speed.observe(**each)
     larger = Work(*(a + b for a, b in zip(astuple(work), astuple(more), strict=True)))
-    small, large = (costs.layer_s(at) for at in (work, larger))
+    small, large = (speed.layer_s(at) for at in (work, larger))
     assert 0 <= small <= large * (1 + 1e-9) < math.inf
-    found, beyond = (costs.times(at) for at in (work, larger))
+    found, beyond = (speed.times(at) for at in (work, larger))
     assert 0 <= found.layer_s <= beyond.layer_s * (1 + 1e-9) < math.inf
     assert min(found.task_s, found.last_s) >= 0
     assert max(found.task_s, found.last_s, beyond.task_s, beyond.last_s) < math.inf
-    assert costs.error is None or 0 <= costs.error < math.inf
-    scale = costs.first_scale(work)
+    assert speed.error is None or 0 <= speed.error < math.inf
+    scale = speed.first_scale(work)
     assert scale is None or 0 < scale < math.inf
 
 
@@ -566,7 +566,7 @@ def trials(
 
 
 def tried(worker: Worker, factors: Iterable[float] = repeat(1.0)) -> Worker:
-    worker.costs.try_out(trials(worker, factors), layers=LAYERS, is_last=False, now=worker.now)
+    worker.speed.try_out(trials(worker, factors), layers=LAYERS, is_last=False, now=worker.now)
     return worker
 
 
@@ -608,46 +608,46 @@ def test_trials_that_differ_from_the_prior_are_no_change_of_speed() -> None:
 
 def test_what_trials_foretell_is_a_guess_until_there_are_tasks() -> None:
     worker = Worker()
-    assert worker.costs.error is None
+    assert worker.speed.error is None
     tried(worker)
-    assert worker.costs.measured
-    assert worker.costs.error is None
-    assert worker.costs.doubt == 2.0
+    assert worker.speed.measured
+    assert worker.speed.error is None
+    assert worker.speed.doubt == 2.0
     worker.run([decoding(8, 10)] * 5)
-    assert worker.costs.error is not None
-    assert worker.costs.doubt == worker.costs.error < 0.2
+    assert worker.speed.error is not None
+    assert worker.speed.doubt == worker.speed.error < 0.2
 
 
 def test_trials_of_the_last_stage_tell_the_head() -> None:
     worker = Worker(head=(2e-3, 1e-4, 0.0))
     some = trials(worker, last=True)
-    worker.costs.try_out(some, layers=LAYERS, is_last=True, now=0.0)
-    found = worker.costs.times(decoding(32, 10))
+    worker.speed.try_out(some, layers=LAYERS, is_last=True, now=0.0)
+    found = worker.speed.times(decoding(32, 10))
     assert found.task_s + found.last_s == pytest.approx(TASK_S + 2e-3 + 32e-4, rel=0.1)
 
 
 def test_no_trials_tell_nothing() -> None:
-    costs = WorkerSpeed(PRIOR)
-    costs.try_out([], layers=LAYERS, is_last=False, now=0.0)
-    assert not costs.measured
-    assert costs.error is None
+    speed = WorkerSpeed(PRIOR)
+    speed.try_out([], layers=LAYERS, is_last=False, now=0.0)
+    assert not speed.measured
+    assert speed.error is None
 
 
 def test_a_snapshot_does_not_change_and_changes_nothing() -> None:
-    def task(costs: WorkerSpeed, now: float, layers_s: float) -> None:
-        costs.observe(
+    def task(speed: WorkerSpeed, now: float, layers_s: float) -> None:
+        speed.observe(
             decoding(4), layers=2.0, is_last=False, layers_s=layers_s, other_s=1e-4, now=now
         )
 
-    costs = WorkerSpeed(PRIOR)
+    speed = WorkerSpeed(PRIOR)
     for number in range(10):
-        task(costs, float(number), 0.01 if number % 2 else 0.03)  # some look like a change
-    before, kept = costs.snapshot(), costs.times(decoding(4))
+        task(speed, float(number), 0.01 if number % 2 else 0.03)  # some look like a change
+    before, kept = speed.snapshot(), speed.times(decoding(4))
     for number in range(10, 40):
-        task(costs, float(number), 0.08)
+        task(speed, float(number), 0.08)
     assert before.times(decoding(4)) == kept
-    assert costs.times(decoding(4)) != kept
-    after, doubt = costs.times(decoding(4)), costs.doubt
+    assert speed.times(decoding(4)) != kept
+    after, doubt = speed.times(decoding(4)), speed.doubt
     task(before, 50.0, 0.5)
     before.rescaled(3.0)
-    assert (costs.times(decoding(4)), costs.doubt) == (after, doubt)
+    assert (speed.times(decoding(4)), speed.doubt) == (after, doubt)

@@ -46,7 +46,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     Attributes:
         epochs: epochs whose layers it holds or loads; empty if it has none.
         progress_age_s: time since the compute thread last finished a layer or was idle.
-        tasks_waiting: tasks that were received and not answered.
+        tasks_waiting: tasks that were received and whose results were not sent yet.
     """
 
     epochs: Annotated[tuple[Epoch, ...], Meta(max_length=2)]
@@ -148,7 +148,7 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
 
     Attributes:
         rtt_s: round trip of the handshake; 0 if the link is down.
-        bytes_per_s: bandwidth; 0 until it is measured.
+        bytes_per_s: bandwidth of the link; 0 until it is measured.
     """
 
     epoch: Epoch
@@ -189,7 +189,8 @@ class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
     Neither stage is changed: the served epoch can continue, or `epoch` begin with an empty cache.
 
     Attributes:
-        worker: the worker that it could not be sent to; empty if the sender is the receiver.
+        worker: the worker that could not be sent the KV cache; empty if this worker could not take
+            over what it was sent.
     """
 
     epoch: Epoch

@@ -52,7 +52,7 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
     """Coordinator -> client: the next piece of an answer.
 
     Attributes:
-        choice: index of the answer, of the request's `n`.
+        choice: index of the answer among the request's `n`.
         index: number of token ids of this answer that were sent before.
         text: complete characters only; may be empty while a character is unfinished.
         logprobs: one per token id, if they were asked for.
@@ -131,7 +131,7 @@ class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
 
 
 class WorkerDrained(Message, frozen=True, kw_only=True, tag="worker_drained"):
-    """Coordinator -> client: answers `DrainWorker`: the worker has left, or cannot.
+    """Coordinator -> client: answers `DrainWorker`: the worker has left, or why it cannot.
 
     Attributes:
         code: `code` of the exception in `common.errors`; empty if the worker has left.
@@ -153,9 +153,9 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
         link: how its results reach the next stage: "direct", "relayed" by the coordinator, or "" if
             there is no next stage or it has not reported.
         seconds_per_token: measured time of its stage per decoded token; None before the first.
-        prediction_error: median of |predicted - measured| / measured over its latest tasks, or
-        None. gain: throughput of the cluster with this worker over that without it, minus 1; None
-        if it
+        prediction_error: median of |predicted - measured| / measured over its latest tasks; None
+            if it is not known.
+        gain: throughput of the cluster with this worker over that without it, minus 1; None if it
             is not known, or if nothing can be served without it.
         advice: what the gain means, for people; empty if it is not known.
         last_heard_s: time since its last message.
@@ -188,12 +188,14 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         state: "waiting" (for workers, see `note`), "loading" or "serving".
         epoch: epoch of the newest plan that is served or loaded; 0 before the first.
         kv_tokens: positions of KV cache that all pipelines have room for.
-        kv_tokens_used: positions of them that running requests take.
+        kv_tokens_used: positions of them that running answers take.
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
         prefix_hit_tokens: positions that were shared with another sequence instead of computed.
-        preemptions: how often a running request gave up its KV cache to an older one.
+        preemptions: how often a running answer gave up its KV cache to an older one.
         moves: how often layers have moved between workers while the model was served.
         move_stall_s: how long no step ran in the latest move; 0 before the first.
+        requests_running: answers that run on a pipeline.
+        requests_waiting: answers that wait for one.
         rejected: number of messages that were dropped, by reason.
         events: the latest events, oldest first.
     """

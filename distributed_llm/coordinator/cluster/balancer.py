@@ -1,10 +1,10 @@
-"""Decides whether a pipeline moves to a better plan. Pure.
+"""Decides whether a pipeline moves to a better layer map. Pure.
 
-A plan is changed for a gain that is more than noise, that pays for the move within a horizon, and
-that was seen twice, some time apart. Every move makes the next one harder for a while, and a plan
-that was left must show twice the gain each time to be taken again: so whatever is measured, even
-if it is made to mislead, plans change ever less often and never swing between two. Large changes
-pass all of this at once: a machine that became four times slower is worth more than any of it.
+It moves for a gain that is more than noise, that pays for the move within a horizon, and that is
+seen for a while. Every move makes the next one harder for some time, and a layer map that was left
+must show twice the gain each time to be taken again: so whatever is measured, even if it is made to
+mislead, layer maps change ever less often and never swing between two. Large changes pass all of
+this at once: a machine that became four times slower is worth more than any of it.
 """
 
 import math
@@ -14,47 +14,50 @@ from typing import Literal
 from distributed_llm.coordinator.plan import LayerMap
 
 _MIN_GAIN = 0.04
+"""Least gain that counts, as a share of the rate of now."""
+
 _SIGMAS = 2.0
-"""A gain counts if it is so many times its uncertainty above the least one."""
+"""Standard deviations by which a gain must exceed the least one."""
 
 _HORIZON_S = 60.0
-"""A move has to pay for its standstill within this time."""
+"""Seconds within which a move must make good its standstill."""
 
 _CONFIRM_S = 2.0
-"""Between the first and the last of the looks that see a gain."""
+"""Seconds for which every look must see enough gain before a move."""
 
 _AFTER_A_MOVE = 2.0
-"""The gain that is needed right after a move is larger by so many times the usual one, ..."""
+"""What a move just now adds to the needed gain, as a multiple of the usual one."""
+
 _CALM_S = 5.0
-"""... and this is halved after each such time."""
+"""Seconds after which only half of that is added."""
 
 _FORGIVEN_S = 120.0
-"""After this time a plan has been left once less."""
+"""Seconds after which a layer map counts as left one time less."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A plan that might be moved to.
+    """A layer map that the pipeline might move to.
 
     Attributes:
-        layer_map: of the plan.
-        gain: by how much more it gives, as a share of what the plan of now gives.
+        layer_map: the layer map.
+        gain: by how much its rate exceeds that of the served one, as a share of the latter.
         uncertainty: standard deviation of `gain`.
-        cost_s: how long requests stand still while moving there.
+        standstill_s: how long requests stand still while moving there.
     """
 
     layer_map: LayerMap
     gain: float
     uncertainty: float
-    cost_s: float
+    standstill_s: float
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do about an offer.
+    """What to do about an alternative.
 
     Attributes:
-        what: "move" there, "wait" for it to be confirmed, or "stay".
+        what: "move" there, "wait" for the gain to be confirmed, or "stay".
         why: for people.
     """
 
@@ -63,44 +66,49 @@ class Verdict:
 
 
 class Balancer:
-    """Decides for one pipeline."""
+    """Decides for one pipeline, and for those that take its place by moves."""
 
     def __init__(self) -> None:
-        self._wanted_since: float | None = None
-        self._moves = 0.0  # lately, faded
+        self._wanted_since: float | None = None  # first look in a row that saw enough gain
+        self._moves = 0.0  # recent moves, faded since `_moved_at`
         self._moved_at = 0.0
-        self._left: dict[LayerMap, tuple[float, float]] = {}  # how often, faded, and when last
+        self._left: dict[LayerMap, tuple[float, float]] = {}  # times left, faded; last time
 
-    def consider(self, offer: Alternative, *, now: float) -> Verdict:
-        """Look at the best plan that is known of; call it every second or so."""
-        needed = self._needed(offer, now)
-        if offer.gain < needed:
+    def consider(self, alternative: Alternative, *, now: float) -> Verdict:
+        """Return what to do about the best layer map known; call it every second or so."""
+        needed = self._needed(alternative, now)
+        faster = f"{_percent(alternative.gain)} faster"
+        if alternative.gain < needed:
             self._wanted_since = None
-            return Verdict("stay", f"{_percent(offer.gain)} faster; {_percent(needed)} is needed")
-        if offer.gain * _HORIZON_S < offer.cost_s:
+            return Verdict("stay", f"{faster}; {_percent(needed)} is needed")
+        if alternative.gain * _HORIZON_S < alternative.standstill_s:
             self._wanted_since = None
             return Verdict(
                 "stay",
-                f"{_percent(offer.gain)} faster, but moving stops requests for "
-                f"{offer.cost_s:.1f} s, which takes more than {_HORIZON_S:.0f} s to make good",
+                f"{faster}, but moving stops requests for {alternative.standstill_s:.1f} s, which "
+                f"takes more than {_HORIZON_S:.0f} s to make good",
             )
         if self._wanted_since is None:
             self._wanted_since = now
         if now - self._wanted_since < _CONFIRM_S:
-            return Verdict("wait", f"{_percent(offer.gain)} faster, to be confirmed")
-        return Verdict("move", f"{_percent(offer.gain)} faster")
+            return Verdict("wait", f"{faster}, to be confirmed")
+        return Verdict("move", faster)
 
     def moved(self, left: LayerMap, *, now: float) -> None:
-        """A plan was left for another one."""
+        """Record that the pipeline has left a layer map for another one."""
         self._moves = self._recent_moves(now) + 1.0
         self._moved_at = now
         self._left[left] = (self._times_left(left, now) + 1.0, now)
-        self._left = {plan: at for plan, at in self._left.items() if self._times_left(plan, now)}
+        self._left = {
+            layer_map: times_and_last
+            for layer_map, times_and_last in self._left.items()
+            if self._times_left(layer_map, now)
+        }
         self._wanted_since = None
 
-    def _needed(self, offer: Alternative, now: float) -> float:
-        least = _MIN_GAIN + _SIGMAS * offer.uncertainty
-        again = math.exp2(self._times_left(offer.layer_map, now))
+    def _needed(self, alternative: Alternative, now: float) -> float:
+        least = _MIN_GAIN + _SIGMAS * alternative.uncertainty
+        again = math.exp2(self._times_left(alternative.layer_map, now))
         return least * again * (1.0 + _AFTER_A_MOVE * self._recent_moves(now))
 
     def _recent_moves(self, now: float) -> float:

@@ -1,4 +1,4 @@
-"""What all parts of a coordinator work on: its workers, pipelines and requests."""
+"""The state that the parts of a coordinator share: its workers, pipelines and requests."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from distributed_llm.coordinator.speeds.measurements import Measurements
 
 @dataclass(frozen=True)
 class Cluster:
-    """One model, its workers and its requests.
+    """The state of one coordinator; its parts read and change it.
 
     Attributes:
         registry: who is there.
         pipelines: who serves which layers.
-        book: what was asked.
+        book: what clients asked for.
         measurements: how fast machines and links are.
         event_log: what happened lately.
     """
@@ -35,12 +35,14 @@ class Cluster:
     event_log: EventLog
 
     @classmethod
-    def of(
+    def create(
         cls, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
     ) -> "Cluster":
-        """Return a cluster that nobody has joined.
+        """Return a cluster without workers.
 
         Args:
+            model: what is served.
+            settings: how.
             draw_seed: draws random numbers, for the seeds of requests and the keys of plans.
         """
         registry = Registry(
@@ -70,6 +72,6 @@ class Cluster:
         return cls(model, settings, registry, pipelines, book, measurements, event_log)
 
     def needed_tokens(self, pipeline: Pipeline) -> int:
-        """Return the positions of KV cache without which a new plan would cost requests."""
+        """Return the positions of KV cache without which a new plan would fail requests."""
         used = pipeline.scheduler.kv_tokens_used if pipeline.scheduler else 0
         return max(used, min(self.book.most_reserved, pipeline.kv_tokens))

@@ -1,8 +1,8 @@
-"""Workers that are to leave: first their layers go to others. Pure.
+"""Departures: a worker leaves after its layers went to others. Pure.
 
-Whoever wants a worker to leave, itself (it got a signal) or somebody with a client: its pipeline is
-moved to other workers while requests run. If that cannot be, the clients that asked are told why,
-and the worker stays; a worker that wants to end does so all the same.
+A worker is to leave because it got a signal, or because a client asked to drain it. Its pipeline is
+moved to other workers while requests run. If no others can hold the layers, clients that asked are
+told why, and the worker stays; one that got a signal leaves all the same.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 
 _MOST_MOVES = 2
-"""Moves that are tried for a worker; the second one without the KV cache."""
+"""Moves that are tried for one departure; the second one does not copy KV cache."""
 
 
 class DepartureState(Enum):
@@ -53,11 +53,22 @@ class DepartureState(Enum):
 
 
 class DepartureCause(Enum):
-    """What leads to the next state."""
+    """What changes the state of a departure.
+
+    Attributes:
+        ASKED: a plan without the worker was asked for.
+        MOVE_BEGAN: its pipeline is being moved to that plan.
+        PIPELINE_DISSOLVED: its pipeline was dissolved, since it did not serve or could not move.
+        PLAN_OUTDATED: the plan was made for workers that are not those of now.
+        MOVE_ENDED: the move was committed or undone.
+        HAS_NO_LAYERS: others have its layers, or it had none.
+        NOBODY_CAN: no others can hold its layers.
+        NOBODY_CAN_BUT_IT_ENDS: likewise, but the worker got a signal and leaves all the same.
+    """
 
     ASKED = "plan asked for"
     MOVE_BEGAN = "move began"
-    PIPELINE_ENDED = "pipeline ended"
+    PIPELINE_DISSOLVED = "pipeline dissolved"
     PLAN_OUTDATED = "plan outdated"
     MOVE_ENDED = "move ended"
     HAS_NO_LAYERS = "has no layers"
@@ -71,10 +82,10 @@ DEPARTURE_STATES = StateTable(
     _S.WAITING,
     {
         (_S.WAITING, _C.ASKED): _S.PLANNING,
-        (_S.WAITING, _C.PIPELINE_ENDED): _S.WAITING,
+        (_S.WAITING, _C.PIPELINE_DISSOLVED): _S.WAITING,
         (_S.WAITING, _C.HAS_NO_LAYERS): _S.DISMISSED,
         (_S.PLANNING, _C.MOVE_BEGAN): _S.MOVING,
-        (_S.PLANNING, _C.PIPELINE_ENDED): _S.WAITING,
+        (_S.PLANNING, _C.PIPELINE_DISSOLVED): _S.WAITING,
         (_S.PLANNING, _C.PLAN_OUTDATED): _S.WAITING,
         (_S.PLANNING, _C.NOBODY_CAN): _S.REFUSED,
         (_S.PLANNING, _C.NOBODY_CAN_BUT_IT_ENDS): _S.DISMISSED,
@@ -88,10 +99,11 @@ class _Departure:
     """A worker that is to leave.
 
     Attributes:
-        clients: who want to know.
-        wanted: by the worker itself.
-        moves: that were begun for it.
-        question: about a plan without it, while it is answered.
+        clients: that asked for it, and are told how it ends.
+        wanted: whether the worker itself wants to leave.
+        moves: how many were begun for it.
+        question: the one about a plan without the worker, while it is not answered.
+        state: see `DEPARTURE_STATES`.
     """
 
     clients: list[PeerId] = field(default_factory=list)
@@ -106,7 +118,7 @@ class _Departure:
 
 
 class Departures:
-    """The workers of one cluster that are to leave."""
+    """The departures of one cluster."""
 
     def __init__(
         self, cluster: Cluster, planner: Planner, replanning: Replanning, moves: Moves
@@ -120,10 +132,10 @@ class Departures:
         self._moves = moves
         self._leaving: dict[PeerId, _Departure] = {}
 
-    # -------------------------------------------------------------- who wants what
+    # -------------------------------------------------------------- how they begin and end
 
     def drain(self, client: PeerId, name: str) -> list[Action]:
-        """Begin to take a worker away, because a client wants it; tell the client how it ends."""
+        """Begin a departure because a client wants it; the client is told how it ends."""
         worker = self._registry.named(name)
         if worker is None:
             names = ", ".join(sorted(worker.id for worker in self._registry.workers)) or "none"
@@ -135,7 +147,7 @@ class Departures:
         return [self._log.note(EventKind.DRAIN_REQUESTED, worker=worker.id)]
 
     def leave(self, worker: Worker) -> list[Action]:
-        """Begin to let a worker go, because it wants to end."""
+        """Begin a departure because the worker wants it."""
         self._departure(worker).wanted = True
         return [self._log.note(EventKind.LEAVE_REQUESTED, worker=worker.id)]
 
@@ -144,7 +156,7 @@ class Departures:
         return self._leaving.setdefault(worker.peer, _Departure())
 
     def gone(self, worker: Worker) -> list[Action]:
-        """Tell the clients that asked how it ended: a worker is no longer there."""
+        """Tell the clients that asked how the departure ended: the worker is no longer there."""
         departure = self._leaving.pop(worker.peer, None)
         if departure is None:
             return []
@@ -156,10 +168,10 @@ class Departures:
         )
         return [_answer(client, worker.id, error) for client in departure.clients]
 
-    # -------------------------------------------------------------- what is done for it
+    # -------------------------------------------------------------- plans and moves
 
     def settle(self, *, now: float) -> list[Action]:
-        """Let workers go that have no layers any more; begin what the others wait for."""
+        """Dismiss workers that have no layers any more; have plans made without the others."""
         actions: list[Action] = []
         self._note_ended_moves()
         for peer, departure in list(self._leaving.items()):
@@ -186,11 +198,11 @@ class Departures:
         return []
 
     def _plan(self, worker: Worker, departure: _Departure) -> list[Action]:
-        """Ask for a plan by which others serve what a worker serves; or let its pipeline end."""
-        pipeline = self._pipelines.of(worker.peer)
+        """Ask for a plan without a worker; dissolve its pipeline instead if that serves nothing."""
+        pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or not pipeline.in_flight:
-            departure.enter(_C.PIPELINE_ENDED)
-            return self._replanning.lose(worker)
+            departure.enter(_C.PIPELINE_DISSOLVED)
+            return self._replanning.recover(worker)
         others = self._others(worker, pipeline)
         departure.enter(_C.ASKED)
         departure.question = PlanQuestion(
@@ -202,7 +214,7 @@ class Departures:
         return [Study(departure.question)]
 
     def _others(self, worker: Worker, pipeline: Pipeline) -> list[Worker]:
-        """Return who may take a worker's layers over: its own pipeline and idle workers."""
+        """Return who may take a worker's layers over: others of its pipeline, and idle workers."""
         own = {stage.peer for stage in pipeline.stages}
         return [
             other
@@ -211,11 +223,11 @@ class Departures:
         ]
 
     def _is_spare(self, pipeline: Pipeline) -> bool:
-        """Return whether another pipeline can serve the requests of one."""
+        """Return whether another pipeline serves the model too."""
         return any(other is not pipeline for other in self._pipelines.serving)
 
     def planned(self, answer: PlanAnswer, *, now: float) -> list[Action]:
-        """Move to the plan that was made for a worker that is to leave, or ask again."""
+        """Move to the plan that was made without a worker, or have another one made later."""
         for peer, departure in self._leaving.items():
             worker = self._registry.worker(peer)
             if worker is not None and departure.question is answer.question:
@@ -226,7 +238,7 @@ class Departures:
     def _hand_over(
         self, worker: Worker, departure: _Departure, answer: PlanAnswer, now: float
     ) -> list[Action]:
-        pipeline = self._pipelines.of(worker.peer)
+        pipeline = self._pipelines.pipeline_of(worker.peer)
         there = self._others(worker, pipeline) if pipeline else []
         if pipeline is None or self._moves.move or self._is_outdated(answer, there):
             departure.enter(_C.PLAN_OUTDATED)
@@ -237,8 +249,8 @@ class Departures:
             moving = self._move(worker, departure, pipeline, answer.plans[0], now)
             if moving is not None:
                 return moving
-        departure.enter(_C.PIPELINE_ENDED)
-        return self._replanning.lose(worker)
+        departure.enter(_C.PIPELINE_DISSOLVED)
+        return self._replanning.recover(worker)
 
     def _is_outdated(self, answer: PlanAnswer, there: Sequence[Worker]) -> bool:
         names = {worker.id for worker in there}
@@ -278,7 +290,7 @@ class Departures:
     def _refuse(
         self, worker: Worker, departure: _Departure, error: DistributedLLMError, *, alone: bool
     ) -> list[Action]:
-        """Tell that nobody can have a worker's layers."""
+        """Tell the clients that asked that no others can hold a worker's layers."""
         if alone:
             error = NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
         actions: list[Action] = [

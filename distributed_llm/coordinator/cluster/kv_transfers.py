@@ -1,9 +1,9 @@
-"""Whose KV cache goes to whom when a pipeline moves to another plan. Pure."""
+"""Transfers of a move: which layers' KV cache goes from which worker to which. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.plan import PipelineStage
 
 
@@ -14,6 +14,11 @@ class Transfer:
     sender: PipelineStage
     receiver: PipelineStage
     layers: LayerRange
+
+    @property
+    def pair(self) -> tuple[WorkerId, WorkerId]:
+        """Sender and receiver by name."""
+        return self.sender.worker, self.receiver.worker
 
 
 def transfers_between(old: Sequence[PipelineStage], new: Sequence[PipelineStage]) -> list[Transfer]:

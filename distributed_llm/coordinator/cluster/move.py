@@ -26,7 +26,16 @@ from distributed_llm.coordinator.serving.pipeline import Pipeline
 
 
 class MoveState(Enum):
-    """Where a move is; the value says it to people."""
+    """Where a move is; the values are shown to users.
+
+    Attributes:
+        LOADING: new stages load their layers beside the old ones, which serve.
+        COPYING: KV cache of layers that change hands is copied; the old pipeline serves.
+        DRAINING: the old pipeline is paused; its steps in flight are waited for.
+        HANDOVER: senders send the rest of the KV cache, and new stages assemble theirs.
+        COMMITTED: the new pipeline serves.
+        UNDONE: the move was cancelled; the old pipeline serves on.
+    """
 
     LOADING = "loading"
     COPYING = "copying"
@@ -37,7 +46,18 @@ class MoveState(Enum):
 
 
 class MoveCause(Enum):
-    """What leads to the next state."""
+    """What changes the state of a move.
+
+    Attributes:
+        LOADED: all new stages are loaded, and there is KV cache to copy.
+        LOADED_WITHOUT_COPY: all new stages are loaded, and there is none to copy.
+        COPIED: all senders have copied what they had.
+        COPY_TIMED_OUT: copying took too long; the rest is sent in the handover.
+        DRAINED: no step is in flight any more, and the KV cache is handed over.
+        DRAINED_WITHOUT_COPY: no step is in flight any more; requests compute their tokens again.
+        TAKEN_OVER: all new stages have their KV cache.
+        CANCELLED: a failure, a loss, a time limit or another decision ended the move.
+    """
 
     LOADED = "loaded"
     LOADED_WITHOUT_COPY = "loaded without copy"
@@ -69,12 +89,14 @@ MOVE_STATES = StateTable(
 )
 
 _LIMITS_S = {_S.LOADING: 900.0, _S.HANDOVER: 10.0}
-"""After which a state is taken for stuck. While steps drain their leases run."""
+"""Seconds in a state after which the move is undone. While it drains, leases bound its steps."""
 
-_COPY_S = 30.0
-SLOW = 4.0
-"""Copying ends after 30 s and 4 times what it should take: where KV caches grow faster than links
-carry them, it would never."""
+_COPY_LIMIT_S = 30.0
+"""Seconds that copying may take beside `COPY_SLOWDOWN` times what it should. It needs a limit: KV
+cache that grows faster than links carry it would never be copied."""
+
+COPY_SLOWDOWN = 4.0
+"""How many times as long as expected copying may take."""
 
 
 class Move:
@@ -84,7 +106,7 @@ class Move:
         old: the pipeline that serves.
         new: the one that takes its place.
         addresses: where the workers of `new` may be reached.
-        link_key: of the epoch of `new`.
+        link_key: the secret by which the workers of `new` know each other.
         copies: whether the KV cache goes along.
         copy_s: how long copying it should take.
         now: clock seconds.
@@ -92,7 +114,8 @@ class Move:
     Attributes:
         state: where it is; see `MOVE_STATES`.
         state_at: since when, clock seconds.
-        transfers: of KV cache.
+        transfers: of KV cache, between workers.
+        began_at: when it began, clock seconds.
         paused_at: since when no steps begin, clock seconds; None before that.
     """
 
@@ -117,7 +140,7 @@ class Move:
         self.state_at = now
         self._addresses = addresses
         self._link_key = link_key
-        self._copy_limit_s = _COPY_S + SLOW * copy_s
+        self._copy_limit_s = _COPY_LIMIT_S + COPY_SLOWDOWN * copy_s
         self._awaited: set[PeerId] = set()  # who has not copied, or taken over, yet
 
     # -------------------------------------------------------------- who has a part in it
@@ -133,11 +156,11 @@ class Move:
     @property
     def imports(self) -> dict[PeerId, tuple[LayerRange, ...]]:
         """The layers whose KV cache each worker is sent."""
-        found: dict[PeerId, tuple[LayerRange, ...]] = {}
+        imports: dict[PeerId, tuple[LayerRange, ...]] = {}
         for transfer in self.transfers:
             peer = transfer.receiver.peer
-            found[peer] = (*found.get(peer, ()), transfer.layers)
-        return found
+            imports[peer] = (*imports.get(peer, ()), transfer.layers)
+        return imports
 
     # -------------------------------------------------------------- from state to state
 
@@ -148,7 +171,7 @@ class Move:
         return None if limit_s is None else self.state_at + limit_s
 
     def loaded(self, *, now: float) -> list[Send]:
-        """Copy KV cache, or wait for the steps to end: all new stages have their layers."""
+        """Copy KV cache, or pause if there is none to copy; all new stages are loaded."""
         senders = {transfer.sender.peer for transfer in self.transfers}
         if not senders:
             return self._drain(_C.LOADED_WITHOUT_COPY, now)
@@ -160,18 +183,18 @@ class Move:
         ]
 
     def copied(self, peer: PeerId, *, now: float) -> list[Send]:
-        """Take it that a worker has sent what it has; it will send again what changes."""
+        """Record that a worker has copied the KV cache that it had; pause once all have."""
         if self.state is not _S.COPYING or peer not in self._awaited:
             return []
         self._awaited.remove(peer)
         return [] if self._awaited else self._drain(_C.COPIED, now)
 
     def copy_timed_out(self, *, now: float) -> list[Send]:
-        """Send the rest of the KV cache while steps stand still."""
+        """Pause before all is copied; the rest of the KV cache is sent in the handover."""
         return self._drain(_C.COPY_TIMED_OUT, now)
 
     def settle(self, *, now: float) -> list[Send]:
-        """Go on if the last step has ended; `state` may be COMMITTED then."""
+        """Hand over, or commit, if no step is in flight any more."""
         in_flight = self.old.in_flight
         if self.state is not _S.DRAINING or in_flight is None or in_flight.num_steps:
             return []
@@ -184,14 +207,14 @@ class Move:
         return [Send(peer, TakeOver(epoch=self.new.epoch)) for peer in sorted(involved)]
 
     def took_over(self, peer: PeerId) -> None:
-        """Take it that a new stage has its KV cache; `state` may be COMMITTED then."""
+        """Record that a new stage has its KV cache; once all have, the move is committed."""
         if self.state is _S.HANDOVER:
             self._awaited.discard(peer)
             if not self._awaited:
                 self._enter(_C.TAKEN_OVER, self.state_at, set())
 
     def commit_orders(self) -> list[Send]:
-        """Return the messages that free the old stages, and say that the new ones serve."""
+        """Return the messages by which workers free the old stages and serve the new ones."""
         return [Send(peer, DropStage(epoch=self.old.epoch)) for peer in self._peers]
 
     def undo(self) -> list[Send]:

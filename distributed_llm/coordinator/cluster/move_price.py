@@ -1,4 +1,4 @@
-"""What it is expected to cost to move a pipeline to another plan. Pure."""
+"""The price of a move: what moving a pipeline to another plan is expected to cost. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,28 +12,28 @@ from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.work import Work
 
 _LOAD_BYTES_PER_S = 400e6
-"""At which a worker is expected to load layers before it has loaded any."""
+"""Expected load speed of a worker that has not loaded layers yet."""
 
 _SLOWED_SHARE = 0.5
-"""Of a pipeline's speed that is lost while stages load and KV cache is copied beside it."""
+"""Share of a pipeline's speed that is lost while stages load and KV cache is copied beside it."""
 
 _STALL_S = 0.3
-"""Expected standstill of a move before there was one."""
+"""Expected seconds for which steps stand still in a move, before there was a move."""
 
 _CHUNK = 128
 """Tokens of a prompt in a step, when KV cache is computed again."""
 
 _COPY_BYTES_PER_S = 30e6
-"""At which KV cache is expected to be copied, between tasks, before any was."""
+"""Expected speed of copying KV cache between tasks, before any was copied."""
 
-_TELLING_BYTES = 1 << 20
-"""KV cache from which copying speed is learnt; less is copied too quickly to say anything."""
+_LEAST_COPIED_BYTES = 1 << 20
+"""Bytes of KV cache below which a copy is too short to learn the copy speed from."""
 
 _PREFIX_COPY_S = 2.0
-"""Prefixes kept for later go along if copying them takes no longer; the oldest ones go first."""
+"""Seconds that copying prefixes of ended sequences may take; for that, the oldest are freed."""
 
-_PATIENCE_S = 1.0
-"""Copying KV cache may cost so much more than computing it again."""
+_COPY_ALLOWANCE_S = 1.0
+"""Seconds by which copying KV cache may cost more than computing it again."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Price:
     """What a move is expected to cost.
 
     Attributes:
-        standstill_s: how long requests stand still, or lose as much by being slower for longer.
-        copies: whether it is cheaper to copy the KV cache than to compute it again.
+        standstill_s: how long requests stand still, or as much time as they lose by being slower.
+        copies: whether KV cache is copied; otherwise it is computed again.
         copy_s: how long copying it takes.
-        cached_tokens: positions of prefixes kept for later that go along.
+        cached_tokens: positions of ended sequences, kept as prefixes, whose KV cache goes along.
         kv_tokens: positions of KV cache that there is room for beside old and new layers; None if
             workers cannot hold both, so that the new ones have to be loaded after the old ones go.
     """
@@ -57,10 +57,10 @@ class Price:
 
 
 class MovePrices:
-    """Prices of moves, and what earlier moves showed.
+    """Tells the prices of moves, and learns from those that were made.
 
     Attributes:
-        stall_s: how long steps stood still in the latest move.
+        stall_s: how long steps stood still in the latest move; 0 before the first.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -80,22 +80,20 @@ class MovePrices:
         for stage in stages:
             worker, before = workers[stage.worker], held.get(stage.worker)
             added = added_bytes(cost, before, stage.layers)
-            load_s = max(load_s, added / (worker.bytes_per_s or _LOAD_BYTES_PER_S))
-            own = cost.weight_bytes(before) if before else 0
+            load_s = max(load_s, added / (worker.load_bytes_per_s or _LOAD_BYTES_PER_S))
+            own_bytes = cost.weight_bytes(before) if before else 0
             layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
-            left = worker.capabilities.memory_bytes - own - added
-            room = min(room, left // max(1, layers * cost.kv_bytes_per_token))
+            left_bytes = worker.capabilities.memory_bytes - own_bytes - added
+            room = min(room, left_bytes // max(1, layers * cost.kv_bytes_per_token))
         transfers = transfers_between(old.stages, stages)
-        reachable = all(
-            (t.sender.worker, t.receiver.worker) not in self._unreachable for t in transfers
-        )
-        most = max((len(t.layers) for t in transfers), default=0)
+        reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
+        most = max((len(transfer.layers) for transfer in transfers), default=0)
         token_s = most * cost.kv_bytes_per_token / self._copy_bytes_per_s
         cached = old.scheduler.kv_tokens_cached if old.scheduler else 0
         cached = min(cached, int(_PREFIX_COPY_S / token_s)) if token_s else cached
         copy_s = (tokens + cached) * token_s
         again_s = self._compute_again_s(stages, tokens)
-        copies = reachable and _SLOWED_SHARE * copy_s <= again_s + _PATIENCE_S
+        copies = reachable and _SLOWED_SHARE * copy_s <= again_s + _COPY_ALLOWANCE_S
         if room < tokens or room < KV_BLOCK:
             return Price(load_s + again_s, False, copy_s, cached, kv_tokens=None)
         slowed_s = load_s + copy_s if copies else load_s
@@ -111,13 +109,13 @@ class MovePrices:
 
     @property
     def _copy_bytes_per_s(self) -> float:
-        """What a worker sends of its KV cache while it serves, as seen last, or else at most."""
-        link_bytes_per_s = self._cluster.measurements.bytes_per_s
+        """Expected speed of copying KV cache: that of the latest copy, at most that of links."""
+        link_bytes_per_s = self._cluster.measurements.link_bytes_per_s
         return min(link_bytes_per_s, self._copied_bytes_per_s or _COPY_BYTES_PER_S)
 
     def copied(self, sent_bytes: int, seconds: float) -> None:
         """Learn from KV cache that a worker has copied."""
-        if sent_bytes >= _TELLING_BYTES and seconds > 0.0:
+        if sent_bytes >= _LEAST_COPIED_BYTES and seconds > 0.0:
             self._copied_bytes_per_s = sent_bytes / seconds
 
     def copied_slowly(self, times: float) -> None:

@@ -14,7 +14,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
-from distributed_llm.coordinator.cluster.move import SLOW, Move, MoveState
+from distributed_llm.coordinator.cluster.move import COPY_SLOWDOWN, Move, MoveState
 from distributed_llm.coordinator.cluster.move_price import MovePrices, Price, added_bytes
 from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.events import Action, Send
@@ -28,10 +28,10 @@ class Moves:
 
     Attributes:
         move: the one that is under way, or None.
-        prices: what moves cost.
+        prices: tells what moves are expected to cost.
         num_moves: that were committed.
         failures: how many moves in a row were undone.
-        undone_at: when the latest of them was, clock seconds.
+        undone_at: when the latest move was undone, clock seconds.
     """
 
     def __init__(self, cluster: Cluster) -> None:
@@ -47,7 +47,7 @@ class Moves:
     def next_layers(self, worker: Worker) -> LayerRange | None:
         """Return what a worker that serves is about to serve instead, if a move is under way."""
         move = self.move
-        if move is None or self._pipelines.of(worker.peer) is not move.old:
+        if move is None or self._pipelines.pipeline_of(worker.peer) is not move.old:
             return None
         stage = move.new_stage(worker.peer)
         return stage.layers if stage else None
@@ -58,11 +58,11 @@ class Moves:
 
     def concerns(self, worker: Worker, epoch: Epoch) -> bool:
         """Return whether a move to this epoch is under way in which a worker has a part."""
-        return self._of(worker, epoch) is not None
+        return self._move_of(worker, epoch) is not None
 
     def is_loading(self, worker: Worker, epoch: Epoch) -> bool:
         """Return whether a worker loads a stage of this epoch for a move."""
-        move = self._of(worker, epoch)
+        move = self._move_of(worker, epoch)
         return move is not None and move.new_stage(worker.peer) is not None
 
     # -------------------------------------------------------------- beginning
@@ -81,11 +81,13 @@ class Moves:
         old.scheduler.trim(price.cached_tokens)
         old.scheduler.resize(price.kv_tokens)
         new, key = self._pipelines.new_pipeline(plan), self._pipelines.draw_key()
-        self._pipelines.claim(new)
+        self._pipelines.assign(new)
         move = self.move = Move(
             old,
             new,
-            addresses={s.peer: self._pipelines.worker(s).peer_addresses for s in new.stages},
+            addresses={
+                stage.peer: self._pipelines.worker(stage).peer_addresses for stage in new.stages
+            },
             link_key=key,
             copies=price.copies,
             copy_s=price.copy_s,
@@ -119,12 +121,12 @@ class Moves:
     # -------------------------------------------------------------- what workers tell
 
     def stage_ready(self, worker: Worker, ready: StageReady, *, now: float) -> Sequence[Action]:
-        """Take it that a stage of the move has loaded; once all have, copy KV cache."""
-        move = self._of(worker, ready.epoch)
+        """Record that a stage of the move has loaded; once all have, copy KV cache."""
+        move = self._move_of(worker, ready.epoch)
         stage = move.new_stage(worker.peer) if move else None
         if move is None or stage is None:
             return []
-        before = worker.layers if self._pipelines.of(worker.peer) is move.old else None
+        before = worker.layers if self._pipelines.pipeline_of(worker.peer) is move.old else None
         read_bytes = added_bytes(self._cluster.model.cost, before, stage.layers)
         worker.learn_load_speed(read_bytes, ready.load_s)
         if move.state is not MoveState.LOADING or not move.new.stage_ready(worker.peer, ready):
@@ -139,28 +141,28 @@ class Moves:
         return actions
 
     def copied(self, worker: Worker, said: KVCopied, *, now: float) -> Sequence[Action]:
-        """Take it that a worker has sent its KV cache."""
-        move = self._of(worker, said.epoch)
+        """Record that a worker has copied its KV cache."""
+        move = self._move_of(worker, said.epoch)
         if move is None or move.state is not MoveState.COPYING:
             return []
         self.prices.copied(said.bytes_sent, now - move.state_at)
         return move.copied(worker.peer, now=now)
 
     def took_over(self, worker: Worker, said: TookOver) -> None:
-        """Take it that a stage has its KV cache."""
-        move = self._of(worker, said.epoch)
+        """Record that a new stage has its KV cache."""
+        move = self._move_of(worker, said.epoch)
         if move is not None:
             move.took_over(worker.peer)
 
     def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
-        """Undo the move: KV cache cannot go along. The next move between these two goes without."""
-        move = self._of(worker, failed.epoch)
+        """Undo the move: a worker cannot send its KV cache, and later moves expect so."""
+        move = self._move_of(worker, failed.epoch)
         if move is None:
             return []
         pair = (worker.id, WorkerId(failed.worker))
-        sends = any((t.sender.worker, t.receiver.worker) == pair for t in move.transfers)
+        planned = any(transfer.pair == pair for transfer in move.transfers)
         actions = self.undo(f"{worker.id}: {failed.message}", now=now)
-        if sends and self.prices.unreachable(*pair):
+        if planned and self.prices.unreachable(*pair):
             self.failures -= 1
         return actions
 
@@ -181,17 +183,17 @@ class Moves:
         self.undone_at = now
         if move.old.scheduler is not None:
             move.old.scheduler.resize(move.old.kv_tokens)
-        move.new.give_up()
-        for worker in self._pipelines.release(move.new):
+        move.new.dissolve()
+        for worker in self._pipelines.unassign(move.new):
             worker.epoch = NO_EPOCH
-        orders = [s for s in move.undo() if self._cluster.registry.worker(s.peer)]
+        orders = [send for send in move.undo() if self._cluster.registry.worker(send.peer)]
         note = self._log.note(
             EventKind.MOVE_UNDONE, epoch=move.new.epoch, layer_map=move.new.layer_map, why=why
         )
         return [*orders, note]
 
     def settle(self, *, now: float) -> list[Action]:
-        """Go on if nothing is left to wait for; commit what can be committed."""
+        """Let the move go on if no step is in flight any more; commit it if it can be."""
         move = self.move
         if move is None:
             return []
@@ -204,11 +206,11 @@ class Moves:
         self.failures = 0
         self.num_moves += 1
         self.prices.stall_s = now - move.paused_at
-        self._pipelines.replace(move.old, move.new)
+        self._pipelines.commit(move.old, move.new)
         if move.copies:
             move.new.continue_from(move.old)
         else:
-            self._pipelines.evacuate(move.old)
+            self._pipelines.requeue(move.old)
             move.new.serve()
         note = self._log.note(
             EventKind.MOVE_COMMITTED,
@@ -226,17 +228,17 @@ class Moves:
         return self.move.next_deadline() if self.move else None
 
     def on_timer(self, *, now: float) -> Sequence[Action]:
-        """Undo a move that has taken too long, or end its copying."""
+        """Undo a move whose state has lasted too long, or pause if that is COPYING."""
         at = self.next_deadline()
         if self.move is None or at is None or at > now:
             return []
         if self.move.copies and self.move.state is not MoveState.LOADING:
-            self.prices.copied_slowly(SLOW)
+            self.prices.copied_slowly(COPY_SLOWDOWN)
         if self.move.state is MoveState.COPYING:
             return self.move.copy_timed_out(now=now)
         return self.undo(f"{self.move.state.value} took too long", now=now)
 
-    def _of(self, worker: Worker, epoch: Epoch) -> Move | None:
+    def _move_of(self, worker: Worker, epoch: Epoch) -> Move | None:
         """Return the move, if it is to this epoch and the worker has a part in it."""
         move = self.move
         return move if move and move.new.epoch == epoch and move.concerns(worker.peer) else None
@@ -251,4 +253,4 @@ class Moves:
             assert move.old in self._pipelines.all
             assert move.new not in self._pipelines.all
             for stage in move.new.stages:
-                assert self._pipelines.of(stage.peer) in (move.old, move.new)
+                assert self._pipelines.pipeline_of(stage.peer) in (move.old, move.new)

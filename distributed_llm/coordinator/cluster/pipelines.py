@@ -1,8 +1,8 @@
-"""All pipelines of a cluster: who is part of which, how they are loaded, served and given up. Pure.
+"""All pipelines of a cluster: who is part of which, how they are loaded and dissolved. Pure.
 
     waiting --plans--> loading --all stages of one are ready--> serving
        ^                  |                                        |
-       '--the last pipeline is gone, and nobody can hold the model-'
+       '-the last pipeline is dissolved; nobody can hold the model-'
 
 The model may be served by several pipelines, each with workers of its own. Every plan that is
 loaded has a larger epoch than all before; answers of an older epoch are dropped. Which plans there
@@ -60,8 +60,8 @@ class Pipelines:
         self._measurements = measurements
         self._event_log = event_log
         self._draw_key = draw_key
-        self._by_epoch: dict[Epoch, Pipeline] = {}  # loaded or served; not what loads beside
-        self._of: dict[PeerId, Pipeline] = {}
+        self._by_epoch: dict[Epoch, Pipeline] = {}  # not the one that a move is loading
+        self._by_peer: dict[PeerId, Pipeline] = {}
         self._changed: dict[Epoch, Pipeline] = {}
         self._sequence_ids = count(1)
         self.epoch = NO_EPOCH
@@ -80,13 +80,13 @@ class Pipelines:
         """Those that serve."""
         return [pipeline for pipeline in self._by_epoch.values() if pipeline.in_flight]
 
-    def of(self, peer: PeerId) -> Pipeline | None:
+    def pipeline_of(self, peer: PeerId) -> Pipeline | None:
         """Return the pipeline that the worker at `peer` is part of."""
-        return self._of.get(peer)
+        return self._by_peer.get(peer)
 
     @property
     def state(self) -> ClusterState:
-        """What the cluster does as a whole."""
+        """Whether a pipeline serves; if none does, whether one loads or is being planned again."""
         if self.serving:
             return "serving"
         return "loading" if self._by_epoch or self.recovering else "waiting"
@@ -122,7 +122,7 @@ class Pipelines:
     def _load(self, plan: Plan) -> list[Action]:
         pipeline = self.new_pipeline(plan)
         self._by_epoch[pipeline.epoch] = pipeline
-        self.claim(pipeline)
+        self.assign(pipeline)
         note = self._event_log.note(
             EventKind.PLAN_LOADING, epoch=pipeline.epoch, layer_map=pipeline.layer_map
         )
@@ -142,16 +142,16 @@ class Pipelines:
             on_change=self._note_change,
         )
 
-    def claim(self, pipeline: Pipeline) -> None:
-        """Make the idle workers of a pipeline part of it; they load its layers."""
+    def assign(self, pipeline: Pipeline) -> None:
+        """Give the idle workers of a pipeline its layers."""
         for stage in pipeline.stages:
-            if stage.peer not in self._of:
-                self._of[stage.peer] = pipeline
+            if stage.peer not in self._by_peer:
+                self._by_peer[stage.peer] = pipeline
                 self.worker(stage).assign(stage.layers, epoch=pipeline.epoch)
 
     def stage_ready(self, worker: Worker, ready: StageReady) -> list[Action]:
-        """Take it that a worker has loaded its layers; once all of its plan have, serve."""
-        pipeline = self._of.get(worker.peer)
+        """Record that a worker has loaded its layers; once all of its plan have, serve."""
+        pipeline = self._by_peer.get(worker.peer)
         stale = pipeline is None or ready.epoch != pipeline.epoch
         if pipeline is None or stale or worker.state is not WorkerState.LOADING:
             self._event_log.rejected["stale_epoch"] += 1
@@ -177,53 +177,53 @@ class Pipelines:
             )
         return actions
 
-    # -------------------------------------------------------------- giving up
+    # -------------------------------------------------------------- dissolving and committing
 
     def dissolve(self, pipeline: Pipeline) -> None:
-        """Give a pipeline up; its requests wait for another."""
+        """End a pipeline: its workers lose their layers, its requests wait for another one."""
         del self._by_epoch[pipeline.epoch]
         self._changed.pop(pipeline.epoch, None)
-        self.release(pipeline)
-        self.evacuate(pipeline)
+        self.unassign(pipeline)
+        self.requeue(pipeline)
 
-    def release(self, pipeline: Pipeline) -> list[Worker]:
-        """Take their layers away from workers that are part of a pipeline; return who is there."""
-        released = []
+    def unassign(self, pipeline: Pipeline) -> list[Worker]:
+        """Take the layers of a pipeline away from its workers; return those that are connected."""
+        unassigned = []
         for stage in pipeline.stages:
-            if self._of.get(stage.peer) is pipeline:
-                del self._of[stage.peer]
+            if self._by_peer.get(stage.peer) is pipeline:
+                del self._by_peer[stage.peer]
                 worker = self._registry.worker(stage.peer)
                 if worker is not None:
                     worker.unassign()
-                    released.append(worker)
-        return released
+                    unassigned.append(worker)
+        return unassigned
 
-    def evacuate(self, pipeline: Pipeline) -> None:
-        """Queue the requests of a pipeline for another; it serves no more."""
+    def requeue(self, pipeline: Pipeline) -> None:
+        """Queue the requests of a pipeline for another one; it serves no more."""
         if pipeline.scheduler:
             self._book.collect(pipeline.scheduler)
-        self._book.requeue(pipeline.give_up())
+        self._book.requeue(pipeline.dissolve())
 
-    def replace(self, old: Pipeline, new: Pipeline) -> None:
-        """Let a pipeline that was loaded beside another one take its place.
+    def commit(self, old: Pipeline, new: Pipeline) -> None:
+        """Let the new pipeline of a move take the place of the old one.
 
-        Workers of both, and of the new one alone, serve the new one from now on.
+        Workers of the old one that are not in the new one lose their layers.
         """
         del self._by_epoch[old.epoch]
         self._changed.pop(old.epoch, None)
         self._by_epoch[new.epoch] = new
         new.lineage = old.lineage
         for stage in old.stages:
-            del self._of[stage.peer]
+            del self._by_peer[stage.peer]
         for stage in new.stages:
-            self._of[stage.peer] = new
+            self._by_peer[stage.peer] = new
             worker = self.worker(stage)
             worker.commit(
                 stage.layers, epoch=new.epoch, weight_bytes=new.weight_bytes_of(stage.peer)
             )
             worker.link = new.link_of(stage.peer)
         for stage in old.stages:
-            if stage.peer not in self._of:
+            if stage.peer not in self._by_peer:
                 worker = self.worker(stage)
                 worker.unassign()
                 worker.epoch = NO_EPOCH
@@ -237,8 +237,8 @@ class Pipelines:
                 actions.append(Send(worker.peer, DropStage(epoch=self.epoch)))
         return actions
 
-    def end_epoch(self) -> list[Action]:
-        """Make all that workers still answer stale; free what nobody needs."""
+    def skip_epoch(self) -> list[Action]:
+        """Skip an epoch, so that all late answers are stale; free layers that nobody needs."""
         self.epoch = Epoch(self.epoch + 1)
         return self.drop_unused()
 
@@ -257,8 +257,8 @@ class Pipelines:
         A worker that is dialled must know the epoch by then, so it is told before its sender.
 
         Args:
-            key: by which its workers know each other.
-            beside: each worker goes on with what it serves meanwhile.
+            key: the secret by which its workers know each other.
+            beside: workers keep and serve their old layers meanwhile.
             imports: layers whose KV cache a worker will be sent.
         """
         actions: list[Action] = []
@@ -289,13 +289,13 @@ class Pipelines:
         return self._draw_key()
 
     def worker(self, stage: PipelineStage) -> Worker:
-        """Return the worker of a stage, which is there."""
+        """Return the worker of a stage, which must be connected."""
         worker = self._registry.worker(stage.peer)
         assert worker is not None
         return worker
 
     def _wants_trials(self, stage: PipelineStage) -> bool:
-        """Return whether a worker should try steps of several sizes on its first layers."""
+        """Return whether a worker should time trials on its layers, which are its first."""
         return self._settings.strategy == "speed" and self._measurements.untried(stage.worker)
 
     def _note_change(self, pipeline: Pipeline) -> None:
@@ -309,12 +309,13 @@ class Pipelines:
             assert pipeline.stages[-1].layers.stop == self._model.cost.num_layers
             assert pipeline.stages[0].layers.start == 0
             for stage in pipeline.stages:
-                assert self._of[stage.peer] is pipeline
+                assert self._by_peer[stage.peer] is pipeline
                 worker = self._registry.worker(stage.peer)
                 assert worker is not None
                 assert (worker.layers, worker.epoch) == (stage.layers, epoch)
                 assert worker.state in (WorkerState.LOADING, WorkerState.SERVING)
-        served = {stage.peer for r in self._by_epoch.values() for stage in r.stages}
-        loading = {peer for peer, r in self._of.items() if r.epoch not in self._by_epoch}
-        assert set(self._of) == served | loading
-        assert len(served) == sum(len(r.stages) for r in self._by_epoch.values())
+        served = [stage.peer for pipeline in self._by_epoch.values() for stage in pipeline.stages]
+        assert len(set(served)) == len(served)
+        for peer, pipeline in self._by_peer.items():
+            assert (peer in served) == (pipeline.epoch in self._by_epoch)
+        assert set(served) <= set(self._by_peer)

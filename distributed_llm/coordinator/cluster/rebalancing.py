@@ -1,9 +1,9 @@
-"""Keeps the plans of a cluster up with what is measured. Pure.
+"""Rebalancing: moves pipelines to better plans as measured speeds and demand change. Pure.
 
-Every second it has better plans searched for one pipeline: for its workers as they are now, and
-those without layers. If there is one, the pipeline's balancer says whether to move; idle workers
-that can hold the model by themselves may serve it once more instead. Does nothing unless the
-strategy is "speed".
+Every second it has better plans searched for one pipeline, for its own workers and idle ones. If
+there is one, the pipeline's balancer says whether to move. Instead, idle workers may serve the
+model once more by themselves, if that adds enough speed. Does nothing unless the strategy is
+"speed".
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
-from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, FoundPlans, PlanSearch
+from distributed_llm.coordinator.planning.plan_search import MAX_IDLE, PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
@@ -27,27 +27,31 @@ from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
 
 _EVERY_S = 1.0
+"""Seconds between two searches."""
+
 _ADVISE_EVERY_S = 10.0
+"""Seconds between two times that a pipeline's machines are advised about."""
+
 _ERROR_OF_MEAN = 0.2
 """Standard deviation of a fitted time, as a share of the median error of single tasks."""
 
 _HELPFUL = 0.2
-"""A further pipeline has to be at least so fast, compared with one that serves."""
+"""Least rate of a further pipeline, as a share of that of the one that serves."""
 
 _AS_GOOD = 0.97
-"""Two pipelines are preferred to a longer one that is this little faster."""
+"""Two pipelines are preferred to one longer one if they have this share of its rate."""
 
-_PATIENCE_S = 10.0
-"""After a move was undone; twice as long each time."""
+_RETRY_S = 10.0
+"""Seconds without a search after a move was undone; twice as many for each further one."""
 
 
 @dataclass
 class _Lineage:
-    """What outlives a plan: of pipelines that took each other's place.
+    """What a pipeline hands on to the one that takes its place.
 
     Attributes:
-        demand: what is asked of them.
-        balancer: says when they should have another plan.
+        demand: measures what is asked of them.
+        balancer: says when they move to another plan.
         observed_at: when a step was observed last, clock seconds.
     """
 
@@ -58,14 +62,14 @@ class _Lineage:
 
 @dataclass
 class _Outlook:
-    """What is known of one plan.
+    """What searches showed of one served plan.
 
     Attributes:
-        searched_at: when better plans were looked for last, clock seconds.
+        searched_at: when better plans were searched last, clock seconds.
         advised_at: when advice was asked for last, likewise.
-        advised: about whom.
-        tokens_per_s: that are expected of it; None before the first search.
-        unconfirmed: the last search found a better plan, which has to be found again.
+        advised: the workers that it was about.
+        tokens_per_s: expected rate of the plan; None before the first search.
+        unconfirmed: whether the last search found a better plan, which has to be found again.
     """
 
     searched_at: float = 0.0
@@ -79,7 +83,7 @@ class Rebalancing:
     """The rebalancer of one cluster.
 
     Attributes:
-        advice: whether each worker helps, as found last.
+        advice: what each worker is worth, by the latest search that gave advice about it.
     """
 
     def __init__(
@@ -92,9 +96,9 @@ class Rebalancing:
         self._planner = planner
         self._replanning = replanning
         self._moves = moves
-        self._search: PlanSearch | None = None  # it is being answered
+        self._search: PlanSearch | None = None  # the one that is not answered yet
         self._outlooks: dict[int, _Outlook] = {}  # by epoch
-        self._lineages: dict[int, _Lineage] = {}
+        self._lineages: dict[int, _Lineage] = {}  # by the epoch of their first pipeline
         self._left_out: set[WorkerId] = set()
         self._next_at: float | None = None
         self.advice: Mapping[WorkerId, Advice] = {}
@@ -106,24 +110,24 @@ class Rebalancing:
         lineage.demand.observe(done, decoding=pipeline.num_decoding, now=now)
 
     def _lineage(self, pipeline: Pipeline) -> _Lineage:
-        found = self._lineages.get(pipeline.lineage)
-        if found is None:
-            found = self._lineages[pipeline.lineage] = _Lineage()
-        return found
+        lineage = self._lineages.get(pipeline.lineage)
+        if lineage is None:
+            lineage = self._lineages[pipeline.lineage] = _Lineage()
+        return lineage
 
-    # -------------------------------------------------------------- when to look
+    # -------------------------------------------------------------- when to search
 
     def next_deadline(self) -> float | None:
-        """Return when to look again, clock seconds."""
+        """Return when the next search may begin, clock seconds; None while nothing is served."""
         return self._next_at
 
     def wake(self, *, now: float) -> None:
-        """Look from now on, because something may be served."""
+        """Search every second from now on, because something may be served."""
         if self._next_at is None and self._cluster.settings.strategy == "speed":
             self._next_at = now + _EVERY_S
 
     def on_timer(self, *, now: float) -> list[Action]:
-        """Have plans searched for the pipeline that was looked at longest ago, if it may change."""
+        """Have plans searched for the pipeline whose last search was longest ago."""
         if self._next_at is None or self._next_at > now:
             return []
         self._next_at = now + _EVERY_S
@@ -131,24 +135,28 @@ class Rebalancing:
         if not serving:
             self._next_at = None
             return []
-        patience_s = _PATIENCE_S * (2.0 ** min(self._moves.failures, 6) - 1.0)
-        moving = self._moves.move or now < self._moves.undone_at + patience_s
+        retry_s = _RETRY_S * (2.0 ** min(self._moves.failures, 6) - 1.0)
+        moving = self._moves.move or now < self._moves.undone_at + retry_s
         if self._search or moving or self._replanning.busy:
             return []
         self._forget_others(serving)
-        pipeline = min(serving, key=lambda r: self._outlooks[r.epoch].searched_at)
+        pipeline = min(serving, key=lambda each: self._outlooks[each.epoch].searched_at)
         self._search = self._new_search(pipeline, now)
         self._outlooks[pipeline.epoch].searched_at = now
         return [Study(self._search)] if self._search else []
 
     def _forget_others(self, serving: Sequence[Pipeline]) -> None:
-        """Keep what is known of these plans, and nothing of those that are gone."""
-        self._outlooks = {r.epoch: self._outlooks.get(r.epoch, _Outlook()) for r in serving}
-        lineages = {pipeline.lineage for pipeline in self._pipelines.all}
-        self._lineages = {e: found for e, found in self._lineages.items() if e in lineages}
+        """Keep what is known of these pipelines, and nothing of those that are gone."""
+        self._outlooks = {
+            pipeline.epoch: self._outlooks.get(pipeline.epoch, _Outlook()) for pipeline in serving
+        }
+        alive = {pipeline.lineage for pipeline in self._pipelines.all}
+        self._lineages = {
+            epoch: lineage for epoch, lineage in self._lineages.items() if epoch in alive
+        }
 
     def _new_search(self, pipeline: Pipeline, now: float) -> PlanSearch | None:
-        """Return what to find out about a pipeline; None if nothing has changed."""
+        """Return a search for a pipeline; None if it could find nothing new."""
         own = {stage.peer for stage in pipeline.stages}
         workers = [worker for worker in self._registry.workers if worker.peer in own]
         if any(worker.leaving for worker in workers):
@@ -173,35 +181,37 @@ class Rebalancing:
             layer_map=pipeline.layer_map,
             machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
-            hanging=frozenset(w.id for w in workers if self._registry.hangs(w)),
+            hanging=frozenset(worker.id for worker in workers if self._registry.hangs(worker)),
             demand=demand or Demand.expected(min(len(everybody), len(own) + MAX_IDLE)),
-            goal=self._planner.goal if demand is None else self._cluster.settings.objective,
+            objective=self._planner.objective
+            if demand is None
+            else self._cluster.settings.objective,
             needed_tokens=self._cluster.needed_tokens(pipeline),
             beside_tokens_per_s=sum(
-                found.tokens_per_s or 0.0
-                for epoch, found in self._outlooks.items()
+                other.tokens_per_s or 0.0
+                for epoch, other in self._outlooks.items()
                 if epoch != pipeline.epoch
             ),
             advise=advise,
         )
 
-    # -------------------------------------------------------------- what was found
+    # -------------------------------------------------------------- what a search found
 
-    def found(self, found: FoundPlans, *, now: float) -> list[Action]:
-        """Act on what a search has found."""
-        search, self._search = found.search, None
+    def search_done(self, result: SearchResult, *, now: float) -> list[Action]:
+        """Move to the best plan that a search found, or add a pipeline, if that is worth it."""
+        search, self._search = result.search, None
         outlook = self._outlooks.setdefault(search.epoch, _Outlook())
         outlook.unconfirmed = False
-        outlook.tokens_per_s = found.now.score(search.goal)
-        return [*self._advise(found.advice), *self._act(found, outlook, now)]
+        outlook.tokens_per_s = result.served.score(search.objective)
+        return [*self._advise(result.advice), *self._act(result, outlook, now)]
 
     def search_failed(self) -> None:
-        """Look again later: a search could not be carried out."""
+        """Forget a search that ended with an exception; later ones may do better."""
         self._search = None
 
-    def _advise(self, found: Mapping[WorkerId, Advice]) -> list[Action]:
-        """Keep what is known of each worker; tell once who is left out, and why."""
-        advice = {**self.advice, **found}
+    def _advise(self, new_advice: Mapping[WorkerId, Advice]) -> list[Action]:
+        """Keep advice about workers that are there; log once who is left out, and why."""
+        advice = {**self.advice, **new_advice}
         workers = [worker for worker in self._registry.workers if worker.id in advice]
         self.advice = {worker.id: advice[worker.id] for worker in workers}
         idle = {worker.id for worker in workers if worker.layers is None}
@@ -213,16 +223,17 @@ class Rebalancing:
             for worker in sorted(new)
         ]
 
-    def _act(self, found: FoundPlans, outlook: _Outlook, now: float) -> list[Action]:
-        search = found.search
-        pipeline = next((r for r in self._pipelines.serving if r.epoch == search.epoch), None)
+    def _act(self, result: SearchResult, outlook: _Outlook, now: float) -> list[Action]:
+        search = result.search
+        serving = {pipeline.epoch: pipeline for pipeline in self._pipelines.serving}
+        pipeline = serving.get(search.epoch)
         if pipeline is None or self._moves.move or self._replanning.busy:
             return []
-        if self._adds(found):
-            assert found.extra is not None
-            memory = memory_of(self._available(found.extra))
-            return self._pipelines.load([self._planner.plan_of(memory, found.extra.layer_map)])
-        best = found.best
+        if self._adds(result):
+            assert result.extra is not None
+            memory = memory_of(self._available(result.extra))
+            return self._pipelines.load([self._planner.plan_of(memory, result.extra.layer_map)])
+        best = result.best
         if best is None or best.layer_map == pipeline.layer_map:
             return []
         workers = self._available(best, pipeline)
@@ -230,9 +241,9 @@ class Rebalancing:
             return []  # somebody has left meanwhile, or is to leave
         plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
-        gain = best.score(search.goal) / found.now.score(search.goal) - 1.0
+        gain = best.score(search.objective) / result.served.score(search.objective) - 1.0
         alternative = Alternative(
-            best.layer_map, gain, self._uncertainty(found), price.standstill_s
+            best.layer_map, gain, self._uncertainty(result), price.standstill_s
         )
         balancer = self._lineage(pipeline).balancer
         verdict = balancer.consider(alternative, now=now)
@@ -244,34 +255,39 @@ class Rebalancing:
             return self._moves.replace(pipeline, plan, why=verdict.why)
         return self._moves.begin(pipeline, plan, price, why=verdict.why, now=now)
 
-    def _adds(self, found: FoundPlans) -> bool:
-        """Return whether idle workers should serve the model once more by themselves."""
+    def _adds(self, result: SearchResult) -> bool:
+        """Return whether idle workers should serve the model once more by themselves.
+
+        With `replicas` "auto" the pipeline must not be far slower than the one that serves, and,
+        unless the objective is latency, both together not much slower than one longer pipeline.
+        """
         wanted, number = self._cluster.settings.replicas, len(self._pipelines.all)
-        extra, search = found.extra, found.search
+        extra, search = result.extra, result.search
         if extra is None or (wanted != "auto" and number >= wanted):
             return False
         if len(self._available(extra)) < len(extra.layer_map):
             return False
         if wanted != "auto":
             return True
-        now, also = found.now.full_tokens_per_s, extra.full_tokens_per_s
-        if also < _HELPFUL * now:
+        served, more = result.served.full_tokens_per_s, extra.full_tokens_per_s
+        if more < _HELPFUL * served:
             return False
-        if search.goal == "latency":
+        if search.objective == "latency":
             return True
-        longer = found.best.full_tokens_per_s if found.best else 0.0
-        return now + also >= _AS_GOOD * longer
+        longer = result.best.full_tokens_per_s if result.best else 0.0
+        return served + more >= _AS_GOOD * longer
 
     def _available(self, forecast: Forecast, own: Pipeline | None = None) -> list[Worker]:
         """Return those workers of a forecast that can still be had: idle ones, and of `own`."""
         free = {
             worker.id: worker
             for worker in self._registry.fit
-            if worker.layers is None or (own and self._pipelines.of(worker.peer) is own)
+            if worker.layers is None or (own and self._pipelines.pipeline_of(worker.peer) is own)
         }
         return [free[worker] for worker, _ in forecast.layer_map if worker in free]
 
-    def _uncertainty(self, found: FoundPlans) -> float:
-        assert found.best is not None
-        names = {worker for worker, _ in (*found.best.layer_map, *found.search.layer_map)}
+    def _uncertainty(self, result: SearchResult) -> float:
+        """Return the standard deviation of the gain of the best plan."""
+        assert result.best is not None
+        names = {worker for worker, _ in (*result.best.layer_map, *result.search.layer_map)}
         return _ERROR_OF_MEAN * max(self._measurements.doubt(worker) for worker in names)

@@ -24,15 +24,24 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, PeerId, WorkerId
 
 CLIENT_SILENCE_S = 30.0
-_TELLING_BYTES = 64 << 20
-"""Weights from which loading speed is learnt; fewer load too quickly to say anything."""
+"""A client that is silent for so many seconds is lost."""
+
+_LEAST_LOADED_BYTES = 64 << 20
+"""Bytes of weights below which a load is too short to learn the load speed from."""
 
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
 
 class WorkerState(Enum):
-    """What a worker does for the cluster, named as in `dllm status`."""
+    """What a worker does for the cluster; the values are shown by `dllm status`.
+
+    Attributes:
+        IDLE: it has no layers.
+        LOADING: it loads the layers that it was assigned.
+        SERVING: its layers are loaded; also while a move loads others beside them.
+        UNFIT: it could not load its layers, and is given no others in this session.
+    """
 
     IDLE = "idle"
     LOADING = "loading"
@@ -41,7 +50,15 @@ class WorkerState(Enum):
 
 
 class WorkerCause(Enum):
-    """What changes it."""
+    """What changes the state of a worker.
+
+    Attributes:
+        ASSIGNED: it was told to load layers.
+        LOADED: it has loaded them.
+        COMMITTED: a move was committed; it serves the layers that it loaded for it.
+        UNASSIGNED: its layers were taken away, because its pipeline was dissolved or moved.
+        FAILED: it cannot load layers.
+    """
 
     ASSIGNED = "assigned"
     LOADED = "loaded"
@@ -57,7 +74,7 @@ WORKER_STATES = StateTable(
     {
         (_S.IDLE, _C.ASSIGNED): _S.LOADING,
         (_S.LOADING, _C.LOADED): _S.SERVING,
-        (_S.LOADING, _C.COMMITTED): _S.SERVING,  # its stage was loaded for a move
+        (_S.LOADING, _C.COMMITTED): _S.SERVING,  # it was idle before the move
         (_S.SERVING, _C.COMMITTED): _S.SERVING,
         (_S.LOADING, _C.UNASSIGNED): _S.IDLE,
         (_S.SERVING, _C.UNASSIGNED): _S.IDLE,
@@ -68,11 +85,11 @@ WORKER_STATES = StateTable(
 
 @dataclass
 class Worker:
-    """One session of a worker.
+    """One session of a worker: what it reports, and which layers it has.
 
     Attributes:
         note: why it is unfit.
-        leaving: it is to end, so it is given no layers.
+        leaving: it is to leave, so it is given no layers.
         layers: what it serves or loads, under `epoch`.
         epoch: the newest plan that it was told of and still holds layers of; 0 is none.
         instance: names its process, which may come back in another session.
@@ -80,7 +97,7 @@ class Worker:
         peer_addresses: where other workers may reach it, best first.
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         seconds_per_token: running mean over steps that only decode, or None before any.
-        bytes_per_s: of weights, when it loaded layers last; None before it has.
+        load_bytes_per_s: at which it loaded weights last; None before that was measured.
     """
 
     peer: PeerId
@@ -101,12 +118,12 @@ class Worker:
     tasks_done: int = 0
     compute_s: float = 0.0
     seconds_per_token: float | None = None
-    bytes_per_s: float | None = None
+    load_bytes_per_s: float | None = None
     _state: WorkerState = field(default=WORKER_STATES.initial)
 
     @property
     def state(self) -> WorkerState:
-        """What it does for the cluster."""
+        """What the worker does for the cluster."""
         return self._state
 
     def assign(self, layers: LayerRange, *, epoch: Epoch) -> None:
@@ -148,15 +165,15 @@ class Worker:
 
     def learn_load_speed(self, added_bytes: int, load_s: float) -> None:
         """Learn from a load that read `added_bytes` of weights."""
-        if added_bytes >= _TELLING_BYTES and load_s:
-            self.bytes_per_s = added_bytes / load_s
+        if added_bytes >= _LEAST_LOADED_BYTES and load_s:
+            self.load_bytes_per_s = added_bytes / load_s
 
-    def remeasured(self, found: Remeasured) -> None:
-        """Take what it measured of its machine just now."""
+    def remeasured(self, probe: Remeasured) -> None:
+        """Take what the latest probe of its machine measured."""
         self.capabilities = msgspec.structs.replace(
             self.capabilities,
-            memory_bandwidth_bytes_per_s=found.memory_bandwidth_bytes_per_s,
-            flops_per_s=found.flops_per_s,
+            memory_bandwidth_bytes_per_s=probe.memory_bandwidth_bytes_per_s,
+            flops_per_s=probe.flops_per_s,
         )
 
     def count_task(self, compute_s: float, decode_tokens: int) -> None:
@@ -249,7 +266,10 @@ class Registry:
         return [worker for worker in self.fit if worker.layers is None]
 
     def hangs(self, worker: Worker) -> bool:
-        """Return whether a worker is stuck in a task, of this session or an earlier one."""
+        """Return whether a worker made no progress on its tasks for `task_timeout_s`.
+
+        The tasks may be those of an earlier session.
+        """
         return worker.progress_age_s >= self._task_timeout_s
 
     @property
@@ -275,7 +295,7 @@ class Registry:
         return peer in self._clients
 
     def add_worker(self, peer: PeerId, hello: WorkerHello, *, now: float) -> Worker:
-        """Return the new worker; a name that is taken gets a number."""
+        """Add a worker and return it; a name that is taken gets a number."""
         taken = {str(worker.id) for worker in self._workers.values()}
         name, number = hello.name, 2
         while name in taken:
@@ -314,10 +334,10 @@ class Registry:
 
     def remove_instance(self, instance: str) -> list[Worker]:
         """Forget the sessions of a worker process; return them."""
-        found = [worker for worker in self._workers.values() if worker.instance == instance]
-        for worker in found:
+        sessions = [worker for worker in self._workers.values() if worker.instance == instance]
+        for worker in sessions:
             self.remove(worker.peer)
-        return found
+        return sessions
 
     def next_deadline(self) -> float | None:
         """Return when the next peer will have been silent for too long, clock seconds.
@@ -337,12 +357,12 @@ class Registry:
 
     def silent(self, *, now: float) -> list[PeerId]:
         """Return the peers that have been silent for too long, those overdue most first."""
-        found = []
+        overdue = []
         while (at := self.next_deadline()) is not None and at <= now:
-            found.append(heapq.heappop(self._heap))
-        for entry in found:
+            overdue.append(heapq.heappop(self._heap))
+        for entry in overdue:
             heapq.heappush(self._heap, entry)
-        return [peer for _, _, peer in found]
+        return [peer for _, _, peer in overdue]
 
     def _watch(self, peer: PeerId) -> None:
         watch = self._watches[peer] = next(self._numbers)

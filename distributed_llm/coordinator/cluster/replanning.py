@@ -1,9 +1,8 @@
-"""Has plans made when workers come and go, and loads them. Pure.
+"""Replanning: has plans made when workers come and go, and loads them. Pure.
 
-Plans take some milliseconds to make, so they are asked for beside the event loop, one question at a
-time. An answer counts only for workers that can still be had: if it names another one, or says that
-nobody can hold the model while others have come, the question is asked again for those that are
-there by then.
+Plans take milliseconds to make, so a question about them is answered beside the event loop; one is
+open at a time. An answer is outdated if it names a worker that cannot be had any more, or says that
+no plan fits while other workers have come: then the question is asked again for the workers of now.
 """
 
 from collections.abc import Sequence
@@ -25,8 +24,8 @@ class Need(IntEnum):
     """What plans are needed for; the smaller, the more urgent.
 
     Attributes:
-        RECOVERY: a pipeline was lost; workers without layers should serve in its place.
-        ANEW: all workers, whatever they serve; pipelines that are planned as they are stay.
+        RECOVERY: a pipeline was dissolved; workers without layers should serve in its place.
+        ANEW: all workers are planned for; pipelines that would change are dissolved.
         ANOTHER: workers without layers should serve the model once more.
     """
 
@@ -36,11 +35,11 @@ class Need(IntEnum):
 
 
 class Replanning:
-    """Plans for workers that come and go.
+    """The replanning of one cluster.
 
     Attributes:
         replan_at: when to plan for a worker that joined, clock seconds, or None.
-        replan_when_idle: another plan may be better, but requests are running.
+        replan_when_idle: whether to plan anew once no request is running.
     """
 
     def __init__(self, cluster: Cluster, planner: Planner) -> None:
@@ -49,7 +48,7 @@ class Replanning:
         self._planner = planner
         self._needs: set[Need] = set()
         self._open: tuple[Need, PlanQuestion] | None = None
-        self._lost: WorkerId | None = None  # by whose loss a pipeline ended last
+        self._lost: WorkerId | None = None  # for whom a pipeline was dissolved last
         self.replan_at: float | None = None
         self.replan_when_idle = False
 
@@ -76,21 +75,21 @@ class Replanning:
         self.replan_at, self.replan_when_idle = None, True
         return self._ask_for(Need.ANOTHER)
 
-    def lose(self, worker: Worker) -> list[Action]:
-        """Give up the pipeline of a worker that serves no more; have another one planned."""
-        pipeline = self._pipelines.of(worker.peer)
+    def recover(self, worker: Worker) -> list[Action]:
+        """Dissolve the pipeline of a worker that serves no more; have another one planned."""
+        pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None:
             return []
         self._pipelines.dissolve(pipeline)
-        return self._recover(worker)
+        return self._ask_for_recovery(worker)
 
-    def _recover(self, worker: Worker) -> list[Action]:
+    def _ask_for_recovery(self, worker: Worker) -> list[Action]:
         self._pipelines.recovering, self._lost = True, worker.id
         return self._ask_for(Need.RECOVERY)
 
     def stage_failed(self, worker: Worker, failed: StageFailed) -> list[Action]:
-        """Plan without a worker that cannot load its layers."""
-        pipeline = self._pipelines.of(worker.peer)
+        """Dissolve the pipeline of a worker that cannot load its layers; plan without it."""
+        pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or failed.epoch != worker.epoch:
             self._cluster.event_log.rejected["stale_epoch"] += 1
             return []
@@ -101,10 +100,10 @@ class Replanning:
         )
         if failed.code == UnsupportedModel.code:
             return [note, Stop(UnsupportedModel(failed.message))]
-        return [note, *self._recover(worker)]
+        return [note, *self._ask_for_recovery(worker)]
 
     def _ask_for(self, *needs: Need) -> list[Action]:
-        """Note what is needed; ask for the most urgent, unless a question is open."""
+        """Record what plans are needed for; ask for the most urgent, unless a question is open."""
         self._needs.update(needs)
         if self._open is not None or not self._needs:
             return []
@@ -122,10 +121,10 @@ class Replanning:
     # -------------------------------------------------------------- answers
 
     def answered(self, answer: PlanAnswer, *, moving: bool) -> list[Action]:
-        """Load what was planned, or ask again; then ask for what else is needed.
+        """Load the plans, or ask again if they are outdated; then ask for other plans needed.
 
         Args:
-            moving: a move is under way, which plans for all workers have to wait for.
+            moving: whether a move is under way; plans for all workers wait for its end.
         """
         assert self._open is not None
         (need, question), self._open = self._open, None
@@ -133,7 +132,7 @@ class Replanning:
         if self._is_outdated(need, answer):
             return self._ask_for(need)
         if answer.error is not None:
-            actions = self._give_up(need, answer.error)
+            actions = self._plan_failed(need, answer.error)
         elif need is Need.ANEW:
             actions = self._load_anew(answer.plans, moving)
         else:
@@ -161,8 +160,8 @@ class Replanning:
         self._pipelines.recovering = Need.RECOVERY in self._needs
         return self._pipelines.load(plans)
 
-    def _give_up(self, need: Need, error: DistributedLLMError) -> list[Action]:
-        """Go on without the plans that were needed."""
+    def _plan_failed(self, need: Need, error: DistributedLLMError) -> list[Action]:
+        """Go on without the plans that were needed: none fits."""
         log, pipelines = self._cluster.event_log, self._pipelines
         match need:
             case Need.ANOTHER:
@@ -180,7 +179,7 @@ class Replanning:
                     return [*pipelines.drop_unused(), note, *pipelines.tell_capacity()]
                 broken = WorkerLost(f"Worker {self._lost} serves its layers no longer. {error}")
                 failed = self._cluster.book.fail_all(broken)
-                return [*pipelines.end_epoch(), *failed, *self._wait(error)]
+                return [*pipelines.skip_epoch(), *failed, *self._wait(error)]
 
     def _wait(self, error: DistributedLLMError) -> list[Action]:
         self._pipelines.note, self.replan_when_idle = str(error)[:4096], False

@@ -1,6 +1,7 @@
 """Solvers: exact for uniform problems and for few workers, and a walk for many. Pure.
 
-The walk is exact where the order of the workers is given.
+A problem is uniform if all layers have one size and all links one speed. The walk is exact where
+the order of the workers is given.
 """
 
 import math
@@ -17,12 +18,12 @@ from distributed_llm.coordinator.partition.tables import (
     Cuts,
     Floats,
     Ints,
-    Objective,
+    PartitionObjective,
     Tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
 
-# ------------------------------------------------------------------ all layers and links alike
+# ------------------------------------------------------------------ uniform problems
 
 
 def is_uniform(tables: Tables) -> bool:
@@ -32,7 +33,7 @@ def is_uniform(tables: Tables) -> bool:
     return len(set(tables.cost.layer_bytes)) == 1 and all(links)
 
 
-def solve_uniform(tables: Tables, objective: Objective) -> LayerMap:
+def solve_uniform(tables: Tables, objective: PartitionObjective) -> LayerMap:
     """Return the best layer map of a uniform problem; empty if none fits."""
     size = tables.num_layers
     counts = np.arange(1, size)
@@ -54,8 +55,9 @@ def solve_uniform(tables: Tables, objective: Objective) -> LayerMap:
 
 
 _MIDDLE, _FIRST, _LAST = 0, 1, 2
-_MOVES = (([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [1, 3]), ([0, 1], [2, 3]))
-"""By role: the states from which it can be taken, and the states after. First is 1, last is 2."""
+_TRANSITIONS = (([0, 1, 2, 3], [0, 1, 2, 3]), ([0, 2], [1, 3]), ([0, 1], [2, 3]))
+"""By role of a stage: the states in which it can be taken, and the state each leads to. A state
+tells which ends of the model have their stage: 0 none, 1 the first, 2 the last, 3 both."""
 
 
 def _least_slowest(roles: Floats, alone: Floats, busy_s: float) -> float:
@@ -74,46 +76,46 @@ def _least_slowest(roles: Floats, alone: Floats, busy_s: float) -> float:
     return float(times[bisect_left(times, True, hi=len(times) - 1, key=suffices)])
 
 
-def _knapsack(prices: Floats) -> tuple[float, Cuts]:
+def _knapsack(seconds: Floats) -> tuple[float, Cuts]:
     """Return the least sum of a first, a last and any number of middle stages, and the cuts.
 
     Args:
-        prices: seconds by role, worker and number of layers, float64 [3, W, L]; infinite where
+        seconds: of a stage, by role, worker and number of layers, float64 [3, W, L]; infinite where
             impossible.
     """
-    size = prices.shape[2]
-    best = np.full((4, size + 1), np.inf)  # [state: first 1 + last 2; layers covered]
+    size = seconds.shape[2]
+    best = np.full((4, size + 1), np.inf)  # [state of `_TRANSITIONS`, layers covered]
     best[0, 0] = 0.0
     history = [best]
     never = np.full_like(best, np.inf)
-    for worker in range(prices.shape[1]):
+    for worker in range(seconds.shape[1]):
         best = best.copy()
-        for role, (sources, targets) in enumerate(_MOVES):
-            most = int(np.isfinite(prices[role, worker]).sum())
+        for role, (sources, targets) in enumerate(_TRANSITIONS):
+            most = int(np.isfinite(seconds[role, worker]).sum())
             if most:
                 before = history[-1][sources, :-1]
                 padded = np.concatenate([never[sources, :most], before], axis=1)
                 windows = sliding_window_view(padded, most, axis=1)
-                reached = (windows + prices[role, worker, most:0:-1]).min(axis=2)
+                reached = (windows + seconds[role, worker, most:0:-1]).min(axis=2)
                 best[targets] = np.minimum(best[targets], reached)
         history.append(best)
     total = float(best[3, size])
-    return total, _unpack(prices, history) if math.isfinite(total) else []
+    return total, _unpack(seconds, history) if math.isfinite(total) else []
 
 
-def _unpack(prices: Floats, history: Sequence[Floats]) -> Cuts:
-    state, at = 3, prices.shape[2]
+def _unpack(seconds: Floats, history: Sequence[Floats]) -> Cuts:
+    state, at = 3, seconds.shape[2]
     taken: list[list[tuple[int, int]]] = [[], [], []]  # by role, (worker, layers)
-    for worker in reversed(range(prices.shape[1])):
+    for worker in reversed(range(seconds.shape[1])):
         before = history[worker]
         if before[state, at] == history[worker + 1][state, at]:
             continue
-        most = min(at, prices.shape[2] - 1)
+        most = min(at, seconds.shape[2] - 1)
         options = []
-        for role, (sources, targets) in enumerate(_MOVES):
+        for role, (sources, targets) in enumerate(_TRANSITIONS):
             if state in targets:
                 source = sources[targets.index(state)]
-                sums = before[source, at - most : at][::-1] + prices[role, worker, 1 : most + 1]
+                sums = before[source, at - most : at][::-1] + seconds[role, worker, 1 : most + 1]
                 options.append((float(sums.min()), role, int(sums.argmin()) + 1, source))
         _, role, count, state = min(options)
         taken[role].append((worker, count))
@@ -129,8 +131,8 @@ def _unpack(prices: Floats, history: Sequence[Floats]) -> Cuts:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a solver minimises: the sum or the maximum over the stages and hops of a path.
+class PathTimes:
+    """The times of stages and hops, of which a solver minimises the sum or the maximum on a path.
 
     Attributes:
         stages: seconds of [start, stop) by worker, float64 [n, L + 1, L + 1].
@@ -143,10 +145,10 @@ class Costs:
     join: np.ufunc
 
 
-def costs_of(
+def path_times(
     tables: Tables, team: Sequence[int], cap_s: float | None, edges: slice = slice(None)
-) -> Costs:
-    """Return the costs of some workers.
+) -> PathTimes:
+    """Return the times of some workers, which a solver minimises.
 
     Args:
         tables: of all workers.
@@ -159,20 +161,22 @@ def costs_of(
     pairs = np.ix_(index, index)
     stages, busy = tables.stages[index, edges, edges], tables.busy[pairs]
     if cap_s is None:
-        return Costs(stages, busy, np.maximum)
+        return PathTimes(stages, busy, np.maximum)
     stages = np.where(stages <= cap_s, stages + TIE_S, np.inf)
-    return Costs(stages, np.where(busy <= cap_s, tables.delays[pairs], np.inf), np.add)
+    return PathTimes(stages, np.where(busy <= cap_s, tables.delays[pairs], np.inf), np.add)
 
 
-_Solver = Callable[[Costs], tuple[float, Cuts]]
+_Solver = Callable[[PathTimes], tuple[float, Cuts]]
 
 
-def solve(tables: Tables, team: Sequence[int], objective: Objective, solver: _Solver) -> Cuts:
+def solve(
+    tables: Tables, team: Sequence[int], objective: PartitionObjective, solver: _Solver
+) -> Cuts:
     """Return the best cuts for the objective that `solver` finds; empty if none fit."""
     cap_s = math.inf
     if objective == "throughput":
-        cap_s = solver(costs_of(tables, team, None))[0] + TIE_S
-    return solver(costs_of(tables, team, cap_s))[1]
+        cap_s = solver(path_times(tables, team, None))[0] + TIE_S
+    return solver(path_times(tables, team, cap_s))[1]
 
 
 def additions_of(workers: int, layers: int) -> int:
@@ -180,7 +184,7 @@ def additions_of(workers: int, layers: int) -> int:
     return (workers << workers) * (layers + 1) ** 2 // 2
 
 
-def solve_exactly(tables: Tables, objective: Objective) -> LayerMap:
+def solve_exactly(tables: Tables, objective: PartitionObjective) -> LayerMap:
     """Return the best layer map, by Held-Karp; empty if none fits."""
     team = range(len(tables.names))
     window = Window(len(team), None, None)
@@ -202,28 +206,28 @@ class Window:
     after: int | None
 
 
-def held_karp(costs: Costs, window: Window) -> tuple[float, Cuts]:
-    """Return the least cost of serving all layers, infinite if nothing fits, and the cuts.
+def held_karp(times: PathTimes, window: Window) -> tuple[float, Cuts]:
+    """Return the least time of serving all layers, infinite if nothing fits, and the cuts.
 
-    best[set, w, j] is the least cost of the first j layers on exactly this set of workers (a bit
+    best[set, w, j] is the least time of the first j layers on exactly this set of workers (a bit
     each), with w the last. (Held and Karp, 1962.)
     """
-    count, size = window.workers, costs.stages.shape[1] - 1
-    stages, hops = costs.stages[:count], costs.hops[:count, :count]
+    count, size = window.workers, times.stages.shape[1] - 1
+    stages, hops = times.stages[:count], times.hops[:count, :count]
     zeros = np.zeros(count)
-    enter = zeros if window.before is None else costs.hops[window.before, :count]
-    leave = zeros if window.after is None else costs.hops[:count, window.after]
+    enter = zeros if window.before is None else times.hops[window.before, :count]
+    leave = zeros if window.after is None else times.hops[:count, window.after]
     best = np.full((2**count, count, size + 1), np.inf)
     for worker in range(count):
-        best[1 << worker, worker] = costs.join(enter[worker], stages[worker, 0])
+        best[1 << worker, worker] = times.join(enter[worker], stages[worker, 0])
     for worker, sets in _growing_sets(count):
         step = 1 + 2**18 // (size + 1) ** 2  # sets at a time, so that they stay in the cache
         for at in range(0, len(sets), step):
             some = sets[at : at + step]
-            arrived = costs.join(best[some], hops[:, worker, np.newaxis]).min(axis=1)
-            reached = costs.join(arrived[:, :, np.newaxis], stages[worker]).min(axis=1)
+            arrived = times.join(best[some], hops[:, worker, np.newaxis]).min(axis=1)
+            reached = times.join(arrived[:, :, np.newaxis], stages[worker]).min(axis=1)
             best[some | 1 << worker, worker] = reached
-    ends = costs.join(best[:, :, size], leave)
+    ends = times.join(best[:, :, size], leave)
     used, worker = (int(each) for each in np.unravel_index(ends.argmin(), ends.shape))
     value, at, cuts = float(ends[used, worker]), size, []
     while math.isfinite(value):
@@ -231,8 +235,8 @@ def held_karp(costs: Costs, window: Window) -> tuple[float, Cuts]:
         if not used:
             cuts.append((worker, 0, at))
             break
-        arrived = costs.join(best[used, :, :at], hops[:, worker, np.newaxis])
-        sums = costs.join(arrived, stages[worker, :at, at])
+        arrived = times.join(best[used, :, :at], hops[:, worker, np.newaxis])
+        sums = times.join(arrived, stages[worker, :at, at])
         sender, begin = (int(each) for each in np.unravel_index(sums.argmin(), sums.shape))
         cuts.append((worker, begin, at))
         worker, at = sender, begin
@@ -254,22 +258,22 @@ def _growing_sets(count: int) -> list[tuple[int, Ints]]:
 # ------------------------------------------------------------------ many workers
 
 
-def walk(costs: Costs) -> tuple[float, Cuts]:
-    """Return the cost of a path through the layers, infinite if none was found, and its cuts.
+def walk(times: PathTimes) -> tuple[float, Cuts]:
+    """Return the time of a path through the layers, infinite if none was found, and its cuts.
 
     Only the best path to each (last worker, layers covered) is extended, by workers that it has not
     used. This is exact if hops lead one way only, for then no path can return to a worker.
     """
-    count, edges = costs.stages.shape[:2]
-    best = costs.stages[:, 0].copy()  # [last worker, layers covered]
+    count, edges = times.stages.shape[:2]
+    best = times.stages[:, 0].copy()  # [last worker, layers covered]
     sender, begin = np.zeros((2, count, edges), dtype=np.int64)
     used = np.zeros((edges, count, count), dtype=bool)  # [layers covered, last worker, worker]
     for at in range(1, edges - 1):
         used[at] = used[begin[:, at], sender[:, at]] | np.eye(count, dtype=bool)
-        sums = np.where(used[at], np.inf, costs.join(best[:, at, np.newaxis], costs.hops))
+        sums = np.where(used[at], np.inf, times.join(best[:, at, np.newaxis], times.hops))
         senders = sums.argmin(axis=0)
         arrived = sums[senders, np.arange(count)]
-        reached = costs.join(arrived[:, np.newaxis], costs.stages[:, at])
+        reached = times.join(arrived[:, np.newaxis], times.stages[:, at])
         better = reached < best
         best = np.where(better, reached, best)
         sender = np.where(better, senders[:, np.newaxis], sender)
@@ -283,7 +287,10 @@ def walk(costs: Costs) -> tuple[float, Cuts]:
     return value, cuts[::-1]
 
 
-def walk_forward(costs: Costs) -> tuple[float, Cuts]:
-    """Return the best path that keeps the order of the workers; some may be left out."""
-    forward = np.triu(np.ones_like(costs.hops, dtype=bool), 1)
-    return walk(replace(costs, hops=np.where(forward, costs.hops, np.inf)))
+def walk_forward(times: PathTimes) -> tuple[float, Cuts]:
+    """Return the best path that keeps the order of the workers, as `walk` does.
+
+    Some may be left out.
+    """
+    forward = np.triu(np.ones_like(times.hops, dtype=bool), 1)
+    return walk(replace(times, hops=np.where(forward, times.hops, np.inf)))

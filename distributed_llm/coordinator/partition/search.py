@@ -9,11 +9,12 @@ of Halda): "throughput" minimises the slowest stage or link, and among such part
   fixed charges over (worker, layers covered) the least sum. Exact for any number of workers.
 * Few workers: dynamic programming over (set of workers used, last worker, layers covered), which is
   Held and Karp's for the travelling salesman, with layers. Exact for any links and layers.
-* Otherwise a search. It starts from the first way with layers and links evened out ("relaxed"),
-  and from walks, which remember one path per (last worker, layers covered); then the second way
-  solves windows of a few stages and idle workers again and again. It is never worse than a start.
+* Otherwise a search. It starts from the first way, with layers and links taken to be alike
+  ("relaxed"), and from walks, which remember one path per (last worker, layers covered). Then the
+  second way solves windows of a few stages and idle workers, until none gets better. The result is
+  never worse than a start.
 
-What each part buys is measured by `python -m benchmarks.planning quality`.
+What each part is worth is measured by `python -m benchmarks.planning quality`.
 
 Times that differ by less than a nanosecond (`TIE_S`) are equal, and each further stage must save as
 much; so rounding decides no tie. "Exact" is up to that.
@@ -29,9 +30,9 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.exact import (
     Window,
     additions_of,
-    costs_of,
     held_karp,
     is_uniform,
+    path_times,
     solve,
     solve_exactly,
     solve_uniform,
@@ -44,34 +45,34 @@ from distributed_llm.coordinator.partition.tables import (
     Cuts,
     Hop,
     Links,
-    Objective,
     Partition,
+    PartitionObjective,
     Tables,
     make_tables,
     mean_layers,
 )
 from distributed_llm.coordinator.plan import LayerMap
 
-_EXACT_WORK = 50_000_000
+_EXACT_ADDITIONS = 50_000_000
 """Additions up to which Held-Karp is used; they take 0.2 s for throughput."""
 
 _WINDOW = 4
-"""Stages in a window ..."""
+"""Stages in a window."""
 
 _IDLE = 3
-"""... and workers without layers that may replace them."""
+"""Idle workers that may replace the workers of a window."""
 
-_WINDOWS_WORK = 80_000_000
-"""Additions that the search may spend on windows ..."""
+_MAX_ADDITIONS = 80_000_000
+"""Additions that a search may spend on windows."""
 
-_WINDOW_WORK = 1_000_000
-"""... to which each window adds this much for what it costs besides."""
+_WINDOW_ADDITIONS = 1_000_000
+"""Additions that a window is charged for the time that it takes beside its own."""
 
 _SHORTLIST = 48
 """Workers that the search considers besides those of its starts."""
 
 _HALVINGS = 8
-"""Bisection steps for the time of the slowest stage of a walk."""
+"""Steps of the bisection of the bound that walks for throughput are capped at."""
 
 
 def predict(
@@ -97,13 +98,13 @@ def times_of(
         KeyError: the layer map names a worker that is no candidate.
     """
     by_worker = {candidate.worker: candidate.times for candidate in candidates}
-    weights = mean_layers(cost)
+    lengths = mean_layers(cost)
     stages = []
     for worker, layers in layer_map:
         times = by_worker[worker]
         last = layers.stop == cost.num_layers
-        weight = float(weights[layers.start, layers.stop])
-        stages.append(times.task_s + times.layer_s * weight + times.last_s * last)
+        length = float(lengths[layers.start, layers.stop])
+        stages.append(times.task_s + times.layer_s * length + times.last_s * last)
     hops = [links.hop(sender, receiver) for (sender, _), (receiver, _) in pairwise(layer_map)]
     return stages, hops
 
@@ -113,7 +114,7 @@ def best_partition(
     candidates: Sequence[Candidate],
     links: Links,
     *,
-    objective: Objective,
+    objective: PartitionObjective,
     kv_tokens: int,
 ) -> Partition | None:
     """Return the best partition that was found, None if none fits.
@@ -134,7 +135,7 @@ def best_partition(
     tables = make_tables(cost, ranked, links, kv_tokens)
     if is_uniform(tables):
         layer_map = solve_uniform(tables, objective)
-    elif additions_of(len(ranked), cost.num_layers) <= _EXACT_WORK:
+    elif additions_of(len(ranked), cost.num_layers) <= _EXACT_ADDITIONS:
         layer_map = solve_exactly(tables, objective)
     else:
         layer_map = search(tables, objective)
@@ -148,19 +149,19 @@ def best_partition(
 # ------------------------------------------------------------------ the search
 
 
-def search(tables: Tables, objective: Objective) -> LayerMap:
+def search(tables: Tables, objective: PartitionObjective) -> LayerMap:
     """Return a good layer map for many workers; empty if none was found."""
     starts = relaxed_starts(tables, objective)
     team = shortlist(tables, starts)
-    found = [team.cuts(start) for start in starts]
-    found += walks(team, objective, found)
-    if not found:
+    candidates = [team.cuts(start) for start in starts]
+    candidates += walks(team, objective, candidates)
+    if not candidates:
         return ()
-    best = min(found, key=lambda cuts: team.price(cuts, objective))
+    best = min(candidates, key=lambda cuts: team.minimised(cuts, objective))
     return team.layer_map(resolve_windows(team, best, objective))
 
 
-def relaxed_starts(tables: Tables, objective: Objective) -> list[LayerMap]:
+def relaxed_starts(tables: Tables, objective: PartitionObjective) -> list[LayerMap]:
     """Return layer maps whose order is best if all layers and links were alike.
 
     The layers of each order are divided by their true sizes and links. All layers are taken to be
@@ -169,7 +170,8 @@ def relaxed_starts(tables: Tables, objective: Objective) -> list[LayerMap]:
     sizes = tables.cost.layer_bytes
     alike = {math.ceil(sum(sizes) / len(sizes)), max(sizes)}
     relaxed = [solve_uniform(tables.alike(size), objective) for size in sorted(alike)]
-    starts = [_in_order(tables, tables.order(found), objective) for found in relaxed if found]
+    orders = [tables.order(layer_map) for layer_map in relaxed if layer_map]
+    starts = [_in_order(tables, order, objective) for order in orders]
     return [start for start in starts if start]
 
 
@@ -177,64 +179,64 @@ def shortlist(tables: Tables, starts: Sequence[LayerMap]) -> Tables:
     """Return the tables of the workers that the search considers.
 
     These are the workers of the starts (without any, those with the most memory), and the
-    `_SHORTLIST` cheapest of all.
+    `_SHORTLIST` quickest of all.
     """
     everyone = range(len(tables.names))
-    cheapest = _by_price(tables, everyone, everyone, tables.num_layers)[:_SHORTLIST]
+    quickest = _by_layer_time(tables, everyone, everyone, tables.num_layers)[:_SHORTLIST]
     chosen = {w for start in starts for w in tables.order(start)}
     largest = np.argsort(-tables.memory, kind="stable")[: tables.num_layers]
-    return tables.subset(sorted((chosen or set(largest.tolist())) | set(cheapest)))
+    return tables.subset(sorted((chosen or set(largest.tolist())) | set(quickest)))
 
 
-def walks(tables: Tables, objective: Objective, found: Sequence[Cuts]) -> list[Cuts]:
-    """Return what walks over all workers find.
+def walks(tables: Tables, objective: PartitionObjective, known: Sequence[Cuts]) -> list[Cuts]:
+    """Return the cuts that walks over all workers find.
 
     For throughput, further walks are capped: no stage or link takes longer than a bound, which
     bisection lowers from the best time so far.
 
     Args:
         tables: of the workers.
-        objective: to minimise.
-        found: what is known already; the first bound.
+        objective: of the partition.
+        known: cuts that are known already; the best of them is the first bound.
     """
     team = range(len(tables.names))
-    cuts = walk(costs_of(tables, team, math.inf))[1]
+    cuts = walk(path_times(tables, team, math.inf))[1]
     walked = [cuts] if cuts else []
-    if objective == "latency" or not (found or walked):
+    if objective == "latency" or not (known or walked):
         return walked
-    least, most = 0.0, min(tables.price(cuts, objective)[0] for cuts in [*found, *walked])
+    least, most = 0.0, min(tables.minimised(cuts, objective)[0] for cuts in [*known, *walked])
     for _ in range(_HALVINGS):
         cap_s = (least + most) / 2
-        cuts = walk(costs_of(tables, team, cap_s))[1]
+        cuts = walk(path_times(tables, team, cap_s))[1]
         if cuts:
             walked.append(cuts)
-            most = tables.price(cuts, objective)[0]
+            most = tables.minimised(cuts, objective)[0]
         else:
             least = cap_s
     return walked
 
 
-def resolve_windows(tables: Tables, cuts: Cuts, objective: Objective) -> Cuts:
-    """Return cuts improved window by window, until no window improves or the work is spent.
+def resolve_windows(tables: Tables, cuts: Cuts, objective: PartitionObjective) -> Cuts:
+    """Return cuts improved window by window, until no window improves or the additions are spent.
 
     A window is some consecutive stages; it is solved exactly for their workers and a few idle ones.
     A round over all windows without success is followed by one with the next idle workers.
     """
-    work, skipped = _WINDOWS_WORK, 0
-    while work > 0 and skipped < max(1, len(tables.names) - len(cuts)):
-        price = tables.price(cuts, objective)
+    left, skipped = _MAX_ADDITIONS, 0
+    while left > 0 and skipped < max(1, len(tables.names) - len(cuts)):
+        before = tables.minimised(cuts, objective)
         for at in range(0, max(1, len(cuts) - _WINDOW // 2), _WINDOW // 2):
-            if at < len(cuts) and work > 0:
+            if at < len(cuts) and left > 0:
                 other, additions = _resolve_window(tables, cuts, at, skipped, objective)
-                work -= additions + _WINDOW_WORK
-                if tables.price(other, objective) < tables.price(cuts, objective):
+                left -= additions + _WINDOW_ADDITIONS
+                if tables.minimised(other, objective) < tables.minimised(cuts, objective):
                     cuts = other
-        skipped = 0 if tables.price(cuts, objective) < price else skipped + _IDLE
+        skipped = 0 if tables.minimised(cuts, objective) < before else skipped + _IDLE
     return cuts
 
 
 def _resolve_window(
-    tables: Tables, cuts: Cuts, at: int, skipped: int, objective: Objective
+    tables: Tables, cuts: Cuts, at: int, skipped: int, objective: PartitionObjective
 ) -> tuple[Cuts, int]:
     """Return the cuts with the window from stage `at` on solved again, and the additions of that.
 
@@ -242,15 +244,15 @@ def _resolve_window(
         tables: of the workers.
         cuts: all stages.
         at: index of the first stage of the window.
-        skipped: idle workers, the cheapest first, that had their chance already.
-        objective: to minimise.
+        skipped: number of idle workers, the quickest first, that were tried already.
+        objective: of the partition.
     """
     head, window, tail = cuts[:at], cuts[at : at + _WINDOW], cuts[at + _WINDOW :]
     start, stop = window[0][1], window[-1][2]
     workers = [w for w, _, _ in window]
     busy = {w for w, _, _ in cuts}
     ends = [cut[0] for cut in (*head[-1:], *tail[:1])]
-    ranked = _by_price(tables, [*workers, *ends], [*workers, *ends], stop - start)
+    ranked = _by_layer_time(tables, [*workers, *ends], [*workers, *ends], stop - start)
     idle = [w for w in ranked if w not in busy][skipped : skipped + _IDLE]
     count = len(workers) + len(idle)
     before = count if head else None
@@ -258,15 +260,15 @@ def _resolve_window(
     problem = Window(count, before, after)
     team, cap_s, edges = [*workers, *idle, *ends], math.inf, slice(start, stop + 1)
     if objective == "throughput":
-        rest = [tables.price(part, objective)[0] for part in (head, tail) if part]
-        slowest = held_karp(costs_of(tables, team, None, edges), problem)[0]
+        rest = [tables.minimised(part, objective)[0] for part in (head, tail) if part]
+        slowest = held_karp(path_times(tables, team, None, edges), problem)[0]
         cap_s = max([slowest, *rest]) + TIE_S
-    found = held_karp(costs_of(tables, team, cap_s, edges), problem)[1]
-    middle = [(team[w], start + begin, start + end) for w, begin, end in found]
+    solved = held_karp(path_times(tables, team, cap_s, edges), problem)[1]
+    middle = [(team[w], start + begin, start + end) for w, begin, end in solved]
     return [*head, *middle, *tail], additions_of(count, stop - start)
 
 
-def _by_price(
+def _by_layer_time(
     tables: Tables, senders: Sequence[int], receivers: Sequence[int], most: int
 ) -> list[int]:
     """Return the workers that can hold a layer, least seconds per layer first.
@@ -280,14 +282,14 @@ def _by_price(
     arrive = tables.delays[list(senders)].min(axis=0)
     leave = tables.delays[:, list(receivers)].min(axis=1)
     task, layer, _ = tables.times
-    price = np.where(layers, (task + arrive + leave) / np.maximum(layers, 1) + layer, np.inf)
-    return [int(w) for w in np.argsort(price, kind="stable") if math.isfinite(price[w])]
+    seconds = np.where(layers, (task + arrive + leave) / np.maximum(layers, 1) + layer, np.inf)
+    return [int(w) for w in np.argsort(seconds, kind="stable") if math.isfinite(seconds[w])]
 
 
 # ------------------------------------------------------------------ a given order
 
 
-def _in_order(tables: Tables, order: Sequence[int], objective: Objective) -> LayerMap:
+def _in_order(tables: Tables, order: Sequence[int], objective: PartitionObjective) -> LayerMap:
     """Return the best layer map that keeps an order and may skip workers; empty if none fits."""
     team = tables.subset(order)
     return team.layer_map(solve(team, range(len(order)), objective, walk_forward))
@@ -302,15 +304,15 @@ def _even_out(tables: Tables, layer_map: LayerMap) -> LayerMap:
     team = tables.subset(tables.order(layer_map))
     workers = range(len(layer_map))
     cuts = team.cuts(layer_map)
-    total, slowest = team.price(cuts, "latency")
+    total, slowest = team.minimised(cuts, "latency")
     times = np.unique(team.stages[team.stages < slowest])
     least, most = 0, len(times)
-    probe = most - 1  # most often nothing is as good
+    guess = most - 1  # most often nothing is as good
     while least < most:
-        value, found = walk_forward(costs_of(team, workers, float(times[probe])))
-        if value <= total + TIE_S:
-            cuts, most = found, probe
+        seconds, even_cuts = walk_forward(path_times(team, workers, float(times[guess])))
+        if seconds <= total + TIE_S:
+            cuts, most = even_cuts, guess
         else:
-            least = probe + 1
-        probe = (least + most) // 2
+            least = guess + 1
+        guess = (least + most) // 2
     return team.layer_map(cuts)

@@ -13,13 +13,13 @@ from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap
 
-Objective = Literal["throughput", "latency"]
+PartitionObjective = Literal["throughput", "latency"]
+"""What a partition minimises: its slowest stage or link, or the sum of all; see `search`."""
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Cuts = list[tuple[int, int, int]]
 """A layer map inside of `partition`: (index of the worker, first layer, stop) of each stage."""
-
 
 TIE_S = 1e-9
 """Times that differ by less are equal, seconds; each further stage must save at least as much."""
@@ -122,8 +122,8 @@ class Tables:
         return self.cost.num_layers
 
     @cached_property
-    def weights(self) -> Floats:
-        """Sizes of the stages [start, stop) in layers of mean size, float64 [L + 1, L + 1]."""
+    def lengths(self) -> Floats:
+        """Lengths of the stages [start, stop); see `mean_layers`."""
         return mean_layers(self.cost)
 
     @cached_property
@@ -140,7 +140,7 @@ class Tables:
         """
         shape = (-1,) + (1,) * start.ndim
         task, layer, last = (each.reshape(shape) for each in self.times)
-        taken = task + layer * self.weights[start, stop] + last * (stop == self.num_layers)
+        taken = task + layer * self.lengths[start, stop] + last * (stop == self.num_layers)
         fits = self.sizes[start, stop] <= self.memory.reshape(shape)
         result: Floats = np.where(fits, taken, np.inf)
         return result
@@ -164,7 +164,7 @@ class Tables:
         )
 
     def alike(self, layer_bytes: int) -> "Tables":
-        """Return these tables as if all layers were of this size, and all links median ones."""
+        """Return these tables as if all layers had this size, and all links the median times."""
         links = ~np.eye(len(self.names), dtype=bool)
         flat = [
             np.where(links, np.median(each[links]), np.inf) for each in (self.delays, self.busy)
@@ -186,8 +186,8 @@ class Tables:
         index = {name: w for w, name in enumerate(self.names)}
         return [index[name] for name, _ in layer_map]
 
-    def price(self, cuts: Cuts, objective: Objective) -> tuple[float, float]:
-        """Return what the objective minimises: first this, and then that; seconds."""
+    def minimised(self, cuts: Cuts, objective: PartitionObjective) -> tuple[float, float]:
+        """Return the seconds that an objective minimises: first the one, then the other."""
         hops = list(pairwise(w for w, _, _ in cuts))
         stages = [float(self.stages[cut]) for cut in cuts]
         total = sum(stages) + sum(self.delays[hop] for hop in hops) + len(cuts) * TIE_S
@@ -241,7 +241,7 @@ def _range_sums(values: Sequence[int]) -> Floats:
 
 
 def mean_layers(cost: ModelCost) -> Floats:
-    """Return the sizes of [start, stop) in layers of mean size, float64 [L + 1, L + 1]."""
+    """Return the lengths of [start, stop), in layers of mean size, float64 [L + 1, L + 1]."""
     whole = sum(cost.layer_bytes)
     if not whole:
         return _range_sums((1,) * cost.num_layers)

@@ -1,12 +1,12 @@
 """Advice: whether a machine helps, and if not, why not. Pure.
 
-A machine of the best plan is compared with the best plan without it. A machine that is left out is
-compared with the best plan that is forced to use it. If that plan would win with the machine's
-links as good as the best of the plan, or with the machine as quick as the quickest, this is the
-reason.
+What a machine of the best layer map is worth follows from the best layer map without it; for a
+machine that is left out, from the best one that is forced to use it. If that one would win with the
+machine's links as good as the best link used, or with the machine as quick as the quickest, this is
+the reason why it is left out.
 
-Where all these plans would take long to find, they keep the order of the best plan and only shift
-layers; that may find a little less than there is.
+Where all these layer maps would take long to find, they keep the order of the best one and only
+shift layers; that may be a little worse than what there is.
 """
 
 from collections.abc import Sequence
@@ -16,41 +16,39 @@ from itertools import pairwise
 
 import numpy as np
 
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.common.types import LayerRange, WorkerId, size_text
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.exact import Costs, additions_of, solve, walk_forward
+from distributed_llm.coordinator.partition.exact import PathTimes, additions_of, solve, walk_forward
 from distributed_llm.coordinator.partition.tables import (
     Cuts,
     Hop,
     Links,
-    Objective,
     WorkerTimes,
     make_tables,
 )
 from distributed_llm.coordinator.plan import LayerMap
-from distributed_llm.coordinator.planning.forecast import best_plan, score, targets
+from distributed_llm.coordinator.planning.forecast import Target, best_forecast, score, targets
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-from distributed_llm.coordinator.speeds.work import Work
 
-_EXACT_WORK = 4_000_000
-"""Additions up to which the plans without each machine are found in any order of machines."""
+_EXACT_ADDITIONS = 4_000_000
+"""Additions up to which the layer map without a machine may have any order of machines."""
 
 _MAX_ADVISED = 32
-"""Machines to advise about at most ..."""
+"""Most machines that are advised about."""
 
 _MAX_WALKED = 35_000
-"""... and at most this many machines * layers * stages."""
+"""Most machines * layers * stages that advice may take; bounds its time for large models."""
 
 _IDLE = 4
-"""Idle machines that may replace one of the plan."""
+"""Idle machines that are tried in the place of one that serves."""
 
 _PLACES = 3
-"""Places in the order of the plan at which a machine that is left out is tried."""
+"""Places in the order of the stages at which a machine that is left out is tried."""
 
 _SAME = 0.001
-"""Gains up to this share count as none."""
+"""Share up to which a gain counts as none."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class Advice:
     Attributes:
         gain: relative increase of the rate by this machine; at most 0 for one that is left out,
             None if the model does not fit without it.
-        with_tokens_per_s: rate of the best plan that uses it; if none can, of the best plan.
-        without_tokens_per_s: rate of the best plan without it, None if there is none.
+        with_tokens_per_s: rate of the best layer map that uses it; if none can, of the best one.
+        without_tokens_per_s: rate of the best layer map without it, None if there is none.
         text: the same in words, and why.
     """
 
@@ -76,7 +74,7 @@ def advise(
     machines: Machines,
     demand: Demand,
     *,
-    goal: Goal,
+    objective: Objective,
     kv_tokens: int,
     least_kv_tokens: int | None = None,
     beside_tokens_per_s: float = 0.0,
@@ -84,24 +82,24 @@ def advise(
     """Return what each machine is worth, None if all of them together cannot hold the model.
 
     Rates are scores (`forecast.score`) of all pipelines together. Of very many machines, only those
-    of the plan and the quickest others are advised about.
+    that serve and the quickest others are advised about.
 
     Args:
         cost: of the model.
         machines: that may serve.
         demand: what is asked for.
-        goal: as for `best_plan`.
+        objective: as for `best_forecast`.
         kv_tokens: positions of KV cache that every stage must have room for.
         least_kv_tokens: room that is enough if a machine were missing; None is `kv_tokens`.
         beside_tokens_per_s: score of the other pipelines.
     """
     machines = replace(machines, links=cache(machines.links))
-    best = best_plan(cost, machines, demand, goal=goal, kv_tokens=kv_tokens)
+    best = best_forecast(cost, machines, demand, objective=objective, kv_tokens=kv_tokens)
     if best is None:
         return None
     least = kv_tokens if least_kv_tokens is None else least_kv_tokens
     base = _Baseline(
-        cost, machines, demand, goal, kv_tokens, best.partition.layer_map, beside_tokens_per_s
+        cost, machines, demand, objective, kv_tokens, best.partition.layer_map, beside_tokens_per_s
     )
     shortlist = base.shortlist()
     return {
@@ -111,54 +109,64 @@ def advise(
 
 
 _Scored = tuple[float, LayerMap]
-"""A plan after its score, tokens per second: the larger, the better."""
+"""A layer map after its score, tokens per second: the larger, the better."""
 
-_NO_PLAN: _Scored = (0.0, ())
+_NOTHING: _Scored = (0.0, ())
+"""Stands for a layer map where none fits."""
 
 
 @dataclass(frozen=True)
 class _Baseline:
-    """The planning problem, its best plan, and the score of other pipelines (`beside`)."""
+    """The best layer map, with which others are compared.
+
+    Attributes:
+        kv_tokens: positions of KV cache that every stage has room for.
+        layer_map: the best one for `machines`, `demand` and `objective`.
+        beside: score of the other pipelines, tokens per second.
+    """
 
     cost: ModelCost
     machines: Machines
     demand: Demand
-    goal: Goal
+    objective: Objective
     kv_tokens: int
     layer_map: LayerMap
     beside: float
 
     @property
     def stages(self) -> list[WorkerId]:
-        """The machines of the plan, in order."""
+        """The machines that serve, in order."""
         return [worker for worker, _ in self.layer_map]
 
     @cached_property
     def rate(self) -> float:
-        """Score of the plan, with other pipelines."""
+        """Score of the layer map, with other pipelines."""
         return self.scored(self.layer_map)[0]
 
     @cached_property
-    def targets(self) -> list[tuple[Objective, Work]]:
-        return targets(self.demand, self.goal, len(self.machines.memory_bytes))
+    def targets(self) -> list[Target]:
+        """What partitions are made for."""
+        return targets(self.demand, self.objective, len(self.machines.memory_bytes))
 
     @cached_property
-    def speeds(self) -> dict[WorkerId, WorkerTimes]:
-        return {each.worker: each.times for each in self.machines.candidates(self.targets[0][1])}
+    def times(self) -> dict[WorkerId, WorkerTimes]:
+        """Times of a step on each machine."""
+        return {each.worker: each.times for each in self.machines.candidates(self.targets[0].work)}
 
     @cached_property
     def links(self) -> Links:
-        return self.machines.links(self.targets[0][1].all_tokens)
+        """Hops of a step."""
+        return self.machines.links(self.targets[0].work.all_tokens)
 
     @property
     def quickest(self) -> WorkerId:
-        """The machine of the plan with the least time per layer."""
-        return min(self.stages, key=lambda worker: (self.speeds[worker].layer_s, worker))
+        """The machine that serves with the least time per layer."""
+        return min(self.stages, key=lambda worker: (self.times[worker].layer_s, worker))
 
     def shortlist(self) -> dict[WorkerId, LayerRange | None]:
         """Return the machines to advise about, and the layers of each (None: left out)."""
         idle = set(self.machines.memory_bytes) - set(self.stages)
-        quickest = sorted(idle, key=lambda worker: (self.speeds[worker].layer_s, worker))
+        quickest = sorted(idle, key=lambda worker: (self.times[worker].layer_s, worker))
         most = min(
             _MAX_ADVISED, _MAX_WALKED // (self.cost.num_layers * (len(self.layer_map) + _IDLE))
         )
@@ -166,23 +174,25 @@ class _Baseline:
 
     def scored(self, layer_map: LayerMap) -> _Scored:
         """Return a layer map with its score, including other pipelines."""
-        found = score(self.cost, self.machines, layer_map, self.demand, goal=self.goal)
-        return found + self.beside, layer_map
+        rate = score(self.cost, self.machines, layer_map, self.demand, objective=self.objective)
+        return rate + self.beside, layer_map
 
     def best_without(self, worker: WorkerId, kv_tokens: int) -> _Scored:
-        """Return the best layer map without a machine of the plan."""
+        """Return the best layer map without a machine that serves."""
         others = [other for other in self.machines.memory_bytes if other != worker]
-        work = additions_of(len(others), self.cost.num_layers) * len(self.layer_map)
-        if work > _EXACT_WORK:
+        additions = additions_of(len(others), self.cost.num_layers) * len(self.layer_map)
+        if additions > _EXACT_ADDITIONS:
             at = self.stages.index(worker)
             idle = [other for other, held in self.shortlist().items() if held is None][:_IDLE]
             order = [*self.stages[:at], *idle, *self.stages[at + 1 :]]
-            found = self.best_in_order(order, kv_tokens=kv_tokens)
-            if found != _NO_PLAN:
-                return found
+            best_in_order = self.best_in_order(order, kv_tokens=kv_tokens)
+            if best_in_order != _NOTHING:
+                return best_in_order
         some = self.machines.subset(others)
-        best = best_plan(self.cost, some, self.demand, goal=self.goal, kv_tokens=kv_tokens)
-        return self.scored(best.partition.layer_map) if best else _NO_PLAN
+        best = best_forecast(
+            self.cost, some, self.demand, objective=self.objective, kv_tokens=kv_tokens
+        )
+        return self.scored(best.partition.layer_map) if best else _NOTHING
 
     def best_with(self, worker: WorkerId) -> tuple[_Scored, int]:
         """Return the best layer map with a machine that is left out, and its place in the order."""
@@ -192,7 +202,7 @@ class _Baseline:
         )
 
     def order_with(self, worker: WorkerId, at: int) -> list[WorkerId]:
-        """Return the machines of the plan with another one at this place."""
+        """Return the machines that serve with another one at this place."""
         return [*self.stages[:at], worker, *self.stages[at:]]
 
     def best_in_order(
@@ -208,18 +218,18 @@ class _Baseline:
             order: of the machines.
             through: index of the machine that must have layers; None if none must.
             kv_tokens: positions of KV cache that every stage must have room for; None for those of
-                the plan.
+                the best layer map.
         """
         solver = walk_forward if through is None else partial(_walk_through, through)
-        some, found = self.machines.subset(order), [_NO_PLAN]
-        for objective, load in self.targets:
-            links = self.machines.links(load.all_tokens)
+        some, scored = self.machines.subset(order), [_NOTHING]
+        for target in self.targets:
+            links = self.machines.links(target.work.all_tokens)
             room = self.kv_tokens if kv_tokens is None else kv_tokens
-            tables = make_tables(self.cost, some.candidates(load), links, room)
-            cuts = solve(tables, range(len(order)), objective, solver)
+            tables = make_tables(self.cost, some.candidates(target.work), links, room)
+            cuts = solve(tables, range(len(order)), target.objective, solver)
             if cuts:
-                found.append(self.scored(tables.layer_map(cuts)))
-        return max(found)
+                scored.append(self.scored(tables.layer_map(cuts)))
+        return max(scored)
 
     def _places(self, worker: WorkerId) -> list[int]:
         """Return the places in the order at which a machine adds the least time on links."""
@@ -238,21 +248,21 @@ class _Baseline:
         return hop.latency_s + hop.busy_s
 
 
-def _walk_through(at: int, costs: Costs) -> tuple[float, Cuts]:
-    """Return the best walk in order through the machine at index `at`."""
-    stages, hops = costs.stages.copy(), costs.hops.copy()
+def _walk_through(at: int, times: PathTimes) -> tuple[float, Cuts]:
+    """Return the best path that keeps the order of the workers and uses the one at index `at`."""
+    stages, hops = times.stages.copy(), times.hops.copy()
     stages[:at, :, -1] = stages[at + 1 :, 0] = hops[:at, at + 1 :] = np.inf
-    return walk_forward(replace(costs, stages=stages, hops=hops))
+    return walk_forward(replace(times, stages=stages, hops=hops))
 
 
-# ------------------------------------------------------------------ of the plan
+# ------------------------------------------------------------------ machines that serve
 
 
 def _advise_used(base: _Baseline, worker: WorkerId, held: LayerRange, least: int) -> Advice:
-    found, others = base.best_without(worker, base.kv_tokens)
+    rate, others = base.best_without(worker, base.kv_tokens)
     room = ""
     if not others and least < base.kv_tokens:
-        found, others = base.best_without(worker, least)
+        rate, others = base.best_without(worker, least)
         room = ", and less room for KV cache"
     serves = f"serves {len(held)} of {base.cost.num_layers} layers"
     if not others and base.beside:
@@ -260,8 +270,8 @@ def _advise_used(base: _Baseline, worker: WorkerId, held: LayerRange, least: int
         return Advice(base.rate / base.beside - 1, base.rate, base.beside, text)
     if not others:
         return Advice(None, base.rate, None, _what_is_missing(base, worker, least))
-    text = f"{serves}; {_with_and_without(base.rate, found)}{room}"
-    return Advice(base.rate / found - 1, base.rate, found, text)
+    text = f"{serves}; {_with_and_without(base.rate, rate)}{room}"
+    return Advice(base.rate / rate - 1, base.rate, rate, text)
 
 
 def _what_is_missing(base: _Baseline, worker: WorkerId, kv_tokens: int) -> str:
@@ -275,17 +285,17 @@ def _what_is_missing(base: _Baseline, worker: WorkerId, kv_tokens: int) -> str:
     return f"needed: without it the model does not fit ({why})"
 
 
-# ------------------------------------------------------------------ left out
+# ------------------------------------------------------------------ machines that are left out
 
 
 def _advise_unused(base: _Baseline, worker: WorkerId) -> Advice:
-    (found, layer_map), at = base.best_with(worker)
+    (rate, layer_map), at = base.best_with(worker)
     if not layer_map:
         return Advice(0.0, base.rate, base.rate, f"left out: {_why_not_any(base, worker)}")
-    found = min(base.rate, found)
+    rate = min(base.rate, rate)
     why = _why_slower(base, worker, at, len(dict(layer_map)[worker]))
-    text = f"left out: {_with_and_without(found, base.rate)}: {why}"
-    return Advice(found / base.rate - 1, found, base.rate, text)
+    text = f"left out: {_with_and_without(rate, base.rate)}: {why}"
+    return Advice(rate / base.rate - 1, rate, base.rate, text)
 
 
 def _why_not_any(base: _Baseline, worker: WorkerId) -> str:
@@ -298,10 +308,10 @@ def _why_not_any(base: _Baseline, worker: WorkerId) -> str:
 
 
 def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
-    """Return why a plan with a machine is no faster than the best one.
+    """Return why a layer map with a machine is no faster than the best one.
 
     Args:
-        base: the best plan.
+        base: the best layer map.
         worker: the machine, which is left out.
         at: its best place in the order.
         layers: number of layers that it would get.
@@ -309,14 +319,14 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
     order = base.order_with(worker, at)
 
     def wins(machines: Machines) -> bool:
-        found, _ = replace(base, machines=machines).best_in_order(order, through=at)
-        return found > base.rate * (1 + _SAME)
+        rate, _ = replace(base, machines=machines).best_in_order(order, through=at)
+        return rate > base.rate * (1 + _SAME)
 
     linked = partial(_linked, worker=worker, used=list(pairwise(base.stages)))
     quick = _quick(base.machines, worker, base.quickest)
     slowest_s = max(base.hop_s(pair) for pair in pairwise(order) if worker in pair)
     link = f"its {slowest_s * 1000:.3g} ms link"
-    times = _stage_s(base.speeds[worker], layers) / _stage_s(base.speeds[base.quickest], layers)
+    times = _stage_s(base.times[worker], layers) / _stage_s(base.times[base.quickest], layers)
     slower = f"{times:.1f} times as long as {base.quickest}"
     if wins(linked(base.machines)):
         return f"{link} costs more than its layers save"
@@ -330,39 +340,39 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
     return f"the model runs fastest on {', '.join(names)}{' and ' * bool(names)}{last} alone"
 
 
-def _stage_s(speed: WorkerTimes, layers: int) -> float:
-    return max(1e-9, speed.task_s + layers * speed.layer_s)
+def _stage_s(times: WorkerTimes, layers: int) -> float:
+    return max(1e-9, times.task_s + layers * times.layer_s)
 
 
 def _linked(
     machines: Machines, worker: WorkerId, used: Sequence[tuple[WorkerId, WorkerId]]
 ) -> Machines:
-    """Return the machines as if the links of one were as good as the best link of the plan.
+    """Return the machines as if the links of one were as good as the best link that is used.
 
-    Where the plan uses no link, they take no time.
+    Where no link is used, they take no time.
     """
 
     def links(tokens: float) -> Links:
-        found = machines.links(tokens)
+        real = machines.links(tokens)
         best = min(
-            (found.hop(*pair) for pair in used),
+            (real.hop(*pair) for pair in used),
             key=lambda hop: hop.latency_s + hop.busy_s,
             default=Hop(0.0, 0.0),
         )
         others = machines.memory_bytes
         better = {pair: best for other in others for pair in ((worker, other), (other, worker))}
-        return Links(found.default, {**found.known, **better})
+        return Links(real.default, {**real.known, **better})
 
     return replace(machines, links=cache(links))
 
 
 def _quick(machines: Machines, worker: WorkerId, quickest: WorkerId) -> Machines:
     """Return the machines as if `worker` were as quick as `quickest`."""
-    return replace(machines, costs={**machines.costs, worker: machines.costs[quickest]})
+    return replace(machines, speeds={**machines.speeds, worker: machines.speeds[quickest]})
 
 
-def _with_and_without(found: float, without: float) -> str:
-    texts = [rate_text(each) for each in (found, without)]
+def _with_and_without(rate: float, without: float) -> str:
+    texts = [rate_text(each) for each in (rate, without)]
     if texts[0] == texts[1]:
         return f"{texts[0]} tokens/s with it and without"
     return f"{texts[0]} tokens/s with it, {texts[1]} without"

@@ -22,12 +22,16 @@ from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.measurements import Measurements
 
 MANY = 16
-"""Concurrent requests of the second prediction."""
+"""Concurrent requests for which `DryRun.many_tokens_per_s` is predicted."""
 
 _POSITIONS = 256
-_BYTES_PER_S = 20e9
+"""Positions of the request for which `DryRun.one_tokens_per_s` is predicted."""
+
+_MEMORY_BYTES_PER_S = 20e9
+"""Assumed memory bandwidth of a machine if none is given: an ordinary laptop's."""
+
 _FLOPS_PER_BYTE = 25.0
-"""Speed that a machine is assumed to have if none is given: an ordinary laptop's."""
+"""Assumed operations per byte that memory delivers, if none are given."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,20 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSet
         ConfigError: a worker's text is malformed, its name is not unique, or some have a speed
             and others have none.
     """
-    found = _workers(workers)
+    capabilities = _workers(workers)
     measurements = Measurements(
         model.cost,
         item_bytes=ITEM_BYTES[model.dtype],
         bytes_per_token=model.activation_bytes,
     )
-    for worker, capabilities in found.items():
-        measurements.joined(worker, capabilities)
-    planner = Planner.of(model, settings)
-    memory = {worker: found[worker].memory_bytes for worker in found}
-    machines = measurements.machines(memory)
+    for worker, machine in capabilities.items():
+        measurements.joined(worker, machine)
+    planner = Planner.from_settings(model, settings)
+    machines = measurements.machines(
+        {worker: machine.memory_bytes for worker, machine in capabilities.items()}
+    )
     plans = planner.plans(machines)
     by_speed = settings.strategy == "speed"
-    least = min(settings.min_kv_tokens, model.defaults.context_length)
     one = Demand(sequences=1, positions=_POSITIONS, prompt_tokens=0, chunk_tokens=1)
     many = Demand.expected(-(-MANY // len(plans)))
     return DryRun(
@@ -88,7 +92,7 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSet
         machines.memory_bytes,
         one_tokens_per_s=max(_rates(model.cost, machines, plans, one)),
         many_tokens_per_s=sum(_rates(model.cost, machines, plans, many)),
-        advice=_advice(model.cost, planner, machines, plans, least) if by_speed else {},
+        advice=_advice(planner, machines, plans) if by_speed else {},
         assumed=_assumed(workers),
     )
 
@@ -99,36 +103,30 @@ def _rates(
     return [forecast(cost, machines, layer_map_of(plan), demand).tokens_per_s for plan in plans]
 
 
-def _advice(
-    cost: ModelCost,
-    planner: Planner,
-    machines: Machines,
-    plans: Sequence[Plan],
-    least_kv_tokens: int,
-) -> dict[WorkerId, Advice]:
+def _advice(planner: Planner, machines: Machines, plans: Sequence[Plan]) -> dict[WorkerId, Advice]:
     """Return what each machine is worth to its pipeline, or to the one that it helps most."""
-    used = {stage.worker for plan in plans for stage in plan}
+    cost, used = planner.cost, {stage.worker for plan in plans for stage in plan}
 
     def score_of(plan: Plan) -> float:
         some = machines.subset([stage.worker for stage in plan])
         demand = Demand.expected(len(plan))
-        return score(cost, some, layer_map_of(plan), demand, goal=planner.goal)
+        return score(cost, some, layer_map_of(plan), demand, objective=planner.objective)
 
     scores = [score_of(plan) for plan in plans]
     advices: dict[WorkerId, Advice] = {}
     for plan, own_score in zip(plans, scores, strict=True):
         own = {stage.worker for stage in plan}
         group = [worker for worker in machines.memory_bytes if worker in own or worker not in used]
-        found = advise(
+        group_advice = advise(
             cost,
             machines.subset(group),
             Demand.expected(len(group)),
-            goal=planner.goal,
+            objective=planner.objective,
             kv_tokens=planner.kv_tokens(machines.subset(group).memory_bytes),
-            least_kv_tokens=least_kv_tokens,
+            least_kv_tokens=planner.least_kv_tokens,
             beside_tokens_per_s=sum(scores) - own_score,
         )
-        for worker, advice in (found or {}).items():
+        for worker, advice in (group_advice or {}).items():
             before = advices.get(worker)
             if before is None or (before.gain or 0.0) < (advice.gain or 0.0):
                 advices[worker] = advice
@@ -139,18 +137,18 @@ def _advice(
 
 
 def _workers(texts: Sequence[str]) -> dict[WorkerId, Capabilities]:
-    found = [_worker(text, number) for number, text in enumerate(texts, 1)]
-    names = [name for name, _ in found]
+    workers = [_worker(text, number) for number, text in enumerate(texts, 1)]
+    names = [name for name, _ in workers]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"--worker {twice}: there are two of this name. Give each its own.")
-    fast, other = ([t for t in texts if ("," in t) is known] for known in (True, False))
-    if fast and other:
+    known, unknown = ([text for text in texts if ("," in text) is has] for has in (True, False))
+    if known and unknown:
         raise ConfigError(
-            f"--worker {other[0]}: it has no speed, but {fast[0]} has one. Give all workers a "
+            f"--worker {unknown[0]}: it has no speed, but {known[0]} has one. Give all workers a "
             "speed, such as pc=8GiB,40GB/s,1.5TFLOPS, or none."
         )
-    return dict(found)
+    return dict(workers)
 
 
 def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
@@ -160,7 +158,7 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         if name:
             msgspec.convert(name, Name)
         memory_bytes = parse_size(size)
-        bytes_per_s = parse_rate(speeds[0]) if speeds else _BYTES_PER_S
+        bytes_per_s = parse_rate(speeds[0]) if speeds else _MEMORY_BYTES_PER_S
         flops_per_s = parse_flops(speeds[1]) if speeds[1:] else _FLOPS_PER_BYTE * bytes_per_s
     except msgspec.ValidationError as exc:
         raise ConfigError(f"--worker {text}: {name!r} cannot be a worker's name.") from exc

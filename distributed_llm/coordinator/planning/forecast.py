@@ -1,4 +1,4 @@
-"""Forecasts: how fast a plan would be under a demand, and which plan would be fastest. Pure.
+"""Forecasts: how fast a layer map would be under a demand, and which would be fastest. Pure.
 
 R sequences decode, in d steps of R/d sequences each that are in flight at once. A sequence gets one
 token per round trip T of its step, so the rate is R / T (Little's law), and the best d has the
@@ -12,36 +12,37 @@ prompt tokens differ, and make stages wait for each other. `pipeline_sim` simula
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.partition.exact import costs_of, walk_forward
+from distributed_llm.coordinator.partition.exact import path_times, walk_forward
 from distributed_llm.coordinator.partition.search import best_partition, predict, times_of
-from distributed_llm.coordinator.partition.tables import Objective, Partition, make_tables
+from distributed_llm.coordinator.partition.tables import Partition, PartitionObjective, make_tables
 from distributed_llm.coordinator.plan import LayerMap
-from distributed_llm.coordinator.planning.pipeline_sim import Times, round_trip_s
+from distributed_llm.coordinator.planning.pipeline_sim import StepTimes, round_trip_s
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.work import Work
 
 _SIMULATED_DEPTHS = 3
-"""Depths that are simulated: the best by the formula."""
+"""Number of depths that are simulated; they are the best ones by the formula."""
 
 _COMPROMISES = 6
-"""Plans that "auto" tries between the one for throughput and the one for latency."""
+"""Layer maps that "auto" tries between the ones for throughput and for latency."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan is expected to deliver.
+    """What a layer map is expected to deliver.
 
     Attributes:
         tokens_per_s: tokens of answers per second under the demand, of all sequences together.
         depth: steps in flight that give this rate.
         partition: the layer map, with its times at this depth.
         overhead_s: seconds of a step beside its stages and hops.
-        full_tokens_per_s: rate of a full pipeline; the score for goal "throughput".
-        alone_tokens_per_s: rate of one sequence alone; the score for goal "latency".
+        full_tokens_per_s: rate of a full pipeline; the score for objective "throughput".
+        alone_tokens_per_s: rate of one sequence alone; the score for objective "latency".
     """
 
     tokens_per_s: float
@@ -53,14 +54,14 @@ class Forecast:
 
     @property
     def layer_map(self) -> LayerMap:
-        """The layer map of the plan."""
+        """The layer map that this is the forecast of."""
         return self.partition.layer_map
 
-    def score(self, goal: Goal) -> float:
-        """Return the rate that `goal` maximises, tokens per second; see the function `score`."""
-        if goal == "throughput":
+    def score(self, objective: Objective) -> float:
+        """Return the rate that `objective` maximises, tokens per second; see `score` below."""
+        if objective == "throughput":
             return self.full_tokens_per_s
-        if goal == "latency":
+        if objective == "latency":
             return self.alone_tokens_per_s
         return self.tokens_per_s
 
@@ -71,23 +72,25 @@ def forecast(cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: D
     bounds: list[tuple[float, int, Partition]] = []  # tokens per second, depth
     for depth in range(1, 1 + max(1, min(2 * len(layer_map), int(demand.sequences)))):
         sequences = demand.sequences / depth
-        load = demand.mean_step(sequences)
-        partition = predict(cost, used.candidates(load), used.links(load.all_tokens), layer_map)
+        work = demand.mean_step(sequences)
+        partition = predict(cost, used.candidates(work), used.links(work.all_tokens), layer_map)
         alone_s = partition.total_s + machines.overhead_s
         step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
         bounds.append((demand.sequences / step_s, depth, partition))
         if depth * partition.slowest_s >= alone_s:
             break  # deeper, steps are smaller but all wait for the slowest stage
-    most = sorted(bounds, key=lambda one: -one[0])[:_SIMULATED_DEPTHS]
-    rates = [(_simulated(cost, used, layer_map, demand, *bound[:2]), *bound[1:]) for bound in most]
+    highest = sorted(bounds, key=lambda one: -one[0])[:_SIMULATED_DEPTHS]
+    rates = [
+        (_simulated(cost, used, layer_map, demand, *bound[:2]), *bound[1:]) for bound in highest
+    ]
     tokens_per_s, depth, partition = max(rates, key=lambda one: one[0])
     return Forecast(
         tokens_per_s,
         depth,
         partition,
         overhead_s=machines.overhead_s,
-        full_tokens_per_s=score(cost, machines, layer_map, demand, goal="throughput"),
-        alone_tokens_per_s=score(cost, machines, layer_map, demand, goal="latency"),
+        full_tokens_per_s=score(cost, machines, layer_map, demand, objective="throughput"),
+        alone_tokens_per_s=score(cost, machines, layer_map, demand, objective="latency"),
     )
 
 
@@ -103,9 +106,9 @@ def _simulated(
 
     Args:
         cost: of the model.
-        machines: of the plan.
-        layer_map: of the plan.
-        demand: with prompts.
+        machines: of the layer map.
+        layer_map: workers and their layers.
+        demand: what is asked for.
         tokens_per_s: upper bound; the rate if all steps were alike.
         depth: steps in flight.
     """
@@ -113,7 +116,7 @@ def _simulated(
         return tokens_per_s
     sequences = demand.sequences / depth
     usual, longer = (
-        _times(cost, machines, layer_map, load) for load in demand.step_kinds(sequences)
+        _step_times(cost, machines, layer_map, work) for work in demand.step_kinds(sequences)
     )
     share = demand.prompt_share(sequences)
     overhead_s = machines.overhead_s
@@ -121,89 +124,100 @@ def _simulated(
     return min(tokens_per_s, demand.sequences / max(step_s, 1e-9))
 
 
-def _times(cost: ModelCost, machines: Machines, layer_map: LayerMap, load: Work) -> Times:
-    links = machines.links(load.all_tokens)
-    stages, hops = times_of(cost, machines.candidates(load), links, layer_map)
+def _step_times(cost: ModelCost, machines: Machines, layer_map: LayerMap, work: Work) -> StepTimes:
+    links = machines.links(work.all_tokens)
+    stages, hops = times_of(cost, machines.candidates(work), links, layer_map)
     busy_s, delay_s = [stages[0]], [0.0]
     for hop, stage_s in zip(hops, stages[1:], strict=True):
         busy_s += [hop.busy_s, stage_s]
         delay_s += [hop.latency_s, 0.0]
-    return Times(busy_s, delay_s)
+    return StepTimes(busy_s, delay_s)
 
 
-def best_plan(
-    cost: ModelCost, machines: Machines, demand: Demand, *, goal: Goal, kv_tokens: int
+def best_forecast(
+    cost: ModelCost, machines: Machines, demand: Demand, *, objective: Objective, kv_tokens: int
 ) -> Forecast | None:
-    """Return the forecast of the best plan, None if none fits.
+    """Return the forecast of the best layer map, None if none fits.
 
     Args:
         cost: of the model.
         machines: that may serve.
         demand: what is asked for.
-        goal: "throughput" maximises the rate of a full pipeline, "latency" that of one sequence
-            alone, "auto" the rate under this demand: by one of these two plans, or a compromise.
+        objective: "throughput" maximises the rate of a full pipeline, "latency" that of one
+            sequence alone, "auto" the rate under this demand: by one of these two layer maps, or a
+            compromise.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    found = []
-    for objective, load in targets(demand, goal, len(machines.memory_bytes)):
-        links = machines.links(load.all_tokens)
+    num_workers, forecasts = len(machines.memory_bytes), []
+    for target in targets(demand, objective, num_workers):
         partition = best_partition(
-            cost, machines.candidates(load), links, objective=objective, kv_tokens=kv_tokens
+            cost,
+            machines.candidates(target.work),
+            machines.links(target.work.all_tokens),
+            objective=target.objective,
+            kv_tokens=kv_tokens,
         )
         if partition:
-            found.append(forecast(cost, machines, partition.layer_map, demand))
-    if goal == "auto" and len(found) == 2:
-        load = targets(demand, "throughput", len(machines.memory_bytes))[0][1]
-        most, least = (one.partition.layer_map for one in found)
-        between = _compromises(cost, machines, load, most, least, kv_tokens)
-        found += [forecast(cost, machines, layer_map, demand) for layer_map in between]
-    return max(found, key=lambda one: one.tokens_per_s, default=None)
+            forecasts.append(forecast(cost, machines, partition.layer_map, demand))
+    if objective == "auto" and len(forecasts) == 2:
+        work = targets(demand, "throughput", num_workers)[0].work
+        full, alone = (one.layer_map for one in forecasts)
+        between = _compromises(cost, machines, work, full, alone, kv_tokens)
+        forecasts += [forecast(cost, machines, layer_map, demand) for layer_map in between]
+    return max(forecasts, key=lambda one: one.tokens_per_s, default=None)
 
 
 def _compromises(
-    cost: ModelCost, machines: Machines, load: Work, most: LayerMap, least: LayerMap, kv_tokens: int
+    cost: ModelCost, machines: Machines, work: Work, full: LayerMap, alone: LayerMap, kv_tokens: int
 ) -> list[LayerMap]:
-    """Return layer maps with a slowest stage between those of `most` and `least`.
+    """Return layer maps whose slowest stage is between those of `full` and `alone`.
 
     Args:
         cost: of the model.
         machines: that may serve.
-        load: a step of the size that throughput is planned for.
-        most: the plan for throughput; all results keep the order of its workers.
-        least: the plan for latency.
+        work: of a step of the size that throughput is planned for.
+        full: the best layer map for throughput; all results keep the order of its workers.
+        alone: the best layer map for latency.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    links, candidates = machines.links(load.all_tokens), machines.candidates(load)
-    slowest = [predict(cost, candidates, links, one).slowest_s for one in (most, least)]
+    links, candidates = machines.links(work.all_tokens), machines.candidates(work)
+    slowest = [predict(cost, candidates, links, one).slowest_s for one in (full, alone)]
     low, high = (max(each, 1e-9) for each in slowest)
-    used = machines.subset([worker for worker, _ in most]).candidates(load)
+    used = machines.subset([worker for worker, _ in full]).candidates(work)
     tables = make_tables(cost, used, links, kv_tokens)
     caps = (low * (high / low) ** (i / (_COMPROMISES + 1)) for i in range(1, _COMPROMISES + 1))
-    found = [walk_forward(costs_of(tables, range(len(used)), cap_s))[1] for cap_s in caps]
-    some = dict.fromkeys(tables.layer_map(cuts) for cuts in found if cuts)
-    return [layer_map for layer_map in some if layer_map not in (most, least)]
+    walks = [walk_forward(path_times(tables, range(len(used)), cap_s))[1] for cap_s in caps]
+    between = dict.fromkeys(tables.layer_map(cuts) for cuts in walks if cuts)
+    return [layer_map for layer_map in between if layer_map not in (full, alone)]
 
 
-def targets(demand: Demand, goal: Goal, num_workers: int) -> list[tuple[Objective, Work]]:
-    """Return what to optimise for a goal: objectives, each for steps of a size.
+class Target(NamedTuple):
+    """What a partition is made for: an objective, for steps with this work."""
 
-    The best plan for the goal is among the best for these, or between them.
-    """
-    if goal == "latency":
-        return [("latency", demand.mean_step(1.0))]
-    full: tuple[Objective, Work] = (
-        "throughput",
-        demand.mean_step(max(1.0, demand.sequences / max(1, num_workers))),
-    )
-    return (
-        [full] if goal == "throughput" else [full, ("latency", demand.mean_step(demand.sequences))]
-    )
+    objective: PartitionObjective
+    work: Work
+
+
+def targets(demand: Demand, objective: Objective, num_workers: int) -> list[Target]:
+    """Return the targets of partitions of which one, or a compromise, is best for `objective`."""
+    if objective == "latency":
+        return [Target("latency", demand.mean_step(1.0))]
+    full_step = demand.mean_step(max(1.0, demand.sequences / max(1, num_workers)))
+    full = Target("throughput", full_step)
+    if objective == "throughput":
+        return [full]
+    return [full, Target("latency", demand.mean_step(demand.sequences))]
 
 
 def score(
-    cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: Demand, *, goal: Goal
+    cost: ModelCost,
+    machines: Machines,
+    layer_map: LayerMap,
+    demand: Demand,
+    *,
+    objective: Objective,
 ) -> float:
-    """Return the rate that `goal` maximises, in tokens per second; comparable between plans.
+    """Return the rate that `objective` maximises, in tokens per second.
 
     For "auto" it is the rate under the demand; for "throughput" that of a full pipeline, in steps
     of the size that is planned for; for "latency" that of one sequence alone.
@@ -211,15 +225,15 @@ def score(
     Args:
         cost: of the model.
         machines: all that may serve; their number sets the size of the steps.
-        layer_map: of the plan.
+        layer_map: workers and their layers.
         demand: what is asked for.
-        goal: as for `best_plan`.
+        objective: as for `best_forecast`.
     """
-    if goal == "auto":
+    if objective == "auto":
         return forecast(cost, machines, layer_map, demand).tokens_per_s
-    load = targets(demand, goal, len(machines.memory_bytes))[0][1]
-    candidates = machines.subset([worker for worker, _ in layer_map]).candidates(load)
-    found = predict(cost, candidates, machines.links(load.all_tokens), layer_map)
-    alone_s = found.total_s + machines.overhead_s
-    step_s = found.slowest_s if goal == "throughput" else alone_s
-    return load.tokens / max(step_s, 1e-9)
+    work = targets(demand, objective, len(machines.memory_bytes))[0].work
+    candidates = machines.subset([worker for worker, _ in layer_map]).candidates(work)
+    partition = predict(cost, candidates, machines.links(work.all_tokens), layer_map)
+    alone_s = partition.total_s + machines.overhead_s
+    step_s = partition.slowest_s if objective == "throughput" else alone_s
+    return work.tokens / max(step_s, 1e-9)

@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _STEPS = 89
+"""Least number of steps that are simulated."""
+
 _ROUNDS = 4
-"""Steps that are simulated: at least so many, and so many per step in flight."""
+"""Least number of steps that are simulated for each step in flight."""
 
 _GOLDEN = 0.618034
 """Golden ratio - 1: its multiples modulo 1 are spread evenly, however many are taken."""
 
 
 @dataclass(frozen=True)
-class Times:
+class StepTimes:
     """Times of one kind of step at every place: stage, link, stage, ..., stage.
 
     Attributes:
@@ -30,13 +32,13 @@ class Times:
 
 
 def round_trip_s(
-    usual: Times, longer: Times, *, share: float, depth: int, overhead_s: float
+    usual: StepTimes, longer: StepTimes, *, share: float, depth: int, overhead_s: float
 ) -> float:
     """Return the mean seconds from the start of a step to the start of its successor.
 
     Args:
-        usual: times of most steps.
-        longer: times of the others.
+        usual: times of a step of the shorter kind.
+        longer: times of a step of the longer kind.
         share: of longer steps, 0 to 1; they are spread evenly.
         depth: steps in flight.
         overhead_s: between the end of a step and the start of its successor.

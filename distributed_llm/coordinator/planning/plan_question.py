@@ -1,4 +1,4 @@
-"""Which plans some machines should serve: a question, answered beside the event loop. Pure."""
+"""A question answered beside the event loop: which plans some machines should serve. Pure."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,10 @@ class PlanQuestion:
     """How machines should serve the model.
 
     Attributes:
+        planner: of the coordinator.
         machines: all that may have layers.
-        several: plans as many pipelines as are wanted; otherwise one.
-        used_tokens: positions of KV cache that one pipeline should have room for, if it can.
+        several: whether to plan as many pipelines as are wanted; otherwise one.
+        used_tokens: positions of KV cache that a single pipeline should have room for, if it can.
         leaving: the worker that is to leave, if the plan is for those that take its layers over.
     """
 

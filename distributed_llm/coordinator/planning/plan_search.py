@@ -1,24 +1,24 @@
 """Search for a better plan than the one that is served. Pure, but slow.
 
-The best plan takes a few milliseconds for a few workers, and hundreds for many. So a `PlanSearch`
-holds copies of all that it needs, and runs in a thread beside the core; by the time it ends, its
-results may be outdated, and are checked against what is so then.
+A search takes a few milliseconds for a few workers, and hundreds for many. So a `PlanSearch` holds
+copies of all that it needs, and runs in a thread beside the core. Its result may be outdated by the
+time it ends: whoever acts on it checks which workers can still be had.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator.plan import LayerMap
 from distributed_llm.coordinator.planning.advice import Advice, advise
-from distributed_llm.coordinator.planning.forecast import Forecast, best_plan, forecast
+from distributed_llm.coordinator.planning.forecast import Forecast, best_forecast, forecast
 from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
 MAX_IDLE = 16
-"""Workers without layers that a search looks at, the fastest."""
+"""Most workers without layers that a search considers; it takes the fastest."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class PlanSearch:
         planner: of the coordinator.
         layer_map: of the served plan.
         machines: workers of the pipeline, and idle ones.
-        idle: workers without layers; only the fastest of them are looked at.
+        idle: workers without layers; only the fastest `MAX_IDLE` are considered.
         hanging: workers of the pipeline that hang, and give no room for KV cache.
         demand: what is asked of the pipeline.
-        goal: as for `forecast.best_plan`.
+        objective: what the plans should be best for; see `forecast.best_forecast`.
         needed_tokens: positions of KV cache that requests of the pipeline take or may take.
         beside_tokens_per_s: rate of the other pipelines.
-        advise: whether to look for advice about every worker too.
+        advise: whether to give advice about the workers too.
     """
 
     epoch: Epoch
@@ -46,13 +46,13 @@ class PlanSearch:
     idle: tuple[WorkerId, ...]
     hanging: frozenset[WorkerId]
     demand: Demand
-    goal: Goal
+    objective: Objective
     needed_tokens: int
     beside_tokens_per_s: float
     advise: bool
 
-    def answer(self) -> "FoundPlans":
-        """Return what was found."""
+    def answer(self) -> "SearchResult":
+        """Return what the search finds; this is slow."""
         cost, planner = self.planner.cost, self.planner
         idle = ranked_by_speed(self.machines.subset(self.idle))[:MAX_IDLE]
         own = [worker for worker, _ in self.layer_map]
@@ -62,7 +62,9 @@ class PlanSearch:
         kv_tokens = max(self.needed_tokens, planner.kv_tokens(roomy))
 
         def best(some: Machines, kv_tokens: int) -> Forecast | None:
-            return best_plan(cost, some, self.demand, goal=self.goal, kv_tokens=kv_tokens)
+            return best_forecast(
+                cost, some, self.demand, objective=self.objective, kv_tokens=kv_tokens
+            )
 
         advice = None
         if self.advise:
@@ -70,15 +72,15 @@ class PlanSearch:
                 cost,
                 machines,
                 self.demand,
-                goal=self.goal,
+                objective=self.objective,
                 kv_tokens=kv_tokens,
                 least_kv_tokens=planner.least_kv_tokens,
                 beside_tokens_per_s=self.beside_tokens_per_s,
             )
         spare = machines.subset(idle)
-        return FoundPlans(
+        return SearchResult(
             self,
-            now=forecast(cost, machines, self.layer_map, self.demand),
+            served=forecast(cost, machines, self.layer_map, self.demand),
             best=best(machines, kv_tokens),
             extra=best(spare, planner.kv_tokens(spare.memory_bytes)) if idle else None,
             advice=advice or {},
@@ -86,18 +88,19 @@ class PlanSearch:
 
 
 @dataclass(frozen=True)
-class FoundPlans:
+class SearchResult:
     """The result of a plan search.
 
     Attributes:
-        now: forecast of the served plan.
+        search: the search.
+        served: forecast of the served plan.
         best: forecast of the best plan, None if none fits.
         extra: forecast of a further pipeline of the idle workers, None if none fits.
         advice: by worker; empty if not asked for, or if no plan fits.
     """
 
     search: PlanSearch
-    now: Forecast
+    served: Forecast
     best: Forecast | None
     extra: Forecast | None
     advice: Mapping[WorkerId, Advice]

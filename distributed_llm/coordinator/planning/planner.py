@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributed_llm.common.errors import NotEnoughMemory, NotReady
-from distributed_llm.common.settings import CoordinatorSettings, Goal, Strategy
+from distributed_llm.common.settings import CoordinatorSettings, Objective, Strategy
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -24,7 +24,7 @@ from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
 _MOST_PIPELINES = 8
-"""Upper bound of the pipelines that "auto" tries."""
+"""Most pipelines that are tried if `replicas` is "auto"."""
 
 _BETTER = 1.02
 """Factor by which more pipelines must be faster than fewer."""
@@ -37,30 +37,35 @@ class Planner:
     Attributes:
         cost: of the model.
         strategy: how layers are divided.
-        goal: what strategy "speed" optimises before there are requests; see `forecast.best_plan`.
+        objective: what plans by strategy "speed" are best for before there is demand; see
+            `forecast.best_forecast`.
         layers: the layers of each worker, for strategy "custom".
         replicas: pipelines that should serve the model; "auto" is one, or with strategy "speed" as
             many as are fastest.
         context_length: of the model, positions.
-        least_kv_tokens: positions of KV cache without which nothing is served.
+        least_kv_tokens: positions of KV cache that every plan has room for.
     """
 
     cost: ModelCost
     strategy: Strategy
-    goal: Goal
+    objective: Objective
     layers: Mapping[str, LayerRange]
     replicas: int | Literal["auto"]
     context_length: int
     least_kv_tokens: int
 
     @classmethod
-    def of(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
-        """Return the planner of a coordinator; objective "auto" starts out as throughput."""
+    def from_settings(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
+        """Return the planner of a coordinator.
+
+        Until there is demand, objective "auto" is throughput. A pipeline needs no more room for KV
+        cache than one context, whatever `min_kv_tokens` says.
+        """
         context_length = model.defaults.context_length
         return cls(
             cost=model.cost,
             strategy=settings.strategy,
-            goal="throughput" if settings.objective == "auto" else settings.objective,
+            objective="throughput" if settings.objective == "auto" else settings.objective,
             layers=settings.layers,
             replicas=settings.replicas,
             context_length=context_length,
@@ -73,7 +78,7 @@ class Planner:
         Raises:
             NotReady: there are no machines.
             NotEnoughMemory: they cannot hold the model.
-            ConfigError: the layer map of strategy "custom" does not fit them.
+            ConfigError: the layers of strategy "custom" do not suit them.
         """
         workers = list(machines.memory_bytes)
         if not isinstance(self.replicas, int):
@@ -92,8 +97,8 @@ class Planner:
 
         Args:
             machines: that may serve.
-            used_tokens: positions of KV cache that are in use; the plan has room for them if any
-                plan has.
+            used_tokens: positions of KV cache that are in use; the plan has room for them if one
+                can. Strategy "speed" only.
 
         Raises:
             NotReady, NotEnoughMemory, ConfigError: as `plans`.
@@ -119,17 +124,19 @@ class Planner:
         return plan_of(self.cost, memory, layer_map)
 
     def kv_tokens(self, memory: Mapping[WorkerId, int]) -> int:
-        """Return the positions of KV cache that a plan by speed leaves room for, if it can."""
+        """Return the positions of KV cache that a plan by strategy "speed" has room for."""
         return wanted_kv_tokens(
             self.cost, memory, least=self.least_kv_tokens, context_length=self.context_length
         )
 
     def _by_speed(self, machines: Machines, kv_tokens: int) -> Plan:
         demand = Demand.expected(len(machines.memory_bytes))
-        return plan_by_speed(self.cost, machines, demand, goal=self.goal, kv_tokens=kv_tokens)
+        return plan_by_speed(
+            self.cost, machines, demand, objective=self.objective, kv_tokens=kv_tokens
+        )
 
     def _fastest(self, machines: Machines) -> list[Plan]:
-        """Return the plans with the best score: their sum, or for latency the best one."""
+        """Return the plans with the best score: for latency the best plan's, else the sum."""
         ranked = ranked_by_speed(machines)
         best, most = [self.plan(machines)], 0.0
         for number in range(1, 1 + min(_MOST_PIPELINES, len(ranked))):
@@ -138,21 +145,21 @@ class Planner:
             except NotEnoughMemory:
                 break
             scores = [self._score(plan, machines) for plan in plans]
-            found = max(scores) if self.goal == "latency" else sum(scores)
-            if found > _BETTER * most:
-                best, most = plans, found
+            total = max(scores) if self.objective == "latency" else sum(scores)
+            if total > _BETTER * most:
+                best, most = plans, total
         return best
 
     def _score(self, plan: Plan, machines: Machines) -> float:
         demand = Demand.expected(len(plan))
-        return forecast(self.cost, machines, layer_map_of(plan), demand).score(self.goal)
+        return forecast(self.cost, machines, layer_map_of(plan), demand).score(self.objective)
 
 
 def ranked_by_speed(machines: Machines) -> list[WorkerId]:
     """Return the workers by time per layer, quickest first."""
-    load = Demand.expected(1).mean_step(1.0)
-    speeds = {found.worker: found.times.layer_s for found in machines.candidates(load)}
-    return sorted(speeds, key=lambda worker: (speeds[worker], worker))
+    work = Demand.expected(1).mean_step(1.0)
+    layer_s = {each.worker: each.times.layer_s for each in machines.candidates(work)}
+    return sorted(layer_s, key=lambda worker: (layer_s[worker], worker))
 
 
 def _dealt(ranked: Sequence[WorkerId], number: int) -> list[list[WorkerId]]:

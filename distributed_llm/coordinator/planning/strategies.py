@@ -4,7 +4,7 @@ Strategy `memory` divides the layers in proportion to memory: of all cuts in whi
 its worker, it takes the one with the least sum of bytes^2 / memory. (By Lagrange, the continuous
 optimum of that sum is exact proportion, bytes_i ~ memory_i.) Dynamic programming over (worker,
 first layer) finds it, with embedding, head and unequal layers counted exactly. Strategy `speed`
-takes the plan with the best forecast; see `forecast.best_plan`.
+takes the layer map with the best forecast; see `forecast.best_forecast`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
-from distributed_llm.common.settings import Goal
+from distributed_llm.common.settings import Objective
 from distributed_llm.common.types import LayerRange, WorkerId, size_text
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import stage_bytes_table
 from distributed_llm.coordinator.plan import LayerMap, Plan, kv_tokens_of, plan_of
-from distributed_llm.coordinator.planning.forecast import best_plan
+from distributed_llm.coordinator.planning.forecast import best_forecast
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
 
@@ -28,11 +28,13 @@ StaticStrategy = Literal["memory", "even", "custom"]
 """The strategies that need no measured speeds."""
 
 _MAX_ROOM_CONTEXTS = 16
+"""Most room for KV cache that a plan by speed is slowed down for, in contexts of the model."""
+
 _MAX_ROOM_TOKENS = 65_536
-"""Upper bounds of the KV cache for which a plan gives up speed: contexts, and positions."""
+"""Most room for KV cache that a plan by speed is slowed down for, in positions."""
 
 _USUAL_CONTEXT = 8192
-"""Positions of a long request, which should fit even if that makes the plan slower."""
+"""Positions of a long request; a plan by speed has room for one even if that makes it slower."""
 
 
 def make_plan(
@@ -79,17 +81,17 @@ def make_plan(
 
 
 def plan_by_speed(
-    cost: ModelCost, machines: Machines, demand: Demand, *, goal: Goal, kv_tokens: int
+    cost: ModelCost, machines: Machines, demand: Demand, *, objective: Objective, kv_tokens: int
 ) -> Plan:
-    """Return the plan with the best forecast; see `forecast.best_plan`.
+    """Return the plan of the layer map with the best forecast; see `forecast.best_forecast`.
 
     Raises:
         NotEnoughMemory: the model does not fit; the message says what is missing.
     """
-    found = best_plan(cost, machines, demand, goal=goal, kv_tokens=kv_tokens)
-    if found is None:  # the search among many workers is not exact; this one is, for memory
+    best = best_forecast(cost, machines, demand, objective=objective, kv_tokens=kv_tokens)
+    if best is None:  # the search among many workers is not exact; this one is, for memory
         return make_plan(cost, machines.memory_bytes, strategy="memory", kv_tokens=kv_tokens)
-    return plan_of(cost, machines.memory_bytes, found.layer_map)
+    return plan_of(cost, machines.memory_bytes, best.layer_map)
 
 
 def wanted_kv_tokens(
@@ -103,7 +105,7 @@ def wanted_kv_tokens(
     Args:
         cost: of the model.
         memory: bytes of each worker.
-        least: positions without which nothing is served.
+        least: positions that every plan has room for.
         context_length: of the model, positions.
     """
     try:
@@ -153,10 +155,10 @@ def _custom(
 
 
 def _proportional(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> LayerMap:
-    """Return the cut with the least sum of bytes^2 / memory; empty if no cut fits.
+    """Return the layer map with the least sum of bytes^2 / memory; empty if none fits.
 
-    best[w][s] is the least cost of serving layers [s, L) with workers w, w + 1, ...; any of them
-    may be left out.
+    best[w][s] is the least sum for layers [s, L) on workers w, w + 1, ...; any of them may be left
+    out.
     """
     size = cost.num_layers
     stage_bytes = stage_bytes_table(cost, kv_tokens)
@@ -165,8 +167,8 @@ def _proportional(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: in
     choices: list[npt.NDArray[np.int64]] = []
     for memory_bytes in reversed(list(memory.values())):
         fits = stage_bytes <= memory_bytes
-        price = np.where(fits, stage_bytes**2 / max(1, memory_bytes), np.inf)
-        total = price + best[np.newaxis, :]  # [first layer, stop]
+        term = np.where(fits, stage_bytes**2 / max(1, memory_bytes), np.inf)
+        total = term + best[np.newaxis, :]  # [first layer, stop]
         np.fill_diagonal(total, best)  # takes no layers
         choices.append(np.argmin(total, axis=1))
         best = np.min(total, axis=1)

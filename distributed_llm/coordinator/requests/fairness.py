@@ -1,9 +1,9 @@
-"""Fairness among clients: whose request runs next, and whose prompt is read. Pure.
+"""Fairness among clients: whose answer runs next, and whose prompt is computed. Pure.
 
 `FairQueue` is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et
 al., 2024): every client has a counter of the tokens it was served, and the client with the smallest
 counter is next. A client that comes back from idling starts at the counter of the least served
-client that waits, so that idling earns nothing. Within a client the oldest request is first.
+client that waits, so that idling earns nothing. Within a client the oldest answer is first.
 """
 
 from bisect import insort
@@ -13,18 +13,18 @@ from operator import itemgetter
 from typing import Generic, TypeVar
 
 from distributed_llm.common.types import PeerId
-from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.requests.request import Answer
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class _Account(Generic[T]):
-    """What is known of one client.
+    """The service of one client, and its waiting items.
 
     Attributes:
         counter: tokens the client was served, or is treated as having been served.
-        items: what waits, as (order, item), oldest first.
+        items: its waiting items as (order, item), oldest first.
     """
 
     client: Hashable
@@ -91,7 +91,7 @@ class FairQueue(Generic[T]):
         return False
 
     def charge(self, client: Hashable, tokens: float) -> None:
-        """Count service for `client`, waiting or not; a client that is not known is ignored."""
+        """Count service for `client`, waiting or not; an unknown client is ignored."""
         assert tokens >= 0
         if client in self._accounts:
             self._accounts[client].counter += tokens
@@ -110,7 +110,7 @@ class FairQueue(Generic[T]):
         )
 
     def _level(self) -> float:
-        """Return where a client starts: level with the least served, or the last that waited."""
+        """Return the counter of the least served client that waits, or of the last that did."""
         account = self._next() or self._last_waiting
         return account.counter if account else 0.0
 
@@ -131,25 +131,25 @@ class FairQueue(Generic[T]):
         assert len({id(item) for item in self}) == len(self), "an item waits twice"
 
 
-def shared_out(prompts: Iterable[Request], budget: int) -> Iterator[tuple[Request, int]]:
-    """Yield prompts and how many tokens of each to compute, `budget` tokens in all.
+def shared_out(prompts: Iterable[Answer], budget: int) -> Iterator[tuple[Answer, int]]:
+    """Yield answers and how many tokens of each to compute, `budget` tokens in all.
 
-    Clients get equal shares. Within a client the oldest prompt is first; what a client does not
+    Clients get equal shares. Within a client the oldest answer is first; what a client does not
     need of its share goes to the others.
 
     Args:
-        prompts: requests with unscheduled tokens, oldest first.
+        prompts: answers with more than one unscheduled token, oldest first.
     """
-    clients: dict[PeerId, list[Request]] = {}
-    for request in prompts:
-        clients.setdefault(request.ticket.key[0], []).append(request)
-    wanted = {peer: sum(r.num_unscheduled_tokens for r in own) for peer, own in clients.items()}
+    clients: dict[PeerId, list[Answer]] = {}
+    for answer in prompts:
+        clients.setdefault(answer.request.key[0], []).append(answer)
+    wanted = {peer: sum(a.num_unscheduled_tokens for a in own) for peer, own in clients.items()}
     for at, peer in enumerate(sorted(clients, key=wanted.__getitem__)):
         share = -(-budget // (len(clients) - at))
-        for request in clients[peer]:
-            size = min(request.num_unscheduled_tokens, share)
+        for answer in clients[peer]:
+            size = min(answer.num_unscheduled_tokens, share)
             if size <= 0:
                 break
             share -= size
             budget -= size
-            yield request, size
+            yield answer, size

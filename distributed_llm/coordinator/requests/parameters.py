@@ -11,11 +11,13 @@ from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.coordinator.model import GenerationDefaults
 
 DEFAULT_MAX_NEW_TOKENS = 256
+"""Most tokens of an answer where neither the request nor the checkpoint sets a limit."""
 
 _MAX_BYTES_PER_TOKEN = 64
-"""No text has so many bytes per token on average; a longer prompt is refused untokenized."""
+"""Bytes of prompt per token of context above which a prompt is refused before it is tokenized."""
 
 _MIN_PROMPT_BYTES = 64 * 1024
+"""Bytes of prompt that are never refused before tokenizing, however short the context."""
 
 T = TypeVar("T")
 

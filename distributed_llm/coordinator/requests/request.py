@@ -1,9 +1,9 @@
-"""What a client asked for, and the answers to it. Pure.
+"""A request, which is what a client asks for, and its answers. Pure.
 
-A client's message `Generate` becomes a `Ticket`. When its prompt is tokenized, the ticket gets one
-`Request` for each of the `n` answers that the client wants: each is computed, preempted and ended
-on its own. The prompt's and the answer's token ids are kept here and nowhere else; whatever KV
-cache a worker loses is computed again from them.
+A client's message `Generate` becomes a `Request`. Once its prompt is tokenized, it gets an `Answer`
+for each of the `n` answers that the client wants; each is scheduled, preempted and ended by itself.
+The token ids of prompt and answers are kept here and nowhere else; whatever KV cache a worker loses
+is computed again from them.
 """
 
 from collections.abc import Sequence
@@ -19,36 +19,39 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import Sampling, SamplingParams
 from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.events import RequestKey
-from distributed_llm.coordinator.requests.lifecycle import (
-    REQUEST_STATES,
-    RequestCause,
-    RequestState,
+from distributed_llm.coordinator.requests.answer_states import (
+    ANSWER_STATES,
+    AnswerCause,
+    AnswerState,
 )
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.stage_times import StageTimes
 
 _SAMPLING_BYTES = 300
+"""About how many bytes sampling parameters without biases take in the header of a task."""
+
 _BYTES_PER_BIAS = 16
+"""About how many bytes a bias takes there."""
 
 
 @dataclass(eq=False)
-class Request:
-    """One answer to a ticket, and how far it has come.
+class Answer:
+    """One of the answers to a request, and how far it has come.
 
     Attributes:
-        number: orders all requests by arrival; the oldest has the smallest.
-        choice: index of the answer among those of the ticket.
-        token_ids: prompt, then answer.
+        number: orders all answers by arrival; the oldest has the smallest.
+        choice: its index among the answers to the request.
+        token_ids: of the prompt, then of the answer.
         sequence_id: id of its KV cache on the workers, never reused; None while it has none.
         num_computed_tokens: tokens that the KV cache of every stage has.
         num_scheduled_tokens: tokens that it will have when the steps in flight have ended.
         num_in_flight: steps in flight that compute some of its tokens.
-        num_cached_tokens: most tokens that it found in the KV cache of another sequence.
+        num_cached_tokens: most tokens that it shared with another sequence instead of computing.
         sampling_sent: whether the last stage was sent `sampling`.
         prefix: the beginning of another sequence that this one begins with.
-        shares: whether it may begin with another sequence's beginning.
-        waits_for: a request that computes the prefix that this one will share, until it has
-            computed `waits_until` positions.
+        shares: whether it may share a prefix.
+        waits_for: the answer whose prefix this one will share, and which it waits for until
+            `waits_until` positions are computed.
         losses: workers that died in a row while they worked on its next token.
         failures: steps that failed in a row while they computed its next token.
         alone: whether it is suspected of breaking steps, and runs in steps of its own.
@@ -57,7 +60,7 @@ class Request:
         started_at: when it was first admitted; like all times here in clock seconds.
     """
 
-    ticket: "Ticket"
+    request: "Request"
     number: int
     choice: int
     token_ids: list[int]
@@ -71,7 +74,7 @@ class Request:
     sampling_sent: bool = False
     prefix: SharedPrefix | None = None
     shares: bool = True
-    waits_for: "Request | None" = None
+    waits_for: "Answer | None" = None
     waits_until: int = 0
     losses: int = 0
     failures: int = 0
@@ -83,20 +86,20 @@ class Request:
     first_token_at: float | None = None
     last_token_at: float | None = None
     stage_times: StageTimes = field(default_factory=StageTimes)
-    _state: RequestState = field(default=REQUEST_STATES.initial, init=False)
+    _state: AnswerState = field(default=ANSWER_STATES.initial, init=False)
 
     @property
-    def state(self) -> RequestState:
+    def state(self) -> AnswerState:
         """Where it is in its life."""
         return self._state
 
-    def change(self, cause: RequestCause) -> None:
+    def change(self, cause: AnswerCause) -> None:
         """Enter the state that follows on `cause`.
 
         Raises:
             IllegalTransition: `cause` cannot happen in its state.
         """
-        self._state = REQUEST_STATES.after(self._state, cause)
+        self._state = ANSWER_STATES.after(self._state, cause)
 
     @property
     def num_new_tokens(self) -> int:
@@ -133,7 +136,7 @@ class Request:
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:
         """Add the next token of the answer; set `finish_reason` if it is the last."""
-        limits = self.ticket.limits
+        limits = self.request.limits
         assert limits is not None
         self.token_ids.append(token_id)
         if logprobs is not None:
@@ -147,21 +150,21 @@ class Request:
 
 
 @dataclass(eq=False)
-class Ticket:
+class Request:
     """What a client asked for: one prompt, and `params.n` answers.
 
     Attributes:
-        key: the client's address, its id for this ticket, and a number that no other ticket has.
+        key: the client's address, its id for the request, and a number that no other request has.
         arrived_at: clock seconds.
         limits: the parameters after defaults; None until the prompt is tokenized.
-        requests: one per answer; empty until the prompt is tokenized.
+        answers: empty until the prompt is tokenized.
     """
 
     key: RequestKey
     params: SamplingParams
     arrived_at: float
     limits: Limits | None = None
-    requests: tuple[Request, ...] = ()
+    answers: tuple[Answer, ...] = ()
 
     @property
     def deadline(self) -> float | None:
@@ -173,41 +176,41 @@ class Ticket:
     def reserved_tokens(self) -> int:
         """Positions of KV cache that one of its answers may grow to."""
         assert self.limits is not None
-        return self.requests[0].num_prompt_tokens + self.limits.max_new_tokens
+        return self.answers[0].num_prompt_tokens + self.limits.max_new_tokens
 
     def accept(self, prompt: Sequence[int], limits: Limits, *, number: int) -> None:
-        """Create its requests.
+        """Create its answers.
 
         Args:
             prompt: token ids.
-            number: of the first request; the others follow.
+            number: of the first answer; the others have the following numbers.
         """
         self.limits = limits
-        self.requests = tuple(
-            Request(self, number + choice, choice, list(prompt), len(prompt), sampling)
+        self.answers = tuple(
+            Answer(self, number + choice, choice, list(prompt), len(prompt), sampling)
             for choice, sampling in enumerate(limits.sampling)
         )
 
     def usage(self) -> Usage:
         """Return its token counts."""
         return Usage(
-            prompt_tokens=self.requests[0].num_prompt_tokens,
-            completion_tokens=sum(request.num_new_tokens for request in self.requests),
-            cached_tokens=self.requests[0].num_cached_tokens,
+            prompt_tokens=self.answers[0].num_prompt_tokens,
+            completion_tokens=sum(answer.num_new_tokens for answer in self.answers),
+            cached_tokens=self.answers[0].num_cached_tokens,
         )
 
     def timings(self) -> Timings:
         """Return where its time went. Every answer must have a token."""
-        started_at = min(r.started_at for r in self.requests if r.started_at is not None)
-        first_at = min(r.first_token_at for r in self.requests if r.first_token_at is not None)
+        started_at = min(a.started_at for a in self.answers if a.started_at is not None)
+        first_at = min(a.first_token_at for a in self.answers if a.first_token_at is not None)
         decodes = [
-            r.last_token_at - r.first_token_at
-            for r in self.requests
-            if r.first_token_at is not None and r.last_token_at is not None
+            a.last_token_at - a.first_token_at
+            for a in self.answers
+            if a.first_token_at is not None and a.last_token_at is not None
         ]
         return Timings(
             queued_s=started_at - self.arrived_at,
             first_token_s=first_at - started_at,
             decode_s=max(decodes),
-            stages=StageTimes.sums(request.stage_times for request in self.requests),
+            stages=StageTimes.sums(answer.stage_times for answer in self.answers),
         )

@@ -1,4 +1,4 @@
-"""How long the stages of each plan computed for a request. Pure."""
+"""How long the stages of each plan computed for an answer. Pure."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,7 +10,7 @@ from distributed_llm.coordinator.plan import PipelineStage
 
 
 @dataclass
-class _OfPlan:
+class _PlanTimes:
     """Tasks of each stage of one plan, and microseconds by stage."""
 
     stages: Sequence[PipelineStage]
@@ -19,10 +19,10 @@ class _OfPlan:
 
 
 class StageTimes:
-    """Compute times of one request, by the epoch of the plan."""
+    """Compute times of one answer, by the epoch of the plan."""
 
     def __init__(self) -> None:
-        self._plans: dict[Epoch, _OfPlan] = {}
+        self._plans: dict[Epoch, _PlanTimes] = {}
 
     def add(
         self, epoch: Epoch, stages: Sequence[PipelineStage], timings: Sequence[StageTime]
@@ -35,22 +35,22 @@ class StageTimes:
         """
         plan = self._plans.get(epoch)
         if plan is None:
-            plan = self._plans[epoch] = _OfPlan(stages, [0] * len(stages))
+            plan = self._plans[epoch] = _PlanTimes(stages, [0] * len(stages))
         plan.tasks += 1
-        for at, timing in enumerate(timings):
-            plan.compute_us[at] += timing.compute_us
+        for stage, timing in enumerate(timings):
+            plan.compute_us[stage] += timing.compute_us
 
     @staticmethod
     def sums(times: Iterable["StageTimes"]) -> tuple[StageTiming, ...]:
         """Return the sums by worker and layer range, in the order of the layers.
 
-        A task counts once for each of the requests in it. Of more than `MAX_STAGES` stages, as many
-        plans may have them, the last are left out.
+        A task counts once for each of the answers in it. Of more than `MAX_STAGES` stages, which
+        several plans may have together, the last are left out.
         """
         tasks: Counter[tuple[WorkerId, LayerRange]] = Counter()
         compute_us: Counter[tuple[WorkerId, LayerRange]] = Counter()
-        for one in times:
-            for plan in one._plans.values():
+        for times_of_answer in times:
+            for plan in times_of_answer._plans.values():
                 for stage, microseconds in zip(plan.stages, plan.compute_us, strict=True):
                     tasks[stage.worker, stage.layers] += plan.tasks
                     compute_us[stage.worker, stage.layers] += microseconds
@@ -58,9 +58,9 @@ class StageTimes:
             StageTiming(
                 worker=worker,
                 layers=layers,
-                tasks=number,
+                tasks=count,
                 compute_s=compute_us[worker, layers] / 1e6,
             )
-            for (worker, layers), number in tasks.items()
+            for (worker, layers), count in tasks.items()
         ]
         return tuple(sorted(timings, key=lambda timing: timing.layers))[:MAX_STAGES]

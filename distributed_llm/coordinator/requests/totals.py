@@ -3,8 +3,13 @@
 from dataclasses import dataclass
 
 _DECAY = 0.8
+"""Weight of the mean interval so far against the latest one."""
+
 _MIN_WAIT_S = 1.0
+"""Least estimate of a wait, seconds."""
+
 _MAX_WAIT_S = 600.0
+"""Largest estimate of a wait, seconds."""
 
 
 @dataclass
@@ -16,7 +21,7 @@ class Totals:
         failed: requests that ended otherwise, refused ones included.
         tokens: tokens of all answers.
         prefix_hit_tokens: positions that were shared with another sequence instead of computed.
-        preemptions: how often a request gave up its KV cache to an older one.
+        preemptions: how often an answer gave up its KV cache to an older one.
     """
 
     finished: int = 0
@@ -36,7 +41,7 @@ class Totals:
             self._interval_s = _DECAY * past + (1 - _DECAY) * sample
         self._finished_at = now
 
-    def seconds_for(self, requests: int) -> float:
-        """Estimate how long `requests` requests take, by the intervals at which others finished."""
-        wait_s = requests * (self._interval_s or 0.0)
+    def seconds_for(self, answers: int) -> float:
+        """Estimate how long `answers` answers take, by the intervals at which requests finished."""
+        wait_s = answers * (self._interval_s or 0.0)
         return min(max(wait_s, _MIN_WAIT_S), _MAX_WAIT_S)

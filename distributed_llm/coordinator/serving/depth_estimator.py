@@ -1,4 +1,4 @@
-"""What each number of steps in flight is worth, as measured on one pipeline. Pure.
+"""The round trip of a step by the number of steps in flight, as measured on one pipeline. Pure.
 
 All R sequences that decode are in flight, spread over d steps of R/d sequences each. A sequence
 gets one token per round trip T of its step, so the throughput is R / T (Little's law), and the best
@@ -22,11 +22,13 @@ _WARM_UP = 1
 """First tasks of each stage at a new depth that do not count: the pipeline fills or drains."""
 
 _ENOUGH = 2
-"""Further tasks of each stage after which a depth can be judged."""
+"""Tasks of each stage after the warm-up with which a depth is known."""
 
-_PATIENCE = (4, 16)
-"""Half-lives after which a depth is forgotten and may be tried again: at first, and at most; the
-number doubles each time."""
+_PATIENCE = 4
+"""Half-lives without an observation after which a depth is forgotten, and may be tried again."""
+
+_MAX_PATIENCE = 16
+"""Most half-lives for that, which double each time that a depth is forgotten."""
 
 _PRIOR = 0.02
 """Weight of the prior slope: that of batches whose sizes vary by the square root of this share."""
@@ -35,7 +37,7 @@ _FAST_ENOUGH = 0.9
 """Share of the best throughput that counts as just as fast."""
 
 _BEARABLE = 1.5
-"""A step with prompt tokens may take so many times what it takes alone while others decode."""
+"""Most times that a prefill step may take of its time alone, while others decode."""
 
 _WORTHWHILE = 0.05
 """Least reduction of the round trip, as a share, for which the depth changes."""
@@ -50,8 +52,8 @@ class _StageFit:
     is the smaller of the two, the optimistic one.
 
     Attributes:
-        flat: base in seconds, and slope in seconds per sequence.
-        steep: likewise.
+        flat: line with the least slope: base in seconds, slope in seconds per sequence.
+        steep: line with the largest slope, likewise.
     """
 
     def __init__(self, half_life_s: float) -> None:
@@ -103,7 +105,7 @@ class _DepthTimes:
         seen_at: clock seconds of the last observation.
     """
 
-    def __init__(self, num_stages: int, half_life_s: float, patience: int = _PATIENCE[0]) -> None:
+    def __init__(self, num_stages: int, half_life_s: float, patience: int = _PATIENCE) -> None:
         self.patience = patience
         self.fits = [_StageFit(half_life_s) for _ in range(num_stages)]
         self._tasks = [0] * num_stages
@@ -171,14 +173,14 @@ class DepthEstimator:
             depth: steps in flight when the step began, including itself.
             now: clock seconds.
         """
-        at = self._depths.get(depth)
-        if at is None:
-            at = self._depths[depth] = _DepthTimes(self._num_stages, self._half_life_s)
-        elif self._is_stale(at, now):
-            patience = min(2 * at.patience, _PATIENCE[1])
-            at = self._depths[depth] = _DepthTimes(self._num_stages, self._half_life_s, patience)
-        at.add(stage, tokens, compute_s, now)
-        self._latest = at
+        times = self._depths.get(depth)
+        if times is None:
+            times = self._depths[depth] = _DepthTimes(self._num_stages, self._half_life_s)
+        elif self._is_stale(times, now):
+            patience = min(2 * times.patience, _MAX_PATIENCE)
+            times = self._depths[depth] = _DepthTimes(self._num_stages, self._half_life_s, patience)
+        times.add(stage, tokens, compute_s, now)
+        self._latest = times
 
     def observe_overhead(self, seconds: float, now: float) -> None:
         """Learn the part of a step's round trip in which it was neither computed nor queued."""
@@ -220,8 +222,8 @@ class DepthEstimator:
             tokens: of each step.
             limit: most steps that may be in flight.
             try_up_to: most steps, unless measurements show that more are faster.
-            frugal: answers wait for these steps. Then fewer steps are tried too, and taken if they
-                are as fast, or if a step takes much longer beside others than alone.
+            frugal: whether answers that decode wait for these steps. Then fewer steps are tried
+                too, and taken if they are as fast, or if a step takes much longer beside others.
             now: clock seconds.
         """
         known = self._known(now)
@@ -251,14 +253,17 @@ class DepthEstimator:
 
     def _known(self, now: float) -> Sequence[int]:
         """Return the depths with enough recent measurements, ascending."""
-        found = self._depths.items()
-        return sorted(d for d, at in found if at.known and not self._is_stale(at, now))
+        return sorted(
+            depth
+            for depth, times in self._depths.items()
+            if times.known and not self._is_stale(times, now)
+        )
 
-    def _is_stale(self, at: _DepthTimes, now: float) -> bool:
-        return now - at.seen_at > at.patience * self._half_life_s
+    def _is_stale(self, times: _DepthTimes, now: float) -> bool:
+        return now - times.seen_at > times.patience * self._half_life_s
 
     def _round_trips(self, sequences: int, most: int, known: Sequence[int]) -> Sequence[float]:
-        """Return T(1) to T(most), seconds."""
+        """Return T(1) to T(`most`), seconds."""
         return [self._predict(-(-sequences // d), d, known) for d in range(1, most + 1)]
 
     def _predict(self, tokens: int, depth: int, known: Sequence[int]) -> float:
@@ -280,7 +285,7 @@ class DepthEstimator:
 
     def _round_trip_s(self, tokens: int, depth: int, source: int, factor: float) -> float:
         """Return T(depth) if stages take `factor` times as long as measured at depth `source`."""
-        at = self._depths[source]
+        times = self._depths[source]
         overhead_s = self._overhead.value or 0.0
-        alone = factor * at.total_s(tokens) + overhead_s
-        return max(alone, depth * factor * at.slowest_s(tokens))
+        alone = factor * times.total_s(tokens) + overhead_s
+        return max(alone, depth * factor * times.slowest_s(tokens))

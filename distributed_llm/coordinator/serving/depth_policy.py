@@ -3,13 +3,14 @@
 Where every stage has a machine of its own, about as many as there are stages keep them all busy;
 where stages share a machine, more than one only slow each other down. `DepthEstimator` predicts
 which depth is best by measured times. Asking it costs more than everything else about a step, so
-its answers are kept until enough has changed.
+its predictions are kept until enough has changed.
 """
 
 from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
 from distributed_llm.coordinator.serving.steps import StepDone
 
 _NEVER_MEASURED_S = 1e-9
+"""Seconds per token of a pipeline that was not measured: so few that it gets answers to measure."""
 
 
 class DepthPolicy:
@@ -28,13 +29,13 @@ class DepthPolicy:
         self._pace_s = _NEVER_MEASURED_S
         self._pace_is_current = False
         self._decode_depth = 0
-        self._decode_depth_is_for = 0  # decoding requests when it was chosen
+        self._decode_depth_is_for = 0  # decoding answers when it was chosen
         self._decodes_since = 0  # steps observed since it was chosen
         self._prefill_depths: dict[int, int] = {}  # by decode depth; since the last prefill step
 
     @property
     def seconds_per_token(self) -> float:
-        """What the slowest stage takes per decoded token; next to nothing before it is measured."""
+        """Seconds of the slowest stage per decoded token; next to nothing before it is measured."""
         if not self._pace_is_current:
             stages = range(self._num_stages)
             times = (self._decodes.seconds_per_token(stage) for stage in stages)
@@ -52,16 +53,16 @@ class DepthPolicy:
         tokens = len(done.step.token_ids)
         for stage, timing in enumerate(done.timings):
             times.observe(stage, tokens, timing.compute_us / 1e6, depth=done.depth, now=now)
-        inside_s = sum(t.compute_us + t.queued_us for t in done.timings) / 1e6
+        inside_s = sum(timing.compute_us + timing.queued_us for timing in done.timings) / 1e6
         times.observe_overhead(max(0.0, done.round_trip_s - inside_s), now=now)
 
     def decode_depth(self, decoding: int, *, limit: int, now: float) -> int:
         """Return how many steps should decode at the same time.
 
-        It is chosen anew after one round of steps, or when the requests have changed by an eighth.
+        It is chosen anew after one round of steps, or when `decoding` has changed by an eighth.
 
         Args:
-            decoding: requests that decode.
+            decoding: answers that decode.
             limit: most steps that may be in flight.
         """
         since, was_for = self._decodes_since, self._decode_depth_is_for
@@ -74,11 +75,11 @@ class DepthPolicy:
     def prefill_depth(self, decode_depth: int, *, limit: int, now: float) -> int:
         """Return how many steps with prefill chunks should be in flight.
 
-        Decoding requests wait for chunks. While there are any, no more chunks are tried than steps
+        Decoding answers wait for chunks. While there are any, no more chunks are tried than steps
         that decode were seen not to slow each other down.
 
         Args:
-            decode_depth: steps that should decode at the same time; 0 if no request decodes.
+            decode_depth: steps that should decode at the same time; 0 if no answer decodes.
             limit: most steps that may be in flight.
         """
         depth = self._prefill_depths.get(decode_depth)

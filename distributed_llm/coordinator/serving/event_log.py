@@ -1,8 +1,8 @@
-"""What happened lately: events as facts, from which texts are made for people. Pure.
+"""The latest events, kept as facts from which texts are made for people. Pure.
 
 An event has a kind, the worker, request and plan that it concerns, and the numbers that belong to
-it. Its text is made here and nowhere else, from the template of its kind. `story` tells what
-happened to one request or one worker, for post-mortems.
+it. Its text is made here and nowhere else, from the template of its kind. `EventLog.story` returns
+the events of one request or one worker, for post-mortems.
 """
 
 from collections import Counter, deque
@@ -19,7 +19,10 @@ MAX_EVENTS = 50
 """Events of the cluster that are kept, and shown by `dllm status`."""
 
 MAX_REQUEST_EVENTS = 2048
+"""Events of requests that are kept, for `EventLog.story`."""
+
 _MAX_CHARS = 1000
+"""Characters of an event's text; the rest is cut off."""
 
 Level = Literal["info", "warning", "error"]
 
@@ -80,7 +83,7 @@ class EventKind(Enum):
 
     @property
     def level(self) -> Level:
-        """How much it matters."""
+        """The level at which it is logged."""
         return self.value[0]
 
     @property
@@ -95,10 +98,10 @@ class Entry:
 
     Attributes:
         at: clock seconds.
-        worker: the one that it concerns, if it concerns one.
-        request: the client's id of the request that it concerns, likewise.
-        epoch: of the plan that it concerns, likewise.
-        facts: what else is known.
+        worker: the worker that it concerns, if any.
+        request: the client's id of the request that it concerns, if any.
+        epoch: of the plan that it concerns, if any.
+        facts: the other fields of its template, by name.
     """
 
     at: float
@@ -121,7 +124,7 @@ class Entry:
 
 
 class _Formatter(Formatter):
-    """str.format with formats for values that people read in units of their own."""
+    """str.format with the formats `size`, `ms` and `layers` of `EventKind`."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         match format_spec:
@@ -139,11 +142,11 @@ _FORMATTER = _Formatter()
 
 
 class EventLog:
-    """The memory of one coordinator. It is bounded.
+    """The latest events of one coordinator, a bounded number.
 
     Attributes:
-        now: clock seconds, as of the event that the core handles.
-        rejected: how many messages were not obeyed, by reason; the reasons are a closed set.
+        now: when the core was last called, clock seconds; the time of new events.
+        rejected: number of messages that were dropped, by reason; the reasons are a closed set.
     """
 
     def __init__(self) -> None:
@@ -159,7 +162,7 @@ class EventLog:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Those events as people read them."""
+        """The texts of `entries`."""
         return tuple(entry.text for entry in self._cluster)
 
     def note(
@@ -184,15 +187,15 @@ class EventLog:
         epoch: Epoch | None = None,
         **facts: Any,
     ) -> None:
-        """Keep an event of a request; `story` tells it, `dllm status` does not."""
+        """Keep an event of a request, which `story` returns and `dllm status` does not show."""
         self._requests.append(Entry(self.now, kind, worker, request, epoch, facts))
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
-        """Return what is remembered of one request or of one worker, oldest first."""
-        found = [
+        """Return the events kept of one request or of one worker, oldest first."""
+        story = [
             entry
             for entry in (*self._cluster, *self._requests)
             if (request is not None and entry.request == request)
             or (worker is not None and entry.concerns(worker))
         ]
-        return sorted(found, key=lambda entry: entry.at)
+        return sorted(story, key=lambda entry: entry.at)

@@ -9,7 +9,7 @@ sequence that references it is freed. The ledger never charges less than a stage
 A sequence that has ended stays as a prefix for later ones until its room is needed; the least
 recently used one goes first. Prefixes are found by hashing the tokens up to each multiple of
 `_STRIDE`, as in vLLM's prefix caching, and then compared token by token, so that a collision of
-hashes costs a comparison and no wrong answer.
+hashes costs a comparison and no wrong result.
 """
 
 from collections import Counter
@@ -20,13 +20,15 @@ from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 
 _STRIDE = 16
+"""Positions by which indexed prefixes grow; a shorter prefix is not shared."""
+
 _NOBODY = SequenceId(0)
-"""An id that no sequence has."""
+"""An id that no sequence has: nothing more is appended to a segment that it owns."""
 
 
 @dataclass(eq=False)
 class _Segment:
-    """A buffer that every stage has.
+    """A buffer of KV cache, which every stage has.
 
     Attributes:
         start: its first position.
@@ -44,19 +46,20 @@ class _Segment:
 
 
 @dataclass(eq=False)
-class _Held:
+class _CachedSequence:
     """A sequence in the KV cache.
 
     Attributes:
-        tokens: token ids; while the sequence runs, the request's own list, which grows.
+        tokens: token ids; while the sequence runs, its answer's own list, which grows.
         segments: the segments it references, by position.
         length: positions charged for it.
         computed: positions that all stages have computed.
         hashes: of its prefixes, one per `_STRIDE` positions, for those in the index.
         prefix: the prefix it began with, until all stages have confirmed it.
-        pins: sequences that begin with a prefix of this one, which not all stages have confirmed.
+        pins: number of sequences that begin with a prefix of this one and that not all stages have
+            confirmed; while there are any, it is not freed.
         ended: whether it is kept only as a prefix for others.
-        lost: whether a stage has lost it, so that it is not even kept as a prefix.
+        lost: whether a stage has lost positions of it, so that it is freed once it has no pins.
     """
 
     tokens: Sequence[int]
@@ -77,7 +80,7 @@ class _Held:
 
 @dataclass(frozen=True)
 class Match:
-    """A sequence whose first `length` tokens are those that were looked for."""
+    """A sequence whose first `length` tokens are those looked for."""
 
     sequence_id: SequenceId
     length: int
@@ -95,7 +98,7 @@ class KVLedger:
         self._used = 0
         self._reclaimable = 0  # blocks that become free if all is freed that can be
         self._tolerated = 0  # blocks in use when the capacity was last set
-        self._held: dict[SequenceId, _Held] = {}
+        self._sequences: dict[SequenceId, _CachedSequence] = {}
         self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
         self._index: dict[int, dict[SequenceId, None]] = {}  # by hash of a prefix
         self._freed: list[SequenceId] = []
@@ -108,9 +111,9 @@ class KVLedger:
     @property
     def cached_tokens(self) -> int:
         """Positions that would become free if all ended sequences were freed."""
-        segments = {segment for i in self._ended for segment in self._held[i].segments}
+        segments = {segment for i in self._ended for segment in self._sequences[i].segments}
         ended = self._ended.keys()
-        return KV_BLOCK * sum(s.blocks for s in segments if s.holders <= ended)
+        return KV_BLOCK * sum(segment.blocks for segment in segments if segment.holders <= ended)
 
     @property
     def room_tokens(self) -> int:
@@ -120,10 +123,10 @@ class KVLedger:
     @property
     def sequence_ids(self) -> list[SequenceId]:
         """All sequences, ended ones included."""
-        return list(self._held)
+        return list(self._sequences)
 
     def take_freed(self) -> list[SequenceId]:
-        """Return the sequences that the stages are to free, in order, and forget them."""
+        """Return the sequences that the stages are to free, in this order, and forget them."""
         freed, self._freed = self._freed, []
         return freed
 
@@ -132,19 +135,19 @@ class KVLedger:
 
         None if no sequence has at least `_STRIDE` tokens in common.
         """
-        found = None
+        longest = None
         state = 0
         for at in range(0, limit - _STRIDE + 1, _STRIDE):
             state = _hash(state, tokens[at : at + _STRIDE])
-            holders = self._index.get(state)
-            if not holders:
+            sharing = self._index.get(state)
+            if not sharing:
                 break
-            found = next(reversed(holders))
-        if found is None:
+            longest = next(reversed(sharing))
+        if longest is None:
             return None
-        held = self._held[found]
-        length = common_prefix(held.tokens, tokens, min(held.computed, limit))
-        return Match(found, length) if length >= _STRIDE else None
+        sequence = self._sequences[longest]
+        length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
+        return Match(longest, length) if length >= _STRIDE else None
 
     def may_match(self, key: int) -> bool:
         """Return whether `match` may find a sequence.
@@ -162,16 +165,16 @@ class KVLedger:
         Ended sequences are freed as needed, but none if all of them together would not suffice.
 
         Args:
-            tokens: kept, and read again when it has grown.
+            tokens: a list that grows with the sequence; it is kept and read again.
             match: a prefix to share if possible; `prefix_of` returns what is shared.
         """
-        if match is not None and self._covers(match) and self._held[match.sequence_id].pins:
+        if match is not None and self._covers(match) and self._sequences[match.sequence_id].pins:
             match = None  # stages have not confirmed others that begin with it
         if not self._has_room(length, match):
             return False
-        held = self._held[sequence_id] = _Held(tokens)
+        sequence = self._sequences[sequence_id] = _CachedSequence(tokens)
         if match is not None:
-            held.prefix = self._share(sequence_id, match)
+            sequence.prefix = self._share(sequence_id, match)
         extended = self.extend(sequence_id, length)
         assert extended
         return True
@@ -180,7 +183,7 @@ class KVLedger:
         """Return whether a sequence of `length` positions that shares `match` can begin."""
         start, own_blocks, kept = 0, 0, 0
         if match is not None:
-            segments = self._held[match.sequence_id].segments
+            segments = self._sequences[match.sequence_id].segments
             kept = sum(segment.blocks for segment in segments if not segment.num_keeping)
             start = match.length
             if self._covers(match) and segments[-1].owner == match.sequence_id:
@@ -190,12 +193,12 @@ class KVLedger:
 
     def _covers(self, match: Match) -> bool:
         """Return whether a sequence that shares `match` takes the other one over."""
-        parent = self._held[match.sequence_id]
+        parent = self._sequences[match.sequence_id]
         return parent.ended and match.length >= parent.computed
 
     def prefix_of(self, sequence_id: SequenceId) -> SharedPrefix | None:
         """Return the prefix that a sequence shares, until `computed` is first called for it."""
-        return self._held[sequence_id].prefix
+        return self._sequences[sequence_id].prefix
 
     def _share(self, sequence_id: SequenceId, match: Match) -> SharedPrefix:
         """Let a sequence begin with a prefix of another one, and return that.
@@ -203,7 +206,7 @@ class KVLedger:
         An ended sequence that is shared as a whole is taken over: the new one continues its last
         segment.
         """
-        parent, child = self._held[match.sequence_id], self._held[sequence_id]
+        parent, child = self._sequences[match.sequence_id], self._sequences[sequence_id]
         covers = self._covers(match)
         for segment in parent.segments:
             if segment.start < match.length:
@@ -219,12 +222,12 @@ class KVLedger:
         return SharedPrefix(sequence_id=match.sequence_id, length=match.length, take=covers)
 
     def _take(self, parent: SequenceId, child: SequenceId) -> None:
-        """Let `child` append to the last segment of `parent`, which is forgotten.
+        """Let `child` append to the last segment of `parent`, and forget `parent`.
 
         No other sequence reads the positions that `child` will write: one that shares the whole of
         an ended sequence takes it.
         """
-        last = self._held[child].segments[-1]
+        last = self._sequences[child].segments[-1]
         if last.owner == parent:
             last.owner = child
         del self._ended[parent]
@@ -235,30 +238,30 @@ class KVLedger:
 
         Ended sequences are freed as needed.
         """
-        held = self._held[sequence_id]
-        if length <= held.length:
+        sequence = self._sequences[sequence_id]
+        if length <= sequence.length:
             return True
-        own = held.segments[-1] if held.segments else None
+        own = sequence.segments[-1] if sequence.segments else None
         if own is None or own.owner != sequence_id:
-            own = _Segment(held.length, sequence_id, set())
+            own = _Segment(sequence.length, sequence_id, set())
         more = max(0, _blocks(length - own.start) - own.blocks)
         if self._used + more - self._reclaimable > self._capacity:
             return False
         self._free_for(more)
-        if own not in held.segments[-1:]:
+        if own not in sequence.segments[-1:]:
             self._hold(own, sequence_id)
-            held.segments.append(own)
+            sequence.segments.append(own)
         own.blocks += more
         self._used += more
-        held.length = length
+        sequence.length = length
         return True
 
     def computed(self, sequence_id: SequenceId, length: int) -> None:
         """Record that all stages have computed `length` positions; others may share them now."""
-        held = self._held[sequence_id]
-        self._confirm(held)
-        held.computed = length
-        self._index_up_to(sequence_id, held)
+        sequence = self._sequences[sequence_id]
+        self._confirm(sequence)
+        sequence.computed = length
+        self._index_up_to(sequence_id, sequence)
 
     def end(self, sequence_id: SequenceId, *, keep: bool) -> None:
         """End a sequence.
@@ -266,17 +269,18 @@ class KVLedger:
         Args:
             keep: keep it as a prefix, if it is long enough and no other sequence covers it.
         """
-        held = self._held[sequence_id]
-        held.tokens = list(held.tokens[: held.computed])  # the request may drop some
-        held.computed = len(held.tokens)
-        if held.segments and self._read_until(held.segments[-1], sequence_id) > held.computed:
-            held.segments[-1].owner = _NOBODY  # others read past its end: nobody may append
-        useful = keep and held.computed >= _STRIDE and not self._is_covered(sequence_id, held)
-        if useful or held.pins:
-            held.ended = True
+        sequence = self._sequences[sequence_id]
+        sequence.tokens = list(sequence.tokens[: sequence.computed])  # the answer may drop some
+        sequence.computed = len(sequence.tokens)
+        last = sequence.segments[-1] if sequence.segments else None
+        if last and self._read_until(last, sequence_id) > sequence.computed:
+            last.owner = _NOBODY  # others read past its end: nobody may append
+        useful = keep and sequence.computed >= _STRIDE
+        if (useful and not self._is_covered(sequence_id, sequence)) or sequence.pins:
+            sequence.ended = True
             self._ended[sequence_id] = None
-            if not held.pins:
-                self._keep(held, -1)
+            if not sequence.pins:
+                self._keep(sequence, -1)
         else:
             self._free(sequence_id)
 
@@ -284,24 +288,24 @@ class KVLedger:
         """Return the end of the positions in `segment` that sequences other than this one read."""
         until = 0
         for other in segment.holders - {sequence_id}:
-            chain = self._held[other].segments
-            beyond = chain[chain.index(segment) + 1 :]
-            until = max(until, beyond[0].start if beyond else self._held[other].length)
+            chain = self._sequences[other].segments
+            later = chain[chain.index(segment) + 1 :]
+            until = max(until, later[0].start if later else self._sequences[other].length)
         return until
 
-    def _is_covered(self, sequence_id: SequenceId, held: _Held) -> bool:
+    def _is_covered(self, sequence_id: SequenceId, sequence: _CachedSequence) -> bool:
         """Return whether another sequence has all tokens of this one; if not, index this one."""
-        self._unindex(sequence_id, held)
-        match = self.match(held.tokens, held.computed)
-        if match is not None and match.length >= held.computed:
+        self._unindex(sequence_id, sequence)
+        match = self.match(sequence.tokens, sequence.computed)
+        if match is not None and match.length >= sequence.computed:
             return True
-        self._index_up_to(sequence_id, held)
+        self._index_up_to(sequence_id, sequence)
         return False
 
     def _free_for(self, blocks: int) -> None:
         """Free ended sequences until `blocks` more fit, as far as there are any."""
         while self._used + blocks > self._capacity:
-            oldest = next((i for i in self._ended if not self._held[i].pins), None)
+            oldest = next((i for i in self._ended if not self._sequences[i].pins), None)
             if oldest is None:
                 return
             self._free(oldest)
@@ -320,29 +324,29 @@ class KVLedger:
     def trim(self, cached_tokens: int) -> None:
         """Free ended sequences, least recently used first, down to `cached_tokens` positions."""
         used, cached = self._used, self.cached_tokens
-        for sequence_id in [i for i in self._ended if not self._held[i].pins]:
+        for sequence_id in [i for i in self._ended if not self._sequences[i].pins]:
             if cached - (used - self._used) * KV_BLOCK <= cached_tokens:
                 return
             self._free(sequence_id)
 
     def discard(self, sequence_id: SequenceId) -> None:
-        """Free a sequence if it has ended: a stage has lost it, so it is no good as a prefix."""
-        held = self._held.get(sequence_id)
-        if held is not None and held.ended:
-            self._unindex(sequence_id, held)
-            held.lost = True
+        """Free an ended sequence of which a stage has lost positions: it is no good as a prefix."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None and sequence.ended:
+            self._unindex(sequence_id, sequence)
+            sequence.lost = True
             self._free_lost(sequence_id)
 
     def _free_lost(self, sequence_id: SequenceId) -> None:
-        held = self._held[sequence_id]
-        if held.lost and not held.pins:
+        sequence = self._sequences[sequence_id]
+        if sequence.lost and not sequence.pins:
             self._free(sequence_id)
 
-    def _confirm(self, held: _Held) -> None:
-        """Unpin the parent of a sequence: all stages know its prefix, or it is gone."""
-        prefix, held.prefix = held.prefix, None
+    def _confirm(self, sequence: _CachedSequence) -> None:
+        """Unpin the parent of a sequence that all stages have confirmed, or that is gone."""
+        prefix, sequence.prefix = sequence.prefix, None
         if prefix and not prefix.take:
-            self._pin(self._held[prefix.sequence_id], -1)
+            self._pin(self._sequences[prefix.sequence_id], -1)
             self._free_lost(prefix.sequence_id)
 
     def _free(self, sequence_id: SequenceId) -> None:
@@ -351,34 +355,34 @@ class KVLedger:
         self._freed.append(sequence_id)
 
     def _forget(self, sequence_id: SequenceId) -> None:
-        held = self._held.pop(sequence_id)
-        if held.prefix and held.prefix.take:  # some stages may still hold it
-            self._freed.append(held.prefix.sequence_id)
-        self._unindex(sequence_id, held)
-        if not held.can_be_freed:
-            self._keep(held, -1)
-        for segment in held.segments:
+        sequence = self._sequences.pop(sequence_id)
+        if sequence.prefix and sequence.prefix.take:  # some stages may still hold it
+            self._freed.append(sequence.prefix.sequence_id)
+        self._unindex(sequence_id, sequence)
+        if not sequence.can_be_freed:
+            self._keep(sequence, -1)
+        for segment in sequence.segments:
             segment.holders.remove(sequence_id)
             if not segment.holders:
                 self._used -= segment.blocks
                 self._reclaimable -= segment.blocks
-        self._confirm(held)
+        self._confirm(sequence)
 
     def _hold(self, segment: _Segment, sequence_id: SequenceId) -> None:
         """Let a sequence that runs reference a segment."""
         segment.holders.add(sequence_id)
         self._keep_segment(segment, 1)
 
-    def _pin(self, held: _Held, by: int) -> None:
-        """Change how many sequences rely on `held` until all stages have confirmed them."""
-        could = held.can_be_freed
-        held.pins += by
-        if could != held.can_be_freed:
-            self._keep(held, 1 if could else -1)
+    def _pin(self, sequence: _CachedSequence, by: int) -> None:
+        """Change how many sequences rely on `sequence` until all stages have confirmed them."""
+        could = sequence.can_be_freed
+        sequence.pins += by
+        if could != sequence.can_be_freed:
+            self._keep(sequence, 1 if could else -1)
 
-    def _keep(self, held: _Held, by: int) -> None:
+    def _keep(self, sequence: _CachedSequence, by: int) -> None:
         """Record that a sequence can (-1) or cannot (1) be freed any more."""
-        for segment in held.segments:
+        for segment in sequence.segments:
             self._keep_segment(segment, by)
 
     def _keep_segment(self, segment: _Segment, by: int) -> None:
@@ -388,43 +392,43 @@ class KVLedger:
         if not segment.num_keeping:
             self._reclaimable += segment.blocks
 
-    def _index_up_to(self, sequence_id: SequenceId, held: _Held) -> None:
-        state = held.hashes[-1] if held.hashes else 0
-        for at in range(len(held.hashes) * _STRIDE, held.computed - _STRIDE + 1, _STRIDE):
-            state = _hash(state, held.tokens[at : at + _STRIDE])
-            held.hashes.append(state)
+    def _index_up_to(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
+        state = sequence.hashes[-1] if sequence.hashes else 0
+        for at in range(len(sequence.hashes) * _STRIDE, sequence.computed - _STRIDE + 1, _STRIDE):
+            state = _hash(state, sequence.tokens[at : at + _STRIDE])
+            sequence.hashes.append(state)
             self._index.setdefault(state, {})[sequence_id] = None
 
-    def _unindex(self, sequence_id: SequenceId, held: _Held) -> None:
-        for state in held.hashes:
-            holders = self._index.get(state)
-            if holders is not None:
-                holders.pop(sequence_id, None)
-                if not holders:
+    def _unindex(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
+        for state in sequence.hashes:
+            sharing = self._index.get(state)
+            if sharing is not None:
+                sharing.pop(sequence_id, None)
+                if not sharing:
                     del self._index[state]
-        held.hashes = []
+        sequence.hashes = []
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         assert 0 <= self._used <= max(self._capacity, self._tolerated)
         holders: dict[_Segment, set[SequenceId]] = {}
-        wanted = [held.prefix for held in self._held.values() if held.prefix]
+        wanted = [sequence.prefix for sequence in self._sequences.values() if sequence.prefix]
         pins = Counter(prefix.sequence_id for prefix in wanted if not prefix.take)
-        for i, held in self._held.items():
-            assert held.computed <= held.length
-            assert held.pins == pins[i]
-            for segment in held.segments:
+        for i, sequence in self._sequences.items():
+            assert sequence.computed <= sequence.length
+            assert sequence.pins == pins[i]
+            for segment in sequence.segments:
                 holders.setdefault(segment, set()).add(i)
-        assert all(segment.holders == found for segment, found in holders.items())
-        for segment, found in holders.items():
-            assert segment.num_keeping == sum(not self._held[i].can_be_freed for i in found)
+        assert all(segment.holders == ids for segment, ids in holders.items())
+        for segment, ids in holders.items():
+            assert segment.num_keeping == sum(not self._sequences[i].can_be_freed for i in ids)
         freeable = (segment.blocks for segment in holders if not segment.num_keeping)
         assert self._reclaimable == sum(freeable)
         assert self._used == sum(segment.blocks for segment in holders)
-        assert set(self._ended) == {i for i, held in self._held.items() if held.ended}
-        for state, found in self._index.items():
-            assert found
-            assert all(state in self._held[i].hashes for i in found)
+        assert set(self._ended) == {i for i, sequence in self._sequences.items() if sequence.ended}
+        for state, ids in self._index.items():
+            assert ids
+            assert all(state in self._sequences[i].hashes for i in ids)
 
 
 def prefix_key(tokens: Sequence[int]) -> int:

@@ -1,4 +1,4 @@
-"""A pipeline: stages that serve the whole model together, and the requests that run on them. Pure.
+"""A pipeline: stages that serve the whole model together, and the answers that run on them. Pure.
 
 Each plan that is loaded becomes a `Pipeline`, named by its epoch. While its stages load it has
 neither a scheduler nor steps. Then `Scheduler` decides what each step computes, `StepsInFlight`
@@ -17,7 +17,7 @@ from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
-from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.depth_policy import DepthPolicy
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import SendTask, StepDone, StepsInFlight
@@ -28,9 +28,9 @@ class PipelineState(Enum):
 
     Attributes:
         LOADING: some of its stages have not loaded their layers.
-        READY: all stages have; it does not serve yet.
+        READY: all stages have loaded; it does not serve yet.
         SERVING: it begins steps.
-        PAUSED: it begins no steps, and queues what is to be freed; steps in flight go on.
+        PAUSED: it begins no steps and queues sequences to be freed; steps in flight go on.
         ENDED: another pipeline serves in its place, or none.
     """
 
@@ -42,14 +42,23 @@ class PipelineState(Enum):
 
 
 class PipelineCause(Enum):
-    """What changes the state of a pipeline."""
+    """What changes the state of a pipeline.
+
+    Attributes:
+        STAGES_READY: the last of its stages has loaded its layers.
+        SERVED: it begins to serve, with empty KV caches or those of another pipeline.
+        PAUSED: a move waits for its steps to end.
+        RESUMED: that move was undone.
+        CONTINUED_BY_ANOTHER: a move was committed; another has its answers and KV cache.
+        DISSOLVED: it serves no more; its answers wait for another one.
+    """
 
     STAGES_READY = auto()
     SERVED = auto()
     PAUSED = auto()
     RESUMED = auto()
     CONTINUED_BY_ANOTHER = auto()
-    GIVEN_UP = auto()
+    DISSOLVED = auto()
 
 
 _S, _C = PipelineState, PipelineCause
@@ -62,10 +71,10 @@ PIPELINE_STATES = StateTable(
         (_S.SERVING, _C.PAUSED): _S.PAUSED,
         (_S.PAUSED, _C.RESUMED): _S.SERVING,
         (_S.PAUSED, _C.CONTINUED_BY_ANOTHER): _S.ENDED,
-        (_S.LOADING, _C.GIVEN_UP): _S.ENDED,
-        (_S.READY, _C.GIVEN_UP): _S.ENDED,
-        (_S.SERVING, _C.GIVEN_UP): _S.ENDED,
-        (_S.PAUSED, _C.GIVEN_UP): _S.ENDED,
+        (_S.LOADING, _C.DISSOLVED): _S.ENDED,
+        (_S.READY, _C.DISSOLVED): _S.ENDED,
+        (_S.SERVING, _C.DISSOLVED): _S.ENDED,
+        (_S.PAUSED, _C.DISSOLVED): _S.ENDED,
     },
 )
 
@@ -80,14 +89,14 @@ class Pipeline:
         model: the model that they serve.
         settings: limits of steps, and how long a step may take.
         new_sequence_id: returns ids that no pipeline uses twice.
-        on_change: called when a step may be begun, or a request admitted, that could not before.
+        on_change: called when a step may be begun, or an answer admitted, that could not before.
 
     Attributes:
         state: what it does; see `PIPELINE_STATES`.
-        scheduler: its requests, while it serves or is paused; None otherwise.
-        in_flight: its steps, while it serves or is paused; None otherwise.
-        lineage: epoch of the first in the line of pipelines that each replaced the one before.
-        num_decoding: requests that were decoding when steps were last begun.
+        scheduler: of its answers, while it serves or is paused; None otherwise.
+        in_flight: its steps in flight, while it serves or is paused; None otherwise.
+        lineage: epoch of the first of the pipelines that continued one another up to this one.
+        num_decoding: answers that were decoding when steps were last begun.
     """
 
     def __init__(
@@ -141,21 +150,21 @@ class Pipeline:
 
     @property
     def num_running(self) -> int:
-        """Number of running requests."""
+        """Number of running answers."""
         return self.scheduler.num_running if self.scheduler else 0
 
     @property
-    def load(self) -> float:
-        """Seconds for a token of each request with one more running; to compare pipelines by."""
+    def expected_round_s(self) -> float:
+        """Expected seconds for a token of each answer, if one more runs; compares pipelines."""
         return (self.num_running + 1) * self._depths.seconds_per_token
 
     def stage_ready(self, peer: PeerId, ready: StageReady) -> bool:
         """Record that a stage has loaded its layers; return whether all have."""
         self._ready[peer] = ready
-        ready_now = len(self._ready) == len(self.stages)
-        if ready_now and self.state is _S.LOADING:
+        all_ready = len(self._ready) == len(self.stages)
+        if all_ready and self.state is _S.LOADING:
             self._change(_C.STAGES_READY)
-        return ready_now
+        return all_ready
 
     def serve(self) -> None:
         """Begin to serve, with empty KV caches. Every stage must be ready."""
@@ -171,7 +180,7 @@ class Pipeline:
         )
 
     def continue_from(self, old: "Pipeline") -> None:
-        """Begin to serve with the requests and the KV cache of another pipeline.
+        """Begin to serve with the answers and the KV cache of another pipeline.
 
         Every stage must be ready and have the KV cache of its layers, and no step of `old` may be
         in flight. `old` serves no more.
@@ -209,11 +218,11 @@ class Pipeline:
             self._change(_C.RESUMED)
             self._on_change(self)
 
-    def give_up(self) -> list[Request]:
-        """Serve no more; return the requests that ran, which have lost their KV cache."""
-        requests = self.scheduler.evacuate() if self.scheduler else []
-        self._end(_C.GIVEN_UP)
-        return requests
+    def dissolve(self) -> list[Answer]:
+        """End; return the answers that ran, which have lost their KV cache."""
+        answers = self.scheduler.evacuate() if self.scheduler else []
+        self._end(_C.DISSOLVED)
+        return answers
 
     def _end(self, cause: PipelineCause) -> None:
         self._change(cause)
@@ -247,7 +256,10 @@ class Pipeline:
                 self.scheduler.abandon(step)
 
     def begin_steps(self, *, now: float) -> list[Send]:
-        """Begin as many steps as are worthwhile; return their tasks, and messages that free."""
+        """Begin as many steps as are worthwhile; return their tasks and messages to free KV cache.
+
+        While paused, begin none, and queue the sequences to be freed.
+        """
         in_flight, scheduler = self.in_flight, self.scheduler
         if in_flight is None or scheduler is None:
             return []
@@ -259,7 +271,7 @@ class Pipeline:
         running = decoding = depth = chunks = 0
         while True:
             in_flight.release(scheduler.take_freed())
-            if scheduler.num_running != running:  # the first time, or a step preempted requests
+            if scheduler.num_running != running:  # the first time, or a step preempted answers
                 running, decoding = scheduler.num_running, scheduler.num_decoding
                 self.num_decoding = decoding
                 depth = max(1, self._depths.decode_depth(decoding, limit=limit, now=now))
@@ -286,7 +298,7 @@ class Pipeline:
         self._depths.observe(done, now=now)
 
     def _releases(self, in_flight: StepsInFlight) -> list[Send]:
-        """Return messages that free sequences, if no step is in flight.
+        """Return messages that free sequences on every stage, if no step is in flight.
 
         While steps are in flight, the next task frees them: a message from here would overtake
         tasks that go from worker to worker, and might free a prefix that one of them shares.
@@ -314,7 +326,7 @@ class Pipeline:
             self.in_flight.validate()
             self.scheduler.validate()
             if self.scheduler.num_running and self.state is _S.SERVING:
-                assert self.in_flight.num_steps, "requests run, but no step is in flight"
+                assert self.in_flight.num_steps, "answers run, but no step is in flight"
 
 
 def sending(task: SendTask) -> Send:

@@ -1,4 +1,4 @@
-"""One step: what it computes, and what its stages must answer. Pure."""
+"""One step: what it computes, and what results its stages must send. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from distributed_llm.common.tensors import (
     token_ids_of_frame,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.requests.request import Request
+from distributed_llm.coordinator.requests.request import Answer
 
 
 @dataclass(frozen=True)
@@ -19,19 +19,19 @@ class Step:
     """One pass of a batch through all stages.
 
     Attributes:
-        requests: one per slice, in the same order.
+        answers: whose tokens each slice computes, in the order of the slices.
         token_ids: of all slices, one after the other.
     """
 
-    requests: tuple[Request, ...]
+    answers: tuple[Answer, ...]
     slices: tuple[SequenceSlice, ...]
     token_ids: tuple[int, ...]
 
     @property
-    def samplers(self) -> list[Request]:
-        """The requests that get a token from this step, in the order of the slices."""
-        pairs = zip(self.requests, self.slices, strict=True)
-        return [request for request, part in pairs if part.sample]
+    def samplers(self) -> list[Answer]:
+        """The answers that get a token from this step, in the order of the slices."""
+        pairs = zip(self.answers, self.slices, strict=True)
+        return [answer for answer, part in pairs if part.sample]
 
     @property
     def num_samples(self) -> int:
@@ -47,14 +47,14 @@ class Step:
 def wrong_tokens(
     step: Step, specs: Sequence[TensorSpec], frames: Sequence[Frame], model: ServedModel
 ) -> str:
-    """Return what is wrong with the answer of the last stage, or an empty text."""
+    """Return what is wrong with the result of the last stage, or an empty text."""
     count, width = step.num_samples, _num_logprobs(step)
     wanted: tuple[TensorSpec, ...] = (TensorSpec("int32", (count,)),) if count else ()
     if width is not None:
         shape = (count, 1 + width)
         wanted += (TensorSpec("float32", shape), TensorSpec("int32", shape))
     if tuple(specs) != wanted:
-        return f"answers {_text(specs)}, expected {_text(wanted)}"
+        return f"result {_text(specs)}, expected {_text(wanted)}"
     ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
     strange = [token for token in ids if not 0 <= token < model.defaults.vocab_size]
     if width is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
@@ -63,7 +63,7 @@ def wrong_tokens(
 
 
 def wrong_activations(step: Step, specs: Sequence[TensorSpec], model: ServedModel) -> str:
-    """Return what is wrong with the answer of another stage, or an empty text."""
+    """Return what is wrong with the result of another stage, or an empty text."""
     wanted = TensorSpec(model.wire_dtype, (len(step.token_ids), model.hidden_size))
     return "" if tuple(specs) == (wanted,) else f"activations {_text(specs)}, expected {wanted}"
 
@@ -71,11 +71,11 @@ def wrong_activations(step: Step, specs: Sequence[TensorSpec], model: ServedMode
 def token_logprobs(
     step: Step, specs: Sequence[TensorSpec], frames: Sequence[Frame]
 ) -> list[TokenLogprobs | None]:
-    """Return the log-probabilities in the right answer of a last stage.
+    """Return the log-probabilities in a right result of the last stage.
 
     Returns:
-        One for each request that gets a token; None for those that did not ask. The tensors are as
-        wide as the request needs that asked for most, and are cut to what each asked for.
+        One for each answer that gets a token; None for those whose requests did not ask. The
+        tensors are as wide as the largest number asked for, and are cut to what each asked for.
     """
     samplers = step.samplers
     if len(frames) < 3:
@@ -83,8 +83,8 @@ def token_logprobs(
     width = specs[1].shape[1]
     values, ids = floats_of_frame(frames[1]), token_ids_of_frame(frames[2])
     logprobs: list[TokenLogprobs | None] = []
-    for row, request in enumerate(samplers):
-        number = request.sampling.logprobs
+    for row, answer in enumerate(samplers):
+        number = answer.sampling.logprobs
         if number is None:
             logprobs.append(None)
             continue
@@ -96,7 +96,7 @@ def token_logprobs(
 
 def _num_logprobs(step: Step) -> int | None:
     """Return how many likeliest tokens the last stage reports; None for no log-probabilities."""
-    numbers = [request.sampling.logprobs for request in step.samplers]
+    numbers = [answer.sampling.logprobs for answer in step.samplers]
     return max((number for number in numbers if number is not None), default=None)
 
 

@@ -1,10 +1,10 @@
 """The steps in flight of one pipeline: their routes, results and leases. Pure.
 
 A step is sent to the first stage as a task that carries its route. A stage passes it on to the next
-one directly where it can, and through the coordinator where it cannot; the last stage answers. The
-pipeline begins no more steps than the credits that every stage has granted.
+one directly where it can, and through the coordinator where it cannot; the last stage sends its
+result to the coordinator. No more steps are in flight than the credits that every stage granted.
 
-Every step has a lease, which is renewed by each answer and by progress that stages report. When a
+Every step has a lease, which is renewed by each result and by progress that stages report. When a
 lease runs out, a link breaks or a stage fails, all steps in flight are abandoned: later tasks carry
 the number of the oldest step that is not (`oldest`), and stages drop older ones. Only time is lost,
 because tasks are idempotent.
@@ -44,8 +44,11 @@ from distributed_llm.coordinator.serving.step import (
     wrong_tokens,
 )
 
-_RELAY_STEPS, _MAX_RELAY_STEPS = 64, 1 << 20
-"""Steps that are relayed at every hop after a lease ran out: at first, and at most."""
+_RELAY_STEPS = 64
+"""Steps that are relayed at every hop after the first lease that ran out."""
+
+_MAX_RELAY_STEPS = 1 << 20
+"""Most steps that are relayed at every hop after a later one, as the number doubles each time."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ class StepDone:
 
 @dataclass(frozen=True)
 class StepBroken:
-    """Outcome: a stage could not run a step, or gave a wrong answer.
+    """Outcome: a stage could not run a step, or sent a wrong result.
 
     Attributes:
-        failure: the worker's answer, or one made here that says what was wrong with it.
+        failure: as the worker sent it, or made here to say what was wrong with its result.
     """
 
     step: Step
@@ -91,7 +94,7 @@ class StepBroken:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Outcome: an answer to no step in flight.
+    """Outcome: the message is about no step in flight.
 
     Attributes:
         reason: name of the counter to increase.
@@ -102,7 +105,7 @@ class Dropped:
 
 @dataclass
 class _StepInFlight:
-    """A step in flight.
+    """A step in flight, and how far it has come.
 
     Attributes:
         ids: token ids of the step, as a tensor.
@@ -131,7 +134,7 @@ class StepsInFlight:
         epoch: number of the plan.
         stages: the stages of the plan, in the order of the layers.
         credits: tasks that every stage has granted.
-        model: the model that they serve, which determines the tensors of their answers.
+        model: the model that they serve, which determines the tensors of their results.
         task_timeout_s: length of a lease.
     """
 
@@ -191,11 +194,11 @@ class StepsInFlight:
         Returns:
             Whether steps in flight may be lost: the link was up and is no longer.
         """
-        at = self._index.get(peer, len(self.stages))
-        if at >= len(self._linked):
+        stage = self._index.get(peer, len(self.stages))
+        if stage >= len(self._linked):
             return False
-        broken = self._linked[at] and not up
-        self._linked[at] = up
+        broken = self._linked[stage] and not up
+        self._linked[stage] = up
         return broken and bool(self._flights)
 
     def release(self, sequence_ids: Iterable[SequenceId]) -> None:
@@ -222,7 +225,7 @@ class StepsInFlight:
         return self._task(flight, (ids[0],), (ids[1],), ())
 
     def abandon(self) -> list[Step]:
-        """Give up all steps in flight and return them; answers to them will be dropped."""
+        """Give up all steps in flight and return them; results of them will be dropped."""
         steps = self.steps
         for flight in self._flights.values():
             self.release(flight.released)  # some stages may not have got the task
@@ -231,24 +234,24 @@ class StepsInFlight:
         return steps
 
     def result(
-        self, peer: PeerId, answer: TaskResult, frames: tuple[Frame, ...], *, now: float
+        self, peer: PeerId, result: TaskResult, frames: tuple[Frame, ...], *, now: float
     ) -> StepDone | SendTask | StepBroken | Dropped:
-        """Take a stage's answer to a task.
+        """Take a stage's result of a task.
 
         Args:
             frames: token ids (and log-probabilities) of the last stage, or activations of another
                 one that did not pass them on.
         """
-        stage, flight = self._expected(peer, answer)
-        if stage is None or len(answer.timings) != stage + 1:
+        stage, flight = self._expected(peer, result)
+        if stage is None or len(result.timings) != stage + 1:
             return Dropped("foreign_result")
         if flight is None or stage < flight.stage:
             return Dropped("late_result")
         last = stage == len(self.stages) - 1
         wrong = (
-            wrong_tokens(flight.step, answer.tensors, frames, self._model)
+            wrong_tokens(flight.step, result.tensors, frames, self._model)
             if last
-            else wrong_activations(flight.step, answer.tensors, self._model)
+            else wrong_activations(flight.step, result.tensors, self._model)
         )
         if wrong:
             failure = TaskFailed(
@@ -256,18 +259,18 @@ class StepsInFlight:
             )
             return self._break(flight, failure)
         if last:
-            return self._done(flight, answer, frames, now)
+            return self._done(flight, result, frames, now)
         flight.stage = stage + 1
         flight.deadline = now + self._task_timeout_s
-        specs = (flight.ids[0], answer.tensors[0])
-        return self._task(flight, specs, (flight.ids[1], frames[0]), answer.timings)
+        specs = (flight.ids[0], result.tensors[0])
+        return self._task(flight, specs, (flight.ids[1], frames[0]), result.timings)
 
-    def failed(self, peer: PeerId, answer: TaskFailed) -> StepBroken | Dropped:
-        """Take a stage's answer that it could not run a task."""
-        stage, flight = self._expected(peer, answer)
+    def failed(self, peer: PeerId, failure: TaskFailed) -> StepBroken | Dropped:
+        """Take a stage's report that it could not run a task."""
+        stage, flight = self._expected(peer, failure)
         if stage is None:
             return Dropped("foreign_result")
-        return self._break(flight, answer) if flight else Dropped("late_result")
+        return self._break(flight, failure) if flight else Dropped("late_result")
 
     def progress(self, peer: PeerId, age_s: float, *, now: float) -> None:
         """Renew the leases of steps that the worker at `peer` may have.
@@ -282,15 +285,15 @@ class StepsInFlight:
 
     def next_deadline(self) -> float | None:
         """Return when the next lease runs out, clock seconds, or None."""
-        return min((t.deadline for t in self._flights.values()), default=None)
+        return min((flight.deadline for flight in self._flights.values()), default=None)
 
     def expired(self, *, now: float) -> PeerId | Literal["abandon"] | None:
-        """Return what to do about leases that have run out, if any have.
+        """Return what to do about leases that have run out; None if none has.
 
         Returns:
-            "abandon" to abandon all steps; an address to give up the worker there.
+            "abandon": abandon all steps. An address: give up the worker there.
         """
-        late = [t for t in self._flights.values() if t.deadline <= now]
+        late = [flight for flight in self._flights.values() if flight.deadline <= now]
         if not late:
             return None
         if self._suspected:
@@ -331,7 +334,7 @@ class StepsInFlight:
         )
 
     def _done(
-        self, flight: _StepInFlight, answer: TaskResult, frames: tuple[Frame, ...], now: float
+        self, flight: _StepInFlight, result: TaskResult, frames: tuple[Frame, ...], now: float
     ) -> StepDone:
         del self._flights[flight.number]
         self._suspected = False
@@ -339,19 +342,20 @@ class StepsInFlight:
         return StepDone(
             step=flight.step,
             token_ids=token_ids_of_frame(frames[0]) if frames else [],
-            logprobs=token_logprobs(flight.step, answer.tensors, frames),
-            timings=answer.timings,
+            logprobs=token_logprobs(flight.step, result.tensors, frames),
+            timings=result.timings,
             depth=flight.depth,
             round_trip_s=now - flight.began_at,
         )
 
     def _expected(
-        self, peer: PeerId, answer: TaskResult | TaskFailed
+        self, peer: PeerId, report: TaskResult | TaskFailed
     ) -> tuple[int | None, _StepInFlight | None]:
+        """Return the stage that reports, and its step; None for what is not of this pipeline."""
         stage = self._index.get(peer)
-        if stage is None or answer.epoch != self.epoch:
+        if stage is None or report.epoch != self.epoch:
             return None, None
-        return stage, self._flights.get(answer.step)
+        return stage, self._flights.get(report.step)
 
     def _break(self, flight: _StepInFlight, failure: TaskFailed) -> StepBroken:
         del self._flights[flight.number]

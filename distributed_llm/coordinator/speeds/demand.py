@@ -46,7 +46,10 @@ class Demand:
         return min(1.0, sequences * self.prompt_tokens / max(1.0, self.chunk_tokens))
 
     def _step(self, sequences: float, prompts: float) -> Work:
-        """Prompts come before answers, so their tokens attend to about half of the positions."""
+        """Return the mean step where `sequences` decode and a share `prompts` has prompt tokens.
+
+        Prompts come before answers, so their tokens attend to about half of the positions.
+        """
         share = self.prompt_share(sequences)
         tokens = prompts * sequences * self.prompt_tokens / share if share else 0.0
         return Work(
@@ -58,16 +61,19 @@ class Demand:
         )
 
 
-_PROMISED_UNTIL_S, _MEASURED_FROM_S = 10.0, 40.0
-"""Seconds after the first step until which prompts are related to the longest answers that requests
-allow, and from which on to the answers that were measured; a mixture between."""
+_PROMISED_UNTIL_S = 10.0
+"""Seconds after the first step until which answers count at the greatest length requests allow."""
+
+_MEASURED_FROM_S = 40.0
+"""Seconds after the first step from which answers count as measured; between, a mixture does."""
 
 
 class DemandMeter:
     """Measures demand: fading means over the steps of a pipeline.
 
-    At first there are more prompt tokens than later, since a request begins with its prompt. So at
-    first prompts are related to the answers that will follow, at the length that requests allow.
+    At first there are more prompt tokens per token of an answer than later, since a request begins
+    with its prompt. So at first prompt tokens are divided by the tokens of the answers that are to
+    follow, at the length that requests allow.
 
     Args:
         half_life_s: time after which a step counts half.
@@ -118,27 +124,27 @@ class DemandMeter:
         return Demand(
             sequences=max(1.0, self._sequences / self._sequences_s),
             positions=self._positions / self._answered,
-            prompt_tokens=self._prompt_share(),
+            prompt_tokens=self._prompt_tokens_per_answered(),
             chunk_tokens=self._prompt_tokens / self._chunks if self._chunks else 1.0,
         )
 
-    def _prompt_share(self) -> float:
+    def _prompt_tokens_per_answered(self) -> float:
         """Return the prompt tokens per token of an answer."""
         assert self._at is not None
-        seen = self._prompt_tokens / self._answered
+        measured = self._prompt_tokens / self._answered
         if not self._promised:
-            return seen
+            return measured
         elapsed_s = self._at - self._began_at - _PROMISED_UNTIL_S
         weight = min(1.0, max(0.0, elapsed_s / (_MEASURED_FROM_S - _PROMISED_UNTIL_S)))
-        return weight * seen + (1.0 - weight) * self._prompt_tokens / self._promised
+        return weight * measured + (1.0 - weight) * self._prompt_tokens / self._promised
 
 
 def _promised(done: StepDone) -> float:
     """Return the tokens of answers that may follow the prompt tokens of a step."""
     promised = 0.0
-    for request, part in zip(done.step.requests, done.step.slices, strict=True):
+    for answer, part in zip(done.step.answers, done.step.slices, strict=True):
         if part.num_tokens > 1:
-            assert request.ticket.limits is not None
-            share = part.num_tokens / request.num_prompt_tokens
-            promised += share * request.ticket.limits.max_new_tokens
+            assert answer.request.limits is not None
+            share = part.num_tokens / answer.num_prompt_tokens
+            promised += share * answer.request.limits.max_new_tokens
     return promised

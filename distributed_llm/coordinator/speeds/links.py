@@ -1,4 +1,4 @@
-"""Links: how fast activations get from worker to worker, as measured. Pure."""
+"""Link speeds: how fast activations get from worker to worker, as measured. Pure."""
 
 from collections.abc import Iterable
 from statistics import median
@@ -7,8 +7,10 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.partition.tables import Hop, Links
 
 _LATENCY_S = 0.0005
+"""Assumed latency before any link was measured, one way: that of a local network."""
+
 _BYTES_PER_S = 100e6
-"""Assumed before any link was measured: a local network with 1 Gbit/s."""
+"""Assumed bandwidth before any link was measured: 1 Gbit/s, less what protocols take."""
 
 
 class LinkSpeeds:
@@ -55,7 +57,7 @@ class LinkSpeeds:
         return seconds
 
     def forget(self, worker: WorkerId) -> None:
-        """Drop what is known of the links of a worker that is gone."""
+        """Forget the links of a worker that is gone."""
         gone = [pair for pair in self._measured if worker in pair]
         for pair in gone:
             del self._measured[pair]
@@ -75,7 +77,7 @@ class LinkSpeeds:
 
         A link that was not measured is expected to have the median latency and bandwidth.
         """
-        known = {pair: self._hop(tokens, *found) for pair, found in self._measured.items()}
+        known = {pair: self._hop(tokens, *link) for pair, link in self._measured.items()}
         return Links(self._hop(tokens, self.latency_s, self.bytes_per_s), known)
 
     def snapshot(self) -> "LinkSpeeds":

@@ -16,26 +16,26 @@ class Machines:
 
     Attributes:
         memory_bytes: of each worker, for weights and KV cache.
-        costs: speed of each worker, as measured or probed.
+        speeds: of each worker, as measured or probed.
         links: returns the hops of a step, given its number of tokens.
         overhead_s: seconds of a step beside stages and hops, such as to and from the coordinator.
     """
 
     memory_bytes: Mapping[WorkerId, int]
-    costs: Mapping[WorkerId, WorkerSpeed]
+    speeds: Mapping[WorkerId, WorkerSpeed]
     links: Callable[[float], Links]
     overhead_s: float = 0.0
 
-    def candidates(self, load: Work) -> list[Candidate]:
+    def candidates(self, work: Work) -> list[Candidate]:
         """Return the workers with their times for an average step.
 
         A worker that was not measured is expected to differ from its prior by the same factor as
         the others did at first (median).
         """
-        found = (costs.first_scale(load) for costs in self.costs.values())
-        scale = median([scale for scale in found if scale is not None] or [1.0])
+        scales = [speed.first_scale(work) for speed in self.speeds.values()]
+        scale = median([scale for scale in scales if scale is not None] or [1.0])
         return [
-            Candidate(worker, size, self.costs[worker].times(load, scale=scale))
+            Candidate(worker, size, self.speeds[worker].times(work, scale=scale))
             for worker, size in self.memory_bytes.items()
         ]
 

@@ -16,8 +16,10 @@ from distributed_llm.coordinator.speeds.work import Work, work_of
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
 _HALF_LIFE_S = 30.0
+"""Half-life of the mean overhead of steps, seconds."""
+
 _LATEST_PROBES = 3
-"""Probes of a machine that count: the median of the latest ones."""
+"""Number of latest probes of a machine whose median counts."""
 
 _ALIKE = 1.5
 """Factor between probes up to which nothing has changed; noise of +-20 % gives 1.2 / 0.8."""
@@ -36,54 +38,54 @@ class Measurements:
         self._cost = cost
         self._item_bytes = item_bytes
         self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
-        self._costs: dict[WorkerId, WorkerSpeed] = {}
+        self._speeds: dict[WorkerId, WorkerSpeed] = {}
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
-        self._weights: dict[LayerRange, float] = {}  # in layers of mean size
+        self._lengths: dict[LayerRange, float] = {}  # of layer ranges, in layers of mean size
         self._network = LinkSpeeds(bytes_per_token)
         self._overhead = FadingMean(_HALF_LIFE_S)  # of a step, beside stages and hops
 
-    def joined(self, worker: WorkerId, found: Capabilities) -> None:
+    def joined(self, worker: WorkerId, probe: Capabilities) -> None:
         """Add a worker, with the probe of its machine as all that is known."""
-        prior = Prior.of(found, self._cost, self._item_bytes)
+        prior = Prior.from_capabilities(probe, self._cost, self._item_bytes)
         self._probes[worker] = _ProbeHistory(WorkerSpeed(prior))
-        self._costs[worker] = self._probes[worker].add(prior)
+        self._speeds[worker] = self._probes[worker].add(prior)
 
-    def remeasured(self, worker: WorkerId, found: Capabilities) -> None:
+    def remeasured(self, worker: WorkerId, probe: Capabilities) -> None:
         """Learn from a new probe of a worker without layers.
 
         The first probe after its last task is the reference for its measured speed. If later probes
         differ much from it, the speed is expected to differ likewise, until tasks show.
         """
-        if worker not in self._costs:
+        if worker not in self._speeds:
             return
         if worker not in self._probes:
-            self._probes[worker] = _ProbeHistory(self._costs[worker])
-        prior = Prior.of(found, self._cost, self._item_bytes)
-        self._costs[worker] = self._probes[worker].add(prior)
+            self._probes[worker] = _ProbeHistory(self._speeds[worker])
+        prior = Prior.from_capabilities(probe, self._cost, self._item_bytes)
+        self._speeds[worker] = self._probes[worker].add(prior)
 
     def untried(self, worker: WorkerId) -> bool:
         """Return whether only probes are known of a worker."""
-        costs = self._costs.get(worker)
-        return costs is not None and not costs.measured
+        speed = self._speeds.get(worker)
+        return speed is not None and not speed.measured
 
     def tried(
         self, worker: WorkerId, held: LayerRange, trials: Sequence[StageTrial], *, now: float
     ) -> None:
         """Learn from the trials of a worker on its new layers."""
-        costs = self._costs.get(worker)
-        if costs is None or not trials:
+        speed = self._speeds.get(worker)
+        if speed is None or not trials:
             return
         self._probes.pop(worker, None)
-        costs.try_out(
+        speed.try_out(
             trials,
-            layers=self._weight(held),
+            layers=self._length(held),
             is_last=held.stop == self._cost.num_layers,
             now=now,
         )
 
     def left(self, worker: WorkerId) -> None:
-        """Drop what is known of a worker that is gone."""
-        self._costs.pop(worker, None)
+        """Forget a worker that is gone."""
+        self._speeds.pop(worker, None)
         self._probes.pop(worker, None)
         self._network.forget(worker)
 
@@ -95,12 +97,12 @@ class Measurements:
         self._overhead.add(outside_s - hops_s, now)
         work = work_of(done.step)
         for stage, timing in zip(stages, done.timings, strict=True):
-            costs = self._costs.get(stage.worker)
-            if costs is not None:
+            speed = self._speeds.get(stage.worker)
+            if speed is not None:
                 self._probes.pop(stage.worker, None)
-                costs.observe(
+                speed.observe(
                     work,
-                    layers=self._weight(stage.layers),
+                    layers=self._length(stage.layers),
                     is_last=stage.layers.stop == self._cost.num_layers,
                     layers_s=timing.layers_us / 1e6,
                     other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
@@ -115,47 +117,47 @@ class Measurements:
             )
 
     @property
-    def bytes_per_s(self) -> float:
+    def link_bytes_per_s(self) -> float:
         """Median bandwidth of the links."""
         return self._network.bytes_per_s
 
     def layer_s(self, worker: WorkerId, prompt: Work) -> float:
         """Return the seconds of a layer of mean size for prompt tokens."""
-        return self._costs[worker].layer_s(prompt)
+        return self._speeds[worker].layer_s(prompt)
 
     def error(self, worker: WorkerId) -> float | None:
         """Return the relative error of predictions of a worker's tasks, None if unknown."""
-        costs = self._costs.get(worker)
-        return costs.error if costs else None
+        speed = self._speeds.get(worker)
+        return speed.error if speed else None
 
     def doubt(self, worker: WorkerId) -> float:
         """Return the relative error to reckon with; see `WorkerSpeed.doubt`."""
-        costs = self._costs.get(worker)
-        return costs.doubt if costs else 0.0
+        speed = self._speeds.get(worker)
+        return speed.doubt if speed else 0.0
 
     def machines(self, memory_bytes: Mapping[WorkerId, int]) -> Machines:
         """Return an immutable copy for planning, of the workers in `memory_bytes`."""
-        costs = {worker: self._costs[worker].snapshot() for worker in memory_bytes}
+        speeds = {worker: self._speeds[worker].snapshot() for worker in memory_bytes}
         links = self._network.snapshot().links
-        return Machines(dict(memory_bytes), costs, links, self._overhead.value or 0.0)
+        return Machines(dict(memory_bytes), speeds, links, self._overhead.value or 0.0)
 
-    def _weight(self, layers: LayerRange) -> float:
-        weight = self._weights.get(layers)
-        if weight is None:
-            weight = sum(self._cost.layer_bytes[layers.start : layers.stop]) / self._mean_bytes
-            self._weights[layers] = weight
-        return weight
+    def _length(self, layers: LayerRange) -> float:
+        length = self._lengths.get(layers)
+        if length is None:
+            length = sum(self._cost.layer_bytes[layers.start : layers.stop]) / self._mean_bytes
+            self._lengths[layers] = length
+        return length
 
 
 class _ProbeHistory:
-    """Probes of an idle machine, since its last task.
+    """The probes of an idle machine since its last task, and the speed that follows from them.
 
     Args:
-        costs: speed of the worker, from tasks before.
+        speed: of the worker, learned from its tasks before.
     """
 
-    def __init__(self, costs: WorkerSpeed) -> None:
-        self._costs = costs
+    def __init__(self, speed: WorkerSpeed) -> None:
+        self._speed = speed
         self._first: Prior | None = None
         self._latest: deque[Prior] = deque(maxlen=_LATEST_PROBES)
 
@@ -168,9 +170,9 @@ class _ProbeHistory:
         change = _token_s(usual) / _token_s(self._level)
         if not 1 / _ALIKE <= change <= _ALIKE:
             self._level = usual
-        if not self._costs.measured:
+        if not self._speed.measured:
             return WorkerSpeed(self._level)
-        return self._costs.rescaled(_token_s(self._level) / _token_s(self._first))
+        return self._speed.rescaled(_token_s(self._level) / _token_s(self._first))
 
 
 def _token_s(prior: Prior) -> float:

@@ -21,42 +21,43 @@ _NOISE = 0.12
 """Standard deviation of a task's time relative to its mean; uniform +-20 % has 0.115."""
 
 _NOISE_OF_TRIALS = 0.04
-"""The same of a trial, which is a median."""
+"""Standard deviation of a trial's time, which is a median, relative to its mean."""
 
 _ANY_SHAPE = 100.0
-"""Factor on the variance of the prior's coefficients before trials."""
+"""Factor on the variance of the prior's coefficients before trials, which show their ratios."""
 
 _WINDOW = 32.0
-"""Tasks over which the speed is averaged if they come fast; fewer if time passes between."""
+"""Tasks over which the speed is averaged if they follow closely; fewer if time passes between."""
 
 _SHAPE_LOSS = 1e-5
 """Share of the knowledge of the ratios that is forgotten with each task."""
 
-_TRUST = np.array((0.7, 0.7, 2.0, 0.7, 0.7, 2.0))
-"""Standard deviation of the prior's coefficients, relative to themselves (attention is often far
-from the limit of the hardware) ..."""
+_RELATIVE_DOUBTS = np.array((0.7, 0.7, 2.0, 0.7, 0.7, 2.0))
+"""Part of the standard deviation of each of the prior's coefficients that is relative to itself.
+It is large for positions, for attention is often far from the limit of the hardware."""
 
-_UNKNOWN = np.array((0.0, 0.03, 0.0, 0.3, 0.03, 0.0))
-"""... plus this share of the base, since a token costs more than arithmetic."""
+_BASE_DOUBTS = np.array((0.0, 0.03, 0.0, 0.3, 0.03, 0.0))
+"""Part of the standard deviation of each of the prior's coefficients that is a share of the seconds
+of a step: a token takes more than its arithmetic."""
 
 _ANY_SCALE = 100.0
 """Relative variance of the prior's scale before anything was measured."""
 
 _LIMIT = 2.0
-"""Standard deviations at which the influence of a task is bounded (Huber)."""
+"""Standard deviations beyond which an error of a task has no more influence (Huber)."""
 
 _SUSPECT = 6.0
-"""A task that is off by a factor of 1 + so many standard deviations is suspect: it may show a
-change. That is at least 1.72, while noise of +-20 % can make up 1.2 / 0.8 = 1.5."""
+"""Standard deviations beyond which a task is suspect: it may show a change of speed. The factor is
+at least 1.72 then, while noise of +-20 % can make up 1.2 / 0.8 = 1.5."""
 
 _IN_A_ROW = 4
 """Consecutive suspect tasks, all slow or all fast, that show a change."""
 
 _TRIED_TASKS = 0.1
-"""Weight of the speed that trials show, in tasks."""
+"""Weight of the speed that trials show, as a number of tasks."""
 
 _RESCALED_TASKS = 0.5
-"""Weight of what is known after rescaling, in tasks."""
+"""Weight of all that is known once it was rescaled, as a number of tasks."""
 
 LEAST_S = 1e-9
 """Lower bound of all times in seconds, so that ratios exist."""
@@ -66,7 +67,7 @@ _Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Seconds of a step, and for each unit of its work; see `Work`."""
+    """Seconds of a step by itself, and for each unit of its work; see `Work`."""
 
     step: float
     token: float = 0.0
@@ -101,19 +102,19 @@ class SpeedFit:
         self._prior = prior.vector
         self._prior[0] = max(prior.step, LEAST_S)
         self._half_life_s = half_life_s
-        self._doubts: _Array = (_TRUST * self._prior + _UNKNOWN * self._prior[0]) ** 2
-        self._found = self._first = self._prior
+        self._doubts: _Array = (_RELATIVE_DOUBTS * self._prior + _BASE_DOUBTS * self._prior[0]) ** 2
+        self._coefficients = self._first = self._prior
         self._covariance: _Array = np.zeros((6, 6))
         self._at = 0.0
         self._run: list[float] = []  # suspect tasks in a row: measured over expected before them
         self._slow = False  # or else these were fast
-        self._before = self._found, self._covariance
+        self._before = self._coefficients, self._covariance
         self.measured = False
         self.jumped = 1.0
 
     def __call__(self, work: Work) -> float:
         """Return the expected seconds of a work."""
-        return float(self._found @ work.vector)
+        return float(self._coefficients @ work.vector)
 
     def prior_s(self, work: Work) -> float:
         """Return the expected seconds of a work by the prior."""
@@ -124,7 +125,7 @@ class SpeedFit:
         return max(self(work), LEAST_S) / self.prior_s(work)
 
     def first_scale(self, work: Work) -> float:
-        """Return the same for what was known after the first task or trials."""
+        """Return the seconds expected after the first task or trials, relative to the prior's."""
         return max(float(self._first @ work.vector), LEAST_S) / self.prior_s(work)
 
     def add(self, work: Work, seconds: float, now: float) -> float | None:
@@ -136,7 +137,7 @@ class SpeedFit:
         expected = max(self(work), LEAST_S)
         if not first:
             self._forget(expected / self.prior_s(work), now - self._at)
-        before = self._found, self._covariance
+        before = self._coefficients, self._covariance
         deviation = self._learn(work, seconds - expected, _NOISE * expected)
         suspect = 1 + _SUSPECT * deviation / expected
         self.jumped = 1.0
@@ -146,7 +147,7 @@ class SpeedFit:
             self._suspect(work, seconds, seconds > expected, before)
         self._at = now
         if first:
-            self._first = self._found
+            self._first = self._coefficients
         return None if first else expected
 
     def try_out(self, trials: Sequence[tuple[Work, float]], now: float) -> None:
@@ -164,7 +165,7 @@ class SpeedFit:
             self._learn(work, seconds - expected, _NOISE_OF_TRIALS * expected)
             self._at = now
         if first:
-            self._first = self._found
+            self._first = self._coefficients
         self._doubt(_TRIED_TASKS)
 
     def _doubt(self, tasks: float) -> None:
@@ -189,7 +190,9 @@ class SpeedFit:
 
     def _wander(self, together: float) -> None:
         """Add variance along the coefficients: a common relative change."""
-        self._covariance = self._covariance + together * np.outer(self._found, self._found)
+        self._covariance = self._covariance + together * np.outer(
+            self._coefficients, self._coefficients
+        )
 
     def _learn(self, work: Work, error: float, noise: float) -> float:
         """Correct the coefficients; return the expected standard deviation of `error`, seconds.
@@ -203,7 +206,7 @@ class SpeedFit:
         variance = float(gain @ work.vector) + noise * noise
         deviation = sqrt(variance)
         variance *= max(1.0, abs(error) / (_LIMIT * deviation))  # Huber's weight
-        self._found = np.maximum(0.0, self._found + gain * (error / variance))
+        self._coefficients = np.maximum(0.0, self._coefficients + gain * (error / variance))
         self._covariance = self._covariance - np.outer(gain, gain) / variance
         return deviation
 
@@ -226,7 +229,7 @@ class SpeedFit:
         expected = float(self._before[0] @ work.vector)
         self._run.append(seconds / max(expected, LEAST_S))
         if len(self._run) == _IN_A_ROW:
-            self._found, self._covariance = self._before
+            self._coefficients, self._covariance = self._before
             self.jumped = median(self._run)
             self._rescale(self.jumped)
             self._doubt(_IN_A_ROW - 1)
@@ -249,5 +252,5 @@ class SpeedFit:
 
     def _rescale(self, factor: float) -> None:
         self._run = []
-        self._found = factor * self._found
+        self._coefficients = factor * self._coefficients
         self._covariance = factor * factor * self._covariance

@@ -67,5 +67,5 @@ def work_of_trial(trial: StageTrial) -> Work:
 
 
 def _positions(start: int, num_tokens: int) -> int:
-    """Return the positions that tokens attend to which follow `start` others, summed."""
+    """Return the positions that each of some tokens after `start` others attends to, summed."""
     return num_tokens * start + num_tokens * (num_tokens + 1) // 2

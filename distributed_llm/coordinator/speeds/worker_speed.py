@@ -22,14 +22,14 @@ from distributed_llm.coordinator.speeds.speed_fit import LEAST_S, Coefficients, 
 from distributed_llm.coordinator.speeds.work import Work, work_of_trial
 
 _LATEST = 64
-"""Number of predictions over which the error is the median."""
+"""Number of latest predictions of which `error` is the median."""
 
 _TASK_S = 0.0005
 """Assumed time of a task beside layers and head, until measured."""
 
 _ERROR_OF_TRIALS = 2.0
-"""Assumed relative error after trials alone, since other workers may have used the machine at the
-time: before there are tasks, only a plan that promises nearly twice as much is worth a move."""
+"""Assumed relative error after trials alone. It is large because other workers may have used the
+machine at the time; so before there are tasks, only nearly twice the rate is worth a move."""
 
 _QUERIES = 4
 """Assumed query heads per KV head; models have 1 to 8."""
@@ -37,7 +37,7 @@ _QUERIES = 4
 
 @dataclass(frozen=True)
 class Prior:
-    """Seconds that a worker should take by the bandwidth and FLOPS of its machine.
+    """Seconds that a worker should take, by memory bandwidth and FLOPS of its machine.
 
     Attributes:
         layer_s: for reading the weights of a layer of mean size.
@@ -56,16 +56,20 @@ class Prior:
     head_token_s: float
 
     @classmethod
-    def of(cls, found: Capabilities, cost: ModelCost, item_bytes: float) -> "Prior":
+    def from_capabilities(
+        cls, capabilities: Capabilities, cost: ModelCost, item_bytes: float
+    ) -> "Prior":
         """Return the prior of a machine for a model.
 
         Args:
-            found: by the probe of the machine.
+            capabilities: of the machine, as a probe measured them.
             cost: of the model.
             item_bytes: size of one parameter, and of one number in the KV cache.
         """
-        byte_s = 1 / found.memory_bandwidth_bytes_per_s
-        item_s = 2 / found.flops_per_s / item_bytes  # multiply and add, per byte of parameters
+        byte_s = 1 / capabilities.memory_bandwidth_bytes_per_s
+        item_s = (
+            2 / capabilities.flops_per_s / item_bytes
+        )  # multiply and add, per byte of parameters
         layer_bytes = sum(cost.layer_bytes) / cost.num_layers
         head_bytes = cost.last_bytes + cost.shared_bytes
         return cls(
@@ -81,7 +85,7 @@ class Prior:
 class WorkerSpeed:
     """Learns what one worker takes per layer, per task, and as the last stage.
 
-    What was not measured is predicted by the prior, scaled like the layers. Memory is constant.
+    What was not measured is predicted by the prior, scaled like the layers.
 
     Args:
         prior: times by the probe of the machine.
@@ -222,8 +226,8 @@ class WorkerSpeed:
         tasks, lasts = self._tasks, self._lasts
         task_s = tasks(work) if tasks.measured else tasks.prior_s(work)
         if not lasts.measured:
-            found = self._layers.scale(work) if self.measured else scale
-            return WorkerTimes(task_s, layer_s, found * (lasts.prior_s(work) - _TASK_S))
+            scale = self._layers.scale(work) if self.measured else scale
+            return WorkerTimes(task_s, layer_s, scale * (lasts.prior_s(work) - _TASK_S))
         whole_s = lasts(work)
         if not tasks.measured:
             task_s = min(task_s, whole_s)
