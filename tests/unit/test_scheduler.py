@@ -24,6 +24,7 @@ from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId, St
 from distributed_llm.coordinator.requests.answer_states import AnswerState
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.request import Answer, Request
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.step import Step
 
@@ -337,6 +338,30 @@ def test_prompt_that_finds_no_room_waits() -> None:
     bench.scheduler.remove(first)
     assert bench.admit(second)
     bench.scheduler.validate()
+
+
+def test_who_found_no_room_is_asked_about_again_only_when_there_is_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Looking for prefixes of a long prompt costs milliseconds, and is done after every step."""
+    bench = Bench(blocks=4)
+    running, waiting = bench.answer(100), bench.answer(150)
+    assert bench.admit(running)
+    looks: list[int] = []
+    match = KVLedger.match
+
+    def counted(ledger: KVLedger, tokens: Sequence[int], limit: int) -> Match | None:
+        looks.append(limit)
+        return match(ledger, tokens, limit)
+
+    monkeypatch.setattr(KVLedger, "match", counted)
+    assert not bench.admit(waiting)
+    assert len(looks) >= 1
+    looks.clear()
+    assert not bench.admit(waiting)
+    assert looks == []
+    bench.scheduler.remove(running)
+    assert bench.admit(waiting)
 
 
 @pytest.mark.parametrize(("new_tokens", "fits"), [(64, True), (65, False)])

@@ -62,6 +62,7 @@ class Scheduler:
         self._in_flight: dict[SequenceId, int] = {}  # number of steps in flight, by sequence
         self._ending: dict[SequenceId, bool] = {}  # to end after these steps; whether to keep
         self._preempted: list[Answer] = []
+        self._refused: tuple[Answer | None, int] = (None, 0)  # last, and what room there was
         self._prefix_hit_tokens = 0
 
     @property
@@ -109,11 +110,16 @@ class Scheduler:
         """Let an answer run, if there is room for it; return whether it runs."""
         if not self.has_seat or answer.request.reserved_tokens > self._kv_tokens:
             return False
+        room = self._ledger.room_tokens
+        refused, refused_room = self._refused
+        if answer is refused and room <= refused_room:
+            return False  # to look for prefixes of a long prompt takes milliseconds
         leader, common = self._leader(answer)
         if leader is not None:
             answer.waits_for, answer.waits_until = leader, common
             self._followers.setdefault(leader, []).append(answer)
         elif not self._open(answer):
+            self._refused = answer, room
             return False
         answer.change(AnswerCause.ADMITTED)
         answer.started_at = now if answer.started_at is None else answer.started_at
