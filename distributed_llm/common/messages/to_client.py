@@ -154,8 +154,8 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
             there is no next stage or it has not reported.
         seconds_per_token: measured time of its stage per decoded token; None before the first.
         prediction_error: median of |predicted - measured| / measured over its latest tasks, or
-        None. gain: throughput of the cluster with this worker over that without it, minus 1; None
-        if it
+            None.
+        gain: throughput of the cluster with this worker over that without it, minus 1; None if it
             is not known, or if nothing can be served without it.
         advice: what the gain means, for people; empty if it is not known.
         last_heard_s: time since its last message.
