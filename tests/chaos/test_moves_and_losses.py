@@ -159,8 +159,8 @@ class Departure:
         def look() -> str | None:
             for worker in self.stages:
                 said = _log(worker)[self._said_before[worker.name] :]
-                if found := re.search(rf".*{text}.*\(plan \d+\)", said):
-                    return found[0]
+                if line := re.search(rf".*{text}.*\(plan \d+\)", said):
+                    return line[0]
             return None
 
         line = eventually(look, limit_s=LIMIT_S)

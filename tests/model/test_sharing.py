@@ -216,10 +216,10 @@ def test_a_sharing_task_that_failed_may_be_run_again(
     stage.progress = None
     alone = load_stages(llama, [NUM_LAYERS])[0]
     expected = alone.run([piece(1, 0, 68)], ids(*PREFIX[:66], 5, 6), None).token_ids
-    found = stage.run(step, ids(5, 6), None).token_ids
+    token_ids = stage.run(step, ids(5, 6), None).token_ids
     assert expected is not None
-    assert found is not None
-    assert found.tolist() == expected.tolist()
+    assert token_ids is not None
+    assert token_ids.tolist() == expected.tolist()
 
 
 def test_a_prefix_that_is_not_held_is_missing_and_nothing_is_touched(stage: Stage) -> None:
