@@ -84,7 +84,7 @@ class Checkpoint:
 
     @cached_property
     def hidden_size(self) -> int:
-        """Numbers per token between layers."""
+        """Width of the hidden states between layers."""
         return _positive(self.config, "hidden_size", "n_embd")
 
     @cached_property
@@ -94,7 +94,7 @@ class Checkpoint:
 
     @cached_property
     def context_length(self) -> int:
-        """Positions that the model was made for."""
+        """Positions that the model can attend to."""
         names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
         if not any(name in self.config for name in names):
             return 2048  # ALiBi models name no limit

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(120)
 NUM_LAYERS = 8
 PROMPTS = tuple((3 + n, *((7 * i + n) % 90 + 3 for i in range(n))) for n in (4, 11, 30))
 NUM_TOKENS = 900
-"""More than any test needs: once it has seen enough it ends the answers."""
+"""Tokens of each answer at most: more than any test waits for before it ends the answers."""
 
 OPEN_END: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 SLOWDOWN = 2.5
@@ -50,11 +50,11 @@ SETTINGS: dict[str, Any] = {
 }
 WORKER: dict[str, Any] = {"threads": 1, "leave_timeout_s": 60, "max_memory": "512MiB"}
 KV_BYTES = 2 * 2 * 96 * 4
-"""Of one position in one layer: keys and values of two heads of 96."""
+"""KV cache of one position in one layer: keys and values of two heads of 96 float32 numbers."""
 
 LONG_PROMPT = [(11 * i) % 250 + 3 for i in range(600)]
 LIMIT_S = 60.0
-"""For whatever is awaited; nothing takes a quarter of it on a quiet machine."""
+"""Time limit of whatever is awaited, seconds; four times what any takes on a quiet machine."""
 
 
 def make_movable_checkpoint(folder: Path) -> Path:

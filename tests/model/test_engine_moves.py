@@ -461,7 +461,7 @@ WRONG_PIECES: dict[str, tuple[Any, str]] = {
     "another epoch": (lambda o: changed(o, epoch=3), "no layers of plan 3"),
     "numbers": (
         lambda o: changed(o, tensors=(TensorSpec("float32", (len(o.frames[0]) // 4,)),)),
-        "one of bytes may",
+        "expected is one of uint8",
     ),
     "no frame": (lambda o: ImportKV(0, o.message, ()), "0 frames came"),
 }

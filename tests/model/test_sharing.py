@@ -20,7 +20,7 @@ NUM_LAYERS = 3
 PREFIX = torch.randint(VOCAB_SIZE, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 RESTS = ([5, 6, 7], [11], [99, 98, 97, 96, 95])
 FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2")
-"""Plain, with windows, with soft caps, with sinks, with learned positions."""
+"""One family per kind of attention: plain, windows, soft caps, sinks, learned positions."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

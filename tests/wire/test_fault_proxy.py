@@ -17,7 +17,7 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
 LIMIT_S = 30.0
-"""After which a socket of these tests gives up: a failure, not something to wait for."""
+"""Time after which a socket of these tests fails, seconds; no test waits for it."""
 
 
 class Echo:

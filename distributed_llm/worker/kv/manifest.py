@@ -47,8 +47,8 @@ class ManifestSequence(
         sequence_id: as in tasks.
         token_ids: of all held positions, int32, little-endian.
         segments: their numbers, in the order of positions; each ends where the next one begins.
-        reads: for each segment, the position before which this sequence reads it, so that the owner
-            must not write there; has no meaning for the owner itself.
+        reads: for each segment, where the positions that this sequence reads end (exclusive); the
+            owner must not write before it. Has no meaning for the owner itself.
     """
 
     sequence_id: SequenceId

@@ -127,5 +127,7 @@ def decode_end(message: KVEnd, frames: Sequence[Frame]) -> KVManifest:
 
 def _only_frame(message: KVPieces | KVEnd, frames: Sequence[Frame]) -> Frame:
     if len(frames) != 1 or message.tensors != (TensorSpec("uint8", (len(frames[0]),)),):
-        raise KVTransferError(f"{len(frames)} frames came with {message.tensors}; one of bytes may")
+        raise KVTransferError(
+            f"{len(frames)} frames came with {message.tensors}; expected is one of uint8"
+        )
     return frames[0]
