@@ -1,4 +1,4 @@
-"""What a client sees while a worker of three hands its layers over and leaves.
+"""What a client sees while a worker of three leaves once others have its layers.
 
     python -m benchmarks.drain FOLDER [--dtype bfloat16] [--tokens 100]
 

@@ -194,9 +194,12 @@ def serve_null_stage(address: str) -> None:
     from distributed_llm.worker.session import events
 
     class NullEngine(engine.Engine):
-        def _load(self, load: events.Load) -> None:
-            ready = events.Loaded(load.session, load.order.epoch, 0.0, 0, load.order.kv_tokens)
-            self._post(ready)
+        def put(self, order: events.Order) -> None:
+            if isinstance(order, events.Load):
+                load = order.order
+                self._post(events.Loaded(order.session, load.epoch, 0.0, 0, load.kv_tokens))
+            else:
+                super().put(order)
 
         def _compute(self, run: events.Run) -> tuple[TensorsOnWire, StageTime]:
             none = StageTime(compute_us=0, layers_us=0, queued_us=0)

@@ -28,7 +28,7 @@ from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.log import configure
 from distributed_llm.common.messages import Capabilities, SequenceSlice, StageTime
 from distributed_llm.worker import service, work
-from distributed_llm.worker.compute import engine, loading
+from distributed_llm.worker.compute import engine, held_stages, loading
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.session.events import Probe, Probed
@@ -110,7 +110,7 @@ def main() -> None:
     measure = work._measure
     work._measure = lambda *given: unremarkable(measure(*given), settings.slowdown)
     engine.remeasure = remeasure  # type: ignore[attr-defined]
-    engine.Stage = loading.Stage = PacedStage  # type: ignore[attr-defined]
+    held_stages.Stage = loading.Stage = PacedStage  # type: ignore[attr-defined]
     service.Engine = PacedEngine  # type: ignore[attr-defined]
     try:
         code = asyncio.run(work.work(settings))

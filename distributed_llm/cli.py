@@ -1,4 +1,4 @@
-"""The `dllm` command: every verb a few lines that call a package below.
+"""The `dllm` command: reads settings and flags, and calls what each verb is about.
 
 Exit codes: 0 ok, 1 failed, 2 wrong usage or settings, 3 cannot reach, 4 not enough capacity,
 130 interrupted. Data goes to stdout, everything else to stderr.
@@ -155,25 +155,31 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens at most.")] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="Tokens at least.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop what is this unlikely.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the best.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: repeat less; 1 is off.")
+    ] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Taken off for what the answer has; 0 is none.")
+        float | None, typer.Option(help="Subtracted from logits of tokens in the answer; 0 is off.")
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="The same, as often as it has it; 0 is none.")
+        float | None, typer.Option(help="The same, once per occurrence; 0 is off.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Go on after the end.")] = False,
-    n: Annotated[int | None, typer.Option("--n", help="So many answers.")] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Go on after the end-of-sequence token.")
+    ] = False,
+    n: Annotated[int | None, typer.Option("--n", help="Number of answers.")] = None,
     timeout: Annotated[
         str | None, typer.Option(metavar="DURATION", help="Give up after this, such as 30s.")
     ] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="With --json: likelihood of so many tokens at each place.")
+        int | None, typer.Option(help="With --json: log-probabilities of so many tokens per place.")
     ] = None,
     as_json: AsJson = False,
     stats: Annotated[bool, typer.Option(help="Tell who ran what.")] = False,
@@ -259,7 +265,7 @@ def drain(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have a worker hand its layers to others, while requests run, and leave.
+    """Have a worker leave once others have its layers, while requests run.
 
     Waits until it has left. Ctrl-C ends the waiting only.
     """

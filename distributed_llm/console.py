@@ -20,13 +20,13 @@ from distributed_llm.coordinator.planning.advice import Advice, rate_text
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
 
 _UNBOUND_WIDTH = 200
-"""Of what goes to a file or another program: nothing is cut."""
+"""Characters per line of what goes to a file or another program, so that nothing is cut."""
 
 _NARROW = 100
-"""Characters of a terminal in which columns stand close together."""
+"""Characters per line of the terminal below which the columns of tables stand closer together."""
 
 _LONG_WORD = 24
-"""Characters up to which words are not broken."""
+"""Characters of the longest word that a table does not break."""
 
 _out = Console(
     soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _UNBOUND_WIDTH
@@ -75,7 +75,7 @@ def print_answers(
 
 
 class _AnswerWriter:
-    """Writes answers in the order of their choices; what comes early of a later one waits."""
+    """Writes answers one after the other; text of a later answer is kept until its turn."""
 
     def __init__(self, n: int) -> None:
         self._n = n
@@ -216,18 +216,18 @@ def _speed_text(worker: WorkerStatus) -> str:
     return f"{worker.seconds_per_token * 1000:.2f} ms/token{off}"
 
 
-def print_plan(found: DryRun, *, as_json: bool) -> None:
+def print_plan(run: DryRun, *, as_json: bool) -> None:
     """Print who would get which layers, and how fast that would be."""
     if as_json:
-        print_json(_plan_document(found))
+        print_json(_plan_document(run))
         return
-    for number, plan in enumerate(found.plans, 1):
-        title = f"pipeline {number} of {len(found.plans)}" if len(found.plans) > 1 else ""
+    for number, plan in enumerate(run.plans, 1):
+        title = f"pipeline {number} of {len(run.plans)}" if len(run.plans) > 1 else ""
         rows = [
             [
                 stage.worker,
                 str(stage.layers),
-                size_text(found.memory[stage.worker]),
+                size_text(run.memory[stage.worker]),
                 size_text(stage.weight_bytes),
                 f"{stage.kv_tokens} positions",
             ]
@@ -235,36 +235,36 @@ def print_plan(found: DryRun, *, as_json: bool) -> None:
         ]
         names = ("worker", "layers", "memory", "weights", "room for KV cache")
         _out.print(_table(names, rows, title=title))
-    used = {stage.worker for plan in found.plans for stage in plan}
-    idle = [worker for worker in found.memory if worker not in used]
+    used = {stage.worker for plan in run.plans for stage in plan}
+    idle = [worker for worker in run.memory if worker not in used]
     if idle:
         _out.print(f"without layers: {', '.join(idle)}")
     _out.print(
-        f"expected: {rate_text(found.one_tokens_per_s)} tokens/s for one request, "
-        f"{rate_text(found.many_tokens_per_s)} for {MANY} at once"
+        f"expected: {rate_text(run.one_tokens_per_s)} tokens/s for one request, "
+        f"{rate_text(run.many_tokens_per_s)} for {MANY} at once"
     )
-    for worker, advice in found.advice.items():
+    for worker, advice in run.advice.items():
         _out.print(f"{worker}: {advice.text}")
-    _out.print(f"assumed: {'; '.join(found.assumed)}", style="dim")
+    _out.print(f"assumed: {'; '.join(run.assumed)}", style="dim")
 
 
-def _plan_document(found: DryRun) -> dict[str, Any]:
+def _plan_document(run: DryRun) -> dict[str, Any]:
     """Return a dry run as JSON shows it."""
     return {
-        "num_layers": found.cost.num_layers,
+        "num_layers": run.cost.num_layers,
         "stages": [
             {"pipeline": number, **stage}
-            for number, plan in enumerate(found.plans)
-            for stage in describe(plan, found.cost)
+            for number, plan in enumerate(run.plans)
+            for stage in describe(plan, run.cost)
         ],
-        "one_tokens_per_s": found.one_tokens_per_s,
-        "many_tokens_per_s": found.many_tokens_per_s,
+        "one_tokens_per_s": run.one_tokens_per_s,
+        "many_tokens_per_s": run.many_tokens_per_s,
         "many": MANY,
         "workers": {
-            worker: {"memory_bytes": size, "advice": _advice_document(found.advice.get(worker))}
-            for worker, size in found.memory.items()
+            worker: {"memory_bytes": size, "advice": _advice_document(run.advice.get(worker))}
+            for worker, size in run.memory.items()
         },
-        "assumed": found.assumed,
+        "assumed": run.assumed,
     }
 
 
@@ -287,7 +287,7 @@ def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:
     elif layers is None:
         _out.print(f"{name}, which had no layers, has left")
     else:
-        _out.print(f"{name} has handed its layers over and left")
+        _out.print(f"{name} has left, and others serve its layers")
 
 
 def run_demo(prompt: str, workers: int) -> None:

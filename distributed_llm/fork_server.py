@@ -1,4 +1,4 @@
-"""The process that forks workers; `local_process.ForkServer` is its other end.
+"""The process that forks workers, as ordered by `local_process.ForkServer`.
 
 It imports what a worker needs, starts no thread, opens no socket and computes nothing, so that a
 fork of it is as good as a new process. Orders come over a Unix socket, one JSON object per line,
@@ -17,7 +17,9 @@ import sys
 from typing import Any
 
 _MAX_ORDER_BYTES = 1 << 20
+
 _DESCRIPTORS = 4
+"""File descriptors that come with an order."""
 
 
 def main() -> None:
@@ -36,10 +38,10 @@ def main() -> None:
 
 
 def _serve(orders: socket.socket, interrupt: Any) -> None:
-    """Fork children and tell of their ends, until nobody orders any more.
+    """Fork children and report how each ends, until the other end of the socket is closed.
 
     Args:
-        interrupt: what the children do about SIGINT.
+        interrupt: the handler of SIGINT in the children.
     """
     children: dict[int, int] = {}  # pid by the descriptor that tells when it has ended
     while True:
@@ -82,7 +84,7 @@ def _tell(orders: socket.socket, answer: dict[str, int]) -> None:
 
 
 def _run(order: bytes, ends: list[int]) -> None:
-    """Be the child: run a verb of `dllm` and exit."""
+    """Run a verb of `dllm` in the child, and exit."""
     from distributed_llm.cli import main as dllm
 
     try:

@@ -24,7 +24,10 @@ from distributed_llm.local_process import LocalProcess, fork_server
 _POLL_S = 0.05
 _CONNECT_S = 1.0
 _KILL_AFTER_S = 5.0
+
 _SHARE_OF_MEMORY = 0.8
+"""Share of the free memory that all workers together may use."""
+
 _ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTILINE | re.DOTALL)
 
 

@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import IO, Protocol
 
 _KILL_AFTER_S = 5.0
-_LOG_TAIL = 8000
 
-_READ_BY_LIBRARIES = ("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_")
-_READ_BY_LOADERS = ("TORCH", "PYTORCH", "CUDA_", "LD_", "PYTHON", "MALLOC_", "HF_", "TRANSFORMERS_")
-_READ_FOR_CACHES = ("HOME", "XDG_")
-_FROZEN = (*_READ_BY_LIBRARIES, *_READ_BY_LOADERS, *_READ_FOR_CACHES)
-"""Variables that libraries read when they are loaded: a fork comes too late to change them."""
+_LOG_TAIL = 8000
+"""Characters that `LocalProcess.log_tail` returns at most."""
+
+_READ_AT_LOADING = (
+    *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_"),
+    *("TORCH", "PYTORCH", "CUDA_", "LD_", "PYTHON", "MALLOC_", "HF_", "TRANSFORMERS_"),
+    *("HOME", "XDG_"),  # folders of caches
+)
+"""How the names of variables begin that take effect when a process or library is loaded.
+
+A forked child has loaded everything already, so these cannot be set for it.
+"""
 
 
 class LocalProcess:
@@ -94,7 +100,7 @@ class LocalProcess:
 
     @property
     def exit_code(self) -> int | None:
-        """What it exited with, None while it runs; minus its number if a signal ended it."""
+        """Its exit code, or minus the number of the signal that ended it; None while it runs."""
         return self._child.wait(0.0)
 
     def kill(self) -> None:
@@ -146,7 +152,7 @@ class _Child(Protocol):
         """Send it a signal, unless it has ended."""
 
     def close(self) -> None:
-        """Free what it was watched with, after it has ended."""
+        """Free the resources with which it was watched; it has ended."""
 
 
 class _ColdChild:
@@ -215,7 +221,7 @@ class _ForkedChild:
 class ForkServer:
     """A process that has imported what workers need, and forks them.
 
-    It ends when `close` is called or this process ends, and its children go on then.
+    It ends when `close` is called or this process ends; its children go on.
     """
 
     def __init__(self) -> None:
@@ -226,7 +232,7 @@ class ForkServer:
         self._orders = 0
         self._pids: dict[int, int] = {}  # by order
         self._codes: dict[int, int] = {}  # by pid
-        self._environment = _frozen(os.environ)
+        self._environment = _read_at_loading(os.environ)
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-m", "distributed_llm.fork_server", str(theirs.fileno())],
@@ -251,8 +257,8 @@ class ForkServer:
             environment: all its variables.
             ends: file descriptors that become its stdin, stdout and stderr.
         """
-        if _frozen(environment) != self._environment:
-            return None  # set since the libraries were loaded
+        if _read_at_loading(environment) != self._environment:
+            return None  # the child needs other values than those that were read
         with self._lock, _working_folder() as folder:
             self._orders += 1
             number = self._orders
@@ -268,7 +274,7 @@ class ForkServer:
                 return None
 
     def exit_code(self, pid: int) -> int:
-        """Return what a child exited with that has ended; minus SIGKILL if nobody knows it."""
+        """Return the exit code of a child that has ended; minus SIGKILL if it cannot be known."""
         with self._lock:
             try:
                 while pid not in self._codes:
@@ -278,7 +284,7 @@ class ForkServer:
                 return -signal.SIGKILL
 
     def _receive(self) -> None:
-        """Wait for one answer, and keep what it tells."""
+        """Wait for one answer, and keep the pid or exit code in it."""
         while b"\n" not in self._received:
             more = self._socket.recv(4096)
             if not more:
@@ -306,9 +312,9 @@ _server: ForkServer | None = None
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[ForkServer | None]:
-    """Lend the fork server of this process, which ends when nobody has it any more.
+    """Yield the fork server of this process, or None where workers cannot be forked.
 
-    It is None where workers cannot be forked.
+    All who use it at the same time share one; it ends with the last of them.
     """
     global _users, _server
     if not _can_fork():
@@ -346,7 +352,7 @@ def _can_fork() -> bool:
 
 @contextlib.contextmanager
 def _working_folder() -> Iterator[int]:
-    """Lend a descriptor of this process's working folder, which may have no path any more."""
+    """Yield a descriptor of this process's working folder, which may have been deleted."""
     folder = os.open(".", os.O_PATH)
     try:
         yield folder
@@ -354,9 +360,9 @@ def _working_folder() -> Iterator[int]:
         os.close(folder)
 
 
-def _frozen(environment: Mapping[str, str]) -> dict[str, str]:
+def _read_at_loading(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(_FROZEN) and name != "PYTHONUNBUFFERED"
+        if name.startswith(_READ_AT_LOADING) and name != "PYTHONUNBUFFERED"
     }

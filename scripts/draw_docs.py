@@ -1,4 +1,6 @@
-"""Draws the state tables of the package into docs/states.md. Run it after a table has changed.
+"""Draws the state tables into docs/states.md, and the tree of modules into docs/architecture.md.
+
+Run it after a table or the first line of a module has changed:
 
 .venv/bin/python scripts/draw_docs.py
 """
@@ -18,7 +20,7 @@ from distributed_llm.coordinator.requests.answer_states import ANSWER_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
 from distributed_llm.worker.session.agent import AGENT_STATES
 from distributed_llm.worker.session.epoch_stage import STAGE_STATES
-from distributed_llm.worker.session.kv_handover import HANDOVER_STATES
+from distributed_llm.worker.session.kv_move import KV_MOVE_STATES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "distributed_llm"
@@ -35,7 +37,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/requests/answer_states.py": ANSWER_STATES,
     "worker/session/agent.py": AGENT_STATES,
     "worker/session/epoch_stage.py": STAGE_STATES,
-    "worker/session/kv_handover.py": HANDOVER_STATES,
+    "worker/session/kv_move.py": KV_MOVE_STATES,
 }
 """By the module that holds them."""
 
@@ -84,13 +86,13 @@ def architecture() -> str:
 def _lines(folder: Path, indent: str) -> Iterator[str]:
     """Yield a line for each module and folder below, in the order of imports where one is set."""
     order = _order().get(_name(folder), [])
-    found = [path for path in folder.iterdir() if path.suffix == ".py" or _is_package(path)]
+    paths = [path for path in folder.iterdir() if path.suffix == ".py" or _is_package(path)]
 
     def rank(path: Path) -> tuple[int, bool, str]:
         place = order.index(path.stem) if path.stem in order else len(order)
         return place, path.is_dir(), path.stem
 
-    for path in sorted(found, key=rank):
+    for path in sorted(paths, key=rank):
         if path.name == "__init__.py":
             continue
         module = path / "__init__.py" if path.is_dir() else path
@@ -116,13 +118,13 @@ def _first_line(module: Path) -> str:
 def _order() -> dict[str, list[str]]:
     """Return the names in each package from the top of its imports to the bottom."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    found: dict[str, list[str]] = {}
+    order: dict[str, list[str]] = {}
     for contract in settings["tool"]["importlinter"]["contracts"]:
         if contract["type"] == "layers":
             names = [n.strip() for layer in contract["layers"] for n in layer.split("|")]
             package = contract.get("containers", ["distributed_llm"])[0]
-            found[package] = [name.removeprefix("distributed_llm.") for name in names]
-    return found
+            order[package] = [name.removeprefix("distributed_llm.") for name in names]
+    return order
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import LayerRange, PeerId
 
 Script = Callable[[Generate], Sequence[ToClient]]
-"""What is said to a request, at once."""
+"""Returns the messages with which a request is answered, at once."""
 
 _RETRY_S = 0.001
 

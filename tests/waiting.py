@@ -13,8 +13,8 @@ _POLL_S = 0.02
 def eventually(look: Callable[[], T], *, limit_s: float = _LIMIT_S) -> T:
     """Return the first true value of `look()`; fail after `limit_s`."""
     give_up_at = time.monotonic() + limit_s
-    while not (found := look()):
+    while not (seen := look()):
         if time.monotonic() > give_up_at:
             raise AssertionError(f"not seen within {limit_s} s: {look}")
         time.sleep(_POLL_S)
-    return found
+    return seen

@@ -46,7 +46,7 @@ class AsyncDistributedClient:
         connect_timeout_s: how long to wait for a coordinator to answer at the address.
 
     Raises:
-        InvalidRequest: the address is none.
+        InvalidRequest: the address is not "HOST:PORT".
     """
 
     def __init__(
@@ -121,9 +121,9 @@ class AsyncDistributedClient:
         """Return the answer to a prompt, or the answers to a list of prompts, in their order.
 
         Args:
-            prompt: text, token ids, or a list of either. n: number of answers to each prompt. If
-            given, even as 1, a list of `n` answers takes the
-                place of each single answer.
+            prompt: text, token ids, or a list of either.
+            n: number of answers to each prompt. If given, even as 1, a list of `n` answers takes
+                the place of each single answer.
             details: return `Generation` instead of text.
             params: other fields of `SamplingParams`.
 
@@ -207,7 +207,7 @@ class AsyncDistributedClient:
         return await session.status(self._connect_timeout_s)
 
     async def drain_worker(self, name: str) -> None:
-        """Have a worker hand its layers to other workers, while requests run, and end.
+        """Have a worker end once other workers have its layers, while requests run.
 
         Returns when the worker has ended, however long that takes. Cancelling this call does not
         stop the worker from ending.
@@ -368,7 +368,7 @@ class DistributedClient:
         return self._runner.run(self._client.status())
 
     def drain_worker(self, name: str) -> None:
-        """Have a worker hand its layers over and end; see `AsyncDistributedClient.drain_worker`."""
+        """Have a worker end; see `AsyncDistributedClient.drain_worker`."""
         self._runner.run(self._client.drain_worker(name))
 
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 async def _next(items: AsyncGenerator[T, None]) -> list[T]:
-    """Return a list of the next item, or an empty list at the end."""
+    """Return the next item in a list, or an empty list at the end."""
     async for item in items:
         return [item]
     return []
@@ -48,8 +48,8 @@ class LoopThread:
     def iterate(self, items: AsyncGenerator[T, None]) -> Iterator[T]:
         """Yield the items; closing the iterator closes `items`."""
         try:
-            while found := self.run(_next(items)):
-                yield from found
+            while item := self.run(_next(items)):
+                yield from item
         finally:
             if not self._stopped:
                 self.run(items.aclose())

@@ -156,7 +156,7 @@ class Session:
             ) from None
 
     async def drain(self, worker: str) -> None:
-        """Have a worker hand its layers over and end; return when it has ended.
+        """Have a worker end once others have its layers; return when it has ended.
 
         Raises:
             DistributedLLMError: the reason why it cannot, or `CoordinatorLost`.

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, read without torch: config, tensors and their sizes, digest.
+"""Reads checkpoints on disk without torch: config, names and sizes of tensors, digests.
 
 Only Hugging Face checkpoints with safetensors are read, and nothing in them is executed.
 """
@@ -84,7 +84,7 @@ class Checkpoint:
 
     @cached_property
     def hidden_size(self) -> int:
-        """Numbers per token between layers."""
+        """Width of the hidden states between layers."""
         return _positive(self.config, "hidden_size", "n_embd")
 
     @cached_property
@@ -94,7 +94,7 @@ class Checkpoint:
 
     @cached_property
     def context_length(self) -> int:
-        """Positions that the model was made for."""
+        """Positions that the model can attend to."""
         names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
         if not any(name in self.config for name in names):
             return 2048  # ALiBi models name no limit
@@ -129,10 +129,10 @@ class Checkpoint:
             if match := _LAYER_NAME.match(name):
                 layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
         wanted = set(range(self.num_layers))
-        for prefix, found in layers.items():
-            if found == wanted:
+        for prefix, numbers in layers.items():
+            if numbers == wanted:
                 return prefix
-        best = max(layers.values(), key=lambda found: len(found & wanted), default=set())
+        best = max(layers.values(), key=lambda numbers: len(numbers & wanted), default=set())
         missing = sorted(wanted - best)
         raise CheckpointError(
             f"{self.folder}: config.json promises {self.num_layers} layers, but the files have no "

@@ -125,9 +125,9 @@ _WANTED: Mapping[str, str] = {
 def _complaint(arguments: Mapping[str, Any], error: str) -> str:
     """Return a message for people: which argument is wrong, why, and what to give instead."""
     what, _, where = error.rpartition(" - at ")
-    found = re.search(r"\$\.(\w+)", where)
-    assert found, f"msgspec names the field: {error}"
-    name = found[1]
+    field = re.search(r"\$\.(\w+)", where)
+    assert field, f"msgspec names the field: {error}"
+    name = field[1]
     return (
         f"Bad generation parameter {name}={arguments[name]!r:.80}: {what[:1].lower()}{what[1:]}. "
         f"Give {_WANTED[name]}."

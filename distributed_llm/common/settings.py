@@ -314,7 +314,7 @@ class WorkerSettings(_Section):
     leave_timeout_s: Seconds = Field(
         default=60.0,
         ge=0,
-        description="When told to end, hand the layers to other workers for at most this long, s; "
+        description="When told to end, wait at most this long for others to have the layers, s; "
         "0: end at once. A second signal ends at once as well.",
     )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")

@@ -35,12 +35,34 @@ from distributed_llm.common.tensors import MAX_FRAME_BYTES, Frame
 from distributed_llm.common.types import PeerId
 
 _BATCH = 64
+"""Messages that a socket calls back with before it yields to the event loop."""
+
 _LINGER_MS = 300
+"""Time that a closed socket goes on sending what is queued, milliseconds."""
+
 _MAX_OUTBOX = 10_000
+"""Messages that may wait in a DEALER."""
+
 _MAX_SOCKETS = 16_384
+"""Sockets in the context that DEALERs share."""
+
 _MAX_BACKLOG_BYTES = 8 << 20
+"""Size of the messages to one peer of a ROUTER above which no more are queued."""
+
 _RETRY_S = 0.005
+"""Time after which a ROUTER tries again to send what a peer had no room for."""
+
 _NOTICE_S = 0.05
+"""Time from the loss of a peer until `on_disconnect` is called."""
+
+_HANDSHAKE_MS = 3000
+"""Time that a new connection has for ZeroMQ's handshake, milliseconds."""
+
+_HEARTBEAT_MS = 1000
+"""Interval of ZeroMQ's own heartbeats, milliseconds."""
+
+_HEARTBEAT_TIMEOUT_MS = 3000
+"""Time without an answer to a heartbeat after which a connection is closed, milliseconds."""
 
 
 class Delivery(Enum):
@@ -288,7 +310,7 @@ class Dealer:
             self._connected = False
             self._over = True
             self._outbox.clear()
-            self._pump.drain()
+            self._pump.deliver_all()
             if not self._pump.closed:
                 self._on_disconnect()
 
@@ -332,7 +354,7 @@ class _Pump:
         if self._again is None and not self.closed:
             self._again = self._loop.call_soon(self._run)
 
-    def drain(self) -> None:
+    def deliver_all(self) -> None:
         """Call back with all messages that have arrived, now."""
         while not self.closed and self._take():
             pass
@@ -465,9 +487,9 @@ def _open(context: "zmq.Context[zmq.Socket[bytes]]", kind: int) -> "zmq.Socket[b
     socket = context.socket(kind)
     socket.maxmsgsize = MAX_FRAME_BYTES
     socket.sndhwm = socket.rcvhwm = 64
-    socket.handshake_ivl = 3000
-    socket.heartbeat_ivl = 1000
-    socket.heartbeat_timeout = 3000
+    socket.handshake_ivl = _HANDSHAKE_MS
+    socket.heartbeat_ivl = _HEARTBEAT_MS
+    socket.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
     socket.reconnect_ivl = 100
     socket.reconnect_ivl_max = 2000
     socket.backlog = 256

@@ -18,10 +18,10 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 
 Epoch = NewType("Epoch", Count)
-"""The number of a plan. Every new plan has a larger one."""
+"""The number of a plan, "plan 3" in texts for people. Every new plan has a larger one."""
 
 NO_EPOCH = Epoch(0)
-"""Before the first plan."""
+"""The epoch before the first plan."""
 
 StepNumber = NewType("StepNumber", Count)
 """The number of a step of one pipeline, from 1; a step that is computed again gets a new one."""

@@ -43,10 +43,10 @@ def parse_rate(value: str) -> float:
         ValueError: `value` is no bandwidth.
     """
     match = _RATE.fullmatch(value.strip())
-    found = parse_size(match[1]) if match and _SIZE.fullmatch(match[1]) else None
-    if not found:
+    size = parse_size(match[1]) if match and _SIZE.fullmatch(match[1]) else None
+    if not size:
         raise ValueError("not a bandwidth; write a size per second, such as 40GB/s")
-    return float(found)
+    return float(size)
 
 
 def parse_flops(value: str) -> float:

@@ -1,7 +1,7 @@
 """The sockets between workers: one ROUTER for workers that dial this one, and links to others.
 
-This is the edge of `session.peers` and `session.transfer`: it decides nothing. A link is dialled at
-all of its addresses at once. The connection on which a hello is welcomed first becomes the link,
+This is the edge of `session.peers` and `session.kv_sender`; it decides nothing. A link is dialled
+at all of its addresses at once. The connection on which a hello is welcomed first becomes the link,
 and the others are closed.
 """
 
@@ -48,6 +48,8 @@ from distributed_llm.worker.session.link_events import (
 logger = logging.getLogger(__name__)
 
 _MAX_OUTBOX = 32
+"""Messages that may wait for the network on one link; a link with more is closed."""
+
 _MAX_ADDRESSES = 16
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -83,7 +85,7 @@ def reachable_at(bound: str, local_host: str) -> Addresses:
     ip = ipaddress.ip_address(host)
     if not ip.is_unspecified:
         return (_address(ip, port),)
-    here = [found for text in _interface_hosts() if (found := _ip(text)) is not None]
+    here = [ip_here for text in _interface_hosts() if (ip_here := _ip(text)) is not None]
     here.sort(key=lambda one: (one.is_loopback, one.version))
     seen = _ip(local_host)
     hosts = [one for one in dict.fromkeys([seen, *here] if seen else here) if _serves(ip, one)]

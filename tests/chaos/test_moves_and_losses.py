@@ -32,14 +32,16 @@ NUM_WORKERS = 3
 ASKED: dict[str, Any] = {"max_new_tokens": 60}
 SLOWDOWN = 2.0
 LEAVER = 1
-"""The stage that is told to end, so that its layers go to both others."""
+"""Index of the stage whose worker is told to end; its layers go to both others."""
 
 LATE = Faults(latency_s=0.4)
-"""So late come the messages of workers to their coordinator that each phase of a move takes this
-long at least, and what happens as a phase begins happens in it."""
+"""Delay of workers' messages to the coordinator: no phase of a move takes less.
+
+So what a test does when a phase begins happens in that phase.
+"""
 
 NARROW = Faults(rate_bytes_per_s=150_000.0)
-"""Between workers: the KV cache takes seconds, and the results of a step some hundredths of one."""
+"""Rate between workers with which KV cache takes seconds, and the results of a step far less."""
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +161,8 @@ class Departure:
         def look() -> str | None:
             for worker in self.stages:
                 said = _log(worker)[self._said_before[worker.name] :]
-                if found := re.search(rf".*{text}.*\(plan \d+\)", said):
-                    return found[0]
+                if line := re.search(rf".*{text}.*\(plan \d+\)", said):
+                    return line[0]
             return None
 
         line = eventually(look, limit_s=LIMIT_S)

@@ -24,22 +24,22 @@ pytestmark = pytest.mark.timeout(90)
 PROMPTS = [[3 + n, *((7 * i + n) % 90 + 3 for i in range(n))] for n in (1, 8, 30, 90)]
 NUM_TOKENS = 60
 MIN_TASK_S = 0.005
-"""So that an answer takes a second, and is not over when something happens to a connection."""
+"""Least time of a task, with which an answer takes about a second: long enough to break a link."""
 
 ACTIVATIONS_BYTES = len(PROMPTS) * NUM_TOKENS * HIDDEN_SIZE * 4
-"""At least as much is handed from stage to stage for all answers."""
+"""Size of the activations of all answers, which every stage but the last sends on, at least."""
 
 SILENCE_S = 4.0
-"""ZeroMQ asks after 1 s whether the other side is there, and waits 3 s for an answer."""
+"""Time after which a silent connection is closed: ZeroMQ's heartbeat interval and its timeout."""
 
 LIMIT_S = SILENCE_S + 8.0
-"""For an answer that waits for that; the lease of a step, 30 s, is no part of it."""
+"""Time limit of an answer that waits for that; no lease of a step, 30 s, may run out for it."""
 
 OPEN_END: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "timeout_s": LIMIT_S}
 
 
 def links(client: DistributedClient) -> list[str]:
-    """Return how each stage hands its results on, in the order of the stages."""
+    """Return how each stage sends its results on, in the order of the stages."""
     workers = [worker for worker in client.status().workers if worker.layers]
     return [worker.link for worker in sorted(workers, key=lambda worker: worker.layers or (0, 0))]
 
@@ -68,7 +68,7 @@ class Network:
         return self.proxies["worker-2"]
 
     def heal(self) -> None:
-        """End all faults and wait until every stage hands its results on itself."""
+        """End all faults and wait until every stage sends its results on directly."""
         for proxy in (self.lifeline, *self.proxies.values()):
             proxy.heal()
         self.cluster.wait_until_serving(num_workers=3)

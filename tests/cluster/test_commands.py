@@ -146,7 +146,7 @@ def test_a_worker_is_drained_while_a_request_runs(checkpoint: Path) -> None:
         texts = [next(stream).text]
         done = dllm("drain", "worker-1", "--coordinator", cluster.address)
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "worker-1 has handed its layers over and left\n"
+        assert done.stdout == "worker-1 has left, and others serve its layers\n"
         (left,) = client.status().workers
         assert (left.name, left.state) == ("worker-2", "serving")
         texts += [chunk.text for chunk in stream]

@@ -11,15 +11,23 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distributed_llm import LocalCluster
+from distributed_llm import LocalCluster, local_process
 from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks them")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
+    """The server that all clusters of this test run share; no test may harm it."""
+    with fork_server() as shared:
+        assert shared is not None
+        yield shared
+
+
+@pytest.fixture
+def own_server() -> Iterator[ForkServer]:
     made = ForkServer()
     yield made
     made.close()
@@ -100,13 +108,16 @@ def test_several_threads_may_wait_for_one_child(server: ForkServer, tmp_path: Pa
 def test_a_start_that_is_interrupted_leaves_no_child_and_later_ones_are_right(
     server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def children() -> set[int]:
+        return {child.pid for child in psutil.Process(server.pid).children()}
+
+    before = children()
     with monkeypatch.context() as patch:
         patch.setattr(ForkServer, "_receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             starts(tmp_path, server)
     forked = starts(tmp_path, server)
-    children = psutil.Process(server.pid).children
-    eventually(lambda: [child.pid for child in children()] == [forked.pid], limit_s=10)
+    eventually(lambda: children() - before == {forked.pid}, limit_s=10)
     forked.kill()
     assert forked.exit_code == -signal.SIGKILL
     forked.close()
@@ -126,13 +137,13 @@ def test_variables_that_torch_has_read_already_need_a_cold_start(
 
 
 def test_without_its_server_a_child_goes_on_and_the_next_one_starts_cold(
-    server: ForkServer, tmp_path: Path
+    own_server: ForkServer, tmp_path: Path
 ) -> None:
-    forked = starts(tmp_path, server)
-    os.kill(server.pid, signal.SIGKILL)
-    server._process.wait()
+    forked = starts(tmp_path, own_server)
+    os.kill(own_server.pid, signal.SIGKILL)
+    own_server._process.wait()
     assert forked.exit_code is None
-    cold = starts(tmp_path, server)
+    cold = starts(tmp_path, own_server)
     assert parent_of(cold) == os.getpid()
     cold.close()
     forked.kill()
@@ -159,7 +170,7 @@ def test_where_forks_are_not_safe_or_cannot_be_watched_there_are_none(
         assert none is None
 
 
-def test_all_clusters_share_one_server_that_ends_with_the_last(checkpoint: Path) -> None:
+def test_all_clusters_share_one_server(checkpoint: Path) -> None:
     with fork_server() as outer:
         assert outer is not None
         with LocalCluster(checkpoint, workers=2) as cluster:
@@ -169,6 +180,17 @@ def test_all_clusters_share_one_server_that_ends_with_the_last(checkpoint: Path)
         with fork_server() as inner:
             assert inner is outer
         assert psutil.pid_exists(outer.pid)
+
+
+def test_the_server_ends_with_its_last_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_process, "_users", 0)  # as if nobody used one yet
+    monkeypatch.setattr(local_process, "_server", None)
+    with fork_server() as outer:
+        assert outer is not None
+        with fork_server() as inner:
+            assert inner is outer
+        assert outer._process.poll() is None
+    assert outer._process.poll() is not None
 
 
 PROGRAM = """

@@ -29,13 +29,13 @@ pytestmark = pytest.mark.timeout(60)
 OPEN_END: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
 BEAT_S = 0.1
 BACKLOG_BYTES = 8 << 20
-"""What the coordinator keeps at most for a client that does not read."""
+"""Size of the messages that the coordinator keeps at most for a client that does not read."""
 
 MAX_GROWTH_BYTES = 4 * BACKLOG_BYTES
-"""With what else a coordinator needs, and what the allocator does not give back."""
+"""Growth of the coordinator's memory at most: the backlog, and what the allocator keeps."""
 
 MAX_GAP_S = 2.0
-"""Between two tokens of a client that reads; without others it is some 50 ms."""
+"""Time between two tokens of a client that reads at most; some 50 ms if it is alone."""
 
 
 class Mute:

@@ -42,5 +42,5 @@ def test_configurations_are_run_checked_and_compared(tmp_path: Path) -> None:
     pick = recommend(tuned.outcomes, "throughput", model_dtype=tuned.model_dtype)
     path = tmp_path / "tuned.yaml"
     path.write_text(tuned_text(pick, [], tuned.provenance, tuned.extra))
-    found = load_settings(path, environment={}, overrides={}).coordinator
-    assert found.strategy == pick.outcome.configuration.strategy
+    settings = load_settings(path, environment={}, overrides={}).coordinator
+    assert settings.strategy == pick.outcome.configuration.strategy

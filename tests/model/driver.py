@@ -13,7 +13,7 @@ from distributed_llm.worker.model.stage import Stage
 CPU = torch.device("cpu")
 GREEDY = Sampling()
 Chunk = tuple[int, int, int]
-"""Sequence id, first position, position after the last."""
+"""Positions that a step computes of a sequence: sequence id, first position, end (exclusive)."""
 
 
 def load_stages(

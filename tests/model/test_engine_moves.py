@@ -1,4 +1,4 @@
-"""Compute threads hand layers and KV cache to each other, and no token changes."""
+"""Layers and KV cache move between compute threads, and no token changes."""
 
 import gc
 import re
@@ -101,7 +101,7 @@ def kv_bytes(held: dict[str, Worker]) -> int:
 
 
 def move(cluster: Cluster, epoch: int, plan: Plan) -> None:
-    """Load, copy, and take over, without a step between."""
+    """Make a whole move without a step between: load, copy, hand over, commit."""
     cluster.begin_to_load(epoch, plan)
     cluster.end_to_load(plan)
     cluster.copy(epoch, plan)
@@ -199,12 +199,12 @@ def test_a_move_may_be_cancelled_at_any_time(
     cluster.cancel(2)
     for worker in four.values():
         worker.gate.set()
-        eventually(lambda worker=worker: worker.engine._background is None)  # type: ignore[misc]
+        eventually(lambda worker=worker: not worker.engine._stages.is_loading_beside)  # type: ignore[misc]
     assert kv_bytes(four) == before
     cluster.decode(PENALTY)
     for name in "abc":
         failed = four[name].ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
-        assert "no layers of epoch 2" in str(failed.error)
+        assert "no layers of plan 2" in str(failed.error)
     move(cluster, 3, plan)
     finish(cluster, (0, 1))
 
@@ -213,21 +213,33 @@ def test_memory_of_what_is_not_served_any_more_is_given_back(
     llama: Path, four: dict[str, Worker]
 ) -> None:
     cluster = start(llama, four)
-    served: Any = four["a"].engine._served
-    weights = [weakref.ref(p) for p in served.stage._model.parameters()]
+    served: Any = four["a"].engine._stages.served
+    weights = [weakref.ref(p) for p in served.stage._forward._model.parameters()]
     del served
     gc.disable()
     try:
         move(cluster, 2, BORDERS)
         cluster.decode(PENALTY)
-        while four["a"].engine._to_free:
+        while four["a"].engine._stages._to_free:
             four["a"].ask(AssembleKV(0, Epoch(9)), KVOrderFailed)
-        now: Any = four["a"].engine._served
-        kept = {id(p) for p in now.stage._model.parameters()}
+        now: Any = four["a"].engine._stages.served
+        kept = {id(p) for p in now.stage._forward._model.parameters()}
         assert {id(w) for ref in weights if (w := ref()) is not None} <= kept
         assert sum(ref() is None for ref in weights) > len(weights) // 3
     finally:
         gc.enable()
+
+
+def test_every_layer_is_progress(llama: Path, four: dict[str, Worker]) -> None:
+    layers: list[int] = []
+    for worker in four.values():
+        worker.engine._stages._after_layer = lambda: layers.append(1)
+    cluster = Cluster(llama, START, four)
+    cluster.prefill(PROMPTS, [74, 8, 99])
+    assert len(layers) == NUM_LAYERS
+    move(cluster, 2, BORDERS)
+    cluster.decode(PENALTY)
+    assert len(layers) == 2 * NUM_LAYERS
 
 
 # ------------------------------------------------------------------ loading
@@ -255,7 +267,7 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
         worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=True)))
         worker.engine.put(given_up)
         worker.gate.set()
-        eventually(lambda: worker.engine._background is None)
+        eventually(lambda: not worker.engine._stages.is_loading_beside)
         assert worker.silent
     worker.gate.clear()
     worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=True)))
@@ -273,7 +285,7 @@ def test_a_void_order_is_passed_over_in_silence(llama: Path, four: dict[str, Wor
     assert worker.silent
     worker.void = lambda order: order.session == 0
     worker.gate.set()
-    eventually(lambda: worker.engine._background is None)
+    eventually(lambda: not worker.engine._stages.is_loading_beside)
     worker.engine.put(ExportKV(0, Epoch(2), LayerRange(2, 3), 1, False))
     worker.engine.put(AssembleKV(0, Epoch(2)))
     assert worker.silent
@@ -321,13 +333,13 @@ def test_no_default_of_torch_changes_while_another_stage_computes(
 
 def test_threads_that_load_leave_the_others_their_helpers() -> None:
     told, go_on = threading.Event(), threading.Event()
-    found: list[int] = []
+    counts: list[int] = []
 
     def compute() -> None:
         loading.use_threads(3)
         told.set()
         go_on.wait(20)
-        found.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
 
     thread = threading.Thread(target=compute)
     thread.start()
@@ -335,13 +347,13 @@ def test_threads_that_load_leave_the_others_their_helpers() -> None:
     order: Any = None
 
     def make() -> Any:
-        found.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
         return None
 
     loading.BackgroundLoad(order, make, lambda done: None).discard()
     go_on.set()
     thread.join(20)
-    assert found == [1, 3]
+    assert counts == [1, 3]
 
 
 # ------------------------------------------------------------------ memory
@@ -355,7 +367,7 @@ def test_what_does_not_fit_beside_is_refused_before_it_is_read(
         worker = held["a"]
         fits = cluster.order(2, (1, 3), beside=True, kv_tokens=64)
         worker.ask(Load(0, fits), Loaded)
-        weights = worker.engine._served.stage.weight_bytes  # type: ignore[union-attr]
+        weights = worker.engine._stages.served.stage.weight_bytes  # type: ignore[union-attr]
         read: list[Any] = []
         monkeypatch.setattr(Stage, "load", lambda *args, **kwargs: read.append(args))
         monkeypatch.setattr(
@@ -381,8 +393,8 @@ def test_both_stages_and_the_cache_that_is_held_count_without_what_they_share(
     cluster = start(llama, four)
     cluster.begin_to_load(2, BORDERS)
     cluster.end_to_load(BORDERS)
-    served: Any = four["b"].engine._served
-    beside: Any = four["b"].engine._prepared
+    served: Any = four["b"].engine._stages.served
+    beside: Any = four["b"].engine._stages.prepared
     stage, order, device = beside.stage, beside.order, torch.device("cpu")
     old, new, shared = served.stage.weight_bytes, stage.weight_bytes, stage.shared_weight_bytes
     assert 0 < shared < old < new
@@ -409,7 +421,7 @@ def test_what_arrives_may_take_what_is_left(
     cluster = start(llama, four)
     admit = loading.admit_beside
     monkeypatch.setattr(
-        "distributed_llm.worker.compute.engine.admit_beside", lambda *a: (admit(*a)[0], 5000)
+        "distributed_llm.worker.compute.held_stages.admit_beside", lambda *a: (admit(*a)[0], 5000)
     )
     cluster.begin_to_load(2, EVERYWHERE)
     cluster.end_to_load(EVERYWHERE)
@@ -446,10 +458,10 @@ WRONG_PIECES: dict[str, tuple[Any, str]] = {
     "no room": (lambda o: part_changed(o, capacity=0), "with room for 0"),
     "too much room": (lambda o: part_changed(o, capacity=2**53 - 2**53 % 64), "more than the"),
     "another transfer": (lambda o: changed(o, layers=LayerRange(2, 3)), "nobody announced"),
-    "another epoch": (lambda o: changed(o, epoch=3), "no layers of epoch 3"),
+    "another epoch": (lambda o: changed(o, epoch=3), "no layers of plan 3"),
     "numbers": (
         lambda o: changed(o, tensors=(TensorSpec("float32", (len(o.frames[0]) // 4,)),)),
-        "one of bytes may",
+        "expected is one of uint8",
     ),
     "no frame": (lambda o: ImportKV(0, o.message, ()), "0 frames came"),
 }
@@ -457,7 +469,7 @@ WRONG_PIECES: dict[str, tuple[Any, str]] = {
 
 @pytest.fixture(scope="module")
 def copying(llama: Path) -> Iterator[tuple[Cluster, ImportKV, ImportKV]]:
-    """A worker that takes the layers of another one over; the first message, and the last."""
+    """A cluster in a move of layers 2-4 from "b" to "d"; the first message of it, and the last."""
     with workers(*"abcd") as held:
         cluster = start(llama, held)
         cluster.begin_to_load(2, EVERYWHERE)
@@ -503,11 +515,11 @@ def test_a_broken_end_is_refused_and_a_right_one_is_not(
         (data[:-1], "cannot be read"),
         (data + b"\xc0", "cannot be read"),
         (b"\xc1", "cannot be read"),
-        (b"\x92\x90\x91\x94\x00\x00\xcd\x40\x00\xc0", "cannot be"),
+        (b"\x92\x90\x91\x94\x00\x00\xcd\x40\x00\xc0", "contradicts itself"),
     ):
         assert said in refused(worker, with_frame(end, broken))
     failed = worker.ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
-    assert "did not tell what it has" in str(failed.error)
+    assert "has sent no manifest" in str(failed.error)
     worker.ask(end, KVImported)
     failed = worker.ask(AssembleKV(0, Epoch(2)), KVOrderFailed)
     assert "lacks positions 0 to" in str(failed.error)

@@ -21,7 +21,7 @@ from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import Pipeline, load_stages
 
 LENGTHS = (23, 3, 12)
-"""Tokens of each prompt: longer, shorter and about twice the sliding windows in FAMILIES."""
+"""Lengths of the prompts: longer than, shorter than and twice the sliding windows in FAMILIES."""
 CHUNKS = (5, 2, 4)
 NEW_TOKENS = 8
 NUM_LAYERS = 4

@@ -185,8 +185,8 @@ def test_packed_stages_give_what_others_give(
             Stage.load(checkpoint, LayerRange(i, i + 1), device=CPU, dtype=dtype) for i in (0, 1)
         ]
         # gpt2 has no linear layers but the head: its others are transposed ("Conv1D").
-        assert bool(names_of_packed(stages[1]._model)) == (smallest == 1)
-        stages[0]._decoder.register_forward_hook(_keep(stages[0], hidden_states))
+        assert bool(names_of_packed(stages[1]._forward._model)) == (smallest == 1)
+        stages[0]._forward._decoder.register_forward_hook(_keep(stages[0], hidden_states))
         pipeline = Pipeline(stages)
         pipeline.prefill(prompts, (5, 0))
         tokens.append([pipeline.decode() for _ in range(3)])
@@ -198,8 +198,8 @@ def test_packed_stages_give_what_others_give(
 
 def _keep(stage: Stage, kept: list[Tensor]) -> Any:
     def hook(*_: Any) -> None:
-        assert stage._hooks.outgoing is not None
-        kept.append(stage._hooks.outgoing[0])
+        assert stage._forward._hooks.outgoing is not None
+        kept.append(stage._forward._hooks.outgoing[0])
 
     return hook
 

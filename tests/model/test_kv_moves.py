@@ -46,7 +46,7 @@ class Transfer:
 
 
 Plan = list[tuple[int, Held, list[Transfer]]]
-"""Workers, what they shall hold, and how that comes to them."""
+"""By worker of the new plan: its number, its empty cache, and the transfers that fill it."""
 
 
 class MoveMachine(RuleBasedStateMachine):

@@ -51,7 +51,7 @@ def compute(
 
 def contents(cache: KVCache, layers: LayerRange, sequence_id: int) -> list[list[float]]:
     """Return the keys of a sequence, by layer, less the part that tells the layer."""
-    found = []
+    rows = []
     for layer in range(len(layers)):
         row: list[float] = []
         for segment, count in cache._sequences[SequenceId(sequence_id)].spans():
@@ -62,8 +62,8 @@ def contents(cache: KVCache, layers: LayerRange, sequence_id: int) -> list[list[
                 assert torch.equal(values[..., :KEY_DIM], -keys)
                 assert bool((keys == keys[:1, :, :1]).all())
                 row += (keys[0, :, 0] - (layers.start + layer) / 16).tolist()
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 @pytest.fixture
@@ -298,7 +298,7 @@ CONTRADICTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_a_manifest_that_contradicts_itself_is_refused(name: str) -> None:
     told = manifest()
-    with pytest.raises(KVTransferError, match="cannot be"):
+    with pytest.raises(KVTransferError, match="contradicts itself"):
         importer().update(change(told, **CONTRADICTIONS[name](told)))
 
 
@@ -335,7 +335,7 @@ def test_a_layer_that_nobody_sent_is_named(source: KVCache) -> None:
 def test_an_empty_cache_is_assembled_of_nothing(source: KVCache) -> None:
     made = new_cache(ALL)
     into = importer(LayerRange(6, 7))
-    with pytest.raises(KVTransferError, match=r"layers \[6\] did not tell what it has"):
+    with pytest.raises(KVTransferError, match=r"layers \[6\] has sent no manifest"):
         assemble(made, ALL, (source, LayerRange(3, 6)), [into])
     into.update(new_cache(ALL).manifest())
     assemble(made, ALL, (source, LayerRange(3, 6)), [into])
@@ -350,7 +350,7 @@ def test_only_an_empty_cache_is_filled(source: KVCache) -> None:
         assemble(source, ALL, (source, ALL), [])
 
 
-def test_buffers_are_taken_over_and_not_copied(source: KVCache) -> None:
+def test_buffers_are_used_and_not_copied(source: KVCache) -> None:
     """Those of this worker and those that arrived; shared segments stay shared."""
     layers = LayerRange(5, 8)
     sender = new_cache(layers)

@@ -227,7 +227,7 @@ def test_memory_of_the_old_stages_is_given_back(llama: Path, name: str) -> None:
     move = pipeline.begin_to_move(PLANS[name])
     move.pump(100_000)
     pipeline.end_to_move(move)
-    weights = [weakref.ref(p) for stage in old.values() for p in stage._model.parameters()]
+    weights = [weakref.ref(p) for stage in old.values() for p in stage._forward._model.parameters()]
     buffers = [
         weakref.ref(held.keys)
         for stage in old.values()
@@ -236,7 +236,7 @@ def test_memory_of_the_old_stages_is_given_back(llama: Path, name: str) -> None:
         if held
     ]
     stages = [weakref.ref(stage) for stage in old.values()]
-    used = {p.data_ptr() for stage in pipeline.stages for p in stage._model.parameters()}
+    used = {p.data_ptr() for stage in pipeline.stages for p in stage._forward._model.parameters()}
     caches = {
         held.keys.data_ptr()
         for stage in pipeline.stages

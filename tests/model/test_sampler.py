@@ -123,23 +123,23 @@ def test_candidates_are_those_of_transformers(sampling: Sampling, seed: int, sca
     wanted = reference(logits, sampling).double().numpy()
     scores = logits.numpy().copy()
     process(scores, sampling, POSITION, HISTORY)
-    found = candidates(scores, sampling)
-    assert (np.diff(found.token_ids) > 0).all()
-    positive = found.probabilities > 0
-    assert set(found.token_ids[positive].tolist()) == set(np.flatnonzero(wanted).tolist())
-    normalised = found.probabilities / found.probabilities.sum()
-    np.testing.assert_allclose(normalised, wanted[found.token_ids], rtol=1e-4, atol=1e-9)
+    kept = candidates(scores, sampling)
+    assert (np.diff(kept.token_ids) > 0).all()
+    positive = kept.probabilities > 0
+    assert set(kept.token_ids[positive].tolist()) == set(np.flatnonzero(wanted).tolist())
+    normalised = kept.probabilities / kept.probabilities.sum()
+    np.testing.assert_allclose(normalised, wanted[kept.token_ids], rtol=1e-4, atol=1e-9)
 
 
 def test_tokens_as_likely_as_the_last_of_the_top_k_stay() -> None:
     sampling = Sampling(temperature=1.0, top_k=2)
-    found = candidates(np.array([0.0, 1.0, 2.0, 1.0], dtype=np.float32), sampling)
-    assert found.token_ids.tolist() == [1, 2, 3]
+    kept = candidates(np.array([0.0, 1.0, 2.0, 1.0], dtype=np.float32), sampling)
+    assert kept.token_ids.tolist() == [1, 2, 3]
 
 
 def test_no_more_tokens_than_reach_top_p_stay_though_they_are_as_likely() -> None:
-    found = candidates(np.zeros(1000, dtype=np.float32), Sampling(temperature=1.0, top_p=0.3))
-    assert len(found.token_ids) == 300
+    kept = candidates(np.zeros(1000, dtype=np.float32), Sampling(temperature=1.0, top_p=0.3))
+    assert len(kept.token_ids) == 300
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,8 @@ def test_log_probabilities_are_those_of_the_raw_logits(
     assert token_ids[:, 0].tolist() == picked.tolist()
     wanted = logits.double().numpy()
     wanted = wanted - np.log(np.exp(wanted).sum(axis=1, keepdims=True))
-    found = np.take_along_axis(wanted, token_ids.numpy().astype(np.int64), axis=1)
-    np.testing.assert_allclose(logprobs.numpy(), found, atol=1e-5)
+    expected = np.take_along_axis(wanted, token_ids.numpy().astype(np.int64), axis=1)
+    np.testing.assert_allclose(logprobs.numpy(), expected, atol=1e-5)
     likeliest = -np.sort(-wanted, axis=1)[:, :count]
     np.testing.assert_allclose(logprobs[:, 1:].numpy(), likeliest, atol=1e-5)
     assert all(len(set(row)) == count for row in token_ids[:, 1:].tolist())

@@ -82,8 +82,8 @@ def answer(stage: Stage, sequence_id: int = 0) -> list[Tensor]:
 
 
 def tensors_of(output: StageOutput) -> list[Tensor]:
-    found = (output.hidden_states, output.token_ids, output.logprobs, output.logprob_ids)
-    return [tensor for tensor in found if tensor is not None]
+    tensors = (output.hidden_states, output.token_ids, output.logprobs, output.logprob_ids)
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def same(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -92,7 +92,7 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
 
 def places(stage: Stage) -> dict[int, int]:
     """Return where parameters lie in memory, and how large they are."""
-    return {p.data_ptr(): p.nbytes for p in stage._model.parameters()}
+    return {p.data_ptr(): p.nbytes for p in stage._forward._model.parameters()}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -134,7 +134,7 @@ def test_it_is_as_if_loaded_alone_but_reads_only_what_the_donor_lacks(
     assert shared == sum(checkpoint.tensors[name].nbytes for name in wanted & held)
     assert shared <= stage.shared_weight_bytes
     added = stage.weight_bytes - stage.shared_weight_bytes
-    buffers = sum(buffer.nbytes for buffer in stage._model.buffers())
+    buffers = sum(buffer.nbytes for buffer in stage._forward._model.buffers())
     missing = sum(checkpoint.tensors[name].nbytes for name in wanted - held)
     assert missing <= added <= missing + buffers
 
@@ -155,7 +155,7 @@ def test_whoever_is_dropped_leaves_to_the_other_what_it_uses(
     stages = {"donor": load(checkpoint, (0, 3))}
     stages["stage"] = load(checkpoint, (2, 4), stages["donor"])
     pair = {
-        name: {p.data_ptr(): weakref.ref(p) for p in stage._model.parameters()}
+        name: {p.data_ptr(): weakref.ref(p) for p in stage._forward._model.parameters()}
         for name, stage in stages.items()
     }
     kept = ({"donor", "stage"} - {first_gone}).pop()
@@ -216,7 +216,7 @@ def test_packed_weights_are_shared_too(
     assert same(answer(stage), answer(alone))
     assert same(answer(donor), expected)
     if before == after:
-        buffers = sum(buffer.nbytes for buffer in stage._model.buffers())
+        buffers = sum(buffer.nbytes for buffer in stage._forward._model.buffers())
         assert stage.weight_bytes - stage.shared_weight_bytes <= buffers
 
 
@@ -252,10 +252,10 @@ def test_the_default_dtype_does_not_matter_to_a_stage_that_runs(
         expected = answer(stage)
         torch.set_default_dtype(other)
         try:
-            found = answer(stage)
+            again = answer(stage)
         finally:
             torch.set_default_dtype(torch.float32)
-        assert same(found, expected)
+        assert same(again, expected)
 
 
 def test_the_references_say_something(tmp_path: Path) -> None:

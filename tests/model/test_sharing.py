@@ -20,7 +20,7 @@ NUM_LAYERS = 3
 PREFIX = torch.randint(VOCAB_SIZE, (70,), generator=torch.Generator().manual_seed(3)).tolist()
 RESTS = ([5, 6, 7], [11], [99, 98, 97, 96, 95])
 FAMILIES = ("llama", "mistral", "gemma2", "gpt_oss", "gpt2")
-"""Plain, with windows, with soft caps, with sinks, with learned positions."""
+"""One family per kind of attention: plain, windows, soft caps, sinks, learned positions."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -216,10 +216,10 @@ def test_a_sharing_task_that_failed_may_be_run_again(
     stage.progress = None
     alone = load_stages(llama, [NUM_LAYERS])[0]
     expected = alone.run([piece(1, 0, 68)], ids(*PREFIX[:66], 5, 6), None).token_ids
-    found = stage.run(step, ids(5, 6), None).token_ids
+    token_ids = stage.run(step, ids(5, 6), None).token_ids
     assert expected is not None
-    assert found is not None
-    assert found.tolist() == expected.tolist()
+    assert token_ids is not None
+    assert token_ids.tolist() == expected.tolist()
 
 
 def test_a_prefix_that_is_not_held_is_missing_and_nothing_is_touched(stage: Stage) -> None:

@@ -339,9 +339,9 @@ def test_log_probabilities_come_with_the_tokens(checkpoint: Checkpoint, whole: A
         with torch.inference_mode():
             logits = whole(input_ids=torch.tensor([prompt])).logits[0, -1]
         wanted = torch.log_softmax(logits, dim=0)
-        found = output.logprob_ids[row].to(torch.int64)
-        torch.testing.assert_close(output.logprobs[row], wanted[found], atol=1e-4, rtol=1e-4)
-        assert found[1:].tolist() == wanted.topk(3).indices.tolist()
+        token_ids = output.logprob_ids[row].to(torch.int64)
+        torch.testing.assert_close(output.logprobs[row], wanted[token_ids], atol=1e-4, rtol=1e-4)
+        assert token_ids[1:].tolist() == wanted.topk(3).indices.tolist()
     plain = stage.run([piece(0, 1, sequence_id=9)], ids(1), None)
     assert plain.logprobs is plain.logprob_ids is None
 

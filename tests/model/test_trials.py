@@ -77,10 +77,10 @@ def test_there_is_room_for_every_step(llama: Path) -> None:
 
 def test_a_step_that_might_take_too_long_is_not_tried(llama: Path) -> None:
     """If a step of 8 tokens took 0.1 s, one of 32 may take 0.4 s of the 0.45 s that are left."""
-    found = try_out(stage_of(llama), takes(0.1, 0.05), kv_tokens=64 * KV_BLOCK)
-    assert sizes(found) == SIZES[:6]
-    found = try_out(stage_of(llama), takes(0.12, 0.05), kv_tokens=64 * KV_BLOCK)
-    assert sizes(found) == SIZES[:3]
+    trials = try_out(stage_of(llama), takes(0.1, 0.05), kv_tokens=64 * KV_BLOCK)
+    assert sizes(trials) == SIZES[:6]
+    trials = try_out(stage_of(llama), takes(0.12, 0.05), kv_tokens=64 * KV_BLOCK)
+    assert sizes(trials) == SIZES[:3]
 
 
 def test_a_slow_machine_tries_each_of_the_smallest_steps_once(llama: Path) -> None:
@@ -90,15 +90,15 @@ def test_a_slow_machine_tries_each_of_the_smallest_steps_once(llama: Path) -> No
         rounds.append(work())
         return StageTime(compute_us=9_000_000, layers_us=8_000_000, queued_us=0)
 
-    found = try_out(stage_of(llama), timed, kv_tokens=64 * KV_BLOCK)
-    assert sizes(found) == SIZES[:3]
+    trials = try_out(stage_of(llama), timed, kv_tokens=64 * KV_BLOCK)
+    assert sizes(trials) == SIZES[:3]
     assert len(rounds) == 4
 
 
 def test_the_median_of_three_rounds_counts(llama: Path) -> None:
     timed = takes(0.1, 0.003, 0.001, 0.002, 1e-5)
-    found = try_out(stage_of(llama), timed, kv_tokens=KV_BLOCK)
-    assert [trial.time.compute_us for trial in found] == [2000, 10, 10]
+    trials = try_out(stage_of(llama), timed, kv_tokens=KV_BLOCK)
+    assert [trial.time.compute_us for trial in trials] == [2000, 10, 10]
 
 
 def test_what_was_tried_is_forgotten_when_it_fails(llama: Path) -> None:
@@ -159,5 +159,5 @@ def test_layers_that_cannot_be_tried_are_served(
     def broken(*given: object, **more: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("distributed_llm.worker.compute.engine.try_out", broken)
+    monkeypatch.setattr("distributed_llm.worker.compute.held_stages.try_out", broken)
     assert load(one, Load(0, cluster.order(2, (0, 4), trials=True))).trials == ()

@@ -1,4 +1,4 @@
-"""Compute threads in this process, and what their agents and the network between them would do."""
+"""Compute threads in this process; tests do what agents and the network between them would do."""
 
 import queue
 import threading
@@ -25,7 +25,6 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute.engine import Engine
-from distributed_llm.worker.compute.loading import LoadedStage
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.session.events import (
     AssembleKV,
@@ -56,18 +55,13 @@ Plan = Sequence[tuple[str, tuple[int, int]]]
 """Names of workers and their layers, in the order of the layers."""
 
 
-class GatedEngine(Engine):
-    """An engine whose loads in the background wait until the gate is open."""
-
-    gate: threading.Event
-
-    def _load_beside(self, order: LoadStage, served: LoadedStage | None) -> tuple[Stage, int]:
-        assert self.gate.wait(20)
-        return super()._load_beside(order, served)
-
-
 class Worker:
-    """One compute thread, and what it posted."""
+    """One compute thread, and what it posted.
+
+    Attributes:
+        void: whether an order is void; may be changed.
+        gate: loads in the background wait until it is set; it is, at first.
+    """
 
     def __init__(self, memory_bytes: int = GIB) -> None:
         self.void: Callable[[VoidableOrder], bool] = lambda order: False
@@ -75,8 +69,7 @@ class Worker:
         self.gate.set()
         self._posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._loaded: list[Loaded] = []
-        kind = type("_Engine", (GatedEngine,), {"gate": self.gate})
-        self.engine: Engine = kind(
+        self.engine = Engine(
             Capabilities(
                 device="cpu",
                 device_name="A CPU",
@@ -92,9 +85,18 @@ class Worker:
             is_void=lambda order: self.void(order),
             post=self._posted.put,
         )
+        held: Any = self.engine._stages
+        held._load_beside = self._gated(held._load_beside)
+
+    def _gated(self, load: Callable[..., tuple[Stage, int]]) -> Callable[..., tuple[Stage, int]]:
+        def load_later(*given: Any) -> tuple[Stage, int]:
+            assert self.gate.wait(20)
+            return load(*given)
+
+        return load_later
 
     def next(self, kind: type[E]) -> E:
-        """Return what it posts next, which is of this kind; what it loaded meanwhile waits."""
+        """Return the next event, which is of this kind; `Loaded` before it is kept for later."""
         if kind is Loaded and self._loaded:
             return cast(E, self._loaded.pop(0))
         while isinstance(event := self._posted.get(timeout=30), Loaded) and kind is not Loaded:
@@ -204,17 +206,17 @@ class Cluster(Pipeline):
     def transfers(self, plan: Plan) -> list[tuple[str, str, LayerRange]]:
         """Return who sends what to whom, that this plan needs."""
         return [
-            (giver, taker, LayerRange(left, right))
-            for taker, (start, stop) in plan
-            for giver, (first, end) in self.plan
-            if giver != taker and (left := max(start, first)) < (right := min(stop, end))
+            (sender, receiver, LayerRange(left, right))
+            for receiver, (start, stop) in plan
+            for sender, (first, end) in self.plan
+            if sender != receiver and (left := max(start, first)) < (right := min(stop, end))
         ]
 
     def begin_to_load(self, epoch: int, plan: Plan) -> None:
         """Order the layers of a new epoch, beside those that are served."""
         transfers = self.transfers(plan)
         for name, layers in plan:
-            imports = tuple(moved for _, taker, moved in transfers if taker == name)
+            imports = tuple(moved for _, receiver, moved in transfers if receiver == name)
             order = self.order(epoch, layers, beside=True, imports=imports)
             self.workers[name].engine.put(Load(0, order))
 
@@ -225,26 +227,26 @@ class Cluster(Pipeline):
     def copy(self, epoch: int, plan: Plan, *, rest: bool = False, most: int = 10**9) -> int:
         """Send what there is, at most so many messages by transfer; return how many those were."""
         sent = 0
-        for giver, taker, layers in self.transfers(plan):
+        for sender, receiver, layers in self.transfers(plan):
             for number in range(1, most + 1):
-                out = self.workers[giver].ask(
+                out = self.workers[sender].ask(
                     ExportKV(0, Epoch(epoch), layers, number, rest), KVExported
                 )
                 if out.message is None:
                     break
-                self.deliver(taker, out)
+                self.deliver(receiver, out)
                 sent += 1
                 if isinstance(out.message, KVEnd):
                     break
         return sent
 
-    def deliver(self, taker: str, out: KVExported) -> KVImported:
-        """Carry a message over the wire."""
+    def deliver(self, receiver: str, out: KVExported) -> KVImported:
+        """Bring a message to the receiver over the wire."""
         order = carried(out)
-        return self.workers[taker].ask(order, KVImported)
+        return self.workers[receiver].ask(order, KVImported)
 
     def assemble(self, epoch: int, plan: Plan) -> None:
-        """Let all stages of a new epoch take over."""
+        """Assemble the KV cache of all stages of a new epoch."""
         for name, _ in plan:
             self.workers[name].ask(AssembleKV(0, Epoch(epoch)), KVAssembled)
 

@@ -148,21 +148,21 @@ class FakeImporter:
 
 
 def assemble_kv(
-    heir: FakeStage, donor: FakeStage | None, imports: dict[LayerRange, FakeImporter]
+    stage: FakeStage, donor: FakeStage | None, imports: dict[LayerRange, FakeImporter]
 ) -> None:
     """Fill an empty stage with what all sources hold of each sequence.
 
     Raises:
         KVTransferError: not all is here. Nothing was touched.
     """
-    assert not heir.kv, "it holds something already"
-    numbers = range(heir.layers.start, heir.layers.stop)
+    assert not stage.kv, "it holds something already"
+    numbers = range(stage.layers.start, stage.layers.stop)
     own = [n for n in numbers if donor and donor.layers.start <= n < donor.layers.stop]
     sources = {n: imports[r] for r in imports for n in range(r.start, r.stop) if n not in own}
     manifests = [manifest_of(donor)] if donor and own else []
     for source in {id(source): source for source in sources.values()}.values():
         if source.manifest is None:
-            raise KVTransferError("a sender did not tell what it has")
+            raise KVTransferError("a sender has sent no manifest")
         manifests.append(source.manifest)
     if not manifests:
         return
@@ -182,7 +182,7 @@ def assemble_kv(
         held = manifests[0].sequences[sequence_id]
         chain = [buffers[n] for n in held.buffers if manifests[0].buffers[n].start <= length]
         states = [list(row) for row in zip(*columns[sequence_id], strict=True)]
-        heir.kv[sequence_id] = FakeSequence(
+        stage.kv[sequence_id] = FakeSequence(
             states=states, tokens=list(held.tokens[:length]), buffers=chain
         )
 

@@ -185,7 +185,7 @@ class SimWorker:
         return served.peers._dial_at
 
     def leave_kindly(self, number: int = 15) -> None:
-        """Be told to end by a signal: hand layers over first if it serves any."""
+        """Be told to end by a signal: leave only once others have its layers, if it has any."""
         self._apply(agents.Signalled(number))
 
     def leave(self) -> None:
@@ -541,8 +541,8 @@ class SimWorker:
                     return agents.KVImported(order)
                 case agents.AssembleKV(epoch=epoch):
                     self._inject("fail_assemblies")
-                    heir = self._beside_of(epoch)
-                    assemble_kv(heir.stage, self.stage, heir.imports)
+                    prepared = self._beside_of(epoch)
+                    assemble_kv(prepared.stage, self.stage, prepared.imports)
                     return agents.KVAssembled(order)
         except StageError as exc:
             return agents.KVOrderFailed(order, exc)
@@ -572,7 +572,7 @@ class SimWorker:
             return None
         try:
             newest, self._ran = self._ran, (run.session, run.task.epoch)
-            assert newest <= self._ran, "it goes back to layers that were handed over"
+            assert newest <= self._ran, "it goes back to layers of an older epoch"
             self.before_task(run.task)
             if self.state == "dead":
                 return None

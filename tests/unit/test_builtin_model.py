@@ -52,20 +52,20 @@ def chat_prompt(tokenizer: Any, question: str) -> list[int]:
 def flaws(text: str, grammar: Any) -> list[str]:
     """Return what keeps `text`, as generated, from being a whole story."""
     story = text.split("<|assistant|>")[-1].removeprefix("<|bos|>")
-    found = []
+    faults = []
     if not story.endswith("<|eos|>") or story.count("<|") != 1:
-        found.append("does not end, or has special tokens inside")
+        faults.append("does not end, or has special tokens inside")
     words = grammar.words_of(story.removesuffix("<|eos|>"))
     if not 60 <= len(words) <= 220:
-        found.append(f"{len(words)} words")
+        faults.append(f"{len(words)} words")
     if unknown := set(words) - grammar.lexicon():
-        found.append(f"words the grammar does not know: {sorted(unknown)}")
+        faults.append(f"words the grammar does not know: {sorted(unknown)}")
     names = {name.lower() for row in grammar.tables.NAMES.values() for name in row}
     if len(names & set(words)) not in (1, 2):
-        found.append(f"characters {sorted(names & set(words))}")
+        faults.append(f"characters {sorted(names & set(words))}")
     if story.count("\n\n") != 2:
-        found.append("not three paragraphs")
-    return found
+        faults.append("not three paragraphs")
+    return faults
 
 
 def test_the_folder_is_small_and_complete() -> None:

@@ -23,9 +23,10 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute import engine as engine_module
-from distributed_llm.worker.compute import loading, orders
+from distributed_llm.worker.compute import held_stages, loading, orders
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
+from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.session.events import (
     Computed,
     ComputeFailed,
@@ -34,6 +35,8 @@ from distributed_llm.worker.session.events import (
     Load,
     Loaded,
     LoadFailed,
+    Probe,
+    Probed,
     Release,
     Run,
     Serve,
@@ -68,8 +71,10 @@ class FakeStage:
     kv_bytes = 5
     kv_bytes_per_token = PER_TOKEN
     layers_s = 0.0
+    inputs = TaskInputs(LayerRange(0, 2), hidden_size=3, vocab_size=9)
 
-    def __init__(self) -> None:
+    def __init__(self, progress: Callable[[], None]) -> None:
+        self.progress = progress
         self.story: list[Any] = []
         self.answer: Callable[[], StageOutput] = StageOutput
 
@@ -94,18 +99,18 @@ class FakeStage:
 
 
 class FakeEngine(Engine):
-    """An engine whose stage is a fake."""
+    """An engine that loads fake stages."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.stages: list[FakeStage] = []
         super().__init__(*args, **kwargs)
+        self.stages: list[FakeStage] = []
+        held: Any = self._stages
+        held._load_stage = self._fake
+        held._load_beside = lambda order, served: (self._fake(order), 1)
 
-    def _load_stage(self, order: LoadStage) -> Any:
-        self.stages.append(FakeStage())
+    def _fake(self, order: LoadStage) -> FakeStage:
+        self.stages.append(FakeStage(self._made_progress))
         return self.stages[-1]
-
-    def _load_beside(self, order: LoadStage, served: Any) -> Any:
-        return self._load_stage(order), 1
 
 
 class Posted:
@@ -363,7 +368,7 @@ def test_same_layers_are_kept_and_their_cache_is_dropped() -> None:
 
 
 class Clock:
-    """Stands for the module `time` in the engine: time passes only where somebody sleeps."""
+    """Takes the place of the module `time` in the engine: time passes only where a test says so."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -381,8 +386,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(engine_module, "time", clock)
-    monkeypatch.setattr(orders, "time", clock)
+    for module in (engine_module, held_stages, orders):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -410,12 +415,13 @@ def test_time_is_counted_in_whole_microseconds_with_what_is_waited(clock: Clock)
         engine.stages[0].answer = answer
         engine.put(run(0))
         engine.put(run(1))
+        assert engine.vitals.tasks_waiting == 2
         both_queued.set()
         first, second = posted.computed(), posted.computed()
         assert (first.compute_us, first.queued_us) == (50_000, 0)
         assert (second.compute_us, second.queued_us) == (50_000, 50_000)
         assert {type(v) for v in (first.compute_us, first.queued_us)} == {int}
-        assert engine.vitals.tasks_waiting <= 1  # the last is counted until after it is posted
+    assert engine.vitals.tasks_waiting == 0
 
 
 @pytest.mark.parametrize(
@@ -457,6 +463,64 @@ def test_a_machine_may_become_slower_while_it_works(clock: Clock) -> None:
         assert posted.computed().compute_us == 100_000
 
 
+def test_progress_is_as_old_as_the_latest_order_or_layer(clock: Clock) -> None:
+    ages: list[float] = []
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        clock.now = 50.0
+        assert engine.progress_age_s() == 0.0, "it has no task"
+
+        def answer() -> StageOutput:
+            ages.append(engine.progress_age_s())
+            clock.now += 3.0
+            ages.append(engine.progress_age_s())
+            engine.stages[0].progress()
+            clock.now += 0.5
+            ages.append(engine.progress_age_s())
+            return StageOutput()
+
+        engine.stages[0].answer = answer
+        engine.put(run())
+        posted.computed()
+    assert ages == [0.0, 3.0, 0.5]
+    assert engine.progress_age_s() == 0.0
+
+
+def test_loading_is_timed(clock: Clock) -> None:
+    with running() as (engine, posted):
+        held: Any = engine._stages
+        load = held._load_stage
+
+        def load_slowly(order: LoadStage) -> Any:
+            clock.now += 2.0
+            return load(order)
+
+        held._load_stage = load_slowly
+        engine.put(Load(0, ORDER))
+        assert posted.loaded().load_s == 2.0
+
+
+def test_trial_steps_are_run_and_timed_like_tasks(clock: Clock) -> None:
+    with running(slowdown=2.0) as (engine, posted):
+        held: Any = engine._stages
+        load = held._load_stage
+
+        def load_slow_stage(order: LoadStage) -> Any:
+            stage = load(order)
+            stage.layers_s, stage.answer = 0.005, taking(clock, 0.01)
+            return stage
+
+        held._load_stage = load_slow_stage
+        engine.put(Load(0, order(trials=True, kv_tokens=KV_BLOCK)))
+        trials = posted.loaded().trials
+        assert [(trial.time.compute_us, trial.time.layers_us) for trial in trials] == [
+            (20_000, 10_000)
+        ] * 3
+        runs = [len(step[0]) for step in engine.stages[0].story if isinstance(step[0], list)]
+        assert runs == [8, 1, 1, 1, 8, 8, 8, 1, 1, 1]
+
+
 # ------------------------------------------------------------------ two stages
 
 
@@ -479,10 +543,34 @@ def test_tasks_run_on_the_stage_of_their_epoch() -> None:
         engine.put(run())
         broke = posted.next()
         assert isinstance(broke, ComputeFailed)
-        assert "No layers are loaded for epoch 3" in str(broke.error)
+        assert "No layers are loaded for plan 3" in str(broke.error)
         engine.put(Load(0, order(epoch=5, layers=LayerRange(1, 3))))
         assert posted.loaded().epoch == 5
         assert new.story[-2:] == ["reset", ("limit", blocks(16))]  # it is the served one
+
+
+def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        engine_module, "remeasure", lambda order, *_, **__: Probed(order.session, 1.0, 1.0)
+    )
+    gate = threading.Event()
+    with running() as (engine, posted):
+        held: Any = engine._stages
+        load = held._load_beside
+
+        def load_later(*given: Any) -> Any:
+            assert gate.wait(20)
+            return load(*given)
+
+        held._load_beside = load_later
+        engine.put(Load(0, order(beside=True)))
+        engine.put(Probe(1))
+        engine.put(run())
+        assert isinstance(posted.next(), ComputeFailed)  # so it has come to the probe
+        gate.set()
+        posted.loaded()
+        engine.put(Probe(2))
+        assert posted.next() == Probed(2, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("end", [Drop(), Load(0, msgspec.structs.replace(ORDER, epoch=5))])

@@ -9,7 +9,7 @@ from distributed_llm.common import errors
 from distributed_llm.common.errors import DistributedLLMError, Overloaded, error_from_wire
 
 LOCAL = {"AddressInUse", "ConnectionFailed", "LocalProtocolError", "ProtocolError"}
-"""Those that no peer ever names: they never leave the process they happen in."""
+"""Errors that never leave the process they happen in, so that no message names them."""
 
 CLASSES = [
     kind

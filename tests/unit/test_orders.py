@@ -1,11 +1,13 @@
 """In which order the compute thread is given what waits for it."""
 
 import queue
+from types import SimpleNamespace
 
 import pytest
 
 from distributed_llm.common.messages import SequenceSlice, Task
 from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
+from distributed_llm.worker.compute import orders as orders_module
 from distributed_llm.worker.compute.orders import OrderQueue
 from distributed_llm.worker.session.events import Drop, ExportKV, Run, Serve
 
@@ -39,14 +41,14 @@ def filled(*orders: object) -> "OrderQueue[object]":
 
 def rest(orders: "OrderQueue[object]") -> list[object]:
     """Return what is there, in the order in which it is given out."""
-    found: list[object] = []
+    given: list[object] = []
     while True:
         try:
             item = orders.get(block=False)
         except queue.Empty:
-            return found
+            return given
         assert item is not None
-        found.append(item[1])
+        given.append(item[1])
 
 
 def test_first_come_first_served() -> None:
@@ -86,9 +88,9 @@ def test_an_empty_queue_says_so() -> None:
         orders.get(block=False)
 
 
-def test_the_time_of_arrival_is_kept() -> None:
-    orders = filled(run(1), run(2))
-    first, second = orders.get(), orders.get()
-    assert first is not None
-    assert second is not None
-    assert first[0] <= second[0]
+def test_the_time_of_arrival_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((5.0, 7.0, 8.0))
+    monkeypatch.setattr(orders_module, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    orders = filled(run(1), export(1), run(2))
+    given = [orders.get(), orders.get(), orders.get()]
+    assert given == [(7.0, export(1)), (5.0, run(1)), (8.0, run(2))]

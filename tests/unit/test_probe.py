@@ -46,15 +46,15 @@ def test_measures_this_machine_quickly() -> None:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        found = probe.measure("cpu", threads=2, max_memory_bytes=None)
+        capabilities = probe.measure("cpu", threads=2, max_memory_bytes=None)
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 2  # 0.4 s on an idle machine
-    assert (found.device, found.threads) == ("cpu", 2)
-    assert 0 < found.memory_bytes < psutil.virtual_memory().total
-    assert 1e8 < found.memory_bandwidth_bytes_per_s < 1e13
-    assert 1e8 < found.flops_per_s < 1e15
-    assert found.device_name.strip()
-    assert re.search(r"Python 3.*torch \d", found.platform)
+    assert (capabilities.device, capabilities.threads) == ("cpu", 2)
+    assert 0 < capabilities.memory_bytes < psutil.virtual_memory().total
+    assert 1e8 < capabilities.memory_bandwidth_bytes_per_s < 1e13
+    assert 1e8 < capabilities.flops_per_s < 1e15
+    assert capabilities.device_name.strip()
+    assert re.search(r"Python 3.*torch \d", capabilities.platform)
     assert torch.get_num_threads() == threads
 
 
@@ -90,7 +90,7 @@ def test_speeds_are_amounts_divided_by_the_median(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def untried() -> Iterator[None]:
-    """No dtype was found to be the faster one, nor will be."""
+    """No dtype was capabilities to be the faster one, nor will be."""
     probe._faster_dtype.cache_clear()
     yield
     probe._faster_dtype.cache_clear()
@@ -122,22 +122,22 @@ def test_the_median_ignores_a_hiccup_and_the_warm_up(monkeypatch: pytest.MonkeyP
 
 
 def test_measures_this_machine_again_in_less_time() -> None:
-    found = probe.measure("cpu", threads=1, max_memory_bytes=None)
+    capabilities = probe.measure("cpu", threads=1, max_memory_bytes=None)
     seconds, again = [], []
     for _ in range(5):
         start = time.perf_counter()
-        again.append(probe.remeasure(Probe(4), found, slowdown=1.0))
+        again.append(probe.remeasure(Probe(4), capabilities, slowdown=1.0))
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 1  # 0.05 s on an idle machine
     assert {each.session for each in again} == {4}
     bandwidth = statistics.median(each.memory_bandwidth_bytes_per_s for each in again)
     flops = statistics.median(each.flops_per_s for each in again)
-    assert 0.1 < bandwidth / found.memory_bandwidth_bytes_per_s < 10
-    assert 0.1 < flops / found.flops_per_s < 10
+    assert 0.1 < bandwidth / capabilities.memory_bandwidth_bytes_per_s < 10
+    assert 0.1 < flops / capabilities.flops_per_s < 10
 
 
 def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = msgspec.structs.replace(
+    capabilities = msgspec.structs.replace(
         probe.measure("cpu", threads=1, max_memory_bytes=None), threads=torch.get_num_threads() + 1
     )
     before, seen = torch.get_num_threads(), []
@@ -147,7 +147,7 @@ def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPa
         return 0.5
 
     monkeypatch.setattr(probe, "_median_seconds", median)
-    done = probe.remeasure(Probe(7), found, slowdown=4.0)
+    done = probe.remeasure(Probe(7), capabilities, slowdown=4.0)
     assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4)
     assert seen == [("cpu", before + 1, 0.01)] * 2
     assert torch.get_num_threads() == before
@@ -156,11 +156,11 @@ def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPa
 def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = probe.measure("cpu", threads=1, max_memory_bytes=None)
+    capabilities = probe.measure("cpu", threads=1, max_memory_bytes=None)
     monkeypatch.setattr(probe, "_speeds", lambda *args: (8e9, 4e10))
     posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
     engine = Engine(
-        found,
+        capabilities,
         slowdown=2.0,
         local_model="",
         is_void=lambda order: isinstance(order, Probe) and order.session == 0,

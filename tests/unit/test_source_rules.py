@@ -40,35 +40,35 @@ def imported(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
 def violations(source: str) -> list[str]:
     """Return what `source` does that it may not, with the line."""
     tree = ast.parse(source)
-    found = []
+    breaches = []
     modules: dict[str, str] = {}  # by the name it goes by in this file
     for line, module, name in imported(tree):
         if module.partition(".")[0] in MODULES:
-            found.append(f"{line}: imports {module}")
+            breaches.append(f"{line}: imports {module}")
         if (module, name) in MEMBERS:
-            found.append(f"{line}: imports {module}.{name}")
+            breaches.append(f"{line}: imports {module}.{name}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             modules |= {alias.asname or alias.name: alias.name for alias in node.names}
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=ast.Name(id=name)) if name in CALLS:
-                found.append(f"{node.lineno}: calls {name}")
+                breaches.append(f"{node.lineno}: calls {name}")
             case ast.Attribute(value=ast.Name(id="builtins"), attr=name) if name in CALLS:
-                found.append(f"{node.lineno}: calls builtins.{name}")
+                breaches.append(f"{node.lineno}: calls builtins.{name}")
             case ast.Attribute(attr=name) if name in ATTRIBUTES:
-                found.append(f"{node.lineno}: uses {name}")
+                breaches.append(f"{node.lineno}: uses {name}")
             case ast.Attribute(value=ast.Name(id=base), attr=name):
                 if (modules.get(base, base), name) in MEMBERS:
-                    found.append(f"{node.lineno}: uses {modules.get(base, base)}.{name}")
+                    breaches.append(f"{node.lineno}: uses {modules.get(base, base)}.{name}")
         if isinstance(node, ast.Call):
-            found += [
+            breaches += [
                 f"{node.lineno}: passes {keyword.arg}"
                 for keyword in node.keywords
                 if keyword.arg in FLAGS
                 and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
             ]
-    return found
+    return breaches
 
 
 def test_there_is_source_to_check() -> None:

@@ -64,14 +64,14 @@ TABLES: dict[str, StateTable[Any, Any]] = SCRIPT["TABLES"]
 
 def test_the_drawings_in_the_docs_are_those_of_the_tables() -> None:
     """If not: run scripts/draw_docs.py."""
-    found = (ROOT / "docs" / "states.md").read_text(encoding="utf-8")
-    assert found == SCRIPT["states"]()
+    written = (ROOT / "docs" / "states.md").read_text(encoding="utf-8")
+    assert written == SCRIPT["states"]()
 
 
 def test_the_tree_in_the_docs_has_all_modules_with_their_first_lines() -> None:
     """If not: run scripts/draw_docs.py."""
-    found = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    assert found == SCRIPT["architecture"]()
+    written = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert written == SCRIPT["architecture"]()
 
 
 def test_every_table_of_the_package_is_drawn() -> None:

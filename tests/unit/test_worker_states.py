@@ -33,14 +33,14 @@ from distributed_llm.worker.session.events import (
     KVOrderFailed,
     Signalled,
 )
-from distributed_llm.worker.session.kv_handover import (
-    HANDOVER_STATES,
-    HandoverCause,
-    HandoverState,
+from distributed_llm.worker.session.kv_move import (
+    KV_MOVE_STATES,
+    KVMoveCause,
+    KVMoveState,
 )
 from distributed_llm.worker.session.link_events import LinkDown, LinkReceived
 from tests.unit.test_agent import WELCOME, hear, joined, new_agent, order, ready_agent
-from tests.unit.test_kv_handover import (
+from tests.unit.test_kv_move import (
     SECOND,
     TO_NAS,
     beside,
@@ -127,11 +127,11 @@ OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
     (S.SUSPENDED, WHY.GIVE_UP): then(copied, TakeOver(epoch=Epoch(5)), DropStage(epoch=Epoch(3))),
 }
 
-H, STEP = HandoverState, HandoverCause
+H, STEP = KVMoveState, KVMoveCause
 TAKE_OVER = TakeOver(epoch=Epoch(5))
 ASSEMBLED = KVAssembled(AssembleKV(0, Epoch(5)))
 NO_MEMORY = KVOrderFailed(AssembleKV(0, Epoch(5)), StageError("no"))
-OF_HANDOVER: dict[tuple[Enum, Enum], Scenario] = {
+OF_KV_MOVE: dict[tuple[Enum, Enum], Scenario] = {
     (H.COPYING, STEP.ALL_COPIED): copied,
     (H.COPYING, STEP.STEPS_ENDED): then(lambda: both([SECOND]), TAKE_OVER),
     (H.COPIED, STEP.STEPS_ENDED): then(copied, TAKE_OVER),
@@ -147,7 +147,7 @@ OF_HANDOVER: dict[tuple[Enum, Enum], Scenario] = {
 TABLES: list[tuple[StateTable[Any, Any], dict[tuple[Enum, Enum], Scenario]]] = [
     (AGENT_STATES, OF_AGENT),
     (STAGE_STATES, OF_STAGE),
-    (HANDOVER_STATES, OF_HANDOVER),
+    (KV_MOVE_STATES, OF_KV_MOVE),
 ]
 
 

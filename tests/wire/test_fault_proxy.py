@@ -17,7 +17,7 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
 LIMIT_S = 30.0
-"""After which a socket of these tests gives up: a failure, not something to wait for."""
+"""Time after which a socket of these tests fails, seconds; no test waits for it."""
 
 
 class Echo:
@@ -129,18 +129,18 @@ def test_without_faults_it_is_not_there(proxy: FaultProxy, echo: Echo) -> None:
 
 def test_latency_is_added_per_direction_and_does_not_limit_throughput(proxy: FaultProxy) -> None:
     with connected(proxy) as client:
-        proxy.degrade(to_server=Faults(latency_s=0.1))
+        proxy.degrade(to_server=Faults(latency_s=0.05))
+        assert ask(client, b"x") >= 0.05
+        proxy.degrade(to_client=Faults(latency_s=0.05))
+        assert ask(client, b"x") >= 0.05
+        proxy.degrade(to_server=Faults(latency_s=0.05), to_client=Faults(latency_s=0.05))
         assert ask(client, b"x") >= 0.1
-        proxy.degrade(to_client=Faults(latency_s=0.1))
-        assert ask(client, b"x") >= 0.1
-        proxy.degrade(to_server=Faults(latency_s=0.1), to_client=Faults(latency_s=0.1))
-        assert ask(client, b"x") >= 0.2
-        proxy.degrade(to_server=Faults(latency_s=0.5))
+        proxy.degrade(to_server=Faults(latency_s=0.3))
         started = time.monotonic()
         for number in range(20):  # twenty on their way at once, not one after the other
             client.sendall(bytes([number]))
         assert receive(client, 20) == bytes(range(20))
-        assert 0.5 <= time.monotonic() - started < 5.0
+        assert 0.3 <= time.monotonic() - started < 5.0
 
 
 def test_jitter_follows_from_the_seed(echo: Echo) -> None:
@@ -162,8 +162,8 @@ def test_order_is_kept_with_jitter(proxy: FaultProxy) -> None:
 def test_a_rate_is_kept(proxy: FaultProxy) -> None:
     proxy.degrade(to_client=Faults(rate_bytes_per_s=100_000))
     with connected(proxy) as client:
-        took_s = ask(client, bytes(50_000))
-    assert 0.45 <= took_s < 5.0  # 10 ms of it may go at once
+        took_s = ask(client, bytes(20_000))
+    assert 0.18 <= took_s < 5.0  # what goes in 10 ms may go at once
 
 
 def test_a_black_hole_loses_all_in_silence_and_the_connection_stays(

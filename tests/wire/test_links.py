@@ -12,6 +12,7 @@ import psutil
 import pytest
 import zmq
 
+from distributed_llm.common import transport
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
 from distributed_llm.common.messages import (
     MAX_SLICES,
@@ -48,13 +49,13 @@ HELLO = PeerHello(epoch=Epoch(3), key="proof")
 class Told(list[Event]):
     """What the edge told, and waiting for it."""
 
-    def of(self, kind: type[Event]) -> list[Event]:
+    def events_of(self, kind: type[Event]) -> list[Event]:
         return [event for event in self if isinstance(event, kind)]
 
     async def until(self, kind: type[Event], count: int = 1) -> Event:
         """Return the last of `count` events of this kind once they are there."""
-        await come_true(lambda: len(self.of(kind)) >= count)
-        return self.of(kind)[count - 1]
+        await come_true(lambda: len(self.events_of(kind)) >= count)
+        return self.events_of(kind)[count - 1]
 
 
 @contextmanager
@@ -100,9 +101,9 @@ def task(step: int = 1, size: int = 4) -> tuple[Task, tuple[bytes, ...]]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
 
 
 # ------------------------------------------------------------------ what is right
@@ -115,12 +116,12 @@ async def test_tasks_go_to_the_next_worker_in_order() -> None:
             for step in range(20):
                 links.send(LINK, *task(step, size=1 << 16))
             await after_told.until(PeerReceived, 21)
-            for step, event in enumerate(after_told.of(PeerReceived)[1:]):
+            for step, event in enumerate(after_told.events_of(PeerReceived)[1:]):
                 assert isinstance(event, PeerReceived)
                 sent, frames = task(step, size=1 << 16)
                 assert (event.peer, event.message) == (peer, sent)
                 assert [bytes(frame) for frame in event.frames] == list(frames)
-            assert told.of(LinkDown) == []
+            assert told.events_of(LinkDown) == []
 
 
 @on_loop
@@ -137,7 +138,7 @@ async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
         after.answer(heard.peer, PeerWelcome(epoch=Epoch(4)))
         links.greet(LINK, HELLO, (after.address,))
         await after_told.until(PeerReceived, 4)
-        assert told.of(LinkUp) == []
+        assert told.events_of(LinkUp) == []
         after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))
         await told.until(LinkUp)
         after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))  # to one of the other hellos
@@ -145,7 +146,7 @@ async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
         last = await after_told.until(PeerReceived, 5)
         assert isinstance(last, PeerReceived)
         assert last.message == task(7)[0]
-        assert len(told.of(LinkUp)) == 1
+        assert len(told.events_of(LinkUp)) == 1
 
 
 @on_loop
@@ -170,7 +171,7 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         assert handed.message == task(7)[0]
         assert list(links._links[LINK]._dials) == [two.address]
         assert len(one_told) == 1
-        assert len(told.of(LinkUp)) == 1
+        assert len(told.events_of(LinkUp)) == 1
 
 
 @on_loop
@@ -186,7 +187,7 @@ async def test_new_link_replaces_the_old_one_of_its_name() -> None:
             reached = await told.until(LinkReached, 2)
             assert reached == LinkReached(LINK, other.address)
             links.close_link(LINK)
-            assert told.of(LinkDown) == []  # it was no loss
+            assert told.events_of(LinkDown) == []  # it was no loss
             assert len(after_told) == 1
             assert other_told == []
             links.send(LINK, *task())
@@ -222,7 +223,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
             heard_steps = [e.message.step for e in after_told if isinstance(e.message, Task)]  # type: ignore[union-attr]
             assert sorted(heard_steps) == [0, 2, 3]
             assert len({event.peer for event in after_told}) == 3  # type: ignore[union-attr]
-            assert told.of(LinkDown) == []
+            assert told.events_of(LinkDown) == []
 
 
 @on_loop
@@ -241,7 +242,7 @@ async def test_answers_over_a_link_are_told() -> None:
         after.answer(heard.peer, PeerProbed(epoch=Epoch(3)))
         after.answer(heard.peer, taken)
         await told.until(LinkReceived, 2)
-        assert told.of(LinkReceived) == [
+        assert told.events_of(LinkReceived) == [
             LinkReceived(LINK, PeerProbed(epoch=Epoch(3))),
             LinkReceived(LINK, taken),
         ]
@@ -318,14 +319,16 @@ async def test_frozen_worker_takes_a_bounded_number_of_tasks() -> None:
                 links.send(LINK, *task(sent, size=1 << 20))
                 sent += 1
                 await asyncio.sleep(0)
-            assert told.of(LinkDown) == [LinkDown(LINK)]
+            assert told.events_of(LinkDown) == [LinkDown(LINK)]
             assert sent < 32 + 64 + 32  # what the outbox, ZeroMQ and the network hold
             os.kill(child.pid, signal.SIGCONT)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 @on_loop
-async def test_frozen_worker_is_noticed_without_a_task() -> None:
+async def test_frozen_worker_is_noticed_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_HEARTBEAT_MS", 100)
+    monkeypatch.setattr(transport, "_HEARTBEAT_TIMEOUT_MS", 500)
     with opened() as (links, told):
         async with linked_to_process(links, told) as child:
             os.kill(child.pid, signal.SIGSTOP)
@@ -411,7 +414,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
         await come_true(lambda: bool(router.poll(0)))
         router.send_multipart([router.recv_multipart()[0], b"noise"])
         await told.until(PeerGarbage)
-        assert told.of(LinkUp) == []
+        assert told.events_of(LinkUp) == []
 
 
 @on_loop
@@ -440,7 +443,7 @@ async def test_header_that_grew_too_long_is_an_error_of_its_task_only() -> None:
                 links.send(LINK, long, (bytes(4),))
             links.send(LINK, *task(7))
             await after_told.until(PeerReceived, 2)
-            assert told.of(LinkDown) == []
+            assert told.events_of(LinkDown) == []
 
 
 # ------------------------------------------------------------------ addresses

@@ -41,6 +41,7 @@ from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.worker import service
 from distributed_llm.worker.compute.engine import Vitals
 from distributed_llm.worker.service import Worker
+from distributed_llm.worker.session import kv_sender
 from distributed_llm.worker.session.events import (
     AssembleKV,
     Computed,
@@ -119,7 +120,7 @@ class FakeEngine:
     def stop(self, timeout_s: float) -> bool:
         return True
 
-    def of(self, kind: type) -> list[Any]:
+    def orders_of(self, kind: type) -> list[Any]:
         return [order for order in self.orders if isinstance(order, kind)]
 
 
@@ -155,11 +156,11 @@ async def workers(
 
 
 def address_of(coordinator: Coordinator, name: str) -> tuple[str, ...]:
-    return tuple(coordinator.of(name, WorkerHello)[0].peer_addresses)
+    return tuple(coordinator.messages_of(name, WorkerHello)[0].peer_addresses)
 
 
 async def both_loaded(coordinator: Coordinator) -> None:
-    """Worker "a" serves layers 0-2 as plan 1; in plan 2, "b" takes the last of them over."""
+    """Worker "a" serves layers 0-2 in plan 1; in plan 2, "b" has the second of them."""
     alone = msgspec.structs.replace(order(1, None), layers=LayerRange(0, 2))
     coordinator.say("a", alone)
     await coordinator.hear("a", StageReady)
@@ -197,15 +198,16 @@ async def test_layers_move_with_their_kv_cache(monkeypatch: pytest.MonkeyPatch) 
         coordinator.say("a", TakeOver(epoch=Epoch(2)))
         for name in ("a", "b"):
             assert (await coordinator.hear(name, TookOver)).epoch == 2
-        assert [o.message.number for o in engines["b"].of(ImportKV)] == [*range(1, NUM_PIECES + 2)]
+        numbers = [order.message.number for order in engines["b"].orders_of(ImportKV)]
+        assert numbers == [*range(1, NUM_PIECES + 2)]
         coordinator.say("a", DropStage(epoch=Epoch(1)))
         coordinator.say("a", task(2, 1, True), (TOKEN_IDS,))
         result = await coordinator.hear("b", TaskResult)
         assert (result.epoch, result.step, len(result.timings)) == (2, 1, 2)
         for engine in engines.values():
-            assert engine.of(Serve) == [Serve(Epoch(2))]
-        assert not coordinator.of("a", KVFailed)
-        beats = len(coordinator.of("a", Heartbeat))
+            assert engine.orders_of(Serve) == [Serve(Epoch(2))]
+        assert not coordinator.messages_of("a", KVFailed)
+        beats = len(coordinator.messages_of("a", Heartbeat))
         assert (await coordinator.hear("a", Heartbeat, beats + 2)).epochs == (2,)
 
 
@@ -221,8 +223,8 @@ async def test_cancelled_move_leaves_the_old_epoch(monkeypatch: pytest.MonkeyPat
             coordinator.say(name, CancelStage(epoch=Epoch(2)))
         coordinator.say("a", task(1, 1), (TOKEN_IDS,))
         assert (await coordinator.hear("a", TaskResult)).epoch == 1
-        await come_true(lambda: all(engine.of(Unload) for engine in engines.values()))
-        assert engines["a"].orders[-2:] == [Unload(Epoch(2)), engines["a"].of(Run)[-1]]
+        await come_true(lambda: all(engine.orders_of(Unload) for engine in engines.values()))
+        assert engines["a"].orders[-2:] == [Unload(Epoch(2)), engines["a"].orders_of(Run)[-1]]
 
 
 @on_loop
@@ -238,14 +240,15 @@ async def test_receiver_that_ends_is_told_of(monkeypatch: pytest.MonkeyPatch) ->
 
 @on_loop
 async def test_sender_with_another_key_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_sender, "_CONNECT_TIMEOUT_S", 0.5)
     async with workers(monkeypatch, "a", "b") as (coordinator, engines, _):
         await both_loaded(coordinator)
         wrong = msgspec.structs.replace(copy_to_b(coordinator), link_key="guess")
         coordinator.say("a", wrong)
         failed = await coordinator.hear("a", KVFailed)
         assert (failed.worker, failed.code) == ("b", "connection_failed")
-        assert "cannot be reached within 5 s" in failed.message
-        assert engines["b"].of(ImportKV) == []
+        assert "cannot be reached within 0.5 s" in failed.message
+        assert engines["b"].orders_of(ImportKV) == []
 
 
 # ------------------------------------------------------------------ leaving
@@ -299,7 +302,7 @@ async def test_idle_worker_ends_with_the_first_signal(monkeypatch: pytest.Monkey
         await signalled(signal.SIGINT)
         await coordinator.hear("a", Goodbye)
         assert await running["a"] == signal.SIGINT
-        assert coordinator.of("a", Leaving) == []
+        assert coordinator.messages_of("a", Leaving) == []
 
 
 @on_loop
@@ -311,4 +314,4 @@ async def test_drained_worker_ends_without_a_signal(monkeypatch: pytest.MonkeyPa
         coordinator.say("a", MayLeave(why="drained"))
         await coordinator.hear("a", Goodbye)
         assert await running["a"] == 0
-        assert engines["a"].of(Drop) == [Drop()]
+        assert engines["a"].orders_of(Drop) == [Drop()]

@@ -186,7 +186,7 @@ def drained(*answers: WorkerDrained, arguments: tuple[str, ...]) -> Result:
 
 def test_drain_tells_that_the_worker_has_left() -> None:
     done = drained(WorkerDrained(worker="gaming-pc"), arguments=("gaming-pc",))
-    assert (done.exit_code, done.stdout) == (0, "gaming-pc has handed its layers over and left\n")
+    assert (done.exit_code, done.stdout) == (0, "gaming-pc has left, and others serve its layers\n")
     assert done.stderr == "waiting until others serve layers 0-20 of gaming-pc ...\n"
     idle = drained(WorkerDrained(worker="pi"), arguments=("pi",))
     assert (idle.stdout, idle.stderr) == ("pi, which had no layers, has left\n", "")

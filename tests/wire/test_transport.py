@@ -648,9 +648,9 @@ async def serves(router: Router, above: End) -> None:
     with dealing(below, router.address) as dealer:
         word = secrets.token_bytes(8)
         dealer.send([word])
-        while not (found := [peer for peer, frames in list(above.heard) if frames == [word]]):
+        while not (peers := [peer for peer, frames in list(above.heard) if frames == [word]]):
             await above.heard.until(len(above.heard) + 1)
-        assert router.send(found[0], [word]) is Delivery.SENT
+        assert router.send(peers[0], [word]) is Delivery.SENT
         await below.heard.until(1)
         assert below.heard[0] == ([word],)
 
@@ -690,7 +690,10 @@ async def test_strangers_are_served_nothing_and_disturb_nobody(noise: bytes) -> 
 
 
 @on_loop
-async def test_silent_connections_are_closed_and_serving_goes_on() -> None:
+async def test_silent_connections_are_closed_and_serving_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transport, "_HANDSHAKE_MS", 500)
     above = End()
     with opened(above) as router:
         silent = [socket.create_connection(("127.0.0.1", port_of(router))) for _ in range(50)]
@@ -763,8 +766,8 @@ async def test_a_chosen_port_is_listened_on_and_free_again_after() -> None:
 
 def has_ipv6() -> bool:
     try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::1", 0))
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as bound:
+            bound.bind(("::1", 0))
     except OSError:
         return False
     return True

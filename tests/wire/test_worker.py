@@ -29,9 +29,10 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
-from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.service import Worker
+from distributed_llm.worker.session import peers
 from tests.wire.test_transport import come_true, on_loop
 
 pytestmark = pytest.mark.timeout(60)
@@ -79,13 +80,13 @@ class Coordinator:
         (peer,) = [peer for peer, known in self._peers.items() if known == name]
         assert self._router.send(peer, codec.encode(message, frames)) is Delivery.SENT
 
-    def of(self, name: str, kind: type) -> list[Any]:
+    def messages_of(self, name: str, kind: type) -> list[Any]:
         return [one for one in self.heard.get(name, []) if isinstance(one, kind)]
 
     async def hear(self, name: str, kind: type, count: int = 1) -> Any:
         """Return the last of `count` messages of this kind once they are here."""
-        await come_true(lambda: len(self.of(name, kind)) >= count)
-        return self.of(name, kind)[count - 1]
+        await come_true(lambda: len(self.messages_of(name, kind)) >= count)
+        return self.messages_of(name, kind)[count - 1]
 
     def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
         message, tensors = codec.to_coordinator.decode(frames)
@@ -107,7 +108,7 @@ class Coordinator:
 @asynccontextmanager
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]:
     """A coordinator and workers "a" and "b" that know of each other nothing yet."""
-    monkeypatch.setattr(Engine, "_load_stage", lambda self, order: cast(Stage, FakeStage()))
+    monkeypatch.setattr(HeldStages, "_load_stage", lambda self, order: cast(Stage, FakeStage()))
     coordinator = Coordinator()
     workers = [
         Worker(
@@ -177,10 +178,10 @@ async def load(
     coordinator: Coordinator, epoch: int, *, key_of_b: str = "key", up: bool = True
 ) -> None:
     """Give both their layers, the last stage first, and wait for the link."""
-    (address,) = coordinator.of("b", WorkerHello)[0].peer_addresses
+    (address,) = coordinator.messages_of("b", WorkerHello)[0].peer_addresses
     assert address.startswith("127.0.0.1:")
-    ready = [len(coordinator.of(name, StageReady)) for name in ("a", "b")]
-    reports = len(coordinator.of("a", LinkReport))
+    ready = [len(coordinator.messages_of(name, StageReady)) for name in ("a", "b")]
+    reports = len(coordinator.messages_of("a", LinkReport))
     coordinator.say("b", order(epoch, None, key_of_b))
     coordinator.say("a", order(epoch, NextStage(worker="b", addresses=(address,))))
     for name, count in zip(("a", "b"), ready, strict=True):
@@ -203,7 +204,7 @@ async def test_activations_do_not_pass_the_coordinator(monkeypatch: pytest.Monke
             assert (result.epoch, result.step, result.tensors) == (1, step, (IDS,))
             assert len(result.timings) == 2
             assert coordinator.frames[-1] == (bytes([15, 0, 0, 0, 18, 0, 0, 0]),)
-        assert coordinator.of("a", TaskResult) == []
+        assert coordinator.messages_of("a", TaskResult) == []
         assert coordinator.bytes < 20 * 150
 
 
@@ -244,8 +245,9 @@ async def test_every_epoch_has_its_own_link(monkeypatch: pytest.MonkeyPatch) -> 
 
 @on_loop
 async def test_worker_with_another_key_is_not_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "_REPORT_DOWN_AFTER_S", 0.5)
     async with cluster(monkeypatch) as coordinator:
         await load(coordinator, 1, key_of_b="other", up=False)
         coordinator.say("a", task(1, 1, direct=True), (TOKEN_IDS,))
         await coordinator.hear("a", TaskResult)
-        assert coordinator.of("b", TaskResult) == []
+        assert coordinator.messages_of("b", TaskResult) == []

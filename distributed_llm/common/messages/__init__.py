@@ -212,10 +212,10 @@ WorkerReport = (
     | KVFailed
     | Leaving
 )
-"""What only a worker may say that was welcomed."""
+"""Messages that only a welcomed worker may send."""
 
 ClientRequest = Generate | Cancel | GetStatus | DrainWorker | Ping
-"""What only a client may say that was welcomed."""
+"""Messages that only a welcomed client may send."""
 
 FromWorker = WorkerHello | WorkerReport | Goodbye
 FromClient = ClientHello | ClientRequest

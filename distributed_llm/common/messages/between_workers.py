@@ -10,14 +10,15 @@ from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Count, Epoch, LayerRange
 
 MAX_PIECES = 2048
-"""Most parts of KV cache in one message."""
+"""Parts of KV cache in one message at most."""
 
 
 class PeerHello(Message, frozen=True, kw_only=True, tag="peer_hello"):
-    """Worker -> worker of the next stage: first message of a link, repeated until answered.
+    """Worker -> worker that it dialled: first message of a link, repeated until answered.
 
     Attributes:
-        key: the `link_key` of `epoch`, which shows that the sender is part of the plan.
+        key: HMAC-SHA256, in hexadecimal, which proves that the sender knows the `link_key` of
+            `epoch`, and so is part of the plan.
     """
 
     epoch: Epoch
@@ -77,7 +78,7 @@ class KVEnd(Message, frozen=True, kw_only=True, tag="kv_end"):
 
 
 class PeerWelcome(Message, frozen=True, kw_only=True, tag="peer_welcome"):
-    """Worker -> worker of the previous stage: accepts a `PeerHello`; tasks of `epoch` may come.
+    """Worker -> worker that dialled it: accepts a `PeerHello`; messages of `epoch` may come.
 
     A hello with a wrong key, or of an epoch that is not known yet, is not answered.
     """

@@ -52,7 +52,7 @@ class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):
 
 
 class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
-    """Client -> coordinator: move a worker's layers to other workers and let it end.
+    """Client -> coordinator: move a worker's layers to other workers, and let it leave.
 
     Answered by `WorkerDrained` when that is done, or cannot be done.
     """

@@ -170,7 +170,7 @@ class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
 class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
     """Worker -> coordinator: its KV cache is copied to the workers that have its layers in `epoch`.
 
-    What steps have added since the copy began is sent after `TakeOver`.
+    What steps have added since the copy began is sent in the handover, after `TakeOver`.
     """
 
     epoch: Epoch
@@ -178,13 +178,13 @@ class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
 
 
 class TookOver(Message, frozen=True, kw_only=True, tag="took_over"):
-    """Worker -> coordinator: its stage of `epoch` has its KV cache and can run tasks."""
+    """Worker -> coordinator: the handover is done here; its stage of `epoch` can run tasks."""
 
     epoch: Epoch
 
 
 class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
-    """Worker -> coordinator: the KV cache for `epoch` could not be sent or taken over.
+    """Worker -> coordinator: KV cache for `epoch` could not be sent, received or assembled.
 
     Neither stage is changed: the served epoch can continue, or `epoch` begin with an empty cache.
 
@@ -200,7 +200,7 @@ class KVFailed(Message, frozen=True, kw_only=True, tag="kv_failed"):
 
 
 class Leaving(Message, frozen=True, kw_only=True, tag="leaving"):
-    """Worker -> coordinator: it wants to end, and serves until `MayLeave`."""
+    """Worker -> coordinator: it wants to leave, and serves until `MayLeave`."""
 
 
 class Goodbye(Message, frozen=True, kw_only=True, tag="goodbye"):

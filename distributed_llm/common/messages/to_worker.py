@@ -21,10 +21,10 @@ from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, SequenceId, StepNumber
 
 MAX_SLICES = 512
-"""Most slices in one task."""
+"""Slices in one task at most."""
 
 MAX_RELEASED = 1024
-"""Most sequences that one message frees."""
+"""Sequences that one message frees at most."""
 
 SequenceIds = Annotated[tuple[SequenceId, ...], Meta(max_length=MAX_RELEASED)]
 
@@ -74,9 +74,9 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         wire_dtype: dtype of activations between stages.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
-        link_key: key that a worker must know to send tasks of `epoch`.
+        link_key: key that a worker must know to send tasks and KV cache of `epoch`.
         next_stage: the next stage, to be reached directly if possible; None on the last stage.
-        beside: keep serving the older epoch; `TakeOver` may hand its KV cache on to `epoch`.
+        beside: keep serving the older epoch; a handover may pass its KV cache on to `epoch`.
         trials: run trial steps of several sizes before `StageReady`, unless other layers serve.
         imports: layers whose KV cache other workers will send, one range per worker.
     """
@@ -119,7 +119,7 @@ class CopyKV(Message, frozen=True, kw_only=True, tag="copy_kv"):
 
 
 class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
-    """Coordinator -> worker: hand the KV cache over to `epoch`; no step is in flight.
+    """Coordinator -> worker: begins the handover to `epoch`: no step is in flight.
 
     A worker that sends KV cache sends what has changed since it was copied, and a manifest of what
     it holds. A worker with layers in `epoch` waits for that, adds its own KV cache and answers
@@ -218,7 +218,7 @@ class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
 
 
 class MayLeave(Message, frozen=True, kw_only=True, tag="may_leave"):
-    """Coordinator -> worker: it may end; no stage needs it. Answers `Leaving`, or a drain.
+    """Coordinator -> worker: it may leave; no stage needs it. Answers `Leaving`, or a drain.
 
     Attributes:
         why: reason, for people.

@@ -1,4 +1,4 @@
-"""Runs one task on a stage: frames to tensors before, tensors to frames after."""
+"""Runs one task on a stage: decodes its tensors from frames, and encodes the result."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
-"""The KV cache orders of a move, carried out in the compute thread: export, import, assemble.
+"""Carries out the KV cache orders of a move in the compute thread: export, import, assemble.
 
-Exports leave the served stage. Imports arrive for the prepared stage, the one loaded beside it,
-which assembles its KV cache from both.
+The served stage exports. The prepared stage, which was loaded beside it, imports what other workers
+exported, and assembles its KV cache from the served stage's and the imports.
 """
 
 from typing import assert_never
@@ -31,10 +31,10 @@ from distributed_llm.worker.session.events import (
 
 
 class KVExports:
-    """The exporters of the served stage, one per transfer: by new epoch and layers."""
+    """The exporters of the served stage, one per transfer."""
 
     def __init__(self) -> None:
-        self._exporters: dict[tuple[int, LayerRange], KVExporter] = {}
+        self._exporters: dict[tuple[int, LayerRange], KVExporter] = {}  # by new epoch and layers
 
     def next(self, order: ExportKV, served: Stage | None) -> KVExported:
         """Return the next message of a transfer.
@@ -68,7 +68,7 @@ class KVExports:
             try:
                 self._exporters[key] = served.export_kv(order.layers)
             except ValueError as exc:
-                raise KVTransferError(f"not all that is to be sent is here: {exc}") from exc
+                raise KVTransferError(f"not all layers to be sent are here: {exc}") from exc
         return self._exporters[key]
 
 
@@ -112,5 +112,5 @@ def assemble_kv(
 
 def _of_epoch(prepared: PreparedStage | None, epoch: Epoch) -> PreparedStage:
     if prepared is None or prepared.order.epoch != epoch:
-        raise KVTransferError(f"no layers of epoch {epoch} are loaded here beside the served ones")
+        raise KVTransferError(f"no layers of plan {epoch} are loaded here beside the served ones")
     return prepared

@@ -22,13 +22,19 @@ from distributed_llm.worker.session.events import Load
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
 
 _RESERVE_BYTES = 256 * 1024 * 1024
+"""Free memory that is left to other programs at least, bytes."""
+
 _RESERVE_SHARE = 0.05
+"""Share of the free memory that is left to other programs at least."""
 
 _MIN_PARALLEL_BYTES = 2 << 20
-"""Size of a stage's largest matrix from which more than one thread is worth it."""
+"""Size of a stage's largest matrix from which on all threads compute, bytes."""
 
 _SWITCH_INTERVAL_S = sys.getswitchinterval()
-_SHORT_SWITCH_INTERVAL_S = 0.0002
+"""Python's own switch interval, seconds."""
+
+_LOADING_SWITCH_INTERVAL_S = 0.0002
+"""Switch interval while a stage is loaded in the background, seconds."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class PreparedStage:
         order: as in `LoadedStage`.
         stage: as in `LoadedStage`.
         threads: to compute with once the stage is served.
-        importers: of KV cache from other workers, by layers; none once it is assembled.
+        importers: of KV cache from other workers, by layers; empty once it is assembled.
         imported_bytes: memory that the importers take.
     """
 
@@ -74,12 +80,12 @@ class Memory:
 
     @property
     def reserve_bytes(self) -> int:
-        """How much of the free memory is left to other programs."""
+        """Bytes of the free memory that are left to other programs."""
         return max(_RESERVE_BYTES, int(self.free_bytes * _RESERVE_SHARE))
 
 
 def give_memory_back(device: torch.device) -> None:
-    """Return freed memory to the system; torch and glibc's malloc would keep it for later."""
+    """Give freed memory back to the system; torch and glibc's malloc would keep it for later."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
@@ -129,7 +135,7 @@ def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int
 
 
 def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int = 0) -> int:
-    """Limit a stage's KV cache to what is ordered or possible; return that number of positions.
+    """Limit a stage's KV cache to what is ordered, or to what fits; return its positions.
 
     Args:
         stage: loaded.
@@ -379,7 +385,7 @@ def _in_background() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     use_threads(1)
-    sys.setswitchinterval(_SHORT_SWITCH_INTERVAL_S)
+    sys.setswitchinterval(_LOADING_SWITCH_INTERVAL_S)
     try:
         yield
     finally:

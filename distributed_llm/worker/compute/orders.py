@@ -1,8 +1,8 @@
-"""The queue of the compute thread: first in, first out, but KV cache need not wait for all tasks.
+"""The compute thread's queue: first in, first out, but exports and imports may overtake tasks.
 
-An export or import takes milliseconds, and the next one is ordered only when the last one is done
-on both workers. If each had to wait behind all queued tasks, a move would take many times as long.
-So a few of them may overtake between any two tasks.
+An export or import of KV cache takes milliseconds, and the next one is ordered only when the last
+one is done on both workers. If each waited behind all queued tasks, a move would take many times as
+long. So a few of them may run before each task.
 """
 
 import queue
@@ -15,7 +15,7 @@ from distributed_llm.worker.session.events import ExportKV, ImportKV, Run
 T = TypeVar("T")
 
 _MAX_OVERTAKING = 4
-"""Exports and imports that may overtake between two tasks."""
+"""Exports and imports that may run before the next task."""
 
 
 class OrderQueue(Generic[T]):
@@ -25,7 +25,7 @@ class OrderQueue(Generic[T]):
         self._queue: queue.SimpleQueue[tuple[float, T] | None] = queue.SimpleQueue()
         self._quick: deque[tuple[float, T]] = deque()  # each has left a None in the queue
         self._ended = False
-        self._overtaking = 0  # since the last task
+        self._overtaking = 0  # exports and imports since the last task
 
     def put(self, order: T) -> None:
         """Queue an order."""

@@ -22,15 +22,31 @@ from distributed_llm.common.messages import Capabilities
 from distributed_llm.worker.session.events import Probe, Probed
 
 _USABLE_SHARE = 0.8
+"""Share of the free memory that a worker uses if no limit is set."""
+
 _LABEL_CHARS = 256
 _MAX_THREADS = 65536
-_NO_LIMIT_BYTES = 2**60  # cgroups write "no limit" as a number near 2**63
-_READ_SHAPE = {"cpu": (4096, 8192), "cuda": (16384, 8192), "mps": (8192, 8192)}  # 128 MiB and up
+
+_NO_LIMIT_BYTES = 2**60
+"""Limits from here on are none: cgroups write "no limit" as a number near 2**63."""
+
+_READ_SHAPE = {"cpu": (4096, 8192), "cuda": (16384, 8192), "mps": (8192, 8192)}
+"""Shape of the float32 matrix that is read to measure bandwidth: 128 MiB and more, by device."""
+
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
-_TRIAL_SIZE = 256
+"""Rows and columns of the matrices that are multiplied to measure throughput, by device."""
+
+_DTYPE_MATMUL_SIZE = 256
+"""Rows and columns of the matrices that are multiplied to find the faster dtype."""
+
 _BUDGET_S = 0.06
+"""Time for each measurement at the start of a worker, seconds."""
+
 _SHORT_BUDGET_S = 0.01
+"""Time for each measurement of a worker without layers, seconds."""
+
 _MAX_ROUNDS = 25
+"""How often a measurement is repeated at most."""
 
 
 def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capabilities:
@@ -47,14 +63,15 @@ def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capab
     """
     if not 1 <= threads <= _MAX_THREADS:
         raise ConfigError(f"threads = {threads}; it must be between 1 and {_MAX_THREADS}.")
-    found = resolve_device(device)
-    memory_bytes = _budget(found, max_memory_bytes)
-    bandwidth, flops = _speeds(found, threads, _READ_SHAPE[found.type], _BUDGET_S)
+    torch_device = resolve_device(device)
+    memory_bytes = _budget(torch_device, max_memory_bytes)
+    shape = _READ_SHAPE[torch_device.type]
+    bandwidth, flops = _speeds(torch_device, threads, shape, _BUDGET_S)
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return Capabilities(
-        device=str(found),
-        device_name=_device_name(found)[:_LABEL_CHARS],
+        device=str(torch_device),
+        device_name=_device_name(torch_device)[:_LABEL_CHARS],
         platform=f"{system}, {versions}"[:_LABEL_CHARS],
         memory_bytes=memory_bytes,
         cores=min(os.cpu_count() or 1, _MAX_THREADS),
@@ -229,11 +246,11 @@ def _flops(device: torch.device, budget_s: float) -> float:
 def _faster_dtype(device: torch.device) -> torch.dtype:
     """Return the faster dtype for matrices: some CPUs compute in bfloat16, others emulate it."""
     half = torch.float16 if device.type == "mps" else torch.bfloat16
-    trials = {
-        kind: _matmul_seconds(device, kind, _TRIAL_SIZE, _BUDGET_S)
+    seconds = {
+        kind: _matmul_seconds(device, kind, _DTYPE_MATMUL_SIZE, _BUDGET_S)
         for kind in (torch.float32, half)
     }
-    return min(trials, key=lambda kind: trials[kind])
+    return min(seconds, key=lambda kind: seconds[kind])
 
 
 def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int, budget_s: float) -> float:

@@ -1,7 +1,7 @@
 """Times a new stage with steps of several sizes, before it serves.
 
-The tasks of a running cluster are often all of one size, which says little about other sizes. The
-coordinator needs both to predict plans whose steps would be larger or smaller.
+The tasks of a running cluster are often all of one size. To predict plans whose steps would be
+larger or smaller, the coordinator needs the times of other sizes too.
 """
 
 from collections.abc import Callable
@@ -12,21 +12,27 @@ from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.worker.model.stage import Stage
 
 _SEQUENCES = (1, 4, 16, 64)
+"""Numbers of sequences to time a decoding step with, in this order."""
+
 _PROMPT_TOKENS = 8
+"""Positions of each of these sequences before the decoding step."""
+
 _ROUNDS = 3
-_GREEDY = Sampling()
+"""How often a step is run; the median of its times counts."""
 
 _BUDGET_S = 1.0
-"""Time for all trials, seconds; a size that might take longer than what is left is not tried."""
+"""Time for all trials, seconds; a step that might take longer than what is left is not run."""
+
+_GREEDY = Sampling()
 
 Timer = Callable[[Callable[[], object]], StageTime]
-"""Runs a function as a task is run, and returns the time it took."""
+"""Runs a step as a task is run, and returns the time it took."""
 
 
 def try_out(stage: Stage, timer: Timer, *, kv_tokens: int) -> tuple[StageTrial, ...]:
     """Return the times of decoding with more and more sequences, and of longer and longer prompts.
 
-    Takes about a second, or longer if a single token does.
+    Takes at most about a second, unless a single token takes longer.
 
     Args:
         stage: without sequences; has none afterwards either.
@@ -36,11 +42,11 @@ def try_out(stage: Stage, timer: Timer, *, kv_tokens: int) -> tuple[StageTrial, 
     trials = _Trials(stage, timer)
     try:
         for sequences in _SEQUENCES:
-            if sequences * KV_BLOCK > kv_tokens or not trials.try_out(sequences):
+            if sequences * KV_BLOCK > kv_tokens or not trials.run(sequences):
                 break
     finally:
         stage.reset()
-    return tuple(trials.found)
+    return tuple(trials.done)
 
 
 class _Trials:
@@ -48,19 +54,22 @@ class _Trials:
         self._stage = stage
         self._timer = timer
         self._left_s = _BUDGET_S
-        self._token_s = 0.0  # upper bound for steps larger than the latest
-        self.found: list[StageTrial] = []
+        self._token_s = 0.0  # per token, at most, in steps larger than those that were run
+        self.done: list[StageTrial] = []
 
-    def try_out(self, sequences: int) -> bool:
-        """Time a decoding step of `sequences`, a prompt of their total length, and its next token.
+    def run(self, sequences: int) -> bool:
+        """Time three steps of one size.
+
+        They are: decoding of so many sequences; reading one prompt as long as all of these
+        together; and decoding one token after that prompt.
 
         Returns:
-            Whether there was time for it; if not, nothing was run.
+            Whether there was time for them; if not, nothing was run.
         """
         tokens = sequences * _PROMPT_TOKENS
         if tokens * self._token_s > self._left_s:
             return False
-        prepared = self._run(_step(sequences, 0, _PROMPT_TOKENS))
+        prepared = self._timed(_step(sequences, 0, _PROMPT_TOKENS))
         self._token_s = prepared.compute_us / 1e6 / tokens
         self._add(sequences, _PROMPT_TOKENS, 1)
         self._stage.reset()
@@ -72,15 +81,15 @@ class _Trials:
     def _add(self, sequences: int, start: int, num_tokens: int) -> None:
         """Run a step up to `_ROUNDS` times and add the median time."""
         step = _step(sequences, start, num_tokens)
-        rounds = [self._run(step)]
+        rounds = [self._timed(step)]
         while len(rounds) < _ROUNDS and self._left_s > 0:
-            rounds.append(self._run(step))
+            rounds.append(self._timed(step))
         usual = sorted(rounds, key=lambda took: took.layers_us)[(len(rounds) - 1) // 2]
-        self.found.append(
+        self.done.append(
             StageTrial(sequences=sequences, start=start, num_tokens=num_tokens, time=usual)
         )
 
-    def _run(self, step: list[SequenceSlice]) -> StageTime:
+    def _timed(self, step: list[SequenceSlice]) -> StageTime:
         total = sum(part.num_tokens for part in step)
         token_ids, hidden_states = self._stage.inputs.made_up(total)
         took = self._timer(lambda: self._stage.run(step, token_ids, hidden_states))

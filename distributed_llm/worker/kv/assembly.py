@@ -113,9 +113,7 @@ def assemble(
 
 def _manifest_of(source: KVImporter) -> KVManifest:
     if source.manifest is None:
-        raise KVTransferError(
-            f"the sender of layers {list(source.layers)} did not tell what it has"
-        )
+        raise KVTransferError(f"the sender of layers {list(source.layers)} has sent no manifest")
     return source.manifest
 
 

@@ -259,11 +259,11 @@ class KVCache:
 
     def extents(self) -> dict[Segment, int]:
         """Return all segments, each with the number of positions that belong to any sequence."""
-        found: dict[Segment, int] = {}
+        extents: dict[Segment, int] = {}
         for sequence in self._sequences.values():
             for segment, count in sequence.spans():
-                found[segment] = max(count, found.get(segment, 0))
-        return found
+                extents[segment] = max(count, extents.get(segment, 0))
+        return extents
 
     def buffers(self) -> list[Tensor]:
         """Return all keys and values, each buffer once."""

@@ -47,8 +47,8 @@ class ManifestSequence(
         sequence_id: as in tasks.
         token_ids: of all held positions, int32, little-endian.
         segments: their numbers, in the order of positions; each ends where the next one begins.
-        reads: for each segment, the position before which this sequence reads it, so that the owner
-            must not write there; has no meaning for the owner itself.
+        reads: for each segment, where the positions that this sequence reads end (exclusive); the
+            owner must not write before it. Has no meaning for the owner itself.
     """
 
     sequence_id: SequenceId
@@ -100,7 +100,7 @@ class KVManifest(
             and all(_is_sound(sequence, segments) for sequence in self.sequences)
         )
         if not sound:
-            raise KVTransferError("another worker tells of a KV cache that cannot be")
+            raise KVTransferError("another worker's manifest contradicts itself")
 
     def chains(self) -> Mapping[int, tuple[ManifestSegment, ...]]:
         """Return the segments of each sequence, in the order of their positions."""
@@ -137,14 +137,14 @@ class KVManifest(
         return KVManifest(sequences=tuple(kept), segments=tuple(segments))
 
     def extents(self) -> dict[int, Extent]:
-        """Return, by segment, the positions that sequences have in it, and one that has all."""
-        found: dict[int, Extent] = {}
+        """Return, by segment, the positions in use, with one sequence that has all of them."""
+        extents: dict[int, Extent] = {}
         chains = self.chains()
         for sequence in self.sequences:
             for segment, stop in spans(chains[sequence.sequence_id], sequence.length):
-                if segment.number not in found or stop > found[segment.number].stop:
-                    found[segment.number] = Extent(sequence.sequence_id, segment.start, stop)
-        return found
+                if segment.number not in extents or stop > extents[segment.number].stop:
+                    extents[segment.number] = Extent(sequence.sequence_id, segment.start, stop)
+        return extents
 
 
 def spans(chain: tuple[ManifestSegment, ...], stop: int) -> Iterator[tuple[ManifestSegment, int]]:

@@ -65,8 +65,8 @@ class Segment:
         layers: the buffers by layer; None until the layer is first written, and of an earlier,
             smaller capacity until it is written again.
         owner: the sequence that may write the segment; None once it has left.
-        holders: the sequences that read the segment, each with the position before which it does;
-            the owner's position may be out of date.
+        holders: by sequence that reads the segment, where the positions that it reads end
+            (exclusive); may be out of date for the owner.
     """
 
     __slots__ = ("capacity", "holders", "layers", "number", "owner", "start")

@@ -1,8 +1,8 @@
-"""Copies the KV cache of some layers, piece by piece, while the stage that owns it runs steps.
+"""The two ends of a KV cache transfer: exports pieces of a cache in use, and imports them.
 
-An exporter returns committed positions that it has not returned before, and returns a position
-again when a later step has overwritten it. So little is left when steps stop. An importer on the
-other worker puts the pieces into buffers like those they came from. Neither does any I/O.
+An exporter returns committed positions piece by piece, while the stage goes on running steps. It
+returns a position again when a later step has overwritten it, so little is left when steps stop. An
+importer on the other worker puts the pieces into buffers of the same shapes. Neither does any I/O.
 
 (Pre-copy, as in live migration of virtual machines: Clark et al., NSDI 2005.)
 """
@@ -238,7 +238,7 @@ def _check_piece(piece: KVPiece, layout: KVLayout) -> None:
         KVTransferError: with what was found and what was expected.
     """
     part = piece.part
-    found: tuple[Any, ...] = (
+    actual: tuple[Any, ...] = (
         tuple(piece.keys.shape),
         tuple(piece.values.shape),
         piece.keys.dtype,
@@ -250,9 +250,9 @@ def _check_piece(piece: KVPiece, layout: KVLayout) -> None:
         layout.dtype,
         layout.dtype,
     )
-    if part.count < 1 or found != expected:
+    if part.count < 1 or actual != expected:
         raise KVTransferError(
-            f"a piece of layer {part.layer} has keys and values {found}; expected are {expected}"
+            f"a piece of layer {part.layer} has keys and values {actual}; expected are {expected}"
         )
     if part.capacity % KV_BLOCK or part.capacity < part.offset + part.count:
         raise KVTransferError(

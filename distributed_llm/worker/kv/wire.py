@@ -14,17 +14,19 @@ from distributed_llm.worker.kv.transfer import KVPiece
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""Size of one message with pieces: one or two travel between tasks, and should not delay them."""
+"""Largest message with pieces, bytes: small, for a message or two between tasks delay them."""
 
 _HEADER_BYTES = 64 * 1024
+"""Room for the header of such a message, bytes."""
+
 MAX_PIECES_BYTES = MAX_MESSAGE_BYTES - _HEADER_BYTES
-"""Bytes of keys and values in one message."""
+"""Keys and values in one message at most, bytes."""
 
 MAX_PIECES_SENT = MAX_PIECES // 2
-"""Pieces in one message: a header may have 64 KiB, and a piece takes up to 36 bytes of it."""
+"""Pieces in one message at most: a piece takes up to 36 bytes of the header's 64 KiB."""
 
 MAX_MANIFEST_BYTES = 64 * 1024 * 1024
-"""Size of a manifest, of which each position takes four bytes; decoded it may be much larger."""
+"""Largest manifest on the wire, bytes: four per position. Decoded it may take much more."""
 
 _manifest: msgspec.msgpack.Decoder[KVManifest] = msgspec.msgpack.Decoder(KVManifest)
 
@@ -96,8 +98,8 @@ def encode_end(
     data = msgspec.msgpack.encode(manifest)
     if len(data) > MAX_MANIFEST_BYTES:
         raise KVTransferError(
-            f"{len(manifest.sequences)} sequences take {size_text(len(data))} to tell, and no more "
-            f"than {size_text(MAX_MANIFEST_BYTES)} are sent; they are to be computed again"
+            f"the manifest of {len(manifest.sequences)} sequences has {size_text(len(data))}, more "
+            f"than the {size_text(MAX_MANIFEST_BYTES)} that are sent; they are to be computed again"
         )
     spec, frame = frame_of_bytes(data)
     return KVEnd(epoch=epoch, layers=layers, number=number, tensors=(spec,)), (frame,)
@@ -111,7 +113,7 @@ def decode_end(message: KVEnd, frames: Sequence[Frame]) -> KVManifest:
     """
     frame = _only_frame(message, frames)
     if len(frame) > MAX_MANIFEST_BYTES:
-        raise KVTransferError(f"another worker tells of its KV cache in {size_text(len(frame))}")
+        raise KVTransferError(f"another worker's manifest has {size_text(len(frame))}")
     try:
         return _manifest.decode(frame)
     except (
@@ -119,11 +121,13 @@ def decode_end(message: KVEnd, frames: Sequence[Frame]) -> KVManifest:
         RecursionError,
     ) as exc:  # all that a msgpack decoder raises on bad bytes
         raise KVTransferError(
-            f"what another worker tells of its KV cache cannot be read: {str(exc)[:200]}"
+            f"another worker's manifest cannot be read: {str(exc)[:200]}"
         ) from exc
 
 
 def _only_frame(message: KVPieces | KVEnd, frames: Sequence[Frame]) -> Frame:
     if len(frames) != 1 or message.tensors != (TensorSpec("uint8", (len(frames[0]),)),):
-        raise KVTransferError(f"{len(frames)} frames came with {message.tensors}; one of bytes may")
+        raise KVTransferError(
+            f"{len(frames)} frames came with {message.tensors}; expected is one of uint8"
+        )
     return frames[0]

@@ -1,9 +1,9 @@
 """Attention over packed sequences, called from within Hugging Face models.
 
-Importing this module registers `packed_attention` with transformers under `ATTENTION_NAME`. Such a
-model gets the tokens of all sequences of a step in one row. Attention is computed for one sequence
-at a time, so no mask has to separate them: none is registered under that name, and transformers
-builds none.
+Importing this module registers `packed_attention` with transformers under `ATTENTION_NAME`. A model
+with this attention gets the tokens of all sequences of a step in one row, [1, tokens]. Attention is
+computed for one sequence at a time, so no mask has to keep sequences apart; transformers builds
+none, because no mask function is registered under that name.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,7 +58,7 @@ class PackedStep:
         self.sizes = [part.num_tokens for part in self.slices]
 
 
-# A context variable, because stages may run in several threads.
+# The step that runs in this context; a context variable, for stages may run in several threads.
 _step: ContextVar[PackedStep] = ContextVar("packed_step")
 
 

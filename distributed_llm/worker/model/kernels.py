@@ -2,9 +2,9 @@
 
 On a CPU whose oneDNN kernels are fast in the weights' dtype, each weight is reordered once, when
 the model is loaded, into the order in which those kernels read it. `nn.Linear` keeps weights row by
-row: oneDNN reorders them for every product, or torch calls another library. With few rows, as in
-decoding, that costs as much as the product or more. The weight is kept only in the new order, so it
-takes no more memory. `python -m benchmarks.kernels` measures the gain.
+row: oneDNN reorders them for every product, or torch calls another library. With few input rows, as
+in decoding, reordering takes as long as the product or longer. The weight is kept only in the new
+order, so it takes no more memory. `python -m benchmarks.kernels` measures the gain.
 """
 
 import functools
@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 _SMALLEST_PACKED = 256 * 256
-"""Elements of a weight; with fewer, the 11 µs of overhead of any oneDNN call dominate."""
+"""Elements of the smallest packed weight; with fewer, the 11 µs of any oneDNN call dominate."""
 
 _TYPICAL_ROWS = 16
-"""Number of rows to optimise the order for; it suits other numbers too. That for one does not."""
+"""Number of input rows (tokens) that the packed order is made for.
+
+It is fast for other numbers too. The order that oneDNN makes for 1 row is slow for more.
+"""
 
 
 class PackedLinear(nn.Module):

@@ -37,13 +37,13 @@ from distributed_llm.worker.kv.segments import TokenIds
 FloatRow = npt.NDArray[np.float32]
 
 _GROUP = 256
-"""Consecutive token ids in a group."""
+"""Consecutive token ids in one group of the draw."""
 
 _SECOND_HEAT = 2**32
 """Position of the second heat's numbers in the generator's sequence, in blocks of four numbers."""
 
 _TOP_GROUP = 128
-"""Size of the groups whose maxima `_largest` compares first."""
+"""Values in each group whose maxima `_largest` compares first."""
 
 
 @dataclass(frozen=True)
@@ -229,5 +229,5 @@ def _largest(values: Tensor, count: int) -> Tensor:
     grouped = padded.view(rows, -1, _TOP_GROUP)
     groups = torch.topk(grouped.amax(dim=-1), count).indices
     inside = grouped.gather(1, groups[..., None].expand(-1, -1, _TOP_GROUP)).flatten(1)
-    found = torch.topk(inside, count).indices
-    return groups.gather(1, found // _TOP_GROUP) * _TOP_GROUP + found % _TOP_GROUP
+    best = torch.topk(inside, count).indices
+    return groups.gather(1, best // _TOP_GROUP) * _TOP_GROUP + best % _TOP_GROUP

@@ -16,16 +16,15 @@ from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
-from distributed_llm.worker.model.attention import PackedSlice, PackedStep, running
-from distributed_llm.worker.model.kernels import kernels_for
-from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
+from distributed_llm.worker.model.attention import PackedSlice, PackedStep
+from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.sampler import log_probabilities, sample
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.model.weights import load_stage_model
 
 _MAX_RELEASED = 10_000
-"""How many released sequences are remembered; no task is as late as that many releases."""
+"""Released sequences that are remembered to recognise late tasks; no task is later than that."""
 
 _WARM_UP = SequenceId(-1)
 """The sequence id of the warm-up; no task can have it."""
@@ -93,9 +92,6 @@ class Stage:
         layers = stage_model.numbers
         self.layers = layers
         self._held = stage_model
-        self._model = stage_model.model
-        self._decoder = stage_model.decoder
-        self._first = layers.start == 0
         self._last = layers.stop == checkpoint.num_layers
         self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
@@ -103,13 +99,7 @@ class Stage:
         self._cache = KVCache(len(layers))
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
-        self._hooks = LayerHooks(
-            stage_model.layers,
-            first=self._first,
-            last=self._last,
-            new_event=event_type(device),
-            after_layer=None,
-        )
+        self._forward = Forward(stage_model, checkpoint.num_layers, device, dtype)
         self._warm_up()
 
     @classmethod
@@ -175,11 +165,11 @@ class Stage:
     @property
     def progress(self) -> Callable[[], None] | None:
         """A function that is called after each layer, in the thread of `run`."""
-        return self._hooks.after_layer
+        return self._forward.progress
 
     @progress.setter
     def progress(self, listener: Callable[[], None] | None) -> None:
-        self._hooks.after_layer = listener
+        self._forward.progress = listener
 
     @property
     def weight_bytes(self) -> int:
@@ -198,7 +188,7 @@ class Stage:
         Embedding, norm, head and sampling do not count. On a GPU read it after the result was
         copied to the CPU, or it waits for the layers.
         """
-        return self._hooks.seconds
+        return self._forward.layers_s
 
     @property
     def kv_bytes(self) -> int:
@@ -249,7 +239,7 @@ class Stage:
         self._cache.admit(sequences)
         self._remember(sequences)
         step = self._begin(sequences, token_ids)
-        with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
+        with torch.inference_mode():
             output = self._compute(sequences, step, token_ids, hidden_states)
         for part in step.slices:
             self._cache.commit(part.sequence_id, part.start + part.num_tokens)
@@ -328,8 +318,7 @@ class Stage:
         """Compute one token and drop it, to learn the KV cache's layouts and prepare kernels."""
         token_ids, hidden_states = self.inputs.made_up(1)
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
-        with torch.inference_mode(), running(step), kernels_for(len(token_ids)):
-            self._forward(step, token_ids, hidden_states, [0] if self._last else [])
+        self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
@@ -383,49 +372,20 @@ class Stage:
         hidden_states: Tensor | None,
     ) -> StageOutput:
         if not self._last:
-            given = self._forward(step, token_ids, hidden_states, [])
-            assert given is not None
+            output = self._forward.run(step, token_ids, hidden_states, [])
+            assert output is not None
             last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
-            self._check_finite(given[last_rows], "hidden states")
-            return StageOutput(hidden_states=given)
+            self._check_finite(output[last_rows], "hidden states")
+            return StageOutput(hidden_states=output)
         ends = [s for s, part in zip(step.slices, sequences, strict=True) if part.sample]
         rows = [s.row + s.num_tokens - 1 for s in ends]
-        logits = self._forward(step, token_ids, hidden_states, rows)
+        logits = self._forward.run(step, token_ids, hidden_states, rows)
         if logits is None:
             return StageOutput(token_ids=torch.empty(0, dtype=torch.int32))
         if len(logits) != len(ends):
             raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
         self._check_finite(logits, "logits")
         return self._sample(ends, logits)
-
-    def _forward(
-        self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
-    ) -> Tensor | None:
-        """Run the layers; return hidden states [tokens, hidden_size], or logits on the last stage.
-
-        Args:
-            rows: of the packed batch to return logits for, [len(rows), vocab_size]; empty on all
-                stages but the last. On the last stage None is returned if it is empty.
-        """
-        positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
-        inputs = {
-            "input_ids": token_ids.to(self._device, torch.int64)[None],
-            "position_ids": torch.cat(positions).to(self._device)[None],
-            "use_cache": False,
-        }
-        if hidden_states is not None:
-            self._hooks.incoming = hidden_states.to(self._device, self._dtype)[None]
-        try:
-            if rows:
-                kept = torch.tensor(rows, device=self._device)
-                given = self._model(**inputs, logits_to_keep=kept).logits
-            else:
-                self._decoder(**inputs)
-                given = self._hooks.outgoing
-        finally:
-            self._hooks.forget()
-        _check_every_layer_ran(step)
-        return None if given is None else given[0]
 
     def _sample(self, ends: Sequence[PackedSlice], logits: Tensor) -> StageOutput:
         samplings = [self._samplings[s.sequence_id] for s in ends]
@@ -446,8 +406,3 @@ class Stage:
                 f"the {what} after layers {self.layers} are not finite: the weights on this "
                 f"machine are damaged, or {self._dtype} is too narrow for this model"
             )
-
-
-def _check_every_layer_ran(step: PackedStep) -> None:
-    if any(count != 1 for count in step.appended):
-        raise StageError(f"the layers called their attention {step.appended} times; once is right")

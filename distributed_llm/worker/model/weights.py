@@ -337,9 +337,9 @@ def _refuse_problems(
         raise CheckpointError(
             f"{where}: {original(name)} cannot be made of its tensors: {last_line}. {fix}"
         )
-    for name, found, expected in sorted(info.mismatched_keys):
+    for name, shape, expected in sorted(info.mismatched_keys):
         raise CheckpointError(
-            f"{where}: tensor {original(name)} has shape {list(found)}, config.json says "
+            f"{where}: tensor {original(name)} has shape {list(shape)}, config.json says "
             f"{list(expected)}. {fix}"
         )
     tied = model.all_tied_weights_keys

@@ -1,7 +1,7 @@
 """A worker's session with the coordinator: hello, heartbeats, silence, leaving. Pure.
 
-`AGENT_STATES` says how a session begins and ends. Everything that belongs to one session is dropped
-with it: the next coordinator may be another one, and a result of the old session must not reach it.
+`AGENT_STATES` says how a session begins and ends. Everything that belongs to a session is dropped
+with it: the next coordinator may be another one, and must not get a result of the old session.
 Messages that arrive before the welcome, or after the connection was given up, are ignored. What a
 worker does within a session is decided in `stages`.
 
@@ -87,14 +87,14 @@ _PROBE_EVERY_S = 10.0
 
 
 class AgentState(Enum):
-    """Where a worker is with its coordinator.
+    """How far a worker is with its session.
 
     Attributes:
-        CONNECTING: no connection stands; messages that still arrive belong to no session.
-        GREETING: connected, and said hello; waits for the welcome.
+        CONNECTING: not connected; messages that still arrive are of no session, and ignored.
+        GREETING: connected, and has said hello; waits for the welcome.
         JOINED: in a session.
-        LEAVING: in a session, serving until others have its layers.
-        ENDED: has ended; every event is ignored.
+        LEAVING: in a session; serves until others have its layers.
+        ENDED: has ended, and ignores every event.
     """
 
     CONNECTING = "connecting"
@@ -105,7 +105,15 @@ class AgentState(Enum):
 
 
 class AgentCause(Enum):
-    """What leads to the next state."""
+    """What changes the state of a worker's session.
+
+    Attributes:
+        CONNECTED: the connection to the coordinator was made.
+        WELCOMED: the coordinator accepted the hello.
+        SESSION_LOST: the connection broke, the coordinator fell silent or ended the session.
+        ASKED_TO_LEAVE: a signal came while it served; it asked the coordinator to let it leave.
+        STOPPED: a signal, an error, or the coordinator's permission ends it.
+    """
 
     CONNECTED = "connected"
     WELCOMED = "welcomed"
@@ -183,7 +191,7 @@ class Agent:
         self._signal = 0  # the one that it leaves for; 0 is none
 
     def is_void(self, order: VoidableOrder) -> bool:
-        """Return whether nobody waits for the result of an order; thread-safe."""
+        """Return whether the result of an order is no longer wanted; thread-safe."""
         return self._stages.is_void(order)
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
@@ -279,7 +287,7 @@ class Agent:
 
     def _on_timer_in_session(self, now: float) -> list[Action]:
         if self._leave_by <= now:
-            why = f"nobody took the layers over within {self._leave_timeout_s:g} s; ends"
+            why = f"no other workers have its layers after {self._leave_timeout_s:g} s; ends"
             return [Log(why, "warning"), *self._end(self._signal)]
         actions = self._stages.on_timer(now)
         if self._heartbeat_at <= now:
@@ -395,8 +403,8 @@ class Agent:
             return self._end(signal)
         self._change(_C.ASKED_TO_LEAVE)
         self._leave_by, self._signal = now + self._leave_timeout_s, signal
-        layers = f"handing layers {serving.layers} over to other workers"
-        return [Send(Leaving()), Log(f"{layers}; a second signal ends at once")]
+        when = f"once other workers have layers {serving.layers}"
+        return [Send(Leaving()), Log(f"leaves {when}; a second signal ends at once")]
 
     def _may_leave(self, why: str) -> list[Action]:
         told = f": {why}" if why else ""

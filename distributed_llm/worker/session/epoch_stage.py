@@ -1,8 +1,7 @@
 """A worker's stage of one epoch: its state, its neighbours, and its tasks. Pure.
 
-Two ways lead to being served. A stage that loads alone takes tasks at once; they wait for the
-compute thread to load it. A stage that loads beside the served one is prepared for a move, and is
-served from the commit on.
+A stage that loads alone takes tasks at once; they wait until the compute thread has loaded it. A
+stage that loads beside the served one is prepared for a move, and served from the commit on.
 """
 
 from enum import Enum
@@ -18,20 +17,20 @@ from distributed_llm.worker.session.link_events import ForwardTask
 from distributed_llm.worker.session.peers import Peers
 
 CREDITS = 32
-"""Tasks that may wait or run at once: enough to fill a pipeline of that many stages."""
+"""Tasks that may wait or run on a worker at once: enough for a pipeline of so many stages."""
 
 
 class StageState(Enum):
     """What a worker does with its stage of one epoch.
 
     Attributes:
-        NEW: ordered just now.
-        LOADING: loads alone; tasks wait for it.
+        NEW: the order to load it is being handled.
+        LOADING: loads alone; tasks wait until it has loaded.
         PREPARING: loads beside the served stage.
-        PREPARED: loaded beside the served stage; its KV cache is copied or assembled.
-        COMMITTED: the commit came while it was loading beside; it will be served once loaded.
+        PREPARED: loaded beside the served stage; its KV cache arrives or is assembled.
+        COMMITTED: the commit came while it was loading beside; served once it has loaded.
         SERVED: loaded, and runs tasks.
-        SUSPENDED: runs no tasks while its KV cache is handed over to another epoch.
+        SUSPENDED: loaded, and runs no tasks because the handover of a move has begun.
         GONE: given up.
     """
 
@@ -46,7 +45,17 @@ class StageState(Enum):
 
 
 class StageCause(Enum):
-    """What leads to the next state."""
+    """What changes the state of a stage.
+
+    Attributes:
+        ORDERED_ALONE: it is to be loaded in the place of all others.
+        ORDERED_BESIDE: it is to be loaded beside the served stage, for a move.
+        LOADED: its layers are in memory.
+        COMMIT: its first task came, or the older epoch was dropped.
+        SUSPEND: the handover to a newer epoch has begun.
+        RESUME: the move to that epoch was undone.
+        GIVE_UP: its epoch was dropped or cancelled, or the session is over.
+    """
 
     ORDERED_ALONE = "ordered alone"
     ORDERED_BESIDE = "ordered beside"
@@ -96,7 +105,7 @@ class EpochStage:
 
     Attributes:
         order: as given.
-        peers: the workers of the stages before and after it.
+        peers: the workers of the previous and the next stage.
         state: see `STAGE_STATES`. A stage that failed to load stays as it is until it is given up.
     """
 
@@ -134,7 +143,7 @@ class EpochStage:
         self._change(_C.COMMIT)
 
     def suspend(self) -> None:
-        """Run no more tasks; those that have arrived are void for good."""
+        """Run no more tasks; those that have arrived stay void even after `resume`."""
         self._change(_C.SUSPEND)
         self._oldest = self._next
         self._pending.clear()

@@ -93,7 +93,7 @@ class ExportKV:
     Attributes:
         epoch: to which the layers move.
         number: of the message in the transfer, from 1.
-        rest: no step runs any more, so the last pieces are followed by `KVEnd`.
+        rest: whether no step runs any more, so that `KVEnd` follows the last pieces.
     """
 
     session: int
@@ -105,7 +105,7 @@ class ExportKV:
 
 @dataclass(frozen=True)
 class ImportKV:
-    """Order: keep a message of a KV cache transfer for the stage that was loaded beside.
+    """Order: add a message of a KV cache transfer to what the prepared stage has received.
 
     Answered by `KVImported` or `KVOrderFailed`.
     """
@@ -117,7 +117,7 @@ class ImportKV:
 
 @dataclass(frozen=True)
 class AssembleKV:
-    """Order: make the KV cache of the stage of `epoch` from the served stage's and the imports.
+    """Order: assemble the KV cache of `epoch`'s stage from the served stage's and the imports.
 
     Answered by `KVAssembled` or `KVOrderFailed`.
     """
@@ -134,8 +134,9 @@ class Probe:
 
 
 KVOrder = ExportKV | ImportKV | AssembleKV
+
 VoidableOrder = Load | Run | KVOrder | Probe
-"""Orders whose results may have become unwanted by the time the compute thread gets to them."""
+"""Orders that the compute thread skips if their results are no longer wanted when it gets there."""
 
 Order = VoidableOrder | Release | Drop | Serve | Unload
 
@@ -248,7 +249,7 @@ class ComputeFailed:
 
 @dataclass(frozen=True)
 class KVExported:
-    """Event: the next message of a transfer; None if there is nothing new to send."""
+    """Event: the next message of a transfer was made; it is None if everything was sent."""
 
     order: ExportKV
     message: KVPieces | KVEnd | None
@@ -257,14 +258,14 @@ class KVExported:
 
 @dataclass(frozen=True)
 class KVImported:
-    """Event: a message of a transfer was kept."""
+    """Event: a message of a transfer was added to what the prepared stage has received."""
 
     order: ImportKV
 
 
 @dataclass(frozen=True)
 class KVAssembled:
-    """Event: the stage that was loaded beside has its KV cache."""
+    """Event: the prepared stage has its KV cache."""
 
     order: AssembleKV
 

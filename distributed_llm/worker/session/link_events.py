@@ -57,7 +57,7 @@ class PeerGarbage:
 
 @dataclass(frozen=True)
 class LinkReached:
-    """Event: one of a link's addresses is connected; who is there has not been asked."""
+    """Event: there is a connection to one of a link's addresses; no hello was sent yet."""
 
     link: LinkId
     address: Address

@@ -1,11 +1,11 @@
-"""The neighbours of a stage: who may hand it tasks, and its link to the worker after it. Pure.
+"""The neighbours of a stage: who may send it tasks, and its link to the next worker. Pure.
 
     down --connected, hello said, welcomed--> up --lost--> down
 
-While the link is down, all addresses of the next worker are dialled again every few seconds: a
-firewall may have been opened. The coordinator is told of every change, and once at the beginning if
-the link does not come up; it relays the results that cannot be handed on. When the link comes up,
-its speed is measured with one large message, and reported as well.
+While the link is down, all addresses of the next worker are dialled again every few seconds, for a
+firewall may have been opened meanwhile. Every change is reported to the coordinator, and once at
+the beginning that the link has not come up; the coordinator then relays the results. When the link
+comes up, its bandwidth is measured with one large message, and reported as well.
 """
 
 import hmac
@@ -33,7 +33,7 @@ from distributed_llm.worker.session.link_events import (
 )
 
 PROBE_BYTES = 256 * 1024
-"""Size of the message that measures a link."""
+"""Size of the message that measures the bandwidth of a link, bytes."""
 
 _DIAL_EVERY_S = 5.0
 _REPORT_DOWN_AFTER_S = 3.0
@@ -113,7 +113,7 @@ class Peers:
         return self._dialling.reached(address, now)
 
     def welcomed(self, rtt_s: float, now: float) -> list[Action]:
-        """Use the link from now on, and measure its speed.
+        """Use the link from now on, and measure its bandwidth.
 
         Args:
             rtt_s: round-trip time of the handshake, seconds.
@@ -125,15 +125,15 @@ class Peers:
         spec, zeros = frame_of_bytes(bytes(PROBE_BYTES))
         return [
             Send(LinkReport(epoch=self._epoch, up=True, rtt_s=rtt_s)),
-            Log(f"hands its results to {self._next.worker} ({rtt_s * 1000:.1f} ms)"),
+            Log(f"sends its results to {self._next.worker} directly ({rtt_s * 1000:.1f} ms)"),
             SendOverLink(self._link, PeerProbe(epoch=self._epoch, tensors=(spec,)), (zeros,)),
         ]
 
     def probed(self, now: float) -> list[Action]:
-        """Report the link's speed: the next worker has received the probe.
+        """Report the link's bandwidth: the next worker has received the probe.
 
-        Half of the probe's round trip and more may be latency, so the round-trip time is taken off,
-        but never more than nine tenths of the whole.
+        The round-trip time of the handshake is taken off the time that the probe took, for it is
+        latency; but never more than nine tenths of it.
         """
         if not self.link_up or self._probed_at is None:
             return []
@@ -175,7 +175,7 @@ class Peers:
 
     def _report_down(self, why: str) -> list[Action]:
         assert self._next is not None
-        text = f"cannot hand its results to {self._next.worker}: {why}; the coordinator relays them"
+        text = f"does not reach {self._next.worker}: {why}; its results go through the coordinator"
         return [Send(LinkReport(epoch=self._epoch, up=False)), Log(text)]
 
     def _stop_timers(self) -> None:

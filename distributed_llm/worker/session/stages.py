@@ -1,9 +1,9 @@
-"""The stages of a worker in one session, and what orders, tasks and results mean for them. Pure.
+"""Handles the coordinator's orders, tasks and results for the stages of a worker's session. Pure.
 
 A worker holds one stage that is served, and while layers move, one that was loaded beside it for a
-later epoch; `STAGE_STATES` in `epoch_stage` says how the one becomes the other. A task is run if
-its epoch is served and its step is not void. It may come from the coordinator or from the worker of
-the stage before, and its route says where its result goes.
+later epoch; `STAGE_STATES` in `epoch_stage` says how the prepared stage becomes the served one. A
+task is run if its epoch is served and its step is not void. It may come from the coordinator or
+from the worker of the previous stage, and its route says where its result goes.
 
 The compute thread carries out orders one after the other, except that it loads a stage beside the
 served one in the background. So no order that needs that stage is given before it is loaded.
@@ -54,7 +54,7 @@ from distributed_llm.worker.session.events import (
     Unload,
     VoidableOrder,
 )
-from distributed_llm.worker.session.kv_handover import KVHandover
+from distributed_llm.worker.session.kv_move import KVMove
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
@@ -69,7 +69,7 @@ class Stages:
     """The stages of one session.
 
     Args:
-        session: names it; results of other sessions are ignored.
+        session: its number; results of other sessions are ignored.
         worker: the name of this worker.
         warn: returns a line for the operator, or nothing if there was one a moment ago.
     """
@@ -80,11 +80,10 @@ class Stages:
         self._session = session
         self._worker = worker
         self._warn = warn
-        self._newest = 0  # epoch that was ordered or dropped; orders to load older ones are late
-        self._by_epoch: dict[
-            Epoch, EpochStage
-        ] = {}  # older first: the served one, the prepared one
-        self._handover: KVHandover | None = None  # always there while a stage is prepared
+        self._newest = 0  # newest epoch ordered or dropped; orders to load older ones are late
+        # The older epoch first: the served stage, then the prepared one.
+        self._by_epoch: dict[Epoch, EpochStage] = {}
+        self._kv_move: KVMove | None = None  # always there while a stage is prepared
 
     @property
     def epochs(self) -> tuple[Epoch, ...]:
@@ -105,7 +104,7 @@ class Stages:
         return next((s for s in self._by_epoch.values() if s.is_prepared_only), None)
 
     def is_void(self, order: VoidableOrder) -> bool:
-        """Return whether nobody waits for the result of an order; thread-safe."""
+        """Return whether the result of an order is no longer wanted; thread-safe."""
         if order.session != self._session:
             return True
         match order:
@@ -117,26 +116,26 @@ class Stages:
             case Probe():
                 return bool(self._by_epoch)
             case ImportKV(message=message):
-                return self._is_handover_over(message.epoch)
+                return self._is_kv_move_over(message.epoch)
             case ExportKV(epoch=epoch) | AssembleKV(epoch=epoch):
-                return self._is_handover_over(epoch)
+                return self._is_kv_move_over(epoch)
             case _:
                 assert_never(order)
 
-    def _is_handover_over(self, epoch: Epoch) -> bool:
-        handover = self._handover
-        return handover is None or handover.epoch != epoch or handover.has_failed
+    def _is_kv_move_over(self, epoch: Epoch) -> bool:
+        move = self._kv_move
+        return move is None or move.epoch != epoch or move.has_failed
 
     def end(self) -> list[Action]:
-        """Give up everything because the session is over.
+        """Give up all stages because the session is over.
 
-        The layers that were served stay in memory: the next session may want them again.
+        The served layers stay in memory: the next session may want them again.
         """
-        served, handover = self._served, self._handover
+        served, move = self._served, self._kv_move
         actions = self._give_up_all()
         if served and served.state is StageState.COMMITTED:
             return [*actions, Drop()]
-        return [*actions, Unload(handover.epoch)] if handover else actions
+        return [*actions, Unload(move.epoch)] if move else actions
 
     # -------------------------------------------------------------- the coordinator's orders
 
@@ -148,14 +147,12 @@ class Stages:
         actions: list[Action] = []
         if not order.beside:
             actions += self._give_up_all()
-        elif self._handover:
-            actions += self.cancel(self._handover.epoch)
+        elif self._kv_move:
+            actions += self.cancel(self._kv_move.epoch)
         if order.beside:
             if not self._by_epoch:  # layers of an older session may still be in memory
                 actions.append(Drop())
-            self._handover = KVHandover(
-                self._session, order.epoch, order.imports, has_new_stage=True
-            )
+            self._kv_move = KVMove(self._session, order.epoch, order.imports, has_new_stage=True)
         stage = EpochStage(self._session, order, self._worker)
         self._by_epoch[order.epoch] = stage
         return [
@@ -172,42 +169,42 @@ class Stages:
             return [_ignored(epoch)]
         held = served.order.layers if served and served.is_loaded else None
         if held is None or not all(
-            held.start <= what.layers.start < what.layers.stop <= held.stop
-            for what in order.transfers
+            held.start <= transfer.layers.start < transfer.layers.stop <= held.stop
+            for transfer in order.transfers
         ):
             return self._refuse(epoch, f"KV cache of layers that are not served here ({held})")
-        if self._handover is None:
-            self._handover = KVHandover(self._session, epoch, has_new_stage=False)
-        if self._handover.epoch != epoch:
-            return self._refuse(epoch, f"plan {self._handover.epoch} is to come next")
-        return self._handover.copy(order, now)
+        if self._kv_move is None:
+            self._kv_move = KVMove(self._session, epoch, has_new_stage=False)
+        if self._kv_move.epoch != epoch:
+            return self._refuse(epoch, f"plan {self._kv_move.epoch} is to come next")
+        return self._kv_move.copy(order, now)
 
     def hand_over(self, epoch: Epoch, now: float) -> list[Action]:
-        """Suspend the served stage; send the rest of its KV cache, and assemble the new stage's."""
+        """Begin the handover to `epoch`: no step of the served epoch runs any more."""
         served, prepared = self._served, self._prepared
         if served and epoch <= served.epoch:
             return [_ignored(epoch)]
-        if self._handover is None or self._handover.epoch != epoch:
+        if self._kv_move is None or self._kv_move.epoch != epoch:
             return self._refuse(epoch, "nothing was loaded or copied for it")
         if prepared and not prepared.is_loaded:
-            return self._handover.fail("not_ready", _not_loaded(prepared))
+            return self._kv_move.fail("not_ready", _not_loaded(prepared))
         if served and served.state is StageState.SERVED:
             served.suspend()
-        return self._handover.begin(now)
+        return self._kv_move.hand_over(now)
 
     def _refuse(self, epoch: Epoch, why: str) -> list[Action]:
-        message = f"Cannot hand layers over to plan {epoch}: {why}."
+        message = f"Cannot move KV cache to plan {epoch}: {why}."
         told = KVFailed(epoch=epoch, worker="", code="bad_order", message=message)
         return [Send(told), Log(message, "warning")]
 
     def cancel(self, epoch: Epoch) -> list[Action]:
         """Undo the move to `epoch`: give up its stage and transfers, resume the served stage."""
-        if self._handover is None or self._handover.epoch != epoch:
+        if self._kv_move is None or self._kv_move.epoch != epoch:
             return [_ignored(epoch)]
         actions: list[Action] = []
         if prepared := self._prepared:
             actions += self._give_up(prepared)
-        actions += self._end_handover()
+        actions += self._end_kv_move()
         if self._served and self._served.state is StageState.SUSPENDED:
             self._served.resume()
         return [*actions, Log(f"plan {epoch} is cancelled"), Unload(epoch)]
@@ -234,7 +231,7 @@ class Stages:
     def _commit(self, prepared: EpochStage) -> list[Action]:
         """Serve the prepared stage; while it is still loading, the compute thread is told later."""
         actions = self._give_up(self._served) if self._served else []
-        actions += self._end_handover()
+        actions += self._end_kv_move()
         prepared.commit()
         actions.append(Log(f"serves layers {prepared.order.layers} (plan {prepared.epoch})"))
         return [*actions, Serve(prepared.epoch)] if prepared.is_loaded else actions
@@ -246,10 +243,10 @@ class Stages:
     def _give_up_all(self) -> list[Action]:
         stages = list(self._by_epoch.values())
         actions = [action for stage in stages for action in self._give_up(stage)]
-        return actions + self._end_handover()
+        return actions + self._end_kv_move()
 
-    def _end_handover(self) -> list[Action]:
-        ended, self._handover = self._handover, None
+    def _end_kv_move(self) -> list[Action]:
+        ended, self._kv_move = self._kv_move, None
         return ended.end() if ended else []
 
     # -------------------------------------------------------------- tasks
@@ -262,8 +259,8 @@ class Stages:
         match stage.state:
             case StageState.LOADING | StageState.SERVED:
                 return stage.run(task, frames)
-            case StageState.PREPARED if self._handover and self._handover.is_assembling:
-                why = f"The KV cache of layers {stage.order.layers} is still being taken over."
+            case StageState.PREPARED if self._kv_move and self._kv_move.is_assembling:
+                why = f"The KV cache of layers {stage.order.layers} is not assembled yet."
                 return [Send(failed(task, "not_ready", why))]
             case StageState.PREPARED:
                 return [*self._commit(stage), *stage.run(task, frames)]
@@ -295,11 +292,11 @@ class Stages:
             case PeerProbe():
                 return stage.peers.probed_by(peer)
             case KVPieces() | KVEnd():
-                if self._handover is None or not stage.is_prepared_only:
+                if self._kv_move is None or not stage.is_prepared_only:
                     return self._warn("dropped KV cache that came too late", now)
                 if not stage.is_loaded:
-                    return self._handover.fail("not_ready", _not_loaded(stage))
-                return self._handover.received(peer, message, event.frames, now)
+                    return self._kv_move.fail("not_ready", _not_loaded(stage))
+                return self._kv_move.received(peer, message, event.frames, now)
             case _:
                 assert_never(message)
 
@@ -307,9 +304,9 @@ class Stages:
         """Handle an event of a link to another worker."""
         link = event.link
         if link.layers is not None:
-            if self._handover is None or self._handover.epoch != link.epoch:
+            if self._kv_move is None or self._kv_move.epoch != link.epoch:
                 return []
-            return self._handover.link_changed(event, now)
+            return self._kv_move.link_changed(event, now)
         stage = self._by_epoch.get(link.epoch)
         if stage is None:
             return []
@@ -353,7 +350,8 @@ class Stages:
             kv_tokens=event.kv_tokens,
             trials=event.trials,
         )
-        return [*serve, Send(ready), Log(f"layers are loaded in {event.load_s:.1f} s")]
+        text = f"loaded layers {stage.order.layers} in {event.load_s:.1f} s (plan {event.epoch})"
+        return [*serve, Send(ready), Log(text)]
 
     def load_failed(self, event: LoadFailed) -> list[Action]:
         """Report that a stage cannot be loaded; return nothing if nobody waits for it."""
@@ -375,10 +373,10 @@ class Stages:
         return self._by_epoch[event.run.task.epoch].compute_failed(event)
 
     def kv_order_done(self, event: KVEvent, now: float) -> list[Action]:
-        """Go on with the KV handover, unless the order is void."""
-        if self._handover is None or self.is_void(event.order):
+        """Go on with the KV cache of a move, unless the order is void."""
+        if self._kv_move is None or self.is_void(event.order):
             return []
-        return self._handover.order_done(event, now)
+        return self._kv_move.order_done(event, now)
 
     def probed(self, event: Probed) -> list[Action]:
         """Report how fast the machine is, unless there are layers by now."""
@@ -395,13 +393,13 @@ class Stages:
     def next_deadline(self) -> float:
         """Return when `on_timer` is next due, clock seconds; infinity if never."""
         dues = [stage.peers.next_deadline() for stage in self._by_epoch.values()]
-        return min([*dues, self._handover.next_deadline() if self._handover else math.inf])
+        return min([*dues, self._kv_move.next_deadline() if self._kv_move else math.inf])
 
     def on_timer(self, now: float) -> list[Action]:
         """Do what is due."""
         stages = self._by_epoch.values()
         actions = [action for stage in stages for action in stage.peers.on_timer(now)]
-        return actions + (self._handover.on_timer(now) if self._handover else [])
+        return actions + (self._kv_move.on_timer(now) if self._kv_move else [])
 
 
 def _not_loaded(stage: EpochStage) -> str:

@@ -1,10 +1,10 @@
-"""One KV cache transfer, as its sender sees it: some layers, for the worker that gets them. Pure.
+"""Sends the KV cache of some layers to the worker that gets them: one transfer of a move. Pure.
 
 The receiver is dialled; once it welcomes the sender, the compute thread is asked for one message
 after the other, which are numbered from 1. At most `WINDOW` messages are unacknowledged, so little
-waits in sockets, and both workers run tasks in between. When there is nothing new to send, the
-transfer looks again every second, because steps go on adding to the KV cache: little is left to be
-sent when they stop. Then the rest is sent, and `KVEnd` closes the transfer.
+waits in sockets, and both workers run tasks in between. When everything has been sent, the sender
+looks for more every second, because steps go on adding to the KV cache: little is left to be sent
+in the handover. Then the rest is sent, and `KVEnd` ends the transfer.
 
 How far the link is and whether steps still run are independent of each other; that is why these are
 flags and not one table of states.
@@ -26,14 +26,14 @@ _ACKNOWLEDGE_TIMEOUT_S = 10.0
 _LOOK_EVERY_S = 1.0
 
 
-class Transfer:
+class KVSender:
     """The sending side of one transfer.
 
     Args:
         session: of this worker, for orders.
         epoch: to which the layers move.
         key: of that epoch's links.
-        what: the layers, their new worker and its addresses.
+        transfer: the layers, the receiver and its addresses.
         now: clock seconds.
 
     Attributes:
@@ -42,13 +42,15 @@ class Transfer:
         sent_bytes: of keys, values and manifest so far.
     """
 
-    def __init__(self, session: int, epoch: Epoch, key: str, what: KVTransfer, now: float) -> None:
-        self.worker = what.worker
-        self.link = LinkId(epoch, what.layers)
+    def __init__(
+        self, session: int, epoch: Epoch, key: str, transfer: KVTransfer, now: float
+    ) -> None:
+        self.worker = transfer.worker
+        self.link = LinkId(epoch, transfer.layers)
         self.sent_bytes = 0
         self._session = session
-        self._layers = what.layers
-        self._dialling = Dialling(self.link, key, what.worker, what.addresses)
+        self._layers = transfer.layers
+        self._dialling = Dialling(self.link, key, transfer.worker, transfer.addresses)
         self._connect_by = now + _CONNECT_TIMEOUT_S
         self._acknowledge_by = math.inf
         self._look_at = math.inf  # finite while everything that was there has been exported
@@ -60,7 +62,7 @@ class Transfer:
 
     @property
     def is_idle(self) -> bool:
-        """Whether everything that was there has been sent and acknowledged."""
+        """Whether all that was in the KV cache when last looked was sent and acknowledged."""
         return self._look_at < math.inf and self._acknowledged == self._sent
 
     def begin(self) -> list[Action]:
@@ -68,11 +70,11 @@ class Transfer:
         return self._dialling.dial()
 
     def end(self) -> list[Action]:
-        """Close the link; the transfer must not be used any more."""
+        """Close the link; the sender must not be used any more."""
         return [CloseLink(self.link)]
 
     def send_rest(self) -> list[Action]:
-        """Send what has changed, and then `KVEnd`: no step runs any more."""
+        """Send what is not sent yet, and then `KVEnd`: no step runs any more."""
         self._steps_ended = True
         return self._export()
 
@@ -81,7 +83,7 @@ class Transfer:
         return [] if self._link_up else self._dialling.reached(address, now)
 
     def welcomed(self) -> list[Action]:
-        """Begin to send: the receiver knows the epoch."""
+        """Begin to send, unless it has begun: the receiver has accepted the hello."""
         if self._link_up:
             return []
         self._link_up, self._connect_by = True, math.inf

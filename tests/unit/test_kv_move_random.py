@@ -1,7 +1,7 @@
-"""Layers that move between production agents, told to by a script, whatever happens meanwhile.
+"""A script has production agents move layers, whatever goes wrong meanwhile.
 
 The script plays the coordinator: it generates tokens step by step, orders moves, and cancels them
-when a worker tells of a failure, or at any moment. No wait may last, no worker may run the old
+when a worker reports a failure, or at any moment. No wait may last, no worker may run the old
 layers after the new ones, and no token may differ from what one machine gives.
 """
 
@@ -229,7 +229,8 @@ class Script(World):
         self.go_on()
         assert self.run(lambda: len(self.answers[0].tokens) >= length, for_s=_PATIENCE_S)
 
-    def drain(self) -> None:
+    def pause(self) -> None:
+        """Begin no more steps, and wait until the one in flight has ended."""
         self.paused = True
         assert self.run(lambda: self.step is None, for_s=_PATIENCE_S)
 
@@ -263,25 +264,25 @@ class Script(World):
 
     def _sources(self, number: int, layers: LayerRange) -> list[tuple[int, LayerRange]]:
         """Return who has which of these layers."""
-        found = []
+        sources = []
         for old, held in self.layout:
             start, stop = max(held.start, layers.start), min(held.stop, layers.stop)
             if start < stop:
-                found.append((old, LayerRange(start, stop)))
-        return found
+                sources.append((old, LayerRange(start, stop)))
+        return sources
 
     def transfers(self, plan: Plan) -> dict[int, list[KVTransfer]]:
         """Return what each worker must send."""
-        found: dict[int, list[KVTransfer]] = {}
+        by_sender: dict[int, list[KVTransfer]] = {}
         for number, layers in plan:
             worker = self.machines[number]
             for old, common in self._sources(number, layers):
                 if old != number:
-                    what = KVTransfer(
+                    transfer = KVTransfer(
                         layers=common, worker=worker.name, addresses=(worker.address,)
                     )
-                    found.setdefault(old, []).append(what)
-        return found
+                    by_sender.setdefault(old, []).append(transfer)
+        return by_sender
 
     def serve(self, plan: Plan) -> None:
         """Begin with a first plan."""
@@ -289,14 +290,14 @@ class Script(World):
         self.serving_epoch, self.layout = 1, plan
         assert self.run(lambda: len(self.told[1].ready) == len(plan), for_s=_PATIENCE_S)
 
-    def relocate(self, epoch: int, plan: Plan, cancelled: Callable[[], bool]) -> bool:
-        """Return whether the layers moved; else everything is as it was."""
-        told_to = {number for number, _ in (*self.layout, *plan)}
+    def try_to_move(self, epoch: int, plan: Plan, cancelled: Callable[[], bool]) -> bool:
+        """Return whether the layers moved; if not, everything is as it was."""
+        involved = {number for number, _ in (*self.layout, *plan)}
         self.order(epoch, plan, beside=True)
         told = self.told[epoch]
         sends = self.transfers(plan)
         senders = {self.machines[number] for number in sends}
-        heirs = {self.machines[number] for number, _ in plan}
+        holders = {self.machines[number] for number, _ in plan}  # of the new stages
 
         def over() -> bool:
             return bool(told.failed) or cancelled()
@@ -305,7 +306,7 @@ class Script(World):
             assert self.run(lambda: done() or over(), for_s=_PATIENCE_S), "it hangs"
             return not over()
 
-        moved = phase(lambda: told.ready == heirs)
+        moved = phase(lambda: told.ready == holders)
         if moved:
             for number, transfers in sends.items():
                 copy = CopyKV(
@@ -314,17 +315,17 @@ class Script(World):
                 self.say(self.machines[number], copy)
             moved = phase(lambda: told.copied == senders)
         if moved:
-            self.drain()
-            for worker in senders | heirs:
+            self.pause()
+            for worker in senders | holders:
                 self.say(worker, TakeOver(epoch=Epoch(epoch)))
-            moved = phase(lambda: told.took_over == heirs)
+            moved = phase(lambda: told.took_over == holders)
         if moved:
             before = self.serving_epoch
             for number, _ in self.layout:
                 self.say(self.machines[number], DropStage(epoch=Epoch(before)))
             self.serving_epoch, self.layout = epoch, plan
         else:
-            for number in told_to:
+            for number in involved:
                 self.say(self.machines[number], CancelStage(epoch=Epoch(epoch)))
         self.go_on()
         return moved
@@ -337,7 +338,7 @@ class Script(World):
         for number, worker in enumerate(self.machines):
             epochs = (self.serving_epoch,) if number in members else ()
             assert worker.agent._stages.epochs == epochs
-            assert worker.agent._stages._handover is None
+            assert worker.agent._stages._kv_move is None
             assert worker.beside is None
             assert not worker._exports
             assert not [
@@ -423,12 +424,12 @@ def test_moves_never_hang_nor_change_a_token(data: st.DataObject) -> None:
             script.at(after_s, lambda what=what, ones=ones: disturb(script, what, *ones))  # type: ignore[misc]
         cancel_at = script.now + data.draw(st.one_of(st.just(1e9), st.floats(0.0, 1.5)))
         script.at_time(min(cancel_at, script.now + 1e6), lambda: None)
-        script.relocate(epoch, data.draw(plans(count)), lambda at=cancel_at: script.now >= at)  # type: ignore[misc]
+        script.try_to_move(epoch, data.draw(plans(count)), lambda at=cancel_at: script.now >= at)  # type: ignore[misc]
         script.generate(2)
     script.apart.clear()
     script.faults.clear()
     script.generate(3)
-    script.drain()
+    script.pause()
     script.run(for_s=2.0)  # what is late arrives
     script.check()
 
@@ -447,10 +448,10 @@ def test_moves_that_nothing_disturbs_are_made() -> None:
     script.generate(5)
     for epoch, plan in enumerate(others, 2):
         computed = [one.computed for one in script.answers]
-        assert script.relocate(epoch, plan, lambda: False)
+        assert script.try_to_move(epoch, plan, lambda: False)
         script.generate(3)
         assert all(one.computed > had for one, had in zip(script.answers, computed, strict=True))
-    script.drain()
+    script.pause()
     script.run(for_s=2.0)
     script.check()
     assert script.num_lost == 0

@@ -1,12 +1,12 @@
-"""One worker's part in handing the KV cache of moving layers over to a new epoch. Pure.
+"""One worker's part in a move: the KV cache that it sends and receives for a new epoch. Pure.
 
-A worker may send, receive, or both. It sends each range of layers in a `Transfer` of its own, and
-receives each range from one other worker. While steps run, what they add is copied again and again.
-Once the coordinator says that no step runs, senders send the rest, and a new stage assembles its KV
-cache as soon as everything has arrived for it.
+A worker may send, receive, or both. Each range of layers is sent by a `KVSender` of its own, and
+received from one other worker. Before the handover steps run, and what they add is copied again and
+again. The handover begins when the coordinator says that no step runs: senders send the rest, and a
+new stage assembles its KV cache as soon as everything has arrived for it.
 
-The first failure is reported and ends the handover on this worker. The coordinator then undoes the
-move, or commits it with empty KV caches.
+The first failure is reported, and nothing more is done here. The coordinator then undoes the move,
+or commits it with empty KV caches.
 """
 
 import math
@@ -40,6 +40,7 @@ from distributed_llm.worker.session.events import (
     Log,
     Send,
 )
+from distributed_llm.worker.session.kv_sender import WINDOW, KVSender
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
@@ -48,22 +49,24 @@ from distributed_llm.worker.session.link_events import (
     LinkUp,
     SendToPeer,
 )
-from distributed_llm.worker.session.transfer import WINDOW, Transfer
 
 _ARRIVAL_TIMEOUT_S = 30.0
-"""How long nothing may arrive while the handover waits; a sender gives up long before that."""
+"""How long a receiver waits for the next message in the handover, seconds.
+
+A sender gives up long before that.
+"""
 
 
-class HandoverState(Enum):
-    """How far a worker is with handing KV cache over.
+class KVMoveState(Enum):
+    """How far a worker is with the KV cache of a move.
 
     Attributes:
-        COPYING: steps run; senders copy what is there, receivers keep what arrives.
-        COPIED: everything that was there has been copied once, and was reported.
-        HANDOVER: no step runs; senders send the rest, receivers wait for it.
+        COPYING: steps run; it sends what is in the KV cache and keeps what arrives.
+        COPIED: has reported that everything was sent once; steps run, so copying goes on.
+        HANDOVER: no step runs; it sends the rest, and waits for the rest from others.
         ASSEMBLING: all has arrived; the compute thread assembles the new stage's KV cache.
         ASSEMBLED: the new stage has its KV cache.
-        FAILED: a failure was reported; nothing more is done.
+        FAILED: has reported a failure, and does nothing more.
     """
 
     COPYING = "copying"
@@ -74,8 +77,16 @@ class HandoverState(Enum):
     FAILED = "failed"
 
 
-class HandoverCause(Enum):
-    """What leads to the next state."""
+class KVMoveCause(Enum):
+    """What changes the state of the KV cache of a move.
+
+    Attributes:
+        ALL_COPIED: everything that was in the KV cache was sent and acknowledged.
+        STEPS_ENDED: the coordinator ordered the handover; no step runs.
+        ALL_ARRIVED: every range for the new stage is here to its end.
+        ASSEMBLED: the compute thread has assembled the new stage's KV cache.
+        FAILED: something could not be sent, received or assembled.
+    """
 
     ALL_COPIED = "all copied"
     STEPS_ENDED = "steps ended"
@@ -84,9 +95,9 @@ class HandoverCause(Enum):
     FAILED = "failed"
 
 
-_S, _C = HandoverState, HandoverCause
-HANDOVER_STATES = StateTable(
-    "a worker's handover of KV cache",
+_S, _C = KVMoveState, KVMoveCause
+KV_MOVE_STATES = StateTable(
+    "the KV cache of a move on one worker",
     _S.COPYING,
     {
         (_S.COPYING, _C.ALL_COPIED): _S.COPIED,
@@ -108,24 +119,24 @@ class _Arrival:
     """The KV cache of one range of layers, on its way from another worker.
 
     Attributes:
-        sender: the peer that sent the first message; no other one may send.
+        peer: that sent the first message; no other one may send. None before it.
         received: number of the latest message that has arrived.
         imported: number of the latest message that the compute thread has kept.
         ended: the latest message is the last.
     """
 
-    sender: PeerId | None = None
+    peer: PeerId | None = None
     received: int = 0
     imported: int = 0
     ended: bool = False
 
 
-class KVHandover:
-    """The KV cache that one worker sends and receives for one new epoch.
+class KVMove:
+    """One worker's part in one move.
 
     Args:
         session: of the worker, for orders.
-        epoch: the new one.
+        epoch: to which the layers move.
         imports: layers whose KV cache other workers send here.
         has_new_stage: a stage of the new epoch is prepared here, and needs a KV cache.
     """
@@ -141,14 +152,14 @@ class KVHandover:
         self.epoch = epoch
         self._session = session
         self._has_new_stage = has_new_stage
-        self._state = HANDOVER_STATES.initial
+        self._state = KV_MOVE_STATES.initial
         self._arrivals = {layers: _Arrival() for layers in imports}
-        self._transfers: dict[LayerRange, Transfer] = {}
+        self._senders: dict[LayerRange, KVSender] = {}
         self._arrive_by = math.inf
 
     @property
     def has_failed(self) -> bool:
-        """Whether a failure was reported; nothing more is done then."""
+        """Whether a failure was reported."""
         return self._state is _S.FAILED
 
     @property
@@ -158,36 +169,36 @@ class KVHandover:
 
     def copy(self, order: CopyKV, now: float) -> list[Action]:
         """Begin to copy."""
-        if self.has_failed or self._transfers:
+        if self.has_failed or self._senders:
             return [Log(f"ignored a second order to copy for plan {self.epoch}", "warning")]
-        for what in order.transfers:
-            self._transfers[what.layers] = Transfer(
-                self._session, self.epoch, order.link_key, what, now
+        for transfer in order.transfers:
+            self._senders[transfer.layers] = KVSender(
+                self._session, self.epoch, order.link_key, transfer, now
             )
-        named = ", ".join(f"{what.layers} to {what.worker}" for what in order.transfers)
+        named = ", ".join(f"{each.layers} to {each.worker}" for each in order.transfers)
         actions: list[Action] = [Log(f"sends the KV cache of layers {named} (plan {self.epoch})")]
-        for transfer in self._transfers.values():
-            actions += transfer.begin()
+        for sender in self._senders.values():
+            actions += sender.begin()
         return actions
 
-    def begin(self, now: float) -> list[Action]:
+    def hand_over(self, now: float) -> list[Action]:
         """Begin the handover: no step of the served epoch runs any more."""
         if self._state not in (_S.COPYING, _S.COPIED):
             return []
         self._change(_C.STEPS_ENDED)
         self._wait_for_arrivals(now)
         actions: list[Action] = []
-        for transfer in self._transfers.values():
-            actions += transfer.send_rest()
+        for sender in self._senders.values():
+            actions += sender.send_rest()
         return [*actions, *self._assemble()]
 
     def end(self) -> list[Action]:
-        """Close the links; the handover must not be used any more."""
-        transfers, self._transfers = self._transfers, {}
-        return [action for transfer in transfers.values() for action in transfer.end()]
+        """Close the links; this must not be used any more."""
+        senders, self._senders = self._senders, {}
+        return [action for sender in senders.values() for action in sender.end()]
 
     def fail(self, code: str, message: str, worker: str = "") -> list[Action]:
-        """Report a failure and end the handover; only the first failure is reported.
+        """Report a failure and do nothing more; later failures are not reported.
 
         Args:
             code: of the error.
@@ -214,58 +225,58 @@ class KVHandover:
             case _:
                 assert_never(event)
 
-    def _change(self, cause: HandoverCause) -> None:
-        self._state = HANDOVER_STATES.after(self._state, cause)
+    def _change(self, cause: KVMoveCause) -> None:
+        self._state = KV_MOVE_STATES.after(self._state, cause)
 
     def _order_failed(self, event: KVOrderFailed) -> list[Action]:
         worker = ""
-        if isinstance(event.order, ExportKV) and event.order.layers in self._transfers:
-            worker = self._transfers[event.order.layers].worker
+        if isinstance(event.order, ExportKV) and event.order.layers in self._senders:
+            worker = self._senders[event.order.layers].worker
         return self.fail(event.error.code, str(event.error), worker)
 
     # -------------------------------------------------------------- sending
 
     def link_changed(self, event: LinkChange, now: float) -> list[Action]:
-        """Handle an event of the link of a transfer."""
-        transfer = self._transfers.get(event.link.layers) if event.link.layers else None
-        if transfer is None:
+        """Handle an event of the link to a receiver."""
+        sender = self._senders.get(event.link.layers) if event.link.layers else None
+        if sender is None:
             return []
         match event:
             case LinkReached(address=address):
-                return transfer.reached(address, now)
+                return sender.reached(address, now)
             case LinkUp():
-                return transfer.welcomed()
+                return sender.welcomed()
             case LinkReceived(message=message):
-                return self._receiver_said(transfer, message, now)
+                return self._receiver_said(sender, message, now)
             case LinkDown():
-                why = f"The connection to {transfer.worker} was lost while KV cache was sent there."
-                return self.fail("connection_failed", why, transfer.worker)
+                why = f"The connection to {sender.worker} was lost while KV cache was sent there."
+                return self.fail("connection_failed", why, sender.worker)
             case _:
                 assert_never(event)
 
     def _receiver_said(
-        self, transfer: Transfer, message: KVTaken | PeerProbed, now: float
+        self, sender: KVSender, message: KVTaken | PeerProbed, now: float
     ) -> list[Action]:
         match message:
             case KVTaken():
-                return [*transfer.acknowledged(message, now), *self._report_copied()]
+                return [*sender.acknowledged(message, now), *self._report_copied()]
             case PeerProbed():
                 return []  # nothing was probed over this link
             case _:
                 assert_never(message)
 
     def _exported(self, event: KVExported, now: float) -> list[Action]:
-        transfer = self._transfers.get(event.order.layers)
-        if transfer is None:
+        sender = self._senders.get(event.order.layers)
+        if sender is None:
             return []
-        return [*transfer.exported(event, now), *self._report_copied()]
+        return [*sender.exported(event, now), *self._report_copied()]
 
     def _report_copied(self) -> list[Action]:
-        all_idle = all(transfer.is_idle for transfer in self._transfers.values())
+        all_idle = all(sender.is_idle for sender in self._senders.values())
         if self._state is not _S.COPYING or not all_idle:
             return []
         self._change(_C.ALL_COPIED)
-        sent_bytes = sum(transfer.sent_bytes for transfer in self._transfers.values())
+        sent_bytes = sum(sender.sent_bytes for sender in self._senders.values())
         return [
             Send(KVCopied(epoch=self.epoch, bytes_sent=sent_bytes)),
             Log(f"sent {size_text(sent_bytes)} of KV cache (plan {self.epoch})"),
@@ -280,9 +291,9 @@ class KVHandover:
         arrival = self._arrivals.get(message.layers)
         if self.has_failed or arrival is None:
             return []
-        if arrival.sender is None:
-            arrival.sender = peer
-        if arrival.sender != peer or message.number <= arrival.received:
+        if arrival.peer is None:
+            arrival.peer = peer
+        if arrival.peer != peer or message.number <= arrival.received:
             return []
         in_order = message.number == arrival.received + 1
         if not in_order or message.number - arrival.imported > WINDOW or arrival.ended:
@@ -301,11 +312,11 @@ class KVHandover:
         """Acknowledge a message that is kept; it may have been the last one."""
         message = event.order.message
         arrival = self._arrivals.get(message.layers)
-        if arrival is None or arrival.sender is None:
+        if arrival is None or arrival.peer is None:
             return []
         arrival.imported = message.number
         taken = KVTaken(epoch=self.epoch, layers=message.layers, number=message.number)
-        return [SendToPeer(arrival.sender, taken), *self._assemble()]
+        return [SendToPeer(arrival.peer, taken), *self._assemble()]
 
     def _assemble(self) -> list[Action]:
         """Order the new stage's KV cache, once no step runs and everything is here."""
@@ -333,7 +344,7 @@ class KVHandover:
         """Return when `on_timer` is next due, clock seconds; infinity if never."""
         if self.has_failed:
             return math.inf
-        dues = [transfer.next_deadline() for transfer in self._transfers.values()]
+        dues = [sender.next_deadline() for sender in self._senders.values()]
         return min([self._arrive_by, *dues])
 
     def on_timer(self, now: float) -> list[Action]:
@@ -348,8 +359,8 @@ class KVHandover:
             )
             return self.fail("deadline_exceeded", why)
         actions: list[Action] = []
-        for transfer in self._transfers.values():
-            if why := transfer.why_failed(now):
-                return self.fail("connection_failed", f"{transfer.worker} {why}.", transfer.worker)
-            actions += transfer.on_timer(now)
+        for sender in self._senders.values():
+            if why := sender.why_failed(now):
+                return self.fail("connection_failed", f"{sender.worker} {why}.", sender.worker)
+            actions += sender.on_timer(now)
         return actions

@@ -311,7 +311,7 @@ def test_newer_order_takes_the_place_of_what_loads() -> None:
     assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(7))]
 
 
-def test_newer_order_takes_back_that_layers_were_handed_over() -> None:
+def test_newer_order_undoes_a_handover_that_has_begun() -> None:
     agent = both()
     hear(agent, TakeOver(epoch=Epoch(5)))
     hear(agent, beside(7))
@@ -347,11 +347,11 @@ def test_worker_that_serves_nothing_and_has_another_checkpoint_ends() -> None:
 # ------------------------------------------------------------------ the commit
 
 
-@pytest.mark.parametrize("after", ["nothing", "take over"])
+@pytest.mark.parametrize("after", ["loading", "handover"])
 def test_dropping_the_old_epoch_serves_the_new_one(after: str) -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=1), b"1234")
-    if after == "take over":
+    if after == "handover":
         (assemble,) = hear(agent, TakeOver(epoch=Epoch(5)))
         assert do(agent, KVAssembled(assemble)) == [Send(TookOver(epoch=5))]  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(5))]
@@ -405,11 +405,11 @@ def test_worker_of_the_old_epoch_only_loses_its_layers() -> None:
     assert all(isinstance(action, Probe) for action in done)
 
 
-@pytest.mark.parametrize("sort", ["loading", "taking over"])
-def test_task_that_comes_too_early_is_refused(sort: str) -> None:
+@pytest.mark.parametrize("during", ["loading", "handover"])
+def test_task_that_comes_too_early_is_refused(during: str) -> None:
     agent = serving_3()
     hear(agent, beside())
-    if sort == "taking over":
+    if during == "handover":
         do(agent, loaded(5))
         hear(agent, TakeOver(epoch=Epoch(5)))
     (said,) = hear(agent, task(5, step=4))
@@ -459,16 +459,16 @@ def phases() -> dict[str, list[Any]]:
         LinkUp(TO_NAS, 0.001),
         PeerReceived(SENDER, pieces(1, COMES), (b"",)),
     ]
-    over = [*copying, TakeOver(epoch=Epoch(5))]
+    handover = [*copying, TakeOver(epoch=Epoch(5))]
     last = PeerReceived(SENDER, end(2, COMES), (b"",))
     first = ImportKV(0, pieces(1, COMES), (b"",))
     second = ImportKV(0, end(2, COMES), (b"",))
-    assembling = [*over, last, KVImported(first), KVImported(second)]
+    assembling = [*handover, last, KVImported(first), KVImported(second)]
     return {
         "loading": load,
         "loaded": ready,
         "copying": copying,
-        "handover": over,
+        "handover": handover,
         "assembling": assembling,
         "assembled": [*assembling, KVAssembled(AssembleKV(0, Epoch(5)))],
     }
@@ -727,7 +727,7 @@ def test_failure_ends_all_transfers_and_is_told_once() -> None:
     assert pass_time(agent, 100.0) == []
 
 
-def test_coordinator_may_begin_the_new_epoch_without_after_a_failure() -> None:
+def test_coordinator_may_commit_after_a_failure() -> None:
     agent = both()
     (assemble,) = hear(agent, TakeOver(epoch=Epoch(5)))
     do(agent, KVOrderFailed(assemble, StageError("no")))  # type: ignore[arg-type]
@@ -930,10 +930,10 @@ def test_kv_cache_that_comes_after_the_commit_is_dropped() -> None:
     assert arrive(agent, pieces(1, COMES)) == []
 
 
-# ------------------------------------------------------------------ tasks that were handed over
+# ------------------------------------------------------------------ tasks before the handover
 
 
-def test_tasks_from_before_the_handover_stay_void_when_it_is_taken_back() -> None:
+def test_tasks_from_before_the_handover_stay_void_when_the_move_is_undone() -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=7), b"1234")
     hear(agent, TakeOver(epoch=Epoch(5)))
@@ -945,7 +945,7 @@ def test_tasks_from_before_the_handover_stay_void_when_it_is_taken_back() -> Non
     assert_serves(agent, 3, 8)
 
 
-def test_as_many_tasks_as_ever_may_wait_after_a_cancelled_handover() -> None:
+def test_as_many_tasks_as_before_may_wait_after_the_move_is_undone() -> None:
     agent = both()
     for step in range(32):
         run_of(agent, task(3, step=step), b"1234")

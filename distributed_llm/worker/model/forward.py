@@ -1,0 +1,96 @@
+"""Runs the layers of a stage on the packed batch of one step: one forward pass."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from distributed_llm.common.errors import StageError
+from distributed_llm.worker.model.attention import PackedStep, running
+from distributed_llm.worker.model.kernels import kernels_for
+from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
+from distributed_llm.worker.model.shared_weights import StageModel
+
+
+class Forward:
+    """The forward pass of one stage.
+
+    Args:
+        stage_model: with the layers; the hooks on them belong to this object.
+        num_layers: of the whole model.
+        device: to compute on.
+        dtype: to compute in.
+    """
+
+    def __init__(
+        self, stage_model: StageModel, num_layers: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._model = stage_model.model
+        self._decoder = stage_model.decoder
+        self._device = device
+        self._dtype = dtype
+        self._hooks = LayerHooks(
+            stage_model.layers,
+            first=stage_model.numbers.start == 0,
+            last=stage_model.numbers.stop == num_layers,
+            new_event=event_type(device),
+            after_layer=None,
+        )
+
+    @property
+    def progress(self) -> Callable[[], None] | None:
+        """A function that is called after each layer, in the thread of `run`."""
+        return self._hooks.after_layer
+
+    @progress.setter
+    def progress(self, listener: Callable[[], None] | None) -> None:
+        self._hooks.after_layer = listener
+
+    @property
+    def layers_s(self) -> float:
+        """Seconds that the layers took in the latest complete pass; see `LayerHooks.seconds`."""
+        return self._hooks.seconds
+
+    @torch.inference_mode()
+    def run(
+        self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
+    ) -> Tensor | None:
+        """Return hidden states [tokens, hidden_size], or logits on the last stage.
+
+        Appends the keys and values of the step to the KV cache.
+
+        Args:
+            step: to compute.
+            token_ids: int32 [tokens].
+            hidden_states: [tokens, hidden_size] from the previous stage; None on the first stage.
+            rows: of the packed batch to return logits for, [len(rows), vocab_size]; empty on all
+                stages but the last. On the last stage None is returned if it is empty.
+
+        Raises:
+            StageError: a layer did not call its attention exactly once.
+        """
+        positions = [torch.arange(s.start, s.start + s.num_tokens) for s in step.slices]
+        inputs = {
+            "input_ids": token_ids.to(self._device, torch.int64)[None],
+            "position_ids": torch.cat(positions).to(self._device)[None],
+            "use_cache": False,
+        }
+        if hidden_states is not None:
+            self._hooks.incoming = hidden_states.to(self._device, self._dtype)[None]
+        try:
+            with running(step), kernels_for(len(token_ids)):
+                if rows:
+                    kept = torch.tensor(rows, device=self._device)
+                    output = self._model(**inputs, logits_to_keep=kept).logits
+                else:
+                    self._decoder(**inputs)
+                    output = self._hooks.outgoing
+        finally:
+            self._hooks.forget()
+        _check_every_layer_ran(step)
+        return None if output is None else output[0]
+
+
+def _check_every_layer_ran(step: PackedStep) -> None:
+    if any(count != 1 for count in step.appended):
+        raise StageError(f"the layers called their attention {step.appended} times; once is right")
