@@ -54,16 +54,18 @@ class Stepping:
         if pipeline is None or pipeline.in_flight is None or pipeline.scheduler is None:
             return []
         outcome = pipeline.in_flight.result(worker.peer, result, frames, now=now)
+        overtaken = pipeline.in_flight.has_overtaken
         match outcome:
             case SendTask():
-                return [sending(outcome)]
+                return self._overtaken(pipeline, now) if overtaken else [sending(outcome)]
             case StepDone():
                 are_current = pipeline.scheduler.complete(outcome.step)
                 pipeline.observe(outcome, now=now)
                 self._rebalancing.observe(pipeline, outcome, now=now)
                 self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
                 self._count(pipeline, outcome)
-                return self._book.step_done(outcome, are_current, now=now)
+                actions = self._book.step_done(outcome, are_current, now=now)
+                return [*actions, *self._overtaken(pipeline, now)] if overtaken else actions
             case StepBroken():
                 return self._broken(pipeline, outcome, worker)
             case Dropped():
@@ -118,11 +120,8 @@ class Stepping:
             if pipeline.in_flight is None:
                 continue  # it lost a worker that was given up in this loop
             due = pipeline.in_flight.expired(now=now)
-            if due == "abandon":
-                actions.append(self._log.note(EventKind.STEPS_STUCK, epoch=pipeline.epoch))
-                pipeline.abandon_steps()
-            elif due is not None:
-                actions += self._give_up(due, now)
+            if due is not None:
+                actions += self._lost(pipeline, due, now)
         leases = (
             pipeline.in_flight.next_deadline()
             for pipeline in self._pipelines.serving
@@ -130,6 +129,20 @@ class Stepping:
         )
         self._leases_at = min((at for at in leases if at is not None), default=None)
         return actions
+
+    def _overtaken(self, pipeline: Pipeline, now: float) -> list[Action]:
+        """Handle the loss of a step that a newer one came past."""
+        assert pipeline.in_flight is not None
+        return self._lost(pipeline, pipeline.in_flight.overtaken(), now)
+
+    def _lost(
+        self, pipeline: Pipeline, due: PeerId | Literal["abandon"], now: float
+    ) -> list[Action]:
+        """Compute steps again, or give up the worker at `due` that made no progress on one."""
+        if due != "abandon":
+            return self._give_up(due, now)
+        pipeline.abandon_steps()
+        return [self._log.note(EventKind.STEPS_STUCK, epoch=pipeline.epoch)]
 
     def _broken(self, pipeline: Pipeline, broken: StepBroken, worker: Worker) -> list[Action]:
         """Suspect the answers in a broken step, and abandon all steps in flight."""

@@ -10,6 +10,9 @@ from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from tests.unit.fake_model import NUM_LAYERS
 
+_LEASES = 5
+"""How long a step may be in flight, in leases: two may run out, and each may be renewed."""
+
 
 class Checker:
     """Asserts invariants of a core that hold in public and those that its parts assert themselves.
@@ -63,6 +66,7 @@ class Checker:
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
         self._check_numbers()
         self._check_nobody_idles()
+        self._check_steps_end(now)
 
     def _check_text_orders(
         self, event: events.Event | None, actions: Sequence[events.Action], now: float
@@ -125,6 +129,13 @@ class Checker:
             if scheduler and in_flight and not scheduler.num_running and not in_flight.num_steps:
                 needed = answer.request.reserved_tokens
                 assert needed > pipeline.kv_tokens, "an answer waits for nothing"
+
+    def _check_steps_end(self, now: float) -> None:
+        """Every step ends, or is noticed to be lost, whatever becomes of other steps."""
+        limit_s = _LEASES * self._settings.task_timeout_s
+        for pipeline in self._core._pipelines.all:
+            for flight in pipeline.in_flight._flights.values() if pipeline.in_flight else ():
+                assert now - flight.began_at <= limit_s, f"step {flight.number} was lost"
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""

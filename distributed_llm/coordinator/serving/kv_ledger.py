@@ -420,8 +420,9 @@ class KVLedger:
             for segment in sequence.segments:
                 holders.setdefault(segment, set()).add(i)
         assert all(segment.holders == ids for segment, ids in holders.items())
-        for segment, ids in holders.items():
-            assert segment.num_keeping == sum(not self._sequences[i].can_be_freed for i in ids)
+        for segment, held_by in holders.items():
+            kept_by = [i for i in held_by if not self._sequences[i].can_be_freed]
+            assert segment.num_keeping == len(kept_by)
         freeable = (segment.blocks for segment in holders if not segment.num_keeping)
         assert self._reclaimable == sum(freeable)
         assert self._used == sum(segment.blocks for segment in holders)

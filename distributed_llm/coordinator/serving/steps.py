@@ -5,9 +5,9 @@ one directly where it can, and through the coordinator where it cannot; the last
 result to the coordinator. No more steps are in flight than the credits that every stage granted.
 
 Every step has a lease, which is renewed by each result and by progress that stages report. When a
-lease runs out, a link breaks or a stage fails, all steps in flight are abandoned: later tasks carry
-the number of the oldest step that is not (`oldest`), and stages drop older ones. Only time is lost,
-because tasks are idempotent.
+lease runs out, a newer step comes past an older one, a link breaks or a stage fails, all steps in
+flight are abandoned: later tasks carry the number of the oldest step that is not (`oldest`), and
+stages drop older ones. Only time is lost, because tasks are idempotent.
 
 The first time that a lease runs out, it is not known which worker has the step. From then on steps
 pass through the coordinator at every hop. If another lease runs out before any step has ended, the
@@ -158,6 +158,7 @@ class StepsInFlight:
         self._relay_steps = 0  # number of next steps that are relayed at every hop
         self._next_relay_steps = _RELAY_STEPS
         self._flights: dict[StepNumber, _StepInFlight] = {}
+        self._passed = [0] * len(self.stages)  # newest step that is known to have left each stage
         self._to_release: dict[SequenceId, None] = {}
         self._next_step = self._oldest = StepNumber(1)
 
@@ -231,6 +232,7 @@ class StepsInFlight:
             self.release(flight.released)  # some stages may not have got the task
         self._flights.clear()
         self._oldest = self._next_step
+        self._passed = [0] * len(self.stages)
         return steps
 
     def result(
@@ -258,6 +260,9 @@ class StepsInFlight:
                 epoch=self.epoch, step=flight.number, code="shape_mismatch", message=wrong
             )
             return self._break(flight, failure)
+        self._passed[: stage + 1] = [
+            max(flight.number, newest) for newest in self._passed[: stage + 1]
+        ]
         if last:
             return self._done(flight, result, frames, now)
         flight.stage = stage + 1
@@ -287,6 +292,25 @@ class StepsInFlight:
         """Return when the next lease runs out, clock seconds, or None."""
         return min((flight.deadline for flight in self._flights.values()), default=None)
 
+    @property
+    def has_overtaken(self) -> bool:
+        """Whether a step came past an older one, which is lost: on a route they keep their order.
+
+        Progress on newer steps renews its lease for as long as there are any.
+        """
+        oldest = next(iter(self._flights.values()), None)
+        return oldest is not None and oldest.number < self._passed[oldest.stage]
+
+    def overtaken(self) -> PeerId | Literal["abandon"]:
+        """Return what to do about a step that was overtaken; as for `expired`.
+
+        While steps are relayed at every hop, its worker got it and has let a newer one pass.
+        """
+        oldest = next(iter(self._flights.values()))
+        if self._relay_steps and not any(oldest.route):
+            return self.stages[oldest.stage].peer
+        return self._suspect()
+
     def expired(self, *, now: float) -> PeerId | Literal["abandon"] | None:
         """Return what to do about leases that have run out; None if none has.
 
@@ -298,6 +322,10 @@ class StepsInFlight:
             return None
         if self._suspected:
             return self.stages[late[0].stage].peer
+        return self._suspect()
+
+    def _suspect(self) -> Literal["abandon"]:
+        """Relay the next steps at every hop, so that it is known who has them."""
         self._suspected = True
         self._relay_steps = self._next_relay_steps
         self._next_relay_steps = min(2 * self._relay_steps, _MAX_RELAY_STEPS)
