@@ -377,8 +377,8 @@ class Core:
             self._admission.admit(now=now)
         if sends:
             self._stepping.began(now=now)
-        first = [action for action in actions if _voids_tasks(action)]
-        return [*first, *sends, *(action for action in actions if not _voids_tasks(action))]
+        first = [action for action in actions if _must_precede_tasks(action)]
+        return [*first, *sends, *(action for action in actions if not _must_precede_tasks(action))]
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -402,6 +402,6 @@ class Core:
             assert any(steps and steps.num_steps for steps in roomy), "answers wait for nothing"
 
 
-def _voids_tasks(action: Action) -> bool:
+def _must_precede_tasks(action: Action) -> bool:
     """Return whether a worker drops new tasks until it has got the message of this action."""
     return isinstance(action, Send) and isinstance(action.message, CancelStage)

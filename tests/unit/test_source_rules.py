@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("distributed_llm", "benchmarks", "scripts")
@@ -144,3 +145,31 @@ def test_the_checker_finds(source: str) -> None:
 )
 def test_the_checker_lets_pass(source: str) -> None:
     assert violations(source) == []
+
+
+# ------------------------------------------------------------------ who may import what
+
+COORDINATOR = "distributed_llm.coordinator"
+MATHEMATICS = {
+    *("bisect", "collections.abc", "dataclasses", "functools", "itertools", "math", "typing"),
+    *("numpy", "numpy.typing", "numpy.lib.stride_tricks"),
+    "distributed_llm.common.types",
+    *(f"{COORDINATOR}.{name}" for name in ("model_cost", "partition", "plan")),
+}
+"""What `coordinator/partition` may import."""
+
+
+def test_the_partition_is_mathematics_only() -> None:
+    folder = ROOT / "distributed_llm/coordinator/partition"
+    modules = {
+        module
+        for path in folder.glob("*.py")
+        for _, module, _ in imported(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    own = {module for module in modules if module.startswith(f"{COORDINATOR}.partition.")}
+    assert modules - own <= MATHEMATICS
+    assert f"{COORDINATOR}.plan" in modules, "imports are found"
+
+
+def test_rooms_import_only_what_stands_below_them() -> None:
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0

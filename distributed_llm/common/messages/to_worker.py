@@ -218,7 +218,9 @@ class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
 
 
 class MayLeave(Message, frozen=True, kw_only=True, tag="may_leave"):
-    """Coordinator -> worker: it may leave; no stage needs it. Answers `Leaving`, or a drain.
+    """Coordinator -> worker, after `Leaving` or a drain: it may leave.
+
+    Others have its layers, or nobody can have them.
 
     Attributes:
         why: reason, for people.

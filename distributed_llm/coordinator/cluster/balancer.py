@@ -95,7 +95,7 @@ class Balancer:
         return Verdict("move", faster)
 
     def moved(self, left: LayerMap, *, now: float) -> None:
-        """Record that the pipeline has left a layer map for another one."""
+        """Record that a move away from a layer map begins; one that is undone counts too."""
         self._moves = self._recent_moves(now) + 1.0
         self._moved_at = now
         self._left[left] = (self._times_left(left, now) + 1.0, now)

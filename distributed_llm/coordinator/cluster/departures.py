@@ -232,10 +232,10 @@ class Departures:
             worker = self._registry.worker(peer)
             if worker is not None and departure.question is answer.question:
                 departure.question = None
-                return self._hand_over(worker, departure, answer, now)
+                return self._act_on(worker, departure, answer, now)
         return []
 
-    def _hand_over(
+    def _act_on(
         self, worker: Worker, departure: _Departure, answer: PlanAnswer, now: float
     ) -> list[Action]:
         pipeline = self._pipelines.pipeline_of(worker.peer)

@@ -30,7 +30,8 @@ class Moves:
         move: the one that is under way, or None.
         prices: tells what moves are expected to cost.
         num_moves: that were committed.
-        failures: how many moves in a row were undone.
+        failures: how many moves in a row were undone, without those that showed for the first time
+            that two workers cannot reach each other.
         undone_at: when the latest move was undone, clock seconds.
     """
 
@@ -155,7 +156,10 @@ class Moves:
             move.took_over(worker.peer)
 
     def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
-        """Undo the move: a worker cannot send its KV cache, and later moves expect so."""
+        """Undo the move: KV cache cannot be sent, received or assembled.
+
+        Later moves between the same two workers do not copy.
+        """
         move = self._move_of(worker, failed.epoch)
         if move is None:
             return []

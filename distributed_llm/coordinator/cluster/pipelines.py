@@ -77,7 +77,7 @@ class Pipelines:
 
     @property
     def serving(self) -> list[Pipeline]:
-        """Those that serve."""
+        """Those that serve or are paused, oldest first."""
         return [pipeline for pipeline in self._by_epoch.values() if pipeline.in_flight]
 
     def pipeline_of(self, peer: PeerId) -> Pipeline | None:

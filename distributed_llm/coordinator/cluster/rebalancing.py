@@ -42,7 +42,7 @@ _AS_GOOD = 0.97
 """Two pipelines are preferred to one longer one if they have this share of its rate."""
 
 _RETRY_S = 10.0
-"""Seconds without a search after a move was undone; twice as many for each further one."""
+"""Seconds without a search after a move was undone; 30 after a second one in a row, then 70, ..."""
 
 
 @dataclass

@@ -5,8 +5,7 @@ received from one other worker. Before the handover steps run, and what they add
 again. The handover begins when the coordinator says that no step runs: senders send the rest, and a
 new stage assembles its KV cache as soon as everything has arrived for it.
 
-The first failure is reported, and nothing more is done here. The coordinator then undoes the move,
-or commits it with empty KV caches.
+The first failure is reported, and nothing more is done here: the coordinator then undoes the move.
 """
 
 import math
