@@ -97,17 +97,15 @@ class Core:
         self._departures = Departures(cluster, planner, self._replanning, self._moves)
         self._rebalancing = Rebalancing(cluster, planner, self._replanning, self._moves)
         self._membership = Membership(cluster, self._replanning, self._moves, self._departures)
-        self._stepping = Stepping(
-            cluster, self._moves, self._rebalancing, give_up=self._give_up_stuck
-        )
+        self._stepping = Stepping(cluster, self._moves, self._rebalancing, give_up=self._give_up)
         self._admission = Admission(cluster.book, cluster.event_log)
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book
         self._event_log = cluster.event_log
 
-    def _give_up_stuck(self, peer: PeerId, now: float) -> list[Action]:
-        return self._membership.give_up(peer, "made no progress on a task", now=now)
+    def _give_up(self, peer: PeerId, why: str, now: float) -> list[Action]:
+        return self._membership.give_up(peer, why, now=now)
 
     # -------------------------------------------------------------- what the edge calls
 
@@ -275,7 +273,7 @@ class Core:
             case TaskResult():
                 return self._stepping.result(worker, message, frames, now=now)
             case TaskFailed():
-                return self._stepping.failed(worker, message)
+                return self._stepping.failed(worker, message, now=now)
             case LinkReport():
                 return self._stepping.link_report(worker, message)
             case Remeasured():

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal, assert_never
 
-from distributed_llm.common.messages import LinkReport, TaskFailed, TaskResult
+from distributed_llm.common.messages import NOT_SERVED, LinkReport, TaskFailed, TaskResult
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import Epoch, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
@@ -21,7 +21,7 @@ class Stepping:
     """Handles results, failures and leases of the steps in flight, and reports of links.
 
     Args:
-        give_up: called with a worker that made no progress on a step.
+        give_up: called with a worker that is of no use, why, and the time.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Stepping:
         moves: Moves,
         rebalancing: Rebalancing,
         *,
-        give_up: Callable[[PeerId, float], list[Action]],
+        give_up: Callable[[PeerId, str, float], list[Action]],
     ) -> None:
         self._cluster = cluster
         self._pipelines = cluster.pipelines
@@ -74,7 +74,7 @@ class Stepping:
             case _:
                 assert_never(outcome)
 
-    def failed(self, worker: Worker, failed: TaskFailed) -> list[Action]:
+    def failed(self, worker: Worker, failed: TaskFailed, *, now: float) -> list[Action]:
         """Retry the answers in a step that a stage could not run."""
         pipeline = self._pipeline_at(worker, failed.epoch)
         if pipeline is None or pipeline.in_flight is None:
@@ -83,6 +83,8 @@ class Stepping:
         if isinstance(outcome, Dropped):
             self._log.rejected[outcome.reason] += 1
             return []
+        if failed.code == NOT_SERVED:
+            return self._give_up(worker.peer, "serves another plan", now)
         return self._broken(pipeline, outcome, worker)
 
     def link_report(self, worker: Worker, report: LinkReport) -> list[Action]:
@@ -140,7 +142,7 @@ class Stepping:
     ) -> list[Action]:
         """Compute steps again, or give up the worker at `due` that made no progress on one."""
         if due != "abandon":
-            return self._give_up(due, now)
+            return self._give_up(due, "made no progress on a task", now)
         pipeline.abandon_steps()
         return [self._log.note(EventKind.STEPS_STUCK, epoch=pipeline.epoch)]
 

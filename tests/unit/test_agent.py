@@ -13,6 +13,7 @@ from distributed_llm.common.errors import (
     StageError,
 )
 from distributed_llm.common.messages import (
+    NOT_SERVED,
     CancelStage,
     Capabilities,
     DropStage,
@@ -354,10 +355,16 @@ def test_orders_are_carried_out() -> None:
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 4])
-def test_work_of_another_epoch_is_ignored(epoch: int) -> None:
+def test_work_of_another_epoch_is_not_done_and_the_coordinator_told(epoch: int) -> None:
     agent = joined()
     hear(agent, order(3))
-    assert hear(agent, task(epoch)) == []
+    failure = TaskFailed(
+        epoch=Epoch(epoch),
+        step=task(epoch).step,
+        code=NOT_SERVED,
+        message=f"Worker pc-2 does not serve plan {epoch}.",
+    )
+    assert hear(agent, task(epoch)) == [Send(failure)]
     assert hear(agent, ReleaseSequences(epoch=Epoch(epoch), sequence_ids=(SequenceId(1),))) == []
 
 
@@ -374,7 +381,9 @@ def test_dropped_epoch_is_over() -> None:
     agent = joined()
     hear(agent, order(3))
     hear(agent, DropStage(epoch=Epoch(4)))
-    assert hear(agent, task(3)) == []
+    (send,) = hear(agent, task(3))
+    assert isinstance(send, Send)
+    assert isinstance(send.message, TaskFailed)
     assert hear(agent, order(4)) == []
 
 

@@ -317,7 +317,7 @@ class Script(World):
         if moved:
             self.pause()
             for worker in senders | holders:
-                self.say(worker, TakeOver(epoch=Epoch(epoch)))
+                self.say(worker, TakeOver(epoch=Epoch(epoch), first_step=StepNumber(1)))
             moved = phase(lambda: told.took_over == holders)
         if moved:
             before = self.serving_epoch

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from distributed_llm.common.messages import (
     ToWorker,
 )
 from distributed_llm.common.states import IllegalTransition, StateTable
-from distributed_llm.common.types import Epoch
+from distributed_llm.common.types import Epoch, StepNumber
 from distributed_llm.worker.session.agent import AGENT_STATES, Agent, AgentCause, AgentState
 from distributed_llm.worker.session.epoch_stage import (
     STAGE_STATES,
@@ -106,6 +107,11 @@ OF_AGENT: dict[tuple[Enum, Enum], Scenario] = {
     (A.LEAVING, CAUSE.STOPPED): then(leaving, MayLeave()),
 }
 
+
+def take_over(epoch: int) -> TakeOver:
+    return TakeOver(epoch=Epoch(epoch), first_step=StepNumber(100))
+
+
 S, WHY = StageState, StageCause
 OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
     (S.NEW, WHY.ORDERED_ALONE): then(joined, order(3)),
@@ -115,8 +121,8 @@ OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
     (S.PREPARING, WHY.COMMIT): then(serving_3, beside(5), DropStage(epoch=Epoch(3))),
     (S.COMMITTED, WHY.LOADED): then(serving_3, beside(5), DropStage(epoch=Epoch(3)), loaded(5)),
     (S.PREPARED, WHY.COMMIT): then(both, DropStage(epoch=Epoch(3))),
-    (S.SERVED, WHY.SUSPEND): then(both, TakeOver(epoch=Epoch(5))),
-    (S.SUSPENDED, WHY.RESUME): then(both, TakeOver(epoch=Epoch(5)), CancelStage(epoch=Epoch(5))),
+    (S.SERVED, WHY.SUSPEND): then(both, take_over(5)),
+    (S.SUSPENDED, WHY.RESUME): then(both, take_over(5), CancelStage(epoch=Epoch(5))),
     (S.LOADING, WHY.GIVE_UP): then(joined, order(3), Disconnected()),
     (S.PREPARING, WHY.GIVE_UP): then(serving_3, beside(5), CancelStage(epoch=Epoch(5))),
     (S.PREPARED, WHY.GIVE_UP): then(both, CancelStage(epoch=Epoch(5))),
@@ -124,11 +130,11 @@ OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
         serving_3, beside(5), DropStage(epoch=Epoch(3)), Disconnected()
     ),
     (S.SERVED, WHY.GIVE_UP): then(serving_3, DropStage(epoch=Epoch(3))),
-    (S.SUSPENDED, WHY.GIVE_UP): then(copied, TakeOver(epoch=Epoch(5)), DropStage(epoch=Epoch(3))),
+    (S.SUSPENDED, WHY.GIVE_UP): then(copied, take_over(5), DropStage(epoch=Epoch(3))),
 }
 
 H, STEP = KVMoveState, KVMoveCause
-TAKE_OVER = TakeOver(epoch=Epoch(5))
+TAKE_OVER = take_over(5)
 ASSEMBLED = KVAssembled(AssembleKV(0, Epoch(5)))
 NO_MEMORY = KVOrderFailed(AssembleKV(0, Epoch(5)), StageError("no"))
 OF_KV_MOVE: dict[tuple[Enum, Enum], Scenario] = {
@@ -195,7 +201,8 @@ def test_layers_that_are_loaded_twice_are_a_bug() -> None:
 def test_stage_that_was_given_up_is_not_used_again() -> None:
     stage = EpochStage(0, order(3), "pc")
     stage.give_up()
-    for use in (stage.loaded, stage.commit, stage.suspend, stage.resume, stage.give_up):
+    suspend = partial(stage.suspend, StepNumber(1))
+    for use in (stage.loaded, stage.commit, suspend, stage.resume, stage.give_up):
         with pytest.raises(IllegalTransition):
             use()
 

@@ -37,7 +37,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Epoch, LayerRange
+from distributed_llm.common.types import Epoch, LayerRange, StepNumber
 from distributed_llm.worker import service
 from distributed_llm.worker.compute.engine import Vitals
 from distributed_llm.worker.service import Worker
@@ -194,8 +194,8 @@ async def test_layers_move_with_their_kv_cache(monkeypatch: pytest.MonkeyPatch) 
         copied = await coordinator.hear("a", KVCopied)
         assert copied.bytes_sent == NUM_PIECES * PIECE_BYTES
         assert engines["b"].imported_bytes == NUM_PIECES * PIECE_BYTES
-        coordinator.say("b", TakeOver(epoch=Epoch(2)))
-        coordinator.say("a", TakeOver(epoch=Epoch(2)))
+        coordinator.say("b", TakeOver(epoch=Epoch(2), first_step=StepNumber(2)))
+        coordinator.say("a", TakeOver(epoch=Epoch(2), first_step=StepNumber(2)))
         for name in ("a", "b"):
             assert (await coordinator.hear(name, TookOver)).epoch == 2
         numbers = [order.message.number for order in engines["b"].orders_of(ImportKV)]
@@ -217,7 +217,7 @@ async def test_cancelled_move_leaves_the_old_epoch(monkeypatch: pytest.MonkeyPat
         await both_loaded(coordinator)
         coordinator.say("a", copy_to_b(coordinator))
         await coordinator.hear("a", KVCopied)
-        coordinator.say("a", TakeOver(epoch=Epoch(2)))
+        coordinator.say("a", TakeOver(epoch=Epoch(2), first_step=StepNumber(2)))
         await coordinator.hear("a", TookOver)
         for name in ("a", "b"):
             coordinator.say(name, CancelStage(epoch=Epoch(2)))

@@ -48,6 +48,7 @@ from distributed_llm.common.messages.from_client import (
     Ping,
 )
 from distributed_llm.common.messages.from_worker import (
+    NOT_SERVED,
     Goodbye,
     Heartbeat,
     KVCopied,
@@ -110,6 +111,7 @@ __all__ = [
     "MAX_SLICES",
     "MAX_STAGES",
     "MAX_TENSORS",
+    "NOT_SERVED",
     "PROTOCOL_VERSION",
     "Address",
     "Addresses",

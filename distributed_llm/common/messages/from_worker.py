@@ -127,6 +127,10 @@ class MissingPositions(Value, frozen=True, kw_only=True):
     have: Count
 
 
+NOT_SERVED = "not_served"
+"""Code of a task for a plan that the worker holds no layers of."""
+
+
 class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
     """Worker -> coordinator: a stage could not run a step.
 

@@ -124,9 +124,14 @@ class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
     A worker that sends KV cache sends what has changed since it was copied, and a manifest of what
     it holds. A worker with layers in `epoch` waits for that, adds its own KV cache and answers
     `TookOver`. Tasks of the served epoch are void from now on, unless `CancelStage` follows.
+
+    Attributes:
+        first_step: the first step that the served epoch will run if the move is undone. Its task may
+            come from another worker before `CancelStage` comes from here, and says the same.
     """
 
     epoch: Epoch
+    first_step: StepNumber
 
 
 class CancelStage(Message, frozen=True, kw_only=True, tag="cancel_stage"):

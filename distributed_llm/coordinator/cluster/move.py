@@ -204,7 +204,8 @@ class Move:
         receivers = {stage.peer for stage in self.new.stages}
         involved = receivers | {transfer.sender.peer for transfer in self.transfers}
         self._enter(_C.DRAINED, now, receivers)
-        return [Send(peer, TakeOver(epoch=self.new.epoch)) for peer in sorted(involved)]
+        order = TakeOver(epoch=self.new.epoch, first_step=in_flight.next_step)
+        return [Send(peer, order) for peer in sorted(involved)]
 
     def took_over(self, peer: PeerId) -> None:
         """Record that a new stage has its KV cache; once all have, the move is committed."""

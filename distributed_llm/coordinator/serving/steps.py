@@ -180,6 +180,11 @@ class StepsInFlight:
         )
 
     @property
+    def next_step(self) -> StepNumber:
+        """Number of the step that begins next."""
+        return self._next_step
+
+    @property
     def num_chunks(self) -> int:
         """Number of steps in flight with prefill chunks."""
         return sum(not flight.step.decodes for flight in self._flights.values())

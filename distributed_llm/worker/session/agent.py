@@ -328,8 +328,8 @@ class Agent:
                 return self._stages.load(message, now)
             case CopyKV():
                 return self._stages.copy_kv(message, now)
-            case TakeOver(epoch=epoch):
-                return self._stages.hand_over(epoch, now)
+            case TakeOver():
+                return self._stages.hand_over(message, now)
             case CancelStage(epoch=epoch):
                 return self._stages.cancel(epoch)
             case DropStage(epoch=epoch):

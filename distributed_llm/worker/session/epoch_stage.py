@@ -115,7 +115,6 @@ class EpochStage:
         self.state = STAGE_STATES.initial
         self._session = session
         self._oldest = 0  # all smaller steps are void
-        self._next = 0  # all steps that arrived are smaller
         self._pending: set[StepNumber] = set()  # steps that wait or run
         self._change(_C.ORDERED_BESIDE if order.beside else _C.ORDERED_ALONE)
 
@@ -142,10 +141,10 @@ class EpochStage:
         """Serve this stage, which was ordered beside another one."""
         self._change(_C.COMMIT)
 
-    def suspend(self) -> None:
-        """Run no more tasks; those that have arrived stay void even after `resume`."""
+    def suspend(self, first_step: StepNumber) -> None:
+        """Run no more tasks; all steps before `first_step` are void for good."""
         self._change(_C.SUSPEND)
-        self._oldest = self._next
+        self._oldest = max(self._oldest, first_step)
         self._pending.clear()
 
     def resume(self) -> None:
@@ -157,13 +156,16 @@ class EpochStage:
         self._change(_C.GIVE_UP)
         return self.peers.end()
 
+    def was_void(self, task: Task) -> bool:
+        """Return whether a task of this epoch was void when it was sent, as far as is known."""
+        return task.step < self._oldest
+
     def is_void(self, task: Task) -> bool:
         """Return whether the result of a task of this epoch is no longer wanted; thread-safe."""
         return self.state not in (_S.LOADING, _S.SERVED) or task.step < self._oldest
 
     def run(self, task: Task, frames: tuple[Frame, ...]) -> list[Action]:
         """Have a task of this epoch run, unless it is void, a repetition, or one too many."""
-        self._next = max(self._next, task.step + 1)
         if task.oldest > self._oldest:
             self._oldest = task.oldest
             self._pending = {step for step in self._pending if step >= task.oldest}

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from distributed_llm.common.messages import (
+    NOT_SERVED,
     CopyKV,
     KVEnd,
     KVFailed,
@@ -27,6 +28,7 @@ from distributed_llm.common.messages import (
     Remeasured,
     StageFailed,
     StageReady,
+    TakeOver,
     Task,
 )
 from distributed_llm.common.tensors import Frame
@@ -179,9 +181,9 @@ class Stages:
             return self._refuse(epoch, f"plan {self._kv_move.epoch} is to come next")
         return self._kv_move.copy(order, now)
 
-    def hand_over(self, epoch: Epoch, now: float) -> list[Action]:
-        """Begin the handover to `epoch`: no step of the served epoch runs any more."""
-        served, prepared = self._served, self._prepared
+    def hand_over(self, order: TakeOver, now: float) -> list[Action]:
+        """Begin the handover to an epoch: no step of the served epoch runs any more."""
+        served, prepared, epoch = self._served, self._prepared, order.epoch
         if served and epoch <= served.epoch:
             return [_ignored(epoch)]
         if self._kv_move is None or self._kv_move.epoch != epoch:
@@ -189,7 +191,7 @@ class Stages:
         if prepared and not prepared.is_loaded:
             return self._kv_move.fail("not_ready", _not_loaded(prepared))
         if served and served.state is StageState.SERVED:
-            served.suspend()
+            served.suspend(order.first_step)
         return self._kv_move.hand_over(now)
 
     def _refuse(self, epoch: Epoch, why: str) -> list[Action]:
@@ -252,10 +254,16 @@ class Stages:
     # -------------------------------------------------------------- tasks
 
     def run(self, task: Task, frames: tuple[Frame, ...], now: float) -> list[Action]:
-        """Have a task run; the first task of a prepared stage commits the move to it."""
+        """Have a task run.
+
+        The first task of a prepared stage commits the move to it, and the first one of a suspended
+        stage undoes it: what the coordinator says about that may come later.
+        """
         stage = self._by_epoch.get(task.epoch)
         if stage is None:
-            return self._warn(f"ignored a task of plan {task.epoch}", now)
+            why = f"Worker {self._worker} does not serve plan {task.epoch}."
+            told = failed(task, NOT_SERVED, why)
+            return [Send(told), *self._warn(f"cannot run a task of plan {task.epoch}", now)]
         match stage.state:
             case StageState.LOADING | StageState.SERVED:
                 return stage.run(task, frames)
@@ -266,8 +274,11 @@ class Stages:
                 return [*self._commit(stage), *stage.run(task, frames)]
             case StageState.PREPARING | StageState.COMMITTED:
                 return [Send(failed(task, "not_ready", _not_loaded(stage)))]
+            case StageState.SUSPENDED if stage.was_void(task):
+                return []
             case StageState.SUSPENDED:
-                return self._warn(f"ignored a task of plan {task.epoch}", now)
+                assert self._kv_move is not None
+                return [*self.cancel(self._kv_move.epoch), *stage.run(task, frames)]
             case StageState.NEW | StageState.GONE:
                 raise AssertionError(f"a stage that is {stage.state.value} is held")
             case _:
