@@ -1,5 +1,8 @@
 """The core in a simulated cluster: workers that die, hang or fail, one at a time."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import pytest
 
 from distributed_llm.common.messages import (
@@ -7,14 +10,16 @@ from distributed_llm.common.messages import (
     Heartbeat,
     MissingPositions,
     Task,
+    TaskResult,
 )
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch, LayerRange, SequenceId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.serving.event_log import EventKind
+from tests.unit.fake_client import Answer
 from tests.unit.fake_model import POISON, Missing
 from tests.unit.fake_worker import SimWorker
-from tests.unit.simulation import LONG, World, finish, with_settings
+from tests.unit.simulation import LONG, Fault, Way, World, finish, with_settings
 
 # ------------------------------------------------------------------ workers are lost
 
@@ -384,3 +389,45 @@ def test_the_story_of_a_worker_tells_why_it_is_gone() -> None:
     assert kinds[0] is EventKind.WORKER_JOINED
     assert EventKind.PLAN_LOADING in kinds
     assert kinds[-1] is EventKind.WORKER_LOST
+
+
+# ------------------------------------------------------------------ steps lost among others
+
+
+def busy(world: World, workers: Sequence[SimWorker]) -> list[Answer]:
+    """Return answers of which some are computed at any moment."""
+    for worker in workers:
+        worker.task_s = 0.2
+    client = world.client()
+    params = SamplingParams(max_new_tokens=100, ignore_eos=True)
+    answers = [client.submit((number, 1, 2), params) for number in range(6)]
+    assert world.run(lambda: min(len(answer.token_ids) for answer in answers) > 2)
+    return answers
+
+
+@pytest.mark.parametrize(("kind", "way"), [(Task, "across"), (Task, "down"), (TaskResult, "up")])
+def test_a_step_that_is_lost_among_others_is_computed_again(
+    kind: type[Task | TaskResult], way: Way
+) -> None:
+    world = World(with_settings(strategy="memory"))
+    workers = world.linked(3, 3000)
+    answers = busy(world, workers)
+    world.faults.append(Fault(kind, "drop", way=way))
+    finish(world, *answers)
+    assert all(worker.state == "up" for worker in workers)
+    assert any("computed again" in line for line in world.logs)
+
+
+def test_a_worker_that_swallows_tasks_is_given_up_while_others_make_progress() -> None:
+    """It loses every tenth task, and reports progress on the others all the time."""
+    world = World(with_settings(strategy="memory"))
+    workers = world.linked(3, 3000)
+    spare = world.worker("spare", 3000)
+    answers = busy(world, workers)
+    for at in range(0, 200, 10):
+        fault = Fault(Task, "drop", peer_of=workers[1])
+        world.at(at * 0.5, partial(world.faults.append, fault))
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
+    assert f"worker {workers[1].name} made no progress on a task" in world.logs
+    assert spare.stage is not None

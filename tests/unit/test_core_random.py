@@ -67,6 +67,7 @@ _FAULTY: list[type[Message]] = [
 _FAULTS: list[FaultKind] = ["drop", "duplicate", "delay"]
 _PROMPTS = st.lists(st.integers(0, POISON - 1), min_size=1, max_size=24)
 _INDEX = st.integers(0, 1000)
+_BACKGROUND_TOKENS = 240
 
 
 class Cluster(RuleBasedStateMachine):
@@ -78,8 +79,16 @@ class Cluster(RuleBasedStateMachine):
         memories: of workers that join.
         longest: answer that is asked for.
         settings_of_core: others.
+        background: long answers that keep the stages busy from the beginning.
+        calm: whether nothing but the loss of messages happens to workers.
+        faulty: messages that may be lost, doubled or late.
+        task_s: how long workers that join take for a task; 0 is as quickly as usual.
     """
 
+    background = 0
+    task_s = 0.0
+    calm = False
+    faulty: ClassVar[list[type[Message]]] = _FAULTY
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
     longest = 20
@@ -106,8 +115,12 @@ class Cluster(RuleBasedStateMachine):
         )
         for _ in range(workers):
             self.join(1, fit=True)
+        self.busy = self.world.client()
         self.world.client()
         self.world.run(for_s=2.0)
+        for number in range(self.background):
+            params = SamplingParams(max_new_tokens=_BACKGROUND_TOKENS, ignore_eos=True)
+            self.busy.submit([number, 1, 2], params)
 
     # -------------------------------------------------------------- people
 
@@ -118,12 +131,14 @@ class Cluster(RuleBasedStateMachine):
         return [w for w in self.world.workers if w.state != "dead"]
 
     def any_up(self) -> bool:
-        return bool(self.up())
+        """Whether something may happen to a worker."""
+        return bool(self.up()) and not self.calm
 
     @precondition(lambda self: len(self.alive()) < _MAX_WORKERS)
     @rule(memory=st.integers(0, 2), fit=st.integers(0, 5).map(bool))
     def join(self, memory: int, fit: bool) -> None:
         worker = self.world.worker(f"w{len(self.world.workers)}", self.memories[memory])
+        worker.task_s = self.task_s or worker.task_s
         if not fit:
             worker.load_error = StageError("cannot load")
 
@@ -266,15 +281,16 @@ class Cluster(RuleBasedStateMachine):
         setattr(self._pick(index), what, 1)
 
     @rule(
-        kind=st.sampled_from(_FAULTY),
+        index=_INDEX,
         what=st.sampled_from(_FAULTS),
         count=st.integers(1, 2),
         delay_s=st.sampled_from([0.1, 2.0, 5.0]),
         across=st.booleans(),
     )
     def break_messages(
-        self, kind: type[Message], what: FaultKind, count: int, delay_s: float, across: bool
+        self, index: int, what: FaultKind, count: int, delay_s: float, across: bool
     ) -> None:
+        kind = self.faulty[index % len(self.faulty)]
         way: Way | None = "across" if across and kind in (Task, PeerHello) else None
         self.world.faults.append(Fault(kind, what, count, delay_s=delay_s, way=way))
 
@@ -311,6 +327,8 @@ class Cluster(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
+        if not self.busy.gone:
+            self.busy.vanish(silently=False)
         world.faults.clear()
         world.apart.clear()
         for worker in world.workers:
@@ -403,10 +421,34 @@ class MovingTwins(MovingCluster):
     num_moves: ClassVar[list[int]] = []
 
 
+class BusyCluster(MovingCluster):
+    """Answers that go on and on, in steps that take long: what is lost is not all there is."""
+
+    background = 8
+    task_s = 0.2
+    calm = True
+    faulty: ClassVar[list[type[Message]]] = [
+        Task,
+        TaskResult,
+        TaskFailed,
+        TakeOver,
+        CancelStage,
+        DropStage,
+    ]
+    memories = (3000, 3000, 3000)
+    settings_of_core: ClassVar = {"strategy": "speed", "max_batch_sequences": 8}
+    max_examples = 25
+    num_moves: ClassVar[list[int]] = []
+
+    @rule()
+    def much_time_passes(self) -> None:
+        self.world.run(for_s=20.0)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "cluster",
-    [Cluster, TightCluster, CrowdedCluster, TwinCluster, MovingCluster, MovingTwins],
+    [Cluster, TightCluster, CrowdedCluster, TwinCluster, MovingCluster, MovingTwins, BusyCluster],
 )
 def test_random_schedules(cluster: type[Cluster]) -> None:
     run_state_machine_as_test(

@@ -623,6 +623,42 @@ def test_links_that_may_swallow_steps_are_tried_again_after_more_and_more_of_the
     assert steps == [64, 128, 256]
 
 
+def test_a_step_that_a_newer_one_comes_past_is_lost() -> None:
+    """Whatever progress is made on others: on a route they keep their order."""
+    line = in_flight(links=(0, 1))
+    first, _, third = (line.begin(step(), now=0.0) for _ in range(3))
+    finish(line, first)
+    assert not line.has_overtaken
+    finish(line, third)
+    assert line.has_overtaken
+    assert line.overtaken() == "abandon"
+    assert len(line.abandon()) == 1
+    assert not line.has_overtaken
+    assert line.begin(step(), now=1.0).task.route == (False, False), "to see who has it next time"
+
+
+def test_a_relayed_step_that_is_overtaken_names_the_worker() -> None:
+    line = in_flight(links=(0, 1))
+    line.begin(step(), now=0.0)
+    finish(line, line.begin(step(), now=0.0))
+    assert line.overtaken() == "abandon"
+    line.abandon()
+    first, second = (line.begin(step(), now=1.0) for _ in range(2))
+    relayed(line, first, 0)
+    assert not line.has_overtaken
+    relayed(line, relayed(line, second, 0), 1)
+    assert line.has_overtaken, "the second stage has let the second step pass"
+    assert line.overtaken() == PEERS[1]
+
+
+def test_a_step_that_has_gone_further_than_a_newer_one_is_not_lost() -> None:
+    line = in_flight()
+    first, second = (line.begin(step(), now=0.0) for _ in range(2))
+    relayed(line, relayed(line, first, 0), 1)
+    relayed(line, second, 0)
+    assert not line.has_overtaken
+
+
 def test_nothing_runs_out_while_nothing_is_under_way() -> None:
     line = in_flight()
     assert line.next_deadline() is None

@@ -126,8 +126,8 @@ class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
     `TookOver`. Tasks of the served epoch are void from now on, unless `CancelStage` follows.
 
     Attributes:
-        first_step: the first step that the served epoch will run if the move is undone. Its task may
-            come from another worker before `CancelStage` comes from here, and says the same.
+        first_step: the first step that the served epoch will run if the move is undone. Its task
+            may come from another worker before `CancelStage` comes, and says the same.
     """
 
     epoch: Epoch
