@@ -76,6 +76,7 @@ from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchR
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry
+from distributed_llm.coordinator.serving.pipeline import PipelineState
 from distributed_llm.coordinator.stepping import Stepping
 
 
@@ -366,17 +367,21 @@ class Core:
         actions += self._moves.settle(now=now)
         actions += self._departures.settle(now=now)
         sends: list[Action] = []
-        self._admission.admit(now=now)
+        self._admit(now)
         while (pipeline := self._pipelines.take_changed()) is not None:
             sends += pipeline.begin_steps(now=now)
             if pipeline.scheduler:
                 self._book.collect(pipeline.scheduler)
                 self._admission.may_have_room(pipeline)
-            self._admission.admit(now=now)
+            self._admit(now)
         if sends:
             self._stepping.began(now=now)
         first = [action for action in actions if _must_precede_tasks(action)]
         return [*first, *sends, *(action for action in actions if not _must_precede_tasks(action))]
+
+    def _admit(self, now: float) -> None:
+        if self._book.num_waiting:
+            self._admission.admit(self._pipelines.room_tokens, now=now)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -389,15 +394,14 @@ class Core:
             self._departures,
         ):
             room.validate()
-        waiting = self._book.next_waiting()
-        needed = waiting.request.reserved_tokens if waiting else 0
-        roomy = [
-            pipeline.in_flight
+        idle = [
+            pipeline.scheduler.kv_tokens
             for pipeline in self._pipelines.serving
-            if pipeline.kv_tokens >= needed
+            if pipeline.scheduler and pipeline.state is PipelineState.SERVING
+            if pipeline.in_flight and not pipeline.in_flight.num_steps
         ]
-        if roomy and waiting and not self._moves.move:
-            assert any(steps and steps.num_steps for steps in roomy), "answers wait for nothing"
+        for answer in self._book.waiting if idle else ():
+            assert answer.request.reserved_tokens > max(idle), "an answer waits for nothing"
 
 
 def _must_precede_tasks(action: Action) -> bool:

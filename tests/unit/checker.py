@@ -13,6 +13,9 @@ from tests.unit.fake_model import NUM_LAYERS
 _LEASES = 5
 """How long a step may be in flight, in leases: two may run out, and each may be renewed."""
 
+_MOST_FOR_A_MOVE_S = 20.0
+"""How long an answer may wait for a move to give its room back: then the move is undone."""
+
 
 class Checker:
     """Asserts invariants of a core that hold in public and those that its parts assert themselves.
@@ -65,7 +68,7 @@ class Checker:
         self._stale = False
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
         self._check_numbers()
-        self._check_nobody_idles()
+        self._check_nobody_idles(now)
         self._check_steps_end(now)
 
     def _check_text_orders(
@@ -116,19 +119,22 @@ class Checker:
         assert all(a <= b for a, b in zip(self._largest, numbers, strict=True)), "it decreased"
         self._largest = numbers
 
-    def _check_nobody_idles(self) -> None:
+    def _check_nobody_idles(self, now: float) -> None:
         """No answer waits while a pipeline that has room for it has nothing to do."""
-        answer = self._core._book.next_waiting()
-        if answer is None:
-            return
         move = self._core._moves.move
-        for pipeline in self._core._pipelines.all:
-            if move and move.old is pipeline:
-                continue  # it has less room until the move is over
-            scheduler, in_flight = pipeline.scheduler, pipeline.in_flight
-            if scheduler and in_flight and not scheduler.num_running and not in_flight.num_steps:
-                needed = answer.request.reserved_tokens
-                assert needed > pipeline.kv_tokens, "an answer waits for nothing"
+        idle = [
+            pipeline
+            for pipeline in self._core._pipelines.all
+            if pipeline.scheduler and pipeline.in_flight
+            if not pipeline.scheduler.num_running and not pipeline.in_flight.num_steps
+        ]
+        for answer in self._core._book.waiting if idle else ():
+            needed = answer.request.reserved_tokens
+            since = self._core._book._set_aside.get(answer, now)
+            for pipeline in idle:
+                waits_for_move = move and move.old is pipeline
+                if not waits_for_move or now - since > _MOST_FOR_A_MOVE_S:
+                    assert needed > pipeline.kv_tokens, "an answer waits for nothing"
 
     def _check_steps_end(self, now: float) -> None:
         """Every step ends, or is noticed to be lost, whatever becomes of other steps."""

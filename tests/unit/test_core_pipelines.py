@@ -228,3 +228,20 @@ def test_request_that_fits_nothing_after_a_loss_is_told_so(wait_s: float) -> Non
     assert late.code == "not_enough_memory"
     finish(world, short)
     assert names(small) <= names(world.plan())
+
+
+def test_what_only_a_pipeline_that_loads_has_room_for_holds_nobody_up() -> None:
+    """Two workers serve with room for two blocks; a large one takes a minute to load."""
+    world = World(with_settings(replicas=2))
+    world.serving(2, HALF)
+    large = world.worker("large", 5000)
+    large.load_s = 60.0
+    assert world.run(lambda: large.epoch == 2, for_s=5.0)
+    client = world.client()
+    long = client.submit(range(100), tokens(60))
+    world.run(for_s=0.5)
+    short = [client.submit((number,), tokens(10)) for number in range(4)]
+    assert world.run(lambda: all(answer.end for answer in short), for_s=10.0)
+    assert long.end is None
+    finish(world, long, *short)
+    assert served_by(long) == {"large"}

@@ -15,7 +15,6 @@ from distributed_llm.common.messages import (
     KVCopied,
     KVFailed,
     LoadStage,
-    RequestFailed,
     StageFailed,
     TakeOver,
     TookOver,
@@ -321,20 +320,49 @@ def test_steps_under_way_end_before_anything_is_handed_over() -> None:
     assert parts.moves.prices.stall_s == pytest.approx(1.5)
 
 
-def test_what_the_new_stages_have_no_room_for_does_not_wait_for_ever() -> None:
+def test_a_move_to_stages_without_room_for_what_runs_is_undone() -> None:
     """b turns out to have room for one block; the answer has two, and may take no less."""
     parts = moving()
-    _, move, _ = begun(parts)
+    old, _, _ = begun(parts)
     for name, tokens in (("a", 640), ("b", 64)):
         said = msgspec.structs.replace(ready(2), kv_tokens=tokens)
         parts.moves.stage_ready(parts.worker(name), said, now=11.0)
-    move.copy_timed_out(now=12.0)
-    for name in ("a", "b"):
-        parts.moves.took_over(parts.worker(name), TookOver(epoch=Epoch(2)))
-    actions = parts.moves.settle(now=12.0)
-    assert ("client", RequestFailed) in sent(actions)
-    assert (parts.book.num_running, parts.book.num_waiting) == (0, 0)
+    actions = parts.moves.settle(now=11.0)
+    assert sent(actions) == [("a", CancelStage), ("b", CancelStage)]
+    assert "have room for 64 tokens, and requests need" in parts.event_log.texts[-1]
+    assert (old.state, parts.book.num_running) == (PipelineState.SERVING, 1)
     parts.goes_on()
+
+
+def test_a_move_is_undone_for_a_larger_request_that_came_before_the_commit() -> None:
+    parts = moving(prompt=50)
+    old, move, _ = begun(parts)
+    for name in ("a", "b"):
+        said = msgspec.structs.replace(ready(2), kv_tokens=128)
+        parts.moves.stage_ready(parts.worker(name), said, now=11.0)
+    move.copy_timed_out(now=12.0)
+    assert move.state is MoveState.HANDOVER
+    assert parts.moves.settle(now=12.0) == []
+    parts.waiting(100, 60)
+    assert sent(parts.moves.settle(now=12.1)) == [("a", CancelStage), ("b", CancelStage)]
+    assert old.state is PipelineState.SERVING
+
+
+def test_a_move_that_keeps_a_request_from_running_is_undone() -> None:
+    """The room beside both layers is too small for it, and loading may take minutes."""
+    parts = moving()
+    old, _, _ = begun(parts)
+    assert old.scheduler
+    room = old.scheduler.kv_tokens
+    answer = parts.waiting(room + 1, 20)
+    assert answer.request.reserved_tokens <= old.kv_tokens
+    loading_until = parts.moves.next_deadline()
+    assert parts.book.next_waiting(old.scheduler.kv_tokens, now=20.0) is None
+    assert parts.moves.next_deadline() == 30.0 != loading_until
+    assert parts.moves.on_timer(now=29.9) == []
+    assert sent(parts.moves.on_timer(now=30.0)) == [("a", CancelStage), ("b", CancelStage)]
+    assert "waits for the room" in parts.event_log.texts[-1]
+    assert parts.book.next_waiting(old.scheduler.kv_tokens, now=30.0) is answer
 
 
 @pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])

@@ -233,6 +233,31 @@ def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
     assert [type(action) for action in actions if isinstance(action, Stop)] == [Stop]
 
 
+def test_a_joiner_that_cannot_split_the_model_stops_nobody() -> None:
+    """An older release may lack what the others have."""
+    parts = serving(WHOLE)
+    parts.join("old", WHOLE)
+    parts.pipelines.load([parts.plan(("old", 0, 6))])
+    failed = StageFailed(epoch=Epoch(2), code="unsupported_model", message="it differs")
+    for name in ("a", "b"):
+        parts.worker(name).leaving = True
+    actions = parts.replanning.stage_failed(parts.worker("old"), failed)
+    assert not [action for action in actions if isinstance(action, Stop)]
+    assert parts.worker("old").state is WorkerState.UNFIT
+    assert layers(parts) == ["a 0-3, b 3-6"]
+
+
+def test_all_who_cannot_load_the_same_plan_are_known() -> None:
+    parts = Parts({"a": HALF, "b": HALF}, strategy="even")
+    parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
+    failed = StageFailed(epoch=Epoch(1), code="unsupported_model", message="it differs")
+    first = parts.replanning.stage_failed(parts.worker("a"), failed)
+    assert not [action for action in first if isinstance(action, Stop)], "b may do it"
+    second = parts.replanning.stage_failed(parts.worker("b"), failed)
+    assert [action for action in second if isinstance(action, Stop)]
+    assert {parts.worker(name).state for name in "ab"} == {WorkerState.UNFIT}
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_a_failure_of_another_plan_changes_nothing(epoch: int) -> None:
     parts = serving()

@@ -58,7 +58,7 @@ class Bench:
         assert isinstance(tokenize, Tokenize)
         self.key: RequestKey = tokenize.key
         assert self.book.tokenized(Tokenized(self.key, list(PROMPT))) == []
-        answer = self.book.next_waiting()
+        answer = self.book.next_waiting(1 << 30, now=0.0)
         assert answer is not None
         self.answer: Answer = answer
         self.actions: list[Action] = []
@@ -169,7 +169,7 @@ def test_a_stop_string_ends_the_request_in_every_state(state: AnswerState) -> No
     assert isinstance(forget, Forget)
     assert not bench.book.busy
     assert (bench.book.num_waiting, bench.book.num_running) == (0, 0)
-    assert bench.book.next_waiting() is None
+    assert bench.book.next_waiting(1 << 30, now=0.0) is None
 
 
 @pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
@@ -181,6 +181,6 @@ def test_a_failure_ends_the_request_in_every_state(state: AnswerState) -> None:
     assert isinstance(failed.message, RequestFailed)
     assert isinstance(forget, Forget)
     assert not bench.book.busy
-    assert bench.book.next_waiting() is None
+    assert bench.book.next_waiting(1 << 30, now=0.0) is None
     bench.failed()
     assert bench.actions == []

@@ -22,6 +22,9 @@ from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState
 
+_STARVED_S = 10.0
+"""Seconds that a request may wait because old and new layers take the room for it."""
+
 
 class Moves:
     """The moves of one cluster.
@@ -201,6 +204,11 @@ class Moves:
         move = self.move
         if move is None:
             return []
+        if move.state not in (MoveState.LOADING, MoveState.COMMITTED):
+            room, needed = move.new.kv_tokens, self._cluster.needed_tokens(move.old)
+            if room < needed:
+                why = f"the new stages have room for {room} tokens, and requests need {needed}"
+                return self.undo(why, now=now)
         orders = move.settle(now=now)
         return self._commit(move, now) if move.state is MoveState.COMMITTED else [*orders]
 
@@ -228,14 +236,25 @@ class Moves:
         return [*sends, *self._pipelines.tell_capacity(), note]
 
     def next_deadline(self) -> float | None:
-        """Return when the state of the move has lasted too long, clock seconds."""
-        return self.move.next_deadline() if self.move else None
+        """Return when the move, or a request that waits for its end, has lasted too long."""
+        deadlines = (self.move.next_deadline(), self._starved_at()) if self.move else ()
+        return min([at for at in deadlines if at is not None], default=None)
+
+    def _starved_at(self) -> float | None:
+        """Return when a request has waited too long for room that the move takes, clock seconds."""
+        if self.move is None or self.move.old.scheduler is None:
+            return None
+        since = self._cluster.book.set_aside_since(self.move.old.kv_tokens)
+        return None if since is None else max(since, self.move.began_at) + _STARVED_S
 
     def on_timer(self, *, now: float) -> Sequence[Action]:
         """Undo a move whose state has lasted too long, or pause if that is COPYING."""
         at = self.next_deadline()
         if self.move is None or at is None or at > now:
             return []
+        starved_at = self._starved_at()
+        if starved_at is not None and starved_at <= now:
+            return self.undo("a request waits for the room that it takes", now=now)
         if self.move.copies and self.move.state is not MoveState.LOADING:
             self.prices.copied_slowly(COPY_SLOWDOWN)
         if self.move.state is MoveState.COPYING:

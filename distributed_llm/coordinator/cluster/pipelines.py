@@ -66,6 +66,7 @@ class Pipelines:
         self._sequence_ids = count(1)
         self.epoch = NO_EPOCH
         self.note = "No worker has joined."
+        self.has_served = False
         self.recovering = False
 
     # -------------------------------------------------------------- what there is
@@ -101,6 +102,12 @@ class Pipelines:
     def kv_tokens(self) -> int:
         """Positions of KV cache in all of them."""
         return sum(pipeline.kv_tokens for pipeline in self._by_epoch.values())
+
+    @property
+    def room_tokens(self) -> int:
+        """Positions that the roomiest pipeline that serves has for one answer now; 0 if none is."""
+        rooms = (p.scheduler.kv_tokens for p in self._by_epoch.values() if p.scheduler)
+        return max(rooms, default=0)
 
     def take_changed(self) -> Pipeline | None:
         """Return a pipeline that may begin steps or admit requests since it was last asked."""
@@ -169,6 +176,7 @@ class Pipelines:
         ]
         if pipeline.stage_ready(worker.peer, ready):
             pipeline.serve()
+            self.has_served = True
             actions += self.tell_capacity()
             actions.append(
                 self._event_log.note(

@@ -12,7 +12,7 @@ from distributed_llm.common.errors import DistributedLLMError, UnsupportedModel,
 from distributed_llm.common.messages import StageFailed
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
-from distributed_llm.coordinator.cluster.registry import Worker, memory_of
+from distributed_llm.coordinator.cluster.registry import Worker, WorkerState, memory_of
 from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
@@ -88,19 +88,25 @@ class Replanning:
         return self._ask_for(Need.RECOVERY)
 
     def stage_failed(self, worker: Worker, failed: StageFailed) -> list[Action]:
-        """Dissolve the pipeline of a worker that cannot load its layers; plan without it."""
-        pipeline = self._pipelines.pipeline_of(worker.peer)
-        if pipeline is None or failed.epoch != worker.epoch:
+        """Plan without a worker that cannot load its layers.
+
+        Stops the coordinator if the model cannot be split and nobody is there who might do it, or
+        ever served it.
+        """
+        if failed.epoch != worker.epoch or worker.state is WorkerState.UNFIT:
             self._cluster.event_log.rejected["stale_epoch"] += 1
             return []
-        self._pipelines.dissolve(pipeline)
+        pipeline = self._pipelines.pipeline_of(worker.peer)  # None: another of its stages failed
+        if pipeline is not None:
+            self._pipelines.dissolve(pipeline)
         worker.fail(failed.message)
         note = self._cluster.event_log.note(
             EventKind.STAGE_FAILED, worker=worker.id, epoch=failed.epoch, why=failed.message
         )
-        if failed.code == UnsupportedModel.code:
+        others = self._cluster.registry.fit or self._pipelines.has_served
+        if failed.code == UnsupportedModel.code and not others:
             return [note, Stop(UnsupportedModel(failed.message))]
-        return [note, *self._ask_for_recovery(worker)]
+        return [note, *(self._ask_for_recovery(worker) if pipeline else [])]
 
     def _ask_for(self, *needs: Need) -> list[Action]:
         """Record what plans are needed for; ask for the most urgent, unless a question is open."""

@@ -34,9 +34,14 @@ class Admission:
             self._open[pipeline.epoch] = pipeline
             self._full.pop(pipeline.epoch, None)
 
-    def admit(self, *, now: float) -> None:
-        """Let waiting answers run until there is no room for the next one."""
-        while (answer := self._book.next_waiting()) is not None:
+    def admit(self, room_tokens: int, *, now: float) -> None:
+        """Let waiting answers run until there is no room for the next one.
+
+        Args:
+            room_tokens: positions that one answer may take on some pipeline that serves; 0 if none
+                does.
+        """
+        while room_tokens and (answer := self._book.next_waiting(room_tokens, now=now)):
             if answer is not self._head:
                 self._head = answer
                 self._open |= self._full

@@ -74,6 +74,7 @@ class RequestBook:
         self._draw_seed = draw_seed
         self._requests: dict[PeerId, dict[RequestId, Request]] = {}
         self._queue: FairQueue[Answer] = FairQueue()
+        self._set_aside: dict[Answer, float] = {}  # since when, clock seconds
         self._schedulers: dict[Answer, Scheduler] = {}  # of the running answers
         self._num_tokenizing = 0
         self._next_number = 0
@@ -94,7 +95,12 @@ class RequestBook:
     @property
     def num_waiting(self) -> int:
         """Answers whose prompt is being tokenized or that wait for a pipeline."""
-        return self._num_tokenizing + len(self._queue)
+        return self._num_tokenizing + len(self._queue) + len(self._set_aside)
+
+    @property
+    def waiting(self) -> list[Answer]:
+        """Answers that wait for a pipeline, in no particular order."""
+        return [*self._queue, *self._set_aside]
 
     @property
     def most_reserved(self) -> int:
@@ -178,9 +184,30 @@ class RequestBook:
 
     # -------------------------------------------------------------- queue and pipelines
 
-    def next_waiting(self) -> Answer | None:
-        """Return the answer that is next, or None if none waits."""
-        return self._queue.first()
+    def next_waiting(self, room_tokens: int, *, now: float) -> Answer | None:
+        """Return the answer that is next, or None if none waits for room that there is.
+
+        Answers that may take more are set aside until there is as much, so that nobody waits
+        behind them.
+
+        Args:
+            room_tokens: positions that one answer may take on some pipeline that serves.
+        """
+        for answer in [a for a in self._set_aside if a.request.reserved_tokens <= room_tokens]:
+            del self._set_aside[answer]
+            self._queue.add(answer.request.key[0], answer, order=answer.number)
+        while (first := self._queue.first()) is not None:
+            if first.request.reserved_tokens <= room_tokens:
+                return first
+            self._set_aside[self._queue.pop()] = now
+        return None
+
+    def set_aside_since(self, most_tokens: int) -> float | None:
+        """Return since when answers of at most `most_tokens` are set aside, clock seconds."""
+        since = (
+            at for a, at in self._set_aside.items() if a.request.reserved_tokens <= most_tokens
+        )
+        return min(since, default=None)
 
     def admit(self, scheduler: Scheduler, *, now: float) -> bool:
         """Let the next answer run on a scheduler with room for it; return whether it runs."""
@@ -257,7 +284,7 @@ class RequestBook:
         scheduler = self._schedulers.pop(answer, None)
         if scheduler is not None:
             scheduler.remove(answer, keep=keep)
-        elif answer.state is AnswerState.WAITING:
+        elif answer.state is AnswerState.WAITING and self._set_aside.pop(answer, None) is None:
             self._queue.remove(answer.request.key[0], answer)
 
     # -------------------------------------------------------------- the end
@@ -371,7 +398,7 @@ class RequestBook:
 
     def _uncomputed(self) -> Iterable[Request]:
         """Return the requests with answers that wait or run."""
-        return {answer.request: None for answer in (*self._queue, *self._schedulers)}
+        return {answer.request: None for answer in (*self.waiting, *self._schedulers)}
 
     def _find(self, key: RequestKey) -> Request | None:
         """Return a request, or None if it has ended; a new one may have the same client and id."""
@@ -395,7 +422,8 @@ class RequestBook:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         self._queue.validate()
-        waiting = set(self._queue)
+        waiting = set(self.waiting)
+        assert not self._set_aside.keys() & set(self._queue)
         requests = [r for requests in self._requests.values() for r in requests.values()]
         answers = [answer for request in requests for answer in request.answers]
         assert all(self._find(request.key) is request for request in requests)

@@ -66,6 +66,11 @@ class Scheduler:
         self._prefix_hit_tokens = 0
 
     @property
+    def kv_tokens(self) -> int:
+        """Positions of KV cache that one answer may reserve at most; fewer while layers move."""
+        return self._kv_tokens
+
+    @property
     def running(self) -> Iterable[Answer]:
         """The running answers, in the order of admission."""
         return self._running.values()
