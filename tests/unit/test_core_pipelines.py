@@ -238,7 +238,7 @@ def test_what_only_a_pipeline_that_loads_has_room_for_holds_nobody_up() -> None:
     large.load_s = 60.0
     assert world.run(lambda: large.epoch == 2, for_s=5.0)
     client = world.client()
-    long = client.submit(range(100), tokens(60))
+    long = client.submit(range(90), tokens(60))
     world.run(for_s=0.5)
     short = [client.submit((number,), tokens(10)) for number in range(4)]
     assert world.run(lambda: all(answer.end for answer in short), for_s=10.0)
