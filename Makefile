@@ -4,7 +4,7 @@
 SETUP := setup_scripts/setup_$(if $(filter Darwin,$(shell uname -s)),macos,linux).sh
 PYTHON := .venv/bin/python
 
-.PHONY: all demo test lint typecheck format install clean
+.PHONY: all demo test chaos lint typecheck format install clean
 
 all: lint typecheck test
 
@@ -13,6 +13,10 @@ demo: install
 
 test: install
 	$(PYTHON) -m pytest -n 2 $(ARGS)
+
+# 10,000 random schedules of a simulated cluster, other ones each time; takes about half an hour.
+chaos: install
+	$(PYTHON) -m pytest -n 2 tests/chaos tests/unit/test_core_random.py --schedules 1500 $(ARGS)
 
 lint: install
 	$(PYTHON) -m ruff check .

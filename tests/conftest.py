@@ -1,4 +1,4 @@
-"""How tests are shared out when several processes run them (`pytest -n 2`)."""
+"""How tests are shared out when several processes run them (`pytest -n 2`), and an option."""
 
 import importlib
 from typing import Any
@@ -7,6 +7,21 @@ import pytest
 
 _OF_PROCESSES = ("tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let `make chaos` try more random schedules than every run of the suite does."""
+    parser.addoption(
+        "--schedules",
+        type=int,
+        help="random schedules of each kind, and other ones each time (tests/unit/test_core_random)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give many schedules as much time as they take."""
+    for item in items if config.getoption("--schedules") else ():
+        item.add_marker(pytest.mark.timeout(0), append=False)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -450,14 +450,15 @@ class BusyCluster(MovingCluster):
     "cluster",
     [Cluster, TightCluster, CrowdedCluster, TwinCluster, MovingCluster, MovingTwins, BusyCluster],
 )
-def test_random_schedules(cluster: type[Cluster]) -> None:
+def test_random_schedules(cluster: type[Cluster], pytestconfig: pytest.Config) -> None:
+    many = pytestconfig.getoption("--schedules")
     run_state_machine_as_test(
         cluster,
         settings=settings(
-            max_examples=cluster.max_examples,
+            max_examples=many or cluster.max_examples,
             stateful_step_count=30,
             deadline=None,
-            derandomize=True,
+            derandomize=many is None,
             database=None,
             phases=(Phase.generate,),  # shrinking would take longer than a test may
             suppress_health_check=list(HealthCheck),
