@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--schedules",
         type=int,
-        help="random schedules of each kind, and other ones each time (tests/unit/test_core_random)",
+        help="random schedules of each kind in test_core_random, other ones each time",
     )
 
 
