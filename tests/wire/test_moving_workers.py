@@ -217,7 +217,7 @@ async def test_cancelled_move_leaves_the_old_epoch(monkeypatch: pytest.MonkeyPat
         await both_loaded(coordinator)
         coordinator.say("a", copy_to_b(coordinator))
         await coordinator.hear("a", KVCopied)
-        coordinator.say("a", TakeOver(epoch=Epoch(2), first_step=StepNumber(2)))
+        coordinator.say("a", TakeOver(epoch=Epoch(2), first_step=StepNumber(1)))
         await coordinator.hear("a", TookOver)
         for name in ("a", "b"):
             coordinator.say(name, CancelStage(epoch=Epoch(2)))
