@@ -1,8 +1,9 @@
 """Reads a `ServedModel` from a checkpoint: headers and samples of tensors, no whole weights."""
 
-from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
+from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.hub import fingerprints
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
@@ -57,7 +58,7 @@ def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
         size = checkpoint.bytes_in_memory(tensor, dtype)
         if layer is not None:
             parts["layers"][layer] += size
-        elif not checkpoint.is_embedding(tensor.name):
+        elif not checkpoint.holds_embedding(tensor.name):
             parts["last"][0] += size
         else:
             parts["shared" if checkpoint.ties_embeddings else "first"][0] += size

@@ -32,7 +32,7 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         AddressInUse: the address cannot be listened on.
     """
     raise_file_limit()
-    model, checkpoint = _open(settings.model, settings)
+    model, checkpoint = open_model(settings.model, settings)
 
     def listening(address: str) -> None:
         logger.info("serving %s (%s)", model.name, model.dtype)
@@ -71,11 +71,21 @@ def plan(model: str, workers: Sequence[str], settings: CoordinatorSettings) -> D
         ConfigError: a worker cannot be read.
         CheckpointError: the model cannot be read or split.
     """
-    served, _ = _open(model, settings)
+    served, _ = open_model(model, settings)
     return dry_run(served, workers, settings)
 
 
-def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
+def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
+    """Return a model as it would be served, and its checkpoint.
+
+    Args:
+        model: checkpoint folder or hub id; empty for the built-in model.
+        settings: with the dtypes to run it in.
+
+    Raises:
+        CheckpointError: the model cannot be read or split.
+        InvalidRequest: generation_config.json has a value out of range.
+    """
     source, checkpoint = resolve_for_coordinator(model)
     check_architecture(checkpoint.config)
     return served_model(source, checkpoint, settings), checkpoint

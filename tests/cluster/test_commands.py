@@ -294,7 +294,9 @@ def test_models_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     code_inside = broken("code")
     config = json.loads((code_inside / "config.json").read_text())
-    (code_inside / "config.json").write_text(json.dumps({**config, "auto_map": {"A": "b.C"}}))
+    (code_inside / "config.json").write_text(
+        json.dumps({**config, "model_type": "nonesuch", "auto_map": {"A": "b.C"}})
+    )
     for folder, said in (
         (cut, "not a whole safetensors file"),
         (pickled, "a pickle"),
