@@ -16,7 +16,13 @@ from typing import Any
 
 from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.model_files import TensorInfo, read_header, read_json
+from distributed_llm.common.model_files import (
+    TensorInfo,
+    how_to_replace,
+    read_header,
+    read_json,
+    unreadable,
+)
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
     INDEX_NAME,
@@ -218,14 +224,19 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples = []
+        samples, path = [], self.folder / name
         try:
-            with open(self.folder / name, "rb") as file:
+            with open(path, "rb") as file:
                 for tensor in tensors:
                     file.seek(tensor.offset)
                     samples.append(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
+                    if len(samples[-1]) < min(_SAMPLE_BYTES, tensor.nbytes):
+                        raise CheckpointError(
+                            f"{path} ends before the tensor {tensor.name}, though its header was "
+                            f"right a moment ago: something is writing it. {how_to_replace(path)}"
+                        )
         except OSError as exc:
-            raise CheckpointError(f"{self.folder / name} cannot be read: {exc}.") from exc
+            raise unreadable(path, exc) from exc
         return samples
 
 

@@ -9,9 +9,11 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import check_beginning, read_json, unreadable
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
+    has_only_config,
     quantization,
     quantized,
     reason_of_config,
+    reason_of_file,
     reason_of_listing,
 )
 
@@ -41,6 +43,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (how := quantization(config)) is not None:
         raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
     return config
+
+
+def folder_of_config(path: Path) -> Path | None:
+    """Return the folder of a config.json without weights, or None.
+
+    Args:
+        path: that folder, or the file itself.
+    """
+    folder = path.parent if path.name == CONFIG_NAME else path
+    try:
+        return folder if has_only_config(listing(folder)) else None
+    except CheckpointError:
+        return None
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
@@ -74,7 +89,10 @@ def listing(folder: Path) -> set[str]:
     try:
         with os.scandir(folder) as entries:
             return {entry.name + "/" * entry.is_dir() for entry in entries}
-    except (FileNotFoundError, NotADirectoryError) as exc:
+    except NotADirectoryError as exc:
+        reason = reason_of_file(folder.name, str(folder.parent))
+        raise CheckpointError(f"{folder} {reason}") from exc
+    except FileNotFoundError as exc:
         raise CheckpointError(
             f"There is no folder {folder}. Give the path of a checkpoint folder, or a model id of "
             "the hub such as 'Qwen/Qwen3-0.6B'."

@@ -15,6 +15,7 @@ SINGLE_NAME = "model.safetensors"
 Contents = Mapping[str, Any]
 
 _SHOWN_CHARS = 60
+_NO_WEIGHTS = f"has a {CONFIG_NAME}, but no weights. Copy *.safetensors of the model there."
 _ORIGINAL = (
     "Use the original model: a folder or hub id with config.json and safetensors in bfloat16, "
     "float16 or float32."
@@ -131,8 +132,14 @@ def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -
     if "onnx/" in names:
         return f"has its weights in the folder onnx, {_BY_SUFFIX['.onnx']}"
     if CONFIG_NAME in files:
-        return f"has a {CONFIG_NAME}, but no weights. Copy *.safetensors of the model there."
+        return _NO_WEIGHTS
     return None
+
+
+def has_only_config(names: Collection[str]) -> bool:
+    """Return whether a folder with these names has a config.json, but no weights of any format."""
+    files = {name for name in names if name != INDEX_NAME}
+    return reason_of_listing(files, lambda _: {}) == _NO_WEIGHTS
 
 
 def reason_of_config(config: Contents, names: Collection[str]) -> str:

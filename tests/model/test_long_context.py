@@ -70,7 +70,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 def test_the_context_is_as_long_as_promised(checkpoint: Checkpoint) -> None:
     source = ModelSource(kind="folder", name=str(checkpoint.folder))
-    defaults = served_model(source, checkpoint, CoordinatorSettings()).defaults
+    defaults = served_model(source, checkpoint, CoordinatorSettings(), {}).defaults
     assert defaults.context_length == SCALED
     params = SamplingParams(max_new_tokens=56)
     resolve(params, defaults, prompt_tokens=200, kv_tokens=10_000, seed=0)

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from distributed_llm.common.errors import CheckpointError, DistributedLLMError
+from distributed_llm.common.hub import fingerprints, resolve_for_coordinator, resolve_for_worker
 from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator import serve
 
 CONFIG = {
@@ -45,19 +47,13 @@ def write(
 
 
 def refusal(model: Path | str) -> str:
-    """Return what a coordinator and a plan say about `model`, both the same."""
-    said = []
-    for run in (
-        lambda: serve.open_model(str(model), CoordinatorSettings()),
-        lambda: serve.plan(str(model), ["1GiB"], CoordinatorSettings()),
-    ):
-        with pytest.raises(DistributedLLMError) as caught:
-            run()
-        assert isinstance(caught.value, CheckpointError), caught.value
-        said.append(str(caught.value))
-    assert said[0] == said[1]
-    assert len(said[0]) < 700
-    return said[0]
+    """Return what a coordinator says about `model`."""
+    with pytest.raises(DistributedLLMError) as caught:
+        serve.open_model(str(model), CoordinatorSettings())
+    said = str(caught.value)
+    assert isinstance(caught.value, CheckpointError), said
+    assert len(said) < 700
+    return said
 
 
 def touch(folder: Path, *names: str, content: bytes = b"x") -> Path:
@@ -409,3 +405,76 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.Monke
     write(tmp_path)
     monkeypatch.setattr("os.scandir", refuse)
     assert refusal(tmp_path).startswith(f"{tmp_path} cannot be read: Permission denied")
+
+
+# ------------------------------------------------------------------ on a worker
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove_everything(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (remove_weights, "has a config.json, but no weights"),
+        (cut_weights, "model.safetensors is not a whole safetensors file"),
+        (remove_everything, "on this machine. Copy the model there"),
+    ],
+)
+def test_what_the_coordinator_could_read_and_a_worker_cannot(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = write(tmp_path / "model")
+    source, _ = resolve_for_coordinator(str(folder))
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        resolve_for_worker(source, LayerRange(0, 1))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(remove_weights, "is not there. Copy"), (cut_weights, "ends before the tensor")],
+)
+def test_what_changes_while_a_worker_reads_it(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = write(tmp_path / "model")
+    layers = LayerRange(0, 2)
+    source, checkpoint = resolve_for_coordinator(str(folder))
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=f"{folder / 'model.safetensors'} {words}"):
+        fingerprints(source, checkpoint, layers)
+
+
+def test_a_worker_that_may_not_read_the_weights(tmp_path: Path, deny: Deny) -> None:
+    folder = write(tmp_path / "model")
+    source, checkpoint = resolve_for_coordinator(str(folder))
+    deny(folder / "model.safetensors")
+    for read in (
+        lambda: resolve_for_worker(source, LayerRange(0, 1)),
+        lambda: fingerprints(source, checkpoint, LayerRange(0, 1)),
+    ):
+        with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied.*chmod"):
+            read()
+
+
+def test_a_file_as_the_copy_of_a_worker(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    source, _ = resolve_for_coordinator(str(folder))
+    for name in ("model.safetensors", "tiny.gguf"):
+        path = touch(folder, name) / name
+        with pytest.raises(CheckpointError, match=f"^{path} is "):
+            resolve_for_worker(source, LayerRange(0, 1), local_model=str(path))

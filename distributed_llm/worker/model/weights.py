@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.model_files import damaged, unreadable
+from distributed_llm.common.model_files import TensorInfo, damaged, unreadable
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
@@ -107,6 +107,25 @@ def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> 
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
     return model
+
+
+def parameters_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Return the tensors that a checkpoint with this config.json would have, tied ones once.
+
+    Raises:
+        UnsupportedModel: transformers has no decoder of this type.
+        CheckpointError: transformers refuses a value.
+    """
+    made = model_config(config)
+    dtype = made.dtype if isinstance(made.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"):
+        model = new_model(made, dtype)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    return {
+        name: TensorInfo(name, "", names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in model.state_dict().items()
+        if tensor.dtype in names and name not in model.all_tied_weights_keys
+    }
 
 
 def load_stage_model(
