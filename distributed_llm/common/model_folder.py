@@ -46,14 +46,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def folder_of_config(path: Path) -> Path | None:
-    """Return the folder of a config.json without weights, or None.
+    """Return the folder of a config.json that stands for a model without its weights, or None.
 
     Args:
-        path: that folder, or the file itself.
+        path: that file, or its folder if there are no weights in it.
     """
-    folder = path.parent if path.name == CONFIG_NAME else path
+    if path.name == CONFIG_NAME:
+        return path.parent
     try:
-        return folder if has_only_config(listing(folder)) else None
+        return path if has_only_config(listing(path)) else None
     except CheckpointError:
         return None
 

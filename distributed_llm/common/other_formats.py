@@ -45,6 +45,9 @@ _BY_SUFFIX: Mapping[str, str] = {
 _PART_SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"})
 """Suffixes of the files of a checkpoint, one of which is not the whole."""
 
+_TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+"""How files begin that trainers leave beside the weights."""
+
 _ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".zst", ".7z", ".xz"})
 
 _METHODS: Mapping[str, str] = {
@@ -95,7 +98,7 @@ def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -
         names: of what is in the folder; those of folders end in "/".
         read: returns the content of a JSON file among them, empty if it cannot be read.
     """
-    files = {name for name in names if not name.endswith("/")}
+    files = {name for name in names if not name.endswith("/") and not name.startswith(_TRAINING)}
     if "model_index.json" in files:
         return f"holds a diffusers pipeline, which makes pictures or video, not text. {_ORIGINAL}"
     if "adapter_config.json" in files:
@@ -196,7 +199,7 @@ def quantization_of_tensors(
             narrow = narrow or tensor
         elif tensor.dtype not in _WIDE_DTYPES and len(tensor.shape) > 1:
             packed = packed or (tensor if ending not in _BUFFER_ENDINGS else None)
-    if packed and (by := _program(names)):
+    if (packed or (narrow and scale)) and (by := _program(names)):
         return by
     if packed:
         scales = "" if scale else ", without the scales that would tell what they mean"

@@ -44,11 +44,14 @@ def test_the_plan_is_that_of_the_checkpoint(tmp_path: Path, tie: bool) -> None:
         assert described.cost == whole.cost
         assert described.assumed == ("weights as config.json describes them", *whole.assumed)
     assert plan(bare / "config.json") == described
+    assert plan(folder / "config.json") == described
 
 
-def test_a_dtype_that_the_config_does_not_name(tmp_path: Path) -> None:
-    config = json.loads((make_checkpoint(tmp_path) / "config.json").read_text())
-    del config["dtype"]
+@pytest.mark.parametrize("changes", [{"dtype": None}, {"dtype": "float8_e4m3fn"}])
+def test_a_dtype_that_is_not_named_or_not_computed_in(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = json.loads((make_checkpoint(tmp_path) / "config.json").read_text()) | changes
     assert {tensor.dtype for tensor in parameters_of(config).values()} == {"F32"}
 
 

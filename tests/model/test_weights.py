@@ -116,6 +116,17 @@ def test_weights_come_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype)
     assert {parameter.dtype for parameter in stage.model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_numbers_of_another_width_are_what_they_say(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_checkpoint(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    layers = {name: tensor.to(dtype) for name, tensor in weights.items() if "_proj" in name}
+    cost = model_cost(open_checkpoint(folder), "float32")
+    checkpoint = edit(folder, **layers)
+    assert tokens(checkpoint) == generated(folder)
+    assert model_cost(checkpoint, "float32") == cost
+
+
 @pytest.mark.parametrize(
     "name",
     [

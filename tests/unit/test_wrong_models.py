@@ -154,6 +154,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
         (["params.json", "consolidated.00.pth"], ("publisher's own format", "-hf")),
         (["params.json", "consolidated.safetensors"], ("publisher's own format", "-hf")),
         (["model_index.json", "unet/config.json"], ("diffusers", "pictures")),
+        (["optimizer.pt", "training_args.bin", "tf_model.h5"], ("in tf_model.h5",)),
         (["quantize_config.json", "gptq_model-4bit-128g.safetensors"], ("GPTQ, by AutoGPTQ",)),
     ],
 )

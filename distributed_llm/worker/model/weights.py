@@ -117,10 +117,10 @@ def parameters_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
         CheckpointError: transformers refuses a value.
     """
     made = model_config(config)
-    dtype = made.dtype if isinstance(made.dtype, torch.dtype) else torch.float32
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    dtype = made.dtype if made.dtype in names else torch.float32
     with torch.device("meta"):
         model = new_model(made, dtype)
-    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     return {
         name: TensorInfo(name, "", names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in model.state_dict().items()
