@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ import typer
 from distributed_llm.common.errors import DistributedLLMError
 
 if TYPE_CHECKING:
+    from distributed_llm.common.model_files import TensorInfo
     from distributed_llm.common.settings import Settings
 
 app = typer.Typer(
@@ -227,7 +229,11 @@ def status(coordinator: Coordinator = None, config: Config = None, as_json: AsJs
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint folder or hub id; '' for the built-in model.")
+        str,
+        typer.Argument(
+            help="Checkpoint folder or hub id; a config.json, without weights; '' for the built-in "
+            "model."
+        ),
     ],
     worker: Annotated[
         list[str],
@@ -255,7 +261,14 @@ def plan(
     from distributed_llm import console
     from distributed_llm.coordinator import serve
 
-    console.print_plan(serve.plan(model, worker, settings), as_json=as_json)
+    run = serve.plan(model, worker, settings, parameters_of=_parameters_of)
+    console.print_plan(run, as_json=as_json)
+
+
+def _parameters_of(config: Mapping[str, Any]) -> "Mapping[str, TensorInfo]":
+    from distributed_llm.worker.model.weights import parameters_of  # loads torch
+
+    return parameters_of(config)
 
 
 @app.command()

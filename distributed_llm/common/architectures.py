@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.model_sizes import rope_parameters, rope_type
 
 VERIFIED: frozenset[str] = frozenset(
     {
@@ -123,10 +124,24 @@ def check_architecture(config: Mapping[str, Any]) -> None:
     """
     model_type = str(config.get("model_type"))
     reason = _REASON_OF.get(model_type) or next(_reasons_in(config), None)
+    if reason is None and "auto_map" in config and not _transformers_has(model_type):
+        reason = (
+            "it asks to run code of its own (auto_map in config.json), and code from checkpoints "
+            "is never run"
+        )
     if reason is not None:
         raise UnsupportedModel(
             f"The model type {model_type!r} is not supported: {reason}. {_WHAT_TO_DO}"
         )
+
+
+def _transformers_has(model_type: str) -> bool:
+    """Return whether transformers has code for this type, so that none in a checkpoint is asked."""
+    if model_type in VERIFIED:
+        return True
+    from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES  # loads no torch
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
@@ -135,8 +150,6 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _ENCODER
     if "text_config" in config:
         yield _MULTIMODAL
-    if config.get("quantization_config"):
-        yield "its weights are quantized; take the checkpoint with the original weights"
     if config.get("alibi") or config.get("position_embedding_type") == "alibi":
         yield _ALIBI
     if config.get("reorder_and_upcast_attn"):
@@ -149,18 +162,9 @@ def _reasons_in(config: Mapping[str, Any]) -> Iterator[str]:
         yield _CHUNKED
     if any(config.get(name) for name in _SPARSE):  # short texts, as in a check, would not show it
         yield "its attention picks some of the positions of a long text"
-    for rope_type in _rope_types(config):
-        if rope_type in {"dynamic", "longrope", "su"}:
+    for kind in map(rope_type, rope_parameters(config)):
+        if kind in {"dynamic", "longrope", "su"}:
             yield (
-                f"its rotary position encoding ({rope_type}) changes with the longest sequence of "
+                f"its rotary position encoding ({kind}) changes with the longest sequence of "
                 "a batch, so that an answer would depend on who else is asking"
             )
-
-
-def _rope_types(config: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("rope_parameters", "rope_scaling"):
-        parameters = config.get(name)
-        if isinstance(parameters, Mapping):
-            for inner in (parameters, *parameters.values()):  # one for all, or one by layer type
-                if isinstance(inner, Mapping):
-                    yield str(inner.get("rope_type", inner.get("type")))

@@ -5,26 +5,37 @@ Only Hugging Face checkpoints with safetensors are read, and nothing in them is 
 
 import hashlib
 import json
+import logging
 import math
 import re
-import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common import model_sizes as sizes
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.model_files import (
+    TensorInfo,
+    how_to_replace,
+    read_header,
+    read_json,
+    unreadable,
+)
+from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
+from distributed_llm.common.other_formats import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    quantization_of_tensors,
+    quantized,
+)
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 4096
-_MAX_JSON_BYTES = 64 * 1024 * 1024
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
 _EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in)(\.|$)")
 _NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in)\.")
@@ -37,25 +48,6 @@ _TORCH_DTYPES: dict[str, DtypeName] = {
     "bfloat16": "bfloat16",
     "float16": "float16",
 }
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        file: the safetensors file that holds it, inside the folder.
-        dtype: safetensors' name ("BF16").
-        offset: of its first byte in the file.
-        nbytes: its size in the file, bytes.
-    """
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -80,64 +72,68 @@ class Checkpoint:
     @cached_property
     def num_layers(self) -> int:
         """Transformer layers of the model."""
-        return _positive(self.config, "num_hidden_layers", "n_layer", "num_layers")
+        return sizes.num_layers(self.config)
 
     @cached_property
     def hidden_size(self) -> int:
         """Width of the hidden states between layers."""
-        return _positive(self.config, "hidden_size", "n_embd")
+        return sizes.hidden_size(self.config)
 
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids; all are below it."""
-        return _positive(self.config, "vocab_size")
+        return sizes.positive(self.config, "vocab_size")
 
     @cached_property
     def context_length(self) -> int:
         """Positions that the model can attend to."""
-        names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-        if not any(name in self.config for name in names):
-            return 2048  # ALiBi models name no limit
-        return _positive(self.config, *names)
+        return sizes.context_length(self.config)
 
     @cached_property
     def dtype(self) -> DtypeName:
         """The dtype that the checkpoint was saved in."""
         named = self.config.get("dtype") or self.config.get("torch_dtype")
-        if isinstance(named, str) and named in _TORCH_DTYPES:
-            return _TORCH_DTYPES[named]
+        if isinstance(named, str) and (known := named.removeprefix("torch.")) in _TORCH_DTYPES:
+            return _TORCH_DTYPES[known]
         kinds = [_TORCH_DTYPES[t.dtype] for t in self.tensors.values() if t.dtype in _TORCH_DTYPES]
         return max(set(kinds), key=kinds.count, default="float32")
 
     def kv_bytes_per_token(self, dtype: DtypeName) -> int:
         """Return the bytes of KV cache that one position takes in one layer."""
-        config = self.config
-        heads = _positive(config, "num_attention_heads", "n_head")
-        kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
-        head_dim = config.get("head_dim") or self.hidden_size // heads
-        return 2 * int(kv_heads) * int(head_dim) * (4 if dtype == "float32" else 2)
+        return sizes.kv_bytes_per_token(self.config, dtype)
 
     @cached_property
     def layer_prefix(self) -> str:
-        """The part of a tensor's name before the layer's number, such as "model.layers.".
+        """The part of a tensor's name before the layer's number, such as "model.layers".
 
         Raises:
-            CheckpointError: the tensors are not those of layers 0 to `num_layers`.
+            CheckpointError: tensors of layers 0 to `num_layers` are missing.
         """
-        layers: dict[str, set[int]] = {}
-        for name in self.tensors:
-            if match := _LAYER_NAME.match(name):
-                layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
+        if self._layer_prefix is not None:
+            return self._layer_prefix
+        layers = _layers_by_prefix(self.tensors).values()
         wanted = set(range(self.num_layers))
-        for prefix, numbers in layers.items():
-            if numbers == wanted:
-                return prefix
-        best = max(layers.values(), key=lambda numbers: len(numbers & wanted), default=set())
-        missing = sorted(wanted - best)
+        best = max(layers, key=lambda numbers: len(numbers & wanted), default=set())
         raise CheckpointError(
             f"{self.folder}: config.json promises {self.num_layers} layers, but the files have no "
-            f"tensors of layer {missing[0] if missing else max(best)}. The checkpoint is "
-            "incomplete or its config.json belongs to another model; download it again."
+            f"tensors of layer {min(wanted - best)}. They are not all files of the model, or "
+            "config.json is another model's; compare them with the original."
+        )
+
+    @cached_property
+    def _layer_prefix(self) -> str | None:
+        wanted = set(range(self.num_layers))
+        layers = _layers_by_prefix(self.tensors)
+        whole = (prefix for prefix, numbers in layers.items() if numbers >= wanted)
+        return min(whole, key=lambda prefix: len(layers[prefix]), default=None)
+
+    def is_spare(self, name: str) -> bool:
+        """Return whether tensor `name` belongs to a layer beyond those that config.json names."""
+        match = _LAYER_NAME.match(name)
+        return (
+            match is not None
+            and int(match["layer"]) >= self.num_layers
+            and match["prefix"] == self._layer_prefix
         )
 
     def layer_of(self, name: str) -> int | None:
@@ -148,11 +144,26 @@ class Checkpoint:
     @cached_property
     def ties_embeddings(self) -> bool:
         """Whether the head uses the matrix of the embedding."""
-        return not any(_HEAD_NAME.search(name) for name in self.tensors)
+        has_head = any(_HEAD_NAME.search(name) for name in self.tensors)
+        return not has_head or self.lone_head is not None
+
+    @cached_property
+    def lone_head(self) -> str | None:
+        """The head's matrix, if the files hold the matrix that is tied under its name alone."""
+        if self.config.get("tie_word_embeddings") is False:
+            return None
+        if any(self.is_embedding(n) and not _NEVER_TIED_NAME.search(n) for n in self.tensors):
+            return None
+        heads = (name for name in self.tensors if _HEAD_NAME.search(name))
+        return next((name for name in heads if name.endswith(".weight")), None)
 
     def is_embedding(self, name: str) -> bool:
-        """Return whether tensor `name`, outside the layers, is used before the first layer."""
+        """Return whether parameter `name`, outside the layers, is used before the first layer."""
         return _EMBEDDING_NAME.search(name) is not None and not _HEAD_NAME.search(name)
+
+    def holds_embedding(self, name: str) -> bool:
+        """Return whether tensor `name` of the files is needed before the first layer."""
+        return self.is_embedding(name) or name == self.lone_head
 
     def _is_tied(self, name: str) -> bool:
         return self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
@@ -169,7 +180,7 @@ class Checkpoint:
             if layer is not None:
                 if layers.start <= layer < layers.stop:
                     yield tensor
-            elif self.is_embedding(name):
+            elif self.holds_embedding(name):
                 if first or (last and self._is_tied(name)):
                     yield tensor
             elif last:
@@ -177,7 +188,7 @@ class Checkpoint:
 
     def bytes_in_memory(self, tensor: TensorInfo, dtype: DtypeName) -> int:
         """Return the bytes that `tensor` takes once it is loaded as `dtype`."""
-        if tensor.dtype not in _TORCH_DTYPES:
+        if not tensor.dtype.startswith(("F", "BF")):
             return tensor.nbytes
         return math.prod(tensor.shape) * ITEM_BYTES[dtype]
 
@@ -213,14 +224,19 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples = []
+        samples, path = [], self.folder / name
         try:
-            with open(self.folder / name, "rb") as file:
+            with open(path, "rb") as file:
                 for tensor in tensors:
                     file.seek(tensor.offset)
                     samples.append(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
+                    if len(samples[-1]) < min(_SAMPLE_BYTES, tensor.nbytes):
+                        raise CheckpointError(
+                            f"{path} ends before the tensor {tensor.name}, though its header was "
+                            f"right a moment ago: something is writing it. {how_to_replace(path)}"
+                        )
         except OSError as exc:
-            raise CheckpointError(f"{self.folder / name} cannot be read: {exc}.") from exc
+            raise unreadable(path, exc) from exc
         return samples
 
 
@@ -231,150 +247,101 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: with what is missing or broken and what to do about it.
     """
     config = read_config(folder)
+    names = listing(folder)
+    if SINGLE_NAME in names:  # as in transformers, whatever an index says
+        tensors = read_header(folder, SINGLE_NAME)
+    elif INDEX_NAME in names:
+        tensors = _tensors_by_index(folder, config, names)
+    else:
+        raise no_checkpoint(folder, names)
+    return checkpoint_of(folder, config, tensors, names)
+
+
+def checkpoint_of(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    names: Collection[str] = (),
+) -> Checkpoint:
+    """Return the checkpoint with these tensors, without those of layers that the model lacks.
+
+    Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
+
+    Args:
+        folder: of the files.
+        config: content of config.json.
+        tensors: all that the files hold.
+        names: of the files in the folder.
+
+    Raises:
+        UnsupportedModel: the weights are quantized.
+    """
+    how = quantization_of_tensors(tensors.values(), names)
+    if how is not None:
+        raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
+    checkpoint = Checkpoint(folder, config, tensors)
+    spare = {name for name in tensors if checkpoint.is_spare(name)}
+    if not spare:
+        return checkpoint
+    logger.warning(
+        "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
+        *(folder, len(spare), checkpoint.num_layers, min(spare)),
+    )
+    kept = {name: tensor for name, tensor in tensors.items() if name not in spare}
+    return Checkpoint(folder, config, kept)
+
+
+def _tensors_by_index(
+    folder: Path, config: Mapping[str, Any], names: set[str]
+) -> dict[str, TensorInfo]:
+    """Return the tensors of the files that the index names.
+
+    If some of those files are not there, the tensors are looked for in the other files.
+
+    Raises:
+        CheckpointError: tensors that the index names are nowhere.
+    """
+    path = folder / INDEX_NAME
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map. Copy the index of the model there.")
+    files = sorted({str(name) for name in weight_map.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} names the file {name!r}, which is not a safetensors file in the same "
+                "folder. Do not use this checkpoint."
+            )
+    absent = [name for name in files if name not in names]
     tensors: dict[str, TensorInfo] = {}
-    for name in _weight_files(folder):
-        tensors.update(read_header(folder, name))
-    return Checkpoint(folder, config, tensors)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json; of a multi-modal model, that of its text part.
-
-    Raises:
-        CheckpointError: there is no such file, or it is no config.
-    """
-    if not folder.is_dir():
+    for name in files:
+        if name in names:
+            tensors.update(read_header(folder, name))
+    if not absent:
+        return tensors
+    for name in sorted(names.difference(files)):
+        if name.endswith(".safetensors"):
+            found = read_header(folder, name)
+            tensors.update((n, t) for n, t in found.items() if n in weight_map.keys() - tensors)
+    num_layers = sizes.num_layers(config)
+    lost = sorted(n for n in weight_map.keys() - tensors if not _is_beyond(n, num_layers))
+    if lost:
         raise CheckpointError(
-            f"There is no folder {folder}. Give the path of a checkpoint folder, or a model id of "
-            "the hub such as 'Qwen/Qwen3-0.6B'."
+            f"There is no {absent[0]} in {folder}, where {INDEX_NAME} says that tensors such as "
+            f"{lost[0]} are. Copy that file of the model there."
         )
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("model_type"), str):
-        raise CheckpointError(
-            f"{folder / 'config.json'} names no model_type. It is not the config.json of a "
-            "Hugging Face model."
-        )
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{folder / 'config.json'} asks to run code of its own (auto_map). Code from "
-            "checkpoints is never run; use a model whose architecture is part of transformers."
-        )
-    return config
+    logger.warning("%s names %s, which is not there and not needed", path, absent[0])
+    return tensors
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Return the content of generation_config.json, empty if there is none.
-
-    Raises:
-        CheckpointError: it is not JSON.
-    """
-    path = folder / "generation_config.json"
-    return read_json(path) if path.exists() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in the file at `path`.
-
-    Raises:
-        CheckpointError: there is no such file, or it holds something else.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has more than {_MAX_JSON_BYTES} bytes.")
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as exc:
-        raise CheckpointError(
-            f"There is no {path.name} in {path.parent}. Give the folder of a Hugging Face "
-            "checkpoint (config.json, *.safetensors, tokenizer.json)."
-        ) from exc
-    except OSError as exc:
-        raise CheckpointError(f"{path} cannot be read: {exc}.") from exc
-    except (ValueError, RecursionError) as exc:
-        raise CheckpointError(f"{path} is not JSON ({exc}). Download it again.") from exc
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object. Download it again.")
-    return content
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX_NAME).exists():
-        weight_map = read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map. Download it again.")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME} names the file {name!r}, which is not a safetensors "
-                    "file in the same folder. Do not use this checkpoint."
-                )
-        return names
-    if (folder / SINGLE_NAME).exists():
-        return [SINGLE_NAME]
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-    if pickles:
-        raise CheckpointError(
-            f"{folder} has its weights in {pickles[0]}, a pickle, which can run any code when it "
-            "is read. Convert it on a machine that you can afford to lose: AutoModelForCausalLM"
-            ".from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
-        )
-    raise CheckpointError(
-        f"There is neither {SINGLE_NAME} nor {INDEX_NAME} in {folder}. Give the folder of a "
-        "Hugging Face checkpoint with safetensors weights."
-    )
-
-
-def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
-    """Return the tensors of the safetensors file `name` in `folder`, by their names.
-
-    Raises:
-        CheckpointError: it is missing or broken, or a name occurs twice.
-    """
-    path = folder / name
-    try:
-        with safe_open(path, framework="numpy"):  # checks everything but repeated names
-            pass
-        with open(path, "rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size), object_pairs_hook=_refuse_repeats)
-    except FileNotFoundError as exc:
-        raise CheckpointError(
-            f"There is no {name} in {folder}, which {INDEX_NAME} names. The download is "
-            "incomplete; download it again."
-        ) from exc
-    except (SafetensorError, OSError, ValueError) as exc:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({exc}). Download it again."
-        ) from exc
-    header.pop("__metadata__", None)
-    return {
-        tensor: TensorInfo(
-            tensor,
-            name,
-            info["dtype"],
-            tuple(info["shape"]),
-            8 + size + info["data_offsets"][0],
-            info["data_offsets"][1] - info["data_offsets"][0],
-        )
-        for tensor, info in header.items()
-    }
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a tensor name occurs twice")
-    return content
-
-
-def _positive(config: Mapping[str, Any], *names: str) -> int:
+def _layers_by_prefix(names: Iterable[str]) -> dict[str, set[int]]:
+    layers: dict[str, set[int]] = {}
     for name in names:
-        value = config.get(name)
-        if value is not None:
-            if type(value) is not int or not 0 < value < 2**31:
-                raise CheckpointError(f"config.json has {name} = {value!r}; it must be above 0.")
-            return value
-    raise CheckpointError(
-        f"config.json of the {config.get('model_type')!r} model has none of {', '.join(names)}; "
-        "it is not the configuration of a decoder language model."
-    )
+        if match := _LAYER_NAME.match(name):
+            layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
+    return layers
+
+
+def _is_beyond(name: str, num_layers: int) -> bool:
+    match = _LAYER_NAME.match(name)
+    return match is not None and int(match["layer"]) >= num_layers

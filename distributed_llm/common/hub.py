@@ -6,44 +6,52 @@ the headers are kept beside the snapshot, so that a second start needs no networ
 """
 
 import errno
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from huggingface_hub import HfApi, errors
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from distributed_llm.common.checkpoint import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    TensorInfo,
-    open_checkpoint,
-    read_config,
-    read_header,
-)
+from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.model_files import TensorInfo, read_header, read_json
+from distributed_llm.common.model_folder import (
+    GENERATION_NAME,
+    TOKENIZER_NAMES,
+    check_texts,
+    read_config,
+)
+from distributed_llm.common.other_formats import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    looks_like_file,
+    reason_of_file,
+    reason_of_listing,
+)
 from distributed_llm.common.types import LayerRange
 
-_CONFIG_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja"),
-)
+_CONFIG_FILES = (CONFIG_NAME, GENERATION_NAME)
+_CLUE_FILES = ("adapter_config.json",)
 _TENSORS_NAME = "distributed_llm_tensors.json"
 _MAX_NAME_CHARS = 4096
 _SHOWN_CHARS = 100
+_SHOWN_FOLDERS = 5
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _PATH_START = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
 
 _T = TypeVar("_T")
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
@@ -65,11 +73,19 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
         return ModelSource(kind="builtin", name=""), open_checkpoint(_builtin_folder())
     folder = _existing_folder(model)
     if folder is not None:
-        source = ModelSource(kind="folder", name=str(folder))
-        return source, open_checkpoint(folder)
+        checkpoint = open_checkpoint(folder)
+        check_texts(folder)
+        return ModelSource(kind="folder", name=str(folder)), checkpoint
     name, revision = _parse_hub_id(model)
-    folder = _download(name, revision, (*_CONFIG_FILES, *_TOKENIZER_FILES))
+    try:
+        texts = (*_CONFIG_FILES, *TOKENIZER_NAMES, *_CLUE_FILES)
+        folder = _download(name, revision, texts, all_needed=False)
+    except CheckpointError as exc:
+        if isinstance(exc.__cause__, errors.GatedRepoError | errors.RevisionNotFoundError):
+            raise
+        raise CheckpointError(f"{_no_folder(model)} As a model id of the hub: {exc}") from exc
     checkpoint = _hub_checkpoint(name, folder)
+    check_texts(folder)
     return ModelSource(kind="hub", name=name, revision=folder.name), checkpoint
 
 
@@ -101,9 +117,13 @@ def resolve_for_worker(
     _check_hub_id(source.name)
     if not _COMMIT.fullmatch(source.revision):
         raise CheckpointError(f"The coordinator names no commit of {_shown(source.name)}.")
-    folder = _download(source.name, source.revision, _CONFIG_FILES)
+    folder = _download(source.name, source.revision, _CONFIG_FILES, all_needed=False)
     needed = _files(_hub_checkpoint(source.name, folder).tensors_of(layers))
-    _download(source.name, source.revision, needed)
+    try:
+        _download(source.name, source.revision, needed, all_needed=True)
+    except CheckpointError as exc:
+        absent = [file for file in needed if not (folder / file).exists()]
+        raise CheckpointError(f"{exc} Not here yet: {', '.join(absent) or 'nothing'}.") from exc
     return _hub_checkpoint(source.name, folder)
 
 
@@ -124,8 +144,18 @@ def _builtin_folder() -> Path:
 
 
 def _is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder, or may be one that this user may not look at."""
     try:
         return path.is_dir()
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
     except (OSError, ValueError):
         return False
 
@@ -134,10 +164,7 @@ def _existing_folder(model: str) -> Path | None:
     """Return the folder that `model` names, or None if it can only be a hub id."""
     if len(model) > _MAX_NAME_CHARS:
         raise _bad_id(model)
-    try:
-        path = Path(model).expanduser()
-    except RuntimeError:  # ~nobody
-        path = Path(model)
+    path = _path(model)
     if _is_folder(path):
         return Path(os.path.abspath(path))  # links may be others on the workers
     if "://" in model:
@@ -146,12 +173,42 @@ def _existing_folder(model: str) -> Path | None:
             "such as 'Qwen/Qwen3-0.6B'."
         )
     repository = model.partition("@")[0]
-    if _PATH_START.match(model) or repository.count("/") > 1 or repository.count(os.sep) > 1:
+    if _is_file(path):
+        raise CheckpointError(f"{_shown(model)} {reason_of_file(path.name, str(path.parent))}")
+    if looks_like_file(repository):
         raise CheckpointError(
-            f"There is no folder {_shown(model)}. Check the path; it is looked up on this machine, "
-            f"from {Path.cwd()}."
+            f"There is no file {_shown(model)} in {Path.cwd()}; and no single file can be served. "
+            "Give a folder with config.json and *.safetensors, or a model id of the hub."
         )
+    if (
+        _PATH_START.match(model)
+        or model.endswith(("/", os.sep))
+        or repository.count("/") > 1
+        or repository.count(os.sep) > 1
+    ):
+        raise CheckpointError(f"{_no_folder(model)} Check the path.")
     return None
+
+
+def _path(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # ~nobody
+        return Path(model)
+
+
+def _no_folder(model: str) -> str:
+    """Return that there is no such folder, and what is in the one above it."""
+    parent = _path(model).parent
+    text = f"There is no folder {_shown(model)} on this machine (looked up from {Path.cwd()})"
+    try:
+        beside = sorted(entry.name for entry in os.scandir(parent) if entry.is_dir())
+    except OSError:
+        return f"{text}."
+    close = get_close_matches(Path(model).name, beside) or beside[:_SHOWN_FOLDERS]
+    if parent == Path() or not close:
+        return f"{text}."
+    return f"{text}; in {_shown(str(parent))} there is {', '.join(map(_shown, close))}."
 
 
 def _parse_hub_id(model: str) -> tuple[str, str | None]:
@@ -189,11 +246,47 @@ def _files(tensors: Iterable[TensorInfo]) -> list[str]:
 
 def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
     """Return the checkpoint of the snapshot in `folder`; its weights may not be downloaded yet."""
-    tensors = dict(_tensors_on_hub(name, folder))
+    if not (folder / CONFIG_NAME).exists():
+        raise CheckpointError(f"{name} {_reason_of_repository(name, folder)}")
+    config = read_config(folder)
+    absent = _absent_weights(folder)
+    if not absent:
+        return open_checkpoint(folder)
+    try:
+        tensors = dict(_tensors_on_hub(name, folder))
+    except CheckpointError as exc:
+        raise CheckpointError(f"{exc} Not here yet: {', '.join(absent)}.") from exc
     for file in _files(tensors.values()):
         if (folder / file).exists():
             tensors.update(read_header(folder, file))  # with offsets, and the file checked
-    return Checkpoint(folder, read_config(folder), tensors)
+    return checkpoint_of(folder, config, tensors)
+
+
+def _absent_weights(folder: Path) -> list[str]:
+    """Return the files with weights that the snapshot lacks, as far as it tells.
+
+    One that another program made, or with the weights of all layers, lacks none.
+    """
+    if (folder / SINGLE_NAME).exists():
+        return []
+    if not (folder / INDEX_NAME).exists():
+        return [SINGLE_NAME]
+    weight_map = read_json(folder / INDEX_NAME).get("weight_map")
+    names = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+    return sorted(n for n in names if _WEIGHT_FILE.fullmatch(n) and not (folder / n).exists())
+
+
+def _reason_of_repository(name: str, folder: Path) -> str:
+    """Return why a repository without usable weights or configuration cannot be served."""
+    paths = _reporting(name, lambda: _api().list_repo_files(name, revision=folder.name))
+    names = {path[: path.find("/") + 1] or path for path in paths}
+
+    def read(file: str) -> Mapping[str, Any]:
+        return read_json(folder / file) if (folder / file).exists() else {}
+
+    return reason_of_listing(names, read) or (
+        f"has no {CONFIG_NAME}, or no safetensors. Choose a model that transformers can load."
+    )
 
 
 def _tensors_on_hub(name: str, folder: Path) -> Mapping[str, TensorInfo]:
@@ -202,15 +295,22 @@ def _tensors_on_hub(name: str, folder: Path) -> Mapping[str, TensorInfo]:
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, TensorInfo])
     except (OSError, ValueError, RecursionError):  # none yet, or a broken one
-        tensors = _fetch_headers(name, folder.name)
+        tensors = _fetch_headers(name, folder)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     content = msgspec.json.encode(tensors)
     _reporting(name, lambda: (temporary.write_bytes(content), temporary.replace(path)))
     return tensors
 
 
-def _fetch_headers(name: str, commit: str) -> dict[str, TensorInfo]:
-    metadata = _reporting(name, lambda: _api().get_safetensors_metadata(name, revision=commit))
+def _fetch_headers(name: str, folder: Path) -> dict[str, TensorInfo]:
+    try:
+        metadata = _reporting(
+            name, lambda: _api().get_safetensors_metadata(name, revision=folder.name)
+        )
+    except CheckpointError as exc:
+        if isinstance(exc.__cause__, errors.NotASafetensorsRepoError):
+            raise CheckpointError(f"{name} {_reason_of_repository(name, folder)}") from exc
+        raise
     tensors: dict[str, TensorInfo] = {}
     for file, content in metadata.files_metadata.items():
         if not _WEIGHT_FILE.fullmatch(file):
@@ -225,11 +325,21 @@ def _fetch_headers(name: str, commit: str) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _download(name: str, revision: str | None, files: Iterable[str]) -> Path:
-    """Return the folder of the snapshot, named by its commit, with those `files` the hub has."""
+def _download(name: str, revision: str | None, files: Iterable[str], *, all_needed: bool) -> Path:
+    """Return the folder of the snapshot, named by its commit, with those `files` the hub has.
+
+    Args:
+        all_needed: raise if the hub cannot be reached and the snapshot lacks some of them.
+    """
 
     def download() -> str:
-        return _api().snapshot_download(name, revision=revision, allow_patterns=list(files))
+        try:
+            return _api().snapshot_download(name, revision=revision, allow_patterns=list(files))
+        except errors.IncompleteSnapshotError as exc:
+            if all_needed:
+                raise
+            logger.warning("%s", exc)
+            return str(exc.snapshot_path)
 
     return Path(_reporting(name, download))
 
@@ -265,19 +375,17 @@ def _explain(name: str, exc: Exception) -> str:
                 f"The hub has no model {name}, or it is private. Check the spelling; for a "
                 "private model run `hf auth login` on this machine."
             )
-        case errors.NotASafetensorsRepoError():
-            return (
-                f"{name} has neither {SINGLE_NAME} nor {INDEX_NAME}. Weights in pickles (.bin), "
-                "which can run any code when they are read, are not used. Choose a version of the "
-                "model with safetensors, or convert it: AutoModelForCausalLM.from_pretrained(id)"
-                ".save_pretrained(folder)."
-            )
         case errors.SafetensorsParsingError():
             return f"The weights of {name} on the hub are broken ({exc}). Choose another model."
         case errors.OfflineModeIsEnabled():
             return _offline(name, "HF_HUB_OFFLINE is set")
         case errors.LocalEntryNotFoundError() if isinstance(exc.__cause__, Exception):
             return _explain(name, exc.__cause__)
+        case errors.RemoteEntryNotFoundError():
+            return (
+                f"The index of {name} names a file that is not there on the hub. Choose another "
+                "revision or version of the model."
+            )
         case errors.HfHubHTTPError():
             return _refused(name, exc)
         case OSError(errno=errno.ENOSPC):

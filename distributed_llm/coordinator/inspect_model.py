@@ -1,18 +1,22 @@
 """Reads a `ServedModel` from a checkpoint: headers and samples of tensors, no whole weights."""
 
-from distributed_llm.common.checkpoint import Checkpoint, read_generation_config
-from distributed_llm.common.hub import fingerprints
+from collections.abc import Mapping
+
+from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
-from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests.parameters import generation_defaults
 
 
 def served_model(
-    source: ModelSource, checkpoint: Checkpoint, settings: CoordinatorSettings
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    settings: CoordinatorSettings,
+    prints: Mapping[str, str],
 ) -> ServedModel:
     """Return the served model of a checkpoint.
 
@@ -20,13 +24,13 @@ def served_model(
         source: where workers find it.
         checkpoint: config and tensor names; weights need not be on this machine.
         settings: with the dtypes to run it in.
+        prints: fingerprints of all tensors; without them no digest can be asked for.
 
     Raises:
         CheckpointError: the files contradict one another.
         InvalidRequest: generation_config.json has a value out of range.
     """
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
-    prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))
     defaults = generation_defaults(
         checkpoint.config,
         read_generation_config(checkpoint.folder),
@@ -57,7 +61,7 @@ def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
         size = checkpoint.bytes_in_memory(tensor, dtype)
         if layer is not None:
             parts["layers"][layer] += size
-        elif not checkpoint.is_embedding(tensor.name):
+        elif not checkpoint.holds_embedding(tensor.name):
             parts["last"][0] += size
         else:
             parts["shared" if checkpoint.ties_embeddings else "first"][0] += size

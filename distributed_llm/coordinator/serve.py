@@ -2,13 +2,20 @@
 
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.hub import resolve_for_coordinator
+from distributed_llm.common.hub import fingerprints, resolve_for_coordinator
+from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.common.model_folder import folder_of_config, read_config
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
+from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
@@ -32,7 +39,7 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         AddressInUse: the address cannot be listened on.
     """
     raise_file_limit()
-    model, checkpoint = _open(settings.model, settings)
+    model, checkpoint = open_model(settings.model, settings)
 
     def listening(address: str) -> None:
         logger.info("serving %s (%s)", model.name, model.dtype)
@@ -59,23 +66,51 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     return exit_code(await service.run())
 
 
-def plan(model: str, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
+def plan(
+    model: str,
+    workers: Sequence[str],
+    settings: CoordinatorSettings,
+    *,
+    parameters_of: Callable[[Mapping[str, Any]], Mapping[str, TensorInfo]],
+) -> DryRun:
     """Return which workers would get which layers of `model`, and how fast that would be.
 
     Args:
-        model: checkpoint folder or hub id; empty for the built-in model.
+        model: checkpoint folder or hub id; a config.json alone, or its folder; empty for the
+            built-in model.
         workers: descriptions of workers, as `dry_run` reads them.
+        settings: of the coordinator.
+        parameters_of: returns the tensors that a model with a given config.json would have.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.
         ConfigError: a worker cannot be read.
         CheckpointError: the model cannot be read or split.
     """
-    served, _ = _open(model, settings)
-    return dry_run(served, workers, settings)
+    folder = folder_of_config(Path(model)) if model else None
+    if folder is None:
+        served, _ = open_model(model, settings)
+        return dry_run(served, workers, settings)
+    config = read_config(folder)
+    check_architecture(config)
+    checkpoint = Checkpoint(folder, config, parameters_of(config))
+    source = ModelSource(kind="folder", name=str(folder))
+    run = dry_run(served_model(source, checkpoint, settings, {}), workers, settings)
+    return replace(run, assumed=("weights as config.json describes them", *run.assumed))
 
 
-def _open(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
+def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, Checkpoint]:
+    """Return a model as it would be served, and its checkpoint.
+
+    Args:
+        model: checkpoint folder or hub id; empty for the built-in model.
+        settings: with the dtypes to run it in.
+
+    Raises:
+        CheckpointError: the model cannot be read or split.
+        InvalidRequest: generation_config.json has a value out of range.
+    """
     source, checkpoint = resolve_for_coordinator(model)
     check_architecture(checkpoint.config)
-    return served_model(source, checkpoint, settings), checkpoint
+    prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))
+    return served_model(source, checkpoint, settings, prints), checkpoint

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distributed_llm.common.checkpoint import read_json
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.messages import ChatMessage
+from distributed_llm.common.model_files import read_json
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -280,6 +280,8 @@ def _has_tokenizer(folder: Path) -> bool:
 def _refuse_code(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     auto_map = read_json(path).get("auto_map") if path.exists() else None
+    if (folder / "tokenizer.json").exists():
+        return  # read by a class of transformers, whatever code is named
     if auto_map and (not isinstance(auto_map, dict) or "AutoTokenizer" in auto_map):
         raise CheckpointError(
             f"{path} asks to run code of its own (auto_map). Code from checkpoints is never run; "

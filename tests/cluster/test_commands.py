@@ -109,6 +109,21 @@ def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
     assert stages[-1]["layers"][1] == 6
 
 
+def test_a_plan_needs_no_more_than_a_config(checkpoint: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_bytes((checkpoint / "config.json").read_bytes())
+    workers = ["--worker", "pc=3MiB", "--worker", "2MiB"]
+    done = dllm("plan", str(config), *workers)
+    assert done.returncode == 0, done.stderr
+    *plan, assumed = done.stdout.splitlines()
+    assert assumed.startswith("assumed: weights as config.json describes them; ")
+    *with_weights, _ = dllm("plan", str(checkpoint), *workers).stdout.splitlines()
+    assert plan == with_weights
+    code, said = failure("coordinator", str(tmp_path), "--bind", "127.0.0.1:0")
+    assert code == 2
+    assert "no weights" in said
+
+
 def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
     asked = ["plan", str(checkpoint), "--objective", "latency"]
     for worker in ("pc=16MiB,40MB/s,1GFLOPS", "mac=16MiB,20MB/s,1GFLOPS", "pi=20KiB,1MB/s,1GFLOPS"):
@@ -294,7 +309,9 @@ def test_models_that_cannot_be_read(checkpoint: Path, tmp_path: Path) -> None:
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     code_inside = broken("code")
     config = json.loads((code_inside / "config.json").read_text())
-    (code_inside / "config.json").write_text(json.dumps({**config, "auto_map": {"A": "b.C"}}))
+    (code_inside / "config.json").write_text(
+        json.dumps({**config, "model_type": "nonesuch", "auto_map": {"A": "b.C"}})
+    )
     for folder, said in (
         (cut, "not a whole safetensors file"),
         (pickled, "a pickle"),

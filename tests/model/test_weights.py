@@ -2,23 +2,65 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.other_formats import INDEX_NAME
 from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.coordinator.tokenizer import Tokenizer
 from distributed_llm.worker.model.shared_weights import StageModel
+from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.weights import load_stage_model
 from tests.checkpoints import HIDDEN_SIZE, make_checkpoint
-from tests.model.driver import CPU
+from tests.model.driver import CPU, Pipeline, load_stages
 
 
 def load(checkpoint: Checkpoint, start: int, stop: int) -> StageModel:
     return load_stage_model(checkpoint, LayerRange(start, stop), device=CPU, dtype=torch.float32)
+
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+NEW_TOKENS = 5
+
+
+def generated(folder: Path) -> list[int]:
+    """Return what transformers answers to `PROMPT`."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    answer = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return list(answer[0, len(PROMPT) :].tolist())
+
+
+def tokens(checkpoint: Checkpoint, split: list[int] | None = None) -> list[int]:
+    """Return what a split model answers to `PROMPT`."""
+    pipeline = Pipeline(load_stages(checkpoint, split or [1, 3]))
+    pipeline.prefill([PROMPT], [len(PROMPT) - 1])
+    return [pipeline.decode()[0] for _ in range(NEW_TOKENS)]
+
+
+def configure(folder: Path, **changes: Any) -> Checkpoint:
+    """Change values of a config.json; None removes one."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    return open_checkpoint(folder)
 
 
 def edit(folder: Path, **changes: torch.Tensor | None) -> Checkpoint:
@@ -74,6 +116,17 @@ def test_weights_come_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype)
     assert {parameter.dtype for parameter in stage.model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_numbers_of_another_width_are_what_they_say(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = make_checkpoint(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    layers = {name: tensor.to(dtype) for name, tensor in weights.items() if "_proj" in name}
+    cost = model_cost(open_checkpoint(folder), "float32")
+    checkpoint = edit(folder, **layers)
+    assert tokens(checkpoint) == generated(folder)
+    assert model_cost(checkpoint, "float32") == cost
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -87,7 +140,7 @@ def test_weights_come_in_the_dtype_asked_for(tmp_path: Path, dtype: torch.dtype)
 def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
     checkpoint = edit(make_checkpoint(tmp_path), **{name: None})
     start, stop = (0, 1) if "embed" in name else (1, 4)
-    with pytest.raises(CheckpointError, match=f"lacks tensor {name}.*download it again"):
+    with pytest.raises(CheckpointError, match=f"lacks tensor {name}.*another copy"):
         load(checkpoint, start, stop)
 
 
@@ -99,17 +152,142 @@ def test_a_missing_expert_is_refused(tmp_path: Path) -> None:
     load(checkpoint, 0, 2)
 
 
-@pytest.mark.parametrize("name", ["model.layers.2.self_attn.q_norm.weight", "model.extra.weight"])
-def test_an_unknown_tensor_is_named(tmp_path: Path, name: str) -> None:
-    checkpoint = edit(make_checkpoint(tmp_path), **{name: torch.ones(3)})
-    with pytest.raises(CheckpointError, match=f"has the unknown tensor {name}"):
-        load(checkpoint, 1, 4)
+MASKS = {"attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "attn.masked_bias": torch.ones(())}
 
 
-def test_buffers_that_old_checkpoints_hold_are_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [
+        ("llama", {"model.layers.2.self_attn.q_norm.weight": torch.ones(3)}),
+        ("llama", {"model.layers.2.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        ("llama", {"model.rotary_emb.inv_freq": torch.ones(4)}),
+        (
+            "llama",
+            {"score.weight": torch.ones(3, HIDDEN_SIZE), "v_head.summary.bias": torch.ones(1)},
+        ),
+        ("llama", {"model.layers.4.mlp.up_proj.weight": torch.ones(48, HIDDEN_SIZE)}),
+        ("llama", {"model.layers.7.eh_proj.weight": torch.ones(3)}),
+        ("gpt2", {f"transformer.h.2.{name}": mask for name, mask in MASKS.items()}),
+        (
+            "gpt_neox",
+            {
+                f"gpt_neox.layers.2.{name.replace('attn', 'attention')}": m
+                for name, m in MASKS.items()
+            },
+        ),
+    ],
+)
+def test_what_the_layers_do_not_need_is_left_out(
+    tmp_path: Path, family: str, extra: dict[str, torch.Tensor]
+) -> None:
+    """As in transformers: buffers of older versions, heads of other tasks, layers beyond."""
+    folder = make_checkpoint(tmp_path, family)
+    before = open_checkpoint(folder)
+    checkpoint = edit(folder, **extra)
+    for start, stop in ((0, 2), (2, 4)):
+        stage, plain = load(checkpoint, start, stop), load(before, start, stop)
+        assert stage.nbytes == plain.nbytes
+    assert tokens(checkpoint) == generated(folder)
+
+
+def test_what_is_left_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = edit(make_checkpoint(tmp_path), **{"model.extra.weight": torch.ones(3)})
+    load(checkpoint, 0, 3)
+    assert not caplog.records
+    load(checkpoint, 2, 4)
+    assert "1 tensors in the files belong to no part of the model" in caplog.text
+    assert "model.extra.weight" in caplog.text
+
+
+def test_layers_beyond_those_of_the_config_cost_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = make_checkpoint(tmp_path)
-    name = "model.layers.2.self_attn.rotary_emb.inv_freq"
-    load(edit(folder, **{name: torch.ones(4)}), 1, 4)
+    cost = model_cost(open_checkpoint(folder), "float32")
+    more = {f"model.layers.{n}.eh_proj.weight": torch.ones(99, 99) for n in (4, 5)}
+    assert model_cost(edit(folder, **more), "float32") == cost
+    assert "2 tensors of layers beyond the 4 of config.json" in caplog.text
+
+
+def test_a_config_with_fewer_layers_than_the_files(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path)
+    checkpoint = configure(folder, num_hidden_layers=2)
+    assert checkpoint.num_layers == 2
+    assert tokens(checkpoint, [1, 1]) == generated(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "embedding"),
+    [
+        ("llama", "model.embed_tokens.weight"),
+        ("gpt2", "transformer.wte.weight"),
+        ("gemma2", "model.embed_tokens.weight"),
+    ],
+)
+def test_of_two_tied_tensors_either_may_be_there(
+    tmp_path: Path, family: str, embedding: str
+) -> None:
+    folder = make_checkpoint(tmp_path, family, tie=True)
+    expected = generated(folder)
+    cost = model_cost(open_checkpoint(folder), "float32")
+    table = load_file(folder / "model.safetensors")[embedding]
+    only_head = edit(folder, **{"lm_head.weight": table.clone(), embedding: None})
+    assert generated(folder) == expected
+    for split in ([4], [1, 2, 1]):
+        assert tokens(only_head, split) == expected
+    assert model_cost(only_head, "float32") == cost
+    donor = load(only_head, 0, 4)
+    for start, stop in ((0, 2), (2, 4)):
+        beside = load_stage_model(
+            only_head, LayerRange(start, stop), device=CPU, dtype=torch.float32, donor=donor
+        )
+        assert beside.shared_nbytes > 0.9 * beside.nbytes
+    both = edit(folder, **{embedding: table.clone()})
+    assert tokens(both, [1, 2, 1]) == expected
+
+
+def test_a_head_without_its_embedding_in_a_model_that_does_not_tie(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, tie=False)
+    checkpoint = edit(folder, **{"model.embed_tokens.weight": None})
+    with pytest.raises(CheckpointError, match=r"lacks tensor model\.embed_tokens\.weight"):
+        load(checkpoint, 0, 2)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_dtype_by_its_name_in_torch(tmp_path: Path, name: str) -> None:
+    folder = make_checkpoint(tmp_path)
+    checkpoint = configure(folder, **{"dtype": None, name: "torch.float16"})
+    assert checkpoint.dtype == "float16"
+    load(checkpoint, 0, 4)
+
+
+def test_code_beside_a_model_that_transformers_has_is_never_run(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, tokenizer=True)
+    for module in ("evil", "modeling_evil", "configuration_evil", "tokenization_evil"):
+        (folder / f"{module}.py").write_text(
+            f"open({str(folder / 'ran')!r}, 'w')\nraise SystemExit"
+        )
+    auto_map = {
+        "AutoConfig": "configuration_evil.EvilConfig",
+        "AutoModelForCausalLM": "modeling_evil.EvilForCausalLM",
+        "AutoTokenizer": ["tokenization_evil.EvilTokenizer", None],
+    }
+    checkpoint = configure(folder, auto_map=auto_map)
+    tokenizer_config = folder / "tokenizer_config.json"
+    content = json.loads(tokenizer_config.read_text())
+    tokenizer_config.write_text(json.dumps({**content, "auto_map": auto_map}))
+    check_architecture(checkpoint.config)
+    Stage.ensure_supported(checkpoint)
+    assert tokens(checkpoint) == generated(folder)
+    assert Tokenizer.load(folder).encode("a")
+    assert not (folder / "ran").exists()
+
+
+def test_code_beside_a_model_that_only_it_describes(tmp_path: Path) -> None:
+    config = {"model_type": "evil", "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+    with pytest.raises(UnsupportedModel, match=r"auto_map.*never run.*Use a model"):
+        check_architecture(config)
+    check_architecture({**config, "model_type": "olmo3"})  # in transformers, in no table here
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
@@ -139,13 +317,95 @@ def test_names_without_the_prefix_of_the_base_model_are_read(tmp_path: Path) -> 
     assert torch.equal(weight, tensors["transformer.h.2.attn.c_attn.weight"])
 
 
-def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+def vanish(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (vanish, "is not there. Copy"),
+        (cut, "is not a whole safetensors file"),
+        (empty, "is not a whole safetensors file"),
+    ],
+)
+def test_a_file_that_is_spoilt_after_its_header_was_read_is_named(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path, max_shard_size="20KB"))
     files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     assert len(files) > 2
-    (checkpoint.folder / files[1]).unlink()
-    with pytest.raises(CheckpointError, match=f"{files[1]} cannot be read"):
+    path = checkpoint.folder / files[1]
+    spoil(path)
+    with pytest.raises(CheckpointError, match=re.escape(f"{path} {words}")):
         load(checkpoint, 0, 4)
+
+
+def test_a_file_that_may_not_be_read_any_more_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, framework: str) -> None:
+        raise PermissionError(f"Permission denied: {path}")  # as safetensors raises it
+
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path))
+    monkeypatch.setattr("distributed_llm.worker.model.weights.safe_open", refuse)
+    path = re.escape(str(checkpoint.folder / "model.safetensors"))
+    with pytest.raises(CheckpointError, match=f"{path} cannot be read: .*chmod"):
+        load(checkpoint, 0, 4)
+
+
+# ------------------------------------------------------------------ indexes
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path, max_shard_size="60KB")
+
+
+def test_an_index_beside_one_file_with_everything(sharded: Path) -> None:
+    """As in transformers, the one file counts."""
+    whole = {}
+    for path in sorted(sharded.glob("*.safetensors")):
+        whole.update(load_file(path))
+        path.unlink()
+    save_file(whole, sharded / "model.safetensors", metadata={"format": "pt"})
+    assert tokens(open_checkpoint(sharded)) == generated(sharded)
+
+
+def test_an_index_that_has_tensors_in_the_wrong_files(sharded: Path) -> None:
+    files = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert len(files) > 1
+    content = json.loads((sharded / INDEX_NAME).read_text())
+    names = content["weight_map"]
+    names.update({tensor: files[n % len(files)] for n, tensor in enumerate(names)})
+    (sharded / INDEX_NAME).write_text(json.dumps(content))
+    assert tokens(open_checkpoint(sharded)) == generated(sharded)
+
+
+def test_an_index_that_names_files_by_other_names(sharded: Path) -> None:
+    expected = generated(sharded)
+    for path in sorted(sharded.glob("*.safetensors")):
+        path.rename(sharded / f"renamed-{path.name}")
+    assert tokens(open_checkpoint(sharded)) == expected
+
+
+def test_an_index_of_tensors_that_are_nowhere(sharded: Path) -> None:
+    content = json.loads((sharded / INDEX_NAME).read_text())
+    content["weight_map"]["model.layers.4.eh_proj.weight"] = "mtp.safetensors"
+    (sharded / INDEX_NAME).write_text(json.dumps(content))
+    tokens(open_checkpoint(sharded))  # of a layer beyond those of config.json
+    path = sorted(sharded.glob("*.safetensors"))[0]
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"There is no {path.name} in .*Copy that file"):
+        open_checkpoint(sharded)
 
 
 def test_values_that_transformers_refuses_are_an_error_of_the_checkpoint(tmp_path: Path) -> None:

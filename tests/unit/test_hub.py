@@ -19,9 +19,10 @@ from huggingface_hub import HfApi, constants
 from safetensors.numpy import save_file
 
 from distributed_llm.common import hub
-from distributed_llm.common.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.other_formats import INDEX_NAME, SINGLE_NAME
 from distributed_llm.common.types import LayerRange
 
 NAME = "org/tiny-model"
@@ -230,7 +231,7 @@ def test_a_worker_may_have_its_own_copy(tmp_path: Path, kind: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("../../etc/passwd", "There is no folder"),
+        ("../../etc/no-such-file", "There is no folder"),
         ("./tiny", "There is no folder"),
         ("~/no-such-model", "There is no folder"),
         ("~nobody-is-called-so/model", "There is no folder"),
@@ -340,6 +341,89 @@ def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.Monk
     assert fake.requests == []
 
 
+def as_others_cache_it(fake: FakeHub, *, without: tuple[str, ...] = ()) -> Path:
+    """Put the model into the cache as transformers does: no list of tensors, no list of files."""
+    repository = Path(constants.HF_HUB_CACHE) / "models--org--tiny-model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json", INDEX_NAME, *SHARDS):
+        if name not in without:
+            shutil.copy(fake.folder / name, snapshot / name)
+    return snapshot
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cache_that_others_filled_needs_no_network(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    snapshot = as_others_cache_it(fake)
+    if offline:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        fake.status = 503
+    source, ours = hub.resolve_for_coordinator(NAME)
+    assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
+    assert ours.folder == snapshot
+    layers = LayerRange(1, 3)
+    theirs = hub.resolve_for_worker(source, layers)
+    everything = hub.fingerprints(source, ours, LayerRange(0, 4))
+    prints = hub.fingerprints(source, theirs, layers)
+    assert theirs.digest(layers, prints) == ours.digest(layers, everything)
+
+
+def test_both_sides_agree_whether_the_weights_were_here_or_not(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, without = hub.resolve_for_coordinator(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
+    as_others_cache_it(fake)
+    layers = LayerRange(0, 2)
+    theirs = hub.resolve_for_worker(source, layers)
+    prints = hub.fingerprints(source, theirs, layers)
+    everything = hub.fingerprints(source, without, LayerRange(0, 4))
+    assert theirs.digest(layers, prints) == without.digest(layers, everything)
+
+
+def test_an_incomplete_cache_offline_names_what_is_missing(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_others_cache_it(fake, without=(SHARDS[1],))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=f"HF_HUB_OFFLINE is set.*Not here yet: {SHARDS[1]}"):
+        hub.resolve_for_coordinator(NAME)
+
+
+def test_texts_that_the_cache_lacks_are_no_fault_offline(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library knows the list of files and calls the snapshot incomplete."""
+    (fake.folder / "vocab.json").write_text("{}")
+    source, _ = hub.resolve_for_coordinator(NAME)
+    hub.resolve_for_worker(source, LayerRange(0, 4))
+    snapshot = Path(constants.HF_HUB_CACHE) / "models--org--tiny-model" / "snapshots" / COMMIT
+    (snapshot / "vocab.json").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again, _ = hub.resolve_for_coordinator(NAME)
+    assert again == source
+    hub.resolve_for_worker(source, LayerRange(0, 4))
+    (snapshot / SHARDS[0]).unlink()
+    with pytest.raises(CheckpointError, match=f"Not here yet: {SHARDS[0]}"):
+        hub.resolve_for_worker(source, LayerRange(0, 1))
+
+
+def test_a_broken_file_in_the_cache_is_to_be_deleted(fake: FakeHub) -> None:
+    """The library would not download it again while it is there."""
+    checkpoint = hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
+    path = (checkpoint.folder / SHARDS[0]).resolve()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"Delete {path} and start again"):
+        hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
+    path.unlink()
+    hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
+
+
 def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
     source = hub_source(fake)
     hub.resolve_for_worker(source, LayerRange(0, 4))
@@ -374,7 +458,7 @@ def test_a_model_in_one_file(fake: FakeHub) -> None:
     (fake.folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 4}))
     source, checkpoint = hub.resolve_for_coordinator(NAME)
     assert {t.file for t in checkpoint.tensors.values()} == {SINGLE_NAME}
-    with pytest.raises(CheckpointError, match="incomplete"):
+    with pytest.raises(CheckpointError, match="no tensors of layer 0"):
         hub.resolve_for_worker(source, LayerRange(0, 1))
 
 
@@ -462,7 +546,46 @@ def test_offline_with_nothing_in_the_cache(fake: FakeHub, monkeypatch: pytest.Mo
 def test_only_pickles(fake: FakeHub) -> None:
     for path in [*fake.folder.glob("*.safetensors"), fake.folder / INDEX_NAME]:
         path.unlink()
-    with pytest.raises(CheckpointError, match=r"pickles \(\.bin\).*save_pretrained"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
+        hub.resolve_for_coordinator(NAME)
+
+
+def only(fake: FakeHub, *names: str, config: dict[str, Any] | None = None) -> None:
+    """Let the repository hold these files, and perhaps a config.json, instead of its own."""
+    shutil.rmtree(fake.folder)
+    fake.folder.mkdir()
+    for name in ("README.md", *names):
+        (fake.folder / name).parent.mkdir(exist_ok=True)
+        (fake.folder / name).write_text('{"base_model_name_or_path": "org/base"}')
+    if config is not None:
+        (fake.folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "words"),
+    [
+        (["tiny.Q4_K_M.gguf", "tiny.Q8_0.gguf"], None, "tiny.Q4_K_M.gguf, in GGUF"),
+        (["tiny.Q4_K_M.gguf"], CONFIG, "tiny.Q4_K_M.gguf, in GGUF"),
+        (["adapter_config.json", "adapter_model.safetensors"], None, "LoRA adapter for 'org/base'"),
+        (["model_index.json", "unet/config.json"], None, "diffusers"),
+        (["onnx/model.onnx"], CONFIG, "in the folder onnx"),
+        (["consolidated.safetensors", "params.json"], None, "publisher's own format"),
+        ([], CONFIG, "no weights"),
+        ([], None, r"no config\.json"),
+        (["model.safetensors"], CONFIG | {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+    ],
+)
+def test_a_repository_in_another_format(
+    fake: FakeHub, names: list[str], config: dict[str, Any] | None, words: str
+) -> None:
+    only(fake, *names, config=config)
+    with pytest.raises(CheckpointError, match=words):
+        hub.resolve_for_coordinator(NAME)
+
+
+def test_an_index_that_names_a_file_that_the_hub_lacks(fake: FakeHub) -> None:
+    (fake.folder / SHARDS[1]).unlink()
+    with pytest.raises(CheckpointError, match=r"index of org/tiny-model names a file.*revision"):
         hub.resolve_for_coordinator(NAME)
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from distributed_llm.common.checkpoint import Checkpoint, TensorInfo
+from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.messages import LoadStage, ModelSource
+from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.worker.compute.loading import num_threads
 

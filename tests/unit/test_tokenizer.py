@@ -263,11 +263,14 @@ def test_a_broken_tokenizer_is_a_checkpoint_error(tmp_path: Path, content: str) 
 
 
 @pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["m.Evil", None]}, ["m.Evil", None]])
-def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, auto_map: Any) -> None:
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path, auto_map: Any) -> None:
     folder = save(tmp_path / "model", byte_level())
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
     (folder / "m.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    tokenizer = Tokenizer.open(folder)  # of tokenizer.json, which needs no code
+    assert tokenizer.decode(tokenizer.encode("the world")) == "the world"
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
     with pytest.raises(CheckpointError, match="never run"):
         Tokenizer.open(folder)
     assert not (tmp_path / "ran").exists()

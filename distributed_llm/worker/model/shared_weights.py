@@ -85,7 +85,8 @@ class SharedModules:
         if checkpoint.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
             names = (tensor.name for tensor in checkpoint.tensors_of(last))
-            self._matrices = set(filter(checkpoint.is_embedding, names))
+            held = filter(checkpoint.holds_embedding, names)
+            self._matrices = {tied.get(name, name) for name in held}
             self._tied = {*tied.keys(), *tied.values()}
 
     def has_layer(self, layer: int) -> bool:

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,12 +32,15 @@ from transformers.utils import logging as transformers_logging
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.model_files import TensorInfo, damaged, unreadable
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 
 logger = logging.getLogger(__name__)
+
+_SHOWN_NAMES = 3
 
 
 class AbsentEmbedding(nn.Module):
@@ -86,8 +90,12 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             f"The model type {model_type!r} is no decoder language model. Use one that generates "
             "text, such as llama, qwen3 or mistral."
         )
+    values = dict(config)
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(values.get(name), str):
+            values[name] = values[name].removeprefix("torch.")
     try:
-        return kind.from_dict(dict(config))
+        return kind.from_dict(values)
     except Exception as exc:  # validators of transformers raise errors of many types
         raise CheckpointError(
             f"transformers refuses the config.json of this {model_type!r} model: {exc}"
@@ -99,6 +107,25 @@ def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> 
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
     return model
+
+
+def parameters_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Return the tensors that a checkpoint with this config.json would have, tied ones once.
+
+    Raises:
+        UnsupportedModel: transformers has no decoder of this type.
+        CheckpointError: transformers refuses a value.
+    """
+    made = model_config(config)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    dtype = made.dtype if made.dtype in names else torch.float32
+    with torch.device("meta"):
+        model = new_model(made, dtype)
+    return {
+        name: TensorInfo(name, "", names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in model.state_dict().items()
+        if tensor.dtype in names and name not in model.all_tied_weights_keys
+    }
 
 
 def load_stage_model(
@@ -131,13 +158,14 @@ def load_stage_model(
     model = copy.deepcopy(whole)
     decoder = cast(PreTrainedModel, model.base_model)
     path = _path_of_layers(model, checkpoint.num_layers)
-    shared = SharedModules(checkpoint, layers, model.all_tied_weights_keys, donor)
+    tied = dict(model.all_tied_weights_keys)
+    shared = SharedModules(checkpoint, layers, tied, donor)
     missing = _missing_layers(layers, shared)
     _keep_layers(model, path, missing)
     _cut_config(model.config, checkpoint.num_layers, layers)
     _drop_unneeded(model, path, checkpoint, layers, shared)
     with ExitStack() as files, _without_progress_bars():
-        tensors, mapped = _open_tensors(checkpoint, layers, shared, files)
+        tensors, mapped = _open_tensors(checkpoint, layers, tied, shared, files)
         _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
         _drop_tied_embedding(model, layers)
@@ -259,11 +287,16 @@ class _MappedTensor:
 
 
 def _open_tensors(
-    checkpoint: Checkpoint, layers: LayerRange, shared: SharedModules, files: ExitStack
+    checkpoint: Checkpoint,
+    layers: LayerRange,
+    tied: Mapping[str, str],
+    shared: SharedModules,
+    files: ExitStack,
 ) -> tuple[dict[str, Any], set[int]]:
     """Return the tensors to load, by name, and a set that will hold their mapped addresses.
 
-    In the names, the layers that are not shared are numbered from 0.
+    In the names, the layers that are not shared are numbered from 0. A matrix that stands in the
+    files only as the head's gets the name of the embedding that the head is tied to.
     """
     opened: dict[str, Any] = {}
     mapped: set[int] = set()
@@ -271,20 +304,28 @@ def _open_tensors(
     missing = _missing_layers(layers, shared)
     for info in checkpoint.tensors_of(layers):
         layer = checkpoint.layer_of(info.name)
-        if shared.has(info.name) if layer is None else shared.has_layer(layer):
+        name = tied.get(info.name, info.name) if info.name == checkpoint.lone_head else info.name
+        if shared.has(name) if layer is None else shared.has_layer(layer):
             continue
-        if (matrix := shared.matrix(info.name)) is not None:
-            tensors[info.name] = matrix
+        if (matrix := shared.matrix(name)) is not None:
+            tensors[name] = matrix
             continue
         if info.file not in opened:
-            path = checkpoint.folder / info.file
-            try:
-                opened[info.file] = files.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as exc:
-                raise CheckpointError(f"{path} cannot be read: {exc}. Download it again.") from exc
-        name = info.name if layer is None else _renumbered(info.name, checkpoint, layer, missing)
+            opened[info.file] = files.enter_context(_open_file(checkpoint.folder / info.file))
+        if layer is not None:
+            name = _renumbered(name, checkpoint, layer, missing)
         tensors[name] = _MappedTensor(opened[info.file], info.name, mapped)
     return tensors, mapped
+
+
+def _open_file(path: Path) -> Any:
+    """Return the open safetensors file at `path`, which was whole when its header was read."""
+    try:
+        return safe_open(path, framework="pt")
+    except OSError as exc:
+        raise unreadable(path, exc) from exc
+    except SafetensorError as exc:
+        raise damaged(path, b"", exc) from exc
 
 
 def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
@@ -331,7 +372,10 @@ def _refuse_problems(
             name,
         )
 
-    fix = "The checkpoint is incomplete or belongs to another config.json; download it again."
+    fix = (
+        "The files are whole: either they were saved without all tensors, or config.json is that "
+        "of another model. Use another copy of the model."
+    )
     for name, error in info.conversion_errors.items():
         last_line = error.strip().splitlines()[-1]
         raise CheckpointError(
@@ -345,9 +389,14 @@ def _refuse_problems(
     tied = model.all_tied_weights_keys
     missing = {name for name in info.missing_keys if tied.get(name, name) in info.missing_keys}
     model._adjust_missing_and_unexpected_keys(info)
-    for kind, names in (("lacks", missing), ("has the unknown", info.unexpected_keys)):
-        if names:
-            raise CheckpointError(f"{where} {kind} tensor {min(map(original, names))}. {fix}")
+    if missing:
+        raise CheckpointError(f"{where} lacks tensor {min(map(original, missing))}. {fix}")
+    if unknown := sorted(map(original, info.unexpected_keys)):
+        logger.warning(
+            "%s: %d tensors in the files belong to no part of the model and are left out, such as "
+            "%s. If answers are wrong, config.json may be that of another model.",
+            *(where, len(unknown), ", ".join(unknown[:_SHOWN_NAMES])),
+        )
 
 
 def _text(layers: Sequence[int]) -> str:

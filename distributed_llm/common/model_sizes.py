@@ -1,0 +1,96 @@
+"""Reads sizes of a model off its config.json: layers, widths, context, KV cache."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
+
+Config = Mapping[str, Any]
+
+_ALIBI_CONTEXT = 2048
+"""Context of models that name no limit."""
+
+_MAX_POSITIONS = 2**31 - 1
+
+
+def num_layers(config: Config) -> int:
+    """Return the number of transformer layers.
+
+    Raises:
+        CheckpointError: it is not there, or no positive number; as in the other functions here.
+    """
+    return positive(config, "num_hidden_layers", "n_layer", "num_layers")
+
+
+def hidden_size(config: Config) -> int:
+    """Return the width of the hidden states between layers."""
+    return positive(config, "hidden_size", "n_embd")
+
+
+def context_length(config: Config) -> int:
+    """Return how many positions the model can attend to.
+
+    Scaled rotary positions as YaRN and Llama 3 have them reach `factor` times as far as the model
+    was first trained, and many publishers leave `max_position_embeddings` at that first length.
+    Other scaling gives no more than `max_position_embeddings`, which it usually is part of.
+    """
+    names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    if not any(name in config for name in names):
+        return _ALIBI_CONTEXT
+    unscaled = positive(config, *names)
+    return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
+
+
+def kv_bytes_per_token(config: Config, dtype: DtypeName) -> int:
+    """Return the bytes of KV cache that one position takes in one layer."""
+    heads = positive(config, "num_attention_heads", "n_head")
+    kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
+    head_dim = config.get("head_dim") or hidden_size(config) // heads
+    return 2 * int(kv_heads) * int(head_dim) * ITEM_BYTES[dtype]
+
+
+def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:
+    """Yield the parameters of rotary positions: one set for all layers, or one by layer type."""
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = config.get(name)
+        if isinstance(parameters, Mapping):
+            for inner in (parameters, *parameters.values()):
+                if isinstance(inner, Mapping):
+                    yield inner
+
+
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """Return the type that parameters of rotary positions name."""
+    return str(parameters.get("rope_type", parameters.get("type")))
+
+
+def positive(config: Config, *names: str) -> int:
+    """Return the first of these values that `config` has.
+
+    Raises:
+        CheckpointError: it has none of them, or it is no positive number.
+    """
+    for name in names:
+        value = config.get(name)
+        if value is not None:
+            if type(value) is not int or not 0 < value <= _MAX_POSITIONS:
+                raise CheckpointError(f"config.json has {name} = {value!r}; it must be above 0.")
+            return value
+    raise CheckpointError(
+        f"config.json of the {config.get('model_type')!r} model has none of {', '.join(names)}; "
+        "it is not the configuration of a decoder language model."
+    )
+
+
+def _scaled_lengths(config: Config, unscaled: int) -> Iterator[int]:
+    for parameters in rope_parameters(config):
+        if rope_type(parameters) not in {"yarn", "llama3"}:
+            continue
+        original = config.get("original_max_position_embeddings") or parameters.get(
+            "original_max_position_embeddings"
+        )
+        factor = parameters.get("factor")
+        if isinstance(factor, int | float) and 1 <= factor <= _MAX_POSITIONS:
+            length = original if isinstance(original, int | float) else unscaled
+            yield int(min(factor * length, _MAX_POSITIONS))

@@ -1,0 +1,82 @@
+"""A plan from config.json alone is that of the whole checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.other_formats import INDEX_NAME
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.coordinator import serve
+from distributed_llm.coordinator.inspect_model import model_cost
+from distributed_llm.worker.model.weights import parameters_of
+from tests.checkpoints import FAMILIES, make_checkpoint
+
+WORKERS = ("pc=200KiB", "mac=200KiB")
+
+
+def plan(model: Path) -> Any:
+    return serve.plan(str(model), WORKERS, CoordinatorSettings(), parameters_of=parameters_of)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_memory_is_that_of_the_checkpoint(tmp_path: Path, family: str) -> None:
+    whole = open_checkpoint(make_checkpoint(tmp_path, family, num_layers=4))
+    described = Checkpoint(tmp_path, whole.config, parameters_of(whole.config))
+    assert described.dtype == whole.dtype
+    for dtype in ("float32", "bfloat16"):
+        assert model_cost(described, dtype) == model_cost(whole, dtype)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_plan_is_that_of_the_checkpoint(tmp_path: Path, tie: bool) -> None:
+    folder = make_checkpoint(tmp_path / "whole", tie=tie, max_shard_size="60KB")
+    whole = plan(folder)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", INDEX_NAME):
+        (bare / name).write_bytes((folder / name).read_bytes())
+        described = plan(bare)
+        assert described.plans == whole.plans
+        assert described.cost == whole.cost
+        assert described.assumed == ("weights as config.json describes them", *whole.assumed)
+    assert plan(bare / "config.json") == described
+    assert plan(folder / "config.json") == described
+
+
+@pytest.mark.parametrize("changes", [{"dtype": None}, {"dtype": "float8_e4m3fn"}])
+def test_a_dtype_that_is_not_named_or_not_computed_in(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = json.loads((make_checkpoint(tmp_path) / "config.json").read_text()) | changes
+    assert {tensor.dtype for tensor in parameters_of(config).values()} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"model_type": "nonesuch"}, "does not know the model type"),
+        ({"model_type": "vit"}, "no decoder"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+    ],
+)
+def test_what_could_not_be_served_is_not_planned(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    path = make_checkpoint(tmp_path) / "config.json"
+    (tmp_path / "model.safetensors").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UnsupportedModel, match=words):
+        plan(tmp_path)
+
+
+def test_a_config_with_a_wrong_value(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path) / "config.json"
+    (tmp_path / "model.safetensors").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": -1}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers = -1"):
+        plan(tmp_path)

@@ -1,0 +1,481 @@
+"""Models that cannot be served: what they are, why not and what to do, before a worker is asked."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from distributed_llm.common.errors import CheckpointError, DistributedLLMError
+from distributed_llm.common.hub import fingerprints, resolve_for_coordinator, resolve_for_worker
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator import serve
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "vocab_size": 16,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+F32 = np.float32
+
+
+def layer(number: int, **more: Any) -> dict[str, Any]:
+    name = f"model.layers.{number}.mlp.up_proj"
+    return {f"{name}.{ending}": value for ending, value in more.items()}
+
+
+def write(
+    folder: Path, config: dict[str, Any] | None = None, weights: dict[str, Any] | None = None
+) -> Path:
+    """Write a checkpoint of two layers; `config` and `weights` change it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | (config or {})))
+    (folder / "tokenizer.json").write_text("{}")
+    table = np.ones((16, 8), F32)
+    tensors = {"model.embed_tokens.weight": table, "model.norm.weight": table[0]}
+    tensors |= weights or layer(0, weight=table) | layer(1, weight=table)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def refusal(model: Path | str) -> str:
+    """Return what a coordinator says about `model`."""
+    with pytest.raises(DistributedLLMError) as caught:
+        serve.open_model(str(model), CoordinatorSettings())
+    said = str(caught.value)
+    assert isinstance(caught.value, CheckpointError), said
+    assert len(said) < 700
+    return said
+
+
+def touch(folder: Path, *names: str, content: bytes = b"x") -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_the_model_that_the_others_are_made_of_is_read(tmp_path: Path) -> None:
+    served, _ = serve.open_model(str(write(tmp_path)), CoordinatorSettings())
+    assert len(served.cost.layer_bytes) == 2
+
+
+# ------------------------------------------------------------------ files and paths
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("llama-Q4_K_M.gguf", ("is in GGUF", "llama.cpp", "original model")),
+        ("model.safetensors", ("is one file of a model", "Give the folder")),
+        ("config.json", ("is one file of a model", "Give the folder")),
+        ("tokenizer.model", ("is one file of a model", "Give the folder")),
+        ("pytorch_model.bin", ("is a pickle", "save_pretrained")),
+        ("model.pth", ("is a pickle", "save_pretrained")),
+        ("model.onnx", ("is in ONNX", "original model")),
+        ("model.tar.gz", ("is an archive", "Unpack it")),
+        ("notes", ("is a file", "Give a folder")),
+    ],
+)
+def test_a_file_instead_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: tuple[str, ...]
+) -> None:
+    touch(tmp_path / "models", name)
+    monkeypatch.chdir(tmp_path)
+    for model in (tmp_path / "models" / name, f"models/{name}", f"./models/{name}"):
+        said = refusal(model)
+        assert all(word in said for word in words), said
+        assert "hub:" not in said
+
+
+@pytest.mark.parametrize("name", ["models/none.gguf", "none.safetensors", "x/none.bin"])
+def test_a_file_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal(name)
+    assert f"There is no file '{name}' in {tmp_path}" in said
+    assert "folder with config.json" in said
+
+
+@pytest.mark.parametrize("model", ["models/lama-3b", "./models/lama-3b", "models/lama-3b/"])
+def test_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    write(tmp_path / "models" / "llama-3b")
+    monkeypatch.chdir(tmp_path)
+    said = refusal(model)
+    assert said.startswith(f"There is no folder '{model}' on this machine")
+    assert str(tmp_path) in said
+    assert "in 'models' there is 'llama-3b'" in said
+
+
+def test_a_folder_above_the_model(tmp_path: Path) -> None:
+    write(tmp_path / "models" / "llama-3b")
+    assert f"Give that: {tmp_path / 'models' / 'llama-3b'}" in refusal(tmp_path / "models")
+
+
+def test_the_folder_of_the_hubs_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--tiny"
+    snapshot = write(folder / "snapshots" / ("c0ffee" * 6 + "1234"))
+    touch(folder, "blobs/a", "refs/main")
+    assert f"Give that: {snapshot}" in refusal(folder)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert "is empty" in refusal(tmp_path)
+
+
+# ------------------------------------------------------------------ folders of other formats
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["a-00001-of-00002.gguf", "README.md"], ("a-00001-of-00002.gguf, in GGUF", "original")),
+        (["pytorch_model.bin"], ("pytorch_model.bin, a pickle", "save_pretrained")),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ("a pickle",)),
+        (["tf_model.h5"], ("TensorFlow's format", "original")),
+        (["flax_model.msgpack"], ("Flax's format", "original")),
+        (["onnx/model.onnx", "onnx/model.onnx_data"], ("in the folder onnx", "ONNX")),
+        (["model.onnx"], ("model.onnx, in ONNX", "original")),
+        (["openvino_model.xml"], ("OpenVINO", "original")),
+        (["params.json", "consolidated.00.pth"], ("publisher's own format", "-hf")),
+        (["params.json", "consolidated.safetensors"], ("publisher's own format", "-hf")),
+        (["model_index.json", "unet/config.json"], ("diffusers", "pictures")),
+        (["optimizer.pt", "training_args.bin", "tf_model.h5"], ("in tf_model.h5",)),
+        (["quantize_config.json", "gptq_model-4bit-128g.safetensors"], ("GPTQ, by AutoGPTQ",)),
+    ],
+)
+def test_a_folder_in_another_format(
+    tmp_path: Path, names: list[str], words: tuple[str, ...], with_config: bool
+) -> None:
+    touch(tmp_path, *names)
+    if with_config:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    said = refusal(tmp_path)
+    assert said.startswith(str(tmp_path))
+    assert all(word in said for word in words), said
+
+
+def test_a_config_without_model_type_beside_weights_of_another_format(tmp_path: Path) -> None:
+    touch(tmp_path, "config.json", content=b'{"bos_token": "<s>"}')
+    assert "without model_type" in refusal(tmp_path)
+    touch(tmp_path, "model.bin")
+    assert "model.bin, a pickle" in refusal(tmp_path)
+
+
+def test_a_part_of_a_diffusers_pipeline(tmp_path: Path) -> None:
+    touch(tmp_path, "config.json", content=b'{"_class_name": "UNet2DConditionModel"}')
+    touch(tmp_path, "diffusion_pytorch_model.safetensors")
+    assert "diffusers" in refusal(tmp_path)
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    base = {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    touch(tmp_path, "adapter_model.safetensors")
+    said = refusal(tmp_path)
+    assert "LoRA adapter for 'Qwen/Qwen3-0.6B'" in said
+    assert "merge_and_unload" in said
+
+
+def test_weights_that_no_index_names(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    said = refusal(tmp_path)
+    assert "has model-00001-of-00002.safetensors" in said
+    assert "model.safetensors.index.json" in said
+
+
+def test_weights_without_a_config(tmp_path: Path) -> None:
+    (write(tmp_path) / "config.json").unlink()
+    assert "has model.safetensors, but no config.json" in refusal(tmp_path)
+
+
+# ------------------------------------------------------------------ quantized weights
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ, 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ, 4 bits"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes, 4 bits",
+        ),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
+        ({"quantization_config": {"quant_method": "exl2" * 99}}, "'exl2exl2"),
+        ({"quantization_config": {"bits": 3}}, "does not say by which method"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX, for Macs, 4 bits"),
+        (
+            {
+                "quantization": {"group_size": 64, "bits": 4},
+                "quantization_config": {"group_size": 64, "bits": 4},
+            },
+            "MLX, for Macs, 4 bits",
+        ),
+    ],
+)
+def test_a_config_of_quantized_weights(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    said = refusal(write(tmp_path, config))
+    assert said.startswith(f"The model in {tmp_path} is quantized: ")
+    assert words in said
+    assert "Use the original model" in said
+
+
+@pytest.mark.parametrize(
+    ("beside", "weights", "words"),
+    [
+        (
+            "quantize_config.json",
+            {"qweight": np.ones((2, 8), np.int32), "scales": np.ones((1, 8), np.float16)},
+            "GPTQ, by AutoGPTQ",
+        ),
+        (
+            "quant_config.json",
+            {"qweight": np.ones((2, 8), np.int32), "scales": np.ones((1, 8), np.float16)},
+            "AWQ, by AutoAWQ",
+        ),
+        (
+            None,
+            {"weight": np.ones((16, 8), np.int8), "weight_scale": np.ones(1, F32)},
+            "integers (I8 in model.layers.0.mlp.up_proj.weight)",
+        ),
+        (None, {"weight": np.ones((16, 8), np.int8)}, "without the scales"),
+        (None, {"weight": np.ones((16, 1), np.uint32)}, "without the scales"),
+    ],
+)
+def test_weights_that_are_quantized_by_what_they_are(
+    tmp_path: Path, beside: str | None, weights: dict[str, Any], words: str
+) -> None:
+    folder = write(tmp_path, weights=layer(0, **weights) | layer(1, **weights))
+    if beside:
+        touch(folder, beside, content=b'{"bits": 4}')
+    assert words in refusal(folder)
+
+
+def scaled_fp8(folder: Path, *, scaled: bool) -> Path:
+    """Rewrite float32 weights of a checkpoint as FP8, for which numpy has no type."""
+    ones = np.full((16, 8), 0x38, np.uint8)  # 1.0 in F8_E4M3
+    scales = {"scale_weight": np.ones(1, F32)} if scaled else {}
+    write(folder, weights=layer(0, weight=ones, **scales) | layer(1, weight=ones, **scales))
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].replace(b'"U8"', b'"F8_E4M3"').rstrip()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    return folder
+
+
+def test_scaled_fp8(tmp_path: Path) -> None:
+    assert "scaled FP8" in refusal(scaled_fp8(tmp_path, scaled=True))
+
+
+def test_fp8_without_scales_takes_the_memory_of_what_it_is_loaded_as(tmp_path: Path) -> None:
+    served, _ = serve.open_model(
+        str(scaled_fp8(tmp_path, scaled=False)), CoordinatorSettings(dtype="bfloat16")
+    )
+    assert served.cost.layer_bytes == (16 * 8 * 2,) * 2
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        {"attn.bias": np.ones((1, 1, 4, 4), np.uint8), "attn.masked_bias": np.ones((), F32)},
+        {"position_ids": np.ones((1, 4), np.int64)},
+        {"attn.bias": np.ones((1, 1, 4, 4), bool)},
+    ],
+)
+def test_masks_and_positions_are_no_quantized_weights(
+    tmp_path: Path, buffer: dict[str, Any]
+) -> None:
+    table = np.ones((16, 8), F32)
+    weights = layer(0, weight=table, **buffer) | layer(1, weight=table)
+    serve.open_model(str(write(tmp_path, weights=weights)), CoordinatorSettings())
+
+
+# ------------------------------------------------------------------ files that are something else
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"]
+)
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (LFS, ("git-lfs pointer", "git lfs pull")),
+        (b"<!DOCTYPE html><html><body>Sign in", ("web page", "hf download")),
+    ],
+)
+def test_a_pointer_or_a_page_instead_of_a_file(
+    tmp_path: Path, name: str, content: bytes, words: tuple[str, ...]
+) -> None:
+    said = refusal(touch(write(tmp_path), name, content=content))
+    assert said.startswith(f"{tmp_path / name} is a ")
+    assert all(word in said for word in words)
+    assert "ownload it again" not in said
+
+
+def test_a_pointer_instead_of_an_index(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert "git-lfs" in refusal(touch(folder, "model.safetensors.index.json", content=LFS))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
+        (b"PK\x03\x04" + bytes(60), "pickle"),
+        (b"\x80\x02\x8a\nl\xfc\x9c" + bytes(60), "pickle"),
+    ],
+)
+def test_weights_under_the_name_of_safetensors(tmp_path: Path, content: bytes, words: str) -> None:
+    assert words in refusal(touch(write(tmp_path), "model.safetensors", content=content))
+
+
+# ------------------------------------------------------------------ files that cannot be read
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_weights_that_are_cut_short(tmp_path: Path, keep: int) -> None:
+    path = write(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    said = refusal(tmp_path)
+    assert f"{path} is not a whole safetensors file" in said
+    assert "Copy or download it again" in said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_to_nowhere(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path) / name
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")
+    assert f"{path} is a link to {tmp_path / 'gone'}, which is not there" in refusal(tmp_path)
+
+
+Deny = Callable[[Path], None]
+
+
+@pytest.fixture
+def deny(monkeypatch: pytest.MonkeyPatch) -> Deny:
+    """Return a function after which a file cannot be opened; root may read whatever its mode."""
+    real = open
+
+    def denying(denied: Path) -> None:
+        def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+            if path == denied:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr("builtins.open", refuse)
+
+    return denying
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_that_may_not_be_read(tmp_path: Path, deny: Deny, name: str) -> None:
+    path = write(tmp_path) / name
+    deny(path)
+    said = refusal(tmp_path)
+    assert said.startswith(f"{path} cannot be read: Permission denied")
+    assert "ownload it again" not in said
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write(tmp_path)
+    monkeypatch.setattr("os.scandir", refuse)
+    assert refusal(tmp_path).startswith(f"{tmp_path} cannot be read: Permission denied")
+
+
+# ------------------------------------------------------------------ on a worker
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove_everything(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (remove_weights, "has a config.json, but no weights"),
+        (cut_weights, "model.safetensors is not a whole safetensors file"),
+        (remove_everything, "on this machine. Copy the model there"),
+    ],
+)
+def test_what_the_coordinator_could_read_and_a_worker_cannot(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = write(tmp_path / "model")
+    source, _ = resolve_for_coordinator(str(folder))
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        resolve_for_worker(source, LayerRange(0, 1))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(remove_weights, "is not there. Copy"), (cut_weights, "ends before the tensor")],
+)
+def test_what_changes_while_a_worker_reads_it(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = write(tmp_path / "model")
+    layers = LayerRange(0, 2)
+    source, checkpoint = resolve_for_coordinator(str(folder))
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=f"{folder / 'model.safetensors'} {words}"):
+        fingerprints(source, checkpoint, layers)
+
+
+def test_a_worker_that_may_not_read_the_weights(tmp_path: Path, deny: Deny) -> None:
+    folder = write(tmp_path / "model")
+    source, checkpoint = resolve_for_coordinator(str(folder))
+    deny(folder / "model.safetensors")
+    for read in (
+        lambda: resolve_for_worker(source, LayerRange(0, 1)),
+        lambda: fingerprints(source, checkpoint, LayerRange(0, 1)),
+    ):
+        with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied.*chmod"):
+            read()
+
+
+def test_a_file_as_the_copy_of_a_worker(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model")
+    source, _ = resolve_for_coordinator(str(folder))
+    for name in ("model.safetensors", "tiny.gguf"):
+        path = touch(folder, name) / name
+        with pytest.raises(CheckpointError, match=f"^{path} is "):
+            resolve_for_worker(source, LayerRange(0, 1), local_model=str(path))
