@@ -177,7 +177,7 @@ class _ColdChild:
         self, arguments: Sequence[str], environment: Mapping[str, str], ends: Sequence[int]
     ) -> None:
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "distributed_llm.cli", *arguments],
+            [sys.executable, "-m", "distributed_llm", *arguments],
             env=dict(environment),
             stdin=ends[0],
             stdout=ends[1],
