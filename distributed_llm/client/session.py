@@ -1,6 +1,7 @@
 """One connection of a client: sends requests, receives their answers, notices silence."""
 
 import asyncio
+import os
 import secrets
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator
@@ -58,6 +59,7 @@ class Session:
     def __init__(self, address: str) -> None:
         self._address = address
         self._loop = asyncio.get_running_loop()
+        self._owner = os.getpid()
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
         self._answers: dict[str, asyncio.Queue[_Reply | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
@@ -101,6 +103,10 @@ class Session:
             raise
         session._pulse = asyncio.create_task(session._beat(welcome))
         return session
+
+    def is_here(self) -> bool:
+        """Return whether this is the event loop and the process that the session was opened in."""
+        return asyncio.get_running_loop() is self._loop and self._owner == os.getpid()
 
     def close(self) -> None:
         """End the session; the coordinator cancels its requests."""
