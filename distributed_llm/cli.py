@@ -122,6 +122,9 @@ def worker(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder here, if not the coordinator's.")
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the coordinator as long as it takes.")
+    ] = False,
     exit_with_parent: WithParent = False,
 ) -> None:
     """Join a coordinator and serve layers with this machine."""
@@ -136,6 +139,7 @@ def worker(
             "worker.max_memory": max_memory,
             "worker.slowdown": slowdown,
             "worker.model": model,
+            "worker.connect_timeout_s": 0.0 if wait else None,
         },
     )
     _start_process(settings.worker.log_level, exit_with_parent)

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, assert_never
 
 from distributed_llm.common import codec
+from distributed_llm.common.addresses import resolve
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
@@ -79,12 +80,22 @@ class Session:
         """Return a session that the coordinator has welcomed.
 
         Raises:
-            CoordinatorUnreachable: no coordinator has answered within `timeout_s`.
+            CoordinatorUnreachable: its name is not known, or no coordinator has answered within
+                `timeout_s`.
             ProtocolMismatch: the coordinator speaks another version.
         """
-        session = cls(address)
+        give_up_at = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(give_up_at):
+                dialled = await resolve(address)
+        except TimeoutError:
+            raise CoordinatorUnreachable(
+                f"Where {address} is was not found out in {timeout_s:g} s: the name service of "
+                "this machine does not answer. Check it, or give an IP address."
+            ) from None
+        session = cls(dialled)
+        try:
+            async with asyncio.timeout_at(give_up_at):
                 welcome = await session._welcome
         except TimeoutError:
             session.close()
