@@ -1,32 +1,36 @@
 """Run one language model on several machines, each too small for it alone."""
 
-from distributed_llm.client.answers import Chunk, Generation
-from distributed_llm.client.client import AsyncDistributedClient, DistributedClient
-from distributed_llm.common.errors import (
-    AddressInUse,
-    CapacityError,
-    CheckpointError,
-    CheckpointMismatch,
-    ConfigError,
-    ConnectionFailed,
-    ContextLengthExceeded,
-    CoordinatorLost,
-    CoordinatorUnreachable,
-    DeadlineExceeded,
-    DistributedLLMError,
-    InvalidRequest,
-    NotEnoughMemory,
-    NotReady,
-    Overloaded,
-    ProtocolMismatch,
-    RequestCancelled,
-    StageError,
-    UnsupportedModel,
-    WorkerLost,
-)
-from distributed_llm.common.messages import TokenLogprobs, Usage
-from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.local_cluster import LocalCluster
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distributed_llm.client.answers import Chunk, Generation
+    from distributed_llm.client.client import AsyncDistributedClient, DistributedClient
+    from distributed_llm.common.errors import (
+        AddressInUse,
+        CapacityError,
+        CheckpointError,
+        CheckpointMismatch,
+        ConfigError,
+        ConnectionFailed,
+        ContextLengthExceeded,
+        CoordinatorLost,
+        CoordinatorUnreachable,
+        DeadlineExceeded,
+        DistributedLLMError,
+        InvalidRequest,
+        NotEnoughMemory,
+        NotReady,
+        Overloaded,
+        ProtocolMismatch,
+        RequestCancelled,
+        StageError,
+        UnsupportedModel,
+        WorkerLost,
+    )
+    from distributed_llm.common.messages import TokenLogprobs, Usage
+    from distributed_llm.common.sampling_params import SamplingParams
+    from distributed_llm.local_cluster import LocalCluster
 
 __all__ = [
     "AddressInUse",
@@ -58,3 +62,21 @@ __all__ = [
     "Usage",
     "WorkerLost",
 ]
+
+_HOMES = (
+    "client.client",
+    "local_cluster",
+    "common.errors",
+    "common.messages",
+    "common.sampling_params",
+)
+"""The modules that these names come from; each is imported when a name is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,19 +5,22 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage or settings, 3 cannot reach, 4 not eno
 """
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributed_llm.common import streams
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.stopping import interruptible
 
 if TYPE_CHECKING:
     from distributed_llm.common.model_files import TensorInfo
@@ -98,7 +101,7 @@ def coordinator(
     _start_process(settings.coordinator.log_level, exit_with_parent)
     from distributed_llm.coordinator.serve import serve
 
-    raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_now)))
+    raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_address)))
 
 
 @app.command()
@@ -120,6 +123,9 @@ def worker(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder here, if not the coordinator's.")
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the coordinator as long as it takes.")
+    ] = False,
     exit_with_parent: WithParent = False,
 ) -> None:
     """Join a coordinator and serve layers with this machine."""
@@ -134,6 +140,7 @@ def worker(
             "worker.max_memory": max_memory,
             "worker.slowdown": slowdown,
             "worker.model": model,
+            "worker.connect_timeout_s": 0.0 if wait else None,
         },
     )
     _start_process(settings.worker.log_level, exit_with_parent)
@@ -192,7 +199,7 @@ def generate(
             "they are shown in JSON only; give --json too.", param_hint="--logprobs"
         )
     settings = _settings(config, {"client.coordinator": coordinator})
-    text = sys.stdin.read() if prompt in (None, "-") else str(prompt)
+    text = streams.read_prompt() if prompt in (None, "-") else str(prompt)
     params = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
@@ -212,7 +219,7 @@ def generate(
     }
     from distributed_llm import console
 
-    with _client(settings) as client:
+    with interruptible(), _client(settings) as client:
         console.print_answers(client.stream(text, **params), n=n, as_json=as_json, stats=stats)
 
 
@@ -297,30 +304,44 @@ def demo(
     """Start a coordinator, workers and the built-in model here; write a story."""
     from distributed_llm import console
 
-    console.run_demo(prompt, workers)
+    with interruptible():
+        console.run_demo(prompt, workers)
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    try:
-        app()
-    except SystemExit as exc:
-        _leave(exc.code if isinstance(exc.code, int) else int(exc.code is not None))
-    except DistributedLLMError as exc:
-        print(f"Error ({exc.code}): {exc}", file=sys.stderr)
-        _leave(exc.exit_code)
-
-
-def _leave(code: int) -> None:
-    """End the process now: a compute thread in the middle of a layer must not hold it back."""
+    streams.prepare()
+    code = _run(app)
+    # Data may wait to be written. A failure to write is told once.
+    code = code or _run(sys.stdout.flush)
+    # End now: a compute thread in the middle of a layer must not hold the process back.
     logging.shutdown()
-    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _print_now(text: str) -> None:
-    print(text, flush=True)
+def _run(work: Callable[[], object]) -> int:
+    """Do `work`, say why it failed if it did, and return the exit code."""
+    try:
+        work()
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except DistributedLLMError as exc:
+        print(f"Error ({exc.code}): {exc}", file=sys.stderr)
+        return exc.exit_code
+    except BrokenPipeError:  # who reads the output has enough
+        return 1
+    return 0
+
+
+def _print_address(address: str) -> None:
+    """Print the coordinator's address, for programs that start one."""
+    try:
+        os.write(1, f"{address}\n".encode())
+    except OSError as exc:
+        logging.getLogger(__name__).warning("the address cannot be printed: %s", exc)
 
 
 def _settings(config: Path | None, overrides: dict[str, Any]) -> "Settings":
@@ -357,10 +378,7 @@ def _start_process(log_level: str, exit_with_parent: bool) -> None:
 
 
 def _wait_for_parent() -> None:
-    while os.read(0, 1024):  # empty once the parent's end of the pipe is closed, however it ended
-        pass
+    with contextlib.suppress(OSError):  # stdin is closed
+        while os.read(0, 1024):  # empty once the parent's end of the pipe is closed
+            pass
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """What the `dllm` command prints: data to stdout, the rest to stderr."""
 
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -14,6 +15,7 @@ from distributed_llm import Chunk, Generation, LocalCluster
 from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import ClusterStatus, WorkerStatus
+from distributed_llm.common.streams import writes_unicode
 from distributed_llm.common.types import size_text
 from distributed_llm.coordinator.plan import describe
 from distributed_llm.coordinator.planning.advice import Advice, rate_text
@@ -35,8 +37,12 @@ _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document."""
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    """Print one JSON document, in ASCII where the output cannot write every character."""
+    document = msgspec.json.encode(value)
+    if writes_unicode():
+        print(msgspec.json.format(document, indent=2).decode())
+    else:
+        print(json.dumps(json.loads(document), indent=2))
 
 
 def print_answers(

@@ -14,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import traceback
 from typing import Any
 
 _MAX_ORDER_BYTES = 1 << 20
@@ -85,7 +86,7 @@ def _tell(orders: socket.socket, answer: dict[str, int]) -> None:
 
 def _run(order: bytes, ends: list[int]) -> None:
     """Run a verb of `dllm` in the child, and exit."""
-    from distributed_llm.cli import main as dllm
+    from distributed_llm.__main__ import main as dllm
 
     try:
         wanted = json.loads(order)
@@ -95,13 +96,17 @@ def _run(order: bytes, ends: list[int]) -> None:
         for target, descriptor in enumerate(files):
             os.dup2(descriptor, target)
             os.close(descriptor)
+        for name in ("stdin", "stdout", "stderr"):
+            setattr(sys, name, None)  # made for what they were; `dllm` makes them anew
         gc.enable()
-        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as name:
-            name.write("dllm worker")  # for `ps` and `top`
+        with contextlib.suppress(OSError), open("/proc/self/comm", "w") as title:
+            title.write("dllm worker")  # for `ps` and `top`
         os.environ.clear()
         os.environ.update(wanted["environment"])
         sys.argv = ["dllm", *wanted["arguments"]]
         dllm()
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(1)
 

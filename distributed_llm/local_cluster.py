@@ -1,8 +1,11 @@
 """A coordinator and workers as child processes: for tests, notebooks and `dllm demo`."""
 
+import os
 import re
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,6 +74,7 @@ class LocalCluster:
         )
         self.workers: list[LocalProcess] = []
         self.address = ""
+        self._processes: list[LocalProcess] = []
 
     def __enter__(self) -> Self:
         self.start()
@@ -90,17 +94,20 @@ class LocalCluster:
         Raises:
             DistributedLLMError: one of them failed, or it took too long.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="dllm-", ignore_cleanup_errors=True)
+        self._owner = os.getpid()
+        self._folder = Path(tempfile.mkdtemp(prefix="dllm-"))
+        self._remove_folder = weakref.finalize(self, _remove, self._folder, self._owner)
         self._used = ExitStack()
-        # It imports what workers need while the coordinator starts.
-        self._fork_server = self._used.enter_context(fork_server())
-        self.coordinator = LocalProcess(
-            "coordinator",
-            ["coordinator", *([self._model] if self._model else [])],
-            _environment("COORDINATOR", self._settings),
-            Path(self._folder.name) / "coordinator.log",
-        )
         try:
+            # It imports what workers need while the coordinator starts.
+            self._fork_server = self._used.enter_context(fork_server())
+            self.coordinator = LocalProcess(
+                "coordinator",
+                ["coordinator", *([self._model] if self._model else [])],
+                _environment("COORDINATOR", self._settings),
+                self._folder / "coordinator.log",
+            )
+            self._processes.append(self.coordinator)
             self.address = self.coordinator.stdout.readline().decode().strip()
             if not self.address:
                 self.coordinator.wait(_KILL_AFTER_S)
@@ -130,9 +137,10 @@ class LocalCluster:
             settings["name"],
             ["worker"],
             _environment("WORKER", settings),
-            Path(self._folder.name) / f"worker-{number}.log",
+            self._folder / f"worker-{number}.log",
             self._fork_server,
         )
+        self._processes.append(worker)
         self.workers.append(worker)
         return worker
 
@@ -174,16 +182,18 @@ class LocalCluster:
         )
 
     def close(self) -> None:
-        """End all processes."""
-        for process in [*self.workers, self.coordinator]:
+        """End all processes; in a fork of the process that started them, do nothing."""
+        if os.getpid() != self._owner:
+            return
+        for process in reversed(self._processes):
             process.terminate()
-        for process in [*self.workers, self.coordinator]:
+        for process in reversed(self._processes):
             process.close()
         self._used.close()
-        self._folder.cleanup()
+        self._remove_folder()
 
     def _check_processes(self) -> None:
-        for process in [self.coordinator, *self.workers]:
+        for process in self._processes:
             if process.exit_code is not None and process.exit_code > 0:
                 raise _failure(process)
 
@@ -193,6 +203,12 @@ def _environment(section: str, settings: Mapping[str, Any]) -> dict[str, str]:
         if not isinstance(value, str | int | float):
             raise ConfigError(f"Setting {name} of a local cluster must be a text or a number.")
     return {f"DLLM_{section}__{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def _remove(folder: Path, owner: int) -> None:
+    """Delete a folder, unless this is a fork of the process that made it."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _failure(process: LocalProcess) -> DistributedLLMError:

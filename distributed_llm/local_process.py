@@ -4,6 +4,9 @@ A worker needs seconds to import torch and transformers. Where the system can fo
 one process imports them once, before it has any thread, and forks a child per worker (`ForkServer`,
 whose other end is `fork_server`). Elsewhere, and whenever that fails, a child is started cold. Both
 kinds read the same settings, write to the same files, and end when this process ends.
+
+Children are in no process group of ours: Ctrl-C at the terminal is for the program, which may go on
+using them. They notice its end by a pipe that closes with it, even if it is killed.
 """
 
 import contextlib
@@ -15,15 +18,22 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 _KILL_AFTER_S = 5.0
 
 _LOG_TAIL = 8000
 """Characters that `LocalProcess.log_tail` returns at most."""
+
+_OWN_GROUP: dict[str, Any] = {"start_new_session": True}
+"""Arguments of `Popen` for a child that does not hear the Ctrl-C of our terminal."""
+
+if sys.platform == "win32":
+    _OWN_GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
 
 _READ_AT_LOADING = (
     *("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "ATEN_", "ONEDNN_", "DNNL_"),
@@ -87,7 +97,12 @@ class LocalProcess:
             os.close(stdout_end)
             if child is None:
                 self._close_pipes()
+        _inherited.add(self)
         return child
+
+    def let_go(self) -> None:
+        """Leave the child to the process that this one was forked from; end nothing."""
+        self._close_pipes()
 
     def _close_pipes(self) -> None:
         self._stdin.close()
@@ -162,11 +177,12 @@ class _ColdChild:
         self, arguments: Sequence[str], environment: Mapping[str, str], ends: Sequence[int]
     ) -> None:
         self._process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", "distributed_llm.cli", *arguments],
+            [sys.executable, "-m", "distributed_llm", *arguments],
             env=dict(environment),
             stdin=ends[0],
             stdout=ends[1],
             stderr=ends[2],
+            **_OWN_GROUP,
         )
 
     @property
@@ -240,7 +256,9 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # a child that is started cold will say the same
+                **_OWN_GROUP,
             )
+        _inherited.add(self)
 
     @property
     def pid(self) -> int:
@@ -298,12 +316,19 @@ class ForkServer:
             case {"ended": int(pid), "code": int(code)}:
                 self._codes[pid] = code
 
+    def let_go(self) -> None:
+        """Leave the server to the process that this one was forked from; end nothing."""
+        self._socket.close()
+
     def close(self) -> None:
         """End it."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
 
+
+_inherited: "weakref.WeakSet[LocalProcess | ForkServer]" = weakref.WeakSet()
+"""What a fork of this process must let go, or children would outlive this process with it."""
 
 _lock = threading.Lock()
 _users = 0
@@ -348,6 +373,19 @@ def _can_fork() -> bool:
     except (AttributeError, OSError):
         return False
     return True
+
+
+def _let_go() -> None:
+    """In a forked child: leave the parent's children to the parent."""
+    global _lock, _users, _server
+    _lock, _users, _server = threading.Lock(), 0, None
+    for one in list(_inherited):
+        one.let_go()
+    _inherited.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def main() -> None:
     """Be the child process: run a verb of `dllm`, with an engine that waits after each task."""
     min_task_s = float(sys.argv.pop(1))
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `dllm worker`, before torch is loaded
-    from distributed_llm import cli
+    from distributed_llm import __main__ as dllm
     from distributed_llm.worker import service
     from distributed_llm.worker.compute.engine import Engine
 
@@ -63,7 +63,7 @@ def main() -> None:
             time.sleep(max(0.0, min_task_s - computed_s))
 
     with patch.object(service, "Engine", UnhurriedEngine):
-        cli.main()
+        dllm.main()
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ client.generate("Once upon a time", max_new_tokens=20)
 """
 
 import asyncio
+import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import msgspec
 
 from distributed_llm.client.answers import Answers, Chunk, Generation
+from distributed_llm.client.batch import Pace, Progress, ask_all
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.client.prompts import (
     EncodedPrompt,
@@ -25,7 +28,7 @@ from distributed_llm.client.prompts import (
     encode_prompt,
 )
 from distributed_llm.client.session import Session, new_request_id
-from distributed_llm.common.errors import DistributedLLMError, InvalidRequest
+from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
 from distributed_llm.common.messages import ClusterStatus, Generate, Name, TokenChunk
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.units import split_address
@@ -116,15 +119,22 @@ class AsyncDistributedClient:
         *,
         n: int | None = None,
         details: bool = False,
+        progress: Progress | None = None,
         **params: Any,
     ) -> Any:
         """Return the answer to a prompt, or the answers to a list of prompts, in their order.
+
+        Of a long list, a part is under way at a time. A prompt of a list that is refused because
+        the coordinator's queue is full is sent again when the coordinator says, until its
+        `timeout_s` is over.
 
         Args:
             prompt: text, token ids, or a list of either.
             n: number of answers to each prompt. If given, even as 1, a list of `n` answers takes
                 the place of each single answer.
             details: return `Generation` instead of text.
+            progress: called after each prompt with the number of those that are answered and the
+                number of all, on the thread of the event loop.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -136,14 +146,17 @@ class AsyncDistributedClient:
         sampling = SamplingParams.from_arguments({"n": n, **params})
         if not are_several(prompt):
             generations = await self._complete(encode_prompt(prompt), sampling)
+            if progress:
+                progress(1, 1)
             return _answers(generations, n, details)
-        encoded = [encode_prompt(one) for one in prompt]
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._complete(one, sampling)) for one in encoded]
-        except* DistributedLLMError as errors:
-            raise _first(errors) from None
-        return [_answers(task.result(), n, details) for task in tasks]
+        every = await ask_all(
+            lambda one: self._complete(one, sampling),
+            [encode_prompt(one) for one in prompt],
+            Pace(sampling.n),
+            give_up_after_s=sampling.timeout_s,
+            progress=progress,
+        )
+        return [_answers(generations, n, details) for generations in every]
 
     def stream(self, prompt: Prompt, **params: Any) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the answer as it is generated; closing it cancels the request.
@@ -230,6 +243,11 @@ class AsyncDistributedClient:
         await session.drain(name)
 
     async def _connected(self) -> Session:
+        if self._session and not self._session.is_here():
+            raise CoordinatorLost(
+                "This client is connected from another event loop, or from the process that this "
+                "one was forked from. Make a new client here."
+            )
         async with self._connecting:
             if self._session and self._session.error:
                 self._session.close()
@@ -262,6 +280,8 @@ class AsyncDistributedClient:
 class DistributedClient:
     """`AsyncDistributedClient` for programs without asyncio; safe to use from many threads.
 
+    In a fork of the process it makes a connection of its own.
+
     Args:
         coordinator_address: "HOST:PORT".
         connect_timeout_s: how long to wait for a coordinator to answer at the address.
@@ -270,11 +290,25 @@ class DistributedClient:
     def __init__(
         self, coordinator_address: str = "127.0.0.1:5555", *, connect_timeout_s: float = 5.0
     ) -> None:
-        self._client = AsyncDistributedClient(
-            coordinator_address, connect_timeout_s=connect_timeout_s
+        self._make = partial(
+            AsyncDistributedClient, coordinator_address, connect_timeout_s=connect_timeout_s
         )
+        self._forked = threading.Lock()
+        self._open()
+
+    def _open(self) -> None:
+        self._client = self._make()
         self._runner = LoopThread()
         self._closer = weakref.finalize(self, _close, self._runner, self._client)
+
+    def _here(self) -> "tuple[LoopThread, AsyncDistributedClient]":
+        """Return the loop and the client on it, made anew in a fork of the process."""
+        with self._forked:
+            if self._closer.alive and not self._runner.is_here():
+                self._closer.detach()
+                self._parents = (self._runner, self._client)  # kept: closing would disturb it
+                self._open()
+            return self._runner, self._client
 
     def __enter__(self) -> Self:
         return self
@@ -327,11 +361,13 @@ class DistributedClient:
         self, prompt: Any, *, n: int | None = None, details: bool = False, **params: Any
     ) -> Any:
         """Return the answer or answers; see `AsyncDistributedClient.generate`."""
-        return self._runner.run(self._client.generate(prompt, n=n, details=details, **params))  # type: ignore[call-overload]
+        runner, client = self._here()
+        return runner.run(client.generate(prompt, n=n, details=details, **params))  # type: ignore[call-overload]
 
     def stream(self, prompt: Prompt, **params: Any) -> Iterator[Chunk]:
         """Return an iterator over the answer; see `AsyncDistributedClient.stream`."""
-        return self._iterate(self._client.stream(prompt, **params))
+        runner, client = self._here()
+        return self._iterate(runner, client.stream(prompt, **params))
 
     @overload
     def chat(
@@ -353,28 +389,33 @@ class DistributedClient:
         self, messages: Messages, *, n: int | None = None, details: bool = False, **params: Any
     ) -> Any:
         """Return the assistant's next message; see `AsyncDistributedClient.chat`."""
-        return self._runner.run(self._client.chat(messages, n=n, details=details, **params))  # type: ignore[call-overload]
+        runner, client = self._here()
+        return runner.run(client.chat(messages, n=n, details=details, **params))  # type: ignore[call-overload]
 
     def stream_chat(self, messages: Messages, **params: Any) -> Iterator[Chunk]:
         """Return an iterator over the assistant's next message."""
-        return self._iterate(self._client.stream_chat(messages, **params))
+        runner, client = self._here()
+        return self._iterate(runner, client.stream_chat(messages, **params))
 
-    def _iterate(self, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
+    def _iterate(self, runner: LoopThread, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
         # As a generator it references this object, which is not closed before the answer ends.
-        yield from self._runner.iterate(chunks)
+        yield from runner.iterate(chunks)
 
     def status(self) -> ClusterStatus:
         """Return the status of the cluster."""
-        return self._runner.run(self._client.status())
+        runner, client = self._here()
+        return runner.run(client.status())
 
     def drain_worker(self, name: str) -> None:
         """Have a worker end; see `AsyncDistributedClient.drain_worker`."""
-        self._runner.run(self._client.drain_worker(name))
+        runner, client = self._here()
+        runner.run(client.drain_worker(name))
 
 
 def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:
-    runner.run(client.close())
-    runner.stop()
+    if runner.is_here():  # else it is the parent's
+        runner.run(client.close())
+        runner.stop()
 
 
 def _answers(
@@ -385,8 +426,3 @@ def _answers(
         return generations[0] if n is None else list(generations)
     texts = [generation.text for generation in generations]
     return texts[0] if n is None else texts
-
-
-def _first(errors: BaseExceptionGroup[DistributedLLMError]) -> DistributedLLMError:
-    inner = errors.exceptions[0]
-    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner

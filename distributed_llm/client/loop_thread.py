@@ -1,6 +1,7 @@
 """An event loop in a thread, for programs without asyncio."""
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from concurrent.futures import CancelledError
@@ -24,18 +25,29 @@ class LoopThread:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._stopped = False
+        self._owner = os.getpid()
         self._thread = threading.Thread(target=self._main, name="dllm-client", daemon=True)
         self._thread.start()
+
+    def is_here(self) -> bool:
+        """Return whether the thread is in this process, not in one that this was forked from."""
+        return self._owner == os.getpid()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run `work` on the loop and return its result; an interrupt (Ctrl-C) cancels it.
 
         Raises:
-            CoordinatorLost: the client was closed.
+            CoordinatorLost: the client was closed, or this process was forked since.
         """
         if self._stopped:
             work.close()
             raise CoordinatorLost("The client was closed. Make a new one.")
+        if not self.is_here():
+            work.close()
+            raise CoordinatorLost(
+                "This process was forked while the answer came. It goes on in the parent only; ask "
+                "again here."
+            )
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -51,7 +63,7 @@ class LoopThread:
             while item := self.run(_next(items)):
                 yield from item
         finally:
-            if not self._stopped:
+            if not self._stopped and self.is_here():
                 self.run(items.aclose())
 
     def stop(self) -> None:

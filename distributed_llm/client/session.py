@@ -1,6 +1,7 @@
 """One connection of a client: sends requests, receives their answers, notices silence."""
 
 import asyncio
+import os
 import secrets
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator
@@ -8,6 +9,7 @@ from itertools import chain
 from typing import Any, assert_never
 
 from distributed_llm.common import codec
+from distributed_llm.common.addresses import resolve
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
@@ -58,6 +60,7 @@ class Session:
     def __init__(self, address: str) -> None:
         self._address = address
         self._loop = asyncio.get_running_loop()
+        self._owner = os.getpid()
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
         self._answers: dict[str, asyncio.Queue[_Reply | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
@@ -77,12 +80,22 @@ class Session:
         """Return a session that the coordinator has welcomed.
 
         Raises:
-            CoordinatorUnreachable: no coordinator has answered within `timeout_s`.
+            CoordinatorUnreachable: its name is not known, or no coordinator has answered within
+                `timeout_s`.
             ProtocolMismatch: the coordinator speaks another version.
         """
-        session = cls(address)
+        give_up_at = asyncio.get_running_loop().time() + timeout_s
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(give_up_at):
+                dialled = await resolve(address)
+        except TimeoutError:
+            raise CoordinatorUnreachable(
+                f"Where {address} is was not found out in {timeout_s:g} s: the name service of "
+                "this machine does not answer. Check it, or give an IP address."
+            ) from None
+        session = cls(dialled)
+        try:
+            async with asyncio.timeout_at(give_up_at):
                 welcome = await session._welcome
         except TimeoutError:
             session.close()
@@ -101,6 +114,10 @@ class Session:
             raise
         session._pulse = asyncio.create_task(session._beat(welcome))
         return session
+
+    def is_here(self) -> bool:
+        """Return whether this is the event loop and the process that the session was opened in."""
+        return asyncio.get_running_loop() is self._loop and self._owner == os.getpid()
 
     def close(self) -> None:
         """End the session; the coordinator cancels its requests."""

@@ -19,6 +19,7 @@
   x StageError                 a worker failed to run its layers
   x RequestCancelled           the request was cancelled
   x DeadlineExceeded           the request did not finish within its timeout_s
+  x OutputFailed               what was asked for cannot be written to standard output
   x ProtocolError              the wire protocol was violated
     + LocalProtocolError       by us: a bug here
     + RemoteProtocolError      by the peer: drop the message, keep serving
@@ -160,6 +161,12 @@ class DeadlineExceeded(DistributedLLMError):
 
     code = "deadline_exceeded"
     exit_code = 4
+
+
+class OutputFailed(DistributedLLMError):
+    """Standard output of a command is full or closed."""
+
+    code = "output"
 
 
 class ProtocolError(DistributedLLMError):

@@ -309,7 +309,10 @@ class WorkerSettings(_Section):
         "the same.",
     )
     connect_timeout_s: Seconds = Field(
-        default=10.0, gt=0, description="Time to wait for the coordinator to answer, s."
+        default=10.0,
+        ge=0,
+        description="Time to wait for the coordinator to answer, s; 0: as long as it takes, as "
+        "with `dllm worker --wait`.",
     )
     leave_timeout_s: Seconds = Field(
         default=60.0,

@@ -1,18 +1,50 @@
-"""Stopping coordinator and worker by SIGINT (Ctrl-C) or SIGTERM."""
+"""Stopping by signals: SIGINT (Ctrl-C), SIGTERM, and SIGHUP when the terminal goes away."""
 
 import asyncio
 import contextlib
+import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 
 _INTERRUPTED = 130
 
 
 def on_signal(stop: Callable[[int], None]) -> None:
-    """Have the running event loop call `stop` with the number of each signal that arrives."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows raises KeyboardInterrupt instead
+    """Have the running event loop call `stop` with the number of each signal that arrives.
+
+    A signal that this process was started to ignore, as `nohup` does, stays ignored.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32":
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
+        with contextlib.suppress(NotImplementedError):  # Windows
             asyncio.get_running_loop().add_signal_handler(number, stop, int(number))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Have the first Ctrl-C raise KeyboardInterrupt within, and a second one end the process.
+
+    That exception may be lost while an object is being deleted; the second Ctrl-C is not.
+    """
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def exit_code(number: int) -> int:

@@ -1,12 +1,13 @@
 """Running a coordinator by its settings, or only its plan."""
 
+import ipaddress
 import logging
-import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from distributed_llm.common.addresses import address_text, hosts_for_others, outward_hosts
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.hub import fingerprints, resolve_for_coordinator
@@ -24,8 +25,40 @@ from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 
 logger = logging.getLogger(__name__)
 
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-_EVERYWHERE = {"0.0.0.0", "::", "*"}  # noqa: S104 - compared with, not listened on
+_MAX_ADDRESSES = 4
+"""Addresses of this machine that are told to people."""
+
+
+@dataclass(frozen=True)
+class HowToJoin:
+    """How workers join a coordinator.
+
+    Attributes:
+        text: for people, with the commands.
+        by_others: whether other machines may be able to.
+    """
+
+    text: str
+    by_others: bool
+
+
+def how_to_join(bound: str) -> HowToJoin:
+    """Return how workers join a coordinator that listens at `bound`, "HOST:PORT" with a number."""
+    host, port = split_address(bound)
+    hosts = hosts_for_others(ipaddress.ip_address(host), outward_hosts())
+    best, *others = [one for one in hosts if not one.is_loopback] or hosts
+    command = f"dllm worker --coordinator {address_text(best, port)}"
+    if best.is_loopback:
+        return HowToJoin(
+            f"only this machine can reach {bound}; workers on it join with: {command} (for workers "
+            f"on other machines, start the coordinator with --bind 0.0.0.0:{port})",
+            by_others=False,
+        )
+    more = ", ".join(address_text(one, port) for one in others[: _MAX_ADDRESSES - 1])
+    return HowToJoin(
+        f"workers join with: {command}" + (f" (or, in other networks: {more})" if more else ""),
+        by_others=True,
+    )
 
 
 async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
@@ -45,11 +78,9 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
             logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
-        host, port = split_address(address)
-        if host in _EVERYWHERE:
-            host = socket.gethostname()
-        logger.info("workers join with: dllm worker --coordinator %s:%d", host, port)
-        if host not in _LOOPBACK:
+        at = how_to_join(address)
+        logger.info("%s", at.text)
+        if at.by_others:
             logger.warning(
                 "whoever can reach this port can send prompts and join as a worker; the traffic is "
                 "not encrypted. Use it in a network that you trust."

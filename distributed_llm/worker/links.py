@@ -11,9 +11,8 @@ import logging
 from collections.abc import Callable
 from typing import assert_never
 
-import psutil
-
 from distributed_llm.common import codec
+from distributed_llm.common.addresses import address_text, hosts_for_others, ip_of
 from distributed_llm.common.errors import (
     ConnectionFailed,
     LocalProtocolError,
@@ -52,14 +51,13 @@ _MAX_OUTBOX = 32
 
 _MAX_ADDRESSES = 16
 
-IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
-
 
 def bind_for(bind: str, coordinator: str) -> str:
     """Return the "HOST:PORT" to listen on for other workers.
 
     Listening on all networks becomes listening on loopback if the coordinator is reached over
-    loopback: all other workers are on this machine then, and no port need be open to others.
+    loopback: all other workers are on this machine then, and no port need be open to others. It
+    includes IPv6 if the coordinator is reached over that.
 
     Args:
         bind: "HOST:PORT" as configured.
@@ -67,10 +65,12 @@ def bind_for(bind: str, coordinator: str) -> str:
     """
     host, port = split_address(bind)
     boss, _ = split_address(coordinator)
-    wanted, there = _ip(host), _ip("127.0.0.1" if boss == "localhost" else boss)
-    if wanted is None or there is None or not (wanted.is_unspecified and there.is_loopback):
+    wanted, there = ip_of(host), ip_of("127.0.0.1" if boss == "localhost" else boss)
+    if wanted is None or there is None or not wanted.is_unspecified:
         return bind
-    return _address(there, port)
+    if there.is_loopback:
+        return address_text(there, port)
+    return f"[::]:{port}" if there.version == 6 else bind
 
 
 def reachable_at(bound: str, local_host: str) -> Addresses:
@@ -82,14 +82,8 @@ def reachable_at(bound: str, local_host: str) -> Addresses:
             addresses of all networks, and loopback last, for workers on the same machine.
     """
     host, port = split_address(bound)
-    ip = ipaddress.ip_address(host)
-    if not ip.is_unspecified:
-        return (_address(ip, port),)
-    here = [ip_here for text in _interface_hosts() if (ip_here := _ip(text)) is not None]
-    here.sort(key=lambda one: (one.is_loopback, one.version))
-    seen = _ip(local_host)
-    hosts = [one for one in dict.fromkeys([seen, *here] if seen else here) if _serves(ip, one)]
-    return tuple(_address(one, port) for one in hosts)[:_MAX_ADDRESSES]
+    hosts = hosts_for_others(ipaddress.ip_address(host), [local_host])
+    return tuple(address_text(one, port) for one in hosts)[:_MAX_ADDRESSES]
 
 
 class Links:
@@ -256,26 +250,3 @@ class _Dial:
             self._link.on_event(PeerGarbage(exc))
         else:
             self._link.received(self, message, self._loop.time() - self._greeted_at)
-
-
-def _ip(host: str) -> IPAddress | None:
-    """Return the IP address that `host` spells; None if it is a name."""
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        return None
-
-
-def _address(ip: IPAddress, port: int) -> Address:
-    return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"
-
-
-def _serves(bound: IPAddress, host: IPAddress) -> bool:
-    """Return whether others may use `host` for a socket bound to all addresses like `bound`."""
-    if host.is_link_local or host.is_multicast or host.is_unspecified:
-        return False
-    return bound.version == 6 or host.version == 4
-
-
-def _interface_hosts() -> list[str]:
-    return [one.address for interface in psutil.net_if_addrs().values() for one in interface]

@@ -84,7 +84,7 @@ class Worker:
         peer_bind: "HOST:PORT" to listen on for other workers.
         slowdown: see `Engine`.
         local_model: path of the checkpoint on this machine; empty is the coordinator's path.
-        connect_timeout_s: to reach the coordinator for the first time.
+        connect_timeout_s: to reach the coordinator for the first time; 0 is without limit.
         leave_timeout_s: for others to take its layers after a signal.
     """
 

@@ -1,5 +1,6 @@
 """Runs a worker as its settings say: measures the machine, then serves."""
 
+import asyncio
 import gc
 import logging
 import os
@@ -9,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from distributed_llm.common.addresses import resolve
+from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
@@ -18,18 +21,22 @@ from distributed_llm.worker.service import Worker
 
 logger = logging.getLogger(__name__)
 
+_RESOLVE_EVERY_S = 2.0
+"""Time between two looks for a coordinator whose name is not known yet."""
+
 
 async def work(settings: WorkerSettings) -> int:
     """Run a worker until SIGINT, SIGTERM or until it is drained; return the exit code.
 
     Raises:
         ConfigError: this machine lacks the device or the memory that `settings` name.
-        CoordinatorUnreachable: no coordinator answered at the start.
+        CoordinatorUnreachable: the coordinator's name is not known, or none answered at the start.
         CheckpointError: this machine cannot load the model.
         ProtocolMismatch: the coordinator speaks another version.
         AddressInUse: `peer_bind` cannot be listened on.
     """
     gc.freeze()  # collecting garbage among imported modules stops every thread for 0.4 s
+    address = await _address(settings)
     threads = settings.threads or os.cpu_count() or 1
     measured = _measure(settings, threads)
     capabilities = msgspec.structs.replace(
@@ -48,7 +55,7 @@ async def work(settings: WorkerSettings) -> int:
     worker = Worker(
         settings.name or _host_name(),
         capabilities,
-        address=settings.coordinator,
+        address=address,
         peer_bind=settings.peer_bind,
         slowdown=settings.slowdown,
         local_model=settings.model,
@@ -56,6 +63,29 @@ async def work(settings: WorkerSettings) -> int:
         leave_timeout_s=settings.leave_timeout_s,
     )
     return exit_code(await worker.run())
+
+
+async def _address(settings: WorkerSettings) -> str:
+    """Return the coordinator's "HOST:PORT" to dial, once its name is known.
+
+    Raises:
+        CoordinatorUnreachable: it is not known, and this worker is not to wait.
+    """
+    told = False
+    while True:
+        try:
+            address = await resolve(settings.coordinator)
+        except CoordinatorUnreachable as exc:
+            if settings.connect_timeout_s:
+                raise
+            if not told:
+                logger.warning("%s Waiting until it is.", exc)
+                told = True
+            await asyncio.sleep(_RESOLVE_EVERY_S)
+        else:
+            if not settings.connect_timeout_s:
+                logger.info("waiting for the coordinator at %s", settings.coordinator)
+            return address
 
 
 def _measure(settings: WorkerSettings, threads: int) -> Capabilities:

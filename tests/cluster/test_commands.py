@@ -24,7 +24,7 @@ from distributed_llm.common.types import PeerId
 from tests.reference import reference_text
 from tests.waiting import eventually
 
-COMMAND = [sys.executable, "-m", "distributed_llm.cli"]
+COMMAND = [sys.executable, "-m", "distributed_llm"]
 LATER_VERSION = PROTOCOL_VERSION + 1
 LIMIT_S = 60
 

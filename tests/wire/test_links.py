@@ -12,6 +12,7 @@ import psutil
 import pytest
 import zmq
 
+from distributed_llm.common import addresses as addresses_module
 from distributed_llm.common import transport
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
 from distributed_llm.common.messages import (
@@ -26,7 +27,6 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
-from distributed_llm.worker import links as links_module
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.events import Event
 from distributed_llm.worker.session.link_events import (
@@ -458,6 +458,8 @@ async def test_header_that_grew_too_long_is_an_error_of_its_task_only() -> None:
         ("[::]:7000", "127.0.0.1:5555", "127.0.0.1:7000"),
         ("0.0.0.0:0", "10.0.0.1:5555", "0.0.0.0:0"),
         ("0.0.0.0:0", "boss.lan:5555", "0.0.0.0:0"),
+        ("0.0.0.0:7000", "[2001:db8::1]:5555", "[::]:7000"),
+        ("10.0.0.7:0", "[2001:db8::1]:5555", "10.0.0.7:0"),
         ("10.0.0.7:0", "127.0.0.1:5555", "10.0.0.7:0"),
         ("eth0:7000", "127.0.0.1:5555", "eth0:7000"),
     ],
@@ -480,6 +482,7 @@ HOSTS = ["127.0.0.1", "192.168.1.5", "10.0.0.7", "::1", "fe80::1%eth0", "2001:db
         ("0.0.0.0:7", "10.0.0.7", ["10.0.0.7:7", "192.168.1.5:7", "127.0.0.1:7"]),
         ("0.0.0.0:7", "", ["192.168.1.5:7", "10.0.0.7:7", "127.0.0.1:7"]),
         ("0.0.0.0:7", "2001:db8::7", ["192.168.1.5:7", "10.0.0.7:7", "127.0.0.1:7"]),
+        ("0.0.0.0:7", "::ffff:10.0.0.7", ["10.0.0.7:7", "192.168.1.5:7", "127.0.0.1:7"]),
         ("0.0.0.0:7", "203.0.113.9",
          ["203.0.113.9:7", "192.168.1.5:7", "10.0.0.7:7", "127.0.0.1:7"]),
         ("[::]:7", "2001:db8::7",
@@ -489,13 +492,13 @@ HOSTS = ["127.0.0.1", "192.168.1.5", "10.0.0.7", "::1", "fe80::1%eth0", "2001:db
 def test_addresses_are_best_first_and_loopback_last(
     monkeypatch: pytest.MonkeyPatch, bound: str, seen: str, addresses: list[str]
 ) -> None:
-    monkeypatch.setattr(links_module, "_interface_hosts", lambda: HOSTS)
+    monkeypatch.setattr(addresses_module, "interface_hosts", lambda: HOSTS)
     assert reachable_at(bound, seen) == tuple(addresses)
 
 
 def test_number_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     hosts = [f"10.0.0.{number}" for number in range(100)]
-    monkeypatch.setattr(links_module, "_interface_hosts", lambda: hosts)
+    monkeypatch.setattr(addresses_module, "interface_hosts", lambda: hosts)
     assert len(reachable_at("0.0.0.0:7", "")) == 16
 
 

@@ -153,7 +153,8 @@ class Agent:
         capabilities: of this machine.
         instance: names this process, so that the coordinator knows it again in a later session.
         address: of the coordinator, for messages to the operator.
-        connect_timeout_s: to reach the coordinator for the first time; later there is no limit.
+        connect_timeout_s: to reach the coordinator for the first time; later, and with 0, there is
+            no limit.
         leave_timeout_s: for others to take the layers of a worker that was signalled; with 0 it
             ends at once.
         now: clock seconds.
@@ -186,7 +187,7 @@ class Agent:
         self._heartbeat_at = now
         self._probe_at = now
         self._warned_at = -math.inf
-        self._connect_by: float | None = now + connect_timeout_s
+        self._connect_by = now + connect_timeout_s if connect_timeout_s else None
         self._leave_by = math.inf
         self._signal = 0  # the one that it leaves for; 0 is none
 
@@ -436,5 +437,5 @@ class Agent:
         return CoordinatorUnreachable(
             f"No coordinator at {self._address} after {self._connect_timeout_s:g} s: {why}. Check "
             "the address and port, that `dllm coordinator` runs there with a --bind that other "
-            "machines can reach, and that no firewall is between."
+            "machines can reach, and that no firewall is between. To wait for it, give --wait."
         )

@@ -1,0 +1,92 @@
+"""Addresses: how they are written, which of this machine others may use, how names resolve."""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import Iterable
+
+import psutil
+
+from distributed_llm.common.errors import CoordinatorUnreachable
+from distributed_llm.common.units import split_address
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
+"""Addresses of no machine (RFC 5737, 3849), to ask which of ours would send to them."""
+
+
+def ip_of(host: str) -> IPAddress | None:
+    """Return the IP address that `host` spells; None if it is a name."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return (ip.ipv4_mapped or ip) if isinstance(ip, ipaddress.IPv6Address) else ip
+
+
+def address_text(ip: IPAddress, port: int) -> str:
+    """Return "HOST:PORT", an IPv6 address in brackets."""
+    return f"[{ip}]:{port}" if ip.version == 6 else f"{ip}:{port}"
+
+
+def hosts_for_others(bound: IPAddress, first: Iterable[str]) -> list[IPAddress]:
+    """Return the addresses of this machine at which others reach a socket bound to `bound`.
+
+    Args:
+        bound: an address of this machine, or that of all its networks.
+        first: those that come first, in their order; then come the addresses of all networks, and
+            loopback last, for programs on this machine.
+    """
+    if not bound.is_unspecified:
+        return [bound]
+    here = [ip for text in interface_hosts() if (ip := ip_of(text)) is not None]
+    here.sort(key=lambda one: (one.is_loopback, one.version))
+    known = [ip for text in first if (ip := ip_of(text)) is not None]
+    return [one for one in dict.fromkeys([*known, *here]) if _serves(bound, one)]
+
+
+def interface_hosts() -> list[str]:
+    """Return the addresses of all network interfaces of this machine, of all kinds."""
+    return [one.address for interface in psutil.net_if_addrs().values() for one in interface]
+
+
+def outward_hosts() -> list[str]:
+    """Return the addresses from which this machine would send to other networks; sends nothing."""
+    hosts = []
+    for elsewhere, family in _ELSEWHERE:
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, 9))
+            hosts.append(str(probe.getsockname()[0]))
+    return hosts
+
+
+async def resolve(address: str) -> str:
+    """Return the "HOST:PORT" to dial for `address`: itself, or that of a host with IPv6 only.
+
+    Raises:
+        CoordinatorUnreachable: its name is not known.
+    """
+    host, port = split_address(address)
+    if ip_of(host) is not None:
+        return address
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as exc:  # the latter: a label above 63 characters
+        raise CoordinatorUnreachable(
+            f"The name {host!r} of {address} is not known here ({exc}). Check its spelling, or "
+            "give the IP address of that machine."
+        ) from exc
+    families = {family for family, *_ in found}
+    if socket.AF_INET in families or not found:
+        return address
+    ip = ip_of(str(found[0][4][0]))
+    return address_text(ip, port) if ip else address
+
+
+def _serves(bound: IPAddress, host: IPAddress) -> bool:
+    """Return whether others may use `host` for a socket bound to all addresses like `bound`."""
+    if host.is_link_local or host.is_multicast or host.is_unspecified:
+        return False
+    return bound.version == 6 or host.version == 4

@@ -1,0 +1,102 @@
+"""Addresses that are printed for others, and names that become addresses."""
+
+import asyncio
+import socket
+
+import pytest
+
+from distributed_llm.common import addresses
+from distributed_llm.common.addresses import resolve
+from distributed_llm.common.errors import CoordinatorUnreachable
+from distributed_llm.common.units import split_address
+from distributed_llm.coordinator import serve
+from distributed_llm.coordinator.serve import how_to_join
+
+HERE = ["127.0.0.1", "172.17.0.1", "192.168.1.5", "::1", "fe80::1%eth0", "2001:db8::7", "02:42:ac"]
+
+
+def commands(text: str) -> list[str]:
+    """Return the addresses in a text that one can join, all of which can be read."""
+    words = [word.strip("(),") for word in text.split()]
+    found = [word for word in words if word.endswith(":5604") and "bind" not in word]
+    for word in found:
+        split_address(word)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bound", "outward", "told"),
+    [
+        ("0.0.0.0:5604", ["192.168.1.5"], ["192.168.1.5:5604", "172.17.0.1:5604"]),
+        ("0.0.0.0:5604", [], ["172.17.0.1:5604", "192.168.1.5:5604"]),
+        ("[::]:5604", ["192.168.1.5", "2001:db8::7"],
+         ["192.168.1.5:5604", "[2001:db8::7]:5604", "172.17.0.1:5604"]),
+        ("[::]:5604", ["2001:db8::7"],
+         ["[2001:db8::7]:5604", "172.17.0.1:5604", "192.168.1.5:5604"]),
+        ("192.168.1.5:5604", ["192.168.1.5"], ["192.168.1.5:5604"]),
+        ("[2001:db8::7]:5604", ["192.168.1.5"], ["[2001:db8::7]:5604"]),
+    ],
+)  # fmt: skip
+def test_others_are_told_addresses_that_they_can_use(
+    monkeypatch: pytest.MonkeyPatch, bound: str, outward: list[str], told: list[str]
+) -> None:
+    monkeypatch.setattr(addresses, "interface_hosts", lambda: HERE)
+    monkeypatch.setattr(serve, "outward_hosts", lambda: outward)
+    join = how_to_join(bound)
+    assert join.by_others
+    assert f"dllm worker --coordinator {told[0]}" in join.text
+    assert commands(join.text) == told
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1:5604", "[::1]:5604", "127.0.0.2:5604"])
+def test_loopback_is_said_as_such(bound: str) -> None:
+    join = how_to_join(bound)
+    assert not join.by_others
+    assert join.text.startswith(f"only this machine can reach {bound}; ")
+    assert f"dllm worker --coordinator {bound} " in join.text
+    assert "--bind 0.0.0.0:5604" in join.text
+
+
+def test_a_machine_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "interface_hosts", lambda: ["127.0.0.1", "::1"])
+    monkeypatch.setattr(serve, "outward_hosts", lambda: [])
+    assert "dllm worker --coordinator 127.0.0.1:5604 " in how_to_join("0.0.0.0:5604").text
+
+
+NAMES = {
+    "both.lan": ["2001:db8::7", "192.168.1.5"],
+    "old.lan": ["192.168.1.5"],
+    "new.lan": ["2001:db8::7", "2001:db8::8"],
+}
+
+
+async def resolved(address: str) -> str:
+    async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        if host not in NAMES:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return [
+            (socket.AF_INET6 if ":" in ip else socket.AF_INET, 0, 0, "", (ip, port))
+            for ip in NAMES[host]
+        ]
+
+    asyncio.get_running_loop().getaddrinfo = getaddrinfo  # type: ignore[method-assign, assignment]
+    return await resolve(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "dialled"),
+    [
+        ("both.lan:5555", "both.lan:5555"),
+        ("old.lan:5555", "old.lan:5555"),
+        ("new.lan:5555", "[2001:db8::7]:5555"),
+        ("10.0.0.1:5555", "10.0.0.1:5555"),
+        ("[::1]:5555", "[::1]:5555"),
+    ],
+)
+def test_a_host_with_ipv6_only_is_dialled_by_its_address(address: str, dialled: str) -> None:
+    assert asyncio.run(resolved(address)) == dialled
+
+
+def test_a_name_that_nobody_knows() -> None:
+    with pytest.raises(CoordinatorUnreachable, match=r"'nobody\.lan' of nobody\.lan:5555 is not k"):
+        asyncio.run(resolved("nobody.lan:5555"))
