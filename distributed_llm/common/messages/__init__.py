@@ -94,6 +94,7 @@ from distributed_llm.common.messages.to_worker import (
     MayLeave,
     ModelSource,
     NextStage,
+    Notice,
     ReleaseSequences,
     SequenceIds,
     SequenceSlice,
@@ -154,6 +155,7 @@ __all__ = [
     "ModelSource",
     "Name",
     "NextStage",
+    "Notice",
     "PeerHello",
     "PeerProbe",
     "PeerProbed",
@@ -230,6 +232,7 @@ ToWorker = (
     | Task
     | ReleaseSequences
     | MayLeave
+    | Notice
     | Pong
     | Refused
 )
