@@ -17,7 +17,6 @@ from distributed_llm import Chunk, Generation, LocalCluster, summary
 from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.common.wording import layers_text
 from distributed_llm.coordinator.plan import describe
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
@@ -234,15 +233,10 @@ def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:
 
 def run_demo(prompt: str, workers: int) -> None:
     """Start a cluster of this machine alone, write a story, and show who ran what."""
-    _err.print(f"Starting a coordinator and {workers} workers on this machine ...")
     with (
         LocalCluster(workers=workers, coordinator={"strategy": "even"}) as cluster,
         closing(DistributedClient(cluster.address)) as client,
     ):
-        status = client.status()
-        for worker in status.workers:
-            if worker.layers:
-                _err.print(f"  {worker.name} serves {layers_text(worker.layers)}")
         _err.print()
         sys.stdout.write(prompt)
         generations = print_answers(client.stream(prompt), n=None, as_json=False, stats=False)
