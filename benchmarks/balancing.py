@@ -41,6 +41,7 @@ from benchmarks.steady_load import SteadyLoad, make_examples
 from benchmarks.virtual_cluster import VirtualCluster
 from benchmarks.watched_coordinator import Expected
 from distributed_llm.common.messages import ClusterStatus
+from distributed_llm.common.units import parse_layers
 from tests import checkpoints
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -217,8 +218,7 @@ def _split_expected(expected: Expected) -> Split:
     found = []
     for stage in expected.layers:
         name, _, held = stage.rpartition(" ")
-        start, stop = (int(end) for end in held.split("-"))
-        found.append((name, stop - start))
+        found.append((name, len(parse_layers(held))))
     return tuple(found)
 
 

@@ -103,7 +103,7 @@ class Splits:
         """Return the tokens per second of a split."""
         ends = np.cumsum([0, *(held for _, held in split)]).tolist()
         ranges = zip(split, pairwise(ends), strict=True)
-        layers = ",".join(f"{name}={start}-{stop}" for (name, _), (start, stop) in ranges)
+        layers = ",".join(f"{name}={start + 1}-{stop}" for (name, _), (start, stop) in ranges)
         address = await self._custom(layers)
         async with SteadyLoad(address, self._examples, self._asked.clients) as load:
             await until(lambda: load.everybody_answered)

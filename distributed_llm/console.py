@@ -8,32 +8,34 @@ from dataclasses import asdict
 from typing import Any
 
 import msgspec
+from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from distributed_llm import Chunk, Generation, LocalCluster
+from distributed_llm import Chunk, Generation, LocalCluster, summary
 from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.messages import ClusterStatus, WorkerStatus
+from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.streams import writes_unicode
-from distributed_llm.common.types import size_text
 from distributed_llm.coordinator.plan import describe
-from distributed_llm.coordinator.planning.advice import Advice, rate_text
+from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
 
-_UNBOUND_WIDTH = 200
-"""Characters per line of what goes to a file or another program, so that nothing is cut."""
+_UNBOUND_WIDTH = 10_000
+"""Characters per line of what goes to a file or another program, so that nothing is broken."""
 
-_NARROW = 100
-"""Characters per line of the terminal below which the columns of tables stand closer together."""
+_GAP = 2
+"""Spaces between two columns of a table."""
 
-_LONG_WORD = 24
-"""Characters of the longest word that a table does not break."""
-
-_out = Console(
-    soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _UNBOUND_WIDTH
+_out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _UNBOUND_WIDTH)
+_err = Console(
+    stderr=True,
+    highlight=False,
+    markup=False,
+    width=None if sys.stderr.isatty() else _UNBOUND_WIDTH,
 )
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_json(value: Any) -> None:
@@ -131,20 +133,9 @@ def _document(generation: Generation) -> dict[str, Any]:
 
 def print_stats(generations: Sequence[Generation]) -> None:
     """Print to stderr who ran what for the answers to a prompt, and how fast that was."""
-    timings, usage = generations[0].timings, generations[0].usage
-    rows = [
-        [stage.worker, str(stage.layers), str(stage.tasks), f"{stage.compute_s * 1000:.1f} ms"]
-        for stage in timings.stages
-    ]
-    _err.print(_table(("worker", "layers", "tasks", "compute"), rows, title="who ran what"))
-    decoded = usage.completion_tokens - len(generations)
-    rate = f"then {decoded / timings.decode_s:.1f} tokens/s" if timings.decode_s else "no others"
-    reasons = ", ".join(generation.finish_reason for generation in generations)
-    _err.print(
-        f"{usage.prompt_tokens} tokens in ({usage.cached_tokens} cached), "
-        f"{usage.completion_tokens} out ({reasons}); queued {timings.queued_s * 1000:.0f} ms, "
-        f"first token after {timings.first_token_s * 1000:.0f} ms, {rate}"
-    )
+    rows = [summary.timing_row(stage) for stage in generations[0].timings.stages]
+    _print_table(_err, summary.TIMING_COLUMNS, rows, title="who ran what")
+    _err.print(summary.answers_line(generations))
 
 
 def print_status(status: ClusterStatus, *, as_json: bool) -> None:
@@ -152,74 +143,42 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
     if as_json:
         print_json(status)
         return
-    _out.print(
-        f"{status.model}: {status.state}, plan {status.epoch}, {status.num_layers} layers, "
-        f"KV cache: {status.kv_tokens_used} of {status.kv_tokens} positions used"
-    )
+    _out.print(summary.headline(status))
     if status.note:
         _out.print(status.note, style="yellow")
-    names = ["worker", "state", "plan", "layers", "link", "memory", "weights", "KV", "tasks"]
-    _out.print(_table([*names, "speed"], [_worker_row(worker) for worker in status.workers]))
-    _out.print(
-        f"requests: {status.requests_running} running, {status.requests_waiting} waiting, "
-        f"{status.requests_finished} finished, {status.requests_failed} failed; "
-        f"{status.preemptions} preempted; {status.tokens_generated} tokens, "
-        f"{status.prefix_hit_tokens} positions of prompts were in the KV cache already"
-    )
-    if status.moves:
-        _out.print(
-            f"layers moved {'once' if status.moves == 1 else f'{status.moves} times'} while "
-            f"requests ran; the latest move stopped them "
-            f"for {status.move_stall_s * 1000:.0f} ms"
-        )
+    if status.workers:
+        rows = [summary.worker_row(worker) for worker in status.workers]
+        _print_table(_out, summary.WORKER_COLUMNS, rows)
+    for line in summary.request_lines(status):
+        _out.print(line)
     for worker in status.workers:
         if worker.note:
             _out.print(f"{worker.name}: {worker.note}", style="yellow")
         if worker.advice:
             _out.print(f"{worker.name}: {worker.advice}")
     for event in status.events[-8:]:
-        _out.print(f"  {event}", style="dim")
+        _out.print(Padding(Text(event, style="dim"), (0, 0, 0, 2), expand=False))
 
 
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> Table:
-    """Return a table that cuts nothing where the terminal is narrow, but folds between words."""
-    gap = 1 if _out.width < _NARROW else 2
-    table = Table(title=title or None, title_justify="left", box=None, padding=(0, gap, 0, 0))
-    for name, *cells in zip(names, *rows, strict=True):
-        longest = max(len(word) for cell in (name, *cells) for word in cell.split())
-        table.add_column(name, overflow="fold", min_width=min(longest, _LONG_WORD))
+def _print_table(
+    console: Console, names: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = ""
+) -> None:
+    """Print a table; where the terminal is too narrow for it, each row as a paragraph."""
+    if title:
+        console.print(title, style="italic")
+    columns = zip(names, *rows, strict=True)
+    width = sum(max(map(cell_len, column)) + _GAP for column in columns) - _GAP
+    if width > console.width:
+        for first, *others in rows:
+            said = ", ".join(f"{name} {cell}" for name, cell in zip(names[1:], others, strict=True))
+            console.print(Padding(Text(f"{first}: {said}"), (0, 0, 0, 2), expand=False))
+        return
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    return table
-
-
-def _worker_row(worker: WorkerStatus) -> list[str]:
-    return [
-        worker.name,
-        worker.state,
-        str(worker.epoch) if worker.layers else "-",
-        _layers_text(worker),
-        worker.link or "-",
-        size_text(worker.capabilities.memory_bytes),
-        size_text(worker.weight_bytes),
-        size_text(worker.kv_bytes),
-        str(worker.tasks_done),
-        _speed_text(worker),
-    ]
-
-
-def _layers_text(worker: WorkerStatus) -> str:
-    now = str(worker.layers) if worker.layers else "-"
-    return f"{now} -> {worker.next_layers}" if worker.next_layers else now
-
-
-def _speed_text(worker: WorkerStatus) -> str:
-    """Return the measured time per token, and how far predictions of it are off."""
-    if not worker.seconds_per_token:
-        return "-"
-    error = worker.prediction_error
-    off = "" if error is None else f" ±{100 * error:.0f} %"
-    return f"{worker.seconds_per_token * 1000:.2f} ms/token{off}"
+    console.print(table)
 
 
 def print_plan(run: DryRun, *, as_json: bool) -> None:
@@ -229,28 +188,10 @@ def print_plan(run: DryRun, *, as_json: bool) -> None:
         return
     for number, plan in enumerate(run.plans, 1):
         title = f"pipeline {number} of {len(run.plans)}" if len(run.plans) > 1 else ""
-        rows = [
-            [
-                stage.worker,
-                str(stage.layers),
-                size_text(run.memory[stage.worker]),
-                size_text(stage.weight_bytes),
-                f"{stage.kv_tokens} positions",
-            ]
-            for stage in plan
-        ]
-        names = ("worker", "layers", "memory", "weights", "room for KV cache")
-        _out.print(_table(names, rows, title=title))
-    used = {stage.worker for plan in run.plans for stage in plan}
-    idle = [worker for worker in run.memory if worker not in used]
-    if idle:
-        _out.print(f"without layers: {', '.join(idle)}")
-    _out.print(
-        f"expected: {rate_text(run.one_tokens_per_s)} tokens/s for one request, "
-        f"{rate_text(run.many_tokens_per_s)} for {MANY} at once"
-    )
-    for worker, advice in run.advice.items():
-        _out.print(f"{worker}: {advice.text}")
+        rows = [summary.stage_row(stage, run.memory[stage.worker]) for stage in plan]
+        _print_table(_out, summary.STAGE_COLUMNS, rows, title=title)
+    for line in summary.plan_lines(run):
+        _out.print(line)
     _out.print(f"assumed: {'; '.join(run.assumed)}", style="dim")
 
 
@@ -284,28 +225,24 @@ def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:
     Raises:
         DistributedLLMError: as the client does.
     """
-    layers = {worker.name: worker.layers for worker in client.status().workers}.get(name)
-    if layers is not None:
-        _err.print(f"waiting until others serve layers {layers} of {name} ...", style="dim")
+    held = next((worker for worker in client.status().workers if worker.name == name), None)
+    waiting, done = summary.drain_lines(name, held)
+    if waiting:
+        _err.print(waiting, style="dim")
     client.drain_worker(name)
     if as_json:
+        layers = held and held.layers
         print_json({"worker": name, "layers": layers and [layers.start, layers.stop]})
-    elif layers is None:
-        _out.print(f"{name}, which had no layers, has left")
     else:
-        _out.print(f"{name} has left, and others serve its layers")
+        _out.print(done)
 
 
 def run_demo(prompt: str, workers: int) -> None:
     """Start a cluster of this machine alone, write a story, and show who ran what."""
-    _err.print(f"Starting a coordinator and {workers} workers on this machine ...")
     with (
         LocalCluster(workers=workers, coordinator={"strategy": "even"}) as cluster,
         closing(DistributedClient(cluster.address)) as client,
     ):
-        status = client.status()
-        for worker in status.workers:
-            _err.print(f"  {worker.name} serves layers {worker.layers}")
         _err.print()
         sys.stdout.write(prompt)
         generations = print_answers(client.stream(prompt), n=None, as_json=False, stats=False)

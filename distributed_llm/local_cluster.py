@@ -3,10 +3,11 @@
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from distributed_llm.common.errors import (
     error_from_wire,
 )
 from distributed_llm.common.messages import ClusterStatus
+from distributed_llm.common.wording import count_text
 from distributed_llm.local_process import LocalProcess, fork_server
 
 _POLL_S = 0.05
@@ -30,6 +32,14 @@ _KILL_AFTER_S = 5.0
 
 _SHARE_OF_MEMORY = 0.8
 """Share of the free memory that all workers together may use."""
+
+Progress = Callable[[str], None]
+
+
+def print_progress(text: str) -> None:
+    """Print a line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
 
 _ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTILINE | re.DOTALL)
 
@@ -44,6 +54,7 @@ class LocalCluster:
             once when told to, unless `leave_timeout_s` is given.
         start_timeout_s: after which a cluster that does not serve is given up.
         coordinator: settings of the coordinator, such as `{"strategy": "even"}`.
+        progress: called with each line about how far the start is; None for silence.
 
     Raises:
         DistributedLLMError: it could not be started; the message says what the process said.
@@ -56,6 +67,7 @@ class LocalCluster:
         *,
         start_timeout_s: float = 120.0,
         coordinator: Mapping[str, Any] | None = None,
+        progress: Progress | None = print_progress,
     ) -> None:
         self._model = str(model)
         self._wanted = [
@@ -63,6 +75,7 @@ class LocalCluster:
             for i, given in enumerate([{}] * workers if isinstance(workers, int) else workers)
         ]
         self._start_timeout_s = start_timeout_s
+        self._progress = progress or (lambda text: None)
         self._settings: dict[str, Any] = {
             "bind": "127.0.0.1:0",
             "min_workers": max(1, len(self._wanted)),
@@ -94,6 +107,8 @@ class LocalCluster:
         Raises:
             DistributedLLMError: one of them failed, or it took too long.
         """
+        workers = count_text(len(self._wanted), "worker")
+        self._progress(f"starting a coordinator and {workers} on this machine ...")
         self._owner = os.getpid()
         self._folder = Path(tempfile.mkdtemp(prefix="dllm-"))
         self._remove_folder = weakref.finalize(self, _remove, self._folder, self._owner)
@@ -115,7 +130,7 @@ class LocalCluster:
             for settings in self._wanted:
                 self.add_worker(**settings)
             if self._wanted:
-                self.wait_until_serving()
+                self._wait_until_serving(None, self._progress)
         except BaseException:
             self.close()
             raise
@@ -150,10 +165,17 @@ class LocalCluster:
         Raises:
             DistributedLLMError: a process failed, or it took longer than `start_timeout_s`.
         """
+        return self._wait_until_serving(num_workers, lambda text: None)
+
+    def _wait_until_serving(self, num_workers: int | None, progress: Progress) -> ClusterStatus:
+        told = 0  # of the events that were told; more are there only after the start
         give_up_at = time.monotonic() + self._start_timeout_s
         with DistributedClient(self.address, connect_timeout_s=_CONNECT_S) as client:
             while True:
                 status = self._status(client)
+                for event in status.events[told:] if status else ():
+                    progress(event)
+                    told += 1
                 if status and status.state == "serving":
                     serving = sum(worker.state == "serving" for worker in status.workers)
                     if num_workers in (None, serving):

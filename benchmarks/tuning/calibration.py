@@ -13,6 +13,7 @@ from benchmarks.tuning.simulation import Asked, Machine, Site, simulate
 from benchmarks.tuning.subsets import layer_seconds
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
+from distributed_llm.common.units import parse_layers
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.speeds.worker_speed import Prior
 
@@ -62,8 +63,8 @@ def measured_site(outcome: Outcome, cost: ModelCost, dtype: DtypeName) -> Site:
 def _as_served(outcome: Outcome) -> Configuration | None:
     """Return a configuration with the layers as they were served; None for several pipelines."""
     run = outcome.runs[-1]
-    ends = [tuple(int(end) for end in held.split("-")) for _, held in run.stages]
-    if any(before[1] != after[0] for before, after in pairwise(ends)):
+    ranges = [parse_layers(held) for _, held in run.stages]
+    if any(before.stop != after.start for before, after in pairwise(ranges)):
         return None
     return replace(
         outcome.configuration,

@@ -14,7 +14,7 @@ class Configuration:
     """Settings of a coordinator that are tried together, named as in `config/default.yaml`.
 
     Attributes:
-        layers: by worker, "0-8"; for strategy custom only.
+        layers: by worker, "1-8"; for strategy custom only.
     """
 
     strategy: str = _DEFAULTS.strategy

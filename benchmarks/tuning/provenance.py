@@ -9,7 +9,7 @@ from importlib.metadata import version
 import psutil
 
 from benchmarks.tuning.figures import WorkerFacts
-from distributed_llm.common.types import size_text
+from distributed_llm.common.wording import size_text
 
 _PACKAGES = ("distributedllm", "torch", "transformers")
 

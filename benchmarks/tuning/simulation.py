@@ -34,6 +34,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.settings import CoordinatorSettings, Objective
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName, Frame
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.units import parse_layers
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -179,7 +180,7 @@ def plan(
     """
     memory = {WorkerId(n): m.capabilities.memory_bytes for n, m in site.machines.items()}
     if configuration.strategy != "speed":
-        layers = {name: _range(held) for name, held in configuration.layers}
+        layers = {name: parse_layers(held) for name, held in configuration.layers}
         stages = make_plan(
             cost,
             memory,
@@ -206,11 +207,6 @@ def plan(
         make_plan(cost, memory, strategy="memory", kv_tokens=KV_TOKENS)  # says what is missing
         raise NotEnoughMemory("No partition of the layers fits the workers.")
     return list(best.layer_map)
-
-
-def _range(text: str) -> LayerRange:
-    start, stop = text.split("-")
-    return LayerRange(int(start), int(stop))
 
 
 def _links(site: Site, size: float) -> Links:

@@ -20,7 +20,7 @@ from benchmarks.tuning.simulation import KV_TOKENS, Asked, described_site, dtype
 from benchmarks.tuning.subsets import subset_configurations
 from benchmarks.tuning.workbench import LocalWorker, Unusable, Workbench
 from distributed_llm.common.errors import ConfigError, WorkerLost
-from distributed_llm.common.types import size_text
+from distributed_llm.common.wording import size_text
 
 _SIMULATED_AXES = {"replicas": ()}
 """Several pipelines are not simulated."""

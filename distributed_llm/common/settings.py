@@ -6,9 +6,9 @@ when they are made.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -29,7 +29,8 @@ from pydantic_settings import (
 )
 
 from distributed_llm.common.types import LayerRange
-from distributed_llm.common.units import parse_duration, parse_size, split_address
+from distributed_llm.common.units import parse_duration, parse_layers, parse_size, split_address
+from distributed_llm.common.wording import layers_text
 
 
 def _bind_address(value: object) -> object:
@@ -57,22 +58,11 @@ def _lower(value: object) -> object:
 def _layer_range(value: object) -> LayerRange:
     if isinstance(value, LayerRange):
         return value
-    ends: Iterable[Any] = ()
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,6}\s*-\s*[0-9]{1,6}\s*", value):
-        ends = (int(end) for end in value.split("-"))
-    elif isinstance(value, list | tuple):
-        ends = value
-    match tuple(ends):
-        case (int(start), int(stop)) if bool not in (type(start), type(stop)):
-            if 0 <= start < stop <= 65536:
-                return LayerRange(start, stop)
-    raise ValueError(
-        f"{value!r:.60} is not a range of layers; write 0-8 or [0, 8] for the eight layers 0 to 7"
-    )
+    return parse_layers(str(value) if type(value) in (str, int) else repr(value))
 
 
 def _layer_map(value: object) -> object:
-    """Return "pc=0-8,mac=8-16", from environment or command line, as a map."""
+    """Return "pc=1-8,mac=9-16", from environment or command line, as a map."""
     if not isinstance(value, str):
         return value
     layers: dict[str, str] = {}
@@ -117,7 +107,7 @@ Device = Annotated[
     ),
 ]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
-LayerText = PlainSerializer(lambda held: f"{held.start}-{held.stop}", return_type=str)
+LayerText = PlainSerializer(str, return_type=str)
 Layers = Annotated[
     Mapping[WorkerName, Annotated[LayerRange, PlainValidator(_layer_range), LayerText]],
     BeforeValidator(_layer_map),
@@ -167,8 +157,8 @@ class CoordinatorSettings(_Section):
     )
     layers: Layers = Field(
         default={},
-        description="For strategy custom: which worker serves which layers, counted from 0, the "
-        "second number not included: {pc: 0-8, mac: 8-16}; [0, 8] is the same as 0-8.",
+        description="For strategy custom: which worker serves which layers, counted from 1: "
+        "{pc: 1-8, mac: 9-16}.",
     )
     replicas: Literal["auto"] | Annotated[Whole, Field(ge=1, le=4096)] = Field(
         default="auto",
@@ -209,7 +199,7 @@ class CoordinatorSettings(_Section):
         default=1024,
         ge=1,
         le=1 << 30,
-        description="Room for the KV cache that must be left beside the layers, in positions.",
+        description="Room that must be left beside the layers for KV cache, tokens of context.",
     )
     heartbeat_interval_s: Seconds = Field(
         default=1.0, gt=0, description="Time between two signs of life of a worker, s."
@@ -258,17 +248,19 @@ class CoordinatorSettings(_Section):
             raise conflict("strategy custom needs `layers`", "strategy")
         served = sorted(self.layers.items(), key=lambda item: item[1])
         if served[0][1].start != 0:
-            raise conflict(f"nobody serves layers 0 to {served[0][1].start - 1}", "layers")
+            missing = LayerRange(0, served[0][1].start)
+            raise conflict(f"nobody serves {layers_text(missing)}", "layers")
         for (name, held), (next_name, next_held) in pairwise(served):
             if next_held.start < held.stop:
                 raise conflict(
-                    f"workers {name!r} and {next_name!r} both serve layer {next_held.start}",
+                    f"workers {name!r} and {next_name!r} both serve layer {next_held.start + 1}",
                     "layers",
                 )
             if next_held.start > held.stop:
+                missing = LayerRange(held.stop, next_held.start)
                 raise conflict(
-                    f"nobody serves layers {held.stop} to {next_held.start - 1}, between workers "
-                    f"{name!r} and {next_name!r} (the second number of a range is not included)",
+                    f"nobody serves {layers_text(missing)}, between workers {name!r} and "
+                    f"{next_name!r}",
                     "layers",
                 )
         return self

@@ -31,9 +31,10 @@ SequenceId = NewType("SequenceId", Count)
 
 
 class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
-    """Consecutive transformer layers `[start, stop)`, written "start-stop".
+    """Consecutive transformer layers `[start, stop)`, counted from 0.
 
-    `stop` is not included: 0-8 and 8-16 together are the first sixteen layers.
+    Texts for people and settings count them from 1 and include both ends: `str` of [0, 8) is "1-8",
+    of [8, 9) it is "9".
 
     Raises:
         ValueError: the range is empty.
@@ -50,14 +51,4 @@ class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=
         return self.stop - self.start
 
     def __str__(self) -> str:
-        return f"{self.start}-{self.stop}"
-
-
-def size_text(count: int) -> str:
-    """Return a number of bytes with a unit: "512 bytes", "1.5 GiB"."""
-    value = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} GiB"
+        return str(self.stop) if len(self) == 1 else f"{self.start + 1}-{self.stop}"

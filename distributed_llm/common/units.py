@@ -1,14 +1,17 @@
-"""Parsing of sizes, bandwidths, speeds, durations and addresses as people write them."""
+"""Parsing of sizes, bandwidths, speeds, durations, layers and addresses as people write them."""
 
 import ipaddress
 import re
 
 from pydantic import ByteSize, TypeAdapter
 
+from distributed_llm.common.types import LayerRange
+
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
 _RATE = re.compile(r"(.+?)\s*/\s*s", re.IGNORECASE)
 _FLOPS = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)flops(?:/s)?", re.IGNORECASE)
 _DURATION = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|)")
+_LAYERS = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
 _SECONDS_PER = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
@@ -84,6 +87,26 @@ def parse_duration(value: object) -> float:
     if match is None:
         raise ValueError("not a duration; write seconds, or a unit as in 500ms, 30s, 5m")
     return float(match[1]) * _SECONDS_PER[match[2]]
+
+
+def parse_layers(value: str) -> LayerRange:
+    """Return a range of layers.
+
+    Args:
+        value: layers counted from 1, both ends included: "1-8" are the first eight, "9" is the
+            ninth.
+
+    Raises:
+        ValueError: `value` is no range of layers.
+    """
+    match = _LAYERS.fullmatch(value)
+    if match:
+        first, last = int(match[1]), int(match[2] or match[1])
+        if 1 <= first <= last <= 65536:
+            return LayerRange(first - 1, last)
+    raise ValueError(
+        f"{value!r:.60} is not a range of layers; write 1-8 for the first eight, 9 for the ninth"
+    )
 
 
 def split_address(address: str) -> tuple[str, int]:

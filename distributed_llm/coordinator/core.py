@@ -160,10 +160,11 @@ class Core:
             prefix_hit_tokens=totals.prefix_hit_tokens,
             preemptions=totals.preemptions,
             moves=self._moves.num_moves,
-            move_stall_s=self._moves.prices.stall_s,
+            move_stall_s=self._moves.stall_s,
             requests_running=self._book.num_running,
             requests_waiting=self._book.num_waiting,
             requests_finished=totals.finished,
+            requests_cancelled=totals.cancelled,
             requests_failed=totals.failed,
             tokens_generated=totals.tokens,
             rejected=dict(self._event_log.rejected),
@@ -356,7 +357,8 @@ class Core:
             return []
         if not self._book.busy:
             return replanning.plan_anew()
-        return [] if complete else replanning.add_pipeline()
+        waiting = replanning.tell_waiting()
+        return waiting if complete else [*replanning.add_pipeline(), *waiting]
 
     # -------------------------------------------------------------- starting what can be started
 

@@ -92,7 +92,8 @@ class Membership:
             actions += steps_lost(
                 self._cluster.book, self._log, pipeline.in_flight.steps, worker.id
             )
-        return actions + self._replanning.recover(worker)
+        unwanted = "" if worker.leaving else f"was lost: it {why}"
+        return actions + self._replanning.recover(worker, unwanted)
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:
         """Take a worker's report of itself; give it up if it hangs or serves another plan."""

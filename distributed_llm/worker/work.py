@@ -15,7 +15,7 @@ from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
-from distributed_llm.common.types import size_text
+from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.service import Worker
 
@@ -45,12 +45,12 @@ async def work(settings: WorkerSettings) -> int:
         flops_per_s=measured.flops_per_s / settings.slowdown,
     )
     logger.info(
-        "%s on %s: %s for weights and KV cache, reads %.1f GB/s, %d threads",
+        "%s on %s: %s for weights and KV cache, reads %.1f GB/s, %s",
         capabilities.device_name,
         capabilities.device,
         size_text(capabilities.memory_bytes),
         capabilities.memory_bandwidth_bytes_per_s / 1e9,
-        threads,
+        count_text(threads, "thread"),
     )
     worker = Worker(
         settings.name or _host_name(),

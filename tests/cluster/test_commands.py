@@ -132,7 +132,7 @@ def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     header, pc, idle, expected, worth, *others, assumed = done.stdout.splitlines()
     assert header.split()[:3] == ["worker", "layers", "memory"]
-    assert pc.split()[:4] == ["pc", "0-6", "16.0", "MiB"]
+    assert pc.split()[:4] == ["pc", "1-6", "16.0", "MiB"]
     assert idle == "without layers: mac, pi"
     assert re.fullmatch(
         r"expected: [\d.]+ tokens/s for one request, [\d.]+ for 16 at once", expected

@@ -16,7 +16,8 @@ from distributed_llm.common.errors import DistributedLLMError, NotEnoughMemory, 
 from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Epoch, LayerRange, size_text
+from distributed_llm.common.types import Epoch, LayerRange
+from distributed_llm.common.wording import size_text
 from distributed_llm.worker.compute import kv_orders, loading
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import (
@@ -376,7 +377,7 @@ def test_what_does_not_fit_beside_is_refused_before_it_is_read(
         failed = worker.ask(Load(0, fits), LoadFailed)
         assert isinstance(failed.error, NotEnoughMemory)
         text = str(failed.error)
-        assert "No room for layers 1-3 beside layers 0-2" in text
+        assert "No room for layers 2-3 beside layers 1-2" in text
         assert size_text(weights) in text
         assert "would be added" in text
         assert "Move fewer layers at once, raise its max_memory" in text
@@ -530,7 +531,7 @@ def test_a_broken_end_is_refused_and_a_right_one_is_not(
 
 def test_only_layers_that_are_served_are_exported(llama: Path, four: dict[str, Worker]) -> None:
     cluster = start(llama, four)
-    for name, said in (("a", "a cache of layers 0-2 has no layers 2-4"), ("d", "none are served")):
+    for name, said in (("a", "a cache of layers 1-2 has no layers 3-4"), ("d", "none are served")):
         order = ExportKV(0, Epoch(2), LayerRange(2, 4), 1, False)
         failed = four[name].ask(order, KVOrderFailed)
         assert failed.order is order

@@ -190,8 +190,8 @@ def test_an_exporter_that_nobody_knows_any_more_is_not_told(source: KVCache) -> 
 
 
 def test_only_layers_of_the_cache_are_exported(source: KVCache) -> None:
-    for start, stop in ((3, 5), (6, 8), (0, 1)):
-        with pytest.raises(ValueError, match=f"layers 4-7 has no layers {start}-{stop}"):
+    for start, stop, named in ((3, 5, "layers 4-5"), (6, 8, "layers 7-8"), (0, 1, "layer 1")):
+        with pytest.raises(ValueError, match=f"layers 5-7 has no {named}"):
             exporter(source, LayerRange(start, stop))
 
 

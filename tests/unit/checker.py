@@ -35,7 +35,7 @@ class Checker:
         self.num_arrived = 0
         self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
         self._ended: set[RequestKey] = set()
-        self._largest = (0, 0, 0, 0, 0, 0, 0)
+        self._largest = (0, 0, 0, 0, 0, 0, 0, 0)
         self._ordered: dict[int, dict[PeerId, LayerRange]] = {}  # by epoch
 
     def before(self, event: events.Event, *, now: float) -> None:
@@ -110,6 +110,7 @@ class Checker:
         numbers = (
             self._core._pipelines.epoch,
             totals.finished,
+            totals.cancelled,
             totals.failed,
             totals.tokens,
             totals.prefix_hit_tokens,
@@ -148,7 +149,10 @@ class Checker:
         status = self._core.status(now=0.0)
         assert (status.requests_running, status.requests_waiting) == (0, 0)
         duplicates = status.rejected.get("duplicate_request", 0)
-        assert status.requests_finished + status.requests_failed == self.num_arrived - duplicates
+        assert (
+            status.requests_finished + status.requests_cancelled + status.requests_failed
+            == self.num_arrived - duplicates
+        )
         assert not self._open
         book = self._core._book
         assert not book.busy

@@ -17,6 +17,7 @@ from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
 from distributed_llm.coordinator.speeds.machines import Machines
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
+from tests.grammar import faults_of
 
 TASK_S = 0.0005  # what a stage takes beside its layers
 ONE = Demand(sequences=1, positions=0, prompt_tokens=0, chunk_tokens=1)
@@ -92,7 +93,7 @@ def test_a_link_that_is_too_slow() -> None:
         {"pc": (600, 0.010), "mac": (600, 0.020), "far": (600, 0.010)}, link_s={"far": 0.050}
     )
     assert told(model(), some)["far"].text == (  # 60 + 40 + 50 ms and 2 tasks, 60 + 80 + 5 without
-        "left out: 6.6 tokens/s with it, 6.8 without: its 50 ms link costs more than its layers "
+        "left out: 6.6 tokens/s with it, 6.8 without: its link of 50 ms costs more than its layers "
         "save"
     )
 
@@ -100,7 +101,7 @@ def test_a_link_that_is_too_slow() -> None:
 def test_any_link_may_cost_more_than_a_second_machine_saves() -> None:
     some = machines({"pc": (1000, 0.020), "mac": (200, 0.010)}, link_s=0.030)
     assert told(model(), some)["mac"].text == (  # 8 * 20 + 2 * 10 + 30 + 1 ms, or 200.5
-        "left out: 4.7 tokens/s with it, 5.0 without: its 30 ms link costs more than its layers "
+        "left out: 4.7 tokens/s with it, 5.0 without: its link of 30 ms costs more than its layers "
         "save"
     )
 
@@ -110,7 +111,7 @@ def test_a_link_and_a_speed_that_are_too_slow_only_together() -> None:
         {"pc": (600, 0.010), "mac": (600, 0.020), "far": (600, 0.020)}, link_s={"far": 0.050}
     )
     assert told(model(), some)["far"].text.endswith(
-        "its 50 ms link costs time, and it takes 2.0 times as long as pc for its layers"
+        "its link of 50 ms costs time, and it takes 2.0 times as long as pc for its layers"
     )  # (0.5 + 80) / (0.5 + 40) ms
 
 
@@ -178,8 +179,7 @@ def test_other_pipelines_serve_the_model_too() -> None:
     assert found is not None
     pc, mac = found.values()
     assert (
-        pc.text
-        == "serves 10 of 10 layers; 15.0 tokens/s with it, 5.0 without: its pipeline needs it"
+        pc.text == "serves all 10 layers; 15.0 tokens/s with it, 5.0 without: its pipeline needs it"
     )
     assert pc.with_tokens_per_s == pytest.approx(alone + 5)
     assert pc.without_tokens_per_s == 5.0
@@ -197,7 +197,7 @@ def test_nothing_fits_at_all() -> None:
 
 def test_one_machine_alone_is_needed() -> None:
     (pc,) = told(model(), machines({"pc": (1000, 0.01)})).values()
-    assert pc.text == "needed: without it the model does not fit (1000 bytes are missing)"
+    assert pc.text == "needed: it serves the model alone"
 
 
 def test_throughput_is_that_of_a_full_pipeline() -> None:
@@ -273,7 +273,8 @@ def test_advice_agrees_with_the_plans(
             assert advice.text.startswith("needed: ")
         else:
             held = len(dict(best.partition.layer_map)[name])
-            assert advice.text.startswith(f"serves {held} of 6 layers; ")
+            share = f"{held} of 6 layers" if held < 6 else "all 6 layers"
+            assert advice.text.startswith(f"serves {share}; ")
             if objective == "auto":
                 layer_map = without.partition.layer_map
                 expected = forecast(cost, rest, layer_map, demand).tokens_per_s
@@ -282,6 +283,7 @@ def test_advice_agrees_with_the_plans(
             else:  # the best of all is not worse than the best of some
                 assert advice.gain is not None
                 assert advice.gain >= -1e-6
+        assert faults_of(advice.text) == []
         if advice.gain is not None and advice.without_tokens_per_s is not None:
             ratio = advice.with_tokens_per_s / advice.without_tokens_per_s
             assert advice.gain == pytest.approx(ratio - 1)

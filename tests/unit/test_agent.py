@@ -549,7 +549,7 @@ def test_worker_that_serves_says_that_it_wants_to_leave_and_serves_on() -> None:
     said, line = agent.handle(Signalled(15), now=1.0)
     assert said == Send(Leaving())
     assert isinstance(line, Log)
-    assert line.text == ("leaves once other workers have layers 0-2; a second signal ends at once")
+    assert line.text == ("leaving once other workers have layers 1-2; a second signal ends at once")
     run_of(agent, task(3, step=1), b"1234")
     assert beat_until(agent, 60.9) == []
     hear(agent, DropStage(epoch=Epoch(3)))

@@ -23,7 +23,7 @@ def cut_at(cut: int) -> LayerMap:
 def with_gain(
     gain: float, *, cut: int = 6, uncertainty: float = 0.0, standstill_s: float = 0.0
 ) -> Alternative:
-    return Alternative(cut_at(cut), gain, uncertainty, standstill_s)
+    return Alternative(cut_at(cut), gain, uncertainty, standstill_s, measured=True)
 
 
 def time_of_move(
@@ -43,7 +43,7 @@ def test_a_gain_is_confirmed_before_it_counts() -> None:
     assert balancer.consider(with_gain(0.5), now=10.0).what == "wait"
     assert balancer.consider(with_gain(0.5), now=11.9).what == "wait"
     verdict = balancer.consider(with_gain(0.5), now=12.0)
-    assert (verdict.what, verdict.why) == ("move", "50 % faster")
+    assert (verdict.what, verdict.why) == ("move", "this is 50 % faster")
 
 
 def test_a_gain_that_was_gone_meanwhile_begins_anew() -> None:

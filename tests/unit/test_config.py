@@ -102,13 +102,17 @@ def test_the_process_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_map_of_layers_is_replaced_not_merged(write: Write) -> None:
-    path = write("coordinator:\n  strategy: custom\n  layers: {pc: 0-4, mac: [4, 8]}\n")
-    assert load(path).coordinator.layers == {"pc": LayerRange(0, 4), "mac": LayerRange(4, 8)}
-    settings = load(path, {"DLLM_COORDINATOR__LAYERS": "a=0-2, b=2-8"})
+    path = write("coordinator:\n  strategy: custom\n  layers: {pc: 1-4, mac: 5, pi: 6 - 8}\n")
+    assert load(path).coordinator.layers == {
+        "pc": LayerRange(0, 4),
+        "mac": LayerRange(4, 5),
+        "pi": LayerRange(5, 8),
+    }
+    settings = load(path, {"DLLM_COORDINATOR__LAYERS": "a=1-2, b=3-8"})
     assert settings.coordinator.layers == {"a": LayerRange(0, 2), "b": LayerRange(2, 8)}
-    settings = load(path, overrides={"coordinator.layers": {"a": (0, 8)}})
+    settings = load(path, overrides={"coordinator.layers": {"a": LayerRange(0, 8)}})
     assert settings.coordinator.layers == {"a": LayerRange(0, 8)}
-    assert settings.model_dump(mode="json")["coordinator"]["layers"] == {"a": "0-8"}
+    assert settings.model_dump(mode="json")["coordinator"]["layers"] == {"a": "1-8"}
 
 
 def test_settings_cannot_be_changed() -> None:
@@ -227,21 +231,22 @@ def test_files_refused(write: Write, content: str | bytes, expected: str) -> Non
 
 
 LAYERS = {
-    "gap": ("{a: 0-4, b: 5-8}", "nobody serves layers 4 to 4, between workers 'a' and 'b'"),
-    "overlap": ("{a: 0-4, b: 3-8}", "workers 'a' and 'b' both serve layer 3"),
-    "same": ("{a: 0-4, b: [0, 4]}", "workers 'a' and 'b' both serve layer 0"),
-    "inside": ("{a: 0-8, b: 2-4, c: 8-9}", "workers 'a' and 'b' both serve layer 2"),
-    "late start": ("{b: 4-8, a: 2-4}", "nobody serves layers 0 to 1"),
-    "backwards": ("{a: 4-0}", "coordinator.layers.a: '4-0' is not a range of layers"),
-    "empty": ("{a: 0-0}", "coordinator.layers.a: '0-0' is not a range of layers"),
+    "gap": ("{a: 1-4, b: 6-8}", "nobody serves layer 5, between workers 'a' and 'b'"),
+    "overlap": ("{a: 1-4, b: 4-8}", "workers 'a' and 'b' both serve layer 4"),
+    "same": ("{a: 1-4, b: 1-4}", "workers 'a' and 'b' both serve layer 1"),
+    "inside": ("{a: 1-8, b: 3-4, c: 9}", "workers 'a' and 'b' both serve layer 3"),
+    "late start": ("{b: 5-8, a: 3-4}", "nobody serves layers 1-2"),
+    "backwards": ("{a: 4-1}", "coordinator.layers.a: '4-1' is not a range of layers"),
+    "from 0": ("{a: 0-8}", "coordinator.layers.a: '0-8' is not a range of layers"),
     "not a range": ("{a: all}", "coordinator.layers.a: 'all' is not a range of layers"),
-    "three ends": ("{a: [0, 1, 2]}", "[0, 1, 2] is not a range of layers"),
-    "flags": ("{a: [no, yes]}", "[False, True] is not a range of layers"),
-    "a number": ("{a: 5}", "coordinator.layers.a: 5 is not a range of layers"),
-    "a list": ("[0, 4]", "coordinator.layers: should be a valid dictionary"),
-    "name": ("{a b: 0-4}", "coordinator.layers.a b: should be up to 64 letters"),
+    "three ends": ("{a: 1-2-3}", "'1-2-3' is not a range of layers"),
+    "a pair": ("{a: [1, 8]}", "'[1, 8]' is not a range of layers; write 1-8 for the first eight"),
+    "a flag": ("{a: yes}", "'True' is not a range of layers"),
+    "no layer": ("{a: 0}", "coordinator.layers.a: '0' is not a range of layers"),
+    "a list": ("[1, 4]", "coordinator.layers: should be a valid dictionary"),
+    "name": ("{a b: 1-4}", "coordinator.layers.a b: should be up to 64 letters"),
     "none": ("{}", "coordinator.strategy: strategy custom needs `layers`"),
-    "named twice": ("a=0-4,a=4-8", "coordinator.layers: worker 'a' is named twice"),
+    "named twice": ("a=1-4,a=5-8", "coordinator.layers: worker 'a' is named twice"),
     "no end": ("a", "coordinator.layers.a: '' is not a range of layers"),
 }
 
@@ -255,7 +260,7 @@ def test_layer_maps_refused(write: Write, layers: str, expected: str) -> None:
 
 
 def test_layers_without_strategy_custom(write: Write) -> None:
-    assert "only strategy custom reads it" in refusal(write("coordinator:\n  layers: {a: 0-4}\n"))
+    assert "only strategy custom reads it" in refusal(write("coordinator:\n  layers: {a: 1-4}\n"))
 
 
 def test_all_problems_at_once(write: Write) -> None:

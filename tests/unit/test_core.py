@@ -200,7 +200,7 @@ def test_min_workers_are_waited_for() -> None:
         world.worker(f"w{i}")
     world.run(for_s=3.0)
     assert world.state == "waiting"
-    assert "2 of 3 workers have joined" in world.core.status(now=world.now).note
+    assert "2 of 3 workers can serve so far" in world.core.status(now=world.now).note
     world.worker("w2")
     assert world.run(lambda: world.state == "serving", for_s=2.0)
     world.workers[0].kill()  # it counts at the start only

@@ -147,7 +147,8 @@ def test_vanished_client_frees_every_stage(at_token: int, silently: bool) -> Non
     finish(world, other)
     world.run(for_s=40.0)
     world.check_drained()
-    assert world.core.status(now=world.now).requests_failed == (not silently)
+    status = world.core.status(now=world.now)
+    assert (status.requests_failed, status.requests_cancelled) == (0, not silently)
 
 
 def test_cancel_while_waiting_and_of_nothing() -> None:

@@ -95,7 +95,7 @@ def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     assert "worker b is to leave" in parts.event_log.texts[-1]
     assert settle(parts) == [], "it waits for the move"
     assert may_leave(moved(parts)) == ["b"]
-    assert parts.pipelines.all[0].layers_text == "a 0-6"
+    assert parts.pipelines.all[0].layers_text == "a 1-6"
 
 
 def test_everybody_who_asked_is_told() -> None:
@@ -117,7 +117,7 @@ def test_two_may_leave_at_once() -> None:
     actions = settle(parts)
     assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
     assert parts.moves.move
-    assert parts.moves.move.new.layers_text == "c 0-6"
+    assert parts.moves.move.new.layers_text == "c 1-6"
     assert may_leave(moved(parts)) == ["a", "b"]
 
 
@@ -144,7 +144,7 @@ def test_one_that_only_loads_for_a_move_may_leave() -> None:
     settle(parts)
     assert may_leave(settle(parts)) == ["c"]
     assert parts.moves.move
-    assert parts.moves.move.new.layers_text == "b 0-6"
+    assert parts.moves.move.new.layers_text == "b 1-6"
 
 
 # ------------------------------------------------------------------ when nobody can take over
@@ -287,7 +287,7 @@ def test_without_room_for_both_the_layers_are_loaded_anew() -> None:
     parts.departures.leave(parts.worker("b"))
     settle(parts)
     assert parts.moves.move is None
-    assert parts.pipelines.all[0].layers_text == "a 0-6"
+    assert parts.pipelines.all[0].layers_text == "a 1-6"
     assert parts.worker("a").state is WorkerState.LOADING
 
 
@@ -297,7 +297,7 @@ def test_layers_that_are_loading_are_loaded_by_others() -> None:
     parts.departures.leave(parts.worker("b"))
     settle(parts)
     assert parts.moves.move is None
-    assert parts.pipelines.all[0].layers_text == "a 0-6"
+    assert parts.pipelines.all[0].layers_text == "a 1-6"
     assert may_leave(settle(parts)) == ["b"]
 
 

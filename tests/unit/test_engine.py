@@ -650,7 +650,7 @@ def test_no_room_for_one_block_is_said_with_numbers_and_what_to_do(
         assert isinstance(event, LoadFailed)
         assert isinstance(event.error, NotEnoughMemory)
         text = str(event.error)
-        assert "No room for a KV cache beside layers 0-2" in text
+        assert "No room for a KV cache beside layers 1-2" in text
         assert "7.0 MiB" in text
         assert "raise its max_memory" in text
         engine.put(run())

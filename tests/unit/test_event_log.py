@@ -14,6 +14,7 @@ from distributed_llm.coordinator.serving.event_log import (
     EventKind,
     EventLog,
 )
+from tests.grammar import faults_of
 
 A, B = WorkerId("a"), WorkerId("b")
 MAP = ((A, LayerRange(0, 2)), (B, LayerRange(2, 6)))
@@ -24,15 +25,14 @@ FACTS = {
     "why": "it is so",
     "rtt_s": 0.0034,
     "layer_map": MAP,
-    "before": MAP[:1],
+    "before": ((A, LayerRange(0, 6)),),
     "how": "",
     "layers": LayerRange(0, 2),
     "load_s": 1.25,
     "kv_tokens": 640,
     "pipelines": 2,
     "took_s": 3.0,
-    "stall_s": 0.12,
-    "handover_s": 0.01,
+    "stood_still": (0.12, 0.01),
     "answers": 1,
     "prompt_tokens": 7,
     "choice": 0,
@@ -49,21 +49,35 @@ def test_every_kind_has_a_text_of_facts(kind: EventKind) -> None:
     assert fields <= {"worker", "request", "epoch", *FACTS}
     text = Entry(0.0, kind, A, "r1", Epoch(3), facts).text
     assert text
-    assert "{" not in text
-    assert "None" not in text
+    assert faults_of(text) == []
+
+
+ONES = {"kv_tokens": 1, "pipelines": 1, "answers": 1, "prompt_tokens": 1, "answer_tokens": 1}
+HUGE = dict.fromkeys(ONES, 9_677_888)
+
+
+@pytest.mark.parametrize("kind", EventKind)
+@pytest.mark.parametrize("counts", [ONES, HUGE], ids=["one", "many"])
+def test_grammar_and_units(kind: EventKind, counts: dict[str, int]) -> None:
+    nothing_ran = {"stood_still": None, "why": ""}
+    text = Entry(0.0, kind, A, "r1", Epoch(3), {**FACTS, **counts, **nothing_ran}).text
+    assert faults_of(text) == []
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
         (EventKind.WORKER_JOINED, "worker a joined: 8.0 GiB on cpu"),
-        (EventKind.LINK_DIRECT, "worker a hands its results on itself (3.4 ms)"),
-        (EventKind.PLAN_LOADING, "plan 3: layers a 0-2, b 2-6"),
-        (EventKind.STAGE_LOADED, "worker a loaded layers 0-2 in 1.2 s"),
+        (
+            EventKind.LINK_DIRECT,
+            "worker a sends its results to the next one directly (3.4 ms)",
+        ),
+        (EventKind.PLAN_LOADING, "loading plan 3: layers 1-2 of 6 on a, 3-6 on b"),
+        (EventKind.STAGE_LOADED, "worker a loaded layers 1-2 in 1.2 s"),
         (
             EventKind.MOVE_COMMITTED,
-            "plan 3 is served: layers moved in 3.0 s, steps stood still for 120 ms, of which "
-            "10 ms to hand over",
+            "serving plan 3: layers moved in 3.0 s; requests stood still for 120 ms, 10 ms of "
+            "it to hand over",
         ),
     ],
 )

@@ -684,7 +684,7 @@ def test_receiver_that_does_not_acknowledge(after_handover: bool) -> None:
     assert at == 16.0
     told = failure(actions)
     assert (told.worker, told.code) == ("nas", "connection_failed")
-    assert "took none of the KV cache of layers 1-2 for 10 s" in told.message
+    assert "took none of the KV cache of layer 2 for 10 s" in told.message
 
 
 def test_receiver_that_acknowledges_nothing_at_all() -> None:
@@ -935,7 +935,7 @@ def test_sender_that_falls_silent_after_the_handover_began() -> None:
     assert at == 240.0
     told = failure(actions)
     assert (told.worker, told.code) == ("", "deadline_exceeded")
-    assert "layers 2-4" in told.message
+    assert "layers 3-4" in told.message
 
 
 def test_kv_cache_that_comes_after_the_commit_is_dropped() -> None:

@@ -236,7 +236,8 @@ def test_a_move_from_beginning_to_end() -> None:
     assert sent(actions) == [("b", LoadStage), ("a", LoadStage)]
     assert (
         parts.event_log.texts[-1]
-        == "plan 2: moving to a 0-2, b 2-6 from a 0-3, b 3-6: it is better"
+        == "moving to plan 2: layers 1-2 of 6 on a, 3-6 on b; until now layers 1-3 of 6 on a, 4-6 "
+        "on b; because it is better"
     )
     assert parts.moves.next_layers(parts.worker("b")) == LayerRange(2, 6)
     assert sent(loaded(parts)) == [("a", CopyKV)]
@@ -261,7 +262,7 @@ def test_a_move_from_beginning_to_end() -> None:
 def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
     parts = moving()
     old, move, _ = begun(parts, copies=False)
-    assert "computing its KV cache again: it is better" in parts.event_log.texts[-1]
+    assert "computing its KV cache again; because it is better" in parts.event_log.texts[-1]
     loaded(parts)
     parts.moves.settle(now=12.0)
     assert parts.pipelines.all == [move.new]

@@ -125,13 +125,13 @@ def test_auto_is_as_often_as_is_fastest() -> None:
         planner(replicas="auto", objective="throughput").plans(
             machines(dict.fromkeys("ab", 900_000))
         )
-    ) == [["a 0-6"], ["b 0-6"]]
+    ) == [["a 1-6"], ["b 1-6"]]
 
 
 def test_auto_is_once_if_one_request_counts() -> None:
     """For latency the best pipeline counts, not the sum."""
     some = machines(dict.fromkeys("ab", 900_000), a=9.0)
-    assert layers(planner(replicas="auto", objective="latency").plans(some)) == [["a 0-6"]]
+    assert layers(planner(replicas="auto", objective="latency").plans(some)) == [["a 1-6"]]
 
 
 def test_auto_is_once_where_they_can_hold_it_only_together() -> None:
@@ -147,8 +147,8 @@ def test_the_layers_of_strategy_custom_are_kept() -> None:
     given = {"b": LayerRange(0, 2), "a": LayerRange(2, 6)}
     made = planner(strategy="custom", layers=given)
     both = machines(dict.fromkeys("ab", 90_000))
-    assert layers([made.plan(both)]) == [["b 0-2", "a 2-6"]]
-    with pytest.raises(ConfigError, match="'b', which has not joined"):
+    assert layers([made.plan(both)]) == [["b 1-2", "a 3-6"]]
+    with pytest.raises(ConfigError, match="b, not joined yet"):
         made.plan(both.subset([WorkerId("a")]))
 
 
@@ -202,7 +202,7 @@ def test_no_more_room_than_one_context_is_needed(strategy: str, wanted: int, lea
     """`min_kv_tokens` counts up to the context length of the model; one worker holds all layers."""
     made = Parts({}, strategy=strategy, min_kv_tokens=wanted).planner
     needed = 6800 + 6 * least
-    assert layers([made.plan(machines({"a": needed}))]) == [["a 0-6"]]
+    assert layers([made.plan(machines({"a": needed}))]) == [["a 1-6"]]
     with pytest.raises(NotEnoughMemory):
         made.plan(machines({"a": needed - 1}))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from distributed_llm.common.messages import LoadStage
+from distributed_llm.common.messages import LoadStage, Notice
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
 from distributed_llm.coordinator.cluster.registry import WorkerState
@@ -209,7 +209,7 @@ def test_plans_are_searched_for_one_pipeline_after_the_other() -> None:
         if search:
             epochs.append(search.epoch)
             parts.rebalancing.search_done(result(search), now=11.1 + second)
-    assert epochs == [1, 2], "and nothing has changed since"
+    assert epochs == [1, 2, 1], "once more, for advice that knows what the other is worth"
 
 
 def test_a_pipeline_somebody_is_to_leave_is_left_alone() -> None:
@@ -311,6 +311,48 @@ def test_advice_is_kept_for_those_that_are_there() -> None:
     assert parts.rebalancing.advice == {"a": one, "b": other}
 
 
+def test_advice_waits_until_it_is_known_what_others_are_worth() -> None:
+    """Two workers serve the whole model each: neither is needed, whatever is known of the other."""
+    parts = Parts(dict.fromkeys("ab", 90_000), replicas=2)
+    parts.serve(("a", 0, 6))
+    parts.serve(("b", 0, 6))
+    parts.rebalancing.wake(now=10.0)
+    told = []
+    for second in range(3):
+        search = asked(parts, 11.0 + second, quiet=True)
+        assert search
+        told.append((search.epoch, search.advise, search.beside_tokens_per_s > 0))
+        parts.rebalancing.search_done(search.answer(), now=11.1 + second)
+    assert told == [(1, False, False), (2, True, True), (1, True, True)]
+    texts = [advice.text for advice in parts.rebalancing.advice.values()]
+    assert len(texts) == 2
+    assert all("its pipeline needs it" in text for text in texts)
+
+
+def test_advice_is_void_once_other_pipelines_serve() -> None:
+    parts = serving(replicas=2)
+    search = asked(parts, 11.0)
+    assert search
+    needed = Advice(None, 2.0, None, "needed: without it the model does not fit")
+    parts.rebalancing.search_done(result(search, a=needed), now=11.1)
+    assert parts.rebalancing.advice == {"a": needed}
+    late = asked(parts, 12.0)
+    assert late
+    parts.serve(("c", 0, 3), ("d", 3, 6))
+    assert parts.rebalancing.advice == {}
+    parts.rebalancing.search_done(result(late, a=needed), now=12.1)
+    assert parts.rebalancing.advice == {}, "it was asked for before"
+
+
+def test_a_worker_that_is_left_out_is_told_why() -> None:
+    parts = serving()
+    search = asked(parts, 11.0)
+    assert search
+    slow = Advice(-0.5, 1.0, 2.0, "left out: it is slow")
+    actions = parts.rebalancing.search_done(result(search, c=slow), now=11.1)
+    assert Send(PeerId(b"c"), Notice(text="no layers: it is slow")) in actions
+
+
 # ------------------------------------------------------------------ what follows
 
 
@@ -319,9 +361,9 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
     assert parts.moves.move
     assert parts.moves.move.new.layer_map == BETTER.layer_map
-    assert parts.event_log.texts[-1].endswith("100 % faster")
+    assert parts.event_log.texts[-1].endswith("because this should be 2.0 times as fast under load")
     layer_map = ranges_of(("a", 0, 1), ("b", 1, 6))
-    again = Alternative(layer_map, gain=0.1, uncertainty=0.0, standstill_s=0.0)
+    again = Alternative(layer_map, gain=0.1, uncertainty=0.0, standstill_s=0.0, measured=True)
     assert (
         parts.rebalancing._lineage(pipeline_of(parts)).balancer.consider(again, now=13.0).what
         == "stay"

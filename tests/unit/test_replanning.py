@@ -1,16 +1,23 @@
 """Plans that are made while the cluster goes on: what counts, what is asked again, what is told."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from distributed_llm.common.errors import DistributedLLMError, NotReady
-from distributed_llm.common.messages import DropStage, LoadStage, RequestFailed, StageFailed
-from distributed_llm.common.types import Epoch, PeerId
+from distributed_llm.common.messages import (
+    DropStage,
+    LoadStage,
+    Notice,
+    RequestFailed,
+    StageFailed,
+)
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.registry import WorkerState
-from distributed_llm.coordinator.events import Action, Stop, Study
+from distributed_llm.coordinator.events import Action, Send, Stop, Study
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
-from tests.unit.coordinator_parts import Parts, sent
+from tests.unit.coordinator_parts import Parts, ready, sent
 
 WHOLE = 20_000
 """Bytes in which the model fits."""
@@ -32,6 +39,15 @@ def asked(actions: Sequence[Action]) -> list[str]:
 
 def answered(parts: Parts, question: PlanQuestion, *, moving: bool = False) -> list[Action]:
     return parts.replanning.answered(question.answer(), moving=moving)
+
+
+def notices(actions: Sequence[Action]) -> dict[str, str]:
+    """Return what workers are told, by name."""
+    return {
+        action.peer.decode(): action.message.text
+        for action in actions
+        if isinstance(action, Send) and isinstance(action.message, Notice)
+    }
 
 
 def layers(parts: Parts) -> list[str]:
@@ -78,7 +94,7 @@ def test_while_a_lost_pipeline_is_planned_anew_its_answers_wait() -> None:
     assert parts.pipelines.state == "loading", "nobody is refused"
     assert parts.book.num_waiting == 1
     answered(parts, question_of(actions))
-    assert layers(parts) == ["a 0-3, c 3-6"]
+    assert layers(parts) == ["a 1-3, c 4-6"]
 
 
 # ------------------------------------------------------------------ answers that come too late
@@ -91,7 +107,7 @@ def test_a_plan_with_somebody_who_has_left_is_asked_for_again() -> None:
     again = answered(parts, first)
     assert asked(again) == ["a", "c"]
     answered(parts, question_of(again))
-    assert layers(parts) == ["a 0-3, c 3-6"]
+    assert layers(parts) == ["a 1-3, c 4-6"]
 
 
 def test_that_nobody_can_hold_the_model_is_asked_again_if_somebody_came() -> None:
@@ -102,7 +118,7 @@ def test_that_nobody_can_hold_the_model_is_asked_again_if_somebody_came() -> Non
     assert asked(again) == ["a", "c"]
     assert parts.pipelines.recovering
     answered(parts, question_of(again))
-    assert layers(parts) == ["a 0-3, c 3-6"]
+    assert layers(parts) == ["a 1-3, c 4-6"]
     assert not parts.pipelines.recovering
 
 
@@ -110,7 +126,11 @@ def test_a_plan_for_those_that_are_left_counts_although_somebody_came() -> None:
     parts = Parts({"a": HALF, "b": HALF}, strategy="even")
     first = question_of(parts.replanning.plan_anew())
     parts.join("c", HALF)
-    assert sent(answered(parts, first)) == [("b", LoadStage), ("a", LoadStage)]
+    assert sent(answered(parts, first)) == [
+        ("b", LoadStage),
+        ("a", LoadStage),
+        ("c", Notice),
+    ]
 
 
 def test_a_second_loss_is_planned_for_once_the_first_is() -> None:
@@ -121,11 +141,11 @@ def test_a_second_loss_is_planned_for_once_the_first_is() -> None:
     first = question_of(remove(parts, "b"))
     assert remove(parts, "d") == [], "one question at a time"
     second = answered(parts, first)
-    assert layers(parts) == ["a 0-3, e 3-6"]
+    assert layers(parts) == ["a 1-3, e 4-6"]
     assert asked(second) == ["c"]
     assert parts.pipelines.recovering
     actions = answered(parts, question_of(second))
-    assert "1 pipelines are left to serve the model" in parts.event_log.texts[-1]
+    assert "the model is still served by 1 pipeline" in parts.event_log.texts[-1]
     assert not any(isinstance(action, Study) for action in actions)
     assert not parts.pipelines.recovering
 
@@ -148,7 +168,7 @@ def test_a_plan_for_all_workers_recovers_what_was_lost_meanwhile() -> None:
     assert parts.pipelines.recovering
     plan = PlanAnswer(question, plans=(parts.plan(("c", 0, 6)),))
     orders = sent(parts.replanning.answered(plan, moving=False))
-    assert orders == [("a", DropStage), ("c", LoadStage)]
+    assert orders == [("a", DropStage), ("c", LoadStage), ("a", Notice)]
     assert (parts.replanning.busy, parts.pipelines.recovering) == (False, False)
 
 
@@ -157,7 +177,7 @@ def test_plans_for_all_workers_wait_for_requests_that_came_meanwhile() -> None:
     first = question_of(parts.replanning.plan_anew())
     parts.ask(parts.pipelines.all[0], 100)
     assert answered(parts, first) == []
-    assert layers(parts) == ["a 0-3, b 3-6"]
+    assert layers(parts) == ["a 1-3, b 4-6"]
     assert parts.replanning.replan_when_idle
 
 
@@ -182,7 +202,11 @@ def test_without_anybody_who_can_hold_it_requests_fail_and_layers_are_freed() ->
     parts = serving(strategy="memory")
     parts.ask(parts.pipelines.all[0], 100)
     actions = answered(parts, question_of(remove(parts, "b")))
-    assert sorted(sent(actions), key=str) == [("a", DropStage), ("client", RequestFailed)]
+    assert sorted(sent(actions), key=str) == [
+        ("a", DropStage),
+        ("a", Notice),
+        ("client", RequestFailed),
+    ]
     assert parts.pipelines.state == "waiting"
     assert "are missing" in parts.pipelines.note
     assert parts.event_log.texts[-1].startswith("waiting: ")
@@ -192,8 +216,8 @@ def test_a_plan_that_cannot_be_bettered_stays() -> None:
     parts = serving()
     parts.worker("a").leaving = True
     answered(parts, question_of(parts.replanning.plan_anew()))
-    assert layers(parts) == ["a 0-3, b 3-6"]
-    assert parts.event_log.texts[-1].startswith("the plan stays: ")
+    assert layers(parts) == ["a 1-3, b 4-6"]
+    assert parts.event_log.texts[-1].startswith("layers stay as they are: ")
 
 
 def test_another_pipeline_that_does_not_fit_is_not_mentioned() -> None:
@@ -205,8 +229,11 @@ def test_another_pipeline_that_does_not_fit_is_not_mentioned() -> None:
 
 def test_so_many_have_to_join_before_the_first_plan() -> None:
     parts = Parts({"a": WHOLE}, strategy="even", min_workers=2)
-    assert parts.replanning.plan_anew() == []
-    assert parts.pipelines.note.startswith("1 of 2 workers have joined.")
+    assert notices(parts.replanning.plan_anew()) == {
+        "a": "waiting: 1 of 2 workers can serve so far."
+    }
+    assert parts.pipelines.note.startswith("1 of 2 workers can serve so far. Start the others")
+    assert parts.replanning.plan_anew() == [], "it was told"
     parts.join("b", WHOLE)
     assert asked(parts.replanning.plan_anew()) == ["a", "b"]
 
@@ -222,7 +249,7 @@ def test_a_worker_that_cannot_load_is_planned_without() -> None:
     assert parts.worker("b").state is WorkerState.UNFIT
     assert asked(actions) == ["a", "c"]
     answered(parts, question_of(actions))
-    assert layers(parts) == ["a 0-3, c 3-6"]
+    assert layers(parts) == ["a 1-3, c 4-6"]
 
 
 def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
@@ -263,7 +290,73 @@ def test_a_failure_of_another_plan_changes_nothing(epoch: int) -> None:
     parts = serving()
     failed = StageFailed(epoch=Epoch(epoch), code="stage_error", message="no room")
     assert parts.replanning.stage_failed(parts.worker("b"), failed) == []
-    assert layers(parts) == ["a 0-3, b 3-6"]
+    assert layers(parts) == ["a 1-3, b 4-6"]
+
+
+def test_why_the_last_worker_failed_is_told_to_whoever_asks() -> None:
+    parts = Parts({"a": WHOLE}, strategy="even")
+    parts.pipelines.load([parts.plan(("a", 0, 6))])
+    failed = StageFailed(epoch=Epoch(1), code="checkpoint", message="model.safetensors is damaged.")
+    answered(parts, question_of(parts.replanning.stage_failed(parts.worker("a"), failed)))
+    why = "Worker a cannot serve layers 1-6: model.safetensors is damaged."
+    assert parts.pipelines.note == (
+        "1 worker is connected (a), but none can be given layers; `dllm status` shows why. "
+        f"Start another one with `dllm worker`. {why}"
+    )
+    remove(parts, "a")  # it ends over it
+    answered(parts, question_of(parts.replanning.plan_anew()))
+    assert parts.pipelines.note == f"No worker is there. Start one with `dllm worker`. {why}"
+    parts.join("b", WHOLE)
+    answered(parts, question_of(parts.replanning.plan_anew()))
+    parts.pipelines.stage_ready(parts.worker("b"), ready(parts.pipelines.all[0].epoch))
+    assert (parts.pipelines.state, parts.pipelines.last_failure) == ("serving", "")
+
+
+def test_a_long_reason_is_cut() -> None:
+    parts = Parts({"a": WHOLE}, strategy="even")
+    parts.pipelines.load([parts.plan(("a", 0, 6))])
+    failed = StageFailed(epoch=Epoch(1), code="checkpoint", message="x" * 9000)
+    answered(parts, question_of(parts.replanning.stage_failed(parts.worker("a"), failed)))
+    assert len(parts.pipelines.note) < 4096
+
+
+def test_a_worker_that_was_lost_is_part_of_why_nobody_serves() -> None:
+    parts = serving(strategy="even")
+    worker = parts.registry.remove(PeerId(b"b"))
+    assert worker
+    actions = answered(
+        parts, question_of(parts.replanning.recover(worker, "was lost: it fell silent"))
+    )
+    assert "Worker b was lost: it fell silent." in parts.pipelines.note
+    assert list(notices(actions)) == ["a"]
+    assert notices(actions)["a"].startswith("no layers yet: Worker a would hold layers 1-6, which")
+
+
+def test_while_one_pipeline_serves_nobody_says_that_no_worker_is_there() -> None:
+    parts = Parts({"a": WHOLE, "b": WHOLE}, strategy="even", replicas=2)
+    parts.serve(("a", 0, 6))
+    parts.serve(("b", 0, 6))
+    answered(parts, question_of(remove(parts, "b")))
+    assert parts.event_log.texts[-1] == (
+        "worker b serves its layers no longer; the model is still served by 1 pipeline"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"strategy": "custom", "layers": {"a": LayerRange(0, 6)}},
+            "no layers: the setting `layers` does not name this worker",
+        ),
+        ({"strategy": "memory"}, "no layers: with strategy memory, others serve all of them"),
+    ],
+)
+def test_a_worker_that_is_left_out_is_told_why_once(given: dict[str, Any], told: str) -> None:
+    parts = Parts({"a": WHOLE, "b": 10}, **given)
+    first = answered(parts, question_of(parts.replanning.plan_anew()))
+    assert notices(first) == {"b": told}
+    assert notices(answered(parts, question_of(parts.replanning.plan_anew()))) == {}
 
 
 # ------------------------------------------------------------------ a bug in planning

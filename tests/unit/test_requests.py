@@ -141,7 +141,7 @@ def test_room_in_the_kv_cache_is_whole_blocks(kv: int, room: int) -> None:
     assert limits_of(kv=kv).max_new_tokens == room
     assert limits_of(kv=kv, max_new_tokens=room).max_new_tokens == room
     if kv < 100:
-        with pytest.raises(NotEnoughMemory, match=r"65 positions.*room for 64"):
+        with pytest.raises(NotEnoughMemory, match=r"65 tokens of context.*room for 64"):
             limits_of(kv=kv, max_new_tokens=room + 1)
 
 
@@ -174,9 +174,9 @@ def test_prompt_that_leaves_no_room() -> None:
 
 def test_prompt_that_the_kv_cache_has_no_room_for() -> None:
     assert limits_of(prompt=63, kv=64).max_new_tokens == 1
-    with pytest.raises(NotEnoughMemory, match=r"65 positions.*room for 64"):
+    with pytest.raises(NotEnoughMemory, match=r"65 tokens of context.*room for 64"):
         limits_of(prompt=64, kv=64)
-    with pytest.raises(NotEnoughMemory, match=r"11 positions.*room for 0"):
+    with pytest.raises(NotEnoughMemory, match=r"11 tokens of context.*room for 0"):
         limits_of(kv=63)
 
 

@@ -21,6 +21,7 @@ from benchmarks.tuning.search import Search, Step
 from benchmarks.tuning.subsets import layer_seconds, subset_configurations
 from distributed_llm.common.errors import CapacityError, DistributedLLMError
 from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.units import parse_layers
 from distributed_llm.coordinator.model_cost import ModelCost
 
 ANSWERS = ((7, 8, 9), (1, 2, 3))
@@ -69,12 +70,12 @@ def outcome(configuration: Configuration, *rates: float, answer_s: float = 1.0) 
 def test_a_configuration_says_what_differs_from_the_defaults() -> None:
     assert Configuration().changes == {}
     assert Configuration().title == "defaults"
-    tried = Configuration(strategy="custom", layers=(("pc", "0-6"), ("mac", "6-8")))
-    assert tried.changes == {"strategy": "custom", "layers": {"pc": "0-6", "mac": "6-8"}}
-    assert tried.title == "layers pc 0-6 mac 6-8"
+    tried = Configuration(strategy="custom", layers=(("pc", "1-6"), ("mac", "7-8")))
+    assert tried.changes == {"strategy": "custom", "layers": {"pc": "1-6", "mac": "7-8"}}
+    assert tried.title == "layers pc 1-6 mac 7-8"
     assert tried.environment == {
         "DLLM_COORDINATOR__STRATEGY": "custom",
-        "DLLM_COORDINATOR__LAYERS": "pc=0-6,mac=6-8",
+        "DLLM_COORDINATOR__LAYERS": "pc=1-6,mac=7-8",
     }
 
 
@@ -209,13 +210,9 @@ def test_what_failed_is_not_recommended() -> None:
 def test_the_fastest_get_layers_in_proportion_to_their_speed() -> None:
     workers = [worker("slow", layer_s=0.003), worker("fast", layer_s=0.001)]
     one, two = subset_configurations(Configuration(), (1, 2), workers, COST, 16)
-    assert one.layers == (("fast", "0-8"),)
-    assert {name: length_of(held) for name, held in two.layers} == {"fast": 6, "slow": 2}
-
-
-def length_of(held: str) -> int:
-    start, stop = held.split("-")
-    return int(stop) - int(start)
+    assert one.layers == (("fast", "1-8"),)
+    lengths = {name: len(parse_layers(held)) for name, held in two.layers}
+    assert lengths == {"fast": 6, "slow": 2}
 
 
 def test_a_subset_that_cannot_hold_the_model_is_left_out() -> None:

@@ -55,7 +55,7 @@ def settings_of(text: str, folder: Path) -> CoordinatorSettings:
 def test_a_coordinator_takes_what_was_chosen(tmp_path: Path) -> None:
     chosen = Configuration(
         strategy="custom",
-        layers=(("pc", "0-6"), ("mac", "6-8")),
+        layers=(("pc", "1-6"), ("mac", "7-8")),
         max_batch_tokens=128,
         dtype="float32",
     )
@@ -142,7 +142,7 @@ class Page(HTMLParser):
 def page() -> Page:
     outcomes = [
         outcome(Configuration()),
-        outcome(Configuration(strategy="custom", layers=((EVIL, "0-8"),)), 150.0),
+        outcome(Configuration(strategy="custom", layers=((EVIL, "1-8"),)), 150.0),
         outcome(Configuration("even"), failure=f"it broke {EVIL}"),
     ]
     text = report_html(
@@ -160,7 +160,7 @@ def page() -> Page:
 def test_the_report_has_table_plots_and_advice(page: Page) -> None:
     assert page.tags.count("svg") == 4
     words = " ".join(page.words.split())
-    assert f"layers {EVIL} 0-8" in words
+    assert f"layers {EVIL} 1-8" in words
     assert f"failed: it broke {EVIL}" in words
     assert "Best for latency: defaults Because." in words
     assert "Predicted and measured" in words

@@ -108,7 +108,7 @@ def test_parameters_go_before_what_follows_from_the_shape() -> None:
 def test_one_token_takes_what_reading_the_weights_takes() -> None:
     site = described_site(two_workers(), MODEL.cost("bfloat16"), "bfloat16")
     run = simulate(Configuration("even"), MODEL, site, ASKED)
-    assert [held for _, held in run.stages] == ["0-4", "4-8"]
+    assert [held for _, held in run.stages] == ["1-4", "5-8"]
     weights = 8 * LAYER_BYTES + 30_000 * 1024 * 2
     floor_s = weights / 10e9 + 2 * 0.1e-3 + 3 * 0.1e-3  # reading, two tasks, three messages
     assert run.loads[1].gap_p50_s == pytest.approx(floor_s, rel=0.1)

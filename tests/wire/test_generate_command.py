@@ -173,6 +173,7 @@ def worker(**fields: Any) -> WorkerStatus:
 
 STATUS = msgspec.structs.replace(
     example(ClusterStatus),
+    state="serving",
     kv_tokens=4096,
     kv_tokens_used=1234,
     prefix_hit_tokens=777,
@@ -190,9 +191,9 @@ def test_status_shows_memory_links_and_plans() -> None:
         done = dllm(coordinator, "status")
         document = json.loads(dllm(coordinator, "status", "--json").stdout)
     assert done.exit_code == 0
-    assert "KV cache: 1234 of 4096 positions used" in done.stdout
-    assert "777 positions of prompts were in the KV cache already" in done.stdout
-    assert "5 preempted" in done.stdout
+    assert "1,234 of 4,096 tokens of context in use" in done.stdout
+    assert "777 tokens of prompts were in the KV cache already" in done.stdout
+    assert "answers gave their memory up to others 5 times" in done.stdout
     rows = {
         cells[0]: cells[2:5]
         for line in done.stdout.splitlines()
@@ -200,8 +201,8 @@ def test_status_shows_memory_links_and_plans() -> None:
     }
     assert rows == {
         "worker": ["plan", "layers", "link"],
-        "pc": ["11", "0-4", "direct"],
-        "mac": ["12", "4-8", "relayed"],
+        "pc": ["11", "1-4", "direct"],
+        "mac": ["12", "5-8", "relayed"],
         "spare": ["-", "-", "-"],
     }
     assert (document["kv_tokens_used"], document["prefix_hit_tokens"]) == (1234, 777)

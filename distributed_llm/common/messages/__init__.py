@@ -95,6 +95,7 @@ from distributed_llm.common.messages.to_worker import (
     MayLeave,
     ModelSource,
     NextStage,
+    Notice,
     ReleaseSequences,
     SequenceIds,
     SequenceSlice,
@@ -156,6 +157,7 @@ __all__ = [
     "ModelSource",
     "Name",
     "NextStage",
+    "Notice",
     "PeerHello",
     "PeerProbe",
     "PeerProbed",
@@ -232,6 +234,7 @@ ToWorker = (
     | Task
     | ReleaseSequences
     | MayLeave
+    | Notice
     | Pong
     | Refused
 )

@@ -193,9 +193,12 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         prefix_hit_tokens: positions that were shared with another sequence instead of computed.
         preemptions: how often a running answer gave up its KV cache to an older one.
         moves: how often layers have moved between workers while the model was served.
-        move_stall_s: how long no step ran in the latest move; 0 before the first.
+        move_stall_s: how long answers stood still in the latest move; 0 if none ran meanwhile.
         requests_running: answers that run on a pipeline.
         requests_waiting: answers that wait for one.
+        requests_finished: requests that were answered completely.
+        requests_cancelled: requests that their clients cancelled, or whose clients are gone.
+        requests_failed: requests that ended with an error, refused ones included.
         rejected: number of messages that were dropped, by reason.
         events: the latest events, oldest first.
     """
@@ -216,6 +219,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     requests_running: Count
     requests_waiting: Count
     requests_finished: Count
+    requests_cancelled: Count
     requests_failed: Count
     tokens_generated: Count
     rejected: dict[str, Count]

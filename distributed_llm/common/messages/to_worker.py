@@ -222,6 +222,12 @@ class DropStage(Message, frozen=True, kw_only=True, tag="drop_stage"):
     epoch: Epoch
 
 
+class Notice(Message, frozen=True, kw_only=True, tag="notice"):
+    """Coordinator -> worker: something for its log, such as why it has no layers."""
+
+    text: Text
+
+
 class MayLeave(Message, frozen=True, kw_only=True, tag="may_leave"):
     """Coordinator -> worker, after `Leaving` or a drain: it may leave.
 

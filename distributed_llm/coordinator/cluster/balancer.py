@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from distributed_llm.common.wording import faster_text
 from distributed_llm.coordinator.plan import LayerMap
 
 _MIN_GAIN = 0.04
@@ -44,12 +45,14 @@ class Alternative:
         gain: by how much its rate exceeds that of the served one, as a share of the latter.
         uncertainty: standard deviation of `gain`.
         standstill_s: how long requests stand still while moving there.
+        measured: whether the gain is for what clients ask now, not for what they may ask some day.
     """
 
     layer_map: LayerMap
     gain: float
     uncertainty: float
     standstill_s: float
+    measured: bool
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,10 @@ class Balancer:
     def consider(self, alternative: Alternative, *, now: float) -> Verdict:
         """Return what to do about the best layer map known; call it every second or so."""
         needed = self._needed(alternative, now)
-        faster = f"{_percent(alternative.gain)} faster"
+        faster = faster_text(alternative.gain)
         if alternative.gain < needed:
             self._wanted_since = None
-            return Verdict("stay", f"{faster}; {_percent(needed)} is needed")
+            return Verdict("stay", f"{faster}; {100 * needed:.0f} % are needed")
         if alternative.gain * _HORIZON_S < alternative.standstill_s:
             self._wanted_since = None
             return Verdict(
@@ -92,7 +95,8 @@ class Balancer:
             self._wanted_since = now
         if now - self._wanted_since < _CONFIRM_S:
             return Verdict("wait", f"{faster}, to be confirmed")
-        return Verdict("move", faster)
+        why = f"this is {faster}" if alternative.measured else f"this should be {faster} under load"
+        return Verdict("move", why)
 
     def moved(self, left: LayerMap, *, now: float) -> None:
         """Record that a move away from a layer map begins; one that is undone counts too."""
@@ -117,7 +121,3 @@ class Balancer:
     def _times_left(self, layer_map: LayerMap, now: float) -> float:
         times, at = self._left.get(layer_map, (0.0, now))
         return max(0.0, times - (now - at) / _FORGIVEN_S)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

@@ -33,6 +33,7 @@ class Moves:
         move: the one that is under way, or None.
         prices: tells what moves are expected to cost.
         num_moves: that were committed.
+        stall_s: how long answers stood still in the latest one, s; 0 if none ran meanwhile.
         failures: how many moves in a row were undone, without those that showed for the first time
             that two workers cannot reach each other.
         undone_at: when the latest move was undone, clock seconds.
@@ -45,6 +46,7 @@ class Moves:
         self.prices = MovePrices(cluster)
         self.move: Move | None = None
         self.num_moves = 0
+        self.stall_s = 0.0
         self.failures = 0
         self.undone_at = 0.0
 
@@ -218,6 +220,7 @@ class Moves:
         self.failures = 0
         self.num_moves += 1
         self.prices.stall_s = now - move.paused_at
+        self.stall_s = self.prices.stall_s if move.old.num_running else 0.0
         self._pipelines.commit(move.old, move.new)
         if move.copies:
             move.new.continue_from(move.old)
@@ -229,8 +232,7 @@ class Moves:
             epoch=move.new.epoch,
             layer_map=move.new.layer_map,
             took_s=now - move.began_at,
-            stall_s=self.prices.stall_s,
-            handover_s=now - move.state_at,
+            stood_still=(self.stall_s, now - move.state_at) if self.stall_s else None,
         )
         sends: list[Send] = move.commit_orders()
         return [*sends, *self._pipelines.tell_capacity(), note]

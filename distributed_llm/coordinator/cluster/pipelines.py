@@ -40,6 +40,8 @@ class Pipelines:
     Attributes:
         epoch: of the newest plan; 0 before the first.
         note: why nothing is served, for people.
+        last_failure: why a worker stopped to serve its layers, for people; empty once a pipeline
+            serves again.
         recovering: while true, a plan for workers that lost theirs is being made.
     """
 
@@ -65,7 +67,8 @@ class Pipelines:
         self._changed: dict[Epoch, Pipeline] = {}
         self._sequence_ids = count(1)
         self.epoch = NO_EPOCH
-        self.note = "No worker has joined."
+        self.note = "No worker has joined yet. Start one with `dllm worker`."
+        self.last_failure = ""
         self.has_served = False
         self.recovering = False
 
@@ -177,6 +180,7 @@ class Pipelines:
         if pipeline.stage_ready(worker.peer, ready):
             pipeline.serve()
             self.has_served = True
+            self.last_failure = ""
             actions += self.tell_capacity()
             actions.append(
                 self._event_log.note(

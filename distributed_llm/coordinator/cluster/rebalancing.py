@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from distributed_llm.common.types import WorkerId
+from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.registry import Worker, memory_of
 from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.cluster.telling import tell
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
@@ -67,24 +68,20 @@ class _Outlook:
     Attributes:
         searched_at: when better plans were searched last, clock seconds.
         advised_at: when advice was asked for last, likewise.
-        advised: the workers that it was about.
+        advised: the workers that it was about, and the epochs that were served.
         tokens_per_s: expected rate of the plan; None before the first search.
         unconfirmed: whether the last search found a better plan, which has to be found again.
     """
 
     searched_at: float = 0.0
     advised_at: float = 0.0
-    advised: frozenset[WorkerId] = frozenset()
+    advised: tuple[frozenset[WorkerId], frozenset[Epoch]] = (frozenset(), frozenset())
     tokens_per_s: float | None = None
     unconfirmed: bool = False
 
 
 class Rebalancing:
-    """The rebalancer of one cluster.
-
-    Attributes:
-        advice: what each worker is worth, by the latest search that gave advice about it.
-    """
+    """The rebalancer of one cluster."""
 
     def __init__(
         self, cluster: Cluster, planner: Planner, replanning: Replanning, moves: Moves
@@ -97,11 +94,22 @@ class Rebalancing:
         self._replanning = replanning
         self._moves = moves
         self._search: PlanSearch | None = None  # the one that is not answered yet
+        self._searched_epochs: frozenset[Epoch] = frozenset()  # that were served when it was asked
         self._outlooks: dict[int, _Outlook] = {}  # by epoch
         self._lineages: dict[int, _Lineage] = {}  # by the epoch of their first pipeline
         self._left_out: set[WorkerId] = set()
         self._next_at: float | None = None
-        self.advice: Mapping[WorkerId, Advice] = {}
+        self._advice: Mapping[WorkerId, Advice] = {}
+        self._advised_epochs: frozenset[Epoch] = frozenset()  # of the pipelines that it is about
+
+    @property
+    def advice(self) -> Mapping[WorkerId, Advice]:
+        """What each worker is worth, by the latest search; empty once other pipelines serve."""
+        return self._advice if self._advised_epochs == self._served_epochs else {}
+
+    @property
+    def _served_epochs(self) -> frozenset[Epoch]:
+        return frozenset(pipeline.epoch for pipeline in self._pipelines.serving)
 
     def observe(self, pipeline: Pipeline, done: StepDone, *, now: float) -> None:
         """Learn from a step what is asked of a pipeline."""
@@ -142,6 +150,7 @@ class Rebalancing:
         self._forget_others(serving)
         pipeline = min(serving, key=lambda each: self._outlooks[each.epoch].searched_at)
         self._search = self._new_search(pipeline, now)
+        self._searched_epochs = self._served_epochs
         self._outlooks[pipeline.epoch].searched_at = now
         return [Study(self._search)] if self._search else []
 
@@ -166,15 +175,19 @@ class Rebalancing:
         demand = lineage.demand.demand
         everybody = frozenset(worker.id for worker in (*workers, *idle))
         outlook = self._outlooks[pipeline.epoch]
-        known = outlook.advised == everybody
+        known = outlook.advised == (everybody, self._served_epochs)
         quiet = known and lineage.observed_at < outlook.searched_at and not outlook.unconfirmed
         if quiet and demand is None and not idle:
             return None
+        beside = [
+            other.tokens_per_s for epoch, other in self._outlooks.items() if epoch != pipeline.epoch
+        ]
         advise = not known or now >= outlook.advised_at + _ADVISE_EVERY_S
+        advise = advise and None not in beside  # what the others are worth is a part of it
         if quiet and not advise:
             return None  # links may have changed, which can wait for the next advice
         if advise:
-            outlook.advised, outlook.advised_at = everybody, now
+            outlook.advised, outlook.advised_at = (everybody, self._served_epochs), now
         return PlanSearch(
             epoch=pipeline.epoch,
             planner=self._planner,
@@ -187,11 +200,7 @@ class Rebalancing:
             if demand is None
             else self._cluster.settings.objective,
             needed_tokens=self._cluster.needed_tokens(pipeline),
-            beside_tokens_per_s=sum(
-                other.tokens_per_s or 0.0
-                for epoch, other in self._outlooks.items()
-                if epoch != pipeline.epoch
-            ),
+            beside_tokens_per_s=sum(rate or 0.0 for rate in beside),
             advise=advise,
         )
 
@@ -203,25 +212,30 @@ class Rebalancing:
         outlook = self._outlooks.setdefault(search.epoch, _Outlook())
         outlook.unconfirmed = False
         outlook.tokens_per_s = result.served.score(search.objective)
-        return [*self._advise(result.advice), *self._act(result, outlook, now)]
+        current = self._searched_epochs == self._served_epochs
+        advised = self._advise(result.advice) if current else []
+        return [*advised, *self._act(result, outlook, now)]
 
     def search_failed(self) -> None:
         """Forget a search that ended with an exception; later ones may do better."""
         self._search = None
 
     def _advise(self, new_advice: Mapping[WorkerId, Advice]) -> list[Action]:
-        """Keep advice about workers that are there; log once who is left out, and why."""
+        """Keep advice about workers that are there; log and tell once who is left out, and why."""
         advice = {**self.advice, **new_advice}
         workers = [worker for worker in self._registry.workers if worker.id in advice]
-        self.advice = {worker.id: advice[worker.id] for worker in workers}
+        self._advice = {worker.id: advice[worker.id] for worker in workers}
+        self._advised_epochs = self._served_epochs
         idle = {worker.id for worker in workers if worker.layers is None}
         left_out = {worker for worker in idle if (advice[worker].gain or 0.0) <= 0.0}
         new, self._left_out = left_out - self._left_out, left_out
         log = self._cluster.event_log
-        return [
-            log.note(EventKind.WORKER_LEFT_OUT, worker=worker, why=advice[worker].text)
-            for worker in sorted(new)
-        ]
+        actions: list[Action] = []
+        for worker in [each for each in workers if each.id in new]:
+            why = advice[worker.id].text.removeprefix("left out: ")
+            actions.append(log.note(EventKind.WORKER_LEFT_OUT, worker=worker.id, why=why))
+            actions += tell(worker, f"no layers: {why}")
+        return actions
 
     def _act(self, result: SearchResult, outlook: _Outlook, now: float) -> list[Action]:
         search = result.search
@@ -242,10 +256,15 @@ class Rebalancing:
         plan = self._planner.plan_of(memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
         gain = best.score(search.objective) / result.served.score(search.objective) - 1.0
+        lineage = self._lineage(pipeline)
         alternative = Alternative(
-            best.layer_map, gain, self._uncertainty(result), price.standstill_s
+            best.layer_map,
+            gain,
+            self._uncertainty(result),
+            price.standstill_s,
+            measured=lineage.demand.demand is not None,
         )
-        balancer = self._lineage(pipeline).balancer
+        balancer = lineage.balancer
         verdict = balancer.consider(alternative, now=now)
         outlook.unconfirmed = verdict.what == "wait"
         if verdict.what != "move":

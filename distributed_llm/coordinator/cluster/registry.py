@@ -89,6 +89,7 @@ class Worker:
 
     Attributes:
         note: why it is unfit.
+        told: what its operator was told last; empty once it has got layers.
         leaving: it is to leave, so it is given no layers.
         layers: what it serves or loads, under `epoch`.
         epoch: the newest plan that it was told of and still holds layers of; 0 is none.
@@ -106,6 +107,7 @@ class Worker:
     last_heard_at: float
     instance: str
     note: str = ""
+    told: str = ""
     leaving: bool = False
     layers: LayerRange | None = None
     epoch: Epoch = NO_EPOCH
@@ -130,6 +132,7 @@ class Worker:
         """Record that it was told to load layers."""
         self._change(WorkerCause.ASSIGNED)
         self._forget_stage()
+        self.told = ""
         self.layers, self.epoch = layers, epoch
 
     def loaded(self, *, weight_bytes: int) -> None:

@@ -8,16 +8,26 @@ no plan fits while other workers have come: then the question is asked again for
 from collections.abc import Sequence
 from enum import IntEnum
 
-from distributed_llm.common.errors import DistributedLLMError, UnsupportedModel, WorkerLost
+from distributed_llm.common.errors import (
+    DistributedLLMError,
+    NotReady,
+    UnsupportedModel,
+    WorkerLost,
+)
 from distributed_llm.common.messages import StageFailed
 from distributed_llm.common.types import WorkerId
+from distributed_llm.common.wording import count_text, layers_text, list_text
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.registry import Worker, WorkerState, memory_of
+from distributed_llm.coordinator.cluster.telling import tell
 from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventKind
+
+_MAX_FAILURE_CHARS = 2000
+"""Characters of a worker's failure that are told to those who ask; the rest is cut off."""
 
 
 class Need(IntEnum):
@@ -64,10 +74,11 @@ class Replanning:
         self.replan_at, self.replan_when_idle = None, False
         fit, wanted = len(self._cluster.registry.fit), self._cluster.settings.min_workers
         if self._pipelines.epoch == 0 and fit < wanted:
-            self._pipelines.note = (
-                f"{fit} of {wanted} workers have joined. Start the others with `dllm worker`."
+            ready = f"{fit} of {count_text(wanted, 'worker')} can serve so far."
+            self._pipelines.note = self._with_last_failure(
+                f"{ready} Start the others with `dllm worker`."
             )
-            return []
+            return self._tell_idle(f"waiting: {ready}")
         return self._ask_for(Need.ANEW)
 
     def add_pipeline(self) -> list[Action]:
@@ -75,11 +86,18 @@ class Replanning:
         self.replan_at, self.replan_when_idle = None, True
         return self._ask_for(Need.ANOTHER)
 
-    def recover(self, worker: Worker) -> list[Action]:
-        """Dissolve the pipeline of a worker that serves no more; have another one planned."""
+    def recover(self, worker: Worker, why: str = "") -> list[Action]:
+        """Dissolve the pipeline of a worker that serves no more; have another one planned.
+
+        Args:
+            worker: that serves no more.
+            why: what happened to it, if that was no wish of its own, for people.
+        """
         pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None:
             return []
+        if why:
+            self._pipelines.last_failure = f"Worker {worker.id} {why}."
         self._pipelines.dissolve(pipeline)
         return self._ask_for_recovery(worker)
 
@@ -96,10 +114,14 @@ class Replanning:
         if failed.epoch != worker.epoch or worker.state is WorkerState.UNFIT:
             self._cluster.event_log.rejected["stale_epoch"] += 1
             return []
+        layers = worker.layers
         pipeline = self._pipelines.pipeline_of(worker.peer)  # None: another of its stages failed
         if pipeline is not None:
             self._pipelines.dissolve(pipeline)
         worker.fail(failed.message)
+        what = layers_text(layers) if layers else "its layers"
+        failure = f"Worker {worker.id} cannot serve {what}: {failed.message}"
+        self._pipelines.last_failure = failure[:_MAX_FAILURE_CHARS]
         note = self._cluster.event_log.note(
             EventKind.STAGE_FAILED, worker=worker.id, epoch=failed.epoch, why=failed.message
         )
@@ -164,32 +186,74 @@ class Replanning:
 
     def _load(self, plans: Sequence[Plan]) -> list[Action]:
         self._pipelines.recovering = Need.RECOVERY in self._needs
-        return self._pipelines.load(plans)
+        return [*self._pipelines.load(plans), *self._tell_left_out()]
 
     def _plan_failed(self, need: Need, error: DistributedLLMError) -> list[Action]:
         """Go on without the plans that were needed: none fits."""
         log, pipelines = self._cluster.event_log, self._pipelines
+        why = self._nobody_text() if isinstance(error, NotReady) else str(error)
         match need:
             case Need.ANOTHER:
                 return []
             case Need.ANEW if pipelines.all:
-                return [log.note(EventKind.PLAN_KEPT, why=str(error))]
+                return [log.note(EventKind.PLAN_KEPT, why=why)]
             case Need.ANEW:
-                return self._wait(error)
+                return self._wait(why)
             case Need.RECOVERY:
                 pipelines.recovering = Need.RECOVERY in self._needs
                 if pipelines.all:
                     self.replan_when_idle = True
-                    left = len(pipelines.all)
-                    note = log.note(EventKind.PIPELINE_LOST, pipelines=left, why=str(error))
+                    note = log.note(
+                        EventKind.PIPELINE_LOST,
+                        worker=self._lost,
+                        pipelines=len(pipelines.all),
+                        why="" if isinstance(error, NotReady) else why,
+                    )
                     return [*pipelines.drop_unused(), note, *pipelines.tell_capacity()]
-                broken = WorkerLost(f"Worker {self._lost} serves its layers no longer. {error}")
+                reason = self._with_last_failure(why)
+                broken = WorkerLost(f"Worker {self._lost} serves its layers no longer. {reason}")
                 failed = self._cluster.book.fail_all(broken)
-                return [*pipelines.skip_epoch(), *failed, *self._wait(error)]
+                return [*pipelines.skip_epoch(), *failed, *self._wait(why)]
 
-    def _wait(self, error: DistributedLLMError) -> list[Action]:
-        self._pipelines.note, self.replan_when_idle = str(error)[:4096], False
-        return [self._cluster.event_log.note(EventKind.WAITING, why=str(error))]
+    def _wait(self, why: str) -> list[Action]:
+        self._pipelines.note, self.replan_when_idle = self._with_last_failure(why), False
+        note = self._cluster.event_log.note(EventKind.WAITING, why=why)
+        return [note, *self._tell_idle(f"no layers yet: {why}")]
+
+    def _with_last_failure(self, why: str) -> str:
+        """Return why nothing is served, and what happened before."""
+        failure = self._pipelines.last_failure
+        return f"{why} {failure}"[:4096] if failure else why[:4096]
+
+    def _nobody_text(self) -> str:
+        """Return who is there, if nobody can be given layers."""
+        workers = self._cluster.registry.workers
+        if not workers:
+            return "No worker is there. Start one with `dllm worker`."
+        names = list_text(worker.id for worker in workers)
+        verb = "is" if len(workers) == 1 else "are"
+        return (
+            f"{count_text(len(workers), 'worker')} {verb} connected ({names}), but none can be "
+            "given layers; `dllm status` shows why. Start another one with `dllm worker`."
+        )
+
+    # -------------------------------------------------------------- what idle workers are told
+
+    def tell_waiting(self) -> list[Action]:
+        """Tell workers that joined while requests run when they will be given layers."""
+        return self._tell_idle("no layers yet: they are dealt anew once no request runs")
+
+    def _tell_left_out(self) -> list[Action]:
+        """Tell workers for which a plan has no layers why; `Rebalancing` does for "speed"."""
+        strategy = self._cluster.settings.strategy
+        if strategy == "speed":
+            return []
+        if strategy == "custom":
+            return self._tell_idle("no layers: the setting `layers` does not name this worker")
+        return self._tell_idle(f"no layers: with strategy {strategy}, others serve all of them")
+
+    def _tell_idle(self, text: str) -> list[Action]:
+        return [action for worker in self._cluster.registry.idle for action in tell(worker, text)]
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

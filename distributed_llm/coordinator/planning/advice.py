@@ -17,7 +17,14 @@ from itertools import pairwise
 import numpy as np
 
 from distributed_llm.common.settings import Objective
-from distributed_llm.common.types import LayerRange, WorkerId, size_text
+from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.wording import (
+    count_text,
+    duration_text,
+    list_text,
+    rates_text,
+    size_text,
+)
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.exact import PathTimes, additions_of, solve, walk_forward
 from distributed_llm.coordinator.partition.tables import (
@@ -264,19 +271,27 @@ def _advise_used(base: _Baseline, worker: WorkerId, held: LayerRange, least: int
     if not others and least < base.kv_tokens:
         rate, others = base.best_without(worker, least)
         room = ", and less room for KV cache"
-    serves = f"serves {len(held)} of {base.cost.num_layers} layers"
+    serves = f"serves {_share_text(len(held), base.cost.num_layers)}"
     if not others and base.beside:
-        text = f"{serves}; {_with_and_without(base.rate, base.beside)}: its pipeline needs it"
+        text = f"{serves}; {rates_text(base.rate, base.beside)}: its pipeline needs it"
         return Advice(base.rate / base.beside - 1, base.rate, base.beside, text)
     if not others:
         return Advice(None, base.rate, None, _what_is_missing(base, worker, least))
-    text = f"{serves}; {_with_and_without(base.rate, rate)}{room}"
+    text = f"{serves}; {rates_text(base.rate, rate)}{room}"
     return Advice(base.rate / rate - 1, base.rate, rate, text)
+
+
+def _share_text(held: int, total: int) -> str:
+    if held == total:
+        return f"all {count_text(total, 'layer')}" if total > 1 else "the only layer"
+    return f"{held} of {count_text(total, 'layer')}"
 
 
 def _what_is_missing(base: _Baseline, worker: WorkerId, kv_tokens: int) -> str:
     needed = base.cost.stage_bytes(LayerRange(0, base.cost.num_layers), kv_tokens)
     sizes = base.machines.memory_bytes
+    if len(sizes) == 1:
+        return "needed: it serves the model alone"
     missing = needed - sum(size for other, size in sizes.items() if other != worker)
     if missing > 0:
         why = f"{size_text(missing)} are missing"
@@ -294,7 +309,7 @@ def _advise_unused(base: _Baseline, worker: WorkerId) -> Advice:
         return Advice(0.0, base.rate, base.rate, f"left out: {_why_not_any(base, worker)}")
     rate = min(base.rate, rate)
     why = _why_slower(base, worker, at, len(dict(layer_map)[worker]))
-    text = f"left out: {_with_and_without(rate, base.rate)}: {why}"
+    text = f"left out: {rates_text(rate, base.rate)}: {why}"
     return Advice(rate / base.rate - 1, rate, base.rate, text)
 
 
@@ -325,7 +340,7 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
     linked = partial(_linked, worker=worker, used=list(pairwise(base.stages)))
     quick = _quick(base.machines, worker, base.quickest)
     slowest_s = max(base.hop_s(pair) for pair in pairwise(order) if worker in pair)
-    link = f"its {slowest_s * 1000:.3g} ms link"
+    link = f"its link of {duration_text(slowest_s)}"
     times = _stage_s(base.times[worker], layers) / _stage_s(base.times[base.quickest], layers)
     slower = f"{times:.1f} times as long as {base.quickest}"
     if wins(linked(base.machines)):
@@ -336,8 +351,7 @@ def _why_slower(base: _Baseline, worker: WorkerId, at: int, layers: int) -> str:
         return f"{link} costs time, and it takes {slower} for its layers"
     if len(base.stages) > 3:
         return f"the model runs fastest on {len(base.stages)} others"
-    *names, last = sorted(base.stages)
-    return f"the model runs fastest on {', '.join(names)}{' and ' * bool(names)}{last} alone"
+    return f"the model runs fastest on {list_text(sorted(base.stages))} alone"
 
 
 def _stage_s(times: WorkerTimes, layers: int) -> float:
@@ -369,17 +383,3 @@ def _linked(
 def _quick(machines: Machines, worker: WorkerId, quickest: WorkerId) -> Machines:
     """Return the machines as if `worker` were as quick as `quickest`."""
     return replace(machines, speeds={**machines.speeds, worker: machines.speeds[quickest]})
-
-
-def _with_and_without(rate: float, without: float) -> str:
-    texts = [rate_text(each) for each in (rate, without)]
-    if texts[0] == texts[1]:
-        return f"{texts[0]} tokens/s with it and without"
-    return f"{texts[0]} tokens/s with it, {texts[1]} without"
-
-
-def rate_text(tokens_per_s: float) -> str:
-    """Return tokens per second as text, with as many digits as matter."""
-    if tokens_per_s < 0.1:
-        return f"{tokens_per_s:.2g}"
-    return f"{tokens_per_s:.1f}" if tokens_per_s < 100 else f"{tokens_per_s:.0f}"

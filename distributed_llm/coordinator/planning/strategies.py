@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory
 from distributed_llm.common.settings import Objective
-from distributed_llm.common.types import LayerRange, WorkerId, size_text
+from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.wording import count_text, layers_text, list_text, size_text
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.tables import stage_bytes_table
 from distributed_llm.coordinator.plan import LayerMap, Plan, kv_tokens_of, plan_of
@@ -73,7 +74,7 @@ def make_plan(
         needed = cost.stage_bytes(held, kv_tokens)
         if needed > memory[worker]:
             raise NotEnoughMemory(
-                f"Worker {worker} would hold layers {held}, which need {size_text(needed)}, "
+                f"Worker {worker} would hold {layers_text(held)}, which take {size_text(needed)}, "
                 f"but offers {size_text(memory[worker])}. Give it fewer layers, or use "
                 "strategy 'memory', which fits the layers to the workers."
             )
@@ -133,25 +134,35 @@ def _custom(
     absent = sorted(set(layers) - set(by_name))
     if absent:
         raise ConfigError(
-            f"The layer map names the worker {absent[0]!r}, which has not joined "
-            f"(joined: {', '.join(sorted(by_name)) or 'none'}). Start it with --name {absent[0]}."
+            f"The setting `layers` names {list_text(absent)}, not joined yet (there: "
+            f"{', '.join(sorted(by_name)) or 'nobody'}). Start what is missing: `dllm worker "
+            f"--name {absent[0]}`."
         )
+    check_custom(layers, cost.num_layers)
     ordered = sorted(layers.items(), key=lambda item: item[1])
-    at = 0
-    for name, held in ordered:
-        if held.start != at:
-            what = "gap" if held.start > at else "overlap"
-            raise ConfigError(
-                f"The layer map has a {what} at layer {min(at, held.start)}: {name!r} starts at "
-                f"layer {held.start}, expected {at}."
-            )
-        at = held.stop
-    if at != cost.num_layers:
-        raise ConfigError(
-            f"The layer map covers layers 0 to {at - 1}, but the model has layers 0 to "
-            f"{cost.num_layers - 1}."
-        )
     return tuple((by_name[name], held) for name, held in ordered)
+
+
+def check_custom(layers: Mapping[str, LayerRange], num_layers: int) -> None:
+    """Check that the setting `layers` suits the model: every layer is served, and no others are.
+
+    That no layer is left out or named twice in between is checked with the settings.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    last = max(held.stop for held in layers.values())
+    if last == num_layers:
+        return
+    what = (
+        f"nobody serves {layers_text(LayerRange(last, num_layers))}"
+        if last < num_layers
+        else f"there is no layer {last}"
+    )
+    raise ConfigError(
+        f"The setting `layers` does not suit the model, which has "
+        f"{count_text(num_layers, 'layer')}: {what}. Name a worker for every layer."
+    )
 
 
 def _proportional(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> LayerMap:
@@ -192,8 +203,8 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
     kv = cost.kv_bytes_per_token * kv_tokens * cost.num_layers
     what = (
         f"The model needs {size_text(needed)} (weights {size_text(needed - kv)}, KV cache for "
-        f"{kv_tokens} positions {size_text(kv)}); the workers offer {size_text(offered)} "
-        f"({each or 'none'})"
+        f"{count_text(kv_tokens, 'token')} of context {size_text(kv)}); the workers offer "
+        f"{size_text(offered)} ({each or 'none'})"
     )
     if needed > offered:
         why = f": {size_text(needed - offered)} are missing"

@@ -8,6 +8,7 @@ from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest,
 from distributed_llm.common.messages import Generate
 from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
 from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.wording import count_text
 from distributed_llm.coordinator.model import GenerationDefaults
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -122,8 +123,9 @@ def resolve(
         )
     if total > kv_tokens:
         raise NotEnoughMemory(
-            f"Prompt and answer may take {total} positions, but the workers' memory has room for "
-            f"{kv_tokens}. Add a worker, raise --max-memory, or lower max_new_tokens."
+            f"Prompt and answer may take {count_text(total, 'token')} of context, but the workers' "
+            f"memory has room for {kv_tokens:,}. Add a worker, raise --max-memory, or lower "
+            "max_new_tokens."
         )
     usual = min(defaults.params.min_new_tokens or 0, max_new_tokens)
     min_new_tokens = usual if params.min_new_tokens is None else params.min_new_tokens

@@ -18,13 +18,15 @@ class Totals:
 
     Attributes:
         finished: requests that were answered completely.
-        failed: requests that ended otherwise, refused ones included.
+        cancelled: requests that their clients cancelled, or whose clients are gone.
+        failed: requests that ended with an error, refused ones included.
         tokens: tokens of all answers.
         prefix_hit_tokens: positions that were shared with another sequence instead of computed.
         preemptions: how often an answer gave up its KV cache to an older one.
     """
 
     finished: int = 0
+    cancelled: int = 0
     failed: int = 0
     tokens: int = 0
     prefix_hit_tokens: int = 0

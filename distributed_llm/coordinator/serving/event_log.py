@@ -6,13 +6,20 @@ the events of one request or one worker, for post-mortems.
 """
 
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from string import Formatter
 from typing import Any, Literal
 
-from distributed_llm.common.types import Epoch, WorkerId, size_text
+from distributed_llm.common.types import Epoch, WorkerId
+from distributed_llm.common.wording import (
+    count_text,
+    duration_text,
+    layer_map_text,
+    layers_text,
+    size_text,
+)
 from distributed_llm.coordinator.events import Log
 
 MAX_EVENTS = 50
@@ -30,55 +37,67 @@ Level = Literal["info", "warning", "error"]
 class EventKind(Enum):
     """Kinds of events, each with its level and the template of its text.
 
-    The fields of a template are the facts of the event. The formats `size` and `ms` write bytes
-    and seconds in units that people read, `layers` a layer map.
+    The fields of a template are the facts of the event. A format after the colon makes words of a
+    fact, with `common.wording`: `size` of bytes, `time` of seconds, `tokens`, `answers` and
+    `pipelines` of a count, `layers` of a layer range, `map` of a layer map, `stall` of what a move
+    cost, and `because` of a reason that may be empty.
     """
 
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"
     WORKER_LEFT = "info", "worker {worker} {why}"
     WORKER_LOST = "warning", "worker {worker} {why}"
-    LINK_DIRECT = "info", "worker {worker} hands its results on itself ({rtt_s:.1ms} ms)"
+    LINK_DIRECT = (
+        "info",
+        "worker {worker} sends its results to the next one directly ({rtt_s:time})",
+    )
     LINK_RELAYED = (
         "info",
         "worker {worker} does not reach the next worker; its results go through the coordinator",
     )
-    PLAN_LOADING = "info", "plan {epoch}: layers {layer_map:layers}"
-    PLAN_KEPT = "warning", "the plan stays: {why}"
-    STAGE_LOADED = "info", "worker {worker} loaded layers {layers} in {load_s:.1f} s"
+    PLAN_LOADING = "info", "loading plan {epoch}: {layer_map:map}"
+    PLAN_KEPT = "warning", "layers stay as they are: {why}"
+    STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
     STAGE_FAILED = "error", "worker {worker} cannot serve: {why}"
-    PLAN_SERVING = "info", "serving plan {epoch}: {kv_tokens} positions of KV cache"
-    PIPELINE_LOST = "warning", "{pipelines} pipelines are left to serve the model: {why}"
+    PLAN_SERVING = (
+        "info",
+        "serving plan {epoch}, with room for {kv_tokens:tokens} of context",
+    )
+    PIPELINE_LOST = (
+        "warning",
+        "worker {worker} serves its layers no longer; the model is still served by "
+        "{pipelines:pipelines}{why:because}",
+    )
     WAITING = "warning", "waiting: {why}"
     STEPS_STUCK = "warning", "plan {epoch}: no progress; its steps are computed again"
     MOVE_BEGAN = (
         "info",
-        "plan {epoch}: moving to {layer_map:layers} from {before:layers}{how}: {why}",
+        "moving to plan {epoch}: {layer_map:map}; until now {before:map}{how}; because {why}",
     )
     PLAN_REPLACED = (
         "info",
-        "plan {epoch} ends, and another one is loaded in its place: {why}",
+        "plan {epoch} ends, and another one is loaded in its place, because {why}",
     )
     MOVE_UNDONE = (
         "warning",
-        "plan {epoch}: layers stay as they are; the move was undone: {why}",
+        "plan {epoch} is given up, layers stay as they are; the move was undone: {why}",
     )
     MOVE_COMMITTED = (
         "info",
-        "plan {epoch} is served: layers moved in {took_s:.1f} s, steps stood still for "
-        "{stall_s:ms} ms, of which {handover_s:ms} ms to hand over",
+        "serving plan {epoch}: layers moved in {took_s:time}{stood_still:stall}",
     )
     DRAIN_REQUESTED = "info", "a client wants worker {worker} to leave"
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
     HANDOVER_IMPOSSIBLE = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
-    REQUEST_ARRIVED = "info", "request {request} arrived: {answers} answers"
-    REQUEST_QUEUED = "info", "request {request} has {prompt_tokens} tokens of prompt"
+    REQUEST_ARRIVED = "info", "request {request} arrived: {answers:answers}"
+    REQUEST_QUEUED = "info", "request {request} has a prompt of {prompt_tokens:tokens}"
     ANSWER_ADMITTED = "info", "request {request}: answer {choice} runs on plan {epoch}"
     ANSWER_PREEMPTED = "info", "request {request}: answer {choice} gave its KV cache up"
     STEP_FAILED = "warning", "request {request}: worker {worker} failed a step ({code}): {why}"
     STEP_LOST = "warning", "request {request}: worker {worker} was lost over a step"
     CLIENT_GONE = "info", "request {request}: its client is gone"
-    REQUEST_FINISHED = "info", "request {request} finished: {answer_tokens} tokens"
+    REQUEST_FINISHED = "info", "request {request} finished: {answer_tokens:tokens}"
+    REQUEST_CANCELLED = "info", "request {request} was cancelled by its client"
     REQUEST_FAILED = "warning", "request {request} failed: {code}: {why}"
 
     @property
@@ -124,18 +143,33 @@ class Entry:
 
 
 class _Formatter(Formatter):
-    """str.format with the formats `size`, `ms` and `layers` of `EventKind`."""
+    """str.format with the formats of `EventKind`."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
-        match format_spec:
-            case "size":
-                return size_text(value)
-            case "ms" | ".1ms":
-                return format(1000 * value, ".1f" if format_spec == ".1ms" else ".0f")
-            case "layers":
-                return ", ".join(f"{worker} {layers}" for worker, layers in value)
-            case _:
-                return format(value, format_spec)
+        words = _FORMATS.get(format_spec)
+        return words(value) if words else format(value, format_spec)
+
+
+def _stall_text(stood_still: tuple[float, float] | None) -> str:
+    """Return for how long steps stood still, and how much of it the handover took, seconds."""
+    if stood_still is None:
+        return ""
+    stall_s, handover_s = stood_still
+    handover = duration_text(handover_s)
+    return f"; requests stood still for {duration_text(stall_s)}, {handover} of it to hand over"
+
+
+_FORMATS: Mapping[str, Callable[[Any], str]] = {
+    "size": size_text,
+    "time": duration_text,
+    "tokens": lambda count: count_text(count, "token"),
+    "answers": lambda count: count_text(count, "answer"),
+    "pipelines": lambda count: count_text(count, "pipeline"),
+    "layers": layers_text,
+    "map": layer_map_text,
+    "stall": _stall_text,
+    "because": lambda why: f" ({why})" if why else "",
+}
 
 
 _FORMATTER = _Formatter()

@@ -27,6 +27,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
+from distributed_llm.common.wording import count_text
 from distributed_llm.coordinator.events import (
     Action,
     Detokenize,
@@ -243,8 +244,9 @@ class RequestBook:
         actions: list[Action] = []
         for request in [r for r in self._uncomputed() if r.reserved_tokens > kv_tokens]:
             error = NotEnoughMemory(
-                f"The request may take {request.reserved_tokens} positions, but after workers left "
-                f"there is room for {kv_tokens}. Add a worker or lower max_new_tokens."
+                f"The request may take {count_text(request.reserved_tokens, 'token')} of context, "
+                f"but after workers left there is room for {kv_tokens:,}. Add a worker or lower "
+                "max_new_tokens."
             )
             actions += self.fail(request.key, error)
         return actions
@@ -345,10 +347,14 @@ class RequestBook:
         if request is None:
             return []
         self._retire(request)
-        self.totals.failed += 1
-        self._event_log.trace(
-            EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
-        )
+        if isinstance(error, RequestCancelled):
+            self.totals.cancelled += 1
+            self._event_log.trace(EventKind.REQUEST_CANCELLED, request.key[1])
+        else:
+            self.totals.failed += 1
+            self._event_log.trace(
+                EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
+            )
         return [_failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
@@ -363,7 +369,7 @@ class RequestBook:
         for request in requests:
             self._retire(request)
             self._event_log.trace(EventKind.CLIENT_GONE, request.key[1])
-            self.totals.failed += 1
+            self.totals.cancelled += 1
         return [Forget(request.key) for request in requests]
 
     def fail_all(self, error: DistributedLLMError) -> list[Action]:

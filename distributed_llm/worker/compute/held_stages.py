@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, StageTrial
 from distributed_llm.common.types import Epoch
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.compute.failures import reported
 from distributed_llm.worker.compute.kv_orders import KVExports
 from distributed_llm.worker.compute.loading import (
@@ -281,7 +282,7 @@ class HeldStages:
         self._post(Loaded(load.session, epoch, load_s, weight_bytes, kv_tokens, trials))
 
     def _post_load_failed(self, load: Load, exc: Exception) -> None:
-        error = reported(exc, f"Loading layers {load.order.layers}")
+        error = reported(exc, f"Loading {layers_text(load.order.layers)}")
         self._post(LoadFailed(load.session, load.order.epoch, error))
 
     def _trials(self, order: LoadStage, stage: Stage, kv_tokens: int) -> tuple[StageTrial, ...]:

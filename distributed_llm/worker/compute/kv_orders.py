@@ -8,6 +8,7 @@ from typing import assert_never
 
 from distributed_llm.common.messages import KVEnd, KVPieces
 from distributed_llm.common.types import Epoch, LayerRange
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.compute.loading import PreparedStage
 from distributed_llm.worker.kv.manifest import KVTransferError
 from distributed_llm.worker.kv.transfer import KVExporter
@@ -64,7 +65,9 @@ class KVExports:
         key = (order.epoch, order.layers)
         if key not in self._exporters:
             if served is None:
-                raise KVTransferError(f"layers {order.layers} are to be sent; none are served here")
+                raise KVTransferError(
+                    f"{layers_text(order.layers)} are to be sent; none are served here"
+                )
             try:
                 self._exporters[key] = served.export_kv(order.layers)
             except ValueError as exc:
@@ -83,7 +86,9 @@ def import_kv(order: ImportKV, prepared: PreparedStage | None) -> KVImported:
     receiver = _of_epoch(prepared, message.epoch)
     importer = receiver.importers.get(message.layers)
     if importer is None:
-        raise KVTransferError(f"KV cache of layers {message.layers} came, which nobody announced")
+        raise KVTransferError(
+            f"KV cache of {layers_text(message.layers)} came, which nobody announced"
+        )
     match message:
         case KVPieces():
             for piece in decode_pieces(message, order.frames, importer.layouts):

@@ -14,7 +14,8 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointMismatch, NotEnoughMemory, StageError
 from distributed_llm.common.hub import fingerprints, resolve_for_worker
 from distributed_llm.common.messages import Capabilities, LoadStage
-from distributed_llm.common.types import KV_BLOCK, LayerRange, size_text
+from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.worker.compute.probe import free_memory_bytes
 from distributed_llm.worker.kv.transfer import KVImporter
 from distributed_llm.worker.model.stage import Stage
@@ -113,8 +114,8 @@ def checked_checkpoint(order: LoadStage, local_model: str) -> Checkpoint:
     prints = fingerprints(order.source, checkpoint, order.layers)
     if checkpoint.digest(order.layers, prints) != order.digest:
         raise CheckpointMismatch(
-            f"The weights of layers {order.layers} in {checkpoint.folder} are not those of the "
-            "coordinator: they would give other text. Copy the coordinator's checkpoint to "
+            f"The weights of {layers_text(order.layers)} in {checkpoint.folder} are not those of "
+            "the coordinator: they would give other text. Copy the coordinator's checkpoint to "
             "this machine, or name the right folder with `dllm worker --model`."
         )
     return checkpoint
@@ -152,11 +153,11 @@ def limit_kv(stage: Stage, order: LoadStage, memory: Memory, leaving_bytes: int 
     blocks = min(-(-order.kv_tokens // KV_BLOCK), kv_bytes // block_bytes)
     if blocks < 1:
         raise NotEnoughMemory(
-            f"No room for a KV cache beside layers {order.layers}. They take "
+            f"No room for a KV cache beside {layers_text(order.layers)}. They take "
             f"{size_text(stage.weight_bytes)} of {size_text(memory.budget_bytes)} that this worker "
             f"may use; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
-            f"{size_text(memory.reserve_bytes)} are left to others; {KV_BLOCK} positions take "
-            f"{size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
+            f"{size_text(memory.reserve_bytes)} are left to others; {KV_BLOCK} tokens of context "
+            f"take {size_text(block_bytes)}. Give this worker fewer layers, raise its max_memory, "
             "or end other programs there."
         )
     stage.limit_kv(blocks * block_bytes)
@@ -184,9 +185,9 @@ def _bytes_left_beside(
     if min(in_budget, in_free) < 0:
         taken = "were added" if loaded else "would be added"
         raise NotEnoughMemory(
-            f"No room for layers {order.layers} beside layers {served.order.layers}, which go on "
-            f"being served meanwhile. Those take {size_text(held_bytes)} with their KV cache, and "
-            f"{size_text(added_bytes)} {taken}, of {size_text(memory.budget_bytes)} that this "
+            f"No room for {layers_text(order.layers)} beside {layers_text(served.order.layers)}, "
+            f"which are served meanwhile. Those take {size_text(held_bytes)} with their KV cache, "
+            f"and {size_text(added_bytes)} {taken}, of {size_text(memory.budget_bytes)} that this "
             f"worker may use; {size_text(memory.free_bytes)} are free on {memory.device}, of which "
             f"{size_text(memory.reserve_bytes)} are left to others. Move fewer layers at once, "
             "raise its max_memory, or end other programs there."

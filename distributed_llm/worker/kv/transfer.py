@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distributed_llm.common.messages import KVPart
 from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
@@ -56,7 +57,7 @@ class KVExporter:
 
     def __init__(self, cache: KVCache, held: LayerRange, layers: LayerRange) -> None:
         if not held.start <= layers.start < layers.stop <= held.stop:
-            raise ValueError(f"a cache of layers {held} has no layers {layers}")
+            raise ValueError(f"a cache of {layers_text(held)} has no {layers_text(layers)}")
         self._cache = cache
         self._first = held.start
         self._layers = range(layers.start - held.start, layers.stop - held.start)

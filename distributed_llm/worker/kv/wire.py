@@ -7,7 +7,8 @@ import torch
 
 from distributed_llm.common.messages import MAX_PIECES, KVEnd, KVPieces
 from distributed_llm.common.tensors import Frame, TensorSpec, frame_of_bytes
-from distributed_llm.common.types import Epoch, LayerRange, size_text
+from distributed_llm.common.types import Epoch, LayerRange
+from distributed_llm.common.wording import size_text
 from distributed_llm.worker.kv.manifest import KVManifest, KVTransferError
 from distributed_llm.worker.kv.segments import KVLayout
 from distributed_llm.worker.kv.transfer import KVPiece

@@ -11,6 +11,7 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest
@@ -291,7 +292,7 @@ class Stage:
         """
         start = self.layers.start
         if layers.start < start or layers.stop > self.layers.stop:
-            raise ValueError(f"a stage of layers {self.layers} has no layers {layers}")
+            raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
         numbers = range(layers.start, layers.stop)
         return KVImporter({n: self._cache.layout(n - start) for n in numbers}, max_bytes)
 
@@ -403,6 +404,6 @@ class Stage:
         lowest, highest = torch.aminmax(values)
         if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
             raise StageError(
-                f"the {what} after layers {self.layers} are not finite: the weights on this "
+                f"the {what} after {layers_text(self.layers)} are not finite: the weights on this "
                 f"machine are damaged, or {self._dtype} is too narrow for this model"
             )

@@ -34,6 +34,7 @@ from distributed_llm.common.messages import (
     Leaving,
     LoadStage,
     MayLeave,
+    Notice,
     Pong,
     Refused,
     ReleaseSequences,
@@ -45,6 +46,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.session.events import (
     Action,
     Computed,
@@ -79,6 +81,7 @@ from distributed_llm.worker.session.link_events import (
     PeerGarbage,
     PeerReceived,
 )
+from distributed_llm.worker.session.notices import Notices
 from distributed_llm.worker.session.stages import Stages
 
 _GREETING_TIMEOUT_S = 4.0
@@ -180,6 +183,7 @@ class Agent:
         self._state = AGENT_STATES.initial
         self._session = 0
         self._stages = Stages(0, name, self._warn)
+        self._notices = Notices()
         self._reached = False
         self._heartbeat_interval_s = 0.0
         self._silence_timeout_s = 0.0
@@ -245,6 +249,7 @@ class Agent:
                     self._heard_at + self._silence_timeout_s,
                     self._leave_by,
                     self._stages.next_deadline(),
+                    self._notices.next_deadline(),
                     math.inf if self._stages.epochs else self._probe_at,
                 )
             case AgentState.ENDED:
@@ -288,9 +293,9 @@ class Agent:
 
     def _on_timer_in_session(self, now: float) -> list[Action]:
         if self._leave_by <= now:
-            why = f"no other workers have its layers after {self._leave_timeout_s:g} s; ends"
+            why = f"no other workers took its layers within {self._leave_timeout_s:g} s; ending"
             return [Log(why, "warning"), *self._end(self._signal)]
-        actions = self._stages.on_timer(now)
+        actions = [*self._stages.on_timer(now), *self._notices.on_timer(now)]
         if self._heartbeat_at <= now:
             self._heartbeat_at = now + self._heartbeat_interval_s
             actions.append(SendHeartbeat(self._stages.epochs))
@@ -321,6 +326,8 @@ class Agent:
                 return self._refused(message)
             case MayLeave(why=why):
                 return self._may_leave(why)
+            case Notice(text=text):
+                return [*self._notices.add(text, now)]
             case Pong():
                 return []
             case Task():
@@ -404,12 +411,11 @@ class Agent:
             return self._end(signal)
         self._change(_C.ASKED_TO_LEAVE)
         self._leave_by, self._signal = now + self._leave_timeout_s, signal
-        when = f"once other workers have layers {serving.layers}"
-        return [Send(Leaving()), Log(f"leaves {when}; a second signal ends at once")]
+        when = f"once other workers have {layers_text(serving.layers)}"
+        return [Send(Leaving()), Log(f"leaving {when}; a second signal ends at once")]
 
     def _may_leave(self, why: str) -> list[Action]:
-        told = f": {why}" if why else ""
-        return [Log(f"may leave{told}"), *self._end(self._signal)]
+        return [Log(f"leaving: {why}" if why else "leaving"), *self._end(self._signal)]
 
     def _end(self, signal: int) -> list[Action]:
         self._change(_C.STOPPED)

@@ -25,7 +25,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import Epoch, LayerRange, PeerId, size_text
+from distributed_llm.common.types import Epoch, LayerRange, PeerId
+from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.worker.session.events import (
     Action,
     AssembleKV,
@@ -174,8 +175,10 @@ class KVMove:
             self._senders[transfer.layers] = KVSender(
                 self._session, self.epoch, order.link_key, transfer, now
             )
-        named = ", ".join(f"{each.layers} to {each.worker}" for each in order.transfers)
-        actions: list[Action] = [Log(f"sends the KV cache of layers {named} (plan {self.epoch})")]
+        named = ", ".join(
+            f"{layers_text(each.layers)} to {each.worker}" for each in order.transfers
+        )
+        actions: list[Action] = [Log(f"sending the KV cache of {named} (plan {self.epoch})")]
         for sender in self._senders.values():
             actions += sender.begin()
         return actions
@@ -297,8 +300,8 @@ class KVMove:
         in_order = message.number == arrival.received + 1
         if not in_order or message.number - arrival.imported > WINDOW or arrival.ended:
             why = (
-                f"Message {message.number} with KV cache of layers {message.layers} came after "
-                f"message {arrival.received}, and {arrival.imported} are kept."
+                f"Message {message.number} with KV cache of {layers_text(message.layers)} came "
+                f"after message {arrival.received}, and {arrival.imported} are kept."
             )
             return self.fail("bad_transfer", why)
         arrival.received = message.number
@@ -330,7 +333,7 @@ class KVMove:
         self._change(_C.ASSEMBLED)
         return [
             Send(TookOver(epoch=self.epoch)),
-            Log(f"has the KV cache of its layers (plan {self.epoch})"),
+            Log(f"the KV cache of its layers has arrived (plan {self.epoch})"),
         ]
 
     def _wait_for_arrivals(self, now: float) -> None:

@@ -14,6 +14,7 @@ import math
 
 from distributed_llm.common.messages import Address, KVEnd, KVTaken, KVTransfer
 from distributed_llm.common.types import Epoch
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.session.dialling import Dialling
 from distributed_llm.worker.session.events import Action, ExportKV, KVExported
 from distributed_llm.worker.session.link_events import CloseLink, LinkId, SendOverLink
@@ -99,7 +100,7 @@ class KVSender:
         self._exporting = False
         if event.message is None:
             if event.order.rest:
-                raise ValueError(f"an export of the rest of layers {self._layers} has no end")
+                raise ValueError(f"an export of the rest of {layers_text(self._layers)} has no end")
             self._look_at = now + _LOOK_EVERY_S
             return self._export() if self._steps_ended else []
         if self._sent == self._acknowledged:
@@ -127,7 +128,7 @@ class KVSender:
             )
         if self._acknowledge_by <= now:
             return (
-                f"took none of the KV cache of layers {self._layers} for "
+                f"took none of the KV cache of {layers_text(self._layers)} for "
                 f"{_ACKNOWLEDGE_TIMEOUT_S:g} s"
             )
         return ""

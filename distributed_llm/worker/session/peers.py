@@ -23,6 +23,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import frame_of_bytes
 from distributed_llm.common.types import PeerId
+from distributed_llm.common.wording import duration_text
 from distributed_llm.worker.session.dialling import Dialling, proof
 from distributed_llm.worker.session.events import Action, Log, Send
 from distributed_llm.worker.session.link_events import (
@@ -125,7 +126,7 @@ class Peers:
         spec, zeros = frame_of_bytes(bytes(PROBE_BYTES))
         return [
             Send(LinkReport(epoch=self._epoch, up=True, rtt_s=rtt_s)),
-            Log(f"sends its results to {self._next.worker} directly ({rtt_s * 1000:.1f} ms)"),
+            Log(f"sending results to {self._next.worker} directly ({duration_text(rtt_s)})"),
             SendOverLink(self._link, PeerProbe(epoch=self._epoch, tensors=(spec,)), (zeros,)),
         ]
 
@@ -175,7 +176,7 @@ class Peers:
 
     def _report_down(self, why: str) -> list[Action]:
         assert self._next is not None
-        text = f"does not reach {self._next.worker}: {why}; its results go through the coordinator"
+        text = f"{self._next.worker} is not reached: {why}; results go through the coordinator"
         return [Send(LinkReport(epoch=self._epoch, up=False)), Log(text)]
 
     def _stop_timers(self) -> None:

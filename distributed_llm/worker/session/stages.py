@@ -33,6 +33,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import Epoch
+from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.session.epoch_stage import CREDITS, EpochStage, StageState, failed
 from distributed_llm.worker.session.events import (
     Action,
@@ -160,7 +161,7 @@ class Stages:
         return [
             *actions,
             *stage.peers.begin(now),
-            Log(f"loading layers {order.layers} (plan {order.epoch})"),
+            Log(f"loading {layers_text(order.layers)} (plan {order.epoch})"),
             Load(self._session, order),
         ]
 
@@ -235,7 +236,7 @@ class Stages:
         actions = self._give_up(self._served) if self._served else []
         actions += self._end_kv_move()
         prepared.commit()
-        actions.append(Log(f"serves layers {prepared.order.layers} (plan {prepared.epoch})"))
+        actions.append(Log(f"serving {layers_text(prepared.order.layers)} (plan {prepared.epoch})"))
         return [*actions, Serve(prepared.epoch)] if prepared.is_loaded else actions
 
     def _give_up(self, stage: EpochStage) -> list[Action]:
@@ -268,7 +269,7 @@ class Stages:
             case StageState.LOADING | StageState.SERVED:
                 return stage.run(task, frames)
             case StageState.PREPARED if self._kv_move and self._kv_move.is_assembling:
-                why = f"The KV cache of layers {stage.order.layers} is not assembled yet."
+                why = f"The KV cache of {layers_text(stage.order.layers)} is not assembled yet."
                 return [Send(failed(task, "not_ready", why))]
             case StageState.PREPARED:
                 return [*self._commit(stage), *stage.run(task, frames)]
@@ -361,7 +362,9 @@ class Stages:
             kv_tokens=event.kv_tokens,
             trials=event.trials,
         )
-        text = f"loaded layers {stage.order.layers} in {event.load_s:.1f} s (plan {event.epoch})"
+        text = (
+            f"loaded {layers_text(stage.order.layers)} in {event.load_s:.1f} s (plan {event.epoch})"
+        )
         return [*serve, Send(ready), Log(text)]
 
     def load_failed(self, event: LoadFailed) -> list[Action]:
@@ -414,7 +417,9 @@ class Stages:
 
 
 def _not_loaded(stage: EpochStage) -> str:
-    return f"Layers {stage.order.layers} of plan {stage.epoch} are not loaded yet."
+    return (
+        f"{layers_text(stage.order.layers).capitalize()} of plan {stage.epoch} are not loaded yet."
+    )
 
 
 def _ignored(epoch: Epoch) -> Log:

@@ -1,0 +1,106 @@
+"""Words for people: counts, units, lists and layers, alike in every text. Pure.
+
+Texts count layers from 1, and both ends of a range belong to it, so that neighbours never seem to
+share a layer: "layers 1-2 of 6 on pc, 3-6 on mac". JSON and code have `start` and `stop` of
+`LayerRange`.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from distributed_llm.common.types import LayerRange
+
+_GROUPED_BELOW = 1_000_000
+"""Numbers below this are written in full."""
+
+_MINUTES_FROM_S = 120.0
+"""Seconds from which minutes are easier to read, and 60 times as many for hours."""
+
+
+def count_text(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun: "1 thread", "2 threads", "1,024 tokens", "9.7 million tokens".
+
+    Args:
+        count: at least 0.
+        noun: for one.
+        plural: for any other number; `noun` with an s unless given.
+    """
+    number = f"{count:,}" if count < _GROUPED_BELOW else f"{count / 1e6:,.1f} million"
+    return f"{number} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def times_text(count: int) -> str:
+    """Return how often: "once", "twice", "3 times"."""
+    return {1: "once", 2: "twice"}.get(count, f"{count:,} times")
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes with a unit: "1 byte", "512 bytes", "1.5 GiB"."""
+    if count < 1024:
+        return count_text(count, "byte")
+    value = float(count)
+    for unit in ("KiB", "MiB"):
+        value /= 1024
+        if value < 1024:
+            return f"{value:.1f} {unit}"
+    return f"{value / 1024:.1f} GiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration with a unit: "3.4 ms", "120 ms", "1.2 s", "5 min", "2 h"."""
+    if seconds < 0.9995:
+        digits = 1 if 0.0 < seconds < 0.00995 else 0
+        return f"{1000 * seconds:.{digits}f} ms"
+    if seconds < _MINUTES_FROM_S:
+        return f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < _MINUTES_FROM_S else f"{minutes / 60:.0f} h"
+
+
+def rate_text(tokens_per_s: float) -> str:
+    """Return a speed with as many digits as matter: "0.05 tokens/s", "3.7 tokens/s"."""
+    return f"{_rate_number(tokens_per_s)} tokens/s"
+
+
+def rates_text(with_it: float, without: float) -> str:
+    """Return two speeds, with a machine and without it."""
+    one, other = _rate_number(with_it), _rate_number(without)
+    if one == other:
+        return f"{one} tokens/s with it and without"
+    return f"{one} tokens/s with it, {other} without"
+
+
+def _rate_number(tokens_per_s: float) -> str:
+    if tokens_per_s < 0.1:
+        return f"{tokens_per_s:.2g}"
+    return f"{tokens_per_s:.1f}" if tokens_per_s < 100 else f"{tokens_per_s:,.0f}"
+
+
+def faster_text(gain: float) -> str:
+    """Return a relative increase of speed: "12 % faster", "9.0 times as fast"."""
+    return f"{100 * gain:.0f} % faster" if gain < 1.0 else f"{1.0 + gain:.1f} times as fast"
+
+
+def list_text(items: Iterable[str]) -> str:
+    """Return a list as a sentence has it: "a", "a and b", "a, b and c"."""
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def layers_text(layers: LayerRange) -> str:
+    """Return "layer 3" or "layers 3-6"."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {layers}"
+
+
+def layer_map_text(layer_map: Sequence[tuple[str, LayerRange]]) -> str:
+    """Return who has which layers: "layers 1-2 of 6 on pc, 3-6 on mac", "all 6 layers on pc".
+
+    Args:
+        layer_map: workers and their layers, of the whole model, in order.
+    """
+    total = layer_map[-1][1].stop
+    if len(layer_map) == 1:
+        each = "its only layer" if total == 1 else f"all {total} layers"
+        return f"{each} on {layer_map[0][0]}"
+    (worker, layers), *others = layer_map
+    first = f"{layers_text(layers)} of {total} on {worker}"
+    return ", ".join([first, *(f"{layers} on {worker}" for worker, layers in others)])

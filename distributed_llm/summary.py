@@ -1,0 +1,173 @@
+"""What `dllm status`, `plan` and `--stats` say: sentences and cells, made of facts. Pure."""
+
+from collections.abc import Sequence
+
+from distributed_llm.client.answers import Generation
+from distributed_llm.common.messages import ClusterStatus, StageTiming, WorkerStatus
+from distributed_llm.common.types import WorkerId
+from distributed_llm.common.wording import (
+    count_text,
+    duration_text,
+    layers_text,
+    list_text,
+    rate_text,
+    size_text,
+    times_text,
+)
+from distributed_llm.coordinator.plan import PlannedStage
+from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
+
+WORKER_COLUMNS = (
+    "worker",
+    "state",
+    "plan",
+    "layers",
+    "link",
+    "memory",
+    "weights",
+    "KV cache",
+    "tasks",
+    "speed",
+)
+STAGE_COLUMNS = ("worker", "layers", "memory", "weights", "room for KV cache")
+TIMING_COLUMNS = ("worker", "layers", "tasks", "compute")
+
+# ------------------------------------------------------------------ status
+
+
+def headline(status: ClusterStatus) -> str:
+    """Return which model is served, by which plans, and how full they are."""
+    what = f"{status.model} ({count_text(status.num_layers, 'layer')}): {status.state}"
+    epochs = sorted({worker.epoch for worker in status.workers if worker.layers})
+    if epochs:
+        what += f" {'plan' if len(epochs) == 1 else 'plans'} {list_text(map(str, epochs))}"
+    if len(epochs) > 1:
+        what += ", each the whole model"
+    if status.state != "serving":
+        return what
+    return (
+        f"{what}; {status.kv_tokens_used:,} of {count_text(status.kv_tokens, 'token')} of context "
+        "in use"
+    )
+
+
+def request_lines(status: ClusterStatus) -> list[str]:
+    """Return what has become of requests and their answers."""
+    ended = {
+        "finished": status.requests_finished,
+        "cancelled": status.requests_cancelled,
+        "failed": status.requests_failed,
+    }
+    line = (
+        f"answers: {status.requests_running:,} running, {status.requests_waiting:,} waiting; "
+        f"requests: {', '.join(f'{count:,} {what}' for what, count in ended.items())}; "
+        f"{count_text(status.tokens_generated, 'token')} generated"
+    )
+    lines = [line]
+    if status.prefix_hit_tokens:
+        shared = count_text(status.prefix_hit_tokens, "token")
+        was = "was" if status.prefix_hit_tokens == 1 else "were"
+        lines.append(f"{shared} of prompts {was} in the KV cache already")
+    if status.preemptions:
+        lines.append(
+            f"answers gave their memory up to others {times_text(status.preemptions)}; they go on "
+            "later"
+        )
+    if status.moves:
+        stood_still = f"; the latest move stopped answers for {duration_text(status.move_stall_s)}"
+        lines.append(
+            f"layers moved {times_text(status.moves)}{stood_still if status.move_stall_s else ''}"
+        )
+    return lines
+
+
+def worker_row(worker: WorkerStatus) -> list[str]:
+    """Return the cells of `WORKER_COLUMNS`."""
+    now = str(worker.layers) if worker.layers else "-"
+    return [
+        worker.name,
+        worker.state,
+        str(worker.epoch) if worker.layers else "-",
+        f"{now} -> {worker.next_layers}" if worker.next_layers else now,
+        worker.link or "-",
+        size_text(worker.capabilities.memory_bytes),
+        size_text(worker.weight_bytes),
+        size_text(worker.kv_bytes),
+        f"{worker.tasks_done:,}",
+        _speed_text(worker),
+    ]
+
+
+def _speed_text(worker: WorkerStatus) -> str:
+    """Return the measured time per token, and how far predictions of it are off."""
+    if not worker.seconds_per_token:
+        return "-"
+    error = worker.prediction_error
+    off = "" if error is None else f" ±{100 * error:.0f} %"
+    return f"{worker.seconds_per_token * 1000:.2f} ms/token{off}"
+
+
+# ------------------------------------------------------------------ a dry run
+
+
+def stage_row(stage: PlannedStage, memory_bytes: int) -> list[str]:
+    """Return the cells of `STAGE_COLUMNS`."""
+    return [
+        stage.worker,
+        str(stage.layers),
+        size_text(memory_bytes),
+        size_text(stage.weight_bytes),
+        f"{count_text(stage.kv_tokens, 'token')} of context",
+    ]
+
+
+def plan_lines(run: DryRun) -> list[str]:
+    """Return what a dry run expects of all its plans, and of each machine."""
+    used = {stage.worker for plan in run.plans for stage in plan}
+    idle: list[WorkerId] = [worker for worker in run.memory if worker not in used]
+    many = rate_text(run.many_tokens_per_s)
+    return [
+        *([f"without layers: {list_text(idle)}"] if idle else []),
+        f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
+        *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),
+    ]
+
+
+# ------------------------------------------------------------------ answers
+
+
+def timing_row(stage: StageTiming) -> list[str]:
+    """Return the cells of `TIMING_COLUMNS`."""
+    return [
+        stage.worker,
+        str(stage.layers),
+        f"{stage.tasks:,}",
+        duration_text(stage.compute_s),
+    ]
+
+
+def answers_line(generations: Sequence[Generation]) -> str:
+    """Return how many tokens the answers to a prompt took, and how fast that was."""
+    timings, usage = generations[0].timings, generations[0].usage
+    decoded = usage.completion_tokens - len(generations)
+    then = f", then {rate_text(decoded / timings.decode_s)}" if timings.decode_s else ""
+    cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
+    reasons = ", ".join(generation.finish_reason for generation in generations)
+    return (
+        f"{count_text(usage.prompt_tokens, 'token')} in{cached}, {usage.completion_tokens:,} out "
+        f"({reasons}); queued {duration_text(timings.queued_s)}, first token after "
+        f"{duration_text(timings.first_token_s)}{then}"
+    )
+
+
+def drain_lines(name: str, held: WorkerStatus | None) -> tuple[str, str]:
+    """Return what is said while a worker is waited for to leave, and once it has left.
+
+    Args:
+        name: of the worker.
+        held: the worker, if it has layers.
+    """
+    if held is None or held.layers is None:
+        return "", f"{name}, which had no layers, has left"
+    waiting = f"waiting until others serve {layers_text(held.layers)} of {name} ..."
+    return waiting, f"{name} has left, and others serve its layers"
