@@ -271,7 +271,7 @@ def test_a_joiner_that_cannot_split_the_model_stops_nobody() -> None:
     actions = parts.replanning.stage_failed(parts.worker("old"), failed)
     assert not [action for action in actions if isinstance(action, Stop)]
     assert parts.worker("old").state is WorkerState.UNFIT
-    assert layers(parts) == ["a 0-3, b 3-6"]
+    assert layers(parts) == ["a 1-3, b 4-6"]
 
 
 def test_all_who_cannot_load_the_same_plan_are_known() -> None:
