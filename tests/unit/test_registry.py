@@ -206,6 +206,16 @@ def test_deadlines_are_those_of_a_look_at_everybody(events: list[tuple[str, Peer
         )
 
 
+def test_who_comes_and_goes_leaves_nothing_behind(registry: Registry) -> None:
+    registry.add_client(A, now=0.0)
+    for _ in range(1000):
+        registry.add_client(B, now=0.0)
+        registry.remove(B)
+        registry.validate()
+    assert len(registry._heap) < 100
+    assert registry.next_deadline() == CLIENT_SILENCE_S
+
+
 def test_time_per_token_is_a_running_mean_over_decodes(registry: Registry) -> None:
     worker = join(registry, A)
     worker.count_task(100.0, 0)  # part of a prompt

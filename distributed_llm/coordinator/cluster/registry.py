@@ -29,6 +29,9 @@ CLIENT_SILENCE_S = 30.0
 _LEAST_LOADED_BYTES = 64 << 20
 """Bytes of weights below which a load is too short to learn the load speed from."""
 
+_LEAST_ENTRIES = 64
+"""Entries of the heap of deadlines that are kept, at least, before outdated ones are looked for."""
+
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
@@ -244,6 +247,7 @@ class Registry:
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
         self._watches: dict[PeerId, int] = {}
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
+        self._most_entries = _LEAST_ENTRIES
         self._numbers = count()
 
     @property
@@ -365,6 +369,10 @@ class Registry:
         return [peer for _, _, peer in overdue]
 
     def _watch(self, peer: PeerId) -> None:
+        if len(self._heap) >= self._most_entries:  # some may be of peers that are gone
+            self._heap = [entry for entry in self._heap if self._watches.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)
+            self._most_entries = max(_LEAST_ENTRIES, 2 * len(self._heap))
         watch = self._watches[peer] = next(self._numbers)
         heapq.heappush(self._heap, (self._deadline(peer), watch, peer))
 
@@ -380,6 +388,7 @@ class Registry:
         assert len(set(names)) == len(names)
         assert not set(self._workers) & set(self._clients)
         assert set(self._watches) == {*self._workers, *self._clients}
+        assert len(self._heap) <= self._most_entries
         watched = {peer: at for at, watch, peer in self._heap if self._watches.get(peer) == watch}
         assert set(watched) == set(self._watches)
         assert all(at <= self._deadline(peer) for peer, at in watched.items())
