@@ -30,6 +30,7 @@ from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.session.events import (
     Computed,
     ComputeFailed,
+    ComputeThreadFailed,
     Drop,
     Event,
     Load,
@@ -679,3 +680,30 @@ def test_tensor_owns_its_memory() -> None:
     raw[:] = bytes(9)
     assert tensor.tolist() == [0x04030201, 0x08070605]
     tensor += 1
+
+
+# ------------------------------------------------------------------ bugs
+
+
+@pytest.mark.parametrize("method", ["release", "serve", "load", "free_some"])
+def test_a_bug_in_the_thread_is_told_and_ends_it(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on with stages of which nobody knows what they hold."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("it is broken")
+
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        if method == "release":
+            monkeypatch.setattr(FakeStage, method, broken)
+        else:
+            monkeypatch.setattr(held_stages.HeldStages, method, broken)
+        engine.put(Load(0, ORDER) if method == "load" else Release(Epoch(3), (SequenceId(1),)))
+        if method == "serve":
+            engine.put(Serve(Epoch(3)))
+        event = posted.next()
+        assert isinstance(event, ComputeThreadFailed)
+        assert "it is broken" in str(event.error)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
-from distributed_llm.common.errors import DistributedLLMError, StageError
+from distributed_llm.common.errors import DistributedLLMError, StageError, internal_error
 from distributed_llm.common.messages import Capabilities, StageTime
 from distributed_llm.worker.compute.computing import TensorsOnWire, compute
 from distributed_llm.worker.compute.failures import reported
@@ -27,6 +27,7 @@ from distributed_llm.worker.session.events import (
     AssembleKV,
     Computed,
     ComputeFailed,
+    ComputeThreadFailed,
     Drop,
     Event,
     ExportKV,
@@ -136,17 +137,17 @@ class Engine:
         return self._stages.join(max(0.0, deadline - time.monotonic()))
 
     def _main(self) -> None:
-        use_threads(self._capabilities.threads)
-        while (item := self._next()) is not None:
-            queued_at, order = item
-            self._made_progress()
-            try:
+        try:
+            use_threads(self._capabilities.threads)
+            while (item := self._next()) is not None:
+                queued_at, order = item
+                self._made_progress()
                 self._carry_out(order, queued_at)
-            except Exception:
-                logger.exception("the compute thread failed at %s", type(order).__name__)
-            finally:
                 if isinstance(order, Run):
                     self.vitals.tasks_done += 1
+        except Exception as exc:  # a bug: nobody knows what the stages hold now
+            logger.exception("the compute thread cannot go on")
+            self._post(ComputeThreadFailed(internal_error(exc)))
 
     def _next(self) -> tuple[float, Order | BackgroundLoad] | None:
         """Return the next order; free some memory before it, and more while there is no order."""

@@ -49,6 +49,7 @@ from distributed_llm.worker.session.events import (
     Action,
     Computed,
     ComputeFailed,
+    ComputeThreadFailed,
     Connected,
     Disconnected,
     End,
@@ -227,6 +228,8 @@ class Agent:
                 return self._stages.kv_order_done(event, now)
             case Probed():
                 return self._stages.probed(event)
+            case ComputeThreadFailed(error=error):
+                return self._fail(error)
             case _:
                 assert_never(event)
 

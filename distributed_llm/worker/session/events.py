@@ -287,8 +287,17 @@ class Probed:
     flops_per_s: float
 
 
+@dataclass(frozen=True)
+class ComputeThreadFailed:
+    """Event: the compute thread met a bug, and has ended: nobody knows what its stages hold."""
+
+    error: DistributedLLMError
+
+
 KVEvent = KVExported | KVImported | KVAssembled | KVOrderFailed
-ComputeEvent = Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed
+ComputeEvent = (
+    Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed | ComputeThreadFailed
+)
 Event = LinkEvent | Connected | Disconnected | Received | Garbage | Signalled | ComputeEvent
 
 
