@@ -317,7 +317,8 @@ class Core:
     def _stage_failed(self, worker: Worker, failed: StageFailed, now: float) -> list[Action]:
         if self._moves.concerns(worker, failed.epoch):
             return self._moves.stage_failed(worker, failed, now=now)
-        return self._replanning.stage_failed(worker, failed)
+        undone = self._moves.served_stage_failed(worker, failed, now=now)
+        return [*undone, *self._replanning.stage_failed(worker, failed)]
 
     # -------------------------------------------------------------- answers to questions
 

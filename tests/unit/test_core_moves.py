@@ -24,6 +24,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator import events
+from distributed_llm.coordinator.cluster.move import MoveState
 from tests.unit.fake_client import Answer, SimClient
 from tests.unit.fake_model import BIG
 from tests.unit.fake_worker import SimWorker
@@ -547,6 +548,25 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
         world.apply(events.Received(stranger.link.peer, message))
     moved(world)
     assert not undone(world)
+    finish(world, *answers)
+
+
+@pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])
+def test_a_served_stage_that_fails_during_a_move_takes_the_move_along(state: MoveState) -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    slow_down(world)
+    for worker in world.workers:
+        worker.load_s = worker.transfer_s = 0.2
+    assert world.run(lambda: (move := world.core._moves.move) is not None and move.state is state)
+    move = world.core._moves.move
+    assert move
+    failed = StageFailed(epoch=move.old.epoch, code="stage_error", message="its disk is gone")
+    world.apply(events.Received(move.old.stages[1].peer, failed))
+    assert world.core._moves.move is None
+    assert move.old not in world.core._pipelines.all
+    assert world.run(lambda: world.state == "serving")
     finish(world, *answers)
 
 

@@ -140,6 +140,17 @@ class Moves:
             worker.fail(failed.message)
         return actions
 
+    def served_stage_failed(
+        self, worker: Worker, failed: StageFailed, *, now: float
+    ) -> list[Action]:
+        """Undo the move if a worker no longer serves the layers that it has meanwhile."""
+        move = self.move
+        if move is None or failed.epoch != move.old.epoch:
+            return []
+        if self._pipelines.pipeline_of(worker.peer) is not move.old:
+            return []
+        return self.undo(f"{worker.id} cannot serve its layers: {failed.message}", now=now)
+
     def copied(self, worker: Worker, said: KVCopied, *, now: float) -> Sequence[Action]:
         """Record that a worker has copied its KV cache."""
         move = self._move_of(worker, said.epoch)
