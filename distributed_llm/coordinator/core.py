@@ -364,6 +364,7 @@ class Core:
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start whatever a change made possible; put its tasks first, as stages wait for them."""
+        actions += self._membership.give_names_back(now=now)
         if self._replanning.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
         actions += self._moves.settle(now=now)

@@ -7,6 +7,7 @@ from distributed_llm.common.messages import (
     Pong,
     Refused,
     Remeasured,
+    Renamed,
     Welcome,
     WorkerHello,
 )
@@ -79,6 +80,18 @@ class Membership:
         if worker is None:
             return self._cluster.book.drop_client(peer)
         return self._lost(worker, why, now)
+
+    def give_names_back(self, *, now: float) -> list[Action]:
+        """Give workers without layers the names that they asked for, where these are free again."""
+        actions: list[Action] = []
+        for worker, earlier in self._registry.give_names_back():
+            self._cluster.measurements.left(earlier)
+            self._cluster.measurements.joined(worker.id, worker.capabilities)
+            self._moves.prices.forget(earlier)
+            self._replanning.replan_at = now  # a layer map may have waited for the name
+            note = self._log.note(EventKind.WORKER_RENAMED, worker=worker.id, earlier=earlier)
+            actions += [Send(worker.peer, Renamed(worker_id=worker.id)), note]
+        return actions
 
     def _lost(self, worker: Worker, why: str, now: float) -> list[Action]:
         kind = EventKind.WORKER_LEFT if worker.leaving else EventKind.WORKER_LOST

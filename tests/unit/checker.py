@@ -63,6 +63,7 @@ class Checker:
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
         self._check_numbers()
         self._check_nobody_idles()
+        self._check_names()
 
     def _check_text_orders(
         self, event: events.Event | None, actions: Sequence[events.Action], now: float
@@ -125,6 +126,14 @@ class Checker:
             if scheduler and in_flight and not scheduler.num_running and not in_flight.num_steps:
                 needed = answer.request.reserved_tokens
                 assert needed > pipeline.kv_tokens, "an answer waits for nothing"
+
+    def _check_names(self) -> None:
+        """Nobody without layers goes without its name while nobody else has that."""
+        workers = self._core._registry.workers
+        taken = {worker.id for worker in workers}
+        for worker in workers:
+            if worker.layers is None and not worker.leaving:
+                assert worker.wanted_name in taken, f"{worker.id} is {worker.wanted_name}"
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""

@@ -15,6 +15,7 @@ from distributed_llm.common.messages import (
     Heartbeat,
     LoadStage,
     PeerWelcome,
+    Renamed,
     StageTime,
     StageTrial,
     Task,
@@ -227,7 +228,7 @@ class SimWorker:
     def _received(self, link: "Link", wire: list[Frame]) -> None:
         if link is self.link:
             message, frames = codec.to_worker.decode(wire)
-            if isinstance(message, Welcome):
+            if isinstance(message, Welcome | Renamed):
                 self.worker_id = message.worker_id
             self._apply(agents.Received(message, frames))
 

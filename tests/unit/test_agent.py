@@ -31,6 +31,7 @@ from distributed_llm.common.messages import (
     Refused,
     ReleaseSequences,
     Remeasured,
+    Renamed,
     SequenceSlice,
     StageFailed,
     StageReady,
@@ -891,3 +892,15 @@ def test_what_is_void_does_not_count_as_waiting(how: str) -> None:
     hear(agent, order(4))
     for step in range(CREDITS):
         run_of(agent, task(4, step=step), b"1234")
+
+
+def test_a_worker_goes_by_the_name_that_it_is_given() -> None:
+    agent = joined()
+    said = agent.handle(Received(Renamed(worker_id="pc")), now=1.0)
+    assert said == [Log("is called pc now")]
+    hello = PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "pc"))
+    hear(agent, order(3))
+    assert agent.handle(PeerReceived(BEFORE, hello), now=1.0) == [
+        SendToPeer(BEFORE, PeerWelcome(epoch=Epoch(3)))
+    ]
+    assert agent._name == "pc", "it asks for the same name again"

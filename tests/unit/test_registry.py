@@ -66,6 +66,22 @@ def test_taken_names_get_a_number_and_free_ones_do_not(registry: Registry) -> No
     assert join(registry, B).id == "pc-2"
 
 
+def test_the_first_without_layers_gets_the_name_that_is_free_again(registry: Registry) -> None:
+    first, second, third = (join(registry, p) for p in (A, B, C))
+    assert registry.give_names_back() == []
+    second.assign(LayerRange(0, 3), epoch=Epoch(5))
+    registry.remove(A)
+    assert registry.give_names_back() == [(third, "pc-3")]
+    assert [first.id, second.id, third.id] == ["pc", "pc-2", "pc"]
+    second.unassign()
+    assert registry.give_names_back() == []
+    registry.remove(C)
+    second.leaving = True
+    assert registry.give_names_back() == [], "whoever asked for it to leave knows it as this"
+    second.leaving = False
+    assert registry.give_names_back() == [(second, "pc-2")]
+
+
 def test_longest_names_stay_names(registry: Registry) -> None:
     first, second = join(registry, A, "x" * 64), join(registry, B, "x" * 64)
     assert first.id != second.id

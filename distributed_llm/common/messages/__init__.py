@@ -95,6 +95,7 @@ from distributed_llm.common.messages.to_worker import (
     ModelSource,
     NextStage,
     ReleaseSequences,
+    Renamed,
     SequenceIds,
     SequenceSlice,
     SharedPrefix,
@@ -163,6 +164,7 @@ __all__ = [
     "Refused",
     "ReleaseSequences",
     "Remeasured",
+    "Renamed",
     "RequestFailed",
     "RequestId",
     "SequenceIds",
@@ -222,6 +224,7 @@ FromClient = ClientHello | ClientRequest
 ToCoordinator = FromWorker | FromClient
 ToWorker = (
     Welcome
+    | Renamed
     | LoadStage
     | CopyKV
     | TakeOver

@@ -96,6 +96,7 @@ class Worker:
         layers: what it serves or loads, under `epoch`.
         epoch: the newest plan that it was told of and still holds layers of; 0 is none.
         instance: names its process, which may come back in another session.
+        wanted_name: the name that it asked for; it has another one while that is taken.
         link: how its results reach the next stage.
         peer_addresses: where other workers may reach it, best first.
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
@@ -108,6 +109,7 @@ class Worker:
     capabilities: Capabilities
     last_heard_at: float
     instance: str
+    wanted_name: str
     note: str = ""
     leaving: bool = False
     layers: LayerRange | None = None
@@ -245,6 +247,7 @@ class Registry:
         self._task_timeout_s = task_timeout_s
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
+        self._misnamed: dict[PeerId, None] = {}  # workers with another name than they asked for
         self._watches: dict[PeerId, int] = {}
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
         self._most_entries = _LEAST_ENTRIES
@@ -305,11 +308,28 @@ class Registry:
         while name in taken:
             name = f"{hello.name[:58]}-{number}"
             number += 1
-        worker = Worker(peer, WorkerId(name), hello.capabilities, now, hello.instance)
+        worker = Worker(peer, WorkerId(name), hello.capabilities, now, hello.instance, hello.name)
         worker.peer_addresses = hello.peer_addresses
         self._workers[peer] = worker
+        if name != hello.name:
+            self._misnamed[peer] = None
         self._watch(peer)
         return worker
+
+    def give_names_back(self) -> list[tuple[Worker, WorkerId]]:
+        """Rename workers whose name was taken and is free now; return each and its earlier name.
+
+        Only workers without layers: others are known by their name to plans and neighbours.
+        """
+        renamed = []
+        for peer in list(self._misnamed):  # the first to join is the first to be served
+            worker = self._workers[peer]
+            free = self.named(worker.wanted_name) is None
+            if free and worker.layers is None and not worker.leaving:
+                renamed.append((worker, worker.id))
+                worker.id = WorkerId(worker.wanted_name)
+                del self._misnamed[peer]
+        return renamed
 
     def add_client(self, peer: PeerId, *, now: float) -> None:
         """Add a client."""
@@ -334,6 +354,7 @@ class Registry:
         """Forget `peer`; return the worker it was, or None."""
         self._watches.pop(peer, None)
         self._clients.pop(peer, None)
+        self._misnamed.pop(peer, None)
         return self._workers.pop(peer, None)
 
     def remove_instance(self, instance: str) -> list[Worker]:
@@ -387,6 +408,8 @@ class Registry:
         names = [worker.id for worker in self._workers.values()]
         assert len(set(names)) == len(names)
         assert not set(self._workers) & set(self._clients)
+        misnamed = [peer for peer, w in self._workers.items() if w.id != w.wanted_name]
+        assert list(self._misnamed) == misnamed
         assert set(self._watches) == {*self._workers, *self._clients}
         assert len(self._heap) <= self._most_entries
         watched = {peer: at for at, watch, peer in self._heap if self._watches.get(peer) == watch}

@@ -35,6 +35,7 @@ class EventKind(Enum):
     """
 
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"
+    WORKER_RENAMED = "info", "worker {earlier} is called {worker} now: that name is free again"
     WORKER_LEFT = "info", "worker {worker} {why}"
     WORKER_LOST = "warning", "worker {worker} {why}"
     LINK_DIRECT = "info", "worker {worker} hands its results on itself ({rtt_s:.1ms} ms)"
@@ -120,7 +121,9 @@ class Entry:
     def concerns(self, worker: str) -> bool:
         """Return whether a worker has a part in it."""
         maps = (value for name, value in self.facts.items() if name in ("layer_map", "before"))
-        return self.worker == worker or any(worker == name for map_ in maps for name, _ in map_)
+        if worker in (self.worker, self.facts.get("earlier")):
+            return True
+        return any(worker == name for map_ in maps for name, _ in map_)
 
 
 class _Formatter(Formatter):

@@ -37,6 +37,7 @@ from distributed_llm.common.messages import (
     Pong,
     Refused,
     ReleaseSequences,
+    Renamed,
     TakeOver,
     Task,
     ToWorker,
@@ -321,6 +322,9 @@ class Agent:
                 return self._welcomed(message, now)
             case Refused():
                 return self._refused(message)
+            case Renamed(worker_id=name):
+                self._stages.rename(name)
+                return [Log(f"is called {name} now")]
             case MayLeave(why=why):
                 return self._may_leave(why)
             case Pong():

@@ -139,6 +139,10 @@ class Stages:
 
     # -------------------------------------------------------------- the coordinator's orders
 
+    def rename(self, worker: str) -> None:
+        """Call this worker so in stages that are yet to be loaded."""
+        self._worker = worker
+
     def load(self, order: LoadStage, now: float) -> list[Action]:
         """Load a stage: beside the served one, or in its place."""
         if order.epoch <= self._newest:
