@@ -51,7 +51,7 @@ from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import (
     Action,
@@ -151,7 +151,7 @@ class Core:
         return ClusterStatus(
             model=self._cluster.model.name,
             state=self._pipelines.state,
-            note=self._pipelines.note,
+            note=self._note(now),
             epoch=self._pipelines.epoch,
             num_layers=self._cluster.model.cost.num_layers,
             context_length=self._cluster.model.defaults.context_length,
@@ -175,6 +175,16 @@ class Core:
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
         """Return the events kept of one request or of one worker, oldest first."""
         return self._event_log.story(request=request, worker=worker)
+
+    def _note(self, now: float) -> str:
+        """Return why nothing is served, and when a worker that failed is tried again."""
+        note = self._pipelines.note
+        unfit = [worker for worker in self._registry.workers if worker.state is WorkerState.UNFIT]
+        if not note or not unfit:
+            return note
+        first = min(unfit, key=lambda worker: worker.fit_at)
+        when = first.pause_text(now=now)
+        return f"{note[:3900]} Worker {first.id} is tried again {when}."
 
     def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
         advice = self._rebalancing.advice.get(worker.id)
@@ -258,7 +268,7 @@ class Core:
             self._event_log.rejected["duplicate_request"] += 1
             return []
         if self._pipelines.state == "waiting":
-            error = NotReady(self._pipelines.note)
+            error = NotReady(self._note(now))
             return self._book.refuse(peer, message.request_id, error)
         return self._book.submit(peer, message, frames, now=now)
 
@@ -318,7 +328,7 @@ class Core:
         if self._moves.concerns(worker, failed.epoch):
             return self._moves.stage_failed(worker, failed, now=now)
         undone = self._moves.served_stage_failed(worker, failed, now=now)
-        return [*undone, *self._replanning.stage_failed(worker, failed)]
+        return [*undone, *self._replanning.stage_failed(worker, failed, now=now)]
 
     # -------------------------------------------------------------- answers to questions
 

@@ -120,12 +120,14 @@ class Membership:
             return self.give_up(worker.peer, "serves another plan", now=now)
         if hangs and worker.state is WorkerState.LOADING:
             return [pong, *self.give_up(worker.peer, "hangs", now=now)]
+        if worker.may_try_again(now=now):
+            return [pong, *self._replanning.try_again(worker)]
         if hung and not hangs:
             self._replanning.replan_at = now + self._settings.settle_s
         return [pong]
 
     def remeasured(self, worker: Worker, measured: Remeasured) -> list[Action]:
-        """Learn how fast the machine of a worker without layers is now."""
+        """Learn what the machine of a worker without layers can do now."""
         worker.remeasured(measured)
         self._cluster.measurements.remeasured(worker.id, worker.capabilities)
         return []

@@ -62,7 +62,9 @@ class SimWorker:
         base_s: of `layer_s`, at which a probe finds what `capabilities` has; 0 is the first
             `layer_s` that a probe meets.
         probe_noise: returns how many times too fast the next probe finds the machine.
+        memory_bytes: that it has for weights and KV cache now.
         num_probes: that were made.
+        num_loads: orders to load that it began to carry out.
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
         loaded: orders that were carried out.
@@ -111,7 +113,8 @@ class SimWorker:
         self.token_s = self.layer_s = 0.0
         self.base_s = 0.0
         self.probe_noise: Callable[[], float] = lambda: 1.0
-        self.num_probes = 0
+        self.num_probes = self.num_loads = 0
+        self.memory_bytes = memory_bytes
         self.busy_s = 0.0
         self.num_tasks = 0
         self.loaded: list[LoadStage] = []
@@ -464,7 +467,10 @@ class SimWorker:
         found = capabilities()
         speed = self.probe_noise() * (self.base_s / self.layer_s if self.layer_s else 1.0)
         return agents.Probed(
-            order.session, speed * found.memory_bandwidth_bytes_per_s, speed * found.flops_per_s
+            order.session,
+            speed * found.memory_bandwidth_bytes_per_s,
+            speed * found.flops_per_s,
+            self.memory_bytes,
         )
 
     def _drop(self) -> None:
@@ -481,6 +487,7 @@ class SimWorker:
     def _load(self, load: agents.Load) -> agents.Event | None:
         if self.agent.is_void(load):
             return None
+        self.num_loads += 1
         if load.order.beside:
             self.beside, self._loading = None, load
             self.world.at(self.load_s, lambda: self._when_up(lambda: self._loaded_beside(load)))

@@ -93,7 +93,9 @@ WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=
 IDS = TensorSpec("int32", (1,))
 HIDDEN = TensorSpec("bfloat16", (1, 2))
 MAC = NextStage(worker="mac", addresses=("10.0.0.2:7000", "127.0.0.1:7000"))
-REMEASURED = Send(Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10))
+REMEASURED = Send(
+    Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10, memory_bytes=1 << 29)
+)
 BEFORE, STRANGER = PeerId(b"before"), PeerId(b"stranger")
 
 
@@ -390,7 +392,9 @@ def probes(agent: Agent, until: float) -> list[float]:
         for action in agent.on_timer(reached=True, now=at):
             if isinstance(action, Probe):
                 assert not agent.is_void(action)
-                assert agent.handle(Probed(action.session, 5e9, 7e10), now=at) == [REMEASURED]
+                assert agent.handle(Probed(action.session, 5e9, 7e10, 1 << 29), now=at) == [
+                    REMEASURED
+                ]
                 times.append(at)
     return times
 
@@ -428,7 +432,7 @@ def test_probe_is_void_once_there_are_layers_to_load() -> None:
     (probe,) = due_probes(agent, 10.0)
     hear(agent, order(1), 10.0)
     assert agent.is_void(probe)
-    assert agent.handle(Probed(probe.session, 5e9, 7e10), now=10.1) == []
+    assert agent.handle(Probed(probe.session, 5e9, 7e10, 1 << 29), now=10.1) == []
 
 
 def test_probe_of_an_old_session_is_void() -> None:
@@ -438,7 +442,7 @@ def test_probe_of_an_old_session_is_void() -> None:
     agent.handle(Connected(), now=12.0)
     hear(agent, WELCOME, 12.0)
     assert agent.is_void(probe)
-    assert agent.handle(Probed(probe.session, 5e9, 7e10), now=12.0) == []
+    assert agent.handle(Probed(probe.session, 5e9, 7e10, 1 << 29), now=12.0) == []
     assert probes(agent, until=30.0) == [22.0]
 
 

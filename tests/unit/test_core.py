@@ -326,7 +326,7 @@ def test_worker_that_cannot_load_is_left_out() -> None:
     assert world.run(lambda: world.state == "serving")
     by_name = {w.name: w for w in world.core.status(now=world.now).workers}
     assert by_name["w1"].state == "unfit"
-    assert by_name["w1"].note == "out of memory"
+    assert by_name["w1"].note == "out of memory. It may be given layers again in 10 s."
     assert [w.name for w in world.plan()] == ["w0", "w2"]
     finish(world, world.client().submit())
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from distributed_llm.common.errors import NotEnoughMemory, StageError
 from distributed_llm.common.messages import (
     Finished,
     Heartbeat,
@@ -15,6 +16,83 @@ from distributed_llm.coordinator.serving.event_log import EventKind
 from tests.unit.fake_model import POISON, Missing
 from tests.unit.fake_worker import SimWorker
 from tests.unit.simulation import LONG, World, finish, with_settings
+
+# ------------------------------------------------------------------ workers cannot load
+
+
+@pytest.mark.parametrize("strategy", ["memory", "speed"])
+def test_the_only_worker_is_tried_again_until_it_can_load(strategy: str) -> None:
+    """After pauses that double, so that it is mended at no cost; it is said when."""
+    world = World(with_settings(strategy=strategy))
+    only = world.worker("only", 2000)
+    only.load_error = NotEnoughMemory("Another program takes the memory.")
+    assert world.run(lambda: only.num_loads == 1)
+    world.run(for_s=1.0)
+    status = world.core.status(now=world.now)
+    assert status.state == "waiting"
+    assert status.workers[0].state == "unfit"
+    assert (
+        status.workers[0].note
+        == "Another program takes the memory. It may be given layers again in 9 s."
+    )
+    assert status.note.endswith("Worker only is tried again in 9 s.")
+    failed = world.client().submit()
+    assert world.run(lambda: failed.end is not None, for_s=1.0)
+    assert "is tried again in" in str(failed.end)
+    started_at = world.now
+    assert world.run(lambda: only.num_loads == 2, for_s=11.0)
+    assert world.run(lambda: only.num_loads == 3, for_s=22.0)
+    assert world.run(lambda: only.num_loads == 4, for_s=42.0)
+    assert world.now > started_at + 60.0
+    only.load_error = None
+    assert world.run(lambda: world.state == "serving", for_s=82.0)
+    finish(world, world.client().submit())
+
+
+def test_pauses_are_bounded_and_begin_anew_after_a_success() -> None:
+    world = World()
+    only = world.worker("only", 2000)
+    only.load_error = StageError("Its disk does not answer.")
+    assert world.run(lambda: only.num_loads == 12, for_s=6000.0)
+    assert world.run(lambda: only.num_loads == 13, for_s=602.0)
+    only.load_error = None
+    assert world.run(lambda: world.state == "serving", for_s=602.0)
+    only.load_error = StageError("Its disk does not answer.")
+    loads = only.num_loads
+    world.worker("late", 2000)  # both are planned for
+    assert world.run(lambda: only.num_loads == loads + 1, for_s=5.0)
+    assert world.run(lambda: world.core.status(now=world.now).workers[0].state == "unfit")
+    note = world.core.status(now=world.now).workers[0].note
+    assert note == "Its disk does not answer. It may be given layers again in 10 s."
+
+
+def test_a_worker_that_has_more_memory_than_when_it_failed_is_tried_at_once() -> None:
+    world = World()
+    only = world.worker("only", 2000)
+    only.load_error = NotEnoughMemory("Another program takes the memory.")
+    only.memory_bytes = 1500
+    assert world.run(lambda: only.num_loads == 6, for_s=400.0)
+    world.run(for_s=15.0)
+    status = world.core.status(now=world.now)
+    assert status.workers[0].capabilities.memory_bytes == 1500, "it is planned for what there is"
+    only.load_error, only.memory_bytes = None, 2000
+    assert world.run(lambda: world.state == "serving", for_s=12.0)
+
+
+def test_who_is_tried_again_takes_nothing_away_from_those_that_serve() -> None:
+    world = World()
+    world.worker("well", 2000)
+    ill = world.worker("ill", 2000)
+    ill.load_error = StageError("Its disk does not answer.")
+    assert world.run(lambda: ill.num_loads == 1 and world.state == "serving")
+    epoch = world.epoch
+    world.run(for_s=600.0)
+    assert (world.epoch, world.state, ill.num_loads) == (epoch, "serving", 1)
+    ill.load_error = None
+    world.workers[0].kill()
+    assert world.run(lambda: world.state == "serving" and world.epoch > epoch, for_s=5.0)
+    assert world.plan() == [ill]
+
 
 # ------------------------------------------------------------------ workers are lost
 

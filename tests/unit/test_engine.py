@@ -552,7 +552,7 @@ def test_tasks_run_on_the_stage_of_their_epoch() -> None:
 
 def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        engine_module, "remeasure", lambda order, *_, **__: Probed(order.session, 1.0, 1.0)
+        engine_module, "remeasure", lambda order, *_, **__: Probed(order.session, 1.0, 1.0, 1)
     )
     gate = threading.Event()
     with running() as (engine, posted):
@@ -571,7 +571,7 @@ def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.Monk
         gate.set()
         posted.loaded()
         engine.put(Probe(2))
-        assert posted.next() == Probed(2, 1.0, 1.0)
+        assert posted.next() == Probed(2, 1.0, 1.0, 1)
 
 
 @pytest.mark.parametrize("end", [Drop(), Load(0, msgspec.structs.replace(ORDER, epoch=5))])

@@ -259,7 +259,7 @@ def test_a_worker_goes_from_idle_to_serving_and_back(registry: Registry) -> None
         6,
     )
     worker.unassign()
-    worker.fail("no room")
+    worker.fail("no room", now=0.0)
     assert (worker.state, worker.note) == (WorkerState.UNFIT, "no room")
 
 
@@ -272,10 +272,33 @@ def test_one_that_loaded_for_a_move_serves_once_it_is_committed(registry: Regist
 
 def test_one_that_cannot_serve_is_given_no_layers(registry: Registry) -> None:
     worker = join(registry, A)
-    worker.fail("no room")
+    worker.fail("no room", now=0.0)
     assert registry.fit == []
     with pytest.raises(IllegalTransition, match="ASSIGNED cannot happen while UNFIT"):
         worker.assign(LayerRange(0, 3), epoch=Epoch(5))
+
+
+def test_who_failed_may_try_again_after_pauses_that_double(registry: Registry) -> None:
+    worker = join(registry, A)
+    pauses = []
+    now = 0.0
+    for _ in range(9):
+        worker.fail("no room", now=now)
+        assert registry.idle == []
+        since = now
+        while not worker.may_try_again(now=now):
+            now += 1.0
+        pauses.append(now - since)
+        worker.try_again()
+        assert registry.idle == [worker]
+    assert pauses == [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0, 600.0]
+    worker.assign(LayerRange(0, 3), epoch=Epoch(5))
+    worker.loaded(weight_bytes=7)
+    worker.unassign()
+    worker.fail("no room", now=now)
+    assert worker.may_try_again(now=now + 10.0)
+    worker.leaving = True
+    assert not worker.may_try_again(now=now + 10.0)
 
 
 def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> None:

@@ -218,7 +218,7 @@ def test_a_worker_that_cannot_load_is_planned_without() -> None:
     parts = Parts({"a": HALF, "b": HALF, "c": HALF}, strategy="even")
     parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
     failed = StageFailed(epoch=Epoch(1), code="stage_error", message="no room")
-    actions = parts.replanning.stage_failed(parts.worker("b"), failed)
+    actions = parts.replanning.stage_failed(parts.worker("b"), failed, now=1.0)
     assert parts.worker("b").state is WorkerState.UNFIT
     assert asked(actions) == ["a", "c"]
     answered(parts, question_of(actions))
@@ -229,7 +229,7 @@ def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
     parts = Parts({"a": WHOLE})
     parts.pipelines.load([parts.plan(("a", 0, 6))])
     failed = StageFailed(epoch=Epoch(1), code="unsupported_model", message="it differs")
-    actions = parts.replanning.stage_failed(parts.worker("a"), failed)
+    actions = parts.replanning.stage_failed(parts.worker("a"), failed, now=1.0)
     assert [type(action) for action in actions if isinstance(action, Stop)] == [Stop]
 
 
@@ -237,7 +237,7 @@ def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
 def test_a_failure_of_another_plan_changes_nothing(epoch: int) -> None:
     parts = serving()
     failed = StageFailed(epoch=Epoch(epoch), code="stage_error", message="no room")
-    assert parts.replanning.stage_failed(parts.worker("b"), failed) == []
+    assert parts.replanning.stage_failed(parts.worker("b"), failed, now=1.0) == []
     assert layers(parts) == ["a 0-3, b 3-6"]
 
 

@@ -158,13 +158,14 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
 
 
 class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
-    """Worker -> coordinator, from time to time while it has no layers: how fast it is now.
+    """Worker -> coordinator, from time to time while it has no layers: what it can do now.
 
     First sent right after its layers were dropped. The attributes are those of `Capabilities`.
     """
 
     memory_bandwidth_bytes_per_s: Bandwidth
     flops_per_s: Flops
+    memory_bytes: Count
 
 
 class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):

@@ -137,7 +137,7 @@ class Moves:
         """Undo the move: a stage of it cannot be loaded."""
         actions = self.undo(f"{worker.id} cannot load its layers: {failed.message}", now=now)
         if worker.layers is None:
-            worker.fail(failed.message)
+            worker.fail(failed.message, now=now)
         return actions
 
     def served_stage_failed(

@@ -29,6 +29,15 @@ CLIENT_SILENCE_S = 30.0
 _LEAST_LOADED_BYTES = 64 << 20
 """Bytes of weights below which a load is too short to learn the load speed from."""
 
+_FIRST_PAUSE_S = 10.0
+"""Seconds until a worker whose load failed may be given layers again; twice as many each time."""
+
+_MOST_PAUSE_S = 600.0
+"""Seconds that such a pause lasts at most."""
+
+_OTHER_MEMORY = 1.1
+"""Factor by which the memory of a worker has to change to be taken as another amount."""
+
 _LEAST_ENTRIES = 64
 """Entries of the heap of deadlines that are kept, at least, before outdated ones are looked for."""
 
@@ -43,7 +52,7 @@ class WorkerState(Enum):
         IDLE: it has no layers.
         LOADING: it loads the layers that it was assigned.
         SERVING: its layers are loaded; also while a move loads others beside them.
-        UNFIT: it could not load its layers, and is given no others in this session.
+        UNFIT: it could not load its layers, and is given no others until a pause has passed.
     """
 
     IDLE = "idle"
@@ -61,6 +70,7 @@ class WorkerCause(Enum):
         COMMITTED: a move was committed; it serves the layers that it loaded for it.
         UNASSIGNED: its layers were taken away, because its pipeline was dissolved or moved.
         FAILED: it cannot load layers.
+        TRIED_AGAIN: the pause after that has passed, or it has more memory than then.
     """
 
     ASSIGNED = "assigned"
@@ -68,6 +78,7 @@ class WorkerCause(Enum):
     COMMITTED = "committed"
     UNASSIGNED = "unassigned"
     FAILED = "failed"
+    TRIED_AGAIN = "tried again"
 
 
 _S, _C = WorkerState, WorkerCause
@@ -82,6 +93,7 @@ WORKER_STATES = StateTable(
         (_S.LOADING, _C.UNASSIGNED): _S.IDLE,
         (_S.SERVING, _C.UNASSIGNED): _S.IDLE,
         (_S.IDLE, _C.FAILED): _S.UNFIT,
+        (_S.UNFIT, _C.TRIED_AGAIN): _S.IDLE,
     },
 )
 
@@ -92,6 +104,9 @@ class Worker:
 
     Attributes:
         note: why it is unfit.
+        failures: loads in a row that failed.
+        fit_at: when the pause after the latest of them ends, clock seconds.
+        failed_with_bytes: the memory that it offered when that failed.
         leaving: it is to leave, so it is given no layers.
         layers: what it serves or loads, under `epoch`.
         epoch: the newest plan that it was told of and still holds layers of; 0 is none.
@@ -111,6 +126,9 @@ class Worker:
     instance: str
     wanted_name: str
     note: str = ""
+    failures: int = 0
+    fit_at: float = 0.0
+    failed_with_bytes: int = 0
     leaving: bool = False
     layers: LayerRange | None = None
     epoch: Epoch = NO_EPOCH
@@ -140,11 +158,13 @@ class Worker:
     def loaded(self, *, weight_bytes: int) -> None:
         """Record that it serves the layers that it was assigned."""
         self._change(WorkerCause.LOADED)
+        self.failures = 0
         self.weight_bytes = weight_bytes
 
     def commit(self, layers: LayerRange, *, epoch: Epoch, weight_bytes: int) -> None:
         """Record that it serves what it loaded for a move."""
         self._change(WorkerCause.COMMITTED)
+        self.failures = 0
         self._forget_stage()
         self.layers, self.epoch = layers, epoch
         self.weight_bytes = weight_bytes
@@ -155,10 +175,33 @@ class Worker:
         self._forget_stage()
         self.layers = None
 
-    def fail(self, why: str) -> None:
-        """Record that it cannot serve; it has no layers."""
+    def fail(self, why: str, *, now: float) -> None:
+        """Record that it could not load its layers, and has none.
+
+        What was in the way may pass: a full memory, a network drive. So it may try again, after a
+        pause that doubles with every failure.
+        """
         self._change(WorkerCause.FAILED)
         self.note = why
+        self.fit_at = now + min(_FIRST_PAUSE_S * 2.0**self.failures, _MOST_PAUSE_S)
+        self.failures = min(self.failures + 1, 64)
+        self.failed_with_bytes = self.capabilities.memory_bytes
+
+    def may_try_again(self, *, now: float) -> bool:
+        """Return whether it is unfit, and may be given layers again."""
+        if self.state is not _S.UNFIT or self.leaving:
+            return False
+        more = self.capabilities.memory_bytes > _OTHER_MEMORY * self.failed_with_bytes
+        return more or now >= self.fit_at
+
+    def try_again(self) -> None:
+        """Let it be given layers again."""
+        self._change(WorkerCause.TRIED_AGAIN)
+        self.note = ""
+
+    def pause_text(self, *, now: float) -> str:
+        """Return when it may be given layers again, as it follows "again"."""
+        return f"in {max(1.0, self.fit_at - now):.0f} s"
 
     def _change(self, cause: WorkerCause) -> None:
         self._state = WORKER_STATES.after(self._state, cause)
@@ -175,8 +218,12 @@ class Worker:
 
     def remeasured(self, probe: Remeasured) -> None:
         """Take what the latest probe of its machine measured."""
+        memory_bytes = self.capabilities.memory_bytes
+        if not memory_bytes / _OTHER_MEMORY <= probe.memory_bytes <= memory_bytes * _OTHER_MEMORY:
+            memory_bytes = probe.memory_bytes
         self.capabilities = msgspec.structs.replace(
             self.capabilities,
+            memory_bytes=memory_bytes,
             memory_bandwidth_bytes_per_s=probe.memory_bandwidth_bytes_per_s,
             flops_per_s=probe.flops_per_s,
         )
@@ -207,10 +254,14 @@ class Worker:
             gain: how much more is answered with it than without, as a share, if that is known.
             advice: what that means, for people.
         """
+        note = self.note
+        if self.state is _S.UNFIT:
+            when = self.pause_text(now=now)
+            note = f"{note[:4000].rstrip('.')}. It may be given layers again {when}."
         return WorkerStatus(
             name=self.id,
             state="leaving" if self.leaving else self._state.value,
-            note=self.note,
+            note=note,
             layers=self.layers,
             next_layers=next_layers,
             epoch=self.epoch,

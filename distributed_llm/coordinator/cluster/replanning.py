@@ -87,14 +87,25 @@ class Replanning:
         self._pipelines.recovering, self._lost = True, worker.id
         return self._ask_for(Need.RECOVERY)
 
-    def stage_failed(self, worker: Worker, failed: StageFailed) -> list[Action]:
+    def try_again(self, worker: Worker) -> list[Action]:
+        """Count a worker in again that could not load its layers; use it where one is missing.
+
+        Nothing that serves is dissolved for it, as it may fail again.
+        """
+        worker.try_again()
+        note = self._cluster.event_log.note(EventKind.WORKER_TRIED_AGAIN, worker=worker.id)
+        if self._pipelines.state == "waiting":
+            return [note, *self.plan_anew()]
+        return [note] if self._pipelines.complete else [note, *self.add_pipeline()]
+
+    def stage_failed(self, worker: Worker, failed: StageFailed, *, now: float) -> list[Action]:
         """Dissolve the pipeline of a worker that cannot load its layers; plan without it."""
         pipeline = self._pipelines.pipeline_of(worker.peer)
         if pipeline is None or failed.epoch != worker.epoch:
             self._cluster.event_log.rejected["stale_epoch"] += 1
             return []
         self._pipelines.dissolve(pipeline)
-        worker.fail(failed.message)
+        worker.fail(failed.message, now=now)
         note = self._cluster.event_log.note(
             EventKind.STAGE_FAILED, worker=worker.id, epoch=failed.epoch, why=failed.message
         )

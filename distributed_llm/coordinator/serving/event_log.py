@@ -47,6 +47,7 @@ class EventKind(Enum):
     PLAN_KEPT = "warning", "the plan stays: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded layers {layers} in {load_s:.1f} s"
     STAGE_FAILED = "error", "worker {worker} cannot serve: {why}"
+    WORKER_TRIED_AGAIN = "info", "worker {worker} may be given layers again"
     PLAN_SERVING = "info", "serving plan {epoch}: {kv_tokens} positions of KV cache"
     PIPELINE_LOST = "warning", "{pipelines} pipelines are left to serve the model: {why}"
     WAITING = "warning", "waiting: {why}"

@@ -280,11 +280,12 @@ class KVOrderFailed:
 
 @dataclass(frozen=True)
 class Probed:
-    """Event: the machine's speed was measured again."""
+    """Event: what the machine can do was measured again; as in `Capabilities`."""
 
     session: int
     memory_bandwidth_bytes_per_s: float
     flops_per_s: float
+    memory_bytes: int
 
 
 @dataclass(frozen=True)

@@ -383,12 +383,13 @@ class Stages:
         return self._kv_move.order_done(event, now)
 
     def probed(self, event: Probed) -> list[Action]:
-        """Report how fast the machine is, unless there are layers by now."""
+        """Report what the machine can do now, unless there are layers by now."""
         if self.is_void(Probe(event.session)):
             return []
         measured = Remeasured(
             memory_bandwidth_bytes_per_s=event.memory_bandwidth_bytes_per_s,
             flops_per_s=event.flops_per_s,
+            memory_bytes=event.memory_bytes,
         )
         return [Send(measured)]
 
