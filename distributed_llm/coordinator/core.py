@@ -281,7 +281,7 @@ class Core:
             case StageReady():
                 return self._stage_ready(worker, message, now)
             case StageFailed():
-                return self._stage_failed(worker, message, now)
+                return self._membership.stage_failed(worker, message, now=now)
             case TaskResult():
                 return self._stepping.result(worker, message, frames, now=now)
             case TaskFailed():
@@ -323,12 +323,6 @@ class Core:
         if self._moves.is_loading(worker, ready.epoch):
             return [*self._moves.stage_ready(worker, ready, now=now)]
         return self._pipelines.stage_ready(worker, ready)
-
-    def _stage_failed(self, worker: Worker, failed: StageFailed, now: float) -> list[Action]:
-        if self._moves.concerns(worker, failed.epoch):
-            return self._moves.stage_failed(worker, failed, now=now)
-        undone = self._moves.served_stage_failed(worker, failed, now=now)
-        return [*undone, *self._replanning.stage_failed(worker, failed, now=now)]
 
     # -------------------------------------------------------------- answers to questions
 

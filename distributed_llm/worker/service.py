@@ -276,12 +276,15 @@ class Worker:
             )
 
     def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
+        load_progress = self._engine.load_progress
         return Heartbeat(
             epochs=epochs,
             progress_age_s=self._engine.progress_age_s(),
             tasks_waiting=self._engine.vitals.tasks_waiting,
             memory_used_bytes=self._process.memory_info().rss,
             kv_bytes=self._engine.vitals.kv_bytes,
+            loading=load_progress is not None,
+            load_progress=load_progress or 0,
         )
 
     def _reconnect(self) -> None:

@@ -64,6 +64,7 @@ class SimWorker:
         probe_noise: returns how many times too fast the next probe finds the machine.
         memory_bytes: that it has for weights and KV cache now.
         num_probes: that were made.
+        load_stalls: its loads begin and make no progress, until `resume_loads`.
         num_loads: orders to load that it began to carry out.
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
@@ -115,6 +116,8 @@ class SimWorker:
         self.probe_noise: Callable[[], float] = lambda: 1.0
         self.num_probes = self.num_loads = 0
         self.memory_bytes = memory_bytes
+        self.load_stalls = False
+        self._stalled: list[Callable[[], None]] = []  # the ends of loads that make no progress
         self.busy_s = 0.0
         self.num_tasks = 0
         self.loaded: list[LoadStage] = []
@@ -165,6 +168,13 @@ class SimWorker:
         if self._stuck:
             self._stuck = False
             self._when_up(self._finish)
+
+    def resume_loads(self) -> None:
+        """Have loads go on."""
+        self.load_stalls = False
+        calls, self._stalled = self._stalled, []
+        for call in calls:
+            self._when_up(call)
 
     def spoil(self, times: int, change: Callable[[Specs, Frames], tuple[Specs, Frames]]) -> None:
         """Change what the next `times` tasks give."""
@@ -295,13 +305,21 @@ class SimWorker:
 
     def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
         waiting = sum(isinstance(order, agents.Run) for order in self.orders)
+        loading = self._loads_alone or bool(self._loading or self._stalled)
         return Heartbeat(
             epochs=epochs,
             progress_age_s=self.world.now - self._progress_at if waiting else 0.0,
             tasks_waiting=waiting,
             memory_used_bytes=1,
             kv_bytes=1,
+            loading=loading,
+            load_progress=round(1e3 * self.world.now) if loading and not self._stalled else 0,
         )
+
+    @property
+    def _loads_alone(self) -> bool:
+        order = self.orders[0] if self._busy else None
+        return isinstance(order, agents.Load) and not order.order.beside
 
     # -------------------------------------------------------------- other workers
 
@@ -418,6 +436,9 @@ class SimWorker:
         if self.hung:
             self._stuck = True
             return
+        if self.load_stalls and self._loads_alone:
+            self._stalled.append(self._finish)
+            return
         event = self._do(self.orders[0])
         self._when_up(lambda: self._finished(event))
 
@@ -499,6 +520,9 @@ class SimWorker:
         return self._loaded(load)
 
     def _loaded_beside(self, load: agents.Load) -> None:
+        if self.load_stalls:
+            self._stalled.append(lambda: self._loaded_beside(load))
+            return
         if self._loading is not load:
             return
         self._loading = None

@@ -18,6 +18,7 @@ from distributed_llm.common.messages import (
     DropStage,
     Goodbye,
     Leaving,
+    LeftOut,
     LinkReport,
     LoadStage,
     MayLeave,
@@ -908,3 +909,10 @@ def test_a_worker_goes_by_the_name_that_it_is_given() -> None:
         SendToPeer(BEFORE, PeerWelcome(epoch=Epoch(3)))
     ]
     assert agent._name == "pc", "it asks for the same name again"
+
+
+def test_the_operator_is_told_why_a_worker_is_left_out() -> None:
+    agent = joined()
+    assert agent.handle(Received(LeftOut(why="Its disk stands still.")), now=1.0) == [
+        Log("Its disk stands still.", "warning")
+    ]

@@ -6,7 +6,9 @@ from distributed_llm.common.errors import NotEnoughMemory, StageError
 from distributed_llm.common.messages import (
     Finished,
     Heartbeat,
+    LoadStage,
     MissingPositions,
+    StageReady,
     Task,
 )
 from distributed_llm.common.sampling_params import SamplingParams
@@ -15,7 +17,7 @@ from distributed_llm.coordinator import events
 from distributed_llm.coordinator.serving.event_log import EventKind
 from tests.unit.fake_model import POISON, Missing
 from tests.unit.fake_worker import SimWorker
-from tests.unit.simulation import LONG, World, finish, with_settings
+from tests.unit.simulation import LONG, Fault, World, finish, with_settings
 
 # ------------------------------------------------------------------ workers cannot load
 
@@ -92,6 +94,59 @@ def test_who_is_tried_again_takes_nothing_away_from_those_that_serve() -> None:
     world.workers[0].kill()
     assert world.run(lambda: world.state == "serving" and world.epoch > epoch, for_s=5.0)
     assert world.plan() == [ill]
+
+
+# ------------------------------------------------------------------ loads that hang
+
+
+def test_a_worker_whose_load_hangs_is_passed_over_and_told() -> None:
+    """The others serve without it; once its load has ended it may be used again."""
+    world = World()
+    workers = [world.worker(f"w{i}", 900) for i in range(3)]
+    workers[1].load_stalls = True
+    assert world.run(lambda: world.state == "loading", for_s=2.0)
+    answer = world.client().submit()
+    world.run(for_s=115.0)
+    assert world.state == "loading"
+    assert world.run(lambda: world.state == "serving", for_s=10.0)
+    assert workers[1] not in world.plan()
+    finish(world, answer)
+    status = {worker.name: worker for worker in world.core.status(now=world.now).workers}["w1"]
+    assert status.state == "unfit"
+    assert "made no progress for 12" in status.note
+    assert status.note.endswith("It may be given layers again once that load has ended.")
+    assert any(log.startswith("w1: ") and "made no progress" in log for log in world.logs)
+    assert workers[1].num_sessions == 1
+    world.run(for_s=100.0)
+    orders = [type(order).__name__ for order in workers[1].orders]
+    assert orders.count("Load") == 1, "nothing is ordered while it hangs"
+    workers[1].resume_loads()
+    world.run(for_s=2.0)
+    epoch = world.epoch
+    world.workers[0].kill()
+    assert world.run(lambda: world.state == "serving" and world.epoch > epoch, for_s=5.0)
+    assert workers[1] in world.plan()
+    finish(world, world.client().submit())
+
+
+def test_a_load_may_take_as_long_as_it_makes_progress() -> None:
+    world = World()
+    slow = world.worker("slow", 2000)
+    slow.load_s = 3000.0
+    assert world.run(lambda: world.state == "loading", for_s=2.0)
+    answer = world.client().submit()
+    assert world.run(lambda: world.state == "serving", for_s=3010.0)
+    assert world.epoch == 1
+    finish(world, answer)
+
+
+@pytest.mark.parametrize("kind", [LoadStage, StageReady])
+def test_a_load_of_which_nothing_is_heard_ends_as_well(kind: type[LoadStage]) -> None:
+    world = World()
+    world.faults.append(Fault(kind, "drop"))
+    world.worker("only", 2000)
+    assert world.run(lambda: world.state == "serving", for_s=140.0)
+    finish(world, world.client().submit())
 
 
 # ------------------------------------------------------------------ workers are lost

@@ -529,6 +529,38 @@ def test_a_joiner_that_cannot_run_the_model_does_not_stop_who_serves() -> None:
     assert "late" not in layers(world)
 
 
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_load_beside_that_hangs_is_given_up(idle: bool) -> None:
+    world, client = cluster(2 if idle else 3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    victim = join(world, "late") if idle else world.plan()[0]
+    victim.load_stalls = True
+    if not idle:
+        slow_down(world)
+    assert world.run(lambda: world.core._moves.move is not None)
+    began_at = world.now
+    assert world.run(lambda: undone(world), for_s=125.0)
+    assert world.now > began_at + 119.0
+    assert any("made no progress for 12" in line for line in world.logs)
+    told = f"{victim.name}: Loading layers"
+    assert world.run(lambda: any(line.startswith(told) for line in world.logs), for_s=1.0)
+    assert victim.num_sessions == 1
+    victim.resume_loads()
+    finish(world, *answers)
+
+
+def test_a_load_beside_may_take_as_long_as_it_makes_progress() -> None:
+    world, client = cluster(2)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 40)
+    join(world, "late").load_s = 1200.0
+    assert world.run(lambda: world.core._moves.move is not None)
+    assert world.run(lambda: moves(world) == 1 or undone(world), for_s=1210.0)
+    assert not undone(world)
+    finish(world, *answers)
+
+
 def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     world, client = cluster(3)
     answers = asked(client, answer=200)

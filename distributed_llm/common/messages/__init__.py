@@ -90,6 +90,7 @@ from distributed_llm.common.messages.to_worker import (
     CopyKV,
     DropStage,
     KVTransfer,
+    LeftOut,
     LoadStage,
     MayLeave,
     ModelSource,
@@ -146,6 +147,7 @@ __all__ = [
     "KVTransfer",
     "Label",
     "Leaving",
+    "LeftOut",
     "LinkReport",
     "LoadStage",
     "MayLeave",
@@ -225,6 +227,7 @@ ToCoordinator = FromWorker | FromClient
 ToWorker = (
     Welcome
     | Renamed
+    | LeftOut
     | LoadStage
     | CopyKV
     | TakeOver

@@ -47,6 +47,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
         epochs: epochs whose layers it holds or loads; empty if it has none.
         progress_age_s: time since the compute thread last finished a layer or was idle.
         tasks_waiting: tasks that were received and whose results were not sent yet.
+        loading: whether layers are being loaded, even for an order that was given up since.
+        load_progress: a number that changes as long as that makes progress.
     """
 
     epochs: Annotated[tuple[Epoch, ...], Meta(max_length=2)]
@@ -54,6 +56,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     tasks_waiting: Count
     memory_used_bytes: Count
     kv_bytes: Count
+    loading: bool = False
+    load_progress: Count = 0
 
 
 class StageTrial(

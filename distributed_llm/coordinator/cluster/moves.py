@@ -243,7 +243,7 @@ class Moves:
         at = self.next_deadline()
         if self.move is None or at is None or at > now:
             return []
-        if self.move.copies and self.move.state is not MoveState.LOADING:
+        if self.move.copies:
             self.prices.copied_slowly(COPY_SLOWDOWN)
         if self.move.state is MoveState.COPYING:
             return self.move.copy_timed_out(now=now)

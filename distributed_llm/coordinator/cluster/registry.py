@@ -114,6 +114,7 @@ class Worker:
         wanted_name: the name that it asked for; it has another one while that is taken.
         link: how its results reach the next stage.
         peer_addresses: where other workers may reach it, best first.
+        loading: whether it loads layers, by its last heartbeat; perhaps for an older order.
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         seconds_per_token: running mean over steps that only decode, or None before any.
         load_bytes_per_s: at which it loaded weights last; None before that was measured.
@@ -137,12 +138,15 @@ class Worker:
     weight_bytes: int = 0
     memory_used_bytes: int = 0
     kv_bytes: int = 0
+    loading: bool = False
     progress_age_s: float = 0.0
     tasks_done: int = 0
     compute_s: float = 0.0
     seconds_per_token: float | None = None
     load_bytes_per_s: float | None = None
     _state: WorkerState = field(default=WORKER_STATES.initial)
+    _load: tuple[Epoch, int] = (NO_EPOCH, 0)  # the one that is waited for, and its progress
+    _load_at: float = 0.0  # when that changed last, clock seconds
 
     @property
     def state(self) -> WorkerState:
@@ -189,7 +193,7 @@ class Worker:
 
     def may_try_again(self, *, now: float) -> bool:
         """Return whether it is unfit, and may be given layers again."""
-        if self.state is not _S.UNFIT or self.leaving:
+        if self.state is not _S.UNFIT or self.leaving or self.loading:
             return False
         more = self.capabilities.memory_bytes > _OTHER_MEMORY * self.failed_with_bytes
         return more or now >= self.fit_at
@@ -201,6 +205,8 @@ class Worker:
 
     def pause_text(self, *, now: float) -> str:
         """Return when it may be given layers again, as it follows "again"."""
+        if self.loading:
+            return "once that load has ended"
         return f"in {max(1.0, self.fit_at - now):.0f} s"
 
     def _change(self, cause: WorkerCause) -> None:
@@ -210,6 +216,12 @@ class Worker:
         self.link = ""
         self.weight_bytes = 0
         self.seconds_per_token = None
+
+    def load_age_s(self, epoch: Epoch, beat: Heartbeat, *, now: float) -> float:
+        """Return how long its load for `epoch` has made no progress, as its heartbeats tell."""
+        if self._load != (load := (epoch, beat.load_progress)):
+            self._load, self._load_at = load, now
+        return now - self._load_at
 
     def learn_load_speed(self, added_bytes: int, load_s: float) -> None:
         """Learn from a load that read `added_bytes` of weights."""
@@ -399,6 +411,7 @@ class Registry:
         worker = self._workers[peer]
         worker.memory_used_bytes = beat.memory_used_bytes
         worker.kv_bytes = beat.kv_bytes
+        worker.loading = beat.loading
         worker.progress_age_s = beat.progress_age_s if beat.tasks_waiting else 0.0
 
     def remove(self, peer: PeerId) -> Worker | None:

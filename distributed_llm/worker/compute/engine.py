@@ -19,6 +19,7 @@ from distributed_llm.worker.compute.computing import TensorsOnWire, compute
 from distributed_llm.worker.compute.failures import reported
 from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.compute.kv_orders import assemble_kv, import_kv
+from distributed_llm.worker.compute.load_progress import LoadProgress
 from distributed_llm.worker.compute.loading import BackgroundLoad, use_threads
 from distributed_llm.worker.compute.orders import OrderQueue
 from distributed_llm.worker.compute.probe import remeasure
@@ -102,6 +103,7 @@ class Engine:
         self._is_void = is_void
         self._post = post
         self._orders: OrderQueue[Order | BackgroundLoad] = OrderQueue()
+        self._progress = LoadProgress()
         self._stages = HeldStages(
             capabilities,
             local_model=local_model,
@@ -109,6 +111,7 @@ class Engine:
             post=post,
             timer=lambda stage, step: self._timed(stage, step)[1],
             after_layer=self._made_progress,
+            progress=self._progress,
             load_ended=self._orders.put,
         )
         self.vitals = Vitals()
@@ -126,6 +129,11 @@ class Engine:
         if not self.vitals.tasks_waiting:
             return 0.0
         return max(0.0, time.monotonic() - self.vitals.progress_at)
+
+    @property
+    def load_progress(self) -> int | None:
+        """A number that changes as long as a load makes progress; None while there is no load."""
+        return self._progress.number if self._stages.is_loading else None
 
     def stop(self, timeout_s: float) -> bool:
         """Carry out the queued orders and end the thread; return whether it ended in time."""
