@@ -100,7 +100,8 @@ def unremarkable(measured: Capabilities, slowdown: float) -> Capabilities:
 
 def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> Probed:
     """Return what a later probe says."""
-    return Probed(order.session, BYTES_PER_S / slowdown, FLOPS_PER_S / slowdown)
+    speeds = BYTES_PER_S / slowdown, FLOPS_PER_S / slowdown
+    return Probed(order.session, *speeds, capabilities.memory_bytes)
 
 
 def main() -> None:

@@ -310,7 +310,9 @@ class VirtualWorker:
             case agents.AssembleKV():
                 self._apply(agents.KVAssembled(order))
             case agents.Probe(session=session):
-                self._apply(agents.Probed(session, *self._speeds()))
+                self._apply(
+                    agents.Probed(session, *self._speeds(), self.cluster.scenario.memory_bytes)
+                )
         self._work()
 
     def _export(self, order: agents.ExportKV) -> agents.KVExported:

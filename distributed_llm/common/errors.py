@@ -203,6 +203,11 @@ class ProtocolMismatch(ProtocolError):
     exit_code = 3
 
 
+def internal_error(exc: BaseException) -> DistributedLLMError:
+    """Return the error with which a process ends that met a bug of its own."""
+    return DistributedLLMError(f"Internal error: {exc!r}. Please report it.")
+
+
 _BY_CODE: dict[str, type[DistributedLLMError]] = {
     kind.code: kind
     for kind in (

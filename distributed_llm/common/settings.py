@@ -210,6 +210,12 @@ class CoordinatorSettings(_Section):
         description="A worker silent for this long is taken for dead, s; more than twice "
         "heartbeat_interval_s.",
     )
+    load_timeout_s: Seconds = Field(
+        default=120.0,
+        gt=0,
+        description="Time without any progress after which a worker that loads layers is passed "
+        "over, s; raise it where a disk or network drive may stand still for longer.",
+    )
     task_timeout_s: Seconds = Field(
         default=30.0,
         gt=0,

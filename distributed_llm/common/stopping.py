@@ -1,11 +1,15 @@
-"""Stopping by signals: SIGINT (Ctrl-C), SIGTERM, and SIGHUP when the terminal goes away."""
+"""Stopping: by SIGINT (Ctrl-C), SIGTERM, SIGHUP when the terminal goes away, or for a bug."""
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _INTERRUPTED = 130
 
@@ -45,6 +49,23 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def on_uncaught(fail: Callable[[Exception], None]) -> None:
+    """Have the running event loop call `fail` with each exception that a callback did not catch.
+
+    It is a bug. The loop would log it and go on, with whatever the callback left undone.
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        exc = context.get("exception")
+        if not isinstance(exc, Exception):
+            loop.default_exception_handler(context)
+            return
+        logger.error("%s", context["message"], exc_info=exc)
+        fail(exc)
+
+    asyncio.get_running_loop().set_exception_handler(handle)
 
 
 def exit_code(number: int) -> int:

@@ -51,7 +51,7 @@ from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import (
     Action,
@@ -150,7 +150,7 @@ class Core:
         return ClusterStatus(
             model=self._cluster.model.name,
             state=self._pipelines.state,
-            note=self._pipelines.note,
+            note=self._note(now),
             epoch=self._pipelines.epoch,
             num_layers=self._cluster.model.cost.num_layers,
             context_length=self._cluster.model.defaults.context_length,
@@ -175,6 +175,16 @@ class Core:
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
         """Return the events kept of one request or of one worker, oldest first."""
         return self._event_log.story(request=request, worker=worker)
+
+    def _note(self, now: float) -> str:
+        """Return why nothing is served, and when a worker that failed is tried again."""
+        note = self._pipelines.note
+        unfit = [worker for worker in self._registry.workers if worker.state is WorkerState.UNFIT]
+        if not note or not unfit:
+            return note
+        first = min(unfit, key=lambda worker: worker.fit_at)
+        when = first.pause_text(now=now)
+        return f"{note[:3900]} Worker {first.id} is tried again {when}."
 
     def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
         advice = self._rebalancing.advice.get(worker.id)
@@ -258,7 +268,7 @@ class Core:
             self._event_log.rejected["duplicate_request"] += 1
             return []
         if self._pipelines.state == "waiting":
-            error = NotReady(self._pipelines.note)
+            error = NotReady(self._note(now))
             return self._book.refuse(peer, message.request_id, error)
         return self._book.submit(peer, message, frames, now=now)
 
@@ -271,7 +281,7 @@ class Core:
             case StageReady():
                 return self._stage_ready(worker, message, now)
             case StageFailed():
-                return self._stage_failed(worker, message, now)
+                return self._membership.stage_failed(worker, message, now=now)
             case TaskResult():
                 return self._stepping.result(worker, message, frames, now=now)
             case TaskFailed():
@@ -313,11 +323,6 @@ class Core:
         if self._moves.is_loading(worker, ready.epoch):
             return [*self._moves.stage_ready(worker, ready, now=now)]
         return self._pipelines.stage_ready(worker, ready)
-
-    def _stage_failed(self, worker: Worker, failed: StageFailed, now: float) -> list[Action]:
-        if self._moves.concerns(worker, failed.epoch):
-            return self._moves.stage_failed(worker, failed, now=now)
-        return self._replanning.stage_failed(worker, failed)
 
     # -------------------------------------------------------------- answers to questions
 
@@ -364,6 +369,7 @@ class Core:
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start whatever a change made possible; put its tasks first, as stages wait for them."""
+        actions += self._membership.give_names_back(now=now)
         if self._replanning.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
         actions += self._moves.settle(now=now)

@@ -1,12 +1,15 @@
 """Handles peers that join, report, leave or are lost. Pure."""
 
-from distributed_llm.common.errors import DistributedLLMError, NotReady
+from distributed_llm.common.errors import DistributedLLMError, NotReady, StageError
 from distributed_llm.common.messages import (
     ClientWelcome,
     Heartbeat,
+    LeftOut,
     Pong,
     Refused,
     Remeasured,
+    Renamed,
+    StageFailed,
     Welcome,
     WorkerHello,
 )
@@ -80,6 +83,18 @@ class Membership:
             return self._cluster.book.drop_client(peer)
         return self._lost(worker, why, now)
 
+    def give_names_back(self, *, now: float) -> list[Action]:
+        """Give workers without layers the names that they asked for, where these are free again."""
+        actions: list[Action] = []
+        for worker, earlier in self._registry.give_names_back():
+            self._cluster.measurements.left(earlier)
+            self._cluster.measurements.joined(worker.id, worker.capabilities)
+            self._moves.prices.forget(earlier)
+            self._replanning.replan_at = now  # a layer map may have waited for the name
+            note = self._log.note(EventKind.WORKER_RENAMED, worker=worker.id, earlier=earlier)
+            actions += [Send(worker.peer, Renamed(worker_id=worker.id)), note]
+        return actions
+
     def _lost(self, worker: Worker, why: str, now: float) -> list[Action]:
         kind = EventKind.WORKER_LEFT if worker.leaving else EventKind.WORKER_LOST
         actions: list[Action] = [self._log.note(kind, worker=worker.id, why=why)]
@@ -108,12 +123,44 @@ class Membership:
             return self.give_up(worker.peer, "serves another plan", now=now)
         if hangs and worker.state is WorkerState.LOADING:
             return [pong, *self.give_up(worker.peer, "hangs", now=now)]
+        if stalled := self._stalled_load(worker, beat, now):
+            return [pong, *stalled]
+        if worker.may_try_again(now=now):
+            return [pong, *self._replanning.try_again(worker)]
         if hung and not hangs:
             self._replanning.replan_at = now + self._settings.settle_s
         return [pong]
 
+    def _stalled_load(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
+        """Do without a worker whose load makes no progress, and tell it; else do nothing."""
+        pipeline = self._cluster.pipelines.pipeline_of(worker.peer)
+        move = self._moves.move
+        loading = (pipeline, move.new if move else None)
+        awaited = next((one for one in loading if one and one.awaits(worker.peer)), None)
+        if awaited is None:
+            return []
+        age_s = worker.load_age_s(awaited.epoch, beat, now=now)
+        if age_s < self._settings.load_timeout_s:
+            return []
+        layers = next(stage.layers for stage in awaited.stages if stage.peer == worker.peer)
+        why = (
+            f"Loading layers {layers} made no progress for {age_s:.0f} s, so it is done without "
+            f"{worker.id}. Check its disk, network drive or connection to the hub, or raise "
+            "load_timeout_s."
+        )
+        failed = StageFailed(epoch=awaited.epoch, code=StageError.code, message=why)
+        told = Send(worker.peer, LeftOut(why=why))
+        return [told, *self.stage_failed(worker, failed, now=now)]
+
+    def stage_failed(self, worker: Worker, failed: StageFailed, *, now: float) -> list[Action]:
+        """Go on without a stage that cannot be loaded, or is no longer served."""
+        if self._moves.concerns(worker, failed.epoch):
+            return self._moves.stage_failed(worker, failed, now=now)
+        undone = self._moves.served_stage_failed(worker, failed, now=now)
+        return [*undone, *self._replanning.stage_failed(worker, failed, now=now)]
+
     def remeasured(self, worker: Worker, measured: Remeasured) -> list[Action]:
-        """Learn how fast the machine of a worker without layers is now."""
+        """Learn what the machine of a worker without layers can do now."""
         worker.remeasured(measured)
         self._cluster.measurements.remeasured(worker.id, worker.capabilities)
         return []

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from distributed_llm.common.errors import (
     DistributedLLMError,
     ProtocolMismatch,
     RemoteProtocolError,
+    internal_error,
 )
 from distributed_llm.common.sampling_params import MAX_SEED
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.stopping import on_signal
+from distributed_llm.common.stopping import on_signal, on_uncaught
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
@@ -85,10 +87,12 @@ class Coordinator:
         Raises:
             AddressInUse: the address cannot be listened on.
             UnsupportedModel: a worker found that the model cannot be split.
+            DistributedLLMError: this program has a bug, and cannot go on.
         """
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[int] = self._loop.create_future()
         on_signal(self._stop)
+        on_uncaught(lambda exc: self._fail(internal_error(exc)))
         self._router = Router(self._bind, self._on_message, lambda: self._apply(ConnectionClosed()))
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._study_threads = ThreadPoolExecutor(_STUDY_THREADS, thread_name_prefix="study")
@@ -124,12 +128,25 @@ class Coordinator:
 
     def _apply(self, *events: Event) -> None:
         for event in events:
-            if not self._stopped.done():
-                self._perform(self._core.handle(event, now=self._loop.time()))
+            self._do(functools.partial(self._core.handle, event))
 
     def _on_timer(self) -> None:
         self._timer = None
-        self._perform(self._core.on_timer(now=self._loop.time()))
+        self._do(self._core.on_timer)
+
+    def _do(self, decide: Callable[..., list[Action]]) -> None:
+        """Have the core decide what to do now, and do it; end if that meets a bug.
+
+        Whoever went on would serve in a state that nobody knows, or without a timer.
+        """
+        if self._stopped.done():
+            return
+        try:
+            self._perform(decide(now=self._loop.time()))
+            self._set_timer()
+        except Exception as exc:
+            logger.exception("the coordinator cannot go on")
+            self._fail(internal_error(exc))
 
     def _set_timer(self) -> None:
         deadline = self._core.next_deadline()
@@ -143,15 +160,10 @@ class Coordinator:
 
     def _perform(self, actions: list[Action]) -> None:
         texts = [action for action in actions if isinstance(action, Detokenize)]
-        try:
-            if texts:  # all of a step at once, as going from thread to thread takes longest
-                self._text_thread.submit(self._detokenize, texts)
-            for action in actions:
-                self._perform_one(action)
-        except Exception as exc:  # a bug here: end with it rather than serve in an unknown state
-            logger.exception("the coordinator cannot go on")
-            self._fail(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
-        self._set_timer()
+        if texts:  # all of a step at once, as going from thread to thread takes longest
+            self._text_thread.submit(self._detokenize, texts)
+        for action in actions:
+            self._perform_one(action)
 
     def _perform_one(self, action: Action) -> None:
         match action:

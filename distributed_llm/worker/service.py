@@ -18,6 +18,7 @@ from distributed_llm.common.errors import (
     LocalProtocolError,
     ProtocolMismatch,
     RemoteProtocolError,
+    internal_error,
 )
 from distributed_llm.common.messages import (
     Capabilities,
@@ -26,7 +27,7 @@ from distributed_llm.common.messages import (
     Task,
     TaskFailed,
 )
-from distributed_llm.common.stopping import on_signal
+from distributed_llm.common.stopping import on_signal, on_uncaught
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
 from distributed_llm.common.types import Epoch
@@ -124,10 +125,12 @@ class Worker:
             CheckpointError: this machine cannot load the model.
             ProtocolMismatch: the coordinator speaks another version.
             AddressInUse: the address for other workers cannot be listened on.
+            DistributedLLMError: this program has a bug, and cannot go on.
         """
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[int] = self._loop.create_future()
         on_signal(lambda number: self._apply(Signalled(number)))
+        on_uncaught(lambda exc: self._fail(internal_error(exc)))
         self._links = Links(self._peer_bind, self._apply)
         self._agent = Agent(
             self._name,
@@ -187,13 +190,24 @@ class Worker:
             self._loop.call_soon_threadsafe(self._apply, event)
 
     def _apply(self, event: Event) -> None:
-        if not self._stopped.done():
-            self._perform(lambda: self._agent.handle(event, now=self._loop.time()))
+        self._do(lambda: self._agent.handle(event, now=self._loop.time()))
 
     def _on_timer(self) -> None:
         self._timer = self._timer_at = None
         reached = self._dealer is not None and self._dealer.reached
-        self._perform(lambda: self._agent.on_timer(reached=reached, now=self._loop.time()))
+        self._do(lambda: self._agent.on_timer(reached=reached, now=self._loop.time()))
+
+    def _do(self, decide: Callable[[], list[Action]]) -> None:
+        """Have the agent decide what to do now, and do it; end if that meets a bug."""
+        if self._stopped.done():
+            return
+        try:
+            for action in decide():
+                self._perform(action)
+            self._set_timer()
+        except Exception as exc:
+            logger.exception("the worker cannot go on")
+            self._fail(internal_error(exc))
 
     def _set_timer(self) -> None:
         deadline = self._agent.next_deadline()
@@ -206,16 +220,7 @@ class Worker:
 
     # -------------------------------------------------------------- actions
 
-    def _perform(self, decide: Callable[[], list[Action]]) -> None:
-        try:
-            for action in decide():
-                self._perform_one(action)
-        except Exception as exc:  # a bug: better to end than to hang
-            logger.exception("the worker cannot go on")
-            self._fail(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
-        self._set_timer()
-
-    def _perform_one(self, action: Action) -> None:
+    def _perform(self, action: Action) -> None:
         match action:
             case Send(message=sent, frames=frames):
                 self._send(sent, frames)
@@ -271,12 +276,15 @@ class Worker:
             )
 
     def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
+        load_progress = self._engine.load_progress
         return Heartbeat(
             epochs=epochs,
             progress_age_s=self._engine.progress_age_s(),
             tasks_waiting=self._engine.vitals.tasks_waiting,
             memory_used_bytes=self._process.memory_info().rss,
             kv_bytes=self._engine.vitals.kv_bytes,
+            loading=load_progress is not None,
+            load_progress=load_progress or 0,
         )
 
     def _reconnect(self) -> None:

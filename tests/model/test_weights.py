@@ -95,6 +95,14 @@ def test_stages_hold_their_weights_and_no_others(tmp_path: Path, family: str, ti
         assert len(vocabulary) == count
 
 
+def test_every_tensor_is_told_when_it_is_read(tmp_path: Path) -> None:
+    """So that others know that a load gets on."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path))
+    layers, read = LayerRange(1, 3), list[int]()
+    load_stage_model(checkpoint, layers, device=CPU, dtype=torch.float32, on_read=read.append)
+    assert sorted(read) == sorted(tensor.nbytes for tensor in checkpoint.tensors_of(layers))
+
+
 def test_weights_own_their_memory(tmp_path: Path) -> None:
     """The files may change once a stage is loaded."""
     folder = make_checkpoint(tmp_path)

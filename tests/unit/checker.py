@@ -70,6 +70,7 @@ class Checker:
         self._check_numbers()
         self._check_nobody_idles(now)
         self._check_steps_end(now)
+        self._check_names()
 
     def _check_text_orders(
         self, event: events.Event | None, actions: Sequence[events.Action], now: float
@@ -143,6 +144,14 @@ class Checker:
         for pipeline in self._core._pipelines.all:
             for flight in pipeline.in_flight._flights.values() if pipeline.in_flight else ():
                 assert now - flight.began_at <= limit_s, f"step {flight.number} was lost"
+
+    def _check_names(self) -> None:
+        """Nobody without layers goes without its name while nobody else has that."""
+        workers = self._core._registry.workers
+        taken = {worker.id for worker in workers}
+        for worker in workers:
+            if worker.layers is None and not worker.leaving:
+                assert worker.wanted_name in taken, f"{worker.id} is {worker.wanted_name}"
 
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""

@@ -15,6 +15,7 @@ from distributed_llm.common.messages import (
     Heartbeat,
     LoadStage,
     PeerWelcome,
+    Renamed,
     StageTime,
     StageTrial,
     Task,
@@ -61,7 +62,10 @@ class SimWorker:
         base_s: of `layer_s`, at which a probe finds what `capabilities` has; 0 is the first
             `layer_s` that a probe meets.
         probe_noise: returns how many times too fast the next probe finds the machine.
+        memory_bytes: that it has for weights and KV cache now.
         num_probes: that were made.
+        load_stalls: its loads begin and make no progress, until `resume_loads`.
+        num_loads: orders to load that it began to carry out.
         busy_s: time that was spent on tasks.
         num_tasks: that were computed.
         loaded: orders that were carried out.
@@ -110,7 +114,10 @@ class SimWorker:
         self.token_s = self.layer_s = 0.0
         self.base_s = 0.0
         self.probe_noise: Callable[[], float] = lambda: 1.0
-        self.num_probes = 0
+        self.num_probes = self.num_loads = 0
+        self.memory_bytes = memory_bytes
+        self.load_stalls = False
+        self._stalled: list[Callable[[], None]] = []  # the ends of loads that make no progress
         self.busy_s = 0.0
         self.num_tasks = 0
         self.loaded: list[LoadStage] = []
@@ -161,6 +168,13 @@ class SimWorker:
         if self._stuck:
             self._stuck = False
             self._when_up(self._finish)
+
+    def resume_loads(self) -> None:
+        """Have loads go on."""
+        self.load_stalls = False
+        calls, self._stalled = self._stalled, []
+        for call in calls:
+            self._when_up(call)
 
     def spoil(self, times: int, change: Callable[[Specs, Frames], tuple[Specs, Frames]]) -> None:
         """Change what the next `times` tasks give."""
@@ -227,7 +241,7 @@ class SimWorker:
     def _received(self, link: "Link", wire: list[Frame]) -> None:
         if link is self.link:
             message, frames = codec.to_worker.decode(wire)
-            if isinstance(message, Welcome):
+            if isinstance(message, Welcome | Renamed):
                 self.worker_id = message.worker_id
             self._apply(agents.Received(message, frames))
 
@@ -291,13 +305,21 @@ class SimWorker:
 
     def _heartbeat(self, epochs: tuple[Epoch, ...]) -> Heartbeat:
         waiting = sum(isinstance(order, agents.Run) for order in self.orders)
+        loading = self._loads_alone or bool(self._loading or self._stalled)
         return Heartbeat(
             epochs=epochs,
             progress_age_s=self.world.now - self._progress_at if waiting else 0.0,
             tasks_waiting=waiting,
             memory_used_bytes=1,
             kv_bytes=1,
+            loading=loading,
+            load_progress=round(1e3 * self.world.now) if loading and not self._stalled else 0,
         )
+
+    @property
+    def _loads_alone(self) -> bool:
+        order = self.orders[0] if self._busy else None
+        return isinstance(order, agents.Load) and not order.order.beside
 
     # -------------------------------------------------------------- other workers
 
@@ -414,6 +436,9 @@ class SimWorker:
         if self.hung:
             self._stuck = True
             return
+        if self.load_stalls and self._loads_alone:
+            self._stalled.append(self._finish)
+            return
         event = self._do(self.orders[0])
         self._when_up(lambda: self._finished(event))
 
@@ -463,7 +488,10 @@ class SimWorker:
         found = capabilities()
         speed = self.probe_noise() * (self.base_s / self.layer_s if self.layer_s else 1.0)
         return agents.Probed(
-            order.session, speed * found.memory_bandwidth_bytes_per_s, speed * found.flops_per_s
+            order.session,
+            speed * found.memory_bandwidth_bytes_per_s,
+            speed * found.flops_per_s,
+            self.memory_bytes,
         )
 
     def _drop(self) -> None:
@@ -480,6 +508,7 @@ class SimWorker:
     def _load(self, load: agents.Load) -> agents.Event | None:
         if self.agent.is_void(load):
             return None
+        self.num_loads += 1
         if load.order.beside:
             self.beside, self._loading = None, load
             self.world.at(self.load_s, lambda: self._when_up(lambda: self._loaded_beside(load)))
@@ -491,6 +520,9 @@ class SimWorker:
         return self._loaded(load)
 
     def _loaded_beside(self, load: agents.Load) -> None:
+        if self.load_stalls:
+            self._stalled.append(lambda: self._loaded_beside(load))
+            return
         if self._loading is not load:
             return
         self._loading = None

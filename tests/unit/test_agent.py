@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     DropStage,
     Goodbye,
     Leaving,
+    LeftOut,
     LinkReport,
     LoadStage,
     MayLeave,
@@ -32,6 +33,7 @@ from distributed_llm.common.messages import (
     Refused,
     ReleaseSequences,
     Remeasured,
+    Renamed,
     SequenceSlice,
     StageFailed,
     StageReady,
@@ -93,7 +95,9 @@ WELCOME = Welcome(worker_id="pc-2", heartbeat_interval_s=1.0, silence_timeout_s=
 IDS = TensorSpec("int32", (1,))
 HIDDEN = TensorSpec("bfloat16", (1, 2))
 MAC = NextStage(worker="mac", addresses=("10.0.0.2:7000", "127.0.0.1:7000"))
-REMEASURED = Send(Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10))
+REMEASURED = Send(
+    Remeasured(memory_bandwidth_bytes_per_s=5e9, flops_per_s=7e10, memory_bytes=1 << 29)
+)
 BEFORE, STRANGER = PeerId(b"before"), PeerId(b"stranger")
 
 
@@ -398,7 +402,9 @@ def probes(agent: Agent, until: float) -> list[float]:
         for action in agent.on_timer(reached=True, now=at):
             if isinstance(action, Probe):
                 assert not agent.is_void(action)
-                assert agent.handle(Probed(action.session, 5e9, 7e10), now=at) == [REMEASURED]
+                assert agent.handle(Probed(action.session, 5e9, 7e10, 1 << 29), now=at) == [
+                    REMEASURED
+                ]
                 times.append(at)
     return times
 
@@ -436,7 +442,7 @@ def test_probe_is_void_once_there_are_layers_to_load() -> None:
     (probe,) = due_probes(agent, 10.0)
     hear(agent, order(1), 10.0)
     assert agent.is_void(probe)
-    assert agent.handle(Probed(probe.session, 5e9, 7e10), now=10.1) == []
+    assert agent.handle(Probed(probe.session, 5e9, 7e10, 1 << 29), now=10.1) == []
 
 
 def test_probe_of_an_old_session_is_void() -> None:
@@ -446,7 +452,7 @@ def test_probe_of_an_old_session_is_void() -> None:
     agent.handle(Connected(), now=12.0)
     hear(agent, WELCOME, 12.0)
     assert agent.is_void(probe)
-    assert agent.handle(Probed(probe.session, 5e9, 7e10), now=12.0) == []
+    assert agent.handle(Probed(probe.session, 5e9, 7e10, 1 << 29), now=12.0) == []
     assert probes(agent, until=30.0) == [22.0]
 
 
@@ -900,3 +906,22 @@ def test_what_is_void_does_not_count_as_waiting(how: str) -> None:
     hear(agent, order(4))
     for step in range(CREDITS):
         run_of(agent, task(4, step=step), b"1234")
+
+
+def test_a_worker_goes_by_the_name_that_it_is_given() -> None:
+    agent = joined()
+    said = agent.handle(Received(Renamed(worker_id="pc")), now=1.0)
+    assert said == [Log("is called pc now")]
+    hello = PeerHello(epoch=Epoch(3), key=proof("secret", Epoch(3), "pc"))
+    hear(agent, order(3))
+    assert agent.handle(PeerReceived(BEFORE, hello), now=1.0) == [
+        SendToPeer(BEFORE, PeerWelcome(epoch=Epoch(3)))
+    ]
+    assert agent._name == "pc", "it asks for the same name again"
+
+
+def test_the_operator_is_told_why_a_worker_is_left_out() -> None:
+    agent = joined()
+    assert agent.handle(Received(LeftOut(why="Its disk stands still.")), now=1.0) == [
+        Log("Its disk stands still.", "warning")
+    ]

@@ -1,5 +1,7 @@
 """The core in a simulated cluster: who comes, what is served, who is turned away."""
 
+import pytest
+
 from distributed_llm.common.errors import (
     CheckpointMismatch,
     ProtocolMismatch,
@@ -34,7 +36,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, PeerId, StepNumber
 from distributed_llm.coordinator import events
-from tests.unit.fake_model import reference
+from tests.unit.fake_model import BIG, reference
 from tests.unit.fake_worker import capabilities
 from tests.unit.simulation import LONG, Fault, World, finish, with_settings
 
@@ -253,6 +255,39 @@ def test_same_name_twice_gets_a_number() -> None:
     assert sorted(w.worker_id for w in twins) == ["pc", "pc-2"]
 
 
+@pytest.mark.parametrize("strategy", ["custom", "memory", "speed"])
+def test_a_machine_that_lost_power_has_its_name_again_once_the_old_session_is_lost(
+    strategy: str,
+) -> None:
+    layers = {"w0": LayerRange(0, 3), "w1": LayerRange(3, 6)} if strategy == "custom" else {}
+    world = World(with_settings(strategy=strategy, layers=layers))
+    _, victim = world.serving(2)
+    victim.kill(silently=True)
+    back = world.worker("w1", BIG)
+    assert world.run(lambda: back.worker_id == "w1-2", for_s=1.0)
+    assert world.run(lambda: back.worker_id == "w1", for_s=4.0)
+    assert world.run(lambda: world.state == "serving" and back in world.plan(), for_s=2.0)
+    assert world.run(lambda: world.links == ["direct"], for_s=2.0), "it proves to be who it is"
+    assert "worker w1-2 is called w1 now: that name is free again" in world.logs
+    finish(world, world.client().submit(LONG))
+
+
+def test_a_name_is_given_back_once_its_worker_has_no_layers() -> None:
+    """While it serves it keeps the other one, by which its neighbours know it."""
+    world = World()
+    first = world.worker("pc")
+    world.run(for_s=0.01)
+    second = world.worker("pc")
+    assert world.run(lambda: world.state == "serving")
+    third = world.worker("pc", 1)
+    assert world.run(lambda: third.worker_id == "pc-3", for_s=2.0)
+    assert [first.worker_id, second.worker_id] == ["pc", "pc-2"]
+    first.kill()
+    assert world.run(lambda: second.worker_id == "pc", for_s=1.0)
+    world.run(for_s=1.0)
+    assert third.worker_id == "pc-3", "the first to come is the first to be served"
+
+
 def test_worker_that_is_back_before_it_was_missed_keeps_its_name_and_its_layers() -> None:
     """The layer map names it; its old connection is not known to be lost."""
     world = World(
@@ -291,7 +326,7 @@ def test_worker_that_cannot_load_is_left_out() -> None:
     assert world.run(lambda: world.state == "serving")
     by_name = {w.name: w for w in world.core.status(now=world.now).workers}
     assert by_name["w1"].state == "unfit"
-    assert by_name["w1"].note == "out of memory"
+    assert by_name["w1"].note == "out of memory. It may be given layers again in 10 s."
     assert [w.name for w in world.plan()] == ["w0", "w2"]
     finish(world, world.client().submit())
 

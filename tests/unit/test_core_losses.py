@@ -5,10 +5,13 @@ from functools import partial
 
 import pytest
 
+from distributed_llm.common.errors import NotEnoughMemory, StageError
 from distributed_llm.common.messages import (
     Finished,
     Heartbeat,
+    LoadStage,
     MissingPositions,
+    StageReady,
     Task,
     TaskResult,
 )
@@ -20,6 +23,136 @@ from tests.unit.fake_client import Answer
 from tests.unit.fake_model import POISON, Missing
 from tests.unit.fake_worker import SimWorker
 from tests.unit.simulation import LONG, Fault, Way, World, finish, with_settings
+
+# ------------------------------------------------------------------ workers cannot load
+
+
+@pytest.mark.parametrize("strategy", ["memory", "speed"])
+def test_the_only_worker_is_tried_again_until_it_can_load(strategy: str) -> None:
+    """After pauses that double, so that it is mended at no cost; it is said when."""
+    world = World(with_settings(strategy=strategy))
+    only = world.worker("only", 2000)
+    only.load_error = NotEnoughMemory("Another program takes the memory.")
+    assert world.run(lambda: only.num_loads == 1)
+    world.run(for_s=1.0)
+    status = world.core.status(now=world.now)
+    assert status.state == "waiting"
+    assert status.workers[0].state == "unfit"
+    assert (
+        status.workers[0].note
+        == "Another program takes the memory. It may be given layers again in 9 s."
+    )
+    assert status.note.endswith("Worker only is tried again in 9 s.")
+    failed = world.client().submit()
+    assert world.run(lambda: failed.end is not None, for_s=1.0)
+    assert "is tried again in" in str(failed.end)
+    started_at = world.now
+    assert world.run(lambda: only.num_loads == 2, for_s=11.0)
+    assert world.run(lambda: only.num_loads == 3, for_s=22.0)
+    assert world.run(lambda: only.num_loads == 4, for_s=42.0)
+    assert world.now > started_at + 60.0
+    only.load_error = None
+    assert world.run(lambda: world.state == "serving", for_s=82.0)
+    finish(world, world.client().submit())
+
+
+def test_pauses_are_bounded_and_begin_anew_after_a_success() -> None:
+    world = World()
+    only = world.worker("only", 2000)
+    only.load_error = StageError("Its disk does not answer.")
+    assert world.run(lambda: only.num_loads == 12, for_s=6000.0)
+    assert world.run(lambda: only.num_loads == 13, for_s=602.0)
+    only.load_error = None
+    assert world.run(lambda: world.state == "serving", for_s=602.0)
+    only.load_error = StageError("Its disk does not answer.")
+    loads = only.num_loads
+    world.worker("late", 2000)  # both are planned for
+    assert world.run(lambda: only.num_loads == loads + 1, for_s=5.0)
+    assert world.run(lambda: world.core.status(now=world.now).workers[0].state == "unfit")
+    note = world.core.status(now=world.now).workers[0].note
+    assert note == "Its disk does not answer. It may be given layers again in 10 s."
+
+
+def test_a_worker_that_has_more_memory_than_when_it_failed_is_tried_at_once() -> None:
+    world = World()
+    only = world.worker("only", 2000)
+    only.load_error = NotEnoughMemory("Another program takes the memory.")
+    only.memory_bytes = 1500
+    assert world.run(lambda: only.num_loads == 6, for_s=400.0)
+    world.run(for_s=15.0)
+    status = world.core.status(now=world.now)
+    assert status.workers[0].capabilities.memory_bytes == 1500, "it is planned for what there is"
+    only.load_error, only.memory_bytes = None, 2000
+    assert world.run(lambda: world.state == "serving", for_s=12.0)
+
+
+def test_who_is_tried_again_takes_nothing_away_from_those_that_serve() -> None:
+    world = World()
+    world.worker("well", 2000)
+    ill = world.worker("ill", 2000)
+    ill.load_error = StageError("Its disk does not answer.")
+    assert world.run(lambda: ill.num_loads == 1 and world.state == "serving")
+    epoch = world.epoch
+    world.run(for_s=600.0)
+    assert (world.epoch, world.state, ill.num_loads) == (epoch, "serving", 1)
+    ill.load_error = None
+    world.workers[0].kill()
+    assert world.run(lambda: world.state == "serving" and world.epoch > epoch, for_s=5.0)
+    assert world.plan() == [ill]
+
+
+# ------------------------------------------------------------------ loads that hang
+
+
+def test_a_worker_whose_load_hangs_is_passed_over_and_told() -> None:
+    """The others serve without it; once its load has ended it may be used again."""
+    world = World()
+    workers = [world.worker(f"w{i}", 900) for i in range(3)]
+    workers[1].load_stalls = True
+    assert world.run(lambda: world.state == "loading", for_s=2.0)
+    answer = world.client().submit()
+    world.run(for_s=115.0)
+    assert world.state == "loading"
+    assert world.run(lambda: world.state == "serving", for_s=10.0)
+    assert workers[1] not in world.plan()
+    finish(world, answer)
+    status = {worker.name: worker for worker in world.core.status(now=world.now).workers}["w1"]
+    assert status.state == "unfit"
+    assert "made no progress for 12" in status.note
+    assert status.note.endswith("It may be given layers again once that load has ended.")
+    assert any(log.startswith("w1: ") and "made no progress" in log for log in world.logs)
+    assert workers[1].num_sessions == 1
+    world.run(for_s=100.0)
+    orders = [type(order).__name__ for order in workers[1].orders]
+    assert orders.count("Load") == 1, "nothing is ordered while it hangs"
+    workers[1].resume_loads()
+    world.run(for_s=2.0)
+    epoch = world.epoch
+    world.workers[0].kill()
+    assert world.run(lambda: world.state == "serving" and world.epoch > epoch, for_s=5.0)
+    assert workers[1] in world.plan()
+    finish(world, world.client().submit())
+
+
+def test_a_load_may_take_as_long_as_it_makes_progress() -> None:
+    world = World()
+    slow = world.worker("slow", 2000)
+    slow.load_s = 3000.0
+    assert world.run(lambda: world.state == "loading", for_s=2.0)
+    answer = world.client().submit()
+    assert world.run(lambda: world.state == "serving", for_s=3010.0)
+    assert world.epoch == 1
+    finish(world, answer)
+
+
+@pytest.mark.parametrize("kind", [LoadStage, StageReady])
+def test_a_load_of_which_nothing_is_heard_ends_as_well(kind: type[LoadStage]) -> None:
+    world = World()
+    world.faults.append(Fault(kind, "drop"))
+    world.worker("only", 2000)
+    assert world.run(lambda: world.state == "serving", for_s=140.0)
+    finish(world, world.client().submit())
+
 
 # ------------------------------------------------------------------ workers are lost
 

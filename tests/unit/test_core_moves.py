@@ -24,6 +24,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator import events
+from distributed_llm.coordinator.cluster.move import MoveState
 from tests.unit.fake_client import Answer, SimClient
 from tests.unit.fake_model import BIG
 from tests.unit.fake_worker import SimWorker
@@ -528,6 +529,38 @@ def test_a_joiner_that_cannot_run_the_model_does_not_stop_who_serves() -> None:
     assert "late" not in layers(world)
 
 
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_load_beside_that_hangs_is_given_up(idle: bool) -> None:
+    world, client = cluster(2 if idle else 3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    victim = join(world, "late") if idle else world.plan()[0]
+    victim.load_stalls = True
+    if not idle:
+        slow_down(world)
+    assert world.run(lambda: world.core._moves.move is not None)
+    began_at = world.now
+    assert world.run(lambda: undone(world), for_s=125.0)
+    assert world.now > began_at + 119.0
+    assert any("made no progress for 12" in line for line in world.logs)
+    told = f"{victim.name}: Loading layers"
+    assert world.run(lambda: any(line.startswith(told) for line in world.logs), for_s=1.0)
+    assert victim.num_sessions == 1
+    victim.resume_loads()
+    finish(world, *answers)
+
+
+def test_a_load_beside_may_take_as_long_as_it_makes_progress() -> None:
+    world, client = cluster(2)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 40)
+    join(world, "late").load_s = 1200.0
+    assert world.run(lambda: world.core._moves.move is not None)
+    assert world.run(lambda: moves(world) == 1 or undone(world), for_s=1210.0)
+    assert not undone(world)
+    finish(world, *answers)
+
+
 def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     world, client = cluster(3)
     answers = asked(client, answer=200)
@@ -547,6 +580,25 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
         world.apply(events.Received(stranger.link.peer, message))
     moved(world)
     assert not undone(world)
+    finish(world, *answers)
+
+
+@pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])
+def test_a_served_stage_that_fails_during_a_move_takes_the_move_along(state: MoveState) -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    slow_down(world)
+    for worker in world.workers:
+        worker.load_s = worker.transfer_s = 0.2
+    assert world.run(lambda: (move := world.core._moves.move) is not None and move.state is state)
+    move = world.core._moves.move
+    assert move
+    failed = StageFailed(epoch=move.old.epoch, code="stage_error", message="its disk is gone")
+    world.apply(events.Received(move.old.stages[1].peer, failed))
+    assert world.core._moves.move is None
+    assert move.old not in world.core._pipelines.all
+    assert world.run(lambda: world.state == "serving")
     finish(world, *answers)
 
 

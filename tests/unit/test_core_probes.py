@@ -150,6 +150,6 @@ def test_a_stranger_is_not_believed() -> None:
     world, _, fast = cluster()
     fast.kill()
     world.run(for_s=5.0)
-    found = Remeasured(memory_bandwidth_bytes_per_s=1e12, flops_per_s=1e12)
+    found = Remeasured(memory_bandwidth_bytes_per_s=1e12, flops_per_s=1e12, memory_bytes=1)
     actions = world.apply(events.Received(fast.link.peer, found))
     assert [type(a.message) for a in actions if isinstance(a, events.Send)] == [Refused]

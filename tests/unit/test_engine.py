@@ -30,6 +30,7 @@ from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.session.events import (
     Computed,
     ComputeFailed,
+    ComputeThreadFailed,
     Drop,
     Event,
     Load,
@@ -501,6 +502,65 @@ def test_loading_is_timed(clock: Clock) -> None:
         assert posted.loaded().load_s == 2.0
 
 
+def test_progress_of_a_load_is_told_while_there_is_one() -> None:
+    with running() as (engine, posted):
+        assert engine.load_progress is None
+        held: Any = engine._stages
+        load = held._load_stage
+        seen: list[int | None] = []
+
+        def load_in_parts(order: LoadStage) -> Any:
+            seen.append(engine.load_progress)
+            held._progress.add(1 << 30)
+            seen.append(engine.load_progress)
+            stage = load(order)
+            stage.progress = held._layer_done  # as of every stage that is loaded
+            stage.answer = lambda: (held._layer_done(), StageOutput())[1]
+            return stage
+
+        held._load_stage = load_in_parts
+        before = held._progress._done
+        engine.put(Load(0, order(trials=True, kv_tokens=KV_BLOCK)))
+        posted.loaded()
+        first, second = seen
+        assert first is not None
+        assert second is not None
+        assert second >= first + (1 << 30)
+        assert held._progress._done > before + (1 << 30), "trial steps are progress too"
+        trials = held._progress._done
+        engine.put(run())
+        posted.computed()
+        assert engine.load_progress is None
+        assert held._progress._done == trials, "tasks are not"
+
+
+def test_a_load_beside_is_told_until_it_has_ended() -> None:
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        held: Any = engine._stages
+        load, gate, began = held._load_beside, threading.Event(), threading.Event()
+
+        def load_later(*given: Any) -> Any:
+            began.set()
+            assert gate.wait(20)
+            return load(*given)
+
+        held._load_beside = load_later
+        engine.put(Load(0, order(epoch=Epoch(4), beside=True)))
+        assert began.wait(20)
+        before = held._progress._done
+        engine.put(run())
+        posted.computed()
+        assert engine.load_progress is not None
+        assert held._progress._done == before, "tasks beside it are no progress of the load"
+        gate.set()
+        posted.loaded()
+        engine.put(run(1))
+        posted.computed()
+        assert engine.load_progress is None
+
+
 def test_trial_steps_are_run_and_timed_like_tasks(clock: Clock) -> None:
     with running(slowdown=2.0) as (engine, posted):
         held: Any = engine._stages
@@ -551,7 +611,7 @@ def test_tasks_run_on_the_stage_of_their_epoch() -> None:
 
 def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        engine_module, "remeasure", lambda order, *_, **__: Probed(order.session, 1.0, 1.0)
+        engine_module, "remeasure", lambda order, *_, **__: Probed(order.session, 1.0, 1.0, 1)
     )
     gate = threading.Event()
     with running() as (engine, posted):
@@ -570,7 +630,7 @@ def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.Monk
         gate.set()
         posted.loaded()
         engine.put(Probe(2))
-        assert posted.next() == Probed(2, 1.0, 1.0)
+        assert posted.next() == Probed(2, 1.0, 1.0, 1)
 
 
 @pytest.mark.parametrize("end", [Drop(), Load(0, msgspec.structs.replace(ORDER, epoch=5))])
@@ -679,3 +739,30 @@ def test_tensor_owns_its_memory() -> None:
     raw[:] = bytes(9)
     assert tensor.tolist() == [0x04030201, 0x08070605]
     tensor += 1
+
+
+# ------------------------------------------------------------------ bugs
+
+
+@pytest.mark.parametrize("method", ["release", "serve", "load", "free_some"])
+def test_a_bug_in_the_thread_is_told_and_ends_it(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on with stages of which nobody knows what they hold."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("it is broken")
+
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        if method == "release":
+            monkeypatch.setattr(FakeStage, method, broken)
+        else:
+            monkeypatch.setattr(held_stages.HeldStages, method, broken)
+        engine.put(Load(0, ORDER) if method == "load" else Release(Epoch(3), (SequenceId(1),)))
+        if method == "serve":
+            engine.put(Serve(Epoch(3)))
+        event = posted.next()
+        assert isinstance(event, ComputeThreadFailed)
+        assert "it is broken" in str(event.error)

@@ -21,6 +21,7 @@ MAP = ((A, LayerRange(0, 2)), (B, LayerRange(2, 6)))
 
 FACTS = {
     "memory_bytes": 8 << 30,
+    "earlier": WorkerId("a-2"),
     "device": "cpu",
     "why": "it is so",
     "rtt_s": 0.0034,

@@ -463,16 +463,6 @@ def test_who_only_sends_has_nothing_to_load() -> None:
     assert move.state is MoveState.LOADING
 
 
-def test_a_stage_that_does_not_load_in_time_undoes_the_move() -> None:
-    parts = moving()
-    begun(parts)
-    assert parts.moves.next_deadline() == 10.0 + 900.0
-    assert parts.moves.on_timer(now=909.9) == []
-    assert sent(parts.moves.on_timer(now=910.0)) == [("a", CancelStage), ("b", CancelStage)]
-    assert "loading took too long" in parts.event_log.texts[-1]
-    assert parts.moves.next_deadline() is None
-
-
 def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
     parts = moving()
     begun(parts, ("b", 0, 3), ("a", 3, 6))

@@ -147,8 +147,9 @@ def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPa
         return 0.5
 
     monkeypatch.setattr(probe, "_median_seconds", median)
+    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: 1000)
     done = probe.remeasure(Probe(7), capabilities, slowdown=4.0)
-    assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4)
+    assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4, 800)
     assert seen == [("cpu", before + 1, 0.01)] * 2
     assert torch.get_num_threads() == before
 
@@ -158,6 +159,8 @@ def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
 ) -> None:
     capabilities = probe.measure("cpu", threads=1, max_memory_bytes=None)
     monkeypatch.setattr(probe, "_speeds", lambda *args: (8e9, 4e10))
+    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: 1 << 60)
+    budget = capabilities.memory_bytes  # more is never used
     posted: queue.SimpleQueue[Event] = queue.SimpleQueue()
     engine = Engine(
         capabilities,
@@ -168,10 +171,10 @@ def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
     )
     engine.put(Probe(0))
     engine.put(Probe(1))
-    assert posted.get(timeout=20) == Probed(1, 4e9, 2e10)
+    assert posted.get(timeout=20) == Probed(1, 4e9, 2e10, budget)
     engine.slowdown = 8.0
     engine.put(Probe(2))
-    assert posted.get(timeout=20) == Probed(2, 1e9, 5e9)
+    assert posted.get(timeout=20) == Probed(2, 1e9, 5e9, budget)
     assert engine.stop(20)
     assert posted.empty()
 

@@ -169,7 +169,7 @@ def test_what_a_search_found_waits_for_plans_that_are_made() -> None:
 def test_nothing_is_asked_again_while_nothing_was_asked_for_and_nobody_came() -> None:
     parts = serving()
     for name in "cd":
-        parts.worker(name).fail("no room")
+        parts.worker(name).fail("no room", now=0.0)
     search = asked(parts, 11.0, quiet=True)
     assert search
     parts.rebalancing.search_done(result(search), now=11.1)
@@ -416,7 +416,7 @@ def test_a_plan_with_somebody_who_cannot_be_had_any_more_is_not_taken(state: str
         case "leaving":
             parts.worker("c").leaving = True
         case "unfit":
-            parts.worker("c").fail("no room")
+            parts.worker("c").fail("no room", now=0.0)
         case "hangs":
             parts.worker("c").progress_age_s = 1e6
         case _:

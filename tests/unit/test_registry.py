@@ -66,6 +66,22 @@ def test_taken_names_get_a_number_and_free_ones_do_not(registry: Registry) -> No
     assert join(registry, B).id == "pc-2"
 
 
+def test_the_first_without_layers_gets_the_name_that_is_free_again(registry: Registry) -> None:
+    first, second, third = (join(registry, p) for p in (A, B, C))
+    assert registry.give_names_back() == []
+    second.assign(LayerRange(0, 3), epoch=Epoch(5))
+    registry.remove(A)
+    assert registry.give_names_back() == [(third, "pc-3")]
+    assert [first.id, second.id, third.id] == ["pc", "pc-2", "pc"]
+    second.unassign()
+    assert registry.give_names_back() == []
+    registry.remove(C)
+    second.leaving = True
+    assert registry.give_names_back() == [], "whoever asked for it to leave knows it as this"
+    second.leaving = False
+    assert registry.give_names_back() == [(second, "pc-2")]
+
+
 def test_longest_names_stay_names(registry: Registry) -> None:
     first, second = join(registry, A, "x" * 64), join(registry, B, "x" * 64)
     assert first.id != second.id
@@ -206,6 +222,16 @@ def test_deadlines_are_those_of_a_look_at_everybody(events: list[tuple[str, Peer
         )
 
 
+def test_who_comes_and_goes_leaves_nothing_behind(registry: Registry) -> None:
+    registry.add_client(A, now=0.0)
+    for _ in range(1000):
+        registry.add_client(B, now=0.0)
+        registry.remove(B)
+        registry.validate()
+    assert len(registry._heap) < 100
+    assert registry.next_deadline() == CLIENT_SILENCE_S
+
+
 def test_time_per_token_is_a_running_mean_over_decodes(registry: Registry) -> None:
     worker = join(registry, A)
     worker.count_task(100.0, 0)  # part of a prompt
@@ -233,7 +259,7 @@ def test_a_worker_goes_from_idle_to_serving_and_back(registry: Registry) -> None
         6,
     )
     worker.unassign()
-    worker.fail("no room")
+    worker.fail("no room", now=0.0)
     assert (worker.state, worker.note) == (WorkerState.UNFIT, "no room")
 
 
@@ -246,10 +272,33 @@ def test_one_that_loaded_for_a_move_serves_once_it_is_committed(registry: Regist
 
 def test_one_that_cannot_serve_is_given_no_layers(registry: Registry) -> None:
     worker = join(registry, A)
-    worker.fail("no room")
+    worker.fail("no room", now=0.0)
     assert registry.fit == []
     with pytest.raises(IllegalTransition, match="ASSIGNED cannot happen while UNFIT"):
         worker.assign(LayerRange(0, 3), epoch=Epoch(5))
+
+
+def test_who_failed_may_try_again_after_pauses_that_double(registry: Registry) -> None:
+    worker = join(registry, A)
+    pauses = []
+    now = 0.0
+    for _ in range(9):
+        worker.fail("no room", now=now)
+        assert registry.idle == []
+        since = now
+        while not worker.may_try_again(now=now):
+            now += 1.0
+        pauses.append(now - since)
+        worker.try_again()
+        assert registry.idle == [worker]
+    assert pauses == [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0, 600.0]
+    worker.assign(LayerRange(0, 3), epoch=Epoch(5))
+    worker.loaded(weight_bytes=7)
+    worker.unassign()
+    worker.fail("no room", now=now)
+    assert worker.may_try_again(now=now + 10.0)
+    worker.leaving = True
+    assert not worker.may_try_again(now=now + 10.0)
 
 
 def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> None:

@@ -245,7 +245,7 @@ def test_a_worker_that_cannot_load_is_planned_without() -> None:
     parts = Parts({"a": HALF, "b": HALF, "c": HALF}, strategy="even")
     parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
     failed = StageFailed(epoch=Epoch(1), code="stage_error", message="no room")
-    actions = parts.replanning.stage_failed(parts.worker("b"), failed)
+    actions = parts.replanning.stage_failed(parts.worker("b"), failed, now=1.0)
     assert parts.worker("b").state is WorkerState.UNFIT
     assert asked(actions) == ["a", "c"]
     answered(parts, question_of(actions))
@@ -256,7 +256,7 @@ def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
     parts = Parts({"a": WHOLE})
     parts.pipelines.load([parts.plan(("a", 0, 6))])
     failed = StageFailed(epoch=Epoch(1), code="unsupported_model", message="it differs")
-    actions = parts.replanning.stage_failed(parts.worker("a"), failed)
+    actions = parts.replanning.stage_failed(parts.worker("a"), failed, now=1.0)
     assert [type(action) for action in actions if isinstance(action, Stop)] == [Stop]
 
 
@@ -268,7 +268,7 @@ def test_a_joiner_that_cannot_split_the_model_stops_nobody() -> None:
     failed = StageFailed(epoch=Epoch(2), code="unsupported_model", message="it differs")
     for name in ("a", "b"):
         parts.worker(name).leaving = True
-    actions = parts.replanning.stage_failed(parts.worker("old"), failed)
+    actions = parts.replanning.stage_failed(parts.worker("old"), failed, now=1.0)
     assert not [action for action in actions if isinstance(action, Stop)]
     assert parts.worker("old").state is WorkerState.UNFIT
     assert layers(parts) == ["a 1-3, b 4-6"]
@@ -278,9 +278,9 @@ def test_all_who_cannot_load_the_same_plan_are_known() -> None:
     parts = Parts({"a": HALF, "b": HALF}, strategy="even")
     parts.pipelines.load([parts.plan(("a", 0, 3), ("b", 3, 6))])
     failed = StageFailed(epoch=Epoch(1), code="unsupported_model", message="it differs")
-    first = parts.replanning.stage_failed(parts.worker("a"), failed)
+    first = parts.replanning.stage_failed(parts.worker("a"), failed, now=1.0)
     assert not [action for action in first if isinstance(action, Stop)], "b may do it"
-    second = parts.replanning.stage_failed(parts.worker("b"), failed)
+    second = parts.replanning.stage_failed(parts.worker("b"), failed, now=1.0)
     assert [action for action in second if isinstance(action, Stop)]
     assert {parts.worker(name).state for name in "ab"} == {WorkerState.UNFIT}
 
@@ -289,7 +289,7 @@ def test_all_who_cannot_load_the_same_plan_are_known() -> None:
 def test_a_failure_of_another_plan_changes_nothing(epoch: int) -> None:
     parts = serving()
     failed = StageFailed(epoch=Epoch(epoch), code="stage_error", message="no room")
-    assert parts.replanning.stage_failed(parts.worker("b"), failed) == []
+    assert parts.replanning.stage_failed(parts.worker("b"), failed, now=1.0) == []
     assert layers(parts) == ["a 1-3, b 4-6"]
 
 
@@ -297,7 +297,7 @@ def test_why_the_last_worker_failed_is_told_to_whoever_asks() -> None:
     parts = Parts({"a": WHOLE}, strategy="even")
     parts.pipelines.load([parts.plan(("a", 0, 6))])
     failed = StageFailed(epoch=Epoch(1), code="checkpoint", message="model.safetensors is damaged.")
-    answered(parts, question_of(parts.replanning.stage_failed(parts.worker("a"), failed)))
+    answered(parts, question_of(parts.replanning.stage_failed(parts.worker("a"), failed, now=1.0)))
     why = "Worker a cannot serve layers 1-6: model.safetensors is damaged."
     assert parts.pipelines.note == (
         "1 worker is connected (a), but none can be given layers; `dllm status` shows why. "
@@ -316,7 +316,7 @@ def test_a_long_reason_is_cut() -> None:
     parts = Parts({"a": WHOLE}, strategy="even")
     parts.pipelines.load([parts.plan(("a", 0, 6))])
     failed = StageFailed(epoch=Epoch(1), code="checkpoint", message="x" * 9000)
-    answered(parts, question_of(parts.replanning.stage_failed(parts.worker("a"), failed)))
+    answered(parts, question_of(parts.replanning.stage_failed(parts.worker("a"), failed, now=1.0)))
     assert len(parts.pipelines.note) < 4096
 
 

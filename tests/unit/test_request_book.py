@@ -184,3 +184,26 @@ def test_a_failure_ends_the_request_in_every_state(state: AnswerState) -> None:
     assert bench.book.next_waiting(1 << 30, now=0.0) is None
     bench.failed()
     assert bench.actions == []
+
+
+def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
+    """Although they are far in the future, and others are nearer."""
+    book = RequestBook(MODEL.defaults, EventLog(), max_waiting=8, draw_seed=lambda: 1)
+    spec, frame = frame_of_token_ids(PROMPT)
+
+    def submit(number: int, timeout_s: float) -> None:
+        message = Generate(
+            request_id=f"r{number}",
+            prompt="token_ids",
+            params=SamplingParams(timeout_s=timeout_s),
+            tensors=(spec,),
+        )
+        book.submit(CLIENT, message, (frame,), now=0.0)
+
+    submit(0, 10.0)
+    for number in range(1, 1000):
+        submit(number, 86400.0)
+        book.cancel(CLIENT, f"r{number}")
+        book.validate()
+    assert len(book._deadlines) < 100
+    assert book.next_deadline() == 10.0

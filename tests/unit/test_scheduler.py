@@ -260,6 +260,54 @@ def test_answers_keep_to_the_token_budget() -> None:
     assert bench.poll() is None
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("prompt", [1, 4])
+def test_who_got_a_token_least_recently_goes_first(depth: int, prompt: int) -> None:
+    """24 answers, and 16 tokens in a step: nobody is left behind."""
+    bench = Bench(tokens=16)
+    answers = [bench.add(prompt, new_tokens=1000) for _ in range(24)]
+    while not all(answer.num_new_tokens for answer in answers):
+        bench.run()
+    before = [answer.num_new_tokens for answer in answers]
+    in_flight: list[Step] = []
+    for _ in range(150):
+        share = -(-bench.scheduler.num_decoding // depth)
+        while len(in_flight) < depth:
+            step = bench.poll(max_decodes=share)
+            if step is None:
+                break
+            in_flight.append(step)
+        bench.land(in_flight.pop(0))
+    counts = [a.num_new_tokens - had for a, had in zip(answers, before, strict=True)]
+    assert max(counts) - min(counts) <= 1, counts
+
+
+def test_newcomer_does_not_go_before_those_that_wait() -> None:
+    bench = Bench(tokens=2)
+    for _ in range(3):
+        bench.add(1)
+    first = bench.step()
+    bench.land(first)
+    assert [p[0] for p in parts(first)] == [0, 1]
+    bench.add(1)
+    assert [p[0] for p in parts(bench.step())] == [2, 3]
+    assert [p[0] for p in parts(bench.step())] == [0, 1]
+
+
+def test_prompts_go_on_where_answers_would_fill_every_step() -> None:
+    bench = Bench(tokens=8)
+    for _ in range(8):
+        bench.add(1, new_tokens=1000)
+    bench.run()
+    newcomer = bench.add(10)
+    counts = []
+    while newcomer.num_uncomputed_tokens > 1:
+        step = bench.step()
+        counts.append([size for _, _, size, _ in parts(step)])
+        bench.land(step)
+    assert counts == [[1] * 6 + [2]] * 5
+
+
 def test_no_more_slices_than_a_task_may_have() -> None:
     count = MAX_SLICES + 9
     bench = Bench(sequences=count, tokens=10_000, blocks=count)

@@ -91,12 +91,14 @@ from distributed_llm.common.messages.to_worker import (
     CopyKV,
     DropStage,
     KVTransfer,
+    LeftOut,
     LoadStage,
     MayLeave,
     ModelSource,
     NextStage,
     Notice,
     ReleaseSequences,
+    Renamed,
     SequenceIds,
     SequenceSlice,
     SharedPrefix,
@@ -148,6 +150,7 @@ __all__ = [
     "KVTransfer",
     "Label",
     "Leaving",
+    "LeftOut",
     "LinkReport",
     "LoadStage",
     "MayLeave",
@@ -167,6 +170,7 @@ __all__ = [
     "Refused",
     "ReleaseSequences",
     "Remeasured",
+    "Renamed",
     "RequestFailed",
     "RequestId",
     "SequenceIds",
@@ -226,6 +230,8 @@ FromClient = ClientHello | ClientRequest
 ToCoordinator = FromWorker | FromClient
 ToWorker = (
     Welcome
+    | Renamed
+    | LeftOut
     | LoadStage
     | CopyKV
     | TakeOver

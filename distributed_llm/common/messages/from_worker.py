@@ -47,6 +47,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
         epochs: epochs whose layers it holds or loads; empty if it has none.
         progress_age_s: time since the compute thread last finished a layer or was idle.
         tasks_waiting: tasks that were received and whose results were not sent yet.
+        loading: whether layers are being loaded, even for an order that was given up since.
+        load_progress: a number that changes as long as that makes progress.
     """
 
     epochs: Annotated[tuple[Epoch, ...], Meta(max_length=2)]
@@ -54,6 +56,8 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     tasks_waiting: Count
     memory_used_bytes: Count
     kv_bytes: Count
+    loading: bool = False
+    load_progress: Count = 0
 
 
 class StageTrial(
@@ -162,13 +166,14 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
 
 
 class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
-    """Worker -> coordinator, from time to time while it has no layers: how fast it is now.
+    """Worker -> coordinator, from time to time while it has no layers: what it can do now.
 
     First sent right after its layers were dropped. The attributes are those of `Capabilities`.
     """
 
     memory_bandwidth_bytes_per_s: Bandwidth
     flops_per_s: Flops
+    memory_bytes: Count
 
 
 class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):

@@ -41,6 +41,22 @@ class Welcome(Message, frozen=True, kw_only=True, tag="welcome"):
     silence_timeout_s: Seconds
 
 
+class Renamed(Message, frozen=True, kw_only=True, tag="renamed"):
+    """Coordinator -> worker: from now on it has the name that it asked for.
+
+    Another session had that name when it joined, and has ended. Sent while it has no layers, as its
+    neighbours know a worker by its name.
+    """
+
+    worker_id: Name
+
+
+class LeftOut(Message, frozen=True, kw_only=True, tag="left_out"):
+    """Coordinator -> worker: why it gets no layers for now, for the operator there."""
+
+    why: Text
+
+
 class ModelSource(Value, frozen=True, kw_only=True):
     """Where a worker finds the checkpoint.
 

@@ -88,8 +88,9 @@ MOVE_STATES = StateTable(
     },
 )
 
-_LIMITS_S = {_S.LOADING: 900.0, _S.HANDOVER: 10.0}
-"""Seconds in a state after which the move is undone. While it drains, leases bound its steps."""
+_LIMITS_S = {_S.HANDOVER: 10.0}
+"""Seconds in a state after which the move is undone. While it loads, the progress of the loads is
+watched; while it drains, leases bound its steps."""
 
 _COPY_LIMIT_S = 30.0
 """Seconds that copying may take beside `COPY_SLOWDOWN` times what it should. It needs a limit: KV

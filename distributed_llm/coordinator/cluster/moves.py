@@ -143,8 +143,19 @@ class Moves:
         """Undo the move: a stage of it cannot be loaded."""
         actions = self.undo(f"{worker.id} cannot load its layers: {failed.message}", now=now)
         if worker.layers is None:
-            worker.fail(failed.message)
+            worker.fail(failed.message, now=now)
         return actions
+
+    def served_stage_failed(
+        self, worker: Worker, failed: StageFailed, *, now: float
+    ) -> list[Action]:
+        """Undo the move if a worker no longer serves the layers that it has meanwhile."""
+        move = self.move
+        if move is None or failed.epoch != move.old.epoch:
+            return []
+        if self._pipelines.pipeline_of(worker.peer) is not move.old:
+            return []
+        return self.undo(f"{worker.id} cannot serve its layers: {failed.message}", now=now)
 
     def copied(self, worker: Worker, said: KVCopied, *, now: float) -> Sequence[Action]:
         """Record that a worker has copied its KV cache."""
@@ -257,7 +268,7 @@ class Moves:
         starved_at = self._starved_at()
         if starved_at is not None and starved_at <= now:
             return self.undo("a request waits for the room that it takes", now=now)
-        if self.move.copies and self.move.state is not MoveState.LOADING:
+        if self.move.copies:
             self.prices.copied_slowly(COPY_SLOWDOWN)
         if self.move.state is MoveState.COPYING:
             return self.move.copy_timed_out(now=now)

@@ -29,6 +29,18 @@ CLIENT_SILENCE_S = 30.0
 _LEAST_LOADED_BYTES = 64 << 20
 """Bytes of weights below which a load is too short to learn the load speed from."""
 
+_FIRST_PAUSE_S = 10.0
+"""Seconds until a worker whose load failed may be given layers again; twice as many each time."""
+
+_MOST_PAUSE_S = 600.0
+"""Seconds that such a pause lasts at most."""
+
+_OTHER_MEMORY = 1.1
+"""Factor by which the memory of a worker has to change to be taken as another amount."""
+
+_LEAST_ENTRIES = 64
+"""Entries of the heap of deadlines that are kept, at least, before outdated ones are looked for."""
+
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
@@ -40,7 +52,7 @@ class WorkerState(Enum):
         IDLE: it has no layers.
         LOADING: it loads the layers that it was assigned.
         SERVING: its layers are loaded; also while a move loads others beside them.
-        UNFIT: it could not load its layers, and is given no others in this session.
+        UNFIT: it could not load its layers, and is given no others until a pause has passed.
     """
 
     IDLE = "idle"
@@ -58,6 +70,7 @@ class WorkerCause(Enum):
         COMMITTED: a move was committed; it serves the layers that it loaded for it.
         UNASSIGNED: its layers were taken away, because its pipeline was dissolved or moved.
         FAILED: it cannot load layers.
+        TRIED_AGAIN: the pause after that has passed, or it has more memory than then.
     """
 
     ASSIGNED = "assigned"
@@ -65,6 +78,7 @@ class WorkerCause(Enum):
     COMMITTED = "committed"
     UNASSIGNED = "unassigned"
     FAILED = "failed"
+    TRIED_AGAIN = "tried again"
 
 
 _S, _C = WorkerState, WorkerCause
@@ -79,6 +93,7 @@ WORKER_STATES = StateTable(
         (_S.LOADING, _C.UNASSIGNED): _S.IDLE,
         (_S.SERVING, _C.UNASSIGNED): _S.IDLE,
         (_S.IDLE, _C.FAILED): _S.UNFIT,
+        (_S.UNFIT, _C.TRIED_AGAIN): _S.IDLE,
     },
 )
 
@@ -90,12 +105,17 @@ class Worker:
     Attributes:
         note: why it is unfit.
         told: what its operator was told last; empty once it has got layers.
+        failures: loads in a row that failed.
+        fit_at: when the pause after the latest of them ends, clock seconds.
+        failed_with_bytes: the memory that it offered when that failed.
         leaving: it is to leave, so it is given no layers.
         layers: what it serves or loads, under `epoch`.
         epoch: the newest plan that it was told of and still holds layers of; 0 is none.
         instance: names its process, which may come back in another session.
+        wanted_name: the name that it asked for; it has another one while that is taken.
         link: how its results reach the next stage.
         peer_addresses: where other workers may reach it, best first.
+        loading: whether it loads layers, by its last heartbeat; perhaps for an older order.
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         seconds_per_token: running mean over steps that only decode, or None before any.
         load_bytes_per_s: at which it loaded weights last; None before that was measured.
@@ -106,8 +126,12 @@ class Worker:
     capabilities: Capabilities
     last_heard_at: float
     instance: str
+    wanted_name: str
     note: str = ""
     told: str = ""
+    failures: int = 0
+    fit_at: float = 0.0
+    failed_with_bytes: int = 0
     leaving: bool = False
     layers: LayerRange | None = None
     epoch: Epoch = NO_EPOCH
@@ -116,12 +140,15 @@ class Worker:
     weight_bytes: int = 0
     memory_used_bytes: int = 0
     kv_bytes: int = 0
+    loading: bool = False
     progress_age_s: float = 0.0
     tasks_done: int = 0
     compute_s: float = 0.0
     seconds_per_token: float | None = None
     load_bytes_per_s: float | None = None
     _state: WorkerState = field(default=WORKER_STATES.initial)
+    _load: tuple[Epoch, int] = (NO_EPOCH, 0)  # the one that is waited for, and its progress
+    _load_at: float = 0.0  # when that changed last, clock seconds
 
     @property
     def state(self) -> WorkerState:
@@ -138,11 +165,13 @@ class Worker:
     def loaded(self, *, weight_bytes: int) -> None:
         """Record that it serves the layers that it was assigned."""
         self._change(WorkerCause.LOADED)
+        self.failures = 0
         self.weight_bytes = weight_bytes
 
     def commit(self, layers: LayerRange, *, epoch: Epoch, weight_bytes: int) -> None:
         """Record that it serves what it loaded for a move."""
         self._change(WorkerCause.COMMITTED)
+        self.failures = 0
         self._forget_stage()
         self.layers, self.epoch = layers, epoch
         self.weight_bytes = weight_bytes
@@ -153,10 +182,35 @@ class Worker:
         self._forget_stage()
         self.layers = None
 
-    def fail(self, why: str) -> None:
-        """Record that it cannot serve; it has no layers."""
+    def fail(self, why: str, *, now: float) -> None:
+        """Record that it could not load its layers, and has none.
+
+        What was in the way may pass: a full memory, a network drive. So it may try again, after a
+        pause that doubles with every failure.
+        """
         self._change(WorkerCause.FAILED)
         self.note = why
+        self.fit_at = now + min(_FIRST_PAUSE_S * 2.0**self.failures, _MOST_PAUSE_S)
+        self.failures = min(self.failures + 1, 64)
+        self.failed_with_bytes = self.capabilities.memory_bytes
+
+    def may_try_again(self, *, now: float) -> bool:
+        """Return whether it is unfit, and may be given layers again."""
+        if self.state is not _S.UNFIT or self.leaving or self.loading:
+            return False
+        more = self.capabilities.memory_bytes > _OTHER_MEMORY * self.failed_with_bytes
+        return more or now >= self.fit_at
+
+    def try_again(self) -> None:
+        """Let it be given layers again."""
+        self._change(WorkerCause.TRIED_AGAIN)
+        self.note = ""
+
+    def pause_text(self, *, now: float) -> str:
+        """Return when it may be given layers again, as it follows "again"."""
+        if self.loading:
+            return "once that load has ended"
+        return f"in {max(1.0, self.fit_at - now):.0f} s"
 
     def _change(self, cause: WorkerCause) -> None:
         self._state = WORKER_STATES.after(self._state, cause)
@@ -166,6 +220,12 @@ class Worker:
         self.weight_bytes = 0
         self.seconds_per_token = None
 
+    def load_age_s(self, epoch: Epoch, beat: Heartbeat, *, now: float) -> float:
+        """Return how long its load for `epoch` has made no progress, as its heartbeats tell."""
+        if self._load != (load := (epoch, beat.load_progress)):
+            self._load, self._load_at = load, now
+        return now - self._load_at
+
     def learn_load_speed(self, added_bytes: int, load_s: float) -> None:
         """Learn from a load that read `added_bytes` of weights."""
         if added_bytes >= _LEAST_LOADED_BYTES and load_s:
@@ -173,8 +233,12 @@ class Worker:
 
     def remeasured(self, probe: Remeasured) -> None:
         """Take what the latest probe of its machine measured."""
+        memory_bytes = self.capabilities.memory_bytes
+        if not memory_bytes / _OTHER_MEMORY <= probe.memory_bytes <= memory_bytes * _OTHER_MEMORY:
+            memory_bytes = probe.memory_bytes
         self.capabilities = msgspec.structs.replace(
             self.capabilities,
+            memory_bytes=memory_bytes,
             memory_bandwidth_bytes_per_s=probe.memory_bandwidth_bytes_per_s,
             flops_per_s=probe.flops_per_s,
         )
@@ -205,10 +269,14 @@ class Worker:
             gain: how much more is answered with it than without, as a share, if that is known.
             advice: what that means, for people.
         """
+        note = self.note
+        if self.state is _S.UNFIT:
+            when = self.pause_text(now=now)
+            note = f"{note[:4000].rstrip('.')}. It may be given layers again {when}."
         return WorkerStatus(
             name=self.id,
             state="leaving" if self.leaving else self._state.value,
-            note=self.note,
+            note=note,
             layers=self.layers,
             next_layers=next_layers,
             epoch=self.epoch,
@@ -245,8 +313,10 @@ class Registry:
         self._task_timeout_s = task_timeout_s
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
+        self._misnamed: dict[PeerId, None] = {}  # workers with another name than they asked for
         self._watches: dict[PeerId, int] = {}
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
+        self._most_entries = _LEAST_ENTRIES
         self._numbers = count()
 
     @property
@@ -304,11 +374,28 @@ class Registry:
         while name in taken:
             name = f"{hello.name[:58]}-{number}"
             number += 1
-        worker = Worker(peer, WorkerId(name), hello.capabilities, now, hello.instance)
+        worker = Worker(peer, WorkerId(name), hello.capabilities, now, hello.instance, hello.name)
         worker.peer_addresses = hello.peer_addresses
         self._workers[peer] = worker
+        if name != hello.name:
+            self._misnamed[peer] = None
         self._watch(peer)
         return worker
+
+    def give_names_back(self) -> list[tuple[Worker, WorkerId]]:
+        """Rename workers whose name was taken and is free now; return each and its earlier name.
+
+        Only workers without layers: others are known by their name to plans and neighbours.
+        """
+        renamed = []
+        for peer in list(self._misnamed):  # the first to join is the first to be served
+            worker = self._workers[peer]
+            free = self.named(worker.wanted_name) is None
+            if free and worker.layers is None and not worker.leaving:
+                renamed.append((worker, worker.id))
+                worker.id = WorkerId(worker.wanted_name)
+                del self._misnamed[peer]
+        return renamed
 
     def add_client(self, peer: PeerId, *, now: float) -> None:
         """Add a client."""
@@ -327,12 +414,14 @@ class Registry:
         worker = self._workers[peer]
         worker.memory_used_bytes = beat.memory_used_bytes
         worker.kv_bytes = beat.kv_bytes
+        worker.loading = beat.loading
         worker.progress_age_s = beat.progress_age_s if beat.tasks_waiting else 0.0
 
     def remove(self, peer: PeerId) -> Worker | None:
         """Forget `peer`; return the worker it was, or None."""
         self._watches.pop(peer, None)
         self._clients.pop(peer, None)
+        self._misnamed.pop(peer, None)
         return self._workers.pop(peer, None)
 
     def remove_instance(self, instance: str) -> list[Worker]:
@@ -368,6 +457,10 @@ class Registry:
         return [peer for _, _, peer in overdue]
 
     def _watch(self, peer: PeerId) -> None:
+        if len(self._heap) >= self._most_entries:  # some may be of peers that are gone
+            self._heap = [entry for entry in self._heap if self._watches.get(entry[2]) == entry[1]]
+            heapq.heapify(self._heap)
+            self._most_entries = max(_LEAST_ENTRIES, 2 * len(self._heap))
         watch = self._watches[peer] = next(self._numbers)
         heapq.heappush(self._heap, (self._deadline(peer), watch, peer))
 
@@ -382,7 +475,10 @@ class Registry:
         names = [worker.id for worker in self._workers.values()]
         assert len(set(names)) == len(names)
         assert not set(self._workers) & set(self._clients)
+        misnamed = [peer for peer, w in self._workers.items() if w.id != w.wanted_name]
+        assert list(self._misnamed) == misnamed
         assert set(self._watches) == {*self._workers, *self._clients}
+        assert len(self._heap) <= self._most_entries
         watched = {peer: at for at, watch, peer in self._heap if self._watches.get(peer) == watch}
         assert set(watched) == set(self._watches)
         assert all(at <= self._deadline(peer) for peer, at in watched.items())

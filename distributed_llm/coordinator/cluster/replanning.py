@@ -105,7 +105,18 @@ class Replanning:
         self._pipelines.recovering, self._lost = True, worker.id
         return self._ask_for(Need.RECOVERY)
 
-    def stage_failed(self, worker: Worker, failed: StageFailed) -> list[Action]:
+    def try_again(self, worker: Worker) -> list[Action]:
+        """Count a worker in again that could not load its layers; use it where one is missing.
+
+        Nothing that serves is dissolved for it, as it may fail again.
+        """
+        worker.try_again()
+        note = self._cluster.event_log.note(EventKind.WORKER_TRIED_AGAIN, worker=worker.id)
+        if self._pipelines.state == "waiting":
+            return [note, *self.plan_anew()]
+        return [note] if self._pipelines.complete else [note, *self.add_pipeline()]
+
+    def stage_failed(self, worker: Worker, failed: StageFailed, *, now: float) -> list[Action]:
         """Plan without a worker that cannot load its layers.
 
         Stops the coordinator if the model cannot be split and nobody is there who might do it, or
@@ -118,7 +129,7 @@ class Replanning:
         pipeline = self._pipelines.pipeline_of(worker.peer)  # None: another of its stages failed
         if pipeline is not None:
             self._pipelines.dissolve(pipeline)
-        worker.fail(failed.message)
+        worker.fail(failed.message, now=now)
         what = layers_text(layers) if layers else "its layers"
         failure = f"Worker {worker.id} cannot serve {what}: {failed.message}"
         self._pipelines.last_failure = failure[:_MAX_FAILURE_CHARS]

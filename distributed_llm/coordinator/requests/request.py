@@ -46,6 +46,8 @@ class Answer:
         num_computed_tokens: tokens that the KV cache of every stage has.
         num_scheduled_tokens: tokens that it will have when the steps in flight have ended.
         num_in_flight: steps in flight that compute some of its tokens.
+        latest_slice: number of the latest slice of it in a step, among all that its scheduler
+            made; 0 before any.
         num_cached_tokens: most tokens that it shared with another sequence instead of computing.
         sampling_sent: whether the last stage was sent `sampling`.
         prefix: the beginning of another sequence that this one begins with.
@@ -70,6 +72,7 @@ class Answer:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     num_in_flight: int = 0
+    latest_slice: int = 0
     num_cached_tokens: int = 0
     sampling_sent: bool = False
     prefix: SharedPrefix | None = None
@@ -127,6 +130,7 @@ class Answer:
         """Forget the KV cache, so that all tokens are computed again; the tokens stay."""
         self.sequence_id = self.prefix = self.waits_for = None
         self.num_computed_tokens = self.num_scheduled_tokens = self.num_in_flight = 0
+        self.latest_slice = 0
         self.sampling_sent = False
 
     def clear_suspicion(self) -> None:

@@ -44,6 +44,7 @@ class EventKind(Enum):
     """
 
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"
+    WORKER_RENAMED = "info", "worker {earlier} is called {worker} now: that name is free again"
     WORKER_LEFT = "info", "worker {worker} {why}"
     WORKER_LOST = "warning", "worker {worker} {why}"
     LINK_DIRECT = (
@@ -58,6 +59,7 @@ class EventKind(Enum):
     PLAN_KEPT = "warning", "layers stay as they are: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
     STAGE_FAILED = "error", "worker {worker} cannot serve: {why}"
+    WORKER_TRIED_AGAIN = "info", "worker {worker} may be given layers again"
     PLAN_SERVING = (
         "info",
         "serving plan {epoch}, with room for {kv_tokens:tokens} of context",
@@ -139,7 +141,9 @@ class Entry:
     def concerns(self, worker: str) -> bool:
         """Return whether a worker has a part in it."""
         maps = (value for name, value in self.facts.items() if name in ("layer_map", "before"))
-        return self.worker == worker or any(worker == name for map_ in maps for name, _ in map_)
+        if worker in (self.worker, self.facts.get("earlier")):
+            return True
+        return any(worker == name for map_ in maps for name, _ in map_)
 
 
 class _Formatter(Formatter):

@@ -166,6 +166,10 @@ class Pipeline:
             self._change(_C.STAGES_READY)
         return all_ready
 
+    def awaits(self, peer: PeerId) -> bool:
+        """Return whether the stage at `peer` has not loaded its layers yet."""
+        return peer not in self._ready and any(stage.peer == peer for stage in self.stages)
+
     def serve(self) -> None:
         """Begin to serve, with empty KV caches. Every stage must be ready."""
         settings = self._settings

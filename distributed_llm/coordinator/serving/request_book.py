@@ -48,6 +48,9 @@ from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
 
+_LEAST_DEADLINES = 64
+"""Deadlines that are kept, at least, before those of requests that have ended are looked for."""
+
 
 class RequestBook:
     """The requests of all clients, and their answers.
@@ -80,7 +83,8 @@ class RequestBook:
         self._num_tokenizing = 0
         self._next_number = 0
         self._kv_tokens = 0
-        self._deadlines: list[tuple[float, RequestKey]] = []
+        self._deadlines: list[tuple[float, RequestKey]] = []  # some of requests that have ended
+        self._most_deadlines = _LEAST_DEADLINES
         self.totals = Totals()
 
     @property
@@ -135,7 +139,7 @@ class RequestBook:
         self._requests.setdefault(peer, {})[message.request_id] = request
         self._num_tokenizing += params.n
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, key))
+            self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
         payload = bytes(frames[0]) if frames else b""
         return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
@@ -389,6 +393,14 @@ class RequestBook:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
+    def _watch(self, deadline: float, key: RequestKey) -> None:
+        """Keep a deadline; now and then forget those of requests that have ended."""
+        if len(self._deadlines) >= self._most_deadlines:
+            self._deadlines = [kept for kept in self._deadlines if self._find(kept[1])]
+            heapq.heapify(self._deadlines)
+            self._most_deadlines = max(_LEAST_DEADLINES, 2 * len(self._deadlines))
+        heapq.heappush(self._deadlines, (deadline, key))
+
     def on_timer(self, *, now: float) -> list[Action]:
         """End the requests that have timed out."""
         actions: list[Action] = []
@@ -435,6 +447,9 @@ class RequestBook:
         assert all(self._find(request.key) is request for request in requests)
         assert waiting == {a for a in answers if a.state is AnswerState.WAITING}
         assert set(self._schedulers) == {a for a in answers if a.state is AnswerState.RUNNING}
+        timed = sum(request.deadline is not None for request in requests)
+        assert len({key for _, key in self._deadlines if self._find(key)}) == timed
+        assert len(self._deadlines) <= self._most_deadlines
         assert self._num_tokenizing == sum(r.params.n for r in requests if not r.answers)
         for answer, scheduler in self._schedulers.items():
             assert answer in scheduler.running

@@ -3,7 +3,9 @@
 A step decodes one token of some answers and fills the rest of its token budget with prefill
 chunks, shared out equally among clients, so that a long prompt holds nobody up. Decoding answers
 are spread over the steps in flight; each is in at most one of them, because its next token depends
-on its last. The chunks of one prompt may follow each other through the stages in several steps.
+on its last. Where not all fit a step, those go first whose latest token is longest ago, and a
+quarter of the budget is left to prompts, so that nobody starves. The chunks of one prompt may
+follow each other through the stages in several steps.
 
 An answer is admitted when the KV cache has room for its prompt. When answers outgrow the room, the
 prefixes of ended sequences are freed first; then the youngest answer is preempted: it gives up its
@@ -12,7 +14,7 @@ is in the KV cache of another sequence shares it, and one whose beginning is bei
 another answer waits until it can share that.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
 from distributed_llm.common.types import SequenceId
@@ -24,6 +26,9 @@ from distributed_llm.coordinator.serving.step import Step
 
 _WORTH_WAITING = 64
 """Least length of a prefix, in positions, for which an answer waits until another computed it."""
+
+_PROMPT_SHARE = 4
+"""Decoding answers leave one in so many tokens of a step to prefill chunks, if there are any."""
 
 _MAX_SAMPLING_BYTES = 40_000
 """Sampling parameters in one step, bytes; the header of its task may have 64 KiB."""
@@ -63,6 +68,7 @@ class Scheduler:
         self._ending: dict[SequenceId, bool] = {}  # to end after these steps; whether to keep
         self._preempted: list[Answer] = []
         self._refused: tuple[Answer | None, int] = (None, 0)  # last, and what room there was
+        self._num_slices = 0
         self._prefix_hit_tokens = 0
 
     @property
@@ -320,26 +326,27 @@ class Scheduler:
         )
 
     def _fill(
-        self, candidates: Iterable[Answer], max_decodes: int, *, prompts: bool
+        self, candidates: Collection[Answer], max_decodes: int, *, prompts: bool
     ) -> Iterator[tuple[Answer, SequenceSlice]]:
         """Yield slices within the budgets: decoding answers first, then prefill chunks."""
-        budget, room = self._max_tokens, _MAX_SAMPLING_BYTES
-        decodes = min(max_decodes, budget, MAX_SLICES)
-        count, unread = 0, []
-        for answer in list(candidates):
+        budget, room, count = self._max_tokens, _MAX_SAMPLING_BYTES, 0
+        unread = _unread(candidates) if prompts else []
+        reserved = min(budget // _PROMPT_SHARE, sum(a.num_unscheduled_tokens for a in unread))
+        decodes = min(max_decodes, budget - reserved, MAX_SLICES - bool(unread))
+        ready = [answer for answer in candidates if answer.num_unscheduled_tokens == 1]
+        for answer in sorted(ready, key=lambda answer: answer.latest_slice):
+            if count >= decodes:
+                break
             if answer.sequence_id is None:  # it follows another, or was preempted in this loop
                 continue
-            missing = len(answer.token_ids) - answer.num_scheduled_tokens
-            if missing > 1:
-                unread.append(answer)
-            elif missing == 1 and count < decodes:
-                if room < answer.sampling_bytes or not self._grow(answer):
-                    continue
-                count += 1
-                budget -= 1
-                room -= answer.sampling_bytes
-                yield answer, self._slice(answer, 1)
-        for answer, size in shared_out(unread if prompts else [], budget):
+            if room < answer.sampling_bytes or not self._grow(answer):
+                continue
+            count += 1
+            budget -= 1
+            room -= answer.sampling_bytes
+            yield answer, self._slice(answer, 1)
+        unread = _unread(candidates) if prompts else []  # with those that followed the preempted
+        for answer, size in shared_out(unread, budget):
             if count >= MAX_SLICES or room < answer.sampling_bytes:
                 return
             if answer.sequence_id is None:
@@ -353,6 +360,8 @@ class Scheduler:
         assert sequence_id is not None
         self._in_flight[sequence_id] = self._in_flight.get(sequence_id, 0) + 1
         answer.num_in_flight += 1
+        self._num_slices += 1
+        answer.latest_slice = self._num_slices
         answer.num_scheduled_tokens = start + size
         sample = answer.num_scheduled_tokens == len(answer.token_ids)
         sampling = None
@@ -451,3 +460,8 @@ class Scheduler:
             leader = answer.waits_for
             assert leader is None or leader.number in self._running
             assert leader is None or answer in self._followers[leader]
+
+
+def _unread(answers: Iterable[Answer]) -> list[Answer]:
+    """Return the answers that have a sequence and part of a prompt to compute."""
+    return [a for a in answers if a.sequence_id is not None and a.num_unscheduled_tokens > 1]

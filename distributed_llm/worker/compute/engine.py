@@ -13,12 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
-from distributed_llm.common.errors import DistributedLLMError, StageError
+from distributed_llm.common.errors import DistributedLLMError, StageError, internal_error
 from distributed_llm.common.messages import Capabilities, StageTime
 from distributed_llm.worker.compute.computing import TensorsOnWire, compute
 from distributed_llm.worker.compute.failures import reported
 from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.compute.kv_orders import assemble_kv, import_kv
+from distributed_llm.worker.compute.load_progress import LoadProgress
 from distributed_llm.worker.compute.loading import BackgroundLoad, use_threads
 from distributed_llm.worker.compute.orders import OrderQueue
 from distributed_llm.worker.compute.probe import remeasure
@@ -27,6 +28,7 @@ from distributed_llm.worker.session.events import (
     AssembleKV,
     Computed,
     ComputeFailed,
+    ComputeThreadFailed,
     Drop,
     Event,
     ExportKV,
@@ -101,6 +103,7 @@ class Engine:
         self._is_void = is_void
         self._post = post
         self._orders: OrderQueue[Order | BackgroundLoad] = OrderQueue()
+        self._progress = LoadProgress()
         self._stages = HeldStages(
             capabilities,
             local_model=local_model,
@@ -108,6 +111,7 @@ class Engine:
             post=post,
             timer=lambda stage, step: self._timed(stage, step)[1],
             after_layer=self._made_progress,
+            progress=self._progress,
             load_ended=self._orders.put,
         )
         self.vitals = Vitals()
@@ -126,6 +130,11 @@ class Engine:
             return 0.0
         return max(0.0, time.monotonic() - self.vitals.progress_at)
 
+    @property
+    def load_progress(self) -> int | None:
+        """A number that changes as long as a load makes progress; None while there is no load."""
+        return self._progress.number if self._stages.is_loading else None
+
     def stop(self, timeout_s: float) -> bool:
         """Carry out the queued orders and end the thread; return whether it ended in time."""
         deadline = time.monotonic() + timeout_s
@@ -136,17 +145,17 @@ class Engine:
         return self._stages.join(max(0.0, deadline - time.monotonic()))
 
     def _main(self) -> None:
-        use_threads(self._capabilities.threads)
-        while (item := self._next()) is not None:
-            queued_at, order = item
-            self._made_progress()
-            try:
+        try:
+            use_threads(self._capabilities.threads)
+            while (item := self._next()) is not None:
+                queued_at, order = item
+                self._made_progress()
                 self._carry_out(order, queued_at)
-            except Exception:
-                logger.exception("the compute thread failed at %s", type(order).__name__)
-            finally:
                 if isinstance(order, Run):
                     self.vitals.tasks_done += 1
+        except Exception as exc:  # a bug: nobody knows what the stages hold now
+            logger.exception("the compute thread cannot go on")
+            self._post(ComputeThreadFailed(internal_error(exc)))
 
     def _next(self) -> tuple[float, Order | BackgroundLoad] | None:
         """Return the next order; free some memory before it, and more while there is no order."""

@@ -8,7 +8,8 @@ own (`BackgroundLoad`). The memory of stages that are no longer needed is freed 
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from distributed_llm.common.types import Epoch
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.compute.failures import reported
 from distributed_llm.worker.compute.kv_orders import KVExports
+from distributed_llm.worker.compute.load_progress import LoadProgress
 from distributed_llm.worker.compute.loading import (
     BackgroundLoad,
     LoadedStage,
@@ -55,6 +57,7 @@ class HeldStages:
         post: called with `Loaded` or `LoadFailed`.
         timer: runs and times trial steps.
         after_layer: called after each layer that any of the stages computes.
+        progress: of the loads.
         load_ended: called with each load in the background when it has ended, in its own thread;
             has the compute thread call `loaded_beside`.
 
@@ -73,6 +76,7 @@ class HeldStages:
         post: Callable[[Event], None],
         timer: StageTimer,
         after_layer: Callable[[], None],
+        progress: LoadProgress,
         load_ended: Callable[[BackgroundLoad], None],
     ) -> None:
         self.served: LoadedStage | None = None
@@ -85,7 +89,9 @@ class HeldStages:
         self._post = post
         self._timer = timer
         self._after_layer = after_layer
+        self._progress = progress
         self._load_ended = load_ended
+        self._loads_now = False
         self._to_free: list[Tensor] = []  # memory of stages that were given up
         self._next_load: Load | None = None  # beside; the thread for it may be busy
         self._background: BackgroundLoad | None = None
@@ -105,6 +111,11 @@ class HeldStages:
     def is_loading_beside(self) -> bool:
         """Whether a load in the background, even a void one, has not been dealt with yet."""
         return self._background is not None
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a load is under way, even a void one; may be asked in any thread."""
+        return self._loads_now or self._background is not None
 
     def of_epoch(self, epoch: Epoch) -> LoadedStage | PreparedStage | None:
         """Return the stage of an epoch, or None."""
@@ -175,6 +186,24 @@ class HeldStages:
         """Load a stage, or begin to, unless the order is void; post how that ends."""
         if self._is_void(load):
             return
+        with self._loading():
+            self._begin(load)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Note that the compute thread loads, or tries new layers out."""
+        self._loads_now = True
+        try:
+            yield
+        finally:
+            self._loads_now = False
+
+    def _layer_done(self) -> None:
+        self._after_layer()
+        if self._loads_now:
+            self._progress.add(1)
+
+    def _begin(self, load: Load) -> None:
         self.exports.clear()
         self._unload_prepared()
         if load.order.beside:
@@ -214,9 +243,13 @@ class HeldStages:
         checkpoint = checked_checkpoint(order, self._local_model)
         use_threads(num_threads(checkpoint, order, self._capabilities.threads))
         stage = Stage.load(
-            checkpoint, order.layers, device=self._device, dtype=TORCH_DTYPES[order.dtype]
+            checkpoint,
+            order.layers,
+            device=self._device,
+            dtype=TORCH_DTYPES[order.dtype],
+            on_read=self._progress.add,
         )
-        stage.progress = self._after_layer
+        stage.progress = self._layer_done
         return stage
 
     def _load_in_background(self) -> None:
@@ -234,8 +267,10 @@ class HeldStages:
 
     def _load_beside(self, order: LoadStage, served: LoadedStage | None) -> tuple[Stage, int]:
         """Return a stage and the number of threads for it; runs in the background thread."""
-        stage, threads = load_beside(order, served, self._capabilities, self._local_model)
-        stage.progress = self._after_layer
+        stage, threads = load_beside(
+            order, served, self._capabilities, self._local_model, self._progress.add
+        )
+        stage.progress = self._layer_done
         return stage, threads
 
     def loaded_beside(self, done: BackgroundLoad) -> None:
@@ -246,7 +281,8 @@ class HeldStages:
         self._background = None
         load = done.load
         if load is self._next_load and not self._is_void(load):
-            self._prepare(load, done)
+            with self._loading():
+                self._prepare(load, done)
         elif stage := done.discard():
             self._free_gradually(LoadedStage(load.order, stage))
         if load is self._next_load:

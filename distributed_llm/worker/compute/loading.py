@@ -225,9 +225,20 @@ def same_layers(served: LoadStage, order: LoadStage) -> bool:
 
 
 def load_beside(
-    order: LoadStage, served: LoadedStage | None, capabilities: Capabilities, local_model: str
+    order: LoadStage,
+    served: LoadedStage | None,
+    capabilities: Capabilities,
+    local_model: str,
+    on_read: Callable[[int], None],
 ) -> tuple[Stage, int]:
     """Load a stage beside the served one, with which it shares layers that both have.
+
+    Args:
+        order: for the stage.
+        served: the stage beside it.
+        capabilities: of this machine.
+        local_model: see `checked_checkpoint`.
+        on_read: see `Stage.load`.
 
     Returns:
         The stage, and the number of threads for it to compute with.
@@ -250,6 +261,7 @@ def load_beside(
         device=device,
         dtype=TORCH_DTYPES[order.dtype],
         donor=served.stage if served else None,
+        on_read=on_read,
     )
     return stage, num_threads(checkpoint, order, capabilities.threads)
 

@@ -112,6 +112,7 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         donor: "Stage | None" = None,
+        on_read: Callable[[int], None] = lambda nbytes: None,
     ) -> "Stage":
         """Load a stage, ready to run.
 
@@ -123,6 +124,8 @@ class Stage:
             donor: a stage of the same checkpoint, whose modules are shared instead of read again.
                 It may run in another thread meanwhile. Afterwards the two may run in turns, and
                 either may be dropped.
+            on_read: called with the bytes of each tensor when it is about to be read, in any
+                thread.
 
         Raises:
             CheckpointError: the files lack tensors that the layers need.
@@ -130,7 +133,9 @@ class Stage:
             ValueError: the donor has another device or dtype.
         """
         cls.ensure_supported(checkpoint)
-        return cls.load_unchecked(checkpoint, layers, device=device, dtype=dtype, donor=donor)
+        return cls.load_unchecked(
+            checkpoint, layers, device=device, dtype=dtype, donor=donor, on_read=on_read
+        )
 
     @classmethod
     def ensure_supported(cls, checkpoint: Checkpoint) -> None:
@@ -150,6 +155,7 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         donor: "Stage | None" = None,
+        on_read: Callable[[int], None] = lambda nbytes: None,
     ) -> "Stage":
         """Load a stage as `load` does, without checking the architecture."""
         if donor and (donor._device, donor._dtype) != (device, dtype):
@@ -160,6 +166,7 @@ class Stage:
             device=device,
             dtype=dtype,
             donor=donor._held if donor else None,
+            on_read=on_read,
         )
         return cls(stage_model, checkpoint, device, dtype)
 

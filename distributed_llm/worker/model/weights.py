@@ -11,7 +11,7 @@ another stage of the same model holds in this process are shared instead (`share
 import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -135,6 +135,7 @@ def load_stage_model(
     device: torch.device,
     dtype: torch.dtype,
     donor: StageModel | None = None,
+    on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> StageModel:
     """Load the model of a checkpoint, reduced to some layers.
 
@@ -149,6 +150,7 @@ def load_stage_model(
         dtype: of the weights.
         donor: a stage of the same checkpoint, device and dtype to share modules with; it may run in
             another thread meanwhile.
+        on_read: called with the bytes of each tensor when it is about to be read, in any thread.
 
     Raises:
         CheckpointError: tensors are missing, unknown, of the wrong shape, or unreadable.
@@ -165,7 +167,7 @@ def load_stage_model(
     _cut_config(model.config, checkpoint.num_layers, layers)
     _drop_unneeded(model, path, checkpoint, layers, shared)
     with ExitStack() as files, _without_progress_bars():
-        tensors, mapped = _open_tensors(checkpoint, layers, tied, shared, files)
+        tensors, mapped = _open_tensors(checkpoint, layers, tied, shared, files, on_read)
         _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
         _drop_tied_embedding(model, layers)
@@ -273,16 +275,21 @@ class _MappedTensor:
         file: open.
         name: of the tensor in the file.
         mapped: gets the address of the mapped memory when the tensor is read.
+        on_read: called with its bytes when it is about to be read.
     """
 
-    def __init__(self, file: Any, name: str, mapped: set[int]) -> None:
+    def __init__(
+        self, file: Any, name: str, mapped: set[int], on_read: Callable[[int], None]
+    ) -> None:
         self._file = file
         self._name = name
         self._mapped = mapped
+        self._on_read = on_read
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor: Tensor = self._file.get_tensor(self._name)
         self._mapped.add(tensor.untyped_storage().data_ptr())
+        self._on_read(tensor.nbytes)
         return tensor[index]
 
 
@@ -292,6 +299,7 @@ def _open_tensors(
     tied: Mapping[str, str],
     shared: SharedModules,
     files: ExitStack,
+    on_read: Callable[[int], None],
 ) -> tuple[dict[str, Any], set[int]]:
     """Return the tensors to load, by name, and a set that will hold their mapped addresses.
 
@@ -314,7 +322,7 @@ def _open_tensors(
             opened[info.file] = files.enter_context(_open_file(checkpoint.folder / info.file))
         if layer is not None:
             name = _renumbered(name, checkpoint, layer, missing)
-        tensors[name] = _MappedTensor(opened[info.file], info.name, mapped)
+        tensors[name] = _MappedTensor(opened[info.file], info.name, mapped, on_read)
     return tensors, mapped
 
 

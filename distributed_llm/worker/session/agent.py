@@ -32,12 +32,14 @@ from distributed_llm.common.messages import (
     DropStage,
     Goodbye,
     Leaving,
+    LeftOut,
     LoadStage,
     MayLeave,
     Notice,
     Pong,
     Refused,
     ReleaseSequences,
+    Renamed,
     TakeOver,
     Task,
     ToWorker,
@@ -51,6 +53,7 @@ from distributed_llm.worker.session.events import (
     Action,
     Computed,
     ComputeFailed,
+    ComputeThreadFailed,
     Connected,
     Disconnected,
     End,
@@ -232,6 +235,8 @@ class Agent:
                 return self._stages.kv_order_done(event, now)
             case Probed():
                 return self._stages.probed(event)
+            case ComputeThreadFailed(error=error):
+                return self._fail(error)
             case _:
                 assert_never(event)
 
@@ -324,6 +329,11 @@ class Agent:
                 return self._welcomed(message, now)
             case Refused():
                 return self._refused(message)
+            case LeftOut(why=why):
+                return [Log(why, "warning")]
+            case Renamed(worker_id=name):
+                self._stages.rename(name)
+                return [Log(f"is called {name} now")]
             case MayLeave(why=why):
                 return self._may_leave(why)
             case Notice(text=text):

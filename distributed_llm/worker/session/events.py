@@ -280,15 +280,25 @@ class KVOrderFailed:
 
 @dataclass(frozen=True)
 class Probed:
-    """Event: the machine's speed was measured again."""
+    """Event: what the machine can do was measured again; as in `Capabilities`."""
 
     session: int
     memory_bandwidth_bytes_per_s: float
     flops_per_s: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ComputeThreadFailed:
+    """Event: the compute thread met a bug, and has ended: nobody knows what its stages hold."""
+
+    error: DistributedLLMError
 
 
 KVEvent = KVExported | KVImported | KVAssembled | KVOrderFailed
-ComputeEvent = Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed
+ComputeEvent = (
+    Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed | ComputeThreadFailed
+)
 Event = LinkEvent | Connected | Disconnected | Received | Garbage | Signalled | ComputeEvent
 
 

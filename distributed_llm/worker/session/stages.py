@@ -142,6 +142,10 @@ class Stages:
 
     # -------------------------------------------------------------- the coordinator's orders
 
+    def rename(self, worker: str) -> None:
+        """Call this worker so in stages that are yet to be loaded."""
+        self._worker = worker
+
     def load(self, order: LoadStage, now: float) -> list[Action]:
         """Load a stage: beside the served one, or in its place."""
         if order.epoch <= self._newest:
@@ -393,12 +397,13 @@ class Stages:
         return self._kv_move.order_done(event, now)
 
     def probed(self, event: Probed) -> list[Action]:
-        """Report how fast the machine is, unless there are layers by now."""
+        """Report what the machine can do now, unless there are layers by now."""
         if self.is_void(Probe(event.session)):
             return []
         measured = Remeasured(
             memory_bandwidth_bytes_per_s=event.memory_bandwidth_bytes_per_s,
             flops_per_s=event.flops_per_s,
+            memory_bytes=event.memory_bytes,
         )
         return [Send(measured)]
 
