@@ -22,6 +22,7 @@ from distributed_llm.common.tensors import Frame, token_ids_of_frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.core import Core
+from distributed_llm.coordinator.detokenizer import Detokenizer
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
@@ -44,7 +45,7 @@ from distributed_llm.coordinator.events import (
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
+from distributed_llm.coordinator.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -43,6 +43,7 @@ from distributed_llm.coordinator.requests.fairness import FairQueue
 from distributed_llm.coordinator.requests.parameters import resolve, wrong_prompt
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
+from distributed_llm.coordinator.serving.chunks import messages_of
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
@@ -297,7 +298,7 @@ class RequestBook:
             logprobs=tuple(answer.logprobs[sent : sent + len(new)]),
             finish_reason=answer.finish_reason if ended else None,
         )
-        return [Send(key[0], chunk)]
+        return [Send(key[0], message) for message in messages_of(chunk)]
 
     def _finish(self, request: Request, now: float) -> list[Action]:
         finished = Finished(
