@@ -21,6 +21,7 @@ from distributed_llm.common.errors import (
     ProtocolMismatch,
     RequestCancelled,
     StageError,
+    TextError,
     UnsupportedModel,
     WorkerLost,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "TextError",
     "TokenLogprobs",
     "UnsupportedModel",
     "Usage",

@@ -20,6 +20,9 @@ from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost
 
+_NOTABLE_STALL_S = 1.0
+"""Time for which the coordinator stood still that is worth a line in the log, seconds."""
+
 
 class Membership:
     """Handles workers and clients that come, go or report how they are."""
@@ -110,6 +113,13 @@ class Membership:
         if hung and not hangs:
             self._replanning.replan_at = now + self._settings.settle_s
         return [pong]
+
+    def stalled(self, stall_s: float, *, now: float) -> list[Action]:
+        """Take nobody for silent because of a time in which the coordinator did not listen."""
+        self._registry.forgive_silence(now=now)
+        if stall_s < _NOTABLE_STALL_S:
+            return []
+        return [self._log.note(EventKind.STALLED, stall_s=stall_s)]
 
     def remeasured(self, worker: Worker, measured: Remeasured) -> list[Action]:
         """Learn how fast the machine of a worker without layers is now."""

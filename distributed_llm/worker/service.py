@@ -13,6 +13,7 @@ from typing import assert_never
 import psutil
 
 from distributed_llm.common import codec
+from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.errors import (
     DistributedLLMError,
     LocalProtocolError,
@@ -56,6 +57,7 @@ from distributed_llm.worker.session.events import (
     SendHeartbeat,
     Serve,
     Signalled,
+    Stalled,
     Unload,
 )
 from distributed_llm.worker.session.link_events import (
@@ -108,8 +110,6 @@ class Worker:
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._leave_timeout_s = leave_timeout_s
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at: float | None = None
         self._process = psutil.Process()
         self._dealer: Dealer | None = None
 
@@ -128,6 +128,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[int] = self._loop.create_future()
         on_signal(lambda number: self._apply(Signalled(number)))
+        self._alarm = Alarm(self._on_timer, lambda stall_s: self._apply(Stalled()))
         self._links = Links(self._peer_bind, self._apply)
         self._agent = Agent(
             self._name,
@@ -136,7 +137,7 @@ class Worker:
             address=self._address,
             connect_timeout_s=self._connect_timeout_s,
             leave_timeout_s=self._leave_timeout_s,
-            now=self._loop.time(),
+            now=self._alarm.now(),
         )
         self._engine = Engine(
             self._capabilities,
@@ -146,15 +147,14 @@ class Worker:
             post=self._post,
         )
         self._connect()
-        self._set_timer()
+        self._alarm.set(self._agent.next_deadline())
         try:
             return await self._stopped
         finally:
             self._close()
 
     def _close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
+        self._alarm.cancel()
         self._links.close()
         if self._dealer:
             self._dealer.close()
@@ -188,21 +188,13 @@ class Worker:
 
     def _apply(self, event: Event) -> None:
         if not self._stopped.done():
-            self._perform(lambda: self._agent.handle(event, now=self._loop.time()))
+            self._perform(lambda: self._agent.handle(event, now=self._alarm.now()))
 
     def _on_timer(self) -> None:
-        self._timer = self._timer_at = None
+        if self._dealer:
+            self._dealer.deliver_waiting()  # before the coordinator is taken for silent
         reached = self._dealer is not None and self._dealer.reached
-        self._perform(lambda: self._agent.on_timer(reached=reached, now=self._loop.time()))
-
-    def _set_timer(self) -> None:
-        deadline = self._agent.next_deadline()
-        if deadline == self._timer_at:
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer_at = deadline
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self._on_timer)
+        self._perform(lambda: self._agent.on_timer(reached=reached, now=self._alarm.now()))
 
     # -------------------------------------------------------------- actions
 
@@ -213,7 +205,7 @@ class Worker:
         except Exception as exc:  # a bug: better to end than to hang
             logger.exception("the worker cannot go on")
             self._fail(DistributedLLMError(f"Internal error: {exc!r}. Please report it."))
-        self._set_timer()
+        self._alarm.set(self._agent.next_deadline())
 
     def _perform_one(self, action: Action) -> None:
         match action:

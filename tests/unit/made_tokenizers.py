@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from distributed_llm.coordinator.tokenizer import Tokenizer
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 
 TEXT = "Hello world, the quick brown fox.\n\n Größe naïve 你好 👩‍👩‍👧 é done</s> stop STOP"
 TEMPLATE = (

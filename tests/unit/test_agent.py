@@ -70,6 +70,7 @@ from distributed_llm.worker.session.events import (
     Send,
     SendHeartbeat,
     Signalled,
+    Stalled,
 )
 from distributed_llm.worker.session.link_events import (
     CloseLink,
@@ -891,3 +892,10 @@ def test_what_is_void_does_not_count_as_waiting(how: str) -> None:
     hear(agent, order(4))
     for step in range(CREDITS):
         run_of(agent, task(4, step=step), b"1234")
+
+
+def test_a_time_in_which_it_did_not_listen_does_not_end_its_session() -> None:
+    agent = joined(now=0.0)
+    assert agent.handle(Stalled(), now=3.9) == []
+    assert agent.on_timer(reached=True, now=7.8) == [SendHeartbeat(())]
+    assert Reconnect() in agent.on_timer(reached=True, now=7.9)

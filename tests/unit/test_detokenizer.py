@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
-from distributed_llm.coordinator.detokenizer import Detokenizer
-from distributed_llm.coordinator.tokenizer import Tokenizer
+from distributed_llm.coordinator.text.detokenizer import Detokenizer
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from tests.unit.made_tokenizers import (
     BYTES,
     KINDS,

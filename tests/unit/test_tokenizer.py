@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.messages import ChatMessage
-from distributed_llm.coordinator.detokenizer import Detokenizer
-from distributed_llm.coordinator.tokenizer import Tokenizer
+from distributed_llm.coordinator.text.detokenizer import Detokenizer
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from tests.unit.made_tokenizers import (
     byte_level,
     every_kind,

@@ -152,8 +152,8 @@ class RequestBook:
             return []
         vocab = self._defaults.vocab_size
         used = (*event.token_ids, *request.params.logit_bias)
-        strange = next((token for token in used if not 0 <= token < vocab), None)
-        if strange is not None:
+        if used and not 0 <= min(used) <= max(used) < vocab:  # fast, for a prompt may be long
+            strange = next(token for token in used if not 0 <= token < vocab)
             error = InvalidRequest(
                 f"Token id {strange} is not in the model's vocabulary of {vocab}."
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distributed_llm.common.errors import InvalidRequest
-from distributed_llm.coordinator.tokenizer import NO_TOKENIZER, Tokenizer
+from distributed_llm.coordinator.text.tokenizer import NO_TOKENIZER, Tokenizer
 
 _MAX_WINDOW_TOKENS = 16
 """Tokens of a `Detokenizer`'s window, above which it is shortened."""
