@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from distributed_llm.common.codec import encode_payload
-from distributed_llm.common.messages import ChatMessage
+from distributed_llm.common.messages import Chat, ChatMessage
 from distributed_llm.common.tensors import frame_of_token_ids, token_ids_of_frame
 from distributed_llm.coordinator.text.messages import (
     AnswerTokens,
@@ -90,7 +90,7 @@ def test_an_answer_continues_its_prompt(kind: str) -> None:
 
 def test_a_turn_of_a_conversation_is_a_text_of_its_own() -> None:
     tokenizer = tokenizer_of("byte-fallback")
-    chat = encode_payload([ChatMessage(role="user", content="he")])
+    chat = encode_payload(Chat(messages=(ChatMessage(role="user", content="he"),)))
     done = work()
     encoded(done, prompt(1, kind="chat", payload=chat))
     assert text_of(done, 1, *tokenizer.encode("wo")[1:]) == "wo"
@@ -122,7 +122,7 @@ def test_a_resumed_answer_goes_on_where_it_was() -> None:
     [
         ({"payload": b"\xff"}, "invalid_request", "not UTF-8"),
         ({"kind": "chat", "payload": b"\xc1"}, "invalid_request", "cannot be read"),
-        ({"kind": "chat", "payload": b"\x90"}, "invalid_request", "empty"),
+        ({"kind": "chat", "payload": b"\x81\xa8messages\x90"}, "invalid_request", "empty"),
         ({"payload": b"hello " * 99}, "context_length_exceeded", "context of 64"),
         (
             {"kind": "token_ids", "payload": b"\x01\0\0\0" * 65},

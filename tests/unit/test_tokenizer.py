@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
-from distributed_llm.common.messages import ChatMessage
+from distributed_llm.common.messages import Chat, ChatMessage
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from tests.unit.made_tokenizers import (
@@ -48,59 +48,6 @@ def test_half_a_surrogate_pair_is_an_invalid_request() -> None:
         tokenizer_of("byte-level").encode("\ud83d")
 
 
-# ------------------------------------------------------------------ chat
-
-
-@every_kind
-def test_chat_is_rendered_and_encoded_as_transformers_does(kind: str) -> None:
-    turns = [("system", "be brief"), ("user", "hello é")]
-    expected = reference_of(kind).apply_chat_template(
-        [{"role": role, "content": content} for role, content in turns],
-        add_generation_prompt=True,
-        return_dict=False,
-    )
-    messages = [ChatMessage(role=role, content=content) for role, content in turns]  # type: ignore[arg-type]
-    assert tokenizer_of(kind).encode_chat(messages) == expected
-
-
-def chat_with(tmp_path: Path, template: str | None) -> list[int]:
-    folder = save(tmp_path / "chat", byte_level(), chat_template=template)
-    return Tokenizer.load(folder).encode_chat([ChatMessage(role="user", content="hi")])
-
-
-@pytest.mark.parametrize(
-    ("template", "words"),
-    [
-        (None, "no chat template"),
-        ("{{ raise_exception('only poems') }}", "only poems"),
-        ("{{ messages.nothing.here }}", "refuses"),
-        ("{{ 1 / 0 }}", "refuses"),
-        ("{% for", "refuses"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses"),
-        ("{{ 'x' * 1000000 }}", "1000000 characters"),
-        ("{{ raise_exception('x' * 9999) }}", "^.{,600}$"),
-    ],
-)
-def test_what_a_template_may_do_wrong(tmp_path: Path, template: str | None, words: str) -> None:
-    with pytest.raises(InvalidRequest, match=words):
-        chat_with(tmp_path, template)
-
-
-def test_a_template_may_refuse_a_role() -> None:
-    with pytest.raises(InvalidRequest, match="no tools"):
-        tokenizer_of("byte-level").encode_chat([ChatMessage(role="tool", content="x")])
-
-
-def test_an_empty_conversation_is_an_invalid_request() -> None:
-    with pytest.raises(InvalidRequest, match="empty"):
-        tokenizer_of("byte-level").encode_chat([])
-
-
-def test_many_short_turns_are_not_too_long() -> None:
-    turns = [ChatMessage(role="user", content="")] * 2000
-    assert tokenizer_of("byte-level").encode_chat(turns)
-
-
 # ------------------------------------------------------------------ files
 
 
@@ -112,7 +59,7 @@ def test_a_folder_without_tokenizer_serves_ids_only(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="token ids"):
         tokenizer.encode("hello")
     with pytest.raises(InvalidRequest, match="token ids"):
-        tokenizer.encode_chat([ChatMessage(role="user", content="hello")])
+        tokenizer.encode_chat(Chat(messages=(ChatMessage(role="user", content="hello"),)))
     with pytest.raises(InvalidRequest, match="stop strings"):
         Detokenizer(tokenizer, ["x"])
     detokenizer = Detokenizer(tokenizer)

@@ -12,21 +12,13 @@ from typing import Any
 
 from distributed_llm.common.checkpoint import read_json
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
-from distributed_llm.common.messages import ChatMessage
+from distributed_llm.common.messages import Chat
+from distributed_llm.coordinator.text.chat_template import render_chat, short
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
-
-_FIXED_CHAT_CHARS = 65536
-"""Characters that a chat template may add to any conversation."""
-
-_CHARS_PER_TURN = 1024
-"""Characters that it may add for each message besides."""
-
-_ERROR_CHARS = 500
-"""Characters of another package's error message that are passed on."""
 
 NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, without {}."
 """What is said to a request for what only a tokenizer can do."""
@@ -65,7 +57,7 @@ class Tokenizer:
             loaded = _load(folder)
         except Exception as exc:  # transformers and tokenizers raise whatever a bad file causes
             raise CheckpointError(
-                f"The tokenizer in {folder} cannot be read ({_short(exc)}). Download it again. "
+                f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again. "
                 "Where there is no tokenizer.json, AutoTokenizer.from_pretrained(folder)"
                 ".save_pretrained(folder) writes one where sentencepiece is installed."
             ) from exc
@@ -103,37 +95,17 @@ class Tokenizer:
         """
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def encode_chat(self, chat: Chat) -> list[int]:
         """Return the token ids of a conversation, ready for the assistant's answer.
 
         Raises:
             InvalidRequest: there is no tokenizer or chat template, the template refuses the
-                messages, or what it wrote is far longer than they are.
+                conversation or does not know its tools or arguments, or what it wrote is far longer
+                than what it was given.
         """
         if self._hugging_face is None:
             raise InvalidRequest(NO_TOKENIZER.format("a chat"))
-        if not messages:
-            raise InvalidRequest("The conversation is empty. Send at least one message.")
-        if not self._hugging_face.chat_template:
-            raise InvalidRequest(
-                "The model has no chat template; it was not made for conversations. Send the "
-                "prompt as text."
-            )
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        try:
-            text = self._hugging_face.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False
-            )
-        except Exception as exc:  # a template is a program; it may fail in any way
-            raise InvalidRequest(
-                f"The model's chat template refuses these messages: {_short(exc)}."
-            ) from exc
-        limit = _FIXED_CHAT_CHARS + _CHARS_PER_TURN * len(turns)
-        if len(text) > limit + 2 * sum(len(turn.content) for turn in messages):
-            raise InvalidRequest(
-                f"The model's chat template made {len(text)} characters of a much shorter "
-                "conversation; it is broken. Send the prompt as text."
-            )
+        text = render_chat(self._hugging_face, chat)
         return self._encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -203,7 +175,3 @@ def _byte_tokens(backend: Any) -> dict[int, int]:
     if letter is None or backend.decode([letter], skip_special_tokens=False) != "A":
         return {}
     return {token_id: byte for byte, token_id in enumerate(ids) if token_id is not None}
-
-
-def _short(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {exc}"[:_ERROR_CHARS]
