@@ -1,7 +1,7 @@
 """A cluster of any size on a virtual clock: production core and agents, all else made up.
 
 Made up are the stages (a task takes a time that grows with its tokens), the links (each end adds
-its delay), the text thread, deaths of workers, and clients. Hidden states have no bytes, and no
+its delay), the text process, deaths of workers, and clients. Hidden states have no bytes, and no
 message is encoded: what is measured is what the coordinator decides, and how long it takes for it.
 """
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ProtocolMismatch,
         RequestCancelled,
         StageError,
+        TextError,
         UnsupportedModel,
         WorkerLost,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "TextError",
     "TokenLogprobs",
     "UnsupportedModel",
     "Usage",

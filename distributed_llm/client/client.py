@@ -7,7 +7,7 @@ client.generate("Once upon a time", max_new_tokens=20)
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from types import TracebackType
@@ -19,10 +19,12 @@ from distributed_llm.client.answers import Answers, Chunk, Generation
 from distributed_llm.client.batch import Pace, Progress, ask_all
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.client.prompts import (
+    Arguments,
     EncodedPrompt,
     Messages,
     Prompt,
     Prompts,
+    Tools,
     are_several,
     encode_chat,
     encode_prompt,
@@ -175,40 +177,89 @@ class AsyncDistributedClient:
 
     @overload
     async def chat(
-        self, messages: Messages, *, n: None = None, details: _No = False, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: None = None,
+        details: _No = False,
+        **params: Any,
     ) -> str: ...
     @overload
     async def chat(
-        self, messages: Messages, *, n: None = None, details: _Yes, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: None = None,
+        details: _Yes,
+        **params: Any,
     ) -> Generation: ...
     @overload
     async def chat(
-        self, messages: Messages, *, n: int, details: _No = False, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: int,
+        details: _No = False,
+        **params: Any,
     ) -> list[str]: ...
     @overload
     async def chat(
-        self, messages: Messages, *, n: int, details: _Yes, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: int,
+        details: _Yes,
+        **params: Any,
     ) -> list[Generation]: ...
     async def chat(
-        self, messages: Messages, *, n: int | None = None, details: bool = False, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: int | None = None,
+        details: bool = False,
+        **params: Any,
     ) -> Any:
         """Return the assistant's next message, by the checkpoint's chat template.
 
         Args:
-            messages: `[{"role": "user", "content": "Hi"}]`.
+            messages: `[{"role": "user", "content": "Hi"}]`. A message may also have what OpenAI's
+                have: content in parts (texts only), name, tool_calls, tool_call_id.
+            tools: JSON schemas of functions that the assistant may call; its calls come as text, as
+                the model writes them.
+            chat_template_kwargs: further arguments of the template: `{"enable_thinking": False}`.
             n: number of answers. If given, even as 1, a list of `n` answers is returned.
             details: return `Generation` instead of text.
             params: other fields of `SamplingParams`.
 
         Raises:
-            InvalidRequest: also if the model has no chat template. Otherwise as `generate`.
+            InvalidRequest: also if the model has no chat template, or one that does not know the
+                tools or arguments. Otherwise as `generate`.
         """
-        sampling = SamplingParams.from_arguments({"n": n, **params})
-        return _answers(await self._complete(encode_chat(messages), sampling), n, details)
+        sampling = _chat_params({"n": n, **params})
+        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        return _answers(await self._complete(prompt, sampling), n, details)
 
-    def stream_chat(self, messages: Messages, **params: Any) -> AsyncGenerator[Chunk, None]:
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        **params: Any,
+    ) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the assistant's next message; see `stream` and `chat`."""
-        return self._stream(encode_chat(messages), SamplingParams.from_arguments(params))
+        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        return self._stream(prompt, _chat_params(params))
 
     async def status(self) -> ClusterStatus:
         """Return the status of the cluster.
@@ -371,31 +422,78 @@ class DistributedClient:
 
     @overload
     def chat(
-        self, messages: Messages, *, n: None = None, details: _No = False, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: None = None,
+        details: _No = False,
+        **params: Any,
     ) -> str: ...
     @overload
     def chat(
-        self, messages: Messages, *, n: None = None, details: _Yes, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: None = None,
+        details: _Yes,
+        **params: Any,
     ) -> Generation: ...
     @overload
     def chat(
-        self, messages: Messages, *, n: int, details: _No = False, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: int,
+        details: _No = False,
+        **params: Any,
     ) -> list[str]: ...
     @overload
     def chat(
-        self, messages: Messages, *, n: int, details: _Yes, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: int,
+        details: _Yes,
+        **params: Any,
     ) -> list[Generation]: ...
     def chat(
-        self, messages: Messages, *, n: int | None = None, details: bool = False, **params: Any
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        n: int | None = None,
+        details: bool = False,
+        **params: Any,
     ) -> Any:
         """Return the assistant's next message; see `AsyncDistributedClient.chat`."""
         runner, client = self._here()
-        return runner.run(client.chat(messages, n=n, details=details, **params))  # type: ignore[call-overload]
+        template = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        answer = client.chat(messages, n=n, details=details, **template, **params)  # type: ignore[call-overload]
+        return runner.run(answer)
 
-    def stream_chat(self, messages: Messages, **params: Any) -> Iterator[Chunk]:
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+        **params: Any,
+    ) -> Iterator[Chunk]:
         """Return an iterator over the assistant's next message."""
         runner, client = self._here()
-        return self._iterate(runner, client.stream_chat(messages, **params))
+        chunks = client.stream_chat(
+            messages, tools=tools, chat_template_kwargs=chat_template_kwargs, **params
+        )
+        return self._iterate(runner, chunks)
 
     def _iterate(self, runner: LoopThread, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
         # As a generator it references this object, which is not closed before the answer ends.
@@ -416,6 +514,18 @@ def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:
     if runner.is_here():  # else it is the parent's
         runner.run(client.close())
         runner.stop()
+
+
+def _chat_params(params: Mapping[str, Any]) -> SamplingParams:
+    """Return the parameters; say where to put those that are meant for the chat template."""
+    try:
+        return SamplingParams.from_arguments(params)
+    except InvalidRequest as exc:
+        if params.keys() <= set(SamplingParams.__struct_fields__):
+            raise
+        raise InvalidRequest(
+            f"{exc} Arguments of the chat template go into chat_template_kwargs."
+        ) from None
 
 
 def _answers(

@@ -1,6 +1,6 @@
 """Encoding of prompts, text or token ids or conversations, as tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,7 +8,12 @@ import msgspec
 
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import InvalidRequest
-from distributed_llm.common.messages import ChatMessage
+from distributed_llm.common.messages import (
+    MAX_CHAT_MESSAGES,
+    MAX_JSON_CHARS,
+    Chat,
+    ChatMessage,
+)
 from distributed_llm.common.tensors import (
     MAX_FRAME_BYTES,
     Frame,
@@ -23,8 +28,19 @@ Prompt = str | list[int]
 Prompts = list[str] | list[list[int]]
 """Several prompts of one kind."""
 
-Messages = Sequence[Mapping[str, str]]
-"""A conversation: `[{"role": "user", "content": "Hi"}]`."""
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: `[{"role": "user", "content": "Hi"}]`, with the fields of OpenAI's messages."""
+
+Tools = Sequence[Mapping[str, Any]]
+"""Functions that may be called: `[{"type": "function", "function": {"name": ..., ...}}]`."""
+
+Arguments = Mapping[str, Any]
+"""Arguments of a chat template: `{"enable_thinking": False}`."""
+
+_GIVE_MESSAGES = (
+    'Give a list of {"role": "system" | "developer" | "user" | "assistant" | "tool", "content": '
+    '"text"}.'
+)
 
 
 @dataclass(frozen=True)
@@ -64,20 +80,104 @@ def encode_prompt(prompt: Any) -> EncodedPrompt:
     )
 
 
-def encode_chat(messages: Messages) -> EncodedPrompt:
+def encode_chat(
+    messages: Messages, tools: Tools | None = None, template_arguments: Arguments | None = None
+) -> EncodedPrompt:
     """Return a conversation encoded.
 
+    Args:
+        messages: as OpenAI's and Hugging Face's chats have them.
+        tools: JSON schemas of the functions that the assistant may call.
+        template_arguments: further arguments of the chat template.
+
     Raises:
-        InvalidRequest: it is no list of messages, or too long.
+        InvalidRequest: it is no conversation, holds more than text, or is too long.
     """
-    try:
-        turns = msgspec.convert(list(messages), list[ChatMessage])
-    except (msgspec.ValidationError, TypeError) as exc:
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise InvalidRequest(f"Bad messages: expected a list. {_GIVE_MESSAGES}")
+    turns = tuple(_turn(number, one) for number, one in enumerate(messages, start=1))
+    if len(turns) > MAX_CHAT_MESSAGES:
         raise InvalidRequest(
-            f"Bad messages: {exc}. Give a list of "
-            '{"role": "system" | "user" | "assistant" | "tool", "content": "text"}.'
-        ) from exc
-    return _of_bytes("chat", encode_payload(turns))
+            f"The conversation has {len(turns)} messages; {MAX_CHAT_MESSAGES} are allowed."
+        )
+    chat = Chat(
+        messages=turns,
+        tools=_json("tools", [_tool(tool) for tool in tools]) if tools else "",
+        template_arguments=_json("chat_template_kwargs", dict(template_arguments or {})),
+    )
+    try:
+        return _of_bytes("chat", encode_payload(chat))
+    except UnicodeEncodeError as exc:
+        raise InvalidRequest(f"Bad messages: not valid Unicode: {exc}.") from exc
+
+
+def _turn(number: int, message: Any) -> ChatMessage:
+    """Return a message, which is the `number`th, as it travels."""
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f"Bad messages: {message!r:.60} is no message. {_GIVE_MESSAGES}")
+    given = {name: value for name, value in message.items() if value is not None}
+    if "content" not in given and given.get("role") == "assistant":
+        given["content"] = ""  # it called tools
+    if isinstance(given.get("content"), Sequence) and not isinstance(given["content"], str):
+        given["content"] = "\n".join(_part(number, part) for part in given["content"])
+    if isinstance(given.get("tool_calls"), Sequence):
+        given["tool_calls"] = [_call(number, call) for call in given["tool_calls"]]
+    try:
+        return msgspec.convert(given, ChatMessage)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"Bad message {number}: {exc}. {_GIVE_MESSAGES}") from exc
+
+
+def _part(number: int, part: Any) -> str:
+    match part:
+        case {"type": "text", "text": str(text)} | str(text):
+            return text
+        case {"type": str(kind)}:
+            raise InvalidRequest(
+                f"Message {number} has a part of type {kind!r:.40}; only text can be served."
+            )
+    raise InvalidRequest(
+        f"Bad message {number}: a part of its content is {part!r:.60}. "
+        'Give {"type": "text", "text": "..."}.'
+    )
+
+
+def _call(number: int, call: Any) -> dict[str, Any]:
+    match call:
+        case {"function": {"name": str(name), **function}, **rest}:
+            arguments = function.get("arguments") or {}
+            text = arguments if isinstance(arguments, str) else _json("arguments", arguments)
+            return {"name": name, "arguments": text, "id": rest.get("id") or ""}
+    raise InvalidRequest(
+        f"Bad message {number}: a tool call is {call!r:.60}. "
+        'Give {"id": "...", "type": "function", "function": {"name": "...", "arguments": {...}}}.'
+    )
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    match tool:
+        case {"function": {"name": str()}}:
+            return dict(tool)
+    raise InvalidRequest(
+        f"A tool is {tool!r:.60}. Give "
+        '{"type": "function", "function": {"name": "...", "description": "...", "parameters": '
+        "{...}}}, with a JSON schema as parameters."
+    )
+
+
+def _json(what: str, value: Any) -> str:
+    """Return a value as JSON; empty for an empty one."""
+    if not value:
+        return ""
+    try:
+        text = msgspec.json.encode(value).decode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidRequest(f"The {what} cannot be written as JSON: {exc}.") from exc
+    if len(text) > MAX_JSON_CHARS:
+        raise InvalidRequest(
+            f"The {what} have {len(text)} characters as JSON; {MAX_JSON_CHARS} are allowed."
+        )
+    return text
 
 
 def _of_bytes(kind: Literal["text", "chat"], data: bytes) -> EncodedPrompt:

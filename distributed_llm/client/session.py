@@ -10,6 +10,7 @@ from typing import Any, assert_never
 
 from distributed_llm.common import codec
 from distributed_llm.common.addresses import resolve
+from distributed_llm.common.alarm import STALL_S
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
@@ -188,7 +189,10 @@ class Session:
     async def _beat(self, welcome: ClientWelcome) -> None:
         while not self.error:
             self._dealer.send(codec.encode(Ping()))
+            due_at = self._loop.time() + welcome.heartbeat_interval_s
             await asyncio.sleep(welcome.heartbeat_interval_s)
+            if self._loop.time() - due_at > STALL_S:  # the program stood still, and read nothing
+                self._heard_at = self._loop.time()
             if self._loop.time() - self._heard_at > welcome.silence_timeout_s:
                 self._lose(f"has been silent for {welcome.silence_timeout_s:g} s")
 

@@ -21,7 +21,6 @@ from distributed_llm.common.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
     Chat,
-    ChatMessage,
     ClusterStatus,
     ToClient,
     ToCoordinator,
@@ -83,7 +82,7 @@ to_client: Decoder[ToClient] = Decoder(ToClient)
 to_next_worker: Decoder[ToNextWorker] = Decoder(ToNextWorker)
 to_previous_worker: Decoder[ToPreviousWorker] = Decoder(ToPreviousWorker)
 
-_chat: msgspec.msgpack.Decoder[list[ChatMessage]] = msgspec.msgpack.Decoder(Chat)
+_chat: msgspec.msgpack.Decoder[Chat] = msgspec.msgpack.Decoder(Chat)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
 
 
@@ -102,12 +101,12 @@ def encode(message: AnyMessage, tensors: Sequence[Frame] = ()) -> list[Frame]:
     return [PREAMBLE, header, *tensors]
 
 
-def encode_payload(value: list[ChatMessage] | ClusterStatus) -> bytes:
+def encode_payload(value: Chat | ClusterStatus) -> bytes:
     """Return a value in msgpack that may be too long for a header, for a tensor frame."""
     return _encoder.encode(value)
 
 
-def decode_chat(payload: Frame) -> list[ChatMessage]:
+def decode_chat(payload: Frame) -> Chat:
     """Return the conversation in `payload`.
 
     Raises:

@@ -17,6 +17,7 @@
     + AddressInUse             the port to listen on is taken
   x WorkerLost                 workers died and the others cannot replace them
   x StageError                 a worker failed to run its layers
+  x TextError                  the coordinator failed to turn text into tokens, or tokens into text
   x RequestCancelled           the request was cancelled
   x DeadlineExceeded           the request did not finish within its timeout_s
   x OutputFailed               what was asked for cannot be written to standard output
@@ -150,6 +151,12 @@ class StageError(DistributedLLMError):
     code = "stage_error"
 
 
+class TextError(DistributedLLMError):
+    """The coordinator failed to turn a prompt into tokens, or the tokens of an answer into text."""
+
+    code = "text_error"
+
+
 class RequestCancelled(DistributedLLMError):
     """The request was cancelled before it finished."""
 
@@ -224,6 +231,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         CoordinatorLost,
         WorkerLost,
         StageError,
+        TextError,
         RequestCancelled,
         DeadlineExceeded,
         ProtocolMismatch,

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 DtypeName = Literal["float32", "bfloat16", "float16", "int32", "uint8"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "uint8": 1}
@@ -51,14 +50,14 @@ def frame_of_token_ids(token_ids: Sequence[int]) -> tuple[TensorSpec, Frame]:
 
 def token_ids_of_frame(frame: Frame) -> list[int]:
     """Return the token ids in an int32 frame."""
-    array: npt.NDArray[Any] = np.frombuffer(frame, dtype="<i4")
-    return [int(x) for x in array]
+    token_ids: list[int] = np.frombuffer(frame, dtype="<i4").tolist()
+    return token_ids
 
 
 def floats_of_frame(frame: Frame) -> list[float]:
     """Return the numbers in a float32 frame."""
-    array: npt.NDArray[Any] = np.frombuffer(frame, dtype="<f4")
-    return [float(x) for x in array]
+    numbers: list[float] = np.frombuffer(frame, dtype="<f4").tolist()
+    return numbers
 
 
 def frame_of_bytes(data: bytes) -> tuple[TensorSpec, Frame]:

@@ -37,6 +37,9 @@ from distributed_llm.common.types import PeerId
 _BATCH = 64
 """Messages that a socket calls back with before it yields to the event loop."""
 
+_MAX_WAITING = 4096
+"""Messages that are delivered at once when somebody wants to know what has arrived."""
+
 _LINGER_MS = 300
 """Time that a closed socket goes on sending what is queued, milliseconds."""
 
@@ -143,6 +146,10 @@ class Router:
             backlog = self._backlogs[peer] = _Backlog()
             self._retry_soon()
         return Delivery.SENT if backlog.add(frames) else Delivery.STUCK
+
+    def deliver_waiting(self) -> None:
+        """Call back with the messages that have arrived, now, but for more than a few thousand."""
+        self._pump.deliver_waiting()
 
     def _try_send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
         try:
@@ -278,6 +285,10 @@ class Dealer:
         self._outbox.append(list(frames))
         self._pump.notice(flushed=self._flush())
 
+    def deliver_waiting(self) -> None:
+        """Call back with the messages that have arrived, now, but for more than a few thousand."""
+        self._pump.deliver_waiting()
+
     def close(self, *, linger_ms: int = _LINGER_MS) -> None:
         """Close the socket; what is queued is still sent, for at most `linger_ms`.
 
@@ -358,6 +369,13 @@ class _Pump:
         """Call back with all messages that have arrived, now."""
         while not self.closed and self._take():
             pass
+
+    def deliver_waiting(self) -> None:
+        """Call back with what has arrived, now; with at most `_MAX_WAITING` messages."""
+        for _ in range(_MAX_WAITING):
+            if self.closed or not self._take():
+                break
+        self.notice()
 
     def close(self) -> None:
         self.closed = True

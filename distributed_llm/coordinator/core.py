@@ -63,6 +63,7 @@ from distributed_llm.coordinator.events import (
     Question,
     Received,
     Send,
+    Stalled,
     Studied,
     StudyFailed,
     Tokenized,
@@ -208,6 +209,8 @@ class Core:
                 return [Send(peer, Pong()) for peer in self._registry.peers]
             case Unreachable():
                 return self._membership.gone(event.peer, event.why, now=now)
+            case Stalled(stall_s=stall_s):
+                return self._membership.stalled(stall_s, now=now)
             case Studied():
                 return self._studied(event.answer, now)
             case StudyFailed():

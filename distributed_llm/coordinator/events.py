@@ -54,6 +54,17 @@ class Unreachable:
 
 
 @dataclass(frozen=True)
+class Stalled:
+    """Event: the coordinator itself stood still; the clock stood still with it.
+
+    Attributes:
+        stall_s: for how long, seconds.
+    """
+
+    stall_s: float
+
+
+@dataclass(frozen=True)
 class Tokenized:
     """Event: a prompt was turned into token ids."""
 
@@ -115,6 +126,7 @@ Event = (
     | Garbage
     | ConnectionClosed
     | Unreachable
+    | Stalled
     | Tokenized
     | TokenizeFailed
     | Detokenized

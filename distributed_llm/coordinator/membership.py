@@ -23,6 +23,9 @@ from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost
 
+_NOTABLE_STALL_S = 1.0
+"""Time for which the coordinator stood still that is worth a line in the log, seconds."""
+
 
 class Membership:
     """Handles workers and clients that come, go or report how they are."""
@@ -158,6 +161,13 @@ class Membership:
             return self._moves.stage_failed(worker, failed, now=now)
         undone = self._moves.served_stage_failed(worker, failed, now=now)
         return [*undone, *self._replanning.stage_failed(worker, failed, now=now)]
+
+    def stalled(self, stall_s: float, *, now: float) -> list[Action]:
+        """Take nobody for silent because of a time in which the coordinator did not listen."""
+        self._registry.forgive_silence(now=now)
+        if stall_s < _NOTABLE_STALL_S:
+            return []
+        return [self._log.note(EventKind.STALLED, stall_s=stall_s)]
 
     def remeasured(self, worker: Worker, measured: Remeasured) -> list[Action]:
         """Learn what the machine of a worker without layers can do now."""

@@ -1,7 +1,7 @@
 """The served model, as the coordinator knows it. Pure values."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.sampling_params import SamplingParams
@@ -50,6 +50,21 @@ class ServedModel:
     hidden_size: int
     defaults: GenerationDefaults
     digest: Callable[[LayerRange], str]
+
+    def ending_with(self, token_id: int | None) -> "ServedModel":
+        """Return the model with one more token that ends an answer.
+
+        The files of some chat models name the token that ends a turn only in those of the
+        tokenizer.
+
+        Args:
+            token_id: None, or what is no token of the model, adds nothing.
+        """
+        known, vocab_size = self.defaults.eos_token_ids, self.defaults.vocab_size
+        if token_id is None or token_id in known or not 0 <= token_id < vocab_size:
+            return self
+        defaults = replace(self.defaults, eos_token_ids=(*known, token_id))
+        return replace(self, defaults=defaults)
 
     @property
     def activation_bytes(self) -> int:

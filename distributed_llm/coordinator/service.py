@@ -1,18 +1,20 @@
-"""The coordinator's edge: its socket, timer, and threads for text and planning. Decides nothing."""
+"""The coordinator's edge: socket, timer, text process, threads for planning. Decides nothing."""
 
 import asyncio
 import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, assert_never
+from typing import Any, assert_never
 
 from distributed_llm.common import codec
+from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.errors import (
     DistributedLLMError,
+    LocalProtocolError,
     ProtocolMismatch,
     RemoteProtocolError,
     internal_error,
@@ -20,7 +22,7 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.sampling_params import MAX_SEED
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import on_signal, on_uncaught
-from distributed_llm.common.tensors import Frame, token_ids_of_frame
+from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.core import Core
@@ -28,25 +30,22 @@ from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
     Detokenize,
-    Detokenized,
     Event,
     Forget,
     Garbage,
     Log,
     Received,
-    RequestKey,
     Send,
+    Stalled,
     Stop,
     Studied,
     Study,
     StudyFailed,
     Tokenize,
-    Tokenized,
-    TokenizeFailed,
     Unreachable,
 )
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.tokenizer import Detokenizer, Tokenizer
+from distributed_llm.coordinator.text.service import TextService
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +73,18 @@ class Coordinator:
         bind: str,
         on_listening: Callable[[str], None],
     ) -> None:
-        self._core = Core(model, settings, draw_seed=lambda: secrets.randbelow(MAX_SEED))
-        self._tokenizer = Tokenizer.open(folder)
+        self._model = model
+        self._folder = folder
+        self._settings = settings
         self._bind = bind
         self._on_listening = on_listening
-        self._texts: dict[RequestKey, list[Detokenizer]] = {}  # touched by the text thread only
-        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> int:
         """Serve until SIGINT or SIGTERM; return the signal's number.
 
         Raises:
             AddressInUse: the address cannot be listened on.
+            CheckpointError: the tokenizer cannot be read.
             UnsupportedModel: a worker found that the model cannot be split.
             DistributedLLMError: this program has a bug, and cannot go on.
         """
@@ -93,16 +92,30 @@ class Coordinator:
         self._stopped: asyncio.Future[int] = self._loop.create_future()
         on_signal(self._stop)
         on_uncaught(lambda exc: self._fail(internal_error(exc)))
+        context_length = self._model.defaults.context_length
+        self._text = TextService(self._folder, context_length, self._apply_all)
+        try:
+            ready = asyncio.create_task(self._text.ready())
+            either: tuple[asyncio.Future[Any], ...] = (ready, self._stopped)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._stopped.done():
+                ready.cancel()
+                return self._stopped.result()
+            return await self._serve(ready.result().end_token)
+        finally:
+            self._text.close()
+
+    async def _serve(self, end_token: int | None) -> int:
+        model = self._model.ending_with(end_token)
+        self._core = Core(model, self._settings, draw_seed=lambda: secrets.randbelow(MAX_SEED))
+        self._alarm = Alarm(self._on_timer, lambda stall_s: self._apply(Stalled(stall_s)))
         self._router = Router(self._bind, self._on_message, lambda: self._apply(ConnectionClosed()))
-        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         self._study_threads = ThreadPoolExecutor(_STUDY_THREADS, thread_name_prefix="study")
         try:
             self._on_listening(self._router.address)
             return await self._stopped
         finally:
-            if self._timer:
-                self._timer.cancel()
-            self._text_thread.shutdown(cancel_futures=True)
+            self._alarm.cancel()
             self._study_threads.shutdown(cancel_futures=True)
             self._router.close()
 
@@ -127,11 +140,14 @@ class Coordinator:
             self._apply(Received(peer, message, tensors))
 
     def _apply(self, *events: Event) -> None:
+        self._apply_all(events)
+
+    def _apply_all(self, events: Iterable[Event]) -> None:
         for event in events:
             self._do(functools.partial(self._core.handle, event))
 
     def _on_timer(self) -> None:
-        self._timer = None
+        self._router.deliver_waiting()  # before anybody is taken for silent
         self._do(self._core.on_timer)
 
     def _do(self, decide: Callable[..., list[Action]]) -> None:
@@ -142,26 +158,18 @@ class Coordinator:
         if self._stopped.done():
             return
         try:
-            self._perform(decide(now=self._loop.time()))
-            self._set_timer()
+            self._perform(decide(now=self._alarm.now()))
+            self._alarm.set(self._core.next_deadline())
         except Exception as exc:
             logger.exception("the coordinator cannot go on")
             self._fail(internal_error(exc))
 
-    def _set_timer(self) -> None:
-        deadline = self._core.next_deadline()
-        if self._timer:
-            if deadline == self._timer.when():
-                return
-            self._timer.cancel()
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self._on_timer)
-
     # -------------------------------------------------------------- actions
 
     def _perform(self, actions: list[Action]) -> None:
-        texts = [action for action in actions if isinstance(action, Detokenize)]
-        if texts:  # all of a step at once, as going from thread to thread takes longest
-            self._text_thread.submit(self._detokenize, texts)
+        texts = [one for one in actions if isinstance(one, Tokenize | Detokenize | Forget)]
+        if texts:  # all of a step at once
+            self._text.perform(texts)
         for action in actions:
             self._perform_one(action)
 
@@ -169,12 +177,8 @@ class Coordinator:
         match action:
             case Send():
                 self._send(action)
-            case Tokenize():
-                self._text_thread.submit(self._tokenize, action)
-            case Detokenize():
-                pass  # submitted with the others above
-            case Forget(key=key):
-                self._text_thread.submit(self._texts.pop, key, None)
+            case Tokenize() | Detokenize() | Forget():
+                pass  # performed with the others above
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
             case Study():
@@ -185,7 +189,13 @@ class Coordinator:
                 assert_never(action)
 
     def _send(self, action: Send) -> None:
-        delivery = self._router.send(action.peer, codec.encode(action.message, action.frames))
+        try:
+            frames = codec.encode(action.message, action.frames)
+        except LocalProtocolError as exc:  # a bug here, but of one message: the others are served
+            logger.exception("a message cannot be sent")
+            self._loop.call_soon(self._apply, Unreachable(action.peer, f"cannot be told: {exc}"))
+            return
+        delivery = self._router.send(action.peer, frames)
         if delivery is not Delivery.SENT:
             why = "is gone" if delivery is Delivery.GONE else "reads too slowly"
             self._loop.call_soon(self._apply, Unreachable(action.peer, why))
@@ -198,54 +208,6 @@ class Coordinator:
         except Exception as exc:
             logger.exception("planning failed")
             self._tell(StudyFailed(study.question, repr(exc)))
-
-    # -------------------------------------------------------------- the text thread
-
-    def _tokenize(self, action: Tokenize) -> None:
-        event: Event
-        try:
-            self._texts[action.key] = [
-                Detokenizer(self._tokenizer, action.stop_strings) for _ in range(action.num_choices)
-            ]
-            event = Tokenized(action.key, self._token_ids(action.kind, action.payload))
-        except DistributedLLMError as exc:
-            event = TokenizeFailed(action.key, exc)
-        except Exception as exc:
-            logger.exception("tokenizing failed")
-            event = TokenizeFailed(action.key, DistributedLLMError(f"Tokenizing failed: {exc!r}."))
-        self._tell(event)
-
-    def _token_ids(self, kind: Literal["text", "token_ids", "chat"], payload: bytes) -> list[int]:
-        if kind == "token_ids":
-            return token_ids_of_frame(payload)
-        if kind == "chat":
-            return self._tokenizer.encode_chat(codec.decode_chat(payload))
-        try:
-            return self._tokenizer.encode(payload.decode())
-        except UnicodeDecodeError as exc:
-            raise RemoteProtocolError("malformed", f"prompt is not UTF-8: {exc}") from exc
-
-    def _detokenize(self, actions: list[Detokenize]) -> None:
-        # A request that is not in `_texts` has ended.
-        events = [self._text_of(action) for action in actions if action.key in self._texts]
-        self._tell(*events)
-
-    def _text_of(self, action: Detokenize) -> Event:
-        text = self._texts[action.key][action.choice]
-        try:
-            piece = text.feed(action.token_ids)
-            parts, stopped = [piece.text], piece.stopped
-            if action.last and not stopped:
-                piece = text.finish()
-                parts.append(piece.text)
-                stopped = piece.stopped
-        except Exception as exc:
-            logger.exception("detokenizing failed")
-            error = DistributedLLMError(f"The text of the answer cannot be made: {exc!r}.")
-            return TokenizeFailed(action.key, error)
-        return Detokenized(
-            action.key, action.choice, "".join(parts), piece.token_count, stopped, action.last
-        )
 
     def _tell(self, *events: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear

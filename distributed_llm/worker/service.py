@@ -13,6 +13,7 @@ from typing import assert_never
 import psutil
 
 from distributed_llm.common import codec
+from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.errors import (
     DistributedLLMError,
     LocalProtocolError,
@@ -57,6 +58,7 @@ from distributed_llm.worker.session.events import (
     SendHeartbeat,
     Serve,
     Signalled,
+    Stalled,
     Unload,
 )
 from distributed_llm.worker.session.link_events import (
@@ -109,8 +111,6 @@ class Worker:
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._leave_timeout_s = leave_timeout_s
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at: float | None = None
         self._process = psutil.Process()
         self._dealer: Dealer | None = None
 
@@ -131,6 +131,7 @@ class Worker:
         self._stopped: asyncio.Future[int] = self._loop.create_future()
         on_signal(lambda number: self._apply(Signalled(number)))
         on_uncaught(lambda exc: self._fail(internal_error(exc)))
+        self._alarm = Alarm(self._on_timer, lambda stall_s: self._apply(Stalled()))
         self._links = Links(self._peer_bind, self._apply)
         self._agent = Agent(
             self._name,
@@ -139,7 +140,7 @@ class Worker:
             address=self._address,
             connect_timeout_s=self._connect_timeout_s,
             leave_timeout_s=self._leave_timeout_s,
-            now=self._loop.time(),
+            now=self._alarm.now(),
         )
         self._engine = Engine(
             self._capabilities,
@@ -149,15 +150,14 @@ class Worker:
             post=self._post,
         )
         self._connect()
-        self._set_timer()
+        self._alarm.set(self._agent.next_deadline())
         try:
             return await self._stopped
         finally:
             self._close()
 
     def _close(self) -> None:
-        if self._timer:
-            self._timer.cancel()
+        self._alarm.cancel()
         self._links.close()
         if self._dealer:
             self._dealer.close()
@@ -190,12 +190,13 @@ class Worker:
             self._loop.call_soon_threadsafe(self._apply, event)
 
     def _apply(self, event: Event) -> None:
-        self._do(lambda: self._agent.handle(event, now=self._loop.time()))
+        self._do(lambda: self._agent.handle(event, now=self._alarm.now()))
 
     def _on_timer(self) -> None:
-        self._timer = self._timer_at = None
+        if self._dealer:
+            self._dealer.deliver_waiting()  # before the coordinator is taken for silent
         reached = self._dealer is not None and self._dealer.reached
-        self._do(lambda: self._agent.on_timer(reached=reached, now=self._loop.time()))
+        self._do(lambda: self._agent.on_timer(reached=reached, now=self._alarm.now()))
 
     def _do(self, decide: Callable[[], list[Action]]) -> None:
         """Have the agent decide what to do now, and do it; end if that meets a bug."""
@@ -204,19 +205,10 @@ class Worker:
         try:
             for action in decide():
                 self._perform(action)
-            self._set_timer()
+            self._alarm.set(self._agent.next_deadline())
         except Exception as exc:
             logger.exception("the worker cannot go on")
             self._fail(internal_error(exc))
-
-    def _set_timer(self) -> None:
-        deadline = self._agent.next_deadline()
-        if deadline == self._timer_at:
-            return
-        if self._timer:
-            self._timer.cancel()
-        self._timer_at = deadline
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self._on_timer)
 
     # -------------------------------------------------------------- actions
 

@@ -17,7 +17,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.other_formats import INDEX_NAME
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.inspect_model import model_cost
-from distributed_llm.coordinator.tokenizer import Tokenizer
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.weights import load_stage_model

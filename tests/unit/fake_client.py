@@ -1,4 +1,4 @@
-"""The fake clients of a simulation, which check what they are sent, and its fake text thread."""
+"""The fake clients of a simulation, which check what they are sent, and its fake text process."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

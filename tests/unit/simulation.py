@@ -1,7 +1,7 @@
 """A cluster in memory: the production core and agents on a virtual clock and a virtual network.
 
 The fake parts are the wires (first in, first out per connection, with delays and faults), the
-machines (`fake_worker`) with their model (`fake_model`), the clients and the text thread
+machines (`fake_worker`) with their model (`fake_model`), the clients and the text process
 (`fake_client`). Every message passes the codec, and what must always hold is asserted after every
 event (`checker`).
 """
@@ -88,7 +88,7 @@ class World:
         settings: of the core.
         seed: of the delays.
         delay_s: of a message, between these.
-        text_delay_s: of the text thread for each thing it does.
+        text_delay_s: of the text process for each thing it does.
 
     Attributes:
         counts: messages that were sent, by way and kind.

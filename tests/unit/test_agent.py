@@ -73,6 +73,7 @@ from distributed_llm.worker.session.events import (
     Send,
     SendHeartbeat,
     Signalled,
+    Stalled,
 )
 from distributed_llm.worker.session.link_events import (
     CloseLink,
@@ -925,3 +926,10 @@ def test_the_operator_is_told_why_a_worker_is_left_out() -> None:
     assert agent.handle(Received(LeftOut(why="Its disk stands still.")), now=1.0) == [
         Log("Its disk stands still.", "warning")
     ]
+
+
+def test_a_time_in_which_it_did_not_listen_does_not_end_its_session() -> None:
+    agent = joined(now=0.0)
+    assert agent.handle(Stalled(), now=3.9) == []
+    assert agent.on_timer(reached=True, now=7.8) == [SendHeartbeat(())]
+    assert Reconnect() in agent.on_timer(reached=True, now=7.9)

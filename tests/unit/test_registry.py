@@ -314,3 +314,14 @@ def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> No
     worker.assign(LayerRange(0, 3), epoch=Epoch(5))
     assert registry.fit == [worker]
     assert registry.idle == []
+
+
+def test_a_time_in_which_nobody_listened_makes_nobody_silent(registry: Registry) -> None:
+    join(registry, PeerId(b"a"), now=0.0)
+    registry.add_client(PeerId(b"c"), now=0.0)
+    registry.forgive_silence(now=3.9)
+    assert registry.silent(now=7.8) == []
+    assert registry.next_deadline() == pytest.approx(7.9)
+    assert registry.silent(now=7.9) == [PeerId(b"a")]
+    assert registry.silent(now=33.9) == [PeerId(b"a"), PeerId(b"c")]
+    registry.validate()

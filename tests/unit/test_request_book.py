@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
+from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import Finished, Generate, RequestFailed, TokenChunk
 from distributed_llm.common.sampling_params import SamplingParams
@@ -207,3 +208,18 @@ def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
         book.validate()
     assert len(book._deadlines) < 100
     assert book.next_deadline() == 10.0
+
+
+@pytest.mark.parametrize("text", ["\n" * 16_385, "👩" * 16_384], ids=["many", "wide"])
+def test_a_long_piece_of_text_comes_in_messages_that_a_client_can_read(text: str) -> None:
+    bench = bench_in(AnswerState.CLOSING)
+    event = Detokenized(bench.key, 0, text, num_tokens=2, stopped=False, last=True)
+    *chunks, finished, _ = bench.book.detokenized(event, now=3.0)
+    read = []
+    for chunk in chunks:
+        assert isinstance(chunk, Send)
+        assert isinstance(chunk.message, TokenChunk)
+        read.append(codec.to_client.decode(codec.encode(chunk.message))[0])
+    assert "".join(chunk.text for chunk in read if isinstance(chunk, TokenChunk)) == text
+    assert isinstance(finished, Send)
+    assert isinstance(finished.message, Finished)

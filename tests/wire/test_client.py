@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,6 +27,7 @@ from distributed_llm.common import codec
 from distributed_llm.common.errors import DeadlineExceeded, RemoteProtocolError
 from distributed_llm.common.messages import (
     Cancel,
+    Chat,
     ChatMessage,
     DrainWorker,
     Generate,
@@ -155,9 +157,27 @@ def test_choices_of_a_conversation(coordinator: FakeCoordinator, client: Distrib
     assert [chunk.choice for chunk in chunks if not chunk.generation] == [0, 1, 1, 0]
     assert {request.prompt for request in coordinator.requests} == {"chat"}
     assert all(
-        codec.decode_chat(frame) == [ChatMessage(role="user", content="Hi")]
+        codec.decode_chat(frame) == Chat(messages=(ChatMessage(role="user", content="Hi"),))
         for (frame,) in coordinator.prompts
     )
+
+
+def test_tools_and_arguments_of_the_template_arrive(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = numbered
+    messages = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    more: dict[str, Any] = {"tools": tools, "chat_template_kwargs": {"enable_thinking": False}}
+    assert client.chat(messages, **more) == "<0>"
+    assert "".join(chunk.text for chunk in client.stream_chat(messages, **more)) == "<0>"
+    for (frame,) in coordinator.prompts:
+        chat = codec.decode_chat(frame)
+        assert json.loads(chat.tools) == tools
+        assert json.loads(chat.template_arguments) == {"enable_thinking": False}
+    for ask in (client.chat, client.stream_chat):
+        with pytest.raises(InvalidRequest, match=r"'enable_thinking'.*chat_template_kwargs"):
+            ask(messages, enable_thinking=False)
 
 
 def test_prompts_arrive_as_they_were_given(

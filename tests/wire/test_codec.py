@@ -147,9 +147,13 @@ def test_the_examples_cover_every_message_and_direction() -> None:
     assert tensors == {Generate, KVEnd, KVPieces, PeerProbe, StatusReport, Task, TaskResult}
 
 
+def chat_of(*messages: ChatMessage) -> Chat:
+    return Chat(messages=messages)
+
+
 @settings(max_examples=25, deadline=None)
 @given(chat=values(msgspec.inspect.type_info(Chat)))
-def test_conversations_come_back(chat: list[ChatMessage]) -> None:
+def test_conversations_come_back(chat: Chat) -> None:
     payload = encode_payload(chat)
     assert codec.decode_chat(payload) == chat
     assert msgpack.unpackb(payload) == plain(chat)
@@ -373,12 +377,15 @@ def peak_kib():
         return int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1])
 
 empty = b"\\x90" * 4_000_000
-turn = codec.encode_payload([codec.ChatMessage(role="user", content="four")])[1:]
+from distributed_llm.common.messages import Chat, ChatMessage
+chat = codec.encode_payload(Chat(messages=(ChatMessage(role="user", content="four"),)))
+start = chat.index(b"messages") + len(b"messages")
+turn = chat[start + 1:chat.index(b"\\xa5tools")]
 many = (codec.MAX_PAYLOAD_BYTES - 5) // len(turn)
 payloads = [
     *BOMBS.values(),
     b"\\xdd" + (4_000_000).to_bytes(4, "big") + empty,
-    b"\\xdd" + many.to_bytes(4, "big") + turn * many,
+    chat[:start] + b"\\xdd" + many.to_bytes(4, "big") + turn * many,
     b"\\x91" * 4_000_000,
 ]
 headers = [*BOMBS.values(), bytes(16 * 1024 * 1024), empty]
@@ -765,7 +772,7 @@ def test_a_received_tensor_keeps_its_bytes() -> None:
     [
         [{"role": "root", "content": "x"}],
         [{"role": "user"}],
-        [{"role": "user", "content": "x", "name": "y"}],
+        [{"role": "user", "content": "x", "mood": "y"}],
         [{"role": "user", "content": b"x"}],
         [{"role": "user", "content": None}],
         [["user", "x"]],
@@ -776,19 +783,19 @@ def test_a_received_tensor_keeps_its_bytes() -> None:
     ids=repr,
 )
 def test_a_conversation_is_turns_of_known_roles(chat: object) -> None:
-    good = msgpack.packb([{"role": "user", "content": "x"}])
-    assert codec.decode_chat(good) == [ChatMessage(role="user", content="x")]
+    good = msgpack.packb({"messages": [{"role": "user", "content": "x"}]})
+    assert codec.decode_chat(good) == chat_of(ChatMessage(role="user", content="x"))
     with pytest.raises(RemoteProtocolError) as caught:
-        codec.decode_chat(msgpack.packb(chat))
+        codec.decode_chat(msgpack.packb({"messages": chat}))
     assert caught.value.reason == "bad_field"
 
 
 def test_a_conversation_has_a_limited_number_of_turns() -> None:
     turn = ChatMessage(role="user", content="")
-    most = codec.encode_payload([turn] * MAX_CHAT_MESSAGES)
-    assert len(codec.decode_chat(most)) == MAX_CHAT_MESSAGES
+    most = encode_payload(chat_of(*[turn] * MAX_CHAT_MESSAGES))
+    assert len(codec.decode_chat(most).messages) == MAX_CHAT_MESSAGES
     with pytest.raises(RemoteProtocolError) as caught:
-        codec.decode_chat(codec.encode_payload([turn] * (MAX_CHAT_MESSAGES + 1)))
+        codec.decode_chat(encode_payload(chat_of(*[turn] * (MAX_CHAT_MESSAGES + 1))))
     assert caught.value.reason == "bad_field"
 
 
@@ -809,12 +816,13 @@ def test_a_status_has_the_fields_it_has() -> None:
 
 def test_a_payload_is_measured_before_it_is_decoded() -> None:
     turn = ChatMessage(role="user", content="")
-    room = MAX_PAYLOAD_BYTES - len(encode_payload([turn])) - 4  # a long string has a longer prefix
-    fits = encode_payload([ChatMessage(role="user", content="x" * room)])
+    room = MAX_PAYLOAD_BYTES - len(encode_payload(chat_of(turn))) - 4  # a long text's prefix
+    fits = encode_payload(chat_of(ChatMessage(role="user", content="x" * room)))
     assert len(fits) == MAX_PAYLOAD_BYTES
-    assert len(codec.decode_chat(fits)[0].content) == room
+    assert len(codec.decode_chat(fits).messages[0].content) == room
+    exceeds = encode_payload(chat_of(ChatMessage(role="user", content="x" * (room + 1))))
     with pytest.raises(RemoteProtocolError) as caught:
-        codec.decode_chat(encode_payload([ChatMessage(role="user", content="x" * (room + 1))]))
+        codec.decode_chat(exceeds)
     assert caught.value.reason == "payload_too_big"
 
 

@@ -1027,3 +1027,23 @@ async def test_closing_twice_or_from_a_callback_is_harmless() -> None:
             router.send(above.heard[0][0], [b"x"])
         await closed.wait()
         assert heard == [b"x"]
+
+
+@on_loop
+async def test_what_has_arrived_is_delivered_at_once_when_asked_for() -> None:
+    """Without the event loop: ZeroMQ's own threads receive."""
+    here, there = End(), End()
+    with opened(here) as router, dealing(there, router.address) as dealer:
+        await there.connects.until(1)
+        for number in range(48):
+            dealer.send([b"%d" % number])
+        while len(here.heard) < 48:
+            router.deliver_waiting()
+        peer = here.heard[0][0]
+        assert here.heard == [(peer, [b"%d" % number]) for number in range(48)]
+        for number in range(48):
+            router.send(peer, [b"%d" % number])
+        while len(there.heard) < 48:
+            dealer.deliver_waiting()
+        router.send(peer, [b"last"])
+        await there.heard.until(49)  # no edge was lost

@@ -38,6 +38,7 @@ from distributed_llm.common.messages.between_workers import (
 )
 from distributed_llm.common.messages.from_client import (
     MAX_CHAT_MESSAGES,
+    MAX_JSON_CHARS,
     Cancel,
     Chat,
     ChatMessage,
@@ -46,6 +47,7 @@ from distributed_llm.common.messages.from_client import (
     Generate,
     GetStatus,
     Ping,
+    ToolCall,
 )
 from distributed_llm.common.messages.from_worker import (
     NOT_SERVED,
@@ -109,6 +111,7 @@ from distributed_llm.common.messages.to_worker import (
 
 __all__ = [
     "MAX_CHAT_MESSAGES",
+    "MAX_JSON_CHARS",
     "MAX_PIECES",
     "MAX_RELEASED",
     "MAX_SLICES",
@@ -198,6 +201,7 @@ __all__ = [
     "TokenChunk",
     "TokenLogprobs",
     "TookOver",
+    "ToolCall",
     "Usage",
     "Value",
     "Welcome",

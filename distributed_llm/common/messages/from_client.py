@@ -15,14 +15,55 @@ class ClientHello(Message, frozen=True, kw_only=True, tag="client_hello"):
     """Client -> coordinator: first message of a session."""
 
 
+MAX_JSON_CHARS = 1 << 20
+
+Json = Annotated[str, Meta(max_length=MAX_JSON_CHARS)]
+"""A value as JSON text; empty for none."""
+
+
+class ToolCall(Value, frozen=True, kw_only=True):
+    """A call of a tool, by the assistant.
+
+    Attributes:
+        name: of the tool.
+        arguments: usually an object.
+        id: by which the tool's answer names the call; empty if there is none.
+    """
+
+    name: str
+    arguments: Json
+    id: str = ""
+
+
 class ChatMessage(Value, frozen=True, kw_only=True):
-    """One turn of a conversation."""
+    """One turn of a conversation; texts that are not given are empty.
 
-    role: Literal["system", "user", "assistant", "tool"]
+    Attributes:
+        name: of who speaks, or of the tool that answers.
+        reasoning_content: what the assistant thought before it spoke.
+        tool_calls: what the assistant wants to know.
+        tool_call_id: of the call that a tool answers.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
+    name: str = ""
+    reasoning_content: str = ""
+    tool_calls: Annotated[tuple[ToolCall, ...], Meta(max_length=256)] = ()
+    tool_call_id: str = ""
 
 
-Chat = Annotated[list[ChatMessage], Meta(max_length=MAX_CHAT_MESSAGES)]
+class Chat(Value, frozen=True, kw_only=True):
+    """A conversation. It travels as msgpack in a tensor frame.
+
+    Attributes:
+        tools: list of the tools that the assistant may call, each as a JSON schema.
+        template_arguments: object of further arguments of the chat template.
+    """
+
+    messages: Annotated[tuple[ChatMessage, ...], Meta(max_length=MAX_CHAT_MESSAGES)]
+    tools: Json = ""
+    template_arguments: Json = ""
 
 
 class Generate(Message, frozen=True, kw_only=True, tag="generate"):

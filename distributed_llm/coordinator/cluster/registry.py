@@ -5,6 +5,7 @@ connection is gone; what it sends afterwards comes from a stranger.
 """
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -318,6 +319,7 @@ class Registry:
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
         self._most_entries = _LEAST_ENTRIES
         self._numbers = count()
+        self._listens_since = -math.inf
 
     @property
     def workers(self) -> Sequence[Worker]:
@@ -409,6 +411,10 @@ class Registry:
         elif peer in self._clients:
             self._clients[peer] = now
 
+    def forgive_silence(self, *, now: float) -> None:
+        """Count nobody's silence before `now`, until when nobody was listened to."""
+        self._listens_since = now
+
     def heartbeat(self, peer: PeerId, beat: Heartbeat) -> None:
         """Record what a worker reports of itself."""
         worker = self._workers[peer]
@@ -466,9 +472,9 @@ class Registry:
 
     def _deadline(self, peer: PeerId) -> float:
         worker = self._workers.get(peer)
-        if worker:
-            return worker.last_heard_at + self._silence_timeout_s
-        return self._clients[peer] + CLIENT_SILENCE_S
+        heard_at = worker.last_heard_at if worker else self._clients[peer]
+        timeout_s = self._silence_timeout_s if worker else CLIENT_SILENCE_S
+        return max(heard_at, self._listens_since) + timeout_s
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

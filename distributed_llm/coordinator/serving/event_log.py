@@ -91,6 +91,11 @@ class EventKind(Enum):
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
     HANDOVER_IMPOSSIBLE = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
+    STALLED = (
+        "warning",
+        "the coordinator stood still for {stall_s:time}, as if its machine slept or had too much "
+        "to do; nobody is taken for lost because of that",
+    )
     REQUEST_ARRIVED = "info", "request {request} arrived: {answers:answers}"
     REQUEST_QUEUED = "info", "request {request} has a prompt of {prompt_tokens:tokens}"
     ANSWER_ADMITTED = "info", "request {request}: answer {choice} runs on plan {epoch}"

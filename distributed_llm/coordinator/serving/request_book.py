@@ -44,6 +44,7 @@ from distributed_llm.coordinator.requests.fairness import FairQueue
 from distributed_llm.coordinator.requests.parameters import resolve, wrong_prompt
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
+from distributed_llm.coordinator.serving.chunks import messages_of
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
@@ -162,8 +163,8 @@ class RequestBook:
             return []
         vocab = self._defaults.vocab_size
         used = (*event.token_ids, *request.params.logit_bias)
-        strange = next((token for token in used if not 0 <= token < vocab), None)
-        if strange is not None:
+        if used and not 0 <= min(used) <= max(used) < vocab:  # fast, for a prompt may be long
+            strange = next(token for token in used if not 0 <= token < vocab)
             error = InvalidRequest(
                 f"Token id {strange} is not in the model's vocabulary of {vocab}."
             )
@@ -330,7 +331,7 @@ class RequestBook:
             logprobs=tuple(answer.logprobs[sent : sent + len(new)]),
             finish_reason=answer.finish_reason if ended else None,
         )
-        return [Send(key[0], chunk)]
+        return [Send(key[0], message) for message in messages_of(chunk)]
 
     def _finish(self, request: Request, now: float) -> list[Action]:
         finished = Finished(

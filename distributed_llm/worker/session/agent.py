@@ -74,6 +74,7 @@ from distributed_llm.worker.session.events import (
     Send,
     SendHeartbeat,
     Signalled,
+    Stalled,
     VoidableOrder,
 )
 from distributed_llm.worker.session.link_events import (
@@ -217,6 +218,9 @@ class Agent:
                 return self._garbage(error, now)
             case Signalled(signal=signal):
                 return self._signalled(signal, now)
+            case Stalled():
+                self._heard_at = now  # before that, nobody listened
+                return []
             case PeerReceived():
                 return self._stages.peer_received(event, now)
             case PeerGarbage(error=error):

@@ -182,6 +182,11 @@ class Signalled:
     signal: int
 
 
+@dataclass(frozen=True)
+class Stalled:
+    """Event: the worker itself stood still; the clock stood still with it."""
+
+
 # ------------------------------------------------------------------ events: the compute thread
 
 
@@ -299,7 +304,9 @@ KVEvent = KVExported | KVImported | KVAssembled | KVOrderFailed
 ComputeEvent = (
     Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed | ComputeThreadFailed
 )
-Event = LinkEvent | Connected | Disconnected | Received | Garbage | Signalled | ComputeEvent
+Event = (
+    LinkEvent | Connected | Disconnected | Received | Garbage | Signalled | Stalled | ComputeEvent
+)
 
 
 # ------------------------------------------------------------------ actions

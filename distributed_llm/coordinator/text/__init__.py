@@ -1,0 +1,1 @@
+"""Prompts become token ids, and the tokens of answers text, in a process beside the coordinator."""

@@ -1,0 +1,182 @@
+"""A conversation written out by the chat template of the checkpoint."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import msgspec
+from jinja2 import Environment
+
+from distributed_llm.common.errors import InvalidRequest
+from distributed_llm.common.messages import Chat, ChatMessage, ToolCall
+
+_FIXED_CHARS = 65536
+"""Characters that a chat template may add to any conversation."""
+
+_CHARS_PER_TURN = 1024
+"""Characters that it may add for each message besides."""
+
+_GROWTH = 2
+"""How many times a text may appear in what it writes."""
+
+_JSON_GROWTH = 16
+"""How much longer it may write JSON, which it may indent."""
+
+_ERROR_CHARS = 500
+"""Characters of another package's error message that are passed on."""
+
+
+def short(exc: Exception) -> str:
+    """Return what an exception of another package says, in a bounded number of characters."""
+    return f"{type(exc).__name__}: {exc}"[:_ERROR_CHARS]
+
+
+def render_chat(tokenizer: Any, chat: Chat) -> str:
+    """Return a conversation as text, ready for the assistant's answer.
+
+    Args:
+        tokenizer: of transformers.
+
+    Raises:
+        InvalidRequest: there is no chat template, it refuses the conversation or does not know its
+            tools or arguments, or what it wrote is far longer than what it was given.
+    """
+    if not chat.messages:
+        raise InvalidRequest("The conversation is empty. Send at least one message.")
+    if not tokenizer.chat_template:
+        raise InvalidRequest(
+            "The model has no chat template; it was not made for conversations. Send the prompt as "
+            "text."
+        )
+    tools = _tools(chat)
+    arguments = _arguments(chat)
+    try:
+        known = _Vocabulary.of(tokenizer.get_chat_template(tools=tools or None))
+        _check_known(known, tools, arguments)
+        turns = [_turn(message, known) for message in chat.messages]
+        text = str(
+            tokenizer.apply_chat_template(
+                turns,
+                tools=tools or None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **arguments,
+            )
+        )
+    except InvalidRequest:
+        raise
+    except Exception as exc:  # a template is a program; it may fail in any way
+        raise InvalidRequest(
+            f"The model's chat template refuses these messages: {short(exc)}."
+        ) from exc
+    if len(text) > _most_chars(chat):
+        raise InvalidRequest(
+            f"The model's chat template made {len(text)} characters of a much shorter "
+            "conversation; it is broken. Send the prompt as text."
+        )
+    return text
+
+
+def _tools(chat: Chat) -> list[dict[str, Any]]:
+    tools = _decode("tools", chat.tools, [])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InvalidRequest("The tools are no list of objects.")
+    return tools
+
+
+def _arguments(chat: Chat) -> dict[str, Any]:
+    arguments = _decode("chat template's arguments", chat.template_arguments, {})
+    if not isinstance(arguments, dict):
+        raise InvalidRequest("The chat template's arguments are no object.")
+    if reserved := sorted(_reserved() & arguments.keys()):
+        raise InvalidRequest(
+            f"{reserved[0]!r} is no argument that a request may give to the chat template."
+        )
+    return arguments
+
+
+def _decode(what: str, text: str, default: Any) -> Any:
+    if not text:
+        return default
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest(f"The {what} are no JSON: {short(exc)}.") from exc
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """Return the arguments of `apply_chat_template` that are not for the template."""
+    from transformers import PreTrainedTokenizerBase
+
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset(parameters) - {"documents", "kwargs"} | {"messages"}
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """What a template speaks of.
+
+    Attributes:
+        names: of variables, fields, tests and the like.
+        strings: that it compares with or writes; not the text between its tags.
+    """
+
+    names: frozenset[str]
+    strings: frozenset[str]
+
+    @classmethod
+    def of(cls, template: str) -> "_Vocabulary":
+        tokens = list(Environment(autoescape=False).lex(template))  # noqa: S701 - nothing is rendered
+        return cls(
+            frozenset(value for _, kind, value in tokens if kind == "name"),
+            frozenset(value.strip("'\"") for _, kind, value in tokens if kind == "string"),
+        )
+
+
+def _check_known(known: _Vocabulary, tools: list[Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse what the template would pass over in silence."""
+    if tools and "tools" not in known.names:
+        raise InvalidRequest(
+            "The model's chat template knows no tools. Ask without tools, or use a model that was "
+            "made to call them."
+        )
+    if unknown := sorted(arguments.keys() - known.names):
+        raise InvalidRequest(
+            f"The model's chat template knows no argument {unknown[0]!r}. Leave it out."
+        )
+
+
+def _turn(message: ChatMessage, known: _Vocabulary) -> dict[str, Any]:
+    """Return a message as templates know them: only with the fields that it has.
+
+    To templates that were written before there were developers they are the system.
+    """
+    role: str = message.role
+    if role == "developer" and role not in known.strings:
+        role = "system"
+    turn: dict[str, Any] = {"role": role, "content": message.content}
+    for name in ("name", "reasoning_content", "tool_call_id"):
+        if text := getattr(message, name):
+            turn[name] = text
+    if message.tool_calls:
+        turn["tool_calls"] = [_call(call) for call in message.tool_calls]
+    return turn
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = _decode(f"arguments of the call of {call.name}", call.arguments, {})
+    function = {"name": call.name, "arguments": arguments}
+    return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
+
+
+def _most_chars(chat: Chat) -> int:
+    """Return the length of text that is plausible for a conversation."""
+    texts = sum(len(m.content) + len(m.reasoning_content) + len(m.name) for m in chat.messages)
+    calls = [call for message in chat.messages for call in message.tool_calls]
+    json = sum(len(call.name) + len(call.arguments) for call in calls)
+    json += len(chat.tools) + len(chat.template_arguments)
+    turns = len(chat.messages) + len(calls)
+    return _FIXED_CHARS + _CHARS_PER_TURN * turns + _GROWTH * texts + _JSON_GROWTH * json

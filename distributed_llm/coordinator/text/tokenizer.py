@@ -1,0 +1,179 @@
+"""Text to token ids and back: prompts, chat templates, and the text of tokens.
+
+`tokenizer.json` is read by transformers' generic fast tokenizer, which needs no torch: 60 MB and a
+second less than `AutoTokenizer`, which converts folders with only older files (vocab.json,
+merges.txt). Nothing in a checkpoint is executed except its chat template, in the sandbox of
+transformers. A `Tokenizer` may be used from any thread.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distributed_llm.common.errors import CheckpointError, InvalidRequest
+from distributed_llm.common.messages import Chat
+from distributed_llm.common.model_files import read_json
+from distributed_llm.coordinator.text.chat_template import render_chat, short
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+
+NO_TOKENIZER = "The checkpoint has no tokenizer; send the prompt as token ids, without {}."
+"""What is said to a request for what only a tokenizer can do."""
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint; without one, only prompts of token ids can be served."""
+
+    def __init__(self, hugging_face: Any | None) -> None:
+        """Wrap a fast tokenizer of transformers. Use `load` or `open` instead."""
+        self._hugging_face = hugging_face
+        self._backend = None if hugging_face is None else hugging_face.backend_tokenizer
+        self._special: dict[int, str] = {}
+        self._bytes: dict[int, int] = {}
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            added = self._backend.get_added_tokens_decoder().items()
+            self._special = {i: token.content for i, token in added if token.special}
+            self._bytes = _byte_tokens(self._backend)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Return the tokenizer in `folder`.
+
+        Raises:
+            CheckpointError: there is no tokenizer, it is broken, or it needs to run its own code.
+        """
+        if not _has_tokenizer(folder):
+            raise CheckpointError(
+                f"There is no tokenizer in {folder}. Copy tokenizer.json and tokenizer_config.json "
+                "of the model there."
+            )
+        _refuse_code(folder)
+        try:
+            loaded = _load(folder)
+        except Exception as exc:  # transformers and tokenizers raise whatever a bad file causes
+            raise CheckpointError(
+                f"The tokenizer in {folder} cannot be read ({short(exc)}). Download it again. "
+                "Where there is no tokenizer.json, AutoTokenizer.from_pretrained(folder)"
+                ".save_pretrained(folder) writes one where sentencepiece is installed."
+            ) from exc
+        if getattr(loaded, "backend_tokenizer", None) is None:
+            raise CheckpointError(
+                f"The tokenizer in {folder} ({type(loaded).__name__}) is not one of the "
+                "'tokenizers' package. Use a version of the model that has a tokenizer.json."
+            )
+        return cls(loaded)
+
+    @classmethod
+    def open(cls, folder: Path) -> "Tokenizer":
+        """Return the tokenizer in `folder`, or one for token ids only if the folder has none.
+
+        Raises:
+            CheckpointError: the tokenizer is broken, or it needs to run its own code.
+        """
+        return cls.load(folder) if _has_tokenizer(folder) else cls(None)
+
+    @property
+    def available(self) -> bool:
+        """Whether the checkpoint has a tokenizer; without one there are only token ids."""
+        return self._backend is not None
+
+    @property
+    def end_token(self) -> int | None:
+        """Token id with which texts end, by the tokenizer's own files; None if they name none."""
+        return None if self._hugging_face is None else self._hugging_face.eos_token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, with the special tokens that start or end a prompt.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or `text` is not valid Unicode.
+        """
+        return self._encode(text, add_special_tokens=True)
+
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """Return the token ids of a conversation, ready for the assistant's answer.
+
+        Raises:
+            InvalidRequest: there is no tokenizer or chat template, the template refuses the
+                conversation or does not know its tools or arguments, or what it wrote is far longer
+                than what it was given.
+        """
+        if self._hugging_face is None:
+            raise InvalidRequest(NO_TOKENIZER.format("a chat"))
+        text = render_chat(self._hugging_face, chat)
+        return self._encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of `token_ids` without special tokens; empty without a tokenizer."""
+        if self._backend is None:
+            return ""
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+
+    def is_silent(self, token_id: int) -> bool:
+        """Return whether a token has no text: it is special, or unknown to the tokenizer."""
+        if self._backend is None or token_id in self._special:
+            return True
+        return self._backend.id_to_token(token_id) is None
+
+    def special_name(self, token_id: int) -> str:
+        """Return how a special token is written ("</s>"); empty for any other token."""
+        return self._special.get(token_id, "")
+
+    def byte_of(self, token_id: int) -> int | None:
+        """Return the byte that a token stands for, of a character that the vocabulary lacks.
+
+        None for tokens that are whole pieces of text, and for all tokens of tokenizers whose
+        pieces are bytes anyway (GPT-2's kind).
+        """
+        return self._bytes.get(token_id)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if self._backend is None:
+            raise InvalidRequest(NO_TOKENIZER.format("text"))
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidRequest(f"The prompt is not valid Unicode: {exc.reason}.") from exc
+        # Unlike `encode`, this lets other threads run; and it leaves out offsets.
+        batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return list(batch[0].ids)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def _refuse_code(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    auto_map = read_json(path).get("auto_map") if path.exists() else None
+    if (folder / "tokenizer.json").exists():
+        return  # read by a class of transformers, whatever code is named
+    if auto_map and (not isinstance(auto_map, dict) or "AutoTokenizer" in auto_map):
+        raise CheckpointError(
+            f"{path} asks to run code of its own (auto_map). Code from checkpoints is never run; "
+            "use a version of the model whose tokenizer is part of transformers."
+        )
+
+
+def _load(folder: Path) -> Any:
+    if (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer  # loads torch
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _byte_tokens(backend: Any) -> dict[int, int]:
+    """Return the bytes that tokens like <0x0A> stand for, by id; none if they are mere text."""
+    ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    letter = ids[ord("A")]
+    if letter is None or backend.decode([letter], skip_special_tokens=False) != "A":
+        return {}
+    return {token_id: byte for byte, token_id in enumerate(ids) if token_id is not None}

@@ -1,0 +1,168 @@
+"""What the text process does: prompts become token ids, and the tokens of answers text."""
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from distributed_llm.common import codec
+from distributed_llm.common.errors import (
+    ContextLengthExceeded,
+    DistributedLLMError,
+    InvalidRequest,
+    RemoteProtocolError,
+    TextError,
+)
+from distributed_llm.common.tensors import token_ids_of_frame
+from distributed_llm.coordinator.text.detokenizer import Detokenizer
+from distributed_llm.coordinator.text.messages import (
+    AnswerText,
+    AnswerTokens,
+    Drop,
+    Encoded,
+    Failed,
+    Prompt,
+    Resume,
+    Texts,
+    Tokens,
+)
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_CONTEXT_TOKENS: Final = 64
+"""Tokens at the end of a prompt that are kept as context: some may be special, and have no text."""
+
+
+class TextWork:
+    """The prompts that wait to be encoded, and the answers whose text is being made. Thread-safe.
+
+    Prompts are encoded in threads of their own, so that a long one delays no text; those of
+    requests that have ended are not encoded at all.
+
+    Args:
+        context_length: tokens that the model can take; longer prompts are refused.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._context_length = context_length
+        self._changed = threading.Condition()
+        self._waiting: dict[int, Prompt] = {}
+        self._begun: set[int] = set()
+        self._answers: dict[int, list[Detokenizer]] = {}
+
+    def put(self, prompt: Prompt) -> None:
+        """Queue a prompt."""
+        with self._changed:
+            self._waiting[prompt.request] = prompt
+            self._changed.notify()
+
+    def take(self) -> Prompt:
+        """Return the prompt that has waited longest; wait until there is one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting)
+            request = next(iter(self._waiting))
+            self._begun.add(request)
+            return self._waiting.pop(request)
+
+    def drop(self, order: Drop) -> None:
+        """Forget a request."""
+        with self._changed:
+            self._waiting.pop(order.request, None)
+            self._begun.discard(order.request)
+            self._answers.pop(order.request, None)
+
+    def encode(self, prompt: Prompt) -> Encoded | Failed | None:
+        """Return the token ids of a prompt that was taken; None if its request has ended."""
+        result: Encoded | Failed
+        answers: list[Detokenizer] = []
+        try:
+            token_ids = self._token_ids(prompt)
+            continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
+            context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
+            answers = [
+                Detokenizer(self._tokenizer, prompt.stop_strings, context)
+                for _ in range(prompt.num_choices)
+            ]
+            ids = np.asarray(token_ids, dtype=np.int32).tobytes()
+            result = Encoded(request=prompt.request, token_ids=ids, context=context)
+        except DistributedLLMError as exc:
+            result = Failed(request=prompt.request, code=exc.code, message=str(exc))
+        except Exception as exc:
+            logger.exception("tokenizing failed")
+            result = _bug(prompt.request, f"The prompt cannot be turned into tokens: {exc!r:.500}")
+        with self._changed:
+            if prompt.request not in self._begun:
+                return None
+            self._begun.discard(prompt.request)
+            if answers:
+                self._answers[prompt.request] = answers
+        return result
+
+    def resume(self, order: Resume) -> Failed | None:
+        """Go on with a request; return why that is impossible, or None."""
+        try:
+            answers = []
+            for token_ids in order.answers:
+                answer = Detokenizer(self._tokenizer, order.stop_strings, order.context)
+                answer.feed(token_ids)
+                answers.append(answer)
+        except Exception as exc:
+            logger.exception("detokenizing failed")
+            return _bug(order.request, f"The text of the answer cannot be made: {exc!r:.500}")
+        with self._changed:
+            self._answers[order.request] = answers
+        return None
+
+    def texts(self, order: Tokens) -> Texts:
+        """Return the texts of a step; requests that have ended have none."""
+        pieces, failures = [], []
+        for tokens in order.answers:
+            if answers := self._answers.get(tokens.request):
+                try:
+                    pieces.append(_piece(answers, tokens))
+                except Exception as exc:
+                    logger.exception("detokenizing failed")
+                    why = f"The text of the answer cannot be made: {exc!r:.500}"
+                    failures.append(_bug(tokens.request, why))
+        return Texts(pieces=tuple(pieces), failures=tuple(failures))
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        match prompt.kind:
+            case "token_ids":
+                token_ids = token_ids_of_frame(prompt.payload)
+            case "chat":
+                try:
+                    chat = codec.decode_chat(prompt.payload)
+                except RemoteProtocolError as exc:
+                    raise InvalidRequest(f"The conversation cannot be read: {exc}.") from exc
+                token_ids = self._tokenizer.encode_chat(chat)
+            case "text":
+                try:
+                    text = prompt.payload.decode()
+                except UnicodeDecodeError as exc:
+                    raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
+                token_ids = self._tokenizer.encode(text)
+        if len(token_ids) > self._context_length:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(token_ids)} tokens, which exceed the model's context of "
+                f"{self._context_length}. Shorten it."
+            )
+        return token_ids
+
+
+def _piece(answers: Sequence[Detokenizer], tokens: AnswerTokens) -> AnswerText:
+    answer = answers[tokens.choice]
+    piece = answer.feed(tokens.token_ids)
+    text, stopped = piece.text, piece.stopped
+    if tokens.last and not stopped:
+        piece = answer.finish()
+        text, stopped = text + piece.text, piece.stopped
+    return AnswerText(tokens.request, tokens.choice, text, piece.token_count, stopped, tokens.last)
+
+
+def _bug(request: int, what: str) -> Failed:
+    return Failed(request=request, code=TextError.code, message=f"{what}. Please report it.")

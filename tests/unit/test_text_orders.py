@@ -1,0 +1,148 @@
+"""What the coordinator remembers for its text process, and what fails if that dies."""
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import pytest
+
+from distributed_llm.common.errors import InvalidRequest, TextError
+from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.events import (
+    Detokenize,
+    Detokenized,
+    Forget,
+    RequestKey,
+    Tokenize,
+    Tokenized,
+    TokenizeFailed,
+)
+from distributed_llm.coordinator.text.messages import (
+    Answer,
+    AnswerText,
+    Begun,
+    Drop,
+    Encoded,
+    Failed,
+    Order,
+    Prompt,
+    Resume,
+    Texts,
+    Tokens,
+    Unpacker,
+    pack,
+)
+from distributed_llm.coordinator.text.orders import TextOrders
+
+DIED = TextError("It died.")
+
+
+def key(number: int) -> RequestKey:
+    return (PeerId(b"client"), f"r{number}", number)
+
+
+def prompt(number: int, choices: int = 1) -> Tokenize:
+    return Tokenize(key(number), "text", b"Hi", choices, ("stop",))
+
+
+def tokens(number: int, *ids: int, choice: int = 0) -> Detokenize:
+    return Detokenize(key(number), choice, ids, last=False)
+
+
+def encoded(number: int, *ids: int) -> Encoded:
+    array = np.asarray(ids, dtype=np.int32)
+    return Encoded(request=number, token_ids=array.tobytes(), context=ids)
+
+
+def texts(*numbers: int, failures: Sequence[Failed] = ()) -> Texts:
+    pieces = tuple(AnswerText(number, 0, "x", 1, stopped=False, last=False) for number in numbers)
+    return Texts(pieces=pieces, failures=tuple(failures))
+
+
+@pytest.fixture
+def orders() -> TextOrders:
+    """Requests 1 to 3 are encoded, 4 is being encoded, 5 waits."""
+    orders = TextOrders()
+    for number in range(1, 6):
+        orders.prompt(prompt(number, choices=2))
+    for number in range(1, 4):
+        assert orders.answered(Begun(request=number)) == []
+        assert orders.answered(encoded(number, 7, 8)) == [Tokenized(key(number), [7, 8])]
+    orders.answered(Begun(request=4))
+    return orders
+
+
+def test_only_what_it_worked_on_fails_with_the_text_process(orders: TextOrders) -> None:
+    orders.tokens([tokens(1, 11), tokens(2, 21, choice=1)])
+    orders.answered(texts(1, 2))
+    first = orders.tokens([tokens(1, 12)])
+    second = orders.tokens([tokens(2, 22), tokens(3, 31)])
+    assert isinstance(first, Tokens)
+    assert orders.died(DIED) == [TokenizeFailed(key(1), DIED), TokenizeFailed(key(4), DIED)]
+    resumed = {"stop_strings": ("stop",), "context": (7, 8)}
+    assert orders.again() == [
+        Resume(request=2, answers=((), (21,)), **resumed),  # type: ignore[arg-type]
+        Resume(request=3, answers=((), ()), **resumed),  # type: ignore[arg-type]
+        Prompt(request=5, kind="text", payload=b"Hi", num_choices=2, stop_strings=("stop",)),
+        second,
+    ]
+    assert [type(event) for event in orders.answered(texts(2, 3))] == [Detokenized, Detokenized]
+    assert orders.died(DIED) == []
+
+
+def test_an_idle_text_process_takes_no_request_with_it() -> None:
+    orders = TextOrders()
+    orders.prompt(prompt(1))
+    orders.answered(encoded(1, 7))
+    assert orders.died(DIED) == []
+    assert len(orders.again()) == 1
+
+
+def test_what_has_ended_is_neither_failed_nor_told_again(orders: TextOrders) -> None:
+    orders.tokens([tokens(1, 11), tokens(2, 21)])
+    for number in (1, 4, 5):
+        assert orders.forget(Forget(key(number))) == Drop(request=number)
+        assert orders.forget(Forget(key(number))) is None
+    assert orders.answered(encoded(4, 9)) == []
+    assert orders.answered(Failed(request=5, code="text_error", message="x")) == []
+    assert orders.died(DIED) == [TokenizeFailed(key(2), DIED)]
+    assert [order.request for order in orders.again() if isinstance(order, Resume)] == [3]
+    assert len(orders.again()) == 1
+
+
+def test_all_are_given_up_where_no_process_can_go_on(orders: TextOrders) -> None:
+    orders.tokens([tokens(1, 11)])
+    failed = orders.give_up_all(DIED)
+    assert failed == [TokenizeFailed(key(number), DIED) for number in range(1, 6)]
+    assert orders.again() == []
+
+
+def test_a_failure_has_the_class_that_it_was_raised_with(orders: TextOrders) -> None:
+    refused = Failed(request=4, code="invalid_request", message="No.")
+    (event,) = orders.answered(refused)
+    assert isinstance(event, TokenizeFailed)
+    assert (event.key, type(event.error), str(event.error)) == (key(4), InvalidRequest, "No.")
+    orders.tokens([tokens(1, 11), tokens(2, 21)])
+    failure = Failed(request=2, code="text_error", message="A bug.")
+    one, other = orders.answered(texts(1, failures=[failure]))
+    assert isinstance(one, Detokenized)
+    assert isinstance(other, TokenizeFailed)
+    assert type(other.error) is TextError
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_messages_are_cut_out_of_any_stream(size: int) -> None:
+    sent: list[Order] = [
+        Prompt(request=1, kind="chat", payload=b"x" * 999, num_choices=1, stop_strings=("é",)),
+        Drop(request=2),
+        Tokens(answers=()),
+    ]
+    stream = b"".join(map(pack, sent))
+    unpacker = Unpacker(Order)
+    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
+    assert [order for piece in pieces for order in unpacker.feed(piece)] == sent
+
+
+def test_what_is_no_message_is_an_error() -> None:
+    with pytest.raises(msgspec.DecodeError):
+        Unpacker(Answer).feed((3).to_bytes(8, "big") + b"\xc1\xc1\xc1")

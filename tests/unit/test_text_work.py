@@ -1,0 +1,171 @@
+"""What the text process does with prompts and tokens, without a process."""
+
+import threading
+from typing import Any
+
+import msgspec
+import pytest
+
+from distributed_llm.common.codec import encode_payload
+from distributed_llm.common.messages import Chat, ChatMessage
+from distributed_llm.common.tensors import frame_of_token_ids, token_ids_of_frame
+from distributed_llm.coordinator.text.messages import (
+    AnswerTokens,
+    Drop,
+    Encoded,
+    Failed,
+    Prompt,
+    Resume,
+    Tokens,
+)
+from distributed_llm.coordinator.text.tokenizer import Tokenizer
+from distributed_llm.coordinator.text.work import TextWork
+from tests.unit.made_tokenizers import tokenizer_of
+
+CONTEXT = 64
+
+
+def work(tokenizer: Tokenizer | None = None) -> TextWork:
+    return TextWork(tokenizer or tokenizer_of("byte-fallback"), CONTEXT)
+
+
+def prompt(request: int, text: str = "he", **changes: Any) -> Prompt:
+    usual = Prompt(
+        request=request, kind="text", payload=text.encode(), num_choices=1, stop_strings=()
+    )
+    return msgspec.structs.replace(usual, **changes)
+
+
+def encoded(done: TextWork, order: Prompt) -> list[int]:
+    done.put(order)
+    answer = done.encode(done.take())
+    assert isinstance(answer, Encoded), answer
+    return token_ids_of_frame(answer.token_ids)
+
+
+def text_of(done: TextWork, request: int, *token_ids: int, last: bool = False) -> str:
+    order = Tokens(answers=(AnswerTokens(request, 0, token_ids, last),))
+    (piece,) = done.texts(order).pieces
+    return piece.text
+
+
+def test_prompts_of_ended_requests_are_not_tokenized() -> None:
+    done = work()
+    for request in range(4):
+        done.put(prompt(request))
+    for request in (0, 2):
+        done.drop(Drop(request=request))
+    assert [done.take().request for _ in range(2)] == [1, 3]
+
+
+def test_a_prompt_whose_request_ends_meanwhile_has_no_answer_and_leaves_nothing() -> None:
+    done = work()
+    done.put(prompt(1))
+    taken = done.take()
+    done.drop(Drop(request=1))
+    assert done.encode(taken) is None
+    assert done.texts(Tokens(answers=(AnswerTokens(1, 0, (3,), False),))).pieces == ()
+
+
+def test_whoever_waits_for_a_prompt_gets_the_next() -> None:
+    done = work()
+    taken: list[Prompt] = []
+    waiting = threading.Thread(target=lambda: taken.append(done.take()))
+    waiting.start()
+    done.put(prompt(1))
+    waiting.join(30)
+    assert taken == [prompt(1)]
+
+
+@pytest.mark.parametrize("kind", ["text", "token_ids"])
+def test_an_answer_continues_its_prompt(kind: str) -> None:
+    tokenizer = tokenizer_of("byte-fallback")
+    start, both = tokenizer.encode("he"), tokenizer.encode("he wo")
+    _, frame = frame_of_token_ids(start)
+    done = work()
+    payload = b"he" if kind == "text" else bytes(frame)
+    assert encoded(done, prompt(1, kind=kind, payload=payload)) == start
+    assert text_of(done, 1, *both[len(start) :], last=True) == " wo"
+
+
+def test_a_turn_of_a_conversation_is_a_text_of_its_own() -> None:
+    tokenizer = tokenizer_of("byte-fallback")
+    chat = encode_payload(Chat(messages=(ChatMessage(role="user", content="he"),)))
+    done = work()
+    encoded(done, prompt(1, kind="chat", payload=chat))
+    assert text_of(done, 1, *tokenizer.encode("wo")[1:]) == "wo"
+
+
+def test_a_resumed_answer_goes_on_where_it_was() -> None:
+    tokenizer = tokenizer_of("byte-fallback")
+    start, both = tokenizer.encode("he"), tokenizer.encode("he é wo stop")
+    rest = both[len(start) :]
+    for cut in range(len(rest)):
+        whole, first, second = work(), work(), work()
+        order = prompt(1, stop_strings=("stop",))
+        context = encoded(whole, order)
+        encoded(first, order)
+        before = text_of(first, 1, *rest[:cut])
+        resumed = Resume(
+            request=1,
+            stop_strings=("stop",),
+            context=tuple(context),
+            answers=(tuple(rest[:cut]),),
+        )
+        assert second.resume(resumed) is None
+        after = text_of(second, 1, *rest[cut:], last=True)
+        assert before + after == text_of(whole, 1, *rest, last=True) == " é wo "
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"payload": b"\xff"}, "invalid_request", "not UTF-8"),
+        ({"kind": "chat", "payload": b"\xc1"}, "invalid_request", "cannot be read"),
+        ({"kind": "chat", "payload": b"\x81\xa8messages\x90"}, "invalid_request", "empty"),
+        ({"payload": b"hello " * 99}, "context_length_exceeded", "context of 64"),
+        (
+            {"kind": "token_ids", "payload": b"\x01\0\0\0" * 65},
+            "context_length_exceeded",
+            "65 tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_tokenized_says_why(change: dict[str, Any], code: str, said: str) -> None:
+    done = work()
+    done.put(prompt(1, **change))
+    answer = done.encode(done.take())
+    assert isinstance(answer, Failed)
+    assert (answer.request, answer.code) == (1, code)
+    assert said in answer.message
+
+
+class Broken(Tokenizer):
+    """A tokenizer with a bug."""
+
+    def encode(self, text: str) -> list[int]:
+        raise ZeroDivisionError("a bug")
+
+    def decode(self, token_ids: Any) -> str:
+        if list(token_ids) == [300]:
+            raise ZeroDivisionError("a bug")
+        return "x" * len(token_ids)
+
+    def is_silent(self, token_id: int) -> bool:
+        return False
+
+
+def test_a_bug_fails_the_request_that_shows_it_and_no_other() -> None:
+    done = work(Broken(None))
+    done.put(prompt(1))
+    answer = done.encode(done.take())
+    assert isinstance(answer, Failed)
+    assert (answer.code, "a bug" in answer.message) == ("text_error", True)
+    for request in (2, 3):
+        _, frame = frame_of_token_ids([1])
+        encoded(done, prompt(request, kind="token_ids", payload=bytes(frame)))
+    done.resume(Resume(request=3, stop_strings=(), context=(), answers=((),)))
+    step = Tokens(answers=(AnswerTokens(2, 0, (5,), False), AnswerTokens(3, 0, (300,), False)))
+    texts = done.texts(step)
+    assert [piece.request for piece in texts.pieces] == [2]
+    assert [failure.request for failure in texts.failures] == [3]

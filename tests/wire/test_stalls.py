@@ -1,0 +1,91 @@
+"""Coordinator, worker and client after their event loop stood still: nobody is lost for that."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from distributed_llm import AsyncDistributedClient
+from distributed_llm.common import codec
+from distributed_llm.common.messages import Heartbeat, ToWorker, WorkerHello
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport import Dealer
+from distributed_llm.coordinator.serve import serve
+from tests.fake_coordinator import FakeCoordinator, piece
+from tests.unit.coordinator_parts import capabilities
+from tests.wire.test_transport import come_true, on_loop
+from tests.wire.test_worker import cluster
+
+pytestmark = pytest.mark.timeout(60)
+
+LONG_S = 1000.0
+
+
+@pytest.fixture
+def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what lets `LONG_S` pass for the running loop without it having run."""
+
+    def put_forward() -> None:
+        loop = asyncio.get_running_loop()
+        time = loop.time
+        monkeypatch.setattr(loop, "time", lambda: time() + LONG_S)
+
+    return put_forward
+
+
+@on_loop
+async def test_a_coordinator_that_stood_still_loses_nobody(jump: Callable[[], None]) -> None:
+    loop = asyncio.get_running_loop()
+    listening: asyncio.Future[str] = loop.create_future()
+    settings = CoordinatorSettings(bind="127.0.0.1:0")
+    coordinator = asyncio.create_task(serve(settings, on_listening=listening.set_result))
+    await asyncio.wait((coordinator, listening), return_when=asyncio.FIRST_COMPLETED)
+    heard: list[ToWorker] = []
+
+    def hear(frames: list[Frame]) -> None:
+        heard.append(codec.to_worker.decode(frames)[0])
+
+    hello = WorkerHello(name="pc", instance="1", capabilities=capabilities(1000))
+    worker = Dealer(
+        await listening, hear, lambda: worker.send(codec.encode(hello)), lambda: heard.clear()
+    )
+    try:
+        async with AsyncDistributedClient(listening.result()) as client:
+            await come_true(lambda: bool(heard))
+            assert [one.name for one in (await client.status()).workers] == ["pc"]
+            jump()
+            status = await client.status()
+            assert [one.name for one in status.workers] == ["pc"]
+            assert any("stood still" in event for event in status.events)
+    finally:
+        worker.close()
+        coordinator.cancel()
+        await asyncio.gather(coordinator, return_exceptions=True)
+
+
+@on_loop
+async def test_a_worker_that_stood_still_stays_in_its_session(
+    monkeypatch: pytest.MonkeyPatch, jump: Callable[[], None]
+) -> None:
+    async with cluster(monkeypatch) as coordinator:
+        before = len(coordinator.messages_of("a", Heartbeat))
+        jump()
+        await coordinator.hear("a", Heartbeat, before + 3)
+        for name in ("a", "b"):
+            assert len(coordinator.messages_of(name, WorkerHello)) == 1
+
+
+@on_loop
+async def test_a_client_that_stood_still_keeps_its_request(jump: Callable[[], None]) -> None:
+    with FakeCoordinator(lambda request: [piece(request, "a", 1)]) as coordinator:
+        async with AsyncDistributedClient(coordinator.address) as client:
+            chunks = client.stream("Hi")
+            assert (await anext(chunks)).text == "a"
+            jump()
+            (request,) = coordinator.requests
+            for _ in range(5):  # its timers are due at once
+                await asyncio.sleep(0)
+            coordinator.say(piece(request, "b", 2, index=1))
+            assert (await anext(chunks)).text == "b"
+            await chunks.aclose()
