@@ -273,7 +273,7 @@ def plan(
 
 
 def _parameters_of(config: Mapping[str, Any]) -> "Mapping[str, TensorInfo]":
-    from distributed_llm.worker.model.weights import parameters_of  # loads torch
+    from distributed_llm.worker.model.empty_model import parameters_of  # loads torch
 
     return parameters_of(config)
 

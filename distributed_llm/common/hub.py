@@ -5,14 +5,13 @@ headers of the files. A worker downloads the files that hold its layers. The com
 the headers are kept beside the snapshot, so that a second start needs no network.
 """
 
-import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from huggingface_hub import HfApi, errors
@@ -20,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.hub_errors import reporting
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo, read_header, read_json
 from distributed_llm.common.model_folder import (
@@ -48,8 +48,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/+-]{0,199}")
 _WEIGHT_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 _PATH_START = re.compile(r"[./~\\]|[A-Za-z]:[\\/]")
-
-_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +276,7 @@ def _absent_weights(folder: Path) -> list[str]:
 
 def _reason_of_repository(name: str, folder: Path) -> str:
     """Return why a repository without usable weights or configuration cannot be served."""
-    paths = _reporting(name, lambda: _api().list_repo_files(name, revision=folder.name))
+    paths = reporting(name, lambda: _api().list_repo_files(name, revision=folder.name))
     names = {path[: path.find("/") + 1] or path for path in paths}
 
     def read(file: str) -> Mapping[str, Any]:
@@ -298,13 +296,13 @@ def _tensors_on_hub(name: str, folder: Path) -> Mapping[str, TensorInfo]:
         tensors = _fetch_headers(name, folder)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     content = msgspec.json.encode(tensors)
-    _reporting(name, lambda: (temporary.write_bytes(content), temporary.replace(path)))
+    reporting(name, lambda: (temporary.write_bytes(content), temporary.replace(path)))
     return tensors
 
 
 def _fetch_headers(name: str, folder: Path) -> dict[str, TensorInfo]:
     try:
-        metadata = _reporting(
+        metadata = reporting(
             name, lambda: _api().get_safetensors_metadata(name, revision=folder.name)
         )
     except CheckpointError as exc:
@@ -341,75 +339,8 @@ def _download(name: str, revision: str | None, files: Iterable[str], *, all_need
             logger.warning("%s", exc)
             return str(exc.snapshot_path)
 
-    return Path(_reporting(name, download))
+    return Path(reporting(name, download))
 
 
 def _api() -> HfApi:
     return HfApi()
-
-
-def _reporting(name: str, action: Callable[[], _T]) -> _T:
-    """Return what `action` returns.
-
-    Raises:
-        CheckpointError: instead of whatever it raises. The hub's library changes its HTTP client,
-            and with it the exceptions, from version to version; hence all of them.
-    """
-    try:
-        return action()
-    except Exception as exc:
-        raise CheckpointError(_explain(name, exc)) from exc
-
-
-def _explain(name: str, exc: Exception) -> str:
-    match exc:
-        case errors.GatedRepoError():
-            return (
-                f"{name} is gated: its owner wants you to accept a licence. Do so at "
-                f"https://huggingface.co/{name}, then run `hf auth login` on this machine."
-            )
-        case errors.RevisionNotFoundError():
-            return f"{name} has no such revision on the hub. Check what stands after the @."
-        case errors.RepositoryNotFoundError():
-            return (
-                f"The hub has no model {name}, or it is private. Check the spelling; for a "
-                "private model run `hf auth login` on this machine."
-            )
-        case errors.SafetensorsParsingError():
-            return f"The weights of {name} on the hub are broken ({exc}). Choose another model."
-        case errors.OfflineModeIsEnabled():
-            return _offline(name, "HF_HUB_OFFLINE is set")
-        case errors.LocalEntryNotFoundError() if isinstance(exc.__cause__, Exception):
-            return _explain(name, exc.__cause__)
-        case errors.RemoteEntryNotFoundError():
-            return (
-                f"The index of {name} names a file that is not there on the hub. Choose another "
-                "revision or version of the model."
-            )
-        case errors.HfHubHTTPError():
-            return _refused(name, exc)
-        case OSError(errno=errno.ENOSPC):
-            return (
-                f"The disk is full; {name} does not fit. Free some space, or set HF_HOME to a "
-                "folder on another disk, and start again: what was downloaded is kept."
-            )
-        case OSError(errno=code) if code is not None and exc.filename is not None:
-            return f"{name} cannot be stored: {exc}. Set HF_HOME to a folder that can be written."
-    return _offline(name, f"{type(exc).__name__}: {str(exc)[:300]}")
-
-
-def _refused(name: str, exc: errors.HfHubHTTPError) -> str:
-    status = exc.response.status_code
-    if status in (401, 403):
-        return (
-            f"The hub refuses {name} (HTTP {status}). Run `hf auth login` on this machine with a "
-            "token that may read it, and check that no old HF_TOKEN is set."
-        )
-    return _offline(name, f"the hub answers HTTP {status}")
-
-
-def _offline(name: str, reason: str) -> str:
-    return (
-        f"{name} cannot be fetched from the hub: {reason}. What was downloaded is kept; try again "
-        "when the hub can be reached, or give the path of a folder with the model."
-    )

@@ -12,7 +12,7 @@ from distributed_llm.common.other_formats import INDEX_NAME
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.coordinator import serve
 from distributed_llm.coordinator.inspect_model import model_cost
-from distributed_llm.worker.model.weights import parameters_of
+from distributed_llm.worker.model.empty_model import parameters_of
 from tests.checkpoints import FAMILIES, make_checkpoint
 
 WORKERS = ("pc=200KiB", "mac=200KiB")

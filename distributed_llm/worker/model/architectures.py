@@ -24,8 +24,8 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model.empty_model import model_config, new_model
 from distributed_llm.worker.model.sampler import sample
-from distributed_llm.worker.model.weights import model_config, new_model
 
 logger = logging.getLogger(__name__)
 

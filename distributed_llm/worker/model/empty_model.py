@@ -1,0 +1,93 @@
+"""Makes models without weights from a config.json, by transformers' own classes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.worker.model.attention import ATTENTION_NAME
+
+
+def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """Return transformers' configuration object for the content of a config.json.
+
+    Raises:
+        UnsupportedModel: transformers has no decoder of this type.
+        CheckpointError: transformers refuses a value.
+    """
+    model_type = config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedModel(
+            f"The installed transformers does not know the model type {model_type!r}. Upgrade it "
+            "(pip install -U transformers) on every machine; if that does not help, use another "
+            "model: code that comes with checkpoints is never run."
+        )
+    kind = CONFIG_MAPPING[model_type]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModel(
+            f"The model type {model_type!r} is no decoder language model. Use one that generates "
+            "text, such as llama, qwen3 or mistral."
+        )
+    values = dict(config)
+    for name in ("dtype", "torch_dtype"):
+        if isinstance(values.get(name), str):
+            values[name] = values[name].removeprefix("torch.")
+    try:
+        return kind.from_dict(values)
+    except Exception as exc:  # validators of transformers raise errors of many types
+        raise CheckpointError(
+            f"transformers refuses the config.json of this {model_type!r} model: {exc}"
+        ) from exc
+
+
+def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
+    """Return a model of this configuration, with weights as transformers initialises them."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model: PreTrainedModel = kind._from_config(config, dtype=dtype, **settings)
+    return model
+
+
+def parameters_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Return the tensors that a checkpoint with this config.json would have, tied ones once.
+
+    Raises:
+        UnsupportedModel: transformers has no decoder of this type.
+        CheckpointError: transformers refuses a value.
+    """
+    made = model_config(config)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+    dtype = made.dtype if made.dtype in names else torch.float32
+    with torch.device("meta"):
+        model = new_model(made, dtype)
+    return {
+        name: TensorInfo(name, "", names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in model.state_dict().items()
+        if tensor.dtype in names and name not in model.all_tied_weights_keys
+    }
+
+
+def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the whole model of a checkpoint on the meta device, with the attention of stages.
+
+    Raises:
+        UnsupportedModel: transformers cannot run it with that attention.
+        CheckpointError: transformers refuses a value of its config.json.
+    """
+    config = model_config(checkpoint.config)
+    try:
+        with torch.device("meta"):
+            return new_model(config, dtype, attn_implementation=ATTENTION_NAME)
+    except ValueError as exc:
+        raise UnsupportedModel(
+            f"transformers cannot run the model type {checkpoint.model_type!r} with the attention "
+            f"that split models need: {exc}"
+        ) from exc
