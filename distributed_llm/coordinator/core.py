@@ -75,7 +75,7 @@ from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQ
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
-from distributed_llm.coordinator.serving.event_log import Entry
+from distributed_llm.coordinator.serving.event_log import Entry, EventKind
 from distributed_llm.coordinator.stepping import Stepping
 
 
@@ -110,6 +110,15 @@ class Core:
         return self._membership.give_up(peer, "made no progress on a task", now=now)
 
     # -------------------------------------------------------------- what the edge calls
+
+    def start(self, *, now: float) -> list[Action]:
+        """Return what to do before the first event; call it once."""
+        self._event_log.now = now
+        names = self._cluster.model.defaults.not_followed
+        if not names:
+            return []
+        kind = EventKind.PARAMETERS_NOT_FOLLOWED
+        return [self._event_log.note(kind, names=", ".join(names))]
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply an event that happened at `now`, clock seconds; return what to do about it."""

@@ -8,7 +8,7 @@ from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.requests.parameters import generation_defaults
+from distributed_llm.coordinator.requests.generation_config import generation_defaults
 
 
 def served_model(
@@ -22,8 +22,7 @@ def served_model(
         settings: with the dtypes to run it in.
 
     Raises:
-        CheckpointError: the files contradict one another.
-        InvalidRequest: generation_config.json has a value out of range.
+        CheckpointError: the files contradict one another, or one has a value out of range.
     """
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))

@@ -38,6 +38,7 @@ FACTS = {
     "choice": 0,
     "code": "stage_error",
     "answer_tokens": 20,
+    "names": "num_beams",
 }
 """A value for every fact that a template may name."""
 

@@ -869,8 +869,8 @@ WORST = Sampling(
     logit_bias=tuple((2**31 - 1 - i, -99.9) for i in range(MAX_LOGIT_BIASES)),
     seed=MAX_SEED,
     prompt_tokens=2**31 - 1,
-    suppressed=tuple(range(2**31 - 17, 2**31 - 1)),
-    suppressed_before=2**31 - 1,
+    eos_token_ids=tuple(range(2**31 - 17, 2**31 - 1)),
+    eos_from=2**31 - 1,
     logprobs=20,
 )
 

@@ -8,6 +8,9 @@ is computed again from them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import msgspec
 
 from distributed_llm.common.messages import (
     FinishReason,
@@ -26,12 +29,6 @@ from distributed_llm.coordinator.requests.answer_states import (
 )
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.stage_times import StageTimes
-
-_SAMPLING_BYTES = 300
-"""About how many bytes sampling parameters without biases take in the header of a task."""
-
-_BYTES_PER_BIAS = 16
-"""About how many bytes a bias takes there."""
 
 
 @dataclass(eq=False)
@@ -118,10 +115,12 @@ class Answer:
 
     @property
     def sampling_bytes(self) -> int:
-        """About how many bytes `sampling` adds to its next task; 0 once it was sent."""
-        if self.sampling_sent:
-            return 0
-        return _SAMPLING_BYTES + _BYTES_PER_BIAS * len(self.sampling.logit_bias)
+        """How many bytes `sampling` adds to its next task; 0 once it was sent."""
+        return 0 if self.sampling_sent else self._encoded_bytes
+
+    @cached_property
+    def _encoded_bytes(self) -> int:
+        return len(msgspec.msgpack.encode(self.sampling))
 
     def reset(self) -> None:
         """Forget the KV cache, so that all tokens are computed again; the tokens stay."""

@@ -34,6 +34,11 @@ class EventKind(Enum):
     and seconds in units that people read, `layers` a layer map.
     """
 
+    PARAMETERS_NOT_FOLLOWED = (
+        "warning",
+        "generation_config.json of the model sets {names}, which is not followed here: answers may "
+        "differ from those of transformers",
+    )
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"
     WORKER_LEFT = "info", "worker {worker} {why}"
     WORKER_LOST = "warning", "worker {worker} {why}"

@@ -25,7 +25,7 @@ from distributed_llm.coordinator.serving.step import Step
 _WORTH_WAITING = 64
 """Least length of a prefix, in positions, for which an answer waits until another computed it."""
 
-_MAX_SAMPLING_BYTES = 40_000
+MAX_SAMPLING_BYTES = 40_000
 """Sampling parameters in one step, bytes; the header of its task may have 64 KiB."""
 
 
@@ -312,7 +312,7 @@ class Scheduler:
         self, candidates: Iterable[Answer], max_decodes: int, *, prompts: bool
     ) -> Iterator[tuple[Answer, SequenceSlice]]:
         """Yield slices within the budgets: decoding answers first, then prefill chunks."""
-        budget, room = self._max_tokens, _MAX_SAMPLING_BYTES
+        budget, room = self._max_tokens, MAX_SAMPLING_BYTES
         decodes = min(max_decodes, budget, MAX_SLICES)
         count, unread = 0, []
         for answer in list(candidates):
