@@ -132,6 +132,8 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
 
     Attributes:
         missing: sequences of which it lacks positions that the step needs.
+        sequence_ids: the sequences because of which it failed; empty if that is not known. The code
+            is "invalid_request" if their generation parameters allow no token.
     """
 
     epoch: Epoch
@@ -139,6 +141,7 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
     code: Label
     message: Text
     missing: Annotated[tuple[MissingPositions, ...], Meta(max_length=1024)] = ()
+    sequence_ids: Annotated[tuple[SequenceId, ...], Meta(max_length=1024)] = ()
 
 
 class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):

@@ -31,6 +31,10 @@ from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.stage_times import StageTimes
 
 
+class Suspects:
+    """A group of answers that run in steps of their own, as one of them may break steps."""
+
+
 @dataclass(eq=False)
 class Answer:
     """One of the answers to a request, and how far it has come.
@@ -50,8 +54,8 @@ class Answer:
         waits_for: the answer whose prefix this one will share, and which it waits for until
             `waits_until` positions are computed.
         losses: workers that died in a row while they worked on its next token.
-        failures: steps that failed in a row while they computed its next token.
-        alone: whether it is suspected of breaking steps, and runs in steps of its own.
+        failures: steps that failed in a row over its next token, and for certain because of it.
+        suspects: the group with which it is suspected of breaking steps; None if it is not.
         logprobs: of the answer's tokens; empty unless they were asked for.
         num_sent_tokens: tokens of the answer that the client was sent.
         started_at: when it was first admitted; like all times here in clock seconds.
@@ -75,7 +79,7 @@ class Answer:
     waits_until: int = 0
     losses: int = 0
     failures: int = 0
-    alone: bool = False
+    suspects: Suspects | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_sent_tokens: int = 0
@@ -130,7 +134,7 @@ class Answer:
 
     def clear_suspicion(self) -> None:
         """Forget failures and losses: it got a token."""
-        self.alone = False
+        self.suspects = None
         self.losses = self.failures = 0
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:

@@ -289,11 +289,13 @@ class Scheduler:
         Args:
             max_decodes: answers that may decode in it.
             prompts: whether it may have prefill chunks.
-            idle: whether no step is in flight; a suspected answer runs only then, alone.
+            idle: whether no step is in flight; suspected answers run only then, one group at a
+                time.
         """
-        suspects = [a for a in self._running.values() if a.alone and a.waits_for is None]
+        suspects = [a for a in self._running.values() if a.suspects and a.waits_for is None]
         if suspects:
-            parts = list(self._fill(suspects[:1], 1, prompts=True)) if idle else []
+            group = [answer for answer in suspects if answer.suspects is suspects[0].suspects]
+            parts = list(self._fill(group, max(1, max_decodes), prompts=True)) if idle else []
         else:
             parts = list(self._fill(self._running.values(), max_decodes, prompts=prompts))
         if not parts:

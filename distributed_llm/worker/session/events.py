@@ -240,11 +240,13 @@ class ComputeFailed:
 
     Attributes:
         missing: positions that the KV cache would have needed.
+        sequence_ids: the sequences because of which it failed; empty if that is not known.
     """
 
     run: Run
     error: DistributedLLMError
     missing: tuple[MissingPositions, ...] = ()
+    sequence_ids: tuple[SequenceId, ...] = ()
 
 
 @dataclass(frozen=True)
