@@ -2,13 +2,18 @@
 
 from distributed_llm.common.errors import DistributedLLMError, NotReady
 from distributed_llm.common.messages import (
+    CancelStage,
     ClientWelcome,
+    DropStage,
     Heartbeat,
+    MayLeave,
+    NotUnderstood,
     Pong,
     Refused,
     Remeasured,
     Welcome,
     WorkerHello,
+    tag_of,
 )
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
@@ -19,6 +24,9 @@ from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost
+
+_MUST_BE_READ = frozenset({tag_of(CancelStage), tag_of(DropStage), tag_of(MayLeave)})
+"""Messages without which a worker does what nobody wants; others are repeated or missed."""
 
 
 class Membership:
@@ -116,6 +124,15 @@ class Membership:
         worker.remeasured(measured)
         self._cluster.measurements.remeasured(worker.id, worker.capabilities)
         return []
+
+    def not_understood(self, worker: Worker, message: NotUnderstood, *, now: float) -> list[Action]:
+        """Note that a worker cannot read a message; end its session if it goes on as before."""
+        note = self._log.note(
+            EventKind.NOT_UNDERSTOOD, worker=worker.id, what=message.what, why=message.why
+        )
+        if message.what not in _MUST_BE_READ:
+            return [note]
+        return [note, *self.give_up(worker.peer, f"cannot read {message.what}", now=now)]
 
     def give_up(self, peer: PeerId, why: str, *, now: float) -> list[Action]:
         """End the session of a connected worker that is of no use, and tell it why."""

@@ -24,6 +24,7 @@ from distributed_llm.common.messages.base import (
     Tensors,
     Text,
     Value,
+    tag_of,
 )
 from distributed_llm.common.messages.between_workers import (
     MAX_PIECES,
@@ -55,6 +56,7 @@ from distributed_llm.common.messages.from_worker import (
     Leaving,
     LinkReport,
     MissingPositions,
+    NotUnderstood,
     Remeasured,
     StageFailed,
     StageReady,
@@ -154,6 +156,7 @@ __all__ = [
     "ModelSource",
     "Name",
     "NextStage",
+    "NotUnderstood",
     "PeerHello",
     "PeerProbe",
     "PeerProbed",
@@ -197,6 +200,7 @@ __all__ = [
     "WorkerHello",
     "WorkerReport",
     "WorkerStatus",
+    "tag_of",
 ]
 
 WorkerReport = (
@@ -205,6 +209,7 @@ WorkerReport = (
     | StageFailed
     | TaskResult
     | TaskFailed
+    | NotUnderstood
     | LinkReport
     | Remeasured
     | KVCopied

@@ -32,6 +32,13 @@ class Message(Value, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_
     """Base of all messages. On the wire, the field `type` holds the tag of the class."""
 
 
+def tag_of(kind: type[Message]) -> str:
+    """Return the tag that stands in the field `type` for a class of messages."""
+    tag = kind.__struct_config__.tag
+    assert isinstance(tag, str)
+    return tag
+
+
 class Capabilities(Value, frozen=True, kw_only=True):
     """What a worker's machine can do, as measured when the worker started.
 

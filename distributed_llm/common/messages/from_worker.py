@@ -144,6 +144,18 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
     sequence_ids: Annotated[tuple[SequenceId, ...], Meta(max_length=1024)] = ()
 
 
+class NotUnderstood(Message, frozen=True, kw_only=True, tag="not_understood"):
+    """Worker -> coordinator: it cannot read a message, and no other answer to it exists.
+
+    Attributes:
+        what: tag of the message's class; empty if not even that can be read.
+        why: what is wrong with it.
+    """
+
+    what: Label
+    why: Text
+
+
 class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
     """Worker -> coordinator: whether it reaches the worker of the next stage directly.
 

@@ -42,6 +42,7 @@ class EventKind(Enum):
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"
     WORKER_LEFT = "info", "worker {worker} {why}"
     WORKER_LOST = "warning", "worker {worker} {why}"
+    NOT_UNDERSTOOD = "warning", "worker {worker} cannot read a message to it ({what}): {why}"
     LINK_DIRECT = "info", "worker {worker} hands its results on itself ({rtt_s:.1ms} ms)"
     LINK_RELAYED = (
         "info",

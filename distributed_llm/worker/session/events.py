@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     LinkReport,
     LoadStage,
     MissingPositions,
+    NotUnderstood,
     Remeasured,
     StageFailed,
     StageReady,
@@ -307,6 +308,7 @@ class Send:
         | StageFailed
         | TaskResult
         | TaskFailed
+        | NotUnderstood
         | LinkReport
         | Remeasured
         | KVCopied
