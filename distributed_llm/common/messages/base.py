@@ -20,8 +20,8 @@ Tensors = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
 Address = Annotated[str, Meta(min_length=1, max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
 Microseconds = Annotated[int, Meta(ge=0, le=2**53)]
-Bandwidth = Annotated[float, Meta(gt=0, le=1e16)]
-Flops = Annotated[float, Meta(gt=0, le=1e20)]
+Bandwidth = Annotated[float, Meta(ge=1, le=1e16)]
+Flops = Annotated[float, Meta(ge=1, le=1e20)]
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -163,13 +163,13 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
 
     Attributes:
         rtt_s: round trip of the handshake; 0 if the link is down.
-        bytes_per_s: bandwidth of the link; 0 until it is measured.
+        bytes_per_s: bandwidth of the link; None until it is measured.
     """
 
     epoch: Epoch
     up: bool
     rtt_s: Seconds = 0.0
-    bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    bytes_per_s: Annotated[float, Meta(ge=1, le=1e12)] | None = None
 
 
 class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):

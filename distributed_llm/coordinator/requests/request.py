@@ -56,7 +56,7 @@ class Answer:
         losses: workers that died in a row while they worked on its next token.
         failures: steps that failed in a row over its next token, and for certain because of it.
         suspects: the group with which it is suspected of breaking steps; None if it is not.
-        logprobs: of the answer's tokens; empty unless they were asked for.
+        logprobs: of the tokens that the client was not sent yet; empty unless they were asked for.
         num_sent_tokens: tokens of the answer that the client was sent.
         started_at: when it was first admitted; like all times here in clock seconds.
     """
