@@ -203,10 +203,21 @@ class Session:
             self._fail(exc)
             return
         except RemoteProtocolError as exc:
-            self._lose(f"sent what is no message ({exc})")
+            self._cannot_read(exc)
             return
         self._heard_at = self._loop.time()
         self._received(message, tensors)
+
+    def _cannot_read(self, error: RemoteProtocolError) -> None:
+        """End the request that a message belongs to, or the session if it belongs to none."""
+        request_id = error.outline.request_id
+        if request_id is None or request_id not in self._answers:
+            self._lose(f"sent what is no message ({error})")
+            return
+        self._heard_at = self._loop.time()
+        why = f"{error.detail}. The answer is lost: ask again, and report it if that happens again."
+        self._answer(request_id, RemoteProtocolError(error.reason, why))
+        self._dealer.send(codec.encode(Cancel(request_id=request_id)))
 
     def _received(self, message: ToClient, tensors: tuple[Frame, ...]) -> None:
         match message:

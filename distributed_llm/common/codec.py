@@ -29,6 +29,7 @@ from distributed_llm.common.messages import (
     ToWorker,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
+from distributed_llm.common.types import Outline
 
 MAGIC = b"DLLM"
 PREAMBLE = MAGIC + bytes([PROTOCOL_VERSION])
@@ -56,7 +57,8 @@ class Decoder(Generic[M_co]):
 
         Raises:
             ProtocolMismatch: the peer speaks another protocol version.
-            RemoteProtocolError: `frames` are no valid message of this direction.
+            RemoteProtocolError: `frames` are no valid message of this direction; with an outline,
+                so that whoever waits for its effect can be told.
         """
         if not 2 <= len(frames) <= 2 + MAX_TENSORS:
             raise RemoteProtocolError("bad_frames", f"{len(frames)} frames")
@@ -64,6 +66,12 @@ class Decoder(Generic[M_co]):
         _check_preamble(bytes(preamble[: len(PREAMBLE) + 1]))
         if len(header) > MAX_HEADER_BYTES:
             raise RemoteProtocolError("header_too_big", f"{len(header)} bytes")
+        try:
+            return self._message(header, tensors)
+        except RemoteProtocolError as exc:
+            raise RemoteProtocolError(exc.reason, exc.detail, _outline_of(header)) from exc
+
+    def _message(self, header: Frame, tensors: Sequence[Frame]) -> tuple[M_co, tuple[Frame, ...]]:
         message = _decode(self._decoder, header)
         specs: tuple[TensorSpec, ...] = getattr(message, "tensors", ())
         if len(specs) != len(tensors):
@@ -83,6 +91,7 @@ to_next_worker: Decoder[ToNextWorker] = Decoder(ToNextWorker)
 to_previous_worker: Decoder[ToPreviousWorker] = Decoder(ToPreviousWorker)
 
 _chat: msgspec.msgpack.Decoder[Chat] = msgspec.msgpack.Decoder(Chat)
+_outline: msgspec.msgpack.Decoder[Outline] = msgspec.msgpack.Decoder(Outline)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
 
 
@@ -137,6 +146,13 @@ def _decode(decoder: msgspec.msgpack.Decoder[V], data: Frame) -> V:
         raise RemoteProtocolError("bad_field", str(exc)[:512]) from exc
     except (ValueError, RecursionError) as exc:  # all that it raises on bad bytes
         raise RemoteProtocolError("malformed", str(exc)[:512]) from exc
+
+
+def _outline_of(header: Frame) -> Outline:
+    try:
+        return _outline.decode(header)
+    except (ValueError, RecursionError):  # validation errors are among them
+        return Outline()
 
 
 def _check_preamble(preamble: bytes) -> None:

@@ -23,7 +23,7 @@
   x OutputFailed               what was asked for cannot be written to standard output
   x ProtocolError              the wire protocol was violated
     + LocalProtocolError       by us: a bug here
-    + RemoteProtocolError      by the peer: drop the message, keep serving
+    + RemoteProtocolError      by the peer: say so, drop the message, keep serving
     + ProtocolMismatch         the peer speaks another version
 
 Messages are for people: what happened, why, and what to do. `code` is the stable name on the wire,
@@ -31,6 +31,8 @@ Messages are for people: what happened, why, and what to do. `code` is the stabl
 """
 
 from typing import ClassVar
+
+from distributed_llm.common.types import Outline
 
 
 class DistributedLLMError(Exception):
@@ -194,13 +196,16 @@ class RemoteProtocolError(ProtocolError):
     Args:
         reason: name of a counter, from a fixed set.
         detail: exactly what it was, for the log.
+        outline: what can be read of the message.
     """
 
     code = "remote_protocol"
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, outline: Outline | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.detail = detail
+        self.outline = outline or Outline()
 
 
 class ProtocolMismatch(ProtocolError):

@@ -30,6 +30,22 @@ SequenceId = NewType("SequenceId", Count)
 """Names the KV cache of one sequence on the stages of a pipeline; never used for another."""
 
 
+class Outline(msgspec.Struct, frozen=True):
+    """What can be read of a message that cannot be read as a whole.
+
+    Attributes:
+        type: tag of the message's class; empty if there is none.
+        epoch: of the plan that it belongs to; None if it names none, like the others.
+        step: of the step that it belongs to.
+        request_id: of the request that it belongs to.
+    """
+
+    type: Annotated[str, msgspec.Meta(max_length=64)] = ""
+    epoch: Epoch | None = None
+    step: StepNumber | None = None
+    request_id: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+
+
 class LayerRange(msgspec.Struct, frozen=True, order=True, forbid_unknown_fields=True):
     """Consecutive transformer layers `[start, stop)`, counted from 0.
 

@@ -15,7 +15,13 @@ from collections.abc import Callable
 from typing import assert_never
 
 from distributed_llm.common.codec import encode_payload
-from distributed_llm.common.errors import DistributedLLMError, NotReady, ProtocolMismatch
+from distributed_llm.common.errors import (
+    DistributedLLMError,
+    InvalidRequest,
+    NotReady,
+    ProtocolMismatch,
+    RemoteProtocolError,
+)
 from distributed_llm.common.messages import (
     Cancel,
     CancelStage,
@@ -31,6 +37,7 @@ from distributed_llm.common.messages import (
     KVFailed,
     Leaving,
     LinkReport,
+    NotUnderstood,
     Ping,
     Pong,
     Remeasured,
@@ -43,6 +50,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
     WorkerReport,
     WorkerStatus,
+    tag_of,
 )
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame, frame_of_bytes
@@ -76,9 +84,10 @@ from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQ
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
-from distributed_llm.coordinator.serving.event_log import Entry
+from distributed_llm.coordinator.serving.event_log import Entry, EventKind
 from distributed_llm.coordinator.serving.pipeline import PipelineState
 from distributed_llm.coordinator.stepping import Stepping
+from distributed_llm.coordinator.unread import failure_of
 
 
 class Core:
@@ -110,6 +119,15 @@ class Core:
         return self._membership.give_up(peer, why, now=now)
 
     # -------------------------------------------------------------- what the edge calls
+
+    def start(self, *, now: float) -> list[Action]:
+        """Return what to do before the first event; call it once."""
+        self._event_log.now = now
+        names = self._cluster.model.defaults.not_followed
+        if not names:
+            return []
+        kind = EventKind.PARAMETERS_NOT_FOLLOWED
+        return [self._event_log.note(kind, names=", ".join(names))]
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply an event that happened at `now`, clock seconds; return what to do about it."""
@@ -204,7 +222,7 @@ class Core:
             case Received():
                 return self._received(event, now)
             case Garbage():
-                return self._garbage(event)
+                return self._garbage(event, now)
             case ConnectionClosed():
                 return [Send(peer, Pong()) for peer in self._registry.peers]
             case Unreachable():
@@ -289,6 +307,8 @@ class Core:
                 return self._stepping.result(worker, message, frames, now=now)
             case TaskFailed():
                 return self._stepping.failed(worker, message, now=now)
+            case NotUnderstood():
+                return self._membership.not_understood(worker, message, now=now)
             case LinkReport():
                 return self._stepping.link_report(worker, message)
             case Remeasured():
@@ -311,12 +331,29 @@ class Core:
         error = NotReady("The coordinator does not know this session. Connect again.")
         return [refusal(peer, error, "lost")]
 
-    def _garbage(self, event: Garbage) -> list[Action]:
+    def _garbage(self, event: Garbage, now: float) -> list[Action]:
+        """Count a message that cannot be read; have fail, or end, what waits for it."""
+        peer, error = event.peer, event.error
         self._event_log.rejected[event.reason] += 1
-        actions: list[Action] = [Log(f"dropped a message: {event.error}"[:1000], "warning")]
-        if isinstance(event.error, ProtocolMismatch):
-            actions.append(refusal(event.peer, event.error))
-        return actions
+        log = Log(f"cannot read a message: {error}"[:1000], "warning")
+        if isinstance(error, ProtocolMismatch):
+            return [log, refusal(peer, error)]
+        if not isinstance(error, RemoteProtocolError):
+            return [log]
+        worker = self._registry.worker(peer)
+        if worker is not None:
+            failure = failure_of(error)
+            return [log, *(self._from_worker(worker, failure, (), now) if failure else ())]
+        if not self._registry.is_client(peer):
+            says_hello = error.outline.type in (tag_of(WorkerHello), tag_of(ClientHello))
+            return [log, refusal(peer, error)] if says_hello else [log]
+        request_id = error.outline.request_id
+        if error.outline.type == tag_of(Generate) and request_id:
+            wrong = InvalidRequest(f"The coordinator cannot read this request ({error}).")
+            if not self._book.has(peer, request_id):
+                return [log, *self._book.refuse(peer, request_id, wrong)]
+        gone = self._membership.gone(peer, "sent what cannot be read", now=now)
+        return [log, *gone, refusal(peer, error)]
 
     def _stage_ready(self, worker: Worker, ready: StageReady, now: float) -> list[Action]:
         self._rebalancing.wake(now=now)

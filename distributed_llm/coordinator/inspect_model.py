@@ -9,7 +9,7 @@ from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.requests.parameters import generation_defaults
+from distributed_llm.coordinator.requests.generation_config import generation_defaults
 
 
 def served_model(
@@ -27,8 +27,7 @@ def served_model(
         prints: fingerprints of all tensors; without them no digest can be asked for.
 
     Raises:
-        CheckpointError: the files contradict one another.
-        InvalidRequest: generation_config.json has a value out of range.
+        CheckpointError: the files contradict one another, or one has a value out of range.
     """
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     defaults = generation_defaults(

@@ -2,9 +2,13 @@
 
 from distributed_llm.common.errors import DistributedLLMError, NotReady, StageError
 from distributed_llm.common.messages import (
+    CancelStage,
     ClientWelcome,
+    DropStage,
     Heartbeat,
     LeftOut,
+    MayLeave,
+    NotUnderstood,
     Pong,
     Refused,
     Remeasured,
@@ -12,6 +16,7 @@ from distributed_llm.common.messages import (
     StageFailed,
     Welcome,
     WorkerHello,
+    tag_of,
 )
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
@@ -25,6 +30,9 @@ from distributed_llm.coordinator.serving.retries import steps_lost
 
 _NOTABLE_STALL_S = 1.0
 """Time for which the coordinator stood still that is worth a line in the log, seconds."""
+
+_MUST_BE_READ = frozenset({tag_of(CancelStage), tag_of(DropStage), tag_of(MayLeave)})
+"""Messages without which a worker does what nobody wants; others are repeated or missed."""
 
 
 class Membership:
@@ -174,6 +182,15 @@ class Membership:
         worker.remeasured(measured)
         self._cluster.measurements.remeasured(worker.id, worker.capabilities)
         return []
+
+    def not_understood(self, worker: Worker, message: NotUnderstood, *, now: float) -> list[Action]:
+        """Note that a worker cannot read a message; end its session if it goes on as before."""
+        note = self._log.note(
+            EventKind.NOT_UNDERSTOOD, worker=worker.id, what=message.what, why=message.why
+        )
+        if message.what not in _MUST_BE_READ:
+            return [note]
+        return [note, *self.give_up(worker.peer, f"cannot read {message.what}", now=now)]
 
     def give_up(self, peer: PeerId, why: str, *, now: float) -> list[Action]:
         """End the session of a connected worker that is of no use, and tell it why."""

@@ -1,10 +1,10 @@
 """The served model, as the coordinator knows it. Pure values."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from distributed_llm.common.messages import ModelSource
-from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.sampling_params import CheckpointParams, SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -19,12 +19,17 @@ class GenerationDefaults:
         vocab_size: token ids are below it.
         eos_token_ids: tokens that end an answer.
         params: values of the parameters that a request does not set.
+        checkpoint: what else generation_config.json says.
+        not_followed: names in generation_config.json that would change answers if they were
+            followed.
     """
 
     context_length: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     params: SamplingParams
+    checkpoint: CheckpointParams = field(default_factory=CheckpointParams)
+    not_followed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

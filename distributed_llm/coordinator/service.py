@@ -113,6 +113,7 @@ class Coordinator:
         self._study_threads = ThreadPoolExecutor(_STUDY_THREADS, thread_name_prefix="study")
         try:
             self._on_listening(self._router.address)
+            self._perform(self._core.start(now=self._loop.time()))
             return await self._stopped
         finally:
             self._alarm.cancel()

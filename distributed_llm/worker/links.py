@@ -149,7 +149,7 @@ class Links:
         try:
             message, tensors = codec.to_next_worker.decode(frames)
         except (ProtocolMismatch, RemoteProtocolError) as exc:
-            self._on_event(PeerGarbage(exc))
+            self._on_event(PeerGarbage(exc, peer))
         else:
             self._on_event(PeerReceived(peer, message, tensors))
 

@@ -15,7 +15,8 @@ from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.assembly import KVIncomplete
 from distributed_llm.worker.kv.cache import KVCacheFull
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
-from distributed_llm.worker.model.stage import MissingPositionsError, Stage
+from distributed_llm.worker.model.failures import MissingPositionsError
+from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Chunk, Pipeline
 from tests.reference import check_varied, reference_ids

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -19,16 +21,20 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
+from transformers.generation.logits_process import TopHLogitsWarper
 
+from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.kv.cache import as_token_ids
+from distributed_llm.worker.model import sampler
+from distributed_llm.worker.model.logits import Candidates, candidates, process
 from distributed_llm.worker.model.sampler import (
-    Candidates,
-    candidates,
+    RowsFailed,
     draw,
     log_probabilities,
-    process,
+    race,
     sample,
 )
 
@@ -47,9 +53,29 @@ SAMPLINGS = [
     Sampling(temperature=1.0, top_p=1e-9),
     Sampling(temperature=2.0, min_p=0.05),
     Sampling(temperature=1.0, min_p=1.0),
+    Sampling(temperature=1.0, typical_p=0.2),
+    Sampling(temperature=1.5, typical_p=0.95),
+    Sampling(temperature=1.0, typical_p=1e-9),
+    Sampling(temperature=1.0, epsilon_cutoff=3e-4),
+    Sampling(temperature=1.0, epsilon_cutoff=0.9),
+    Sampling(temperature=1.0, eta_cutoff=2e-3),
+    Sampling(temperature=0.5, eta_cutoff=0.3),
+    Sampling(temperature=1.0, top_h=0.4),
+    Sampling(temperature=3.0, top_h=1.0, top_k=20),
+    Sampling(
+        temperature=1.2,
+        top_h=0.95,
+        top_k=60,
+        top_p=0.97,
+        min_p=0.01,
+        typical_p=0.9,
+        epsilon_cutoff=1e-3,
+        eta_cutoff=2e-3,
+    ),
+    Sampling(temperature=1.0, top_k=2000, typical_p=0.7, eta_cutoff=1e-3),
     Sampling(temperature=0.9, top_k=50, top_p=0.9, min_p=0.02, repetition_penalty=1.4),
-    Sampling(temperature=1.0, repetition_penalty=0.5, suppressed=(5, 17), suppressed_before=9),
-    Sampling(temperature=1.0, suppressed=(5, 17), suppressed_before=8),
+    Sampling(temperature=1.0, repetition_penalty=0.5, eos_token_ids=(5, 17), eos_from=9),
+    Sampling(temperature=1.0, eos_token_ids=(5, 17), eos_from=8),
     Sampling(temperature=1.0, logit_bias=((5, 3.5), (2999, -2.0), (8, 100.0))),
     Sampling(temperature=1.0, presence_penalty=1.5, prompt_tokens=PROMPT_TOKENS),
     Sampling(temperature=1.0, frequency_penalty=0.7, prompt_tokens=PROMPT_TOKENS),
@@ -63,8 +89,8 @@ SAMPLINGS = [
         frequency_penalty=0.3,
         logit_bias=((5, 6.0), (9, 6.0), (7, -6.0), (17, 8.0)),
         prompt_tokens=PROMPT_TOKENS,
-        suppressed=(17,),
-        suppressed_before=12,
+        eos_token_ids=(17,),
+        eos_from=12,
     ),
 ]
 
@@ -94,18 +120,26 @@ def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     if sampling.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     steps.append(AnswerPenalties(sampling))
-    if sampling.suppressed:
-        least = sampling.suppressed_before - PROMPT_TOKENS
-        suppressed = list(sampling.suppressed)
+    if sampling.eos_token_ids:
+        least = sampling.eos_from - PROMPT_TOKENS
+        suppressed = list(sampling.eos_token_ids)
         steps.append(MinNewTokensLengthLogitsProcessor(PROMPT_TOKENS, least, suppressed))
     if sampling.temperature not in {0, 1}:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_h is not None:
+        steps.append(TopHLogitsWarper(sampling.top_h))
     if sampling.top_k:
         steps.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         steps.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.typical_p < 1:
+        steps.append(TypicalLogitsWarper(sampling.typical_p))
+    if sampling.epsilon_cutoff:
+        steps.append(EpsilonLogitsWarper(sampling.epsilon_cutoff))
+    if sampling.eta_cutoff:
+        steps.append(EtaLogitsWarper(sampling.eta_cutoff))
     history: Any = torch.from_numpy(HISTORY.astype(np.int64))[None]
     scores = LogitsProcessorList(steps)(history, cast(Any, logits[None].clone()))
     return torch.softmax(scores[0], dim=0)
@@ -145,7 +179,7 @@ def test_no_more_tokens_than_reach_top_p_stay_though_they_are_as_likely() -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        {"suppressed": (1047,), "suppressed_before": POSITION + 1},
+        {"eos_token_ids": (1047,), "eos_from": POSITION + 1},
         {"logit_bias": ((1047, -100.0),)},
         {"repetition_penalty": 3.0, "logit_bias": ((5, 100.0), (8, 50.0))},
         {"presence_penalty": 100.0},
@@ -158,12 +192,12 @@ def test_greedy_is_the_likeliest_after_bias_and_penalties(change: dict[str, Any]
     best = 1047
     logits[best] = logits.max() + 1
     history = as_token_ids([*HISTORY, best]) if len(change) == 1 else HISTORY
-    position = POSITION if "suppressed" in change else len(history)
+    position = POSITION if "eos_token_ids" in change else len(history)
     sampling = Sampling(**change)
     scores = logits.numpy().copy()
     process(scores, sampling, position, history)
     assert int(scores.argmax()) != best
-    samplings = [Sampling(), sampling, Sampling(suppressed=(best,), suppressed_before=position)]
+    samplings = [Sampling(), sampling, Sampling(eos_token_ids=(best,), eos_from=position)]
     token_ids = sample(logits.expand(3, -1), samplings, [position] * 3, [history] * 3)
     assert token_ids.dtype == torch.int32
     assert token_ids.tolist() == [best, scores.argmax(), best]
@@ -172,7 +206,7 @@ def test_greedy_is_the_likeliest_after_bias_and_penalties(change: dict[str, Any]
 def test_tokens_beyond_the_vocabulary_change_nothing() -> None:
     logits = random_logits(1)
     sampling = Sampling(
-        logit_bias=((VOCAB_SIZE, 1000.0),), suppressed=(VOCAB_SIZE,), suppressed_before=100
+        logit_bias=((VOCAB_SIZE, 1000.0),), eos_token_ids=(VOCAB_SIZE,), eos_from=100
     )
     assert sample(logits[None], [sampling], [3], [HISTORY]).tolist() == [int(logits.argmax())]
 
@@ -287,3 +321,92 @@ def test_logits_are_left_as_they_were() -> None:
     log_probabilities(logits[None], torch.zeros(1, dtype=torch.int32), 5)
     assert torch.equal(logits, before)
     assert math.isfinite(float(logits.sum()))
+
+
+# ------------------------------------------------------------------ extremes
+
+LARGEST = float(np.finfo(np.float32).max)
+
+EXTREMES: list[dict[str, Any]] = [
+    {"temperature": 1e-38, "top_p": 0.5},
+    {"temperature": 1e-5, "top_p": 0.5},
+    {"temperature": 1e-5, "top_k": 2},
+    {"temperature": 1e-5, "min_p": 1.0},
+    {"temperature": 100.0, "top_p": 1e-300, "min_p": 1e-300},
+    {"temperature": 100.0, "typical_p": 1e-300},
+    {"temperature": 1e-5, "typical_p": 0.5, "epsilon_cutoff": 1.0, "eta_cutoff": 1.0},
+    {"temperature": 1e-5, "top_h": 1e-300},
+    {"temperature": 1.0, "top_h": 1.0, "eta_cutoff": 1e-300, "epsilon_cutoff": 1e-300},
+    {"temperature": 1e-5, "encoder_repetition_penalty": 100.0, "repetition_penalty": 0.01},
+    {"temperature": 1.0, "sequence_bias": (((5,), 1000.0), ((9, 7, 9), 1000.0))},
+    {"temperature": 1.0, "length_penalty_factor": 100.0, "eos_token_ids": (5, 9)},
+    {"temperature": 1.0, "length_penalty_factor": 1e-300, "eos_token_ids": (5, 9)},
+    {"temperature": 1.0, "repetition_penalty": 0.01},
+    {"temperature": 1.0, "repetition_penalty": 100.0},
+    {"repetition_penalty": 0.01},
+    {"temperature": 1.0, "presence_penalty": -100.0, "frequency_penalty": -100.0},
+    {"temperature": 1e-5, "presence_penalty": 100.0, "frequency_penalty": 100.0},
+    {"temperature": 1e-5, "logit_bias": ((5, 1000.0), (9, 1000.0), (0, -1000.0))},
+    {"temperature": 1e-5, "repetition_penalty": 100.0, "logit_bias": ((5, -1000.0),)},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize(
+    ("low", "high"), [(-1.0, 1.0), (0.0, 0.0), (-LARGEST, LARGEST), (LARGEST / 2, LARGEST)]
+)
+def test_no_parameters_within_their_limits_overflow(
+    extreme: dict[str, Any], low: float, high: float
+) -> None:
+    logits = random_logits(2).clamp(-1, 1)
+    logits = (low / 2 + high / 2) + logits * (high / 2 - low / 2)
+    assert torch.isfinite(logits).all()
+    sampling = Sampling(**extreme, prompt_tokens=PROMPT_TOKENS)
+    with np.errstate(all="raise"):
+        (token,) = sample(logits[None], [sampling], [POSITION], [HISTORY]).tolist()
+    assert 0 <= token < VOCAB_SIZE
+    logprobs, _ = log_probabilities(logits[None], torch.tensor([token]), 20)
+    assert (logprobs >= -1e9).all(), "the coordinator takes no smaller ones"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-38, 9.9e-6])
+def test_temperatures_that_round_to_zero_are_greedy(temperature: float) -> None:
+    logits = torch.stack([random_logits(seed) for seed in range(3)])
+    samplings = [Sampling(temperature=temperature, seed=seed) for seed in range(3)]
+    token_ids = sample(logits, samplings, [POSITION] * 3, [HISTORY] * 3)
+    assert token_ids.tolist() == logits.argmax(dim=-1).tolist()
+
+
+def test_the_draw_never_takes_a_candidate_without_probability() -> None:
+    """Not even where the uniform number rounds to 1, whose logarithm is 0."""
+    ones = np.ones(3)
+    with np.errstate(all="raise"):
+        assert race(np.array([0.0, 0.5, 0.0]), ones) == 1
+
+
+# ------------------------------------------------------------------ rows that fail
+
+
+def test_rows_that_fail_are_named() -> None:
+    logits = torch.stack([random_logits(seed) for seed in range(3)])
+    nothing_left = Sampling(eos_token_ids=tuple(range(VOCAB_SIZE)), eos_from=POSITION + 1)
+    samplings = [Sampling(), nothing_left, Sampling(temperature=1.0)]
+    with pytest.raises(RowsFailed) as caught:
+        sample(logits, samplings, [POSITION] * 3, [HISTORY] * 3)
+    assert caught.value.rows == (1,)
+    assert isinstance(caught.value.error, InvalidRequest)
+    assert "no token is left" in str(caught.value.error)
+
+
+def test_rows_with_a_bug_are_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(scores: Any, sampling: Sampling, position: int, history: Any) -> None:
+        if sampling.seed == 2:
+            raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(sampler, "process", broken)
+    logits = torch.stack([random_logits(seed) for seed in range(3)])
+    samplings = [Sampling(temperature=1.0, seed=seed) for seed in range(3)]
+    with pytest.raises(RowsFailed) as caught:
+        sample(logits, samplings, [POSITION] * 3, [HISTORY] * 3)
+    assert caught.value.rows == (2,)
+    assert isinstance(caught.value.error, StageError)

@@ -12,7 +12,8 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice, SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.worker.kv.cache import KVCacheFull
-from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
+from distributed_llm.worker.model.failures import MissingPositionsError, ReleasedSequence
+from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.model.driver import GREEDY, Pipeline, load_stages
 

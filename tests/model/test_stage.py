@@ -16,7 +16,12 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCacheFull
 from distributed_llm.worker.model import stage as stage_module
-from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
+from distributed_llm.worker.model.failures import (
+    MissingPositionsError,
+    ReleasedSequence,
+    SequencesFailed,
+)
+from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import HIDDEN_SIZE, VOCAB_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 
@@ -382,3 +387,51 @@ def test_half_precision_is_that_of_the_whole_model(
         pipeline.prefill(PROMPTS, [4, 0, 2])
     assert [split.decode() for _ in range(6)] == [whole.decode() for _ in range(6)]
     assert torch.backends.mkldnn.enabled
+
+
+# ------------------------------------------------------------------ sequences that fail
+
+
+def last_step(pipeline: Pipeline, samplings: dict[int, Sampling]) -> list[int]:
+    """Return whom the last stage names when it samples for all three texts."""
+    tokens = torch.tensor([text[-1] for text in pipeline.texts], dtype=torch.int32)
+    sequences = [
+        SequenceSlice(
+            sequence_id=SequenceId(number),
+            start=len(text) - 1,
+            num_tokens=1,
+            sample=True,
+            sampling=samplings.get(number, Sampling()),
+        )
+        for number, text in enumerate(pipeline.texts)
+    ]
+    hidden = None
+    for stage in pipeline.stages[:-1]:
+        hidden = stage.run(sequences, tokens, hidden).hidden_states
+    with pytest.raises(SequencesFailed) as caught:
+        pipeline.stages[-1].run(sequences, tokens, hidden)
+    return list(caught.value.sequence_ids)
+
+
+def test_a_sequence_without_any_token_left_is_named(pipeline: Pipeline) -> None:
+    all_of_them = tuple(range(VOCAB_SIZE))
+    assert last_step(pipeline, {1: Sampling(suppress_tokens=all_of_them)}) == [1]
+    assert pipeline.decode()  # the others go on
+
+
+def test_a_sequence_whose_numbers_are_not_finite_is_named(pipeline: Pipeline) -> None:
+    tokens = torch.tensor([text[-1] for text in pipeline.texts], dtype=torch.int32)
+    sequences = [piece(len(text) - 1, 1, sequence_id=n) for n, text in enumerate(pipeline.texts)]
+    hidden = torch.zeros(3, HIDDEN_SIZE)
+    hidden[2, 3] = float("nan")
+    with pytest.raises(SequencesFailed, match="not finite") as caught:
+        pipeline.stages[1].run(sequences, tokens, hidden)
+    assert caught.value.sequence_ids == (2,)
+
+
+def test_a_sequence_with_tokens_of_another_model_is_named(pipeline: Pipeline) -> None:
+    sequences = [piece(0, 2, sequence_id=5), piece(0, 1, sequence_id=6)]
+    tokens = torch.tensor([1, 2, VOCAB_SIZE], dtype=torch.int32)
+    with pytest.raises(SequencesFailed, match="another model") as caught:
+        pipeline.stages[0].run(sequences, tokens, None)
+    assert caught.value.sequence_ids == (6,)

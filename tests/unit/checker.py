@@ -2,7 +2,15 @@
 
 from collections.abc import Sequence
 
-from distributed_llm.common.messages import Generate, LoadStage, Task, TaskFailed, TaskResult
+from distributed_llm.common.errors import RemoteProtocolError
+from distributed_llm.common.messages import (
+    Generate,
+    LoadStage,
+    Task,
+    TaskFailed,
+    TaskResult,
+    tag_of,
+)
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
@@ -43,6 +51,10 @@ class Checker:
         self._stale = isinstance(event, events.Received) and self._is_stale(event)
         if isinstance(event, events.Received) and isinstance(event.message, Generate):
             self.num_arrived += self._core._registry.is_client(event.peer)
+
+        if isinstance(event, events.Garbage) and isinstance(event.error, RemoteProtocolError):
+            asked = event.error.outline.type == tag_of(Generate)
+            self.num_arrived += asked and self._core._registry.is_client(event.peer)
 
     def _is_stale(self, event: events.Received) -> bool:
         """Return whether it is about a step of an older plan, or one that was given up."""

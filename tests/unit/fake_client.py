@@ -63,6 +63,11 @@ class Answer:
         return self.end.code if isinstance(self.end, RequestFailed) else ""
 
     @property
+    def message(self) -> str:
+        """What it was told when it failed; empty if it did not."""
+        return self.end.message if isinstance(self.end, RequestFailed) else ""
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why it finished."""
         return self.reason if isinstance(self.end, Finished) else None

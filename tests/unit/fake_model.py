@@ -76,7 +76,7 @@ def mix(*values: int) -> int:
 def pick(hidden: int, sampling: Sampling, position: int) -> int:
     """Return the token at `position`."""
     token = mix(hidden, sampling.seed, int(sampling.temperature * 1000)) % VOCAB
-    suppressed = sampling.suppressed if position < sampling.suppressed_before else ()
+    suppressed = sampling.eos_token_ids if position < sampling.eos_from else ()
     while token in (POISON, *suppressed):
         token = (token + 1) % VOCAB
     return token
@@ -121,8 +121,8 @@ def _generate(
     sampling = Sampling(
         temperature=params.temperature or 0.0,
         seed=choice + (DRAWN_SEED if params.seed is None else params.seed),
-        suppressed=ends,
-        suppressed_before=len(prompt) + (params.min_new_tokens or 0),
+        eos_token_ids=ends,
+        eos_from=len(prompt) + (params.min_new_tokens or 0),
     )
     for at in range(len(prompt), len(prompt) + limit):
         while tokens:

@@ -7,7 +7,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Literal, assert_never
 
 from distributed_llm.common import codec
-from distributed_llm.common.errors import DistributedLLMError, StageError
+from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError, StageError
 from distributed_llm.common.messages import (
     Capabilities,
     FromWorker,
@@ -240,7 +240,11 @@ class SimWorker:
 
     def _received(self, link: "Link", wire: list[Frame]) -> None:
         if link is self.link:
-            message, frames = codec.to_worker.decode(wire)
+            try:
+                message, frames = codec.to_worker.decode(wire)
+            except RemoteProtocolError as exc:
+                self._apply(agents.Garbage(exc))
+                return
             if isinstance(message, Welcome | Renamed):
                 self.worker_id = message.worker_id
             self._apply(agents.Received(message, frames))
@@ -373,7 +377,11 @@ class SimWorker:
             self._when_up(lambda: self._hear(names[0], wire))
 
     def _hear(self, name: LinkId, wire: list[Frame]) -> None:
-        message, _ = codec.to_previous_worker.decode(wire)
+        try:
+            message, _ = codec.to_previous_worker.decode(wire)
+        except RemoteProtocolError as exc:
+            self._apply(links.PeerGarbage(exc))
+            return
         if name not in self._links or message.epoch != name.epoch:
             return
         if not isinstance(message, PeerWelcome):
@@ -404,8 +412,11 @@ class SimWorker:
     def receive_across(self, link: "Link", wire: list[Frame]) -> None:
         """Take a message of the worker of the stage before."""
         if link.open:
-            message, frames = codec.to_next_worker.decode(wire)
-            event = links.PeerReceived(link.peer, message, frames)
+            event: links.PeerReceived | links.PeerGarbage
+            try:
+                event = links.PeerReceived(link.peer, *codec.to_next_worker.decode(wire))
+            except RemoteProtocolError as exc:
+                event = links.PeerGarbage(exc, link.peer)
             self._when_up(lambda: self._apply(event))
 
     # -------------------------------------------------------------- compute thread

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, assert_never
 
+import msgspec
+
 from distributed_llm.common import codec
-from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError
 from distributed_llm.common.messages import (
     Finished,
     FromClient,
@@ -42,7 +44,9 @@ SETTINGS = CoordinatorSettings(
 )
 
 Message = FromWorker | FromClient | ToWorker | ToClient | ToNextWorker | ToPreviousWorker
-FaultKind = Literal["drop", "duplicate", "delay"]
+FaultKind = Literal["drop", "duplicate", "delay", "spoil"]
+"""Spoiled messages have a field that no reader knows."""
+
 Way = Literal["up", "down", "across", "back"]
 """To the coordinator, from it, from a worker to the next one, or back from there."""
 
@@ -92,6 +96,7 @@ class World:
 
     Attributes:
         counts: messages that were sent, by way and kind.
+        unreadable: whether a message is spoiled, every time.
         question_s: how long it takes to answer a question about plans.
     """
 
@@ -108,6 +113,7 @@ class World:
         self.workers: list[SimWorker] = []
         self.clients: list[SimClient] = []
         self.faults: list[Fault] = []
+        self.unreadable: Callable[[Message], bool] = lambda _: False
         self.logs: list[str] = []
         self.stopped: DistributedLLMError | None = None
         self.counts: Counter[tuple[Way, type[Message]]] = Counter()
@@ -295,9 +301,13 @@ class World:
         self, link: Link, message: FromWorker | FromClient, frames: Sequence[Frame]
     ) -> None:
         """Send a message to the coordinator."""
-        copies, extra_s = self._fate("up", message, link)
-        decoded, tensors = codec.to_coordinator.decode(codec.encode(message, frames))
-        event = events.Received(link.peer, decoded, tensors)
+        wire = codec.encode(message, frames)
+        copies, extra_s = self._fate("up", message, link, wire)
+        event: events.Event
+        try:
+            event = events.Received(link.peer, *codec.to_coordinator.decode(wire))
+        except RemoteProtocolError as exc:
+            event = events.Garbage(link.peer, exc.reason, exc)
         for _ in range(copies):
             link.up_at = max(link.up_at, self.now + self._delay() + extra_s)
             self.at_time(link.up_at, lambda: self._do(event))
@@ -313,7 +323,7 @@ class World:
         if link is None or not link.open:
             self.at(0.0, lambda: self._do(events.Unreachable(peer, "is gone")))
             return
-        copies, extra_s = self._fate("down", message, link)
+        copies, extra_s = self._fate("down", message, link, wire)
         for _ in range(copies):
             link.down_at = max(link.down_at, self.now + self._delay() + extra_s)
             self.at_time(link.down_at, lambda: link.owner.receive(link, wire))
@@ -327,8 +337,8 @@ class World:
 
     def send_across(self, link: Link, message: ToNextWorker, frames: Sequence[Frame]) -> None:
         """Send a message to the next worker, the link's owner."""
-        copies, extra_s = self._fate("across", message, link)
         wire = codec.encode(message, frames)
+        copies, extra_s = self._fate("across", message, link, wire)
         owner = link.owner
         assert isinstance(owner, SimWorker)
         for _ in range(copies):
@@ -339,15 +349,17 @@ class World:
         """Answer over a link, whose owner is not `dialer`; None is one that is closed."""
         if link is None:
             return
-        copies, extra_s = self._fate("back", message, link)
         wire = codec.encode(message)
+        copies, extra_s = self._fate("back", message, link, wire)
         for _ in range(copies):
             link.up_at = max(link.up_at, self.now + self._delay() + extra_s)
             self.at_time(link.up_at, lambda: dialer.answered(link, wire))
 
-    def _fate(self, way: Way, message: Message, link: Link) -> tuple[int, float]:
-        """Return how many copies arrive, and how much later."""
+    def _fate(self, way: Way, message: Message, link: Link, wire: list[Frame]) -> tuple[int, float]:
+        """Return how many copies arrive, and how much later; spoil the wire if need be."""
         self.counts[way, type(message)] += 1
+        if self.unreadable(message):
+            _spoil(wire)
         for fault in self.faults:
             if (
                 isinstance(message, fault.kind)
@@ -357,7 +369,9 @@ class World:
                 fault.count -= 1
                 if fault.count == 0:
                     self.faults.remove(fault)
-                copies = {"drop": 0, "duplicate": 2, "delay": 1}[fault.what]
+                if fault.what == "spoil":
+                    _spoil(wire)
+                copies = {"drop": 0, "duplicate": 2, "delay": 1, "spoil": 1}[fault.what]
                 return copies, fault.delay_s if fault.what == "delay" else 0.0
         return 1, 0.0
 
@@ -442,6 +456,11 @@ def finish(world: World, *answers: Answer) -> None:
     if world.state == "serving":
         world.settle()
     world.check_drained()
+
+
+def _spoil(wire: list[Frame]) -> None:
+    header = msgspec.msgpack.decode(wire[1])
+    wire[1] = msgspec.msgpack.encode({**header, "unheard_of": 1})
 
 
 def with_settings(**changes: object) -> CoordinatorSettings:

@@ -16,8 +16,11 @@ from distributed_llm.common.messages import (
     NOT_SERVED,
     CancelStage,
     Capabilities,
+    CopyKV,
     DropStage,
     Goodbye,
+    KVEnd,
+    KVFailed,
     Leaving,
     LeftOut,
     LinkReport,
@@ -26,6 +29,7 @@ from distributed_llm.common.messages import (
     MissingPositions,
     ModelSource,
     NextStage,
+    NotUnderstood,
     PeerHello,
     PeerProbed,
     PeerWelcome,
@@ -38,15 +42,24 @@ from distributed_llm.common.messages import (
     StageFailed,
     StageReady,
     StageTime,
+    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
     ToWorker,
     Welcome,
     WorkerHello,
+    tag_of,
 )
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
+from distributed_llm.common.types import (
+    Epoch,
+    LayerRange,
+    Outline,
+    PeerId,
+    SequenceId,
+    StepNumber,
+)
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.epoch_stage import CREDITS
@@ -335,10 +348,58 @@ def test_told_to_go_away(code: str, kind: type[DistributedLLMError]) -> None:
 
 def test_garbage_is_logged_and_another_version_is_the_end() -> None:
     agent = joined()
-    (line,) = agent.handle(Garbage(RemoteProtocolError("malformed", "noise")), now=0.0)
+    told, line = agent.handle(Garbage(RemoteProtocolError("malformed", "noise")), now=0.0)
+    assert told == Send(NotUnderstood(what="", why="malformed: noise"))
     assert isinstance(line, Log)
     error = ProtocolMismatch("version 2")
     assert agent.handle(Garbage(error), now=0.0) == [Fail(error)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (Task, TaskFailed),
+        (LoadStage, StageFailed),
+        (CopyKV, KVFailed),
+        (TakeOver, KVFailed),
+        (DropStage, NotUnderstood),
+        (CancelStage, NotUnderstood),
+        (ReleaseSequences, NotUnderstood),
+        (MayLeave, NotUnderstood),
+    ],
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_what_cannot_be_read_is_answered(
+    kind: type[Task], answer: type[TaskFailed], known: bool
+) -> None:
+    """As failed, if it is known what; the coordinator waits for no time limit."""
+    agent = serving()
+    outline = Outline(type=tag_of(kind), epoch=Epoch(3), step=StepNumber(7))
+    if not known:
+        outline = Outline(type=tag_of(kind))
+    error = RemoteProtocolError("bad_field", "too long", outline)
+    for now in (1.0, 1.1):  # though only one line is written
+        told = agent.handle(Garbage(error), now=now)[0]
+        assert isinstance(told, Send)
+        assert isinstance(told.message, answer if known else NotUnderstood)
+        assert "too long" in str(told.message)
+        if isinstance(told.message, TaskFailed):
+            assert (told.message.epoch, told.message.step) == (3, 7)
+
+
+def test_only_workers_of_the_plan_may_fail_a_step_by_garbage() -> None:
+    agent = serving()
+    agent.handle(PeerReceived(BEFORE, hello(3)), now=0.5)
+    outline = Outline(type=tag_of(Task), epoch=Epoch(3), step=StepNumber(7))
+    error = RemoteProtocolError("bad_field", "too long", outline)
+    assert [type(a) for a in agent.handle(PeerGarbage(error, STRANGER), now=1.0)] == [Log]
+    assert agent.handle(PeerGarbage(error), now=1.1) == []
+    (told,) = agent.handle(PeerGarbage(error, BEFORE), now=1.2)
+    assert isinstance(told, Send)
+    assert isinstance(told.message, TaskFailed)
+    assert (told.message.epoch, told.message.step) == (3, 7)
+    other = RemoteProtocolError("bad_field", "x", Outline(type=tag_of(KVEnd), epoch=Epoch(3)))
+    assert agent.handle(PeerGarbage(other, BEFORE), now=1.3) == []
 
 
 # ------------------------------------------------------------------ epochs

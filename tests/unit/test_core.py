@@ -1,5 +1,7 @@
 """The core in a simulated cluster: who comes, what is served, who is turned away."""
 
+from dataclasses import replace
+
 import pytest
 
 from distributed_llm.common.errors import (
@@ -36,9 +38,10 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, PeerId, StepNumber
 from distributed_llm.coordinator import events
-from tests.unit.fake_model import BIG, reference
+from distributed_llm.coordinator.core import Core
+from tests.unit.fake_model import BIG, MODEL, reference
 from tests.unit.fake_worker import capabilities
-from tests.unit.simulation import LONG, Fault, World, finish, with_settings
+from tests.unit.simulation import LONG, SETTINGS, Fault, World, finish, with_settings
 
 # ------------------------------------------------------------------ serving
 
@@ -469,3 +472,14 @@ def test_a_prompt_that_no_context_can_hold_is_not_even_tokenized() -> None:
     assert isinstance(refusal, RequestFailed)
     assert refusal.code == "context_length_exceeded"
     assert not any(isinstance(a, events.Tokenize) for a in actions)
+
+
+def test_what_a_checkpoint_says_and_nobody_follows_is_told_once_at_the_start() -> None:
+    defaults = replace(MODEL.defaults, not_followed=("num_beams", "guidance_scale"))
+    core = Core(replace(MODEL, defaults=defaults), SETTINGS, draw_seed=lambda: 1)
+    (log,) = core.start(now=1.0)
+    assert isinstance(log, events.Log)
+    assert log.level == "warning"
+    assert "generation_config.json of the model sets num_beams, guidance_scale" in log.text
+    assert core.status(now=2.0).events == (log.text,)
+    assert Core(MODEL, SETTINGS, draw_seed=lambda: 1).start(now=1.0) == []

@@ -2,13 +2,19 @@
 
 import pytest
 
+from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
+    Cancel,
+    DrainWorker,
     FromWorker,
     Generate,
+    GetStatus,
     Heartbeat,
     LinkReport,
     LoadStage,
+    NotUnderstood,
     Pong,
+    Refused,
     StageFailed,
     StageReady,
     StageTime,
@@ -17,10 +23,12 @@ from distributed_llm.common.messages import (
     TaskResult,
     Welcome,
     WorkerHello,
+    tag_of,
 )
-from distributed_llm.common.types import Epoch, StepNumber
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.types import Epoch, Outline, PeerId, StepNumber
 from distributed_llm.coordinator import events
-from tests.unit.simulation import LONG, Fault, FaultKind, World, finish
+from tests.unit.simulation import LONG, Fault, FaultKind, World, finish, with_settings
 
 # ------------------------------------------------------------------ lost, repeated, late messages
 
@@ -141,3 +149,128 @@ def test_older_layers_that_are_ready_are_not_the_new_ones() -> None:
     assert world.state == "loading"
     finish(world, world.client().submit(LONG))
     assert world.epoch == 2
+
+
+# ------------------------------------------------------------------ messages that nobody can read
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("kind", [Task, TaskResult])
+def test_a_step_that_cannot_be_read_fails_at_once(
+    stage: int, kind: type[Task] | type[TaskResult]
+) -> None:
+    """Not when its lease runs out: everybody would stand still until then."""
+    world = World()
+    worker = world.linked(3)[stage]
+    client = world.client()
+    answer, other = client.submit(LONG), client.submit((4, 5))
+    assert world.run(lambda: len(answer.token_ids) == 3)
+    if kind is TaskResult and stage < 2:
+        world.apart.add((worker, world.plan()[stage + 1]))  # the coordinator relays its results
+        worker.cut()
+    world.faults.append(Fault(kind, "spoil", 1, worker))
+    assert world.run(lambda: not world.faults, for_s=10.0)
+    tokens = len(answer.token_ids)
+    assert world.run(lambda: len(answer.token_ids) > tokens + 1, for_s=0.3)
+    finish(world, answer, other)
+    assert world.epoch == 1
+    assert any("unheard_of" in line for line in world.logs)
+
+
+def test_a_task_that_no_worker_can_read_fails_its_request_alone() -> None:
+    """As when a worker has a smaller limit than the coordinator."""
+    world = World(with_settings(max_batch_tokens=64))
+    world.linked(3)
+    client = world.client()
+    long = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    good = [client.submit((number, 5), long) for number in range(6)]
+    assert world.run(lambda: all(len(answer.token_ids) > 1 for answer in good))
+    world.unreadable = lambda message: (
+        isinstance(message, Task)
+        and any(part.sampling and part.sampling.seed == 99 for part in message.sequences)
+    )
+    bad = client.submit(LONG, SamplingParams(seed=99, max_new_tokens=8))
+    asked_at = world.now
+    assert world.run(lambda: bad.end is not None, for_s=2.0)
+    assert bad.code == "stage_error"
+    assert "unheard_of" in bad.message
+    assert world.now - asked_at < 1.0
+    finish(world, *good)
+    assert world.epoch == 1
+
+
+def test_a_request_that_cannot_be_read_is_refused() -> None:
+    world = World()
+    world.serving(2)
+    client = world.client()
+    world.faults.append(Fault(Generate, "spoil"))
+    bad = client.submit(LONG)
+    assert world.run(lambda: bad.end is not None, for_s=1.0)
+    assert bad.code == "invalid_request"
+    assert "unheard_of" in bad.message
+    finish(world, client.submit(LONG))
+
+
+@pytest.mark.parametrize("kind", [LoadStage, StageReady])
+def test_layers_of_which_a_message_cannot_be_read_are_planned_anew(
+    kind: type[LoadStage] | type[StageReady],
+) -> None:
+    world = World()
+    world.faults.append(Fault(kind, "spoil"))
+    for number in range(4):
+        world.worker(f"w{number}")
+    assert world.run(lambda: world.state == "serving", for_s=10.0)
+    assert any("unheard_of" in line for line in world.logs)
+    finish(world, world.client().submit(LONG))
+
+
+@pytest.mark.parametrize("kind", [Welcome, Heartbeat, Pong, LinkReport])
+def test_a_session_outlives_a_message_that_cannot_be_read(kind: type[Welcome]) -> None:
+    world = World()
+    world.faults.append(Fault(kind, "spoil"))
+    world.serving(3)
+    finish(world, world.client().submit(LONG))
+    assert world.run(lambda: not world.faults, for_s=10.0)
+    assert any("unheard_of" in line for line in world.logs)
+
+
+@pytest.mark.parametrize(
+    ("what", "ends"),
+    [("drop_stage", True), ("cancel_stage", True), ("may_leave", True), ("pong", False)],
+)
+def test_a_worker_that_goes_on_as_before_joins_anew(what: str, ends: bool) -> None:
+    world = World()
+    worker = world.serving(3)[1]
+    said = NotUnderstood(what=what, why="bad_field: unheard_of")
+    world.apply(events.Received(worker.link.peer, said))
+    assert any(f"cannot read a message to it ({what})" in line for line in world.logs)
+    world.run(lambda: worker.num_sessions == 2, for_s=1.0)
+    assert worker.num_sessions == (2 if ends else 1)
+    assert world.run(lambda: world.state == "serving")
+    finish(world, world.client().submit(LONG))
+
+
+@pytest.mark.parametrize("kind", [Cancel, GetStatus, DrainWorker])
+def test_a_client_whose_messages_cannot_be_read_is_told(kind: type[Cancel]) -> None:
+    """And its session ends, so that it does not wait for an answer for ever."""
+    world = World()
+    world.serving(2)
+    client = world.client()
+    answer = client.submit(LONG)
+    assert world.run(lambda: len(answer.token_ids) == 1)
+    error = RemoteProtocolError("bad_field", "unheard_of", Outline(type=tag_of(kind)))
+    actions = world.apply(events.Garbage(client.link.peer, error.reason, error))
+    refused = [a.message for a in actions if isinstance(a, events.Send)]
+    assert any(isinstance(one, Refused) and one.code == "remote_protocol" for one in refused)
+    assert not world.core._book.busy
+
+
+def test_a_worker_whose_hello_cannot_be_read_is_told() -> None:
+    world = World()
+    error = RemoteProtocolError("bad_field", "unheard_of", Outline(type=tag_of(WorkerHello)))
+    (_, refused) = world.apply(events.Garbage(PeerId(b"new"), error.reason, error))
+    assert isinstance(refused, events.Send)
+    assert isinstance(refused.message, Refused)
+    assert "unheard_of" in refused.message.message
+    noise = RemoteProtocolError("bad_magic", "noise")
+    assert len(world.apply(events.Garbage(PeerId(b"new"), noise.reason, noise))) == 1

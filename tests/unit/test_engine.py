@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distributed_llm.common.errors import NotEnoughMemory, StageError
+from distributed_llm.common.errors import InvalidRequest, NotEnoughMemory, StageError
 from distributed_llm.common.messages import (
     Capabilities,
     LoadStage,
@@ -25,7 +25,12 @@ from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId
 from distributed_llm.worker.compute import engine as engine_module
 from distributed_llm.worker.compute import held_stages, loading, orders
 from distributed_llm.worker.compute.engine import Engine
-from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, StageOutput
+from distributed_llm.worker.model.failures import (
+    MissingPositionsError,
+    ReleasedSequence,
+    SequencesFailed,
+)
+from distributed_llm.worker.model.stage import StageOutput
 from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.session.events import (
     Computed,
@@ -264,6 +269,7 @@ def test_errors_are_answers_and_the_thread_goes_on() -> None:
         for error, said in (
             (MissingPositionsError(missing), "positions are missing"),
             (StageError("not finite"), "not finite"),
+            (SequencesFailed([SequenceId(1)], InvalidRequest("no token")), "no token"),
             (RuntimeError("a bug"), "Computing failed: RuntimeError: a bug."),
         ):
             engine.stages[0].answer = raising(error)
@@ -272,6 +278,9 @@ def test_errors_are_answers_and_the_thread_goes_on() -> None:
             assert isinstance(broke, ComputeFailed)
             assert said in str(broke.error)
             assert broke.missing == (missing if isinstance(error, MissingPositionsError) else ())
+            assert broke.sequence_ids == ((1,) if isinstance(error, SequencesFailed) else ())
+            if isinstance(error, SequencesFailed):
+                assert isinstance(broke.error, InvalidRequest)
         engine.stages[0].answer = StageOutput
         engine.put(run())
         posted.computed()

@@ -39,6 +39,8 @@ FACTS = {
     "choice": 0,
     "code": "stage_error",
     "answer_tokens": 20,
+    "names": "num_beams",
+    "what": "drop_stage",
 }
 """A value for every fact that a template may name."""
 

@@ -7,7 +7,13 @@ import pytest
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.messages import Finished, Generate, RequestFailed, TokenChunk
+from distributed_llm.common.messages import (
+    Finished,
+    Generate,
+    RequestFailed,
+    TokenChunk,
+    TokenLogprobs,
+)
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import frame_of_token_ids
@@ -223,3 +229,38 @@ def test_a_long_piece_of_text_comes_in_messages_that_a_client_can_read(text: str
     assert "".join(chunk.text for chunk in read if isinstance(chunk, TokenChunk)) == text
     assert isinstance(finished, Send)
     assert isinstance(finished.message, Finished)
+
+
+def test_log_probabilities_are_freed_when_they_are_sent() -> None:
+    """Of 64 answers with 20 for each token they would take hundreds of megabytes."""
+    bench = Bench()
+    bench.admitted()
+    chunks = []
+    for count in (1, 2):
+        step = bench.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+        assert step is not None
+        logprobs = TokenLogprobs(logprob=-float(count), top=((1, -1.0),))
+        done = StepDone(step, [TOKEN], [logprobs], (), depth=1, round_trip_s=0.1)
+        bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
+        assert len(bench.answer.logprobs) == 1
+        text = Detokenized(bench.key, 0, "x", count, stopped=False, last=False)
+        (send,) = bench.book.detokenized(text, now=2.0)
+        assert isinstance(send, Send)
+        assert isinstance(send.message, TokenChunk)
+        chunks.append(send.message.logprobs)
+        assert bench.answer.logprobs == []
+    assert [[one.logprob for one in chunk] for chunk in chunks] == [[-1.0], [-2.0]]
+
+
+def test_log_probabilities_after_a_stop_string_are_freed_too() -> None:
+    bench = Bench()
+    bench.admitted()
+    for _ in range(2):
+        step = bench.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+        assert step is not None
+        done = StepDone(
+            step, [TOKEN], [TokenLogprobs(logprob=-1.0, top=())], (), depth=1, round_trip_s=0.1
+        )
+        bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
+    bench.book.detokenized(Detokenized(bench.key, 0, "x", 1, stopped=True, last=False), now=2.0)
+    assert bench.answer.logprobs == []

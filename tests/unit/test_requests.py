@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from distributed_llm.common.errors import (
+    CheckpointError,
     ContextLengthExceeded,
     InvalidRequest,
     NotEnoughMemory,
@@ -22,10 +23,10 @@ from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
+from distributed_llm.coordinator.requests.generation_config import generation_defaults
 from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
     Limits,
-    generation_defaults,
     resolve,
     wrong_prompt,
 )
@@ -78,8 +79,8 @@ def sampled(*, min_new_tokens: int = 0, eos: tuple[int, ...] = (2,), **shape: An
     """What is expected of a prompt of ten tokens without a seed, but for `shape`."""
     return Sampling(
         **{"seed": 77, "prompt_tokens": 10, **shape},
-        suppressed=eos if min_new_tokens else (),
-        suppressed_before=10 + min_new_tokens,
+        eos_token_ids=eos if min_new_tokens else (),
+        eos_from=10 + min_new_tokens,
     )
 
 
@@ -123,7 +124,7 @@ def test_eos_tokens(generation_config: Any, config: Any, eos: tuple[int, ...]) -
 
 
 def test_default_out_of_range_is_an_error() -> None:
-    with pytest.raises(InvalidRequest, match="top_p"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json.*top_p=1\.5"):
         defaults_of({"do_sample": True, "top_p": 1.5})
 
 
@@ -150,7 +151,7 @@ def test_length_of_the_checkpoint_is_a_wish_and_of_the_request_an_order() -> Non
     assert limits_of(long).max_new_tokens == 90
     assert limits_of(long, kv=64).max_new_tokens == 54
     short = limits_of(long, max_new_tokens=5)
-    assert (short.max_new_tokens, short.sampling[0].suppressed_before) == (5, 15)
+    assert (short.max_new_tokens, short.sampling[0].eos_from) == (5, 15)
     with pytest.raises(ContextLengthExceeded):
         limits_of(long, max_new_tokens=91)
     assert limits_of(defaults_of({"max_new_tokens": 8})).max_new_tokens == 8
@@ -186,7 +187,7 @@ def test_empty_prompt() -> None:
 
 
 def test_min_above_max() -> None:
-    assert sampling_of(min_new_tokens=5, max_new_tokens=5).suppressed_before == 15
+    assert sampling_of(min_new_tokens=5, max_new_tokens=5).eos_from == 15
     with pytest.raises(InvalidRequest, match=r"min_new_tokens \(6\) is above max_new_tokens \(5\)"):
         limits_of(min_new_tokens=6, max_new_tokens=5)
 
@@ -248,11 +249,11 @@ def test_answers_differ_by_their_seeds(given: int | None, seeds: tuple[int, ...]
 
 def test_eos_is_suppressed_until_min_new_tokens() -> None:
     assert sampling_of(min_new_tokens=2) == sampled(min_new_tokens=2)
-    assert sampling_of(min_new_tokens=2, eos_token_id=[7, 8]).suppressed == (7, 8)
+    assert sampling_of(min_new_tokens=2, eos_token_id=[7, 8]).eos_token_ids == (7, 8)
     wish = defaults_of({"eos_token_id": 2, "min_new_tokens": 4})
     assert sampling_of(wish) == sampled(min_new_tokens=4)
     assert sampling_of(wish, min_new_tokens=0) == sampled()
-    assert sampling_of(wish, ignore_eos=True).suppressed == ()
+    assert sampling_of(wish, ignore_eos=True).eos_token_ids == ()
 
 
 # ------------------------------------------------------------------ the end of an answer

@@ -23,7 +23,7 @@ from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId, StepNumber
 from distributed_llm.coordinator.requests.answer_states import AnswerState
 from distributed_llm.coordinator.requests.parameters import Limits
-from distributed_llm.coordinator.requests.request import Answer, Request
+from distributed_llm.coordinator.requests.request import Answer, Request, Suspects
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.step import Step
@@ -810,44 +810,61 @@ def test_suspect_runs_alone_and_only_when_idle() -> None:
     bench.add(2)
     suspect = bench.add(5)
     bench.add(3)
-    suspect.alone = True
+    suspect.suspects = Suspects()
     assert bench.poll(idle=False) is None
     step = bench.step(idle=True)
     assert parts(step) == [(1, 0, 5, True)]
     assert bench.poll(idle=False) is None
     bench.land(step)
-    assert not suspect.alone
+    assert suspect.suspects is None
     assert parts(bench.step()) == [(1, 5, 1, True), (0, 0, 2, True), (2, 0, 3, True)]
 
 
-def test_suspects_run_one_after_the_other() -> None:
+def test_groups_of_suspects_run_one_after_the_other() -> None:
     bench = Bench(tokens=8)
     good, bad, worse = bench.add(2), bench.add(12), bench.add(3)
-    bad.alone = worse.alone = True
+    bad.suspects, worse.suspects = Suspects(), Suspects()
     seen = []
     for _ in range(3):
         step = bench.step(idle=True)
         seen.append([p[:3] for p in parts(step)])
         bench.land(step)
     assert seen == [[(1, 0, 8)], [(1, 8, 4)], [(2, 0, 3)]]
-    assert not any(answer.alone for answer in (good, bad, worse))
+    assert not any(answer.suspects for answer in (good, bad, worse))
+
+
+def test_suspects_of_a_group_run_together_until_each_has_a_token() -> None:
+    bench = Bench(tokens=8)
+    good, long, short = bench.add(2), bench.add(12), bench.add(3)
+    bench.run()
+    long.suspects = short.suspects = Suspects()
+    seen = []
+    while long.suspects or short.suspects:
+        step = bench.step(idle=True)
+        seen.append({answer.number for answer in step.answers})
+        bench.land(step)
+    assert seen[0] == {1, 2}
+    assert all(good.number not in group for group in seen)
+    assert len(seen) == 2
 
 
 def test_suspicion_ends_with_a_token_and_not_before() -> None:
     """What breaks stages may be in a later part of the prompt."""
     bench = Bench(tokens=8)
     answer = bench.add(12)
-    answer.alone, answer.losses, answer.failures = True, 2, 1
+    group = answer.suspects = Suspects()
+    answer.losses, answer.failures = 2, 1
     bench.run()
-    assert (answer.alone, answer.losses, answer.failures) == (True, 2, 1)
+    assert (answer.suspects, answer.losses, answer.failures) == (group, 2, 1)
     bench.run()
-    assert (answer.alone, answer.losses, answer.failures) == (False, 0, 0)
+    assert answer.suspects is None
+    assert (answer.losses, answer.failures) == (0, 0)
 
 
 def test_suspect_that_waits_for_another_stops_nobody() -> None:
     bench = Bench(tokens=50)
     leader, follower = leader_and_follower(bench)
-    follower.alone = True
+    follower.suspects = Suspects()
     assert bench.step().answers == (leader,)
 
 
@@ -942,8 +959,8 @@ WORST = Sampling(
     logit_bias=tuple((2**31 - 1 - i, -99.9) for i in range(MAX_LOGIT_BIASES)),
     seed=MAX_SEED,
     prompt_tokens=2**31 - 1,
-    suppressed=tuple(range(2**31 - 17, 2**31 - 1)),
-    suppressed_before=2**31 - 1,
+    eos_token_ids=tuple(range(2**31 - 17, 2**31 - 1)),
+    eos_from=2**31 - 1,
     logprobs=20,
 )
 

@@ -12,7 +12,7 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
-from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.requests.request import Answer, Suspects
 from distributed_llm.coordinator.serving.step import Step
 from tests.unit.test_scheduler import Bench
 
@@ -164,8 +164,8 @@ class Schedules(RuleBasedStateMachine):
         assert len(answering) <= max_decodes
         for answer, part in pairs:
             assert part.sample == (part.start + part.num_tokens == len(answer.token_ids))
-        if any(answer.alone for answer in step.answers):
-            assert len(step.slices) == 1
+        if any(answer.suspects for answer in step.answers):
+            assert len({answer.suspects for answer in step.answers}) == 1
             assert not self.under_way
 
     def _admit(self) -> None:
@@ -217,7 +217,7 @@ class Schedules(RuleBasedStateMachine):
         for answer, part in zip(step.answers, step.slices, strict=True):
             if part.sequence_id in missing and answer.sequence_id == part.sequence_id:
                 self.scheduler.restart(answer)
-                answer.alone = True
+                answer.suspects = Suspects()
         self.abandon(0)
 
     @rule(executed=st.integers(0, 3))
@@ -246,11 +246,13 @@ class Schedules(RuleBasedStateMachine):
         self._collect()
 
     @precondition(lambda self: self.scheduler.num_running)
-    @rule(index=_INDEX)
-    def suspect(self, index: int) -> None:
+    @rule(index=_INDEX, count=st.integers(1, 4))
+    def suspect(self, index: int, count: int) -> None:
         alive = list(self.scheduler.running)
         self.abandon(0)
-        alive[index % len(alive)].alone = True
+        together = Suspects()
+        for answer in alive[index % len(alive) :][:count]:
+            answer.suspects = together
 
     @precondition(lambda self: self.stages.held)
     @rule(index=_INDEX)

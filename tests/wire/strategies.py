@@ -148,8 +148,8 @@ def _example(kind: inspect.Type) -> Any:
         case inspect.IntType():
             low, high = _int_bounds(kind)
             return max(low, min(high, 300))
-        case inspect.FloatType(le=le):
-            return 0.5 if le is None else min(0.5, le)
+        case inspect.FloatType(ge=ge, le=le):
+            return max(ge or 0.0, 0.5 if le is None else min(0.5, le))
         case inspect.StrType():
             return "a1"
         case inspect.LiteralType(values=choices):

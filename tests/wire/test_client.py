@@ -340,6 +340,22 @@ def test_an_answer_with_a_hole_is_no_answer(
     assert coordinator.heard[1:] == [Cancel(request_id=coordinator.requests[0].request_id)]
 
 
+def test_a_chunk_that_cannot_be_read_ends_its_request_alone(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = lambda request: [piece(request, "a", 1)]
+    first, second = client.stream("one"), client.stream("two")
+    assert next(first).text == next(second).text == "a"
+    one, two = coordinator.requests
+    coordinator.say(piece(one, "b", -1, index=1), piece(two, "b", 2, index=1, end="stop"))
+    with pytest.raises(RemoteProtocolError, match=r"token_ids.*The answer is lost: ask again"):
+        next(first)
+    coordinator.say(finished(two))
+    assert [chunk.text for chunk in second if chunk.text] == ["b"]
+    eventually(lambda: coordinator.heard[2:])
+    assert coordinator.heard[2:] == [Cancel(request_id=one.request_id)]
+
+
 def test_missing_log_probabilities_are_not_passed_over(
     coordinator: FakeCoordinator, client: DistributedClient
 ) -> None:

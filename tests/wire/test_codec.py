@@ -59,7 +59,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import MAX_LOGIT_BIASES
 from distributed_llm.common.tensors import MAX_FRAME_BYTES, Frame, TensorSpec
-from distributed_llm.common.types import Epoch, SequenceId, StepNumber
+from distributed_llm.common.types import Epoch, Outline, SequenceId, StepNumber
 from tests.wire.strategies import (
     CASE_IDS,
     CASES,
@@ -843,3 +843,26 @@ def test_we_do_not_send_frames_that_the_message_does_not_name() -> None:
             encode(result, frames)
     with pytest.raises(LocalProtocolError, match="Welcome"):
         encode(example(Welcome), [b""])
+
+
+# ------------------------------------------------------------------ what is left of a bad message
+
+
+def outline_of(header: dict[str, Any], *tensors: bytes) -> Outline:
+    with pytest.raises(RemoteProtocolError) as caught:
+        codec.to_worker.decode([PREAMBLE, msgpack.packb(header), *tensors])
+    return caught.value.outline
+
+
+def test_what_names_the_step_is_read_though_the_rest_cannot() -> None:
+    task = plain(example(Task))
+    whole = Outline(type="task", epoch=task["epoch"], step=task["step"])
+    assert outline_of({**task, "unheard_of": [{}] * 9}) == whole
+    assert outline_of({**task, "sequences": 7}) == whole
+    assert outline_of(task) == whole  # its tensors are missing
+    assert outline_of({"type": "of_the_future", "epoch": 3}) == Outline("of_the_future", Epoch(3))
+    for spoiled in ({"epoch": -1}, {"epoch": "x"}, {"step": 2**60}, {"type": "x" * 65}):
+        assert outline_of({**task, "sequences": 7, **spoiled}) == Outline()
+    with pytest.raises(RemoteProtocolError) as caught:
+        codec.to_worker.decode([PREAMBLE, b"noise"])
+    assert caught.value.outline == Outline()

@@ -24,6 +24,7 @@ from distributed_llm.common.messages.base import (
     Tensors,
     Text,
     Value,
+    tag_of,
 )
 from distributed_llm.common.messages.between_workers import (
     MAX_PIECES,
@@ -58,6 +59,7 @@ from distributed_llm.common.messages.from_worker import (
     Leaving,
     LinkReport,
     MissingPositions,
+    NotUnderstood,
     Remeasured,
     StageFailed,
     StageReady,
@@ -163,6 +165,7 @@ __all__ = [
     "ModelSource",
     "Name",
     "NextStage",
+    "NotUnderstood",
     "Notice",
     "PeerHello",
     "PeerProbe",
@@ -209,6 +212,7 @@ __all__ = [
     "WorkerHello",
     "WorkerReport",
     "WorkerStatus",
+    "tag_of",
 ]
 
 WorkerReport = (
@@ -217,6 +221,7 @@ WorkerReport = (
     | StageFailed
     | TaskResult
     | TaskFailed
+    | NotUnderstood
     | LinkReport
     | Remeasured
     | KVCopied

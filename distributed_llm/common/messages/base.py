@@ -20,8 +20,8 @@ Tensors = Annotated[tuple[TensorSpec, ...], Meta(max_length=MAX_TENSORS)]
 Address = Annotated[str, Meta(min_length=1, max_length=256)]
 Addresses = Annotated[tuple[Address, ...], Meta(max_length=16)]
 Microseconds = Annotated[int, Meta(ge=0, le=2**53)]
-Bandwidth = Annotated[float, Meta(gt=0, le=1e16)]
-Flops = Annotated[float, Meta(gt=0, le=1e20)]
+Bandwidth = Annotated[float, Meta(ge=1, le=1e16)]
+Flops = Annotated[float, Meta(ge=1, le=1e20)]
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +30,13 @@ class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 class Message(Value, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
     """Base of all messages. On the wire, the field `type` holds the tag of the class."""
+
+
+def tag_of(kind: type[Message]) -> str:
+    """Return the tag that stands in the field `type` for a class of messages."""
+    tag = kind.__struct_config__.tag
+    assert isinstance(tag, str)
+    return tag
 
 
 class Capabilities(Value, frozen=True, kw_only=True):

@@ -140,6 +140,8 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
 
     Attributes:
         missing: sequences of which it lacks positions that the step needs.
+        sequence_ids: the sequences because of which it failed; empty if that is not known. The code
+            is "invalid_request" if their generation parameters allow no token.
     """
 
     epoch: Epoch
@@ -147,6 +149,19 @@ class TaskFailed(Message, frozen=True, kw_only=True, tag="task_failed"):
     code: Label
     message: Text
     missing: Annotated[tuple[MissingPositions, ...], Meta(max_length=1024)] = ()
+    sequence_ids: Annotated[tuple[SequenceId, ...], Meta(max_length=1024)] = ()
+
+
+class NotUnderstood(Message, frozen=True, kw_only=True, tag="not_understood"):
+    """Worker -> coordinator: it cannot read a message, and no other answer to it exists.
+
+    Attributes:
+        what: tag of the message's class; empty if not even that can be read.
+        why: what is wrong with it.
+    """
+
+    what: Label
+    why: Text
 
 
 class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
@@ -156,13 +171,13 @@ class LinkReport(Message, frozen=True, kw_only=True, tag="link_report"):
 
     Attributes:
         rtt_s: round trip of the handshake; 0 if the link is down.
-        bytes_per_s: bandwidth of the link; 0 until it is measured.
+        bytes_per_s: bandwidth of the link; None until it is measured.
     """
 
     epoch: Epoch
     up: bool
     rtt_s: Seconds = 0.0
-    bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    bytes_per_s: Annotated[float, Meta(ge=1, le=1e12)] | None = None
 
 
 class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):

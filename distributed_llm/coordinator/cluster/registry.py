@@ -27,6 +27,9 @@ from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, PeerId, Wo
 CLIENT_SILENCE_S = 30.0
 """A client that is silent for so many seconds is lost."""
 
+_FASTEST_LOAD = 1e12
+"""Bytes per second at which no machine loads weights; a report of more is no measurement."""
+
 _LEAST_LOADED_BYTES = 64 << 20
 """Bytes of weights below which a load is too short to learn the load speed from."""
 
@@ -230,7 +233,7 @@ class Worker:
     def learn_load_speed(self, added_bytes: int, load_s: float) -> None:
         """Learn from a load that read `added_bytes` of weights."""
         if added_bytes >= _LEAST_LOADED_BYTES and load_s:
-            self.load_bytes_per_s = added_bytes / load_s
+            self.load_bytes_per_s = min(added_bytes / load_s, _FASTEST_LOAD)
 
     def remeasured(self, probe: Remeasured) -> None:
         """Take what the latest probe of its machine measured."""

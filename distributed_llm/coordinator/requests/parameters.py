@@ -1,12 +1,18 @@
 """The parameters of a request: defaults applied, limits checked. Pure."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
+
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest, NotEnoughMemory
 from distributed_llm.common.messages import Generate
-from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
+from distributed_llm.common.sampling_params import (
+    MAX_SEED,
+    CheckpointParams,
+    Sampling,
+    SamplingParams,
+)
 from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.common.wording import count_text
 from distributed_llm.coordinator.model import GenerationDefaults
@@ -21,40 +27,6 @@ _MIN_PROMPT_BYTES = 64 * 1024
 """Bytes of prompt that are never refused before tokenizing, however short the context."""
 
 T = TypeVar("T")
-
-
-def generation_defaults(
-    config: Mapping[str, Any],
-    generation_config: Mapping[str, Any],
-    *,
-    context_length: int,
-    vocab_size: int,
-) -> GenerationDefaults:
-    """Return the generation defaults of a checkpoint.
-
-    As in transformers, sampling parameters apply only if `do_sample` is true. End-of-sequence ids
-    outside the vocabulary (some files have -1) are ignored.
-
-    Args:
-        config: content of config.json.
-        generation_config: content of generation_config.json.
-
-    Raises:
-        InvalidRequest: a value in the files is out of range.
-    """
-    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    eos_ids = tuple(token for token in eos_ids if 0 <= token < vocab_size)
-    names = ["max_new_tokens", "min_new_tokens", "repetition_penalty"]
-    values: dict[str, Any] = {"temperature": 0.0}
-    if generation_config.get("do_sample"):
-        values["temperature"] = 1.0
-        names += ["temperature", "top_k", "top_p", "min_p"]
-    for name in names:
-        if generation_config.get(name) is not None:
-            values[name] = generation_config[name]
-    params = SamplingParams.from_arguments(values)
-    return GenerationDefaults(context_length, vocab_size, eos_ids, params)
 
 
 @dataclass(frozen=True)
@@ -112,7 +84,7 @@ def resolve(
         raise InvalidRequest("The prompt is empty. Give at least one token.")
     kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens) - prompt_tokens
-    usual = defaults.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    usual = _usual_max_new_tokens(defaults, prompt_tokens)
     max_new_tokens = params.max_new_tokens or max(1, min(usual, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
@@ -127,28 +99,25 @@ def resolve(
             f"memory has room for {kv_tokens:,}. Add a worker, raise --max-memory, or lower "
             "max_new_tokens."
         )
-    usual = min(defaults.params.min_new_tokens or 0, max_new_tokens)
-    min_new_tokens = usual if params.min_new_tokens is None else params.min_new_tokens
-    if min_new_tokens > max_new_tokens:
-        raise InvalidRequest(
-            f"min_new_tokens ({min_new_tokens}) is above max_new_tokens ({max_new_tokens})."
-        )
     eos = defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
     eos = () if params.ignore_eos else eos
+    eos_from = _eos_from(params, defaults, prompt_tokens, max_new_tokens)
     first = params.seed if params.seed is not None else seed
+    sampling = Sampling(
+        **_shaping(params, defaults.params),
+        **_constraints(params, defaults, eos),
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=tuple(params.logit_bias.items()),
+        prompt_tokens=prompt_tokens,
+        eos_token_ids=eos if eos_from > prompt_tokens or _decays(defaults) else (),
+        eos_from=eos_from,
+        **_length(defaults.checkpoint, prompt_tokens, max_new_tokens),
+        logprobs=params.logprobs,
+    )
     return Limits(
         sampling=tuple(
-            Sampling(
-                **_shaping(params, defaults.params),
-                presence_penalty=params.presence_penalty,
-                frequency_penalty=params.frequency_penalty,
-                logit_bias=tuple(params.logit_bias.items()),
-                seed=(first + choice) % (MAX_SEED + 1),
-                prompt_tokens=prompt_tokens,
-                suppressed=eos if min_new_tokens else (),
-                suppressed_before=prompt_tokens + min_new_tokens,
-                logprobs=params.logprobs,
-            )
+            msgspec.structs.replace(sampling, seed=(first + choice) % (MAX_SEED + 1))
             for choice in range(params.n)
         ),
         max_new_tokens=max_new_tokens,
@@ -156,11 +125,87 @@ def resolve(
     )
 
 
+def _usual_max_new_tokens(defaults: GenerationDefaults, prompt_tokens: int) -> int:
+    """Return the length of an answer for which the request sets none.
+
+    Raises:
+        InvalidRequest: the prompt is as long as the checkpoint lets prompt and answer be.
+    """
+    longest = defaults.checkpoint.max_length
+    if defaults.params.max_new_tokens or not longest:
+        return defaults.params.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+    if prompt_tokens >= longest:
+        raise InvalidRequest(
+            f"The prompt has {prompt_tokens} tokens, and the model's generation_config.json allows "
+            f"{longest} for prompt and answer together (max_length). Give max_new_tokens."
+        )
+    return longest - prompt_tokens
+
+
+def _eos_from(
+    params: SamplingParams, defaults: GenerationDefaults, prompt_tokens: int, max_new_tokens: int
+) -> int:
+    """Return the position before which no end-of-sequence token is sampled."""
+    if params.min_new_tokens is not None:
+        if params.min_new_tokens > max_new_tokens:
+            raise InvalidRequest(
+                f"min_new_tokens ({params.min_new_tokens}) is above max_new_tokens "
+                f"({max_new_tokens})."
+            )
+        return prompt_tokens + params.min_new_tokens
+    if defaults.params.min_new_tokens is not None:
+        return prompt_tokens + min(defaults.params.min_new_tokens, max_new_tokens)
+    return max(prompt_tokens, defaults.checkpoint.min_length)
+
+
+def _decays(defaults: GenerationDefaults) -> bool:
+    return defaults.checkpoint.exponential_decay_length_penalty is not None
+
+
+def _constraints(
+    params: SamplingParams, defaults: GenerationDefaults, eos: tuple[int, ...]
+) -> dict[str, Any]:
+    """Return which tokens must not, or must, be sampled."""
+    usual, checkpoint = defaults.params, defaults.checkpoint
+    ends = {(token,) for token in eos}
+    bad_words = _first(params.bad_words_ids, usual.bad_words_ids) or ()
+    return {
+        "no_repeat_ngram_size": _first(params.no_repeat_ngram_size, usual.no_repeat_ngram_size)
+        or 0,
+        # As in transformers, a bad word cannot keep an answer from ending.
+        "bad_words_ids": tuple(word for word in bad_words if word not in ends),
+        "suppress_tokens": _first(params.suppress_tokens, usual.suppress_tokens) or (),
+        "begin_suppress_tokens": checkpoint.begin_suppress_tokens,
+        "forced_bos_token_id": checkpoint.forced_bos_token_id,
+        "forced_eos_token_ids": checkpoint.forced_eos_token_id,
+        "encoder_repetition_penalty": checkpoint.encoder_repetition_penalty,
+        "encoder_no_repeat_ngram_size": checkpoint.encoder_no_repeat_ngram_size,
+        "sequence_bias": checkpoint.sequence_bias,
+        "top_h": checkpoint.top_h,
+        "epsilon_cutoff": checkpoint.epsilon_cutoff,
+        "eta_cutoff": checkpoint.eta_cutoff,
+    }
+
+
+def _length(
+    checkpoint: CheckpointParams, prompt_tokens: int, max_new_tokens: int
+) -> dict[str, Any]:
+    """Return the positions at which the end is forced, or made likelier."""
+    values: dict[str, Any] = {}
+    if checkpoint.forced_eos_token_id:
+        values["last_position"] = prompt_tokens + max_new_tokens - 1
+    if checkpoint.exponential_decay_length_penalty is not None:
+        start, factor = checkpoint.exponential_decay_length_penalty
+        values["length_penalty_from"] = prompt_tokens + start
+        values["length_penalty_factor"] = factor
+    return values
+
+
 def _shaping(params: SamplingParams, defaults: SamplingParams) -> dict[str, Any]:
     temperature = params.temperature
     if temperature is None:
         temperature = defaults.temperature or 0.0
-        shaped = any(x is not None for x in (params.top_k, params.top_p, params.min_p))
+        shaped = any(x is not None for x in _warpers(params))
         if shaped and temperature == 0.0:
             temperature = 1.0  # who shapes the distribution wants to sample from it
     penalty = _first(params.repetition_penalty, defaults.repetition_penalty)
@@ -169,8 +214,13 @@ def _shaping(params: SamplingParams, defaults: SamplingParams) -> dict[str, Any]
         "top_k": _first(params.top_k, defaults.top_k) or 0,
         "top_p": _first(params.top_p, defaults.top_p) or 1.0,
         "min_p": _first(params.min_p, defaults.min_p) or 0.0,
+        "typical_p": _first(params.typical_p, defaults.typical_p) or 1.0,
         "repetition_penalty": penalty or 1.0,
     }
+
+
+def _warpers(params: SamplingParams) -> tuple[float | None, ...]:
+    return params.top_k, params.top_p, params.min_p, params.typical_p
 
 
 def _first(given: T | None, default: T | None) -> T | None:

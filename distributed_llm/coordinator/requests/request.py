@@ -8,6 +8,9 @@ is computed again from them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import msgspec
 
 from distributed_llm.common.messages import (
     FinishReason,
@@ -27,11 +30,9 @@ from distributed_llm.coordinator.requests.answer_states import (
 from distributed_llm.coordinator.requests.parameters import Limits
 from distributed_llm.coordinator.requests.stage_times import StageTimes
 
-_SAMPLING_BYTES = 300
-"""About how many bytes sampling parameters without biases take in the header of a task."""
 
-_BYTES_PER_BIAS = 16
-"""About how many bytes a bias takes there."""
+class Suspects:
+    """A group of answers that run in steps of their own, as one of them may break steps."""
 
 
 @dataclass(eq=False)
@@ -55,9 +56,9 @@ class Answer:
         waits_for: the answer whose prefix this one will share, and which it waits for until
             `waits_until` positions are computed.
         losses: workers that died in a row while they worked on its next token.
-        failures: steps that failed in a row while they computed its next token.
-        alone: whether it is suspected of breaking steps, and runs in steps of its own.
-        logprobs: of the answer's tokens; empty unless they were asked for.
+        failures: steps that failed in a row over its next token, and for certain because of it.
+        suspects: the group with which it is suspected of breaking steps; None if it is not.
+        logprobs: of the tokens that the client was not sent yet; empty unless they were asked for.
         num_sent_tokens: tokens of the answer that the client was sent.
         started_at: when it was first admitted; like all times here in clock seconds.
     """
@@ -81,7 +82,7 @@ class Answer:
     waits_until: int = 0
     losses: int = 0
     failures: int = 0
-    alone: bool = False
+    suspects: Suspects | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_sent_tokens: int = 0
@@ -121,10 +122,12 @@ class Answer:
 
     @property
     def sampling_bytes(self) -> int:
-        """About how many bytes `sampling` adds to its next task; 0 once it was sent."""
-        if self.sampling_sent:
-            return 0
-        return _SAMPLING_BYTES + _BYTES_PER_BIAS * len(self.sampling.logit_bias)
+        """How many bytes `sampling` adds to its next task; 0 once it was sent."""
+        return 0 if self.sampling_sent else self._encoded_bytes
+
+    @cached_property
+    def _encoded_bytes(self) -> int:
+        return len(msgspec.msgpack.encode(self.sampling))
 
     def reset(self) -> None:
         """Forget the KV cache, so that all tokens are computed again; the tokens stay."""
@@ -135,7 +138,7 @@ class Answer:
 
     def clear_suspicion(self) -> None:
         """Forget failures and losses: it got a token."""
-        self.alone = False
+        self.suspects = None
         self.losses = self.failures = 0
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None, *, now: float) -> None:

@@ -43,10 +43,16 @@ class EventKind(Enum):
     cost, and `because` of a reason that may be empty.
     """
 
+    PARAMETERS_NOT_FOLLOWED = (
+        "warning",
+        "generation_config.json of the model sets {names}, which is not followed here: answers may "
+        "differ from those of transformers",
+    )
     WORKER_JOINED = "info", "worker {worker} joined: {memory_bytes:size} on {device}"
     WORKER_RENAMED = "info", "worker {earlier} is called {worker} now: that name is free again"
     WORKER_LEFT = "info", "worker {worker} {why}"
     WORKER_LOST = "warning", "worker {worker} {why}"
+    NOT_UNDERSTOOD = "warning", "worker {worker} cannot read a message to it ({what}): {why}"
     LINK_DIRECT = (
         "info",
         "worker {worker} sends its results to the next one directly ({rtt_s:time})",

@@ -308,6 +308,7 @@ class RequestBook:
         if event.stopped:
             self._withdraw(answer, keep=True)
             del answer.token_ids[stop:]
+            del answer.logprobs[stop - answer.num_prompt_tokens - answer.num_sent_tokens :]
             answer.finish_reason = "stop"
         actions = self._chunk(answer, event.text, stop, ended=event.stopped or event.last)
         if event.stopped or event.last:
@@ -322,13 +323,15 @@ class RequestBook:
         if not (new or text or ended):
             return []
         answer.num_sent_tokens += len(new)
+        logprobs = tuple(answer.logprobs[: len(new)])
+        del answer.logprobs[: len(new)]
         chunk = TokenChunk(
             request_id=key[1],
             choice=answer.choice,
             index=sent,
             text=text,
             token_ids=new,
-            logprobs=tuple(answer.logprobs[sent : sent + len(new)]),
+            logprobs=logprobs,
             finish_reason=answer.finish_reason if ended else None,
         )
         return [Send(key[0], message) for message in messages_of(chunk)]

@@ -1,17 +1,19 @@
-"""Retries: answers whose steps fail are computed again, then alone, then given up. Pure.
+"""Retries: answers whose steps fail are computed again, in smaller groups, then given up. Pure.
 
-A step that fails, or is lost with its worker, makes all its answers suspects. A suspect runs in
-steps of its own, so that the answer that breaks the stages is found and no other fails with it.
-The scheduler clears an answer of suspicion when it has got its next token.
+A step that fails makes its answers suspects: those that the worker names, else all. They run again
+in two halves, each in steps of its own, until the answer that breaks the stages is found; no other
+fails with it. A worker that dies costs more than a step, so answers that were lost with two run one
+by one. The scheduler clears an answer of suspicion when it has got its next token.
 """
 
 from collections.abc import Iterable
 
-from distributed_llm.common.errors import StageError, WorkerLost
+from distributed_llm.common.errors import InvalidRequest, StageError, WorkerLost
 from distributed_llm.common.messages import TaskFailed
 from distributed_llm.common.types import WorkerId
 from distributed_llm.coordinator.events import Action, Log
 from distributed_llm.coordinator.requests.answer_states import AnswerState
+from distributed_llm.coordinator.requests.request import Suspects
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.serving.scheduler import Scheduler
@@ -21,7 +23,7 @@ _MAX_LOSSES = 3
 """Workers lost in a row over one token of an answer, after which its request fails."""
 
 _MAX_FAILURES = 2
-"""Failures in a row to compute one token of an answer, after which its request fails."""
+"""Failures in a row that are for certain because of an answer, after which its request fails."""
 
 _MAX_MISSING = 3
 """Failures in a row for lack of positions in a KV cache, after which a request fails."""
@@ -37,28 +39,31 @@ def step_broken(
 ) -> list[Action]:
     """Suspect the answers in a step that a stage could not run; end those that failed too often.
 
-    If the stage lacks positions of some sequences, only their answers are suspected, and all their
-    tokens computed again. Call this before the step is abandoned, while it is known which of its
-    sequences are current.
+    If the stage names sequences, only their answers are suspected. Those of which it lacks
+    positions compute all their tokens again, and those whose parameters allow no token are ended.
+    Call this before the step is abandoned, while it is known which of its sequences are current.
 
     Args:
         scheduler: of the pipeline that ran the step.
         worker: the one that reported `failure`.
     """
-    missing = {lack.sequence_id for lack in failure.missing}
-    missing &= {part.sequence_id for part in step.slices}
+    answers = {
+        part.sequence_id: answer
+        for answer, part in zip(step.answers, step.slices, strict=True)
+        if answer.sequence_id == part.sequence_id and answer.state is AnswerState.RUNNING
+    }
+    in_step = {part.sequence_id for part in step.slices}
+    missing = {lack.sequence_id for lack in failure.missing} & in_step
+    named = missing or set(failure.sequence_ids) & in_step
+    suspects = [answer for key, answer in answers.items() if not named or key in named]
     actions: list[Action] = [
         Log(f"worker {worker} failed a step: {failure.code}: {failure.message}", "warning")
     ]
-    for answer, part in zip(step.answers, step.slices, strict=True):
-        if answer.sequence_id != part.sequence_id or answer.state is not AnswerState.RUNNING:
-            continue
+    for answer in suspects:
         if missing:
-            if part.sequence_id not in missing:
-                continue
             scheduler.restart(answer)
-        answer.failures += 1
-        answer.alone = True
+        if named or len(in_step) == 1:
+            answer.failures += 1
         event_log.trace(
             EventKind.STEP_FAILED,
             answer.request.key[1],
@@ -66,7 +71,15 @@ def step_broken(
             code=failure.code,
             why=failure.message,
         )
-        if answer.failures >= (_MAX_MISSING if missing else _MAX_FAILURES):
+    half = (len(suspects) + 1) // 2
+    for group in (suspects[:half], suspects[half:]):
+        together = Suspects()
+        for answer in group:
+            answer.suspects = together
+    for answer in suspects:
+        if named and failure.code == InvalidRequest.code:
+            actions += book.fail(answer.request.key, InvalidRequest(failure.message))
+        elif answer.failures >= (_MAX_MISSING if missing else _MAX_FAILURES):
             error = StageError(
                 f"Worker {worker} failed on this request {answer.failures} times: "
                 f"{failure.message} Look into the worker's log."
@@ -87,7 +100,7 @@ def steps_lost(
     for answer in answers:
         answer.losses += 1
         event_log.trace(EventKind.STEP_LOST, answer.request.key[1], worker=worker)
-        answer.alone = answer.losses > 1
+        answer.suspects = Suspects() if answer.losses > 1 else None
         if answer.losses >= _MAX_LOSSES:
             error = WorkerLost(
                 f"{answer.losses} workers in a row died while they worked on this "

@@ -30,7 +30,7 @@ _WORTH_WAITING = 64
 _PROMPT_SHARE = 4
 """Decoding answers leave one in so many tokens of a step to prefill chunks, if there are any."""
 
-_MAX_SAMPLING_BYTES = 40_000
+MAX_SAMPLING_BYTES = 40_000
 """Sampling parameters in one step, bytes; the header of its task may have 64 KiB."""
 
 
@@ -306,11 +306,13 @@ class Scheduler:
         Args:
             max_decodes: answers that may decode in it.
             prompts: whether it may have prefill chunks.
-            idle: whether no step is in flight; a suspected answer runs only then, alone.
+            idle: whether no step is in flight; suspected answers run only then, one group at a
+                time.
         """
-        suspects = [a for a in self._running.values() if a.alone and a.waits_for is None]
+        suspects = [a for a in self._running.values() if a.suspects and a.waits_for is None]
         if suspects:
-            parts = list(self._fill(suspects[:1], 1, prompts=True)) if idle else []
+            group = [answer for answer in suspects if answer.suspects is suspects[0].suspects]
+            parts = list(self._fill(group, max(1, max_decodes), prompts=True)) if idle else []
         else:
             parts = list(self._fill(self._running.values(), max_decodes, prompts=prompts))
         if not parts:
@@ -329,7 +331,7 @@ class Scheduler:
         self, candidates: Collection[Answer], max_decodes: int, *, prompts: bool
     ) -> Iterator[tuple[Answer, SequenceSlice]]:
         """Yield slices within the budgets: decoding answers first, then prefill chunks."""
-        budget, room, count = self._max_tokens, _MAX_SAMPLING_BYTES, 0
+        budget, room, count = self._max_tokens, MAX_SAMPLING_BYTES, 0
         unread = _unread(candidates) if prompts else []
         reserved = min(budget // _PROMPT_SHARE, sum(a.num_unscheduled_tokens for a in unread))
         decodes = min(max_decodes, budget - reserved, MAX_SLICES - bool(unread))

@@ -111,7 +111,7 @@ class Measurements:
 
     def observe_link(self, sender: WorkerId, receiver: WorkerId, report: LinkReport) -> None:
         """Learn the speed of a link."""
-        if report.up and report.bytes_per_s:
+        if report.up and report.bytes_per_s is not None:
             self._network.observe(
                 sender, receiver, rtt_s=report.rtt_s, bytes_per_s=report.bytes_per_s
             )

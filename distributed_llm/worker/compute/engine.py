@@ -23,7 +23,12 @@ from distributed_llm.worker.compute.load_progress import LoadProgress
 from distributed_llm.worker.compute.loading import BackgroundLoad, use_threads
 from distributed_llm.worker.compute.orders import OrderQueue
 from distributed_llm.worker.compute.probe import remeasure
-from distributed_llm.worker.model.stage import MissingPositionsError, ReleasedSequence, Stage
+from distributed_llm.worker.model.failures import (
+    MissingPositionsError,
+    ReleasedSequence,
+    SequencesFailed,
+)
+from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import (
     AssembleKV,
     Computed,
@@ -220,7 +225,11 @@ class Engine:
             logger.debug("step %s is late: %s", run.task.step, exc)
             return
         except MissingPositionsError as exc:
-            self._post(ComputeFailed(run, exc, exc.missing))
+            self._post(ComputeFailed(run, exc, missing=exc.missing))
+            return
+        except SequencesFailed as exc:
+            logger.error("step %s failed: %s", run.task.step, exc)
+            self._post(ComputeFailed(run, exc.cause, sequence_ids=exc.sequence_ids))
             return
         except DistributedLLMError as exc:
             logger.error("step %s failed: %s", run.task.step, exc)

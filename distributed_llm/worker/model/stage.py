@@ -18,8 +18,13 @@ from distributed_llm.worker.kv.manifest import KVManifest
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.attention import PackedSlice, PackedStep
+from distributed_llm.worker.model.failures import (
+    MissingPositionsError,
+    ReleasedSequence,
+    SequencesFailed,
+)
 from distributed_llm.worker.model.forward import Forward
-from distributed_llm.worker.model.sampler import log_probabilities, sample
+from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, sample
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import TaskInputs
 from distributed_llm.worker.model.weights import load_stage_model
@@ -51,26 +56,6 @@ class StageOutput:
     token_ids: Tensor | None = None
     logprobs: Tensor | None = None
     logprob_ids: Tensor | None = None
-
-
-class MissingPositionsError(StageError):
-    """A task starts sequences beyond the positions that the KV cache holds. Nothing was changed.
-
-    Args:
-        missing: these sequences, and how many positions of each are held.
-
-    Attributes:
-        missing: as given.
-    """
-
-    def __init__(self, missing: tuple[MissingPositions, ...]) -> None:
-        held = ", ".join(f"{m.have} of sequence {m.sequence_id}" for m in missing)
-        super().__init__(f"positions are missing in the KV cache; held are {held}")
-        self.missing = missing
-
-
-class ReleasedSequence(StageError):
-    """A task names a released sequence, so it is late and void. Nothing was changed."""
 
 
 class Stage:
@@ -239,7 +224,9 @@ class Stage:
             MissingPositionsError: positions before a slice's start are not held, or its sampling
                 parameters are unknown.
             KVCacheFull: the step exceeds the limit.
-            StageError: the arguments do not fit each other, or the result is not finite.
+            SequencesFailed: the result is not finite for some sequences, their parameters allow no
+                token, or their part of the step does not fit them.
+            StageError: the arguments do not fit each other.
         """
         self.inputs.check(sequences, token_ids, hidden_states)
         self._check_released(sequences)
@@ -383,7 +370,7 @@ class Stage:
             output = self._forward.run(step, token_ids, hidden_states, [])
             assert output is not None
             last_rows = [s.row + s.num_tokens - 1 for s in step.slices]
-            self._check_finite(output[last_rows], "hidden states")
+            self._check_finite(output[last_rows], step.slices, "hidden states")
             return StageOutput(hidden_states=output)
         ends = [s for s, part in zip(step.slices, sequences, strict=True) if part.sample]
         rows = [s.row + s.num_tokens - 1 for s in ends]
@@ -392,25 +379,33 @@ class Stage:
             return StageOutput(token_ids=torch.empty(0, dtype=torch.int32))
         if len(logits) != len(ends):
             raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
-        self._check_finite(logits, "logits")
+        self._check_finite(logits, ends, "logits")
         return self._sample(ends, logits)
 
     def _sample(self, ends: Sequence[PackedSlice], logits: Tensor) -> StageOutput:
         samplings = [self._samplings[s.sequence_id] for s in ends]
         positions = [s.start + s.num_tokens for s in ends]
         histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
-        token_ids = sample(logits, samplings, positions, histories)
+        try:
+            token_ids = sample(logits, samplings, positions, histories)
+        except RowsFailed as exc:
+            named = [ends[row].sequence_id for row in exc.rows]
+            raise SequencesFailed(named, exc.error) from exc
         asked = [s.logprobs for s in samplings if s.logprobs is not None]
         if not asked:
             return StageOutput(token_ids=token_ids)
         logprobs, logprob_ids = log_probabilities(logits, token_ids, max(asked))
         return StageOutput(token_ids=token_ids, logprobs=logprobs, logprob_ids=logprob_ids)
 
-    def _check_finite(self, values: Tensor, what: str) -> None:
+    def _check_finite(self, values: Tensor, slices: Sequence[PackedSlice], what: str) -> None:
         # The extremes of a tensor with a NaN are NaN; argmax would return some token for it.
         lowest, highest = torch.aminmax(values)
-        if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
-            raise StageError(
-                f"the {what} after {layers_text(self.layers)} are not finite: the weights on this "
-                f"machine are damaged, or {self._dtype} is too narrow for this model"
-            )
+        if bool(torch.isfinite(lowest) & torch.isfinite(highest)):
+            return
+        finite = torch.isfinite(values).all(dim=-1).tolist()
+        named = [s.sequence_id for s, well in zip(slices, finite, strict=True) if not well]
+        why = (
+            f"the {what} after {layers_text(self.layers)} are not finite: the weights on this "
+            f"machine are damaged, or {self._dtype} is too narrow for this model"
+        )
+        raise SequencesFailed(named, StageError(why))

@@ -9,6 +9,7 @@ from torch import Tensor
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import LayerRange
+from distributed_llm.worker.model.failures import SequencesFailed
 
 _WIRE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -45,6 +46,7 @@ class TaskInputs:
         """Refuse inputs that do not fit each other or the stage; see `Stage.run`.
 
         Raises:
+            SequencesFailed: some sequences do not fit, with the reason.
             StageError: with the reason.
         """
         total = sum(part.num_tokens for part in sequences)
@@ -54,18 +56,29 @@ class TaskInputs:
             )
         if len({part.sequence_id for part in sequences}) != len(sequences):
             raise StageError("the task names a sequence twice")
-        lowest, highest = (int(value) for value in token_ids.aminmax())
-        if not 0 <= lowest <= highest < self.vocab_size:
-            raise StageError(
-                f"the task has token ids from {lowest} to {highest}, but the model knows "
-                f"{self.vocab_size}: the prompt was tokenized for another model"
-            )
+        self._check_token_ids(sequences, token_ids)
         if self.layers.start > 0:
             self._check_hidden_states(hidden_states, total)
         elif hidden_states is not None:
             raise StageError("the first stage was given hidden states")
         for part in sequences:
             _check_prefix(part, sequences)
+
+    def _check_token_ids(self, sequences: Sequence[SequenceSlice], token_ids: Tensor) -> None:
+        lowest, highest = (int(value) for value in token_ids.aminmax())
+        if 0 <= lowest <= highest < self.vocab_size:
+            return
+        pieces = torch.split(token_ids, [part.num_tokens for part in sequences])
+        named = [
+            part.sequence_id
+            for part, piece in zip(sequences, pieces, strict=True)
+            if not bool(((piece >= 0) & (piece < self.vocab_size)).all())
+        ]
+        why = (
+            f"the task has token ids from {lowest} to {highest}, but the model knows "
+            f"{self.vocab_size}: the prompt was tokenized for another model"
+        )
+        raise SequencesFailed(named, StageError(why))
 
     def _check_hidden_states(self, hidden_states: Tensor | None, total: int) -> None:
         wanted = f"floats of shape {[total, self.hidden_size]}"
@@ -84,9 +97,11 @@ def _check_prefix(part: SequenceSlice, sequences: Sequence[SequenceSlice]) -> No
     if prefix is None:
         return
     if prefix.length != part.start:
-        raise StageError(
+        why = (
             f"sequence {part.sequence_id} starts at {part.start}, its prefix ends at "
             f"{prefix.length}"
         )
+        raise SequencesFailed([part.sequence_id], StageError(why))
     if prefix.take and any(other.sequence_id == prefix.sequence_id for other in sequences):
-        raise StageError(f"sequence {prefix.sequence_id} is computed and taken at once")
+        why = f"sequence {prefix.sequence_id} is computed and taken at once"
+        raise SequencesFailed([part.sequence_id], StageError(why))

@@ -22,6 +22,7 @@ from distributed_llm.common.errors import (
     CoordinatorUnreachable,
     DistributedLLMError,
     ProtocolMismatch,
+    RemoteProtocolError,
     error_from_wire,
 )
 from distributed_llm.common.messages import (
@@ -224,7 +225,8 @@ class Agent:
             case PeerReceived():
                 return self._stages.peer_received(event, now)
             case PeerGarbage(error=error):
-                return self._warn(f"dropped a message: {error}"[:1000], now)
+                told = self._stages.unread_of_peer(event)
+                return [*told, *self._warn(f"cannot read a message: {error}"[:1000], now)]
             case LinkReached() | LinkUp() | LinkDown() | LinkReceived():
                 return self._stages.link_changed(event, now)
             case Loaded():
@@ -366,7 +368,8 @@ class Agent:
             return []
         if isinstance(error, ProtocolMismatch):
             return self._fail(error)
-        return self._warn(f"dropped a message: {error}"[:1000], now)
+        told = self._stages.unread(error) if isinstance(error, RemoteProtocolError) else []
+        return [*told, *self._warn(f"cannot read a message: {error}"[:1000], now)]
 
     # -------------------------------------------------------------- the session
 

@@ -201,7 +201,8 @@ class EpochStage:
         task = event.run.task
         self._pending.discard(task.step)
         told = failed(task, event.error.code, str(event.error)[:4096])
-        return [Send(msgspec.structs.replace(told, missing=event.missing))]
+        told = msgspec.structs.replace(told, missing=event.missing, sequence_ids=event.sequence_ids)
+        return [Send(told)]
 
     def _change(self, cause: StageCause) -> None:
         self.state = STAGE_STATES.after(self.state, cause)

@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     LinkReport,
     LoadStage,
     MissingPositions,
+    NotUnderstood,
     Remeasured,
     StageFailed,
     StageReady,
@@ -245,11 +246,13 @@ class ComputeFailed:
 
     Attributes:
         missing: positions that the KV cache would have needed.
+        sequence_ids: the sequences because of which it failed; empty if that is not known.
     """
 
     run: Run
     error: DistributedLLMError
     missing: tuple[MissingPositions, ...] = ()
+    sequence_ids: tuple[SequenceId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -322,6 +325,7 @@ class Send:
         | StageFailed
         | TaskResult
         | TaskFailed
+        | NotUnderstood
         | LinkReport
         | Remeasured
         | KVCopied

@@ -50,9 +50,14 @@ class PeerReceived:
 
 @dataclass(frozen=True)
 class PeerGarbage:
-    """Event: another worker sent something that cannot be decoded."""
+    """Event: another worker sent something that cannot be decoded.
+
+    Attributes:
+        peer: the worker, if it dialled this one.
+    """
 
     error: DistributedLLMError
+    peer: PeerId | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import assert_never
 
+from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     NOT_SERVED,
     CopyKV,
@@ -30,6 +31,7 @@ from distributed_llm.common.messages import (
     StageReady,
     TakeOver,
     Task,
+    TaskFailed,
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import Epoch
@@ -64,8 +66,10 @@ from distributed_llm.worker.session.link_events import (
     LinkReached,
     LinkReceived,
     LinkUp,
+    PeerGarbage,
     PeerReceived,
 )
+from distributed_llm.worker.session.unread import not_done
 
 
 class Stages:
@@ -288,6 +292,26 @@ class Stages:
                 raise AssertionError(f"a stage that is {stage.state.value} is held")
             case _:
                 assert_never(stage.state)
+
+    # -------------------------------------------------------------- messages that cannot be read
+
+    def unread(self, error: RemoteProtocolError) -> list[Action]:
+        """Tell the coordinator of a message from it that cannot be read, as that one's answer."""
+        return [Send(not_done(error))]
+
+    def unread_of_peer(self, event: PeerGarbage) -> list[Action]:
+        """Tell the coordinator of a message of a worker that said hello, if it was part of a step.
+
+        Anybody may send garbage to this port. Lost KV cache is noticed by its receipts.
+        """
+        error = event.error
+        if not isinstance(error, RemoteProtocolError) or error.outline.epoch is None:
+            return []
+        stage = self._by_epoch.get(error.outline.epoch)
+        if event.peer is None or stage is None or not stage.peers.knows(event.peer):
+            return []
+        told = not_done(error)
+        return [Send(told)] if isinstance(told, TaskFailed) else []
 
     # -------------------------------------------------------------- other workers
 

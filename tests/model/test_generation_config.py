@@ -1,0 +1,168 @@
+"""generation_config.json is followed token for token as transformers follows it."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import distributed_llm
+from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.coordinator.requests.generation_config import generation_defaults
+from distributed_llm.coordinator.requests.parameters import resolve
+from distributed_llm.worker.model.stage import Stage
+from tests.model.driver import Pipeline, load_stages
+
+FOLDER = Path(distributed_llm.__file__).parent / "builtin_model"
+PROMPTS = [[1], [1, 300, 301, 302, 300, 301], [7, 7, 7, 7], [1, 45, 46, 47, 48, 49, 50, 51, 52]]
+NEW_TOKENS = 24
+
+
+@cache
+def _reference_model() -> Any:
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
+    # Else its own file fills in what a case leaves out.
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    return model
+
+
+@cache
+def _stages() -> list[Stage]:
+    return load_stages(open_checkpoint(FOLDER), [4, 4])
+
+
+def ours(values: dict[str, Any], prompt: list[int], **params: Any) -> list[int]:
+    """Return the answer as a coordinator and its workers make it."""
+    checkpoint = open_checkpoint(FOLDER)
+    defaults = generation_defaults(
+        {}, values, context_length=checkpoint.context_length, vocab_size=checkpoint.vocab_size
+    )
+    limits = resolve(
+        SamplingParams.from_arguments(params),
+        defaults,
+        prompt_tokens=len(prompt),
+        kv_tokens=1024,
+        seed=0,
+    )
+    for stage in _stages():
+        stage.reset()
+    pipeline = Pipeline(_stages())
+    pipeline.texts, pipeline.done = [list(prompt)], [0]
+    answer: list[int] = []
+    while len(answer) < limits.max_new_tokens:
+        answer += pipeline.decode(limits.sampling[0])
+        if answer[-1] in limits.eos_token_ids:
+            break
+    return answer
+
+
+def theirs(values: dict[str, Any], prompt: list[int]) -> list[int]:
+    """Return the answer of transformers."""
+    ids = torch.tensor([prompt])
+    config = GenerationConfig(pad_token_id=0, **values)  # type: ignore[no-untyped-call]
+    made = _reference_model().generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=config
+    )
+    answer: list[int] = made[0, len(prompt) :].tolist()
+    return answer
+
+
+def plain(prompt: list[int]) -> list[int]:
+    return theirs({"max_new_tokens": NEW_TOKENS}, prompt)
+
+
+def cases() -> dict[str, dict[str, Any]]:
+    """Return files that change greedy answers; ids are those that the model likes to say."""
+    said = plain(PROMPTS[1])
+    eos = said[6]
+    return {
+        "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+        "no_token_twice": {"no_repeat_ngram_size": 1},
+        "encoder_no_repeat_ngram_size": {"encoder_no_repeat_ngram_size": 1},
+        "bad_words_ids": {"bad_words_ids": [[said[0]], [said[2], said[3]], said[1:4]]},
+        "bad_words_that_end": {"bad_words_ids": [[eos], [said[3]]], "eos_token_id": eos},
+        "suppress_tokens": {"suppress_tokens": said[:3]},
+        "begin_suppress_tokens": {"begin_suppress_tokens": said[:2]},
+        "min_length": {"min_length": 20, "eos_token_id": [eos, said[2]]},
+        "min_new_tokens": {"min_new_tokens": 9, "min_length": 2, "eos_token_id": [eos, said[2]]},
+        "max_length": {"max_length": 19, "max_new_tokens": None},
+        "forced_bos_token_id": {"forced_bos_token_id": 33},
+        "forced_bos_and_begin": {"forced_bos_token_id": 33, "begin_suppress_tokens": [33, said[0]]},
+        "forced_eos_token_id": {"forced_eos_token_id": 44, "eos_token_id": 44},
+        "forced_eos_of_several": {"forced_eos_token_id": [44, 43]},
+        "repetition_penalty": {"repetition_penalty": 1.7},
+        "encoder_repetition_penalty": {"encoder_repetition_penalty": 2.5},
+        "sequence_bias": {
+            "sequence_bias": [[[said[0]], -3.0], [[said[1], said[2]], -20.0], [said[2:5], 30.0]]
+        },
+        "exponential_decay": {
+            "exponential_decay_length_penalty": [4, 1.3],
+            "eos_token_id": [eos, 99],
+        },
+        "together": {
+            "no_repeat_ngram_size": 3,
+            "encoder_no_repeat_ngram_size": 2,
+            "encoder_repetition_penalty": 1.2,
+            "repetition_penalty": 1.2,
+            "bad_words_ids": [[said[4]], [said[5], said[6]]],
+            "suppress_tokens": [said[8]],
+            "begin_suppress_tokens": [said[0]],
+            "sequence_bias": [[[said[3]], 2.0]],
+            "exponential_decay_length_penalty": [10, 1.05],
+            "min_length": 12,
+            "eos_token_id": [eos, 99],
+            "forced_eos_token_id": 99,
+        },
+    }
+
+
+NAMES = [
+    "no_repeat_ngram_size",
+    "no_token_twice",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "bad_words_that_end",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "min_length",
+    "min_new_tokens",
+    "max_length",
+    "forced_bos_token_id",
+    "forced_bos_and_begin",
+    "forced_eos_token_id",
+    "forced_eos_of_several",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "sequence_bias",
+    "exponential_decay",
+    "together",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_answers_are_those_of_transformers(name: str) -> None:
+    values = {"max_new_tokens": NEW_TOKENS, **cases()[name]}
+    values = {key: value for key, value in values.items() if value is not None}
+    answers = [theirs(values, prompt) for prompt in PROMPTS]
+    assert [ours(values, prompt) for prompt in PROMPTS] == answers
+    without = [plain(prompt) for prompt in PROMPTS]
+    assert answers != without, "the file changes nothing here"
+
+
+def test_every_case_is_tested() -> None:
+    assert set(cases()) == set(NAMES)
+
+
+def test_requests_may_set_the_useful_ones() -> None:
+    said = plain(PROMPTS[1])
+    values = {
+        "no_repeat_ngram_size": 2,
+        "bad_words_ids": [[said[0]], said[1:3]],
+        "suppress_tokens": said[3:5],
+    }
+    for prompt in PROMPTS:
+        wanted = theirs({"max_new_tokens": NEW_TOKENS, **values}, prompt)
+        assert ours({}, prompt, max_new_tokens=NEW_TOKENS, **values) == wanted
