@@ -66,9 +66,9 @@ def orders() -> TextOrders:
     for number in range(1, 6):
         orders.prompt(prompt(number, choices=2))
     for number in range(1, 4):
-        assert orders.answered(Begun(request=number)) == []
+        assert orders.answered(Begun(request=number, num_bytes=2)) == []
         assert orders.answered(encoded(number, 7, 8)) == [Tokenized(key(number), [7, 8])]
-    orders.answered(Begun(request=4))
+    orders.answered(Begun(request=4, num_bytes=2))
     return orders
 
 

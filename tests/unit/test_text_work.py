@@ -58,12 +58,12 @@ def test_prompts_of_ended_requests_are_not_tokenized() -> None:
     assert [done.take().request for _ in range(2)] == [1, 3]
 
 
-def test_a_prompt_whose_request_ends_meanwhile_has_no_answer_and_leaves_nothing() -> None:
+def test_a_prompt_whose_request_ends_meanwhile_leaves_nothing() -> None:
     done = work()
     done.put(prompt(1))
     taken = done.take()
     done.drop(Drop(request=1))
-    assert done.encode(taken) is None
+    assert isinstance(done.encode(taken), Failed)
     assert done.texts(Tokens(answers=(AnswerTokens(1, 0, (3,), False),))).pieces == ()
 
 

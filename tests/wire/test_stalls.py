@@ -8,12 +8,11 @@ import pytest
 from distributed_llm import AsyncDistributedClient
 from distributed_llm.common import codec
 from distributed_llm.common.messages import Heartbeat, ToWorker, WorkerHello
-from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
-from distributed_llm.coordinator.serve import serve
 from tests.fake_coordinator import FakeCoordinator, piece
 from tests.unit.coordinator_parts import capabilities
+from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import come_true, on_loop
 from tests.wire.test_worker import cluster
 
@@ -36,56 +35,48 @@ def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @on_loop
 async def test_a_coordinator_that_stood_still_loses_nobody(jump: Callable[[], None]) -> None:
-    loop = asyncio.get_running_loop()
-    listening: asyncio.Future[str] = loop.create_future()
-    settings = CoordinatorSettings(bind="127.0.0.1:0")
-    coordinator = asyncio.create_task(serve(settings, on_listening=listening.set_result))
-    await asyncio.wait((coordinator, listening), return_when=asyncio.FIRST_COMPLETED)
     heard: list[ToWorker] = []
 
     def hear(frames: list[Frame]) -> None:
         heard.append(codec.to_worker.decode(frames)[0])
 
     hello = WorkerHello(name="pc", instance="1", capabilities=capabilities(1000))
-    worker = Dealer(
-        await listening, hear, lambda: worker.send(codec.encode(hello)), lambda: heard.clear()
-    )
-    try:
-        async with AsyncDistributedClient(listening.result()) as client:
-            await come_true(lambda: bool(heard))
-            assert [one.name for one in (await client.status()).workers] == ["pc"]
-            jump()
-            status = await client.status()
-            assert [one.name for one in status.workers] == ["pc"]
-            assert any("stood still" in event for event in status.events)
-    finally:
-        worker.close()
-        coordinator.cancel()
-        await asyncio.gather(coordinator, return_exceptions=True)
+    async with coordinator() as address:
+        worker = Dealer(address, hear, lambda: worker.send(codec.encode(hello)), heard.clear)
+        try:
+            async with AsyncDistributedClient(address) as client:
+                await come_true(lambda: bool(heard))
+                assert [one.name for one in (await client.status()).workers] == ["pc"]
+                jump()
+                status = await client.status()
+                assert [one.name for one in status.workers] == ["pc"]
+                assert any("stood still" in event for event in status.events)
+        finally:
+            worker.close()
 
 
 @on_loop
 async def test_a_worker_that_stood_still_stays_in_its_session(
     monkeypatch: pytest.MonkeyPatch, jump: Callable[[], None]
 ) -> None:
-    async with cluster(monkeypatch) as coordinator:
-        before = len(coordinator.messages_of("a", Heartbeat))
+    async with cluster(monkeypatch) as played:
+        before = len(played.messages_of("a", Heartbeat))
         jump()
-        await coordinator.hear("a", Heartbeat, before + 3)
+        await played.hear("a", Heartbeat, before + 3)
         for name in ("a", "b"):
-            assert len(coordinator.messages_of(name, WorkerHello)) == 1
+            assert len(played.messages_of(name, WorkerHello)) == 1
 
 
 @on_loop
 async def test_a_client_that_stood_still_keeps_its_request(jump: Callable[[], None]) -> None:
-    with FakeCoordinator(lambda request: [piece(request, "a", 1)]) as coordinator:
-        async with AsyncDistributedClient(coordinator.address) as client:
+    with FakeCoordinator(lambda request: [piece(request, "a", 1)]) as fake:
+        async with AsyncDistributedClient(fake.address) as client:
             chunks = client.stream("Hi")
             assert (await anext(chunks)).text == "a"
             jump()
-            (request,) = coordinator.requests
+            (request,) = fake.requests
             for _ in range(5):  # its timers are due at once
                 await asyncio.sleep(0)
-            coordinator.say(piece(request, "b", 2, index=1))
+            fake.say(piece(request, "b", 2, index=1))
             assert (await anext(chunks)).text == "b"
             await chunks.aclose()

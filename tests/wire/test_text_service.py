@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import CheckpointError, TextError
+from distributed_llm.common.messages import Chat, ChatMessage
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
     Detokenize,
@@ -28,7 +30,7 @@ from distributed_llm.coordinator.text import service as text_service
 from distributed_llm.coordinator.text.orders import TextEvent
 from distributed_llm.coordinator.text.service import TextService
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
-from tests.unit.made_tokenizers import folder_of, tokenizer_of
+from tests.unit.made_tokenizers import byte_fallback, folder_of, save, tokenizer_of
 from tests.wire.test_transport import on_loop
 
 pytestmark = [
@@ -154,6 +156,44 @@ async def test_if_it_dies_what_it_worked_on_fails_and_the_rest_goes_on() -> None
         assert made.service.pid not in (None, pid)
         made.prompt(4)
         await made.encoded(4)
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@on_loop
+async def test_a_chat_template_that_never_ends_costs_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "model", byte_fallback(), chat_template=ENDLESS)
+    chat = encode_payload(Chat(messages=(ChatMessage(role="user", content="hi"),)))
+    async with bench(folder) as made:
+        made.prompt(1)
+        await made.encoded(1)
+        monkeypatch.setattr(text_service, "_PROMPT_S", 0.0)
+        made.service.perform([Tokenize(key(2), "chat", chat, 1, ())])
+        error = await made.failure(2)
+        assert isinstance(error, TextError)
+        assert "made no progress" in str(error)
+        made.tokens(1, *ids_after("he", " wo"))
+        assert await made.text(1) == " wo"
+
+
+@on_loop
+async def test_a_text_process_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench() as made:
+        for number in (1, 2):
+            made.prompt(number)
+            await made.encoded(number)
+        pid = made.service.pid
+        assert pid is not None
+        monkeypatch.setattr(text_service, "_STEP_S", 0.0)
+        os.kill(pid, signal.SIGSTOP)
+        made.tokens(1, *ids_after("he", " wo"))
+        assert "made no progress" in str(await made.failure(1))
+        monkeypatch.undo()
+        made.tokens(2, *ids_after("he", " wo"))
+        assert await made.text(2) == " wo"
 
 
 @on_loop

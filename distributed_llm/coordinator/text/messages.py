@@ -78,9 +78,14 @@ class Unusable(_Message, frozen=True, kw_only=True):
 
 
 class Begun(_Message, frozen=True, kw_only=True):
-    """Answer: a prompt is being turned into token ids now."""
+    """Answer: a prompt is being turned into token ids now; `Encoded` or `Failed` follows.
+
+    Attributes:
+        num_bytes: size of the prompt.
+    """
 
     request: int
+    num_bytes: int
 
 
 class Encoded(_Message, frozen=True, kw_only=True):

@@ -60,6 +60,11 @@ class TextOrders:
         self._requests: dict[int, _Request] = {}
         self._steps: deque[Tokens] = deque()  # without an answer, oldest first
 
+    @property
+    def steps_wait(self) -> bool:
+        """Whether the tokens of a step were sent whose text has not come."""
+        return bool(self._steps)
+
     def prompt(self, action: Tokenize) -> Order:
         """Return the order to encode a prompt."""
         number = action.key[2]

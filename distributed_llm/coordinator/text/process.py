@@ -105,9 +105,8 @@ class _TextProcess:
         with contextlib.suppress(OSError):
             while True:
                 prompt = work.take()
-                self._send(Begun(request=prompt.request))
-                if answer := work.encode(prompt):
-                    self._send(answer)
+                self._send(Begun(request=prompt.request, num_bytes=len(prompt.payload)))
+                self._send(work.encode(prompt))
 
     def _send(self, answer: Answer) -> None:
         with self._sending:

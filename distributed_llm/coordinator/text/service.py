@@ -14,8 +14,12 @@ from distributed_llm.common.errors import DistributedLLMError, TextError, error_
 from distributed_llm.coordinator.events import Detokenize, Forget, Tokenize
 from distributed_llm.coordinator.text.messages import (
     Answer,
+    Begun,
+    Encoded,
+    Failed,
     Order,
     Ready,
+    Texts,
     Unpacker,
     Unusable,
     pack,
@@ -26,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
 """Time after which a text process is started again that ended before it was ready, seconds."""
+
+_STEP_S = 30.0
+"""Time that the tokens of one step may take to become text, seconds: usually a millisecond."""
+
+_PROMPT_S = 60.0
+"""Time that a prompt may take to be tokenized, seconds; and besides, for its length:"""
+
+_PROMPT_BYTES_PER_S = 50_000.0
+"""Tokenizing no faster than this, a process has hung; a slow machine does ten times as much."""
 
 _END_S = 1.0
 """Time that a text process which has closed its socket has to end by itself, seconds."""
@@ -53,6 +66,7 @@ class TextService:
         self._started: asyncio.Future[Ready] = self._loop.create_future()
         self._link: _Link | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._watches: dict[int | None, asyncio.TimerHandle] = {}  # by request; None is for steps
         self._closed = False
         self._start()
 
@@ -81,12 +95,15 @@ class TextService:
                 orders.append(self._orders.forget(action))
         if self._link:
             self._link.send([order for order in orders if order])
+            if self._link.ready and None not in self._watches:
+                self._watch_steps()
         elif any(orders):
             self._loop.call_soon(self._give_up_all, self._unavailable())
 
     def close(self) -> None:
         """End the text process, and wait until it is gone."""
         self._closed = True
+        self._unwatch_all()
         if self._retry:
             self._retry.cancel()
         if self._link:
@@ -108,19 +125,56 @@ class TextService:
                 self._link.ready = True
                 if not self._started.done():
                     self._started.set_result(answer)
+                self._watch_steps()
             case Unusable(code=code, message=message):
                 assert self._link is not None
                 self._link.error = error_from_wire(code, message, 0.0)
             case _:
-                if events := self._orders.answered(answer):
+                events = self._orders.answered(answer)
+                self._watch_progress(answer)
+                if events:
                     self._tell(events)
+
+    def _watch_progress(self, answer: Begun | Encoded | Failed | Texts) -> None:
+        match answer:
+            case Begun(request=request, num_bytes=num_bytes):
+                self._watch(request, _PROMPT_S + num_bytes / _PROMPT_BYTES_PER_S)
+            case Encoded(request=request) | Failed(request=request):
+                self._unwatch(request)
+            case Texts():
+                self._unwatch(None)
+                self._watch_steps()
+
+    def _watch_steps(self) -> None:
+        if self._orders.steps_wait:
+            self._watch(None, _STEP_S)
+
+    def _watch(self, what: int | None, limit_s: float) -> None:
+        """End the text process unless it has done something within `limit_s`."""
+        self._unwatch(what)
+        self._watches[what] = self._loop.call_later(limit_s, self._stuck, limit_s)
+
+    def _unwatch(self, what: int | None) -> None:
+        if watch := self._watches.pop(what, None):
+            watch.cancel()
+
+    def _unwatch_all(self) -> None:
+        for what in list(self._watches):
+            self._unwatch(what)
+
+    def _stuck(self, limit_s: float) -> None:
+        if self._link:
+            self._link.stuck = f"made no progress for {limit_s:.0f} s"
+            self._link.process.kill()
 
     def _lost(self) -> None:
         """The text process has closed its end: it is dead, or about to die."""
         link, self._link = self._link, None
+        self._unwatch_all()
         if self._closed or link is None:
             return
-        how = link.how_it_ended()
+        how = link.stuck or link.how_it_ended()
+        link.end()
         if not link.ready:
             why = TextError(f"The text process {how} before it had loaded the tokenizer.")
             self._failed_to_start(link.error or why)
@@ -158,6 +212,7 @@ class _Link(asyncio.Protocol):
     Attributes:
         ready: whether it has loaded its tokenizer.
         error: why it cannot; None if it did not say.
+        stuck: what it failed to do, so that it was ended; empty if it was not.
     """
 
     def __init__(
@@ -169,6 +224,7 @@ class _Link(asyncio.Protocol):
     ) -> None:
         self.ready = False
         self.error: DistributedLLMError | None = None
+        self.stuck = ""
         self._on_answer = on_answer
         self._on_lost = on_lost
         self._unpacker = Unpacker(Answer)
@@ -204,8 +260,8 @@ class _Link(asyncio.Protocol):
         """Return how the process ended, which has closed its socket ("was killed by ...")."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_END_S)
-        self.end()
-        code = self.process.returncode
+        self.process.kill()
+        code = self.process.wait()
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

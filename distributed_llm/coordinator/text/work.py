@@ -13,6 +13,7 @@ from distributed_llm.common.errors import (
     DistributedLLMError,
     InvalidRequest,
     RemoteProtocolError,
+    RequestCancelled,
     TextError,
 )
 from distributed_llm.common.tensors import token_ids_of_frame
@@ -75,8 +76,8 @@ class TextWork:
             self._begun.discard(order.request)
             self._answers.pop(order.request, None)
 
-    def encode(self, prompt: Prompt) -> Encoded | Failed | None:
-        """Return the token ids of a prompt that was taken; None if its request has ended."""
+    def encode(self, prompt: Prompt) -> Encoded | Failed:
+        """Return the token ids of a prompt that was taken, or why there are none."""
         result: Encoded | Failed
         answers: list[Detokenizer] = []
         try:
@@ -96,7 +97,8 @@ class TextWork:
             result = _bug(prompt.request, f"The prompt cannot be turned into tokens: {exc!r:.500}")
         with self._changed:
             if prompt.request not in self._begun:
-                return None
+                code = RequestCancelled.code
+                return Failed(request=prompt.request, code=code, message="The request has ended.")
             self._begun.discard(prompt.request)
             if answers:
                 self._answers[prompt.request] = answers
