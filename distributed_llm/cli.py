@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import platform
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -312,6 +313,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     streams.prepare()
     code = _run(app)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends anyway
     # Data may wait to be written. A failure to write is told once.
     code = code or _run(sys.stdout.flush)
     # End now: a compute thread in the middle of a layer must not hold the process back.

@@ -20,6 +20,7 @@ model=
 bind=
 service=
 dry_run=
+passed=() # on to dllm or pytest
 command_line=()
 
 usage() {
@@ -40,11 +41,16 @@ Options:
   --coordinator HOST:PORT   worker: the coordinator to join
   --name NAME               worker: what to call it; default: after this machine
   --model MODEL             coordinator: folder or hub id of the model; default: a small built-in one
+                            worker: folder of the model here, if it is not the coordinator's
   --bind HOST:PORT          coordinator: where to listen; default: only this machine
   --service                 worker, coordinator: run in the background, also after a restart
   --uninstall-service       worker, coordinator: stop that and remove it
   --dry-run                 print what would be done and change nothing
   --help                    print this
+
+All that follows the role and is not listed here is passed on: to dllm, as in
+"worker --threads 4 --max-memory 6GiB --peer-bind 0.0.0.0:5556", or to pytest. A service of a worker
+waits for its coordinator (--wait).
 
 Environment:
   PYTHON                    the Python to use; default: the first of 3.11 or newer
@@ -87,6 +93,7 @@ write_file() {
 }
 
 parse_arguments() {
+    local option= # the word before, if it was passed on: this may be its value
     while (($#)); do
         case $1 in
             --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
@@ -100,13 +107,27 @@ parse_arguments() {
                 [[ -n ${2:-} && $2 != -* ]] || die 2 "$1 needs a value. See --help."
                 printf -v "${1#--}" '%s' "$2"
                 shift
+                option=
                 ;;
-            demo | test | coordinator | worker)
-                [[ -z $role ]] || die 2 "Two roles were given, $role and $1. Choose one."
-                role=$1
+            *)
+                if [[ -n $role ]]; then
+                    case $1 in
+                        demo | test | coordinator | worker)
+                            [[ -n $option ]] ||
+                                die 2 "Two roles were given, $role and $1. Choose one."
+                            ;;
+                    esac
+                    passed+=("$1")
+                    option=
+                    [[ $1 != -* ]] || option=$1
+                else
+                    case $1 in
+                        demo | test | coordinator | worker) role=$1 ;;
+                        -*) die 2 "Unknown option $1. Options of dllm follow the role. See --help." ;;
+                        *) die 2 "Unknown role $1. Choose demo, test, coordinator or worker, or none." ;;
+                    esac
+                fi
                 ;;
-            -*) die 2 "Unknown option $1. See --help." ;;
-            *) die 2 "Unknown role $1. Choose demo, test, coordinator or worker, or none." ;;
         esac
         shift
     done
@@ -116,8 +137,10 @@ check_arguments() {
     local address='^([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$'
     if [[ $role != worker && -n $coordinator$name ]]; then
         die 2 "--coordinator and --name belong to the role worker."
-    elif [[ $role != coordinator && -n $model$bind ]]; then
-        die 2 "--model and --bind belong to the role coordinator."
+    elif [[ $role != coordinator && -n $bind ]]; then
+        die 2 "--bind belongs to the role coordinator."
+    elif [[ $role != coordinator && $role != worker && -n $model ]]; then
+        die 2 "--model belongs to the roles coordinator and worker."
     elif [[ $role != worker && $role != coordinator && -n $service ]]; then
         die 2 "--service and --uninstall-service belong to the roles worker and coordinator."
     fi
@@ -220,7 +243,7 @@ write_config() {
     [[ ! -e $config ]] || return 0
     [[ -z $coordinator ]] || settings+=(--set "worker.coordinator=$coordinator")
     [[ -z $name ]] || settings+=(--set "worker.name=$name")
-    [[ -z $model ]] || settings+=(--set "coordinator.model=$model")
+    [[ -z $model ]] || settings+=(--set "$role.model=$model")
     [[ -z $bind ]] || settings+=(--set "coordinator.bind=$bind")
     run "$python" -m distributed_llm.common.config_template "$config" \
         ${settings[@]+"${settings[@]}"}
@@ -240,20 +263,34 @@ set_command_line() {
             command_line+=(--config "$config")
             [[ -z $coordinator ]] || command_line+=(--coordinator "$coordinator")
             [[ -z $name ]] || command_line+=(--name "$name")
+            [[ -z $model ]] || command_line+=(--model "$model")
+            [[ -z $service ]] || command_line+=(--wait)
             ;;
     esac
+    command_line+=(${passed[@]+"${passed[@]}"})
 }
 
 install_service() {
+    # What dllm does not understand is told now, not in a log.
+    [[ -n $dry_run ]] || "${command_line[@]}" --help >/dev/null || exit 2
     service_check
     write_file "$(service_file)" "$(service_text)"
     service_start
     [[ -z $dry_run ]] || return 0
     say "The $role runs now and starts again with this machine. What it says: $(service_logs)"
     say "To remove it: $0 $role --uninstall-service"
+    say_command
+}
+
+# say_command: what to type from now on
+say_command() {
+    say "The command is $(printf %q "$venv/bin/dllm"); see: $(printf %q "$venv/bin/dllm") --help"
+    say "To have it as dllm in this shell: export PATH=$(printf %q "$venv/bin"):\$PATH"
 }
 
 uninstall_service() {
+    # What dllm does not understand is told now, not in a log.
+    [[ -n $dry_run ]] || "${command_line[@]}" --help >/dev/null || exit 2
     service_check
     local file
     file=$(service_file)
@@ -287,5 +324,7 @@ main() {
         [[ $role == demo || $role == test || -n $dry_run ]] ||
             say "Starting the $role. To have it start with this machine, add --service."
         run exec "${command_line[@]}"
+    elif [[ -z $dry_run && -z ${MAKELEVEL:-} ]]; then # make goes on with something itself
+        say_command
     fi
 }

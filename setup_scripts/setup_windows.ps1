@@ -22,6 +22,7 @@ $Model = ''
 $Bind = ''
 $Service = ''
 $DryRun = $false
+$Passed = @() # on to dllm or pytest
 
 $Usage = @'
 Usage: powershell -ExecutionPolicy Bypass -File setup_scripts\setup_windows.ps1 [ROLE] [OPTIONS]
@@ -40,11 +41,16 @@ Options:
   --coordinator HOST:PORT   worker: the coordinator to join
   --name NAME               worker: what to call it; default: after this machine
   --model MODEL             coordinator: folder or hub id of the model; default: a small built-in one
+                            worker: folder of the model here, if it is not the coordinator's
   --bind HOST:PORT          coordinator: where to listen; default: only this machine
   --service                 worker, coordinator: run in the background, also after a restart
   --uninstall-service       worker, coordinator: stop that and remove it
   --dry-run                 print what would be done and change nothing
   --help                    print this
+
+All that follows the role and is not listed here is passed on: to dllm, as in
+"worker --threads 4 --max-memory 6GiB --peer-bind 0.0.0.0:5556", or to pytest. A service of a worker
+waits for its coordinator (--wait).
 
 Environment:
   PYTHON                    the Python to use; default: the first of 3.11 or newer
@@ -188,7 +194,7 @@ function Write-Config {
     $arguments = @('-m', 'distributed_llm.common.config_template', $Config)
     if ($Coordinator) { $arguments += @('--set', "worker.coordinator=$Coordinator") }
     if ($Name) { $arguments += @('--set', "worker.name=$Name") }
-    if ($Model) { $arguments += @('--set', "coordinator.model=$Model") }
+    if ($Model) { $arguments += @('--set', "$Role.model=$Model") }
     if ($Bind) { $arguments += @('--set', "coordinator.bind=$Bind") }
     $code = Invoke-Program $VenvPython $arguments
     if ($code -ne 0) { exit $code }
@@ -197,21 +203,23 @@ function Write-Config {
 # What the role runs; what was given here goes before config\local.yaml.
 function Get-RoleCommand {
     switch ($Role) {
-        'test' { return @($VenvPython, '-m', 'pytest', '-n', '2') }
+        'test' { return @($VenvPython, '-m', 'pytest', '-n', '2') + $Passed }
         'coordinator' {
             $command = @($Dllm, 'coordinator')
             if ($Model) { $command += $Model }
             $command += @('--config', $Config)
             if ($Bind) { $command += @('--bind', $Bind) }
-            return $command
+            return $command + $Passed
         }
         'worker' {
             $command = @($Dllm, 'worker', '--config', $Config)
             if ($Coordinator) { $command += @('--coordinator', $Coordinator) }
             if ($Name) { $command += @('--name', $Name) }
-            return $command
+            if ($Model) { $command += @('--model', $Model) }
+            if ($Service) { $command += '--wait' }
+            return $command + $Passed
         }
-        default { return @($Dllm, $Role) }
+        default { return @($Dllm, $Role) + $Passed }
     }
 }
 
@@ -229,6 +237,12 @@ function Assert-Administrator {
 function Install-RoleService([string[]] $Command) {
     $task = "dllm-$Role"
     $arguments = Join-Arguments @($Command | Select-Object -Skip 1)
+    if (-not $DryRun) {
+        # What dllm does not understand is told now, not in a log.
+        $rest = @($Command | Select-Object -Skip 1) + '--help'
+        & $Command[0] @rest | Out-Null
+        if ($LASTEXITCODE -ne 0) { exit 2 }
+    }
     Write-Host "Task ${task}: at startup, as $env:USERNAME: $(Join-Arguments $Command)"
     if ($DryRun) {
         Write-Host "would run: Register-ScheduledTask -TaskName $task"
@@ -253,6 +267,13 @@ function Install-RoleService([string[]] $Command) {
     Start-ScheduledTask -TaskName $task
     Write-Host "The $Role runs now and starts again with this machine."
     Write-Host "To remove it: setup_scripts\setup_windows.ps1 $Role --uninstall-service"
+    Write-Command
+}
+
+# What to type from now on.
+function Write-Command {
+    Write-Host "The command is $Dllm; see: & '$Dllm' --help"
+    Write-Host "To have it as dllm in this window: `$env:PATH = '$(Split-Path -Parent $Dllm);' + `$env:PATH"
 }
 
 function Uninstall-RoleService {
@@ -271,6 +292,7 @@ function Uninstall-RoleService {
 }
 
 $given = @($args)
+$option = '' # the word before, if it was passed on: this may be its value
 for ($at = 0; $at -lt $given.Count; $at++) {
     $word = [string] $given[$at]
     $value = ''
@@ -293,13 +315,23 @@ for ($at = 0; $at -lt $given.Count; $at++) {
         '--name' { $Name = $value }
         '--model' { $Model = $value }
         '--bind' { $Bind = $value }
-        { @('demo', 'test', 'coordinator', 'worker') -ccontains $_ } {
-            if ($Role) { Stop-Setup 2 @("Two roles were given, $Role and $word. Choose one.") }
-            $Role = $word
-        }
-        { $_.StartsWith('-') -and -not $_.StartsWith('--') } { Stop-Setup 2 @("Unknown option $word. See --help.") }
         default {
-            Stop-Setup 2 @("Unknown role or option $word. Choose demo, test, coordinator or worker, or none.")
+            $isRole = @('demo', 'test', 'coordinator', 'worker') -ccontains $word
+            if ($Role) {
+                if ($isRole -and -not $option) {
+                    Stop-Setup 2 @("Two roles were given, $Role and $word. Choose one.")
+                }
+                $Passed += $word
+                if ($value) { $Passed += $value }
+                $option = ''
+                if ($word.StartsWith('-') -and -not $value) { $option = $word }
+            } elseif ($isRole) {
+                $Role = $word
+            } elseif ($word.StartsWith('-')) {
+                Stop-Setup 2 @("Unknown option $word. Options of dllm follow the role. See --help.")
+            } else {
+                Stop-Setup 2 @("Unknown role $word. Choose demo, test, coordinator or worker, or none.")
+            }
         }
     }
 }
@@ -307,8 +339,11 @@ for ($at = 0; $at -lt $given.Count; $at++) {
 if ($Role -ne 'worker' -and ($Coordinator -or $Name)) {
     Stop-Setup 2 @('--coordinator and --name belong to the role worker.')
 }
-if ($Role -ne 'coordinator' -and ($Model -or $Bind)) {
-    Stop-Setup 2 @('--model and --bind belong to the role coordinator.')
+if ($Role -ne 'coordinator' -and $Bind) {
+    Stop-Setup 2 @('--bind belongs to the role coordinator.')
+}
+if (@('coordinator', 'worker') -notcontains $Role -and $Model) {
+    Stop-Setup 2 @('--model belongs to the roles coordinator and worker.')
 }
 if ($Service -and @('worker', 'coordinator') -notcontains $Role) {
     Stop-Setup 2 @('--service and --uninstall-service belong to the roles worker and coordinator.')
@@ -340,7 +375,10 @@ if (@('coordinator', 'worker') -contains $Role) {
 } else {
     Install-Package 'dev'
 }
-if (-not $Role) { exit 0 }
+if (-not $Role) {
+    if (-not $DryRun) { Write-Command }
+    exit 0
+}
 $command = @(Get-RoleCommand)
 if ($Service -eq 'install') {
     Install-RoleService $command

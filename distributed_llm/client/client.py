@@ -79,9 +79,9 @@ class AsyncDistributedClient:
 
     async def close(self) -> None:
         """Close the connection, which cancels all requests."""
-        if self._session:
+        if self._session and self._session.is_here():  # else it is for others to close
             self._session.close()
-            self._session = None
+        self._session = None
 
     @overload
     async def generate(
@@ -354,12 +354,13 @@ class DistributedClient:
 
     def _here(self) -> "tuple[LoopThread, AsyncDistributedClient]":
         """Return the loop and the client on it, made anew in a fork of the process."""
-        with self._forked:
-            if self._closer.alive and not self._runner.is_here():
-                self._closer.detach()
-                self._parents = (self._runner, self._client)  # kept: closing would disturb it
-                self._open()
-            return self._runner, self._client
+        if self._closer.alive and not self._runner.is_here():
+            with self._forked:
+                if not self._runner.is_here():  # no other thread was quicker
+                    self._closer.detach()
+                    self._parents = (self._runner, self._client)  # kept: closing would disturb it
+                    self._open()
+        return self._runner, self._client
 
     def __enter__(self) -> Self:
         return self

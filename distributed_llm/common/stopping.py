@@ -25,7 +25,7 @@ def on_signal(stop: Callable[[int], None]) -> None:
     for number in numbers:
         if signal.getsignal(number) is signal.SIG_IGN:
             continue
-        with contextlib.suppress(NotImplementedError):  # Windows
+        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C ends the process at once
             asyncio.get_running_loop().add_signal_handler(number, stop, int(number))
 
 

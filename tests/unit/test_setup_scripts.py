@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from pygments.lexers.shell import PowerShellLexer  # type: ignore[import-untyped]
 from pygments.token import (  # type: ignore[import-untyped]
@@ -21,6 +22,8 @@ from pygments.token import (  # type: ignore[import-untyped]
     String,
     Token,
 )
+
+from distributed_llm.cli import app
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "setup_scripts"
@@ -190,6 +193,68 @@ def test_a_local_config_is_never_overwritten(copy: Path, system: str) -> None:
     assert "config_template" not in result.stdout
 
 
+def passed_on() -> dict[str, list[str]]:
+    """Return an option of each name that `dllm` has, with a value, by role."""
+    words = {}
+    for role in ("coordinator", "worker", "demo"):
+        command = typer.main.get_command(app).commands[role]  # type: ignore[attr-defined]
+        words[role] = [
+            word
+            for option in command.params
+            if not option.hidden and option.opts[0].startswith("--")
+            if option.opts[0] not in {"--coordinator", "--name", "--model", "--bind"}
+            for word in option.opts[:1] + ([] if option.is_flag else ["worker"])
+        ]
+    assert {"--peer-bind", "--threads", "--device", "--max-memory"} <= set(words["worker"])
+    return words
+
+
+@needs_bash
+@systems
+@pytest.mark.parametrize("role", ["coordinator", "worker", "demo"])
+def test_every_option_of_dllm_is_passed_on(copy: Path, system: str, role: str) -> None:
+    words = passed_on()[role]
+    own = ["--coordinator", "pc:5555", "--model", "a b"] if role == "worker" else []
+    plan = plan_of(run(copy, system, role, *own, *words, "--dry-run"))
+    assert plan[-1][:3] == ["exec", f"{copy}/.venv/bin/dllm", role]
+    assert plan[-1][-len(words) :] == words
+    if role == "worker":
+        assert plan[-1][5 : -len(words)] == own
+        assert "worker.model=a b" in plan[-2]
+    joined = [f"{a}={b}" for a, b in zip(words[::2], words[1::2], strict=False)]
+    if len(joined) * 2 == len(words):  # no flags among them
+        assert plan_of(run(copy, system, role, *own, *joined, "--dry-run")) == plan
+
+
+@needs_bash
+@systems
+def test_what_else_follows_is_passed_on(copy: Path, system: str) -> None:
+    plan = plan_of(run(copy, system, "test", "tests/unit", "-k", "a or b", "--dry-run"))
+    assert plan[-1][-6:] == ["pytest", "-n", "2", "tests/unit", "-k", "a or b"]
+    plan = plan_of(run(copy, system, "coordinator", "/models/mine", "--dry-run"))
+    assert plan[-1][-1] == "/models/mine"
+
+
+@needs_bash
+def test_it_says_what_to_type_and_asks_dllm_before_it_installs_a_service(copy: Path) -> None:
+    system = "macos" if sys.platform == "darwin" else "linux"
+    programs = copy / ".venv/bin"
+    programs.mkdir(parents=True)
+    add_program(programs, "python", "exit 0")
+    add_program(programs, "dllm", 'echo "No such option: --theads" >&2; exit 2')
+    (copy / ".venv/pyvenv.cfg").write_text(f"command = python -m venv {copy}/.venv\n")
+    said = run(copy, system)
+    assert said.returncode == 0, said.stderr
+    lines = said.stdout.splitlines()
+    assert shlex.split(lines[-2])[-2:] == [f"{copy}/.venv/bin/dllm", "--help"]
+    (path,) = (word for word in shlex.split(lines[-1]) if word.startswith("PATH="))
+    assert path == f"PATH={copy}/.venv/bin:$PATH"
+    assert run(copy, system, MAKELEVEL="1").stdout == ""
+    said = run(copy, system, "worker", "--coordinator", "pc:1", "--theads", "3", "--service")
+    assert said.returncode == 2
+    assert "No such option: --theads" in said.stderr
+
+
 @needs_bash
 @systems
 @pytest.mark.parametrize(
@@ -204,7 +269,10 @@ def test_a_local_config_is_never_overwritten(copy: Path, system: str) -> None:
         (["worker", "--coordinator", "p c:1"], "p c:1 is no address"),
         (["worker", "--coordinator=pc:1", "--name=a b"], "The name a b will not do"),
         (["demo", "--name", "a"], "belong to the role worker"),
-        (["worker", "--bind", "pc:1"], "belong to the role coordinator"),
+        (["worker", "--bind", "pc:1"], "belongs to the role coordinator"),
+        (["demo", "--model", "m"], "belongs to the roles coordinator and worker"),
+        (["--threads", "4", "worker"], "Options of dllm follow the role"),
+        (["worker", "--coordinator", "pc:1", "test"], "Two roles were given, worker and test"),
         (["demo", "--service"], "belong to the roles worker and coordinator"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -303,6 +371,8 @@ def test_systemd_unit(copy: Path, role: str) -> None:
     unit = configparser.ConfigParser(interpolation=None)
     unit.read_string(service_file(result))
     expected = [f"{copy}/.venv/bin/dllm", role, "--config", f"{copy}/config/local.yaml", *own]
+    if role == "worker":
+        expected.append("--wait")
     if role == "coordinator":
         expected = [*expected[:2], own[1], *expected[2:4], *own[2:]]
     assert unquoted(unit["Service"]["ExecStart"]) == expected
@@ -343,7 +413,7 @@ def test_launchd_plist(copy: Path) -> None:
         "worker",
         "--config",
         f"{copy}/config/local.yaml",
-        *("--coordinator", "pc:5555", "--name", "a"),
+        *("--coordinator", "pc:5555", "--name", "a", "--wait"),
     ]
     assert plist["WorkingDirectory"] == str(copy)
     assert plist["RunAtLoad"] is True
@@ -394,6 +464,15 @@ def test_powershell_has_the_roles_and_options_of_bash() -> None:
 
 
 # --- what goes with the scripts
+
+
+def test_the_package_has_the_license_that_it_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (name,) = project["license-files"]
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert project["license"] == "Apache-2.0"
+    assert text.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "END OF TERMS AND CONDITIONS" in text
 
 
 def test_every_dependency_is_pinned() -> None:
