@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributed_llm import config_command
 from distributed_llm.common.errors import DistributedLLMError
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(config_command.app, name="config")
 
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings; see config/default.yaml.")
+    Path | None, typer.Option("--config", help="YAML file of settings; see `dllm config`.")
 ]
 Coordinator = Annotated[
     str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Address to ask.")
