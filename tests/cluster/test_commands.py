@@ -120,7 +120,7 @@ def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
     assert pc.split()[:4] == ["pc", "1-6", "16.0", "MiB"]
     assert idle == "without layers: mac and pi"
     assert re.fullmatch(
-        r"expected: [\d.]+ tokens/s for one request, [\d.]+ for 16 at once", expected
+        r"expected: [\d.]+ tokens/s for one request, [\d.]+ tokens/s for 16 at once", expected
     )
     assert worth.startswith("pc: serves all 6 layers; ")
     assert re.match(r"mac: left out: .* without: the model runs fastest on pc alone$", others[0])
