@@ -105,6 +105,15 @@ class Replanning:
         self._pipelines.recovering, self._lost = True, worker.id
         return self._ask_for(Need.RECOVERY)
 
+    def left_waiting(self, *, now: float) -> None:
+        """Say anew why nothing is served after a worker has left that had no layers."""
+        if self._pipelines.state != "waiting":
+            return
+        if self._cluster.registry.fit:
+            self.replan_at = now + self._cluster.settings.settle_s
+        else:
+            self._pipelines.note = self._with_last_failure(self._nobody_text())
+
     def stage_failed(self, worker: Worker, failed: StageFailed) -> list[Action]:
         """Dissolve the pipeline of a worker that cannot load its layers; plan without it."""
         pipeline = self._pipelines.pipeline_of(worker.peer)
