@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributed_llm import config_command
 from distributed_llm.common import streams
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import interruptible
@@ -33,20 +34,31 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(config_command.app, name="config")
 
 Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings; see config/default.yaml.")
+    Path | None, typer.Option("--config", help="YAML file of settings; see `dllm config`.")
 ]
 Coordinator = Annotated[
-    str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="Address to ask.")
+    str | None,
+    typer.Option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="Address to ask.",
+        show_default="127.0.0.1:5555",
+    ),
 ]
 Strategy = Annotated[
     str | None,
-    typer.Option(help="How to share layers out: by speed or memory, even, or custom."),
+    typer.Option(
+        help="How to share layers out: by speed or memory, even, or custom.", show_default="speed"
+    ),
 ]
 Objective = Annotated[
     str | None,
-    typer.Option(help="What strategy speed makes best: auto, throughput or latency."),
+    typer.Option(
+        help="What strategy speed makes best: auto, throughput or latency.", show_default="auto"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
@@ -77,13 +89,19 @@ def coordinator(
     ] = None,
     config: Config = None,
     bind: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address to listen on.")
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Address to listen on.", show_default="127.0.0.1:5555"
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
+    ] = None,
     strategy: Strategy = None,
     objective: Objective = None,
     min_workers: Annotated[
-        int | None, typer.Option(help="Workers to wait for before the first plan.")
+        int | None,
+        typer.Option(help="Workers to wait for before the first plan.", show_default="1"),
     ] = None,
     exit_with_parent: WithParent = False,
 ) -> None:
@@ -109,20 +127,32 @@ def coordinator(
 def worker(
     coordinator: Coordinator = None,
     config: Config = None,
-    name: Annotated[str | None, typer.Option(help="What to call this worker.")] = None,
-    peer_bind: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Address for other workers.")
+    name: Annotated[
+        str | None,
+        typer.Option(help="What to call this worker.", show_default="after this machine"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, mps.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; 0 is all cores.")] = None,
+    peer_bind: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Address for other workers.", show_default="0.0.0.0:0"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda:0, mps.", show_default="auto")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; 0 is all cores.", show_default="0")
+    ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="For weights and KV cache, such as 6GiB.")
+        str | None,
+        typer.Option(help="For weights and KV cache, such as 6GiB.", show_default="what is free"),
     ] = None,
     slowdown: Annotated[
-        float | None, typer.Option(help="Look this many times slower, for tests.")
+        float | None,
+        typer.Option(help="Look this many times slower, for tests.", show_default="1.0"),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder here, if not the coordinator's.")
+        str | None, typer.Option(help="Checkpoint folder here.", show_default="the coordinator's")
     ] = None,
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for the coordinator as long as it takes.")
@@ -160,33 +190,68 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="Text to go on from; nothing or - reads stdin.")
     ] = None,
+    token_ids: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID,ID,...", help="Token ids to go on from instead of text; prints token ids."
+        ),
+    ] = None,
     coordinator: Coordinator = None,
     config: Config = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens at most.")] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="Tokens at least.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens at most.", show_default="the model's, else 256")
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens at least.", show_default="the model's, else none")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.", show_default="the model's, else 0")
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            help="Sample from the k likeliest tokens.", show_default="the model's, else all"
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Sample from this much probability.", show_default="the model's, else 1"),
+    ] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Drop tokens below this share of the best.")
+        float | None,
+        typer.Option(
+            help="Drop tokens below this share of the best.", show_default="the model's, else 0"
+        ),
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1: repeat less; 1 is off.")
+        float | None,
+        typer.Option(help="Above 1: repeat less; 1 is off.", show_default="the model's, else 1"),
     ] = None,
     presence_penalty: Annotated[
-        float | None, typer.Option(help="Subtracted from logits of tokens in the answer; 0 is off.")
+        float | None,
+        typer.Option(
+            help="Subtracted from logits of tokens in the answer; 0 is off.", show_default="0"
+        ),
     ] = None,
     frequency_penalty: Annotated[
-        float | None, typer.Option(help="The same, once per occurrence; 0 is off.")
+        float | None,
+        typer.Option(help="The same, once per occurrence; 0 is off.", show_default="0"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same seed, same text.", show_default="drawn anew")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     ignore_eos: Annotated[
         bool, typer.Option(help="Go on after the end-of-sequence token.")
     ] = False,
-    n: Annotated[int | None, typer.Option("--n", help="Number of answers.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", "-n", help="Number of answers.", show_default="1")
+    ] = None,
     timeout: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="Give up after this, such as 30s.")
+        str | None,
+        typer.Option(
+            metavar="DURATION", help="Give up after this, such as 30s.", show_default="never"
+        ),
     ] = None,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log-probabilities of so many tokens per place.")
@@ -200,7 +265,7 @@ def generate(
             "they are shown in JSON only; give --json too.", param_hint="--logprobs"
         )
     settings = _settings(config, {"client.coordinator": coordinator})
-    text = streams.read_prompt() if prompt in (None, "-") else str(prompt)
+    asked = _text_prompt(prompt) if token_ids is None else _ids_prompt(token_ids, prompt)
     params = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
@@ -221,7 +286,13 @@ def generate(
     from distributed_llm import console
 
     with interruptible(), _client(settings) as client:
-        console.print_answers(client.stream(text, **params), n=n, as_json=as_json, stats=stats)
+        console.print_answers(
+            client.stream(asked, **params),
+            n=n,
+            as_json=as_json,
+            stats=stats,
+            as_ids=token_ids is not None,
+        )
 
 
 @app.command()
@@ -252,7 +323,9 @@ def plan(
         ),
     ],
     config: Config = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
+    ] = None,
     strategy: Strategy = None,
     objective: Objective = None,
     as_json: AsJson = False,
@@ -357,6 +430,28 @@ def _client(settings: "Settings") -> Any:
 
     asked = settings.client
     return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
+
+
+def _text_prompt(prompt: str | None) -> str:
+    """Return the prompt, or what stdin holds."""
+    if prompt not in (None, "-"):
+        return str(prompt)
+    if sys.stdin is not None and sys.stdin.isatty():
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        print(f"Type the prompt; {end} on a line of its own ends it.", file=sys.stderr)
+    return streams.read_prompt()
+
+
+def _ids_prompt(token_ids: str, prompt: str | None) -> list[int]:
+    """Return the token ids of "1, 5, 9"."""
+    if prompt is not None:
+        raise typer.BadParameter("give either a prompt or token ids.", param_hint="--token-ids")
+    try:
+        return [int(part) for part in token_ids.split(",")]
+    except ValueError as exc:
+        raise typer.BadParameter(
+            f"{token_ids!r:.60} are no token ids; write them as 1,5,9.", param_hint="--token-ids"
+        ) from exc
 
 
 def _seconds(duration: str | None, flag: str) -> float | None:

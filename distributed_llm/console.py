@@ -48,19 +48,27 @@ def print_json(value: Any) -> None:
 
 
 def print_answers(
-    chunks: Iterator[Chunk], *, n: int | None, as_json: bool, stats: bool
+    chunks: Iterator[Chunk],
+    *,
+    n: int | None,
+    as_json: bool,
+    stats: bool,
+    as_ids: bool = False,
 ) -> list[Generation]:
     """Print answers as they come, one after the other, or complete as JSON; return them.
 
     Args:
         chunks: a stream, closed in the end.
         n: how many answers were asked for; JSON is one document if it is None, else a list.
+        as_json: print JSON.
+        stats: tell who ran what, on stderr.
+        as_ids: print token ids, separated by spaces, in place of text.
 
     Raises:
         DistributedLLMError: as the client does.
     """
     generations = []
-    writer = _AnswerWriter(n or 1)
+    writer = _AnswerWriter(n or 1, as_ids)
     try:
         for chunk in chunks:
             if chunk.generation:
@@ -85,15 +93,17 @@ def print_answers(
 class _AnswerWriter:
     """Writes answers one after the other; text of a later answer is kept until its turn."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, as_ids: bool) -> None:
         self._n = n
+        self._as_ids = as_ids
         self._choice = 0
         self._waiting = [""] * n
         self._ended = [False] * n
         self._in_line = False
 
     def add(self, chunk: Chunk) -> None:
-        self._waiting[chunk.choice] += chunk.text
+        ids = "".join(f"{token_id} " for token_id in chunk.token_ids)
+        self._waiting[chunk.choice] += ids if self._as_ids else chunk.text
         self._ended[chunk.choice] = chunk.finish_reason is not None
         while self._choice < self._n and self._write():
             self._choice += 1

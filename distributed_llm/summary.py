@@ -149,12 +149,13 @@ def timing_row(stage: StageTiming) -> list[str]:
 def answers_line(generations: Sequence[Generation]) -> str:
     """Return how many tokens the answers to a prompt took, and how fast that was."""
     timings, usage = generations[0].timings, generations[0].usage
-    decoded = usage.completion_tokens - len(generations)
+    out = sum(generation.usage.completion_tokens for generation in generations)
+    decoded = out - len(generations)
     then = f", then {rate_text(decoded / timings.decode_s)}" if timings.decode_s else ""
     cached = f" ({usage.cached_tokens:,} cached)" if usage.cached_tokens else ""
     reasons = ", ".join(generation.finish_reason for generation in generations)
     return (
-        f"{count_text(usage.prompt_tokens, 'token')} in{cached}, {usage.completion_tokens:,} out "
+        f"{count_text(usage.prompt_tokens, 'token')} in{cached}, {out:,} out "
         f"({reasons}); queued {duration_text(timings.queued_s)}, first token after "
         f"{duration_text(timings.first_token_s)}{then}"
     )

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     Finished,
@@ -24,7 +26,8 @@ class Generation:
         finish_reason: "stop" (end-of-sequence token or stop string) or "length".
         choice: index of the answer, of the `n` to its prompt.
         logprobs: one per token id if `logprobs` was asked for, else None.
-        usage: token counts of the request, all of its `n` answers together.
+        usage: token counts of this answer; the prompt and what was found of it in the KV cache
+            count for each of the request's `n` answers.
         timings: how long the request took.
         request_id: id of the request.
     """
@@ -128,7 +131,7 @@ class Answers:
             finish_reason=answer.finish_reason,
             choice=choice,
             logprobs=answer.logprobs if self._with_logprobs else None,
-            usage=end.usage,
+            usage=structs.replace(end.usage, completion_tokens=len(answer.token_ids)),
             timings=end.timings,
             request_id=self._request_id,
         )

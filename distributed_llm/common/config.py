@@ -30,13 +30,15 @@ __all__ = [
     "Settings",
     "WorkerSettings",
     "load_settings",
+    "read_settings",
     "setting_names",
 ]
 
 # Read by the setup scripts; not an unknown setting when a `dllm` command finds it.
 _FOREIGN_VARIABLES = frozenset({"DLLM_TORCH_INDEX_URL"})
 
-_Key = tuple[str, str]  # section, name
+Key = tuple[str, str]
+"""Section and name of a setting."""
 
 
 class _Given(NamedTuple):
@@ -61,7 +63,21 @@ def load_settings(
     Raises:
         ConfigError: with a line for each problem: where it is and what to write instead.
     """
-    given: dict[_Key, _Given] = {}
+    return read_settings(path, environment=environment, overrides=overrides)[0]
+
+
+def read_settings(
+    path: Path | None,
+    *,
+    environment: Mapping[str, str],
+    overrides: Mapping[str, Any],
+) -> tuple[Settings, dict[Key, str]]:
+    """Return the settings as `load_settings` does, and where each was given that is no default.
+
+    Raises:
+        ConfigError: as `load_settings`.
+    """
+    given: dict[Key, _Given] = {}
     problems: list[str] = []
     if path is not None:
         _add_file(path, given, problems)
@@ -73,10 +89,11 @@ def load_settings(
     for (section, key), entry in given.items():
         sections.setdefault(section, {})[key] = entry.value
     try:
-        return Settings(**sections)  # type: ignore[arg-type]
+        settings = Settings(**sections)  # type: ignore[arg-type]
     except ValidationError as error:
         problems = [_problem(details, given) for details in error.errors(include_url=False)]
         raise ConfigError("\n".join(problems)) from None
+    return settings, {key: entry.where for key, entry in given.items()}
 
 
 def setting_names() -> list[tuple[str, str]]:
@@ -84,7 +101,7 @@ def setting_names() -> list[tuple[str, str]]:
     return [(section, name) for section, kind in SECTIONS.items() for name in kind.model_fields]
 
 
-def _add_file(path: Path, given: dict[_Key, _Given], problems: list[str]) -> None:
+def _add_file(path: Path, given: dict[Key, _Given], problems: list[str]) -> None:
     file = read_yaml(path)
     for section, values in file.values.items():
         where = f"{path}:{file.lines[(section,)]}"
@@ -104,7 +121,7 @@ def _add_file(path: Path, given: dict[_Key, _Given], problems: list[str]) -> Non
 
 
 def _add_environment(
-    environment: Mapping[str, str], given: dict[_Key, _Given], problems: list[str]
+    environment: Mapping[str, str], given: dict[Key, _Given], problems: list[str]
 ) -> None:
     names = [f"DLLM_{section}__{name}".upper() for section, name in setting_names()]
     known: dict[str, str] = {}
@@ -125,7 +142,7 @@ def _add_environment(
 
 
 def _add_overrides(
-    overrides: Mapping[str, Any], given: dict[_Key, _Given], problems: list[str]
+    overrides: Mapping[str, Any], given: dict[Key, _Given], problems: list[str]
 ) -> None:
     for dotted, value in overrides.items():
         section, _, name = dotted.partition(".")
@@ -149,7 +166,7 @@ def _unknown(name: str, section: str = "") -> str:
     )
 
 
-def _problem(details: ErrorDetails, given: Mapping[_Key, _Given]) -> str:
+def _problem(details: ErrorDetails, given: Mapping[Key, _Given]) -> str:
     """Return an error of pydantic as a line for people."""
     section, *path = (str(part) for part in details["loc"])
     context = details.get("ctx", {})

@@ -76,9 +76,7 @@ def _read_text(path: Path) -> str:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: no such file; start from a copy of config/default.yaml"
-        ) from None
+        raise ConfigError(f"{path}: no such file; `dllm config init {path}` writes one") from None
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: cannot be read: {reason}") from None

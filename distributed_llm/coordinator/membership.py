@@ -119,7 +119,9 @@ class Membership:
                 self._cluster.book, self._log, pipeline.in_flight.steps, worker.id
             )
         unwanted = "" if worker.leaving else f"was lost: it {why}"
-        return actions + self._replanning.recover(worker, unwanted)
+        actions += self._replanning.recover(worker, unwanted)
+        self._replanning.left_waiting(now=now)
+        return actions
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:
         """Take a worker's report of itself; give it up if it hangs or serves another plan."""

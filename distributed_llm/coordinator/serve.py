@@ -21,6 +21,7 @@ from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
+from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,13 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
 
     Raises:
         CheckpointError: the model cannot be read or split.
+        ConfigError: the setting `layers` does not suit the model.
         AddressInUse: the address cannot be listened on.
     """
     raise_file_limit()
     model, checkpoint = open_model(settings.model, settings)
+    if settings.strategy == "custom":
+        check_custom(settings.layers, model.cost.num_layers)
 
     def listening(address: str) -> None:
         logger.info("serving %s (%s)", model.name, model.dtype)

@@ -133,11 +133,11 @@ def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
     header, pc, idle, expected, worth, *others, assumed = done.stdout.splitlines()
     assert header.split()[:3] == ["worker", "layers", "memory"]
     assert pc.split()[:4] == ["pc", "1-6", "16.0", "MiB"]
-    assert idle == "without layers: mac, pi"
+    assert idle == "without layers: mac and pi"
     assert re.fullmatch(
-        r"expected: [\d.]+ tokens/s for one request, [\d.]+ for 16 at once", expected
+        r"expected: [\d.]+ tokens/s for one request, [\d.]+ tokens/s for 16 at once", expected
     )
-    assert worth.startswith("pc: serves 6 of 6 layers; ")
+    assert worth.startswith("pc: serves all 6 layers; ")
     assert re.match(r"mac: left out: .* without: the model runs fastest on pc alone$", others[0])
     assert others[1].startswith("pi: left out: too little memory for one layer (")
     assert assumed == "assumed: links of 1 Gbit/s and 0.5 ms"
@@ -206,6 +206,22 @@ def test_workers_of_a_plan_that_cannot_be_read(workers: list[str], said: str) ->
     code, text = failure("plan", "", *options)
     assert code == 2
     assert said in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ("a=1-4,b=5-7", "there is no layer 7. Name a worker for every layer."),
+        ("a=1-4,b=5", "nobody serves layer 6. Name a worker for every layer."),
+    ],
+)
+def test_a_layer_map_that_does_not_suit_the_model_is_refused_at_start(
+    checkpoint: Path, layers: str, said: str
+) -> None:
+    asked = ["coordinator", str(checkpoint), "--strategy", "custom", "--bind", "127.0.0.1:0"]
+    code, error = failure(*asked, DLLM_COORDINATOR__LAYERS=layers)
+    assert code == 2
+    assert said in error
 
 
 def test_an_objective_that_there_is_not() -> None:

@@ -83,6 +83,8 @@ def test_every_verb_and_option_that_is_named_exists() -> None:
     assert {verb for verb, _ in named} == set(verbs.commands)
     for verb, words in named:
         command = verbs.commands[verb]
+        if hasattr(command, "commands"):
+            command = command.commands[words.split()[0]]
         spelled = {name for option in command.params for name in option.opts}
         for option in re.findall(r"(?<!\S)\[?(--?[a-z][a-z-]*)", words):
             assert option in spelled, f"dllm {verb} has no {option}"

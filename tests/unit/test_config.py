@@ -271,7 +271,9 @@ def test_all_problems_at_once(write: Write) -> None:
 
 
 def test_missing_file(write: Write) -> None:
-    assert "absent.yaml: no such file; start from a copy" in refusal(Path("absent.yaml"))
+    assert "absent.yaml: no such file; `dllm config init absent.yaml` writes one" in refusal(
+        Path("absent.yaml")
+    )
     assert "cannot be read" in refusal(Path("a\0b"))
 
 

@@ -148,7 +148,7 @@ def test_the_layers_of_strategy_custom_are_kept() -> None:
     made = planner(strategy="custom", layers=given)
     both = machines(dict.fromkeys("ab", 90_000))
     assert layers([made.plan(both)]) == [["b 1-2", "a 3-6"]]
-    with pytest.raises(ConfigError, match="b, not joined yet"):
+    with pytest.raises(ConfigError, match="'b', not joined yet"):
         made.plan(both.subset([WorkerId("a")]))
 
 

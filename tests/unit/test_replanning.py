@@ -304,12 +304,23 @@ def test_why_the_last_worker_failed_is_told_to_whoever_asks() -> None:
         f"Start another one with `dllm worker`. {why}"
     )
     remove(parts, "a")  # it ends over it
-    answered(parts, question_of(parts.replanning.plan_anew()))
+    parts.replanning.left_waiting(now=10.0)
     assert parts.pipelines.note == f"No worker is there. Start one with `dllm worker`. {why}"
     parts.join("b", WHOLE)
     answered(parts, question_of(parts.replanning.plan_anew()))
     parts.pipelines.stage_ready(parts.worker("b"), ready(parts.pipelines.all[0].epoch))
     assert (parts.pipelines.state, parts.pipelines.last_failure) == ("serving", "")
+
+
+def test_who_is_there_is_said_anew_when_one_of_several_leaves() -> None:
+    parts = Parts({"a": 100, "b": 100}, strategy="memory")
+    answered(parts, question_of(parts.replanning.plan_anew()))
+    assert "(a 100 bytes, b 100 bytes)" in parts.pipelines.note
+    remove(parts, "b")
+    parts.replanning.left_waiting(now=10.0)
+    assert parts.replanning.replan_at == 10.5
+    answered(parts, question_of(parts.replanning.plan_anew()))
+    assert "(a 100 bytes)" in parts.pipelines.note
 
 
 def test_a_long_reason_is_cut() -> None:

@@ -282,7 +282,7 @@ def test_custom_is_followed() -> None:
     [
         ({"w0": (0, 3), "w1": (3, 9)}, r"the model, which has 6 layers: there is no layer 9"),
         ({"w0": (0, 3), "w1": (3, 5)}, r"the model, which has 6 layers: nobody serves layer 6"),
-        ({"w0": (0, 3), "pc": (3, 6)}, r"pc, not joined yet \(there: w0, w1\).*--name pc"),
+        ({"w0": (0, 3), "pc": (3, 6)}, r"'pc', not joined yet \(there: w0, w1\).*--name pc"),
     ],
 )
 def test_custom_map_that_is_wrong(layers: dict[str, tuple[int, int]], words: str) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import aclosing, contextmanager
 from typing import Any
 
+import msgspec
 import pytest
 
 from distributed_llm import (
@@ -30,6 +31,7 @@ from distributed_llm.common.messages import (
     Chat,
     ChatMessage,
     DrainWorker,
+    FinishReason,
     Generate,
     RequestFailed,
     ToClient,
@@ -81,6 +83,14 @@ def interleaved(request: Generate) -> list[ToClient]:
     ]
 
 
+ENDED: list[tuple[str, list[int], FinishReason]] = [
+    ("xyz", [7, 8, 9], "length"),
+    ("ab", [1, 2], "stop"),
+    ("", [4], "length"),
+]
+"""Text, token ids and end of each answer of `interleaved`."""
+
+
 def test_choices_come_in_between_one_another_and_end_in_any_order(
     coordinator: FakeCoordinator, client: DistributedClient
 ) -> None:
@@ -99,14 +109,19 @@ def test_choices_come_in_between_one_another_and_end_in_any_order(
     (request,) = coordinator.requests
     shared: dict[str, Any] = {
         "logprobs": None,
-        "usage": USAGE,
         "timings": TIMINGS,
         "request_id": request.request_id,
     }
     assert generations == [
-        Generation(text="xyz", token_ids=[7, 8, 9], finish_reason="length", choice=0, **shared),
-        Generation(text="ab", token_ids=[1, 2], finish_reason="stop", choice=1, **shared),
-        Generation(text="", token_ids=[4], finish_reason="length", choice=2, **shared),
+        Generation(
+            text=text,
+            token_ids=ids,
+            finish_reason=reason,
+            choice=choice,
+            usage=msgspec.structs.replace(USAGE, completion_tokens=len(ids)),
+            **shared,
+        )
+        for choice, (text, ids, reason) in enumerate(ENDED)
     ]
 
 

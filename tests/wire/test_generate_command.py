@@ -1,14 +1,18 @@
 """`dllm generate` and `dllm status` against a coordinator that plays its part: what they print."""
 
+import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from distributed_llm import cli
 from distributed_llm.cli import app
 from distributed_llm.common.errors import DeadlineExceeded, InvalidRequest
 from distributed_llm.common.messages import (
@@ -55,11 +59,11 @@ def three(request: Generate) -> list[ToClient]:
 
 def test_answers_are_printed_one_after_the_other(coordinator: FakeCoordinator) -> None:
     coordinator.script = three
-    done = dllm(coordinator, "generate", "Hi", "--n", "3", "--stats")
+    done = dllm(coordinator, "generate", "Hi", "-n", "3", "--stats")
     assert (done.exit_code, done.stdout) == (0, "one\ntwo!\nthree\n")
     assert [done.stderr.find(f"answer {i} of 3") >= 0 for i in (1, 2, 3)] == [True] * 3
-    assert "3 tokens in (2 cached), 6 out (length, stop, stop)" in done.stderr
-    assert "queued 250 ms, first token after 500 ms, then 1.5 tokens/s" in done.stderr
+    assert "3 tokens in (2 cached), 5 out (length, stop, stop)" in done.stderr
+    assert "queued 250 ms, first token after 500 ms, then 1.0 tokens/s" in done.stderr
 
 
 def test_one_answer_has_no_heading(coordinator: FakeCoordinator) -> None:
@@ -90,7 +94,8 @@ def test_json_of_several_answers_is_a_list(coordinator: FakeCoordinator) -> None
         (1, "two!"),
         (2, "three"),
     ]
-    assert answers[0]["usage"] == {"prompt_tokens": 3, "completion_tokens": 6, "cached_tokens": 2}
+    assert answers[0]["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "cached_tokens": 2}
+    assert [one["usage"]["completion_tokens"] for one in answers] == [2, 2, 1]
     assert answers[0]["logprobs"] is None
     coordinator.script = lambda r: [piece(r, "a", 1, end="stop"), finished(r)]
     assert json.loads(dllm(coordinator, "generate", "Hi", "--json").stdout)["text"] == "a"
@@ -141,9 +146,47 @@ def test_every_option_arrives(coordinator: FakeCoordinator) -> None:
     }
 
 
+def test_a_model_without_a_tokenizer_is_asked_with_token_ids(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda r: [
+        piece(r, "", 7, 8),
+        piece(r, "", 9, index=2, end="stop"),
+        finished(r),
+    ]
+    done = dllm(coordinator, "generate", "--token-ids", "1, 5,9")
+    assert (done.exit_code, done.stdout.split()) == (0, ["7", "8", "9"])
+    assert coordinator.prompts == [[np.array([1, 5, 9], "<i4").tobytes()]]
+    assert coordinator.requests[0].prompt == "token_ids"
+
+
+@pytest.mark.parametrize("ids", ["1,two", "", "1;2", "1.5"])
+def test_what_are_no_token_ids(coordinator: FakeCoordinator, ids: str) -> None:
+    done = dllm(coordinator, "generate", "--token-ids", ids)
+    assert (done.exit_code, coordinator.requests) == (2, [])
+    assert "write them as 1,5,9" in done.stderr
+
+
+def test_at_a_terminal_it_says_what_it_waits_for(
+    coordinator: FakeCoordinator,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("typed"))
+    assert cli._text_prompt(None) == "typed"
+    assert "Type the prompt; Ctrl-" in capsys.readouterr().err
+    assert cli._text_prompt("given") == "given"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
+    assert cli._text_prompt("-") == "piped"
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("--token-ids", "1,5"), "give either a prompt or token ids"),
         (("--logprobs", "2"), "give --json too"),
         (("--timeout", "soon"), "write seconds, or a unit as in 500ms"),
         (("--n", "two"), "--n"),

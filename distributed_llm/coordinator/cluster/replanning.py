@@ -105,6 +105,15 @@ class Replanning:
         self._pipelines.recovering, self._lost = True, worker.id
         return self._ask_for(Need.RECOVERY)
 
+    def left_waiting(self, *, now: float) -> None:
+        """Say anew why nothing is served after a worker has left that had no layers."""
+        if self._pipelines.state != "waiting":
+            return
+        if self._cluster.registry.fit:
+            self.replan_at = now + self._cluster.settings.settle_s
+        else:
+            self._pipelines.note = self._with_last_failure(self._nobody_text())
+
     def try_again(self, worker: Worker) -> list[Action]:
         """Count a worker in again that could not load its layers; use it where one is missing.
 

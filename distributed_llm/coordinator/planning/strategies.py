@@ -134,7 +134,7 @@ def _custom(
     absent = sorted(set(layers) - set(by_name))
     if absent:
         raise ConfigError(
-            f"The setting `layers` names {list_text(absent)}, not joined yet (there: "
+            f"The setting `layers` names {list_text(map(repr, absent))}, not joined yet (there: "
             f"{', '.join(sorted(by_name)) or 'nobody'}). Start what is missing: `dllm worker "
             f"--name {absent[0]}`."
         )
