@@ -64,7 +64,10 @@ _FAULTY: list[type[Message]] = [
     CancelStage,
     DropStage,
 ]
-_FAULTS: list[FaultKind] = ["drop", "duplicate", "delay"]
+_FAULTS: list[FaultKind] = ["drop", "duplicate", "delay", "spoil"]
+_ENDS_A_WORKER = (WorkerHello,)
+"""Messages after which a worker ends if they cannot be read: it has another release."""
+
 _PROMPTS = st.lists(st.integers(0, POISON - 1), min_size=1, max_size=24)
 _INDEX = st.integers(0, 1000)
 _BACKGROUND_TOKENS = 240
@@ -291,6 +294,10 @@ class Cluster(RuleBasedStateMachine):
         self, index: int, what: FaultKind, count: int, delay_s: float, across: bool
     ) -> None:
         kind = self.faulty[index % len(self.faulty)]
+        if what == "spoil":
+            if kind in _ENDS_A_WORKER:
+                return
+            self.num_errors += count
         way: Way | None = "across" if across and kind in (Task, PeerHello) else None
         self.world.faults.append(Fault(kind, what, count, delay_s=delay_s, way=way))
 
