@@ -16,6 +16,7 @@ from typing import assert_never
 
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import DistributedLLMError, NotReady, ProtocolMismatch
+from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Cancel,
     CancelStage,
@@ -78,6 +79,10 @@ from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry
 from distributed_llm.coordinator.stepping import Stepping
 
+_DROPPED = "dropped messages"
+_MOST_DROPPED = 5
+"""Messages that could not be read of which the log tells in a minute; the others are counted."""
+
 
 class Core:
     """Decides what a coordinator does: about the workers of one model, and its requests.
@@ -101,6 +106,7 @@ class Core:
             cluster, self._moves, self._rebalancing, give_up=self._give_up_stuck
         )
         self._admission = Admission(cluster.book, cluster.event_log)
+        self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book
@@ -125,6 +131,7 @@ class Core:
             self._stepping.next_deadline(),
             self._rebalancing.next_deadline(),
             self._moves.next_deadline(),
+            self._log_limit.next_deadline(),
             None if waits_until_idle else self._replanning.replan_at,
         )
         return min([at for at in deadlines if at is not None], default=None)
@@ -142,6 +149,8 @@ class Core:
         replan_at = self._replanning.replan_at
         if replan_at is not None and replan_at <= now:
             actions += self._use_joined()
+        left_out = self._log_limit.take_left_out(now=now)
+        actions += [Log(left_out_text(kind, count), "warning") for kind, count in left_out]
         return self._settle(actions, now)
 
     def status(self, *, now: float) -> ClusterStatus:
@@ -310,7 +319,9 @@ class Core:
 
     def _garbage(self, event: Garbage) -> list[Action]:
         self._event_log.rejected[event.reason] += 1
-        actions: list[Action] = [Log(f"dropped a message: {event.error}"[:1000], "warning")]
+        actions: list[Action] = [
+            Log(f"dropped a message: {event.error}"[:1000], "warning", _DROPPED)
+        ]
         if isinstance(event.error, ProtocolMismatch):
             actions.append(refusal(event.peer, event.error))
         return actions
@@ -384,7 +395,12 @@ class Core:
         if sends:
             self._stepping.began(now=now)
         first = [action for action in actions if _voids_tasks(action)]
-        return [*first, *sends, *(action for action in actions if not _voids_tasks(action))]
+        others = [action for action in actions if not _voids_tasks(action)]
+        return [*first, *sends, *(action for action in others if self._is_admitted(action, now))]
+
+    def _is_admitted(self, action: Action, now: float) -> bool:
+        """Return whether an action is done: all but lines of which the log has got too many."""
+        return not isinstance(action, Log) or self._log_limit.admits(action.kind, now=now)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

@@ -2,7 +2,9 @@
 
 import pytest
 
+from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
+    DrainWorker,
     FromWorker,
     Generate,
     Heartbeat,
@@ -141,3 +143,35 @@ def test_older_layers_that_are_ready_are_not_the_new_ones() -> None:
     assert world.state == "loading"
     finish(world, world.client().submit(LONG))
     assert world.epoch == 2
+
+
+def test_a_flood_of_bad_messages_does_not_flood_the_log() -> None:
+    world = World()
+    world.serving(2)
+    client = world.client()
+    world.run(for_s=1.0)
+    for _ in range(1000):
+        garbage = events.Garbage(
+            client.link.peer, "malformed", RemoteProtocolError("malformed", "?")
+        )
+        world.apply(garbage)
+    assert world.rejected["malformed"] == 1000
+    assert sum("dropped a message" in line for line in world.logs) == 5
+    world.run(for_s=61.0)
+    assert "995 more lines were left out in 60 s: dropped messages" in world.logs
+    world.apply(garbage)
+    assert sum("dropped a message" in line for line in world.logs) == 6
+
+
+def test_a_flood_of_orders_does_not_flood_the_log() -> None:
+    """Any event that a peer can cause is one."""
+    world = World()
+    world.serving(2)
+    client = world.client()
+    world.run(for_s=1.0)
+    for _ in range(150):
+        drain = events.Received(client.link.peer, DrainWorker(worker="w0"))
+        world.apply(drain)
+    assert sum("wants worker w0 to leave" in line for line in world.logs) == 100
+    world.run(for_s=61.0)
+    assert "50 more lines were left out in 60 s: drain requested" in world.logs
