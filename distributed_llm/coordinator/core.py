@@ -379,11 +379,11 @@ class Core:
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start whatever a change made possible; put its tasks first, as stages wait for them."""
-        actions += self._membership.give_names_back(now=now)
         if self._replanning.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
         actions += self._moves.settle(now=now)
         actions += self._departures.settle(now=now)
+        actions += self._membership.give_names_back(now=now)
         sends: list[Action] = []
         self._admission.admit(now=now)
         while (pipeline := self._pipelines.take_changed()) is not None:
