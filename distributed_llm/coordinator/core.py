@@ -22,6 +22,7 @@ from distributed_llm.common.errors import (
     ProtocolMismatch,
     RemoteProtocolError,
 )
+from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Cancel,
     CancelStage,
@@ -89,6 +90,10 @@ from distributed_llm.coordinator.serving.pipeline import PipelineState
 from distributed_llm.coordinator.stepping import Stepping
 from distributed_llm.coordinator.unread import failure_of
 
+_DROPPED = "dropped messages"
+_MOST_DROPPED = 5
+"""Messages that could not be read of which the log tells in a minute; the others are counted."""
+
 
 class Core:
     """Decides what a coordinator does: about the workers of one model, and its requests.
@@ -110,6 +115,7 @@ class Core:
         self._membership = Membership(cluster, self._replanning, self._moves, self._departures)
         self._stepping = Stepping(cluster, self._moves, self._rebalancing, give_up=self._give_up)
         self._admission = Admission(cluster.book, cluster.event_log)
+        self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book
@@ -143,6 +149,7 @@ class Core:
             self._stepping.next_deadline(),
             self._rebalancing.next_deadline(),
             self._moves.next_deadline(),
+            self._log_limit.next_deadline(),
             None if waits_until_idle else self._replanning.replan_at,
         )
         return min([at for at in deadlines if at is not None], default=None)
@@ -160,6 +167,8 @@ class Core:
         replan_at = self._replanning.replan_at
         if replan_at is not None and replan_at <= now:
             actions += self._use_joined()
+        left_out = self._log_limit.take_left_out(now=now)
+        actions += [Log(left_out_text(kind, count), "warning") for kind, count in left_out]
         return self._settle(actions, now)
 
     def status(self, *, now: float) -> ClusterStatus:
@@ -335,7 +344,7 @@ class Core:
         """Count a message that cannot be read; have fail, or end, what waits for it."""
         peer, error = event.peer, event.error
         self._event_log.rejected[event.reason] += 1
-        log = Log(f"cannot read a message: {error}"[:1000], "warning")
+        log = Log(f"cannot read a message: {error}"[:1000], "warning", _DROPPED)
         if isinstance(error, ProtocolMismatch):
             return [log, refusal(peer, error)]
         if not isinstance(error, RemoteProtocolError):
@@ -409,11 +418,11 @@ class Core:
 
     def _settle(self, actions: list[Action], now: float) -> list[Action]:
         """Start whatever a change made possible; put its tasks first, as stages wait for them."""
-        actions += self._membership.give_names_back(now=now)
         if self._replanning.replan_when_idle and not self._book.busy:
             actions += self._use_joined()
         actions += self._moves.settle(now=now)
         actions += self._departures.settle(now=now)
+        actions += self._membership.give_names_back(now=now)
         sends: list[Action] = []
         self._admit(now)
         while (pipeline := self._pipelines.take_changed()) is not None:
@@ -425,7 +434,12 @@ class Core:
         if sends:
             self._stepping.began(now=now)
         first = [action for action in actions if _must_precede_tasks(action)]
-        return [*first, *sends, *(action for action in actions if not _must_precede_tasks(action))]
+        others = [action for action in actions if not _must_precede_tasks(action)]
+        return [*first, *sends, *(action for action in others if self._is_admitted(action, now))]
+
+    def _is_admitted(self, action: Action, now: float) -> bool:
+        """Return whether an action is done: all but lines of which the log has got too many."""
+        return not isinstance(action, Log) or self._log_limit.admits(action.kind, now=now)
 
     def _admit(self, now: float) -> None:
         if self._book.num_waiting:

@@ -194,10 +194,15 @@ class Study:
 
 @dataclass(frozen=True)
 class Log:
-    """Action: write a line for the operator."""
+    """Action: write a line for the operator.
+
+    Attributes:
+        kind: what lines like it are about, for people; the core gives a log so many of a kind.
+    """
 
     text: str
     level: Literal["info", "warning", "error"] = "info"
+    kind: str = "others"
 
 
 @dataclass(frozen=True)

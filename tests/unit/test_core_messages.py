@@ -274,3 +274,35 @@ def test_a_worker_whose_hello_cannot_be_read_is_told() -> None:
     assert "unheard_of" in refused.message.message
     noise = RemoteProtocolError("bad_magic", "noise")
     assert len(world.apply(events.Garbage(PeerId(b"new"), noise.reason, noise))) == 1
+
+
+def test_a_flood_of_bad_messages_does_not_flood_the_log() -> None:
+    world = World()
+    world.serving(2)
+    client = world.client()
+    world.run(for_s=1.0)
+    for _ in range(1000):
+        garbage = events.Garbage(
+            client.link.peer, "malformed", RemoteProtocolError("malformed", "?")
+        )
+        world.apply(garbage)
+    assert world.rejected["malformed"] == 1000
+    assert sum("cannot read a message" in line for line in world.logs) == 5
+    world.run(for_s=61.0)
+    assert "995 more lines were left out in 60 s: dropped messages" in world.logs
+    world.apply(garbage)
+    assert sum("cannot read a message" in line for line in world.logs) == 6
+
+
+def test_a_flood_of_orders_does_not_flood_the_log() -> None:
+    """Any event that a peer can cause is one."""
+    world = World()
+    world.serving(2)
+    client = world.client()
+    world.run(for_s=1.0)
+    for _ in range(150):
+        drain = events.Received(client.link.peer, DrainWorker(worker="w0"))
+        world.apply(drain)
+    assert sum("wants worker w0 to leave" in line for line in world.logs) == 100
+    world.run(for_s=61.0)
+    assert "50 more lines were left out in 60 s: drain requested" in world.logs

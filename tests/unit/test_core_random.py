@@ -26,9 +26,15 @@ from distributed_llm.common.messages import (
     KVEnd,
     KVPieces,
     KVTaken,
+    LeftOut,
     LinkReport,
+    LoadStage,
     PeerHello,
     Pong,
+    Remeasured,
+    Renamed,
+    StageFailed,
+    StageReady,
     TakeOver,
     Task,
     TaskFailed,
@@ -38,6 +44,8 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.types import Epoch
+from distributed_llm.coordinator import events
 from tests.unit.fake_client import Answer, SimClient, text_of
 from tests.unit.fake_model import BIG, NUM_LAYERS, POISON
 from tests.unit.fake_worker import SimWorker
@@ -63,6 +71,12 @@ _FAULTY: list[type[Message]] = [
     TookOver,
     CancelStage,
     DropStage,
+    LoadStage,
+    StageReady,
+    StageFailed,
+    Renamed,
+    Remeasured,
+    LeftOut,
 ]
 _FAULTS: list[FaultKind] = ["drop", "duplicate", "delay", "spoil"]
 _ENDS_A_WORKER = (WorkerHello,)
@@ -345,6 +359,7 @@ class Cluster(RuleBasedStateMachine):
             if worker.state == "frozen":
                 worker.thaw()
             worker.resume()
+            worker.resume_loads()
         for i in range(2):
             world.worker(f"mender{i}", 2000)
         assert world.run(world.all_ended, for_s=600.0), "a request never ended"
@@ -452,10 +467,59 @@ class BusyCluster(MovingCluster):
         self.world.run(for_s=20.0)
 
 
+class FailingLoads(Cluster):
+    """Loads fail or hang, also of stages that are served, and machines lose power."""
+
+    max_examples = 60
+
+    @precondition(Cluster.any_up)
+    @rule(index=_INDEX, how=st.sampled_from(["well", "fail", "stall"]))
+    def change_loads(self, index: int, how: str) -> None:
+        worker = self._pick(index)
+        worker.load_error = StageError("cannot load now") if how == "fail" else None
+        if how == "stall":
+            worker.load_stalls = True
+        else:
+            worker.resume_loads()
+
+    @precondition(Cluster.any_up)
+    @rule(index=_INDEX)
+    def fail_a_stage(self, index: int) -> None:
+        worker = self._pick(index)
+        failed = StageFailed(epoch=Epoch(worker.epoch), code="stage_error", message="it broke")
+        self.world.apply(events.Received(worker.link.peer, failed))
+
+    @precondition(lambda self: bool(self.up()) and len(self.alive()) < _MAX_WORKERS)
+    @rule(index=_INDEX, memory=st.integers(0, 2))
+    def lose_power(self, index: int, memory: int) -> None:
+        """The machine is back at once, and its old session is not known to be lost."""
+        worker = self._pick(index)
+        worker.kill(silently=True)
+        self.world.worker(worker.name, self.memories[memory])
+
+
+class FailingMoves(FailingLoads, MovingCluster):
+    """Likewise, and layers move."""
+
+    max_examples = 40
+    least_moves = 3
+    num_moves: ClassVar[list[int]] = []
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "cluster",
-    [Cluster, TightCluster, CrowdedCluster, TwinCluster, MovingCluster, MovingTwins, BusyCluster],
+    [
+        Cluster,
+        TightCluster,
+        CrowdedCluster,
+        TwinCluster,
+        MovingCluster,
+        MovingTwins,
+        FailingLoads,
+        FailingMoves,
+        BusyCluster,
+    ],
 )
 def test_random_schedules(cluster: type[Cluster], pytestconfig: pytest.Config) -> None:
     many = pytestconfig.getoption("--schedules")

@@ -92,7 +92,7 @@ def test_an_event_is_kept_and_logged_with_its_level() -> None:
     log = EventLog()
     log.now = 5.0
     action = log.note(EventKind.WAITING, why="nobody is there")
-    assert action == Log("waiting: nobody is there", "warning")
+    assert action == Log("waiting: nobody is there", "warning", "waiting")
     assert log.entries == (Entry(5.0, EventKind.WAITING, facts={"why": "nobody is there"}),)
     assert log.texts == ("waiting: nobody is there",)
 

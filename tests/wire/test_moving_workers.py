@@ -81,6 +81,7 @@ class FakeEngine:
         **settings: object,
     ) -> None:
         self.vitals = Vitals()
+        self.load_progress: int | None = None
         self.orders: list[object] = []
         self.imported_bytes = 0
         self._is_void = is_void

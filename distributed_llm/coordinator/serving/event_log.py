@@ -225,7 +225,7 @@ class EventLog:
         """Keep an event of the cluster; return the action that logs it."""
         entry = Entry(self.now, kind, worker, None, epoch, facts)
         self._cluster.append(entry)
-        return Log(entry.text, kind.level)
+        return Log(entry.text, kind.level, kind.name.lower().replace("_", " "))
 
     def trace(
         self,

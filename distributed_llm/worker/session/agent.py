@@ -25,6 +25,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
     error_from_wire,
 )
+from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Addresses,
     CancelStage,
@@ -90,7 +91,10 @@ from distributed_llm.worker.session.notices import Notices
 from distributed_llm.worker.session.stages import Stages
 
 _GREETING_TIMEOUT_S = 4.0
-_WARN_EVERY_S = 1.0
+_DROPPED = "dropped or ignored messages"
+_MOST_DROPPED = 5
+"""Messages that are not obeyed of which the log tells in a minute; the others are counted."""
+
 _PROBE_EVERY_S = 10.0
 
 
@@ -195,7 +199,7 @@ class Agent:
         self._heard_at = now
         self._heartbeat_at = now
         self._probe_at = now
-        self._warned_at = -math.inf
+        self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._connect_by = now + connect_timeout_s if connect_timeout_s else None
         self._leave_by = math.inf
         self._signal = 0  # the one that it leaves for; 0 is none
@@ -208,6 +212,16 @@ class Agent:
         """Apply one event at `now` (clock seconds) and return what to do about it."""
         if self._state is _S.ENDED:
             return []
+        actions = self._handle(event, now)
+        return [action for action in actions if self._is_admitted(action, now)]
+
+    def _is_admitted(self, action: Action, now: float) -> bool:
+        """Return whether an action is done: all but lines of which the log has got too many."""
+        return not isinstance(action, Log) or self._log_limit.admits(
+            f"other {action.level} lines", now=now
+        )
+
+    def _handle(self, event: Event, now: float) -> list[Action]:
         match event:
             case Connected(peer_addresses=addresses):
                 return self._connected(addresses, now)
@@ -248,6 +262,12 @@ class Agent:
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
+        if self._state is _S.ENDED:
+            return None
+        deadlines = (self._next_deadline(), self._log_limit.next_deadline())
+        return min([at for at in deadlines if at is not None], default=None)
+
+    def _next_deadline(self) -> float | None:
         match self._state:
             case AgentState.CONNECTING:
                 return self._connect_by
@@ -274,6 +294,11 @@ class Agent:
         Args:
             reached: anything at all listens at the coordinator's address.
         """
+        left_out = self._log_limit.take_left_out(now=now)
+        told = [Log(left_out_text(kind, count), "warning") for kind, count in left_out]
+        return [*told, *self._on_timer(reached, now)]
+
+    def _on_timer(self, reached: bool, now: float) -> list[Action]:
         match self._state:
             case AgentState.CONNECTING:
                 return self._check_connect_timeout(reached, now)
@@ -445,11 +470,9 @@ class Agent:
     # -------------------------------------------------------------- for the operator
 
     def _warn(self, text: str, now: float) -> list[Action]:
-        """Return a line for the operator, unless there was one a moment ago."""
-        if now < self._warned_at + _WARN_EVERY_S:
-            return []
-        self._warned_at = now
-        return [Log(text, "warning")]
+        """Return a line for the operator, or nothing if there were many in the last minute."""
+        admitted = self._log_limit.admits(_DROPPED, now=now)
+        return [Log(text, "warning")] if admitted else []
 
     def _unreachable(self, reached: bool) -> CoordinatorUnreachable:
         why = (

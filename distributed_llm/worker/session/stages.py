@@ -78,7 +78,7 @@ class Stages:
     Args:
         session: its number; results of other sessions are ignored.
         worker: the name of this worker.
-        warn: returns a line for the operator, or nothing if there was one a moment ago.
+        warn: returns a line for the operator, or nothing if there were many in the last minute.
     """
 
     def __init__(
