@@ -29,6 +29,7 @@ from distributed_llm.common.messages import (
     MissingPositions,
     ModelSource,
     NextStage,
+    Notice,
     NotUnderstood,
     PeerHello,
     PeerProbed,
@@ -344,6 +345,17 @@ def test_told_to_go_away(code: str, kind: type[DistributedLLMError]) -> None:
     assert isinstance(leave, Fail)
     assert type(leave.error) is kind
     assert str(leave.error) == "because"
+
+
+def test_what_the_coordinator_says_is_a_line_of_its_log_once_a_second() -> None:
+    agent = joined()
+    first, second = (Received(Notice(text=f"no layers: {why}")) for why in ("slow", "too slow"))
+    assert agent.handle(first, now=5.0) == [Log("the coordinator says: no layers: slow")]
+    assert agent.handle(second, now=5.25) == []
+    agent.on_timer(reached=True, now=5.25)  # beats, and is due again in a second
+    assert agent.next_deadline() == 6.0
+    line = Log("the coordinator says: no layers: too slow")
+    assert agent.on_timer(reached=True, now=6.0) == [line]
 
 
 def test_garbage_is_logged_and_another_version_is_the_end() -> None:
