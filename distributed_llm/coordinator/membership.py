@@ -6,7 +6,6 @@ from distributed_llm.common.messages import (
     ClientWelcome,
     DropStage,
     Heartbeat,
-    LeftOut,
     MayLeave,
     NotUnderstood,
     Pong,
@@ -24,6 +23,7 @@ from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.cluster.telling import tell
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost
@@ -162,8 +162,7 @@ class Membership:
             "load_timeout_s."
         )
         failed = StageFailed(epoch=awaited.epoch, code=StageError.code, message=why)
-        told = Send(worker.peer, LeftOut(why=why))
-        return [told, *self.stage_failed(worker, failed, now=now)]
+        return [*tell(worker, why), *self.stage_failed(worker, failed, now=now)]
 
     def stage_failed(self, worker: Worker, failed: StageFailed, *, now: float) -> list[Action]:
         """Go on without a stage that cannot be loaded, or is no longer served."""

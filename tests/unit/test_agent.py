@@ -22,7 +22,6 @@ from distributed_llm.common.messages import (
     KVEnd,
     KVFailed,
     Leaving,
-    LeftOut,
     LinkReport,
     LoadStage,
     MayLeave,
@@ -992,13 +991,6 @@ def test_a_worker_goes_by_the_name_that_it_is_given() -> None:
         SendToPeer(BEFORE, PeerWelcome(epoch=Epoch(3)))
     ]
     assert agent._name == "pc", "it asks for the same name again"
-
-
-def test_the_operator_is_told_why_a_worker_is_left_out() -> None:
-    agent = joined()
-    assert agent.handle(Received(LeftOut(why="Its disk stands still.")), now=1.0) == [
-        Log("Its disk stands still.", "warning")
-    ]
 
 
 def test_a_time_in_which_it_did_not_listen_does_not_end_its_session() -> None:

@@ -26,9 +26,9 @@ from distributed_llm.common.messages import (
     KVEnd,
     KVPieces,
     KVTaken,
-    LeftOut,
     LinkReport,
     LoadStage,
+    Notice,
     PeerHello,
     Pong,
     Remeasured,
@@ -76,7 +76,7 @@ _FAULTY: list[type[Message]] = [
     StageFailed,
     Renamed,
     Remeasured,
-    LeftOut,
+    Notice,
 ]
 _FAULTS: list[FaultKind] = ["drop", "duplicate", "delay", "spoil"]
 _ENDS_A_WORKER = (WorkerHello,)

@@ -95,7 +95,6 @@ from distributed_llm.common.messages.to_worker import (
     CopyKV,
     DropStage,
     KVTransfer,
-    LeftOut,
     LoadStage,
     MayLeave,
     ModelSource,
@@ -155,7 +154,6 @@ __all__ = [
     "KVTransfer",
     "Label",
     "Leaving",
-    "LeftOut",
     "LinkReport",
     "LoadStage",
     "MayLeave",
@@ -240,7 +238,6 @@ ToCoordinator = FromWorker | FromClient
 ToWorker = (
     Welcome
     | Renamed
-    | LeftOut
     | LoadStage
     | CopyKV
     | TakeOver

@@ -51,12 +51,6 @@ class Renamed(Message, frozen=True, kw_only=True, tag="renamed"):
     worker_id: Name
 
 
-class LeftOut(Message, frozen=True, kw_only=True, tag="left_out"):
-    """Coordinator -> worker: why it gets no layers for now, for the operator there."""
-
-    why: Text
-
-
 class ModelSource(Value, frozen=True, kw_only=True):
     """Where a worker finds the checkpoint.
 

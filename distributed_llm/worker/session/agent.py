@@ -34,7 +34,6 @@ from distributed_llm.common.messages import (
     DropStage,
     Goodbye,
     Leaving,
-    LeftOut,
     LoadStage,
     MayLeave,
     Notice,
@@ -360,8 +359,6 @@ class Agent:
                 return self._welcomed(message, now)
             case Refused():
                 return self._refused(message)
-            case LeftOut(why=why):
-                return [Log(why, "warning")]
             case Renamed(worker_id=name):
                 self._stages.rename(name)
                 return [Log(f"is called {name} now")]
