@@ -404,13 +404,13 @@ def test_only_workers_of_the_plan_may_fail_a_step_by_garbage() -> None:
     outline = Outline(type=tag_of(Task), epoch=Epoch(3), step=StepNumber(7))
     error = RemoteProtocolError("bad_field", "too long", outline)
     assert [type(a) for a in agent.handle(PeerGarbage(error, STRANGER), now=1.0)] == [Log]
-    assert agent.handle(PeerGarbage(error), now=1.1) == []
-    (told,) = agent.handle(PeerGarbage(error, BEFORE), now=1.2)
+    assert not any(isinstance(a, Send) for a in agent.handle(PeerGarbage(error), now=1.1))
+    told, *_ = agent.handle(PeerGarbage(error, BEFORE), now=1.2)
     assert isinstance(told, Send)
     assert isinstance(told.message, TaskFailed)
     assert (told.message.epoch, told.message.step) == (3, 7)
     other = RemoteProtocolError("bad_field", "x", Outline(type=tag_of(KVEnd), epoch=Epoch(3)))
-    assert agent.handle(PeerGarbage(other, BEFORE), now=1.3) == []
+    assert not any(isinstance(a, Send) for a in agent.handle(PeerGarbage(other, BEFORE), now=1.3))
 
 
 # ------------------------------------------------------------------ epochs
@@ -1003,7 +1003,8 @@ def test_a_time_in_which_it_did_not_listen_does_not_end_its_session() -> None:
 def test_a_flood_of_bad_messages_does_not_flood_the_log() -> None:
     agent = joined()
     noise = Garbage(RemoteProtocolError("malformed", "?"))
-    lines = [line for _ in range(1000) for line in agent.handle(noise, now=1.0)]
+    actions = [action for _ in range(1000) for action in agent.handle(noise, now=1.0)]
+    lines = [action for action in actions if isinstance(action, Log)]
     assert lines == [Log("cannot read a message: malformed: ?", "warning")] * 5
     told: list[Action] = []
     for second in range(2, 62):
