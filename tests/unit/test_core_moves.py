@@ -543,7 +543,7 @@ def test_a_load_beside_that_hangs_is_given_up(idle: bool) -> None:
     assert world.run(lambda: undone(world), for_s=125.0)
     assert world.now > began_at + 119.0
     assert any("made no progress for 12" in line for line in world.logs)
-    told = f"{victim.name}: Loading layers"
+    told = f"{victim.name}: the coordinator says: Loading layers"
     assert world.run(lambda: any(line.startswith(told) for line in world.logs), for_s=1.0)
     assert victim.num_sessions == 1
     victim.resume_loads()
