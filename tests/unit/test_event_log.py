@@ -25,6 +25,7 @@ FACTS = {
     "device": "cpu",
     "why": "it is so",
     "rtt_s": 0.0034,
+    "stall_s": 2.5,
     "layer_map": MAP,
     "before": ((A, LayerRange(0, 6)),),
     "how": "",
