@@ -185,9 +185,9 @@ def _log(worker: LocalProcess) -> str:
     ("phase", "victim"),
     [
         ("loading layers", 0),
-        ("sends the KV cache", 1),
-        ("sends the KV cache", 2),
-        ("has the KV cache", 0),
+        ("sending the KV cache", 1),
+        ("sending the KV cache", 2),
+        ("the KV cache of its layers has arrived", 0),
     ],
 )
 def test_any_worker_may_be_killed_in_any_phase_of_a_move(
@@ -195,7 +195,7 @@ def test_any_worker_may_be_killed_in_any_phase_of_a_move(
 ) -> None:
     with network.answers() as answers:
         network.make_late()
-        if phase == "sends the KV cache":
+        if phase == "sending the KV cache":
             network.make_narrow()
         departure = Departure(network)
         departure.wait_for(phase)
@@ -204,7 +204,9 @@ def test_any_worker_may_be_killed_in_any_phase_of_a_move(
         network.start_workers(leaving=int(victim != LEAVER))
         answers.finish()
         departure.check_left()
-    if phase != "has the KV cache":  # or it may have been over when the loss was noticed
+    if (
+        phase != "the KV cache of its layers has arrived"
+    ):  # or it may have been over when the loss was noticed
         name = departure.stages[victim].name
         assert f"the move was undone: worker {name} was lost" in network.events()
 
@@ -216,7 +218,7 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
     with network.answers() as answers:
         network.make_narrow()
         departure = Departure(network)
-        line = departure.wait_for("sends the KV cache")
+        line = departure.wait_for("sending the KV cache")
         door = network.doors[re.findall(r" to ([\w-]+)", line)[0]]
         door.refuse()
         door.cut()
@@ -227,7 +229,7 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
         answers.finish()
     assert departure.leaver.exit_code == 0
     assert "was lost while KV cache was sent there" in network.events()
-    assert "computing its KV cache again: worker" in network.events()
+    assert "computing its KV cache again; because worker" in network.events()
 
 
 @pytest.mark.parametrize("stage", [0, LEAVER])
@@ -237,7 +239,7 @@ def test_worker_may_lose_its_coordinator_for_an_instant_while_layers_move(
     with network.answers() as answers:
         network.make_narrow()
         departure = Departure(network)
-        departure.wait_for("sends the KV cache")
+        departure.wait_for("sending the KV cache")
         network.lifelines[departure.stages[stage].name].cut()
         network.start_workers(leaving=1)
         departure.check_left()

@@ -47,7 +47,7 @@ if sys.argv[2] == "cold":
     local_process._can_fork = lambda: False
 asked = {"max_new_tokens": 200, "ignore_eos": True, "temperature": 0.0}
 with (
-    LocalCluster(sys.argv[1], workers=[{"slowdown": 20.0}]) as cluster,
+    LocalCluster(sys.argv[1], workers=[{"slowdown": 20.0}], progress=None) as cluster,
     DistributedClient(cluster.address) as client,
 ):
     def tell():
@@ -84,7 +84,7 @@ FORKING = """
 import os, sys
 from distributed_llm import LocalCluster
 from distributed_llm.local_process import fork_server
-with LocalCluster(sys.argv[1], workers=1) as cluster, fork_server() as server:
+with LocalCluster(sys.argv[1], workers=1, progress=None) as cluster, fork_server() as server:
     copy = os.fork()
     if not copy:
         if sys.argv[2] == "leaves":

@@ -440,7 +440,7 @@ def test_a_worker_that_leaves_moves_all_kinds_of_answers(crew: Crew) -> None:
         assert long.token_ids == []
         assert not any(request.done() for request in while_moving.values())
         assert process.wait(LIMIT_S) == 0
-        assert "leaves once other workers have layers" in process.log_tail()
+        assert "leaving once other workers have layers" in process.log_tail()
         for name, request in while_moving.items():
             assert_same(alone[name], request.result(LIMIT_S))
         long.end(complete=True)
@@ -498,7 +498,7 @@ def test_a_worker_whose_layers_fit_nowhere_else_stays_or_ends_soon(pair: Pair) -
         second.terminate()
         assert second.wait(LIMIT_S) == 0
         answers.end(complete=True)
-    assert "may leave: Nobody can have its layers" in second.log_tail()
+    assert "leaving: Nobody can have its layers" in second.log_tail()
     for error in answers.errors:
         assert isinstance(error, WorkerLost)
         assert f"{second.name} serves its layers no longer" in str(error)

@@ -96,7 +96,7 @@ def test_the_plan_is_what_dllm_plan_prints(tmp_path: Path) -> None:
     said = block.replace("\\\n", " ").split("\n", 1)[1].splitlines()
     folder = sparse_qwen3_8b(tmp_path / "Qwen3-8B")
     done = subprocess.run(
-        [sys.executable, "-m", "distributed_llm.cli", "plan", str(folder), *command[3:]],
+        [sys.executable, "-m", "distributed_llm", "plan", str(folder), *command[3:]],
         env={name: value for name, value in os.environ.items() if not name.startswith("DLLM_")},
         capture_output=True,
         text=True,

@@ -197,7 +197,7 @@ BEGINNINGS = [
     ("import", "distributed_llm.coordinator.serve", "plan", "", "--worker", "1GiB"),
     ("import", "distributed_llm.local_process", "demo"),
     ("import", "distributed_llm.coordinator.serve", "coordinator"),
-    ("open", "tokenizer.json", "coordinator", "--bind", "127.0.0.1:0"),
+    ("open", "config.json", "coordinator", "--bind", "127.0.0.1:0"),
     ("import", "torch", "worker"),
 ]
 
