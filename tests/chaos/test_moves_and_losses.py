@@ -228,7 +228,8 @@ def test_kv_cache_is_computed_again_if_the_link_that_carries_it_is_cut(network: 
         network.heal()
         answers.finish()
     assert departure.leaver.exit_code == 0
-    assert "was lost while KV cache was sent there" in network.events()
+    # or, if the cut was quicker than its first dial
+    assert re.search("was lost while KV cache was sent|cannot be reached within", network.events())
     assert "computing its KV cache again; because worker" in network.events()
 
 
