@@ -7,12 +7,14 @@ import pytest
 
 from distributed_llm.common.errors import NotEnoughMemory, StageError
 from distributed_llm.common.messages import (
+    NOT_SERVED,
     Finished,
     Heartbeat,
     LoadStage,
     MissingPositions,
     StageReady,
     Task,
+    TaskFailed,
     TaskResult,
 )
 from distributed_llm.common.sampling_params import SamplingParams
@@ -564,3 +566,17 @@ def test_a_worker_that_swallows_tasks_is_given_up_while_others_make_progress() -
     assert world.core.status(now=world.now).requests_failed == 0
     assert f"worker {workers[1].name} made no progress on a task" in world.logs
     assert spare.stage is not None
+
+
+def test_a_worker_that_says_that_it_does_not_serve_the_plan_is_given_up() -> None:
+    """Its answers run on those that do; to compute the step again would end the same way."""
+    world = World(with_settings(strategy="memory"))
+    workers = world.linked(3, 3000)
+    answers = busy(world, workers)
+    (pipeline,) = world.core._pipelines.serving
+    assert pipeline.in_flight
+    number = next(iter(pipeline.in_flight._flights))
+    said = TaskFailed(epoch=pipeline.epoch, step=number, code=NOT_SERVED, message="not here")
+    world.apply(events.Received(workers[1].link.peer, said))
+    assert f"worker {workers[1].name} serves another plan" in world.logs
+    finish(world, *answers)
