@@ -13,7 +13,6 @@ import pytest
 import zmq
 
 from distributed_llm.common import addresses as addresses_module
-from distributed_llm.common import transport
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
 from distributed_llm.common.messages import (
     MAX_SLICES,
@@ -26,6 +25,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
+from distributed_llm.common.transport import sockets
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.events import Event
@@ -327,8 +327,8 @@ async def test_frozen_worker_takes_a_bounded_number_of_tasks() -> None:
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 @on_loop
 async def test_frozen_worker_is_noticed_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_HEARTBEAT_MS", 100)
-    monkeypatch.setattr(transport, "_HEARTBEAT_TIMEOUT_MS", 500)
+    monkeypatch.setattr(sockets, "_HEARTBEAT_MS", 100)
+    monkeypatch.setattr(sockets, "_HEARTBEAT_TIMEOUT_MS", 500)
     with opened() as (links, told):
         async with linked_to_process(links, told) as child:
             os.kill(child.pid, signal.SIGSTOP)

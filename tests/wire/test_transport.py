@@ -22,7 +22,7 @@ import psutil
 import pytest
 import zmq
 
-from distributed_llm.common import codec, transport
+from distributed_llm.common import codec
 from distributed_llm.common.errors import (
     AddressInUse,
     ConnectionFailed,
@@ -30,7 +30,10 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
 )
 from distributed_llm.common.tensors import MAX_FRAME_BYTES
-from distributed_llm.common.transport import _BATCH, _MAX_OUTBOX, Dealer, Delivery, Router
+from distributed_llm.common.transport import Dealer, Delivery, Router, sockets
+from distributed_llm.common.transport import dealer as dealer_module
+from distributed_llm.common.transport.dealer import _MAX_OUTBOX
+from distributed_llm.common.transport.pump import _BATCH, Monitor
 from distributed_llm.common.types import PeerId
 
 pytestmark = pytest.mark.timeout(60)
@@ -693,7 +696,7 @@ async def test_strangers_are_served_nothing_and_disturb_nobody(noise: bytes) -> 
 async def test_silent_connections_are_closed_and_serving_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(transport, "_HANDSHAKE_MS", 500)
+    monkeypatch.setattr(sockets, "_HANDSHAKE_MS", 500)
     above = End()
     with opened(above) as router:
         silent = [socket.create_connection(("127.0.0.1", port_of(router))) for _ in range(50)]
@@ -801,7 +804,7 @@ async def test_something_else_that_listens_is_told_from_nothing(
             assert below.connects == below.losses == below.heard == []
     retries = Inbox()
 
-    class Telling(transport._Monitor):
+    class Telling(Monitor):
         """Tells the test of refused connections too."""
 
         def __init__(self, socket: Any, events: int, on_event: Callable[[int, int], None]) -> None:
@@ -810,7 +813,7 @@ async def test_something_else_that_listens_is_told_from_nothing(
 
             super().__init__(socket, events | zmq.EVENT_CONNECT_RETRIED, sort)
 
-    monkeypatch.setattr(transport, "_Monitor", Telling)
+    monkeypatch.setattr(dealer_module, "Monitor", Telling)
     nothing = End()
     with dealing(nothing, f"127.0.0.1:{port}") as dealer:
         await retries.until(2)
@@ -924,7 +927,7 @@ async def test_own_address_in_the_connection_is_known() -> None:
         assert dealer.local_host == "127.0.0.1"
         gone = os.dup(0)
         os.close(gone)
-        assert transport._local_host(gone) == ""
+        assert dealer_module._local_host(gone) == ""
 
 
 @on_loop
@@ -935,7 +938,7 @@ async def test_own_address_is_asked_for_without_touching_the_connection() -> Non
     ):
         other, _ = server.accept()
         with other:
-            assert transport._local_host(one.fileno()) == "127.0.0.1"
+            assert dealer_module._local_host(one.fileno()) == "127.0.0.1"
             one.sendall(b"still open")
             assert other.recv(10) == b"still open"
 
@@ -945,7 +948,7 @@ async def test_own_address_is_asked_for_without_touching_the_connection() -> Non
 async def test_what_is_no_address_is_refused_and_leaks_nothing(address: str) -> None:
     with pytest.raises(ConnectionFailed, match="is not an address to connect to"):
         End().dealer(address)
-    assert transport._dealers._context is None
+    assert dealer_module._dealers._context is None
 
 
 @on_loop

@@ -1,0 +1,185 @@
+"""A DEALER: one connection to a ROUTER.
+
+A ZeroMQ context has threads of its own, and closing it blocks until queued messages are sent. All
+DEALERs of a process share one context, which is closed with the last of them, so that opening and
+closing links does not block while others are in use.
+"""
+
+import os
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import zmq
+
+from distributed_llm.common.errors import ConnectionFailed, LocalProtocolError
+from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport.pump import Monitor, Pump
+from distributed_llm.common.transport.sockets import LINGER_MS, open_socket, tcp_endpoint
+
+_MAX_OUTBOX = 10_000
+"""Messages that may wait in a DEALER."""
+
+_MAX_SOCKETS = 16_384
+"""Sockets in the context that DEALERs share."""
+
+
+class Dealer:
+    """A connection to a ROUTER, for one session.
+
+    Args:
+        address: "HOST:PORT" of the ROUTER.
+        on_message: called with each message.
+        on_connect: called when the other end has answered ZeroMQ's handshake.
+        on_disconnect: called when the connection is lost, after the last message. The session is
+            over then: nothing more is sent, and reconnecting is not reported.
+        max_outbox: messages that may wait here, besides those that ZeroMQ and the network hold.
+
+    Attributes:
+        reached: whether something accepts connections at the address.
+        local_host: IP address of this end of the connection; empty before it was reached.
+
+    Raises:
+        ConnectionFailed: the address does not have this form.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        on_message: Callable[[list[Frame]], None],
+        on_connect: Callable[[], None],
+        on_disconnect: Callable[[], None],
+        *,
+        max_outbox: int = _MAX_OUTBOX,
+    ) -> None:
+        self._on_connect = on_connect
+        self._on_disconnect = on_disconnect
+        self._max_outbox = max_outbox
+        self._outbox: deque[list[Frame]] = deque()
+        self._connected = False
+        self._over = False
+        self.reached = False
+        self.local_host = ""
+        self._socket = open_socket(_dealers.acquire(), zmq.DEALER)
+        self._socket.immediate = True
+        self._pump = Pump(self._socket, on_message, self._flush)
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        self._monitor = Monitor(self._socket, events, self._watch)
+        try:
+            self._socket.connect(tcp_endpoint(address, self._socket))
+        except zmq.ZMQError as exc:
+            self.close(linger_ms=0)
+            raise ConnectionFailed(f"{address!r} is not an address to connect to: {exc}.") from exc
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        """Queue a message; never blocks. Does nothing once the session is over.
+
+        Raises:
+            LocalProtocolError: too many messages wait already.
+        """
+        if self._over:
+            return
+        if len(self._outbox) >= self._max_outbox:
+            raise LocalProtocolError(f"{self._max_outbox} messages wait to be sent")
+        self._outbox.append(list(frames))
+        self._pump.notice(flushed=self._flush())
+
+    def deliver_waiting(self) -> None:
+        """Call back with the messages that have arrived, now, but for more than a few thousand."""
+        self._pump.deliver_waiting()
+
+    def close(self, *, linger_ms: int = LINGER_MS) -> None:
+        """Close the socket; what is queued is still sent, for at most `linger_ms`.
+
+        Blocks until then only if this is the last DEALER of the process.
+        """
+        if self._pump.closed:
+            return
+        self._monitor.close()
+        self._pump.close()
+        self._socket.close(linger_ms)
+        _dealers.release()
+
+    def _flush(self) -> bool:
+        while self._outbox:
+            try:
+                self._socket.send_multipart(self._outbox[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            self._outbox.popleft()
+        return True
+
+    def _watch(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_CONNECTED:
+            self.reached = True
+            self.local_host = _local_host(value)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._over:
+            self._connected = True
+            self._on_connect()
+        elif event == zmq.EVENT_DISCONNECTED and self._connected:
+            self._connected = False
+            self._over = True
+            self._outbox.clear()
+            self._pump.deliver_all()
+            if not self._pump.closed:
+                self._on_disconnect()
+
+
+class _SharedContext:
+    """A context that exists while any socket of this process uses it.
+
+    Safe to use from several threads. A forked child gets a context of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._users = 0
+
+    def acquire(self) -> "zmq.Context[zmq.Socket[bytes]]":
+        """Return the context for one more socket."""
+        with self._lock:
+            if self._context is None:
+                self._context = zmq.Context()
+                self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
+            self._users += 1
+            return self._context
+
+    def release(self) -> None:
+        """Note that a socket is closed. The last one blocks until all lingering ones are gone."""
+        with self._lock:
+            self._users -= 1
+            unused = None if self._users else self._context
+            if unused:
+                self._context = None
+        if unused:
+            unused.term()
+
+    def forget(self) -> None:
+        """Forget the context, in a forked child: its threads exist only in the parent."""
+        self._lock = threading.Lock()
+        self._inherited, self._context, self._users = self._context, None, 0
+
+
+_dealers = _SharedContext()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_dealers.forget)
+
+
+def _local_host(fd: int) -> str:
+    """Return the local address of a connection; empty if it is closed already.
+
+    Args:
+        fd: file descriptor of ZeroMQ's TCP socket.
+    """
+    try:
+        connection = socket.socket(fileno=fd)
+    except OSError:
+        return ""
+    try:
+        return str(connection.getsockname()[0])
+    except OSError:
+        return ""
+    finally:
+        connection.detach()  # it is not ours to close
