@@ -12,6 +12,7 @@ import pytest
 
 from distributed_llm.common.messages import Generate, ToClient
 from tests.fake_coordinator import FakeCoordinator, finished, piece
+from tests.waiting import eventually
 from tests.wire.test_generate_command import STATUS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="redirects as a POSIX shell does")
@@ -95,14 +96,18 @@ def test_a_coordinator_serves_without_an_output(checkpoint: Path, tmp_path: Path
             ["sh", "-c", f'exec "$@" {redirect} 2> "$0"', str(log), *serve]
         ) as running:
             try:
-                while "cannot be printed" not in (log.read_text() if log.exists() else ""):
-                    assert running.poll() is None, log.read_text()
+                eventually(lambda: "cannot be printed" in said(log) or running.poll() is not None)
+                assert running.poll() is None, said(log)
                 running.terminate()
                 assert running.wait(LIMIT_S) == 0
             finally:
                 running.kill()
-        assert "Traceback" not in log.read_text()
+        assert "Traceback" not in said(log)
         log.unlink()
+
+
+def said(log: Path) -> str:
+    return log.read_text() if log.exists() else ""
 
 
 def test_input_that_is_closed(coordinator: FakeCoordinator) -> None:
