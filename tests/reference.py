@@ -4,7 +4,7 @@ What was generated once is kept: many tests ask one checkpoint the same.
 """
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def reference_ids(folder: Path, prompt: list[int], new_tokens: int, **options: A
     return [*_generated(folder, tuple(prompt), new_tokens, **options)]
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _generated(
     folder: Path, prompt: tuple[int, ...], new_tokens: int, **options: Any
 ) -> tuple[int, ...]:
