@@ -1,6 +1,8 @@
-"""How tests are shared out when several processes run them (`pytest -n 2`), and an option."""
+"""How tests are collected and shared out to several processes (`pytest -n 2`), and an option."""
 
+import gc
 import importlib
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -16,6 +18,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         help="random schedules of each kind in test_core_random, other ones each time",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect no garbage among modules that are imported and tests that are made.
+
+    There is none, and looking for it takes as long as all the rest; later it would take time too.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

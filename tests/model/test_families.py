@@ -3,6 +3,9 @@
 The reference is transformers alone: `generate`, and a whole forward, on each prompt by itself.
 """
 
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model.sampler import sample
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
-from tests.model.driver import Pipeline, load_stages
+from tests.model.driver import CPU, Pipeline
 
 LENGTHS = (23, 3, 12)
 """Lengths of the prompts: longer than, shorter than and twice the sliding windows in FAMILIES."""
@@ -91,11 +95,34 @@ def generated(whole: Any, prompts: list[list[int]]) -> list[list[int]]:
     ]
 
 
+class Stages:
+    """Stages of one checkpoint: what several splits have in common is loaded once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._load = cache(
+            lambda layers: Stage.load(checkpoint, layers, device=CPU, dtype=torch.float32)
+        )
+
+    def pipeline(self, split: Sequence[int]) -> Pipeline:
+        """Return stages of `split[i]` layers each, with nothing in their KV cache."""
+        edges = (0, *accumulate(split))
+        assert edges[-1] == NUM_LAYERS
+        stages = [self._load(LayerRange(*pair)) for pair in pairwise(edges)]
+        for stage in stages:
+            stage.reset()
+        return Pipeline(stages)
+
+
+@pytest.fixture(scope="module")
+def stages(checkpoint: Checkpoint) -> Stages:
+    return Stages(checkpoint)
+
+
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"{len(split)}stages")
 def test_greedy_tokens_equal_those_of_generate(
-    checkpoint: Checkpoint, generated: list[list[int]], prompts: list[list[int]], split: list[int]
+    stages: Stages, generated: list[list[int]], prompts: list[list[int]], split: list[int]
 ) -> None:
-    pipeline = Pipeline(load_stages(checkpoint, split))
+    pipeline = stages.pipeline(split)
     pipeline.prefill(prompts, [len(prompt) - 1 for prompt in prompts])
     for step in range(NEW_TOKENS):
         assert pipeline.decode() == [tokens[step] for tokens in generated]
@@ -103,10 +130,10 @@ def test_greedy_tokens_equal_those_of_generate(
 
 
 def test_chunks_of_prompts_mixed_with_each_other_give_the_whole_forward(
-    checkpoint: Checkpoint, whole: Any, prompts: list[list[int]]
+    stages: Stages, whole: Any, prompts: list[list[int]]
 ) -> None:
     """Sample after every chunk, and not only the likeliest: it tells nearly equal logits apart."""
-    pipeline = Pipeline(load_stages(checkpoint, [1, 2, 1]))
+    pipeline = stages.pipeline([1, 2, 1])
     with torch.inference_mode():
         logits = [
             whole(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts

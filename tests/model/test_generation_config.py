@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import distributed_llm
-from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
 from distributed_llm.coordinator.requests.parameters import resolve
@@ -30,13 +30,18 @@ def _reference_model() -> Any:
 
 
 @cache
+def _checkpoint() -> Checkpoint:
+    return open_checkpoint(FOLDER)
+
+
+@cache
 def _stages() -> list[Stage]:
-    return load_stages(open_checkpoint(FOLDER), [4, 4])
+    return load_stages(_checkpoint(), [4, 4])
 
 
 def ours(values: dict[str, Any], prompt: list[int], **params: Any) -> list[int]:
     """Return the answer as a coordinator and its workers make it."""
-    checkpoint = open_checkpoint(FOLDER)
+    checkpoint = _checkpoint()
     defaults = generation_defaults(
         {}, values, context_length=checkpoint.context_length, vocab_size=checkpoint.vocab_size
     )
@@ -70,13 +75,15 @@ def theirs(values: dict[str, Any], prompt: list[int]) -> list[int]:
     return answer
 
 
-def plain(prompt: list[int]) -> list[int]:
-    return theirs({"max_new_tokens": NEW_TOKENS}, prompt)
+@cache
+def plain(number: int) -> list[int]:
+    """Return the answer of transformers to a prompt, without any file."""
+    return theirs({"max_new_tokens": NEW_TOKENS}, PROMPTS[number])
 
 
 def cases() -> dict[str, dict[str, Any]]:
     """Return files that change greedy answers; ids are those that the model likes to say."""
-    said = plain(PROMPTS[1])
+    said = plain(1)
     eos = said[6]
     return {
         "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
@@ -148,7 +155,7 @@ def test_greedy_answers_are_those_of_transformers(name: str) -> None:
     values = {key: value for key, value in values.items() if value is not None}
     answers = [theirs(values, prompt) for prompt in PROMPTS]
     assert [ours(values, prompt) for prompt in PROMPTS] == answers
-    without = [plain(prompt) for prompt in PROMPTS]
+    without = [plain(number) for number in range(len(PROMPTS))]
     assert answers != without, "the file changes nothing here"
 
 
@@ -157,7 +164,7 @@ def test_every_case_is_tested() -> None:
 
 
 def test_requests_may_set_the_useful_ones() -> None:
-    said = plain(PROMPTS[1])
+    said = plain(1)
     values = {
         "no_repeat_ngram_size": 2,
         "bad_words_ids": [[said[0]], said[1:3]],

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -184,28 +185,50 @@ def kv_bytes(pipeline: Pipeline) -> int:
     return sum(stage.kv_bytes for stage in pipeline.stages)
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_tokens_and_memory_are_as_if_nothing_had_moved(folder: Path, name: str) -> None:
-    still, moving = start(folder), start(folder)
-    move = moving.begin_to_move(PLANS[name])
+class Memory(NamedTuple):
+    """KV cache of a pipeline whose texts have answered."""
+
+    used_bytes: int
+    capacities: set[int]
+
+
+def fill(pipeline: MovingPipeline) -> Memory:
+    """Return what is used, then check that more than there is is refused, and all given back."""
+    capacities = {stage._cache.capacity for stage in pipeline.stages}
+    memory = Memory(kv_bytes(pipeline), capacities)
+    for number in (0, 1):
+        pipeline.texts[number] += [1] * 300
+    wide = [(n, pipeline.done[n], pipeline.done[n] + 300) for n in (0, 1)]
+    with pytest.raises(KVCacheFull):
+        pipeline.run(wide)
+    pipeline.release(*range(6))
+    assert kv_bytes(pipeline) == 0
+    return memory
+
+
+@pytest.fixture(scope="module")
+def memory_of_still(folder: Path) -> Memory:
+    """Do without a move what is done with each."""
+    still = start(folder)
     go_on(still, None)
+    finish(folder, still)
+    return fill(still)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tokens_and_memory_are_as_if_nothing_had_moved(
+    folder: Path, memory_of_still: Memory, name: str
+) -> None:
+    moving = start(folder)
+    move = moving.begin_to_move(PLANS[name])
     go_on(moving, move)
     move.pump(3000)
     moving.end_to_move(move)
     del move
-    finish(folder, still)
     finish(folder, moving)
-    assert kv_bytes(moving) == kv_bytes(still)
-    capacities = {stage._cache.capacity for stage in (*moving.stages, *still.stages)}
-    assert len(capacities) == 1
-    for pipeline in (still, moving):
-        for number in (0, 1):
-            pipeline.texts[number] += [1] * 300
-        wide = [(n, pipeline.done[n], pipeline.done[n] + 300) for n in (0, 1)]
-        with pytest.raises(KVCacheFull):
-            pipeline.run(wide)
-        pipeline.release(*range(6))
-        assert kv_bytes(pipeline) == 0
+    memory = fill(moving)
+    assert memory == memory_of_still
+    assert len(memory.capacities) == 1
 
 
 def test_one_move_follows_another(folder: Path) -> None:

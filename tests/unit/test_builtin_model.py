@@ -31,6 +31,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture
 def model() -> Any:
+    torch.set_num_threads(1)  # more are no quicker with a small model, and keep other tests waiting
     return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
 
 

@@ -60,7 +60,7 @@ def params(answer: int) -> SamplingParams:
 
 
 def moves(world: World) -> int:
-    return world.core.status(now=world.now).moves
+    return world.core._moves.num_moves
 
 
 def layers(world: World) -> dict[str, str]:

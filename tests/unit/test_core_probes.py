@@ -52,7 +52,7 @@ def busy(world: World) -> list[str]:
 
 
 def moves(world: World) -> int:
-    return world.core.status(now=world.now).moves
+    return world.core._moves.num_moves
 
 
 def left_alone() -> tuple[World, SimClient, SimWorker]:

@@ -111,6 +111,15 @@ def test_stages_wait_where_some_steps_have_prompts() -> None:
     assert 0.6 < rates[0] / rates[1] < 0.9
 
 
+def test_the_depth_is_the_best_one_when_stages_wait_for_each_other() -> None:
+    """By the bounds, three steps in flight would be best."""
+    machines = cluster(*[machine(0.01, 0.0005)] * 3, rtt_s=0.01)
+    demand = Demand(sequences=4, positions=100, prompt_tokens=0.5, chunk_tokens=128)
+    found = forecast(MODEL, machines, layer_map(5, 10, 14), demand)
+    assert found.depth == 2
+    assert found.tokens_per_s == pytest.approx(21.8, rel=0.01)
+
+
 def test_prompts_are_a_part_of_the_steps_and_as_many_as_there_are() -> None:
     demand = Demand(sequences=60, positions=100, prompt_tokens=0.5, chunk_tokens=40)
     for sequences, share in ((20.0, 0.25), (80.0, 1.0), (160.0, 1.0)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal
 
@@ -240,9 +240,14 @@ def _range_sums(values: Sequence[int]) -> Floats:
     return table
 
 
+@lru_cache(maxsize=8)
 def mean_layers(cost: ModelCost) -> Floats:
-    """Return the lengths of [start, stop), in layers of mean size, float64 [L + 1, L + 1]."""
+    """Return the lengths of [start, stop), in layers of mean size, float64 [L + 1, L + 1].
+
+    They are kept, for a search asks hundreds of times about one model; nobody can write to them.
+    """
     whole = sum(cost.layer_bytes)
-    if not whole:
-        return _range_sums((1,) * cost.num_layers)
-    return _range_sums(cost.layer_bytes) * cost.num_layers / whole
+    sizes = cost.layer_bytes if whole else (1,) * cost.num_layers
+    lengths: Floats = _range_sums(sizes) * cost.num_layers / (whole or cost.num_layers)
+    lengths.flags.writeable = False
+    return lengths

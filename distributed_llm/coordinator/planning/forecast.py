@@ -66,32 +66,53 @@ class Forecast:
         return self.tokens_per_s
 
 
+class _Rate(NamedTuple):
+    """What a layer map delivers under a demand; see `Forecast`."""
+
+    tokens_per_s: float
+    depth: int
+    partition: Partition
+
+
 def forecast(cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: Demand) -> Forecast:
     """Return what a layer map is expected to deliver."""
+    return _forecast(cost, machines, demand, _rate(cost, machines, layer_map, demand))
+
+
+def _forecast(cost: ModelCost, machines: Machines, demand: Demand, rate: _Rate) -> Forecast:
+    """Return the forecast of the layer map with this rate."""
+    layer_map = rate.partition.layer_map
+    return Forecast(
+        *rate,
+        overhead_s=machines.overhead_s,
+        full_tokens_per_s=score(cost, machines, layer_map, demand, objective="throughput"),
+        alone_tokens_per_s=score(cost, machines, layer_map, demand, objective="latency"),
+    )
+
+
+def _rate(cost: ModelCost, machines: Machines, layer_map: LayerMap, demand: Demand) -> _Rate:
+    """Return the rate of a layer map at the best depth."""
     used = machines.subset([worker for worker, _ in layer_map])
-    bounds: list[tuple[float, int, Partition]] = []  # tokens per second, depth
+    bounds: list[_Rate] = []
     for depth in range(1, 1 + max(1, min(2 * len(layer_map), int(demand.sequences)))):
         sequences = demand.sequences / depth
         work = demand.mean_step(sequences)
         partition = predict(cost, used.candidates(work), used.links(work.all_tokens), layer_map)
         alone_s = partition.total_s + machines.overhead_s
         step_s = max(alone_s, depth * partition.slowest_s, 1e-9)
-        bounds.append((demand.sequences / step_s, depth, partition))
+        bounds.append(_Rate(demand.sequences / step_s, depth, partition))
         if depth * partition.slowest_s >= alone_s:
             break  # deeper, steps are smaller but all wait for the slowest stage
-    highest = sorted(bounds, key=lambda one: -one[0])[:_SIMULATED_DEPTHS]
-    rates = [
-        (_simulated(cost, used, layer_map, demand, *bound[:2]), *bound[1:]) for bound in highest
-    ]
-    tokens_per_s, depth, partition = max(rates, key=lambda one: one[0])
-    return Forecast(
-        tokens_per_s,
-        depth,
-        partition,
-        overhead_s=machines.overhead_s,
-        full_tokens_per_s=score(cost, machines, layer_map, demand, objective="throughput"),
-        alone_tokens_per_s=score(cost, machines, layer_map, demand, objective="latency"),
-    )
+    bounds.sort(key=lambda bound: -bound.tokens_per_s)
+    best: _Rate | None = None
+    for bound in bounds[:_SIMULATED_DEPTHS]:
+        if best and bound.tokens_per_s <= best.tokens_per_s:
+            break  # neither it nor one after it can be better
+        tokens_per_s = _simulated(cost, used, layer_map, demand, *bound[:2])
+        if best is None or tokens_per_s > best.tokens_per_s:
+            best = bound._replace(tokens_per_s=tokens_per_s)
+    assert best is not None
+    return best
 
 
 def _simulated(
@@ -148,7 +169,7 @@ def best_forecast(
             compromise.
         kv_tokens: positions of KV cache that every stage must have room for.
     """
-    num_workers, forecasts = len(machines.memory_bytes), []
+    num_workers, rates = len(machines.memory_bytes), []
     for target in targets(demand, objective, num_workers):
         partition = best_partition(
             cost,
@@ -158,13 +179,14 @@ def best_forecast(
             kv_tokens=kv_tokens,
         )
         if partition:
-            forecasts.append(forecast(cost, machines, partition.layer_map, demand))
-    if objective == "auto" and len(forecasts) == 2:
+            rates.append(_rate(cost, machines, partition.layer_map, demand))
+    if objective == "auto" and len(rates) == 2:
         work = targets(demand, "throughput", num_workers)[0].work
-        full, alone = (one.layer_map for one in forecasts)
+        full, alone = (rate.partition.layer_map for rate in rates)
         between = _compromises(cost, machines, work, full, alone, kv_tokens)
-        forecasts += [forecast(cost, machines, layer_map, demand) for layer_map in between]
-    return max(forecasts, key=lambda one: one.tokens_per_s, default=None)
+        rates += [_rate(cost, machines, layer_map, demand) for layer_map in between]
+    best = max(rates, key=lambda rate: rate.tokens_per_s, default=None)
+    return _forecast(cost, machines, demand, best) if best else None
 
 
 def _compromises(
@@ -230,7 +252,7 @@ def score(
         objective: as for `best_forecast`.
     """
     if objective == "auto":
-        return forecast(cost, machines, layer_map, demand).tokens_per_s
+        return _rate(cost, machines, layer_map, demand).tokens_per_s
     work = targets(demand, objective, len(machines.memory_bytes))[0].work
     candidates = machines.subset([worker for worker, _ in layer_map]).candidates(work)
     partition = predict(cost, candidates, machines.links(work.all_tokens), layer_map)

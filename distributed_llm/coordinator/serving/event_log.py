@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from string import Formatter
 from typing import Any, Literal
 
@@ -143,9 +144,9 @@ class Entry:
     epoch: Epoch | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def text(self) -> str:
-        """What happened, for people."""
+        """What happened, for people; every status repeats it."""
         known = {"worker": self.worker, "request": self.request, "epoch": self.epoch}
         return _FORMATTER.format(self.kind.template, **known, **self.facts)[:_MAX_CHARS]
 

@@ -32,8 +32,10 @@ class Machines:
         A worker that was not measured is expected to differ from its prior by the same factor as
         the others did at first (median).
         """
-        scales = [speed.first_scale(work) for speed in self.speeds.values()]
-        scale = median([scale for scale in scales if scale is not None] or [1.0])
+        scale = 1.0  # what was measured needs none
+        if not all(self.speeds[worker].measured for worker in self.memory_bytes):
+            scales = [speed.first_scale(work) for speed in self.speeds.values()]
+            scale = median([scale for scale in scales if scale is not None] or [1.0])
         return [
             Candidate(worker, size, self.speeds[worker].times(work, scale=scale))
             for worker, size in self.memory_bytes.items()
