@@ -431,6 +431,24 @@ def test_uninstalling_the_service(copy: Path, system: str) -> None:
     assert remove.startswith("would run: rm -f ")
 
 
+@needs_bash
+def test_a_service_is_removed_though_its_program_is_gone(copy: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, script in (("uname", "echo Darwin"), ("id", "echo 501"), ("launchctl", "exit 3")):
+        add_program(programs, name, script)
+    plist = copy / "Library/LaunchAgents/distributed-llm.worker.plist"
+    plist.parent.mkdir(parents=True)
+    plist.touch()
+    path = f"{programs}:{os.environ['PATH']}"
+    assert not (copy / ".venv").exists()
+    for expected in ("", "There is no service to remove"):
+        said = run(copy, "macos", "worker", "--uninstall-service", PATH=path)
+        assert said.returncode == 0, said.stderr
+        assert expected in said.stdout
+        assert not plist.exists()
+
+
 # --- Windows
 
 
