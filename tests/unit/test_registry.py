@@ -296,6 +296,12 @@ def test_who_failed_may_try_again_after_pauses_that_double(registry: Registry) -
     worker.unassign()
     worker.fail("no room", now=now)
     assert worker.may_try_again(now=now + 10.0)
+    worker.try_again()
+    worker.assign(LayerRange(0, 3), epoch=Epoch(6))
+    worker.commit(LayerRange(0, 3), epoch=Epoch(6), weight_bytes=7)
+    worker.unassign()
+    worker.fail("no room", now=now)
+    assert worker.may_try_again(now=now + 10.0)
     worker.leaving = True
     assert not worker.may_try_again(now=now + 10.0)
 
