@@ -487,7 +487,7 @@ def test_powershell_has_the_roles_and_options_of_bash() -> None:
 def test_the_package_has_the_license_and_the_texts_that_it_names() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert (ROOT / project["readme"]).read_text(encoding="utf-8").startswith("# ")
-    assert project["description"] and project["classifiers"] and project["keywords"]
+    assert all(project[field] for field in ("description", "classifiers", "keywords"))
     (name,) = project["license-files"]
     text = (ROOT / name).read_text(encoding="utf-8")
     assert project["license"] == "Apache-2.0"
