@@ -289,8 +289,6 @@ say_command() {
 }
 
 uninstall_service() {
-    # What dllm does not understand is told now, not in a log.
-    [[ -n $dry_run ]] || "${command_line[@]}" --help >/dev/null || exit 2
     service_check
     local file
     file=$(service_file)

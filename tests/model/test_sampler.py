@@ -410,3 +410,20 @@ def test_rows_with_a_bug_are_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
         sample(logits, samplings, [POSITION] * 3, [HISTORY] * 3)
     assert caught.value.rows == (2,)
     assert isinstance(caught.value.error, StageError)
+    samplings[1] = Sampling(temperature=1.0, bad_words_ids=((1,),))
+    monkeypatch.setattr(sampler, "process", broken_or_empty(broken))
+    with pytest.raises(RowsFailed) as caught:
+        sample(logits, samplings, [POSITION] * 3, [HISTORY] * 3)
+    assert caught.value.rows == (1,), "only those that failed for the same reason"
+    assert isinstance(caught.value.error, InvalidRequest)
+
+
+def broken_or_empty(broken: Any) -> Any:
+    """Return a `process` that leaves no token to rows with a bad word, and else is `broken`."""
+
+    def process(scores: Any, sampling: Sampling, *rest: Any) -> None:
+        broken(scores, sampling, *rest)
+        if sampling.bad_words_ids:
+            scores[:] = -np.inf
+
+    return process

@@ -1,5 +1,7 @@
 """The worker's decisions: sessions, heartbeats, epochs, tasks and their way on."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -714,14 +716,19 @@ def test_other_failure_to_load_is_said_and_it_stays() -> None:
     assert said == [Send(StageFailed(epoch=Epoch(3), code="stage_error", message="no memory"))]
 
 
-def test_broken_task_names_what_is_missing() -> None:
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"missing": (MissingPositions(sequence_id=SequenceId(4), have=2),)},
+        {"sequence_ids": (SequenceId(4), SequenceId(7))},
+    ],
+    ids=lambda named: next(iter(named)),
+)
+def test_broken_task_names_what_is_to_blame(named: dict[str, Any]) -> None:
     agent = serving()
     run = run_of(agent, task(3, step=8), b"1234")
-    missing = (MissingPositions(sequence_id=SequenceId(4), have=2),)
-    (said,) = agent.handle(ComputeFailed(run, StageError("no"), missing), now=1.0)
-    told = TaskFailed(
-        epoch=Epoch(3), step=StepNumber(8), code="stage_error", message="no", missing=missing
-    )
+    (said,) = agent.handle(ComputeFailed(run, StageError("no"), **named), now=1.0)
+    told = TaskFailed(epoch=Epoch(3), step=StepNumber(8), code="stage_error", message="no", **named)
     assert said == Send(told)
 
 

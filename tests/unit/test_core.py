@@ -226,6 +226,8 @@ def test_joiner_is_used_once_nothing_runs() -> None:
     world.faults.append(Fault(Task, "drop"))  # timers run
     world.run(lambda: len(answer.token_ids) == 38)
     assert world.epoch == 1
+    said = "w2: the coordinator says: no layers yet: they are dealt anew once no request runs"
+    assert world.logs.count(said) == 1
     finish(world, answer)
     assert world.run(lambda: world.epoch == 2 and world.state == "serving", for_s=2.0)
     assert len(world.plan()) == 3

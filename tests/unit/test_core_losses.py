@@ -156,6 +156,20 @@ def test_a_load_of_which_nothing_is_heard_ends_as_well(kind: type[LoadStage]) ->
     finish(world, world.client().submit())
 
 
+# ------------------------------------------------------------------ nobody listens for a while
+
+
+def test_nobody_is_lost_because_the_coordinator_stood_still() -> None:
+    world = World()
+    world.serving(2)
+    silent_at = world.now + 1000.0
+    world.core.handle(events.Stalled(1000.0), now=silent_at)
+    world.core.on_timer(now=silent_at)
+    status = world.core.status(now=silent_at)
+    assert [worker.state for worker in status.workers] == ["serving", "serving"]
+    assert "the coordinator stood still for 17 min" in status.events[-1]
+
+
 # ------------------------------------------------------------------ workers are lost
 
 

@@ -313,6 +313,25 @@ def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
     assert world.core.status(now=world.now).requests_failed == 0
 
 
+@pytest.mark.parametrize("report", [KVCopied, TookOver])
+def test_a_move_of_which_a_report_cannot_be_read_is_undone_at_once(report: type) -> None:
+    world, client = cluster(3)
+    answers = asked(client, answer=200)
+    assert world.run(lambda: computed(world) > 60)
+    slow_down(world)
+    world.faults.append(Fault(report, "spoil"))
+    assert world.run(lambda: not world.faults)
+
+    def undone() -> list[str]:
+        events = world.core.status(now=world.now).events
+        return [text for text in events if "the move was undone" in text]
+
+    assert world.run(lambda: bool(undone()), for_s=0.5)
+    assert "The coordinator cannot read its report" in undone()[0]
+    assert world.run(world.all_ended)
+    finish(world, *answers)
+
+
 def test_workers_that_cannot_reach_each_other_compute_the_cache_again() -> None:
     world, client = cluster(3)
     answers = asked(client, answer=240)

@@ -163,6 +163,8 @@ def test_cancel_while_waiting_and_of_nothing() -> None:
     client.say(Cancel(request_id="unknown"))
     world.run(lambda: answer.end is not None, for_s=0.5)
     assert answer.code == "cancelled"
+    status = world.core.status(now=world.now)
+    assert (status.requests_failed, status.requests_cancelled) == (0, 1)
     finish(world)
 
 

@@ -179,6 +179,9 @@ def test_the_first_space_of_an_answer_is_not_lost() -> None:
         assert both[: len(start)] == start
         detokenizer = Detokenizer(tokenizer, context=start)
         assert "".join(pieces_of(detokenizer, both[len(start) :])) == " wo"
+        ends = [token for token in range(300) if tokenizer.special_name(token) == "</s>"]
+        behind = Detokenizer(tokenizer, context=[*start, *ends * 20])
+        assert "".join(pieces_of(behind, both[len(start) :])) == " wo"
         alone = Detokenizer(tokenizer)
         assert "".join(pieces_of(alone, both[len(start) :])) == "wo"
 

@@ -424,6 +424,14 @@ def test_a_broken_file_in_the_cache_is_to_be_deleted(fake: FakeHub) -> None:
     hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
 
 
+def test_a_text_in_the_cache_that_is_something_else_is_named(fake: FakeHub) -> None:
+    """As it stands in a repository whose files were pushed without git-lfs."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
+    (fake.folder / "tokenizer.json").write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a git-lfs pointer"):
+        hub.resolve_for_coordinator(NAME)
+
+
 def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
     source = hub_source(fake)
     hub.resolve_for_worker(source, LayerRange(0, 4))

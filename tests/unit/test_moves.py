@@ -307,6 +307,17 @@ def test_a_move_that_is_carried_out_makes_good_those_that_were_undone() -> None:
     assert parts.moves.failures == 0
 
 
+@pytest.mark.parametrize(("prompt", "stood_still"), [(0, False), (100, True)])
+def test_nothing_stands_still_where_nothing_runs(prompt: int, stood_still: bool) -> None:
+    parts = moving(prompt=prompt)
+    begun(parts, copies=False)
+    loaded(parts)
+    parts.moves.settle(now=12.0)
+    assert parts.moves.num_moves == 1
+    assert (parts.moves.stall_s > 0) == stood_still
+    assert ("stood still" in parts.event_log.texts[-1]) == stood_still
+
+
 def test_steps_under_way_end_before_anything_is_handed_over() -> None:
     parts = moving()
     old, move, _ = begun(parts, copies=False)

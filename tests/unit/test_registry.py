@@ -124,13 +124,14 @@ def test_clients_may_be_silent_for_longer(registry: Registry) -> None:
     assert registry.silent(now=20.0 + CLIENT_SILENCE_S) == [A]
 
 
-def beat(*, waiting: int = 0, age_s: float = 0.0) -> Heartbeat:
+def beat(*, waiting: int = 0, age_s: float = 0.0, loading: bool = False) -> Heartbeat:
     return Heartbeat(
         epochs=(Epoch(1),),
         progress_age_s=age_s,
         tasks_waiting=waiting,
         memory_used_bytes=5,
         kv_bytes=7,
+        loading=loading,
     )
 
 
@@ -285,20 +286,34 @@ def test_who_failed_may_try_again_after_pauses_that_double(registry: Registry) -
     for _ in range(9):
         worker.fail("no room", now=now)
         assert registry.idle == []
-        since = now
-        while not worker.may_try_again(now=now):
-            now += 1.0
-        pauses.append(now - since)
+        pauses.append(next(s for s in range(1000) if worker.may_try_again(now=now + s)))
+        now += pauses[-1]
         worker.try_again()
         assert registry.idle == [worker]
-    assert pauses == [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0, 600.0, 600.0]
+    assert pauses == [10, 20, 40, 80, 160, 320, 600, 600, 600]
     worker.assign(LayerRange(0, 3), epoch=Epoch(5))
     worker.loaded(weight_bytes=7)
     worker.unassign()
     worker.fail("no room", now=now)
     assert worker.may_try_again(now=now + 10.0)
+    worker.try_again()
+    worker.assign(LayerRange(0, 3), epoch=Epoch(6))
+    worker.commit(LayerRange(0, 3), epoch=Epoch(6), weight_bytes=7)
+    worker.unassign()
+    worker.fail("no room", now=now)
+    assert worker.may_try_again(now=now + 10.0)
     worker.leaving = True
     assert not worker.may_try_again(now=now + 10.0)
+
+
+def test_who_still_loads_what_it_was_given_up_for_is_not_tried_again(registry: Registry) -> None:
+    worker = join(registry, A)
+    worker.fail("made no progress", now=0.0)
+    registry.heartbeat(A, beat(loading=True))
+    assert not worker.may_try_again(now=1000.0)
+    assert worker.pause_text(now=1000.0) == "once that load has ended"
+    registry.heartbeat(A, beat(loading=False))
+    assert worker.may_try_again(now=1000.0)
 
 
 def test_who_hangs_or_leaves_or_has_layers_is_not_idle(registry: Registry) -> None:

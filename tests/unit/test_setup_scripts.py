@@ -431,6 +431,24 @@ def test_uninstalling_the_service(copy: Path, system: str) -> None:
     assert remove.startswith("would run: rm -f ")
 
 
+@needs_bash
+def test_a_service_is_removed_though_its_program_is_gone(copy: Path, tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name, script in (("uname", "echo Darwin"), ("id", "echo 501"), ("launchctl", "exit 3")):
+        add_program(programs, name, script)
+    plist = copy / "Library/LaunchAgents/distributed-llm.worker.plist"
+    plist.parent.mkdir(parents=True)
+    plist.touch()
+    path = f"{programs}:{os.environ['PATH']}"
+    assert not (copy / ".venv").exists()
+    for expected in ("", "There is no service to remove"):
+        said = run(copy, "macos", "worker", "--uninstall-service", PATH=path)
+        assert said.returncode == 0, said.stderr
+        assert expected in said.stdout
+        assert not plist.exists()
+
+
 # --- Windows
 
 
@@ -466,8 +484,10 @@ def test_powershell_has_the_roles_and_options_of_bash() -> None:
 # --- what goes with the scripts
 
 
-def test_the_package_has_the_license_that_it_names() -> None:
+def test_the_package_has_the_license_and_the_texts_that_it_names() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (ROOT / project["readme"]).read_text(encoding="utf-8").startswith("# ")
+    assert all(project[field] for field in ("description", "classifiers", "keywords"))
     (name,) = project["license-files"]
     text = (ROOT / name).read_text(encoding="utf-8")
     assert project["license"] == "Apache-2.0"

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,9 @@ from distributed_llm import AsyncDistributedClient
 from distributed_llm.common import codec
 from distributed_llm.common.messages import Heartbeat, ToWorker, WorkerHello
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Dealer
+from distributed_llm.common.transport import Dealer, Router
+from distributed_llm.coordinator.core import Core
+from distributed_llm.worker.session.agent import Agent
 from tests.fake_coordinator import FakeCoordinator, piece
 from tests.unit.coordinator_parts import capabilities
 from tests.wire.test_coordinator import coordinator
@@ -31,6 +34,27 @@ def jump(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         monkeypatch.setattr(loop, "time", lambda: time() + LONG_S)
 
     return put_forward
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done of reading a whole socket and looking at the time, in order."""
+    done: list[str] = []
+
+    def note(kind: type[Any], name: str) -> None:
+        method = getattr(kind, name)
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, noted)
+
+    note(Router, "deliver_waiting")
+    note(Dealer, "deliver_waiting")
+    note(Core, "on_timer")
+    note(Agent, "on_timer")
+    return done
 
 
 @on_loop
@@ -80,3 +104,34 @@ async def test_a_client_that_stood_still_keeps_its_request(jump: Callable[[], No
             fake.say(piece(request, "b", 2, index=1))
             assert (await anext(chunks)).text == "b"
             await chunks.aclose()
+
+
+@on_loop
+async def test_a_coordinator_hears_what_has_arrived_before_it_looks_at_the_time(
+    calls: list[str],
+) -> None:
+    """A backlog of others may lie before the message of somebody who seems silent."""
+    async with coordinator() as address:
+        hello = WorkerHello(name="pc", instance="1", capabilities=capabilities(1000))
+        worker = Dealer(
+            address, lambda frames: None, lambda: worker.send(codec.encode(hello)), lambda: None
+        )
+        try:
+            await come_true(lambda: "on_timer" in calls)  # one is due soon after it joined
+        finally:
+            worker.close()
+    _assert_heard_first(calls)
+
+
+@on_loop
+async def test_a_worker_hears_what_has_arrived_before_it_looks_at_the_time(
+    monkeypatch: pytest.MonkeyPatch, calls: list[str]
+) -> None:
+    async with cluster(monkeypatch):
+        await come_true(lambda: "on_timer" in calls)
+    _assert_heard_first(calls)
+
+
+def _assert_heard_first(calls: list[str]) -> None:
+    looks = [at for at, name in enumerate(calls) if name == "on_timer"]
+    assert all(calls[at - 1 : at] == ["deliver_waiting"] for at in looks), calls

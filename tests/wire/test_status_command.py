@@ -164,6 +164,14 @@ def test_status_of_a_cluster_whose_layers_stayed(monkeypatch: pytest.MonkeyPatch
     )
 
 
+def test_status_that_goes_to_a_file_is_a_table_of_any_width() -> None:
+    with FakeCoordinator(status=MOVING) as coordinator:
+        lines = dllm(coordinator, "status").stdout.splitlines()
+    (row,) = [line for line in lines if line.startswith("gaming-pc ")]
+    assert row.split()[1:4] == ["serving", "3", "1-20"]
+    assert row.endswith("12.34 ms/token ±6 %")
+
+
 def test_status_as_json_has_all_there_is() -> None:
     with FakeCoordinator(status=MOVING) as coordinator:
         done = dllm(coordinator, "status", "--json")

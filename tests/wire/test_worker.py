@@ -1,6 +1,7 @@
 """Two whole workers with fake layers, and a coordinator that the test plays."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
@@ -206,6 +207,32 @@ async def test_activations_do_not_pass_the_coordinator(monkeypatch: pytest.Monke
             assert coordinator.frames[-1] == (bytes([15, 0, 0, 0, 18, 0, 0, 0]),)
         assert coordinator.messages_of("a", TaskResult) == []
         assert coordinator.bytes < 20 * 150
+
+
+@on_loop
+async def test_heartbeats_tell_that_a_load_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def slow(self: HeldStages, order: LoadStage) -> Stage:
+        go_on.wait(60)
+        return cast(Stage, FakeStage())
+
+    async with cluster(monkeypatch) as coordinator:
+        monkeypatch.setattr(HeldStages, "_load_stage", slow)
+        assert not (await coordinator.hear("b", Heartbeat)).loading
+        coordinator.say("b", order(1, None))
+
+        def beats() -> list[Heartbeat]:
+            return [beat for beat in coordinator.messages_of("b", Heartbeat) if beat.loading]
+
+        try:
+            await come_true(lambda: bool(beats()))
+            assert beats()[0].load_progress > 0  # this process has read and written before
+        finally:
+            go_on.set()
+        await coordinator.hear("b", StageReady)
+        before = len(coordinator.messages_of("b", Heartbeat))
+        assert not (await coordinator.hear("b", Heartbeat, before + 1)).loading
 
 
 @on_loop
