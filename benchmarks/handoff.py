@@ -209,6 +209,7 @@ def serve_null_stage(address: str) -> None:
         "null",
         _CAPABILITIES,
         address=address,
+        addresses=(address,),
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
         local_model="",

@@ -4,13 +4,14 @@ import asyncio
 import os
 import secrets
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from itertools import chain
 from typing import Any, assert_never
 
 from distributed_llm.common import codec
-from distributed_llm.common.addresses import resolve
+from distributed_llm.common.addresses import addresses_of
 from distributed_llm.common.alarm import STALL_S
+from distributed_llm.common.connection import Connection
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
@@ -38,7 +39,6 @@ from distributed_llm.common.messages import (
     WorkerDrained,
 )
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Dealer
 
 _Reply = TokenChunk | Finished
 
@@ -53,12 +53,13 @@ class Session:
 
     Args:
         address: "HOST:PORT" of the coordinator.
+        addresses: what that stands for, "HOST:PORT"s with IP addresses.
 
     Attributes:
         error: why the session is over; None while it lasts.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, addresses: Sequence[str]) -> None:
         self._address = address
         self._loop = asyncio.get_running_loop()
         self._owner = os.getpid()
@@ -69,10 +70,11 @@ class Session:
         self._heard_at = self._loop.time()
         self._pulse: asyncio.Task[None] | None = None
         self.error: DistributedLLMError | None = None
-        self._dealer = Dealer(
+        self._connection = Connection(
             address,
+            addresses,
             self._on_message,
-            lambda: self._dealer.send(codec.encode(ClientHello())),
+            lambda: self._connection.send(codec.encode(ClientHello())),
             lambda: self._lose("closed the connection"),
         )
 
@@ -88,13 +90,13 @@ class Session:
         give_up_at = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(give_up_at):
-                dialled = await resolve(address)
+                addresses = await addresses_of(address)
         except TimeoutError:
             raise CoordinatorUnreachable(
                 f"Where {address} is was not found out in {timeout_s:g} s: the name service of "
                 "this machine does not answer. Check it, or give an IP address."
             ) from None
-        session = cls(dialled)
+        session = cls(address, addresses)
         try:
             async with asyncio.timeout_at(give_up_at):
                 welcome = await session._welcome
@@ -102,7 +104,7 @@ class Session:
             session.close()
             why = (
                 "something listens there, but it is no coordinator"
-                if session._dealer.reached
+                if session._connection.reached
                 else "nothing listens there"
             )
             raise CoordinatorUnreachable(
@@ -125,7 +127,7 @@ class Session:
         self._fail(CoordinatorLost("The client was closed."))
         if self._pulse:
             self._pulse.cancel()
-        self._dealer.close()
+        self._connection.close()
 
     async def request(
         self, message: Generate, frames: tuple[Frame, ...]
@@ -142,7 +144,7 @@ class Session:
         answers = self._answers[message.request_id] = asyncio.Queue()
         done = False
         try:
-            self._dealer.send(codec.encode(message, frames))
+            self._connection.send(codec.encode(message, frames))
             while not done:
                 answer = await answers.get()
                 done = not isinstance(answer, TokenChunk)
@@ -152,7 +154,7 @@ class Session:
         finally:
             self._answers.pop(message.request_id, None)
             if not done and not self.error:
-                self._dealer.send(codec.encode(Cancel(request_id=message.request_id)))
+                self._connection.send(codec.encode(Cancel(request_id=message.request_id)))
 
     async def status(self, timeout_s: float) -> ClusterStatus:
         """Return the status of the cluster.
@@ -164,7 +166,7 @@ class Session:
             raise self.error
         report: asyncio.Future[ClusterStatus] = self._loop.create_future()
         self._reports.append(report)
-        self._dealer.send(codec.encode(GetStatus()))
+        self._connection.send(codec.encode(GetStatus()))
         try:
             async with asyncio.timeout(timeout_s):
                 return await report
@@ -183,12 +185,12 @@ class Session:
             raise self.error
         drained: asyncio.Future[None] = self._loop.create_future()
         self._drains[worker].append(drained)
-        self._dealer.send(codec.encode(DrainWorker(worker=worker)))
+        self._connection.send(codec.encode(DrainWorker(worker=worker)))
         await drained
 
     async def _beat(self, welcome: ClientWelcome) -> None:
         while not self.error:
-            self._dealer.send(codec.encode(Ping()))
+            self._connection.send(codec.encode(Ping()))
             due_at = self._loop.time() + welcome.heartbeat_interval_s
             await asyncio.sleep(welcome.heartbeat_interval_s)
             if self._loop.time() - due_at > STALL_S:  # the program stood still, and read nothing
@@ -217,7 +219,7 @@ class Session:
         self._heard_at = self._loop.time()
         why = f"{error.detail}. The answer is lost: ask again, and report it if that happens again."
         self._answer(request_id, RemoteProtocolError(error.reason, why))
-        self._dealer.send(codec.encode(Cancel(request_id=request_id)))
+        self._connection.send(codec.encode(Cancel(request_id=request_id)))
 
     def _received(self, message: ToClient, tensors: tuple[Frame, ...]) -> None:
         match message:

@@ -13,6 +13,9 @@ from distributed_llm.common.units import split_address
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_MAX_ADDRESSES = 16
+"""Addresses of one host that are used at most."""
+
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
 """Addresses of no machine (RFC 5737, 3849), to ask which of ours would send to them."""
 
@@ -52,6 +55,11 @@ def interface_hosts() -> list[str]:
     return [one.address for interface in psutil.net_if_addrs().values() for one in interface]
 
 
+def has_ipv6() -> bool:
+    """Return whether a network interface of this machine has an IPv6 address."""
+    return any(ip.version == 6 for text in interface_hosts() if (ip := ip_of(text)) is not None)
+
+
 def outward_hosts() -> list[str]:
     """Return the addresses from which this machine would send to other networks; sends nothing."""
     hosts = []
@@ -62,27 +70,36 @@ def outward_hosts() -> list[str]:
     return hosts
 
 
-async def resolve(address: str) -> str:
-    """Return the "HOST:PORT" to dial for `address`: itself, or that of a host with IPv6 only.
+def is_name(address: str) -> bool:
+    """Return whether the host of "HOST:PORT" is a name, so that its addresses may change."""
+    return ip_of(split_address(address)[0]) is None
+
+
+async def addresses_of(address: str) -> tuple[str, ...]:
+    """Return the "HOST:PORT"s with IP addresses that `address` stands for, best first.
 
     Raises:
         CoordinatorUnreachable: its name is not known.
     """
+    if not is_name(address):
+        return (address,)
     host, port = split_address(address)
-    if ip_of(host) is not None:
-        return address
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as exc:  # the latter: a label above 63 characters
-        raise CoordinatorUnreachable(
-            f"The name {host!r} of {address} is not known here ({exc}). Check its spelling, or "
-            "give the IP address of that machine."
-        ) from exc
-    families = {family for family, *_ in found}
-    if socket.AF_INET in families or not found:
-        return address
-    ip = ip_of(str(found[0][4][0]))
-    return address_text(ip, port) if ip else address
+        raise _unknown(host, address, str(exc)) from exc
+    hosts = (ip_of(str(where[0])) for *_, where in found)
+    texts = dict.fromkeys(address_text(ip, port) for ip in hosts if ip is not None)
+    if not texts:
+        raise _unknown(host, address, "it has no IP address")
+    return tuple(texts)[:_MAX_ADDRESSES]
+
+
+def _unknown(host: str, address: str, why: str) -> CoordinatorUnreachable:
+    return CoordinatorUnreachable(
+        f"The name {host!r} of {address} is not known here ({why}). Check its spelling, or give "
+        "the IP address of that machine."
+    )
 
 
 def _serves(bound: IPAddress, host: IPAddress) -> bool:

@@ -18,7 +18,7 @@ from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import (
     TensorInfo,
-    how_to_replace,
+    ends_early,
     read_header,
     read_json,
     unreadable,
@@ -231,10 +231,7 @@ class Checkpoint:
                     file.seek(tensor.offset)
                     samples.append(file.read(min(_SAMPLE_BYTES, tensor.nbytes)))
                     if len(samples[-1]) < min(_SAMPLE_BYTES, tensor.nbytes):
-                        raise CheckpointError(
-                            f"{path} ends before the tensor {tensor.name}, though its header was "
-                            f"right a moment ago: something is writing it. {how_to_replace(path)}"
-                        )
+                        raise ends_early(path, tensor.name)
         except OSError as exc:
             raise unreadable(path, exc) from exc
         return samples

@@ -7,6 +7,7 @@
   x CheckpointError            the model's files are missing or broken
     + UnsupportedModel         the architecture cannot be split correctly
     + CheckpointMismatch       this machine has other weights under the same name
+    + CheckpointUnavailable    they cannot be read or fetched now; later they may be
   x CapacityError              the cluster cannot do this now
     + NotEnoughMemory          the model does not fit the workers
     + NotReady                 no plan is being served
@@ -79,6 +80,12 @@ class CheckpointMismatch(CheckpointError):
     """A worker has other weights than the coordinator under the same name."""
 
     code = "checkpoint_mismatch"
+
+
+class CheckpointUnavailable(CheckpointError):
+    """The files of a model cannot be read or fetched now. Trying again later may help."""
+
+    code = "checkpoint_unavailable"
 
 
 class CapacityError(DistributedLLMError):
@@ -229,6 +236,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         CheckpointError,
         UnsupportedModel,
         CheckpointMismatch,
+        CheckpointUnavailable,
         CapacityError,
         NotEnoughMemory,
         NotReady,

@@ -81,7 +81,7 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
     except CheckpointError as exc:
         if isinstance(exc.__cause__, errors.GatedRepoError | errors.RevisionNotFoundError):
             raise
-        raise CheckpointError(f"{_no_folder(model)} As a model id of the hub: {exc}") from exc
+        raise type(exc)(f"{_no_folder(model)} As a model id of the hub: {exc}") from exc
     checkpoint = _hub_checkpoint(name, folder)
     check_texts(folder)
     return ModelSource(kind="hub", name=name, revision=folder.name), checkpoint
@@ -98,12 +98,13 @@ def resolve_for_worker(
         local_model: a folder of this machine that holds the same model, or empty.
 
     Raises:
+        CheckpointUnavailable: it cannot be fetched or read just now.
         CheckpointError: it is not there, cannot be fetched, or is of a kind that is not read.
     """
     if source.kind == "builtin":
         return open_checkpoint(_builtin_folder())
     if local_model:
-        return open_checkpoint(Path(local_model).expanduser())
+        return own_checkpoint(local_model)
     if source.kind == "folder":
         if not _is_folder(Path(source.name)):
             raise CheckpointError(
@@ -121,8 +122,23 @@ def resolve_for_worker(
         _download(source.name, source.revision, needed, all_needed=True)
     except CheckpointError as exc:
         absent = [file for file in needed if not (folder / file).exists()]
-        raise CheckpointError(f"{exc} Not here yet: {', '.join(absent) or 'nothing'}.") from exc
+        raise type(exc)(f"{exc} Not here yet: {', '.join(absent) or 'nothing'}.") from exc
     return _hub_checkpoint(source.name, folder)
+
+
+def own_checkpoint(model: str) -> Checkpoint:
+    """Return the checkpoint in the folder `model`, in which a worker has a copy of its own.
+
+    Raises:
+        CheckpointError: it is no folder of this machine, or of a kind that is not read.
+    """
+    folder = _existing_folder(model)
+    if folder is None:
+        raise CheckpointError(
+            f"{_no_folder(model)} A worker's --model is the folder of its own copy of the model; "
+            "without it, the worker takes what the coordinator names."
+        )
+    return open_checkpoint(folder)
 
 
 def fingerprints(source: ModelSource, checkpoint: Checkpoint, layers: LayerRange) -> dict[str, str]:
@@ -138,7 +154,7 @@ def fingerprints(source: ModelSource, checkpoint: Checkpoint, layers: LayerRange
 
 
 def _builtin_folder() -> Path:
-    return Path(__file__).parents[1] / "builtin_model"  # weights are mapped: it must be a folder
+    return Path(__file__).parents[1] / "builtin_model"
 
 
 def _is_folder(path: Path) -> bool:
@@ -253,7 +269,7 @@ def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
     try:
         tensors = dict(_tensors_on_hub(name, folder))
     except CheckpointError as exc:
-        raise CheckpointError(f"{exc} Not here yet: {', '.join(absent)}.") from exc
+        raise type(exc)(f"{exc} Not here yet: {', '.join(absent)}.") from exc
     for file in _files(tensors.values()):
         if (folder / file).exists():
             tensors.update(read_header(folder, file))  # with offsets, and the file checked

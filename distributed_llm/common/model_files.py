@@ -1,16 +1,33 @@
 """Reads single files of a model: JSON, and headers of safetensors; says what is wrong with them."""
 
 import json
-import struct
+import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import msgspec
 
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
+from distributed_llm.common.types import Count
 
 _MAX_JSON_BYTES = 64 * 1024 * 1024
+_MAX_HEADER_BYTES = 100_000_000
+"""Size of a safetensors header at most, as its format says."""
+
+_SIZE_BYTES = 8
+"""Bytes before the header of a safetensors file, which say how long it is."""
+
+_ITEM_BITS: Mapping[str, int] = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8},
+    **{"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8},
+    **{"I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32},
+    **{"I64": 64, "U64": 64, "F64": 64, "C64": 64},
+}
+"""Bits of one number, by safetensors' name of its type."""
+
 _BEGINNING_BYTES = 64
 _BEGINNINGS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     (
@@ -54,6 +71,14 @@ class TensorInfo:
     nbytes: int
 
 
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a safetensors header says of one tensor; offsets count from the end of the header."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in the file at `path`.
 
@@ -79,35 +104,80 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_header(folder: Path, name: str) -> dict[str, TensorInfo]:
     """Return the tensors of the safetensors file `name` in `folder`, by their names.
 
+    The file is read, not mapped: the system ends a process that touches mapped memory behind which
+    there is no file any more, or a disk that fails.
+
     Raises:
+        CheckpointUnavailable: it is shorter than its header says, or cannot be read just now.
         CheckpointError: it is missing or broken, or a name occurs twice.
     """
     path = folder / name
     beginning = b""
     try:
         with open(path, "rb") as file:
+            held_bytes = os.fstat(file.fileno()).st_size
             beginning = file.read(_BEGINNING_BYTES)
-            with safe_open(path, framework="numpy"):  # checks everything but repeated names
-                pass
-            (size,) = struct.unpack_from("<Q", beginning)
-            file.seek(8)
-            header = json.loads(file.read(size), object_pairs_hook=_refuse_repeats)
+            if what := _what_begins_with(beginning):
+                raise CheckpointError(f"{path} {what}")
+            header_bytes = int.from_bytes(beginning[:_SIZE_BYTES], "little")
+            if header_bytes > _MAX_HEADER_BYTES or beginning[_SIZE_BYTES:][:1] not in (b"", b"{"):
+                raise ValueError("it does not begin with a header")
+            file.seek(_SIZE_BYTES)
+            content = file.read(header_bytes)
+        start = _SIZE_BYTES + header_bytes
+        if held_bytes < _SIZE_BYTES or len(content) < header_bytes:
+            raise _cut_short(path, held_bytes, "its header alone takes more")
+        entries = _entries(content)
+        said_bytes = start + _data_bytes(entries)
+        if held_bytes > said_bytes:
+            raise ValueError(f"it has {held_bytes} bytes, and its header speaks of {said_bytes}")
     except OSError as exc:
         raise unreadable(path, exc) from exc
-    except (SafetensorError, ValueError, struct.error) as exc:
+    except (ValueError, RecursionError) as exc:
         raise damaged(path, beginning, exc) from exc
-    header.pop("__metadata__", None)
+    if held_bytes < said_bytes:
+        raise _cut_short(path, held_bytes, f"its header speaks of {said_bytes}")
     return {
         tensor: TensorInfo(
             tensor,
             name,
-            info["dtype"],
-            tuple(info["shape"]),
-            8 + size + info["data_offsets"][0],
-            info["data_offsets"][1] - info["data_offsets"][0],
+            entry.dtype,
+            entry.shape,
+            start + entry.data_offsets[0],
+            entry.data_offsets[1] - entry.data_offsets[0],
         )
-        for tensor, info in header.items()
+        for tensor, entry in entries.items()
     }
+
+
+def _entries(content: bytes) -> dict[str, _Entry]:
+    """Return what a safetensors header says, by tensor.
+
+    Raises:
+        ValueError: it is no such header.
+        RecursionError: it is nested too deeply to be one.
+    """
+    header = json.loads(content, object_pairs_hook=_refuse_repeats)
+    if isinstance(header, dict):
+        header.pop("__metadata__", None)
+    return msgspec.convert(header, dict[str, _Entry])
+
+
+def _data_bytes(entries: Mapping[str, _Entry]) -> int:
+    """Return the bytes of all tensors, which have to follow each other without a gap.
+
+    Raises:
+        ValueError: they do not, or the size of one does not fit its shape.
+    """
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        if entry.dtype not in _ITEM_BITS:
+            raise ValueError(f"the numbers of {name} are of the unknown type {entry.dtype!r}")
+        start, stop = entry.data_offsets
+        if start != end or (stop - start) * 8 != math.prod(entry.shape) * _ITEM_BITS[entry.dtype]:
+            raise ValueError(f"the bytes {start} to {stop} cannot be those of {name}")
+        end = stop
+    return end
 
 
 def check_beginning(path: Path) -> None:
@@ -129,6 +199,7 @@ def check_beginning(path: Path) -> None:
 
 def unreadable(path: Path, exc: OSError) -> CheckpointError:
     """Return the error for a file or folder that the system does not let us read."""
+    kind = CheckpointUnavailable if may_pass(exc) else CheckpointError
     match exc:
         case FileNotFoundError() if path.is_symlink():
             what = f"is a link to {path.readlink()}, which is not there. {how_to_replace(path)}"
@@ -141,7 +212,21 @@ def unreadable(path: Path, exc: OSError) -> CheckpointError:
             )
         case _:
             what = f"cannot be read: {exc.strerror or exc}. Check the disk or share that it is on."
-    return CheckpointError(f"{path} {what}")
+    return kind(f"{path} {what}")
+
+
+def may_pass(exc: OSError) -> bool:
+    """Return whether what the system refused may be granted later: by a share that is back, say."""
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return not isinstance(exc, lasting)
+
+
+def ends_early(path: Path, tensor: str) -> CheckpointUnavailable:
+    """Return the error for a file that ends before a tensor that its header speaks of."""
+    return CheckpointUnavailable(
+        f"{path} ends before the tensor {tensor}, though its header was right a moment ago: "
+        f"something is writing it. {how_to_replace(path)}"
+    )
 
 
 def how_to_replace(path: Path) -> str:
@@ -157,6 +242,13 @@ def damaged(path: Path, beginning: bytes, exc: Exception) -> CheckpointError:
         return CheckpointError(f"{path} {what}")
     kind = "not a whole safetensors file" if path.suffix == ".safetensors" else "not JSON"
     return CheckpointError(f"{path} is {kind} ({exc}). {how_to_replace(path)}")
+
+
+def _cut_short(path: Path, held_bytes: int, why: str) -> CheckpointUnavailable:
+    return CheckpointUnavailable(
+        f"{path} is not a whole safetensors file (it has {held_bytes} bytes, and {why}): it was "
+        f"not copied to its end, or is still being written. {how_to_replace(path)}"
+    )
 
 
 def _what_begins_with(beginning: bytes) -> str | None:

@@ -13,6 +13,15 @@ _ALIBI_CONTEXT = 2048
 
 _MAX_POSITIONS = 2**31 - 1
 
+_SCALED_BY_FACTOR = frozenset({"yarn", "llama3", "linear", "dynamic"})
+"""Types of rotary positions that reach `factor` times as far as the model was first trained.
+
+Of longrope ("su"), `max_position_embeddings` is the scaled length by definition.
+"""
+
+_SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
+"""Model types whose `max_position_embeddings` is the scaled length though the scaling is linear."""
+
 
 def num_layers(config: Config) -> int:
     """Return the number of transformer layers.
@@ -31,9 +40,9 @@ def hidden_size(config: Config) -> int:
 def context_length(config: Config) -> int:
     """Return how many positions the model can attend to.
 
-    Scaled rotary positions as YaRN and Llama 3 have them reach `factor` times as far as the model
-    was first trained, and many publishers leave `max_position_embeddings` at that first length.
-    Other scaling gives no more than `max_position_embeddings`, which it usually is part of.
+    Scaled rotary positions reach `factor` times as far as the model was first trained, and many
+    publishers leave `max_position_embeddings` at that first length. Where the configuration names
+    that length by itself, `max_position_embeddings` may be the scaled one; the larger counts.
     """
     names = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
     if not any(name in config for name in names):
@@ -84,8 +93,10 @@ def positive(config: Config, *names: str) -> int:
 
 
 def _scaled_lengths(config: Config, unscaled: int) -> Iterator[int]:
+    if config.get("model_type") in _SCALED_AS_PUBLISHED:
+        return
     for parameters in rope_parameters(config):
-        if rope_type(parameters) not in {"yarn", "llama3"}:
+        if rope_type(parameters) not in _SCALED_BY_FACTOR:
             continue
         original = config.get("original_max_position_embeddings") or parameters.get(
             "original_max_position_embeddings"

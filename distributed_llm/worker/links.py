@@ -8,13 +8,14 @@ and the others are closed.
 import asyncio
 import ipaddress
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from distributed_llm.common import codec
-from distributed_llm.common.addresses import address_text, hosts_for_others, ip_of
+from distributed_llm.common.addresses import address_text, has_ipv6, hosts_for_others, ip_of
 from distributed_llm.common.errors import (
     ConnectionFailed,
+    DistributedLLMError,
     LocalProtocolError,
     ProtocolMismatch,
     RemoteProtocolError,
@@ -52,25 +53,27 @@ _MAX_OUTBOX = 32
 _MAX_ADDRESSES = 16
 
 
-def bind_for(bind: str, coordinator: str) -> str:
+def bind_for(bind: str, coordinator: str, addresses: Sequence[str]) -> str:
     """Return the "HOST:PORT" to listen on for other workers.
 
     Listening on all networks becomes listening on loopback if the coordinator is reached over
     loopback: all other workers are on this machine then, and no port need be open to others. It
-    includes IPv6 if the coordinator is reached over that.
+    includes IPv6 if the coordinator may be reached over that, and this machine has it.
 
     Args:
         bind: "HOST:PORT" as configured.
         coordinator: "HOST:PORT" of the coordinator.
+        addresses: what that stands for, "HOST:PORT"s with IP addresses.
     """
     host, port = split_address(bind)
     boss, _ = split_address(coordinator)
     wanted, there = ip_of(host), ip_of("127.0.0.1" if boss == "localhost" else boss)
-    if wanted is None or there is None or not wanted.is_unspecified:
+    if wanted is None or not wanted.is_unspecified:
         return bind
-    if there.is_loopback:
+    if there is not None and there.is_loopback:
         return address_text(there, port)
-    return f"[::]:{port}" if there.version == 6 else bind
+    kinds = {ip.version for one in addresses if (ip := ip_of(split_address(one)[0])) is not None}
+    return f"[::]:{port}" if kinds == {6} or (6 in kinds and has_ipv6()) else bind
 
 
 def reachable_at(bound: str, local_host: str) -> Addresses:
@@ -202,6 +205,9 @@ class _Link:
             case _:
                 assert_never(message)
 
+    def unread(self, dial: "_Dial", error: DistributedLLMError) -> None:
+        self.on_event(PeerGarbage(error, link=self.link if dial is self._up else None))
+
     def _welcomed(self, dial: "_Dial", rtt_s: float) -> None:
         if self._up is None:
             self._up = self._dials.pop(dial.address)
@@ -247,6 +253,6 @@ class _Dial:
         try:
             message, _ = codec.to_previous_worker.decode(frames)
         except (ProtocolMismatch, RemoteProtocolError) as exc:
-            self._link.on_event(PeerGarbage(exc))
+            self._link.unread(self, exc)
         else:
             self._link.received(self, message, self._loop.time() - self._greeted_at)

@@ -14,6 +14,7 @@ import psutil
 
 from distributed_llm.common import codec
 from distributed_llm.common.alarm import Alarm
+from distributed_llm.common.connection import Connection
 from distributed_llm.common.errors import (
     DistributedLLMError,
     LocalProtocolError,
@@ -30,7 +31,6 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.stopping import on_signal, on_uncaught
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Dealer
 from distributed_llm.common.types import Epoch
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.links import Links, bind_for, reachable_at
@@ -84,6 +84,7 @@ class Worker:
         name: the name to ask the coordinator for.
         capabilities: of this machine, with the device to compute on.
         address: "HOST:PORT" of the coordinator.
+        addresses: what that stands for, "HOST:PORT"s with IP addresses.
         peer_bind: "HOST:PORT" to listen on for other workers.
         slowdown: see `Engine`.
         local_model: path of the checkpoint on this machine; empty is the coordinator's path.
@@ -97,6 +98,7 @@ class Worker:
         capabilities: Capabilities,
         *,
         address: str,
+        addresses: tuple[str, ...],
         peer_bind: str,
         slowdown: float,
         local_model: str,
@@ -106,13 +108,14 @@ class Worker:
         self._name = name
         self._capabilities = capabilities
         self._address = address
-        self._peer_bind = bind_for(peer_bind, address)
+        self._addresses = addresses
+        self._peer_bind = bind_for(peer_bind, address, addresses)
         self._slowdown = slowdown
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._leave_timeout_s = leave_timeout_s
         self._process = psutil.Process()
-        self._dealer: Dealer | None = None
+        self._connection: Connection | None = None
 
     async def run(self) -> int:
         """Work until a signal or until drained; return the signal's number, or 0.
@@ -159,23 +162,24 @@ class Worker:
     def _close(self) -> None:
         self._alarm.cancel()
         self._links.close()
-        if self._dealer:
-            self._dealer.close()
+        if self._connection:
+            self._connection.close()
         self._engine.stop(_STOP_TIMEOUT_S)
 
     # -------------------------------------------------------------- events
 
     def _connect(self) -> None:
-        self._dealer = Dealer(
+        self._connection = Connection(
             self._address,
+            self._addresses,
             self._on_message,
             self._on_connect,
             lambda: self._apply(Disconnected()),
         )
 
     def _on_connect(self) -> None:
-        assert self._dealer is not None
-        self._apply(Connected(reachable_at(self._links.address, self._dealer.local_host)))
+        assert self._connection is not None
+        self._apply(Connected(reachable_at(self._links.address, self._connection.local_host)))
 
     def _on_message(self, frames: list[Frame]) -> None:
         try:
@@ -193,9 +197,9 @@ class Worker:
         self._do(lambda: self._agent.handle(event, now=self._alarm.now()))
 
     def _on_timer(self) -> None:
-        if self._dealer:
-            self._dealer.deliver_waiting()  # before the coordinator is taken for silent
-        reached = self._dealer is not None and self._dealer.reached
+        if self._connection:
+            self._connection.deliver_waiting()  # before the coordinator is taken for silent
+        reached = self._connection is not None and self._connection.reached
         self._do(lambda: self._agent.on_timer(reached=reached, now=self._alarm.now()))
 
     def _do(self, decide: Callable[[], list[Action]]) -> None:
@@ -256,8 +260,8 @@ class Worker:
                 assert_never(action)
 
     def _send(self, message: FromWorker, frames: tuple[Frame, ...] = ()) -> None:
-        if self._dealer:
-            self._dealer.send(codec.encode(message, frames))
+        if self._connection:
+            self._connection.send(codec.encode(message, frames))
 
     def _forward(self, task: Task, frames: tuple[Frame, ...]) -> None:
         try:
@@ -280,8 +284,8 @@ class Worker:
         )
 
     def _reconnect(self) -> None:
-        if self._dealer and not self._stopped.done():
-            old = self._dealer
+        if self._connection and not self._stopped.done():
+            old = self._connection
             self._connect()
             old.close()  # after the new one is open: closing the last one would wait
 

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from distributed_llm.common.addresses import resolve
+from distributed_llm.common.addresses import addresses_of
+from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.errors import CoordinatorUnreachable
+from distributed_llm.common.hub import own_checkpoint
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
@@ -31,12 +33,15 @@ async def work(settings: WorkerSettings) -> int:
     Raises:
         ConfigError: this machine lacks the device or the memory that `settings` name.
         CoordinatorUnreachable: the coordinator's name is not known, or none answered at the start.
-        CheckpointError: this machine cannot load the model.
+        CheckpointError: `model` is no folder with a model that can be served, or this machine
+            cannot load the coordinator's.
         ProtocolMismatch: the coordinator speaks another version.
         AddressInUse: `peer_bind` cannot be listened on.
     """
     gc.freeze()  # collecting garbage among imported modules stops every thread for 0.4 s
-    address = await _address(settings)
+    if settings.model:
+        check_architecture(own_checkpoint(settings.model).config)
+    addresses = await _addresses(settings)
     threads = settings.threads or os.cpu_count() or 1
     measured = _measure(settings, threads)
     capabilities = msgspec.structs.replace(
@@ -55,7 +60,8 @@ async def work(settings: WorkerSettings) -> int:
     worker = Worker(
         settings.name or _host_name(),
         capabilities,
-        address=address,
+        address=settings.coordinator,
+        addresses=addresses,
         peer_bind=settings.peer_bind,
         slowdown=settings.slowdown,
         local_model=settings.model,
@@ -65,8 +71,8 @@ async def work(settings: WorkerSettings) -> int:
     return exit_code(await worker.run())
 
 
-async def _address(settings: WorkerSettings) -> str:
-    """Return the coordinator's "HOST:PORT" to dial, once its name is known.
+async def _addresses(settings: WorkerSettings) -> tuple[str, ...]:
+    """Return the "HOST:PORT"s to dial the coordinator at, once its name is known.
 
     Raises:
         CoordinatorUnreachable: it is not known, and this worker is not to wait.
@@ -74,7 +80,7 @@ async def _address(settings: WorkerSettings) -> str:
     told = False
     while True:
         try:
-            address = await resolve(settings.coordinator)
+            addresses = await addresses_of(settings.coordinator)
         except CoordinatorUnreachable as exc:
             if settings.connect_timeout_s:
                 raise
@@ -85,7 +91,7 @@ async def _address(settings: WorkerSettings) -> str:
         else:
             if not settings.connect_timeout_s:
                 logger.info("waiting for the coordinator at %s", settings.coordinator)
-            return address
+            return addresses
 
 
 def _measure(settings: WorkerSettings, threads: int) -> Capabilities:

@@ -240,7 +240,7 @@ def test_a_tied_head_is_held_once(
 def test_packed_weights_own_their_memory(
     tmp_path: Path, dtype: torch.dtype, pack_all: None
 ) -> None:
-    """They are packed out of the mapped file, which may change once they are."""
+    """The file may change once they are packed."""
     folder = make_checkpoint(tmp_path)
     linear = cast(PackedLinear, load(folder, 0, 4, dtype).layers[2].get_submodule("mlp.up_proj"))
     states = torch.randn(3, linear.in_features).to(dtype)

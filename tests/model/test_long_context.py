@@ -47,6 +47,7 @@ AS_PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
         {"max_position_embeddings": SCALED, "rope_scaling": {**LLAMA3, "factor": 2.0}},
     ),
     "llama3": ("llama", {"rope_scaling": LLAMA3}),
+    "linear-by-type": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     "yarn-in-new-words": (
         "mistral",
         {
@@ -110,7 +111,15 @@ def generated(folder: Path, prompt: list[int]) -> list[int]:
     [
         ({"rope_parameters": BY_LAYER}, 256),
         ({"rope_scaling": None}, 64),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 256),
+        ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, 64),
+        ({"original_max_position_embeddings": 16, "rope_scaling": {"type": "longrope"}}, 64),
+        (
+            {"original_max_position_embeddings": 16, "rope_scaling": {"type": "su", "factor": 32}},
+            64,
+        ),
+        ({"model_type": "gemma3_text", "rope_scaling": {"type": "linear", "factor": 8.0}}, 64),
         ({"rope_scaling": {"type": "yarn"}}, 64),
         ({"rope_scaling": {"type": "yarn", "factor": "4"}}, 64),
         ({"rope_scaling": {"type": "yarn", "factor": 0.5}}, 64),

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.model import kernels, weights
+from distributed_llm.worker.model import kernels
 from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.tensor_files import TensorFile
 from tests.checkpoints import FAMILIES, HIDDEN_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.reference import check_varied, reference_ids
@@ -106,13 +108,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that tensors that are read are added to."""
     names: list[str] = []
-    original = weights._MappedTensor.__getitem__
+    original = TensorFile.read
 
-    def getitem(self: Any, index: Any) -> Tensor:
-        names.append(self._name)
-        return original(self, index)
+    def reading(self: TensorFile, info: TensorInfo) -> Tensor:
+        names.append(info.name)
+        return original(self, info)
 
-    monkeypatch.setattr(weights._MappedTensor, "__getitem__", getitem)
+    monkeypatch.setattr(TensorFile, "read", reading)
     return names
 
 

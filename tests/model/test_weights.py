@@ -1,6 +1,9 @@
 """Only the tensors of a range are loaded, and none is ever made up."""
 
+import errno
+import io
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +16,16 @@ from transformers import AutoModelForCausalLM
 
 from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
-from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.errors import (
+    CheckpointError,
+    CheckpointUnavailable,
+    UnsupportedModel,
+)
 from distributed_llm.common.other_formats import INDEX_NAME
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
+from distributed_llm.worker.model import tensor_files
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.weights import load_stage_model
@@ -341,8 +349,8 @@ def empty(path: Path) -> None:
     ("spoil", "words"),
     [
         (vanish, "is not there. Copy"),
-        (cut, "is not a whole safetensors file"),
-        (empty, "is not a whole safetensors file"),
+        (cut, "ends before the tensor"),
+        (empty, "ends before the tensor"),
     ],
 )
 def test_a_file_that_is_spoilt_after_its_header_was_read_is_named(
@@ -357,17 +365,73 @@ def test_a_file_that_is_spoilt_after_its_header_was_read_is_named(
         load(checkpoint, 0, 4)
 
 
-def test_a_file_that_may_not_be_read_any_more_is_named(
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(tmp_path: Path) -> None:
+    """Mapped memory behind which there is no file any more would end the process."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path))
+    path = checkpoint.folder / "model.safetensors"
+    with pytest.raises(CheckpointUnavailable, match=rf"{path} ends before the tensor \S+, though"):
+        load_stage_model(
+            checkpoint,
+            LayerRange(0, 4),
+            device=CPU,
+            dtype=torch.float32,
+            on_read=lambda nbytes: os.truncate(path, 4096),
+        )
+
+
+class Spoilt(io.FileIO):
+    """A file on a share that fails once some of it was read."""
+
+    def readinto(self, memory: Any) -> int:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def refuse(path: Path, mode: str, buffering: int) -> io.FileIO:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def fail(path: Path, mode: str, buffering: int) -> io.FileIO:
+    return Spoilt(path, mode)
+
+
+@pytest.mark.parametrize(
+    ("opener", "kind", "words"),
+    [
+        (refuse, CheckpointError, "cannot be read: Permission denied.*chmod"),
+        (fail, CheckpointUnavailable, "cannot be read: Stale file handle.*share"),
+    ],
+)
+def test_a_file_that_cannot_be_read_any_more_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    opener: Callable[..., io.FileIO],
+    kind: type[CheckpointError],
+    words: str,
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path))
+    monkeypatch.setattr(tensor_files, "open", opener, raising=False)
+    path = re.escape(str(checkpoint.folder / "model.safetensors"))
+    with pytest.raises(kind, match=f"{path} {words}"):
+        load(checkpoint, 0, 4)
+
+
+def test_large_tensors_are_read_in_pieces_that_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(path: Path, framework: str) -> None:
-        raise PermissionError(f"Permission denied: {path}")  # as safetensors raises it
-
+    """So that one that takes long is seen to get on."""
+    monkeypatch.setattr(tensor_files, "_PIECE_BYTES", 1000)
     checkpoint = open_checkpoint(make_checkpoint(tmp_path))
-    monkeypatch.setattr("distributed_llm.worker.model.weights.safe_open", refuse)
-    path = re.escape(str(checkpoint.folder / "model.safetensors"))
-    with pytest.raises(CheckpointError, match=f"{path} cannot be read: .*chmod"):
-        load(checkpoint, 0, 4)
+    read = list[int]()
+    stage = load_stage_model(
+        checkpoint, LayerRange(0, 4), device=CPU, dtype=torch.float32, on_read=read.append
+    )
+    assert max(read) == 1000
+    assert sum(read) == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    weights = load_file(checkpoint.folder / "model.safetensors")
+    held = stage.model.state_dict()
+    assert torch.equal(held["model.norm.weight"], weights["model.norm.weight"])
+    table = "model.embed_tokens.weight"
+    assert torch.equal(held[table], weights[table])
 
 
 # ------------------------------------------------------------------ indexes

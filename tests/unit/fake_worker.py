@@ -380,7 +380,7 @@ class SimWorker:
         try:
             message, _ = codec.to_previous_worker.decode(wire)
         except RemoteProtocolError as exc:
-            self._apply(links.PeerGarbage(exc))
+            self._apply(links.PeerGarbage(exc, link=name if name in self._up else None))
             return
         if name not in self._links or message.epoch != name.epoch:
             return

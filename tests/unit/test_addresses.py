@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from distributed_llm.common import addresses
-from distributed_llm.common.addresses import resolve
+from distributed_llm.common.addresses import addresses_of
 from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator import serve
@@ -67,10 +67,11 @@ NAMES = {
     "both.lan": ["2001:db8::7", "192.168.1.5"],
     "old.lan": ["192.168.1.5"],
     "new.lan": ["2001:db8::7", "2001:db8::8"],
+    "empty.lan": [],
 }
 
 
-async def resolved(address: str) -> str:
+async def looked_up(address: str) -> tuple[str, ...]:
     async def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
         if host not in NAMES:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -80,23 +81,24 @@ async def resolved(address: str) -> str:
         ]
 
     asyncio.get_running_loop().getaddrinfo = getaddrinfo  # type: ignore[method-assign, assignment]
-    return await resolve(address)
+    return await addresses_of(address)
 
 
 @pytest.mark.parametrize(
     ("address", "dialled"),
     [
-        ("both.lan:5555", "both.lan:5555"),
-        ("old.lan:5555", "old.lan:5555"),
-        ("new.lan:5555", "[2001:db8::7]:5555"),
-        ("10.0.0.1:5555", "10.0.0.1:5555"),
-        ("[::1]:5555", "[::1]:5555"),
+        ("both.lan:5555", ("[2001:db8::7]:5555", "192.168.1.5:5555")),
+        ("old.lan:5555", ("192.168.1.5:5555",)),
+        ("new.lan:5555", ("[2001:db8::7]:5555", "[2001:db8::8]:5555")),
+        ("10.0.0.1:5555", ("10.0.0.1:5555",)),
+        ("[::1]:5555", ("[::1]:5555",)),
     ],
 )
-def test_a_host_with_ipv6_only_is_dialled_by_its_address(address: str, dialled: str) -> None:
-    assert asyncio.run(resolved(address)) == dialled
+def test_a_name_stands_for_all_of_its_addresses(address: str, dialled: tuple[str, ...]) -> None:
+    assert asyncio.run(looked_up(address)) == dialled
 
 
-def test_a_name_that_nobody_knows() -> None:
-    with pytest.raises(CoordinatorUnreachable, match=r"'nobody\.lan' of nobody\.lan:5555 is not k"):
-        asyncio.run(resolved("nobody.lan:5555"))
+@pytest.mark.parametrize("name", ["nobody.lan", "empty.lan"])
+def test_a_name_that_nobody_knows(name: str) -> None:
+    with pytest.raises(CoordinatorUnreachable, match=rf"'{name}' of {name}:5555 is not known"):
+        asyncio.run(looked_up(f"{name}:5555"))

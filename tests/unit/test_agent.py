@@ -7,6 +7,7 @@ import pytest
 
 from distributed_llm.common.errors import (
     CheckpointMismatch,
+    CheckpointUnavailable,
     CoordinatorUnreachable,
     DistributedLLMError,
     NotReady,
@@ -707,13 +708,15 @@ def test_checkpoint_error_is_said_and_ends_the_worker() -> None:
     assert leave == Fail(error)
 
 
-def test_other_failure_to_load_is_said_and_it_stays() -> None:
+@pytest.mark.parametrize("error", [StageError("no memory"), CheckpointUnavailable("no hub")])
+def test_failure_to_load_that_may_pass_is_said_and_it_stays(error: DistributedLLMError) -> None:
     agent = joined()
     session = session_of(hear(agent, order(3)))
-    said = without_logs(
-        agent.handle(LoadFailed(session, Epoch(3), StageError("no memory")), now=1.0)
-    )
-    assert said == [Send(StageFailed(epoch=Epoch(3), code="stage_error", message="no memory"))]
+    said, line = agent.handle(LoadFailed(session, Epoch(3), error), now=1.0)
+    assert said == Send(StageFailed(epoch=Epoch(3), code=error.code, message=str(error)))
+    assert line == Log(str(error), "error")
+    (load,) = [one for one in hear(agent, order(4)) if isinstance(one, Load)]
+    assert load.order.epoch == 4  # it tries again when it is told to
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,12 @@ from functools import partial
 
 import pytest
 
-from distributed_llm.common.errors import NotEnoughMemory, StageError
+from distributed_llm.common.errors import (
+    CheckpointUnavailable,
+    DistributedLLMError,
+    NotEnoughMemory,
+    StageError,
+)
 from distributed_llm.common.messages import (
     NOT_SERVED,
     Finished,
@@ -29,12 +34,15 @@ from tests.unit.simulation import LONG, Fault, Way, World, finish, with_settings
 # ------------------------------------------------------------------ workers cannot load
 
 
+@pytest.mark.parametrize("kind", [NotEnoughMemory, CheckpointUnavailable])
 @pytest.mark.parametrize("strategy", ["memory", "speed"])
-def test_the_only_worker_is_tried_again_until_it_can_load(strategy: str) -> None:
+def test_the_only_worker_is_tried_again_until_it_can_load(
+    strategy: str, kind: type[DistributedLLMError]
+) -> None:
     """After pauses that double, so that it is mended at no cost; it is said when."""
     world = World(with_settings(strategy=strategy))
     only = world.worker("only", 2000)
-    only.load_error = NotEnoughMemory("Another program takes the memory.")
+    only.load_error = kind("Another program takes the memory.")
     assert world.run(lambda: only.num_loads == 1)
     world.run(for_s=1.0)
     status = world.core.status(now=world.now)

@@ -10,8 +10,10 @@ from distributed_llm.common.messages import (
     CopyKV,
     DrainWorker,
     KVCopied,
+    KVEnd,
     KVFailed,
     KVPieces,
+    KVTaken,
     LoadStage,
     StageFailed,
     StageReady,
@@ -330,6 +332,23 @@ def test_a_move_of_which_a_report_cannot_be_read_is_undone_at_once(report: type)
     assert "The coordinator cannot read its report" in undone()[0]
     assert world.run(world.all_ended)
     finish(world, *answers)
+
+
+@pytest.mark.parametrize("kind", [KVPieces, KVEnd, KVTaken])
+def test_kv_cache_that_cannot_be_read_undoes_the_move_at_once(kind: type) -> None:
+    """And not after the time in which a receipt should have come."""
+    world, client = cluster(3)
+    answers = asked(client, answer=240)
+    assert world.run(lambda: computed(world) > 60)
+    fault = Fault(kind, "spoil")
+    world.faults.append(fault)
+    slow_down(world)
+    assert world.run(lambda: fault not in world.faults, for_s=60.0), "it was sent"
+    assert world.run(lambda: undone(world), for_s=0.5)
+    assert any("undone" in line and "cannot be read" in line for line in world.logs)
+    moved(world)
+    finish(world, *answers)
+    assert world.core.status(now=world.now).requests_failed == 0
 
 
 def test_workers_that_cannot_reach_each_other_compute_the_cache_again() -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from distributed_llm.common import hub
 from distributed_llm.common.checkpoint import open_checkpoint
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.other_formats import INDEX_NAME, SINGLE_NAME
 from distributed_llm.common.types import LayerRange
@@ -480,7 +480,7 @@ def test_a_broken_list_of_tensors_is_fetched_again(fake: FakeHub) -> None:
 def test_an_interrupted_download_is_reported_and_taken_up_again(fake: FakeHub) -> None:
     source = hub_source(fake)
     fake.cut_after = 1000
-    with pytest.raises(CheckpointError, match=r"org/tiny-model cannot be fetched.*try again"):
+    with pytest.raises(CheckpointUnavailable, match=r"org/tiny-model cannot be fetched.*try again"):
         hub.resolve_for_worker(source, LayerRange(0, 1))
     assert not (
         Path(constants.HF_HUB_CACHE) / "models--org--tiny-model" / "snapshots" / COMMIT / SHARDS[0]
@@ -541,14 +541,15 @@ def test_no_connection(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         monkeypatch.setattr(hub, "_api", lambda: HfApi(endpoint=url, token=False))
-        with pytest.raises(CheckpointError, match=r"cannot be fetched.*try again.*folder"):
+        with pytest.raises(CheckpointUnavailable, match=r"cannot be fetched.*try again.*folder"):
             hub.resolve_for_coordinator(NAME)
 
 
 def test_offline_with_nothing_in_the_cache(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set") as caught:
         hub.resolve_for_coordinator(NAME)
+    assert not isinstance(caught.value, CheckpointUnavailable)
 
 
 def test_only_pickles(fake: FakeHub) -> None:
@@ -607,17 +608,23 @@ def test_an_index_that_names_other_files(fake: FakeHub, file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(errno.ENOSPC, "disk is full.*HF_HOME"), (errno.EACCES, "HF_HOME")]
+    ("code", "words", "passes"),
+    [
+        (errno.ENOSPC, "disk is full.*HF_HOME", True),
+        (errno.EIO, "HF_HOME", True),
+        (errno.EACCES, "HF_HOME", False),
+    ],
 )
 def test_a_disk_that_takes_nothing(
-    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, code: int, words: str
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, code: int, words: str, passes: bool
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(code, "injected", "/somewhere")
 
     monkeypatch.setattr(HfApi, "snapshot_download", fail)
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=words) as caught:
         hub.resolve_for_coordinator(NAME)
+    assert isinstance(caught.value, CheckpointUnavailable) is passes
 
 
 def test_no_config(fake: FakeHub) -> None:

@@ -6,7 +6,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from distributed_llm.common.errors import CheckpointMismatch, NotEnoughMemory, StageError
+from distributed_llm.common.errors import (
+    CheckpointMismatch,
+    DistributedLLMError,
+    NotEnoughMemory,
+    ProtocolMismatch,
+    RemoteProtocolError,
+    StageError,
+)
 from distributed_llm.common.messages import (
     NOT_SERVED,
     CancelStage,
@@ -29,12 +36,21 @@ from distributed_llm.common.messages import (
     StageFailed,
     StageReady,
     TakeOver,
+    Task,
     TaskFailed,
     TookOver,
+    tag_of,
 )
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
+from distributed_llm.common.types import (
+    Epoch,
+    LayerRange,
+    Outline,
+    PeerId,
+    SequenceId,
+    StepNumber,
+)
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.dialling import proof
 from distributed_llm.worker.session.events import (
@@ -74,6 +90,7 @@ from distributed_llm.worker.session.link_events import (
     LinkReceived,
     LinkUp,
     OpenLink,
+    PeerGarbage,
     PeerReceived,
     SendOverLink,
     SendToPeer,
@@ -804,6 +821,53 @@ def importing(agent: Agent, message: KVPieces | KVEnd) -> ImportKV:
     assert order == ImportKV(0, message, (b"1234",))
     assert not agent.is_void(order)
     return order
+
+
+def unread(kind: type | None = None, epoch: int = 5) -> RemoteProtocolError:
+    """The error of reading a message of which no more can be told than these."""
+    outline = Outline(type=tag_of(kind), epoch=Epoch(epoch)) if kind else Outline()
+    return RemoteProtocolError("bad_field", "too long", outline)
+
+
+@pytest.mark.parametrize("kind", [KVPieces, KVEnd])
+def test_kv_cache_that_cannot_be_read_fails_the_move_at_once(kind: type) -> None:
+    agent = receiving()
+    assert do(agent, PeerGarbage(unread(kind), PeerId(b"stranger"))) == []
+    assert do(agent, PeerGarbage(unread(kind, epoch=3), SENDER)) == []
+    said = failure(do(agent, PeerGarbage(unread(kind), SENDER)))
+    assert (said.epoch, said.worker, said.code) == (5, "", "remote_protocol")
+    assert "cannot be read" in said.message
+    assert "too long" in said.message
+    assert do(agent, PeerGarbage(unread(kind), SENDER)) == []  # it is told once
+
+
+def test_whatever_cannot_be_read_of_who_sends_kv_cache_is_a_part_of_it() -> None:
+    """Though not even that can be told of it; nothing else comes over that connection."""
+    agent = receiving()
+    assert do(agent, PeerGarbage(unread(), SENDER)) == []
+    arrive(agent, pieces(1, COMES))
+    assert "too long" in failure(do(agent, PeerGarbage(unread(), SENDER))).message
+
+
+def test_a_task_of_the_new_epoch_that_cannot_be_read_fails_its_step_only() -> None:
+    agent = receiving()
+    outline = Outline(type=tag_of(Task), epoch=Epoch(5), step=StepNumber(7))
+    error = RemoteProtocolError("bad_field", "too long", outline)
+    (told,) = do(agent, PeerGarbage(error, SENDER))
+    assert isinstance(told, Send)
+    assert isinstance(told.message, TaskFailed)
+
+
+@pytest.mark.parametrize("error", [unread(KVTaken), unread(), ProtocolMismatch("version 9")])
+def test_a_receipt_that_cannot_be_read_fails_the_move_at_once(error: DistributedLLMError) -> None:
+    agent, export = sending()
+    exported(agent, export, pieces(1))
+    assert do(agent, PeerGarbage(error)) == []
+    assert do(agent, PeerGarbage(error, link=LinkId(Epoch(5)))) == []
+    assert do(agent, PeerGarbage(error, link=LinkId(Epoch(3), SECOND))) == []
+    said = failure(do(agent, PeerGarbage(error, link=TO_NAS)))
+    assert (said.epoch, said.worker, said.code) == (5, "nas", error.code)
+    assert str(error) in said.message
 
 
 def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:

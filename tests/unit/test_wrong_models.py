@@ -1,5 +1,6 @@
 """Models that cannot be served: what they are, why not and what to do, before a worker is asked."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,21 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from distributed_llm.common.errors import CheckpointError, DistributedLLMError
-from distributed_llm.common.hub import fingerprints, resolve_for_coordinator, resolve_for_worker
-from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.errors import (
+    CheckpointError,
+    CheckpointUnavailable,
+    DistributedLLMError,
+)
+from distributed_llm.common.hub import (
+    fingerprints,
+    own_checkpoint,
+    resolve_for_coordinator,
+    resolve_for_worker,
+)
+from distributed_llm.common.settings import CoordinatorSettings, WorkerSettings
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator import serve
+from distributed_llm.worker import work
 
 CONFIG = {
     "model_type": "llama",
@@ -354,13 +365,75 @@ def test_weights_under_the_name_of_safetensors(tmp_path: Path, content: bytes, w
 # ------------------------------------------------------------------ files that cannot be read
 
 
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+@pytest.mark.parametrize("keep", [0, 5, 8, 100, -1])
 def test_weights_that_are_cut_short(tmp_path: Path, keep: int) -> None:
+    """They may still be on their way."""
     path = write(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     said = refusal(tmp_path)
     assert f"{path} is not a whole safetensors file" in said
     assert "Copy or download it again" in said
+    with pytest.raises(CheckpointUnavailable):
+        serve.open_model(str(tmp_path), CoordinatorSettings())
+
+
+def header(**tensors: Any) -> bytes:
+    """Return a safetensors file without numbers, whose header says this."""
+    content = json.dumps(tensors).encode()
+    return len(content).to_bytes(8, "little") + content
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(a=ENTRY) + bytes(9),  # more than it says
+        header(a={**ENTRY, "shape": [3]}) + bytes(8),
+        header(a={**ENTRY, "shape": [-2]}) + bytes(8),
+        header(a={**ENTRY, "data_offsets": [8, 0]}) + bytes(8),
+        header(a={**ENTRY, "data_offsets": [4, 12]}) + bytes(12),
+        header(a=ENTRY, b={**ENTRY, "data_offsets": [16, 24]}) + bytes(24),
+        header(a=ENTRY, b=ENTRY) + bytes(8),
+        header(a={**ENTRY, "dtype": "F33"}) + bytes(8),
+        header(a={**ENTRY, "more": 1}) + bytes(8),
+        header(a={"dtype": "F32"}) + bytes(8),
+        header(a=7),
+        (4).to_bytes(8, "little") + b"[{}]",
+        (6).to_bytes(8, "little") + b"{{{{{{",
+        (100_000).to_bytes(8, "little") + b'{"a":' * 20_000,
+        (2**63).to_bytes(8, "little") + b"{}",
+        header(a=ENTRY).replace(b"{", b" ", 1) + bytes(8),
+    ],
+)
+def test_headers_that_cannot_be_right(tmp_path: Path, content: bytes) -> None:
+    """They stay wrong, however often they are read."""
+    path = touch(write(tmp_path), "model.safetensors", content=content) / "model.safetensors"
+    said = refusal(tmp_path)
+    assert f"{path} is not a whole safetensors file" in said
+    with pytest.raises(CheckpointError) as caught:
+        serve.open_model(str(tmp_path), CoordinatorSettings())
+    assert not isinstance(caught.value, CheckpointUnavailable)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), OSError(116, "Stale file handle")]
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_disk_or_share_that_fails_may_be_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: OSError
+) -> None:
+    real, path = open, write(tmp_path) / name
+
+    def failing(opened: Any, *args: Any, **kwargs: Any) -> Any:
+        if opened == path:
+            raise error
+        return real(opened, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(CheckpointUnavailable, match=f"{path} cannot be read: {error.strerror}"):
+        serve.open_model(str(tmp_path), CoordinatorSettings())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -477,5 +550,34 @@ def test_a_file_as_the_copy_of_a_worker(tmp_path: Path) -> None:
     source, _ = resolve_for_coordinator(str(folder))
     for name in ("model.safetensors", "tiny.gguf"):
         path = touch(folder, name) / name
-        with pytest.raises(CheckpointError, match=f"^{path} is "):
+        with pytest.raises(CheckpointError, match=f"^'{path}' is "):
             resolve_for_worker(source, LayerRange(0, 1), local_model=str(path))
+
+
+def test_a_model_of_the_hub_as_the_copy_of_a_worker(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no folder 'org/tiny'.*--model is the folder"):
+        own_checkpoint("org/tiny")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "has model.safetensors, but no config.json"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+    ],
+)
+def test_a_worker_says_what_is_wrong_with_its_copy_before_it_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any] | None, words: str
+) -> None:
+    async def join(settings: WorkerSettings) -> tuple[str, ...]:
+        raise AssertionError("it looks for its coordinator")
+
+    monkeypatch.setattr(work, "_addresses", join)
+    folder = write(tmp_path / "model", config)
+    if config is None:
+        (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=words):
+        asyncio.run(work.work(WorkerSettings(model=str(folder))))
+    with pytest.raises(CheckpointError, match=f"There is no folder '{tmp_path / 'nowhere'}'"):
+        asyncio.run(work.work(WorkerSettings(model=str(tmp_path / "nowhere"))))

@@ -99,6 +99,7 @@ def worker(address: str) -> worker_service.Worker:
         "a",
         capabilities(),
         address=address,
+        addresses=(address,),
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
         local_model="",

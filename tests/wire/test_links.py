@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from distributed_llm.common import addresses as addresses_module
+from distributed_llm.common import codec
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
 from distributed_llm.common.messages import (
     MAX_SLICES,
@@ -418,6 +419,25 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
 
 
 @on_loop
+async def test_noise_over_a_link_that_is_up_is_told_with_the_link() -> None:
+    """Whatever waits for an answer over it waits in vain."""
+    with opened() as (links, told), raw_sockets() as raw:
+        router = raw(zmq.ROUTER)
+        address = f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+        links.open(LINK, (address,))
+        await told.until(LinkReached)
+        links.greet(LINK, HELLO, (address,))
+        await come_true(lambda: bool(router.poll(0)))
+        peer = router.recv_multipart()[0]
+        router.send_multipart([peer, b"noise"])
+        router.send_multipart([peer, *codec.encode(PeerWelcome(epoch=Epoch(3)))])
+        router.send_multipart([peer, b"noise"])
+        await told.until(PeerGarbage, 2)
+        heard = [event for event in told if isinstance(event, PeerGarbage)]
+        assert [event.link for event in heard] == [None, LINK]
+
+
+@on_loop
 async def test_answering_somebody_who_is_gone_does_nothing() -> None:
     with opened() as (links, _):
         links.answer(PeerId(b"nobody"), PeerWelcome(epoch=Epoch(3)))
@@ -452,6 +472,9 @@ async def test_header_that_grew_too_long_is_an_error_of_its_task_only() -> None:
 @pytest.mark.parametrize(
     ("bind", "coordinator", "listens"),
     [
+        ("0.0.0.0:7000", "both.lan:5555", "[::]:7000"),
+        ("0.0.0.0:7000", "new.lan:5555", "[::]:7000"),
+        ("127.0.0.1:7000", "both.lan:5555", "127.0.0.1:7000"),
         ("0.0.0.0:0", "127.0.0.1:5555", "127.0.0.1:0"),
         ("0.0.0.0:7000", "localhost:5555", "127.0.0.1:7000"),
         ("0.0.0.0:0", "[::1]:5555", "[::1]:0"),
@@ -465,9 +488,24 @@ async def test_header_that_grew_too_long_is_an_error_of_its_task_only() -> None:
     ],
 )
 def test_port_is_opened_to_other_machines_only_if_there_may_be_any(
-    bind: str, coordinator: str, listens: str
+    bind: str, coordinator: str, listens: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert bind_for(bind, coordinator) == listens
+    monkeypatch.setattr(addresses_module, "interface_hosts", lambda: HOSTS)
+    assert bind_for(bind, coordinator, STANDS_FOR.get(coordinator, (coordinator,))) == listens
+
+
+def test_a_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses_module, "interface_hosts", lambda: ["127.0.0.1", "10.0.0.7"])
+    for name, listens in (("both.lan:5555", "0.0.0.0:7000"), ("new.lan:5555", "[::]:7000")):
+        assert bind_for("0.0.0.0:7000", name, STANDS_FOR[name]) == listens
+
+
+STANDS_FOR = {
+    "localhost:5555": ("[::1]:5555", "127.0.0.1:5555"),
+    "boss.lan:5555": ("10.0.0.1:5555",),
+    "both.lan:5555": ("[2001:db8::1]:5555", "10.0.0.1:5555"),
+    "new.lan:5555": ("[2001:db8::1]:5555",),
+}
 
 
 HOSTS = ["127.0.0.1", "192.168.1.5", "10.0.0.7", "::1", "fe80::1%eth0", "2001:db8::7", "02:42:ac"]

@@ -139,6 +139,7 @@ async def workers(
             name,
             capabilities(),
             address=coordinator.address,
+            addresses=(coordinator.address,),
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
             local_model="",

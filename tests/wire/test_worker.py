@@ -116,6 +116,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]
             name,
             capabilities(),
             address=coordinator.address,
+            addresses=(coordinator.address,),
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
             local_model="",

@@ -108,7 +108,8 @@ def checked_checkpoint(order: LoadStage, local_model: str) -> Checkpoint:
 
     Raises:
         CheckpointMismatch: the digest differs, so the weights are not the coordinator's.
-        CheckpointError: the checkpoint is missing or damaged.
+        CheckpointUnavailable: it cannot be read or fetched just now.
+        CheckpointError: it is missing or damaged.
     """
     checkpoint = resolve_for_worker(order.source, order.layers, local_model=local_model)
     prints = fingerprints(order.source, checkpoint, order.layers)

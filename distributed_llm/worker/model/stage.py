@@ -109,10 +109,10 @@ class Stage:
             donor: a stage of the same checkpoint, whose modules are shared instead of read again.
                 It may run in another thread meanwhile. Afterwards the two may run in turns, and
                 either may be dropped.
-            on_read: called with the bytes of each tensor when it is about to be read, in any
-                thread.
+            on_read: called with bytes of tensors when they were read, in any thread.
 
         Raises:
+            CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
             CheckpointError: the files lack tensors that the layers need.
             UnsupportedModel: the architecture gives wrong results when it is split.
             ValueError: the donor has another device or dtype.

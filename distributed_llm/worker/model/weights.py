@@ -13,11 +13,9 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -27,11 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.model_files import damaged, unreadable
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
+from distributed_llm.worker.model.tensor_files import TensorFile, TensorInFile
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +74,6 @@ def load_stage_model(
 ) -> StageModel:
     """Load the model of a checkpoint, reduced to some layers.
 
-    Weights are read from memory-mapped files and copied once. Using the mapped memory without the
-    copy would make the first step wait for the disk, kill the process if a file is truncated, and
-    leave tensors unaligned, which slows vector instructions.
-
     Args:
         checkpoint: with the weights.
         layers: to load.
@@ -87,9 +81,10 @@ def load_stage_model(
         dtype: of the weights.
         donor: a stage of the same checkpoint, device and dtype to share modules with; it may run in
             another thread meanwhile.
-        on_read: called with the bytes of each tensor when it is about to be read, in any thread.
+        on_read: called with bytes of tensors when they were read, in any thread.
 
     Raises:
+        CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
         CheckpointError: tensors are missing, unknown, of the wrong shape, or unreadable.
         UnsupportedModel: the architecture cannot be divided into stages.
     """
@@ -104,12 +99,11 @@ def load_stage_model(
     _cut_config(model.config, checkpoint.num_layers, layers)
     _drop_unneeded(model, path, checkpoint, layers, shared)
     with ExitStack() as files, _without_progress_bars():
-        tensors, mapped = _open_tensors(checkpoint, layers, tied, shared, files, on_read)
+        tensors = _open_tensors(checkpoint, layers, tied, shared, files, on_read)
         _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
         _drop_tied_embedding(model, layers)
-        pack_linear_layers(model)  # reads the mapped memory: those weights are copied only once
-        _own_memory(model, mapped)
+        pack_linear_layers(model)
     _insert_shared(model, path, layers, shared)
     kept = cast(nn.ModuleList, model.get_submodule(path))
     shared_bytes = shared_nbytes(model, donor) if donor else 0
@@ -193,31 +187,6 @@ def _absent(module: nn.Module) -> nn.Module:
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
-class _MappedTensor:
-    """A tensor of a safetensors file, which is read when transformers' loader slices it.
-
-    Args:
-        file: open.
-        name: of the tensor in the file.
-        mapped: gets the address of the mapped memory when the tensor is read.
-        on_read: called with its bytes when it is about to be read.
-    """
-
-    def __init__(
-        self, file: Any, name: str, mapped: set[int], on_read: Callable[[int], None]
-    ) -> None:
-        self._file = file
-        self._name = name
-        self._mapped = mapped
-        self._on_read = on_read
-
-    def __getitem__(self, index: Any) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(self._name)
-        self._mapped.add(tensor.untyped_storage().data_ptr())
-        self._on_read(tensor.nbytes)
-        return tensor[index]
-
-
 def _open_tensors(
     checkpoint: Checkpoint,
     layers: LayerRange,
@@ -225,14 +194,13 @@ def _open_tensors(
     shared: SharedModules,
     files: ExitStack,
     on_read: Callable[[int], None],
-) -> tuple[dict[str, Any], set[int]]:
-    """Return the tensors to load, by name, and a set that will hold their mapped addresses.
+) -> dict[str, Any]:
+    """Return the tensors to load, by name.
 
     In the names, the layers that are not shared are numbered from 0. A matrix that stands in the
     files only as the head's gets the name of the embedding that the head is tied to.
     """
-    opened: dict[str, Any] = {}
-    mapped: set[int] = set()
+    opened: dict[str, TensorFile] = {}
     tensors: dict[str, Any] = {}
     missing = _missing_layers(layers, shared)
     for info in checkpoint.tensors_of(layers):
@@ -244,21 +212,12 @@ def _open_tensors(
             tensors[name] = matrix
             continue
         if info.file not in opened:
-            opened[info.file] = files.enter_context(_open_file(checkpoint.folder / info.file))
+            path = checkpoint.folder / info.file
+            opened[info.file] = files.enter_context(TensorFile(path, on_read))
         if layer is not None:
             name = _renumbered(name, checkpoint, layer, missing)
-        tensors[name] = _MappedTensor(opened[info.file], info.name, mapped, on_read)
-    return tensors, mapped
-
-
-def _open_file(path: Path) -> Any:
-    """Return the open safetensors file at `path`, which was whole when its header was read."""
-    try:
-        return safe_open(path, framework="pt")
-    except OSError as exc:
-        raise unreadable(path, exc) from exc
-    except SafetensorError as exc:
-        raise damaged(path, b"", exc) from exc
+        tensors[name] = TensorInFile(opened[info.file], info)
+    return tensors
 
 
 def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
@@ -344,13 +303,6 @@ def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
             _replace(model, name, _absent(module))
-
-
-def _own_memory(model: PreTrainedModel, mapped: set[int]) -> None:
-    """Copy the parameters that still reference mapped files, one at a time."""
-    for parameter in model.parameters():
-        if parameter.untyped_storage().data_ptr() in mapped:
-            parameter.data = parameter.data.clone()
 
 
 def _nbytes(model: PreTrainedModel) -> int:

@@ -11,6 +11,10 @@ become faster. It measures at once when it loses its layers, to have something t
 A signal ends an idle worker at once. A worker that serves asks the coordinator to move its layers
 and goes on serving until it is told that it may leave, a time limit has passed, or a second signal
 arrives.
+
+A model that it cannot load for a reason that only a person can do away with ends a worker that
+serves nothing, so that its terminal and its exit code say so. A reason that may pass (the hub or a
+share is away, a file is still being copied) does not: the coordinator lets it try again.
 """
 
 import math
@@ -19,6 +23,7 @@ from typing import assert_never
 
 from distributed_llm.common.errors import (
     CheckpointError,
+    CheckpointUnavailable,
     CoordinatorUnreachable,
     DistributedLLMError,
     ProtocolMismatch,
@@ -438,9 +443,11 @@ class Agent:
         told = self._stages.load_failed(event)
         if not told:
             return []
-        if isinstance(event.error, CheckpointError) and self._stages.serving is None:
-            return [*told, *self._fail(event.error)]  # another attempt would read the same files
-        return [*told, Log(str(event.error), "error")]
+        error = event.error
+        lasts = isinstance(error, CheckpointError) and not isinstance(error, CheckpointUnavailable)
+        if lasts and self._stages.serving is None:
+            return [*told, *self._fail(error)]
+        return [*told, Log(str(error), "error")]
 
     # -------------------------------------------------------------- leaving
 

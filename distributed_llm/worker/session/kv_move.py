@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import assert_never
 
+from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError
 from distributed_llm.common.messages import (
     CopyKV,
     KVCopied,
@@ -44,6 +45,7 @@ from distributed_llm.worker.session.kv_sender import WINDOW, KVSender
 from distributed_llm.worker.session.link_events import (
     LinkChange,
     LinkDown,
+    LinkId,
     LinkReached,
     LinkReceived,
     LinkUp,
@@ -267,6 +269,14 @@ class KVMove:
             case _:
                 assert_never(message)
 
+    def unread_answer(self, link: LinkId, error: DistributedLLMError) -> list[Action]:
+        """Give up: a receiver answered over its link what cannot be read."""
+        sender = self._senders.get(link.layers) if link.layers else None
+        if sender is None or link.epoch != self.epoch:
+            return []
+        why = f"What {sender.worker} answers to KV cache cannot be read ({error})."
+        return self.fail(error.code, why, sender.worker)
+
     def _exported(self, event: KVExported, now: float) -> list[Action]:
         sender = self._senders.get(event.order.layers)
         if sender is None:
@@ -309,6 +319,14 @@ class KVMove:
         if self._state not in (_S.COPYING, _S.COPIED):
             self._wait_for_arrivals(now)
         return [ImportKV(self._session, message, frames)]
+
+    def comes_from(self, peer: PeerId) -> bool:
+        """Return whether `peer` has sent KV cache; over its connection comes nothing else."""
+        return any(arrival.peer == peer for arrival in self._arrivals.values())
+
+    def unread(self, error: RemoteProtocolError) -> list[Action]:
+        """Give up: a message of a transfer to this worker cannot be read."""
+        return self.fail(error.code, f"KV cache from another worker cannot be read ({error}).")
 
     def _imported(self, event: KVImported) -> list[Action]:
         """Acknowledge a message that is kept; it may have been the last one."""

@@ -54,10 +54,12 @@ class PeerGarbage:
 
     Attributes:
         peer: the worker, if it dialled this one.
+        link: over which it came, if that is up.
     """
 
     error: DistributedLLMError
     peer: PeerId | None = None
+    link: LinkId | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from distributed_llm.common.messages import (
     StageReady,
     TakeOver,
     Task,
-    TaskFailed,
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import Epoch
@@ -69,7 +68,7 @@ from distributed_llm.worker.session.link_events import (
     PeerGarbage,
     PeerReceived,
 )
-from distributed_llm.worker.session.unread import not_done
+from distributed_llm.worker.session.unread import not_done, not_received
 
 
 class Stages:
@@ -300,18 +299,8 @@ class Stages:
         return [Send(not_done(error))]
 
     def unread_of_peer(self, event: PeerGarbage) -> list[Action]:
-        """Tell the coordinator of a message of a worker that said hello, if it was part of a step.
-
-        Anybody may send garbage to this port. Lost KV cache is noticed by its receipts.
-        """
-        error = event.error
-        if not isinstance(error, RemoteProtocolError) or error.outline.epoch is None:
-            return []
-        stage = self._by_epoch.get(error.outline.epoch)
-        if event.peer is None or stage is None or not stage.peers.knows(event.peer):
-            return []
-        told = not_done(error)
-        return [Send(told)] if isinstance(told, TaskFailed) else []
+        """Tell the coordinator of a message of another worker that cannot be read."""
+        return not_received(event, self._by_epoch, self._kv_move)
 
     # -------------------------------------------------------------- other workers
 
