@@ -445,7 +445,7 @@ class BusyCluster(MovingCluster):
     ]
     memories = (3000, 3000, 3000)
     settings_of_core: ClassVar = {"strategy": "speed", "max_batch_sequences": 8}
-    max_examples = 25
+    max_examples = 15
     num_moves: ClassVar[list[int]] = []
 
     @rule()
@@ -454,9 +454,10 @@ class BusyCluster(MovingCluster):
 
 
 class SlowCluster(Cluster):
-    """Some workers take long to load, and much time passes."""
+    """Some workers take long to load, much time passes, and nobody is lost."""
 
     load_s = 30.0
+    calm = True
 
     @rule()
     def much_time_passes(self) -> None:
@@ -469,14 +470,14 @@ class SlowTwins(SlowCluster):
     replicas = 2
     longest = 150
     memories = (400, 800, 5000)
-    max_examples = 60
+    max_examples = 30
 
 
 class SlowMoves(SlowCluster, MovingCluster):
     """Layers move, slowly, where memory holds hardly more than both stages."""
 
     memories = (800, 1000, 1300)
-    max_examples = 40
+    max_examples = 25
     least_moves = 3
     num_moves: ClassVar[list[int]] = []
 
