@@ -443,7 +443,7 @@ class Core:
 
     def _admit(self, now: float) -> None:
         if self._book.num_waiting:
-            self._admission.admit(self._pipelines.room_tokens, now=now)
+            self._admission.admit(now=now)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

@@ -1,11 +1,14 @@
 """What must hold after every event that a simulated coordinator handles, whatever happens to it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from distributed_llm.common.errors import RemoteProtocolError
+from distributed_llm.common.errors import NotEnoughMemory, RemoteProtocolError, UnsupportedModel
 from distributed_llm.common.messages import (
     Generate,
+    Heartbeat,
     LoadStage,
+    RequestFailed,
     Task,
     TaskFailed,
     TaskResult,
@@ -14,8 +17,12 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
+from distributed_llm.coordinator.cluster.departures import DepartureState
+from distributed_llm.coordinator.cluster.registry import WorkerState
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
+from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 from tests.unit.fake_model import NUM_LAYERS
 
 _LEASES = 5
@@ -23,6 +30,15 @@ _LEASES = 5
 
 _MOST_FOR_A_MOVE_S = 20.0
 """How long an answer may wait for a move to give its room back: then the move is undone."""
+
+_MOST_TO_LEAVE_S = 20.0
+"""How long a worker that may leave can stay: longer than all faults of a schedule delay it."""
+
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 10.0, 600.0
+"""How long a worker is given no layers after its load failed, at first and at most."""
+
+_DUE, _SPARE_STEPS = 4, 40
+"""For how many steps an answer may get no further: per token or answer that is due, and beside."""
 
 
 class Checker:
@@ -45,6 +61,13 @@ class Checker:
         self._ended: set[RequestKey] = set()
         self._largest = (0, 0, 0, 0, 0, 0, 0, 0)
         self._ordered: dict[int, dict[PeerId, LayerRange]] = {}  # by epoch
+        self._squeezed: dict[Answer, float] = {}  # since when a move takes its room
+        self._dismissed: dict[PeerId, float] = {}  # since when a worker may leave
+        self._unfit: dict[PeerId, float] = {}  # since when
+        self._times_unfit: Counter[PeerId] = Counter()
+        self._marks: dict[Answer, tuple[object, int, int]] = {}  # how far, since when, steps due
+        self._num_moves = 0
+        self._has_served = False
 
     def before(self, event: events.Event, *, now: float) -> None:
         """Look at what an event is about to meet."""
@@ -80,9 +103,19 @@ class Checker:
         self._stale = False
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
         self._check_numbers()
-        self._check_nobody_idles(now)
+        self._check_waiting(now)
         self._check_steps_end(now)
         self._check_names()
+        self._check_stop(actions)
+        self._check_commits(actions)
+        match event:
+            case events.Received(peer=peer, message=Heartbeat() as beat):
+                self._check_tried_again(peer, beat, now)
+                self._check_leaves(peer, now)
+            case events.Received(message=TaskResult()):
+                self._check_all_get_on()
+            case _:
+                pass
 
     def _check_text_orders(
         self, event: events.Event | None, actions: Sequence[events.Action], now: float
@@ -133,22 +166,102 @@ class Checker:
         assert all(a <= b for a, b in zip(self._largest, numbers, strict=True)), "it decreased"
         self._largest = numbers
 
-    def _check_nobody_idles(self, now: float) -> None:
-        """No answer waits while a pipeline that has room for it has nothing to do."""
-        move = self._core._moves.move
-        idle = [
-            pipeline
-            for pipeline in self._core._pipelines.all
-            if pipeline.scheduler and pipeline.in_flight
-            if not pipeline.scheduler.num_running and not pipeline.in_flight.num_steps
-        ]
-        for answer in self._core._book.waiting if idle else ():
-            needed = answer.request.reserved_tokens
-            since = self._core._book._set_aside.get(answer, now)
-            for pipeline in idle:
-                waits_for_move = move and move.old is pipeline
-                if not waits_for_move or now - since > _MOST_FOR_A_MOVE_S:
-                    assert needed > pipeline.kv_tokens, "an answer waits for nothing"
+    def _check_waiting(self, now: float) -> None:
+        """No answer waits for nothing, whatever loads or moves.
+
+        A pipeline with a seat and with room for everybody that it may serve leaves nobody waiting.
+        An answer for which only a move leaves no room waits until the move is undone.
+        """
+        waiting = self._core._book.waiting
+        serving = self._core._pipelines.serving if waiting else []
+        rooms, most = [0], 0
+        for pipeline in serving:
+            assert pipeline.scheduler is not None
+            scheduler, most = pipeline.scheduler, max(most, pipeline.kv_tokens)
+            rooms.append(scheduler.kv_tokens)
+            if scheduler.has_seat:
+                fitting = [a for a in waiting if a.request.reserved_tokens <= scheduler.kv_tokens]
+                free = scheduler._ledger.room_tokens
+                is_full = any(len(answer.token_ids) + 1 > free for answer in fitting)
+                assert is_full or not fitting, "an answer waits for nothing"
+        squeezed = [a for a in waiting if max(rooms) < a.request.reserved_tokens <= most]
+        self._squeezed = {answer: self._squeezed.get(answer, now) for answer in squeezed}
+        for since in self._squeezed.values():
+            assert now - since <= _MOST_FOR_A_MOVE_S, "an answer waits for the end of a move"
+
+    def _check_all_get_on(self) -> None:
+        """Every running answer gets on after as many steps as the others are due."""
+        marks = {}
+        for pipeline in self._core._pipelines.serving:
+            assert pipeline.scheduler is not None
+            assert pipeline.in_flight is not None
+            running = list(pipeline.scheduler.running)
+            if any(answer.suspects for answer in running):
+                continue  # they run by themselves, and the others wait for them
+            begun = pipeline.in_flight.next_step
+            unread = sum(a.num_uncomputed_tokens for a in running if a.num_uncomputed_tokens > 1)
+            is_full = pipeline.scheduler._ledger.room_tokens <= 0
+            youngest = max(running, key=lambda answer: answer.number, default=None)
+            for answer in running:
+                if is_full and answer is youngest:
+                    continue  # it waits for room, which others need more
+                mark = self._mark(pipeline, answer)
+                due = _DUE * (unread if answer.num_uncomputed_tokens > 1 else len(running))
+                known, since, most = self._marks.get(answer, (None, begun, 0))
+                since, most = (since, max(due, most)) if known == mark else (begun, due)
+                assert begun - since <= most + _SPARE_STEPS, f"{answer.request.key} gets no turn"
+                marks[answer] = mark, since, most
+        self._marks = marks
+
+    @staticmethod
+    def _mark(pipeline: Pipeline, answer: Answer) -> object:
+        """Return what changes when an answer gets on, or when its steps were lost."""
+        assert pipeline.in_flight is not None
+        oldest = pipeline.in_flight._oldest
+        leader = answer.waits_for
+        others = leader.num_computed_tokens if leader else 0
+        return pipeline.epoch, oldest, answer.num_computed_tokens, len(answer.token_ids), others
+
+    def _check_stop(self, actions: Sequence[events.Action]) -> None:
+        """The coordinator ends only if nobody can split its model, nor ever did."""
+        for action in actions:
+            if isinstance(action, events.Stop):
+                assert isinstance(action.error, UnsupportedModel)
+                assert not self._has_served, "one worker ended a coordinator that has served"
+                assert not self._core._registry.fit, "others might do what one worker cannot"
+        self._has_served |= bool(self._core._pipelines.serving)
+
+    def _check_commits(self, actions: Sequence[events.Action]) -> None:
+        """No move takes the room of a request away."""
+        num_moves, self._num_moves = self._num_moves, self._core._moves.num_moves
+        for action in actions if num_moves != self._num_moves else ():
+            match action:
+                case events.Send(message=RequestFailed(code=NotEnoughMemory.code, message=why)):
+                    raise AssertionError(f"a move took the room of a request: {why}")
+                case _:
+                    pass
+
+    def _check_tried_again(self, peer: PeerId, beat: Heartbeat, now: float) -> None:
+        """Nobody is unfit for longer than the pause after so many failures, unless it loads."""
+        worker = self._core._registry.worker(peer)
+        if worker is None or worker.state is not WorkerState.UNFIT:
+            self._unfit.pop(peer, None)
+            return
+        if peer not in self._unfit:
+            self._unfit[peer] = now
+            self._times_unfit[peer] += 1
+        pause_s = min(_FIRST_PAUSE_S * 2 ** (self._times_unfit[peer] - 1), _MOST_PAUSE_S)
+        passed = now - self._unfit[peer] > pause_s
+        assert beat.loading or worker.leaving or not passed, f"{worker.id} is unfit for ever"
+
+    def _check_leaves(self, peer: PeerId, now: float) -> None:
+        """Who was told that it may leave does so."""
+        departure = self._core._departures._leaving.get(peer)
+        if departure is None or departure.state is not DepartureState.DISMISSED:
+            self._dismissed.pop(peer, None)
+            return
+        since = self._dismissed.setdefault(peer, now)
+        assert now - since <= _MOST_TO_LEAVE_S, f"{peer!r} was never told that it may leave"
 
     def _check_steps_end(self, now: float) -> None:
         """Every step ends, or is noticed to be lost, whatever becomes of other steps."""
@@ -182,7 +295,7 @@ class Checker:
         assert book.next_deadline() is None
         assert not book._deadlines
         assert status.kv_tokens_used == 0
-        for pipeline in self._core._pipelines.all:
+        for pipeline in self._core._pipelines.serving:
             assert pipeline.in_flight is not None
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps

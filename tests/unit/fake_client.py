@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distributed_llm.common import codec
+from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
@@ -165,10 +166,14 @@ class SimClient:
             self.world.close(self.link)
 
     def receive(self, link: "Link", wire: list[Frame]) -> None:
-        """Take a message."""
+        """Take a message; end the session if it cannot be read, as none of these is an answer."""
         if self.gone:
             return
-        message, _ = codec.to_client.decode(wire)
+        try:
+            message, _ = codec.to_client.decode(wire)
+        except RemoteProtocolError:
+            self.vanish()
+            return
         match message:
             case TokenChunk(request_id=name, index=index, text=text, token_ids=ids):
                 answer = self.answers[name].all[message.choice]
@@ -184,8 +189,11 @@ class SimClient:
                 for answer in self.answers[name].all:
                     assert answer.end is None, "a second end"
                     answer.end, answer.ended_at = message, self.world.now
-            case ClientWelcome() | StatusReport() | WorkerDrained() | Pong() | Refused():
+            case ClientWelcome() | StatusReport() | WorkerDrained() | Pong():
                 self.others.append(message)
+            case Refused():
+                self.others.append(message)
+                self.vanish()
             case _:
                 raise AssertionError(f"unexpected {message}")
 

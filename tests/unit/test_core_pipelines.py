@@ -209,6 +209,18 @@ def test_request_that_fits_only_one_pipeline_runs_there() -> None:
     assert all(names(large) <= served_by(a) for a in answers)
 
 
+def test_what_waits_for_the_larger_pipeline_holds_up_nobody_who_fits_the_smaller() -> None:
+    world, small, _ = unequal()
+    client = world.client()
+    long = [client.submit([i] * 70, tokens(100)) for i in range(2)]  # each takes two blocks
+    world.run(lambda: bool(long[0].token_ids))
+    short = client.submit((5,), tokens(5))
+    assert world.run(lambda: short.end is not None)
+    assert served_by(short) == names(small)
+    assert not long[1].token_ids
+    finish(world, *long)
+
+
 @pytest.mark.parametrize("wait_s", [0.0, 0.05, 0.5, 1.0, 2.0])
 def test_request_that_fits_nothing_after_a_loss_is_told_so(wait_s: float) -> None:
     world, small, large = unequal()

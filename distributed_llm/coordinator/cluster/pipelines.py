@@ -106,12 +106,6 @@ class Pipelines:
         """Positions of KV cache in all of them."""
         return sum(pipeline.kv_tokens for pipeline in self._by_epoch.values())
 
-    @property
-    def room_tokens(self) -> int:
-        """Positions that the roomiest pipeline that serves has for one answer now; 0 if none is."""
-        rooms = (p.scheduler.kv_tokens for p in self._by_epoch.values() if p.scheduler)
-        return max(rooms, default=0)
-
     def take_changed(self) -> Pipeline | None:
         """Return a pipeline that may begin steps or admit requests since it was last asked."""
         return self._changed.popitem()[1] if self._changed else None

@@ -191,10 +191,10 @@ class RequestBook:
     # -------------------------------------------------------------- queue and pipelines
 
     def next_waiting(self, room_tokens: int, *, now: float) -> Answer | None:
-        """Return the answer that is next, or None if none waits for room that there is.
+        """Return the answer that is next of those that take so much at most, or None.
 
-        Answers that may take more are set aside until there is as much, so that nobody waits
-        behind them.
+        Answers before it that may take more are set aside until more is asked for, so that nobody
+        waits behind them.
 
         Args:
             room_tokens: positions that one answer may take on some pipeline that serves.

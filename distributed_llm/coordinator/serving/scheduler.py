@@ -333,7 +333,8 @@ class Scheduler:
         """Yield slices within the budgets: decoding answers first, then prefill chunks."""
         budget, room, count = self._max_tokens, MAX_SAMPLING_BYTES, 0
         unread = _unread(candidates) if prompts else []
-        reserved = min(budget // _PROMPT_SHARE, sum(a.num_unscheduled_tokens for a in unread))
+        share = max(1, budget // _PROMPT_SHARE)
+        reserved = min(share, sum(a.num_unscheduled_tokens for a in unread))
         decodes = min(max_decodes, budget - reserved, MAX_SLICES - bool(unread))
         ready = [answer for answer in candidates if answer.num_unscheduled_tokens == 1]
         for answer in sorted(ready, key=lambda answer: answer.latest_slice):
