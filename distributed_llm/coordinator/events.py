@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.messages import RequestId, ToClient, ToCoordinator, ToWorker
+from distributed_llm.common.messages import RequestId, Spelling, ToClient, ToCoordinator, ToWorker
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
 
@@ -89,6 +89,8 @@ class Detokenized:
         num_tokens: tokens of the answer that its text so far is made of.
         stopped: whether a stop string ended the text.
         last: whether the answer has no further tokens.
+        spelled: how the tokens of `Detokenize.spell` are written, None for one that the tokenizer
+            does not know; empty if there is none.
     """
 
     key: RequestKey
@@ -97,6 +99,7 @@ class Detokenized:
     num_tokens: int
     stopped: bool
     last: bool
+    spelled: tuple[Spelling | None, ...] = ()
 
 
 class Question(Protocol):
@@ -167,12 +170,14 @@ class Detokenize:
     Attributes:
         choice: index of the answer among those of its request.
         last: whether these are its last tokens.
+        spell: tokens to tell the spelling of besides, each by itself.
     """
 
     key: RequestKey
     choice: int
     token_ids: tuple[int, ...]
     last: bool
+    spell: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from distributed_llm.common.messages import (
     Finished,
     Generate,
     RequestFailed,
+    Spelling,
     TokenChunk,
     TokenLogprobs,
 )
@@ -20,6 +21,7 @@ from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import PeerId, SequenceId
 from distributed_llm.coordinator.events import (
     Action,
+    Detokenize,
     Detokenized,
     Forget,
     RequestKey,
@@ -250,6 +252,35 @@ def test_log_probabilities_are_freed_when_they_are_sent() -> None:
         chunks.append(send.message.logprobs)
         assert bench.answer.logprobs == []
     assert [[one.logprob for one in chunk] for chunk in chunks] == [[-1.0], [-2.0]]
+
+
+def test_log_probabilities_are_spelled_out() -> None:
+    bench = Bench()
+    bench.admitted()
+    step = bench.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+    assert step is not None
+    logprobs = TokenLogprobs(logprob=-1.0, top=((1, -1.0), (2, -2.0)))
+    done = StepDone(step, [TOKEN], [logprobs], (), depth=1, round_trip_s=0.1)
+    (order,) = bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
+    assert isinstance(order, Detokenize)
+    assert order.spell == (TOKEN, 1, 2)
+    spelled = (Spelling(written=b"x"), Spelling(written=b"<s>", is_text=False), None)
+    text = Detokenized(bench.key, 0, "x", 1, stopped=False, last=False, spelled=spelled)
+    (send,) = bench.book.detokenized(text, now=2.0)
+    assert isinstance(send, Send)
+    assert isinstance(send.message, TokenChunk)
+    assert [one.spelled for one in send.message.logprobs] == [spelled]
+
+
+def test_nothing_is_spelled_out_for_nobody() -> None:
+    bench = Bench()
+    bench.admitted()
+    step = bench.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+    assert step is not None
+    done = StepDone(step, [TOKEN], [None], (), depth=1, round_trip_s=0.1)
+    (order,) = bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
+    assert isinstance(order, Detokenize)
+    assert order.spell == ()
 
 
 def test_log_probabilities_after_a_stop_string_are_freed_too() -> None:

@@ -1,12 +1,14 @@
 """What the coordinator remembers for its text process, and what fails if that dies."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
 
 from distributed_llm.common.errors import InvalidRequest, TextError
+from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
     Detokenize,
@@ -88,6 +90,19 @@ def test_only_what_it_worked_on_fails_with_the_text_process(orders: TextOrders) 
     ]
     assert [type(event) for event in orders.answered(texts(2, 3))] == [Detokenized, Detokenized]
     assert orders.died(DIED) == []
+
+
+def test_what_is_to_be_spelled_out_goes_there_and_comes_back(orders: TextOrders) -> None:
+    order = orders.tokens([replace(tokens(1, 11), spell=(11, 12))])
+    assert isinstance(order, Tokens)
+    assert order.answers[0].spell == (11, 12)
+    (piece,) = texts(1).pieces
+    spelled = (Spelling(written=b"x"), None)
+    told = Texts(pieces=(msgspec.structs.replace(piece, spelled=spelled),))
+    (event,) = orders.answered(told)
+    assert isinstance(event, Detokenized)
+    assert event.spelled == spelled
+    assert Unpacker(Answer).feed(pack(told)) == [told]
 
 
 def test_an_idle_text_process_takes_no_request_with_it() -> None:

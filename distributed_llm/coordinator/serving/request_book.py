@@ -280,7 +280,8 @@ class RequestBook:
         if last:
             self._withdraw(answer, keep=True)
             answer.change(AnswerCause.LAST_TOKEN)
-        return [Detokenize(answer.request.key, answer.choice, (token,), last)]
+        spell = () if logprobs is None else (token, *(likely for likely, _ in logprobs.top))
+        return [Detokenize(answer.request.key, answer.choice, (token,), last, spell)]
 
     def _withdraw(self, answer: Answer, *, keep: bool) -> None:
         """Take an answer off its pipeline, or out of the queue.
@@ -310,28 +311,27 @@ class RequestBook:
             del answer.token_ids[stop:]
             del answer.logprobs[stop - answer.num_prompt_tokens - answer.num_sent_tokens :]
             answer.finish_reason = "stop"
-        actions = self._chunk(answer, event.text, stop, ended=event.stopped or event.last)
+        actions = self._chunk(answer, event, stop)
         if event.stopped or event.last:
             answer.change(AnswerCause.STOP_STRING if event.stopped else AnswerCause.TEXT_SENT)
             if all(other.state is AnswerState.GONE for other in request.answers):
                 actions += self._finish(request, now)
         return actions
 
-    def _chunk(self, answer: Answer, text: str, stop: int, *, ended: bool) -> list[Action]:
+    def _chunk(self, answer: Answer, event: Detokenized, stop: int) -> list[Action]:
         sent, key = answer.num_sent_tokens, answer.request.key
         new = tuple(answer.token_ids[answer.num_prompt_tokens + sent : stop])
-        if not (new or text or ended):
+        ended = event.stopped or event.last
+        if not (new or event.text or ended):
             return []
         answer.num_sent_tokens += len(new)
-        logprobs = tuple(answer.logprobs[: len(new)])
-        del answer.logprobs[: len(new)]
         chunk = TokenChunk(
             request_id=key[1],
             choice=answer.choice,
             index=sent,
-            text=text,
+            text=event.text,
             token_ids=new,
-            logprobs=logprobs,
+            logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
         )
         return [Send(key[0], message) for message in messages_of(chunk)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import TokenId
 from distributed_llm.coordinator.events import PromptKind
 
@@ -32,6 +33,7 @@ class AnswerTokens(msgspec.Struct, frozen=True, array_like=True):
     choice: int
     token_ids: tuple[TokenId, ...]
     last: bool
+    spell: tuple[TokenId, ...] = ()
 
 
 class Tokens(_Message, frozen=True, kw_only=True):
@@ -122,6 +124,7 @@ class AnswerText(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     stopped: bool
     last: bool
+    spelled: tuple[Spelling | None, ...] = ()
 
 
 class Texts(_Message, frozen=True, kw_only=True):

@@ -83,7 +83,9 @@ class TextOrders:
         """Return the order to turn the tokens of a step into text."""
         step = Tokens(
             answers=tuple(
-                AnswerTokens(action.key[2], action.choice, action.token_ids, action.last)
+                AnswerTokens(
+                    action.key[2], action.choice, action.token_ids, action.last, action.spell
+                )
                 for action in actions
             )
         )
@@ -169,6 +171,7 @@ class TextOrders:
                 piece.num_tokens,
                 piece.stopped,
                 piece.last,
+                piece.spelled,
             )
             for piece in answer.pieces
             if piece.request in self._requests
