@@ -220,6 +220,15 @@ def test_a_plan_that_cannot_be_bettered_stays() -> None:
     assert parts.event_log.texts[-1].startswith("layers stay as they are: ")
 
 
+def test_a_worker_that_no_plan_fits_is_told_why() -> None:
+    parts = serving(strategy="even")
+    parts.join("tiny", 1)
+    actions = answered(parts, question_of(parts.replanning.plan_anew()))
+    assert layers(parts) == ["a 1-3, b 4-6"]
+    assert list(notices(actions)) == ["tiny"]
+    assert notices(actions)["tiny"].startswith("no layers: Worker tiny would hold layers ")
+
+
 def test_another_pipeline_that_does_not_fit_is_not_mentioned() -> None:
     parts = serving(c=100)
     before = parts.event_log.texts

@@ -233,6 +233,30 @@ def test_a_long_piece_of_text_comes_in_messages_that_a_client_can_read(text: str
     assert isinstance(finished.message, Finished)
 
 
+STRANGE = 10**6
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(eos_token_id=(3, STRANGE)),
+        SamplingParams(suppress_tokens=(STRANGE,)),
+        SamplingParams(bad_words_ids=((1,), (2, STRANGE))),
+        SamplingParams(logit_bias={STRANGE: 1.0}),
+    ],
+)
+def test_a_parameter_that_names_no_token_of_the_model_is_refused(params: SamplingParams) -> None:
+    bench = Bench()
+    spec, frame = frame_of_token_ids(PROMPT)
+    message = Generate(request_id="other", prompt="token_ids", params=params, tensors=(spec,))
+    (tokenize,) = bench.book.submit(CLIENT, message, (frame,), now=0.0)
+    assert isinstance(tokenize, Tokenize)
+    refused, _ = bench.book.tokenized(Tokenized(tokenize.key, list(PROMPT)))
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, RequestFailed)
+    assert refused.message.message.startswith(f"Token id {STRANGE} is not in the model's")
+
+
 def test_log_probabilities_are_freed_when_they_are_sent() -> None:
     """Of 64 answers with 20 for each token they would take hundreds of megabytes."""
     bench = Bench()

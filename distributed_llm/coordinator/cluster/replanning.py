@@ -216,7 +216,8 @@ class Replanning:
             case Need.ANOTHER:
                 return []
             case Need.ANEW if pipelines.all:
-                return [log.note(EventKind.PLAN_KEPT, why=why)]
+                note = log.note(EventKind.PLAN_KEPT, why=why)
+                return [note, *self._tell_idle(f"no layers: {why}")]
             case Need.ANEW:
                 return self._wait(why)
             case Need.RECOVERY:

@@ -41,7 +41,7 @@ from distributed_llm.coordinator.events import (
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import FairQueue
-from distributed_llm.coordinator.requests.parameters import resolve, wrong_prompt
+from distributed_llm.coordinator.requests.parameters import named_tokens, resolve, wrong_prompt
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
 from distributed_llm.coordinator.serving.chunks import messages_of
@@ -162,7 +162,7 @@ class RequestBook:
         if request is None:
             return []
         vocab = self._defaults.vocab_size
-        used = (*event.token_ids, *request.params.logit_bias)
+        used = (*event.token_ids, *named_tokens(request.params))
         if used and not 0 <= min(used) <= max(used) < vocab:  # fast, for a prompt may be long
             strange = next(token for token in used if not 0 <= token < vocab)
             error = InvalidRequest(
