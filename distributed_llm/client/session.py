@@ -39,6 +39,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer
+from distributed_llm.common.wording import no_coordinator_text
 
 _Reply = TokenChunk | Finished
 
@@ -73,7 +74,7 @@ class Session:
             address,
             self._on_message,
             lambda: self._dealer.send(codec.encode(ClientHello())),
-            lambda: self._lose("closed the connection"),
+            lambda: self._lose("is gone, or stands still"),
         )
 
     @classmethod
@@ -100,11 +101,7 @@ class Session:
                 welcome = await session._welcome
         except TimeoutError:
             session.close()
-            why = (
-                "something listens there, but it is no coordinator"
-                if session._dealer.reached
-                else "nothing listens there"
-            )
+            why = no_coordinator_text(session._dealer.reached)
             raise CoordinatorUnreachable(
                 f"No coordinator at {address} after {timeout_s:g} s: {why}. Check the address and "
                 "port, and that `dllm coordinator` runs there with a --bind that this machine can "

@@ -49,7 +49,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.wording import layers_text
+from distributed_llm.common.wording import layers_text, no_coordinator_text
 from distributed_llm.worker.session.events import (
     Action,
     Computed,
@@ -472,11 +472,7 @@ class Agent:
         return [Log(text, "warning")] if admitted else []
 
     def _unreachable(self, reached: bool) -> CoordinatorUnreachable:
-        why = (
-            "something listens there, but it is no coordinator"
-            if reached
-            else "nothing listens there"
-        )
+        why = no_coordinator_text(reached)
         return CoordinatorUnreachable(
             f"No coordinator at {self._address} after {self._connect_timeout_s:g} s: {why}. Check "
             "the address and port, that `dllm coordinator` runs there with a --bind that other "
