@@ -73,7 +73,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class TokenizeFailed:
+class TextFailed:
     """Event: a prompt could not be turned into token ids, or an answer into text."""
 
     key: RequestKey
@@ -105,15 +105,15 @@ class Detokenized:
 class Question(Protocol):
     """Planning that takes milliseconds, done in another thread on values that nobody changes."""
 
-    def answer(self) -> object:
-        """Compute and return the answer; may be called from any thread."""
+    def reply(self) -> object:
+        """Compute and return the reply; may be called from any thread."""
 
 
 @dataclass(frozen=True)
 class Studied:
     """Event: the question of a `Study` was answered."""
 
-    answer: object
+    reply: object
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ Event = (
     | Unreachable
     | Stalled
     | Tokenized
-    | TokenizeFailed
+    | TextFailed
     | Detokenized
     | Studied
     | StudyFailed

@@ -205,7 +205,7 @@ class Coordinator:
 
     def _study(self, study: Study) -> None:
         try:
-            self._tell(Studied(study.question.answer()))
+            self._tell(Studied(study.question.reply()))
         except Exception as exc:
             logger.exception("planning failed")
             self._tell(StudyFailed(study.question, repr(exc)))

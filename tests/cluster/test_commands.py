@@ -437,9 +437,9 @@ def test_ctrl_c_ends_every_verb_cleanly(checkpoint: Path) -> None:
             *("generate", "Hi", "--coordinator", address, "--max-new-tokens", "200"),
             *("--ignore-eos", "--temperature", "0"),
         )
-        eventually(lambda: client.status().requests_running == 1)
+        eventually(lambda: client.status().answers_running == 1)
         assert interrupt(writer) == (130, "")
-        eventually(lambda: client.status().requests_running == 0)
+        eventually(lambda: client.status().answers_running == 0)
         for process in (worker, coordinator):
             code, said = interrupt(process)
             assert code == 130

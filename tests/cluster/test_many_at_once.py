@@ -106,7 +106,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_memory(roomy: Distribu
     with pytest.raises(DeadlineExceeded, match="timeout_s"):
         roomy.generate(prompt(20, 16), max_new_tokens=200, timeout_s=0.3, **OPEN_END)
     eventually(lambda: roomy.status().kv_tokens_used == 0)
-    assert roomy.status().requests_running == 0
+    assert roomy.status().answers_running == 0
 
 
 def test_small_memory_is_shared_by_giving_way(checkpoint: Path) -> None:

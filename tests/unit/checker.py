@@ -168,7 +168,7 @@ class Checker:
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""
         status = self._core.status(now=0.0)
-        assert (status.requests_running, status.requests_waiting) == (0, 0)
+        assert (status.answers_running, status.answers_waiting) == (0, 0)
         duplicates = status.rejected.get("duplicate_request", 0)
         assert (
             status.requests_finished + status.requests_cancelled + status.requests_failed

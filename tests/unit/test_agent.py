@@ -14,11 +14,11 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.messages import (
     NOT_SERVED,
-    CancelStage,
     Capabilities,
     CopyKV,
     DropStage,
     Goodbye,
+    HandOver,
     KVEnd,
     KVFailed,
     Leaving,
@@ -42,11 +42,11 @@ from distributed_llm.common.messages import (
     StageFailed,
     StageReady,
     StageTime,
-    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
     ToWorker,
+    UndoMove,
     Welcome,
     WorkerHello,
     tag_of,
@@ -372,9 +372,9 @@ def test_garbage_is_logged_and_another_version_is_the_end() -> None:
         (Task, TaskFailed),
         (LoadStage, StageFailed),
         (CopyKV, KVFailed),
-        (TakeOver, KVFailed),
+        (HandOver, KVFailed),
         (DropStage, NotUnderstood),
-        (CancelStage, NotUnderstood),
+        (UndoMove, NotUnderstood),
         (ReleaseSequences, NotUnderstood),
         (MayLeave, NotUnderstood),
     ],
@@ -506,7 +506,7 @@ def test_layers_that_are_loaded_beside_are_layers() -> None:
     agent = joined()
     hear(agent, msgspec.structs.replace(order(1), beside=True))
     assert probes(agent, until=34.5) == []
-    hear(agent, CancelStage(epoch=Epoch(1)), 34.5)
+    hear(agent, UndoMove(epoch=Epoch(1)), 34.5)
     assert probes(agent, until=36.0) == [34.5]
 
 

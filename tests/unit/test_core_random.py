@@ -17,10 +17,11 @@ from hypothesis.stateful import (
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
     DrainWorker,
     DropStage,
+    HandedOver,
+    HandOver,
     Heartbeat,
     KVCopied,
     KVEnd,
@@ -35,11 +36,10 @@ from distributed_llm.common.messages import (
     Renamed,
     StageFailed,
     StageReady,
-    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
-    TookOver,
+    UndoMove,
     Welcome,
     WorkerHello,
 )
@@ -67,9 +67,9 @@ _FAULTY: list[type[Message]] = [
     KVEnd,
     KVTaken,
     KVCopied,
-    TakeOver,
-    TookOver,
-    CancelStage,
+    HandOver,
+    HandedOver,
+    UndoMove,
     DropStage,
     LoadStage,
     StageReady,
@@ -453,8 +453,8 @@ class BusyCluster(MovingCluster):
         Task,
         TaskResult,
         TaskFailed,
-        TakeOver,
-        CancelStage,
+        HandOver,
+        UndoMove,
         DropStage,
     ]
     memories = (3000, 3000, 3000)

@@ -53,6 +53,7 @@ from distributed_llm.common.messages.from_client import (
 from distributed_llm.common.messages.from_worker import (
     NOT_SERVED,
     Goodbye,
+    HandedOver,
     Heartbeat,
     KVCopied,
     KVFailed,
@@ -66,7 +67,6 @@ from distributed_llm.common.messages.from_worker import (
     StageTrial,
     TaskFailed,
     TaskResult,
-    TookOver,
     WorkerHello,
 )
 from distributed_llm.common.messages.to_anybody import (
@@ -93,9 +93,9 @@ from distributed_llm.common.messages.to_client import (
 from distributed_llm.common.messages.to_worker import (
     MAX_RELEASED,
     MAX_SLICES,
-    CancelStage,
     CopyKV,
     DropStage,
+    HandOver,
     KVTransfer,
     LoadStage,
     MayLeave,
@@ -107,8 +107,8 @@ from distributed_llm.common.messages.to_worker import (
     SequenceIds,
     SequenceSlice,
     SharedPrefix,
-    TakeOver,
     Task,
+    UndoMove,
     Welcome,
 )
 
@@ -128,7 +128,6 @@ __all__ = [
     "AnyMessage",
     "Bandwidth",
     "Cancel",
-    "CancelStage",
     "Capabilities",
     "Chat",
     "ChatMessage",
@@ -147,6 +146,8 @@ __all__ = [
     "Generate",
     "GetStatus",
     "Goodbye",
+    "HandOver",
+    "HandedOver",
     "Heartbeat",
     "KVCopied",
     "KVEnd",
@@ -191,7 +192,6 @@ __all__ = [
     "StageTiming",
     "StageTrial",
     "StatusReport",
-    "TakeOver",
     "Task",
     "TaskFailed",
     "TaskResult",
@@ -205,8 +205,8 @@ __all__ = [
     "ToWorker",
     "TokenChunk",
     "TokenLogprobs",
-    "TookOver",
     "ToolCall",
+    "UndoMove",
     "Usage",
     "Value",
     "Welcome",
@@ -227,7 +227,7 @@ WorkerReport = (
     | LinkReport
     | Remeasured
     | KVCopied
-    | TookOver
+    | HandedOver
     | KVFailed
     | Leaving
 )
@@ -244,8 +244,8 @@ ToWorker = (
     | Renamed
     | LoadStage
     | CopyKV
-    | TakeOver
-    | CancelStage
+    | HandOver
+    | UndoMove
     | DropStage
     | Task
     | ReleaseSequences

@@ -220,8 +220,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         preemptions: how often a running answer gave up its KV cache to an older one.
         moves: how often layers have moved between workers while the model was served.
         move_stall_s: how long answers stood still in the latest move; 0 if none ran meanwhile.
-        requests_running: answers that run on a pipeline.
-        requests_waiting: answers that wait for one.
+        answers_running: answers that run on a pipeline.
+        answers_waiting: answers that wait for one.
         requests_finished: requests that were answered completely.
         requests_cancelled: requests that their clients cancelled, or whose clients are gone.
         requests_failed: requests that ended with an error, refused ones included.
@@ -242,8 +242,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     preemptions: Count
     moves: Count
     move_stall_s: Seconds
-    requests_running: Count
-    requests_waiting: Count
+    answers_running: Count
+    answers_waiting: Count
     requests_finished: Count
     requests_cancelled: Count
     requests_failed: Count

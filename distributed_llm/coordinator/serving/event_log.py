@@ -98,7 +98,7 @@ class EventKind(Enum):
     )
     DRAIN_REQUESTED = "info", "a client wants worker {worker} to leave"
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
-    HANDOVER_IMPOSSIBLE = "warning", "worker {worker} cannot hand its layers over: {why}"
+    NOBODY_TAKES_LAYERS = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
     STALLED = (
         "warning",

@@ -28,11 +28,11 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Addresses,
-    CancelStage,
     Capabilities,
     CopyKV,
     DropStage,
     Goodbye,
+    HandOver,
     Leaving,
     LoadStage,
     MayLeave,
@@ -41,9 +41,9 @@ from distributed_llm.common.messages import (
     Refused,
     ReleaseSequences,
     Renamed,
-    TakeOver,
     Task,
     ToWorker,
+    UndoMove,
     Welcome,
     WorkerHello,
 )
@@ -374,10 +374,10 @@ class Agent:
                 return self._stages.load(message, now)
             case CopyKV():
                 return self._stages.copy_kv(message, now)
-            case TakeOver():
+            case HandOver():
                 return self._stages.hand_over(message, now)
-            case CancelStage(epoch=epoch):
-                return self._stages.cancel(epoch)
+            case UndoMove(epoch=epoch):
+                return self._stages.undo_move(epoch)
             case DropStage(epoch=epoch):
                 return self._stages.drop(epoch)
             case ReleaseSequences():

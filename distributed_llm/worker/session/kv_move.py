@@ -15,13 +15,13 @@ from typing import assert_never
 
 from distributed_llm.common.messages import (
     CopyKV,
+    HandedOver,
     KVCopied,
     KVEnd,
     KVFailed,
     KVPieces,
     KVTaken,
     PeerProbed,
-    TookOver,
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
@@ -332,7 +332,7 @@ class KVMove:
     def _assembled(self) -> list[Action]:
         self._change(_C.ASSEMBLED)
         return [
-            Send(TookOver(epoch=self.epoch)),
+            Send(HandedOver(epoch=self.epoch)),
             Log(f"the KV cache of its layers has arrived (plan {self.epoch})"),
         ]
 

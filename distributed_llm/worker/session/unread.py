@@ -3,11 +3,11 @@
 from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     CopyKV,
+    HandOver,
     KVFailed,
     LoadStage,
     NotUnderstood,
     StageFailed,
-    TakeOver,
     Task,
     TaskFailed,
     tag_of,
@@ -27,6 +27,6 @@ def not_done(error: RemoteProtocolError) -> TaskFailed | StageFailed | KVFailed 
             return TaskFailed(epoch=epoch, step=outline.step, code=code, message=why)
         if outline.type == tag_of(LoadStage):
             return StageFailed(epoch=epoch, code=code, message=why)
-        if outline.type in (tag_of(CopyKV), tag_of(TakeOver)):
+        if outline.type in (tag_of(CopyKV), tag_of(HandOver)):
             return KVFailed(epoch=epoch, worker="", code=code, message=why)
     return NotUnderstood(what=outline.type, why=str(error)[:4096])
