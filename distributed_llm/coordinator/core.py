@@ -69,7 +69,6 @@ from distributed_llm.coordinator.events import (
     Event,
     Garbage,
     Log,
-    Question,
     Received,
     Send,
     Stalled,
@@ -241,7 +240,7 @@ class Core:
             case Studied():
                 return self._studied(event.reply, now)
             case StudyFailed():
-                return self._study_failed(event.question, event.error, now)
+                return self._study_failed(event, now)
             case Tokenized():
                 return self._book.tokenized(event)
             case TextFailed():
@@ -387,17 +386,18 @@ class Core:
             case _:
                 raise TypeError(f"no question has the reply {reply!r}")
 
-    def _study_failed(self, question: Question, error: str, now: float) -> list[Action]:
-        log = Log(f"making plans failed: {error}", "error")
-        match question:
+    def _study_failed(self, event: StudyFailed, now: float) -> list[Action]:
+        log = Log(f"making a plan failed: {event.trace}", "error", "failed plans")
+        match event.question:
             case PlanSearch():
                 self._rebalancing.search_failed()
                 return [log]
-            case PlanQuestion():
-                failure = DistributedLLMError(f"Making a plan failed: {error}. Please report it.")
-                return [log, *self._studied(PlanReply(question, error=failure), now)]
+            case PlanQuestion() as question:
+                why = f"Making a plan failed: {event.error}. Please report it."
+                reply = PlanReply(question, error=DistributedLLMError(why))
+                return [log, *self._studied(reply, now)]
             case _:
-                raise TypeError(f"{question!r} was never asked")
+                raise TypeError(f"{event.question!r} was never asked")
 
     def _use_joined(self) -> list[Action]:
         """Plan with workers that joined; under strategy "speed", `Rebalancing` does if it can."""

@@ -118,10 +118,16 @@ class Studied:
 
 @dataclass(frozen=True)
 class StudyFailed:
-    """Event: answering the question of a `Study` raised an exception, which is a bug."""
+    """Event: answering the question of a `Study` raised an exception, which is a bug.
+
+    Attributes:
+        error: the exception, for those who wait for a plan.
+        trace: where it was raised, for the log.
+    """
 
     question: Question
     error: str
+    trace: str
 
 
 Event = (
