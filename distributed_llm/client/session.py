@@ -74,7 +74,7 @@ class Session:
             address,
             self._on_message,
             lambda: self._dealer.send(codec.encode(ClientHello())),
-            lambda: self._lose("is gone, or stands still"),
+            lambda: self._lose("cannot be reached any more"),
         )
 
     @classmethod
