@@ -75,6 +75,7 @@ def generate(
     stop: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="TEXT",
             help="End before this text; may be repeated.",
             show_default="none",
             rich_help_panel=_LENGTH,
