@@ -74,6 +74,7 @@ def test_a_command_that_nobody_runs_fails(command: str) -> None:
     "block",
     [
         Block("sh", "make demos\n"),
+        Block("sh", "make tests\n"),
         Block("sh", "setup_scripts/setup_linux.sh workers --coordinator pc:5555\n"),
         Block("sh", "setup_scripts/setup_linux.sh worker --coordinator pc:5555 --thread 4\n"),
         Block("powershell", "powershell -File setup_scripts\\setup_windows.ps1 demos\n"),
@@ -133,8 +134,12 @@ def run_command(command: list[str], folder: Path) -> None:
     if command[0] == "make":
         if shutil.which("make") is None:
             pytest.skip("there is no make here")
-        done = subprocess.run([*command, "-n"], cwd=ROOT, capture_output=True, text=True)
+        english = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(
+            [*command, "-n"], cwd=ROOT, env=english, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
+        assert "Nothing to be done" not in done.stdout, "a file or folder has this name"
     elif command[0].startswith("setup_scripts/"):
         if shutil.which("bash") is None:
             pytest.skip("there is no bash here")
