@@ -184,7 +184,7 @@ class VirtualCluster:
                     event = events.Tokenized(key, token_ids_of_frame(payload))
                     self.at(self.now + _TEXT_S, self.apply, event)
                 case events.Study():
-                    found = self.meter.call("Study", action.question.answer)
+                    found = self.meter.call("Study", action.question.reply)
                     self.at(self.now + _QUESTION_S, self.apply, events.Studied(found))
                 case events.Forget(key=key):
                     self._texts.pop(key, None)

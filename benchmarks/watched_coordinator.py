@@ -91,8 +91,8 @@ class WatchedCore(Core):
 
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Print what a search has found; go on as usual."""
-        if isinstance(event, Studied) and isinstance(event.answer, SearchResult):
-            print(msgspec.json.encode(searched(event.answer)).decode(), flush=True)
+        if isinstance(event, Studied) and isinstance(event.reply, SearchResult):
+            print(msgspec.json.encode(searched(event.reply)).decode(), flush=True)
         return super().handle(event, now=now)
 
 

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distributed_llm.client.answers import Chunk, Generation
+    from distributed_llm.client.answers import Chunk, Generation, LikelyToken, PickedToken
     from distributed_llm.client.client import AsyncDistributedClient, DistributedClient
     from distributed_llm.common.errors import (
         AddressInUse,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
         WorkerLost,
     )
-    from distributed_llm.common.messages import TokenLogprobs, Usage
+    from distributed_llm.common.messages import Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
 
@@ -52,22 +52,24 @@ __all__ = [
     "DistributedLLMError",
     "Generation",
     "InvalidRequest",
+    "LikelyToken",
     "LocalCluster",
     "NotEnoughMemory",
     "NotReady",
     "Overloaded",
+    "PickedToken",
     "ProtocolMismatch",
     "RequestCancelled",
     "SamplingParams",
     "StageError",
     "TextError",
-    "TokenLogprobs",
     "UnsupportedModel",
     "Usage",
     "WorkerLost",
 ]
 
 _HOMES = (
+    "client.answers",
     "client.client",
     "local_cluster",
     "common.errors",

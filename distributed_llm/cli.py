@@ -14,19 +14,26 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_llm import config_command
+from distributed_llm import config_command, generate_command
 from distributed_llm.common import streams
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import interruptible
+from distributed_llm.options import (
+    AsJson,
+    Config,
+    Coordinator,
+    Objective,
+    Strategy,
+    client_of,
+    settings_of,
+)
 
 if TYPE_CHECKING:
     from distributed_llm.common.model_files import TensorInfo
-    from distributed_llm.common.settings import Settings
 
 app = typer.Typer(
     name="dllm",
@@ -36,31 +43,6 @@ app = typer.Typer(
 )
 app.add_typer(config_command.app, name="config")
 
-Config = Annotated[
-    Path | None, typer.Option("--config", help="YAML file of settings; see `dllm config`.")
-]
-Coordinator = Annotated[
-    str | None,
-    typer.Option(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="Address to ask.",
-        show_default="127.0.0.1:5555",
-    ),
-]
-Strategy = Annotated[
-    str | None,
-    typer.Option(
-        help="How to share layers out: by speed or memory, even, or custom.", show_default="speed"
-    ),
-]
-Objective = Annotated[
-    str | None,
-    typer.Option(
-        help="What strategy speed makes best: auto, throughput or latency.", show_default="auto"
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 WithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
 
 
@@ -106,7 +88,7 @@ def coordinator(
     exit_with_parent: WithParent = False,
 ) -> None:
     """Serve a model: share its layers out to the workers that join, answer clients."""
-    settings = _settings(
+    settings = settings_of(
         config,
         {
             "coordinator.model": model,
@@ -160,7 +142,7 @@ def worker(
     exit_with_parent: WithParent = False,
 ) -> None:
     """Join a coordinator and serve layers with this machine."""
-    settings = _settings(
+    settings = settings_of(
         config,
         {
             "worker.coordinator": coordinator,
@@ -185,123 +167,16 @@ def worker(
     raise typer.Exit(asyncio.run(work(settings.worker)))
 
 
-@app.command()
-def generate(
-    prompt: Annotated[
-        str | None, typer.Argument(help="Text to go on from; nothing or - reads stdin.")
-    ] = None,
-    token_ids: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ID,ID,...", help="Token ids to go on from instead of text; prints token ids."
-        ),
-    ] = None,
-    coordinator: Coordinator = None,
-    config: Config = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens at most.", show_default="the model's, else 256")
-    ] = None,
-    min_new_tokens: Annotated[
-        int | None, typer.Option(help="Tokens at least.", show_default="the model's, else none")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy.", show_default="the model's, else 0")
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            help="Sample from the k likeliest tokens.", show_default="the model's, else all"
-        ),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Sample from this much probability.", show_default="the model's, else 1"),
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Drop tokens below this share of the best.", show_default="the model's, else 0"
-        ),
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None,
-        typer.Option(help="Above 1: repeat less; 1 is off.", show_default="the model's, else 1"),
-    ] = None,
-    presence_penalty: Annotated[
-        float | None,
-        typer.Option(
-            help="Subtracted from logits of tokens in the answer; 0 is off.", show_default="0"
-        ),
-    ] = None,
-    frequency_penalty: Annotated[
-        float | None,
-        typer.Option(help="The same, once per occurrence; 0 is off.", show_default="0"),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Same seed, same text.", show_default="drawn anew")
-    ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option(help="Go on after the end-of-sequence token.")
-    ] = False,
-    n: Annotated[
-        int | None, typer.Option("--n", "-n", help="Number of answers.", show_default="1")
-    ] = None,
-    timeout: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DURATION", help="Give up after this, such as 30s.", show_default="never"
-        ),
-    ] = None,
-    logprobs: Annotated[
-        int | None, typer.Option(help="With --json: log-probabilities of so many tokens per place.")
-    ] = None,
-    as_json: AsJson = False,
-    stats: Annotated[bool, typer.Option(help="Tell who ran what.")] = False,
-) -> None:
-    """Go on from a prompt and print the text as it comes."""
-    if logprobs is not None and not as_json:
-        raise typer.BadParameter(
-            "they are shown in JSON only; give --json too.", param_hint="--logprobs"
-        )
-    settings = _settings(config, {"client.coordinator": coordinator})
-    asked = _text_prompt(prompt) if token_ids is None else _ids_prompt(token_ids, prompt)
-    params = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "stop_strings": stop,
-        "ignore_eos": ignore_eos,
-        "n": n,
-        "timeout_s": _seconds(timeout, "--timeout"),
-        "logprobs": logprobs,
-    }
-    from distributed_llm import console
-
-    with interruptible(), _client(settings) as client:
-        console.print_answers(
-            client.stream(asked, **params),
-            n=n,
-            as_json=as_json,
-            stats=stats,
-            as_ids=token_ids is not None,
-        )
+app.command()(generate_command.generate)
 
 
 @app.command()
 def status(coordinator: Coordinator = None, config: Config = None, as_json: AsJson = False) -> None:
     """Show the workers, their layers, memory and speed."""
-    settings = _settings(config, {"client.coordinator": coordinator})
+    settings = settings_of(config, {"client.coordinator": coordinator})
     from distributed_llm import console
 
-    with _client(settings) as client:
+    with client_of(settings) as client:
         console.print_status(client.status(), as_json=as_json)
 
 
@@ -331,7 +206,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show who would get which layers and how fast that would be, without starting anything."""
-    settings = _settings(
+    settings = settings_of(
         config,
         {
             "coordinator.dtype": dtype,
@@ -363,10 +238,10 @@ def drain(
 
     Waits until it has left. Ctrl-C ends the waiting only.
     """
-    settings = _settings(config, {"client.coordinator": coordinator})
+    settings = settings_of(config, {"client.coordinator": coordinator})
     from distributed_llm import console
 
-    with _client(settings) as client:
+    with client_of(settings) as client:
         console.drain(client, name, as_json=as_json)
 
 
@@ -417,50 +292,6 @@ def _print_address(address: str) -> None:
         os.write(1, f"{address}\n".encode())
     except OSError as exc:
         logging.getLogger(__name__).warning("the address cannot be printed: %s", exc)
-
-
-def _settings(config: Path | None, overrides: dict[str, Any]) -> "Settings":
-    from distributed_llm.common.config import load_settings
-
-    return load_settings(config, environment=os.environ, overrides=overrides)
-
-
-def _client(settings: "Settings") -> Any:
-    from distributed_llm import DistributedClient
-
-    asked = settings.client
-    return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
-
-
-def _text_prompt(prompt: str | None) -> str:
-    """Return the prompt, or what stdin holds."""
-    if prompt not in (None, "-"):
-        return str(prompt)
-    if sys.stdin is not None and sys.stdin.isatty():
-        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
-        print(f"Type the prompt; {end} on a line of its own ends it.", file=sys.stderr)
-    return streams.read_prompt()
-
-
-def _ids_prompt(token_ids: str, prompt: str | None) -> list[int]:
-    """Return the token ids of "1, 5, 9"."""
-    if prompt is not None:
-        raise typer.BadParameter("give either a prompt or token ids.", param_hint="--token-ids")
-    try:
-        return [int(part) for part in token_ids.split(",")]
-    except ValueError as exc:
-        raise typer.BadParameter(
-            f"{token_ids!r:.60} are no token ids; write them as 1,5,9.", param_hint="--token-ids"
-        ) from exc
-
-
-def _seconds(duration: str | None, flag: str) -> float | None:
-    from distributed_llm.common.units import parse_duration
-
-    try:
-        return None if duration is None else parse_duration(duration)
-    except ValueError as exc:
-        raise typer.BadParameter(f"{duration!r} is {exc}.", param_hint=flag) from exc
 
 
 def _start_process(log_level: str, exit_with_parent: bool) -> None:

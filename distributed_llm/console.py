@@ -83,8 +83,7 @@ def print_answers(
     if len(generations) != (n or 1):
         raise DistributedLLMError("The answer ended before it was complete. Ask again.")
     if as_json:
-        documents = [_document(generation) for generation in generations]
-        print_json(documents[0] if n is None else documents)
+        print_json(generations[0] if n is None else generations)
     if stats:
         print_stats(generations)
     return generations
@@ -124,21 +123,6 @@ class _AnswerWriter:
         if self._ended[self._choice]:
             self.end_line()
         return self._ended[self._choice]
-
-
-def _document(generation: Generation) -> dict[str, Any]:
-    """Return an answer as JSON shows it, with every log-probability named."""
-    document: dict[str, Any] = msgspec.to_builtins(generation)
-    if generation.logprobs is not None:
-        document["logprobs"] = [
-            {
-                "token_id": token_id,
-                "logprob": one.logprob,
-                "top": [{"token_id": other, "logprob": logprob} for other, logprob in one.top],
-            }
-            for token_id, one in zip(generation.token_ids, generation.logprobs, strict=True)
-        ]
-    return document
 
 
 def print_stats(generations: Sequence[Generation]) -> None:

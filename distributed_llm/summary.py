@@ -59,7 +59,7 @@ def request_lines(status: ClusterStatus) -> list[str]:
         "failed": status.requests_failed,
     }
     line = (
-        f"answers: {status.requests_running:,} running, {status.requests_waiting:,} waiting; "
+        f"answers: {status.answers_running:,} running, {status.answers_waiting:,} waiting; "
         f"requests: {', '.join(f'{count:,} {what}' for what, count in ended.items())}; "
         f"{count_text(status.tokens_generated, 'token')} generated"
     )

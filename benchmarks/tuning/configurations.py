@@ -11,7 +11,7 @@ _DEFAULTS = CoordinatorSettings()
 
 @dataclass(frozen=True)
 class Configuration:
-    """Settings of a coordinator that are tried together, named as in `config/default.yaml`.
+    """Settings of a coordinator that are tried together, named as in the package's `default.yaml`.
 
     Attributes:
         layers: by worker, "1-8"; for strategy custom only.

@@ -8,12 +8,43 @@ from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     Finished,
     FinishReason,
+    Spelling,
     Timings,
     TokenChunk,
     TokenLogprobs,
     Usage,
 )
 from distributed_llm.common.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelyToken:
+    """A token that is likely at one position of an answer.
+
+    Attributes:
+        logprob: natural logarithm of its probability, by the model's logits before any sampling
+            parameter.
+        text: how it is written in the middle of a text, with U+FFFD for parts of characters; the
+            name of a special token; empty if the tokenizer does not know it or there is none.
+        bytes: its text in UTF-8, of which several tokens may make one character; None if the text
+            is a name, unknown, or longer than 256 bytes, which are shown then.
+    """
+
+    token_id: int
+    logprob: float
+    text: str
+    bytes: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickedToken(LikelyToken):
+    """A token of an answer, and what it was picked from.
+
+    Attributes:
+        top: the likeliest tokens in its place, likeliest first; as many as `logprobs` asks for.
+    """
+
+    top: tuple[LikelyToken, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +67,7 @@ class Generation:
     token_ids: list[int]
     finish_reason: FinishReason
     choice: int
-    logprobs: list[TokenLogprobs] | None
+    logprobs: list[PickedToken] | None
     usage: Usage
     timings: Timings
     request_id: str
@@ -61,7 +92,7 @@ class Chunk:
     text: str
     token_ids: list[int]
     choice: int = 0
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[PickedToken] | None = None
     finish_reason: FinishReason | None = None
     generation: Generation | None = None
 
@@ -85,15 +116,16 @@ class Answers:
             RemoteProtocolError: the piece does not continue its answer.
         """
         answer = self._continued(piece)
+        picked = list(map(_picked, piece.token_ids, piece.logprobs))
         answer.texts.append(piece.text)
         answer.token_ids += piece.token_ids
-        answer.logprobs += piece.logprobs
+        answer.logprobs += picked
         answer.finish_reason = piece.finish_reason
         return Chunk(
             text=piece.text,
             token_ids=list(piece.token_ids),
             choice=piece.choice,
-            logprobs=list(piece.logprobs) if self._with_logprobs else None,
+            logprobs=picked if self._with_logprobs else None,
             finish_reason=piece.finish_reason,
         )
 
@@ -141,8 +173,38 @@ class Answers:
 class _Answer:
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[PickedToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+
+def _picked(token_id: int, one: TokenLogprobs) -> PickedToken:
+    first, *others = one.spelled or (None,) * (1 + len(one.top))
+    if len(others) != len(one.top):
+        raise _bad(f"{len(one.spelled)} spellings where {1 + len(one.top)} tokens are")
+    text, raw = _read(first)
+    return PickedToken(
+        token_id=token_id,
+        logprob=one.logprob,
+        text=text,
+        bytes=raw,
+        top=tuple(
+            _likely(likely, logprob, spelling)
+            for (likely, logprob), spelling in zip(one.top, others, strict=True)
+        ),
+    )
+
+
+def _likely(token_id: int, logprob: float, spelling: Spelling | None) -> LikelyToken:
+    text, raw = _read(spelling)
+    return LikelyToken(token_id=token_id, logprob=logprob, text=text, bytes=raw)
+
+
+def _read(spelling: Spelling | None) -> tuple[str, tuple[int, ...] | None]:
+    """Return text and bytes of a token."""
+    if spelling is None:
+        return "", None
+    text = spelling.written.decode(errors="replace")
+    return text, tuple(spelling.written) if spelling.is_text else None
 
 
 def _bad(what: str) -> RemoteProtocolError:

@@ -39,6 +39,7 @@ from distributed_llm.common.messages import (
     WorkerDrained,
 )
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.wording import no_coordinator_text
 
 _Reply = TokenChunk | Finished
 
@@ -75,7 +76,7 @@ class Session:
             addresses,
             self._on_message,
             lambda: self._connection.send(codec.encode(ClientHello())),
-            lambda: self._lose("closed the connection"),
+            lambda: self._lose("cannot be reached any more"),
         )
 
     @classmethod
@@ -102,11 +103,7 @@ class Session:
                 welcome = await session._welcome
         except TimeoutError:
             session.close()
-            why = (
-                "something listens there, but it is no coordinator"
-                if session._connection.reached
-                else "nothing listens there"
-            )
+            why = no_coordinator_text(session._connection.reached)
             raise CoordinatorUnreachable(
                 f"No coordinator at {address} after {timeout_s:g} s: {why}. Check the address and "
                 "port, and that `dllm coordinator` runs there with a --bind that this machine can "

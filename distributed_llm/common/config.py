@@ -97,7 +97,7 @@ def read_settings(
 
 
 def setting_names() -> list[tuple[str, str]]:
-    """Return section and name of every setting, in the order of `config/default.yaml`."""
+    """Return section and name of every setting, in the order of `default.yaml`."""
     return [(section, name) for section, kind in SECTIONS.items() for name in kind.model_fields]
 
 

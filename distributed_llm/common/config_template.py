@@ -1,7 +1,7 @@
 """Write a file of settings: every setting with its description and default.
 
     python -m distributed_llm.common.config_template
-        prints config/default.yaml
+        prints what `default.yaml` in the package says
     python -m distributed_llm.common.config_template config/local.yaml --set worker.name=pc
         writes a file to edit, with the values that were set; all others are comments
 

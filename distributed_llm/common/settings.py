@@ -1,6 +1,6 @@
 """All settings: name, type, limits, default and description of each.
 
-`config.load_settings` reads them; `config/default.yaml` is generated from this module. Everything
+`config.load_settings` reads them; `default.yaml` in the package is made of this module. Everything
 that has settings, the coordinator's core included, reads these types: they are frozen, and checked
 when they are made.
 """

@@ -56,6 +56,20 @@ def duration_text(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < _MINUTES_FROM_S else f"{minutes / 60:.0f} h"
 
 
+def no_coordinator_text(reached: bool) -> str:
+    """Return why no coordinator was found at an address.
+
+    Args:
+        reached: whether a connection to it was opened.
+    """
+    if not reached:
+        return "nothing listens there"
+    return (
+        "something listens there that does not answer; it is another program, or a coordinator "
+        "that stands still"
+    )
+
+
 def rate_text(tokens_per_s: float) -> str:
     """Return a speed with as many digits as matter: "0.05 tokens/s", "3.7 tokens/s"."""
     return f"{_rate_number(tokens_per_s)} tokens/s"

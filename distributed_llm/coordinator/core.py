@@ -25,7 +25,6 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Cancel,
-    CancelStage,
     ClientHello,
     ClientRequest,
     ClusterStatus,
@@ -33,6 +32,7 @@ from distributed_llm.common.messages import (
     Generate,
     GetStatus,
     Goodbye,
+    HandedOver,
     Heartbeat,
     KVCopied,
     KVFailed,
@@ -47,7 +47,7 @@ from distributed_llm.common.messages import (
     StatusReport,
     TaskFailed,
     TaskResult,
-    TookOver,
+    UndoMove,
     WorkerHello,
     WorkerReport,
     WorkerStatus,
@@ -69,19 +69,18 @@ from distributed_llm.coordinator.events import (
     Event,
     Garbage,
     Log,
-    Question,
     Received,
     Send,
     Stalled,
     Studied,
     StudyFailed,
+    TextFailed,
     Tokenized,
-    TokenizeFailed,
     Unreachable,
 )
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.admission import Admission
@@ -189,8 +188,8 @@ class Core:
             preemptions=totals.preemptions,
             moves=self._moves.num_moves,
             move_stall_s=self._moves.stall_s,
-            requests_running=self._book.num_running,
-            requests_waiting=self._book.num_waiting,
+            answers_running=self._book.num_running,
+            answers_waiting=self._book.num_waiting,
             requests_finished=totals.finished,
             requests_cancelled=totals.cancelled,
             requests_failed=totals.failed,
@@ -239,12 +238,12 @@ class Core:
             case Stalled(stall_s=stall_s):
                 return self._membership.stalled(stall_s, now=now)
             case Studied():
-                return self._studied(event.answer, now)
+                return self._studied(event.reply, now)
             case StudyFailed():
-                return self._study_failed(event.question, event.error, now)
+                return self._study_failed(event, now)
             case Tokenized():
                 return self._book.tokenized(event)
-            case TokenizeFailed():
+            case TextFailed():
                 return self._book.fail(event.key, event.error)
             case Detokenized():
                 return self._book.detokenized(event, now=now)
@@ -324,8 +323,8 @@ class Core:
                 return self._membership.remeasured(worker, message)
             case KVCopied():
                 return [*self._moves.copied(worker, message, now=now)]
-            case TookOver():
-                self._moves.took_over(worker, message)
+            case HandedOver():
+                self._moves.handed_over(worker, message)
                 return []
             case KVFailed():
                 return self._moves.kv_failed(worker, message, now=now)
@@ -373,31 +372,32 @@ class Core:
             return [*self._moves.stage_ready(worker, ready, now=now)]
         return self._pipelines.stage_ready(worker, ready)
 
-    # -------------------------------------------------------------- answers to questions
+    # -------------------------------------------------------------- replies to questions
 
-    def _studied(self, answer: object, now: float) -> list[Action]:
-        match answer:
+    def _studied(self, reply: object, now: float) -> list[Action]:
+        match reply:
             case SearchResult():
-                return self._rebalancing.search_done(answer, now=now)
-            case PlanAnswer(question=PlanQuestion(leaving=None)):
+                return self._rebalancing.search_done(reply, now=now)
+            case PlanReply(question=PlanQuestion(leaving=None)):
                 moving = self._moves.move is not None
-                return self._replanning.answered(answer, moving=moving)
-            case PlanAnswer():
-                return self._departures.planned(answer, now=now)
+                return self._replanning.replied(reply, moving=moving)
+            case PlanReply():
+                return self._departures.planned(reply, now=now)
             case _:
-                raise TypeError(f"no question has the answer {answer!r}")
+                raise TypeError(f"no question has the reply {reply!r}")
 
-    def _study_failed(self, question: Question, error: str, now: float) -> list[Action]:
-        log = Log(f"making plans failed: {error}", "error")
-        match question:
+    def _study_failed(self, event: StudyFailed, now: float) -> list[Action]:
+        log = Log(f"making a plan failed: {event.trace}", "error", "failed plans")
+        match event.question:
             case PlanSearch():
                 self._rebalancing.search_failed()
                 return [log]
-            case PlanQuestion():
-                failure = DistributedLLMError(f"Making a plan failed: {error}. Please report it.")
-                return [log, *self._studied(PlanAnswer(question, error=failure), now)]
+            case PlanQuestion() as question:
+                why = f"Making a plan failed: {event.error}. Please report it."
+                reply = PlanReply(question, error=DistributedLLMError(why))
+                return [log, *self._studied(reply, now)]
             case _:
-                raise TypeError(f"{question!r} was never asked")
+                raise TypeError(f"{event.question!r} was never asked")
 
     def _use_joined(self) -> list[Action]:
         """Plan with workers that joined; under strategy "speed", `Rebalancing` does if it can."""
@@ -458,7 +458,7 @@ class Core:
             room.validate()
         idle = [
             pipeline.scheduler.kv_tokens
-            for pipeline in self._pipelines.serving
+            for pipeline in self._pipelines.loaded
             if pipeline.scheduler and pipeline.state is PipelineState.SERVING
             if pipeline.in_flight and not pipeline.in_flight.num_steps
         ]
@@ -468,4 +468,4 @@ class Core:
 
 def _must_precede_tasks(action: Action) -> bool:
     """Return whether a worker drops new tasks until it has got the message of this action."""
-    return isinstance(action, Send) and isinstance(action.message, CancelStage)
+    return isinstance(action, Send) and isinstance(action.message, UndoMove)

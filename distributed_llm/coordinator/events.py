@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.messages import RequestId, ToClient, ToCoordinator, ToWorker
+from distributed_llm.common.messages import RequestId, Spelling, ToClient, ToCoordinator, ToWorker
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
 
@@ -73,7 +73,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True)
-class TokenizeFailed:
+class TextFailed:
     """Event: a prompt could not be turned into token ids, or an answer into text."""
 
     key: RequestKey
@@ -89,6 +89,8 @@ class Detokenized:
         num_tokens: tokens of the answer that its text so far is made of.
         stopped: whether a stop string ended the text.
         last: whether the answer has no further tokens.
+        spelled: how the tokens of `Detokenize.spell` are written, None for one that the tokenizer
+            does not know; empty if there is none.
     """
 
     key: RequestKey
@@ -97,28 +99,35 @@ class Detokenized:
     num_tokens: int
     stopped: bool
     last: bool
+    spelled: tuple[Spelling | None, ...] = ()
 
 
 class Question(Protocol):
     """Planning that takes milliseconds, done in another thread on values that nobody changes."""
 
-    def answer(self) -> object:
-        """Compute and return the answer; may be called from any thread."""
+    def reply(self) -> object:
+        """Compute and return the reply; may be called from any thread."""
 
 
 @dataclass(frozen=True)
 class Studied:
     """Event: the question of a `Study` was answered."""
 
-    answer: object
+    reply: object
 
 
 @dataclass(frozen=True)
 class StudyFailed:
-    """Event: answering the question of a `Study` raised an exception, which is a bug."""
+    """Event: answering the question of a `Study` raised an exception, which is a bug.
+
+    Attributes:
+        error: the exception, for those who wait for a plan.
+        trace: where it was raised, for the log.
+    """
 
     question: Question
     error: str
+    trace: str
 
 
 Event = (
@@ -128,7 +137,7 @@ Event = (
     | Unreachable
     | Stalled
     | Tokenized
-    | TokenizeFailed
+    | TextFailed
     | Detokenized
     | Studied
     | StudyFailed
@@ -167,12 +176,14 @@ class Detokenize:
     Attributes:
         choice: index of the answer among those of its request.
         last: whether these are its last tokens.
+        spell: tokens to tell the spelling of besides, each by itself.
     """
 
     key: RequestKey
     choice: int
     token_ids: tuple[int, ...]
     last: bool
+    spell: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

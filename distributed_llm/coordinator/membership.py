@@ -2,7 +2,6 @@
 
 from distributed_llm.common.errors import DistributedLLMError, NotReady, StageError
 from distributed_llm.common.messages import (
-    CancelStage,
     ClientWelcome,
     DropStage,
     Heartbeat,
@@ -13,6 +12,7 @@ from distributed_llm.common.messages import (
     Remeasured,
     Renamed,
     StageFailed,
+    UndoMove,
     Welcome,
     WorkerHello,
     tag_of,
@@ -31,7 +31,7 @@ from distributed_llm.coordinator.serving.retries import steps_lost
 _NOTABLE_STALL_S = 1.0
 """Time for which the coordinator stood still that is worth a line in the log, seconds."""
 
-_MUST_BE_READ = frozenset({tag_of(CancelStage), tag_of(DropStage), tag_of(MayLeave)})
+_MUST_BE_READ = frozenset({tag_of(UndoMove), tag_of(DropStage), tag_of(MayLeave)})
 """Messages without which a worker does what nobody wants; others are repeated or missed."""
 
 

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import secrets
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,10 +206,9 @@ class Coordinator:
 
     def _study(self, study: Study) -> None:
         try:
-            self._tell(Studied(study.question.answer()))
+            self._tell(Studied(study.question.reply()))
         except Exception as exc:
-            logger.exception("planning failed")
-            self._tell(StudyFailed(study.question, repr(exc)))
+            self._tell(StudyFailed(study.question, repr(exc), traceback.format_exc()))
 
     def _tell(self, *events: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear

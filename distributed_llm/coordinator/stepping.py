@@ -118,15 +118,15 @@ class Stepping:
         if self._leases_at is None or self._leases_at > now:
             return []
         actions: list[Action] = []
-        for pipeline in self._pipelines.serving:
+        for pipeline in self._pipelines.loaded:
             if pipeline.in_flight is None:
                 continue  # it lost a worker that was given up in this loop
-            due = pipeline.in_flight.expired(now=now)
+            due = pipeline.in_flight.expire(now=now)
             if due is not None:
                 actions += self._lost(pipeline, due, now)
         leases = (
             pipeline.in_flight.next_deadline()
-            for pipeline in self._pipelines.serving
+            for pipeline in self._pipelines.loaded
             if pipeline.in_flight
         )
         self._leases_at = min((at for at in leases if at is not None), default=None)

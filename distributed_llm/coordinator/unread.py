@@ -2,13 +2,13 @@
 
 from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
+    HandedOver,
     KVCopied,
     KVFailed,
     StageFailed,
     StageReady,
     TaskFailed,
     TaskResult,
-    TookOver,
     tag_of,
 )
 
@@ -27,6 +27,6 @@ def failure_of(error: RemoteProtocolError) -> TaskFailed | StageFailed | KVFaile
         return TaskFailed(epoch=epoch, step=outline.step, code=code, message=why)
     if outline.type in (tag_of(StageReady), tag_of(StageFailed)):
         return StageFailed(epoch=epoch, code=code, message=why)
-    if outline.type in (tag_of(KVCopied), tag_of(TookOver), tag_of(KVFailed)):
+    if outline.type in (tag_of(KVCopied), tag_of(HandedOver), tag_of(KVFailed)):
         return KVFailed(epoch=epoch, worker="", code=code, message=why)
     return None

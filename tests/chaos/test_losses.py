@@ -230,5 +230,5 @@ def test_more_requests_than_the_queue_holds_are_refused_and_the_rest_answered(
         answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if isinstance(a, list)]
         assert answered
         assert all(ids == reference_ids(checkpoint, prompt, 20) for prompt, ids in answered)
-        eventually(lambda: client.status().requests_running == 0)
+        eventually(lambda: client.status().answers_running == 0)
         assert client.status().kv_tokens_used == 0

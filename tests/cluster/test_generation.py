@@ -175,7 +175,7 @@ def test_closing_a_stream_frees_its_memory_everywhere(slow_cluster: LocalCluster
         next(stream)
         eventually(lambda: all(worker.kv_bytes > 0 for worker in client.status().workers))
         stream.close()  # type: ignore[attr-defined]
-        eventually(lambda: client.status().requests_running == 0, limit_s=5)
+        eventually(lambda: client.status().answers_running == 0, limit_s=5)
         eventually(lambda: all(worker.kv_bytes == 0 for worker in client.status().workers))
 
 
@@ -184,11 +184,11 @@ def test_a_client_that_vanishes_takes_its_requests_along(slow_cluster: LocalClus
         other = DistributedClient(slow_cluster.address)
         stream = other.stream(PROMPT, max_new_tokens=200, **OPEN_END)
         next(stream)
-        assert client.status().requests_running == 1
+        assert client.status().answers_running == 1
         other.close()
         with pytest.raises(CoordinatorLost, match="closed"):
             next(stream)
-        eventually(lambda: client.status().requests_running == 0, limit_s=5)
+        eventually(lambda: client.status().answers_running == 0, limit_s=5)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_a_bad_request_is_refused_with_its_reason(
 def test_one_bad_prompt_of_a_list_fails_the_list(client: DistributedClient) -> None:
     with pytest.raises(InvalidRequest, match="vocabulary"):
         client.generate([PROMPT, [10**6]], max_new_tokens=5)
-    eventually(lambda: client.status().requests_running == 0)
+    eventually(lambda: client.status().answers_running == 0)
 
 
 def test_what_exceeds_the_context_is_refused_with_both_numbers(client: DistributedClient) -> None:

@@ -51,7 +51,7 @@ with (
     DistributedClient(cluster.address) as client,
 ):
     def tell():
-        while not client.status().requests_running:
+        while not client.status().answers_running:
             pass
         print("running", flush=True)
     for ask in (client.generate, lambda *prompt, **asked: list(client.stream(*prompt, **asked))):
@@ -60,7 +60,7 @@ with (
             ask("Hi", **asked)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
-        while client.status().requests_running:
+        while client.status().answers_running:
             pass
     print(len(client.generate("Hi", max_new_tokens=3, ignore_eos=True, details=True).token_ids))
     codes = [process.exit_code for process in (cluster.coordinator, *cluster.workers)]

@@ -239,7 +239,7 @@ def worker_of(status: ClusterStatus, name: str) -> WorkerStatus:
 def is_idle(client: DistributedClient) -> bool:
     """Return whether nothing is asked, and no KV cache in use, on any worker."""
     status = client.status()
-    return status.requests_running == status.requests_waiting == status.kv_tokens_used == 0
+    return status.answers_running == status.answers_waiting == status.kv_tokens_used == 0
 
 
 def holds_only_prefixes(status: ClusterStatus) -> bool:
@@ -412,10 +412,10 @@ def test_a_worker_that_leaves_moves_all_kinds_of_answers(crew: Crew) -> None:
     with ThreadPoolExecutor(len(KINDS)) as pool, crew.answers() as answers:
         while_moving = {kind: pool.submit(ask, crew.client) for kind, ask in KINDS.items()}
         asked = len(PROMPTS) + len(KINDS)
-        eventually(lambda: crew.client.status().requests_running >= asked, limit_s=LIMIT_S)
-        running = crew.client.status().requests_running
+        eventually(lambda: crew.client.status().answers_running >= asked, limit_s=LIMIT_S)
+        running = crew.client.status().answers_running
         long = Answer(crew.client, LONG_PROMPT, max_new_tokens=10)
-        eventually(lambda: crew.client.status().requests_running > running, limit_s=LIMIT_S)
+        eventually(lambda: crew.client.status().answers_running > running, limit_s=LIMIT_S)
         process.terminate()
         crew.wait_until(lambda status: status.moves > moves, answers)
         assert long.token_ids == []

@@ -73,11 +73,15 @@ def test_logprobs_are_those_of_the_whole_model(client: DistributedClient, checkp
     with torch.inference_mode():
         logits = reference._model(checkpoint)(torch.tensor([begin + answer.token_ids])).logits[0]
     expected = logits.log_softmax(-1)[len(begin) - 1 : -1]
+    words = reference.tokenizer(checkpoint)
     for row, token, reported in zip(expected, answer.token_ids, answer.logprobs, strict=True):
         assert reported.logprob == pytest.approx(float(row[token]), abs=1e-4)
         best = row.topk(3)
-        assert [token_id for token_id, _ in reported.top] == best.indices.tolist()
-        assert [value for _, value in reported.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert [one.token_id for one in reported.top] == best.indices.tolist()
+        assert reported.text == words.decode([token])
+        assert [one.text for one in reported.top] == [words.decode([i]) for i in best.indices]
+        values = [one.logprob for one in reported.top]
+        assert values == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
 def test_a_bias_decides(client: DistributedClient, checkpoint: Path) -> None:
@@ -102,7 +106,7 @@ def test_a_request_that_takes_too_long_ends_and_frees_its_memory(roomy: Distribu
     with pytest.raises(DeadlineExceeded, match="timeout_s"):
         roomy.generate(prompt(20, 16), max_new_tokens=200, timeout_s=0.3, **OPEN_END)
     eventually(lambda: roomy.status().kv_tokens_used == 0)
-    assert roomy.status().requests_running == 0
+    assert roomy.status().answers_running == 0
 
 
 def test_small_memory_is_shared_by_giving_way(checkpoint: Path) -> None:

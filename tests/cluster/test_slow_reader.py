@@ -92,7 +92,7 @@ def client(unhurried: LocalCluster) -> Iterator[DistributedClient]:
 
 
 def is_idle(status: ClusterStatus) -> bool:
-    return (status.requests_running, status.requests_waiting, status.kv_tokens_used) == (0, 0, 0)
+    return (status.answers_running, status.answers_waiting, status.kv_tokens_used) == (0, 0, 0)
 
 
 def read(client: DistributedClient, prompt: list[int], num_tokens: int) -> tuple[list[int], float]:
@@ -114,7 +114,7 @@ def test_client_that_never_reads_is_given_up_at_little_cost(
     rss_bytes = coordinator.memory_info().rss
     reports = 5 * BACKLOG_BYTES // len(codec.encode_payload(before))
     mute.ask("mute", [41, 7, 5], max_new_tokens=240, n=2)
-    eventually(lambda: client.status().requests_running == 2)
+    eventually(lambda: client.status().answers_running == 2)
     prompts = [31, 7, 5], [32, 7]
     with ThreadPoolExecutor(2) as pool, DistributedClient(unhurried.address) as other:
         readers = [
@@ -141,7 +141,7 @@ def test_client_that_reads_nothing_and_leaves_frees_its_memory(
     client: DistributedClient, mute: Mute, checkpoint: Path
 ) -> None:
     mute.ask("mute", [42, 7, 5], max_new_tokens=240, n=2)
-    eventually(lambda: client.status().requests_running == 2)
+    eventually(lambda: client.status().answers_running == 2)
     with ThreadPoolExecutor(1) as pool:
         reader = pool.submit(read, client, [33, 7, 5], 30)
         while not reader.done():
@@ -150,7 +150,7 @@ def test_client_that_reads_nothing_and_leaves_frees_its_memory(
     token_ids, gap_s = reader.result()
     assert token_ids == reference_ids(checkpoint, [33, 7, 5], 30)
     assert gap_s < MAX_GAP_S
-    assert client.status().requests_running == 2
+    assert client.status().answers_running == 2
     assert client.status().kv_tokens_used > 0
     mute.close()
     eventually(lambda: is_idle(client.status()), limit_s=5)
@@ -193,7 +193,7 @@ def test_client_that_is_killed_leaves_nothing_on_any_stage(
                 for worker, before in zip(client.status().workers, held, strict=True)
             )
         )
-        assert client.status().requests_running == 3
+        assert client.status().answers_running == 3
         victim.kill()
     eventually(lambda: is_idle(client.status()), limit_s=5)
     eventually(lambda: [worker.kv_bytes for worker in client.status().workers] == held, limit_s=5)

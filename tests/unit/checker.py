@@ -173,7 +173,7 @@ class Checker:
         An answer for which only a move leaves no room waits until the move is undone.
         """
         waiting = self._core._book.waiting
-        serving = self._core._pipelines.serving if waiting else []
+        serving = self._core._pipelines.loaded if waiting else []
         rooms, most = [0], 0
         for pipeline in serving:
             assert pipeline.scheduler is not None
@@ -192,7 +192,7 @@ class Checker:
     def _check_all_get_on(self) -> None:
         """Every running answer gets on after as many steps as the others are due."""
         marks = {}
-        for pipeline in self._core._pipelines.serving:
+        for pipeline in self._core._pipelines.loaded:
             assert pipeline.scheduler is not None
             assert pipeline.in_flight is not None
             running = list(pipeline.scheduler.running)
@@ -229,7 +229,7 @@ class Checker:
                 assert isinstance(action.error, UnsupportedModel)
                 assert not self._has_served, "one worker ended a coordinator that has served"
                 assert not self._core._registry.fit, "others might do what one worker cannot"
-        self._has_served |= bool(self._core._pipelines.serving)
+        self._has_served |= bool(self._core._pipelines.loaded)
 
     def _check_commits(self, actions: Sequence[events.Action]) -> None:
         """No move takes the room of a request away."""
@@ -281,7 +281,7 @@ class Checker:
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""
         status = self._core.status(now=0.0)
-        assert (status.requests_running, status.requests_waiting) == (0, 0)
+        assert (status.answers_running, status.answers_waiting) == (0, 0)
         duplicates = status.rejected.get("duplicate_request", 0)
         assert (
             status.requests_finished + status.requests_cancelled + status.requests_failed
@@ -295,7 +295,7 @@ class Checker:
         assert book.next_deadline() is None
         assert not book._deadlines
         assert status.kv_tokens_used == 0
-        for pipeline in self._core._pipelines.serving:
+        for pipeline in self._core._pipelines.loaded:
             assert pipeline.in_flight is not None
             assert pipeline.scheduler is not None
             assert not pipeline.in_flight.num_steps

@@ -26,7 +26,7 @@ from distributed_llm.coordinator.events import Action, Send, Study, Tokenize, To
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, plan_of
-from distributed_llm.coordinator.planning.plan_question import PlanAnswer
+from distributed_llm.coordinator.planning.plan_question import PlanReply
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.requests.answer_states import AnswerCause
 from distributed_llm.coordinator.requests.request import Answer
@@ -150,13 +150,13 @@ class Parts:
             if not isinstance(action, Study):
                 done.append(action)
                 continue
-            answer = action.question.answer()
-            assert isinstance(answer, PlanAnswer)
-            if answer.question.leaving is None:
+            reply = action.question.reply()
+            assert isinstance(reply, PlanReply)
+            if reply.question.leaving is None:
                 moving = self.moves.move is not None
-                done += self.answered(self.replanning.answered(answer, moving=moving), now)
+                done += self.answered(self.replanning.replied(reply, moving=moving), now)
             else:
-                done += self.answered(self.departures.planned(answer, now=now), now)
+                done += self.answered(self.departures.planned(reply, now=now), now)
         return done
 
     def worker(self, name: str) -> Worker:

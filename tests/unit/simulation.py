@@ -269,7 +269,7 @@ class World:
                     assert_never(action)
 
     def _study(self, study: events.Study) -> None:
-        self.at(self.question_s, lambda: self._do(events.Studied(study.question.answer())))
+        self.at(self.question_s, lambda: self._do(events.Studied(study.question.reply())))
 
     def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
         match order:
@@ -397,7 +397,7 @@ class World:
             shift: who comes first.
         """
         core = self.core
-        pipeline = next(iter(core._pipelines.serving), None)
+        pipeline = next(iter(core._pipelines.loaded), None)
         if pipeline is None or core._moves.move:
             return
         own = {stage.peer for stage in pipeline.stages}
@@ -433,7 +433,7 @@ class World:
         """Assert that nothing is left of any request, anywhere."""
         assert not self._texts
         self.checker.check_drained()
-        for pipeline in self.core._pipelines.serving:
+        for pipeline in self.core._pipelines.loaded:
             assert pipeline.scheduler is not None
             assert pipeline.in_flight is not None
             ledger = pipeline.scheduler._ledger

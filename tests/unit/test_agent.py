@@ -17,11 +17,11 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.messages import (
     NOT_SERVED,
-    CancelStage,
     Capabilities,
     CopyKV,
     DropStage,
     Goodbye,
+    HandOver,
     KVEnd,
     KVFailed,
     Leaving,
@@ -45,11 +45,11 @@ from distributed_llm.common.messages import (
     StageFailed,
     StageReady,
     StageTime,
-    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
     ToWorker,
+    UndoMove,
     Welcome,
     WorkerHello,
     tag_of,
@@ -247,7 +247,7 @@ def test_something_else_listens() -> None:
     agent = new_agent()
     (leave,) = agent.on_timer(reached=True, now=10.0)
     assert isinstance(leave, Fail)
-    assert "something listens there, but it is no coordinator" in str(leave.error)
+    assert "something listens there that does not answer" in str(leave.error)
 
 
 def test_something_that_connects_but_never_welcomes() -> None:
@@ -262,7 +262,7 @@ def test_something_that_connects_but_never_welcomes() -> None:
     assert agent.next_deadline() == 10.0
     (leave,) = agent.on_timer(reached=False, now=10.0)
     assert isinstance(leave, Fail)
-    assert "it is no coordinator" in str(leave.error)
+    assert "something listens there that does not answer" in str(leave.error)
 
 
 def test_later_connections_are_tried_for_ever() -> None:
@@ -375,9 +375,9 @@ def test_garbage_is_logged_and_another_version_is_the_end() -> None:
         (Task, TaskFailed),
         (LoadStage, StageFailed),
         (CopyKV, KVFailed),
-        (TakeOver, KVFailed),
+        (HandOver, KVFailed),
         (DropStage, NotUnderstood),
-        (CancelStage, NotUnderstood),
+        (UndoMove, NotUnderstood),
         (ReleaseSequences, NotUnderstood),
         (MayLeave, NotUnderstood),
     ],
@@ -509,7 +509,7 @@ def test_layers_that_are_loaded_beside_are_layers() -> None:
     agent = joined()
     hear(agent, msgspec.structs.replace(order(1), beside=True))
     assert probes(agent, until=34.5) == []
-    hear(agent, CancelStage(epoch=Epoch(1)), 34.5)
+    hear(agent, UndoMove(epoch=Epoch(1)), 34.5)
     assert probes(agent, until=36.0) == [34.5]
 
 

@@ -4,16 +4,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common import codec
-from distributed_llm.common.messages import FinishReason, TokenChunk, TokenLogprobs
+from distributed_llm.common.messages import (
+    MAX_SPELLING,
+    FinishReason,
+    Spelling,
+    TokenChunk,
+    TokenLogprobs,
+)
 from distributed_llm.coordinator.serving.chunks import messages_of
 
-LARGEST = TokenLogprobs(logprob=-1.1, top=((2**31 - 1, -1.1),) * 20)
+LARGEST = TokenLogprobs(
+    logprob=-1.1,
+    top=((2**31 - 1, -1.1),) * 20,
+    spelled=(Spelling(written=b"x" * MAX_SPELLING),) * 21,
+)
 
 
 @given(
     char=st.sampled_from(["\n", "é", "\ud7ff", "👩"]),
     chars=st.one_of(st.integers(0, 3), st.integers(8190, 70_000)),
-    tokens=st.one_of(st.integers(0, 3), st.integers(62, 5000)),
+    tokens=st.one_of(st.integers(0, 9), st.integers(62, 5000)),
     with_logprobs=st.booleans(),
     end=st.sampled_from([None, "stop", "length"]),
 )
@@ -48,5 +58,5 @@ def test_a_client_can_read_every_message_and_gets_all_of_it(
 
 
 def test_what_is_short_is_one_message() -> None:
-    piece = TokenChunk(request_id="r", index=0, text="x" * 8192, token_ids=(1,) * 64)
+    piece = TokenChunk(request_id="r", index=0, text="x" * 8192, token_ids=(1,) * 4)
     assert [*messages_of(piece)] == [piece]

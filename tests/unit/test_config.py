@@ -17,6 +17,7 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import parse_duration, parse_size, split_address
 
 ROOT = Path(__file__).parents[2]
+DEFAULT = ROOT / "distributed_llm" / "default.yaml"
 
 Write = Callable[[str | bytes], Path]
 
@@ -55,16 +56,16 @@ def refusal(
     return str(caught.value)
 
 
-# --- config/default.yaml
+# --- default.yaml
 
 
 def test_default_yaml_is_made_from_the_settings() -> None:
-    text = (ROOT / "config/default.yaml").read_text(encoding="utf-8")
+    text = (DEFAULT).read_text(encoding="utf-8")
     assert text == config_template.render()
 
 
 def test_default_yaml_gives_the_defaults() -> None:
-    path = ROOT / "config/default.yaml"
+    path = DEFAULT
     assert load(path) == Settings()
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert [(section, name) for section in given for name in given[section]] == setting_names()

@@ -11,7 +11,7 @@ from distributed_llm.common.config import load_settings
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.settings import Settings
 
-ROOT = Path(__file__).parents[2]
+DEFAULT = Path(__file__).parents[2] / "distributed_llm" / "default.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def config(*arguments: str) -> Result:
 def test_show_prints_the_default_file() -> None:
     done = config("show")
     assert done.exit_code == 0
-    assert done.stdout == (ROOT / "config/default.yaml").read_text(encoding="utf-8")
+    assert done.stdout == DEFAULT.read_text(encoding="utf-8")
 
 
 def test_show_says_where_each_value_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

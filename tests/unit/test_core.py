@@ -476,6 +476,22 @@ def test_a_prompt_that_no_context_can_hold_is_not_even_tokenized() -> None:
     assert not any(isinstance(a, events.Tokenize) for a in actions)
 
 
+def test_a_bug_in_planning_is_told_once_with_where_it_is_and_to_those_who_wait() -> None:
+    world = World()
+    world.question_s = 1e9
+    world.worker("w0")
+    world.run(for_s=5.0)
+    assert world.core._replanning._open
+    _, question = world.core._replanning._open
+    world.logs.clear()
+    world.apply(
+        events.StudyFailed(question, "KeyError('x')", "File plan.py, line 1\nKeyError: 'x'")
+    )
+    trace, waiting = world.logs
+    assert trace == "making a plan failed: File plan.py, line 1\nKeyError: 'x'"
+    assert waiting == "waiting: Making a plan failed: KeyError('x'). Please report it."
+
+
 def test_what_a_checkpoint_says_and_nobody_follows_is_told_once_at_the_start() -> None:
     defaults = replace(MODEL.defaults, not_followed=("num_beams", "guidance_scale"))
     core = Core(replace(MODEL, defaults=defaults), SETTINGS, draw_seed=lambda: 1)

@@ -595,7 +595,7 @@ def test_a_worker_that_says_that_it_does_not_serve_the_plan_is_given_up() -> Non
     world = World(with_settings(strategy="memory"))
     workers = world.linked(3, 3000)
     answers = busy(world, workers)
-    (pipeline,) = world.core._pipelines.serving
+    (pipeline,) = world.core._pipelines.loaded
     assert pipeline.in_flight
     number = next(iter(pipeline.in_flight._flights))
     said = TaskFailed(epoch=pipeline.epoch, step=number, code=NOT_SERVED, message="not here")

@@ -236,7 +236,7 @@ def test_a_session_outlives_a_message_that_cannot_be_read(kind: type[Welcome]) -
 
 @pytest.mark.parametrize(
     ("what", "ends"),
-    [("drop_stage", True), ("cancel_stage", True), ("may_leave", True), ("pong", False)],
+    [("drop_stage", True), ("undo_move", True), ("may_leave", True), ("pong", False)],
 )
 def test_a_worker_that_goes_on_as_before_joins_anew(what: str, ends: bool) -> None:
     world = World()

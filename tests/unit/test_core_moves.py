@@ -6,9 +6,10 @@ import pytest
 
 from distributed_llm.common.errors import NotEnoughMemory, UnsupportedModel, WorkerLost
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
     DrainWorker,
+    HandedOver,
+    HandOver,
     KVCopied,
     KVEnd,
     KVFailed,
@@ -19,8 +20,7 @@ from distributed_llm.common.messages import (
     StageReady,
     StageTime,
     StageTrial,
-    TakeOver,
-    TookOver,
+    UndoMove,
     WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
@@ -285,11 +285,11 @@ def test_a_move_that_fails_is_undone_and_the_requests_go_on(
     assert world.core.status(now=world.now).requests_failed == 0
 
 
-@pytest.mark.parametrize("message", [LoadStage, CopyKV, TakeOver])
+@pytest.mark.parametrize("message", [LoadStage, CopyKV, HandOver])
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("silently", [False, True])
 def test_any_worker_may_die_in_any_phase(
-    message: type[LoadStage | CopyKV | TakeOver], index: int, silently: bool
+    message: type[LoadStage | CopyKV | HandOver], index: int, silently: bool
 ) -> None:
     world, client = cluster(4)
     answers = asked(client, answer=200)
@@ -301,13 +301,13 @@ def test_any_worker_may_die_in_any_phase(
     finish(world, *answers)
 
 
-@pytest.mark.parametrize("message", [LoadStage, CopyKV, TakeOver, CancelStage])
+@pytest.mark.parametrize("message", [LoadStage, CopyKV, HandOver, UndoMove])
 def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
     world, client = cluster(3)
     answers = asked(client, answer=200)
     assert world.run(lambda: computed(world) > 60)
     for worker in slow_down(world):
-        worker.fail_assemblies = 1 if message is CancelStage else 0
+        worker.fail_assemblies = 1 if message is UndoMove else 0
     world.faults.append(Fault(message, "drop"))
     assert world.run(world.all_ended)
     world.run(for_s=1000.0)
@@ -315,7 +315,7 @@ def test_an_order_that_is_lost_stops_nothing(message: type) -> None:
     assert world.core.status(now=world.now).requests_failed == 0
 
 
-@pytest.mark.parametrize("report", [KVCopied, TookOver])
+@pytest.mark.parametrize("report", [KVCopied, HandedOver])
 def test_a_move_of_which_a_report_cannot_be_read_is_undone_at_once(report: type) -> None:
     world, client = cluster(3)
     answers = asked(client, answer=200)
@@ -611,7 +611,7 @@ def test_a_worker_without_part_in_a_move_has_no_say_in_it() -> None:
     for message in (
         StageReady(epoch=epoch, credits=1, load_s=1.0, weight_bytes=1, kv_tokens=1),
         KVCopied(epoch=epoch, bytes_sent=1),
-        TookOver(epoch=epoch),
+        HandedOver(epoch=epoch),
         KVFailed(epoch=epoch, worker="", code="stage_error", message="no"),
         StageFailed(epoch=epoch, code="stage_error", message="no"),
     ):

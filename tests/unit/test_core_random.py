@@ -9,7 +9,6 @@ import pytest
 
 from distributed_llm.common.errors import DistributedLLMError, StageError, UnsupportedModel
 from distributed_llm.common.messages import (
-    CancelStage,
     ClientHello,
     ClientWelcome,
     DrainWorker,
@@ -17,15 +16,16 @@ from distributed_llm.common.messages import (
     Finished,
     Generate,
     GetStatus,
+    HandOver,
     PeerHello,
     RequestFailed,
     StageFailed,
     StatusReport,
-    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
     TokenChunk,
+    UndoMove,
     WorkerDrained,
     WorkerHello,
     tag_of,
@@ -439,8 +439,8 @@ class BusyCluster(MovingCluster):
         Task,
         TaskResult,
         TaskFailed,
-        TakeOver,
-        CancelStage,
+        HandOver,
+        UndoMove,
         DropStage,
     ]
     memories = (3000, 3000, 3000)

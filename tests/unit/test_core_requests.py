@@ -74,7 +74,7 @@ def test_requests_beyond_the_kv_cache_wait_in_order() -> None:
 
     def done() -> bool:
         nonlocal most
-        most = max(most, world.core.status(now=world.now).requests_running)
+        most = max(most, world.core.status(now=world.now).answers_running)
         return world.all_ended()
 
     assert world.run(done)
@@ -294,7 +294,7 @@ def test_deadline_while_the_prompt_is_tokenized() -> None:
     client = world.client()
     answer = client.submit(LONG, timed(0.5))
     ends_in_time(world, answer)
-    assert world.core.status(now=world.now).requests_waiting == 0
+    assert world.core.status(now=world.now).answers_waiting == 0
     finish(world)
 
 

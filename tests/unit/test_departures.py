@@ -3,7 +3,7 @@
 import pytest
 
 from distributed_llm.common.errors import InvalidRequest, NotEnoughMemory, NotReady, WorkerLost
-from distributed_llm.common.messages import CancelStage, LoadStage, MayLeave, WorkerDrained
+from distributed_llm.common.messages import LoadStage, MayLeave, UndoMove, WorkerDrained
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.departures import (
@@ -44,7 +44,7 @@ def moved(parts: Parts, now: float = 11.0) -> list[Action]:
     if move.state is MoveState.COPYING:
         move.copy_timed_out(now=now)
     for stage in move.new.stages:
-        move.took_over(stage.peer)
+        move.handed_over(stage.peer)
     return settle(parts, now)
 
 
@@ -115,7 +115,7 @@ def test_two_may_leave_at_once() -> None:
     assert parts.moves.move
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
-    assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
+    assert any(isinstance(a, Send) and isinstance(a.message, UndoMove) for a in actions)
     assert parts.moves.move
     assert parts.moves.move.new.layers_text == "c 1-6"
     assert may_leave(moved(parts)) == ["a", "b"]
@@ -336,9 +336,9 @@ def test_a_move_that_began_meanwhile_is_waited_for_and_it_is_planned_anew() -> N
     pipeline, plan = parts.pipelines.all[0], parts.plan(("a", 0, 2), ("b", 2, 6))
     price = parts.moves.prices.price(pipeline, plan)
     parts.moves.begin(pipeline, plan, price, why="it is better", now=10.0)
-    assert parts.departures.planned(question.answer(), now=10.1) == []
+    assert parts.departures.planned(question.reply(), now=10.1) == []
     actions = parts.departures.settle(now=10.2)
-    assert any(isinstance(a, Send) and isinstance(a.message, CancelStage) for a in actions)
+    assert any(isinstance(a, Send) and isinstance(a.message, UndoMove) for a in actions)
     assert asked(parts, actions) is not question
 
 
@@ -347,7 +347,7 @@ def test_a_plan_with_somebody_who_has_left_is_made_anew() -> None:
     parts.departures.leave(parts.worker("b"))
     question = asked(parts, parts.departures.settle(now=10.0))
     parts.registry.remove(PeerId(b"c"))
-    assert parts.departures.planned(question.answer(), now=10.1) == []
+    assert parts.departures.planned(question.reply(), now=10.1) == []
     assert list(asked(parts, parts.departures.settle(now=10.2)).machines.memory_bytes) == ["a"]
 
 
@@ -356,7 +356,7 @@ def test_that_nobody_can_is_asked_again_if_somebody_came() -> None:
     parts.departures.drain(CLIENT, "b")
     question = asked(parts, parts.departures.settle(now=10.0))
     parts.join("c", 5000)
-    assert parts.departures.planned(question.answer(), now=10.1) == []
+    assert parts.departures.planned(question.reply(), now=10.1) == []
     settle(parts)
     assert parts.moves.move
 
@@ -366,7 +366,7 @@ def test_an_answer_for_a_worker_that_is_gone_changes_nothing() -> None:
     parts.departures.leave(parts.worker("b"))
     question = asked(parts, parts.departures.settle(now=10.0))
     gone(parts, "b")
-    assert parts.departures.planned(question.answer(), now=10.1) == []
+    assert parts.departures.planned(question.reply(), now=10.1) == []
 
 
 def test_a_worker_that_was_let_go_or_stays_is_in_no_other_state() -> None:

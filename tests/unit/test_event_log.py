@@ -1,5 +1,6 @@
 """Events as facts: their texts, their bounds, and the stories they make."""
 
+from collections import Counter
 from string import Formatter
 from typing import Any
 
@@ -111,10 +112,42 @@ def test_it_is_bounded_and_requests_do_not_push_out_the_cluster() -> None:
     assert [entry.kind for entry in log.entries] == [EventKind.WORKER_LEFT]
     assert log.story(request="r4") == []
     assert len(log.story(request="r5")) == 1
-    for _ in range(MAX_EVENTS):
-        log.note(EventKind.WORKER_LEFT, worker=B, why="said goodbye")
+    for number in range(MAX_EVENTS):
+        log.note(EventKind.WORKER_LEFT, worker=B, why=f"said goodbye in {number} languages")
     assert log.story(worker="a") == []
     assert len(log.texts) == MAX_EVENTS
+
+
+def test_what_happens_again_is_counted_and_comes_last() -> None:
+    log = EventLog()
+    for at, worker in ((1.0, A), (2.0, B), (3.0, A), (65.0, A)):
+        log.now = at
+        log.note(EventKind.WORKER_LEFT, worker=worker, why="said goodbye")
+    log.now = 75.0
+    assert log.texts == (
+        "worker b said goodbye",
+        "worker a said goodbye (3 times, the last time 10.0 s ago)",
+    )
+    assert [(one.at, one.times) for one in log.story(worker="a")] == [(65.0, 3)]
+    log.note(EventKind.WORKER_LEFT, worker=A, why="fell silent")
+    assert log.entries[-1].text == "worker a fell silent"
+
+
+def test_no_kind_of_event_pushes_the_others_out() -> None:
+    log = EventLog()
+    log.note(EventKind.STAGE_FAILED, worker=A, why="its disk is full")
+    log.note(EventKind.PLAN_LOADING, epoch=Epoch(1), layer_map=MAP)
+    log.note(EventKind.PLAN_SERVING, epoch=Epoch(1), kv_tokens=640)
+    for number in range(3 * MAX_EVENTS):  # no two of them are alike
+        log.note(EventKind.LINK_DIRECT, worker=B, rtt_s=number / 1000)
+        log.note(EventKind.WORKER_LEFT_OUT, worker=B, why=f"it is {number} times as slow")
+    kinds = Counter(entry.kind for entry in log.entries)
+    assert kinds[EventKind.STAGE_FAILED] == kinds[EventKind.PLAN_LOADING] == 1
+    assert kinds[EventKind.PLAN_SERVING] == 1
+    assert kinds.total() == MAX_EVENTS
+    assert abs(kinds[EventKind.LINK_DIRECT] - kinds[EventKind.WORKER_LEFT_OUT]) <= 1
+    assert [entry.at for entry in log.entries] == sorted(entry.at for entry in log.entries)
+    assert log.texts[-1] == f"worker b has no layers: it is {3 * MAX_EVENTS - 1} times as slow"
 
 
 def test_a_long_reason_is_cut() -> None:

@@ -23,7 +23,7 @@ def options(verb: str) -> list[Any]:
 
 @pytest.mark.parametrize("verb", ["coordinator", "worker", "generate", "status", "plan", "drain"])
 def test_every_option_that_takes_a_value_shows_its_default(verb: str) -> None:
-    without = {"--config", "--worker", "--stop", "--logprobs", "--token-ids", "--help"}
+    without = {"--config", "--worker", "--token-ids", "--help"}
     for option in options(verb):
         if not option.is_flag and option.opts[0] not in without:
             assert option.show_default, f"dllm {verb} {option.opts[0]}"

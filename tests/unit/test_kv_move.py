@@ -16,9 +16,10 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.messages import (
     NOT_SERVED,
-    CancelStage,
     CopyKV,
     DropStage,
+    HandedOver,
+    HandOver,
     KVCopied,
     KVEnd,
     KVFailed,
@@ -35,10 +36,9 @@ from distributed_llm.common.messages import (
     ReleaseSequences,
     StageFailed,
     StageReady,
-    TakeOver,
     Task,
     TaskFailed,
-    TookOver,
+    UndoMove,
     tag_of,
 )
 from distributed_llm.common.states import IllegalTransition
@@ -119,9 +119,9 @@ TO_NAS = LinkId(Epoch(5), SECOND)
 SENDER = PeerId(b"sender")
 
 
-def take_over(epoch: int, first_step: int = 450) -> TakeOver:
+def hand_over(epoch: int, first_step: int = 450) -> HandOver:
     """An order to hand over; steps before this one were begun before it."""
-    return TakeOver(epoch=Epoch(epoch), first_step=StepNumber(first_step))
+    return HandOver(epoch=Epoch(epoch), first_step=StepNumber(first_step))
 
 
 def beside(epoch: int = 5, imports: Sequence[LayerRange] = (), **changes: object) -> LoadStage:
@@ -336,7 +336,7 @@ def test_newer_order_takes_the_place_of_what_loads() -> None:
 
 def test_newer_order_undoes_a_handover_that_has_begun() -> None:
     agent = both()
-    hear(agent, take_over(5))
+    hear(agent, hand_over(5))
     hear(agent, beside(7))
     assert_serves(agent, 3)
 
@@ -357,7 +357,7 @@ def test_failure_to_load_beside_is_told_and_serving_goes_on(kind: type[StageErro
     (said,) = do(agent, LoadFailed(0, Epoch(5), kind("no")))
     assert said == Send(StageFailed(epoch=Epoch(5), code=kind.code, message="no"))
     assert_serves(agent, 3)
-    assert hear(agent, CancelStage(epoch=Epoch(5))) == [Unload(Epoch(5))]
+    assert hear(agent, UndoMove(epoch=Epoch(5))) == [Unload(Epoch(5))]
     assert beats(agent) == (3,)
 
 
@@ -376,8 +376,8 @@ def test_dropping_the_old_epoch_serves_the_new_one(after: str) -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=1), b"1234")
     if after == "handover":
-        (assemble,) = hear(agent, take_over(5))
-        assert do(agent, KVAssembled(assemble)) == [Send(TookOver(epoch=5))]  # type: ignore[arg-type]
+        (assemble,) = hear(agent, hand_over(5))
+        assert do(agent, KVAssembled(assemble)) == [Send(HandedOver(epoch=5))]  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(5))]
     assert beats(agent) == (5,)
     assert agent.is_void(waiting)
@@ -385,7 +385,7 @@ def test_dropping_the_old_epoch_serves_the_new_one(after: str) -> None:
     assert is_not_served(hear(agent, task(3, step=2)))
     assert_serves(agent, 5, step=0)
     assert hear(agent, DropStage(epoch=Epoch(3))) == []
-    assert hear(agent, CancelStage(epoch=Epoch(5))) == []
+    assert hear(agent, UndoMove(epoch=Epoch(5))) == []
     assert_serves(agent, 5, step=1)
 
 
@@ -393,7 +393,7 @@ def test_first_task_of_the_new_epoch_overtakes_the_commit() -> None:
     agent = serving_3(MAC)
     hear(agent, beside(next_stage=MAC))
     do(agent, loaded(5))
-    (assemble,) = hear(agent, take_over(5))
+    (assemble,) = hear(agent, hand_over(5))
     do(agent, KVAssembled(assemble))  # type: ignore[arg-type]
     close, serve, run = hear(agent, task(5, step=1))
     assert (close, serve) == (CloseLink(LinkId(Epoch(3))), Serve(Epoch(5)))
@@ -435,7 +435,7 @@ def test_task_that_comes_too_early_is_refused(during: str) -> None:
     hear(agent, beside())
     if during == "handover":
         do(agent, loaded(5))
-        hear(agent, take_over(5))
+        hear(agent, hand_over(5))
     (said,) = hear(agent, task(5, step=4))
     assert isinstance(said, Send)
     assert isinstance(said.message, TaskFailed)
@@ -483,7 +483,7 @@ def phases() -> dict[str, list[Any]]:
         LinkUp(TO_NAS, 0.001),
         PeerReceived(SENDER, pieces(1, COMES), (b"",)),
     ]
-    handover = [*copying, take_over(5)]
+    handover = [*copying, hand_over(5)]
     last = PeerReceived(SENDER, end(2, COMES), (b"",))
     first = ImportKV(0, pieces(1, COMES), (b"",))
     second = ImportKV(0, end(2, COMES), (b"",))
@@ -511,7 +511,7 @@ def test_cancelling_goes_on_with_the_old_epoch(phase: str) -> None:
     agent = serving_3()
     begun = run_of(agent, task(3, step=7), b"1234")
     go_through(agent, phases()[phase])
-    actions = hear(agent, CancelStage(epoch=Epoch(5)))
+    actions = hear(agent, UndoMove(epoch=Epoch(5)))
     links = [CloseLink(TO_NAS)] if phase not in ("loading", "loaded") else []
     assert actions == [*links, Unload(Epoch(5))]
     assert beats(agent) == (3,)
@@ -519,10 +519,10 @@ def test_cancelling_goes_on_with_the_old_epoch(phase: str) -> None:
     orders = (Load(0, beside(5)), ExportKV(0, Epoch(5), SECOND, 1, False), AssembleKV(0, Epoch(5)))
     assert all(agent.is_void(one) for one in (*orders, ImportKV(0, end(1, COMES), ())))
     assert is_not_served(hear(agent, task(5)))
-    assert hear(agent, take_over(5)) != []  # is refused
+    assert hear(agent, hand_over(5)) != []  # is refused
     assert_serves(agent, 3, 501)
     assert pass_time(agent, 100.0) == []
-    assert hear(agent, CancelStage(epoch=Epoch(5))) == []
+    assert hear(agent, UndoMove(epoch=Epoch(5))) == []
     assert hear(agent, beside(5)) == []
     suspended = phase in ("handover", "assembling", "assembled")
     assert agent.is_void(begun) is suspended
@@ -631,7 +631,7 @@ def test_copied_is_told_when_the_last_transfer_is_done() -> None:
 def test_rest_is_sent_with_the_end_after_the_handover_began() -> None:
     agent, export = sending()
     exported(agent, export, None)
-    (export,) = hear(agent, take_over(5))
+    (export,) = hear(agent, hand_over(5))
     assert export == ExportKV(0, Epoch(5), SECOND, 1, rest=True)
     assert hear(agent, task(3, step=9)) == []
     _, export = exported(agent, export, pieces(1))
@@ -643,7 +643,7 @@ def test_rest_is_sent_with_the_end_after_the_handover_began() -> None:
 
 def test_handover_while_an_export_is_under_way() -> None:
     agent, export = sending()
-    assert hear(agent, take_over(5)) == []
+    assert hear(agent, hand_over(5)) == []
     (export,) = exported(agent, export, None)
     assert export == ExportKV(0, Epoch(5), SECOND, 1, rest=True)
 
@@ -651,7 +651,7 @@ def test_handover_while_an_export_is_under_way() -> None:
 def test_handover_before_the_receiver_was_reached() -> None:
     agent = serving_3()
     hear(agent, copy())
-    assert hear(agent, take_over(5)) == []
+    assert hear(agent, hand_over(5)) == []
     assert do(agent, LinkUp(TO_NAS, 0.001)) == [ExportKV(0, Epoch(5), SECOND, 1, rest=True)]
 
 
@@ -659,7 +659,7 @@ def test_rest_waits_for_the_window() -> None:
     agent, export = sending()
     _, export = exported(agent, export, pieces(1))
     exported(agent, export, pieces(2))
-    assert hear(agent, take_over(5)) == []
+    assert hear(agent, hand_over(5)) == []
     assert taken(agent, 1) == [ExportKV(0, Epoch(5), SECOND, 3, rest=True)]
 
 
@@ -675,7 +675,7 @@ def test_receiver_that_cannot_be_reached() -> None:
     told = failure(actions)
     assert (told.epoch, told.worker, told.code) == (5, "nas", "connection_failed")
     assert "nas cannot be reached within 5 s" in told.message
-    assert hear(agent, CancelStage(epoch=Epoch(5))) == [Unload(Epoch(5))]
+    assert hear(agent, UndoMove(epoch=Epoch(5))) == [Unload(Epoch(5))]
     assert_serves(agent, 3)
 
 
@@ -693,7 +693,7 @@ def test_receiver_that_never_welcomes() -> None:
 def test_receiver_that_does_not_acknowledge(after_handover: bool) -> None:
     agent, export = sending()
     if after_handover:
-        hear(agent, take_over(5))
+        hear(agent, hand_over(5))
     _, export = exported(agent, export, pieces(1), 2.0)
     exported(agent, export, end(2) if after_handover else pieces(2), 4.0)
     taken(agent, 1, 6.0)
@@ -722,9 +722,9 @@ def test_lost_link_while_copying() -> None:
     assert agent.is_void(export)
     assert exported(agent, export, pieces(1)) == []
     assert pass_time(agent, 100.0) == []
-    assert hear(agent, take_over(5)) == []
+    assert hear(agent, hand_over(5)) == []
     assert_not_run(agent, 3)
-    hear(agent, CancelStage(epoch=Epoch(5)))
+    hear(agent, UndoMove(epoch=Epoch(5)))
     assert_serves(agent, 3)
 
 
@@ -760,7 +760,7 @@ def test_failure_ends_all_transfers_and_is_told_once() -> None:
 
 def test_coordinator_may_commit_after_a_failure() -> None:
     agent = both()
-    (assemble,) = hear(agent, take_over(5))
+    (assemble,) = hear(agent, hand_over(5))
     do(agent, KVOrderFailed(assemble, StageError("no")))  # type: ignore[arg-type]
     assert hear(agent, DropStage(epoch=Epoch(3))) == [Serve(Epoch(5))]
     assert_serves(agent, 5)
@@ -791,10 +791,10 @@ def test_orders_of_wrong_epochs() -> None:
     agent = both()
     assert hear(agent, copy(epoch=3)) == hear(agent, copy(epoch=2)) == []
     assert failure(hear(agent, copy(epoch=9))).epoch == 9
-    assert hear(agent, take_over(3)) == []
-    assert failure(hear(agent, take_over(9))).epoch == 9
+    assert hear(agent, hand_over(3)) == []
+    assert failure(hear(agent, hand_over(9))).epoch == 9
     for epoch in (2, 3, 4, 9):
-        assert hear(agent, CancelStage(epoch=Epoch(epoch))) == []
+        assert hear(agent, UndoMove(epoch=Epoch(epoch))) == []
     assert_serves(agent, 3)
 
 
@@ -884,18 +884,18 @@ def test_what_arrives_is_acknowledged_once_it_is_kept() -> None:
 def test_it_assembles_once_all_has_arrived(end_first: bool) -> None:
     other = LayerRange(1, 2)
     agent = receiving([COMES, other])
-    assert without_answers(hear(agent, take_over(5)) if not end_first else []) == []
+    assert without_answers(hear(agent, hand_over(5)) if not end_first else []) == []
     for layers in (COMES, other):
         order = importing(agent, end(1, layers))
         actions = without_answers(do(agent, KVImported(order)))
     if end_first:
         assert actions == []
-        actions = hear(agent, take_over(5))
+        actions = hear(agent, hand_over(5))
     assert actions == [AssembleKV(0, Epoch(5))]
     assert not agent.is_void(actions[0])  # type: ignore[arg-type]
-    assert hear(agent, take_over(5)) == []
+    assert hear(agent, hand_over(5)) == []
     assert hear(agent, task(3)) == []
-    assert do(agent, KVAssembled(AssembleKV(0, Epoch(5)))) == [Send(TookOver(epoch=Epoch(5)))]
+    assert do(agent, KVAssembled(AssembleKV(0, Epoch(5)))) == [Send(HandedOver(epoch=Epoch(5)))]
     with pytest.raises(IllegalTransition):
         do(agent, KVAssembled(AssembleKV(0, Epoch(5))))
 
@@ -907,14 +907,14 @@ def without_answers(actions: list[Action]) -> list[Action]:
 def test_it_does_not_assemble_before_the_end_is_kept() -> None:
     agent = receiving()
     first, last = importing(agent, pieces(1, COMES)), importing(agent, end(2, COMES))
-    assert hear(agent, take_over(5)) == []
+    assert hear(agent, hand_over(5)) == []
     assert without_answers(do(agent, KVImported(first))) == []
     assert without_answers(do(agent, KVImported(last))) == [AssembleKV(0, Epoch(5))]
 
 
 def test_idle_worker_without_imports_assembles_at_once() -> None:
     agent = only_new()
-    assert hear(agent, take_over(5)) == [AssembleKV(0, Epoch(5))]
+    assert hear(agent, hand_over(5)) == [AssembleKV(0, Epoch(5))]
 
 
 def test_sender_with_new_layers_of_its_own_does_both() -> None:
@@ -922,7 +922,7 @@ def test_sender_with_new_layers_of_its_own_does_both() -> None:
     hear(agent, copy())
     do(agent, LinkUp(TO_NAS, 0.001))
     exported(agent, ExportKV(0, Epoch(5), SECOND, 1, False), None)
-    assert hear(agent, take_over(5)) == [ExportKV(0, Epoch(5), SECOND, 1, rest=True)]
+    assert hear(agent, hand_over(5)) == [ExportKV(0, Epoch(5), SECOND, 1, rest=True)]
 
 
 @pytest.mark.parametrize("what", ["stranger", "other epoch", "old epoch", "other range"])
@@ -971,7 +971,7 @@ def test_kv_cache_before_the_layers_are_loaded_is_refused() -> None:
 def test_handover_before_the_layers_are_loaded_is_refused() -> None:
     agent = serving_3()
     hear(agent, beside())
-    assert failure(hear(agent, take_over(5))).code == "not_ready"
+    assert failure(hear(agent, hand_over(5))).code == "not_ready"
     assert_serves(agent, 3)
 
 
@@ -981,7 +981,7 @@ def test_what_cannot_be_assembled_is_told(what: str) -> None:
     order: ImportKV | AssembleKV = importing(agent, end(1, COMES))
     if what == "assemble":
         do(agent, KVImported(order))  # type: ignore[arg-type]
-        (order,) = hear(agent, take_over(5))  # type: ignore[assignment]
+        (order,) = hear(agent, hand_over(5))  # type: ignore[assignment]
     (said,) = do(agent, KVOrderFailed(order, StageError("is not whole")))
     told = failure([said])
     assert (told.epoch, told.worker, told.code) == (5, "", "stage_error")
@@ -993,7 +993,7 @@ def test_what_cannot_be_assembled_is_told(what: str) -> None:
 def test_sender_that_falls_silent_after_the_handover_began() -> None:
     agent = receiving()
     assert pass_time(agent, 200.0) == []  # nothing is waited for yet
-    hear(agent, take_over(5), 200.0)
+    hear(agent, hand_over(5), 200.0)
     do(agent, PeerReceived(SENDER, pieces(1, COMES), (b"1234",)), 210.0)
     ((at, actions),) = pass_time(agent, 1000.0)
     assert at == 240.0
@@ -1014,10 +1014,10 @@ def test_kv_cache_that_comes_after_the_commit_is_dropped() -> None:
 def test_tasks_from_before_the_handover_stay_void_when_the_move_is_undone() -> None:
     agent = both()
     waiting = run_of(agent, task(3, step=7), b"1234")
-    hear(agent, take_over(5, first_step=9))
+    hear(agent, hand_over(5, first_step=9))
     assert agent.is_void(waiting)
     assert hear(agent, task(3, step=8)) == [], "it was sent before, and came over a slow link"
-    hear(agent, CancelStage(epoch=Epoch(5)))
+    hear(agent, UndoMove(epoch=Epoch(5)))
     assert agent.is_void(waiting)
     assert do(agent, ComputeFailed(waiting, StageError("no"))) == []
     assert hear(agent, task(3, step=8)) == []
@@ -1036,7 +1036,7 @@ def test_a_task_from_after_the_handover_overtakes_the_news_that_the_move_is_undo
     assert isinstance(run, Run)
     assert not agent.is_void(run)
     assert beats(agent) == (3,)
-    assert hear(agent, CancelStage(epoch=Epoch(5))) == []
+    assert hear(agent, UndoMove(epoch=Epoch(5))) == []
     assert_serves(agent, 3)
 
 
@@ -1044,7 +1044,7 @@ def test_as_many_tasks_as_before_may_wait_after_the_move_is_undone() -> None:
     agent = both()
     for step in range(32):
         run_of(agent, task(3, step=step), b"1234")
-    hear(agent, take_over(5, first_step=32))
-    hear(agent, CancelStage(epoch=Epoch(5)))
+    hear(agent, hand_over(5, first_step=32))
+    hear(agent, UndoMove(epoch=Epoch(5)))
     for step in range(32, 64):
         run_of(agent, task(3, step=step), b"1234")

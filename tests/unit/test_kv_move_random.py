@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from distributed_llm.common import codec
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
     DropStage,
     FromClient,
     FromWorker,
+    HandedOver,
+    HandOver,
     Heartbeat,
     KVCopied,
     KVEnd,
@@ -34,13 +35,12 @@ from distributed_llm.common.messages import (
     SequenceSlice,
     StageReady,
     StageTime,
-    TakeOver,
     Task,
     TaskFailed,
     TaskResult,
     ToCoordinator,
-    TookOver,
     ToWorker,
+    UndoMove,
     Welcome,
     WorkerHello,
 )
@@ -90,7 +90,7 @@ class Told:
 
     ready: set[SimWorker] = field(default_factory=set)
     copied: set[SimWorker] = field(default_factory=set)
-    took_over: set[SimWorker] = field(default_factory=set)
+    handed_over: set[SimWorker] = field(default_factory=set)
     failed: list[KVFailed] = field(default_factory=list)
     links: set[SimWorker] = field(default_factory=set)
 
@@ -143,9 +143,9 @@ class Script(World):
             case KVCopied(epoch=epoch):
                 assert worker not in self.told[epoch].copied
                 self.told[epoch].copied.add(worker)
-            case TookOver(epoch=epoch):
-                assert worker not in self.told[epoch].took_over
-                self.told[epoch].took_over.add(worker)
+            case HandedOver(epoch=epoch):
+                assert worker not in self.told[epoch].handed_over
+                self.told[epoch].handed_over.add(worker)
             case KVFailed(epoch=epoch):
                 self.told[epoch].failed.append(message)
             case LinkReport(epoch=epoch, up=up):
@@ -317,8 +317,8 @@ class Script(World):
         if moved:
             self.pause()
             for worker in senders | holders:
-                self.say(worker, TakeOver(epoch=Epoch(epoch), first_step=StepNumber(1)))
-            moved = phase(lambda: told.took_over == holders)
+                self.say(worker, HandOver(epoch=Epoch(epoch), first_step=StepNumber(1)))
+            moved = phase(lambda: told.handed_over == holders)
         if moved:
             before = self.serving_epoch
             for number, _ in self.layout:
@@ -326,7 +326,7 @@ class Script(World):
             self.serving_epoch, self.layout = epoch, plan
         else:
             for number in involved:
-                self.say(self.machines[number], CancelStage(epoch=Epoch(epoch)))
+                self.say(self.machines[number], UndoMove(epoch=Epoch(epoch)))
         self.go_on()
         return moved
 

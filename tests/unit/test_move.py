@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
     DropStage,
+    HandOver,
     KVTransfer,
     StageReady,
-    TakeOver,
+    UndoMove,
 )
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.states import IllegalTransition
@@ -156,12 +156,12 @@ def test_a_move_with_its_kv_cache() -> None:
     assert sends[0].message == CopyKV(epoch=Epoch(4), link_key="key", transfers=(transfer,))
     assert doing(bench.old) is PipelineState.SERVING, "serving goes on while it is copied"
     assert move.copied(PeerId(b"b"), now=12.0) == [], "it has nothing to send"
-    assert told(move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
+    assert told(move.copied(PeerId(b"a"), now=12.0), HandOver) == ["a", "b"]
     assert doing(bench.old) is PipelineState.PAUSED
     assert move.paused_at == 12.0
-    move.took_over(PeerId(b"a"))
+    move.handed_over(PeerId(b"a"))
     assert where(move) is MoveState.HANDOVER
-    move.took_over(PeerId(b"b"))
+    move.handed_over(PeerId(b"b"))
     assert where(move) is MoveState.COMMITTED
     assert told(move.commit_orders(), DropStage) == ["a", "b"]
     assert {send.message for send in move.commit_orders()} == {DropStage(epoch=Epoch(3))}
@@ -171,8 +171,8 @@ def test_who_only_sends_is_told_to_send_the_rest_but_not_waited_for() -> None:
     new = stages(("b", 0, 8))
     bench = Bench(OLD, new, copies=True)
     bench.load()
-    assert told(bench.move.copied(PeerId(b"a"), now=12.0), TakeOver) == ["a", "b"]
-    bench.move.took_over(PeerId(b"b"))
+    assert told(bench.move.copied(PeerId(b"a"), now=12.0), HandOver) == ["a", "b"]
+    bench.move.handed_over(PeerId(b"b"))
     assert where(bench.move) is MoveState.COMMITTED
     assert told(bench.move.commit_orders(), DropStage) == ["a", "b"]
 
@@ -186,7 +186,7 @@ def test_without_copying_it_ends_when_the_steps_have() -> None:
 
 def test_where_nothing_changes_hands_nothing_is_copied() -> None:
     bench = Bench(stages(("a", 0, 8)), stages(("a", 0, 8)), copies=True)
-    assert told(bench.load(), TakeOver) == ["a"]
+    assert told(bench.load(), HandOver) == ["a"]
 
 
 @pytest.mark.parametrize("state", [MoveState.LOADING, MoveState.COPYING, MoveState.HANDOVER])
@@ -199,8 +199,8 @@ def test_a_move_can_be_undone_in_any_state(state: MoveState) -> None:
         assert doing(bench.old) is PipelineState.PAUSED
     assert bench.move.state is state
     sends = bench.move.undo()
-    assert told(sends, CancelStage) == ["a", "b", "c"]
-    assert {send.message for send in sends} == {CancelStage(epoch=Epoch(4))}
+    assert told(sends, UndoMove) == ["a", "b", "c"]
+    assert {send.message for send in sends} == {UndoMove(epoch=Epoch(4))}
     assert doing(bench.old) is PipelineState.SERVING, "steps begin again"
 
 
@@ -216,7 +216,7 @@ def test_a_phase_has_a_time_limit() -> None:
 def test_copying_that_does_not_come_to_an_end_is_ended() -> None:
     bench = Bench(OLD, SHIFTED, copies=True)
     bench.load()
-    assert told(bench.move.copy_timed_out(now=70.0), TakeOver) == ["a", "b"]
+    assert told(bench.move.copy_timed_out(now=70.0), HandOver) == ["a", "b"]
     assert doing(bench.old) is PipelineState.PAUSED
 
 
@@ -228,7 +228,7 @@ def test_answers_at_the_wrong_time_change_nothing() -> None:
         else:
             bench.load()
         for stage in SHIFTED:
-            bench.move.took_over(stage.peer)
+            bench.move.handed_over(stage.peer)
         assert bench.move.state is state
 
 
@@ -238,7 +238,7 @@ def test_who_says_again_that_it_has_copied_has_not_taken_over() -> None:
     bench.move.copied(PeerId(b"a"), now=12.0)
     for stage in SHIFTED:
         assert bench.move.copied(stage.peer, now=12.5) == []
-    bench.move.took_over(PeerId(b"a"))
+    bench.move.handed_over(PeerId(b"a"))
     assert where(bench.move) is MoveState.HANDOVER
 
 

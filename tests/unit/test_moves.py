@@ -9,15 +9,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
     DropStage,
+    HandedOver,
+    HandOver,
     KVCopied,
     KVFailed,
     LoadStage,
     StageFailed,
-    TakeOver,
-    TookOver,
+    UndoMove,
 )
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.move import Move, MoveState
@@ -243,13 +243,13 @@ def test_a_move_from_beginning_to_end() -> None:
     assert sent(loaded(parts)) == [("a", CopyKV)]
     said = KVCopied(epoch=Epoch(2), bytes_sent=128)
     assert sent(parts.moves.copied(parts.worker("a"), said, now=12.0)) == [
-        ("a", TakeOver),
-        ("b", TakeOver),
+        ("a", HandOver),
+        ("b", HandOver),
     ]
     assert old.state is PipelineState.PAUSED
     assert parts.moves.settle(now=12.1) == []
     for name in ("a", "b"):
-        parts.moves.took_over(parts.worker(name), TookOver(epoch=Epoch(2)))
+        parts.moves.handed_over(parts.worker(name), HandedOver(epoch=Epoch(2)))
     assert sent(parts.moves.settle(now=12.5)) == [("a", DropStage), ("b", DropStage)]
     assert parts.moves.move is None
     assert parts.moves.num_moves == 1
@@ -324,7 +324,7 @@ def test_steps_under_way_end_before_anything_is_handed_over() -> None:
     assert old.begin_steps(now=10.5)
     loaded(parts)
     assert parts.moves.settle(now=12.0) == []
-    assert move.state is MoveState.DRAINING
+    assert move.state is MoveState.FINISHING_STEPS
     assert parts.moves.next_deadline() is None, "leases see to them"
     old.abandon_steps()
     parts.moves.settle(now=12.5)
@@ -340,7 +340,7 @@ def test_a_move_to_stages_without_room_for_what_runs_is_undone() -> None:
         said = msgspec.structs.replace(ready(2), kv_tokens=tokens)
         parts.moves.stage_ready(parts.worker(name), said, now=11.0)
     actions = parts.moves.settle(now=11.0)
-    assert sent(actions) == [("a", CancelStage), ("b", CancelStage)]
+    assert sent(actions) == [("a", UndoMove), ("b", UndoMove)]
     assert "have room for 64 tokens, and requests need" in parts.event_log.texts[-1]
     assert (old.state, parts.book.num_running) == (PipelineState.SERVING, 1)
     parts.goes_on()
@@ -356,7 +356,7 @@ def test_a_move_is_undone_for_a_larger_request_that_came_before_the_commit() -> 
     assert move.state is MoveState.HANDOVER
     assert parts.moves.settle(now=12.0) == []
     parts.waiting(100, 60)
-    assert sent(parts.moves.settle(now=12.1)) == [("a", CancelStage), ("b", CancelStage)]
+    assert sent(parts.moves.settle(now=12.1)) == [("a", UndoMove), ("b", UndoMove)]
     assert old.state is PipelineState.SERVING
 
 
@@ -372,7 +372,7 @@ def test_a_move_that_keeps_a_request_from_running_is_undone() -> None:
     assert parts.book.next_waiting(old.scheduler.kv_tokens, now=20.0) is None
     assert parts.moves.next_deadline() == 30.0 != loading_until
     assert parts.moves.on_timer(now=29.9) == []
-    assert sent(parts.moves.on_timer(now=30.0)) == [("a", CancelStage), ("b", CancelStage)]
+    assert sent(parts.moves.on_timer(now=30.0)) == [("a", UndoMove), ("b", UndoMove)]
     assert "waits for the room" in parts.event_log.texts[-1]
     assert parts.book.next_waiting(old.scheduler.kv_tokens, now=30.0) is answer
 
@@ -387,7 +387,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
         parts.moves.copied(parts.worker("a"), KVCopied(epoch=Epoch(2), bytes_sent=1), now=12.0)
     assert move.state is state
     actions = parts.moves.undo("a test", now=13.0)
-    assert sent(actions) == [("a", CancelStage), ("b", CancelStage), ("c", CancelStage)]
+    assert sent(actions) == [("a", UndoMove), ("b", UndoMove), ("c", UndoMove)]
     assert parts.moves.move is None
     assert (parts.moves.failures, parts.moves.undone_at) == (1, 13.0)
     assert "the move was undone: a test" in parts.event_log.texts[-1]
@@ -406,7 +406,7 @@ def test_a_lost_worker_undoes_the_move_that_it_has_a_part_in() -> None:
     assert parts.moves.move
     lost = parts.registry.remove(PeerId(b"b"))
     assert lost
-    assert sent(parts.moves.lost(lost, now=12.0)) == [("a", CancelStage)]
+    assert sent(parts.moves.lost(lost, now=12.0)) == [("a", UndoMove)]
     assert parts.moves.move is None
 
 
@@ -481,8 +481,8 @@ def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
     due = parts.moves.next_deadline()
     assert due is not None
     assert due == pytest.approx(11.0 + 30.0 + 4 * 6.0)
-    assert sent(parts.moves.on_timer(now=due)) == [("a", TakeOver), ("b", TakeOver)]
-    assert sent(parts.moves.on_timer(now=due + 10.0))[0] == ("a", CancelStage)
+    assert sent(parts.moves.on_timer(now=due)) == [("a", HandOver), ("b", HandOver)]
+    assert sent(parts.moves.on_timer(now=due + 10.0))[0] == ("a", UndoMove)
     assert "handover took too long" in parts.event_log.texts[-1]
 
 

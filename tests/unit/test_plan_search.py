@@ -69,12 +69,12 @@ def search(*, memory: int = 9000, **changes: Any) -> PlanSearch:
 
 
 def result_of(*, memory: int = 9000, **changes: Any) -> SearchResult:
-    return search(memory=memory, **changes).answer()
+    return search(memory=memory, **changes).reply()
 
 
 def test_the_served_plan_is_forecast_too() -> None:
     asked = search()
-    result = asked.answer()
+    result = asked.reply()
     assert result.search is asked
     assert result.served == forecast(COST, asked.machines, asked.layer_map, asked.demand)
     assert result.served.layer_map == asked.layer_map

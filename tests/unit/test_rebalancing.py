@@ -12,7 +12,7 @@ from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast
-from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.speeds.demand import Demand, DemandMeter
@@ -149,7 +149,7 @@ def test_does_not_search_while_plans_are_made_for_who_came_or_left() -> None:
     actions = parts.replanning.add_pipeline()
     assert parts.replanning.busy
     assert asked(parts, 11.0) is None
-    parts.replanning.answered(PlanAnswer(question_of(actions)), moving=False)
+    parts.replanning.replied(PlanReply(question_of(actions)), moving=False)
     assert asked(parts, 12.0)
 
 
@@ -322,7 +322,7 @@ def test_advice_waits_until_it_is_known_what_others_are_worth() -> None:
         search = asked(parts, 11.0 + second, quiet=True)
         assert search
         told.append((search.epoch, search.advise, search.beside_tokens_per_s > 0))
-        parts.rebalancing.search_done(search.answer(), now=11.1 + second)
+        parts.rebalancing.search_done(search.reply(), now=11.1 + second)
     assert told == [(1, False, False), (2, True, True), (1, True, True)]
     texts = [advice.text for advice in parts.rebalancing.advice.values()]
     assert len(texts) == 2

@@ -16,7 +16,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.registry import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Stop, Study
-from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from tests.unit.coordinator_parts import Parts, ready, sent
 
 WHOLE = 20_000
@@ -38,7 +38,7 @@ def asked(actions: Sequence[Action]) -> list[str]:
 
 
 def answered(parts: Parts, question: PlanQuestion, *, moving: bool = False) -> list[Action]:
-    return parts.replanning.answered(question.answer(), moving=moving)
+    return parts.replanning.replied(question.reply(), moving=moving)
 
 
 def notices(actions: Sequence[Action]) -> dict[str, str]:
@@ -166,8 +166,8 @@ def test_a_plan_for_all_workers_recovers_what_was_lost_meanwhile() -> None:
     question = question_of(parts.replanning.plan_anew())
     assert remove(parts, "b") == []
     assert parts.pipelines.recovering
-    plan = PlanAnswer(question, plans=(parts.plan(("c", 0, 6)),))
-    orders = sent(parts.replanning.answered(plan, moving=False))
+    plan = PlanReply(question, plans=(parts.plan(("c", 0, 6)),))
+    orders = sent(parts.replanning.replied(plan, moving=False))
     assert orders == [("a", DropStage), ("c", LoadStage), ("a", Notice)]
     assert (parts.replanning.busy, parts.pipelines.recovering) == (False, False)
 
@@ -218,6 +218,15 @@ def test_a_plan_that_cannot_be_bettered_stays() -> None:
     answered(parts, question_of(parts.replanning.plan_anew()))
     assert layers(parts) == ["a 1-3, b 4-6"]
     assert parts.event_log.texts[-1].startswith("layers stay as they are: ")
+
+
+def test_a_worker_that_no_plan_fits_is_told_why() -> None:
+    parts = serving(strategy="even")
+    parts.join("tiny", 1)
+    actions = answered(parts, question_of(parts.replanning.plan_anew()))
+    assert layers(parts) == ["a 1-3, b 4-6"]
+    assert list(notices(actions)) == ["tiny"]
+    assert notices(actions)["tiny"].startswith("no layers: Worker tiny would hold layers ")
 
 
 def test_another_pipeline_that_does_not_fit_is_not_mentioned() -> None:
@@ -376,12 +385,12 @@ def test_a_worker_that_is_left_out_is_told_why_once(given: dict[str, Any], told:
 def test_a_plan_that_cannot_be_made_for_a_bug_is_told_like_any_other() -> None:
     parts = serving()
     question = question_of(remove(parts, "b"))
-    broken = PlanAnswer(question, error=DistributedLLMError("a bug"))
-    parts.replanning.answered(broken, moving=False)
+    broken = PlanReply(question, error=DistributedLLMError("a bug"))
+    parts.replanning.replied(broken, moving=False)
     assert parts.pipelines.state == "waiting"
     assert parts.pipelines.note == "a bug"
 
 
 def test_nobody_there_is_no_plan() -> None:
-    answer = question_of(Parts({}).replanning.add_pipeline()).answer()
+    answer = question_of(Parts({}).replanning.add_pipeline()).reply()
     assert isinstance(answer.error, NotReady)

@@ -11,6 +11,7 @@ from distributed_llm.common.messages import (
     Finished,
     Generate,
     RequestFailed,
+    Spelling,
     TokenChunk,
     TokenLogprobs,
 )
@@ -20,6 +21,7 @@ from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.common.types import PeerId, SequenceId
 from distributed_llm.coordinator.events import (
     Action,
+    Detokenize,
     Detokenized,
     Forget,
     RequestKey,
@@ -231,6 +233,30 @@ def test_a_long_piece_of_text_comes_in_messages_that_a_client_can_read(text: str
     assert isinstance(finished.message, Finished)
 
 
+STRANGE = 10**6
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(eos_token_id=(3, STRANGE)),
+        SamplingParams(suppress_tokens=(STRANGE,)),
+        SamplingParams(bad_words_ids=((1,), (2, STRANGE))),
+        SamplingParams(logit_bias={STRANGE: 1.0}),
+    ],
+)
+def test_a_parameter_that_names_no_token_of_the_model_is_refused(params: SamplingParams) -> None:
+    bench = Bench()
+    spec, frame = frame_of_token_ids(PROMPT)
+    message = Generate(request_id="other", prompt="token_ids", params=params, tensors=(spec,))
+    (tokenize,) = bench.book.submit(CLIENT, message, (frame,), now=0.0)
+    assert isinstance(tokenize, Tokenize)
+    refused, _ = bench.book.tokenized(Tokenized(tokenize.key, list(PROMPT)))
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, RequestFailed)
+    assert refused.message.message.startswith(f"Token id {STRANGE} is not in the model's")
+
+
 def test_log_probabilities_are_freed_when_they_are_sent() -> None:
     """Of 64 answers with 20 for each token they would take hundreds of megabytes."""
     bench = Bench()
@@ -250,6 +276,35 @@ def test_log_probabilities_are_freed_when_they_are_sent() -> None:
         chunks.append(send.message.logprobs)
         assert bench.answer.logprobs == []
     assert [[one.logprob for one in chunk] for chunk in chunks] == [[-1.0], [-2.0]]
+
+
+def test_log_probabilities_are_spelled_out() -> None:
+    bench = Bench()
+    bench.admitted()
+    step = bench.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+    assert step is not None
+    logprobs = TokenLogprobs(logprob=-1.0, top=((1, -1.0), (2, -2.0)))
+    done = StepDone(step, [TOKEN], [logprobs], (), depth=1, round_trip_s=0.1)
+    (order,) = bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
+    assert isinstance(order, Detokenize)
+    assert order.spell == (TOKEN, 1, 2)
+    spelled = (Spelling(written=b"x"), Spelling(written=b"<s>", is_text=False), None)
+    text = Detokenized(bench.key, 0, "x", 1, stopped=False, last=False, spelled=spelled)
+    (send,) = bench.book.detokenized(text, now=2.0)
+    assert isinstance(send, Send)
+    assert isinstance(send.message, TokenChunk)
+    assert [one.spelled for one in send.message.logprobs] == [spelled]
+
+
+def test_nothing_is_spelled_out_for_nobody() -> None:
+    bench = Bench()
+    bench.admitted()
+    step = bench.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+    assert step is not None
+    done = StepDone(step, [TOKEN], [None], (), depth=1, round_trip_s=0.1)
+    (order,) = bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
+    assert isinstance(order, Detokenize)
+    assert order.spell == ()
 
 
 def test_log_probabilities_after_a_stop_string_are_freed_too() -> None:

@@ -583,26 +583,26 @@ def test_progress_of_a_stage_that_cannot_hold_the_step_counts_for_nothing() -> N
 def test_lease_that_runs_out_abandons_then_names_the_worker() -> None:
     line = in_flight(links=(0, 1))
     line.begin(step(), now=0.0)
-    assert line.expired(now=9.999) is None
-    assert line.expired(now=10.0) == "abandon"
+    assert line.expire(now=9.999) is None
+    assert line.expire(now=10.0) == "abandon"
     line.abandon()
     sent = line.begin(step(), now=10.0)
     assert sent.task.route == (False, False)
     relayed(line, sent, 0, now=12.0)
-    assert line.expired(now=21.999) is None
-    assert line.expired(now=22.0) == PEERS[1]
+    assert line.expire(now=21.999) is None
+    assert line.expire(now=22.0) == PEERS[1]
 
 
 def test_the_oldest_late_step_names_the_worker() -> None:
     line = in_flight()
     line.begin(step(), now=0.0)
-    assert line.expired(now=10.0) == "abandon"
+    assert line.expire(now=10.0) == "abandon"
     line.abandon()
     first, second = line.begin(step(), now=10.0), line.begin(step(), now=10.0)
     relayed(line, relayed(line, first, 0, now=11.0), 1, now=14.0)
     relayed(line, second, 0, now=11.0)
-    assert line.expired(now=21.0) == PEERS[1]  # the other's lease runs on
-    assert line.expired(now=24.0) == PEERS[2]
+    assert line.expire(now=21.0) == PEERS[1]  # the other's lease runs on
+    assert line.expire(now=24.0) == PEERS[2]
 
 
 def test_links_that_may_swallow_steps_are_tried_again_after_more_and_more_of_them() -> None:
@@ -611,7 +611,7 @@ def test_links_that_may_swallow_steps_are_tried_again_after_more_and_more_of_the
     for _ in range(3):
         line.begin(step(), now=now)  # goes on by itself, and is lost
         now += 10.0
-        assert line.expired(now=now) == "abandon"
+        assert line.expire(now=now) == "abandon"
         line.abandon()
         steps.append(0)
         while (sent := line.begin(step(), now=now)).task.route == (False, False):
@@ -662,7 +662,7 @@ def test_a_step_that_has_gone_further_than_a_newer_one_is_not_lost() -> None:
 def test_nothing_runs_out_while_nothing_is_under_way() -> None:
     line = in_flight()
     assert line.next_deadline() is None
-    assert line.expired(now=1e6) is None
+    assert line.expire(now=1e6) is None
 
 
 # ------------------------------------------------------------------ whatever comes

@@ -1,24 +1,25 @@
 """What the coordinator remembers for its text process, and what fails if that dies."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
 
 from distributed_llm.common.errors import InvalidRequest, TextError
+from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
     Detokenize,
     Detokenized,
     Forget,
     RequestKey,
+    TextFailed,
     Tokenize,
     Tokenized,
-    TokenizeFailed,
 )
 from distributed_llm.coordinator.text.messages import (
-    Answer,
     AnswerText,
     Begun,
     Drop,
@@ -26,6 +27,7 @@ from distributed_llm.coordinator.text.messages import (
     Failed,
     Order,
     Prompt,
+    Reply,
     Resume,
     Texts,
     Tokens,
@@ -66,19 +68,19 @@ def orders() -> TextOrders:
     for number in range(1, 6):
         orders.prompt(prompt(number, choices=2))
     for number in range(1, 4):
-        assert orders.answered(Begun(request=number, num_bytes=2)) == []
-        assert orders.answered(encoded(number, 7, 8)) == [Tokenized(key(number), [7, 8])]
-    orders.answered(Begun(request=4, num_bytes=2))
+        assert orders.replied(Begun(request=number, num_bytes=2)) == []
+        assert orders.replied(encoded(number, 7, 8)) == [Tokenized(key(number), [7, 8])]
+    orders.replied(Begun(request=4, num_bytes=2))
     return orders
 
 
 def test_only_what_it_worked_on_fails_with_the_text_process(orders: TextOrders) -> None:
     orders.tokens([tokens(1, 11), tokens(2, 21, choice=1)])
-    orders.answered(texts(1, 2))
+    orders.replied(texts(1, 2))
     first = orders.tokens([tokens(1, 12)])
     second = orders.tokens([tokens(2, 22), tokens(3, 31)])
     assert isinstance(first, Tokens)
-    assert orders.died(DIED) == [TokenizeFailed(key(1), DIED), TokenizeFailed(key(4), DIED)]
+    assert orders.died(DIED) == [TextFailed(key(1), DIED), TextFailed(key(4), DIED)]
     resumed = {"stop_strings": ("stop",), "context": (7, 8)}
     assert orders.again() == [
         Resume(request=2, answers=((), (21,)), **resumed),  # type: ignore[arg-type]
@@ -86,14 +88,27 @@ def test_only_what_it_worked_on_fails_with_the_text_process(orders: TextOrders) 
         Prompt(request=5, kind="text", payload=b"Hi", num_choices=2, stop_strings=("stop",)),
         second,
     ]
-    assert [type(event) for event in orders.answered(texts(2, 3))] == [Detokenized, Detokenized]
+    assert [type(event) for event in orders.replied(texts(2, 3))] == [Detokenized, Detokenized]
     assert orders.died(DIED) == []
+
+
+def test_what_is_to_be_spelled_out_goes_there_and_comes_back(orders: TextOrders) -> None:
+    order = orders.tokens([replace(tokens(1, 11), spell=(11, 12))])
+    assert isinstance(order, Tokens)
+    assert order.answers[0].spell == (11, 12)
+    (piece,) = texts(1).pieces
+    spelled = (Spelling(written=b"x"), None)
+    told = Texts(pieces=(msgspec.structs.replace(piece, spelled=spelled),))
+    (event,) = orders.replied(told)
+    assert isinstance(event, Detokenized)
+    assert event.spelled == spelled
+    assert Unpacker(Reply).feed(pack(told)) == [told]
 
 
 def test_an_idle_text_process_takes_no_request_with_it() -> None:
     orders = TextOrders()
     orders.prompt(prompt(1))
-    orders.answered(encoded(1, 7))
+    orders.replied(encoded(1, 7))
     assert orders.died(DIED) == []
     assert len(orders.again()) == 1
 
@@ -103,9 +118,9 @@ def test_what_has_ended_is_neither_failed_nor_told_again(orders: TextOrders) -> 
     for number in (1, 4, 5):
         assert orders.forget(Forget(key(number))) == Drop(request=number)
         assert orders.forget(Forget(key(number))) is None
-    assert orders.answered(encoded(4, 9)) == []
-    assert orders.answered(Failed(request=5, code="text_error", message="x")) == []
-    assert orders.died(DIED) == [TokenizeFailed(key(2), DIED)]
+    assert orders.replied(encoded(4, 9)) == []
+    assert orders.replied(Failed(request=5, code="text_error", message="x")) == []
+    assert orders.died(DIED) == [TextFailed(key(2), DIED)]
     assert [order.request for order in orders.again() if isinstance(order, Resume)] == [3]
     assert len(orders.again()) == 1
 
@@ -113,20 +128,20 @@ def test_what_has_ended_is_neither_failed_nor_told_again(orders: TextOrders) -> 
 def test_all_are_given_up_where_no_process_can_go_on(orders: TextOrders) -> None:
     orders.tokens([tokens(1, 11)])
     failed = orders.give_up_all(DIED)
-    assert failed == [TokenizeFailed(key(number), DIED) for number in range(1, 6)]
+    assert failed == [TextFailed(key(number), DIED) for number in range(1, 6)]
     assert orders.again() == []
 
 
 def test_a_failure_has_the_class_that_it_was_raised_with(orders: TextOrders) -> None:
     refused = Failed(request=4, code="invalid_request", message="No.")
-    (event,) = orders.answered(refused)
-    assert isinstance(event, TokenizeFailed)
+    (event,) = orders.replied(refused)
+    assert isinstance(event, TextFailed)
     assert (event.key, type(event.error), str(event.error)) == (key(4), InvalidRequest, "No.")
     orders.tokens([tokens(1, 11), tokens(2, 21)])
     failure = Failed(request=2, code="text_error", message="A bug.")
-    one, other = orders.answered(texts(1, failures=[failure]))
+    one, other = orders.replied(texts(1, failures=[failure]))
     assert isinstance(one, Detokenized)
-    assert isinstance(other, TokenizeFailed)
+    assert isinstance(other, TextFailed)
     assert type(other.error) is TextError
 
 
@@ -145,4 +160,4 @@ def test_messages_are_cut_out_of_any_stream(size: int) -> None:
 
 def test_what_is_no_message_is_an_error() -> None:
     with pytest.raises(msgspec.DecodeError):
-        Unpacker(Answer).feed((3).to_bytes(8, "big") + b"\xc1\xc1\xc1")
+        Unpacker(Reply).feed((3).to_bytes(8, "big") + b"\xc1\xc1\xc1")

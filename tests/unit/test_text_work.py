@@ -117,6 +117,17 @@ def test_a_resumed_answer_goes_on_where_it_was() -> None:
         assert before + after == text_of(whole, 1, *rest, last=True) == " é wo "
 
 
+def test_tokens_are_spelled_out_beside_the_text() -> None:
+    tokenizer = tokenizer_of("byte-fallback")
+    done = work()
+    encoded(done, prompt(1))
+    wo, stop = tokenizer.encode("wo stop")[1], tokenizer.encode("stop")[-1]
+    order = Tokens(answers=(AnswerTokens(1, 0, (wo,), False, (wo, stop, 10**6)),))
+    (piece,) = done.texts(order).pieces
+    assert piece.spelled == tokenizer.spell([wo, stop, 10**6])
+    assert len(piece.spelled) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "code", "said"),
     [

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
-from distributed_llm.common.messages import Chat, ChatMessage
+from distributed_llm.common.messages import Chat, ChatMessage, Spelling
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from tests.unit.made_tokenizers import (
@@ -48,6 +48,59 @@ def test_half_a_surrogate_pair_is_an_invalid_request() -> None:
         tokenizer_of("byte-level").encode("\ud83d")
 
 
+# ------------------------------------------------------------------ spelling
+
+
+@every_kind
+@given(text=st.text(st.sampled_from("hel ostw")))
+@settings(max_examples=100, deadline=None)
+def test_spellings_join_to_the_text(kind: str, text: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    first, *ids = tokenizer.encode("h" + text)
+    name, *spelled = tokenizer.spell([first, *ids])
+    assert name == Spelling(written=b"<s>", is_text=False)
+    joined = b"".join(one.written for one in spelled if one and one.is_text).decode()
+    assert joined.removeprefix(" ") == tokenizer.decode(ids)
+
+
+@given(text=texts)
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
+def test_the_bytes_of_tokens_join_to_any_text(kind: str, text: str) -> None:
+    tokenizer = tokenizer_of(kind)
+    spelled = tokenizer.spell(tokenizer.encode("h" + text)[1:])
+    joined = b"".join(one.written for one in spelled if one)
+    assert joined.removeprefix(b" ") == ("h" + text).encode()
+
+
+def test_how_single_tokens_are_written() -> None:
+    levels, fallback = tokenizer_of("byte-level"), tokenizer_of("byte-fallback")
+    start, end, added = (levels.encode(text)[1] for text in ("<s>", "</s>", "<tool call>"))
+    assert levels.spell([start, end, added]) == (
+        Spelling(written=b"<s>", is_text=False),
+        Spelling(written=b"</s>", is_text=False),
+        Spelling(written=b"<tool call>"),
+    )
+    assert levels.spell(levels.encode("\xe9")[1:]) == spelled(b"\xc3", b"\xa9")
+    assert fallback.spell(fallback.encode("h \xe9")[1:]) == spelled(b" h", b" ", b"\xc3", b"\xa9")
+    assert tokenizer_of("unigram").spell([2, 999_999]) == (*spelled(b" he"), None)
+
+
+def spelled(*texts: bytes) -> tuple[Spelling, ...]:
+    return tuple(Spelling(written=text) for text in texts)
+
+
+def test_a_piece_longer_than_is_reported_is_cut(tmp_path: Path) -> None:
+    backend = byte_level()
+    fits, longer = "x" + "你" * 85, "xx" + "你" * 85
+    backend.add_tokens([fits, longer])
+    tokenizer = Tokenizer.load(save(tmp_path, backend))
+    assert tokenizer.spell(tokenizer.encode(fits)[1:]) == spelled(fits.encode())
+    assert tokenizer.spell(tokenizer.encode(longer)[1:]) == (
+        Spelling(written=longer.encode()[:256], is_text=False),
+    )
+
+
 # ------------------------------------------------------------------ files
 
 
@@ -62,6 +115,7 @@ def test_a_folder_without_tokenizer_serves_ids_only(tmp_path: Path) -> None:
         tokenizer.encode_chat(Chat(messages=(ChatMessage(role="user", content="hello"),)))
     with pytest.raises(InvalidRequest, match="stop strings"):
         Detokenizer(tokenizer, ["x"])
+    assert tokenizer.spell([1, 2]) == ()
     detokenizer = Detokenizer(tokenizer)
     piece = detokenizer.feed([1, 2, 3])
     assert (piece.text, piece.token_count, piece.stopped) == ("", 3, False)

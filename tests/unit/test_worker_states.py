@@ -9,12 +9,12 @@ import pytest
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import (
-    CancelStage,
     DropStage,
+    HandOver,
     KVTaken,
     MayLeave,
-    TakeOver,
     ToWorker,
+    UndoMove,
 )
 from distributed_llm.common.states import IllegalTransition, StateTable
 from distributed_llm.common.types import Epoch, StepNumber
@@ -108,8 +108,8 @@ OF_AGENT: dict[tuple[Enum, Enum], Scenario] = {
 }
 
 
-def take_over(epoch: int) -> TakeOver:
-    return TakeOver(epoch=Epoch(epoch), first_step=StepNumber(100))
+def hand_over(epoch: int) -> HandOver:
+    return HandOver(epoch=Epoch(epoch), first_step=StepNumber(100))
 
 
 S, WHY = StageState, StageCause
@@ -121,33 +121,33 @@ OF_STAGE: dict[tuple[Enum, Enum], Scenario] = {
     (S.PREPARING, WHY.COMMIT): then(serving_3, beside(5), DropStage(epoch=Epoch(3))),
     (S.COMMITTED, WHY.LOADED): then(serving_3, beside(5), DropStage(epoch=Epoch(3)), loaded(5)),
     (S.PREPARED, WHY.COMMIT): then(both, DropStage(epoch=Epoch(3))),
-    (S.SERVED, WHY.SUSPEND): then(both, take_over(5)),
-    (S.SUSPENDED, WHY.RESUME): then(both, take_over(5), CancelStage(epoch=Epoch(5))),
+    (S.SERVED, WHY.SUSPEND): then(both, hand_over(5)),
+    (S.SUSPENDED, WHY.RESUME): then(both, hand_over(5), UndoMove(epoch=Epoch(5))),
     (S.LOADING, WHY.GIVE_UP): then(joined, order(3), Disconnected()),
-    (S.PREPARING, WHY.GIVE_UP): then(serving_3, beside(5), CancelStage(epoch=Epoch(5))),
-    (S.PREPARED, WHY.GIVE_UP): then(both, CancelStage(epoch=Epoch(5))),
+    (S.PREPARING, WHY.GIVE_UP): then(serving_3, beside(5), UndoMove(epoch=Epoch(5))),
+    (S.PREPARED, WHY.GIVE_UP): then(both, UndoMove(epoch=Epoch(5))),
     (S.COMMITTED, WHY.GIVE_UP): then(
         serving_3, beside(5), DropStage(epoch=Epoch(3)), Disconnected()
     ),
     (S.SERVED, WHY.GIVE_UP): then(serving_3, DropStage(epoch=Epoch(3))),
-    (S.SUSPENDED, WHY.GIVE_UP): then(copied, take_over(5), DropStage(epoch=Epoch(3))),
+    (S.SUSPENDED, WHY.GIVE_UP): then(copied, hand_over(5), DropStage(epoch=Epoch(3))),
 }
 
 H, STEP = KVMoveState, KVMoveCause
-TAKE_OVER = take_over(5)
+HAND_OVER = hand_over(5)
 ASSEMBLED = KVAssembled(AssembleKV(0, Epoch(5)))
 NO_MEMORY = KVOrderFailed(AssembleKV(0, Epoch(5)), StageError("no"))
 OF_KV_MOVE: dict[tuple[Enum, Enum], Scenario] = {
     (H.COPYING, STEP.ALL_COPIED): copied,
-    (H.COPYING, STEP.STEPS_ENDED): then(lambda: both([SECOND]), TAKE_OVER),
-    (H.COPIED, STEP.STEPS_ENDED): then(copied, TAKE_OVER),
-    (H.HANDOVER, STEP.ALL_ARRIVED): then(both, TAKE_OVER),
-    (H.ASSEMBLING, STEP.ASSEMBLED): then(both, TAKE_OVER, ASSEMBLED),
+    (H.COPYING, STEP.STEPS_ENDED): then(lambda: both([SECOND]), HAND_OVER),
+    (H.COPIED, STEP.STEPS_ENDED): then(copied, HAND_OVER),
+    (H.HANDOVER, STEP.ALL_ARRIVED): then(both, HAND_OVER),
+    (H.ASSEMBLING, STEP.ASSEMBLED): then(both, HAND_OVER, ASSEMBLED),
     (H.COPYING, STEP.FAILED): then(lambda: sending()[0], LinkDown(TO_NAS)),
     (H.COPIED, STEP.FAILED): then(copied, LinkDown(TO_NAS)),
-    (H.HANDOVER, STEP.FAILED): then(copied, TAKE_OVER, LinkDown(TO_NAS)),
-    (H.ASSEMBLING, STEP.FAILED): then(both, TAKE_OVER, NO_MEMORY),
-    (H.ASSEMBLED, STEP.FAILED): then(both, TAKE_OVER, ASSEMBLED, NO_MEMORY),
+    (H.HANDOVER, STEP.FAILED): then(copied, HAND_OVER, LinkDown(TO_NAS)),
+    (H.ASSEMBLING, STEP.FAILED): then(both, HAND_OVER, NO_MEMORY),
+    (H.ASSEMBLED, STEP.FAILED): then(both, HAND_OVER, ASSEMBLED, NO_MEMORY),
 }
 
 TABLES: list[tuple[StateTable[Any, Any], dict[tuple[Enum, Enum], Scenario]]] = [

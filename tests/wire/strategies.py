@@ -79,6 +79,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             )
         case inspect.StrType():
             return _texts(kind)
+        case inspect.BytesType(max_length=most):
+            return st.binary(max_size=_MAX_TEXT if most is None else min(_MAX_TEXT, most))
         case inspect.LiteralType(values=choices):
             return st.sampled_from(list(choices))
         case inspect.UnionType(types=types):
@@ -152,6 +154,8 @@ def _example(kind: inspect.Type) -> Any:
             return max(ge or 0.0, 0.5 if le is None else min(0.5, le))
         case inspect.StrType():
             return "a1"
+        case inspect.BytesType():
+            return b"a1"
         case inspect.LiteralType(values=choices):
             return choices[0]
         case inspect.UnionType(types=types):

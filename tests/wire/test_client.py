@@ -20,8 +20,10 @@ from distributed_llm import (
     DistributedLLMError,
     Generation,
     InvalidRequest,
+    LikelyToken,
     NotEnoughMemory,
     Overloaded,
+    PickedToken,
     RequestCancelled,
 )
 from distributed_llm.common import codec
@@ -34,6 +36,7 @@ from distributed_llm.common.messages import (
     FinishReason,
     Generate,
     RequestFailed,
+    Spelling,
     ToClient,
     TokenLogprobs,
     WorkerDrained,
@@ -228,8 +231,30 @@ def test_a_number_of_answers_that_is_none(client: DistributedClient, n: Any) -> 
 
 # ------------------------------------------------------------------ log-probabilities
 
-FIRST = TokenLogprobs(logprob=-0.5, top=((7, -0.5), (3, -1.25)))
-SECOND = TokenLogprobs(logprob=math.log(0.125), top=((3, -0.75), (8, -2.0)))
+PART = Spelling(written=b" \xc3")
+FIRST = TokenLogprobs(
+    logprob=-0.5,
+    top=((7, -0.5), (3, -1.25)),
+    spelled=(PART, PART, Spelling(written=b"</s>", is_text=False)),
+)
+SECOND = TokenLogprobs(logprob=math.log(0.125), top=((3, -0.75), (8, -2.0)))  # no tokenizer
+WRONG = TokenLogprobs(logprob=-0.5, top=((7, -0.5),), spelled=(PART,))
+
+SEVEN = LikelyToken(token_id=7, logprob=-0.5, text=" \ufffd", bytes=(32, 0xC3))
+END = LikelyToken(token_id=3, logprob=-1.25, text="</s>", bytes=None)
+PICKED_SEVEN = PickedToken(
+    token_id=7, logprob=-0.5, text=" \ufffd", bytes=(32, 0xC3), top=(SEVEN, END)
+)
+PICKED_EIGHT = PickedToken(
+    token_id=8,
+    logprob=math.log(0.125),
+    text="",
+    bytes=None,
+    top=(
+        LikelyToken(token_id=3, logprob=-0.75, text="", bytes=None),
+        LikelyToken(token_id=8, logprob=-2.0, text="", bytes=None),
+    ),
+)
 
 
 def with_logprobs(request: Generate) -> list[ToClient]:
@@ -246,9 +271,13 @@ def test_every_token_has_its_log_probability(
 ) -> None:
     coordinator.script = with_logprobs
     *chunks, last = client.stream("Hi", logprobs=2)
-    assert [chunk.logprobs for chunk in chunks] == [[FIRST], [], [SECOND, FIRST]]
+    assert [chunk.logprobs for chunk in chunks] == [
+        [PICKED_SEVEN],
+        [],
+        [PICKED_EIGHT, PICKED_SEVEN],
+    ]
     assert last.generation
-    assert last.generation.logprobs == [FIRST, SECOND, FIRST]
+    assert last.generation.logprobs == [PICKED_SEVEN, PICKED_EIGHT, PICKED_SEVEN]
     assert last.generation.token_ids == [7, 8, 7]
 
 
@@ -371,6 +400,14 @@ def test_a_chunk_that_cannot_be_read_ends_its_request_alone(
     assert coordinator.heard[2:] == [Cancel(request_id=one.request_id)]
 
 
+def test_tokens_without_a_spelling_each_are_not_passed_over(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    coordinator.script = lambda r: [piece(r, "a", 7, logprobs=(WRONG,))]
+    with pytest.raises(RemoteProtocolError, match="1 spellings where 2 tokens are"):
+        client.generate("Hi", logprobs=1)
+
+
 def test_missing_log_probabilities_are_not_passed_over(
     coordinator: FakeCoordinator, client: DistributedClient
 ) -> None:
@@ -392,7 +429,7 @@ def test_a_coordinator_that_goes_away_ends_every_choice(coordinator: FakeCoordin
         client = DistributedClient(other.address)
         stream = client.stream("Hi", n=3)
         assert [next(stream).choice, next(stream).choice] == [1, 0]
-    with client, pytest.raises(CoordinatorLost, match="closed the connection"):
+    with client, pytest.raises(CoordinatorLost, match="cannot be reached any more"):
         next(stream)
 
 
@@ -579,7 +616,7 @@ def test_a_cut_connection_is_told_and_the_next_call_makes_another(
         stream = client.stream("Hi", n=3)
         next(stream)
         proxy.cut()
-        with pytest.raises(CoordinatorLost, match="closed the connection"):
+        with pytest.raises(CoordinatorLost, match="cannot be reached any more"):
             next(stream)
         coordinator.script = numbered
         assert client.generate("Hi", n=2) == ["<0>", "<1>"]

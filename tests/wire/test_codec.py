@@ -47,6 +47,7 @@ from distributed_llm.common.messages import (
     RequestFailed,
     SequenceSlice,
     SharedPrefix,
+    Spelling,
     StageFailed,
     StageTime,
     StatusReport,
@@ -579,15 +580,31 @@ def test_a_logit_bias_is_a_bounded_table(bias: object) -> None:
 
 @pytest.mark.parametrize(
     "logprobs",
-    [[[]], [[0.5]], [[math.nan]], [[-1.0, [[1]]]], [[-1.0, [[1, -1.0]] * 21]], [[-1.0, [], 1]]],
+    [
+        [[]],
+        [[0.5]],
+        [[math.nan]],
+        [[-1.0, [[1]]]],
+        [[-1.0, [[1, -1.0]] * 21]],
+        [[-1.0, [], 1]],
+        [[-1.0, [], [1]]],
+        [[-1.0, [], [[b"x" * 257]]]],
+        [[-1.0, [], [["x"]]]],
+        [[-1.0, [], [None] * 22]],
+        [[-1.0, [], [], 1]],
+    ],
     ids=lambda value: str(value)[:30],
 )
 def test_log_probabilities_are_pairs(logprobs: object) -> None:
     chunk = plain(example(TokenChunk))
-    said = [[-1.0, [[7, -1.0], [8, -2.5]]], [-0.5]]
+    said = [[-1.0, [[7, -1.0], [8, -2.5]], [[b"\xc3"], [b"<s>", False], None]], [-0.5]]
     read_back = read({**chunk, "logprobs": said}, decoder=codec.to_client).logprobs
     assert read_back == (
-        TokenLogprobs(logprob=-1.0, top=((7, -1.0), (8, -2.5))),
+        TokenLogprobs(
+            logprob=-1.0,
+            top=((7, -1.0), (8, -2.5)),
+            spelled=(Spelling(written=b"\xc3"), Spelling(written=b"<s>", is_text=False), None),
+        ),
         TokenLogprobs(logprob=-0.5),
     )
     wrong = {**chunk, "logprobs": logprobs}

@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from distributed_llm import cli
+from distributed_llm import generate_command
 from distributed_llm.cli import app
 from distributed_llm.common.errors import DeadlineExceeded, InvalidRequest
 from distributed_llm.common.messages import (
     ClusterStatus,
     Generate,
+    Spelling,
     ToClient,
     TokenLogprobs,
     WorkerStatus,
 )
+from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import LayerRange
 from tests.fake_coordinator import FakeCoordinator, failed, finished, piece
 from tests.wire.strategies import example
@@ -106,21 +108,31 @@ def test_json_of_several_answers_is_a_list(coordinator: FakeCoordinator) -> None
 
 
 def test_json_names_every_log_probability(coordinator: FakeCoordinator) -> None:
-    one = TokenLogprobs(logprob=-1.5, top=((8, -0.25), (7, -1.5)))
+    part, end = Spelling(written=b" \xc3"), Spelling(written=b"</s>", is_text=False)
+    one = TokenLogprobs(logprob=-1.5, top=((8, -0.25), (7, -1.5)), spelled=(part, end, part))
     coordinator.script = lambda r: [piece(r, "a", 7, logprobs=(one,), end="stop"), finished(r)]
     done = dllm(coordinator, "generate", "Hi", "--logprobs", "2", "--json")
     assert json.loads(done.stdout)["logprobs"] == [
         {
             "token_id": 7,
             "logprob": -1.5,
-            "top": [{"token_id": 8, "logprob": -0.25}, {"token_id": 7, "logprob": -1.5}],
+            "text": " \ufffd",
+            "bytes": [32, 195],
+            "top": [
+                {"token_id": 8, "logprob": -0.25, "text": "</s>", "bytes": None},
+                {"token_id": 7, "logprob": -1.5, "text": " \ufffd", "bytes": [32, 195]},
+            ],
         }
     ]
 
 
-def test_every_option_arrives(coordinator: FakeCoordinator) -> None:
-    coordinator.script = lambda r: [piece(r, "", 1, end="stop"), finished(r)]
-    options = {
+def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator) -> None:
+    coordinator.script = lambda r: [
+        piece(r, "", 1, logprobs=(TokenLogprobs(logprob=-1.0),), end="stop"),
+        piece(r, "", 1, choice=1, logprobs=(TokenLogprobs(logprob=-1.0),), end="stop"),
+        finished(r),
+    ]
+    numbers = {
         "max_new_tokens": 5,
         "min_new_tokens": 2,
         "temperature": 0.5,
@@ -130,20 +142,30 @@ def test_every_option_arrives(coordinator: FakeCoordinator) -> None:
         "repetition_penalty": 1.5,
         "presence_penalty": 0.25,
         "frequency_penalty": -0.25,
+        "typical_p": 0.75,
+        "no_repeat_ngram_size": 3,
+        "logprobs": 0,
+        "n": 2,
         "seed": 7,
     }
-    flags = [
-        text
-        for name, value in options.items()
-        for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    done = dllm(coordinator, "generate", "Hi", *flags, "--stop", "a", "--stop", "b", "--ignore-eos")
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
+    flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--timeout", "1500ms", "--json"]
+    flags += ["--bad-words-ids", "5,9", "--bad-words-ids", "4", "--suppress-tokens", "1, 2"]
+    flags += ["--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--eos-token-id", "3,8"]
+    done = dllm(coordinator, "generate", "Hi", *flags)
     assert done.exit_code == 0
-    assert msgspec.to_builtins(coordinator.requests[0].params) == {
-        **options,
+    arrived = msgspec.to_builtins(coordinator.requests[0].params)
+    assert arrived == {
+        **numbers,
         "stop_strings": ("a", "b"),
         "ignore_eos": True,
+        "timeout_s": 1.5,
+        "bad_words_ids": ((5, 9), (4,)),
+        "suppress_tokens": (1, 2),
+        "logit_bias": {5: -1.5, 6: 2.0},
+        "eos_token_id": (3, 8),
     }
+    assert arrived.keys() == set(SamplingParams.__struct_fields__)
 
 
 def test_a_model_without_a_tokenizer_is_asked_with_token_ids(coordinator: FakeCoordinator) -> None:
@@ -175,11 +197,11 @@ def test_at_a_terminal_it_says_what_it_waits_for(
             return True
 
     monkeypatch.setattr(sys, "stdin", Terminal("typed"))
-    assert cli._text_prompt(None) == "typed"
+    assert generate_command._text_prompt(None) == "typed"
     assert "Type the prompt; Ctrl-" in capsys.readouterr().err
-    assert cli._text_prompt("given") == "given"
+    assert generate_command._text_prompt("given") == "given"
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
-    assert cli._text_prompt("-") == "piped"
+    assert generate_command._text_prompt("-") == "piped"
     assert capsys.readouterr().err == ""
 
 
@@ -190,6 +212,10 @@ def test_at_a_terminal_it_says_what_it_waits_for(
         (("--logprobs", "2"), "give --json too"),
         (("--timeout", "soon"), "write seconds, or a unit as in 500ms"),
         (("--n", "two"), "--n"),
+        (("--logit-bias", "5"), "write it as 5=-1.5"),
+        (("--logit-bias", "x=1"), "write it as 5=-1.5"),
+        (("--bad-words-ids", "5;9"), "write them as 1,5,9"),
+        (("--suppress-tokens", ""), "write them as 1,5,9"),
     ],
 )
 def test_wrong_usage_is_told(

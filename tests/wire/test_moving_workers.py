@@ -14,10 +14,11 @@ import msgspec
 import pytest
 
 from distributed_llm.common.messages import (
-    CancelStage,
     CopyKV,
     DropStage,
     Goodbye,
+    HandedOver,
+    HandOver,
     Heartbeat,
     KVCopied,
     KVEnd,
@@ -30,10 +31,9 @@ from distributed_llm.common.messages import (
     MayLeave,
     NextStage,
     StageReady,
-    TakeOver,
     Task,
     TaskResult,
-    TookOver,
+    UndoMove,
     WorkerHello,
 )
 from distributed_llm.common.tensors import TensorSpec
@@ -196,10 +196,10 @@ async def test_layers_move_with_their_kv_cache(monkeypatch: pytest.MonkeyPatch) 
         copied = await coordinator.hear("a", KVCopied)
         assert copied.bytes_sent == NUM_PIECES * PIECE_BYTES
         assert engines["b"].imported_bytes == NUM_PIECES * PIECE_BYTES
-        coordinator.say("b", TakeOver(epoch=Epoch(2), first_step=StepNumber(2)))
-        coordinator.say("a", TakeOver(epoch=Epoch(2), first_step=StepNumber(2)))
+        coordinator.say("b", HandOver(epoch=Epoch(2), first_step=StepNumber(2)))
+        coordinator.say("a", HandOver(epoch=Epoch(2), first_step=StepNumber(2)))
         for name in ("a", "b"):
-            assert (await coordinator.hear(name, TookOver)).epoch == 2
+            assert (await coordinator.hear(name, HandedOver)).epoch == 2
         numbers = [order.message.number for order in engines["b"].orders_of(ImportKV)]
         assert numbers == [*range(1, NUM_PIECES + 2)]
         coordinator.say("a", DropStage(epoch=Epoch(1)))
@@ -219,10 +219,10 @@ async def test_cancelled_move_leaves_the_old_epoch(monkeypatch: pytest.MonkeyPat
         await both_loaded(coordinator)
         coordinator.say("a", copy_to_b(coordinator))
         await coordinator.hear("a", KVCopied)
-        coordinator.say("a", TakeOver(epoch=Epoch(2), first_step=StepNumber(1)))
-        await coordinator.hear("a", TookOver)
+        coordinator.say("a", HandOver(epoch=Epoch(2), first_step=StepNumber(1)))
+        await coordinator.hear("a", HandedOver)
         for name in ("a", "b"):
-            coordinator.say(name, CancelStage(epoch=Epoch(2)))
+            coordinator.say(name, UndoMove(epoch=Epoch(2)))
         coordinator.say("a", task(1, 1), (TOKEN_IDS,))
         assert (await coordinator.hear("a", TaskResult)).epoch == 1
         await come_true(lambda: all(engine.orders_of(Unload) for engine in engines.values()))

@@ -22,9 +22,9 @@ from distributed_llm.coordinator.events import (
     Detokenized,
     Forget,
     RequestKey,
+    TextFailed,
     Tokenize,
     Tokenized,
-    TokenizeFailed,
 )
 from distributed_llm.coordinator.text import service as text_service
 from distributed_llm.coordinator.text.orders import TextEvent
@@ -73,7 +73,7 @@ class Bench:
 
     async def failure(self, number: int) -> Exception:
         event = await self.events.get()
-        assert isinstance(event, TokenizeFailed)
+        assert isinstance(event, TextFailed)
         assert event.key == key(number)
         return event.error
 

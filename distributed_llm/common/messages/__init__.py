@@ -53,6 +53,7 @@ from distributed_llm.common.messages.from_client import (
 from distributed_llm.common.messages.from_worker import (
     NOT_SERVED,
     Goodbye,
+    HandedOver,
     Heartbeat,
     KVCopied,
     KVFailed,
@@ -66,7 +67,6 @@ from distributed_llm.common.messages.from_worker import (
     StageTrial,
     TaskFailed,
     TaskResult,
-    TookOver,
     WorkerHello,
 )
 from distributed_llm.common.messages.to_anybody import (
@@ -74,11 +74,13 @@ from distributed_llm.common.messages.to_anybody import (
     Refused,
 )
 from distributed_llm.common.messages.to_client import (
+    MAX_SPELLING,
     ClientWelcome,
     ClusterStatus,
     Finished,
     FinishReason,
     RequestFailed,
+    Spelling,
     StageTiming,
     StatusReport,
     Timings,
@@ -91,9 +93,9 @@ from distributed_llm.common.messages.to_client import (
 from distributed_llm.common.messages.to_worker import (
     MAX_RELEASED,
     MAX_SLICES,
-    CancelStage,
     CopyKV,
     DropStage,
+    HandOver,
     KVTransfer,
     LoadStage,
     MayLeave,
@@ -105,8 +107,8 @@ from distributed_llm.common.messages.to_worker import (
     SequenceIds,
     SequenceSlice,
     SharedPrefix,
-    TakeOver,
     Task,
+    UndoMove,
     Welcome,
 )
 
@@ -116,6 +118,7 @@ __all__ = [
     "MAX_PIECES",
     "MAX_RELEASED",
     "MAX_SLICES",
+    "MAX_SPELLING",
     "MAX_STAGES",
     "MAX_TENSORS",
     "NOT_SERVED",
@@ -125,7 +128,6 @@ __all__ = [
     "AnyMessage",
     "Bandwidth",
     "Cancel",
-    "CancelStage",
     "Capabilities",
     "Chat",
     "ChatMessage",
@@ -144,6 +146,8 @@ __all__ = [
     "Generate",
     "GetStatus",
     "Goodbye",
+    "HandOver",
+    "HandedOver",
     "Heartbeat",
     "KVCopied",
     "KVEnd",
@@ -180,6 +184,7 @@ __all__ = [
     "SequenceIds",
     "SequenceSlice",
     "SharedPrefix",
+    "Spelling",
     "StageFailed",
     "StageReady",
     "StageTime",
@@ -187,7 +192,6 @@ __all__ = [
     "StageTiming",
     "StageTrial",
     "StatusReport",
-    "TakeOver",
     "Task",
     "TaskFailed",
     "TaskResult",
@@ -201,8 +205,8 @@ __all__ = [
     "ToWorker",
     "TokenChunk",
     "TokenLogprobs",
-    "TookOver",
     "ToolCall",
+    "UndoMove",
     "Usage",
     "Value",
     "Welcome",
@@ -223,7 +227,7 @@ WorkerReport = (
     | LinkReport
     | Remeasured
     | KVCopied
-    | TookOver
+    | HandedOver
     | KVFailed
     | Leaving
 )
@@ -240,8 +244,8 @@ ToWorker = (
     | Renamed
     | LoadStage
     | CopyKV
-    | TakeOver
-    | CancelStage
+    | HandOver
+    | UndoMove
     | DropStage
     | Task
     | ReleaseSequences

@@ -194,14 +194,14 @@ class Remeasured(Message, frozen=True, kw_only=True, tag="remeasured"):
 class KVCopied(Message, frozen=True, kw_only=True, tag="kv_copied"):
     """Worker -> coordinator: its KV cache is copied to the workers that have its layers in `epoch`.
 
-    What steps have added since the copy began is sent in the handover, after `TakeOver`.
+    What steps have added since the copy began is sent in the handover, after `HandOver`.
     """
 
     epoch: Epoch
     bytes_sent: Count
 
 
-class TookOver(Message, frozen=True, kw_only=True, tag="took_over"):
+class HandedOver(Message, frozen=True, kw_only=True, tag="handed_over"):
     """Worker -> coordinator: the handover is done here; its stage of `epoch` can run tasks."""
 
     epoch: Epoch

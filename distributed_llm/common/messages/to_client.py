@@ -32,6 +32,31 @@ class ClientWelcome(Message, frozen=True, kw_only=True, tag="client_welcome"):
     silence_timeout_s: Seconds
 
 
+MAX_LIKELIEST = 20
+"""Likeliest tokens that are reported for one position."""
+
+MAX_SPELLING = 256
+"""Bytes of a token's text that are reported with its probability."""
+
+
+class Spelling(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """How a token is written.
+
+    Attributes:
+        written: UTF-8, of which a token may be a part of a character.
+        is_text: whether `written` is the token's text; else it is the name of a special token, or
+            the beginning of a longer text.
+    """
+
+    written: Annotated[bytes, Meta(max_length=MAX_SPELLING)]
+    is_text: bool = True
+
+
+_Logprob = Annotated[float, Meta(ge=-1e9, le=1e-3)]
+
+
 class TokenLogprobs(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
@@ -40,12 +65,13 @@ class TokenLogprobs(
     Attributes:
         logprob: natural logarithm of the sampled token's probability.
         top: ids and log-probabilities of the likeliest tokens, likeliest first.
+        spelled: how the sampled token is written, and then each of `top`; None for one that the
+            tokenizer does not know, and empty if there is no tokenizer.
     """
 
-    logprob: Annotated[float, Meta(ge=-1e9, le=1e-3)]
-    top: Annotated[
-        tuple[tuple[TokenId, Annotated[float, Meta(ge=-1e9, le=1e-3)]], ...], Meta(max_length=20)
-    ] = ()
+    logprob: _Logprob
+    top: Annotated[tuple[tuple[TokenId, _Logprob], ...], Meta(max_length=MAX_LIKELIEST)] = ()
+    spelled: Annotated[tuple[Spelling | None, ...], Meta(max_length=1 + MAX_LIKELIEST)] = ()
 
 
 class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_defaults=True):
@@ -194,13 +220,13 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         preemptions: how often a running answer gave up its KV cache to an older one.
         moves: how often layers have moved between workers while the model was served.
         move_stall_s: how long answers stood still in the latest move; 0 if none ran meanwhile.
-        requests_running: answers that run on a pipeline.
-        requests_waiting: answers that wait for one.
+        answers_running: answers that run on a pipeline.
+        answers_waiting: answers that wait for one.
         requests_finished: requests that were answered completely.
         requests_cancelled: requests that their clients cancelled, or whose clients are gone.
         requests_failed: requests that ended with an error, refused ones included.
         rejected: number of messages that were dropped, by reason.
-        events: the latest events, oldest first.
+        events: the latest events, oldest first; what happened several times is one of them.
     """
 
     model: str
@@ -216,8 +242,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     preemptions: Count
     moves: Count
     move_stall_s: Seconds
-    requests_running: Count
-    requests_waiting: Count
+    answers_running: Count
+    answers_waiting: Count
     requests_finished: Count
     requests_cancelled: Count
     requests_failed: Count

@@ -77,7 +77,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
 
     Answered by `StageReady` or `StageFailed`. Layers and KV cache of older epochs are dropped
     first, unless `beside` is set: then the served epoch continues until `DropStage` or the first
-    task of `epoch`. A newer order replaces one that loads beside; `CancelStage` gives it up.
+    task of `epoch`. A newer order replaces one that loads beside; `UndoMove` gives it up.
 
     Attributes:
         dtype: dtype of weights, KV cache and computation.
@@ -128,23 +128,23 @@ class CopyKV(Message, frozen=True, kw_only=True, tag="copy_kv"):
     transfers: Annotated[tuple[KVTransfer, ...], Meta(min_length=1, max_length=MAX_STAGES)]
 
 
-class TakeOver(Message, frozen=True, kw_only=True, tag="take_over"):
+class HandOver(Message, frozen=True, kw_only=True, tag="hand_over"):
     """Coordinator -> worker: begins the handover to `epoch`: no step is in flight.
 
     A worker that sends KV cache sends what has changed since it was copied, and a manifest of what
     it holds. A worker with layers in `epoch` waits for that, adds its own KV cache and answers
-    `TookOver`. Tasks of the served epoch are void from now on, unless `CancelStage` follows.
+    `HandedOver`. Tasks of the served epoch are void from now on, unless `UndoMove` follows.
 
     Attributes:
         first_step: the first step that the served epoch will run if the move is undone. Its task
-            may come from another worker before `CancelStage` comes, and says the same.
+            may come from another worker before `UndoMove` comes, and says the same.
     """
 
     epoch: Epoch
     first_step: StepNumber
 
 
-class CancelStage(Message, frozen=True, kw_only=True, tag="cancel_stage"):
+class UndoMove(Message, frozen=True, kw_only=True, tag="undo_move"):
     """Coordinator -> worker: `epoch` is given up; the served epoch continues.
 
     Frees layers that were loaded beside, and stops sending KV cache.

@@ -25,7 +25,7 @@ from distributed_llm.coordinator.cluster.registry import Worker, memory_of
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.plan import Plan
-from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
@@ -140,7 +140,7 @@ class Departures:
         if worker is None:
             names = ", ".join(sorted(worker.id for worker in self._registry.workers)) or "none"
             error = InvalidRequest(f"There is no worker {name!r}. Workers: {names}.")
-            return [_answer(client, name, error)]
+            return [_reply(client, name, error)]
         departure = self._departure(worker)
         if client not in departure.clients:
             departure.clients.append(client)
@@ -166,7 +166,7 @@ class Departures:
             f"Worker {worker.id} was lost before others had its layers. See in `dllm status` "
             "whether it is back."
         )
-        return [_answer(client, worker.id, error) for client in departure.clients]
+        return [_reply(client, worker.id, error) for client in departure.clients]
 
     # -------------------------------------------------------------- plans and moves
 
@@ -224,39 +224,39 @@ class Departures:
 
     def _is_spare(self, pipeline: Pipeline) -> bool:
         """Return whether another pipeline serves the model too."""
-        return any(other is not pipeline for other in self._pipelines.serving)
+        return any(other is not pipeline for other in self._pipelines.loaded)
 
-    def planned(self, answer: PlanAnswer, *, now: float) -> list[Action]:
+    def planned(self, reply: PlanReply, *, now: float) -> list[Action]:
         """Move to the plan that was made without a worker, or have another one made later."""
         for peer, departure in self._leaving.items():
             worker = self._registry.worker(peer)
-            if worker is not None and departure.question is answer.question:
+            if worker is not None and departure.question is reply.question:
                 departure.question = None
-                return self._act_on(worker, departure, answer, now)
+                return self._act_on(worker, departure, reply, now)
         return []
 
     def _act_on(
-        self, worker: Worker, departure: _Departure, answer: PlanAnswer, now: float
+        self, worker: Worker, departure: _Departure, reply: PlanReply, now: float
     ) -> list[Action]:
         pipeline = self._pipelines.pipeline_of(worker.peer)
         there = self._others(worker, pipeline) if pipeline else []
-        if pipeline is None or self._moves.move or self._is_outdated(answer, there):
+        if pipeline is None or self._moves.move or self._is_outdated(reply, there):
             departure.enter(_C.PLAN_OUTDATED)
             return []
-        if answer.error is not None and not self._is_spare(pipeline):
-            return self._refuse(worker, departure, answer.error, alone=not there)
-        if answer.error is None and departure.moves < _MOST_MOVES and pipeline.in_flight:
-            moving = self._move(worker, departure, pipeline, answer.plans[0], now)
+        if reply.error is not None and not self._is_spare(pipeline):
+            return self._refuse(worker, departure, reply.error, alone=not there)
+        if reply.error is None and departure.moves < _MOST_MOVES and pipeline.in_flight:
+            moving = self._move(worker, departure, pipeline, reply.plans[0], now)
             if moving is not None:
                 return moving
         departure.enter(_C.PIPELINE_DISSOLVED)
         return self._replanning.recover(worker)
 
-    def _is_outdated(self, answer: PlanAnswer, there: Sequence[Worker]) -> bool:
+    def _is_outdated(self, reply: PlanReply, there: Sequence[Worker]) -> bool:
         names = {worker.id for worker in there}
-        if answer.error is not None:
-            return names != set(answer.question.machines.memory_bytes)
-        return any(stage.worker not in names for plan in answer.plans for stage in plan)
+        if reply.error is not None:
+            return names != set(reply.question.machines.memory_bytes)
+        return any(stage.worker not in names for plan in reply.plans for stage in plan)
 
     def _move(
         self,
@@ -294,7 +294,7 @@ class Departures:
         if alone:
             error = NotReady(f"Nobody but {worker.id} can serve the model. Add a worker first.")
         actions: list[Action] = [
-            self._log.note(EventKind.HANDOVER_IMPOSSIBLE, worker=worker.id, why=str(error))
+            self._log.note(EventKind.NOBODY_TAKES_LAYERS, worker=worker.id, why=str(error))
         ]
         if departure.wanted:
             why = f"Nobody can have its layers: {error}"
@@ -303,7 +303,7 @@ class Departures:
         departure.enter(_C.NOBODY_CAN)
         worker.leaving = False
         del self._leaving[worker.peer]
-        return [*actions, *(_answer(client, worker.id, error) for client in departure.clients)]
+        return [*actions, *(_reply(client, worker.id, error) for client in departure.clients)]
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -316,6 +316,6 @@ class Departures:
                 assert self._moves.move is not None
 
 
-def _answer(client: PeerId, worker: str, error: DistributedLLMError) -> Send:
+def _reply(client: PeerId, worker: str, error: DistributedLLMError) -> Send:
     message = WorkerDrained(worker=worker[:64], code=error.code, message=str(error)[:4096])
     return Send(client, message)

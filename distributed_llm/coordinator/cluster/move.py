@@ -16,7 +16,7 @@ caches, and the requests compute their tokens again.
 from collections.abc import Mapping
 from enum import Enum
 
-from distributed_llm.common.messages import CancelStage, CopyKV, DropStage, KVTransfer, TakeOver
+from distributed_llm.common.messages import CopyKV, DropStage, HandOver, KVTransfer, UndoMove
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
@@ -31,7 +31,7 @@ class MoveState(Enum):
     Attributes:
         LOADING: new stages load their layers beside the old ones, which serve.
         COPYING: KV cache of layers that change hands is copied; the old pipeline serves.
-        DRAINING: the old pipeline is paused; its steps in flight are waited for.
+        FINISHING_STEPS: the old pipeline is paused; its steps in flight are waited for.
         HANDOVER: senders send the rest of the KV cache, and new stages assemble theirs.
         COMMITTED: the new pipeline serves.
         UNDONE: the move was cancelled; the old pipeline serves on.
@@ -39,7 +39,7 @@ class MoveState(Enum):
 
     LOADING = "loading"
     COPYING = "copying"
-    DRAINING = "draining"
+    FINISHING_STEPS = "finishing steps"
     HANDOVER = "handover"
     COMMITTED = "committed"
     UNDONE = "undone"
@@ -53,9 +53,9 @@ class MoveCause(Enum):
         LOADED_WITHOUT_COPY: all new stages are loaded, and there is none to copy.
         COPIED: all senders have copied what they had.
         COPY_TIMED_OUT: copying took too long; the rest is sent in the handover.
-        DRAINED: no step is in flight any more, and the KV cache is handed over.
-        DRAINED_WITHOUT_COPY: no step is in flight any more; requests compute their tokens again.
-        TAKEN_OVER: all new stages have their KV cache.
+        STEPS_ENDED: no step is in flight any more, and the KV cache is handed over.
+        STEPS_ENDED_WITHOUT_COPY: the same, but requests compute their tokens again.
+        HANDED_OVER: all new stages have their KV cache.
         CANCELLED: a failure, a loss, a time limit or another decision ended the move.
     """
 
@@ -63,9 +63,9 @@ class MoveCause(Enum):
     LOADED_WITHOUT_COPY = "loaded without copy"
     COPIED = "copied"
     COPY_TIMED_OUT = "copy timed out"
-    DRAINED = "drained"
-    DRAINED_WITHOUT_COPY = "drained without copy"
-    TAKEN_OVER = "taken over"
+    STEPS_ENDED = "steps ended"
+    STEPS_ENDED_WITHOUT_COPY = "steps ended without copy"
+    HANDED_OVER = "handed over"
     CANCELLED = "cancelled"
 
 
@@ -75,22 +75,22 @@ MOVE_STATES = StateTable(
     _S.LOADING,
     {
         (_S.LOADING, _C.LOADED): _S.COPYING,
-        (_S.LOADING, _C.LOADED_WITHOUT_COPY): _S.DRAINING,
-        (_S.COPYING, _C.COPIED): _S.DRAINING,
-        (_S.COPYING, _C.COPY_TIMED_OUT): _S.DRAINING,
-        (_S.DRAINING, _C.DRAINED): _S.HANDOVER,
-        (_S.DRAINING, _C.DRAINED_WITHOUT_COPY): _S.COMMITTED,
-        (_S.HANDOVER, _C.TAKEN_OVER): _S.COMMITTED,
+        (_S.LOADING, _C.LOADED_WITHOUT_COPY): _S.FINISHING_STEPS,
+        (_S.COPYING, _C.COPIED): _S.FINISHING_STEPS,
+        (_S.COPYING, _C.COPY_TIMED_OUT): _S.FINISHING_STEPS,
+        (_S.FINISHING_STEPS, _C.STEPS_ENDED): _S.HANDOVER,
+        (_S.FINISHING_STEPS, _C.STEPS_ENDED_WITHOUT_COPY): _S.COMMITTED,
+        (_S.HANDOVER, _C.HANDED_OVER): _S.COMMITTED,
         (_S.LOADING, _C.CANCELLED): _S.UNDONE,
         (_S.COPYING, _C.CANCELLED): _S.UNDONE,
-        (_S.DRAINING, _C.CANCELLED): _S.UNDONE,
+        (_S.FINISHING_STEPS, _C.CANCELLED): _S.UNDONE,
         (_S.HANDOVER, _C.CANCELLED): _S.UNDONE,
     },
 )
 
 _LIMITS_S = {_S.HANDOVER: 10.0}
 """Seconds in a state after which the move is undone. While it loads, the progress of the loads is
-watched; while it drains, leases bound its steps."""
+watched; while it finishes steps, leases bound them."""
 
 _COPY_LIMIT_S = 30.0
 """Seconds that copying may take beside `COPY_SLOWDOWN` times what it should. It needs a limit: KV
@@ -142,7 +142,7 @@ class Move:
         self._addresses = addresses
         self._link_key = link_key
         self._copy_limit_s = _COPY_LIMIT_S + COPY_SLOWDOWN * copy_s
-        self._awaited: set[PeerId] = set()  # who has not copied, or taken over, yet
+        self._awaited: set[PeerId] = set()  # who has not copied, or handed over, yet
 
     # -------------------------------------------------------------- who has a part in it
 
@@ -175,7 +175,7 @@ class Move:
         """Copy KV cache, or pause if there is none to copy; all new stages are loaded."""
         senders = {transfer.sender.peer for transfer in self.transfers}
         if not senders:
-            return self._drain(_C.LOADED_WITHOUT_COPY, now)
+            return self._finish_steps(_C.LOADED_WITHOUT_COPY, now)
         self._enter(_C.LOADED, now, senders)
         epoch, key = self.new.epoch, self._link_key
         return [
@@ -188,32 +188,32 @@ class Move:
         if self.state is not _S.COPYING or peer not in self._awaited:
             return []
         self._awaited.remove(peer)
-        return [] if self._awaited else self._drain(_C.COPIED, now)
+        return [] if self._awaited else self._finish_steps(_C.COPIED, now)
 
     def copy_timed_out(self, *, now: float) -> list[Send]:
         """Pause before all is copied; the rest of the KV cache is sent in the handover."""
-        return self._drain(_C.COPY_TIMED_OUT, now)
+        return self._finish_steps(_C.COPY_TIMED_OUT, now)
 
     def settle(self, *, now: float) -> list[Send]:
         """Hand over, or commit, if no step is in flight any more."""
         in_flight = self.old.in_flight
-        if self.state is not _S.DRAINING or in_flight is None or in_flight.num_steps:
+        if self.state is not _S.FINISHING_STEPS or in_flight is None or in_flight.num_steps:
             return []
         if not self.copies:
-            self._enter(_C.DRAINED_WITHOUT_COPY, self.state_at, set())
+            self._enter(_C.STEPS_ENDED_WITHOUT_COPY, self.state_at, set())
             return []
         receivers = {stage.peer for stage in self.new.stages}
         involved = receivers | {transfer.sender.peer for transfer in self.transfers}
-        self._enter(_C.DRAINED, now, receivers)
-        order = TakeOver(epoch=self.new.epoch, first_step=in_flight.next_step)
+        self._enter(_C.STEPS_ENDED, now, receivers)
+        order = HandOver(epoch=self.new.epoch, first_step=in_flight.next_step)
         return [Send(peer, order) for peer in sorted(involved)]
 
-    def took_over(self, peer: PeerId) -> None:
+    def handed_over(self, peer: PeerId) -> None:
         """Record that a new stage has its KV cache; once all have, the move is committed."""
         if self.state is _S.HANDOVER:
             self._awaited.discard(peer)
             if not self._awaited:
-                self._enter(_C.TAKEN_OVER, self.state_at, set())
+                self._enter(_C.HANDED_OVER, self.state_at, set())
 
     def commit_orders(self) -> list[Send]:
         """Return the messages by which workers free the old stages and serve the new ones."""
@@ -223,13 +223,13 @@ class Move:
         """Let the old stages go on; return the messages that free the new ones."""
         self._enter(_C.CANCELLED, self.state_at, set())
         self.old.resume()
-        return [Send(peer, CancelStage(epoch=self.new.epoch)) for peer in self._peers]
+        return [Send(peer, UndoMove(epoch=self.new.epoch)) for peer in self._peers]
 
     @property
     def _peers(self) -> list[PeerId]:
         return sorted({stage.peer for stage in (*self.old.stages, *self.new.stages)})
 
-    def _drain(self, cause: MoveCause, now: float) -> list[Send]:
+    def _finish_steps(self, cause: MoveCause, now: float) -> list[Send]:
         self._enter(cause, now, set())
         self.paused_at = now
         self.old.pause()

@@ -6,11 +6,11 @@ A move that fails in any state is undone, and the pipeline goes on as it was.
 from collections.abc import Sequence
 
 from distributed_llm.common.messages import (
+    HandedOver,
     KVCopied,
     KVFailed,
     StageFailed,
     StageReady,
-    TookOver,
 )
 from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
@@ -165,11 +165,11 @@ class Moves:
         self.prices.copied(said.bytes_sent, now - move.state_at)
         return move.copied(worker.peer, now=now)
 
-    def took_over(self, worker: Worker, said: TookOver) -> None:
+    def handed_over(self, worker: Worker, said: HandedOver) -> None:
         """Record that a new stage has its KV cache."""
         move = self._move_of(worker, said.epoch)
         if move is not None:
-            move.took_over(worker.peer)
+            move.handed_over(worker.peer)
 
     def kv_failed(self, worker: Worker, failed: KVFailed, *, now: float) -> list[Action]:
         """Undo the move: KV cache cannot be sent, received or assembled.
@@ -284,7 +284,7 @@ class Moves:
         move = self.move
         if move is not None:
             assert move.state not in (MoveState.COMMITTED, MoveState.UNDONE)
-            paused = move.state in (MoveState.DRAINING, MoveState.HANDOVER)
+            paused = move.state in (MoveState.FINISHING_STEPS, MoveState.HANDOVER)
             assert (move.old.state is PipelineState.PAUSED) == paused
             assert move.old in self._pipelines.all
             assert move.new not in self._pipelines.all

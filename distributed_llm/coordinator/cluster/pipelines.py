@@ -80,8 +80,8 @@ class Pipelines:
         return list(self._by_epoch.values())
 
     @property
-    def serving(self) -> list[Pipeline]:
-        """Those that serve or are paused, oldest first."""
+    def loaded(self) -> list[Pipeline]:
+        """Those whose stages are loaded, oldest first: they serve, or are paused for a move."""
         return [pipeline for pipeline in self._by_epoch.values() if pipeline.in_flight]
 
     def pipeline_of(self, peer: PeerId) -> Pipeline | None:
@@ -91,7 +91,7 @@ class Pipelines:
     @property
     def state(self) -> ClusterState:
         """Whether a pipeline serves; if none does, whether one loads or is being planned again."""
-        if self.serving:
+        if self.loaded:
             return "serving"
         return "loading" if self._by_epoch or self.recovering else "waiting"
 

@@ -109,7 +109,7 @@ class Rebalancing:
 
     @property
     def _served_epochs(self) -> frozenset[Epoch]:
-        return frozenset(pipeline.epoch for pipeline in self._pipelines.serving)
+        return frozenset(pipeline.epoch for pipeline in self._pipelines.loaded)
 
     def observe(self, pipeline: Pipeline, done: StepDone, *, now: float) -> None:
         """Learn from a step what is asked of a pipeline."""
@@ -139,7 +139,7 @@ class Rebalancing:
         if self._next_at is None or self._next_at > now:
             return []
         self._next_at = now + _EVERY_S
-        serving = self._pipelines.serving
+        serving = self._pipelines.loaded
         if not serving:
             self._next_at = None
             return []
@@ -239,7 +239,7 @@ class Rebalancing:
 
     def _act(self, result: SearchResult, outlook: _Outlook, now: float) -> list[Action]:
         search = result.search
-        serving = {pipeline.epoch: pipeline for pipeline in self._pipelines.serving}
+        serving = {pipeline.epoch: pipeline for pipeline in self._pipelines.loaded}
         pipeline = serving.get(search.epoch)
         if pipeline is None or self._moves.move or self._replanning.busy:
             return []

@@ -1,7 +1,7 @@
 """Replanning: has plans made when workers come and go, and loads them. Pure.
 
 Plans take milliseconds to make, so a question about them is answered beside the event loop; one is
-open at a time. An answer is outdated if it names a worker that cannot be had any more, or says that
+open at a time. A reply is outdated if it names a worker that cannot be had any more, or says that
 no plan fits while other workers have come: then the question is asked again for the workers of now.
 """
 
@@ -22,7 +22,7 @@ from distributed_llm.coordinator.cluster.registry import Worker, WorkerState, me
 from distributed_llm.coordinator.cluster.telling import tell
 from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
-from distributed_llm.coordinator.planning.plan_question import PlanAnswer, PlanQuestion
+from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.serving.event_log import EventKind
 
@@ -166,9 +166,9 @@ class Replanning:
         registry = self._cluster.registry
         return registry.fit if need is Need.ANEW else registry.idle
 
-    # -------------------------------------------------------------- answers
+    # -------------------------------------------------------------- replies
 
-    def answered(self, answer: PlanAnswer, *, moving: bool) -> list[Action]:
+    def replied(self, reply: PlanReply, *, moving: bool) -> list[Action]:
         """Load the plans, or ask again if they are outdated; then ask for other plans needed.
 
         Args:
@@ -176,22 +176,22 @@ class Replanning:
         """
         assert self._open is not None
         (need, question), self._open = self._open, None
-        assert answer.question is question
-        if self._is_outdated(need, answer):
+        assert reply.question is question
+        if self._is_outdated(need, reply):
             return self._ask_for(need)
-        if answer.error is not None:
-            actions = self._plan_failed(need, answer.error)
+        if reply.error is not None:
+            actions = self._plan_failed(need, reply.error)
         elif need is Need.ANEW:
-            actions = self._load_anew(answer.plans, moving)
+            actions = self._load_anew(reply.plans, moving)
         else:
-            actions = self._load(answer.plans)
+            actions = self._load(reply.plans)
         return [*actions, *self._ask_for()]
 
-    def _is_outdated(self, need: Need, answer: PlanAnswer) -> bool:
+    def _is_outdated(self, need: Need, reply: PlanReply) -> bool:
         there = {worker.id for worker in self._candidates(need)}
-        if answer.error is not None:
-            return there != set(answer.question.machines.memory_bytes)
-        return any(stage.worker not in there for plan in answer.plans for stage in plan)
+        if reply.error is not None:
+            return there != set(reply.question.machines.memory_bytes)
+        return any(stage.worker not in there for plan in reply.plans for stage in plan)
 
     def _load_anew(self, plans: Sequence[Plan], moving: bool) -> list[Action]:
         if self._pipelines.all and (moving or self._cluster.book.busy):
@@ -216,7 +216,8 @@ class Replanning:
             case Need.ANOTHER:
                 return []
             case Need.ANEW if pipelines.all:
-                return [log.note(EventKind.PLAN_KEPT, why=why)]
+                note = log.note(EventKind.PLAN_KEPT, why=why)
+                return [note, *self._tell_idle(f"no layers: {why}")]
             case Need.ANEW:
                 return self._wait(why)
             case Need.RECOVERY:

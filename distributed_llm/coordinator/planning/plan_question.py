@@ -32,20 +32,20 @@ class PlanQuestion:
     used_tokens: int = 0
     leaving: WorkerId | None = None
 
-    def answer(self) -> "PlanAnswer":
+    def reply(self) -> "PlanReply":
         """Return the plans, or why there are none."""
         try:
             if self.several:
-                return PlanAnswer(self, plans=tuple(self.planner.plans(self.machines)))
+                return PlanReply(self, plans=tuple(self.planner.plans(self.machines)))
             plan = self.planner.plan(self.machines, used_tokens=self.used_tokens)
-            return PlanAnswer(self, plans=(plan,))
+            return PlanReply(self, plans=(plan,))
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
-            return PlanAnswer(self, error=exc)
+            return PlanReply(self, error=exc)
 
 
 @dataclass(frozen=True)
-class PlanAnswer:
-    """The answer to a `PlanQuestion`: plans, or the error that says why there are none."""
+class PlanReply:
+    """The reply to a `PlanQuestion`: plans, or the error that says why there are none."""
 
     question: PlanQuestion
     plans: tuple[Plan, ...] = ()

@@ -51,7 +51,7 @@ class PlanSearch:
     beside_tokens_per_s: float
     advise: bool
 
-    def answer(self) -> "SearchResult":
+    def reply(self) -> "SearchResult":
         """Return what the search finds; this is slow."""
         cost, planner = self.planner.cost, self.planner
         idle = ranked_by_speed(self.machines.subset(self.idle))[:MAX_IDLE]

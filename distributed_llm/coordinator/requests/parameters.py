@@ -1,6 +1,7 @@
 """The parameters of a request: defaults applied, limits checked. Pure."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
@@ -56,6 +57,13 @@ def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | Non
                 "can hold. Shorten it."
             )
     return None
+
+
+def named_tokens(params: SamplingParams) -> tuple[int, ...]:
+    """Return the token ids that a request's parameters name."""
+    words = (token for word in params.bad_words_ids or () for token in word)
+    others = (params.eos_token_id or (), params.suppress_tokens or (), params.logit_bias)
+    return (*words, *chain.from_iterable(others))
 
 
 def resolve(

@@ -6,15 +6,17 @@ The token ids of prompt and answers are kept here and nowhere else; whatever KV 
 is computed again from them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 
 import msgspec
 
 from distributed_llm.common.messages import (
     FinishReason,
     SharedPrefix,
+    Spelling,
     Timings,
     TokenLogprobs,
     Usage,
@@ -154,6 +156,23 @@ class Answer:
             self.finish_reason = "stop"
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"
+
+    def take_logprobs(
+        self, count: int, spelled: Iterable[Spelling | None]
+    ) -> tuple[TokenLogprobs, ...]:
+        """Remove and return the log-probabilities of the next tokens that the client is sent.
+
+        Args:
+            count: number of these tokens.
+            spelled: how each of them is written, followed by the likeliest ones at its position;
+                empty if that is not known.
+        """
+        taken, self.logprobs[:count] = self.logprobs[:count], []
+        left = iter(spelled)
+        return tuple(
+            msgspec.structs.replace(one, spelled=tuple(islice(left, 1 + len(one.top))))
+            for one in taken
+        )
 
 
 @dataclass(eq=False)

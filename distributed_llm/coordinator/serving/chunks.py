@@ -9,8 +9,9 @@ from distributed_llm.common.messages import TokenChunk
 _MAX_CHARS = 8192
 """Characters of text in one message: at most 32 KiB in UTF-8."""
 
-_MAX_TOKENS = 64
-"""Tokens in one message: with 20 log-probabilities for each, at most 20 KiB."""
+_MAX_TOKENS = 4
+"""Tokens in one message: with 20 log-probabilities for each, and how those tokens are written, at
+most 24 KiB."""
 
 
 def messages_of(piece: TokenChunk) -> Iterator[TokenChunk]:

@@ -1,13 +1,15 @@
 """The latest events, kept as facts from which texts are made for people. Pure.
 
 An event has a kind, the worker, request and plan that it concerns, and the numbers that belong to
-it. Its text is made here and nowhere else, from the template of its kind. `EventLog.story` returns
-the events of one request or one worker, for post-mortems.
+it. Its text is made here and nowhere else, from the template of its kind. What happens again is
+counted, and where there are too many events, the kind that has most gives one up: whatever happens
+all the time pushes nothing else out. `EventLog.story` returns the events of one request or one
+worker, for post-mortems.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from string import Formatter
@@ -20,6 +22,7 @@ from distributed_llm.common.wording import (
     layer_map_text,
     layers_text,
     size_text,
+    times_text,
 )
 from distributed_llm.coordinator.events import Log
 
@@ -96,7 +99,7 @@ class EventKind(Enum):
     )
     DRAIN_REQUESTED = "info", "a client wants worker {worker} to leave"
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
-    HANDOVER_IMPOSSIBLE = "warning", "worker {worker} cannot hand its layers over: {why}"
+    NOBODY_TAKES_LAYERS = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
     STALLED = (
         "warning",
@@ -130,11 +133,12 @@ class Entry:
     """One event.
 
     Attributes:
-        at: clock seconds.
+        at: when it happened last, clock seconds.
         worker: the worker that it concerns, if any.
         request: the client's id of the request that it concerns, if any.
         epoch: of the plan that it concerns, if any.
         facts: the other fields of its template, by name.
+        times: how often it happened.
     """
 
     at: float
@@ -143,12 +147,17 @@ class Entry:
     request: str | None = None
     epoch: Epoch | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    times: int = 1
 
     @cached_property
     def text(self) -> str:
         """What happened, for people; every status repeats it."""
         known = {"worker": self.worker, "request": self.request, "epoch": self.epoch}
         return _FORMATTER.format(self.kind.template, **known, **self.facts)[:_MAX_CHARS]
+
+    def is_again(self, earlier: "Entry") -> bool:
+        """Return whether it is what happened earlier, with the same facts."""
+        return self == replace(earlier, at=self.at, times=self.times)
 
     def concerns(self, worker: str) -> bool:
         """Return whether a worker has a part in it."""
@@ -200,20 +209,20 @@ class EventLog:
     """
 
     def __init__(self) -> None:
-        self._cluster: deque[Entry] = deque(maxlen=MAX_EVENTS)
+        self._cluster: list[Entry] = []
         self._requests: deque[Entry] = deque(maxlen=MAX_REQUEST_EVENTS)
         self.now = 0.0
         self.rejected: Counter[str] = Counter()
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The latest events of the cluster, oldest first."""
+        """The latest events of the cluster, oldest first; those that happened again by that."""
         return tuple(self._cluster)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts of `entries`."""
-        return tuple(entry.text for entry in self._cluster)
+        """The texts of `entries`, with how often and how long ago what happened several times."""
+        return tuple(entry.text + self._again_text(entry) for entry in self._cluster)
 
     def note(
         self,
@@ -225,8 +234,26 @@ class EventLog:
     ) -> Log:
         """Keep an event of the cluster; return the action that logs it."""
         entry = Entry(self.now, kind, worker, None, epoch, facts)
-        self._cluster.append(entry)
+        self._keep(entry)
         return Log(entry.text, kind.level, kind.name.lower().replace("_", " "))
+
+    def _keep(self, entry: Entry) -> None:
+        earlier = next((known for known in self._cluster if entry.is_again(known)), None)
+        if earlier:
+            self._cluster.remove(earlier)
+            entry = replace(entry, times=earlier.times + 1)
+        self._cluster.append(entry)
+        if len(self._cluster) > MAX_EVENTS:
+            counts = Counter(known.kind for known in self._cluster)
+            crowded = max(counts.values())
+            oldest = next(known for known in self._cluster if counts[known.kind] == crowded)
+            self._cluster.remove(oldest)
+
+    def _again_text(self, entry: Entry) -> str:
+        if entry.times == 1:
+            return ""
+        ago = duration_text(self.now - entry.at)
+        return f" ({times_text(entry.times)}, the last time {ago} ago)"
 
     def trace(
         self,

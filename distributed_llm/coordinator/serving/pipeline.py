@@ -285,7 +285,7 @@ class Pipeline:
                     chunks = self._depths.prefill_depth(decode_depth, limit=limit, now=now)
                 depth = max(depth, chunks)
             step = None
-            if in_flight.num_steps < depth and not in_flight.drains:
+            if in_flight.num_steps < depth and not in_flight.holds_new_steps:
                 step = scheduler.next_step(
                     max_decodes=-(-decoding // depth),
                     prompts=in_flight.num_chunks < chunks,

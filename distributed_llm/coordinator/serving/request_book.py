@@ -41,7 +41,7 @@ from distributed_llm.coordinator.events import (
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import FairQueue
-from distributed_llm.coordinator.requests.parameters import resolve, wrong_prompt
+from distributed_llm.coordinator.requests.parameters import named_tokens, resolve, wrong_prompt
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
 from distributed_llm.coordinator.serving.chunks import messages_of
@@ -162,7 +162,7 @@ class RequestBook:
         if request is None:
             return []
         vocab = self._defaults.vocab_size
-        used = (*event.token_ids, *request.params.logit_bias)
+        used = (*event.token_ids, *named_tokens(request.params))
         if used and not 0 <= min(used) <= max(used) < vocab:  # fast, for a prompt may be long
             strange = next(token for token in used if not 0 <= token < vocab)
             error = InvalidRequest(
@@ -280,7 +280,8 @@ class RequestBook:
         if last:
             self._withdraw(answer, keep=True)
             answer.change(AnswerCause.LAST_TOKEN)
-        return [Detokenize(answer.request.key, answer.choice, (token,), last)]
+        spell = () if logprobs is None else (token, *(likely for likely, _ in logprobs.top))
+        return [Detokenize(answer.request.key, answer.choice, (token,), last, spell)]
 
     def _withdraw(self, answer: Answer, *, keep: bool) -> None:
         """Take an answer off its pipeline, or out of the queue.
@@ -310,28 +311,27 @@ class RequestBook:
             del answer.token_ids[stop:]
             del answer.logprobs[stop - answer.num_prompt_tokens - answer.num_sent_tokens :]
             answer.finish_reason = "stop"
-        actions = self._chunk(answer, event.text, stop, ended=event.stopped or event.last)
+        actions = self._chunk(answer, event, stop)
         if event.stopped or event.last:
             answer.change(AnswerCause.STOP_STRING if event.stopped else AnswerCause.TEXT_SENT)
             if all(other.state is AnswerState.GONE for other in request.answers):
                 actions += self._finish(request, now)
         return actions
 
-    def _chunk(self, answer: Answer, text: str, stop: int, *, ended: bool) -> list[Action]:
+    def _chunk(self, answer: Answer, event: Detokenized, stop: int) -> list[Action]:
         sent, key = answer.num_sent_tokens, answer.request.key
         new = tuple(answer.token_ids[answer.num_prompt_tokens + sent : stop])
-        if not (new or text or ended):
+        ended = event.stopped or event.last
+        if not (new or event.text or ended):
             return []
         answer.num_sent_tokens += len(new)
-        logprobs = tuple(answer.logprobs[: len(new)])
-        del answer.logprobs[: len(new)]
         chunk = TokenChunk(
             request_id=key[1],
             choice=answer.choice,
             index=sent,
-            text=text,
+            text=event.text,
             token_ids=new,
-            logprobs=logprobs,
+            logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
         )
         return [Send(key[0], message) for message in messages_of(chunk)]

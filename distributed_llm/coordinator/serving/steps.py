@@ -168,7 +168,7 @@ class StepsInFlight:
         return len(self._flights)
 
     @property
-    def drains(self) -> bool:
+    def holds_new_steps(self) -> bool:
         """Whether no step may begin before those in flight have ended.
 
         True when a link is up that they do not use: a step that used it would overtake them.
@@ -307,7 +307,7 @@ class StepsInFlight:
         return oldest is not None and oldest.number < self._passed[oldest.stage]
 
     def overtaken(self) -> PeerId | Literal["abandon"]:
-        """Return what to do about a step that was overtaken; as for `expired`.
+        """Return what to do about a step that was overtaken; as for `expire`.
 
         While steps are relayed at every hop, its worker got it and has let a newer one pass.
         """
@@ -316,8 +316,8 @@ class StepsInFlight:
             return self.stages[oldest.stage].peer
         return self._suspect()
 
-    def expired(self, *, now: float) -> PeerId | Literal["abandon"] | None:
-        """Return what to do about leases that have run out; None if none has.
+    def expire(self, *, now: float) -> PeerId | Literal["abandon"] | None:
+        """End the leases that have run out; return what to do about them, None if none has.
 
         Returns:
             "abandon": abandon all steps. An address: give up the worker there.

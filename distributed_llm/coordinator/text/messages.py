@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import TokenId
 from distributed_llm.coordinator.events import PromptKind
 
@@ -32,6 +33,7 @@ class AnswerTokens(msgspec.Struct, frozen=True, array_like=True):
     choice: int
     token_ids: tuple[TokenId, ...]
     last: bool
+    spell: tuple[TokenId, ...] = ()
 
 
 class Tokens(_Message, frozen=True, kw_only=True):
@@ -61,7 +63,7 @@ class Drop(_Message, frozen=True, kw_only=True):
 
 
 class Ready(_Message, frozen=True, kw_only=True):
-    """Answer: the tokenizer is loaded.
+    """Reply: the tokenizer is loaded.
 
     Attributes:
         end_token: token id with which its texts end; None if it has none.
@@ -71,14 +73,14 @@ class Ready(_Message, frozen=True, kw_only=True):
 
 
 class Unusable(_Message, frozen=True, kw_only=True):
-    """Answer: the tokenizer cannot be loaded, and the text process ends."""
+    """Reply: the tokenizer cannot be loaded, and the text process ends."""
 
     code: str
     message: str
 
 
 class Begun(_Message, frozen=True, kw_only=True):
-    """Answer: a prompt is being turned into token ids now; `Encoded` or `Failed` follows.
+    """Reply: a prompt is being turned into token ids now; `Encoded` or `Failed` follows.
 
     Attributes:
         num_bytes: size of the prompt.
@@ -89,7 +91,7 @@ class Begun(_Message, frozen=True, kw_only=True):
 
 
 class Encoded(_Message, frozen=True, kw_only=True):
-    """Answer: the token ids of a prompt.
+    """Reply: the token ids of a prompt.
 
     Attributes:
         token_ids: int32 in the byte order of this machine.
@@ -102,7 +104,7 @@ class Encoded(_Message, frozen=True, kw_only=True):
 
 
 class Failed(_Message, frozen=True, kw_only=True):
-    """Answer: a prompt or answer of a request cannot be dealt with.
+    """Reply: a prompt or answer of a request cannot be dealt with.
 
     Attributes:
         code: `code` of the exception in `common.errors`.
@@ -122,17 +124,18 @@ class AnswerText(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     stopped: bool
     last: bool
+    spelled: tuple[Spelling | None, ...] = ()
 
 
 class Texts(_Message, frozen=True, kw_only=True):
-    """Answer: texts of a step, of those of its requests that have not ended."""
+    """Reply: texts of a step, of those of its requests that have not ended."""
 
     pieces: tuple[AnswerText, ...]
     failures: tuple[Failed, ...] = ()
 
 
 Order = Prompt | Tokens | Resume | Drop
-Answer = Ready | Unusable | Begun | Encoded | Failed | Texts
+Reply = Ready | Unusable | Begun | Encoded | Failed | Texts
 
 _HEADER_BYTES = 8
 """Bytes before each message that say how many it has, big-endian."""
@@ -140,7 +143,7 @@ _HEADER_BYTES = 8
 _encoder = msgspec.msgpack.Encoder()
 
 
-def pack(message: Order | Answer) -> bytes:
+def pack(message: Order | Reply) -> bytes:
     """Return a message as bytes with its length before them."""
     data = _encoder.encode(message)
     return len(data).to_bytes(_HEADER_BYTES, "big") + data

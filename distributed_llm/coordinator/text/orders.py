@@ -11,9 +11,9 @@ from distributed_llm.coordinator.events import (
     Detokenized,
     Forget,
     RequestKey,
+    TextFailed,
     Tokenize,
     Tokenized,
-    TokenizeFailed,
 )
 from distributed_llm.coordinator.text.messages import (
     AnswerTokens,
@@ -28,7 +28,7 @@ from distributed_llm.coordinator.text.messages import (
     Tokens,
 )
 
-TextEvent = Tokenized | TokenizeFailed | Detokenized
+TextEvent = Tokenized | TextFailed | Detokenized
 
 
 @dataclass
@@ -50,7 +50,7 @@ class _Request:
 
 
 class TextOrders:
-    """Turns actions into orders, answers into events, and remembers both for a new text process.
+    """Turns actions into orders, replies into events, and remembers both for a new text process.
 
     After a death, requests that it worked on have failed: those whose prompt it had begun, and
     those in the step whose text it was making. All others go on as if nothing had happened.
@@ -58,7 +58,7 @@ class TextOrders:
 
     def __init__(self) -> None:
         self._requests: dict[int, _Request] = {}
-        self._steps: deque[Tokens] = deque()  # without an answer, oldest first
+        self._steps: deque[Tokens] = deque()  # without a reply, oldest first
 
     @property
     def steps_wait(self) -> bool:
@@ -83,7 +83,9 @@ class TextOrders:
         """Return the order to turn the tokens of a step into text."""
         step = Tokens(
             answers=tuple(
-                AnswerTokens(action.key[2], action.choice, action.token_ids, action.last)
+                AnswerTokens(
+                    action.key[2], action.choice, action.token_ids, action.last, action.spell
+                )
                 for action in actions
             )
         )
@@ -95,19 +97,19 @@ class TextOrders:
         number = action.key[2]
         return Drop(request=number) if self._requests.pop(number, None) else None
 
-    def answered(self, answer: Begun | Encoded | Failed | Texts) -> list[TextEvent]:
-        """Take an answer of the text process; return what it means."""
-        match answer:
+    def replied(self, reply: Begun | Encoded | Failed | Texts) -> list[TextEvent]:
+        """Take a reply of the text process; return what it means."""
+        match reply:
             case Begun():
-                if request := self._requests.get(answer.request):
+                if request := self._requests.get(reply.request):
                     request.begun = True
                 return []
             case Encoded():
-                return self._encoded(answer)
+                return self._encoded(reply)
             case Failed():
-                return self._failed(answer)
+                return self._failed(reply)
             case Texts():
-                return self._texts(answer)
+                return self._texts(reply)
 
     def died(self, error: DistributedLLMError) -> list[TextEvent]:
         """Give up the requests that the text process worked on when it died.
@@ -142,22 +144,22 @@ class TextOrders:
 
     def _give_up(self, numbers: set[int], error: DistributedLLMError) -> list[TextEvent]:
         lost = [self._requests.pop(number, None) for number in sorted(numbers)]
-        return [TokenizeFailed(request.key, error) for request in lost if request]
+        return [TextFailed(request.key, error) for request in lost if request]
 
-    def _encoded(self, answer: Encoded) -> list[TextEvent]:
-        request = self._requests.get(answer.request)
+    def _encoded(self, reply: Encoded) -> list[TextEvent]:
+        request = self._requests.get(reply.request)
         if request is None:
             return []
-        request.prompt, request.begun, request.context = None, False, answer.context
-        return [Tokenized(request.key, token_ids_of_frame(answer.token_ids))]
+        request.prompt, request.begun, request.context = None, False, reply.context
+        return [Tokenized(request.key, token_ids_of_frame(reply.token_ids))]
 
-    def _failed(self, answer: Failed) -> list[TextEvent]:
-        request = self._requests.pop(answer.request, None)
+    def _failed(self, reply: Failed) -> list[TextEvent]:
+        request = self._requests.pop(reply.request, None)
         if request is None:
             return []
-        return [TokenizeFailed(request.key, error_from_wire(answer.code, answer.message, 0.0))]
+        return [TextFailed(request.key, error_from_wire(reply.code, reply.message, 0.0))]
 
-    def _texts(self, answer: Texts) -> list[TextEvent]:
+    def _texts(self, reply: Texts) -> list[TextEvent]:
         for tokens in self._steps.popleft().answers:
             if request := self._requests.get(tokens.request):
                 request.answers[tokens.choice] += tokens.token_ids
@@ -169,10 +171,11 @@ class TextOrders:
                 piece.num_tokens,
                 piece.stopped,
                 piece.last,
+                piece.spelled,
             )
-            for piece in answer.pieces
+            for piece in reply.pieces
             if piece.request in self._requests
         ]
-        for failure in answer.failures:
+        for failure in reply.failures:
             events += self._failed(failure)
         return events

@@ -15,12 +15,12 @@ from typing import assert_never
 
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.coordinator.text.messages import (
-    Answer,
     Begun,
     Drop,
     Order,
     Prompt,
     Ready,
+    Reply,
     Resume,
     Tokens,
     Unpacker,
@@ -108,9 +108,9 @@ class _TextProcess:
                 self._send(Begun(request=prompt.request, num_bytes=len(prompt.payload)))
                 self._send(work.encode(prompt))
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, reply: Reply) -> None:
         with self._sending:
-            self._link.sendall(pack(answer))
+            self._link.sendall(pack(reply))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from pathlib import Path
 from distributed_llm.common.errors import DistributedLLMError, TextError, error_from_wire
 from distributed_llm.coordinator.events import Detokenize, Forget, Tokenize
 from distributed_llm.coordinator.text.messages import (
-    Answer,
     Begun,
     Encoded,
     Failed,
     Order,
     Ready,
+    Reply,
     Texts,
     Unpacker,
     Unusable,
@@ -112,31 +112,31 @@ class TextService:
     def _start(self) -> None:
         self._retry = None
         try:
-            self._link = _Link(self._folder, self._context_length, self._answered, self._lost)
+            self._link = _Link(self._folder, self._context_length, self._replied, self._lost)
         except OSError as exc:  # too many processes or open files
             self._failed_to_start(TextError(f"The text process cannot be started: {exc}."))
             return
         self._link.send(self._orders.again())
 
-    def _answered(self, answer: Answer) -> None:
-        match answer:
+    def _replied(self, reply: Reply) -> None:
+        match reply:
             case Ready():
                 assert self._link is not None
                 self._link.ready = True
                 if not self._started.done():
-                    self._started.set_result(answer)
+                    self._started.set_result(reply)
                 self._watch_steps()
             case Unusable(code=code, message=message):
                 assert self._link is not None
                 self._link.error = error_from_wire(code, message, 0.0)
             case _:
-                events = self._orders.answered(answer)
-                self._watch_progress(answer)
+                events = self._orders.replied(reply)
+                self._watch_progress(reply)
                 if events:
                     self._tell(events)
 
-    def _watch_progress(self, answer: Begun | Encoded | Failed | Texts) -> None:
-        match answer:
+    def _watch_progress(self, reply: Begun | Encoded | Failed | Texts) -> None:
+        match reply:
             case Begun(request=request, num_bytes=num_bytes):
                 self._watch(request, _PROMPT_S + num_bytes / _PROMPT_BYTES_PER_S)
             case Encoded(request=request) | Failed(request=request):
@@ -219,15 +219,15 @@ class _Link(asyncio.Protocol):
         self,
         folder: Path,
         context_length: int,
-        on_answer: Callable[[Answer], None],
+        on_reply: Callable[[Reply], None],
         on_lost: Callable[[], None],
     ) -> None:
         self.ready = False
         self.error: DistributedLLMError | None = None
         self.stuck = ""
-        self._on_answer = on_answer
+        self._on_reply = on_reply
         self._on_lost = on_lost
-        self._unpacker = Unpacker(Answer)
+        self._unpacker = Unpacker(Reply)
         self._outbox: list[bytes] = []
         self._transport: asyncio.Transport | None = None
         ours, theirs = socket.socketpair()
@@ -273,9 +273,9 @@ class _Link(asyncio.Protocol):
         self._outbox.clear()
 
     def data_received(self, data: bytes) -> None:
-        """Take the answers that are complete."""
-        for answer in self._unpacker.feed(data):
-            self._on_answer(answer)
+        """Take the replies that are complete."""
+        for reply in self._unpacker.feed(data):
+            self._on_reply(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Say that it is gone."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
-from distributed_llm.common.messages import Chat
+from distributed_llm.common.messages import MAX_SPELLING, Chat, Spelling
 from distributed_llm.common.model_files import read_json
 from distributed_llm.coordinator.text.chat_template import render_chat, short
 
@@ -33,12 +33,15 @@ class Tokenizer:
         self._backend = None if hugging_face is None else hugging_face.backend_tokenizer
         self._special: dict[int, str] = {}
         self._bytes: dict[int, int] = {}
+        self._spellings: dict[int, Spelling | None] = {}  # of tokens that were asked for
+        self._letters: dict[str, int] = {}
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
             added = self._backend.get_added_tokens_decoder().items()
             self._special = {i: token.content for i, token in added if token.special}
             self._bytes = _byte_tokens(self._backend)
+            self._letters = _byte_letters(self._backend)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":
@@ -132,6 +135,38 @@ class Tokenizer:
         """
         return self._bytes.get(token_id)
 
+    def spell(self, token_ids: Sequence[int]) -> tuple[Spelling | None, ...]:
+        """Return how tokens are written in the middle of a text; nothing without a tokenizer.
+
+        None for tokens that the tokenizer does not know.
+        """
+        if self._backend is None:
+            return ()
+        for token_id in token_ids:
+            if token_id not in self._spellings:
+                self._spellings[token_id] = self._spelling(token_id)
+        return tuple(self._spellings[token_id] for token_id in token_ids)
+
+    def _spelling(self, token_id: int) -> Spelling | None:
+        assert self._backend is not None
+        if name := self.special_name(token_id):
+            return Spelling(written=name.encode()[:MAX_SPELLING], is_text=False)
+        piece = self._backend.id_to_token(token_id)
+        if piece is None:
+            return None
+        text = self._bytes_of(token_id, piece)
+        return Spelling(written=text[:MAX_SPELLING], is_text=len(text) <= MAX_SPELLING)
+
+    def _bytes_of(self, token_id: int, piece: str) -> bytes:
+        byte = self.byte_of(token_id)
+        if byte is not None:
+            return bytes([byte])
+        if self._letters:
+            known = [self._letters.get(letter) for letter in piece]
+            return piece.encode() if None in known else bytes(b for b in known if b is not None)
+        before = self._encode("a", add_special_tokens=False)  # a text may not begin with a space
+        return self.decode([*before, token_id])[len(self.decode(before)) :].encode()
+
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._backend is None:
             raise InvalidRequest(NO_TOKENIZER.format("text"))
@@ -168,6 +203,17 @@ def _load(folder: Path) -> Any:
     from transformers import AutoTokenizer  # loads torch
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _byte_letters(backend: Any) -> dict[str, int]:
+    """Return the bytes that letters of pieces stand for, of GPT-2's kind; else nothing."""
+    if backend.decoder is None or backend.decoder.decode(["a", "\u0120"]) != "a ":
+        return {}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + number): byte for number, byte in enumerate(hidden)
+    }
 
 
 def _byte_tokens(backend: Any) -> dict[int, int]:

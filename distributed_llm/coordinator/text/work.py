@@ -2,7 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -125,12 +124,28 @@ class TextWork:
         for tokens in order.answers:
             if answers := self._answers.get(tokens.request):
                 try:
-                    pieces.append(_piece(answers, tokens))
+                    pieces.append(self._piece(answers[tokens.choice], tokens))
                 except Exception as exc:
                     logger.exception("detokenizing failed")
                     why = f"The text of the answer cannot be made: {exc!r:.500}"
                     failures.append(_bug(tokens.request, why))
         return Texts(pieces=tuple(pieces), failures=tuple(failures))
+
+    def _piece(self, answer: Detokenizer, tokens: AnswerTokens) -> AnswerText:
+        piece = answer.feed(tokens.token_ids)
+        text, stopped = piece.text, piece.stopped
+        if tokens.last and not stopped:
+            piece = answer.finish()
+            text, stopped = text + piece.text, piece.stopped
+        return AnswerText(
+            tokens.request,
+            tokens.choice,
+            text,
+            piece.token_count,
+            stopped,
+            tokens.last,
+            self._tokenizer.spell(tokens.spell),
+        )
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         match prompt.kind:
@@ -154,16 +169,6 @@ class TextWork:
                 f"{self._context_length}. Shorten it."
             )
         return token_ids
-
-
-def _piece(answers: Sequence[Detokenizer], tokens: AnswerTokens) -> AnswerText:
-    answer = answers[tokens.choice]
-    piece = answer.feed(tokens.token_ids)
-    text, stopped = piece.text, piece.stopped
-    if tokens.last and not stopped:
-        piece = answer.finish()
-        text, stopped = text + piece.text, piece.stopped
-    return AnswerText(tokens.request, tokens.choice, text, piece.token_count, stopped, tokens.last)
 
 
 def _bug(request: int, what: str) -> Failed:

@@ -33,11 +33,11 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Addresses,
-    CancelStage,
     Capabilities,
     CopyKV,
     DropStage,
     Goodbye,
+    HandOver,
     Leaving,
     LoadStage,
     MayLeave,
@@ -46,15 +46,15 @@ from distributed_llm.common.messages import (
     Refused,
     ReleaseSequences,
     Renamed,
-    TakeOver,
     Task,
     ToWorker,
+    UndoMove,
     Welcome,
     WorkerHello,
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.wording import layers_text
+from distributed_llm.common.wording import layers_text, no_coordinator_text
 from distributed_llm.worker.session.events import (
     Action,
     Computed,
@@ -379,10 +379,10 @@ class Agent:
                 return self._stages.load(message, now)
             case CopyKV():
                 return self._stages.copy_kv(message, now)
-            case TakeOver():
+            case HandOver():
                 return self._stages.hand_over(message, now)
-            case CancelStage(epoch=epoch):
-                return self._stages.cancel(epoch)
+            case UndoMove(epoch=epoch):
+                return self._stages.undo_move(epoch)
             case DropStage(epoch=epoch):
                 return self._stages.drop(epoch)
             case ReleaseSequences():
@@ -479,11 +479,7 @@ class Agent:
         return [Log(text, "warning")] if admitted else []
 
     def _unreachable(self, reached: bool) -> CoordinatorUnreachable:
-        why = (
-            "something listens there, but it is no coordinator"
-            if reached
-            else "nothing listens there"
-        )
+        why = no_coordinator_text(reached)
         return CoordinatorUnreachable(
             f"No coordinator at {self._address} after {self._connect_timeout_s:g} s: {why}. Check "
             "the address and port, that `dllm coordinator` runs there with a --bind that other "

@@ -11,6 +11,7 @@ from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.messages import (
     Addresses,
     Goodbye,
+    HandedOver,
     KVCopied,
     KVEnd,
     KVFailed,
@@ -27,7 +28,6 @@ from distributed_llm.common.messages import (
     Task,
     TaskFailed,
     TaskResult,
-    TookOver,
     ToWorker,
     WorkerHello,
 )
@@ -329,7 +329,7 @@ class Send:
         | LinkReport
         | Remeasured
         | KVCopied
-        | TookOver
+        | HandedOver
         | KVFailed
         | Leaving
         | Goodbye

@@ -16,13 +16,13 @@ from typing import assert_never
 from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError
 from distributed_llm.common.messages import (
     CopyKV,
+    HandedOver,
     KVCopied,
     KVEnd,
     KVFailed,
     KVPieces,
     KVTaken,
     PeerProbed,
-    TookOver,
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.tensors import Frame
@@ -350,7 +350,7 @@ class KVMove:
     def _assembled(self) -> list[Action]:
         self._change(_C.ASSEMBLED)
         return [
-            Send(TookOver(epoch=self.epoch)),
+            Send(HandedOver(epoch=self.epoch)),
             Log(f"the KV cache of its layers has arrived (plan {self.epoch})"),
         ]
 

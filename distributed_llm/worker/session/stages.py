@@ -17,6 +17,7 @@ from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     NOT_SERVED,
     CopyKV,
+    HandOver,
     KVEnd,
     KVFailed,
     KVPieces,
@@ -29,7 +30,6 @@ from distributed_llm.common.messages import (
     Remeasured,
     StageFailed,
     StageReady,
-    TakeOver,
     Task,
 )
 from distributed_llm.common.tensors import Frame
@@ -158,7 +158,7 @@ class Stages:
         if not order.beside:
             actions += self._give_up_all()
         elif self._kv_move:
-            actions += self.cancel(self._kv_move.epoch)
+            actions += self.undo_move(self._kv_move.epoch)
         if order.beside:
             if not self._by_epoch:  # layers of an older session may still be in memory
                 actions.append(Drop())
@@ -189,7 +189,7 @@ class Stages:
             return self._refuse(epoch, f"plan {self._kv_move.epoch} is to come next")
         return self._kv_move.copy(order, now)
 
-    def hand_over(self, order: TakeOver, now: float) -> list[Action]:
+    def hand_over(self, order: HandOver, now: float) -> list[Action]:
         """Begin the handover to an epoch: no step of the served epoch runs any more."""
         served, prepared, epoch = self._served, self._prepared, order.epoch
         if served and epoch <= served.epoch:
@@ -207,7 +207,7 @@ class Stages:
         told = KVFailed(epoch=epoch, worker="", code="bad_order", message=message)
         return [Send(told), Log(message, "warning")]
 
-    def cancel(self, epoch: Epoch) -> list[Action]:
+    def undo_move(self, epoch: Epoch) -> list[Action]:
         """Undo the move to `epoch`: give up its stage and transfers, resume the served stage."""
         if self._kv_move is None or self._kv_move.epoch != epoch:
             return [_ignored(epoch)]
@@ -286,7 +286,7 @@ class Stages:
                 return []
             case StageState.SUSPENDED:
                 assert self._kv_move is not None
-                return [*self.cancel(self._kv_move.epoch), *stage.run(task, frames)]
+                return [*self.undo_move(self._kv_move.epoch), *stage.run(task, frames)]
             case StageState.NEW | StageState.GONE:
                 raise AssertionError(f"a stage that is {stage.state.value} is held")
             case _:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from distributed_llm.common.errors import RemoteProtocolError
 from distributed_llm.common.messages import (
     CopyKV,
+    HandOver,
     KVEnd,
     KVFailed,
     KVPieces,
     LoadStage,
     NotUnderstood,
     StageFailed,
-    TakeOver,
     Task,
     TaskFailed,
     tag_of,
@@ -38,7 +38,7 @@ def not_done(error: RemoteProtocolError) -> TaskFailed | StageFailed | KVFailed 
             return TaskFailed(epoch=epoch, step=outline.step, code=code, message=why)
         if outline.type == tag_of(LoadStage):
             return StageFailed(epoch=epoch, code=code, message=why)
-        if outline.type in (tag_of(CopyKV), tag_of(TakeOver)):
+        if outline.type in (tag_of(CopyKV), tag_of(HandOver)):
             return KVFailed(epoch=epoch, worker="", code=code, message=why)
     return NotUnderstood(what=outline.type, why=str(error)[:4096])
 

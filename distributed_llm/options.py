@@ -1,0 +1,59 @@
+"""Options that several verbs of `dllm` have, and what is made of them."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from distributed_llm.client.client import DistributedClient
+    from distributed_llm.common.settings import Settings
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="YAML file of settings; see `dllm config`.")
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="Address to ask.",
+        show_default="127.0.0.1:5555",
+    ),
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        help="How to share layers out: by speed or memory, even, or custom.", show_default="speed"
+    ),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="What strategy speed makes best: auto, throughput or latency.", show_default="auto"
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def settings_of(config: Path | None, overrides: dict[str, Any]) -> "Settings":
+    """Return the settings of file and environment, and those of the command line that are given.
+
+    Args:
+        overrides: by dotted name; None is an option that was not given.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    from distributed_llm.common.config import load_settings
+
+    return load_settings(config, environment=os.environ, overrides=overrides)
+
+
+def client_of(settings: "Settings") -> "DistributedClient":
+    """Return a client of the coordinator that is to be asked."""
+    from distributed_llm.client.client import DistributedClient
+
+    asked = settings.client
+    return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
