@@ -391,13 +391,14 @@ def test_a_worker_is_drained_while_answers_are_written(crew: Crew) -> None:
         after = crew.client.status()
         assert leaver not in {worker.name for worker in after.workers}
         check_whole(after)
-        assert after.moves == before.moves + 1
+        assert after.moves > before.moves
         assert crew.process(leaver).wait(LIMIT_S) == 0
         first, *_ = answers.finish()
+        moves = crew.client.status().moves - before.moves  # those left may share out anew
     assert first.token_ids == reference_ids(crew.checkpoint, list(PROMPTS[0]), 80)
     for layer in range(NUM_LAYERS):
         tasks = [s.tasks for s in first.timings.stages if s.layers.start <= layer < s.layers.stop]
-        assert len(tasks) == 2
+        assert 2 <= len(tasks) <= 1 + moves
         assert sum(tasks) in (80, 81)  # its prompt may share a step with part of another one
 
 
