@@ -422,7 +422,7 @@ class Core:
             actions += self._use_joined()
         actions += self._moves.settle(now=now)
         actions += self._departures.settle(now=now)
-        actions += self._membership.give_names_back(now=now)
+        actions += self._membership.give_names_back()
         sends: list[Action] = []
         self._admit(now)
         while (pipeline := self._pipelines.take_changed()) is not None:

@@ -94,14 +94,13 @@ class Membership:
             return self._cluster.book.drop_client(peer)
         return self._lost(worker, why, now)
 
-    def give_names_back(self, *, now: float) -> list[Action]:
+    def give_names_back(self) -> list[Action]:
         """Give workers without layers the names that they asked for, where these are free again."""
         actions: list[Action] = []
         for worker, earlier in self._registry.give_names_back():
             self._cluster.measurements.left(earlier)
             self._cluster.measurements.joined(worker.id, worker.capabilities)
             self._moves.prices.forget(earlier)
-            self._replanning.replan_at = now  # a layer map may have waited for the name
             note = self._log.note(EventKind.WORKER_RENAMED, worker=worker.id, earlier=earlier)
             actions += [Send(worker.peer, Renamed(worker_id=worker.id)), note]
         return actions
@@ -142,7 +141,7 @@ class Membership:
             return [pong, *self._replanning.try_again(worker)]
         if hung and not hangs:
             self._replanning.replan_at = now + self._settings.settle_s
-        return [pong]
+        return [pong, *self._departures.still_there(worker)]
 
     def _stalled_load(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
         """Do without a worker whose load makes no progress, and tell it; else do nothing."""

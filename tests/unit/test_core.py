@@ -277,6 +277,22 @@ def test_a_machine_that_lost_power_has_its_name_again_once_the_old_session_is_lo
     finish(world, world.client().submit(LONG))
 
 
+def test_a_layer_map_waits_for_a_name_that_an_old_session_without_layers_has() -> None:
+    world = World(
+        with_settings(strategy="custom", layers={"w0": LayerRange(0, 3), "w1": LayerRange(3, 6)})
+    )
+    world.worker("w0")
+    old = world.worker("w1")
+    old.load_error = StageError("its disk is broken")
+    assert world.run(lambda: old.num_loads == 1 and world.state == "waiting")
+    old.kill(silently=True)
+    back = world.worker("w1")
+    assert world.run(lambda: back.worker_id == "w1-2", for_s=1.0)
+    assert world.run(lambda: back.worker_id == "w1", for_s=4.5)
+    assert world.run(lambda: world.state == "serving", for_s=2.0)
+    finish(world, world.client().submit(LONG))
+
+
 def test_a_name_is_given_back_once_its_worker_has_no_layers() -> None:
     """While it serves it keeps the other one, by which its neighbours know it."""
     world = World()

@@ -12,6 +12,7 @@ from distributed_llm.common.messages import (
     Heartbeat,
     LinkReport,
     LoadStage,
+    MayLeave,
     NotUnderstood,
     Pong,
     Refused,
@@ -83,6 +84,19 @@ def test_message_of_a_plan_is_repeated(kind: type[LoadStage]) -> None:
     world.serving(3)
     finish(world, world.client().submit(LONG))
     assert world.epoch == 1
+
+
+def test_that_a_worker_may_leave_is_lost() -> None:
+    """It is told again as soon as it says that it is still there."""
+    world = World()
+    workers = world.serving(3)
+    idle = world.worker("idle", 1)
+    world.run(for_s=1.0)
+    world.faults.append(Fault(MayLeave, "drop"))
+    world.client().say(DrainWorker(worker="idle"))
+    assert world.run(lambda: idle.ended == 0, for_s=3.0)
+    assert not world.faults
+    assert all(worker.state == "up" for worker in workers)
 
 
 def test_duplicate_request_id_is_dropped() -> None:

@@ -85,6 +85,17 @@ def test_a_worker_without_layers_may_leave_at_once_and_is_told_so_once() -> None
     assert answers(gone(parts, "c")) == [(CLIENT, "c", "")]
 
 
+def test_a_worker_that_may_leave_and_is_still_there_is_told_again() -> None:
+    """Nothing else would have it leave, and it is given no layers any more."""
+    parts = pair(c=100)
+    parts.departures.drain(CLIENT, "c")
+    assert parts.departures.still_there(parts.worker("c")) == []
+    (told,) = settle(parts)
+    assert parts.departures.still_there(parts.worker("c")) == [told]
+    assert parts.departures.still_there(parts.worker("b")) == []
+    parts.departures.validate()
+
+
 def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     parts = pair()
     assert sent(parts.departures.drain(CLIENT, "b")) == []

@@ -308,6 +308,19 @@ def test_prompts_go_on_where_answers_would_fill_every_step() -> None:
     assert counts == [[1] * 6 + [2]] * 5
 
 
+@pytest.mark.parametrize("tokens", [2, 3])
+def test_prompts_go_on_however_small_the_steps_are(tokens: int) -> None:
+    """A quarter of such a step is less than one token."""
+    bench = Bench(tokens=tokens)
+    for _ in range(tokens):
+        bench.add(1, new_tokens=1000)
+    bench.run()
+    newcomer = bench.add(10)
+    bench.run(9)
+    assert newcomer.num_uncomputed_tokens == 1
+    assert len(bench.step().slices) == tokens
+
+
 def test_no_more_slices_than_a_task_may_have() -> None:
     count = MAX_SLICES + 9
     bench = Bench(sequences=count, tokens=10_000, blocks=count)

@@ -103,6 +103,7 @@ class _Departure:
         wanted: whether the worker itself wants to leave.
         moves: how many were begun for it.
         question: the one about a plan without the worker, while it is not answered.
+        farewell: what a worker that may leave was told.
         state: see `DEPARTURE_STATES`.
     """
 
@@ -110,6 +111,7 @@ class _Departure:
     wanted: bool = False
     moves: int = 0
     question: PlanQuestion | None = None
+    farewell: MayLeave | None = None
     state: DepartureState = DEPARTURE_STATES.initial
 
     def enter(self, cause: DepartureCause) -> None:
@@ -167,6 +169,13 @@ class Departures:
             "whether it is back."
         )
         return [_reply(client, worker.id, error) for client in departure.clients]
+
+    def still_there(self, worker: Worker) -> list[Action]:
+        """Tell a worker again that it may leave, if it was told and has not left."""
+        departure = self._leaving.get(worker.peer)
+        if departure is None or departure.farewell is None:
+            return []
+        return [Send(worker.peer, departure.farewell)]
 
     # -------------------------------------------------------------- plans and moves
 
@@ -285,7 +294,8 @@ class Departures:
         why: str = "Its layers are served by others.",
     ) -> list[Action]:
         departure.enter(cause)
-        return [Send(worker.peer, MayLeave(why=why))]
+        departure.farewell = MayLeave(why=why)
+        return [Send(worker.peer, departure.farewell)]
 
     def _refuse(
         self, worker: Worker, departure: _Departure, error: DistributedLLMError, *, alone: bool
@@ -312,6 +322,7 @@ class Departures:
             assert worker is not None
             assert worker.leaving
             assert (departure.question is not None) == (departure.state is _S.PLANNING)
+            assert (departure.farewell is not None) == (departure.state is _S.DISMISSED)
             if departure.state is _S.MOVING:
                 assert self._moves.move is not None
 
