@@ -250,10 +250,10 @@ class VirtualWorker:
         order = load.order
         if self.agent.is_void(load):
             return
-        if order.beside:
-            self._beside = order
-        else:
+        if order.beside is None:
             self.served, self._beside = order, None
+        else:
+            self._beside = order
         room = min(order.kv_tokens, self.cluster.scenario.kv_tokens)
         weights = len(order.layers) * LAYER_BYTES
         trials = self._trials(order) if order.trials else ()

@@ -17,7 +17,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
     tag_of,
 )
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import NO_EPOCH, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
@@ -123,25 +123,30 @@ class Membership:
         return actions
 
     def heartbeat(self, worker: Worker, beat: Heartbeat, *, now: float) -> list[Action]:
-        """Take a worker's report of itself; give it up if it hangs or serves another plan."""
+        """Take a worker's report of itself; give it up if it hangs or serves another plan.
+
+        If it did not hear that its layers were dropped, it is told again.
+        """
         hung = self._registry.hangs(worker)
         self._registry.heartbeat(worker.peer, beat)
         hangs = self._registry.hangs(worker)
         pipeline = self._cluster.pipelines.pipeline_of(worker.peer)
         if pipeline and pipeline.in_flight and beat.tasks_waiting:
             pipeline.in_flight.progress(worker.peer, beat.progress_age_s, now=now)
-        pong = Send(worker.peer, Pong())
+        answers: list[Action] = [Send(worker.peer, Pong())]
+        if beat.epochs and worker.epoch == NO_EPOCH:
+            answers.append(Send(worker.peer, DropStage(epoch=max(beat.epochs))))
         if worker.state is WorkerState.SERVING and worker.epoch not in beat.epochs:
             return self.give_up(worker.peer, "serves another plan", now=now)
         if hangs and worker.state is WorkerState.LOADING:
-            return [pong, *self.give_up(worker.peer, "hangs", now=now)]
+            return [*answers, *self.give_up(worker.peer, "hangs", now=now)]
         if stalled := self._stalled_load(worker, beat, now):
-            return [pong, *stalled]
+            return [*answers, *stalled]
         if worker.may_try_again(now=now):
-            return [pong, *self._replanning.try_again(worker)]
+            return [*answers, *self._replanning.try_again(worker)]
         if hung and not hangs:
             self._replanning.replan_at = now + self._settings.settle_s
-        return [pong, *self._departures.still_there(worker)]
+        return [*answers, *self._departures.still_there(worker)]
 
     def _stalled_load(self, worker: Worker, beat: Heartbeat, now: float) -> list[Action]:
         """Do without a worker whose load makes no progress, and tell it; else do nothing."""

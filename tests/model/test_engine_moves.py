@@ -252,12 +252,12 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
     cluster = Cluster(llama, START, four)
     worker = four["a"]
     worker.gate.clear()
-    worker.engine.put(Load(0, cluster.order(2, (0, 3), beside=True)))
-    worker.engine.put(Load(0, cluster.order(3, (0, 4), beside=True)))
+    worker.engine.put(Load(0, cluster.order(2, (0, 3), beside=Epoch(1))))
+    worker.engine.put(Load(0, cluster.order(3, (0, 4), beside=Epoch(1))))
     worker.gate.set()
     assert worker.next(Loaded).epoch == 3
     worker.gate.clear()
-    worker.engine.put(Load(0, cluster.order(4, (0, 5), beside=True)))
+    worker.engine.put(Load(0, cluster.order(4, (0, 5), beside=Epoch(1))))
     worker.engine.put(Serve(Epoch(3)))  # gone: a newer order took its place
     worker.engine.put(Unload(Epoch(4)))
     worker.gate.set()
@@ -265,13 +265,13 @@ def test_what_is_given_up_while_it_loads_is_not_told_of(
     cluster.decode(PENALTY, numbers=[1])  # the first one is served still
     for given_up in (Unload(Epoch(4)), Drop()):
         worker.gate.clear()
-        worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=True)))
+        worker.engine.put(Load(0, cluster.order(4, (0, 2), beside=Epoch(1))))
         worker.engine.put(given_up)
         worker.gate.set()
         eventually(lambda: not worker.engine._stages.is_loading_beside)
         assert worker.silent
     worker.gate.clear()
-    worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=True)))
+    worker.engine.put(Load(0, cluster.order(5, (0, 2), beside=Epoch(1))))
     worker.engine.put(Load(0, cluster.order(6, (0, 3))))
     worker.gate.set()
     assert worker.next(Loaded).epoch == 6
@@ -282,7 +282,7 @@ def test_a_void_order_is_passed_over_in_silence(llama: Path, four: dict[str, Wor
     cluster = start(llama, four)
     worker = four["b"]
     worker.gate.clear()
-    worker.engine.put(Load(0, cluster.order(2, (1, 4), beside=True)))
+    worker.engine.put(Load(0, cluster.order(2, (1, 4), beside=Epoch(1))))
     assert worker.silent
     worker.void = lambda order: order.session == 0
     worker.gate.set()
@@ -297,7 +297,7 @@ def test_a_void_order_is_passed_over_in_silence(llama: Path, four: dict[str, Wor
 
 def test_a_worker_without_work_loads_beside_nothing(llama: Path, four: dict[str, Worker]) -> None:
     cluster = start(llama, four)
-    order = cluster.order(2, (2, 4), beside=True, imports=(LayerRange(2, 4),))
+    order = cluster.order(2, (2, 4), beside=Epoch(1), imports=(LayerRange(2, 4),))
     loaded = four["d"].ask(Load(0, order), Loaded)
     assert loaded.load_s > 0
     assert four["d"].engine.vitals.kv_bytes == 0
@@ -309,10 +309,10 @@ def test_another_model_is_not_loaded_beside(
     cluster = start(llama, four)
     other = Cluster(make_checkpoint(tmp_path, num_layers=NUM_LAYERS, seed=1), (), {})
     for order in (
-        other.order(2, (0, 3), beside=True),
-        cluster.order(2, (0, 3), beside=True, dtype="bfloat16"),
-        cluster.order(2, (0, 3), beside=True, digest="another"),
-        cluster.order(2, (0, 3), beside=True, imports=(LayerRange(3, 4),)),
+        other.order(2, (0, 3), beside=Epoch(1)),
+        cluster.order(2, (0, 3), beside=Epoch(1), dtype="bfloat16"),
+        cluster.order(2, (0, 3), beside=Epoch(1), digest="another"),
+        cluster.order(2, (0, 3), beside=Epoch(1), imports=(LayerRange(3, 4),)),
     ):
         failed = four["a"].ask(Load(0, order), LoadFailed)
         assert (failed.epoch, isinstance(failed.error, DistributedLLMError)) == (2, True)
@@ -327,7 +327,7 @@ def test_no_default_of_torch_changes_while_another_stage_computes(
     four["a"].ask(Load(0, cluster.order(1, (0, 2), dtype="bfloat16")), Loaded)
     touched: list[torch.dtype] = []
     monkeypatch.setattr(torch, "set_default_dtype", touched.append)
-    beside = cluster.order(2, (0, 6), dtype="bfloat16", beside=True)
+    beside = cluster.order(2, (0, 6), dtype="bfloat16", beside=Epoch(1))
     four["a"].ask(Load(0, beside), Loaded)
     assert touched == []
 
@@ -366,7 +366,7 @@ def test_what_does_not_fit_beside_is_refused_before_it_is_read(
     with workers("a", memory_bytes=1 << 20) as held:
         cluster = Cluster(llama, (("a", (0, 2)),), held)
         worker = held["a"]
-        fits = cluster.order(2, (1, 3), beside=True, kv_tokens=64)
+        fits = cluster.order(2, (1, 3), beside=Epoch(1), kv_tokens=64)
         worker.ask(Load(0, fits), Loaded)
         weights = worker.engine._stages.served.stage.weight_bytes  # type: ignore[union-attr]
         read: list[Any] = []

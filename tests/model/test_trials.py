@@ -8,7 +8,7 @@ import torch
 
 from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.messages import StageTime, StageTrial
-from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange
+from distributed_llm.common.types import KV_BLOCK, NO_EPOCH, Epoch, LayerRange
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Drop, Load, Loaded, Serve
@@ -120,8 +120,10 @@ def load(worker: Worker, order: Load) -> Loaded:
     return worker.ask(order, Loaded)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_first_layers_are_tried_if_that_is_wanted(llama: Path, one: Worker, beside: bool) -> None:
+@pytest.mark.parametrize("beside", [None, NO_EPOCH])
+def test_first_layers_are_tried_if_that_is_wanted(
+    llama: Path, one: Worker, beside: Epoch | None
+) -> None:
     cluster = Cluster(llama, WHOLE, {"a": one})
     one.engine.put(Drop())
     untried = load(one, Load(0, cluster.order(2, (0, 4), beside=beside)))
@@ -131,7 +133,7 @@ def test_first_layers_are_tried_if_that_is_wanted(llama: Path, one: Worker, besi
     assert sizes(tried.trials)[:3] == SIZES[:3]
     for trial in tried.trials:
         assert 0 < trial.time.layers_us <= trial.time.compute_us
-    one.engine.put(Serve(Epoch(3)) if beside else Drop())
+    one.engine.put(Drop() if beside is None else Serve(Epoch(3)))
 
 
 def test_answers_after_trials_are_those_of_transformers(llama: Path, one: Worker) -> None:
@@ -147,7 +149,7 @@ def test_answers_after_trials_are_those_of_transformers(llama: Path, one: Worker
 
 def test_nothing_is_tried_beside_what_is_served(llama: Path, one: Worker) -> None:
     cluster = Cluster(llama, WHOLE, {"a": one})
-    order = cluster.order(2, (0, 2), beside=True, trials=True)
+    order = cluster.order(2, (0, 2), beside=Epoch(1), trials=True)
     assert load(one, Load(0, order)).trials == ()
 
 

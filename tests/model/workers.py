@@ -217,7 +217,7 @@ class Cluster(Pipeline):
         transfers = self.transfers(plan)
         for name, layers in plan:
             imports = tuple(moved for _, receiver, moved in transfers if receiver == name)
-            order = self.order(epoch, layers, beside=True, imports=imports)
+            order = self.order(epoch, layers, beside=Epoch(1), imports=imports)
             self.workers[name].engine.put(Load(0, order))
 
     def end_to_load(self, plan: Plan) -> list[Loaded]:

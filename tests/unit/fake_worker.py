@@ -323,7 +323,7 @@ class SimWorker:
     @property
     def _loads_alone(self) -> bool:
         order = self.orders[0] if self._busy else None
-        return isinstance(order, agents.Load) and not order.order.beside
+        return isinstance(order, agents.Load) and order.order.beside is None
 
     # -------------------------------------------------------------- other workers
 
@@ -430,7 +430,7 @@ class SimWorker:
 
     def _takes_s(self, order: agents.Order) -> float:
         match order:
-            case agents.Load(order=LoadStage(beside=False)):
+            case agents.Load(order=LoadStage(beside=None)):
                 return self.load_s
             case agents.Run(task=task) if not self.agent.is_void(order):
                 tokens = sum(part.num_tokens for part in task.sequences)
@@ -520,7 +520,7 @@ class SimWorker:
         if self.agent.is_void(load):
             return None
         self.num_loads += 1
-        if load.order.beside:
+        if load.order.beside is not None:
             self.beside, self._loading = None, load
             self.world.at(self.load_s, lambda: self._when_up(lambda: self._loaded_beside(load)))
             return None

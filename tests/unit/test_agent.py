@@ -56,6 +56,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import (
+    NO_EPOCH,
     Epoch,
     LayerRange,
     Outline,
@@ -507,7 +508,7 @@ def test_orders_that_take_no_layers_away_do_not_count() -> None:
 
 def test_layers_that_are_loaded_beside_are_layers() -> None:
     agent = joined()
-    hear(agent, msgspec.structs.replace(order(1), beside=True))
+    hear(agent, msgspec.structs.replace(order(1), beside=NO_EPOCH))
     assert probes(agent, until=34.5) == []
     hear(agent, UndoMove(epoch=Epoch(1)), 34.5)
     assert probes(agent, until=36.0) == [34.5]

@@ -111,6 +111,20 @@ def test_who_is_tried_again_takes_nothing_away_from_those_that_serve() -> None:
     assert world.plan() == [ill]
 
 
+@pytest.mark.parametrize("strategy", ["memory", "speed"])
+def test_workers_that_fail_in_turn_do_not_keep_the_others_from_serving(strategy: str) -> None:
+    """Loads take longer than pauses after failures, so one of them may always be tried again."""
+    world = World(with_settings(strategy=strategy, replicas=1))
+    for number in range(5):
+        worker = world.worker(f"w{number}", 900)
+        worker.load_s = 1000.0 + 10.0 * number
+        if number < 3:
+            worker.load_error = StageError("Its disk does not answer.")
+    assert world.run(lambda: world.state == "serving", for_s=4200.0)
+    assert max(worker.num_loads for worker in world.workers[:3]) == 1
+    finish(world, world.client().submit(LONG))
+
+
 # ------------------------------------------------------------------ loads that hang
 
 

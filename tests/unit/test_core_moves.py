@@ -8,6 +8,7 @@ from distributed_llm.common.errors import NotEnoughMemory, UnsupportedModel, Wor
 from distributed_llm.common.messages import (
     CopyKV,
     DrainWorker,
+    DropStage,
     HandedOver,
     HandOver,
     KVCopied,
@@ -638,6 +639,39 @@ def test_a_served_stage_that_fails_during_a_move_takes_the_move_along(state: Mov
     assert move.old not in world.core._pipelines.all
     assert world.run(lambda: world.state == "serving")
     finish(world, *answers)
+
+
+def left_out_unheard() -> tuple[World, SimWorker, Answer]:
+    """Return a worker that moved layers have left, and that did not hear of the commit."""
+    world = World()
+    world.linked(3, ROOM)
+    answer = world.client().submit([1, 2, 3], params(200))
+    assert world.run(lambda: len(answer.token_ids) > 5)
+    left_out = world.plan()[2]
+    world.faults.append(Fault(DropStage, "drop", peer_of=left_out))
+    world.move([3], 0)
+    moved(world)
+    assert not world.faults
+    assert left_out.stage
+    return world, left_out, answer
+
+
+def test_a_worker_that_did_not_hear_that_its_layers_moved_away_is_told_again() -> None:
+    """Otherwise they would take its memory for ever, and it would not be measured again."""
+    world, left_out, answer = left_out_unheard()
+    assert world.run(lambda: left_out.stage is None, for_s=1.5)
+    finish(world, answer)
+    assert left_out.num_sessions == 1
+
+
+def test_a_worker_that_did_not_hear_that_its_layers_moved_away_begins_with_the_new_ones() -> None:
+    """It has layers that come back, but not what the answers have become meanwhile."""
+    world, left_out, answer = left_out_unheard()
+    world.move([2, 4], 0)
+    moved(world, times=2)
+    assert world.plan()[2] is left_out
+    finish(world, answer)
+    assert not any("failed a step" in line for line in world.logs)
 
 
 def test_a_plan_has_room_for_what_the_largest_answer_may_take() -> None:

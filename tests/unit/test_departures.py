@@ -287,7 +287,7 @@ def test_tried_once_with_and_once_without_the_cache_and_then_given_up() -> None:
     actions = settle(parts)
     assert parts.moves.move is None
     loads = [a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)]
-    assert [load.beside for load in loads] == [False]
+    assert [load.beside for load in loads] == [None]
     assert parts.book.num_waiting == 1, "its answer waits for the new stage"
     assert may_leave(settle(parts)) == ["b"]
 

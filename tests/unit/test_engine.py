@@ -556,7 +556,7 @@ def test_a_load_beside_is_told_until_it_has_ended() -> None:
             return load(*given)
 
         held._load_beside = load_later
-        engine.put(Load(0, order(epoch=Epoch(4), beside=True)))
+        engine.put(Load(0, order(epoch=Epoch(4), beside=Epoch(3))))
         assert began.wait(20)
         before = held._progress._done
         engine.put(run())
@@ -596,7 +596,7 @@ def test_trial_steps_are_run_and_timed_like_tasks(clock: Clock) -> None:
 def test_tasks_run_on_the_stage_of_their_epoch() -> None:
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))
-        engine.put(Load(0, order(epoch=4, layers=LayerRange(1, 3), beside=True)))
+        engine.put(Load(0, order(epoch=4, layers=LayerRange(1, 3), beside=Epoch(3))))
         assert [posted.loaded().epoch for _ in range(2)] == [3, 4]
         old, new = engine.stages
         for epoch in (3, 4):
@@ -632,7 +632,7 @@ def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.Monk
             return load(*given)
 
         held._load_beside = load_later
-        engine.put(Load(0, order(beside=True)))
+        engine.put(Load(0, order(beside=Epoch(3))))
         engine.put(Probe(1))
         engine.put(run())
         assert isinstance(posted.next(), ComputeFailed)  # so it has come to the probe
@@ -646,7 +646,7 @@ def test_speed_is_not_measured_while_layers_load_beside(monkeypatch: pytest.Monk
 def test_the_stage_beside_is_given_up_with_the_served_one(end: Drop | Load) -> None:
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))
-        engine.put(Load(0, order(epoch=4, beside=True)))
+        engine.put(Load(0, order(epoch=4, beside=Epoch(3))))
         posted.loaded(), posted.loaded()
         engine.put(end)
         if isinstance(end, Load):

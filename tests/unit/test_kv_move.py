@@ -127,7 +127,7 @@ def hand_over(epoch: int, first_step: int = 450) -> HandOver:
 def beside(epoch: int = 5, imports: Sequence[LayerRange] = (), **changes: object) -> LoadStage:
     """An order to load layers 0-4 beside those that are served, 0-2."""
     made = msgspec.structs.replace(
-        order(epoch), beside=True, layers=NEW, imports=tuple(imports), link_key="new"
+        order(epoch), beside=Epoch(3), layers=NEW, imports=tuple(imports), link_key="new"
     )
     return msgspec.structs.replace(made, **changes)
 
@@ -250,6 +250,20 @@ def test_loading_beside_leaves_what_is_served() -> None:
     assert isinstance(ready.message, StageReady)
     assert ready.message.epoch == 5
     assert_serves(agent, 3, 501)
+
+
+def test_layers_that_nobody_wants_any_more_are_given_up_first() -> None:
+    """The message that they were dropped did not come."""
+    agent = serving_3()
+    hear(agent, beside(5))
+    do(agent, loaded(5))
+    hear(agent, hand_over(5))
+    order_7 = beside(7, beside=Epoch(5))
+    assert hear(agent, order_7) == [Drop(), Load(0, order_7)]
+    assert beats(agent) == (7,)
+    do(agent, loaded(7))
+    assert hear(agent, hand_over(7)) == [AssembleKV(0, Epoch(7))]
+    assert is_not_served(hear(agent, task(3, step=500)))
 
 
 def test_layers_of_an_older_session_are_given_up_by_who_serves_nothing() -> None:

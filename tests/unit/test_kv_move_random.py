@@ -236,7 +236,8 @@ class Script(World):
 
     # -------------------------------------------------------------- plans
 
-    def order(self, epoch: int, plan: Plan, *, beside: bool) -> None:
+    def order(self, epoch: int, plan: Plan, *, beside: Epoch | None) -> None:
+        """Have a plan loaded: in the place of all others, or beside this epoch."""
         self.told[epoch] = Told()
         for (number, layers), following in zip(plan, (*plan[1:], None), strict=True):
             worker = self.machines[number]
@@ -245,7 +246,9 @@ class Script(World):
                 other = self.machines[following[0]]
                 after = NextStage(worker=other.name, addresses=(other.address,))
             imports = tuple(
-                common for old, common in self._sources(number, layers) if beside and old != number
+                common
+                for old, common in self._sources(number, layers)
+                if beside is not None and old != number
             )
             load = LoadStage(
                 epoch=Epoch(epoch),
@@ -286,14 +289,14 @@ class Script(World):
 
     def serve(self, plan: Plan) -> None:
         """Begin with a first plan."""
-        self.order(1, plan, beside=False)
+        self.order(1, plan, beside=None)
         self.serving_epoch, self.layout = 1, plan
         assert self.run(lambda: len(self.told[1].ready) == len(plan), for_s=_PATIENCE_S)
 
     def try_to_move(self, epoch: int, plan: Plan, cancelled: Callable[[], bool]) -> bool:
         """Return whether the layers moved; if not, everything is as it was."""
         involved = {number for number, _ in (*self.layout, *plan)}
-        self.order(epoch, plan, beside=True)
+        self.order(epoch, plan, beside=Epoch(self.serving_epoch))
         told = self.told[epoch]
         sends = self.transfers(plan)
         senders = {self.machines[number] for number in sends}

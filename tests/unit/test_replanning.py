@@ -261,6 +261,26 @@ def test_a_worker_that_cannot_load_is_planned_without() -> None:
     assert layers(parts) == ["a 1-3, c 4-6"]
 
 
+@pytest.mark.parametrize(("others", "planned"), [("ac", "a 1-3, c 4-6"), ("a", "a 1-3, b 4-6")])
+def test_who_failed_before_is_given_layers_only_if_the_others_cannot_hold_them(
+    others: str, planned: str
+) -> None:
+    parts = Parts(dict.fromkeys([*others, "b", "lost"], HALF), strategy="even")
+    parts.serve(("a", 0, 3), ("lost", 3, 6))
+    parts.worker("b").failures = 1
+    question = question_of(remove(parts, "lost"))
+    assert question.doubted == {"b"}
+    answered(parts, question)
+    assert layers(parts) == [planned]
+
+
+def test_plans_for_all_workers_are_for_those_that_failed_before_too() -> None:
+    parts = Parts({"a": HALF, "b": HALF, "c": HALF}, strategy="even")
+    parts.worker("b").failures = 1
+    answered(parts, question_of(parts.replanning.plan_anew()))
+    assert layers(parts) == ["a 1-2, b 3-4, c 5-6"]
+
+
 def test_a_model_that_cannot_be_split_stops_the_coordinator() -> None:
     parts = Parts({"a": WHOLE})
     parts.pipelines.load([parts.plan(("a", 0, 6))])

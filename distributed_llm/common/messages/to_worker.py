@@ -76,8 +76,8 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     """Coordinator -> worker: load layers, to serve them as a stage of `epoch`.
 
     Answered by `StageReady` or `StageFailed`. Layers and KV cache of older epochs are dropped
-    first, unless `beside` is set: then the served epoch continues until `DropStage` or the first
-    task of `epoch`. A newer order replaces one that loads beside; `UndoMove` gives it up.
+    first, but for those of `beside`: that epoch is served until `DropStage` or the first task of
+    `epoch`. A newer order replaces one that loads beside; `UndoMove` gives it up.
 
     Attributes:
         dtype: dtype of weights, KV cache and computation.
@@ -86,7 +86,8 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
         link_key: key that a worker must know to send tasks and KV cache of `epoch`.
         next_stage: the next stage, to be reached directly if possible; None on the last stage.
-        beside: keep serving the older epoch; a handover may pass its KV cache on to `epoch`.
+        beside: the epoch that is served meanwhile, perhaps by this worker too; a handover may pass
+            its KV cache on to `epoch`. None: `epoch` is loaded alone.
         trials: run trial steps of several sizes before `StageReady`, unless other layers serve.
         imports: layers whose KV cache other workers will send, one range per worker.
     """
@@ -100,7 +101,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     kv_tokens: Count
     link_key: Label
     next_stage: NextStage | None = None
-    beside: bool = False
+    beside: Epoch | None = None
     trials: bool = False
     imports: Annotated[tuple[LayerRange, ...], Meta(max_length=MAX_STAGES)] = ()
 

@@ -99,7 +99,7 @@ class Moves:
             copy_s=price.copy_s,
             now=now,
         )
-        orders = self._pipelines.load_orders(new, key, beside=True, imports=move.imports)
+        orders = self._pipelines.load_orders(new, key, beside=old.epoch, imports=move.imports)
         note = self._log.note(
             EventKind.MOVE_BEGAN,
             epoch=new.epoch,

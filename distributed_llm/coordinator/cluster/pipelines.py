@@ -255,7 +255,7 @@ class Pipelines:
         pipeline: Pipeline,
         key: str,
         *,
-        beside: bool = False,
+        beside: Epoch | None = None,
         imports: Mapping[PeerId, tuple[LayerRange, ...]] | None = None,
     ) -> list[Action]:
         """Return the orders to load a pipeline, last stage first.
@@ -264,7 +264,7 @@ class Pipelines:
 
         Args:
             key: the secret by which its workers know each other.
-            beside: workers keep and serve their old layers meanwhile.
+            beside: whose layers workers keep and serve meanwhile.
             imports: layers whose KV cache a worker will be sent.
         """
         actions: list[Action] = []

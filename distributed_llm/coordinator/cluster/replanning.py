@@ -157,8 +157,13 @@ class Replanning:
             return []
         need = min(self._needs)
         self._needs.remove(need)
-        machines = self._cluster.measurements.machines(memory_of(self._candidates(need)))
-        question = PlanQuestion(self._planner, machines, several=need is Need.ANEW)
+        workers = self._candidates(need)
+        question = PlanQuestion(
+            self._planner,
+            self._cluster.measurements.machines(memory_of(workers)),
+            several=need is Need.ANEW,
+            doubted=frozenset(worker.id for worker in workers if worker.failures),
+        )
         self._open = need, question
         return [Study(question)]
 

@@ -1,5 +1,6 @@
 """A question answered beside the event loop: which plans some machines should serve. Pure."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from distributed_llm.common.errors import (
@@ -24,6 +25,7 @@ class PlanQuestion:
         several: whether to plan as many pipelines as are wanted; otherwise one.
         used_tokens: positions of KV cache that a single pipeline should have room for, if it can.
         leaving: the worker that is to leave, if the plan is for those that take its layers over.
+        doubted: machines that a single pipeline does without, if the others can hold the model.
     """
 
     planner: Planner
@@ -31,16 +33,24 @@ class PlanQuestion:
     several: bool = False
     used_tokens: int = 0
     leaving: WorkerId | None = None
+    doubted: frozenset[WorkerId] = frozenset()
 
     def reply(self) -> "PlanReply":
         """Return the plans, or why there are none."""
         try:
             if self.several:
                 return PlanReply(self, plans=tuple(self.planner.plans(self.machines)))
-            plan = self.planner.plan(self.machines, used_tokens=self.used_tokens)
-            return PlanReply(self, plans=(plan,))
+            return PlanReply(self, plans=(self._plan(),))
         except (NotEnoughMemory, ConfigError, NotReady) as exc:
             return PlanReply(self, error=exc)
+
+    def _plan(self) -> Plan:
+        if self.doubted:
+            trusted = [name for name in self.machines.memory_bytes if name not in self.doubted]
+            with suppress(NotEnoughMemory, ConfigError, NotReady):
+                others = self.machines.subset(trusted)
+                return self.planner.plan(others, used_tokens=self.used_tokens)
+        return self.planner.plan(self.machines, used_tokens=self.used_tokens)
 
 
 @dataclass(frozen=True)

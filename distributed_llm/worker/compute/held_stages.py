@@ -206,12 +206,12 @@ class HeldStages:
     def _begin(self, load: Load) -> None:
         self.exports.clear()
         self._unload_prepared()
-        if load.order.beside:
-            self._next_load = load
-            self._load_in_background()
-        else:
+        if load.order.beside is None:
             self._next_load = None
             self._load_alone(load)
+        else:
+            self._next_load = load
+            self._load_in_background()
 
     def _load_alone(self, load: Load) -> None:
         if self._background:

@@ -116,7 +116,7 @@ class EpochStage:
         self._session = session
         self._oldest = 0  # all smaller steps are void
         self._pending: set[StepNumber] = set()  # steps that wait or run
-        self._change(_C.ORDERED_BESIDE if order.beside else _C.ORDERED_ALONE)
+        self._change(_C.ORDERED_ALONE if order.beside is None else _C.ORDERED_BESIDE)
 
     @property
     def epoch(self) -> Epoch:

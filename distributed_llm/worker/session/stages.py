@@ -150,17 +150,18 @@ class Stages:
         self._worker = worker
 
     def load(self, order: LoadStage, now: float) -> list[Action]:
-        """Load a stage: beside the served one, or in its place."""
+        """Load a stage: beside the served one, or in the place of all others."""
         if order.epoch <= self._newest:
             return [_ignored(order.epoch)]
         self._newest = order.epoch
         actions: list[Action] = []
-        if not order.beside:
+        served = self._served
+        if served is None or served.epoch != order.beside:  # its end may not have been heard of
             actions += self._give_up_all()
         elif self._kv_move:
             actions += self.undo_move(self._kv_move.epoch)
-        if order.beside:
-            if not self._by_epoch:  # layers of an older session may still be in memory
+        if order.beside is not None:
+            if not self._by_epoch:  # layers of another epoch or session may still be in memory
                 actions.append(Drop())
             self._kv_move = KVMove(self._session, order.epoch, order.imports, has_new_stage=True)
         stage = EpochStage(self._session, order, self._worker)
