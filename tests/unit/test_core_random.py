@@ -374,7 +374,7 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
     causes = {"overloaded", "not_ready", "worker_lost", "not_enough_memory"}
     if answer.params.timeout_s is not None:
         causes.add("deadline_exceeded")
-    if len(answer.prompt) + answer.params.max_new_tokens > CONTEXT:
+    if len(answer.prompt) + (answer.params.max_new_tokens or 0) > CONTEXT:
         causes.add("context_length_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
