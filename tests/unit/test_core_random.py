@@ -34,7 +34,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator import events
 from tests.unit.fake_client import Answer, SimClient, text_of
-from tests.unit.fake_model import BIG, NUM_LAYERS, POISON
+from tests.unit.fake_model import BIG, CONTEXT, NUM_LAYERS, POISON
 from tests.unit.fake_worker import SimWorker
 from tests.unit.random_schedule import any_of, between, coin, maybe, rule, run_schedule, several
 from tests.unit.simulation import Fault, FaultKind, Message, Way, World, with_settings
@@ -374,6 +374,8 @@ def answer_is_right(answer: Answer, client: SimClient, num_errors: int) -> None:
     causes = {"overloaded", "not_ready", "worker_lost", "not_enough_memory"}
     if answer.params.timeout_s is not None:
         causes.add("deadline_exceeded")
+    if len(answer.prompt) + (answer.params.max_new_tokens or 0) > CONTEXT:
+        causes.add("context_length_exceeded")
     if answer.cancelled:
         causes.add("cancelled")
     if num_errors >= 2:
@@ -480,6 +482,24 @@ class SlowMoves(SlowCluster, MovingCluster):
     max_examples = 25
     least_moves = 3
     num_moves: ClassVar[list[int]] = []
+
+    @rule(cuts=several(between(1, NUM_LAYERS - 1), 0, 4), shift=between(0, 6))
+    def move(self, cuts: list[int], shift: int) -> None:
+        """Let layers take long to load that were loaded fast."""
+        for worker in self.up():
+            worker.load_s = self.load_s
+        super().move(cuts, shift)
+
+    def is_moving(self) -> bool:
+        """Whether a move takes room."""
+        return self.world.core._moves.move is not None
+
+    @rule(when=is_moving, prompt=_PROMPTS, less=between(0, 60))
+    def ask_for_the_room_that_a_move_takes(self, prompt: list[int], less: int) -> None:
+        """An answer may outgrow the room that the move leaves, but not the room without it."""
+        room = min(self.world.core._pipelines.kv_tokens, CONTEXT)
+        new_tokens = max(1, room - len(prompt) - less)
+        self._submit(prompt, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
 
 
 class ManyAtOnce(Cluster):

@@ -19,7 +19,7 @@ from distributed_llm.common.messages import (
     StageFailed,
     UndoMove,
 )
-from distributed_llm.common.types import Epoch, LayerRange, PeerId
+from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.move import Move, MoveState
 from distributed_llm.coordinator.cluster.move_price import Price
 from distributed_llm.coordinator.cluster.registry import WorkerState
@@ -116,9 +116,17 @@ def test_nothing_is_sent_where_nothing_is_used() -> None:
 # ------------------------------------------------------------------ memory
 
 
-def test_room_is_what_both_stages_leave() -> None:
-    """b keeps 3300 bytes and reads 1000; the caches of four layers share what is left."""
-    assert price(moving()).kv_tokens == (10_000 - 3300 - 1000) // 4
+def whole_blocks(tokens: int) -> int:
+    return tokens // KV_BLOCK * KV_BLOCK
+
+
+def test_room_is_what_both_stages_leave_in_whole_blocks() -> None:
+    """b keeps 3300 bytes and reads 1000; the caches of four layers share what is left.
+
+    A request for the rest of a block would be told to wait at the head of the queue for room that
+    never comes.
+    """
+    assert price(moving()).kv_tokens == whole_blocks((10_000 - 3300 - 1000) // 4)
 
 
 def test_there_is_no_more_room_than_before() -> None:
@@ -132,7 +140,7 @@ def test_embedding_and_head_count_for_who_did_not_have_them() -> None:
     memory = parts.worker("a").capabilities.memory_bytes
     of_a = (memory - 2500 - 4000 - 300) // 6
     of_b = (memory - 2000 - 2000 - 500) // 4
-    assert price(parts, *turned).kv_tokens == min(of_a, of_b)
+    assert price(parts, *turned).kv_tokens == whole_blocks(min(of_a, of_b))
 
 
 @pytest.mark.parametrize(("memory", "room"), [(4812, 128), (4811, None)])
@@ -203,7 +211,7 @@ def test_room_is_never_more_than_a_count_of_all_memory_finds(
 
     room = parts.moves.prices.price(pipeline, parts.plan(*new)).kv_tokens
     most = max((t for t in range(pipeline.kv_tokens + 1) if fits(t)), default=-1)
-    assert room == (most if most >= 64 else None)
+    assert room == (whole_blocks(most) if most >= KV_BLOCK else None)
 
 
 # ------------------------------------------------------------------ carrying it out

@@ -85,6 +85,7 @@ class MovePrices:
             layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
             left_bytes = worker.capabilities.memory_bytes - own_bytes - added
             room = min(room, left_bytes // max(1, layers * cost.kv_bytes_per_token))
+        room -= room % KV_BLOCK
         transfers = transfers_between(old.stages, stages)
         reachable = all(transfer.pair not in self._unreachable for transfer in transfers)
         most = max((len(transfer.layers) for transfer in transfers), default=0)
