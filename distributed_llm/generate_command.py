@@ -135,7 +135,9 @@ def generate(
     seed: Annotated[
         int | None,
         typer.Option(
-            help="Same seed, same text.", show_default="drawn anew", rich_help_panel=_SAMPLING
+            help="Same seed, same text in float32 (in bfloat16 a token may differ now and then).",
+            show_default="drawn anew",
+            rich_help_panel=_SAMPLING,
         ),
     ] = None,
     repetition_penalty: Annotated[
