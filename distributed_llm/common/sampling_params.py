@@ -71,8 +71,8 @@ class SamplingParams(
         logprobs: number of likeliest tokens to report at each position, besides the sampled one;
             default: report no log-probabilities at all.
         n: number of answers to the prompt; they differ by their seeds.
-        seed: the same seed gives the same text in float32; in bfloat16 and float16 a token may differ
-            now and then, by rounding. Default: a new one for each request.
+        seed: the same seed gives the same text in float32; in bfloat16 and float16 a token may
+            differ now and then, by rounding. Default: a new one for each request.
         stop_strings: the answer ends before the first occurrence of any of them.
         eos_token_id: tokens that end the answer; default: the checkpoint's.
         ignore_eos: continue after an end-of-sequence token.
