@@ -131,7 +131,7 @@ class AsyncDistributedClient:
         `timeout_s` is over.
 
         Args:
-            prompt: text, token ids, or a list of either.
+            prompt: text, token ids, or a list of either; an empty list gives an empty list.
             n: number of answers to each prompt. If given, even as 1, a list of `n` answers takes
                 the place of each single answer.
             details: return `Generation` instead of text.

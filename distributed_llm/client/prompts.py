@@ -15,6 +15,7 @@ from distributed_llm.common.messages import (
     ChatMessage,
 )
 from distributed_llm.common.tensors import (
+    ITEM_BYTES,
     MAX_FRAME_BYTES,
     Frame,
     TensorSpec,
@@ -53,8 +54,8 @@ class EncodedPrompt:
 
 
 def are_several(prompt: Any) -> bool:
-    """Return whether `prompt` is a list of prompts rather than one."""
-    return isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+    """Return whether `prompt` is a list of prompts, perhaps of none, rather than one."""
+    return isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
 
 
 def encode_prompt(prompt: Any) -> EncodedPrompt:
@@ -68,11 +69,21 @@ def encode_prompt(prompt: Any) -> EncodedPrompt:
             return _of_bytes("text", prompt.encode())
         except UnicodeEncodeError as exc:
             raise InvalidRequest(f"The prompt is not valid Unicode: {exc}.") from exc
+    if isinstance(prompt, bytes | bytearray | memoryview):
+        raise InvalidRequest(
+            f"A prompt is text or a list of token ids, not {type(prompt).__name__}. Decode it, as "
+            'in prompt.decode("utf-8"), or give list(prompt) if the bytes are token ids.'
+        )
     if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
         if any(not 0 <= token < 2**31 for token in prompt):
             raise InvalidRequest("Token ids of a prompt must be at least 0 and below 2^31.")
         if not prompt:
             raise InvalidRequest("The prompt is empty. Give at least one token.")
+        most = MAX_FRAME_BYTES // ITEM_BYTES["int32"]
+        if len(prompt) > most:
+            raise InvalidRequest(
+                f"The prompt has {len(prompt):,} tokens; {most:,} are allowed. Shorten it."
+            )
         spec, frame = frame_of_token_ids(prompt)
         return EncodedPrompt("token_ids", (spec,), (frame,))
     raise InvalidRequest(

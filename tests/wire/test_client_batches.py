@@ -87,6 +87,12 @@ def test_what_a_full_queue_refuses_is_sent_again(coordinator: FakeCoordinator) -
     assert [asked[answer] for answer in answers] == prompts
 
 
+def test_no_prompts_have_no_answers(coordinator: FakeCoordinator) -> None:
+    with DistributedClient(coordinator.address) as client:
+        assert client.generate([], n=2) == []
+    assert coordinator.requests == []
+
+
 def test_a_list_is_given_up_when_its_time_is_over(coordinator: FakeCoordinator) -> None:
     coordinator.script = Queue(room=0, patience=1, retry_after_s=30.0)
     with DistributedClient(coordinator.address) as client:

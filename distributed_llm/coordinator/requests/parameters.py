@@ -52,9 +52,11 @@ def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | Non
         if spec.dtype != wanted:
             return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
         if spec.nbytes > limit:
+            count = spec.shape[0] if wanted == "int32" else spec.nbytes
+            what = count_text(count, "token" if wanted == "int32" else "byte")
             return ContextLengthExceeded(
-                f"The prompt has {spec.nbytes} bytes, which no context of {context_length} tokens "
-                "can hold. Shorten it."
+                f"The prompt has {what}, which no context of {context_length:,} tokens can hold. "
+                "Shorten it."
             )
     return None
 
