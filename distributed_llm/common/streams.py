@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from distributed_llm.common.errors import InvalidRequest, OutputFailed
+from distributed_llm.common.wording import size_text
+
+_PIECE_BYTES = 1 << 20
+"""Read from stdin at a time."""
 
 
 def prepare() -> None:
@@ -31,10 +35,23 @@ def read_prompt() -> str:
     """Return all of stdin.
 
     Raises:
-        InvalidRequest: it is closed, or not in the encoding that it should be in.
+        InvalidRequest: it is closed, longer than a prompt may be, or not in the encoding that it
+            should be in.
     """
+    from distributed_llm.common.tensors import MAX_FRAME_BYTES  # loads NumPy
+
+    data = bytearray()
     try:
-        return sys.stdin.read()
+        while piece := sys.stdin.buffer.read(_PIECE_BYTES):
+            data += piece
+            if len(data) > MAX_FRAME_BYTES:
+                raise InvalidRequest(
+                    f"The prompt on standard input is longer than {size_text(MAX_FRAME_BYTES)}, "
+                    "the most that can be sent. Give a shorter one."
+                )
+            if len(piece) < _PIECE_BYTES:  # asking again would want a second Ctrl-D at a terminal
+                break
+        return _text_of(data, sys.stdin.encoding)
     except UnicodeDecodeError as exc:
         raise InvalidRequest(
             f"The prompt on standard input is not {exc.encoding}: byte "
@@ -114,6 +131,11 @@ def _failures_told() -> Iterator[None]:
         raise OutputFailed(
             f"Standard output cannot be written: {_reason(exc)}. Give the output another place."
         ) from exc
+
+
+def _text_of(data: bytes | bytearray, encoding: str) -> str:
+    """Return text with newlines as Python has them."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding=encoding, errors="strict").read()
 
 
 def _reason(error: OSError) -> str:

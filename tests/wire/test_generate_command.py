@@ -192,16 +192,16 @@ def test_at_a_terminal_it_says_what_it_waits_for(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class Terminal(io.StringIO):
+    class Terminal(io.TextIOWrapper):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(sys, "stdin", Terminal("typed"))
+    monkeypatch.setattr(sys, "stdin", Terminal(io.BytesIO(b"typed"), "utf-8"))
     assert generate_command._text_prompt(None) == "typed"
     assert "Type the prompt; Ctrl-" in capsys.readouterr().err
     assert generate_command._text_prompt("given") == "given"
-    monkeypatch.setattr(sys, "stdin", io.StringIO("piped"))
-    assert generate_command._text_prompt("-") == "piped"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"pi\r\nped"), "utf-8"))
+    assert generate_command._text_prompt("-") == "pi\nped"
     assert capsys.readouterr().err == ""
 
 
