@@ -225,8 +225,7 @@ def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:
         _err.print(waiting, style="dim")
     client.drain_worker(name)
     if as_json:
-        layers = held and held.layers
-        print_json({"worker": name, "layers": layers and [layers.start, layers.stop]})
+        print_json({"worker": name, "layers": held and held.layers})
     else:
         _out.print(done)
 

@@ -68,11 +68,11 @@ def layer_map_of(plan: Plan) -> LayerMap:
 
 
 def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
-    """Return the plan as values that JSON can hold."""
+    """Return the plan as values that msgspec writes as JSON."""
     return [
         {
             "worker": stage.worker,
-            "layers": [stage.layers.start, stage.layers.stop],
+            "layers": stage.layers,
             "weight_bytes": stage.weight_bytes,
             "kv_tokens": stage.kv_tokens,
             "kv_bytes_per_token": cost.kv_bytes_per_token * len(stage.layers),

@@ -105,8 +105,8 @@ def test_plan_shows_who_would_get_what(checkpoint: Path) -> None:
     assert done.returncode == 0, done.stderr
     stages = json.loads(done.stdout)["stages"]
     assert [stage["worker"] for stage in stages] == ["pc", "worker-2"]
-    assert stages[0]["layers"][0] == 0
-    assert stages[-1]["layers"][1] == 6
+    assert stages[0]["layers"]["start"] == 0
+    assert stages[-1]["layers"]["stop"] == 6
 
 
 def test_a_plan_needs_no_more_than_a_config(checkpoint: Path, tmp_path: Path) -> None:

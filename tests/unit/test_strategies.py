@@ -381,14 +381,14 @@ def test_describe() -> None:
     assert describe(found, cost) == [
         {
             "worker": "w0",
-            "layers": [0, 2],
+            "layers": LayerRange(0, 2),
             "weight_bytes": 210,
             "kv_tokens": 47,
             "kv_bytes_per_token": 4,
         },
         {
             "worker": "w1",
-            "layers": [2, 4],
+            "layers": LayerRange(2, 4),
             "weight_bytes": 220,
             "kv_tokens": 45,
             "kv_bytes_per_token": 4,

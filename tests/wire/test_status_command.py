@@ -208,7 +208,8 @@ def test_drain_tells_that_the_worker_has_left() -> None:
 
 def test_drain_as_json() -> None:
     done = drained(WorkerDrained(worker="gaming-pc"), arguments=("gaming-pc", "--json"))
-    assert json.loads(done.stdout) == {"worker": "gaming-pc", "layers": [0, 20]}
+    layers = {"start": 0, "stop": 20}
+    assert json.loads(done.stdout) == {"worker": "gaming-pc", "layers": layers}
     idle = drained(WorkerDrained(worker="pi"), arguments=("pi", "--json"))
     assert json.loads(idle.stdout) == {"worker": "pi", "layers": None}
 
