@@ -54,7 +54,7 @@ def init(
     """Write a file of settings to edit: all of them, as comments that show the defaults."""
     from distributed_llm.common import config_template
 
-    config_template.write(path, dict(item.partition("=")[::2] for item in settings or ()))
+    config_template.write(path, config_template.chosen_of(settings or ()))
     print(f"Wrote {path}. Edit it, and start with: --config {path}")
 
 

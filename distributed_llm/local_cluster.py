@@ -16,6 +16,7 @@ from typing import Any, Self
 import psutil
 
 from distributed_llm.client.client import DistributedClient
+from distributed_llm.common.config import unknown_key
 from distributed_llm.common.errors import (
     ConfigError,
     ConnectionFailed,
@@ -23,6 +24,7 @@ from distributed_llm.common.errors import (
     error_from_wire,
 )
 from distributed_llm.common.messages import ClusterStatus
+from distributed_llm.common.settings import SECTIONS
 from distributed_llm.common.wording import count_text
 from distributed_llm.local_process import LocalProcess, fork_server
 
@@ -57,6 +59,7 @@ class LocalCluster:
         progress: called with each line about how far the start is; None for silence.
 
     Raises:
+        ConfigError: a setting is unknown, or neither text nor number.
         DistributedLLMError: it could not be started; the message says what the process said.
     """
 
@@ -69,6 +72,8 @@ class LocalCluster:
         coordinator: Mapping[str, Any] | None = None,
         progress: Progress | None = print_progress,
     ) -> None:
+        if isinstance(workers, int) and workers < 0:
+            raise ConfigError(f"LocalCluster cannot start {workers} workers. Give 0 or more.")
         self._model = str(model)
         self._wanted = [
             {"name": f"worker-{i + 1}", "leave_timeout_s": 0, **given}
@@ -82,6 +87,9 @@ class LocalCluster:
             "settle_s": 0.05,
             **(coordinator or {}),
         }
+        _check("coordinator", self._settings)
+        for settings in self._wanted:
+            _check("worker", settings)
         self._share_bytes = int(
             psutil.virtual_memory().available * _SHARE_OF_MEMORY / max(1, len(self._wanted))
         )
@@ -119,7 +127,7 @@ class LocalCluster:
             self.coordinator = LocalProcess(
                 "coordinator",
                 ["coordinator", *([self._model] if self._model else [])],
-                _environment("COORDINATOR", self._settings),
+                _environment("coordinator", self._settings),
                 self._folder / "coordinator.log",
             )
             self._processes.append(self.coordinator)
@@ -140,6 +148,9 @@ class LocalCluster:
 
         Args:
             settings: of the worker: name, device, threads, max_memory, slowdown.
+
+        Raises:
+            ConfigError: a setting is unknown, or neither text nor number.
         """
         number = len(self.workers) + 1
         settings = {
@@ -148,10 +159,11 @@ class LocalCluster:
             "max_memory": self._share_bytes,
             **settings,
         }
+        _check("worker", settings)
         worker = LocalProcess(
             settings["name"],
             ["worker"],
-            _environment("WORKER", settings),
+            _environment("worker", settings),
             self._folder / f"worker-{number}.log",
             self._fork_server,
         )
@@ -221,10 +233,18 @@ class LocalCluster:
 
 
 def _environment(section: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    return {f"DLLM_{section}__{name}".upper(): str(value) for name, value in settings.items()}
+
+
+def _check(section: str, settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a setting is unknown or cannot be given to a process."""
     for name, value in settings.items():
+        if name not in SECTIONS[section].model_fields:
+            raise ConfigError(f"LocalCluster: {unknown_key(name, section)}")
         if not isinstance(value, str | int | float):
-            raise ConfigError(f"Setting {name} of a local cluster must be a text or a number.")
-    return {f"DLLM_{section}__{name.upper()}": str(value) for name, value in settings.items()}
+            raise ConfigError(
+                f"LocalCluster: {section}.{name} must be a text or a number, not {value!r:.60}."
+            )
 
 
 def _remove(folder: Path, owner: int) -> None:

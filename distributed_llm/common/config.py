@@ -32,6 +32,7 @@ __all__ = [
     "load_settings",
     "read_settings",
     "setting_names",
+    "unknown_key",
 ]
 
 # Read by the setup scripts; not an unknown setting when a `dllm` command finds it.
@@ -106,7 +107,7 @@ def _add_file(path: Path, given: dict[Key, _Given], problems: list[str]) -> None
     for section, values in file.values.items():
         where = f"{path}:{file.lines[(section,)]}"
         if section not in SECTIONS:
-            problems.append(f"{where}: {_unknown(section)}")
+            problems.append(f"{where}: {unknown_key(section)}")
         elif values is None:  # every setting in it is commented out
             continue
         elif not isinstance(values, dict):
@@ -117,7 +118,7 @@ def _add_file(path: Path, given: dict[Key, _Given], problems: list[str]) -> None
                 if name in SECTIONS[section].model_fields:
                     given[section, name] = _Given(value, where)
                 else:
-                    problems.append(f"{where}: {_unknown(name, section)}")
+                    problems.append(f"{where}: {unknown_key(name, section)}")
 
 
 def _add_environment(
@@ -150,11 +151,12 @@ def _add_overrides(
             if value is not None:
                 given[section, name] = _Given(value, "command line")
         else:
-            unknown = _unknown(name, section) if name else _unknown(section)
+            unknown = unknown_key(name, section) if name else unknown_key(section)
             problems.append(f"command line: {unknown}")
 
 
-def _unknown(name: str, section: str = "") -> str:
+def unknown_key(name: str, section: str = "") -> str:
+    """Return what is said of a name that no setting, or no section, has."""
     dotted = f"{section}.{name}" if section else name
     siblings = SECTIONS[section].model_fields if section in SECTIONS else SECTIONS
     close = difflib.get_close_matches(name[:100], siblings, n=1)

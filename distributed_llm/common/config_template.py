@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from distributed_llm.common.config import Key, load_settings, setting_names
@@ -85,6 +85,24 @@ def _text(
     return "\n".join(lines)
 
 
+def chosen_of(items: Iterable[str]) -> dict[str, str]:
+    """Return values by dotted name.
+
+    Args:
+        items: such as "worker.name=pc".
+
+    Raises:
+        ConfigError: one has no "=".
+    """
+    chosen = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item:.100}: no value; write SECTION.NAME=VALUE.")
+        chosen[name] = value
+    return chosen
+
+
 def write(path: Path, chosen: Mapping[str, str]) -> None:
     """Write a file of settings to edit.
 
@@ -122,12 +140,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.path is None:
         sys.stdout.write(render())
         return 0
-    chosen = dict(item.partition("=")[::2] for item in options.set)
     if options.path.exists():
         print(f"{options.path} is there already; kept as it is.")
         return 0
     try:
-        write(options.path, chosen)
+        write(options.path, chosen_of(options.set))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -9,6 +9,7 @@ from distributed_llm.common.types import LayerRange
 
 _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
 _RATE = re.compile(r"(.+?)\s*/\s*s", re.IGNORECASE)
+_BITS = re.compile(r"[KMGTP]i?b$|bits?$")  # "gb" is taken for careless bytes
 _FLOPS = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)flops(?:/s)?", re.IGNORECASE)
 _DURATION = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|)")
 _LAYERS = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
@@ -40,12 +41,17 @@ def parse_rate(value: str) -> float:
     """Return bytes per second, above 0.
 
     Args:
-        value: a size per second: 40GB/s, 512MiB/s.
+        value: a size per second: 40GB/s, 512MiB/s. Bits are refused: 40Gb/s, 40Gbit/s.
 
     Raises:
-        ValueError: `value` is no bandwidth.
+        ValueError: `value` is no bandwidth, or in bits.
     """
     match = _RATE.fullmatch(value.strip())
+    if match and _BITS.search(match[1]):
+        raise ValueError(
+            "not a bandwidth; that is in bits: write bytes per second with a capital B, an eighth "
+            "of it, such as 5GB/s for 40Gb/s"
+        )
     size = parse_size(match[1]) if match and _SIZE.fullmatch(match[1]) else None
     if not size:
         raise ValueError("not a bandwidth; write a size per second, such as 40GB/s")

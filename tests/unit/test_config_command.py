@@ -84,3 +84,9 @@ def test_check_says_what_is_wrong_and_where() -> None:
     assert str(absent.exception) == (
         "absent.yaml: no such file; `dllm config init absent.yaml` writes one"
     )
+
+
+def test_init_refuses_a_name_without_a_value() -> None:
+    done = config("init", "--set", "worker.name")
+    assert str(done.exception) == "--set worker.name: no value; write SECTION.NAME=VALUE."
+    assert not Path("dllm.yaml").exists()

@@ -20,6 +20,12 @@ def test_bandwidths(text: str, expected: float) -> None:
     assert parse_rate(text) == expected
 
 
+@pytest.mark.parametrize("text", ["40Gb/s", "800 Mb / s", "40Gib/s", "40Gbit/s", "9bits/s"])
+def test_bits_are_not_taken_for_bytes(text: str) -> None:
+    with pytest.raises(ValueError, match=r"in bits: .*5GB/s for 40Gb/s"):
+        parse_rate(text)
+
+
 @pytest.mark.parametrize("text", ["", "/s", "40GB", "40GB/m", "-1GB/s", "0GB/s", "fast/s", "nan/s"])
 def test_what_is_no_bandwidth(text: str) -> None:
     with pytest.raises(ValueError, match=r"not a bandwidth; .*40GB/s"):

@@ -19,6 +19,7 @@ import torch
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.wording import size_text
 from distributed_llm.worker.session.events import Probe, Probed
 
 _USABLE_SHARE = 0.8
@@ -138,8 +139,8 @@ def _budget(device: torch.device, max_memory_bytes: int | None) -> int:
         return usable
     if not 0 < max_memory_bytes <= total:
         raise ConfigError(
-            f"max_memory is {max_memory_bytes} bytes, but {device} has {total} bytes in all. "
-            "Set it between 1 and that, or leave it out to use 80 % of what is free."
+            f"max_memory is {size_text(max_memory_bytes)}, but {device} has {size_text(total)} in "
+            "all. Set it between 1 byte and that, or leave it out to use 80 % of what is free."
         )
     return min(usable, max_memory_bytes)
 
