@@ -2,7 +2,8 @@
 
     python -m benchmarks.echo [--rounds 5]
 
-The other end is a child process that sends everything back. All kinds are measured in turns.
+The other end is a child process that sends everything back. All kinds are measured in turns. Our
+transport encrypts with keys, as it does between machines; bare pyzmq here does not.
 """
 
 import argparse
@@ -17,10 +18,14 @@ import zmq
 import zmq.asyncio
 
 from distributed_llm.common import codec
+from distributed_llm.common.keyring import Keyring, state_folder
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import SequenceSlice, StageTime, Task, TaskResult
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Dealer, Router
 from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
+from distributed_llm.common.units import split_address
+from distributed_llm.coordinator.trust.store import Trust
 
 PAYLOAD = bytes(4096)
 TRIPS = 2000
@@ -82,6 +87,8 @@ async def echo_transport(address: str, answer: Callable[[list[Frame]], list[Fram
         lambda frames: dealer.send(answer(frames)),
         lambda: dealer.send([b"hello"]),
         lambda: over.set_result(None),
+        login=Keyring(state_folder()).login(address),
+        on_rejected=lambda why: over.set_exception(SystemExit(f"not let in: {why.name}")),
     )
     await over
 
@@ -133,7 +140,7 @@ async def measure_transport(
     done = asyncio.get_running_loop().create_future()
     started = 0.0
 
-    def on_message(peer: PeerId, frames: list[Frame]) -> None:
+    def on_message(peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         nonlocal started
         if started:
             if messages:
@@ -145,12 +152,15 @@ async def measure_transport(
         started = time.perf_counter()
         router.send(peer, task() if messages else [PAYLOAD])
 
-    router = Router("127.0.0.1:0", on_message, lambda: None)
+    trust = Trust(state_folder(), 0, now=time.time())
+    router = Router("127.0.0.1:0", on_message, lambda: None, door=trust.door)
+    trust.listening(split_address(router.address)[1])
     process = child(router.address)
     await done
     process.kill()
     process.wait()
     router.close()
+    trust.close()
     return times
 
 

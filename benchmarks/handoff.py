@@ -28,6 +28,8 @@ from benchmarks import echo
 from benchmarks.common import ask, fresh_prompts, gather, print_table
 from distributed_llm import AsyncDistributedClient, LocalCluster
 from distributed_llm.common import codec
+from distributed_llm.common.keyring import Keyring, state_folder
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     Capabilities,
     Heartbeat,
@@ -44,6 +46,8 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Router
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
+from distributed_llm.common.units import split_address
+from distributed_llm.coordinator.trust.store import Trust
 from tests import checkpoints
 from tests.fault_proxy import FaultProxy
 
@@ -128,7 +132,10 @@ class NullStage:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._answered: asyncio.Future[None] | None = None
         self._task = echo.task()
-        self._router = Router("127.0.0.1:0", self._on_message, lambda: None)
+        self._trust = Trust(state_folder(), 0, now=time.time())
+        door = self._trust.door
+        self._router = Router("127.0.0.1:0", self._on_message, lambda: None, door=door)
+        self._trust.listening(split_address(self._router.address)[1])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.handoff", "--null-worker", self._router.address],
             stdin=subprocess.DEVNULL,
@@ -151,8 +158,9 @@ class NullStage:
         self._process.kill()
         self._process.wait()
         self._router.close()
+        self._trust.close()
 
-    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+    def _on_message(self, peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         message, _ = codec.to_coordinator.decode(frames)
         match message:
             case TaskResult() if self._answered:
@@ -210,6 +218,7 @@ def serve_null_stage(address: str) -> None:
         _CAPABILITIES,
         address=address,
         addresses=(address,),
+        login=Keyring(state_folder()).login(address),
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
         local_model="",

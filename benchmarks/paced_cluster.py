@@ -22,6 +22,7 @@ import msgspec
 from benchmarks.watched_coordinator import Searched
 from distributed_llm import AsyncDistributedClient
 from distributed_llm.common.errors import ConnectionFailed
+from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import ClusterStatus
 
 _START_S = 60.0
@@ -33,7 +34,11 @@ class _Child:
 
     def __init__(self, module: str, settings: Mapping[str, object], log: Path) -> None:
         section = "COORDINATOR" if "coordinator" in module else "WORKER"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("DLLM_") or name == STATE_VARIABLE
+        }
         environment |= {f"DLLM_{section}__{k.upper()}": str(v) for k, v in settings.items()}
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(

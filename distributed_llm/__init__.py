@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         DeadlineExceeded,
         DistributedLLMError,
         InvalidRequest,
+        NotAllowed,
         NotEnoughMemory,
+        NotEnrolled,
         NotReady,
         Overloaded,
         ProtocolMismatch,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
         TextError,
         UnsupportedModel,
         WorkerLost,
+        WrongServerKey,
     )
     from distributed_llm.common.messages import Usage
     from distributed_llm.common.sampling_params import SamplingParams
@@ -54,7 +57,9 @@ __all__ = [
     "InvalidRequest",
     "LikelyToken",
     "LocalCluster",
+    "NotAllowed",
     "NotEnoughMemory",
+    "NotEnrolled",
     "NotReady",
     "Overloaded",
     "PickedToken",
@@ -66,6 +71,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "WorkerLost",
+    "WrongServerKey",
 ]
 
 _HOMES = (

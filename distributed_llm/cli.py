@@ -5,20 +5,17 @@ Exit codes: 0 ok, 1 failed, 2 wrong usage or settings, 3 cannot reach, 4 not eno
 """
 
 import asyncio
-import contextlib
-import gc
 import logging
 import os
 import platform
 import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_llm import config_command, generate_command
+from distributed_llm import config_command, generate_command, members_command, worker_command
 from distributed_llm.common import streams
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import interruptible
@@ -26,11 +23,14 @@ from distributed_llm.options import (
     AsJson,
     Config,
     Coordinator,
+    Insecure,
     Objective,
     Strategy,
+    allow_insecure,
     client_of,
     settings_of,
 )
+from distributed_llm.serving_process import WithParent, start_process
 
 if TYPE_CHECKING:
     from distributed_llm.common.model_files import TensorInfo
@@ -42,8 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config_command.app, name="config")
-
-WithParent = Annotated[bool, typer.Option("--exit-with-parent", hidden=True)]
+app.add_typer(members_command.tokens, name="token")
+app.add_typer(members_command.machines, name="machines")
 
 
 def _version(wanted: bool) -> None:
@@ -85,6 +85,7 @@ def coordinator(
         int | None,
         typer.Option(help="Workers to wait for before the first plan.", show_default="1"),
     ] = None,
+    insecure: Insecure = False,
     exit_with_parent: WithParent = False,
 ) -> None:
     """Serve a model: share its layers out to the workers that join, answer clients."""
@@ -97,83 +98,33 @@ def coordinator(
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
             "coordinator.min_workers": min_workers,
+            "coordinator.insecure": insecure or None,
         },
     )
-    _start_process(settings.coordinator.log_level, exit_with_parent)
+    if insecure:
+        allow_insecure(settings.coordinator.bind, settings_of(config, {}).coordinator.insecure)
+    start_process(settings.coordinator.log_level, exit_with_parent)
     from distributed_llm.coordinator.serve import serve
 
     raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_address)))
 
 
-@app.command()
-def worker(
-    coordinator: Coordinator = None,
-    config: Config = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="What to call this worker.", show_default="after this machine"),
-    ] = None,
-    peer_bind: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT", help="Address for other workers.", show_default="0.0.0.0:0"
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda:0, mps.", show_default="auto")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; 0 is all cores.", show_default="0")
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(help="For weights and KV cache, such as 6GiB.", show_default="what is free"),
-    ] = None,
-    slowdown: Annotated[
-        float | None,
-        typer.Option(help="Look this many times slower, for tests.", show_default="1.0"),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder here.", show_default="the coordinator's")
-    ] = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for the coordinator as long as it takes.")
-    ] = False,
-    exit_with_parent: WithParent = False,
-) -> None:
-    """Join a coordinator and serve layers with this machine."""
-    settings = settings_of(
-        config,
-        {
-            "worker.coordinator": coordinator,
-            "worker.name": name,
-            "worker.peer_bind": peer_bind,
-            "worker.device": device,
-            "worker.threads": threads,
-            "worker.max_memory": max_memory,
-            "worker.slowdown": slowdown,
-            "worker.model": model,
-            "worker.connect_timeout_s": 0.0 if wait else None,
-        },
-    )
-    _start_process(settings.worker.log_level, exit_with_parent)
-    # Threads wait actively for the next product of a step, about 0.1 ms, but not for the next step:
-    # other workers may compute meanwhile. GNU's OpenMP reads it when torch loads it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    gc.disable()  # collecting among a million new objects takes a third of the time of the imports
-    from distributed_llm.worker.work import work
-
-    gc.enable()
-    raise typer.Exit(asyncio.run(work(settings.worker)))
-
-
+app.command()(worker_command.worker)
+app.command()(worker_command.join)
 app.command()(generate_command.generate)
 
 
 @app.command()
-def status(coordinator: Coordinator = None, config: Config = None, as_json: AsJson = False) -> None:
+def status(
+    coordinator: Coordinator = None,
+    config: Config = None,
+    as_json: AsJson = False,
+    insecure: Insecure = False,
+) -> None:
     """Show the workers, their layers, memory and speed."""
-    settings = settings_of(config, {"client.coordinator": coordinator})
+    settings = settings_of(
+        config, {"client.coordinator": coordinator, "client.insecure": insecure or None}
+    )
     from distributed_llm import console
 
     with client_of(settings) as client:
@@ -233,12 +184,15 @@ def drain(
     coordinator: Coordinator = None,
     config: Config = None,
     as_json: AsJson = False,
+    insecure: Insecure = False,
 ) -> None:
     """Have a worker leave once others have its layers, while requests run.
 
     Waits until it has left. Ctrl-C ends the waiting only.
     """
-    settings = settings_of(config, {"client.coordinator": coordinator})
+    settings = settings_of(
+        config, {"client.coordinator": coordinator, "client.insecure": insecure or None}
+    )
     from distributed_llm import console
 
     with client_of(settings) as client:
@@ -292,21 +246,3 @@ def _print_address(address: str) -> None:
         os.write(1, f"{address}\n".encode())
     except OSError as exc:
         logging.getLogger(__name__).warning("the address cannot be printed: %s", exc)
-
-
-def _start_process(log_level: str, exit_with_parent: bool) -> None:
-    """Prepare a process that serves: logs to stderr, an end with its parent."""
-    from distributed_llm.common.log import configure
-
-    configure(log_level)
-    if sys.platform == "win32":  # the default loop cannot watch ZeroMQ's file descriptor
-        asyncio.set_event_loop_policy(asyncio.WindowsSelectorEventLoopPolicy())
-    if exit_with_parent:
-        threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    with contextlib.suppress(OSError):  # stdin is closed
-        while os.read(0, 1024):  # empty once the parent's end of the pipe is closed
-            pass
-    os._exit(0)

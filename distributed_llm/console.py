@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from rich.text import Text
 from distributed_llm import Chunk, Generation, LocalCluster, summary
 from distributed_llm.client.client import DistributedClient
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.messages import ClusterStatus
+from distributed_llm.common.messages import ClusterMembers, ClusterStatus
 from distributed_llm.common.streams import writes_unicode
 from distributed_llm.coordinator.plan import describe
 from distributed_llm.coordinator.planning.advice import Advice
@@ -211,6 +212,26 @@ def _plan_document(run: DryRun) -> dict[str, Any]:
 
 def _advice_document(advice: Advice | None) -> dict[str, Any] | None:
     return None if advice is None else asdict(advice)
+
+
+def print_tokens(members: ClusterMembers, *, as_json: bool) -> None:
+    """Print the tokens by which machines may still enrol."""
+    if as_json:
+        print_json(msgspec.to_builtins(members.tokens))
+    elif not members.tokens:
+        _err.print("there are no tokens; `dllm token create` makes one")
+    else:
+        rows = [summary.token_row(token, time.time()) for token in members.tokens]
+        _print_table(_out, summary.TOKEN_COLUMNS, rows)
+
+
+def print_machines(members: ClusterMembers, *, as_json: bool) -> None:
+    """Print the machines that may connect."""
+    if as_json:
+        print_json(msgspec.to_builtins(members.machines))
+        return
+    rows = [summary.machine_row(machine, time.time()) for machine in members.machines]
+    _print_table(_out, summary.MACHINE_COLUMNS, rows)
 
 
 def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from distributed_llm.common import streams
 from distributed_llm.common.stopping import interruptible
-from distributed_llm.options import Config, Coordinator, client_of, settings_of
+from distributed_llm.options import Config, Coordinator, Insecure, client_of, settings_of
 
 _LENGTH = "Where an answer ends"
 _SAMPLING = "How tokens are picked"
@@ -60,6 +60,7 @@ def generate(
     stats: Annotated[
         bool, typer.Option(help="Tell who ran what.", rich_help_panel=_ANSWERS)
     ] = False,
+    insecure: Insecure = False,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -205,7 +206,9 @@ def generate(
         raise typer.BadParameter(
             "they are shown in JSON only; give --json too.", param_hint="--logprobs"
         )
-    settings = settings_of(config, {"client.coordinator": coordinator})
+    settings = settings_of(
+        config, {"client.coordinator": coordinator, "client.insecure": insecure or None}
+    )
     asked = _text_prompt(prompt) if token_ids is None else _ids_prompt(token_ids, prompt)
     params = {
         "max_new_tokens": max_new_tokens,

@@ -87,6 +87,7 @@ class LocalCluster:
             "settle_s": 0.05,
             **(coordinator or {}),
         }
+        self._insecure = bool(self._settings.get("insecure"))
         _check("coordinator", self._settings)
         for settings in self._wanted:
             _check("worker", settings)
@@ -156,6 +157,7 @@ class LocalCluster:
         settings = {
             "name": f"worker-{number}",
             "coordinator": self.address,
+            "insecure": self._insecure,
             "max_memory": self._share_bytes,
             **settings,
         }
@@ -182,7 +184,9 @@ class LocalCluster:
     def _wait_until_serving(self, num_workers: int | None, progress: Progress) -> ClusterStatus:
         told = 0  # of the events that were told; more are there only after the start
         give_up_at = time.monotonic() + self._start_timeout_s
-        with DistributedClient(self.address, connect_timeout_s=_CONNECT_S) as client:
+        with DistributedClient(
+            self.address, insecure=self._insecure, connect_timeout_s=_CONNECT_S
+        ) as client:
             while True:
                 status = self._status(client)
                 for event in status.events[told:] if status else ():

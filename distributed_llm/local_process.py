@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from distributed_llm.common.keyring import STATE_VARIABLE
+
 _KILL_AFTER_S = 5.0
 
 _LOG_TAIL = 8000
@@ -67,7 +69,11 @@ class LocalProcess:
     ) -> None:
         self.name = name
         self.log = log
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("DLLM_") or name == STATE_VARIABLE
+        }
         environment |= {"PYTHONUNBUFFERED": "1", **settings}
         arguments = [*command, "--exit-with-parent"]
         child = None

@@ -34,6 +34,9 @@ Objective = Annotated[
         help="What strategy speed makes best: auto, throughput or latency.", show_default="auto"
     ),
 ]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Use no keys: no encryption, everybody may do all.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -56,4 +59,31 @@ def client_of(settings: "Settings") -> "DistributedClient":
     from distributed_llm.client.client import DistributedClient
 
     asked = settings.client
-    return DistributedClient(asked.coordinator, connect_timeout_s=asked.connect_timeout_s)
+    return DistributedClient(
+        asked.coordinator, insecure=asked.insecure, connect_timeout_s=asked.connect_timeout_s
+    )
+
+
+def allow_insecure(bind: str, in_settings: bool) -> None:
+    """Allow a coordinator without keys on this machine; beyond it only if that is settled.
+
+    Args:
+        bind: "HOST:PORT" that it is to listen on.
+        in_settings: whether a file of settings, or the environment, says so too.
+
+    Raises:
+        ConfigError: it is not allowed.
+    """
+    from distributed_llm.common.addresses import ip_of
+    from distributed_llm.common.errors import ConfigError
+    from distributed_llm.common.units import split_address
+
+    host, _ = split_address(bind)
+    ip = ip_of(host)
+    if in_settings or host == "localhost" or (ip is not None and ip.is_loopback):
+        return
+    raise ConfigError(
+        f"--insecure lets everybody who reaches {bind} do everything, so the flag alone is not "
+        "enough there. Leave it out (machines join by a line that `dllm token create` prints), or "
+        "set `insecure: true` under `coordinator` in the settings as well."
+    )

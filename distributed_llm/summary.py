@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from distributed_llm.client.answers import Generation
-from distributed_llm.common.messages import ClusterStatus, StageTiming, WorkerStatus
+from distributed_llm.common.keys import fingerprint
+from distributed_llm.common.messages import (
+    ClusterStatus,
+    MachineStatus,
+    StageTiming,
+    TokenStatus,
+    WorkerStatus,
+)
 from distributed_llm.common.types import WorkerId
 from distributed_llm.common.wording import (
     count_text,
@@ -32,6 +39,9 @@ WORKER_COLUMNS = (
 STAGE_COLUMNS = ("worker", "layers", "memory", "weights", "room for KV cache")
 TIMING_COLUMNS = ("worker", "layers", "tasks", "compute")
 
+TOKEN_COLUMNS = ("token", "lets join as", "machines", "expires")
+MACHINE_COLUMNS = ("machine", "may be", "key", "enrolled", "connections")
+
 # ------------------------------------------------------------------ status
 
 
@@ -43,6 +53,8 @@ def headline(status: ClusterStatus) -> str:
         what += f" {'plan' if len(epochs) == 1 else 'plans'} {list_text(map(str, epochs))}"
     if len(epochs) > 1:
         what += ", each the whole model"
+    if status.insecure:
+        what += " (NO KEYS: whoever reaches its port may do everything)"
     if status.state != "serving":
         return what
     return (
@@ -130,6 +142,32 @@ def plan_lines(run: DryRun) -> list[str]:
         *([f"without layers: {list_text(idle)}"] if idle else []),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
         *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),
+    ]
+
+
+# ------------------------------------------------------------------ members
+
+
+def token_row(token: TokenStatus, now: float) -> list[str]:
+    """Return the cells of `TOKEN_COLUMNS`; `now` is in seconds since 1970."""
+    left = token.uses_left
+    expires_at = token.expires_at
+    return [
+        token.id,
+        token.role.value,
+        "any number" if left is None else f"{left:,} more",
+        "never" if expires_at is None else f"in {duration_text(max(0.0, expires_at - now))}",
+    ]
+
+
+def machine_row(machine: MachineStatus, now: float) -> list[str]:
+    """Return the cells of `MACHINE_COLUMNS`; `now` is in seconds since 1970."""
+    return [
+        machine.name,
+        machine.role.value,
+        fingerprint(machine.key),
+        f"{duration_text(max(0.0, now - machine.enrolled_at))} ago",
+        f"{machine.sessions:,}",
     ]
 
 

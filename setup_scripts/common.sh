@@ -15,6 +15,7 @@ config=$root/config/local.yaml
 
 role=
 coordinator=
+join_line=
 name=
 model=
 bind=
@@ -38,7 +39,8 @@ Roles:
   worker         run a worker that joins a coordinator
 
 Options:
-  --coordinator HOST:PORT   worker: the coordinator to join
+  --coordinator WHERE       worker: the coordinator to join: the line dllm://... that "dllm token
+                            create" prints there; HOST:PORT afterwards, or on its own machine
   --name NAME               worker: what to call it; default: after this machine
   --model MODEL             coordinator: folder or hub id of the model; default: a small built-in one
                             worker: folder of the model here, if it is not the coordinator's
@@ -134,6 +136,7 @@ parse_arguments() {
 }
 
 check_arguments() {
+    local line='^dllm://(.+)/[A-Za-z0-9_-]{43}\.[A-Za-z0-9_-]{43}$'
     local address='^([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$'
     if [[ $role != worker && -n $coordinator$name ]]; then
         die 2 "--coordinator and --name belong to the role worker."
@@ -148,10 +151,16 @@ check_arguments() {
         die 1 "HOME is not set, so there is no place for the service. Set it to your home folder."
     if [[ $role == worker && $service != uninstall && -z $coordinator && ! -e $config ]]; then
         if [[ -t 0 && -z $dry_run ]]; then
-            read -r -p "Address of the coordinator (HOST:PORT): " coordinator
+            read -r -p "What dllm token create printed (dllm://...): " coordinator
         else
-            die 2 "A worker must know whom to join: add --coordinator HOST:PORT."
+            die 2 "A worker must know whom to join: add --coordinator dllm://..."
         fi
+    fi
+    if [[ $coordinator =~ $line ]]; then
+        join_line=$coordinator
+        coordinator=${BASH_REMATCH[1]}
+    elif [[ $coordinator == dllm:* ]]; then
+        die 2 "This is not all of the line that dllm token create prints; copy all of it."
     fi
     [[ -z $coordinator || $coordinator =~ $address ]] ||
         die 2 "$coordinator is no address. Write HOST:PORT, such as 192.168.1.100:5555."
@@ -249,6 +258,13 @@ write_config() {
         ${settings[@]+"${settings[@]}"}
 }
 
+# enrol: have the coordinator know this machine; a dry run prints no secret
+enrol() {
+    [[ -n $join_line ]] || return 0
+    [[ -z $dry_run ]] || join_line="dllm://$coordinator/..."
+    run "$venv/bin/dllm" join "$join_line" --enrol-only ${name:+--name "$name"} || exit
+}
+
 # set_command_line: what the role runs; what was given here goes before config/local.yaml
 set_command_line() {
     command_line=("$venv/bin/dllm" "$role")
@@ -313,6 +329,7 @@ main() {
         coordinator | worker)
             install_package run
             write_config
+            enrol
             ;;
         *) install_package dev ;;
     esac

@@ -17,6 +17,7 @@ $Config = Join-Path $Root 'config\local.yaml'
 
 $Role = ''
 $Coordinator = ''
+$JoinLine = ''
 $Name = ''
 $Model = ''
 $Bind = ''
@@ -38,7 +39,8 @@ Roles:
   worker         run a worker that joins a coordinator
 
 Options:
-  --coordinator HOST:PORT   worker: the coordinator to join
+  --coordinator WHERE       worker: the coordinator to join: the line dllm://... that "dllm token
+                            create" prints there; HOST:PORT afterwards, or on its own machine
   --name NAME               worker: what to call it; default: after this machine
   --model MODEL             coordinator: folder or hub id of the model; default: a small built-in one
                             worker: folder of the model here, if it is not the coordinator's
@@ -200,6 +202,17 @@ function Write-Config {
     if ($code -ne 0) { exit $code }
 }
 
+# Have the coordinator know this machine; a dry run prints no secret.
+function Add-Machine {
+    if (-not $JoinLine) { return }
+    $line = $JoinLine
+    if ($DryRun) { $line = "dllm://$Coordinator/..." }
+    $arguments = @('join', $line, '--enrol-only')
+    if ($Name) { $arguments += @('--name', $Name) }
+    $code = Invoke-Program $Dllm $arguments
+    if ($code -ne 0) { exit $code }
+}
+
 # What the role runs; what was given here goes before config\local.yaml.
 function Get-RoleCommand {
     switch ($Role) {
@@ -350,9 +363,15 @@ if ($Service -and @('worker', 'coordinator') -notcontains $Role) {
 }
 if ($Role -eq 'worker' -and $Service -ne 'uninstall' -and -not $Coordinator -and -not (Test-Path -LiteralPath $Config)) {
     if ([Console]::IsInputRedirected -or $DryRun) {
-        Stop-Setup 2 @('A worker must know whom to join: add --coordinator HOST:PORT.')
+        Stop-Setup 2 @('A worker must know whom to join: add --coordinator dllm://...')
     }
-    $Coordinator = Read-Host 'Address of the coordinator (HOST:PORT)'
+    $Coordinator = Read-Host 'What dllm token create printed (dllm://...)'
+}
+if ($Coordinator -cmatch '^dllm://(.+)/[A-Za-z0-9_-]{43}\.[A-Za-z0-9_-]{43}$') {
+    $JoinLine = $Coordinator
+    $Coordinator = $Matches[1]
+} elseif ($Coordinator -clike 'dllm:*') {
+    Stop-Setup 2 @('This is not all of the line that dllm token create prints; copy all of it.')
 }
 foreach ($address in @($Coordinator, $Bind)) {
     if ($address -and $address -notmatch '^([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}$') {
@@ -372,6 +391,7 @@ Set-Location -LiteralPath $Root
 if (@('coordinator', 'worker') -contains $Role) {
     Install-Package 'run'
     Write-Config
+    Add-Machine
 } else {
     Install-Package 'dev'
 }

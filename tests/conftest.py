@@ -1,11 +1,19 @@
 """How tests are collected and shared out to several processes (`pytest -n 2`), and an option."""
 
+import atexit
 import gc
 import importlib
+import os
+import shutil
+import tempfile
 from collections.abc import Generator
 from typing import Any
 
 import pytest
+
+_STATE = tempfile.mkdtemp(prefix="dllm-state-")
+atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
+os.environ["DLLM_STATE"] = _STATE  # keys of tests are not among those of whoever runs them
 
 _OF_PROCESSES = ("tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""

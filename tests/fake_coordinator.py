@@ -8,18 +8,26 @@ from typing import Self
 
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.common import codec
+from distributed_llm.common.keyring import state_folder
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     ClientHello,
     ClientWelcome,
+    ClusterMembers,
     ClusterStatus,
+    CreateToken,
     DrainWorker,
     Finished,
     FinishReason,
     Generate,
+    GetMembers,
     GetStatus,
+    MembersReport,
     Ping,
     Pong,
+    RemoveMachine,
     RequestFailed,
+    RevokeToken,
     StageTiming,
     StatusReport,
     Timings,
@@ -32,11 +40,14 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.transport import Delivery, Router
 from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.units import split_address
+from distributed_llm.coordinator.trust.store import Trust
 
 Script = Callable[[Generate], Sequence[ToClient]]
 """Returns the messages with which a request is answered, at once."""
 
 _RETRY_S = 0.001
+_NOBODY = ClusterMembers(machines=(), tokens=())
 
 USAGE = Usage(prompt_tokens=3, completion_tokens=6, cached_tokens=2)
 TIMINGS = Timings(
@@ -77,6 +88,8 @@ def failed(request: Generate, code: str, message: str = "It failed.") -> Request
 
 class FakeCoordinator:
     """Welcomes clients and answers requests by a script; it runs in a thread of its own.
+
+    Like a real one it lets in whoever has the key that it leaves on this machine.
 
     Args:
         script: says what a request is answered with.
@@ -135,13 +148,17 @@ class FakeCoordinator:
         self._thread.run(say())
 
     async def _open(self) -> None:
-        self._router = Router("127.0.0.1:0", self._on_message, lambda: None)
+        self._trust = Trust(state_folder(), 0, now=0.0)
+        door = self._trust.door
+        self._router = Router("127.0.0.1:0", self._on_message, lambda: None, door=door)
         self.address = self._router.address
+        self._trust.listening(split_address(self.address)[1])
 
     async def _close(self) -> None:
         self._router.close()
+        self._trust.close()
 
-    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+    def _on_message(self, peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         message, tensors = codec.to_coordinator.decode(frames)
         match message:
             case ClientHello():
@@ -152,6 +169,10 @@ class FakeCoordinator:
                 assert self._status
                 spec, frame = frame_of_bytes(codec.encode_payload(self._status))
                 self._router.send(peer, codec.encode(StatusReport(tensors=(spec,)), [frame]))
+            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
+                self.heard.append(message)
+                spec, frame = frame_of_bytes(codec.encode_payload(_NOBODY))
+                self._router.send(peer, codec.encode(MembersReport(tensors=(spec,)), [frame]))
             case DrainWorker():
                 self._peer = peer
                 self.heard.append(message)

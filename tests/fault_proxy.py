@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from distributed_llm.client.loop_thread import LoopThread
+from distributed_llm.common.keyring import Keyring, state_folder
 from distributed_llm.common.units import split_address
 
 _READ_BYTES = 64 * 1024
@@ -57,6 +58,8 @@ _NONE = Faults()
 class FaultProxy:
     """Carries connections on to `target`; a context manager.
 
+    Keys pass through: if this machine has one for `target`, it has the same one for the proxy.
+
     Args:
         target: "HOST:PORT".
         seed: of the jitter.
@@ -67,6 +70,8 @@ class FaultProxy:
 
     def __init__(self, target: str, *, seed: int = 0) -> None:
         self._target = split_address(target)
+        self._keyring = Keyring(state_folder())
+        self._login = self._keyring.kept(target)
         self._to_server = _Direction(random.Random(seed))
         self._to_client = _Direction(random.Random(seed + 1))
         self._connections: set[asyncio.Task[None]] = set()
@@ -76,6 +81,8 @@ class FaultProxy:
     def __enter__(self) -> Self:
         self._thread = LoopThread()
         self._thread.run(self._listen())
+        if self._login:
+            self._keyring.save(self.address, self._login.server, self._login.keys)
         return self
 
     def __exit__(
@@ -87,6 +94,7 @@ class FaultProxy:
         self.refuse()
         self.cut()
         self._thread.stop()
+        self._keyring.forget(self.address)
 
     @property
     def num_connections(self) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from distributed_llm.common.keyring import STATE_VARIABLE
+
 
 @contextmanager
 def unhurried_worker(
@@ -39,7 +41,11 @@ def unhurried_worker(
         "THREADS": str(threads),
         "LOG_LEVEL": "warning",
     }
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("DLLM_")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("DLLM_") or name == STATE_VARIABLE
+    }
     environment |= {f"DLLM_WORKER__{setting}": value for setting, value in settings.items()}
     command = ["-m", "tests.unhurried_worker", str(min_task_s), "worker", "--exit-with-parent"]
     with subprocess.Popen(

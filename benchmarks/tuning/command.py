@@ -1,6 +1,5 @@
 """The command line of `benchmark.py`."""
 
-import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -318,8 +317,9 @@ def _beginning(hands: Hands) -> str:
         return f"starting {', '.join(worker.name for worker in hands.local)} on this machine"
     port = split_address(hands.listen)[1]
     return (
-        f"waiting for {hands.num_workers} workers; start each with: dllm worker --coordinator "
-        f"{socket.gethostname()}:{port} --name NAME"
+        f"waiting for {hands.num_workers} workers; here, `dllm token create --uses "
+        f"{hands.num_workers} --coordinator 127.0.0.1:{port}` prints the line with which each "
+        "machine joins; give each a --name"
     )
 
 

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -31,14 +32,41 @@ from distributed_llm.client.prompts import (
 )
 from distributed_llm.client.session import Session, new_request_id
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
-from distributed_llm.common.messages import ClusterStatus, Generate, Name, TokenChunk
+from distributed_llm.common.join_line import JoinLine
+from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
+from distributed_llm.common.messages import (
+    ClusterMembers,
+    ClusterStatus,
+    CreateToken,
+    Generate,
+    GetMembers,
+    Name,
+    RemoveMachine,
+    RevokeToken,
+    TokenChunk,
+)
+from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.transport import Login, new_key_pair
 from distributed_llm.common.units import split_address
 
 __all__ = ["AsyncDistributedClient", "Chunk", "DistributedClient", "Generation"]
 
 _No = Literal[False]
 _Yes = Literal[True]
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token by which machines enrol.
+
+    Attributes:
+        line: `dllm://...`, to be given to `dllm join`; a secret.
+        only_here: the coordinator cannot be reached by other machines.
+    """
+
+    line: str = field(repr=False)
+    only_here: bool
 
 
 class AsyncDistributedClient:
@@ -48,20 +76,29 @@ class AsyncDistributedClient:
 
     Args:
         coordinator_address: "HOST:PORT".
+        key: for that coordinator; None is that in the key file of this machine, else `DLLM_KEY`.
+        insecure: use no keys; for a coordinator that was started with --insecure.
         connect_timeout_s: how long to wait for a coordinator to answer at the address.
 
     Raises:
         InvalidRequest: the address is not "HOST:PORT".
+        ConfigError: `key` is none.
     """
 
     def __init__(
-        self, coordinator_address: str = "127.0.0.1:5555", *, connect_timeout_s: float = 5.0
+        self,
+        coordinator_address: str = "127.0.0.1:5555",
+        *,
+        key: str | None = None,
+        insecure: bool = False,
+        connect_timeout_s: float = 5.0,
     ) -> None:
         try:
             split_address(coordinator_address)
         except ValueError as exc:
             raise InvalidRequest(f"{coordinator_address!r} is no address: {exc}.") from exc
         self._address = coordinator_address
+        self._find_login = _finder(key, insecure)
         self._connect_timeout_s = connect_timeout_s
         self._session: Session | None = None
         self._connecting = asyncio.Lock()
@@ -294,6 +331,65 @@ class AsyncDistributedClient:
         session = await self._connected()
         await session.drain(name)
 
+    async def members(self) -> ClusterMembers:
+        """Return the machines that may connect, and the tokens by which others may enrol.
+
+        Raises:
+            NotAllowed: this machine is no admin.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        return await self._administer(GetMembers())
+
+    async def create_token(
+        self, role: Role, *, uses: int | None = 1, lifetime_s: float | None = 86_400.0
+    ) -> NewToken:
+        """Return a new token by which machines enrol.
+
+        Args:
+            role: what they may do.
+            uses: machines that may enrol by it; None for any number.
+            lifetime_s: time for which they may, seconds; None for ever.
+
+        Raises:
+            NotAllowed: this machine is no admin.
+            InvalidRequest: there are too many tokens.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        keys = new_key_pair()  # the coordinator gets the public half only
+        members = await self._administer(
+            CreateToken(key=keys.public, role=role, uses=uses, lifetime_s=lifetime_s)
+        )
+        session = await self._connected()
+        assert session.server is not None
+        address = (*members.addresses, self._address)[0]
+        return NewToken(str(JoinLine(address, session.server, keys.secret)), not members.addresses)
+
+    async def revoke_token(self, token_id: str) -> None:
+        """Let nobody enrol by a token any more; machines that did stay.
+
+        Raises:
+            NotAllowed: this machine is no admin.
+            InvalidRequest: there is no such token.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        await self._administer(RevokeToken(token_id=token_id[:256]))
+
+    async def remove_machine(self, name: str) -> None:
+        """Let a machine connect no more; its sessions end at once.
+
+        Raises:
+            NotAllowed: this machine is no admin.
+            InvalidRequest: there is no such machine.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        await self._administer(RemoveMachine(name=name[:256]))
+
+    async def _administer(
+        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine
+    ) -> ClusterMembers:
+        session = await self._connected()
+        return await session.administer(message, self._connect_timeout_s)
+
     async def _connected(self) -> Session:
         if self._session and not self._session.is_here():
             raise CoordinatorLost(
@@ -305,7 +401,9 @@ class AsyncDistributedClient:
                 self._session.close()
                 self._session = None
             if self._session is None:
-                self._session = await Session.open(self._address, self._connect_timeout_s)
+                self._session = await Session.open(
+                    self._address, self._find_login, self._connect_timeout_s
+                )
             return self._session
 
     async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
@@ -329,6 +427,20 @@ class AsyncDistributedClient:
                     yield Chunk("", [], generation.choice, generation=generation)
 
 
+def _finder(key: str | None, insecure: bool) -> FindLogin:
+    """Return what finds the keys for a coordinator."""
+    if insecure:
+        return no_login
+    if key is None:
+        return find_login
+    login = key_of_text(key)
+
+    async def given(address: str, give_up_at: float | None) -> Login:
+        return login
+
+    return given
+
+
 class DistributedClient:
     """`AsyncDistributedClient` for programs without asyncio; safe to use from many threads.
 
@@ -336,14 +448,25 @@ class DistributedClient:
 
     Args:
         coordinator_address: "HOST:PORT".
+        key: for that coordinator; None is that in the key file of this machine, else `DLLM_KEY`.
+        insecure: use no keys; for a coordinator that was started with --insecure.
         connect_timeout_s: how long to wait for a coordinator to answer at the address.
     """
 
     def __init__(
-        self, coordinator_address: str = "127.0.0.1:5555", *, connect_timeout_s: float = 5.0
+        self,
+        coordinator_address: str = "127.0.0.1:5555",
+        *,
+        key: str | None = None,
+        insecure: bool = False,
+        connect_timeout_s: float = 5.0,
     ) -> None:
         self._make = partial(
-            AsyncDistributedClient, coordinator_address, connect_timeout_s=connect_timeout_s
+            AsyncDistributedClient,
+            coordinator_address,
+            key=key,
+            insecure=insecure,
+            connect_timeout_s=connect_timeout_s,
         )
         self._forked = threading.Lock()
         self._open()
@@ -510,6 +633,28 @@ class DistributedClient:
         """Have a worker end; see `AsyncDistributedClient.drain_worker`."""
         runner, client = self._here()
         runner.run(client.drain_worker(name))
+
+    def members(self) -> ClusterMembers:
+        """Return who may connect; see `AsyncDistributedClient.members`."""
+        runner, client = self._here()
+        return runner.run(client.members())
+
+    def create_token(
+        self, role: Role, *, uses: int | None = 1, lifetime_s: float | None = 86_400.0
+    ) -> NewToken:
+        """Return a new token; see `AsyncDistributedClient.create_token`."""
+        runner, client = self._here()
+        return runner.run(client.create_token(role, uses=uses, lifetime_s=lifetime_s))
+
+    def revoke_token(self, token_id: str) -> None:
+        """Let nobody enrol by a token; see `AsyncDistributedClient.revoke_token`."""
+        runner, client = self._here()
+        runner.run(client.revoke_token(token_id))
+
+    def remove_machine(self, name: str) -> None:
+        """Let a machine connect no more; see `AsyncDistributedClient.remove_machine`."""
+        runner, client = self._here()
+        runner.run(client.remove_machine(name))
 
 
 def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:

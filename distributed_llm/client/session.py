@@ -11,7 +11,7 @@ from typing import Any, assert_never
 from distributed_llm.common import codec
 from distributed_llm.common.addresses import addresses_of
 from distributed_llm.common.alarm import STALL_S
-from distributed_llm.common.connection import Connection
+from distributed_llm.common.connection import Connection, rejection_error
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
@@ -20,28 +20,38 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
     error_from_wire,
 )
+from distributed_llm.common.keyring import FindLogin
 from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     ClientWelcome,
+    ClusterMembers,
     ClusterStatus,
+    CreateToken,
     DrainWorker,
+    Enrolled,
     Finished,
     Generate,
+    GetMembers,
     GetStatus,
+    MembersReport,
     Ping,
     Pong,
     Refused,
+    RemoveMachine,
     RequestFailed,
+    RevokeToken,
     StatusReport,
     ToClient,
     TokenChunk,
     WorkerDrained,
 )
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import no_coordinator_text
 
 _Reply = TokenChunk | Finished
+_NOBODY = ClusterMembers(machines=(), tokens=())
 
 
 def new_request_id() -> str:
@@ -55,18 +65,22 @@ class Session:
     Args:
         address: "HOST:PORT" of the coordinator.
         addresses: what that stands for, "HOST:PORT"s with IP addresses.
+        login: the keys of both ends; None without keys.
 
     Attributes:
         error: why the session is over; None while it lasts.
+        server: the key that the coordinator holds; None without keys.
     """
 
-    def __init__(self, address: str, addresses: Sequence[str]) -> None:
+    def __init__(self, address: str, addresses: Sequence[str], login: Login | None) -> None:
         self._address = address
+        self.server = login.server if login else None
         self._loop = asyncio.get_running_loop()
         self._owner = os.getpid()
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
         self._answers: dict[str, asyncio.Queue[_Reply | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
+        self._member_reports: deque[asyncio.Future[ClusterMembers]] = deque()
         self._drains: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
         self._heard_at = self._loop.time()
         self._pulse: asyncio.Task[None] | None = None
@@ -77,15 +91,18 @@ class Session:
             self._on_message,
             lambda: self._connection.send(codec.encode(ClientHello())),
             lambda: self._lose("cannot be reached any more"),
+            login=login,
+            on_rejected=lambda why: self._fail(rejection_error(address, login, why)),
         )
 
     @classmethod
-    async def open(cls, address: str, timeout_s: float) -> "Session":
+    async def open(cls, address: str, find_login: FindLogin, timeout_s: float) -> "Session":
         """Return a session that the coordinator has welcomed.
 
         Raises:
             CoordinatorUnreachable: its name is not known, or no coordinator has answered within
                 `timeout_s`.
+            NotAllowed: this machine has no key for it, or the two do not accept each other's.
             ProtocolMismatch: the coordinator speaks another version.
         """
         give_up_at = asyncio.get_running_loop().time() + timeout_s
@@ -97,7 +114,8 @@ class Session:
                 f"Where {address} is was not found out in {timeout_s:g} s: the name service of "
                 "this machine does not answer. Check it, or give an IP address."
             ) from None
-        session = cls(address, addresses)
+        login = await find_login(address, give_up_at)
+        session = cls(address, addresses, login)
         try:
             async with asyncio.timeout_at(give_up_at):
                 welcome = await session._welcome
@@ -172,6 +190,28 @@ class Session:
                 f"The coordinator at {self._address} did not answer in {timeout_s:g} s."
             ) from None
 
+    async def administer(
+        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine, timeout_s: float
+    ) -> ClusterMembers:
+        """Return who may connect, after that is changed as `message` says.
+
+        Raises:
+            DistributedLLMError: the reason why it cannot be.
+            CoordinatorLost: the coordinator did not answer within `timeout_s`.
+        """
+        if self.error:
+            raise self.error
+        report: asyncio.Future[ClusterMembers] = self._loop.create_future()
+        self._member_reports.append(report)
+        self._connection.send(codec.encode(message))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await report
+        except TimeoutError:
+            raise CoordinatorLost(
+                f"The coordinator at {self._address} did not answer in {timeout_s:g} s."
+            ) from None
+
     async def drain(self, worker: str) -> None:
         """Have a worker end once others have its layers; return when it has ended.
 
@@ -232,6 +272,10 @@ class Session:
                 self._report(tensors[0])
             case WorkerDrained():
                 self._drained(message)
+            case MembersReport():
+                self._members_reported(message, tensors)
+            case Enrolled():
+                pass  # this session did not ask for it
             case Refused(code="lost"):
                 self._lose("does not know this session any more")
             case Refused(code=code, message=why):
@@ -250,6 +294,17 @@ class Session:
         report = self._reports.popleft() if self._reports else None
         if report and not report.done():
             report.set_result(status)
+
+    def _members_reported(self, message: MembersReport, tensors: tuple[Frame, ...]) -> None:
+        report = self._member_reports.popleft() if self._member_reports else None
+        if report is None or report.done():
+            return
+        try:
+            if message.code:
+                raise error_from_wire(message.code, message.message, 0.0)
+            report.set_result(codec.decode_members(tensors[0]) if tensors else _NOBODY)
+        except DistributedLLMError as exc:
+            report.set_exception(exc)
 
     def _drained(self, message: WorkerDrained) -> None:
         waiting = self._drains[message.worker]
@@ -281,7 +336,11 @@ class Session:
         if not self._welcome.done():
             self._welcome.set_exception(error)
             self._welcome.exception()  # retrieved: nobody may be waiting for it
-        every: list[asyncio.Future[Any]] = [*self._reports, *chain(*self._drains.values())]
+        every: list[asyncio.Future[Any]] = [
+            *self._reports,
+            *self._member_reports,
+            *chain(*self._drains.values()),
+        ]
         for waiting in every:
             if not waiting.done():
                 waiting.set_exception(error)

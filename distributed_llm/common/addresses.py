@@ -1,8 +1,9 @@
-"""Addresses: how they are written, which of this machine others may use, how names resolve."""
+"""Addresses and names of machines: how they are written, which of ours others may use."""
 
 import asyncio
 import contextlib
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable
 
@@ -48,6 +49,24 @@ def hosts_for_others(bound: IPAddress, first: Iterable[str]) -> list[IPAddress]:
     here.sort(key=lambda one: (one.is_loopback, one.version))
     known = [ip for text in first if (ip := ip_of(text)) is not None]
     return [one for one in dict.fromkeys([*known, *here]) if _serves(bound, one)]
+
+
+def addresses_for_others(bound: str) -> tuple[str, ...]:
+    """Return the "HOST:PORT"s at which other machines reach a socket, best first; maybe none.
+
+    Args:
+        bound: "HOST:PORT" that the socket listens on, the host an IP address.
+    """
+    host, port = split_address(bound)
+    hosts = hosts_for_others(ipaddress.ip_address(host), outward_hosts())
+    found = (address_text(one, port) for one in hosts if not one.is_loopback)
+    return tuple(found)[:_MAX_ADDRESSES]
+
+
+def machine_name() -> str:
+    """Return this machine's name, reduced to the characters that names of workers may have."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().split(".")[0])
+    return name.lstrip("._-")[:60] or "worker"
 
 
 def interface_hosts() -> list[str]:

@@ -21,6 +21,7 @@ from distributed_llm.common.messages import (
     PROTOCOL_VERSION,
     AnyMessage,
     Chat,
+    ClusterMembers,
     ClusterStatus,
     ToClient,
     ToCoordinator,
@@ -92,6 +93,7 @@ to_previous_worker: Decoder[ToPreviousWorker] = Decoder(ToPreviousWorker)
 
 _chat: msgspec.msgpack.Decoder[Chat] = msgspec.msgpack.Decoder(Chat)
 _outline: msgspec.msgpack.Decoder[Outline] = msgspec.msgpack.Decoder(Outline)
+_members: msgspec.msgpack.Decoder[ClusterMembers] = msgspec.msgpack.Decoder(ClusterMembers)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
 
 
@@ -110,7 +112,7 @@ def encode(message: AnyMessage, tensors: Sequence[Frame] = ()) -> list[Frame]:
     return [PREAMBLE, header, *tensors]
 
 
-def encode_payload(value: Chat | ClusterStatus) -> bytes:
+def encode_payload(value: Chat | ClusterStatus | ClusterMembers) -> bytes:
     """Return a value in msgpack that may be too long for a header, for a tensor frame."""
     return _encoder.encode(value)
 
@@ -131,6 +133,15 @@ def decode_status(payload: Frame) -> ClusterStatus:
         RemoteProtocolError: it is none.
     """
     return _decode_payload(_status, payload)
+
+
+def decode_members(payload: Frame) -> ClusterMembers:
+    """Return the members of a cluster in `payload`.
+
+    Raises:
+        RemoteProtocolError: it holds none.
+    """
+    return _decode_payload(_members, payload)
 
 
 def _decode_payload(decoder: msgspec.msgpack.Decoder[V], payload: Frame) -> V:

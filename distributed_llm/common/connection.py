@@ -8,11 +8,19 @@ answers, the name is looked up again, for its addresses may change.
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Sequence
+from typing import assert_never
 
 from distributed_llm.common.addresses import addresses_of, is_name
-from distributed_llm.common.errors import ConnectionFailed, CoordinatorUnreachable
+from distributed_llm.common.errors import (
+    ConnectionFailed,
+    CoordinatorUnreachable,
+    NotAllowed,
+    NotEnrolled,
+    WrongServerKey,
+)
+from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Dealer
+from distributed_llm.common.transport import Dealer, Login, Rejection
 
 _LOOK_UP_EVERY_S = 2.0
 """Time between two looks for the addresses of a name of which none answers, seconds."""
@@ -27,6 +35,8 @@ class Connection:
         on_message: called with each message.
         on_connect: called when one address has answered ZeroMQ's handshake.
         on_disconnect: called when that connection is lost, as by `Dealer`.
+        login: the keys of both ends; None without keys.
+        on_rejected: called if no address accepts this end, or is accepted by it, as by `Dealer`.
         look_up: returns what an address stands for now.
         every_s: time between two look-ups of a name of which no address answers.
 
@@ -42,6 +52,8 @@ class Connection:
         on_connect: Callable[[], None],
         on_disconnect: Callable[[], None],
         *,
+        login: Login | None,
+        on_rejected: Callable[[Rejection], None],
         look_up: Callable[[str], Awaitable[Sequence[str]]] = addresses_of,
         every_s: float = _LOOK_UP_EVERY_S,
     ) -> None:
@@ -49,9 +61,12 @@ class Connection:
         self._on_message = on_message
         self._on_connect = on_connect
         self._on_disconnect = on_disconnect
+        self._login = login
+        self._on_rejected = on_rejected
         self._look_up = look_up
         self._every_s = every_s
         self._dials: dict[str, Dealer] = {}
+        self._rejected: dict[str, Rejection] = {}
         self._chosen: Dealer | None = None
         self._was_reached = False  # by a connection that is closed
         self._looking: asyncio.Task[None] | None = None
@@ -111,7 +126,12 @@ class Connection:
 
     def _dialled(self, address: str) -> Dealer:
         return Dealer(
-            address, self._on_message, lambda: self._connected(address), self._on_disconnect
+            address,
+            self._on_message,
+            lambda: self._connected(address),
+            self._on_disconnect,
+            login=self._login,
+            on_rejected=lambda why: self._reject(address, why),
         )
 
     def _connected(self, address: str) -> None:
@@ -119,6 +139,12 @@ class Connection:
         self._chosen = self._dials[address]
         self._dial([address])
         self._on_connect()
+
+    def _reject(self, address: str, why: Rejection) -> None:
+        self._rejected[address] = why
+        if self._rejected.keys() >= self._dials.keys():
+            self._stop_looking()
+            self._on_rejected(min(self._rejected.values(), key=lambda one: one.value))
 
     def _drop(self, dealer: Dealer) -> None:
         self._was_reached |= dealer.reached
@@ -133,3 +159,39 @@ class Connection:
             await asyncio.sleep(self._every_s)
             with contextlib.suppress(CoordinatorUnreachable, ConnectionFailed):  # for now
                 self._dial(await self._look_up(self._address))
+
+
+def rejection_error(address: str, login: Login | None, why: Rejection) -> NotAllowed:
+    """Return what to tell people whose connection was rejected.
+
+    Args:
+        address: "HOST:PORT" of the coordinator.
+        login: that was used.
+    """
+    again = (
+        "To enrol this machine, run `dllm token create` where the coordinator runs, and here the "
+        "line that it prints."
+    )
+    if login is None:
+        return NotAllowed(
+            f"The coordinator at {address} uses keys, or is none. Leave --insecure out. {again}"
+        )
+    match why:
+        case Rejection.OUR_KEY:
+            return NotEnrolled(
+                f"The coordinator at {address} does not know the key of this machine: it was "
+                f"removed there, or a token was revoked. {again}"
+            )
+        case Rejection.SERVER_KEY:
+            return WrongServerKey(
+                f"What answers at {address} does not hold the key {fingerprint(login.server)} by "
+                "which this machine knows the coordinator there: another coordinator has that "
+                f"address now, or somebody is in between. If that is as it should be: {again}"
+            )
+        case Rejection.NO_KEYS:
+            return NotAllowed(
+                f"What answers at {address} uses no keys: it is no coordinator, or one that was "
+                "started with --insecure. Check the address, or give --insecure here as well."
+            )
+        case _:
+            assert_never(why)

@@ -16,6 +16,9 @@
     + CoordinatorUnreachable   nobody answers at the address
     + CoordinatorLost          it answered before and fell silent
     + AddressInUse             the port to listen on is taken
+  x NotAllowed                 the key of this machine may not do this
+    + NotEnrolled              the coordinator does not know the key of this machine
+    + WrongServerKey           what answers at the address is not the coordinator that is known
   x WorkerLost                 workers died and the others cannot replace them
   x StageError                 a worker failed to run its layers
   x TextError                  the coordinator failed to turn text into tokens, or tokens into text
@@ -148,6 +151,25 @@ class AddressInUse(ConnectionFailed):
     exit_code = 2
 
 
+class NotAllowed(DistributedLLMError):
+    """The key of this machine, or a token, may not do what was asked."""
+
+    code = "not_allowed"
+    exit_code = 3
+
+
+class NotEnrolled(NotAllowed):
+    """This machine has no key for the coordinator, or one that it does not know."""
+
+    code = "not_enrolled"
+
+
+class WrongServerKey(NotAllowed):
+    """What answers at the address does not hold the key of the coordinator that is known there."""
+
+    code = "wrong_server_key"
+
+
 class WorkerLost(DistributedLLMError):
     """Workers died, over a request or until the others could not hold the model."""
 
@@ -248,6 +270,9 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         RequestCancelled,
         DeadlineExceeded,
         ProtocolMismatch,
+        NotAllowed,
+        NotEnrolled,
+        WrongServerKey,
     )
 }
 

@@ -135,6 +135,11 @@ class CoordinatorSettings(_Section):
         description="HOST:PORT to listen on; 0.0.0.0 is every network of this machine, port 0 any "
         "free port.",
     )
+    insecure: bool = Field(
+        default=False,
+        description="Use no keys: whoever reaches the port may do everything, and read everything "
+        "that is sent. Only for 127.0.0.1, unless it stands in a file of settings.",
+    )
     dtype: WeightDtype = Field(
         default="auto",
         description="Number type of weights and activations; auto: as in the model's files.",
@@ -194,6 +199,11 @@ class CoordinatorSettings(_Section):
         ge=0,
         le=1 << 20,
         description="Answers that may wait to be begun; further requests are refused.",
+    )
+    share_prefixes: Literal["key", "all"] = Field(
+        default="key",
+        description="Who shares the KV cache of equal beginnings of prompts: key (requests with "
+        "the same key: how fast an answer comes tells nobody what others asked), all.",
     )
     min_kv_tokens: Whole = Field(
         default=1024,
@@ -278,6 +288,9 @@ class WorkerSettings(_Section):
     coordinator: RemoteAddress = Field(
         default="127.0.0.1:5555", description="HOST:PORT of the coordinator to join."
     )
+    insecure: bool = Field(
+        default=False, description="Use no keys; for a coordinator that uses none."
+    )
     peer_bind: BindAddress = Field(
         default="0.0.0.0:0",
         description="HOST:PORT to listen on for the other workers, which hand their results on; "
@@ -326,6 +339,9 @@ class ClientSettings(_Section):
 
     coordinator: RemoteAddress = Field(
         default="127.0.0.1:5555", description="HOST:PORT of the coordinator to ask."
+    )
+    insecure: bool = Field(
+        default=False, description="Use no keys; for a coordinator that uses none."
     )
     connect_timeout_s: Seconds = Field(
         default=5.0, gt=0, description="Time to wait for the coordinator to answer, s."

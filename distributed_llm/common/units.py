@@ -11,9 +11,9 @@ _SIZE = re.compile(r"[0-9]+(\.[0-9]+)?\s*([kmgtp]i?)?b?", re.IGNORECASE)
 _RATE = re.compile(r"(.+?)\s*/\s*s", re.IGNORECASE)
 _BITS = re.compile(r"[KMGTP]i?b$|bits?$")  # "gb" is taken for careless bytes
 _FLOPS = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)flops(?:/s)?", re.IGNORECASE)
-_DURATION = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|)")
+_DURATION = re.compile(r"(-?[0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d|)")
 _LAYERS = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
-_SECONDS_PER = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SECONDS_PER = {"ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _BYTE_SIZE = TypeAdapter(ByteSize)
@@ -79,7 +79,7 @@ def parse_duration(value: object) -> float:
     """Return seconds.
 
     Args:
-        value: seconds, or a number with a unit: 500ms, 30s, 5m, 1h.
+        value: seconds, or a number with a unit: 500ms, 30s, 5m, 1h, 7d.
 
     Raises:
         ValueError: `value` is no duration.

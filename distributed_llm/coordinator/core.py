@@ -18,18 +18,24 @@ from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import (
     DistributedLLMError,
     InvalidRequest,
+    NotAllowed,
     NotReady,
     ProtocolMismatch,
     RemoteProtocolError,
 )
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     ClientRequest,
     ClusterStatus,
+    CreateToken,
     DrainWorker,
+    Enrol,
+    Enrolled,
     Generate,
+    GetMembers,
     GetStatus,
     Goodbye,
     HandedOver,
@@ -38,16 +44,21 @@ from distributed_llm.common.messages import (
     KVFailed,
     Leaving,
     LinkReport,
+    MembersReport,
     NotUnderstood,
     Ping,
     Pong,
     Remeasured,
+    RemoveMachine,
+    RevokeToken,
     StageFailed,
     StageReady,
     StatusReport,
     TaskFailed,
     TaskResult,
+    ToCoordinator,
     UndoMove,
+    WorkerDrained,
     WorkerHello,
     WorkerReport,
     WorkerStatus,
@@ -68,6 +79,7 @@ from distributed_llm.coordinator.events import (
     Detokenized,
     Event,
     Garbage,
+    KeepMembers,
     Log,
     Received,
     Send,
@@ -87,6 +99,7 @@ from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry, EventKind
 from distributed_llm.coordinator.serving.pipeline import PipelineState
 from distributed_llm.coordinator.stepping import Stepping
+from distributed_llm.coordinator.trust.access import Access, ForAdmins
 from distributed_llm.coordinator.unread import failure_of
 
 _DROPPED = "dropped messages"
@@ -100,11 +113,18 @@ class Core:
     Args:
         model: the model that is served.
         draw_seed: draws a seed for a request that has none.
+        access: who may do what; everybody may do everything unless given.
     """
 
     def __init__(
-        self, model: ServedModel, settings: CoordinatorSettings, *, draw_seed: Callable[[], int]
+        self,
+        model: ServedModel,
+        settings: CoordinatorSettings,
+        *,
+        draw_seed: Callable[[], int],
+        access: Access | None = None,
     ) -> None:
+        self._access = access or Access(None, wall_clock=lambda: 0.0)
         self._cluster = cluster = Cluster.create(model, settings, draw_seed=draw_seed)
         planner = Planner.from_settings(model, settings)
         self._replanning = Replanning(cluster, planner)
@@ -197,6 +217,7 @@ class Core:
             rejected=dict(self._event_log.rejected),
             workers=tuple(self._worker_status(worker, now) for worker in self._registry.workers),
             events=self._event_log.texts,
+            insecure=self._access.members is None,
         )
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
@@ -252,11 +273,13 @@ class Core:
 
     def _received(self, event: Received, now: float) -> list[Action]:
         peer, message = event.peer, event.message
+        if fault := self._access.fault(event.key, message):
+            return self._turn_away(peer, message, fault)
         self._registry.heard(peer, now=now)
         if isinstance(message, ClientRequest):
             if not self._registry.is_client(peer):
                 return self._from_stranger(peer)
-            return self._from_client(peer, message, event.frames, now)
+            return self._from_client(peer, event.key, message, event.frames, now)
         if isinstance(message, WorkerReport):
             worker = self._registry.worker(peer)
             if worker is None:
@@ -264,20 +287,33 @@ class Core:
             return self._from_worker(worker, message, event.frames, now)
         match message:
             case WorkerHello():
-                return self._membership.worker_joins(peer, message, now=now)
+                return self._membership.worker_joins(
+                    peer,
+                    event.key,
+                    message,
+                    reserved=self._access.names_of_others(event.key),
+                    now=now,
+                )
             case ClientHello():
-                return self._membership.client_joins(peer, now=now)
+                return self._membership.client_joins(peer, event.key, now=now)
             case Goodbye():
                 return self._membership.gone(peer, "said goodbye", now=now)
+            case Enrol():
+                return self._enrol(event, message)
             case _:
                 assert_never(message)
 
     def _from_client(
-        self, peer: PeerId, message: ClientRequest, frames: tuple[Frame, ...], now: float
+        self,
+        peer: PeerId,
+        key: PublicKey,
+        message: ClientRequest,
+        frames: tuple[Frame, ...],
+        now: float,
     ) -> list[Action]:
         match message:
             case Generate():
-                return self._generate(peer, message, frames, now)
+                return self._generate(peer, key, message, frames, now)
             case Cancel(request_id=request_id):
                 return self._book.cancel(peer, request_id)
             case GetStatus():
@@ -285,13 +321,20 @@ class Core:
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
             case DrainWorker(worker=name):
                 return self._departures.drain(peer, name)
+            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
+                return self._administer(peer, message, now)
             case Ping():
                 return [Send(peer, Pong())]
             case _:
                 assert_never(message)
 
     def _generate(
-        self, peer: PeerId, message: Generate, frames: tuple[Frame, ...], now: float
+        self,
+        peer: PeerId,
+        key: PublicKey,
+        message: Generate,
+        frames: tuple[Frame, ...],
+        now: float,
     ) -> list[Action]:
         if self._book.has(peer, message.request_id):
             self._event_log.rejected["duplicate_request"] += 1
@@ -299,7 +342,7 @@ class Core:
         if self._pipelines.state == "waiting":
             error = NotReady(self._note(now))
             return self._book.refuse(peer, message.request_id, error)
-        return self._book.submit(peer, message, frames, now=now)
+        return self._book.submit(peer, message, frames, holder=key, now=now)
 
     def _from_worker(
         self, worker: Worker, message: WorkerReport, frames: tuple[Frame, ...], now: float
@@ -332,6 +375,44 @@ class Core:
                 return self._departures.leave(worker)
             case _:
                 assert_never(message)
+
+    def _turn_away(self, peer: PeerId, message: ToCoordinator, fault: NotAllowed) -> list[Action]:
+        """Tell a peer why it may not do what it asks for; end its session if that is all of it."""
+        self._event_log.rejected["not_allowed"] += 1
+        match message:
+            case DrainWorker(worker=worker):
+                said = WorkerDrained(worker=worker, code=fault.code, message=str(fault))
+                return [Send(peer, said)]
+            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
+                return [Send(peer, MembersReport(code=fault.code, message=str(fault)))]
+            case _:
+                return [refusal(peer, fault)]
+
+    def _enrol(self, event: Received, message: Enrol) -> list[Action]:
+        try:
+            machine = self._access.enrol(event.key, message)
+        except DistributedLLMError as exc:
+            return [refusal(event.peer, exc)]
+        enrolled = Enrolled(name=machine.name, role=machine.role)
+        note = self._event_log.note(
+            EventKind.ENROLLED, machine=machine.name, role=machine.role.value
+        )
+        return [*self._keep_members(), Send(event.peer, enrolled), note]
+
+    def _administer(self, peer: PeerId, message: ForAdmins, now: float) -> list[Action]:
+        try:
+            removed = self._access.administer(message)
+        except DistributedLLMError as exc:
+            return [Send(peer, MembersReport(code=exc.code, message=str(exc)))]
+        ended = self._membership.removed(removed, now=now) if removed else []
+        members = self._access.report(lambda key: len(self._registry.peers_with(key)))
+        spec, frame = frame_of_bytes(encode_payload(members))
+        kept = [] if isinstance(message, GetMembers) else self._keep_members()
+        return [*kept, Send(peer, MembersReport(tensors=(spec,)), (frame,)), *ended]
+
+    def _keep_members(self) -> list[Action]:
+        members = self._access.members
+        return [KeepMembers(members.state)] if members else []
 
     def _from_stranger(self, peer: PeerId) -> list[Action]:
         """Have a peer say hello that sent something else before, or whose session was ended."""

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import RequestId, Spelling, ToClient, ToCoordinator, ToWorker
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
+from distributed_llm.coordinator.trust.members import MembersState
 
 RequestKey = tuple[PeerId, RequestId, int]
 """Names one request: client, the client's id for it, and a number that tells reused ids apart."""
@@ -16,11 +18,16 @@ PromptKind = Literal["text", "token_ids", "chat"]
 
 @dataclass(frozen=True)
 class Received:
-    """Event: a peer sent a message."""
+    """Event: a peer sent a message.
+
+    Attributes:
+        key: that the peer holds; `NOBODY` without keys.
+    """
 
     peer: PeerId
     message: ToCoordinator
     frames: tuple[Frame, ...] = ()
+    key: PublicKey = NOBODY
 
 
 @dataclass(frozen=True)
@@ -154,6 +161,13 @@ class Send:
 
 
 @dataclass(frozen=True)
+class KeepMembers:
+    """Action: keep who may connect for the next process, before what follows is done."""
+
+    state: MembersState
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """Action: turn a request's prompt into token ids, and prepare to turn its answers into text.
 
@@ -223,4 +237,4 @@ class Stop:
     error: DistributedLLMError
 
 
-Action = Send | Tokenize | Detokenize | Forget | Study | Log | Stop
+Action = Send | KeepMembers | Tokenize | Detokenize | Forget | Study | Log | Stop

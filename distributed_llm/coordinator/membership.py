@@ -1,6 +1,7 @@
 """Handles peers that join, report, leave or are lost. Pure."""
 
-from distributed_llm.common.errors import DistributedLLMError, NotReady, StageError
+from distributed_llm.common.errors import DistributedLLMError, NotEnrolled, NotReady, StageError
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     ClientWelcome,
     DropStage,
@@ -27,6 +28,7 @@ from distributed_llm.coordinator.cluster.telling import tell
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost
+from distributed_llm.coordinator.trust.members import Machine
 
 _NOTABLE_STALL_S = 1.0
 """Time for which the coordinator stood still that is worth a line in the log, seconds."""
@@ -49,12 +51,12 @@ class Membership:
         self._moves = moves
         self._departures = departures
 
-    def client_joins(self, peer: PeerId, *, now: float) -> list[Action]:
+    def client_joins(self, peer: PeerId, key: PublicKey, *, now: float) -> list[Action]:
         """Welcome a client that says hello."""
         if self._registry.knows(peer):
             self._log.rejected["bad_state"] += 1
             return []
-        self._registry.add_client(peer, now=now)
+        self._registry.add_client(peer, key=key, now=now)
         welcome = ClientWelcome(
             model=self._cluster.model.name,
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
@@ -62,13 +64,21 @@ class Membership:
         )
         return [Send(peer, welcome)]
 
-    def worker_joins(self, peer: PeerId, hello: WorkerHello, *, now: float) -> list[Action]:
+    def worker_joins(
+        self,
+        peer: PeerId,
+        key: PublicKey,
+        hello: WorkerHello,
+        *,
+        reserved: frozenset[str],
+        now: float,
+    ) -> list[Action]:
         """Welcome a worker that says hello; plan with it after `settle_s`."""
         if self._registry.knows(peer):
             self._log.rejected["bad_state"] += 1
             return []
-        earlier = self._registry.remove_instance(hello.instance)
-        worker = self._registry.add_worker(peer, hello, now=now)
+        earlier = self._registry.remove_instance(hello.instance, key)
+        worker = self._registry.add_worker(peer, hello, key=key, reserved=reserved, now=now)
         self._cluster.measurements.joined(worker.id, hello.capabilities)
         self._replanning.replan_at = now + self._settings.settle_s
         welcome = Welcome(
@@ -93,6 +103,14 @@ class Membership:
         if worker is None:
             return self._cluster.book.drop_client(peer)
         return self._lost(worker, why, now)
+
+    def removed(self, machine: Machine, *, now: float) -> list[Action]:
+        """End the sessions of a machine that may not connect any more."""
+        error = NotEnrolled(f"{machine.name} was removed: it may not connect any more.")
+        actions: list[Action] = []
+        for peer in self._registry.peers_with(machine.key):
+            actions += [*self.gone(peer, "was removed", now=now), refusal(peer, error)]
+        return actions
 
     def give_names_back(self) -> list[Action]:
         """Give workers without layers the names that they asked for, where these are free again."""

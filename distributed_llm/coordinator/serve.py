@@ -2,15 +2,17 @@
 
 import ipaddress
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distributed_llm.common.addresses import address_text, hosts_for_others, outward_hosts
+from distributed_llm.common.addresses import addresses_for_others
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.hub import fingerprints, resolve_for_coordinator
+from distributed_llm.common.keyring import here, state_folder
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_folder import folder_of_config, read_config
@@ -23,6 +25,7 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
+from distributed_llm.coordinator.trust.store import Trust
 
 logger = logging.getLogger(__name__)
 
@@ -30,36 +33,30 @@ _MAX_ADDRESSES = 4
 """Addresses of this machine that are told to people."""
 
 
-@dataclass(frozen=True)
-class HowToJoin:
-    """How workers join a coordinator.
+def how_to_join(bound: str, *, insecure: bool) -> str:
+    """Return how workers join a coordinator, for people, with the commands.
 
-    Attributes:
-        text: for people, with the commands.
-        by_others: whether other machines may be able to.
+    Args:
+        bound: "HOST:PORT" that the coordinator listens on, with the number of the port.
+        insecure: whether it uses no keys.
     """
-
-    text: str
-    by_others: bool
-
-
-def how_to_join(bound: str) -> HowToJoin:
-    """Return how workers join a coordinator that listens at `bound`, "HOST:PORT" with a number."""
     host, port = split_address(bound)
-    hosts = hosts_for_others(ipaddress.ip_address(host), outward_hosts())
-    best, *others = [one for one in hosts if not one.is_loopback] or hosts
-    command = f"dllm worker --coordinator {address_text(best, port)}"
-    if best.is_loopback:
-        return HowToJoin(
-            f"only this machine can reach {bound}; workers on it join with: {command} (for workers "
-            f"on other machines, start the coordinator with --bind 0.0.0.0:{port})",
-            by_others=False,
+    others = addresses_for_others(bound)
+    own = here(port) if ipaddress.ip_address(host).is_unspecified else bound
+    command = f"dllm worker {'--insecure ' if insecure else ''}--coordinator"
+    if not others:
+        return (
+            f"only this machine can reach {own}; workers on it join with: {command} {own} (for "
+            f"workers on other machines, start the coordinator with --bind 0.0.0.0:{port})"
         )
-    more = ", ".join(address_text(one, port) for one in others[: _MAX_ADDRESSES - 1])
-    return HowToJoin(
-        f"workers join with: {command}" + (f" (or, in other networks: {more})" if more else ""),
-        by_others=True,
-    )
+    if not insecure:
+        return (
+            f"workers on this machine join with: {command} {own}; for another machine, `dllm token "
+            "create` prints the line to join with"
+        )
+    best, *more = others[:_MAX_ADDRESSES]
+    elsewhere = f" (or, in other networks: {', '.join(more)})" if more else ""
+    return f"workers join with: {command} {best}{elsewhere}"
 
 
 async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], None]) -> int:
@@ -78,16 +75,20 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     if settings.strategy == "custom":
         check_custom(settings.layers, model.cost.num_layers)
 
+    _, port = split_address(settings.bind)
+    trust = None if settings.insecure else Trust(state_folder(), port, now=time.time())
+
     def listening(address: str) -> None:
+        if trust:
+            trust.listening(split_address(address)[1])
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
             logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
-        at = how_to_join(address)
-        logger.info("%s", at.text)
-        if at.by_others:
+        logger.info("%s", how_to_join(address, insecure=settings.insecure))
+        if settings.insecure:
             logger.warning(
-                "whoever can reach this port can send prompts and join as a worker; the traffic is "
-                "not encrypted. Use it in a network that you trust."
+                "no keys are used: whoever can reach this port can send prompts, join as a worker "
+                "and read what is sent. Use it in a network that you trust."
             )
         on_listening(address)
 
@@ -97,8 +98,13 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         settings,
         bind=settings.bind,
         on_listening=listening,
+        trust=trust,
     )
-    return exit_code(await service.run())
+    try:
+        return exit_code(await service.run())
+    finally:
+        if trust:
+            trust.close()
 
 
 def plan(

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import secrets
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from distributed_llm.common import codec
+from distributed_llm.common.addresses import addresses_for_others
 from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.errors import (
     DistributedLLMError,
@@ -20,6 +22,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
     internal_error,
 )
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.sampling_params import MAX_SEED
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import on_signal, on_uncaught
@@ -34,6 +37,7 @@ from distributed_llm.coordinator.events import (
     Event,
     Forget,
     Garbage,
+    KeepMembers,
     Log,
     Received,
     Send,
@@ -47,6 +51,8 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.text.service import TextService
+from distributed_llm.coordinator.trust.access import Access
+from distributed_llm.coordinator.trust.store import Trust
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +69,7 @@ class Coordinator:
         folder: folder of the model's tokenizer.
         bind: "HOST:PORT" to listen on.
         on_listening: called with the address once it is open.
+        trust: the coordinator's keys and who may connect; None lets everybody in, unencrypted.
     """
 
     def __init__(
@@ -73,7 +80,9 @@ class Coordinator:
         *,
         bind: str,
         on_listening: Callable[[str], None],
+        trust: Trust | None,
     ) -> None:
+        self._trust = trust
         self._model = model
         self._folder = folder
         self._settings = settings
@@ -108,11 +117,20 @@ class Coordinator:
 
     async def _serve(self, end_token: int | None) -> int:
         model = self._model.ending_with(end_token)
-        self._core = Core(model, self._settings, draw_seed=lambda: secrets.randbelow(MAX_SEED))
+        access = Access(self._trust.members if self._trust else None, wall_clock=time.time)
+        self._core = Core(
+            model, self._settings, draw_seed=lambda: secrets.randbelow(MAX_SEED), access=access
+        )
         self._alarm = Alarm(self._on_timer, lambda stall_s: self._apply(Stalled(stall_s)))
-        self._router = Router(self._bind, self._on_message, lambda: self._apply(ConnectionClosed()))
+        self._router = Router(
+            self._bind,
+            self._on_message,
+            lambda: self._apply(ConnectionClosed()),
+            door=self._trust.door if self._trust else None,
+        )
         self._study_threads = ThreadPoolExecutor(_STUDY_THREADS, thread_name_prefix="study")
         try:
+            access.addresses = addresses_for_others(self._router.address)
             self._on_listening(self._router.address)
             self._perform(self._core.start(now=self._loop.time()))
             return await self._stopped
@@ -131,7 +149,7 @@ class Coordinator:
 
     # -------------------------------------------------------------- events
 
-    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+    def _on_message(self, peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         try:
             message, tensors = codec.to_coordinator.decode(frames)
         except ProtocolMismatch as exc:
@@ -139,7 +157,7 @@ class Coordinator:
         except RemoteProtocolError as exc:
             self._apply(Garbage(peer, exc.reason, exc))
         else:
-            self._apply(Received(peer, message, tensors))
+            self._apply(Received(peer, message, tensors, key))
 
     def _apply(self, *events: Event) -> None:
         self._apply_all(events)
@@ -183,6 +201,9 @@ class Coordinator:
                 pass  # performed with the others above
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
+            case KeepMembers(state=state):
+                if self._trust:
+                    self._trust.keep(state)
             case Study():
                 self._study_threads.submit(self._study, action)
             case Stop(error=error):

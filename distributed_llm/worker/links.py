@@ -20,6 +20,7 @@ from distributed_llm.common.errors import (
     ProtocolMismatch,
     RemoteProtocolError,
 )
+from distributed_llm.common.keys import KeyPair, PublicKey
 from distributed_llm.common.messages import (
     Address,
     Addresses,
@@ -31,7 +32,7 @@ from distributed_llm.common.messages import (
     ToPreviousWorker,
 )
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Dealer, Router
+from distributed_llm.common.transport import Dealer, Door, Login, Rejection, Router
 from distributed_llm.common.types import PeerId
 from distributed_llm.common.units import split_address
 from distributed_llm.worker.session.events import Event
@@ -51,6 +52,9 @@ _MAX_OUTBOX = 32
 """Messages that may wait for the network on one link; a link with more is closed."""
 
 _MAX_ADDRESSES = 16
+
+_REDIAL_S = 0.1
+"""Time until a worker is dialled again that did not admit the key of this one, seconds."""
 
 
 def bind_for(bind: str, coordinator: str, addresses: Sequence[str]) -> str:
@@ -95,6 +99,8 @@ class Links:
     Args:
         bind: "HOST:PORT" to listen on for other workers; port 0 takes any free one.
         on_event: called with each event, never from within a method of this class except `open`.
+        keys: of this worker; None without keys.
+        admits: returns whether the worker that holds a key may connect.
 
     Attributes:
         address: "HOST:PORT" that is listened on.
@@ -103,18 +109,37 @@ class Links:
         AddressInUse: the address is taken, or is not one of this machine.
     """
 
-    def __init__(self, bind: str, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        bind: str,
+        on_event: Callable[[Event], None],
+        *,
+        keys: KeyPair | None,
+        admits: Callable[[PublicKey], bool],
+    ) -> None:
         self._on_event = on_event
         self._links: dict[LinkId, _Link] = {}
-        self._router = Router(bind, self._on_message, lambda: None, setting="peer_bind")
+        self._keys = keys
+        self._router = Router(
+            bind,
+            self._on_message,
+            lambda: None,
+            door=Door(keys, admits) if keys else None,
+            setting="peer_bind",
+        )
         self.address = self._router.address
 
     # -------------------------------------------------------------- to other workers
 
-    def open(self, link: LinkId, addresses: Addresses) -> None:
-        """Dial another worker at all of `addresses`; close the link of that name."""
+    def open(self, link: LinkId, addresses: Addresses, key: PublicKey) -> None:
+        """Dial another worker at all of `addresses`; close the link of that name.
+
+        Args:
+            key: that the other worker has to hold; not used without keys.
+        """
         self.close_link(link)
-        self._links[link] = _Link(link, addresses, self._on_event)
+        login = Login(key, self._keys) if self._keys else None
+        self._links[link] = _Link(link, addresses, login, self._on_event)
 
     def greet(self, link: LinkId, hello: PeerHello, addresses: Addresses) -> None:
         """Send a hello to those of `addresses` that are connected."""
@@ -148,7 +173,7 @@ class Links:
             self.close_link(link)
         self._router.close(linger_ms=0)
 
-    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+    def _on_message(self, peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         try:
             message, tensors = codec.to_next_worker.decode(frames)
         except (ProtocolMismatch, RemoteProtocolError) as exc:
@@ -161,19 +186,29 @@ class _Link:
     """The connections to one other worker: several until one of them is welcomed, then that one."""
 
     def __init__(
-        self, link: LinkId, addresses: Addresses, on_event: Callable[[Event], None]
+        self,
+        link: LinkId,
+        addresses: Addresses,
+        login: Login | None,
+        on_event: Callable[[Event], None],
     ) -> None:
         self.link = link
+        self.login = login
         self.on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._dials: dict[Address, _Dial] = {}
         self._up: _Dial | None = None
+        self._redials: dict[Address, asyncio.TimerHandle] = {}
         for address in dict.fromkeys(addresses):
-            try:
-                if split_address(address)[1]:
-                    self._dials[address] = _Dial(self, address)
-            except (ValueError, ConnectionFailed) as exc:
-                logger.warning("cannot dial %r: %s", address, exc)
+            self._dial(address)
+
+    def _dial(self, address: Address) -> None:
+        self._redials.pop(address, None)
+        try:
+            if split_address(address)[1]:
+                self._dials[address] = _Dial(self, address)
+        except (ValueError, ConnectionFailed) as exc:
+            logger.warning("cannot dial %r: %s", address, exc)
 
     def greet(self, hello: PeerHello, addresses: Addresses) -> None:
         for address in addresses:
@@ -192,6 +227,7 @@ class _Link:
         dials, self._dials, self._up = self._dials, {}, None
         for dial in dials.values():
             dial.close()
+        self._stop_redialling()
 
     def received(self, dial: "_Dial", message: ToPreviousWorker, rtt_s: float) -> None:
         if message.epoch != self.link.epoch:
@@ -214,7 +250,20 @@ class _Link:
             for other in self._dials.values():
                 other.close()
             self._dials = {dial.address: dial}
+            self._stop_redialling()
             self.on_event(LinkUp(self.link, rtt_s))
+
+    def rejected(self, dial: "_Dial", why: Rejection) -> None:
+        """Dial again after a moment: the other worker may not know yet who is to connect."""
+        self.lose(dial)
+        if why is Rejection.OUR_KEY and self._up is None:
+            again = self._loop.call_later(_REDIAL_S, self._dial, dial.address)
+            self._redials[dial.address] = again
+
+    def _stop_redialling(self) -> None:
+        for redial in self._redials.values():
+            redial.cancel()
+        self._redials.clear()
 
     def lose(self, dial: "_Dial") -> None:
         if self._dials.get(dial.address) is not dial:
@@ -239,6 +288,8 @@ class _Dial:
             self._on_message,
             lambda: link.on_event(LinkReached(link.link, address)),
             lambda: link.lose(self),
+            login=link.login,
+            on_rejected=lambda why: link.rejected(self, why),
             max_outbox=_MAX_OUTBOX,
         )
 

@@ -14,7 +14,7 @@ import psutil
 
 from distributed_llm.common import codec
 from distributed_llm.common.alarm import Alarm
-from distributed_llm.common.connection import Connection
+from distributed_llm.common.connection import Connection, rejection_error
 from distributed_llm.common.errors import (
     DistributedLLMError,
     LocalProtocolError,
@@ -31,6 +31,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.stopping import on_signal, on_uncaught
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport import Login
 from distributed_llm.common.types import Epoch
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.links import Links, bind_for, reachable_at
@@ -52,6 +53,7 @@ from distributed_llm.worker.session.events import (
     Probe,
     Received,
     Reconnect,
+    Rejected,
     Release,
     Run,
     Send,
@@ -85,6 +87,7 @@ class Worker:
         capabilities: of this machine, with the device to compute on.
         address: "HOST:PORT" of the coordinator.
         addresses: what that stands for, "HOST:PORT"s with IP addresses.
+        login: the keys of both ends; None without keys.
         peer_bind: "HOST:PORT" to listen on for other workers.
         slowdown: see `Engine`.
         local_model: path of the checkpoint on this machine; empty is the coordinator's path.
@@ -99,6 +102,7 @@ class Worker:
         *,
         address: str,
         addresses: tuple[str, ...],
+        login: Login | None,
         peer_bind: str,
         slowdown: float,
         local_model: str,
@@ -109,6 +113,7 @@ class Worker:
         self._capabilities = capabilities
         self._address = address
         self._addresses = addresses
+        self._login = login
         self._peer_bind = bind_for(peer_bind, address, addresses)
         self._slowdown = slowdown
         self._local_model = local_model
@@ -135,7 +140,12 @@ class Worker:
         on_signal(lambda number: self._apply(Signalled(number)))
         on_uncaught(lambda exc: self._fail(internal_error(exc)))
         self._alarm = Alarm(self._on_timer, lambda stall_s: self._apply(Stalled()))
-        self._links = Links(self._peer_bind, self._apply)
+        self._links = Links(
+            self._peer_bind,
+            self._apply,
+            keys=self._login.keys if self._login else None,
+            admits=lambda key: self._agent.admits(key),
+        )
         self._agent = Agent(
             self._name,
             self._capabilities,
@@ -175,6 +185,10 @@ class Worker:
             self._on_message,
             self._on_connect,
             lambda: self._apply(Disconnected()),
+            login=self._login,
+            on_rejected=lambda why: self._apply(
+                Rejected(rejection_error(self._address, self._login, why))
+            ),
         )
 
     def _on_connect(self) -> None:
@@ -237,8 +251,8 @@ class Worker:
                 | Probe()
             ):
                 self._engine.put(action)
-            case OpenLink(link=link, addresses=addresses):
-                self._links.open(link, addresses)
+            case OpenLink(link=link, addresses=addresses, key=key):
+                self._links.open(link, addresses, key)
             case Greet(link=link, hello=hello, addresses=addresses):
                 self._links.greet(link, hello, addresses)
             case SendOverLink(link=link, message=over, frames=frames):

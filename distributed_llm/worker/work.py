@@ -4,19 +4,19 @@ import asyncio
 import gc
 import logging
 import os
-import re
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from distributed_llm.common.addresses import addresses_of
+from distributed_llm.common.addresses import addresses_of, machine_name
 from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.hub import own_checkpoint
+from distributed_llm.common.keyring import enrolled_name, find_login
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
+from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.service import Worker
@@ -32,6 +32,7 @@ async def work(settings: WorkerSettings) -> int:
 
     Raises:
         ConfigError: this machine lacks the device or the memory that `settings` name.
+        NotAllowed: this machine has no key for the coordinator, or one that it does not know.
         CoordinatorUnreachable: the coordinator's name is not known, or none answered at the start.
         CheckpointError: `model` is no folder with a model that can be served, or this machine
             cannot load the coordinator's.
@@ -42,6 +43,7 @@ async def work(settings: WorkerSettings) -> int:
     if settings.model:
         check_architecture(own_checkpoint(settings.model).config)
     addresses = await _addresses(settings)
+    login = await _login(settings)
     threads = settings.threads or os.cpu_count() or 1
     measured = _measure(settings, threads)
     capabilities = msgspec.structs.replace(
@@ -58,10 +60,11 @@ async def work(settings: WorkerSettings) -> int:
         count_text(threads, "thread"),
     )
     worker = Worker(
-        settings.name or _host_name(),
+        settings.name or enrolled_name(settings.coordinator) or machine_name(),
         capabilities,
         address=settings.coordinator,
         addresses=addresses,
+        login=login,
         peer_bind=settings.peer_bind,
         slowdown=settings.slowdown,
         local_model=settings.model,
@@ -94,6 +97,20 @@ async def _addresses(settings: WorkerSettings) -> tuple[str, ...]:
             return addresses
 
 
+async def _login(settings: WorkerSettings) -> Login | None:
+    """Return the keys for the coordinator, None without keys; wait for a coordinator here.
+
+    Raises:
+        NotAllowed: this machine has no key for it.
+        CoordinatorUnreachable: it has none, and no coordinator started in time.
+    """
+    if settings.insecure:
+        return None
+    wait_s = settings.connect_timeout_s
+    give_up_at = asyncio.get_running_loop().time() + wait_s if wait_s else None
+    return await find_login(settings.coordinator, give_up_at)
+
+
 def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
     """Measure this machine in a thread that ends afterwards.
 
@@ -105,9 +122,3 @@ def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
         return thread.submit(
             measure, settings.device, threads=threads, max_memory_bytes=settings.max_memory
         ).result()
-
-
-def _host_name() -> str:
-    """Return this machine's name, reduced to the characters that worker names may have."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", socket.gethostname().split(".")[0])
-    return name.lstrip("._-")[:60] or "worker"

@@ -11,16 +11,20 @@ import msgspec
 
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.common import codec
+from distributed_llm.common.keyring import Keyring, state_folder
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import Addresses, WorkerHello
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Dealer, Router
+from distributed_llm.common.transport import Dealer, Door, Router, new_key_pair
 from distributed_llm.common.types import PeerId
 
 
 class HelloRelay:
     """Where workers join instead; a context manager. It runs in a thread of its own.
 
-    Messages are passed on as they are, but for the hello.
+    Messages are passed on as they are, but for the hello. Workers join the relay with the key that
+    this machine has for the coordinator, and the relay joins that with the same one: workers would
+    not let in each other otherwise.
 
     Args:
         coordinator: "HOST:PORT".
@@ -51,15 +55,21 @@ class HelloRelay:
         self._thread.stop()
 
     async def _open(self) -> None:
-        self._router = Router("127.0.0.1:0", self._on_message, lambda: None)
+        self._keyring = Keyring(state_folder())
+        self._login = self._keyring.login(self._coordinator)
+        member, keys = self._login.keys, new_key_pair()
+        door = Door(keys, lambda key: key == member.public)
+        self._router = Router("127.0.0.1:0", self._on_message, lambda: None, door=door)
         self.address = self._router.address
+        self._keyring.save(self.address, keys.public, member)
 
     async def _close(self) -> None:
+        self._keyring.forget(self.address)
         self._router.close()
         for dealer in self._dealers.values():
             dealer.close()
 
-    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+    def _on_message(self, peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         if peer not in self._dealers:
             hello, _ = codec.to_coordinator.decode(frames)
             assert isinstance(hello, WorkerHello)
@@ -71,6 +81,8 @@ class HelloRelay:
                 lambda answer: self._pass_back(peer, answer),
                 lambda: None,
                 lambda: None,
+                login=self._login,
+                on_rejected=lambda _: None,
             )
         self._dealers[peer].send(frames)
 

@@ -18,9 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distributed_llm import CheckpointError, DistributedClient, LocalCluster, UnsupportedModel
+from distributed_llm.common.keyring import state_folder
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import PROTOCOL_VERSION
 from distributed_llm.common.transport import Router
 from distributed_llm.common.types import PeerId
+from distributed_llm.common.units import split_address
+from distributed_llm.coordinator.trust.store import Trust
 from tests.reference import reference_text
 from tests.waiting import eventually
 
@@ -293,9 +297,11 @@ def web_server() -> Iterator[str]:
 
 
 def test_something_else_at_the_address(web_server: str) -> None:
-    code, said = failure(
-        "status", "--coordinator", web_server, DLLM_CLIENT__CONNECT_TIMEOUT_S="0.5"
-    )
+    asked = ("status", "--coordinator", web_server)
+    code, said = failure(*asked, DLLM_CLIENT__CONNECT_TIMEOUT_S="0.5")
+    assert code == 3
+    assert f"This machine has no key for the coordinator at {web_server}. " in said
+    code, said = failure(*asked, "--insecure", DLLM_CLIENT__CONNECT_TIMEOUT_S="0.5")
     assert code == 3
     assert "it is another program, or a coordinator that stands still" in said
 
@@ -397,10 +403,12 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
     """The coordinator of a later release is played by this process."""
 
     async def serve_later_version() -> tuple[int | None, str]:
-        def answer(peer: PeerId, frames: object) -> None:
+        def answer(peer: PeerId, key: PublicKey, frames: object) -> None:
             router.send(peer, [b"DLLM" + bytes([LATER_VERSION]), b"\x80"])
 
-        router = Router("127.0.0.1:0", answer, lambda: None)
+        trust = Trust(state_folder(), 0, now=0.0)
+        router = Router("127.0.0.1:0", answer, lambda: None, door=trust.door)
+        trust.listening(split_address(router.address)[1])
         worker = await asyncio.create_subprocess_exec(
             *COMMAND, "worker", "--coordinator", router.address, stderr=subprocess.PIPE
         )
@@ -408,6 +416,7 @@ def test_a_worker_is_told_of_a_coordinator_of_another_protocol_version() -> None
             _, said = await worker.communicate()
         finally:
             router.close()
+            trust.close()
         return worker.returncode, said.decode()
 
     code, said = asyncio.run(asyncio.wait_for(serve_later_version(), LIMIT_S))

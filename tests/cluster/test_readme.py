@@ -19,13 +19,26 @@ from typing import Any, NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from distributed_llm import cli
-from distributed_llm.common.messages import ClusterStatus, Generate, ToClient, TokenLogprobs
+from distributed_llm import cli, worker_command
+from distributed_llm.common.join_line import JoinLine
+from distributed_llm.common.keyring import STATE_VARIABLE
+from distributed_llm.common.messages import (
+    ClusterStatus,
+    Enrolled,
+    Generate,
+    ToClient,
+    TokenLogprobs,
+)
+from distributed_llm.common.roles import Role
+from distributed_llm.common.transport import new_key_pair
 from tests.fake_coordinator import FakeCoordinator, finished, piece
 from tests.wire.strategies import example
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+BEGIN = ("coordinator", "worker", "join", "drain", "demo")
+"""Verbs of `dllm` that begin something, which is not done here."""
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -126,8 +139,12 @@ def commands_of(text: str) -> list[list[str]]:
 
 
 def synopsis_of(text: str) -> list[list[str]]:
-    """Return the commands of a synopsis, whose further lines are indented, with all its options."""
-    return commands_of(re.sub(r"\n\s+", " ", text).replace("[", "").replace("]", ""))
+    """Return the commands of a synopsis with all its options.
+
+    Further lines of a command are indented; several commands may stand on one line.
+    """
+    text = re.sub(r"\n\s+", " ", text).replace("[", "").replace("]", "")
+    return commands_of(re.sub(r" {2,}(?=dllm )", "\n", text))
 
 
 def run_command(command: list[str], folder: Path) -> None:
@@ -143,9 +160,19 @@ def run_command(command: list[str], folder: Path) -> None:
     elif command[0].startswith("setup_scripts/"):
         if shutil.which("bash") is None:
             pytest.skip("there is no bash here")
-        check_setup(command, folder)
+        check_setup([whole(word) for word in command], folder)
+    elif command[0] == "dllm":
+        parse(command[1:])
     else:
         pytest.fail(f"no test runs {shlex.join(command)}")
+
+
+def whole(word: str) -> str:
+    """Return a line to join with in place of the beginning of one; other words as they are."""
+    if not word.startswith("dllm://"):
+        return word
+    address = word.removeprefix("dllm://").partition("/")[0]
+    return str(JoinLine(address, new_key_pair().public, new_key_pair().secret))
 
 
 def check_setup(command: list[str], folder: Path) -> None:
@@ -168,15 +195,21 @@ def check_setup(command: list[str], folder: Path) -> None:
     )
     assert done.returncode == 0, (command, done.stderr)
     given = [word for word in command[2:] if not word.startswith("--")]
-    assert all(word in done.stdout for word in given), (command, done.stdout)
-    (passed,) = re.findall(r"\.venv/bin/dllm\"? (.*)$", done.stdout, flags=re.MULTILINE)
-    parse(shlex.split(passed))
+    shown = [re.sub(r"^(dllm://.*/).*", r"\1...", word) for word in given]  # tokens are secrets
+    assert all(word in done.stdout for word in shown), (command, done.stdout)
+    passed = re.findall(r"\.venv/bin/dllm\"? (.*)$", done.stdout, flags=re.MULTILINE)
+    assert passed, done.stdout
+    for one in passed:
+        parse(shlex.split(one))
 
 
 def parse(arguments: list[str]) -> None:
     """Have `dllm` read a command line, without doing what it says."""
     verb, *options = arguments
-    command = verbs().get(verb)
+    command: Any = verbs().get(verb)
+    while hasattr(command, "commands"):
+        verb, *options = options
+        command = command.commands.get(verb)
     assert command, f"there is no dllm {verb}"
     try:
         command.make_context(verb, list(options))
@@ -233,8 +266,9 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     What would serve for ever is not begun, and no worker is told to leave.
     """
-    for name in [name for name in os.environ if name.startswith("DLLM_")]:
-        monkeypatch.delenv(name)
+    for name in os.environ.keys() - {STATE_VARIABLE}:
+        if name.startswith("DLLM_"):
+            monkeypatch.delenv(name)
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     monkeypatch.chdir(folder)
     begun: list[str] = []
@@ -246,16 +280,21 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         begun.append("serve")
         return 0
 
-    monkeypatch.setattr(cli, "_start_process", lambda *_: None)
+    async def enrols(*_: Any) -> Enrolled:
+        return Enrolled(name="pc", role=Role.WORKER)
+
+    for module in (cli, worker_command):
+        monkeypatch.setattr(module, "start_process", lambda *_, **__: None)
+    monkeypatch.setattr("distributed_llm.client.enrolment.enrol", enrols)
     monkeypatch.setattr("distributed_llm.coordinator.serve.serve", serves)
     monkeypatch.setattr("distributed_llm.worker.work.work", serves)
     monkeypatch.setattr("distributed_llm.console.drain", begins("drain"))
     monkeypatch.setattr("distributed_llm.console.run_demo", begins("demo"))
     with FakeCoordinator(script=answers, status=example(ClusterStatus)) as coordinator:
         monkeypatch.setenv("DLLM_CLIENT__COORDINATOR", coordinator.address)
-        meant = {"MODEL": "", "N": "2", "NAME": "pc", "PATH": str(folder)}
+        meant = {"MODEL": "", "N": "2", "NAME": "pc", "PATH": str(folder), "ID": "1234-5678"}
         for variant in variants(words):
-            options = [meant.get(word, word) for word in variant]
+            options = [whole(meant.get(word, word)) for word in variant]
             options = [coordinator.address if word == "HOST:5555" else word for word in options]
             Path("dllm.yaml").unlink(missing_ok=True)
             if options[:2] != ["config", "init"]:
@@ -266,7 +305,7 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             begun.clear()
             done = CliRunner().invoke(cli.app, options)
             assert done.exit_code == 0, (options, done.output, done.exception)
-            assert bool(begun) == (options[0] in ("coordinator", "worker", "drain", "demo"))
+            assert bool(begun) == (options[0] in BEGIN)
 
 
 def answers(request: Generate) -> list[ToClient]:

@@ -16,6 +16,7 @@ import zmq
 
 from distributed_llm import DistributedClient, LocalCluster
 from distributed_llm.common import codec
+from distributed_llm.common.keyring import Keyring, state_folder
 from distributed_llm.common.messages import ClientHello, ClusterStatus, Generate, GetStatus, Ping
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
@@ -43,6 +44,7 @@ class Mute:
 
     def __init__(self, make: Callable[..., "zmq.Socket[bytes]"], address: str) -> None:
         self._socket = make(zmq.DEALER, rcvhwm=1, rcvbuf=4096, sndtimeo=20_000, rcvtimeo=20_000)
+        Keyring(state_folder()).login(address).put_on(self._socket)
         self._socket.connect(f"tcp://{address}")
         self._socket.send_multipart(codec.encode(ClientHello()))
         self._socket.recv_multipart()

@@ -265,6 +265,8 @@ class World:
                     self.logs.append(text)
                 case events.Stop(error=error):
                     self.stopped = error
+                case events.KeepMembers():
+                    pass  # nothing outlives a simulation
                 case _:
                     assert_never(action)
 

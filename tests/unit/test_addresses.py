@@ -9,7 +9,6 @@ from distributed_llm.common import addresses
 from distributed_llm.common.addresses import addresses_of
 from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.units import split_address
-from distributed_llm.coordinator import serve
 from distributed_llm.coordinator.serve import how_to_join
 
 HERE = ["127.0.0.1", "172.17.0.1", "192.168.1.5", "::1", "fe80::1%eth0", "2001:db8::7", "02:42:ac"]
@@ -17,7 +16,7 @@ HERE = ["127.0.0.1", "172.17.0.1", "192.168.1.5", "::1", "fe80::1%eth0", "2001:d
 
 def commands(text: str) -> list[str]:
     """Return the addresses in a text that one can join, all of which can be read."""
-    words = [word.strip("(),") for word in text.split()]
+    words = [word.strip("(),;") for word in text.split()]
     found = [word for word in words if word.endswith(":5604") and "bind" not in word]
     for word in found:
         split_address(word)
@@ -41,26 +40,43 @@ def test_others_are_told_addresses_that_they_can_use(
     monkeypatch: pytest.MonkeyPatch, bound: str, outward: list[str], told: list[str]
 ) -> None:
     monkeypatch.setattr(addresses, "interface_hosts", lambda: HERE)
-    monkeypatch.setattr(serve, "outward_hosts", lambda: outward)
-    join = how_to_join(bound)
-    assert join.by_others
-    assert f"dllm worker --coordinator {told[0]}" in join.text
-    assert commands(join.text) == told
+    monkeypatch.setattr(addresses, "outward_hosts", lambda: outward)
+    text = how_to_join(bound, insecure=True)
+    assert f"dllm worker --insecure --coordinator {told[0]}" in text
+    assert commands(text) == told
+
+
+@pytest.mark.parametrize(
+    ("bound", "here"),
+    [
+        ("0.0.0.0:5604", "127.0.0.1:5604"),
+        ("[::]:5604", "127.0.0.1:5604"),
+        ("192.168.1.5:5604", "192.168.1.5:5604"),
+    ],
+)
+def test_with_keys_others_are_told_how_to_enrol(
+    monkeypatch: pytest.MonkeyPatch, bound: str, here: str
+) -> None:
+    monkeypatch.setattr(addresses, "interface_hosts", lambda: HERE)
+    text = how_to_join(bound, insecure=False)
+    assert commands(text) == [here]
+    assert "for another machine, `dllm token create`" in text
 
 
 @pytest.mark.parametrize("bound", ["127.0.0.1:5604", "[::1]:5604", "127.0.0.2:5604"])
 def test_loopback_is_said_as_such(bound: str) -> None:
-    join = how_to_join(bound)
-    assert not join.by_others
-    assert join.text.startswith(f"only this machine can reach {bound}; ")
-    assert f"dllm worker --coordinator {bound} " in join.text
-    assert "--bind 0.0.0.0:5604" in join.text
+    for insecure, flag in ((False, ""), (True, "--insecure ")):
+        text = how_to_join(bound, insecure=insecure)
+        assert text.startswith(f"only this machine can reach {bound}; ")
+        assert f"dllm worker {flag}--coordinator {bound} " in text
+        assert "--bind 0.0.0.0:5604" in text
 
 
 def test_a_machine_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses, "interface_hosts", lambda: ["127.0.0.1", "::1"])
-    monkeypatch.setattr(serve, "outward_hosts", lambda: [])
-    assert "dllm worker --coordinator 127.0.0.1:5604 " in how_to_join("0.0.0.0:5604").text
+    monkeypatch.setattr(addresses, "outward_hosts", lambda: [])
+    text = how_to_join("0.0.0.0:5604", insecure=False)
+    assert "dllm worker --coordinator 127.0.0.1:5604" in text
 
 
 NAMES = {

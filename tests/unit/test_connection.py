@@ -10,6 +10,7 @@ import pytest
 from distributed_llm.common import connection as connection_module
 from distributed_llm.common.connection import Connection
 from distributed_llm.common.errors import ConnectionFailed, CoordinatorUnreachable
+from distributed_llm.common.transport import Login, Rejection
 
 NAME = "boss.lan:5555"
 SIX, FOUR, LATER = "[2001:db8::7]:5555", "192.168.1.5:5555", "192.168.1.6:5555"
@@ -24,6 +25,9 @@ class FakeDealer:
         on_message: Callable[[list[Any]], None],
         on_connect: Callable[[], None],
         on_disconnect: Callable[[], None],
+        *,
+        login: Login | None,
+        on_rejected: Callable[[Rejection], None],
     ) -> None:
         if "bad" in address:
             raise ConnectionFailed(f"{address!r} is not an address to connect to.")
@@ -51,8 +55,8 @@ class Host:
         self._looked_up = asyncio.Event()
         monkeypatch.setattr(connection_module, "Dealer", self._open)
 
-    def _open(self, address: str, *callbacks: Any) -> FakeDealer:
-        dealer = self.dealers[address] = FakeDealer(address, *callbacks)
+    def _open(self, address: str, *callbacks: Any, **keys: Any) -> FakeDealer:
+        dealer = self.dealers[address] = FakeDealer(address, *callbacks, **keys)
         return dealer
 
     def connect(self, *addresses: str, name: str = NAME) -> Connection:
@@ -62,6 +66,8 @@ class Host:
             lambda frames: None,
             lambda: self.told.append("connected"),
             lambda: self.told.append("lost"),
+            login=None,
+            on_rejected=lambda why: self.told.append(why.name),
             look_up=self._look_up,
             every_s=0.0,
         )

@@ -24,7 +24,7 @@ def step(*slices: tuple[int, int, bool]) -> StepDone:
 
 
 def answer_of(prompt: int, new_tokens: int) -> Answer:
-    request = Request((PeerId(b"client"), "r", 0), SamplingParams(), 0.0)
+    request = Request((PeerId(b"client"), "r", 0), SamplingParams(), 0.0, client="client")
     request.accept(range(prompt), Limits((Sampling(),), new_tokens, ()), number=0)
     return request.answers[0]
 

@@ -21,6 +21,8 @@ A, B = WorkerId("a"), WorkerId("b")
 MAP = ((A, LayerRange(0, 2)), (B, LayerRange(2, 6)))
 
 FACTS = {
+    "machine": "mac",
+    "role": "worker",
     "memory_bytes": 8 << 30,
     "earlier": WorkerId("a-2"),
     "device": "cpu",

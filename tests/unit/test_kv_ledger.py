@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.serving import kv_ledger
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix, prefix_key
 
 TEXT = list(range(1000))
 STRIDE = 16
@@ -855,3 +855,18 @@ TestLedgerAndStage.settings = settings(
     database=None,
     phases=(Phase.generate, Phase.shrink),
 )
+
+
+def test_owners_do_not_share_prefixes() -> None:
+    ledger = KVLedger(1024)
+    tokens = list(range(128))
+    assert ledger.open(SequenceId(1), tokens, 129, None, owner="ann")
+    ledger.computed(SequenceId(1), 128)
+    ledger.end(SequenceId(1), keep=True)
+    match = ledger.match(tokens, 127, "ann")
+    assert match is not None
+    assert match.sequence_id == 1
+    for other in ("bob", None):
+        assert ledger.match(tokens, 127, other) is None
+        assert not ledger.may_match(prefix_key(tokens, other))
+    assert ledger.may_match(prefix_key(tokens, "ann"))

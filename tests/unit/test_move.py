@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed_llm.common.keys import NOBODY
 from distributed_llm.common.messages import (
     CopyKV,
     DropStage,
@@ -62,6 +63,7 @@ class Bench:
             self.old,
             self.new,
             addresses=addresses,
+            keys=dict.fromkeys(addresses, NOBODY),
             link_key="key",
             copies=copies,
             copy_s=5.0,

@@ -142,7 +142,9 @@ class Bench:
 
 def answer_of(number: int, prompt: int, new_tokens: int) -> Answer:
     """Return an answer to a prompt of so many tokens, with so many to come; no two begin alike."""
-    request = Request((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
+    request = Request(
+        (PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0, client="client"
+    )
     tokens = [(number + at) % 50 for at in range(prompt)]
     request.accept(tokens, Limits((Sampling(),), new_tokens, ()), number=number)
     return request.answers[0]

@@ -57,7 +57,7 @@ def limits_of(
 def request_of(limits: Limits, prompt: int = 3, **params: Any) -> Request:
     """A request that arrived at second 1; its answers are numbered from 5."""
     key = (PeerId(b"c"), "r", 0)
-    request = Request(key, SamplingParams.from_arguments(params), arrived_at=1.0)
+    request = Request(key, SamplingParams.from_arguments(params), arrived_at=1.0, client="client")
     request.accept(range(prompt), limits, number=5)
     return request
 

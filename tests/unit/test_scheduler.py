@@ -1,6 +1,6 @@
 """What is computed next and for whom: steps, admission, sharing, preemption, failures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import pytest
 
@@ -68,7 +68,9 @@ class Bench:
     ) -> Answer:
         """Make an answer; a prompt that is a number of tokens begins like no other."""
         number, self._number = self._number, self._number + 1
-        request = Request((PeerId(client), f"r{number}", number), SamplingParams(), arrived_at=0.0)
+        request = Request(
+            (PeerId(client), f"r{number}", number), SamplingParams(), arrived_at=0.0, client=client
+        )
         if isinstance(prompt, int):
             prompt = range(10_000 * (number + 1), 10_000 * (number + 1) + prompt)
         limits = Limits((sampling or Sampling(seed=number),), new_tokens, ())
@@ -411,9 +413,11 @@ def test_who_found_no_room_is_asked_about_again_only_when_there_is_more(
     looks: list[int] = []
     match = KVLedger.match
 
-    def counted(ledger: KVLedger, tokens: Sequence[int], limit: int) -> Match | None:
+    def counted(
+        ledger: KVLedger, tokens: Sequence[int], limit: int, owner: Hashable
+    ) -> Match | None:
         looks.append(limit)
-        return match(ledger, tokens, limit)
+        return match(ledger, tokens, limit, owner)
 
     monkeypatch.setattr(KVLedger, "match", counted)
     assert not bench.admit(waiting)

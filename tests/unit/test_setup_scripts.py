@@ -52,6 +52,10 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="there is n
 systems = pytest.mark.parametrize("system", ["linux", "macos"])
 
 
+LINE = f"dllm://pc:1/{'A' * 43}.{'b' * 43}"
+"""What `dllm token create` prints."""
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of what the scripts read, in a folder whose name is hard to handle."""
@@ -263,10 +267,12 @@ def test_it_says_what_to_type_and_asks_dllm_before_it_installs_a_service(copy: P
         (["nonsense"], "Unknown role nonsense. Choose demo, test, coordinator or worker"),
         (["demo", "test"], "Two roles were given, demo and test"),
         (["--nonsense"], "Unknown option --nonsense"),
-        (["worker"], "add --coordinator HOST:PORT"),
+        (["worker"], "add --coordinator dllm://"),
         (["worker", "--coordinator"], "--coordinator needs a value"),
         (["worker", "--coordinator", "pc"], "pc is no address. Write HOST:PORT"),
         (["worker", "--coordinator", "p c:1"], "p c:1 is no address"),
+        (["worker", "--coordinator", "dllm://pc:1/abc"], "not all of the line"),
+        (["worker", "--coordinator", LINE.replace("pc:1", "p c:1")], "p c:1 is no address"),
         (["worker", "--coordinator=pc:1", "--name=a b"], "The name a b will not do"),
         (["demo", "--name", "a"], "belong to the role worker"),
         (["worker", "--bind", "pc:1"], "belongs to the role coordinator"),
@@ -282,6 +288,25 @@ def test_wrong_use(copy: Path, system: str, arguments: list[str], expected: str)
     assert result.returncode == 2
     assert expected in result.stderr
     assert result.stdout == ""
+
+
+@needs_bash
+@systems
+def test_a_line_to_join_with_enrols_first_and_is_shown_nowhere(copy: Path, system: str) -> None:
+    result = run(copy, system, "worker", "--coordinator", LINE, "--name", "mac", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    enrol, work = plan_of(result)[-2:]
+    assert enrol[1:] == ["join", "dllm://pc:1/...", "--enrol-only", "--name", "mac"]
+    assert work[work.index("--coordinator") + 1] == "pc:1"
+    assert LINE not in result.stdout + result.stderr
+    (copy / ".venv/bin").mkdir(parents=True)
+    add_program(copy / ".venv/bin", "python", "exit 0")
+    add_program(copy / ".venv/bin", "dllm", 'echo "$@"; [ "$1" = join ] && exit 3')
+    (copy / ".venv/pyvenv.cfg").write_text(f"command = python -m venv {copy}/.venv\n")
+    real = "macos" if sys.platform == "darwin" else "linux"
+    said = run(copy, real, "worker", "--coordinator", LINE)
+    assert said.returncode == 3, "it was not let in, so it does not work"
+    assert said.stdout.splitlines()[-1] == f"join {LINE} --enrol-only"
 
 
 @needs_bash

@@ -68,7 +68,9 @@ def step(*asked: int | None, samples: bool = True) -> Step:
     asked = asked or (None,)
     answers: list[Answer] = []
     for number, logprobs in enumerate(asked):
-        request = Request((PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0)
+        request = Request(
+            (PeerId(b"client"), f"r{number}", number), SamplingParams(), 0.0, client="client"
+        )
         limits = Limits((Sampling(logprobs=logprobs),), 5, ())
         request.accept(range(TOKENS), limits, number=number)
         answers += request.answers

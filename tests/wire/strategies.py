@@ -3,6 +3,7 @@
 Both are read off the definitions in `messages`: a new message is covered as soon as it exists.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -37,7 +38,7 @@ CASES: list[tuple[Decoder[Message], type[Message]]] = [
 _NAMES = {decoder: name for name, decoder in vars(codec).items() if isinstance(decoder, Decoder)}
 CASE_IDS = [f"{_NAMES[decoder]}-{kind.__name__}" for decoder, kind in CASES]
 
-_MAX_TEXT = 40
+_MAX_TEXT = 43
 _MAX_ITEMS = 4
 
 
@@ -83,6 +84,8 @@ def values(kind: inspect.Type) -> st.SearchStrategy[Any]:
             return st.binary(max_size=_MAX_TEXT if most is None else min(_MAX_TEXT, most))
         case inspect.LiteralType(values=choices):
             return st.sampled_from(list(choices))
+        case inspect.EnumType(cls=cls):
+            return st.sampled_from(list(cls))
         case inspect.UnionType(types=types):
             return st.one_of([values(one) for one in types])
         case inspect.VarTupleType():
@@ -152,12 +155,15 @@ def _example(kind: inspect.Type) -> Any:
             return max(low, min(high, 300))
         case inspect.FloatType(ge=ge, le=le):
             return max(ge or 0.0, 0.5 if le is None else min(0.5, le))
-        case inspect.StrType():
-            return "a1"
+        case inspect.StrType(pattern=pattern):
+            fits = pattern is None or re.search(pattern, "a1")
+            return "a1" if fits else "A" * 43  # a key
         case inspect.BytesType():
             return b"a1"
         case inspect.LiteralType(values=choices):
             return choices[0]
+        case inspect.EnumType(cls=cls):
+            return next(iter(cls))
         case inspect.UnionType(types=types):
             return _example(next(one for one in types if not isinstance(one, inspect.NoneType)))
         case inspect.VarTupleType(item_type=item):

@@ -42,6 +42,7 @@ from distributed_llm.common.messages import (
     Heartbeat,
     KVEnd,
     KVPieces,
+    MembersReport,
     Message,
     PeerProbe,
     RequestFailed,
@@ -145,7 +146,8 @@ def test_the_examples_cover_every_message_and_direction() -> None:
     tags = [kind.__struct_config__.tag for _, kind in CASES]
     assert len(set(tags)) == len({kind for _, kind in CASES})  # one tag, one message
     tensors = {kind for _, kind in CASES if hasattr(example(kind), "tensors")}
-    assert tensors == {Generate, KVEnd, KVPieces, PeerProbe, StatusReport, Task, TaskResult}
+    with_frames = {Generate, KVEnd, KVPieces, MembersReport, PeerProbe, StatusReport, Task}
+    assert tensors == {*with_frames, TaskResult}
 
 
 def chat_of(*messages: ChatMessage) -> Chat:

@@ -42,6 +42,7 @@ def service() -> tuple[coordinator_service.Coordinator, "asyncio.Future[str]"]:
         CoordinatorSettings(heartbeat_interval_s=0.05),
         bind="127.0.0.1:0",
         on_listening=address.set_result,
+        trust=None,
     )
     return made, address
 
@@ -55,7 +56,9 @@ def client(address: str) -> Iterator["asyncio.Future[None]"]:
         if isinstance(codec.to_client.decode(frames)[0], ClientWelcome):
             welcomed.set_result(None)
 
-    dealer = Dealer(address, heard, lambda: None, lambda: None)
+    dealer = Dealer(
+        address, heard, lambda: None, lambda: None, login=None, on_rejected=lambda _: None
+    )
     dealer.send(codec.encode(ClientHello()))
     try:
         yield welcomed
@@ -94,12 +97,13 @@ async def test_coordinator_ends_with_an_exception_outside_of_its_core(
             await running
 
 
-def worker(address: str) -> worker_service.Worker:
+def worker(coordinator: FakeCoordinator) -> worker_service.Worker:
     return worker_service.Worker(
         "a",
         capabilities(),
-        address=address,
-        addresses=(address,),
+        address=coordinator.address,
+        addresses=(coordinator.address,),
+        login=coordinator.login,
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
         local_model="",
@@ -112,7 +116,7 @@ def worker(address: str) -> worker_service.Worker:
 @on_loop
 async def test_worker_ends_with_the_error(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     coordinator = FakeCoordinator()
-    running = asyncio.create_task(worker(coordinator.address).run())
+    running = asyncio.create_task(worker(coordinator).run())
     await coordinator.hear("a", WorkerHello)
     monkeypatch.setattr(Agent, method, broken)
     with pytest.raises(DistributedLLMError, match=r"it is broken.*report"):
@@ -125,7 +129,7 @@ async def test_worker_ends_with_an_exception_outside_of_its_agent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     coordinator = FakeCoordinator()
-    running = asyncio.create_task(worker(coordinator.address).run())
+    running = asyncio.create_task(worker(coordinator).run())
     await coordinator.hear("a", WorkerHello)
     monkeypatch.setattr(codec.to_worker, "decode", broken)
     with pytest.raises(DistributedLLMError, match=r"it is broken.*report"):

@@ -15,6 +15,7 @@ import zmq
 from distributed_llm.common import addresses as addresses_module
 from distributed_llm.common import codec
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
+from distributed_llm.common.keys import NOBODY
 from distributed_llm.common.messages import (
     MAX_SLICES,
     KVTaken,
@@ -62,7 +63,7 @@ class Told(list[Event]):
 @contextmanager
 def opened(bind: str = ANY) -> Iterator[tuple[Links, Told]]:
     told = Told()
-    made = Links(bind, told.append)
+    made = Links(bind, told.append, keys=None, admits=lambda key: False)
     try:
         yield made, told
     finally:
@@ -72,7 +73,7 @@ def opened(bind: str = ANY) -> Iterator[tuple[Links, Told]]:
 @asynccontextmanager
 async def linked(links: Links, told: Told, after: Links, after_told: Told) -> AsyncIterator[PeerId]:
     """Bring a link up; yield the name under which the next worker knows the one before."""
-    links.open(LINK, (after.address,))
+    links.open(LINK, (after.address,), NOBODY)
     reached = await told.until(LinkReached)
     assert reached == LinkReached(LINK, after.address)
     links.greet(LINK, HELLO, (after.address,))
@@ -128,7 +129,7 @@ async def test_tasks_go_to_the_next_worker_in_order() -> None:
 @on_loop
 async def test_hello_that_is_not_welcome_brings_no_link_up() -> None:
     with opened() as (links, told), opened() as (after, after_told):
-        links.open(LINK, (after.address,))
+        links.open(LINK, (after.address,), NOBODY)
         await told.until(LinkReached)
         for _ in range(3):
             links.greet(LINK, HELLO, (after.address,))
@@ -157,7 +158,7 @@ async def test_first_welcome_wins_and_the_other_connections_are_closed() -> None
         opened() as (one, one_told),
         opened() as (two, two_told),
     ):
-        links.open(LINK, (one.address, two.address, one.address))
+        links.open(LINK, (one.address, two.address, one.address), NOBODY)
         await told.until(LinkReached, 2)
         links.greet(LINK, HELLO, (one.address, two.address))
         first, second = await two_told.until(PeerReceived), await one_told.until(PeerReceived)
@@ -183,7 +184,7 @@ async def test_new_link_replaces_the_old_one_of_its_name() -> None:
         opened() as (other, other_told),
     ):
         async with linked(links, told, after, after_told):
-            links.open(LINK, (other.address,))
+            links.open(LINK, (other.address,), NOBODY)
             links.send(LINK, *task())
             reached = await told.until(LinkReached, 2)
             assert reached == LinkReached(LINK, other.address)
@@ -206,7 +207,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
     with opened() as (links, told), opened() as (after, after_told):
         async with linked(links, told, after, after_told):
             for number, name in enumerate(names[1:], 2):
-                links.open(name, (after.address,))
+                links.open(name, (after.address,), NOBODY)
                 assert await told.until(LinkReached, number) == LinkReached(name, after.address)
                 hello = PeerHello(epoch=name.epoch, key="proof")
                 links.greet(name, hello, (after.address,))
@@ -231,7 +232,7 @@ async def test_links_of_two_epochs_and_of_transfers_are_used_side_by_side() -> N
 async def test_answers_over_a_link_are_told() -> None:
     taken = KVTaken(epoch=Epoch(3), layers=LayerRange(0, 2), number=7)
     with opened() as (links, told), opened() as (after, after_told):
-        links.open(LINK, (after.address,))
+        links.open(LINK, (after.address,), NOBODY)
         await told.until(LinkReached)
         links.greet(LINK, HELLO, (after.address,))
         heard = await after_told.until(PeerReceived)
@@ -262,7 +263,7 @@ async def test_worker_that_closes_is_told_of_and_found_again() -> None:
         assert await told.until(LinkDown) == LinkDown(LINK)
         links.send(LINK, *task())  # to nobody: no error
         told.clear()
-        links.open(LINK, (address,))
+        links.open(LINK, (address,), NOBODY)
         with opened(address) as (again, again_told):
             async with linked(links, told, again, again_told):
                 links.send(LINK, *task(7))
@@ -279,7 +280,7 @@ async def main():
     def on_event(event):
         if isinstance(event, PeerReceived) and isinstance(event.message, PeerHello):
             links.answer(event.peer, PeerWelcome(epoch=event.message.epoch))
-    links = Links("127.0.0.1:0", on_event)
+    links = Links("127.0.0.1:0", on_event, keys=None, admits=lambda key: False)
     print(links.address, flush=True)
     await asyncio.Event().wait()
 
@@ -293,7 +294,7 @@ async def linked_to_process(links: Links, told: Told) -> AsyncIterator["subproce
     with process(CHILD) as child:
         assert child.stdout
         address = (await asyncio.to_thread(child.stdout.readline)).strip()
-        links.open(LINK, (address,))
+        links.open(LINK, (address,), NOBODY)
         await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await told.until(LinkUp)
@@ -344,7 +345,7 @@ async def test_frozen_worker_is_noticed_without_a_task(monkeypatch: pytest.Monke
 async def test_addresses_where_nobody_is_do_no_harm() -> None:
     with opened() as (links, told), opened() as (after, after_told):
         nobody = (f"127.0.0.1:{free_port()}", "192.0.2.1:7", "[2001:db8::1]:7", "no.such.invalid:7")
-        links.open(LINK, (*nobody, after.address))
+        links.open(LINK, (*nobody, after.address), NOBODY)
         assert await told.until(LinkReached) == LinkReached(LINK, after.address)
         links.greet(LINK, HELLO, (*nobody, after.address))
         heard = await after_told.until(PeerReceived)
@@ -362,7 +363,7 @@ async def test_addresses_where_nobody_is_do_no_harm() -> None:
 @on_loop
 async def test_what_is_no_address_is_passed_over(address: str) -> None:
     with opened() as (links, told), opened() as (after, _):
-        links.open(LINK, (address, after.address))
+        links.open(LINK, (address, after.address), NOBODY)
         assert await told.until(LinkReached) == LinkReached(LINK, after.address)
         assert list(links._links[LINK]._dials) == [after.address]
 
@@ -372,14 +373,14 @@ async def test_black_hole_says_nothing_and_closes_at_once() -> None:
     """A port that accepts and never answers: no event, and no wait when it is given up."""
     with socket.create_server(("127.0.0.1", 0)) as server, opened() as (links, told):
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        links.open(LINK, (address,))
+        links.open(LINK, (address,), NOBODY)
         asker, _ = await asyncio.to_thread(server.accept)
         with asker:
             links.greet(LINK, HELLO, (address,))
             links.send(LINK, *task())
             before = asyncio.get_running_loop().time()
             for _ in range(20):
-                links.open(LINK, (address,))
+                links.open(LINK, (address,), NOBODY)
             links.close_link(LINK)
             assert asyncio.get_running_loop().time() - before < 0.3 * 20 / 2
             assert told == []
@@ -409,7 +410,7 @@ async def test_noise_in_answer_to_a_hello_is_told() -> None:
     with opened() as (links, told), raw_sockets() as raw:
         router = raw(zmq.ROUTER)
         address = f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
-        links.open(LINK, (address,))
+        links.open(LINK, (address,), NOBODY)
         await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await come_true(lambda: bool(router.poll(0)))
@@ -424,7 +425,7 @@ async def test_noise_over_a_link_that_is_up_is_told_with_the_link() -> None:
     with opened() as (links, told), raw_sockets() as raw:
         router = raw(zmq.ROUTER)
         address = f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
-        links.open(LINK, (address,))
+        links.open(LINK, (address,), NOBODY)
         await told.until(LinkReached)
         links.greet(LINK, HELLO, (address,))
         await come_true(lambda: bool(router.poll(0)))
@@ -545,14 +546,14 @@ async def test_this_machine_is_reached_at_what_it_says() -> None:
     with opened("0.0.0.0:0") as (links, _), opened() as (before, told):
         addresses = reachable_at(links.address, "")
         assert addresses[-1].startswith("127.0.0.1:")
-        before.open(LINK, addresses)
+        before.open(LINK, addresses, NOBODY)
         await told.until(LinkReached, len(addresses))
 
 
 @on_loop
 async def test_taken_address_is_refused_with_what_to_do() -> None:
     with opened() as (links, _), pytest.raises(AddressInUse) as caught:
-        Links(links.address, Told().append)
+        Links(links.address, Told().append, keys=None, admits=lambda key: False)
     assert "choose another with peer_bind" in str(caught.value)
 
 
@@ -571,7 +572,7 @@ async def test_opening_and_closing_leaks_nothing() -> None:
         with opened() as (links, told), opened() as (after, after_told):
             async with linked(links, told, after, after_told):
                 links.send(LINK, *task())
-            links.open(LinkId(Epoch(4)), (f"127.0.0.1:{free_port()}", after.address))
+            links.open(LinkId(Epoch(4)), (f"127.0.0.1:{free_port()}", after.address), NOBODY)
 
     await cycle()
     files, threads = num_fds(me), me.num_threads()
@@ -586,7 +587,7 @@ async def test_links_of_many_epochs_leave_nothing_behind() -> None:
     """As a worker lives: its own sockets stay, only the link changes."""
     me = psutil.Process()
     with opened() as (links, told), opened() as (after, after_told), opened() as (keep, _):
-        keep.open(LinkId(Epoch(1)), (after.address,))
+        keep.open(LinkId(Epoch(1)), (after.address,), NOBODY)
 
         async def epoch() -> None:
             told.clear()

@@ -59,7 +59,7 @@ from distributed_llm.worker.session.events import (
     Unload,
 )
 from tests.wire.test_transport import come_true, on_loop
-from tests.wire.test_worker import IDS, TOKEN_IDS, Coordinator, capabilities, order
+from tests.wire.test_worker import IDS, KEYS, TOKEN_IDS, Coordinator, capabilities, order
 
 pytestmark = pytest.mark.timeout(60)
 PIECE_BYTES = 1 << 20
@@ -140,6 +140,7 @@ async def workers(
             capabilities(),
             address=coordinator.address,
             addresses=(coordinator.address,),
+            login=coordinator.login,
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
             local_model="",
@@ -166,7 +167,7 @@ async def both_loaded(coordinator: Coordinator) -> None:
     alone = msgspec.structs.replace(order(1, None), layers=LayerRange(0, 2))
     coordinator.say("a", alone)
     await coordinator.hear("a", StageReady)
-    to_b = NextStage(worker="b", addresses=address_of(coordinator, "b"))
+    to_b = NextStage(worker="b", addresses=address_of(coordinator, "b"), key=KEYS.public)
     last = msgspec.structs.replace(order(2, None, "new"), beside=Epoch(1), imports=(SECOND,))
     coordinator.say("b", last)
     coordinator.say("a", msgspec.structs.replace(order(2, to_b, "new"), beside=Epoch(1)))
@@ -176,7 +177,8 @@ async def both_loaded(coordinator: Coordinator) -> None:
 
 
 def copy_to_b(coordinator: Coordinator) -> CopyKV:
-    what = KVTransfer(layers=SECOND, worker="b", addresses=address_of(coordinator, "b"))
+    addresses = address_of(coordinator, "b")
+    what = KVTransfer(layers=SECOND, worker="b", addresses=addresses, key=KEYS.public)
     return CopyKV(epoch=Epoch(2), link_key="new", transfers=(what,))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from distributed_llm import AsyncDistributedClient
 from distributed_llm.common import codec
+from distributed_llm.common.keyring import Keyring, state_folder
 from distributed_llm.common.messages import Heartbeat, ToWorker, WorkerHello
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer, Router
@@ -66,7 +67,14 @@ async def test_a_coordinator_that_stood_still_loses_nobody(jump: Callable[[], No
 
     hello = WorkerHello(name="pc", instance="1", capabilities=capabilities(1000))
     async with coordinator() as address:
-        worker = Dealer(address, hear, lambda: worker.send(codec.encode(hello)), heard.clear)
+        worker = Dealer(
+            address,
+            hear,
+            lambda: worker.send(codec.encode(hello)),
+            heard.clear,
+            login=Keyring(state_folder()).login(address),
+            on_rejected=lambda _: None,
+        )
         try:
             async with AsyncDistributedClient(address) as client:
                 await come_true(lambda: bool(heard))
@@ -114,7 +122,12 @@ async def test_a_coordinator_hears_what_has_arrived_before_it_looks_at_the_time(
     async with coordinator() as address:
         hello = WorkerHello(name="pc", instance="1", capabilities=capabilities(1000))
         worker = Dealer(
-            address, lambda frames: None, lambda: worker.send(codec.encode(hello)), lambda: None
+            address,
+            lambda frames: None,
+            lambda: worker.send(codec.encode(hello)),
+            lambda: None,
+            login=Keyring(state_folder()).login(address),
+            on_rejected=lambda _: None,
         )
         try:
             await come_true(lambda: "on_timer" in calls)  # one is due soon after it joined

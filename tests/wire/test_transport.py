@@ -29,6 +29,7 @@ from distributed_llm.common.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.tensors import MAX_FRAME_BYTES
 from distributed_llm.common.transport import Dealer, Delivery, Router, sockets
 from distributed_llm.common.transport import dealer as dealer_module
@@ -78,12 +79,14 @@ class End:
         self.heard = Inbox()
         self.connects = Inbox()
         self.losses = Inbox()
+        self.rejections = Inbox()
 
     def router(self, bind: str = ANY) -> Router:
         return Router(
             bind,
-            lambda peer, frames: self.heard.put(peer, [bytes(frame) for frame in frames]),
+            lambda peer, _, frames: self.heard.put(peer, [bytes(frame) for frame in frames]),
             self.losses.put,
+            door=None,
         )
 
     def dealer(self, address: str) -> Dealer:
@@ -92,6 +95,8 @@ class End:
             lambda frames: self.heard.put([bytes(frame) for frame in frames]),
             self.connects.put,
             self.losses.put,
+            login=None,
+            on_rejected=self.rejections.put,
         )
 
 
@@ -249,7 +254,7 @@ async def test_a_flood_leaves_the_loop_to_others(peers: int, each: int) -> None:
         per_turn.append(turn)
         turn = 0
 
-    def on_message(peer: PeerId, frames: list[Any]) -> None:
+    def on_message(peer: PeerId, key: PublicKey, frames: list[Any]) -> None:
         nonlocal heard, turn
         if turn == 0:
             loop.call_soon(next_turn)
@@ -258,7 +263,7 @@ async def test_a_flood_leaves_the_loop_to_others(peers: int, each: int) -> None:
         if heard == peers * each:
             done.set()
 
-    router = Router(ANY, on_message, lambda: None)
+    router = Router(ANY, on_message, lambda: None, door=None)
     try:
         with process(FLOOD, router.address, str(peers), str(each)):
             await done.wait()
@@ -396,7 +401,14 @@ async def test_receiving_does_not_swallow_that_there_is_room_to_send() -> None:
                 numbers.append(router.recv_multipart()[1])
             select.select([dealer._pump._fd], [], [])  # the news that there is room is here
 
-        dealer = Dealer(f"127.0.0.1:{port}", on_message, connects.put, lambda: None)
+        dealer = Dealer(
+            f"127.0.0.1:{port}",
+            on_message,
+            connects.put,
+            lambda: None,
+            login=None,
+            on_rejected=lambda _: None,
+        )
         try:
             await connects.until(1)
             dealer.send([b"hello"])
@@ -488,6 +500,8 @@ async def test_messages_come_before_the_loss_of_their_connection() -> None:
             lambda frames: story.put(bytes(frames[0])),
             lambda: story.put("connected"),
             lambda: story.put("lost"),
+            login=None,
+            on_rejected=lambda _: None,
         )
         dealer.send([b"hello"])
         await story.until(1)
@@ -880,17 +894,21 @@ FORK = """
 import asyncio, os, sys
 from distributed_llm.common.transport import Dealer, Router
 
+def dial(address, on_message, on_connect):
+    nothing = lambda *_: None
+    return Dealer(address, on_message, on_connect, nothing, login=None, on_rejected=nothing)
+
 async def speak(address, word):
     over = asyncio.get_running_loop().create_future()
-    dealer = Dealer(address, over.set_result, lambda: dealer.send([word]), lambda: None)
+    dealer = dial(address, over.set_result, lambda: dealer.send([word]))
     await over
     dealer.close()
 
 async def main():
     heard = []
-    router = Router("127.0.0.1:0", lambda peer, frames: (
-        heard.append(bytes(frames[0])), router.send(peer, [b"heard"])), lambda: None)
-    dealer = Dealer(router.address, lambda frames: None, lambda: None, lambda: None)
+    router = Router("127.0.0.1:0", lambda peer, key, frames: (
+        heard.append(bytes(frames[0])), router.send(peer, [b"heard"])), lambda: None, door=None)
+    dealer = dial(router.address, lambda frames: None, lambda: None)
     child = os.fork()
     if not child:
         asyncio._set_running_loop(None)
@@ -955,7 +973,15 @@ async def test_what_is_no_address_is_refused_and_leaks_nothing(address: str) -> 
 async def test_outbox_may_be_smaller() -> None:
     with opened(End()) as router:
         address = router.address
-    dealer = Dealer(address, lambda _: None, lambda: None, lambda: None, max_outbox=3)
+    dealer = Dealer(
+        address,
+        lambda _: None,
+        lambda: None,
+        lambda: None,
+        login=None,
+        on_rejected=lambda _: None,
+        max_outbox=3,
+    )
     try:
         for _ in range(3):
             dealer.send([b"x"])
@@ -1023,7 +1049,14 @@ async def test_closing_twice_or_from_a_callback_is_harmless() -> None:
             dealer.close()
             closed.set()
 
-        dealer = Dealer(router.address, on_message, lambda: None, lambda: None)
+        dealer = Dealer(
+            router.address,
+            on_message,
+            lambda: None,
+            lambda: None,
+            login=None,
+            on_rejected=lambda _: None,
+        )
         dealer.send([b"hello"])
         await above.heard.until(1)
         for _ in range(3):

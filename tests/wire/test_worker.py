@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distributed_llm.common import codec
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     Capabilities,
     DropStage,
@@ -28,7 +29,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
-from distributed_llm.common.transport import Delivery, Router
+from distributed_llm.common.transport import Delivery, Door, Login, Router, new_key_pair
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.model.stage import Stage, StageOutput
@@ -39,6 +40,9 @@ from tests.wire.test_transport import come_true, on_loop
 pytestmark = pytest.mark.timeout(60)
 IDS = TensorSpec("int32", (2,))
 TOKEN_IDS = bytes([5, 0, 0, 0, 6, 0, 0, 0])
+
+KEYS = new_key_pair()
+"""Of all workers, as if one user of one machine ran them."""
 
 
 class FakeStage:
@@ -71,7 +75,10 @@ class Coordinator:
         self.frames: list[tuple[Frame, ...]] = []
         self.bytes = 0
         self._peers: dict[PeerId, str] = {}
-        self._router = Router("127.0.0.1:0", self._on_message, lambda: None)
+        keys = new_key_pair()
+        door = Door(keys, lambda key: key == KEYS.public)
+        self._router = Router("127.0.0.1:0", self._on_message, lambda: None, door=door)
+        self.login = Login(keys.public, KEYS)
         self.address = self._router.address
 
     def close(self) -> None:
@@ -89,7 +96,7 @@ class Coordinator:
         await come_true(lambda: len(self.messages_of(name, kind)) >= count)
         return self.messages_of(name, kind)[count - 1]
 
-    def _on_message(self, peer: PeerId, frames: list[Frame]) -> None:
+    def _on_message(self, peer: PeerId, key: PublicKey, frames: list[Frame]) -> None:
         message, tensors = codec.to_coordinator.decode(frames)
         if isinstance(message, WorkerHello):
             self._peers[peer] = message.name
@@ -117,6 +124,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]
             capabilities(),
             address=coordinator.address,
             addresses=(coordinator.address,),
+            login=coordinator.login,
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
             local_model="",
@@ -161,6 +169,7 @@ def order(epoch: int, next_stage: NextStage | None, key: str = "key") -> LoadSta
         kv_tokens=64,
         link_key=key,
         next_stage=next_stage,
+        senders=(KEYS.public,),
     )
 
 
@@ -185,7 +194,7 @@ async def load(
     ready = [len(coordinator.messages_of(name, StageReady)) for name in ("a", "b")]
     reports = len(coordinator.messages_of("a", LinkReport))
     coordinator.say("b", order(epoch, None, key_of_b))
-    coordinator.say("a", order(epoch, NextStage(worker="b", addresses=(address,))))
+    coordinator.say("a", order(epoch, NextStage(worker="b", addresses=(address,), key=KEYS.public)))
     for name, count in zip(("a", "b"), ready, strict=True):
         assert (await coordinator.hear(name, StageReady, count + 1)).epoch == epoch
     report = await coordinator.hear("a", LinkReport, reports + 1)

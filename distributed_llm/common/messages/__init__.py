@@ -44,10 +44,15 @@ from distributed_llm.common.messages.from_client import (
     Chat,
     ChatMessage,
     ClientHello,
+    CreateToken,
     DrainWorker,
+    Enrol,
     Generate,
+    GetMembers,
     GetStatus,
     Ping,
+    RemoveMachine,
+    RevokeToken,
     ToolCall,
 )
 from distributed_llm.common.messages.from_worker import (
@@ -76,9 +81,13 @@ from distributed_llm.common.messages.to_anybody import (
 from distributed_llm.common.messages.to_client import (
     MAX_SPELLING,
     ClientWelcome,
+    ClusterMembers,
     ClusterStatus,
+    Enrolled,
     Finished,
     FinishReason,
+    MachineStatus,
+    MembersReport,
     RequestFailed,
     Spelling,
     StageTiming,
@@ -86,6 +95,7 @@ from distributed_llm.common.messages.to_client import (
     Timings,
     TokenChunk,
     TokenLogprobs,
+    TokenStatus,
     Usage,
     WorkerDrained,
     WorkerStatus,
@@ -134,16 +144,21 @@ __all__ = [
     "ClientHello",
     "ClientRequest",
     "ClientWelcome",
+    "ClusterMembers",
     "ClusterStatus",
     "CopyKV",
+    "CreateToken",
     "DrainWorker",
     "DropStage",
+    "Enrol",
+    "Enrolled",
     "FinishReason",
     "Finished",
     "Flops",
     "FromClient",
     "FromWorker",
     "Generate",
+    "GetMembers",
     "GetStatus",
     "Goodbye",
     "HandOver",
@@ -160,7 +175,9 @@ __all__ = [
     "Leaving",
     "LinkReport",
     "LoadStage",
+    "MachineStatus",
     "MayLeave",
+    "MembersReport",
     "Message",
     "Microseconds",
     "MissingPositions",
@@ -178,9 +195,11 @@ __all__ = [
     "Refused",
     "ReleaseSequences",
     "Remeasured",
+    "RemoveMachine",
     "Renamed",
     "RequestFailed",
     "RequestId",
+    "RevokeToken",
     "SequenceIds",
     "SequenceSlice",
     "SharedPrefix",
@@ -205,6 +224,7 @@ __all__ = [
     "ToWorker",
     "TokenChunk",
     "TokenLogprobs",
+    "TokenStatus",
     "ToolCall",
     "UndoMove",
     "Usage",
@@ -233,11 +253,21 @@ WorkerReport = (
 )
 """Messages that only a welcomed worker may send."""
 
-ClientRequest = Generate | Cancel | GetStatus | DrainWorker | Ping
+ClientRequest = (
+    Generate
+    | Cancel
+    | GetStatus
+    | DrainWorker
+    | GetMembers
+    | CreateToken
+    | RevokeToken
+    | RemoveMachine
+    | Ping
+)
 """Messages that only a welcomed client may send."""
 
 FromWorker = WorkerHello | WorkerReport | Goodbye
-FromClient = ClientHello | ClientRequest
+FromClient = Enrol | ClientHello | ClientRequest
 ToCoordinator = FromWorker | FromClient
 ToWorker = (
     Welcome
@@ -255,12 +285,14 @@ ToWorker = (
     | Refused
 )
 ToClient = (
-    ClientWelcome
+    Enrolled
+    | ClientWelcome
     | TokenChunk
     | Finished
     | RequestFailed
     | StatusReport
     | WorkerDrained
+    | MembersReport
     | Pong
     | Refused
 )

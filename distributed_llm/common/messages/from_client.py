@@ -4,7 +4,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from distributed_llm.common.messages.base import Message, Name, RequestId, Value
+from distributed_llm.common.keys import PublicKey
+from distributed_llm.common.messages.base import Label, Message, Name, RequestId, Value
+from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import TensorSpec
 
@@ -99,6 +101,55 @@ class DrainWorker(Message, frozen=True, kw_only=True, tag="drain_worker"):
     """
 
     worker: Name
+
+
+class GetMembers(Message, frozen=True, kw_only=True, tag="get_members"):
+    """Admin -> coordinator: who may connect. Answered by `MembersReport`."""
+
+
+class CreateToken(Message, frozen=True, kw_only=True, tag="create_token"):
+    """Admin -> coordinator: let machines enrol by a token. Answered by `MembersReport`.
+
+    Attributes:
+        key: public half of the token; the secret one stays with who asks.
+        role: of the machines that enrol by it.
+        uses: machines that may; None for any number.
+        lifetime_s: time for which they may; None for ever.
+    """
+
+    key: PublicKey
+    role: Role
+    uses: Annotated[int, Meta(ge=1, le=4096)] | None
+    lifetime_s: Annotated[float, Meta(gt=0, le=1e9)] | None
+
+
+class RevokeToken(Message, frozen=True, kw_only=True, tag="revoke_token"):
+    """Admin -> coordinator: let nobody enrol by a token any more. Answered by `MembersReport`."""
+
+    token_id: Label
+
+
+class RemoveMachine(Message, frozen=True, kw_only=True, tag="remove_machine"):
+    """Admin -> coordinator: let a machine connect no more. Answered by `MembersReport`.
+
+    Its sessions end at once.
+    """
+
+    name: Label
+
+
+class Enrol(Message, frozen=True, kw_only=True, tag="enrol"):
+    """Holder of a token -> coordinator: let a machine connect. Answered by `Enrolled` or `Refused`.
+
+    The connection is good for nothing else.
+
+    Attributes:
+        key: of the machine.
+        name: that it asks for.
+    """
+
+    key: PublicKey
+    name: Name
 
 
 class Ping(Message, frozen=True, kw_only=True, tag="ping"):

@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import (
+    Addresses,
     Capabilities,
     Label,
     Message,
@@ -14,6 +16,7 @@ from distributed_llm.common.messages.base import (
     Text,
     Value,
 )
+from distributed_llm.common.roles import Role
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
 
@@ -169,6 +172,75 @@ class WorkerDrained(Message, frozen=True, kw_only=True, tag="worker_drained"):
     message: Text = ""
 
 
+class Enrolled(Message, frozen=True, kw_only=True, tag="enrolled"):
+    """Coordinator -> holder of a token: answers `Enrol`: the machine may connect now.
+
+    Attributes:
+        name: of the machine.
+        role: what it may do.
+    """
+
+    name: Name
+    role: Role
+
+
+class MachineStatus(Value, frozen=True, kw_only=True):
+    """One machine that is enrolled.
+
+    Attributes:
+        enrolled_at: seconds since 1970.
+        sessions: connections that it has now.
+    """
+
+    name: Name
+    role: Role
+    key: PublicKey
+    enrolled_at: float
+    sessions: Count
+
+
+class TokenStatus(Value, frozen=True, kw_only=True):
+    """One token by which machines may enrol.
+
+    Attributes:
+        uses_left: None for any number.
+        expires_at: seconds since 1970; None for never.
+    """
+
+    id: Label
+    role: Role
+    created_at: float
+    uses_left: Count | None
+    expires_at: float | None
+
+
+class ClusterMembers(Value, frozen=True, kw_only=True):
+    """Who may connect to a coordinator. It travels as msgpack in a tensor frame.
+
+    Attributes:
+        addresses: "HOST:PORT"s at which other machines reach it, best first; none if they cannot.
+    """
+
+    machines: tuple[MachineStatus, ...]
+    tokens: tuple[TokenStatus, ...]
+    addresses: Addresses = ()
+
+
+class MembersReport(Message, frozen=True, kw_only=True, tag="members_report"):
+    """Coordinator -> admin: answers `GetMembers` and all that changes members.
+
+    One tensor: `ClusterMembers` as msgpack; none if what was asked could not be done.
+
+    Attributes:
+        code: `code` of the exception in `common.errors`; empty if it was done.
+        message: what happened, why, and what to do.
+    """
+
+    code: Label = ""
+    message: Text = ""
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)] = ()
+
+
 class WorkerStatus(Value, frozen=True, kw_only=True):
     """One worker, as the coordinator sees it.
 
@@ -227,6 +299,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         requests_failed: requests that ended with an error, refused ones included.
         rejected: number of messages that were dropped, by reason.
         events: the latest events, oldest first; what happened several times is one of them.
+        insecure: no keys are used: whoever reaches the port may do everything.
     """
 
     model: str
@@ -251,6 +324,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     rejected: dict[str, Count]
     workers: tuple[WorkerStatus, ...]
     events: tuple[str, ...]
+    insecure: bool = False
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):

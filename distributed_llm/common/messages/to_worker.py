@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages.base import (
     MAX_STAGES,
     Addresses,
@@ -66,10 +67,16 @@ class ModelSource(Value, frozen=True, kw_only=True):
 
 
 class NextStage(Value, frozen=True, kw_only=True):
-    """The worker of the next stage, and addresses at which it may be reached, best first."""
+    """The worker of the next stage.
+
+    Attributes:
+        addresses: at which it may be reached, best first.
+        key: that it has to hold.
+    """
 
     worker: Name
     addresses: Addresses
+    key: PublicKey = NOBODY
 
 
 class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
@@ -90,6 +97,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
             its KV cache on to `epoch`. None: `epoch` is loaded alone.
         trials: run trial steps of several sizes before `StageReady`, unless other layers serve.
         imports: layers whose KV cache other workers will send, one range per worker.
+        senders: keys of the workers that may connect, to send tasks and KV cache of `epoch`.
     """
 
     epoch: Epoch
@@ -104,14 +112,20 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     beside: Epoch | None = None
     trials: bool = False
     imports: Annotated[tuple[LayerRange, ...], Meta(max_length=MAX_STAGES)] = ()
+    senders: Annotated[tuple[PublicKey, ...], Meta(max_length=MAX_STAGES)] = ()
 
 
 class KVTransfer(Value, frozen=True, kw_only=True):
-    """Layers whose KV cache is to be sent, and the worker to send it to."""
+    """Layers whose KV cache is to be sent, and the worker to send it to.
+
+    Attributes:
+        key: that the worker has to hold.
+    """
 
     layers: LayerRange
     worker: Name
     addresses: Addresses
+    key: PublicKey = NOBODY
 
 
 class CopyKV(Message, frozen=True, kw_only=True, tag="copy_kv"):

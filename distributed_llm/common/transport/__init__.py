@@ -1,9 +1,19 @@
-"""ROUTER and DEALER sockets under asyncio. The only package that uses ZeroMQ.
+"""ROUTER and DEALER sockets under asyncio, encrypted, between holders of keys who know each other.
 
-Both sockets call back on the event loop's thread.
+The only package that uses ZeroMQ. Both sockets call back on the event loop's thread.
 """
 
-from distributed_llm.common.transport.dealer import Dealer
-from distributed_llm.common.transport.router import Delivery, Router
+from distributed_llm.common.transport.dealer import Dealer, Login, Rejection
+from distributed_llm.common.transport.keys import key_pair_of, new_key_pair
+from distributed_llm.common.transport.router import Delivery, Door, Router
 
-__all__ = ["Dealer", "Delivery", "Router"]
+__all__ = [
+    "Dealer",
+    "Delivery",
+    "Door",
+    "Login",
+    "Rejection",
+    "Router",
+    "key_pair_of",
+    "new_key_pair",
+]

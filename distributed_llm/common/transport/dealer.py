@@ -10,10 +10,13 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
 
 import zmq
 
 from distributed_llm.common.errors import ConnectionFailed, LocalProtocolError
+from distributed_llm.common.keys import KeyPair, PublicKey, key_bytes
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport.pump import Monitor, Pump
 from distributed_llm.common.transport.sockets import LINGER_MS, open_socket, tcp_endpoint
@@ -25,6 +28,53 @@ _MAX_SOCKETS = 16_384
 """Sockets in the context that DEALERs share."""
 
 
+_HANG_UPS = 3
+"""Handshakes in a row that the other end breaks off in silence, as it does if it holds another key
+than it should, until that is taken for the reason."""
+
+_WATCHED = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+
+
+class Rejection(Enum):
+    """Why the two ends of a connection do not accept each other.
+
+    Attributes:
+        OUR_KEY: the ROUTER does not admit the key of this end.
+        SERVER_KEY: the ROUTER does not hold the key that it should.
+        NO_KEYS: one end uses keys and the other does not, or the other speaks no ZeroMQ.
+    """
+
+    OUR_KEY = auto()
+    SERVER_KEY = auto()
+    NO_KEYS = auto()
+
+
+@dataclass(frozen=True)
+class Login:
+    """The keys of both ends of a connection.
+
+    Attributes:
+        server: the key that the ROUTER has to hold: nobody else can read what is sent.
+        keys: of this end.
+    """
+
+    server: PublicKey
+    keys: KeyPair
+
+    def put_on(self, socket: "zmq.Socket[bytes]") -> None:
+        """Have a DEALER use the keys."""
+        socket.curve_serverkey = key_bytes(self.server)
+        socket.curve_publickey = key_bytes(self.keys.public)
+        socket.curve_secretkey = key_bytes(self.keys.secret)
+
+
 class Dealer:
     """A connection to a ROUTER, for one session.
 
@@ -34,6 +84,10 @@ class Dealer:
         on_connect: called when the other end has answered ZeroMQ's handshake.
         on_disconnect: called when the connection is lost, after the last message. The session is
             over then: nothing more is sent, and reconnecting is not reported.
+        login: the keys of both ends; None connects to a ROUTER without keys.
+        on_rejected: called at most once if the two ends do not accept each other, in place of
+            `on_connect`. What the other end does is known by its silence only: it may as well be
+            starting or ending while it is `Rejection.SERVER_KEY`.
         max_outbox: messages that may wait here, besides those that ZeroMQ and the network hold.
 
     Attributes:
@@ -51,9 +105,14 @@ class Dealer:
         on_connect: Callable[[], None],
         on_disconnect: Callable[[], None],
         *,
+        login: Login | None,
+        on_rejected: Callable[[Rejection], None],
         max_outbox: int = _MAX_OUTBOX,
     ) -> None:
+        self._on_message = on_message
         self._on_connect = on_connect
+        self._on_rejected = on_rejected
+        self._hung_up = 0
         self._on_disconnect = on_disconnect
         self._max_outbox = max_outbox
         self._outbox: deque[list[Frame]] = deque()
@@ -63,9 +122,10 @@ class Dealer:
         self.local_host = ""
         self._socket = open_socket(_dealers.acquire(), zmq.DEALER)
         self._socket.immediate = True
-        self._pump = Pump(self._socket, on_message, self._flush)
-        events = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
-        self._monitor = Monitor(self._socket, events, self._watch)
+        if login:
+            login.put_on(self._socket)
+        self._pump = Pump(self._socket, self._receive, self._flush)
+        self._monitor = Monitor(self._socket, _WATCHED, self._watch)
         try:
             self._socket.connect(tcp_endpoint(address, self._socket))
         except zmq.ZMQError as exc:
@@ -101,6 +161,9 @@ class Dealer:
         self._socket.close(linger_ms)
         _dealers.release()
 
+    def _receive(self, parts: list[zmq.Frame]) -> None:
+        self._on_message([part.buffer for part in parts])
+
     def _flush(self) -> bool:
         while self._outbox:
             try:
@@ -117,6 +180,14 @@ class Dealer:
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED and not self._over:
             self._connected = True
             self._on_connect()
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._reject(Rejection.OUR_KEY)
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            self._reject(Rejection.NO_KEYS)
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            self._hung_up += 1
+            if self._hung_up == _HANG_UPS:
+                self._reject(Rejection.SERVER_KEY)
         elif event == zmq.EVENT_DISCONNECTED and self._connected:
             self._connected = False
             self._over = True
@@ -124,6 +195,11 @@ class Dealer:
             self._pump.deliver_all()
             if not self._pump.closed:
                 self._on_disconnect()
+
+    def _reject(self, why: Rejection) -> None:
+        if not self._over:
+            self._over = True
+            self._on_rejected(why)
 
 
 class _SharedContext:

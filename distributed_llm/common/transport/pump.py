@@ -12,8 +12,6 @@ from collections.abc import Callable
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from distributed_llm.common.tensors import Frame
-
 _BATCH = 64
 """Messages that a socket calls back with before it yields to the event loop."""
 
@@ -25,18 +23,18 @@ class Pump:
     """Calls back with every message of a socket, `_BATCH` messages at a time.
 
     Args:
-        on_frames: called with each message.
+        on_parts: called with each message.
         flush: sends what can be sent now; returns whether that was everything.
     """
 
     def __init__(
         self,
         socket: "zmq.Socket[bytes]",
-        on_frames: Callable[[list[Frame]], None],
+        on_parts: Callable[[list[zmq.Frame]], None],
         flush: Callable[[], bool] = lambda: True,
     ) -> None:
         self._socket = socket
-        self._on_frames = on_frames
+        self._on_parts = on_parts
         self._flush = flush
         self._loop = asyncio.get_running_loop()
         self._again: asyncio.Handle | None = None
@@ -97,7 +95,7 @@ class Pump:
             return False
         parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
         try:
-            self._on_frames([part.buffer for part in parts])
+            self._on_parts(parts)
         except BaseException:
             self.look_again()  # for the messages that follow
             raise
@@ -125,6 +123,6 @@ class Monitor:
             self._watched.disable_monitor()
         self._socket.close(0)
 
-    def _receive(self, frames: list[Frame]) -> None:
-        said = parse_monitor_message([bytes(frame) for frame in frames])
+    def _receive(self, parts: list[zmq.Frame]) -> None:
+        said = parse_monitor_message([part.bytes for part in parts])
         self._on_event(int(said["event"]), int(said["value"]))

@@ -12,12 +12,15 @@ import secrets
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 
 import zmq
 
 from distributed_llm.common.errors import AddressInUse
+from distributed_llm.common.keys import NOBODY, KeyPair, PublicKey
 from distributed_llm.common.tensors import Frame
+from distributed_llm.common.transport.authenticator import USER_ID, Authenticator, be_curve_server
 from distributed_llm.common.transport.pump import Monitor, Pump
 from distributed_llm.common.transport.sockets import LINGER_MS, open_socket, tcp_endpoint
 from distributed_llm.common.types import PeerId
@@ -46,14 +49,29 @@ class Delivery(Enum):
     STUCK = auto()
 
 
+@dataclass(frozen=True)
+class Door:
+    """Who may connect to a ROUTER, and what proves to them that it is the right one.
+
+    Attributes:
+        keys: of the ROUTER; who connects has to know the public one.
+        admits: returns whether the holder of a key may connect, and whether what it sends is heard.
+    """
+
+    keys: KeyPair
+    admits: Callable[[PublicKey], bool]
+
+
 class Router:
     """A listening socket: the coordinator's, and each worker's for other workers.
 
     Args:
         bind: "HOST:PORT" to listen on; port 0 takes any free port.
-        on_message: called with each message and the peer that sent it.
+        on_message: called with each message, the peer that sent it and the key of that; the key is
+            empty if `door` is None.
         on_disconnect: called soon after one or more peers have disconnected. It is not told which;
             a `send` to a peer that has returns GONE.
+        door: who may connect; None lets everybody in, and encrypts nothing.
         setting: name of the setting for `bind`, for the error message.
 
     Attributes:
@@ -66,9 +84,10 @@ class Router:
     def __init__(
         self,
         bind: str,
-        on_message: Callable[[PeerId, list[Frame]], None],
+        on_message: Callable[[PeerId, PublicKey, list[Frame]], None],
         on_disconnect: Callable[[], None],
         *,
+        door: Door | None,
         setting: str = "--bind",
     ) -> None:
         self._on_message = on_message
@@ -79,11 +98,18 @@ class Router:
         self._context = zmq.Context()
         _scatter_identities()
         self._socket = open_socket(self._context, zmq.ROUTER)
+        self._door = door
+        self._authenticator: Authenticator | None = None
+        if door:
+            self._authenticator = Authenticator(self._context, door.admits)
+            be_curve_server(self._socket, door.keys)
         self._socket.router_mandatory = True
         self._socket.router_handover = False
         try:
             self._socket.bind(tcp_endpoint(bind, self._socket))
         except zmq.ZMQError as exc:
+            if self._authenticator:
+                self._authenticator.close()
             self._context.destroy(linger=0)
             why = zmq.strerror(exc.errno or 0)
             raise AddressInUse(
@@ -154,10 +180,15 @@ class Router:
                 timer.cancel()
         self._monitor.close()
         self._pump.close()
+        if self._authenticator:
+            self._authenticator.close()
         self._context.destroy(linger=linger_ms)
 
-    def _receive(self, frames: list[Frame]) -> None:
-        self._on_message(PeerId(bytes(frames[0])), frames[1:])
+    def _receive(self, parts: list[zmq.Frame]) -> None:
+        key = PublicKey(str(parts[1].get(USER_ID))) if self._door else NOBODY
+        if self._door and not self._door.admits(key):  # it was admitted when it connected
+            return
+        self._on_message(PeerId(parts[0].bytes), key, [part.buffer for part in parts[1:]])
 
     def _watch(self, event: int, value: int) -> None:
         # ZeroMQ reports it before it forgets the peer: a send right now would still succeed.

@@ -54,6 +54,7 @@ class Cluster:
             event_log,
             max_waiting=settings.max_waiting_requests,
             draw_seed=draw_seed,
+            share_prefixes=settings.share_prefixes == "all",
         )
         measurements = Measurements(
             model.cost,

@@ -16,9 +16,10 @@ caches, and the requests compute their tokens again.
 from collections.abc import Mapping
 from enum import Enum
 
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import CopyKV, DropStage, HandOver, KVTransfer, UndoMove
 from distributed_llm.common.states import StateTable
-from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage
@@ -107,6 +108,7 @@ class Move:
         old: the pipeline that serves.
         new: the one that takes its place.
         addresses: where the workers of `new` may be reached.
+        keys: that they hold.
         link_key: the secret by which the workers of `new` know each other.
         copies: whether the KV cache goes along.
         copy_s: how long copying it should take.
@@ -126,6 +128,7 @@ class Move:
         new: Pipeline,
         *,
         addresses: Mapping[PeerId, tuple[str, ...]],
+        keys: Mapping[PeerId, PublicKey],
         link_key: str,
         copies: bool,
         copy_s: float,
@@ -140,6 +143,7 @@ class Move:
         self.state = MOVE_STATES.initial
         self.state_at = now
         self._addresses = addresses
+        self._keys = keys
         self._link_key = link_key
         self._copy_limit_s = _COPY_LIMIT_S + COPY_SLOWDOWN * copy_s
         self._awaited: set[PeerId] = set()  # who has not copied, or handed over, yet
@@ -153,15 +157,6 @@ class Move:
     def new_stage(self, peer: PeerId) -> PipelineStage | None:
         """Return what a worker is to serve once it is committed."""
         return next((stage for stage in self.new.stages if stage.peer == peer), None)
-
-    @property
-    def imports(self) -> dict[PeerId, tuple[LayerRange, ...]]:
-        """The layers whose KV cache each worker is sent."""
-        imports: dict[PeerId, tuple[LayerRange, ...]] = {}
-        for transfer in self.transfers:
-            peer = transfer.receiver.peer
-            imports[peer] = (*imports.get(peer, ()), transfer.layers)
-        return imports
 
     # -------------------------------------------------------------- from state to state
 
@@ -245,6 +240,7 @@ class Move:
                 layers=transfer.layers,
                 worker=transfer.receiver.worker,
                 addresses=self._addresses[transfer.receiver.peer],
+                key=self._keys[transfer.receiver.peer],
             )
             for transfer in self.transfers
             if transfer.sender.peer == peer

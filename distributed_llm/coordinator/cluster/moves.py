@@ -94,12 +94,13 @@ class Moves:
             addresses={
                 stage.peer: self._pipelines.worker(stage).peer_addresses for stage in new.stages
             },
+            keys={stage.peer: self._pipelines.worker(stage).key for stage in new.stages},
             link_key=key,
             copies=price.copies,
             copy_s=price.copy_s,
             now=now,
         )
-        orders = self._pipelines.load_orders(new, key, beside=old.epoch, imports=move.imports)
+        orders = self._pipelines.load_orders(new, key, beside=old.epoch, transfers=move.transfers)
         note = self._log.note(
             EventKind.MOVE_BEGAN,
             epoch=new.epoch,

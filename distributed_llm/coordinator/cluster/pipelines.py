@@ -10,13 +10,14 @@ should be is decided in `replanning` and `rebalancing`; how one becomes another 
 in `move`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import count, pairwise
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Literal
 
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, PeerId, SequenceId
+from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId
+from distributed_llm.coordinator.cluster.kv_transfers import Transfer
 from distributed_llm.coordinator.cluster.registry import Registry, Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
@@ -256,7 +257,7 @@ class Pipelines:
         key: str,
         *,
         beside: Epoch | None = None,
-        imports: Mapping[PeerId, tuple[LayerRange, ...]] | None = None,
+        transfers: Sequence[Transfer] = (),
     ) -> list[Action]:
         """Return the orders to load a pipeline, last stage first.
 
@@ -265,12 +266,15 @@ class Pipelines:
         Args:
             key: the secret by which its workers know each other.
             beside: whose layers workers keep and serve meanwhile.
-            imports: layers whose KV cache a worker will be sent.
+            transfers: KV cache that they will be sent.
         """
         actions: list[Action] = []
-        for stage, following in pairwise((*pipeline.stages, None)):
-            assert stage is not None
+        for before, stage, following in zip(
+            (None, *pipeline.stages), pipeline.stages, (*pipeline.stages[1:], None), strict=False
+        ):
             after = None if following is None else self.worker(following)
+            imports = [one for one in transfers if one.receiver.peer == stage.peer]
+            senders = [*([before] if before else []), *(one.sender for one in imports)]
             order = LoadStage(
                 epoch=pipeline.epoch,
                 source=self._model.source,
@@ -282,10 +286,11 @@ class Pipelines:
                 link_key=key,
                 next_stage=None
                 if after is None
-                else NextStage(worker=after.id, addresses=after.peer_addresses),
+                else NextStage(worker=after.id, addresses=after.peer_addresses, key=after.key),
                 beside=beside,
                 trials=self._wants_trials(stage),
-                imports=(imports or {}).get(stage.peer, ()),
+                imports=tuple(one.layers for one in imports),
+                senders=tuple(dict.fromkeys(self.worker(one).key for one in senders)),
             )
             actions.append(Send(stage.peer, order))
         return actions[::-1]

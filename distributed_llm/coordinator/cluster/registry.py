@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     Capabilities,
     Heartbeat,
@@ -122,6 +123,7 @@ class Worker:
         loading: whether it loads layers, by its last heartbeat; perhaps for an older order.
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         seconds_per_token: running mean over steps that only decode, or None before any.
+        key: that it holds; `NOBODY` without keys.
         load_bytes_per_s: at which it loaded weights last; None before that was measured.
     """
 
@@ -150,6 +152,7 @@ class Worker:
     compute_s: float = 0.0
     seconds_per_token: float | None = None
     load_bytes_per_s: float | None = None
+    key: PublicKey = NOBODY
     _state: WorkerState = field(default=WORKER_STATES.initial)
     _load: tuple[Epoch, int] = (NO_EPOCH, 0)  # the one that is waited for, and its progress
     _load_at: float = 0.0  # when that changed last, clock seconds
@@ -317,6 +320,7 @@ class Registry:
         self._task_timeout_s = task_timeout_s
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
+        self._keys: dict[PeerId, PublicKey] = {}
         self._misnamed: dict[PeerId, None] = {}  # workers with another name than they asked for
         self._watches: dict[PeerId, int] = {}
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
@@ -360,6 +364,10 @@ class Registry:
         """Return whether `peer` said hello."""
         return peer in self._workers or peer in self._clients
 
+    def peers_with(self, key: PublicKey) -> list[PeerId]:
+        """Return the peers that hold a key."""
+        return [peer for peer, held in self._keys.items() if held == key]
+
     def worker(self, peer: PeerId) -> Worker | None:
         """Return the worker at `peer`."""
         return self._workers.get(peer)
@@ -372,16 +380,31 @@ class Registry:
         """Return whether `peer` is a client."""
         return peer in self._clients
 
-    def add_worker(self, peer: PeerId, hello: WorkerHello, *, now: float) -> Worker:
-        """Add a worker and return it; a name that is taken gets a number."""
-        taken = {str(worker.id) for worker in self._workers.values()}
+    def add_worker(
+        self,
+        peer: PeerId,
+        hello: WorkerHello,
+        *,
+        key: PublicKey = NOBODY,
+        reserved: frozenset[str] = frozenset(),
+        now: float,
+    ) -> Worker:
+        """Add a worker and return it; a name that is taken gets a number.
+
+        Args:
+            key: that it holds; `NOBODY` without keys.
+            reserved: names of other machines, which it does not get.
+        """
+        taken = {*reserved, *(str(worker.id) for worker in self._workers.values())}
         name, number = hello.name, 2
         while name in taken:
             name = f"{hello.name[:58]}-{number}"
             number += 1
         worker = Worker(peer, WorkerId(name), hello.capabilities, now, hello.instance, hello.name)
         worker.peer_addresses = hello.peer_addresses
+        worker.key = key
         self._workers[peer] = worker
+        self._keys[peer] = key
         if name != hello.name:
             self._misnamed[peer] = None
         self._watch(peer)
@@ -402,9 +425,10 @@ class Registry:
                 del self._misnamed[peer]
         return renamed
 
-    def add_client(self, peer: PeerId, *, now: float) -> None:
+    def add_client(self, peer: PeerId, *, key: PublicKey = NOBODY, now: float) -> None:
         """Add a client."""
         self._clients[peer] = now
+        self._keys[peer] = key
         self._watch(peer)
 
     def heard(self, peer: PeerId, *, now: float) -> None:
@@ -429,13 +453,18 @@ class Registry:
     def remove(self, peer: PeerId) -> Worker | None:
         """Forget `peer`; return the worker it was, or None."""
         self._watches.pop(peer, None)
+        self._keys.pop(peer, None)
         self._clients.pop(peer, None)
         self._misnamed.pop(peer, None)
         return self._workers.pop(peer, None)
 
-    def remove_instance(self, instance: str) -> list[Worker]:
-        """Forget the sessions of a worker process; return them."""
-        sessions = [worker for worker in self._workers.values() if worker.instance == instance]
+    def remove_instance(self, instance: str, key: PublicKey) -> list[Worker]:
+        """Forget the sessions of a worker process that holds `key`; return them."""
+        sessions = [
+            worker
+            for worker in self._workers.values()
+            if worker.instance == instance and worker.key == key
+        ]
         for worker in sessions:
             self.remove(worker.peer)
         return sessions

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Generic, TypeVar
 
-from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.requests.request import Answer
 
 T = TypeVar("T")
@@ -140,13 +139,13 @@ def shared_out(prompts: Iterable[Answer], budget: int) -> Iterator[tuple[Answer,
     Args:
         prompts: answers with more than one unscheduled token, oldest first.
     """
-    clients: dict[PeerId, list[Answer]] = {}
+    clients: dict[Hashable, list[Answer]] = {}
     for answer in prompts:
-        clients.setdefault(answer.request.key[0], []).append(answer)
-    wanted = {peer: sum(a.num_unscheduled_tokens for a in own) for peer, own in clients.items()}
-    for at, peer in enumerate(sorted(clients, key=wanted.__getitem__)):
+        clients.setdefault(answer.request.client, []).append(answer)
+    wanted = {one: sum(a.num_unscheduled_tokens for a in own) for one, own in clients.items()}
+    for at, client in enumerate(sorted(clients, key=wanted.__getitem__)):
         share = -(-budget // (len(clients) - at))
-        for answer in clients[peer]:
+        for answer in clients[client]:
             size = min(answer.num_unscheduled_tokens, share)
             if size <= 0:
                 break

@@ -6,7 +6,7 @@ The token ids of prompt and answers are kept here and nowhere else; whatever KV 
 is computed again from them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -182,6 +182,8 @@ class Request:
     Attributes:
         key: the client's address, its id for the request, and a number that no other request has.
         arrived_at: clock seconds.
+        client: among whom service is fair: the key of who asks, else the connection.
+        shares_with: only requests with an equal value share prefixes with it.
         limits: the parameters after defaults; None until the prompt is tokenized.
         answers: empty until the prompt is tokenized.
     """
@@ -189,6 +191,8 @@ class Request:
     key: RequestKey
     params: SamplingParams
     arrived_at: float
+    client: Hashable
+    shares_with: Hashable = None
     limits: Limits | None = None
     answers: tuple[Answer, ...] = ()
 

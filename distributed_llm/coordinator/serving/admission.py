@@ -85,7 +85,7 @@ class Admission:
 
         A shared prefix does not count in a pipeline that is much busier than the least busy one.
         """
-        key = prefix_key(answer.token_ids)
+        key = prefix_key(answer.token_ids, answer.request.shares_with)
         least = min(pipeline.num_running for pipeline in pipelines.values())
         most = _MUCH_BUSIER * (least + 1)
         ranked = [

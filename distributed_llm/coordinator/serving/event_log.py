@@ -101,6 +101,7 @@ class EventKind(Enum):
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
     NOBODY_TAKES_LAYERS = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
+    ENROLLED = "info", "machine {machine} is enrolled as {role}"
     STALLED = (
         "warning",
         "the coordinator stood still for {stall_s:time}, as if its machine slept or had too much "

@@ -13,7 +13,7 @@ hashes costs a comparison and no wrong result.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from distributed_llm.common.messages import SharedPrefix
@@ -59,10 +59,12 @@ class _CachedSequence:
         pins: number of sequences that begin with a prefix of this one and that not all stages have
             confirmed; while there are any, it is not freed.
         ended: whether it is kept only as a prefix for others.
+        owner: only sequences of the same owner begin with a prefix of it.
         lost: whether a stage has lost positions of it, so that it is freed once it has no pins.
     """
 
     tokens: Sequence[int]
+    owner: Hashable = None
     segments: list[_Segment] = field(default_factory=list)
     length: int = 0
     computed: int = 0
@@ -130,13 +132,13 @@ class KVLedger:
         freed, self._freed = self._freed, []
         return freed
 
-    def match(self, tokens: Sequence[int], limit: int) -> Match | None:
-        """Return a sequence with the longest common prefix with `tokens[:limit]`.
+    def match(self, tokens: Sequence[int], limit: int, owner: Hashable = None) -> Match | None:
+        """Return a sequence of `owner` with the longest common prefix with `tokens[:limit]`.
 
         None if no sequence has at least `_STRIDE` tokens in common.
         """
         longest = None
-        state = 0
+        state = _seed(owner)
         for at in range(0, limit - _STRIDE + 1, _STRIDE):
             state = _hash(state, tokens[at : at + _STRIDE])
             sharing = self._index.get(state)
@@ -146,6 +148,8 @@ class KVLedger:
         if longest is None:
             return None
         sequence = self._sequences[longest]
+        if sequence.owner != owner:
+            return None  # a collision of hashes
         length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
         return Match(longest, length) if length >= _STRIDE else None
 
@@ -158,7 +162,12 @@ class KVLedger:
         return key in self._index
 
     def open(
-        self, sequence_id: SequenceId, tokens: Sequence[int], length: int, match: Match | None
+        self,
+        sequence_id: SequenceId,
+        tokens: Sequence[int],
+        length: int,
+        match: Match | None,
+        owner: Hashable = None,
     ) -> bool:
         """Begin a sequence with room for `length` positions; return False if there is no room.
 
@@ -167,12 +176,13 @@ class KVLedger:
         Args:
             tokens: a list that grows with the sequence; it is kept and read again.
             match: a prefix to share if possible; `prefix_of` returns what is shared.
+            owner: only sequences of the same owner share its prefixes.
         """
         if match is not None and self._covers(match) and self._sequences[match.sequence_id].pins:
             match = None  # stages have not confirmed others that begin with it
         if not self._has_room(length, match):
             return False
-        sequence = self._sequences[sequence_id] = _CachedSequence(tokens)
+        sequence = self._sequences[sequence_id] = _CachedSequence(tokens, owner)
         if match is not None:
             sequence.prefix = self._share(sequence_id, match)
         extended = self.extend(sequence_id, length)
@@ -296,7 +306,7 @@ class KVLedger:
     def _is_covered(self, sequence_id: SequenceId, sequence: _CachedSequence) -> bool:
         """Return whether another sequence has all tokens of this one; if not, index this one."""
         self._unindex(sequence_id, sequence)
-        match = self.match(sequence.tokens, sequence.computed)
+        match = self.match(sequence.tokens, sequence.computed, sequence.owner)
         if match is not None and match.length >= sequence.computed:
             return True
         self._index_up_to(sequence_id, sequence)
@@ -393,7 +403,7 @@ class KVLedger:
             self._reclaimable += segment.blocks
 
     def _index_up_to(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
-        state = sequence.hashes[-1] if sequence.hashes else 0
+        state = sequence.hashes[-1] if sequence.hashes else _seed(sequence.owner)
         for at in range(len(sequence.hashes) * _STRIDE, sequence.computed - _STRIDE + 1, _STRIDE):
             state = _hash(state, sequence.tokens[at : at + _STRIDE])
             sequence.hashes.append(state)
@@ -432,9 +442,9 @@ class KVLedger:
             assert all(state in self._sequences[i].hashes for i in ids)
 
 
-def prefix_key(tokens: Sequence[int]) -> int:
+def prefix_key(tokens: Sequence[int], owner: Hashable = None) -> int:
     """Return a key that is equal for all sequences that may share a prefix."""
-    return _hash(0, tokens[:_STRIDE])
+    return _hash(_seed(owner), tokens[:_STRIDE])
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
@@ -453,6 +463,10 @@ def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
         else:
             step = max(1, min(step, stop - same) // 2)
     return same
+
+
+def _seed(owner: Hashable) -> int:
+    return 0 if owner is None else hash(owner)
 
 
 def _hash(state: int, tokens: Sequence[int]) -> int:

@@ -7,7 +7,8 @@ pipeline's scheduler admits them. Tokens become text elsewhere: the book asks fo
 """
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 
 from distributed_llm.common.errors import (
     DeadlineExceeded,
@@ -17,6 +18,7 @@ from distributed_llm.common.errors import (
     Overloaded,
     RequestCancelled,
 )
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     Finished,
     Generate,
@@ -60,6 +62,7 @@ class RequestBook:
         defaults: generation parameters of the checkpoint.
         max_waiting: answers that may wait; a request that would exceed it is refused.
         draw_seed: returns a seed for a request without one.
+        share_prefixes: whether clients with different keys share prefixes.
 
     Attributes:
         totals: counts since the coordinator started.
@@ -72,12 +75,15 @@ class RequestBook:
         *,
         max_waiting: int,
         draw_seed: Callable[[], int],
+        share_prefixes: bool = False,
     ) -> None:
         self._defaults = defaults
         self._event_log = event_log
         self._max_waiting = max_waiting
         self._draw_seed = draw_seed
+        self._share_prefixes = share_prefixes
         self._requests: dict[PeerId, dict[RequestId, Request]] = {}
+        self._open: Counter[Hashable] = Counter()  # requests, by their client
         self._queue: FairQueue[Answer] = FairQueue()
         self._set_aside: dict[Answer, float] = {}  # since when, clock seconds
         self._schedulers: dict[Answer, Scheduler] = {}  # of the running answers
@@ -116,12 +122,19 @@ class RequestBook:
     # -------------------------------------------------------------- arrival
 
     def submit(
-        self, peer: PeerId, message: Generate, frames: tuple[Frame, ...], *, now: float
+        self,
+        peer: PeerId,
+        message: Generate,
+        frames: tuple[Frame, ...],
+        *,
+        holder: PublicKey = NOBODY,
+        now: float,
     ) -> list[Action]:
         """Accept or refuse a new request.
 
         Args:
             frames: the prompt, as `message.tensors` describes it.
+            holder: key of the client; `NOBODY` without keys.
         """
         params = message.params
         if self.num_waiting + params.n > self._max_waiting:
@@ -136,8 +149,15 @@ class RequestBook:
             return self.refuse(peer, message.request_id, wrong)
         key = (peer, message.request_id, self._next_number)
         self._next_number += params.n
-        request = Request(key, params, arrived_at=now)
+        request = Request(
+            key,
+            params,
+            arrived_at=now,
+            client=holder or peer,
+            shares_with=None if self._share_prefixes else holder or None,
+        )
         self._requests.setdefault(peer, {})[message.request_id] = request
+        self._open[request.client] += 1
         self._num_tokenizing += params.n
         if request.deadline is not None:
             self._watch(request.deadline, key)
@@ -185,7 +205,7 @@ class RequestBook:
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
         )
         for answer in request.answers:
-            self._queue.add(request.key[0], answer, order=answer.number)
+            self._queue.add(request.client, answer, order=answer.number)
         return []
 
     # -------------------------------------------------------------- queue and pipelines
@@ -201,7 +221,7 @@ class RequestBook:
         """
         for answer in [a for a in self._set_aside if a.request.reserved_tokens <= room_tokens]:
             del self._set_aside[answer]
-            self._queue.add(answer.request.key[0], answer, order=answer.number)
+            self._queue.add(answer.request.client, answer, order=answer.number)
         while (first := self._queue.first()) is not None:
             if first.request.reserved_tokens <= room_tokens:
                 return first
@@ -222,7 +242,7 @@ class RequestBook:
         if not scheduler.admit(answer, now=now):
             return False
         self._queue.pop()
-        self._queue.charge(answer.request.key[0], len(answer.token_ids))
+        self._queue.charge(answer.request.client, len(answer.token_ids))
         self._schedulers[answer] = scheduler
         return True
 
@@ -230,7 +250,7 @@ class RequestBook:
         """Queue answers that lost their KV cache, before younger ones of their clients."""
         for answer in answers:
             if self._schedulers.pop(answer, None) is not None:  # otherwise it has ended
-                self._queue.add(answer.request.key[0], answer, order=answer.number)
+                self._queue.add(answer.request.client, answer, order=answer.number)
 
     def collect(self, scheduler: Scheduler) -> None:
         """Queue the answers that a scheduler preempted; count them and its prefix hits."""
@@ -275,7 +295,7 @@ class RequestBook:
     ) -> list[Action]:
         answer.append(token, logprobs, now=now)
         self.totals.tokens += 1
-        self._queue.charge(answer.request.key[0], 1)
+        self._queue.charge(answer.request.client, 1)
         last = answer.finish_reason is not None
         if last:
             self._withdraw(answer, keep=True)
@@ -293,7 +313,7 @@ class RequestBook:
         if scheduler is not None:
             scheduler.remove(answer, keep=keep)
         elif answer.state is AnswerState.WAITING and self._set_aside.pop(answer, None) is None:
-            self._queue.remove(answer.request.key[0], answer)
+            self._queue.remove(answer.request.client, answer)
 
     # -------------------------------------------------------------- the end
 
@@ -439,7 +459,10 @@ class RequestBook:
                 answer.change(AnswerCause.FAILED)
         if not self._requests[peer]:
             del self._requests[peer]
-            self._queue.forget(peer)
+        self._open[request.client] -= 1
+        if not self._open[request.client]:
+            del self._open[request.client]
+            self._queue.forget(request.client)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
@@ -447,6 +470,7 @@ class RequestBook:
         waiting = set(self.waiting)
         assert not self._set_aside.keys() & set(self._queue)
         requests = [r for requests in self._requests.values() for r in requests.values()]
+        assert self._open == Counter(request.client for request in requests)
         answers = [answer for request in requests for answer in request.answers]
         assert all(self._find(request.key) is request for request in requests)
         assert waiting == {a for a in answers if a.state is AnswerState.WAITING}

@@ -230,7 +230,10 @@ class Scheduler:
         # A shared prefix keeps the whole other sequence in memory; without it there may be room.
         choices = (match, None) if match else (None,)
         if not any(
-            self._ledger.open(sequence_id, answer.token_ids, length, choice) for choice in choices
+            self._ledger.open(
+                sequence_id, answer.token_ids, length, choice, answer.request.shares_with
+            )
+            for choice in choices
         ):
             return False
         answer.sequence_id, answer.prefix = sequence_id, self._ledger.prefix_of(sequence_id)
@@ -242,7 +245,9 @@ class Scheduler:
 
     def _match(self, answer: Answer) -> Match | None:
         # At least one token is left to compute: the next one is sampled from its logits.
-        return self._ledger.match(answer.token_ids, len(answer.token_ids) - 1)
+        return self._ledger.match(
+            answer.token_ids, len(answer.token_ids) - 1, answer.request.shares_with
+        )
 
     def _leader(self, answer: Answer) -> tuple[Answer | None, int]:
         """Return the answer that computes the longest prefix worth waiting for, and its length."""
@@ -251,6 +256,8 @@ class Scheduler:
             limit = len(answer.token_ids) - 1
             length = max(self.hit_length(answer), _WORTH_WAITING - 1)
             for other in self._running.values():
+                if other.request.shares_with != answer.request.shares_with:
+                    continue
                 if other.waits_for is None and other.num_uncomputed_tokens > 1:
                     common = common_prefix(other.token_ids, answer.token_ids, limit)
                     if common > length:

@@ -30,6 +30,7 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
     error_from_wire,
 )
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.messages import (
     Addresses,
@@ -77,6 +78,7 @@ from distributed_llm.worker.session.events import (
     Probed,
     Received,
     Reconnect,
+    Rejected,
     Send,
     SendHeartbeat,
     Signalled,
@@ -229,6 +231,8 @@ class Agent:
         match event:
             case Connected(peer_addresses=addresses):
                 return self._connected(addresses, now)
+            case Rejected(error=error):
+                return self._fail(error)
             case Disconnected():
                 return self._lose_session("The coordinator is gone; trying to find it again.")
             case Received(message=message, frames=frames):
@@ -263,6 +267,10 @@ class Agent:
                 return self._fail(error)
             case _:
                 assert_never(event)
+
+    def admits(self, key: PublicKey) -> bool:
+        """Return whether the worker that holds `key` may connect to this one."""
+        return self._stages.admits(key)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import math
 
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import Address, Addresses, PeerHello
 from distributed_llm.common.types import Epoch
 from distributed_llm.worker.session.events import Action
@@ -32,19 +33,23 @@ class Dialling:
         key: of the link's epoch.
         worker: at the other end.
         addresses: where that worker may be reached.
+        server: the key that it has to hold.
     """
 
-    def __init__(self, link: LinkId, key: str, worker: str, addresses: Addresses) -> None:
+    def __init__(
+        self, link: LinkId, key: str, worker: str, addresses: Addresses, server: PublicKey
+    ) -> None:
         self._link = link
         self._hello = PeerHello(epoch=link.epoch, key=proof(key, link.epoch, worker))
         self._addresses = addresses
+        self._server = server
         self._reached: list[Address] = []
         self._greet_at = math.inf
 
     def dial(self) -> list[Action]:
         """Dial all addresses; connections that were dialled before are closed."""
         self.stop()
-        return [OpenLink(self._link, self._addresses)]
+        return [OpenLink(self._link, self._addresses, self._server)]
 
     def stop(self) -> None:
         """Say no more hellos."""

@@ -7,7 +7,7 @@ links to other workers is in `link_events`.
 from dataclasses import dataclass
 from typing import Literal
 
-from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.errors import DistributedLLMError, NotAllowed
 from distributed_llm.common.messages import (
     Addresses,
     Goodbye,
@@ -162,6 +162,13 @@ class Disconnected:
 
 
 @dataclass(frozen=True)
+class Rejected:
+    """Event: the coordinator and this worker do not accept each other's keys."""
+
+    error: NotAllowed
+
+
+@dataclass(frozen=True)
 class Received:
     """Event: the coordinator sent a message."""
 
@@ -308,7 +315,15 @@ ComputeEvent = (
     Loaded | LoadFailed | Computed | ComputeFailed | KVEvent | Probed | ComputeThreadFailed
 )
 Event = (
-    LinkEvent | Connected | Disconnected | Received | Garbage | Signalled | Stalled | ComputeEvent
+    LinkEvent
+    | Connected
+    | Disconnected
+    | Rejected
+    | Received
+    | Garbage
+    | Signalled
+    | Stalled
+    | ComputeEvent
 )
 
 

@@ -51,7 +51,7 @@ class KVSender:
         self.sent_bytes = 0
         self._session = session
         self._layers = transfer.layers
-        self._dialling = Dialling(self.link, key, transfer.worker, transfer.addresses)
+        self._dialling = Dialling(self.link, key, transfer.worker, transfer.addresses, transfer.key)
         self._connect_by = now + _CONNECT_TIMEOUT_S
         self._acknowledge_by = math.inf
         self._look_at = math.inf  # finite while everything that was there has been exported

@@ -7,6 +7,7 @@ the next stage, and one for each KV cache transfer.
 from dataclasses import dataclass
 
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     Address,
     Addresses,
@@ -106,10 +107,15 @@ LinkEvent = PeerReceived | PeerGarbage | LinkChange
 
 @dataclass(frozen=True)
 class OpenLink:
-    """Action: dial another worker at all of its addresses, closing a link of the same name."""
+    """Action: dial another worker at all of its addresses, closing a link of the same name.
+
+    Attributes:
+        key: that the worker has to hold; `NOBODY` without keys.
+    """
 
     link: LinkId
     addresses: Addresses
+    key: PublicKey = NOBODY
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import hmac
 import math
 from collections import deque
 
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     Address,
     LinkReport,
@@ -60,10 +61,15 @@ class Peers:
         self._proof = proof(order.link_key, order.epoch, worker)
         self._welcomed: deque[PeerId] = deque(maxlen=_MAX_WELCOMED)
         self._next = order.next_stage
+        self._senders = frozenset(order.senders)
         self._dialling: Dialling | None = None
         if self._next is not None and self._next.addresses:
             self._dialling = Dialling(
-                self._link, order.link_key, self._next.worker, self._next.addresses
+                self._link,
+                order.link_key,
+                self._next.worker,
+                self._next.addresses,
+                self._next.key,
             )
         self._dial_at = self._report_at = math.inf
         self._rtt_s = 0.0
@@ -84,6 +90,10 @@ class Peers:
         return [CloseLink(self._link)] if self._next else []
 
     # -------------------------------------------------------------- workers that dialled this one
+
+    def admits(self, key: PublicKey) -> bool:
+        """Return whether the worker that holds `key` may connect, to send what is of this epoch."""
+        return key in self._senders
 
     def is_forged(self, hello: PeerHello) -> bool:
         """Return whether a hello of this epoch does not prove that its sender knows the key."""

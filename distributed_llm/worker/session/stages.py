@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import assert_never
 
 from distributed_llm.common.errors import RemoteProtocolError
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     NOT_SERVED,
     CopyKV,
@@ -261,6 +262,10 @@ class Stages:
         return ended.end() if ended else []
 
     # -------------------------------------------------------------- tasks
+
+    def admits(self, key: PublicKey) -> bool:
+        """Return whether the worker that holds `key` may connect to this one."""
+        return any(stage.peers.admits(key) for stage in self._by_epoch.values())
 
     def run(self, task: Task, frames: tuple[Frame, ...], now: float) -> list[Action]:
         """Have a task run.

@@ -1,0 +1,152 @@
+"""`dllm worker` and `dllm join`: serve layers with this machine."""
+
+import asyncio
+import gc
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distributed_llm.options import Config, Coordinator, Insecure, settings_of
+from distributed_llm.serving_process import WithParent, start_process
+
+if TYPE_CHECKING:
+    from distributed_llm.common.settings import Settings
+
+Name = Annotated[
+    str | None, typer.Option(help="What to call this worker.", show_default="after this machine")
+]
+PeerBind = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Address for other workers.", show_default="0.0.0.0:0"),
+]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, mps.", show_default="auto")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 is all cores.", show_default="0")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="For weights and KV cache, such as 6GiB.", show_default="what is free"),
+]
+Slowdown = Annotated[
+    float | None, typer.Option(help="Look this many times slower, for tests.", show_default="1.0")
+]
+Model = Annotated[
+    str | None, typer.Option(help="Checkpoint folder here.", show_default="the coordinator's")
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Wait for the coordinator as long as it takes.")]
+
+
+def worker(
+    coordinator: Coordinator = None,
+    config: Config = None,
+    name: Name = None,
+    peer_bind: PeerBind = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    slowdown: Slowdown = None,
+    model: Model = None,
+    wait: Wait = False,
+    insecure: Insecure = False,
+    exit_with_parent: WithParent = False,
+) -> None:
+    """Serve layers with this machine, for a coordinator here or one that it has joined."""
+    settings = settings_of(
+        config,
+        {
+            "worker.coordinator": coordinator,
+            "worker.name": name,
+            "worker.peer_bind": peer_bind,
+            "worker.device": device,
+            "worker.threads": threads,
+            "worker.max_memory": max_memory,
+            "worker.slowdown": slowdown,
+            "worker.model": model,
+            "worker.connect_timeout_s": 0.0 if wait else None,
+            "worker.insecure": insecure or None,
+        },
+    )
+    start_process(settings.worker.log_level, exit_with_parent)
+    _work(settings)
+
+
+def join(
+    line: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[LINE]",
+            help="What `dllm token create` prints: dllm://...; needed once, nothing afterwards.",
+        ),
+    ] = None,
+    config: Config = None,
+    name: Name = None,
+    peer_bind: PeerBind = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    model: Model = None,
+    wait: Wait = False,
+    enrol_only: Annotated[
+        bool, typer.Option("--enrol-only", help="Enrol, and do no more.")
+    ] = False,
+    print_key: Annotated[
+        bool,
+        typer.Option("--print-key", help="Print the key for DLLM_KEY, a secret, and do no more."),
+    ] = False,
+) -> None:
+    """Enrol this machine at a coordinator, once, and serve layers for it."""
+    from distributed_llm.client.enrolment import enrol
+    from distributed_llm.common.addresses import machine_name
+    from distributed_llm.common.errors import NotEnrolled
+    from distributed_llm.common.join_line import parse_join_line
+    from distributed_llm.common.keyring import Keyring, state_folder, text_of_key
+    from distributed_llm.common.roles import Role
+
+    given = settings_of(config, {"worker.name": name})
+    keyring = Keyring(state_folder())
+    if line is None:
+        address, serves = keyring.latest(), True
+        if not address:
+            raise NotEnrolled(
+                "This machine has joined no coordinator yet. Run `dllm token create` where the "
+                "coordinator runs, and here the line that it prints."
+            )
+    else:
+        wanted = parse_join_line(line)
+        called = given.worker.name or machine_name()
+        start_process(given.worker.log_level, exit_with_parent=False)
+        enrolled = asyncio.run(enrol(keyring, wanted, called, given.client.connect_timeout_s))
+        address, serves = wanted.address, enrolled.role.includes(Role.WORKER)
+        print(
+            f"{enrolled.name} is enrolled at {address} as {enrolled.role.value}.", file=sys.stderr
+        )
+    if print_key:
+        print(text_of_key(keyring.login(address)))
+        return
+    if enrol_only:
+        return
+    if not serves:
+        print(f"Ask with: dllm generate --coordinator {address} PROMPT", file=sys.stderr)
+        return
+    worker(
+        coordinator=address,
+        config=config,
+        name=name,
+        peer_bind=peer_bind,
+        device=device,
+        threads=threads,
+        max_memory=max_memory,
+        model=model,
+        wait=wait,
+    )
+
+
+def _work(settings: "Settings") -> None:
+    # Threads wait actively for the next product of a step, about 0.1 ms, but not for the next step:
+    # other workers may compute meanwhile. GNU's OpenMP reads it when torch loads it.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    gc.disable()  # collecting among a million new objects takes a third of the time of the imports
+    from distributed_llm.worker.work import work
+
+    gc.enable()
+    raise typer.Exit(asyncio.run(work(settings.worker)))
