@@ -24,12 +24,14 @@ class Alarm:
         self._on_stall = on_stall
         self._loop = asyncio.get_running_loop()
         self._lost_s = 0.0
+        self._asked_at = self._loop.time()  # when `now` was called last, by the loop's clock
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def now(self) -> float:
         """Return the time, seconds; first report a stall."""
-        now = self._loop.time() - self._lost_s
+        self._asked_at = self._loop.time()
+        now = self._asked_at - self._lost_s
         if self._deadline is None or now - self._deadline <= STALL_S:
             return now
         stall_s, now = now - self._deadline, self._deadline
@@ -38,9 +40,13 @@ class Alarm:
         return now
 
     def set(self, deadline: float | None) -> None:
-        """Call back at `deadline` instead of what was set before; None is never."""
+        """Call back at `deadline` instead of what was set before; None is never.
+
+        One that had passed when the time was asked for last is called back at once, and the loop is
+        not late for it.
+        """
         at = None if deadline is None else deadline + self._lost_s
-        self._deadline = deadline
+        self._deadline = None if at is None else max(at, self._asked_at) - self._lost_s
         if self._timer:
             if at == self._timer.when():
                 return

@@ -322,7 +322,7 @@ class Core:
             case DrainWorker(worker=name):
                 return self._departures.drain(peer, name)
             case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
-                return self._administer(peer, message, now)
+                return self._administer(peer, key, message, now)
             case Ping():
                 return [Send(peer, Pong())]
             case _:
@@ -399,13 +399,15 @@ class Core:
         )
         return [*self._keep_members(), Send(event.peer, enrolled), note]
 
-    def _administer(self, peer: PeerId, message: ForAdmins, now: float) -> list[Action]:
+    def _administer(
+        self, peer: PeerId, key: PublicKey, message: ForAdmins, now: float
+    ) -> list[Action]:
         try:
-            removed = self._access.administer(message)
+            removed = self._access.administer(key, message)
         except DistributedLLMError as exc:
             return [Send(peer, MembersReport(code=exc.code, message=str(exc)))]
         ended = self._membership.removed(removed, now=now) if removed else []
-        members = self._access.report(lambda key: len(self._registry.peers_with(key)))
+        members = self._access.report(lambda held: len(self._registry.peers_with(held)))
         spec, frame = frame_of_bytes(encode_payload(members))
         kept = [] if isinstance(message, GetMembers) else self._keep_members()
         return [*kept, Send(peer, MembersReport(tensors=(spec,)), (frame,)), *ended]

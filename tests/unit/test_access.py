@@ -197,7 +197,7 @@ def test_without_keys_nobody_enrols_and_there_is_nothing_to_administer() -> None
 
 
 def _administered(access: Access, message: ToCoordinator):  # type: ignore[no-untyped-def]
-    return lambda: access.administer(message)  # type: ignore[arg-type]
+    return lambda: access.administer(ADMIN, message)  # type: ignore[arg-type]
 
 
 def test_the_report_holds_no_secret_and_no_key_of_a_token() -> None:
@@ -217,8 +217,15 @@ def test_what_cannot_be_done_is_told_to_the_admin() -> None:
     access, members = cluster()
     for message in (RemoveMachine(name="nobody"), RevokeToken(token_id="0000-0000")):
         with pytest.raises(DistributedLLMError, match=r"shows them"):
-            access.administer(message)
-    removed = access.administer(RemoveMachine(name="worker"))
+            access.administer(ADMIN, message)
+    removed = access.administer(ADMIN, RemoveMachine(name="worker"))
     assert removed is not None
     assert removed.key == WORKER
     assert not members.admits(WORKER)
+
+
+def test_an_admin_does_not_lock_itself_out() -> None:
+    access, members = cluster()
+    with pytest.raises(InvalidRequest, match="admin is the machine that asks"):
+        access.administer(ADMIN, RemoveMachine(name="admin"))
+    assert members.admits(ADMIN)

@@ -80,3 +80,29 @@ async def test_a_cancelled_alarm_is_silent(monkeypatch: pytest.MonkeyPatch) -> N
     bench.clock = 2000.0
     await bench.turn()
     assert (bench.rings, bench.stalls) == ([], [])
+
+
+@on_loop
+async def test_a_deadline_that_had_passed_when_it_was_set_is_no_stall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(monkeypatch)
+    for _ in range(3):  # as events do, one after the other
+        bench.alarm.set(981.0)
+        assert bench.alarm.now() == 1000.0
+    await bench.turn()
+    assert (bench.rings, bench.stalls) == ([1000.0], [])
+    bench.alarm.set(981.0)
+    bench.clock = 1007.0  # but from then on the loop may be late
+    assert bench.alarm.now() == 1000.0
+    assert bench.stalls == [7.0]
+
+
+@on_loop
+async def test_who_takes_long_to_decide_stalls_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(monkeypatch)
+    assert bench.alarm.now() == 1000.0
+    bench.clock = 1005.0  # while something is decided
+    bench.alarm.set(1001.0)
+    await bench.turn()
+    assert (bench.rings, bench.stalls) == ([1001.0], [4.0])

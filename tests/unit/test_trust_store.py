@@ -163,3 +163,12 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file, and no folder")
     with pytest.raises(ConfigError, match=r"cannot be (read|written).*"):
         Trust(tmp_path / "state", PORT, now=NOW)
+
+
+def test_the_user_who_runs_it_is_let_in_again_after_a_restart(tmp_path: Path) -> None:
+    trust = Trust(tmp_path, PORT, now=NOW)
+    trust.members.remove_machine(OWNER)
+    trust.keep(trust.members.state)
+    (owner,) = Trust(tmp_path, PORT, now=NOW).members.machines
+    assert (owner.name, owner.role) == (OWNER, Role.ADMIN)
+    assert owner.key == Keyring(tmp_path).login(here(PORT)).keys.public

@@ -97,8 +97,11 @@ class Access:
         _check_key(message.key)
         return self._members.enrol(key, message.key, message.name, now=self._wall_clock())
 
-    def administer(self, message: ForAdmins) -> Machine | None:
+    def administer(self, key: PublicKey, message: ForAdmins) -> Machine | None:
         """Change who may connect; return the machine that may not any more, if it is one.
+
+        Args:
+            key: of the admin who asks.
 
         Raises:
             DistributedLLMError: why that cannot be done.
@@ -111,14 +114,20 @@ class Access:
         match message:
             case GetMembers():
                 return None
-            case CreateToken(key=key, role=role, uses=uses, lifetime_s=lifetime_s):
-                _check_key(key)
-                members.create_token(key, role, uses=uses, lifetime_s=lifetime_s, now=now)
+            case CreateToken(key=token_key, role=role, uses=uses, lifetime_s=lifetime_s):
+                _check_key(token_key)
+                members.create_token(token_key, role, uses=uses, lifetime_s=lifetime_s, now=now)
                 return None
             case RevokeToken(token_id=token_id):
                 members.revoke_token(token_id, now=now)
                 return None
             case RemoveMachine(name=name):
+                machine = members.owner_of(name)
+                if machine is not None and machine.key == key:
+                    raise InvalidRequest(
+                        f"{name} is the machine that asks, and would lock itself out. Remove it "
+                        "from another one that is admin, or stop the coordinator."
+                    )
                 return members.remove_machine(name)
             case _:
                 assert_never(message)

@@ -58,7 +58,10 @@ class Trust:
         self.keys = key_pair_of(kept.secret) if kept else new_key_pair()
         self._owner = key_pair_of(kept.owner_secret) if kept else new_key_pair()
         owner = Machine(OWNER, self._owner.public, Role.ADMIN, enrolled_at=now)
-        self.members = Members(kept.members if kept else MembersState(machines=(owner,)))
+        members = kept.members if kept else MembersState()
+        if all(one.key != owner.key for one in members.machines):  # who runs it is never locked out
+            members = msgspec.structs.replace(members, machines=(owner, *members.machines))
+        self.members = Members(members)
         self.door = Door(self.keys, self.members.admits)
         self.keep(self.members.state)
         if port:
