@@ -80,7 +80,7 @@ class Membership:
         earlier = self._registry.remove_instance(hello.instance, key)
         worker = self._registry.add_worker(peer, hello, key=key, reserved=reserved, now=now)
         self._cluster.measurements.joined(worker.id, hello.capabilities)
-        self._replanning.replan_at = now + self._settings.settle_s
+        self._replanning.joined(now=now)
         welcome = Welcome(
             worker_id=worker.id,
             heartbeat_interval_s=self._settings.heartbeat_interval_s,

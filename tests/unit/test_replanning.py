@@ -414,3 +414,15 @@ def test_a_plan_that_cannot_be_made_for_a_bug_is_told_like_any_other() -> None:
 def test_nobody_there_is_no_plan() -> None:
     answer = question_of(Parts({}).replanning.add_pipeline()).reply()
     assert isinstance(answer.error, NotReady)
+
+
+def test_while_a_plan_is_made_nobody_is_said_to_be_missing() -> None:
+    parts = Parts({"pc": WHOLE, "mac": WHOLE}, strategy="even")
+    assert parts.pipelines.note == "No worker has joined yet. Start one with `dllm worker`."
+    parts.replanning.joined(now=0.0)
+    assert "shared out; joined so far: 2 workers. Ask again in a moment." in parts.pipelines.note
+    assert parts.replanning.replan_at == parts.cluster.settings.settle_s
+    parts.answered(parts.replanning.plan_anew())
+    assert parts.pipelines.note == ""
+    parts.replanning.joined(now=1.0)
+    assert parts.pipelines.note == "", "it is served"

@@ -69,6 +69,16 @@ class Replanning:
 
     # -------------------------------------------------------------- asking
 
+    def joined(self, *, now: float) -> None:
+        """Plan with a worker that joined once nobody else has joined for a while."""
+        self.replan_at = now + self._cluster.settings.settle_s
+        if self._pipelines.state == "waiting":
+            there = count_text(len(self._cluster.registry.workers), "worker")
+            self._pipelines.note = self._with_last_failure(
+                f"The layers are about to be shared out; joined so far: {there}. Ask again in a "
+                "moment."
+            )
+
     def plan_anew(self) -> list[Action]:
         """Have plans made for all workers that are there, if enough have joined."""
         self.replan_at, self.replan_when_idle = None, False

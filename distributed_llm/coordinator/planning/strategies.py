@@ -206,8 +206,20 @@ def _what_is_missing(cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens:
         f"{count_text(kv_tokens, 'token')} of context {size_text(kv)}); the workers offer "
         f"{size_text(offered)} ({each or 'none'})"
     )
+    layers = [LayerRange(at, at + 1) for at in range(cost.num_layers)]
+    most = max(layers, key=lambda one: cost.stage_bytes(one, kv_tokens))
+    least = cost.stage_bytes(most, kv_tokens)  # that one worker at least must have
     if needed > offered:
         why = f": {size_text(needed - offered)} are missing"
+    elif least > max(memory.values()):
+        of_ends = {1: " with the embedding", cost.num_layers: " with the head"}
+        ends = of_ends.get(most.stop, "") if least > cost.layer_bytes[most.start] else ""
+        return (
+            f"{what}, but one of them has to hold layer {most}{ends}, which takes "
+            f"{size_text(least)}, and the largest has {size_text(max(memory.values()))}. Add a "
+            f"worker that has as much, raise the --max-memory of one, or take a smaller model or "
+            "dtype."
+        )
     else:
         why = ", but in pieces into which whole layers do not fit"
     return (
