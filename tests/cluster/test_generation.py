@@ -201,7 +201,7 @@ def test_a_client_that_vanishes_takes_its_requests_along(slow_cluster: LocalClus
         ({"prompt": PROMPT, "seed": 2**64}, "seed"),
         ({"prompt": PROMPT, "stop_strings": [""]}, "stop_strings"),
         ({"prompt": PROMPT, "min_new_tokens": 9, "max_new_tokens": 5}, "min_new_tokens"),
-        ({"prompt": []}, "empty"),
+        ({"prompt": [[]]}, "empty"),
         ({"prompt": [-1]}, "Token ids"),
         ({"prompt": [10**6]}, "vocabulary"),
         ({"prompt": 5}, "prompt"),

@@ -122,6 +122,7 @@ class Dealer:
         self.local_host = ""
         self._socket = open_socket(_dealers.acquire(), zmq.DEALER)
         self._socket.immediate = True
+        self._has_keys = login is not None
         if login:
             login.put_on(self._socket)
         self._pump = Pump(self._socket, self._receive, self._flush)
@@ -187,7 +188,7 @@ class Dealer:
         elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
             self._hung_up += 1
             if self._hung_up == _HANG_UPS:
-                self._reject(Rejection.SERVER_KEY)
+                self._reject(Rejection.SERVER_KEY if self._has_keys else Rejection.NO_KEYS)
         elif event == zmq.EVENT_DISCONNECTED and self._connected:
             self._connected = False
             self._over = True
