@@ -857,10 +857,10 @@ TestLedgerAndStage.settings = settings(
 )
 
 
-def test_owners_do_not_share_prefixes() -> None:
+def test_only_who_shares_with_each_other_shares_prefixes() -> None:
     ledger = KVLedger(1024)
     tokens = list(range(128))
-    assert ledger.open(SequenceId(1), tokens, 129, None, owner="ann")
+    assert ledger.open(SequenceId(1), tokens, 129, None, shares_with="ann")
     ledger.computed(SequenceId(1), 128)
     ledger.end(SequenceId(1), keep=True)
     match = ledger.match(tokens, 127, "ann")

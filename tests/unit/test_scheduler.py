@@ -414,10 +414,10 @@ def test_who_found_no_room_is_asked_about_again_only_when_there_is_more(
     match = KVLedger.match
 
     def counted(
-        ledger: KVLedger, tokens: Sequence[int], limit: int, owner: Hashable
+        ledger: KVLedger, tokens: Sequence[int], limit: int, shares_with: Hashable
     ) -> Match | None:
         looks.append(limit)
-        return match(ledger, tokens, limit, owner)
+        return match(ledger, tokens, limit, shares_with)
 
     monkeypatch.setattr(KVLedger, "match", counted)
     assert not bench.admit(waiting)

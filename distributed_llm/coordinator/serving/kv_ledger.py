@@ -59,12 +59,12 @@ class _CachedSequence:
         pins: number of sequences that begin with a prefix of this one and that not all stages have
             confirmed; while there are any, it is not freed.
         ended: whether it is kept only as a prefix for others.
-        owner: only sequences of the same owner begin with a prefix of it.
+        shares_with: only sequences with an equal value begin with a prefix of it.
         lost: whether a stage has lost positions of it, so that it is freed once it has no pins.
     """
 
     tokens: Sequence[int]
-    owner: Hashable = None
+    shares_with: Hashable = None
     segments: list[_Segment] = field(default_factory=list)
     length: int = 0
     computed: int = 0
@@ -132,13 +132,18 @@ class KVLedger:
         freed, self._freed = self._freed, []
         return freed
 
-    def match(self, tokens: Sequence[int], limit: int, owner: Hashable = None) -> Match | None:
-        """Return a sequence of `owner` with the longest common prefix with `tokens[:limit]`.
+    def match(
+        self, tokens: Sequence[int], limit: int, shares_with: Hashable = None
+    ) -> Match | None:
+        """Return the sequence with the longest common prefix with `tokens[:limit]`.
 
-        None if no sequence has at least `_STRIDE` tokens in common.
+        None if none has at least `_STRIDE` tokens in common.
+
+        Args:
+            shares_with: only sequences with an equal value are looked at.
         """
         longest = None
-        state = _seed(owner)
+        state = _seed(shares_with)
         for at in range(0, limit - _STRIDE + 1, _STRIDE):
             state = _hash(state, tokens[at : at + _STRIDE])
             sharing = self._index.get(state)
@@ -148,7 +153,7 @@ class KVLedger:
         if longest is None:
             return None
         sequence = self._sequences[longest]
-        if sequence.owner != owner:
+        if sequence.shares_with != shares_with:
             return None  # a collision of hashes
         length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
         return Match(longest, length) if length >= _STRIDE else None
@@ -167,7 +172,7 @@ class KVLedger:
         tokens: Sequence[int],
         length: int,
         match: Match | None,
-        owner: Hashable = None,
+        shares_with: Hashable = None,
     ) -> bool:
         """Begin a sequence with room for `length` positions; return False if there is no room.
 
@@ -176,13 +181,13 @@ class KVLedger:
         Args:
             tokens: a list that grows with the sequence; it is kept and read again.
             match: a prefix to share if possible; `prefix_of` returns what is shared.
-            owner: only sequences of the same owner share its prefixes.
+            shares_with: only sequences with an equal value share its prefixes.
         """
         if match is not None and self._covers(match) and self._sequences[match.sequence_id].pins:
             match = None  # stages have not confirmed others that begin with it
         if not self._has_room(length, match):
             return False
-        sequence = self._sequences[sequence_id] = _CachedSequence(tokens, owner)
+        sequence = self._sequences[sequence_id] = _CachedSequence(tokens, shares_with)
         if match is not None:
             sequence.prefix = self._share(sequence_id, match)
         extended = self.extend(sequence_id, length)
@@ -306,7 +311,7 @@ class KVLedger:
     def _is_covered(self, sequence_id: SequenceId, sequence: _CachedSequence) -> bool:
         """Return whether another sequence has all tokens of this one; if not, index this one."""
         self._unindex(sequence_id, sequence)
-        match = self.match(sequence.tokens, sequence.computed, sequence.owner)
+        match = self.match(sequence.tokens, sequence.computed, sequence.shares_with)
         if match is not None and match.length >= sequence.computed:
             return True
         self._index_up_to(sequence_id, sequence)
@@ -403,7 +408,7 @@ class KVLedger:
             self._reclaimable += segment.blocks
 
     def _index_up_to(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
-        state = sequence.hashes[-1] if sequence.hashes else _seed(sequence.owner)
+        state = sequence.hashes[-1] if sequence.hashes else _seed(sequence.shares_with)
         for at in range(len(sequence.hashes) * _STRIDE, sequence.computed - _STRIDE + 1, _STRIDE):
             state = _hash(state, sequence.tokens[at : at + _STRIDE])
             sequence.hashes.append(state)
@@ -442,9 +447,9 @@ class KVLedger:
             assert all(state in self._sequences[i].hashes for i in ids)
 
 
-def prefix_key(tokens: Sequence[int], owner: Hashable = None) -> int:
+def prefix_key(tokens: Sequence[int], shares_with: Hashable = None) -> int:
     """Return a key that is equal for all sequences that may share a prefix."""
-    return _hash(_seed(owner), tokens[:_STRIDE])
+    return _hash(_seed(shares_with), tokens[:_STRIDE])
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
@@ -465,8 +470,8 @@ def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
     return same
 
 
-def _seed(owner: Hashable) -> int:
-    return 0 if owner is None else hash(owner)
+def _seed(shares_with: Hashable) -> int:
+    return 0 if shares_with is None else hash(shares_with)
 
 
 def _hash(state: int, tokens: Sequence[int]) -> int:
