@@ -7,6 +7,7 @@ import pytest
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     Finished,
     Generate,
@@ -319,3 +320,35 @@ def test_log_probabilities_after_a_stop_string_are_freed_too() -> None:
         bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
     bench.book.detokenized(Detokenized(bench.key, 0, "x", 1, stopped=True, last=False), now=2.0)
     assert bench.answer.logprobs == []
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_service_is_fair_among_keys_and_prefixes_are_shared_by_them(share_prefixes: bool) -> None:
+    book = RequestBook(
+        MODEL.defaults,
+        EventLog(),
+        max_waiting=99,
+        draw_seed=lambda: 1,
+        share_prefixes=share_prefixes,
+    )
+    book.set_capacity(KV_TOKENS)
+    spec, frame = frame_of_token_ids(PROMPT)
+    params = SamplingParams(max_new_tokens=2)
+    asked = [("a1", "ann"), ("a2", "ann"), ("b1", "bob"), ("x", ""), ("y", "")]
+    for peer, holder in asked:
+        message = Generate(request_id="r", prompt="token_ids", params=params, tensors=(spec,))
+        (tokenize,) = book.submit(
+            PeerId(peer.encode()), message, (frame,), holder=PublicKey(holder), now=0.0
+        )
+        assert isinstance(tokenize, Tokenize)
+        book.tokenized(Tokenized(tokenize.key, list(PROMPT)))
+    found = {answer.request.key[0].decode(): answer.request for answer in book.waiting}
+    clients = [found[peer].client for peer, _ in asked]
+    assert clients == ["ann", "ann", "bob", b"x", b"y"], "without a key, a connection counts"
+    shares = [found[peer].shares_with for peer, _ in asked]
+    assert shares == [None] * 5 if share_prefixes else ["ann", "ann", "bob", None, None]
+    book.validate()
+    for peer, _ in asked:
+        book.drop_client(PeerId(peer.encode()))
+    book.validate()
+    assert not book._queue._accounts, "nobody's account is kept for ever"
