@@ -346,7 +346,7 @@ def test_service_is_fair_among_keys_and_prefixes_are_shared_by_them(share_prefix
     clients = [found[peer].client for peer, _ in asked]
     assert clients == ["ann", "ann", "bob", b"x", b"y"], "without a key, a connection counts"
     shares = [found[peer].shares_with for peer, _ in asked]
-    assert shares == [None] * 5 if share_prefixes else ["ann", "ann", "bob", None, None]
+    assert shares == ([None] * 5 if share_prefixes else ["ann", "ann", "bob", None, None])
     book.validate()
     for peer, _ in asked:
         book.drop_client(PeerId(peer.encode()))
