@@ -23,11 +23,16 @@ from distributed_llm.common.messages import (
     Chat,
     ClusterMembers,
     ClusterStatus,
+    ModelDescription,
+    ReadChunk,
+    TensorDigests,
     ToClient,
     ToCoordinator,
     ToNextWorker,
     ToPreviousWorker,
+    ToReader,
     ToWorker,
+    WeightRequest,
 )
 from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import Outline
@@ -85,15 +90,18 @@ class Decoder(Generic[M_co]):
         return message, tuple(tensors)
 
 
-to_coordinator: Decoder[ToCoordinator] = Decoder(ToCoordinator)
+to_coordinator: Decoder[ToCoordinator | WeightRequest] = Decoder(ToCoordinator | WeightRequest)
 to_worker: Decoder[ToWorker] = Decoder(ToWorker)
 to_client: Decoder[ToClient] = Decoder(ToClient)
-to_next_worker: Decoder[ToNextWorker] = Decoder(ToNextWorker)
+to_next_worker: Decoder[ToNextWorker | ReadChunk] = Decoder(ToNextWorker | ReadChunk)
 to_previous_worker: Decoder[ToPreviousWorker] = Decoder(ToPreviousWorker)
+to_reader: Decoder[ToReader] = Decoder(ToReader)
 
 _chat: msgspec.msgpack.Decoder[Chat] = msgspec.msgpack.Decoder(Chat)
 _outline: msgspec.msgpack.Decoder[Outline] = msgspec.msgpack.Decoder(Outline)
 _members: msgspec.msgpack.Decoder[ClusterMembers] = msgspec.msgpack.Decoder(ClusterMembers)
+_digests: msgspec.msgpack.Decoder[TensorDigests] = msgspec.msgpack.Decoder(TensorDigests)
+_model: msgspec.msgpack.Decoder[ModelDescription] = msgspec.msgpack.Decoder(ModelDescription)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
 
 
@@ -112,7 +120,9 @@ def encode(message: AnyMessage, tensors: Sequence[Frame] = ()) -> list[Frame]:
     return [PREAMBLE, header, *tensors]
 
 
-def encode_payload(value: Chat | ClusterStatus | ClusterMembers) -> bytes:
+def encode_payload(
+    value: Chat | ClusterStatus | ClusterMembers | ModelDescription | TensorDigests,
+) -> bytes:
     """Return a value in msgpack that may be too long for a header, for a tensor frame."""
     return _encoder.encode(value)
 
@@ -142,6 +152,24 @@ def decode_members(payload: Frame) -> ClusterMembers:
         RemoteProtocolError: it holds none.
     """
     return _decode_payload(_members, payload)
+
+
+def decode_model(payload: Frame) -> ModelDescription:
+    """Return the description of a model in `payload`.
+
+    Raises:
+        RemoteProtocolError: it holds none.
+    """
+    return _decode_payload(_model, payload)
+
+
+def decode_digests(payload: Frame) -> TensorDigests:
+    """Return the digests of tensors in `payload`.
+
+    Raises:
+        RemoteProtocolError: it holds none.
+    """
+    return _decode_payload(_digests, payload)
 
 
 def _decode_payload(decoder: msgspec.msgpack.Decoder[V], payload: Frame) -> V:

@@ -1,21 +1,22 @@
 """Finding a model: in the package, in a folder, or on the Hugging Face hub.
 
-Of a model on the hub the coordinator downloads only JSON: it learns about the tensors from the
-headers of the files. A worker downloads the files that hold its layers. The commit is pinned, and
-the headers are kept beside the snapshot, so that a second start needs no network.
+Of a model on the hub the coordinator first downloads only JSON: it learns about the tensors from the
+headers of the files. It downloads files of weights once workers ask for what is in them; if it
+cannot, they do. The commit is pinned, and the headers are kept beside the snapshot, so that a second
+start needs no network.
 """
 
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from huggingface_hub import HfApi, errors
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, errors, try_to_load_from_cache
+from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
 from distributed_llm.common.errors import CheckpointError
@@ -87,35 +88,41 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
     return ModelSource(kind="hub", name=name, revision=folder.name), checkpoint
 
 
-def resolve_for_worker(
+def checkpoint_here(
     source: ModelSource, layers: LayerRange, *, local_model: str = ""
-) -> Checkpoint:
-    """Return the checkpoint of `source`, with the weights of `layers` on this disk.
+) -> Checkpoint | None:
+    """Return the checkpoint of `source` if the weights of `layers` are on this disk, else None.
 
-    Downloads the files of a hub model that hold these layers, and no others.
+    Downloads nothing.
 
     Args:
         local_model: a folder of this machine that holds the same model, or empty.
 
     Raises:
-        CheckpointUnavailable: it cannot be fetched or read just now.
-        CheckpointError: it is not there, cannot be fetched, or is of a kind that is not read.
+        CheckpointUnavailable: it cannot be read just now.
+        CheckpointError: what is there is of a kind that is not read.
     """
     if source.kind == "builtin":
         return open_checkpoint(_builtin_folder())
     if local_model:
         return own_checkpoint(local_model)
     if source.kind == "folder":
-        if not _is_folder(Path(source.name)):
-            raise CheckpointError(
-                f"There is no folder {_shown(source.name)} on this machine. Copy the model there "
-                "from the coordinator's machine, or start the worker with `--model PATH`, the "
-                "path of its copy here."
-            )
-        return open_checkpoint(Path(source.name))
-    _check_hub_id(source.name)
-    if not _COMMIT.fullmatch(source.revision):
-        raise CheckpointError(f"The coordinator names no commit of {_shown(source.name)}.")
+        folder = Path(source.name)
+        return open_checkpoint(folder) if _is_folder(folder) else None
+    held = held_file(source, CONFIG_NAME)
+    return _snapshot_here(held.parent, layers) if held else None
+
+
+def download(source: ModelSource, layers: LayerRange) -> Checkpoint:
+    """Return the checkpoint of a model on the hub, with the weights of `layers` on this disk.
+
+    Downloads the files that hold these layers, and no others.
+
+    Raises:
+        CheckpointUnavailable: it cannot be fetched just now.
+        CheckpointError: it cannot be fetched, or is of a kind that is not read.
+    """
+    _check_source(source)
     folder = _download(source.name, source.revision, _CONFIG_FILES, all_needed=False)
     needed = _files(_hub_checkpoint(source.name, folder).tensors_of(layers))
     try:
@@ -124,6 +131,60 @@ def resolve_for_worker(
         absent = [file for file in needed if not (folder / file).exists()]
         raise type(exc)(f"{exc} Not here yet: {', '.join(absent) or 'nothing'}.") from exc
     return _hub_checkpoint(source.name, folder)
+
+
+def held_file(source: ModelSource, file: str) -> Path | None:
+    """Return where a file of a model on the hub is in the hub's cache on this machine, or None.
+
+    Raises:
+        CheckpointError: the source names no model, or no commit of it.
+    """
+    _check_source(source)
+    held = reporting(
+        source.name,
+        lambda: try_to_load_from_cache(source.name, file, revision=source.revision),
+    )
+    return Path(held) if isinstance(held, str) else None
+
+
+def download_file(source: ModelSource, file: str, on_bytes: Callable[[int], None]) -> Path:
+    """Return where a file of a model on the hub is on this machine; download it if it is not there.
+
+    Args:
+        on_bytes: called with the bytes that came, while they come.
+
+    Raises:
+        CheckpointUnavailable: it cannot be fetched just now.
+        CheckpointError: it cannot be fetched.
+    """
+    if (held := held_file(source, file)) is not None:
+        return held
+
+    class Counter(tqdm):  # type: ignore[misc]
+        """Tells how many bytes came; shows nothing."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            on_bytes(int(n or 0))
+            return None
+
+    logger.info("downloading %s of %s from the hub", file, source.name)
+    return Path(
+        reporting(
+            source.name,
+            lambda: _api().hf_hub_download(
+                source.name, file, revision=source.revision, tqdm_class=Counter
+            ),
+        )
+    )
+
+
+def _check_source(source: ModelSource) -> None:
+    _check_hub_id(source.name)
+    if not _COMMIT.fullmatch(source.revision):
+        raise CheckpointError(f"The coordinator names no commit of {_shown(source.name)}.")
 
 
 def own_checkpoint(model: str) -> Checkpoint:
@@ -262,7 +323,6 @@ def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
     """Return the checkpoint of the snapshot in `folder`; its weights may not be downloaded yet."""
     if not (folder / CONFIG_NAME).exists():
         raise CheckpointError(f"{name} {_reason_of_repository(name, folder)}")
-    config = read_config(folder)
     absent = _absent_weights(folder)
     if not absent:
         return open_checkpoint(folder)
@@ -270,10 +330,28 @@ def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
         tensors = dict(_tensors_on_hub(name, folder))
     except CheckpointError as exc:
         raise type(exc)(f"{exc} Not here yet: {', '.join(absent)}.") from exc
+    return _with_headers(folder, tensors)
+
+
+def _with_headers(folder: Path, tensors: dict[str, TensorInfo]) -> Checkpoint:
+    """Return the checkpoint of a snapshot that has some of the files of `tensors`."""
     for file in _files(tensors.values()):
         if (folder / file).exists():
             tensors.update(read_header(folder, file))  # with offsets, and the file checked
-    return checkpoint_of(folder, config, tensors)
+    return checkpoint_of(folder, read_config(folder), tensors)
+
+
+def _snapshot_here(folder: Path, layers: LayerRange) -> Checkpoint | None:
+    """Return the checkpoint of a snapshot if it has the weights of `layers`; ask nobody."""
+    if not _absent_weights(folder):
+        return open_checkpoint(folder)
+    tensors = _kept_tensors(folder)
+    if tensors is None:
+        return None
+    needed = _files(checkpoint_of(folder, read_config(folder), tensors).tensors_of(layers))
+    if not all((folder / file).exists() for file in needed):
+        return None
+    return _with_headers(folder, tensors)
 
 
 def _absent_weights(folder: Path) -> list[str]:
@@ -305,15 +383,21 @@ def _reason_of_repository(name: str, folder: Path) -> str:
 
 def _tensors_on_hub(name: str, folder: Path) -> Mapping[str, TensorInfo]:
     """Return the tensors in the headers of the files on the hub; fetched once, then kept."""
-    path = folder / _TENSORS_NAME
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, TensorInfo])
-    except (OSError, ValueError, RecursionError):  # none yet, or a broken one
-        tensors = _fetch_headers(name, folder)
+    if (kept := _kept_tensors(folder)) is not None:
+        return kept
+    tensors, path = _fetch_headers(name, folder), folder / _TENSORS_NAME
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     content = msgspec.json.encode(tensors)
     reporting(name, lambda: (temporary.write_bytes(content), temporary.replace(path)))
     return tensors
+
+
+def _kept_tensors(folder: Path) -> dict[str, TensorInfo] | None:
+    try:
+        content = (folder / _TENSORS_NAME).read_bytes()
+        return msgspec.json.decode(content, type=dict[str, TensorInfo])
+    except (OSError, ValueError, RecursionError):  # none yet, or a broken one
+        return None
 
 
 def _fetch_headers(name: str, folder: Path) -> dict[str, TensorInfo]:

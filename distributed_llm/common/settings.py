@@ -231,6 +231,10 @@ class CoordinatorSettings(_Section):
         gt=0,
         description="A worker without progress on a task for this long is taken for hung, s.",
     )
+    max_transfer_rate: Size = Field(
+        default=None,
+        description="Weights that are sent to workers which lack them at most, bytes per second: 50MB, 12MiB; empty: as fast as it goes.",
+    )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 
     @model_validator(mode="after")
@@ -318,6 +322,10 @@ class WorkerSettings(_Section):
         default="",
         description="Folder of the model on this machine, if it is not the coordinator's; empty: "
         "the same.",
+    )
+    max_transfer_rate: Size = Field(
+        default=None,
+        description="Weights that are fetched from other machines at most, and as much that is sent to them, bytes per second: 50MB, 12MiB; empty: as fast as it goes.",
     )
     connect_timeout_s: Seconds = Field(
         default=10.0,

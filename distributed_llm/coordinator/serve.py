@@ -11,7 +11,7 @@ from typing import Any
 from distributed_llm.common.addresses import addresses_for_others
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.hub import fingerprints, resolve_for_coordinator
+from distributed_llm.common.hub import download_file, fingerprints, resolve_for_coordinator
 from distributed_llm.common.keyring import here, state_folder
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo
@@ -26,6 +26,8 @@ from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 from distributed_llm.coordinator.trust.store import Trust
+from distributed_llm.weights.library import Library
+from distributed_llm.weights.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -99,12 +101,25 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
         bind=settings.bind,
         on_listening=listening,
         trust=trust,
+        library=_library(model, checkpoint),
     )
     try:
         return exit_code(await service.run())
     finally:
         if trust:
             trust.close()
+
+
+def _library(model: ServedModel, checkpoint: Checkpoint) -> Library:
+    """Return the weights of a model as this machine has them, or can get them from the hub."""
+    source = model.source
+
+    def fetch_file(name: str, on_bytes: Callable[[int], None]) -> Path:
+        if source.kind == "hub":
+            return download_file(source, name, on_bytes)
+        return checkpoint.folder / name
+
+    return Library(source, checkpoint, fetch_file, Shelf(), cache_folder() / "digests")
 
 
 def plan(

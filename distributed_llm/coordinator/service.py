@@ -23,6 +23,7 @@ from distributed_llm.common.errors import (
     internal_error,
 )
 from distributed_llm.common.keys import PublicKey
+from distributed_llm.common.messages import Refused, ToReader, WeightRequest
 from distributed_llm.common.sampling_params import MAX_SEED
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import on_signal, on_uncaught
@@ -53,6 +54,8 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.text.service import TextService
 from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.store import Trust
+from distributed_llm.weights.desk import Desk
+from distributed_llm.weights.library import Library
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Coordinator:
         bind: "HOST:PORT" to listen on.
         on_listening: called with the address once it is open.
         trust: the coordinator's keys and who may connect; None lets everybody in, unencrypted.
+        library: the weights of the model, for workers that lack them.
     """
 
     def __init__(
@@ -81,8 +85,10 @@ class Coordinator:
         bind: str,
         on_listening: Callable[[str], None],
         trust: Trust | None,
+        library: Library,
     ) -> None:
         self._trust = trust
+        self._library = library
         self._model = model
         self._folder = folder
         self._settings = settings
@@ -117,7 +123,8 @@ class Coordinator:
 
     async def _serve(self, end_token: int | None) -> int:
         model = self._model.ending_with(end_token)
-        access = Access(self._trust.members if self._trust else None, wall_clock=time.time)
+        members = self._trust.members if self._trust else None
+        self._access = access = Access(members, wall_clock=time.time)
         self._core = Core(
             model, self._settings, draw_seed=lambda: secrets.randbelow(MAX_SEED), access=access
         )
@@ -128,6 +135,11 @@ class Coordinator:
             lambda: self._apply(ConnectionClosed()),
             door=self._trust.door if self._trust else None,
         )
+        self._desk = Desk(
+            self._library,
+            self._answer,
+            max_bytes_per_s=self._settings.max_transfer_rate,
+        )
         self._study_threads = ThreadPoolExecutor(_STUDY_THREADS, thread_name_prefix="study")
         try:
             access.addresses = addresses_for_others(self._router.address)
@@ -136,6 +148,7 @@ class Coordinator:
             return await self._stopped
         finally:
             self._alarm.cancel()
+            self._desk.close()
             self._study_threads.shutdown(cancel_futures=True)
             self._router.close()
 
@@ -157,7 +170,20 @@ class Coordinator:
         except RemoteProtocolError as exc:
             self._apply(Garbage(peer, exc.reason, exc))
         else:
-            self._apply(Received(peer, message, tensors, key))
+            if isinstance(message, WeightRequest):
+                self._weights_asked(peer, key, message)
+            else:
+                self._apply(Received(peer, message, tensors, key))
+
+    def _weights_asked(self, peer: PeerId, key: PublicKey, request: WeightRequest) -> None:
+        """Answer about weights, which is beside the core: it has no part in any session."""
+        if fault := self._access.fault(key, request):
+            self._answer(peer, Refused(code=fault.code, message=str(fault)), ())
+        else:
+            self._desk.asked(peer, request)
+
+    def _answer(self, peer: PeerId, message: ToReader, frames: tuple[Frame, ...]) -> None:
+        self._router.send(peer, codec.encode(message, frames))  # who is gone or stuck asks again
 
     def _apply(self, *events: Event) -> None:
         self._apply_all(events)

@@ -28,8 +28,10 @@ from distributed_llm.common.messages import (
     PeerHello,
     PeerProbed,
     PeerWelcome,
+    ReadChunk,
     ToNextWorker,
     ToPreviousWorker,
+    ToReader,
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Dealer, Door, Login, Rejection, Router
@@ -101,6 +103,7 @@ class Links:
         on_event: called with each event, never from within a method of this class except `open`.
         keys: of this worker; None without keys.
         admits: returns whether the worker that holds a key may connect.
+        on_read: called with each request for weights, its sender and the key of that.
 
     Attributes:
         address: "HOST:PORT" that is listened on.
@@ -116,10 +119,12 @@ class Links:
         *,
         keys: KeyPair | None,
         admits: Callable[[PublicKey], bool],
+        on_read: Callable[[PeerId, PublicKey, ReadChunk], None],
     ) -> None:
         self._on_event = on_event
         self._links: dict[LinkId, _Link] = {}
         self._keys = keys
+        self._on_read = on_read
         self._router = Router(
             bind,
             self._on_message,
@@ -163,9 +168,11 @@ class Links:
 
     # -------------------------------------------------------------- from other workers
 
-    def answer(self, peer: PeerId, message: ToPreviousWorker) -> None:
+    def answer(
+        self, peer: PeerId, message: ToPreviousWorker | ToReader, frames: tuple[Frame, ...] = ()
+    ) -> None:
         """Answer a worker that dialled this one; does nothing if it is gone."""
-        self._router.send(peer, codec.encode(message))
+        self._router.send(peer, codec.encode(message, frames))
 
     def close(self) -> None:
         """Close all sockets; what waits to be sent is dropped."""
@@ -179,7 +186,10 @@ class Links:
         except (ProtocolMismatch, RemoteProtocolError) as exc:
             self._on_event(PeerGarbage(exc, peer))
         else:
-            self._on_event(PeerReceived(peer, message, tensors))
+            if isinstance(message, ReadChunk):
+                self._on_read(peer, key, message)
+            else:
+                self._on_event(PeerReceived(peer, message, tensors))
 
 
 class _Link:

@@ -22,18 +22,26 @@ from distributed_llm.common.errors import (
     RemoteProtocolError,
     internal_error,
 )
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     Capabilities,
     FromWorker,
     Heartbeat,
+    LoadStage,
+    ReadChunk,
     Task,
     TaskFailed,
 )
 from distributed_llm.common.stopping import on_signal, on_uncaught
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
-from distributed_llm.common.types import Epoch
+from distributed_llm.common.types import Epoch, PeerId
+from distributed_llm.weights.cache import ContentCache
+from distributed_llm.weights.fetch import Fetch, Origin
+from distributed_llm.weights.giving import Giver
+from distributed_llm.weights.shelf import Shelf
 from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.compute.finding import WeightFinder
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
@@ -93,6 +101,9 @@ class Worker:
         local_model: path of the checkpoint on this machine; empty is the coordinator's path.
         connect_timeout_s: to reach the coordinator for the first time; 0 is without limit.
         leave_timeout_s: for others to take its layers after a signal.
+        cache: of weights that came from other machines.
+        max_transfer_rate: bytes per second of weights from, and to, other machines; None is
+            without limit.
     """
 
     def __init__(
@@ -108,6 +119,8 @@ class Worker:
         local_model: str,
         connect_timeout_s: float,
         leave_timeout_s: float,
+        cache: ContentCache,
+        max_transfer_rate: int | None,
     ) -> None:
         self._name = name
         self._capabilities = capabilities
@@ -119,6 +132,8 @@ class Worker:
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
         self._leave_timeout_s = leave_timeout_s
+        self._cache = cache
+        self._max_transfer_rate = max_transfer_rate
         self._process = psutil.Process()
         self._connection: Connection | None = None
 
@@ -145,6 +160,11 @@ class Worker:
             self._apply,
             keys=self._login.keys if self._login else None,
             admits=lambda key: self._agent.admits(key),
+            on_read=self._on_read,
+        )
+        self._shelf = Shelf()
+        self._giver = Giver(
+            self._shelf, self._links.answer, max_bytes_per_s=self._max_transfer_rate
         )
         self._agent = Agent(
             self._name,
@@ -158,7 +178,7 @@ class Worker:
         self._engine = Engine(
             self._capabilities,
             slowdown=self._slowdown,
-            local_model=self._local_model,
+            weights=WeightFinder(self._local_model, self._start_fetch),
             is_void=self._agent.is_void,
             post=self._post,
         )
@@ -171,6 +191,7 @@ class Worker:
 
     def _close(self) -> None:
         self._alarm.cancel()
+        self._giver.close()
         self._links.close()
         if self._connection:
             self._connection.close()
@@ -202,6 +223,32 @@ class Worker:
             self._apply(Garbage(exc))
         else:
             self._apply(Received(message, tensors))
+
+    def _on_read(self, peer: PeerId, key: PublicKey, request: ReadChunk) -> None:
+        if self._login is None or self._agent.may_read(key):
+            self._giver.asked(peer, request)
+
+    def _start_fetch(
+        self, order: LoadStage, is_wanted: Callable[[], bool], on_bytes: Callable[[int], None]
+    ) -> Fetch:
+        keys = self._login.keys if self._login else None
+        peers = {
+            source.worker: Origin(
+                source.addresses, Login(source.key, keys) if keys else None, source.layers
+            )
+            for source in order.sources
+        }
+        return Fetch(
+            order.source,
+            order.layers,
+            coordinator=Origin(self._addresses, self._login, ()),
+            peers=peers,
+            cache=self._cache,
+            shelf=self._shelf,
+            max_bytes_per_s=self._max_transfer_rate,
+            on_bytes=on_bytes,
+            is_wanted=is_wanted,
+        )
 
     def _post(self, event: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
@@ -295,6 +342,7 @@ class Worker:
             kv_bytes=self._engine.vitals.kv_bytes,
             loading=load_progress is not None,
             load_progress=load_progress or 0,
+            fetch=self._engine.fetch_progress,
         )
 
     def _reconnect(self) -> None:

@@ -18,6 +18,7 @@ from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import count_text, size_text
+from distributed_llm.weights.cache import ContentCache
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.service import Worker
 
@@ -70,6 +71,8 @@ async def work(settings: WorkerSettings) -> int:
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
         leave_timeout_s=settings.leave_timeout_s,
+        cache=ContentCache(cache_folder(), settings.cache_limit),
+        max_transfer_rate=settings.max_transfer_rate,
     )
     return exit_code(await worker.run())
 

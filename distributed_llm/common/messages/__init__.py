@@ -13,6 +13,7 @@ from distributed_llm.common.messages.base import (
     Addresses,
     Bandwidth,
     Capabilities,
+    FetchProgress,
     Flops,
     Label,
     Message,
@@ -74,6 +75,20 @@ from distributed_llm.common.messages.from_worker import (
     TaskResult,
     WorkerHello,
 )
+from distributed_llm.common.messages.of_weights import (
+    MAX_CHUNK_BYTES,
+    Chunk,
+    DigestsReport,
+    GetDigests,
+    GetModel,
+    ModelDescription,
+    ModelReport,
+    NoChunk,
+    ReadChunk,
+    Sha256,
+    TensorDescription,
+    TensorDigests,
+)
 from distributed_llm.common.messages.to_anybody import (
     Pong,
     Refused,
@@ -103,8 +118,10 @@ from distributed_llm.common.messages.to_client import (
 from distributed_llm.common.messages.to_worker import (
     MAX_RELEASED,
     MAX_SLICES,
+    MAX_SOURCES,
     CopyKV,
     DropStage,
+    GiveWeights,
     HandOver,
     KVTransfer,
     LoadStage,
@@ -119,15 +136,18 @@ from distributed_llm.common.messages.to_worker import (
     SharedPrefix,
     Task,
     UndoMove,
+    WeightSource,
     Welcome,
 )
 
 __all__ = [
     "MAX_CHAT_MESSAGES",
+    "MAX_CHUNK_BYTES",
     "MAX_JSON_CHARS",
     "MAX_PIECES",
     "MAX_RELEASED",
     "MAX_SLICES",
+    "MAX_SOURCES",
     "MAX_SPELLING",
     "MAX_STAGES",
     "MAX_TENSORS",
@@ -141,6 +161,7 @@ __all__ = [
     "Capabilities",
     "Chat",
     "ChatMessage",
+    "Chunk",
     "ClientHello",
     "ClientRequest",
     "ClientWelcome",
@@ -148,18 +169,23 @@ __all__ = [
     "ClusterStatus",
     "CopyKV",
     "CreateToken",
+    "DigestsReport",
     "DrainWorker",
     "DropStage",
     "Enrol",
     "Enrolled",
+    "FetchProgress",
     "FinishReason",
     "Finished",
     "Flops",
     "FromClient",
     "FromWorker",
     "Generate",
+    "GetDigests",
     "GetMembers",
+    "GetModel",
     "GetStatus",
+    "GiveWeights",
     "Goodbye",
     "HandOver",
     "HandedOver",
@@ -181,9 +207,12 @@ __all__ = [
     "Message",
     "Microseconds",
     "MissingPositions",
+    "ModelDescription",
+    "ModelReport",
     "ModelSource",
     "Name",
     "NextStage",
+    "NoChunk",
     "NotUnderstood",
     "Notice",
     "PeerHello",
@@ -192,6 +221,7 @@ __all__ = [
     "PeerWelcome",
     "Ping",
     "Pong",
+    "ReadChunk",
     "Refused",
     "ReleaseSequences",
     "Remeasured",
@@ -202,6 +232,7 @@ __all__ = [
     "RevokeToken",
     "SequenceIds",
     "SequenceSlice",
+    "Sha256",
     "SharedPrefix",
     "Spelling",
     "StageFailed",
@@ -214,6 +245,8 @@ __all__ = [
     "Task",
     "TaskFailed",
     "TaskResult",
+    "TensorDescription",
+    "TensorDigests",
     "Tensors",
     "Text",
     "Timings",
@@ -221,6 +254,7 @@ __all__ = [
     "ToCoordinator",
     "ToNextWorker",
     "ToPreviousWorker",
+    "ToReader",
     "ToWorker",
     "TokenChunk",
     "TokenLogprobs",
@@ -229,6 +263,8 @@ __all__ = [
     "UndoMove",
     "Usage",
     "Value",
+    "WeightRequest",
+    "WeightSource",
     "Welcome",
     "WorkerDrained",
     "WorkerHello",
@@ -266,6 +302,9 @@ ClientRequest = (
 )
 """Messages that only a welcomed client may send."""
 
+WeightRequest = GetModel | GetDigests | ReadChunk
+"""What a worker asks the coordinator over a connection on which it says no hello."""
+
 FromWorker = WorkerHello | WorkerReport | Goodbye
 FromClient = Enrol | ClientHello | ClientRequest
 ToCoordinator = FromWorker | FromClient
@@ -273,6 +312,7 @@ ToWorker = (
     Welcome
     | Renamed
     | LoadStage
+    | GiveWeights
     | CopyKV
     | HandOver
     | UndoMove
@@ -298,4 +338,9 @@ ToClient = (
 )
 ToNextWorker = PeerHello | PeerProbe | Task | KVPieces | KVEnd
 ToPreviousWorker = PeerWelcome | PeerProbed | KVTaken
-AnyMessage = ToCoordinator | ToWorker | ToClient | ToNextWorker | ToPreviousWorker
+ToReader = ModelReport | DigestsReport | Chunk | NoChunk | Pong | Refused
+"""What answers a worker that reads weights."""
+
+AnyMessage = (
+    ToCoordinator | WeightRequest | ToWorker | ToClient | ToNextWorker | ToPreviousWorker | ToReader
+)

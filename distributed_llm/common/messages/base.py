@@ -8,7 +8,7 @@ from msgspec import Meta
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Count
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MAX_TENSORS = 8
 MAX_STAGES = 256
 
@@ -60,6 +60,22 @@ class Capabilities(Value, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=1, le=65536)]
     memory_bandwidth_bytes_per_s: Bandwidth
     flops_per_s: Flops
+
+
+class FetchProgress(Value, frozen=True, kw_only=True):
+    """How far the weights that a worker needs have arrived on its disk.
+
+    Attributes:
+        here_bytes: of them are there.
+        total_bytes: in all.
+        bytes_per_s: at which they arrive now.
+        doing: where they come from, or what is waited for, for people.
+    """
+
+    here_bytes: Count
+    total_bytes: Count
+    bytes_per_s: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    doing: Label = ""
 
 
 class StageTime(

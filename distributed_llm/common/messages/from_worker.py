@@ -9,6 +9,7 @@ from distributed_llm.common.messages.base import (
     Addresses,
     Bandwidth,
     Capabilities,
+    FetchProgress,
     Flops,
     Label,
     Message,
@@ -49,6 +50,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
         tasks_waiting: tasks that were received and whose results were not sent yet.
         loading: whether layers are being loaded, even for an order that was given up since.
         load_progress: a number that changes as long as that makes progress.
+        fetch: how far weights from other machines have arrived for it; None if it needs none.
     """
 
     epochs: Annotated[tuple[Epoch, ...], Meta(max_length=2)]
@@ -58,6 +60,7 @@ class Heartbeat(Message, frozen=True, kw_only=True, tag="heartbeat"):
     kv_bytes: Count
     loading: bool = False
     load_progress: Count = 0
+    fetch: FetchProgress | None = None
 
 
 class StageTrial(
@@ -85,6 +88,9 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
             flight than the smallest grant of its stages.
         kv_tokens: positions of KV cache that its memory has room for.
         trials: empty unless `LoadStage` asked for them.
+        fetched_bytes: of weights that came from other machines.
+        fetch_s: how long the worker waited for them.
+        gives_weights: whether it can give the weights of these layers to other workers.
     """
 
     epoch: Epoch
@@ -93,6 +99,9 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     weight_bytes: Count
     kv_tokens: Count
     trials: Annotated[tuple[StageTrial, ...], Meta(max_length=MAX_TRIALS)] = ()
+    fetched_bytes: Count = 0
+    fetch_s: Seconds = 0.0
+    gives_weights: bool = False
 
 
 class StageFailed(Message, frozen=True, kw_only=True, tag="stage_failed"):

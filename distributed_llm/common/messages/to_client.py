@@ -9,6 +9,7 @@ from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import (
     Addresses,
     Capabilities,
+    FetchProgress,
     Label,
     Message,
     Name,
@@ -257,6 +258,7 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
             is not known, or if nothing can be served without it.
         advice: what the gain means, for people; empty if it is not known.
         last_heard_s: time since its last message.
+        fetch: how far the weights that it loads have arrived; None if it needs none from others.
     """
 
     name: Name
@@ -277,6 +279,7 @@ class WorkerStatus(Value, frozen=True, kw_only=True):
     gain: float | None
     advice: Text
     last_heard_s: Seconds
+    fetch: FetchProgress | None = None
 
 
 class ClusterStatus(Value, frozen=True, kw_only=True):

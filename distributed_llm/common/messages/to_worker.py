@@ -27,6 +27,9 @@ MAX_SLICES = 512
 MAX_RELEASED = 1024
 """Sequences that one message frees at most."""
 
+MAX_SOURCES = 16
+"""Workers that one order names as sources of weights at most."""
+
 SequenceIds = Annotated[tuple[SequenceId, ...], Meta(max_length=MAX_RELEASED)]
 
 
@@ -79,6 +82,20 @@ class NextStage(Value, frozen=True, kw_only=True):
     key: PublicKey = NOBODY
 
 
+class WeightSource(Value, frozen=True, kw_only=True):
+    """A worker that gives weights of `layers` to others.
+
+    Attributes:
+        addresses: at which it may be reached, best first.
+        key: that it has to hold.
+    """
+
+    worker: Name
+    addresses: Addresses
+    layers: Annotated[tuple[LayerRange, ...], Meta(max_length=64)]
+    key: PublicKey = NOBODY
+
+
 class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     """Coordinator -> worker: load layers, to serve them as a stage of `epoch`.
 
@@ -98,6 +115,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         trials: run trial steps of several sizes before `StageReady`, unless other layers serve.
         imports: layers whose KV cache other workers will send, one range per worker.
         senders: keys of the workers that may connect, to send tasks and KV cache of `epoch`.
+        sources: workers that give weights of the layers, besides the coordinator.
     """
 
     epoch: Epoch
@@ -113,6 +131,17 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     trials: bool = False
     imports: Annotated[tuple[LayerRange, ...], Meta(max_length=MAX_STAGES)] = ()
     senders: Annotated[tuple[PublicKey, ...], Meta(max_length=MAX_STAGES)] = ()
+    sources: Annotated[tuple[WeightSource, ...], Meta(max_length=MAX_SOURCES)] = ()
+
+
+class GiveWeights(Message, frozen=True, kw_only=True, tag="give_weights"):
+    """Coordinator -> worker: these workers may read its weights from now on, and no others.
+
+    Attributes:
+        readers: their keys.
+    """
+
+    readers: Annotated[tuple[PublicKey, ...], Meta(max_length=MAX_STAGES)]
 
 
 class KVTransfer(Value, frozen=True, kw_only=True):

@@ -80,7 +80,9 @@ class MovePrices:
         for stage in stages:
             worker, before = workers[stage.worker], held.get(stage.worker)
             added = added_bytes(cost, before, stage.layers)
-            load_s = max(load_s, added / (worker.load_bytes_per_s or _LOAD_BYTES_PER_S))
+            fetch_s = worker.stock.fetch_s(added, before, stage.layers)
+            read_s = added / (worker.load_bytes_per_s or _LOAD_BYTES_PER_S)
+            load_s = max(load_s, read_s, fetch_s)  # reading overlaps fetching
             own_bytes = cost.weight_bytes(before) if before else 0
             layers = len({*_numbers(stage.layers), *(_numbers(before) if before else ())})
             left_bytes = worker.capabilities.memory_bytes - own_bytes - added

@@ -135,7 +135,7 @@ class Moves:
             return []
         before = worker.layers if self._pipelines.pipeline_of(worker.peer) is move.old else None
         read_bytes = added_bytes(self._cluster.model.cost, before, stage.layers)
-        worker.learn_load_speed(read_bytes, ready.load_s)
+        worker.learn_load(stage.layers, ready, read_bytes)
         if move.state is not MoveState.LOADING or not move.new.stage_ready(worker.peer, ready):
             return []
         return move.loaded(now=now)

@@ -19,6 +19,7 @@ from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId
 from distributed_llm.coordinator.cluster.kv_transfers import Transfer
 from distributed_llm.coordinator.cluster.registry import Registry, Worker, WorkerState
+from distributed_llm.coordinator.cluster.weight_sources import let_read, sources_of
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage, Plan
@@ -162,7 +163,8 @@ class Pipelines:
             self._event_log.rejected["stale_epoch"] += 1
             return []
         worker.loaded(weight_bytes=ready.weight_bytes)
-        worker.learn_load_speed(ready.weight_bytes, ready.load_s)
+        assert worker.layers is not None
+        worker.learn_load(worker.layers, ready, ready.weight_bytes)
         actions: list[Action] = [
             self._event_log.note(
                 EventKind.STAGE_LOADED,
@@ -269,11 +271,15 @@ class Pipelines:
             transfers: KV cache that they will be sent.
         """
         actions: list[Action] = []
+        workers = self._registry.workers
+        givers: set[str] = set()
         for before, stage, following in zip(
             (None, *pipeline.stages), pipeline.stages, (*pipeline.stages[1:], None), strict=False
         ):
             after = None if following is None else self.worker(following)
             imports = [one for one in transfers if one.receiver.peer == stage.peer]
+            sources = sources_of(stage.layers, self.worker(stage), workers)
+            givers.update(source.worker for source in sources)
             senders = [*([before] if before else []), *(one.sender for one in imports)]
             order = LoadStage(
                 epoch=pipeline.epoch,
@@ -291,9 +297,10 @@ class Pipelines:
                 trials=self._wants_trials(stage),
                 imports=tuple(one.layers for one in imports),
                 senders=tuple(dict.fromkeys(self.worker(one).key for one in senders)),
+                sources=sources,
             )
             actions.append(Send(stage.peer, order))
-        return actions[::-1]
+        return [*let_read(givers, workers), *actions[::-1]]
 
     def draw_key(self) -> str:
         """Return a random key for a plan."""

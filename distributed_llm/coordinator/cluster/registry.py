@@ -19,11 +19,13 @@ from distributed_llm.common.messages import (
     Capabilities,
     Heartbeat,
     Remeasured,
+    StageReady,
     WorkerHello,
     WorkerStatus,
 )
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.cluster.weight_stock import WeightStock
 
 CLIENT_SILENCE_S = 30.0
 """A client that is silent for so many seconds is lost."""
@@ -124,7 +126,9 @@ class Worker:
         progress_age_s: since its tasks made progress, by its last heartbeat; 0 without tasks.
         seconds_per_token: running mean over steps that only decode, or None before any.
         key: that it holds; `NOBODY` without keys.
-        load_bytes_per_s: at which it loaded weights last; None before that was measured.
+        load_bytes_per_s: at which it loaded weights from its disk last; None before that was
+            measured.
+        stock: weights on its disk that came from other machines.
     """
 
     peer: PeerId
@@ -152,6 +156,7 @@ class Worker:
     compute_s: float = 0.0
     seconds_per_token: float | None = None
     load_bytes_per_s: float | None = None
+    stock: WeightStock = field(default_factory=WeightStock)
     key: PublicKey = NOBODY
     _state: WorkerState = field(default=WORKER_STATES.initial)
     _load: tuple[Epoch, int] = (NO_EPOCH, 0)  # the one that is waited for, and its progress
@@ -233,9 +238,11 @@ class Worker:
             self._load, self._load_at = load, now
         return now - self._load_at
 
-    def learn_load_speed(self, added_bytes: int, load_s: float) -> None:
-        """Learn from a load that read `added_bytes` of weights."""
-        if added_bytes >= _LEAST_LOADED_BYTES and load_s:
+    def learn_load(self, layers: LayerRange, ready: StageReady, added_bytes: int) -> None:
+        """Learn from a load of `layers` that read `added_bytes` of weights."""
+        self.stock.loaded(layers, ready)
+        load_s = ready.load_s - ready.fetch_s
+        if added_bytes >= _LEAST_LOADED_BYTES and load_s > 0.0:
             self.load_bytes_per_s = min(added_bytes / load_s, _FASTEST_LOAD)
 
     def remeasured(self, probe: Remeasured) -> None:
@@ -299,6 +306,7 @@ class Worker:
             gain=gain,
             advice=advice,
             last_heard_s=max(0.0, now - self.last_heard_at),
+            fetch=self.stock.progress,
         )
 
 
@@ -448,6 +456,7 @@ class Registry:
         worker.memory_used_bytes = beat.memory_used_bytes
         worker.kv_bytes = beat.kv_bytes
         worker.loading = beat.loading
+        worker.stock.progress = beat.fetch
         worker.progress_age_s = beat.progress_age_s if beat.tasks_waiting else 0.0
 
     def remove(self, peer: PeerId) -> Worker | None:

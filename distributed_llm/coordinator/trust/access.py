@@ -21,6 +21,7 @@ from distributed_llm.common.messages import (
     RevokeToken,
     ToCoordinator,
     TokenStatus,
+    WeightRequest,
     WorkerHello,
 )
 from distributed_llm.common.roles import Role
@@ -53,7 +54,7 @@ class Access:
         """Who may connect; None without keys."""
         return self._members
 
-    def fault(self, key: PublicKey, message: ToCoordinator) -> NotAllowed | None:
+    def fault(self, key: PublicKey, message: ToCoordinator | WeightRequest) -> NotAllowed | None:
         """Return why the holder of `key` may not send `message`; None if it may."""
         if self._members is None:
             return None
@@ -170,7 +171,7 @@ def _check_key(key: PublicKey) -> None:
         raise InvalidRequest(f"What should be a public key is none: {exc}.") from exc
 
 
-def role_for(message: ToCoordinator) -> Role:
+def role_for(message: ToCoordinator | WeightRequest) -> Role:
     """Return the role that it takes to send a message."""
     if isinstance(message, DrainWorker | ForAdmins):
         return Role.ADMIN

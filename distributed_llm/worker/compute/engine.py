@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
 from distributed_llm.common.errors import DistributedLLMError, StageError, internal_error
-from distributed_llm.common.messages import Capabilities, StageTime
+from distributed_llm.common.messages import Capabilities, FetchProgress, StageTime
 from distributed_llm.worker.compute.computing import TensorsOnWire, compute
 from distributed_llm.worker.compute.failures import reported
+from distributed_llm.worker.compute.finding import WeightFinder
 from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.compute.kv_orders import assemble_kv, import_kv
 from distributed_llm.worker.compute.load_progress import LoadProgress
@@ -84,7 +85,7 @@ class Engine:
     Args:
         capabilities: of this machine: device, threads and memory to use.
         slowdown: how many times slower to be: the thread sleeps after each task.
-        local_model: path of the checkpoint on this machine; empty is the coordinator's path.
+        weights: finds the weights that orders name.
         is_void: whether the result of an order is no longer wanted; called in the compute thread. A
             void order is skipped, and no event answers it.
         post: called in the compute thread with each event.
@@ -99,7 +100,7 @@ class Engine:
         capabilities: Capabilities,
         *,
         slowdown: float,
-        local_model: str,
+        weights: WeightFinder,
         is_void: Callable[[VoidableOrder], bool],
         post: Callable[[Event], None],
     ) -> None:
@@ -109,9 +110,10 @@ class Engine:
         self._post = post
         self._orders: OrderQueue[Order | BackgroundLoad] = OrderQueue()
         self._progress = LoadProgress()
+        self._weights = weights
         self._stages = HeldStages(
             capabilities,
-            local_model=local_model,
+            weights=weights,
             is_void=is_void,
             post=post,
             timer=lambda stage, step: self._timed(stage, step)[1],
@@ -139,6 +141,11 @@ class Engine:
     def load_progress(self) -> int | None:
         """A number that changes as long as a load makes progress; None while there is no load."""
         return self._progress.number if self._stages.is_loading else None
+
+    @property
+    def fetch_progress(self) -> FetchProgress | None:
+        """How far weights from other machines have arrived for a load; None if it needs none."""
+        return self._weights.progress
 
     def stop(self, timeout_s: float) -> bool:
         """Carry out the queued orders and end the thread; return whether it ended in time."""

@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -18,15 +18,16 @@ from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, 
 from distributed_llm.common.types import Epoch
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.compute.failures import reported
+from distributed_llm.worker.compute.finding import WeightFinder, Weights
 from distributed_llm.worker.compute.kv_orders import KVExports
 from distributed_llm.worker.compute.load_progress import LoadProgress
 from distributed_llm.worker.compute.loading import (
     BackgroundLoad,
     LoadedStage,
     Memory,
+    NewStage,
     PreparedStage,
     admit_beside,
-    checked_checkpoint,
     give_memory_back,
     importers_for,
     limit_kv,
@@ -52,7 +53,7 @@ class HeldStages:
 
     Args:
         capabilities: of this machine: device, threads and memory to use.
-        local_model: path of the checkpoint on this machine; empty is the coordinator's path.
+        weights: finds the weights that orders name.
         is_void: whether the result of an order to load is no longer wanted.
         post: called with `Loaded` or `LoadFailed`.
         timer: runs and times trial steps.
@@ -71,7 +72,7 @@ class HeldStages:
         self,
         capabilities: Capabilities,
         *,
-        local_model: str,
+        weights: WeightFinder,
         is_void: Callable[[Load], bool],
         post: Callable[[Event], None],
         timer: StageTimer,
@@ -84,7 +85,7 @@ class HeldStages:
         self.exports = KVExports()
         self._capabilities = capabilities
         self._device = torch.device(capabilities.device)
-        self._local_model = local_model
+        self._weights = weights
         self._is_void = is_void
         self._post = post
         self._timer = timer
@@ -219,59 +220,68 @@ class HeldStages:
         self._free_all()
         started = time.perf_counter()
         try:
-            stage = self._stage_alone(load.order)
+            stage, weights = self._stage_alone(load)
             kv_tokens = limit_kv(stage, load.order, self._memory())
         except Exception as exc:
             self.drop()
             self._post_load_failed(load, exc)
             return
         self.served = LoadedStage(load.order, stage)
-        self._post_loaded(load, stage, time.perf_counter() - started, kv_tokens)
+        self._post_loaded(load, stage, time.perf_counter() - started, kv_tokens, weights)
 
-    def _stage_alone(self, order: LoadStage) -> Stage:
-        """Return the served stage with an empty KV cache if it fits the order, else a new one."""
+    def _stage_alone(self, load: Load) -> tuple[Stage, Weights | None]:
+        """Return the served stage with an empty KV cache if it fits the order, else a new one.
+
+        Returns:
+            The stage, and the weights that it was loaded from if it is new.
+        """
         held = self.served
-        if held is not None and same_layers(held.order, order):
+        if held is not None and same_layers(held.order, load.order):
             held.stage.reset()
             give_memory_back(self._device)
-            return held.stage
+            return held.stage, None
         del held
         self.drop()
-        return self._load_stage(order)
+        return self._load_stage(load)
 
-    def _load_stage(self, order: LoadStage) -> Stage:
-        checkpoint = checked_checkpoint(order, self._local_model)
-        use_threads(num_threads(checkpoint, order, self._capabilities.threads))
-        stage = Stage.load(
-            checkpoint,
-            order.layers,
-            device=self._device,
-            dtype=TORCH_DTYPES[order.dtype],
-            on_read=self._progress.add,
-        )
+    def _load_stage(self, load: Load) -> tuple[Stage, Weights]:
+        order = load.order
+        with self._weights_for(load) as weights:
+            use_threads(num_threads(weights.checkpoint, order, self._capabilities.threads))
+            stage = Stage.load(
+                weights.checkpoint,
+                order.layers,
+                device=self._device,
+                dtype=TORCH_DTYPES[order.dtype],
+                locate=weights.locate,
+                on_read=self._progress.add,
+            )
         stage.progress = self._layer_done
-        return stage
+        return stage, weights
+
+    def _weights_for(self, load: Load) -> AbstractContextManager[Weights]:
+        return self._weights.weights(
+            load.order, lambda: not self._is_void(load), self._progress.add
+        )
 
     def _load_in_background(self) -> None:
         """Start the next load beside, unless an older one, even a void one, has not ended."""
         load, served = self._next_load, self.served
         if load is None or self._background is not None:
             return
-        order = load.order
         self._free_all()
         self._background = BackgroundLoad(
             load,
-            lambda: self._load_beside(order, served),
+            lambda: self._load_beside(load, served),
             self._load_ended,
         )
 
-    def _load_beside(self, order: LoadStage, served: LoadedStage | None) -> tuple[Stage, int]:
-        """Return a stage and the number of threads for it; runs in the background thread."""
-        stage, threads = load_beside(
-            order, served, self._capabilities, self._local_model, self._progress.add
-        )
-        stage.progress = self._layer_done
-        return stage, threads
+    def _load_beside(self, load: Load, served: LoadedStage | None) -> NewStage:
+        """Return a new stage; runs in the background thread."""
+        with self._weights_for(load) as weights:
+            new = load_beside(load.order, served, self._capabilities, weights, self._progress.add)
+        new.stage.progress = self._layer_done
+        return new
 
     def loaded_beside(self, done: BackgroundLoad) -> None:
         """Prepare the stage of a load in the background that has ended, or free it if it is void.
@@ -293,10 +303,11 @@ class HeldStages:
         """Prepare a stage that was loaded, if the memory is enough for its KV cache too."""
         order = load.order
         try:
-            stage, threads = done.take()
+            new = done.take()
         except Exception as exc:
             self._post_load_failed(load, exc)
             return
+        stage = new.stage
         try:
             kv_tokens, import_bytes = admit_beside(order, stage, self.served, self._memory())
             importers = importers_for(order, stage, import_bytes)
@@ -304,18 +315,29 @@ class HeldStages:
             self._free_gradually(LoadedStage(order, stage))
             self._post_load_failed(load, exc)
             return
-        self.prepared = PreparedStage(order, stage, threads, importers)
+        self.prepared = PreparedStage(order, stage, new.threads, importers)
         if self.served is None:
-            use_threads(threads)
-        self._post_loaded(load, stage, done.seconds, kv_tokens)
+            use_threads(new.threads)
+        self._post_loaded(load, stage, done.seconds, kv_tokens, new.weights)
 
     def _memory(self) -> Memory:
         return memory_now(self._device, self._capabilities.memory_bytes)
 
-    def _post_loaded(self, load: Load, stage: Stage, load_s: float, kv_tokens: int) -> None:
-        epoch, weight_bytes = load.order.epoch, stage.weight_bytes
-        trials = self._trials(load.order, stage, kv_tokens)
-        self._post(Loaded(load.session, epoch, load_s, weight_bytes, kv_tokens, trials))
+    def _post_loaded(
+        self, load: Load, stage: Stage, load_s: float, kv_tokens: int, weights: Weights | None
+    ) -> None:
+        loaded = Loaded(
+            load.session,
+            load.order.epoch,
+            load_s,
+            stage.weight_bytes,
+            kv_tokens,
+            self._trials(load.order, stage, kv_tokens),
+            fetched_bytes=weights.fetched_bytes if weights else 0,
+            fetch_s=weights.waited_s if weights else 0.0,
+            gives_weights=weights is not None and weights.fetch is not None,
+        )
+        self._post(loaded)
 
     def _post_load_failed(self, load: Load, exc: Exception) -> None:
         error = reported(exc, f"Loading {layers_text(load.order.layers)}")

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import CheckpointMismatch, NotEnoughMemory, StageError
-from distributed_llm.common.hub import fingerprints, resolve_for_worker
+from distributed_llm.common.errors import NotEnoughMemory, StageError
 from distributed_llm.common.messages import Capabilities, LoadStage
 from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.common.wording import layers_text, size_text
+from distributed_llm.worker.compute.finding import Weights
 from distributed_llm.worker.compute.probe import free_memory_bytes
 from distributed_llm.worker.kv.transfer import KVImporter
 from distributed_llm.worker.model.stage import Stage
@@ -44,6 +44,20 @@ class LoadedStage:
 
     order: LoadStage
     stage: Stage
+
+
+@dataclass(frozen=True)
+class NewStage:
+    """A stage that was just loaded.
+
+    Attributes:
+        threads: to compute with.
+        weights: that it was loaded from.
+    """
+
+    stage: Stage
+    threads: int
+    weights: Weights
 
 
 @dataclass
@@ -97,29 +111,6 @@ def give_memory_back(device: torch.device) -> None:
 def memory_now(device: torch.device, budget_bytes: int) -> Memory:
     """Return the memory as it is at this moment."""
     return Memory(device, budget_bytes, free_memory_bytes(device))
-
-
-def checked_checkpoint(order: LoadStage, local_model: str) -> Checkpoint:
-    """Return the checkpoint that an order names, from this machine.
-
-    Args:
-        order: with the coordinator's digest of the layers.
-        local_model: path on this machine; empty is the coordinator's path.
-
-    Raises:
-        CheckpointMismatch: the digest differs, so the weights are not the coordinator's.
-        CheckpointUnavailable: it cannot be read or fetched just now.
-        CheckpointError: it is missing or damaged.
-    """
-    checkpoint = resolve_for_worker(order.source, order.layers, local_model=local_model)
-    prints = fingerprints(order.source, checkpoint, order.layers)
-    if checkpoint.digest(order.layers, prints) != order.digest:
-        raise CheckpointMismatch(
-            f"The weights of {layers_text(order.layers)} in {checkpoint.folder} are not those of "
-            "the coordinator: they would give other text. Copy the coordinator's checkpoint to "
-            "this machine, or name the right folder with `dllm worker --model`."
-        )
-    return checkpoint
 
 
 def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int:
@@ -229,27 +220,24 @@ def load_beside(
     order: LoadStage,
     served: LoadedStage | None,
     capabilities: Capabilities,
-    local_model: str,
+    weights: Weights,
     on_read: Callable[[int], None],
-) -> tuple[Stage, int]:
+) -> NewStage:
     """Load a stage beside the served one, with which it shares layers that both have.
 
     Args:
         order: for the stage.
         served: the stage beside it.
         capabilities: of this machine.
-        local_model: see `checked_checkpoint`.
+        weights: for the order.
         on_read: see `Stage.load`.
-
-    Returns:
-        The stage, and the number of threads for it to compute with.
 
     Raises:
         NotEnoughMemory: its weights do not fit beside the served stage.
         StageError: it belongs to another model.
-        CheckpointError: see `checked_checkpoint`.
+        CheckpointError: see `Stage.load`.
     """
-    checkpoint = checked_checkpoint(order, local_model)
+    checkpoint = weights.checkpoint
     device = torch.device(capabilities.device)
     if served:
         _ensure_same_model(served.order, order)
@@ -262,9 +250,10 @@ def load_beside(
         device=device,
         dtype=TORCH_DTYPES[order.dtype],
         donor=served.stage if served else None,
+        locate=weights.locate,
         on_read=on_read,
     )
-    return stage, num_threads(checkpoint, order, capabilities.threads)
+    return NewStage(stage, num_threads(checkpoint, order, capabilities.threads), weights)
 
 
 def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
@@ -320,7 +309,7 @@ class BackgroundLoad:
 
     Args:
         load: the order that is carried out.
-        make: loads the stage and returns it with its number of threads; called in the thread.
+        make: loads the stage; called in the thread.
         ended: called in the thread when it is about to end.
 
     Attributes:
@@ -331,19 +320,19 @@ class BackgroundLoad:
     def __init__(
         self,
         load: Load,
-        make: Callable[[], tuple[Stage, int]],
+        make: Callable[[], NewStage],
         ended: Callable[["BackgroundLoad"], None],
     ) -> None:
         self.load = load
         self.seconds = 0.0
         self._make = make
         self._ended = ended
-        self._made: tuple[Stage, int] | None = None
+        self._made: NewStage | None = None
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._main, name="load", daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[Stage, int]:
+    def take(self) -> NewStage:
         """Wait for the thread and return the result of `make`, which is handed out only once.
 
         Raises:
@@ -360,7 +349,7 @@ class BackgroundLoad:
         """Wait for the thread and return the unwanted stage, so that it can be freed, if any."""
         self._thread.join()
         made, self._made = self._made, None
-        return made[0] if made else None
+        return made.stage if made else None
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread for at most `timeout_s`; return whether it has ended."""

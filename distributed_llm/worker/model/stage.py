@@ -27,6 +27,7 @@ from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, sample
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import TaskInputs
+from distributed_llm.worker.model.tensor_files import Locate
 from distributed_llm.worker.model.weights import load_stage_model
 
 _MAX_RELEASED = 10_000
@@ -97,6 +98,7 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         donor: "Stage | None" = None,
+        locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
     ) -> "Stage":
         """Load a stage, ready to run.
@@ -109,6 +111,7 @@ class Stage:
             donor: a stage of the same checkpoint, whose modules are shared instead of read again.
                 It may run in another thread meanwhile. Afterwards the two may run in turns, and
                 either may be dropped.
+            locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
             on_read: called with bytes of tensors when they were read, in any thread.
 
         Raises:
@@ -119,7 +122,13 @@ class Stage:
         """
         cls.ensure_supported(checkpoint)
         return cls.load_unchecked(
-            checkpoint, layers, device=device, dtype=dtype, donor=donor, on_read=on_read
+            checkpoint,
+            layers,
+            device=device,
+            dtype=dtype,
+            donor=donor,
+            locate=locate,
+            on_read=on_read,
         )
 
     @classmethod
@@ -140,6 +149,7 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         donor: "Stage | None" = None,
+        locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
     ) -> "Stage":
         """Load a stage as `load` does, without checking the architecture."""
@@ -151,6 +161,7 @@ class Stage:
             device=device,
             dtype=dtype,
             donor=donor._held if donor else None,
+            locate=locate,
             on_read=on_read,
         )
         return cls(stage_model, checkpoint, device, dtype)

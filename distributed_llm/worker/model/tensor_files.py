@@ -9,8 +9,6 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo, ends_early, unreadable
+from distributed_llm.weights.shelf import Place
 
 _PIECE_BYTES = 16 << 20
 """Bytes that are read at once; progress is told after each piece."""
@@ -48,67 +47,55 @@ _DTYPES: Mapping[str, torch.dtype] = {
 """Types of numbers that weights may have, by safetensors' names."""
 
 
-class TensorFile:
-    """A safetensors file, open while tensors are read from it; may be used by several threads.
+Locate = Callable[[TensorInfo], Place]
+"""Returns where the bytes of a tensor are, perhaps once they have arrived."""
+
+
+class TensorReader:
+    """Reads tensors, one at a time; may be used by several threads.
 
     Args:
-        path: of the file, whose header was read before.
+        locate: returns where a tensor is; may raise CheckpointError.
         on_read: called with the bytes of each piece when it was read.
-
-    Raises:
-        CheckpointError: it cannot be opened.
     """
 
-    def __init__(self, path: Path, on_read: Callable[[int], None]) -> None:
-        self._path = path
+    def __init__(self, locate: Locate, on_read: Callable[[int], None]) -> None:
+        self._locate = locate
         self._on_read = on_read
-        self._lock = threading.Lock()  # of the position in the file
-        try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed by `__exit__`
-        except OSError as exc:
-            raise unreadable(path, exc) from exc
-
-    def __enter__(self) -> "TensorFile":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._lock:
-            self._file.close()
+        self._lock = threading.Lock()  # disks read one file after the other faster
 
     def read(self, info: TensorInfo) -> Tensor:
-        """Return a tensor of the file.
+        """Return a tensor.
 
         Raises:
-            CheckpointUnavailable: the file ends before it does, or cannot be read just now.
+            CheckpointUnavailable: its file ends before it does, or cannot be read just now.
+            CheckpointError: it cannot be had, or its file cannot be read.
             UnsupportedModel: its numbers are of a type that weights cannot have.
         """
+        place = self._locate(info)
         if info.dtype not in _DTYPES:
             raise UnsupportedModel(
-                f"{self._path}: the numbers of {info.name} are of type {info.dtype}, which cannot "
+                f"{place.file}: the numbers of {info.name} are of type {info.dtype}, which cannot "
                 "be computed with. Use the original model."
             )
-        content = _new_memory(info.nbytes)
+        content = _new_memory(place.nbytes)
         with self._lock:
-            self._read_into(content.numpy().data, info)
+            self._read_into(content.numpy().data, place, info.name)
         return content.view(_DTYPES[info.dtype]).reshape(info.shape)
 
-    def _read_into(self, memory: memoryview, info: TensorInfo) -> None:
+    def _read_into(self, memory: memoryview, place: Place, name: str) -> None:
         done = 0
         try:
-            self._file.seek(info.offset)
-            while done < info.nbytes:
-                read = self._file.readinto(memory[done : done + _PIECE_BYTES])
-                if not read:
-                    raise ends_early(self._path, info.name)
-                self._on_read(read)
-                done += read
+            with open(place.file, "rb", buffering=0) as file:
+                file.seek(place.offset)
+                while done < place.nbytes:
+                    read = file.readinto(memory[done : done + _PIECE_BYTES])
+                    if not read:
+                        raise ends_early(place.file, name)
+                    self._on_read(read)
+                    done += read
         except OSError as exc:
-            raise unreadable(self._path, exc) from exc
+            raise unreadable(place.file, exc) from exc
 
 
 def _new_memory(nbytes: int) -> Tensor:
@@ -125,9 +112,9 @@ def _new_memory(nbytes: int) -> Tensor:
 class TensorInFile:
     """A tensor that is read when transformers' loader slices it."""
 
-    def __init__(self, file: TensorFile, info: TensorInfo) -> None:
-        self._file = file
+    def __init__(self, reader: TensorReader, info: TensorInfo) -> None:
+        self._reader = reader
         self._info = info
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self._file.read(self._info)[index]
+        return self._reader.read(self._info)[index]

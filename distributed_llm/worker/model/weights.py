@@ -12,7 +12,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -26,10 +26,11 @@ from transformers.utils import logging as transformers_logging
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.types import LayerRange
+from distributed_llm.weights.shelf import Place
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
-from distributed_llm.worker.model.tensor_files import TensorFile, TensorInFile
+from distributed_llm.worker.model.tensor_files import Locate, TensorInFile, TensorReader
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def load_stage_model(
     device: torch.device,
     dtype: torch.dtype,
     donor: StageModel | None = None,
+    locate: Locate | None = None,
     on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> StageModel:
     """Load the model of a checkpoint, reduced to some layers.
@@ -81,6 +83,7 @@ def load_stage_model(
         dtype: of the weights.
         donor: a stage of the same checkpoint, device and dtype to share modules with; it may run in
             another thread meanwhile.
+        locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
         on_read: called with bytes of tensors when they were read, in any thread.
 
     Raises:
@@ -98,8 +101,9 @@ def load_stage_model(
     _keep_layers(model, path, missing)
     _cut_config(model.config, checkpoint.num_layers, layers)
     _drop_unneeded(model, path, checkpoint, layers, shared)
-    with ExitStack() as files, _without_progress_bars():
-        tensors = _open_tensors(checkpoint, layers, tied, shared, files, on_read)
+    reader = TensorReader(locate or checkpoint_place(checkpoint), on_read)
+    with _without_progress_bars():
+        tensors = _tensors_to_load(checkpoint, layers, tied, shared, reader)
         _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
         _drop_tied_embedding(model, layers)
@@ -187,20 +191,23 @@ def _absent(module: nn.Module) -> nn.Module:
     return AbsentModule(module.out_features if isinstance(module, nn.Linear) else None)
 
 
-def _open_tensors(
+def checkpoint_place(checkpoint: Checkpoint) -> Locate:
+    """Return a function that returns where a tensor is in the folder of a checkpoint."""
+    return lambda info: Place(checkpoint.folder / info.file, info.offset, info.nbytes)
+
+
+def _tensors_to_load(
     checkpoint: Checkpoint,
     layers: LayerRange,
     tied: Mapping[str, str],
     shared: SharedModules,
-    files: ExitStack,
-    on_read: Callable[[int], None],
+    reader: TensorReader,
 ) -> dict[str, Any]:
     """Return the tensors to load, by name.
 
     In the names, the layers that are not shared are numbered from 0. A matrix that stands in the
     files only as the head's gets the name of the embedding that the head is tied to.
     """
-    opened: dict[str, TensorFile] = {}
     tensors: dict[str, Any] = {}
     missing = _missing_layers(layers, shared)
     for info in checkpoint.tensors_of(layers):
@@ -211,12 +218,9 @@ def _open_tensors(
         if (matrix := shared.matrix(name)) is not None:
             tensors[name] = matrix
             continue
-        if info.file not in opened:
-            path = checkpoint.folder / info.file
-            opened[info.file] = files.enter_context(TensorFile(path, on_read))
         if layer is not None:
             name = _renumbered(name, checkpoint, layer, missing)
-        tensors[name] = TensorInFile(opened[info.file], info)
+        tensors[name] = TensorInFile(reader, info)
     return tensors
 
 

@@ -37,6 +37,7 @@ from distributed_llm.common.messages import (
     Capabilities,
     CopyKV,
     DropStage,
+    GiveWeights,
     Goodbye,
     HandOver,
     Leaving,
@@ -272,6 +273,10 @@ class Agent:
         """Return whether the worker that holds `key` may connect to this one."""
         return self._stages.admits(key)
 
+    def may_read(self, key: PublicKey) -> bool:
+        """Return whether the worker that holds `key` may read weights from this one."""
+        return self._stages.may_read(key)
+
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
         if self._state is _S.ENDED:
@@ -385,6 +390,9 @@ class Agent:
                 return self._stages.run(message, frames, now)
             case LoadStage():
                 return self._stages.load(message, now)
+            case GiveWeights():
+                self._stages.give_weights(message)
+                return []
             case CopyKV():
                 return self._stages.copy_kv(message, now)
             case HandOver():

@@ -207,6 +207,9 @@ class Loaded:
         weight_bytes: memory that the weights take.
         kv_tokens: positions that the KV cache has room for.
         trials: times of trial steps, if any were wanted.
+        fetched_bytes: of weights that came from other machines.
+        fetch_s: how long loading waited for them.
+        gives_weights: whether this worker can give the weights of the layers to others.
     """
 
     session: int
@@ -215,6 +218,9 @@ class Loaded:
     weight_bytes: int
     kv_tokens: int
     trials: tuple[StageTrial, ...] = ()
+    fetched_bytes: int = 0
+    fetch_s: float = 0.0
+    gives_weights: bool = False
 
 
 @dataclass(frozen=True)

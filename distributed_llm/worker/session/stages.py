@@ -18,6 +18,7 @@ from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     NOT_SERVED,
     CopyKV,
+    GiveWeights,
     HandOver,
     KVEnd,
     KVFailed,
@@ -91,6 +92,7 @@ class Stages:
         # The older epoch first: the served stage, then the prepared one.
         self._by_epoch: dict[Epoch, EpochStage] = {}
         self._kv_move: KVMove | None = None  # always there while a stage is prepared
+        self._readers: frozenset[PublicKey] = frozenset()
 
     @property
     def epochs(self) -> tuple[Epoch, ...]:
@@ -265,7 +267,16 @@ class Stages:
 
     def admits(self, key: PublicKey) -> bool:
         """Return whether the worker that holds `key` may connect to this one."""
-        return any(stage.peers.admits(key) for stage in self._by_epoch.values())
+        stages = self._by_epoch.values()
+        return key in self._readers or any(stage.peers.admits(key) for stage in stages)
+
+    def give_weights(self, order: GiveWeights) -> None:
+        """Let the workers that an order names read weights, and no others any more."""
+        self._readers = frozenset(order.readers)
+
+    def may_read(self, key: PublicKey) -> bool:
+        """Return whether the worker that holds `key` may read weights."""
+        return key in self._readers
 
     def run(self, task: Task, frames: tuple[Frame, ...], now: float) -> list[Action]:
         """Have a task run.
@@ -384,6 +395,9 @@ class Stages:
             weight_bytes=event.weight_bytes,
             kv_tokens=event.kv_tokens,
             trials=event.trials,
+            fetched_bytes=event.fetched_bytes,
+            fetch_s=event.fetch_s,
+            gives_weights=event.gives_weights,
         )
         text = (
             f"loaded {layers_text(stage.order.layers)} in {event.load_s:.1f} s (plan {event.epoch})"
