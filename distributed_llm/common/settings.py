@@ -319,6 +319,11 @@ class WorkerSettings(_Section):
         description="Folder of the model on this machine, if it is not the coordinator's; empty: "
         "the same.",
     )
+    cache_limit: Size = Field(
+        default=None,
+        description="Room on the disk for weights that other machines send, such as 100GiB; empty: "
+        "as much as it has, but for the last GiB or 5 %.",
+    )
     connect_timeout_s: Seconds = Field(
         default=10.0,
         ge=0,
