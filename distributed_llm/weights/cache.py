@@ -12,6 +12,7 @@ from pathlib import Path
 from distributed_llm.common.errors import CheckpointUnavailable, ConfigError
 from distributed_llm.common.model_files import unreadable
 from distributed_llm.common.wording import size_text
+from distributed_llm.weights.contents import Contents, contents_of
 from distributed_llm.weights.disk_errors import storing
 from distributed_llm.weights.eviction import ABANDONED_S, Kept, Room, in_order
 from distributed_llm.weights.notes import Note, Notes
@@ -23,40 +24,6 @@ logger = logging.getLogger(__name__)
 
 def _unheard(nbytes: int) -> None:
     """Take no notice of bytes that were read."""
-
-
-@dataclass(frozen=True)
-class KeptModel:
-    """A model of which there are entries.
-
-    Attributes:
-        name: as it was noted.
-        kept_bytes: of its complete entries, also of those that other models have as well.
-        total_bytes: of all of its entries.
-        used_at: when one of them was last used, seconds since 1970.
-    """
-
-    name: str
-    kept_bytes: int
-    total_bytes: int
-    used_at: float
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a cache holds.
-
-    Attributes:
-        models: most lately used first.
-        total_bytes: of all files.
-        unknown_bytes: of complete entries that belong to no model that was noted.
-        partial_bytes: of entries that are not complete.
-    """
-
-    models: tuple[KeptModel, ...]
-    total_bytes: int
-    unknown_bytes: int
-    partial_bytes: int
 
 
 @dataclass(frozen=True)
@@ -303,20 +270,7 @@ class ContentCache:
         with storing(self.folder):
             kept = list(self._kept())
             notes = list(self._notes.read())
-        complete = {one.sha256: one for one in kept if not one.is_part}
-        models = []
-        for note in notes:
-            if here := [complete[name] for name in note.tensors if name in complete]:
-                used_at = max(one.used_at for one in here)
-                kept_bytes = sum(one.nbytes for one in here)
-                models.append(KeptModel(note.name, kept_bytes, sum(note.tensors.values()), used_at))
-        known = {name for note in notes for name in note.tensors}
-        return Contents(
-            models=tuple(sorted(models, key=lambda model: -model.used_at)),
-            total_bytes=sum(one.nbytes for one in kept),
-            unknown_bytes=sum(one.nbytes for name, one in complete.items() if name not in known),
-            partial_bytes=sum(one.nbytes for one in kept if one.is_part),
-        )
+        return contents_of(kept, notes)
 
     def _forget_what_is_gone(self, *, noted_before: float) -> None:
         """Forget the models of which nothing is here, unless they were noted since."""
