@@ -24,6 +24,7 @@ from distributed_llm import AsyncDistributedClient
 from distributed_llm.common.errors import ConnectionFailed
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import ClusterStatus
+from distributed_llm.weights.places import CACHE_VARIABLE
 
 _START_S = 60.0
 _MEMORY = "1GiB"
@@ -37,7 +38,7 @@ class _Child:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("DLLM_") or name == STATE_VARIABLE
+            if not name.startswith("DLLM_") or name in (STATE_VARIABLE, CACHE_VARIABLE)
         }
         environment |= {f"DLLM_{section}__{k.upper()}": str(v) for k, v in settings.items()}
         with log.open("wb") as stderr:

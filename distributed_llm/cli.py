@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_llm import config_command, generate_command, members_command, worker_command
+from distributed_llm import (
+    cache_command,
+    config_command,
+    generate_command,
+    members_command,
+    worker_command,
+)
 from distributed_llm.common import streams
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import interruptible
@@ -42,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(config_command.app, name="config")
+app.add_typer(cache_command.app, name="cache")
 app.add_typer(members_command.tokens, name="token")
 app.add_typer(members_command.machines, name="machines")
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from distributed_llm.common.streams import writes_unicode
 from distributed_llm.coordinator.plan import describe
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
+from distributed_llm.weights.contents import Contents
 
 _UNBOUND_WIDTH = 10_000
 """Characters per line of what goes to a file or another program, so that nothing is broken."""
@@ -232,6 +234,17 @@ def print_machines(members: ClusterMembers, *, as_json: bool) -> None:
         return
     rows = [summary.machine_row(machine, time.time()) for machine in members.machines]
     _print_table(_out, summary.MACHINE_COLUMNS, rows)
+
+
+def print_cache(folder: Path, contents: Contents, *, as_json: bool) -> None:
+    """Print of which models weights are kept in a folder."""
+    if as_json:
+        print_json({"folder": str(folder), **asdict(contents)})
+        return
+    if contents.models:
+        rows = [summary.kept_model_row(model, time.time()) for model in contents.models]
+        _print_table(_out, summary.CACHE_COLUMNS, rows)
+    _out.print(summary.cache_line(folder, contents))
 
 
 def drain(client: DistributedClient, name: str, *, as_json: bool) -> None:

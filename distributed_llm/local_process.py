@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from distributed_llm.common.keyring import STATE_VARIABLE
+from distributed_llm.weights.places import CACHE_VARIABLE
 
 _KILL_AFTER_S = 5.0
 
@@ -72,7 +73,7 @@ class LocalProcess:
         environment = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith("DLLM_") or name == STATE_VARIABLE
+            if not name.startswith("DLLM_") or name in (STATE_VARIABLE, CACHE_VARIABLE)
         }
         environment |= {"PYTHONUNBUFFERED": "1", **settings}
         arguments = [*command, "--exit-with-parent"]

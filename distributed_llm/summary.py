@@ -1,6 +1,7 @@
 """What `dllm status`, `plan` and `--stats` say: sentences and cells, made of facts. Pure."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from distributed_llm.client.answers import Generation
 from distributed_llm.common.keys import fingerprint
@@ -23,6 +24,7 @@ from distributed_llm.common.wording import (
 )
 from distributed_llm.coordinator.plan import PlannedStage
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
+from distributed_llm.weights.contents import Contents, KeptModel
 
 WORKER_COLUMNS = (
     "worker",
@@ -41,6 +43,8 @@ TIMING_COLUMNS = ("worker", "layers", "tasks", "compute")
 
 TOKEN_COLUMNS = ("token", "lets join as", "machines", "expires")
 MACHINE_COLUMNS = ("machine", "may be", "key", "enrolled", "connections")
+
+CACHE_COLUMNS = ("model", "kept", "of", "last used")
 
 # ------------------------------------------------------------------ status
 
@@ -169,6 +173,30 @@ def machine_row(machine: MachineStatus, now: float) -> list[str]:
         f"{duration_text(max(0.0, now - machine.enrolled_at))} ago",
         f"{machine.sessions:,}",
     ]
+
+
+# ------------------------------------------------------------------ kept weights
+
+
+def kept_model_row(model: KeptModel, now: float) -> list[str]:
+    """Return the cells of `CACHE_COLUMNS`; `now` is in seconds since 1970."""
+    return [
+        model.name,
+        size_text(model.kept_bytes),
+        size_text(model.total_bytes),
+        f"{duration_text(max(0.0, now - model.used_at))} ago",
+    ]
+
+
+def cache_line(folder: Path, contents: Contents) -> str:
+    """Return how much a cache of weights holds, and what of that belongs to no model."""
+    others = (
+        (contents.unknown_bytes, "of no known model"),
+        (contents.partial_bytes, "not complete yet"),
+    )
+    parts = [f"{size_text(nbytes)} {what}" for nbytes, what in others if nbytes]
+    among = f" ({', '.join(parts)})" if parts else ""
+    return f"{size_text(contents.total_bytes)} in {folder}{among}"
 
 
 # ------------------------------------------------------------------ answers

@@ -33,6 +33,10 @@ Slowdown = Annotated[
 Model = Annotated[
     str | None, typer.Option(help="Checkpoint folder here.", show_default="the coordinator's")
 ]
+CacheLimit = Annotated[
+    str | None,
+    typer.Option(help="Disk for weights, such as 100GiB.", show_default="what is free"),
+]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait for the coordinator as long as it takes.")]
 
 
@@ -46,6 +50,7 @@ def worker(
     max_memory: MaxMemory = None,
     slowdown: Slowdown = None,
     model: Model = None,
+    cache_limit: CacheLimit = None,
     wait: Wait = False,
     insecure: Insecure = False,
     exit_with_parent: WithParent = False,
@@ -62,6 +67,7 @@ def worker(
             "worker.max_memory": max_memory,
             "worker.slowdown": slowdown,
             "worker.model": model,
+            "worker.cache_limit": cache_limit,
             "worker.connect_timeout_s": 0.0 if wait else None,
             "worker.insecure": insecure or None,
         },
@@ -85,6 +91,7 @@ def join(
     threads: Threads = None,
     max_memory: MaxMemory = None,
     model: Model = None,
+    cache_limit: CacheLimit = None,
     wait: Wait = False,
     enrol_only: Annotated[
         bool, typer.Option("--enrol-only", help="Enrol, and do no more.")
@@ -137,6 +144,7 @@ def join(
         threads=threads,
         max_memory=max_memory,
         model=model,
+        cache_limit=cache_limit,
         wait=wait,
     )
 

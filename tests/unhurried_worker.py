@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from distributed_llm.common.keyring import STATE_VARIABLE
+from distributed_llm.weights.places import CACHE_VARIABLE
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def unhurried_worker(
     environment = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("DLLM_") or name == STATE_VARIABLE
+        if not name.startswith("DLLM_") or name in (STATE_VARIABLE, CACHE_VARIABLE)
     }
     environment |= {f"DLLM_WORKER__{setting}": value for setting, value in settings.items()}
     command = ["-m", "tests.unhurried_worker", str(min_task_s), "worker", "--exit-with-parent"]

@@ -8,6 +8,7 @@
     + UnsupportedModel         the architecture cannot be split correctly
     + CheckpointMismatch       this machine has other weights under the same name
     + CheckpointUnavailable    they cannot be read or fetched now; later they may be
+      x WrongContent           other weights came than those that were asked for
   x CapacityError              the cluster cannot do this now
     + NotEnoughMemory          the model does not fit the workers
     + NotReady                 no plan is being served
@@ -89,6 +90,12 @@ class CheckpointUnavailable(CheckpointError):
     """The files of a model cannot be read or fetched now. Trying again later may help."""
 
     code = "checkpoint_unavailable"
+
+
+class WrongContent(CheckpointUnavailable):
+    """Weights came that are not those that were asked for. Others may have the right ones."""
+
+    code = "wrong_content"
 
 
 class CapacityError(DistributedLLMError):
@@ -259,6 +266,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         UnsupportedModel,
         CheckpointMismatch,
         CheckpointUnavailable,
+        WrongContent,
         CapacityError,
         NotEnoughMemory,
         NotReady,

@@ -160,11 +160,11 @@ def download_file(source: ModelSource, file: str, on_bytes: Callable[[int], None
     if (held := held_file(source, file)) is not None:
         return held
 
-    class Counter(tqdm):  # type: ignore[misc]
+    class Counter(tqdm):
         """Tells how many bytes came; shows nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             on_bytes(int(n or 0))

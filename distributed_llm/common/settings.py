@@ -325,7 +325,13 @@ class WorkerSettings(_Section):
     )
     max_transfer_rate: Size = Field(
         default=None,
-        description="Weights that are fetched from other machines at most, and as much that is sent to them, bytes per second: 50MB, 12MiB; empty: as fast as it goes.",
+        description="Weights that are fetched from other machines at most, and as much that is "
+        "sent to them, bytes per second: 50MB, 12MiB; empty: as fast as it goes.",
+    )
+    cache_limit: Size = Field(
+        default=None,
+        description="Room on the disk for weights that other machines send, such as 100GiB; empty: "
+        "as much as it has, but for the last GiB or 5 %.",
     )
     connect_timeout_s: Seconds = Field(
         default=10.0,

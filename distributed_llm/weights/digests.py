@@ -1,7 +1,7 @@
 """The SHA-256 of every tensor of a file, computed once and remembered as long as the file stays.
 
-Hashing takes seconds per 10 GB. What was computed is kept in a file of JSON per file of weights, and
-is used again while size, time of change and inode of that are the same.
+Hashing takes seconds per 10 GB. What was computed is kept in a file of JSON per file of weights,
+and is used again while size, time of change and inode of that are the same.
 """
 
 import hashlib

@@ -21,10 +21,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import (
     CheckpointError,
     CheckpointUnavailable,
-    ConnectionFailed,
-    ProtocolMismatch,
     RemoteProtocolError,
-    WrongContent,
     internal_error,
 )
 from distributed_llm.common.hub import held_file
@@ -45,10 +42,10 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Login, Rejection
+from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text
-from distributed_llm.weights.cache import ContentCache, Partial
+from distributed_llm.weights.cache import ContentCache
 from distributed_llm.weights.fetch_events import (
     Action,
     Ask,
@@ -78,6 +75,7 @@ from distributed_llm.weights.fetch_events import (
     Written,
 )
 from distributed_llm.weights.fetching import PATIENCE_S, Fetching
+from distributed_llm.weights.partial import Partial
 from distributed_llm.weights.shelf import Place, Shelf, places_in_file
 from distributed_llm.weights.source_link import SourceLink
 from distributed_llm.weights.wrong_bytes import GrainRecord
@@ -90,7 +88,7 @@ COORDINATOR = "the coordinator"
 """Name of the coordinator among the sources."""
 
 _ASK_EVERY_S = 0.5
-"""Time between two questions to the coordinator about digests that it does not know yet, seconds."""
+"""Time between two questions to the coordinator about digests that are not known, seconds."""
 
 _LOOK_EVERY_S = 0.25
 """Time between two looks whether the weights are still wanted, seconds."""
@@ -488,7 +486,7 @@ class Fetch:
         if self._error is None:
             for action in decide(self._alarm.now()):
                 self._perform(action)
-            self._alarm.set(self._machine.next_deadline(self._alarm.now()))
+            self._alarm.set(self._machine.next_deadline())
 
     def _chunk(self, name: str, sha256: str, offset: int, data: Frame) -> None:
         if self._error is not None or sha256 not in self._entries:
@@ -511,7 +509,7 @@ class Fetch:
             return
         try:
             while (data := entry.early.pop(partial.done_bytes, None)) is not None:
-                partial.write(data)
+                partial.write(memoryview(data))
         except CheckpointError as exc:  # the disk is full
             self._fail(exc)
             return
@@ -582,7 +580,9 @@ class Fetch:
     def _tell(self) -> None:
         """Update what `progress` tells."""
         machine, now = self._machine, self._alarm.now()
-        coming = machine.bytes_done - sum(one.nbytes for one in self._entries.values() if one.stored)
+        coming = machine.bytes_done - sum(
+            one.nbytes for one in self._entries.values() if one.stored
+        )
         self._progress = FetchProgress(
             here_bytes=max(0, min(self._total_bytes, self._placed_bytes + coming)),
             total_bytes=self._total_bytes,

@@ -1,8 +1,8 @@
 """Answers workers that read weights: reads files in threads of its own, and paces what it sends.
 
-The sockets are those of the coordinator and of workers, which go on with their work meanwhile: their
-event loops only pass requests on, and send what was read. No more than `_MOST_READ` chunks are in
-memory between a file and a socket; what sockets hold is bounded by the credits of the readers.
+The sockets are those of the coordinator and of workers, which go on with their work meanwhile:
+their event loops only pass requests on, and send what was read. No more than `_MOST_READ` chunks
+are in memory between a file and a socket; what sockets hold is bounded by the credits of readers.
 """
 
 import asyncio

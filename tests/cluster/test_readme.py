@@ -31,6 +31,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.transport import new_key_pair
+from distributed_llm.weights.cache import ContentCache
+from distributed_llm.weights.places import CACHE_VARIABLE, cache_folder
 from tests.fake_coordinator import FakeCoordinator, finished, piece
 from tests.wire.strategies import example
 
@@ -266,7 +268,7 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     What would serve for ever is not begun, and no worker is told to leave.
     """
-    for name in os.environ.keys() - {STATE_VARIABLE}:
+    for name in os.environ.keys() - {STATE_VARIABLE, CACHE_VARIABLE}:
         if name.startswith("DLLM_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
@@ -302,6 +304,7 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
                 Path("dllm.yaml").write_text(text)
             if "custom" in options:  # it takes a file that says which layers
                 options += ["--config", "dllm.yaml"]
+            ContentCache(cache_folder(), None).note_model("pc", {})  # for who deletes its weights
             begun.clear()
             done = CliRunner().invoke(cli.app, options)
             assert done.exit_code == 0, (options, done.output, done.exception)

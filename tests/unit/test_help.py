@@ -13,6 +13,7 @@ WORDS = {
     ("worker", "name"): "after this machine",
     ("worker", "max_memory"): "what is free",
     ("worker", "model"): "the coordinator's",
+    ("worker", "cache_limit"): "what is free",
 }
 """Defaults that are empty in the settings, and what that means."""
 
