@@ -48,6 +48,8 @@ from distributed_llm.common.transport import Router
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.trust.store import Trust
+from distributed_llm.weights.cache import ContentCache
+from distributed_llm.weights.places import cache_folder
 from tests import checkpoints
 from tests.fault_proxy import FaultProxy
 
@@ -222,6 +224,7 @@ def serve_null_stage(address: str) -> None:
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
         local_model="",
+        cache=ContentCache(cache_folder(), None),
         connect_timeout_s=10.0,
         leave_timeout_s=0.0,
     )

@@ -20,11 +20,14 @@ from distributed_llm.common.messages import (
     Finished,
     FinishReason,
     Generate,
+    GetDigests,
     GetMembers,
+    GetModel,
     GetStatus,
     MembersReport,
     Ping,
     Pong,
+    ReadChunk,
     RemoveMachine,
     RequestFailed,
     RevokeToken,
@@ -181,6 +184,8 @@ class FakeCoordinator:
                 self.prompts.append([bytes(tensor) for tensor in tensors])
                 self.heard.append(message)
                 self._send(peer, *self.script(message))
+            case GetModel() | GetDigests() | ReadChunk():
+                raise AssertionError("nobody asks for weights here")
             case _:
                 self.heard.append(message)
 

@@ -1,9 +1,9 @@
 """Finding a model: in the package, in a folder, or on the Hugging Face hub.
 
-Of a model on the hub the coordinator first downloads only JSON: it learns about the tensors from the
-headers of the files. It downloads files of weights once workers ask for what is in them; if it
-cannot, they do. The commit is pinned, and the headers are kept beside the snapshot, so that a second
-start needs no network.
+Of a model on the hub the coordinator first downloads only JSON: it learns about the tensors from
+the headers of the files. It downloads files of weights once workers ask for what is in them; if it
+cannot, they do. The commit is pinned, and the headers are kept beside the snapshot, so that a
+second start needs no network.
 """
 
 import logging
@@ -113,26 +113,6 @@ def checkpoint_here(
     return _snapshot_here(held.parent, layers) if held else None
 
 
-def download(source: ModelSource, layers: LayerRange) -> Checkpoint:
-    """Return the checkpoint of a model on the hub, with the weights of `layers` on this disk.
-
-    Downloads the files that hold these layers, and no others.
-
-    Raises:
-        CheckpointUnavailable: it cannot be fetched just now.
-        CheckpointError: it cannot be fetched, or is of a kind that is not read.
-    """
-    _check_source(source)
-    folder = _download(source.name, source.revision, _CONFIG_FILES, all_needed=False)
-    needed = _files(_hub_checkpoint(source.name, folder).tensors_of(layers))
-    try:
-        _download(source.name, source.revision, needed, all_needed=True)
-    except CheckpointError as exc:
-        absent = [file for file in needed if not (folder / file).exists()]
-        raise type(exc)(f"{exc} Not here yet: {', '.join(absent) or 'nothing'}.") from exc
-    return _hub_checkpoint(source.name, folder)
-
-
 def held_file(source: ModelSource, file: str) -> Path | None:
     """Return where a file of a model on the hub is in the hub's cache on this machine, or None.
 
@@ -171,14 +151,17 @@ def download_file(source: ModelSource, file: str, on_bytes: Callable[[int], None
             return None
 
     logger.info("downloading %s of %s from the hub", file, source.name)
-    return Path(
-        reporting(
-            source.name,
-            lambda: _api().hf_hub_download(
-                source.name, file, revision=source.revision, tqdm_class=Counter
-            ),
+    try:
+        return Path(
+            reporting(
+                source.name,
+                lambda: _api().hf_hub_download(
+                    source.name, file, revision=source.revision, tqdm_class=Counter
+                ),
+            )
         )
-    )
+    except CheckpointError as exc:
+        raise type(exc)(f"{exc} Not here yet: {file}.") from exc
 
 
 def _check_source(source: ModelSource) -> None:
@@ -323,6 +306,7 @@ def _hub_checkpoint(name: str, folder: Path) -> Checkpoint:
     """Return the checkpoint of the snapshot in `folder`; its weights may not be downloaded yet."""
     if not (folder / CONFIG_NAME).exists():
         raise CheckpointError(f"{name} {_reason_of_repository(name, folder)}")
+    read_config(folder)  # the reason to refuse a model may stand there
     absent = _absent_weights(folder)
     if not absent:
         return open_checkpoint(folder)

@@ -233,7 +233,8 @@ class CoordinatorSettings(_Section):
     )
     max_transfer_rate: Size = Field(
         default=None,
-        description="Weights that are sent to workers which lack them at most, bytes per second: 50MB, 12MiB; empty: as fast as it goes.",
+        description="Weights that are sent to workers which lack them at most, bytes per second: "
+        "50MB, 12MiB; empty: as fast as it goes.",
     )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 

@@ -120,7 +120,7 @@ class Worker:
         connect_timeout_s: float,
         leave_timeout_s: float,
         cache: ContentCache,
-        max_transfer_rate: int | None,
+        max_transfer_rate: int | None = None,
     ) -> None:
         self._name = name
         self._capabilities = capabilities

@@ -17,7 +17,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.model import kernels
 from distributed_llm.worker.model.stage import Stage, StageOutput
-from distributed_llm.worker.model.tensor_files import TensorFile
+from distributed_llm.worker.model.tensor_files import TensorReader
 from tests.checkpoints import FAMILIES, HIDDEN_SIZE, make_checkpoint
 from tests.model.driver import CPU, Pipeline, load_stages
 from tests.reference import check_varied, reference_ids
@@ -108,13 +108,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that tensors that are read are added to."""
     names: list[str] = []
-    original = TensorFile.read
+    original = TensorReader.read
 
-    def reading(self: TensorFile, info: TensorInfo) -> Tensor:
+    def reading(self: TensorReader, info: TensorInfo) -> Tensor:
         names.append(info.name)
         return original(self, info)
 
-    monkeypatch.setattr(TensorFile, "read", reading)
+    monkeypatch.setattr(TensorReader, "read", reading)
     return names
 
 

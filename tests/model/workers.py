@@ -47,6 +47,7 @@ from distributed_llm.worker.session.events import (
 )
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
 from tests.model.driver import Pipeline
+from tests.weights import weights_here
 
 GIB = 1 << 30
 E = TypeVar("E")
@@ -81,7 +82,7 @@ class Worker:
                 flops_per_s=1e11,
             ),
             slowdown=1.0,
-            local_model="",
+            weights=weights_here(),
             is_void=lambda order: self.void(order),
             post=self._posted.put,
         )

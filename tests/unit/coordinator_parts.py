@@ -219,10 +219,15 @@ def ranges_of(*ranges: tuple[str, int, int]) -> LayerMap:
     return tuple((WorkerId(name), LayerRange(start, stop)) for name, start, stop in ranges)
 
 
-def ready(epoch: int, load_s: float = 1.0) -> StageReady:
+def ready(epoch: int, load_s: float = 1.0, fetch_s: float = 0.0) -> StageReady:
     """Return what a worker says once it has loaded its layers."""
     return StageReady(
-        epoch=Epoch(epoch), credits=4, load_s=load_s, weight_bytes=1, kv_tokens=1 << 20
+        epoch=Epoch(epoch),
+        credits=4,
+        load_s=load_s,
+        weight_bytes=1,
+        kv_tokens=1 << 20,
+        fetch_s=fetch_s,
     )
 
 

@@ -15,6 +15,7 @@ from distributed_llm.common.messages import (
     Heartbeat,
     LoadStage,
     PeerWelcome,
+    ReadChunk,
     Renamed,
     StageTime,
     StageTrial,
@@ -414,7 +415,9 @@ class SimWorker:
         if link.open:
             event: links.PeerReceived | links.PeerGarbage
             try:
-                event = links.PeerReceived(link.peer, *codec.to_next_worker.decode(wire))
+                message, frames = codec.to_next_worker.decode(wire)
+                assert not isinstance(message, ReadChunk)
+                event = links.PeerReceived(link.peer, message, frames)
             except RemoteProtocolError as exc:
                 event = links.PeerGarbage(exc, link.peer)
             self._when_up(lambda: self._apply(event))

@@ -26,6 +26,7 @@ from distributed_llm.common.messages import (
     ToNextWorker,
     ToPreviousWorker,
     ToWorker,
+    WeightRequest,
 )
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import Frame, token_ids_of_frame
@@ -307,7 +308,9 @@ class World:
         copies, extra_s = self._fate("up", message, link, wire)
         event: events.Event
         try:
-            event = events.Received(link.peer, *codec.to_coordinator.decode(wire))
+            decoded, tensors = codec.to_coordinator.decode(wire)
+            assert not isinstance(decoded, WeightRequest)
+            event = events.Received(link.peer, decoded, tensors)
         except RemoteProtocolError as exc:
             event = events.Garbage(link.peer, exc.reason, exc)
         for _ in range(copies):

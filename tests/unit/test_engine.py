@@ -49,6 +49,7 @@ from distributed_llm.worker.session.events import (
     VoidableOrder,
 )
 from distributed_llm.worker.tensor_frames import frame_of, tensor_of
+from tests.weights import weights_here
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -168,7 +169,7 @@ def running(
     engine = FakeEngine(
         capabilities(memory_bytes),
         slowdown=slowdown,
-        local_model="",
+        weights=weights_here(),
         is_void=void,
         post=posted.post,
     )

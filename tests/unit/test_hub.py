@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, constants
 from safetensors.numpy import save_file
 
 from distributed_llm.common import hub
-from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.other_formats import INDEX_NAME, SINGLE_NAME
@@ -184,6 +184,21 @@ def weights_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*.safetensors"))
 
 
+def on_worker(source: ModelSource, layers: LayerRange, *, local_model: str = "") -> Checkpoint:
+    """Return the checkpoint with the weights of `layers`, as a worker gets it by itself."""
+    here = hub.checkpoint_here(source, layers, local_model=local_model)
+    if here is not None:
+        return here
+    assert source.kind == "hub"
+    config = hub.download_file(source, "config.json", lambda nbytes: None)
+    described = hub._hub_checkpoint(source.name, config.parent)
+    for file in sorted({tensor.file for tensor in described.tensors_of(layers)}):
+        hub.download_file(source, file, lambda nbytes: None)
+    got = hub.checkpoint_here(source, layers)
+    assert got is not None
+    return got
+
+
 # ------------------------------------------------------------------ on this machine
 
 
@@ -194,8 +209,7 @@ def test_no_name_is_the_model_in_the_package(
     monkeypatch.setattr(hub, "_builtin_folder", lambda: folder)
     source, checkpoint = hub.resolve_for_coordinator("")
     assert source == ModelSource(kind="builtin", name="")
-    on_worker = hub.resolve_for_worker(source, LayerRange(0, 4), local_model="/elsewhere")
-    assert on_worker == checkpoint
+    assert on_worker(source, LayerRange(0, 4), local_model="/elsewhere") == checkpoint
 
 
 def test_the_model_in_the_package_lies_in_the_package() -> None:
@@ -211,20 +225,19 @@ def test_a_folder_is_named_by_its_absolute_path(
     monkeypatch.chdir(tmp_path)
     source, checkpoint = hub.resolve_for_coordinator("models/../models/tiny")
     assert source == ModelSource(kind="folder", name=str(folder))
-    assert hub.resolve_for_worker(source, LayerRange(1, 2)) == checkpoint
+    assert on_worker(source, LayerRange(1, 2)) == checkpoint
 
 
-def test_a_worker_without_the_folder_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_worker_without_the_folder_has_no_copy(tmp_path: Path) -> None:
     source = ModelSource(kind="folder", name=str(tmp_path / "absent"))
-    with pytest.raises(CheckpointError, match=r"Copy the model there.*--model PATH"):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+    assert hub.checkpoint_here(source, LayerRange(0, 1)) is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub"])
 def test_a_worker_may_have_its_own_copy(tmp_path: Path, kind: Any) -> None:
     folder = write_model(tmp_path / "copy")
     source = ModelSource(kind=kind, name="nobody/has-this", revision=COMMIT)
-    checkpoint = hub.resolve_for_worker(source, LayerRange(0, 1), local_model=str(folder))
+    checkpoint = on_worker(source, LayerRange(0, 1), local_model=str(folder))
     assert checkpoint.folder == folder
 
 
@@ -282,7 +295,7 @@ def test_a_worker_does_not_trust_what_the_coordinator_names(
 ) -> None:
     source = ModelSource(kind="hub", name=name, revision=revision)
     with pytest.raises(CheckpointError, match=words):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
     assert fake.requests == []
 
 
@@ -317,7 +330,7 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
     fake.bodies.clear()
     layers = LayerRange(start, stop)
-    theirs = hub.resolve_for_worker(source, layers)
+    theirs = on_worker(source, layers)
     wanted = [SHARDS[i] for i in shards]
     assert sorted(name for name in fake.bodies if name.endswith(".safetensors")) == wanted
     assert weights_in(theirs.folder) == wanted
@@ -329,7 +342,7 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
 
 def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     source, ours = hub.resolve_for_coordinator(NAME)
-    theirs = hub.resolve_for_worker(source, LayerRange(0, 2))
+    theirs = on_worker(source, LayerRange(0, 2))
     fake.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again, checkpoint = hub.resolve_for_coordinator(NAME)
@@ -337,7 +350,7 @@ def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.Monk
     assert checkpoint.fingerprints(LayerRange(0, 4), sampled=False) == ours.fingerprints(
         LayerRange(0, 4), sampled=False
     )
-    assert hub.resolve_for_worker(source, LayerRange(0, 2)) == theirs
+    assert on_worker(source, LayerRange(0, 2)) == theirs
     assert fake.requests == []
 
 
@@ -367,7 +380,7 @@ def test_a_cache_that_others_filled_needs_no_network(
     assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
     assert ours.folder == snapshot
     layers = LayerRange(1, 3)
-    theirs = hub.resolve_for_worker(source, layers)
+    theirs = on_worker(source, layers)
     everything = hub.fingerprints(source, ours, LayerRange(0, 4))
     prints = hub.fingerprints(source, theirs, layers)
     assert theirs.digest(layers, prints) == ours.digest(layers, everything)
@@ -380,7 +393,7 @@ def test_both_sides_agree_whether_the_weights_were_here_or_not(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
     as_others_cache_it(fake)
     layers = LayerRange(0, 2)
-    theirs = hub.resolve_for_worker(source, layers)
+    theirs = on_worker(source, layers)
     prints = hub.fingerprints(source, theirs, layers)
     everything = hub.fingerprints(source, without, LayerRange(0, 4))
     assert theirs.digest(layers, prints) == without.digest(layers, everything)
@@ -401,27 +414,27 @@ def test_texts_that_the_cache_lacks_are_no_fault_offline(
     """The library knows the list of files and calls the snapshot incomplete."""
     (fake.folder / "vocab.json").write_text("{}")
     source, _ = hub.resolve_for_coordinator(NAME)
-    hub.resolve_for_worker(source, LayerRange(0, 4))
+    on_worker(source, LayerRange(0, 4))
     snapshot = Path(constants.HF_HUB_CACHE) / "models--org--tiny-model" / "snapshots" / COMMIT
     (snapshot / "vocab.json").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again, _ = hub.resolve_for_coordinator(NAME)
     assert again == source
-    hub.resolve_for_worker(source, LayerRange(0, 4))
+    on_worker(source, LayerRange(0, 4))
     (snapshot / SHARDS[0]).unlink()
     with pytest.raises(CheckpointError, match=f"Not here yet: {SHARDS[0]}"):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
 
 
 def test_a_broken_file_in_the_cache_is_to_be_deleted(fake: FakeHub) -> None:
     """The library would not download it again while it is there."""
-    checkpoint = hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
+    checkpoint = on_worker(hub_source(fake), LayerRange(0, 1))
     path = (checkpoint.folder / SHARDS[0]).resolve()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=f"Delete {path} and start again"):
-        hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
+        on_worker(hub_source(fake), LayerRange(0, 1))
     path.unlink()
-    hub.resolve_for_worker(hub_source(fake), LayerRange(0, 1))
+    on_worker(hub_source(fake), LayerRange(0, 1))
 
 
 def test_a_text_in_the_cache_that_is_something_else_is_named(fake: FakeHub) -> None:
@@ -434,7 +447,7 @@ def test_a_text_in_the_cache_that_is_something_else_is_named(fake: FakeHub) -> N
 
 def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
     source = hub_source(fake)
-    hub.resolve_for_worker(source, LayerRange(0, 4))
+    on_worker(source, LayerRange(0, 4))
     _, checkpoint = hub.resolve_for_coordinator(NAME)
     whole = open_checkpoint(fake.folder)
     assert checkpoint.fingerprints(LayerRange(0, 4), sampled=True) == whole.fingerprints(
@@ -445,7 +458,7 @@ def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
 def test_weights_have_one_name_with_and_without_them_on_disk(fake: FakeHub) -> None:
     source, without = hub.resolve_for_coordinator(NAME)
     layers = LayerRange(0, 1)
-    here = hub.resolve_for_worker(source, layers)
+    here = on_worker(source, layers)
     everything = hub.fingerprints(source, without, LayerRange(0, 4))
     name = here.digest(layers, hub.fingerprints(source, here, layers))
     assert name == without.digest(layers, everything)
@@ -467,7 +480,7 @@ def test_a_model_in_one_file(fake: FakeHub) -> None:
     source, checkpoint = hub.resolve_for_coordinator(NAME)
     assert {t.file for t in checkpoint.tensors.values()} == {SINGLE_NAME}
     with pytest.raises(CheckpointError, match="no tensors of layer 0"):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
 
 
 def test_a_broken_list_of_tensors_is_fetched_again(fake: FakeHub) -> None:
@@ -481,13 +494,13 @@ def test_an_interrupted_download_is_reported_and_taken_up_again(fake: FakeHub) -
     source = hub_source(fake)
     fake.cut_after = 1000
     with pytest.raises(CheckpointUnavailable, match=r"org/tiny-model cannot be fetched.*try again"):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
     assert not (
         Path(constants.HF_HUB_CACHE) / "models--org--tiny-model" / "snapshots" / COMMIT / SHARDS[0]
     ).exists()
     fake.cut_after = None
     layers = LayerRange(0, 1)
-    checkpoint = hub.resolve_for_worker(source, layers)
+    checkpoint = on_worker(source, layers)
     assert checkpoint.fingerprints(layers, sampled=True) == open_checkpoint(
         fake.folder
     ).fingerprints(layers, sampled=True)
@@ -495,11 +508,11 @@ def test_an_interrupted_download_is_reported_and_taken_up_again(fake: FakeHub) -
 
 def test_a_file_cut_short_on_the_disk_is_found(fake: FakeHub) -> None:
     source = hub_source(fake)
-    checkpoint = hub.resolve_for_worker(source, LayerRange(0, 1))
+    checkpoint = on_worker(source, LayerRange(0, 1))
     path = (checkpoint.folder / SHARDS[0]).resolve()
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
 
 
 # ------------------------------------------------------------------ what the hub may answer
@@ -528,7 +541,7 @@ def test_a_refusal_of_the_hub_says_what_to_do(
     with pytest.raises(CheckpointError, match=words):
         hub.resolve_for_coordinator(NAME)
     with pytest.raises(CheckpointError, match=words):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
 
 
 def test_an_unknown_revision(fake: FakeHub) -> None:
@@ -603,7 +616,7 @@ def test_an_index_that_names_other_files(fake: FakeHub, file: str) -> None:
     source = ModelSource(kind="hub", name=NAME, revision=COMMIT)
     (fake.folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(CheckpointError):
-        hub.resolve_for_worker(source, LayerRange(0, 1))
+        on_worker(source, LayerRange(0, 1))
     assert "pytorch_model.bin" not in fake.bodies
 
 

@@ -41,6 +41,7 @@ from distributed_llm.common.messages import (
     ToCoordinator,
     ToWorker,
     UndoMove,
+    WeightRequest,
     Welcome,
     WorkerHello,
 )
@@ -124,6 +125,7 @@ class Script(World):
     ) -> None:
         decoded, tensors = codec.to_coordinator.decode(codec.encode(message, frames))
         assert isinstance(link.owner, SimWorker)
+        assert not isinstance(decoded, WeightRequest)
         worker = link.owner
         link.up_at = max(link.up_at, self.now + self._delay())
         self.at_time(link.up_at, lambda: self._heard(worker, decoded, tensors))

@@ -501,7 +501,7 @@ def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:
         parts.worker(name).load_bytes_per_s = None
         parts.moves.stage_ready(parts.worker(name), ready(2, load_s=4.0), now=11.0)
         assert parts.worker(name).load_bytes_per_s is None
-    parts.worker("b").learn_load_speed(1 << 30, 4.0)
+    parts.worker("b").learn_load(LayerRange(0, 1), ready(2, load_s=5.0, fetch_s=1.0), 1 << 30)
     assert parts.worker("b").load_bytes_per_s == (1 << 30) / 4
 
 

@@ -18,6 +18,7 @@ from distributed_llm.common.errors import ConfigError
 from distributed_llm.worker.compute import probe
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.session.events import Event, Probe, Probed
+from tests.weights import weights_here
 
 GIB = 2**30
 
@@ -165,7 +166,7 @@ def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
     engine = Engine(
         capabilities,
         slowdown=2.0,
-        local_model="",
+        weights=weights_here(),
         is_void=lambda order: isinstance(order, Probe) and order.session == 0,
         post=posted.put,
     )

@@ -16,10 +16,10 @@ from distributed_llm.common.errors import (
     DistributedLLMError,
 )
 from distributed_llm.common.hub import (
+    checkpoint_here,
     fingerprints,
     own_checkpoint,
     resolve_for_coordinator,
-    resolve_for_worker,
 )
 from distributed_llm.common.settings import CoordinatorSettings, WorkerSettings
 from distributed_llm.common.types import LayerRange
@@ -493,18 +493,11 @@ def cut_weights(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def remove_everything(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (remove_weights, "has a config.json, but no weights"),
         (cut_weights, "model.safetensors is not a whole safetensors file"),
-        (remove_everything, "on this machine. Copy the model there"),
     ],
 )
 def test_what_the_coordinator_could_read_and_a_worker_cannot(
@@ -514,7 +507,7 @@ def test_what_the_coordinator_could_read_and_a_worker_cannot(
     source, _ = resolve_for_coordinator(str(folder))
     spoil(folder)
     with pytest.raises(CheckpointError, match=words) as caught:
-        resolve_for_worker(source, LayerRange(0, 1))
+        checkpoint_here(source, LayerRange(0, 1))
     assert str(folder) in str(caught.value)
 
 
@@ -538,7 +531,7 @@ def test_a_worker_that_may_not_read_the_weights(tmp_path: Path, deny: Deny) -> N
     source, checkpoint = resolve_for_coordinator(str(folder))
     deny(folder / "model.safetensors")
     for read in (
-        lambda: resolve_for_worker(source, LayerRange(0, 1)),
+        lambda: checkpoint_here(source, LayerRange(0, 1)),
         lambda: fingerprints(source, checkpoint, LayerRange(0, 1)),
     ):
         with pytest.raises(CheckpointError, match=r"cannot be read: Permission denied.*chmod"):
@@ -551,7 +544,7 @@ def test_a_file_as_the_copy_of_a_worker(tmp_path: Path) -> None:
     for name in ("model.safetensors", "tiny.gguf"):
         path = touch(folder, name) / name
         with pytest.raises(CheckpointError, match=f"^'{path}' is "):
-            resolve_for_worker(source, LayerRange(0, 1), local_model=str(path))
+            checkpoint_here(source, LayerRange(0, 1), local_model=str(path))
 
 
 def test_a_model_of_the_hub_as_the_copy_of_a_worker(tmp_path: Path) -> None:

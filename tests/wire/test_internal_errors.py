@@ -18,6 +18,7 @@ from distributed_llm.coordinator.core import Core
 from distributed_llm.worker import service as worker_service
 from distributed_llm.worker.session.agent import Agent
 from tests.unit.fake_model import MODEL
+from tests.weights import cache_here, library_of
 from tests.wire.test_transport import on_loop
 from tests.wire.test_worker import Coordinator as FakeCoordinator
 from tests.wire.test_worker import capabilities
@@ -36,13 +37,15 @@ def broken(*_: Any, **__: Any) -> Any:
 def service() -> tuple[coordinator_service.Coordinator, "asyncio.Future[str]"]:
     """Return a coordinator, and what will be its address."""
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    source, checkpoint = resolve_for_coordinator("")
     made = coordinator_service.Coordinator(
         MODEL,
-        resolve_for_coordinator("")[1].folder,
+        checkpoint.folder,
         CoordinatorSettings(heartbeat_interval_s=0.05),
         bind="127.0.0.1:0",
         on_listening=address.set_result,
         trust=None,
+        library=library_of(source, checkpoint),
     )
     return made, address
 
@@ -107,6 +110,7 @@ def worker(coordinator: FakeCoordinator) -> worker_service.Worker:
         peer_bind="127.0.0.1:0",
         slowdown=1.0,
         local_model="",
+        cache=cache_here(),
         connect_timeout_s=20.0,
         leave_timeout_s=20.0,
     )

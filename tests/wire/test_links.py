@@ -15,13 +15,14 @@ import zmq
 from distributed_llm.common import addresses as addresses_module
 from distributed_llm.common import codec
 from distributed_llm.common.errors import AddressInUse, LocalProtocolError
-from distributed_llm.common.keys import NOBODY
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     MAX_SLICES,
     KVTaken,
     PeerHello,
     PeerProbed,
     PeerWelcome,
+    ReadChunk,
     SequenceSlice,
     Task,
 )
@@ -60,10 +61,14 @@ class Told(list[Event]):
         return self.events_of(kind)[count - 1]
 
 
+def unread(peer: PeerId, key: PublicKey, request: ReadChunk) -> None:
+    raise AssertionError("nobody asks for weights here")
+
+
 @contextmanager
 def opened(bind: str = ANY) -> Iterator[tuple[Links, Told]]:
     told = Told()
-    made = Links(bind, told.append, keys=None, admits=lambda key: False)
+    made = Links(bind, told.append, keys=None, admits=lambda key: False, on_read=unread)
     try:
         yield made, told
     finally:
@@ -280,7 +285,7 @@ async def main():
     def on_event(event):
         if isinstance(event, PeerReceived) and isinstance(event.message, PeerHello):
             links.answer(event.peer, PeerWelcome(epoch=event.message.epoch))
-    links = Links("127.0.0.1:0", on_event, keys=None, admits=lambda key: False)
+    links = Links("127.0.0.1:0", on_event, keys=None, admits=lambda key: False, on_read=unread)
     print(links.address, flush=True)
     await asyncio.Event().wait()
 
@@ -553,7 +558,7 @@ async def test_this_machine_is_reached_at_what_it_says() -> None:
 @on_loop
 async def test_taken_address_is_refused_with_what_to_do() -> None:
     with opened() as (links, _), pytest.raises(AddressInUse) as caught:
-        Links(links.address, Told().append, keys=None, admits=lambda key: False)
+        Links(links.address, Told().append, keys=None, admits=lambda key: False, on_read=unread)
     assert "choose another with peer_bind" in str(caught.value)
 
 

@@ -58,6 +58,7 @@ from distributed_llm.worker.session.events import (
     Serve,
     Unload,
 )
+from tests.weights import cache_here
 from tests.wire.test_transport import come_true, on_loop
 from tests.wire.test_worker import IDS, KEYS, TOKEN_IDS, Coordinator, capabilities, order
 
@@ -144,6 +145,7 @@ async def workers(
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
             local_model="",
+            cache=cache_here(),
             connect_timeout_s=20.0,
             leave_timeout_s=leave_timeout_s,
         )

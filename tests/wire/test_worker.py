@@ -35,6 +35,7 @@ from distributed_llm.worker.compute.held_stages import HeldStages
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.service import Worker
 from distributed_llm.worker.session import peers
+from tests.weights import cache_here
 from tests.wire.test_transport import come_true, on_loop
 
 pytestmark = pytest.mark.timeout(60)
@@ -116,7 +117,9 @@ class Coordinator:
 @asynccontextmanager
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]:
     """A coordinator and workers "a" and "b" that know of each other nothing yet."""
-    monkeypatch.setattr(HeldStages, "_load_stage", lambda self, order: cast(Stage, FakeStage()))
+    monkeypatch.setattr(
+        HeldStages, "_load_stage", lambda self, load: (cast(Stage, FakeStage()), None)
+    )
     coordinator = Coordinator()
     workers = [
         Worker(
@@ -128,6 +131,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]
             peer_bind="0.0.0.0:0",
             slowdown=1.0,
             local_model="",
+            cache=cache_here(),
             connect_timeout_s=20.0,
             leave_timeout_s=20.0,
         )
