@@ -129,7 +129,7 @@ class ContentCache:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        with storing(self.folder):
+        with storing(self.folder, nbytes):
             lock = claim(self._places, sha256)
         if lock is None:
             return None
@@ -241,7 +241,8 @@ class ContentCache:
     def _kept(self) -> Iterator[Kept]:
         """Yield all files that are entries or parts of entries, in no order."""
         for shelf in _listed(self._places.entries):
-            yield from _files_in(Path(shelf.path), is_part=False)
+            if shelf.is_dir():  # file managers leave files of their own
+                yield from _files_in(Path(shelf.path), is_part=False)
         yield from _files_in(self._places.parts, is_part=True)
 
     # ------------------------------------------------------------------ models
