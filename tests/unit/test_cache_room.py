@@ -15,7 +15,7 @@ from distributed_llm.weights.contents import Contents, KeptModel
 from distributed_llm.weights.eviction import ABANDONED_S, Room
 from distributed_llm.weights.partial import Partial
 from distributed_llm.weights.places import CACHE_VARIABLE
-from tests.unit.cache_parts import begun, content, files, name_of, put
+from tests.unit.cache_parts import begun, content, files, name_of, put, refuse
 
 GIB = 1 << 30
 Usage = namedtuple("Usage", "total used free")
@@ -239,12 +239,12 @@ def test_the_contents_by_model(folder: Path, clock: Clock) -> None:
         partial_bytes=30,
     )
     cache.check(name_of(A), 100)
-    cache.note_model("two", sizes(A, C))  # in place of what was noted
-    assert [(one.name, one.kept_bytes) for one in cache.contents().models] == [
-        ("one", 200),
-        ("two", 200),
-    ]
+    cache.note_model("two", sizes(B, C))  # in place of what was noted
+    kept = [(one.name, one.kept_bytes) for one in cache.contents().models]
+    assert kept == [("one", 200), ("two", 200)], "most lately used first"
     assert cache.contents().unknown_bytes == 0
+    cache.check(name_of(C), 100)
+    assert [one.name for one in cache.contents().models] == ["two", "one"]
 
 
 def test_a_model_goes_without_what_others_have_as_well(folder: Path, clock: Clock) -> None:
@@ -272,12 +272,14 @@ def test_all_but_what_is_being_written_goes(folder: Path, clock: Clock) -> None:
     cache.note_model("one", sizes(A))
     cache.note_model("two", sizes(B))
     put(cache, A)
+    put(cache, b"")
     with begin_at(cache, B, 60, 1.0):
-        pruned = cache.shrink_to(0)
+        pruned = cache.clear()
         assert (pruned.freed_bytes, pruned.left_bytes) == (100, 60)
     put(cache, B)
     assert [one.name for one in cache.contents().models] == ["two"], "it was noted, and not lost"
-    cache.shrink_to(0)
+    put(cache, b"")
+    cache.clear()
     assert files(folder) == []
 
 
@@ -344,11 +346,18 @@ def test_a_note_that_is_read_meanwhile_stays_on_windows(
     cache = cache_of(folder, clock)
     put(cache, A)
     cache.note_model("m", sizes(A))
-
-    def replace(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "in use")
-
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "replace", refuse(errno.EACCES))
     cache.note_model("m", sizes(B))
     assert [one.name for one in cache.contents().models] == ["m"]
+    assert len(files(folder / "models")) == 1
+
+
+def test_a_note_of_another_user_is_passed_over(
+    folder: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(folder, clock)
+    put(cache, A)
+    cache.note_model("m", sizes(A))
+    monkeypatch.setattr(Path, "open", refuse(errno.EACCES))
+    assert cache.contents() == Contents((), 100, 100, 0)
     assert len(files(folder / "models")) == 1

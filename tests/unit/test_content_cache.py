@@ -221,8 +221,9 @@ def test_one_thread_at_a_time_writes_an_entry(cache: ContentCache, folder: Path)
     thread = threading.Thread(target=partial.close)  # the right is not bound to a thread
     thread.start()
     thread.join()
-    partial.close()
     put(cache)
+    partial.close()  # once more, when it is over
+    assert cache.check(NAME, len(DATA))
 
 
 def test_who_waited_for_the_right_finds_the_entry_complete(
@@ -268,6 +269,14 @@ def test_a_damaged_entry_is_found_and_deleted(
     assert files(folder) == []
     put(cache)
     assert cache.check(NAME, len(DATA))
+
+
+def test_an_entry_of_another_size_is_not_even_read(cache: ContentCache) -> None:
+    path, read = put(cache), list[int]()
+    path.write_bytes(DATA[:-1])
+    assert not cache.check(NAME, len(DATA), read.append)
+    assert not read
+    assert not path.exists()
 
 
 def test_a_damaged_entry_that_is_open_elsewhere_is_written_again(
