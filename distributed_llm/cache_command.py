@@ -51,7 +51,7 @@ def prune(
     if model is not None:
         pruned = cache.forget_model(model)
     elif everything:
-        pruned = cache.shrink_to(0)
+        pruned = cache.clear()
     else:
         try:
             pruned = cache.shrink_to(parse_size(to or "nothing") or 0)

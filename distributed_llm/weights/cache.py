@@ -129,7 +129,7 @@ class ContentCache:
         Raises:
             CheckpointError: the folder cannot be written.
         """
-        with storing(self.folder):
+        with storing(self.folder, nbytes):
             lock = claim(self._places, sha256)
         if lock is None:
             return None
@@ -174,10 +174,21 @@ class ContentCache:
         if deletable < lacking:
             raise CheckpointUnavailable(f"{self.folder}: {room.refusal(nbytes, deletable)}")
 
+    def clear(self) -> Pruned:
+        """Delete everything but what a living process writes.
+
+        Raises:
+            CheckpointError: the folder cannot be read.
+        """
+        with storing(self.folder):
+            pruned = self._delete(self._kept())
+            self._forget_what_is_gone(noted_before=self._clock())
+        return pruned
+
     def shrink_to(self, nbytes: int) -> Pruned:
         """Delete entries, least lately used first, until all files take `nbytes` at most.
 
-        What a living process writes stays, here and below.
+        What a living process writes stays.
 
         Raises:
             CheckpointError: the folder cannot be read.
@@ -191,6 +202,8 @@ class ContentCache:
 
     def forget_model(self, name: str) -> Pruned:
         """Delete the entries of a model that belong to no other one.
+
+        What a living process writes stays.
 
         Raises:
             ConfigError: no such model was noted.
@@ -241,7 +254,8 @@ class ContentCache:
     def _kept(self) -> Iterator[Kept]:
         """Yield all files that are entries or parts of entries, in no order."""
         for shelf in _listed(self._places.entries):
-            yield from _files_in(Path(shelf.path), is_part=False)
+            if shelf.is_dir():  # file managers leave files of their own
+                yield from _files_in(Path(shelf.path), is_part=False)
         yield from _files_in(self._places.parts, is_part=True)
 
     # ------------------------------------------------------------------ models

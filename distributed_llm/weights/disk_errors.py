@@ -37,7 +37,7 @@ def _explained(folder: Path, missing_bytes: int, exc: OSError) -> CheckpointErro
     match exc:
         case OSError(errno=code) if code in _FULL:
             full = "The disk" if code == errno.ENOSPC else "Your quota on the disk"
-            lacking = f": {size_text(missing_bytes)} more are to be written" * bool(missing_bytes)
+            lacking = f"; room for {size_text(missing_bytes)} more is needed" * (missing_bytes > 0)
             return CheckpointUnavailable(
                 f"{full} of {folder} is full{lacking}. Free some space (`dllm cache prune` deletes "
                 f"weights that are kept), {elsewhere} on another disk, and start again: what was "

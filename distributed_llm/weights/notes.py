@@ -58,17 +58,13 @@ class Notes:
                 os.unlink(written)
 
     def read(self) -> Iterator[Note]:
-        """Yield each note; damaged ones are deleted.
-
-        Raises:
-            OSError: the folder cannot be read.
-        """
+        """Yield each note; damaged ones are deleted, and what cannot be read is passed over."""
         for path in sorted(self._folder.glob("*.json")):
             try:
                 with path.open("rb") as file:
                     yield msgspec.json.decode(file.read(_MAX_NOTE_BYTES), type=Note)
-            except FileNotFoundError:
-                continue
+            except OSError as exc:  # deleted just now, or of another user
+                logger.debug("%s is passed over: %s", path, exc)
             except msgspec.DecodeError as exc:
                 logger.warning("%s is damaged (%s) and is deleted", path, exc)
                 with contextlib.suppress(OSError):

@@ -11,8 +11,8 @@ from typing import NoReturn, Self
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from distributed_llm.common.errors import WrongContent
-from distributed_llm.common.wording import size_text
+from distributed_llm.common.errors import CheckpointUnavailable, WrongContent
+from distributed_llm.common.wording import count_text
 from distributed_llm.weights.disk_errors import storing
 from distributed_llm.weights.places import Places
 
@@ -133,9 +133,9 @@ class Partial:
             WrongContent: the entry is shorter. What was written is deleted, and the right given up.
             CheckpointUnavailable: the disk is full or fails; `done_bytes` says what was written.
         """
-        left = memoryview(data).cast("B")
+        left = memoryview(data)
         if self.done_bytes + len(left) > self._nbytes:
-            self._refuse(f"more than {size_text(self._nbytes)} came")
+            self._refuse(f"more than {count_text(self._nbytes, 'byte')} came")
         while left:
             with storing(self._places.folder, self._nbytes - self.done_bytes):
                 count = self._file.write(left)
@@ -173,7 +173,7 @@ class Partial:
             CheckpointError: it cannot be put in its place.
         """
         if self.done_bytes != self._nbytes:
-            self._refuse(f"{self.done_bytes} of {self._nbytes} bytes came")
+            self._refuse(f"{self.done_bytes:,} of {count_text(self._nbytes, 'byte')} came")
         if self._digest.hexdigest() != self._sha256:
             self._refuse("its SHA-256 is another")
         entry = self._places.entry(self._sha256)
@@ -212,12 +212,19 @@ class Partial:
 def _move(part: Path, entry: Path, nbytes: int) -> None:
     """Rename `part` to `entry`, in place of what is there.
 
-    Windows refuses while somebody reads what is there, which then is the same: a damaged entry has
-    another size from the moment on that it is found (`ContentCache.check`).
+    Windows refuses while somebody has one of them open. What is there is the same if it is as
+    large: a damaged entry has another size once that is found (`ContentCache.check`).
+
+    Raises:
+        CheckpointUnavailable: the system refuses.
     """
     try:
         os.replace(part, entry)
-    except PermissionError:
+    except PermissionError as exc:
         if not entry.is_file() or entry.stat().st_size != nbytes:
-            raise
+            raise CheckpointUnavailable(
+                f"{part} cannot be renamed to {entry}: {exc.strerror or exc}. Either another "
+                "program has one of them open (try again when it has ended), or they belong to "
+                "another user (make them yours). What was fetched is kept."
+            ) from exc
         part.unlink()

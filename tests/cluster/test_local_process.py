@@ -12,7 +12,9 @@ import psutil
 import pytest
 
 from distributed_llm import LocalCluster, local_process
+from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
+from distributed_llm.weights.places import CACHE_VARIABLE
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks them")
@@ -93,6 +95,19 @@ def test_a_forked_child_works_where_the_program_works(
     assert psutil.Process(first.pid).cwd() != str(folder)
     first.close()
     second.close()
+
+
+def test_a_child_has_the_folders_of_its_user_and_no_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {STATE_VARIABLE: str(tmp_path / "state"), CACHE_VARIABLE: str(tmp_path / "cache")}
+    for name, value in {**folders, "DLLM_WORKER__NAME": "somebody-else"}.items():
+        monkeypatch.setenv(name, value)
+    process = starts(tmp_path, None)
+    given = eventually(lambda: psutil.Process(process.pid).environ())  # at first there is none
+    process.close()
+    assert folders.items() <= given.items()
+    assert "DLLM_WORKER__NAME" not in given
 
 
 def test_several_threads_may_wait_for_one_child(server: ForkServer, tmp_path: Path) -> None:
