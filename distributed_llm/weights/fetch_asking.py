@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from distributed_llm.weights.fetch_book import MOST_OPEN, Book
-from distributed_llm.weights.fetch_events import MAX_CHUNK_BYTES, Action, Ask, Forget
+from distributed_llm.weights.fetch_events import MAX_CHUNK_BYTES, Action, Ask
 from distributed_llm.weights.fetch_link import Link
 from distributed_llm.weights.fetch_pace import TokenBucket
 from distributed_llm.weights.fetch_tensor import Tensor, TensorState
@@ -50,7 +50,7 @@ class Asking:
         yield from self._claims(now)
         for tensor in self._book.open.values():
             if tensor.alone and tensor.state is TensorState.OPEN:
-                yield from self._choose_only(tensor, now)
+                self._choose_only(tensor, now)
         self.paced_until = -math.inf
         while (ask := self._next_ask(now)) is not None:
             yield ask
@@ -60,21 +60,18 @@ class Asking:
     def _claims(self, now: float) -> Iterator[Action]:
         """Claim tensors that may not be busy any more, and those whose turn it is."""
         book = self._book
-        for tensor in list(book.waiting.values()):
+        for tensor in list(book.busy.values()):
             if tensor.look_at <= now and len(book.open) < MOST_OPEN:
                 yield book.claim(tensor)
         for link in book.heard():
             while len(book.open) < MOST_OPEN and self._ahead_bytes(link) < _CLAIMED_AHEAD_BYTES:
-                found = next((t for t in self._free() if link.may_give(t.wanted.sha256, now)), None)
+                first = islice(book.waiting.items(), _MOST_LOOKED_AT)
+                found = next((t for sha256, t in first if link.may_give(sha256, now)), None)
                 if found is None:
                     break
                 yield book.claim(found)
-        if not book.open:  # nobody has what is next; it may have appeared in the cache
-            yield from (book.claim(tensor) for tensor in islice(list(self._free()), 1))
-
-    def _free(self) -> Iterator[Tensor]:
-        free = (t for t in self._book.waiting.values() if t.state is TensorState.WAITING)
-        return islice(free, _MOST_LOOKED_AT)
+        if book.waiting and not book.open:  # nobody has them; they may have appeared in the cache
+            yield book.claim(next(iter(book.waiting.values())))
 
     def _ahead_bytes(self, link: Link) -> int:
         """Bytes of open tensors that a source may have, and nobody was asked for."""
@@ -84,16 +81,13 @@ class Asking:
             if link.may_hold(sha256)
         )
 
-    def _choose_only(self, tensor: Tensor, now: float) -> Iterator[Action]:
-        """Choose the source that is to give all of a tensor, if the one that was does not."""
+    def _choose_only(self, tensor: Tensor, now: float) -> None:
+        """Choose the source that is to give all of a tensor, or the rest, if the last one fails."""
         sha256 = tensor.wanted.sha256
         usable = {x.source.name: x for x in self._book.heard() if x.may_give(sha256, now)}
         if not usable or tensor.only in usable:
             return
         best = min(usable.values(), key=lambda link: (not link.source.trusted, _speed_key(link)))
-        if tensor.cut:
-            tensor.begin(0)
-            yield Forget(sha256)
         tensor.only = best.source.name
 
     # -------------------------------------------------------------- chunks

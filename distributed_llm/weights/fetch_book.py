@@ -28,7 +28,8 @@ class Book:
 
     Attributes:
         tensors: by SHA-256, in the order in which they are needed.
-        waiting: those that nothing is done for yet, or that are busy.
+        waiting: those that nothing is done for yet, in the same order.
+        busy: those that another process writes.
         open: those from `CLAIMING` to `CHECKING`, at most `MOST_OPEN`.
         links: by the names of sources, at most `MAX_SOURCES`.
         bytes_total: of all tensors.
@@ -37,6 +38,7 @@ class Book:
     def __init__(self, wanted: Iterable[Wanted], sources: Iterable[Source]) -> None:
         self.tensors: dict[str, Tensor] = {}
         self.waiting: dict[str, Tensor] = {}
+        self.busy: dict[str, Tensor] = {}
         self.open: dict[str, Tensor] = {}
         self.links: dict[str, Link] = {}
         self.bytes_total = 0
@@ -97,17 +99,16 @@ class Book:
         sha256 = tensor.wanted.sha256
         tensor.enter(_C.LOOKED_FOR)
         tensor.look_at = math.inf
-        del self.waiting[sha256]
-        self.open[sha256] = tensor
+        before = self.waiting if sha256 in self.waiting else self.busy
+        self.open[sha256] = before.pop(sha256)
         return Claim(sha256)
 
-    def busy(self, tensor: Tensor, look_at: float) -> None:
+    def put_off(self, tensor: Tensor, look_at: float) -> None:
         """Another process writes a tensor."""
         sha256 = tensor.wanted.sha256
         tensor.enter(_C.WAS_BUSY)
         tensor.look_at = look_at
-        del self.open[sha256]
-        self.waiting[sha256] = tensor
+        self.busy[sha256] = self.open.pop(sha256)
 
     def done(self, tensor: Tensor, cause: TensorCause) -> None:
         """A tensor is in the cache."""
@@ -115,6 +116,11 @@ class Book:
         tensor.written = tensor.cut = tensor.wanted.nbytes
         tensor.givers = set()
         del self.open[tensor.wanted.sha256]
+
+    @property
+    def all_done(self) -> bool:
+        """Whether all tensors that are wanted so far are in the cache."""
+        return not (self.waiting or self.busy or self.open)
 
     def lacking(self) -> list[Tensor]:
         """Return the open tensors of which bytes have to come from a source."""
@@ -159,7 +165,8 @@ class Book:
             link.validate()
         for sha256, tensor in self.tensors.items():
             tensor.validate()
-            assert (sha256 in self.waiting) == (tensor.state in (_S.WAITING, _S.BUSY))
+            assert (sha256 in self.waiting) == (tensor.state is _S.WAITING)
+            assert (sha256 in self.busy) == (tensor.state is _S.BUSY)
             assert (sha256 not in self.open) == (tensor.state in (_S.WAITING, _S.BUSY, _S.DONE))
             for chunk in tensor.chunks.values():
                 for name in chunk.askers:

@@ -23,7 +23,7 @@ _QUICK_S = 0.25
 _SLOW_S = 0.5
 """A chunk that took longer was slow, seconds."""
 
-_CHUNK_S = 0.2
+_CHUNK_S = 0.1
 """Time that the link should need for one chunk, seconds."""
 
 _MEMORY_S = 1.0

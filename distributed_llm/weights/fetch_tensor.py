@@ -98,9 +98,10 @@ class Tensor:
         cut: bytes that are in its file or in `chunks`.
         chunks: between `written` and `cut`, by offset and in its order.
         givers: names of who gave what is in file and memory.
-        alone: whether all bytes have to be of one source, since they were wrong before.
+        alone: whether all bytes are to be of one source, since they were wrong before.
         only: the source that they are to be of; None until one is chosen.
         trusted_errors: how often the trusted source alone gave wrong bytes.
+        unexplained_errors: how often bytes of several sources were wrong.
         look_at: when to look again whether it is still busy, clock seconds.
     """
 
@@ -113,6 +114,7 @@ class Tensor:
         self.alone = False
         self.only: str | None = None
         self.trusted_errors = 0
+        self.unexplained_errors = 0
         self.look_at = math.inf
 
     def enter(self, cause: TensorCause) -> None:

@@ -34,10 +34,9 @@ def _waits_for_this_machine_text(book: Book) -> str:
         return "waits for the disk"
     if TensorState.CHECKING in states:
         return "checks hashes"
-    busy = sum(tensor.state is TensorState.BUSY for tensor in book.waiting.values())
-    if busy:
-        return f"another process of this machine fetches {count_text(busy, 'tensor')}"
-    return "" if states or book.waiting else "waits to be told of more tensors"
+    if book.busy:
+        return f"another process of this machine fetches {count_text(len(book.busy), 'tensor')}"
+    return "waits to be told of more tensors" if book.all_done else ""
 
 
 def tensors_text(tensors: Sequence[Tensor]) -> str:

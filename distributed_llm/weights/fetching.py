@@ -11,10 +11,10 @@ asked of another one
 The first copy that arrives is kept. Bytes that are asked for or not written yet stay within
 `WINDOW_BYTES`; the last part of it is for second copies, so that a slow source never blocks it.
 
-A tensor with the wrong hash is fetched again as a whole, from one source alone. If its hash is
-right then, the edge compares and tells who gave other bytes; if it is wrong, that one source did.
-Who gives wrong bytes is not used any more, and what it gave of other tensors is dropped. The
-trusted source gets a second chance; after that a machine must be broken.
+A tensor with the wrong hash is fetched again as a whole, from one source alone while that one can
+give it. If its hash is right then, the edge compares and tells who gave other bytes; if it is
+wrong, that one source did. Who gives wrong bytes is not used any more, and what it gave of other
+tensors is dropped. The trusted source gets a second chance; after that a machine must be broken.
 """
 
 import math
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal, assert_never
 
 from distributed_llm.common.log_limit import LogLimit, left_out_text
-from distributed_llm.common.wording import duration_text, size_text
+from distributed_llm.common.wording import duration_text, list_text, size_text, times_text
 from distributed_llm.weights.fetch_asking import Asking
 from distributed_llm.weights.fetch_book import Book
 from distributed_llm.weights.fetch_events import (
@@ -63,6 +63,7 @@ PATIENCE_S = 30.0
 
 _LOOK_EVERY_S = 0.25
 _MOST_TRUSTED_ERRORS = 2
+_MOST_UNEXPLAINED_ERRORS = 5
 _LOG_KIND = "fetching weights"
 
 _TensorEvent = TensorClaimed | TensorBusy | TensorHere | Written | TensorStored | TensorWrong
@@ -157,7 +158,7 @@ class Fetching:
             self._progress_at + self._patience_s,
             self._log_limit.next_deadline() or math.inf,
             *(link.next_deadline(self._at) for link in self._book.links.values()),
-            *(tensor.look_at for tensor in self._book.waiting.values()),
+            *(tensor.look_at for tensor in self._book.busy.values()),
         ]
         # What was due when something last happened waits for something else to happen.
         at = min((at for at in deadlines if at > self._at), default=math.inf)
@@ -197,6 +198,7 @@ class Fetching:
             return
         match event:
             case SourceUp():
+                self._book.drop_owed(link, "")
                 link.connected()
             case SourceDown():
                 self._book.drop_owed(link, event.why)
@@ -212,7 +214,7 @@ class Fetching:
     def _take_of_tensor(self, event: _TensorEvent, now: float) -> Iterator[Action]:
         tensor = self._book.tensors[event.sha256]
         if isinstance(event, TensorBusy):
-            self._book.busy(tensor, now + _LOOK_EVERY_S)
+            self._book.put_off(tensor, now + _LOOK_EVERY_S)
             return
         self._progress_at = now
         match event:
@@ -239,7 +241,7 @@ class Fetching:
         """Order whatever can be ordered now, or end."""
         self._at = now
         book = self._book
-        if self._last and not book.waiting and not book.open:
+        if self._last and book.all_done:
             self._ended = True
             yield Finished()
             return
@@ -331,21 +333,27 @@ class Fetching:
         tensor.begin(0)
         tensor.alone, tensor.only = True, None
         if len(givers) != 1 or DISK in givers:
-            yield from self._note(f"{name} had wrong bytes and is fetched again", now, "warning")
-            return
-        link = self._book.links[next(iter(givers))]
-        if not link.source.trusted:
-            yield from self._close(link, f"gave wrong bytes of {name}", now)
-            return
-        tensor.trusted_errors += 1
-        if tensor.trusted_errors < _MOST_TRUSTED_ERRORS:
-            text = f"{name} had wrong bytes, all of {link.source.name}, and is fetched again"
+            tensor.unexplained_errors += 1
+        else:
+            link = self._book.links[next(iter(givers))]
+            if not link.source.trusted:
+                yield from self._close(link, f"gave wrong bytes of {name}", now)
+                return
+            tensor.trusted_errors += 1
+        whom = list_text(sorted(giver or "an earlier run" for giver in givers))
+        if tensor.trusted_errors == _MOST_TRUSTED_ERRORS:
+            yield self._fail(
+                f"{name} came from {whom} with wrong bytes {times_text(_MOST_TRUSTED_ERRORS)}: "
+                "memory or disk of that machine or of this one is broken. Check both."
+            )
+        elif tensor.unexplained_errors == _MOST_UNEXPLAINED_ERRORS:
+            yield self._fail(
+                f"{name} had wrong bytes {times_text(_MOST_UNEXPLAINED_ERRORS)}, at last from "
+                f"{whom}, and nobody gave all of it. Check the memory and disk of this machine."
+            )
+        else:
+            text = f"{name} had wrong bytes, from {whom}, and is fetched again"
             yield from self._note(text, now, "warning")
-            return
-        yield self._fail(
-            f"{name} came from {link.source.name} with wrong bytes twice: memory or disk of that "
-            "machine or of this one is broken. Check both."
-        )
 
     # -------------------------------------------------------------- giving up
 
@@ -380,4 +388,4 @@ class Fetching:
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
         self._book.validate()
-        assert self._ended or self._book.waiting or self._book.open or not self._last
+        assert self._ended or not (self._last and self._book.all_done)

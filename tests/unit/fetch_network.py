@@ -5,6 +5,7 @@ bytes that are missing, that nothing is written twice, and that memory stays wit
 """
 
 import heapq
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -172,18 +173,18 @@ class Network:
         """Run until the fetch ends, or nothing can happen any more."""
         while self.end is None:
             deadline = self.fetching.next_deadline()
-            at = self._due[0][0] if self._due else 1e9
+            at = self._due[0][0] if self._due else math.inf
             if deadline is not None and deadline < at:
                 assert deadline > self.now, "time passes between timers"
-                at, call = deadline, lambda: self._do(self.fetching.on_timer(self.now))
-            elif self._due:
-                _, _, call = heapq.heappop(self._due)
+                if deadline > until:
+                    break
+                self.now = deadline
+                self._do(self.fetching.on_timer(self.now))
+            elif self._due and at <= until:
+                self.now, _, call = heapq.heappop(self._due)
+                call()
             else:
-                raise AssertionError(f"nothing can happen any more: {self.fetching.waits_for(0.0)}")
-            if at > until:
                 break
-            self.now = max(self.now, at)
-            call()
             self.fetching.validate()
             self._check_memory()
         return self
