@@ -6,14 +6,14 @@ it would send much sooner than those who owe them.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from distributed_llm.weights.fetch_book import MOST_OPEN, Book
 from distributed_llm.weights.fetch_events import MAX_CHUNK_BYTES, Action, Ask
 from distributed_llm.weights.fetch_link import Link
 from distributed_llm.weights.fetch_pace import TokenBucket
-from distributed_llm.weights.fetch_tensor import Tensor, TensorState
+from distributed_llm.weights.fetch_tensor import Chunk, Tensor, TensorState
 
 _CLAIMED_AHEAD_BYTES = 16 * MAX_CHUNK_BYTES
 """Tensors are claimed until each source may be asked for so many bytes, and nobody was."""
@@ -25,8 +25,11 @@ _MUCH_FASTER = 2.0
 _WORTH_A_COPY_S = 0.02
 """A copy is asked for if the first should take so much longer, and `_MUCH_FASTER` times as long."""
 
-_Piece = tuple[Tensor, int, int]
-"""A tensor, an offset in it, and a length."""
+_MOST_COPIES_LOOKED_AT = 4
+"""Missing chunks, the first ones, that are looked at for whether a copy is worth it."""
+
+_Piece = tuple[Link, Tensor, int, int]
+"""Whom to ask, of which tensor, for bytes from where, and how many."""
 
 
 class Asking:
@@ -43,6 +46,7 @@ class Asking:
     def __init__(self, book: Book, max_bytes_per_s: float | None) -> None:
         self._book = book
         self._bucket = TokenBucket(max_bytes_per_s)
+        self._lost: list[tuple[Tensor, Chunk]] = []
         self.paced_until = -math.inf
 
     def go_on(self, now: float) -> Iterator[Action]:
@@ -52,6 +56,7 @@ class Asking:
             if tensor.alone and tensor.state is TensorState.OPEN:
                 self._choose_only(tensor, now)
         self.paced_until = -math.inf
+        self._lost = self._book.lost()
         while (ask := self._next_ask(now)) is not None:
             yield ask
 
@@ -74,12 +79,14 @@ class Asking:
             yield book.claim(next(iter(book.waiting.values())))
 
     def _ahead_bytes(self, link: Link) -> int:
-        """Bytes of open tensors that a source may have, and nobody was asked for."""
-        return sum(
-            tensor.wanted.nbytes - tensor.cut
-            for sha256, tensor in self._book.open.items()
-            if link.may_hold(sha256)
-        )
+        """Bytes of open tensors that a source may have and nobody was asked for, enough or all."""
+        ahead = 0
+        for sha256, tensor in reversed(self._book.open.items()):
+            if ahead >= _CLAIMED_AHEAD_BYTES:
+                break
+            if link.may_hold(sha256):
+                ahead += tensor.wanted.nbytes - tensor.cut
+        return ahead
 
     def _choose_only(self, tensor: Tensor, now: float) -> None:
         """Choose the source that is to give all of a tensor, or the rest, if the last one fails."""
@@ -94,57 +101,59 @@ class Asking:
 
     def _next_ask(self, now: float) -> Ask | None:
         """Return the next thing to ask for; None if there is none, or it is too early."""
-        ready = [link for link in self._book.links.values() if link.is_ready]
-        for link in sorted(ready, key=_speed_key):
-            found = self._lost(link, now) or self._new(link, now) or self._copy(link, now)
-            if found is None:
+        ready = sorted((x for x in self._book.links.values() if x.is_ready), key=_speed_key)
+        found = next((each for link in ready if (each := self._first(link, now))), None)
+        found = found or self._copy(ready, now)
+        if found is None:
+            return None
+        link, tensor, offset, length = found
+        at = self._bucket.ready_at(length, now)
+        if at > now:
+            self.paced_until = at
+            return None
+        self._bucket.take(length)
+        tensor.cut_off(offset, length).askers.add(link.source.name)
+        link.asked(tensor.wanted.sha256, offset, length, now)
+        if self._lost:
+            self._lost = self._book.lost()
+        return Ask(link.source.name, tensor.wanted.sha256, offset, length)
+
+    def _first(self, link: Link, now: float) -> _Piece | None:
+        """Return the first bytes that nobody sends and a source can be asked for."""
+        most = min(link.chunk_bytes, self._bucket.chunk_bytes)
+        for tensor, chunk in self._lost:
+            owes = link.owes(tensor.wanted.sha256, chunk.offset)  # as part of a larger chunk
+            if not owes and tensor.may_be_of(link, now):
+                return link, tensor, chunk.offset, min(chunk.length, most)
+        for tensor in self._book.open.values():
+            piece = tensor.next_piece(most)
+            if piece is not None and tensor.may_be_of(link, now):
+                return (link, tensor, *piece) if piece[1] <= self._book.room_bytes else None
+        return None
+
+    def _copy(self, ready: Sequence[Link], now: float) -> _Piece | None:
+        """Return bytes that a source would send much sooner than those who owe them.
+
+        Args:
+            ready: sources that have nothing else to do, in the order in which they would send.
+            now: clock seconds.
+        """
+        if not ready:
+            return None
+        missing = ((t, chunk) for t in self._book.open.values() for chunk in t.missing())
+        for tensor, chunk in islice(missing, _MOST_COPIES_LOOKED_AT):
+            sha256, offset, length = tensor.wanted.sha256, chunk.offset, chunk.length
+            may = (x for x in ready if not x.owes(sha256, offset) and tensor.may_be_of(x, now))
+            link = next(may, None)
+            own_s = None if link is None else link.sends_within_s(length)
+            senders = self._book.senders(chunk)
+            if link is None or own_s is None or not senders:
                 continue
-            tensor, offset, length = found
-            at = self._bucket.ready_at(length, now)
-            if at > now:
-                self.paced_until = at
-                return None
-            self._bucket.take(length)
-            tensor.cut_off(offset, length).askers.add(link.source.name)
-            link.asked(tensor.wanted.sha256, offset, length, now)
-            return Ask(link.source.name, tensor.wanted.sha256, offset, length)
+            others_s = min(sender.owes_for_s(sha256, offset, now) for sender in senders)
+            is_worth_it = others_s > max(_MUCH_FASTER * own_s, own_s + _WORTH_A_COPY_S)
+            if is_worth_it and length <= self._book.room_for_copies_bytes:
+                return link, tensor, offset, length
         return None
-
-    def _lost(self, link: Link, now: float) -> _Piece | None:
-        """Return the first bytes that were asked for and that nobody sends any more."""
-        most = self._chunk_bytes(link)
-        for tensor in self._book.askable(link, now):
-            for chunk in tensor.missing():
-                owes = link.owes(tensor.wanted.sha256, chunk.offset)
-                if not owes and not self._book.senders(chunk):
-                    return tensor, chunk.offset, min(chunk.length, most)
-        return None
-
-    def _new(self, link: Link, now: float) -> _Piece | None:
-        """Return the first bytes that nobody was asked for, if there is room for them."""
-        for tensor in self._book.askable(link, now):
-            piece = tensor.next_piece(self._chunk_bytes(link))
-            if piece is not None:
-                return (tensor, *piece) if piece[1] <= self._book.room_bytes else None
-        return None
-
-    def _copy(self, link: Link, now: float) -> _Piece | None:
-        """Return the first bytes that a source would send much sooner than those who owe them."""
-        room = self._book.room_for_copies_bytes
-        for tensor in self._book.askable(link, now):
-            sha256 = tensor.wanted.sha256
-            for chunk in tensor.missing():
-                own_s = link.sends_within_s(chunk.length)
-                if own_s is None or chunk.length > room or link.owes(sha256, chunk.offset):
-                    continue
-                owers = self._book.senders(chunk)
-                others_s = min(each.owes_for_s(sha256, chunk.offset, now) for each in owers)
-                if others_s > max(_MUCH_FASTER * own_s, own_s + _WORTH_A_COPY_S):
-                    return tensor, chunk.offset, chunk.length
-        return None
-
-    def _chunk_bytes(self, link: Link) -> int:
-        return min(link.chunk_bytes, self._bucket.chunk_bytes)
 
 
 def _speed_key(link: Link) -> float:

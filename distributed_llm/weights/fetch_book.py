@@ -1,7 +1,7 @@
 """What is wanted, what is under way and who there is: the state that fetching decides on. Pure."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from distributed_llm.weights.fetch_events import (
     MAX_CHUNK_BYTES,
@@ -75,8 +75,7 @@ class Book:
 
     def senders(self, chunk: Chunk) -> list[Link]:
         """Return the sources that were asked for a chunk, and are not silent."""
-        links = (self.links[name] for name in chunk.askers)
-        return [link for link in links if not link.silent]
+        return [link for name in chunk.askers if not (link := self.links[name]).silent]
 
     # -------------------------------------------------------------- tensors
 
@@ -126,12 +125,14 @@ class Book:
         """Return the open tensors of which bytes have to come from a source."""
         return [tensor for tensor in self.open.values() if tensor.waits_for_bytes]
 
-    def askable(self, link: Link, now: float) -> Iterator[Tensor]:
-        """Yield the open tensors that a source may be asked for now, in order."""
-        for sha256, tensor in self.open.items():
-            others_only = tensor.alone and tensor.only != link.source.name
-            if tensor.state is _S.OPEN and not others_only and link.may_give(sha256, now):
-                yield tensor
+    def lost(self) -> list[tuple[Tensor, Chunk]]:
+        """Return the chunks that were asked for and that nobody sends any more, in order."""
+        return [
+            (tensor, chunk)
+            for tensor in self.open.values()
+            for chunk in tensor.missing()
+            if not self.senders(chunk)
+        ]
 
     # -------------------------------------------------------------- the window
 

@@ -51,6 +51,7 @@ class Link:
         why: why it is not up, or closed; for people.
         credit: chunks that it may owe.
         chunk_bytes: that it is asked for at a time.
+        owed_bytes: that it was asked for and has not sent.
         given_bytes: of it that were kept.
     """
 
@@ -66,6 +67,7 @@ class Link:
         self.chunk_bytes = GRAIN_BYTES
         self.silent = False
         self._asked: dict[tuple[str, int], _Asked] = {}
+        self.owed_bytes = 0
         self._heard_at = math.inf  # or since when it owes something, if that is later
         self._work_bytes = self._work_s = 0.0
         self._absent: set[str] = set()
@@ -115,11 +117,6 @@ class Link:
     # -------------------------------------------------------------- what it owes
 
     @property
-    def owed_bytes(self) -> int:
-        """Bytes that it was asked for and has not sent."""
-        return sum(asked.length for asked in self._asked.values())
-
-    @property
     def is_ready(self) -> bool:
         """Whether it can be asked for another chunk."""
         return self.up and not self.silent and len(self._asked) < self.credit
@@ -133,6 +130,7 @@ class Link:
         if not self._asked:
             self._heard_at = now
         self._asked[sha256, offset] = _Asked(length, now)
+        self.owed_bytes += length
 
     def delivered(self, sha256: str, offset: int, now: float) -> int | None:
         """It has sent a chunk; return how many bytes it was asked for, None if it was not asked."""
@@ -157,13 +155,15 @@ class Link:
     def refused(self, sha256: str, offset: int, why: str, now: float) -> None:
         """It has not given a chunk; it is not asked for this tensor for a while."""
         self._answered(sha256, offset, now)
-        times = self._refusals.get(sha256, (0, 0.0, ""))[0] + 1
+        times, until, _ = self._refusals.get(sha256, (0, -math.inf, ""))
+        times += until <= now  # chunks that it was asked for together count once
         self._refusals[sha256] = (times, now + _REFUSAL_PAUSE_S, why)
         if times >= _MOST_REFUSALS:
             self._absent.add(sha256)
 
     def _answered(self, sha256: str, offset: int, now: float) -> None:
-        self._asked.pop((sha256, offset), None)
+        asked = self._asked.pop((sha256, offset), None)
+        self.owed_bytes -= asked.length if asked else 0
         self._heard_at = now
         self.silent = False
 
@@ -216,9 +216,9 @@ class Link:
 
     def next_deadline(self, now: float) -> float:
         """Return when it falls silent or a pause ends, clock seconds; infinity if never."""
-        pauses = [until for _, until, _ in self._refusals.values() if until > now]
         silent_at = math.inf if self.silent else self._silent_at()
-        return min([silent_at, *pauses])
+        pauses = (until for _, until, _ in self._refusals.values() if until > now)
+        return min(silent_at, min(pauses, default=math.inf))
 
     def _silent_at(self) -> float:
         return self._heard_at + SILENCE_S if self._asked else math.inf
@@ -236,3 +236,4 @@ class Link:
         assert self.up or not self._asked
         assert not (self.closed and self.up)
         assert self._asked or not self.silent
+        assert self.owed_bytes == sum(asked.length for asked in self._asked.values())

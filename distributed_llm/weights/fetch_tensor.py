@@ -7,6 +7,7 @@ from enum import Enum
 
 from distributed_llm.common.states import StateTable
 from distributed_llm.weights.fetch_events import GRAIN_BYTES, Wanted
+from distributed_llm.weights.fetch_link import Link
 
 DISK = ""
 """Stands among the givers for a partial file of an earlier time."""
@@ -173,6 +174,11 @@ class Tensor:
     def missing(self) -> Iterator[Chunk]:
         """Yield the chunks that have not come, in order."""
         return (chunk for chunk in self.chunks.values() if not chunk.arrived)
+
+    def may_be_of(self, link: Link, now: float) -> bool:
+        """Return whether a source may be asked for bytes of it now."""
+        is_other = self.alone and self.only != link.source.name
+        return self.state is _S.OPEN and not is_other and link.may_give(self.wanted.sha256, now)
 
     @property
     def waits_for_bytes(self) -> bool:

@@ -184,6 +184,8 @@ class Fetching:
                 yield from self._note(f"{name} refused weights: {why}", now, "warning")
                 yield from self._end_if_hopeless([self._book.tensors[sha256]])
             case WantedMore(wanted, last):
+                if self._last:
+                    raise ValueError("there were to be no more tensors")
                 self._book.want(wanted)
                 self._last = last
             case _:

@@ -8,6 +8,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 from distributed_llm.weights.fetch_events import (
@@ -29,6 +30,7 @@ from distributed_llm.weights.fetch_events import (
     Keep,
     Log,
     Source,
+    SourceAdded,
     SourceDown,
     SourceUp,
     TensorBusy,
@@ -37,6 +39,7 @@ from distributed_llm.weights.fetch_events import (
     TensorStored,
     TensorWrong,
     Wanted,
+    WantedMore,
     Written,
 )
 from distributed_llm.weights.fetching import Fetching
@@ -105,6 +108,7 @@ class Network:
         asks: with their times, all that were made.
         told: actions but asks, keeps and claims, with their times.
         most_bytes: that were asked for or held in memory at a time, second copies included.
+        on_claim: called with what is claimed.
         ended_at: virtual seconds.
     """
 
@@ -130,6 +134,7 @@ class Network:
         self.most_bytes = 0
         self.ended_at = -1.0
         self.end: Finished | Failed | None = None
+        self.on_claim: Callable[[str], None] = lambda sha256: None
         self._disk_bytes_per_s = disk_bytes_per_s
         self._disk_free_at = 0.0
         self._numbers = count()
@@ -168,6 +173,36 @@ class Network:
                 self.handle(SourceDown(name, "the connection was lost"))
 
         self.at(at, disconnect)
+
+    def want(self, wanted: Sequence[Wanted], at: float) -> None:
+        """Want more, and nothing after that."""
+
+        def tell() -> None:
+            for each in wanted:
+                self.wanted[each.sha256] = each
+                self.files.setdefault(each.sha256, File())
+            self.handle(WantedMore(tuple(wanted), last=True))
+
+        self.at(at, tell)
+
+    def add(self, peer: Peer, at: float) -> None:
+        """Add a source, which is connected at once."""
+
+        def tell() -> None:
+            self.peers[peer.name] = peer
+            self.handle(SourceAdded(peer.source))
+
+        self.at(at, tell)
+        self.up(peer.name, at)
+
+    def announce(self, name: str, at: float) -> None:
+        """A source has all tensors from now on, and that becomes known."""
+
+        def tell() -> None:
+            self.peers[name].lacks = frozenset()
+            self.handle(SourceAdded(self.peers[name].source))
+
+        self.at(at, tell)
 
     def run(self, until: float = 1e4) -> "Network":
         """Run until the fetch ends, or nothing can happen any more."""
@@ -209,12 +244,12 @@ class Network:
                 case Ask():
                     self._ask(action)
                 case Claim(sha256):
-                    self.at(self.now, lambda sha256=sha256: self._claim(sha256))  # type: ignore[misc]
+                    self.at(self.now, partial(self._claim, sha256))
                 case Keep(source, sha256, offset):
                     self._keep(source, sha256, offset)
                 case Check(sha256):
                     assert self.files[sha256].done == self.wanted[sha256].nbytes
-                    self.at(self.now, lambda sha256=sha256: self._check(sha256))  # type: ignore[misc]
+                    self.at(self.now, partial(self._check, sha256))
                 case Forget(sha256):
                     self.files[sha256] = File(wrong=self.files[sha256].wrong)
                 case CloseSource(name):
@@ -229,6 +264,7 @@ class Network:
                 self.told.append((self.now, action))
 
     def _claim(self, sha256: str) -> None:
+        self.on_claim(sha256)
         file = self.files[sha256]
         if self.here_at.get(sha256, 1e9) <= self.now:
             file.whole = True
