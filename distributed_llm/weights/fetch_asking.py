@@ -13,7 +13,7 @@ from distributed_llm.weights.fetch_book import MOST_OPEN, Book
 from distributed_llm.weights.fetch_events import MAX_CHUNK_BYTES, Action, Ask
 from distributed_llm.weights.fetch_link import Link
 from distributed_llm.weights.fetch_pace import TokenBucket
-from distributed_llm.weights.fetch_tensor import Chunk, Tensor, TensorState
+from distributed_llm.weights.fetch_tensor import Chunk, Tensor, TensorState, up_to_a_grain
 
 _CLAIMED_AHEAD_BYTES = 16 * MAX_CHUNK_BYTES
 """Tensors are claimed until each source may be asked for so many bytes, and nobody was."""
@@ -124,9 +124,10 @@ class Asking:
         for tensor, chunk in self._lost:
             owes = link.owes(tensor.wanted.sha256, chunk.offset)  # as part of a larger chunk
             if not owes and tensor.may_be_of(link, now):
-                return link, tensor, chunk.offset, min(chunk.length, most)
+                length = up_to_a_grain(chunk.offset, chunk.length, most)
+                return link, tensor, chunk.offset, length
         for tensor in self._book.open.values():
-            piece = tensor.next_piece(most)
+            piece = tensor.uncut(most)
             if piece is not None and tensor.may_be_of(link, now):
                 return (link, tensor, *piece) if piece[1] <= self._book.room_bytes else None
         return None

@@ -72,6 +72,17 @@ TENSOR_STATES = StateTable(
 )
 
 
+def up_to_a_grain(offset: int, length: int, most: int) -> int:
+    """Return how much of `length` bytes from `offset` make a chunk of at most `most` bytes.
+
+    Args:
+        offset: in the tensor.
+        length: bytes, above 0.
+        most: a multiple of `GRAIN_BYTES`.
+    """
+    return min(length, most - offset % GRAIN_BYTES)
+
+
 @dataclass
 class Chunk:
     """Bytes that were asked for and are not in the file yet.
@@ -134,14 +145,15 @@ class Tensor:
         self.chunks = {}
         self.givers = {DISK} if done_bytes else set()
 
-    def next_piece(self, length: int) -> tuple[int, int] | None:
-        """Return offset and length of the next bytes to ask for; None if all are asked for.
+    def uncut(self, most: int) -> tuple[int, int] | None:
+        """Return offset and length of the next bytes to ask for; None if all were asked for.
 
         Args:
-            length: that is wanted, a multiple of `GRAIN_BYTES`.
+            most: length at most, a multiple of `GRAIN_BYTES`.
         """
-        end = min(self.cut // GRAIN_BYTES * GRAIN_BYTES + length, self.wanted.nbytes)
-        return None if self.cut == end else (self.cut, end - self.cut)
+        if self.cut == self.wanted.nbytes:
+            return None
+        return self.cut, up_to_a_grain(self.cut, self.wanted.nbytes - self.cut, most)
 
     def cut_off(self, offset: int, length: int) -> Chunk:
         """Return the chunk with these bytes: a new one, or the beginning of one that is lost."""

@@ -334,6 +334,12 @@ class Fetching:
         name, givers = tensor.wanted.name, tensor.givers
         tensor.begin(0)
         tensor.alone, tensor.only = True, None
+        if not givers:
+            yield self._fail(
+                f"{name} is empty, and is said to have another SHA-256 than nothing has: the "
+                "coordinator does not know its model rightly."
+            )
+            return
         if len(givers) != 1 or DISK in givers:
             tensor.unexplained_errors += 1
         else:

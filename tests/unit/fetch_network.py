@@ -6,6 +6,7 @@ bytes that are missing, that nothing is written twice, and that memory stays wit
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,6 +108,7 @@ class Network:
     Attributes:
         asks: with their times, all that were made.
         told: actions but asks, keeps and claims, with their times.
+        kept_from: tensors and offsets of the chunks that were kept, by source.
         most_bytes: that were asked for or held in memory at a time, second copies included.
         on_claim: called with what is claimed.
         ended_at: virtual seconds.
@@ -131,6 +133,7 @@ class Network:
         self.asks: list[tuple[float, Ask]] = []
         self.arrivals: list[tuple[float, str, int]] = []
         self.told: list[tuple[float, Action]] = []
+        self.kept_from: dict[str, list[tuple[str, int]]] = defaultdict(list)
         self.most_bytes = 0
         self.ended_at = -1.0
         self.end: Finished | Failed | None = None
@@ -318,6 +321,7 @@ class Network:
         assert offset >= file.done, "nothing is written twice"
         assert offset not in file.early, "nothing is written twice"
         file.early[offset] = length
+        self.kept_from[source].append((sha256, offset))
         right = not self.peers[source].lies(sha256, offset)
         for grain in range(offset // GRAIN_BYTES, -(-(offset + length) // GRAIN_BYTES)):
             file.grains[grain] = source, right

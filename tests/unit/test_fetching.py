@@ -487,6 +487,15 @@ def test_a_wrong_partial_file_is_nobodys_fault() -> None:
     assert sum(network.given.values()) >= 3 * MIB
 
 
+def test_an_empty_tensor_can_be_wrong_too() -> None:
+    fetch = Fetching(tensors(0), [], now=0.0)
+    fetch.begin(0.0)
+    fetch.handle(TensorClaimed(A, 0), 0.0)
+    (end,) = fetch.handle(TensorWrong(A), 0.0)
+    assert isinstance(end, Failed)
+    assert "layer.0 is empty" in end.message
+
+
 def test_a_liar_that_is_not_compared_ends_the_fetch_after_all() -> None:
     """The edge never says who it was, and nobody gives all of the tensor."""
     fetch = Fetching(tensors(128 * KIB), [Source(n, lambda _: True) for n in ("a", "b")], now=0.0)
