@@ -122,13 +122,14 @@ class Asking:
         """Return the first bytes that nobody sends and a source can be asked for."""
         most = min(link.chunk_bytes, self._bucket.chunk_bytes)
         for tensor, chunk in self._lost:
-            owes = link.owes(tensor.wanted.sha256, chunk.offset)  # as part of a larger chunk
-            if not owes and tensor.may_be_of(link, now):
+            if tensor.may_be_of(link, now) and not link.owes(tensor.wanted.sha256, chunk.offset):
                 length = up_to_a_grain(chunk.offset, chunk.length, most)
                 return link, tensor, chunk.offset, length
         for tensor in self._book.open.values():
             piece = tensor.uncut(most)
-            if piece is not None and tensor.may_be_of(link, now):
+            if piece is None or not tensor.may_be_of(link, now):
+                continue
+            if not link.owes(tensor.wanted.sha256, piece[0]):
                 return (link, tensor, *piece) if piece[1] <= self._book.room_bytes else None
         return None
 
@@ -144,7 +145,7 @@ class Asking:
         missing = ((t, chunk) for t in self._book.open.values() for chunk in t.missing())
         for tensor, chunk in islice(missing, _MOST_COPIES_LOOKED_AT):
             sha256, offset, length = tensor.wanted.sha256, chunk.offset, chunk.length
-            may = (x for x in ready if not x.owes(sha256, offset) and tensor.may_be_of(x, now))
+            may = (x for x in ready if tensor.may_be_of(x, now) and not x.owes(sha256, offset))
             link = next(may, None)
             own_s = None if link is None else link.sends_within_s(length)
             senders = self._book.senders(chunk)

@@ -122,7 +122,11 @@ class Link:
         return self.up and not self.silent and len(self._asked) < self.credit
 
     def owes(self, sha256: str, offset: int) -> bool:
-        """Return whether it was asked for a chunk that begins there and has not answered."""
+        """Return whether it was asked for a chunk that begins there and has not answered.
+
+        That may have been for a larger chunk, which was cut since then, or before the
+        tensor was begun anew. It is not asked again for the same place: answers would look alike.
+        """
         return (sha256, offset) in self._asked
 
     def asked(self, sha256: str, offset: int, length: int, now: float) -> None:
@@ -134,14 +138,13 @@ class Link:
 
     def delivered(self, sha256: str, offset: int, now: float) -> int | None:
         """It has sent a chunk; return how many bytes it was asked for, None if it was not asked."""
-        full = len(self._asked) >= self.credit
         asked = self._asked.get((sha256, offset))
         if asked is None:
             return None
         self._measure(asked, now)
         self._answered(sha256, offset, now)
         took_s = now - asked.asked_at
-        if took_s < _QUICK_S and full:
+        if took_s < _QUICK_S:
             self.credit = min(self.credit + 1, _MOST_CREDIT)
         elif took_s > _SLOW_S:
             self.credit = max(self.credit - 1, 1)

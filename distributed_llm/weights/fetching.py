@@ -307,6 +307,7 @@ class Fetching:
         if length is None:
             return
         if event.nbytes != length:
+            self._book.unasked(event.source, event.sha256, event.offset)
             why = f"sent {size_text(event.nbytes)} where it was asked for {size_text(length)}"
             yield from self._close(link, why, now)
             return

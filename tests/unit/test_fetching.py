@@ -1,6 +1,8 @@
 """Fetching: each decision by itself, on a made-up network with a virtual clock."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -223,9 +225,11 @@ def test_a_slow_first_copy_that_wins_after_all_is_kept() -> None:
     assert keeps(fetch.handle(ChunkArrived("main", A, 0, 64 * KIB), 0.04)) == 0
 
 
-def three_chunks_asked_of_two_sources() -> Fetching:
+MAIN_AND_PC = (Source("main", lambda _: True, True), Source("pc", lambda _: True))
+
+
+def three_chunks_asked_of_two_sources(sources: Sequence[Source] = MAIN_AND_PC) -> Fetching:
     """The first two are asked of pc, and the last one of main."""
-    sources = [Source("main", lambda _: True, True), Source("pc", lambda _: True)]
     fetch = Fetching(tensors(192 * KIB), sources, now=0.0)
     fetch.begin(0.0)
     fetch.handle(SourceUp("pc"), 0.0)
@@ -251,6 +255,27 @@ def test_many_small_tensors_do_not_wait_for_each_other() -> None:
     peer = main_peer(latency_s=10 * MS, bytes_per_s=100 * MIB)
     network = run(Network(tensors(*[8 * KIB] * 200), [peer]))
     assert network.finish() < 0.4  # 4 s if one at a time
+
+
+def test_copies_stay_within_the_window() -> None:
+    """The fast source stalls with all of the window, and the other one may copy only some of it."""
+    stalls = Peer("pc", bytes_per_s=1000 * MIB, silences=[(0.1, 1.4)])
+    network = run(Network(tensors(300 * MIB), [main_peer(bytes_per_s=100 * MIB), stalls]))
+    network.finish()
+    assert 40 * MIB < network.most_bytes <= WINDOW_BYTES
+
+
+def test_what_a_slow_source_would_still_need_long_for_is_copied_at_once() -> None:
+    network = Network(tensors(20 * MIB), [main_peer(bytes_per_s=100 * MIB), Peer("pc", 70 * KIB)])
+    network.up("main", 3.0)
+    run(network, "pc")
+    assert network.finish() == pytest.approx(3.2, abs=0.05)
+
+
+def test_tensors_are_claimed_when_their_turn_is_near() -> None:
+    wanted = tensors(*[10 * MIB] * 5)
+    fetch = Fetching(wanted, [Source("main", lambda _: True, True)], now=0.0)
+    assert [*fetch.begin(0.0), *fetch.handle(SourceUp("main"), 0.0)] == [Claim(A), Claim(B)]
 
 
 def test_open_files_are_bounded() -> None:
@@ -407,6 +432,19 @@ def test_bytes_that_come_renew_the_patience() -> None:
     assert run(Network(tensors(5 * MIB), [slow], patience_s=3.0)).finish() > 100.0
 
 
+def test_bytes_that_come_early_renew_the_patience_too() -> None:
+    fetch = Fetching(tensors(128 * KIB), [Source("main", lambda _: True, True)], now=0.0)
+    fetch.begin(0.0)
+    fetch.handle(TensorClaimed(A, 0), 0.0)
+    fetch.handle(SourceUp("main"), 0.0)
+    fetch.on_timer(1.5)
+    fetch.handle(ChunkArrived("main", A, 64 * KIB, 64 * KIB), 20.0)
+    fetch.on_timer(21.5)
+    assert fetch.on_timer(49.0) == []
+    (end,) = fetch.on_timer(50.0)
+    assert isinstance(end, Failed)
+
+
 def test_a_source_that_refuses_is_asked_again_a_few_times() -> None:
     network = run(Network(tensors(MIB), [main_peer(refuses=4)]))
     assert network.finish() == pytest.approx(2.1, abs=0.2)
@@ -529,6 +567,41 @@ def test_a_chunk_of_another_length_than_asked_for() -> None:
         Log(f"pc is not asked for weights any more: it {why}", "warning"),
     ]
     assert fetch.handle(SourceUp("pc"), 0.1) == []
+    fetch.validate()
+
+
+def fetched_again(sources: Sequence[Source]) -> tuple[Fetching, list[Action]]:
+    """Main won the race for all chunks and they are wrong; pc still owes the first two."""
+    fetch = three_chunks_asked_of_two_sources(sources)
+    for offset in (128, 0, 64):
+        fetch.handle(ChunkArrived("main", A, offset * KIB, 64 * KIB), 0.02)
+    assert fetch.handle(Written(A, 192 * KIB), 0.02) == [Check(A)]
+    return fetch, fetch.handle(TensorWrong(A), 0.02)
+
+
+def test_a_late_answer_is_not_taken_for_that_to_a_new_question() -> None:
+    fetch, actions = fetched_again(MAIN_AND_PC)
+    assert actions[-1] == Ask("main", A, 0, 192 * KIB)
+    assert fetch.handle(ChunkArrived("pc", A, 0, 64 * KIB), 0.03) == []
+
+
+def test_who_owes_a_late_answer_is_not_asked_for_what_another_lost() -> None:
+    fetch, _ = fetched_again(MAIN_AND_PC)
+    fetch.handle(SourceDown("main", ""), 0.02)
+    assert fetch.handle(ChunkArrived("pc", A, 64 * KIB, 64 * KIB), 0.03) == []
+    asks = fetch.handle(ChunkArrived("pc", A, 0, 64 * KIB), 0.04)
+    assert [ask for ask in asks if isinstance(ask, Ask) and ask.offset == 0]
+    fetch.validate()
+
+
+def test_who_owes_a_late_answer_is_not_asked_anew_for_its_place() -> None:
+    main, pc = MAIN_AND_PC
+    fetch, actions = fetched_again((replace(main, trusted=False), replace(pc, trusted=True)))
+    assert CloseSource("main", "gave wrong bytes of layer.0") in actions
+    assert fetch.handle(ChunkArrived("pc", A, 64 * KIB, 64 * KIB), 0.03) == []
+    asks = fetch.handle(ChunkArrived("pc", A, 0, 64 * KIB), 0.04)
+    assert asks == [Ask("pc", A, 0, 192 * KIB)]
+    fetch.validate()
 
 
 def test_bytes_that_nobody_asked_for_are_ignored() -> None:

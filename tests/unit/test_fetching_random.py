@@ -109,11 +109,11 @@ def test_a_fetch_succeeds_as_long_as_the_coordinator_is_there(seed: int) -> None
         trusted=True,
         bytes_per_s=log_uniform(rng, *_SPEEDS),
         latency_s=log_uniform(rng, 1e-4, 0.1),
-        silences=some_silences(rng, 20.0),
+        silences=some_silences(rng, 10.0),
         refuses=rng.choice((0, 0, 2)),
     )
     network, takes_s = some_network(rng, main)
-    away_s = some_comings_and_goings(rng, network, "main", 20.0)
+    away_s = some_comings_and_goings(rng, network, "main", 10.0)
     # Whoever lies makes every tensor be fetched twice at worst, and once more for those that are
     # found by it; and each one that stops to send costs 2 s, of its chunks.
     took_s = network.finish(until=1000.0)
