@@ -285,7 +285,7 @@ async def main():
     def on_event(event):
         if isinstance(event, PeerReceived) and isinstance(event.message, PeerHello):
             links.answer(event.peer, PeerWelcome(epoch=event.message.epoch))
-    links = Links("127.0.0.1:0", on_event, keys=None, admits=lambda key: False, on_read=unread)
+    links = Links("127.0.0.1:0", on_event, keys=None, admits=lambda key: False, on_read=print)
     print(links.address, flush=True)
     await asyncio.Event().wait()
 

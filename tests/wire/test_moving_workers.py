@@ -16,6 +16,7 @@ import pytest
 from distributed_llm.common.messages import (
     CopyKV,
     DropStage,
+    FetchProgress,
     Goodbye,
     HandedOver,
     HandOver,
@@ -83,6 +84,7 @@ class FakeEngine:
     ) -> None:
         self.vitals = Vitals()
         self.load_progress: int | None = None
+        self.fetch_progress: FetchProgress | None = None
         self.orders: list[object] = []
         self.imported_bytes = 0
         self._is_void = is_void
