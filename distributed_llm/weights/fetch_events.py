@@ -166,7 +166,8 @@ class TensorStored:
     """A tensor has the right hash and is in the cache.
 
     Attributes:
-        suspects: sources that gave other bytes for it when its hash was wrong.
+        suspects: sources that gave other bytes for it when its hash was wrong, found by comparing
+            each `GRAIN_BYTES` of what came then and now.
     """
 
     sha256: str

@@ -209,7 +209,10 @@ class Network:
 
     def run(self, until: float = 1e4) -> "Network":
         """Run until the fetch ends, or nothing can happen any more."""
-        while self.end is None:
+        for step in count():
+            if self.end is not None:
+                break
+            assert step < 100_000, "the fetch has no end"
             deadline = self.fetching.next_deadline()
             at = self._due[0][0] if self._due else math.inf
             if deadline is not None and deadline < at:
