@@ -8,7 +8,7 @@ import typer
 from distributed_llm.options import AsJson
 
 if TYPE_CHECKING:
-    from distributed_llm.weights.cache import ContentCache
+    from distributed_llm.weights.cache.content_cache import ContentCache
 
 app = typer.Typer(
     help="List or delete the weights that workers keep on this machine.", no_args_is_help=True
@@ -67,7 +67,7 @@ def prune(
 
 
 def _cache() -> "ContentCache":
-    from distributed_llm.weights.cache import ContentCache
-    from distributed_llm.weights.places import cache_folder
+    from distributed_llm.weights.cache.content_cache import ContentCache
+    from distributed_llm.weights.cache.places import cache_folder
 
     return ContentCache(cache_folder(), None)

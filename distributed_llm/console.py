@@ -24,7 +24,7 @@ from distributed_llm.common.streams import writes_unicode
 from distributed_llm.coordinator.plan import describe
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
-from distributed_llm.weights.contents import Contents
+from distributed_llm.weights.cache.contents import Contents
 
 _UNBOUND_WIDTH = 10_000
 """Characters per line of what goes to a file or another program, so that nothing is broken."""

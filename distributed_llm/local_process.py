@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from distributed_llm.common.keyring import STATE_VARIABLE
-from distributed_llm.weights.places import CACHE_VARIABLE
+from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 _KILL_AFTER_S = 5.0
 

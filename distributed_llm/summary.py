@@ -24,7 +24,7 @@ from distributed_llm.common.wording import (
 )
 from distributed_llm.coordinator.plan import PlannedStage
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
-from distributed_llm.weights.contents import Contents, KeptModel
+from distributed_llm.weights.cache.contents import Contents, KeptModel
 
 WORKER_COLUMNS = (
     "worker",

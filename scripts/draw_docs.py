@@ -18,7 +18,7 @@ from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
 from distributed_llm.coordinator.requests.answer_states import ANSWER_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
-from distributed_llm.weights.fetch_tensor import TENSOR_STATES
+from distributed_llm.weights.fetching.tensor import TENSOR_STATES
 from distributed_llm.worker.session.agent import AGENT_STATES
 from distributed_llm.worker.session.epoch_stage import STAGE_STATES
 from distributed_llm.worker.session.kv_move import KV_MOVE_STATES

@@ -26,9 +26,9 @@ from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator, raise_file_limit
 from distributed_llm.coordinator.trust.store import Trust
-from distributed_llm.weights.library import Library
-from distributed_llm.weights.places import cache_folder
-from distributed_llm.weights.shelf import Shelf
+from distributed_llm.weights.cache.places import cache_folder
+from distributed_llm.weights.giving.library import Library
+from distributed_llm.weights.giving.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 

@@ -54,8 +54,8 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.text.service import TextService
 from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.store import Trust
-from distributed_llm.weights.desk import Desk
-from distributed_llm.weights.library import Library
+from distributed_llm.weights.giving.desk import Desk
+from distributed_llm.weights.giving.library import Library
 
 logger = logging.getLogger(__name__)
 

@@ -45,8 +45,9 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text
-from distributed_llm.weights.cache import ContentCache
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.weights.cache.partial import Partial
+from distributed_llm.weights.fetching.events import (
     Action,
     Ask,
     Check,
@@ -74,9 +75,8 @@ from distributed_llm.weights.fetch_events import (
     WantedMore,
     Written,
 )
-from distributed_llm.weights.fetching import PATIENCE_S, Fetching
-from distributed_llm.weights.partial import Partial
-from distributed_llm.weights.shelf import Place, Shelf, places_in_file
+from distributed_llm.weights.fetching.fetching import PATIENCE_S, Fetching
+from distributed_llm.weights.giving.shelf import Place, Shelf, places_in_file
 from distributed_llm.weights.source_link import SourceLink
 from distributed_llm.weights.wrong_bytes import GrainRecord
 

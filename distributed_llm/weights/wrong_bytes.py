@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from distributed_llm.weights.fetch_events import GRAIN_BYTES
+from distributed_llm.weights.fetching.events import GRAIN_BYTES
 
 
 class GrainRecord:

@@ -36,10 +36,10 @@ from distributed_llm.common.stopping import on_signal, on_uncaught
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import Epoch, PeerId
-from distributed_llm.weights.cache import ContentCache
+from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.fetch import Fetch, Origin
-from distributed_llm.weights.giving import Giver
-from distributed_llm.weights.shelf import Shelf
+from distributed_llm.weights.giving.giver import Giver
+from distributed_llm.weights.giving.shelf import Shelf
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.finding import WeightFinder
 from distributed_llm.worker.links import Links, bind_for, reachable_at

@@ -18,8 +18,8 @@ from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import count_text, size_text
-from distributed_llm.weights.cache import ContentCache
-from distributed_llm.weights.places import cache_folder
+from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.service import Worker
 

@@ -14,7 +14,7 @@ import pytest
 from distributed_llm import LocalCluster, local_process
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
-from distributed_llm.weights.places import CACHE_VARIABLE
+from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks them")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distributed_llm.weights.cache import ContentCache
-from distributed_llm.weights.partial import Partial
+from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.weights.cache.partial import Partial
 
 
 def content(nbytes: int, seed: int = 0) -> bytes:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.common.messages import MAX_CHUNK_BYTES
+from distributed_llm.weights.fetching.events import (
     GRAIN_BYTES,
-    MAX_CHUNK_BYTES,
     WINDOW_BYTES,
     Action,
     Ask,
@@ -43,7 +43,7 @@ from distributed_llm.weights.fetch_events import (
     WantedMore,
     Written,
 )
-from distributed_llm.weights.fetching import Fetching
+from distributed_llm.weights.fetching.fetching import Fetching
 
 KIB, MIB = 1 << 10, 1 << 20
 MS = 1e-3

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.weights.fetching.events import (
     Action,
     Ask,
     CloseSource,
@@ -13,7 +13,7 @@ from distributed_llm.weights.fetch_events import (
     SourceUp,
     TensorClaimed,
 )
-from distributed_llm.weights.fetching import Fetching
+from distributed_llm.weights.fetching.fetching import Fetching
 from tests.unit.fetch_network import KIB, Network, Peer, sha, tensors
 
 A = sha(0)

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_llm.common.errors import CheckpointError, WrongContent
-from distributed_llm.weights import cache as cache_module
-from distributed_llm.weights import partial as partial_module
-from distributed_llm.weights.cache import ContentCache
-from distributed_llm.weights.partial import Partial
-from distributed_llm.weights.places import CACHE_VARIABLE, cache_folder
+from distributed_llm.weights.cache import content_cache as cache_module
+from distributed_llm.weights.cache import partial as partial_module
+from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.weights.cache.partial import Partial
+from distributed_llm.weights.cache.places import CACHE_VARIABLE, cache_folder
 from tests.unit.cache_parts import DATA, NAME, begun, content, files, name_of, put, refuse
 
 CHUNK = 1 << 20
@@ -156,7 +156,7 @@ def test_a_part_that_is_damaged_is_found_in_the_end(cache: ContentCache, folder:
 CHILD = f"""
 import sys
 from pathlib import Path
-from distributed_llm.weights.cache import ContentCache
+from distributed_llm.weights.cache.content_cache import ContentCache
 data = sys.stdin.buffer.read({len(DATA)})
 partial = ContentCache(Path(sys.argv[1]), None).begin(sys.argv[2], len(data))
 partial.write(data[:600])

@@ -25,6 +25,7 @@ from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId
 from distributed_llm.worker.compute import engine as engine_module
 from distributed_llm.worker.compute import held_stages, loading, orders
 from distributed_llm.worker.compute.engine import Engine
+from distributed_llm.worker.compute.loading import NewStage
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
@@ -113,11 +114,12 @@ class FakeEngine(Engine):
         self.stages: list[FakeStage] = []
         held: Any = self._stages
         held._load_stage = self._fake
-        held._load_beside = lambda order, served: (self._fake(order), 1)
+        held._load_beside = lambda load, served: self._fake(load)
 
-    def _fake(self, order: LoadStage) -> FakeStage:
-        self.stages.append(FakeStage(self._made_progress))
-        return self.stages[-1]
+    def _fake(self, load: Load) -> Any:
+        stage: Any = FakeStage(self._made_progress)
+        self.stages.append(stage)
+        return NewStage(stage, 1)
 
 
 class Posted:
@@ -503,9 +505,9 @@ def test_loading_is_timed(clock: Clock) -> None:
         held: Any = engine._stages
         load = held._load_stage
 
-        def load_slowly(order: LoadStage) -> Any:
+        def load_slowly(given: Load) -> Any:
             clock.now += 2.0
-            return load(order)
+            return load(given)
 
         held._load_stage = load_slowly
         engine.put(Load(0, ORDER))
@@ -519,14 +521,14 @@ def test_progress_of_a_load_is_told_while_there_is_one() -> None:
         load = held._load_stage
         seen: list[int | None] = []
 
-        def load_in_parts(order: LoadStage) -> Any:
+        def load_in_parts(given: Load) -> Any:
             seen.append(engine.load_progress)
             held._progress.add(1 << 30)
             seen.append(engine.load_progress)
-            stage = load(order)
-            stage.progress = held._layer_done  # as of every stage that is loaded
-            stage.answer = lambda: (held._layer_done(), StageOutput())[1]
-            return stage
+            new = load(given)
+            new.stage.progress = held._layer_done  # as of every stage that is loaded
+            new.stage.answer = lambda: (held._layer_done(), StageOutput())[1]
+            return new
 
         held._load_stage = load_in_parts
         before = held._progress._done
@@ -576,10 +578,10 @@ def test_trial_steps_are_run_and_timed_like_tasks(clock: Clock) -> None:
         held: Any = engine._stages
         load = held._load_stage
 
-        def load_slow_stage(order: LoadStage) -> Any:
-            stage = load(order)
-            stage.layers_s, stage.answer = 0.005, taking(clock, 0.01)
-            return stage
+        def load_slow_stage(given: Load) -> Any:
+            new = load(given)
+            new.stage.layers_s, new.stage.answer = 0.005, taking(clock, 0.01)
+            return new
 
         held._load_stage = load_slow_stage
         engine.put(Load(0, order(trials=True, kv_tokens=KV_BLOCK)))

@@ -2,11 +2,11 @@
 
 import pytest
 
+from distributed_llm.common.messages import MAX_CHUNK_BYTES
 from distributed_llm.common.states import IllegalTransition
-from distributed_llm.weights import fetch_book
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.weights.fetching import book as fetch_book
+from distributed_llm.weights.fetching.events import (
     GRAIN_BYTES,
-    MAX_CHUNK_BYTES,
     WINDOW_BYTES,
     Ask,
     Check,
@@ -24,7 +24,7 @@ from distributed_llm.weights.fetch_events import (
     WantedMore,
     Written,
 )
-from distributed_llm.weights.fetching import Fetching
+from distributed_llm.weights.fetching.fetching import Fetching
 from tests.unit.fetch_network import KIB, MIB, MS, Network, Peer, sha, tensors
 from tests.unit.fetch_scenes import keeps, main_peer, run, three_chunks_asked_of_two_sources
 

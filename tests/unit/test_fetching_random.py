@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from distributed_llm.weights.fetch_events import CloseSource, Failed, Finished
+from distributed_llm.weights.fetching.events import CloseSource, Failed, Finished
 from tests.unit.fetch_network import KIB, MIB, File, Network, Peer, sha, tensors
 
 _SPEEDS = (80 * KIB, 200 * MIB)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.weights.fetching.events import (
     MAX_SOURCES,
     Check,
     ChunkArrived,
@@ -19,7 +19,7 @@ from distributed_llm.weights.fetch_events import (
     TensorClaimed,
     TensorHere,
 )
-from distributed_llm.weights.fetching import Fetching
+from distributed_llm.weights.fetching.fetching import Fetching
 from tests.unit.fetch_network import KIB, MIB, Network, Peer, sha, tensors
 from tests.unit.fetch_scenes import (
     failure,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.weights.fetching.events import (
     Action,
     Ask,
     Check,
@@ -19,7 +19,7 @@ from distributed_llm.weights.fetch_events import (
     TensorWrong,
     Written,
 )
-from distributed_llm.weights.fetching import Fetching
+from distributed_llm.weights.fetching.fetching import Fetching
 from tests.unit.fetch_network import KIB, MIB, Network, Peer, sha, tensors
 from tests.unit.fetch_scenes import (
     MAIN_AND_PC,

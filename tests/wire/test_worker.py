@@ -32,6 +32,7 @@ from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.transport import Delivery, Door, Login, Router, new_key_pair
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
 from distributed_llm.worker.compute.held_stages import HeldStages
+from distributed_llm.worker.compute.loading import NewStage
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.service import Worker
 from distributed_llm.worker.session import peers
@@ -118,7 +119,7 @@ class Coordinator:
 async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]:
     """A coordinator and workers "a" and "b" that know of each other nothing yet."""
     monkeypatch.setattr(
-        HeldStages, "_load_stage", lambda self, load: (cast(Stage, FakeStage()), None)
+        HeldStages, "_load_stage", lambda self, load: NewStage(cast(Stage, FakeStage()), 1)
     )
     coordinator = Coordinator()
     workers = [
@@ -227,9 +228,9 @@ async def test_activations_do_not_pass_the_coordinator(monkeypatch: pytest.Monke
 async def test_heartbeats_tell_that_a_load_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
 
-    def slow(self: HeldStages, order: LoadStage) -> Stage:
+    def slow(self: HeldStages, load: object) -> NewStage:
         go_on.wait(60)
-        return cast(Stage, FakeStage())
+        return NewStage(cast(Stage, FakeStage()), 1)
 
     async with cluster(monkeypatch) as coordinator:
         monkeypatch.setattr(HeldStages, "_load_stage", slow)

@@ -220,34 +220,31 @@ class HeldStages:
         self._free_all()
         started = time.perf_counter()
         try:
-            stage, weights = self._stage_alone(load)
-            kv_tokens = limit_kv(stage, load.order, self._memory())
+            new = self._stage_alone(load)
+            kv_tokens = limit_kv(new.stage, load.order, self._memory())
         except Exception as exc:
             self.drop()
             self._post_load_failed(load, exc)
             return
-        self.served = LoadedStage(load.order, stage)
-        self._post_loaded(load, stage, time.perf_counter() - started, kv_tokens, weights)
+        self.served = LoadedStage(load.order, new.stage)
+        self._post_loaded(load, new, time.perf_counter() - started, kv_tokens)
 
-    def _stage_alone(self, load: Load) -> tuple[Stage, Weights | None]:
-        """Return the served stage with an empty KV cache if it fits the order, else a new one.
-
-        Returns:
-            The stage, and the weights that it was loaded from if it is new.
-        """
+    def _stage_alone(self, load: Load) -> NewStage:
+        """Return the served stage with an empty KV cache if it fits the order, else a new one."""
         held = self.served
         if held is not None and same_layers(held.order, load.order):
             held.stage.reset()
             give_memory_back(self._device)
-            return held.stage, None
+            return NewStage(held.stage, torch.get_num_threads())
         del held
         self.drop()
         return self._load_stage(load)
 
-    def _load_stage(self, load: Load) -> tuple[Stage, Weights]:
+    def _load_stage(self, load: Load) -> NewStage:
         order = load.order
         with self._weights_for(load) as weights:
-            use_threads(num_threads(weights.checkpoint, order, self._capabilities.threads))
+            threads = num_threads(weights.checkpoint, order, self._capabilities.threads)
+            use_threads(threads)
             stage = Stage.load(
                 weights.checkpoint,
                 order.layers,
@@ -257,7 +254,7 @@ class HeldStages:
                 on_read=self._progress.add,
             )
         stage.progress = self._layer_done
-        return stage, weights
+        return NewStage(stage, threads, weights)
 
     def _weights_for(self, load: Load) -> AbstractContextManager[Weights]:
         return self._weights.weights(
@@ -318,14 +315,13 @@ class HeldStages:
         self.prepared = PreparedStage(order, stage, new.threads, importers)
         if self.served is None:
             use_threads(new.threads)
-        self._post_loaded(load, stage, done.seconds, kv_tokens, new.weights)
+        self._post_loaded(load, new, done.seconds, kv_tokens)
 
     def _memory(self) -> Memory:
         return memory_now(self._device, self._capabilities.memory_bytes)
 
-    def _post_loaded(
-        self, load: Load, stage: Stage, load_s: float, kv_tokens: int, weights: Weights | None
-    ) -> None:
+    def _post_loaded(self, load: Load, new: NewStage, load_s: float, kv_tokens: int) -> None:
+        stage, weights = new.stage, new.weights
         loaded = Loaded(
             load.session,
             load.order.epoch,

@@ -52,12 +52,12 @@ class NewStage:
 
     Attributes:
         threads: to compute with.
-        weights: that it was loaded from.
+        weights: that it was loaded from; None if it was in memory already.
     """
 
     stage: Stage
     threads: int
-    weights: Weights
+    weights: Weights | None = None
 
 
 @dataclass

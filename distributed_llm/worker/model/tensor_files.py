@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo, ends_early, unreadable
-from distributed_llm.weights.shelf import Place
+from distributed_llm.weights.giving.shelf import Place
 
 _PIECE_BYTES = 16 << 20
 """Bytes that are read at once; progress is told after each piece."""

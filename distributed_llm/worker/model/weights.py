@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.types import LayerRange
-from distributed_llm.weights.shelf import Place
+from distributed_llm.weights.giving.shelf import Place
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes

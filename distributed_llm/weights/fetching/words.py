@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from distributed_llm.common.wording import count_text, list_text
-from distributed_llm.weights.fetch_book import Book
-from distributed_llm.weights.fetch_tensor import Tensor, TensorState
+from distributed_llm.weights.fetching.book import Book
+from distributed_llm.weights.fetching.tensor import Tensor, TensorState
 
 _MOST_NAMED = 5
 """Tensors or sources that a text names."""

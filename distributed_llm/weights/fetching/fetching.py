@@ -23,9 +23,9 @@ from typing import Literal, assert_never
 
 from distributed_llm.common.log_limit import LogLimit, left_out_text
 from distributed_llm.common.wording import duration_text, list_text, size_text, times_text
-from distributed_llm.weights.fetch_asking import Asking
-from distributed_llm.weights.fetch_book import Book
-from distributed_llm.weights.fetch_events import (
+from distributed_llm.weights.fetching.asking import Asking
+from distributed_llm.weights.fetching.book import Book
+from distributed_llm.weights.fetching.events import (
     MAX_SOURCES,
     Action,
     Check,
@@ -53,10 +53,10 @@ from distributed_llm.weights.fetch_events import (
     WantedMore,
     Written,
 )
-from distributed_llm.weights.fetch_link import SILENCE_S, Link
-from distributed_llm.weights.fetch_pace import RateMeter
-from distributed_llm.weights.fetch_tensor import DISK, Tensor, TensorCause, TensorState
-from distributed_llm.weights.fetch_words import tensors_text, tried_text, waits_for_text
+from distributed_llm.weights.fetching.link import SILENCE_S, Link
+from distributed_llm.weights.fetching.pace import RateMeter
+from distributed_llm.weights.fetching.tensor import DISK, Tensor, TensorCause, TensorState
+from distributed_llm.weights.fetching.words import tensors_text, tried_text, waits_for_text
 
 PATIENCE_S = 30.0
 """Time for which sources are waited for unless told otherwise, seconds."""

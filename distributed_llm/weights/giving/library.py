@@ -19,8 +19,8 @@ from distributed_llm.common.messages import ModelDescription, ModelSource, Tenso
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text, size_text
-from distributed_llm.weights.digests import FileDigests
-from distributed_llm.weights.shelf import Shelf, places_in_file
+from distributed_llm.weights.giving.digests import FileDigests
+from distributed_llm.weights.giving.shelf import Shelf, places_in_file
 
 logger = logging.getLogger(__name__)
 

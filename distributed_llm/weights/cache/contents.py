@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distributed_llm.weights.eviction import Kept
-from distributed_llm.weights.notes import Note
+from distributed_llm.weights.cache.eviction import Kept
+from distributed_llm.weights.cache.notes import Note
 
 
 @dataclass(frozen=True)

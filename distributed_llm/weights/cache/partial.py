@@ -13,8 +13,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from distributed_llm.common.errors import CheckpointUnavailable, WrongContent
 from distributed_llm.common.wording import count_text
-from distributed_llm.weights.disk_errors import storing
-from distributed_llm.weights.places import Places
+from distributed_llm.weights.cache.disk_errors import storing
+from distributed_llm.weights.cache.places import Places
 
 _CHUNK_BYTES = 1 << 20
 

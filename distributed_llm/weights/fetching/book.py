@@ -3,16 +3,16 @@
 import math
 from collections.abc import Iterable
 
-from distributed_llm.weights.fetch_events import (
-    MAX_CHUNK_BYTES,
+from distributed_llm.common.messages import MAX_CHUNK_BYTES
+from distributed_llm.weights.fetching.events import (
     MAX_SOURCES,
     WINDOW_BYTES,
     Claim,
     Source,
     Wanted,
 )
-from distributed_llm.weights.fetch_link import Link
-from distributed_llm.weights.fetch_tensor import Chunk, Tensor, TensorCause, TensorState
+from distributed_llm.weights.fetching.link import Link
+from distributed_llm.weights.fetching.tensor import Chunk, Tensor, TensorCause, TensorState
 
 MOST_OPEN = 64
 """Tensors that are fetched at a time at most; each is an open file."""

@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distributed_llm.weights.fetch_events import GRAIN_BYTES, MAX_CHUNK_BYTES, Source
+from distributed_llm.common.messages import MAX_CHUNK_BYTES
+from distributed_llm.weights.fetching.events import GRAIN_BYTES, Source
 
 SILENCE_S = 1.5
 """A source that owes chunks is silent when nothing has come from it for this long, seconds."""

@@ -18,7 +18,7 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import Chunk, NoChunk, ReadChunk, ToReader
 from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import PeerId
-from distributed_llm.weights.shelf import Shelf
+from distributed_llm.weights.giving.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,8 @@
 import math
 from collections import deque
 
-from distributed_llm.weights.fetch_events import GRAIN_BYTES, MAX_CHUNK_BYTES
+from distributed_llm.common.messages import MAX_CHUNK_BYTES
+from distributed_llm.weights.fetching.events import GRAIN_BYTES
 
 _CHUNKS_PER_S = 8
 """Chunks in a second, where a limit is so low that chunks are made smaller for it."""

@@ -13,8 +13,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import frame_of_bytes
 from distributed_llm.common.types import PeerId
-from distributed_llm.weights.giving import Answer, Giver
-from distributed_llm.weights.library import Library
+from distributed_llm.weights.giving.giver import Answer, Giver
+from distributed_llm.weights.giving.library import Library
 
 
 class Desk:

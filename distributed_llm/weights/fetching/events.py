@@ -15,9 +15,6 @@ GRAIN_BYTES = 64 << 10
 """All chunks begin and end at multiples of this in their tensor, but at its end and where a partial
 file ended. So bytes that were fetched twice can be compared grain by grain, however they came."""
 
-MAX_CHUNK_BYTES = 1 << 20
-"""Bytes in a chunk at most."""
-
 MAX_SOURCES = 64
 """Sources of one fetch at most."""
 

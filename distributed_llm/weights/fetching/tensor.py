@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from distributed_llm.common.states import StateTable
-from distributed_llm.weights.fetch_events import GRAIN_BYTES, Wanted
-from distributed_llm.weights.fetch_link import Link
+from distributed_llm.weights.fetching.events import GRAIN_BYTES, Wanted
+from distributed_llm.weights.fetching.link import Link
 
 DISK = ""
 """Stands among the givers for a partial file of an earlier time."""

@@ -12,12 +12,12 @@ from pathlib import Path
 from distributed_llm.common.errors import CheckpointUnavailable, ConfigError
 from distributed_llm.common.model_files import unreadable
 from distributed_llm.common.wording import size_text
-from distributed_llm.weights.contents import Contents, contents_of
-from distributed_llm.weights.disk_errors import storing
-from distributed_llm.weights.eviction import ABANDONED_S, Kept, Room, in_order
-from distributed_llm.weights.notes import Note, Notes
-from distributed_llm.weights.partial import Partial, claim, give_up, hash_file
-from distributed_llm.weights.places import Places, is_digest
+from distributed_llm.weights.cache.contents import Contents, contents_of
+from distributed_llm.weights.cache.disk_errors import storing
+from distributed_llm.weights.cache.eviction import ABANDONED_S, Kept, Room, in_order
+from distributed_llm.weights.cache.notes import Note, Notes
+from distributed_llm.weights.cache.partial import Partial, claim, give_up, hash_file
+from distributed_llm.weights.cache.places import Places, is_digest
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from distributed_llm.common.messages import Sha256
 from distributed_llm.common.model_files import ends_early, unreadable
-from distributed_llm.weights.shelf import Place
+from distributed_llm.weights.giving.shelf import Place
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from distributed_llm.weights.fetch_book import MOST_OPEN, Book
-from distributed_llm.weights.fetch_events import MAX_CHUNK_BYTES, Action, Ask
-from distributed_llm.weights.fetch_link import Link
-from distributed_llm.weights.fetch_pace import TokenBucket
-from distributed_llm.weights.fetch_tensor import Chunk, Tensor, TensorState, up_to_a_grain
+from distributed_llm.common.messages import MAX_CHUNK_BYTES
+from distributed_llm.weights.fetching.book import MOST_OPEN, Book
+from distributed_llm.weights.fetching.events import Action, Ask
+from distributed_llm.weights.fetching.link import Link
+from distributed_llm.weights.fetching.pace import TokenBucket
+from distributed_llm.weights.fetching.tensor import Chunk, Tensor, TensorState, up_to_a_grain
 
 _CLAIMED_AHEAD_BYTES = 16 * MAX_CHUNK_BYTES
 """Tensors are claimed until each source may be asked for so many bytes, and nobody was."""
