@@ -39,7 +39,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "worker/session/agent.py": AGENT_STATES,
     "worker/session/epoch_stage.py": STAGE_STATES,
     "worker/session/kv_move.py": KV_MOVE_STATES,
-    "weights/fetch_tensor.py": TENSOR_STATES,
+    "weights/fetching/tensor.py": TENSOR_STATES,
 }
 """By the module that holds them."""
 
