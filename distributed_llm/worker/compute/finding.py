@@ -205,7 +205,7 @@ class _FromHub:
             why: no other machine gives it.
 
         Raises:
-            CheckpointError: the hub does not either; with both reasons.
+            FetchFailed: the hub does not either; with both reasons.
         """
         if info.file not in self._told:
             self._told.add(info.file)
@@ -213,7 +213,7 @@ class _FromHub:
         try:
             path = download_file(self._source, info.file, self._on_bytes)
         except CheckpointError as exc:
-            raise type(exc)(f"{why} And this machine cannot get them by itself: {exc}") from exc
+            raise FetchFailed(f"{why} And this machine cannot get them by itself: {exc}") from exc
         return places_in_file(path, [info])[0]
 
 
