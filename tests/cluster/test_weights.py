@@ -43,7 +43,9 @@ class Hub:
 
     def names(self, *ranges: LayerRange) -> set[str]:
         """Return the names, in a cache, of the tensors of some layers."""
-        return {self.sha256[one.name] for part in ranges for one in self.checkpoint.tensors_of(part)}
+        return {
+            self.sha256[one.name] for part in ranges for one in self.checkpoint.tensors_of(part)
+        }
 
     @property
     def total_bytes(self) -> int:
