@@ -16,6 +16,7 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.common.wording import (
     count_text,
     duration_text,
+    fetch_text,
     layers_text,
     list_text,
     rate_text,
@@ -95,6 +96,16 @@ def request_lines(status: ClusterStatus) -> list[str]:
             f"layers moved {times_text(status.moves)}{stood_still if status.move_stall_s else ''}"
         )
     return lines
+
+
+def fetch_lines(status: ClusterStatus) -> list[str]:
+    """Return how far the weights have come that workers fetch from other machines."""
+    fetches = ((worker.name, worker.fetch) for worker in status.workers)
+    return [
+        f"{name} gets weights: {fetch_text(one.here_bytes, one.total_bytes, one.bytes_per_s, one.doing)}"
+        for name, one in fetches
+        if one is not None
+    ]
 
 
 def worker_row(worker: WorkerStatus) -> list[str]:

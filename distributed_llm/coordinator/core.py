@@ -452,8 +452,19 @@ class Core:
             measurements = self._cluster.measurements
             measurements.tried(worker.id, worker.layers, ready.trials, now=now)
         if self._moves.is_loading(worker, ready.epoch):
-            return [*self._moves.stage_ready(worker, ready, now=now)]
-        return self._pipelines.stage_ready(worker, ready)
+            actions = [*self._moves.stage_ready(worker, ready, now=now)]
+        else:
+            actions = self._pipelines.stage_ready(worker, ready)
+        if ready.fetched_bytes:
+            actions.append(
+                self._event_log.note(
+                    EventKind.WEIGHTS_FETCHED,
+                    worker=worker.id,
+                    fetched_bytes=ready.fetched_bytes,
+                    fetch_s=ready.fetch_s,
+                )
+            )
+        return actions
 
     # -------------------------------------------------------------- replies to questions
 

@@ -42,6 +42,7 @@ from distributed_llm.weights.giving.giver import Giver
 from distributed_llm.weights.giving.shelf import Shelf
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.finding import WeightFinder
+from distributed_llm.worker.fetch_display import FetchDisplay
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
@@ -182,6 +183,7 @@ class Worker:
             is_void=self._agent.is_void,
             post=self._post,
         )
+        self._display = FetchDisplay(lambda: self._engine.fetch_progress)
         self._connect()
         self._alarm.set(self._agent.next_deadline())
         try:
@@ -191,6 +193,7 @@ class Worker:
 
     def _close(self) -> None:
         self._alarm.cancel()
+        self._display.close()
         self._giver.close()
         self._links.close()
         if self._connection:

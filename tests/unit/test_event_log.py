@@ -34,6 +34,8 @@ FACTS = {
     "how": "",
     "layers": LayerRange(0, 2),
     "load_s": 1.25,
+    "fetched_bytes": 3 << 30,
+    "fetch_s": 2.5,
     "kv_tokens": 640,
     "pipelines": 2,
     "took_s": 3.0,

@@ -68,6 +68,11 @@ class EventKind(Enum):
     PLAN_LOADING = "info", "loading plan {epoch}: {layer_map:map}"
     PLAN_KEPT = "warning", "layers stay as they are: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
+    WEIGHTS_FETCHED = (
+        "info",
+        "worker {worker} got {fetched_bytes:size} of weights from other machines, for which it "
+        "waited {fetch_s:time}",
+    )
     STAGE_FAILED = "error", "worker {worker} cannot serve: {why}"
     WORKER_TRIED_AGAIN = "info", "worker {worker} may be given layers again"
     PLAN_SERVING = (
