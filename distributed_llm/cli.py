@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_llm import config_command, generate_command, members_command, worker_command
+from distributed_llm import (
+    config_command,
+    generate_command,
+    members_command,
+    up_command,
+    worker_command,
+)
 from distributed_llm.common import streams
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.stopping import interruptible
@@ -109,6 +115,7 @@ def coordinator(
     raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_address)))
 
 
+app.command()(up_command.up)
 app.command()(worker_command.worker)
 app.command()(worker_command.join)
 app.command()(generate_command.generate)
