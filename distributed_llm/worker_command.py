@@ -94,39 +94,38 @@ def join(
         typer.Option("--print-key", help="Print the key for DLLM_KEY, a secret, and do no more."),
     ] = False,
 ) -> None:
-    """Enrol this machine at a coordinator, once, and serve layers for it."""
+    """Enrol this machine at a coordinator, once, and serve layers for it.
+
+    Without a line it serves the coordinator that it joined last, wherever on the local network that
+    is now.
+    """
     from distributed_llm.client.enrolment import enrol
+    from distributed_llm.client.finding import find_coordinator
     from distributed_llm.common.addresses import machine_name
-    from distributed_llm.common.errors import NotEnrolled
     from distributed_llm.common.join_line import parse_join_line
     from distributed_llm.common.keyring import Keyring, state_folder, text_of_key
     from distributed_llm.common.roles import Role
 
     given = settings_of(config, {"worker.name": name})
     keyring = Keyring(state_folder())
+    start_process(given.worker.log_level, exit_with_parent=False)
     if line is None:
-        address, serves = keyring.latest(), True
-        if not address:
-            raise NotEnrolled(
-                "This machine has joined no coordinator yet. Run `dllm token create` where the "
-                "coordinator runs, and here the line that it prints."
-            )
+        wait_for_it = wait or not given.worker.connect_timeout_s
+        address = asyncio.run(find_coordinator(keyring, _say, wait=wait_for_it))
+        serves = True
     else:
         wanted = parse_join_line(line)
         called = given.worker.name or machine_name()
-        start_process(given.worker.log_level, exit_with_parent=False)
         enrolled = asyncio.run(enrol(keyring, wanted, called, given.client.connect_timeout_s))
         address, serves = wanted.address, enrolled.role.includes(Role.WORKER)
-        print(
-            f"{enrolled.name} is enrolled at {address} as {enrolled.role.value}.", file=sys.stderr
-        )
+        _say(f"{enrolled.name} is enrolled at {address} as {enrolled.role.value}.")
     if print_key:
         print(text_of_key(keyring.login(address)))
         return
     if enrol_only:
         return
     if not serves:
-        print(f"Ask with: dllm generate --coordinator {address} PROMPT", file=sys.stderr)
+        _say(f"Ask with: dllm generate --coordinator {address} PROMPT")
         return
     worker(
         coordinator=address,
@@ -139,6 +138,10 @@ def join(
         model=model,
         wait=wait,
     )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _work(settings: "Settings") -> None:
