@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from distributed_llm.common import discovery
-from distributed_llm.common.addresses import addresses_of
+from distributed_llm.common.addresses import addresses_of, listens
 from distributed_llm.common.connection import Connection, rejection_error
 from distributed_llm.common.discovery import Announced
 from distributed_llm.common.errors import (
@@ -13,7 +13,7 @@ from distributed_llm.common.errors import (
     NotEnrolled,
     WrongServerKey,
 )
-from distributed_llm.common.keyring import Joined, Keyring, listens
+from distributed_llm.common.keyring import Joined, Keyring
 from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import no_coordinator_text

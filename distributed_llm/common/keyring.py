@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import platformdirs
 
-from distributed_llm.common.addresses import interface_hosts, ip_of
+from distributed_llm.common.addresses import interface_hosts, ip_of, listens
 from distributed_llm.common.errors import ConfigError, CoordinatorUnreachable, NotEnrolled
 from distributed_llm.common.keys import KeyPair, PublicKey, key_bytes
 from distributed_llm.common.transport import Login, key_pair_of
@@ -30,9 +30,6 @@ KEY_VARIABLE = "DLLM_KEY"
 
 _LOOK_EVERY_S = 0.1
 """Time between two looks for the key of a coordinator that does not run yet, seconds."""
-
-_LISTENS_S = 2.0
-"""Time within which whatever listens at an address accepts a connection, seconds."""
 
 _MAX_FILE_BYTES = 1 << 20
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -312,15 +309,3 @@ async def find_login(address: str, give_up_at: float | None) -> Login:
                 "reach. This machine has no key for a coordinator there either."
             )
         await asyncio.sleep(_LOOK_EVERY_S)
-
-
-async def listens(address: str) -> bool:
-    """Return whether something accepts connections at "HOST:PORT" within a moment."""
-    host, port = split_address(address)
-    try:
-        async with asyncio.timeout(_LISTENS_S):
-            _, writer = await asyncio.open_connection(host, port)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True

@@ -27,6 +27,17 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """The coordinator wrote a line to its log.
+
+    Attributes:
+        text: without the time and the level.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Ended:
     """A child process ended.
 
@@ -51,7 +62,7 @@ class Signalled:
     code: int
 
 
-Event = Listens | Seen | Ended | Signalled
+Event = Listens | Seen | Logged | Ended | Signalled
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from distributed_llm.up.events import (
     Fail,
     Finish,
     Listens,
+    Logged,
     Progress,
     Seen,
     Show,
@@ -33,6 +34,7 @@ from distributed_llm.up.events import (
     TellToEnd,
 )
 from distributed_llm.up.invitation import address_flag, invitation
+from distributed_llm.up.log_reader import LogReader
 from distributed_llm.up.supervisor import Supervisor
 
 _LOOK_EVERY_S = 0.1
@@ -96,7 +98,6 @@ class _Run:
         self._children: dict[Child, LocalProcess] = {}
         self._done: asyncio.Future[int] = self._loop.create_future()
         self._address = ""  # at which the coordinator is asked
-        self._addresses: tuple[str, ...] = ()  # at which other machines reach it
 
     async def run(self) -> int:
         on_signal(lambda number: self._apply(Signalled(exit_code(number))))
@@ -143,16 +144,22 @@ class _Run:
         host, port = split_address(bound)
         ip = ip_of(host)
         self._address = here(port) if ip is not None and ip.is_unspecified else bound
-        self._addresses = addresses_for_others(bound)
         async with AsyncDistributedClient(
             self._address, insecure=self._wanted.insecure, connect_timeout_s=_CONNECT_S
         ) as client:
             insecure = self._wanted.insecure
-            lines = await invitation(client, self._address, self._addresses, insecure=insecure)
+            addresses = addresses_for_others(bound)
+            lines = await invitation(client, self._address, addresses, insecure=insecure)
+            log = LogReader(self._children["coordinator"].log)
             self._apply(Listens(lines))
             while True:
+                status = None
                 with contextlib.suppress(ConnectionFailed):  # if it has ended, `_watch` sees it
-                    self._apply(Seen(await client.status()))
+                    status = await client.status()
+                for text in log.new_lines():
+                    self._apply(Logged(text))
+                if status:
+                    self._apply(Seen(status))
                 await asyncio.sleep(_ASK_EVERY_S)
 
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
@@ -176,9 +183,7 @@ class _Run:
     def _perform_one(self, action: Action) -> None:
         match action:
             case StartWorker():
-                # By an address that others use as well, or it would not listen for their workers.
-                address = (*self._addresses, self._address)[0]
-                self._start("worker", [*self._wanted.worker, "--coordinator", address])
+                self._start("worker", [*self._wanted.worker, "--coordinator", self._address])
             case TellToEnd(child=name):
                 if child := self._children.get(name):
                     child.terminate()

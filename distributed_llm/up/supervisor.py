@@ -21,6 +21,7 @@ from distributed_llm.up.events import (
     Fail,
     Finish,
     Listens,
+    Logged,
     Progress,
     Seen,
     Show,
@@ -104,7 +105,6 @@ class Supervisor:
         self._state = UP_STATES.initial
         self._code = 0
         self._invitation: tuple[str, ...] = ()
-        self._told: frozenset[str] = frozenset()  # events of the latest status
         self._joined_at: float | None = None
         self._shown = False
         self._served = False
@@ -126,6 +126,8 @@ class Supervisor:
                 return self._listens(invitation, now)
             case Seen(status=status):
                 return self._seen(status, now)
+            case Logged(text=text):
+                return [Progress(text)]
             case Ended(child="coordinator"):
                 return self._coordinator_ended(event)
             case Ended():
@@ -165,15 +167,12 @@ class Supervisor:
         return [StartWorker()]
 
     def _seen(self, status: ClusterStatus, now: float) -> list[Action]:
-        new = [text for text in status.events if text not in self._told]
-        self._told = frozenset(status.events)
-        actions: list[Action] = [Progress(text) for text in new]
         if status.workers and self._state is UpState.JOINING:
             self._enter(UpCause.WORKER_JOINED)
             self._joined_at = now
         if self._state is UpState.RUNNING and self._joined_at is not None:
-            actions += self._show(status, now - self._joined_at)
-        return actions
+            return self._show(status, now - self._joined_at)
+        return []
 
     def _show(self, status: ClusterStatus, joined_for_s: float) -> list[Action]:
         serving = status.state == "serving"

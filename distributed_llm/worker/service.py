@@ -34,7 +34,7 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import Epoch
 from distributed_llm.worker.compute.engine import Engine
-from distributed_llm.worker.links import Links, bind_for, reachable_at
+from distributed_llm.worker.links import Links, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
     Action,
@@ -114,7 +114,7 @@ class Worker:
         self._address = address
         self._addresses = addresses
         self._login = login
-        self._peer_bind = bind_for(peer_bind, address, addresses)
+        self._peer_bind = peer_bind
         self._slowdown = slowdown
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s

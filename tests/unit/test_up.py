@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from distributed_llm.up.events import (
     Fail,
     Finish,
     Listens,
+    Logged,
     Progress,
     Seen,
     Show,
@@ -20,6 +22,7 @@ from distributed_llm.up.events import (
     StartWorker,
     TellToEnd,
 )
+from distributed_llm.up.log_reader import LogReader
 from distributed_llm.up.supervisor import SHOW_AFTER_S, Supervisor, UpState
 from tests.wire.test_status_command import status, worker
 
@@ -39,14 +42,14 @@ def up() -> Iterator[Supervisor]:
 def running(up: Supervisor) -> Supervisor:
     """One that serves since second 1."""
     assert up.handle(Listens(INVITATION), now=0.0) == [StartWorker()]
-    up.handle(seen("serving", "worker pc joined"), now=1.0)
+    up.handle(seen("serving"), now=1.0)
     assert up.state is UpState.RUNNING
     return up
 
 
-def seen(state: str, *events: str, workers: int = 1) -> Seen:
+def seen(state: str, workers: int = 1) -> Seen:
     there = [worker(f"pc-{number}") for number in range(workers)]
-    return Seen(status(*there, state=state, note="", events=events))
+    return Seen(status(*there, state=state, note=""))
 
 
 def told(actions: list[Action]) -> list[str]:
@@ -69,32 +72,48 @@ def dies(up: Supervisor, child: Child, code: int, now: float) -> list[Action]:
 def test_what_runs_is_said_once_with_how_to_join(up: Supervisor) -> None:
     up.handle(Listens(INVITATION), now=0.0)
     assert up.handle(seen("waiting", workers=0), now=0.5) == []
-    (progress,) = up.handle(seen("loading", "worker pc joined"), now=1.0)
-    assert progress == Progress("worker pc joined")
-    (lines,) = shown(up.handle(seen("serving", "worker pc joined"), now=2.0))
+    assert up.handle(seen("loading"), now=1.0) == []
+    (lines,) = shown(up.handle(seen("serving"), now=2.0))
     assert "is served" in lines[0]
     assert lines[1:] == INVITATION
-    assert up.handle(seen("serving", "worker pc joined"), now=3.0) == []
+    assert up.handle(seen("serving"), now=3.0) == []
 
 
 def test_a_model_that_is_too_large_for_this_machine_waits_for_others(up: Supervisor) -> None:
     up.handle(Listens(INVITATION), now=0.0)
-    missing = seen("waiting", "waiting: 2 GiB are missing")
-    assert told(up.handle(missing, now=1.0)) == ["waiting: 2 GiB are missing"]
+    missing = seen("waiting")
+    assert up.handle(missing, now=1.0) == []
     assert up.handle(missing, now=1.0 + SHOW_AFTER_S - 0.1) == []
     (lines,) = shown(up.handle(missing, now=1.0 + SHOW_AFTER_S))
     assert "not served yet" in lines[0]
     assert lines[1:] == INVITATION
     assert up.handle(missing, now=60.0) == []
-    (lines,) = shown(up.handle(seen("serving", "serving plan 1"), now=61.0))
+    (lines,) = shown(up.handle(seen("serving"), now=61.0))
     assert len(lines) == 1, "how to join was said already"
     assert "is served" in lines[0]
 
 
-def test_an_event_is_told_when_it_comes_and_when_it_comes_again(running: Supervisor) -> None:
-    assert told(running.handle(seen("serving", "a", "b"), now=2.0)) == ["a", "b"]
-    assert told(running.handle(seen("serving", "b", "a (twice)"), now=3.0)) == ["a (twice)"]
-    assert told(running.handle(seen("serving", "b", "a (twice)"), now=4.0)) == []
+def test_what_the_coordinator_logs_is_told(running: Supervisor) -> None:
+    assert running.handle(Logged("worker mac joined"), now=2.0) == [Progress("worker mac joined")]
+
+
+def test_new_lines_of_a_log_are_read_once_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("12:00:00 INFO    before\n")
+    log = LogReader(path)
+    assert log.new_lines() == []
+    with path.open("a") as file:
+        file.write("12:00:01 INFO    one\nTraceback: none\n12:00:01 WARNING two: ü\n12:00:02 INF")
+    assert log.new_lines() == ["one", "two: ü"]
+    with path.open("a") as file:
+        file.write("O    three\n")
+    assert log.new_lines() == ["three"]
+    path.write_text("12:00:03 INFO    after\n")
+    assert log.new_lines() == ["after"], "it was emptied meanwhile"
+    with path.open("a") as file:
+        file.write("12:00:04 INFO    line\n" * 10_000)
+    assert 2000 < len(log.new_lines()) < 4000, "the end of what is too much"
+    assert log.new_lines() == []
 
 
 # ------------------------------------------------------------------ children that fail
@@ -149,9 +168,7 @@ def test_a_coordinator_that_was_told_to_end_is_no_failure(running: Supervisor) -
 
 def test_the_worker_leaves_first_and_then_the_coordinator_ends(running: Supervisor) -> None:
     assert running.handle(Signalled(INTERRUPTED), now=2.0)[-1] == TellToEnd("worker")
-    assert running.handle(seen("waiting", "worker pc has left"), now=3.0) == [
-        Progress("worker pc has left")
-    ]
+    assert running.handle(Logged("worker pc has left"), now=3.0) != [], "what happens is still told"
     assert dies(running, "worker", 0, 4.0) == [TellToEnd("coordinator")]
     assert dies(running, "coordinator", 0, 5.0) == [Finish(INTERRUPTED)]
 
