@@ -19,6 +19,7 @@ from distributed_llm import (
     config_command,
     generate_command,
     members_command,
+    service_command,
     up_command,
     worker_command,
 )
@@ -50,6 +51,7 @@ app = typer.Typer(
 app.add_typer(config_command.app, name="config")
 app.add_typer(members_command.tokens, name="token")
 app.add_typer(members_command.machines, name="machines")
+app.add_typer(service_command.app, name="service")
 
 
 def _version(wanted: bool) -> None:

@@ -3,12 +3,11 @@
 import asyncio
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distributed_llm.options import Config, Insecure, allow_insecure
+from distributed_llm.options import Config, Insecure, allow_insecure, options_as_words
 from distributed_llm.serving_process import WithParent, start_process
 from distributed_llm.worker_command import Device, MaxMemory, Name, Threads
 
@@ -45,6 +44,7 @@ def up(
     from distributed_llm.common.units import split_address
     from distributed_llm.up.run import Wanted, run
 
+    machine = {"name": name, "device": device, "threads": threads, "max_memory": max_memory}
     settings, given = read_settings(
         config,
         environment=os.environ,
@@ -52,10 +52,7 @@ def up(
             "coordinator.model": model,
             "coordinator.bind": bind,
             "coordinator.insecure": insecure or None,
-            "worker.name": name,
-            "worker.device": device,
-            "worker.threads": threads,
-            "worker.max_memory": max_memory,
+            **{f"worker.{key}": value for key, value in machine.items()},
         },
     )
     where = settings.coordinator.bind if ("coordinator", "bind") in given else BIND
@@ -64,20 +61,14 @@ def up(
         allow_insecure(where, in_settings.coordinator.insecure)
     start_process("warning", exit_with_parent)
     shared = [
-        *_flag("--config", config),
+        *options_as_words({"config": config}),
         *(["--insecure"] if settings.coordinator.insecure else []),
     ]
     logs = state_folder() / "logs" / str(split_address(where)[1])
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     wanted = Wanted(
         coordinator=("coordinator", *([model] if model else []), "--bind", where, *shared),
-        worker=(
-            *("worker", *shared),
-            *_flag("--name", name),
-            *_flag("--device", device),
-            *_flag("--threads", threads),
-            *_flag("--max-memory", max_memory),
-        ),
+        worker=("worker", *shared, *options_as_words(machine)),
         bind=where,
         insecure=settings.coordinator.insecure,
         logs=logs,
@@ -85,10 +76,6 @@ def up(
         show=_show,
     )
     raise typer.Exit(asyncio.run(run(wanted)))
-
-
-def _flag(option: str, value: Path | str | int | None) -> tuple[str, ...]:
-    return () if value is None else (option, str(value))
 
 
 def _progress(text: str) -> None:

@@ -4,14 +4,16 @@ import asyncio
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_llm.options import Config, Coordinator, Insecure, settings_of
+from distributed_llm.options import Config, Coordinator, Insecure, options_as_words, settings_of
 from distributed_llm.serving_process import WithParent, start_process
 
 if TYPE_CHECKING:
+    from distributed_llm.common.keyring import Keyring
+    from distributed_llm.common.roles import Role
     from distributed_llm.common.settings import Settings
 
 Name = Annotated[
@@ -86,6 +88,10 @@ def join(
     max_memory: MaxMemory = None,
     model: Model = None,
     wait: Wait = False,
+    service: Annotated[
+        bool,
+        typer.Option("--service", help="Work in the background from now on, also after restarts."),
+    ] = False,
     enrol_only: Annotated[
         bool, typer.Option("--enrol-only", help="Enrol, and do no more.")
     ] = False,
@@ -97,47 +103,54 @@ def join(
     """Enrol this machine at a coordinator, once, and serve layers for it.
 
     Without a line it serves the coordinator that it joined last, wherever on the local network that
-    is now.
+    is now. `dllm service remove worker` undoes --service.
     """
-    from distributed_llm.client.enrolment import enrol
     from distributed_llm.client.finding import find_coordinator
-    from distributed_llm.common.addresses import machine_name
-    from distributed_llm.common.join_line import parse_join_line
     from distributed_llm.common.keyring import Keyring, state_folder, text_of_key
     from distributed_llm.common.roles import Role
 
-    given = settings_of(config, {"worker.name": name})
+    options: dict[str, Any] = {
+        "name": name,
+        "peer_bind": peer_bind,
+        "device": device,
+        "threads": threads,
+        "max_memory": max_memory,
+        "model": model,
+    }
+    given = settings_of(config, {f"worker.{key}": value for key, value in options.items()})
     keyring = Keyring(state_folder())
     start_process(given.worker.log_level, exit_with_parent=False)
-    if line is None:
+    if line is not None:
+        address, role = _enrol(keyring, line, given)
+        if not (print_key or enrol_only or role.includes(Role.WORKER)):
+            _say(f"Ask with: dllm generate --coordinator {address} PROMPT")
+            return
+    elif service and (joined := keyring.joined()):  # it need not run just now
+        address = joined[0].address
+    else:
         wait_for_it = wait or not given.worker.connect_timeout_s
         address = asyncio.run(find_coordinator(keyring, _say, wait=wait_for_it))
-        serves = True
-    else:
-        wanted = parse_join_line(line)
-        called = given.worker.name or machine_name()
-        enrolled = asyncio.run(enrol(keyring, wanted, called, given.client.connect_timeout_s))
-        address, serves = wanted.address, enrolled.role.includes(Role.WORKER)
-        _say(f"{enrolled.name} is enrolled at {address} as {enrolled.role.value}.")
     if print_key:
         print(text_of_key(keyring.login(address)))
-        return
-    if enrol_only:
-        return
-    if not serves:
-        _say(f"Ask with: dllm generate --coordinator {address} PROMPT")
-        return
-    worker(
-        coordinator=address,
-        config=config,
-        name=name,
-        peer_bind=peer_bind,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        model=model,
-        wait=wait,
-    )
+    elif service:
+        from distributed_llm.service_command import install
+
+        install("worker", ["join", "--wait", *options_as_words({"config": config, **options})])
+    elif not enrol_only:
+        worker(coordinator=address, config=config, wait=wait, **options)
+
+
+def _enrol(keyring: "Keyring", line: str, settings: "Settings") -> "tuple[str, Role]":
+    """Enrol this machine by a join line; return the coordinator's address, and as what."""
+    from distributed_llm.client.enrolment import enrol
+    from distributed_llm.common.addresses import machine_name
+    from distributed_llm.common.join_line import parse_join_line
+
+    wanted = parse_join_line(line)
+    called = settings.worker.name or machine_name()
+    enrolled = asyncio.run(enrol(keyring, wanted, called, settings.client.connect_timeout_s))
+    _say(f"{enrolled.name} is enrolled at {wanted.address} as {enrolled.role.value}.")
+    return wanted.address, enrolled.role
 
 
 def _say(text: str) -> None:
