@@ -28,8 +28,7 @@ _AGAIN_S = 5.0
 """Time between two searches of one who waits, seconds."""
 
 _GET_A_LINE = (
-    "To join one, run `dllm token create` where it runs (`dllm up` prints a line as well), and "
-    "here the line that it prints."
+    "To join one, take the line that `dllm up` or `dllm token create` prints where it runs."
 )
 
 Search = Callable[[Callable[[Announced], bool], float], list[Announced]]
@@ -84,7 +83,7 @@ async def _look(
     if why is None:
         return latest.address
     known = {fingerprint(one.login.server): one for one in reversed(joined)}
-    say(f"{why} Searching the local network for {SEARCH_S:g} s.")
+    say(f"Not found at {latest.address}; searching the local network for {SEARCH_S:g} s.")
     found = await asyncio.to_thread(search, lambda one: one.key in known, SEARCH_S)
     for announced in found:
         if one := known.get(announced.key):
@@ -100,7 +99,7 @@ async def _look(
                         f"{announced.key}, but does not hold its key, so it is not used: somebody "
                         "pretends to be it."
                     )
-    raise type(why)(f"{why} {_not_found(found, known)}")
+    raise type(why)(f"{why} {_not_found(found)}")
 
 
 async def _greet(address: str, login: Login) -> CoordinatorUnreachable | WrongServerKey | None:
@@ -155,7 +154,7 @@ async def _never_joined(search: Search) -> str:
     return f"{said} On the local network there are: {_list(found)}. {_GET_A_LINE}"
 
 
-def _not_found(found: Sequence[Announced], known: object) -> str:
+def _not_found(found: Sequence[Announced]) -> str:
     if not discovery.can_search():
         return (
             "Start it there, or join again where it is now. If only its address has changed, it is "
@@ -166,7 +165,7 @@ def _not_found(found: Sequence[Announced], known: object) -> str:
             "Nor does it announce itself on the local network. Start it, or join again by a line "
             "of where it is now."
         )
-    return f"On the local network there are others: {_list(found)}. {_GET_A_LINE}"
+    return f"On the local network there are: {_list(found)}. {_GET_A_LINE}"
 
 
 def _list(found: Sequence[Announced]) -> str:

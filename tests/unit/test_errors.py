@@ -13,8 +13,8 @@ LOCAL = {
     "ConnectionFailed",
     "LocalProtocolError",
     "OutputFailed",
-    "ServiceFailed",
     "ProtocolError",
+    "ServiceFailed",
 }
 """Errors that never leave the process they happen in, so that no message names them."""
 

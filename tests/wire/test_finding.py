@@ -80,7 +80,7 @@ async def test_at_another_address_it_is_found_by_its_key_and_kept(
         keyring.move(address, nowhere)
         network = Network(STRANGER, Announced("pc", key, (nowhere, address)))
         assert await network.find(keyring) == address
-        assert f"No coordinator at {nowhere}: nothing listens there." in network.said[0]
+        assert f"Not found at {nowhere}; searching the local network" in network.said[0]
         assert network.said[-1] == f"The coordinator of pc is at {address} now."
         assert await network.find(keyring) == address
     assert network.searched == 1, "the new address is kept"
@@ -124,7 +124,7 @@ async def test_strangers_are_listed_with_what_to_do(keyring: Keyring, nowhere: s
     with pytest.raises(NotEnrolled, match=r"joined no coordinator yet. Run `dllm up`"):
         await Network().find(keyring)
     keyring.save(nowhere, new_key_pair().public, new_key_pair(), name="mac")
-    with pytest.raises(CoordinatorUnreachable, match=r"there are others: stranger at 192\.0"):
+    with pytest.raises(CoordinatorUnreachable, match=r"there are: stranger at 192\.0"):
         await Network(STRANGER).find(keyring)
     with pytest.raises(CoordinatorUnreachable, match="Nor does it announce itself"):
         await Network().find(keyring)
