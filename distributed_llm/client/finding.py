@@ -1,7 +1,7 @@
 """Finds the coordinator that this machine has joined, though its address may have changed."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from distributed_llm.common import discovery
 from distributed_llm.common.addresses import addresses_of, listens
@@ -85,21 +85,48 @@ async def _look(
     known = {fingerprint(one.login.server): one for one in reversed(joined)}
     say(f"Not found at {latest.address}; searching the local network for {SEARCH_S:g} s.")
     found = await asyncio.to_thread(search, lambda one: one.key in known, SEARCH_S)
-    for announced in found:
-        if one := known.get(announced.key):
-            for address in announced.addresses:
-                refused = await _greet(address, one.login)
-                if refused is None:
-                    keyring.move(one.address, address)
-                    say(f"The coordinator of {announced.machine} is at {address} now.")
-                    return address
-                if isinstance(refused, WrongServerKey):
-                    say(
-                        f"{announced.machine} at {address} announces itself as coordinator "
-                        f"{announced.key}, but does not hold its key, so it is not used: somebody "
-                        "pretends to be it."
-                    )
-    raise type(why)(f"{why} {_not_found(found)}")
+    address = await _first_that_is(found, known, keyring, say)
+    if address is None and any(one.key in known for one in found):
+        # Whoever pretended to be it, or was it once, ended the search before it was over.
+        found = await asyncio.to_thread(search, lambda one: False, SEARCH_S)
+        address = await _first_that_is(found, known, keyring, say)
+    if address is None:
+        raise type(why)(f"{why} {_not_found(found)}")
+    return address
+
+
+async def _first_that_is(
+    found: Sequence[Announced],
+    known: Mapping[str, Joined],
+    keyring: Keyring,
+    say: Callable[[str], None],
+) -> str | None:
+    """Return the first address of a coordinator that holds its key, and keep it; None without one.
+
+    All are dialled at once, so that many who pretend take no longer than one.
+
+    Args:
+        known: coordinators that this machine has joined, by the fingerprints of their keys.
+    """
+    candidates = [
+        (announced, known[announced.key], address)
+        for announced in found
+        if announced.key in known
+        for address in announced.addresses
+    ]
+    refusals = await asyncio.gather(*(_greet(address, one.login) for _, one, address in candidates))
+    for (announced, one, address), refused in zip(candidates, refusals, strict=True):
+        if refused is None:
+            keyring.move(one.address, address)
+            say(f"The coordinator of {announced.machine} is at {address} now.")
+            return address
+        if isinstance(refused, WrongServerKey):
+            say(
+                f"{announced.machine} at {address} announces itself as coordinator "
+                f"{announced.key}, but does not hold its key, so it is not used: somebody "
+                "pretends to be it."
+            )
+    return None
 
 
 async def _greet(address: str, login: Login) -> CoordinatorUnreachable | WrongServerKey | None:

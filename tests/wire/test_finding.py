@@ -36,7 +36,8 @@ class Network:
 
     def search(self, is_wanted: Callable[[Announced], bool], timeout_s: float) -> list[Announced]:
         self.searched += 1
-        return list(self.announced)
+        wanted = (at for at, one in enumerate(self.announced) if is_wanted(one))
+        return list(self.announced[: next(wanted, len(self.announced)) + 1])
 
     async def find(self, keyring: Keyring, *, wait: bool = False) -> str:
         return await find_coordinator(keyring, self.said.append, wait=wait, search=self.search)
