@@ -88,8 +88,9 @@ async def _look(
     address = await _first_that_is(found, known, keyring, say)
     if address is None and any(one.key in known for one in found):
         # Whoever pretended to be it, or was it once, ended the search before it was over.
-        found = await asyncio.to_thread(search, lambda one: False, SEARCH_S)
-        address = await _first_that_is(found, known, keyring, say)
+        tried, found = found, await asyncio.to_thread(search, lambda one: False, SEARCH_S)
+        more = [one for one in found if one not in tried]
+        address = await _first_that_is(more, known, keyring, say)
     if address is None:
         raise type(why)(f"{why} {_not_found(found)}")
     return address
