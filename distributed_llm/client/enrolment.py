@@ -1,10 +1,11 @@
 """Enrols this machine at a coordinator, by the token in a join line."""
 
 import asyncio
+from typing import assert_never
 
 from distributed_llm.common import codec
 from distributed_llm.common.addresses import addresses_of
-from distributed_llm.common.connection import Connection, rejection_error
+from distributed_llm.common.connection import Connection
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
@@ -79,7 +80,7 @@ async def _ask(line: JoinLine, keys: KeyPair, name: str, timeout_s: float) -> En
                 lambda: connection.send(codec.encode(Enrol(key=keys.public, name=name))),
                 lambda: fail(CoordinatorLost(f"The coordinator at {line.address} is gone.")),
                 login=login,
-                on_rejected=lambda why: fail(_rejected(line, login, why)),
+                on_rejected=lambda why: fail(_rejected(line, why)),
             )
             try:
                 return await answer
@@ -93,7 +94,7 @@ async def _ask(line: JoinLine, keys: KeyPair, name: str, timeout_s: float) -> En
         ) from None
 
 
-def _rejected(line: JoinLine, login: Login, why: Rejection) -> NotAllowed:
+def _rejected(line: JoinLine, why: Rejection) -> NotAllowed:
     """Return what to tell somebody whose join line was rejected."""
     again = "Ask who runs it for a new line: `dllm token create`."
     if why is Rejection.OUR_KEY:
@@ -107,4 +108,10 @@ def _rejected(line: JoinLine, login: Login, why: Rejection) -> NotAllowed:
             "is in this line: the line is of another coordinator, or that one was set up anew, or "
             f"somebody is in between. Nothing was sent to it. {again}"
         )
-    return rejection_error(line.address, login, why)
+    if why is Rejection.NO_KEYS:
+        return NotAllowed(
+            f"What answers at {line.address} uses no keys, so nobody can join it by a line: it is "
+            "no coordinator, or one that was started with --insecure. If that is meant: dllm "
+            f"worker --insecure --coordinator {line.address}"
+        )
+    assert_never(why)

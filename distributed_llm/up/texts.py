@@ -51,7 +51,7 @@ def asking(port_flag: str, *, insecure: bool) -> tuple[str, ...]:
 def only_here(port: int) -> tuple[str, ...]:
     """Return that no other machine can join."""
     return (
-        f"  Only this machine can reach it. For others: dllm up --bind 0.0.0.0:{port}",
+        f"  Only this machine can reach it. For others, give it --bind 0.0.0.0:{port}.",
         "  Ctrl-C ends it.",
     )
 

@@ -21,6 +21,7 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.join_line import JoinLine, parse_join_line
 from distributed_llm.common.keyring import KEY_VARIABLE, STATE_VARIABLE, Keyring, text_of_key
 from distributed_llm.common.roles import Role
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.transport import new_key_pair
 from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import on_loop
@@ -237,3 +238,13 @@ async def test_a_key_that_cannot_be_kept_is_told(machine: As, tmp_path: Path) ->
             pytest.raises(ConfigError, match=r"cannot be (read|written)"),
         ):
             await enrol(keyring, line, "pc", LIMIT_S)
+
+
+@on_loop
+async def test_a_line_is_of_no_use_where_there_are_no_keys(machine: As) -> None:
+    settings = CoordinatorSettings(bind="127.0.0.1:0", insecure=True)
+    async with coordinator(settings) as address:
+        line = JoinLine(address, new_key_pair().public, new_key_pair().secret)
+        with machine("pc") as keyring, pytest.raises(NotAllowed) as refused:
+            await enrol(keyring, line, "pc", LIMIT_S)
+        assert f"dllm worker --insecure --coordinator {address}" in str(refused.value)
