@@ -4,8 +4,8 @@
 
 Needs Linux and root: machines are network namespaces, each behind a link of its own that `tc`
 limits ("pc" has the model and the coordinator, "mac" and "old" have empty folders and a join line).
-All of them share the cores of this machine. What the link carries by itself is measured in the same run,
-with one TCP connection between the same two namespaces.
+All of them share the cores of this machine. What the link carries by itself is measured in the same
+run, with one TCP connection between the same two namespaces.
 """
 
 import argparse

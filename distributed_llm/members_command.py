@@ -44,7 +44,7 @@ def create_token(
     settings = settings_of(config, {"client.coordinator": coordinator})
     with client_of(settings) as client:
         token = client.create_token(wanted, uses=uses or None, lifetime_s=lifetime_s or None)
-    if token.only_here:
+    if not token.addresses:
         print(
             "The coordinator listens on this machine only, so the line is good for other users of "
             "it. For other machines, start it with --bind 0.0.0.0:PORT.",

@@ -100,12 +100,12 @@ def request_lines(status: ClusterStatus) -> list[str]:
 
 def fetch_lines(status: ClusterStatus) -> list[str]:
     """Return how far the weights have come that workers fetch from other machines."""
-    fetches = ((worker.name, worker.fetch) for worker in status.workers)
-    return [
-        f"{name} gets weights: {fetch_text(one.here_bytes, one.total_bytes, one.bytes_per_s, one.doing)}"
-        for name, one in fetches
-        if one is not None
-    ]
+    lines = []
+    for worker in status.workers:
+        if one := worker.fetch:
+            far = fetch_text(one.here_bytes, one.total_bytes, one.bytes_per_s, one.doing)
+            lines.append(f"{worker.name} gets weights: {far}")
+    return lines
 
 
 def worker_row(worker: WorkerStatus) -> list[str]:

@@ -18,6 +18,7 @@ from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
 from distributed_llm.coordinator.requests.answer_states import ANSWER_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
+from distributed_llm.up.supervisor import UP_STATES
 from distributed_llm.weights.fetching.tensor import TENSOR_STATES
 from distributed_llm.worker.session.agent import AGENT_STATES
 from distributed_llm.worker.session.epoch_stage import STAGE_STATES
@@ -40,6 +41,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "worker/session/epoch_stage.py": STAGE_STATES,
     "worker/session/kv_move.py": KV_MOVE_STATES,
     "weights/fetching/tensor.py": TENSOR_STATES,
+    "up/supervisor.py": UP_STATES,
 }
 """By the module that holds them."""
 

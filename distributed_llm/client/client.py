@@ -34,6 +34,7 @@ from distributed_llm.client.session import Session, new_request_id
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
+from distributed_llm.common.keys import token_id
 from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
@@ -62,11 +63,14 @@ class NewToken:
 
     Attributes:
         line: `dllm://...`, to be given to `dllm join`; a secret.
-        only_here: the coordinator cannot be reached by other machines.
+        id: its name for people, which is no secret.
+        addresses: "HOST:PORT"s at which other machines reach the coordinator, best first, which is
+            the one in the line; none if they cannot.
     """
 
     line: str = field(repr=False)
-    only_here: bool
+    id: str
+    addresses: tuple[str, ...]
 
 
 class AsyncDistributedClient:
@@ -362,7 +366,8 @@ class AsyncDistributedClient:
         session = await self._connected()
         assert session.server is not None
         address = (*members.addresses, self._address)[0]
-        return NewToken(str(JoinLine(address, session.server, keys.secret)), not members.addresses)
+        line = str(JoinLine(address, session.server, keys.secret))
+        return NewToken(line, token_id(keys.public), members.addresses)
 
     async def revoke_token(self, token_id: str) -> None:
         """Let nobody enrol by a token any more; machines that did stay.

@@ -26,6 +26,7 @@
   x RequestCancelled           the request was cancelled
   x DeadlineExceeded           the request did not finish within its timeout_s
   x OutputFailed               what was asked for cannot be written to standard output
+  x ServiceFailed              a service of this machine cannot be installed or removed
   x ProtocolError              the wire protocol was violated
     + LocalProtocolError       by us: a bug here
     + RemoteProtocolError      by the peer: say so, drop the message, keep serving
@@ -212,6 +213,12 @@ class OutputFailed(DistributedLLMError):
     """Standard output of a command is full or closed."""
 
     code = "output"
+
+
+class ServiceFailed(DistributedLLMError):
+    """A service of this machine's system cannot be installed or removed."""
+
+    code = "service"
 
 
 class ProtocolError(DistributedLLMError):

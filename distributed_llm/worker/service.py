@@ -43,7 +43,7 @@ from distributed_llm.weights.giving.shelf import Shelf
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.finding import WeightFinder
 from distributed_llm.worker.fetch_display import FetchDisplay
-from distributed_llm.worker.links import Links, bind_for, reachable_at
+from distributed_llm.worker.links import Links, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
     Action,
@@ -128,7 +128,7 @@ class Worker:
         self._address = address
         self._addresses = addresses
         self._login = login
-        self._peer_bind = bind_for(peer_bind, address, addresses)
+        self._peer_bind = peer_bind
         self._slowdown = slowdown
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s

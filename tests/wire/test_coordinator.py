@@ -18,11 +18,15 @@ from tests.wire.test_transport import on_loop
 pytestmark = pytest.mark.timeout(60)
 
 
+ON_LOOPBACK = CoordinatorSettings(bind="127.0.0.1:0")
+
+
 @asynccontextmanager
-async def coordinator() -> AsyncIterator[str]:
+async def coordinator(
+    settings: CoordinatorSettings = ON_LOOPBACK,
+) -> AsyncIterator[str]:
     """Yield the address of a coordinator."""
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    settings = CoordinatorSettings(bind="127.0.0.1:0")
     serving = asyncio.create_task(serve(settings, on_listening=listening.set_result))
     try:
         await asyncio.wait((serving, listening), return_when=asyncio.FIRST_COMPLETED)

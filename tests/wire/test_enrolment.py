@@ -21,6 +21,7 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.join_line import JoinLine, parse_join_line
 from distributed_llm.common.keyring import KEY_VARIABLE, STATE_VARIABLE, Keyring, text_of_key
 from distributed_llm.common.roles import Role
+from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.transport import new_key_pair
 from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import on_loop
@@ -65,7 +66,7 @@ async def test_a_machine_enrols_once_and_is_let_in_from_then_on(machine: As) -> 
             enrolled = await enrol(keyring, line, "pc", LIMIT_S)
             assert (enrolled.name, enrolled.role) == ("pc", Role.CLIENT)
             assert keyring.name(address) == "pc"
-            assert keyring.latest() == address
+            assert keyring.joined()[0].address == address
             assert await status_of(address) == "waiting"
             keys = keyring.login(address).keys
             assert await enrol(keyring, line, "other", LIMIT_S) == enrolled  # it is one already
@@ -111,7 +112,12 @@ async def test_a_revoked_token_is_good_for_nothing(machine: As) -> None:
         line = await token(owner, Role.ADMIN, uses=None, lifetime_s=None)
         (one,) = (await owner.members()).tokens
         await owner.revoke_token(one.id)
-        with machine("pc") as keyring, pytest.raises(NotEnrolled, match="a token was revoked"):
+        with (
+            machine("pc") as keyring,
+            pytest.raises(
+                NotEnrolled, match="does not know the token in this line: it was revoked"
+            ),
+        ):
             await enrol(keyring, line, "pc", LIMIT_S)
 
 
@@ -184,7 +190,7 @@ async def test_a_line_for_another_coordinator_is_refused_and_the_key_stays(machi
         line = await token(owner, Role.CLIENT, uses=None)
         wrong = JoinLine(address, new_key_pair().public, line.secret)
         with machine("pc") as keyring:
-            with pytest.raises(WrongServerKey, match="does not hold the key"):
+            with pytest.raises(WrongServerKey, match="the line is of another coordinator"):
                 await enrol(keyring, wrong, "pc", LIMIT_S)
             await enrol(keyring, line, "pc", LIMIT_S)
             login = keyring.login(address)
@@ -232,3 +238,13 @@ async def test_a_key_that_cannot_be_kept_is_told(machine: As, tmp_path: Path) ->
             pytest.raises(ConfigError, match=r"cannot be (read|written)"),
         ):
             await enrol(keyring, line, "pc", LIMIT_S)
+
+
+@on_loop
+async def test_a_line_is_of_no_use_where_there_are_no_keys(machine: As) -> None:
+    settings = CoordinatorSettings(bind="127.0.0.1:0", insecure=True)
+    async with coordinator(settings) as address:
+        line = JoinLine(address, new_key_pair().public, new_key_pair().secret)
+        with machine("pc") as keyring, pytest.raises(NotAllowed) as refused:
+            await enrol(keyring, line, "pc", LIMIT_S)
+        assert f"dllm worker --insecure --coordinator {address}" in str(refused.value)

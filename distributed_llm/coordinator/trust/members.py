@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from distributed_llm.common.errors import InvalidRequest, NotAllowed
-from distributed_llm.common.keys import PublicKey, fingerprint
+from distributed_llm.common.keys import PublicKey, token_id
 from distributed_llm.common.roles import Role
 from distributed_llm.common.wording import duration_text
 
@@ -52,7 +52,7 @@ class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def id(self) -> str:
         """Its name for people, which is no secret."""
-        return fingerprint(self.key)[:9]
+        return token_id(self.key)
 
 
 class MembersState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
