@@ -13,15 +13,19 @@ from distributed_llm.client.enrolment import enrol
 from distributed_llm.common.errors import (
     ConfigError,
     CoordinatorUnreachable,
+    DistributedLLMError,
     InvalidRequest,
     NotAllowed,
     NotEnrolled,
+    Quarantined,
     WrongServerKey,
 )
 from distributed_llm.common.join_line import JoinLine, parse_join_line
 from distributed_llm.common.keyring import KEY_VARIABLE, STATE_VARIABLE, Keyring, text_of_key
 from distributed_llm.common.roles import Role
 from distributed_llm.common.transport import new_key_pair
+from distributed_llm.coordinator.trust.conduct import MOST_FAULTS
+from distributed_llm.summary import headline, machine_row
 from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import on_loop
 
@@ -150,6 +154,7 @@ async def test_who_is_enrolled_as_a_client_gets_no_further(machine: As) -> None:
                     client.members,
                     lambda: client.create_token(Role.ADMIN),
                     lambda: client.remove_machine("owner"),
+                    lambda: client.readmit_machine("owner"),
                     lambda: client.revoke_token("0000-0000"),
                     lambda: client.drain_worker("any"),
                 ):
@@ -175,6 +180,36 @@ async def test_a_removed_machine_is_told_at_once_and_kept_out(machine: As) -> No
         with pytest.raises(InvalidRequest, match="'pc'"):
             await owner.remove_machine("pc")
         assert (await owner.status()).state == "waiting"
+
+
+@on_loop
+async def test_a_machine_that_breaks_the_protocol_is_kept_out_until_it_is_readmitted(
+    machine: As,
+) -> None:
+    async with coordinator() as address, AsyncDistributedClient(address) as owner:
+        line = await token(owner, Role.CLIENT)
+        with machine("pc") as keyring:
+            await enrol(keyring, line, "pc", LIMIT_S)
+            for _ in range(MOST_FAULTS):
+                async with AsyncDistributedClient(address) as client:
+                    assert (await client.status()).quarantined == ()  # until now it is let in
+                    assert client._session is not None
+                    client._session._connection.send([b"noise"])
+                    with pytest.raises(DistributedLLMError):
+                        await client.status()
+            with pytest.raises(Quarantined, match="pc is quarantined: it broke the protocol"):
+                await status_of(address)
+        status = await owner.status()
+        assert status.quarantined == ("pc",)
+        assert "(quarantined: pc)" in headline(status)
+        rows = {one.name: machine_row(one, 0.0) for one in (await owner.members()).machines}
+        assert rows["owner"][-1] == "1"
+        assert rows["pc"][-1] == "quarantined for 5 min"
+        await owner.readmit_machine("pc")
+        with machine("pc"):
+            assert await status_of(address) == "waiting"
+        with pytest.raises(InvalidRequest, match="pc is not quarantined"):
+            await owner.readmit_machine("pc")
 
 
 @on_loop

@@ -51,6 +51,7 @@ from distributed_llm.common.messages.from_client import (
     GetMembers,
     GetStatus,
     Ping,
+    ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     ToolCall,
@@ -192,6 +193,7 @@ __all__ = [
     "PeerWelcome",
     "Ping",
     "Pong",
+    "ReadmitMachine",
     "Refused",
     "ReleaseSequences",
     "Remeasured",
@@ -262,6 +264,7 @@ ClientRequest = (
     | CreateToken
     | RevokeToken
     | RemoveMachine
+    | ReadmitMachine
     | Ping
 )
 """Messages that only a welcomed client may send."""

@@ -46,6 +46,9 @@ _OTHER_MEMORY = 1.1
 _LEAST_ENTRIES = 64
 """Entries of the heap of deadlines that are kept, at least, before outdated ones are looked for."""
 
+_MOST_LEFT = 4096
+"""Sessions that ended which are remembered, those that ended last."""
+
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
@@ -321,6 +324,7 @@ class Registry:
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
         self._keys: dict[PeerId, PublicKey] = {}
+        self._left: dict[PeerId, None] = {}  # that said hello once
         self._misnamed: dict[PeerId, None] = {}  # workers with another name than they asked for
         self._watches: dict[PeerId, int] = {}
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
@@ -363,6 +367,10 @@ class Registry:
     def knows(self, peer: PeerId) -> bool:
         """Return whether `peer` said hello."""
         return peer in self._workers or peer in self._clients
+
+    def has_left(self, peer: PeerId) -> bool:
+        """Return whether `peer` said hello, and its session ended lately."""
+        return peer in self._left
 
     def peers_with(self, key: PublicKey) -> list[PeerId]:
         """Return the peers that hold a key."""
@@ -452,6 +460,10 @@ class Registry:
 
     def remove(self, peer: PeerId) -> Worker | None:
         """Forget `peer`; return the worker it was, or None."""
+        if peer in self._keys:
+            self._left[peer] = None
+            if len(self._left) > _MOST_LEFT:
+                del self._left[next(iter(self._left))]
         self._watches.pop(peer, None)
         self._keys.pop(peer, None)
         self._clients.pop(peer, None)
@@ -516,6 +528,8 @@ class Registry:
         misnamed = [peer for peer, w in self._workers.items() if w.id != w.wanted_name]
         assert list(self._misnamed) == misnamed
         assert set(self._watches) == {*self._workers, *self._clients}
+        assert not self._left.keys() & self._watches.keys()
+        assert len(self._left) <= _MOST_LEFT
         assert len(self._heap) <= self._most_entries
         watched = {peer: at for at, watch, peer in self._heap if self._watches.get(peer) == watch}
         assert set(watched) == set(self._watches)
