@@ -507,6 +507,7 @@ class Registry:
         return [peer for _, _, peer in overdue]
 
     def _watch(self, peer: PeerId) -> None:
+        self._left.pop(peer, None)
         if len(self._heap) >= self._most_entries:  # some may be of peers that are gone
             self._heap = [entry for entry in self._heap if self._watches.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
