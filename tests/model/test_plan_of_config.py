@@ -91,10 +91,8 @@ def test_a_config_with_an_impossible_value(tmp_path: Path, words: str, with_weig
     if not with_weights:
         (tmp_path / "model.safetensors").unlink()
     path.write_text(json.dumps(config | IMPOSSIBLE[words]))
+    read = serve.open_model if with_weights else lambda model, _: plan(Path(model))
     with pytest.raises(CheckpointError, match=words):
-        if with_weights:
-            serve.open_model(str(tmp_path), CoordinatorSettings())
-        else:
-            plan(tmp_path)
+        read(str(tmp_path), CoordinatorSettings())
     path.write_text(json.dumps(config))
     assert plan(tmp_path)

@@ -1,5 +1,6 @@
 """The core with keys, in a simulated cluster: who is turned away, and machines that are removed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from distributed_llm.common.messages import (
     Refused,
     RemoveMachine,
     RevokeToken,
+    TaskResult,
     Welcome,
     WorkerDrained,
     WorkerHello,
@@ -29,6 +31,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.coordinator import events
 from tests.unit.coordinator_parts import capabilities
+from tests.unit.fake_model import NUM_LAYERS
 from tests.unit.keyed_world import KeyedWorld, Raw, among_thieves, key
 from tests.unit.simulation import LONG, World, finish
 
@@ -272,3 +275,34 @@ def test_a_worker_that_is_removed_is_not_admitted_by_its_neighbours_any_more() -
     world.admin.say(RemoveMachine(name="w0"))
     assert world.run(lambda: world.state == "serving", for_s=10.0)
     assert world.run(lambda: not any(worker.agent.admits(removed) for worker in workers[1:]))
+
+
+# ------------------------------------------------------------------ forged answers
+
+
+@pytest.mark.parametrize("role", [Role.WORKER, Role.CLIENT], ids=lambda role: role.value)
+def test_tokens_that_another_machine_makes_up_are_not_taken(role: Role) -> None:
+    """Whoever has heard which step runs, and when; the machine that runs it is believed."""
+    world = among_thieves()
+    workers = world.serving(2)
+    last = next(w for w in workers if w.loaded[-1].layers.stop == NUM_LAYERS)
+    evil = Raw(world, world.enrolled("evil", role), is_worker=role is Role.WORKER)
+    if role is Role.WORKER:
+        hello = WorkerHello(name="evil", instance="x", capabilities=capabilities(10_000))
+        assert isinstance(evil.say(hello), Welcome)
+    answer = world.client().submit(LONG, SamplingParams(max_new_tokens=8, ignore_eos=True))
+    heard: list[bool] = []
+
+    def forge(event: events.Event) -> None:
+        of_last = isinstance(event, events.Received) and event.peer == last.link.peer
+        if of_last and isinstance(event.message, TaskResult):
+            wrong = tuple(bytes(len(frame)) for frame in event.frames)
+            forged = replace(event, peer=evil.link.peer, key=world.held[evil], frames=wrong)
+            actions = world.core.handle(forged, now=world.now)
+            heard.append(any(isinstance(one, events.Detokenize) for one in actions))
+        do(event)
+
+    do, world._do = world._do, forge  # type: ignore[method-assign]
+    finish(world, answer)  # it checks the tokens
+    assert heard
+    assert not any(heard)
