@@ -294,8 +294,11 @@ def test_tokens_that_another_machine_makes_up_are_not_taken(role: Role) -> None:
     heard: list[bool] = []
 
     def forge(event: events.Event) -> None:
-        of_last = isinstance(event, events.Received) and event.peer == last.link.peer
-        if of_last and isinstance(event.message, TaskResult):
+        if (
+            isinstance(event, events.Received)
+            and isinstance(event.message, TaskResult)
+            and event.peer == last.link.peer
+        ):
             wrong = tuple(bytes(len(frame)) for frame in event.frames)
             forged = replace(event, peer=evil.link.peer, key=world.held[evil], frames=wrong)
             actions = world.core.handle(forged, now=world.now)

@@ -34,7 +34,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import frame_of_token_ids
+from distributed_llm.common.tensors import Frame, frame_of_token_ids
 from distributed_llm.common.transport import Dealer, Login, new_key_pair
 from distributed_llm.common.types import Epoch, StepNumber
 from tests.unit.coordinator_parts import capabilities
@@ -44,7 +44,7 @@ from tests.wire.test_transport import Inbox, on_loop
 
 pytestmark = pytest.mark.timeout(60)
 
-Frames = Sequence[bytes]
+Frames = Sequence[Frame]
 
 _SPEC, _IDS = frame_of_token_ids([1, 2, 3])
 GENERATE = Generate(
