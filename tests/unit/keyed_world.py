@@ -52,10 +52,11 @@ class KeyedWorld(World):
     """A simulated cluster whose peers hold keys, and whose door hears members only."""
 
     def __init__(self, settings: Any = SETTINGS) -> None:
+        self.time_of_day = NOW  # seconds since 1970, by the coordinator's clock
         self.held: dict[object, PublicKey] = {}
         self.members = Members(MembersState())
         self.kept: list[MembersState] = []
-        super().__init__(settings, access=Access(self.members, wall_clock=lambda: NOW))
+        super().__init__(settings, access=Access(self.members, wall_clock=lambda: self.time_of_day))
         self._numbers = iter(range(1, 1000))
         self.admin = Raw(self, self.enrolled("admin", Role.ADMIN))
         assert isinstance(self.admin.say(ClientHello()), ClientWelcome)
