@@ -38,5 +38,5 @@ class _Spied(zmq.Socket):  # type: ignore[type-arg]
         return super().connect(addr)
 
 
-zmq.Context._socket_class = _Spied
+zmq.Context._socket_class = _Spied  # type: ignore[misc]
 sys.addaudithook(_audit)
