@@ -54,11 +54,14 @@ ROWS: Mapping[str, tuple[str, ...]] = {
         "who_is_turned_away_is_told_why_and_what_to_do",
         "who_holds_the_right_keys_is_heard_and_known_by_its_key",
     ),
-    "M6": of(
-        WIRE,
-        "keys",
-        "nobody_is_admitted_while_nobody_says_who_may",
-        "nobody_is_admitted_when_nobody_can_say_who_may",
+    "M6": (
+        *of(WIRE, "keys", "nobody_is_admitted_while_nobody_says_who_may"),
+        *of(WIRE, "keys", "nobody_is_admitted_when_nobody_can_say_who_may"),
+        *of(
+            WIRE,
+            "internal_errors",
+            "coordinator_ends_when_it_cannot_say_who_may_connect",
+        ),
     ),
     "M7": (
         *of(UNIT, "core_access", "a_worker_may_not_say_that_it_is_another_machine"),

@@ -165,6 +165,34 @@ async def test_who_is_enrolled_as_a_client_gets_no_further(machine: As) -> None:
 
 
 @on_loop
+async def test_two_coordinators_of_one_machine_do_not_let_in_each_others_machines(
+    machine: As,
+) -> None:
+    async with (
+        coordinator() as one,
+        coordinator() as other,
+        AsyncDistributedClient(one) as owner,
+        AsyncDistributedClient(other) as owner_of_other,
+    ):
+        line = await token(owner, Role.CLIENT)
+        await owner_of_other.status()
+        with machine("pc") as keyring:
+            await enrol(keyring, line, "pc", LIMIT_S)
+            assert await status_of(one) == "waiting"
+            with pytest.raises(NotEnrolled):
+                await status_of(other)
+            known = keyring.login(one)
+            keyring.save(other, known.server, known.keys)  # as if it were the same
+            with pytest.raises(WrongServerKey):
+                await status_of(other)
+            there = parse_join_line((await owner_of_other.create_token(Role.CLIENT)).line)
+            keyring.save(other, there.server, known.keys)  # and with the right one of its own
+            with pytest.raises(NotEnrolled):
+                await status_of(other)
+        assert [one.name for one in (await owner_of_other.members()).machines] == ["owner"]
+
+
+@on_loop
 async def test_a_removed_machine_is_told_at_once_and_kept_out(machine: As) -> None:
     async with coordinator() as address, AsyncDistributedClient(address) as owner:
         line = await token(owner, Role.CLIENT)
