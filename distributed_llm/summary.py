@@ -60,6 +60,8 @@ def headline(status: ClusterStatus) -> str:
         what += ", each the whole model"
     if status.insecure:
         what += " (NO KEYS: whoever reaches its port may do everything)"
+    if status.quarantined:
+        what += f" (quarantined: {list_text(status.quarantined)})"
     if status.state != "serving":
         return what
     return (
@@ -182,8 +184,15 @@ def machine_row(machine: MachineStatus, now: float) -> list[str]:
         machine.role.value,
         fingerprint(machine.key),
         f"{duration_text(max(0.0, now - machine.enrolled_at))} ago",
-        f"{machine.sessions:,}",
+        sessions_text(machine),
     ]
+
+
+def sessions_text(machine: MachineStatus) -> str:
+    """Return how many connections a machine has, or for how long it may have none."""
+    if machine.quarantined_s is None:
+        return f"{machine.sessions:,}"
+    return f"quarantined for {duration_text(max(1.0, machine.quarantined_s))}"
 
 
 # ------------------------------------------------------------------ kept weights

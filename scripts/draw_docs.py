@@ -18,6 +18,7 @@ from distributed_llm.coordinator.cluster.move import MOVE_STATES
 from distributed_llm.coordinator.cluster.registry import WORKER_STATES
 from distributed_llm.coordinator.requests.answer_states import ANSWER_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
+from distributed_llm.coordinator.trust.conduct import CONDUCT_STATES
 from distributed_llm.up.supervisor import UP_STATES
 from distributed_llm.weights.fetching.tensor import TENSOR_STATES
 from distributed_llm.worker.session.agent import AGENT_STATES
@@ -37,6 +38,7 @@ TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
     "coordinator/requests/answer_states.py": ANSWER_STATES,
+    "coordinator/trust/conduct.py": CONDUCT_STATES,
     "worker/session/agent.py": AGENT_STATES,
     "worker/session/epoch_stage.py": STAGE_STATES,
     "worker/session/kv_move.py": KV_MOVE_STATES,

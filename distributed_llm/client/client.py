@@ -42,6 +42,7 @@ from distributed_llm.common.messages import (
     Generate,
     GetMembers,
     Name,
+    ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     TokenChunk,
@@ -389,8 +390,18 @@ class AsyncDistributedClient:
         """
         await self._administer(RemoveMachine(name=name[:256]))
 
+    async def readmit_machine(self, name: str) -> None:
+        """Let a machine connect again that is quarantined, for it broke the protocol.
+
+        Raises:
+            NotAllowed: this machine is no admin.
+            InvalidRequest: there is no such machine, or it is not quarantined.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        await self._administer(ReadmitMachine(name=name[:256]))
+
     async def _administer(
-        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine
+        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine | ReadmitMachine
     ) -> ClusterMembers:
         session = await self._connected()
         return await session.administer(message, self._connect_timeout_s)
@@ -660,6 +671,11 @@ class DistributedClient:
         """Let a machine connect no more; see `AsyncDistributedClient.remove_machine`."""
         runner, client = self._here()
         runner.run(client.remove_machine(name))
+
+    def readmit_machine(self, name: str) -> None:
+        """End a machine's quarantine; see `AsyncDistributedClient.readmit_machine`."""
+        runner, client = self._here()
+        runner.run(client.readmit_machine(name))
 
 
 def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:

@@ -19,6 +19,7 @@
     + AddressInUse             the port to listen on is taken
   x NotAllowed                 the key of this machine may not do this
     + NotEnrolled              the coordinator does not know the key of this machine
+    + Quarantined              this machine broke the protocol too often; later it may connect
     + WrongServerKey           what answers at the address is not the coordinator that is known
   x WorkerLost                 workers died and the others cannot replace them
   x StageError                 a worker failed to run its layers
@@ -172,6 +173,12 @@ class NotEnrolled(NotAllowed):
     code = "not_enrolled"
 
 
+class Quarantined(NotAllowed):
+    """This machine broke the protocol too often, and may not connect for some time."""
+
+    code = "quarantined"
+
+
 class WrongServerKey(NotAllowed):
     """What answers at the address does not hold the key of the coordinator that is known there."""
 
@@ -287,6 +294,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         ProtocolMismatch,
         NotAllowed,
         NotEnrolled,
+        Quarantined,
         WrongServerKey,
     )
 }

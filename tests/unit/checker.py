@@ -12,6 +12,7 @@ from distributed_llm.common.messages import (
     Task,
     TaskFailed,
     TaskResult,
+    WorkerHello,
     tag_of,
 )
 from distributed_llm.common.settings import CoordinatorSettings
@@ -50,6 +51,7 @@ class Checker:
 
     Attributes:
         num_arrived: requests of clients that it knows, repeated ones included.
+        all_are_honest: whether no peer breaks the protocol on purpose.
     """
 
     def __init__(self, core: Core, settings: CoordinatorSettings) -> None:
@@ -57,6 +59,7 @@ class Checker:
         self._settings = settings
         self._stale = False
         self.num_arrived = 0
+        self.all_are_honest = True
         self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
         self._ended: set[RequestKey] = set()
         self._largest = (0, 0, 0, 0, 0, 0, 0, 0)
@@ -68,10 +71,17 @@ class Checker:
         self._marks: dict[Answer, tuple[object, int, int]] = {}  # how far, since when, steps due
         self._num_moves = 0
         self._has_served = False
+        self._num_faults = 0
+        self._is_faulty = False
 
     def before(self, event: events.Event, *, now: float) -> None:
         """Look at what an event is about to meet."""
         self._stale = isinstance(event, events.Received) and self._is_stale(event)
+        self._is_faulty = isinstance(event, events.Garbage) or (
+            isinstance(event, events.Received)
+            and isinstance(event.message, WorkerHello)
+            and self._core._registry.knows(event.peer)
+        )
         if isinstance(event, events.Received) and isinstance(event.message, Generate):
             self.num_arrived += self._core._registry.is_client(event.peer)
 
@@ -102,6 +112,7 @@ class Checker:
             assert not effects, f"a result that nobody waits for was applied: {effects}"
         self._stale = False
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
+        self._check_faults()
         self._check_numbers()
         self._check_waiting(now)
         self._check_steps_end(now)
@@ -150,6 +161,16 @@ class Checker:
                     assert ends[-1] == NUM_LAYERS, f"{ranges} in plan {epoch}"
                 case _:
                     pass
+
+    def _check_faults(self) -> None:
+        """Nobody is charged with a fault but for what was spoiled, or for a hello that came twice.
+
+        The network of a simulation does that to honest workers; TCP does not.
+        """
+        faults = sum(map(len, self._core._access.conduct._faults.values()))
+        expected = faults == self._num_faults or self._is_faulty or not self.all_are_honest
+        assert expected, "an honest peer committed a fault"
+        self._num_faults, self._is_faulty = faults, False
 
     def _check_numbers(self) -> None:
         totals = self._core._book.totals

@@ -45,6 +45,7 @@ FACTS = {
     "choice": 0,
     "code": "stage_error",
     "answer_tokens": 20,
+    "pause_s": 300.0,
     "names": "num_beams",
     "what": "drop_stage",
 }

@@ -20,7 +20,6 @@ from distributed_llm.common.discovery import (
     read_announcement,
     search,
 )
-from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.coordinator import serve as serve_module
 from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import on_loop
@@ -128,8 +127,7 @@ async def test_who_can_be_reached_from_other_machines_is_announced(
         assert here.startswith("127.0.0.1:")
     assert announced == []
     for insecure in (True, False):
-        settings = CoordinatorSettings(bind="0.0.0.0:0", insecure=insecure)
-        async with coordinator(settings) as everywhere:
+        async with coordinator(bind="0.0.0.0:0", insecure=insecure) as everywhere:
             pass
     assert announced == [(everywhere, machine_name(), ANY), ("closed",)]
 

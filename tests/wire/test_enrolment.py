@@ -13,16 +13,19 @@ from distributed_llm.client.enrolment import enrol
 from distributed_llm.common.errors import (
     ConfigError,
     CoordinatorUnreachable,
+    DistributedLLMError,
     InvalidRequest,
     NotAllowed,
     NotEnrolled,
+    Quarantined,
     WrongServerKey,
 )
 from distributed_llm.common.join_line import JoinLine, parse_join_line
 from distributed_llm.common.keyring import KEY_VARIABLE, STATE_VARIABLE, Keyring, text_of_key
 from distributed_llm.common.roles import Role
-from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.transport import new_key_pair
+from distributed_llm.coordinator.trust.conduct import MOST_FAULTS
+from distributed_llm.summary import headline, machine_row
 from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import on_loop
 
@@ -156,6 +159,7 @@ async def test_who_is_enrolled_as_a_client_gets_no_further(machine: As) -> None:
                     client.members,
                     lambda: client.create_token(Role.ADMIN),
                     lambda: client.remove_machine("owner"),
+                    lambda: client.readmit_machine("owner"),
                     lambda: client.revoke_token("0000-0000"),
                     lambda: client.drain_worker("any"),
                 ):
@@ -163,6 +167,34 @@ async def test_who_is_enrolled_as_a_client_gets_no_further(machine: As) -> None:
                         await act()
                 assert (await client.status()).state == "waiting"
         assert {one.name for one in (await owner.members()).machines} == {"owner", "pc"}
+
+
+@on_loop
+async def test_two_coordinators_of_one_machine_do_not_let_in_each_others_machines(
+    machine: As,
+) -> None:
+    async with (
+        coordinator() as one,
+        coordinator() as other,
+        AsyncDistributedClient(one) as owner,
+        AsyncDistributedClient(other) as owner_of_other,
+    ):
+        line = await token(owner, Role.CLIENT)
+        await owner_of_other.status()
+        with machine("pc") as keyring:
+            await enrol(keyring, line, "pc", LIMIT_S)
+            assert await status_of(one) == "waiting"
+            with pytest.raises(NotEnrolled):
+                await status_of(other)
+            known = keyring.login(one)
+            keyring.save(other, known.server, known.keys)  # as if it were the same
+            with pytest.raises(WrongServerKey):
+                await status_of(other)
+            there = parse_join_line((await owner_of_other.create_token(Role.CLIENT)).line)
+            keyring.save(other, there.server, known.keys)  # and with the right one of its own
+            with pytest.raises(NotEnrolled):
+                await status_of(other)
+        assert [one.name for one in (await owner_of_other.members()).machines] == ["owner"]
 
 
 @on_loop
@@ -181,6 +213,36 @@ async def test_a_removed_machine_is_told_at_once_and_kept_out(machine: As) -> No
         with pytest.raises(InvalidRequest, match="'pc'"):
             await owner.remove_machine("pc")
         assert (await owner.status()).state == "waiting"
+
+
+@on_loop
+async def test_a_machine_that_breaks_the_protocol_is_kept_out_until_it_is_readmitted(
+    machine: As,
+) -> None:
+    async with coordinator() as address, AsyncDistributedClient(address) as owner:
+        line = await token(owner, Role.CLIENT)
+        with machine("pc") as keyring:
+            await enrol(keyring, line, "pc", LIMIT_S)
+            for _ in range(MOST_FAULTS):
+                async with AsyncDistributedClient(address) as client:
+                    assert (await client.status()).quarantined == ()  # until now it is let in
+                    assert client._session is not None
+                    client._session._connection.send([b"noise"])
+                    with pytest.raises(DistributedLLMError):
+                        await client.status()
+            with pytest.raises(Quarantined, match="pc is quarantined: it broke the protocol"):
+                await status_of(address)
+        status = await owner.status()
+        assert status.quarantined == ("pc",)
+        assert "(quarantined: pc)" in headline(status)
+        rows = {one.name: machine_row(one, 0.0) for one in (await owner.members()).machines}
+        assert rows["owner"][-1] == "1"
+        assert rows["pc"][-1] == "quarantined for 5 min"
+        await owner.readmit_machine("pc")
+        with machine("pc"):
+            assert await status_of(address) == "waiting"
+        with pytest.raises(InvalidRequest, match="pc is not quarantined"):
+            await owner.readmit_machine("pc")
 
 
 @on_loop
@@ -242,8 +304,7 @@ async def test_a_key_that_cannot_be_kept_is_told(machine: As, tmp_path: Path) ->
 
 @on_loop
 async def test_a_line_is_of_no_use_where_there_are_no_keys(machine: As) -> None:
-    settings = CoordinatorSettings(bind="127.0.0.1:0", insecure=True)
-    async with coordinator(settings) as address:
+    async with coordinator(insecure=True) as address:
         line = JoinLine(address, new_key_pair().public, new_key_pair().secret)
         with machine("pc") as keyring, pytest.raises(NotAllowed) as refused:
             await enrol(keyring, line, "pc", LIMIT_S)

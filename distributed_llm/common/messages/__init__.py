@@ -52,6 +52,7 @@ from distributed_llm.common.messages.from_client import (
     GetMembers,
     GetStatus,
     Ping,
+    ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     ToolCall,
@@ -222,6 +223,7 @@ __all__ = [
     "Ping",
     "Pong",
     "ReadChunk",
+    "ReadmitMachine",
     "Refused",
     "ReleaseSequences",
     "Remeasured",
@@ -298,6 +300,7 @@ ClientRequest = (
     | CreateToken
     | RevokeToken
     | RemoveMachine
+    | ReadmitMachine
     | Ping
 )
 """Messages that only a welcomed client may send."""

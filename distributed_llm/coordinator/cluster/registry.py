@@ -48,6 +48,9 @@ _OTHER_MEMORY = 1.1
 _LEAST_ENTRIES = 64
 """Entries of the heap of deadlines that are kept, at least, before outdated ones are looked for."""
 
+_MOST_LEFT = 4096
+"""Sessions that ended which are remembered, those that ended last."""
+
 _DECAY = 0.8
 """Weight of the past in the running mean of a stage's time per token."""
 
@@ -329,6 +332,7 @@ class Registry:
         self._workers: dict[PeerId, Worker] = {}
         self._clients: dict[PeerId, float] = {}  # last heard, clock seconds
         self._keys: dict[PeerId, PublicKey] = {}
+        self._left: dict[PeerId, None] = {}  # that said hello once
         self._misnamed: dict[PeerId, None] = {}  # workers with another name than they asked for
         self._watches: dict[PeerId, int] = {}
         self._heap: list[tuple[float, int, PeerId]] = []  # not after the deadline, watch, peer
@@ -371,6 +375,10 @@ class Registry:
     def knows(self, peer: PeerId) -> bool:
         """Return whether `peer` said hello."""
         return peer in self._workers or peer in self._clients
+
+    def has_left(self, peer: PeerId) -> bool:
+        """Return whether `peer` said hello, and its session ended lately."""
+        return peer in self._left
 
     def peers_with(self, key: PublicKey) -> list[PeerId]:
         """Return the peers that hold a key."""
@@ -461,6 +469,10 @@ class Registry:
 
     def remove(self, peer: PeerId) -> Worker | None:
         """Forget `peer`; return the worker it was, or None."""
+        if peer in self._keys:
+            self._left[peer] = None
+            if len(self._left) > _MOST_LEFT:
+                del self._left[next(iter(self._left))]
         self._watches.pop(peer, None)
         self._keys.pop(peer, None)
         self._clients.pop(peer, None)
@@ -504,6 +516,7 @@ class Registry:
         return [peer for _, _, peer in overdue]
 
     def _watch(self, peer: PeerId) -> None:
+        self._left.pop(peer, None)
         if len(self._heap) >= self._most_entries:  # some may be of peers that are gone
             self._heap = [entry for entry in self._heap if self._watches.get(entry[2]) == entry[1]]
             heapq.heapify(self._heap)
@@ -525,6 +538,8 @@ class Registry:
         misnamed = [peer for peer, w in self._workers.items() if w.id != w.wanted_name]
         assert list(self._misnamed) == misnamed
         assert set(self._watches) == {*self._workers, *self._clients}
+        assert not self._left.keys() & self._watches.keys()
+        assert len(self._left) <= _MOST_LEFT
         assert len(self._heap) <= self._most_entries
         watched = {peer: at for at, watch, peer in self._heap if self._watches.get(peer) == watch}
         assert set(watched) == set(self._watches)

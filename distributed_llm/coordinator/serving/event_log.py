@@ -106,6 +106,17 @@ class EventKind(Enum):
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
     NOBODY_TAKES_LAYERS = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
+    QUARANTINED = (
+        "warning",
+        "machine {machine} is quarantined for {pause_s:time}: it broke the protocol again and "
+        "again; the last time, it {why}",
+    )
+    READMITTED = "info", "machine {machine} may connect again after its quarantine"
+    SESSION_ENDED = (
+        "warning",
+        "the session of a peer was ended: it broke the protocol again and again; the last "
+        "time, it {why}",
+    )
     ENROLLED = "info", "machine {machine} is enrolled as {role}"
     STALLED = (
         "warning",

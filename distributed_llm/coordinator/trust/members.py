@@ -98,7 +98,7 @@ class Members:
         return self._machines.get(key)
 
     def owner_of(self, name: str) -> Machine | None:
-        """Return the machine that has a name."""
+        """Return the machine that has a name, if any has."""
         return next((one for one in self._machines.values() if one.name == name), None)
 
     # -------------------------------------------------------------- tokens
@@ -179,10 +179,19 @@ class Members:
         Raises:
             InvalidRequest: no machine has this name.
         """
+        machine = self.named(name)
+        del self._machines[machine.key]
+        return machine
+
+    def named(self, name: str) -> Machine:
+        """Return the machine that has a name.
+
+        Raises:
+            InvalidRequest: none has.
+        """
         machine = self.owner_of(name)
         if machine is None:
             raise InvalidRequest(f"No machine is called {name!r}; `dllm machines list` shows them.")
-        del self._machines[machine.key]
         return machine
 
     def _free_name(self, wanted: str) -> str:
