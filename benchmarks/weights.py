@@ -190,6 +190,11 @@ class Arrival:
             self._seen.append((time.perf_counter(), received(self._name)))
 
     @property
+    def began(self) -> bool:
+        """Whether more than a MB has come."""
+        return bool(self._seen) and self._seen[-1][1] - self._seen[0][1] > 1e6
+
+    @property
     def nbytes(self) -> int:
         """Bytes that came in all."""
         return self._seen[-1][1] - self._seen[0][1]
@@ -217,6 +222,26 @@ class Arrival:
                 longest = max(longest, at - since)
             before = nbytes
         return longest
+
+
+def gaps(pc: Machine, tokens: int) -> list[float]:
+    """Return the times between the tokens of one answer, seconds, as a client sees them."""
+    code = (
+        "import sys, time\nfrom distributed_llm import DistributedClient\n"
+        f"with DistributedClient('127.0.0.1:{_PORT}') as client:\n"
+        "    times = []\n"
+        f"    for chunk in client.stream([1, 2, 3, 4], max_new_tokens={tokens}, ignore_eos=True):\n"
+        "        times.append(time.perf_counter())\n"
+        "print(*(b - a for a, b in zip(times, times[1:])))"
+    )
+    within = ["ip", "netns", "exec", f"dllm-{pc.name}", sys.executable, "-c", code]
+    done = subprocess.run(within, env=pc.environment, capture_output=True, text=True, check=True)
+    return [float(one) for one in done.stdout.split()]
+
+
+def gap_text(times: Sequence[float]) -> str:
+    """Return the median and the longest of times between tokens."""
+    return f"{1e3 * statistics.median(times):.0f} ms, {1e3 * max(times):.0f} ms"
 
 
 def wait_for_state(pc: Machine, workers: Sequence[str], state: str) -> None:
@@ -321,6 +346,20 @@ def two_sources(
 ) -> list[list[str]]:
     """Measure a third machine that gets weights of two others, of which one is killed half-way."""
     _, _, worker = first_answer_s(pc, mac)
+    usual = gaps(pc, 60)
+    line = join_line(pc, old)
+    with Arrival("old") as arrival:
+        third = old.start("join", line, "--name", "old")
+        while received("old") == 0 or not arrival.began:
+            time.sleep(0.05)
+        during = gaps(pc, 60)
+        still = arrival.nbytes < nbytes
+        wait_for_state(pc, ["old"], "serving")
+    stop(third)
+    rows = [
+        ["inter-token time, nothing else: median, longest", gap_text(usual)],
+        ["... while weights pass" + ("" if still else ", and after"), gap_text(during)],
+    ]
     line = join_line(pc, old)
     with Arrival("old") as arrival:
         third = old.start("join", line, "--name", "old")
@@ -332,6 +371,7 @@ def two_sources(
         wait_for_state(pc, ["old"], "serving")
     stop(third)
     return [
+        *rows,
         ["a source killed half-way: longest pause", f"{arrival.longest_pause_s:.2f} s"],
         ["... and the rate until the end", f"{arrival.bytes_per_s / link:.2f} of the link"],
     ]
