@@ -39,7 +39,7 @@ DryRun = Annotated[
 )
 def install_service(
     context: typer.Context,
-    verb: Annotated[str, typer.Argument(help="coordinator, worker or up; its options follow.")],
+    verb: Annotated[str, typer.Argument(help="coordinator or worker; its options follow.")],
     dry_run: DryRun = False,
 ) -> None:
     """Run `dllm VERB` now, with the options that follow, and whenever this machine starts.
@@ -55,7 +55,7 @@ def install_service(
 
 @app.command("remove")
 def remove_service(
-    role: Annotated[str, typer.Argument(help="coordinator, worker or up.")],
+    role: Annotated[str, typer.Argument(help="coordinator or worker.")],
     dry_run: DryRun = False,
 ) -> None:
     """Stop a service and remove it; `worker` is that of `dllm join --service` as well."""

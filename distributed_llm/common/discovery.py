@@ -127,22 +127,36 @@ def search(
         hosts: addresses of this machine to ask from; all unless given.
     """
     try:
-        from zeroconf import Error, InterfaceChoice, ServiceBrowser, Zeroconf
+        from zeroconf import Error, ServiceBrowser, Zeroconf
     except ImportError:
+        return []
+    asked = _our_hosts() if hosts is None else list(hosts)
+    if not asked:
         return []
     names = Names()
 
     def told(zeroconf: Zeroconf, service_type: str, name: str, state_change: object) -> None:
         names.add(name)
 
+    _be_quiet()
     try:
-        opened = Zeroconf(InterfaceChoice.All if hosts is None else list(hosts))
+        opened = Zeroconf(asked)
     except (OSError, Error) as exc:
         logger.debug("the network cannot be asked for coordinators: %s", exc)
         return []
     with opened:
         ServiceBrowser(opened, SERVICE, handlers=[told])
         return _collect(opened, names, is_wanted, time.monotonic() + timeout_s)
+
+
+def _our_hosts() -> list[str]:
+    """Return the addresses of this machine that are in a network."""
+    return [split_address(address)[0] for address in addresses_for_others("[::]:1")]
+
+
+def _be_quiet() -> None:
+    """Keep zeroconf from writing tracebacks to stderr about networks that come and go."""
+    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
 
 
 def _collect(
@@ -232,6 +246,7 @@ class Announcer:
         if not hosts:
             self._wait_for_others(announced)
             return
+        _be_quiet()
         with Zeroconf(hosts) as zeroconf:
             zeroconf.register_service(service_of(announced))
             logger.debug("announced on the network at %s", announced.addresses[0])

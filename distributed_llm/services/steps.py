@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Role = Literal["coordinator", "worker", "up"]
+Role = Literal["coordinator", "worker"]
 
-ROLES: tuple[Role, ...] = ("coordinator", "worker", "up")
+ROLES: tuple[Role, ...] = ("coordinator", "worker")
+"""`dllm up` is none: what it prints is a secret, which does not belong in the log of a service."""
 
 
 @dataclass(frozen=True)
