@@ -172,7 +172,6 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
-        waits_until_idle = self._book.busy and self._pipelines.complete
         deadlines = (
             self._registry.next_deadline(),
             self._book.next_deadline(),
@@ -181,7 +180,7 @@ class Core:
             self._moves.next_deadline(),
             self._log_limit.next_deadline(),
             self._gate.next_deadline(),
-            None if waits_until_idle else self._replanning.replan_at,
+            self._replanning.replan_at,
         )
         return min([at for at in deadlines if at is not None], default=None)
 
@@ -479,7 +478,10 @@ class Core:
         if not self._book.busy:
             return replanning.plan_anew()
         waiting = replanning.tell_waiting()
-        return waiting if complete else [*replanning.add_pipeline(), *waiting]
+        if complete:
+            replanning.replan_at, replanning.replan_when_idle = None, True
+            return waiting
+        return [*replanning.add_pipeline(), *waiting]
 
     # -------------------------------------------------------------- starting what can be started
 

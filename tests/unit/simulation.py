@@ -241,6 +241,8 @@ class World:
         if due_at is not None and due_at <= self.now:
             actions = self.core.on_timer(now=self.now)
             self.checker.check(None, actions, now=self.now)
+            later = self.core.next_deadline()
+            assert later is None or later > self.now, "what was due is due again at once"
             self._perform(actions)
         self._arm()
 

@@ -326,7 +326,7 @@ def test_advice_waits_until_it_is_known_what_others_are_worth() -> None:
     assert told == [(1, False, False), (2, True, True), (1, True, True)]
     texts = [advice.text for advice in parts.rebalancing.advice.values()]
     assert len(texts) == 2
-    assert all("its pipeline needs it" in text for text in texts)
+    assert all("others go on without it" in text for text in texts)
 
 
 def test_advice_is_void_once_other_pipelines_serve() -> None:
