@@ -9,6 +9,7 @@ there, while the others come.
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,7 @@ from distributed_llm.common.messages import (
     ToReader,
 )
 from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.common.stopping import on_uncaught
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
@@ -187,6 +189,9 @@ class Fetch:
         self._placed_bytes = 0
         self._doing = f"asks {COORDINATOR}"
         self._progress_there = -1
+        self._answer_by = math.inf  # the coordinator, loop seconds
+        self._looks = False  # into the hub's cache
+        self._ending = False
         self.fetched_bytes = 0
         self._ready = threading.Condition()
         self._places: dict[str, Place] = {}
@@ -239,6 +244,7 @@ class Fetch:
 
     def close(self) -> None:
         """End fetching; what came is kept."""
+        self._ending = True
         self._in_loop(lambda: self._stopping.set())
         self._thread.join(_JOIN_S)
 
@@ -259,8 +265,7 @@ class Fetch:
         finally:
             self._started.set()
             self._loop = None
-            self._fail(FetchFailed("The weights are not wanted any more."))
-            self._disk.shutdown(wait=True, cancel_futures=True)
+            self._fail(_not_wanted())
             for entry in self._entries.values():
                 if entry.partial:
                     entry.partial.close()
@@ -268,6 +273,7 @@ class Fetch:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
+        on_uncaught(lambda exc: self._fail(FetchFailed(str(internal_error(exc)))))
         self._alarm = Alarm(self._on_timer, lambda stall_s: None)
         sources = [Source(COORDINATOR, lambda sha256: True, trusted=True)]
         sources += [Source(name, self._holds(origin)) for name, origin in self._peers.items()]
@@ -276,6 +282,7 @@ class Fetch:
             sources,
             now=self._alarm.now(),
             last=False,
+            patience_s=PATIENCE_S,
             max_bytes_per_s=self._max_bytes_per_s,
         )
         self._started.set()
@@ -285,29 +292,38 @@ class Fetch:
             self._do(self._fetching.begin)
             await self._watch()
         finally:
+            self._ending = True
             self._alarm.cancel()
             for link in self._links.values():
                 link.close()
+            self._disk.shutdown(wait=True, cancel_futures=True)  # while it can still report here
 
     async def _watch(self) -> None:
         """Return once the weights are not wanted any more."""
-        answer_by = self._loop_time() + PATIENCE_S
+        self._answer_by = self._loop_time() + PATIENCE_S
         asked_at = 0.0
         while not self._stopping.is_set() and self._is_wanted():
             now = self._loop_time()
             if now >= asked_at + _ASK_EVERY_S:
                 asked_at = now
                 self._ask()
-            if now >= answer_by and not self._model.done():
+            if now >= self._answer_by and (what := self._not_told):
                 self._fail(
                     FetchFailed(
-                        "The coordinator does not say what the model consists of. It may be busy, "
-                        "or the network be cut."
+                        f"The coordinator does not say {what}. It may be busy, or the network be "
+                        "cut."
                     )
                 )
             self._tell()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_EVERY_S)
+
+    @property
+    def _not_told(self) -> str:
+        """What only the coordinator can tell, and has not; empty if nothing."""
+        if not self._model.done():
+            return "what the model consists of"
+        return "what its tensors hash to" if self._unknown else ""
 
     def _loop_time(self) -> float:
         return asyncio.get_running_loop().time()
@@ -328,13 +344,14 @@ class Fetch:
         link = self._links[COORDINATOR]
         if not self._model.done():
             link.send(GetModel(source=self._source))
-        elif self._unknown:
+        elif self._unknown and not self._looks:
+            self._looks = True
             self._disk_job(self._look_in_hub_cache, self._found_in_hub_cache)
-            link.send(GetDigests(source=self._source, layers=self._layers))
 
     def _model_told(self, report: ModelReport, frames: tuple[Frame, ...]) -> None:
         if self._model.done():
             return
+        self._answer_by = math.inf
         if report.message or not frames:
             self._fail(FetchFailed(report.message or "The coordinator describes no model."))
             return
@@ -344,7 +361,11 @@ class Fetch:
             self._fail(FetchFailed(f"What the coordinator says of the model is broken: {exc}"))
 
     def _begin(self, checkpoint: Checkpoint) -> None:
-        tensors = sorted(checkpoint.tensors_of(self._layers), key=_loading_order)
+        try:
+            tensors = sorted(checkpoint.tensors_of(self._layers), key=_loading_order)
+        except CheckpointError as exc:
+            self._fail(exc)
+            return
         self._checkpoint = checkpoint
         self._unknown = {tensor.name: tensor for tensor in tensors}
         self._total_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -353,6 +374,7 @@ class Fetch:
     def _digests_told(self, report: DigestsReport, frames: tuple[Frame, ...]) -> None:
         if report.layers != self._layers or not self._unknown:
             return
+        self._answer_by = math.inf
         if report.progress != self._progress_there:
             self._progress_there = report.progress
             self._on_bytes(1)
@@ -371,7 +393,7 @@ class Fetch:
                 self._lost.update(dict.fromkeys(self._unknown, why))
                 self._ready.notify_all()
             self._unknown = {}
-            self._do(lambda now: self._machine.handle(WantedMore((), last=True), now))
+            self._tell_wanted(())
 
     def _want(self, sha256_by_name: Mapping[str, str]) -> None:
         """Have tensors fetched whose digests are known now."""
@@ -386,18 +408,29 @@ class Fetch:
             if entry is None:
                 entry = self._entries[sha256] = _Entry(tensor.nbytes, [])
                 new.append(Wanted(sha256, tensor.nbytes, name))
+            elif entry.nbytes != tensor.nbytes:
+                why = f"{name} and {entry.names[0]} cannot be the same bytes"
+                self._fail(FetchFailed(f"What the coordinator says of the weights is wrong: {why}"))
+                return
             entry.names.append(name)
             if entry.stored:
                 self._place(name, Place(self._cache.path(sha256), 0, entry.nbytes))
-        if not new and self._unknown:
-            return
-        missing = sum(one.nbytes for one in new if not self._cache.has(one.sha256, one.nbytes))
-        keep = tuple(self._entries)
+        if new or not self._unknown:
+            self._tell_wanted(new)
+
+    def _tell_wanted(self, new: Iterable[Wanted]) -> None:
+        """Have tensors fetched once there is room for them, in the order of these calls."""
         told = WantedMore(tuple(new), last=not self._unknown)
-        self._disk_job(
-            lambda: self._cache.make_room(missing, keep),
-            lambda _: self._do(lambda now: self._machine.handle(told, now)),
-        )
+        sizes = {sha256: entry.nbytes for sha256, entry in self._entries.items()}
+        missing = {sha256: one.nbytes for sha256, one in self._entries.items() if not one.stored}
+
+        def prepare() -> None:
+            here = (size for sha256, size in missing.items() if self._cache.has(sha256, size))
+            self._cache.make_room(sum(missing.values()) - sum(here), sizes.keys())
+            if told.last and sizes:
+                self._cache.note_model(self._source.name or self._source.kind, sizes)
+
+        self._disk_job(prepare, lambda _: self._handle(told))
 
     def _look_in_hub_cache(self) -> dict[str, Place]:
         """Return where tensors are that another program of this machine got from the hub.
@@ -411,18 +444,26 @@ class Fetch:
             by_file.setdefault(tensor.file, []).append(tensor)
         places: dict[str, Place] = {}
         for name, tensors in by_file.items():
-            if (file := held_file(self._source, name)) is not None:
-                found = places_in_file(file, tensors)
-                places.update(zip((one.name for one in tensors), found, strict=True))
+            try:
+                if (file := held_file(self._source, name)) is not None:
+                    found = places_in_file(file, tensors)
+                    places.update(zip((one.name for one in tensors), found, strict=True))
+            except CheckpointError as exc:
+                logger.warning("%s Asking other machines for these weights.", exc)
         return places
 
     def _found_in_hub_cache(self, places: dict[str, Place]) -> None:
+        """Use what was found, and ask the coordinator about the others."""
+        self._looks = False
         found = {name: place for name, place in places.items() if name in self._unknown}
         for name, place in found.items():
             del self._unknown[name]
             self._place(name, place)
         if found and not self._unknown:
-            self._do(lambda now: self._machine.handle(WantedMore((), last=True), now))
+            self._tell_wanted(())
+        if self._unknown:
+            self._answer_by = min(self._answer_by, self._loop_time() + PATIENCE_S)
+            self._links[COORDINATOR].send(GetDigests(source=self._source, layers=self._layers))
 
     # -------------------------------------------------------------- sources
 
@@ -433,13 +474,23 @@ class Fetch:
             on_message=lambda message, frames: self._received(name, message, frames),
             on_up=lambda: self._up(name),
             on_down=lambda why: self._handle(SourceDown(name, why)),
-            on_failed=lambda why: self._handle(SourceFailed(name, why)),
+            on_failed=lambda why: self._source_failed(name, why),
         )
 
     def _up(self, name: str) -> None:
         self._handle(SourceUp(name))
         if name == COORDINATOR:
             self._ask()
+
+    def _source_failed(self, name: str, why: str) -> None:
+        self._handle(SourceFailed(name, why))
+        if name == COORDINATOR:
+            self._fail_if_not_told(why)
+
+    def _fail_if_not_told(self, why: str) -> None:
+        """The coordinator will say nothing any more."""
+        if what := self._not_told:
+            self._fail(FetchFailed(f"The coordinator does not say {what}: {why}"))
 
     def _received(self, name: str, message: ToReader, frames: tuple[Frame, ...]) -> None:
         match message:
@@ -459,9 +510,7 @@ class Fetch:
                     self._digests_told(message, frames)
             case Refused(message=why):
                 self._links[name].close()
-                self._handle(SourceFailed(name, why))
-                if name == COORDINATOR and not self._model.done():
-                    self._fail(FetchFailed(why))
+                self._source_failed(name, why)
             case Pong():
                 pass
             case _:
@@ -528,12 +577,14 @@ class Fetch:
                 self._forget(self._entries[sha256])
             case Check(sha256=sha256):
                 self._disk_job(lambda: self._checked(sha256), self._check_done)
-            case CloseSource(source=name):
+            case CloseSource(source=name, why=why):
                 self._links[name].close()
+                if name == COORDINATOR:
+                    self._fail_if_not_told(f"it {why}")
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
             case Finished():
-                self._note_model()
+                pass
             case Failed(message=message):
                 self._fail(FetchFailed(f"{layers_text(self._layers).capitalize()}: {message}"))
             case _:
@@ -588,7 +639,11 @@ class Fetch:
             here_bytes=max(0, min(self._total_bytes, self._placed_bytes + coming)),
             total_bytes=self._total_bytes,
             bytes_per_s=machine.rate(now),
-            doing=(self._doing or machine.waits_for(now) or self._from_text())[:256],
+            doing=(
+                (self._doing if self._not_told else "")
+                or machine.waits_for(now)
+                or self._from_text()
+            )[:256],
         )
 
     def _from_text(self) -> str:
@@ -619,13 +674,23 @@ class Fetch:
     def _claimed(self, sha256: str) -> TensorClaimed | TensorBusy | TensorHere:
         entry = self._entries[sha256]
         if self._cache.has(sha256, entry.nbytes) and self._cache.check(
-            sha256, entry.nbytes, self._on_bytes
+            sha256, entry.nbytes, self._read_here
         ):
             return TensorHere(sha256)
-        entry.partial = self._cache.begin(sha256, entry.nbytes, self._on_bytes)
+        entry.partial = self._cache.begin(sha256, entry.nbytes, self._read_here)
         if entry.partial is None:
             return TensorBusy(sha256)
         return TensorClaimed(sha256, entry.partial.done_bytes)
+
+    def _read_here(self, nbytes: int) -> None:
+        """Count bytes that were read from the disk.
+
+        Raises:
+            FetchFailed: nobody waits for them any more.
+        """
+        if self._ending:
+            raise _not_wanted()
+        self._on_bytes(nbytes)
 
     def _checked(self, sha256: str) -> TensorStored | TensorWrong:
         entry = self._entries[sha256]
@@ -638,12 +703,9 @@ class Fetch:
         partial.finish()
         return TensorStored(sha256, entry.record.suspects(self._cache.path(sha256)))
 
-    def _note_model(self) -> None:
-        sizes = {sha256: entry.nbytes for sha256, entry in self._entries.items()}
-        self._disk_job(
-            lambda: self._cache.note_model(self._source.name or self._source.kind, sizes),
-            lambda _: None,
-        )
+
+def _not_wanted() -> FetchFailed:
+    return FetchFailed("The weights are not wanted any more.")
 
 
 def _loading_order(tensor: TensorInfo) -> list[tuple[int, int | str]]:

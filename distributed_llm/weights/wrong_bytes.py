@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from distributed_llm.common.model_files import unreadable
 from distributed_llm.weights.fetching.events import GRAIN_BYTES
 
 
@@ -28,14 +29,22 @@ class GrainRecord:
         self._givers.clear()
 
     def was_wrong(self, file: Path) -> None:
-        """Note what the bytes in a file are, whose hash is wrong, and that they are dropped."""
+        """Note what the bytes in a file are, whose hash is wrong, and that they are dropped.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
         for grain, digest in _grains(file):
             if giver := self._givers.get(grain):
                 self._wrong[grain] = (giver, digest)
         self.forget()
 
     def suspects(self, file: Path) -> tuple[str, ...]:
-        """Return who had given other bytes than are in a file, whose hash is right."""
+        """Return who had given other bytes than are in a file, whose hash is right.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
         if not self._wrong:
             return ()
         right = dict(_grains(file))
@@ -45,7 +54,10 @@ class GrainRecord:
 
 def _grains(file: Path) -> Iterator[tuple[int, bytes]]:
     offset = 0
-    with open(file, "rb") as content:
-        while grain := content.read(GRAIN_BYTES):
-            yield offset, hashlib.sha256(grain).digest()
-            offset += len(grain)
+    try:
+        with open(file, "rb") as content:
+            while grain := content.read(GRAIN_BYTES):
+                yield offset, hashlib.sha256(grain).digest()
+                offset += len(grain)
+    except OSError as exc:
+        raise unreadable(file, exc) from exc

@@ -4,14 +4,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from distributed_llm.common.errors import NotEnoughMemory, RemoteProtocolError, UnsupportedModel
+from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
     Generate,
+    GiveWeights,
     Heartbeat,
     LoadStage,
     RequestFailed,
+    StageReady,
     Task,
     TaskFailed,
     TaskResult,
+    WeightSource,
     WorkerHello,
     tag_of,
 )
@@ -52,6 +56,7 @@ class Checker:
     Attributes:
         num_arrived: requests of clients that it knows, repeated ones included.
         all_are_honest: whether no peer breaks the protocol on purpose.
+        num_sources: how often orders have named a source of weights.
     """
 
     def __init__(self, core: Core, settings: CoordinatorSettings) -> None:
@@ -60,6 +65,7 @@ class Checker:
         self._stale = False
         self.num_arrived = 0
         self.all_are_honest = True
+        self.num_sources = 0
         self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
         self._ended: set[RequestKey] = set()
         self._largest = (0, 0, 0, 0, 0, 0, 0, 0)
@@ -70,6 +76,8 @@ class Checker:
         self._times_unfit: Counter[PeerId] = Counter()
         self._marks: dict[Answer, tuple[object, int, int]] = {}  # how far, since when, steps due
         self._num_moves = 0
+        self._stocks: dict[PeerId, set[int]] = {}  # layers whose weights a session can give
+        self._readers: dict[PeerId, tuple[PublicKey, ...]] = {}  # whom a session lets read
         self._has_served = False
         self._num_faults = 0
         self._is_faulty = False
@@ -107,6 +115,7 @@ class Checker:
         self._core.validate()
         self._check_text_orders(event, actions, now)
         self._check_layers(actions)
+        self._check_sources(event, actions)
         if self._stale:
             effects = [a for a in actions if isinstance(a, events.Detokenize) or _is_task(a)]
             assert not effects, f"a result that nobody waits for was applied: {effects}"
@@ -171,6 +180,39 @@ class Checker:
         expected = faults == self._num_faults or self._is_faulty or not self.all_are_honest
         assert expected, "an honest peer committed a fault"
         self._num_faults, self._is_faulty = faults, False
+
+    def _check_sources(self, event: events.Event | None, actions: Sequence[events.Action]) -> None:
+        """Whoever is named as a source has weights, and lets the reader in; others are not told."""
+        if isinstance(event, events.Received) and isinstance(event.message, StageReady):
+            layers = self._ordered.get(event.message.epoch, {}).get(event.peer)
+            if event.message.gives_weights and layers:
+                self._stocks.setdefault(event.peer, set()).update(range(layers.start, layers.stop))
+        told: set[PeerId] = set()
+        named: set[PeerId] = set()
+        for action in actions:
+            match action:
+                case events.Send(peer=peer, message=GiveWeights(readers=readers)):
+                    self._readers[peer] = readers
+                    told.add(peer)
+                case events.Send(peer=peer, message=LoadStage() as order):
+                    named |= {self._check_source(peer, order, one) for one in order.sources}
+                case _:
+                    pass
+        assert told == named, "who gives weights is told so, and nobody else"
+
+    def _check_source(self, reader: PeerId, order: LoadStage, source: WeightSource) -> PeerId:
+        worker = self._core._registry.named(source.worker)
+        own = self._core._registry.worker(reader)
+        assert worker is not None, f"{source.worker} is gone"
+        assert own is not None
+        assert worker is not own
+        assert (worker.key, worker.peer_addresses) == (source.key, source.addresses)
+        held = {n for layers in source.layers for n in range(layers.start, layers.stop)}
+        assert held <= self._stocks.get(worker.peer, set()), f"{source.worker} lacks them"
+        assert not held.isdisjoint(range(order.layers.start, order.layers.stop))
+        assert own.key in self._readers.get(worker.peer, ()), f"{own.id} is not let in"
+        self.num_sources += 1
+        return worker.peer
 
     def _check_numbers(self) -> None:
         totals = self._core._book.totals

@@ -1,5 +1,6 @@
 """The fake workers of a simulation: the production agent with a fake machine around it."""
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, assert_never
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError, StageError
+from distributed_llm.common.keys import PublicKey, key_text
 from distributed_llm.common.messages import (
     Capabilities,
     FromWorker,
@@ -57,6 +59,8 @@ class SimWorker:
     Attributes:
         load_error: why it cannot load any layers.
         load_s: time to load.
+        key: by which it is known.
+        fetches: it gets weights from other machines, and gives them to others.
         task_s: time that every task takes.
         token_s: time that every token of it takes beside.
         layer_s: time that every layer of it takes beside.
@@ -91,6 +95,8 @@ class SimWorker:
         self.worker_id = ""
         self.load_error: DistributedLLMError | None = None
         self.load_s = 0.01
+        self.key = PublicKey(key_text(hashlib.sha256(name.encode()).digest()))
+        self.fetches = False
         self.fail_tasks = 0
         self.fail_exports = self.fail_imports = self.fail_assemblies = 0
         self.transfer_s = 0.001
@@ -554,7 +560,15 @@ class SimWorker:
         weights = COST.weight_bytes(order.layers)
         trials = self._trials(order) if order.trials and self.layer_s else ()
         return agents.Loaded(
-            load.session, order.epoch, self.load_s, weights, order.kv_tokens, trials
+            load.session,
+            order.epoch,
+            self.load_s,
+            weights,
+            order.kv_tokens,
+            trials,
+            fetched_bytes=weights if self.fetches else 0,
+            fetch_s=self.load_s / 2 if self.fetches else 0.0,
+            gives_weights=self.fetches,
         )
 
     def _trials(self, order: LoadStage) -> tuple[StageTrial, ...]:

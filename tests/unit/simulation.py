@@ -18,6 +18,7 @@ import msgspec
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError, RemoteProtocolError
+from distributed_llm.common.keys import NOBODY
 from distributed_llm.common.messages import (
     Finished,
     FromClient,
@@ -315,7 +316,8 @@ class World:
         try:
             decoded, tensors = codec.to_coordinator.decode(wire)
             assert not isinstance(decoded, WeightRequest)
-            event = events.Received(link.peer, decoded, tensors)
+            key = link.owner.key if isinstance(link.owner, SimWorker) else NOBODY
+            event = events.Received(link.peer, decoded, tensors, key)
         except RemoteProtocolError as exc:
             event = events.Garbage(link.peer, exc.reason, exc)
         for _ in range(copies):

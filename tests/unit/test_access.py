@@ -13,7 +13,9 @@ from distributed_llm.common.messages import (
     DrainWorker,
     Enrol,
     Generate,
+    GetDigests,
     GetMembers,
+    GetModel,
     GetStatus,
     Goodbye,
     HandedOver,
@@ -22,8 +24,10 @@ from distributed_llm.common.messages import (
     KVFailed,
     Leaving,
     LinkReport,
+    ModelSource,
     NotUnderstood,
     Ping,
+    ReadChunk,
     ReadmitMachine,
     Remeasured,
     RemoveMachine,
@@ -33,11 +37,12 @@ from distributed_llm.common.messages import (
     TaskFailed,
     TaskResult,
     ToCoordinator,
+    WeightRequest,
     WorkerHello,
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.types import Epoch, StepNumber
+from distributed_llm.common.types import Epoch, LayerRange, StepNumber
 from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.members import Members, MembersState
 from tests.unit.coordinator_parts import capabilities
@@ -70,6 +75,12 @@ WORKERS: tuple[ToCoordinator, ...] = (
     Leaving(),
     Goodbye(),
 )
+SOURCE = ModelSource(kind="hub", name="org/model")
+READERS: tuple[WeightRequest, ...] = (
+    GetModel(source=SOURCE),
+    GetDigests(source=SOURCE, layers=LayerRange(0, 1)),
+    ReadChunk(sha256="0" * 64, offset=0, length=1),
+)
 CLIENTS: tuple[ToCoordinator, ...] = (
     ClientHello(),
     Generate(request_id="r", prompt="token_ids", params=SamplingParams(), tensors=()),
@@ -86,14 +97,14 @@ ADMINS: tuple[ToCoordinator, ...] = (
     ReadmitMachine(name="worker"),
 )
 ENROL = Enrol(key=NEW, name="new")
-ALL = (*WORKERS, *CLIENTS, *ADMINS, ENROL)
+ALL = (*WORKERS, *READERS, *CLIENTS, *ADMINS, ENROL)
 
 ALLOWED = {
     TOKEN: (ENROL,),
     STRANGER: (ENROL,),  # connected by a token that was revoked since, and is told
     CLIENT: CLIENTS,
-    WORKER: WORKERS,
-    ADMIN: (*WORKERS, *CLIENTS, *ADMINS),
+    WORKER: (*WORKERS, *READERS),
+    ADMIN: (*WORKERS, *READERS, *CLIENTS, *ADMINS),
 }
 WHO = {TOKEN: "token", STRANGER: "stranger", CLIENT: "client", WORKER: "worker", ADMIN: "admin"}
 
@@ -111,12 +122,12 @@ def cluster() -> tuple[Access, Members]:
 
 
 def test_every_message_has_a_row() -> None:
-    assert {type(message) for message in ALL} == set(get_args(ToCoordinator))
+    assert {type(message) for message in ALL} == set(get_args(ToCoordinator | WeightRequest))
 
 
 @pytest.mark.parametrize("who", WHO, ids=WHO.values())
 @pytest.mark.parametrize("message", ALL, ids=lambda message: type(message).__name__)
-def test_who_may_send_what(who: PublicKey, message: ToCoordinator) -> None:
+def test_who_may_send_what(who: PublicKey, message: ToCoordinator | WeightRequest) -> None:
     access, _ = cluster()
     fault = access.fault(who, message)
     assert (fault is None) == (message in ALLOWED[who])
@@ -132,7 +143,9 @@ def test_who_may_send_what(who: PublicKey, message: ToCoordinator) -> None:
 
 
 @pytest.mark.parametrize("message", ALL, ids=lambda message: type(message).__name__)
-def test_without_keys_everybody_may_send_everything(message: ToCoordinator) -> None:
+def test_without_keys_everybody_may_send_everything(
+    message: ToCoordinator | WeightRequest,
+) -> None:
     assert Access(None, wall_clock=lambda: NOW).fault(NOBODY, message) is None
 
 
@@ -164,7 +177,7 @@ def test_rights_end_when_the_machine_or_the_token_is_removed(who: PublicKey) -> 
     else:
         members.remove_machine(WHO[who])
     assert not members.admits(who)
-    for message in (*CLIENTS, *WORKERS, *ADMINS):
+    for message in (*CLIENTS, *WORKERS, *READERS, *ADMINS):
         assert access.fault(who, message) is not None
     assert not members.admits(NEW)
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import namedtuple
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -239,7 +240,7 @@ def test_the_contents_by_model(folder: Path, clock: Clock) -> None:
         partial_bytes=30,
     )
     cache.check(name_of(A), 100)
-    cache.note_model("two", sizes(B, C))  # in place of what was noted
+    cache.note_model("two", sizes(B, C))  # what is not here is forgotten
     kept = [(one.name, one.kept_bytes) for one in cache.contents().models]
     assert kept == [("one", 200), ("two", 200)], "most lately used first"
     assert cache.contents().unknown_bytes == 0
@@ -291,6 +292,36 @@ def test_it_shrinks_to_a_size(folder: Path, clock: Clock) -> None:
     assert cache.shrink_to(300).freed_bytes == 0
     assert cache.shrink_to(299).freed_bytes == 100
     assert left_in(cache) == [B, C]
+
+
+def test_other_tensors_of_a_model_are_noted_beside_those_that_are_here(
+    folder: Path, clock: Clock
+) -> None:
+    """As when a worker gets other layers."""
+    cache = cache_of(folder, clock)
+    cache.note_model("m", sizes(A, B))
+    put(cache, A)
+    cache.note_model("m", sizes(C, D))
+    put(cache, C)
+    (model,) = cache.contents().models
+    assert (model.kept_bytes, model.total_bytes) == (200, 300), "A, C and D; B never came"
+    assert cache.contents().unknown_bytes == 0
+    cache.forget_model("m")
+    assert files(folder) == []
+
+
+def test_workers_that_note_a_model_at_once_forget_nothing_of_each_other(
+    folder: Path, clock: Clock
+) -> None:
+    entries = [content(10, seed) for seed in range(8)]
+    for data in entries:
+        put(cache_of(folder, clock), data)
+    with ThreadPoolExecutor(len(entries)) as threads:
+        for data in entries:
+            threads.submit(cache_of(folder, clock).note_model, "m", sizes(data))
+    (model,) = cache_of(folder, clock).contents().models
+    assert model.kept_bytes == 80
+    assert not files(folder / "locks")
 
 
 def test_notes_of_models_that_are_gone_are_forgotten(folder: Path, clock: Clock) -> None:

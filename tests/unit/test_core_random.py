@@ -149,6 +149,7 @@ class Cluster:
         worker.task_s = self.task_s or worker.task_s
         worker.load_s = self.load_s if slow else worker.load_s
         worker.load_error = error
+        worker.fetches = len(self.world.workers) % 3 > 0
 
     @rule(
         prompt=_PROMPTS,

@@ -117,6 +117,7 @@ from distributed_llm.common.messages.to_client import (
     WorkerStatus,
 )
 from distributed_llm.common.messages.to_worker import (
+    MAX_RANGES,
     MAX_RELEASED,
     MAX_SLICES,
     MAX_SOURCES,
@@ -146,6 +147,7 @@ __all__ = [
     "MAX_CHUNK_BYTES",
     "MAX_JSON_CHARS",
     "MAX_PIECES",
+    "MAX_RANGES",
     "MAX_RELEASED",
     "MAX_SLICES",
     "MAX_SOURCES",

@@ -27,6 +27,9 @@ MAX_SLICES = 512
 MAX_RELEASED = 1024
 """Sequences that one message frees at most."""
 
+MAX_RANGES = 64
+"""Ranges of layers of which a source is said to have the weights, at most."""
+
 MAX_SOURCES = 16
 """Workers that one order names as sources of weights at most."""
 
@@ -92,7 +95,7 @@ class WeightSource(Value, frozen=True, kw_only=True):
 
     worker: Name
     addresses: Addresses
-    layers: Annotated[tuple[LayerRange, ...], Meta(max_length=64)]
+    layers: Annotated[tuple[LayerRange, ...], Meta(max_length=MAX_RANGES)]
     key: PublicKey = NOBODY
 
 

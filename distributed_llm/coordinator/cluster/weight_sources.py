@@ -2,7 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 
-from distributed_llm.common.messages import MAX_SOURCES, MAX_STAGES, GiveWeights, WeightSource
+from distributed_llm.common.messages import (
+    MAX_RANGES,
+    MAX_SOURCES,
+    MAX_STAGES,
+    GiveWeights,
+    WeightSource,
+)
 from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.cluster.registry import Worker
 from distributed_llm.coordinator.events import Send
@@ -22,7 +28,7 @@ def sources_of(
         WeightSource(
             worker=worker.id,
             addresses=worker.peer_addresses,
-            layers=worker.stock.ranges,
+            layers=worker.stock.ranges[:MAX_RANGES],
             key=worker.key,
         )
         for worker in able[:MAX_SOURCES]

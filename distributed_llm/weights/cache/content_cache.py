@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from distributed_llm.common.errors import CheckpointUnavailable, ConfigError
 from distributed_llm.common.model_files import unreadable
 from distributed_llm.common.wording import size_text
@@ -20,6 +22,9 @@ from distributed_llm.weights.cache.partial import Partial, claim, give_up, hash_
 from distributed_llm.weights.cache.places import Places, is_digest
 
 logger = logging.getLogger(__name__)
+
+_NOTES_WAIT_S = 2.0
+"""Time for which another process may keep this one from writing a note, seconds."""
 
 
 def _unheard(nbytes: int) -> None:
@@ -261,19 +266,40 @@ class ContentCache:
     # ------------------------------------------------------------------ models
 
     def note_model(self, name: str, tensors: Mapping[str, int]) -> None:
-        """Remember for people which entries belong to a model, in place of what was remembered.
+        """Remember for people which entries belong to a model.
+
+        What was remembered of it before stays as far as it is here: of other layers, or of an
+        earlier version.
 
         Args:
             name: of the model, as people know it.
-            tensors: sizes of all of its tensors by their names, not only of those that are here.
+            tensors: sizes of those of its tensors that are kept or about to be, by their names.
 
         Raises:
             CheckpointError: the folder cannot be written.
         """
         now = self._clock()
-        with storing(self.folder):
+        with storing(self.folder), self._noting():
+            here = {one.sha256 for one in self._kept()}
+            noted = {note.name: note for note in self._notes.read()}
             self._forget_what_is_gone(noted_before=now - ABANDONED_S)
-            self._notes.write(Note(name, dict(tensors), now))
+            before = noted[name].tensors if name in noted else {}
+            still_here = {sha256: size for sha256, size in before.items() if sha256 in here}
+            self._notes.write(Note(name, still_here | dict(tensors), now))
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Let nobody else change notes meanwhile, unless they take too long."""
+        path = self._places.lock_of_notes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, thread_local=False)
+        with contextlib.suppress(Timeout):  # a stopped process has it; notes are for people only
+            lock.acquire(timeout=_NOTES_WAIT_S)
+        try:
+            yield
+        finally:
+            if lock.is_locked:
+                give_up(lock)
 
     def contents(self) -> Contents:
         """Return what is kept, by model.

@@ -61,6 +61,11 @@ class Places:
         """Return the file that whoever writes an entry has locked."""
         return self.folder / "locks" / f"{_checked(sha256)}.lock"
 
+    @property
+    def lock_of_notes(self) -> Path:
+        """The file that whoever changes what is remembered of models has locked."""
+        return self.folder / "locks" / "models.lock"
+
 
 def _checked(sha256: str) -> str:
     """Return `sha256`, which may come from another machine and becomes the name of a file.

@@ -174,6 +174,10 @@ class Fetching:
                 yield from self._take_of_source(event, now)
             case ChunkArrived():
                 yield from self._arrived(event, now)
+            case ChunkAbsent(name, sha256, offset) | ChunkRefused(name, sha256, offset) if not (
+                self._book.links[name].owes(sha256, offset)
+            ):
+                pass  # nobody asked
             case ChunkAbsent(name, sha256, offset):
                 self._book.unasked(name, sha256, offset)
                 self._book.links[name].lacks(sha256, offset, now)

@@ -148,8 +148,12 @@ class Engine:
         return self._weights.progress
 
     def stop(self, timeout_s: float) -> bool:
-        """Carry out the queued orders and end the thread; return whether it ended in time."""
+        """Carry out the queued orders and end the thread; return whether it ended in time.
+
+        Loads that wait for weights of other machines fail.
+        """
         deadline = time.monotonic() + timeout_s
+        self._weights.stop()
         self._orders.end()
         self._thread.join(timeout_s)
         if self._thread.is_alive():

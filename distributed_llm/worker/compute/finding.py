@@ -2,10 +2,11 @@
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of
@@ -30,6 +31,32 @@ StartFetch = Callable[[LoadStage, Callable[[], bool], Callable[[int], None]], Fe
 in any thread), and what to call with the bytes that came."""
 
 
+class _Waiting:
+    """Measures time in which at least one thread waits.
+
+    Attributes:
+        seconds: that it was so far, until none waits.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._threads = 0
+        self._since = 0.0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._threads:
+                self._since = time.monotonic()
+            self._threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                self.seconds += time.monotonic() - self._since
+
+
 @dataclass
 class Weights:
     """The weights for one order.
@@ -38,13 +65,18 @@ class Weights:
         checkpoint: that they belong to.
         locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
         fetch: that brings them; None if they were here.
-        waited_s: for them so far.
+        waiting: for them.
     """
 
     checkpoint: Checkpoint
     locate: Locate | None = None
     fetch: Fetch | None = None
-    waited_s: float = 0.0
+    waiting: _Waiting = field(default_factory=_Waiting)
+
+    @property
+    def waited_s(self) -> float:
+        """Time for which threads have waited for weights so far, seconds."""
+        return self.waiting.seconds
 
     @property
     def fetched_bytes(self) -> int:
@@ -64,6 +96,13 @@ class WeightFinder:
         self._local_model = local_model
         self._start_fetch = start_fetch
         self._fetch: Fetch | None = None
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Fetch nothing any more; who waits for weights gets an error. May be called anywhere."""
+        self._stopped = True
+        if fetch := self._fetch:
+            fetch.close()
 
     @property
     def progress(self) -> FetchProgress | None:
@@ -90,9 +129,13 @@ class WeightFinder:
         if here is not None:
             yield Weights(here)
             return
-        fetch = self._fetch = self._start_fetch(order, is_wanted, on_bytes)
+
+        def wanted() -> bool:
+            return not self._stopped and is_wanted()
+
+        fetch = self._fetch = self._start_fetch(order, wanted, on_bytes)
         try:
-            yield self._fetched(order, fetch, on_bytes)
+            yield self._fetched(order, fetch, wanted, on_bytes)
         finally:
             self._fetch = None
             fetch.close()
@@ -114,37 +157,64 @@ class WeightFinder:
         logger.warning("%s Asking other machines for them.", _mismatch(order, checkpoint))
         return None
 
-    def _fetched(self, order: LoadStage, fetch: Fetch, on_bytes: Callable[[int], None]) -> Weights:
-        began = time.monotonic()
-        checkpoint = _checkpoint_of(fetch.model())
+    def _fetched(
+        self,
+        order: LoadStage,
+        fetch: Fetch,
+        is_wanted: Callable[[], bool],
+        on_bytes: Callable[[int], None],
+    ) -> Weights:
+        waiting = _Waiting()
+        with waiting:
+            checkpoint = _checkpoint_of(fetch.model())
         fetch.begin(checkpoint)
-        found = Weights(checkpoint, fetch=fetch, waited_s=time.monotonic() - began)
+        found = Weights(checkpoint, fetch=fetch, waiting=waiting)
+        from_hub = _FromHub(order.source, on_bytes)
 
         def locate(info: TensorInfo) -> Place:
-            began = time.monotonic()
-            try:
-                return fetch.wait_for(info.name)
-            except FetchFailed as exc:
-                if order.source.kind != "hub":
-                    raise
-                return _place_from_hub(order.source, info, exc, on_bytes)
-            finally:
-                found.waited_s += time.monotonic() - began
+            with found.waiting:
+                try:
+                    return fetch.wait_for(info.name)
+                except FetchFailed as exc:
+                    if order.source.kind != "hub" or not is_wanted():
+                        raise
+                    return from_hub.place(info, exc)
 
         found.locate = locate
         return found
 
 
-def _place_from_hub(
-    source: ModelSource, info: TensorInfo, why: FetchFailed, on_bytes: Callable[[int], None]
-) -> Place:
-    """Return where a tensor is in a file that this machine downloads from the hub by itself."""
-    logger.warning("%s Getting %s from the hub.", why, info.file)
-    try:
-        path = download_file(source, info.file, on_bytes)
-    except CheckpointError as exc:
-        raise type(exc)(f"{why} And this machine cannot get them by itself: {exc}") from exc
-    return places_in_file(path, [info])[0]
+class _FromHub:
+    """Downloads files of a model from the hub, for tensors that no other machine gives.
+
+    Args:
+        source: of the model.
+        on_bytes: called with bytes that came.
+    """
+
+    def __init__(self, source: ModelSource, on_bytes: Callable[[int], None]) -> None:
+        self._source = source
+        self._on_bytes = on_bytes
+        self._told: set[str] = set()
+
+    def place(self, info: TensorInfo, why: FetchFailed) -> Place:
+        """Return where a tensor is in its file, once that is here.
+
+        Args:
+            info: of the tensor.
+            why: no other machine gives it.
+
+        Raises:
+            FetchFailed: the hub does not either; with both reasons.
+        """
+        if info.file not in self._told:
+            self._told.add(info.file)
+            logger.warning("%s Getting %s from the hub.", why, info.file)
+        try:
+            path = download_file(self._source, info.file, self._on_bytes)
+        except CheckpointError as exc:
+            raise FetchFailed(f"{why} And this machine cannot get them by itself: {exc}") from exc
+        return places_in_file(path, [info])[0]
 
 
 def _is_same(order: LoadStage, checkpoint: Checkpoint) -> bool:
@@ -162,9 +232,19 @@ def _mismatch(order: LoadStage, checkpoint: Checkpoint) -> CheckpointMismatch:
 
 
 def _checkpoint_of(model: ModelDescription) -> Checkpoint:
-    """Return the checkpoint that the coordinator describes; its files are nowhere."""
+    """Return the checkpoint that the coordinator describes; its files are nowhere.
+
+    Raises:
+        CheckpointError: it describes something else.
+    """
     tensors = {
         one.name: TensorInfo(one.name, one.file, one.dtype, one.shape, 0, one.nbytes)
         for one in model.tensors
     }
-    return checkpoint_of(Path("the coordinator's model"), json.loads(model.config), tensors)
+    try:
+        config = json.loads(model.config)
+    except (ValueError, RecursionError) as exc:
+        raise FetchFailed(f"What the coordinator says of the model is broken: {exc}") from exc
+    if not isinstance(config, dict):
+        raise FetchFailed("What the coordinator says of the model is broken: no configuration")
+    return checkpoint_of(Path("the coordinator's model"), config, tensors)
