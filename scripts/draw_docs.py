@@ -15,7 +15,7 @@ from typing import Any
 from distributed_llm.common.states import StateTable
 from distributed_llm.coordinator.cluster.departures import DEPARTURE_STATES
 from distributed_llm.coordinator.cluster.move import MOVE_STATES
-from distributed_llm.coordinator.cluster.registry import WORKER_STATES
+from distributed_llm.coordinator.cluster.worker import WORKER_STATES
 from distributed_llm.coordinator.requests.answer_states import ANSWER_STATES
 from distributed_llm.coordinator.serving.pipeline import PIPELINE_STATES
 from distributed_llm.coordinator.trust.conduct import CONDUCT_STATES
@@ -34,7 +34,7 @@ _WIDTH = 24
 
 TABLES: dict[str, StateTable[Any, Any]] = {
     "coordinator/serving/pipeline.py": PIPELINE_STATES,
-    "coordinator/cluster/registry.py": WORKER_STATES,
+    "coordinator/cluster/worker.py": WORKER_STATES,
     "coordinator/cluster/move.py": MOVE_STATES,
     "coordinator/cluster/departures.py": DEPARTURE_STATES,
     "coordinator/requests/answer_states.py": ANSWER_STATES,

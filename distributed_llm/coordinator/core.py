@@ -67,8 +67,8 @@ from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,

@@ -35,7 +35,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import frame_of_bytes
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Garbage, KeepMembers, Received, Send
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.serving.event_log import EventKind

@@ -22,9 +22,9 @@ from distributed_llm.common.types import NO_EPOCH, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
-from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.cluster.telling import tell
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost

@@ -9,7 +9,7 @@ from distributed_llm.common.types import Epoch, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline, sending

@@ -635,15 +635,12 @@ class Fetch:
         coming = machine.bytes_done - sum(
             one.nbytes for one in self._entries.values() if one.stored
         )
+        asked = self._doing if self._not_told else ""
         self._progress = FetchProgress(
             here_bytes=max(0, min(self._total_bytes, self._placed_bytes + coming)),
             total_bytes=self._total_bytes,
             bytes_per_s=machine.rate(now),
-            doing=(
-                (self._doing if self._not_told else "")
-                or machine.waits_for(now)
-                or self._from_text()
-            )[:256],
+            doing=(asked or machine.waits_for(now) or self._from_text())[:256],
         )
 
     def _from_text(self) -> str:

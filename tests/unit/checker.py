@@ -23,7 +23,7 @@ from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.cluster.departures import DepartureState
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.requests.request import Answer

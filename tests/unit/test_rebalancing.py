@@ -7,7 +7,7 @@ import pytest
 from distributed_llm.common.messages import LoadStage, Notice
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice

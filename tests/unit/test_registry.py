@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
-from distributed_llm.coordinator.cluster.registry import (
-    CLIENT_SILENCE_S,
-    Registry,
-    Worker,
-    WorkerState,
-)
+from distributed_llm.coordinator.cluster.registry import CLIENT_SILENCE_S, Registry
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 
 A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
 CAPABILITIES = Capabilities(
