@@ -20,6 +20,8 @@ from distributed_llm import (
     config_command,
     generate_command,
     members_command,
+    service_command,
+    up_command,
     worker_command,
 )
 from distributed_llm.common import streams
@@ -47,10 +49,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(config_command.app, name="config")
-app.add_typer(cache_command.app, name="cache")
-app.add_typer(members_command.tokens, name="token")
-app.add_typer(members_command.machines, name="machines")
+# Groups of verbs in `dllm --help`, in this order.
+START, ASK, MACHINES, MORE = "Start", "Ask", "Machines of a cluster", "Settings and more"
+
+app.command(rich_help_panel=START)(up_command.up)
+app.command(rich_help_panel=START)(worker_command.join)
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +73,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def coordinator(
     model: Annotated[
         str | None,
@@ -116,12 +119,12 @@ def coordinator(
     raise typer.Exit(asyncio.run(serve(settings.coordinator, on_listening=_print_address)))
 
 
-app.command()(worker_command.worker)
-app.command()(worker_command.join)
-app.command()(generate_command.generate)
+app.command(rich_help_panel=START)(worker_command.worker)
+app.add_typer(service_command.app, name="service", rich_help_panel=START)
+app.command(rich_help_panel=ASK)(generate_command.generate)
 
 
-@app.command()
+@app.command(rich_help_panel=ASK)
 def status(
     coordinator: Coordinator = None,
     config: Config = None,
@@ -138,7 +141,7 @@ def status(
         console.print_status(client.status(), as_json=as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=ASK)
 def plan(
     model: Annotated[
         str,
@@ -185,7 +188,7 @@ def _parameters_of(config: Mapping[str, Any]) -> "Mapping[str, TensorInfo]":
     return parameters_of(config)
 
 
-@app.command()
+@app.command(rich_help_panel=MACHINES)
 def drain(
     name: Annotated[str, typer.Argument(help="Worker, as `dllm status` shows it.")],
     coordinator: Coordinator = None,
@@ -206,7 +209,13 @@ def drain(
         console.drain(client, name, as_json=as_json)
 
 
-@app.command()
+app.add_typer(members_command.tokens, name="token", rich_help_panel=MACHINES)
+app.add_typer(members_command.machines, name="machines", rich_help_panel=MACHINES)
+app.add_typer(cache_command.app, name="cache", rich_help_panel=MACHINES)
+app.add_typer(config_command.app, name="config", rich_help_panel=MORE)
+
+
+@app.command(rich_help_panel=MORE)
 def demo(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "Once upon a time",
     workers: Annotated[int, typer.Option(min=1, max=6, help="Workers to start.")] = 3,

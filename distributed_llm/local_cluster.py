@@ -1,7 +1,6 @@
 """A coordinator and workers as child processes: for tests, notebooks and `dllm demo`."""
 
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,6 @@ from distributed_llm.common.errors import (
     ConfigError,
     ConnectionFailed,
     DistributedLLMError,
-    error_from_wire,
 )
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.settings import SECTIONS
@@ -41,9 +39,6 @@ Progress = Callable[[str], None]
 def print_progress(text: str) -> None:
     """Print a line to stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-_ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTILINE | re.DOTALL)
 
 
 class LocalCluster:
@@ -135,7 +130,7 @@ class LocalCluster:
             self.address = self.coordinator.stdout.readline().decode().strip()
             if not self.address:
                 self.coordinator.wait(_KILL_AFTER_S)
-                raise _failure(self.coordinator)
+                raise self.coordinator.failure()
             for settings in self._wanted:
                 self.add_worker(**settings)
             if self._wanted:
@@ -233,7 +228,7 @@ class LocalCluster:
     def _check_processes(self) -> None:
         for process in self._processes:
             if process.exit_code is not None and process.exit_code > 0:
-                raise _failure(process)
+                raise process.failure()
 
 
 def _environment(section: str, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -255,13 +250,3 @@ def _remove(folder: Path, owner: int) -> None:
     """Delete a folder, unless this is a fork of the process that made it."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _failure(process: LocalProcess) -> DistributedLLMError:
-    """Return the error that a process ended with, of the class that it was there."""
-    said = process.log_tail()
-    if match := _ERROR_LINE.search(said):
-        return error_from_wire(match["code"], match["message"].strip(), 0.0)
-    return DistributedLLMError(
-        f"The {process.name} ended with exit code {process.exit_code}. It said: {said or 'nothing'}"
-    )

@@ -12,7 +12,9 @@ using them. They notice its end by a pipe that closes with it, even if it is kil
 import contextlib
 import json
 import os
+import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,13 +26,20 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from distributed_llm.common.errors import DistributedLLMError, error_from_wire
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 _KILL_AFTER_S = 5.0
 
 _LOG_TAIL = 8000
-"""Characters that `LocalProcess.log_tail` returns at most."""
+"""Bytes that `LocalProcess.log_tail` reads at most."""
+
+_LAST_LINES = 5
+"""Lines of the log of a process that ended without an error, as its last words."""
+
+_ERROR_LINE = re.compile(r"^Error \((?P<code>\w+)\): (?P<message>.+)", re.MULTILINE | re.DOTALL)
+"""How a verb of `dllm` says with which error it ended."""
 
 _OWN_GROUP: dict[str, Any] = {"start_new_session": True}
 """Arguments of `Popen` for a child that does not hear the Ctrl-C of our terminal."""
@@ -97,7 +106,8 @@ class LocalProcess:
         self.stdout: IO[bytes] = os.fdopen(stdout, "rb")
         child = None
         try:
-            with self.log.open("wb") as stderr:
+            self.log.write_bytes(b"")
+            with self.log.open("ab") as stderr:  # goes on at the start when `trim_log` emptied it
                 child = start((stdin_end, stdout_end, stderr.fileno()))
         finally:
             os.close(stdin_end)
@@ -147,7 +157,33 @@ class LocalProcess:
 
     def log_tail(self) -> str:
         """Return the end of what it wrote to stderr."""
-        return self.log.read_text(errors="replace")[-_LOG_TAIL:].strip()
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL))
+            return log.read().decode(errors="replace").strip()
+
+    def trim_log(self, most_bytes: int) -> None:
+        """Empty its log once that is longer than `most_bytes`; what was in it is kept beside it.
+
+        Lines that it writes at that very moment may be lost.
+        """
+        if self.log.stat().st_size > most_bytes:
+            shutil.copyfile(self.log, earlier_log(self.log))
+            os.truncate(self.log, 0)
+
+    def last_words(self) -> str:
+        """Return the error that it ended with, or else the last lines of its log."""
+        said = self.log_tail()
+        match = _ERROR_LINE.search(said)
+        return match["message"].strip() if match else "\n".join(said.splitlines()[-_LAST_LINES:])
+
+    def failure(self) -> DistributedLLMError:
+        """Return the error that it ended with, of the class that it was there."""
+        said = self.log_tail()
+        if match := _ERROR_LINE.search(said):
+            return error_from_wire(match["code"], match["message"].strip(), 0.0)
+        return DistributedLLMError(
+            f"The {self.name} ended with exit code {self.exit_code}. It said: {said or 'nothing'}"
+        )
 
     def close(self) -> None:
         """End it, at once if it does not end by itself."""
@@ -239,6 +275,11 @@ class _ForkedChild:
 
     def close(self) -> None:
         self._handle.close()
+
+
+def earlier_log(log: Path) -> Path:
+    """Return the file that has what stood in a log before."""
+    return log.with_name(f"{log.name}.1")
 
 
 class ForkServer:

@@ -10,7 +10,9 @@ from distributed_llm.options import AsJson, Config, Coordinator, client_of, sett
 tokens = typer.Typer(
     help="Let machines enrol: create, list or revoke tokens.", no_args_is_help=True
 )
-machines = typer.Typer(help="List or remove the machines that are enrolled.", no_args_is_help=True)
+machines = typer.Typer(
+    help="List, remove or readmit the machines that are enrolled.", no_args_is_help=True
+)
 
 
 @tokens.command("create")
@@ -44,7 +46,7 @@ def create_token(
     settings = settings_of(config, {"client.coordinator": coordinator})
     with client_of(settings) as client:
         token = client.create_token(wanted, uses=uses or None, lifetime_s=lifetime_s or None)
-    if token.only_here:
+    if not token.addresses:
         print(
             "The coordinator listens on this machine only, so the line is good for other users of "
             "it. For other machines, start it with --bind 0.0.0.0:PORT.",
@@ -98,3 +100,15 @@ def remove_machine(
     with client_of(settings_of(config, {"client.coordinator": coordinator})) as client:
         client.remove_machine(name)
     print(f"{name} is removed", file=sys.stderr)
+
+
+@machines.command("readmit")
+def readmit_machine(
+    name: Annotated[str, typer.Argument(help="As `dllm machines list` shows it.")],
+    coordinator: Coordinator = None,
+    config: Config = None,
+) -> None:
+    """Let a machine connect again that is quarantined, for it broke the protocol."""
+    with client_of(settings_of(config, {"client.coordinator": coordinator})) as client:
+        client.readmit_machine(name)
+    print(f"{name} may connect again", file=sys.stderr)

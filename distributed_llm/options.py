@@ -1,6 +1,7 @@
 """Options that several verbs of `dllm` have, and what is made of them."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,16 @@ def settings_of(config: Path | None, overrides: dict[str, Any]) -> "Settings":
     from distributed_llm.common.config import load_settings
 
     return load_settings(config, environment=os.environ, overrides=overrides)
+
+
+def options_as_words(options: Mapping[str, object]) -> list[str]:
+    """Return options of a command line, by the names of parameters; None is one not given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return [
+        word
+        for name, value in given.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
 
 
 def client_of(settings: "Settings") -> "DistributedClient":

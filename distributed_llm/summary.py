@@ -16,6 +16,7 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.common.wording import (
     count_text,
     duration_text,
+    fetch_text,
     layers_text,
     list_text,
     rate_text,
@@ -59,6 +60,8 @@ def headline(status: ClusterStatus) -> str:
         what += ", each the whole model"
     if status.insecure:
         what += " (NO KEYS: whoever reaches its port may do everything)"
+    if status.quarantined:
+        what += f" (quarantined: {list_text(status.quarantined)})"
     if status.state != "serving":
         return what
     return (
@@ -94,6 +97,16 @@ def request_lines(status: ClusterStatus) -> list[str]:
         lines.append(
             f"layers moved {times_text(status.moves)}{stood_still if status.move_stall_s else ''}"
         )
+    return lines
+
+
+def fetch_lines(status: ClusterStatus) -> list[str]:
+    """Return how far the weights have come that workers fetch from other machines."""
+    lines = []
+    for worker in status.workers:
+        if one := worker.fetch:
+            far = fetch_text(one.here_bytes, one.total_bytes, one.bytes_per_s, one.doing)
+            lines.append(f"{worker.name} gets weights: {far}")
     return lines
 
 
@@ -171,8 +184,15 @@ def machine_row(machine: MachineStatus, now: float) -> list[str]:
         machine.role.value,
         fingerprint(machine.key),
         f"{duration_text(max(0.0, now - machine.enrolled_at))} ago",
-        f"{machine.sessions:,}",
+        sessions_text(machine),
     ]
+
+
+def sessions_text(machine: MachineStatus) -> str:
+    """Return how many connections a machine has, or for how long it may have none."""
+    if machine.quarantined_s is None:
+        return f"{machine.sessions:,}"
+    return f"quarantined for {duration_text(max(1.0, machine.quarantined_s))}"
 
 
 # ------------------------------------------------------------------ kept weights

@@ -4,14 +4,16 @@ import asyncio
 import gc
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributed_llm.options import Config, Coordinator, Insecure, settings_of
+from distributed_llm.options import Config, Coordinator, Insecure, options_as_words, settings_of
 from distributed_llm.serving_process import WithParent, start_process
 
 if TYPE_CHECKING:
+    from distributed_llm.common.keyring import Keyring
+    from distributed_llm.common.roles import Role
     from distributed_llm.common.settings import Settings
 
 Name = Annotated[
@@ -93,6 +95,10 @@ def join(
     model: Model = None,
     cache_limit: CacheLimit = None,
     wait: Wait = False,
+    service: Annotated[
+        bool,
+        typer.Option("--service", help="Work in the background from now on, also after restarts."),
+    ] = False,
     enrol_only: Annotated[
         bool, typer.Option("--enrol-only", help="Enrol, and do no more.")
     ] = False,
@@ -101,52 +107,62 @@ def join(
         typer.Option("--print-key", help="Print the key for DLLM_KEY, a secret, and do no more."),
     ] = False,
 ) -> None:
-    """Enrol this machine at a coordinator, once, and serve layers for it."""
-    from distributed_llm.client.enrolment import enrol
-    from distributed_llm.common.addresses import machine_name
-    from distributed_llm.common.errors import NotEnrolled
-    from distributed_llm.common.join_line import parse_join_line
+    """Enrol this machine at a coordinator, once, and serve layers for it.
+
+    Without a line it serves the coordinator that it joined last, wherever on the local network that
+    is now. `dllm service remove worker` undoes --service.
+    """
+    from distributed_llm.client.finding import find_coordinator
     from distributed_llm.common.keyring import Keyring, state_folder, text_of_key
     from distributed_llm.common.roles import Role
 
-    given = settings_of(config, {"worker.name": name})
+    options: dict[str, Any] = {
+        "name": name,
+        "peer_bind": peer_bind,
+        "device": device,
+        "threads": threads,
+        "max_memory": max_memory,
+        "model": model,
+        "cache_limit": cache_limit,
+    }
+    given = settings_of(config, {f"worker.{key}": value for key, value in options.items()})
     keyring = Keyring(state_folder())
-    if line is None:
-        address, serves = keyring.latest(), True
-        if not address:
-            raise NotEnrolled(
-                "This machine has joined no coordinator yet. Run `dllm token create` where the "
-                "coordinator runs, and here the line that it prints."
-            )
+    start_process(given.worker.log_level, exit_with_parent=False)
+    if line is not None:
+        address, role = _enrol(keyring, line, given)
+        if not (print_key or enrol_only or role.includes(Role.WORKER)):
+            _say(f"Ask with: dllm generate --coordinator {address} PROMPT")
+            return
+    elif service and (joined := keyring.joined()):  # it need not run just now
+        address = joined[0].address
     else:
-        wanted = parse_join_line(line)
-        called = given.worker.name or machine_name()
-        start_process(given.worker.log_level, exit_with_parent=False)
-        enrolled = asyncio.run(enrol(keyring, wanted, called, given.client.connect_timeout_s))
-        address, serves = wanted.address, enrolled.role.includes(Role.WORKER)
-        print(
-            f"{enrolled.name} is enrolled at {address} as {enrolled.role.value}.", file=sys.stderr
-        )
+        wait_for_it = wait or not given.worker.connect_timeout_s
+        address = asyncio.run(find_coordinator(keyring, _say, wait=wait_for_it))
     if print_key:
         print(text_of_key(keyring.login(address)))
-        return
-    if enrol_only:
-        return
-    if not serves:
-        print(f"Ask with: dllm generate --coordinator {address} PROMPT", file=sys.stderr)
-        return
-    worker(
-        coordinator=address,
-        config=config,
-        name=name,
-        peer_bind=peer_bind,
-        device=device,
-        threads=threads,
-        max_memory=max_memory,
-        model=model,
-        cache_limit=cache_limit,
-        wait=wait,
-    )
+    elif service:
+        from distributed_llm.service_command import install
+
+        install("worker", ["join", "--wait", *options_as_words({"config": config, **options})])
+    elif not enrol_only:
+        worker(coordinator=address, config=config, wait=wait, **options)
+
+
+def _enrol(keyring: "Keyring", line: str, settings: "Settings") -> "tuple[str, Role]":
+    """Enrol this machine by a join line; return the coordinator's address, and as what."""
+    from distributed_llm.client.enrolment import enrol
+    from distributed_llm.common.addresses import machine_name
+    from distributed_llm.common.join_line import parse_join_line
+
+    wanted = parse_join_line(line)
+    called = settings.worker.name or machine_name()
+    enrolled = asyncio.run(enrol(keyring, wanted, called, settings.client.connect_timeout_s))
+    _say(f"{enrolled.name} is enrolled at {wanted.address} as {enrolled.role.value}.")
+    return wanted.address, enrolled.role
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _work(settings: "Settings") -> None:

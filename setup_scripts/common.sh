@@ -4,7 +4,6 @@
 #   os_name                   as `uname -s` prints it
 #   python_hint, venv_hint    how to install Python, and its venv module
 #   torch_note                which build of PyTorch this machine gets
-#   service_check, service_file, service_text, service_start, service_stop, service_logs
 # Works with bash 3.2, which macOS has: hence ${array[@]+"${array[@]}"} for arrays that may be empty.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -79,19 +78,6 @@ run() {
     else
         "$@"
     fi
-}
-
-# write_file PATH TEXT: write and print it, or only print it if this is a dry run
-write_file() {
-    if [[ -n $dry_run ]]; then
-        say "would write $1:"
-    else
-        mkdir -p "$(dirname "$1")"
-        printf '%s\n' "$2" >"$1.new"
-        mv -f "$1.new" "$1"
-        say "Wrote $1:"
-    fi
-    printf '%s\n' "$2" | sed 's/^/    /'
 }
 
 parse_arguments() {
@@ -287,15 +273,8 @@ set_command_line() {
 }
 
 install_service() {
-    # What dllm does not understand is told now, not in a log.
-    [[ -n $dry_run ]] || "${command_line[@]}" --help >/dev/null || exit 2
-    service_check
-    write_file "$(service_file)" "$(service_text)"
-    service_start
-    [[ -z $dry_run ]] || return 0
-    say "The $role runs now and starts again with this machine. What it says: $(service_logs)"
-    say "To remove it: $0 $role --uninstall-service"
-    say_command
+    run "$venv/bin/dllm" service install "${command_line[@]:1}" || exit
+    [[ -n $dry_run ]] || say_command
 }
 
 # say_command: what to type from now on
@@ -304,16 +283,14 @@ say_command() {
     say "To have it as dllm in this shell: export PATH=$(printf %q "$venv/bin"):\$PATH"
 }
 
+# uninstall_service: removing one needs Python alone, so it works though .venv is gone
 uninstall_service() {
-    service_check
-    local file
-    file=$(service_file)
-    if [[ ! -e $file && -z $dry_run ]]; then
-        say "There is no service to remove: $file is not there."
-        return
+    local remover=$python
+    if ! venv_works; then
+        find_python
+        remover=$base_python
     fi
-    service_stop
-    run rm -f "$file"
+    run env PYTHONPATH="$root" "$remover" -m distributed_llm.services remove "$role" || exit
 }
 
 main() {

@@ -236,51 +236,11 @@ function Get-RoleCommand {
     }
 }
 
-function Assert-Administrator {
-    $user = [Security.Principal.WindowsPrincipal] [Security.Principal.WindowsIdentity]::GetCurrent()
-    if (-not $user.IsInRole([Security.Principal.WindowsBuiltInRole]::Administrator)) {
-        Stop-Setup 1 @(
-            'Tasks that start with Windows can only be changed by an administrator.',
-            'Open PowerShell with "Run as administrator" and run this again.'
-        )
-    }
-}
-
-# A scheduled task: starts with Windows, before anybody logs in, and again a minute after it failed.
 function Install-RoleService([string[]] $Command) {
-    $task = "dllm-$Role"
-    $arguments = Join-Arguments @($Command | Select-Object -Skip 1)
-    if (-not $DryRun) {
-        # What dllm does not understand is told now, not in a log.
-        $rest = @($Command | Select-Object -Skip 1) + '--help'
-        & $Command[0] @rest | Out-Null
-        if ($LASTEXITCODE -ne 0) { exit 2 }
-    }
-    Write-Host "Task ${task}: at startup, as $env:USERNAME: $(Join-Arguments $Command)"
-    if ($DryRun) {
-        Write-Host "would run: Register-ScheduledTask -TaskName $task"
-        Write-Host "would run: Start-ScheduledTask -TaskName $task"
-        return
-    }
-    $settings = @{
-        AllowStartIfOnBatteries    = $true
-        DontStopIfGoingOnBatteries = $true
-        ExecutionTimeLimit         = [TimeSpan]::Zero
-        RestartCount               = 999
-        RestartInterval            = New-TimeSpan -Minutes 1
-    }
-    $parts = @{
-        TaskName  = $task
-        Action    = New-ScheduledTaskAction -Execute $Command[0] -Argument $arguments -WorkingDirectory $Root
-        Trigger   = New-ScheduledTaskTrigger -AtStartup
-        Principal = New-ScheduledTaskPrincipal -UserId "$env:USERDOMAIN\$env:USERNAME" -LogonType S4U
-        Settings  = New-ScheduledTaskSettingsSet @settings
-    }
-    Register-ScheduledTask @parts -Force | Out-Null
-    Start-ScheduledTask -TaskName $task
-    Write-Host "The $Role runs now and starts again with this machine."
-    Write-Host "To remove it: setup_scripts\setup_windows.ps1 $Role --uninstall-service"
-    Write-Command
+    $arguments = @('service', 'install') + @($Command | Select-Object -Skip 1)
+    $code = Invoke-Program $Dllm $arguments
+    if ($code -ne 0) { exit $code }
+    if (-not $DryRun) { Write-Command }
 }
 
 # What to type from now on.
@@ -289,19 +249,15 @@ function Write-Command {
     Write-Host "To have it as dllm in this window: `$env:PATH = '$(Split-Path -Parent $Dllm);' + `$env:PATH"
 }
 
+# Removing a service needs Python alone, so it works though .venv is gone.
 function Uninstall-RoleService {
-    $task = "dllm-$Role"
-    if ($DryRun) {
-        Write-Host "would run: Stop-ScheduledTask -TaskName $task"
-        Write-Host "would run: Unregister-ScheduledTask -TaskName $task"
-        return
-    }
-    if (-not (Get-ScheduledTask -TaskName $task -ErrorAction SilentlyContinue)) {
-        Write-Host "There is no service to remove: no scheduled task is called $task."
-        return
-    }
-    Stop-ScheduledTask -TaskName $task
-    Unregister-ScheduledTask -TaskName $task -Confirm:$false
+    $command = @($VenvPython)
+    if (-not (Test-Venv)) { $command = @(Find-Python) }
+    $env:PYTHONPATH = $Root
+    $arguments = @($command | Select-Object -Skip 1)
+    $arguments += @('-m', 'distributed_llm.services', 'remove', $Role)
+    $code = Invoke-Program $command[0] $arguments
+    if ($code -ne 0) { exit $code }
 }
 
 $given = @($args)
@@ -382,7 +338,6 @@ if ($Name -and $Name -notmatch '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$') {
     Stop-Setup 2 @("The name $Name will not do. Use up to 64 letters, digits, '.', '_' and '-'.")
 }
 
-if ($Service -and -not $DryRun) { Assert-Administrator }
 if ($Service -eq 'uninstall') {
     Uninstall-RoleService
     exit 0

@@ -63,17 +63,18 @@ class FaultProxy:
     Args:
         target: "HOST:PORT".
         seed: of the jitter.
+        record: keep a copy of all bytes that pass.
 
     Attributes:
         address: "HOST:PORT" to connect to instead.
     """
 
-    def __init__(self, target: str, *, seed: int = 0) -> None:
+    def __init__(self, target: str, *, seed: int = 0, record: bool = False) -> None:
         self._target = split_address(target)
         self._keyring = Keyring(state_folder())
         self._login = self._keyring.kept(target)
-        self._to_server = _Direction(random.Random(seed))
-        self._to_client = _Direction(random.Random(seed + 1))
+        self._to_server = _Direction(random.Random(seed), record=record)
+        self._to_client = _Direction(random.Random(seed + 1), record=record)
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self.address = ""
@@ -105,6 +106,11 @@ class FaultProxy:
     def passed_bytes(self) -> tuple[int, int]:
         """Bytes carried so far, of all connections: to the server, to the client."""
         return self._to_server.passed_bytes, self._to_client.passed_bytes
+
+    @property
+    def recorded(self) -> bytes:
+        """What has passed so far: to the server, then to the client."""
+        return bytes(self._to_server.recorded + self._to_client.recorded)
 
     def degrade(self, *, to_server: Faults = _NONE, to_client: Faults = _NONE) -> None:
         """Let these faults take the place of those before, for open and new connections."""
@@ -174,8 +180,10 @@ class FaultProxy:
 class _Direction:
     """The faults of one direction, which all connections look at."""
 
-    def __init__(self, luck: random.Random) -> None:
+    def __init__(self, luck: random.Random, *, record: bool) -> None:
         self.luck = luck
+        self.recorded = bytearray()
+        self._record = record
         self.faults = _NONE
         self.passed_bytes = 0
         self.lossy: set[asyncio.Task[None]] = set()
@@ -209,9 +217,12 @@ class _Direction:
             most = min(most, max(1, int(faults.rate_bytes_per_s * _RATE_STEP_S)))
         return most if self._bytes_to_cut is None else min(most, self._bytes_to_cut)
 
-    def count(self, size: int) -> bool:
+    def count(self, data: memoryview) -> bool:
         """Count bytes that go now; return whether they are the last before a cut."""
+        size = len(data)
         self.passed_bytes += size
+        if self._record:
+            self.recorded += data
         if self._bytes_to_cut is None:
             return False
         self._bytes_to_cut -= size
@@ -286,7 +297,7 @@ class _Flow:
                 self._way.lossy.add(self._connection)
                 return
             size = self._way.next_bytes(len(data))
-            last = self._way.count(size)
+            last = self._way.count(data[:size])
             await self._send(data[:size])
             data = data[size:]
             if last:

@@ -34,6 +34,7 @@ from distributed_llm.client.session import Session, new_request_id
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
+from distributed_llm.common.keys import token_id
 from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
@@ -41,6 +42,7 @@ from distributed_llm.common.messages import (
     Generate,
     GetMembers,
     Name,
+    ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     TokenChunk,
@@ -62,11 +64,14 @@ class NewToken:
 
     Attributes:
         line: `dllm://...`, to be given to `dllm join`; a secret.
-        only_here: the coordinator cannot be reached by other machines.
+        id: its name for people, which is no secret.
+        addresses: "HOST:PORT"s at which other machines reach the coordinator, best first, which is
+            the one in the line; none if they cannot.
     """
 
     line: str = field(repr=False)
-    only_here: bool
+    id: str
+    addresses: tuple[str, ...]
 
 
 class AsyncDistributedClient:
@@ -362,7 +367,8 @@ class AsyncDistributedClient:
         session = await self._connected()
         assert session.server is not None
         address = (*members.addresses, self._address)[0]
-        return NewToken(str(JoinLine(address, session.server, keys.secret)), not members.addresses)
+        line = str(JoinLine(address, session.server, keys.secret))
+        return NewToken(line, token_id(keys.public), members.addresses)
 
     async def revoke_token(self, token_id: str) -> None:
         """Let nobody enrol by a token any more; machines that did stay.
@@ -384,8 +390,18 @@ class AsyncDistributedClient:
         """
         await self._administer(RemoveMachine(name=name[:256]))
 
+    async def readmit_machine(self, name: str) -> None:
+        """Let a machine connect again that is quarantined, for it broke the protocol.
+
+        Raises:
+            NotAllowed: this machine is no admin.
+            InvalidRequest: there is no such machine, or it is not quarantined.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        await self._administer(ReadmitMachine(name=name[:256]))
+
     async def _administer(
-        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine
+        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine | ReadmitMachine
     ) -> ClusterMembers:
         session = await self._connected()
         return await session.administer(message, self._connect_timeout_s)
@@ -655,6 +671,11 @@ class DistributedClient:
         """Let a machine connect no more; see `AsyncDistributedClient.remove_machine`."""
         runner, client = self._here()
         runner.run(client.remove_machine(name))
+
+    def readmit_machine(self, name: str) -> None:
+        """End a machine's quarantine; see `AsyncDistributedClient.readmit_machine`."""
+        runner, client = self._here()
+        runner.run(client.readmit_machine(name))
 
 
 def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:

@@ -1,14 +1,17 @@
 """Enrols this machine at a coordinator, by the token in a join line."""
 
 import asyncio
+from typing import assert_never
 
 from distributed_llm.common import codec
 from distributed_llm.common.addresses import addresses_of
-from distributed_llm.common.connection import Connection, rejection_error
+from distributed_llm.common.connection import Connection
 from distributed_llm.common.errors import (
     CoordinatorLost,
     CoordinatorUnreachable,
     DistributedLLMError,
+    NotAllowed,
+    NotEnrolled,
     ProtocolMismatch,
     RemoteProtocolError,
     WrongServerKey,
@@ -19,7 +22,7 @@ from distributed_llm.common.keyring import Keyring
 from distributed_llm.common.keys import KeyPair, fingerprint
 from distributed_llm.common.messages import Enrol, Enrolled, Refused
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.transport import Login, key_pair_of, new_key_pair
+from distributed_llm.common.transport import Login, Rejection, key_pair_of, new_key_pair
 from distributed_llm.common.wording import no_coordinator_text
 
 
@@ -40,7 +43,8 @@ async def enrol(keyring: Keyring, line: JoinLine, name: str, timeout_s: float) -
         raise WrongServerKey(
             f"The coordinator at {line.address} was known by the key {fingerprint(known.server)}, "
             f"and this line names {fingerprint(line.server)}. If it was set up anew, delete "
-            f"{keyring.path(line.address)} and join again; else ask who runs it."
+            f"{keyring.path(line.address)} and join again; else ask who runs it: somebody may be "
+            "in between."
         )
     keys = known.keys if known else new_key_pair()
     enrolled = await _ask(line, keys, name, timeout_s)
@@ -76,7 +80,7 @@ async def _ask(line: JoinLine, keys: KeyPair, name: str, timeout_s: float) -> En
                 lambda: connection.send(codec.encode(Enrol(key=keys.public, name=name))),
                 lambda: fail(CoordinatorLost(f"The coordinator at {line.address} is gone.")),
                 login=login,
-                on_rejected=lambda why: fail(rejection_error(line.address, login, why)),
+                on_rejected=lambda why: fail(_rejected(line, why)),
             )
             try:
                 return await answer
@@ -85,5 +89,29 @@ async def _ask(line: JoinLine, keys: KeyPair, name: str, timeout_s: float) -> En
     except TimeoutError:
         raise CoordinatorUnreachable(
             f"No coordinator at {line.address} after {timeout_s:g} s: {no_coordinator_text(False)}."
-            " Check that it runs, and that this machine can reach it."
+            " Check that it runs, that both machines are in the same network, and that no firewall "
+            "there closes its port."
         ) from None
+
+
+def _rejected(line: JoinLine, why: Rejection) -> NotAllowed:
+    """Return what to tell somebody whose join line was rejected."""
+    again = "Ask who runs it for a new line: `dllm token create`."
+    if why is Rejection.OUR_KEY:
+        return NotEnrolled(
+            f"The coordinator at {line.address} does not know the token in this line: it was "
+            f"revoked, expired long ago, or is not copied right. {again}"
+        )
+    if why is Rejection.SERVER_KEY:
+        return WrongServerKey(
+            f"What answers at {line.address} does not hold the key {fingerprint(line.server)} that "
+            "is in this line: the line is of another coordinator, or that one was set up anew, or "
+            f"somebody is in between. Nothing was sent to it. {again}"
+        )
+    if why is Rejection.NO_KEYS:
+        return NotAllowed(
+            f"What answers at {line.address} uses no keys, so nobody can join it by a line: it is "
+            "no coordinator, or one that was started with --insecure. If that is meant: dllm "
+            f"worker --insecure --coordinator {line.address}"
+        )
+    assert_never(why)

@@ -37,6 +37,7 @@ from distributed_llm.common.messages import (
     MembersReport,
     Ping,
     Pong,
+    ReadmitMachine,
     Refused,
     RemoveMachine,
     RequestFailed,
@@ -191,7 +192,9 @@ class Session:
             ) from None
 
     async def administer(
-        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine, timeout_s: float
+        self,
+        message: GetMembers | CreateToken | RevokeToken | RemoveMachine | ReadmitMachine,
+        timeout_s: float,
     ) -> ClusterMembers:
         """Return who may connect, after that is changed as `message` says.
 

@@ -17,6 +17,9 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 _MAX_ADDRESSES = 16
 """Addresses of one host that are used at most."""
 
+_LISTENS_S = 2.0
+"""Time within which whatever listens at an address accepts a connection, seconds."""
+
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
 """Addresses of no machine (RFC 5737, 3849), to ask which of ours would send to them."""
 
@@ -47,7 +50,7 @@ def hosts_for_others(bound: IPAddress, first: Iterable[str]) -> list[IPAddress]:
         return [bound]
     here = [ip for text in interface_hosts() if (ip := ip_of(text)) is not None]
     here.sort(key=lambda one: (one.is_loopback, one.version))
-    known = [ip for text in first if (ip := ip_of(text)) is not None]
+    known = [ip for text in first if (ip := ip_of(text)) is not None and not ip.is_loopback]
     return [one for one in dict.fromkeys([*known, *here]) if _serves(bound, one)]
 
 
@@ -112,6 +115,18 @@ async def addresses_of(address: str) -> tuple[str, ...]:
     if not texts:
         raise _unknown(host, address, "it has no IP address")
     return tuple(texts)[:_MAX_ADDRESSES]
+
+
+async def listens(address: str) -> bool:
+    """Return whether something accepts connections at "HOST:PORT" within a moment."""
+    host, port = split_address(address)
+    try:
+        async with asyncio.timeout(_LISTENS_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return True
 
 
 def _unknown(host: str, address: str, why: str) -> CoordinatorUnreachable:

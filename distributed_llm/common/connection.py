@@ -168,25 +168,24 @@ def rejection_error(address: str, login: Login | None, why: Rejection) -> NotAll
         address: "HOST:PORT" of the coordinator.
         login: that was used.
     """
-    again = (
-        "To enrol this machine, run `dllm token create` where the coordinator runs, and here the "
-        "line that it prints."
-    )
+    again = "run `dllm token create` where the coordinator runs, and here the line that it prints."
     if login is None:
         return NotAllowed(
-            f"The coordinator at {address} uses keys, or is none. Leave --insecure out. {again}"
+            f"The coordinator at {address} uses keys, or is none. Leave --insecure out. To "
+            f"enrol this machine, {again}"
         )
     match why:
         case Rejection.OUR_KEY:
             return NotEnrolled(
                 f"The coordinator at {address} does not know the key of this machine: it was "
-                f"removed there, or a token was revoked. {again}"
+                f"removed there, or all machines have to join anew. To enrol it, {again}"
             )
         case Rejection.SERVER_KEY:
             return WrongServerKey(
                 f"What answers at {address} does not hold the key {fingerprint(login.server)} by "
                 "which this machine knows the coordinator there: another coordinator has that "
-                f"address now, or somebody is in between. If that is as it should be: {again}"
+                "address now, it was set up anew, or somebody is in between. If that is as it "
+                f"should be, {again}"
             )
         case Rejection.NO_KEYS:
             return NotAllowed(

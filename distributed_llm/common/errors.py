@@ -19,6 +19,7 @@
     + AddressInUse             the port to listen on is taken
   x NotAllowed                 the key of this machine may not do this
     + NotEnrolled              the coordinator does not know the key of this machine
+    + Quarantined              this machine broke the protocol too often; later it may connect
     + WrongServerKey           what answers at the address is not the coordinator that is known
   x WorkerLost                 workers died and the others cannot replace them
   x StageError                 a worker failed to run its layers
@@ -26,6 +27,7 @@
   x RequestCancelled           the request was cancelled
   x DeadlineExceeded           the request did not finish within its timeout_s
   x OutputFailed               what was asked for cannot be written to standard output
+  x ServiceFailed              a service of this machine cannot be installed or removed
   x ProtocolError              the wire protocol was violated
     + LocalProtocolError       by us: a bug here
     + RemoteProtocolError      by the peer: say so, drop the message, keep serving
@@ -171,6 +173,12 @@ class NotEnrolled(NotAllowed):
     code = "not_enrolled"
 
 
+class Quarantined(NotAllowed):
+    """This machine broke the protocol too often, and may not connect for some time."""
+
+    code = "quarantined"
+
+
 class WrongServerKey(NotAllowed):
     """What answers at the address does not hold the key of the coordinator that is known there."""
 
@@ -212,6 +220,12 @@ class OutputFailed(DistributedLLMError):
     """Standard output of a command is full or closed."""
 
     code = "output"
+
+
+class ServiceFailed(DistributedLLMError):
+    """A service of this machine's system cannot be installed or removed."""
+
+    code = "service"
 
 
 class ProtocolError(DistributedLLMError):
@@ -280,6 +294,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         ProtocolMismatch,
         NotAllowed,
         NotEnrolled,
+        Quarantined,
         WrongServerKey,
     )
 }

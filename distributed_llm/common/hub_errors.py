@@ -31,7 +31,8 @@ def _explained(name: str, exc: Exception) -> CheckpointError:
         case errors.GatedRepoError():
             return CheckpointError(
                 f"{name} is gated: its owner wants you to accept a licence. Do so at "
-                f"https://huggingface.co/{name}, then run `hf auth login` on this machine."
+                f"https://huggingface.co/{name}, then run `hf auth login` on this machine, or set "
+                "HF_TOKEN here. This machine is enough: workers get the weights from it."
             )
         case errors.RevisionNotFoundError():
             return CheckpointError(

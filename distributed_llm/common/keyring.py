@@ -9,12 +9,13 @@ import stat
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import platformdirs
 
-from distributed_llm.common.addresses import interface_hosts, ip_of
+from distributed_llm.common.addresses import interface_hosts, ip_of, listens
 from distributed_llm.common.errors import ConfigError, CoordinatorUnreachable, NotEnrolled
 from distributed_llm.common.keys import KeyPair, PublicKey, key_bytes
 from distributed_llm.common.transport import Login, key_pair_of
@@ -29,9 +30,6 @@ KEY_VARIABLE = "DLLM_KEY"
 
 _LOOK_EVERY_S = 0.1
 """Time between two looks for the key of a coordinator that does not run yet, seconds."""
-
-_LISTENS_S = 2.0
-"""Time within which whatever listens at an address accepts a connection, seconds."""
 
 _MAX_FILE_BYTES = 1 << 20
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -51,6 +49,19 @@ class _KeyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     server: PublicKey
     secret: str
     name: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A coordinator that this machine has enrolled at.
+
+    Attributes:
+        address: "HOST:PORT" at which it was found.
+        login: the keys of both ends.
+    """
+
+    address: str
+    login: Login
 
 
 def state_folder() -> Path:
@@ -102,15 +113,15 @@ class Keyring:
         kept = self._find(address)
         return kept.name if kept else ""
 
-    def latest(self) -> str:
-        """Return the address of the coordinator that this machine enrolled at last; maybe empty.
+    def joined(self) -> list[Joined]:
+        """Return the coordinators that this machine has enrolled at, the latest first.
 
         Raises:
             ConfigError: others can read a file, or it is damaged.
         """
         paths = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        kept = [self._read(path) for path in paths]
-        return next((one.address for one in reversed(kept) if one and one.name), "")
+        kept = [one for path in reversed(paths) if (one := self._read(path)) and one.name]
+        return [Joined(one.address, Login(one.server, key_pair_of(one.secret))) for one in kept]
 
     def _find(self, address: str) -> _KeyFile | None:
         found = (self._read(self.path(name)) for name in _names_of(address))
@@ -140,6 +151,17 @@ class Keyring:
         """
         kept = _KeyFile(address, server, keys.secret, name)
         write_secret_file(self.path(address), msgspec.json.encode(kept))
+
+    def move(self, address: str, to: str) -> None:
+        """Keep the keys for a coordinator under its new address.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        if address != to and (kept := self._read(self.path(address))):
+            moved = msgspec.structs.replace(kept, address=to)
+            write_secret_file(self.path(to), msgspec.json.encode(moved))
+            self.forget(address)
 
     def forget(self, address: str) -> None:
         """Delete the keys for a coordinator, if there are any."""
@@ -277,7 +299,7 @@ async def find_login(address: str, give_up_at: float | None) -> Login:
         except NotEnrolled:
             if text := os.environ.get(KEY_VARIABLE):
                 return key_of_text(text)
-            if await _listens(address):
+            if await listens(address):
                 await asyncio.sleep(_LOOK_EVERY_S)  # it may just have started, and is about to
                 return keyring.login(address)
         if give_up_at is not None and loop.time() >= give_up_at:
@@ -287,15 +309,3 @@ async def find_login(address: str, give_up_at: float | None) -> Login:
                 "reach. This machine has no key for a coordinator there either."
             )
         await asyncio.sleep(_LOOK_EVERY_S)
-
-
-async def _listens(address: str) -> bool:
-    """Return whether something accepts connections at "HOST:PORT"."""
-    host, port = split_address(address)
-    try:
-        async with asyncio.timeout(_LISTENS_S):
-            _, writer = await asyncio.open_connection(host, port)
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    return True

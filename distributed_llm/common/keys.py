@@ -53,6 +53,15 @@ def key_text(key: bytes) -> str:
     return base64.urlsafe_b64encode(key).decode().rstrip("=")
 
 
+def token_id(key: PublicKey) -> str:
+    """Return the name of a token for people, which is no secret.
+
+    Args:
+        key: the public half of the token.
+    """
+    return fingerprint(key)[:9]
+
+
 def fingerprint(key: PublicKey) -> str:
     """Return a short name of a key for people to compare: 16 hexadecimal digits in fours.
 

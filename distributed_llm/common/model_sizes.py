@@ -13,6 +13,9 @@ _ALIBI_CONTEXT = 2048
 
 _MAX_POSITIONS = 2**31 - 1
 
+_MAX_LAYERS = 4096
+"""Far more than any model has, and few enough to be made and planned in seconds."""
+
 _SCALED_BY_FACTOR = frozenset({"yarn", "llama3", "linear", "dynamic"})
 """Types of rotary positions that reach `factor` times as far as the model was first trained.
 
@@ -23,13 +26,20 @@ _SCALED_AS_PUBLISHED = frozenset({"gemma3_text"})
 """Model types whose `max_position_embeddings` is the scaled length though the scaling is linear."""
 
 
-def num_layers(config: Config) -> int:
-    """Return the number of transformer layers.
+def check_sizes(config: Config) -> None:
+    """Raise if a model of this config cannot be.
 
     Raises:
-        CheckpointError: it is not there, or no positive number; as in the other functions here.
+        CheckpointError: a size is not there, or no possible number; as in the functions below.
     """
-    return positive(config, "num_hidden_layers", "n_layer", "num_layers")
+    num_layers(config)
+    hidden_size(config)
+    positive(config, "vocab_size")
+
+
+def num_layers(config: Config) -> int:
+    """Return the number of transformer layers."""
+    return positive(config, "num_hidden_layers", "n_layer", "num_layers", most=_MAX_LAYERS)
 
 
 def hidden_size(config: Config) -> int:
@@ -74,17 +84,18 @@ def rope_type(parameters: Mapping[str, Any]) -> str:
     return str(parameters.get("rope_type", parameters.get("type")))
 
 
-def positive(config: Config, *names: str) -> int:
+def positive(config: Config, *names: str, most: int = _MAX_POSITIONS) -> int:
     """Return the first of these values that `config` has.
 
     Raises:
-        CheckpointError: it has none of them, or it is no positive number.
+        CheckpointError: it has none of them, or it is no number from 1 to `most`.
     """
     for name in names:
         value = config.get(name)
         if value is not None:
-            if type(value) is not int or not 0 < value <= _MAX_POSITIONS:
-                raise CheckpointError(f"config.json has {name} = {value!r}; it must be above 0.")
+            if type(value) is not int or not 0 < value <= most:
+                bound = f"at most {most:,}" if type(value) is int and value > most else "above 0"
+                raise CheckpointError(f"config.json has {name} = {value!r}; it must be {bound}.")
             return value
     raise CheckpointError(
         f"config.json of the {config.get('model_type')!r} model has none of {', '.join(names)}; "

@@ -300,7 +300,7 @@ class WorkerSettings(_Section):
         default="0.0.0.0:0",
         description="HOST:PORT to listen on for the other workers, which hand their results on; "
         "0.0.0.0 is every network of this machine, but only this machine if the coordinator is "
-        "found at 127.0.0.1; port 0 any free port.",
+        "found at 127.0.0.1 and by nobody else; port 0 any free port.",
     )
     name: WorkerNameOrEmpty = Field(
         default="", description="What this worker is called; empty: after this machine."

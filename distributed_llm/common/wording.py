@@ -56,6 +56,25 @@ def duration_text(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < _MINUTES_FROM_S else f"{minutes / 60:.0f} h"
 
 
+def fetch_text(here_bytes: int, total_bytes: int, bytes_per_s: float, doing: str) -> str:
+    """Return how far weights have come: "1.2 GiB of 4.2 GiB, 93.1 MB/s, 34.0 s left".
+
+    Rates are in MB/s, in 1000s, as networks are sold.
+
+    Args:
+        total_bytes: in all; 0 if that is not known yet.
+        bytes_per_s: at which they come now.
+        doing: where they come from, or what is waited for; may be empty.
+    """
+    parts = ["nothing yet"]
+    if total_bytes:
+        parts = [f"{size_text(here_bytes)} of {size_text(total_bytes)}"]
+    if bytes_per_s >= 1000.0:
+        left_s = (total_bytes - here_bytes) / bytes_per_s
+        parts += [f"{bytes_per_s / 1e6:.1f} MB/s", f"{duration_text(left_s)} left"]
+    return ", ".join([*parts, *([doing] if doing else [])])
+
+
 def no_coordinator_text(reached: bool) -> str:
     """Return why no coordinator was found at an address.
 

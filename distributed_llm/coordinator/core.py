@@ -18,7 +18,6 @@ from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import (
     DistributedLLMError,
     InvalidRequest,
-    NotAllowed,
     NotReady,
     ProtocolMismatch,
     RemoteProtocolError,
@@ -33,7 +32,6 @@ from distributed_llm.common.messages import (
     CreateToken,
     DrainWorker,
     Enrol,
-    Enrolled,
     Generate,
     GetMembers,
     GetStatus,
@@ -44,10 +42,10 @@ from distributed_llm.common.messages import (
     KVFailed,
     Leaving,
     LinkReport,
-    MembersReport,
     NotUnderstood,
     Ping,
     Pong,
+    ReadmitMachine,
     Remeasured,
     RemoveMachine,
     RevokeToken,
@@ -56,9 +54,7 @@ from distributed_llm.common.messages import (
     StatusReport,
     TaskFailed,
     TaskResult,
-    ToCoordinator,
     UndoMove,
-    WorkerDrained,
     WorkerHello,
     WorkerReport,
     WorkerStatus,
@@ -71,15 +67,14 @@ from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import (
     Action,
     ConnectionClosed,
     Detokenized,
     Event,
     Garbage,
-    KeepMembers,
     Log,
     Received,
     Send,
@@ -90,6 +85,7 @@ from distributed_llm.coordinator.events import (
     Tokenized,
     Unreachable,
 )
+from distributed_llm.coordinator.gate import Gate
 from distributed_llm.coordinator.membership import Membership, refusal
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
@@ -99,7 +95,8 @@ from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry, EventKind
 from distributed_llm.coordinator.serving.pipeline import PipelineState
 from distributed_llm.coordinator.stepping import Stepping
-from distributed_llm.coordinator.trust.access import Access, ForAdmins
+from distributed_llm.coordinator.trust.access import Access
+from distributed_llm.coordinator.trust.conduct import Fault
 from distributed_llm.coordinator.unread import failure_of
 
 _DROPPED = "dropped messages"
@@ -132,7 +129,14 @@ class Core:
         self._departures = Departures(cluster, planner, self._replanning, self._moves)
         self._rebalancing = Rebalancing(cluster, planner, self._replanning, self._moves)
         self._membership = Membership(cluster, self._replanning, self._moves, self._departures)
-        self._stepping = Stepping(cluster, self._moves, self._rebalancing, give_up=self._give_up)
+        self._gate = Gate(cluster, self._access, self._membership)
+        self._stepping = Stepping(
+            cluster,
+            self._moves,
+            self._rebalancing,
+            give_up=self._give_up,
+            of_no_use=self._of_no_use,
+        )
         self._admission = Admission(cluster.book, cluster.event_log)
         self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._registry = cluster.registry
@@ -142,6 +146,9 @@ class Core:
 
     def _give_up(self, peer: PeerId, why: str, now: float) -> list[Action]:
         return self._membership.give_up(peer, why, now=now)
+
+    def _of_no_use(self, worker: Worker, reason: str, now: float) -> list[Action]:
+        return self._gate.of_no_use(worker, reason, now=now)
 
     # -------------------------------------------------------------- what the edge calls
 
@@ -157,11 +164,14 @@ class Core:
     def handle(self, event: Event, *, now: float) -> list[Action]:
         """Apply an event that happened at `now`, clock seconds; return what to do about it."""
         self._event_log.now = now
+        if isinstance(event, Received | Garbage):
+            turned_away = self._gate.turn_away(event, now=now)
+            if turned_away is not None:  # a flood of these should cost little
+                return self._settle(turned_away, now) if turned_away else []
         return self._settle(self._handle(event, now), now)
 
     def next_deadline(self) -> float | None:
         """Return when `on_timer` is next due, clock seconds, or None."""
-        waits_until_idle = self._book.busy and self._pipelines.complete
         deadlines = (
             self._registry.next_deadline(),
             self._book.next_deadline(),
@@ -169,7 +179,8 @@ class Core:
             self._rebalancing.next_deadline(),
             self._moves.next_deadline(),
             self._log_limit.next_deadline(),
-            None if waits_until_idle else self._replanning.replan_at,
+            self._gate.next_deadline(),
+            self._replanning.replan_at,
         )
         return min([at for at in deadlines if at is not None], default=None)
 
@@ -179,6 +190,7 @@ class Core:
         actions: list[Action] = []
         for peer in self._registry.silent(now=now):
             actions += self._membership.gone(peer, "fell silent", now=now)
+        actions += self._gate.on_timer(now=now)
         actions += self._book.on_timer(now=now)
         actions += self._stepping.on_timer(now=now)
         actions += self._moves.on_timer(now=now)
@@ -218,6 +230,7 @@ class Core:
             workers=tuple(self._worker_status(worker, now) for worker in self._registry.workers),
             events=self._event_log.texts,
             insecure=self._access.members is None,
+            quarantined=self._access.quarantined(now=now),
         )
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
@@ -273,18 +286,18 @@ class Core:
 
     def _received(self, event: Received, now: float) -> list[Action]:
         peer, message = event.peer, event.message
-        if fault := self._access.fault(event.key, message):
-            return self._turn_away(peer, message, fault)
         self._registry.heard(peer, now=now)
         if isinstance(message, ClientRequest):
             if not self._registry.is_client(peer):
-                return self._from_stranger(peer)
+                return self._gate.out_of_turn(peer, event.key, now=now)
             return self._from_client(peer, event.key, message, event.frames, now)
         if isinstance(message, WorkerReport):
             worker = self._registry.worker(peer)
             if worker is None:
-                return self._from_stranger(peer)
+                return self._gate.out_of_turn(peer, event.key, now=now)
             return self._from_worker(worker, message, event.frames, now)
+        if isinstance(message, WorkerHello | ClientHello) and self._registry.knows(peer):
+            return self._gate.second_hello(peer, event.key, now=now)
         match message:
             case WorkerHello():
                 return self._membership.worker_joins(
@@ -299,7 +312,7 @@ class Core:
             case Goodbye():
                 return self._membership.gone(peer, "said goodbye", now=now)
             case Enrol():
-                return self._enrol(event, message)
+                return self._gate.enrol(event, message)
             case _:
                 assert_never(message)
 
@@ -321,8 +334,8 @@ class Core:
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
             case DrainWorker(worker=name):
                 return self._departures.drain(peer, name)
-            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
-                return self._administer(peer, key, message, now)
+            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine() | ReadmitMachine():
+                return self._gate.administer(peer, key, message, now=now)
             case Ping():
                 return [Send(peer, Pong())]
             case _:
@@ -376,52 +389,6 @@ class Core:
             case _:
                 assert_never(message)
 
-    def _turn_away(self, peer: PeerId, message: ToCoordinator, fault: NotAllowed) -> list[Action]:
-        """Tell a peer why it may not do what it asks for; end its session if that is all of it."""
-        self._event_log.rejected["not_allowed"] += 1
-        match message:
-            case DrainWorker(worker=worker):
-                said = WorkerDrained(worker=worker, code=fault.code, message=str(fault))
-                return [Send(peer, said)]
-            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
-                return [Send(peer, MembersReport(code=fault.code, message=str(fault)))]
-            case _:
-                return [refusal(peer, fault)]
-
-    def _enrol(self, event: Received, message: Enrol) -> list[Action]:
-        try:
-            machine = self._access.enrol(event.key, message)
-        except DistributedLLMError as exc:
-            return [refusal(event.peer, exc)]
-        enrolled = Enrolled(name=machine.name, role=machine.role)
-        note = self._event_log.note(
-            EventKind.ENROLLED, machine=machine.name, role=machine.role.value
-        )
-        return [*self._keep_members(), Send(event.peer, enrolled), note]
-
-    def _administer(
-        self, peer: PeerId, key: PublicKey, message: ForAdmins, now: float
-    ) -> list[Action]:
-        try:
-            removed = self._access.administer(key, message)
-        except DistributedLLMError as exc:
-            return [Send(peer, MembersReport(code=exc.code, message=str(exc)))]
-        ended = self._membership.removed(removed, now=now) if removed else []
-        members = self._access.report(lambda held: len(self._registry.peers_with(held)))
-        spec, frame = frame_of_bytes(encode_payload(members))
-        kept = [] if isinstance(message, GetMembers) else self._keep_members()
-        return [*kept, Send(peer, MembersReport(tensors=(spec,)), (frame,)), *ended]
-
-    def _keep_members(self) -> list[Action]:
-        members = self._access.members
-        return [KeepMembers(members.state)] if members else []
-
-    def _from_stranger(self, peer: PeerId) -> list[Action]:
-        """Have a peer say hello that sent something else before, or whose session was ended."""
-        self._event_log.rejected["bad_state"] += 1
-        error = NotReady("The coordinator does not know this session. Connect again.")
-        return [refusal(peer, error, "lost")]
-
     def _garbage(self, event: Garbage, now: float) -> list[Action]:
         """Count a message that cannot be read; have fail, or end, what waits for it."""
         peer, error = event.peer, event.error
@@ -431,20 +398,25 @@ class Core:
             return [log, refusal(peer, error)]
         if not isinstance(error, RemoteProtocolError):
             return [log]
+        answer = self._unread(peer, error, now)
+        return [log, *answer, *self._gate.fault(peer, event.key, Fault.UNREADABLE, now=now)]
+
+    def _unread(self, peer: PeerId, error: RemoteProtocolError, now: float) -> list[Action]:
+        """Have fail, or end, what waits for a message that cannot be read."""
         worker = self._registry.worker(peer)
         if worker is not None:
             failure = failure_of(error)
-            return [log, *(self._from_worker(worker, failure, (), now) if failure else ())]
+            return self._from_worker(worker, failure, (), now) if failure else []
         if not self._registry.is_client(peer):
             says_hello = error.outline.type in (tag_of(WorkerHello), tag_of(ClientHello))
-            return [log, refusal(peer, error)] if says_hello else [log]
+            return [refusal(peer, error)] if says_hello else []
         request_id = error.outline.request_id
         if error.outline.type == tag_of(Generate) and request_id:
             wrong = InvalidRequest(f"The coordinator cannot read this request ({error}).")
             if not self._book.has(peer, request_id):
-                return [log, *self._book.refuse(peer, request_id, wrong)]
+                return self._book.refuse(peer, request_id, wrong)
         gone = self._membership.gone(peer, "sent what cannot be read", now=now)
-        return [log, *gone, refusal(peer, error)]
+        return [*gone, refusal(peer, error)]
 
     def _stage_ready(self, worker: Worker, ready: StageReady, now: float) -> list[Action]:
         self._rebalancing.wake(now=now)
@@ -452,8 +424,19 @@ class Core:
             measurements = self._cluster.measurements
             measurements.tried(worker.id, worker.layers, ready.trials, now=now)
         if self._moves.is_loading(worker, ready.epoch):
-            return [*self._moves.stage_ready(worker, ready, now=now)]
-        return self._pipelines.stage_ready(worker, ready)
+            actions = [*self._moves.stage_ready(worker, ready, now=now)]
+        else:
+            actions = self._pipelines.stage_ready(worker, ready)
+        if ready.fetched_bytes:
+            actions.append(
+                self._event_log.note(
+                    EventKind.WEIGHTS_FETCHED,
+                    worker=worker.id,
+                    fetched_bytes=ready.fetched_bytes,
+                    fetch_s=ready.fetch_s,
+                )
+            )
+        return actions
 
     # -------------------------------------------------------------- replies to questions
 
@@ -495,7 +478,10 @@ class Core:
         if not self._book.busy:
             return replanning.plan_anew()
         waiting = replanning.tell_waiting()
-        return waiting if complete else [*replanning.add_pipeline(), *waiting]
+        if complete:
+            replanning.replan_at, replanning.replan_when_idle = None, True
+            return waiting
+        return [*replanning.add_pipeline(), *waiting]
 
     # -------------------------------------------------------------- starting what can be started
 
@@ -537,6 +523,7 @@ class Core:
             self._replanning,
             self._moves,
             self._departures,
+            self._access.conduct,
         ):
             room.validate()
         idle = [

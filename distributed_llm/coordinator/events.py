@@ -36,11 +36,13 @@ class Garbage:
 
     Attributes:
         reason: name of the counter of rejected messages to increase.
+        key: that the peer holds; `NOBODY` without keys.
     """
 
     peer: PeerId
     reason: str
     error: DistributedLLMError
+    key: PublicKey = NOBODY
 
 
 @dataclass(frozen=True)

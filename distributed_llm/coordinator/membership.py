@@ -22,9 +22,9 @@ from distributed_llm.common.types import NO_EPOCH, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
-from distributed_llm.coordinator.cluster.registry import Worker, WorkerState
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.cluster.telling import tell
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.retries import steps_lost
@@ -53,9 +53,6 @@ class Membership:
 
     def client_joins(self, peer: PeerId, key: PublicKey, *, now: float) -> list[Action]:
         """Welcome a client that says hello."""
-        if self._registry.knows(peer):
-            self._log.rejected["bad_state"] += 1
-            return []
         self._registry.add_client(peer, key=key, now=now)
         welcome = ClientWelcome(
             model=self._cluster.model.name,
@@ -74,9 +71,6 @@ class Membership:
         now: float,
     ) -> list[Action]:
         """Welcome a worker that says hello; plan with it after `settle_s`."""
-        if self._registry.knows(peer):
-            self._log.rejected["bad_state"] += 1
-            return []
         earlier = self._registry.remove_instance(hello.instance, key)
         worker = self._registry.add_worker(peer, hello, key=key, reserved=reserved, now=now)
         self._cluster.measurements.joined(worker.id, hello.capabilities)

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distributed_llm.common.addresses import addresses_for_others
+from distributed_llm.common.addresses import addresses_for_others, machine_name
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.discovery import Announcer
 from distributed_llm.common.hub import download_file, fingerprints, resolve_for_coordinator
 from distributed_llm.common.keyring import here, state_folder
+from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_folder import folder_of_config, read_config
@@ -81,9 +83,14 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     _, port = split_address(settings.bind)
     trust = None if settings.insecure else Trust(state_folder(), port, now=time.time())
 
+    announcers: list[Announcer] = []
+
     def listening(address: str) -> None:
         if trust:
             trust.listening(split_address(address)[1])
+            if not ipaddress.ip_address(split_address(address)[0]).is_loopback:
+                key = fingerprint(trust.keys.public)
+                announcers.append(Announcer(address, machine_name(), key))
         logger.info("serving %s (%s)", model.name, model.dtype)
         if checkpoint.model_type not in VERIFIED:
             logger.info("%s is no tested kind; the first worker checks it", checkpoint.model_type)
@@ -107,6 +114,8 @@ async def serve(settings: CoordinatorSettings, *, on_listening: Callable[[str], 
     try:
         return exit_code(await service.run())
     finally:
+        for announcer in announcers:
+            announcer.close()
         if trust:
             trust.close()
 

@@ -166,9 +166,9 @@ class Coordinator:
         try:
             message, tensors = codec.to_coordinator.decode(frames)
         except ProtocolMismatch as exc:
-            self._apply(Garbage(peer, exc.code, exc))
+            self._apply(Garbage(peer, exc.code, exc, key))
         except RemoteProtocolError as exc:
-            self._apply(Garbage(peer, exc.reason, exc))
+            self._apply(Garbage(peer, exc.reason, exc, key))
         else:
             if isinstance(message, WeightRequest):
                 self._weights_asked(peer, key, message)

@@ -9,7 +9,7 @@ from distributed_llm.common.types import Epoch, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline, sending
@@ -22,6 +22,8 @@ class Stepping:
 
     Args:
         give_up: called with a worker that is of no use, why, and the time.
+        of_no_use: called with a worker whose report nobody waits for, the name of the counter of
+            such reports, and the time.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Stepping:
         rebalancing: Rebalancing,
         *,
         give_up: Callable[[PeerId, str, float], list[Action]],
+        of_no_use: Callable[[Worker, str, float], list[Action]],
     ) -> None:
         self._cluster = cluster
         self._pipelines = cluster.pipelines
@@ -39,6 +42,7 @@ class Stepping:
         self._moves = moves
         self._rebalancing = rebalancing
         self._give_up = give_up
+        self._of_no_use = of_no_use
         self._leases_at: float | None = None  # no lease runs out earlier
 
     def began(self, *, now: float) -> None:
@@ -51,7 +55,9 @@ class Stepping:
     ) -> list[Action]:
         """Take a result: send the step to the next stage, or take its tokens if it is done."""
         pipeline = self._pipeline_at(worker, result.epoch)
-        if pipeline is None or pipeline.in_flight is None or pipeline.scheduler is None:
+        if pipeline is None:
+            return self._of_no_use(worker, "stale_epoch", now)
+        if pipeline.in_flight is None or pipeline.scheduler is None:
             return []
         outcome = pipeline.in_flight.result(worker.peer, result, frames, now=now)
         overtaken = pipeline.in_flight.has_overtaken
@@ -69,20 +75,20 @@ class Stepping:
             case StepBroken():
                 return self._broken(pipeline, outcome, worker)
             case Dropped():
-                self._log.rejected[outcome.reason] += 1
-                return []
+                return self._of_no_use(worker, outcome.reason, now)
             case _:
                 assert_never(outcome)
 
     def failed(self, worker: Worker, failed: TaskFailed, *, now: float) -> list[Action]:
         """Retry the answers in a step that a stage could not run."""
         pipeline = self._pipeline_at(worker, failed.epoch)
-        if pipeline is None or pipeline.in_flight is None:
+        if pipeline is None:
+            return self._of_no_use(worker, "stale_epoch", now)
+        if pipeline.in_flight is None:
             return []
         outcome = pipeline.in_flight.failed(worker.peer, failed)
         if isinstance(outcome, Dropped):
-            self._log.rejected[outcome.reason] += 1
-            return []
+            return self._of_no_use(worker, outcome.reason, now)
         if failed.code == NOT_SERVED:
             return self._give_up(worker.peer, "serves another plan", now)
         return self._broken(pipeline, outcome, worker)
@@ -159,10 +165,7 @@ class Stepping:
 
     def _pipeline_at(self, worker: Worker, epoch: Epoch) -> Pipeline | None:
         pipeline = self._pipelines.pipeline_of(worker.peer)
-        if pipeline is None or pipeline.epoch != epoch:
-            self._log.rejected["stale_epoch"] += 1
-            return None
-        return pipeline
+        return pipeline if pipeline and pipeline.epoch == epoch else None
 
     def _count(self, pipeline: Pipeline, done: StepDone) -> None:
         tokens = len(done.step.slices) if done.step.decodes else 0

@@ -46,7 +46,7 @@ from distributed_llm.common.stopping import on_uncaught
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
-from distributed_llm.common.wording import layers_text
+from distributed_llm.common.wording import layers_text, list_text
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.cache.partial import Partial
 from distributed_llm.weights.fetching.events import (
@@ -378,7 +378,8 @@ class Fetch:
         if report.progress != self._progress_there:
             self._progress_there = report.progress
             self._on_bytes(1)
-        self._doing = f"{COORDINATOR} {report.doing}" if report.doing else ""
+        going_on = report.doing and not report.complete
+        self._doing = f"{COORDINATOR} {report.doing}" if going_on else ""
         try:
             known = codec.decode_digests(frames[0]).sha256 if frames else {}
         except RemoteProtocolError as exc:
@@ -634,12 +635,17 @@ class Fetch:
         coming = machine.bytes_done - sum(
             one.nbytes for one in self._entries.values() if one.stored
         )
+        asked = self._doing if self._not_told else ""
         self._progress = FetchProgress(
             here_bytes=max(0, min(self._total_bytes, self._placed_bytes + coming)),
             total_bytes=self._total_bytes,
             bytes_per_s=machine.rate(now),
-            doing=((self._doing if self._not_told else "") or machine.waits_for(now))[:256],
+            doing=(asked or machine.waits_for(now) or self._from_text())[:256],
         )
+
+    def _from_text(self) -> str:
+        givers = [name for name, given in self._machine.bytes_by_source.items() if given]
+        return f"from {list_text(givers)}" if givers else ""
 
     # -------------------------------------------------------------- in the thread for the disk
 

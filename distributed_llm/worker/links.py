@@ -59,24 +59,26 @@ _REDIAL_S = 0.1
 """Time until a worker is dialled again that did not admit the key of this one, seconds."""
 
 
-def bind_for(bind: str, coordinator: str, addresses: Sequence[str]) -> str:
+def bind_for(bind: str, coordinator: str, addresses: Sequence[str], *, alone: bool) -> str:
     """Return the "HOST:PORT" to listen on for other workers.
 
     Listening on all networks becomes listening on loopback if the coordinator is reached over
-    loopback: all other workers are on this machine then, and no port need be open to others. It
-    includes IPv6 if the coordinator may be reached over that, and this machine has it.
+    loopback and by nobody else: all other workers are on this machine then, and no port need be
+    open to others. It includes IPv6 if the coordinator may be reached over that, and this machine
+    has it.
 
     Args:
         bind: "HOST:PORT" as configured.
         coordinator: "HOST:PORT" of the coordinator.
         addresses: what that stands for, "HOST:PORT"s with IP addresses.
+        alone: whether no other machine reaches the coordinator if it is on this one.
     """
     host, port = split_address(bind)
     boss, _ = split_address(coordinator)
     wanted, there = ip_of(host), ip_of("127.0.0.1" if boss == "localhost" else boss)
     if wanted is None or not wanted.is_unspecified:
         return bind
-    if there is not None and there.is_loopback:
+    if there is not None and there.is_loopback and alone:
         return address_text(there, port)
     kinds = {ip.version for one in addresses if (ip := ip_of(split_address(one)[0])) is not None}
     return f"[::]:{port}" if kinds == {6} or (6 in kinds and has_ipv6()) else bind

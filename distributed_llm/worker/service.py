@@ -42,7 +42,8 @@ from distributed_llm.weights.giving.giver import Giver
 from distributed_llm.weights.giving.shelf import Shelf
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.finding import WeightFinder
-from distributed_llm.worker.links import Links, bind_for, reachable_at
+from distributed_llm.worker.fetch_display import FetchDisplay
+from distributed_llm.worker.links import Links, reachable_at
 from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.events import (
     Action,
@@ -127,7 +128,7 @@ class Worker:
         self._address = address
         self._addresses = addresses
         self._login = login
-        self._peer_bind = bind_for(peer_bind, address, addresses)
+        self._peer_bind = peer_bind
         self._slowdown = slowdown
         self._local_model = local_model
         self._connect_timeout_s = connect_timeout_s
@@ -182,6 +183,7 @@ class Worker:
             is_void=self._agent.is_void,
             post=self._post,
         )
+        self._display = FetchDisplay(lambda: self._engine.fetch_progress)
         self._connect()
         self._alarm.set(self._agent.next_deadline())
         try:
@@ -191,6 +193,7 @@ class Worker:
 
     def _close(self) -> None:
         self._alarm.cancel()
+        self._display.close()
         self._giver.close()
         self._links.close()
         if self._connection:

@@ -8,7 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
-from distributed_llm.common.addresses import addresses_of, machine_name
+from distributed_llm.common.addresses import (
+    addresses_for_others,
+    addresses_of,
+    listens,
+    machine_name,
+)
 from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.hub import own_checkpoint
@@ -17,10 +22,12 @@ from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.transport import Login
+from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.worker.compute.probe import measure
+from distributed_llm.worker.links import bind_for
 from distributed_llm.worker.service import Worker
 
 logger = logging.getLogger(__name__)
@@ -67,7 +74,12 @@ async def work(settings: WorkerSettings) -> int:
         address=settings.coordinator,
         addresses=addresses,
         login=login,
-        peer_bind=settings.peer_bind,
+        peer_bind=bind_for(
+            settings.peer_bind,
+            settings.coordinator,
+            addresses,
+            alone=not await others_reach(settings.coordinator),
+        ),
         slowdown=settings.slowdown,
         local_model=settings.model,
         connect_timeout_s=settings.connect_timeout_s,
@@ -99,6 +111,17 @@ async def _addresses(settings: WorkerSettings) -> tuple[str, ...]:
             if not settings.connect_timeout_s:
                 logger.info("waiting for the coordinator at %s", settings.coordinator)
             return addresses
+
+
+async def others_reach(coordinator: str) -> bool:
+    """Return whether a coordinator on this machine listens for other machines as well, now.
+
+    Args:
+        coordinator: "HOST:PORT" at which it is found here.
+    """
+    _, port = split_address(coordinator)
+    outside = addresses_for_others(f"0.0.0.0:{port}")
+    return bool(outside) and await listens(outside[0])
 
 
 async def _login(settings: WorkerSettings) -> Login | None:

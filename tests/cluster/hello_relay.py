@@ -22,7 +22,8 @@ from distributed_llm.common.types import PeerId
 class HelloRelay:
     """Where workers join instead; a context manager. It runs in a thread of its own.
 
-    Messages are passed on as they are, but for the hello. Workers join the relay with the key that
+    Messages are passed on as they are, but for the hello. Without keys for the coordinator, it has
+    none either. Workers join the relay with the key that
     this machine has for the coordinator, and the relay joins that with the same one: workers would
     not let in each other otherwise.
 
@@ -56,7 +57,11 @@ class HelloRelay:
 
     async def _open(self) -> None:
         self._keyring = Keyring(state_folder())
-        self._login = self._keyring.login(self._coordinator)
+        self._login = self._keyring.kept(self._coordinator)
+        if self._login is None:
+            self._router = Router("127.0.0.1:0", self._on_message, lambda: None, door=None)
+            self.address = self._router.address
+            return
         member, keys = self._login.keys, new_key_pair()
         door = Door(keys, lambda key: key == member.public)
         self._router = Router("127.0.0.1:0", self._on_message, lambda: None, door=door)

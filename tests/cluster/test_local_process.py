@@ -12,8 +12,9 @@ import psutil
 import pytest
 
 from distributed_llm import LocalCluster, local_process
+from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.keyring import STATE_VARIABLE
-from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
+from distributed_llm.local_process import ForkServer, LocalProcess, earlier_log, fork_server
 from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.waiting import eventually
 
@@ -60,7 +61,18 @@ def test_a_forked_child_ends_like_a_cold_one(server: ForkServer, tmp_path: Path)
 def test_what_it_exits_with_and_writes_is_known(server: ForkServer, tmp_path: Path) -> None:
     process = starts(tmp_path, server, "worker", "--threads", "-3")
     assert process.wait(30.0) == 2
-    assert "threads" in process.log_tail()
+    said = process.log_tail()
+    assert "threads" in said
+    assert said.startswith("Error (config): ")
+    assert process.last_words() == said.removeprefix("Error (config): ")
+    assert isinstance(process.failure(), ConfigError)
+    process.trim_log(1 << 20)
+    assert process.log_tail() == said, "it is not long"
+    process.trim_log(1)
+    assert process.log_tail() == ""
+    assert earlier_log(process.log).read_text().strip() == said
+    process.log.write_text("\n".join(f"line {number}" for number in range(20)))
+    assert process.last_words().splitlines() == [f"line {number}" for number in range(15, 20)]
     process.close()
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from distributed_llm import cli, worker_command
+from distributed_llm import cli, up_command, worker_command
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import (
@@ -39,7 +39,7 @@ from tests.wire.strategies import example
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-BEGIN = ("coordinator", "worker", "join", "drain", "demo")
+BEGIN = ("up", "coordinator", "worker", "join", "service", "drain", "demo")
 """Verbs of `dllm` that begin something, which is not done here."""
 
 pytestmark = pytest.mark.timeout(120)
@@ -285,11 +285,14 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     async def enrols(*_: Any) -> Enrolled:
         return Enrolled(name="pc", role=Role.WORKER)
 
-    for module in (cli, worker_command):
+    for module in (cli, up_command, worker_command):
         monkeypatch.setattr(module, "start_process", lambda *_, **__: None)
     monkeypatch.setattr("distributed_llm.client.enrolment.enrol", enrols)
     monkeypatch.setattr("distributed_llm.coordinator.serve.serve", serves)
     monkeypatch.setattr("distributed_llm.worker.work.work", serves)
+    monkeypatch.setattr("distributed_llm.up.run.run", serves)
+    monkeypatch.setattr("distributed_llm.services.perform.install", begins("install"))
+    monkeypatch.setattr("distributed_llm.services.perform.remove", begins("remove"))
     monkeypatch.setattr("distributed_llm.console.drain", begins("drain"))
     monkeypatch.setattr("distributed_llm.console.run_demo", begins("demo"))
     with FakeCoordinator(script=answers, status=example(ClusterStatus)) as coordinator:

@@ -74,9 +74,25 @@ def test_what_could_not_be_served_is_not_planned(
         plan(tmp_path)
 
 
-def test_a_config_with_a_wrong_value(tmp_path: Path) -> None:
+IMPOSSIBLE = {
+    "num_hidden_layers = -1; it must be above 0": {"num_hidden_layers": -1},
+    "num_hidden_layers = 1000000000; it must be at most 4,096": {"num_hidden_layers": 10**9},
+    "hidden_size = 1099511627776; it must be at most": {"hidden_size": 2**40},
+    "vocab_size = 0; it must be above 0": {"vocab_size": 0},
+}
+
+
+@pytest.mark.parametrize("words", IMPOSSIBLE)
+@pytest.mark.parametrize("with_weights", [True, False], ids=["with weights", "config alone"])
+def test_a_config_with_an_impossible_value(tmp_path: Path, words: str, with_weights: bool) -> None:
+    """Before memory is taken for it."""
     path = make_checkpoint(tmp_path) / "config.json"
-    (tmp_path / "model.safetensors").unlink()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": -1}))
-    with pytest.raises(CheckpointError, match="num_hidden_layers = -1"):
-        plan(tmp_path)
+    config = json.loads(path.read_text())
+    if not with_weights:
+        (tmp_path / "model.safetensors").unlink()
+    path.write_text(json.dumps(config | IMPOSSIBLE[words]))
+    read = serve.open_model if with_weights else lambda model, _: plan(Path(model))
+    with pytest.raises(CheckpointError, match=words):
+        read(str(tmp_path), CoordinatorSettings())
+    path.write_text(json.dumps(config))
+    assert plan(tmp_path)

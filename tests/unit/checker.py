@@ -16,13 +16,14 @@ from distributed_llm.common.messages import (
     TaskFailed,
     TaskResult,
     WeightSource,
+    WorkerHello,
     tag_of,
 )
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.cluster.departures import DepartureState
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.requests.request import Answer
@@ -54,6 +55,7 @@ class Checker:
 
     Attributes:
         num_arrived: requests of clients that it knows, repeated ones included.
+        all_are_honest: whether no peer breaks the protocol on purpose.
         num_sources: how often orders have named a source of weights.
     """
 
@@ -62,6 +64,7 @@ class Checker:
         self._settings = settings
         self._stale = False
         self.num_arrived = 0
+        self.all_are_honest = True
         self.num_sources = 0
         self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
         self._ended: set[RequestKey] = set()
@@ -76,10 +79,17 @@ class Checker:
         self._stocks: dict[PeerId, set[int]] = {}  # layers whose weights a session can give
         self._readers: dict[PeerId, tuple[PublicKey, ...]] = {}  # whom a session lets read
         self._has_served = False
+        self._num_faults = 0
+        self._is_faulty = False
 
     def before(self, event: events.Event, *, now: float) -> None:
         """Look at what an event is about to meet."""
         self._stale = isinstance(event, events.Received) and self._is_stale(event)
+        self._is_faulty = isinstance(event, events.Garbage) or (
+            isinstance(event, events.Received)
+            and isinstance(event.message, WorkerHello)
+            and self._core._registry.knows(event.peer)
+        )
         if isinstance(event, events.Received) and isinstance(event.message, Generate):
             self.num_arrived += self._core._registry.is_client(event.peer)
 
@@ -111,6 +121,7 @@ class Checker:
             assert not effects, f"a result that nobody waits for was applied: {effects}"
         self._stale = False
         assert all(due >= now - 1e-6 for due in self._open.values()), "a deadline was missed"
+        self._check_faults()
         self._check_numbers()
         self._check_waiting(now)
         self._check_steps_end(now)
@@ -159,6 +170,16 @@ class Checker:
                     assert ends[-1] == NUM_LAYERS, f"{ranges} in plan {epoch}"
                 case _:
                     pass
+
+    def _check_faults(self) -> None:
+        """Nobody is charged with a fault but for what was spoiled, or for a hello that came twice.
+
+        The network of a simulation does that to honest workers; TCP does not.
+        """
+        faults = sum(map(len, self._core._access.conduct._faults.values()))
+        expected = faults == self._num_faults or self._is_faulty or not self.all_are_honest
+        assert expected, "an honest peer committed a fault"
+        self._num_faults, self._is_faulty = faults, False
 
     def _check_sources(self, event: events.Event | None, actions: Sequence[events.Action]) -> None:
         """Whoever is named as a source has weights, and lets the reader in; others are not told."""

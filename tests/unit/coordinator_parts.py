@@ -20,8 +20,9 @@ from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Send, Study, Tokenize, Tokenized
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost

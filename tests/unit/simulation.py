@@ -36,6 +36,7 @@ from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.plan import kv_tokens_of, plan_of
+from distributed_llm.coordinator.trust.access import Access
 from tests.unit.checker import Checker
 from tests.unit.fake_client import Answer, FakeDetokenizer, SimClient
 from tests.unit.fake_model import BIG, DRAWN_SEED, MODEL
@@ -95,6 +96,7 @@ class World:
         seed: of the delays.
         delay_s: of a message, between these.
         text_delay_s: of the text process for each thing it does.
+        access: who may do what; everybody may do everything unless given.
 
     Attributes:
         counts: messages that were sent, by way and kind.
@@ -109,8 +111,9 @@ class World:
         seed: int = 0,
         delay_s: tuple[float, float] = (0.001, 0.002),
         text_delay_s: float = 0.0005,
+        access: Access | None = None,
     ) -> None:
-        self.core = Core(MODEL, settings, draw_seed=lambda: DRAWN_SEED)
+        self.core = Core(MODEL, settings, draw_seed=lambda: DRAWN_SEED, access=access)
         self.now = 100.0
         self.workers: list[SimWorker] = []
         self.clients: list[SimClient] = []
@@ -239,6 +242,8 @@ class World:
         if due_at is not None and due_at <= self.now:
             actions = self.core.on_timer(now=self.now)
             self.checker.check(None, actions, now=self.now)
+            later = self.core.next_deadline()
+            assert later is None or later > self.now, "what was due is due again at once"
             self._perform(actions)
         self._arm()
 

@@ -28,6 +28,7 @@ from distributed_llm.common.messages import (
     NotUnderstood,
     Ping,
     ReadChunk,
+    ReadmitMachine,
     Remeasured,
     RemoveMachine,
     RevokeToken,
@@ -93,6 +94,7 @@ ADMINS: tuple[ToCoordinator, ...] = (
     CreateToken(key=NEW, role=Role.ADMIN, uses=None, lifetime_s=None),
     RevokeToken(token_id="0000-0000"),
     RemoveMachine(name="worker"),
+    ReadmitMachine(name="worker"),
 )
 ENROL = Enrol(key=NEW, name="new")
 ALL = (*WORKERS, *READERS, *CLIENTS, *ADMINS, ENROL)
@@ -205,7 +207,7 @@ def test_without_keys_nobody_enrols_and_there_is_nothing_to_administer() -> None
     for ask in asked[:1] + asked[2:]:  # draining takes no keys
         with pytest.raises(InvalidRequest, match="--insecure"):
             ask()
-    report = access.report(lambda _: 0)
+    report = access.report(lambda _: 0, now=0.0)
     assert (report.machines, report.tokens) == ((), ())
 
 
@@ -215,7 +217,7 @@ def _administered(access: Access, message: ToCoordinator):  # type: ignore[no-un
 
 def test_the_report_holds_no_secret_and_no_key_of_a_token() -> None:
     access, members = cluster()
-    report = access.report(lambda who: 2 if who == WORKER else 0)
+    report = access.report(lambda who: 2 if who == WORKER else 0, now=0.0)
     assert [(one.name, one.role, one.sessions) for one in report.machines] == [
         ("client", Role.CLIENT, 0),
         ("worker", Role.WORKER, 2),

@@ -1,15 +1,14 @@
 """The core with keys, in a simulated cluster: who is turned away, and machines that are removed."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from distributed_llm.common import codec
-from distributed_llm.common.keys import NOBODY, PublicKey, key_text
+from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     ClientHello,
     ClientWelcome,
-    ClusterMembers,
     CreateToken,
     DrainWorker,
     Enrol,
@@ -22,7 +21,7 @@ from distributed_llm.common.messages import (
     Refused,
     RemoveMachine,
     RevokeToken,
-    ToCoordinator,
+    TaskResult,
     Welcome,
     WorkerDrained,
     WorkerHello,
@@ -31,89 +30,10 @@ from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.tensors import frame_of_token_ids
 from distributed_llm.coordinator import events
-from distributed_llm.coordinator.trust.access import Access
-from distributed_llm.coordinator.trust.members import Members, MembersState
 from tests.unit.coordinator_parts import capabilities
-from tests.unit.simulation import LONG, SETTINGS, World, finish
-
-NOW = 1_000_000.0
-
-
-def key(number: int) -> PublicKey:
-    return PublicKey(key_text(number.to_bytes(32, "big")))
-
-
-class Raw:
-    """A peer that says what it is told to, by a key."""
-
-    def __init__(self, world: "KeyedWorld", held: PublicKey, *, is_worker: bool = False) -> None:
-        self.world = world
-        self.is_worker = is_worker
-        self.heard: list[Any] = []
-        world.held[self] = held
-        self.link = world.connect(self, "raw")
-
-    def receive(self, link: object, wire: list[Any]) -> None:
-        reader = codec.to_worker if self.is_worker else codec.to_client
-        self.heard.append(reader.decode(wire))
-
-    def say(self, message: ToCoordinator, *frames: Any) -> Any:
-        """Send a message; return what comes back within a second."""
-        before = len(self.heard)
-        self.world.send_up(self.link, message, frames)
-        self.world.run(lambda: len(self.heard) > before, for_s=1.0)
-        return self.heard[before][0] if len(self.heard) > before else None
-
-
-class KeyedWorld(World):
-    """A simulated cluster whose peers hold keys, and whose door hears members only."""
-
-    def __init__(self, settings: Any = SETTINGS) -> None:
-        self.held: dict[object, PublicKey] = {}
-        self.members = Members(MembersState())
-        self.kept: list[MembersState] = []
-        super().__init__(settings)
-        self.core._access = Access(self.members, wall_clock=lambda: NOW)
-        self._numbers = iter(range(1, 1000))
-        self.admin = Raw(self, self.enrolled("admin", Role.ADMIN))
-        assert isinstance(self.admin.say(ClientHello()), ClientWelcome)
-
-    def enrolled(self, name: str, role: Role) -> PublicKey:
-        """Return the key of a new machine."""
-        token, held = key(next(self._numbers)), key(next(self._numbers))
-        self.members.create_token(token, role, uses=1, lifetime_s=60.0, now=NOW)
-        self.members.enrol(token, held, name, now=NOW)
-        return held
-
-    def connect(self, owner: Any, name: str) -> Any:
-        if owner not in self.held:
-            machine = getattr(owner, "name", f"{name}-{len(self.held)}")
-            role = Role.WORKER if hasattr(owner, "agent") or name != "client" else Role.CLIENT
-            self.held[owner] = self.enrolled(machine, role)
-        return super().connect(owner, name)
-
-    def _do(self, event: events.Event) -> None:
-        if isinstance(event, events.Received) and event.key == NOBODY:
-            held = self.held[self._links[event.peer].owner]
-            if not self.members.admits(held):
-                return  # as `Router` does
-            event = events.Received(event.peer, event.message, event.frames, held)
-        super()._do(event)
-
-    def _perform(self, actions: Any) -> None:
-        actions = list(actions)
-        self.kept += [one.state for one in actions if isinstance(one, events.KeepMembers)]
-        super()._perform(actions)
-
-    @property
-    def turned_away(self) -> int:
-        return self.core.status(now=self.now).rejected.get("not_allowed", 0)
-
-    def report(self) -> ClusterMembers:
-        """Return who may connect, as an admin is told."""
-        assert isinstance(self.admin.say(GetMembers()), MembersReport)
-        (frame,) = self.admin.heard[-1][1]
-        return codec.decode_members(frame)
+from tests.unit.fake_model import NUM_LAYERS
+from tests.unit.keyed_world import KeyedWorld, Raw, among_thieves, key
+from tests.unit.simulation import LONG, World, finish
 
 
 def ids(world: World) -> set[str]:
@@ -213,7 +133,7 @@ def test_a_token_may_do_nothing_but_enrol() -> None:
 
 
 def test_a_worker_may_not_say_that_it_is_another_machine() -> None:
-    world = KeyedWorld()
+    world = among_thieves()
     world.serving(2)
     raw = Raw(world, world.enrolled("evil", Role.WORKER))
     hello = WorkerHello(name="w0", instance="x", capabilities=capabilities(10_000))
@@ -355,3 +275,37 @@ def test_a_worker_that_is_removed_is_not_admitted_by_its_neighbours_any_more() -
     world.admin.say(RemoveMachine(name="w0"))
     assert world.run(lambda: world.state == "serving", for_s=10.0)
     assert world.run(lambda: not any(worker.agent.admits(removed) for worker in workers[1:]))
+
+
+# ------------------------------------------------------------------ forged answers
+
+
+@pytest.mark.parametrize("role", [Role.WORKER, Role.CLIENT], ids=lambda role: role.value)
+def test_tokens_that_another_machine_makes_up_are_not_taken(role: Role) -> None:
+    """Whoever has heard which step runs, and when; the machine that runs it is believed."""
+    world = among_thieves()
+    workers = world.serving(2)
+    last = next(w for w in workers if w.loaded[-1].layers.stop == NUM_LAYERS)
+    evil = Raw(world, world.enrolled("evil", role), is_worker=role is Role.WORKER)
+    if role is Role.WORKER:
+        hello = WorkerHello(name="evil", instance="x", capabilities=capabilities(10_000))
+        assert isinstance(evil.say(hello), Welcome)
+    answer = world.client().submit(LONG, SamplingParams(max_new_tokens=8, ignore_eos=True))
+    heard: list[bool] = []
+
+    def forge(event: events.Event) -> None:
+        if (
+            isinstance(event, events.Received)
+            and isinstance(event.message, TaskResult)
+            and event.peer == last.link.peer
+        ):
+            wrong = tuple(bytes(len(frame)) for frame in event.frames)
+            forged = replace(event, peer=evil.link.peer, key=world.held[evil], frames=wrong)
+            actions = world.core.handle(forged, now=world.now)
+            heard.append(any(isinstance(one, events.Detokenize) for one in actions))
+        do(event)
+
+    do, world._do = world._do, forge  # type: ignore[method-assign]
+    finish(world, answer)  # it checks the tokens
+    assert heard
+    assert not any(heard)

@@ -532,6 +532,8 @@ class FailingLoads(Cluster):
     @rule(when=Cluster.any_up, index=_INDEX)
     def fail_a_stage(self, index: int) -> None:
         worker = self._pick(index)
+        if not self.world.core._registry.knows(worker.link.peer):
+            return  # nobody reports before it is welcomed
         failed = StageFailed(epoch=Epoch(worker.epoch), code="stage_error", message="it broke")
         self.world.apply(events.Received(worker.link.peer, failed))
 

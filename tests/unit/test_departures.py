@@ -12,7 +12,7 @@ from distributed_llm.coordinator.cluster.departures import (
     DepartureState,
 )
 from distributed_llm.coordinator.cluster.move import MoveState
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion
 from tests.unit.coordinator_parts import CLIENT, Parts, ready, sent

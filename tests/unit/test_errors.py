@@ -8,7 +8,14 @@ import pytest
 from distributed_llm.common import errors
 from distributed_llm.common.errors import DistributedLLMError, Overloaded, error_from_wire
 
-LOCAL = {"AddressInUse", "ConnectionFailed", "LocalProtocolError", "OutputFailed", "ProtocolError"}
+LOCAL = {
+    "AddressInUse",
+    "ConnectionFailed",
+    "LocalProtocolError",
+    "OutputFailed",
+    "ProtocolError",
+    "ServiceFailed",
+}
 """Errors that never leave the process they happen in, so that no message names them."""
 
 CLASSES = [

@@ -34,6 +34,8 @@ FACTS = {
     "how": "",
     "layers": LayerRange(0, 2),
     "load_s": 1.25,
+    "fetched_bytes": 3 << 30,
+    "fetch_s": 2.5,
     "kv_tokens": 640,
     "pipelines": 2,
     "took_s": 3.0,
@@ -43,6 +45,7 @@ FACTS = {
     "choice": 0,
     "code": "stage_error",
     "answer_tokens": 20,
+    "pause_s": 300.0,
     "names": "num_beams",
     "what": "drop_stage",
 }

@@ -22,7 +22,9 @@ def options(verb: str) -> list[Any]:
     return [one for one in VERBS[verb].params if one.param_type_name == "option" and not one.hidden]
 
 
-@pytest.mark.parametrize("verb", ["coordinator", "worker", "generate", "status", "plan", "drain"])
+@pytest.mark.parametrize(
+    "verb", ["up", "coordinator", "worker", "generate", "status", "plan", "drain"]
+)
 def test_every_option_that_takes_a_value_shows_its_default(verb: str) -> None:
     without = {"--config", "--worker", "--token-ids", "--help"}
     for option in options(verb):

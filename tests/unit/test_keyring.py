@@ -126,13 +126,27 @@ def test_no_address_leads_out_of_the_folder(keyring: Keyring, state: Path, addre
 
 
 def test_the_latest_coordinator_is_the_one_that_was_enrolled_at_last(keyring: Keyring) -> None:
-    assert keyring.latest() == ""
+    assert keyring.joined() == []
     for age, (address, name) in enumerate(
         [(here(PORT), ""), ("a.example:1", "mac"), ("b.example:1", "mac"), (here(PORT + 1), "")]
     ):
         keyring.save(address, SERVER, OURS, name=name)
         os.utime(keyring.path(address), (1000 + age, 1000 + age))
-    assert keyring.latest() == "b.example:1"  # those of its own it did not enrol at
+    found = [one.address for one in keyring.joined()]
+    assert found == ["b.example:1", "a.example:1"], "those of its own it did not enrol at"
+
+
+def test_a_coordinator_that_moved_is_known_at_its_new_address_only(keyring: Keyring) -> None:
+    keyring.save("a.example:1", SERVER, OURS, name="mac")
+    keyring.move("a.example:1", "b.example:2")
+    assert [one.address for one in keyring.joined()] == ["b.example:2"]
+    assert keyring.kept("a.example:1") is None
+    assert keyring.login("b.example:2").keys == OURS
+    assert keyring.name("b.example:2") == "mac"
+    keyring.move("b.example:2", "b.example:2")
+    assert keyring.name("b.example:2") == "mac"
+    keyring.move("c.example:1", "d.example:2")
+    assert keyring.kept("d.example:2") is None
 
 
 # ------------------------------------------------------------------ the files

@@ -22,7 +22,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, PeerId
 from distributed_llm.coordinator.cluster.move import Move, MoveState
 from distributed_llm.coordinator.cluster.move_price import Price
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState

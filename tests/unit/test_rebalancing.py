@@ -7,7 +7,7 @@ import pytest
 from distributed_llm.common.messages import LoadStage, Notice
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.partition.tables import Partition
 from distributed_llm.coordinator.planning.advice import Advice
@@ -326,7 +326,7 @@ def test_advice_waits_until_it_is_known_what_others_are_worth() -> None:
     assert told == [(1, False, False), (2, True, True), (1, True, True)]
     texts = [advice.text for advice in parts.rebalancing.advice.values()]
     assert len(texts) == 2
-    assert all("its pipeline needs it" in text for text in texts)
+    assert all("others go on without it" in text for text in texts)
 
 
 def test_advice_is_void_once_other_pipelines_serve() -> None:

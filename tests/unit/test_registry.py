@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 from distributed_llm.common.messages import Capabilities, Heartbeat, WorkerHello, WorkerStatus
 from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
-from distributed_llm.coordinator.cluster.registry import (
-    CLIENT_SILENCE_S,
-    Registry,
-    Worker,
-    WorkerState,
-)
+from distributed_llm.coordinator.cluster.registry import CLIENT_SILENCE_S, Registry
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 
 A, B, C = PeerId(b"a"), PeerId(b"b"), PeerId(b"c")
 CAPABILITIES = Capabilities(
@@ -339,4 +335,19 @@ def test_a_time_in_which_nobody_listened_makes_nobody_silent(registry: Registry)
     assert registry.next_deadline() == pytest.approx(7.9)
     assert registry.silent(now=7.9) == [PeerId(b"a")]
     assert registry.silent(now=33.9) == [PeerId(b"a"), PeerId(b"c")]
+    registry.validate()
+
+
+def test_so_many_sessions_that_ended_are_remembered() -> None:
+    registry = Registry(silence_timeout_s=4.0, task_timeout_s=3.0)
+    peers = [PeerId(b"%d" % number) for number in range(5000)]
+    for peer in peers:
+        assert not registry.has_left(peer)
+        registry.add_client(peer, now=0.0)
+        assert not registry.has_left(peer)
+        registry.remove(peer)
+        assert registry.has_left(peer)
+    registry.remove(PeerId(b"a stranger"))
+    assert not registry.has_left(PeerId(b"a stranger"))
+    assert [registry.has_left(peer) for peer in peers] == [False] * 904 + [True] * 4096
     registry.validate()

@@ -14,7 +14,7 @@ from distributed_llm.common.messages import (
     StageFailed,
 )
 from distributed_llm.common.types import Epoch, LayerRange, PeerId
-from distributed_llm.coordinator.cluster.registry import WorkerState
+from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Stop, Study
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from tests.unit.coordinator_parts import Parts, ready, sent

@@ -40,7 +40,7 @@ from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.request_book import RequestBook
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.steps import StepDone
-from tests.unit.fake_model import MODEL
+from tests.unit.fake_model import MODEL, VOCAB
 
 CLIENT = PeerId(b"client")
 PROMPT = (1, 2, 3)
@@ -256,6 +256,27 @@ def test_a_parameter_that_names_no_token_of_the_model_is_refused(params: Samplin
     assert isinstance(refused, Send)
     assert isinstance(refused.message, RequestFailed)
     assert refused.message.message.startswith(f"Token id {STRANGE} is not in the model's")
+
+
+@pytest.mark.parametrize("strange", [-1, VOCAB, STRANGE, 2**31 - 1])
+def test_a_prompt_with_no_token_of_the_model_is_refused(strange: int) -> None:
+    """A GPU would end the process that looks it up."""
+    bench = Bench()
+    for prompt, refused in (([0, VOCAB - 1], False), ([1, strange, 2], True)):
+        spec, frame = frame_of_token_ids(prompt)
+        message = Generate(
+            request_id=f"{refused}",
+            prompt="token_ids",
+            params=SamplingParams(max_new_tokens=4),
+            tensors=(spec,),
+        )
+        (tokenize,) = bench.book.submit(CLIENT, message, (frame,), now=0.0)
+        assert isinstance(tokenize, Tokenize)
+        actions = bench.book.tokenized(Tokenized(tokenize.key, prompt))
+        sent = [one.message for one in actions if isinstance(one, Send)]
+        failures = [one.message for one in sent if isinstance(one, RequestFailed)]
+        expected = [f"Token id {strange} is not in the model's vocabulary of {VOCAB}."]
+        assert failures == (expected if refused else [])
 
 
 def test_log_probabilities_are_freed_when_they_are_sent() -> None:

@@ -1,8 +1,6 @@
 """The setup scripts in dry runs: nothing is installed, nothing outside a copy is touched."""
 
-import configparser
 import os
-import plistlib
 import re
 import shlex
 import shutil
@@ -111,14 +109,6 @@ def plan_of(result: subprocess.CompletedProcess[str]) -> list[list[str]]:
         for line in result.stdout.splitlines()
         if line.startswith("would run: ")
     ]
-
-
-def service_file(result: subprocess.CompletedProcess[str]) -> str:
-    """Return the text of the file that a dry run would write."""
-    lines = result.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("would write ")) + 1
-    stop = next(i for i in range(start, len(lines)) if not lines[i].startswith("    "))
-    return "\n".join(line[4:] for line in lines[start:stop]) + "\n"
 
 
 @needs_bash
@@ -374,104 +364,52 @@ def test_another_build_of_torch(copy: Path) -> None:
     assert "--extra-index-url" not in plan[2]  # for PyTorch alone
 
 
-def unquoted(text: str) -> list[str]:
-    """Return the arguments of ExecStart, as systemd.service(5) says they are read."""
-    arguments = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
-    for special in "%$":  # alone they stand for something else
-        assert special not in text.replace(special * 2, "")
-    return [
-        re.sub(r"\\(.)", r"\1", argument).replace("%%", "%").replace("$$", "$")
-        for argument in arguments
-    ]
-
-
 @needs_bash
-@pytest.mark.parametrize("role", ["worker", "coordinator"])
-def test_systemd_unit(copy: Path, role: str) -> None:
+@systems
+def test_a_service_is_installed_by_dllm(copy: Path, system: str) -> None:
     own = ["--coordinator", "[::1]:5555", "--name", "mac"]
-    if role == "coordinator":
-        own = ["--model", '$HOME/"my\\ model"', "--bind", "0.0.0.0:5555"]
-    result = run(copy, "linux", role, *own, "--service", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    unit = configparser.ConfigParser(interpolation=None)
-    unit.read_string(service_file(result))
-    expected = [f"{copy}/.venv/bin/dllm", role, "--config", f"{copy}/config/local.yaml", *own]
-    if role == "worker":
-        expected.append("--wait")
-    if role == "coordinator":
-        expected = [*expected[:2], own[1], *expected[2:4], *own[2:]]
-    assert unquoted(unit["Service"]["ExecStart"]) == expected
-    assert unit["Service"]["WorkingDirectory"].replace("%%", "%") == str(copy)
-    assert unit["Service"]["Restart"] == "always"
-    assert unit["Install"]["WantedBy"] in ("default.target", "multi-user.target")
-    assert f"enable dllm-{role}.service" in result.stdout
-
-
-@needs_bash
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
-def test_systemd_accepts_the_unit(copy: Path, tmp_path: Path) -> None:
-    dllm = copy / ".venv/bin/dllm"
-    dllm.parent.mkdir(parents=True)
-    add_program(dllm.parent, "dllm", "exit 0")
-    result = run(copy, "linux", "worker", "--coordinator", "pc:5555", "--service", "--dry-run")
-    path = tmp_path / "dllm-worker.service"
-    path.write_text(service_file(result))
-    verdict = subprocess.run(
-        ["systemd-analyze", "verify", "--man=no", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert "dllm-worker" not in verdict.stderr
-
-
-@needs_bash
-def test_launchd_plist(copy: Path) -> None:
-    result = run(
-        copy, "macos", "worker", "--coordinator", "pc:5555", "--name", "a", "--service", "--dry-run"
-    )
-    assert result.returncode == 0, result.stderr
-    plist = plistlib.loads(service_file(result).encode())
-    assert plist["ProgramArguments"] == [
-        f"{copy}/.venv/bin/dllm",
-        "worker",
-        "--config",
-        f"{copy}/config/local.yaml",
-        *("--coordinator", "pc:5555", "--name", "a", "--wait"),
-    ]
-    assert plist["WorkingDirectory"] == str(copy)
-    assert plist["RunAtLoad"] is True
-    assert plist["KeepAlive"] is True
-    assert f"{plist['Label']}.plist" in result.stdout
+    plan = plan_of(run(copy, system, "worker", *own, "--service", "--dry-run"))
+    config = ["--config", f"{copy}/config/local.yaml"]
+    program = [f"{copy}/.venv/bin/dllm", "service", "install"]
+    assert plan[-1] == [*program, "worker", *config, *own, "--wait"]
+    own = ["--model", '$HOME/"my\\ model"', "--bind", "0.0.0.0:5555"]
+    plan = plan_of(run(copy, system, "coordinator", *own, "--service", "--dry-run"))
+    assert plan[-1] == [*program, "coordinator", own[1], *config, *own[2:]]
 
 
 @needs_bash
 @systems
 def test_uninstalling_the_service(copy: Path, system: str) -> None:
-    result = run(copy, system, "worker", "--uninstall-service", "--dry-run")
-    assert result.returncode == 0, result.stderr
-    stop, remove = result.stdout.splitlines()
-    assert "disable --now" in stop or "bootout" in stop
-    assert remove.startswith("would run: rm -f ")
+    plan = plan_of(run(copy, system, "worker", "--uninstall-service", "--dry-run"))
+    remover = ["-m", "distributed_llm.services", "remove", "worker"]
+    assert plan == [["env", f"PYTHONPATH={copy}", sys.executable, *remover]]
 
 
 @needs_bash
+@pytest.mark.skipif(sys.platform != "linux", reason="systemd is on Linux")
 def test_a_service_is_removed_though_its_program_is_gone(copy: Path, tmp_path: Path) -> None:
+    package = copy / "distributed_llm"
+    shutil.copytree(ROOT / "distributed_llm/services", package / "services")
+    shutil.copy(ROOT / "distributed_llm/__init__.py", package)
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, script in (("uname", "echo Darwin"), ("id", "echo 501"), ("launchctl", "exit 3")):
-        add_program(programs, name, script)
-    plist = copy / "Library/LaunchAgents/distributed-llm.worker.plist"
-    plist.parent.mkdir(parents=True)
-    plist.touch()
+    add_program(programs, "systemctl", 'echo "systemctl $*"; exit 1')
+    fake = tmp_path / "fake_user"  # its home is the copy, whoever runs the tests
+    fake.mkdir()
+    (fake / "sitecustomize.py").write_text("import os; os.geteuid = lambda: 1000\n")
+    add_program(
+        programs, "python3.99", f'PYTHONPATH="$PYTHONPATH:{fake}" exec "{sys.executable}" "$@"'
+    )
+    unit = copy / ".config/systemd/user/dllm-worker.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
     path = f"{programs}:{os.environ['PATH']}"
     assert not (copy / ".venv").exists()
-    for expected in ("", "There is no service to remove"):
-        said = run(copy, "macos", "worker", "--uninstall-service", PATH=path)
+    for expected in ("systemctl --user disable --now dllm-worker", "There is no service to remove"):
+        said = run(copy, "linux", "worker", "--uninstall-service", PATH=path, PYTHON="python3.99")
         assert said.returncode == 0, said.stderr
         assert expected in said.stdout
-        assert not plist.exists()
+        assert not unit.exists()
 
 
 # --- Windows

@@ -300,8 +300,8 @@ def test_a_step_that_was_never_sent() -> None:
     line = in_flight()
     line.begin(step(), now=0.0)
     for number in (0, 2):
-        assert reply(line, number, 0, []) == Dropped("late_result")
-        assert line.failed(PEERS[0], refusal(number)) == Dropped("late_result")
+        assert reply(line, number, 0, []) == Dropped("foreign_result")
+        assert line.failed(PEERS[0], refusal(number)) == Dropped("foreign_result")
     assert line.num_steps == 1
 
 

@@ -11,9 +11,10 @@ from distributed_llm.common.messages import (
     StageReady,
 )
 from distributed_llm.common.types import Epoch, LayerRange
-from distributed_llm.coordinator.cluster.registry import Registry, Worker
+from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.weight_sources import let_read, sources_of
 from distributed_llm.coordinator.cluster.weight_stock import WeightStock
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Send
 from tests.unit.coordinator_parts import Parts
 from tests.unit.test_registry import join as joined

@@ -18,11 +18,14 @@ from tests.wire.test_transport import on_loop
 pytestmark = pytest.mark.timeout(60)
 
 
+ON_LOOPBACK = CoordinatorSettings(bind="127.0.0.1:0")
+
+
 @asynccontextmanager
-async def coordinator() -> AsyncIterator[str]:
+async def coordinator(**settings_of_core: Any) -> AsyncIterator[str]:
     """Yield the address of a coordinator."""
     listening: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-    settings = CoordinatorSettings(bind="127.0.0.1:0")
+    settings = CoordinatorSettings.model_validate({"bind": "127.0.0.1:0", **settings_of_core})
     serving = asyncio.create_task(serve(settings, on_listening=listening.set_result))
     try:
         await asyncio.wait((serving, listening), return_when=asyncio.FIRST_COMPLETED)

@@ -13,15 +13,19 @@ from distributed_llm.client.enrolment import enrol
 from distributed_llm.common.errors import (
     ConfigError,
     CoordinatorUnreachable,
+    DistributedLLMError,
     InvalidRequest,
     NotAllowed,
     NotEnrolled,
+    Quarantined,
     WrongServerKey,
 )
 from distributed_llm.common.join_line import JoinLine, parse_join_line
 from distributed_llm.common.keyring import KEY_VARIABLE, STATE_VARIABLE, Keyring, text_of_key
 from distributed_llm.common.roles import Role
 from distributed_llm.common.transport import new_key_pair
+from distributed_llm.coordinator.trust.conduct import MOST_FAULTS
+from distributed_llm.summary import headline, machine_row
 from tests.wire.test_coordinator import coordinator
 from tests.wire.test_transport import on_loop
 
@@ -65,7 +69,7 @@ async def test_a_machine_enrols_once_and_is_let_in_from_then_on(machine: As) -> 
             enrolled = await enrol(keyring, line, "pc", LIMIT_S)
             assert (enrolled.name, enrolled.role) == ("pc", Role.CLIENT)
             assert keyring.name(address) == "pc"
-            assert keyring.latest() == address
+            assert keyring.joined()[0].address == address
             assert await status_of(address) == "waiting"
             keys = keyring.login(address).keys
             assert await enrol(keyring, line, "other", LIMIT_S) == enrolled  # it is one already
@@ -111,7 +115,12 @@ async def test_a_revoked_token_is_good_for_nothing(machine: As) -> None:
         line = await token(owner, Role.ADMIN, uses=None, lifetime_s=None)
         (one,) = (await owner.members()).tokens
         await owner.revoke_token(one.id)
-        with machine("pc") as keyring, pytest.raises(NotEnrolled, match="a token was revoked"):
+        with (
+            machine("pc") as keyring,
+            pytest.raises(
+                NotEnrolled, match="does not know the token in this line: it was revoked"
+            ),
+        ):
             await enrol(keyring, line, "pc", LIMIT_S)
 
 
@@ -150,6 +159,7 @@ async def test_who_is_enrolled_as_a_client_gets_no_further(machine: As) -> None:
                     client.members,
                     lambda: client.create_token(Role.ADMIN),
                     lambda: client.remove_machine("owner"),
+                    lambda: client.readmit_machine("owner"),
                     lambda: client.revoke_token("0000-0000"),
                     lambda: client.drain_worker("any"),
                 ):
@@ -157,6 +167,34 @@ async def test_who_is_enrolled_as_a_client_gets_no_further(machine: As) -> None:
                         await act()
                 assert (await client.status()).state == "waiting"
         assert {one.name for one in (await owner.members()).machines} == {"owner", "pc"}
+
+
+@on_loop
+async def test_two_coordinators_of_one_machine_do_not_let_in_each_others_machines(
+    machine: As,
+) -> None:
+    async with (
+        coordinator() as one,
+        coordinator() as other,
+        AsyncDistributedClient(one) as owner,
+        AsyncDistributedClient(other) as owner_of_other,
+    ):
+        line = await token(owner, Role.CLIENT)
+        await owner_of_other.status()
+        with machine("pc") as keyring:
+            await enrol(keyring, line, "pc", LIMIT_S)
+            assert await status_of(one) == "waiting"
+            with pytest.raises(NotEnrolled):
+                await status_of(other)
+            known = keyring.login(one)
+            keyring.save(other, known.server, known.keys)  # as if it were the same
+            with pytest.raises(WrongServerKey):
+                await status_of(other)
+            there = parse_join_line((await owner_of_other.create_token(Role.CLIENT)).line)
+            keyring.save(other, there.server, known.keys)  # and with the right one of its own
+            with pytest.raises(NotEnrolled):
+                await status_of(other)
+        assert [one.name for one in (await owner_of_other.members()).machines] == ["owner"]
 
 
 @on_loop
@@ -178,13 +216,43 @@ async def test_a_removed_machine_is_told_at_once_and_kept_out(machine: As) -> No
 
 
 @on_loop
+async def test_a_machine_that_breaks_the_protocol_is_kept_out_until_it_is_readmitted(
+    machine: As,
+) -> None:
+    async with coordinator() as address, AsyncDistributedClient(address) as owner:
+        line = await token(owner, Role.CLIENT)
+        with machine("pc") as keyring:
+            await enrol(keyring, line, "pc", LIMIT_S)
+            for _ in range(MOST_FAULTS):
+                async with AsyncDistributedClient(address) as client:
+                    assert (await client.status()).quarantined == ()  # until now it is let in
+                    assert client._session is not None
+                    client._session._connection.send([b"noise"])
+                    with pytest.raises(DistributedLLMError):
+                        await client.status()
+            with pytest.raises(Quarantined, match="pc is quarantined: it broke the protocol"):
+                await status_of(address)
+        status = await owner.status()
+        assert status.quarantined == ("pc",)
+        assert "(quarantined: pc)" in headline(status)
+        rows = {one.name: machine_row(one, 0.0) for one in (await owner.members()).machines}
+        assert rows["owner"][-1] == "1"
+        assert rows["pc"][-1] == "quarantined for 5 min"
+        await owner.readmit_machine("pc")
+        with machine("pc"):
+            assert await status_of(address) == "waiting"
+        with pytest.raises(InvalidRequest, match="pc is not quarantined"):
+            await owner.readmit_machine("pc")
+
+
+@on_loop
 async def test_a_line_for_another_coordinator_is_refused_and_the_key_stays(machine: As) -> None:
     """As when the address belongs to somebody else now: nothing is sent to it."""
     async with coordinator() as address, AsyncDistributedClient(address) as owner:
         line = await token(owner, Role.CLIENT, uses=None)
         wrong = JoinLine(address, new_key_pair().public, line.secret)
         with machine("pc") as keyring:
-            with pytest.raises(WrongServerKey, match="does not hold the key"):
+            with pytest.raises(WrongServerKey, match="the line is of another coordinator"):
                 await enrol(keyring, wrong, "pc", LIMIT_S)
             await enrol(keyring, line, "pc", LIMIT_S)
             login = keyring.login(address)
@@ -232,3 +300,12 @@ async def test_a_key_that_cannot_be_kept_is_told(machine: As, tmp_path: Path) ->
             pytest.raises(ConfigError, match=r"cannot be (read|written)"),
         ):
             await enrol(keyring, line, "pc", LIMIT_S)
+
+
+@on_loop
+async def test_a_line_is_of_no_use_where_there_are_no_keys(machine: As) -> None:
+    async with coordinator(insecure=True) as address:
+        line = JoinLine(address, new_key_pair().public, new_key_pair().secret)
+        with machine("pc") as keyring, pytest.raises(NotAllowed) as refused:
+            await enrol(keyring, line, "pc", LIMIT_S)
+        assert f"dllm worker --insecure --coordinator {address}" in str(refused.value)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import pytest
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.hub import resolve_for_coordinator
+from distributed_llm.common.keyring import Keyring
 from distributed_llm.common.messages import ClientHello, ClientWelcome, WorkerHello
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.transport import Dealer
+from distributed_llm.common.transport import Dealer, Login
+from distributed_llm.common.transport.authenticator import Authenticator
+from distributed_llm.common.units import split_address
 from distributed_llm.coordinator import service as coordinator_service
 from distributed_llm.coordinator.core import Core
+from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.worker import service as worker_service
 from distributed_llm.worker.session.agent import Agent
 from tests.unit.fake_model import MODEL
@@ -34,7 +39,9 @@ def broken(*_: Any, **__: Any) -> Any:
     raise Bug("it is broken")
 
 
-def service() -> tuple[coordinator_service.Coordinator, "asyncio.Future[str]"]:
+def service(
+    trust: Trust | None = None,
+) -> tuple[coordinator_service.Coordinator, "asyncio.Future[str]"]:
     """Return a coordinator, and what will be its address."""
     address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     source, checkpoint = resolve_for_coordinator("")
@@ -44,14 +51,14 @@ def service() -> tuple[coordinator_service.Coordinator, "asyncio.Future[str]"]:
         CoordinatorSettings(heartbeat_interval_s=0.05),
         bind="127.0.0.1:0",
         on_listening=address.set_result,
-        trust=None,
+        trust=trust,
         library=library_of(source, checkpoint),
     )
     return made, address
 
 
 @contextmanager
-def client(address: str) -> Iterator["asyncio.Future[None]"]:
+def client(address: str, login: Login | None = None) -> Iterator["asyncio.Future[None]"]:
     """Say hello to a coordinator; what is given is done once it has welcomed."""
     welcomed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -60,7 +67,7 @@ def client(address: str) -> Iterator["asyncio.Future[None]"]:
             welcomed.set_result(None)
 
     dealer = Dealer(
-        address, heard, lambda: None, lambda: None, login=None, on_rejected=lambda _: None
+        address, heard, lambda: None, lambda: None, login=login, on_rejected=lambda _: None
     )
     dealer.send(codec.encode(ClientHello()))
     try:
@@ -98,6 +105,32 @@ async def test_coordinator_ends_with_an_exception_outside_of_its_core(
             pytest.raises(DistributedLLMError, match=r"it is broken.*report"),
         ):
             await running
+
+
+@on_loop
+async def test_coordinator_ends_when_it_cannot_say_who_may_connect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would let nobody in any more, and nobody would know why."""
+    trust = Trust(tmp_path, 0, now=0.0)
+    coordinator, address = service(trust)
+    running = asyncio.create_task(coordinator.run())
+    login = Keyring(tmp_path).login(await listening(trust, address))
+    with client(address.result(), login) as welcomed:
+        await welcomed  # until now it can
+        monkeypatch.setattr(Authenticator, "handle_zap_message", broken)
+        with (
+            client(address.result(), login) as refused,
+            pytest.raises(DistributedLLMError, match=r"it is broken.*report"),
+        ):
+            await running
+        assert not refused.done()
+
+
+async def listening(trust: Trust, address: "asyncio.Future[str]") -> str:
+    """Return the address of a coordinator that has keys for it."""
+    trust.listening(split_address(await address)[1])
+    return address.result()
 
 
 def worker(coordinator: FakeCoordinator) -> worker_service.Worker:

@@ -30,6 +30,7 @@ from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.transport import sockets
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, StepNumber
+from distributed_llm.worker import work
 from distributed_llm.worker.links import Links, bind_for, reachable_at
 from distributed_llm.worker.session.events import Event
 from distributed_llm.worker.session.link_events import (
@@ -497,13 +498,17 @@ def test_port_is_opened_to_other_machines_only_if_there_may_be_any(
     bind: str, coordinator: str, listens: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses_module, "interface_hosts", lambda: HOSTS)
-    assert bind_for(bind, coordinator, STANDS_FOR.get(coordinator, (coordinator,))) == listens
+    stands_for = STANDS_FOR.get(coordinator, (coordinator,))
+    assert bind_for(bind, coordinator, stands_for, alone=True) == listens
+    if bind.startswith("0.0.0.0") and listens.startswith("127.0.0.1"):
+        everywhere = bind_for(bind, coordinator, stands_for, alone=False)
+        assert everywhere in (bind, bind.replace("0.0.0.0", "[::]")), "others may come"
 
 
 def test_a_machine_without_ipv6_listens_on_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(addresses_module, "interface_hosts", lambda: ["127.0.0.1", "10.0.0.7"])
     for name, listens in (("both.lan:5555", "0.0.0.0:7000"), ("new.lan:5555", "[::]:7000")):
-        assert bind_for("0.0.0.0:7000", name, STANDS_FOR[name]) == listens
+        assert bind_for("0.0.0.0:7000", name, STANDS_FOR[name], alone=True) == listens
 
 
 STANDS_FOR = {
@@ -524,6 +529,7 @@ HOSTS = ["127.0.0.1", "192.168.1.5", "10.0.0.7", "::1", "fe80::1%eth0", "2001:db
         ("10.0.0.7:7", "192.168.1.5", ["10.0.0.7:7"]),
         ("[::1]:7", "", ["[::1]:7"]),
         ("0.0.0.0:7", "10.0.0.7", ["10.0.0.7:7", "192.168.1.5:7", "127.0.0.1:7"]),
+        ("0.0.0.0:7", "127.0.0.1", ["192.168.1.5:7", "10.0.0.7:7", "127.0.0.1:7"]),
         ("0.0.0.0:7", "", ["192.168.1.5:7", "10.0.0.7:7", "127.0.0.1:7"]),
         ("0.0.0.0:7", "2001:db8::7", ["192.168.1.5:7", "10.0.0.7:7", "127.0.0.1:7"]),
         ("0.0.0.0:7", "::ffff:10.0.0.7", ["10.0.0.7:7", "192.168.1.5:7", "127.0.0.1:7"]),
@@ -560,6 +566,37 @@ async def test_taken_address_is_refused_with_what_to_do() -> None:
     with opened() as (links, _), pytest.raises(AddressInUse) as caught:
         Links(links.address, Told().append, keys=None, admits=lambda key: False, on_read=unread)
     assert "choose another with peer_bind" in str(caught.value)
+
+
+@on_loop
+async def test_whether_others_reach_a_coordinator_here_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for outside, reached in ((["127.0.0.1"], True), (["127.0.0.2"], False), ([], False)):
+            monkeypatch.setattr(
+                work, "addresses_for_others", lambda bound, o=outside: [f"{h}:{port}" for h in o]
+            )
+            assert await work.others_reach(f"127.0.0.1:{port}") == reached
+
+
+@on_loop
+async def test_an_address_that_leads_nowhere_holds_up_nobody() -> None:
+    """All addresses are dialled at once, so what lies behind the first does not matter."""
+    with opened() as (links, told), opened() as (after, after_told):
+        nowhere = (f"192.0.2.1:{free_port()}", f"127.0.0.1:{free_port()}")
+        links.open(LINK, (*nowhere, after.address), NOBODY)
+        reached = await told.until(LinkReached)
+        assert reached == LinkReached(LINK, after.address)
+        links.greet(LINK, HELLO, (after.address,))
+        heard = await after_told.until(PeerReceived)
+        assert isinstance(heard, PeerReceived)
+        after.answer(heard.peer, PeerWelcome(epoch=Epoch(3)))
+        await told.until(LinkUp)
+        links.send(LINK, *task(7))
+        await after_told.until(PeerReceived, 2)
+        assert told.events_of(LinkDown) == []
 
 
 # ------------------------------------------------------------------ leaks

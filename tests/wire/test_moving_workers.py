@@ -144,7 +144,7 @@ async def workers(
             address=coordinator.address,
             addresses=(coordinator.address,),
             login=coordinator.login,
-            peer_bind="0.0.0.0:0",
+            peer_bind="127.0.0.1:0",
             slowdown=1.0,
             local_model="",
             cache=cache_here(),

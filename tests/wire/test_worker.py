@@ -129,7 +129,7 @@ async def cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Coordinator]
             address=coordinator.address,
             addresses=(coordinator.address,),
             login=coordinator.login,
-            peer_bind="0.0.0.0:0",
+            peer_bind="127.0.0.1:0",
             slowdown=1.0,
             local_model="",
             cache=cache_here(),

@@ -52,6 +52,7 @@ from distributed_llm.common.messages.from_client import (
     GetMembers,
     GetStatus,
     Ping,
+    ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     ToolCall,
@@ -224,6 +225,7 @@ __all__ = [
     "Ping",
     "Pong",
     "ReadChunk",
+    "ReadmitMachine",
     "Refused",
     "ReleaseSequences",
     "Remeasured",
@@ -300,6 +302,7 @@ ClientRequest = (
     | CreateToken
     | RevokeToken
     | RemoveMachine
+    | ReadmitMachine
     | Ping
 )
 """Messages that only a welcomed client may send."""

@@ -138,6 +138,12 @@ class RemoveMachine(Message, frozen=True, kw_only=True, tag="remove_machine"):
     name: Label
 
 
+class ReadmitMachine(Message, frozen=True, kw_only=True, tag="readmit_machine"):
+    """Admin -> coordinator: end a machine's quarantine. Answered by `MembersReport`."""
+
+    name: Label
+
+
 class Enrol(Message, frozen=True, kw_only=True, tag="enrol"):
     """Holder of a token -> coordinator: let a machine connect. Answered by `Enrolled` or `Refused`.
 

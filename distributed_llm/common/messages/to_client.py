@@ -191,6 +191,7 @@ class MachineStatus(Value, frozen=True, kw_only=True):
     Attributes:
         enrolled_at: seconds since 1970.
         sessions: connections that it has now.
+        quarantined_s: time until it may connect again, for it broke the protocol; else None.
     """
 
     name: Name
@@ -198,6 +199,7 @@ class MachineStatus(Value, frozen=True, kw_only=True):
     key: PublicKey
     enrolled_at: float
     sessions: Count
+    quarantined_s: Seconds | None = None
 
 
 class TokenStatus(Value, frozen=True, kw_only=True):
@@ -303,6 +305,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
         rejected: number of messages that were dropped, by reason.
         events: the latest events, oldest first; what happened several times is one of them.
         insecure: no keys are used: whoever reaches the port may do everything.
+        quarantined: names of the machines that broke the protocol, and may not connect for now.
     """
 
     model: str
@@ -328,6 +331,7 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     workers: tuple[WorkerStatus, ...]
     events: tuple[str, ...]
     insecure: bool = False
+    quarantined: tuple[Name, ...] = ()
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 class Authenticator(ZapAuthenticator):
     """Answers libzmq on the running event loop; to be made before the context's first socket binds.
 
+    There is no thread that could end unnoticed: a bug of its own ends the program like any other.
+
     Args:
         admits: returns whether the holder of a key may connect. One that raises admits nobody.
     """

@@ -21,8 +21,8 @@ from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.move import MoveState
 from distributed_llm.coordinator.cluster.moves import Moves
-from distributed_llm.coordinator.cluster.registry import Worker, memory_of
 from distributed_llm.coordinator.cluster.replanning import Replanning
+from distributed_llm.coordinator.cluster.worker import Worker, memory_of
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply

@@ -16,7 +16,7 @@ from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.move import COPY_SLOWDOWN, Move, MoveState
 from distributed_llm.coordinator.cluster.move_price import MovePrices, Price, added_bytes
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.serving.event_log import EventKind

@@ -18,8 +18,9 @@ from distributed_llm.common.messages import DropStage, LoadStage, NextStage, Sta
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId
 from distributed_llm.coordinator.cluster.kv_transfers import Transfer
-from distributed_llm.coordinator.cluster.registry import Registry, Worker, WorkerState
+from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.weight_sources import let_read, sources_of
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import Action, Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage, Plan

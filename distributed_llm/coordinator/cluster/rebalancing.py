@@ -14,9 +14,9 @@ from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator.cluster.balancer import Alternative, Balancer
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.moves import Moves
-from distributed_llm.coordinator.cluster.registry import Worker, memory_of
 from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.cluster.telling import tell
+from distributed_llm.coordinator.cluster.worker import Worker, memory_of
 from distributed_llm.coordinator.events import Action, Study
 from distributed_llm.coordinator.planning.advice import Advice
 from distributed_llm.coordinator.planning.forecast import Forecast

@@ -18,8 +18,8 @@ from distributed_llm.common.messages import StageFailed
 from distributed_llm.common.types import WorkerId
 from distributed_llm.common.wording import count_text, layers_text, list_text
 from distributed_llm.coordinator.cluster.cluster import Cluster
-from distributed_llm.coordinator.cluster.registry import Worker, WorkerState, memory_of
 from distributed_llm.coordinator.cluster.telling import tell
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState, memory_of
 from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply

@@ -1,7 +1,7 @@
 """What workers are told for the people who look at their terminals. Pure."""
 
 from distributed_llm.common.messages import Notice
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Send
 
 _MAX_CHARS = 1000

@@ -10,7 +10,7 @@ from distributed_llm.common.messages import (
     WeightSource,
 )
 from distributed_llm.common.types import LayerRange
-from distributed_llm.coordinator.cluster.registry import Worker
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Send
 
 

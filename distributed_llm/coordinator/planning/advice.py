@@ -273,7 +273,7 @@ def _advise_used(base: _Baseline, worker: WorkerId, held: LayerRange, least: int
         room = ", and less room for KV cache"
     serves = f"serves {_share_text(len(held), base.cost.num_layers)}"
     if not others and base.beside:
-        text = f"{serves}; {rates_text(base.rate, base.beside)}: its pipeline needs it"
+        text = f"{serves}; {rates_text(base.rate, base.beside)} (others go on without it)"
         return Advice(base.rate / base.beside - 1, base.rate, base.beside, text)
     if not others:
         return Advice(None, base.rate, None, _what_is_missing(base, worker, least))

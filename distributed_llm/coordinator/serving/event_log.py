@@ -68,6 +68,11 @@ class EventKind(Enum):
     PLAN_LOADING = "info", "loading plan {epoch}: {layer_map:map}"
     PLAN_KEPT = "warning", "layers stay as they are: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
+    WEIGHTS_FETCHED = (
+        "info",
+        "worker {worker} got {fetched_bytes:size} of weights from other machines, for which it "
+        "waited {fetch_s:time}",
+    )
     STAGE_FAILED = "error", "worker {worker} cannot serve: {why}"
     WORKER_TRIED_AGAIN = "info", "worker {worker} may be given layers again"
     PLAN_SERVING = (
@@ -101,6 +106,17 @@ class EventKind(Enum):
     LEAVE_REQUESTED = "info", "worker {worker} wants to leave"
     NOBODY_TAKES_LAYERS = "warning", "worker {worker} cannot hand its layers over: {why}"
     WORKER_LEFT_OUT = "info", "worker {worker} has no layers: {why}"
+    QUARANTINED = (
+        "warning",
+        "machine {machine} is quarantined for {pause_s:time}: it broke the protocol again and "
+        "again; the last time, it {why}",
+    )
+    READMITTED = "info", "machine {machine} may connect again after its quarantine"
+    SESSION_ENDED = (
+        "warning",
+        "the session of a peer was ended: it broke the protocol again and again; the last "
+        "time, it {why}",
+    )
     ENROLLED = "info", "machine {machine} is enrolled as {role}"
     STALLED = (
         "warning",

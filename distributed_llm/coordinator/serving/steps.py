@@ -50,6 +50,9 @@ _RELAY_STEPS = 64
 _MAX_RELAY_STEPS = 1 << 20
 """Most steps that are relayed at every hop after a later one, as the number doubles each time."""
 
+FOREIGN_RESULT = "foreign_result"
+"""Counter of results of steps that were never begun, or that another stage runs."""
+
 
 @dataclass(frozen=True)
 class SendTask:
@@ -251,7 +254,7 @@ class StepsInFlight:
         """
         stage, flight = self._expected(peer, result)
         if stage is None or len(result.timings) != stage + 1:
-            return Dropped("foreign_result")
+            return Dropped(FOREIGN_RESULT)
         if flight is None or stage < flight.stage:
             return Dropped("late_result")
         last = stage == len(self.stages) - 1
@@ -279,7 +282,7 @@ class StepsInFlight:
         """Take a stage's report that it could not run a task."""
         stage, flight = self._expected(peer, failure)
         if stage is None:
-            return Dropped("foreign_result")
+            return Dropped(FOREIGN_RESULT)
         return self._break(flight, failure) if flight else Dropped("late_result")
 
     def progress(self, peer: PeerId, age_s: float, *, now: float) -> None:
@@ -384,9 +387,13 @@ class StepsInFlight:
     def _expected(
         self, peer: PeerId, report: TaskResult | TaskFailed
     ) -> tuple[int | None, _StepInFlight | None]:
-        """Return the stage that reports, and its step; None for what is not of this pipeline."""
+        """Return the stage that reports, and its step.
+
+        No stage for what is not of this pipeline, or of a step that was never begun.
+        """
         stage = self._index.get(peer)
-        if stage is None or report.epoch != self.epoch:
+        was_begun = 1 <= report.step < self._next_step
+        if stage is None or report.epoch != self.epoch or not was_begun:
             return None, None
         return stage, self._flights.get(report.step)
 

@@ -17,6 +17,7 @@ from distributed_llm.common.messages import (
     Enrol,
     GetMembers,
     MachineStatus,
+    ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     ToCoordinator,
@@ -25,11 +26,12 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.roles import Role
+from distributed_llm.coordinator.trust.conduct import Conduct
 from distributed_llm.coordinator.trust.members import Machine, Members
 
 _ENROL_ONLY = NotAllowed("A token is good for enrolling a machine only: `dllm join`.")
 
-ForAdmins = GetMembers | CreateToken | RevokeToken | RemoveMachine
+ForAdmins = GetMembers | CreateToken | RevokeToken | RemoveMachine | ReadmitMachine
 """What concerns the members of the cluster."""
 
 
@@ -42,12 +44,14 @@ class Access:
 
     Attributes:
         addresses: "HOST:PORT"s at which other machines reach the coordinator, best first.
+        conduct: who broke the protocol, and may not connect for now.
     """
 
     def __init__(self, members: Members | None, wall_clock: Callable[[], float]) -> None:
         self._members = members
         self._wall_clock = wall_clock
         self.addresses: tuple[str, ...] = ()
+        self.conduct = Conduct()
 
     @property
     def members(self) -> Members | None:
@@ -70,14 +74,26 @@ class Access:
                 f"{needed.value}. Enrol it by another token: `dllm token create --role "
                 f"{needed.value}`."
             )
-        if isinstance(message, WorkerHello):
-            owner = self._members.owner_of(message.name)
-            if owner is not None and owner.key != key:
-                return NotAllowed(
-                    f"The name {message.name} belongs to another machine. Give this worker "
-                    "another one with --name."
-                )
+        if isinstance(message, WorkerHello) and self.takes_name(key, message):
+            return NotAllowed(
+                f"The name {message.name} belongs to another machine. Give this worker "
+                "another one with --name."
+            )
         return None
+
+    def takes_name(self, key: PublicKey, hello: WorkerHello) -> bool:
+        """Return whether a hello has the name of a machine that does not hold `key`."""
+        owner = self._members.owner_of(hello.name) if self._members else None
+        return owner is not None and owner.key != key
+
+    def offender(self, key: PublicKey) -> Machine | None:
+        """Return the machine to quarantine for what the holder of `key` does, if it is one.
+
+        No admin is: it could readmit itself, and the user who runs the coordinator has to be let
+        in to see what is wrong. Nor is a token, which other machines need.
+        """
+        machine = self._members.machine(key) if self._members else None
+        return None if machine is None or machine.role is Role.ADMIN else machine
 
     def names_of_others(self, key: PublicKey) -> frozenset[str]:
         """Return the names of the machines that do not hold `key`."""
@@ -129,15 +145,28 @@ class Access:
                         f"{name} is the machine that asks, and would lock itself out. Remove it "
                         "from another one that is admin, or stop the coordinator."
                     )
-                return members.remove_machine(name)
+                removed = members.remove_machine(name)
+                self.conduct.forget(removed.key)
+                return removed
+            case ReadmitMachine(name=name):
+                machine = members.named(name)
+                self.conduct.readmit(machine.key, machine.name)
+                return None
             case _:
                 assert_never(message)
 
-    def report(self, sessions: Callable[[PublicKey], int]) -> ClusterMembers:
+    def quarantined(self, *, now: float) -> tuple[str, ...]:
+        """Return the names of the machines that may not connect for now."""
+        machines = self._members.machines if self._members else ()
+        left_s = self.conduct.quarantined_s
+        return tuple(one.name for one in machines if left_s(one.key, now=now) is not None)
+
+    def report(self, sessions: Callable[[PublicKey], int], *, now: float) -> ClusterMembers:
         """Return who may connect.
 
         Args:
             sessions: returns how many connections the holder of a key has.
+            now: clock seconds.
         """
         if self._members is None:
             return ClusterMembers(machines=(), tokens=())
@@ -148,6 +177,7 @@ class Access:
                 key=one.key,
                 enrolled_at=one.enrolled_at,
                 sessions=sessions(one.key),
+                quarantined_s=self.conduct.quarantined_s(one.key, now=now),
             )
             for one in self._members.machines
         )

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from distributed_llm.common.errors import InvalidRequest, NotAllowed
-from distributed_llm.common.keys import PublicKey, fingerprint
+from distributed_llm.common.keys import PublicKey, token_id
 from distributed_llm.common.roles import Role
 from distributed_llm.common.wording import duration_text
 
@@ -52,7 +52,7 @@ class Token(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def id(self) -> str:
         """Its name for people, which is no secret."""
-        return fingerprint(self.key)[:9]
+        return token_id(self.key)
 
 
 class MembersState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,7 +98,7 @@ class Members:
         return self._machines.get(key)
 
     def owner_of(self, name: str) -> Machine | None:
-        """Return the machine that has a name."""
+        """Return the machine that has a name, if any has."""
         return next((one for one in self._machines.values() if one.name == name), None)
 
     # -------------------------------------------------------------- tokens
@@ -179,10 +179,19 @@ class Members:
         Raises:
             InvalidRequest: no machine has this name.
         """
+        machine = self.named(name)
+        del self._machines[machine.key]
+        return machine
+
+    def named(self, name: str) -> Machine:
+        """Return the machine that has a name.
+
+        Raises:
+            InvalidRequest: none has.
+        """
         machine = self.owner_of(name)
         if machine is None:
             raise InvalidRequest(f"No machine is called {name!r}; `dllm machines list` shows them.")
-        del self._machines[machine.key]
         return machine
 
     def _free_name(self, wanted: str) -> str:

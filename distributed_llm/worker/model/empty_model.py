@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from distributed_llm.common import model_sizes
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
@@ -22,7 +23,7 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
     Raises:
         UnsupportedModel: transformers has no decoder of this type.
-        CheckpointError: transformers refuses a value.
+        CheckpointError: transformers refuses a value, or a size is impossible.
     """
     model_type = config["model_type"]
     if model_type not in CONFIG_MAPPING:
@@ -37,6 +38,7 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             f"The model type {model_type!r} is no decoder language model. Use one that generates "
             "text, such as llama, qwen3 or mistral."
         )
+    model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
     values = dict(config)
     for name in ("dtype", "torch_dtype"):
         if isinstance(values.get(name), str):

@@ -36,7 +36,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import Epoch
-from distributed_llm.common.wording import layers_text
+from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.worker.session.epoch_stage import CREDITS, EpochStage, StageState, failed
 from distributed_llm.worker.session.events import (
     Action,
@@ -402,6 +402,8 @@ class Stages:
         text = (
             f"loaded {layers_text(stage.order.layers)} in {event.load_s:.1f} s (plan {event.epoch})"
         )
+        if event.fetched_bytes:
+            text += f"; {size_text(event.fetched_bytes)} of weights came from other machines"
         return [*serve, Send(ready), Log(text)]
 
     def load_failed(self, event: LoadFailed) -> list[Action]:

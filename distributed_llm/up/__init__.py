@@ -1,0 +1,1 @@
+"""`dllm up`: a coordinator and a worker on this machine, and what others need to join them."""

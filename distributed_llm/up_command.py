@@ -1,0 +1,89 @@
+"""`dllm up`: starts a coordinator and a worker here, and says how others join them."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from distributed_llm.options import Config, Insecure, allow_insecure, options_as_words
+from distributed_llm.serving_process import WithParent, start_process
+from distributed_llm.worker_command import Device, MaxMemory, Name, Threads
+
+BIND = "0.0.0.0:5555"
+"""Where the coordinator of `dllm up` listens, unless told otherwise."""
+
+
+def up(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder or hub id; nothing for the built-in model."),
+    ] = None,
+    config: Config = None,
+    bind: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address to listen on.", show_default=BIND),
+    ] = None,
+    name: Name = None,
+    device: Device = None,
+    threads: Threads = None,
+    max_memory: MaxMemory = None,
+    insecure: Insecure = False,
+    exit_with_parent: WithParent = False,
+) -> None:
+    """Serve a model with this machine, and with others that join it by the line that is printed.
+
+    It starts a coordinator and a worker. Where this machine alone is too small for the model, it
+    waits for others. Ctrl-C ends both, a second one at once.
+    """
+    import os
+
+    from distributed_llm.common.config import read_settings
+    from distributed_llm.common.keyring import state_folder
+    from distributed_llm.common.units import split_address
+    from distributed_llm.up.run import Wanted, run
+
+    machine = {"name": name, "device": device, "threads": threads, "max_memory": max_memory}
+    settings, given = read_settings(
+        config,
+        environment=os.environ,
+        overrides={
+            "coordinator.model": model,
+            "coordinator.bind": bind,
+            "coordinator.insecure": insecure or None,
+            **{f"worker.{key}": value for key, value in machine.items()},
+        },
+    )
+    where = settings.coordinator.bind if ("coordinator", "bind") in given else BIND
+    if insecure:
+        in_settings = read_settings(config, environment=os.environ, overrides={})[0]
+        allow_insecure(where, in_settings.coordinator.insecure)
+    start_process("warning", exit_with_parent)
+    shared = [
+        *options_as_words({"config": config}),
+        *(["--insecure"] if settings.coordinator.insecure else []),
+    ]
+    logs = state_folder() / "logs" / str(split_address(where)[1])
+    logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+    wanted = Wanted(
+        coordinator=("coordinator", *([model] if model else []), "--bind", where, *shared),
+        worker=("worker", *shared, *options_as_words(machine)),
+        bind=where,
+        insecure=settings.coordinator.insecure,
+        logs=logs,
+        progress=_progress,
+        show=_show,
+    )
+    raise typer.Exit(asyncio.run(run(wanted)))
+
+
+def _progress(text: str) -> None:
+    typer.secho(text, dim=True, err=True)
+
+
+def _show(lines: Sequence[str]) -> None:
+    first, *others = lines
+    typer.secho(f"\n{first}", bold=True)
+    typer.echo("\n".join(others))
+    sys.stdout.flush()
