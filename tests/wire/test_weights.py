@@ -1,6 +1,7 @@
 """Weights that come over real sockets: from the coordinator, from other workers, and badly."""
 
 import asyncio
+import contextlib
 import errno
 import logging
 import threading
@@ -28,6 +29,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import LayerRange
+from distributed_llm.common.units import split_address
 from distributed_llm.weights import fetch as fetch_module
 from distributed_llm.weights import source_link
 from distributed_llm.weights.cache import partial as partial_module
@@ -138,6 +140,13 @@ def lying(message: ToReader, frames: tuple[Frame, ...]) -> Answer:
     return message, tuple(map(flip, frames)) if isinstance(message, Chunk) else frames
 
 
+def short(message: ToReader, frames: tuple[Frame, ...]) -> Answer:
+    if not isinstance(message, Chunk):
+        return message, frames
+    spec, frame = frame_of_bytes(bytes(frames[0])[:-1])
+    return msgspec.structs.replace(message, tensors=(spec,)), (frame,)
+
+
 # ------------------------------------------------------------------ what is right
 
 
@@ -240,6 +249,51 @@ async def test_progress_is_told(model: Model, tmp_path: Path) -> None:
             await come_true(lambda: fetch.progress.here_bytes == total)
             assert fetch.progress.total_bytes == total
             assert fetch.progress.bytes_per_s > 0
+
+
+@on_loop
+async def test_what_the_coordinator_does_for_it_counts_as_progress(
+    model: Model, tmp_path: Path
+) -> None:
+    """So that a load is not given up while files are downloaded and hashed for it."""
+    async with scene(model, tmp_path) as its:
+        its.coordinator.hold()
+        with its.reader.fetching() as fetch:
+            await its.reader.begun(fetch)
+            await come_true(lambda: its.reader.on_bytes > 0)
+            assert fetch.fetched_bytes == 0
+
+
+@pytest.mark.parametrize("use_keys", [False, True], ids=["without keys", "with keys"])
+@on_loop
+async def test_weights_are_on_the_wire_in_clear_only_without_keys(
+    model: Model, tmp_path: Path, use_keys: bool
+) -> None:
+    async with scene(model, tmp_path, use_keys=use_keys) as its:
+        host, port = split_address(its.coordinator.address)
+        seen = bytearray()
+        ends: list[asyncio.Task[None]] = []
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.closing(writer):
+                while piece := await reader.read(1 << 16):
+                    seen.extend(piece)
+                    writer.write(piece)
+
+        async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, ahead = await asyncio.open_connection(host, port)
+            ways = ((reader, ahead), (there, writer))
+            ends.extend(asyncio.create_task(carry(*way)) for way in ways)
+
+        server = await asyncio.start_server(relay, "127.0.0.1", 0)
+        async with server:
+            its.coordinator.address = "127.0.0.1:{1}".format(*server.sockets[0].getsockname())
+            await its.reader.load(LayerRange(1, 2))
+            await asyncio.gather(*ends)
+        assert len(seen) > MATRIX_BYTES
+        piece = model.bytes_of["model.layers.1.mlp.weight"][1000:1032]
+        assert (piece in seen) is not use_keys
+        assert (b"model.layers.1.mlp.weight" in seen) is not use_keys
 
 
 # ------------------------------------------------------------------ what was there
@@ -463,12 +517,6 @@ async def test_a_worker_that_sends_other_lengths_is_used_no_more(
 ) -> None:
     async with scene(model, tmp_path) as its:
         its.knows("pc")
-
-        def short(message: ToReader, frames: tuple[Frame, ...]) -> Answer:
-            assert isinstance(message, Chunk)
-            spec, frame = frame_of_bytes(bytes(frames[0])[:-1])
-            return msgspec.structs.replace(message, tensors=(spec,)), (frame,)
-
         its.pc.change = short
         first = asyncio.create_task(its.peers_first())
         await its.reader.load()
@@ -618,16 +666,28 @@ async def test_chunks_of_another_length_from_the_coordinator_end_it(
     model: Model, tmp_path: Path
 ) -> None:
     async with scene(model, tmp_path) as its:
-
-        def short(message: ToReader, frames: tuple[Frame, ...]) -> Answer:
-            if not isinstance(message, Chunk):
-                return message, frames
-            spec, frame = frame_of_bytes(bytes(frames[0])[:-1])
-            return msgspec.structs.replace(message, tensors=(spec,)), (frame,)
-
         its.coordinator.change = short
         with pytest.raises(FetchFailed, match=r"the coordinator.*sent .* where it was asked for"):
             await its.reader.load()
+
+
+@on_loop
+async def test_a_coordinator_that_is_used_no_more_is_not_waited_for(
+    model: Model, tmp_path: Path
+) -> None:
+    """It gives wrong lengths of what it has, while it gets the rest."""
+    go_on = threading.Event()
+
+    def file(name: str) -> Path:
+        if name == SHARDS[1]:
+            go_on.wait()
+        return model.checkpoint.folder / name
+
+    async with scene(model, tmp_path, file=file) as its:
+        its.coordinator.change = short
+        with pytest.raises(FetchFailed, match=r"does not say what its tensors hash to: it sent"):
+            await its.reader.load()
+        go_on.set()
 
 
 @on_loop

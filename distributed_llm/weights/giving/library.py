@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from distributed_llm.common.checkpoint import Checkpoint
@@ -23,6 +24,9 @@ from distributed_llm.weights.giving.digests import FileDigests
 from distributed_llm.weights.giving.shelf import Shelf, places_in_file
 
 logger = logging.getLogger(__name__)
+
+_MOST_RANGES = 64
+"""Ranges of layers of which it is remembered what tensors they need; finding those takes long."""
 
 FetchFile = Callable[[str, Callable[[int], None]], Path]
 """Has a file of the model on this disk; args: its name, and what to call with bytes that came."""
@@ -82,6 +86,9 @@ class Library:
             ),
         )
         self._checkpoint = checkpoint
+        self._tensors_of = lru_cache(_MOST_RANGES)(
+            lambda layers: tuple(checkpoint.tensors_of(layers))
+        )
         self._fetch_file = fetch_file
         self.shelf = shelf
         self._kept_digests = kept_digests
@@ -115,7 +122,7 @@ class Library:
 
         If some are missing, the library gets on with those.
         """
-        tensors = list(self._checkpoint.tensors_of(layers))
+        tensors = self._tensors_of(layers)
         known = {one.name: self._sha256[one.name] for one in tensors if one.name in self._sha256}
         complete = len(known) == len(tensors)
         failure = self._failures.pop(layers, "")
@@ -157,7 +164,7 @@ class Library:
 
     def _prepare(self, layers: LayerRange) -> None:
         by_file: dict[str, list[TensorInfo]] = {}
-        for tensor in self._checkpoint.tensors_of(layers):
+        for tensor in self._tensors_of(layers):
             if tensor.name not in self._sha256:
                 by_file.setdefault(tensor.file, []).append(tensor)
         for name, tensors in by_file.items():
