@@ -15,7 +15,9 @@ from distributed_llm.common.messages import (
     WorkerHello,
 )
 from distributed_llm.common.types import PeerId, WorkerId
-from distributed_llm.coordinator.cluster.worker import Worker
+from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
+
+_S = WorkerState
 
 CLIENT_SILENCE_S = 30.0
 """A client that is silent for so many seconds is lost."""
@@ -60,9 +62,7 @@ class Registry:
         return [
             worker
             for worker in self._workers.values()
-            if worker.state is not WorkerState.UNFIT
-            and not worker.leaving
-            and not self.hangs(worker)
+            if worker.state is not _S.UNFIT and not worker.leaving and not self.hangs(worker)
         ]
 
     @property
@@ -256,6 +256,4 @@ class Registry:
         assert set(watched) == set(self._watches)
         assert all(at <= self._deadline(peer) for peer, at in watched.items())
         for worker in self._workers.values():
-            assert (worker.layers is not None) == (
-                worker.state in (WorkerState.LOADING, WorkerState.SERVING)
-            )
+            assert (worker.layers is not None) == (worker.state in (_S.LOADING, _S.SERVING))
