@@ -9,29 +9,18 @@ there, while the others come.
 import asyncio
 import contextlib
 import logging
-import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TypeVar, assert_never
+from dataclasses import dataclass
+from typing import assert_never
 
-from distributed_llm.common import codec
 from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import (
-    CheckpointError,
-    CheckpointUnavailable,
-    RemoteProtocolError,
-    internal_error,
-)
-from distributed_llm.common.hub import held_file
+from distributed_llm.common.errors import internal_error
 from distributed_llm.common.messages import (
     Chunk,
     DigestsReport,
     FetchProgress,
-    GetDigests,
-    GetModel,
     ModelDescription,
     ModelReport,
     ModelSource,
@@ -47,8 +36,9 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text, list_text
+from distributed_llm.weights.arrivals import Arrivals, FetchFailed, not_wanted
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.partial import Partial
+from distributed_llm.weights.fetch_disk import Entry, FetchDisk
 from distributed_llm.weights.fetching.events import (
     Action,
     Ask,
@@ -78,16 +68,11 @@ from distributed_llm.weights.fetching.events import (
     Written,
 )
 from distributed_llm.weights.fetching.fetching import PATIENCE_S, Fetching
-from distributed_llm.weights.giving.shelf import Place, Shelf, places_in_file
+from distributed_llm.weights.giving.shelf import Place, Shelf
+from distributed_llm.weights.inquiry import COORDINATOR, Inquiry
 from distributed_llm.weights.source_link import SourceLink
-from distributed_llm.weights.wrong_bytes import GrainRecord
 
 logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-
-COORDINATOR = "the coordinator"
-"""Name of the coordinator among the sources."""
 
 _ASK_EVERY_S = 0.5
 """Time between two questions to the coordinator about digests that are not known, seconds."""
@@ -96,11 +81,8 @@ _LOOK_EVERY_S = 0.25
 """Time between two looks whether the weights are still wanted, seconds."""
 
 _JOIN_S = 2.0
+_DiskEvent = TensorClaimed | TensorBusy | TensorHere | TensorStored | TensorWrong
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
-
-class FetchFailed(CheckpointUnavailable):
-    """Weights cannot be had from other machines now."""
 
 
 @dataclass(frozen=True)
@@ -116,27 +98,6 @@ class Origin:
     addresses: tuple[str, ...]
     login: Login | None
     layers: tuple[LayerRange, ...]
-
-
-@dataclass
-class _Entry:
-    """A tensor that is being fetched.
-
-    Attributes:
-        nbytes: its size.
-        names: of the tensors of the model that have these bytes.
-        partial: its file, once it is claimed.
-        early: bytes that came before others that belong in front of them, by offset.
-        record: who gave which bytes.
-        stored: whether it is in the cache.
-    """
-
-    nbytes: int
-    names: list[str]
-    partial: Partial | None = None
-    early: dict[int, Frame] = field(default_factory=dict)
-    record: GrainRecord = field(default_factory=GrainRecord)
-    stored: bool = False
 
 
 class Fetch:
@@ -169,39 +130,27 @@ class Fetch:
         on_bytes: Callable[[int], None],
         is_wanted: Callable[[], bool],
     ) -> None:
+        self.fetched_bytes = 0
         self._source = source
         self._layers = layers
         self._coordinator = coordinator
         self._peers = peers
         self._cache = cache
         self._shelf = shelf
+        self._max_bytes_per_s = max_bytes_per_s
         self._on_bytes = on_bytes
         self._is_wanted = is_wanted
-        self._model: Future[ModelDescription] = Future()
-        self._max_bytes_per_s = max_bytes_per_s
-        self._fetching: Fetching | None = None
+        self._arrivals = Arrivals()
         self._links: dict[str, SourceLink] = {}
-        self._checkpoint: Checkpoint | None = None
-        self._unknown: dict[str, TensorInfo] = {}  # by name; those whose digest is not known yet
         self._layers_of: dict[str, frozenset[int]] = {}  # by SHA-256; empty outside the layers
-        self._entries: dict[str, _Entry] = {}  # by SHA-256
-        self._total_bytes = 0
-        self._placed_bytes = 0
-        self._doing = f"asks {COORDINATOR}"
-        self._progress_there = -1
-        self._answer_by = math.inf  # the coordinator, loop seconds
-        self._looks = False  # into the hub's cache
-        self._ending = False
-        self.fetched_bytes = 0
-        self._ready = threading.Condition()
-        self._places: dict[str, Place] = {}
-        self._lost: dict[str, str] = {}  # why, by name
-        self._error: CheckpointError | None = None
+        self._disk = FetchDisk(cache, on_bytes, self._arrivals.fail)
+        self._inquiry: Inquiry
+        self._machine: Fetching
         self._stopping: asyncio.Event
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
-        self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=self._doing)
+        doing = f"asks {COORDINATOR}"
+        self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=doing)
         self._thread = threading.Thread(target=self._main, name="fetch", daemon=True)
         self._thread.start()
 
@@ -213,7 +162,7 @@ class Fetch:
         Raises:
             FetchFailed: it does not.
         """
-        return self._model.result()
+        return self._arrivals.wait_for_model()
 
     def begin(self, checkpoint: Checkpoint) -> None:
         """Begin to fetch the tensors of the layers.
@@ -221,7 +170,7 @@ class Fetch:
         Args:
             checkpoint: made of `model`.
         """
-        self._in_loop(lambda: self._begin(checkpoint))
+        self._in_loop(lambda: self._inquiry.begin(checkpoint))
 
     def wait_for(self, name: str) -> Place:
         """Return where a tensor is, as soon as it is there.
@@ -229,13 +178,7 @@ class Fetch:
         Raises:
             FetchFailed: it cannot be had.
         """
-        with self._ready:
-            self._ready.wait_for(
-                lambda: name in self._places or name in self._lost or self._error is not None
-            )
-            if name in self._places:
-                return self._places[name]
-            raise FetchFailed(str(self._error or self._lost[name])) from self._error
+        return self._arrivals.wait_for(name)
 
     @property
     def progress(self) -> FetchProgress:
@@ -244,7 +187,7 @@ class Fetch:
 
     def close(self) -> None:
         """End fetching; what came is kept."""
-        self._ending = True
+        self._disk.ending = True
         self._in_loop(lambda: self._stopping.set())
         self._thread.join(_JOIN_S)
 
@@ -261,23 +204,20 @@ class Fetch:
             asyncio.run(self._run())
         except Exception as exc:
             logger.exception("fetching weights cannot go on")
-            self._fail(FetchFailed(str(internal_error(exc))))
+            self._arrivals.fail(FetchFailed(str(internal_error(exc))))
         finally:
             self._started.set()
             self._loop = None
-            self._fail(_not_wanted())
-            for entry in self._entries.values():
-                if entry.partial:
-                    entry.partial.close()
+            self._arrivals.fail(not_wanted())
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        on_uncaught(lambda exc: self._fail(FetchFailed(str(internal_error(exc)))))
+        on_uncaught(lambda exc: self._arrivals.fail(FetchFailed(str(internal_error(exc)))))
         self._alarm = Alarm(self._on_timer, lambda stall_s: None)
         sources = [Source(COORDINATOR, lambda sha256: True, trusted=True)]
         sources += [Source(name, self._holds(origin)) for name, origin in self._peers.items()]
-        self._fetching = Fetching(
+        self._machine = Fetching(
             (),
             sources,
             now=self._alarm.now(),
@@ -285,48 +225,38 @@ class Fetch:
             patience_s=PATIENCE_S,
             max_bytes_per_s=self._max_bytes_per_s,
         )
+        self._inquiry = Inquiry(
+            self._source,
+            self._layers,
+            send=lambda request: self._links[COORDINATOR].send(request),
+            arrivals=self._arrivals,
+            disk=self._disk,
+            want=self._want,
+            on_progress=lambda: self._on_bytes(1),
+        )
         self._started.set()
         try:
             for name, origin in {COORDINATOR: self._coordinator, **self._peers}.items():
                 self._links[name] = self._link(name, origin)
-            self._do(self._fetching.begin)
+            self._do(self._machine.begin)
             await self._watch()
         finally:
-            self._ending = True
             self._alarm.cancel()
             for link in self._links.values():
                 link.close()
-            self._disk.shutdown(wait=True, cancel_futures=True)  # while it can still report here
+            self._disk.close()  # while the loop can still be told
 
     async def _watch(self) -> None:
         """Return once the weights are not wanted any more."""
-        self._answer_by = self._loop_time() + PATIENCE_S
-        asked_at = 0.0
+        asked_at, loop = 0.0, asyncio.get_running_loop()
         while not self._stopping.is_set() and self._is_wanted():
-            now = self._loop_time()
-            if now >= asked_at + _ASK_EVERY_S:
-                asked_at = now
-                self._ask()
-            if now >= self._answer_by and (what := self._not_told):
-                self._fail(
-                    FetchFailed(
-                        f"The coordinator does not say {what}. It may be busy, or the network be "
-                        "cut."
-                    )
-                )
+            if loop.time() >= asked_at + _ASK_EVERY_S:
+                asked_at = loop.time()
+                self._inquiry.ask()
+            self._inquiry.fail_if_late()
             self._tell()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_EVERY_S)
-
-    @property
-    def _not_told(self) -> str:
-        """What only the coordinator can tell, and has not; empty if nothing."""
-        if not self._model.done():
-            return "what the model consists of"
-        return "what its tensors hash to" if self._unknown else ""
-
-    def _loop_time(self) -> float:
-        return asyncio.get_running_loop().time()
 
     def _holds(self, origin: Origin) -> Callable[[str], bool]:
         held = {layer for one in origin.layers for layer in range(one.start, one.stop)}
@@ -337,133 +267,47 @@ class Fetch:
 
         return holds
 
-    # -------------------------------------------------------------- the coordinator's answers
+    # -------------------------------------------------------------- what is wanted
 
-    def _ask(self) -> None:
-        """Ask the coordinator for what is not known yet."""
-        link = self._links[COORDINATOR]
-        if not self._model.done():
-            link.send(GetModel(source=self._source))
-        elif self._unknown and not self._looks:
-            self._looks = True
-            self._disk_job(self._look_in_hub_cache, self._found_in_hub_cache)
+    def _want(self, found: Mapping[str, tuple[TensorInfo, str]], *, last: bool) -> None:
+        """Have tensors fetched, of which the digests are known now, once there is room for them.
 
-    def _model_told(self, report: ModelReport, frames: tuple[Frame, ...]) -> None:
-        if self._model.done():
-            return
-        self._answer_by = math.inf
-        if report.message or not frames:
-            self._fail(FetchFailed(report.message or "The coordinator describes no model."))
-            return
-        try:
-            self._model.set_result(codec.decode_model(frames[0]))
-        except RemoteProtocolError as exc:
-            self._fail(FetchFailed(f"What the coordinator says of the model is broken: {exc}"))
-
-    def _begin(self, checkpoint: Checkpoint) -> None:
-        try:
-            tensors = sorted(checkpoint.tensors_of(self._layers), key=_loading_order)
-        except CheckpointError as exc:
-            self._fail(exc)
-            return
-        self._checkpoint = checkpoint
-        self._unknown = {tensor.name: tensor for tensor in tensors}
-        self._total_bytes = sum(tensor.nbytes for tensor in tensors)
-        self._ask()
-
-    def _digests_told(self, report: DigestsReport, frames: tuple[Frame, ...]) -> None:
-        if report.layers != self._layers or not self._unknown:
-            return
-        self._answer_by = math.inf
-        if report.progress != self._progress_there:
-            self._progress_there = report.progress
-            self._on_bytes(1)
-        going_on = report.doing and not report.complete
-        self._doing = f"{COORDINATOR} {report.doing}" if going_on else ""
-        try:
-            known = codec.decode_digests(frames[0]).sha256 if frames else {}
-        except RemoteProtocolError as exc:
-            self._fail(FetchFailed(f"What the coordinator says of the weights is broken: {exc}"))
-            return
-        found = {name: known[name] for name in self._unknown if name in known}
-        self._want(found)
-        if report.failure:
-            why = f"The coordinator cannot give these weights: {report.failure}"
-            with self._ready:
-                self._lost.update(dict.fromkeys(self._unknown, why))
-                self._ready.notify_all()
-            self._unknown = {}
-            self._tell_wanted(())
-
-    def _want(self, sha256_by_name: Mapping[str, str]) -> None:
-        """Have tensors fetched whose digests are known now."""
-        assert self._checkpoint is not None
-        new: list[Wanted] = []
-        for name, sha256 in sha256_by_name.items():
-            tensor = self._unknown.pop(name)
-            layer = self._checkpoint.layer_of(name)
-            layers = self._layers_of.get(sha256, frozenset())
-            self._layers_of[sha256] = layers | ({layer} if layer is not None else set())
-            entry = self._entries.get(sha256)
+        Args:
+            found: tensors and their SHA-256, by name.
+            last: whether there will be no more.
+        """
+        entries, new = self._disk.entries, []
+        for name, (tensor, sha256) in found.items():
+            self._note_layer(name, sha256)
+            entry = entries.get(sha256)
             if entry is None:
-                entry = self._entries[sha256] = _Entry(tensor.nbytes, [])
+                entry = entries[sha256] = Entry(tensor.nbytes, [])
                 new.append(Wanted(sha256, tensor.nbytes, name))
             elif entry.nbytes != tensor.nbytes:
                 why = f"{name} and {entry.names[0]} cannot be the same bytes"
-                self._fail(FetchFailed(f"What the coordinator says of the weights is wrong: {why}"))
+                why = f"What the coordinator says of the weights is wrong: {why}"
+                self._arrivals.fail(FetchFailed(why))
                 return
             entry.names.append(name)
             if entry.stored:
-                self._place(name, Place(self._cache.path(sha256), 0, entry.nbytes))
-        if new or not self._unknown:
-            self._tell_wanted(new)
-
-    def _tell_wanted(self, new: Iterable[Wanted]) -> None:
-        """Have tensors fetched once there is room for them, in the order of these calls."""
-        told = WantedMore(tuple(new), last=not self._unknown)
-        sizes = {sha256: entry.nbytes for sha256, entry in self._entries.items()}
-        missing = {sha256: one.nbytes for sha256, one in self._entries.items() if not one.stored}
+                self._arrivals.put(name, self._disk.place(sha256))
+        told = WantedMore(tuple(new), last)
+        sizes = {sha256: entry.nbytes for sha256, entry in entries.items()}
+        missing = {sha256: one.nbytes for sha256, one in entries.items() if not one.stored}
 
         def prepare() -> None:
             here = (size for sha256, size in missing.items() if self._cache.has(sha256, size))
             self._cache.make_room(sum(missing.values()) - sum(here), sizes.keys())
-            if told.last and sizes:
+            if last and sizes:
                 self._cache.note_model(self._source.name or self._source.kind, sizes)
 
-        self._disk_job(prepare, lambda _: self._handle(told))
+        self._disk.job(prepare, lambda _: self._handle(told))
 
-    def _look_in_hub_cache(self) -> dict[str, Place]:
-        """Return where tensors are that another program of this machine got from the hub.
-
-        The coordinator itself may be that, on this machine.
-        """
-        if self._source.kind != "hub":
-            return {}
-        by_file: dict[str, list[TensorInfo]] = {}
-        for tensor in list(self._unknown.values()):
-            by_file.setdefault(tensor.file, []).append(tensor)
-        places: dict[str, Place] = {}
-        for name, tensors in by_file.items():
-            try:
-                if (file := held_file(self._source, name)) is not None:
-                    found = places_in_file(file, tensors)
-                    places.update(zip((one.name for one in tensors), found, strict=True))
-            except CheckpointError as exc:
-                logger.warning("%s Asking other machines for these weights.", exc)
-        return places
-
-    def _found_in_hub_cache(self, places: dict[str, Place]) -> None:
-        """Use what was found, and ask the coordinator about the others."""
-        self._looks = False
-        found = {name: place for name, place in places.items() if name in self._unknown}
-        for name, place in found.items():
-            del self._unknown[name]
-            self._place(name, place)
-        if found and not self._unknown:
-            self._tell_wanted(())
-        if self._unknown:
-            self._answer_by = min(self._answer_by, self._loop_time() + PATIENCE_S)
-            self._links[COORDINATOR].send(GetDigests(source=self._source, layers=self._layers))
+    def _note_layer(self, name: str, sha256: str) -> None:
+        assert self._inquiry.checkpoint is not None
+        layer = self._inquiry.checkpoint.layer_of(name)
+        layers = self._layers_of.get(sha256, frozenset())
+        self._layers_of[sha256] = layers | ({layer} if layer is not None else set())
 
     # -------------------------------------------------------------- sources
 
@@ -480,34 +324,29 @@ class Fetch:
     def _up(self, name: str) -> None:
         self._handle(SourceUp(name))
         if name == COORDINATOR:
-            self._ask()
+            self._inquiry.ask()
 
     def _source_failed(self, name: str, why: str) -> None:
         self._handle(SourceFailed(name, why))
         if name == COORDINATOR:
-            self._fail_if_not_told(why)
-
-    def _fail_if_not_told(self, why: str) -> None:
-        """The coordinator will say nothing any more."""
-        if what := self._not_told:
-            self._fail(FetchFailed(f"The coordinator does not say {what}: {why}"))
+            self._inquiry.fail_if_not_told(why)
 
     def _received(self, name: str, message: ToReader, frames: tuple[Frame, ...]) -> None:
         match message:
             case Chunk(sha256=sha256, offset=offset):
                 self._chunk(name, sha256, offset, frames[0])
             case NoChunk(sha256=sha256, offset=offset, reason="absent"):
-                if sha256 in self._entries:
+                if sha256 in self._disk.entries:
                     self._handle(ChunkAbsent(name, sha256, offset))
             case NoChunk(sha256=sha256, offset=offset, message=why):
-                if sha256 in self._entries:
+                if sha256 in self._disk.entries:
                     self._handle(ChunkRefused(name, sha256, offset, why))
             case ModelReport():
                 if name == COORDINATOR:
-                    self._model_told(message, frames)
+                    self._inquiry.model_told(message, frames)
             case DigestsReport():
                 if name == COORDINATOR:
-                    self._digests_told(message, frames)
+                    self._inquiry.digests_told(message, frames)
             case Refused(message=why):
                 self._links[name].close()
                 self._source_failed(name, why)
@@ -517,11 +356,6 @@ class Fetch:
                 assert_never(message)
 
     # -------------------------------------------------------------- what fetching orders
-
-    @property
-    def _machine(self) -> Fetching:
-        assert self._fetching is not None
-        return self._fetching
 
     def _handle(self, event: Event) -> None:
         self._do(lambda now: self._machine.handle(event, now))
@@ -533,178 +367,77 @@ class Fetch:
 
     def _do(self, decide: Callable[[float], Iterable[Action]]) -> None:
         """Have the state machine decide, and do what it says."""
-        if self._error is None:
+        if self._arrivals.error is None:
             for action in decide(self._alarm.now()):
                 self._perform(action)
             self._alarm.set(self._machine.next_deadline())
 
     def _chunk(self, name: str, sha256: str, offset: int, data: Frame) -> None:
-        if self._error is not None or sha256 not in self._entries:
+        if self._arrivals.error is not None or sha256 not in self._disk.entries:
             return
-        entry = self._entries[sha256]
         event = ChunkArrived(name, sha256, offset, len(data))
         actions = self._machine.handle(event, self._alarm.now())
         if Keep(name, sha256, offset) in actions:
             self.fetched_bytes += len(data)
             self._on_bytes(len(data))
-            entry.early[offset] = data
-            entry.record.gave(name, offset, len(data))
+            self._disk.keep(sha256, name, offset, data)
         self._do(lambda now: [one for one in actions if not isinstance(one, Keep)])
-        self._append(sha256, entry)
-
-    def _append(self, sha256: str, entry: _Entry) -> None:
-        """Write what has come of a tensor, as far as nothing is missing before it."""
-        partial = entry.partial
-        if partial is None or partial.done_bytes not in entry.early:
-            return
-        try:
-            while (data := entry.early.pop(partial.done_bytes, None)) is not None:
-                partial.write(memoryview(data))
-        except CheckpointError as exc:  # the disk is full
-            self._fail(exc)
-            return
-        self._handle(Written(sha256, partial.done_bytes))
+        if (done_bytes := self._disk.write(sha256)) is not None:
+            self._handle(Written(sha256, done_bytes))
 
     def _perform(self, action: Action) -> None:
         match action:
             case Claim(sha256=sha256):
-                self._disk_job(lambda: self._claimed(sha256), self._claim_done)
+                self._disk.claim(sha256, self._on_disk)
             case Ask(source=name, sha256=sha256, offset=offset, length=length):
                 self._links[name].send(ReadChunk(sha256=sha256, offset=offset, length=length))
             case Keep():
                 raise AssertionError("only bytes that have just come are kept")
             case Forget(sha256=sha256):
-                self._forget(self._entries[sha256])
+                self._disk.forget(sha256)
             case Check(sha256=sha256):
-                self._disk_job(lambda: self._checked(sha256), self._check_done)
+                self._disk.check(sha256, self._on_disk)
             case CloseSource(source=name, why=why):
                 self._links[name].close()
                 if name == COORDINATOR:
-                    self._fail_if_not_told(f"it {why}")
+                    self._inquiry.fail_if_not_told(f"it {why}")
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
             case Finished():
                 pass
             case Failed(message=message):
-                self._fail(FetchFailed(f"{layers_text(self._layers).capitalize()}: {message}"))
+                which = layers_text(self._layers).capitalize()
+                self._arrivals.fail(FetchFailed(f"{which}: {message}"))
             case _:
                 assert_never(action)
 
-    def _claim_done(self, event: TensorClaimed | TensorBusy | TensorHere) -> None:
-        if isinstance(event, TensorHere):
-            self._stored(event.sha256)
-        self._handle(event)
-
-    def _check_done(self, event: TensorStored | TensorWrong) -> None:
-        if isinstance(event, TensorStored):
+    def _on_disk(self, event: _DiskEvent) -> None:
+        if isinstance(event, TensorHere | TensorStored):
             self._stored(event.sha256)
         self._handle(event)
 
     def _stored(self, sha256: str) -> None:
         """Let threads that load, and other machines, have a tensor that is in the cache now."""
-        entry = self._entries[sha256]
+        entry = self._disk.entries[sha256]
         entry.stored, entry.partial = True, None
-        place = Place(self._cache.path(sha256), 0, entry.nbytes)
+        place = self._disk.place(sha256)
         self._shelf.put(sha256, place)
         for name in entry.names:
-            self._place(name, place)
-
-    def _forget(self, entry: _Entry) -> None:
-        entry.early.clear()
-        entry.record.forget()
-        if entry.partial:
-            entry.partial.restart()
-
-    def _place(self, name: str, place: Place) -> None:
-        with self._ready:
-            self._places[name] = place
-            self._placed_bytes += place.nbytes
-            self._ready.notify_all()
-
-    def _fail(self, error: CheckpointError) -> None:
-        """Let nobody wait any more; nothing after the first time."""
-        with self._ready:
-            self._error = self._error or error
-            self._ready.notify_all()
-        if not self._model.done():
-            self._model.set_exception(FetchFailed(str(error)))
+            self._arrivals.put(name, place)
 
     def _tell(self) -> None:
         """Update what `progress` tells."""
         machine, now = self._machine, self._alarm.now()
-        coming = machine.bytes_done - sum(
-            one.nbytes for one in self._entries.values() if one.stored
-        )
-        asked = self._doing if self._not_told else ""
+        coming = machine.bytes_done - self._disk.stored_bytes
+        total_bytes = self._inquiry.total_bytes
+        doing = self._inquiry.doing or machine.waits_for(now) or self._from_text()
         self._progress = FetchProgress(
-            here_bytes=max(0, min(self._total_bytes, self._placed_bytes + coming)),
-            total_bytes=self._total_bytes,
+            here_bytes=max(0, min(total_bytes, self._arrivals.placed_bytes + coming)),
+            total_bytes=total_bytes,
             bytes_per_s=machine.rate(now),
-            doing=(asked or machine.waits_for(now) or self._from_text())[:256],
+            doing=doing[:256],
         )
 
     def _from_text(self) -> str:
         givers = [name for name, given in self._machine.bytes_by_source.items() if given]
         return f"from {list_text(givers)}" if givers else ""
-
-    # -------------------------------------------------------------- in the thread for the disk
-
-    def _disk_job(self, work: Callable[[], _T], done: Callable[[_T], None]) -> None:
-        """Do `work` in the thread for the disk, and call `done` here with what it returns."""
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # it has ended
-            job = self._loop.run_in_executor(self._disk, work)
-            job.add_done_callback(lambda job: self._job_done(job, done))
-
-    def _job_done(self, job: asyncio.Future[_T], done: Callable[[_T], None]) -> None:
-        if job.cancelled():
-            return
-        error = job.exception()
-        if error is None:
-            done(job.result())
-        elif isinstance(error, CheckpointError):
-            self._fail(error)
-        else:
-            logger.error("fetching weights cannot go on", exc_info=error)
-            self._fail(FetchFailed(str(internal_error(error))))
-
-    def _claimed(self, sha256: str) -> TensorClaimed | TensorBusy | TensorHere:
-        entry = self._entries[sha256]
-        if self._cache.has(sha256, entry.nbytes) and self._cache.check(
-            sha256, entry.nbytes, self._read_here
-        ):
-            return TensorHere(sha256)
-        entry.partial = self._cache.begin(sha256, entry.nbytes, self._read_here)
-        if entry.partial is None:
-            return TensorBusy(sha256)
-        return TensorClaimed(sha256, entry.partial.done_bytes)
-
-    def _read_here(self, nbytes: int) -> None:
-        """Count bytes that were read from the disk.
-
-        Raises:
-            FetchFailed: nobody waits for them any more.
-        """
-        if self._ending:
-            raise _not_wanted()
-        self._on_bytes(nbytes)
-
-    def _checked(self, sha256: str) -> TensorStored | TensorWrong:
-        entry = self._entries[sha256]
-        partial = entry.partial
-        assert partial is not None
-        if not partial.is_right:
-            entry.record.was_wrong(partial.path)
-            partial.restart()
-            return TensorWrong(sha256)
-        partial.finish()
-        return TensorStored(sha256, entry.record.suspects(self._cache.path(sha256)))
-
-
-def _not_wanted() -> FetchFailed:
-    return FetchFailed("The weights are not wanted any more.")
-
-
-def _loading_order(tensor: TensorInfo) -> list[tuple[int, int | str]]:
-    """Return a key that sorts tensors as transformers loads them."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in tensor.name.split(".")]

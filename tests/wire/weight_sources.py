@@ -29,7 +29,7 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Door, Login, Router, new_key_pair
 from distributed_llm.common.types import LayerRange, PeerId
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.fetch import COORDINATOR, Fetch, Origin
+from distributed_llm.weights.fetch import Fetch, Origin
 from distributed_llm.weights.giving.desk import Desk
 from distributed_llm.weights.giving.giver import Giver
 from distributed_llm.weights.giving.library import Library
@@ -328,6 +328,3 @@ class Reader:
 def key_pair(use_keys: bool) -> KeyPair | None:
     """Return new keys, or None."""
     return new_key_pair() if use_keys else None
-
-
-__all__ = ["COORDINATOR", "Giving", "Model", "Reader", "key_pair", "model_in"]
