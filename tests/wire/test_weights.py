@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from huggingface_hub import constants
 
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import CheckpointError
@@ -36,6 +37,7 @@ from distributed_llm.weights.cache import partial as partial_module
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.fetching import link as link_module
 from distributed_llm.weights.giving.library import Library
+from tests.hub_snapshot import COMMIT, NAME, write_snapshot
 from tests.unit.cache_parts import name_of
 from tests.unit.test_cache_disk import full_after
 from tests.wire.test_transport import come_true, on_loop
@@ -362,6 +364,48 @@ async def test_too_little_room_is_told_before_anything_comes(model: Model, tmp_p
         with pytest.raises(FetchFailed, match=r"1 byte are missing.*cache_limit"):
             await its.reader.load()
         assert its.coordinator.total_bytes == before
+
+
+HUB = ModelSource(kind="hub", name=NAME, revision=COMMIT)
+
+
+@on_loop
+async def test_files_in_the_hubs_cache_are_not_transferred(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the coordinator's machine, which is getting the others."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = write_snapshot(tmp_path / "hub", model.checkpoint.folder)
+    (snapshot / SHARDS[1]).rename(tmp_path / "later")
+
+    go_on = threading.Event()
+
+    def file(name: str) -> Path:
+        if name == SHARDS[1]:
+            (tmp_path / "later").rename(snapshot / name)
+            go_on.wait()  # it is not hashed before the reader has found it
+        return snapshot / name
+
+    async with scene(Model(model.checkpoint, HUB), tmp_path, file=file) as its:
+        with its.reader.fetching(FIRST) as fetch:
+            await its.reader.begun(fetch)
+            await its.reader.check(fetch, model.names(FIRST))
+            go_on.set()
+            assert fetch.fetched_bytes == 0
+        assert its.coordinator.asked == []
+
+
+@on_loop
+async def test_damaged_files_in_the_hubs_cache_are_left_alone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    damaged = write_snapshot(tmp_path / "hub", model.checkpoint.folder) / SHARDS[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    async with scene(Model(model.checkpoint, HUB), tmp_path) as its:
+        assert await its.reader.load(LayerRange(0, 1)) == model.nbytes(LayerRange(0, 1))
+        assert "is not a whole safetensors file" in caplog.text
+        assert "Asking other machines for these weights." in caplog.text
 
 
 # ------------------------------------------------------------------ sources that are lost
