@@ -12,8 +12,8 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
 from distributed_llm.common import codec
@@ -21,7 +21,6 @@ from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import (
     CheckpointError,
-    CheckpointUnavailable,
     RemoteProtocolError,
     internal_error,
 )
@@ -47,8 +46,8 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text, list_text
+from distributed_llm.weights.arrivals import Arrivals, FetchFailed, not_wanted
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.partial import Partial
 from distributed_llm.weights.fetching.events import (
     Action,
     Ask,
@@ -68,19 +67,12 @@ from distributed_llm.weights.fetching.events import (
     SourceDown,
     SourceFailed,
     SourceUp,
-    TensorBusy,
-    TensorClaimed,
-    TensorHere,
-    TensorStored,
-    TensorWrong,
     Wanted,
     WantedMore,
-    Written,
 )
 from distributed_llm.weights.fetching.fetching import PATIENCE_S, Fetching
 from distributed_llm.weights.giving.shelf import Place, Shelf, places_in_file
 from distributed_llm.weights.source_link import SourceLink
-from distributed_llm.weights.wrong_bytes import GrainRecord
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +91,6 @@ _JOIN_S = 2.0
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
-class FetchFailed(CheckpointUnavailable):
-    """Weights cannot be had from other machines now."""
-
-
 @dataclass(frozen=True)
 class Origin:
     """A machine that may have the weights.
@@ -116,27 +104,6 @@ class Origin:
     addresses: tuple[str, ...]
     login: Login | None
     layers: tuple[LayerRange, ...]
-
-
-@dataclass
-class _Entry:
-    """A tensor that is being fetched.
-
-    Attributes:
-        nbytes: its size.
-        names: of the tensors of the model that have these bytes.
-        partial: its file, once it is claimed.
-        early: bytes that came before others that belong in front of them, by offset.
-        record: who gave which bytes.
-        stored: whether it is in the cache.
-    """
-
-    nbytes: int
-    names: list[str]
-    partial: Partial | None = None
-    early: dict[int, Frame] = field(default_factory=dict)
-    record: GrainRecord = field(default_factory=GrainRecord)
-    stored: bool = False
 
 
 class Fetch:
@@ -174,7 +141,6 @@ class Fetch:
         self._coordinator = coordinator
         self._peers = peers
         self._cache = cache
-        self._shelf = shelf
         self._on_bytes = on_bytes
         self._is_wanted = is_wanted
         self._model: Future[ModelDescription] = Future()
@@ -184,21 +150,15 @@ class Fetch:
         self._checkpoint: Checkpoint | None = None
         self._unknown: dict[str, TensorInfo] = {}  # by name; those whose digest is not known yet
         self._layers_of: dict[str, frozenset[int]] = {}  # by SHA-256; empty outside the layers
-        self._entries: dict[str, _Entry] = {}  # by SHA-256
         self._total_bytes = 0
-        self._placed_bytes = 0
         self._doing = f"asks {COORDINATOR}"
         self._progress_there = -1
         self._answer_by = math.inf  # the coordinator, loop seconds
         self._looks = False  # into the hub's cache
-        self._ending = False
-        self.fetched_bytes = 0
-        self._ready = threading.Condition()
-        self._places: dict[str, Place] = {}
-        self._lost: dict[str, str] = {}  # why, by name
-        self._error: CheckpointError | None = None
+        self._arrivals = Arrivals(
+            cache, shelf, on_bytes, on_event=self._handle, on_error=self._fail
+        )
         self._stopping: asyncio.Event
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
         self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=self._doing)
@@ -229,13 +189,12 @@ class Fetch:
         Raises:
             FetchFailed: it cannot be had.
         """
-        with self._ready:
-            self._ready.wait_for(
-                lambda: name in self._places or name in self._lost or self._error is not None
-            )
-            if name in self._places:
-                return self._places[name]
-            raise FetchFailed(str(self._error or self._lost[name])) from self._error
+        return self._arrivals.wait_for(name)
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came from other machines so far."""
+        return self._arrivals.fetched_bytes
 
     @property
     def progress(self) -> FetchProgress:
@@ -244,7 +203,7 @@ class Fetch:
 
     def close(self) -> None:
         """End fetching; what came is kept."""
-        self._ending = True
+        self._arrivals.end()
         self._in_loop(lambda: self._stopping.set())
         self._thread.join(_JOIN_S)
 
@@ -265,10 +224,8 @@ class Fetch:
         finally:
             self._started.set()
             self._loop = None
-            self._fail(_not_wanted())
-            for entry in self._entries.values():
-                if entry.partial:
-                    entry.partial.close()
+            self._fail(not_wanted())
+            self._arrivals.give_up()
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -292,11 +249,10 @@ class Fetch:
             self._do(self._fetching.begin)
             await self._watch()
         finally:
-            self._ending = True
             self._alarm.cancel()
             for link in self._links.values():
                 link.close()
-            self._disk.shutdown(wait=True, cancel_futures=True)  # while it can still report here
+            self._arrivals.close()
 
     async def _watch(self) -> None:
         """Return once the weights are not wanted any more."""
@@ -346,7 +302,7 @@ class Fetch:
             link.send(GetModel(source=self._source))
         elif self._unknown and not self._looks:
             self._looks = True
-            self._disk_job(self._look_in_hub_cache, self._found_in_hub_cache)
+            self._arrivals.disk_job(self._look_in_hub_cache, self._found_in_hub_cache)
 
     def _model_told(self, report: ModelReport, frames: tuple[Frame, ...]) -> None:
         if self._model.done():
@@ -389,9 +345,7 @@ class Fetch:
         self._want(found)
         if report.failure:
             why = f"The coordinator cannot give these weights: {report.failure}"
-            with self._ready:
-                self._lost.update(dict.fromkeys(self._unknown, why))
-                self._ready.notify_all()
+            self._arrivals.lose(self._unknown, why)
             self._unknown = {}
             self._tell_wanted(())
 
@@ -404,25 +358,19 @@ class Fetch:
             layer = self._checkpoint.layer_of(name)
             layers = self._layers_of.get(sha256, frozenset())
             self._layers_of[sha256] = layers | ({layer} if layer is not None else set())
-            entry = self._entries.get(sha256)
-            if entry is None:
-                entry = self._entries[sha256] = _Entry(tensor.nbytes, [])
-                new.append(Wanted(sha256, tensor.nbytes, name))
-            elif entry.nbytes != tensor.nbytes:
-                why = f"{name} and {entry.names[0]} cannot be the same bytes"
-                self._fail(FetchFailed(f"What the coordinator says of the weights is wrong: {why}"))
+            try:
+                if self._arrivals.expect(name, sha256, tensor.nbytes):
+                    new.append(Wanted(sha256, tensor.nbytes, name))
+            except FetchFailed as exc:
+                self._fail(exc)
                 return
-            entry.names.append(name)
-            if entry.stored:
-                self._place(name, Place(self._cache.path(sha256), 0, entry.nbytes))
         if new or not self._unknown:
             self._tell_wanted(new)
 
     def _tell_wanted(self, new: Iterable[Wanted]) -> None:
         """Have tensors fetched once there is room for them, in the order of these calls."""
         told = WantedMore(tuple(new), last=not self._unknown)
-        sizes = {sha256: entry.nbytes for sha256, entry in self._entries.items()}
-        missing = {sha256: one.nbytes for sha256, one in self._entries.items() if not one.stored}
+        sizes, missing = self._arrivals.sizes, self._arrivals.missing
 
         def prepare() -> None:
             here = (size for sha256, size in missing.items() if self._cache.has(sha256, size))
@@ -430,7 +378,7 @@ class Fetch:
             if told.last and sizes:
                 self._cache.note_model(self._source.name or self._source.kind, sizes)
 
-        self._disk_job(prepare, lambda _: self._handle(told))
+        self._arrivals.disk_job(prepare, lambda _: self._handle(told))
 
     def _look_in_hub_cache(self) -> dict[str, Place]:
         """Return where tensors are that another program of this machine got from the hub.
@@ -458,7 +406,7 @@ class Fetch:
         found = {name: place for name, place in places.items() if name in self._unknown}
         for name, place in found.items():
             del self._unknown[name]
-            self._place(name, place)
+            self._arrivals.place(name, place)
         if found and not self._unknown:
             self._tell_wanted(())
         if self._unknown:
@@ -497,10 +445,10 @@ class Fetch:
             case Chunk(sha256=sha256, offset=offset):
                 self._chunk(name, sha256, offset, frames[0])
             case NoChunk(sha256=sha256, offset=offset, reason="absent"):
-                if sha256 in self._entries:
+                if self._arrivals.expects(sha256):
                     self._handle(ChunkAbsent(name, sha256, offset))
             case NoChunk(sha256=sha256, offset=offset, message=why):
-                if sha256 in self._entries:
+                if self._arrivals.expects(sha256):
                     self._handle(ChunkRefused(name, sha256, offset, why))
             case ModelReport():
                 if name == COORDINATOR:
@@ -533,50 +481,30 @@ class Fetch:
 
     def _do(self, decide: Callable[[float], Iterable[Action]]) -> None:
         """Have the state machine decide, and do what it says."""
-        if self._error is None:
+        if self._arrivals.error is None:
             for action in decide(self._alarm.now()):
                 self._perform(action)
             self._alarm.set(self._machine.next_deadline())
 
     def _chunk(self, name: str, sha256: str, offset: int, data: Frame) -> None:
-        if self._error is not None or sha256 not in self._entries:
+        arrivals = self._arrivals
+        if arrivals.error is not None or not arrivals.expects(sha256):
             return
-        entry = self._entries[sha256]
         event = ChunkArrived(name, sha256, offset, len(data))
         actions = self._machine.handle(event, self._alarm.now())
         if Keep(name, sha256, offset) in actions:
-            self.fetched_bytes += len(data)
-            self._on_bytes(len(data))
-            entry.early[offset] = data
-            entry.record.gave(name, offset, len(data))
+            arrivals.keep(name, sha256, offset, data)
         self._do(lambda now: [one for one in actions if not isinstance(one, Keep)])
-        self._append(sha256, entry)
-
-    def _append(self, sha256: str, entry: _Entry) -> None:
-        """Write what has come of a tensor, as far as nothing is missing before it."""
-        partial = entry.partial
-        if partial is None or partial.done_bytes not in entry.early:
-            return
-        try:
-            while (data := entry.early.pop(partial.done_bytes, None)) is not None:
-                partial.write(memoryview(data))
-        except CheckpointError as exc:  # the disk is full
-            self._fail(exc)
-            return
-        self._handle(Written(sha256, partial.done_bytes))
+        arrivals.write(sha256)
 
     def _perform(self, action: Action) -> None:
         match action:
-            case Claim(sha256=sha256):
-                self._disk_job(lambda: self._claimed(sha256), self._claim_done)
+            case Claim() | Forget() | Check():
+                self._arrivals.perform(action)
             case Ask(source=name, sha256=sha256, offset=offset, length=length):
                 self._links[name].send(ReadChunk(sha256=sha256, offset=offset, length=length))
             case Keep():
                 raise AssertionError("only bytes that have just come are kept")
-            case Forget(sha256=sha256):
-                self._forget(self._entries[sha256])
-            case Check(sha256=sha256):
-                self._disk_job(lambda: self._checked(sha256), self._check_done)
             case CloseSource(source=name, why=why):
                 self._links[name].close()
                 if name == COORDINATOR:
@@ -590,54 +518,19 @@ class Fetch:
             case _:
                 assert_never(action)
 
-    def _claim_done(self, event: TensorClaimed | TensorBusy | TensorHere) -> None:
-        if isinstance(event, TensorHere):
-            self._stored(event.sha256)
-        self._handle(event)
-
-    def _check_done(self, event: TensorStored | TensorWrong) -> None:
-        if isinstance(event, TensorStored):
-            self._stored(event.sha256)
-        self._handle(event)
-
-    def _stored(self, sha256: str) -> None:
-        """Let threads that load, and other machines, have a tensor that is in the cache now."""
-        entry = self._entries[sha256]
-        entry.stored, entry.partial = True, None
-        place = Place(self._cache.path(sha256), 0, entry.nbytes)
-        self._shelf.put(sha256, place)
-        for name in entry.names:
-            self._place(name, place)
-
-    def _forget(self, entry: _Entry) -> None:
-        entry.early.clear()
-        entry.record.forget()
-        if entry.partial:
-            entry.partial.restart()
-
-    def _place(self, name: str, place: Place) -> None:
-        with self._ready:
-            self._places[name] = place
-            self._placed_bytes += place.nbytes
-            self._ready.notify_all()
-
     def _fail(self, error: CheckpointError) -> None:
         """Let nobody wait any more; nothing after the first time."""
-        with self._ready:
-            self._error = self._error or error
-            self._ready.notify_all()
+        self._arrivals.fail(error)
         if not self._model.done():
             self._model.set_exception(FetchFailed(str(error)))
 
     def _tell(self) -> None:
         """Update what `progress` tells."""
         machine, now = self._machine, self._alarm.now()
-        coming = machine.bytes_done - sum(
-            one.nbytes for one in self._entries.values() if one.stored
-        )
+        coming = machine.bytes_done - self._arrivals.stored_bytes
         asked = self._doing if self._not_told else ""
         self._progress = FetchProgress(
-            here_bytes=max(0, min(self._total_bytes, self._placed_bytes + coming)),
+            here_bytes=max(0, min(self._total_bytes, self._arrivals.placed_bytes + coming)),
             total_bytes=self._total_bytes,
             bytes_per_s=machine.rate(now),
             doing=(asked or machine.waits_for(now) or self._from_text())[:256],
@@ -646,63 +539,6 @@ class Fetch:
     def _from_text(self) -> str:
         givers = [name for name, given in self._machine.bytes_by_source.items() if given]
         return f"from {list_text(givers)}" if givers else ""
-
-    # -------------------------------------------------------------- in the thread for the disk
-
-    def _disk_job(self, work: Callable[[], _T], done: Callable[[_T], None]) -> None:
-        """Do `work` in the thread for the disk, and call `done` here with what it returns."""
-        assert self._loop is not None
-        with contextlib.suppress(RuntimeError):  # it has ended
-            job = self._loop.run_in_executor(self._disk, work)
-            job.add_done_callback(lambda job: self._job_done(job, done))
-
-    def _job_done(self, job: asyncio.Future[_T], done: Callable[[_T], None]) -> None:
-        if job.cancelled():
-            return
-        error = job.exception()
-        if error is None:
-            done(job.result())
-        elif isinstance(error, CheckpointError):
-            self._fail(error)
-        else:
-            logger.error("fetching weights cannot go on", exc_info=error)
-            self._fail(FetchFailed(str(internal_error(error))))
-
-    def _claimed(self, sha256: str) -> TensorClaimed | TensorBusy | TensorHere:
-        entry = self._entries[sha256]
-        if self._cache.has(sha256, entry.nbytes) and self._cache.check(
-            sha256, entry.nbytes, self._read_here
-        ):
-            return TensorHere(sha256)
-        entry.partial = self._cache.begin(sha256, entry.nbytes, self._read_here)
-        if entry.partial is None:
-            return TensorBusy(sha256)
-        return TensorClaimed(sha256, entry.partial.done_bytes)
-
-    def _read_here(self, nbytes: int) -> None:
-        """Count bytes that were read from the disk.
-
-        Raises:
-            FetchFailed: nobody waits for them any more.
-        """
-        if self._ending:
-            raise _not_wanted()
-        self._on_bytes(nbytes)
-
-    def _checked(self, sha256: str) -> TensorStored | TensorWrong:
-        entry = self._entries[sha256]
-        partial = entry.partial
-        assert partial is not None
-        if not partial.is_right:
-            entry.record.was_wrong(partial.path)
-            partial.restart()
-            return TensorWrong(sha256)
-        partial.finish()
-        return TensorStored(sha256, entry.record.suspects(self._cache.path(sha256)))
-
-
-def _not_wanted() -> FetchFailed:
-    return FetchFailed("The weights are not wanted any more.")
 
 
 def _loading_order(tensor: TensorInfo) -> list[tuple[int, int | str]]:

@@ -23,7 +23,8 @@ from distributed_llm.common.messages import (
     ModelSource,
 )
 from distributed_llm.common.types import Epoch, LayerRange
-from distributed_llm.weights.fetch import Fetch, FetchFailed
+from distributed_llm.weights.arrivals import FetchFailed
+from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Place
 from distributed_llm.worker.compute import finding

@@ -32,9 +32,9 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import split_address
 from distributed_llm.weights import fetch as fetch_module
 from distributed_llm.weights import source_link
+from distributed_llm.weights.arrivals import FetchFailed
 from distributed_llm.weights.cache import partial as partial_module
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.fetch import FetchFailed
 from distributed_llm.weights.fetching import link as link_module
 from distributed_llm.weights.giving.library import Library
 from tests.unit.cache_parts import name_of
@@ -790,7 +790,7 @@ async def test_closing_does_not_wait_for_hashes_of_what_is_here(
             await its.reader.begun(fetch)
             await asyncio.to_thread(read.wait)
             closing = asyncio.create_task(asyncio.to_thread(fetch.close))
-            await come_true(lambda: fetch._ending)
+            await come_true(lambda: fetch._arrivals._ending)
             go_on.set()
             await closing
         assert hashed.total() <= 2

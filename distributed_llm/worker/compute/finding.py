@@ -20,7 +20,8 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.wording import layers_text
-from distributed_llm.weights.fetch import Fetch, FetchFailed
+from distributed_llm.weights.arrivals import FetchFailed
+from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.shelf import Place, places_in_file
 from distributed_llm.worker.model.tensor_files import Locate
 
