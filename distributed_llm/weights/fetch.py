@@ -9,18 +9,28 @@ there, while the others come.
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TypeVar, assert_never
 
+from distributed_llm.common import codec
 from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import internal_error
+from distributed_llm.common.errors import (
+    CheckpointError,
+    RemoteProtocolError,
+    internal_error,
+)
+from distributed_llm.common.hub import held_file
 from distributed_llm.common.messages import (
     Chunk,
     DigestsReport,
     FetchProgress,
+    GetDigests,
+    GetModel,
     ModelDescription,
     ModelReport,
     ModelSource,
@@ -38,7 +48,6 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text, list_text
 from distributed_llm.weights.arrivals import Arrivals, FetchFailed, not_wanted
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.fetch_disk import Entry, FetchDisk
 from distributed_llm.weights.fetching.events import (
     Action,
     Ask,
@@ -58,21 +67,19 @@ from distributed_llm.weights.fetching.events import (
     SourceDown,
     SourceFailed,
     SourceUp,
-    TensorBusy,
-    TensorClaimed,
-    TensorHere,
-    TensorStored,
-    TensorWrong,
     Wanted,
     WantedMore,
-    Written,
 )
 from distributed_llm.weights.fetching.fetching import PATIENCE_S, Fetching
-from distributed_llm.weights.giving.shelf import Place, Shelf
-from distributed_llm.weights.inquiry import COORDINATOR, Inquiry
+from distributed_llm.weights.giving.shelf import Place, Shelf, places_in_file
 from distributed_llm.weights.source_link import SourceLink
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+COORDINATOR = "the coordinator"
+"""Name of the coordinator among the sources."""
 
 _ASK_EVERY_S = 0.5
 """Time between two questions to the coordinator about digests that are not known, seconds."""
@@ -81,7 +88,6 @@ _LOOK_EVERY_S = 0.25
 """Time between two looks whether the weights are still wanted, seconds."""
 
 _JOIN_S = 2.0
-_DiskEvent = TensorClaimed | TensorBusy | TensorHere | TensorStored | TensorWrong
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
@@ -130,27 +136,32 @@ class Fetch:
         on_bytes: Callable[[int], None],
         is_wanted: Callable[[], bool],
     ) -> None:
-        self.fetched_bytes = 0
         self._source = source
         self._layers = layers
         self._coordinator = coordinator
         self._peers = peers
         self._cache = cache
-        self._shelf = shelf
-        self._max_bytes_per_s = max_bytes_per_s
         self._on_bytes = on_bytes
         self._is_wanted = is_wanted
-        self._arrivals = Arrivals()
+        self._model: Future[ModelDescription] = Future()
+        self._max_bytes_per_s = max_bytes_per_s
+        self._fetching: Fetching | None = None
         self._links: dict[str, SourceLink] = {}
+        self._checkpoint: Checkpoint | None = None
+        self._unknown: dict[str, TensorInfo] = {}  # by name; those whose digest is not known yet
         self._layers_of: dict[str, frozenset[int]] = {}  # by SHA-256; empty outside the layers
-        self._disk = FetchDisk(cache, on_bytes, self._arrivals.fail)
-        self._inquiry: Inquiry
-        self._machine: Fetching
+        self._total_bytes = 0
+        self._doing = f"asks {COORDINATOR}"
+        self._progress_there = -1
+        self._answer_by = math.inf  # the coordinator, loop seconds
+        self._looks = False  # into the hub's cache
+        self._arrivals = Arrivals(
+            cache, shelf, on_bytes, on_event=self._handle, on_error=self._fail
+        )
         self._stopping: asyncio.Event
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
-        doing = f"asks {COORDINATOR}"
-        self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=doing)
+        self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=self._doing)
         self._thread = threading.Thread(target=self._main, name="fetch", daemon=True)
         self._thread.start()
 
@@ -162,7 +173,7 @@ class Fetch:
         Raises:
             FetchFailed: it does not.
         """
-        return self._arrivals.wait_for_model()
+        return self._model.result()
 
     def begin(self, checkpoint: Checkpoint) -> None:
         """Begin to fetch the tensors of the layers.
@@ -170,7 +181,7 @@ class Fetch:
         Args:
             checkpoint: made of `model`.
         """
-        self._in_loop(lambda: self._inquiry.begin(checkpoint))
+        self._in_loop(lambda: self._begin(checkpoint))
 
     def wait_for(self, name: str) -> Place:
         """Return where a tensor is, as soon as it is there.
@@ -181,13 +192,18 @@ class Fetch:
         return self._arrivals.wait_for(name)
 
     @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came from other machines so far."""
+        return self._arrivals.fetched_bytes
+
+    @property
     def progress(self) -> FetchProgress:
         """How far the weights have arrived; may be asked in any thread."""
         return self._progress
 
     def close(self) -> None:
         """End fetching; what came is kept."""
-        self._disk.ending = True
+        self._arrivals.end()
         self._in_loop(lambda: self._stopping.set())
         self._thread.join(_JOIN_S)
 
@@ -204,20 +220,21 @@ class Fetch:
             asyncio.run(self._run())
         except Exception as exc:
             logger.exception("fetching weights cannot go on")
-            self._arrivals.fail(FetchFailed(str(internal_error(exc))))
+            self._fail(FetchFailed(str(internal_error(exc))))
         finally:
             self._started.set()
             self._loop = None
-            self._arrivals.fail(not_wanted())
+            self._fail(not_wanted())
+            self._arrivals.give_up()
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        on_uncaught(lambda exc: self._arrivals.fail(FetchFailed(str(internal_error(exc)))))
+        on_uncaught(lambda exc: self._fail(FetchFailed(str(internal_error(exc)))))
         self._alarm = Alarm(self._on_timer, lambda stall_s: None)
         sources = [Source(COORDINATOR, lambda sha256: True, trusted=True)]
         sources += [Source(name, self._holds(origin)) for name, origin in self._peers.items()]
-        self._machine = Fetching(
+        self._fetching = Fetching(
             (),
             sources,
             now=self._alarm.now(),
@@ -225,38 +242,47 @@ class Fetch:
             patience_s=PATIENCE_S,
             max_bytes_per_s=self._max_bytes_per_s,
         )
-        self._inquiry = Inquiry(
-            self._source,
-            self._layers,
-            send=lambda request: self._links[COORDINATOR].send(request),
-            arrivals=self._arrivals,
-            disk=self._disk,
-            want=self._want,
-            on_progress=lambda: self._on_bytes(1),
-        )
         self._started.set()
         try:
             for name, origin in {COORDINATOR: self._coordinator, **self._peers}.items():
                 self._links[name] = self._link(name, origin)
-            self._do(self._machine.begin)
+            self._do(self._fetching.begin)
             await self._watch()
         finally:
             self._alarm.cancel()
             for link in self._links.values():
                 link.close()
-            self._disk.close()  # while the loop can still be told
+            self._arrivals.close()
 
     async def _watch(self) -> None:
         """Return once the weights are not wanted any more."""
-        asked_at, loop = 0.0, asyncio.get_running_loop()
+        self._answer_by = self._loop_time() + PATIENCE_S
+        asked_at = 0.0
         while not self._stopping.is_set() and self._is_wanted():
-            if loop.time() >= asked_at + _ASK_EVERY_S:
-                asked_at = loop.time()
-                self._inquiry.ask()
-            self._inquiry.fail_if_late()
+            now = self._loop_time()
+            if now >= asked_at + _ASK_EVERY_S:
+                asked_at = now
+                self._ask()
+            if now >= self._answer_by and (what := self._not_told):
+                self._fail(
+                    FetchFailed(
+                        f"The coordinator does not say {what}. It may be busy, or the network be "
+                        "cut."
+                    )
+                )
             self._tell()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_EVERY_S)
+
+    @property
+    def _not_told(self) -> str:
+        """What only the coordinator can tell, and has not; empty if nothing."""
+        if not self._model.done():
+            return "what the model consists of"
+        return "what its tensors hash to" if self._unknown else ""
+
+    def _loop_time(self) -> float:
+        return asyncio.get_running_loop().time()
 
     def _holds(self, origin: Origin) -> Callable[[str], bool]:
         held = {layer for one in origin.layers for layer in range(one.start, one.stop)}
@@ -267,47 +293,125 @@ class Fetch:
 
         return holds
 
-    # -------------------------------------------------------------- what is wanted
+    # -------------------------------------------------------------- the coordinator's answers
 
-    def _want(self, found: Mapping[str, tuple[TensorInfo, str]], *, last: bool) -> None:
-        """Have tensors fetched, of which the digests are known now, once there is room for them.
+    def _ask(self) -> None:
+        """Ask the coordinator for what is not known yet."""
+        link = self._links[COORDINATOR]
+        if not self._model.done():
+            link.send(GetModel(source=self._source))
+        elif self._unknown and not self._looks:
+            self._looks = True
+            self._arrivals.disk_job(self._look_in_hub_cache, self._found_in_hub_cache)
 
-        Args:
-            found: tensors and their SHA-256, by name.
-            last: whether there will be no more.
-        """
-        entries, new = self._disk.entries, []
-        for name, (tensor, sha256) in found.items():
-            self._note_layer(name, sha256)
-            entry = entries.get(sha256)
-            if entry is None:
-                entry = entries[sha256] = Entry(tensor.nbytes, [])
-                new.append(Wanted(sha256, tensor.nbytes, name))
-            elif entry.nbytes != tensor.nbytes:
-                why = f"{name} and {entry.names[0]} cannot be the same bytes"
-                why = f"What the coordinator says of the weights is wrong: {why}"
-                self._arrivals.fail(FetchFailed(why))
+    def _model_told(self, report: ModelReport, frames: tuple[Frame, ...]) -> None:
+        if self._model.done():
+            return
+        self._answer_by = math.inf
+        if report.message or not frames:
+            self._fail(FetchFailed(report.message or "The coordinator describes no model."))
+            return
+        try:
+            self._model.set_result(codec.decode_model(frames[0]))
+        except RemoteProtocolError as exc:
+            self._fail(FetchFailed(f"What the coordinator says of the model is broken: {exc}"))
+
+    def _begin(self, checkpoint: Checkpoint) -> None:
+        try:
+            tensors = sorted(checkpoint.tensors_of(self._layers), key=_loading_order)
+        except CheckpointError as exc:
+            self._fail(exc)
+            return
+        self._checkpoint = checkpoint
+        self._unknown = {tensor.name: tensor for tensor in tensors}
+        self._total_bytes = sum(tensor.nbytes for tensor in tensors)
+        self._ask()
+
+    def _digests_told(self, report: DigestsReport, frames: tuple[Frame, ...]) -> None:
+        if report.layers != self._layers or not self._unknown:
+            return
+        self._answer_by = math.inf
+        if report.progress != self._progress_there:
+            self._progress_there = report.progress
+            self._on_bytes(1)
+        going_on = report.doing and not report.complete
+        self._doing = f"{COORDINATOR} {report.doing}" if going_on else ""
+        try:
+            known = codec.decode_digests(frames[0]).sha256 if frames else {}
+        except RemoteProtocolError as exc:
+            self._fail(FetchFailed(f"What the coordinator says of the weights is broken: {exc}"))
+            return
+        found = {name: known[name] for name in self._unknown if name in known}
+        self._want(found)
+        if report.failure:
+            why = f"The coordinator cannot give these weights: {report.failure}"
+            self._arrivals.lose(self._unknown, why)
+            self._unknown = {}
+            self._tell_wanted(())
+
+    def _want(self, sha256_by_name: Mapping[str, str]) -> None:
+        """Have tensors fetched whose digests are known now."""
+        assert self._checkpoint is not None
+        new: list[Wanted] = []
+        for name, sha256 in sha256_by_name.items():
+            tensor = self._unknown.pop(name)
+            layer = self._checkpoint.layer_of(name)
+            layers = self._layers_of.get(sha256, frozenset())
+            self._layers_of[sha256] = layers | ({layer} if layer is not None else set())
+            try:
+                if self._arrivals.expect(name, sha256, tensor.nbytes):
+                    new.append(Wanted(sha256, tensor.nbytes, name))
+            except FetchFailed as exc:
+                self._fail(exc)
                 return
-            entry.names.append(name)
-            if entry.stored:
-                self._arrivals.put(name, self._disk.place(sha256))
-        told = WantedMore(tuple(new), last)
-        sizes = {sha256: entry.nbytes for sha256, entry in entries.items()}
-        missing = {sha256: one.nbytes for sha256, one in entries.items() if not one.stored}
+        if new or not self._unknown:
+            self._tell_wanted(new)
+
+    def _tell_wanted(self, new: Iterable[Wanted]) -> None:
+        """Have tensors fetched once there is room for them, in the order of these calls."""
+        told = WantedMore(tuple(new), last=not self._unknown)
+        sizes, missing = self._arrivals.sizes, self._arrivals.missing
 
         def prepare() -> None:
             here = (size for sha256, size in missing.items() if self._cache.has(sha256, size))
             self._cache.make_room(sum(missing.values()) - sum(here), sizes.keys())
-            if last and sizes:
+            if told.last and sizes:
                 self._cache.note_model(self._source.name or self._source.kind, sizes)
 
-        self._disk.job(prepare, lambda _: self._handle(told))
+        self._arrivals.disk_job(prepare, lambda _: self._handle(told))
 
-    def _note_layer(self, name: str, sha256: str) -> None:
-        assert self._inquiry.checkpoint is not None
-        layer = self._inquiry.checkpoint.layer_of(name)
-        layers = self._layers_of.get(sha256, frozenset())
-        self._layers_of[sha256] = layers | ({layer} if layer is not None else set())
+    def _look_in_hub_cache(self) -> dict[str, Place]:
+        """Return where tensors are that another program of this machine got from the hub.
+
+        The coordinator itself may be that, on this machine.
+        """
+        if self._source.kind != "hub":
+            return {}
+        by_file: dict[str, list[TensorInfo]] = {}
+        for tensor in list(self._unknown.values()):
+            by_file.setdefault(tensor.file, []).append(tensor)
+        places: dict[str, Place] = {}
+        for name, tensors in by_file.items():
+            try:
+                if (file := held_file(self._source, name)) is not None:
+                    found = places_in_file(file, tensors)
+                    places.update(zip((one.name for one in tensors), found, strict=True))
+            except CheckpointError as exc:
+                logger.warning("%s Asking other machines for these weights.", exc)
+        return places
+
+    def _found_in_hub_cache(self, places: dict[str, Place]) -> None:
+        """Use what was found, and ask the coordinator about the others."""
+        self._looks = False
+        found = {name: place for name, place in places.items() if name in self._unknown}
+        for name, place in found.items():
+            del self._unknown[name]
+            self._arrivals.place(name, place)
+        if found and not self._unknown:
+            self._tell_wanted(())
+        if self._unknown:
+            self._answer_by = min(self._answer_by, self._loop_time() + PATIENCE_S)
+            self._links[COORDINATOR].send(GetDigests(source=self._source, layers=self._layers))
 
     # -------------------------------------------------------------- sources
 
@@ -324,29 +428,34 @@ class Fetch:
     def _up(self, name: str) -> None:
         self._handle(SourceUp(name))
         if name == COORDINATOR:
-            self._inquiry.ask()
+            self._ask()
 
     def _source_failed(self, name: str, why: str) -> None:
         self._handle(SourceFailed(name, why))
         if name == COORDINATOR:
-            self._inquiry.fail_if_not_told(why)
+            self._fail_if_not_told(why)
+
+    def _fail_if_not_told(self, why: str) -> None:
+        """The coordinator will say nothing any more."""
+        if what := self._not_told:
+            self._fail(FetchFailed(f"The coordinator does not say {what}: {why}"))
 
     def _received(self, name: str, message: ToReader, frames: tuple[Frame, ...]) -> None:
         match message:
             case Chunk(sha256=sha256, offset=offset):
                 self._chunk(name, sha256, offset, frames[0])
             case NoChunk(sha256=sha256, offset=offset, reason="absent"):
-                if sha256 in self._disk.entries:
+                if self._arrivals.expects(sha256):
                     self._handle(ChunkAbsent(name, sha256, offset))
             case NoChunk(sha256=sha256, offset=offset, message=why):
-                if sha256 in self._disk.entries:
+                if self._arrivals.expects(sha256):
                     self._handle(ChunkRefused(name, sha256, offset, why))
             case ModelReport():
                 if name == COORDINATOR:
-                    self._inquiry.model_told(message, frames)
+                    self._model_told(message, frames)
             case DigestsReport():
                 if name == COORDINATOR:
-                    self._inquiry.digests_told(message, frames)
+                    self._digests_told(message, frames)
             case Refused(message=why):
                 self._links[name].close()
                 self._source_failed(name, why)
@@ -356,6 +465,11 @@ class Fetch:
                 assert_never(message)
 
     # -------------------------------------------------------------- what fetching orders
+
+    @property
+    def _machine(self) -> Fetching:
+        assert self._fetching is not None
+        return self._fetching
 
     def _handle(self, event: Event) -> None:
         self._do(lambda now: self._machine.handle(event, now))
@@ -373,71 +487,60 @@ class Fetch:
             self._alarm.set(self._machine.next_deadline())
 
     def _chunk(self, name: str, sha256: str, offset: int, data: Frame) -> None:
-        if self._arrivals.error is not None or sha256 not in self._disk.entries:
+        arrivals = self._arrivals
+        if arrivals.error is not None or not arrivals.expects(sha256):
             return
         event = ChunkArrived(name, sha256, offset, len(data))
         actions = self._machine.handle(event, self._alarm.now())
         if Keep(name, sha256, offset) in actions:
-            self.fetched_bytes += len(data)
-            self._on_bytes(len(data))
-            self._disk.keep(sha256, name, offset, data)
+            arrivals.keep(name, sha256, offset, data)
         self._do(lambda now: [one for one in actions if not isinstance(one, Keep)])
-        if (done_bytes := self._disk.write(sha256)) is not None:
-            self._handle(Written(sha256, done_bytes))
+        arrivals.write(sha256)
 
     def _perform(self, action: Action) -> None:
         match action:
-            case Claim(sha256=sha256):
-                self._disk.claim(sha256, self._on_disk)
+            case Claim() | Forget() | Check():
+                self._arrivals.perform(action)
             case Ask(source=name, sha256=sha256, offset=offset, length=length):
                 self._links[name].send(ReadChunk(sha256=sha256, offset=offset, length=length))
             case Keep():
                 raise AssertionError("only bytes that have just come are kept")
-            case Forget(sha256=sha256):
-                self._disk.forget(sha256)
-            case Check(sha256=sha256):
-                self._disk.check(sha256, self._on_disk)
             case CloseSource(source=name, why=why):
                 self._links[name].close()
                 if name == COORDINATOR:
-                    self._inquiry.fail_if_not_told(f"it {why}")
+                    self._fail_if_not_told(f"it {why}")
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
             case Finished():
                 pass
             case Failed(message=message):
-                which = layers_text(self._layers).capitalize()
-                self._arrivals.fail(FetchFailed(f"{which}: {message}"))
+                self._fail(FetchFailed(f"{layers_text(self._layers).capitalize()}: {message}"))
             case _:
                 assert_never(action)
 
-    def _on_disk(self, event: _DiskEvent) -> None:
-        if isinstance(event, TensorHere | TensorStored):
-            self._stored(event.sha256)
-        self._handle(event)
-
-    def _stored(self, sha256: str) -> None:
-        """Let threads that load, and other machines, have a tensor that is in the cache now."""
-        entry = self._disk.entries[sha256]
-        entry.stored, entry.partial = True, None
-        place = self._disk.place(sha256)
-        self._shelf.put(sha256, place)
-        for name in entry.names:
-            self._arrivals.put(name, place)
+    def _fail(self, error: CheckpointError) -> None:
+        """Let nobody wait any more; nothing after the first time."""
+        self._arrivals.fail(error)
+        if not self._model.done():
+            self._model.set_exception(FetchFailed(str(error)))
 
     def _tell(self) -> None:
         """Update what `progress` tells."""
         machine, now = self._machine, self._alarm.now()
-        coming = machine.bytes_done - self._disk.stored_bytes
-        total_bytes = self._inquiry.total_bytes
-        doing = self._inquiry.doing or machine.waits_for(now) or self._from_text()
+        coming = machine.bytes_done - self._arrivals.stored_bytes
+        asked = self._doing if self._not_told else ""
         self._progress = FetchProgress(
-            here_bytes=max(0, min(total_bytes, self._arrivals.placed_bytes + coming)),
-            total_bytes=total_bytes,
+            here_bytes=max(0, min(self._total_bytes, self._arrivals.placed_bytes + coming)),
+            total_bytes=self._total_bytes,
             bytes_per_s=machine.rate(now),
-            doing=doing[:256],
+            doing=(asked or machine.waits_for(now) or self._from_text())[:256],
         )
 
     def _from_text(self) -> str:
         givers = [name for name, given in self._machine.bytes_by_source.items() if given]
         return f"from {list_text(givers)}" if givers else ""
+
+
+def _loading_order(tensor: TensorInfo) -> list[tuple[int, int | str]]:
+    """Return a key that sorts tensors as transformers loads them."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in tensor.name.split(".")]

@@ -30,7 +30,6 @@ from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import split_address
 from distributed_llm.weights import fetch as fetch_module
-from distributed_llm.weights import inquiry as inquiry_module
 from distributed_llm.weights import source_link
 from distributed_llm.weights.arrivals import FetchFailed
 from distributed_llm.weights.cache import partial as partial_module
@@ -695,12 +694,12 @@ async def test_a_coordinator_that_sends_no_message_is_told_of(
 async def test_a_coordinator_that_does_not_answer_is_given_up(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ToReader]
 ) -> None:
-    monkeypatch.setattr(inquiry_module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(fetch_module, "PATIENCE_S", 0.3)
     async with scene(model, tmp_path) as its:
         its.coordinator.change = lambda message, frames: (
             None if type(message) is kind else (message, frames)
         )
-        with pytest.raises(FetchFailed, match=r"does not say .* not answer. It may be busy"):
+        with pytest.raises(FetchFailed, match=r"does not say .* It may be busy"):
             await its.reader.load()
 
 
@@ -828,7 +827,7 @@ async def test_closing_does_not_wait_for_hashes_of_what_is_here(
             await its.reader.begun(fetch)
             await asyncio.to_thread(read.wait)
             closing = asyncio.create_task(asyncio.to_thread(fetch.close))
-            await come_true(lambda: fetch._disk.ending)
+            await come_true(lambda: fetch._arrivals._ending)
             go_on.set()
             await closing
         assert pieces == [100], "it reads no more of that tensor, nor of others"
