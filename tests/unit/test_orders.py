@@ -81,6 +81,15 @@ def test_the_end_comes_after_all() -> None:
     assert given == [export(1), run(1), run(2)]
 
 
+def test_an_order_that_comes_after_the_end_does_not_hide_it() -> None:
+    """As when a load in the background ends while the engine is being stopped."""
+    orders = filled(run(1))
+    orders.end()
+    orders.put(run(2))
+    given = [orders.get(block=False) for _ in range(3)]
+    assert [item and item[1] for item in given] == [run(1), run(2), None]
+
+
 def test_an_empty_queue_says_so() -> None:
     orders = filled(export(1))
     assert rest(orders) == [export(1)]

@@ -37,7 +37,7 @@ from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.fetching import link as link_module
 from distributed_llm.weights.giving.library import Library
 from tests.hub_snapshot import COMMIT, NAME, write_snapshot
-from tests.unit.cache_parts import name_of
+from tests.unit.cache_parts import content, name_of, put
 from tests.unit.test_cache_disk import full_after
 from tests.wire.test_transport import come_true, on_loop
 from tests.wire.weight_sources import (
@@ -363,6 +363,18 @@ async def test_too_little_room_is_told_before_anything_comes(model: Model, tmp_p
         with pytest.raises(FetchFailed, match=r"1 byte are missing.*cache_limit"):
             await its.reader.load()
         assert its.coordinator.total_bytes == before
+
+
+@on_loop
+async def test_room_is_made_by_what_other_models_left(model: Model, tmp_path: Path) -> None:
+    async with scene(model, tmp_path) as its:
+        cache = its.reader.cache = ContentCache(tmp_path / "cache", model.nbytes() + 100)
+        await its.reader.load(FIRST)
+        other = put(cache, content(200))  # used later than those layers
+        await its.reader.load(MIDDLE)
+        assert other.exists()
+        assert await its.reader.load() == model.nbytes() - model.nbytes(FIRST, MIDDLE)
+        assert not other.exists()
 
 
 HUB = ModelSource(kind="hub", name=NAME, revision=COMMIT)

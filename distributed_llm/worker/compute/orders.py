@@ -51,6 +51,8 @@ class OrderQueue(Generic[T]):
             if self._quick and self._overtaking < _MAX_OVERTAKING:
                 self._overtaking += 1
                 return self._quick.popleft()
+            if self._ended and self._queue.empty() and not self._quick:
+                return None  # what `end` has left may have been read before something else
             item = self._queue.get(block)
             if item is not None:
                 if isinstance(item[1], Run):
@@ -58,5 +60,3 @@ class OrderQueue(Generic[T]):
                 return item
             if self._quick:
                 return self._quick.popleft()
-            if self._ended and self._queue.empty():
-                return None
