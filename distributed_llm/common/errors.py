@@ -9,6 +9,7 @@
     + CheckpointMismatch       this machine has other weights under the same name
     + CheckpointUnavailable    they cannot be read or fetched now; later they may be
       x WrongContent           other weights came than those that were asked for
+      x FetchFailed            they cannot be had from other machines
   x CapacityError              the cluster cannot do this now
     + NotEnoughMemory          the model does not fit the workers
     + NotReady                 no plan is being served
@@ -98,6 +99,12 @@ class WrongContent(CheckpointUnavailable):
     """Weights came that are not those that were asked for. Others may have the right ones."""
 
     code = "wrong_content"
+
+
+class FetchFailed(CheckpointUnavailable):
+    """Weights cannot be had from other machines now."""
+
+    code = "fetch_failed"
 
 
 class CapacityError(DistributedLLMError):
@@ -281,6 +288,7 @@ _BY_CODE: dict[str, type[DistributedLLMError]] = {
         CheckpointMismatch,
         CheckpointUnavailable,
         WrongContent,
+        FetchFailed,
         CapacityError,
         NotEnoughMemory,
         NotReady,

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar, assert_never
 
-from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable, internal_error
+from distributed_llm.common.errors import CheckpointError, FetchFailed, internal_error
 from distributed_llm.common.tensors import Frame
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.cache.partial import Partial
@@ -37,10 +37,6 @@ _T = TypeVar("_T")
 
 ArrivalEvent = TensorClaimed | TensorBusy | TensorHere | Written | TensorStored | TensorWrong
 """What the state machine of the fetch is told of tensors."""
-
-
-class FetchFailed(CheckpointUnavailable):
-    """Weights cannot be had from other machines now."""
 
 
 def not_wanted() -> FetchFailed:

@@ -9,19 +9,18 @@ there, while the others come.
 import asyncio
 import contextlib
 import logging
-import math
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
-from distributed_llm.common import codec
 from distributed_llm.common.alarm import Alarm
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import (
     CheckpointError,
-    RemoteProtocolError,
+    FetchFailed,
     internal_error,
 )
 from distributed_llm.common.hub import held_file
@@ -29,8 +28,6 @@ from distributed_llm.common.messages import (
     Chunk,
     DigestsReport,
     FetchProgress,
-    GetDigests,
-    GetModel,
     ModelDescription,
     ModelReport,
     ModelSource,
@@ -46,7 +43,7 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.wording import layers_text, list_text
-from distributed_llm.weights.arrivals import Arrivals, FetchFailed, not_wanted
+from distributed_llm.weights.arrivals import Arrivals, not_wanted
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.fetching.events import (
     Action,
@@ -72,6 +69,7 @@ from distributed_llm.weights.fetching.events import (
 )
 from distributed_llm.weights.fetching.fetching import PATIENCE_S, Fetching
 from distributed_llm.weights.giving.shelf import Place, Shelf, places_in_file
+from distributed_llm.weights.inquiry import Inquiry
 from distributed_llm.weights.source_link import SourceLink
 
 logger = logging.getLogger(__name__)
@@ -138,6 +136,7 @@ class Fetch:
     ) -> None:
         self._source = source
         self._layers = layers
+        self._inquiry = Inquiry(source, layers, time.monotonic())
         self._coordinator = coordinator
         self._peers = peers
         self._cache = cache
@@ -147,13 +146,6 @@ class Fetch:
         self._max_bytes_per_s = max_bytes_per_s
         self._fetching: Fetching | None = None
         self._links: dict[str, SourceLink] = {}
-        self._checkpoint: Checkpoint | None = None
-        self._unknown: dict[str, TensorInfo] = {}  # by name; those whose digest is not known yet
-        self._layers_of: dict[str, frozenset[int]] = {}  # by SHA-256; empty outside the layers
-        self._total_bytes = 0
-        self._doing = f"asks {COORDINATOR}"
-        self._progress_there = -1
-        self._answer_by = math.inf  # the coordinator, loop seconds
         self._looks = False  # into the hub's cache
         self._arrivals = Arrivals(
             cache, shelf, on_bytes, on_event=self._handle, on_error=self._fail
@@ -161,7 +153,7 @@ class Fetch:
         self._stopping: asyncio.Event
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
-        self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=self._doing)
+        self._progress = FetchProgress(here_bytes=0, total_bytes=0, doing=f"asks {COORDINATOR}")
         self._thread = threading.Thread(target=self._main, name="fetch", daemon=True)
         self._thread.start()
 
@@ -233,7 +225,8 @@ class Fetch:
         on_uncaught(lambda exc: self._fail(FetchFailed(str(internal_error(exc)))))
         self._alarm = Alarm(self._on_timer, lambda stall_s: None)
         sources = [Source(COORDINATOR, lambda sha256: True, trusted=True)]
-        sources += [Source(name, self._holds(origin)) for name, origin in self._peers.items()]
+        for name, origin in self._peers.items():
+            sources.append(Source(name, self._inquiry.holder(origin.layers)))
         self._fetching = Fetching(
             (),
             sources,
@@ -256,120 +249,67 @@ class Fetch:
 
     async def _watch(self) -> None:
         """Return once the weights are not wanted any more."""
-        self._answer_by = self._loop_time() + PATIENCE_S
         asked_at = 0.0
         while not self._stopping.is_set() and self._is_wanted():
-            now = self._loop_time()
+            now = time.monotonic()
             if now >= asked_at + _ASK_EVERY_S:
                 asked_at = now
                 self._ask()
-            if now >= self._answer_by and (what := self._not_told):
-                self._fail(
-                    FetchFailed(
-                        f"The coordinator does not say {what}. It may be busy, or the network be "
-                        "cut."
-                    )
-                )
+            if self._inquiry.is_overdue(now):
+                self._fail_if_not_told("it may be busy, or the network be cut.")
             self._tell()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), _LOOK_EVERY_S)
 
-    @property
-    def _not_told(self) -> str:
-        """What only the coordinator can tell, and has not; empty if nothing."""
-        if not self._model.done():
-            return "what the model consists of"
-        return "what its tensors hash to" if self._unknown else ""
-
-    def _loop_time(self) -> float:
-        return asyncio.get_running_loop().time()
-
-    def _holds(self, origin: Origin) -> Callable[[str], bool]:
-        held = {layer for one in origin.layers for layer in range(one.start, one.stop)}
-
-        def holds(sha256: str) -> bool:
-            layers = self._layers_of.get(sha256, frozenset())
-            return not layers or not layers.isdisjoint(held)
-
-        return holds
-
     # -------------------------------------------------------------- the coordinator's answers
 
     def _ask(self) -> None:
-        """Ask the coordinator for what is not known yet."""
-        link = self._links[COORDINATOR]
-        if not self._model.done():
-            link.send(GetModel(source=self._source))
-        elif self._unknown and not self._looks:
+        """Ask the coordinator for what is not known yet; look for it here first."""
+        if self._inquiry.model is None:
+            self._ask_coordinator()
+        elif self._inquiry.unknown and not self._looks:
             self._looks = True
             self._arrivals.disk_job(self._look_in_hub_cache, self._found_in_hub_cache)
 
+    def _ask_coordinator(self) -> None:
+        if question := self._inquiry.question(time.monotonic()):
+            self._links[COORDINATOR].send(question)
+
     def _model_told(self, report: ModelReport, frames: tuple[Frame, ...]) -> None:
-        if self._model.done():
-            return
-        self._answer_by = math.inf
-        if report.message or not frames:
-            self._fail(FetchFailed(report.message or "The coordinator describes no model."))
-            return
         try:
-            self._model.set_result(codec.decode_model(frames[0]))
-        except RemoteProtocolError as exc:
-            self._fail(FetchFailed(f"What the coordinator says of the model is broken: {exc}"))
+            self._inquiry.model_told(report, frames)
+        except FetchFailed as exc:
+            self._fail(exc)
+        else:
+            if self._inquiry.model and not self._model.done():
+                self._model.set_result(self._inquiry.model)
 
     def _begin(self, checkpoint: Checkpoint) -> None:
         try:
-            tensors = sorted(checkpoint.tensors_of(self._layers), key=_loading_order)
+            self._inquiry.begin(checkpoint)
         except CheckpointError as exc:
             self._fail(exc)
-            return
-        self._checkpoint = checkpoint
-        self._unknown = {tensor.name: tensor for tensor in tensors}
-        self._total_bytes = sum(tensor.nbytes for tensor in tensors)
-        self._ask()
+        else:
+            self._ask()
 
     def _digests_told(self, report: DigestsReport, frames: tuple[Frame, ...]) -> None:
-        if report.layers != self._layers or not self._unknown:
-            return
-        self._answer_by = math.inf
-        if report.progress != self._progress_there:
-            self._progress_there = report.progress
-            self._on_bytes(1)
-        going_on = report.doing and not report.complete
-        self._doing = f"{COORDINATOR} {report.doing}" if going_on else ""
         try:
-            known = codec.decode_digests(frames[0]).sha256 if frames else {}
-        except RemoteProtocolError as exc:
-            self._fail(FetchFailed(f"What the coordinator says of the weights is broken: {exc}"))
+            told = self._inquiry.digests_told(report, frames, lambda: self._on_bytes(1))
+            new = [
+                Wanted(sha256, tensor.nbytes, tensor.name)
+                for tensor, sha256 in told.found
+                if self._arrivals.expect(tensor.name, sha256, tensor.nbytes)
+            ]
+        except FetchFailed as exc:
+            self._fail(exc)
             return
-        found = {name: known[name] for name in self._unknown if name in known}
-        self._want(found)
-        if report.failure:
-            why = f"The coordinator cannot give these weights: {report.failure}"
-            self._arrivals.lose(self._unknown, why)
-            self._unknown = {}
-            self._tell_wanted(())
-
-    def _want(self, sha256_by_name: Mapping[str, str]) -> None:
-        """Have tensors fetched whose digests are known now."""
-        assert self._checkpoint is not None
-        new: list[Wanted] = []
-        for name, sha256 in sha256_by_name.items():
-            tensor = self._unknown.pop(name)
-            layer = self._checkpoint.layer_of(name)
-            layers = self._layers_of.get(sha256, frozenset())
-            self._layers_of[sha256] = layers | ({layer} if layer is not None else set())
-            try:
-                if self._arrivals.expect(name, sha256, tensor.nbytes):
-                    new.append(Wanted(sha256, tensor.nbytes, name))
-            except FetchFailed as exc:
-                self._fail(exc)
-                return
-        if new or not self._unknown:
+        self._arrivals.lose(told.lost, told.why)
+        if told.found or told.lost:
             self._tell_wanted(new)
 
     def _tell_wanted(self, new: Iterable[Wanted]) -> None:
         """Have tensors fetched once there is room for them, in the order of these calls."""
-        told = WantedMore(tuple(new), last=not self._unknown)
+        told = WantedMore(tuple(new), last=not self._inquiry.unknown)
         sizes, missing = self._arrivals.sizes, self._arrivals.missing
 
         def prepare() -> None:
@@ -388,7 +328,7 @@ class Fetch:
         if self._source.kind != "hub":
             return {}
         by_file: dict[str, list[TensorInfo]] = {}
-        for tensor in list(self._unknown.values()):
+        for tensor in self._inquiry.unknown:
             by_file.setdefault(tensor.file, []).append(tensor)
         places: dict[str, Place] = {}
         for name, tensors in by_file.items():
@@ -403,15 +343,12 @@ class Fetch:
     def _found_in_hub_cache(self, places: dict[str, Place]) -> None:
         """Use what was found, and ask the coordinator about the others."""
         self._looks = False
-        found = {name: place for name, place in places.items() if name in self._unknown}
-        for name, place in found.items():
-            del self._unknown[name]
-            self._arrivals.place(name, place)
-        if found and not self._unknown:
+        found = self._inquiry.placed(places)
+        for name in found:
+            self._arrivals.place(name, places[name])
+        if found and not self._inquiry.unknown:
             self._tell_wanted(())
-        if self._unknown:
-            self._answer_by = min(self._answer_by, self._loop_time() + PATIENCE_S)
-            self._links[COORDINATOR].send(GetDigests(source=self._source, layers=self._layers))
+        self._ask_coordinator()
 
     # -------------------------------------------------------------- sources
 
@@ -437,7 +374,7 @@ class Fetch:
 
     def _fail_if_not_told(self, why: str) -> None:
         """The coordinator will say nothing any more."""
-        if what := self._not_told:
+        if what := self._inquiry.not_told:
             self._fail(FetchFailed(f"The coordinator does not say {what}: {why}"))
 
     def _received(self, name: str, message: ToReader, frames: tuple[Frame, ...]) -> None:
@@ -528,10 +465,10 @@ class Fetch:
         """Update what `progress` tells."""
         machine, now = self._machine, self._alarm.now()
         coming = machine.bytes_done - self._arrivals.stored_bytes
-        asked = self._doing if self._not_told else ""
+        asked = f"asks {COORDINATOR}" if self._inquiry.model is None else self._inquiry.doing
         self._progress = FetchProgress(
-            here_bytes=max(0, min(self._total_bytes, self._arrivals.placed_bytes + coming)),
-            total_bytes=self._total_bytes,
+            here_bytes=max(0, min(self._inquiry.total_bytes, self._arrivals.placed_bytes + coming)),
+            total_bytes=self._inquiry.total_bytes,
             bytes_per_s=machine.rate(now),
             doing=(asked or machine.waits_for(now) or self._from_text())[:256],
         )
@@ -539,8 +476,3 @@ class Fetch:
     def _from_text(self) -> str:
         givers = [name for name, given in self._machine.bytes_by_source.items() if given]
         return f"from {list_text(givers)}" if givers else ""
-
-
-def _loading_order(tensor: TensorInfo) -> list[tuple[int, int | str]]:
-    """Return a key that sorts tensors as transformers loads them."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in tensor.name.split(".")]

@@ -73,11 +73,12 @@ class KeyedWorld(World):
             machine = getattr(owner, "name", f"{name}-{len(self.held)}")
             role = Role.WORKER if hasattr(owner, "agent") or name != "client" else Role.CLIENT
             self.held[owner] = self.enrolled(machine, role)
+        owner.key = self.held[owner]
         return super().connect(owner, name)
 
     def _do(self, event: events.Event) -> None:
-        if isinstance(event, events.Received | events.Garbage) and event.key == NOBODY:
-            held = self.held[self._links[event.peer].owner]
+        if isinstance(event, events.Received | events.Garbage):
+            held = event.key if event.key != NOBODY else self.held[self._links[event.peer].owner]
             if not self.members.admits(held):
                 return  # as `Router` does
             event = replace(event, key=held)

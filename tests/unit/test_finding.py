@@ -14,6 +14,7 @@ from distributed_llm.common.errors import (
     CheckpointError,
     CheckpointMismatch,
     CheckpointUnavailable,
+    FetchFailed,
 )
 from distributed_llm.common.hub import fingerprints
 from distributed_llm.common.messages import (
@@ -23,7 +24,6 @@ from distributed_llm.common.messages import (
     ModelSource,
 )
 from distributed_llm.common.types import Epoch, LayerRange
-from distributed_llm.weights.arrivals import FetchFailed
 from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Place

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from distributed_llm.common.codec import encode_payload
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.errors import CheckpointError, FetchFailed
 from distributed_llm.common.messages import (
     Chunk,
     DigestsReport,
@@ -30,8 +30,8 @@ from distributed_llm.common.tensors import Frame, frame_of_bytes
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import split_address
 from distributed_llm.weights import fetch as fetch_module
+from distributed_llm.weights import inquiry as inquiry_module
 from distributed_llm.weights import source_link
-from distributed_llm.weights.arrivals import FetchFailed
 from distributed_llm.weights.cache import partial as partial_module
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.fetching import link as link_module
@@ -706,12 +706,12 @@ async def test_a_coordinator_that_sends_no_message_is_told_of(
 async def test_a_coordinator_that_does_not_answer_is_given_up(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[ToReader]
 ) -> None:
-    monkeypatch.setattr(fetch_module, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(inquiry_module, "PATIENCE_S", 0.3)
     async with scene(model, tmp_path) as its:
         its.coordinator.change = lambda message, frames: (
             None if type(message) is kind else (message, frames)
         )
-        with pytest.raises(FetchFailed, match=r"does not say .* It may be busy"):
+        with pytest.raises(FetchFailed, match=r"does not say .* it may be busy"):
             await its.reader.load()
 
 

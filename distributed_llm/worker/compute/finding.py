@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of
-from distributed_llm.common.errors import CheckpointError, CheckpointMismatch
+from distributed_llm.common.errors import CheckpointError, CheckpointMismatch, FetchFailed
 from distributed_llm.common.hub import checkpoint_here, download_file, fingerprints
 from distributed_llm.common.messages import (
     FetchProgress,
@@ -20,7 +20,6 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.wording import layers_text
-from distributed_llm.weights.arrivals import FetchFailed
 from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.shelf import Place, places_in_file
 from distributed_llm.worker.model.tensor_files import Locate
