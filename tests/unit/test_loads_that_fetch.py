@@ -8,6 +8,7 @@ from typing import cast
 
 import pytest
 
+from distributed_llm.common.errors import FetchFailed
 from distributed_llm.common.messages import (
     Capabilities,
     FetchProgress,
@@ -16,7 +17,6 @@ from distributed_llm.common.messages import (
     ModelSource,
 )
 from distributed_llm.common.types import Epoch, LayerRange
-from distributed_llm.weights.arrivals import FetchFailed
 from distributed_llm.weights.fetch import Fetch
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.compute.finding import WeightFinder

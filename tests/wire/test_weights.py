@@ -368,6 +368,7 @@ async def test_too_little_room_is_told_before_anything_comes(model: Model, tmp_p
 @on_loop
 async def test_room_is_made_by_what_other_models_left(model: Model, tmp_path: Path) -> None:
     async with scene(model, tmp_path) as its:
+        await its.another_reader(ContentCache(tmp_path / "other", None)).load()  # all is hashed
         cache = its.reader.cache = ContentCache(tmp_path / "cache", model.nbytes() + 100)
         await its.reader.load(FIRST)
         other = put(cache, content(200))  # used later than those layers
