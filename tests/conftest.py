@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import logging
 import os
 import shutil
 import tempfile
@@ -27,6 +28,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         help="random schedules of each kind in test_core_random, other ones each time",
     )
+
+
+@pytest.fixture(autouse=True)
+def log_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `caplog` hear this package, whatever earlier tests ran in this process.
+
+    Commands configure its log, and import-linter disables all logs that it does not know.
+    """
+    monkeypatch.setattr(logging.getLogger("distributed_llm"), "propagate", True)
+    for name, one in logging.root.manager.loggerDict.items():
+        if name.startswith("distributed_llm") and isinstance(one, logging.Logger):
+            one.disabled = False
 
 
 @pytest.hookimpl(wrapper=True)
