@@ -187,6 +187,7 @@ def test_a_type_that_transformers_does_not_know_is_refused() -> None:
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
 def test_what_is_no_decoder_is_refused(family: str) -> None:
-    checkpoint = Checkpoint(Path("nowhere"), {"model_type": family}, {})
+    sizes = {"num_hidden_layers": 1, "hidden_size": 24, "vocab_size": 9}
+    checkpoint = Checkpoint(Path("nowhere"), {"model_type": family, **sizes}, {})
     with pytest.raises(UnsupportedModel):
         Stage.ensure_supported(checkpoint)
