@@ -101,6 +101,15 @@ def test_who_is_quarantined_is_told_what_happened_for_how_long_and_what_to_do() 
     )
 
 
+def test_who_took_a_name_is_told_to_take_another() -> None:
+    """A service that is started again and again gets here by a mistake in its settings."""
+    conduct = Conduct()
+    conduct.quarantine(PC, Fault.OTHER_NAME, now=0.0)
+    said = str(conduct.error(PC, "pc", now=0.0))
+    assert "last it took the name of another machine." in said
+    assert "Give this worker a name of its own with --name; an admin ends" in said
+
+
 def test_who_is_readmitted_begins_with_a_clean_sheet() -> None:
     conduct = Conduct()
     quarantined(conduct, 0.0)

@@ -110,7 +110,11 @@ ROWS: Mapping[str, tuple[str, ...]] = {
         *of(UNIT, "core_access", "tokens_that_another_machine_makes_up_are_not_taken"),
     ),
     "M18": of(WIRE, "transport", "a_frame_that_claims_too_much_ends_its_connection"),
-    "M19": of(WIRE, "keys", "an_unfinished_message_of_a_stranger_never_gets_in"),
+    "M19": (
+        *of(WIRE, "keys", "an_unfinished_message_of_a_stranger_never_gets_in"),
+        *of(WIRE, "unfinished", "a_message_without_an_end_ends_its_connection"),
+        *of(WIRE, "unfinished", "a_message_of_the_same_size_that_ends_is_delivered"),
+    ),
     "M20": of(
         UNIT,
         "core_conduct",

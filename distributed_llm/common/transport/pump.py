@@ -43,6 +43,13 @@ class Pump:
         self._loop.add_reader(self._fd, self._run)
         self.look_again()
 
+    def has_delivered_all(self) -> bool:
+        """Return whether no message waits to be delivered; run again soon if one does."""
+        waits = bool(self._events() & zmq.POLLIN)
+        if waits:
+            self.look_again()
+        return not waits
+
     def notice(self, *, flushed: bool = True) -> None:
         """Check whether sending has consumed an edge; if so, run again soon.
 

@@ -23,6 +23,7 @@ from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport.authenticator import USER_ID, Authenticator, be_curve_server
 from distributed_llm.common.transport.pump import Monitor, Pump
 from distributed_llm.common.transport.sockets import LINGER_MS, open_socket, tcp_endpoint
+from distributed_llm.common.transport.unfinished import CHECK_S, Unfinished
 from distributed_llm.common.types import PeerId
 
 _MAX_BACKLOG_BYTES = 8 << 20
@@ -120,7 +121,10 @@ class Router:
         assert isinstance(endpoint, bytes)
         self.address = endpoint.rstrip(b"\0").decode().removeprefix("tcp://")
         self._pump = Pump(self._socket, self._receive)
-        self._monitor = Monitor(self._socket, zmq.EVENT_DISCONNECTED, self._watch)
+        self._unfinished = Unfinished()
+        watched = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED
+        self._monitor = Monitor(self._socket, watched, self._watch)
+        self._look = asyncio.get_running_loop().call_later(CHECK_S, self._look_again)
 
     def send(self, peer: PeerId, frames: Sequence[Frame]) -> Delivery:
         """Queue a message to `peer`; never blocks.
@@ -175,7 +179,7 @@ class Router:
 
     def close(self, *, linger_ms: int = LINGER_MS) -> None:
         """Close the socket; block for at most `linger_ms` to send what is queued."""
-        for timer in (self._notice, self._retry):
+        for timer in (self._notice, self._retry, self._look):
             if timer:
                 timer.cancel()
         self._monitor.close()
@@ -185,16 +189,29 @@ class Router:
         self._context.destroy(linger=linger_ms)
 
     def _receive(self, parts: list[zmq.Frame]) -> None:
+        self._unfinished.heard(int(parts[-1].get(zmq.SRCFD)))
         key = PublicKey(str(parts[1].get(USER_ID))) if self._door else NOBODY
         if self._door and not self._door.admits(key):  # it was admitted when it connected
             return
         self._on_message(PeerId(parts[0].bytes), key, [part.buffer for part in parts[1:]])
 
     def _watch(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_ACCEPTED:
+            self._unfinished.accepted(value)
+            return
+        self._unfinished.closed(value)
         # ZeroMQ reports it before it forgets the peer: a send right now would still succeed.
         # Waiting also merges the notices of many peers into one.
         if not self._notice:
             self._notice = asyncio.get_running_loop().call_later(_NOTICE_S, self._notify)
+
+    def _look_again(self) -> None:
+        self._look = asyncio.get_running_loop().call_later(CHECK_S, self._look_again)
+        self._end_unfinished()
+
+    def _end_unfinished(self) -> None:
+        if self._pump.has_delivered_all():  # else one that is complete would count as unfinished
+            self._unfinished.end_longest()
 
     def _notify(self) -> None:
         self._notice = None

@@ -92,6 +92,11 @@ CONDUCT_STATES = StateTable(
 )
 
 
+_SEE = "See what sends that, and install the same release of distributedllm on all machines"
+_WHAT_TO_DO = {Fault.OTHER_NAME: "Give this worker a name of its own with --name"}
+"""By the latest fault; `_SEE` about the others."""
+
+
 @dataclass
 class _Record:
     """A machine that was quarantined.
@@ -161,11 +166,12 @@ class Conduct:
         """
         record = self._records[key]
         left = duration_text(max(1.0, record.until - now))
+        what_to_do = _WHAT_TO_DO.get(record.last, _SEE)
         return Quarantined(
             f"{name} is quarantined: it broke the protocol {MOST_FAULTS} times in "
             f"{WITHIN_S:.0f} s; last it {record.last.value}. It may connect again in {left}. "
-            "See what sends that, and install the same release of distributedllm on all machines; "
-            f"an admin ends the quarantine earlier with `dllm machines readmit {name}`."
+            f"{what_to_do}; an admin ends the quarantine earlier with `dllm machines readmit "
+            f"{name}`."
         )
 
     def readmit(self, key: PublicKey, name: str) -> None:
