@@ -28,6 +28,7 @@ from distributed_llm.common.messages import (
     Ping,
     Pong,
     ReadChunk,
+    ReadmitMachine,
     RemoveMachine,
     RequestFailed,
     RevokeToken,
@@ -172,7 +173,7 @@ class FakeCoordinator:
                 assert self._status
                 spec, frame = frame_of_bytes(codec.encode_payload(self._status))
                 self._router.send(peer, codec.encode(StatusReport(tensors=(spec,)), [frame]))
-            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine():
+            case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine() | ReadmitMachine():
                 self.heard.append(message)
                 spec, frame = frame_of_bytes(codec.encode_payload(_NOBODY))
                 self._router.send(peer, codec.encode(MembersReport(tensors=(spec,)), [frame]))

@@ -112,6 +112,7 @@ class Arrivals:
 
         Raises:
             FetchFailed: it cannot be had.
+            CheckpointError: this machine cannot store it.
         """
         with self._ready:
             self._ready.wait_for(
@@ -119,7 +120,9 @@ class Arrivals:
             )
             if name in self._places:
                 return self._places[name]
-            raise FetchFailed(str(self.error or self._lost[name])) from self.error
+            if self.error is None:
+                raise FetchFailed(self._lost[name])
+            raise type(self.error)(str(self.error)) from self.error  # one for each thread
 
     def place(self, name: str, place: Place) -> None:
         """Let threads that load have a tensor."""

@@ -180,6 +180,7 @@ class Fetch:
 
         Raises:
             FetchFailed: it cannot be had.
+            CheckpointError: this machine cannot store it.
         """
         return self._arrivals.wait_for(name)
 

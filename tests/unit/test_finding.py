@@ -61,7 +61,7 @@ class FakeFetch:
         go_on: nobody gets anything before it is set.
     """
 
-    def __init__(self, model: Model, failure: FetchFailed | None = None) -> None:
+    def __init__(self, model: Model, failure: CheckpointError | None = None) -> None:
         self.begun = self.closed = False
         self.failure = failure
         self.fetched_bytes = 7
@@ -322,6 +322,20 @@ def test_what_is_not_wanted_any_more_is_not_got_from_the_hub(
         pytest.raises(FetchFailed),
     ):
         weights.locate(weights.checkpoint.tensors[MATRIX])
+
+
+def test_what_this_disk_has_no_room_for_is_not_got_from_the_hub(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole files need more room than the tensors that were missing."""
+    monkeypatch.setattr(finding, "download_file", never)
+    full = CheckpointUnavailable("The disk is full.")
+    with (
+        find(finder(FakeFetch(model, full)), order(model, HUB)) as weights,
+        pytest.raises(CheckpointUnavailable) as caught,
+    ):
+        weights.locate(weights.checkpoint.tensors[MATRIX])
+    assert caught.value is full
 
 
 def test_stopping_ends_the_fetch_and_asks_no_hub(

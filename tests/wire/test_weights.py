@@ -347,7 +347,7 @@ async def test_a_full_disk_ends_it_and_what_was_written_is_resumed(
     async with scene(model, tmp_path) as its:
         with monkeypatch.context() as full:
             full.setattr(partial_module, "FileIO", full_after(300 << 10, errno.ENOSPC))
-            with pytest.raises(FetchFailed, match=r"is full; room for .* more is needed"):
+            with pytest.raises(CheckpointUnavailable, match=r"is full; room for .* more is needed"):
                 await its.reader.load(LayerRange(3, 4))
         written = its.reader.written_bytes()
         assert written >= 300 << 10
@@ -360,7 +360,7 @@ async def test_too_little_room_is_told_before_anything_comes(model: Model, tmp_p
         await its.another_reader(ContentCache(tmp_path / "other", None)).load()  # all is hashed
         before = its.coordinator.total_bytes
         its.reader.cache = ContentCache(tmp_path / "cache", model.nbytes() - 1)
-        with pytest.raises(FetchFailed, match=r"1 byte are missing.*cache_limit"):
+        with pytest.raises(CheckpointUnavailable, match=r"1 byte are missing.*cache_limit"):
             await its.reader.load()
         assert its.coordinator.total_bytes == before
 
