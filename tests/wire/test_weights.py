@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 
 from distributed_llm.common.codec import encode_payload
-from distributed_llm.common.errors import CheckpointUnavailable, FetchFailed
+from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable, FetchFailed
 from distributed_llm.common.messages import (
     Chunk,
     DigestsReport,
