@@ -28,6 +28,7 @@ HOUR_S = 3600.0
 MAY_LOOK = {
     "console.py": "shows how long ago a machine enrolled",
     "coordinator/serve.py": "notes when the user of the coordinator was enrolled",
+    "weights/cache/content_cache.py": "notes when weights were used last",
     "coordinator/service.py": "gives the clock to `Access`, for the end of tokens",
 }
 

@@ -7,6 +7,7 @@ drawn (`_scatter_identities`).
 """
 
 import asyncio
+import contextlib
 import ctypes
 import secrets
 import sys
@@ -189,7 +190,10 @@ class Router:
         self._context.destroy(linger=linger_ms)
 
     def _receive(self, parts: list[zmq.Frame]) -> None:
-        self._unfinished.heard(int(parts[-1].get(zmq.SRCFD)))
+        with contextlib.suppress(
+            zmq.ZMQError
+        ):  # of ZeroMQ's first protocol: it tells no connection
+            self._unfinished.heard(int(parts[-1].get(zmq.SRCFD)))
         key = PublicKey(str(parts[1].get(USER_ID))) if self._door else NOBODY
         if self._door and not self._door.admits(key):  # it was admitted when it connected
             return
