@@ -4,8 +4,8 @@
 
 Needs Linux and root: machines are network namespaces, each behind a link of its own that `tc`
 limits ("pc" has the model and the coordinator, "mac" and "old" have empty folders and a join line).
-All of them share the cores of this machine. What the link carries by itself is measured in the same
-run, with one TCP connection between the same two namespaces.
+mac has a core of its own, the others share one. What the link carries by itself is measured in the
+same run, with one TCP connection between the same two namespaces.
 """
 
 import argparse
@@ -30,6 +30,9 @@ from benchmarks.make_checkpoint import make_checkpoint
 
 _BRIDGE = "dllmbr"
 _MACHINES = {"pc": "10.77.0.1", "mac": "10.77.0.2", "old": "10.77.0.3"}
+_CORES = {"pc": "0", "mac": "1", "old": "0"}
+"""The core of each machine: what the others compute does not slow mac down."""
+
 _PORT = 5555
 _MODEL = "org/bench"
 _COMMIT = "0123456789abcdef" * 2 + "01234567"
@@ -96,6 +99,7 @@ class Machine:
 
     def __init__(self, name: str, folder: Path, hub: Path | None = None) -> None:
         self.name = name
+        self._core = _CORES[name]
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.environment = {
@@ -130,7 +134,7 @@ class Machine:
 
     def _command(self, words: Sequence[str]) -> list[str]:
         dllm = [sys.executable, "-m", "distributed_llm", *words]
-        return ["ip", "netns", "exec", f"dllm-{self.name}", *dllm]
+        return ["ip", "netns", "exec", f"dllm-{self.name}", "taskset", "-c", self._core, *dllm]
 
 
 def plain_bytes_per_s() -> float:
@@ -275,7 +279,7 @@ def first_answer_s(pc: Machine, mac: Machine) -> tuple[float, Arrival, subproces
     line = join_line(pc, mac)
     began = time.perf_counter()
     with Arrival(mac.name) as arrival:
-        worker = mac.start("join", line, "--name", mac.name)
+        worker = mac.start("join", line, "--name", mac.name, "--threads", "1")
         wait_for_state(pc, [mac.name], "serving")
     pc.ask("generate", "Once upon a time", "--max-new-tokens", "1")
     return time.perf_counter() - began, arrival, worker
@@ -323,7 +327,7 @@ def measure(folder: Path, hub: Path, nbytes: int, given: argparse.Namespace) -> 
         with Arrival("mac") as again:
             stop(worker)
             began = time.perf_counter()
-            worker = mac.start("join", "--name", "mac")
+            worker = mac.start("join", "--name", "mac", "--threads", "1")
             wait_for_state(pc, ["mac"], "serving")
             again_s = time.perf_counter() - began
         stop(worker)
@@ -349,7 +353,7 @@ def two_sources(
     usual = gaps(pc, 60)
     line = join_line(pc, old)
     with Arrival("old") as arrival:
-        third = old.start("join", line, "--name", "old")
+        third = old.start("join", line, "--name", "old", "--threads", "1")
         while received("old") == 0 or not arrival.began:
             time.sleep(0.05)
         during = gaps(pc, 60)
@@ -362,7 +366,7 @@ def two_sources(
     ]
     line = join_line(pc, old)
     with Arrival("old") as arrival:
-        third = old.start("join", line, "--name", "old")
+        third = old.start("join", line, "--name", "old", "--threads", "1")
         start = received("old")
         while received("old") - start < 0.5 * nbytes:
             time.sleep(0.02)
