@@ -190,9 +190,7 @@ class Router:
         self._context.destroy(linger=linger_ms)
 
     def _receive(self, parts: list[zmq.Frame]) -> None:
-        with contextlib.suppress(
-            zmq.ZMQError
-        ):  # ZeroMQ 2 tells no connection
+        with contextlib.suppress(zmq.ZMQError):  # ZeroMQ 2 tells no connection
             self._unfinished.heard(int(parts[-1].get(zmq.SRCFD)))
         key = PublicKey(str(parts[1].get(USER_ID))) if self._door else NOBODY
         if self._door and not self._door.admits(key):  # it was admitted when it connected
