@@ -213,7 +213,8 @@ async def test_who_uses_keys_does_not_talk_to_one_without() -> None:
         ):
             client.dealer.send([b"unheard"])
             await client.rejections.until(1)
-            assert client.rejections[0] == (Rejection.NO_KEYS,)
+            # Which of the two depends on who hangs up first.
+            assert client.rejections[0] in ((Rejection.NO_KEYS,), (Rejection.SERVER_KEY,))
             plain.dealer.send([b"plain"])
             await server.heard.until(1)
             assert [one[2] for one in server.heard] == [[b"plain"]]
