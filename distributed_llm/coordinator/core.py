@@ -55,6 +55,7 @@ from distributed_llm.common.messages import (
     TaskFailed,
     TaskResult,
     UndoMove,
+    WeightRequest,
     WorkerHello,
     WorkerReport,
     WorkerStatus,
@@ -71,6 +72,7 @@ from distributed_llm.coordinator.cluster.replanning import Replanning
 from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
 from distributed_llm.coordinator.events import (
     Action,
+    AnswerAboutWeights,
     ConnectionClosed,
     Detokenized,
     Event,
@@ -286,6 +288,8 @@ class Core:
 
     def _received(self, event: Received, now: float) -> list[Action]:
         peer, message = event.peer, event.message
+        if isinstance(message, WeightRequest):  # of no session
+            return [AnswerAboutWeights(peer, message)]
         self._registry.heard(peer, now=now)
         if isinstance(message, ClientRequest):
             if not self._registry.is_client(peer):

@@ -5,7 +5,14 @@ from typing import Literal, Protocol
 
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.keys import NOBODY, PublicKey
-from distributed_llm.common.messages import RequestId, Spelling, ToClient, ToCoordinator, ToWorker
+from distributed_llm.common.messages import (
+    RequestId,
+    Spelling,
+    ToClient,
+    ToCoordinator,
+    ToWorker,
+    WeightRequest,
+)
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.trust.members import MembersState
@@ -25,7 +32,7 @@ class Received:
     """
 
     peer: PeerId
-    message: ToCoordinator
+    message: ToCoordinator | WeightRequest
     frames: tuple[Frame, ...] = ()
     key: PublicKey = NOBODY
 
@@ -170,6 +177,14 @@ class KeepMembers:
 
 
 @dataclass(frozen=True)
+class AnswerAboutWeights:
+    """Action: answer a worker that asks about the weights of the model, or reads them."""
+
+    peer: PeerId
+    request: WeightRequest
+
+
+@dataclass(frozen=True)
 class Tokenize:
     """Action: turn a request's prompt into token ids, and prepare to turn its answers into text.
 
@@ -239,4 +254,6 @@ class Stop:
     error: DistributedLLMError
 
 
-Action = Send | KeepMembers | Tokenize | Detokenize | Forget | Study | Log | Stop
+Action = (
+    Send | KeepMembers | AnswerAboutWeights | Tokenize | Detokenize | Forget | Study | Log | Stop
+)

@@ -21,14 +21,18 @@ from distributed_llm.common.messages import (
     Enrol,
     Enrolled,
     Generate,
+    GetDigests,
     GetMembers,
+    GetModel,
     MembersReport,
+    ReadChunk,
     ReadmitMachine,
     RemoveMachine,
     RevokeToken,
     TaskFailed,
     TaskResult,
     ToCoordinator,
+    WeightRequest,
     WorkerDrained,
     WorkerHello,
 )
@@ -44,8 +48,12 @@ from distributed_llm.coordinator.trust.access import Access, ForAdmins
 from distributed_llm.coordinator.trust.conduct import MOST_FAULTS, WITHIN_S, Fault
 from distributed_llm.coordinator.trust.pace import MOST_PER_S, Pace
 
-_NOT_COUNTED = (Generate, Cancel, TaskResult, TaskFailed)
-"""Messages that may come as fast as a program likes; results of no use are counted later."""
+_NOT_COUNTED = (Generate, Cancel, TaskResult, TaskFailed, ReadChunk)
+"""Messages that may come as fast as a program likes; results of no use are counted later, and of
+chunks of weights a peer may wait for a few only."""
+
+_MOST_QUESTIONS_PER_S = 50
+"""Questions about a model in a second on one connection; a worker asks two."""
 
 
 class Gate:
@@ -67,8 +75,10 @@ class Gate:
         message = event.message if isinstance(event, Received) else None
         if not isinstance(message, _NOT_COUNTED):
             number = self._pace.count(peer, now=now)
-            if number > MOST_PER_S:
-                return self._too_many(peer, key, number, now)
+            asks = isinstance(message, GetModel | GetDigests)
+            most = _MOST_QUESTIONS_PER_S if asks else MOST_PER_S
+            if number > most:
+                return self._too_many(peer, key, now, is_first=number == most + 1)
         if self._conduct.quarantined_s(key, now=now) is not None:
             return self._keep_out(peer, key, message, now)
         if message is None or not (fault := self._access.fault(key, message)):
@@ -78,13 +88,19 @@ class Gate:
             actions += self.fault(peer, key, Fault.OTHER_NAME, now=now)
         return actions
 
-    def _too_many(self, peer: PeerId, key: PublicKey, number: int, now: float) -> list[Action]:
+    def _too_many(
+        self, peer: PeerId, key: PublicKey, now: float, *, is_first: bool
+    ) -> list[Action]:
+        """Drop a message that is too many; the first one in a second is a fault."""
         self._log.rejected["too_many"] += 1
-        is_first = number == MOST_PER_S + 1  # in this second
         return self.fault(peer, key, Fault.TOO_MANY, now=now) if is_first else []
 
     def _keep_out(
-        self, peer: PeerId, key: PublicKey, message: ToCoordinator | None, now: float
+        self,
+        peer: PeerId,
+        key: PublicKey,
+        message: ToCoordinator | WeightRequest | None,
+        now: float,
     ) -> list[Action]:
         """Tell a machine that it is quarantined when it says hello; answer nothing else."""
         self._log.rejected["quarantined"] += 1
@@ -93,7 +109,9 @@ class Gate:
             return []
         return [refusal(peer, self._conduct.error(key, machine.name, now=now))]
 
-    def _not_allowed(self, peer: PeerId, message: ToCoordinator, why: NotAllowed) -> list[Action]:
+    def _not_allowed(
+        self, peer: PeerId, message: ToCoordinator | WeightRequest, why: NotAllowed
+    ) -> list[Action]:
         """Tell a peer why it may not do what it asks for; end its session if that is all of it."""
         self._log.rejected["not_allowed"] += 1
         match message:
@@ -136,7 +154,7 @@ class Gate:
         number = self._pace.count(worker.peer, now=now)
         if number <= MOST_PER_S:
             return []
-        return self._too_many(worker.peer, worker.key, number, now)
+        return self._too_many(worker.peer, worker.key, now, is_first=number == MOST_PER_S + 1)
 
     def fault(self, peer: PeerId, key: PublicKey, fault: Fault, *, now: float) -> list[Action]:
         """Count a fault of a peer; if it is one too many, end its session and keep it out."""

@@ -23,7 +23,7 @@ from distributed_llm.common.errors import (
     internal_error,
 )
 from distributed_llm.common.keys import PublicKey
-from distributed_llm.common.messages import Refused, ToReader, WeightRequest
+from distributed_llm.common.messages import ToReader
 from distributed_llm.common.sampling_params import MAX_SEED
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import on_signal, on_uncaught
@@ -33,6 +33,7 @@ from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import (
     Action,
+    AnswerAboutWeights,
     ConnectionClosed,
     Detokenize,
     Event,
@@ -124,7 +125,7 @@ class Coordinator:
     async def _serve(self, end_token: int | None) -> int:
         model = self._model.ending_with(end_token)
         members = self._trust.members if self._trust else None
-        self._access = access = Access(members, wall_clock=time.time)
+        access = Access(members, wall_clock=time.time)
         self._core = Core(
             model, self._settings, draw_seed=lambda: secrets.randbelow(MAX_SEED), access=access
         )
@@ -170,17 +171,7 @@ class Coordinator:
         except RemoteProtocolError as exc:
             self._apply(Garbage(peer, exc.reason, exc, key))
         else:
-            if isinstance(message, WeightRequest):
-                self._weights_asked(peer, key, message)
-            else:
-                self._apply(Received(peer, message, tensors, key))
-
-    def _weights_asked(self, peer: PeerId, key: PublicKey, request: WeightRequest) -> None:
-        """Answer about weights, which is beside the core: it has no part in any session."""
-        if fault := self._access.fault(key, request):
-            self._answer(peer, Refused(code=fault.code, message=str(fault)), ())
-        else:
-            self._desk.asked(peer, request)
+            self._apply(Received(peer, message, tensors, key))
 
     def _answer(self, peer: PeerId, message: ToReader, frames: tuple[Frame, ...]) -> None:
         self._router.send(peer, codec.encode(message, frames))  # who is gone or stuck asks again
@@ -227,6 +218,8 @@ class Coordinator:
                 pass  # performed with the others above
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
+            case AnswerAboutWeights(peer=peer, request=request):
+                self._desk.asked(peer, request)
             case KeepMembers(state=state):
                 if self._trust:
                     self._trust.keep(state)

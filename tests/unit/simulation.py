@@ -274,6 +274,8 @@ class World:
                     self.stopped = error
                 case events.KeepMembers():
                     pass  # nothing outlives a simulation
+                case events.AnswerAboutWeights():
+                    raise AssertionError("nobody asks for weights here")
                 case _:
                     assert_never(action)
 

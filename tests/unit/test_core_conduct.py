@@ -11,12 +11,15 @@ from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     ClientWelcome,
+    GetDigests,
     GetMembers,
     GetStatus,
     Heartbeat,
     MembersReport,
+    ModelSource,
     Ping,
     Pong,
+    ReadChunk,
     ReadmitMachine,
     Refused,
     RemoveMachine,
@@ -29,7 +32,7 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.types import Epoch, StepNumber
+from distributed_llm.common.types import Epoch, LayerRange, PeerId, StepNumber
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.trust.conduct import FIRST_QUARANTINE_S, MOST_FAULTS, WITHIN_S
 from distributed_llm.coordinator.trust.pace import MOST_PER_S
@@ -344,6 +347,8 @@ def test_without_keys_the_session_ends_and_the_worker_joins_anew() -> None:
 # ------------------------------------------------------------------ too many messages
 
 
+DIGESTS = GetDigests(source=ModelSource(kind="builtin", name=""), layers=LayerRange(0, 1))
+CHUNK = ReadChunk(sha256="0" * 64, offset=0, length=1)
 SERVING = Heartbeat(
     epochs=(Epoch(1),), progress_age_s=0.0, tasks_waiting=0, memory_used_bytes=0, kv_bytes=0
 )
@@ -379,3 +384,36 @@ def test_one_that_beats_as_fast_as_it_may_is_no_flood() -> None:
     assert any(isinstance(a, events.Send) and isinstance(a.message, Pong) for a in actions)
     assert not world.rejected.get("too_many")
     assert isinstance(Raw(world, world.held[w1], is_worker=True).say(hello("w1")), Welcome)
+
+
+# ------------------------------------------------------------------ weights
+
+
+def asked_about(world: KeyedWorld, worker: SimWorker, message: Any, after_s: float) -> Any:
+    """Return what the core does about a message on a worker's connection for weights."""
+    event = events.Received(PeerId(b"reader"), message, (), world.held[worker])
+    return world.core.handle(event, now=world.now + after_s)
+
+
+def test_who_asks_about_weights_without_end_is_quarantined_and_gets_none() -> None:
+    world = KeyedWorld()
+    _, w1, _ = world.serving(3)
+    answers = 0
+    for second in range(1, MOST_FAULTS + 1):
+        for _ in range(1000):
+            actions = asked_about(world, w1, DIGESTS, second)
+            answers += any(isinstance(one, events.AnswerAboutWeights) for one in actions)
+    assert 0 < answers <= 50 * MOST_FAULTS
+    assert world.core.status(now=world.now + MOST_FAULTS).quarantined == ("w1",)
+    for message in (DIGESTS, CHUNK):
+        assert asked_about(world, w1, message, MOST_FAULTS + 2.0) == []
+
+
+def test_who_reads_weights_as_fast_as_they_come_floods_nobody() -> None:
+    world = KeyedWorld()
+    _, w1, _ = world.serving(3)
+    reader = PeerId(b"reader")
+    for _ in range(2 * MOST_PER_S):
+        assert asked_about(world, w1, CHUNK, 1.0) == [events.AnswerAboutWeights(reader, CHUNK)]
+    assert asked_about(world, w1, DIGESTS, 1.0) == [events.AnswerAboutWeights(reader, DIGESTS)]
+    assert not world.rejected.get("too_many")

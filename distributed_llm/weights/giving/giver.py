@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import Chunk, NoChunk, ReadChunk, ToReader
@@ -99,13 +100,8 @@ class Giver:
             self._answer(peer, message, frames)
 
 
-def _none(request: ReadChunk, reason: str, message: str) -> NoChunk:
-    return NoChunk(
-        sha256=request.sha256,
-        offset=request.offset,
-        reason="absent" if reason == "absent" else "failed",
-        message=message,
-    )
+def _none(request: ReadChunk, reason: Literal["absent", "failed"], message: str) -> NoChunk:
+    return NoChunk(sha256=request.sha256, offset=request.offset, reason=reason, message=message)
 
 
 class Pace:
