@@ -384,7 +384,7 @@ def test_layers_move_to_a_worker_that_joins_and_away_from_it_once_it_is_slow(
 
 def test_a_worker_is_drained_while_answers_are_written(crew: Crew) -> None:
     before = crew.client.status()
-    leaver = [*serving(before)][-1]
+    leaver, left = [*serving(before).items()][-1]
     with crew.answers(max_new_tokens=80) as answers:
         crew.client.drain_worker(leaver)
         answers.check_under_way()
@@ -398,7 +398,7 @@ def test_a_worker_is_drained_while_answers_are_written(crew: Crew) -> None:
     assert first.token_ids == reference_ids(crew.checkpoint, list(PROMPTS[0]), 80)
     for layer in range(NUM_LAYERS):
         tasks = [s.tasks for s in first.timings.stages if s.layers.start <= layer < s.layers.stop]
-        assert 2 <= len(tasks) <= 1 + moves
+        assert 1 + (left.start <= layer < left.stop) <= len(tasks) <= 1 + moves  # others may keep their layers
         assert sum(tasks) in (80, 81)  # its prompt may share a step with part of another one
 
 
