@@ -74,6 +74,21 @@ class NewToken:
     addresses: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Identity:
+    """Who a client is to its coordinator.
+
+    Attributes:
+        name: by which it is enrolled; empty without keys.
+        role: what it may do.
+        model: name of the model that the coordinator serves.
+    """
+
+    name: str
+    role: Role
+    model: str
+
+
 class AsyncDistributedClient:
     """A client of one coordinator; all its requests share a connection.
 
@@ -302,6 +317,16 @@ class AsyncDistributedClient:
         """Return an iterator over the assistant's next message; see `stream` and `chat`."""
         prompt = encode_chat(messages, tools, chat_template_kwargs)
         return self._stream(prompt, _chat_params(params))
+
+    async def identity(self) -> Identity:
+        """Return who this client is to the coordinator.
+
+        Raises:
+            NotAllowed: the coordinator does not know its key.
+            ConnectionFailed: the coordinator cannot be reached, or was lost.
+        """
+        welcome = (await self._connected()).welcome
+        return Identity(welcome.name, welcome.role, welcome.model)
 
     async def status(self) -> ClusterStatus:
         """Return the status of the cluster.
@@ -639,6 +664,11 @@ class DistributedClient:
     def _iterate(self, runner: LoopThread, chunks: AsyncGenerator[Chunk, None]) -> Iterator[Chunk]:
         # As a generator it references this object, which is not closed before the answer ends.
         yield from runner.iterate(chunks)
+
+    def identity(self) -> Identity:
+        """Return who this client is; see `AsyncDistributedClient.identity`."""
+        runner, client = self._here()
+        return runner.run(client.identity())
 
     def status(self) -> ClusterStatus:
         """Return the status of the cluster."""

@@ -134,6 +134,11 @@ class Session:
         session._pulse = asyncio.create_task(session._beat(welcome))
         return session
 
+    @property
+    def welcome(self) -> ClientWelcome:
+        """What the coordinator said of itself and of this client."""
+        return self._welcome.result()
+
     def is_here(self) -> bool:
         """Return whether this is the event loop and the process that the session was opened in."""
         return asyncio.get_running_loop() is self._loop and self._owner == os.getpid()

@@ -312,7 +312,8 @@ class Core:
                     now=now,
                 )
             case ClientHello():
-                return self._membership.client_joins(peer, event.key, now=now)
+                identity = self._access.identity(event.key)
+                return self._membership.client_joins(peer, event.key, identity, now=now)
             case Goodbye():
                 return self._membership.gone(peer, "said goodbye", now=now)
             case Enrol():

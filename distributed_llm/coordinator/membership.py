@@ -18,6 +18,7 @@ from distributed_llm.common.messages import (
     WorkerHello,
     tag_of,
 )
+from distributed_llm.common.roles import Role
 from distributed_llm.common.types import NO_EPOCH, PeerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
 from distributed_llm.coordinator.cluster.departures import Departures
@@ -51,13 +52,21 @@ class Membership:
         self._moves = moves
         self._departures = departures
 
-    def client_joins(self, peer: PeerId, key: PublicKey, *, now: float) -> list[Action]:
-        """Welcome a client that says hello."""
+    def client_joins(
+        self, peer: PeerId, key: PublicKey, identity: Machine | None, *, now: float
+    ) -> list[Action]:
+        """Welcome a client that says hello.
+
+        Args:
+            identity: the machine that holds its key; None without keys.
+        """
         self._registry.add_client(peer, key=key, now=now)
         welcome = ClientWelcome(
             model=self._cluster.model.name,
             heartbeat_interval_s=self._settings.heartbeat_interval_s,
             silence_timeout_s=self._settings.silence_timeout_s,
+            name=identity.name if identity else "",
+            role=identity.role if identity else Role.ADMIN,
         )
         return [Send(peer, welcome)]
 

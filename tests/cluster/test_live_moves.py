@@ -398,7 +398,9 @@ def test_a_worker_is_drained_while_answers_are_written(crew: Crew) -> None:
     assert first.token_ids == reference_ids(crew.checkpoint, list(PROMPTS[0]), 80)
     for layer in range(NUM_LAYERS):
         tasks = [s.tasks for s in first.timings.stages if s.layers.start <= layer < s.layers.stop]
-        assert 1 + (left.start <= layer < left.stop) <= len(tasks) <= 1 + moves  # others may keep their layers
+        assert (
+            1 + (left.start <= layer < left.stop) <= len(tasks) <= 1 + moves
+        )  # others may keep their layers
         assert sum(tasks) in (80, 81)  # its prompt may share a step with part of another one
 
 

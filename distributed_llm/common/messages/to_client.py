@@ -29,9 +29,13 @@ class ClientWelcome(Message, frozen=True, kw_only=True, tag="client_welcome"):
 
     Attributes:
         model: name of the served model.
+        name: by which the client is enrolled; empty without keys.
+        role: what it may do.
     """
 
     model: Annotated[str, Meta(max_length=4096)]
+    name: Annotated[str, Meta(max_length=64)] = ""
+    role: Role = Role.ADMIN
     heartbeat_interval_s: Seconds
     silence_timeout_s: Seconds
 

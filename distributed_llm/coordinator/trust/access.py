@@ -81,6 +81,10 @@ class Access:
             )
         return None
 
+    def identity(self, key: PublicKey) -> Machine | None:
+        """Return the machine that holds `key`; None without keys, or if none does."""
+        return self._members.machine(key) if self._members else None
+
     def takes_name(self, key: PublicKey, hello: WorkerHello) -> bool:
         """Return whether a hello has the name of a machine that does not hold `key`."""
         owner = self._members.owner_of(hello.name) if self._members else None

@@ -1,0 +1,26 @@
+"""What is asked for in a turn of a conversation, whatever dialect asks. Pure values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """The next turn of a conversation.
+
+    Attributes:
+        messages: as OpenAI's chats have them; texts only.
+        tools: that the model may call, as OpenAI's chats have them.
+        tool_choice: "auto", "none", "required", or the name of the tool that is to be called.
+        parallel_tool_calls: whether it may call several at once.
+        template_arguments: further arguments of the chat template, such as `enable_thinking`.
+        params: arguments of `SamplingParams`.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
