@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distributed_llm import (
+    api_command,
     cache_command,
     config_command,
     generate_command,
@@ -120,6 +121,7 @@ def coordinator(
 
 
 app.command(rich_help_panel=START)(worker_command.worker)
+app.command(rich_help_panel=START)(api_command.api)
 app.add_typer(service_command.app, name="service", rich_help_panel=START)
 app.command(rich_help_panel=ASK)(generate_command.generate)
 

@@ -363,10 +363,25 @@ class ClientSettings(_Section):
     )
 
 
+class ApiSettings(_Section):
+    """The API over HTTP; which coordinator it asks stands under `client`."""
+
+    bind: BindAddress = Field(
+        default="127.0.0.1:8000",
+        description="HOST:PORT to listen on; 127.0.0.1 is this machine only, 0.0.0.0 all networks.",
+    )
+    open: bool = Field(
+        default=False,
+        description="Serve requests without a key; only on this machine.",
+    )
+    log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
+
+
 SECTIONS: dict[str, type[_Section]] = {
     "coordinator": CoordinatorSettings,
     "worker": WorkerSettings,
     "client": ClientSettings,
+    "api": ApiSettings,
 }
 
 
@@ -380,6 +395,7 @@ class Settings(BaseSettings):
     coordinator: CoordinatorSettings = CoordinatorSettings()
     worker: WorkerSettings = WorkerSettings()
     client: ClientSettings = ClientSettings()
+    api: ApiSettings = ApiSettings()
 
     @classmethod
     def settings_customise_sources(
