@@ -121,7 +121,7 @@ def test_a_stop_string_never_shows(client: DistributedClient) -> None:
         "The worker", max_new_tokens=60, stop_strings=[stop], details=True, **OPEN_END
     )
     assert answer.text == expected
-    assert answer.finish_reason == "stop"
+    assert (answer.finish_reason, answer.stop_string) == ("stop", stop)
     assert answer.usage.completion_tokens == len(answer.token_ids) < 60
 
 

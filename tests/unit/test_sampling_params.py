@@ -40,7 +40,9 @@ EVERYTHING: dict[str, Any] = {
     "seed": 7,
     "stop_strings": ["a", "b"],
     "eos_token_id": [1, 2],
+    "stop_token_ids": [9],
     "ignore_eos": True,
+    "skip_special_tokens": False,
     "timeout_s": 30.0,
 }
 
@@ -52,6 +54,7 @@ def test_every_parameter_can_be_given() -> None:
         **EVERYTHING,
         "stop_strings": ("a", "b"),
         "eos_token_id": (1, 2),
+        "stop_token_ids": (9,),
         "bad_words_ids": ((5, 6), (7,)),
         "suppress_tokens": (8,),
     }

@@ -152,6 +152,7 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
     flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--timeout", "1500ms", "--json"]
     flags += ["--bad-words-ids", "5,9", "--bad-words-ids", "4", "--suppress-tokens", "1, 2"]
     flags += ["--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--eos-token-id", "3,8"]
+    flags += ["--stop-token-ids", "9", "--show-special-tokens"]
     done = dllm(coordinator, "generate", "Hi", *flags)
     assert done.exit_code == 0
     arrived = msgspec.to_builtins(coordinator.requests[0].params)
@@ -164,6 +165,8 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
         "suppress_tokens": (1, 2),
         "logit_bias": {5: -1.5, 6: 2.0},
         "eos_token_id": (3, 8),
+        "stop_token_ids": (9,),
+        "skip_special_tokens": False,
     }
     assert arrived.keys() == set(SamplingParams.__struct_fields__)
 

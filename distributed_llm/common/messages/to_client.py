@@ -91,6 +91,7 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
         text: complete characters only; may be empty while a character is unfinished.
         logprobs: one per token id, if they were asked for.
         finish_reason: in the last chunk of the answer, why it ends.
+        stop_string: in that chunk, the stop string that ended it; None if none did.
     """
 
     request_id: RequestId
@@ -100,6 +101,7 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
     token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=4096)]
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=4096)] = ()
     finish_reason: FinishReason | None = None
+    stop_string: Annotated[str, Meta(max_length=256)] | None = None
 
 
 class Usage(Value, frozen=True, kw_only=True):

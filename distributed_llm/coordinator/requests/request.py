@@ -152,7 +152,7 @@ class Answer:
             self.logprobs.append(logprobs)
         self.first_token_at = now if self.first_token_at is None else self.first_token_at
         self.last_token_at = now
-        if token_id in limits.eos_token_ids:
+        if token_id in limits.end_token_ids:
             self.finish_reason = "stop"
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"

@@ -34,4 +34,5 @@ def messages_of(piece: TokenChunk) -> Iterator[TokenChunk]:
             token_ids=piece.token_ids[first : first + _MAX_TOKENS],
             logprobs=piece.logprobs[first : first + _MAX_TOKENS],
             finish_reason=piece.finish_reason if number == count - 1 else None,
+            stop_string=piece.stop_string if number == count - 1 else None,
         )

@@ -43,7 +43,12 @@ from distributed_llm.coordinator.events import (
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import FairQueue
-from distributed_llm.coordinator.requests.parameters import named_tokens, resolve, wrong_prompt
+from distributed_llm.coordinator.requests.parameters import (
+    named_tokens,
+    resolve,
+    text_rules,
+    wrong_prompt,
+)
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
 from distributed_llm.coordinator.serving.chunks import messages_of
@@ -163,7 +168,8 @@ class RequestBook:
             self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
         payload = bytes(frames[0]) if frames else b""
-        return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
+        rules = text_rules(params, self._defaults)
+        return [Tokenize(key, message.prompt, payload, params.n, rules)]
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
@@ -353,6 +359,7 @@ class RequestBook:
             token_ids=new,
             logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
+            stop_string=event.stop_string,
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 

@@ -9,7 +9,7 @@ import msgspec
 
 from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import TokenId
-from distributed_llm.coordinator.events import PromptKind
+from distributed_llm.coordinator.events import PromptKind, TextRules
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -23,7 +23,7 @@ class Prompt(_Message, frozen=True, kw_only=True):
     kind: PromptKind
     payload: bytes
     num_choices: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
 
 
 class AnswerTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -51,7 +51,7 @@ class Resume(_Message, frozen=True, kw_only=True):
     """
 
     request: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
     context: tuple[TokenId, ...]
     answers: tuple[tuple[TokenId, ...], ...]
 
@@ -122,7 +122,7 @@ class AnswerText(msgspec.Struct, frozen=True, array_like=True):
     choice: int
     text: str
     num_tokens: int
-    stopped: bool
+    stop_string: str | None
     last: bool
     spelled: tuple[Spelling | None, ...] = ()
 

@@ -12,6 +12,7 @@ from distributed_llm.coordinator.events import (
     Forget,
     RequestKey,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
@@ -43,7 +44,7 @@ class _Request:
 
     key: RequestKey
     prompt: Prompt | None
-    stop_strings: tuple[str, ...]
+    rules: TextRules
     answers: list[list[int]]
     begun: bool = False
     context: tuple[int, ...] = field(default=())
@@ -73,10 +74,10 @@ class TextOrders:
             kind=action.kind,
             payload=action.payload,
             num_choices=action.num_choices,
-            stop_strings=action.stop_strings,
+            rules=action.rules,
         )
         answers: list[list[int]] = [[] for _ in range(action.num_choices)]
-        self._requests[number] = _Request(action.key, order, action.stop_strings, answers)
+        self._requests[number] = _Request(action.key, order, action.rules, answers)
         return order
 
     def tokens(self, actions: Sequence[Detokenize]) -> Order:
@@ -135,7 +136,7 @@ class TextOrders:
                 request.prompt
                 or Resume(
                     request=number,
-                    stop_strings=request.stop_strings,
+                    rules=request.rules,
                     context=request.context,
                     answers=tuple(map(tuple, request.answers)),
                 )
@@ -169,7 +170,7 @@ class TextOrders:
                 piece.choice,
                 piece.text,
                 piece.num_tokens,
-                piece.stopped,
+                piece.stop_string,
                 piece.last,
                 piece.spelled,
             )
