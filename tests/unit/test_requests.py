@@ -164,6 +164,12 @@ def test_length_of_the_checkpoint_is_a_wish_and_of_the_request_an_order() -> Non
     assert limits_of(defaults_of({"max_new_tokens": 8})).max_new_tokens == 8
 
 
+def test_length_that_may_be_less_is_what_there_is_room_for() -> None:
+    assert limits_of(max_new_tokens=5000, fit_context=True).max_new_tokens == 90
+    assert limits_of(max_new_tokens=5000, fit_context=True, kv=64).max_new_tokens == 54
+    assert limits_of(max_new_tokens=5, fit_context=True).max_new_tokens == 5
+
+
 def test_context_exceeded_names_both_numbers() -> None:
     assert limits_of(max_new_tokens=90).max_new_tokens == 90
     with pytest.raises(ContextLengthExceeded) as caught:

@@ -103,7 +103,9 @@ def resolve(
     kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens) - prompt_tokens
     usual = _usual_max_new_tokens(defaults, prompt_tokens)
-    max_new_tokens = params.max_new_tokens or max(1, min(usual, room))
+    max_new_tokens = params.max_new_tokens or usual
+    if params.fit_context or not params.max_new_tokens:
+        max_new_tokens = max(1, min(max_new_tokens, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
         raise ContextLengthExceeded(
