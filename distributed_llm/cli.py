@@ -20,6 +20,7 @@ from distributed_llm import (
     cache_command,
     config_command,
     generate_command,
+    key_command,
     members_command,
     service_command,
     up_command,
@@ -213,6 +214,7 @@ def drain(
 
 app.add_typer(members_command.tokens, name="token", rich_help_panel=MACHINES)
 app.add_typer(members_command.machines, name="machines", rich_help_panel=MACHINES)
+app.add_typer(key_command.app, name="key", rich_help_panel=MACHINES)
 app.add_typer(cache_command.app, name="cache", rich_help_panel=MACHINES)
 app.add_typer(config_command.app, name="config", rich_help_panel=MORE)
 

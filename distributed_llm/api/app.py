@@ -14,20 +14,29 @@ from distributed_llm.api.authentication import Authentication
 from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
 from distributed_llm.api.errors import ApiError
+from distributed_llm.api.guard.crowd import Crowd, Share
+from distributed_llm.api.guard.envelope import Envelope
+from distributed_llm.api.guard.intake import Intake
+from distributed_llm.api.guard.origins import Origins, own_names
+from distributed_llm.api.guard.request_log import RequestLog
 from distributed_llm.api.openai import models
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.settings import ApiSettings
 
 _ROUTERS = (models.router,)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""
 
+_DEFAULTS = ApiSettings()
 
-def make_app(callers: Callers) -> ASGIApp:
+
+def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     """Return the API as an ASGI application.
 
     Args:
         callers: finds out who asks; closed when the application ends.
+        settings: what is let in, and how much of it.
     """
 
     @asynccontextmanager
@@ -49,7 +58,23 @@ def make_app(callers: Callers) -> ASGIApp:
     app.add_exception_handler(DistributedLLMError, _package_error)
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
-    return Authentication(app, callers, lambda method, path: (method, path) in PUBLIC)
+    return _guarded(app, callers, settings)
+
+
+def _guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
+    """Return an application behind all that a request passes first; the last here is the first."""
+    app = Intake(app, settings.max_body)
+    app = Share(app, settings.max_requests_per_key)
+    app = Authentication(app, callers, is_public)
+    app = Crowd(app, settings.max_requests, is_public)
+    app = Origins(app, {*own_names(), *settings.allowed_hosts})
+    app = RequestLog(app, is_public)
+    return Envelope(app)
+
+
+def is_public(method: str, path: str) -> bool:
+    """Return whether a request needs no key."""
+    return (method, path) in PUBLIC
 
 
 def _respond(request: Request, error: ApiError) -> Response:

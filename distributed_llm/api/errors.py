@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from distributed_llm.common.errors import (
     CapacityError,
@@ -118,6 +119,12 @@ def response(error: ApiError, path: str, request_id: str = "") -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     status, body = dialect(path)(error, request_id)
     return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error, from within middleware."""
+    request_id = scope.get("state", {}).get("request_id", "")
+    await response(error, scope["path"], request_id)(scope, receive, send)
 
 
 def openai_body(error: ApiError, request_id: str) -> tuple[int, dict[str, Any]]:
