@@ -46,7 +46,10 @@ from distributed_llm.common.messages.from_client import (
     ChatMessage,
     ClientHello,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    EncodePrompt,
     Enrol,
     Generate,
     GetMembers,
@@ -104,6 +107,9 @@ from distributed_llm.common.messages.to_client import (
     FinishReason,
     MachineStatus,
     MembersReport,
+    ModelDescribed,
+    ModelInfo,
+    PromptEncoded,
     RequestFailed,
     Spelling,
     StageTiming,
@@ -111,6 +117,7 @@ from distributed_llm.common.messages.to_client import (
     Timings,
     TokenChunk,
     TokenLogprobs,
+    TokensDecoded,
     TokenStatus,
     Usage,
     WorkerDrained,
@@ -172,9 +179,12 @@ __all__ = [
     "ClusterStatus",
     "CopyKV",
     "CreateToken",
+    "DecodeTokens",
+    "DescribeModel",
     "DigestsReport",
     "DrainWorker",
     "DropStage",
+    "EncodePrompt",
     "Enrol",
     "Enrolled",
     "FetchProgress",
@@ -210,7 +220,9 @@ __all__ = [
     "Message",
     "Microseconds",
     "MissingPositions",
+    "ModelDescribed",
     "ModelDescription",
+    "ModelInfo",
     "ModelReport",
     "ModelSource",
     "Name",
@@ -224,6 +236,7 @@ __all__ = [
     "PeerWelcome",
     "Ping",
     "Pong",
+    "PromptEncoded",
     "ReadChunk",
     "ReadmitMachine",
     "Refused",
@@ -263,6 +276,7 @@ __all__ = [
     "TokenChunk",
     "TokenLogprobs",
     "TokenStatus",
+    "TokensDecoded",
     "ToolCall",
     "UndoMove",
     "Usage",
@@ -295,7 +309,10 @@ WorkerReport = (
 
 ClientRequest = (
     Generate
+    | EncodePrompt
+    | DecodeTokens
     | Cancel
+    | DescribeModel
     | GetStatus
     | DrainWorker
     | GetMembers
@@ -334,7 +351,10 @@ ToClient = (
     | ClientWelcome
     | TokenChunk
     | Finished
+    | PromptEncoded
+    | TokensDecoded
     | RequestFailed
+    | ModelDescribed
     | StatusReport
     | WorkerDrained
     | MembersReport
