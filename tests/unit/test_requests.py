@@ -451,7 +451,7 @@ def complaint(prompt: Any, dtype: Any, size: int, context: int = 100) -> Invalid
     """Return what is wrong with a prompt tensor of this dtype and size."""
     spec = TensorSpec(dtype, (size,))
     message = Generate(request_id="r", prompt=prompt, params=SamplingParams(), tensors=(spec,))
-    return wrong_prompt(message, context)
+    return wrong_prompt(message.prompt, message.tensors, context)
 
 
 @pytest.mark.parametrize(
@@ -477,4 +477,4 @@ def test_prompt_that_no_context_can_hold() -> None:
 
 def test_empty_text() -> None:
     message = Generate(request_id="r", prompt="text", params=SamplingParams(), tensors=())
-    assert wrong_prompt(message, 100) is None
+    assert wrong_prompt(message.prompt, message.tensors, 100) is None
