@@ -57,6 +57,8 @@ class SamplingParams(
 
     Attributes:
         max_new_tokens: most tokens to generate; default: 256, or fewer if the context is full.
+        fit_context: generate fewer than `max_new_tokens` where the context, or the workers' memory,
+            has no room for as many; else the request fails.
         min_new_tokens: number of tokens before which no token is sampled that ends the answer.
         temperature: 0 is greedy, and so is everything below 0.00001.
         top_k: sample from the k likeliest tokens; 0 is off.
@@ -86,6 +88,7 @@ class SamplingParams(
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    fit_context: bool = False
     min_new_tokens: _NumTokens | None = None
     temperature: _Temperature | None = None
     top_k: _TopK | None = None
@@ -139,6 +142,7 @@ class SamplingParams(
 
 _WANTED: Mapping[str, str] = {
     "max_new_tokens": "a whole number from 1",
+    "fit_context": "true or false",
     "min_new_tokens": "a whole number from 0",
     "temperature": "a number from 0 (greedy) to 100",
     "top_k": "a whole number from 0 (off)",

@@ -164,6 +164,12 @@ def test_length_of_the_checkpoint_is_a_wish_and_of_the_request_an_order() -> Non
     assert limits_of(defaults_of({"max_new_tokens": 8})).max_new_tokens == 8
 
 
+def test_length_that_may_be_less_is_what_there_is_room_for() -> None:
+    assert limits_of(max_new_tokens=5000, fit_context=True).max_new_tokens == 90
+    assert limits_of(max_new_tokens=5000, fit_context=True, kv=64).max_new_tokens == 54
+    assert limits_of(max_new_tokens=5, fit_context=True).max_new_tokens == 5
+
+
 def test_context_exceeded_names_both_numbers() -> None:
     assert limits_of(max_new_tokens=90).max_new_tokens == 90
     with pytest.raises(ContextLengthExceeded) as caught:
@@ -445,7 +451,7 @@ def complaint(prompt: Any, dtype: Any, size: int, context: int = 100) -> Invalid
     """Return what is wrong with a prompt tensor of this dtype and size."""
     spec = TensorSpec(dtype, (size,))
     message = Generate(request_id="r", prompt=prompt, params=SamplingParams(), tensors=(spec,))
-    return wrong_prompt(message, context)
+    return wrong_prompt(message.prompt, message.tensors, context)
 
 
 @pytest.mark.parametrize(
@@ -471,4 +477,4 @@ def test_prompt_that_no_context_can_hold() -> None:
 
 def test_empty_text() -> None:
     message = Generate(request_id="r", prompt="text", params=SamplingParams(), tensors=())
-    assert wrong_prompt(message, 100) is None
+    assert wrong_prompt(message.prompt, message.tensors, 100) is None

@@ -22,6 +22,7 @@ from distributed_llm.common.sampling_params import (
 
 EVERYTHING: dict[str, Any] = {
     "max_new_tokens": 10,
+    "fit_context": True,
     "min_new_tokens": 2,
     "temperature": 0.7,
     "top_k": 40,

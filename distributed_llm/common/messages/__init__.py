@@ -46,7 +46,10 @@ from distributed_llm.common.messages.from_client import (
     ChatMessage,
     ClientHello,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    EncodePrompt,
     Enrol,
     Generate,
     GetMembers,
@@ -117,6 +120,9 @@ from distributed_llm.common.messages.to_client import (
     FinishReason,
     MachineStatus,
     MembersReport,
+    ModelDescribed,
+    ModelInfo,
+    PromptEncoded,
     RequestFailed,
     Spelling,
     StageTiming,
@@ -124,6 +130,7 @@ from distributed_llm.common.messages.to_client import (
     Timings,
     TokenChunk,
     TokenLogprobs,
+    TokensDecoded,
     TokenStatus,
     Usage,
     WorkerDrained,
@@ -185,9 +192,12 @@ __all__ = [
     "CopyKV",
     "Counters",
     "CreateToken",
+    "DecodeTokens",
+    "DescribeModel",
     "DigestsReport",
     "DrainWorker",
     "DropStage",
+    "EncodePrompt",
     "Enrol",
     "Enrolled",
     "EventStatus",
@@ -229,7 +239,9 @@ __all__ = [
     "Message",
     "Microseconds",
     "MissingPositions",
+    "ModelDescribed",
     "ModelDescription",
+    "ModelInfo",
     "ModelReport",
     "ModelSource",
     "MoveStatus",
@@ -245,6 +257,7 @@ __all__ = [
     "Ping",
     "PipelineStatus",
     "Pong",
+    "PromptEncoded",
     "ReadChunk",
     "ReadmitMachine",
     "Refused",
@@ -285,6 +298,7 @@ __all__ = [
     "TokenChunk",
     "TokenLogprobs",
     "TokenStatus",
+    "TokensDecoded",
     "ToolCall",
     "UndoMove",
     "Usage",
@@ -317,7 +331,10 @@ WorkerReport = (
 
 ClientRequest = (
     Generate
+    | EncodePrompt
+    | DecodeTokens
     | Cancel
+    | DescribeModel
     | GetStatus
     | DrainWorker
     | GetMembers
@@ -356,7 +373,10 @@ ToClient = (
     | ClientWelcome
     | TokenChunk
     | Finished
+    | PromptEncoded
+    | TokensDecoded
     | RequestFailed
+    | ModelDescribed
     | StatusReport
     | WorkerDrained
     | MembersReport

@@ -16,7 +16,7 @@ from distributed_llm.common.messages.base import (
     Value,
 )
 from distributed_llm.common.roles import Role
-from distributed_llm.common.tensors import TensorSpec
+from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
@@ -149,6 +149,20 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     timings: Timings
 
 
+class PromptEncoded(Message, frozen=True, kw_only=True, tag="prompt_encoded"):
+    """Coordinator -> client: answers `EncodePrompt`: the token ids, int32; no tensor for none."""
+
+    request_id: RequestId
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
+class TokensDecoded(Message, frozen=True, kw_only=True, tag="tokens_decoded"):
+    """Coordinator -> client: answers `DecodeTokens`: the text in UTF-8; no tensor for none."""
+
+    request_id: RequestId
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
 class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
     """Coordinator -> client: last message of a request that failed.
 
@@ -246,6 +260,47 @@ class MembersReport(Message, frozen=True, kw_only=True, tag="members_report"):
     code: Label = ""
     message: Text = ""
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)] = ()
+
+
+class ModelInfo(Value, frozen=True, kw_only=True):
+    """The model that a coordinator serves. It travels as msgpack in a tensor frame.
+
+    Attributes:
+        name: as it was given to the coordinator: a folder, or an id of the hub.
+        model_type: the architecture's name in transformers ("llama").
+        architecture: the model's class in transformers ("LlamaForCausalLM"); empty if its files
+            name none.
+        context_length: positions of prompt and answer together.
+        dtype: in which it is served.
+        num_parameters: numbers in its weights, those of the files.
+        weight_bytes: that the weights take in memory, each layer held once.
+        eos_token_ids: tokens that end an answer.
+        has_tokenizer: whether it takes and gives text; else token ids only.
+        special_tokens: how the special tokens are written that the tokenizer names, by their names
+            in transformers: `{"bos_token": "<s>", "eos_token": "</s>"}`.
+        chat_template: Jinja text that writes out conversations; None if there is none.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    num_layers: Count
+    hidden_size: Count
+    vocab_size: Count
+    context_length: Count
+    dtype: DtypeName
+    num_parameters: Count
+    weight_bytes: Count
+    eos_token_ids: tuple[TokenId, ...]
+    has_tokenizer: bool
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+
+class ModelDescribed(Message, frozen=True, kw_only=True, tag="model_described"):
+    """Coordinator -> client: answers `DescribeModel`; `tensors` is [msgpack of `ModelInfo`]."""
+
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):
