@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distributed_llm import (
+    api_command,
     cache_command,
     config_command,
     generate_command,
+    key_command,
     members_command,
     service_command,
     up_command,
@@ -120,6 +122,7 @@ def coordinator(
 
 
 app.command(rich_help_panel=START)(worker_command.worker)
+app.command(rich_help_panel=START)(api_command.api)
 app.add_typer(service_command.app, name="service", rich_help_panel=START)
 app.command(rich_help_panel=ASK)(generate_command.generate)
 
@@ -211,6 +214,7 @@ def drain(
 
 app.add_typer(members_command.tokens, name="token", rich_help_panel=MACHINES)
 app.add_typer(members_command.machines, name="machines", rich_help_panel=MACHINES)
+app.add_typer(key_command.app, name="key", rich_help_panel=MACHINES)
 app.add_typer(cache_command.app, name="cache", rich_help_panel=MACHINES)
 app.add_typer(config_command.app, name="config", rich_help_panel=MORE)
 

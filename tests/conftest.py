@@ -17,7 +17,7 @@ atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 os.environ["DLLM_STATE"] = _STATE  # keys of tests are not among those of whoever runs them
 os.environ["DLLM_CACHE"] = os.path.join(_STATE, "cache")  # and so it is with weights
 
-_OF_PROCESSES = ("tests/chaos/", "tests/cluster/")
+_OF_PROCESSES = ("tests/api/", "tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""
 
 

@@ -47,12 +47,13 @@ async def enrol(keyring: Keyring, line: JoinLine, name: str, timeout_s: float) -
             "in between."
         )
     keys = known.keys if known else new_key_pair()
-    enrolled = await _ask(line, keys, name, timeout_s)
+    enrolled = await ask(line, keys, name, timeout_s)
     keyring.save(line.address, line.server, keys, name=enrolled.name)
     return enrolled
 
 
-async def _ask(line: JoinLine, keys: KeyPair, name: str, timeout_s: float) -> Enrolled:
+async def ask(line: JoinLine, keys: KeyPair, name: str, timeout_s: float) -> Enrolled:
+    """Enrol the holder of a key; see `enrol`."""
     answer: asyncio.Future[Enrolled] = asyncio.get_running_loop().create_future()
 
     def fail(error: DistributedLLMError) -> None:

@@ -253,12 +253,3 @@ class Coordinator:
     def _tell(self, *events: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
             self._loop.call_soon_threadsafe(self._apply, *events)
-
-
-def raise_file_limit() -> None:
-    """Let this process open as many connections as the system allows."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit on Windows
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

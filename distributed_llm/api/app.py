@@ -1,0 +1,109 @@
+"""Joins routes and middleware to one ASGI application."""
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from distributed_llm.api import errors
+from distributed_llm.api.authentication import Authentication
+from distributed_llm.api.bodies import invalid_body
+from distributed_llm.api.callers import Callers
+from distributed_llm.api.errors import ApiError
+from distributed_llm.api.guard.crowd import Crowd, Share
+from distributed_llm.api.guard.envelope import Envelope
+from distributed_llm.api.guard.intake import Intake
+from distributed_llm.api.guard.origins import Origins, own_names
+from distributed_llm.api.guard.request_log import RequestLog
+from distributed_llm.api.openai import models
+from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.settings import ApiSettings
+
+_ROUTERS = (models.router,)
+
+PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
+"""Requests that need no key, by method and path; besides the files of the page."""
+
+_DEFAULTS = ApiSettings()
+
+
+def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
+    """Return the API as an ASGI application.
+
+    Args:
+        callers: finds out who asks; closed when the application ends.
+        settings: what is let in, and how much of it.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        await callers.close()
+
+    app = FastAPI(
+        title="distributed_llm",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.callers = callers
+    for router in _ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(DistributedLLMError, _package_error)
+    app.add_exception_handler(RequestValidationError, _wrong_body)
+    app.add_exception_handler(HTTPException, _http_error)
+    return _guarded(app, callers, settings)
+
+
+def _guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
+    """Return an application behind all that a request passes first; the last here is the first."""
+    app = Intake(app, settings.max_body)
+    app = Share(app, settings.max_requests_per_key)
+    app = Authentication(app, callers, is_public)
+    app = Crowd(app, settings.max_requests, is_public)
+    app = Origins(app, {*own_names(), *settings.allowed_hosts})
+    app = RequestLog(app, is_public)
+    return Envelope(app)
+
+
+def is_public(method: str, path: str) -> bool:
+    """Return whether a request needs no key."""
+    return (method, path) in PUBLIC
+
+
+def _respond(request: Request, error: ApiError) -> Response:
+    request_id = getattr(request.state, "request_id", "")
+    return errors.response(error, request.url.path, request_id)
+
+
+async def _api_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, ApiError)
+    return _respond(request, exc)
+
+
+async def _package_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, DistributedLLMError)
+    return _respond(request, errors.of_exception(exc))
+
+
+async def _wrong_body(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    return _respond(request, invalid_body(exc))
+
+
+async def _http_error(request: Request, exc: Exception) -> Response:
+    """Tell an error of the framework: no such path, a method that a path has not."""
+    assert isinstance(exc, HTTPException)
+    path = request.url.path
+    what = {
+        404: f"There is nothing at {path!r:.200}. See /openapi.json for what there is.",
+        405: f"{path!r:.200} is not asked by {request.method}.",
+    }.get(exc.status_code, str(exc.detail))
+    headers = exc.headers or {}
+    return _respond(request, ApiError(exc.status_code, what, headers=headers))

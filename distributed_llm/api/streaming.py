@@ -1,0 +1,157 @@
+"""Answers that are sent as they come (server-sent events, JSON lines); clients that leave."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from distributed_llm.api.errors import CLIENT_CLOSED, ApiError, of_exception
+from distributed_llm.common.errors import DistributedLLMError
+
+PING_EVERY_S = 15.0
+"""Time without an event after which a comment is sent, so that nobody takes it for dead."""
+
+_BEGIN_AFTER_S = 5.0
+"""Time without an event after which a response begins all the same.
+
+Until then an error still has a status of its own.
+"""
+
+_SEND_TIMEOUT_S = 60.0
+"""Time for which a client may read nothing before it is given up."""
+
+_T = TypeVar("_T")
+
+
+def sse(data: object, event: str = "") -> bytes:
+    """Return a server-sent event with JSON as its data."""
+    name = f"event: {event}\n" if event else ""
+    return name.encode() + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+"""The event with which OpenAI's streams end."""
+
+
+class EventStream(Response):
+    """A response whose parts are sent as they come; the client's leaving closes their source.
+
+    Args:
+        parts: bytes to send. Closed when the client leaves, or reads nothing for a minute.
+        on_error: returns what to send when `parts` fails after the response has begun; before,
+            the error is raised.
+        ping: sent while nothing comes; empty for never.
+    """
+
+    def __init__(
+        self,
+        parts: AsyncGenerator[bytes, None],
+        *,
+        on_error: Callable[[ApiError], Iterable[bytes]],
+        ping: bytes = b": ping\n\n",
+        media_type: str = "text/event-stream",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        sent = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
+        super().__init__(None, 200, sent, media_type)
+        del self.headers["content-length"]
+        self._parts = parts
+        self._on_error = on_error
+        self._ping = ping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        sending = asyncio.ensure_future(self._send(send))
+        leaving = asyncio.ensure_future(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, leaving):
+                task.cancel()
+            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await self._parts.aclose()
+
+    async def _send(self, send: Send) -> None:
+        """Send all parts; begin the response with the first, or when it is long in coming."""
+        begun = False
+
+        async def write(data: bytes, *, more: bool = True) -> None:
+            nonlocal begun
+            async with asyncio.timeout(_SEND_TIMEOUT_S):
+                if not begun:
+                    begun = True
+                    await send(
+                        {
+                            "type": "http.response.start",
+                            "status": self.status_code,
+                            "headers": self.raw_headers,
+                        }
+                    )
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        with contextlib.suppress(TimeoutError):
+            try:
+                async for part in _with_pings(self._parts, self._ping):
+                    await write(part)
+            except (DistributedLLMError, ApiError) as exc:
+                if not begun:
+                    raise
+                error = exc if isinstance(exc, ApiError) else of_exception(exc)
+                for part in self._on_error(error):
+                    await write(part)
+            await write(b"", more=False)
+
+
+async def _with_pings(
+    parts: AsyncGenerator[bytes, None], ping: bytes
+) -> AsyncGenerator[bytes, None]:
+    """Yield the parts, and a ping wherever none comes for a while."""
+    wait_s = _BEGIN_AFTER_S
+    while True:
+        coming = asyncio.ensure_future(anext(parts, None))
+        try:
+            while ping and not (await asyncio.wait((coming,), timeout=wait_s))[0]:
+                wait_s = PING_EVERY_S
+                yield ping
+            part = await coming
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+        if part is None:
+            return
+        wait_s = PING_EVERY_S
+        yield part
+
+
+async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
+    """Return what `work` returns; cancel it when the client leaves.
+
+    Raises:
+        ApiError: the client has left; nobody receives it.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ApiError(CLIENT_CLOSED, "The client has left.")
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    """Return once the client has left."""
+    message: Any = {}
+    while message.get("type") != "http.disconnect":
+        message = await receive()
