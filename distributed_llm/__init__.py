@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongServerKey,
     )
-    from distributed_llm.common.messages import Usage
+    from distributed_llm.common.messages import StageHop, StepTrace, Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
 
@@ -68,6 +68,8 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "StageHop",
+    "StepTrace",
     "TextError",
     "UnsupportedModel",
     "Usage",

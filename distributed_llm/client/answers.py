@@ -9,6 +9,7 @@ from distributed_llm.common.messages import (
     Finished,
     FinishReason,
     Spelling,
+    StepTrace,
     Timings,
     TokenChunk,
     TokenLogprobs,
@@ -86,6 +87,9 @@ class Chunk:
         choice: index of the answer, of the request's `n`.
         logprobs: one per token id if `logprobs` was asked for, else None.
         finish_reason: in the last chunk with text, why the answer ends; see `Generation`.
+        trace: the steps that led to its tokens, oldest first, if `trace` was asked for: which
+            machines computed what, and how long that took. With a prompt of many steps, some come
+            in chunks before the first token.
         generation: the complete answer, in its last chunk only.
     """
 
@@ -94,6 +98,7 @@ class Chunk:
     choice: int = 0
     logprobs: list[PickedToken] | None = None
     finish_reason: FinishReason | None = None
+    trace: tuple[StepTrace, ...] = ()
     generation: Generation | None = None
 
 
@@ -127,6 +132,7 @@ class Answers:
             choice=piece.choice,
             logprobs=picked if self._with_logprobs else None,
             finish_reason=piece.finish_reason,
+            trace=piece.trace,
         )
 
     def finish(self, end: Finished) -> list[Generation]:

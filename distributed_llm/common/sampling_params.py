@@ -77,6 +77,7 @@ class SamplingParams(
         eos_token_id: tokens that end the answer; default: the checkpoint's.
         ignore_eos: continue after an end-of-sequence token.
         timeout_s: time from the request's arrival after which it fails if it has not finished.
+        trace: report with each token which machines computed it, and how long that took.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -100,6 +101,7 @@ class SamplingParams(
     eos_token_id: _Eos | None = None
     ignore_eos: bool = False
     timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    trace: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "SamplingParams":
@@ -152,6 +154,7 @@ _WANTED: Mapping[str, str] = {
     "eos_token_id": f"a token id, or a list of at most {MAX_EOS}",
     "ignore_eos": "true or false",
     "timeout_s": "a number of seconds above 0, up to 1000000",
+    "trace": "true or false",
 }
 
 

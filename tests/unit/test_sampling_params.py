@@ -42,6 +42,7 @@ EVERYTHING: dict[str, Any] = {
     "eos_token_id": [1, 2],
     "ignore_eos": True,
     "timeout_s": 30.0,
+    "trace": True,
 }
 
 
@@ -208,6 +209,7 @@ def test_the_bounds_are_allowed(name: str, value: Any) -> None:
         ("eos_token_id", "1"),
         ("ignore_eos", 1),
         ("ignore_eos", "yes"),
+        ("trace", 1),
         ("timeout_s", 0),
         ("timeout_s", -1.0),
         ("timeout_s", 1e7),
