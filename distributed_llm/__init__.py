@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distributed_llm.client.answers import Chunk, Generation, LikelyToken, PickedToken
-    from distributed_llm.client.client import AsyncDistributedClient, DistributedClient
+    from distributed_llm.client.async_client import AsyncDistributedClient
+    from distributed_llm.client.client import DistributedClient
     from distributed_llm.common.errors import (
         AddressInUse,
         CapacityError,
@@ -76,6 +77,7 @@ __all__ = [
 
 _HOMES = (
     "client.answers",
+    "client.async_client",
     "client.client",
     "local_cluster",
     "common.errors",

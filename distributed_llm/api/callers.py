@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.errors import (
     ConfigError,
     NotAllowed,

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.errors import DistributedLLMError, NotAllowed
 
 logger = logging.getLogger(__name__)

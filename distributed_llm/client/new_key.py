@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.enrolment import ask
 from distributed_llm.common.join_line import parse_join_line
 from distributed_llm.common.keyring import text_of_key

@@ -58,7 +58,6 @@ from distributed_llm.common.messages import (
     WeightRequest,
     WorkerHello,
     WorkerReport,
-    WorkerStatus,
     tag_of,
 )
 from distributed_llm.common.settings import CoordinatorSettings
@@ -69,7 +68,7 @@ from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
 from distributed_llm.coordinator.cluster.replanning import Replanning
-from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import (
     Action,
     AnswerAboutWeights,
@@ -93,6 +92,7 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.reporting import Reporting
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry, EventKind
 from distributed_llm.coordinator.serving.pipeline import PipelineState
@@ -140,6 +140,9 @@ class Core:
             of_no_use=self._of_no_use,
         )
         self._admission = Admission(cluster.book, cluster.event_log)
+        self._reporting = Reporting(
+            cluster, self._replanning, self._moves, self._rebalancing, self._access
+        )
         self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
@@ -156,7 +159,7 @@ class Core:
 
     def start(self, *, now: float) -> list[Action]:
         """Return what to do before the first event; call it once."""
-        self._event_log.now = now
+        self._event_log.now = self._reporting.started_at = now
         names = self._cluster.model.defaults.not_followed
         if not names:
             return []
@@ -206,58 +209,11 @@ class Core:
 
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
-        schedulers = [pipeline.scheduler for pipeline in self._pipelines.all if pipeline.scheduler]
-        totals = self._book.totals
-        return ClusterStatus(
-            model=self._cluster.model.name,
-            state=self._pipelines.state,
-            note=self._note(now),
-            epoch=self._pipelines.epoch,
-            num_layers=self._cluster.model.cost.num_layers,
-            context_length=self._cluster.model.defaults.context_length,
-            kv_tokens=self._pipelines.kv_tokens,
-            kv_tokens_used=sum(s.kv_tokens_used for s in schedulers),
-            kv_tokens_cached=sum(s.kv_tokens_cached for s in schedulers),
-            prefix_hit_tokens=totals.prefix_hit_tokens,
-            preemptions=totals.preemptions,
-            moves=self._moves.num_moves,
-            move_stall_s=self._moves.stall_s,
-            answers_running=self._book.num_running,
-            answers_waiting=self._book.num_waiting,
-            requests_finished=totals.finished,
-            requests_cancelled=totals.cancelled,
-            requests_failed=totals.failed,
-            tokens_generated=totals.tokens,
-            rejected=dict(self._event_log.rejected),
-            workers=tuple(self._worker_status(worker, now) for worker in self._registry.workers),
-            events=self._event_log.texts,
-            insecure=self._access.members is None,
-            quarantined=self._access.quarantined(now=now),
-        )
+        return self._reporting.status(now=now)
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
         """Return the events kept of one request or of one worker, oldest first."""
         return self._event_log.story(request=request, worker=worker)
-
-    def _note(self, now: float) -> str:
-        """Return why nothing is served, and when a worker that failed is tried again."""
-        note = self._pipelines.note
-        unfit = [worker for worker in self._registry.workers if worker.state is WorkerState.UNFIT]
-        if not note or not unfit:
-            return note
-        first = min(unfit, key=lambda worker: worker.fit_at)
-        when = first.pause_text(now=now)
-        return f"{note[:3900]} Worker {first.id} is tried again {when}."
-
-    def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
-        advice = self._rebalancing.advice.get(worker.id)
-        return worker.status(
-            next_layers=self._moves.next_layers(worker),
-            prediction_error=self._cluster.measurements.error(worker.id),
-            gain=advice.gain if advice else None,
-            advice=advice.text if advice else "",
-            now=now,
-        )
 
     # -------------------------------------------------------------- dispatch
 
@@ -358,7 +314,7 @@ class Core:
             self._event_log.rejected["duplicate_request"] += 1
             return []
         if self._pipelines.state == "waiting":
-            error = NotReady(self._note(now))
+            error = NotReady(self._reporting.note(now=now))
             return self._book.refuse(peer, message.request_id, error)
         return self._book.submit(peer, message, frames, holder=key, now=now)
 

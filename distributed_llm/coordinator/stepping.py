@@ -68,7 +68,8 @@ class Stepping:
                 are_current = pipeline.scheduler.complete(outcome.step)
                 pipeline.observe(outcome, now=now)
                 self._rebalancing.observe(pipeline, outcome, now=now)
-                self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
+                predicted_s = self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
+                pipeline.meter.observe(outcome, predicted_s, now=now)
                 self._count(pipeline, outcome)
                 actions = self._book.step_done(outcome, are_current, now=now)
                 return [*actions, *self._overtaken(pipeline, now)] if overtaken else actions
@@ -168,7 +169,10 @@ class Stepping:
         return pipeline if pipeline and pipeline.epoch == epoch else None
 
     def _count(self, pipeline: Pipeline, done: StepDone) -> None:
-        tokens = len(done.step.slices) if done.step.decodes else 0
+        hops, step = len(pipeline.stages) - 1, done.step
+        sent_bytes = hops * len(step.token_ids) * self._cluster.model.activation_bytes
+        self._book.totals.count_step(sent_bytes, decodes=step.decodes)
+        tokens = len(step.slices) if step.decodes else 0
         for stage, timing in zip(pipeline.stages, done.timings, strict=True):
             worker = self._cluster.registry.worker(stage.peer)
             if worker is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import assert_never
 
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.addresses import addresses_for_others, ip_of
 from distributed_llm.common.errors import AddressInUse, ConnectionFailed, DistributedLLMError
 from distributed_llm.common.keyring import here

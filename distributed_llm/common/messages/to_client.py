@@ -8,8 +8,6 @@ from msgspec import Meta
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import (
     Addresses,
-    Capabilities,
-    FetchProgress,
     Label,
     Message,
     Name,
@@ -19,7 +17,7 @@ from distributed_llm.common.messages.base import (
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
+from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
 
@@ -246,96 +244,6 @@ class MembersReport(Message, frozen=True, kw_only=True, tag="members_report"):
     code: Label = ""
     message: Text = ""
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)] = ()
-
-
-class WorkerStatus(Value, frozen=True, kw_only=True):
-    """One worker, as the coordinator sees it.
-
-    Attributes:
-        state: "idle" (no layers), "loading", "serving", "leaving" or "unfit" (see `note`).
-        layers: the layers that it serves or loads.
-        next_layers: the layers that it loads to serve instead, or None.
-        link: how its results reach the next stage: "direct", "relayed" by the coordinator, or "" if
-            there is no next stage or it has not reported.
-        seconds_per_token: measured time of its stage per decoded token; None before the first.
-        prediction_error: median of |predicted - measured| / measured over its latest tasks; None
-            if it is not known.
-        gain: throughput of the cluster with this worker over that without it, minus 1; None if it
-            is not known, or if nothing can be served without it.
-        advice: what the gain means, for people; empty if it is not known.
-        last_heard_s: time since its last message.
-        fetch: how far the weights that it loads have arrived; None if it needs none from others.
-    """
-
-    name: Name
-    state: Literal["idle", "loading", "serving", "leaving", "unfit"]
-    note: Text
-    layers: LayerRange | None
-    next_layers: LayerRange | None
-    epoch: Epoch
-    link: Literal["direct", "relayed", ""]
-    capabilities: Capabilities
-    memory_used_bytes: Count
-    kv_bytes: Count
-    weight_bytes: Count
-    tasks_done: Count
-    compute_s: Seconds
-    seconds_per_token: Seconds | None
-    prediction_error: Seconds | None
-    gain: float | None
-    advice: Text
-    last_heard_s: Seconds
-    fetch: FetchProgress | None = None
-
-
-class ClusterStatus(Value, frozen=True, kw_only=True):
-    """The whole cluster, as the coordinator sees it. It travels as msgpack in a tensor frame.
-
-    Attributes:
-        state: "waiting" (for workers, see `note`), "loading" or "serving".
-        epoch: epoch of the newest plan that is served or loaded; 0 before the first.
-        kv_tokens: positions of KV cache that all pipelines have room for.
-        kv_tokens_used: positions of them that running answers take.
-        kv_tokens_cached: positions of them that prefixes of ended sequences take.
-        prefix_hit_tokens: positions that were shared with another sequence instead of computed.
-        preemptions: how often a running answer gave up its KV cache to an older one.
-        moves: how often layers have moved between workers while the model was served.
-        move_stall_s: how long answers stood still in the latest move; 0 if none ran meanwhile.
-        answers_running: answers that run on a pipeline.
-        answers_waiting: answers that wait for one.
-        requests_finished: requests that were answered completely.
-        requests_cancelled: requests that their clients cancelled, or whose clients are gone.
-        requests_failed: requests that ended with an error, refused ones included.
-        rejected: number of messages that were dropped, by reason.
-        events: the latest events, oldest first; what happened several times is one of them.
-        insecure: no keys are used: whoever reaches the port may do everything.
-        quarantined: names of the machines that broke the protocol, and may not connect for now.
-    """
-
-    model: str
-    state: Literal["waiting", "loading", "serving"]
-    note: str
-    epoch: Epoch
-    num_layers: Count
-    context_length: Count
-    kv_tokens: Count
-    kv_tokens_used: Count
-    kv_tokens_cached: Count
-    prefix_hit_tokens: Count
-    preemptions: Count
-    moves: Count
-    move_stall_s: Seconds
-    answers_running: Count
-    answers_waiting: Count
-    requests_finished: Count
-    requests_cancelled: Count
-    requests_failed: Count
-    tokens_generated: Count
-    rejected: dict[str, Count]
-    workers: tuple[WorkerStatus, ...]
-    events: tuple[str, ...]
-    insecure: bool = False
-    quarantined: tuple[Name, ...] = ()
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):

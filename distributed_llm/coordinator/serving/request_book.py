@@ -169,7 +169,7 @@ class RequestBook:
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
     ) -> list[Action]:
         """Fail a request without accepting it."""
-        self.totals.failed += 1
+        self.totals.count_failed(error.code)
         return [_failure(peer, request_id, error)]
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
@@ -201,6 +201,7 @@ class RequestBook:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
         request.accept(event.token_ids, limits, number=event.key[2])
+        self.totals.prompt_tokens += len(event.token_ids)
         self._event_log.trace(
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
         )
@@ -239,18 +240,26 @@ class RequestBook:
         """Let the next answer run on a scheduler with room for it; return whether it runs."""
         answer = self._queue.first()
         assert answer is not None
+        is_first = answer.started_at is None
         if not scheduler.admit(answer, now=now):
             return False
+        if is_first:
+            self.totals.times.queue.add(now - answer.request.arrived_at)
         self._queue.pop()
         self._queue.charge(answer.request.client, len(answer.token_ids))
         self._schedulers[answer] = scheduler
         return True
 
-    def requeue(self, answers: Iterable[Answer]) -> None:
-        """Queue answers that lost their KV cache, before younger ones of their clients."""
-        for answer in answers:
-            if self._schedulers.pop(answer, None) is not None:  # otherwise it has ended
-                self._queue.add(answer.request.client, answer, order=answer.number)
+    def requeue(self, answers: Iterable[Answer]) -> int:
+        """Queue answers that lost their KV cache, before younger ones of their clients.
+
+        Returns:
+            How many were queued; the others have ended.
+        """
+        running = [answer for answer in answers if self._schedulers.pop(answer, None) is not None]
+        for answer in running:
+            self._queue.add(answer.request.client, answer, order=answer.number)
+        return len(running)
 
     def collect(self, scheduler: Scheduler) -> None:
         """Queue the answers that a scheduler preempted; count them and its prefix hits."""
@@ -261,7 +270,9 @@ class RequestBook:
             )
         self.requeue(preempted)
         self.totals.preemptions += len(preempted)
-        self.totals.prefix_hit_tokens += scheduler.take_prefix_hit_tokens()
+        queried, hit = scheduler.take_prefix_tokens()
+        self.totals.prefix_query_tokens += queried
+        self.totals.prefix_hit_tokens += hit
 
     def set_capacity(self, kv_tokens: int) -> list[Action]:
         """Set how many positions the largest pipeline has room for; fail larger requests."""
@@ -293,8 +304,13 @@ class RequestBook:
     def _append(
         self, answer: Answer, token: int, logprobs: TokenLogprobs | None, now: float
     ) -> list[Action]:
+        before = answer.last_token_at
         answer.append(token, logprobs, now=now)
         self.totals.tokens += 1
+        if before is None:
+            self.totals.times.first_token.add(now - answer.request.arrived_at)
+        else:
+            self.totals.times.between_tokens.add(now - before)
         self._queue.charge(answer.request.client, 1)
         last = answer.finish_reason is not None
         if last:
@@ -362,6 +378,7 @@ class RequestBook:
         )
         self._retire(request)
         self.totals.count_finished(now=now)
+        self.totals.times.whole.add(now - request.arrived_at)
         self._event_log.trace(
             EventKind.REQUEST_FINISHED,
             request.key[1],
@@ -379,7 +396,7 @@ class RequestBook:
             self.totals.cancelled += 1
             self._event_log.trace(EventKind.REQUEST_CANCELLED, request.key[1])
         else:
-            self.totals.failed += 1
+            self.totals.count_failed(error.code)
             self._event_log.trace(
                 EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
             )

@@ -69,7 +69,7 @@ class Scheduler:
         self._preempted: list[Answer] = []
         self._refused: tuple[Answer | None, int] = (None, 0)  # last, and what room there was
         self._num_slices = 0
-        self._prefix_hit_tokens = 0
+        self._prefix_tokens = (0, 0)  # looked up, and found
 
     @property
     def kv_tokens(self) -> int:
@@ -110,9 +110,9 @@ class Scheduler:
         preempted, self._preempted = self._preempted, []
         return preempted
 
-    def take_prefix_hit_tokens(self) -> int:
-        """Return how many positions since the last call were shared instead of computed."""
-        tokens, self._prefix_hit_tokens = self._prefix_hit_tokens, 0
+    def take_prefix_tokens(self) -> tuple[int, int]:
+        """Return how many tokens were looked up among prefixes since the last call, and shared."""
+        tokens, self._prefix_tokens = self._prefix_tokens, (0, 0)
         return tokens
 
     # -------------------------------------------------------------- answers
@@ -237,10 +237,12 @@ class Scheduler:
         ):
             return False
         answer.sequence_id, answer.prefix = sequence_id, self._ledger.prefix_of(sequence_id)
+        queried, hit = self._prefix_tokens
+        found = answer.prefix.length if answer.prefix else 0
+        self._prefix_tokens = (queried + len(answer.token_ids), hit + found)
         if answer.prefix:
             answer.num_computed_tokens = answer.num_scheduled_tokens = answer.prefix.length
             answer.num_cached_tokens = max(answer.num_cached_tokens, answer.prefix.length)
-            self._prefix_hit_tokens += answer.prefix.length
         return True
 
     def _match(self, answer: Answer) -> Match | None:
