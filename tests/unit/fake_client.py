@@ -191,6 +191,8 @@ class SimClient:
                 answer.token_times += [self.world.now] * len(ids)
                 answer.logprobs += message.logprobs
                 answer.trace += message.trace
+                last = max((step.index for step in message.trace), default=0)
+                assert last < index + max(1, len(ids)), "a step comes before its token"
                 answer.text += text
                 answer.reason, answer.stop_string = message.finish_reason, message.stop_string
             case Finished(request_id=name) | RequestFailed(request_id=name):

@@ -171,6 +171,7 @@ def test_a_loss_is_counted_with_what_came_of_it() -> None:
     assert after.counters.replans["recovery"] == 1
     assert after.counters.retries["step_lost"] == 3
     assert after.counters.events["worker_lost"] == 1
+    assert sum(after.latencies.queue.counts) == 3  # nobody arrived twice
     lost = next(event for event in after.events if event.kind == "worker_lost")
     assert (lost.worker, lost.level, lost.times) == (victim.worker_id, "warning", 1)
     assert lost.number > before.events[-1].number
