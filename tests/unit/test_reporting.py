@@ -79,6 +79,7 @@ def test_stage_times_are_those_of_the_workers() -> None:
     assert pipeline.step_tokens == 1.0
     assert pipeline.round_trip_s == pytest.approx(0.12, rel=0.2)
     assert pipeline.outside_s is not None
+    assert pipeline.round_trip_s is not None
     assert 0.002 < pipeline.outside_s < 0.02  # four messages of one to two milliseconds
     # One request alone: of three stages one works at a time.
     assert pipeline.bubble_ratio == pytest.approx(1 - 0.12 / (3 * pipeline.round_trip_s), abs=0.05)
