@@ -104,6 +104,7 @@ def test_the_kv_cache_of_a_worker_follows_its_layers() -> None:
     world = served()
     shown, pipeline = status(world), only_pipeline(world)
     assert pipeline.kv_tokens_cached > 0
+    assert (pipeline.answers_running, pipeline.answers_decoding) == (0, 0)
     for worker in shown.workers:
         assert worker.layers
         token_bytes = len(worker.layers) * MODEL.cost.kv_bytes_per_token
@@ -120,6 +121,8 @@ def test_a_move_is_shown_with_what_it_is_for_and_a_better_plan_before() -> None:
     client = world.client()
     answers = [client.submit(list(range(n, n + 9)), tokens(200)) for n in range(4)]
     assert world.run(lambda: bool(answers[0].token_ids))
+    assert only_pipeline(world).answers_running == 4
+    assert only_pipeline(world).answers_decoding >= 1
     before, number = only_pipeline(world), status(world).events[-1].number
     world.worker("late", ROOMY).layer_s = 0.01
     better = []
