@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongServerKey,
     )
+    from distributed_llm.common.grammar import Grammar
     from distributed_llm.common.messages import Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
@@ -55,6 +56,7 @@ __all__ = [
     "DistributedClient",
     "DistributedLLMError",
     "Generation",
+    "Grammar",
     "InvalidRequest",
     "LikelyToken",
     "LocalCluster",
@@ -81,6 +83,7 @@ _HOMES = (
     "client.client",
     "local_cluster",
     "common.errors",
+    "common.grammar",
     "common.messages",
     "common.sampling_params",
 )

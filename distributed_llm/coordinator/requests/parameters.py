@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest, NotEnoughMemory
+from distributed_llm.common.grammar import Grammar, decode_grammar
 from distributed_llm.common.messages import Generate
 from distributed_llm.common.sampling_params import (
     MAX_SEED,
@@ -14,6 +15,7 @@ from distributed_llm.common.sampling_params import (
     Sampling,
     SamplingParams,
 )
+from distributed_llm.common.tensors import Frame
 from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.common.wording import count_text
 from distributed_llm.coordinator.events import TextRules
@@ -47,9 +49,12 @@ class Limits:
 
 def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | None:
     """Return an error if the prompt of `message` has a wrong dtype or is certainly too long."""
+    most = 1 + (message.grammar is not None)
+    if len(message.tensors) > most:
+        return InvalidRequest(f"The request has {len(message.tensors)} tensors, not {most}.")
     wanted = "int32" if message.prompt == "token_ids" else "uint8"
     limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context_length)
-    for spec in message.tensors:
+    for spec in message.tensors[: len(message.tensors) - _has_grammar_text(message)]:
         if spec.dtype != wanted:
             return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
         if spec.nbytes > limit:
@@ -62,6 +67,25 @@ def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | Non
     return None
 
 
+def split(message: Generate, frames: tuple[Frame, ...]) -> tuple[bytes, Grammar | None]:
+    """Return the prompt and the grammar of a request whose tensors are right.
+
+    Raises:
+        InvalidRequest: the grammar cannot be read.
+    """
+    if not _has_grammar_text(message):
+        return bytes(frames[0]) if frames else b"", message.grammar and Grammar(message.grammar)
+    assert message.grammar is not None
+    if not frames:
+        raise InvalidRequest(f"The request has no text of its {message.grammar} grammar.")
+    grammar = decode_grammar(message.grammar, bytes(frames[-1]))
+    return bytes(frames[0]) if len(frames) > 1 else b"", grammar
+
+
+def _has_grammar_text(message: Generate) -> bool:
+    return message.grammar not in (None, "json_object")
+
+
 def named_tokens(params: SamplingParams) -> tuple[int, ...]:
     """Return the token ids that a request's parameters name."""
     words = (token for word in params.bad_words_ids or () for token in word)
@@ -70,10 +94,14 @@ def named_tokens(params: SamplingParams) -> tuple[int, ...]:
     return (*words, *chain.from_iterable(others))
 
 
-def text_rules(params: SamplingParams, defaults: GenerationDefaults) -> TextRules:
+def text_rules(
+    params: SamplingParams, defaults: GenerationDefaults, grammar: Grammar | None = None
+) -> TextRules:
     """Return how the text of a request's answers is made."""
-    hidden = (*_eos(params, defaults), *params.stop_token_ids)
-    return TextRules(params.stop_strings, None if params.skip_special_tokens else hidden)
+    eos = _eos(params, defaults)
+    hidden = None if params.skip_special_tokens else (*eos, *params.stop_token_ids)
+    ends = () if grammar is None or params.ignore_eos else eos
+    return TextRules(params.stop_strings, hidden, grammar, ends)
 
 
 def resolve(
@@ -83,6 +111,7 @@ def resolve(
     prompt_tokens: int,
     kv_tokens: int,
     seed: int,
+    constrained: bool = False,
 ) -> Limits:
     """Return the parameters of a request after defaults.
 
@@ -92,6 +121,7 @@ def resolve(
         prompt_tokens: length of the prompt.
         kv_tokens: positions of KV cache that the largest pipeline has room for.
         seed: seed for a request without one.
+        constrained: whether a grammar says which tokens may be sampled; none is forced then.
 
     Raises:
         ContextLengthExceeded: prompt and answer are longer than the model's context.
@@ -133,6 +163,10 @@ def resolve(
         **_length(defaults.checkpoint, prompt_tokens, max_new_tokens),
         logprobs=params.logprobs,
     )
+    if constrained:
+        sampling = msgspec.structs.replace(
+            sampling, forced_bos_token_id=None, forced_eos_token_ids=()
+        )
     return Limits(
         sampling=tuple(
             msgspec.structs.replace(sampling, seed=(first + choice) % (MAX_SEED + 1))
