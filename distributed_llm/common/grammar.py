@@ -14,6 +14,10 @@ MAX_GRAMMAR_BYTES = 1 << 20
 class Grammar(msgspec.Struct, frozen=True):
     """What an answer has to look like.
 
+    An answer ends where nothing can follow, even with `ignore_eos` and before `min_new_tokens`. An
+    end-of-sequence token may be picked where the grammar is complete; other tokens of
+    `stop_token_ids` only where the grammar admits them.
+
     Attributes:
         kind: "json_object" (any), "json_schema", "regex" (of the whole answer, in Rust's dialect),
             "lark" (Lark's syntax, as llguidance extends it) or "gbnf" (llama.cpp's).

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest, NotEnoughMemory
-from distributed_llm.common.grammar import Grammar, decode_grammar
+from distributed_llm.common.grammar import MAX_GRAMMAR_BYTES, Grammar, decode_grammar
 from distributed_llm.common.messages import Generate
 from distributed_llm.common.sampling_params import (
     MAX_SEED,
@@ -52,6 +52,12 @@ def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | Non
     most = 1 + (message.grammar is not None)
     if len(message.tensors) > most:
         return InvalidRequest(f"The request has {len(message.tensors)} tensors, not {most}.")
+    if _has_grammar_text(message) and message.tensors:
+        text = message.tensors[-1]
+        if text.dtype != "uint8" or text.nbytes > MAX_GRAMMAR_BYTES:
+            return InvalidRequest(
+                f"A grammar travels as at most {MAX_GRAMMAR_BYTES:,} uint8, not {text}."
+            )
     wanted = "int32" if message.prompt == "token_ids" else "uint8"
     limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context_length)
     for spec in message.tensors[: len(message.tensors) - _has_grammar_text(message)]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _KEPT: Final = 64
 """Compiled grammars that are kept, those that were used last."""
 
+_KEPT_CHARS: Final = 1 << 20
+"""Characters of all of them together, unless it is one; 100,000 may take 20 MB compiled."""
+
 
 class AnswerGrammar:
     """How far one answer has come in its grammar.
@@ -108,23 +111,25 @@ class Grammars:
             raise InvalidRequest(NO_TOKENIZER.format("a grammar"))
         with self._lock:
             known, trials = self._load()
-            is_new = grammar not in self._compiled
-        if is_new:
+            compiled = self._compiled.get(grammar)
+        if compiled is None:
             from distributed_llm.coordinator.text.grammar_compiler import compile_grammar
 
             if not tried:
                 trials.run(grammar)
             compiled = compile_grammar(known, grammar)
         with self._lock:
-            if is_new:
-                self._compiled[grammar] = compiled
+            matchers = [compiled.deep_copy() for _ in range(count)]
+            self._compiled[grammar] = compiled
             self._compiled.move_to_end(grammar)
-            while len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-            matcher = self._compiled[grammar]
-            return [
-                AnswerGrammar(matcher.deep_copy(), ends, self._num_tokens) for _ in range(count)
-            ]
+            self._forget_some()
+        return [AnswerGrammar(matcher, ends, self._num_tokens) for matcher in matchers]
+
+    def _forget_some(self) -> None:
+        chars = sum(len(grammar.text) for grammar in self._compiled)
+        while len(self._compiled) > 1 and (len(self._compiled) > _KEPT or chars > _KEPT_CHARS):
+            grammar, _ = self._compiled.popitem(last=False)
+            chars -= len(grammar.text)
 
     def _load(self) -> "tuple[LLTokenizer, Trials]":
         """Return the vocabulary and the trials; this takes a second for the first grammar."""
