@@ -67,6 +67,13 @@ def generate(
             help="Tokens at most.", show_default="the model's, else 256", rich_help_panel=_LENGTH
         ),
     ] = None,
+    fit_context: Annotated[
+        bool,
+        typer.Option(
+            help="Fewer than --max-new-tokens where there is no room for them.",
+            rich_help_panel=_LENGTH,
+        ),
+    ] = False,
     min_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -229,6 +236,7 @@ def generate(
     asked = _text_prompt(prompt) if token_ids is None else _ids_prompt(token_ids, prompt)
     params = {
         "max_new_tokens": max_new_tokens,
+        "fit_context": fit_context,
         "min_new_tokens": min_new_tokens,
         "temperature": temperature,
         "top_k": top_k,

@@ -57,6 +57,8 @@ class SamplingParams(
 
     Attributes:
         max_new_tokens: most tokens to generate; default: 256, or fewer if the context is full.
+        fit_context: generate fewer than `max_new_tokens` where the context, or the workers' memory,
+            has no room for as many; else the request fails.
         min_new_tokens: number of tokens before which no token is sampled that ends the answer.
         temperature: 0 is greedy, and so is everything below 0.00001.
         top_k: sample from the k likeliest tokens; 0 is off.
@@ -83,9 +85,11 @@ class SamplingParams(
         skip_special_tokens: leave special tokens out of the text; if not, only those that end the
             answer are.
         timeout_s: time from the request's arrival after which it fails if it has not finished.
+        trace: report with each token which machines computed it, and how long that took.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    fit_context: bool = False
     min_new_tokens: _NumTokens | None = None
     temperature: _Temperature | None = None
     top_k: _TopK | None = None
@@ -108,6 +112,7 @@ class SamplingParams(
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    trace: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "SamplingParams":
@@ -139,6 +144,7 @@ class SamplingParams(
 
 _WANTED: Mapping[str, str] = {
     "max_new_tokens": "a whole number from 1",
+    "fit_context": "true or false",
     "min_new_tokens": "a whole number from 0",
     "temperature": "a number from 0 (greedy) to 100",
     "top_k": "a whole number from 0 (off)",
@@ -163,6 +169,7 @@ _WANTED: Mapping[str, str] = {
     "ignore_eos": "true or false",
     "skip_special_tokens": "true or false",
     "timeout_s": "a number of seconds above 0, up to 1000000",
+    "trace": "true or false",
 }
 
 

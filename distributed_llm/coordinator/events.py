@@ -151,6 +151,18 @@ class Detokenized:
         return self.stop_string is not None
 
 
+@dataclass(frozen=True)
+class TextAnswered:
+    """Event: what `AskText` asked.
+
+    Attributes:
+        payload: token ids as int32, or the text in UTF-8.
+    """
+
+    key: RequestKey
+    payload: bytes
+
+
 class Question(Protocol):
     """Planning that takes milliseconds, done in another thread on values that nobody changes."""
 
@@ -188,6 +200,7 @@ Event = (
     | Tokenized
     | TextFailed
     | Detokenized
+    | TextAnswered
     | Studied
     | StudyFailed
 )
@@ -258,6 +271,22 @@ class Forget:
 
 
 @dataclass(frozen=True)
+class AskText:
+    """Action: turn a prompt into token ids, or token ids into text, and no more.
+
+    `TextAnswered` or `TextFailed` follows, whatever becomes of who asked.
+
+    Attributes:
+        special: whether with special tokens; a conversation has its own.
+    """
+
+    key: RequestKey
+    kind: PromptKind
+    payload: bytes
+    special: bool
+
+
+@dataclass(frozen=True)
 class Study:
     """Action: answer a question in another thread; `Studied` or `StudyFailed` follows.
 
@@ -288,5 +317,14 @@ class Stop:
 
 
 Action = (
-    Send | KeepMembers | AnswerAboutWeights | Tokenize | Detokenize | Forget | Study | Log | Stop
+    Send
+    | KeepMembers
+    | AnswerAboutWeights
+    | Tokenize
+    | Detokenize
+    | Forget
+    | AskText
+    | Study
+    | Log
+    | Stop
 )

@@ -4,7 +4,7 @@ import json
 import random
 import re
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -114,7 +114,7 @@ def test_a_special_token_that_the_grammar_names_may_come(grammars: Grammars) -> 
     assert allowed(answer.mask()) == [begin]
     for kind in ("json_object", "gbnf"):
         text = "" if kind == "json_object" else 'root ::= "{" [a-z]'
-        (other,) = grammars.begin(Grammar(kind, text), [], 1)  # type: ignore[arg-type]
+        (other,) = grammars.begin(Grammar(kind, text), [], 1)
         texts = [tokenizer_of("byte-level").decode([i]) for i in allowed(other.mask())]
         assert "{" in texts
         assert all(text.startswith("{") for text in texts)
@@ -151,7 +151,7 @@ def test_compiled_grammars_are_kept_and_not_for_ever(monkeypatch: pytest.MonkeyP
 
     def counting(tokenizer: object, grammar: Grammar) -> object:
         compiled.append(grammar.text)
-        return original(tokenizer, grammar)  # type: ignore[arg-type]
+        return original(tokenizer, grammar)
 
     monkeypatch.setattr(grammar_compiler, "compile_grammar", counting)
     grammars = Grammars(tokenizer_of("byte-level"))

@@ -26,12 +26,12 @@ from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
     Limits,
     named_tokens,
     resolve,
-    split,
     text_rules,
     wrong_prompt,
 )
@@ -164,6 +164,12 @@ def test_length_of_the_checkpoint_is_a_wish_and_of_the_request_an_order() -> Non
     with pytest.raises(ContextLengthExceeded):
         limits_of(long, max_new_tokens=91)
     assert limits_of(defaults_of({"max_new_tokens": 8})).max_new_tokens == 8
+
+
+def test_length_that_may_be_less_is_what_there_is_room_for() -> None:
+    assert limits_of(max_new_tokens=5000, fit_context=True).max_new_tokens == 90
+    assert limits_of(max_new_tokens=5000, fit_context=True, kv=64).max_new_tokens == 54
+    assert limits_of(max_new_tokens=5, fit_context=True).max_new_tokens == 5
 
 
 def test_context_exceeded_names_both_numbers() -> None:
@@ -344,7 +350,7 @@ def test_prompt_and_grammar_are_told_apart() -> None:
     ],
 )
 def test_other_tensors_than_prompt_and_grammar_are_refused(message: Generate, why: str) -> None:
-    wrong = wrong_prompt(message, 100)
+    wrong = wrong_inputs(message, 100)
     assert wrong is not None
     assert why in str(wrong)
 
@@ -502,7 +508,7 @@ def complaint(prompt: Any, dtype: Any, size: int, context: int = 100) -> Invalid
     """Return what is wrong with a prompt tensor of this dtype and size."""
     spec = TensorSpec(dtype, (size,))
     message = Generate(request_id="r", prompt=prompt, params=SamplingParams(), tensors=(spec,))
-    return wrong_prompt(message, context)
+    return wrong_prompt(message.prompt, message.tensors, context)
 
 
 @pytest.mark.parametrize(
@@ -528,4 +534,4 @@ def test_prompt_that_no_context_can_hold() -> None:
 
 def test_empty_text() -> None:
     message = Generate(request_id="r", prompt="text", params=SamplingParams(), tensors=())
-    assert wrong_prompt(message, 100) is None
+    assert wrong_prompt(message.prompt, message.tensors, 100) is None

@@ -22,6 +22,7 @@ from distributed_llm.common.sampling_params import (
 
 EVERYTHING: dict[str, Any] = {
     "max_new_tokens": 10,
+    "fit_context": True,
     "min_new_tokens": 2,
     "temperature": 0.7,
     "top_k": 40,
@@ -44,6 +45,7 @@ EVERYTHING: dict[str, Any] = {
     "ignore_eos": True,
     "skip_special_tokens": False,
     "timeout_s": 30.0,
+    "trace": True,
 }
 
 
@@ -211,6 +213,7 @@ def test_the_bounds_are_allowed(name: str, value: Any) -> None:
         ("eos_token_id", "1"),
         ("ignore_eos", 1),
         ("ignore_eos", "yes"),
+        ("trace", 1),
         ("timeout_s", 0),
         ("timeout_s", -1.0),
         ("timeout_s", 1e7),

@@ -11,16 +11,19 @@ from distributed_llm.common.errors import InvalidRequest, TextError
 from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
+    AskText,
     Detokenize,
     Detokenized,
     Forget,
     RequestKey,
+    TextAnswered,
     TextFailed,
     TextRules,
     Tokenize,
     Tokenized,
 )
 from distributed_llm.coordinator.text.messages import (
+    Answered,
     AnswerText,
     Begun,
     Drop,
@@ -28,6 +31,7 @@ from distributed_llm.coordinator.text.messages import (
     Failed,
     Order,
     Prompt,
+    Question,
     Reply,
     Resume,
     Texts,
@@ -164,3 +168,18 @@ def test_messages_are_cut_out_of_any_stream(size: int) -> None:
 def test_what_is_no_message_is_an_error() -> None:
     with pytest.raises(msgspec.DecodeError):
         Unpacker(Reply).feed((3).to_bytes(8, "big") + b"\xc1\xc1\xc1")
+
+
+def test_a_question_is_asked_again_of_the_next_process_unless_the_last_worked_on_it() -> None:
+    orders = TextOrders()
+    order = orders.question(AskText(key(1), "text", b"Hi", special=False))
+    assert order == Question(request=1, kind="text", payload=b"Hi", special=False)
+    assert orders.died(DIED) == []
+    assert orders.again() == [order]
+    orders.replied(Begun(request=1, num_bytes=2))
+    assert orders.died(DIED) == [TextFailed(key(1), DIED)]
+    orders.question(AskText(key(2), "text", b"Hi", special=False))
+    answered = Answered(request=2, payload=b"four")
+    assert orders.replied(answered) == [TextAnswered(key(2), b"four")]
+    assert orders.replied(answered) == []
+    assert orders.again() == []

@@ -1,5 +1,6 @@
 """The parameters of a request: defaults applied, limits checked. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -7,18 +8,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest, NotEnoughMemory
-from distributed_llm.common.grammar import MAX_GRAMMAR_BYTES, Grammar, decode_grammar
-from distributed_llm.common.messages import Generate
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.sampling_params import (
     MAX_SEED,
     CheckpointParams,
     Sampling,
     SamplingParams,
 )
-from distributed_llm.common.tensors import Frame
+from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.common.wording import count_text
-from distributed_llm.coordinator.events import TextRules
+from distributed_llm.coordinator.events import PromptKind, TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -47,22 +47,15 @@ class Limits:
     end_token_ids: tuple[int, ...]
 
 
-def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | None:
-    """Return an error if the prompt of `message` has a wrong dtype or is certainly too long."""
-    most = 1 + (message.grammar is not None)
-    if len(message.tensors) > most:
-        return InvalidRequest(f"The request has {len(message.tensors)} tensors, not {most}.")
-    if _has_grammar_text(message) and message.tensors:
-        text = message.tensors[-1]
-        if text.dtype != "uint8" or text.nbytes > MAX_GRAMMAR_BYTES:
-            return InvalidRequest(
-                f"A grammar travels as at most {MAX_GRAMMAR_BYTES:,} uint8, not {text}."
-            )
-    wanted = "int32" if message.prompt == "token_ids" else "uint8"
+def wrong_prompt(
+    kind: PromptKind, specs: Sequence[TensorSpec], context_length: int
+) -> InvalidRequest | None:
+    """Return an error if the tensor of a prompt has a wrong dtype or is certainly too long."""
+    wanted = "int32" if kind == "token_ids" else "uint8"
     limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context_length)
-    for spec in message.tensors[: len(message.tensors) - _has_grammar_text(message)]:
+    for spec in specs:
         if spec.dtype != wanted:
-            return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
+            return InvalidRequest(f"A {kind} prompt travels as {wanted}, not {spec}.")
         if spec.nbytes > limit:
             count = spec.shape[0] if wanted == "int32" else spec.nbytes
             what = count_text(count, "token" if wanted == "int32" else "byte")
@@ -71,25 +64,6 @@ def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | Non
                 "Shorten it."
             )
     return None
-
-
-def split(message: Generate, frames: tuple[Frame, ...]) -> tuple[bytes, Grammar | None]:
-    """Return the prompt and the grammar of a request whose tensors are right.
-
-    Raises:
-        InvalidRequest: the grammar cannot be read.
-    """
-    if not _has_grammar_text(message):
-        return bytes(frames[0]) if frames else b"", message.grammar and Grammar(message.grammar)
-    assert message.grammar is not None
-    if not frames:
-        raise InvalidRequest(f"The request has no text of its {message.grammar} grammar.")
-    grammar = decode_grammar(message.grammar, bytes(frames[-1]))
-    return bytes(frames[0]) if len(frames) > 1 else b"", grammar
-
-
-def _has_grammar_text(message: Generate) -> bool:
-    return message.grammar not in (None, "json_object")
 
 
 def named_tokens(params: SamplingParams) -> tuple[int, ...]:
@@ -139,7 +113,9 @@ def resolve(
     kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens) - prompt_tokens
     usual = _usual_max_new_tokens(defaults, prompt_tokens)
-    max_new_tokens = params.max_new_tokens or max(1, min(usual, room))
+    max_new_tokens = params.max_new_tokens or usual
+    if params.fit_context or not params.max_new_tokens:
+        max_new_tokens = max(1, min(max_new_tokens, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
         raise ContextLengthExceeded(

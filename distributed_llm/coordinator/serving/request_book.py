@@ -22,7 +22,6 @@ from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     Finished,
     Generate,
-    RequestFailed,
     RequestId,
     TokenChunk,
     TokenLogprobs,
@@ -42,13 +41,13 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
+from distributed_llm.coordinator.requests.failures import failure
 from distributed_llm.coordinator.requests.fairness import FairQueue
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     named_tokens,
     resolve,
-    split,
     text_rules,
-    wrong_prompt,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
@@ -125,6 +124,12 @@ class RequestBook:
         """Positions of KV cache that the largest answer may grow to; 0 if no answer needs any."""
         return max((request.reserved_tokens for request in self._uncomputed()), default=0)
 
+    def draw_number(self, count: int = 1) -> int:
+        """Return the first of so many numbers that nothing else has."""
+        number = self._next_number
+        self._next_number += count
+        return number
+
     # -------------------------------------------------------------- arrival
 
     def submit(
@@ -150,15 +155,14 @@ class RequestBook:
                 retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
-        wrong = wrong_prompt(message, self._defaults.context_length)
+        wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
         try:
             payload, grammar = split(message, frames)
         except InvalidRequest as exc:
             return self.refuse(peer, message.request_id, exc)
-        key = (peer, message.request_id, self._next_number)
-        self._next_number += params.n
+        key = (peer, message.request_id, self.draw_number(params.n))
         request = Request(
             key,
             params,
@@ -181,7 +185,7 @@ class RequestBook:
     ) -> list[Action]:
         """Fail a request without accepting it."""
         self.totals.count_failed(error.code)
-        return [_failure(peer, request_id, error)]
+        return [failure(peer, request_id, error)]
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
         """Return whether the client at `peer` has a request with this id that has not ended."""
@@ -386,6 +390,7 @@ class RequestBook:
             logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
             stop_string=event.stop_string,
+            trace=answer.take_trace(),
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 
@@ -417,7 +422,7 @@ class RequestBook:
             self._event_log.trace(
                 EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
             )
-        return [_failure(*key[:2], error), Forget(key)]
+        return [failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
         """End a request because its client asked for that."""
@@ -521,16 +526,3 @@ def _cause_of_end(event: Detokenized) -> AnswerCause:
     if event.stopped:
         return AnswerCause.STOP_STRING
     return AnswerCause.GRAMMAR_COMPLETE if event.complete else AnswerCause.TEXT_SENT
-
-
-def _failure(peer: PeerId, request_id: RequestId, error: DistributedLLMError) -> Send:
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
-    return Send(
-        peer,
-        RequestFailed(
-            request_id=request_id,
-            code=error.code,
-            message=str(error)[:4096],
-            retry_after_s=retry_after_s,
-        ),
-    )
