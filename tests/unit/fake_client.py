@@ -10,6 +10,8 @@ from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     ClientWelcome,
+    Embed,
+    Embedded,
     Finished,
     FinishReason,
     FromClient,
@@ -22,13 +24,14 @@ from distributed_llm.common.messages import (
     ToClient,
     TokenChunk,
     TokenLogprobs,
+    Usage,
     WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import Frame, frame_of_token_ids
+from distributed_llm.common.tensors import Frame, floats_of_frame, frame_of_token_ids
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.events import RequestKey
-from tests.unit.fake_model import CONTEXT, reference, reference_logprobs
+from tests.unit.fake_model import CONTEXT, reference, reference_embedding, reference_logprobs
 
 if TYPE_CHECKING:
     from tests.unit.simulation import Link, World
@@ -53,7 +56,9 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     text: str = ""
-    end: Finished | RequestFailed | None = None
+    end: Finished | Embedded | RequestFailed | None = None
+    embeds: bool = False
+    embedding: list[float] | None = None
     ended_at: float = 0.0
     cancelled: bool = False
     _expected: list[int] | None = None
@@ -98,6 +103,9 @@ class Answer:
         """Assert that all that came is right."""
         for other in self.others:
             other.check()
+        if self.embeds:
+            self._check_embedding()
+            return
         expected = self.expected()
         assert self.token_ids == expected[: len(self.token_ids)]
         if self.params.logprobs is not None:
@@ -113,6 +121,13 @@ class Answer:
             whole = text_of(expected)
             found = [at for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
             assert self.text == whole[: min(found, default=None)]
+
+    def _check_embedding(self) -> None:
+        assert not self.token_ids
+        assert not isinstance(self.end, Finished)
+        if isinstance(self.end, Embedded):
+            assert self.embedding == reference_embedding(self.prompt)
+            assert self.end.usage == Usage(prompt_tokens=len(self.prompt), completion_tokens=0)
 
 
 class SimClient:
@@ -154,6 +169,17 @@ class SimClient:
         self.say(message, (frame,))
         return answer
 
+    def embed(self, prompt: Sequence[int], timeout_s: float | None = None) -> Answer:
+        """Ask for an embedding."""
+        name = f"r{len(self.answers)}"
+        params = SamplingParams(max_new_tokens=1, timeout_s=timeout_s)
+        answer = Answer(tuple(prompt), params, self.world.now, embeds=True)
+        self.answers[name] = answer
+        spec, frame = frame_of_token_ids(prompt)
+        message = Embed(request_id=name, prompt="token_ids", timeout_s=timeout_s, tensors=(spec,))
+        self.say(message, (frame,))
+        return answer
+
     def cancel(self, request_id: str) -> None:
         """Cancel a request."""
         self.answers[request_id].cancelled = True
@@ -170,7 +196,7 @@ class SimClient:
         if self.gone:
             return
         try:
-            message, _ = codec.to_client.decode(wire)
+            message, tensors = codec.to_client.decode(wire)
         except RemoteProtocolError:
             self.vanish()
             return
@@ -185,7 +211,13 @@ class SimClient:
                 answer.logprobs += message.logprobs
                 answer.text += text
                 answer.reason = message.finish_reason
-            case Finished(request_id=name) | RequestFailed(request_id=name):
+            case (
+                Finished(request_id=name)
+                | Embedded(request_id=name)
+                | RequestFailed(request_id=name)
+            ):
+                if isinstance(message, Embedded):
+                    self.answers[name].embedding = floats_of_frame(tensors[0])
                 for answer in self.answers[name].all:
                     assert answer.end is None, "a second end"
                     answer.end, answer.ended_at = message, self.world.now

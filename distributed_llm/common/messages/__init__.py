@@ -49,6 +49,7 @@ from distributed_llm.common.messages.from_client import (
     DecodeTokens,
     DescribeModel,
     DrainWorker,
+    Embed,
     EncodePrompt,
     Enrol,
     Generate,
@@ -115,6 +116,7 @@ from distributed_llm.common.messages.to_client import (
     MAX_SPELLING,
     ClientWelcome,
     ClusterMembers,
+    Embedded,
     Enrolled,
     Finished,
     FinishReason,
@@ -197,6 +199,8 @@ __all__ = [
     "DigestsReport",
     "DrainWorker",
     "DropStage",
+    "Embed",
+    "Embedded",
     "EncodePrompt",
     "Enrol",
     "Enrolled",
@@ -331,6 +335,7 @@ WorkerReport = (
 
 ClientRequest = (
     Generate
+    | Embed
     | EncodePrompt
     | DecodeTokens
     | Cancel
@@ -373,6 +378,7 @@ ToClient = (
     | ClientWelcome
     | TokenChunk
     | Finished
+    | Embedded
     | PromptEncoded
     | TokensDecoded
     | RequestFailed

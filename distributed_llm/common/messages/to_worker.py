@@ -224,6 +224,7 @@ class SequenceSlice(
         sampling: how to sample from now on; in the first slice that samples, and again after the
             sequence may have been lost.
         prefix: in the first slice of a sequence whose first `start` positions are shared.
+        embed: whether to sum up the model's last hidden states at these positions; does not sample.
     """
 
     sequence_id: SequenceId
@@ -232,6 +233,7 @@ class SequenceSlice(
     sample: bool = False
     sampling: Sampling | None = None
     prefix: SharedPrefix | None = None
+    embed: bool = False
 
 
 class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):

@@ -36,6 +36,7 @@ class AnswerCause(Enum):
         PIPELINE_GONE: the pipeline it ran on was dissolved.
         LAST_TOKEN: its last token was sampled.
         TEXT_SENT: the text of all its tokens was sent.
+        EMBEDDED: its embedding was sent; it was to have no tokens.
         STOP_STRING: a stop string was found in its text.
         FAILED: its request ends with an error, was cancelled, or the client is gone.
     """
@@ -45,6 +46,7 @@ class AnswerCause(Enum):
     PIPELINE_GONE = auto()
     LAST_TOKEN = auto()
     TEXT_SENT = auto()
+    EMBEDDED = auto()
     STOP_STRING = auto()
     FAILED = auto()
 
@@ -59,6 +61,7 @@ ANSWER_STATES = StateTable(
         (AnswerState.RUNNING, AnswerCause.PREEMPTED): AnswerState.WAITING,
         (AnswerState.RUNNING, AnswerCause.PIPELINE_GONE): AnswerState.WAITING,
         (AnswerState.RUNNING, AnswerCause.LAST_TOKEN): AnswerState.CLOSING,
+        (AnswerState.RUNNING, AnswerCause.EMBEDDED): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.STOP_STRING): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.FAILED): AnswerState.GONE,
         (AnswerState.CLOSING, AnswerCause.TEXT_SENT): AnswerState.GONE,
