@@ -286,8 +286,10 @@ class World:
         self, order: events.Tokenize | events.Detokenize | events.Forget | events.AskText
     ) -> None:
         match order:
-            case events.Tokenize(key=key, payload=payload, stop_strings=stops):
-                self._texts[key] = [FakeDetokenizer(stops) for _ in range(order.num_choices)]
+            case events.Tokenize(key=key, payload=payload, rules=rules):
+                self._texts[key] = [
+                    FakeDetokenizer(rules.stop_strings) for _ in range(order.num_choices)
+                ]
                 self.apply(events.Tokenized(key, token_ids_of_frame(payload)))
             case events.Forget(key=key):
                 self._texts.pop(key, None)

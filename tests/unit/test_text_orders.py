@@ -18,6 +18,7 @@ from distributed_llm.coordinator.events import (
     RequestKey,
     TextAnswered,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
@@ -48,7 +49,7 @@ def key(number: int) -> RequestKey:
 
 
 def prompt(number: int, choices: int = 1) -> Tokenize:
-    return Tokenize(key(number), "text", b"Hi", choices, ("stop",))
+    return Tokenize(key(number), "text", b"Hi", choices, TextRules(("stop",)))
 
 
 def tokens(number: int, *ids: int, choice: int = 0) -> Detokenize:
@@ -61,7 +62,9 @@ def encoded(number: int, *ids: int) -> Encoded:
 
 
 def texts(*numbers: int, failures: Sequence[Failed] = ()) -> Texts:
-    pieces = tuple(AnswerText(number, 0, "x", 1, stopped=False, last=False) for number in numbers)
+    pieces = tuple(
+        AnswerText(number, 0, "x", 1, stop_string=None, last=False) for number in numbers
+    )
     return Texts(pieces=pieces, failures=tuple(failures))
 
 
@@ -85,11 +88,11 @@ def test_only_what_it_worked_on_fails_with_the_text_process(orders: TextOrders) 
     second = orders.tokens([tokens(2, 22), tokens(3, 31)])
     assert isinstance(first, Tokens)
     assert orders.died(DIED) == [TextFailed(key(1), DIED), TextFailed(key(4), DIED)]
-    resumed = {"stop_strings": ("stop",), "context": (7, 8)}
+    resumed = {"rules": TextRules(("stop",)), "context": (7, 8)}
     assert orders.again() == [
         Resume(request=2, answers=((), (21,)), **resumed),  # type: ignore[arg-type]
         Resume(request=3, answers=((), ()), **resumed),  # type: ignore[arg-type]
-        Prompt(request=5, kind="text", payload=b"Hi", num_choices=2, stop_strings=("stop",)),
+        Prompt(request=5, kind="text", payload=b"Hi", num_choices=2, rules=TextRules(("stop",))),
         second,
     ]
     assert [type(event) for event in orders.replied(texts(2, 3))] == [Detokenized, Detokenized]
@@ -152,7 +155,7 @@ def test_a_failure_has_the_class_that_it_was_raised_with(orders: TextOrders) -> 
 @pytest.mark.parametrize("size", [1, 7, 4096])
 def test_messages_are_cut_out_of_any_stream(size: int) -> None:
     sent: list[Order] = [
-        Prompt(request=1, kind="chat", payload=b"x" * 999, num_choices=1, stop_strings=("é",)),
+        Prompt(request=1, kind="chat", payload=b"x" * 999, num_choices=1, rules=TextRules(("é",))),
         Drop(request=2),
         Tokens(answers=()),
     ]

@@ -9,6 +9,7 @@ import pytest
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.messages import Chat, ChatMessage
 from distributed_llm.common.tensors import frame_of_token_ids, token_ids_of_frame
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.messages import (
     Answered,
     AnswerTokens,
@@ -33,7 +34,7 @@ def work(tokenizer: Tokenizer | None = None) -> TextWork:
 
 def prompt(request: int, text: str = "he", **changes: Any) -> Prompt:
     usual = Prompt(
-        request=request, kind="text", payload=text.encode(), num_choices=1, stop_strings=()
+        request=request, kind="text", payload=text.encode(), num_choices=1, rules=TextRules()
     )
     return msgspec.structs.replace(usual, **changes)
 
@@ -104,13 +105,13 @@ def test_a_resumed_answer_goes_on_where_it_was() -> None:
     rest = both[len(start) :]
     for cut in range(len(rest)):
         whole, first, second = work(), work(), work()
-        order = prompt(1, stop_strings=("stop",))
+        order = prompt(1, rules=TextRules(("stop",)))
         context = encoded(whole, order)
         encoded(first, order)
         before = text_of(first, 1, *rest[:cut])
         resumed = Resume(
             request=1,
-            stop_strings=("stop",),
+            rules=TextRules(("stop",)),
             context=tuple(context),
             answers=(tuple(rest[:cut]),),
         )
@@ -159,7 +160,7 @@ class Broken(Tokenizer):
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         raise ZeroDivisionError("a bug")
 
-    def decode(self, token_ids: Any) -> str:
+    def decode(self, token_ids: Any, *, skip_special_tokens: bool = True) -> str:
         if list(token_ids) == [300]:
             raise ZeroDivisionError("a bug")
         return "x" * len(token_ids)
@@ -177,7 +178,7 @@ def test_a_bug_fails_the_request_that_shows_it_and_no_other() -> None:
     for request in (2, 3):
         _, frame = frame_of_token_ids([1])
         encoded(done, prompt(request, kind="token_ids", payload=bytes(frame)))
-    done.resume(Resume(request=3, stop_strings=(), context=(), answers=((),)))
+    done.resume(Resume(request=3, rules=TextRules(), context=(), answers=((),)))
     step = Tokens(answers=(AnswerTokens(2, 0, (5,), False), AnswerTokens(3, 0, (300,), False)))
     texts = done.texts(step)
     assert [piece.request for piece in texts.pieces] == [2]

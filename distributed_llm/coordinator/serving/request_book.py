@@ -51,6 +51,7 @@ from distributed_llm.coordinator.requests.parameters import (
     embedding_limits,
     named_tokens,
     resolve,
+    text_rules,
     wrong_prompt,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
@@ -184,7 +185,8 @@ class RequestBook:
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
         payload = bytes(frames[0]) if frames else b""
         texts = 0 if embeds else params.n
-        return [Tokenize(key, message.prompt, payload, texts, params.stop_strings)]
+        rules = text_rules(params, self._defaults)
+        return [Tokenize(key, message.prompt, payload, texts, rules)]
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
@@ -402,6 +404,8 @@ class RequestBook:
             token_ids=new,
             logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
+            stop_string=event.stop_string,
+            trace=answer.take_trace(),
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 

@@ -9,7 +9,7 @@ import msgspec
 
 from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import TokenId
-from distributed_llm.coordinator.events import PromptKind
+from distributed_llm.coordinator.events import PromptKind, TextRules
 from distributed_llm.coordinator.model import TokenizerFacts
 
 
@@ -24,7 +24,7 @@ class Prompt(_Message, frozen=True, kw_only=True):
     kind: PromptKind
     payload: bytes
     num_choices: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
 
 
 class Question(_Message, frozen=True, kw_only=True):
@@ -61,7 +61,7 @@ class Resume(_Message, frozen=True, kw_only=True):
     """
 
     request: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
     context: tuple[TokenId, ...]
     answers: tuple[tuple[TokenId, ...], ...]
 
@@ -137,7 +137,7 @@ class AnswerText(msgspec.Struct, frozen=True, array_like=True):
     choice: int
     text: str
     num_tokens: int
-    stopped: bool
+    stop_string: str | None
     last: bool
     spelled: tuple[Spelling | None, ...] = ()
 

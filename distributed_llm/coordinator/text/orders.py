@@ -14,6 +14,7 @@ from distributed_llm.coordinator.events import (
     RequestKey,
     TextAnswered,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
@@ -47,7 +48,7 @@ class _Request:
 
     key: RequestKey
     prompt: Prompt | Question | None
-    stop_strings: tuple[str, ...] = ()
+    rules: TextRules = field(default_factory=TextRules)
     answers: list[list[int]] = field(default_factory=list)
     begun: bool = False
     context: tuple[int, ...] = field(default=())
@@ -77,10 +78,10 @@ class TextOrders:
             kind=action.kind,
             payload=action.payload,
             num_choices=action.num_choices,
-            stop_strings=action.stop_strings,
+            rules=action.rules,
         )
         answers: list[list[int]] = [[] for _ in range(action.num_choices)]
-        self._requests[number] = _Request(action.key, order, action.stop_strings, answers)
+        self._requests[number] = _Request(action.key, order, action.rules, answers)
         return order
 
     def question(self, action: AskText) -> Order:
@@ -151,7 +152,7 @@ class TextOrders:
                 request.prompt
                 or Resume(
                     request=number,
-                    stop_strings=request.stop_strings,
+                    rules=request.rules,
                     context=request.context,
                     answers=tuple(map(tuple, request.answers)),
                 )
@@ -185,7 +186,7 @@ class TextOrders:
                 piece.choice,
                 piece.text,
                 piece.num_tokens,
-                piece.stopped,
+                piece.stop_string,
                 piece.last,
                 piece.spelled,
             )

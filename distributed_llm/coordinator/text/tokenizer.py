@@ -143,17 +143,20 @@ class Tokenizer:
             raise InvalidRequest("Token ids must be at least 0.")
         return str(self._backend.decode(list(token_ids), skip_special_tokens=not special))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of `token_ids` without special tokens; empty without a tokenizer."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `token_ids`; empty without a tokenizer."""
         if self._backend is None:
             return ""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        ids = list(token_ids)
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def is_silent(self, token_id: int) -> bool:
         """Return whether a token has no text: it is special, or unknown to the tokenizer."""
-        if self._backend is None or token_id in self._special:
-            return True
-        return self._backend.id_to_token(token_id) is None
+        return token_id in self._special or not self.knows(token_id)
+
+    def knows(self, token_id: int) -> bool:
+        """Return whether the vocabulary has a token."""
+        return self._backend is not None and self._backend.id_to_token(token_id) is not None
 
     def special_name(self, token_id: int) -> str:
         """Return how a special token is written ("</s>"); empty for any other token."""

@@ -89,7 +89,7 @@ class TextWork:
             continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
             answers = [
-                Detokenizer(self._tokenizer, prompt.stop_strings, context)
+                Detokenizer(self._tokenizer, prompt.rules, context)
                 for _ in range(prompt.num_choices)
             ]
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
@@ -132,7 +132,7 @@ class TextWork:
         try:
             answers = []
             for token_ids in order.answers:
-                answer = Detokenizer(self._tokenizer, order.stop_strings, order.context)
+                answer = Detokenizer(self._tokenizer, order.rules, order.context)
                 answer.feed(token_ids)
                 answers.append(answer)
         except Exception as exc:
@@ -157,16 +157,16 @@ class TextWork:
 
     def _piece(self, answer: Detokenizer, tokens: AnswerTokens) -> AnswerText:
         piece = answer.feed(tokens.token_ids)
-        text, stopped = piece.text, piece.stopped
-        if tokens.last and not stopped:
+        text = piece.text
+        if tokens.last and piece.stop_string is None:
             piece = answer.finish()
-            text, stopped = text + piece.text, piece.stopped
+            text += piece.text
         return AnswerText(
             tokens.request,
             tokens.choice,
             text,
             piece.token_count,
-            stopped,
+            piece.stop_string,
             tokens.last,
             self._tokenizer.spell(tokens.spell),
         )
