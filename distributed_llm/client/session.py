@@ -32,6 +32,8 @@ from distributed_llm.common.messages import (
     DecodeTokens,
     DescribeModel,
     DrainWorker,
+    Embed,
+    Embedded,
     EncodePrompt,
     Enrolled,
     Finished,
@@ -60,8 +62,8 @@ from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import no_coordinator_text
 
 Frames = tuple[Frame, ...]
-Question = EncodePrompt | DecodeTokens
-Reply = TokenChunk | Finished | PromptEncoded | TokensDecoded
+Question = Embed | EncodePrompt | DecodeTokens
+Reply = TokenChunk | Finished | Embedded | PromptEncoded | TokensDecoded
 
 T = TypeVar("T")
 
@@ -291,7 +293,7 @@ class Session:
             case ClientWelcome():
                 if not self._welcome.done():
                     self._welcome.set_result(message)
-            case TokenChunk() | Finished() | PromptEncoded() | TokensDecoded():
+            case TokenChunk() | Finished() | Embedded() | PromptEncoded() | TokensDecoded():
                 self._answer(message.request_id, (message, tensors))
             case RequestFailed():
                 error = error_from_wire(message.code, message.message, message.retry_after_s)
