@@ -19,11 +19,11 @@ from distributed_llm.api.guard.envelope import Envelope
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import chat, models
+from distributed_llm.api.openai import chat, completions, models, tokens
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (models.router, chat.router)
+_ROUTERS = (models.router, chat.router, completions.router, tokens.router)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""

@@ -34,7 +34,7 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: As
     check_model(body.model, served.name)
     turn = turn_of(body, served.formats, served.template)
     head = new_head("chatcmpl", served.name, fingerprint_of(served.name, await plan_epoch(client)))
-    events = named_as_asked(answer(client, turn, served.formats), body.names, "messages")
+    events = named_as_asked(answer(client, turn, served.formats), body, "messages")
     headers = warning_headers(body, KNOWN)
     if body.stream:
         options = body.stream_options

@@ -66,7 +66,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     system_fingerprint: str
     choices: list[ChunkChoice]
-    usage: UsageBody | None | UnsetType = UNSET
+    usage: UsageBody | UnsetType | None = UNSET
     dllm_timings: dict[str, Any] | UnsetType = UNSET
 
 

@@ -54,6 +54,11 @@ class SamplingFields(Body):
     max_tokens: Integer = None
     min_tokens: Integer = None
 
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Names of `SamplingParams` by those that this body has for them."""
+        return NAMES
+
 
 NAMES: Mapping[str, str] = {
     **{
@@ -104,37 +109,50 @@ _T = TypeVar("_T")
 
 
 async def named_as_asked(
-    events: AsyncGenerator[_T, None], names: Mapping[str, str], prompt: str
+    events: AsyncGenerator[_T, None], body: SamplingFields, prompt: str
 ) -> AsyncGenerator[_T, None]:
     """Yield what comes; of a request that the coordinator finds wrong, raise what `error_of` says.
 
     Args:
         events: closed with this.
+        body: what was asked.
     """
     try:
         async with aclosing(events):
             async for event in events:
                 yield event
     except InvalidRequest as exc:
-        raise error_of(exc, names, prompt) from exc
+        raise error_of(exc, body.names, prompt, dict(body)) from exc
 
 
-def error_of(exc: InvalidRequest, names: Mapping[str, str], prompt: str) -> ApiError:
+def error_of(
+    exc: InvalidRequest, names: Mapping[str, str], prompt: str, given: Mapping[str, Any]
+) -> ApiError:
     """Return the error of a request that the coordinator, or the client, finds wrong.
 
     Args:
         names: names of `SamplingParams` by the request's names.
         prompt: name of the field that has the prompt.
+        given: values by the request's names.
     """
+    message = str(exc)
     if isinstance(exc, ContextLengthExceeded):
         return _renamed(exc, names, prompt, exc.code)
-    message = str(exc)
+    if token := re.match(r"Token id (\d+) ", message):
+        return _renamed(exc, names, _place_of(int(token[1]), given) or prompt, "invalid_value")
     wire = sorted(names.values(), key=message.find)
     named = next(
         (name for name in wire if re.search(rf"\b{name}\b", message) and len(name) > 1), None
     )
     param = next((name for name in names if names[name] == named), None)
     return _renamed(exc, names, param or _subject(message, prompt), "invalid_value")
+
+
+def _place_of(token: int, given: Mapping[str, Any]) -> str | None:
+    """Return the parameter that names a token; None if none does."""
+    if str(token) in (given.get("logit_bias") or ()):
+        return "logit_bias"
+    return "stop_token_ids" if token in (given.get("stop_token_ids") or ()) else None
 
 
 _SUBJECTS = (
