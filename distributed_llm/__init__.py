@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongServerKey,
     )
-    from distributed_llm.common.messages import ModelInfo, Usage
+    from distributed_llm.common.messages import ModelInfo, StageHop, StepTrace, Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
 
@@ -70,6 +70,8 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "StageHop",
+    "StepTrace",
     "TextError",
     "TokenizedPrompt",
     "UnsupportedModel",

@@ -9,6 +9,7 @@ from distributed_llm.common.messages import (
     Finished,
     FinishReason,
     Spelling,
+    StepTrace,
     Timings,
     TokenChunk,
     TokenLogprobs,
@@ -89,6 +90,9 @@ class Chunk:
         logprobs: one per token id if `logprobs` was asked for, else None.
         finish_reason: in the last chunk with text, why the answer ends; see `Generation`.
         stop_string: in that chunk, the stop string that ended the answer; None if none did.
+        trace: the steps that led to its tokens, oldest first, if `trace` was asked for: which
+            machines computed what, and how long that took. With a prompt of many steps, some come
+            in chunks before the first token.
         generation: the complete answer, in its last chunk only.
     """
 
@@ -98,6 +102,7 @@ class Chunk:
     logprobs: list[PickedToken] | None = None
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
+    trace: tuple[StepTrace, ...] = ()
     generation: Generation | None = None
 
 
@@ -132,6 +137,7 @@ class Answers:
             logprobs=picked if self._with_logprobs else None,
             finish_reason=piece.finish_reason,
             stop_string=piece.stop_string,
+            trace=piece.trace,
         )
 
     def finish(self, end: Finished) -> list[Generation]:

@@ -85,6 +85,7 @@ class SamplingParams(
         skip_special_tokens: leave special tokens out of the text; if not, only those that end the
             answer are.
         timeout_s: time from the request's arrival after which it fails if it has not finished.
+        trace: report with each token which machines computed it, and how long that took.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -111,6 +112,7 @@ class SamplingParams(
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    trace: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "SamplingParams":
@@ -167,6 +169,7 @@ _WANTED: Mapping[str, str] = {
     "ignore_eos": "true or false",
     "skip_special_tokens": "true or false",
     "timeout_s": "a number of seconds above 0, up to 1000000",
+    "trace": "true or false",
 }
 
 

@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     Refused,
     RequestFailed,
     StatusReport,
+    StepTrace,
     ToClient,
     TokenChunk,
     TokenLogprobs,
@@ -52,6 +53,7 @@ class Answer:
     stop_string: str | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    trace: list[StepTrace] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     text: str = ""
     end: Finished | RequestFailed | None = None
@@ -104,6 +106,8 @@ class Answer:
         if self.params.logprobs is not None:
             known = reference_logprobs(self.prompt, self.params, choice=self.choice)
             assert self.logprobs == known[: len(self.token_ids)]
+        sampled = [step.index for step in self.trace if step.sampled]
+        assert sampled == (list(range(len(self.token_ids))) if self.params.trace else [])
         if isinstance(self.end, Finished):
             assert self.token_ids == expected
             assert self.end.usage.prompt_tokens == len(self.prompt)
@@ -186,6 +190,7 @@ class SimClient:
                 answer.token_ids += ids
                 answer.token_times += [self.world.now] * len(ids)
                 answer.logprobs += message.logprobs
+                answer.trace += message.trace
                 answer.text += text
                 answer.reason, answer.stop_string = message.finish_reason, message.stop_string
             case Finished(request_id=name) | RequestFailed(request_id=name):

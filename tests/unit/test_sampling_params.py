@@ -45,6 +45,7 @@ EVERYTHING: dict[str, Any] = {
     "ignore_eos": True,
     "skip_special_tokens": False,
     "timeout_s": 30.0,
+    "trace": True,
 }
 
 
@@ -212,6 +213,7 @@ def test_the_bounds_are_allowed(name: str, value: Any) -> None:
         ("eos_token_id", "1"),
         ("ignore_eos", 1),
         ("ignore_eos", "yes"),
+        ("trace", 1),
         ("timeout_s", 0),
         ("timeout_s", -1.0),
         ("timeout_s", 1e7),

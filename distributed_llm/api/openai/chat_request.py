@@ -92,7 +92,8 @@ def _params(body: ChatRequest) -> dict[str, Any]:
     most, newer = body.max_tokens, body.max_completion_tokens
     if most is not None and newer is not None and most != newer:
         raise invalid(
-            f"max_tokens is {most!r:.40}, and max_completion_tokens {newer!r:.40}. Give one.",
+            f"max_tokens is {most!r:.40} and max_completion_tokens {newer!r:.40}; "
+            "give one of them.",
             "max_tokens",
         )
     if body.top_logprobs is not None and not body.logprobs:

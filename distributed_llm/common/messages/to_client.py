@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import (
+    MAX_STAGES,
     Addresses,
     Label,
     Message,
@@ -17,7 +18,7 @@ from distributed_llm.common.messages.base import (
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.tensors import DtypeName, TensorSpec
-from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
+from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
 
@@ -80,6 +81,63 @@ class TokenLogprobs(
     spelled: Annotated[tuple[Spelling | None, ...], Meta(max_length=1 + MAX_LIKELIEST)] = ()
 
 
+class StageHop(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """What one stage did in one step, for all tokens of the step.
+
+    Attributes:
+        bytes_in: what came in: activations, or token ids at the first stage.
+        link_s: how long these take on the link from the stage before, by what was measured of that
+            link; None if nothing was, and at the first stage.
+        queued_s: from their arrival until they were computed.
+        compute_s: for which they were computed.
+    """
+
+    worker: Name
+    layers: LayerRange
+    bytes_in: Count
+    link_s: Seconds | None
+    queued_s: Seconds
+    compute_s: Seconds
+
+
+class StepTrace(Value, frozen=True, kw_only=True):
+    """One step through all stages, as one answer in it sees it.
+
+    Attributes:
+        index: of the token of the answer that it sampled, or that it prepared for: part of a
+            prompt, or tokens that are computed again after a loss.
+        sampled: whether it sampled that token.
+        epoch: of the plan.
+        start: position of its first token of this answer's sequence, the prompt included.
+        tokens: of this answer's sequence that it computed.
+        step_tokens: tokens that it computed of all sequences.
+        step_sequences: sequences in it.
+        began_s: when it began, since the request arrived.
+        took_s: from then until its result was there.
+        outside_s: the measured part of that outside of stages and their queues: on all links, and
+            to and from the coordinator.
+        hops: the stages in the order of the layers.
+    """
+
+    index: Count
+    sampled: bool
+    epoch: Epoch
+    start: Count
+    tokens: Count
+    step_tokens: Count
+    step_sequences: Count
+    began_s: Seconds
+    took_s: Seconds
+    outside_s: Seconds
+    hops: Annotated[tuple[StageHop, ...], Meta(max_length=MAX_STAGES)]
+
+
+MAX_TRACED = 64
+"""Steps that are reported of those that led to one token; the latest are."""
+
+
 class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_defaults=True):
     """Coordinator -> client: the next piece of an answer.
 
@@ -90,6 +148,7 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
         logprobs: one per token id, if they were asked for.
         finish_reason: in the last chunk of the answer, why it ends.
         stop_string: in that chunk, the stop string that ended it; None if none did.
+        trace: the steps that led to its tokens, oldest first, if they were asked for.
     """
 
     request_id: RequestId
@@ -100,6 +159,7 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=4096)] = ()
     finish_reason: FinishReason | None = None
     stop_string: Annotated[str, Meta(max_length=256)] | None = None
+    trace: Annotated[tuple[StepTrace, ...], Meta(max_length=MAX_TRACED)] = ()
 
 
 class Usage(Value, frozen=True, kw_only=True):

@@ -48,7 +48,7 @@ class _Request:
 
     key: RequestKey
     prompt: Prompt | Question | None
-    rules: TextRules = TextRules()
+    rules: TextRules = field(default_factory=TextRules)
     answers: list[list[int]] = field(default_factory=list)
     begun: bool = False
     context: tuple[int, ...] = field(default=())
