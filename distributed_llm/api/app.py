@@ -20,6 +20,7 @@ from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
 from distributed_llm.api.openai import chat, completions, models, tokens
+from distributed_llm.api.openai.plan_epoch import PlanEpoch
 from distributed_llm.api.operations import administration, cluster, health, requests
 from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.operations.readiness import Readiness
@@ -73,6 +74,7 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     app.state.readiness = readiness
     app.state.feed = feed
     app.state.register = register
+    app.state.plan_epoch = PlanEpoch()
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)

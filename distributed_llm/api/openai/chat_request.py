@@ -103,6 +103,8 @@ def _params(body: ChatRequest) -> dict[str, Any]:
     params = arguments(given, body.names)
     if grammar := grammar_of(body):
         params["grammar"] = grammar
+    if body.dllm_trace:
+        params["trace"] = True
     return params
 
 

@@ -1,16 +1,17 @@
 """Answers of `/v1/completions`: whole, or written in chunks. Pure."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from distributed_llm.api.openai.answer_head import AnswerHead
 from distributed_llm.api.openai.logprobs import CompletionLogprobs, completion_logprobs
-from distributed_llm.api.openai.usage import UsageBody, timings_of, usage_of
+from distributed_llm.api.openai.tracing import Hop, hops_of
+from distributed_llm.api.openai.usage import UsageBody, usage_of
 from distributed_llm.api.streaming import DONE, sse
 from distributed_llm.client.answers import Chunk, Generation
+from distributed_llm.common.messages import Timings
 
 Piece = tuple[int, Chunk]
 """A chunk, and the number of the prompt that it answers."""
@@ -23,7 +24,6 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
-    dllm_hops: list[Any] | UnsetType = UNSET
 
 
 class CompletionChunk(msgspec.Struct, kw_only=True):
@@ -36,7 +36,8 @@ class CompletionChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: UsageBody | UnsetType | None = UNSET
-    dllm_timings: dict[str, Any] | UnsetType = UNSET
+    dllm_hops: list[Hop] | UnsetType = UNSET
+    dllm_timings: Timings | UnsetType = UNSET
 
 
 class Choices:
@@ -67,7 +68,7 @@ class Choices:
             return None
         index = prompt * self._n + chunk.choice
         text = self._echoes.pop(index, "") + chunk.text if self._echoes else chunk.text
-        if not (text or chunk.logprobs or chunk.finish_reason):
+        if not (text or chunk.logprobs or chunk.finish_reason or chunk.trace):
             return None
         choice = CompletionChoice(index=index, text=text, finish_reason=chunk.finish_reason)
         if chunk.logprobs is not None:
@@ -81,9 +82,9 @@ class Choices:
         return usage_of(self._ended)
 
     @property
-    def timings(self) -> dict[str, Any] | UnsetType:
+    def timings(self) -> Timings | UnsetType:
         """How long the first prompt took, if it is to be told."""
-        return timings_of(self._ended[0][0]) if self._with_trace else UNSET
+        return self._ended[0][0].timings if self._with_trace else UNSET
 
 
 class CompletionStream:
@@ -103,7 +104,9 @@ class CompletionStream:
         choice = self._choices.add(piece)
         if choice is None:
             return b""
-        return sse(self._chunk([choice], None if self._with_usage else UNSET))
+        chunk = self._chunk([choice], None if self._with_usage else UNSET)
+        chunk.dllm_hops = hops_of(piece[1].trace) or UNSET
+        return sse(chunk)
 
     def end(self) -> bytes:
         """Return what to send at the end."""

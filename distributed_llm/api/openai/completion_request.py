@@ -92,6 +92,8 @@ def completions_of(body: CompletionRequest) -> Completions:
         raise invalid("stream_options goes with stream.", "stream_options")
     if grammar := grammar_of(body):
         params["grammar"] = grammar
+    if body.dllm_trace:
+        params["trace"] = True
     return Completions(prompts_of(body.prompt, "prompt"), params, n)
 
 

@@ -19,7 +19,6 @@ from distributed_llm.api.openai.completion_answers import (
     whole_completion,
 )
 from distributed_llm.api.openai.completion_request import CompletionRequest, completions_of
-from distributed_llm.api.openai.plan_epoch import plan_epoch
 from distributed_llm.api.openai.refusals import KNOWN, refuse_fields
 from distributed_llm.api.openai.sampling import named_as_asked
 from distributed_llm.api.openai.several import answer_all
@@ -37,7 +36,9 @@ async def create_completion(body: CompletionRequest, request: Request, caller: A
     model = (await client.identity()).model
     check_model(body.model, model)
     asked = completions_of(body)
-    head = new_head("cmpl", model, fingerprint_of(model, await plan_epoch(client)))
+    head = new_head(
+        "cmpl", model, fingerprint_of(model, await request.app.state.plan_epoch.now(client))
+    )
     echoes = [await _text(client, one) if body.echo else "" for one in asked.prompts]
     choices = Choices(asked.n, echoes, with_trace=bool(body.dllm_trace))
     pieces = named_as_asked(
