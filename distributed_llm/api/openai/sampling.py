@@ -12,21 +12,20 @@ from distributed_llm.api.errors import ApiError, invalid, of_exception
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest
 from distributed_llm.common.sampling_params import SamplingParams
 
-
-def _any(**schema: Any) -> Any:
-    """Return the type of a field whose values `SamplingParams` checks, as OpenAPI tells it."""
-    types = schema.pop("type")
-    return Annotated[Any, WithJsonSchema({"type": [*types, "null"], **schema})]
-
-
-_Number = _any(type=["number"])
-Integer = _any(type=["integer"])
+# What these fields may be, `SamplingParams` checks; OpenAPI is told their types.
+_Number = Annotated[Any, WithJsonSchema({"type": ["number", "null"]})]
+_Flag = Annotated[Any, WithJsonSchema({"type": ["boolean", "null"]})]
+_Integers = Annotated[
+    Any, WithJsonSchema({"type": ["array", "null"], "items": {"type": "integer"}})
+]
+_Texts = Annotated[
+    Any, WithJsonSchema({"type": ["string", "array", "null"], "items": {"type": "string"}})
+]
+_Biases = Annotated[
+    Any, WithJsonSchema({"type": ["object", "null"], "additionalProperties": {"type": "number"}})
+]
+Integer = Annotated[Any, WithJsonSchema({"type": ["integer", "null"]})]
 """A field that `SamplingParams` takes for a whole number."""
-
-_Flag = _any(type=["boolean"])
-_Integers = _any(type=["array"], items={"type": "integer"})
-_Texts = _any(type=["string", "array"], items={"type": "string"})
-_Biases = _any(type=["object"], additionalProperties={"type": "number"})
 
 
 class SamplingFields(Body):
