@@ -125,9 +125,7 @@ def test_prompts_may_be_token_ids_and_are_echoed_as_text(
     assert answer.choices[0].text == "Hello" + expected
 
 
-def test_parameters_reach_the_coordinator(
-    client: openai.OpenAI, direct: DistributedClient
-) -> None:
+def test_parameters_reach_the_coordinator(client: openai.OpenAI, direct: DistributedClient) -> None:
     answer = client.completions.create(
         model="default",
         prompt="Once",
