@@ -25,7 +25,7 @@ from distributed_llm.api.openai.completion_answers import (
 from distributed_llm.api.openai.tracing import hops_of
 from distributed_llm.client.answers import Chunk, Generation, LikelyToken, PickedToken
 from distributed_llm.common.messages import StageHop, StageTiming, StepTrace, Timings, Usage
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange
 
 HEAD = AnswerHead("chatcmpl-1", 7, "m", "fp_1")
 TIMINGS = Timings(
@@ -37,7 +37,7 @@ TIMINGS = Timings(
 TRACE = StepTrace(
     index=0,
     sampled=True,
-    epoch=1,
+    epoch=Epoch(1),
     start=0,
     tokens=3,
     step_tokens=4,
