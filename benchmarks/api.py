@@ -52,7 +52,9 @@ class Stream:
     @property
     def gaps_s(self) -> list[float]:
         """Between one piece and the next."""
-        return [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
+        return [
+            after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)
+        ]
 
 
 def _messages(number: int) -> list[dict[str, str]]:
@@ -121,7 +123,9 @@ def memory_mb(pid: int, name: str) -> float:
     return int(line.split()[1]) / 1000
 
 
-def _row(name: str, streams: Sequence[Stream], wanted: Sequence[str], took_s: float) -> list[object]:
+def _row(
+    name: str, streams: Sequence[Stream], wanted: Sequence[str], took_s: float
+) -> list[object]:
     gaps = sorted(gap for stream in streams for gap in stream.gaps_s)
     changed = sum(one.text != text for one, text in zip(streams, wanted, strict=True))
     return [

@@ -9,6 +9,7 @@ from pydantic import WithJsonSchema
 
 from distributed_llm.api.bodies import Body
 from distributed_llm.api.errors import ApiError, invalid, of_exception
+from distributed_llm.api.openai.grammars import GRAMMAR_FIELDS
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest
 from distributed_llm.common.sampling_params import SamplingParams
 
@@ -137,6 +138,9 @@ def error_of(
     message = str(exc)
     if isinstance(exc, ContextLengthExceeded):
         return _renamed(exc, names, prompt, exc.code)
+    if "grammar" in message:
+        asked = next((name for name in GRAMMAR_FIELDS if given.get(name) is not None), "tools")
+        return _renamed(exc, names, asked, "invalid_value")
     if token := re.match(r"Token id (\d+) ", message):
         return _renamed(exc, names, _place_of(int(token[1]), given) or prompt, "invalid_value")
     wire = sorted(names.values(), key=message.find)
@@ -156,7 +160,6 @@ def _place_of(token: int, given: Mapping[str, Any]) -> str | None:
 
 _SUBJECTS = (
     (re.compile("^Bad messages? "), ""),
-    (re.compile("grammar|schema|regular expression"), "response_format"),
     (re.compile(r"argument\b"), "chat_template_kwargs"),
     (re.compile(r"\btools?\b"), "tools"),
     (re.compile("(?i)prompt|messages?|conversation"), ""),
