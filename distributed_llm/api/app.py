@@ -20,7 +20,8 @@ from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import chat, models
+from distributed_llm.api.openai import chat, completions, models, tokens
+from distributed_llm.api.openai.plan_epoch import PlanEpoch
 from distributed_llm.api.operations import administration, cluster, health, requests
 from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.operations.readiness import Readiness
@@ -31,6 +32,8 @@ from distributed_llm.common.settings import ApiSettings
 _ROUTERS = (
     models.router,
     chat.router,
+    completions.router,
+    tokens.router,
     health.router,
     cluster.router,
     requests.router,
@@ -72,6 +75,7 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     app.state.readiness = readiness
     app.state.feed = feed
     app.state.register = register
+    app.state.plan_epoch = PlanEpoch()
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)

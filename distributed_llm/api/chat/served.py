@@ -46,7 +46,7 @@ class Served:
 
     name: str
     formats: Formats
-    template: str
+    template: str = ""
 
 
 _known: WeakKeyDictionary[ModelClient, Served] = WeakKeyDictionary()
