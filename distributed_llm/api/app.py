@@ -15,11 +15,12 @@ from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
 from distributed_llm.api.errors import ApiError
 from distributed_llm.api.guard.crowd import Crowd, Share
-from distributed_llm.api.guard.envelope import Envelope
+from distributed_llm.api.guard.envelope import Envelope, fault
+from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import models
+from distributed_llm.api.openai import chat, models
 from distributed_llm.api.operations import administration, cluster, health, requests
 from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.operations.readiness import Readiness
@@ -29,6 +30,7 @@ from distributed_llm.common.settings import ApiSettings
 
 _ROUTERS = (
     models.router,
+    chat.router,
     health.router,
     cluster.router,
     requests.router,
@@ -76,16 +78,18 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     app.add_exception_handler(DistributedLLMError, _package_error)
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
-    return _guarded(Registration(app, register), callers, settings)
+    app.add_exception_handler(Exception, _fault)
+    return guarded(Registration(app, register), callers, settings)
 
 
-def _guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
+def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
     """Return an application behind all that a request passes first; the last here is the first."""
     app = Intake(app, settings.max_body)
     app = Share(app, settings.max_requests_per_key)
     app = Authentication(app, callers, is_public)
     app = Crowd(app, settings.max_requests, is_public)
     app = Origins(app, {*own_names(), *settings.allowed_hosts})
+    app = HeaderLimits(app)
     app = RequestLog(app, is_public)
     return Envelope(app)
 
@@ -113,6 +117,11 @@ async def _package_error(request: Request, exc: Exception) -> Response:
 async def _wrong_body(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     return _respond(request, invalid_body(exc))
+
+
+async def _fault(request: Request, exc: Exception) -> Response:
+    """Tell a fault of ours, which is raised again, and then logged by `Envelope`."""
+    return _respond(request, fault(getattr(request.state, "request_id", "")))
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:
