@@ -13,18 +13,17 @@ from tests.api.statuses import event, status
 
 
 class FakeClient:
-    """Answers with what `answers` has: the last of it from then on."""
+    """Answers with `answer`."""
 
-    def __init__(self, *answers: ClusterStatus | Exception) -> None:
-        self.answers = list(answers)
+    def __init__(self, answer: ClusterStatus | Exception) -> None:
+        self.answer = answer
         self.looks = 0
 
     async def status(self) -> ClusterStatus:
         self.looks += 1
-        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
 
 
 def feed(tell_every_s: float = 60.0) -> Feed:
@@ -42,11 +41,11 @@ def read(part: bytes) -> list[tuple[str, Any]]:
 
 def test_a_change_is_told_at_once_and_new_events_by_themselves() -> None:
     async def main() -> None:
-        before = status(events=(event(1), event(2)))
-        after = status(events=(event(2), event(3, "mac left")))
-        news = feed().follow(FakeClient(before, before, after))
+        client = FakeClient(status(events=(event(1), event(2))))
+        news = feed().follow(client)
         ((name, first),) = read(await anext(news))
         assert (name, first["events"][0]["number"]) == ("status", 1)
+        client.answer = status(events=(event(2), event(3, "mac left")))
         (one, two) = read(await anext(news))
         assert (one[0], one[1]["text"]) == ("event", "mac left")
         assert (two[0], two[1]["events"][-1]["number"]) == ("status", 3)
@@ -57,12 +56,14 @@ def test_a_change_is_told_at_once_and_new_events_by_themselves() -> None:
 
 def test_a_slow_reader_gets_the_newest() -> None:
     async def main() -> None:
-        client = FakeClient(*(status(epoch=n) for n in range(1, 50)))
+        client = FakeClient(status())
         followed = feed()
         slow, fast = followed.follow(client), followed.follow(client)
         await anext(slow)
-        while read(await anext(fast))[-1][1]["epoch"] != 49:
-            pass
+        await anext(fast)
+        for epoch in range(2, 50):
+            client.answer = status(epoch=epoch)
+            assert read(await anext(fast))[-1][1]["epoch"] == epoch
         assert read(await anext(slow))[-1][1]["epoch"] == 49
         await slow.aclose()
         await fast.aclose()
@@ -72,10 +73,11 @@ def test_a_slow_reader_gets_the_newest() -> None:
 
 def test_a_coordinator_that_is_away_is_told_and_followed_again() -> None:
     async def main() -> None:
-        client = FakeClient(ConnectionFailed("It is away."), status())
+        client = FakeClient(ConnectionFailed("It is away."))
         news = feed().follow(client)
         ((name, told),) = read(await anext(news))
         assert (name, told["error"]["message"]) == ("error", "It is away.")
+        client.answer = status()
         assert read(await anext(news))[0][0] == "status"
         await news.aclose()
 
@@ -85,9 +87,11 @@ def test_a_coordinator_that_is_away_is_told_and_followed_again() -> None:
 def test_who_may_no_longer_follow_is_refused_and_others_are_not() -> None:
     async def main() -> None:
         followed = feed()
-        removed = followed.follow(FakeClient(status(), NotAllowed("You were removed.")))
+        client = FakeClient(status())
+        removed = followed.follow(client)
         other = followed.follow(FakeClient(status(epoch=2)))
         await anext(removed)
+        client.answer = NotAllowed("You were removed.")
         with pytest.raises(NotAllowed):
             await anext(removed)
         while read(await anext(other))[-1][1]["epoch"] != 2:
