@@ -246,7 +246,7 @@ def _by(name: str, about: str, label: str, values: Mapping[str, float]) -> Metri
 def _histogram(
     name: str, about: str, times: Histogram, labels: Mapping[str, str]
 ) -> HistogramMetricFamily:
-    family = HistogramMetricFamily(f"dllm_{name}", about, labels=labels)
+    family = HistogramMetricFamily(f"dllm_{name}", about, labels=[*labels])
     buckets, total = [], 0
     for bound, count in zip((*times.bounds_s, "+Inf"), times.counts or (0,), strict=True):
         total += count
