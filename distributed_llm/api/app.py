@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from distributed_llm.api import errors
+from distributed_llm.api import errors, process
 from distributed_llm.api.authentication import Authentication
 from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
@@ -22,6 +22,8 @@ from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
+from distributed_llm.api.ollama import answers as ollama_answers
+from distributed_llm.api.ollama import models as ollama_models
 from distributed_llm.api.openai import chat, models
 from distributed_llm.api.operations import administration, cluster, health, metrics, requests
 from distributed_llm.api.operations.answer_meter import AnswerMeter, build_info
@@ -36,6 +38,9 @@ from distributed_llm.common.settings import ApiSettings
 _ROUTERS = (
     models.router,
     chat.router,
+    ollama_answers.router,
+    ollama_models.router,
+    process.router,
     health.router,
     cluster.router,
     requests.router,
