@@ -10,6 +10,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from distributed_llm.api import errors
+from distributed_llm.api.anthropic import messages
+from distributed_llm.api.anthropic import models as anthropic_models
 from distributed_llm.api.authentication import Authentication
 from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
@@ -23,7 +25,7 @@ from distributed_llm.api.openai import models
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (models.router,)
+_ROUTERS = (messages.router, anthropic_models.router, models.router)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""
