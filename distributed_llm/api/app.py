@@ -22,10 +22,12 @@ from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
 from distributed_llm.api.openai import models
+from distributed_llm.api.openai.responses import routes as responses
+from distributed_llm.api.openai.responses.store import ResponseStore
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (messages.router, anthropic_models.router, models.router)
+_ROUTERS = (messages.router, anthropic_models.router, models.router, responses.router)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""
@@ -54,6 +56,7 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.callers = callers
+    app.state.responses = ResponseStore()
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from distributed_llm.api.anthropic.bodies import CountTokensBody, InputMessage, MessagesBody
+from distributed_llm.api.chat.joining import join_neighbours
 from distributed_llm.api.chat.parsing.formats import Formats
 from distributed_llm.api.chat.turn import Turn
 from distributed_llm.api.errors import invalid, unsupported
@@ -36,7 +37,7 @@ def turn_of(body: CountTokensBody, formats: Formats) -> Turn:
         )
     choice = body.tool_choice
     return Turn(
-        messages=messages,
+        messages=join_neighbours(messages),
         tools=[_tool(tool, f"tools.{number}") for number, tool in enumerate(body.tools)],
         tool_choice=_tool_choice(body),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
