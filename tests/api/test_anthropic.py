@@ -23,7 +23,7 @@ from tests.api.fake_server import KEY, MODEL, FakeServer
 from tests.api.test_chat_formats import QWEN3
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
-WEATHER: dict[str, Any] = {
+WEATHER: Any = {
     "name": "weather",
     "description": "Tells it.",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
@@ -216,7 +216,7 @@ def test_choices_of_tools(
 
 def test_a_schema_for_the_answer(client: Anthropic, fake_server: FakeServer) -> None:
     chat = fake_server.answer('{"a": 1}', template=QWEN3)
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    schema: Any = {"type": "object", "properties": {"a": {"type": "integer"}}}
     message = client.messages.create(
         model=MODEL,
         max_tokens=9,

@@ -82,15 +82,16 @@ def test_a_stream_has_the_same_parts_as_a_whole_response(
         events = list(stream)
         final = stream.get_final_response()
     assert [item.type for item in whole.output] == ["reasoning", "message", "function_call"]
-    for response in (whole, final):
-        thought, said, call = response.output
+    either: Any
+    for either in (whole, final):
+        thought, said, call = either.output
         assert thought.type == "reasoning"
         assert thought.content
         assert thought.content[0].text == "Hm"
-        assert response.output_text == "I look."
+        assert either.output_text == "I look."
         assert call.type == "function_call"
         assert (call.name, json.loads(call.arguments)) == ("weather", json.loads(CALL)["arguments"])
-        assert (said.type, response.status) == ("message", "completed")
+        assert (said.type, either.status) == ("message", "completed")
     assert [event.sequence_number for event in events] == list(range(len(events)))
 
 
@@ -213,7 +214,7 @@ def test_what_is_kept_has_bounds() -> None:
     assert store.get("me", "c") is None  # used longest ago: the walk went on to "a"
     store.put("me", record("large", text="x" * 2000))
     assert store.get("me", "large") is None
-    store.put("me", record("half", text="x" * 830))
+    store.put("me", record("half", text="x" * 780))
     assert store.get("me", "half")
     kept = [name for name in "abd" if store.get("me", name)]
     assert kept == ["d"]

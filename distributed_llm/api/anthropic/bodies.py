@@ -21,7 +21,7 @@ class InputMessage(Part):
 class Thinking(Part):
     """Whether the model is to think first."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
 class ToolChoice(Part):

@@ -64,9 +64,10 @@ def _params(body: MessagesBody) -> dict[str, Any]:
 def _template_arguments(body: CountTokensBody, formats: Formats) -> dict[str, Any]:
     if formats.thinking_switch is None or body.thinking is None:
         return {}
-    if body.thinking.type == "adaptive":
-        return {}
-    return {formats.thinking_switch: body.thinking.type == "enabled"}
+    match body.thinking.type:
+        case "enabled" | "disabled" as kind:
+            return {formats.thinking_switch: kind == "enabled"}
+    return {}  # the model decides
 
 
 def _tool_choice(body: CountTokensBody) -> str:

@@ -22,9 +22,10 @@ def join_neighbours(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def _same_voice(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    if one["role"] in _SYSTEM:
-        return other["role"] in _SYSTEM
-    return one["role"] == other["role"] != "tool"
+    speaks, answers = str(one["role"]), str(other["role"])
+    if speaks in _SYSTEM:
+        return answers in _SYSTEM
+    return speaks == answers != "tool"
 
 
 def _join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
