@@ -98,10 +98,27 @@ def generate(
             rich_help_panel=_LENGTH,
         ),
     ] = None,
+    stop_token_ids: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_IDS,
+            help="End after one of these tokens too.",
+            show_default="none",
+            rich_help_panel=_LENGTH,
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool,
         typer.Option(help="Go on after the end-of-sequence token.", rich_help_panel=_LENGTH),
     ] = False,
+    skip_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--skip-special-tokens/--show-special-tokens",
+            help="Whether the text has no special tokens.",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = True,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -238,7 +255,9 @@ def generate(
         "seed": seed,
         "stop_strings": stop,
         "eos_token_id": _optional_ids(eos_token_id, "--eos-token-id"),
+        "stop_token_ids": _optional_ids(stop_token_ids, "--stop-token-ids"),
         "ignore_eos": ignore_eos,
+        "skip_special_tokens": skip_special_tokens,
         "timeout_s": _seconds(timeout, "--timeout"),
     }
     from distributed_llm import console

@@ -17,17 +17,32 @@ from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
 from distributed_llm.api.errors import ApiError
 from distributed_llm.api.guard.crowd import Crowd, Share
-from distributed_llm.api.guard.envelope import Envelope
+from distributed_llm.api.guard.envelope import Envelope, fault
+from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import models
+from distributed_llm.api.openai import chat, models
 from distributed_llm.api.openai.responses import routes as responses
 from distributed_llm.api.openai.responses.store import ResponseStore
+from distributed_llm.api.operations import administration, cluster, health, requests
+from distributed_llm.api.operations.feed import Feed
+from distributed_llm.api.operations.readiness import Readiness
+from distributed_llm.api.register import Register, Registration
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (messages.router, anthropic_models.router, models.router, responses.router)
+_ROUTERS = (
+    anthropic_models.router,
+    models.router,
+    chat.router,
+    responses.router,
+    messages.router,
+    health.router,
+    cluster.router,
+    requests.router,
+    administration.router,
+)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""
@@ -43,9 +58,14 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         settings: what is let in, and how much of it.
     """
 
+    readiness, feed = Readiness(callers.own), Feed()
+    register = Register()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
+        await feed.close()
+        await readiness.close()
         await callers.close()
 
     app = FastAPI(
@@ -57,22 +77,27 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     )
     app.state.callers = callers
     app.state.responses = ResponseStore()
+    app.state.readiness = readiness
+    app.state.feed = feed
+    app.state.register = register
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(DistributedLLMError, _package_error)
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
-    return _guarded(app, callers, settings)
+    app.add_exception_handler(Exception, _fault)
+    return guarded(Registration(app, register), callers, settings)
 
 
-def _guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
+def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
     """Return an application behind all that a request passes first; the last here is the first."""
     app = Intake(app, settings.max_body)
     app = Share(app, settings.max_requests_per_key)
     app = Authentication(app, callers, is_public)
     app = Crowd(app, settings.max_requests, is_public)
     app = Origins(app, {*own_names(), *settings.allowed_hosts})
+    app = HeaderLimits(app)
     app = RequestLog(app, is_public)
     return Envelope(app)
 
@@ -100,6 +125,11 @@ async def _package_error(request: Request, exc: Exception) -> Response:
 async def _wrong_body(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     return _respond(request, invalid_body(exc))
+
+
+async def _fault(request: Request, exc: Exception) -> Response:
+    """Tell a fault of ours, which is raised again, and then logged by `Envelope`."""
+    return _respond(request, fault(getattr(request.state, "request_id", "")))
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -21,8 +20,10 @@ from distributed_llm.client.prompts import (
     are_several,
     encode_chat,
     encode_prompt,
+    encode_token_ids,
 )
-from distributed_llm.client.session import Session, new_request_id
+from distributed_llm.client.session import Frames, Question, Session, new_request_id
+from distributed_llm.client.values import Identity, NewToken, TokenizedPrompt
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
@@ -31,8 +32,12 @@ from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
     CreateToken,
+    DecodeTokens,
+    EncodePrompt,
+    Finished,
     Generate,
     GetMembers,
+    ModelInfo,
     Name,
     ReadmitMachine,
     RemoveMachine,
@@ -41,42 +46,12 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.common.transport import Login, new_key_pair
 from distributed_llm.common.units import split_address
 
 _No = Literal[False]
 _Yes = Literal[True]
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token by which machines enrol.
-
-    Attributes:
-        line: `dllm://...`, to be given to `dllm join`; a secret.
-        id: its name for people, which is no secret.
-        addresses: "HOST:PORT"s at which other machines reach the coordinator, best first, which is
-            the one in the line; none if they cannot.
-    """
-
-    line: str = field(repr=False)
-    id: str
-    addresses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a client is to its coordinator.
-
-    Attributes:
-        name: by which it is enrolled; empty without keys.
-        role: what it may do.
-        model: name of the model that the coordinator serves.
-    """
-
-    name: str
-    role: Role
-    model: str
 
 
 class AsyncDistributedClient:
@@ -327,6 +302,63 @@ class AsyncDistributedClient:
         session = await self._connected()
         return await session.status(self._connect_timeout_s)
 
+    async def model(self) -> ModelInfo:
+        """Return what is served: sizes, special tokens, the chat template.
+
+        Raises:
+            ConnectionFailed: the coordinator cannot be reached, or was lost.
+        """
+        session = await self._connected()
+        return await session.model(self._connect_timeout_s)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """Return the token ids of a text, as a prompt of `generate` has them.
+
+        Args:
+            text: of any length that is not certainly far too long for the model.
+            add_special_tokens: with those by which the model's prompts start or end.
+
+        Raises:
+            InvalidRequest: the text is too long, or the model has no tokenizer.
+            Overloaded: too many such questions wait.
+            TextError: the coordinator's text process has died over it.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        if not isinstance(text, str):
+            raise InvalidRequest(f"Only text has token ids, not {type(text).__name__}.")
+        return await self._tokenize(encode_prompt(text), add_special_tokens)
+
+    async def tokenize_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+    ) -> TokenizedPrompt:
+        """Return the token ids of a conversation, as a prompt of `chat` has them.
+
+        Raises:
+            InvalidRequest: also if the model has no chat template, or one that does not know the
+                tools or arguments. Otherwise as `tokenize`.
+        """
+        return await self._tokenize(encode_chat(messages, tools, chat_template_kwargs), True)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = False
+    ) -> str:
+        """Return the text of token ids; those that the tokenizer does not know have none.
+
+        Raises:
+            InvalidRequest: they are no token ids, too many, or the model has no tokenizer.
+                Otherwise as `tokenize`.
+        """
+        specs, frames = encode_token_ids(token_ids)
+        message = DecodeTokens(
+            request_id=new_request_id(), skip_special_tokens=skip_special_tokens, tensors=specs
+        )
+        (text,) = await self._ask(message, frames) or (b"",)
+        return bytes(text).decode()
+
     async def drain_worker(self, name: str) -> None:
         """Have a worker end once other workers have its layers, while requests run.
 
@@ -437,6 +469,24 @@ class AsyncDistributedClient:
                 )
             return self._session
 
+    async def _tokenize(self, prompt: EncodedPrompt, special: bool) -> TokenizedPrompt:
+        assert prompt.kind != "token_ids"
+        message = EncodePrompt(
+            request_id=new_request_id(),
+            prompt=prompt.kind,
+            add_special_tokens=special,
+            tensors=prompt.specs,
+        )
+        (token_ids,) = await self._ask(message, prompt.frames) or (b"",)
+        return TokenizedPrompt(token_ids_of_frame(token_ids))
+
+    async def _ask(self, message: Question, frames: Frames) -> Frames:
+        """Return the tensors of the answer to a question."""
+        session = await self._connected()
+        async with aclosing(session.request(message, frames)) as replies:
+            _, answer = await anext(replies)
+        return answer
+
     async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
         async with aclosing(self._stream(prompt, sampling)) as chunks:
             return [chunk.generation async for chunk in chunks if chunk.generation]
@@ -450,10 +500,11 @@ class AsyncDistributedClient:
         )
         answers = Answers(message.request_id, sampling)
         async with aclosing(session.request(message, prompt.frames)) as replies:
-            async for reply in replies:
+            async for reply, _ in replies:
                 if isinstance(reply, TokenChunk):
                     yield answers.add(reply)
                     continue
+                assert isinstance(reply, Finished)
                 for generation in answers.finish(reply):
                     yield Chunk("", [], generation.choice, generation=generation)
 

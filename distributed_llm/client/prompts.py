@@ -75,20 +75,31 @@ def encode_prompt(prompt: Any) -> EncodedPrompt:
             'in prompt.decode("utf-8"), or give list(prompt) if the bytes are token ids.'
         )
     if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-        if any(not 0 <= token < 2**31 for token in prompt):
-            raise InvalidRequest("Token ids of a prompt must be at least 0 and below 2^31.")
         if not prompt:
             raise InvalidRequest("The prompt is empty. Give at least one token.")
-        most = MAX_FRAME_BYTES // ITEM_BYTES["int32"]
-        if len(prompt) > most:
-            raise InvalidRequest(
-                f"The prompt has {len(prompt):,} tokens; {most:,} are allowed. Shorten it."
-            )
-        spec, frame = frame_of_token_ids(prompt)
-        return EncodedPrompt("token_ids", (spec,), (frame,))
+        return EncodedPrompt("token_ids", *encode_token_ids(prompt))
     raise InvalidRequest(
         f"A prompt is text or a list of token ids, not {type(prompt).__name__} {prompt!r:.60}."
     )
+
+
+def encode_token_ids(
+    token_ids: Sequence[int],
+) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+    """Return token ids as one tensor, or as none if there are none.
+
+    Raises:
+        InvalidRequest: they are no token ids, or too many.
+    """
+    if any(type(token) is not int or not 0 <= token < 2**31 for token in token_ids):
+        raise InvalidRequest("Token ids must be whole numbers, at least 0 and below 2^31.")
+    most = MAX_FRAME_BYTES // ITEM_BYTES["int32"]
+    if len(token_ids) > most:
+        raise InvalidRequest(f"{len(token_ids):,} tokens are too many; {most:,} are allowed.")
+    if not token_ids:
+        return (), ()
+    spec, frame = frame_of_token_ids(token_ids)
+    return (spec,), (frame,)
 
 
 def encode_chat(

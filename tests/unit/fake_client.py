@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     Refused,
     RequestFailed,
     StatusReport,
+    StepTrace,
     ToClient,
     TokenChunk,
     TokenLogprobs,
@@ -49,8 +50,10 @@ class Answer:
     choice: int = 0
     others: list["Answer"] = field(default_factory=list)
     reason: FinishReason | None = None
+    stop_string: str | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    trace: list[StepTrace] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     text: str = ""
     end: Finished | RequestFailed | None = None
@@ -103,6 +106,8 @@ class Answer:
         if self.params.logprobs is not None:
             known = reference_logprobs(self.prompt, self.params, choice=self.choice)
             assert self.logprobs == known[: len(self.token_ids)]
+        sampled = [step.index for step in self.trace if step.sampled]
+        assert sampled == (list(range(len(self.token_ids))) if self.params.trace else [])
         if isinstance(self.end, Finished):
             assert self.token_ids == expected
             assert self.end.usage.prompt_tokens == len(self.prompt)
@@ -111,8 +116,10 @@ class Answer:
                 lengths = [len(one.expected()) for one in self.all]
                 assert self.end.usage.completion_tokens == sum(lengths)
             whole = text_of(expected)
-            found = [at for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
-            assert self.text == whole[: min(found, default=None)]
+            found = [(at, s) for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
+            end, stop = min(found, default=(None, None))
+            assert self.text == whole[:end]
+            assert self.stop_string == stop
 
 
 class SimClient:
@@ -183,8 +190,9 @@ class SimClient:
                 answer.token_ids += ids
                 answer.token_times += [self.world.now] * len(ids)
                 answer.logprobs += message.logprobs
+                answer.trace += message.trace
                 answer.text += text
-                answer.reason = message.finish_reason
+                answer.reason, answer.stop_string = message.finish_reason, message.stop_string
             case Finished(request_id=name) | RequestFailed(request_id=name):
                 for answer in self.answers[name].all:
                     assert answer.end is None, "a second end"
@@ -219,13 +227,14 @@ class FakeDetokenizer:
         for token in ids:
             self._text += text_of([token])
             self._count += 1
-            found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+            found = [(at, stop) for stop in self._stops if (at := self._text.find(stop)) >= 0]
             if found:
-                text = self._text[self._given : min(found)]
-                return events.Detokenized(key, choice, text, self._count, stopped=True, last=last)
+                at, stop = min(found)
+                text = self._text[self._given : at]
+                return events.Detokenized(key, choice, text, self._count, stop, last)
         end = len(self._text) if last else len(self._text) - self._held()
         text, self._given = self._text[self._given : end], end
-        return events.Detokenized(key, choice, text, self._count, stopped=False, last=last)
+        return events.Detokenized(key, choice, text, self._count, stop_string=None, last=last)
 
     def _held(self) -> int:
         longest = max((len(stop) for stop in self._stops), default=1) - 1

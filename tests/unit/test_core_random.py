@@ -182,6 +182,7 @@ class Cluster:
             n=n,
             timeout_s=timeout_s,
             logprobs=logprobs,
+            trace=length % 2 == 1,
         )
         if stop is not None:
             whole = Answer(tuple(prompt), params).expected()

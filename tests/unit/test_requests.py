@@ -21,13 +21,16 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
 from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
     Limits,
+    named_tokens,
     resolve,
+    text_rules,
     wrong_prompt,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
@@ -52,6 +55,10 @@ def limits_of(
         kv_tokens=kv,
         seed=77,
     )
+
+
+def params_of(**params: Any) -> SamplingParams:
+    return SamplingParams.from_arguments(params)
 
 
 def request_of(limits: Limits, prompt: int = 3, **params: Any) -> Request:
@@ -290,8 +297,24 @@ def test_last_token_that_is_eos_counts_as_stop() -> None:
 
 
 def test_eos_of_the_request_replaces_the_checkpoints() -> None:
-    assert limits_of(eos_token_id=[7, 8]).eos_token_ids == (7, 8)
-    assert limits_of(eos_token_id=[]).eos_token_ids == ()
+    assert limits_of(eos_token_id=[7, 8]).end_token_ids == (7, 8)
+    assert limits_of(eos_token_id=[]).end_token_ids == ()
+
+
+def test_stop_tokens_end_the_answer_besides_eos_and_even_without() -> None:
+    assert limits_of(stop_token_ids=[7, 2]).end_token_ids == (2, 7)
+    assert limits_of(stop_token_ids=7, ignore_eos=True).end_token_ids == (7,)
+    assert sampling_of(min_new_tokens=2, stop_token_ids=[7]).eos_token_ids == (2, 7)
+    assert named_tokens(params_of(stop_token_ids=[7])) == (7,)
+    answer = answer_of(limits_of(stop_token_ids=[7]))
+    answer.append(7, None, now=1.0)
+    assert answer.finish_reason == "stop"
+
+
+def test_shown_are_all_special_tokens_but_those_that_end_the_answer() -> None:
+    assert text_rules(params_of(stop_strings="x"), PLAIN) == TextRules(("x",))
+    shown = params_of(skip_special_tokens=False, stop_token_ids=[7], ignore_eos=True)
+    assert text_rules(shown, PLAIN) == TextRules(hidden=(2, 7))
 
 
 def test_eos_in_the_prompt_ends_nothing() -> None:
@@ -428,7 +451,7 @@ def complaint(prompt: Any, dtype: Any, size: int, context: int = 100) -> Invalid
     """Return what is wrong with a prompt tensor of this dtype and size."""
     spec = TensorSpec(dtype, (size,))
     message = Generate(request_id="r", prompt=prompt, params=SamplingParams(), tensors=(spec,))
-    return wrong_prompt(message, context)
+    return wrong_prompt(message.prompt, message.tensors, context)
 
 
 @pytest.mark.parametrize(
@@ -454,4 +477,4 @@ def test_prompt_that_no_context_can_hold() -> None:
 
 def test_empty_text() -> None:
     message = Generate(request_id="r", prompt="text", params=SamplingParams(), tensors=())
-    assert wrong_prompt(message, 100) is None
+    assert wrong_prompt(message.prompt, message.tensors, 100) is None

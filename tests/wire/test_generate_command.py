@@ -153,6 +153,7 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
     flags += ["--fit-context"]
     flags += ["--bad-words-ids", "5,9", "--bad-words-ids", "4", "--suppress-tokens", "1, 2"]
     flags += ["--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--eos-token-id", "3,8"]
+    flags += ["--stop-token-ids", "9", "--show-special-tokens"]
     done = dllm(coordinator, "generate", "Hi", *flags)
     assert done.exit_code == 0
     arrived = msgspec.to_builtins(coordinator.requests[0].params)
@@ -166,8 +167,10 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
         "suppress_tokens": (1, 2),
         "logit_bias": {5: -1.5, 6: 2.0},
         "eos_token_id": (3, 8),
+        "stop_token_ids": (9,),
+        "skip_special_tokens": False,
     }
-    assert arrived.keys() == set(SamplingParams.__struct_fields__)
+    assert arrived.keys() == set(SamplingParams.__struct_fields__) - {"trace"}
 
 
 def test_a_model_without_a_tokenizer_is_asked_with_token_ids(coordinator: FakeCoordinator) -> None:

@@ -41,10 +41,12 @@ class Served:
     Attributes:
         name: by which the coordinator knows it.
         formats: how it writes reasoning and calls of tools.
+        template: its chat template; empty if it has none.
     """
 
     name: str
     formats: Formats
+    template: str
 
 
 _known: WeakKeyDictionary[ModelClient, Served] = WeakKeyDictionary()
@@ -59,7 +61,7 @@ async def served_model(client: ModelClient) -> Served:
     name = (await client.identity()).model
     served = _known.get(client)
     if served is None or served.name != name:
-        template = (await client.model()).chat_template
-        served = Served(name, await asyncio.to_thread(detect_formats, template))
+        template = (await client.model()).chat_template or ""
+        served = Served(name, await asyncio.to_thread(detect_formats, template), template)
         _known[client] = served
     return served

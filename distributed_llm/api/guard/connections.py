@@ -6,7 +6,6 @@ be, the one that is idle for longest is closed; if all are at work, the new one.
 """
 
 import asyncio
-import contextlib
 from typing import Any
 
 import h11
@@ -28,8 +27,11 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection; make room for it if there are too many."""
-        self._make_room()
+        self.access_log = False  # it has paths; `RequestLog` says what is of use
+        has_room = self._make_room()
         super().connection_made(transport)
+        if not has_room:
+            transport.abort()
         self._active_at = self.loop.time()
         self._expect()
 
@@ -74,9 +76,12 @@ class Connection(H11Protocol):
             self._owed.cancel()
             self._owed = None
 
-    def _make_room(self) -> None:
-        if len(self.connections) < self.max_connections:
-            return
-        idle: list[Any] = [one for one in self.connections if getattr(one, "is_idle", False)]
-        with contextlib.suppress(ValueError):  # none is idle
+    def _make_room(self) -> bool:
+        """Return whether there is room for one more, after closing one that is idle."""
+        every: list[Any] = [one for one in self.connections if not one.transport.is_closing()]
+        if len(every) < self.max_connections:
+            return True
+        idle = [one for one in every if one.is_idle]
+        if idle:
             min(idle, key=lambda one: one._active_at).transport.abort()
+        return bool(idle)

@@ -45,10 +45,10 @@ class Envelope:
             return
         request_id = _id_of(Headers(scope=scope))
         scope.setdefault("state", {})["request_id"] = request_id
-        begun = False
+        begun = ended = False
 
         async def sending(message: Message) -> None:
-            nonlocal begun
+            nonlocal begun, ended
             if message["type"] == "http.response.start":
                 begun = True
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
@@ -56,6 +56,8 @@ class Envelope:
                 headers[_ANTHROPICS_REQUEST_ID] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
+            elif message["type"] == "http.response.body":
+                ended = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -63,16 +65,21 @@ class Envelope:
         except Exception as exc:
             where = "".join(traceback.format_tb(exc.__traceback__))
             logger.error("request %s failed: %s\n%s", request_id, type(exc).__name__, where)
-            if begun:  # the connection ends without the response's end, which says it is cut
+            if not begun:
+                await errors.refuse(fault(request_id), scope, receive, sending)
+            elif not ended:  # the connection ends before the response does, so it is seen to be cut
                 raise ConnectionAbortedError from None
-            error = ApiError(
-                500,
-                "The API failed; its log says where. Please report this, with the request id "
-                f"{request_id}.",
-                "server_error",
-                "internal",
-            )
-            await errors.refuse(error, scope, receive, sending)
+
+
+def fault(request_id: str) -> ApiError:
+    """Return what a request is told for which the API failed."""
+    return ApiError(
+        500,
+        f"The API failed; its log says where. Please report this, with the request id {request_id}"
+        " and what the log says.",
+        "server_error",
+        "internal",
+    )
 
 
 def _id_of(headers: Headers) -> str:

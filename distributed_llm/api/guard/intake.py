@@ -22,13 +22,11 @@ class Intake:
 
     Args:
         max_bytes: of a body.
-        timeout_s: within which it has to be here.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,7 +40,7 @@ class Intake:
             try:
                 self._check(headers)
                 body = bytearray()
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(BODY_TIMEOUT_S):
                     async for chunk in _chunks(receive):
                         body += chunk
                         held += len(chunk)
@@ -51,7 +49,7 @@ class Intake:
             except ClientDisconnect:
                 return
             except TimeoutError:
-                error = ApiError(408, f"The body did not come within {self._timeout_s:g} s.")
+                error = ApiError(408, f"The body did not come within {BODY_TIMEOUT_S:g} s.")
                 await errors.refuse(error, scope, receive, send)
                 return
             except ApiError as exc:

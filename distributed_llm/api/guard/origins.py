@@ -69,8 +69,6 @@ def refusal(headers: Headers, names: Collection[str]) -> ApiError | None:
             "permission_error",
             "origin_not_allowed",
         )
-    if headers.get("upgrade", "").lower() == "websocket":
-        return ApiError(426, "There are no WebSockets here; events come as server-sent events.")
     return None
 
 

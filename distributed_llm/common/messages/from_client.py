@@ -84,10 +84,46 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
 
 
+class EncodePrompt(Message, frozen=True, kw_only=True, tag="encode_prompt"):
+    """Client -> coordinator: tell the token ids of a prompt; answered by `PromptEncoded`.
+
+    `tensors` holds the prompt as in `Generate`.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
+        add_special_tokens: for a text, whether with those that start or end a prompt; those of a
+            conversation are in its chat template.
+    """
+
+    request_id: RequestId
+    prompt: Literal["text", "chat"]
+    add_special_tokens: bool = True
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
+class DecodeTokens(Message, frozen=True, kw_only=True, tag="decode_tokens"):
+    """Client -> coordinator: tell the text of token ids; answered by `TokensDecoded`.
+
+    `tensors` holds them as int32; no tokens have no tensor.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
+        skip_special_tokens: whether the text is without special tokens.
+    """
+
+    request_id: RequestId
+    skip_special_tokens: bool = False
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """Client -> coordinator: end a request; answered by `RequestFailed`, code "cancelled"."""
 
     request_id: RequestId
+
+
+class DescribeModel(Message, frozen=True, kw_only=True, tag="describe_model"):
+    """Client -> coordinator: what is served? Answered by `ModelDescribed`."""
 
 
 class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):

@@ -6,6 +6,7 @@ The token ids of prompt and answers are kept here and nowhere else; whatever KV 
 is computed again from them.
 """
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +15,11 @@ from itertools import islice
 import msgspec
 
 from distributed_llm.common.messages import (
+    MAX_TRACED,
     FinishReason,
     SharedPrefix,
     Spelling,
+    StepTrace,
     Timings,
     TokenLogprobs,
     Usage,
@@ -62,6 +65,8 @@ class Answer:
         suspects: the group with which it is suspected of breaking steps; None if it is not.
         logprobs: of the tokens that the client was not sent yet; empty unless they were asked for.
         num_sent_tokens: tokens of the answer that the client was sent.
+        trace: steps that led to tokens that the client was not sent yet, the latest; none unless
+            they were asked for.
         started_at: when it was first admitted; like all times here in clock seconds.
     """
 
@@ -88,6 +93,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_sent_tokens: int = 0
+    trace: deque[StepTrace] = field(default_factory=lambda: deque(maxlen=MAX_TRACED))
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -152,7 +158,7 @@ class Answer:
             self.logprobs.append(logprobs)
         self.first_token_at = now if self.first_token_at is None else self.first_token_at
         self.last_token_at = now
-        if token_id in limits.eos_token_ids:
+        if token_id in limits.end_token_ids:
             self.finish_reason = "stop"
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"
@@ -173,6 +179,13 @@ class Answer:
             msgspec.structs.replace(one, spelled=tuple(islice(left, 1 + len(one.top))))
             for one in taken
         )
+
+    def take_trace(self) -> tuple[StepTrace, ...]:
+        """Remove and return the steps that led to the tokens that the client was sent."""
+        taken = []
+        while self.trace and self.trace[0].index < self.num_sent_tokens:
+            taken.append(self.trace.popleft())
+        return tuple(taken)
 
 
 @dataclass(eq=False)

@@ -22,7 +22,6 @@ from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     Finished,
     Generate,
-    RequestFailed,
     RequestId,
     TokenChunk,
     TokenLogprobs,
@@ -42,8 +41,14 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
+from distributed_llm.coordinator.requests.failures import failure
 from distributed_llm.coordinator.requests.fairness import FairQueue
-from distributed_llm.coordinator.requests.parameters import named_tokens, resolve, wrong_prompt
+from distributed_llm.coordinator.requests.parameters import (
+    named_tokens,
+    resolve,
+    text_rules,
+    wrong_prompt,
+)
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
 from distributed_llm.coordinator.serving.chunks import messages_of
@@ -119,6 +124,12 @@ class RequestBook:
         """Positions of KV cache that the largest answer may grow to; 0 if no answer needs any."""
         return max((request.reserved_tokens for request in self._uncomputed()), default=0)
 
+    def draw_number(self, count: int = 1) -> int:
+        """Return the first of so many numbers that nothing else has."""
+        number = self._next_number
+        self._next_number += count
+        return number
+
     # -------------------------------------------------------------- arrival
 
     def submit(
@@ -144,11 +155,10 @@ class RequestBook:
                 retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
-        wrong = wrong_prompt(message, self._defaults.context_length)
+        wrong = wrong_prompt(message.prompt, message.tensors, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
-        key = (peer, message.request_id, self._next_number)
-        self._next_number += params.n
+        key = (peer, message.request_id, self.draw_number(params.n))
         request = Request(
             key,
             params,
@@ -163,14 +173,15 @@ class RequestBook:
             self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
         payload = bytes(frames[0]) if frames else b""
-        return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
+        rules = text_rules(params, self._defaults)
+        return [Tokenize(key, message.prompt, payload, params.n, rules)]
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
     ) -> list[Action]:
         """Fail a request without accepting it."""
         self.totals.count_failed(error.code)
-        return [_failure(peer, request_id, error)]
+        return [failure(peer, request_id, error)]
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
         """Return whether the client at `peer` has a request with this id that has not ended."""
@@ -369,6 +380,8 @@ class RequestBook:
             token_ids=new,
             logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
+            stop_string=event.stop_string,
+            trace=answer.take_trace(),
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 
@@ -400,7 +413,7 @@ class RequestBook:
             self._event_log.trace(
                 EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
             )
-        return [_failure(*key[:2], error), Forget(key)]
+        return [failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
         """End a request because its client asked for that."""
@@ -498,16 +511,3 @@ class RequestBook:
         assert self._num_tokenizing == sum(r.params.n for r in requests if not r.answers)
         for answer, scheduler in self._schedulers.items():
             assert answer in scheduler.running
-
-
-def _failure(peer: PeerId, request_id: RequestId, error: DistributedLLMError) -> Send:
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
-    return Send(
-        peer,
-        RequestFailed(
-            request_id=request_id,
-            code=error.code,
-            message=str(error)[:4096],
-            retry_after_s=retry_after_s,
-        ),
-    )

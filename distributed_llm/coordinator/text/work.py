@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -18,12 +18,14 @@ from distributed_llm.common.errors import (
 from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.messages import (
+    Answered,
     AnswerText,
     AnswerTokens,
     Drop,
     Encoded,
     Failed,
     Prompt,
+    Question,
     Resume,
     Texts,
     Tokens,
@@ -50,18 +52,18 @@ class TextWork:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._changed = threading.Condition()
-        self._waiting: dict[int, Prompt] = {}
+        self._waiting: dict[int, Prompt | Question] = {}
         self._begun: set[int] = set()
         self._answers: dict[int, list[Detokenizer]] = {}
 
-    def put(self, prompt: Prompt) -> None:
-        """Queue a prompt."""
+    def put(self, prompt: Prompt | Question) -> None:
+        """Queue a prompt, or a question about one."""
         with self._changed:
             self._waiting[prompt.request] = prompt
             self._changed.notify()
 
-    def take(self) -> Prompt:
-        """Return the prompt that has waited longest; wait until there is one."""
+    def take(self) -> Prompt | Question:
+        """Return the one that has waited longest; wait until there is one."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             request = next(iter(self._waiting))
@@ -75,8 +77,11 @@ class TextWork:
             self._begun.discard(order.request)
             self._answers.pop(order.request, None)
 
-    def encode(self, prompt: Prompt) -> Encoded | Failed:
-        """Return the token ids of a prompt that was taken, or why there are none."""
+    def do(self, order: Prompt | Question) -> Encoded | Answered | Failed:
+        """Do what was taken; return the token ids of a prompt, an answer, or why there is none."""
+        return self._answer(order) if isinstance(order, Question) else self._encode(order)
+
+    def _encode(self, prompt: Prompt) -> Encoded | Failed:
         result: Encoded | Failed
         answers: list[Detokenizer] = []
         try:
@@ -84,7 +89,7 @@ class TextWork:
             continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
             answers = [
-                Detokenizer(self._tokenizer, prompt.stop_strings, context)
+                Detokenizer(self._tokenizer, prompt.rules, context)
                 for _ in range(prompt.num_choices)
             ]
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
@@ -103,12 +108,31 @@ class TextWork:
                 self._answers[prompt.request] = answers
         return result
 
+    def _answer(self, question: Question) -> Answered | Failed:
+        with self._changed:
+            self._begun.discard(question.request)
+        try:
+            if question.kind == "token_ids":
+                token_ids = token_ids_of_frame(question.payload)
+                payload = self._tokenizer.text_of(token_ids, special=question.special).encode()
+            else:
+                token_ids = self._ids_of(question.kind, question.payload, special=question.special)
+                payload = np.asarray(token_ids, dtype=np.int32).tobytes()
+        except DistributedLLMError as exc:
+            return Failed(request=question.request, code=exc.code, message=str(exc))
+        except Exception as exc:
+            logger.exception("answering a question about text failed")
+            return _bug(
+                question.request, f"That cannot be turned into tokens or text: {exc!r:.500}"
+            )
+        return Answered(request=question.request, payload=payload)
+
     def resume(self, order: Resume) -> Failed | None:
         """Go on with a request; return why that is impossible, or None."""
         try:
             answers = []
             for token_ids in order.answers:
-                answer = Detokenizer(self._tokenizer, order.stop_strings, order.context)
+                answer = Detokenizer(self._tokenizer, order.rules, order.context)
                 answer.feed(token_ids)
                 answers.append(answer)
         except Exception as exc:
@@ -133,42 +157,47 @@ class TextWork:
 
     def _piece(self, answer: Detokenizer, tokens: AnswerTokens) -> AnswerText:
         piece = answer.feed(tokens.token_ids)
-        text, stopped = piece.text, piece.stopped
-        if tokens.last and not stopped:
+        text = piece.text
+        if tokens.last and piece.stop_string is None:
             piece = answer.finish()
-            text, stopped = text + piece.text, piece.stopped
+            text += piece.text
         return AnswerText(
             tokens.request,
             tokens.choice,
             text,
             piece.token_count,
-            stopped,
+            piece.stop_string,
             tokens.last,
             self._tokenizer.spell(tokens.spell),
         )
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
-        match prompt.kind:
-            case "token_ids":
-                token_ids = token_ids_of_frame(prompt.payload)
-            case "chat":
-                try:
-                    chat = codec.decode_chat(prompt.payload)
-                except RemoteProtocolError as exc:
-                    raise InvalidRequest(f"The conversation cannot be read: {exc}.") from exc
-                token_ids = self._tokenizer.encode_chat(chat)
-            case "text":
-                try:
-                    text = prompt.payload.decode()
-                except UnicodeDecodeError as exc:
-                    raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
-                token_ids = self._tokenizer.encode(text)
+        if prompt.kind == "token_ids":
+            token_ids = token_ids_of_frame(prompt.payload)
+        else:
+            token_ids = self._ids_of(prompt.kind, prompt.payload)
         if len(token_ids) > self._context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {len(token_ids)} tokens, which exceed the model's context of "
                 f"{self._context_length}. Shorten it."
             )
         return token_ids
+
+    def _ids_of(
+        self, kind: Literal["text", "chat"], payload: bytes, *, special: bool = True
+    ) -> list[int]:
+        """Return the token ids of a text or a conversation, however many."""
+        if kind == "chat":
+            try:
+                chat = codec.decode_chat(payload)
+            except RemoteProtocolError as exc:
+                raise InvalidRequest(f"The conversation cannot be read: {exc}.") from exc
+            return self._tokenizer.encode_chat(chat)
+        try:
+            text = payload.decode()
+        except UnicodeDecodeError as exc:
+            raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
+        return self._tokenizer.encode(text, special=special)
 
 
 def _bug(request: int, what: str) -> Failed:
