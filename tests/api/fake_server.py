@@ -3,7 +3,6 @@
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import uvicorn
 
 from distributed_llm.api.app import make_app
 from distributed_llm.api.callers import Caller, Callers, Unauthorized
-from distributed_llm.common.errors import DistributedLLMError, InvalidRequest
+from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.roles import Role
 from tests.api.fake_chat import FakeChat
 
@@ -20,45 +19,49 @@ OTHER_KEY = "dllm-other-key"
 MODEL = "made-up/Tiny-1B"
 
 
-@dataclass
 class FakeClient:
     """Answers as `chat` does; knows one model.
 
-    Attributes:
-        template: its chat template.
+    What it can do are attributes, for an `ObservedClient` takes over a client's attributes.
+
+    Args:
+        template: the model's chat template.
         error: raised instead of an answer, if given.
     """
 
-    chat: FakeChat = field(default_factory=lambda: FakeChat(["Hello", " there"]))
-    template: str | None = None
-    error: DistributedLLMError | None = None
+    def __init__(
+        self,
+        chat: FakeChat,
+        template: str | None = None,
+        error: DistributedLLMError | None = None,
+    ) -> None:
+        self.chat = chat
+        self.template = template
+        self.error = error
+        self.stream_chat = chat.stream_chat
+        self.identity = self._identity
+        self.model = self._model
+        self.tokenize_chat = self._tokenize_chat
 
-    __hash__ = object.__hash__
-
-    async def identity(self) -> Any:
+    async def _identity(self) -> Any:
         if self.error:
             raise self.error
         return SimpleNamespace(name="app", role=Role.CLIENT, model=MODEL)
 
-    async def model(self) -> Any:
+    async def _model(self) -> Any:
         return SimpleNamespace(name=MODEL, chat_template=self.template, context_length=2048)
 
-    async def tokenize_chat(self, messages: Any, **asked: Any) -> Any:
+    async def _tokenize_chat(self, messages: Any, **asked: Any) -> Any:
         self.chat.asked = {"messages": messages, **asked}
         return SimpleNamespace(token_ids=[1, 2, 3])
-
-    def stream_chat(self, messages: Any, **params: Any) -> Any:
-        bad = [tool for tool in params.get("tools") or () if not self.template]
-        if bad:
-            raise InvalidRequest("The model's chat template knows no tools.")
-        return self.chat.stream_chat(messages, **params)
 
 
 class FakeCallers:
     """Knows two keys, both of the same client."""
 
     def __init__(self) -> None:
-        self.client = FakeClient()
+        self.client = FakeClient(FakeChat([]))
+        self.own = cast(Any, self.client)
 
     @contextlib.asynccontextmanager
     async def caller(self, key: str | None) -> AsyncGenerator[Caller, None]:
@@ -74,7 +77,9 @@ class FakeCallers:
 class _Server(uvicorn.Server):
     """A server that says when it listens."""
 
-    listening = threading.Event()
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = threading.Event()
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -104,7 +109,7 @@ class FakeServer:
 
     def fail(self, error: DistributedLLMError) -> None:
         """Let the next requests fail."""
-        self.callers.client = FakeClient(error=error)
+        self.callers.client = FakeClient(FakeChat([]), error=error)
 
     @property
     def url(self) -> str:

@@ -31,7 +31,7 @@ WEATHER: Any = {
 ANSWER = ("<think>", "Hm", "\n</think>\n\nI look.", "<tool_call>", CALL, "</tool_call>")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(fake_server: FakeServer) -> Iterator[Anthropic]:
     with Anthropic(api_key=KEY, base_url=fake_server.url, max_retries=0) as client:
         yield client

@@ -36,7 +36,7 @@ WEATHER: Any = {
 ANSWER = ("<think>", "Hm", "\n</think>\n\nI look.", "<tool_call>", CALL, "</tool_call>")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(fake_server: FakeServer) -> Iterator[OpenAI]:
     with OpenAI(api_key=KEY, base_url=f"{fake_server.url}/v1", max_retries=0) as client:
         yield client
