@@ -10,6 +10,7 @@ import httpx
 import pytest
 from anthropic import Anthropic, AsyncAnthropic
 
+from distributed_llm import DistributedClient
 from distributed_llm.common.errors import (
     CapacityError,
     ContextLengthExceeded,
@@ -19,6 +20,7 @@ from distributed_llm.common.errors import (
     WorkerLost,
 )
 from tests.api.chat_texts import CALL
+from tests.api.conftest import Api
 from tests.api.fake_server import KEY, MODEL, FakeServer
 from tests.api.test_chat_formats import QWEN3
 
@@ -142,6 +144,26 @@ def test_tokens_are_counted_of_what_would_be_asked(
     assert chat.asked["chat_template_kwargs"] == {"enable_thinking": False}
     assert len(chat.asked["messages"]) == 2
     assert chat.asked["tools"][0]["function"]["name"] == "weather"
+
+
+def test_the_answer_is_what_the_cluster_says(api: Api) -> None:
+    asked: Any = {"model": "default", "max_tokens": 12, "messages": HI}
+    asked["extra_body"] = {"temperature": 0.0}
+    with (
+        Anthropic(api_key=api.key, base_url=api.url, max_retries=0) as client,
+        DistributedClient(api.cluster.address) as direct,
+    ):
+        wanted = direct.chat(HI, max_new_tokens=12, temperature=0.0, details=True)
+        message = client.messages.create(**asked)
+        with client.messages.stream(**asked) as stream:
+            streamed = stream.get_final_text()
+        counted = client.messages.count_tokens(model=api.model, messages=HI)
+        asked["max_tokens"] = 20_000
+        assert client.messages.create(**asked).usage.output_tokens > 12
+    assert [block.to_dict() for block in message.content] == [{"type": "text", "text": wanted.text}]
+    assert streamed == wanted.text
+    assert message.usage.output_tokens == wanted.usage.completion_tokens
+    assert counted.input_tokens == wanted.usage.prompt_tokens
 
 
 def test_models_are_listed_in_the_dialect_of_who_asks(

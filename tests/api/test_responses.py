@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 
+from distributed_llm import DistributedClient
 from distributed_llm.api.openai.responses.store import Record, ResponseStore
 from distributed_llm.common.errors import (
     CapacityError,
@@ -23,6 +24,7 @@ from distributed_llm.common.errors import (
     WorkerLost,
 )
 from tests.api.chat_texts import CALL
+from tests.api.conftest import Api
 from tests.api.fake_server import KEY, MODEL, OTHER_KEY, FakeServer
 from tests.api.test_chat_formats import QWEN3
 
@@ -167,6 +169,25 @@ def test_a_response_continues_an_earlier_one(client: OpenAI, fake_server: FakeSe
     assert said["tool_calls"][0]["id"] == call.call_id
     client.responses.create(model=MODEL, input="And?", previous_response_id=second.id, store=False)
     assert len(chat.asked["messages"]) == 5
+
+
+def test_the_answer_is_what_the_cluster_says(api: Api) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    asked: Any = {"model": api.model, "max_output_tokens": 12, "input": "Hi", "temperature": 0.0}
+    with (
+        OpenAI(api_key=api.key, base_url=f"{api.url}/v1", max_retries=0) as client,
+        DistributedClient(api.cluster.address) as direct,
+    ):
+        first = direct.chat(messages, max_new_tokens=12, temperature=0.0)
+        response = client.responses.create(**asked)
+        messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "Go on"}]
+        second = direct.chat(messages, max_new_tokens=12, temperature=0.0)
+        with client.responses.stream(
+            **{**asked, "input": "Go on"}, previous_response_id=response.id
+        ) as stream:
+            texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+    assert response.output_text == first
+    assert "".join(texts) == second
 
 
 def test_responses_are_kept_for_whoever_asked(client: OpenAI, fake_server: FakeServer) -> None:
