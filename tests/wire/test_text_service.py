@@ -25,6 +25,7 @@ from distributed_llm.coordinator.events import (
     RequestKey,
     TextAnswered,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
@@ -56,7 +57,7 @@ class Bench:
             self.events.put_nowait(event)
 
     def prompt(self, number: int, payload: bytes = b"he") -> None:
-        self.service.perform([Tokenize(key(number), "text", payload, 1, ())])
+        self.service.perform([Tokenize(key(number), "text", payload, 1, TextRules())])
 
     def tokens(self, number: int, *ids: int) -> None:
         self.service.perform([Detokenize(key(number), 0, ids, last=False)])
@@ -188,7 +189,7 @@ async def test_a_chat_template_that_never_ends_costs_one_request(
         made.prompt(1)
         await made.encoded(1)
         monkeypatch.setattr(text_service, "_PROMPT_S", 0.0)
-        made.service.perform([Tokenize(key(2), "chat", chat, 1, ())])
+        made.service.perform([Tokenize(key(2), "chat", chat, 1, TextRules())])
         error = await made.failure(2)
         assert isinstance(error, TextError)
         assert "made no progress" in str(error)
