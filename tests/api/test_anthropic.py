@@ -236,6 +236,15 @@ def test_choices_of_tools(
     assert message.stop_reason == ("tool_use" if forced else "end_turn")
 
 
+def test_a_stop_sequence_is_told(client: Anthropic, fake_server: FakeServer) -> None:
+    fake_server.answer("One,", stop_string="two")
+    asked: Any = {"model": MODEL, "max_tokens": 9, "messages": HI, "stop_sequences": ["two"]}
+    message = client.messages.create(**asked)
+    assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "two")
+    with client.messages.stream(**asked) as stream:
+        assert stream.get_final_message().stop_sequence == "two"
+
+
 def test_a_schema_for_the_answer(client: Anthropic, fake_server: FakeServer) -> None:
     chat = fake_server.answer('{"a": 1}', template=QWEN3)
     schema: Any = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -245,7 +254,7 @@ def test_a_schema_for_the_answer(client: Anthropic, fake_server: FakeServer) -> 
         messages=HI,
         output_config={"format": {"type": "json_schema", "schema": schema}},
     )
-    assert json.loads(chat.asked["grammar"]["text"]) == schema
+    assert json.loads(chat.asked["grammar"].text) == schema
     assert chat.asked["chat_template_kwargs"] == {"enable_thinking": False}
     assert message.content[0].type == "text"
 

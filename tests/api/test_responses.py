@@ -23,6 +23,7 @@ from distributed_llm.common.errors import (
     Overloaded,
     WorkerLost,
 )
+from distributed_llm.common.grammar import Grammar
 from tests.api.chat_texts import CALL
 from tests.api.conftest import Api
 from tests.api.fake_server import KEY, MODEL, OTHER_KEY, FakeServer
@@ -279,14 +280,14 @@ def test_a_schema_for_the_answer(client: OpenAI, fake_server: FakeServer) -> Non
         model=MODEL, input="Hi", text_format=Sum, reasoning={"effort": "high"}
     )
     assert response.output_parsed == Sum(a=1)
-    assert json.loads(chat.asked["grammar"]["text"])["required"] == ["a"]
+    assert json.loads(chat.asked["grammar"].text)["required"] == ["a"]
     client.responses.create(
         model=MODEL,
         input="Hi",
         text={"format": {"type": "json_object"}},
         reasoning={"effort": "none"},
     )
-    assert json.loads(chat.asked["grammar"]["text"]) == {"type": "object"}
+    assert chat.asked["grammar"] == Grammar("json_object")
     assert chat.asked["chat_template_kwargs"] == {"enable_thinking": False}
 
 

@@ -10,6 +10,7 @@ from distributed_llm.api.chat.joining import join_neighbours
 from distributed_llm.api.chat.parsing.formats import Formats
 from distributed_llm.api.chat.turn import Turn
 from distributed_llm.api.errors import invalid, unsupported
+from distributed_llm.common.grammar import Grammar
 
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system text of Claude Code that differs in each request and is not for the model.
@@ -57,7 +58,7 @@ def _params(body: MessagesBody) -> dict[str, Any]:
     }
     if body.output_config and body.output_config.format:
         schema = msgspec.json.encode(body.output_config.format.schema_).decode()
-        params["grammar"] = {"kind": "json_schema", "text": schema}
+        params["grammar"] = Grammar("json_schema", schema)
     return {name: value for name, value in params.items() if value is not None}
 
 

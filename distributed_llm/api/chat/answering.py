@@ -54,7 +54,7 @@ async def answer(
     if constrained and formats.thinking_switch:
         arguments.setdefault(formats.thinking_switch, False)  # a grammar leaves no room for it
     if must_call:
-        params["grammar"] = {"kind": "lark", "text": calls_grammar(tools, several=not one_call)}
+        params["grammar"] = calls_grammar(tools, several=not one_call)
     elif not constrained and (formats.reasoning or (tools and formats.calls_tools)):
         params.setdefault("skip_special_tokens", False)  # marks may be special tokens
     parsers = [
@@ -118,7 +118,7 @@ def _events_of(chunk: Chunk, parser: AnswerParser) -> list[TurnEvent]:
     ended = AnswerEnded(
         choice=chunk.choice,
         reason="tool_calls" if calls else chunk.finish_reason,
-        stop_string=getattr(chunk, "stop_string", None),
+        stop_string=chunk.stop_string,
     )
     return [*events, ended]
 

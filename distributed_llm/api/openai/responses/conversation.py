@@ -11,6 +11,7 @@ from distributed_llm.api.chat.turn import Turn
 from distributed_llm.api.errors import invalid, unsupported
 from distributed_llm.api.openai.responses.bodies import Item, ResponsesBody
 from distributed_llm.api.openai.responses.writer import new_id
+from distributed_llm.common.grammar import Grammar
 
 LOGPROBS = "message.output_text.logprobs"
 """In `include`: log-probabilities are asked for."""
@@ -93,13 +94,19 @@ def _params(body: ResponsesBody) -> dict[str, Any]:
     }
     if LOGPROBS in (body.include or ()) or body.top_logprobs:
         params["logprobs"] = body.top_logprobs or 0
-    form = body.text.format if body.text else None
-    if form and form.type != "text":
-        if form.type == "json_schema" and form.schema_ is None:
-            raise invalid("The format has no schema.", "text.format.schema")
-        schema = msgspec.json.encode(form.schema_ or {"type": "object"}).decode()
-        params["grammar"] = {"kind": "json_schema", "text": schema}
+    params["grammar"] = _grammar(body)
     return {name: value for name, value in params.items() if value is not None}
+
+
+def _grammar(body: ResponsesBody) -> Grammar | None:
+    form = body.text.format if body.text else None
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return Grammar("json_object")
+    if form.schema_ is None:
+        raise invalid("The format has no schema.", "text.format.schema")
+    return Grammar("json_schema", msgspec.json.encode(form.schema_).decode())
 
 
 def _template_arguments(body: ResponsesBody, formats: Formats) -> dict[str, Any]:
