@@ -38,6 +38,7 @@ def test_it_says_when_the_coordinator_goes_and_comes(caplog: pytest.LogCaptureFi
             await soon(f"looking for the coordinator at {proxy.address}")
             await soon("serves fake")
             proxy.refuse()
+            proxy.cut()
             await soon("requests get 503 until there is a coordinator")
             proxy.heal()
             await soon("serves fake", times=2)
