@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from distributed_llm.client.answers import Chunk, Generation, LikelyToken, PickedToken
     from distributed_llm.client.async_client import AsyncDistributedClient
     from distributed_llm.client.client import DistributedClient
+    from distributed_llm.client.values import TokenizedPrompt
     from distributed_llm.common.errors import (
         AddressInUse,
         CapacityError,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongServerKey,
     )
-    from distributed_llm.common.messages import Usage
+    from distributed_llm.common.grammar import Grammar
+    from distributed_llm.common.messages import ModelInfo, StageHop, StepTrace, Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
 
@@ -55,9 +57,11 @@ __all__ = [
     "DistributedClient",
     "DistributedLLMError",
     "Generation",
+    "Grammar",
     "InvalidRequest",
     "LikelyToken",
     "LocalCluster",
+    "ModelInfo",
     "NotAllowed",
     "NotEnoughMemory",
     "NotEnrolled",
@@ -68,7 +72,10 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "StageHop",
+    "StepTrace",
     "TextError",
+    "TokenizedPrompt",
     "UnsupportedModel",
     "Usage",
     "WorkerLost",
@@ -79,8 +86,10 @@ _HOMES = (
     "client.answers",
     "client.async_client",
     "client.client",
+    "client.values",
     "local_cluster",
     "common.errors",
+    "common.grammar",
     "common.messages",
     "common.sampling_params",
 )

@@ -20,11 +20,22 @@ from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import models
+from distributed_llm.api.openai import chat, models
+from distributed_llm.api.operations import administration, cluster, health, requests
+from distributed_llm.api.operations.feed import Feed
+from distributed_llm.api.operations.readiness import Readiness
+from distributed_llm.api.register import Register, Registration
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (models.router,)
+_ROUTERS = (
+    models.router,
+    chat.router,
+    health.router,
+    cluster.router,
+    requests.router,
+    administration.router,
+)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""
@@ -40,9 +51,14 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         settings: what is let in, and how much of it.
     """
 
+    readiness, feed = Readiness(callers.own), Feed()
+    register = Register()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
+        await feed.close()
+        await readiness.close()
         await callers.close()
 
     app = FastAPI(
@@ -53,6 +69,9 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.callers = callers
+    app.state.readiness = readiness
+    app.state.feed = feed
+    app.state.register = register
     for router in _ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
@@ -60,7 +79,7 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)
-    return guarded(app, callers, settings)
+    return guarded(Registration(app, register), callers, settings)
 
 
 def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:

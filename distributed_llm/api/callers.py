@@ -81,12 +81,16 @@ class Callers:
         insecure: whether it uses no keys; then everybody is served.
         open_to_all: whether requests without a key are served, as those of the role client.
         connect_timeout_s: how long to wait for the coordinator.
+
+    Attributes:
+        address: of the coordinator.
+        own: client of this machine's own key.
     """
 
     def __init__(
         self, address: str, *, insecure: bool, open_to_all: bool, connect_timeout_s: float
     ) -> None:
-        self._address = address
+        self.address = address
         self._insecure = insecure
         self._open_to_all = open_to_all
         self._connect_timeout_s = connect_timeout_s
@@ -154,7 +158,7 @@ class Callers:
             raise Unauthorized(_UNKNOWN)
         try:
             client = AsyncDistributedClient(
-                self._address, key=key, connect_timeout_s=self._connect_timeout_s
+                self.address, key=key, connect_timeout_s=self._connect_timeout_s
             )
         except (ConfigError, UnicodeError):
             raise Unauthorized(_UNKNOWN) from None

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
@@ -21,9 +20,12 @@ from distributed_llm.client.prompts import (
     are_several,
     encode_chat,
     encode_prompt,
+    encode_token_ids,
 )
-from distributed_llm.client.session import Session, new_request_id
+from distributed_llm.client.session import Frames, Question, Session, new_request_id
+from distributed_llm.client.values import Identity, NewToken, TokenizedPrompt
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
 from distributed_llm.common.keys import token_id
@@ -31,8 +33,12 @@ from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
     CreateToken,
+    DecodeTokens,
+    EncodePrompt,
+    Finished,
     Generate,
     GetMembers,
+    ModelInfo,
     Name,
     ReadmitMachine,
     RemoveMachine,
@@ -41,42 +47,12 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.roles import Role
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.common.transport import Login, new_key_pair
 from distributed_llm.common.units import split_address
 
 _No = Literal[False]
 _Yes = Literal[True]
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token by which machines enrol.
-
-    Attributes:
-        line: `dllm://...`, to be given to `dllm join`; a secret.
-        id: its name for people, which is no secret.
-        addresses: "HOST:PORT"s at which other machines reach the coordinator, best first, which is
-            the one in the line; none if they cannot.
-    """
-
-    line: str = field(repr=False)
-    id: str
-    addresses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a client is to its coordinator.
-
-    Attributes:
-        name: by which it is enrolled; empty without keys.
-        role: what it may do.
-        model: name of the model that the coordinator serves.
-    """
-
-    name: str
-    role: Role
-    model: str
 
 
 class AsyncDistributedClient:
@@ -169,6 +145,7 @@ class AsyncDistributedClient:
         n: int | None = None,
         details: bool = False,
         progress: Progress | None = None,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> Any:
         """Return the answer to a prompt, or the answers to a list of prompts, in their order.
@@ -184,6 +161,7 @@ class AsyncDistributedClient:
             details: return `Generation` instead of text.
             progress: called after each prompt with the number of those that are answered and the
                 number of all, on the thread of the event loop.
+            grammar: what the answers have to look like.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -194,33 +172,36 @@ class AsyncDistributedClient:
         """
         sampling = SamplingParams.from_arguments({"n": n, **params})
         if not are_several(prompt):
-            generations = await self._complete(encode_prompt(prompt), sampling)
+            generations = await self._complete(encode_prompt(prompt, grammar), sampling)
             if progress:
                 progress(1, 1)
             return _answers(generations, n, details)
         every = await ask_all(
             lambda one: self._complete(one, sampling),
-            [encode_prompt(one) for one in prompt],
+            [encode_prompt(one, grammar) for one in prompt],
             Pace(sampling.n),
             give_up_after_s=sampling.timeout_s,
             progress=progress,
         )
         return [_answers(generations, n, details) for generations in every]
 
-    def stream(self, prompt: Prompt, **params: Any) -> AsyncGenerator[Chunk, None]:
+    def stream(
+        self, prompt: Prompt, *, grammar: Grammar | None = None, **params: Any
+    ) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the answer as it is generated; closing it cancels the request.
 
         With `n`, chunks of all answers are mixed; `choice` says which answer a chunk is part of.
 
         Args:
             prompt: text or token ids.
+            grammar: what the answers have to look like.
             params: fields of `SamplingParams`.
 
         Raises:
             DistributedLLMError: as `generate` does; a wrong prompt or parameter is told at once,
                 the rest as the chunks are read.
         """
-        return self._stream(encode_prompt(prompt), SamplingParams.from_arguments(params))
+        return self._stream(encode_prompt(prompt, grammar), SamplingParams.from_arguments(params))
 
     @overload
     async def chat(
@@ -274,6 +255,7 @@ class AsyncDistributedClient:
         chat_template_kwargs: Arguments | None = None,
         n: int | None = None,
         details: bool = False,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> Any:
         """Return the assistant's next message, by the checkpoint's chat template.
@@ -286,6 +268,7 @@ class AsyncDistributedClient:
             chat_template_kwargs: further arguments of the template: `{"enable_thinking": False}`.
             n: number of answers. If given, even as 1, a list of `n` answers is returned.
             details: return `Generation` instead of text.
+            grammar: what the answers have to look like.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -293,7 +276,7 @@ class AsyncDistributedClient:
                 tools or arguments. Otherwise as `generate`.
         """
         sampling = _chat_params({"n": n, **params})
-        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        prompt = encode_chat(messages, tools, chat_template_kwargs, grammar)
         return _answers(await self._complete(prompt, sampling), n, details)
 
     def stream_chat(
@@ -302,10 +285,11 @@ class AsyncDistributedClient:
         *,
         tools: Tools | None = None,
         chat_template_kwargs: Arguments | None = None,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the assistant's next message; see `stream` and `chat`."""
-        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        prompt = encode_chat(messages, tools, chat_template_kwargs, grammar)
         return self._stream(prompt, _chat_params(params))
 
     async def identity(self) -> Identity:
@@ -326,6 +310,63 @@ class AsyncDistributedClient:
         """
         session = await self._connected()
         return await session.status(self._connect_timeout_s)
+
+    async def model(self) -> ModelInfo:
+        """Return what is served: sizes, special tokens, the chat template.
+
+        Raises:
+            ConnectionFailed: the coordinator cannot be reached, or was lost.
+        """
+        session = await self._connected()
+        return await session.model(self._connect_timeout_s)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """Return the token ids of a text, as a prompt of `generate` has them.
+
+        Args:
+            text: of any length that is not certainly far too long for the model.
+            add_special_tokens: with those by which the model's prompts start or end.
+
+        Raises:
+            InvalidRequest: the text is too long, or the model has no tokenizer.
+            Overloaded: too many such questions wait.
+            TextError: the coordinator's text process has died over it.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        if not isinstance(text, str):
+            raise InvalidRequest(f"Only text has token ids, not {type(text).__name__}.")
+        return await self._tokenize(encode_prompt(text), add_special_tokens)
+
+    async def tokenize_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+    ) -> TokenizedPrompt:
+        """Return the token ids of a conversation, as a prompt of `chat` has them.
+
+        Raises:
+            InvalidRequest: also if the model has no chat template, or one that does not know the
+                tools or arguments. Otherwise as `tokenize`.
+        """
+        return await self._tokenize(encode_chat(messages, tools, chat_template_kwargs), True)
+
+    async def detokenize(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = False
+    ) -> str:
+        """Return the text of token ids; those that the tokenizer does not know have none.
+
+        Raises:
+            InvalidRequest: they are no token ids, too many, or the model has no tokenizer.
+                Otherwise as `tokenize`.
+        """
+        specs, frames = encode_token_ids(token_ids)
+        message = DecodeTokens(
+            request_id=new_request_id(), skip_special_tokens=skip_special_tokens, tensors=specs
+        )
+        (text,) = await self._ask(message, frames) or (b"",)
+        return bytes(text).decode()
 
     async def drain_worker(self, name: str) -> None:
         """Have a worker end once other workers have its layers, while requests run.
@@ -437,6 +478,24 @@ class AsyncDistributedClient:
                 )
             return self._session
 
+    async def _tokenize(self, prompt: EncodedPrompt, special: bool) -> TokenizedPrompt:
+        assert prompt.kind != "token_ids"
+        message = EncodePrompt(
+            request_id=new_request_id(),
+            prompt=prompt.kind,
+            add_special_tokens=special,
+            tensors=prompt.specs,
+        )
+        (token_ids,) = await self._ask(message, prompt.frames) or (b"",)
+        return TokenizedPrompt(token_ids_of_frame(token_ids))
+
+    async def _ask(self, message: Question, frames: Frames) -> Frames:
+        """Return the tensors of the answer to a question."""
+        session = await self._connected()
+        async with aclosing(session.request(message, frames)) as replies:
+            _, answer = await anext(replies)
+        return answer
+
     async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
         async with aclosing(self._stream(prompt, sampling)) as chunks:
             return [chunk.generation async for chunk in chunks if chunk.generation]
@@ -446,14 +505,19 @@ class AsyncDistributedClient:
     ) -> AsyncGenerator[Chunk, None]:
         session = await self._connected()
         message = Generate(
-            request_id=new_request_id(), prompt=prompt.kind, params=sampling, tensors=prompt.specs
+            request_id=new_request_id(),
+            prompt=prompt.kind,
+            params=sampling,
+            tensors=prompt.specs,
+            grammar=prompt.grammar,
         )
         answers = Answers(message.request_id, sampling)
         async with aclosing(session.request(message, prompt.frames)) as replies:
-            async for reply in replies:
+            async for reply, _ in replies:
                 if isinstance(reply, TokenChunk):
                     yield answers.add(reply)
                     continue
+                assert isinstance(reply, Finished)
                 for generation in answers.finish(reply):
                     yield Chunk("", [], generation.choice, generation=generation)
 

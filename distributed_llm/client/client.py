@@ -6,16 +6,17 @@ client.generate("Once upon a time", max_new_tokens=20)
 
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 from distributed_llm.client.answers import Chunk, Generation
-from distributed_llm.client.async_client import AsyncDistributedClient, Identity, NewToken
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.client.prompts import Arguments, Messages, Prompt, Prompts, Tools
-from distributed_llm.common.messages import ClusterMembers, ClusterStatus
+from distributed_llm.client.values import Identity, NewToken, TokenizedPrompt
+from distributed_llm.common.messages import ClusterMembers, ClusterStatus, ModelInfo
 from distributed_llm.common.roles import Role
 
 _No = Literal[False]
@@ -214,6 +215,33 @@ class DistributedClient:
         """Return the status of the cluster."""
         runner, client = self._here()
         return runner.run(client.status())
+
+    def model(self) -> ModelInfo:
+        """Return what is served; see `AsyncDistributedClient.model`."""
+        runner, client = self._here()
+        return runner.run(client.model())
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """Return the token ids of a text; see `AsyncDistributedClient.tokenize`."""
+        runner, client = self._here()
+        return runner.run(client.tokenize(text, add_special_tokens=add_special_tokens))
+
+    def tokenize_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+    ) -> TokenizedPrompt:
+        """Return the token ids of a conversation; see `AsyncDistributedClient.tokenize_chat`."""
+        runner, client = self._here()
+        template = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        return runner.run(client.tokenize_chat(messages, **template))  # type: ignore[arg-type]
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids; see `AsyncDistributedClient.detokenize`."""
+        runner, client = self._here()
+        return runner.run(client.detokenize(token_ids, skip_special_tokens=skip_special_tokens))
 
     def drain_worker(self, name: str) -> None:
         """Have a worker end; see `AsyncDistributedClient.drain_worker`."""

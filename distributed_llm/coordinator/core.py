@@ -30,7 +30,10 @@ from distributed_llm.common.messages import (
     ClientRequest,
     ClusterStatus,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    EncodePrompt,
     Enrol,
     Generate,
     GetMembers,
@@ -42,12 +45,14 @@ from distributed_llm.common.messages import (
     KVFailed,
     Leaving,
     LinkReport,
+    ModelDescribed,
     NotUnderstood,
     Ping,
     Pong,
     ReadmitMachine,
     Remeasured,
     RemoveMachine,
+    RequestId,
     RevokeToken,
     StageFailed,
     StageReady,
@@ -82,6 +87,7 @@ from distributed_llm.coordinator.events import (
     Stalled,
     Studied,
     StudyFailed,
+    TextAnswered,
     TextFailed,
     Tokenized,
     Unreachable,
@@ -100,6 +106,9 @@ from distributed_llm.coordinator.stepping import Stepping
 from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.conduct import Fault
 from distributed_llm.coordinator.unread import failure_of
+
+_REQUESTS = (tag_of(Generate), tag_of(EncodePrompt), tag_of(DecodeTokens))
+"""Messages of clients that are answered by an id of the client's making."""
 
 _DROPPED = "dropped messages"
 _MOST_DROPPED = 5
@@ -147,6 +156,7 @@ class Core:
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book
+        self._questions = cluster.questions
         self._event_log = cluster.event_log
 
     def _give_up(self, peer: PeerId, why: str, now: float) -> list[Action]:
@@ -235,10 +245,14 @@ class Core:
                 return self._study_failed(event, now)
             case Tokenized():
                 return self._book.tokenized(event)
+            case TextFailed() if self._questions.is_asked(event.key):
+                return self._questions.answered(event)
             case TextFailed():
                 return self._book.fail(event.key, event.error)
             case Detokenized():
                 return self._book.detokenized(event, now=now)
+            case TextAnswered():
+                return self._questions.answered(event)
             case _:
                 assert_never(event)
 
@@ -288,8 +302,16 @@ class Core:
         match message:
             case Generate():
                 return self._generate(peer, key, message, frames, now)
+            case EncodePrompt() | DecodeTokens():
+                if self._is_known(peer, message.request_id):
+                    return []
+                return self._questions.ask(peer, message, frames, holder=key)
             case Cancel(request_id=request_id):
-                return self._book.cancel(peer, request_id)
+                about_text = self._questions.cancel(peer, request_id)
+                return about_text or self._book.cancel(peer, request_id)
+            case DescribeModel():
+                spec, frame = frame_of_bytes(encode_payload(self._cluster.model.info()))
+                return [Send(peer, ModelDescribed(tensors=(spec,)), (frame,))]
             case GetStatus():
                 spec, frame = frame_of_bytes(encode_payload(self.status(now=now)))
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
@@ -310,13 +332,22 @@ class Core:
         frames: tuple[Frame, ...],
         now: float,
     ) -> list[Action]:
-        if self._book.has(peer, message.request_id):
-            self._event_log.rejected["duplicate_request"] += 1
+        if self._is_known(peer, message.request_id):
             return []
         if self._pipelines.state == "waiting":
             error = NotReady(self._reporting.note(now=now))
             return self._book.refuse(peer, message.request_id, error)
         return self._book.submit(peer, message, frames, holder=key, now=now)
+
+    def _is_known(self, peer: PeerId, request_id: RequestId) -> bool:
+        """Return whether a client has used an id that it may not use again yet; count that."""
+        known = self._has(peer, request_id)
+        if known:
+            self._event_log.rejected["duplicate_request"] += 1
+        return known
+
+    def _has(self, peer: PeerId, request_id: RequestId) -> bool:
+        return self._book.has(peer, request_id) or self._questions.has(peer, request_id)
 
     def _from_worker(
         self, worker: Worker, message: WorkerReport, frames: tuple[Frame, ...], now: float
@@ -372,9 +403,9 @@ class Core:
             says_hello = error.outline.type in (tag_of(WorkerHello), tag_of(ClientHello))
             return [refusal(peer, error)] if says_hello else []
         request_id = error.outline.request_id
-        if error.outline.type == tag_of(Generate) and request_id:
+        if error.outline.type in _REQUESTS and request_id:
             wrong = InvalidRequest(f"The coordinator cannot read this request ({error}).")
-            if not self._book.has(peer, request_id):
+            if not self._has(peer, request_id):
                 return self._book.refuse(peer, request_id, wrong)
         gone = self._membership.gone(peer, "sent what cannot be read", now=now)
         return [*gone, refusal(peer, error)]
@@ -480,6 +511,7 @@ class Core:
         for room in (
             self._registry,
             self._book,
+            self._questions,
             self._pipelines,
             self._replanning,
             self._moves,
@@ -492,6 +524,7 @@ class Core:
             for pipeline in self._pipelines.loaded
             if pipeline.scheduler and pipeline.state is PipelineState.SERVING
             if pipeline.in_flight and not pipeline.in_flight.num_steps
+            if not pipeline.num_running  # those that run wait for masks
         ]
         for answer in self._book.waiting if idle else ():
             assert answer.request.reserved_tokens > max(idle), "an answer waits for nothing"

@@ -15,6 +15,7 @@ from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline, sending
 from distributed_llm.coordinator.serving.retries import step_broken
 from distributed_llm.coordinator.serving.steps import Dropped, SendTask, StepBroken, StepDone
+from distributed_llm.coordinator.tracing import trace_step
 
 
 class Stepping:
@@ -71,6 +72,7 @@ class Stepping:
                 predicted_s = self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
                 pipeline.meter.observe(outcome, predicted_s, now=now)
                 self._count(pipeline, outcome)
+                trace_step(self._cluster, pipeline, outcome, now=now)
                 actions = self._book.step_done(outcome, are_current, now=now)
                 return [*actions, *self._overtaken(pipeline, now)] if overtaken else actions
             case StepBroken():

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from distributed_llm.common.codec import decode_status, encode_payload
 from distributed_llm.common.errors import NotEnoughMemory, RemoteProtocolError, UnsupportedModel
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
@@ -344,6 +345,7 @@ class Checker:
     def check_drained(self) -> None:
         """Assert that nothing is left of any request in the core."""
         status = self._core.status(now=0.0)
+        assert decode_status(encode_payload(status)) == status
         assert (status.answers_running, status.answers_waiting) == (0, 0)
         duplicates = status.rejected.get("duplicate_request", 0)
         assert (

@@ -160,6 +160,7 @@ class Cluster:
         like=maybe(_INDEX),
         timeout_s=any_of([None, None, 0.05, 1.0]),
         logprobs=any_of([None, None, 0, 3]),
+        grammar=any_of(["", "", "1", "4", "12"]),
     )
     def submit(
         self,
@@ -171,6 +172,7 @@ class Cluster:
         like: int | None,
         timeout_s: float | None,
         logprobs: int | None,
+        grammar: str,
     ) -> None:
         if like is not None and self.submitted:  # begin like another one, or go on from it
             other = self.submitted[like % len(self.submitted)][1]
@@ -182,21 +184,22 @@ class Cluster:
             n=n,
             timeout_s=timeout_s,
             logprobs=logprobs,
+            trace=length % 2 == 1,
         )
         if stop is not None:
-            whole = Answer(tuple(prompt), params).expected()
+            whole = Answer(tuple(prompt), params, grammar=grammar).expected()
             stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
             params = msgspec.structs.replace(params, stop_strings=stops)
-        self._submit(prompt, params)
+        self._submit(prompt, params, grammar)
 
     @rule(prompt=_PROMPTS, at=_INDEX)
     def submit_poison(self, prompt: list[int], at: int) -> None:
         prompt[at % len(prompt)] = POISON
         self._submit(prompt, SamplingParams(max_new_tokens=4))
 
-    def _submit(self, prompt: list[int], params: SamplingParams) -> None:
+    def _submit(self, prompt: list[int], params: SamplingParams, grammar: str = "") -> None:
         client = self._client()
-        self.submitted.append((client, client.submit(prompt, params)))
+        self.submitted.append((client, client.submit(prompt, params, grammar=grammar)))
 
     def _client(self) -> SimClient:
         """Return the client that came last, or a new one if all are gone."""

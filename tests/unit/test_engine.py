@@ -100,7 +100,11 @@ class FakeStage:
             self.story.append(("release", *ids))
 
     def run(
-        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden: Tensor | None
+        self,
+        sequences: Sequence[SequenceSlice],
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        masks: object = None,
     ) -> StageOutput:
         self.story.append((token_ids.tolist(), None if hidden is None else hidden.dtype))
         return self.answer()

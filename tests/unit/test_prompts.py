@@ -19,5 +19,5 @@ def test_bytes_are_neither_text_nor_token_ids(prompt: Any) -> None:
 def test_a_prompt_is_too_long_by_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "MAX_FRAME_BYTES", 4 * 1000)
     assert encode_prompt([1] * 1000).specs[0].shape == (1000,)
-    with pytest.raises(InvalidRequest, match="has 1,001 tokens; 1,000 are allowed"):
+    with pytest.raises(InvalidRequest, match="1,001 tokens are too many; 1,000 are allowed"):
         encode_prompt([1] * 1001)

@@ -46,7 +46,10 @@ from distributed_llm.common.messages.from_client import (
     ChatMessage,
     ClientHello,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    EncodePrompt,
     Enrol,
     Generate,
     GetMembers,
@@ -110,6 +113,7 @@ from distributed_llm.common.messages.to_anybody import (
 )
 from distributed_llm.common.messages.to_client import (
     MAX_SPELLING,
+    MAX_TRACED,
     ClientWelcome,
     ClusterMembers,
     Enrolled,
@@ -117,13 +121,19 @@ from distributed_llm.common.messages.to_client import (
     FinishReason,
     MachineStatus,
     MembersReport,
+    ModelDescribed,
+    ModelInfo,
+    PromptEncoded,
     RequestFailed,
     Spelling,
+    StageHop,
     StageTiming,
     StatusReport,
+    StepTrace,
     Timings,
     TokenChunk,
     TokenLogprobs,
+    TokensDecoded,
     TokenStatus,
     Usage,
     WorkerDrained,
@@ -166,6 +176,7 @@ __all__ = [
     "MAX_SPELLING",
     "MAX_STAGES",
     "MAX_TENSORS",
+    "MAX_TRACED",
     "NOT_SERVED",
     "PROTOCOL_VERSION",
     "Address",
@@ -185,9 +196,12 @@ __all__ = [
     "CopyKV",
     "Counters",
     "CreateToken",
+    "DecodeTokens",
+    "DescribeModel",
     "DigestsReport",
     "DrainWorker",
     "DropStage",
+    "EncodePrompt",
     "Enrol",
     "Enrolled",
     "EventStatus",
@@ -229,7 +243,9 @@ __all__ = [
     "Message",
     "Microseconds",
     "MissingPositions",
+    "ModelDescribed",
     "ModelDescription",
+    "ModelInfo",
     "ModelReport",
     "ModelSource",
     "MoveStatus",
@@ -245,6 +261,7 @@ __all__ = [
     "Ping",
     "PipelineStatus",
     "Pong",
+    "PromptEncoded",
     "ReadChunk",
     "ReadmitMachine",
     "Refused",
@@ -261,6 +278,7 @@ __all__ = [
     "SharedPrefix",
     "Spelling",
     "StageFailed",
+    "StageHop",
     "StageReady",
     "StageStatus",
     "StageTime",
@@ -268,6 +286,7 @@ __all__ = [
     "StageTiming",
     "StageTrial",
     "StatusReport",
+    "StepTrace",
     "Task",
     "TaskFailed",
     "TaskResult",
@@ -285,6 +304,7 @@ __all__ = [
     "TokenChunk",
     "TokenLogprobs",
     "TokenStatus",
+    "TokensDecoded",
     "ToolCall",
     "UndoMove",
     "Usage",
@@ -317,7 +337,10 @@ WorkerReport = (
 
 ClientRequest = (
     Generate
+    | EncodePrompt
+    | DecodeTokens
     | Cancel
+    | DescribeModel
     | GetStatus
     | DrainWorker
     | GetMembers
@@ -356,7 +379,10 @@ ToClient = (
     | ClientWelcome
     | TokenChunk
     | Finished
+    | PromptEncoded
+    | TokensDecoded
     | RequestFailed
+    | ModelDescribed
     | StatusReport
     | WorkerDrained
     | MembersReport

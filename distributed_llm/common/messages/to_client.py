@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import (
+    MAX_STAGES,
     Addresses,
     Label,
     Message,
@@ -16,8 +17,8 @@ from distributed_llm.common.messages.base import (
     Value,
 )
 from distributed_llm.common.roles import Role
-from distributed_llm.common.tensors import TensorSpec
-from distributed_llm.common.types import Count, LayerRange, Seconds, TokenId
+from distributed_llm.common.tensors import DtypeName, TensorSpec
+from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
 
@@ -80,6 +81,63 @@ class TokenLogprobs(
     spelled: Annotated[tuple[Spelling | None, ...], Meta(max_length=1 + MAX_LIKELIEST)] = ()
 
 
+class StageHop(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """What one stage did in one step, for all tokens of the step.
+
+    Attributes:
+        bytes_in: what came in: activations, or token ids at the first stage.
+        link_s: how long these take on the link from the stage before, by what was measured of that
+            link; None if nothing was, and at the first stage.
+        queued_s: from their arrival until they were computed.
+        compute_s: for which they were computed.
+    """
+
+    worker: Name
+    layers: LayerRange
+    bytes_in: Count
+    link_s: Seconds | None
+    queued_s: Seconds
+    compute_s: Seconds
+
+
+class StepTrace(Value, frozen=True, kw_only=True):
+    """One step through all stages, as one answer in it sees it.
+
+    Attributes:
+        index: of the token of the answer that it sampled, or that it prepared for: part of a
+            prompt, or tokens that are computed again after a loss.
+        sampled: whether it sampled that token.
+        epoch: of the plan.
+        start: position of its first token of this answer's sequence, the prompt included.
+        tokens: of this answer's sequence that it computed.
+        step_tokens: tokens that it computed of all sequences.
+        step_sequences: sequences in it.
+        began_s: when it began, since the request arrived.
+        took_s: from then until its result was there.
+        outside_s: the measured part of that outside of stages and their queues: on all links, and
+            to and from the coordinator.
+        hops: the stages in the order of the layers.
+    """
+
+    index: Count
+    sampled: bool
+    epoch: Epoch
+    start: Count
+    tokens: Count
+    step_tokens: Count
+    step_sequences: Count
+    began_s: Seconds
+    took_s: Seconds
+    outside_s: Seconds
+    hops: Annotated[tuple[StageHop, ...], Meta(max_length=MAX_STAGES)]
+
+
+MAX_TRACED = 64
+"""Steps that are reported of those that led to one token; the latest are."""
+
+
 class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_defaults=True):
     """Coordinator -> client: the next piece of an answer.
 
@@ -89,6 +147,8 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
         text: complete characters only; may be empty while a character is unfinished.
         logprobs: one per token id, if they were asked for.
         finish_reason: in the last chunk of the answer, why it ends.
+        stop_string: in that chunk, the stop string that ended it; None if none did.
+        trace: the steps that led to its tokens, oldest first, if they were asked for.
     """
 
     request_id: RequestId
@@ -98,6 +158,8 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
     token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=4096)]
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=4096)] = ()
     finish_reason: FinishReason | None = None
+    stop_string: Annotated[str, Meta(max_length=256)] | None = None
+    trace: Annotated[tuple[StepTrace, ...], Meta(max_length=MAX_TRACED)] = ()
 
 
 class Usage(Value, frozen=True, kw_only=True):
@@ -145,6 +207,20 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     request_id: RequestId
     usage: Usage
     timings: Timings
+
+
+class PromptEncoded(Message, frozen=True, kw_only=True, tag="prompt_encoded"):
+    """Coordinator -> client: answers `EncodePrompt`: the token ids, int32; no tensor for none."""
+
+    request_id: RequestId
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
+class TokensDecoded(Message, frozen=True, kw_only=True, tag="tokens_decoded"):
+    """Coordinator -> client: answers `DecodeTokens`: the text in UTF-8; no tensor for none."""
+
+    request_id: RequestId
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
 
 
 class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
@@ -244,6 +320,47 @@ class MembersReport(Message, frozen=True, kw_only=True, tag="members_report"):
     code: Label = ""
     message: Text = ""
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)] = ()
+
+
+class ModelInfo(Value, frozen=True, kw_only=True):
+    """The model that a coordinator serves. It travels as msgpack in a tensor frame.
+
+    Attributes:
+        name: as it was given to the coordinator: a folder, or an id of the hub.
+        model_type: the architecture's name in transformers ("llama").
+        architecture: the model's class in transformers ("LlamaForCausalLM"); empty if its files
+            name none.
+        context_length: positions of prompt and answer together.
+        dtype: in which it is served.
+        num_parameters: numbers in its weights, those of the files.
+        weight_bytes: that the weights take in memory, each layer held once.
+        eos_token_ids: tokens that end an answer.
+        has_tokenizer: whether it takes and gives text; else token ids only.
+        special_tokens: how the special tokens are written that the tokenizer names, by their names
+            in transformers: `{"bos_token": "<s>", "eos_token": "</s>"}`.
+        chat_template: Jinja text that writes out conversations; None if there is none.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    num_layers: Count
+    hidden_size: Count
+    vocab_size: Count
+    context_length: Count
+    dtype: DtypeName
+    num_parameters: Count
+    weight_bytes: Count
+    eos_token_ids: tuple[TokenId, ...]
+    has_tokenizer: bool
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+
+class ModelDescribed(Message, frozen=True, kw_only=True, tag="model_described"):
+    """Coordinator -> client: answers `DescribeModel`; `tensors` is [msgpack of `ModelInfo`]."""
+
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):

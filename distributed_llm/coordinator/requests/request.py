@@ -6,6 +6,7 @@ The token ids of prompt and answers are kept here and nowhere else; whatever KV 
 is computed again from them.
 """
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +15,11 @@ from itertools import islice
 import msgspec
 
 from distributed_llm.common.messages import (
+    MAX_TRACED,
     FinishReason,
     SharedPrefix,
     Spelling,
+    StepTrace,
     Timings,
     TokenLogprobs,
     Usage,
@@ -55,6 +58,8 @@ class Answer:
         sampling_sent: whether the last stage was sent `sampling`.
         prefix: the beginning of another sequence that this one begins with.
         shares: whether it may share a prefix.
+        mask: which token may be the next, as in `Task`; None without a grammar, and until the text
+            process has sent it.
         waits_for: the answer whose prefix this one will share, and which it waits for until
             `waits_until` positions are computed.
         losses: workers that died in a row while they worked on its next token.
@@ -62,6 +67,8 @@ class Answer:
         suspects: the group with which it is suspected of breaking steps; None if it is not.
         logprobs: of the tokens that the client was not sent yet; empty unless they were asked for.
         num_sent_tokens: tokens of the answer that the client was sent.
+        trace: steps that led to tokens that the client was not sent yet, the latest; none unless
+            they were asked for.
         started_at: when it was first admitted; like all times here in clock seconds.
     """
 
@@ -80,6 +87,7 @@ class Answer:
     sampling_sent: bool = False
     prefix: SharedPrefix | None = None
     shares: bool = True
+    mask: bytes | None = None
     waits_for: "Answer | None" = None
     waits_until: int = 0
     losses: int = 0
@@ -88,6 +96,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_sent_tokens: int = 0
+    trace: deque[StepTrace] = field(default_factory=lambda: deque(maxlen=MAX_TRACED))
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -131,6 +140,11 @@ class Answer:
     def _encoded_bytes(self) -> int:
         return len(msgspec.msgpack.encode(self.sampling))
 
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether it cannot run before it is known which token may be the next."""
+        return self.request.constrained and self.mask is None
+
     def reset(self) -> None:
         """Forget the KV cache, so that all tokens are computed again; the tokens stay."""
         self.sequence_id = self.prefix = self.waits_for = None
@@ -148,11 +162,12 @@ class Answer:
         limits = self.request.limits
         assert limits is not None
         self.token_ids.append(token_id)
+        self.mask = None
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self.first_token_at = now if self.first_token_at is None else self.first_token_at
         self.last_token_at = now
-        if token_id in limits.eos_token_ids:
+        if token_id in limits.end_token_ids:
             self.finish_reason = "stop"
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"
@@ -174,6 +189,13 @@ class Answer:
             for one in taken
         )
 
+    def take_trace(self) -> tuple[StepTrace, ...]:
+        """Remove and return the steps that led to the tokens that the client was sent."""
+        taken = []
+        while self.trace and self.trace[0].index < self.num_sent_tokens:
+            taken.append(self.trace.popleft())
+        return tuple(taken)
+
 
 @dataclass(eq=False)
 class Request:
@@ -184,6 +206,7 @@ class Request:
         arrived_at: clock seconds.
         client: among whom service is fair: the key of who asks, else the connection.
         shares_with: only requests with an equal value share prefixes with it.
+        constrained: whether a grammar says which tokens may be sampled.
         limits: the parameters after defaults; None until the prompt is tokenized.
         answers: empty until the prompt is tokenized.
     """
@@ -193,6 +216,7 @@ class Request:
     arrived_at: float
     client: Hashable
     shares_with: Hashable = None
+    constrained: bool = False
     limits: Limits | None = None
     answers: tuple[Answer, ...] = ()
 
@@ -208,16 +232,27 @@ class Request:
         assert self.limits is not None
         return self.answers[0].num_prompt_tokens + self.limits.max_new_tokens
 
-    def accept(self, prompt: Sequence[int], limits: Limits, *, number: int) -> None:
+    def accept(
+        self, prompt: Sequence[int], limits: Limits, *, number: int, mask: bytes = b""
+    ) -> None:
         """Create its answers.
 
         Args:
             prompt: token ids.
             number: of the first answer; the others have the following numbers.
+            mask: which token may be their first; empty without a grammar.
         """
         self.limits = limits
         self.answers = tuple(
-            Answer(self, number + choice, choice, list(prompt), len(prompt), sampling)
+            Answer(
+                self,
+                number + choice,
+                choice,
+                list(prompt),
+                len(prompt),
+                sampling,
+                mask=mask or None,
+            )
             for choice, sampling in enumerate(limits.sampling)
         )
 

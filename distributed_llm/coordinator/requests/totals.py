@@ -119,7 +119,7 @@ class Totals:
     prompt_steps: int = 0
     activation_bytes: int = 0
     recovered: int = 0
-    times: RequestTimes = field(default_factory=RequestTimes)
+    times: RequestTimes = field(default_factory=RequestTimes, compare=False)
     _finished_at: float | None = None
     _interval_s: float | None = None
 

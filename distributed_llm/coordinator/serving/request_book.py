@@ -22,7 +22,6 @@ from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     Finished,
     Generate,
-    RequestFailed,
     RequestId,
     TokenChunk,
     TokenLogprobs,
@@ -42,8 +41,14 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
+from distributed_llm.coordinator.requests.failures import failure
 from distributed_llm.coordinator.requests.fairness import FairQueue
-from distributed_llm.coordinator.requests.parameters import named_tokens, resolve, wrong_prompt
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
+from distributed_llm.coordinator.requests.parameters import (
+    named_tokens,
+    resolve,
+    text_rules,
+)
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
 from distributed_llm.coordinator.serving.chunks import messages_of
@@ -119,6 +124,12 @@ class RequestBook:
         """Positions of KV cache that the largest answer may grow to; 0 if no answer needs any."""
         return max((request.reserved_tokens for request in self._uncomputed()), default=0)
 
+    def draw_number(self, count: int = 1) -> int:
+        """Return the first of so many numbers that nothing else has."""
+        number = self._next_number
+        self._next_number += count
+        return number
+
     # -------------------------------------------------------------- arrival
 
     def submit(
@@ -133,7 +144,7 @@ class RequestBook:
         """Accept or refuse a new request.
 
         Args:
-            frames: the prompt, as `message.tensors` describes it.
+            frames: prompt and grammar, as `message.tensors` describes them.
             holder: key of the client; `NOBODY` without keys.
         """
         params = message.params
@@ -144,17 +155,21 @@ class RequestBook:
                 retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
-        wrong = wrong_prompt(message, self._defaults.context_length)
+        wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
-        key = (peer, message.request_id, self._next_number)
-        self._next_number += params.n
+        try:
+            payload, grammar = split(message, frames)
+        except InvalidRequest as exc:
+            return self.refuse(peer, message.request_id, exc)
+        key = (peer, message.request_id, self.draw_number(params.n))
         request = Request(
             key,
             params,
             arrived_at=now,
             client=holder or peer,
             shares_with=None if self._share_prefixes else holder or None,
+            constrained=grammar is not None,
         )
         self._requests.setdefault(peer, {})[message.request_id] = request
         self._open[request.client] += 1
@@ -162,15 +177,15 @@ class RequestBook:
         if request.deadline is not None:
             self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
-        payload = bytes(frames[0]) if frames else b""
-        return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
+        rules = text_rules(params, self._defaults, grammar)
+        return [Tokenize(key, message.prompt, payload, params.n, rules)]
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
     ) -> list[Action]:
         """Fail a request without accepting it."""
         self.totals.count_failed(error.code)
-        return [_failure(peer, request_id, error)]
+        return [failure(peer, request_id, error)]
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
         """Return whether the client at `peer` has a request with this id that has not ended."""
@@ -196,11 +211,12 @@ class RequestBook:
                 prompt_tokens=len(event.token_ids),
                 kv_tokens=self._kv_tokens,
                 seed=self._draw_seed(),
+                constrained=request.constrained,
             )
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
-        request.accept(event.token_ids, limits, number=event.key[2])
+        request.accept(event.token_ids, limits, number=event.key[2], mask=event.mask)
         self.totals.prompt_tokens += len(event.token_ids)
         self._event_log.trace(
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
@@ -342,14 +358,18 @@ class RequestBook:
         if answer.state is AnswerState.GONE:
             return []
         stop = answer.num_prompt_tokens + event.num_tokens
-        if event.stopped:
+        if event.stopped or event.complete:
             self._withdraw(answer, keep=True)
             del answer.token_ids[stop:]
             del answer.logprobs[stop - answer.num_prompt_tokens - answer.num_sent_tokens :]
             answer.finish_reason = "stop"
+        elif event.mask:
+            answer.mask = event.mask
+            if scheduler := self._schedulers.get(answer):
+                scheduler.on_change()
         actions = self._chunk(answer, event, stop)
-        if event.stopped or event.last:
-            answer.change(AnswerCause.STOP_STRING if event.stopped else AnswerCause.TEXT_SENT)
+        if event.stopped or event.complete or event.last:
+            answer.change(_cause_of_end(event))
             if all(other.state is AnswerState.GONE for other in request.answers):
                 actions += self._finish(request, now)
         return actions
@@ -357,7 +377,7 @@ class RequestBook:
     def _chunk(self, answer: Answer, event: Detokenized, stop: int) -> list[Action]:
         sent, key = answer.num_sent_tokens, answer.request.key
         new = tuple(answer.token_ids[answer.num_prompt_tokens + sent : stop])
-        ended = event.stopped or event.last
+        ended = event.stopped or event.complete or event.last
         if not (new or event.text or ended):
             return []
         answer.num_sent_tokens += len(new)
@@ -369,6 +389,8 @@ class RequestBook:
             token_ids=new,
             logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
+            stop_string=event.stop_string,
+            trace=answer.take_trace(),
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 
@@ -400,7 +422,7 @@ class RequestBook:
             self._event_log.trace(
                 EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
             )
-        return [_failure(*key[:2], error), Forget(key)]
+        return [failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
         """End a request because its client asked for that."""
@@ -500,14 +522,7 @@ class RequestBook:
             assert answer in scheduler.running
 
 
-def _failure(peer: PeerId, request_id: RequestId, error: DistributedLLMError) -> Send:
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
-    return Send(
-        peer,
-        RequestFailed(
-            request_id=request_id,
-            code=error.code,
-            message=str(error)[:4096],
-            retry_after_s=retry_after_s,
-        ),
-    )
+def _cause_of_end(event: Detokenized) -> AnswerCause:
+    if event.stopped:
+        return AnswerCause.STOP_STRING
+    return AnswerCause.GRAMMAR_COMPLETE if event.complete else AnswerCause.TEXT_SENT
