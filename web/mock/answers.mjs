@@ -15,13 +15,6 @@ def forward(stages, hidden):
 
 So no machine needs to hold the whole model.`
 
-export const HOSTILE = `<img src=x onerror="window.pwned=1"><script>window.pwned=2</script></script>
-[click](javascript:window.pwned=3) ![remote](https://evil.example/pixel.png) <svg onload="window.pwned=4">
-<a href="data:text/html,<script>window.pwned=5</script>">data</a> <iframe src="https://evil.example"></iframe>
-<style>body{display:none}</style><form action="https://evil.example"><input name=key></form>
-<div style="position:fixed;inset:0;background:url(https://evil.example/css)">over</div> [ok](https://example.org)
-<math><mtext><table><mglyph><style><img src=x onerror="window.pwned=6">`
-
 const pieces = (text) => text.match(/\s?\S+|\s+/g) ?? []
 
 export function traced(world) {
@@ -43,7 +36,7 @@ export async function answerTo(asked, isChat, hops, request, response) {
   let closed = false
   response.on('close', () => (closed = true))
   const last = isChat ? asked.messages.at(-1).content : asked.prompt
-  const text = /hostile/.test(last) ? HOSTILE : isChat ? PROSE : ' there was a little robot who lived in a house of layers, and every night she passed a lantern on.'
+  const text = isChat ? PROSE : ' there was a little robot who lived in a house of layers, and every night she passed a lantern on.'
   const thinking = isChat && /think/.test(last) ? 'They ask how layers are split. I should name the shape that is handed on, and be short.' : ''
   const all = pieces(text).slice(0, asked.max_tokens ?? asked.max_completion_tokens ?? 400)
   const stages = hops(1)

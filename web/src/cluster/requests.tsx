@@ -51,7 +51,7 @@ export function Requests({ live }: { live: Live }) {
                 <th scope="col" className="right">
                   Answer
                 </th>
-                <th scope="col" aria-label="Actions" />
+                <td />
               </tr>
             </thead>
             <tbody>

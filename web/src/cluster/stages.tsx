@@ -39,7 +39,7 @@ export function Stages({ live, isAdmin }: { live: Live; isAdmin: boolean }) {
                   KV cache
                 </th>
                 <th scope="col">What it is good for</th>
-                {isAdmin && <th scope="col" aria-label="Actions" />}
+                {isAdmin && <td />}
               </tr>
             </thead>
             <tbody>

@@ -1,8 +1,10 @@
 import { defineConfig } from 'vite'
+import { licences } from './licences.mjs'
 
 const API = 'http://127.0.0.1:8765' // npm run mock
 
 export default defineConfig({
+  plugins: [licences()],
   esbuild: { jsx: 'automatic' },
   build: {
     outDir: '../distributed_llm/api/page/static',
