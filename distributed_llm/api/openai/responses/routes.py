@@ -1,12 +1,13 @@
 """`/v1/responses`: turns of conversations, as Codex and OpenAI's packages ask for them."""
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from distributed_llm.api.asking import Asking
 from distributed_llm.api.bodies import WARNING, StrictRoute, warning_headers
@@ -49,13 +50,13 @@ async def create_response(body: ResponsesBody, request: Request, caller: Asking)
         return EventStream(_sent(events, writer, keep), on_error=tell, headers=headers)
     response = await while_connected(request, _whole(events, writer))
     keep()
-    return JSONResponse(response, headers=headers)
+    return _json(response, headers)
 
 
 @router.get("/v1/responses/{response_id}")
-async def get_response(response_id: str, request: Request, caller: Asking) -> dict[str, Any]:
+async def get_response(response_id: str, request: Request, caller: Asking) -> Response:
     """Return a response that is kept."""
-    return _kept(request, caller.name, response_id).response
+    return _json(_kept(request, caller.name, response_id).response)
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -74,7 +75,7 @@ async def list_input_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """Return what a response that is kept answers."""
     items = _kept(request, caller.name, response_id).input
     if order == "desc":
@@ -82,13 +83,19 @@ async def list_input_items(
     ids = [item["id"] for item in items]
     start = ids.index(after) + 1 if after in ids else 0
     page = items[start : start + limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": start + limit < len(items),
-    }
+    return _json(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": start + limit < len(items),
+        }
+    )
+
+
+def _json(value: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), 200, headers, "application/json")
 
 
 def _store(request: Request) -> ResponseStore:
