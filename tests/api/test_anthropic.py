@@ -415,6 +415,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"messages": []}, "messages"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"temperature": 1000}, "temperature"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "is no text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong field"),

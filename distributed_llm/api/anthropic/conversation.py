@@ -12,6 +12,15 @@ from distributed_llm.api.chat.turn import Turn
 from distributed_llm.api.errors import invalid, unsupported
 from distributed_llm.common.grammar import Grammar
 
+NAMES = {
+    "max_tokens": "max_new_tokens",
+    "stop_sequences": "stop_strings",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+}
+"""Names of sampling parameters, by those of fields."""
+
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system text of Claude Code that differs in each request and is not for the model.
 

@@ -16,6 +16,14 @@ from distributed_llm.common.grammar import Grammar
 LOGPROBS = "message.output_text.logprobs"
 """In `include`: log-probabilities are asked for."""
 
+NAMES = {
+    "max_output_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_logprobs": "logprobs",
+}
+"""Names of sampling parameters, by those of fields."""
+
 _USUAL_MAX_NEW_TOKENS = 4096
 """Tokens of an answer at most, if the request sets no limit."""
 
@@ -59,6 +67,8 @@ def turn_of(body: ResponsesBody, items: Sequence[Item], formats: Formats) -> Tur
         ApiError: the request holds what cannot be served.
     """
     _refuse_unsupported(body)
+    if not items:
+        raise invalid("The input is empty. Send at least one message.", "input")
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
     for number, item in enumerate(items):
         messages += _messages(item, f"input.{number}")

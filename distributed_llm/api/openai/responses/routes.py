@@ -17,9 +17,15 @@ from distributed_llm.api.chat.served import served_model
 from distributed_llm.api.errors import ApiError, invalid
 from distributed_llm.api.models import check_model
 from distributed_llm.api.openai.responses.bodies import Item, ResponsesBody
-from distributed_llm.api.openai.responses.conversation import items_of, left_out_tools, turn_of
+from distributed_llm.api.openai.responses.conversation import (
+    NAMES,
+    items_of,
+    left_out_tools,
+    turn_of,
+)
 from distributed_llm.api.openai.responses.store import Record, ResponseStore
 from distributed_llm.api.openai.responses.writer import ResponseWriter, new_id
+from distributed_llm.api.openai.sampling import named_as_asked
 from distributed_llm.api.streaming import EventStream, sse, while_connected
 
 router = APIRouter(route_class=StrictRoute)
@@ -33,7 +39,8 @@ async def create_response(body: ResponsesBody, request: Request, caller: Asking)
     store = _store(request)
     items = items_of(body.input)
     turn = turn_of(body, [*_earlier(store, caller.name, body), *items], served.formats)
-    events = answer(caller.client, turn, served.formats)
+    given = {"text.format": turn.params.get("grammar")}
+    events = named_as_asked(answer(caller.client, turn, served.formats), NAMES, "input", given)
     writer = ResponseWriter(_begun(body, served.name))
 
     def keep() -> None:
