@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongServerKey,
     )
+    from distributed_llm.common.grammar import Grammar
     from distributed_llm.common.messages import ModelInfo, StageHop, StepTrace, Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
@@ -57,6 +58,7 @@ __all__ = [
     "DistributedLLMError",
     "Embedding",
     "Generation",
+    "Grammar",
     "InvalidRequest",
     "LikelyToken",
     "LocalCluster",
@@ -88,6 +90,7 @@ _HOMES = (
     "client.values",
     "local_cluster",
     "common.errors",
+    "common.grammar",
     "common.messages",
     "common.sampling_params",
 )

@@ -26,6 +26,7 @@ from distributed_llm.client.prompts import (
 from distributed_llm.client.session import Frames, Question, Reply, Session, new_request_id
 from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
 from distributed_llm.common.keys import token_id
@@ -147,6 +148,7 @@ class AsyncDistributedClient:
         n: int | None = None,
         details: bool = False,
         progress: Progress | None = None,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> Any:
         """Return the answer to a prompt, or the answers to a list of prompts, in their order.
@@ -162,6 +164,7 @@ class AsyncDistributedClient:
             details: return `Generation` instead of text.
             progress: called after each prompt with the number of those that are answered and the
                 number of all, on the thread of the event loop.
+            grammar: what the answers have to look like.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -172,33 +175,36 @@ class AsyncDistributedClient:
         """
         sampling = SamplingParams.from_arguments({"n": n, **params})
         if not are_several(prompt):
-            generations = await self._complete(encode_prompt(prompt), sampling)
+            generations = await self._complete(encode_prompt(prompt, grammar), sampling)
             if progress:
                 progress(1, 1)
             return _answers(generations, n, details)
         every = await ask_all(
             lambda one: self._complete(one, sampling),
-            [encode_prompt(one) for one in prompt],
+            [encode_prompt(one, grammar) for one in prompt],
             Pace(sampling.n),
             give_up_after_s=sampling.timeout_s,
             progress=progress,
         )
         return [_answers(generations, n, details) for generations in every]
 
-    def stream(self, prompt: Prompt, **params: Any) -> AsyncGenerator[Chunk, None]:
+    def stream(
+        self, prompt: Prompt, *, grammar: Grammar | None = None, **params: Any
+    ) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the answer as it is generated; closing it cancels the request.
 
         With `n`, chunks of all answers are mixed; `choice` says which answer a chunk is part of.
 
         Args:
             prompt: text or token ids.
+            grammar: what the answers have to look like.
             params: fields of `SamplingParams`.
 
         Raises:
             DistributedLLMError: as `generate` does; a wrong prompt or parameter is told at once,
                 the rest as the chunks are read.
         """
-        return self._stream(encode_prompt(prompt), SamplingParams.from_arguments(params))
+        return self._stream(encode_prompt(prompt, grammar), SamplingParams.from_arguments(params))
 
     @overload
     async def chat(
@@ -252,6 +258,7 @@ class AsyncDistributedClient:
         chat_template_kwargs: Arguments | None = None,
         n: int | None = None,
         details: bool = False,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> Any:
         """Return the assistant's next message, by the checkpoint's chat template.
@@ -264,6 +271,7 @@ class AsyncDistributedClient:
             chat_template_kwargs: further arguments of the template: `{"enable_thinking": False}`.
             n: number of answers. If given, even as 1, a list of `n` answers is returned.
             details: return `Generation` instead of text.
+            grammar: what the answers have to look like.
             params: other fields of `SamplingParams`.
 
         Raises:
@@ -271,7 +279,7 @@ class AsyncDistributedClient:
                 tools or arguments. Otherwise as `generate`.
         """
         sampling = _chat_params({"n": n, **params})
-        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        prompt = encode_chat(messages, tools, chat_template_kwargs, grammar)
         return _answers(await self._complete(prompt, sampling), n, details)
 
     def stream_chat(
@@ -280,10 +288,11 @@ class AsyncDistributedClient:
         *,
         tools: Tools | None = None,
         chat_template_kwargs: Arguments | None = None,
+        grammar: Grammar | None = None,
         **params: Any,
     ) -> AsyncGenerator[Chunk, None]:
         """Return an iterator over the assistant's next message; see `stream` and `chat`."""
-        prompt = encode_chat(messages, tools, chat_template_kwargs)
+        prompt = encode_chat(messages, tools, chat_template_kwargs, grammar)
         return self._stream(prompt, _chat_params(params))
 
     async def identity(self) -> Identity:
@@ -545,7 +554,11 @@ class AsyncDistributedClient:
     ) -> AsyncGenerator[Chunk, None]:
         session = await self._connected()
         message = Generate(
-            request_id=new_request_id(), prompt=prompt.kind, params=sampling, tensors=prompt.specs
+            request_id=new_request_id(),
+            prompt=prompt.kind,
+            params=sampling,
+            tensors=prompt.specs,
+            grammar=prompt.grammar,
         )
         answers = Answers(message.request_id, sampling)
         async with aclosing(session.request(message, prompt.frames)) as replies:

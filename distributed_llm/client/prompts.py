@@ -1,13 +1,14 @@
 """Encoding of prompts, text or token ids or conversations, as tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
 
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import InvalidRequest
+from distributed_llm.common.grammar import Grammar, GrammarKind, encode_grammar
 from distributed_llm.common.messages import (
     MAX_CHAT_MESSAGES,
     MAX_JSON_CHARS,
@@ -46,11 +47,31 @@ _GIVE_MESSAGES = (
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as `Generate` carries it: one tensor, or none for an empty text."""
+    """A prompt as `Generate` carries it, and the grammar of its answers.
+
+    Attributes:
+        specs: of one tensor for the prompt, none for an empty text; and one for the grammar's text.
+        grammar: kind of the grammar; None if there is none.
+    """
 
     kind: Literal["text", "token_ids", "chat"]
     specs: tuple[TensorSpec, ...]
     frames: tuple[Frame, ...]
+    grammar: GrammarKind | None = None
+
+    def following(self, grammar: Grammar | None) -> "EncodedPrompt":
+        """Return it with a grammar.
+
+        Raises:
+            InvalidRequest: `grammar` is none, or too long.
+        """
+        if grammar is None:
+            return self
+        text = encode_grammar(grammar)
+        if not text:
+            return replace(self, grammar=grammar.kind)
+        spec, frame = frame_of_bytes(text)
+        return EncodedPrompt(self.kind, (*self.specs, spec), (*self.frames, frame), grammar.kind)
 
 
 def are_several(prompt: Any) -> bool:
@@ -58,12 +79,16 @@ def are_several(prompt: Any) -> bool:
     return isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
 
 
-def encode_prompt(prompt: Any) -> EncodedPrompt:
-    """Return one prompt encoded.
+def encode_prompt(prompt: Any, grammar: Grammar | None = None) -> EncodedPrompt:
+    """Return one prompt encoded, with the grammar of its answers.
 
     Raises:
-        InvalidRequest: it is neither text nor token ids, empty, or too long.
+        InvalidRequest: it is neither text nor token ids, empty, or too long; or the grammar is.
     """
+    return _encode_prompt(prompt).following(grammar)
+
+
+def _encode_prompt(prompt: Any) -> EncodedPrompt:
     if isinstance(prompt, str):
         try:
             return _of_bytes("text", prompt.encode())
@@ -103,14 +128,18 @@ def encode_token_ids(
 
 
 def encode_chat(
-    messages: Messages, tools: Tools | None = None, template_arguments: Arguments | None = None
+    messages: Messages,
+    tools: Tools | None = None,
+    template_arguments: Arguments | None = None,
+    grammar: Grammar | None = None,
 ) -> EncodedPrompt:
-    """Return a conversation encoded.
+    """Return a conversation encoded, with the grammar of the answers.
 
     Args:
         messages: as OpenAI's and Hugging Face's chats have them.
         tools: JSON schemas of the functions that the assistant may call.
         template_arguments: further arguments of the chat template.
+        grammar: what the answers have to look like.
 
     Raises:
         InvalidRequest: it is no conversation, holds more than text, or is too long.
@@ -128,7 +157,7 @@ def encode_chat(
         template_arguments=_json("chat_template_kwargs", dict(template_arguments or {})),
     )
     try:
-        return _of_bytes("chat", encode_payload(chat))
+        return _of_bytes("chat", encode_payload(chat)).following(grammar)
     except UnicodeEncodeError as exc:
         raise InvalidRequest(f"Bad messages: not valid Unicode: {exc}.") from exc
 

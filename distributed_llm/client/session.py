@@ -96,6 +96,7 @@ class Session:
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
         self._answers: dict[str, asyncio.Queue[tuple[Reply, Frames] | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
+        self._model: ModelInfo | None = None
         self._models: deque[asyncio.Future[ModelInfo]] = deque()
         self._member_reports: deque[asyncio.Future[ClusterMembers]] = deque()
         self._drains: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
@@ -205,12 +206,14 @@ class Session:
         return await self._asked(GetStatus(), self._reports, timeout_s)
 
     async def model(self, timeout_s: float) -> ModelInfo:
-        """Return what is served.
+        """Return what is served, which a coordinator never changes: it is asked once.
 
         Raises:
             CoordinatorLost: the coordinator did not answer within `timeout_s`.
         """
-        return await self._asked(DescribeModel(), self._models, timeout_s)
+        if self._model is None:
+            self._model = await self._asked(DescribeModel(), self._models, timeout_s)
+        return self._model
 
     async def administer(
         self,

@@ -525,6 +525,7 @@ class Core:
             for pipeline in self._pipelines.loaded
             if pipeline.scheduler and pipeline.state is PipelineState.SERVING
             if pipeline.in_flight and not pipeline.in_flight.num_steps
+            if not pipeline.num_running  # those that run wait for masks
         ]
         for answer in self._book.waiting if idle else ():
             assert answer.request.reserved_tokens > max(idle), "an answer waits for nothing"

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     RequestId,
@@ -31,10 +32,14 @@ class TextRules(msgspec.Struct, frozen=True):
     Attributes:
         stop_strings: an answer ends before the first of these.
         hidden: special tokens that are left out of the text; None: all are.
+        grammar: that the text has to follow; None if there is none.
+        ends: tokens that may be sampled where the grammar is complete, and end the answer there.
     """
 
     stop_strings: tuple[str, ...] = ()
     hidden: tuple[TokenId, ...] | None = None
+    grammar: Grammar | None = None
+    ends: tuple[TokenId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,10 +101,15 @@ class Stalled:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Event: a prompt was turned into token ids."""
+    """Event: a prompt was turned into token ids.
+
+    Attributes:
+        mask: which token may be the first of an answer, as in `Task`; empty without a grammar.
+    """
 
     key: RequestKey
     token_ids: list[int]
+    mask: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,8 @@ class Detokenized:
         last: whether the answer has no further tokens.
         spelled: how the tokens of `Detokenize.spell` are written, None for one that the tokenizer
             does not know; empty if there is none.
+        mask: which token may be the next, as in `Task`; empty without a grammar.
+        complete: whether the grammar admits no further token, so that the answer ends.
     """
 
     key: RequestKey
@@ -130,6 +142,8 @@ class Detokenized:
     stop_string: str | None
     last: bool
     spelled: tuple[Spelling | None, ...] = ()
+    mask: bytes = b""
+    complete: bool = False
 
     @property
     def stopped(self) -> bool:

@@ -170,7 +170,7 @@ class Reporting:
             kv_tokens_used=scheduler.kv_tokens_used if scheduler else 0,
             kv_tokens_cached=scheduler.kv_tokens_cached if scheduler else 0,
             answers_running=pipeline.num_running,
-            answers_decoding=pipeline.num_decoding,
+            answers_decoding=scheduler.num_decoding if scheduler else 0,
             steps_in_flight=in_flight.num_steps if in_flight else 0,
             depth=pipeline.depth,
             round_trip_s=meter.round_trip_s,

@@ -53,6 +53,27 @@ def test_every_stage_took_part(client: DistributedClient) -> None:
     assert all(stage.compute_s > 0 for stage in answer.timings.stages)
 
 
+def test_a_trace_follows_each_token_through_the_stages(client: DistributedClient) -> None:
+    before = client.status()
+    chunks = list(client.stream(PROMPT, max_new_tokens=10, trace=True, **OPEN_END))
+    steps = [step for chunk in chunks for step in chunk.trace]
+    made = [step for step in steps if step.sampled]
+    assert [step.index for step in made] == list(range(10))
+    assert all(chunk.trace[-1].sampled for chunk in chunks if chunk.token_ids)
+    last = made[-1]
+    assert (last.start, last.tokens) == (len(PROMPT) + 8, 1)
+    assert last.took_s >= sum(hop.compute_s for hop in last.hops) > 0
+    after = client.status()
+    assert [pipeline.epoch for pipeline in after.pipelines] == [last.epoch]
+    (pipeline,) = after.pipelines
+    assert [hop.worker for hop in last.hops] == [stage.worker for stage in pipeline.stages]
+    assert [hop.layers for hop in last.hops] == [stage.layers for stage in pipeline.stages]
+    assert all(stage.step_s for stage in pipeline.stages)
+    sent_bytes = pipeline.links[0].bytes_sent - before.pipelines[0].links[0].bytes_sent
+    assert sent_bytes == last.hops[1].bytes_in * sum(step.tokens for step in steps)
+    assert after.counters.steps - before.counters.steps == len(steps)
+
+
 def test_a_list_of_prompts_gives_a_list_in_order(
     client: DistributedClient, checkpoint: Path
 ) -> None:

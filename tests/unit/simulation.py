@@ -287,17 +287,17 @@ class World:
     ) -> None:
         match order:
             case events.Tokenize(key=key, payload=payload, rules=rules):
-                self._texts[key] = [
-                    FakeDetokenizer(rules.stop_strings) for _ in range(order.num_choices)
-                ]
-                self.apply(events.Tokenized(key, token_ids_of_frame(payload)))
+                texts = [FakeDetokenizer(rules) for _ in range(order.num_choices)]
+                self._texts[key] = texts
+                ids = token_ids_of_frame(payload)
+                self.apply(events.Tokenized(key, ids, texts[0].mask() if texts else b""))
             case events.Forget(key=key):
                 self._texts.pop(key, None)
             case events.AskText(key=key, payload=payload):
                 self.apply(events.TextAnswered(key, payload))
             case events.Detokenize(key=key, choice=choice, token_ids=ids, last=last):
-                if texts := self._texts.get(key):
-                    self.apply(texts[choice].feed(key, choice, ids, last=last))
+                if made := self._texts.get(key):
+                    self.apply(made[choice].feed(key, choice, ids, last=last))
 
     # -------------------------------------------------------------- the network
 

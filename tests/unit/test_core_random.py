@@ -172,6 +172,7 @@ class Cluster:
         like=maybe(_INDEX),
         timeout_s=any_of([None, None, 0.05, 1.0]),
         logprobs=any_of([None, None, 0, 3]),
+        grammar=any_of(["", "", "1", "4", "12"]),
     )
     def submit(
         self,
@@ -183,6 +184,7 @@ class Cluster:
         like: int | None,
         timeout_s: float | None,
         logprobs: int | None,
+        grammar: str,
     ) -> None:
         prompt = self._begun(prompt, like)
         params = SamplingParams(
@@ -194,10 +196,10 @@ class Cluster:
             trace=length % 2 == 1,
         )
         if stop is not None:
-            whole = Answer(tuple(prompt), params).expected()
+            whole = Answer(tuple(prompt), params, grammar=grammar).expected()
             stops = (text_of([whole[stop % len(whole)]]), text_of([1, 2]))
             params = msgspec.structs.replace(params, stop_strings=stops)
-        self._submit(prompt, params)
+        self._submit(prompt, params, grammar)
 
     @rule(prompt=_PROMPTS, like=maybe(_INDEX), timeout_s=any_of([None, None, 0.05, 1.0]))
     def embed(self, prompt: list[int], like: int | None, timeout_s: float | None) -> None:
@@ -218,9 +220,9 @@ class Cluster:
             prompt if POISON in other.prompt else [*other.prompt, *other.token_ids, *prompt][:200]
         )
 
-    def _submit(self, prompt: list[int], params: SamplingParams) -> None:
+    def _submit(self, prompt: list[int], params: SamplingParams, grammar: str = "") -> None:
         client = self._client()
-        self.submitted.append((client, client.submit(prompt, params)))
+        self.submitted.append((client, client.submit(prompt, params, grammar=grammar)))
 
     def _client(self) -> SimClient:
         """Return the client that came last, or a new one if all are gone."""

@@ -79,6 +79,7 @@ def test_stage_times_are_those_of_the_workers() -> None:
     assert pipeline.step_tokens == 1.0
     assert pipeline.round_trip_s == pytest.approx(0.12, rel=0.2)
     assert pipeline.outside_s is not None
+    assert pipeline.round_trip_s is not None
     assert 0.002 < pipeline.outside_s < 0.02  # four messages of one to two milliseconds
     # One request alone: of three stages one works at a time.
     assert pipeline.bubble_ratio == pytest.approx(1 - 0.12 / (3 * pipeline.round_trip_s), abs=0.05)
@@ -103,6 +104,7 @@ def test_the_kv_cache_of_a_worker_follows_its_layers() -> None:
     world = served()
     shown, pipeline = status(world), only_pipeline(world)
     assert pipeline.kv_tokens_cached > 0
+    assert (pipeline.answers_running, pipeline.answers_decoding) == (0, 0)
     for worker in shown.workers:
         assert worker.layers
         token_bytes = len(worker.layers) * MODEL.cost.kv_bytes_per_token
@@ -119,6 +121,8 @@ def test_a_move_is_shown_with_what_it_is_for_and_a_better_plan_before() -> None:
     client = world.client()
     answers = [client.submit(list(range(n, n + 9)), tokens(200)) for n in range(4)]
     assert world.run(lambda: bool(answers[0].token_ids))
+    assert only_pipeline(world).answers_running == 4
+    assert only_pipeline(world).answers_decoding >= 1
     before, number = only_pipeline(world), status(world).events[-1].number
     world.worker("late", ROOMY).layer_s = 0.01
     better = []
@@ -171,6 +175,7 @@ def test_a_loss_is_counted_with_what_came_of_it() -> None:
     assert after.counters.replans["recovery"] == 1
     assert after.counters.retries["step_lost"] == 3
     assert after.counters.events["worker_lost"] == 1
+    assert sum(after.latencies.queue.counts) == 3  # nobody arrived twice
     lost = next(event for event in after.events if event.kind == "worker_lost")
     assert (lost.worker, lost.level, lost.times) == (victim.worker_id, "warning", 1)
     assert lost.number > before.events[-1].number

@@ -113,6 +113,10 @@ class Bench:
         event = Detokenized(self.key, 0, "text", num_tokens=1, stop_string="stop", last=False)
         self.actions = self.book.detokenized(event, now=3.0)
 
+    def grammar_complete(self) -> None:
+        event = Detokenized(self.key, 0, "text", 1, stop_string=None, last=False, complete=True)
+        self.actions = self.book.detokenized(event, now=3.0)
+
     def failed(self) -> None:
         self.actions = self.book.fail(self.key, DistributedLLMError("It failed."))
 
@@ -126,6 +130,7 @@ DEEDS: dict[AnswerCause, Deed] = {
     AnswerCause.TEXT_SENT: Bench.text_sent,
     AnswerCause.EMBEDDED: Bench.embedded,
     AnswerCause.STOP_STRING: Bench.stop_string,
+    AnswerCause.GRAMMAR_COMPLETE: Bench.grammar_complete,
     AnswerCause.FAILED: Bench.failed,
 }
 UP_TO: dict[AnswerState, tuple[Deed, ...]] = {
@@ -175,11 +180,12 @@ def test_any_other_raises(state: AnswerState, cause: AnswerCause) -> None:
     assert bench.answer.state is state
 
 
+@pytest.mark.parametrize("ends", [Bench.stop_string, Bench.grammar_complete])
 @pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
-def test_a_stop_string_ends_the_request_in_every_state(state: AnswerState) -> None:
+def test_the_text_may_end_the_request_in_every_state(state: AnswerState, ends: Deed) -> None:
     """Also of an answer that waits: the text of its tokens comes after it lost its pipeline."""
     bench = bench_in(state)
-    bench.stop_string()
+    ends(bench)
     chunk, finished, forget = bench.actions
     assert isinstance(chunk, Send)
     assert isinstance(chunk.message, TokenChunk)

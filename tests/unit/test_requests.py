@@ -10,6 +10,7 @@ from distributed_llm.common.errors import (
     InvalidRequest,
     NotEnoughMemory,
 )
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import (
     Generate,
     SharedPrefix,
@@ -25,6 +26,7 @@ from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
     Limits,
@@ -315,6 +317,61 @@ def test_shown_are_all_special_tokens_but_those_that_end_the_answer() -> None:
     assert text_rules(params_of(stop_strings="x"), PLAIN) == TextRules(("x",))
     shown = params_of(skip_special_tokens=False, stop_token_ids=[7], ignore_eos=True)
     assert text_rules(shown, PLAIN) == TextRules(hidden=(2, 7))
+
+
+SPEC, TEXT = TensorSpec("int32", (2,)), TensorSpec("uint8", (2,))
+
+
+def generate(grammar: Any, *specs: TensorSpec) -> Generate:
+    return Generate(
+        request_id="r", prompt="token_ids", params=SamplingParams(), tensors=specs, grammar=grammar
+    )
+
+
+def test_prompt_and_grammar_are_told_apart() -> None:
+    assert split(generate(None, SPEC), (b"prompt",)) == (b"prompt", None)
+    assert split(generate("json_object"), ()) == (b"", Grammar("json_object"))
+    assert split(generate("json_object", SPEC), (b"prompt",)) == (b"prompt", Grammar("json_object"))
+    regex = Grammar("regex", "é")
+    assert split(generate("regex", SPEC, TEXT), (b"prompt", "é".encode())) == (b"prompt", regex)
+    assert split(generate("regex", TEXT), ("é".encode(),)) == (b"", regex)
+    for frames in ((), (b"prompt", b"\xff"), (b"prompt", b"")):
+        with pytest.raises(InvalidRequest, match="grammar"):
+            split(generate("regex"), frames)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (generate(None, SPEC, TEXT), "2 tensors, not 1"),
+        (generate("regex", SPEC, SPEC), "int32"),
+        (generate("regex", SPEC, TensorSpec("uint8", (2**20 + 1,))), "at most 1,048,576"),
+        (generate("regex", TEXT, TEXT), "prompt travels as int32"),
+    ],
+)
+def test_other_tensors_than_prompt_and_grammar_are_refused(message: Generate, why: str) -> None:
+    wrong = wrong_inputs(message, 100)
+    assert wrong is not None
+    assert why in str(wrong)
+
+
+def test_what_ends_an_answer_may_come_where_its_grammar_is_complete() -> None:
+    grammar = Grammar("regex", "a")
+    usual = text_rules(params_of(stop_token_ids=[7]), PLAIN, grammar)
+    assert (usual.grammar, usual.ends) == (grammar, (2,))
+    assert text_rules(params_of(ignore_eos=True), PLAIN, grammar).ends == ()
+
+
+def test_no_token_is_forced_on_a_grammar() -> None:
+    forcing = defaults_of({"forced_eos_token_id": 3, "forced_bos_token_id": 4})
+    free, bound = (
+        resolve(
+            params_of(), forcing, prompt_tokens=1, kv_tokens=1024, seed=1, constrained=constrained
+        ).sampling[0]
+        for constrained in (False, True)
+    )
+    assert (free.forced_bos_token_id, free.forced_eos_token_ids) == (4, (3,))
+    assert (bound.forced_bos_token_id, bound.forced_eos_token_ids) == (None, ())
 
 
 def test_eos_in_the_prompt_ends_nothing() -> None:

@@ -3,6 +3,7 @@
 import pytest
 
 from distributed_llm.common.messages import SequenceSlice, StageTime
+from distributed_llm.common.types import SequenceId
 from distributed_llm.coordinator.serving.step import Step
 from distributed_llm.coordinator.serving.step_meter import StepMeter
 from distributed_llm.coordinator.serving.steps import StepDone
@@ -19,7 +20,7 @@ def done(
         )
         for seconds in compute_s
     )
-    part = SequenceSlice(sequence_id=1, start=0, num_tokens=tokens, sample=True)
+    part = SequenceSlice(sequence_id=SequenceId(1), start=0, num_tokens=tokens, sample=True)
     return StepDone(Step((), (part,), (0,) * tokens), [], [], times, 1, round_trip_s)
 
 

@@ -7,11 +7,15 @@ import msgspec
 import pytest
 
 from distributed_llm.common.codec import encode_payload
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import Chat, ChatMessage
 from distributed_llm.common.tensors import frame_of_token_ids, token_ids_of_frame
 from distributed_llm.coordinator.events import TextRules
+from distributed_llm.coordinator.text import grammar_trial
+from distributed_llm.coordinator.text.grammar_trial import Trials
 from distributed_llm.coordinator.text.messages import (
     Answered,
+    AnswerText,
     AnswerTokens,
     Drop,
     Encoded,
@@ -23,7 +27,7 @@ from distributed_llm.coordinator.text.messages import (
 )
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from distributed_llm.coordinator.text.work import TextWork
-from tests.unit.made_tokenizers import tokenizer_of
+from tests.unit.made_tokenizers import reference_of, tokenizer_of
 
 CONTEXT = 64
 
@@ -183,6 +187,116 @@ def test_a_bug_fails_the_request_that_shows_it_and_no_other() -> None:
     texts = done.texts(step)
     assert [piece.request for piece in texts.pieces] == [2]
     assert [failure.request for failure in texts.failures] == [3]
+
+
+# ------------------------------------------------------------------ grammars
+
+
+@pytest.fixture(scope="module")
+def trials() -> Trials:
+    return Trials([])
+
+
+@pytest.fixture
+def one_trial_for_all(trials: Trials, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_trial, "Trials", lambda special: trials)
+
+
+needs_trials = pytest.mark.usefixtures("one_trial_for_all")
+
+
+def constrained(done: TextWork, expression: str, **changes: Any) -> Encoded:
+    rules = TextRules(grammar=Grammar("regex", expression), ends=(END,), **changes)
+    done.put(prompt(1, rules=rules, num_choices=2))
+    answer = done.do(done.take())
+    assert isinstance(answer, Encoded), answer
+    return answer
+
+
+def step(done: TextWork, *token_ids: int, choice: int = 0, last: bool = False) -> AnswerText:
+    order = Tokens(answers=(AnswerTokens(1, choice, token_ids, last),))
+    (piece,) = done.texts(order).pieces
+    return piece
+
+
+END = reference_of("byte-fallback").convert_tokens_to_ids("</s>")
+H, E = (reference_of("byte-fallback").convert_tokens_to_ids(letter) for letter in "he")
+
+
+def admits(mask: bytes, token: int) -> bool:
+    return token // 8 < len(mask) and bool(mask[token // 8] >> token % 8 & 1)
+
+
+@needs_trials
+def test_each_answer_has_a_mask_until_its_grammar_is_complete() -> None:
+    done = work()
+    first = constrained(done, "hee?").mask
+    assert [admits(first, token) for token in (H, E, END)] == [True, False, False]
+    piece = step(done, H)
+    assert (piece.text, piece.complete) == ("h", False)
+    assert [admits(piece.mask, token) for token in (H, E, END)] == [False, True, False]
+    optional = step(done, E)
+    assert [admits(optional.mask, token) for token in (H, E, END)] == [False, True, True]
+    end = step(done, E)
+    assert (end.mask, end.complete, end.text) == (b"", True, "e")
+    assert admits(step(done, H, choice=1).mask, E)  # another answer is where it was
+
+
+@needs_trials
+def test_what_was_held_back_is_shown_when_the_grammar_is_complete() -> None:
+    done = work()
+    constrained(done, "he", stop_strings=("hello",))
+    assert step(done, H).text == ""
+    assert step(done, E).text == "he"
+
+
+@needs_trials
+def test_the_last_token_of_a_grammar_completes_it_whatever_ends_the_answer() -> None:
+    done = work()
+    constrained(done, "he*")
+    assert not step(done, H, last=True).complete
+    done = work()
+    constrained(done, "he")
+    step(done, H)
+    assert step(done, E, last=True).complete
+    done = work()
+    constrained(done, "he*")
+    step(done, H)
+    ended = step(done, END, last=True)
+    assert (ended.text, ended.complete) == ("", False)
+
+
+@needs_trials
+def test_a_new_process_goes_on_with_the_same_masks() -> None:
+    old, new = work(), work()
+    constrained(old, "(he)+")
+    rules = TextRules(grammar=Grammar("regex", "(he)+"), ends=(END,))
+    for token in (H, E, H):
+        step(old, token)
+    assert new.resume(Resume(request=1, rules=rules, context=(), answers=((H, E, H), (H,)))) is None
+    assert step(new, E) == msgspec.structs.replace(step(old, E), num_tokens=4)
+    assert step(new, E, choice=1).mask == step(old, H, E, choice=1).mask
+
+
+@needs_trials
+def test_a_grammar_may_admit_nothing_but_the_empty_answer() -> None:
+    done = work()
+    done.put(prompt(1, rules=TextRules(grammar=Grammar("regex", "(hx)?y?z*h{0}"))))
+    assert isinstance(done.do(done.take()), Encoded)
+    done.put(prompt(2, rules=TextRules(grammar=Grammar("regex", ""))))
+    refused = done.do(done.take())
+    assert isinstance(refused, Failed)
+    assert (refused.code, "empty" in refused.message) == ("invalid_request", True)
+
+
+@needs_trials
+def test_a_token_that_its_grammar_forbids_fails_the_request_alone() -> None:
+    done = work()
+    constrained(done, "he")
+    order = Tokens(answers=(AnswerTokens(1, 0, (E,), False),))
+    texts = done.texts(order)
+    assert texts.pieces == ()
+    assert [(one.request, one.code) for one in texts.failures] == [(1, "stage_error")]
 
 
 # ------------------------------------------------------------------ questions

@@ -2,8 +2,11 @@
 
 import pytest
 
-from distributed_llm.common.messages import MAX_TRACED, StepTrace
+from distributed_llm.common.messages import MAX_TRACED, StageTime, StepTrace
 from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.types import SequenceId
+from distributed_llm.coordinator.serving.steps import StepDone
+from distributed_llm.coordinator.tracing import trace_step
 from tests.unit.fake_client import Answer
 from tests.unit.fake_model import MODEL
 from tests.unit.simulation import World, finish, with_settings
@@ -103,6 +106,25 @@ def test_what_is_computed_again_after_a_loss_is_shown() -> None:
     assert {len(step.hops) for step in again} == {2}
 
 
+def test_a_step_comes_with_its_token_and_not_with_the_one_before() -> None:
+    world = World(text_delay_s=0.1)
+    world.linked(3, ROOMY)
+    answer = world.client().submit(PROMPT, traced(10))
+    finish(world, answer)
+    assert [step.index for step in made(answer)] == list(range(10))
+
+
+def test_an_answer_that_gave_way_is_told_of_the_tokens_that_are_computed_again() -> None:
+    world = World()
+    world.linked(3)
+    client = world.client()
+    answers = [client.submit([n], traced(100)) for n in range(2)]
+    finish(world, *answers)
+    assert world.core.status(now=world.now).preemptions
+    assert all([step.index for step in made(one)] == list(range(100)) for one in answers)
+    assert [step.tokens for step in answers[1].trace if step.tokens > 1]
+
+
 def test_of_a_long_way_the_latest_steps_are_reported() -> None:
     world = World(with_settings(max_batch_tokens=1))
     world.linked(3, ROOMY)
@@ -111,3 +133,20 @@ def test_of_a_long_way_the_latest_steps_are_reported() -> None:
     assert len(answer.trace) == MAX_TRACED
     assert answer.trace[-1].sampled
     finish(world, answer)
+
+
+def test_a_step_of_a_kv_cache_that_was_given_up_is_not_reported() -> None:
+    world = cluster()
+    world.client().submit(PROMPT, traced(20))
+    pipeline = world.core._pipelines.all[0]
+    assert world.run(lambda: bool(pipeline.in_flight and pipeline.in_flight.steps))
+    assert pipeline.in_flight
+    step = pipeline.in_flight.steps[0]
+    times = (StageTime(compute_us=1, layers_us=1, queued_us=1),) * 3
+    done = StepDone(step, [], [], times, 1, 0.1)
+    trace_step(world.core._cluster, pipeline, done, now=world.now)
+    (answer,) = step.answers
+    assert len(answer.trace) == 1
+    answer.sequence_id = SequenceId(99)
+    trace_step(world.core._cluster, pipeline, done, now=world.now)
+    assert len(answer.trace) == 1

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from distributed_llm.common.grammar import GrammarKind
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import Label, Message, Name, RequestId, Value
 from distributed_llm.common.roles import Role
@@ -72,16 +73,19 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     """Client -> coordinator: generate answers to a prompt.
 
     `tensors` holds the prompt: "text" as UTF-8 bytes (uint8), "token_ids" as int32, "chat" as
-    msgpack of `Chat` (uint8). An empty text has no tensor.
+    msgpack of `Chat` (uint8). An empty text has no tensor. The text of a grammar, unless it is
+    empty, follows in a tensor of its own (uint8).
 
     Attributes:
         request_id: chosen by the client, which uses none twice at the same time.
+        grammar: kind of the grammar that the answers have to follow; None if there is none.
     """
 
     request_id: RequestId
     prompt: Literal["text", "token_ids", "chat"]
     params: SamplingParams
-    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=2)]
+    grammar: GrammarKind | None = None
 
 
 class EncodePrompt(Message, frozen=True, kw_only=True, tag="encode_prompt"):

@@ -165,7 +165,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
         kv_tokens_used: positions of them that running answers take.
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
         answers_running: answers that run on it.
-        answers_decoding: those of them that decoded when steps were last begun.
+        answers_decoding: those of them that decode; the others compute their prompts.
         steps_in_flight: steps that are under way now.
         depth: steps that should be, as was last decided.
         round_trip_s: of a step, on average over the latest that only decode; like the following

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest, NotEnoughMemory
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.sampling_params import (
     MAX_SEED,
     CheckpointParams,
@@ -73,10 +74,14 @@ def named_tokens(params: SamplingParams) -> tuple[int, ...]:
     return (*words, *chain.from_iterable(others))
 
 
-def text_rules(params: SamplingParams, defaults: GenerationDefaults) -> TextRules:
+def text_rules(
+    params: SamplingParams, defaults: GenerationDefaults, grammar: Grammar | None = None
+) -> TextRules:
     """Return how the text of a request's answers is made."""
-    hidden = (*_eos(params, defaults), *params.stop_token_ids)
-    return TextRules(params.stop_strings, None if params.skip_special_tokens else hidden)
+    eos = _eos(params, defaults)
+    hidden = None if params.skip_special_tokens else (*eos, *params.stop_token_ids)
+    ends = () if grammar is None or params.ignore_eos else eos
+    return TextRules(params.stop_strings, hidden, grammar, ends)
 
 
 def resolve(
@@ -86,6 +91,7 @@ def resolve(
     prompt_tokens: int,
     kv_tokens: int,
     seed: int,
+    constrained: bool = False,
 ) -> Limits:
     """Return the parameters of a request after defaults.
 
@@ -95,6 +101,7 @@ def resolve(
         prompt_tokens: length of the prompt.
         kv_tokens: positions of KV cache that the largest pipeline has room for.
         seed: seed for a request without one.
+        constrained: whether a grammar says which tokens may be sampled; none is forced then.
 
     Raises:
         ContextLengthExceeded: prompt and answer are longer than the model's context.
@@ -138,6 +145,10 @@ def resolve(
         **_length(defaults.checkpoint, prompt_tokens, max_new_tokens),
         logprobs=params.logprobs,
     )
+    if constrained:
+        sampling = msgspec.structs.replace(
+            sampling, forced_bos_token_id=None, forced_eos_token_ids=()
+        )
     return Limits(
         sampling=tuple(
             msgspec.structs.replace(sampling, seed=(first + choice) % (MAX_SEED + 1))

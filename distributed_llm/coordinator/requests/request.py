@@ -60,6 +60,8 @@ class Answer:
         sampling_sent: whether the last stage was sent `sampling`.
         prefix: the beginning of another sequence that this one begins with.
         shares: whether it may share a prefix.
+        mask: which token may be the next, as in `Task`; None without a grammar, and until the text
+            process has sent it.
         waits_for: the answer whose prefix this one will share, and which it waits for until
             `waits_until` positions are computed.
         losses: workers that died in a row while they worked on its next token.
@@ -89,6 +91,7 @@ class Answer:
     sampling_sent: bool = False
     prefix: SharedPrefix | None = None
     shares: bool = True
+    mask: bytes | None = None
     waits_for: "Answer | None" = None
     waits_until: int = 0
     losses: int = 0
@@ -148,6 +151,11 @@ class Answer:
     def _encoded_bytes(self) -> int:
         return len(msgspec.msgpack.encode(self.sampling))
 
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether it cannot run before it is known which token may be the next."""
+        return self.request.constrained and self.mask is None
+
     def pool(self, total: npt.NDArray[np.float32]) -> None:
         """Add the sum of the last hidden states at positions that were computed."""
         self.pooled = total.astype(np.float64) if self.pooled is None else self.pooled + total
@@ -170,6 +178,7 @@ class Answer:
         limits = self.request.limits
         assert limits is not None
         self.token_ids.append(token_id)
+        self.mask = None
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self.first_token_at = now if self.first_token_at is None else self.first_token_at
@@ -213,6 +222,7 @@ class Request:
         arrived_at: clock seconds.
         client: among whom service is fair: the key of who asks, else the connection.
         shares_with: only requests with an equal value share prefixes with it.
+        constrained: whether a grammar says which tokens may be sampled.
         embeds: whether it wants the mean of the last hidden states of its prompt, and no tokens.
         limits: the parameters after defaults; None until the prompt is tokenized.
         answers: empty until the prompt is tokenized.
@@ -223,6 +233,7 @@ class Request:
     arrived_at: float
     client: Hashable
     shares_with: Hashable = None
+    constrained: bool = False
     embeds: bool = False
     limits: Limits | None = None
     answers: tuple[Answer, ...] = ()
@@ -239,12 +250,15 @@ class Request:
         assert self.limits is not None
         return self.answers[0].num_prompt_tokens + self.limits.max_new_tokens
 
-    def accept(self, prompt: Sequence[int], limits: Limits, *, number: int) -> None:
+    def accept(
+        self, prompt: Sequence[int], limits: Limits, *, number: int, mask: bytes = b""
+    ) -> None:
         """Create its answers.
 
         Args:
             prompt: token ids.
             number: of the first answer; the others have the following numbers.
+            mask: which token may be their first; empty without a grammar.
         """
         self.limits = limits
         self.answers = tuple(
@@ -255,6 +269,7 @@ class Request:
                 list(prompt),
                 len(prompt),
                 sampling,
+                mask=mask or None,
                 shares=not self.embeds,  # what is shared has no hidden states here
             )
             for choice, sampling in enumerate(limits.sampling)

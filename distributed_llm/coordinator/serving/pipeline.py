@@ -334,7 +334,8 @@ class Pipeline:
         if self.in_flight and self.scheduler:
             self.in_flight.validate()
             self.scheduler.validate()
-            if self.scheduler.num_running and self.state is _S.SERVING:
+            runs = self.scheduler.num_running and not self.scheduler.waits_for_masks
+            if runs and self.state is _S.SERVING:
                 assert self.in_flight.num_steps, "answers run, but no step is in flight"
 
 

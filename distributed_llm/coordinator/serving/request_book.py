@@ -46,13 +46,13 @@ from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.failures import failure
 from distributed_llm.coordinator.requests.fairness import FairQueue
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     Limits,
     embedding_limits,
     named_tokens,
     resolve,
     text_rules,
-    wrong_prompt,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
@@ -149,7 +149,7 @@ class RequestBook:
         """Accept or refuse a new request.
 
         Args:
-            frames: the prompt, as `message.tensors` describes it.
+            frames: prompt and grammar, as `message.tensors` describes them.
             holder: key of the client; `NOBODY` without keys.
         """
         embeds = isinstance(message, Embed)
@@ -165,9 +165,13 @@ class RequestBook:
                 retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
-        wrong = wrong_prompt(message.prompt, message.tensors, self._defaults.context_length)
+        wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
+        try:
+            payload, grammar = split(message, frames)
+        except InvalidRequest as exc:
+            return self.refuse(peer, message.request_id, exc)
         key = (peer, message.request_id, self.draw_number(params.n))
         request = Request(
             key,
@@ -175,6 +179,7 @@ class RequestBook:
             arrived_at=now,
             client=holder or peer,
             shares_with=None if self._share_prefixes else holder or None,
+            constrained=grammar is not None,
             embeds=embeds,
         )
         self._requests.setdefault(peer, {})[message.request_id] = request
@@ -183,9 +188,8 @@ class RequestBook:
         if request.deadline is not None:
             self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
-        payload = bytes(frames[0]) if frames else b""
         texts = 0 if embeds else params.n
-        rules = text_rules(params, self._defaults)
+        rules = text_rules(params, self._defaults, grammar)
         return [Tokenize(key, message.prompt, payload, texts, rules)]
 
     def refuse(
@@ -217,7 +221,7 @@ class RequestBook:
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
-        request.accept(event.token_ids, limits, number=event.key[2])
+        request.accept(event.token_ids, limits, number=event.key[2], mask=event.mask)
         self.totals.prompt_tokens += len(event.token_ids)
         self._event_log.trace(
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
@@ -237,6 +241,7 @@ class RequestBook:
             prompt_tokens=prompt_tokens,
             kv_tokens=self._kv_tokens,
             seed=self._draw_seed(),
+            constrained=request.constrained,
         )
 
     # -------------------------------------------------------------- queue and pipelines
@@ -375,14 +380,18 @@ class RequestBook:
         if answer.state is AnswerState.GONE:
             return []
         stop = answer.num_prompt_tokens + event.num_tokens
-        if event.stopped:
+        if event.stopped or event.complete:
             self._withdraw(answer, keep=True)
             del answer.token_ids[stop:]
             del answer.logprobs[stop - answer.num_prompt_tokens - answer.num_sent_tokens :]
             answer.finish_reason = "stop"
+        elif event.mask:
+            answer.mask = event.mask
+            if scheduler := self._schedulers.get(answer):
+                scheduler.on_change()
         actions = self._chunk(answer, event, stop)
-        if event.stopped or event.last:
-            answer.change(AnswerCause.STOP_STRING if event.stopped else AnswerCause.TEXT_SENT)
+        if event.stopped or event.complete or event.last:
+            answer.change(_cause_of_end(event))
             if all(other.state is AnswerState.GONE for other in request.answers):
                 usage, timings = request.usage(), request.timings()
                 finished = Finished(request_id=request.key[1], usage=usage, timings=timings)
@@ -392,7 +401,7 @@ class RequestBook:
     def _chunk(self, answer: Answer, event: Detokenized, stop: int) -> list[Action]:
         sent, key = answer.num_sent_tokens, answer.request.key
         new = tuple(answer.token_ids[answer.num_prompt_tokens + sent : stop])
-        ended = event.stopped or event.last
+        ended = event.stopped or event.complete or event.last
         if not (new or event.text or ended):
             return []
         answer.num_sent_tokens += len(new)
@@ -550,3 +559,9 @@ class RequestBook:
         assert self._num_tokenizing == sum(r.params.n for r in requests if not r.answers)
         for answer, scheduler in self._schedulers.items():
             assert answer in scheduler.running
+
+
+def _cause_of_end(event: Detokenized) -> AnswerCause:
+    if event.stopped:
+        return AnswerCause.STOP_STRING
+    return AnswerCause.GRAMMAR_COMPLETE if event.complete else AnswerCause.TEXT_SENT

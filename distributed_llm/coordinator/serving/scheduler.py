@@ -87,6 +87,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def waits_for_masks(self) -> bool:
+        """Whether no answer can run before it is known which token may be its next."""
+        return all(answer.waits_for_mask for answer in self.running if answer.waits_for is None)
+
+    @property
     def num_decoding(self) -> int:
         """Running answers whose prompt is computed."""
         return sum([len(a.token_ids) - a.num_computed_tokens <= 1 for a in self.running])
@@ -318,12 +323,13 @@ class Scheduler:
             idle: whether no step is in flight; suspected answers run only then, one group at a
                 time.
         """
-        suspects = [a for a in self._running.values() if a.suspects and a.waits_for is None]
+        candidates = [answer for answer in self._running.values() if not answer.waits_for_mask]
+        suspects = [a for a in candidates if a.suspects and a.waits_for is None]
         if suspects:
             group = [answer for answer in suspects if answer.suspects is suspects[0].suspects]
             parts = list(self._fill(group, max(1, max_decodes), prompts=True)) if idle else []
         else:
-            parts = list(self._fill(self._running.values(), max_decodes, prompts=prompts))
+            parts = list(self._fill(candidates, max_decodes, prompts=prompts))
         if not parts:
             return None
         return Step(
@@ -334,6 +340,7 @@ class Scheduler:
                 for answer, part in parts
                 for token in answer.token_ids[part.start : part.start + part.num_tokens]
             ),
+            masks=tuple(answer.mask for answer, part in parts if part.masked and answer.mask),
         )
 
     def _fill(
@@ -388,6 +395,7 @@ class Scheduler:
             sample=sample,
             sampling=sampling,
             prefix=prefix if prefix and prefix.length == start else None,
+            masked=sample and answer.mask is not None,
             embed=embed,
         )
 

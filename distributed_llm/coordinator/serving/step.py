@@ -26,11 +26,13 @@ class Step:
     Attributes:
         answers: whose tokens each slice computes, in the order of the slices.
         token_ids: of all slices, one after the other.
+        masks: of the slices that are masked, which tokens may be sampled.
     """
 
     answers: tuple[Answer, ...]
     slices: tuple[SequenceSlice, ...]
     token_ids: tuple[int, ...]
+    masks: tuple[bytes, ...] = ()
 
     @property
     def samplers(self) -> list[Answer]:

@@ -104,11 +104,13 @@ class Encoded(_Message, frozen=True, kw_only=True):
     Attributes:
         token_ids: int32 in the byte order of this machine.
         context: its last tokens if answers continue its text, else nothing.
+        mask: see `events.Tokenized`.
     """
 
     request: int
     token_ids: bytes
     context: tuple[TokenId, ...]
+    mask: bytes = b""
 
 
 class Answered(_Message, frozen=True, kw_only=True):
@@ -140,6 +142,8 @@ class AnswerText(msgspec.Struct, frozen=True, array_like=True):
     stop_string: str | None
     last: bool
     spelled: tuple[Spelling | None, ...] = ()
+    mask: bytes = b""
+    complete: bool = False
 
 
 class Texts(_Message, frozen=True, kw_only=True):

@@ -168,7 +168,7 @@ class TextOrders:
         if request is None:
             return []
         request.prompt, request.begun, request.context = None, False, reply.context
-        return [Tokenized(request.key, token_ids_of_frame(reply.token_ids))]
+        return [Tokenized(request.key, token_ids_of_frame(reply.token_ids), reply.mask)]
 
     def _failed(self, reply: Failed) -> list[TextEvent]:
         request = self._requests.pop(reply.request, None)
@@ -189,6 +189,8 @@ class TextOrders:
                 piece.stop_string,
                 piece.last,
                 piece.spelled,
+                piece.mask,
+                piece.complete,
             )
             for piece in reply.pieces
             if piece.request in self._requests

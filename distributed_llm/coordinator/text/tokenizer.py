@@ -182,6 +182,42 @@ class Tokenizer:
                 self._spellings[token_id] = self._spelling(token_id)
         return tuple(self._spellings[token_id] for token_id in token_ids)
 
+    def vocabulary(self) -> list[tuple[bytes, bool]]:
+        """Return how each token is written in the middle of a text, by id, and whether it is text.
+
+        Special tokens are none, nor are ids that no token has. Takes a second for 100,000 tokens.
+        """
+        assert self._backend is not None
+        pieces = {token_id: piece for piece, token_id in self._backend.get_vocab().items()}
+        written = [(b"<no token>", False)] * (max(pieces) + 1)
+        for token_id, name in self._special.items():
+            written[token_id] = name.encode(), False
+        unread = []
+        for token_id in pieces.keys() - self._special.keys():
+            if self.byte_of(token_id) is not None or self._letters:
+                written[token_id] = self._bytes_of(token_id, pieces[token_id]), True
+            else:
+                unread.append(token_id)
+        before = self._encode("a", add_special_tokens=False)
+        texts = self._backend.decode_batch([[*before, token_id] for token_id in unread])
+        start = len(self.decode(before))
+        for token_id, text in zip(unread, texts, strict=True):
+            written[token_id] = text[start:].encode(), True
+        return written
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return token ids that add exactly `text` to a text; empty if none are found."""
+        for before in ("", "\n", "a"):
+            start = self._encode(before, add_special_tokens=False) if before else []
+            ids = self._encode(before + text, add_special_tokens=False)
+            if ids[: len(start)] != start:
+                continue
+            inside = ids[len(start) :]
+            spelled = self.spell(inside)
+            if b"".join(one.written for one in spelled if one) == text.encode():
+                return inside
+        return []
+
     def _spelling(self, token_id: int) -> Spelling | None:
         assert self._backend is not None
         if name := self.special_name(token_id):

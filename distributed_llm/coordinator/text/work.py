@@ -2,6 +2,8 @@
 
 import logging
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
@@ -16,7 +18,9 @@ from distributed_llm.common.errors import (
     TextError,
 )
 from distributed_llm.common.tensors import token_ids_of_frame
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
+from distributed_llm.coordinator.text.grammars import AnswerGrammar, Grammars
 from distributed_llm.coordinator.text.messages import (
     Answered,
     AnswerText,
@@ -38,6 +42,14 @@ _CONTEXT_TOKENS: Final = 64
 """Tokens at the end of a prompt that are kept as context: some may be special, and have no text."""
 
 
+@dataclass
+class _Answer:
+    """An answer whose text is being made; `grammar` is None if it may be any text."""
+
+    text: Detokenizer
+    grammar: AnswerGrammar | None
+
+
 class TextWork:
     """The prompts that wait to be encoded, and the answers whose text is being made. Thread-safe.
 
@@ -54,7 +66,8 @@ class TextWork:
         self._changed = threading.Condition()
         self._waiting: dict[int, Prompt | Question] = {}
         self._begun: set[int] = set()
-        self._answers: dict[int, list[Detokenizer]] = {}
+        self._answers: dict[int, list[_Answer]] = {}
+        self._grammars = Grammars(tokenizer)
 
     def put(self, prompt: Prompt | Question) -> None:
         """Queue a prompt, or a question about one."""
@@ -83,19 +96,18 @@ class TextWork:
 
     def _encode(self, prompt: Prompt) -> Encoded | Failed:
         result: Encoded | Failed
-        answers: list[Detokenizer] = []
+        answers: list[_Answer] = []
         try:
             token_ids = self._token_ids(prompt)
             continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
-            answers = [
-                Detokenizer(self._tokenizer, prompt.rules, context)
-                for _ in range(prompt.num_choices)
-            ]
+            answers = self._begin(prompt.rules, context, prompt.num_choices)
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
-            result = Encoded(request=prompt.request, token_ids=ids, context=context)
+            mask = _first_mask(answers[0]) if answers else b""  # an embedding has no answers
+            result = Encoded(request=prompt.request, token_ids=ids, context=context, mask=mask)
         except DistributedLLMError as exc:
             result = Failed(request=prompt.request, code=exc.code, message=str(exc))
+            answers = []
         except Exception as exc:
             logger.exception("tokenizing failed")
             result = _bug(prompt.request, f"The prompt cannot be turned into tokens: {exc!r:.500}")
@@ -130,11 +142,12 @@ class TextWork:
     def resume(self, order: Resume) -> Failed | None:
         """Go on with a request; return why that is impossible, or None."""
         try:
-            answers = []
-            for token_ids in order.answers:
-                answer = Detokenizer(self._tokenizer, order.rules, order.context)
-                answer.feed(token_ids)
-                answers.append(answer)
+            count = len(order.answers)
+            answers = self._begin(order.rules, order.context, count, tried=True)
+            for answer, token_ids in zip(answers, order.answers, strict=True):
+                answer.text.feed(token_ids)
+                if answer.grammar:
+                    answer.grammar.feed(token_ids)
         except Exception as exc:
             logger.exception("detokenizing failed")
             return _bug(order.request, f"The text of the answer cannot be made: {exc!r:.500}")
@@ -149,17 +162,33 @@ class TextWork:
             if answers := self._answers.get(tokens.request):
                 try:
                     pieces.append(self._piece(answers[tokens.choice], tokens))
+                except DistributedLLMError as exc:
+                    failed = Failed(request=tokens.request, code=exc.code, message=str(exc))
+                    failures.append(failed)
                 except Exception as exc:
                     logger.exception("detokenizing failed")
                     why = f"The text of the answer cannot be made: {exc!r:.500}"
                     failures.append(_bug(tokens.request, why))
         return Texts(pieces=tuple(pieces), failures=tuple(failures))
 
-    def _piece(self, answer: Detokenizer, tokens: AnswerTokens) -> AnswerText:
-        piece = answer.feed(tokens.token_ids)
-        text = piece.text
-        if tokens.last and piece.stop_string is None:
-            piece = answer.finish()
+    def _begin(
+        self, rules: TextRules, context: Sequence[int], count: int, *, tried: bool = False
+    ) -> list[_Answer]:
+        texts = [Detokenizer(self._tokenizer, rules, context) for _ in range(count)]
+        if rules.grammar is None:
+            return [_Answer(text, None) for text in texts]
+        grammars = self._grammars.begin(rules.grammar, rules.ends, count, tried=tried)
+        return list(map(_Answer, texts, grammars))
+
+    def _piece(self, answer: _Answer, tokens: AnswerTokens) -> AnswerText:
+        piece = answer.text.feed(tokens.token_ids)
+        text, mask, complete = piece.text, b"", False
+        if answer.grammar and piece.stop_string is None:
+            answer.grammar.feed(tokens.token_ids)
+            mask = b"" if tokens.last else answer.grammar.mask()
+            complete = answer.grammar.is_complete if tokens.last else not mask
+        if (tokens.last or complete) and piece.stop_string is None:
+            piece = answer.text.finish()
             text += piece.text
         return AnswerText(
             tokens.request,
@@ -169,6 +198,8 @@ class TextWork:
             piece.stop_string,
             tokens.last,
             self._tokenizer.spell(tokens.spell),
+            mask,
+            complete,
         )
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
@@ -198,6 +229,15 @@ class TextWork:
         except UnicodeDecodeError as exc:
             raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
         return self._tokenizer.encode(text, special=special)
+
+
+def _first_mask(answer: _Answer) -> bytes:
+    if answer.grammar is None:
+        return b""
+    mask = answer.grammar.mask()
+    if not mask:
+        raise InvalidRequest("The grammar admits no answer but the empty one.")
+    return mask
 
 
 def _bug(request: int, what: str) -> Failed:

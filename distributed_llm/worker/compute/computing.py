@@ -30,9 +30,11 @@ def compute(
     """
     stage.release(task.released)
     tensors = [tensor_of(spec, frame) for spec, frame in zip(task.tensors, frames, strict=True)]
+    masks = tensors.pop().numpy() if task.num_masks and tensors else None
     if not 1 <= len(tensors) <= 2 or tensors[0].dtype != torch.int32:
-        raise StageError("The task's tensors are not token ids and hidden states.")
-    output = stage.run(task.sequences, tensors[0], tensors[1] if len(tensors) == 2 else None)
+        raise StageError("The task's tensors are not token ids, hidden states and masks.")
+    hidden_states = tensors[1] if len(tensors) == 2 else None
+    output = stage.run(task.sequences, tensors[0], hidden_states, masks)
     given = [frame_of(tensor) for tensor in _tensors_of(output, wire_dtype)]
     return tuple(spec for spec, _ in given), tuple(frame for _, frame in given)
 

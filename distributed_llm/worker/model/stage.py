@@ -24,9 +24,10 @@ from distributed_llm.worker.model.failures import (
     SequencesFailed,
 )
 from distributed_llm.worker.model.forward import Forward
+from distributed_llm.worker.model.logits import Mask
 from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, sample
 from distributed_llm.worker.model.shared_weights import StageModel
-from distributed_llm.worker.model.task_inputs import TaskInputs
+from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
 from distributed_llm.worker.model.weights import load_stage_model
 
@@ -220,6 +221,7 @@ class Stage:
         sequences: Sequence[SequenceSlice],
         token_ids: Tensor,
         hidden_states: Tensor | None,
+        masks: Masks | None = None,
     ) -> StageOutput:
         """Compute one step and add its positions to the KV cache.
 
@@ -232,6 +234,8 @@ class Stage:
             token_ids: int32 [tokens], at these positions, one sequence after the other.
             hidden_states: [tokens, hidden_size] in any wire dtype, from the stage before; None on
                 the first stage.
+            masks: uint8 [masked sequences, bytes], of which only the last stage makes use; see
+                `Task`.
 
         Raises:
             ReleasedSequence: a sequence was released before.
@@ -242,14 +246,14 @@ class Stage:
                 token, or their part of the step does not fit them.
             StageError: the arguments do not fit each other.
         """
-        self.inputs.check(sequences, token_ids, hidden_states)
+        self.inputs.check(sequences, token_ids, hidden_states, masks)
         self._check_released(sequences)
         self._check_positions(sequences)
         self._cache.admit(sequences)
         self._remember(sequences)
         step = self._begin(sequences, token_ids)
         with torch.inference_mode():
-            output = self._compute(sequences, step, token_ids, hidden_states)
+            output = self._compute(sequences, step, token_ids, hidden_states, masks)
         for part in step.slices:
             self._cache.commit(part.sequence_id, part.start + part.num_tokens)
         return output
@@ -379,6 +383,7 @@ class Stage:
         step: PackedStep,
         token_ids: Tensor,
         hidden_states: Tensor | None,
+        masks: Masks | None,
     ) -> StageOutput:
         if not self._last:
             output = self._forward.run(step, token_ids, hidden_states, [])
@@ -397,7 +402,9 @@ class Stage:
         if len(logits) != len(ends):
             raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
         self._check_finite(logits, ends, "logits")
-        return replace(self._sample(ends, logits), sums=sums)
+        rows_of_masks = iter(() if masks is None else masks)
+        own = [next(rows_of_masks) if part.masked else None for part in sequences if part.sample]
+        return replace(self._sample(ends, logits, own), sums=sums)
 
     def _sums(self, slices: Sequence[PackedSlice]) -> Tensor:
         """Return the sums of hidden states that the latest pass has made."""
@@ -412,12 +419,14 @@ class Stage:
         self._check_finite(sums, slices, "last hidden states")
         return sums.cpu()
 
-    def _sample(self, ends: Sequence[PackedSlice], logits: Tensor) -> StageOutput:
+    def _sample(
+        self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]
+    ) -> StageOutput:
         samplings = [self._samplings[s.sequence_id] for s in ends]
         positions = [s.start + s.num_tokens for s in ends]
         histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
         try:
-            token_ids = sample(logits, samplings, positions, histories)
+            token_ids = sample(logits, samplings, positions, histories, masks)
         except RowsFailed as exc:
             named = [ends[row].sequence_id for row in exc.rows]
             raise SequencesFailed(named, exc.error) from exc
