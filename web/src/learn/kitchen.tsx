@@ -8,7 +8,8 @@ interface Props {
   at: number
   phase: number
   colours: Record<string, number>
-  onPhase: (phase: number) => void
+  /** Absent while there is no token to follow yet. */
+  onPhase?: (phase: number) => void
 }
 
 export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
@@ -24,7 +25,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
           name="coordinator"
           paint="coordinator"
           state={stateOf(0, phase)}
-          onOpen={() => onPhase(0)}
+          onOpen={onPhase && (() => onPhase(0))}
         >
           {before ? (
             <p>
@@ -32,7 +33,8 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
             </p>
           ) : (
             <p>
-              Reads the order and cuts it into <strong>{say.count(walk.prompt.length, 'token')}</strong>
+              Reads the order and cuts it into{' '}
+              <strong>{walk.prompt.length > 0 ? say.count(walk.prompt.length, 'token') : 'tokens'}</strong>
               {walk.prompt[0]?.id != null && <>: the numbers {ids(walk)}</>}.
             </p>
           )}
@@ -47,7 +49,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
             paint={`m${colours[station.worker] ?? 0}`}
             state={stateOf(i + 1, phase)}
             isFirstStep={at === 0}
-            onOpen={() => onPhase(i + 1)}
+            onOpen={onPhase && (() => onPhase(i + 1))}
           />
         ))}
         <Card
@@ -55,7 +57,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
           name="coordinator"
           paint="coordinator"
           state={stateOf(last, phase)}
-          onOpen={() => onPhase(last)}
+          onOpen={onPhase && (() => onPhase(last))}
         >
           {phase < last ? (
             <p>Will taste the scores of all tokens, and choose one.</p>
@@ -71,7 +73,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
           )}
         </Card>
       </ol>
-      <p className="quiet explain">
+      <p className="quiet explain" hidden={!onPhase}>
         {at === 0
           ? 'The first step takes the whole order at once: that is the prefill.'
           : 'From the second step on only one token passes: the machines remember the others in their KV cache.'}{' '}
@@ -96,14 +98,14 @@ interface CardProps {
   name: string
   paint: string
   state: State
-  onOpen: () => void
+  onOpen: (() => void) | undefined
   children: ReactNode
 }
 
 function Card({ who, name, paint, state, onOpen, children }: CardProps) {
   return (
     <li className={`station ${paint} ${state}`} aria-current={state === 'now' ? 'step' : undefined}>
-      <button className="plain title" onClick={onOpen}>
+      <button className="plain title" disabled={!onOpen} onClick={onOpen}>
         <span className="who">{who}</span>
         <span className="name">{name}</span>
       </button>
@@ -120,7 +122,7 @@ interface StationProps {
   paint: string
   state: State
   isFirstStep: boolean
-  onOpen: () => void
+  onOpen: (() => void) | undefined
 }
 
 function StationCard(props: StationProps) {

@@ -83,6 +83,12 @@ function hopsOf(status: ClusterStatus): Hop[] {
   }))
 }
 
+/** The stations that a token would pass. */
+export function preview(status: ClusterStatus): Walk {
+  const stations = hopsOf(status).map((hop) => stationOf(hop, 1))
+  return { ...NO_WALK, walked: [{ token: '', candidates: [], stations, tokens: 1 }] }
+}
+
 /** What a station is in the kitchen. */
 export function chef(index: number, count: number): string {
   if (count === 1) return 'the only chef'
