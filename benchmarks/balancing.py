@@ -243,7 +243,7 @@ async def live(given: argparse.Namespace) -> None:
         _print_moves(watch.moves, seen)
         print(f"\nrequests: {dict(load.outcomes)} {' '.join(load.errors[:5])}")
         if given.events:
-            print("\n".join(events), cluster.logs(), sep="\n")
+            print("\n".join(event.text for event in events), cluster.logs(), sep="\n")
         asked = Asked(given.clients, PROMPT_TOKENS, NEW_TOKENS)
         statics = Splits(cluster, examples, asked, given.window)
         bests: dict[tuple[float, ...], dict[Split, float]] = {}
@@ -387,7 +387,7 @@ def _moved_after(cluster: VirtualCluster, moves: int) -> str:
     try:
         cluster.run(lambda: cluster.core.status(now=cluster.now).moves > moves, limit_s=60)
     except TimeoutError:
-        return f"not in 60: {cluster.core.status(now=cluster.now).events[-1]}"
+        return f"not in 60: {cluster.core.status(now=cluster.now).events[-1].text}"
     return f"{cluster.now - changed_at:.1f}"
 
 

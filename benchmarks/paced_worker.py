@@ -31,6 +31,7 @@ from distributed_llm.worker import service, work
 from distributed_llm.worker.compute import engine, held_stages, loading
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import Stage, StageOutput
+from distributed_llm.worker.model.task_inputs import Masks
 from distributed_llm.worker.session.events import Probe, Probed
 
 _T = TypeVar("_T")
@@ -43,7 +44,11 @@ class PacedStage(Stage):
     """A stage that says it took what `Pace` says."""
 
     def run(
-        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
+        self,
+        sequences: Sequence[SequenceSlice],
+        token_ids: Tensor,
+        hidden_states: Tensor | None,
+        masks: Masks | None = None,
     ) -> StageOutput:
         """Compute, as usual."""
         prompts = sum(part.num_tokens for part in sequences if part.num_tokens > 1)
@@ -53,7 +58,7 @@ class PacedStage(Stage):
             answering=sum(part.num_tokens == 1 for part in sequences),
             prompt_tokens=prompts,
         )
-        return super().run(sequences, token_ids, hidden_states)
+        return super().run(sequences, token_ids, hidden_states, masks)
 
     @property
     def layers_s(self) -> float:

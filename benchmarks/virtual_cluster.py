@@ -177,7 +177,7 @@ class VirtualCluster:
                     if counts := self._texts.get(key):
                         counts[choice] += len(ids)
                         text = "a" * len(ids)
-                        done = events.Detokenized(key, choice, text, counts[choice], False, last)
+                        done = events.Detokenized(key, choice, text, counts[choice], None, last)
                         self.at(self.now + _TEXT_S, self.apply, done)
                 case events.Tokenize(key=key, payload=payload):
                     self._texts[key] = [0] * action.num_choices

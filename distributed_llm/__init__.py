@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distributed_llm.client.answers import Chunk, Generation, LikelyToken, PickedToken
-    from distributed_llm.client.client import AsyncDistributedClient, DistributedClient
+    from distributed_llm.client.async_client import AsyncDistributedClient
+    from distributed_llm.client.client import DistributedClient
+    from distributed_llm.client.values import Embedding, TokenizedPrompt
     from distributed_llm.common.errors import (
         AddressInUse,
         CapacityError,
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
         WorkerLost,
         WrongServerKey,
     )
-    from distributed_llm.common.messages import Usage
+    from distributed_llm.common.grammar import Grammar
+    from distributed_llm.common.messages import ModelInfo, StageHop, StepTrace, Usage
     from distributed_llm.common.sampling_params import SamplingParams
     from distributed_llm.local_cluster import LocalCluster
 
@@ -53,10 +56,13 @@ __all__ = [
     "DeadlineExceeded",
     "DistributedClient",
     "DistributedLLMError",
+    "Embedding",
     "Generation",
+    "Grammar",
     "InvalidRequest",
     "LikelyToken",
     "LocalCluster",
+    "ModelInfo",
     "NotAllowed",
     "NotEnoughMemory",
     "NotEnrolled",
@@ -67,7 +73,10 @@ __all__ = [
     "RequestCancelled",
     "SamplingParams",
     "StageError",
+    "StageHop",
+    "StepTrace",
     "TextError",
+    "TokenizedPrompt",
     "UnsupportedModel",
     "Usage",
     "WorkerLost",
@@ -76,9 +85,12 @@ __all__ = [
 
 _HOMES = (
     "client.answers",
+    "client.async_client",
     "client.client",
+    "client.values",
     "local_cluster",
     "common.errors",
+    "common.grammar",
     "common.messages",
     "common.sampling_params",
 )

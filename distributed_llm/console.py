@@ -156,7 +156,9 @@ def print_status(status: ClusterStatus, *, as_json: bool) -> None:
         if worker.advice:
             _out.print(f"{worker.name}: {worker.advice}")
     for event in status.events[-8:]:
-        _out.print(Padding(Text(event, style="dim"), (0, 0, 0, 2), expand=False))
+        _out.print(
+            Padding(Text(summary.event_line(event), style="dim"), (0, 0, 0, 2), expand=False)
+        )
 
 
 def _print_table(

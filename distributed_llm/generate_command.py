@@ -67,6 +67,13 @@ def generate(
             help="Tokens at most.", show_default="the model's, else 256", rich_help_panel=_LENGTH
         ),
     ] = None,
+    fit_context: Annotated[
+        bool,
+        typer.Option(
+            help="Fewer than --max-new-tokens where there is no room for them.",
+            rich_help_panel=_LENGTH,
+        ),
+    ] = False,
     min_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -91,10 +98,27 @@ def generate(
             rich_help_panel=_LENGTH,
         ),
     ] = None,
+    stop_token_ids: Annotated[
+        str | None,
+        typer.Option(
+            metavar=_IDS,
+            help="End after one of these tokens too.",
+            show_default="none",
+            rich_help_panel=_LENGTH,
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool,
         typer.Option(help="Go on after the end-of-sequence token.", rich_help_panel=_LENGTH),
     ] = False,
+    skip_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--skip-special-tokens/--show-special-tokens",
+            help="Whether the text has no special tokens.",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = True,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -212,6 +236,7 @@ def generate(
     asked = _text_prompt(prompt) if token_ids is None else _ids_prompt(token_ids, prompt)
     params = {
         "max_new_tokens": max_new_tokens,
+        "fit_context": fit_context,
         "min_new_tokens": min_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -230,7 +255,9 @@ def generate(
         "seed": seed,
         "stop_strings": stop,
         "eos_token_id": _optional_ids(eos_token_id, "--eos-token-id"),
+        "stop_token_ids": _optional_ids(stop_token_ids, "--stop-token-ids"),
         "ignore_eos": ignore_eos,
+        "skip_special_tokens": skip_special_tokens,
         "timeout_s": _seconds(timeout, "--timeout"),
     }
     from distributed_llm import console

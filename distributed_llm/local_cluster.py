@@ -177,16 +177,17 @@ class LocalCluster:
         return self._wait_until_serving(num_workers, lambda text: None)
 
     def _wait_until_serving(self, num_workers: int | None, progress: Progress) -> ClusterStatus:
-        told = 0  # of the events that were told; more are there only after the start
+        told = 0  # number of the latest event that was told
         give_up_at = time.monotonic() + self._start_timeout_s
         with DistributedClient(
             self.address, insecure=self._insecure, connect_timeout_s=_CONNECT_S
         ) as client:
             while True:
                 status = self._status(client)
-                for event in status.events[told:] if status else ():
-                    progress(event)
-                    told += 1
+                for event in status.events if status else ():
+                    if event.number > told:
+                        progress(event.text)
+                        told = event.number
                 if status and status.state == "serving":
                     serving = sum(worker.state == "serving" for worker in status.workers)
                     if num_workers in (None, serving):
@@ -206,7 +207,8 @@ class LocalCluster:
 
     def _too_late(self, status: ClusterStatus | None) -> DistributedLLMError:
         why = (
-            f"It is {status.state}. {status.note} Last events: {'; '.join(status.events)}"
+            f"It is {status.state}. {status.note} Last events: "
+            f"{'; '.join(event.text for event in status.events)}"
             if status
             else "Its coordinator does not answer."
         )

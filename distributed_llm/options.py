@@ -75,6 +75,16 @@ def client_of(settings: "Settings") -> "DistributedClient":
     )
 
 
+def is_here_only(bind: str) -> bool:
+    """Return whether only this machine reaches what listens on "HOST:PORT"."""
+    from distributed_llm.common.addresses import ip_of
+    from distributed_llm.common.units import split_address
+
+    host, _ = split_address(bind)
+    ip = ip_of(host)
+    return host == "localhost" or (ip is not None and ip.is_loopback)
+
+
 def allow_insecure(bind: str, in_settings: bool) -> None:
     """Allow a coordinator without keys on this machine; beyond it only if that is settled.
 
@@ -85,13 +95,9 @@ def allow_insecure(bind: str, in_settings: bool) -> None:
     Raises:
         ConfigError: it is not allowed.
     """
-    from distributed_llm.common.addresses import ip_of
     from distributed_llm.common.errors import ConfigError
-    from distributed_llm.common.units import split_address
 
-    host, _ = split_address(bind)
-    ip = ip_of(host)
-    if in_settings or host == "localhost" or (ip is not None and ip.is_loopback):
+    if in_settings or is_here_only(bind):
         return
     raise ConfigError(
         f"--insecure lets everybody who reaches {bind} do everything, so the flag alone is not "

@@ -7,6 +7,7 @@ from distributed_llm.client.answers import Generation
 from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.messages import (
     ClusterStatus,
+    EventStatus,
     MachineStatus,
     StageTiming,
     TokenStatus,
@@ -108,6 +109,14 @@ def fetch_lines(status: ClusterStatus) -> list[str]:
             far = fetch_text(one.here_bytes, one.total_bytes, one.bytes_per_s, one.doing)
             lines.append(f"{worker.name} gets weights: {far}")
     return lines
+
+
+def event_line(event: EventStatus) -> str:
+    """Return what happened, and how often and how long ago if that was several times."""
+    if event.times == 1:
+        return event.text
+    ago = duration_text(event.age_s)
+    return f"{event.text} ({times_text(event.times)}, the last time {ago} ago)"
 
 
 def worker_row(worker: WorkerStatus) -> list[str]:

@@ -2,9 +2,11 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -14,25 +16,49 @@ from distributed_llm.api.authentication import Authentication
 from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
 from distributed_llm.api.errors import ApiError
-from distributed_llm.api.openai import models
+from distributed_llm.api.guard.crowd import Crowd, Share
+from distributed_llm.api.guard.envelope import Envelope, fault
+from distributed_llm.api.guard.headers import HeaderLimits
+from distributed_llm.api.guard.intake import Intake
+from distributed_llm.api.guard.origins import Origins, own_names
+from distributed_llm.api.guard.request_log import RequestLog
+from distributed_llm.api.openai.plan_epoch import PlanEpoch
+from distributed_llm.api.openai.responses.store import ResponseStore
+from distributed_llm.api.operations.answer_meter import AnswerMeter, build_info
+from distributed_llm.api.operations.feed import Feed
+from distributed_llm.api.operations.http_meter import HttpMeter
+from distributed_llm.api.operations.metrics import ClusterCollector
+from distributed_llm.api.operations.readiness import Readiness
+from distributed_llm.api.page.files import page_files, page_routes
+from distributed_llm.api.register import Register, Registration
+from distributed_llm.api.routes import ROUTERS
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (models.router,)
+PUBLIC = frozenset({"/health/live", "/health/ready", *page_files()})
+"""Paths that anybody may get: they tell nothing about requests, machines or keys."""
 
-PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
-"""Requests that need no key, by method and path; besides the files of the page."""
+_DEFAULTS = ApiSettings()
 
 
-def make_app(callers: Callers) -> ASGIApp:
+def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     """Return the API as an ASGI application.
 
     Args:
         callers: finds out who asks; closed when the application ends.
+        settings: what is let in, and how much of it.
     """
+    readiness, feed = Readiness(callers.own), Feed()
+    measured, of_cluster = CollectorRegistry(), ClusterCollector()
+    measured.register(of_cluster)
+    build_info(measured, version("distributedllm"))
+    register = Register(AnswerMeter(measured).ended)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
+        await feed.close()
+        await readiness.close()
         await callers.close()
 
     app = FastAPI(
@@ -43,13 +69,39 @@ def make_app(callers: Callers) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.callers = callers
-    for router in _ROUTERS:
+    app.state.responses = ResponseStore()
+    app.state.readiness = readiness
+    app.state.feed = feed
+    app.state.register = register
+    app.state.plan_epoch = PlanEpoch()
+    app.state.metrics = measured
+    app.state.cluster_metrics = of_cluster
+    for router in ROUTERS:
         app.include_router(router)
+    app.router.routes.extend(page_routes())
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(DistributedLLMError, _package_error)
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
-    return Authentication(app, callers, lambda method, path: (method, path) in PUBLIC)
+    app.add_exception_handler(Exception, _fault)
+    return HttpMeter(guarded(Registration(app, register), callers, settings), measured)
+
+
+def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
+    """Return an application behind all that a request passes first; the last here is the first."""
+    app = Intake(app, settings.max_body)
+    app = Share(app, settings.max_requests_per_key)
+    app = Authentication(app, callers, is_public)
+    app = Crowd(app, settings.max_requests, is_public)
+    app = Origins(app, {*own_names(), *settings.allowed_hosts})
+    app = HeaderLimits(app)
+    app = RequestLog(app, is_public)
+    return Envelope(app)
+
+
+def is_public(method: str, path: str) -> bool:
+    """Return whether a request needs no key."""
+    return method == "GET" and path in PUBLIC
 
 
 def _respond(request: Request, error: ApiError) -> Response:
@@ -70,6 +122,11 @@ async def _package_error(request: Request, exc: Exception) -> Response:
 async def _wrong_body(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RequestValidationError)
     return _respond(request, invalid_body(exc))
+
+
+async def _fault(request: Request, exc: Exception) -> Response:
+    """Tell a fault of ours, which is raised again, and then logged by `Envelope`."""
+    return _respond(request, fault(getattr(request.state, "request_id", "")))
 
 
 async def _http_error(request: Request, exc: Exception) -> Response:

@@ -46,8 +46,7 @@ class Authentication:
                 if isinstance(exc, Unauthorized)
                 else errors.of_exception(exc)
             )
-            request_id = scope.get("state", {}).get("request_id", "")
-            await errors.response(error, scope["path"], request_id)(scope, receive, send)
+            await errors.refuse(error, scope, receive, send)
 
 
 def key_of(headers: Headers) -> str | None:

@@ -1,7 +1,7 @@
 """Reads the bodies of requests: strict JSON, checked by a model; wrong fields are named."""
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 from fastapi import Request
@@ -35,9 +35,14 @@ WARNING = "x-dllm-warning"
 """Header that says what of a request was ignored."""
 
 
-def warning_headers(body: Body) -> dict[str, str]:
-    """Return the header that names the fields of a body that are not known here; maybe none."""
-    names = [name for name in body.model_extra or () if name.isascii() and name.isprintable()]
+def warning_headers(body: Body, known: Collection[str] = ()) -> dict[str, str]:
+    """Return the header that names the fields of a body that are not known here; maybe none.
+
+    Args:
+        known: fields that are, besides those of the body's class.
+    """
+    extra = [name for name in body.model_extra or () if name not in known]
+    names = [name for name in extra if name.isascii() and name.isprintable()]
     if not names:
         return {}
     return {WARNING: f"ignored unknown fields: {', '.join(names)[:_MAX_TOLD]}"}

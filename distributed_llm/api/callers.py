@@ -14,8 +14,15 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from distributed_llm.client.client import AsyncDistributedClient
-from distributed_llm.common.errors import ConfigError, NotAllowed, NotEnrolled, Quarantined
+from distributed_llm.api.observed import ObservedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
+from distributed_llm.common.errors import (
+    ConfigError,
+    NotAllowed,
+    NotEnrolled,
+    Overloaded,
+    Quarantined,
+)
 from distributed_llm.common.roles import Role
 
 MAX_CALLERS = 256
@@ -75,21 +82,24 @@ class Callers:
         insecure: whether it uses no keys; then everybody is served.
         open_to_all: whether requests without a key are served, as those of the role client.
         connect_timeout_s: how long to wait for the coordinator.
+
+    Attributes:
+        address: of the coordinator.
+        own: client of this machine's own key.
     """
 
     def __init__(
         self, address: str, *, insecure: bool, open_to_all: bool, connect_timeout_s: float
     ) -> None:
-        self._address = address
+        self.address = address
         self._insecure = insecure
         self._open_to_all = open_to_all
         self._connect_timeout_s = connect_timeout_s
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._trying: dict[bytes, _Kept] = {}
         self._refused: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
         self._connecting = asyncio.Semaphore(_MAX_CONNECTING)
-        self.own = AsyncDistributedClient(
-            address, insecure=insecure, connect_timeout_s=connect_timeout_s
-        )
+        self.own = ObservedClient(address, insecure=insecure, connect_timeout_s=connect_timeout_s)
 
     @contextlib.asynccontextmanager
     async def caller(self, key: str | None) -> AsyncGenerator[Caller, None]:
@@ -116,11 +126,14 @@ class Callers:
         finally:
             kept.uses -= 1
             if not kept.uses and self._kept.get(kept.digest) is not kept:
+                if self._trying.get(kept.digest) is kept:
+                    del self._trying[kept.digest]
                 await kept.client.close()
 
     async def close(self) -> None:
         """Close all connections, which cancels the requests that are under way."""
-        clients = [self.own, *(kept.client for kept in self._kept.values())]
+        every = (*self._kept.values(), *self._trying.values())
+        clients = [self.own, *(kept.client for kept in every)]
         self._kept.clear()
         for client in clients:
             await client.close()
@@ -132,9 +145,10 @@ class Callers:
             Unauthorized: the text is no key, or it was refused a moment ago.
         """
         digest = hashlib.sha256(key.encode(errors="replace")).digest()
-        kept = self._kept.get(digest)
+        kept = self._kept.get(digest) or self._trying.get(digest)
         if kept is not None and hmac.compare_digest(kept.digest, digest):
-            self._kept.move_to_end(digest)
+            if digest in self._kept:
+                self._kept.move_to_end(digest)
             return kept
         until, why = self._refused.get(digest, (0.0, ""))
         if asyncio.get_running_loop().time() < until:
@@ -142,12 +156,13 @@ class Callers:
         if len(key) > _MAX_KEY_CHARS:
             raise Unauthorized(_UNKNOWN)
         try:
-            client = AsyncDistributedClient(
-                self._address, key=key, connect_timeout_s=self._connect_timeout_s
+            client = ObservedClient(
+                self.address, key=key, connect_timeout_s=self._connect_timeout_s
             )
         except (ConfigError, UnicodeError):
             raise Unauthorized(_UNKNOWN) from None
-        return _Kept(digest, client)
+        self._trying[digest] = _Kept(digest, client)
+        return self._trying[digest]
 
     async def _identify(self, kept: _Kept) -> Caller:
         """Return who holds the key of a connection, which is made if it is not there.
@@ -158,7 +173,7 @@ class Callers:
         """
         is_new = kept.digest not in self._kept
         try:
-            async with self._connecting if is_new else contextlib.nullcontext():
+            async with self._turn() if is_new else contextlib.nullcontext():
                 identity = await kept.client.identity()
         except Quarantined:
             raise
@@ -167,9 +182,29 @@ class Callers:
             why = _UNKNOWN if isinstance(exc, NotEnrolled) else str(exc)
             self._refuse(kept.digest, why)
             raise Unauthorized(why) from exc
+        self._trying.pop(kept.digest, None)
         if self._kept.setdefault(kept.digest, kept) is kept and is_new:
             await self._close_idle()
         return Caller(identity.name, identity.role, kept.client)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """Wait until fewer keys are tried than may be at a time.
+
+        Raises:
+            Overloaded: that takes too long.
+        """
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                await self._connecting.acquire()
+        except TimeoutError:
+            raise Overloaded(
+                "The API tries as many keys as it may. Ask again in a moment.", retry_after_s=1.0
+            ) from None
+        try:
+            yield
+        finally:
+            self._connecting.release()
 
     async def _close_idle(self) -> None:
         """Close connections that are not used, longest ago first, while there are too many."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from distributed_llm.common.errors import (
     CapacityError,
@@ -120,6 +121,12 @@ def response(error: ApiError, path: str, request_id: str = "") -> Response:
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with an error, from within middleware."""
+    request_id = scope.get("state", {}).get("request_id", "")
+    await response(error, scope["path"], request_id)(scope, receive, send)
+
+
 def openai_body(error: ApiError, request_id: str) -> tuple[int, dict[str, Any]]:
     """Return status and body in OpenAI's shape."""
     told = {
@@ -158,13 +165,19 @@ def anthropic_body(error: ApiError, request_id: str) -> tuple[int, dict[str, Any
 
 Dialect = Callable[[ApiError, str], tuple[int, dict[str, Any]]]
 
-_OLLAMA = ("/api/tags", "/api/show", "/api/chat", "/api/generate", "/api/version", "/api/ps")
+_OLLAMA = tuple(
+    f"/api/{name}"
+    for name in (
+        *("chat", "generate", "embed", "tags", "show", "ps", "version"),
+        *("pull", "push", "create", "copy", "delete", "blobs"),
+    )
+)
 
 
 def dialect(path: str) -> Dialect:
     """Return how the clients that use a path expect errors."""
     if path.startswith("/v1/messages"):
         return anthropic_body
-    if path.startswith((*_OLLAMA, "/api/embed", "/api/pull")):
+    if path.startswith(_OLLAMA):
         return ollama_body
     return openai_body

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from distributed_llm.api.errors import CLIENT_CLOSED, ApiError, of_exception
-from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.errors import DistributedLLMError, RequestCancelled
 
 PING_EVERY_S = 15.0
 """Time without an event after which a comment is sent, so that nobody takes it for dead."""
@@ -24,6 +24,9 @@ Until then an error still has a status of its own.
 
 _SEND_TIMEOUT_S = 60.0
 """Time for which a client may read nothing before it is given up."""
+
+CANCELLED: Message = {"type": "http.disconnect", "cancelled": True}
+"""Says in place of the client's leaving that the request was cancelled: the client still hears."""
 
 _T = TypeVar("_T")
 
@@ -63,6 +66,7 @@ class EventStream(Response):
         self._parts = parts
         self._on_error = on_error
         self._ping = ping
+        self._begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -72,6 +76,13 @@ class EventStream(Response):
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
+                return
+            error = leaving.result()
+            if error.code == RequestCancelled.code:
+                sending.cancel()
+                await asyncio.gather(sending, return_exceptions=True)
+                with contextlib.suppress(TimeoutError):
+                    await self._fail(error, send)
         finally:
             for task in (sending, leaving):
                 task.cancel()
@@ -80,33 +91,38 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         """Send all parts; begin the response with the first, or when it is long in coming."""
-        begun = False
-
-        async def write(data: bytes, *, more: bool = True) -> None:
-            nonlocal begun
-            async with asyncio.timeout(_SEND_TIMEOUT_S):
-                if not begun:
-                    begun = True
-                    await send(
-                        {
-                            "type": "http.response.start",
-                            "status": self.status_code,
-                            "headers": self.raw_headers,
-                        }
-                    )
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-
         with contextlib.suppress(TimeoutError):
             try:
                 async for part in _with_pings(self._parts, self._ping):
-                    await write(part)
+                    await self._write(send, part)
+                await self._write(send, b"", more=False)
             except (DistributedLLMError, ApiError) as exc:
-                if not begun:
-                    raise
-                error = exc if isinstance(exc, ApiError) else of_exception(exc)
-                for part in self._on_error(error):
-                    await write(part)
-            await write(b"", more=False)
+                await self._fail(exc if isinstance(exc, ApiError) else of_exception(exc), send)
+
+    async def _fail(self, error: ApiError, send: Send) -> None:
+        """Tell an error in the response.
+
+        Raises:
+            ApiError: that error, if the response has not begun.
+        """
+        if not self._begun:
+            raise error
+        for part in self._on_error(error):
+            await self._write(send, part)
+        await self._write(send, b"", more=False)
+
+    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        async with asyncio.timeout(_SEND_TIMEOUT_S):
+            if not self._begun:
+                self._begun = True
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": self.status_code,
+                        "headers": self.raw_headers,
+                    }
+                )
+            await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 async def _with_pings(
@@ -135,7 +151,7 @@ async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
     """Return what `work` returns; cancel it when the client leaves.
 
     Raises:
-        ApiError: the client has left; nobody receives it.
+        ApiError: the client has left, and nobody receives it; or the request was cancelled.
     """
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request.receive))
@@ -143,15 +159,19 @@ async def while_connected(request: Request, work: Awaitable[_T]) -> _T:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ApiError(CLIENT_CLOSED, "The client has left.")
+        raise leaving.result()
     finally:
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _left(receive: Receive) -> None:
-    """Return once the client has left."""
+async def _left(receive: Receive) -> ApiError:
+    """Return what to say once the client has left, or the request was cancelled."""
     message: Any = {}
     while message.get("type") != "http.disconnect":
         message = await receive()
+    if message.get("cancelled"):
+        why = "The request was cancelled by its id, as whoever holds its key asked for."
+        return ApiError(CLIENT_CLOSED, why, code=RequestCancelled.code)
+    return ApiError(CLIENT_CLOSED, "The client has left.")

@@ -9,6 +9,7 @@ from distributed_llm.common.messages import (
     Finished,
     FinishReason,
     Spelling,
+    StepTrace,
     Timings,
     TokenChunk,
     TokenLogprobs,
@@ -54,7 +55,8 @@ class Generation:
     Attributes:
         text: without special tokens; ends before a stop string.
         token_ids: token ids of the answer, without the prompt.
-        finish_reason: "stop" (end-of-sequence token or stop string) or "length".
+        finish_reason: "stop" (end-of-sequence token, stop token or stop string) or "length".
+        stop_string: the stop string that ended the answer; None if none did.
         choice: index of the answer, of the `n` to its prompt.
         logprobs: one per token id if `logprobs` was asked for, else None.
         usage: token counts of this answer; the prompt and what was found of it in the KV cache
@@ -66,6 +68,7 @@ class Generation:
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    stop_string: str | None = None
     choice: int
     logprobs: list[PickedToken] | None
     usage: Usage
@@ -86,6 +89,10 @@ class Chunk:
         choice: index of the answer, of the request's `n`.
         logprobs: one per token id if `logprobs` was asked for, else None.
         finish_reason: in the last chunk with text, why the answer ends; see `Generation`.
+        stop_string: in that chunk, the stop string that ended the answer; None if none did.
+        trace: the steps that led to its tokens, oldest first, if `trace` was asked for: which
+            machines computed what, and how long that took. With a prompt of many steps, some come
+            in chunks before the first token.
         generation: the complete answer, in its last chunk only.
     """
 
@@ -94,6 +101,8 @@ class Chunk:
     choice: int = 0
     logprobs: list[PickedToken] | None = None
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    trace: tuple[StepTrace, ...] = ()
     generation: Generation | None = None
 
 
@@ -120,13 +129,15 @@ class Answers:
         answer.texts.append(piece.text)
         answer.token_ids += piece.token_ids
         answer.logprobs += picked
-        answer.finish_reason = piece.finish_reason
+        answer.finish_reason, answer.stop_string = piece.finish_reason, piece.stop_string
         return Chunk(
             text=piece.text,
             token_ids=list(piece.token_ids),
             choice=piece.choice,
             logprobs=picked if self._with_logprobs else None,
             finish_reason=piece.finish_reason,
+            stop_string=piece.stop_string,
+            trace=piece.trace,
         )
 
     def finish(self, end: Finished) -> list[Generation]:
@@ -161,6 +172,7 @@ class Answers:
             text="".join(answer.texts),
             token_ids=answer.token_ids,
             finish_reason=answer.finish_reason,
+            stop_string=answer.stop_string,
             choice=choice,
             logprobs=answer.logprobs if self._with_logprobs else None,
             usage=structs.replace(end.usage, completion_tokens=len(answer.token_ids)),
@@ -175,6 +187,7 @@ class _Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PickedToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
 
 
 def _picked(token_id: int, one: TokenLogprobs) -> PickedToken:

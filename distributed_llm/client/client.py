@@ -1,485 +1,26 @@
-"""The clients: `AsyncDistributedClient`, and `DistributedClient` for programs without asyncio.
+"""The client for programs without asyncio.
 
 client = DistributedClient(coordinator_address="192.168.1.100:5555")
 client.generate("Once upon a time", max_new_tokens=20)
 """
 
-import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-import msgspec
-
-from distributed_llm.client.answers import Answers, Chunk, Generation
-from distributed_llm.client.batch import Pace, Progress, ask_all
+from distributed_llm.client.answers import Chunk, Generation
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.loop_thread import LoopThread
-from distributed_llm.client.prompts import (
-    Arguments,
-    EncodedPrompt,
-    Messages,
-    Prompt,
-    Prompts,
-    Tools,
-    are_several,
-    encode_chat,
-    encode_prompt,
-)
-from distributed_llm.client.session import Session, new_request_id
-from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
-from distributed_llm.common.join_line import JoinLine
-from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
-from distributed_llm.common.keys import token_id
-from distributed_llm.common.messages import (
-    ClusterMembers,
-    ClusterStatus,
-    CreateToken,
-    Generate,
-    GetMembers,
-    Name,
-    ReadmitMachine,
-    RemoveMachine,
-    RevokeToken,
-    TokenChunk,
-)
+from distributed_llm.client.prompts import Arguments, Messages, Prompt, Prompts, Tools
+from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
+from distributed_llm.common.messages import ClusterMembers, ClusterStatus, ModelInfo
 from distributed_llm.common.roles import Role
-from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.transport import Login, new_key_pair
-from distributed_llm.common.units import split_address
-
-__all__ = ["AsyncDistributedClient", "Chunk", "DistributedClient", "Generation"]
 
 _No = Literal[False]
 _Yes = Literal[True]
-
-
-@dataclass(frozen=True)
-class NewToken:
-    """A token by which machines enrol.
-
-    Attributes:
-        line: `dllm://...`, to be given to `dllm join`; a secret.
-        id: its name for people, which is no secret.
-        addresses: "HOST:PORT"s at which other machines reach the coordinator, best first, which is
-            the one in the line; none if they cannot.
-    """
-
-    line: str = field(repr=False)
-    id: str
-    addresses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Who a client is to its coordinator.
-
-    Attributes:
-        name: by which it is enrolled; empty without keys.
-        role: what it may do.
-        model: name of the model that the coordinator serves.
-    """
-
-    name: str
-    role: Role
-    model: str
-
-
-class AsyncDistributedClient:
-    """A client of one coordinator; all its requests share a connection.
-
-    The first call connects, and so does the first call after the connection was lost.
-
-    Args:
-        coordinator_address: "HOST:PORT".
-        key: for that coordinator; None is that in the key file of this machine, else `DLLM_KEY`.
-        insecure: use no keys; for a coordinator that was started with --insecure.
-        connect_timeout_s: how long to wait for a coordinator to answer at the address.
-
-    Raises:
-        InvalidRequest: the address is not "HOST:PORT".
-        ConfigError: `key` is none.
-    """
-
-    def __init__(
-        self,
-        coordinator_address: str = "127.0.0.1:5555",
-        *,
-        key: str | None = None,
-        insecure: bool = False,
-        connect_timeout_s: float = 5.0,
-    ) -> None:
-        try:
-            split_address(coordinator_address)
-        except ValueError as exc:
-            raise InvalidRequest(f"{coordinator_address!r} is no address: {exc}.") from exc
-        self._address = coordinator_address
-        self._find_login = _finder(key, insecure)
-        self._connect_timeout_s = connect_timeout_s
-        self._session: Session | None = None
-        self._connecting = asyncio.Lock()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection, which cancels all requests."""
-        if self._session and self._session.is_here():  # else it is for others to close
-            self._session.close()
-        self._session = None
-
-    @overload
-    async def generate(
-        self, prompt: Prompt, *, n: None = None, details: _No = False, **params: Any
-    ) -> str: ...
-    @overload
-    async def generate(
-        self, prompt: Prompt, *, n: None = None, details: _Yes, **params: Any
-    ) -> Generation: ...
-    @overload
-    async def generate(
-        self, prompt: Prompts, *, n: None = None, details: _No = False, **params: Any
-    ) -> list[str]: ...
-    @overload
-    async def generate(
-        self, prompt: Prompts, *, n: None = None, details: _Yes, **params: Any
-    ) -> list[Generation]: ...
-    @overload
-    async def generate(
-        self, prompt: Prompt, *, n: int, details: _No = False, **params: Any
-    ) -> list[str]: ...
-    @overload
-    async def generate(
-        self, prompt: Prompt, *, n: int, details: _Yes, **params: Any
-    ) -> list[Generation]: ...
-    @overload
-    async def generate(
-        self, prompt: Prompts, *, n: int, details: _No = False, **params: Any
-    ) -> list[list[str]]: ...
-    @overload
-    async def generate(
-        self, prompt: Prompts, *, n: int, details: _Yes, **params: Any
-    ) -> list[list[Generation]]: ...
-    async def generate(
-        self,
-        prompt: Prompt | Prompts,
-        *,
-        n: int | None = None,
-        details: bool = False,
-        progress: Progress | None = None,
-        **params: Any,
-    ) -> Any:
-        """Return the answer to a prompt, or the answers to a list of prompts, in their order.
-
-        Of a long list, a part is under way at a time. A prompt of a list that is refused because
-        the coordinator's queue is full is sent again when the coordinator says, until its
-        `timeout_s` is over.
-
-        Args:
-            prompt: text, token ids, or a list of either; an empty list gives an empty list.
-            n: number of answers to each prompt. If given, even as 1, a list of `n` answers takes
-                the place of each single answer.
-            details: return `Generation` instead of text.
-            progress: called after each prompt with the number of those that are answered and the
-                number of all, on the thread of the event loop.
-            params: other fields of `SamplingParams`.
-
-        Raises:
-            InvalidRequest: a prompt or parameter is wrong.
-            CapacityError: the cluster cannot do it now.
-            DeadlineExceeded: it was not done within `timeout_s`.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        sampling = SamplingParams.from_arguments({"n": n, **params})
-        if not are_several(prompt):
-            generations = await self._complete(encode_prompt(prompt), sampling)
-            if progress:
-                progress(1, 1)
-            return _answers(generations, n, details)
-        every = await ask_all(
-            lambda one: self._complete(one, sampling),
-            [encode_prompt(one) for one in prompt],
-            Pace(sampling.n),
-            give_up_after_s=sampling.timeout_s,
-            progress=progress,
-        )
-        return [_answers(generations, n, details) for generations in every]
-
-    def stream(self, prompt: Prompt, **params: Any) -> AsyncGenerator[Chunk, None]:
-        """Return an iterator over the answer as it is generated; closing it cancels the request.
-
-        With `n`, chunks of all answers are mixed; `choice` says which answer a chunk is part of.
-
-        Args:
-            prompt: text or token ids.
-            params: fields of `SamplingParams`.
-
-        Raises:
-            DistributedLLMError: as `generate` does; a wrong prompt or parameter is told at once,
-                the rest as the chunks are read.
-        """
-        return self._stream(encode_prompt(prompt), SamplingParams.from_arguments(params))
-
-    @overload
-    async def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        chat_template_kwargs: Arguments | None = None,
-        n: None = None,
-        details: _No = False,
-        **params: Any,
-    ) -> str: ...
-    @overload
-    async def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        chat_template_kwargs: Arguments | None = None,
-        n: None = None,
-        details: _Yes,
-        **params: Any,
-    ) -> Generation: ...
-    @overload
-    async def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        chat_template_kwargs: Arguments | None = None,
-        n: int,
-        details: _No = False,
-        **params: Any,
-    ) -> list[str]: ...
-    @overload
-    async def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        chat_template_kwargs: Arguments | None = None,
-        n: int,
-        details: _Yes,
-        **params: Any,
-    ) -> list[Generation]: ...
-    async def chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        chat_template_kwargs: Arguments | None = None,
-        n: int | None = None,
-        details: bool = False,
-        **params: Any,
-    ) -> Any:
-        """Return the assistant's next message, by the checkpoint's chat template.
-
-        Args:
-            messages: `[{"role": "user", "content": "Hi"}]`. A message may also have what OpenAI's
-                have: content in parts (texts only), name, tool_calls, tool_call_id.
-            tools: JSON schemas of functions that the assistant may call; its calls come as text, as
-                the model writes them.
-            chat_template_kwargs: further arguments of the template: `{"enable_thinking": False}`.
-            n: number of answers. If given, even as 1, a list of `n` answers is returned.
-            details: return `Generation` instead of text.
-            params: other fields of `SamplingParams`.
-
-        Raises:
-            InvalidRequest: also if the model has no chat template, or one that does not know the
-                tools or arguments. Otherwise as `generate`.
-        """
-        sampling = _chat_params({"n": n, **params})
-        prompt = encode_chat(messages, tools, chat_template_kwargs)
-        return _answers(await self._complete(prompt, sampling), n, details)
-
-    def stream_chat(
-        self,
-        messages: Messages,
-        *,
-        tools: Tools | None = None,
-        chat_template_kwargs: Arguments | None = None,
-        **params: Any,
-    ) -> AsyncGenerator[Chunk, None]:
-        """Return an iterator over the assistant's next message; see `stream` and `chat`."""
-        prompt = encode_chat(messages, tools, chat_template_kwargs)
-        return self._stream(prompt, _chat_params(params))
-
-    async def identity(self) -> Identity:
-        """Return who this client is to the coordinator.
-
-        Raises:
-            NotAllowed: the coordinator does not know its key.
-            ConnectionFailed: the coordinator cannot be reached, or was lost.
-        """
-        welcome = (await self._connected()).welcome
-        return Identity(welcome.name, welcome.role, welcome.model)
-
-    async def status(self) -> ClusterStatus:
-        """Return the status of the cluster.
-
-        Raises:
-            ConnectionFailed: the coordinator cannot be reached, or was lost.
-        """
-        session = await self._connected()
-        return await session.status(self._connect_timeout_s)
-
-    async def drain_worker(self, name: str) -> None:
-        """Have a worker end once other workers have its layers, while requests run.
-
-        Returns when the worker has ended, however long that takes. Cancelling this call does not
-        stop the worker from ending. In float32 no token of the requests changes; in bfloat16 and
-        float16 one may now and then, by rounding.
-
-        Args:
-            name: the worker's name, as `status` shows it.
-
-        Raises:
-            InvalidRequest: there is no such worker.
-            NotEnoughMemory: the others cannot hold its layers; it stays.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        try:
-            msgspec.convert(name, Name)
-        except msgspec.ValidationError as exc:
-            raise InvalidRequest(
-                f"{name!r:.100} is no worker's name. `dllm status` shows the names."
-            ) from exc
-        session = await self._connected()
-        await session.drain(name)
-
-    async def members(self) -> ClusterMembers:
-        """Return the machines that may connect, and the tokens by which others may enrol.
-
-        Raises:
-            NotAllowed: this machine is no admin.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        return await self._administer(GetMembers())
-
-    async def create_token(
-        self, role: Role, *, uses: int | None = 1, lifetime_s: float | None = 86_400.0
-    ) -> NewToken:
-        """Return a new token by which machines enrol.
-
-        Args:
-            role: what they may do.
-            uses: machines that may enrol by it; None for any number.
-            lifetime_s: time for which they may, seconds; None for ever.
-
-        Raises:
-            NotAllowed: this machine is no admin.
-            InvalidRequest: there are too many tokens.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        keys = new_key_pair()  # the coordinator gets the public half only
-        members = await self._administer(
-            CreateToken(key=keys.public, role=role, uses=uses, lifetime_s=lifetime_s)
-        )
-        session = await self._connected()
-        assert session.server is not None
-        address = (*members.addresses, self._address)[0]
-        line = str(JoinLine(address, session.server, keys.secret))
-        return NewToken(line, token_id(keys.public), members.addresses)
-
-    async def revoke_token(self, token_id: str) -> None:
-        """Let nobody enrol by a token any more; machines that did stay.
-
-        Raises:
-            NotAllowed: this machine is no admin.
-            InvalidRequest: there is no such token.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        await self._administer(RevokeToken(token_id=token_id[:256]))
-
-    async def remove_machine(self, name: str) -> None:
-        """Let a machine connect no more; its sessions end at once.
-
-        Raises:
-            NotAllowed: this machine is no admin.
-            InvalidRequest: there is no such machine.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        await self._administer(RemoveMachine(name=name[:256]))
-
-    async def readmit_machine(self, name: str) -> None:
-        """Let a machine connect again that is quarantined, for it broke the protocol.
-
-        Raises:
-            NotAllowed: this machine is no admin.
-            InvalidRequest: there is no such machine, or it is not quarantined.
-            ConnectionFailed: there is no coordinator, or it was lost.
-        """
-        await self._administer(ReadmitMachine(name=name[:256]))
-
-    async def _administer(
-        self, message: GetMembers | CreateToken | RevokeToken | RemoveMachine | ReadmitMachine
-    ) -> ClusterMembers:
-        session = await self._connected()
-        return await session.administer(message, self._connect_timeout_s)
-
-    async def _connected(self) -> Session:
-        if self._session and not self._session.is_here():
-            raise CoordinatorLost(
-                "This client is connected from another event loop, or from the process that this "
-                "one was forked from. Make a new client here."
-            )
-        async with self._connecting:
-            if self._session and self._session.error:
-                self._session.close()
-                self._session = None
-            if self._session is None:
-                self._session = await Session.open(
-                    self._address, self._find_login, self._connect_timeout_s
-                )
-            return self._session
-
-    async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
-        async with aclosing(self._stream(prompt, sampling)) as chunks:
-            return [chunk.generation async for chunk in chunks if chunk.generation]
-
-    async def _stream(
-        self, prompt: EncodedPrompt, sampling: SamplingParams
-    ) -> AsyncGenerator[Chunk, None]:
-        session = await self._connected()
-        message = Generate(
-            request_id=new_request_id(), prompt=prompt.kind, params=sampling, tensors=prompt.specs
-        )
-        answers = Answers(message.request_id, sampling)
-        async with aclosing(session.request(message, prompt.frames)) as replies:
-            async for reply in replies:
-                if isinstance(reply, TokenChunk):
-                    yield answers.add(reply)
-                    continue
-                for generation in answers.finish(reply):
-                    yield Chunk("", [], generation.choice, generation=generation)
-
-
-def _finder(key: str | None, insecure: bool) -> FindLogin:
-    """Return what finds the keys for a coordinator."""
-    if insecure:
-        return no_login
-    if key is None:
-        return find_login
-    login = key_of_text(key)
-
-    async def given(address: str, give_up_at: float | None) -> Login:
-        return login
-
-    return given
 
 
 class DistributedClient:
@@ -675,6 +216,42 @@ class DistributedClient:
         runner, client = self._here()
         return runner.run(client.status())
 
+    def model(self) -> ModelInfo:
+        """Return what is served; see `AsyncDistributedClient.model`."""
+        runner, client = self._here()
+        return runner.run(client.model())
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> TokenizedPrompt:
+        """Return the token ids of a text; see `AsyncDistributedClient.tokenize`."""
+        runner, client = self._here()
+        return runner.run(client.tokenize(text, add_special_tokens=add_special_tokens))
+
+    def tokenize_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Tools | None = None,
+        chat_template_kwargs: Arguments | None = None,
+    ) -> TokenizedPrompt:
+        """Return the token ids of a conversation; see `AsyncDistributedClient.tokenize_chat`."""
+        runner, client = self._here()
+        template = {"tools": tools, "chat_template_kwargs": chat_template_kwargs}
+        return runner.run(client.tokenize_chat(messages, **template))  # type: ignore[arg-type]
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids; see `AsyncDistributedClient.detokenize`."""
+        runner, client = self._here()
+        return runner.run(client.detokenize(token_ids, skip_special_tokens=skip_special_tokens))
+
+    @overload
+    def embed(self, prompt: Prompt, *, timeout_s: float | None = None) -> Embedding: ...
+    @overload
+    def embed(self, prompt: Prompts, *, timeout_s: float | None = None) -> list[Embedding]: ...
+    def embed(self, prompt: Any, *, timeout_s: float | None = None) -> Any:
+        """Return the embedding of a prompt or of each; see `AsyncDistributedClient.embed`."""
+        runner, client = self._here()
+        return runner.run(client.embed(prompt, timeout_s=timeout_s))
+
     def drain_worker(self, name: str) -> None:
         """Have a worker end; see `AsyncDistributedClient.drain_worker`."""
         runner, client = self._here()
@@ -712,25 +289,3 @@ def _close(runner: LoopThread, client: AsyncDistributedClient) -> None:
     if runner.is_here():  # else it is the parent's
         runner.run(client.close())
         runner.stop()
-
-
-def _chat_params(params: Mapping[str, Any]) -> SamplingParams:
-    """Return the parameters; say where to put those that are meant for the chat template."""
-    try:
-        return SamplingParams.from_arguments(params)
-    except InvalidRequest as exc:
-        if params.keys() <= set(SamplingParams.__struct_fields__):
-            raise
-        raise InvalidRequest(
-            f"{exc} Arguments of the chat template go into chat_template_kwargs."
-        ) from None
-
-
-def _answers(
-    generations: Sequence[Generation], n: int | None, details: bool
-) -> str | Generation | list[str] | list[Generation]:
-    """Return the answers to one prompt: one or a list, texts or `Generation`."""
-    if details:
-        return generations[0] if n is None else list(generations)
-    texts = [generation.text for generation in generations]
-    return texts[0] if n is None else texts

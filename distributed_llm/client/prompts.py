@@ -1,13 +1,14 @@
 """Encoding of prompts, text or token ids or conversations, as tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import msgspec
 
 from distributed_llm.common.codec import encode_payload
 from distributed_llm.common.errors import InvalidRequest
+from distributed_llm.common.grammar import Grammar, GrammarKind, encode_grammar
 from distributed_llm.common.messages import (
     MAX_CHAT_MESSAGES,
     MAX_JSON_CHARS,
@@ -46,11 +47,31 @@ _GIVE_MESSAGES = (
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as `Generate` carries it: one tensor, or none for an empty text."""
+    """A prompt as `Generate` carries it, and the grammar of its answers.
+
+    Attributes:
+        specs: of one tensor for the prompt, none for an empty text; and one for the grammar's text.
+        grammar: kind of the grammar; None if there is none.
+    """
 
     kind: Literal["text", "token_ids", "chat"]
     specs: tuple[TensorSpec, ...]
     frames: tuple[Frame, ...]
+    grammar: GrammarKind | None = None
+
+    def following(self, grammar: Grammar | None) -> "EncodedPrompt":
+        """Return it with a grammar.
+
+        Raises:
+            InvalidRequest: `grammar` is none, or too long.
+        """
+        if grammar is None:
+            return self
+        text = encode_grammar(grammar)
+        if not text:
+            return replace(self, grammar=grammar.kind)
+        spec, frame = frame_of_bytes(text)
+        return EncodedPrompt(self.kind, (*self.specs, spec), (*self.frames, frame), grammar.kind)
 
 
 def are_several(prompt: Any) -> bool:
@@ -58,12 +79,16 @@ def are_several(prompt: Any) -> bool:
     return isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int))
 
 
-def encode_prompt(prompt: Any) -> EncodedPrompt:
-    """Return one prompt encoded.
+def encode_prompt(prompt: Any, grammar: Grammar | None = None) -> EncodedPrompt:
+    """Return one prompt encoded, with the grammar of its answers.
 
     Raises:
-        InvalidRequest: it is neither text nor token ids, empty, or too long.
+        InvalidRequest: it is neither text nor token ids, empty, or too long; or the grammar is.
     """
+    return _encode_prompt(prompt).following(grammar)
+
+
+def _encode_prompt(prompt: Any) -> EncodedPrompt:
     if isinstance(prompt, str):
         try:
             return _of_bytes("text", prompt.encode())
@@ -75,31 +100,46 @@ def encode_prompt(prompt: Any) -> EncodedPrompt:
             'in prompt.decode("utf-8"), or give list(prompt) if the bytes are token ids.'
         )
     if isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-        if any(not 0 <= token < 2**31 for token in prompt):
-            raise InvalidRequest("Token ids of a prompt must be at least 0 and below 2^31.")
         if not prompt:
             raise InvalidRequest("The prompt is empty. Give at least one token.")
-        most = MAX_FRAME_BYTES // ITEM_BYTES["int32"]
-        if len(prompt) > most:
-            raise InvalidRequest(
-                f"The prompt has {len(prompt):,} tokens; {most:,} are allowed. Shorten it."
-            )
-        spec, frame = frame_of_token_ids(prompt)
-        return EncodedPrompt("token_ids", (spec,), (frame,))
+        return EncodedPrompt("token_ids", *encode_token_ids(prompt))
     raise InvalidRequest(
         f"A prompt is text or a list of token ids, not {type(prompt).__name__} {prompt!r:.60}."
     )
 
 
+def encode_token_ids(
+    token_ids: Sequence[int],
+) -> tuple[tuple[TensorSpec, ...], tuple[Frame, ...]]:
+    """Return token ids as one tensor, or as none if there are none.
+
+    Raises:
+        InvalidRequest: they are no token ids, or too many.
+    """
+    if any(type(token) is not int or not 0 <= token < 2**31 for token in token_ids):
+        raise InvalidRequest("Token ids must be whole numbers, at least 0 and below 2^31.")
+    most = MAX_FRAME_BYTES // ITEM_BYTES["int32"]
+    if len(token_ids) > most:
+        raise InvalidRequest(f"{len(token_ids):,} tokens are too many; {most:,} are allowed.")
+    if not token_ids:
+        return (), ()
+    spec, frame = frame_of_token_ids(token_ids)
+    return (spec,), (frame,)
+
+
 def encode_chat(
-    messages: Messages, tools: Tools | None = None, template_arguments: Arguments | None = None
+    messages: Messages,
+    tools: Tools | None = None,
+    template_arguments: Arguments | None = None,
+    grammar: Grammar | None = None,
 ) -> EncodedPrompt:
-    """Return a conversation encoded.
+    """Return a conversation encoded, with the grammar of the answers.
 
     Args:
         messages: as OpenAI's and Hugging Face's chats have them.
         tools: JSON schemas of the functions that the assistant may call.
         template_arguments: further arguments of the chat template.
+        grammar: what the answers have to look like.
 
     Raises:
         InvalidRequest: it is no conversation, holds more than text, or is too long.
@@ -117,7 +157,7 @@ def encode_chat(
         template_arguments=_json("chat_template_kwargs", dict(template_arguments or {})),
     )
     try:
-        return _of_bytes("chat", encode_payload(chat))
+        return _of_bytes("chat", encode_payload(chat)).following(grammar)
     except UnicodeEncodeError as exc:
         raise InvalidRequest(f"Bad messages: not valid Unicode: {exc}.") from exc
 

@@ -4,9 +4,9 @@ import asyncio
 import os
 import secrets
 from collections import defaultdict, deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from itertools import chain
-from typing import Any, assert_never
+from typing import Any, TypeVar, assert_never
 
 from distributed_llm.common import codec
 from distributed_llm.common.addresses import addresses_of
@@ -24,19 +24,28 @@ from distributed_llm.common.keyring import FindLogin
 from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
+    ClientRequest,
     ClientWelcome,
     ClusterMembers,
     ClusterStatus,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    Embed,
+    Embedded,
+    EncodePrompt,
     Enrolled,
     Finished,
     Generate,
     GetMembers,
     GetStatus,
     MembersReport,
+    ModelDescribed,
+    ModelInfo,
     Ping,
     Pong,
+    PromptEncoded,
     ReadmitMachine,
     Refused,
     RemoveMachine,
@@ -45,13 +54,19 @@ from distributed_llm.common.messages import (
     StatusReport,
     ToClient,
     TokenChunk,
+    TokensDecoded,
     WorkerDrained,
 )
 from distributed_llm.common.tensors import Frame
 from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import no_coordinator_text
 
-_Reply = TokenChunk | Finished
+Frames = tuple[Frame, ...]
+Question = Embed | EncodePrompt | DecodeTokens
+Reply = TokenChunk | Finished | Embedded | PromptEncoded | TokensDecoded
+
+T = TypeVar("T")
+
 _NOBODY = ClusterMembers(machines=(), tokens=())
 
 
@@ -79,8 +94,10 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._owner = os.getpid()
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
-        self._answers: dict[str, asyncio.Queue[_Reply | DistributedLLMError]] = {}
+        self._answers: dict[str, asyncio.Queue[tuple[Reply, Frames] | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
+        self._model: ModelInfo | None = None
+        self._models: deque[asyncio.Future[ModelInfo]] = deque()
         self._member_reports: deque[asyncio.Future[ClusterMembers]] = deque()
         self._drains: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
         self._heard_at = self._loop.time()
@@ -151,9 +168,11 @@ class Session:
         self._connection.close()
 
     async def request(
-        self, message: Generate, frames: tuple[Frame, ...]
-    ) -> AsyncGenerator[_Reply, None]:
-        """Send a request; yield its chunks and then `Finished`. Closing the iterator cancels it.
+        self, message: Generate | Question, frames: Frames
+    ) -> AsyncGenerator[tuple[Reply, Frames], None]:
+        """Send a request; yield its chunks and then `Finished`, or the answer to a question.
+
+        Closing the iterator cancels the request.
 
         Chunks that are not read yet are kept; the request's parameters bound how many there can be.
 
@@ -168,9 +187,10 @@ class Session:
             self._connection.send(codec.encode(message, frames))
             while not done:
                 answer = await answers.get()
-                done = not isinstance(answer, TokenChunk)
                 if isinstance(answer, DistributedLLMError):
+                    done = True
                     raise answer
+                done = not isinstance(answer[0], TokenChunk)
                 yield answer
         finally:
             self._answers.pop(message.request_id, None)
@@ -183,18 +203,17 @@ class Session:
         Raises:
             CoordinatorLost: the coordinator did not answer within `timeout_s`.
         """
-        if self.error:
-            raise self.error
-        report: asyncio.Future[ClusterStatus] = self._loop.create_future()
-        self._reports.append(report)
-        self._connection.send(codec.encode(GetStatus()))
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await report
-        except TimeoutError:
-            raise CoordinatorLost(
-                f"The coordinator at {self._address} did not answer in {timeout_s:g} s."
-            ) from None
+        return await self._asked(GetStatus(), self._reports, timeout_s)
+
+    async def model(self, timeout_s: float) -> ModelInfo:
+        """Return what is served, which a coordinator never changes: it is asked once.
+
+        Raises:
+            CoordinatorLost: the coordinator did not answer within `timeout_s`.
+        """
+        if self._model is None:
+            self._model = await self._asked(DescribeModel(), self._models, timeout_s)
+        return self._model
 
     async def administer(
         self,
@@ -207,10 +226,16 @@ class Session:
             DistributedLLMError: the reason why it cannot be.
             CoordinatorLost: the coordinator did not answer within `timeout_s`.
         """
+        return await self._asked(message, self._member_reports, timeout_s)
+
+    async def _asked(
+        self, message: ClientRequest, reports: deque[asyncio.Future[T]], timeout_s: float
+    ) -> T:
+        """Return what answers a message, as reports of its kind come in their order."""
         if self.error:
             raise self.error
-        report: asyncio.Future[ClusterMembers] = self._loop.create_future()
-        self._member_reports.append(report)
+        report: asyncio.Future[T] = self._loop.create_future()
+        reports.append(report)
         self._connection.send(codec.encode(message))
         try:
             async with asyncio.timeout(timeout_s):
@@ -271,13 +296,15 @@ class Session:
             case ClientWelcome():
                 if not self._welcome.done():
                     self._welcome.set_result(message)
-            case TokenChunk() | Finished():
-                self._answer(message.request_id, message)
+            case TokenChunk() | Finished() | Embedded() | PromptEncoded() | TokensDecoded():
+                self._answer(message.request_id, (message, tensors))
             case RequestFailed():
                 error = error_from_wire(message.code, message.message, message.retry_after_s)
                 self._answer(message.request_id, error)
             case StatusReport():
-                self._report(tensors[0])
+                self._report(self._reports, codec.decode_status, tensors[0])
+            case ModelDescribed():
+                self._report(self._models, codec.decode_model_info, tensors[0])
             case WorkerDrained():
                 self._drained(message)
             case MembersReport():
@@ -293,15 +320,17 @@ class Session:
             case _:
                 assert_never(message)
 
-    def _report(self, frame: Frame) -> None:
+    def _report(
+        self, reports: deque[asyncio.Future[T]], decode: Callable[[Frame], T], frame: Frame
+    ) -> None:
         try:
-            status = codec.decode_status(frame)
+            said = decode(frame)
         except RemoteProtocolError as exc:
-            self._lose(f"sent a status that cannot be read ({exc})")
+            self._lose(f"sent a report that cannot be read ({exc})")
             return
-        report = self._reports.popleft() if self._reports else None
+        report = reports.popleft() if reports else None
         if report and not report.done():
-            report.set_result(status)
+            report.set_result(said)
 
     def _members_reported(self, message: MembersReport, tensors: tuple[Frame, ...]) -> None:
         report = self._member_reports.popleft() if self._member_reports else None
@@ -324,7 +353,7 @@ class Session:
         else:
             drained.set_result(None)
 
-    def _answer(self, request_id: str, answer: _Reply | DistributedLLMError) -> None:
+    def _answer(self, request_id: str, answer: tuple[Reply, Frames] | DistributedLLMError) -> None:
         answers = self._answers.get(request_id)
         if answers is not None:
             answers.put_nowait(answer)
@@ -346,6 +375,7 @@ class Session:
             self._welcome.exception()  # retrieved: nobody may be waiting for it
         every: list[asyncio.Future[Any]] = [
             *self._reports,
+            *self._models,
             *self._member_reports,
             *chain(*self._drains.values()),
         ]

@@ -69,6 +69,17 @@ class Checkpoint:
         """The architecture's name in transformers."""
         return str(self.config["model_type"])
 
+    @property
+    def architecture(self) -> str:
+        """The model's class in transformers; empty if config.json names none."""
+        named = self.config.get("architectures")
+        return str(named[0]) if isinstance(named, list) and named else ""
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Numbers in its tensors; what is tied counts once."""
+        return sum(math.prod(t.shape) for t in self.tensors.values() if not self.is_spare(t.name))
+
     @cached_property
     def num_layers(self) -> int:
         """Transformer layers of the model."""

@@ -24,6 +24,7 @@ from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
     ModelDescription,
+    ModelInfo,
     ReadChunk,
     TensorDigests,
     ToClient,
@@ -102,6 +103,7 @@ _outline: msgspec.msgpack.Decoder[Outline] = msgspec.msgpack.Decoder(Outline)
 _members: msgspec.msgpack.Decoder[ClusterMembers] = msgspec.msgpack.Decoder(ClusterMembers)
 _digests: msgspec.msgpack.Decoder[TensorDigests] = msgspec.msgpack.Decoder(TensorDigests)
 _model: msgspec.msgpack.Decoder[ModelDescription] = msgspec.msgpack.Decoder(ModelDescription)
+_model_info: msgspec.msgpack.Decoder[ModelInfo] = msgspec.msgpack.Decoder(ModelInfo)
 _status: msgspec.msgpack.Decoder[ClusterStatus] = msgspec.msgpack.Decoder(ClusterStatus)
 
 
@@ -121,7 +123,7 @@ def encode(message: AnyMessage, tensors: Sequence[Frame] = ()) -> list[Frame]:
 
 
 def encode_payload(
-    value: Chat | ClusterStatus | ClusterMembers | ModelDescription | TensorDigests,
+    value: Chat | ClusterStatus | ClusterMembers | ModelInfo | ModelDescription | TensorDigests,
 ) -> bytes:
     """Return a value in msgpack that may be too long for a header, for a tensor frame."""
     return _encoder.encode(value)
@@ -143,6 +145,15 @@ def decode_status(payload: Frame) -> ClusterStatus:
         RemoteProtocolError: it is none.
     """
     return _decode_payload(_status, payload)
+
+
+def decode_model_info(payload: Frame) -> ModelInfo:
+    """Return what `payload` says of a served model.
+
+    Raises:
+        RemoteProtocolError: it says nothing of one.
+    """
+    return _decode_payload(_model_info, payload)
 
 
 def decode_members(payload: Frame) -> ClusterMembers:

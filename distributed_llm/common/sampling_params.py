@@ -16,6 +16,7 @@ from distributed_llm.common.types import Count, TokenId
 MAX_SEED = 2**63 - 1
 MAX_LOGIT_BIASES = 300
 MAX_EOS = 256
+MAX_STOP_TOKENS = 64
 MAX_SUPPRESSED = 1024
 MAX_BAD_WORDS = 256
 MAX_SEQUENCE_BIASES = 64
@@ -39,6 +40,8 @@ _Seed = Annotated[int, Meta(ge=0, le=MAX_SEED)]
 _NumTokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _StopString = Annotated[str, Meta(min_length=1, max_length=256)]
 _Eos = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_EOS)]
+_StopTokens = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_STOP_TOKENS)]
+_Ends = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_EOS + MAX_STOP_TOKENS)]
 _NgramSize = Annotated[int, Meta(ge=0, le=64)]
 _Word = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_WORD_TOKENS)]
 _BadWords = Annotated[tuple[_Word, ...], Meta(max_length=MAX_BAD_WORDS)]
@@ -54,7 +57,9 @@ class SamplingParams(
 
     Attributes:
         max_new_tokens: most tokens to generate; default: 256, or fewer if the context is full.
-        min_new_tokens: number of tokens before which no end-of-sequence token is sampled.
+        fit_context: generate fewer than `max_new_tokens` where the context, or the workers' memory,
+            has no room for as many; else the request fails.
+        min_new_tokens: number of tokens before which no token is sampled that ends the answer.
         temperature: 0 is greedy, and so is everything below 0.00001.
         top_k: sample from the k likeliest tokens; 0 is off.
         top_p: sample from the smallest set of tokens with this total probability; 1 is off.
@@ -75,11 +80,16 @@ class SamplingParams(
             differ now and then, by rounding. Default: a new one for each request.
         stop_strings: the answer ends before the first occurrence of any of them.
         eos_token_id: tokens that end the answer; default: the checkpoint's.
+        stop_token_ids: further tokens that end the answer, even with `ignore_eos`.
         ignore_eos: continue after an end-of-sequence token.
+        skip_special_tokens: leave special tokens out of the text; if not, only those that end the
+            answer are.
         timeout_s: time from the request's arrival after which it fails if it has not finished.
+        trace: report with each token which machines computed it, and how long that took.
     """
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    fit_context: bool = False
     min_new_tokens: _NumTokens | None = None
     temperature: _Temperature | None = None
     top_k: _TopK | None = None
@@ -98,8 +108,11 @@ class SamplingParams(
     seed: _Seed | None = None
     stop_strings: Annotated[tuple[_StopString, ...], Meta(max_length=_MAX_STOPS)] = ()
     eos_token_id: _Eos | None = None
+    stop_token_ids: _StopTokens = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    trace: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> "SamplingParams":
@@ -120,8 +133,9 @@ class SamplingParams(
             )
         if isinstance(values.get("stop_strings"), str):
             values["stop_strings"] = (values["stop_strings"],)
-        if type(values.get("eos_token_id")) is int:
-            values["eos_token_id"] = (values["eos_token_id"],)
+        for name in ("eos_token_id", "stop_token_ids"):
+            if type(values.get(name)) is int:
+                values[name] = (values[name],)
         try:
             return msgspec.convert(values, cls, str_keys=True)
         except msgspec.ValidationError as exc:
@@ -130,6 +144,7 @@ class SamplingParams(
 
 _WANTED: Mapping[str, str] = {
     "max_new_tokens": "a whole number from 1",
+    "fit_context": "true or false",
     "min_new_tokens": "a whole number from 0",
     "temperature": "a number from 0 (greedy) to 100",
     "top_k": "a whole number from 0 (off)",
@@ -150,8 +165,11 @@ _WANTED: Mapping[str, str] = {
     "seed": "a whole number from 0, below 2^63",
     "stop_strings": f"at most {_MAX_STOPS} texts of 1 to 256 characters",
     "eos_token_id": f"a token id, or a list of at most {MAX_EOS}",
+    "stop_token_ids": f"a token id, or a list of at most {MAX_STOP_TOKENS}",
     "ignore_eos": "true or false",
+    "skip_special_tokens": "true or false",
     "timeout_s": "a number of seconds above 0, up to 1000000",
+    "trace": "true or false",
 }
 
 
@@ -241,7 +259,7 @@ class Sampling(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_f
     begin_suppress_tokens: _Suppressed = ()
     seed: _Seed = 0
     prompt_tokens: _NumTokens = 0
-    eos_token_ids: _Eos = ()
+    eos_token_ids: _Ends = ()
     eos_from: _NumTokens = 0
     forced_bos_token_id: TokenId | None = None
     forced_eos_token_ids: _Eos = ()

@@ -74,6 +74,14 @@ def _layer_map(value: object) -> object:
     return layers
 
 
+def _items(value: object) -> object:
+    """Return "a, b", from environment or command line, as a list; also where a list has it."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+        return value
+    return [part for text in texts for part in map(str.strip, text.split(",")) if part]
+
+
 def _shape(pattern: str, rule: str) -> AfterValidator:
     """Return a validator for text that matches `pattern`; `rule` is the error message."""
 
@@ -107,6 +115,15 @@ Device = Annotated[
     ),
 ]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], BeforeValidator(_lower)]
+BindAddresses = Annotated[
+    tuple[BindAddress, ...], BeforeValidator(_items), NoDecode, Field(min_length=1, max_length=8)
+]
+HostName = Annotated[
+    str,
+    BeforeValidator(_lower),
+    _shape(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63}){0,8}", "should be a name, without a port"),
+]
+HostNames = Annotated[tuple[HostName, ...], BeforeValidator(_items), NoDecode, Field(max_length=64)]
 LayerText = PlainSerializer(str, return_type=str)
 Layers = Annotated[
     Mapping[WorkerName, Annotated[LayerRange, PlainValidator(_layer_range), LayerText]],
@@ -366,13 +383,31 @@ class ClientSettings(_Section):
 class ApiSettings(_Section):
     """The API over HTTP; which coordinator it asks stands under `client`."""
 
-    bind: BindAddress = Field(
-        default="127.0.0.1:8000",
-        description="HOST:PORT to listen on; 127.0.0.1 is this machine only, 0.0.0.0 all networks.",
+    bind: BindAddresses = Field(
+        default=("127.0.0.1:8000",),
+        description="HOST:PORTs to listen on; 127.0.0.1 is this machine only, 0.0.0.0 every "
+        "network of it. Clients of Ollama look for 127.0.0.1:11434.",
     )
     open: bool = Field(
         default=False,
-        description="Serve requests without a key; only on this machine.",
+        description="Serve requests without a key, as those of a client.",
+    )
+    allowed_hosts: HostNames = Field(
+        default=(),
+        description="Names by which the API is asked besides its addresses and the name of its "
+        "machine, such as that of a proxy.",
+    )
+    max_body: Annotated[int, BeforeValidator(parse_size)] = Field(
+        default=4 << 20,
+        ge=1024,
+        le=1 << 30,
+        description="Size of a request's body at most, such as 4MiB.",
+    )
+    max_requests: Whole = Field(
+        default=512, ge=1, le=100_000, description="Requests that are under way at a time at most."
+    )
+    max_requests_per_key: Whole = Field(
+        default=256, ge=1, le=100_000, description="Of these, requests that come with the same key."
     )
     log_level: LogLevel = Field(default="info", description="debug, info, warning or error.")
 

@@ -48,6 +48,11 @@ def frame_of_token_ids(token_ids: Sequence[int]) -> tuple[TensorSpec, Frame]:
     return TensorSpec("int32", (len(array),)), array.tobytes()
 
 
+def frame_of_masks(masks: Sequence[bytes]) -> tuple[TensorSpec, Frame]:
+    """Return masks of the same length as a uint8 tensor of shape [len(masks), bytes]."""
+    return TensorSpec("uint8", (len(masks), len(masks[0]))), b"".join(masks)
+
+
 def token_ids_of_frame(frame: Frame) -> list[int]:
     """Return the token ids in an int32 frame."""
     token_ids: list[int] = np.frombuffer(frame, dtype="<i4").tolist()

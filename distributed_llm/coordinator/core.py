@@ -30,7 +30,11 @@ from distributed_llm.common.messages import (
     ClientRequest,
     ClusterStatus,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    Embed,
+    EncodePrompt,
     Enrol,
     Generate,
     GetMembers,
@@ -42,12 +46,14 @@ from distributed_llm.common.messages import (
     KVFailed,
     Leaving,
     LinkReport,
+    ModelDescribed,
     NotUnderstood,
     Ping,
     Pong,
     ReadmitMachine,
     Remeasured,
     RemoveMachine,
+    RequestId,
     RevokeToken,
     StageFailed,
     StageReady,
@@ -58,7 +64,6 @@ from distributed_llm.common.messages import (
     WeightRequest,
     WorkerHello,
     WorkerReport,
-    WorkerStatus,
     tag_of,
 )
 from distributed_llm.common.settings import CoordinatorSettings
@@ -69,7 +74,7 @@ from distributed_llm.coordinator.cluster.departures import Departures
 from distributed_llm.coordinator.cluster.moves import Moves
 from distributed_llm.coordinator.cluster.rebalancing import Rebalancing
 from distributed_llm.coordinator.cluster.replanning import Replanning
-from distributed_llm.coordinator.cluster.worker import Worker, WorkerState
+from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import (
     Action,
     AnswerAboutWeights,
@@ -83,6 +88,7 @@ from distributed_llm.coordinator.events import (
     Stalled,
     Studied,
     StudyFailed,
+    TextAnswered,
     TextFailed,
     Tokenized,
     Unreachable,
@@ -93,6 +99,7 @@ from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.plan_search import PlanSearch, SearchResult
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.reporting import Reporting
 from distributed_llm.coordinator.serving.admission import Admission
 from distributed_llm.coordinator.serving.event_log import Entry, EventKind
 from distributed_llm.coordinator.serving.pipeline import PipelineState
@@ -100,6 +107,9 @@ from distributed_llm.coordinator.stepping import Stepping
 from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.conduct import Fault
 from distributed_llm.coordinator.unread import failure_of
+
+_REQUESTS = tuple(tag_of(kind) for kind in (Generate, Embed, EncodePrompt, DecodeTokens))
+"""Messages of clients that are answered by an id of the client's making."""
 
 _DROPPED = "dropped messages"
 _MOST_DROPPED = 5
@@ -140,10 +150,14 @@ class Core:
             of_no_use=self._of_no_use,
         )
         self._admission = Admission(cluster.book, cluster.event_log)
+        self._reporting = Reporting(
+            cluster, self._replanning, self._moves, self._rebalancing, self._access
+        )
         self._log_limit = LogLimit({_DROPPED: _MOST_DROPPED})
         self._registry = cluster.registry
         self._pipelines = cluster.pipelines
         self._book = cluster.book
+        self._questions = cluster.questions
         self._event_log = cluster.event_log
 
     def _give_up(self, peer: PeerId, why: str, now: float) -> list[Action]:
@@ -156,7 +170,7 @@ class Core:
 
     def start(self, *, now: float) -> list[Action]:
         """Return what to do before the first event; call it once."""
-        self._event_log.now = now
+        self._event_log.now = self._reporting.started_at = now
         names = self._cluster.model.defaults.not_followed
         if not names:
             return []
@@ -206,58 +220,11 @@ class Core:
 
     def status(self, *, now: float) -> ClusterStatus:
         """Return the cluster as it is now."""
-        schedulers = [pipeline.scheduler for pipeline in self._pipelines.all if pipeline.scheduler]
-        totals = self._book.totals
-        return ClusterStatus(
-            model=self._cluster.model.name,
-            state=self._pipelines.state,
-            note=self._note(now),
-            epoch=self._pipelines.epoch,
-            num_layers=self._cluster.model.cost.num_layers,
-            context_length=self._cluster.model.defaults.context_length,
-            kv_tokens=self._pipelines.kv_tokens,
-            kv_tokens_used=sum(s.kv_tokens_used for s in schedulers),
-            kv_tokens_cached=sum(s.kv_tokens_cached for s in schedulers),
-            prefix_hit_tokens=totals.prefix_hit_tokens,
-            preemptions=totals.preemptions,
-            moves=self._moves.num_moves,
-            move_stall_s=self._moves.stall_s,
-            answers_running=self._book.num_running,
-            answers_waiting=self._book.num_waiting,
-            requests_finished=totals.finished,
-            requests_cancelled=totals.cancelled,
-            requests_failed=totals.failed,
-            tokens_generated=totals.tokens,
-            rejected=dict(self._event_log.rejected),
-            workers=tuple(self._worker_status(worker, now) for worker in self._registry.workers),
-            events=self._event_log.texts,
-            insecure=self._access.members is None,
-            quarantined=self._access.quarantined(now=now),
-        )
+        return self._reporting.status(now=now)
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:
         """Return the events kept of one request or of one worker, oldest first."""
         return self._event_log.story(request=request, worker=worker)
-
-    def _note(self, now: float) -> str:
-        """Return why nothing is served, and when a worker that failed is tried again."""
-        note = self._pipelines.note
-        unfit = [worker for worker in self._registry.workers if worker.state is WorkerState.UNFIT]
-        if not note or not unfit:
-            return note
-        first = min(unfit, key=lambda worker: worker.fit_at)
-        when = first.pause_text(now=now)
-        return f"{note[:3900]} Worker {first.id} is tried again {when}."
-
-    def _worker_status(self, worker: Worker, now: float) -> WorkerStatus:
-        advice = self._rebalancing.advice.get(worker.id)
-        return worker.status(
-            next_layers=self._moves.next_layers(worker),
-            prediction_error=self._cluster.measurements.error(worker.id),
-            gain=advice.gain if advice else None,
-            advice=advice.text if advice else "",
-            now=now,
-        )
 
     # -------------------------------------------------------------- dispatch
 
@@ -279,10 +246,14 @@ class Core:
                 return self._study_failed(event, now)
             case Tokenized():
                 return self._book.tokenized(event)
+            case TextFailed() if self._questions.is_asked(event.key):
+                return self._questions.answered(event)
             case TextFailed():
                 return self._book.fail(event.key, event.error)
             case Detokenized():
                 return self._book.detokenized(event, now=now)
+            case TextAnswered():
+                return self._questions.answered(event)
             case _:
                 assert_never(event)
 
@@ -330,10 +301,18 @@ class Core:
         now: float,
     ) -> list[Action]:
         match message:
-            case Generate():
-                return self._generate(peer, key, message, frames, now)
+            case Generate() | Embed():
+                return self._begin(peer, key, message, frames, now)
+            case EncodePrompt() | DecodeTokens():
+                if self._is_known(peer, message.request_id):
+                    return []
+                return self._questions.ask(peer, message, frames, holder=key)
             case Cancel(request_id=request_id):
-                return self._book.cancel(peer, request_id)
+                about_text = self._questions.cancel(peer, request_id)
+                return about_text or self._book.cancel(peer, request_id)
+            case DescribeModel():
+                spec, frame = frame_of_bytes(encode_payload(self._cluster.model.info()))
+                return [Send(peer, ModelDescribed(tensors=(spec,)), (frame,))]
             case GetStatus():
                 spec, frame = frame_of_bytes(encode_payload(self.status(now=now)))
                 return [Send(peer, StatusReport(tensors=(spec,)), (frame,))]
@@ -346,21 +325,30 @@ class Core:
             case _:
                 assert_never(message)
 
-    def _generate(
+    def _begin(
         self,
         peer: PeerId,
         key: PublicKey,
-        message: Generate,
+        message: Generate | Embed,
         frames: tuple[Frame, ...],
         now: float,
     ) -> list[Action]:
-        if self._book.has(peer, message.request_id):
-            self._event_log.rejected["duplicate_request"] += 1
+        if self._is_known(peer, message.request_id):
             return []
         if self._pipelines.state == "waiting":
-            error = NotReady(self._note(now))
+            error = NotReady(self._reporting.note(now=now))
             return self._book.refuse(peer, message.request_id, error)
         return self._book.submit(peer, message, frames, holder=key, now=now)
+
+    def _is_known(self, peer: PeerId, request_id: RequestId) -> bool:
+        """Return whether a client has used an id that it may not use again yet; count that."""
+        known = self._has(peer, request_id)
+        if known:
+            self._event_log.rejected["duplicate_request"] += 1
+        return known
+
+    def _has(self, peer: PeerId, request_id: RequestId) -> bool:
+        return self._book.has(peer, request_id) or self._questions.has(peer, request_id)
 
     def _from_worker(
         self, worker: Worker, message: WorkerReport, frames: tuple[Frame, ...], now: float
@@ -416,9 +404,9 @@ class Core:
             says_hello = error.outline.type in (tag_of(WorkerHello), tag_of(ClientHello))
             return [refusal(peer, error)] if says_hello else []
         request_id = error.outline.request_id
-        if error.outline.type == tag_of(Generate) and request_id:
+        if error.outline.type in _REQUESTS and request_id:
             wrong = InvalidRequest(f"The coordinator cannot read this request ({error}).")
-            if not self._book.has(peer, request_id):
+            if not self._has(peer, request_id):
                 return self._book.refuse(peer, request_id, wrong)
         gone = self._membership.gone(peer, "sent what cannot be read", now=now)
         return [*gone, refusal(peer, error)]
@@ -524,6 +512,7 @@ class Core:
         for room in (
             self._registry,
             self._book,
+            self._questions,
             self._pipelines,
             self._replanning,
             self._moves,
@@ -536,6 +525,7 @@ class Core:
             for pipeline in self._pipelines.loaded
             if pipeline.scheduler and pipeline.state is PipelineState.SERVING
             if pipeline.in_flight and not pipeline.in_flight.num_steps
+            if not pipeline.num_running  # those that run wait for masks
         ]
         for answer in self._book.waiting if idle else ():
             assert answer.request.reserved_tokens > max(idle), "an answer waits for nothing"

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import msgspec
+
 from distributed_llm.common.errors import DistributedLLMError
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
     RequestId,
@@ -14,13 +17,29 @@ from distributed_llm.common.messages import (
     WeightRequest,
 )
 from distributed_llm.common.tensors import Frame
-from distributed_llm.common.types import PeerId
+from distributed_llm.common.types import PeerId, TokenId
 from distributed_llm.coordinator.trust.members import MembersState
 
 RequestKey = tuple[PeerId, RequestId, int]
 """Names one request: client, the client's id for it, and a number that tells reused ids apart."""
 
 PromptKind = Literal["text", "token_ids", "chat"]
+
+
+class TextRules(msgspec.Struct, frozen=True):
+    """How the text of a request's answers is made.
+
+    Attributes:
+        stop_strings: an answer ends before the first of these.
+        hidden: special tokens that are left out of the text; None: all are.
+        grammar: that the text has to follow; None if there is none.
+        ends: tokens that may be sampled where the grammar is complete, and end the answer there.
+    """
+
+    stop_strings: tuple[str, ...] = ()
+    hidden: tuple[TokenId, ...] | None = None
+    grammar: Grammar | None = None
+    ends: tuple[TokenId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,10 +101,15 @@ class Stalled:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Event: a prompt was turned into token ids."""
+    """Event: a prompt was turned into token ids.
+
+    Attributes:
+        mask: which token may be the first of an answer, as in `Task`; empty without a grammar.
+    """
 
     key: RequestKey
     token_ids: list[int]
+    mask: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -103,19 +127,40 @@ class Detokenized:
     Attributes:
         choice: index of the answer among those of its request.
         num_tokens: tokens of the answer that its text so far is made of.
-        stopped: whether a stop string ended the text.
+        stop_string: the stop string that ended the text; None if none did.
         last: whether the answer has no further tokens.
         spelled: how the tokens of `Detokenize.spell` are written, None for one that the tokenizer
             does not know; empty if there is none.
+        mask: which token may be the next, as in `Task`; empty without a grammar.
+        complete: whether the grammar admits no further token, so that the answer ends.
     """
 
     key: RequestKey
     choice: int
     text: str
     num_tokens: int
-    stopped: bool
+    stop_string: str | None
     last: bool
     spelled: tuple[Spelling | None, ...] = ()
+    mask: bytes = b""
+    complete: bool = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self.stop_string is not None
+
+
+@dataclass(frozen=True)
+class TextAnswered:
+    """Event: what `AskText` asked.
+
+    Attributes:
+        payload: token ids as int32, or the text in UTF-8.
+    """
+
+    key: RequestKey
+    payload: bytes
 
 
 class Question(Protocol):
@@ -155,6 +200,7 @@ Event = (
     | Tokenized
     | TextFailed
     | Detokenized
+    | TextAnswered
     | Studied
     | StudyFailed
 )
@@ -190,14 +236,14 @@ class Tokenize:
 
     Attributes:
         num_choices: number of answers.
-        stop_strings: an answer ends before the first of these.
+        rules: for the text of the answers.
     """
 
     key: RequestKey
     kind: PromptKind
     payload: bytes
     num_choices: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
 
 
 @dataclass(frozen=True)
@@ -222,6 +268,22 @@ class Forget:
     """Action: forget a request, of which no more text is needed."""
 
     key: RequestKey
+
+
+@dataclass(frozen=True)
+class AskText:
+    """Action: turn a prompt into token ids, or token ids into text, and no more.
+
+    `TextAnswered` or `TextFailed` follows, whatever becomes of who asked.
+
+    Attributes:
+        special: whether with special tokens; a conversation has its own.
+    """
+
+    key: RequestKey
+    kind: PromptKind
+    payload: bytes
+    special: bool
 
 
 @dataclass(frozen=True)
@@ -255,5 +317,14 @@ class Stop:
 
 
 Action = (
-    Send | KeepMembers | AnswerAboutWeights | Tokenize | Detokenize | Forget | Study | Log | Stop
+    Send
+    | KeepMembers
+    | AnswerAboutWeights
+    | Tokenize
+    | Detokenize
+    | Forget
+    | AskText
+    | Study
+    | Log
+    | Stop
 )

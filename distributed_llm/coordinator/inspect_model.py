@@ -45,6 +45,9 @@ def served_model(
         hidden_size=checkpoint.hidden_size,
         defaults=defaults,
         digest=lambda layers: checkpoint.digest(layers, prints),
+        model_type=checkpoint.model_type,
+        architecture=checkpoint.architecture,
+        num_parameters=checkpoint.num_parameters,
     )
 
 

@@ -104,6 +104,7 @@ class Membership:
         """End a peer's session: the requests of a client, or the work of a worker."""
         worker = self._registry.remove(peer)
         if worker is None:
+            self._cluster.questions.drop_client(peer)
             return self._cluster.book.drop_client(peer)
         return self._lost(worker, why, now)
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from distributed_llm.common.messages import ModelSource
+from distributed_llm.common.messages import ModelInfo, ModelSource
 from distributed_llm.common.sampling_params import CheckpointParams, SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import LayerRange, TokenId
 from distributed_llm.coordinator.model_cost import ModelCost
 
 
@@ -33,6 +33,23 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True)
+class TokenizerFacts:
+    """What the files of a tokenizer say of it.
+
+    Attributes:
+        available: whether there is one; without it there are only token ids.
+        end_token: token id with which its texts end; None if it has none.
+        special_tokens: how special tokens are written, by their names in transformers.
+        chat_template: which it uses for conversations without tools; None if it has none.
+    """
+
+    available: bool = False
+    end_token: TokenId | None = None
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+@dataclass(frozen=True)
 class ServedModel:
     """The model of a cluster.
 
@@ -45,6 +62,10 @@ class ServedModel:
         hidden_size: numbers per token between stages.
         defaults: of generation.
         digest: returns a digest of the weights of a layer range.
+        model_type: the architecture's name in transformers.
+        architecture: the model's class in transformers; empty if its files name none.
+        num_parameters: numbers in its weights.
+        tokenizer: what is known of it.
     """
 
     name: str
@@ -55,21 +76,43 @@ class ServedModel:
     hidden_size: int
     defaults: GenerationDefaults
     digest: Callable[[LayerRange], str]
+    model_type: str = ""
+    architecture: str = ""
+    num_parameters: int = 0
+    tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
 
-    def ending_with(self, token_id: int | None) -> "ServedModel":
-        """Return the model with one more token that ends an answer.
+    def with_tokenizer(self, facts: TokenizerFacts) -> "ServedModel":
+        """Return the model with what its tokenizer says.
 
         The files of some chat models name the token that ends a turn only in those of the
-        tokenizer.
-
-        Args:
-            token_id: None, or what is no token of the model, adds nothing.
+        tokenizer; it ends an answer as well, if it is a token of the model.
         """
+        model = replace(self, tokenizer=facts)
         known, vocab_size = self.defaults.eos_token_ids, self.defaults.vocab_size
+        token_id = facts.end_token
         if token_id is None or token_id in known or not 0 <= token_id < vocab_size:
-            return self
-        defaults = replace(self.defaults, eos_token_ids=(*known, token_id))
-        return replace(self, defaults=defaults)
+            return model
+        return replace(model, defaults=replace(self.defaults, eos_token_ids=(*known, token_id)))
+
+    def info(self) -> ModelInfo:
+        """Return what clients are told of it."""
+        defaults, cost = self.defaults, self.cost
+        return ModelInfo(
+            name=self.name,
+            model_type=self.model_type,
+            architecture=self.architecture,
+            num_layers=cost.num_layers,
+            hidden_size=self.hidden_size,
+            vocab_size=defaults.vocab_size,
+            context_length=defaults.context_length,
+            dtype=self.dtype,
+            num_parameters=self.num_parameters,
+            weight_bytes=cost.weight_bytes(LayerRange(0, cost.num_layers)),
+            eos_token_ids=defaults.eos_token_ids,
+            has_tokenizer=self.tokenizer.available,
+            special_tokens=self.tokenizer.special_tokens,
+            chat_template=self.tokenizer.chat_template,
+        )
 
     @property
     def activation_bytes(self) -> int:

@@ -12,6 +12,7 @@ from distributed_llm.common.addresses import addresses_for_others, machine_name
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.discovery import Announcer
+from distributed_llm.common.file_limit import raise_file_limit
 from distributed_llm.common.hub import download_file, fingerprints, resolve_for_coordinator
 from distributed_llm.common.keyring import here, state_folder
 from distributed_llm.common.keys import fingerprint
@@ -26,7 +27,7 @@ from distributed_llm.coordinator.inspect_model import served_model
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
-from distributed_llm.coordinator.service import Coordinator, raise_file_limit
+from distributed_llm.coordinator.service import Coordinator
 from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.weights.giving.library import Library

@@ -34,6 +34,7 @@ from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import (
     Action,
     AnswerAboutWeights,
+    AskText,
     ConnectionClosed,
     Detokenize,
     Event,
@@ -51,8 +52,8 @@ from distributed_llm.coordinator.events import (
     Tokenize,
     Unreachable,
 )
-from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.text.service import TextService
+from distributed_llm.coordinator.model import ServedModel, TokenizerFacts
+from distributed_llm.coordinator.text.service import TextAction, TextService
 from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.weights.giving.desk import Desk
@@ -118,12 +119,12 @@ class Coordinator:
             if self._stopped.done():
                 ready.cancel()
                 return self._stopped.result()
-            return await self._serve(ready.result().end_token)
+            return await self._serve(ready.result().facts)
         finally:
             self._text.close()
 
-    async def _serve(self, end_token: int | None) -> int:
-        model = self._model.ending_with(end_token)
+    async def _serve(self, tokenizer: TokenizerFacts) -> int:
+        model = self._model.with_tokenizer(tokenizer)
         members = self._trust.members if self._trust else None
         access = Access(members, wall_clock=time.time)
         self._core = Core(
@@ -204,7 +205,7 @@ class Coordinator:
     # -------------------------------------------------------------- actions
 
     def _perform(self, actions: list[Action]) -> None:
-        texts = [one for one in actions if isinstance(one, Tokenize | Detokenize | Forget)]
+        texts = [one for one in actions if isinstance(one, TextAction)]
         if texts:  # all of a step at once
             self._text.perform(texts)
         for action in actions:
@@ -214,7 +215,7 @@ class Coordinator:
         match action:
             case Send():
                 self._send(action)
-            case Tokenize() | Detokenize() | Forget():
+            case Tokenize() | Detokenize() | Forget() | AskText():
                 pass  # performed with the others above
             case Log(text=text, level=level):
                 logger.log(_LEVELS[level], "%s", text)
@@ -253,12 +254,3 @@ class Coordinator:
     def _tell(self, *events: Event) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to hear
             self._loop.call_soon_threadsafe(self._apply, *events)
-
-
-def raise_file_limit() -> None:
-    """Let this process open as many connections as the system allows."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # no such limit on Windows
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -15,6 +15,7 @@ from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline, sending
 from distributed_llm.coordinator.serving.retries import step_broken
 from distributed_llm.coordinator.serving.steps import Dropped, SendTask, StepBroken, StepDone
+from distributed_llm.coordinator.tracing import trace_step
 
 
 class Stepping:
@@ -65,11 +66,13 @@ class Stepping:
             case SendTask():
                 return self._overtaken(pipeline, now) if overtaken else [sending(outcome)]
             case StepDone():
-                are_current = pipeline.scheduler.complete(outcome.step)
+                are_current = pipeline.scheduler.complete(outcome.step, outcome.sums)
                 pipeline.observe(outcome, now=now)
                 self._rebalancing.observe(pipeline, outcome, now=now)
-                self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
+                predicted_s = self._cluster.measurements.observe(pipeline.stages, outcome, now=now)
+                pipeline.meter.observe(outcome, predicted_s, now=now)
                 self._count(pipeline, outcome)
+                trace_step(self._cluster, pipeline, outcome, now=now)
                 actions = self._book.step_done(outcome, are_current, now=now)
                 return [*actions, *self._overtaken(pipeline, now)] if overtaken else actions
             case StepBroken():
@@ -168,7 +171,10 @@ class Stepping:
         return pipeline if pipeline and pipeline.epoch == epoch else None
 
     def _count(self, pipeline: Pipeline, done: StepDone) -> None:
-        tokens = len(done.step.slices) if done.step.decodes else 0
+        hops, step = len(pipeline.stages) - 1, done.step
+        sent_bytes = hops * len(step.token_ids) * self._cluster.model.activation_bytes
+        self._book.totals.count_step(sent_bytes, decodes=step.decodes)
+        tokens = len(step.slices) if step.decodes else 0
         for stage, timing in zip(pipeline.stages, done.timings, strict=True):
             worker = self._cluster.registry.worker(stage.peer)
             if worker is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.roles import Role
 from distributed_llm.common.settings import ClientSettings

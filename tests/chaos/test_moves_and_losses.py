@@ -106,7 +106,7 @@ class Network:
             door.degrade(to_server=NARROW)
 
     def events(self) -> str:
-        return "\n".join(self.client.status().events)
+        return "\n".join(event.text for event in self.client.status().events)
 
     def heal(self) -> None:
         for proxy in (*self.lifelines.values(), *self.doors.values()):

@@ -6,7 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from distributed_llm import (
     AsyncDistributedClient,
@@ -48,6 +51,27 @@ def test_every_stage_took_part(client: DistributedClient) -> None:
     ]
     assert [stage.tasks for stage in answer.timings.stages] == [10, 10, 10]
     assert all(stage.compute_s > 0 for stage in answer.timings.stages)
+
+
+def test_a_trace_follows_each_token_through_the_stages(client: DistributedClient) -> None:
+    before = client.status()
+    chunks = list(client.stream(PROMPT, max_new_tokens=10, trace=True, **OPEN_END))
+    steps = [step for chunk in chunks for step in chunk.trace]
+    made = [step for step in steps if step.sampled]
+    assert [step.index for step in made] == list(range(10))
+    assert all(chunk.trace[-1].sampled for chunk in chunks if chunk.token_ids)
+    last = made[-1]
+    assert (last.start, last.tokens) == (len(PROMPT) + 8, 1)
+    assert last.took_s >= sum(hop.compute_s for hop in last.hops) > 0
+    after = client.status()
+    assert [pipeline.epoch for pipeline in after.pipelines] == [last.epoch]
+    (pipeline,) = after.pipelines
+    assert [hop.worker for hop in last.hops] == [stage.worker for stage in pipeline.stages]
+    assert [hop.layers for hop in last.hops] == [stage.layers for stage in pipeline.stages]
+    assert all(stage.step_s for stage in pipeline.stages)
+    sent_bytes = pipeline.links[0].bytes_sent - before.pipelines[0].links[0].bytes_sent
+    assert sent_bytes == last.hops[1].bytes_in * sum(step.tokens for step in steps)
+    assert after.counters.steps - before.counters.steps == len(steps)
 
 
 def test_a_list_of_prompts_gives_a_list_in_order(
@@ -121,7 +145,7 @@ def test_a_stop_string_never_shows(client: DistributedClient) -> None:
         "The worker", max_new_tokens=60, stop_strings=[stop], details=True, **OPEN_END
     )
     assert answer.text == expected
-    assert answer.finish_reason == "stop"
+    assert (answer.finish_reason, answer.stop_string) == ("stop", stop)
     assert answer.usage.completion_tokens == len(answer.token_ids) < 60
 
 
@@ -268,3 +292,63 @@ def test_no_coordinator_is_said_at_once(unused_port: int) -> None:
 def test_an_address_that_is_none() -> None:
     with pytest.raises(InvalidRequest, match="no address"):
         DistributedClient("localhost")
+
+
+# ------------------------------------------------------------------ what else may be asked
+
+
+def test_a_client_is_told_what_is_served(client: DistributedClient, checkpoint: Path) -> None:
+    model, known = client.model(), tokenizer(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert (model.model_type, model.architecture) == ("llama", "LlamaForCausalLM")
+    assert (model.num_layers, model.hidden_size, model.vocab_size, model.context_length) == (
+        *(NUM_LAYERS, config.hidden_size, config.vocab_size, config.max_position_embeddings),
+    )
+    assert model.num_parameters == sum(one.numel() for one in whole.parameters())
+    assert (model.dtype, model.weight_bytes) == ("float32", 4 * model.num_parameters)
+    assert model.has_tokenizer
+    assert model.special_tokens == known.special_tokens_map
+    assert model.chat_template == known.chat_template
+
+
+def test_text_and_token_ids_are_those_of_the_tokenizer(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    known, text = tokenizer(checkpoint), "The worker serves\n"
+    ids = known(text)["input_ids"]
+    assert client.tokenize(text).token_ids == ids
+    bare = client.tokenize(text, add_special_tokens=False).token_ids
+    assert bare == known(text, add_special_tokens=False)["input_ids"]
+    assert client.detokenize(ids) == known.decode(ids)
+    assert client.detokenize([*ids, 1], skip_special_tokens=True) == text
+    assert client.tokenize("", add_special_tokens=False).token_ids == []
+    assert client.detokenize([]) == ""
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = client.tokenize_chat(messages).token_ids
+    rendered = known.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert chat == known(rendered, add_special_tokens=False)["input_ids"]
+    with pytest.raises(InvalidRequest, match="knows no tools"):
+        client.tokenize_chat(messages, tools=[{"function": {"name": "f"}}])
+    with pytest.raises(InvalidRequest, match="whole numbers"):
+        client.detokenize([-1])
+
+
+def test_embeddings_are_means_of_last_hidden_states(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    whole = AutoModel.from_pretrained(checkpoint)
+    texts = ["The worker", "serves", "The worker serves " * 15]
+    expected = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(checkpoint)(text)["input_ids"]])
+        with torch.inference_mode():
+            expected.append(whole(ids).last_hidden_state[0].mean(dim=0).numpy())
+    embeddings = client.embed(texts)
+    for embedding, mean in zip(embeddings, expected, strict=True):
+        np.testing.assert_allclose(embedding.vector, mean, rtol=1e-4, atol=1e-5)
+    one = client.embed(PROMPT)
+    assert one.vector.dtype == np.float32
+    assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (len(PROMPT), 0)
+    with pytest.raises(InvalidRequest, match="not in the model's vocabulary"):
+        client.embed([1 << 30])

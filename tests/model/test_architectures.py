@@ -38,10 +38,10 @@ def test_a_type_that_does_not_work_is_refused(model_type: str) -> None:
 
 def test_a_wrong_answer_is_refused() -> None:
     class Inexact(Stage):
-        def run(self, sequences: Any, token_ids: Any, hidden_states: Any) -> Any:
+        def run(self, sequences: Any, token_ids: Any, hidden_states: Any, *masks: Any) -> Any:
             if hidden_states is not None:
                 hidden_states = hidden_states * 1.05
-            return super().run(sequences, token_ids, hidden_states)
+            return super().run(sequences, token_ids, hidden_states, *masks)
 
     with pytest.raises(UnsupportedModel, match="gave other tokens"):
         ensure_supported(checkpoint_of("olmo3"), Inexact.load_unchecked)

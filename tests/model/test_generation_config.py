@@ -59,7 +59,7 @@ def ours(values: dict[str, Any], prompt: list[int], **params: Any) -> list[int]:
     answer: list[int] = []
     while len(answer) < limits.max_new_tokens:
         answer += pipeline.decode(limits.sampling[0])
-        if answer[-1] in limits.eos_token_ids:
+        if answer[-1] in limits.end_token_ids:
             break
     return answer
 

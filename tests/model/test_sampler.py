@@ -309,6 +309,41 @@ def test_log_probabilities_are_those_of_the_raw_logits(
     assert all(len(set(row)) == count for row in token_ids[:, 1:].tolist())
 
 
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(repetition_penalty=1e-2), *SAMPLINGS], ids=str
+)
+def test_a_token_that_the_mask_forbids_is_never_sampled(sampling: Sampling) -> None:
+    logits = torch.randn(4, VOCAB_SIZE, generator=torch.Generator().manual_seed(3)) * 5
+    allowed = np.zeros(VOCAB_SIZE, dtype=np.uint8)
+    allowed[[1, 5, 8, 9, 1000, 2998]] = 1
+    mask = np.packbits(allowed, bitorder="little")
+    masks = [mask, None, mask[:126], mask]  # one ends before the vocabulary does
+    rows = [sampling] * 4
+    token_ids = sample(logits, rows, [POSITION] * 4, [HISTORY] * 4, masks).tolist()
+    free = sample(logits, rows, [POSITION] * 4, [HISTORY] * 4).tolist()
+    assert token_ids[1] == free[1]
+    for row, (given, token) in enumerate(zip(masks, token_ids, strict=True)):
+        if given is not None:
+            assert allowed[token]
+            scores = logits[row].numpy().copy()
+            process(scores, sampling, POSITION, HISTORY)
+            scores[allowed == 0] = -np.inf
+            scores[8 * len(given) :] = -np.inf
+            if sampling.is_greedy:
+                assert token == scores.argmax()
+            else:
+                assert token == draw(candidates(scores, sampling), sampling.seed, POSITION)
+
+
+def test_a_mask_that_leaves_nothing_fails_its_row_alone() -> None:
+    nothing = np.zeros(4, dtype=np.uint8)
+    logits = torch.randn(2, VOCAB_SIZE, generator=torch.Generator().manual_seed(3))
+    with pytest.raises(RowsFailed) as caught:
+        sample(logits, [Sampling()] * 2, [POSITION] * 2, [HISTORY] * 2, [None, nothing])
+    assert caught.value.rows == (1,)
+    assert isinstance(caught.value.error, InvalidRequest)
+
+
 def test_there_are_no_more_log_probabilities_than_tokens() -> None:
     logprobs, _ = log_probabilities(torch.zeros(1, 7), torch.zeros(1, dtype=torch.int32), 20)
     assert logprobs.shape == (1, 8)
@@ -399,7 +434,7 @@ def test_rows_that_fail_are_named() -> None:
 
 
 def test_rows_with_a_bug_are_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(scores: Any, sampling: Sampling, position: int, history: Any) -> None:
+    def broken(scores: Any, sampling: Sampling, *rest: Any) -> None:
         if sampling.seed == 2:
             raise ZeroDivisionError("division by zero")
 

@@ -4,6 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -86,6 +88,46 @@ def test_a_slice_that_starts_earlier_forgets_what_came_after(pipeline: Pipeline)
     pipeline.texts = texts
     pipeline.done = [len(prompt) - 1 for prompt in PROMPTS]
     assert [pipeline.decode() for _ in range(4)] == tokens
+
+
+def masks_of(*allowed: int, rows: int = 1) -> Any:
+    bits = np.zeros((rows, VOCAB_SIZE), dtype=np.uint8)
+    bits[:, list(allowed)] = 1
+    return np.packbits(bits, axis=1, bitorder="little")
+
+
+def test_each_mask_is_for_its_slice(checkpoint: Checkpoint) -> None:
+    stage = whole_stage(checkpoint)
+    slices = [piece(0, 2, sequence_id=i) for i in range(4)]
+    for i in (1, 3):
+        slices[i] = msgspec.structs.replace(slices[i], masked=True)
+    masks = np.concatenate([masks_of(7), masks_of(9)])
+    free = stage.run([piece(0, 2, sequence_id=i) for i in range(4)], ids(*[1, 2] * 4), None)
+    output = stage.run(slices, ids(*[1, 2] * 4), None, masks)
+    assert free.token_ids is not None
+    assert output.token_ids is not None
+    (token, *_) = free.token_ids.tolist()
+    assert output.token_ids.tolist() == [token, 7, token, 9]
+
+
+@pytest.mark.parametrize(
+    ("part", "masks"),
+    [
+        ({"masked": True}, None),
+        ({"masked": True}, masks_of(1, rows=2)),
+        ({"masked": True}, masks_of(1)[0]),
+        ({"masked": True}, masks_of(1).astype(np.int32)),
+        ({}, masks_of(1)),
+        ({"masked": True, "sample": False, "sampling": None}, masks_of(1)),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(
+    checkpoint: Checkpoint, part: dict[str, Any], masks: Any
+) -> None:
+    stage = whole_stage(checkpoint)
+    with pytest.raises(StageError, match="mask"):
+        stage.run([msgspec.structs.replace(piece(0, 2), **part)], ids(1, 2), None, masks)
+    assert stage.num_computed_tokens(SequenceId(0)) == 0
 
 
 def test_sequences_do_not_see_each_other(checkpoint: Checkpoint) -> None:

@@ -31,6 +31,7 @@ from distributed_llm.coordinator.planning.plan_question import PlanReply
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.requests.answer_states import AnswerCause
 from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.requests.text_questions import TextQuestions
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
@@ -127,6 +128,7 @@ class Parts:
             self.registry,
             self.pipelines,
             self.book,
+            TextQuestions(2048, max_waiting=99, draw_number=self.book.draw_number),
             self.measurements,
             self.event_log,
         )

@@ -10,6 +10,8 @@ from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     ClientWelcome,
+    Embed,
+    Embedded,
     Finished,
     FinishReason,
     FromClient,
@@ -19,16 +21,31 @@ from distributed_llm.common.messages import (
     Refused,
     RequestFailed,
     StatusReport,
+    StepTrace,
     ToClient,
     TokenChunk,
     TokenLogprobs,
+    Usage,
     WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import Frame, frame_of_token_ids
+from distributed_llm.common.tensors import (
+    Frame,
+    floats_of_frame,
+    frame_of_bytes,
+    frame_of_token_ids,
+)
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.events import RequestKey
-from tests.unit.fake_model import CONTEXT, reference, reference_logprobs
+from tests.unit.fake_model import (
+    CONTEXT,
+    EOS,
+    admitted,
+    mask_of,
+    reference,
+    reference_embedding,
+    reference_logprobs,
+)
 
 if TYPE_CHECKING:
     from tests.unit.simulation import Link, World
@@ -41,6 +58,7 @@ class Answer:
     Attributes:
         sent_at: when the request was sent, clock seconds; likewise the others.
         token_times: when each token came.
+        grammar: made-up, for `fake_model.admitted`; empty for none.
     """
 
     prompt: tuple[int, ...]
@@ -49,13 +67,18 @@ class Answer:
     choice: int = 0
     others: list["Answer"] = field(default_factory=list)
     reason: FinishReason | None = None
+    stop_string: str | None = None
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    trace: list[StepTrace] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     text: str = ""
-    end: Finished | RequestFailed | None = None
+    end: Finished | Embedded | RequestFailed | None = None
+    embeds: bool = False
+    embedding: list[float] | None = None
     ended_at: float = 0.0
     cancelled: bool = False
+    grammar: str = ""
     _expected: list[int] | None = None
 
     @property
@@ -87,7 +110,11 @@ class Answer:
     def _reference(self) -> list[int]:
         room = CONTEXT - len(self.prompt)
         tokens = reference(
-            self.prompt, self.params, choice=self.choice, default_max_new_tokens=room
+            self.prompt,
+            self.params,
+            choice=self.choice,
+            default_max_new_tokens=room,
+            grammar=self.grammar,
         )
         for count in range(1, len(tokens) + 1):
             if any(stop in text_of(tokens[:count]) for stop in self.params.stop_strings):
@@ -98,11 +125,18 @@ class Answer:
         """Assert that all that came is right."""
         for other in self.others:
             other.check()
+        if self.embeds:
+            self._check_embedding()
+            return
         expected = self.expected()
         assert self.token_ids == expected[: len(self.token_ids)]
         if self.params.logprobs is not None:
-            known = reference_logprobs(self.prompt, self.params, choice=self.choice)
+            known = reference_logprobs(
+                self.prompt, self.params, choice=self.choice, grammar=self.grammar
+            )
             assert self.logprobs == known[: len(self.token_ids)]
+        sampled = [step.index for step in self.trace if step.sampled]
+        assert sampled == (list(range(len(self.token_ids))) if self.params.trace else [])
         if isinstance(self.end, Finished):
             assert self.token_ids == expected
             assert self.end.usage.prompt_tokens == len(self.prompt)
@@ -111,8 +145,19 @@ class Answer:
                 lengths = [len(one.expected()) for one in self.all]
                 assert self.end.usage.completion_tokens == sum(lengths)
             whole = text_of(expected)
-            found = [at for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
-            assert self.text == whole[: min(found, default=None)]
+            found = [(at, s) for s in self.params.stop_strings if (at := whole.find(s)) >= 0]
+            end, stop = min(found, default=(None, None))
+            assert self.text == whole[:end]
+            assert self.stop_string == stop
+            if not admitted(self.grammar, expected):
+                assert self.reason == "stop"
+
+    def _check_embedding(self) -> None:
+        assert not self.token_ids
+        assert not isinstance(self.end, Finished)
+        if isinstance(self.end, Embedded):
+            assert self.embedding == reference_embedding(self.prompt)
+            assert self.end.usage == Usage(prompt_tokens=len(self.prompt), completion_tokens=0)
 
 
 class SimClient:
@@ -138,19 +183,38 @@ class SimClient:
         params: SamplingParams | None = None,
         *,
         request_id: str = "",
+        grammar: str = "",
     ) -> Answer:
         """Send a request for 8 tokens, or with `params`."""
         name = request_id or f"r{len(self.answers)}"
         params = params or SamplingParams(max_new_tokens=8)
         answer, *others = (
-            Answer(tuple(prompt), params, self.world.now, choice) for choice in range(params.n)
+            Answer(tuple(prompt), params, self.world.now, choice, grammar=grammar)
+            for choice in range(params.n)
         )
         answer.others = others
         self.answers[name] = answer
-        spec, frame = frame_of_token_ids(prompt)
+        tensors = [frame_of_token_ids(prompt)]
+        if grammar:
+            tensors.append(frame_of_bytes(grammar.encode()))
         message = Generate(
-            request_id=name, prompt="token_ids", params=answer.params, tensors=(spec,)
+            request_id=name,
+            prompt="token_ids",
+            params=answer.params,
+            tensors=tuple(spec for spec, _ in tensors),
+            grammar="lark" if grammar else None,
         )
+        self.say(message, tuple(frame for _, frame in tensors))
+        return answer
+
+    def embed(self, prompt: Sequence[int], timeout_s: float | None = None) -> Answer:
+        """Ask for an embedding."""
+        name = f"r{len(self.answers)}"
+        params = SamplingParams(max_new_tokens=1, timeout_s=timeout_s)
+        answer = Answer(tuple(prompt), params, self.world.now, embeds=True)
+        self.answers[name] = answer
+        spec, frame = frame_of_token_ids(prompt)
+        message = Embed(request_id=name, prompt="token_ids", timeout_s=timeout_s, tensors=(spec,))
         self.say(message, (frame,))
         return answer
 
@@ -170,7 +234,7 @@ class SimClient:
         if self.gone:
             return
         try:
-            message, _ = codec.to_client.decode(wire)
+            message, tensors = codec.to_client.decode(wire)
         except RemoteProtocolError:
             self.vanish()
             return
@@ -183,9 +247,18 @@ class SimClient:
                 answer.token_ids += ids
                 answer.token_times += [self.world.now] * len(ids)
                 answer.logprobs += message.logprobs
+                answer.trace += message.trace
+                last = max((step.index for step in message.trace), default=0)
+                assert last < index + max(1, len(ids)), "a step comes before its token"
                 answer.text += text
-                answer.reason = message.finish_reason
-            case Finished(request_id=name) | RequestFailed(request_id=name):
+                answer.reason, answer.stop_string = message.finish_reason, message.stop_string
+            case (
+                Finished(request_id=name)
+                | Embedded(request_id=name)
+                | RequestFailed(request_id=name)
+            ):
+                if isinstance(message, Embedded):
+                    self.answers[name].embedding = floats_of_frame(tensors[0])
                 for answer in self.answers[name].all:
                     assert answer.end is None, "a second end"
                     answer.end, answer.ended_at = message, self.world.now
@@ -206,8 +279,10 @@ class SimClient:
 class FakeDetokenizer:
     """One letter per token; what may be the beginning of a stop string waits."""
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
-        self._stops = stop_strings
+    def __init__(self, rules: events.TextRules) -> None:
+        self._stops = rules.stop_strings
+        self.grammar = rules.grammar.text if rules.grammar else ""
+        self._ids: list[int] = []
         self._text = ""
         self._given = 0
         self._count = 0
@@ -217,15 +292,33 @@ class FakeDetokenizer:
     ) -> events.Detokenized:
         """Return what the core is told."""
         for token in ids:
+            assert token in admitted(self.grammar, self._ids) or token == EOS
+            self._ids.append(token)
             self._text += text_of([token])
             self._count += 1
-            found = [at for stop in self._stops if (at := self._text.find(stop)) >= 0]
+            found = [(at, stop) for stop in self._stops if (at := self._text.find(stop)) >= 0]
             if found:
-                text = self._text[self._given : min(found)]
-                return events.Detokenized(key, choice, text, self._count, stopped=True, last=last)
-        end = len(self._text) if last else len(self._text) - self._held()
+                at, stop = min(found)
+                text = self._text[self._given : at]
+                return events.Detokenized(key, choice, text, self._count, stop, last)
+        may_follow = admitted(self.grammar, self._ids)
+        end = len(self._text) if last or not may_follow else len(self._text) - self._held()
         text, self._given = self._text[self._given : end], end
-        return events.Detokenized(key, choice, text, self._count, stopped=False, last=last)
+        return events.Detokenized(
+            key,
+            choice,
+            text,
+            self._count,
+            stop_string=None,
+            last=last,
+            mask=self.mask(),
+            complete=not may_follow,
+        )
+
+    def mask(self) -> bytes:
+        """Return which tokens may be next; empty without a grammar, and if none may."""
+        may_follow = admitted(self.grammar, self._ids)
+        return mask_of(may_follow) if self.grammar and may_follow else b""
 
     def _held(self) -> int:
         longest = max((len(stop) for stop in self._stops), default=1) - 1

@@ -73,11 +73,32 @@ def mix(*values: int) -> int:
     return state & 0x7FFFFFFF
 
 
-def pick(hidden: int, sampling: Sampling, position: int) -> int:
+def admitted(grammar: str, answer: Sequence[int]) -> list[int]:
+    """Return the tokens that may follow by a made-up grammar; none once it is complete.
+
+    Args:
+        grammar: how many tokens complete it; empty for none.
+    """
+    if not grammar:
+        return list(range(VOCAB))
+    rest = mix(len(answer), *answer[-1:]) % 7 if len(answer) < int(grammar) else 7
+    return [token for token in range(VOCAB) if token % 7 == rest and token not in (EOS, POISON)]
+
+
+def mask_of(token_ids: Sequence[int]) -> bytes:
+    """Return the mask of the tokens that may be sampled."""
+    bits = np.zeros(VOCAB, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def pick(hidden: int, sampling: Sampling, position: int, mask: bytes | None = None) -> int:
     """Return the token at `position`."""
     token = mix(hidden, sampling.seed, int(sampling.temperature * 1000)) % VOCAB
     suppressed = sampling.eos_token_ids if position < sampling.eos_from else ()
-    while token in (POISON, *suppressed):
+    while token in (POISON, *suppressed) or (
+        mask is not None and not mask[token // 8] >> token % 8 & 1
+    ):
         token = (token + 1) % VOCAB
     return token
 
@@ -94,29 +115,31 @@ def reference(
     *,
     choice: int = 0,
     default_max_new_tokens: int = 256,
+    grammar: str = "",
 ) -> list[int]:
     """Return the answer that one machine without faults gives."""
     limit = params.max_new_tokens or default_max_new_tokens
-    return [token for _, token in _generate(prompt, params, choice, limit)]
+    return [token for _, token in _generate(prompt, params, choice, limit, grammar)]
 
 
 def reference_logprobs(
-    prompt: Sequence[int], params: SamplingParams, *, choice: int = 0
+    prompt: Sequence[int], params: SamplingParams, *, choice: int = 0, grammar: str = ""
 ) -> list[TokenLogprobs]:
     """Return what goes with these tokens; needs `logprobs` and `max_new_tokens`."""
     assert params.logprobs is not None
     assert params.max_new_tokens is not None
-    answer = _generate(prompt, params, choice, params.max_new_tokens)
+    answer = _generate(prompt, params, choice, params.max_new_tokens, grammar)
     return [token_logprobs(hidden, token, params.logprobs) for hidden, token in answer]
 
 
 def _generate(
-    prompt: Sequence[int], params: SamplingParams, choice: int, limit: int
+    prompt: Sequence[int], params: SamplingParams, choice: int, limit: int, grammar: str
 ) -> Iterator[tuple[int, int]]:
     """Yield what each token of the answer was picked from, and the token."""
     states = [0] * NUM_LAYERS
     hidden = 0
     tokens = deque(enumerate(prompt))
+    answer: list[int] = []
     ends = () if params.ignore_eos else (EOS,)
     sampling = Sampling(
         temperature=params.temperature or 0.0,
@@ -130,11 +153,32 @@ def _generate(
             hidden = mix(token, position)
             for layer in range(NUM_LAYERS):
                 hidden = states[layer] = mix(states[layer], hidden, layer)
-        token = pick(hidden, sampling, at)
+        may_follow = admitted(grammar, answer)
+        if not may_follow:
+            return
+        token = pick(hidden, sampling, at, mask_of(may_follow))
+        answer.append(token)
         yield hidden, token
         if token in ends:
             return
         tokens.append((at, token))
+
+
+def reference_embedding(prompt: Sequence[int]) -> list[float]:
+    """Return the mean of the last hidden states that one machine without faults gives."""
+    states = [0] * NUM_LAYERS
+    rows = []
+    for position, token in enumerate(prompt):
+        hidden = mix(token, position)
+        for layer in range(NUM_LAYERS):
+            hidden = states[layer] = mix(states[layer], hidden, layer)
+        rows.append([NUM_LAYERS, position, token, hidden])
+    return [float(np.float32(value / len(rows))) for value in _sum(rows)]
+
+
+def _sum(rows: Sequence[Sequence[int]]) -> list[float]:
+    """Return the sum of last hidden states, which is exact in 32 bits."""
+    return [float(sum(row[column] & 0xFFF for row in rows)) for column in range(HIDDEN)]
 
 
 class Missing(StageError):
@@ -207,6 +251,8 @@ class FakeStage:
             self.release(sequence_id)
         if any(part.sequence_id in self._released for part in task.sequences):
             raise Void
+        masks = _masks(task, frames)
+        frames = frames[: len(frames) - bool(masks)]
         token_ids = token_ids_of_frame(frames[0])
         assert len(token_ids) == sum(part.num_tokens for part in task.sequences)
         assert len({part.sequence_id for part in task.sequences}) == len(task.sequences)
@@ -221,20 +267,29 @@ class FakeStage:
         if POISON in token_ids:
             raise StageError("poison")
         sampled, row = list[tuple[int, Sampling, int]](), 0
+        sums: list[list[float]] = []
         for part in task.sequences:
             self._run_slice(part, rows[row : row + part.num_tokens])
             row += part.num_tokens
+            if part.embed:
+                assert not part.sample
+                sums.append(_sum(rows[row - part.num_tokens : row]))
             if part.sample:
                 sampling = self.kv[part.sequence_id].sampling
                 assert sampling is not None
-                token = pick(rows[row - 1][3], sampling, part.start + part.num_tokens)
+                mask = masks.pop(0) if part.masked else None
+                token = pick(rows[row - 1][3], sampling, part.start + part.num_tokens, mask)
                 sampled.append((rows[row - 1][3], sampling, token))
         self.num_computed += row
         assert self.num_blocks <= self._kv_tokens // KV_BLOCK or skipped, "out of memory"
         if self.layers.stop < NUM_LAYERS:
             array = np.asarray(rows, dtype="<i4")
             return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
-        return _answer(sampled) if sampled else ((), ())
+        specs, answer = _answer(sampled) if sampled else ((), ())
+        if sums:
+            specs += (TensorSpec("float32", (len(sums), HIDDEN)),)
+            answer += (np.asarray(sums, dtype="<f4").tobytes(),)
+        return specs, answer
 
     @property
     def num_blocks(self) -> int:
@@ -329,6 +384,16 @@ class FakeStage:
     def _let_go(self, sequence_id: int, buffers: Sequence[Buffer]) -> None:
         for buffer in buffers:
             buffer.readers.pop(sequence_id, None)
+
+
+def _masks(task: Task, frames: tuple[Frame, ...]) -> list[bytes]:
+    assert all(part.sample for part in task.sequences if part.masked)
+    if not task.num_masks:
+        return []
+    count, width = task.tensors[-1].shape
+    assert (count, task.tensors[-1].dtype) == (task.num_masks, "uint8")
+    data = bytes(frames[-1])
+    return [data[at : at + width] for at in range(0, len(data), width)]
 
 
 def _answer(

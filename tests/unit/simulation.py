@@ -263,7 +263,7 @@ class World:
             match action:
                 case events.Send(peer=peer, message=message, frames=frames):
                     self._send_down(peer, message, frames)
-                case events.Tokenize() | events.Detokenize() | events.Forget():
+                case events.Tokenize() | events.Detokenize() | events.Forget() | events.AskText():
                     self._text_at = max(self._text_at, self.now) + self.text_delay_s
                     self.at_time(self._text_at, lambda order=action: self._text(order))  # type: ignore[misc]
                 case events.Study():
@@ -282,16 +282,22 @@ class World:
     def _study(self, study: events.Study) -> None:
         self.at(self.question_s, lambda: self._do(events.Studied(study.question.reply())))
 
-    def _text(self, order: events.Tokenize | events.Detokenize | events.Forget) -> None:
+    def _text(
+        self, order: events.Tokenize | events.Detokenize | events.Forget | events.AskText
+    ) -> None:
         match order:
-            case events.Tokenize(key=key, payload=payload, stop_strings=stops):
-                self._texts[key] = [FakeDetokenizer(stops) for _ in range(order.num_choices)]
-                self.apply(events.Tokenized(key, token_ids_of_frame(payload)))
+            case events.Tokenize(key=key, payload=payload, rules=rules):
+                texts = [FakeDetokenizer(rules) for _ in range(order.num_choices)]
+                self._texts[key] = texts
+                ids = token_ids_of_frame(payload)
+                self.apply(events.Tokenized(key, ids, texts[0].mask() if texts else b""))
             case events.Forget(key=key):
                 self._texts.pop(key, None)
+            case events.AskText(key=key, payload=payload):
+                self.apply(events.TextAnswered(key, payload))
             case events.Detokenize(key=key, choice=choice, token_ids=ids, last=last):
-                if texts := self._texts.get(key):
-                    self.apply(texts[choice].feed(key, choice, ids, last=last))
+                if made := self._texts.get(key):
+                    self.apply(made[choice].feed(key, choice, ids, last=last))
 
     # -------------------------------------------------------------- the network
 

@@ -10,7 +10,11 @@ from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    Embed,
+    EncodePrompt,
     Enrol,
     Generate,
     GetDigests,
@@ -84,7 +88,11 @@ READERS: tuple[WeightRequest, ...] = (
 CLIENTS: tuple[ToCoordinator, ...] = (
     ClientHello(),
     Generate(request_id="r", prompt="token_ids", params=SamplingParams(), tensors=()),
+    Embed(request_id="r", prompt="text", tensors=()),
+    EncodePrompt(request_id="r", prompt="text", tensors=()),
+    DecodeTokens(request_id="r", tensors=()),
     Cancel(request_id="r"),
+    DescribeModel(),
     GetStatus(),
     Ping(),
 )

@@ -459,6 +459,7 @@ def test_a_local_file_says_what_was_chosen_and_nothing_else(tmp_path: Path) -> N
         "coordinator": None,
         "worker": {"coordinator": "192.168.1.100:5555", "name": "pc"},
         "client": None,
+        "api": None,
     }
     assert load(path) == load(overrides=chosen)
     assert all(f"{name}: " in text for _, name in setting_names())

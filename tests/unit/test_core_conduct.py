@@ -124,7 +124,7 @@ def test_the_fifth_fault_ends_the_session_and_the_machine_is_quarantined(what: s
     assert any("machine w1 is quarantined for 5 min" in line for line in world.logs)
     status = world.core.status(now=world.now)
     assert status.quarantined == ("w1",)
-    assert any("machine w1 is quarantined" in text for text in status.events)
+    assert any("machine w1 is quarantined" in event.text for event in status.events)
     assert world.run(lambda: w1.exit is not None, for_s=1.0)
     assert "w1 is quarantined" in str(w1.exit)
     finish(world, answer)  # its layers went to the others, and no token changed

@@ -189,7 +189,7 @@ def test_nobody_is_lost_because_the_coordinator_stood_still() -> None:
     world.core.on_timer(now=silent_at)
     status = world.core.status(now=silent_at)
     assert [worker.state for worker in status.workers] == ["serving", "serving"]
-    assert "the coordinator stood still for 17 min" in status.events[-1]
+    assert "the coordinator stood still for 17 min" in status.events[-1].text
 
 
 # ------------------------------------------------------------------ workers are lost

@@ -327,7 +327,7 @@ def test_a_move_of_which_a_report_cannot_be_read_is_undone_at_once(report: type)
 
     def undone() -> list[str]:
         events = world.core.status(now=world.now).events
-        return [text for text in events if "the move was undone" in text]
+        return [event.text for event in events if "the move was undone" in event.text]
 
     assert world.run(lambda: bool(undone()), for_s=0.5)
     assert "The coordinator cannot read its report" in undone()[0]

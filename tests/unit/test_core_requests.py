@@ -420,3 +420,24 @@ def test_five_hundred_requests_against_a_queue_of_64() -> None:
     assert len(refused) < 400
     finish(world, *(a for a in answers if not a.code))
     assert not [line for line in world.logs if "failed a step" in line]
+
+
+def test_an_answer_with_a_grammar_gets_a_token_for_each_mask() -> None:
+    world = World(text_delay_s=0.3)
+    world.serving(2)
+    bound = world.client().submit((4, 5, 6), SamplingParams(max_new_tokens=40), grammar="5")
+    finish(world, bound)
+    assert (len(bound.token_ids), bound.finish_reason) == (5, "stop")
+    assert min(after - before for before, after in pairwise(bound.token_times)) >= 0.3
+
+
+def test_an_answer_that_waits_for_a_mask_delays_no_other() -> None:
+    world = World(text_delay_s=1.0)
+    world.serving(3)
+    bound = world.client().submit((4, 5, 6), SamplingParams(max_new_tokens=9), grammar="9")
+    world.run(for_s=1.5)  # it has a token, and waits for the next mask
+    before = world.core.status(now=world.now).tokens_generated
+    world.client().submit((1, 2, 3), SamplingParams(max_new_tokens=40, ignore_eos=True))
+    world.run(for_s=2.4)
+    assert world.core.status(now=world.now).tokens_generated >= before + 40
+    finish(world, bound)

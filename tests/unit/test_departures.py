@@ -103,7 +103,7 @@ def test_a_worker_that_serves_may_leave_once_others_have_its_layers() -> None:
     assert [a.peer for a in actions if isinstance(a, Send)] == [b"a"]
     assert parts.moves.move
     assert parts.moves.move.copies
-    assert "worker b is to leave" in parts.event_log.texts[-1]
+    assert "worker b is to leave" in parts.event_log.entries[-1].text
     assert settle(parts) == [], "it waits for the move"
     assert may_leave(moved(parts)) == ["b"]
     assert parts.pipelines.all[0].layers_text == "a 1-6"
@@ -217,7 +217,7 @@ def test_a_worker_that_wants_to_end_does_though_nobody_can_have_its_layers() -> 
     parts.departures.leave(parts.worker("b"))
     actions = settle(parts)
     assert may_leave(actions) == ["b"]
-    assert "cannot hand its layers over" in parts.event_log.texts[-1]
+    assert "cannot hand its layers over" in parts.event_log.entries[-1].text
     assert settle(parts) == [], "told once"
 
 

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from tests.unit.made_tokenizers import (
@@ -19,6 +20,10 @@ from tests.unit.made_tokenizers import (
     texts,
     tokenizer_of,
 )
+
+
+def stopping(*stops: str) -> TextRules:
+    return TextRules(stop_strings=stops)
 
 
 def run_text(run: bytes) -> str:
@@ -110,7 +115,7 @@ def test_pieces_of_any_tokens_join_to_their_text(kind: str, data: st.DataObject)
     pieces = [detokenizer.feed(ids[i : i + batch]) for i in range(0, len(ids), batch)]
     last = detokenizer.finish()
     assert "".join(p.text for p in [*pieces, last]) == text_of(kind, ids)
-    assert (last.token_count, last.stopped) == (len(ids), False)
+    assert (last.token_count, last.stop_string) == (len(ids), None)
 
 
 @given(
@@ -190,7 +195,7 @@ def test_a_long_context_costs_no_more_than_a_short_one(monkeypatch: pytest.Monke
     tokenizer = tokenizer_of("byte-fallback")
     context = tokenizer.encode("hello é ") * 2000
     decoded = counted(monkeypatch)
-    Detokenizer(tokenizer, ["x"], context)
+    Detokenizer(tokenizer, stopping("x"), context)
     assert sum(decoded) < 100
 
 
@@ -217,9 +222,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     decoded: list[int] = []
     original = Tokenizer.decode
 
-    def counting(self: Tokenizer, ids: Sequence[int]) -> str:
+    def counting(self: Tokenizer, ids: Sequence[int], **how: bool) -> str:
         decoded.append(len(ids))
-        return original(self, ids)
+        return original(self, ids, **how)
 
     monkeypatch.setattr(Tokenizer, "decode", counting)
     return decoded
@@ -230,7 +235,7 @@ def test_the_cost_of_a_token_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> N
     for kind in KINDS:
         tokenizer = tokenizer_of(kind)
         decoded.clear()
-        detokenizer = Detokenizer(tokenizer, ["never to be found"])
+        detokenizer = Detokenizer(tokenizer, stopping("never to be found"))
         ids = tokenizer.encode("hello é stop ") * 400
         detokenizer.feed(ids)
         assert sum(decoded) < 40 * len(ids)
@@ -239,14 +244,14 @@ def test_the_cost_of_a_token_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> N
     assert max(decoded) <= 20
     decoded.clear()
     run = [1 + byte for byte in "né你\n".encode()] * 1000
-    Detokenizer(tokenizer_of("byte-fallback"), ["never to be found"]).feed(run)
+    Detokenizer(tokenizer_of("byte-fallback"), stopping("never to be found")).feed(run)
     assert sum(decoded) < 40 * len(run)
 
 
 # ------------------------------------------------------------------ stop strings
 
 
-def oracle(kind: str, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int, bool]:
+def oracle(kind: str, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int, str | None]:
     """The plain way: decode every beginning of the answer in full and look."""
     tokenizer = tokenizer_of(kind)
     names: list[tuple[int, str]] = []  # of special tokens, by their place in the text
@@ -255,38 +260,42 @@ def oracle(kind: str, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, in
         if name := tokenizer.special_name(ids[count - 1]):
             names.append((len(text), name))
         if starts := [*found_in(text, names, stops)]:
-            return text[: min(starts)], count, True
+            at, number = min(starts)
+            return text[:at], count, stops[number]
     text = text_of(kind, ids)
     if starts := [*found_in(text, names, stops)]:
-        return text[: min(starts)], len(ids), True
-    return text, len(ids), False
+        at, number = min(starts)
+        return text[:at], len(ids), stops[number]
+    return text, len(ids), None
 
 
-def found_in(text: str, names: Sequence[tuple[int, str]], stops: Sequence[str]) -> Iterator[int]:
+def found_in(
+    text: str, names: Sequence[tuple[int, str]], stops: Sequence[str]
+) -> Iterator[tuple[int, int]]:
     """Yield where stop strings begin, in the text and in the text with special tokens."""
     chars = [(at, char) for at, char in enumerate(text)]
     for place, name in reversed(names):
         index = next((i for i, (at, _) in enumerate(chars) if at >= place), len(chars))
         chars[index:index] = [(place, char) for char in name]
-    for stop in stops:
+    for number, stop in enumerate(stops):
         if (at := text.find(stop)) >= 0:
-            yield at
+            yield at, number
         if (at := "".join(char for _, char in chars).find(stop)) >= 0:
-            yield chars[at][0]
+            yield chars[at][0], number
 
 
 def check_stops(kind: str, ids: Sequence[int], stops: Sequence[str], batch: int) -> None:
-    text, count, stopped = oracle(kind, ids, stops)
-    detokenizer = Detokenizer(tokenizer_of(kind), stops)
+    text, count, stop = oracle(kind, ids, stops)
+    detokenizer = Detokenizer(tokenizer_of(kind), stopping(*stops))
     shown = ""
     for i in range(0, len(ids), batch):
         piece = detokenizer.feed(ids[i : i + batch])
         shown += piece.text
         assert text.startswith(shown)
-        if piece.stopped:
+        if piece.stop_string is not None:
             break
     last = detokenizer.finish()
-    assert (shown + last.text, last.token_count, last.stopped) == (text, count, stopped)
+    assert (shown + last.text, last.token_count, last.stop_string) == (text, count, stop)
 
 
 @every_kind
@@ -311,7 +320,7 @@ def test_stop_strings_against_the_oracle(kind: str, data: st.DataObject) -> None
 
 def test_a_beginning_of_a_stop_string_waits_and_is_given_out_when_it_was_none() -> None:
     tokenizer = tokenizer_of("byte-level")
-    detokenizer = Detokenizer(tokenizer, ["sts!"])
+    detokenizer = Detokenizer(tokenizer, stopping("sts!"))
     ids = [reference_of("byte-level").backend_tokenizer.token_to_id(c) for c in "aststx"]
     assert [detokenizer.feed([i]).text for i in ids] == ["a", "", "", "", "st", "stx"]
 
@@ -319,15 +328,15 @@ def test_a_beginning_of_a_stop_string_waits_and_is_given_out_when_it_was_none() 
 def test_a_stop_string_within_a_token_counts_that_token() -> None:
     tokenizer = tokenizer_of("byte-level")
     ids = tokenizer.encode("xstop he")[1:]
-    piece = Detokenizer(tokenizer, ["to"]).feed(ids)
-    assert (piece.text, piece.token_count, piece.stopped) == ("xs", 2, True)
+    piece = Detokenizer(tokenizer, stopping("to")).feed(ids)
+    assert (piece.text, piece.token_count, piece.stop_string) == ("xs", 2, "to")
 
 
 def test_a_line_break_made_of_byte_tokens_stops_at_once() -> None:
     tokenizer = tokenizer_of("byte-fallback")
     ids = tokenizer.encode("he\n\nlo")[1:]
-    piece = Detokenizer(tokenizer, ["\n\n"]).feed(ids)
-    assert (piece.text, piece.stopped) == ("he", True)
+    piece = Detokenizer(tokenizer, stopping("\n\n")).feed(ids)
+    assert (piece.text, piece.stop_string) == ("he", "\n\n")
     assert tokenizer.decode(ids[: piece.token_count]) == "he\n\n"
 
 
@@ -337,17 +346,47 @@ def test_a_special_token_stops_without_being_shown(kind: str) -> None:
     end = reference_of(kind).convert_tokens_to_ids("</s>")
     he, lo = tokenizer.encode("he")[1:], tokenizer.encode("lo")[1:]
     for stop in ("</s>", "he</s>", "/"):
-        piece = Detokenizer(tokenizer, [stop]).feed([*he, end, *lo])
-        assert (piece.text, piece.stopped) == ("" if "he" in stop else "he", True)
+        piece = Detokenizer(tokenizer, stopping(stop)).feed([*he, end, *lo])
+        assert (piece.text, piece.stop_string) == ("" if "he" in stop else "he", stop)
         assert piece.token_count == len(he) + 1
-    unstopped = Detokenizer(tokenizer, ["</s>?"])
+    unstopped = Detokenizer(tokenizer, stopping("</s>?"))
     assert "".join(pieces_of(unstopped, [*he, end, *he])) == tokenizer.decode([*he, *he])
 
 
 def test_after_a_stop_nothing_comes() -> None:
     tokenizer = tokenizer_of("byte-level")
-    detokenizer = Detokenizer(tokenizer, ["s"])
+    detokenizer = Detokenizer(tokenizer, stopping("s"))
     before = detokenizer.feed(tokenizer.encode("hes"))
-    assert before.stopped
+    assert before.stop_string == "s"
     assert detokenizer.feed(tokenizer.encode("more")).text == ""
     assert detokenizer.finish().token_count == before.token_count
+
+
+# ------------------------------------------------------------------ special tokens that are shown
+
+
+@every_kind
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_special_tokens_that_are_shown_are_where_the_reference_has_them(
+    kind: str, data: st.DataObject
+) -> None:
+    tokenizer, reference = tokenizer_of(kind), reference_of(kind)
+    begin, end = reference.convert_tokens_to_ids(["<s>", "</s>"])
+    words = data.draw(st.lists(texts.map(lambda text: tokenizer.encode(text)[1:]), max_size=6))
+    marks = data.draw(st.lists(st.sampled_from([begin, end]), min_size=len(words)))
+    ids = [token for mark, word in zip(marks, words, strict=False) for token in (mark, *word)]
+    shown = Detokenizer(tokenizer, TextRules(hidden=(end,)))
+    expected = reference.backend_tokenizer.decode(
+        [token for token in ids if token != end], skip_special_tokens=False
+    )
+    assert "".join(pieces_of(shown, ids)) == expected
+
+
+def test_a_stop_string_in_a_special_token_that_is_shown_ends_before_it() -> None:
+    tokenizer = tokenizer_of("byte-level")
+    begin = reference_of("byte-level").convert_tokens_to_ids("<s>")
+    he = tokenizer.encode("he")[1:]
+    rules = TextRules(stop_strings=("s>",), hidden=())
+    piece = Detokenizer(tokenizer, rules).feed([*he, begin, *he])
+    assert (piece.text, piece.token_count, piece.stop_string) == ("he<", len(he) + 1, "s>")

@@ -100,7 +100,11 @@ class FakeStage:
             self.story.append(("release", *ids))
 
     def run(
-        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden: Tensor | None
+        self,
+        sequences: Sequence[SequenceSlice],
+        token_ids: Tensor,
+        hidden: Tensor | None,
+        masks: object = None,
     ) -> StageOutput:
         self.story.append((token_ids.tolist(), None if hidden is None else hidden.dtype))
         return self.answer()
@@ -300,7 +304,7 @@ def test_task_without_token_ids_is_refused() -> None:
             engine.put(wrong)
             broke = posted.next()
             assert isinstance(broke, ComputeFailed)
-            assert "not token ids and hidden states" in str(broke.error)
+            assert "not token ids, hidden states" in str(broke.error)
 
 
 def test_late_task_of_a_released_sequence_is_dropped_in_silence() -> None:

@@ -100,8 +100,10 @@ def test_an_event_is_kept_and_logged_with_its_level() -> None:
     log.now = 5.0
     action = log.note(EventKind.WAITING, why="nobody is there")
     assert action == Log("waiting: nobody is there", "warning", "waiting")
-    assert log.entries == (Entry(5.0, EventKind.WAITING, facts={"why": "nobody is there"}),)
-    assert log.texts == ("waiting: nobody is there",)
+    assert log.entries == (
+        Entry(5.0, EventKind.WAITING, facts={"why": "nobody is there"}, number=1),
+    )
+    assert log.entries[0].text == "waiting: nobody is there"
 
 
 def test_a_fact_that_is_missing_is_a_bug() -> None:
@@ -120,7 +122,7 @@ def test_it_is_bounded_and_requests_do_not_push_out_the_cluster() -> None:
     for number in range(MAX_EVENTS):
         log.note(EventKind.WORKER_LEFT, worker=B, why=f"said goodbye in {number} languages")
     assert log.story(worker="a") == []
-    assert len(log.texts) == MAX_EVENTS
+    assert len(log.entries) == MAX_EVENTS
 
 
 def test_what_happens_again_is_counted_and_comes_last() -> None:
@@ -128,11 +130,9 @@ def test_what_happens_again_is_counted_and_comes_last() -> None:
     for at, worker in ((1.0, A), (2.0, B), (3.0, A), (65.0, A)):
         log.now = at
         log.note(EventKind.WORKER_LEFT, worker=worker, why="said goodbye")
-    log.now = 75.0
-    assert log.texts == (
-        "worker b said goodbye",
-        "worker a said goodbye (3 times, the last time 10.0 s ago)",
-    )
+    told = [(entry.text, entry.times, entry.number) for entry in log.entries]
+    assert told == [("worker b said goodbye", 1, 2), ("worker a said goodbye", 3, 4)]
+    assert log.counts == {EventKind.WORKER_LEFT: 4}
     assert [(one.at, one.times) for one in log.story(worker="a")] == [(65.0, 3)]
     log.note(EventKind.WORKER_LEFT, worker=A, why="fell silent")
     assert log.entries[-1].text == "worker a fell silent"
@@ -152,13 +152,15 @@ def test_no_kind_of_event_pushes_the_others_out() -> None:
     assert kinds.total() == MAX_EVENTS
     assert abs(kinds[EventKind.LINK_DIRECT] - kinds[EventKind.WORKER_LEFT_OUT]) <= 1
     assert [entry.at for entry in log.entries] == sorted(entry.at for entry in log.entries)
-    assert log.texts[-1] == f"worker b has no layers: it is {3 * MAX_EVENTS - 1} times as slow"
+    assert (
+        log.entries[-1].text == f"worker b has no layers: it is {3 * MAX_EVENTS - 1} times as slow"
+    )
 
 
 def test_a_long_reason_is_cut() -> None:
     log = EventLog()
     log.note(EventKind.WAITING, why="x" * 5000)
-    assert len(log.texts[0]) == 1000
+    assert len(log.entries[0].text) == 1000
 
 
 def test_the_story_of_a_worker_has_the_plans_it_was_part_of_in_order() -> None:

@@ -85,7 +85,7 @@ def test_seventeen_ends_reach_the_workers(params: dict[str, Any]) -> None:
     """Every message that follows from a file can be read."""
     defaults = defaults_of({"eos_token_id": list(range(17)), "min_new_tokens": 2})
     limits = limits_of(defaults, **params)
-    assert limits.eos_token_ids == tuple(range(17))
+    assert limits.end_token_ids == tuple(range(17))
     (sampling,) = limits.sampling
     assert sampling.eos_token_ids == tuple(range(17))
     sent = msgspec.msgpack.encode(sampling)

@@ -21,6 +21,7 @@ from distributed_llm.common.states import IllegalTransition
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
 from distributed_llm.coordinator.cluster.move import MOVE_STATES, Move, MoveCause, MoveState
+from distributed_llm.coordinator.cluster.move_price import Price
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage, PlannedStage
 from distributed_llm.coordinator.serving.pipeline import Pipeline, PipelineState
@@ -65,8 +66,9 @@ class Bench:
             addresses=addresses,
             keys=dict.fromkeys(addresses, NOBODY),
             link_key="key",
-            copies=copies,
-            copy_s=5.0,
+            price=Price(0.0, copies, copy_s=5.0, cached_tokens=0, kv_tokens=640),
+            why="it is better",
+            reason="faster",
             now=10.0,
         )
 

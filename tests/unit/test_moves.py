@@ -243,7 +243,7 @@ def test_a_move_from_beginning_to_end() -> None:
     old, move, actions = begun(parts)
     assert sent(actions) == [("b", LoadStage), ("a", LoadStage)]
     assert (
-        parts.event_log.texts[-1]
+        parts.event_log.entries[-1].text
         == "moving to plan 2: layers 1-2 of 6 on a, 3-6 on b; until now layers 1-3 of 6 on a, 4-6 "
         "on b; because it is better"
     )
@@ -270,7 +270,7 @@ def test_a_move_from_beginning_to_end() -> None:
 def test_a_move_without_the_cache_says_so_and_keeps_what_was_learnt() -> None:
     parts = moving()
     old, move, _ = begun(parts, copies=False)
-    assert "computing its KV cache again; because it is better" in parts.event_log.texts[-1]
+    assert "computing its KV cache again; because it is better" in parts.event_log.entries[-1].text
     loaded(parts)
     parts.moves.settle(now=12.0)
     assert parts.pipelines.all == [move.new]
@@ -323,7 +323,7 @@ def test_nothing_stands_still_where_nothing_runs(prompt: int, stood_still: bool)
     parts.moves.settle(now=12.0)
     assert parts.moves.num_moves == 1
     assert (parts.moves.stall_s > 0) == stood_still
-    assert ("stood still" in parts.event_log.texts[-1]) == stood_still
+    assert ("stood still" in parts.event_log.entries[-1].text) == stood_still
 
 
 def test_steps_under_way_end_before_anything_is_handed_over() -> None:
@@ -349,7 +349,7 @@ def test_a_move_to_stages_without_room_for_what_runs_is_undone() -> None:
         parts.moves.stage_ready(parts.worker(name), said, now=11.0)
     actions = parts.moves.settle(now=11.0)
     assert sent(actions) == [("a", UndoMove), ("b", UndoMove)]
-    assert "have room for 64 tokens, and requests need" in parts.event_log.texts[-1]
+    assert "have room for 64 tokens, and requests need" in parts.event_log.entries[-1].text
     assert (old.state, parts.book.num_running) == (PipelineState.SERVING, 1)
     parts.goes_on()
 
@@ -381,7 +381,7 @@ def test_a_move_that_keeps_a_request_from_running_is_undone() -> None:
     assert parts.moves.next_deadline() == 30.0 != loading_until
     assert parts.moves.on_timer(now=29.9) == []
     assert sent(parts.moves.on_timer(now=30.0)) == [("a", UndoMove), ("b", UndoMove)]
-    assert "waits for the room" in parts.event_log.texts[-1]
+    assert "waits for the room" in parts.event_log.entries[-1].text
     assert parts.book.next_waiting(old.scheduler.kv_tokens, now=30.0) is answer
 
 
@@ -398,7 +398,7 @@ def test_a_move_that_is_undone_leaves_everything_as_it_was(state: MoveState) -> 
     assert sent(actions) == [("a", UndoMove), ("b", UndoMove), ("c", UndoMove)]
     assert parts.moves.move is None
     assert (parts.moves.failures, parts.moves.undone_at) == (1, 13.0)
-    assert "the move was undone: a test" in parts.event_log.texts[-1]
+    assert "the move was undone: a test" in parts.event_log.entries[-1].text
     assert old.state is PipelineState.SERVING
     assert move.new.state is PipelineState.ENDED
     assert parts.worker("c").layers is None
@@ -491,7 +491,7 @@ def test_copying_that_takes_too_long_ends_and_what_is_left_is_sent() -> None:
     assert due == pytest.approx(11.0 + 30.0 + 4 * 6.0)
     assert sent(parts.moves.on_timer(now=due)) == [("a", HandOver), ("b", HandOver)]
     assert sent(parts.moves.on_timer(now=due + 10.0))[0] == ("a", UndoMove)
-    assert "handover took too long" in parts.event_log.texts[-1]
+    assert "handover took too long" in parts.event_log.entries[-1].text
 
 
 def test_how_fast_a_worker_loads_is_learnt_from_what_it_had_to_read() -> None:

@@ -361,7 +361,9 @@ def test_a_better_plan_is_moved_to_once_it_was_confirmed() -> None:
     assert loads(confirmed(parts, BETTER)) == ["a", "b"]
     assert parts.moves.move
     assert parts.moves.move.new.layer_map == BETTER.layer_map
-    assert parts.event_log.texts[-1].endswith("because this should be 2.0 times as fast under load")
+    assert parts.event_log.entries[-1].text.endswith(
+        "because this should be 2.0 times as fast under load"
+    )
     layer_map = ranges_of(("a", 0, 1), ("b", 1, 6))
     again = Alternative(layer_map, gain=0.1, uncertainty=0.0, standstill_s=0.0, measured=True)
     assert (

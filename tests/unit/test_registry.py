@@ -132,7 +132,15 @@ def beat(*, waiting: int = 0, age_s: float = 0.0, loading: bool = False) -> Hear
 
 
 def status_of(worker: Worker, *, now: float) -> WorkerStatus:
-    return worker.status(next_layers=None, prediction_error=None, gain=None, advice="", now=now)
+    return worker.status(
+        next_layers=None,
+        prediction_error=None,
+        gain=None,
+        advice="",
+        kv_used_bytes=3,
+        kv_room_bytes=4,
+        now=now,
+    )
 
 
 def test_heartbeat_is_kept_and_shown(registry: Registry) -> None:
@@ -140,6 +148,7 @@ def test_heartbeat_is_kept_and_shown(registry: Registry) -> None:
     registry.heartbeat(A, beat())
     status = status_of(worker, now=3.5)
     assert (status.memory_used_bytes, status.kv_bytes, status.last_heard_s) == (5, 7, 2.5)
+    assert (status.kv_used_bytes, status.kv_room_bytes) == (3, 4)
     assert (status.name, status.state, status.layers) == ("pc", "idle", None)
     assert status_of(worker, now=0.5).last_heard_s == 0.0
 

@@ -145,7 +145,7 @@ def test_a_second_loss_is_planned_for_once_the_first_is() -> None:
     assert asked(second) == ["c"]
     assert parts.pipelines.recovering
     actions = answered(parts, question_of(second))
-    assert "the model is still served by 1 pipeline" in parts.event_log.texts[-1]
+    assert "the model is still served by 1 pipeline" in parts.event_log.entries[-1].text
     assert not any(isinstance(action, Study) for action in actions)
     assert not parts.pipelines.recovering
 
@@ -209,7 +209,7 @@ def test_without_anybody_who_can_hold_it_requests_fail_and_layers_are_freed() ->
     ]
     assert parts.pipelines.state == "waiting"
     assert "are missing" in parts.pipelines.note
-    assert parts.event_log.texts[-1].startswith("waiting: ")
+    assert parts.event_log.entries[-1].text.startswith("waiting: ")
 
 
 def test_a_plan_that_cannot_be_bettered_stays() -> None:
@@ -217,7 +217,7 @@ def test_a_plan_that_cannot_be_bettered_stays() -> None:
     parts.worker("a").leaving = True
     answered(parts, question_of(parts.replanning.plan_anew()))
     assert layers(parts) == ["a 1-3, b 4-6"]
-    assert parts.event_log.texts[-1].startswith("layers stay as they are: ")
+    assert parts.event_log.entries[-1].text.startswith("layers stay as they are: ")
 
 
 def test_a_worker_that_no_plan_fits_is_told_why() -> None:
@@ -231,9 +231,9 @@ def test_a_worker_that_no_plan_fits_is_told_why() -> None:
 
 def test_another_pipeline_that_does_not_fit_is_not_mentioned() -> None:
     parts = serving(c=100)
-    before = parts.event_log.texts
+    before = parts.event_log.entries
     assert answered(parts, question_of(parts.replanning.add_pipeline())) == []
-    assert parts.event_log.texts == before
+    assert parts.event_log.entries == before
 
 
 def test_so_many_have_to_join_before_the_first_plan() -> None:
@@ -377,7 +377,7 @@ def test_while_one_pipeline_serves_nobody_says_that_no_worker_is_there() -> None
     parts.serve(("a", 0, 6))
     parts.serve(("b", 0, 6))
     answered(parts, question_of(remove(parts, "b")))
-    assert parts.event_log.texts[-1] == (
+    assert parts.event_log.entries[-1].text == (
         "worker b serves its layers no longer; the model is still served by 1 pipeline"
     )
 

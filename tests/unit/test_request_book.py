@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from distributed_llm.common import codec
@@ -97,11 +98,23 @@ class Bench:
         self.book.requeue(self.scheduler.evacuate())
 
     def text_sent(self) -> None:
-        event = Detokenized(self.key, 0, "text", num_tokens=2, stopped=False, last=True)
+        event = Detokenized(self.key, 0, "text", num_tokens=2, stop_string=None, last=True)
         self.actions = self.book.detokenized(event, now=3.0)
 
+    def embedded(self) -> None:
+        self.answer.request.embeds = True
+        step = self.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+        assert step is not None
+        sums = [np.ones(4, dtype=np.float32)]
+        done = StepDone(step, [], [], (), depth=1, round_trip_s=0.1, sums=sums)
+        self.actions = self.book.step_done(done, self.scheduler.complete(step, sums), now=2.0)
+
     def stop_string(self) -> None:
-        event = Detokenized(self.key, 0, "text", num_tokens=1, stopped=True, last=False)
+        event = Detokenized(self.key, 0, "text", num_tokens=1, stop_string="stop", last=False)
+        self.actions = self.book.detokenized(event, now=3.0)
+
+    def grammar_complete(self) -> None:
+        event = Detokenized(self.key, 0, "text", 1, stop_string=None, last=False, complete=True)
         self.actions = self.book.detokenized(event, now=3.0)
 
     def failed(self) -> None:
@@ -115,7 +128,9 @@ DEEDS: dict[AnswerCause, Deed] = {
     AnswerCause.PIPELINE_GONE: Bench.pipeline_gone,
     AnswerCause.LAST_TOKEN: Bench.last_token,
     AnswerCause.TEXT_SENT: Bench.text_sent,
+    AnswerCause.EMBEDDED: Bench.embedded,
     AnswerCause.STOP_STRING: Bench.stop_string,
+    AnswerCause.GRAMMAR_COMPLETE: Bench.grammar_complete,
     AnswerCause.FAILED: Bench.failed,
 }
 UP_TO: dict[AnswerState, tuple[Deed, ...]] = {
@@ -165,11 +180,12 @@ def test_any_other_raises(state: AnswerState, cause: AnswerCause) -> None:
     assert bench.answer.state is state
 
 
+@pytest.mark.parametrize("ends", [Bench.stop_string, Bench.grammar_complete])
 @pytest.mark.parametrize("state", UP_TO, ids=lambda state: state.name.lower())
-def test_a_stop_string_ends_the_request_in_every_state(state: AnswerState) -> None:
+def test_the_text_may_end_the_request_in_every_state(state: AnswerState, ends: Deed) -> None:
     """Also of an answer that waits: the text of its tokens comes after it lost its pipeline."""
     bench = bench_in(state)
-    bench.stop_string()
+    ends(bench)
     chunk, finished, forget = bench.actions
     assert isinstance(chunk, Send)
     assert isinstance(chunk.message, TokenChunk)
@@ -222,7 +238,7 @@ def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
 @pytest.mark.parametrize("text", ["\n" * 16_385, "👩" * 16_384], ids=["many", "wide"])
 def test_a_long_piece_of_text_comes_in_messages_that_a_client_can_read(text: str) -> None:
     bench = bench_in(AnswerState.CLOSING)
-    event = Detokenized(bench.key, 0, text, num_tokens=2, stopped=False, last=True)
+    event = Detokenized(bench.key, 0, text, num_tokens=2, stop_string=None, last=True)
     *chunks, finished, _ = bench.book.detokenized(event, now=3.0)
     read = []
     for chunk in chunks:
@@ -291,7 +307,7 @@ def test_log_probabilities_are_freed_when_they_are_sent() -> None:
         done = StepDone(step, [TOKEN], [logprobs], (), depth=1, round_trip_s=0.1)
         bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
         assert len(bench.answer.logprobs) == 1
-        text = Detokenized(bench.key, 0, "x", count, stopped=False, last=False)
+        text = Detokenized(bench.key, 0, "x", count, stop_string=None, last=False)
         (send,) = bench.book.detokenized(text, now=2.0)
         assert isinstance(send, Send)
         assert isinstance(send.message, TokenChunk)
@@ -311,7 +327,7 @@ def test_log_probabilities_are_spelled_out() -> None:
     assert isinstance(order, Detokenize)
     assert order.spell == (TOKEN, 1, 2)
     spelled = (Spelling(written=b"x"), Spelling(written=b"<s>", is_text=False), None)
-    text = Detokenized(bench.key, 0, "x", 1, stopped=False, last=False, spelled=spelled)
+    text = Detokenized(bench.key, 0, "x", 1, stop_string=None, last=False, spelled=spelled)
     (send,) = bench.book.detokenized(text, now=2.0)
     assert isinstance(send, Send)
     assert isinstance(send.message, TokenChunk)
@@ -339,7 +355,9 @@ def test_log_probabilities_after_a_stop_string_are_freed_too() -> None:
             step, [TOKEN], [TokenLogprobs(logprob=-1.0, top=())], (), depth=1, round_trip_s=0.1
         )
         bench.book.step_done(done, bench.scheduler.complete(step), now=2.0)
-    bench.book.detokenized(Detokenized(bench.key, 0, "x", 1, stopped=True, last=False), now=2.0)
+    bench.book.detokenized(
+        Detokenized(bench.key, 0, "x", 1, stop_string="stop", last=False), now=2.0
+    )
     assert bench.answer.logprobs == []
 
 

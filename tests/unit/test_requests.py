@@ -10,6 +10,7 @@ from distributed_llm.common.errors import (
     InvalidRequest,
     NotEnoughMemory,
 )
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import (
     Generate,
     SharedPrefix,
@@ -21,13 +22,17 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.sampling_params import MAX_SEED, Sampling, SamplingParams
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import Epoch, LayerRange, PeerId, SequenceId, WorkerId
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
     DEFAULT_MAX_NEW_TOKENS,
     Limits,
+    named_tokens,
     resolve,
+    text_rules,
     wrong_prompt,
 )
 from distributed_llm.coordinator.requests.request import Answer, Request
@@ -52,6 +57,10 @@ def limits_of(
         kv_tokens=kv,
         seed=77,
     )
+
+
+def params_of(**params: Any) -> SamplingParams:
+    return SamplingParams.from_arguments(params)
 
 
 def request_of(limits: Limits, prompt: int = 3, **params: Any) -> Request:
@@ -155,6 +164,12 @@ def test_length_of_the_checkpoint_is_a_wish_and_of_the_request_an_order() -> Non
     with pytest.raises(ContextLengthExceeded):
         limits_of(long, max_new_tokens=91)
     assert limits_of(defaults_of({"max_new_tokens": 8})).max_new_tokens == 8
+
+
+def test_length_that_may_be_less_is_what_there_is_room_for() -> None:
+    assert limits_of(max_new_tokens=5000, fit_context=True).max_new_tokens == 90
+    assert limits_of(max_new_tokens=5000, fit_context=True, kv=64).max_new_tokens == 54
+    assert limits_of(max_new_tokens=5, fit_context=True).max_new_tokens == 5
 
 
 def test_context_exceeded_names_both_numbers() -> None:
@@ -284,8 +299,79 @@ def test_last_token_that_is_eos_counts_as_stop() -> None:
 
 
 def test_eos_of_the_request_replaces_the_checkpoints() -> None:
-    assert limits_of(eos_token_id=[7, 8]).eos_token_ids == (7, 8)
-    assert limits_of(eos_token_id=[]).eos_token_ids == ()
+    assert limits_of(eos_token_id=[7, 8]).end_token_ids == (7, 8)
+    assert limits_of(eos_token_id=[]).end_token_ids == ()
+
+
+def test_stop_tokens_end_the_answer_besides_eos_and_even_without() -> None:
+    assert limits_of(stop_token_ids=[7, 2]).end_token_ids == (2, 7)
+    assert limits_of(stop_token_ids=7, ignore_eos=True).end_token_ids == (7,)
+    assert sampling_of(min_new_tokens=2, stop_token_ids=[7]).eos_token_ids == (2, 7)
+    assert named_tokens(params_of(stop_token_ids=[7])) == (7,)
+    answer = answer_of(limits_of(stop_token_ids=[7]))
+    answer.append(7, None, now=1.0)
+    assert answer.finish_reason == "stop"
+
+
+def test_shown_are_all_special_tokens_but_those_that_end_the_answer() -> None:
+    assert text_rules(params_of(stop_strings="x"), PLAIN) == TextRules(("x",))
+    shown = params_of(skip_special_tokens=False, stop_token_ids=[7], ignore_eos=True)
+    assert text_rules(shown, PLAIN) == TextRules(hidden=(2, 7))
+
+
+SPEC, TEXT = TensorSpec("int32", (2,)), TensorSpec("uint8", (2,))
+
+
+def generate(grammar: Any, *specs: TensorSpec) -> Generate:
+    return Generate(
+        request_id="r", prompt="token_ids", params=SamplingParams(), tensors=specs, grammar=grammar
+    )
+
+
+def test_prompt_and_grammar_are_told_apart() -> None:
+    assert split(generate(None, SPEC), (b"prompt",)) == (b"prompt", None)
+    assert split(generate("json_object"), ()) == (b"", Grammar("json_object"))
+    assert split(generate("json_object", SPEC), (b"prompt",)) == (b"prompt", Grammar("json_object"))
+    regex = Grammar("regex", "é")
+    assert split(generate("regex", SPEC, TEXT), (b"prompt", "é".encode())) == (b"prompt", regex)
+    assert split(generate("regex", TEXT), ("é".encode(),)) == (b"", regex)
+    for frames in ((), (b"prompt", b"\xff"), (b"prompt", b"")):
+        with pytest.raises(InvalidRequest, match="grammar"):
+            split(generate("regex"), frames)
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (generate(None, SPEC, TEXT), "2 tensors, not 1"),
+        (generate("regex", SPEC, SPEC), "int32"),
+        (generate("regex", SPEC, TensorSpec("uint8", (2**20 + 1,))), "at most 1,048,576"),
+        (generate("regex", TEXT, TEXT), "prompt travels as int32"),
+    ],
+)
+def test_other_tensors_than_prompt_and_grammar_are_refused(message: Generate, why: str) -> None:
+    wrong = wrong_inputs(message, 100)
+    assert wrong is not None
+    assert why in str(wrong)
+
+
+def test_what_ends_an_answer_may_come_where_its_grammar_is_complete() -> None:
+    grammar = Grammar("regex", "a")
+    usual = text_rules(params_of(stop_token_ids=[7]), PLAIN, grammar)
+    assert (usual.grammar, usual.ends) == (grammar, (2,))
+    assert text_rules(params_of(ignore_eos=True), PLAIN, grammar).ends == ()
+
+
+def test_no_token_is_forced_on_a_grammar() -> None:
+    forcing = defaults_of({"forced_eos_token_id": 3, "forced_bos_token_id": 4})
+    free, bound = (
+        resolve(
+            params_of(), forcing, prompt_tokens=1, kv_tokens=1024, seed=1, constrained=constrained
+        ).sampling[0]
+        for constrained in (False, True)
+    )
+    assert (free.forced_bos_token_id, free.forced_eos_token_ids) == (4, (3,))
+    assert (bound.forced_bos_token_id, bound.forced_eos_token_ids) == (None, ())
 
 
 def test_eos_in_the_prompt_ends_nothing() -> None:
@@ -422,7 +508,7 @@ def complaint(prompt: Any, dtype: Any, size: int, context: int = 100) -> Invalid
     """Return what is wrong with a prompt tensor of this dtype and size."""
     spec = TensorSpec(dtype, (size,))
     message = Generate(request_id="r", prompt=prompt, params=SamplingParams(), tensors=(spec,))
-    return wrong_prompt(message, context)
+    return wrong_prompt(message.prompt, message.tensors, context)
 
 
 @pytest.mark.parametrize(
@@ -448,4 +534,4 @@ def test_prompt_that_no_context_can_hold() -> None:
 
 def test_empty_text() -> None:
     message = Generate(request_id="r", prompt="text", params=SamplingParams(), tensors=())
-    assert wrong_prompt(message, 100) is None
+    assert wrong_prompt(message.prompt, message.tensors, 100) is None

@@ -22,6 +22,7 @@ from distributed_llm.common.sampling_params import (
 
 EVERYTHING: dict[str, Any] = {
     "max_new_tokens": 10,
+    "fit_context": True,
     "min_new_tokens": 2,
     "temperature": 0.7,
     "top_k": 40,
@@ -40,8 +41,11 @@ EVERYTHING: dict[str, Any] = {
     "seed": 7,
     "stop_strings": ["a", "b"],
     "eos_token_id": [1, 2],
+    "stop_token_ids": [9],
     "ignore_eos": True,
+    "skip_special_tokens": False,
     "timeout_s": 30.0,
+    "trace": True,
 }
 
 
@@ -52,6 +56,7 @@ def test_every_parameter_can_be_given() -> None:
         **EVERYTHING,
         "stop_strings": ("a", "b"),
         "eos_token_id": (1, 2),
+        "stop_token_ids": (9,),
         "bad_words_ids": ((5, 6), (7,)),
         "suppress_tokens": (8,),
     }
@@ -208,6 +213,7 @@ def test_the_bounds_are_allowed(name: str, value: Any) -> None:
         ("eos_token_id", "1"),
         ("ignore_eos", 1),
         ("ignore_eos", "yes"),
+        ("trace", 1),
         ("timeout_s", 0),
         ("timeout_s", -1.0),
         ("timeout_s", 1e7),

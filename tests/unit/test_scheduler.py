@@ -125,7 +125,7 @@ class Bench:
             self.run()
         self.scheduler.remove(answer, keep=True)
         self.scheduler.validate()
-        self.scheduler.take_prefix_hit_tokens()
+        self.scheduler.take_prefix_tokens()
         return answer
 
 
@@ -539,7 +539,7 @@ def test_what_an_answer_kept_is_found_by_the_next(bench: Bench) -> None:
     assert bench.scheduler.hit_length(answer) == 50  # its last token was not computed
     assert bench.admit(answer)
     assert (answer.num_computed_tokens, answer.num_cached_tokens) == (50, 50)
-    assert bench.scheduler.take_prefix_hit_tokens() == 50
+    assert bench.scheduler.take_prefix_tokens()[1] == 50
     step = bench.step()
     assert parts(step) == [(1, 50, 3, True)]
     assert prefixes(step) == [SharedPrefix(sequence_id=SequenceId(1), length=50, take=True)]
@@ -608,7 +608,7 @@ def test_follower_waits_until_the_common_part_is_computed_and_shares_it() -> Non
     step = bench.step()
     assert parts(step) == [(1, 150, 30, True)]
     assert prefixes(step) == [SharedPrefix(sequence_id=SequenceId(id_of(leader)), length=150)]
-    assert bench.scheduler.take_prefix_hit_tokens() == 150
+    assert bench.scheduler.take_prefix_tokens()[1] == 150
 
 
 @pytest.mark.parametrize(("keep", "start"), [(False, 0), (True, 50)])

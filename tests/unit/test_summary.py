@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_llm import summary
-from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.messages import ClusterStatus, EventStatus
+from distributed_llm.common.types import Epoch, LayerRange
 from tests.grammar import faults_of
 from tests.wire.test_status_command import status, worker
 
@@ -49,6 +49,20 @@ def test_moves_stop_nobody_while_nothing_runs(
 ) -> None:
     shown = [line for line in lines(status(moves=moves, move_stall_s=stall_s)) if "moved" in line]
     assert shown == ([expected] if expected else [])
+
+
+def test_what_happened_again_says_how_often() -> None:
+    event = EventStatus(
+        number=9,
+        kind="worker_lost",
+        level="warning",
+        text="worker a fell silent",
+        age_s=10,
+        epoch=Epoch(0),
+    )
+    assert summary.event_line(event) == "worker a fell silent"
+    again = msgspec.structs.replace(event, times=3)
+    assert summary.event_line(again) == "worker a fell silent (3 times, the last time 10.0 s ago)"
 
 
 counts = st.integers(0, 3) | st.integers(0, 2**40)

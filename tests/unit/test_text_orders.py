@@ -11,15 +11,19 @@ from distributed_llm.common.errors import InvalidRequest, TextError
 from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
+    AskText,
     Detokenize,
     Detokenized,
     Forget,
     RequestKey,
+    TextAnswered,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
 from distributed_llm.coordinator.text.messages import (
+    Answered,
     AnswerText,
     Begun,
     Drop,
@@ -27,6 +31,7 @@ from distributed_llm.coordinator.text.messages import (
     Failed,
     Order,
     Prompt,
+    Question,
     Reply,
     Resume,
     Texts,
@@ -44,7 +49,7 @@ def key(number: int) -> RequestKey:
 
 
 def prompt(number: int, choices: int = 1) -> Tokenize:
-    return Tokenize(key(number), "text", b"Hi", choices, ("stop",))
+    return Tokenize(key(number), "text", b"Hi", choices, TextRules(("stop",)))
 
 
 def tokens(number: int, *ids: int, choice: int = 0) -> Detokenize:
@@ -57,7 +62,9 @@ def encoded(number: int, *ids: int) -> Encoded:
 
 
 def texts(*numbers: int, failures: Sequence[Failed] = ()) -> Texts:
-    pieces = tuple(AnswerText(number, 0, "x", 1, stopped=False, last=False) for number in numbers)
+    pieces = tuple(
+        AnswerText(number, 0, "x", 1, stop_string=None, last=False) for number in numbers
+    )
     return Texts(pieces=pieces, failures=tuple(failures))
 
 
@@ -81,11 +88,11 @@ def test_only_what_it_worked_on_fails_with_the_text_process(orders: TextOrders) 
     second = orders.tokens([tokens(2, 22), tokens(3, 31)])
     assert isinstance(first, Tokens)
     assert orders.died(DIED) == [TextFailed(key(1), DIED), TextFailed(key(4), DIED)]
-    resumed = {"stop_strings": ("stop",), "context": (7, 8)}
+    resumed = {"rules": TextRules(("stop",)), "context": (7, 8)}
     assert orders.again() == [
         Resume(request=2, answers=((), (21,)), **resumed),  # type: ignore[arg-type]
         Resume(request=3, answers=((), ()), **resumed),  # type: ignore[arg-type]
-        Prompt(request=5, kind="text", payload=b"Hi", num_choices=2, stop_strings=("stop",)),
+        Prompt(request=5, kind="text", payload=b"Hi", num_choices=2, rules=TextRules(("stop",))),
         second,
     ]
     assert [type(event) for event in orders.replied(texts(2, 3))] == [Detokenized, Detokenized]
@@ -103,6 +110,20 @@ def test_what_is_to_be_spelled_out_goes_there_and_comes_back(orders: TextOrders)
     assert isinstance(event, Detokenized)
     assert event.spelled == spelled
     assert Unpacker(Reply).feed(pack(told)) == [told]
+
+
+def test_masks_come_with_the_prompt_and_with_every_text() -> None:
+    orders = TextOrders()
+    orders.prompt(prompt(1))
+    first = msgspec.structs.replace(encoded(1, 7), mask=b"first")
+    assert orders.replied(first) == [Tokenized(key(1), [7], b"first")]
+    orders.tokens([tokens(1, 11)])
+    (piece,) = texts(1).pieces
+    told = Texts(pieces=(msgspec.structs.replace(piece, mask=b"next", complete=True),))
+    (event,) = orders.replied(told)
+    assert isinstance(event, Detokenized)
+    assert (event.mask, event.complete) == (b"next", True)
+    assert Unpacker(Reply).feed(pack(first) + pack(told)) == [first, told]
 
 
 def test_an_idle_text_process_takes_no_request_with_it() -> None:
@@ -148,7 +169,7 @@ def test_a_failure_has_the_class_that_it_was_raised_with(orders: TextOrders) -> 
 @pytest.mark.parametrize("size", [1, 7, 4096])
 def test_messages_are_cut_out_of_any_stream(size: int) -> None:
     sent: list[Order] = [
-        Prompt(request=1, kind="chat", payload=b"x" * 999, num_choices=1, stop_strings=("é",)),
+        Prompt(request=1, kind="chat", payload=b"x" * 999, num_choices=1, rules=TextRules(("é",))),
         Drop(request=2),
         Tokens(answers=()),
     ]
@@ -161,3 +182,18 @@ def test_messages_are_cut_out_of_any_stream(size: int) -> None:
 def test_what_is_no_message_is_an_error() -> None:
     with pytest.raises(msgspec.DecodeError):
         Unpacker(Reply).feed((3).to_bytes(8, "big") + b"\xc1\xc1\xc1")
+
+
+def test_a_question_is_asked_again_of_the_next_process_unless_the_last_worked_on_it() -> None:
+    orders = TextOrders()
+    order = orders.question(AskText(key(1), "text", b"Hi", special=False))
+    assert order == Question(request=1, kind="text", payload=b"Hi", special=False)
+    assert orders.died(DIED) == []
+    assert orders.again() == [order]
+    orders.replied(Begun(request=1, num_bytes=2))
+    assert orders.died(DIED) == [TextFailed(key(1), DIED)]
+    orders.question(AskText(key(2), "text", b"Hi", special=False))
+    answered = Answered(request=2, payload=b"four")
+    assert orders.replied(answered) == [TextAnswered(key(2), b"four")]
+    assert orders.replied(answered) == []
+    assert orders.again() == []

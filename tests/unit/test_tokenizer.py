@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.messages import Chat, ChatMessage, Spelling
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.tokenizer import Tokenizer
 from tests.unit.made_tokenizers import (
@@ -114,11 +115,11 @@ def test_a_folder_without_tokenizer_serves_ids_only(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="token ids"):
         tokenizer.encode_chat(Chat(messages=(ChatMessage(role="user", content="hello"),)))
     with pytest.raises(InvalidRequest, match="stop strings"):
-        Detokenizer(tokenizer, ["x"])
+        Detokenizer(tokenizer, TextRules(("x",)))
     assert tokenizer.spell([1, 2]) == ()
     detokenizer = Detokenizer(tokenizer)
     piece = detokenizer.feed([1, 2, 3])
-    assert (piece.text, piece.token_count, piece.stopped) == ("", 3, False)
+    assert (piece.text, piece.token_count, piece.stop_string) == ("", 3, None)
     assert detokenizer.finish().text == ""
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distributed_llm.coordinator.requests.totals import Totals
+from distributed_llm.coordinator.requests.totals import TimeCounts, Totals
 
 
 def finished(*times: float) -> Totals:
@@ -45,3 +45,12 @@ def test_between_a_second_and_ten_minutes() -> None:
 
 def test_many_at_once() -> None:
     assert finished(5.0, 5.0, 5.0).seconds_for(50) == 1.0
+
+
+def test_times_are_counted_in_the_buckets_whose_bounds_include_them() -> None:
+    counts = TimeCounts((0.1, 1.0, 10.0))
+    for seconds in (0.0, 0.1, 0.100001, 1.0, 5.0, 10.5, 99.0):
+        counts.add(seconds)
+    histogram = counts.histogram
+    assert histogram.counts == (2, 2, 1, 2)
+    assert histogram.sum_s == pytest.approx(115.700001)

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from distributed_llm import (
     AsyncDistributedClient,
@@ -37,6 +38,7 @@ from distributed_llm.common.messages import (
     Generate,
     RequestFailed,
     Spelling,
+    StepTrace,
     ToClient,
     TokenLogprobs,
     WorkerDrained,
@@ -45,6 +47,7 @@ from distributed_llm.common.tensors import token_ids_of_frame
 from tests.fake_coordinator import TIMINGS, USAGE, FakeCoordinator, Script, failed, finished, piece
 from tests.fault_proxy import FaultProxy, Faults
 from tests.waiting import eventually
+from tests.wire.strategies import example
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -84,6 +87,21 @@ def interleaved(request: Generate) -> list[ToClient]:
         piece(request, "z", 9, choice=0, index=2, end="length"),
         finished(request),
     ]
+
+
+def test_a_trace_comes_with_its_tokens(
+    coordinator: FakeCoordinator, client: DistributedClient
+) -> None:
+    step = example(StepTrace)
+    coordinator.script = lambda request: [
+        structs.replace(piece(request, ""), trace=(step,)),
+        structs.replace(piece(request, "a", 1), trace=(step, step)),
+        piece(request, "b", 2, index=1, end="length"),
+        finished(request),
+    ]
+    chunks = list(client.stream("Hi", trace=True))
+    assert [chunk.trace for chunk in chunks] == [(step,), (step, step), (), ()]
+    assert coordinator.requests[0].params.trace
 
 
 ENDED: list[tuple[str, list[int], FinishReason]] = [

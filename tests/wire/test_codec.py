@@ -37,6 +37,10 @@ from distributed_llm.common.messages import (
     Chat,
     ChatMessage,
     ClusterStatus,
+    DecodeTokens,
+    Embed,
+    Embedded,
+    EncodePrompt,
     Generate,
     Goodbye,
     Heartbeat,
@@ -44,7 +48,10 @@ from distributed_llm.common.messages import (
     KVPieces,
     MembersReport,
     Message,
+    ModelDescribed,
+    ModelInfo,
     PeerProbe,
+    PromptEncoded,
     RequestFailed,
     SequenceSlice,
     SharedPrefix,
@@ -56,6 +63,7 @@ from distributed_llm.common.messages import (
     TaskResult,
     TokenChunk,
     TokenLogprobs,
+    TokensDecoded,
     Welcome,
     WorkerHello,
 )
@@ -146,8 +154,17 @@ def test_the_examples_cover_every_message_and_direction() -> None:
     tags = [kind.__struct_config__.tag for _, kind in CASES]
     assert len(set(tags)) == len({kind for _, kind in CASES})  # one tag, one message
     tensors = {kind for _, kind in CASES if hasattr(example(kind), "tensors")}
-    with_frames = {Generate, KVEnd, KVPieces, MembersReport, PeerProbe, StatusReport, Task}
-    assert tensors == {*with_frames, TaskResult}
+    of_clients = {DecodeTokens, Embed, EncodePrompt, Generate}
+    to_clients = {
+        Embedded,
+        MembersReport,
+        ModelDescribed,
+        PromptEncoded,
+        StatusReport,
+        TokensDecoded,
+    }
+    of_workers = {KVEnd, KVPieces, PeerProbe, Task, TaskResult}
+    assert tensors == of_clients | to_clients | of_workers
 
 
 def chat_of(*messages: ChatMessage) -> Chat:
@@ -168,6 +185,14 @@ def test_status_comes_back(status: ClusterStatus) -> None:
     payload = encode_payload(status)
     assert codec.decode_status(payload) == status
     assert msgpack.unpackb(payload) == plain(status)
+
+
+@settings(max_examples=25, deadline=None)
+@given(info=values(msgspec.inspect.type_info(ModelInfo)))
+def test_what_is_said_of_a_model_comes_back(info: ModelInfo) -> None:
+    payload = encode_payload(info)
+    assert codec.decode_model_info(payload) == info
+    assert msgpack.unpackb(payload) == plain(info)
 
 
 # ------------------------------------------------------------------ damage

@@ -150,8 +150,10 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
     }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
     flags += ["--stop", "a", "--stop", "b", "--ignore-eos", "--timeout", "1500ms", "--json"]
+    flags += ["--fit-context"]
     flags += ["--bad-words-ids", "5,9", "--bad-words-ids", "4", "--suppress-tokens", "1, 2"]
     flags += ["--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--eos-token-id", "3,8"]
+    flags += ["--stop-token-ids", "9", "--show-special-tokens"]
     done = dllm(coordinator, "generate", "Hi", *flags)
     assert done.exit_code == 0
     arrived = msgspec.to_builtins(coordinator.requests[0].params)
@@ -159,13 +161,16 @@ def test_every_parameter_has_an_option_that_arrives(coordinator: FakeCoordinator
         **numbers,
         "stop_strings": ("a", "b"),
         "ignore_eos": True,
+        "fit_context": True,
         "timeout_s": 1.5,
         "bad_words_ids": ((5, 9), (4,)),
         "suppress_tokens": (1, 2),
         "logit_bias": {5: -1.5, 6: 2.0},
         "eos_token_id": (3, 8),
+        "stop_token_ids": (9,),
+        "skip_special_tokens": False,
     }
-    assert arrived.keys() == set(SamplingParams.__struct_fields__)
+    assert arrived.keys() == set(SamplingParams.__struct_fields__) - {"trace"}
 
 
 def test_a_model_without_a_tokenizer_is_asked_with_token_ids(coordinator: FakeCoordinator) -> None:

@@ -82,7 +82,7 @@ async def test_a_coordinator_that_stood_still_loses_nobody(jump: Callable[[], No
                 jump()
                 status = await client.status()
                 assert [one.name for one in status.workers] == ["pc"]
-                assert any("stood still" in event for event in status.events)
+                assert any("stood still" in event.text for event in status.events)
         finally:
             worker.close()
 

@@ -15,15 +15,21 @@ from distributed_llm.common.messages import (
     Capabilities,
     ClusterStatus,
     DrainWorker,
+    EventStatus,
     WorkerDrained,
     WorkerStatus,
 )
-from distributed_llm.common.types import LayerRange
+from distributed_llm.common.types import Epoch, LayerRange
 from tests.fake_coordinator import FakeCoordinator
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(60)
 GIB = 2**30
+
+
+SERVING = EventStatus(
+    number=7, kind="plan_serving", level="info", text="serving plan 3", age_s=9.0, epoch=Epoch(3)
+)
 
 
 def worker(name: str, **more: Any) -> WorkerStatus:
@@ -81,7 +87,7 @@ def status(*workers: WorkerStatus, **more: Any) -> ClusterStatus:
         "requests_failed": 0,
         "tokens_generated": 77,
         "rejected": {},
-        "events": ("serving plan 3",),
+        "events": (SERVING,),
     }
     return ClusterStatus(workers=workers, **{**known, **more})
 

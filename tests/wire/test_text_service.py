@@ -18,11 +18,14 @@ from distributed_llm.common.errors import CheckpointError, TextError
 from distributed_llm.common.messages import Chat, ChatMessage
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.events import (
+    AskText,
     Detokenize,
     Detokenized,
     Forget,
     RequestKey,
+    TextAnswered,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
@@ -54,7 +57,7 @@ class Bench:
             self.events.put_nowait(event)
 
     def prompt(self, number: int, payload: bytes = b"he") -> None:
-        self.service.perform([Tokenize(key(number), "text", payload, 1, ())])
+        self.service.perform([Tokenize(key(number), "text", payload, 1, TextRules())])
 
     def tokens(self, number: int, *ids: int) -> None:
         self.service.perform([Detokenize(key(number), 0, ids, last=False)])
@@ -105,7 +108,7 @@ async def test_prompts_and_answers() -> None:
         made.tokens(1, *ids_after("he", " wo"))
         assert await made.text(1) == " wo"
         ready = await made.service.ready()
-        assert ready.end_token == Tokenizer.load(folder_of("byte-fallback")).end_token
+        assert ready.facts.end_token == Tokenizer.load(folder_of("byte-fallback")).end_token
 
 
 @on_loop
@@ -119,6 +122,21 @@ async def test_a_long_prompt_delays_neither_texts_nor_other_prompts() -> None:
         made.prompt(3)
         await made.encoded(3)
         assert len(await made.encoded(2)) > 400_000
+
+
+@on_loop
+async def test_a_long_question_delays_neither_texts_nor_prompts() -> None:
+    async with bench() as made:
+        made.prompt(1)
+        await made.encoded(1)
+        made.service.perform([AskText(key(2), "text", LONG, special=False)])
+        made.tokens(1, *ids_after("he", " wo"))
+        assert await made.text(1) == " wo"
+        made.prompt(3)
+        await made.encoded(3)
+        answer = await made.events.get()
+        assert isinstance(answer, TextAnswered)
+        assert len(answer.payload) > 4 * 400_000
 
 
 @on_loop
@@ -171,7 +189,7 @@ async def test_a_chat_template_that_never_ends_costs_one_request(
         made.prompt(1)
         await made.encoded(1)
         monkeypatch.setattr(text_service, "_PROMPT_S", 0.0)
-        made.service.perform([Tokenize(key(2), "chat", chat, 1, ())])
+        made.service.perform([Tokenize(key(2), "chat", chat, 1, TextRules())])
         error = await made.failure(2)
         assert isinstance(error, TextError)
         assert "made no progress" in str(error)

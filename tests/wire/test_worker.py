@@ -63,7 +63,7 @@ class FakeStage:
     def reset(self) -> None:
         pass
 
-    def run(self, sequences: Any, token_ids: Any, hidden_states: Any) -> StageOutput:
+    def run(self, sequences: Any, token_ids: Any, hidden_states: Any, masks: Any) -> StageOutput:
         if hidden_states is None:
             return StageOutput(hidden_states=2.0 * token_ids[:, None])
         return StageOutput(token_ids=(token_ids + hidden_states[:, 0]).to(torch.int32))

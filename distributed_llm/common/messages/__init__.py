@@ -46,7 +46,11 @@ from distributed_llm.common.messages.from_client import (
     ChatMessage,
     ClientHello,
     CreateToken,
+    DecodeTokens,
+    DescribeModel,
     DrainWorker,
+    Embed,
+    EncodePrompt,
     Enrol,
     Generate,
     GetMembers,
@@ -76,6 +80,20 @@ from distributed_llm.common.messages.from_worker import (
     TaskResult,
     WorkerHello,
 )
+from distributed_llm.common.messages.of_status import (
+    ClusterStatus,
+    Counters,
+    EventStatus,
+    ForecastStatus,
+    HeldLayers,
+    Histogram,
+    Latencies,
+    LinkStatus,
+    MoveStatus,
+    PipelineStatus,
+    StageStatus,
+    WorkerStatus,
+)
 from distributed_llm.common.messages.of_weights import (
     MAX_CHUNK_BYTES,
     Chunk,
@@ -96,25 +114,31 @@ from distributed_llm.common.messages.to_anybody import (
 )
 from distributed_llm.common.messages.to_client import (
     MAX_SPELLING,
+    MAX_TRACED,
     ClientWelcome,
     ClusterMembers,
-    ClusterStatus,
+    Embedded,
     Enrolled,
     Finished,
     FinishReason,
     MachineStatus,
     MembersReport,
+    ModelDescribed,
+    ModelInfo,
+    PromptEncoded,
     RequestFailed,
     Spelling,
+    StageHop,
     StageTiming,
     StatusReport,
+    StepTrace,
     Timings,
     TokenChunk,
     TokenLogprobs,
+    TokensDecoded,
     TokenStatus,
     Usage,
     WorkerDrained,
-    WorkerStatus,
 )
 from distributed_llm.common.messages.to_worker import (
     MAX_RANGES,
@@ -154,6 +178,7 @@ __all__ = [
     "MAX_SPELLING",
     "MAX_STAGES",
     "MAX_TENSORS",
+    "MAX_TRACED",
     "NOT_SERVED",
     "PROTOCOL_VERSION",
     "Address",
@@ -171,16 +196,24 @@ __all__ = [
     "ClusterMembers",
     "ClusterStatus",
     "CopyKV",
+    "Counters",
     "CreateToken",
+    "DecodeTokens",
+    "DescribeModel",
     "DigestsReport",
     "DrainWorker",
     "DropStage",
+    "Embed",
+    "Embedded",
+    "EncodePrompt",
     "Enrol",
     "Enrolled",
+    "EventStatus",
     "FetchProgress",
     "FinishReason",
     "Finished",
     "Flops",
+    "ForecastStatus",
     "FromClient",
     "FromWorker",
     "Generate",
@@ -193,6 +226,8 @@ __all__ = [
     "HandOver",
     "HandedOver",
     "Heartbeat",
+    "HeldLayers",
+    "Histogram",
     "KVCopied",
     "KVEnd",
     "KVFailed",
@@ -201,8 +236,10 @@ __all__ = [
     "KVTaken",
     "KVTransfer",
     "Label",
+    "Latencies",
     "Leaving",
     "LinkReport",
+    "LinkStatus",
     "LoadStage",
     "MachineStatus",
     "MayLeave",
@@ -210,9 +247,12 @@ __all__ = [
     "Message",
     "Microseconds",
     "MissingPositions",
+    "ModelDescribed",
     "ModelDescription",
+    "ModelInfo",
     "ModelReport",
     "ModelSource",
+    "MoveStatus",
     "Name",
     "NextStage",
     "NoChunk",
@@ -223,7 +263,9 @@ __all__ = [
     "PeerProbed",
     "PeerWelcome",
     "Ping",
+    "PipelineStatus",
     "Pong",
+    "PromptEncoded",
     "ReadChunk",
     "ReadmitMachine",
     "Refused",
@@ -240,12 +282,15 @@ __all__ = [
     "SharedPrefix",
     "Spelling",
     "StageFailed",
+    "StageHop",
     "StageReady",
+    "StageStatus",
     "StageTime",
     "StageTimes",
     "StageTiming",
     "StageTrial",
     "StatusReport",
+    "StepTrace",
     "Task",
     "TaskFailed",
     "TaskResult",
@@ -263,6 +308,7 @@ __all__ = [
     "TokenChunk",
     "TokenLogprobs",
     "TokenStatus",
+    "TokensDecoded",
     "ToolCall",
     "UndoMove",
     "Usage",
@@ -295,7 +341,11 @@ WorkerReport = (
 
 ClientRequest = (
     Generate
+    | Embed
+    | EncodePrompt
+    | DecodeTokens
     | Cancel
+    | DescribeModel
     | GetStatus
     | DrainWorker
     | GetMembers
@@ -334,7 +384,11 @@ ToClient = (
     | ClientWelcome
     | TokenChunk
     | Finished
+    | Embedded
+    | PromptEncoded
+    | TokensDecoded
     | RequestFailed
+    | ModelDescribed
     | StatusReport
     | WorkerDrained
     | MembersReport

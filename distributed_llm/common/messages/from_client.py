@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from distributed_llm.common.grammar import GrammarKind
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import Label, Message, Name, RequestId, Value
 from distributed_llm.common.roles import Role
@@ -72,15 +73,66 @@ class Generate(Message, frozen=True, kw_only=True, tag="generate"):
     """Client -> coordinator: generate answers to a prompt.
 
     `tensors` holds the prompt: "text" as UTF-8 bytes (uint8), "token_ids" as int32, "chat" as
-    msgpack of `Chat` (uint8). An empty text has no tensor.
+    msgpack of `Chat` (uint8). An empty text has no tensor. The text of a grammar, unless it is
+    empty, follows in a tensor of its own (uint8).
 
     Attributes:
         request_id: chosen by the client, which uses none twice at the same time.
+        grammar: kind of the grammar that the answers have to follow; None if there is none.
     """
 
     request_id: RequestId
     prompt: Literal["text", "token_ids", "chat"]
     params: SamplingParams
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=2)]
+    grammar: GrammarKind | None = None
+
+
+class EncodePrompt(Message, frozen=True, kw_only=True, tag="encode_prompt"):
+    """Client -> coordinator: tell the token ids of a prompt; answered by `PromptEncoded`.
+
+    `tensors` holds the prompt as in `Generate`.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
+        add_special_tokens: for a text, whether with those that start or end a prompt; those of a
+            conversation are in its chat template.
+    """
+
+    request_id: RequestId
+    prompt: Literal["text", "chat"]
+    add_special_tokens: bool = True
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
+class DecodeTokens(Message, frozen=True, kw_only=True, tag="decode_tokens"):
+    """Client -> coordinator: tell the text of token ids; answered by `TokensDecoded`.
+
+    `tensors` holds them as int32; no tokens have no tensor.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
+        skip_special_tokens: whether the text is without special tokens.
+    """
+
+    request_id: RequestId
+    skip_special_tokens: bool = False
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
+class Embed(Message, frozen=True, kw_only=True, tag="embed"):
+    """Client -> coordinator: compute the embedding of a prompt; answered by `Embedded`.
+
+    `tensors` holds the prompt as in `Generate`.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
+        timeout_s: time from the request's arrival after which it fails; None for never.
+    """
+
+    request_id: RequestId
+    prompt: Literal["text", "token_ids"]
+    timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
 
 
@@ -88,6 +140,10 @@ class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """Client -> coordinator: end a request; answered by `RequestFailed`, code "cancelled"."""
 
     request_id: RequestId
+
+
+class DescribeModel(Message, frozen=True, kw_only=True, tag="describe_model"):
+    """Client -> coordinator: what is served? Answered by `ModelDescribed`."""
 
 
 class GetStatus(Message, frozen=True, kw_only=True, tag="get_status"):

@@ -7,9 +7,8 @@ from msgspec import Meta
 
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages.base import (
+    MAX_STAGES,
     Addresses,
-    Capabilities,
-    FetchProgress,
     Label,
     Message,
     Name,
@@ -18,7 +17,7 @@ from distributed_llm.common.messages.base import (
     Value,
 )
 from distributed_llm.common.roles import Role
-from distributed_llm.common.tensors import TensorSpec
+from distributed_llm.common.tensors import DtypeName, TensorSpec
 from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, TokenId
 
 FinishReason = Literal["stop", "length"]
@@ -82,6 +81,63 @@ class TokenLogprobs(
     spelled: Annotated[tuple[Spelling | None, ...], Meta(max_length=1 + MAX_LIKELIEST)] = ()
 
 
+class StageHop(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """What one stage did in one step, for all tokens of the step.
+
+    Attributes:
+        bytes_in: what came in: activations, or token ids at the first stage.
+        link_s: how long these take on the link from the stage before, by what was measured of that
+            link; None if nothing was, and at the first stage.
+        queued_s: from their arrival until they were computed.
+        compute_s: for which they were computed.
+    """
+
+    worker: Name
+    layers: LayerRange
+    bytes_in: Count
+    link_s: Seconds | None
+    queued_s: Seconds
+    compute_s: Seconds
+
+
+class StepTrace(Value, frozen=True, kw_only=True):
+    """One step through all stages, as one answer in it sees it.
+
+    Attributes:
+        index: of the token of the answer that it sampled, or that it prepared for: part of a
+            prompt, or tokens that are computed again after a loss.
+        sampled: whether it sampled that token.
+        epoch: of the plan.
+        start: position of its first token of this answer's sequence, the prompt included.
+        tokens: of this answer's sequence that it computed.
+        step_tokens: tokens that it computed of all sequences.
+        step_sequences: sequences in it.
+        began_s: when it began, since the request arrived.
+        took_s: from then until its result was there.
+        outside_s: the measured part of that outside of stages and their queues: on all links, and
+            to and from the coordinator.
+        hops: the stages in the order of the layers.
+    """
+
+    index: Count
+    sampled: bool
+    epoch: Epoch
+    start: Count
+    tokens: Count
+    step_tokens: Count
+    step_sequences: Count
+    began_s: Seconds
+    took_s: Seconds
+    outside_s: Seconds
+    hops: Annotated[tuple[StageHop, ...], Meta(max_length=MAX_STAGES)]
+
+
+MAX_TRACED = 64
+"""Steps that are reported of those that led to one token; the latest are."""
+
+
 class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_defaults=True):
     """Coordinator -> client: the next piece of an answer.
 
@@ -91,6 +147,8 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
         text: complete characters only; may be empty while a character is unfinished.
         logprobs: one per token id, if they were asked for.
         finish_reason: in the last chunk of the answer, why it ends.
+        stop_string: in that chunk, the stop string that ended it; None if none did.
+        trace: the steps that led to its tokens, oldest first, if they were asked for.
     """
 
     request_id: RequestId
@@ -100,6 +158,8 @@ class TokenChunk(Message, frozen=True, kw_only=True, tag="token_chunk", omit_def
     token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=4096)]
     logprobs: Annotated[tuple[TokenLogprobs, ...], Meta(max_length=4096)] = ()
     finish_reason: FinishReason | None = None
+    stop_string: Annotated[str, Meta(max_length=256)] | None = None
+    trace: Annotated[tuple[StepTrace, ...], Meta(max_length=MAX_TRACED)] = ()
 
 
 class Usage(Value, frozen=True, kw_only=True):
@@ -147,6 +207,28 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     request_id: RequestId
     usage: Usage
     timings: Timings
+
+
+class Embedded(Message, frozen=True, kw_only=True, tag="embedded"):
+    """Coordinator -> client: answers `Embed`; `tensors` is [embedding [hidden_size] float32]."""
+
+    request_id: RequestId
+    usage: Usage
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+
+
+class PromptEncoded(Message, frozen=True, kw_only=True, tag="prompt_encoded"):
+    """Coordinator -> client: answers `EncodePrompt`: the token ids, int32; no tensor for none."""
+
+    request_id: RequestId
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
+class TokensDecoded(Message, frozen=True, kw_only=True, tag="tokens_decoded"):
+    """Coordinator -> client: answers `DecodeTokens`: the text in UTF-8; no tensor for none."""
+
+    request_id: RequestId
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
 
 
 class RequestFailed(Message, frozen=True, kw_only=True, tag="request_failed"):
@@ -248,94 +330,45 @@ class MembersReport(Message, frozen=True, kw_only=True, tag="members_report"):
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)] = ()
 
 
-class WorkerStatus(Value, frozen=True, kw_only=True):
-    """One worker, as the coordinator sees it.
+class ModelInfo(Value, frozen=True, kw_only=True):
+    """The model that a coordinator serves. It travels as msgpack in a tensor frame.
 
     Attributes:
-        state: "idle" (no layers), "loading", "serving", "leaving" or "unfit" (see `note`).
-        layers: the layers that it serves or loads.
-        next_layers: the layers that it loads to serve instead, or None.
-        link: how its results reach the next stage: "direct", "relayed" by the coordinator, or "" if
-            there is no next stage or it has not reported.
-        seconds_per_token: measured time of its stage per decoded token; None before the first.
-        prediction_error: median of |predicted - measured| / measured over its latest tasks; None
-            if it is not known.
-        gain: throughput of the cluster with this worker over that without it, minus 1; None if it
-            is not known, or if nothing can be served without it.
-        advice: what the gain means, for people; empty if it is not known.
-        last_heard_s: time since its last message.
-        fetch: how far the weights that it loads have arrived; None if it needs none from others.
+        name: as it was given to the coordinator: a folder, or an id of the hub.
+        model_type: the architecture's name in transformers ("llama").
+        architecture: the model's class in transformers ("LlamaForCausalLM"); empty if its files
+            name none.
+        context_length: positions of prompt and answer together.
+        dtype: in which it is served.
+        num_parameters: numbers in its weights, those of the files.
+        weight_bytes: that the weights take in memory, each layer held once.
+        eos_token_ids: tokens that end an answer.
+        has_tokenizer: whether it takes and gives text; else token ids only.
+        special_tokens: how the special tokens are written that the tokenizer names, by their names
+            in transformers: `{"bos_token": "<s>", "eos_token": "</s>"}`.
+        chat_template: Jinja text that writes out conversations; None if there is none.
     """
 
-    name: Name
-    state: Literal["idle", "loading", "serving", "leaving", "unfit"]
-    note: Text
-    layers: LayerRange | None
-    next_layers: LayerRange | None
-    epoch: Epoch
-    link: Literal["direct", "relayed", ""]
-    capabilities: Capabilities
-    memory_used_bytes: Count
-    kv_bytes: Count
-    weight_bytes: Count
-    tasks_done: Count
-    compute_s: Seconds
-    seconds_per_token: Seconds | None
-    prediction_error: Seconds | None
-    gain: float | None
-    advice: Text
-    last_heard_s: Seconds
-    fetch: FetchProgress | None = None
-
-
-class ClusterStatus(Value, frozen=True, kw_only=True):
-    """The whole cluster, as the coordinator sees it. It travels as msgpack in a tensor frame.
-
-    Attributes:
-        state: "waiting" (for workers, see `note`), "loading" or "serving".
-        epoch: epoch of the newest plan that is served or loaded; 0 before the first.
-        kv_tokens: positions of KV cache that all pipelines have room for.
-        kv_tokens_used: positions of them that running answers take.
-        kv_tokens_cached: positions of them that prefixes of ended sequences take.
-        prefix_hit_tokens: positions that were shared with another sequence instead of computed.
-        preemptions: how often a running answer gave up its KV cache to an older one.
-        moves: how often layers have moved between workers while the model was served.
-        move_stall_s: how long answers stood still in the latest move; 0 if none ran meanwhile.
-        answers_running: answers that run on a pipeline.
-        answers_waiting: answers that wait for one.
-        requests_finished: requests that were answered completely.
-        requests_cancelled: requests that their clients cancelled, or whose clients are gone.
-        requests_failed: requests that ended with an error, refused ones included.
-        rejected: number of messages that were dropped, by reason.
-        events: the latest events, oldest first; what happened several times is one of them.
-        insecure: no keys are used: whoever reaches the port may do everything.
-        quarantined: names of the machines that broke the protocol, and may not connect for now.
-    """
-
-    model: str
-    state: Literal["waiting", "loading", "serving"]
-    note: str
-    epoch: Epoch
+    name: str
+    model_type: str
+    architecture: str
     num_layers: Count
+    hidden_size: Count
+    vocab_size: Count
     context_length: Count
-    kv_tokens: Count
-    kv_tokens_used: Count
-    kv_tokens_cached: Count
-    prefix_hit_tokens: Count
-    preemptions: Count
-    moves: Count
-    move_stall_s: Seconds
-    answers_running: Count
-    answers_waiting: Count
-    requests_finished: Count
-    requests_cancelled: Count
-    requests_failed: Count
-    tokens_generated: Count
-    rejected: dict[str, Count]
-    workers: tuple[WorkerStatus, ...]
-    events: tuple[str, ...]
-    insecure: bool = False
-    quarantined: tuple[Name, ...] = ()
+    dtype: DtypeName
+    num_parameters: Count
+    weight_bytes: Count
+    eos_token_ids: tuple[TokenId, ...]
+    has_tokenizer: bool
+    special_tokens: dict[str, str]
+    chat_template: str | None
+
+
+class ModelDescribed(Message, frozen=True, kw_only=True, tag="model_described"):
+    """Coordinator -> client: answers `DescribeModel`; `tensors` is [msgpack of `ModelInfo`]."""
+
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
 
 
 class StatusReport(Message, frozen=True, kw_only=True, tag="status_report"):

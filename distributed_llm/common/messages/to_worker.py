@@ -224,6 +224,8 @@ class SequenceSlice(
         sampling: how to sample from now on; in the first slice that samples, and again after the
             sequence may have been lost.
         prefix: in the first slice of a sequence whose first `start` positions are shared.
+        masked: whether a mask says which tokens may be sampled.
+        embed: whether to sum up the model's last hidden states at these positions; does not sample.
     """
 
     sequence_id: SequenceId
@@ -232,13 +234,17 @@ class SequenceSlice(
     sample: bool = False
     sampling: Sampling | None = None
     prefix: SharedPrefix | None = None
+    masked: bool = False
+    embed: bool = False
 
 
 class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     """Coordinator -> worker, or worker -> worker: one step on one stage, for a packed batch.
 
-    `tensors` is [token_ids [tokens] int32] and, on all stages but the first,
-    hidden_states [tokens, hidden_size] in the wire dtype; tokens is the sum of `num_tokens`.
+    `tensors` is [token_ids [tokens] int32], and on all stages but the first
+    hidden_states [tokens, hidden_size] in the wire dtype; tokens is the sum of `num_tokens`. If any
+    slice is masked, masks [masked slices, bytes] uint8 follow: bit i % 8 of byte i // 8, the lowest
+    first, says whether token i may be sampled; tokens beyond must not be.
 
     Attributes:
         oldest: steps with smaller numbers are void and must not be run.
@@ -257,6 +263,11 @@ class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     released: SequenceIds = ()
     route: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
     timings: StageTimes = ()
+
+    @property
+    def num_masks(self) -> int:
+        """Number of slices with a mask."""
+        return sum(part.masked for part in self.sequences)
 
 
 class ReleaseSequences(Message, frozen=True, kw_only=True, tag="release_sequences"):

@@ -8,6 +8,7 @@ from distributed_llm.common.tensors import ITEM_BYTES
 from distributed_llm.coordinator.cluster.pipelines import Pipelines
 from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.model import ServedModel
+from distributed_llm.coordinator.requests.text_questions import TextQuestions
 from distributed_llm.coordinator.serving.event_log import EventLog
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from distributed_llm.coordinator.serving.request_book import RequestBook
@@ -22,6 +23,7 @@ class Cluster:
         registry: who is there.
         pipelines: who serves which layers.
         book: what clients asked for.
+        questions: what they asked about text.
         measurements: how fast machines and links are.
         event_log: what happened lately.
     """
@@ -31,6 +33,7 @@ class Cluster:
     registry: Registry
     pipelines: Pipelines
     book: RequestBook
+    questions: TextQuestions
     measurements: Measurements
     event_log: EventLog
 
@@ -56,6 +59,11 @@ class Cluster:
             draw_seed=draw_seed,
             share_prefixes=settings.share_prefixes == "all",
         )
+        questions = TextQuestions(
+            model.defaults.context_length,
+            max_waiting=settings.max_waiting_requests,
+            draw_number=book.draw_number,
+        )
         measurements = Measurements(
             model.cost,
             item_bytes=ITEM_BYTES[model.dtype],
@@ -70,7 +78,7 @@ class Cluster:
             event_log,
             draw_key=lambda: f"{draw_seed():016x}{draw_seed():016x}",
         )
-        return cls(model, settings, registry, pipelines, book, measurements, event_log)
+        return cls(model, settings, registry, pipelines, book, questions, measurements, event_log)
 
     def needed_tokens(self, pipeline: Pipeline) -> int:
         """Return the positions of KV cache without which a new plan would fail requests."""

@@ -284,7 +284,7 @@ class Departures:
         departure.moves += 1
         departure.enter(_C.MOVE_BEGAN)
         why = f"worker {worker.id} is to leave"
-        return self._moves.begin(pipeline, plan, price, why=why, now=now)
+        return self._moves.begin(pipeline, plan, price, why=why, reason="leaving", now=now)
 
     def _dismiss(
         self,

@@ -15,15 +15,20 @@ caches, and the requests compute their tokens again.
 
 from collections.abc import Mapping
 from enum import Enum
+from typing import Literal
 
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import CopyKV, DropStage, HandOver, KVTransfer, UndoMove
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import PeerId
 from distributed_llm.coordinator.cluster.kv_transfers import transfers_between
+from distributed_llm.coordinator.cluster.move_price import Price
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.pipeline import Pipeline
+
+MoveReason = Literal["faster", "leaving"]
+"""Why layers move: another plan is faster, or a worker is to leave."""
 
 
 class MoveState(Enum):
@@ -110,8 +115,9 @@ class Move:
         addresses: where the workers of `new` may be reached.
         keys: that they hold.
         link_key: the secret by which the workers of `new` know each other.
-        copies: whether the KV cache goes along.
-        copy_s: how long copying it should take.
+        price: what it is expected to cost, and whether the KV cache goes along.
+        why: what it is for, for people.
+        reason: the same, one of a few.
         now: clock seconds.
 
     Attributes:
@@ -120,6 +126,7 @@ class Move:
         transfers: of KV cache, between workers.
         began_at: when it began, clock seconds.
         paused_at: since when no steps begin, clock seconds; None before that.
+        copied_bytes: KV cache that workers have copied.
     """
 
     def __init__(
@@ -130,14 +137,19 @@ class Move:
         addresses: Mapping[PeerId, tuple[str, ...]],
         keys: Mapping[PeerId, PublicKey],
         link_key: str,
-        copies: bool,
-        copy_s: float,
+        price: Price,
+        why: str,
+        reason: MoveReason,
         now: float,
     ) -> None:
         self.old = old
         self.new = new
-        self.copies = copies
-        self.transfers = transfers_between(old.stages, new.stages) if copies else []
+        self.price = price
+        self.why = why
+        self.reason = reason
+        self.copies = price.copies
+        self.copied_bytes = 0
+        self.transfers = transfers_between(old.stages, new.stages) if self.copies else []
         self.began_at = now
         self.paused_at: float | None = None
         self.state = MOVE_STATES.initial
@@ -145,7 +157,7 @@ class Move:
         self._addresses = addresses
         self._keys = keys
         self._link_key = link_key
-        self._copy_limit_s = _COPY_LIMIT_S + COPY_SLOWDOWN * copy_s
+        self._copy_limit_s = _COPY_LIMIT_S + COPY_SLOWDOWN * price.copy_s
         self._awaited: set[PeerId] = set()  # who has not copied, or handed over, yet
 
     # -------------------------------------------------------------- who has a part in it

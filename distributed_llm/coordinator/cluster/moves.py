@@ -3,6 +3,7 @@
 A move that fails in any state is undone, and the pipeline goes on as it was.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 from distributed_llm.common.messages import (
@@ -14,7 +15,12 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.types import NO_EPOCH, Epoch, LayerRange, WorkerId
 from distributed_llm.coordinator.cluster.cluster import Cluster
-from distributed_llm.coordinator.cluster.move import COPY_SLOWDOWN, Move, MoveState
+from distributed_llm.coordinator.cluster.move import (
+    COPY_SLOWDOWN,
+    Move,
+    MoveReason,
+    MoveState,
+)
 from distributed_llm.coordinator.cluster.move_price import MovePrices, Price, added_bytes
 from distributed_llm.coordinator.cluster.worker import Worker
 from distributed_llm.coordinator.events import Action, Send
@@ -33,6 +39,8 @@ class Moves:
         move: the one that is under way, or None.
         prices: tells what moves are expected to cost.
         num_moves: that were committed.
+        begun: moves that were begun, by reason.
+        copied_bytes: KV cache that was copied in moves, by reason.
         stall_s: how long answers stood still in the latest one, s; 0 if none ran meanwhile.
         failures: how many moves in a row were undone, without those that showed for the first time
             that two workers cannot reach each other.
@@ -46,6 +54,8 @@ class Moves:
         self.prices = MovePrices(cluster)
         self.move: Move | None = None
         self.num_moves = 0
+        self.begun: Counter[str] = Counter()
+        self.copied_bytes: Counter[str] = Counter()
         self.stall_s = 0.0
         self.failures = 0
         self.undone_at = 0.0
@@ -74,12 +84,24 @@ class Moves:
     # -------------------------------------------------------------- beginning
 
     def begin(
-        self, old: Pipeline, plan: Plan, price: Price, *, why: str, now: float
+        self,
+        old: Pipeline,
+        plan: Plan,
+        price: Price,
+        *,
+        why: str,
+        reason: MoveReason = "faster",
+        now: float,
     ) -> list[Action]:
         """Move a pipeline that serves to a plan of its own workers and idle ones.
 
         Args:
+            old: the pipeline.
+            plan: for it.
             price: of this move; there is room for old and new layers.
+            why: what it is for, for people.
+            reason: the same, one of a few.
+            now: clock seconds.
         """
         assert self.move is None
         assert price.kv_tokens is not None
@@ -96,10 +118,12 @@ class Moves:
             },
             keys={stage.peer: self._pipelines.worker(stage).key for stage in new.stages},
             link_key=key,
-            copies=price.copies,
-            copy_s=price.copy_s,
+            price=price,
+            why=why,
+            reason=reason,
             now=now,
         )
+        self.begun[reason] += 1
         orders = self._pipelines.load_orders(new, key, beside=old.epoch, transfers=move.transfers)
         note = self._log.note(
             EventKind.MOVE_BEGAN,
@@ -164,6 +188,8 @@ class Moves:
         if move is None or move.state is not MoveState.COPYING:
             return []
         self.prices.copied(said.bytes_sent, now - move.state_at)
+        move.copied_bytes += said.bytes_sent
+        self.copied_bytes[move.reason] += said.bytes_sent
         return move.copied(worker.peer, now=now)
 
     def handed_over(self, worker: Worker, said: HandedOver) -> None:

@@ -212,7 +212,7 @@ class Pipelines:
         """Queue the requests of a pipeline for another one; it serves no more."""
         if pipeline.scheduler:
             self._book.collect(pipeline.scheduler)
-        self._book.requeue(pipeline.dissolve())
+        self._book.totals.recovered += self._book.requeue(pipeline.dissolve())
 
     def commit(self, old: Pipeline, new: Pipeline) -> None:
         """Let the new pipeline of a move take the place of the old one.

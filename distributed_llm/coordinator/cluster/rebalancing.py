@@ -70,6 +70,8 @@ class _Outlook:
         advised_at: when advice was asked for last, likewise.
         advised: the workers that it was about, and the epochs that were served.
         tokens_per_s: expected rate of the plan; None before the first search.
+        served: what is expected of the plan under its demand; None before the first search.
+        better: the same of the best plan that was found, if that is a better one.
         unconfirmed: whether the last search found a better plan, which has to be found again.
     """
 
@@ -77,6 +79,8 @@ class _Outlook:
     advised_at: float = 0.0
     advised: tuple[frozenset[WorkerId], frozenset[Epoch]] = (frozenset(), frozenset())
     tokens_per_s: float | None = None
+    served: Forecast | None = None
+    better: Forecast | None = None
     unconfirmed: bool = False
 
 
@@ -106,6 +110,14 @@ class Rebalancing:
     def advice(self) -> Mapping[WorkerId, Advice]:
         """What each worker is worth, by the latest search; empty once other pipelines serve."""
         return self._advice if self._advised_epochs == self._served_epochs else {}
+
+    def forecasts(self, pipeline: Pipeline) -> tuple[Forecast, Forecast | None] | None:
+        """Return what is expected of a pipeline's plan, and of the best one if that is better.
+
+        None if nothing was searched for it.
+        """
+        outlook = self._outlooks.get(pipeline.epoch)
+        return (outlook.served, outlook.better) if outlook and outlook.served else None
 
     @property
     def _served_epochs(self) -> frozenset[Epoch]:
@@ -212,6 +224,7 @@ class Rebalancing:
         outlook = self._outlooks.setdefault(search.epoch, _Outlook())
         outlook.unconfirmed = False
         outlook.tokens_per_s = result.served.score(search.objective)
+        outlook.served, outlook.better = result.served, result.better
         current = self._searched_epochs == self._served_epochs
         advised = self._advise(result.advice) if current else []
         return [*advised, *self._act(result, outlook, now)]

@@ -5,6 +5,7 @@ open at a time. A reply is outdated if it names a worker that cannot be had any 
 no plan fits while other workers have come: then the question is asked again for the workers of now.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from enum import IntEnum
 
@@ -50,6 +51,7 @@ class Replanning:
     Attributes:
         replan_at: when to plan for a worker that joined, clock seconds, or None.
         replan_when_idle: whether to plan anew once no request is running.
+        counts: plans that were loaded, by what they were needed for.
     """
 
     def __init__(self, cluster: Cluster, planner: Planner) -> None:
@@ -61,6 +63,7 @@ class Replanning:
         self._lost: WorkerId | None = None  # for whom a pipeline was dissolved last
         self.replan_at: float | None = None
         self.replan_when_idle = False
+        self.counts: Counter[Need] = Counter()
 
     @property
     def busy(self) -> bool:
@@ -199,7 +202,7 @@ class Replanning:
         elif need is Need.ANEW:
             actions = self._load_anew(reply.plans, moving)
         else:
-            actions = self._load(reply.plans)
+            actions = self._load(need, reply.plans)
         return [*actions, *self._ask_for()]
 
     def _is_outdated(self, need: Need, reply: PlanReply) -> bool:
@@ -217,9 +220,10 @@ class Replanning:
             if pipeline.plan not in kept:
                 self._pipelines.dissolve(pipeline)
         self._needs.discard(Need.RECOVERY)  # the workers that it is for are planned for
-        return self._load([plan for plan in plans if plan not in kept])
+        return self._load(Need.ANEW, [plan for plan in plans if plan not in kept])
 
-    def _load(self, plans: Sequence[Plan]) -> list[Action]:
+    def _load(self, need: Need, plans: Sequence[Plan]) -> list[Action]:
+        self.counts[need] += len(plans)
         self._pipelines.recovering = Need.RECOVERY in self._needs
         return [*self._pipelines.load(plans), *self._tell_left_out()]
 

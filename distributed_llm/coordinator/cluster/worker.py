@@ -259,6 +259,8 @@ class Worker:
         prediction_error: float | None,
         gain: float | None,
         advice: str,
+        kv_used_bytes: int,
+        kv_room_bytes: int,
         now: float,
     ) -> WorkerStatus:
         """Return what is known of it.
@@ -268,6 +270,9 @@ class Worker:
             prediction_error: of its latest tasks, as a share.
             gain: how much more is answered with it than without, as a share, if that is known.
             advice: what that means, for people.
+            kv_used_bytes: KV cache of its stage that answers and prefixes take.
+            kv_room_bytes: KV cache that its stage may grow to.
+            now: clock seconds.
         """
         note = self.note
         if self.state is _S.UNFIT:
@@ -292,6 +297,10 @@ class Worker:
             gain=gain,
             advice=advice,
             last_heard_s=max(0.0, now - self.last_heard_at),
+            kv_used_bytes=kv_used_bytes,
+            kv_room_bytes=kv_room_bytes,
+            progress_age_s=self.progress_age_s,
+            load_bytes_per_s=self.load_bytes_per_s,
             fetch=self.stock.progress,
         )
 

@@ -104,3 +104,12 @@ class SearchResult:
     best: Forecast | None
     extra: Forecast | None
     advice: Mapping[WorkerId, Advice]
+
+    @property
+    def better(self) -> Forecast | None:
+        """Forecast of the best plan if it is better than the served one, by the objective."""
+        objective = self.search.objective
+        if self.best is None or self.best.layer_map == self.search.layer_map:
+            return None
+        better = self.best.score(objective) > self.served.score(objective)
+        return self.best if better else None

@@ -3,7 +3,8 @@
 An answer waits until a pipeline has room for its prompt, and runs until its last token is known.
 Then it is closing: only the text of its last tokens is missing. It goes back from running to
 waiting when its KV cache is given up, and may fail in every state. A stop string is found in the
-text, which comes later than the tokens, so the answer may be in any state by then.
+text, which comes later than the tokens, so the answer may be in any state by then; and so may one
+whose grammar turns out to be complete.
 """
 
 from enum import Enum, auto
@@ -36,7 +37,9 @@ class AnswerCause(Enum):
         PIPELINE_GONE: the pipeline it ran on was dissolved.
         LAST_TOKEN: its last token was sampled.
         TEXT_SENT: the text of all its tokens was sent.
+        EMBEDDED: its embedding was sent; it was to have no tokens.
         STOP_STRING: a stop string was found in its text.
+        GRAMMAR_COMPLETE: its grammar admits no further token.
         FAILED: its request ends with an error, was cancelled, or the client is gone.
     """
 
@@ -45,7 +48,9 @@ class AnswerCause(Enum):
     PIPELINE_GONE = auto()
     LAST_TOKEN = auto()
     TEXT_SENT = auto()
+    EMBEDDED = auto()
     STOP_STRING = auto()
+    GRAMMAR_COMPLETE = auto()
     FAILED = auto()
 
 
@@ -55,14 +60,18 @@ ANSWER_STATES = StateTable(
     {
         (AnswerState.WAITING, AnswerCause.ADMITTED): AnswerState.RUNNING,
         (AnswerState.WAITING, AnswerCause.STOP_STRING): AnswerState.GONE,
+        (AnswerState.WAITING, AnswerCause.GRAMMAR_COMPLETE): AnswerState.GONE,
         (AnswerState.WAITING, AnswerCause.FAILED): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.PREEMPTED): AnswerState.WAITING,
         (AnswerState.RUNNING, AnswerCause.PIPELINE_GONE): AnswerState.WAITING,
         (AnswerState.RUNNING, AnswerCause.LAST_TOKEN): AnswerState.CLOSING,
+        (AnswerState.RUNNING, AnswerCause.EMBEDDED): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.STOP_STRING): AnswerState.GONE,
+        (AnswerState.RUNNING, AnswerCause.GRAMMAR_COMPLETE): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.FAILED): AnswerState.GONE,
         (AnswerState.CLOSING, AnswerCause.TEXT_SENT): AnswerState.GONE,
         (AnswerState.CLOSING, AnswerCause.STOP_STRING): AnswerState.GONE,
+        (AnswerState.CLOSING, AnswerCause.GRAMMAR_COMPLETE): AnswerState.GONE,
         (AnswerState.CLOSING, AnswerCause.FAILED): AnswerState.GONE,
     },
 )

@@ -1,5 +1,6 @@
 """The parameters of a request: defaults applied, limits checked. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -7,15 +8,17 @@ from typing import Any, TypeVar
 import msgspec
 
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest, NotEnoughMemory
-from distributed_llm.common.messages import Generate
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.sampling_params import (
     MAX_SEED,
     CheckpointParams,
     Sampling,
     SamplingParams,
 )
+from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK
 from distributed_llm.common.wording import count_text
+from distributed_llm.coordinator.events import PromptKind, TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -36,21 +39,23 @@ class Limits:
 
     Attributes:
         sampling: one for each answer, as tasks carry it.
-        eos_token_ids: tokens that end an answer; empty if they are ignored.
+        end_token_ids: tokens that end an answer.
     """
 
     sampling: tuple[Sampling, ...]
     max_new_tokens: int
-    eos_token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
 
 
-def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | None:
-    """Return an error if the prompt of `message` has a wrong dtype or is certainly too long."""
-    wanted = "int32" if message.prompt == "token_ids" else "uint8"
+def wrong_prompt(
+    kind: PromptKind, specs: Sequence[TensorSpec], context_length: int
+) -> InvalidRequest | None:
+    """Return an error if the tensor of a prompt has a wrong dtype or is certainly too long."""
+    wanted = "int32" if kind == "token_ids" else "uint8"
     limit = max(_MIN_PROMPT_BYTES, _MAX_BYTES_PER_TOKEN * context_length)
-    for spec in message.tensors:
+    for spec in specs:
         if spec.dtype != wanted:
-            return InvalidRequest(f"A {message.prompt} prompt travels as {wanted}, not {spec}.")
+            return InvalidRequest(f"A {kind} prompt travels as {wanted}, not {spec}.")
         if spec.nbytes > limit:
             count = spec.shape[0] if wanted == "int32" else spec.nbytes
             what = count_text(count, "token" if wanted == "int32" else "byte")
@@ -64,8 +69,19 @@ def wrong_prompt(message: Generate, context_length: int) -> InvalidRequest | Non
 def named_tokens(params: SamplingParams) -> tuple[int, ...]:
     """Return the token ids that a request's parameters name."""
     words = (token for word in params.bad_words_ids or () for token in word)
-    others = (params.eos_token_id or (), params.suppress_tokens or (), params.logit_bias)
+    ends = (params.eos_token_id or (), params.stop_token_ids)
+    others = (*ends, params.suppress_tokens or (), params.logit_bias)
     return (*words, *chain.from_iterable(others))
+
+
+def text_rules(
+    params: SamplingParams, defaults: GenerationDefaults, grammar: Grammar | None = None
+) -> TextRules:
+    """Return how the text of a request's answers is made."""
+    eos = _eos(params, defaults)
+    hidden = None if params.skip_special_tokens else (*eos, *params.stop_token_ids)
+    ends = () if grammar is None or params.ignore_eos else eos
+    return TextRules(params.stop_strings, hidden, grammar, ends)
 
 
 def resolve(
@@ -75,6 +91,7 @@ def resolve(
     prompt_tokens: int,
     kv_tokens: int,
     seed: int,
+    constrained: bool = False,
 ) -> Limits:
     """Return the parameters of a request after defaults.
 
@@ -84,6 +101,7 @@ def resolve(
         prompt_tokens: length of the prompt.
         kv_tokens: positions of KV cache that the largest pipeline has room for.
         seed: seed for a request without one.
+        constrained: whether a grammar says which tokens may be sampled; none is forced then.
 
     Raises:
         ContextLengthExceeded: prompt and answer are longer than the model's context.
@@ -95,7 +113,9 @@ def resolve(
     kv_tokens -= kv_tokens % KV_BLOCK
     room = min(defaults.context_length, kv_tokens) - prompt_tokens
     usual = _usual_max_new_tokens(defaults, prompt_tokens)
-    max_new_tokens = params.max_new_tokens or max(1, min(usual, room))
+    max_new_tokens = params.max_new_tokens or usual
+    if params.fit_context or not params.max_new_tokens:
+        max_new_tokens = max(1, min(max_new_tokens, room))
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
         raise ContextLengthExceeded(
@@ -109,30 +129,65 @@ def resolve(
             f"memory has room for {kv_tokens:,}. Add a worker, raise --max-memory, or lower "
             "max_new_tokens."
         )
-    eos = defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
-    eos = () if params.ignore_eos else eos
+    eos = () if params.ignore_eos else _eos(params, defaults)
+    ends = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
     eos_from = _eos_from(params, defaults, prompt_tokens, max_new_tokens)
     first = params.seed if params.seed is not None else seed
     sampling = Sampling(
         **_shaping(params, defaults.params),
-        **_constraints(params, defaults, eos),
+        **_constraints(params, defaults, ends),
         presence_penalty=params.presence_penalty,
         frequency_penalty=params.frequency_penalty,
         logit_bias=tuple(params.logit_bias.items()),
         prompt_tokens=prompt_tokens,
-        eos_token_ids=eos if eos_from > prompt_tokens or _decays(defaults) else (),
+        eos_token_ids=ends if eos_from > prompt_tokens or _decays(defaults) else (),
         eos_from=eos_from,
         **_length(defaults.checkpoint, prompt_tokens, max_new_tokens),
         logprobs=params.logprobs,
     )
+    if constrained:
+        sampling = msgspec.structs.replace(
+            sampling, forced_bos_token_id=None, forced_eos_token_ids=()
+        )
     return Limits(
         sampling=tuple(
             msgspec.structs.replace(sampling, seed=(first + choice) % (MAX_SEED + 1))
             for choice in range(params.n)
         ),
         max_new_tokens=max_new_tokens,
-        eos_token_ids=eos,
+        end_token_ids=ends,
     )
+
+
+def embedding_limits(defaults: GenerationDefaults, *, prompt_tokens: int, kv_tokens: int) -> Limits:
+    """Return the parameters of a request for an embedding, which gets no tokens.
+
+    It takes room for one token more than its prompt, as all do that run.
+
+    Raises:
+        ContextLengthExceeded: the prompt is longer than the model's context.
+        NotEnoughMemory: no pipeline has room for its KV cache.
+        InvalidRequest: the prompt is empty.
+    """
+    if prompt_tokens == 0:
+        raise InvalidRequest("The prompt is empty. Give at least one token.")
+    if prompt_tokens > defaults.context_length:
+        raise ContextLengthExceeded(
+            f"The prompt has {prompt_tokens} tokens, which exceed the model's context of "
+            f"{defaults.context_length}. Shorten it."
+        )
+    kv_tokens -= kv_tokens % KV_BLOCK
+    if prompt_tokens >= kv_tokens:
+        raise NotEnoughMemory(
+            f"The prompt takes {count_text(prompt_tokens + 1, 'token')} of context, but the "
+            f"workers' memory has room for {kv_tokens:,}. Add a worker, or raise --max-memory."
+        )
+    sampling = Sampling(prompt_tokens=prompt_tokens)
+    return Limits(sampling=(sampling,), max_new_tokens=1, end_token_ids=())
+
+
+def _eos(params: SamplingParams, defaults: GenerationDefaults) -> tuple[int, ...]:
+    return defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
 
 
 def _usual_max_new_tokens(defaults: GenerationDefaults, prompt_tokens: int) -> int:
@@ -155,7 +210,7 @@ def _usual_max_new_tokens(defaults: GenerationDefaults, prompt_tokens: int) -> i
 def _eos_from(
     params: SamplingParams, defaults: GenerationDefaults, prompt_tokens: int, max_new_tokens: int
 ) -> int:
-    """Return the position before which no end-of-sequence token is sampled."""
+    """Return the position before which no token is sampled that ends the answer."""
     if params.min_new_tokens is not None:
         if params.min_new_tokens > max_new_tokens:
             raise InvalidRequest(
@@ -173,11 +228,11 @@ def _decays(defaults: GenerationDefaults) -> bool:
 
 
 def _constraints(
-    params: SamplingParams, defaults: GenerationDefaults, eos: tuple[int, ...]
+    params: SamplingParams, defaults: GenerationDefaults, end_token_ids: tuple[int, ...]
 ) -> dict[str, Any]:
     """Return which tokens must not, or must, be sampled."""
     usual, checkpoint = defaults.params, defaults.checkpoint
-    ends = {(token,) for token in eos}
+    ends = {(token,) for token in end_token_ids}
     bad_words = _first(params.bad_words_ids, usual.bad_words_ids) or ()
     return {
         "no_repeat_ngram_size": _first(params.no_repeat_ngram_size, usual.no_repeat_ngram_size)

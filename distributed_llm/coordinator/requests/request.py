@@ -6,17 +6,22 @@ The token ids of prompt and answers are kept here and nowhere else; whatever KV 
 is computed again from them.
 """
 
+from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from distributed_llm.common.messages import (
+    MAX_TRACED,
     FinishReason,
     SharedPrefix,
     Spelling,
+    StepTrace,
     Timings,
     TokenLogprobs,
     Usage,
@@ -55,13 +60,19 @@ class Answer:
         sampling_sent: whether the last stage was sent `sampling`.
         prefix: the beginning of another sequence that this one begins with.
         shares: whether it may share a prefix.
+        mask: which token may be the next, as in `Task`; None without a grammar, and until the text
+            process has sent it.
         waits_for: the answer whose prefix this one will share, and which it waits for until
             `waits_until` positions are computed.
         losses: workers that died in a row while they worked on its next token.
         failures: steps that failed in a row over its next token, and for certain because of it.
         suspects: the group with which it is suspected of breaking steps; None if it is not.
         logprobs: of the tokens that the client was not sent yet; empty unless they were asked for.
+        pooled: sum of the model's last hidden states at the computed positions, if the request
+            wants their mean: float64 [hidden_size]; None before the first.
         num_sent_tokens: tokens of the answer that the client was sent.
+        trace: steps that led to tokens that the client was not sent yet, the latest; none unless
+            they were asked for.
         started_at: when it was first admitted; like all times here in clock seconds.
     """
 
@@ -80,6 +91,7 @@ class Answer:
     sampling_sent: bool = False
     prefix: SharedPrefix | None = None
     shares: bool = True
+    mask: bytes | None = None
     waits_for: "Answer | None" = None
     waits_until: int = 0
     losses: int = 0
@@ -87,7 +99,9 @@ class Answer:
     suspects: Suspects | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: npt.NDArray[np.float64] | None = None
     num_sent_tokens: int = 0
+    trace: deque[StepTrace] = field(default_factory=lambda: deque(maxlen=MAX_TRACED))
     started_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
@@ -123,6 +137,12 @@ class Answer:
         return len(self.token_ids) - self.num_scheduled_tokens
 
     @property
+    def is_embedded(self) -> bool:
+        """Whether it runs for an embedding, and the sum for that is complete."""
+        runs = self._state is AnswerState.RUNNING
+        return self.request.embeds and runs and not self.num_uncomputed_tokens
+
+    @property
     def sampling_bytes(self) -> int:
         """How many bytes `sampling` adds to its next task; 0 once it was sent."""
         return 0 if self.sampling_sent else self._encoded_bytes
@@ -131,8 +151,18 @@ class Answer:
     def _encoded_bytes(self) -> int:
         return len(msgspec.msgpack.encode(self.sampling))
 
+    @property
+    def waits_for_mask(self) -> bool:
+        """Whether it cannot run before it is known which token may be the next."""
+        return self.request.constrained and self.mask is None
+
+    def pool(self, total: npt.NDArray[np.float32]) -> None:
+        """Add the sum of the last hidden states at positions that were computed."""
+        self.pooled = total.astype(np.float64) if self.pooled is None else self.pooled + total
+
     def reset(self) -> None:
         """Forget the KV cache, so that all tokens are computed again; the tokens stay."""
+        self.pooled = None
         self.sequence_id = self.prefix = self.waits_for = None
         self.num_computed_tokens = self.num_scheduled_tokens = self.num_in_flight = 0
         self.latest_slice = 0
@@ -148,11 +178,12 @@ class Answer:
         limits = self.request.limits
         assert limits is not None
         self.token_ids.append(token_id)
+        self.mask = None
         if logprobs is not None:
             self.logprobs.append(logprobs)
         self.first_token_at = now if self.first_token_at is None else self.first_token_at
         self.last_token_at = now
-        if token_id in limits.eos_token_ids:
+        if token_id in limits.end_token_ids:
             self.finish_reason = "stop"
         elif self.num_new_tokens >= limits.max_new_tokens:
             self.finish_reason = "length"
@@ -174,6 +205,13 @@ class Answer:
             for one in taken
         )
 
+    def take_trace(self) -> tuple[StepTrace, ...]:
+        """Remove and return the steps that led to the tokens that the client was sent."""
+        taken = []
+        while self.trace and self.trace[0].index < self.num_sent_tokens:
+            taken.append(self.trace.popleft())
+        return tuple(taken)
+
 
 @dataclass(eq=False)
 class Request:
@@ -184,6 +222,8 @@ class Request:
         arrived_at: clock seconds.
         client: among whom service is fair: the key of who asks, else the connection.
         shares_with: only requests with an equal value share prefixes with it.
+        constrained: whether a grammar says which tokens may be sampled.
+        embeds: whether it wants the mean of the last hidden states of its prompt, and no tokens.
         limits: the parameters after defaults; None until the prompt is tokenized.
         answers: empty until the prompt is tokenized.
     """
@@ -193,6 +233,8 @@ class Request:
     arrived_at: float
     client: Hashable
     shares_with: Hashable = None
+    constrained: bool = False
+    embeds: bool = False
     limits: Limits | None = None
     answers: tuple[Answer, ...] = ()
 
@@ -208,16 +250,28 @@ class Request:
         assert self.limits is not None
         return self.answers[0].num_prompt_tokens + self.limits.max_new_tokens
 
-    def accept(self, prompt: Sequence[int], limits: Limits, *, number: int) -> None:
+    def accept(
+        self, prompt: Sequence[int], limits: Limits, *, number: int, mask: bytes = b""
+    ) -> None:
         """Create its answers.
 
         Args:
             prompt: token ids.
             number: of the first answer; the others have the following numbers.
+            mask: which token may be their first; empty without a grammar.
         """
         self.limits = limits
         self.answers = tuple(
-            Answer(self, number + choice, choice, list(prompt), len(prompt), sampling)
+            Answer(
+                self,
+                number + choice,
+                choice,
+                list(prompt),
+                len(prompt),
+                sampling,
+                mask=mask or None,
+                shares=not self.embeds,  # what is shared has no hidden states here
+            )
             for choice, sampling in enumerate(limits.sampling)
         )
 

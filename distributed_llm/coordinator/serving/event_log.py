@@ -22,7 +22,6 @@ from distributed_llm.common.wording import (
     layer_map_text,
     layers_text,
     size_text,
-    times_text,
 )
 from distributed_llm.coordinator.events import Log
 
@@ -156,6 +155,7 @@ class Entry:
         epoch: of the plan that it concerns, if any.
         facts: the other fields of its template, by name.
         times: how often it happened.
+        number: counts all events of the cluster from 1; 0 for those of requests.
     """
 
     at: float
@@ -165,6 +165,7 @@ class Entry:
     epoch: Epoch | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     times: int = 1
+    number: int = 0
 
     @cached_property
     def text(self) -> str:
@@ -174,7 +175,7 @@ class Entry:
 
     def is_again(self, earlier: "Entry") -> bool:
         """Return whether it is what happened earlier, with the same facts."""
-        return self == replace(earlier, at=self.at, times=self.times)
+        return self == replace(earlier, at=self.at, times=self.times, number=self.number)
 
     def concerns(self, worker: str) -> bool:
         """Return whether a worker has a part in it."""
@@ -223,6 +224,7 @@ class EventLog:
     Attributes:
         now: when the core was last called, clock seconds; the time of new events.
         rejected: number of messages that were dropped, by reason; the reasons are a closed set.
+        counts: number of all events so far, of the cluster and of requests, by kind.
     """
 
     def __init__(self) -> None:
@@ -230,16 +232,13 @@ class EventLog:
         self._requests: deque[Entry] = deque(maxlen=MAX_REQUEST_EVENTS)
         self.now = 0.0
         self.rejected: Counter[str] = Counter()
+        self.counts: Counter[EventKind] = Counter()
+        self._number = 0
 
     @property
     def entries(self) -> tuple[Entry, ...]:
         """The latest events of the cluster, oldest first; those that happened again by that."""
         return tuple(self._cluster)
-
-    @property
-    def texts(self) -> tuple[str, ...]:
-        """The texts of `entries`, with how often and how long ago what happened several times."""
-        return tuple(entry.text + self._again_text(entry) for entry in self._cluster)
 
     def note(
         self,
@@ -250,7 +249,9 @@ class EventLog:
         **facts: Any,
     ) -> Log:
         """Keep an event of the cluster; return the action that logs it."""
-        entry = Entry(self.now, kind, worker, None, epoch, facts)
+        self.counts[kind] += 1
+        self._number += 1
+        entry = Entry(self.now, kind, worker, None, epoch, facts, number=self._number)
         self._keep(entry)
         return Log(entry.text, kind.level, kind.name.lower().replace("_", " "))
 
@@ -266,12 +267,6 @@ class EventLog:
             oldest = next(known for known in self._cluster if counts[known.kind] == crowded)
             self._cluster.remove(oldest)
 
-    def _again_text(self, entry: Entry) -> str:
-        if entry.times == 1:
-            return ""
-        ago = duration_text(self.now - entry.at)
-        return f" ({times_text(entry.times)}, the last time {ago} ago)"
-
     def trace(
         self,
         kind: EventKind,
@@ -282,6 +277,7 @@ class EventLog:
         **facts: Any,
     ) -> None:
         """Keep an event of a request, which `story` returns and `dllm status` does not show."""
+        self.counts[kind] += 1
         self._requests.append(Entry(self.now, kind, worker, request, epoch, facts))
 
     def story(self, *, request: str | None = None, worker: str | None = None) -> list[Entry]:

@@ -20,6 +20,7 @@ from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_t
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.depth_policy import DepthPolicy
 from distributed_llm.coordinator.serving.scheduler import Scheduler
+from distributed_llm.coordinator.serving.step_meter import StepMeter
 from distributed_llm.coordinator.serving.steps import SendTask, StepDone, StepsInFlight
 
 
@@ -97,6 +98,8 @@ class Pipeline:
         in_flight: its steps in flight, while it serves or is paused; None otherwise.
         lineage: epoch of the first of the pipelines that continued one another up to this one.
         num_decoding: answers that were decoding when steps were last begun.
+        depth: steps that should be in flight, as decided then.
+        meter: what its steps took, for those who look at it.
     """
 
     def __init__(
@@ -122,6 +125,8 @@ class Pipeline:
         self._depths = DepthPolicy(len(stages), max_tokens=settings.max_batch_tokens)
         self.lineage = epoch
         self.num_decoding = 0
+        self.depth = 0
+        self.meter = StepMeter(len(stages))
         self.in_flight: StepsInFlight | None = None
         self.scheduler: Scheduler | None = None
         self.state = PIPELINE_STATES.initial
@@ -283,7 +288,7 @@ class Pipeline:
                 if running > decoding:
                     decode_depth = depth if decoding else 0
                     chunks = self._depths.prefill_depth(decode_depth, limit=limit, now=now)
-                depth = max(depth, chunks)
+                self.depth = depth = max(depth, chunks)
             step = None
             if in_flight.num_steps < depth and not in_flight.holds_new_steps:
                 step = scheduler.next_step(
@@ -329,7 +334,8 @@ class Pipeline:
         if self.in_flight and self.scheduler:
             self.in_flight.validate()
             self.scheduler.validate()
-            if self.scheduler.num_running and self.state is _S.SERVING:
+            runs = self.scheduler.num_running and not self.scheduler.waits_for_masks
+            if runs and self.state is _S.SERVING:
                 assert self.in_flight.num_steps, "answers run, but no step is in flight"
 
 

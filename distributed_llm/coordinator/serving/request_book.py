@@ -20,14 +20,16 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
+    Embed,
+    Embedded,
     Finished,
     Generate,
-    RequestFailed,
     RequestId,
     TokenChunk,
     TokenLogprobs,
 )
-from distributed_llm.common.tensors import Frame
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import PeerId
 from distributed_llm.common.wording import count_text
 from distributed_llm.coordinator.events import (
@@ -42,8 +44,16 @@ from distributed_llm.coordinator.events import (
 )
 from distributed_llm.coordinator.model import GenerationDefaults
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
+from distributed_llm.coordinator.requests.failures import failure
 from distributed_llm.coordinator.requests.fairness import FairQueue
-from distributed_llm.coordinator.requests.parameters import named_tokens, resolve, wrong_prompt
+from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
+from distributed_llm.coordinator.requests.parameters import (
+    Limits,
+    embedding_limits,
+    named_tokens,
+    resolve,
+    text_rules,
+)
 from distributed_llm.coordinator.requests.request import Answer, Request
 from distributed_llm.coordinator.requests.totals import Totals
 from distributed_llm.coordinator.serving.chunks import messages_of
@@ -119,12 +129,18 @@ class RequestBook:
         """Positions of KV cache that the largest answer may grow to; 0 if no answer needs any."""
         return max((request.reserved_tokens for request in self._uncomputed()), default=0)
 
+    def draw_number(self, count: int = 1) -> int:
+        """Return the first of so many numbers that nothing else has."""
+        number = self._next_number
+        self._next_number += count
+        return number
+
     # -------------------------------------------------------------- arrival
 
     def submit(
         self,
         peer: PeerId,
-        message: Generate,
+        message: Generate | Embed,
         frames: tuple[Frame, ...],
         *,
         holder: PublicKey = NOBODY,
@@ -133,10 +149,15 @@ class RequestBook:
         """Accept or refuse a new request.
 
         Args:
-            frames: the prompt, as `message.tensors` describes it.
+            frames: prompt and grammar, as `message.tensors` describes them.
             holder: key of the client; `NOBODY` without keys.
         """
-        params = message.params
+        embeds = isinstance(message, Embed)
+        params = (
+            SamplingParams(max_new_tokens=1, timeout_s=message.timeout_s)
+            if isinstance(message, Embed)
+            else message.params
+        )
         if self.num_waiting + params.n > self._max_waiting:
             error = Overloaded(
                 f"{self.num_waiting} answers wait already, and the limit is {self._max_waiting}. "
@@ -144,17 +165,22 @@ class RequestBook:
                 retry_after_s=self.totals.seconds_for(self.num_waiting + params.n),
             )
             return self.refuse(peer, message.request_id, error)
-        wrong = wrong_prompt(message, self._defaults.context_length)
+        wrong = wrong_inputs(message, self._defaults.context_length)
         if wrong:
             return self.refuse(peer, message.request_id, wrong)
-        key = (peer, message.request_id, self._next_number)
-        self._next_number += params.n
+        try:
+            payload, grammar = split(message, frames)
+        except InvalidRequest as exc:
+            return self.refuse(peer, message.request_id, exc)
+        key = (peer, message.request_id, self.draw_number(params.n))
         request = Request(
             key,
             params,
             arrived_at=now,
             client=holder or peer,
             shares_with=None if self._share_prefixes else holder or None,
+            constrained=grammar is not None,
+            embeds=embeds,
         )
         self._requests.setdefault(peer, {})[message.request_id] = request
         self._open[request.client] += 1
@@ -162,15 +188,16 @@ class RequestBook:
         if request.deadline is not None:
             self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
-        payload = bytes(frames[0]) if frames else b""
-        return [Tokenize(key, message.prompt, payload, params.n, params.stop_strings)]
+        texts = 0 if embeds else params.n
+        rules = text_rules(params, self._defaults, grammar)
+        return [Tokenize(key, message.prompt, payload, texts, rules)]
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
     ) -> list[Action]:
         """Fail a request without accepting it."""
-        self.totals.failed += 1
-        return [_failure(peer, request_id, error)]
+        self.totals.count_failed(error.code)
+        return [failure(peer, request_id, error)]
 
     def has(self, peer: PeerId, request_id: RequestId) -> bool:
         """Return whether the client at `peer` has a request with this id that has not ended."""
@@ -190,23 +217,32 @@ class RequestBook:
             )
             return self.fail(event.key, error)
         try:
-            limits = resolve(
-                request.params,
-                self._defaults,
-                prompt_tokens=len(event.token_ids),
-                kv_tokens=self._kv_tokens,
-                seed=self._draw_seed(),
-            )
+            limits = self._limits(request, len(event.token_ids))
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
-        request.accept(event.token_ids, limits, number=event.key[2])
+        request.accept(event.token_ids, limits, number=event.key[2], mask=event.mask)
+        self.totals.prompt_tokens += len(event.token_ids)
         self._event_log.trace(
             EventKind.REQUEST_QUEUED, request.key[1], prompt_tokens=len(event.token_ids)
         )
         for answer in request.answers:
             self._queue.add(request.client, answer, order=answer.number)
         return []
+
+    def _limits(self, request: Request, prompt_tokens: int) -> Limits:
+        if request.embeds:
+            return embedding_limits(
+                self._defaults, prompt_tokens=prompt_tokens, kv_tokens=self._kv_tokens
+            )
+        return resolve(
+            request.params,
+            self._defaults,
+            prompt_tokens=prompt_tokens,
+            kv_tokens=self._kv_tokens,
+            seed=self._draw_seed(),
+            constrained=request.constrained,
+        )
 
     # -------------------------------------------------------------- queue and pipelines
 
@@ -239,18 +275,26 @@ class RequestBook:
         """Let the next answer run on a scheduler with room for it; return whether it runs."""
         answer = self._queue.first()
         assert answer is not None
+        is_first = answer.started_at is None
         if not scheduler.admit(answer, now=now):
             return False
+        if is_first:
+            self.totals.times.queue.add(now - answer.request.arrived_at)
         self._queue.pop()
         self._queue.charge(answer.request.client, len(answer.token_ids))
         self._schedulers[answer] = scheduler
         return True
 
-    def requeue(self, answers: Iterable[Answer]) -> None:
-        """Queue answers that lost their KV cache, before younger ones of their clients."""
-        for answer in answers:
-            if self._schedulers.pop(answer, None) is not None:  # otherwise it has ended
-                self._queue.add(answer.request.client, answer, order=answer.number)
+    def requeue(self, answers: Iterable[Answer]) -> int:
+        """Queue answers that lost their KV cache, before younger ones of their clients.
+
+        Returns:
+            How many were queued; the others have ended.
+        """
+        running = [answer for answer in answers if self._schedulers.pop(answer, None) is not None]
+        for answer in running:
+            self._queue.add(answer.request.client, answer, order=answer.number)
+        return len(running)
 
     def collect(self, scheduler: Scheduler) -> None:
         """Queue the answers that a scheduler preempted; count them and its prefix hits."""
@@ -261,7 +305,9 @@ class RequestBook:
             )
         self.requeue(preempted)
         self.totals.preemptions += len(preempted)
-        self.totals.prefix_hit_tokens += scheduler.take_prefix_hit_tokens()
+        queried, hit = scheduler.take_prefix_tokens()
+        self.totals.prefix_query_tokens += queried
+        self.totals.prefix_hit_tokens += hit
 
     def set_capacity(self, kv_tokens: int) -> list[Action]:
         """Set how many positions the largest pipeline has room for; fail larger requests."""
@@ -277,7 +323,7 @@ class RequestBook:
         return actions
 
     def step_done(self, done: StepDone, are_current: Iterable[bool], *, now: float) -> list[Action]:
-        """Append the tokens that a step has sampled.
+        """Append the tokens that a step has sampled; end what was to be embedded, and is.
 
         Args:
             are_current: of each token, whether it is; the others are dropped.
@@ -288,13 +334,21 @@ class RequestBook:
         ):
             if is_current:
                 actions += self._append(answer, token, logprobs, now)
+        for answer in done.step.answers:
+            if answer.is_embedded:
+                actions += self._embedded(answer, now)
         return actions
 
     def _append(
         self, answer: Answer, token: int, logprobs: TokenLogprobs | None, now: float
     ) -> list[Action]:
+        before = answer.last_token_at
         answer.append(token, logprobs, now=now)
         self.totals.tokens += 1
+        if before is None:
+            self.totals.times.first_token.add(now - answer.request.arrived_at)
+        else:
+            self.totals.times.between_tokens.add(now - before)
         self._queue.charge(answer.request.client, 1)
         last = answer.finish_reason is not None
         if last:
@@ -326,22 +380,28 @@ class RequestBook:
         if answer.state is AnswerState.GONE:
             return []
         stop = answer.num_prompt_tokens + event.num_tokens
-        if event.stopped:
+        if event.stopped or event.complete:
             self._withdraw(answer, keep=True)
             del answer.token_ids[stop:]
             del answer.logprobs[stop - answer.num_prompt_tokens - answer.num_sent_tokens :]
             answer.finish_reason = "stop"
+        elif event.mask:
+            answer.mask = event.mask
+            if scheduler := self._schedulers.get(answer):
+                scheduler.on_change()
         actions = self._chunk(answer, event, stop)
-        if event.stopped or event.last:
-            answer.change(AnswerCause.STOP_STRING if event.stopped else AnswerCause.TEXT_SENT)
+        if event.stopped or event.complete or event.last:
+            answer.change(_cause_of_end(event))
             if all(other.state is AnswerState.GONE for other in request.answers):
-                actions += self._finish(request, now)
+                usage, timings = request.usage(), request.timings()
+                finished = Finished(request_id=request.key[1], usage=usage, timings=timings)
+                actions += self._finish(request, finished, now=now)
         return actions
 
     def _chunk(self, answer: Answer, event: Detokenized, stop: int) -> list[Action]:
         sent, key = answer.num_sent_tokens, answer.request.key
         new = tuple(answer.token_ids[answer.num_prompt_tokens + sent : stop])
-        ended = event.stopped or event.last
+        ended = event.stopped or event.complete or event.last
         if not (new or event.text or ended):
             return []
         answer.num_sent_tokens += len(new)
@@ -353,21 +413,39 @@ class RequestBook:
             token_ids=new,
             logprobs=answer.take_logprobs(len(new), event.spelled),
             finish_reason=answer.finish_reason if ended else None,
+            stop_string=event.stop_string,
+            trace=answer.take_trace(),
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 
-    def _finish(self, request: Request, now: float) -> list[Action]:
-        finished = Finished(
-            request_id=request.key[1], usage=request.usage(), timings=request.timings()
-        )
+    def _embedded(self, answer: Answer, now: float) -> list[Action]:
+        """Send the mean of an answer's hidden states."""
+        assert answer.pooled is not None
+        request = answer.request
+        self._withdraw(answer, keep=True)
+        answer.change(AnswerCause.EMBEDDED)
+        mean = (answer.pooled / answer.num_prompt_tokens).astype("<f4")
+        spec = TensorSpec("float32", (len(mean),))
+        message = Embedded(request_id=request.key[1], usage=request.usage(), tensors=(spec,))
+        return self._finish(request, message, (mean.tobytes(),), now=now)
+
+    def _finish(
+        self,
+        request: Request,
+        finished: Finished | Embedded,
+        frames: tuple[Frame, ...] = (),
+        *,
+        now: float,
+    ) -> list[Action]:
         self._retire(request)
         self.totals.count_finished(now=now)
+        self.totals.times.whole.add(now - request.arrived_at)
         self._event_log.trace(
             EventKind.REQUEST_FINISHED,
             request.key[1],
             answer_tokens=finished.usage.completion_tokens,
         )
-        return [Send(request.key[0], finished), Forget(request.key)]
+        return [Send(request.key[0], finished, frames), Forget(request.key)]
 
     def fail(self, key: RequestKey, error: DistributedLLMError) -> list[Action]:
         """End a request with an error, unless it has ended."""
@@ -379,11 +457,11 @@ class RequestBook:
             self.totals.cancelled += 1
             self._event_log.trace(EventKind.REQUEST_CANCELLED, request.key[1])
         else:
-            self.totals.failed += 1
+            self.totals.count_failed(error.code)
             self._event_log.trace(
                 EventKind.REQUEST_FAILED, request.key[1], code=error.code, why=str(error)
             )
-        return [_failure(*key[:2], error), Forget(key)]
+        return [failure(*key[:2], error), Forget(key)]
 
     def cancel(self, peer: PeerId, request_id: RequestId) -> list[Action]:
         """End a request because its client asked for that."""
@@ -483,14 +561,7 @@ class RequestBook:
             assert answer in scheduler.running
 
 
-def _failure(peer: PeerId, request_id: RequestId, error: DistributedLLMError) -> Send:
-    retry_after_s = error.retry_after_s if isinstance(error, Overloaded) else 0.0
-    return Send(
-        peer,
-        RequestFailed(
-            request_id=request_id,
-            code=error.code,
-            message=str(error)[:4096],
-            retry_after_s=retry_after_s,
-        ),
-    )
+def _cause_of_end(event: Detokenized) -> AnswerCause:
+    if event.stopped:
+        return AnswerCause.STOP_STRING
+    return AnswerCause.GRAMMAR_COMPLETE if event.complete else AnswerCause.TEXT_SENT

@@ -14,7 +14,7 @@ is in the KV cache of another sequence shares it, and one whose beginning is bei
 another answer waits until it can share that.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
 from distributed_llm.common.types import SequenceId
@@ -22,7 +22,7 @@ from distributed_llm.coordinator.requests.answer_states import AnswerCause, Answ
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
-from distributed_llm.coordinator.serving.step import Step
+from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64
 """Least length of a prefix, in positions, for which an answer waits until another computed it."""
@@ -69,7 +69,7 @@ class Scheduler:
         self._preempted: list[Answer] = []
         self._refused: tuple[Answer | None, int] = (None, 0)  # last, and what room there was
         self._num_slices = 0
-        self._prefix_hit_tokens = 0
+        self._prefix_tokens = (0, 0)  # looked up, and found
 
     @property
     def kv_tokens(self) -> int:
@@ -85,6 +85,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Number of running answers."""
         return len(self._running)
+
+    @property
+    def waits_for_masks(self) -> bool:
+        """Whether no answer can run before it is known which token may be its next."""
+        return all(answer.waits_for_mask for answer in self.running if answer.waits_for is None)
 
     @property
     def num_decoding(self) -> int:
@@ -110,9 +115,9 @@ class Scheduler:
         preempted, self._preempted = self._preempted, []
         return preempted
 
-    def take_prefix_hit_tokens(self) -> int:
-        """Return how many positions since the last call were shared instead of computed."""
-        tokens, self._prefix_hit_tokens = self._prefix_hit_tokens, 0
+    def take_prefix_tokens(self) -> tuple[int, int]:
+        """Return how many tokens were looked up among prefixes since the last call, and shared."""
+        tokens, self._prefix_tokens = self._prefix_tokens, (0, 0)
         return tokens
 
     # -------------------------------------------------------------- answers
@@ -237,10 +242,12 @@ class Scheduler:
         ):
             return False
         answer.sequence_id, answer.prefix = sequence_id, self._ledger.prefix_of(sequence_id)
+        queried, hit = self._prefix_tokens
+        found = answer.prefix.length if answer.prefix else 0
+        self._prefix_tokens = (queried + len(answer.token_ids), hit + found)
         if answer.prefix:
             answer.num_computed_tokens = answer.num_scheduled_tokens = answer.prefix.length
             answer.num_cached_tokens = max(answer.num_cached_tokens, answer.prefix.length)
-            self._prefix_hit_tokens += answer.prefix.length
         return True
 
     def _match(self, answer: Answer) -> Match | None:
@@ -316,12 +323,13 @@ class Scheduler:
             idle: whether no step is in flight; suspected answers run only then, one group at a
                 time.
         """
-        suspects = [a for a in self._running.values() if a.suspects and a.waits_for is None]
+        candidates = [answer for answer in self._running.values() if not answer.waits_for_mask]
+        suspects = [a for a in candidates if a.suspects and a.waits_for is None]
         if suspects:
             group = [answer for answer in suspects if answer.suspects is suspects[0].suspects]
             parts = list(self._fill(group, max(1, max_decodes), prompts=True)) if idle else []
         else:
-            parts = list(self._fill(self._running.values(), max_decodes, prompts=prompts))
+            parts = list(self._fill(candidates, max_decodes, prompts=prompts))
         if not parts:
             return None
         return Step(
@@ -332,6 +340,7 @@ class Scheduler:
                 for answer, part in parts
                 for token in answer.token_ids[part.start : part.start + part.num_tokens]
             ),
+            masks=tuple(answer.mask for answer, part in parts if part.masked and answer.mask),
         )
 
     def _fill(
@@ -373,7 +382,8 @@ class Scheduler:
         self._num_slices += 1
         answer.latest_slice = self._num_slices
         answer.num_scheduled_tokens = start + size
-        sample = answer.num_scheduled_tokens == len(answer.token_ids)
+        embed = answer.request.embeds
+        sample = answer.num_scheduled_tokens == len(answer.token_ids) and not embed
         sampling = None
         if sample and not answer.sampling_sent:
             sampling, answer.sampling_sent = answer.sampling, True
@@ -385,6 +395,8 @@ class Scheduler:
             sample=sample,
             sampling=sampling,
             prefix=prefix if prefix and prefix.length == start else None,
+            masked=sample and answer.mask is not None,
+            embed=embed,
         )
 
     def _grow(self, answer: Answer) -> bool:
@@ -412,18 +424,26 @@ class Scheduler:
             answer.shares = False
         return answer
 
-    def complete(self, step: Step) -> list[bool]:
+    def complete(self, step: Step, sums: Sequence[FloatVector] = ()) -> list[bool]:
         """Take a step that all stages have run; return whether each sampled token is current.
+
+        Sums of hidden states count for answers that are, each position once: whatever is computed
+        again was forgotten before.
 
         A token is not current if its answer has been restarted or has ended since. An answer that
         got a token is cleared of suspicion; after a prefill chunk it is not, because what breaks
         the stages may be in a later chunk.
         """
         are_current = []
+        left = iter(sums)
         for answer, part in zip(step.answers, step.slices, strict=True):
             is_current = answer.sequence_id == part.sequence_id
+            total = next(left) if part.embed else None
             if is_current:
                 answer.num_in_flight -= 1
+                if total is not None:
+                    assert answer.num_computed_tokens == part.start
+                    answer.pool(total)
                 answer.num_computed_tokens = part.start + part.num_tokens
                 self._ledger.computed(part.sequence_id, answer.num_computed_tokens)
                 if part.sample:

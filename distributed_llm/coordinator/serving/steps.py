@@ -16,7 +16,7 @@ are used again after a number of steps, which doubles each time.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -31,6 +31,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.tensors import (
     Frame,
     TensorSpec,
+    frame_of_masks,
     frame_of_token_ids,
     token_ids_of_frame,
 )
@@ -38,7 +39,9 @@ from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.step import (
+    FloatVector,
     Step,
+    embedding_sums,
     token_logprobs,
     wrong_activations,
     wrong_tokens,
@@ -73,6 +76,7 @@ class StepDone:
         timings: one for each stage.
         depth: steps in flight when this one began, itself included.
         round_trip_s: from beginning to end.
+        sums: of hidden states, one for each slice that embeds.
     """
 
     step: Step
@@ -81,6 +85,7 @@ class StepDone:
     timings: tuple[StageTime, ...]
     depth: int
     round_trip_s: float
+    sums: list[FloatVector] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class _StepInFlight:
 
     Attributes:
         ids: token ids of the step, as a tensor.
+        masks: of the step, as a tensor; None if it has none.
         released: sequences that its task frees.
         route: for each hop, whether the stage passes the step on directly.
         stage: index of the last stage that it was sent to by the coordinator.
@@ -122,6 +128,7 @@ class _StepInFlight:
     number: StepNumber
     step: Step
     ids: tuple[TensorSpec, Frame]
+    masks: tuple[TensorSpec, Frame] | None
     released: tuple[SequenceId, ...]
     route: tuple[bool, ...]
     stage: int
@@ -228,10 +235,13 @@ class StepsInFlight:
         for sequence_id in released:
             del self._to_release[sequence_id]
         route = self._route()
-        flight = _StepInFlight(self._next_step, step, ids, released, route, 0, depth, now, deadline)
+        masks = frame_of_masks(step.masks) if step.masks else None
+        flight = _StepInFlight(
+            self._next_step, step, ids, masks, released, route, 0, depth, now, deadline
+        )
         self._next_step = StepNumber(self._next_step + 1)
         self._flights[flight.number] = flight
-        return self._task(flight, (ids[0],), (ids[1],), ())
+        return self._task(flight, [ids], ())
 
     def abandon(self) -> list[Step]:
         """Give up all steps in flight and return them; results of them will be dropped."""
@@ -275,8 +285,7 @@ class StepsInFlight:
             return self._done(flight, result, frames, now)
         flight.stage = stage + 1
         flight.deadline = now + self._task_timeout_s
-        specs = (flight.ids[0], result.tensors[0])
-        return self._task(flight, specs, (flight.ids[1], frames[0]), result.timings)
+        return self._task(flight, [flight.ids, (result.tensors[0], frames[0])], result.timings)
 
     def failed(self, peer: PeerId, failure: TaskFailed) -> StepBroken | Dropped:
         """Take a stage's report that it could not run a task."""
@@ -342,20 +351,21 @@ class StepsInFlight:
     def _task(
         self,
         flight: _StepInFlight,
-        specs: tuple[TensorSpec, ...],
-        frames: tuple[Frame, ...],
+        tensors: Sequence[tuple[TensorSpec, Frame]],
         timings: tuple[StageTime, ...],
     ) -> SendTask:
+        tensors = [*tensors, flight.masks] if flight.masks else tensors
         task = Task(
             epoch=self.epoch,
             step=flight.number,
             oldest=self._oldest,
             sequences=flight.step.slices,
-            tensors=specs,
+            tensors=tuple(spec for spec, _ in tensors),
             released=flight.released,
             route=flight.route[flight.stage :],
             timings=timings,
         )
+        frames = tuple(frame for _, frame in tensors)
         return SendTask(self.stages[flight.stage].peer, task, frames)
 
     def _route(self) -> tuple[bool, ...]:
@@ -377,11 +387,12 @@ class StepsInFlight:
         self._relay_steps = max(0, self._relay_steps - 1)
         return StepDone(
             step=flight.step,
-            token_ids=token_ids_of_frame(frames[0]) if frames else [],
+            token_ids=token_ids_of_frame(frames[0]) if flight.step.num_samples else [],
             logprobs=token_logprobs(flight.step, result.tensors, frames),
             timings=result.timings,
             depth=flight.depth,
             round_trip_s=now - flight.began_at,
+            sums=embedding_sums(flight.step, frames),
         )
 
     def _expected(

@@ -37,6 +37,10 @@ class LinkSpeeds:
         """
         self._measured[sender, receiver] = (rtt_s / 2, bytes_per_s)
 
+    def measured(self, sender: WorkerId, receiver: WorkerId) -> tuple[float, float] | None:
+        """Return latency, one way, and bandwidth of a link; None if it was not measured."""
+        return self._measured.get((sender, receiver))
+
     def bound(self, hops: Iterable[tuple[WorkerId, WorkerId]], seconds: float) -> float:
         """Lower latencies so that they do not exceed what a step showed; return their sum.
 

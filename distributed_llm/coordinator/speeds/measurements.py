@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from distributed_llm.common.messages import Capabilities, LinkReport, StageTrial
+from distributed_llm.common.messages import Capabilities, LinkReport, StageTime, StageTrial
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.fading_mean import FadingMean
 from distributed_llm.coordinator.model_cost import ModelCost
@@ -89,25 +89,39 @@ class Measurements:
         self._probes.pop(worker, None)
         self._network.forget(worker)
 
-    def observe(self, stages: Sequence[PipelineStage], done: StepDone, *, now: float) -> None:
-        """Learn the times of the stages from a step, and upper bounds of the links."""
+    def observe(
+        self, stages: Sequence[PipelineStage], done: StepDone, *, now: float
+    ) -> list[float | None]:
+        """Learn the times of the stages from a step, and upper bounds of the links.
+
+        Returns:
+            The seconds that were expected of each stage before; None where nothing was.
+        """
         inside_us = sum(timing.compute_us + timing.queued_us for timing in done.timings)
         outside_s = max(0.0, done.round_trip_s - inside_us / 1e6)
         hops_s = self._network.bound(pairwise(stage.worker for stage in stages), outside_s)
         self._overhead.add(outside_s - hops_s, now)
         work = work_of(done.step)
-        for stage, timing in zip(stages, done.timings, strict=True):
-            speed = self._speeds.get(stage.worker)
-            if speed is not None:
-                self._probes.pop(stage.worker, None)
-                speed.observe(
-                    work,
-                    layers=self._length(stage.layers),
-                    is_last=stage.layers.stop == self._cost.num_layers,
-                    layers_s=timing.layers_us / 1e6,
-                    other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
-                    now=now,
-                )
+        return [
+            self._observe_stage(stage, timing, work, now)
+            for stage, timing in zip(stages, done.timings, strict=True)
+        ]
+
+    def _observe_stage(
+        self, stage: PipelineStage, timing: StageTime, work: Work, now: float
+    ) -> float | None:
+        speed = self._speeds.get(stage.worker)
+        if speed is None:
+            return None
+        self._probes.pop(stage.worker, None)
+        return speed.observe(
+            work,
+            layers=self._length(stage.layers),
+            is_last=stage.layers.stop == self._cost.num_layers,
+            layers_s=timing.layers_us / 1e6,
+            other_s=max(0, timing.compute_us - timing.layers_us) / 1e6,
+            now=now,
+        )
 
     def observe_link(self, sender: WorkerId, receiver: WorkerId, report: LinkReport) -> None:
         """Learn the speed of a link."""
@@ -115,6 +129,10 @@ class Measurements:
             self._network.observe(
                 sender, receiver, rtt_s=report.rtt_s, bytes_per_s=report.bytes_per_s
             )
+
+    def link(self, sender: WorkerId, receiver: WorkerId) -> tuple[float, float] | None:
+        """Return latency in seconds and bytes per second of a link; None if not measured."""
+        return self._network.measured(sender, receiver)
 
     @property
     def link_bytes_per_s(self) -> float:

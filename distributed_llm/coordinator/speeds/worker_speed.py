@@ -164,8 +164,8 @@ class WorkerSpeed:
         layers_s: float,
         other_s: float,
         now: float,
-    ) -> None:
-        """Learn from one task.
+    ) -> float | None:
+        """Learn from one task; return how long it was expected to take, None if that is unknown.
 
         Args:
             work: of the step.
@@ -183,9 +183,12 @@ class WorkerSpeed:
         if self._layers.jumped != 1.0:
             unseen.rescale(self._layers.jumped)
         self._tried = False
-        if layer_s is not None and beside_s is not None:
-            taken_s = max(layers_s + other_s, LEAST_S)
-            self._errors.append(abs(layers * layer_s + beside_s - taken_s) / taken_s)
+        if layer_s is None or beside_s is None:
+            return None
+        expected_s = layers * layer_s + beside_s
+        taken_s = max(layers_s + other_s, LEAST_S)
+        self._errors.append(abs(expected_s - taken_s) / taken_s)
+        return expected_s
 
     def snapshot(self) -> "WorkerSpeed":
         """Return a copy that does not change when this does; it costs microseconds."""

@@ -33,6 +33,20 @@ def short(exc: Exception) -> str:
     return f"{type(exc).__name__}: {exc}"[:_ERROR_CHARS]
 
 
+def plain_template(tokenizer: Any) -> str | None:
+    """Return the template for conversations without tools; None if there is none.
+
+    Args:
+        tokenizer: of transformers.
+    """
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:  # several templates, and none of them is the default
+        return None
+
+
 def render_chat(tokenizer: Any, chat: Chat) -> str:
     """Return a conversation as text, ready for the assistant's answer.
 

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from itertools import islice
 
 from distributed_llm.common.errors import InvalidRequest
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.tokenizer import NO_TOKENIZER, Tokenizer
+
+_USUAL = TextRules()
 
 _MAX_WINDOW_TOKENS = 16
 """Tokens of a `Detokenizer`'s window, above which it is shortened."""
@@ -38,13 +41,13 @@ class DetokenizedPiece:
         text: complete characters that cannot be part of a stop string.
         token_count: tokens of the answer so far; after a stop, up to and including the token that
             completed the stop string.
-        stopped: whether a stop string was found; the text ends before it, and later tokens are
-            ignored.
+        stop_string: that was found; the text ends before it, and later tokens are ignored. None if
+            none was found.
     """
 
     text: str
     token_count: int
-    stopped: bool
+    stop_string: str | None
 
 
 class Detokenizer:
@@ -66,32 +69,34 @@ class Detokenizer:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        stop_strings: Sequence[str] = (),
+        rules: TextRules = _USUAL,
         context: Sequence[int] = (),
     ) -> None:
-        """Begin an answer that ends before the first occurrence of one of `stop_strings`.
+        """Begin an answer.
 
         A stop string may be, begin or end with a special token as the tokenizer writes it
-        ("<|im_end|>"), although the text of answers has none.
+        ("<|im_end|>"), although the text of answers may have none.
 
         Args:
+            rules: when it ends, and whether its text has special tokens.
             context: token ids of the text that the answer continues; empty if the answer is a text
                 of its own. Only the last few matter.
 
         Raises:
             InvalidRequest: there are stop strings but no tokenizer.
         """
-        if stop_strings and not tokenizer.available:
+        if rules.stop_strings and not tokenizer.available:
             raise InvalidRequest(NO_TOKENIZER.format("stop strings"))
         self._tokenizer = tokenizer
-        self._stops = _StopStrings(stop_strings) if stop_strings else None
+        self._stops = _StopStrings(rules.stop_strings) if rules.stop_strings else None
+        self._hidden = None if rules.hidden is None else frozenset(rules.hidden)
         self._window: list[int] = []
         self._given = 0  # characters of the window's text that are final
         self._bytes = _Utf8Decoder(_EACH_BYTE)
         self._in_run = False  # whether the last token was a byte
         self._count = 0
-        self._stopped = False
-        spoken = (token for token in reversed(context) if not tokenizer.is_silent(token))
+        self._stop_string: str | None = None
+        spoken = (token for token in reversed(context) if not self._is_silent(token))
         for token_id in reversed(list(islice(spoken, _KEPT_TOKENS))):
             self._advance(token_id)
 
@@ -99,25 +104,34 @@ class Detokenizer:
         """Return the text that the next tokens of the answer add."""
         pieces = []
         for token_id in token_ids:
-            if self._stopped:
+            if self._stop_string is not None:
                 break
             self._count += 1
-            if not self._tokenizer.is_silent(token_id):
+            if not self._is_silent(token_id):
                 pieces.append(self._release(self._advance(token_id)))
             elif self._stops:
                 name = self._tokenizer.special_name(token_id)
                 pieces.append(self._release(name, visible=False))
-        return DetokenizedPiece("".join(pieces), self._count, self._stopped)
+        return DetokenizedPiece("".join(pieces), self._count, self._stop_string)
 
     def finish(self) -> DetokenizedPiece:
         """Return the text that was held back, as the answer has no further tokens."""
         text = ""
-        if not self._stopped:
+        if self._stop_string is None:
             text = self._release(self._end_run() if self._in_run else self._pending())
-        if self._stops and not self._stopped:
+        if self._stops and self._stop_string is None:
             text += self._stops.held()
         self._window, self._given = [], 0
-        return DetokenizedPiece(text, self._count, self._stopped)
+        return DetokenizedPiece(text, self._count, self._stop_string)
+
+    def _is_silent(self, token_id: int) -> bool:
+        if self._hidden is None:
+            return self._tokenizer.is_silent(token_id)
+        hidden = token_id in self._hidden and self._tokenizer.is_silent(token_id)
+        return hidden or not self._tokenizer.knows(token_id)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._hidden is None)
 
     def _advance(self, token_id: int) -> str:
         """Return the text that this token makes final."""
@@ -126,7 +140,7 @@ class Detokenizer:
             return self._advance_byte(token_id, byte)
         rest = self._end_run() if self._in_run else ""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         end = max(self._given, len(text) - text.endswith(_UNFINISHED))
         final, self._given = text[self._given : end], end
         if len(self._window) > _MAX_WINDOW_TOKENS:
@@ -139,31 +153,31 @@ class Detokenizer:
             before, self._in_run = self._pending(), True
         text = self._bytes.decode(bytes([byte]))
         if not self._window and text == " ":  # most tokenizers begin no text with a space
-            text = self._tokenizer.decode([token_id])
+            text = self._decode([token_id])
         self._window = [*self._window[1 - _KEPT_TOKENS :], token_id]
         return before + text
 
     def _end_run(self) -> str:
         """Return what is left of a run of bytes, which has no further ones."""
         self._in_run = False
-        self._given = len(self._tokenizer.decode(self._window))
+        self._given = len(self._decode(self._window))
         return self._bytes.decode(b"", final=True)
 
     def _pending(self) -> str:
         """Return the text of the window that was held back."""
-        return self._tokenizer.decode(self._window)[self._given :]
+        return self._decode(self._window)[self._given :]
 
     def _shorten(self, waiting: int) -> None:
         """Drop the oldest tokens; the last `waiting` characters have not been returned yet."""
         recent = self._window[-_KEPT_TOKENS:]
-        length = len(self._tokenizer.decode(recent))
+        length = len(self._decode(recent))
         if length > waiting:
             self._window, self._given = recent, length - waiting
 
     def _release(self, text: str, *, visible: bool = True) -> str:
         if self._stops is None:
             return text
-        released, self._stopped = self._stops.add(text, visible=visible)
+        released, self._stop_string = self._stops.add(text, visible=visible)
         return released
 
 
@@ -181,8 +195,8 @@ class _StopStrings:
         self._marked = ""  # the end of the text with special tokens
         self._positions: list[int] = []  # in the text, of each character of `_marked`
 
-    def add(self, piece: str, *, visible: bool) -> tuple[str, bool]:
-        """Return the text that can be shown now, and whether it ends before a stop string.
+    def add(self, piece: str, *, visible: bool) -> tuple[str, str | None]:
+        """Return the text that can be shown now, and the stop string before which it ends.
 
         Args:
             visible: whether the piece is text; otherwise it is a special token.
@@ -195,15 +209,16 @@ class _StopStrings:
             end += len(piece)
         else:
             self._positions += [end] * len(piece)
-        starts = [*map(self._find, self._stops)]
-        found = [start for start in starts if start is not None]
+        starts = {stop: self._find(stop) for stop in self._stops}
+        found = {start: stop for stop, start in reversed(starts.items()) if start is not None}
         if found:
-            return self._release(min(found)), True
+            first = min(found)
+            return self._release(first), found[first]
         waits = max(_overlap(self._held, stop) for stop in self._stops)
         marked = max(_overlap(self._marked, stop) for stop in self._stops)
         cut = len(self._marked) - marked
         self._marked, self._positions = self._marked[cut:], self._positions[cut:]
-        return self._release(min([end - waits, *self._positions[:1]])), False
+        return self._release(min([end - waits, *self._positions[:1]])), None
 
     def held(self) -> str:
         """Return the text that is held back, as nothing follows it."""

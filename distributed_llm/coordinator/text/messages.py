@@ -9,7 +9,8 @@ import msgspec
 
 from distributed_llm.common.messages import Spelling
 from distributed_llm.common.types import TokenId
-from distributed_llm.coordinator.events import PromptKind
+from distributed_llm.coordinator.events import PromptKind, TextRules
+from distributed_llm.coordinator.model import TokenizerFacts
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -23,7 +24,16 @@ class Prompt(_Message, frozen=True, kw_only=True):
     kind: PromptKind
     payload: bytes
     num_choices: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
+
+
+class Question(_Message, frozen=True, kw_only=True):
+    """Order: turn a prompt into token ids, or token ids into text; see `events.AskText`."""
+
+    request: int
+    kind: PromptKind
+    payload: bytes
+    special: bool
 
 
 class AnswerTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -51,7 +61,7 @@ class Resume(_Message, frozen=True, kw_only=True):
     """
 
     request: int
-    stop_strings: tuple[str, ...]
+    rules: TextRules
     context: tuple[TokenId, ...]
     answers: tuple[tuple[TokenId, ...], ...]
 
@@ -63,13 +73,9 @@ class Drop(_Message, frozen=True, kw_only=True):
 
 
 class Ready(_Message, frozen=True, kw_only=True):
-    """Reply: the tokenizer is loaded.
+    """Reply: the tokenizer is loaded."""
 
-    Attributes:
-        end_token: token id with which its texts end; None if it has none.
-    """
-
-    end_token: TokenId | None
+    facts: TokenizerFacts
 
 
 class Unusable(_Message, frozen=True, kw_only=True):
@@ -81,6 +87,8 @@ class Unusable(_Message, frozen=True, kw_only=True):
 
 class Begun(_Message, frozen=True, kw_only=True):
     """Reply: a prompt is being turned into token ids now; `Encoded` or `Failed` follows.
+
+    So it is with a question, which `Answered` or `Failed` follows.
 
     Attributes:
         num_bytes: size of the prompt.
@@ -96,11 +104,20 @@ class Encoded(_Message, frozen=True, kw_only=True):
     Attributes:
         token_ids: int32 in the byte order of this machine.
         context: its last tokens if answers continue its text, else nothing.
+        mask: see `events.Tokenized`.
     """
 
     request: int
     token_ids: bytes
     context: tuple[TokenId, ...]
+    mask: bytes = b""
+
+
+class Answered(_Message, frozen=True, kw_only=True):
+    """Reply: the answer to a question; see `events.TextAnswered`."""
+
+    request: int
+    payload: bytes
 
 
 class Failed(_Message, frozen=True, kw_only=True):
@@ -122,9 +139,11 @@ class AnswerText(msgspec.Struct, frozen=True, array_like=True):
     choice: int
     text: str
     num_tokens: int
-    stopped: bool
+    stop_string: str | None
     last: bool
     spelled: tuple[Spelling | None, ...] = ()
+    mask: bytes = b""
+    complete: bool = False
 
 
 class Texts(_Message, frozen=True, kw_only=True):
@@ -134,8 +153,8 @@ class Texts(_Message, frozen=True, kw_only=True):
     failures: tuple[Failed, ...] = ()
 
 
-Order = Prompt | Tokens | Resume | Drop
-Reply = Ready | Unusable | Begun | Encoded | Failed | Texts
+Order = Prompt | Question | Tokens | Resume | Drop
+Reply = Ready | Unusable | Begun | Encoded | Answered | Failed | Texts
 
 _HEADER_BYTES = 8
 """Bytes before each message that say how many it has, big-endian."""

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 from distributed_llm.common.errors import DistributedLLMError, error_from_wire
 from distributed_llm.common.tensors import token_ids_of_frame
 from distributed_llm.coordinator.events import (
+    AskText,
     Detokenize,
     Detokenized,
     Forget,
     RequestKey,
+    TextAnswered,
     TextFailed,
+    TextRules,
     Tokenize,
     Tokenized,
 )
 from distributed_llm.coordinator.text.messages import (
+    Answered,
     AnswerTokens,
     Begun,
     Drop,
@@ -23,28 +27,29 @@ from distributed_llm.coordinator.text.messages import (
     Failed,
     Order,
     Prompt,
+    Question,
     Resume,
     Texts,
     Tokens,
 )
 
-TextEvent = Tokenized | TextFailed | Detokenized
+TextEvent = Tokenized | TextFailed | Detokenized | TextAnswered
 
 
 @dataclass
 class _Request:
-    """A request that has not ended.
+    """A request that has not ended, or a question.
 
     Attributes:
-        prompt: its order, until it is encoded.
+        prompt: its order, until it is encoded; a question is its order.
         begun: whether the text process has begun to encode it.
         answers: token ids of each answer whose text was made.
     """
 
     key: RequestKey
-    prompt: Prompt | None
-    stop_strings: tuple[str, ...]
-    answers: list[list[int]]
+    prompt: Prompt | Question | None
+    rules: TextRules = field(default_factory=TextRules)
+    answers: list[list[int]] = field(default_factory=list)
     begun: bool = False
     context: tuple[int, ...] = field(default=())
 
@@ -73,10 +78,19 @@ class TextOrders:
             kind=action.kind,
             payload=action.payload,
             num_choices=action.num_choices,
-            stop_strings=action.stop_strings,
+            rules=action.rules,
         )
         answers: list[list[int]] = [[] for _ in range(action.num_choices)]
-        self._requests[number] = _Request(action.key, order, action.stop_strings, answers)
+        self._requests[number] = _Request(action.key, order, action.rules, answers)
+        return order
+
+    def question(self, action: AskText) -> Order:
+        """Return the order to answer a question."""
+        number = action.key[2]
+        order = Question(
+            request=number, kind=action.kind, payload=action.payload, special=action.special
+        )
+        self._requests[number] = _Request(action.key, order)
         return order
 
     def tokens(self, actions: Sequence[Detokenize]) -> Order:
@@ -97,7 +111,7 @@ class TextOrders:
         number = action.key[2]
         return Drop(request=number) if self._requests.pop(number, None) else None
 
-    def replied(self, reply: Begun | Encoded | Failed | Texts) -> list[TextEvent]:
+    def replied(self, reply: Begun | Encoded | Answered | Failed | Texts) -> list[TextEvent]:
         """Take a reply of the text process; return what it means."""
         match reply:
             case Begun():
@@ -106,6 +120,9 @@ class TextOrders:
                 return []
             case Encoded():
                 return self._encoded(reply)
+            case Answered():
+                request = self._requests.pop(reply.request, None)
+                return [TextAnswered(request.key, reply.payload)] if request else []
             case Failed():
                 return self._failed(reply)
             case Texts():
@@ -135,7 +152,7 @@ class TextOrders:
                 request.prompt
                 or Resume(
                     request=number,
-                    stop_strings=request.stop_strings,
+                    rules=request.rules,
                     context=request.context,
                     answers=tuple(map(tuple, request.answers)),
                 )
@@ -151,7 +168,7 @@ class TextOrders:
         if request is None:
             return []
         request.prompt, request.begun, request.context = None, False, reply.context
-        return [Tokenized(request.key, token_ids_of_frame(reply.token_ids))]
+        return [Tokenized(request.key, token_ids_of_frame(reply.token_ids), reply.mask)]
 
     def _failed(self, reply: Failed) -> list[TextEvent]:
         request = self._requests.pop(reply.request, None)
@@ -169,9 +186,11 @@ class TextOrders:
                 piece.choice,
                 piece.text,
                 piece.num_tokens,
-                piece.stopped,
+                piece.stop_string,
                 piece.last,
                 piece.spelled,
+                piece.mask,
+                piece.complete,
             )
             for piece in reply.pieces
             if piece.request in self._requests

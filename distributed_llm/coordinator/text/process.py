@@ -19,6 +19,7 @@ from distributed_llm.coordinator.text.messages import (
     Drop,
     Order,
     Prompt,
+    Question,
     Ready,
     Reply,
     Resume,
@@ -81,7 +82,7 @@ class _TextProcess:
         work = TextWork(tokenizer, context_length)
         for _ in range(_PROMPT_THREADS):
             threading.Thread(target=self._encode_prompts, args=(work,), daemon=True).start()
-        self._send(Ready(end_token=tokenizer.end_token))
+        self._send(Ready(facts=tokenizer.facts()))
         unpacker = Unpacker(Order)
         while data := self._link.recv(_RECEIVE_BYTES):
             for order in unpacker.feed(data):
@@ -91,7 +92,7 @@ class _TextProcess:
         match order:
             case Tokens():
                 self._send(work.texts(order))
-            case Prompt():
+            case Prompt() | Question():
                 work.put(order)
             case Drop():
                 work.drop(order)
@@ -104,9 +105,9 @@ class _TextProcess:
     def _encode_prompts(self, work: TextWork) -> None:
         with contextlib.suppress(OSError):
             while True:
-                prompt = work.take()
-                self._send(Begun(request=prompt.request, num_bytes=len(prompt.payload)))
-                self._send(work.encode(prompt))
+                order = work.take()
+                self._send(Begun(request=order.request, num_bytes=len(order.payload)))
+                self._send(work.do(order))
 
     def _send(self, reply: Reply) -> None:
         with self._sending:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distributed_llm.common.errors import DistributedLLMError, TextError, error_from_wire
-from distributed_llm.coordinator.events import Detokenize, Forget, Tokenize
+from distributed_llm.coordinator.events import AskText, Detokenize, Forget, Tokenize
 from distributed_llm.coordinator.text.messages import (
+    Answered,
     Begun,
     Encoded,
     Failed,
@@ -43,7 +44,7 @@ _PROMPT_BYTES_PER_S = 50_000.0
 _END_S = 1.0
 """Time that a text process which has closed its socket has to end by itself, seconds."""
 
-TextAction = Tokenize | Detokenize | Forget
+TextAction = Tokenize | Detokenize | Forget | AskText
 
 
 class TextService:
@@ -91,6 +92,8 @@ class TextService:
         for action in actions:
             if isinstance(action, Tokenize):
                 orders.append(self._orders.prompt(action))
+            elif isinstance(action, AskText):
+                orders.append(self._orders.question(action))
             elif isinstance(action, Forget):
                 orders.append(self._orders.forget(action))
         if self._link:
@@ -135,11 +138,11 @@ class TextService:
                 if events:
                     self._tell(events)
 
-    def _watch_progress(self, reply: Begun | Encoded | Failed | Texts) -> None:
+    def _watch_progress(self, reply: Begun | Encoded | Answered | Failed | Texts) -> None:
         match reply:
             case Begun(request=request, num_bytes=num_bytes):
                 self._watch(request, _PROMPT_S + num_bytes / _PROMPT_BYTES_PER_S)
-            case Encoded(request=request) | Failed(request=request):
+            case Encoded(request=request) | Answered(request=request) | Failed(request=request):
                 self._unwatch(request)
             case Texts():
                 self._unwatch(None)

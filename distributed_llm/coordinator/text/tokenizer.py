@@ -13,7 +13,8 @@ from typing import Any
 from distributed_llm.common.errors import CheckpointError, InvalidRequest
 from distributed_llm.common.messages import MAX_SPELLING, Chat, Spelling
 from distributed_llm.common.model_files import read_json
-from distributed_llm.coordinator.text.chat_template import render_chat, short
+from distributed_llm.coordinator.model import TokenizerFacts
+from distributed_llm.coordinator.text.chat_template import plain_template, render_chat, short
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -90,13 +91,28 @@ class Tokenizer:
         """Token id with which texts end, by the tokenizer's own files; None if they name none."""
         return None if self._hugging_face is None else self._hugging_face.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, with the special tokens that start or end a prompt.
+    def facts(self) -> TokenizerFacts:
+        """Return what its files say of it."""
+        if self._hugging_face is None:
+            return TokenizerFacts()
+        named = self._hugging_face.special_tokens_map.items()
+        return TokenizerFacts(
+            available=True,
+            end_token=self.end_token,
+            special_tokens={name: token for name, token in named if isinstance(token, str)},
+            chat_template=plain_template(self._hugging_face),
+        )
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of `text`.
+
+        Args:
+            special: with the special tokens that start or end a prompt.
 
         Raises:
             InvalidRequest: there is no tokenizer, or `text` is not valid Unicode.
         """
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens=special)
 
     def encode_chat(self, chat: Chat) -> list[int]:
         """Return the token ids of a conversation, ready for the assistant's answer.
@@ -111,17 +127,36 @@ class Tokenizer:
         text = render_chat(self._hugging_face, chat)
         return self._encode(text, add_special_tokens=False)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of `token_ids` without special tokens; empty without a tokenizer."""
+    def text_of(self, token_ids: Sequence[int], *, special: bool) -> str:
+        """Return the text of `token_ids`, with or without special tokens.
+
+        Those that the tokenizer does not know have no text.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or one is below zero.
+        """
+        if self._backend is None:
+            raise InvalidRequest(
+                "The checkpoint has no tokenizer, so token ids have no text. Use a model with one."
+            )
+        if any(token_id < 0 for token_id in token_ids):
+            raise InvalidRequest("Token ids must be at least 0.")
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=not special))
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `token_ids`; empty without a tokenizer."""
         if self._backend is None:
             return ""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=True))
+        ids = list(token_ids)
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def is_silent(self, token_id: int) -> bool:
         """Return whether a token has no text: it is special, or unknown to the tokenizer."""
-        if self._backend is None or token_id in self._special:
-            return True
-        return self._backend.id_to_token(token_id) is None
+        return token_id in self._special or not self.knows(token_id)
+
+    def knows(self, token_id: int) -> bool:
+        """Return whether the vocabulary has a token."""
+        return self._backend is not None and self._backend.id_to_token(token_id) is not None
 
     def special_name(self, token_id: int) -> str:
         """Return how a special token is written ("</s>"); empty for any other token."""
@@ -146,6 +181,42 @@ class Tokenizer:
             if token_id not in self._spellings:
                 self._spellings[token_id] = self._spelling(token_id)
         return tuple(self._spellings[token_id] for token_id in token_ids)
+
+    def vocabulary(self) -> list[tuple[bytes, bool]]:
+        """Return how each token is written in the middle of a text, by id, and whether it is text.
+
+        Special tokens are none, nor are ids that no token has. Takes a second for 100,000 tokens.
+        """
+        assert self._backend is not None
+        pieces = {token_id: piece for piece, token_id in self._backend.get_vocab().items()}
+        written = [(b"<no token>", False)] * (max(pieces) + 1)
+        for token_id, name in self._special.items():
+            written[token_id] = name.encode(), False
+        unread = []
+        for token_id in pieces.keys() - self._special.keys():
+            if self.byte_of(token_id) is not None or self._letters:
+                written[token_id] = self._bytes_of(token_id, pieces[token_id]), True
+            else:
+                unread.append(token_id)
+        before = self._encode("a", add_special_tokens=False)
+        texts = self._backend.decode_batch([[*before, token_id] for token_id in unread])
+        start = len(self.decode(before))
+        for token_id, text in zip(unread, texts, strict=True):
+            written[token_id] = text[start:].encode(), True
+        return written
+
+    def encode_inside(self, text: str) -> list[int]:
+        """Return token ids that add exactly `text` to a text; empty if none are found."""
+        for before in ("", "\n", "a"):
+            start = self._encode(before, add_special_tokens=False) if before else []
+            ids = self._encode(before + text, add_special_tokens=False)
+            if ids[: len(start)] != start:
+                continue
+            inside = ids[len(start) :]
+            spelled = self.spell(inside)
+            if b"".join(one.written for one in spelled if one) == text.encode():
+                return inside
+        return []
 
     def _spelling(self, token_id: int) -> Spelling | None:
         assert self._backend is not None

@@ -2,7 +2,9 @@
 
 import logging
 import threading
-from typing import Final
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 
@@ -16,14 +18,18 @@ from distributed_llm.common.errors import (
     TextError,
 )
 from distributed_llm.common.tensors import token_ids_of_frame
+from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
+from distributed_llm.coordinator.text.grammars import AnswerGrammar, Grammars
 from distributed_llm.coordinator.text.messages import (
+    Answered,
     AnswerText,
     AnswerTokens,
     Drop,
     Encoded,
     Failed,
     Prompt,
+    Question,
     Resume,
     Texts,
     Tokens,
@@ -34,6 +40,14 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT_TOKENS: Final = 64
 """Tokens at the end of a prompt that are kept as context: some may be special, and have no text."""
+
+
+@dataclass
+class _Answer:
+    """An answer whose text is being made; `grammar` is None if it may be any text."""
+
+    text: Detokenizer
+    grammar: AnswerGrammar | None
 
 
 class TextWork:
@@ -50,18 +64,19 @@ class TextWork:
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._changed = threading.Condition()
-        self._waiting: dict[int, Prompt] = {}
+        self._waiting: dict[int, Prompt | Question] = {}
         self._begun: set[int] = set()
-        self._answers: dict[int, list[Detokenizer]] = {}
+        self._answers: dict[int, list[_Answer]] = {}
+        self._grammars = Grammars(tokenizer)
 
-    def put(self, prompt: Prompt) -> None:
-        """Queue a prompt."""
+    def put(self, prompt: Prompt | Question) -> None:
+        """Queue a prompt, or a question about one."""
         with self._changed:
             self._waiting[prompt.request] = prompt
             self._changed.notify()
 
-    def take(self) -> Prompt:
-        """Return the prompt that has waited longest; wait until there is one."""
+    def take(self) -> Prompt | Question:
+        """Return the one that has waited longest; wait until there is one."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             request = next(iter(self._waiting))
@@ -75,22 +90,24 @@ class TextWork:
             self._begun.discard(order.request)
             self._answers.pop(order.request, None)
 
-    def encode(self, prompt: Prompt) -> Encoded | Failed:
-        """Return the token ids of a prompt that was taken, or why there are none."""
+    def do(self, order: Prompt | Question) -> Encoded | Answered | Failed:
+        """Do what was taken; return the token ids of a prompt, an answer, or why there is none."""
+        return self._answer(order) if isinstance(order, Question) else self._encode(order)
+
+    def _encode(self, prompt: Prompt) -> Encoded | Failed:
         result: Encoded | Failed
-        answers: list[Detokenizer] = []
+        answers: list[_Answer] = []
         try:
             token_ids = self._token_ids(prompt)
             continued = prompt.kind != "chat"  # a turn of a conversation is a text of its own
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
-            answers = [
-                Detokenizer(self._tokenizer, prompt.stop_strings, context)
-                for _ in range(prompt.num_choices)
-            ]
+            answers = self._begin(prompt.rules, context, prompt.num_choices)
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
-            result = Encoded(request=prompt.request, token_ids=ids, context=context)
+            mask = _first_mask(answers[0]) if answers else b""  # an embedding has no answers
+            result = Encoded(request=prompt.request, token_ids=ids, context=context, mask=mask)
         except DistributedLLMError as exc:
             result = Failed(request=prompt.request, code=exc.code, message=str(exc))
+            answers = []
         except Exception as exc:
             logger.exception("tokenizing failed")
             result = _bug(prompt.request, f"The prompt cannot be turned into tokens: {exc!r:.500}")
@@ -103,14 +120,34 @@ class TextWork:
                 self._answers[prompt.request] = answers
         return result
 
+    def _answer(self, question: Question) -> Answered | Failed:
+        with self._changed:
+            self._begun.discard(question.request)
+        try:
+            if question.kind == "token_ids":
+                token_ids = token_ids_of_frame(question.payload)
+                payload = self._tokenizer.text_of(token_ids, special=question.special).encode()
+            else:
+                token_ids = self._ids_of(question.kind, question.payload, special=question.special)
+                payload = np.asarray(token_ids, dtype=np.int32).tobytes()
+        except DistributedLLMError as exc:
+            return Failed(request=question.request, code=exc.code, message=str(exc))
+        except Exception as exc:
+            logger.exception("answering a question about text failed")
+            return _bug(
+                question.request, f"That cannot be turned into tokens or text: {exc!r:.500}"
+            )
+        return Answered(request=question.request, payload=payload)
+
     def resume(self, order: Resume) -> Failed | None:
         """Go on with a request; return why that is impossible, or None."""
         try:
-            answers = []
-            for token_ids in order.answers:
-                answer = Detokenizer(self._tokenizer, order.stop_strings, order.context)
-                answer.feed(token_ids)
-                answers.append(answer)
+            count = len(order.answers)
+            answers = self._begin(order.rules, order.context, count, tried=True)
+            for answer, token_ids in zip(answers, order.answers, strict=True):
+                answer.text.feed(token_ids)
+                if answer.grammar:
+                    answer.grammar.feed(token_ids)
         except Exception as exc:
             logger.exception("detokenizing failed")
             return _bug(order.request, f"The text of the answer cannot be made: {exc!r:.500}")
@@ -125,50 +162,82 @@ class TextWork:
             if answers := self._answers.get(tokens.request):
                 try:
                     pieces.append(self._piece(answers[tokens.choice], tokens))
+                except DistributedLLMError as exc:
+                    failed = Failed(request=tokens.request, code=exc.code, message=str(exc))
+                    failures.append(failed)
                 except Exception as exc:
                     logger.exception("detokenizing failed")
                     why = f"The text of the answer cannot be made: {exc!r:.500}"
                     failures.append(_bug(tokens.request, why))
         return Texts(pieces=tuple(pieces), failures=tuple(failures))
 
-    def _piece(self, answer: Detokenizer, tokens: AnswerTokens) -> AnswerText:
-        piece = answer.feed(tokens.token_ids)
-        text, stopped = piece.text, piece.stopped
-        if tokens.last and not stopped:
-            piece = answer.finish()
-            text, stopped = text + piece.text, piece.stopped
+    def _begin(
+        self, rules: TextRules, context: Sequence[int], count: int, *, tried: bool = False
+    ) -> list[_Answer]:
+        texts = [Detokenizer(self._tokenizer, rules, context) for _ in range(count)]
+        if rules.grammar is None:
+            return [_Answer(text, None) for text in texts]
+        grammars = self._grammars.begin(rules.grammar, rules.ends, count, tried=tried)
+        return list(map(_Answer, texts, grammars))
+
+    def _piece(self, answer: _Answer, tokens: AnswerTokens) -> AnswerText:
+        piece = answer.text.feed(tokens.token_ids)
+        text, mask, complete = piece.text, b"", False
+        if answer.grammar and piece.stop_string is None:
+            answer.grammar.feed(tokens.token_ids)
+            mask = b"" if tokens.last else answer.grammar.mask()
+            complete = answer.grammar.is_complete if tokens.last else not mask
+        if (tokens.last or complete) and piece.stop_string is None:
+            piece = answer.text.finish()
+            text += piece.text
         return AnswerText(
             tokens.request,
             tokens.choice,
             text,
             piece.token_count,
-            stopped,
+            piece.stop_string,
             tokens.last,
             self._tokenizer.spell(tokens.spell),
+            mask,
+            complete,
         )
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
-        match prompt.kind:
-            case "token_ids":
-                token_ids = token_ids_of_frame(prompt.payload)
-            case "chat":
-                try:
-                    chat = codec.decode_chat(prompt.payload)
-                except RemoteProtocolError as exc:
-                    raise InvalidRequest(f"The conversation cannot be read: {exc}.") from exc
-                token_ids = self._tokenizer.encode_chat(chat)
-            case "text":
-                try:
-                    text = prompt.payload.decode()
-                except UnicodeDecodeError as exc:
-                    raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
-                token_ids = self._tokenizer.encode(text)
+        if prompt.kind == "token_ids":
+            token_ids = token_ids_of_frame(prompt.payload)
+        else:
+            token_ids = self._ids_of(prompt.kind, prompt.payload)
         if len(token_ids) > self._context_length:
             raise ContextLengthExceeded(
                 f"The prompt has {len(token_ids)} tokens, which exceed the model's context of "
                 f"{self._context_length}. Shorten it."
             )
         return token_ids
+
+    def _ids_of(
+        self, kind: Literal["text", "chat"], payload: bytes, *, special: bool = True
+    ) -> list[int]:
+        """Return the token ids of a text or a conversation, however many."""
+        if kind == "chat":
+            try:
+                chat = codec.decode_chat(payload)
+            except RemoteProtocolError as exc:
+                raise InvalidRequest(f"The conversation cannot be read: {exc}.") from exc
+            return self._tokenizer.encode_chat(chat)
+        try:
+            text = payload.decode()
+        except UnicodeDecodeError as exc:
+            raise InvalidRequest(f"The prompt is not UTF-8: {exc}.") from exc
+        return self._tokenizer.encode(text, special=special)
+
+
+def _first_mask(answer: _Answer) -> bytes:
+    if answer.grammar is None:
+        return b""
+    mask = answer.grammar.mask()
+    if not mask:
+        raise InvalidRequest("The grammar admits no answer but the empty one.")
+    return mask
 
 
 def _bug(request: int, what: str) -> Failed:

@@ -30,21 +30,19 @@ def compute(
     """
     stage.release(task.released)
     tensors = [tensor_of(spec, frame) for spec, frame in zip(task.tensors, frames, strict=True)]
+    masks = tensors.pop().numpy() if task.num_masks and tensors else None
     if not 1 <= len(tensors) <= 2 or tensors[0].dtype != torch.int32:
-        raise StageError("The task's tensors are not token ids and hidden states.")
-    output = stage.run(task.sequences, tensors[0], tensors[1] if len(tensors) == 2 else None)
+        raise StageError("The task's tensors are not token ids, hidden states and masks.")
+    hidden_states = tensors[1] if len(tensors) == 2 else None
+    output = stage.run(task.sequences, tensors[0], hidden_states, masks)
     given = [frame_of(tensor) for tensor in _tensors_of(output, wire_dtype)]
     return tuple(spec for spec, _ in given), tuple(frame for _, frame in given)
 
 
 def _tensors_of(output: StageOutput, wire_dtype: DtypeName) -> list[Tensor]:
-    """Return the tensors of a `TaskResult`: hidden states, or token ids and log-probabilities."""
+    """Return the tensors of a `TaskResult`: hidden states, or what the last stage has found."""
     if output.hidden_states is not None:
         return [output.hidden_states.to(TORCH_DTYPES[wire_dtype])]
-    if output.token_ids is None or output.token_ids.numel() == 0:
-        return []
-    return [
-        tensor
-        for tensor in (output.token_ids, output.logprobs, output.logprob_ids)
-        if tensor is not None
-    ]
+    sampled = output.token_ids is not None and output.token_ids.numel() > 0
+    tokens = (output.token_ids, output.logprobs, output.logprob_ids) if sampled else ()
+    return [tensor for tensor in (*tokens, output.sums) if tensor is not None]

@@ -24,6 +24,9 @@ from distributed_llm.worker.kv.segments import TokenIds
 FloatRow = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
+Mask = npt.NDArray[np.uint8]
+"""Which tokens may be sampled, one bit each, as in `Task`."""
+
 _LARGEST = np.finfo(np.float32).max
 
 _MAX_GROWTH = 1e30
@@ -56,7 +59,13 @@ def is_plain_argmax(sampling: Sampling, position: int) -> bool:
     )
 
 
-def process(scores: FloatRow, sampling: Sampling, position: int, history: TokenIds) -> None:
+def process(
+    scores: FloatRow,
+    sampling: Sampling,
+    position: int,
+    history: TokenIds,
+    mask: Mask | None = None,
+) -> None:
     """Apply everything but the warpers of sampling to logits [vocab_size], in place.
 
     Token ids beyond the vocabulary are ignored.
@@ -66,6 +75,7 @@ def process(scores: FloatRow, sampling: Sampling, position: int, history: TokenI
         sampling: the parameters.
         position: of the token in its sequence.
         history: the tokens before it.
+        mask: which tokens may be sampled; None: all.
     """
     if _biases(sampling):
         _add_biases(scores, sampling, history)
@@ -73,6 +83,9 @@ def process(scores: FloatRow, sampling: Sampling, position: int, history: TokenI
         _penalize(scores, sampling, history)
     if _bans(sampling, position):
         _ban(scores, sampling, position, history)
+    if mask is not None:  # last, for penalties make numbers of -inf
+        allowed = np.unpackbits(mask, count=len(scores), bitorder="little")
+        scores[allowed == 0] = -np.inf
 
 
 def candidates(scores: FloatRow, sampling: Sampling) -> Candidates:

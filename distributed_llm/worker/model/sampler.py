@@ -34,6 +34,7 @@ from distributed_llm.worker.kv.segments import TokenIds
 from distributed_llm.worker.model.logits import (
     Candidates,
     FloatRow,
+    Mask,
     candidates,
     is_plain_argmax,
     process,
@@ -77,6 +78,7 @@ def sample(
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     histories: Sequence[TokenIds],
+    masks: Sequence[Mask | None] | None = None,
 ) -> Tensor:
     """Sample one token per row.
 
@@ -85,6 +87,7 @@ def sample(
         samplings: parameters, by row.
         positions: of the sampled tokens in their sequences, by row.
         histories: the tokens before them, int32, by row; used by penalties alone.
+        masks: which tokens may be sampled, by row; None: all.
 
     Returns:
         int32 [n], on the CPU.
@@ -92,7 +95,12 @@ def sample(
     Raises:
         RowsFailed: `InvalidRequest` for rows whose parameters allow no token; else a bug.
     """
-    rows = [row for row, s in enumerate(samplings) if not is_plain_argmax(s, positions[row])]
+    masks = masks or [None] * len(samplings)
+    rows = [
+        row
+        for row, sampling in enumerate(samplings)
+        if masks[row] is not None or not is_plain_argmax(sampling, positions[row])
+    ]
     if len(rows) < len(samplings):
         # argmax of bfloat16 takes torch five times as long as argmax of float32.
         token_ids = logits.float().argmax(dim=-1).to("cpu", torch.int32)
@@ -100,7 +108,7 @@ def sample(
         token_ids = torch.empty(len(samplings), dtype=torch.int32)
     if rows:
         scores = logits[rows].to("cpu", torch.float32).numpy()
-        sampled = _sample_rows(scores, rows, samplings, positions, histories)
+        sampled = _sample_rows(scores, rows, samplings, positions, histories, masks)
         token_ids[rows] = torch.tensor(sampled, dtype=torch.int32)
     return token_ids
 
@@ -160,12 +168,14 @@ def _sample_rows(
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     histories: Sequence[TokenIds],
+    masks: Sequence[Mask | None],
 ) -> list[int]:
     token_ids: list[int] = []
     failures: dict[int, DistributedLLMError] = {}
     for row, own in zip(rows, scores, strict=True):
         try:
-            token_ids.append(_sample_row(own, samplings[row], positions[row], histories[row]))
+            process(own, samplings[row], positions[row], histories[row], masks[row])
+            token_ids.append(_pick(own, samplings[row], positions[row]))
         except InvalidRequest as exc:
             failures[row] = exc
         except Exception as exc:  # a bug here; the other rows have no part in it
@@ -179,13 +189,12 @@ def _sample_rows(
     return token_ids
 
 
-def _sample_row(scores: FloatRow, sampling: Sampling, position: int, history: TokenIds) -> int:
-    process(scores, sampling, position, history)
+def _pick(scores: FloatRow, sampling: Sampling, position: int) -> int:
     best = int(scores.argmax())
     if scores[best] == -np.inf:
         raise InvalidRequest(
             f"After {position} tokens no token is left that the generation parameters allow. Relax "
-            "no_repeat_ngram_size, bad_words_ids, suppress_tokens or min_new_tokens."
+            "no_repeat_ngram_size, bad_words_ids, suppress_tokens, min_new_tokens or the grammar."
         )
     if sampling.is_greedy:
         return best

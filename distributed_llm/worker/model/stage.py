@@ -1,13 +1,13 @@
 """A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import StageError
+from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
@@ -24,9 +24,10 @@ from distributed_llm.worker.model.failures import (
     SequencesFailed,
 )
 from distributed_llm.worker.model.forward import Forward
+from distributed_llm.worker.model.logits import Mask
 from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, sample
 from distributed_llm.worker.model.shared_weights import StageModel
-from distributed_llm.worker.model.task_inputs import TaskInputs
+from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
 from distributed_llm.worker.model.weights import load_stage_model
 
@@ -51,12 +52,15 @@ class StageOutput:
             likeliest ones, best first. k is the largest number that any of the sequences asked for.
             None if none of them asked.
         logprob_ids: int32, of the same shape: the tokens that these belong to.
+        sums: float32 [sequences that embed, hidden_size] on the CPU, in the order of the task: of
+            the model's last hidden states, after its final norm. None if no sequence embeds.
     """
 
     hidden_states: Tensor | None = None
     token_ids: Tensor | None = None
     logprobs: Tensor | None = None
     logprob_ids: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Stage:
@@ -217,6 +221,7 @@ class Stage:
         sequences: Sequence[SequenceSlice],
         token_ids: Tensor,
         hidden_states: Tensor | None,
+        masks: Masks | None = None,
     ) -> StageOutput:
         """Compute one step and add its positions to the KV cache.
 
@@ -229,6 +234,8 @@ class Stage:
             token_ids: int32 [tokens], at these positions, one sequence after the other.
             hidden_states: [tokens, hidden_size] in any wire dtype, from the stage before; None on
                 the first stage.
+            masks: uint8 [masked sequences, bytes], of which only the last stage makes use; see
+                `Task`.
 
         Raises:
             ReleasedSequence: a sequence was released before.
@@ -239,14 +246,14 @@ class Stage:
                 token, or their part of the step does not fit them.
             StageError: the arguments do not fit each other.
         """
-        self.inputs.check(sequences, token_ids, hidden_states)
+        self.inputs.check(sequences, token_ids, hidden_states, masks)
         self._check_released(sequences)
         self._check_positions(sequences)
         self._cache.admit(sequences)
         self._remember(sequences)
         step = self._begin(sequences, token_ids)
         with torch.inference_mode():
-            output = self._compute(sequences, step, token_ids, hidden_states)
+            output = self._compute(sequences, step, token_ids, hidden_states, masks)
         for part in step.slices:
             self._cache.commit(part.sequence_id, part.start + part.num_tokens)
         return output
@@ -376,6 +383,7 @@ class Stage:
         step: PackedStep,
         token_ids: Tensor,
         hidden_states: Tensor | None,
+        masks: Masks | None,
     ) -> StageOutput:
         if not self._last:
             output = self._forward.run(step, token_ids, hidden_states, [])
@@ -385,20 +393,40 @@ class Stage:
             return StageOutput(hidden_states=output)
         ends = [s for s, part in zip(step.slices, sequences, strict=True) if part.sample]
         rows = [s.row + s.num_tokens - 1 for s in ends]
-        logits = self._forward.run(step, token_ids, hidden_states, rows)
+        pooled = [s for s, part in zip(step.slices, sequences, strict=True) if part.embed]
+        spans = [(s.row, s.row + s.num_tokens) for s in pooled]
+        logits = self._forward.run(step, token_ids, hidden_states, rows, spans)
+        sums = self._sums(pooled) if pooled else None
         if logits is None:
-            return StageOutput(token_ids=torch.empty(0, dtype=torch.int32))
+            return StageOutput(token_ids=torch.empty(0, dtype=torch.int32), sums=sums)
         if len(logits) != len(ends):
             raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
         self._check_finite(logits, ends, "logits")
-        return self._sample(ends, logits)
+        rows_of_masks = iter(() if masks is None else masks)
+        own = [next(rows_of_masks) if part.masked else None for part in sequences if part.sample]
+        return replace(self._sample(ends, logits, own), sums=sums)
 
-    def _sample(self, ends: Sequence[PackedSlice], logits: Tensor) -> StageOutput:
+    def _sums(self, slices: Sequence[PackedSlice]) -> Tensor:
+        """Return the sums of hidden states that the latest pass has made."""
+        sums = self._forward.sums.take()
+        width = self.inputs.hidden_size
+        if sums is None or sums.shape != (len(slices), width):
+            why = (
+                "This model has no embeddings: its last hidden states are not of the size that its "
+                f"layers have ({width}). Use another one."
+            )
+            raise SequencesFailed([s.sequence_id for s in slices], InvalidRequest(why))
+        self._check_finite(sums, slices, "last hidden states")
+        return sums.cpu()
+
+    def _sample(
+        self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]
+    ) -> StageOutput:
         samplings = [self._samplings[s.sequence_id] for s in ends]
         positions = [s.start + s.num_tokens for s in ends]
         histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
         try:
-            token_ids = sample(logits, samplings, positions, histories)
+            token_ids = sample(logits, samplings, positions, histories, masks)
         except RowsFailed as exc:
             named = [ends[row].sequence_id for row in exc.rows]
             raise SequencesFailed(named, exc.error) from exc

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.failures import SequencesFailed
+
+Masks = npt.NDArray[np.uint8]
+"""Masks as tasks carry them: [masked sequences, bytes]."""
 
 _WIRE_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -41,7 +46,11 @@ class TaskInputs:
         return token_ids, torch.randn(total, self.hidden_size, generator=draw)
 
     def check(
-        self, sequences: Sequence[SequenceSlice], token_ids: Tensor, hidden_states: Tensor | None
+        self,
+        sequences: Sequence[SequenceSlice],
+        token_ids: Tensor,
+        hidden_states: Tensor | None,
+        masks: Masks | None = None,
     ) -> None:
         """Refuse inputs that do not fit each other or the stage; see `Stage.run`.
 
@@ -61,6 +70,7 @@ class TaskInputs:
             self._check_hidden_states(hidden_states, total)
         elif hidden_states is not None:
             raise StageError("the first stage was given hidden states")
+        _check_masks(sequences, masks)
         for part in sequences:
             _check_prefix(part, sequences)
 
@@ -90,6 +100,16 @@ class TaskInputs:
                 f"stage {self.layers} was given hidden states {hidden_states.dtype} of shape "
                 f"{list(hidden_states.shape)}; it needs {wanted}"
             )
+
+
+def _check_masks(sequences: Sequence[SequenceSlice], masks: Masks | None) -> None:
+    masked = [part for part in sequences if part.masked]
+    if not all(part.sample for part in masked):
+        raise StageError("the task has a mask for a sequence that samples no token")
+    if masked and (masks is None or masks.dtype != np.uint8 or masks.ndim != 2):
+        raise StageError("the task's masks are no bytes")
+    if len(masked) != (0 if masks is None else len(masks)):
+        raise StageError(f"the task has other than {len(masked)} masks")
 
 
 def _check_prefix(part: SequenceSlice, sequences: Sequence[SequenceSlice]) -> None:

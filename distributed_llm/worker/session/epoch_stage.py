@@ -185,14 +185,16 @@ class EpochStage:
         )
         timings = (*task.timings, own)
         if task.route and task.route[0] and self.peers.link_up:
+            masks = len(task.tensors) - bool(task.num_masks)
             onward = msgspec.structs.replace(
                 task,
                 oldest=self._oldest,
                 route=task.route[1:],
                 timings=timings,
-                tensors=(task.tensors[0], *event.specs),
+                tensors=(task.tensors[0], *event.specs, *task.tensors[masks:]),
             )
-            return [ForwardTask(onward, (event.run.frames[0], *event.frames))]
+            frames = event.run.frames
+            return [ForwardTask(onward, (frames[0], *event.frames, *frames[masks:]))]
         result = TaskResult(epoch=task.epoch, step=task.step, timings=timings, tensors=event.specs)
         return [Send(result, event.frames)]
 
