@@ -127,7 +127,6 @@ interface StationProps {
 
 function StationCard(props: StationProps) {
   const { station, token, index, count, isFirstStep, ...card } = props
-  const isLast = index === count - 1
   const range = station.layers
   const size = range ? range.stop - range.start : 0
   return (
@@ -148,12 +147,15 @@ function StationCard(props: StationProps) {
       <dl>
         <Fact what={isFirstStep ? 'tokens at once' : 'tokens'} value={say.number(token.tokens)} />
         {station.shape.length > 1 && <Fact what="numbers" value={shapeText(station.shape)} />}
-        {station.queued_s !== null && <Fact what="waited" value={say.seconds(station.queued_s)} />}
-        <Fact what="computed" value={say.seconds(station.compute_s)} />
         {station.bytes !== null && (
-          <Fact what={isLast ? 'sent back' : 'handed on'} value={say.bytes(station.bytes)} />
+          <Fact what={index === 0 ? 'came in, as ids' : 'came in'} value={say.bytes(station.bytes)} />
+        )}
+        {station.bytes !== null && index > 0 && token.tokens > 1 && (
+          <Fact what="for each token" value={say.bytes(station.bytes / token.tokens)} />
         )}
         {station.link_s !== null && <Fact what="on the way" value={say.seconds(station.link_s)} />}
+        {station.queued_s !== null && <Fact what="waited" value={say.seconds(station.queued_s)} />}
+        <Fact what="computed" value={say.seconds(station.compute_s)} />
       </dl>
     </Card>
   )
