@@ -191,6 +191,16 @@ def test_the_answer_is_what_the_cluster_says(api: Api) -> None:
     assert "".join(texts) == second
 
 
+def test_a_call_that_was_broken_off_does_not_end_a_conversation(
+    client: OpenAI, fake_server: FakeServer
+) -> None:
+    chat = fake_server.answer("Sorry.", template=QWEN3)
+    broken: Any = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a": '}
+    client.responses.create(model=MODEL, input=[broken, {"role": "user", "content": "So?"}])
+    (call,) = chat.asked["messages"][0]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"broken_off": '{"a": '}
+
+
 def test_responses_are_kept_for_whoever_asked(client: OpenAI, fake_server: FakeServer) -> None:
     fake_server.answer("Hello")
     response = client.responses.create(model=MODEL, input="Hi")
@@ -240,8 +250,11 @@ def test_what_is_kept_has_bounds() -> None:
     assert store.get("me", "half")
     kept = [name for name in "abd" if store.get("me", name)]
     assert kept == ["d"]
-    assert store.delete("me", "half")
-    assert not store.delete("me", "half")
+    for name in ("half", "again"):  # what is deleted makes room
+        assert store.delete("me", "half") is (name == "half")
+        store.put("me", record(name, text="x" * 780))
+        assert store.get("me", "d")
+        assert store.delete("me", name)
 
 
 @pytest.mark.parametrize(
@@ -408,13 +421,22 @@ def test_errors_of_the_cluster(
     assert caught.value.request_id
 
 
-def test_an_error_in_the_middle_of_a_stream(client: OpenAI, fake_server: FakeServer) -> None:
-    fake_server.answer("Hello", error=WorkerLost("It is gone."))
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (WorkerLost("It is gone."), "server_error"),
+        (ContextLengthExceeded("It is gone."), "context_length_exceeded"),
+    ],
+)
+def test_an_error_in_the_middle_of_a_stream(
+    client: OpenAI, fake_server: FakeServer, error: DistributedLLMError, code: str
+) -> None:
+    fake_server.answer("Hello", error=error)
     *_, last = client.responses.create(model=MODEL, input="Hi", stream=True)
     assert last.type == "response.failed"
     assert last.response.error
     assert (last.response.error.code, last.response.error.message) == (
-        "server_error",
+        code,
         "It is gone.",
     )
     assert last.response.output_text == "Hello"

@@ -163,7 +163,7 @@ def _messages(item: Item, param: str) -> Iterator[dict[str, Any]]:
         case {"type": "reasoning"}:
             yield {"role": "assistant", "content": "", "reasoning_content": _thought(item)}
         case {"type": "function_call", "call_id": str(call), "name": str(name)}:
-            yield _call(call, name, item.get("arguments") or "{}")
+            yield _call(call, name, _arguments(item.get("arguments")))
         case {"type": "custom_tool_call", "call_id": str(call), "name": str(name)}:
             given = msgspec.json.encode({"input": item.get("input")}).decode()
             yield _call(call, name, given)
@@ -178,6 +178,15 @@ def _messages(item: Item, param: str) -> Iterator[dict[str, Any]]:
         case _:
             kind = item.get("type")
             raise invalid(f"An item of type {kind!r:.60} is unknown, or has a wrong field.", param)
+
+
+def _arguments(written: Any) -> str:
+    """Return the arguments of a call, which templates read: a call may have been broken off."""
+    try:
+        msgspec.json.decode(written, type=dict)
+    except (TypeError, msgspec.MsgspecError, ValueError, RecursionError):
+        return msgspec.json.encode({"broken_off": written} if written else {}).decode()
+    return str(written)
 
 
 def _call(call: str, name: str, arguments: str) -> dict[str, Any]:
