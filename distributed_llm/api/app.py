@@ -20,7 +20,7 @@ from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import chat, completions, models, tokens
+from distributed_llm.api.openai import chat, completions, embeddings, models, tokens
 from distributed_llm.api.openai.plan_epoch import PlanEpoch
 from distributed_llm.api.operations import administration, cluster, health, requests
 from distributed_llm.api.operations.feed import Feed
@@ -33,6 +33,7 @@ _ROUTERS = (
     models.router,
     chat.router,
     completions.router,
+    embeddings.router,
     tokens.router,
     health.router,
     cluster.router,

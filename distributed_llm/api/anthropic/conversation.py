@@ -97,9 +97,7 @@ def _tool(tool: Mapping[str, Any], param: str) -> dict[str, Any]:
 
 
 def _system(body: CountTokensBody) -> Iterator[dict[str, Any]]:
-    texts = [
-        text for text in _texts(body.system or "", "system") if not text.startswith(_BILLING)
-    ]
+    texts = [text for text in _texts(body.system or "", "system") if not text.startswith(_BILLING)]
     if content := "\n\n".join(filter(None, texts)):
         yield {"role": "system", "content": content}
 
@@ -183,5 +181,7 @@ def _text(block: Mapping[str, Any], param: str) -> str:
         case {"type": "image" | "document" | "search_result" | "container_upload" as kind}:
             raise unsupported(param, f"A block of type {kind!r} is no text; this model reads text.")
         case {"type": str(kind)}:
-            raise invalid(f"A block of type {kind!r:.60} is unknown here, or has a wrong field.", param)
+            raise invalid(
+                f"A block of type {kind!r:.60} is unknown here, or has a wrong field.", param
+            )
     raise invalid("A block of content has a type, and a text.", param)

@@ -86,9 +86,7 @@ async def _sent(
                 yield sse(sent, sent["type"])
 
 
-async def _whole(
-    events: AsyncGenerator[TurnEvent, None], writer: MessageWriter
-) -> dict[str, Any]:
+async def _whole(events: AsyncGenerator[TurnEvent, None], writer: MessageWriter) -> dict[str, Any]:
     async with aclosing(events):
         async for event in events:
             for _ in writer.add(event):
