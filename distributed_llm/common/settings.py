@@ -75,10 +75,11 @@ def _layer_map(value: object) -> object:
 
 
 def _items(value: object) -> object:
-    """Return "a, b", from environment or command line, as a list."""
-    if not isinstance(value, str):
+    """Return "a, b", from environment or command line, as a list; also where a list has it."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
         return value
-    return [part for part in (part.strip() for part in value.split(",")) if part]
+    return [part for text in texts for part in map(str.strip, text.split(",")) if part]
 
 
 def _shape(pattern: str, rule: str) -> AfterValidator:

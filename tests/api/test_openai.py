@@ -301,13 +301,18 @@ def test_answers_follow_a_grammar(client: openai.OpenAI) -> None:
     assert raised.value.param == "guided_regex"
 
 
-def test_json_is_parsed_by_the_client(client: openai.OpenAI) -> None:
+def test_json_is_parsed_by_the_client(client: openai.OpenAI, direct: DistributedClient) -> None:
     class Point(BaseModel):
         axis: Literal["x", "y"]
         up: bool
 
+    spaces = {str(token): -1000 for token in direct.tokenize(" \n\r\t").token_ids}
     parsed = client.chat.completions.parse(
-        model="default", messages=MESSAGES, response_format=Point, max_tokens=150, seed=2
+        model="default",
+        messages=MESSAGES,
+        response_format=Point,
+        max_tokens=100,
+        logit_bias=spaces,  # which a random model would write without end
     )
     assert isinstance(parsed.choices[0].message.parsed, Point)
 

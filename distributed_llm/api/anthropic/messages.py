@@ -11,7 +11,7 @@ from distributed_llm.api.anthropic.bodies import CountTokensBody, MessagesBody
 from distributed_llm.api.anthropic.conversation import turn_of
 from distributed_llm.api.anthropic.message import MessageWriter
 from distributed_llm.api.asking import Asking
-from distributed_llm.api.bodies import WARNING, Body, StrictRoute, warning_headers
+from distributed_llm.api.bodies import WARNING, StrictRoute, warning_headers
 from distributed_llm.api.chat.answering import answer
 from distributed_llm.api.chat.events import TurnEvent
 from distributed_llm.api.chat.served import served_model
