@@ -1,13 +1,19 @@
 """The epoch of the plan, which fingerprints of answers tell."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from distributed_llm.api.openai.answer_head import fingerprint_of
 from distributed_llm.api.openai.plan_epoch import PlanEpoch
 from distributed_llm.common.errors import CoordinatorLost
+
+
+def on_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    return lambda: asyncio.run(test())
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Client:
         return Status(self.epoch)
 
 
+@on_loop
 async def test_all_who_ask_at_the_same_time_ask_once() -> None:
     epoch, client = PlanEpoch(), Client(3)
     assert await asyncio.gather(*(epoch.now(client) for _ in range(9))) == [3] * 9
@@ -38,6 +45,7 @@ async def test_all_who_ask_at_the_same_time_ask_once() -> None:
     assert client.asked == 1
 
 
+@on_loop
 async def test_who_leaves_takes_the_answer_from_nobody() -> None:
     epoch, client = PlanEpoch(), Client(3)
     first = asyncio.ensure_future(epoch.now(client))
@@ -47,6 +55,7 @@ async def test_who_leaves_takes_the_answer_from_nobody() -> None:
     assert client.asked == 1
 
 
+@on_loop
 async def test_an_error_of_another_client_is_not_told() -> None:
     epoch, broken, client = PlanEpoch(), Client(None), Client(3)
     with pytest.raises(CoordinatorLost):
