@@ -144,7 +144,8 @@ def test_calls_and_their_results_belong_together() -> None:
 
 
 def test_thinking_is_switched_where_the_model_can() -> None:
-    for think, expected in ((True, True), (False, False), ("high", True)):
+    thinking: list[tuple[Any, bool]] = [(True, True), (False, False), ("high", True)]
+    for think, expected in thinking:
         turn = turn_of_prompt(GenerateBody(prompt="Hi", think=think), QWEN, "")
         assert turn.template_arguments == {"enable_thinking": expected}
     assert not turn_of_prompt(GenerateBody(prompt="Hi"), QWEN, "").template_arguments

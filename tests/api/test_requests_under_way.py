@@ -1,8 +1,5 @@
 """Requests that are under way: who sees them, and who may cancel them. And the seed's own route."""
 
-import json
-import threading
-
 import httpx
 
 from distributed_llm import DistributedClient

@@ -85,7 +85,9 @@ async def _respond(
     Args:
         prompt: name of the field that has the prompt.
     """
-    lines = _lines(named_as_asked(events, NAMES, prompt), Lines(body.asked_model, put))
+    lines = _lines(
+        named_as_asked(events, NAMES, prompt, body.options or {}), Lines(body.asked_model, put)
+    )
     headers = _headers(body)
     if body.stream is not False:
         return EventStream(

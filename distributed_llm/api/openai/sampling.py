@@ -3,7 +3,6 @@
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from pydantic import WithJsonSchema
@@ -113,7 +112,7 @@ async def named_as_asked(
     events: AsyncGenerator[_T, None],
     names: Mapping[str, str],
     prompt: str,
-    given: Mapping[str, Any] = MappingProxyType({}),
+    given: Mapping[str, Any],
 ) -> AsyncGenerator[_T, None]:
     """Yield what comes; of a request that the coordinator finds wrong, raise what `error_of` says.
 
