@@ -83,6 +83,7 @@ def test_parts_are_sent_as_they_are() -> None:
 
 def test_a_response_begins_when_nothing_comes_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch, "_BEGIN_AFTER_S")
+    monkeypatch.setattr(streaming, "PING_EVERY_S", 1e6)
 
     async def run() -> None:
         client = Client()
