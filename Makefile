@@ -8,8 +8,9 @@ PYTHON := .venv/bin/python
 
 all: lint typecheck test
 
+# At a terminal it goes on serving, with a page to look at.
 demo: install
-	.venv/bin/dllm demo
+	@if [ -t 1 ]; then .venv/bin/dllm demo --serve; else .venv/bin/dllm demo; fi
 
 test: install
 	$(PYTHON) -m pytest -n 2 $(ARGS)

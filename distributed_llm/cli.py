@@ -223,12 +223,17 @@ app.add_typer(config_command.app, name="config", rich_help_panel=MORE)
 def demo(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")] = "Once upon a time",
     workers: Annotated[int, typer.Option(min=1, max=6, help="Workers to start.")] = 3,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Go on as `dllm up`, with the page, until Ctrl-C.")
+    ] = False,
 ) -> None:
     """Start a coordinator, workers and the built-in model here; write a story."""
     from distributed_llm import console
 
     with interruptible():
         console.run_demo(prompt, workers)
+    if serve:
+        up_command.up()
 
 
 def main() -> None:

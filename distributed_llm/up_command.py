@@ -1,4 +1,4 @@
-"""`dllm up`: starts a coordinator and a worker here, and says how others join them."""
+"""`dllm up`: starts a coordinator, a worker and the API here, and says how they are used."""
 
 import asyncio
 import sys
@@ -29,13 +29,16 @@ def up(
     device: Device = None,
     threads: Threads = None,
     max_memory: MaxMemory = None,
+    open_to_all: Annotated[
+        bool, typer.Option("--open", help="Let the API serve requests without a key.")
+    ] = False,
     insecure: Insecure = False,
     exit_with_parent: WithParent = False,
 ) -> None:
     """Serve a model with this machine, and with others that join it by the line that is printed.
 
-    It starts a coordinator and a worker. Where this machine alone is too small for the model, it
-    waits for others. Ctrl-C ends both, a second one at once.
+    It starts a coordinator, a worker, and the API over HTTP with its page. Where this machine alone
+    is too small for the model, it waits for others. Ctrl-C ends all, a second one at once.
     """
     import os
 
@@ -64,14 +67,18 @@ def up(
         *options_as_words({"config": config}),
         *(["--insecure"] if settings.coordinator.insecure else []),
     ]
-    logs = state_folder() / "logs" / str(split_address(where)[1])
+    port = split_address(where)[1]
+    logs = state_folder() / "logs" / str(port)
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     wanted = Wanted(
         coordinator=("coordinator", *([model] if model else []), "--bind", where, *shared),
         worker=("worker", *shared, *options_as_words(machine)),
+        api=("api", *shared, *(["--open"] if open_to_all else [])),
+        api_bind=",".join(settings.api.bind) if ("api", "bind") in given else None,
         bind=where,
         insecure=settings.coordinator.insecure,
         logs=logs,
+        keys=state_folder() / "api_keys" / f"{port}.json" if port else None,
         progress=_progress,
         show=_show,
     )

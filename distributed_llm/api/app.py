@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from distributed_llm.api import errors, process
+from distributed_llm.api import errors
 from distributed_llm.api.authentication import Authentication
 from distributed_llm.api.bodies import invalid_body
 from distributed_llm.api.callers import Callers
@@ -22,31 +22,17 @@ from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.ollama import answers as ollama_answers
-from distributed_llm.api.ollama import models as ollama_models
-from distributed_llm.api.openai import chat, models
-from distributed_llm.api.operations import administration, cluster, health, metrics, requests
+from distributed_llm.api.openai.plan_epoch import PlanEpoch
+from distributed_llm.api.openai.responses.store import ResponseStore
 from distributed_llm.api.operations.answer_meter import AnswerMeter, build_info
 from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.operations.http_meter import HttpMeter
 from distributed_llm.api.operations.metrics import ClusterCollector
 from distributed_llm.api.operations.readiness import Readiness
 from distributed_llm.api.register import Register, Registration
+from distributed_llm.api.routes import ROUTERS
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
-
-_ROUTERS = (
-    models.router,
-    chat.router,
-    ollama_answers.router,
-    ollama_models.router,
-    process.router,
-    health.router,
-    cluster.router,
-    requests.router,
-    metrics.router,
-    administration.router,
-)
 
 PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
 """Requests that need no key, by method and path; besides the files of the page."""
@@ -82,12 +68,14 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.callers = callers
+    app.state.responses = ResponseStore()
     app.state.readiness = readiness
     app.state.feed = feed
     app.state.register = register
+    app.state.plan_epoch = PlanEpoch()
     app.state.metrics = measured
     app.state.cluster_metrics = of_cluster
-    for router in _ROUTERS:
+    for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(DistributedLLMError, _package_error)

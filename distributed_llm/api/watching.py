@@ -20,17 +20,17 @@ async def watch(client: AsyncDistributedClient, address: str, every_s: float = E
         address: of the coordinator, for people.
     """
     logger.info("looking for the coordinator at %s", address)
-    said = ""
+    known: object = None
     while True:
         level = logging.WARNING
         try:
-            identity = await client.identity()
-            level, now = logging.INFO, f"the coordinator at {address} serves {identity.model}"
+            model = (await client.identity()).model
+            level, now, text = logging.INFO, model, f"the coordinator at {address} serves {model}"
         except NotAllowed as exc:
-            now = f"requests with keys are served, others not: {exc}"
+            now, text = exc.code, f"requests with keys are served, others not: {exc}"
         except DistributedLLMError as exc:
-            now = f"requests get 503 until there is a coordinator: {exc}"
-        if now != said:
-            logger.log(level, "%s", now)
-            said = now
+            now, text = "", f"requests get 503 until there is a coordinator: {exc}"
+        if now != known:
+            logger.log(level, "%s", text)
+            known = now
         await asyncio.sleep(every_s)

@@ -75,10 +75,11 @@ def _layer_map(value: object) -> object:
 
 
 def _items(value: object) -> object:
-    """Return "a, b", from environment or command line, as a list."""
-    if not isinstance(value, str):
+    """Return "a, b", from environment or command line, as a list; also where a list has it."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
         return value
-    return [part for part in (part.strip() for part in value.split(",")) if part]
+    return [part for text in texts for part in map(str.strip, text.split(",")) if part]
 
 
 def _shape(pattern: str, rule: str) -> AfterValidator:
@@ -397,10 +398,7 @@ class ApiSettings(_Section):
         "machine, such as that of a proxy.",
     )
     max_body: Annotated[int, BeforeValidator(parse_size)] = Field(
-        default=4 << 20,
-        ge=1024,
-        le=1 << 30,
-        description="Size of a request's body at most, such as 4MiB.",
+        default=4 << 20, ge=1024, le=1 << 30, description="Size of a request's body at most, such as 4MiB."
     )
     max_requests: Whole = Field(
         default=512, ge=1, le=100_000, description="Requests that are under way at a time at most."

@@ -5,7 +5,7 @@ from typing import Literal
 
 from distributed_llm.common.messages import ClusterStatus
 
-Child = Literal["coordinator", "worker"]
+Child = Literal["coordinator", "worker", "api"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,17 @@ class Listens:
     """
 
     invitation: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Serves:
+    """The API listens.
+
+    Attributes:
+        access: how it is used, for people; each is a line.
+    """
+
+    access: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,17 @@ class Signalled:
     code: int
 
 
-Event = Listens | Seen | Logged | Ended | Signalled
+Event = Listens | Serves | Seen | Logged | Ended | Signalled
 
 
 @dataclass(frozen=True)
 class StartWorker:
     """Start the worker of this machine."""
+
+
+@dataclass(frozen=True)
+class StartApi:
+    """Start the API."""
 
 
 @dataclass(frozen=True)
@@ -105,4 +121,4 @@ class Fail:
     child: Child
 
 
-Action = StartWorker | TellToEnd | Progress | Show | Finish | Fail
+Action = StartWorker | StartApi | TellToEnd | Progress | Show | Finish | Fail

@@ -5,10 +5,10 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.addresses import addresses_for_others, ip_of
@@ -17,6 +17,9 @@ from distributed_llm.common.keyring import here
 from distributed_llm.common.stopping import exit_code, on_signal, on_uncaught
 from distributed_llm.common.units import split_address
 from distributed_llm.local_process import LocalProcess, earlier_log
+from distributed_llm.up import texts
+from distributed_llm.up.api_address import free_bind, url_from_here
+from distributed_llm.up.api_keys import ApiKeys, api_keys
 from distributed_llm.up.events import (
     Action,
     Child,
@@ -28,8 +31,10 @@ from distributed_llm.up.events import (
     Logged,
     Progress,
     Seen,
+    Serves,
     Show,
     Signalled,
+    StartApi,
     StartWorker,
     TellToEnd,
 )
@@ -56,18 +61,24 @@ class Wanted:
     Attributes:
         coordinator: words of `dllm` that start the coordinator.
         worker: words of `dllm` that start the worker, but for the coordinator's address.
+        api: words of `dllm` that start the API, but for that and where it listens.
+        api_bind: "HOST:PORT" that it is to listen on; None is the first free one of some ports.
         bind: "HOST:PORT" that the coordinator is to listen on.
         insecure: whether keys are done without.
         logs: folder of the children's logs.
+        keys: file that keeps the keys of the API; None keeps none.
         progress: called with each line about what happens.
         show: called with the lines that say what runs.
     """
 
     coordinator: Sequence[str]
     worker: Sequence[str]
+    api: Sequence[str]
+    api_bind: str | None
     bind: str
     insecure: bool
     logs: Path
+    keys: Path | None
     progress: Callable[[str], None]
     show: Callable[[Sequence[str]], None]
 
@@ -81,7 +92,8 @@ async def run(wanted: Wanted) -> int:
     """
     await _check_free(wanted)
     wanted.progress(
-        f"starting a coordinator at {wanted.bind} and a worker; their logs are in {wanted.logs}"
+        f"starting a coordinator at {wanted.bind}, a worker and the API; their logs are in "
+        f"{wanted.logs}"
     )
     running = _Run(wanted)
     try:
@@ -98,20 +110,27 @@ class _Run:
         self._children: dict[Child, LocalProcess] = {}
         self._done: asyncio.Future[int] = self._loop.create_future()
         self._address = ""  # at which the coordinator is asked
+        self._api_bind = wanted.api_bind
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         on_signal(lambda number: self._apply(Signalled(exit_code(number))))
         on_uncaught(self._fail)
         self._start("coordinator", self._wanted.coordinator)
-        tasks = [self._loop.create_task(work) for work in (self._watch(), self._follow())]
-        for task in tasks:
-            task.add_done_callback(self._task_ended)
+        self._begin(self._watch())
+        self._begin(self._follow())
         try:
             return await self._done
         finally:
+            tasks = [*self._tasks]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
 
     def close(self) -> None:
         """End at once what still runs."""
@@ -162,7 +181,25 @@ class _Run:
                     self._apply(Seen(status))
                 await asyncio.sleep(_ASK_EVERY_S)
 
+    async def _follow_api(self, child: LocalProcess) -> None:
+        """Wait until the API listens, and say how it is used."""
+        url = (await asyncio.to_thread(child.stdout.readline)).decode().strip()
+        if not url:
+            return  # it has ended, which `_watch` sees
+        url = url_from_here(url)
+        try:
+            keys = (
+                ApiKeys()
+                if self._wanted.insecure
+                else await api_keys(self._address, self._wanted.keys, _CONNECT_S)
+            )
+        except DistributedLLMError as exc:  # the API is of use without them
+            self._apply(Serves(texts.no_keys(url, str(exc))))
+        else:
+            self._apply(Serves(texts.access(url, keys.page, keys.apps)))
+
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
 
@@ -184,6 +221,11 @@ class _Run:
         match action:
             case StartWorker():
                 self._start("worker", [*self._wanted.worker, "--coordinator", self._address])
+            case StartApi():
+                self._api_bind = self._api_bind or free_bind()
+                where = ["--coordinator", self._address, "--bind", self._api_bind]
+                self._start("api", [*self._wanted.api, *where])
+                self._begin(self._follow_api(self._children["api"]))
             case TellToEnd(child=name):
                 if child := self._children.get(name):
                     child.terminate()

@@ -3,17 +3,16 @@
 A worker that fails before any worker has joined ends everything: what is wrong is wrong from the
 start, such as a device that is not there. From then on others may depend on the coordinator, so it
 goes on without the worker, which is started again after a pause that doubles each time; unless it
-was drained, or failed for what only a person can mend.
+was drained, or failed for what only a person can mend. The API is started with the worker, and
+again as that is; nothing ends because it does.
 """
 
 import math
 from enum import Enum, auto
 from typing import assert_never
 
-from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.states import StateTable
-from distributed_llm.common.wording import duration_text
 from distributed_llm.up.events import (
     Action,
     Ended,
@@ -24,21 +23,18 @@ from distributed_llm.up.events import (
     Logged,
     Progress,
     Seen,
+    Serves,
     Show,
     Signalled,
+    StartApi,
     StartWorker,
     TellToEnd,
 )
+from distributed_llm.up.pauses import Pauses
 from distributed_llm.up.texts import ended_text, headline
 
 SHOW_AFTER_S = 3.0
-"""Time after the first worker joined in which the model is waited for before people are told."""
-
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 60.0
-
-_WELL_S = 60.0
-"""A worker that ran for this long did not fail at its start, so pauses begin anew, seconds."""
+"""Time after the first worker joined in which model and API are waited for before it is told."""
 
 
 class UpState(Enum):
@@ -108,9 +104,9 @@ class Supervisor:
         self._joined_at: float | None = None
         self._shown = False
         self._served = False
-        self._worker_since: float | None = None  # None while it does not run
-        self._pause_s = _FIRST_PAUSE_S
-        self._start_at = math.inf
+        self._access: tuple[str, ...] = ()
+        self._worker = Pauses()
+        self._api = Pauses()
 
     @property
     def state(self) -> UpState:
@@ -124,14 +120,18 @@ class Supervisor:
         match event:
             case Listens(invitation=invitation):
                 return self._listens(invitation, now)
+            case Serves(access=access):
+                return self._serves(access)
             case Seen(status=status):
                 return self._seen(status, now)
             case Logged(text=text):
                 return [Progress(text)]
             case Ended(child="coordinator"):
                 return self._coordinator_ended(event)
-            case Ended():
+            case Ended(child="worker"):
                 return self._worker_ended(event, now)
+            case Ended():
+                return self._api_ended(event, now)
             case Signalled(code=code):
                 return self._told_to_end(code)
             case _:
@@ -139,21 +139,27 @@ class Supervisor:
 
     def next_deadline(self) -> float:
         """Return when `on_timer` has something to do; infinity for never."""
-        return self._start_at
+        return min(self._worker.start_at, self._api.start_at)
 
     def on_timer(self, *, now: float) -> list[Action]:
         """Return what is to be done because time has passed."""
-        if now < self._start_at:
-            return []
-        self._start_at = math.inf
-        self._worker_since = now
-        return [StartWorker()]
+        actions: list[Action] = []
+        if now >= self._worker.start_at:
+            self._worker.started(now)
+            actions.append(StartWorker())
+        if now >= self._api.start_at:
+            self._api.started(now)
+            actions.append(StartApi())
+        return actions
 
     def validate(self) -> None:
         """Check what always holds."""
-        assert self._worker_since is None or self._start_at == math.inf
+        for child in (self._worker, self._api):
+            assert not child.runs or child.start_at == math.inf
         if self._state is not UpState.RUNNING:
-            assert self._start_at == math.inf, "only a worker that has run is started again"
+            assert self._worker.start_at == math.inf, "only one that has run is started again"
+        if self._state not in (UpState.JOINING, UpState.RUNNING):
+            assert self._api.start_at == math.inf
 
     def _enter(self, cause: UpCause) -> None:
         self._state = UP_STATES.after(self._state, cause)
@@ -163,8 +169,17 @@ class Supervisor:
             return []
         self._enter(UpCause.LISTENS)
         self._invitation = invitation
-        self._worker_since = now
-        return [StartWorker()]
+        self._worker.started(now)
+        self._api.started(now)
+        return [StartWorker(), StartApi()]
+
+    def _serves(self, access: tuple[str, ...]) -> list[Action]:
+        again, self._access = bool(self._access), access
+        if again:
+            return [Progress("the API serves again")]
+        if not self._shown or self._state is not UpState.RUNNING:
+            return []
+        return [Show(("The API serves.", *access))]
 
     def _seen(self, status: ClusterStatus, now: float) -> list[Action]:
         if status.workers and self._state is UpState.JOINING:
@@ -176,10 +191,11 @@ class Supervisor:
 
     def _show(self, status: ClusterStatus, joined_for_s: float) -> list[Action]:
         serving = status.state == "serving"
-        if not self._shown and (serving or joined_for_s >= SHOW_AFTER_S):
+        complete = serving and (bool(self._access) or not self._api.runs)
+        if not self._shown and (complete or joined_for_s >= SHOW_AFTER_S):
             self._shown, self._served = True, serving
-            return [Show((*headline(status), *self._invitation))]
-        if serving and not self._served:
+            return [Show((*headline(status), *self._access, *self._invitation))]
+        if self._shown and serving and not self._served:
             self._served = True
             return [Show(headline(status))]
         return []
@@ -187,7 +203,7 @@ class Supervisor:
     def _coordinator_ended(self, event: Ended) -> list[Action]:
         asked = self._state in (UpState.LEAVING, UpState.ENDING)
         self._enter(UpCause.COORDINATOR_GONE)
-        self._start_at = math.inf
+        self._start_no_more()
         if asked:
             return [Finish(self._code)]
         if event.code == 0:
@@ -195,7 +211,7 @@ class Supervisor:
         return [Fail("coordinator")]
 
     def _worker_ended(self, event: Ended, now: float) -> list[Action]:
-        since, self._worker_since = self._worker_since, None
+        since = self._worker.ended()
         match self._state:
             case UpState.LEAVING:
                 self._enter(UpCause.WORKER_GONE)
@@ -204,38 +220,47 @@ class Supervisor:
                 self._enter(UpCause.WORKER_FAILED)
                 return [Fail("worker")]
             case UpState.RUNNING:
-                return self._without_worker(event, now, now - since if since is not None else 0.0)
+                return self._without_worker(event, now, since)
             case _:
                 return []
 
-    def _without_worker(self, event: Ended, now: float, ran_s: float) -> list[Action]:
+    def _without_worker(self, event: Ended, now: float, since: float | None) -> list[Action]:
         if event.code == 0:
             return [
                 Progress(
                     "the worker of this machine has left, and the coordinator goes on without it"
                 )
             ]
-        if event.code == ConfigError.exit_code:
-            then = "the coordinator goes on without it"
-            return [Progress(ended_text(event.code, then, event.said))]
-        if ran_s >= _WELL_S:
-            self._pause_s = _FIRST_PAUSE_S
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        self._start_at = now + pause_s
-        then = f"it is started again in {duration_text(pause_s)}"
-        return [Progress(ended_text(event.code, then, event.said))]
+        then = self._worker.again(event.code, now, since, "the coordinator")
+        return [Progress(ended_text("the worker of this machine", event.code, then, event.said))]
+
+    def _api_ended(self, event: Ended, now: float) -> list[Action]:
+        since = self._api.ended()
+        if self._state not in (UpState.JOINING, UpState.RUNNING):
+            return []
+        if event.code == 0:
+            return [Progress("the API was told to end, and the cluster goes on without it")]
+        then = self._api.again(event.code, now, since, "the cluster")
+        said = event.said if event.code > 0 else ""  # else it is what it logged before
+        return [Progress(ended_text("the API", event.code, then, said))]
+
+    def _start_no_more(self) -> None:
+        self._worker.never()
+        self._api.never()
 
     def _told_to_end(self, code: int) -> list[Action]:
         at_once = self._state in (UpState.LEAVING, UpState.ENDING)
         self._enter(UpCause.TOLD_TO_END)
-        self._start_at = math.inf
+        self._start_no_more()
         self._code = code
         if at_once:
             return [Finish(code)]
-        if self._worker_since is None:
+        api: list[Action] = [TellToEnd("api")] if self._api.runs else []
+        if not self._worker.runs:
             self._enter(UpCause.WORKER_GONE)
-            return [Progress("ending (again: at once)"), TellToEnd("coordinator")]
+            return [Progress("ending (again: at once)"), *api, TellToEnd("coordinator")]
         return [
             Progress("ending: the worker leaves first (again: at once)"),
+            *api,
             TellToEnd("worker"),
         ]

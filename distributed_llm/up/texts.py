@@ -48,6 +48,32 @@ def asking(port_flag: str, *, insecure: bool) -> tuple[str, ...]:
     )
 
 
+def access(url: str, page_key: str, app_key: str) -> tuple[str, ...]:
+    """Return how the API is used: by people, and by programs.
+
+    Args:
+        url: "http://HOST:PORT".
+        page_key: of an admin, for the page; empty where no keys are used.
+        app_key: of a client, for programs; empty as well.
+    """
+    authorization = f" -H 'Authorization: Bearer {app_key}'" if app_key else ""
+    return (
+        command_line("page", f"{url}/#key={page_key}" if page_key else f"{url}/"),
+        command_line("base URL for apps", f"{url}/v1"),
+        command_line("key for apps", app_key or "none is needed"),
+        command_line(
+            "try",
+            f"curl {url}/v1/completions{authorization} -H 'Content-Type: application/json' "
+            '-d \'{"model": "default", "prompt": "Once upon a time"}\'',
+        ),
+    )
+
+
+def no_keys(url: str, why: str) -> tuple[str, ...]:
+    """Return that the API listens, and why there are no keys for it."""
+    return (command_line("page", f"{url}/"), f"  There are no keys for it: {why}")
+
+
 def only_here(port: int) -> tuple[str, ...]:
     """Return that no other machine can join."""
     return (
@@ -103,16 +129,17 @@ def _moment(then: datetime, now: datetime) -> str:
     return f"{day} {then:%H:%M}"
 
 
-def ended_text(code: int, then: str, said: str) -> str:
-    """Return why the worker of this machine ended, and what follows.
+def ended_text(who: str, code: int, then: str, said: str) -> str:
+    """Return why a child ended, and what follows.
 
     Args:
+        who: which child.
         code: exit code, or minus the number of the signal that ended it.
         then: what follows.
         said: its last words; maybe none.
     """
     words = f". It said: {said}" if said else ""
-    return f"the worker of this machine ended ({_code_text(code)}); {then}{words}"
+    return f"{who} ended ({_code_text(code)}); {then}{words}"
 
 
 def _code_text(code: int) -> str:
@@ -122,5 +149,5 @@ def _code_text(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    hint = "; if the memory of this machine ran out, give it less with --max-memory"
+    hint = "; if the memory of this machine ran out, give the worker less with --max-memory"
     return f"{name}{hint if name == 'SIGKILL' else ''}"

@@ -38,6 +38,7 @@ def test_it_says_when_the_coordinator_goes_and_comes(caplog: pytest.LogCaptureFi
             await soon(f"looking for the coordinator at {proxy.address}")
             await soon("serves fake")
             proxy.refuse()
+            proxy.cut()
             await soon("requests get 503 until there is a coordinator")
             proxy.heal()
             await soon("serves fake", times=2)
@@ -51,9 +52,9 @@ def test_it_says_when_the_coordinator_goes_and_comes(caplog: pytest.LogCaptureFi
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM for children")
 def test_without_a_coordinator_it_serves_what_it_can_and_ends_when_told() -> None:
+    binds = ["--bind", "127.0.0.1:0", "--bind", "127.0.0.1:0"]
     with subprocess.Popen(
-        [sys.executable, "-m", "distributed_llm", "api", "--coordinator", NOBODY]
-        + ["--bind", "127.0.0.1:0", "--bind", "127.0.0.1:0", "--open"],
+        [sys.executable, "-m", "distributed_llm", "api", "--coordinator", NOBODY, *binds, "--open"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
@@ -43,6 +45,9 @@ class Running:
 
     def worker(self) -> psutil.Process:
         return next(child for child in self.children() if "worker" in child.cmdline())
+
+    def api(self) -> psutil.Process:
+        return next(child for child in self.children() if "api" in child.cmdline())
 
     def rest(self) -> str:
         assert self.process.stdout
@@ -86,6 +91,16 @@ def test_one_command_serves_here_and_invites_others(
         running.until("worker")
         assert str(here / "logs" / str(unused_port)) in running.said[0]
         running.until("is served, with room for")
+        page = running.until("page:").split()[-1]
+        url, _, admin = page.partition("/#key=")
+        assert running.until("base URL for apps:").endswith(f"{url}/v1")
+        key = running.until("key for apps:").split()[-1]
+        assert shlex.split(running.until("try:"))[:3] == ["try:", "curl", f"{url}/v1/completions"]
+        for one, name in ((admin, "page"), (key, "app")):
+            with openai.OpenAI(base_url=f"{url}/v1", api_key=one) as client:
+                assert client.models.list().data, name
+        keys = here / "api_keys" / f"{unused_port}.json"
+        assert keys.stat().st_mode & 0o077 == 0
         assert any("joined: 256.0 MiB" in line for line in running.said)
         assert running.until("dllm generate").endswith('"Once upon a time"')
         assert f"--coordinator 127.0.0.1:{unused_port}" in running.said[-1]
@@ -108,6 +123,11 @@ def test_one_command_serves_here_and_invites_others(
         assert f"`dllm status --coordinator 127.0.0.1:{unused_port}`" in taken.stderr
         assert f"--bind 0.0.0.0:{unused_port + 1}" in taken.stderr
 
+        running.api().send_signal(signal.SIGKILL)
+        running.until("the API ended (SIGKILL;")
+        running.until("the API serves again")
+        with openai.OpenAI(base_url=f"{url}/v1", api_key=key) as client:
+            assert client.models.list().data
         running.worker().send_signal(signal.SIGKILL)
         running.until("the worker of this machine ended (SIGKILL;")
         assert "it is started again in 1.0 s" in running.said[-1]
@@ -121,6 +141,8 @@ def test_one_command_serves_here_and_invites_others(
         assert not any(child.is_running() for child in children)
     logs = "".join(path.read_text() for path in here.rglob("*.log*"))
     assert "dllm://" not in logs, "the line is a secret"
+    assert key not in logs
+    assert admin not in logs
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,16 @@ def test_several_addresses_and_names_may_be_given_as_text() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"bind": ""}, {"bind": "localhost"}, {"allowed_hosts": "http://pc"}, {"allowed_hosts": "pc:8000"},
-     {"max_body": "1"}, {"max_requests": 0}, {"max_requests_per_key": True}],
-)  # fmt: skip
+    [
+        {"bind": ""},
+        {"bind": "localhost"},
+        {"allowed_hosts": "http://pc"},
+        {"allowed_hosts": "pc:8000"},
+        {"max_body": "1"},
+        {"max_requests": 0},
+        {"max_requests_per_key": True},
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="api."):
+    with pytest.raises(ConfigError, match="api"):
         load_settings(None, environment={}, overrides={f"api.{key}": wrong[key] for key in wrong})

@@ -1,5 +1,8 @@
 """What `dllm up` decides: when its processes start, start again and end, and what is told."""
 
+import json
+import math
+import shlex
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -17,8 +20,10 @@ from distributed_llm.up.events import (
     Logged,
     Progress,
     Seen,
+    Serves,
     Show,
     Signalled,
+    StartApi,
     StartWorker,
     TellToEnd,
 )
@@ -27,6 +32,7 @@ from distributed_llm.up.supervisor import SHOW_AFTER_S, Supervisor, UpState
 from tests.wire.test_status_command import status, worker
 
 INVITATION = ("ask here", "join there")
+ACCESS = ("page here",)
 INTERRUPTED = 130
 
 
@@ -41,7 +47,8 @@ def up() -> Iterator[Supervisor]:
 @pytest.fixture
 def running(up: Supervisor) -> Supervisor:
     """One that serves since second 1."""
-    assert up.handle(Listens(INVITATION), now=0.0) == [StartWorker()]
+    assert up.handle(Listens(INVITATION), now=0.0) == [StartWorker(), StartApi()]
+    assert up.handle(Serves(ACCESS), now=0.5) == []
     up.handle(seen("serving"), now=1.0)
     assert up.state is UpState.RUNNING
     return up
@@ -71,11 +78,12 @@ def dies(up: Supervisor, child: Child, code: int, now: float) -> list[Action]:
 
 def test_what_runs_is_said_once_with_how_to_join(up: Supervisor) -> None:
     up.handle(Listens(INVITATION), now=0.0)
+    up.handle(Serves(ACCESS), now=0.0)
     assert up.handle(seen("waiting", workers=0), now=0.5) == []
     assert up.handle(seen("loading"), now=1.0) == []
     (lines,) = shown(up.handle(seen("serving"), now=2.0))
     assert "is served" in lines[0]
-    assert lines[1:] == INVITATION
+    assert lines[1:] == (*ACCESS, *INVITATION)
     assert up.handle(seen("serving"), now=3.0) == []
 
 
@@ -91,6 +99,41 @@ def test_a_model_that_is_too_large_for_this_machine_waits_for_others(up: Supervi
     (lines,) = shown(up.handle(seen("serving"), now=61.0))
     assert len(lines) == 1, "how to join was said already"
     assert "is served" in lines[0]
+
+
+def test_an_api_that_is_slow_is_waited_for_a_while_and_said_later(up: Supervisor) -> None:
+    up.handle(Listens(INVITATION), now=0.0)
+    assert up.handle(seen("serving"), now=1.0) == []
+    (lines,) = shown(up.handle(seen("serving"), now=1.0 + SHOW_AFTER_S))
+    assert lines[1:] == INVITATION
+    (lines,) = shown(up.handle(Serves(ACCESS), now=9.0))
+    assert lines[1:] == ACCESS
+
+
+def test_an_api_that_does_not_start_is_not_waited_for(up: Supervisor) -> None:
+    up.handle(Listens(INVITATION), now=0.0)
+    (text,) = told(dies(up, "api", 2, 0.5))
+    assert text.startswith("the API ended (exit code 2); the cluster goes on without it")
+    assert up.next_deadline() == math.inf
+    (lines,) = shown(up.handle(seen("serving"), now=1.0))
+    assert lines[1:] == INVITATION
+
+
+def test_an_api_that_dies_is_started_again_and_nothing_ends(running: Supervisor) -> None:
+    (text,) = told(dies(running, "api", -11, 10.0))
+    assert "SIGSEGV" in text
+    assert "it is started again in 1.0 s" in text
+    assert running.on_timer(now=10.9) == []
+    assert running.on_timer(now=11.0) == [StartApi()]
+    assert told(running.handle(Serves(ACCESS), now=12.0)) == ["the API serves again"]
+    dies(running, "worker", -9, 13.0)
+    dies(running, "api", 1, 13.0)
+    assert running.on_timer(now=14.0) == [StartWorker()]
+    assert running.on_timer(now=15.0) == [StartApi()]
+    assert told(dies(running, "api", 0, 16.0)) == [
+        "the API was told to end, and the cluster goes on without it"
+    ]
+    assert running.next_deadline() == math.inf
 
 
 def test_what_the_coordinator_logs_is_told(running: Supervisor) -> None:
@@ -152,7 +195,10 @@ def test_who_left_or_is_set_wrongly_is_not_started_again(running: Supervisor, co
     assert "goes on without it" in text
     assert ("has left" in text) == (code == 0)
     assert running.on_timer(now=1e6) == []
-    assert running.handle(Signalled(INTERRUPTED), now=20.0)[1:] == [TellToEnd("coordinator")]
+    assert running.handle(Signalled(INTERRUPTED), now=20.0)[1:] == [
+        TellToEnd("api"),
+        TellToEnd("coordinator"),
+    ]
 
 
 def test_without_its_coordinator_it_ends_with_that_ones_failure(running: Supervisor) -> None:
@@ -167,7 +213,11 @@ def test_a_coordinator_that_was_told_to_end_is_no_failure(running: Supervisor) -
 
 
 def test_the_worker_leaves_first_and_then_the_coordinator_ends(running: Supervisor) -> None:
-    assert running.handle(Signalled(INTERRUPTED), now=2.0)[-1] == TellToEnd("worker")
+    assert running.handle(Signalled(INTERRUPTED), now=2.0)[1:] == [
+        TellToEnd("api"),
+        TellToEnd("worker"),
+    ]
+    assert dies(running, "api", 0, 2.5) == []
     assert running.handle(Logged("worker pc has left"), now=3.0) != [], "what happens is still told"
     assert dies(running, "worker", 0, 4.0) == [TellToEnd("coordinator")]
     assert dies(running, "coordinator", 0, 5.0) == [Finish(INTERRUPTED)]
@@ -222,9 +272,23 @@ def test_how_long_the_line_is_good(lifetime: timedelta, said: str) -> None:
     assert "192.168.1.2:5555 or 172.17.0.1:5555" in text
 
 
+def test_how_the_api_is_used_is_said_in_commands_to_copy() -> None:
+    url = "http://127.0.0.1:8000"
+    lines = texts.access(url, "s.admin", "s.app")
+    assert f"{url}/#key=s.admin" in lines[0]
+    (command,) = (line for line in lines if "curl" in line)
+    words = shlex.split(command.partition(":")[2])
+    assert words[:2] == ["curl", f"{url}/v1/completions"]
+    assert "Authorization: Bearer s.app" in words
+    assert json.loads(words[-1])["model"] == "default"
+    without = "\n".join(texts.access(url, "", ""))
+    assert "Authorization" not in without
+    assert "#" not in without
+
+
 def test_how_a_signal_is_called() -> None:
-    assert "SIGKILL" in texts.ended_text(-9, "", "")
-    assert "memory" in texts.ended_text(-9, "", "")
-    assert "memory" not in texts.ended_text(-15, "", "")
-    assert "signal 99" in texts.ended_text(-99, "", "")
-    assert "(exit code 3)" in texts.ended_text(3, "", "")
+    assert "SIGKILL" in texts.ended_text("it", -9, "", "")
+    assert "memory" in texts.ended_text("it", -9, "", "")
+    assert "memory" not in texts.ended_text("it", -15, "", "")
+    assert "signal 99" in texts.ended_text("it", -99, "", "")
+    assert "(exit code 3)" in texts.ended_text("it", 3, "", "")
