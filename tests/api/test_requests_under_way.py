@@ -122,6 +122,11 @@ def test_a_stream_that_is_cancelled_says_so() -> None:
         await EventStream(parts(), on_error=on_error)({}, receive, send)
 
     asyncio.run(main())
-    assert [message.get("body") for message in sent] == [None, b"one", b'{"code": "cancelled"}', b""]
+    assert [message.get("body") for message in sent] == [
+        None,
+        b"one",
+        b'{"code": "cancelled"}',
+        b"",
+    ]
     assert sent[-1]["more_body"] is False
     assert closed
