@@ -155,7 +155,8 @@ async def measure(streams: int, tokens: int, rounds: int, slowdown: float) -> No
                 numbers = range(streams)
                 await by_http(url, key, 0, 2)
                 before = memory_mb(api.pid, "VmRSS")
-                rows, wanted, medians = [], [""] * streams, {"ZeroMQ": [], "API": []}
+                rows, wanted = [], [""] * streams
+                medians: dict[str, list[float]] = {"ZeroMQ": [], "API": []}
                 for turn in range(rounds):
                     name = ("ZeroMQ", "API")[turn % 2]
                     began = time.perf_counter()

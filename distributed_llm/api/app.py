@@ -29,13 +29,14 @@ from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.operations.http_meter import HttpMeter
 from distributed_llm.api.operations.metrics import ClusterCollector
 from distributed_llm.api.operations.readiness import Readiness
+from distributed_llm.api.page.files import page_files, page_routes
 from distributed_llm.api.register import Register, Registration
 from distributed_llm.api.routes import ROUTERS
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
-"""Requests that need no key, by method and path; besides the files of the page."""
+PUBLIC = frozenset({"/health/live", "/health/ready", *page_files()})
+"""Paths that anybody may get: they tell nothing about requests, machines or keys."""
 
 _DEFAULTS = ApiSettings()
 
@@ -77,6 +78,7 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
     app.state.cluster_metrics = of_cluster
     for router in ROUTERS:
         app.include_router(router)
+    app.router.routes.extend(page_routes())
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(DistributedLLMError, _package_error)
     app.add_exception_handler(RequestValidationError, _wrong_body)
@@ -99,7 +101,7 @@ def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
 
 def is_public(method: str, path: str) -> bool:
     """Return whether a request needs no key."""
-    return (method, path) in PUBLIC
+    return method == "GET" and path in PUBLIC
 
 
 def _respond(request: Request, error: ApiError) -> Response:

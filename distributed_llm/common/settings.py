@@ -398,7 +398,10 @@ class ApiSettings(_Section):
         "machine, such as that of a proxy.",
     )
     max_body: Annotated[int, BeforeValidator(parse_size)] = Field(
-        default=4 << 20, ge=1024, le=1 << 30, description="Size of a request's body at most, such as 4MiB."
+        default=4 << 20,
+        ge=1024,
+        le=1 << 30,
+        description="Size of a request's body at most, such as 4MiB.",
     )
     max_requests: Whole = Field(
         default=512, ge=1, le=100_000, description="Requests that are under way at a time at most."

@@ -26,6 +26,7 @@ from distributed_llm.api.ollama.lines import Lines, as_message, as_response, who
 from distributed_llm.api.ollama.names import listed_name
 from distributed_llm.api.ollama.options import params_of, unknown_options
 from distributed_llm.client.answers import Generation
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import Timings, Usage
 from tests.api.chat_texts import QWEN, TOOLS
 from tests.api.conftest import LIMIT_S, Api
@@ -95,7 +96,7 @@ def test_options_are_parameters() -> None:
         "frequency_penalty": 0.2,
         "max_new_tokens": 12,
         "fit_context": True,
-        "grammar": {"kind": "json_schema", "text": '{"type":"object"}'},
+        "grammar": Grammar("json_object"),
     }
     assert unknown_options(body) == ["magic"]
 
@@ -144,7 +145,8 @@ def test_calls_and_their_results_belong_together() -> None:
 
 
 def test_thinking_is_switched_where_the_model_can() -> None:
-    for think, expected in ((True, True), (False, False), ("high", True)):
+    thinking: list[tuple[Any, bool]] = [(True, True), (False, False), ("high", True)]
+    for think, expected in thinking:
         turn = turn_of_prompt(GenerateBody(prompt="Hi", think=think), QWEN, "")
         assert turn.template_arguments == {"enable_thinking": expected}
     assert not turn_of_prompt(GenerateBody(prompt="Hi"), QWEN, "").template_arguments

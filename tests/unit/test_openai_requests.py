@@ -44,7 +44,9 @@ def test_names_are_those_of_parameters() -> None:
 
 
 def test_null_is_not_given() -> None:
-    fields = {name: None for name in ChatRequest.model_fields if name not in ("messages", "model")}
+    fields: dict[str, Any] = {
+        name: None for name in ChatRequest.model_fields if name not in ("messages", "model")
+    }
     assert turn(**fields) == turn()
     assert turn().params == {}
 
@@ -153,7 +155,7 @@ def test_what_cannot_be_done_is_refused(body: dict[str, Any], param: str | None)
 
 
 def test_usual_values_of_what_cannot_be_done_are_fine() -> None:
-    usual = {
+    usual: dict[str, Any] = {
         "modalities": ["text"],
         "verbosity": "medium",
         "trust_remote_code": False,

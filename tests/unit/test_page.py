@@ -9,7 +9,8 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
-from distributed_llm.api.page import files, page_routes
+from distributed_llm.api.page import files
+from distributed_llm.api.page.files import page_routes
 
 FIRST_VIEW_BYTES = 200_000
 

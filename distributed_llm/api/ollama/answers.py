@@ -18,7 +18,8 @@ from distributed_llm.api.ollama.bodies import ChatBody, GenerateBody, Generating
 from distributed_llm.api.ollama.conversation import check_prompt, turn_of_chat, turn_of_prompt
 from distributed_llm.api.ollama.lines import Lines, Put, as_message, as_response, whole
 from distributed_llm.api.ollama.names import check_name
-from distributed_llm.api.ollama.options import params_of, unknown_options
+from distributed_llm.api.ollama.options import NAMES, params_of, unknown_options
+from distributed_llm.api.openai.sampling import named_as_asked
 from distributed_llm.api.streaming import EventStream, while_connected
 from distributed_llm.client.answers import Generation
 from distributed_llm.client.async_client import AsyncDistributedClient
@@ -35,7 +36,7 @@ async def chat(body: ChatBody, request: Request, caller: Asking) -> Response:
         return _nothing_asked(body, as_message)
     turn = turn_of_chat(body, served.formats, served.template)
     events = answer(caller.client, turn, served.formats)
-    return await _respond(body, request, events, as_message)
+    return await _respond(body, request, events, as_message, "messages")
 
 
 @router.post("/api/generate")
@@ -52,7 +53,7 @@ async def generate(body: GenerateBody, request: Request, caller: Asking) -> Resp
     else:
         turn = turn_of_prompt(body, served.formats, served.template)
         events = answer(caller.client, turn, served.formats)
-    return await _respond(body, request, events, as_response)
+    return await _respond(body, request, events, as_response, "prompt")
 
 
 async def _continued(
@@ -77,9 +78,16 @@ async def _respond(
     request: Request,
     events: AsyncGenerator[TurnEvent, None],
     put: Put,
+    prompt: str,
 ) -> Response:
-    """Return the response that tells the events of a turn."""
-    lines = _lines(events, Lines(body.asked_model, put))
+    """Return the response that tells the events of a turn.
+
+    Args:
+        prompt: name of the field that has the prompt.
+    """
+    lines = _lines(
+        named_as_asked(events, NAMES, prompt, body.options or {}), Lines(body.asked_model, put)
+    )
     headers = _headers(body)
     if body.stream is not False:
         return EventStream(

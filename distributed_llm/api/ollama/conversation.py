@@ -87,7 +87,7 @@ def _calls(number: int, calls: Any, open_calls: list[tuple[str, str]]) -> list[d
         match call:
             case {"function": {"name": str(name), **function}, **rest}:
                 call_id = rest.get("id") or f"{number:04d}{len(found):05d}"  # as long as Mistral's
-                open_calls.append((name, call_id))
+                open_calls.append((name, str(call_id)))
                 told = {"name": name, "arguments": function.get("arguments") or {}}
                 found.append({"id": call_id, "type": "function", "function": told})
             case _:

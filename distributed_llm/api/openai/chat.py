@@ -39,7 +39,9 @@ async def create_chat_completion(body: ChatRequest, request: Request, caller: As
         fingerprint_of(served.name, await request.app.state.plan_epoch.now(client)),
     )
     traced = TracedChat(client) if body.dllm_trace else None
-    events = named_as_asked(answer(traced or client, turn, served.formats), body, "messages")
+    events = named_as_asked(
+        answer(traced or client, turn, served.formats), body.names, "messages", dict(body)
+    )
     headers = warning_headers(body, KNOWN)
     if body.stream:
         options = body.stream_options

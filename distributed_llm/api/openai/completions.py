@@ -42,7 +42,7 @@ async def create_completion(body: CompletionRequest, request: Request, caller: A
     echoes = [await _text(client, one) if body.echo else "" for one in asked.prompts]
     choices = Choices(asked.n, echoes, with_trace=bool(body.dllm_trace))
     pieces = named_as_asked(
-        answer_all(client, asked.prompts, asked.params, asked.n), body, "prompt"
+        answer_all(client, asked.prompts, asked.params, asked.n), body.names, "prompt", dict(body)
     )
     headers = warning_headers(body, KNOWN)
     if body.stream:

@@ -109,20 +109,25 @@ _T = TypeVar("_T")
 
 
 async def named_as_asked(
-    events: AsyncGenerator[_T, None], body: SamplingFields, prompt: str
+    events: AsyncGenerator[_T, None],
+    names: Mapping[str, str],
+    prompt: str,
+    given: Mapping[str, Any],
 ) -> AsyncGenerator[_T, None]:
     """Yield what comes; of a request that the coordinator finds wrong, raise what `error_of` says.
 
     Args:
         events: closed with this.
-        body: what was asked.
+        names: names of `SamplingParams` by the request's names.
+        prompt: name of the field that has the prompt.
+        given: values by the request's names.
     """
     try:
         async with aclosing(events):
             async for event in events:
                 yield event
     except InvalidRequest as exc:
-        raise error_of(exc, body.names, prompt, dict(body)) from exc
+        raise error_of(exc, names, prompt, given) from exc
 
 
 def error_of(
