@@ -12,8 +12,8 @@ from starlette.types import ASGIApp
 
 from distributed_llm.api.callers import Caller, Callers, Unauthorized
 from distributed_llm.api.guard.connections import Connection
+from distributed_llm.api.observed import ObservedClient
 from distributed_llm.api.serve import Server
-from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.common.roles import Role
 from tests.waiting import eventually
@@ -33,7 +33,7 @@ class FakeCallers(Callers):
 
     def __init__(self, address: str = NOBODY) -> None:
         super().__init__(address, insecure=False, open_to_all=False, connect_timeout_s=5.0)
-        client = AsyncDistributedClient(address)
+        client = ObservedClient(address)
         self._known = {
             "key": Caller("app", Role.CLIENT, client),
             "other": Caller("other-app", Role.CLIENT, client),
