@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from distributed_llm.client.answers import Chunk, Generation, LikelyToken, PickedToken
     from distributed_llm.client.async_client import AsyncDistributedClient
     from distributed_llm.client.client import DistributedClient
-    from distributed_llm.client.values import TokenizedPrompt
+    from distributed_llm.client.values import Embedding, TokenizedPrompt
     from distributed_llm.common.errors import (
         AddressInUse,
         CapacityError,
@@ -56,6 +56,7 @@ __all__ = [
     "DeadlineExceeded",
     "DistributedClient",
     "DistributedLLMError",
+    "Embedding",
     "Generation",
     "Grammar",
     "InvalidRequest",

@@ -2,10 +2,12 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -21,25 +23,21 @@ from distributed_llm.api.guard.headers import HeaderLimits
 from distributed_llm.api.guard.intake import Intake
 from distributed_llm.api.guard.origins import Origins, own_names
 from distributed_llm.api.guard.request_log import RequestLog
-from distributed_llm.api.openai import chat, models
-from distributed_llm.api.operations import administration, cluster, health, requests
+from distributed_llm.api.openai.plan_epoch import PlanEpoch
+from distributed_llm.api.openai.responses.store import ResponseStore
+from distributed_llm.api.operations.answer_meter import AnswerMeter, build_info
 from distributed_llm.api.operations.feed import Feed
+from distributed_llm.api.operations.http_meter import HttpMeter
+from distributed_llm.api.operations.metrics import ClusterCollector
 from distributed_llm.api.operations.readiness import Readiness
+from distributed_llm.api.page.files import page_files, page_routes
 from distributed_llm.api.register import Register, Registration
+from distributed_llm.api.routes import ROUTERS
 from distributed_llm.common.errors import DistributedLLMError
 from distributed_llm.common.settings import ApiSettings
 
-_ROUTERS = (
-    models.router,
-    chat.router,
-    health.router,
-    cluster.router,
-    requests.router,
-    administration.router,
-)
-
-PUBLIC = frozenset({("GET", "/health/live"), ("GET", "/health/ready")})
-"""Requests that need no key, by method and path; besides the files of the page."""
+PUBLIC = frozenset({"/health/live", "/health/ready", *page_files()})
+"""Paths that anybody may get: they tell nothing about requests, machines or keys."""
 
 _DEFAULTS = ApiSettings()
 
@@ -51,9 +49,11 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         callers: finds out who asks; closed when the application ends.
         settings: what is let in, and how much of it.
     """
-
     readiness, feed = Readiness(callers.own), Feed()
-    register = Register()
+    measured, of_cluster = CollectorRegistry(), ClusterCollector()
+    measured.register(of_cluster)
+    build_info(measured, version("distributedllm"))
+    register = Register(AnswerMeter(measured).ended)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -70,17 +70,22 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.callers = callers
+    app.state.responses = ResponseStore()
     app.state.readiness = readiness
     app.state.feed = feed
     app.state.register = register
-    for router in _ROUTERS:
+    app.state.plan_epoch = PlanEpoch()
+    app.state.metrics = measured
+    app.state.cluster_metrics = of_cluster
+    for router in ROUTERS:
         app.include_router(router)
+    app.router.routes.extend(page_routes())
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(DistributedLLMError, _package_error)
     app.add_exception_handler(RequestValidationError, _wrong_body)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _fault)
-    return guarded(Registration(app, register), callers, settings)
+    return HttpMeter(guarded(Registration(app, register), callers, settings), measured)
 
 
 def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
@@ -104,7 +109,7 @@ def application(guarded: Any) -> FastAPI:
 
 def is_public(method: str, path: str) -> bool:
     """Return whether a request needs no key."""
-    return (method, path) in PUBLIC
+    return method == "GET" and path in PUBLIC
 
 
 def _respond(request: Request, error: ApiError) -> Response:

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from distributed_llm.api.observed import ObservedClient
 from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.errors import (
     ConfigError,
@@ -98,9 +99,7 @@ class Callers:
         self._trying: dict[bytes, _Kept] = {}
         self._refused: OrderedDict[bytes, tuple[float, str]] = OrderedDict()
         self._connecting = asyncio.Semaphore(_MAX_CONNECTING)
-        self.own = AsyncDistributedClient(
-            address, insecure=insecure, connect_timeout_s=connect_timeout_s
-        )
+        self.own = ObservedClient(address, insecure=insecure, connect_timeout_s=connect_timeout_s)
 
     @contextlib.asynccontextmanager
     async def caller(self, key: str | None) -> AsyncGenerator[Caller, None]:
@@ -157,7 +156,7 @@ class Callers:
         if len(key) > _MAX_KEY_CHARS:
             raise Unauthorized(_UNKNOWN)
         try:
-            client = AsyncDistributedClient(
+            client = ObservedClient(
                 self.address, key=key, connect_timeout_s=self._connect_timeout_s
             )
         except (ConfigError, UnicodeError):

@@ -165,13 +165,19 @@ def anthropic_body(error: ApiError, request_id: str) -> tuple[int, dict[str, Any
 
 Dialect = Callable[[ApiError, str], tuple[int, dict[str, Any]]]
 
-_OLLAMA = ("/api/tags", "/api/show", "/api/chat", "/api/generate", "/api/version", "/api/ps")
+_OLLAMA = tuple(
+    f"/api/{name}"
+    for name in (
+        *("chat", "generate", "embed", "tags", "show", "ps", "version"),
+        *("pull", "push", "create", "copy", "delete", "blobs"),
+    )
+)
 
 
 def dialect(path: str) -> Dialect:
     """Return how the clients that use a path expect errors."""
     if path.startswith("/v1/messages"):
         return anthropic_body
-    if path.startswith((*_OLLAMA, "/api/embed", "/api/pull")):
+    if path.startswith(_OLLAMA):
         return ollama_body
     return openai_body

@@ -1,20 +1,20 @@
 """The requests for answers that are under way, or ended lately: who asked, and how far they are.
 
-Dialects need not know of it: their callers' clients tell it what they ask and get.
+Dialects need not know of it: the clients that they ask tell it what they ask and get.
 """
 
 import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distributed_llm.api.callers import Caller
-from distributed_llm.api.observed import ObservedClient
+from distributed_llm.api.observed import observer
 from distributed_llm.api.streaming import CANCELLED
 from distributed_llm.client.answers import Chunk, Generation
 from distributed_llm.common.errors import DistributedLLMError
@@ -93,7 +93,7 @@ class Entry:
 
 
 class _Watch:
-    """Writes into an entry what its caller's client asks and gets.
+    """Writes into an entry what is asked and comes.
 
     Args:
         begin: called with the entry when it first asks the model.
@@ -197,11 +197,11 @@ class Registration:
             caller=caller.name,
             parent=Headers(scope=scope).get("traceparent", "")[:64],
         )
-        watch = _Watch(entry, self._register.begin, self._clock)
-        state["caller"] = replace(caller, client=ObservedClient(caller.client, watch))
+        token = observer.set(_Watch(entry, self._register.begin, self._clock))
         try:
             await self._app(scope, _cancellable(receive, entry.cancelled), send)
         finally:
+            observer.reset(token)
             if entry.params is not None:
                 state["tokens"] = (entry.prompt_tokens, entry.completion_tokens)
                 self._register.end(entry, self._clock())

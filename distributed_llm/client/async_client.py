@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, overload
 
 import msgspec
+import numpy as np
 
 from distributed_llm.client.answers import Answers, Chunk, Generation
 from distributed_llm.client.batch import Pace, Progress, ask_all
@@ -22,8 +23,8 @@ from distributed_llm.client.prompts import (
     encode_prompt,
     encode_token_ids,
 )
-from distributed_llm.client.session import Frames, Question, Session, new_request_id
-from distributed_llm.client.values import Identity, NewToken, TokenizedPrompt
+from distributed_llm.client.session import Frames, Question, Reply, Session, new_request_id
+from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
 from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
 from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.join_line import JoinLine
@@ -34,6 +35,8 @@ from distributed_llm.common.messages import (
     ClusterStatus,
     CreateToken,
     DecodeTokens,
+    Embed,
+    Embedded,
     EncodePrompt,
     Finished,
     Generate,
@@ -365,8 +368,42 @@ class AsyncDistributedClient:
         message = DecodeTokens(
             request_id=new_request_id(), skip_special_tokens=skip_special_tokens, tensors=specs
         )
-        (text,) = await self._ask(message, frames) or (b"",)
+        _, tensors = await self._ask(message, frames)
+        (text,) = tensors or (b"",)
         return bytes(text).decode()
+
+    @overload
+    async def embed(self, prompt: Prompt, *, timeout_s: float | None = None) -> Embedding: ...
+    @overload
+    async def embed(
+        self, prompt: Prompts, *, timeout_s: float | None = None
+    ) -> list[Embedding]: ...
+    async def embed(self, prompt: Prompt | Prompts, *, timeout_s: float | None = None) -> Any:
+        """Return the embedding of a prompt, or those of a list of prompts, in their order.
+
+        That is the mean of the model's last hidden states, after its final norm, over all
+        positions of the prompt, special tokens included. It is not normalised.
+
+        Args:
+            prompt: text, token ids, or a list of either.
+            timeout_s: time from the arrival of each prompt after which it fails.
+
+        Raises:
+            InvalidRequest: a prompt is wrong, or the model has no embeddings.
+            CapacityError: the cluster cannot do it now.
+            DeadlineExceeded: it was not done within `timeout_s`.
+            ConnectionFailed: there is no coordinator, or it was lost.
+        """
+        SamplingParams.from_arguments({"timeout_s": timeout_s})
+        if not are_several(prompt):
+            return await self._embed(encode_prompt(prompt), timeout_s)
+        return await ask_all(
+            lambda one: self._embed(one, timeout_s),
+            [encode_prompt(one) for one in prompt],
+            Pace(1),
+            give_up_after_s=timeout_s,
+            progress=None,
+        )
 
     async def drain_worker(self, name: str) -> None:
         """Have a worker end once other workers have its layers, while requests run.
@@ -486,15 +523,27 @@ class AsyncDistributedClient:
             add_special_tokens=special,
             tensors=prompt.specs,
         )
-        (token_ids,) = await self._ask(message, prompt.frames) or (b"",)
+        _, tensors = await self._ask(message, prompt.frames)
+        (token_ids,) = tensors or (b"",)
         return TokenizedPrompt(token_ids_of_frame(token_ids))
 
-    async def _ask(self, message: Question, frames: Frames) -> Frames:
-        """Return the tensors of the answer to a question."""
+    async def _embed(self, prompt: EncodedPrompt, timeout_s: float | None) -> Embedding:
+        assert prompt.kind != "chat"
+        message = Embed(
+            request_id=new_request_id(),
+            prompt=prompt.kind,
+            timeout_s=timeout_s,
+            tensors=prompt.specs,
+        )
+        answer, (vector,) = await self._ask(message, prompt.frames)
+        assert isinstance(answer, Embedded)
+        return Embedding(np.frombuffer(bytes(vector), dtype="<f4"), answer.usage)
+
+    async def _ask(self, message: Question, frames: Frames) -> tuple[Reply, Frames]:
+        """Return the answer to a question, and its tensors."""
         session = await self._connected()
         async with aclosing(session.request(message, frames)) as replies:
-            _, answer = await anext(replies)
-        return answer
+            return await anext(replies)
 
     async def _complete(self, prompt: EncodedPrompt, sampling: SamplingParams) -> list[Generation]:
         async with aclosing(self._stream(prompt, sampling)) as chunks:

@@ -15,7 +15,7 @@ from distributed_llm.client.answers import Chunk, Generation
 from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.client.prompts import Arguments, Messages, Prompt, Prompts, Tools
-from distributed_llm.client.values import Identity, NewToken, TokenizedPrompt
+from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
 from distributed_llm.common.messages import ClusterMembers, ClusterStatus, ModelInfo
 from distributed_llm.common.roles import Role
 
@@ -242,6 +242,15 @@ class DistributedClient:
         """Return the text of token ids; see `AsyncDistributedClient.detokenize`."""
         runner, client = self._here()
         return runner.run(client.detokenize(token_ids, skip_special_tokens=skip_special_tokens))
+
+    @overload
+    def embed(self, prompt: Prompt, *, timeout_s: float | None = None) -> Embedding: ...
+    @overload
+    def embed(self, prompt: Prompts, *, timeout_s: float | None = None) -> list[Embedding]: ...
+    def embed(self, prompt: Any, *, timeout_s: float | None = None) -> Any:
+        """Return the embedding of a prompt or of each; see `AsyncDistributedClient.embed`."""
+        runner, client = self._here()
+        return runner.run(client.embed(prompt, timeout_s=timeout_s))
 
     def drain_worker(self, name: str) -> None:
         """Have a worker end; see `AsyncDistributedClient.drain_worker`."""

@@ -32,6 +32,8 @@ from distributed_llm.common.messages import (
     DecodeTokens,
     DescribeModel,
     DrainWorker,
+    Embed,
+    Embedded,
     EncodePrompt,
     Enrolled,
     Finished,
@@ -60,8 +62,8 @@ from distributed_llm.common.transport import Login
 from distributed_llm.common.wording import no_coordinator_text
 
 Frames = tuple[Frame, ...]
-Question = EncodePrompt | DecodeTokens
-Reply = TokenChunk | Finished | PromptEncoded | TokensDecoded
+Question = Embed | EncodePrompt | DecodeTokens
+Reply = TokenChunk | Finished | Embedded | PromptEncoded | TokensDecoded
 
 T = TypeVar("T")
 
@@ -94,6 +96,7 @@ class Session:
         self._welcome: asyncio.Future[ClientWelcome] = self._loop.create_future()
         self._answers: dict[str, asyncio.Queue[tuple[Reply, Frames] | DistributedLLMError]] = {}
         self._reports: deque[asyncio.Future[ClusterStatus]] = deque()
+        self._model: ModelInfo | None = None
         self._models: deque[asyncio.Future[ModelInfo]] = deque()
         self._member_reports: deque[asyncio.Future[ClusterMembers]] = deque()
         self._drains: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
@@ -203,12 +206,14 @@ class Session:
         return await self._asked(GetStatus(), self._reports, timeout_s)
 
     async def model(self, timeout_s: float) -> ModelInfo:
-        """Return what is served.
+        """Return what is served, which a coordinator never changes: it is asked once.
 
         Raises:
             CoordinatorLost: the coordinator did not answer within `timeout_s`.
         """
-        return await self._asked(DescribeModel(), self._models, timeout_s)
+        if self._model is None:
+            self._model = await self._asked(DescribeModel(), self._models, timeout_s)
+        return self._model
 
     async def administer(
         self,
@@ -291,7 +296,7 @@ class Session:
             case ClientWelcome():
                 if not self._welcome.done():
                     self._welcome.set_result(message)
-            case TokenChunk() | Finished() | PromptEncoded() | TokensDecoded():
+            case TokenChunk() | Finished() | Embedded() | PromptEncoded() | TokensDecoded():
                 self._answer(message.request_id, (message, tensors))
             case RequestFailed():
                 error = error_from_wire(message.code, message.message, message.retry_after_s)

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
+from distributed_llm.common.messages import Usage
 from distributed_llm.common.roles import Role
 
 
@@ -34,6 +38,20 @@ class Identity:
     name: str
     role: Role
     model: str
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A prompt as a vector.
+
+    Attributes:
+        vector: mean of the model's last hidden states over the positions of the prompt, float32
+            [hidden_size]; not normalised.
+        usage: token counts.
+    """
+
+    vector: npt.NDArray[np.float32]
+    usage: Usage
 
 
 @dataclass(frozen=True)

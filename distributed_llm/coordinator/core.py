@@ -33,6 +33,7 @@ from distributed_llm.common.messages import (
     DecodeTokens,
     DescribeModel,
     DrainWorker,
+    Embed,
     EncodePrompt,
     Enrol,
     Generate,
@@ -107,7 +108,7 @@ from distributed_llm.coordinator.trust.access import Access
 from distributed_llm.coordinator.trust.conduct import Fault
 from distributed_llm.coordinator.unread import failure_of
 
-_REQUESTS = (tag_of(Generate), tag_of(EncodePrompt), tag_of(DecodeTokens))
+_REQUESTS = tuple(tag_of(kind) for kind in (Generate, Embed, EncodePrompt, DecodeTokens))
 """Messages of clients that are answered by an id of the client's making."""
 
 _DROPPED = "dropped messages"
@@ -300,8 +301,8 @@ class Core:
         now: float,
     ) -> list[Action]:
         match message:
-            case Generate():
-                return self._generate(peer, key, message, frames, now)
+            case Generate() | Embed():
+                return self._begin(peer, key, message, frames, now)
             case EncodePrompt() | DecodeTokens():
                 if self._is_known(peer, message.request_id):
                     return []
@@ -324,11 +325,11 @@ class Core:
             case _:
                 assert_never(message)
 
-    def _generate(
+    def _begin(
         self,
         peer: PeerId,
         key: PublicKey,
-        message: Generate,
+        message: Generate | Embed,
         frames: tuple[Frame, ...],
         now: float,
     ) -> list[Action]:

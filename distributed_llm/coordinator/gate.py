@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     CreateToken,
     DecodeTokens,
     DrainWorker,
+    Embed,
     EncodePrompt,
     Enrol,
     Enrolled,
@@ -50,7 +51,16 @@ from distributed_llm.coordinator.trust.access import Access, ForAdmins
 from distributed_llm.coordinator.trust.conduct import MOST_FAULTS, WITHIN_S, Fault
 from distributed_llm.coordinator.trust.pace import MOST_PER_S, Pace
 
-_NOT_COUNTED = (Generate, EncodePrompt, DecodeTokens, Cancel, TaskResult, TaskFailed, ReadChunk)
+_NOT_COUNTED = (
+    Generate,
+    Embed,
+    EncodePrompt,
+    DecodeTokens,
+    Cancel,
+    TaskResult,
+    TaskFailed,
+    ReadChunk,
+)
 """Messages that may come as fast as a program likes; results of no use are counted later, and of
 chunks of weights a peer may wait for a few only."""
 

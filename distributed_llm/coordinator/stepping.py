@@ -66,7 +66,7 @@ class Stepping:
             case SendTask():
                 return self._overtaken(pipeline, now) if overtaken else [sending(outcome)]
             case StepDone():
-                are_current = pipeline.scheduler.complete(outcome.step)
+                are_current = pipeline.scheduler.complete(outcome.step, outcome.sums)
                 pipeline.observe(outcome, now=now)
                 self._rebalancing.observe(pipeline, outcome, now=now)
                 predicted_s = self._cluster.measurements.observe(pipeline.stages, outcome, now=now)

@@ -29,7 +29,12 @@ def tool(name: str, **properties: object) -> dict[str, Any]:
 
 TOOLS = (
     tool("weather", city={"type": "string"}, days={"type": "integer"}),
-    tool("write", path={"type": "string"}, text={}, mode={"anyOf": [{"type": "null"}]}),
+    tool(
+        "write",
+        path={"type": "string"},
+        text={"type": ["string", "null"]},
+        mode={"anyOf": [{"type": "null"}]},
+    ),
 )
 
 CALL = '{"name": "weather", "arguments": {"city": "Lübeck \\"{\\" ]", "days": 2}}'

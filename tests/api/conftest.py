@@ -11,6 +11,7 @@ from distributed_llm import DistributedClient, LocalCluster
 from distributed_llm.client.new_key import create_key
 from distributed_llm.common.roles import Role
 from distributed_llm.local_process import LocalProcess
+from tests.api.fake_server import FakeServer, running
 from tests.checkpoints import make_checkpoint
 from tests.warm import warm_workers
 
@@ -74,3 +75,9 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
             )
         finally:
             process.close()
+
+
+@pytest.fixture(scope="session")
+def fake_server() -> Iterator[FakeServer]:
+    """The API in this process, over a fake client."""
+    yield from running()

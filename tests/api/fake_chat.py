@@ -20,10 +20,12 @@ class FakeChat:
         pieces: Sequence[str],
         *,
         finish_reason: FinishReason = "stop",
+        stop_string: str | None = None,
         error: Exception | None = None,
     ) -> None:
         self._pieces = pieces
         self._finish_reason: FinishReason = finish_reason
+        self._stop_string = stop_string
         self._error = error
         self.asked: dict[str, Any] = {}
         self.closed = False
@@ -40,7 +42,13 @@ class FakeChat:
             if self._error:
                 raise self._error
             for choice in choices:
-                yield Chunk("", [2], choice, finish_reason=self._finish_reason)
+                yield Chunk(
+                    "",
+                    [2],
+                    choice,
+                    finish_reason=self._finish_reason,
+                    stop_string=self._stop_string,
+                )
             for choice in choices:
                 yield Chunk("", [], choice, generation=self._generation(choice))
         finally:

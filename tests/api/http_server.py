@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 from distributed_llm.api.callers import Caller, Callers, Unauthorized
 from distributed_llm.api.guard.connections import Connection
 from distributed_llm.api.serve import Server
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.common.roles import Role
 from tests.waiting import eventually

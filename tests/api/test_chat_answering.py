@@ -20,6 +20,7 @@ from distributed_llm.api.chat.forced_calls import calls_grammar
 from distributed_llm.api.chat.parsing.formats import Formats
 from distributed_llm.api.chat.turn import Turn
 from distributed_llm.common.errors import InvalidRequest
+from distributed_llm.common.grammar import Grammar
 from tests.api.chat_texts import CALL, LLAMA, QWEN, R1, TOOLS, tool
 from tests.api.fake_chat import FakeChat
 
@@ -76,16 +77,16 @@ def test_tools_that_must_be_called(choice: str, parallel: bool, fits: str, fits_
     turn = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": parallel}
     events = events_of(client, R1, **turn)
     grammar = client.asked["grammar"]
-    assert grammar["kind"] == "lark"
-    assert accepts(grammar["text"], fits)
-    assert not accepts(grammar["text"], fits_not)
+    assert accepts(grammar, fits)
+    assert not accepts(grammar, fits_not)
     assert isinstance(events[0], ToolCallBegun)
     assert events[-2] == AnswerEnded(choice=0, reason="tool_calls")
 
 
-def accepts(grammar: str, text: str) -> bool:
+def accepts(grammar: Grammar, text: str) -> bool:
+    assert grammar.kind == "lark"
     tokenizer = LLTokenizer("byte")
-    matcher = LLMatcher(tokenizer, grammar)
+    matcher = LLMatcher(tokenizer, grammar.text)
     assert not matcher.get_error()
     tokens = tokenizer.tokenize_str(text)
     return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()

@@ -97,11 +97,12 @@ def test_calls_in_tags_have_the_types_of_the_tool() -> None:
         '<tool_call>\n<function=weather>\n<parameter=city>\nA "quoted"\n\nline \\\n</parameter>\n'
         "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n"
         "<tool_call>\n<function=write>\n<parameter=path>\n5\n</parameter>\n<parameter=mode>null"
-        "</parameter></function></tool_call><tool_call><function=other></function></tool_call>"
+        "</parameter><parameter=text>5</parameter></function></tool_call>"
+        "<tool_call><function=other></function></tool_call>"
     )
     assert decoded(parse(QWEN, text)[2]) == [
         ("weather", {"city": 'A "quoted"\n\nline \\', "days": 3}),
-        ("write", {"path": "5", "mode": None}),
+        ("write", {"path": "5", "mode": None, "text": "5"}),
         ("other", {}),
     ]
 
@@ -114,7 +115,7 @@ def test_reasoning_is_apart() -> None:
     assert parse(R1, "Hm\n</think>\n\nYes.", begins_inside=True)[:2] == ("Hm", "Yes.")
     assert parse(R1, "<think>Hm</think>Yes.", begins_inside=True)[:2] == ("Hm", "Yes.")
     assert parse(QWEN, "<think>\n\n</think>\n\nYes.")[:2] == ("", "Yes.")
-    assert parse(QWEN, "<think>never ends")[:2] == ("never ends", "")
+    assert parse(QWEN, "<think>never ends \n")[:2] == ("never ends \n", "")
     assert parse(QWEN, "Say <think> loud.")[:2] == ("", "Say <think> loud.")
 
 
@@ -147,10 +148,15 @@ NO_CALLS = [
 
 
 @pytest.mark.parametrize("text", NO_CALLS)
-@pytest.mark.parametrize("formats", ALL)
-def test_what_is_no_call_is_text(formats: Formats, text: str) -> None:
-    for pieces in ([text], text):
+def test_what_is_no_call_is_text(text: str) -> None:
+    for formats, pieces in itertools.product(ALL, ([text], text)):
         assert parse(formats, *pieces) == ("", text, [])
+
+
+def test_json_that_is_no_call_comes_as_it_is_written() -> None:
+    reader = parser(LLAMA)
+    assert joined(reader.add('{"answer"')) == ("", '{"answer"', [])
+    assert joined(reader.add(": 42")) == ("", ": 42", [])
 
 
 def test_without_tools_nothing_is_a_call() -> None:
@@ -174,7 +180,7 @@ MARKS = [
 texts = st.lists(st.sampled_from(MARKS) | st.text(max_size=4), max_size=14).map("".join)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.sampled_from(ALL), texts, st.data(), st.booleans(), st.booleans(), st.booleans())
 def test_any_cut_of_a_text_gives_the_same(
     formats: Formats, text: str, data: st.DataObject, inside: bool, one: bool, must: bool
@@ -187,7 +193,7 @@ def test_any_cut_of_a_text_gives_the_same(
     assert parse(formats, *pieces, **options) == whole
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(texts)
 def test_text_without_formats_is_itself(text: str) -> None:
     assert parse(Formats(), text, tools=()) == ("", text, [])
@@ -205,6 +211,7 @@ def test_text_without_formats_is_itself(text: str) -> None:
         "<" * 300_000,
         "<tool_call><function=weather><parameter=city>" + "</par" * 60_000,
         "[TOOL_CALLS]" * 30_000,
+        '<tool_call>{"arguments": {"x": "' + "x" * 66_000 + '"}, "name": "f"}</tool_call>',
     ],
 )
 def test_hostile_answers_are_parsed_in_time(text: str) -> None:

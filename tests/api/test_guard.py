@@ -72,7 +72,7 @@ def routes() -> Routes:
 def small(routes: Routes) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(intake, "BODY_TIMEOUT_S", 0.2)
-        patched.setattr(api_app, "PUBLIC", frozenset({("GET", LIVE)}))
+        patched.setattr(api_app, "PUBLIC", frozenset({LIVE}))
         app = guarded(routes, FakeCallers(), SMALL)
         with Served(app, connection=Quick) as served:
             yield served

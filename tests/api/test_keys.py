@@ -7,9 +7,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner, Result
 
-from distributed_llm import AsyncDistributedClient, DistributedClient
+from distributed_llm import DistributedClient
 from distributed_llm.api import callers as callers_module
 from distributed_llm.api.callers import Callers, Unauthorized
+from distributed_llm.api.observed import ObservedClient
 from distributed_llm.cli import app
 from distributed_llm.client.enrolment import enrol
 from distributed_llm.common.errors import ConnectionFailed, NotAllowed, Overloaded
@@ -101,13 +102,13 @@ def callers_of(address: str, *, open_to_all: bool = False) -> Callers:
 def test_who_asks_is_known_by_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
         made: list[str] = []
-        real = AsyncDistributedClient
+        real = ObservedClient
 
         def counted(address: str, **given: object) -> object:
             made.append(address)
             return real(address, **given)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(callers_module, "AsyncDistributedClient", counted)
+        monkeypatch.setattr(callers_module, "ObservedClient", counted)
         with FakeCoordinator() as fake:
             key = text_of_key(Keyring(state_folder()).login(fake.address))
             callers = callers_of(fake.address)

@@ -79,8 +79,8 @@ def test_keys_and_tokens_come_and_go(api: Api, admin: httpx.Client) -> None:
     assert token["line"].startswith("dllm://")
     key = admin.post("/api/v1/keys", json={"name": "phone"}).json()
     assert key["role"] == "client"
-    with_key = {"url": f"{api.url}/api/v1/me", "headers": _key(key["key"]), "timeout": LIMIT_S}
-    assert httpx.get(**with_key).json()["name"] == key["name"]
+    me = f"{api.url}/api/v1/me"
+    assert httpx.get(me, headers=_key(key["key"])).json()["name"] == key["name"]
 
     found = admin.get("/api/v1/members").json()
     assert token["id"] in [one["id"] for one in found["tokens"]]
@@ -88,7 +88,7 @@ def test_keys_and_tokens_come_and_go(api: Api, admin: httpx.Client) -> None:
 
     assert admin.delete(f"/api/v1/tokens/{token['id']}").json() == {"id": token["id"]}
     assert admin.delete(f"/api/v1/machines/{key['name']}").json() == {"name": key["name"]}
-    assert httpx.get(**with_key).status_code == 401
+    assert httpx.get(me, headers=_key(key["key"])).status_code == 401
     found = admin.get("/api/v1/members").json()
     assert token["id"] not in [one["id"] for one in found["tokens"]]
 

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from distributed_llm.api.watching import watch
-from distributed_llm.client.client import AsyncDistributedClient
+from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.common.keyring import Keyring, state_folder, text_of_key
 from tests.api.http_server import LIMIT_S, NOBODY
 from tests.fake_coordinator import FakeCoordinator

@@ -6,8 +6,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from distributed_llm import (
     AsyncDistributedClient,
@@ -330,3 +332,23 @@ def test_text_and_token_ids_are_those_of_the_tokenizer(
         client.tokenize_chat(messages, tools=[{"function": {"name": "f"}}])
     with pytest.raises(InvalidRequest, match="whole numbers"):
         client.detokenize([-1])
+
+
+def test_embeddings_are_means_of_last_hidden_states(
+    client: DistributedClient, checkpoint: Path
+) -> None:
+    whole = AutoModel.from_pretrained(checkpoint)
+    texts = ["The worker", "serves", "The worker serves " * 15]
+    expected = []
+    for text in texts:
+        ids = torch.tensor([tokenizer(checkpoint)(text)["input_ids"]])
+        with torch.inference_mode():
+            expected.append(whole(ids).last_hidden_state[0].mean(dim=0).numpy())
+    embeddings = client.embed(texts)
+    for embedding, mean in zip(embeddings, expected, strict=True):
+        np.testing.assert_allclose(embedding.vector, mean, rtol=1e-4, atol=1e-5)
+    one = client.embed(PROMPT)
+    assert one.vector.dtype == np.float32
+    assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (len(PROMPT), 0)
+    with pytest.raises(InvalidRequest, match="not in the model's vocabulary"):
+        client.embed([1 << 30])

@@ -7,6 +7,7 @@ from distributed_llm.common.codec import decode_status, encode_payload
 from distributed_llm.common.errors import NotEnoughMemory, RemoteProtocolError, UnsupportedModel
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
+    Embed,
     Generate,
     GiveWeights,
     Heartbeat,
@@ -91,11 +92,11 @@ class Checker:
             and isinstance(event.message, WorkerHello)
             and self._core._registry.knows(event.peer)
         )
-        if isinstance(event, events.Received) and isinstance(event.message, Generate):
+        if isinstance(event, events.Received) and isinstance(event.message, Generate | Embed):
             self.num_arrived += self._core._registry.is_client(event.peer)
 
         if isinstance(event, events.Garbage) and isinstance(event.error, RemoteProtocolError):
-            asked = event.error.outline.type == tag_of(Generate)
+            asked = event.error.outline.type in (tag_of(Generate), tag_of(Embed))
             self.num_arrived += asked and self._core._registry.is_client(event.peer)
 
     def _is_stale(self, event: events.Received) -> bool:
@@ -146,8 +147,10 @@ class Checker:
             match action:
                 case events.Tokenize(key=key):
                     assert isinstance(event, events.Received)
-                    assert isinstance(event.message, Generate)
-                    self._open[key] = now + (event.message.params.timeout_s or float("inf"))
+                    message = event.message
+                    assert isinstance(message, Generate | Embed)
+                    asked = message if isinstance(message, Embed) else message.params
+                    self._open[key] = now + (asked.timeout_s or float("inf"))
                     waiting = self._core._book.num_waiting
                     assert waiting <= self._settings.max_waiting_requests
                 case events.Detokenize(key=key):

@@ -10,6 +10,8 @@ from distributed_llm.common.messages import (
     Cancel,
     ClientHello,
     ClientWelcome,
+    Embed,
+    Embedded,
     Finished,
     FinishReason,
     FromClient,
@@ -23,13 +25,27 @@ from distributed_llm.common.messages import (
     ToClient,
     TokenChunk,
     TokenLogprobs,
+    Usage,
     WorkerDrained,
 )
 from distributed_llm.common.sampling_params import SamplingParams
-from distributed_llm.common.tensors import Frame, frame_of_bytes, frame_of_token_ids
+from distributed_llm.common.tensors import (
+    Frame,
+    floats_of_frame,
+    frame_of_bytes,
+    frame_of_token_ids,
+)
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.events import RequestKey
-from tests.unit.fake_model import CONTEXT, EOS, admitted, mask_of, reference, reference_logprobs
+from tests.unit.fake_model import (
+    CONTEXT,
+    EOS,
+    admitted,
+    mask_of,
+    reference,
+    reference_embedding,
+    reference_logprobs,
+)
 
 if TYPE_CHECKING:
     from tests.unit.simulation import Link, World
@@ -57,7 +73,9 @@ class Answer:
     trace: list[StepTrace] = field(default_factory=list)
     token_times: list[float] = field(default_factory=list)
     text: str = ""
-    end: Finished | RequestFailed | None = None
+    end: Finished | Embedded | RequestFailed | None = None
+    embeds: bool = False
+    embedding: list[float] | None = None
     ended_at: float = 0.0
     cancelled: bool = False
     grammar: str = ""
@@ -107,6 +125,9 @@ class Answer:
         """Assert that all that came is right."""
         for other in self.others:
             other.check()
+        if self.embeds:
+            self._check_embedding()
+            return
         expected = self.expected()
         assert self.token_ids == expected[: len(self.token_ids)]
         if self.params.logprobs is not None:
@@ -130,6 +151,13 @@ class Answer:
             assert self.stop_string == stop
             if not admitted(self.grammar, expected):
                 assert self.reason == "stop"
+
+    def _check_embedding(self) -> None:
+        assert not self.token_ids
+        assert not isinstance(self.end, Finished)
+        if isinstance(self.end, Embedded):
+            assert self.embedding == reference_embedding(self.prompt)
+            assert self.end.usage == Usage(prompt_tokens=len(self.prompt), completion_tokens=0)
 
 
 class SimClient:
@@ -179,6 +207,17 @@ class SimClient:
         self.say(message, tuple(frame for _, frame in tensors))
         return answer
 
+    def embed(self, prompt: Sequence[int], timeout_s: float | None = None) -> Answer:
+        """Ask for an embedding."""
+        name = f"r{len(self.answers)}"
+        params = SamplingParams(max_new_tokens=1, timeout_s=timeout_s)
+        answer = Answer(tuple(prompt), params, self.world.now, embeds=True)
+        self.answers[name] = answer
+        spec, frame = frame_of_token_ids(prompt)
+        message = Embed(request_id=name, prompt="token_ids", timeout_s=timeout_s, tensors=(spec,))
+        self.say(message, (frame,))
+        return answer
+
     def cancel(self, request_id: str) -> None:
         """Cancel a request."""
         self.answers[request_id].cancelled = True
@@ -195,7 +234,7 @@ class SimClient:
         if self.gone:
             return
         try:
-            message, _ = codec.to_client.decode(wire)
+            message, tensors = codec.to_client.decode(wire)
         except RemoteProtocolError:
             self.vanish()
             return
@@ -213,7 +252,13 @@ class SimClient:
                 assert last < index + max(1, len(ids)), "a step comes before its token"
                 answer.text += text
                 answer.reason, answer.stop_string = message.finish_reason, message.stop_string
-            case Finished(request_id=name) | RequestFailed(request_id=name):
+            case (
+                Finished(request_id=name)
+                | Embedded(request_id=name)
+                | RequestFailed(request_id=name)
+            ):
+                if isinstance(message, Embedded):
+                    self.answers[name].embedding = floats_of_frame(tensors[0])
                 for answer in self.answers[name].all:
                     assert answer.end is None, "a second end"
                     answer.end, answer.ended_at = message, self.world.now

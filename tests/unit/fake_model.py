@@ -164,6 +164,23 @@ def _generate(
         tokens.append((at, token))
 
 
+def reference_embedding(prompt: Sequence[int]) -> list[float]:
+    """Return the mean of the last hidden states that one machine without faults gives."""
+    states = [0] * NUM_LAYERS
+    rows = []
+    for position, token in enumerate(prompt):
+        hidden = mix(token, position)
+        for layer in range(NUM_LAYERS):
+            hidden = states[layer] = mix(states[layer], hidden, layer)
+        rows.append([NUM_LAYERS, position, token, hidden])
+    return [float(np.float32(value / len(rows))) for value in _sum(rows)]
+
+
+def _sum(rows: Sequence[Sequence[int]]) -> list[float]:
+    """Return the sum of last hidden states, which is exact in 32 bits."""
+    return [float(sum(row[column] & 0xFFF for row in rows)) for column in range(HIDDEN)]
+
+
 class Missing(StageError):
     """A stage lacks positions."""
 
@@ -250,9 +267,13 @@ class FakeStage:
         if POISON in token_ids:
             raise StageError("poison")
         sampled, row = list[tuple[int, Sampling, int]](), 0
+        sums: list[list[float]] = []
         for part in task.sequences:
             self._run_slice(part, rows[row : row + part.num_tokens])
             row += part.num_tokens
+            if part.embed:
+                assert not part.sample
+                sums.append(_sum(rows[row - part.num_tokens : row]))
             if part.sample:
                 sampling = self.kv[part.sequence_id].sampling
                 assert sampling is not None
@@ -264,7 +285,11 @@ class FakeStage:
         if self.layers.stop < NUM_LAYERS:
             array = np.asarray(rows, dtype="<i4")
             return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
-        return _answer(sampled) if sampled else ((), ())
+        specs, answer = _answer(sampled) if sampled else ((), ())
+        if sums:
+            specs += (TensorSpec("float32", (len(sums), HIDDEN)),)
+            answer += (np.asarray(sums, dtype="<f4").tobytes(),)
+        return specs, answer
 
     @property
     def num_blocks(self) -> int:

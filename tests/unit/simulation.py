@@ -290,7 +290,7 @@ class World:
                 texts = [FakeDetokenizer(rules) for _ in range(order.num_choices)]
                 self._texts[key] = texts
                 ids = token_ids_of_frame(payload)
-                self.apply(events.Tokenized(key, ids, texts[0].mask()))
+                self.apply(events.Tokenized(key, ids, texts[0].mask() if texts else b""))
             case events.Forget(key=key):
                 self._texts.pop(key, None)
             case events.AskText(key=key, payload=payload):

@@ -13,6 +13,7 @@ from distributed_llm.common.messages import (
     DecodeTokens,
     DescribeModel,
     DrainWorker,
+    Embed,
     EncodePrompt,
     Enrol,
     Generate,
@@ -87,6 +88,7 @@ READERS: tuple[WeightRequest, ...] = (
 CLIENTS: tuple[ToCoordinator, ...] = (
     ClientHello(),
     Generate(request_id="r", prompt="token_ids", params=SamplingParams(), tensors=()),
+    Embed(request_id="r", prompt="text", tensors=()),
     EncodePrompt(request_id="r", prompt="text", tensors=()),
     DecodeTokens(request_id="r", tensors=()),
     Cancel(request_id="r"),

@@ -11,13 +11,18 @@ from distributed_llm.common.errors import DistributedLLMError, StageError, Unsup
 from distributed_llm.common.messages import (
     ClientHello,
     ClientWelcome,
+    DecodeTokens,
     DrainWorker,
     DropStage,
+    Embed,
+    Embedded,
+    EncodePrompt,
     Finished,
     Generate,
     GetStatus,
     HandOver,
     PeerHello,
+    PromptEncoded,
     RequestFailed,
     StageFailed,
     StatusReport,
@@ -25,6 +30,7 @@ from distributed_llm.common.messages import (
     TaskFailed,
     TaskResult,
     TokenChunk,
+    TokensDecoded,
     UndoMove,
     WorkerDrained,
     WorkerHello,
@@ -47,8 +53,14 @@ NEVER_LOST: dict[type[Message], str] = {
     ClientHello: _NO_ANSWER,
     ClientWelcome: _NO_ANSWER,
     Generate: _NO_ANSWER,
+    Embed: _NO_ANSWER,
+    EncodePrompt: _NO_ANSWER,
+    DecodeTokens: _NO_ANSWER,
     TokenChunk: _ITS_END,
     Finished: _ITS_END,
+    Embedded: _ITS_END,
+    PromptEncoded: _ITS_END,
+    TokensDecoded: _ITS_END,
     RequestFailed: _ITS_END,
     StatusReport: _ITS_END,
     WorkerDrained: _ITS_END,
@@ -174,10 +186,7 @@ class Cluster:
         logprobs: int | None,
         grammar: str,
     ) -> None:
-        if like is not None and self.submitted:  # begin like another one, or go on from it
-            other = self.submitted[like % len(self.submitted)][1]
-            if POISON not in other.prompt:
-                prompt = [*other.prompt, *other.token_ids, *prompt][:200]
+        prompt = self._begun(prompt, like)
         params = SamplingParams(
             max_new_tokens=1 + length % self.longest,
             seed=seed,
@@ -192,10 +201,24 @@ class Cluster:
             params = msgspec.structs.replace(params, stop_strings=stops)
         self._submit(prompt, params, grammar)
 
+    @rule(prompt=_PROMPTS, like=maybe(_INDEX), timeout_s=any_of([None, None, 0.05, 1.0]))
+    def embed(self, prompt: list[int], like: int | None, timeout_s: float | None) -> None:
+        client = self._client()
+        self.submitted.append((client, client.embed(self._begun(prompt, like), timeout_s)))
+
     @rule(prompt=_PROMPTS, at=_INDEX)
     def submit_poison(self, prompt: list[int], at: int) -> None:
         prompt[at % len(prompt)] = POISON
         self._submit(prompt, SamplingParams(max_new_tokens=4))
+
+    def _begun(self, prompt: list[int], like: int | None) -> list[int]:
+        """Return a prompt that begins like another one, or goes on from it, if that is drawn."""
+        if like is None or not self.submitted:
+            return prompt
+        other = self.submitted[like % len(self.submitted)][1]
+        return (
+            prompt if POISON in other.prompt else [*other.prompt, *other.token_ids, *prompt][:200]
+        )
 
     def _submit(self, prompt: list[int], params: SamplingParams, grammar: str = "") -> None:
         client = self._client()

@@ -304,7 +304,7 @@ def test_task_without_token_ids_is_refused() -> None:
             engine.put(wrong)
             broke = posted.next()
             assert isinstance(broke, ComputeFailed)
-            assert "not token ids and hidden states" in str(broke.error)
+            assert "not token ids, hidden states" in str(broke.error)
 
 
 def test_late_task_of_a_released_sequence_is_dropped_in_silence() -> None:

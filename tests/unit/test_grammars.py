@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.grammar import Grammar
 from distributed_llm.coordinator.events import TextRules
+from distributed_llm.coordinator.text import grammar_compiler
+from distributed_llm.coordinator.text import grammars as grammars_module
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.grammar_trial import Trials
 from distributed_llm.coordinator.text.grammars import AnswerGrammar, Grammars
@@ -144,12 +147,10 @@ def test_without_a_tokenizer_there_are_no_grammars() -> None:
 
 
 def test_compiled_grammars_are_kept_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distributed_llm.coordinator.text import grammar_compiler
-
     compiled: list[str] = []
     original = grammar_compiler.compile_grammar
 
-    def counting(tokenizer: object, grammar: Grammar) -> object:
+    def counting(tokenizer: Any, grammar: Grammar) -> object:
         compiled.append(grammar.text)
         return original(tokenizer, grammar)
 
@@ -159,3 +160,10 @@ def test_compiled_grammars_are_kept_and_not_for_ever(monkeypatch: pytest.MonkeyP
         grammars.begin(Grammar("regex", text), [], 2, tried=True)
     assert compiled.count("a") == 1
     assert compiled.count("b") == 2
+    monkeypatch.setattr(grammars_module, "_KEPT_CHARS", 100)
+    grammars.begin(Grammar("regex", "a" * 200), [], 1, tried=True)  # alone, it is kept
+    for _ in range(2):
+        grammars.begin(Grammar("regex", "a" * 200), [], 1, tried=True)
+    assert compiled.count("a" * 200) == 1
+    grammars.begin(Grammar("regex", "a"), [], 1, tried=True)
+    assert compiled.count("a") == 2

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from distributed_llm.common import codec
@@ -100,6 +101,14 @@ class Bench:
         event = Detokenized(self.key, 0, "text", num_tokens=2, stop_string=None, last=True)
         self.actions = self.book.detokenized(event, now=3.0)
 
+    def embedded(self) -> None:
+        self.answer.request.embeds = True
+        step = self.scheduler.next_step(max_decodes=1, prompts=True, idle=True)
+        assert step is not None
+        sums = [np.ones(4, dtype=np.float32)]
+        done = StepDone(step, [], [], (), depth=1, round_trip_s=0.1, sums=sums)
+        self.actions = self.book.step_done(done, self.scheduler.complete(step, sums), now=2.0)
+
     def stop_string(self) -> None:
         event = Detokenized(self.key, 0, "text", num_tokens=1, stop_string="stop", last=False)
         self.actions = self.book.detokenized(event, now=3.0)
@@ -119,6 +128,7 @@ DEEDS: dict[AnswerCause, Deed] = {
     AnswerCause.PIPELINE_GONE: Bench.pipeline_gone,
     AnswerCause.LAST_TOKEN: Bench.last_token,
     AnswerCause.TEXT_SENT: Bench.text_sent,
+    AnswerCause.EMBEDDED: Bench.embedded,
     AnswerCause.STOP_STRING: Bench.stop_string,
     AnswerCause.GRAMMAR_COMPLETE: Bench.grammar_complete,
     AnswerCause.FAILED: Bench.failed,

@@ -112,6 +112,20 @@ def test_what_is_to_be_spelled_out_goes_there_and_comes_back(orders: TextOrders)
     assert Unpacker(Reply).feed(pack(told)) == [told]
 
 
+def test_masks_come_with_the_prompt_and_with_every_text() -> None:
+    orders = TextOrders()
+    orders.prompt(prompt(1))
+    first = msgspec.structs.replace(encoded(1, 7), mask=b"first")
+    assert orders.replied(first) == [Tokenized(key(1), [7], b"first")]
+    orders.tokens([tokens(1, 11)])
+    (piece,) = texts(1).pieces
+    told = Texts(pieces=(msgspec.structs.replace(piece, mask=b"next", complete=True),))
+    (event,) = orders.replied(told)
+    assert isinstance(event, Detokenized)
+    assert (event.mask, event.complete) == (b"next", True)
+    assert Unpacker(Reply).feed(pack(first) + pack(told)) == [first, told]
+
+
 def test_an_idle_text_process_takes_no_request_with_it() -> None:
     orders = TextOrders()
     orders.prompt(prompt(1))

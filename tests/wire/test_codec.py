@@ -38,6 +38,8 @@ from distributed_llm.common.messages import (
     ChatMessage,
     ClusterStatus,
     DecodeTokens,
+    Embed,
+    Embedded,
     EncodePrompt,
     Generate,
     Goodbye,
@@ -152,8 +154,15 @@ def test_the_examples_cover_every_message_and_direction() -> None:
     tags = [kind.__struct_config__.tag for _, kind in CASES]
     assert len(set(tags)) == len({kind for _, kind in CASES})  # one tag, one message
     tensors = {kind for _, kind in CASES if hasattr(example(kind), "tensors")}
-    of_clients = {DecodeTokens, EncodePrompt, Generate}
-    to_clients = {MembersReport, ModelDescribed, PromptEncoded, StatusReport, TokensDecoded}
+    of_clients = {DecodeTokens, Embed, EncodePrompt, Generate}
+    to_clients = {
+        Embedded,
+        MembersReport,
+        ModelDescribed,
+        PromptEncoded,
+        StatusReport,
+        TokensDecoded,
+    }
     of_workers = {KVEnd, KVPieces, PeerProbe, Task, TaskResult}
     assert tensors == of_clients | to_clients | of_workers
 

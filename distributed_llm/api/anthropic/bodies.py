@@ -1,6 +1,6 @@
 """Bodies of requests, as Anthropic's clients send them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -21,7 +21,7 @@ class InputMessage(Part):
 class Thinking(Part):
     """Whether the model is to think first."""
 
-    type: Literal["enabled", "disabled", "adaptive"]
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
 
 
 class ToolChoice(Part):
@@ -51,7 +51,7 @@ class CountTokensBody(Body):
     model: str
     messages: list[InputMessage] = Field(min_length=1)
     system: Blocks | None = None
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -65,7 +65,7 @@ class MessagesBody(CountTokensBody):
 
     max_tokens: int = Field(ge=1)
     stream: bool = False
-    stop_sequences: Sequence[str] | None = None
+    stop_sequences: list[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -6,9 +6,11 @@ from typing import Any
 import msgspec
 
 from distributed_llm.api.anthropic.bodies import CountTokensBody, InputMessage, MessagesBody
+from distributed_llm.api.chat.joining import join_neighbours
 from distributed_llm.api.chat.parsing.formats import Formats
 from distributed_llm.api.chat.turn import Turn
 from distributed_llm.api.errors import invalid, unsupported
+from distributed_llm.common.grammar import Grammar
 
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system text of Claude Code that differs in each request and is not for the model.
@@ -36,7 +38,7 @@ def turn_of(body: CountTokensBody, formats: Formats) -> Turn:
         )
     choice = body.tool_choice
     return Turn(
-        messages=messages,
+        messages=join_neighbours(messages),
         tools=[_tool(tool, f"tools.{number}") for number, tool in enumerate(body.tools)],
         tool_choice=_tool_choice(body),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
@@ -56,16 +58,17 @@ def _params(body: MessagesBody) -> dict[str, Any]:
     }
     if body.output_config and body.output_config.format:
         schema = msgspec.json.encode(body.output_config.format.schema_).decode()
-        params["grammar"] = {"kind": "json_schema", "text": schema}
+        params["grammar"] = Grammar("json_schema", schema)
     return {name: value for name, value in params.items() if value is not None}
 
 
 def _template_arguments(body: CountTokensBody, formats: Formats) -> dict[str, Any]:
     if formats.thinking_switch is None or body.thinking is None:
         return {}
-    if body.thinking.type == "adaptive":
-        return {}
-    return {formats.thinking_switch: body.thinking.type == "enabled"}
+    match body.thinking.type:
+        case "enabled" | "disabled" as kind:
+            return {formats.thinking_switch: kind == "enabled"}
+    return {}  # the model decides
 
 
 def _tool_choice(body: CountTokensBody) -> str:

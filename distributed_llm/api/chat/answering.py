@@ -49,16 +49,20 @@ async def answer(
     must_call = turn.tool_choice not in ("auto", "none")
     one_call = not turn.parallel_tool_calls or turn.tool_choice not in ("auto", "none", "required")
     params = dict(turn.params)
+    arguments = dict(turn.template_arguments)
+    constrained = must_call or "grammar" in params
+    if constrained and formats.thinking_switch:
+        arguments.setdefault(formats.thinking_switch, False)  # a grammar leaves no room for it
     if must_call:
-        params["grammar"] = {"kind": "lark", "text": calls_grammar(tools, several=not one_call)}
-    elif formats.reasoning or (tools and formats.calls_tools):
+        params["grammar"] = calls_grammar(tools, several=not one_call)
+    elif not constrained and (formats.reasoning or (tools and formats.calls_tools)):
         params.setdefault("skip_special_tokens", False)  # marks may be special tokens
     parsers = [
         AnswerParser(
             formats,
             choice=choice,
-            tools=tools,
-            begins_inside=formats.begins_inside(turn.template_arguments),
+            tools=tools if must_call or not constrained else (),
+            begins_inside=not constrained and formats.begins_inside(arguments),
             must_call=must_call,
             one_call=one_call,
             new_call_id=_new_call_id,
@@ -69,7 +73,7 @@ async def answer(
     chunks = client.stream_chat(
         turn.messages,
         tools=turn.tools if turn.tool_choice != "none" and turn.tools else None,
-        chat_template_kwargs=turn.template_arguments or None,
+        chat_template_kwargs=arguments or None,
         **params,
     )
     async with aclosing(chunks):
@@ -114,7 +118,7 @@ def _events_of(chunk: Chunk, parser: AnswerParser) -> list[TurnEvent]:
     ended = AnswerEnded(
         choice=chunk.choice,
         reason="tool_calls" if calls else chunk.finish_reason,
-        stop_string=getattr(chunk, "stop_string", None),
+        stop_string=chunk.stop_string,
     )
     return [*events, ended]
 

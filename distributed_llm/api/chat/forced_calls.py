@@ -5,11 +5,13 @@ from typing import Any
 
 import msgspec
 
+from distributed_llm.common.grammar import Grammar
+
 _ANY = {"type": "object"}
 
 
-def calls_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
-    """Return a grammar, as llguidance reads it, of a JSON list of calls.
+def calls_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> Grammar:
+    """Return the grammar of a JSON list of calls.
 
     It is the same for all models, so that it needs none of their special tokens. Each tool's schema
     stands by itself, so that references in it hold.
@@ -23,7 +25,7 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> str:
         schema = _json(function.get("parameters") or _ANY)
         lines.append(f'call{number}: {_json(head)} arguments{number} "}}"')
         lines.append(f"arguments{number}: %json {schema}")
-    return "\n".join(lines)
+    return Grammar("lark", "\n".join(lines))
 
 
 def _json(value: Any) -> str:

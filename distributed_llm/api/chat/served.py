@@ -3,7 +3,6 @@
 import asyncio
 from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 from distributed_llm.api.chat.parsing.formats import Formats, detect_formats
 
@@ -46,22 +45,16 @@ class Served:
 
     name: str
     formats: Formats
-    template: str
-
-
-_known: WeakKeyDictionary[ModelClient, Served] = WeakKeyDictionary()
+    template: str = ""
 
 
 async def served_model(client: ModelClient) -> Served:
-    """Return the model that is served; it is asked about once per connection and name.
+    """Return the model that is served.
 
     Raises:
         ConnectionFailed: the coordinator cannot be reached, or was lost.
     """
     name = (await client.identity()).model
-    served = _known.get(client)
-    if served is None or served.name != name:
-        template = (await client.model()).chat_template or ""
-        served = Served(name, await asyncio.to_thread(detect_formats, template), template)
-        _known[client] = served
-    return served
+    template = (await client.model()).chat_template or ""
+    formats = await asyncio.to_thread(detect_formats, template)
+    return Served(name, formats, template)

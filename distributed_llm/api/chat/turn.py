@@ -15,7 +15,7 @@ class Turn:
         tool_choice: "auto", "none", "required", or the name of the tool that is to be called.
         parallel_tool_calls: whether it may call several at once.
         template_arguments: further arguments of the chat template, such as `enable_thinking`.
-        params: arguments of `SamplingParams`.
+        params: arguments of `SamplingParams`, and the `grammar` of the answer if it has one.
     """
 
     messages: Sequence[Mapping[str, Any]]

@@ -14,6 +14,7 @@ from distributed_llm.api.errors import ApiError
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+_ANTHROPICS_REQUEST_ID = "request-id"
 
 _HARMLESS_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
@@ -52,6 +53,7 @@ class Envelope:
                 begun = True
                 headers = MutableHeaders(raw=message.setdefault("headers", []))
                 headers[REQUEST_ID] = request_id
+                headers[_ANTHROPICS_REQUEST_ID] = request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             elif message["type"] == "http.response.body":

@@ -17,9 +17,11 @@ from distributed_llm.api.chat.events import (
 )
 from distributed_llm.api.openai.answer_head import AnswerHead
 from distributed_llm.api.openai.logprobs import ChatLogprobs, chat_logprobs
-from distributed_llm.api.openai.usage import UsageBody, timings_of, usage_of
+from distributed_llm.api.openai.tracing import Hop
+from distributed_llm.api.openai.usage import UsageBody, usage_of
 from distributed_llm.api.streaming import DONE, sse
 from distributed_llm.client.answers import PickedToken
+from distributed_llm.common.messages import Timings
 
 
 class Function(msgspec.Struct):
@@ -54,7 +56,6 @@ class ChunkChoice(msgspec.Struct, kw_only=True):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
-    dllm_hops: list[Any] | UnsetType = UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -67,7 +68,8 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     system_fingerprint: str
     choices: list[ChunkChoice]
     usage: UsageBody | UnsetType | None = UNSET
-    dllm_timings: dict[str, Any] | UnsetType = UNSET
+    dllm_hops: list[Hop] | UnsetType = UNSET
+    dllm_timings: Timings | UnsetType = UNSET
 
 
 class ChatStream:
@@ -85,11 +87,11 @@ class ChatStream:
         self._usage: UnsetType | None = None if with_usage else UNSET
         self._begun: set[int] = set()
 
-    def write(self, event: TurnEvent, hops: list[Any] | UnsetType = UNSET) -> bytes:
+    def write(self, event: TurnEvent, hops: list[Hop] | None = None) -> bytes:
         """Return what to send for an event.
 
         Args:
-            hops: of the tokens that it comes from, if they are told.
+            hops: what stages did for it, if that is told.
         """
         if isinstance(event, TurnEnded):
             return self._end(event)
@@ -107,14 +109,14 @@ class ChatStream:
                 piece = ChunkChoice(index=event.choice, delta=Delta(tool_calls=[call]))
             case AnswerEnded(reason=reason):
                 piece = ChunkChoice(index=event.choice, delta=Delta(), finish_reason=reason)
-        piece.dllm_hops = hops
+        written = self._chunk(piece, hops)
         if event.choice in self._begun:
-            return self._chunk(piece)
+            return written
         self._begun.add(event.choice)
         role = ChunkChoice(index=event.choice, delta=Delta(role="assistant", content=""))
-        return self._chunk(role) + self._chunk(piece)
+        return self._chunk(role) + written
 
-    def _chunk(self, choice: ChunkChoice) -> bytes:
+    def _chunk(self, choice: ChunkChoice, hops: list[Hop] | None = None) -> bytes:
         head = self._head
         return sse(
             ChatChunk(
@@ -124,6 +126,7 @@ class ChatStream:
                 system_fingerprint=head.fingerprint,
                 choices=[choice],
                 usage=self._usage,
+                dllm_hops=hops or UNSET,
             )
         )
 
@@ -141,7 +144,7 @@ class ChatStream:
         if self._with_usage:
             last.usage = usage_of([event.generations])
         if self._with_trace:
-            last.dllm_timings = timings_of(event.generations[0])
+            last.dllm_timings = event.generations[0].timings
         return sse(last) + DONE
 
 
@@ -214,5 +217,5 @@ def whole_chat(
         "usage": usage_of([generations]),
     }
     if with_trace:
-        body["dllm_timings"] = timings_of(generations[0])
+        body["dllm_timings"] = generations[0].timings
     return body

@@ -1,9 +1,9 @@
 """The body of `/v1/chat/completions`, and the turn that it asks for. Pure."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import WithJsonSchema
 
 from distributed_llm.api.bodies import Part
 from distributed_llm.api.chat.parsing.formats import Formats
@@ -25,6 +25,10 @@ _TEMPLATE_ARGUMENTS = frozenset(
 """Arguments that a request may give to the chat template, where that knows them."""
 
 
+ToolChoice = Annotated[Any, WithJsonSchema({"type": ["string", "object", "null"]})]
+"""Which tool is to be called: "auto", "none", "required", or an object that names one."""
+
+
 class StreamOptions(Part):
     """How to stream."""
 
@@ -42,7 +46,7 @@ class ChatRequest(SamplingFields, GrammarFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = Field(None, union_mode="left_to_right")
+    tool_choice: ToolChoice = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -99,6 +103,8 @@ def _params(body: ChatRequest) -> dict[str, Any]:
     params = arguments(given, body.names)
     if grammar := grammar_of(body):
         params["grammar"] = grammar
+    if body.dllm_trace:
+        params["trace"] = True
     return params
 
 

@@ -6,6 +6,7 @@ import msgspec
 
 from distributed_llm.api.bodies import Body
 from distributed_llm.api.errors import ApiError, invalid, unsupported
+from distributed_llm.common.grammar import Grammar
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 """What vLLM's `structured_outputs` may have, and with `guided_` before it, bodies."""
@@ -27,8 +28,12 @@ class GrammarFields(Body):
     guided_choice: list[str] | None = None
 
 
-def grammar_of(body: GrammarFields) -> dict[str, str] | None:
-    """Return the grammar that a body asks for, as an argument of `SamplingParams`.
+GRAMMAR_FIELDS = tuple(GrammarFields.__annotations__)
+"""Names of these fields."""
+
+
+def grammar_of(body: GrammarFields) -> Grammar | None:
+    """Return the grammar that a body asks for; None for none.
 
     Raises:
         ApiError: it asks for several, or for one that is none.
@@ -46,7 +51,7 @@ def grammar_of(body: GrammarFields) -> dict[str, str] | None:
     return found[0][1] if found else None
 
 
-_Found = list[tuple[str, dict[str, str]]]
+_Found = list[tuple[str, Grammar]]
 """Names of fields, and the grammars in them."""
 
 
@@ -56,7 +61,7 @@ def _of_response_format(given: dict[str, Any] | None) -> _Found:
         case None | {"type": "text"}:
             return []
         case {"type": "json_object"}:
-            return [(param, _json({"type": "object"}))]
+            return [(param, Grammar("json_object"))]
         case {"type": "json_schema", "json_schema": {"schema": dict() | bool() as schema}}:
             return [(param, _json(schema))]
         case {"type": "json_schema"}:
@@ -65,8 +70,8 @@ def _of_response_format(given: dict[str, Any] | None) -> _Found:
                 '"type": "json_schema", "json_schema": {"name": "...", "schema": {...}}}.',
                 param,
             )
-        case {"type": "grammar", "grammar": str(text)}:
-            return [(param, {"kind": "lark", "text": text})]
+        case {"type": "grammar", "grammar": str(text)} if text:
+            return [(param, _written(text))]
     kind = given.get("type")
     raise unsupported(
         param,
@@ -103,7 +108,7 @@ def _of_guided(body: GrammarFields) -> _Found:
     ]
 
 
-def _grammar(param: str, kind: str, value: Any) -> dict[str, str]:
+def _grammar(param: str, kind: str, value: Any) -> Grammar:
     match kind, value:
         case "json", dict() | bool():
             return _json(value)
@@ -113,28 +118,33 @@ def _grammar(param: str, kind: str, value: Any) -> dict[str, str]:
             except msgspec.DecodeError as exc:
                 raise _wrong(param, f"a JSON schema: {exc}") from exc
         case "json_object", True:
-            return _json({"type": "object"})
-        case "regex", str():
-            return {"kind": "regex", "text": value}
-        case "grammar", str():
-            return {"kind": "lark", "text": value}
+            return Grammar("json_object")
+        case "regex", str() if value:
+            return Grammar("regex", value)
+        case "grammar", str() if value:
+            return _written(value)
         case "choice", [_, *_] if all(isinstance(one, str) and one for one in value):
             if len(value) > _MAX_CHOICES:
                 raise _wrong(param, f"at most {_MAX_CHOICES} texts")
             texts = " | ".join(msgspec.json.encode(one).decode() for one in value)
-            return {"kind": "lark", "text": f"start: {texts}"}
+            return Grammar("lark", f"start: {texts}")
     wanted = {
         "json": "a JSON schema",
         "json_object": "true",
         "regex": "a regular expression",
-        "grammar": "a grammar in Lark's notation",
+        "grammar": "a grammar, in Lark's notation or GBNF",
         "choice": "a list of texts that are not empty",
     }
     raise _wrong(param, wanted[kind])
 
 
-def _json(schema: Any) -> dict[str, str]:
-    return {"kind": "json_schema", "text": msgspec.json.encode(schema).decode()}
+def _json(schema: Any) -> Grammar:
+    return Grammar("json_schema", msgspec.json.encode(schema).decode())
+
+
+def _written(text: str) -> Grammar:
+    """Return a grammar in whichever notation it is: GBNF defines by `::=`, Lark by a colon."""
+    return Grammar("gbnf" if "::=" in text else "lark", text)
 
 
 def _wrong(param: str, wanted: str) -> ApiError:

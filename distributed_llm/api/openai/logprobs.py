@@ -56,6 +56,13 @@ class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
     top_logprobs: list[dict[str, float]]
 
+    def extend(self, more: "CompletionLogprobs") -> None:
+        """Add those of the next piece."""
+        self.text_offset += more.text_offset
+        self.token_logprobs += more.token_logprobs
+        self.tokens += more.tokens
+        self.top_logprobs += more.top_logprobs
+
 
 def completion_logprobs(tokens: Sequence[PickedToken], begins_at: int) -> CompletionLogprobs:
     """Return tokens as completions tell them.

@@ -1,9 +1,9 @@
-"""The epoch of the plan that a coordinator serves, asked for now and then."""
+"""The epoch of the plan that is served, asked for now and then."""
 
 import asyncio
-from dataclasses import dataclass
 from typing import Protocol
-from weakref import WeakKeyDictionary
+
+from distributed_llm.common.errors import DistributedLLMError
 
 _KEPT_S = 5.0
 """Time for which an epoch is taken for the newest, seconds."""
@@ -24,29 +24,43 @@ class StatusClient(Protocol):
         """Return the status of the cluster."""
 
 
-@dataclass(frozen=True)
-class _Asked:
-    until: float
-    status: "asyncio.Future[Planned]"
+class PlanEpoch:
+    """The epoch of the newest plan, as it was a few seconds ago at most.
 
-
-_asked: WeakKeyDictionary[StatusClient, _Asked] = WeakKeyDictionary()
-
-
-async def plan_epoch(client: StatusClient) -> int:
-    """Return the epoch of the newest plan, as it was a few seconds ago at most.
-
-    Raises:
-        ConnectionFailed: the coordinator cannot be reached, or was lost.
+    However many ask at the same time, the coordinator is asked once.
     """
-    now = asyncio.get_running_loop().time()
-    asked = _asked.get(client)
-    if asked is None or now > asked.until or _failed(asked.status):
-        status = asyncio.ensure_future(client.status())
-        status.add_done_callback(_failed)
-        asked = _asked[client] = _Asked(now + _KEPT_S, status)
-    return (await asyncio.shield(asked.status)).epoch
+
+    def __init__(self) -> None:
+        self._asked: asyncio.Task[int] | None = None
+        self._until = 0.0
+
+    async def now(self, client: StatusClient) -> int:
+        """Return it.
+
+        Args:
+            client: by which the coordinator is asked, if it has to be.
+
+        Raises:
+            ConnectionFailed: the coordinator cannot be reached, or was lost.
+        """
+        clock = asyncio.get_running_loop().time
+        asked = self._asked
+        if asked is None or clock() > self._until:
+            asked = self._asked = asyncio.get_running_loop().create_task(_epoch(client))
+            asked.add_done_callback(_look_at)
+            self._until = clock() + _KEPT_S
+        try:
+            return await asyncio.shield(asked)
+        except DistributedLLMError:  # by which another one asked
+            self._asked = None
+            return await _epoch(client)
 
 
-def _failed(status: "asyncio.Future[Planned]") -> bool:
-    return status.done() and (status.cancelled() or status.exception() is not None)
+async def _epoch(client: StatusClient) -> int:
+    return (await client.status()).epoch
+
+
+def _look_at(task: asyncio.Task[int]) -> None:
+    """Take note of an error, for nobody may wait any more."""
+    if not task.cancelled():
+        task.exception()

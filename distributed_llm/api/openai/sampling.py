@@ -9,24 +9,24 @@ from pydantic import WithJsonSchema
 
 from distributed_llm.api.bodies import Body
 from distributed_llm.api.errors import ApiError, invalid, of_exception
+from distributed_llm.api.openai.grammars import GRAMMAR_FIELDS
 from distributed_llm.common.errors import ContextLengthExceeded, InvalidRequest
 from distributed_llm.common.sampling_params import SamplingParams
 
-
-def _any(**schema: Any) -> Any:
-    """Return the type of a field whose values `SamplingParams` checks, as OpenAPI tells it."""
-    types = schema.pop("type")
-    return Annotated[Any, WithJsonSchema({"type": [*types, "null"], **schema})]
-
-
-_Number = _any(type=["number"])
-Integer = _any(type=["integer"])
+# What these fields may be, `SamplingParams` checks; OpenAPI is told their types.
+_Number = Annotated[Any, WithJsonSchema({"type": ["number", "null"]})]
+_Flag = Annotated[Any, WithJsonSchema({"type": ["boolean", "null"]})]
+_Integers = Annotated[
+    Any, WithJsonSchema({"type": ["array", "null"], "items": {"type": "integer"}})
+]
+_Texts = Annotated[
+    Any, WithJsonSchema({"type": ["string", "array", "null"], "items": {"type": "string"}})
+]
+_Biases = Annotated[
+    Any, WithJsonSchema({"type": ["object", "null"], "additionalProperties": {"type": "number"}})
+]
+Integer = Annotated[Any, WithJsonSchema({"type": ["integer", "null"]})]
 """A field that `SamplingParams` takes for a whole number."""
-
-_Flag = _any(type=["boolean"])
-_Integers = _any(type=["array"], items={"type": "integer"})
-_Texts = _any(type=["string", "array"], items={"type": "string"})
-_Biases = _any(type=["object"], additionalProperties={"type": "number"})
 
 
 class SamplingFields(Body):
@@ -53,6 +53,11 @@ class SamplingFields(Body):
     logit_bias: _Biases = None
     max_tokens: Integer = None
     min_tokens: Integer = None
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Names of `SamplingParams` by those that this body has for them."""
+        return NAMES
 
 
 NAMES: Mapping[str, str] = {
@@ -104,31 +109,45 @@ _T = TypeVar("_T")
 
 
 async def named_as_asked(
-    events: AsyncGenerator[_T, None], names: Mapping[str, str], prompt: str
+    events: AsyncGenerator[_T, None],
+    names: Mapping[str, str],
+    prompt: str,
+    given: Mapping[str, Any],
 ) -> AsyncGenerator[_T, None]:
     """Yield what comes; of a request that the coordinator finds wrong, raise what `error_of` says.
 
     Args:
         events: closed with this.
+        names: names of `SamplingParams` by the request's names.
+        prompt: name of the field that has the prompt.
+        given: values by the request's names.
     """
     try:
         async with aclosing(events):
             async for event in events:
                 yield event
     except InvalidRequest as exc:
-        raise error_of(exc, names, prompt) from exc
+        raise error_of(exc, names, prompt, given) from exc
 
 
-def error_of(exc: InvalidRequest, names: Mapping[str, str], prompt: str) -> ApiError:
+def error_of(
+    exc: InvalidRequest, names: Mapping[str, str], prompt: str, given: Mapping[str, Any]
+) -> ApiError:
     """Return the error of a request that the coordinator, or the client, finds wrong.
 
     Args:
         names: names of `SamplingParams` by the request's names.
         prompt: name of the field that has the prompt.
+        given: values by the request's names.
     """
+    message = str(exc)
     if isinstance(exc, ContextLengthExceeded):
         return _renamed(exc, names, prompt, exc.code)
-    message = str(exc)
+    if "grammar" in message:
+        asked = next((name for name in GRAMMAR_FIELDS if given.get(name) is not None), "tools")
+        return _renamed(exc, names, asked, "invalid_value")
+    if token := re.match(r"Token id (\d+) ", message):
+        return _renamed(exc, names, _place_of(int(token[1]), given) or prompt, "invalid_value")
     wire = sorted(names.values(), key=message.find)
     named = next(
         (name for name in wire if re.search(rf"\b{name}\b", message) and len(name) > 1), None
@@ -137,9 +156,15 @@ def error_of(exc: InvalidRequest, names: Mapping[str, str], prompt: str) -> ApiE
     return _renamed(exc, names, param or _subject(message, prompt), "invalid_value")
 
 
+def _place_of(token: int, given: Mapping[str, Any]) -> str | None:
+    """Return the parameter that names a token; None if none does."""
+    if str(token) in (given.get("logit_bias") or ()):
+        return "logit_bias"
+    return "stop_token_ids" if token in (given.get("stop_token_ids") or ()) else None
+
+
 _SUBJECTS = (
     (re.compile("^Bad messages? "), ""),
-    (re.compile("grammar|schema|regular expression"), "response_format"),
     (re.compile(r"argument\b"), "chat_template_kwargs"),
     (re.compile(r"\btools?\b"), "tools"),
     (re.compile("(?i)prompt|messages?|conversation"), ""),

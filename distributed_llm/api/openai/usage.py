@@ -1,7 +1,6 @@
-"""What a request took, as OpenAI tells it, and more for those who ask. Pure."""
+"""Token counts, as OpenAI tells them. Pure."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -35,22 +34,3 @@ def usage_of(answers: Iterable[Sequence[Generation]]) -> UsageBody:
         cached += generations[0].usage.cached_tokens
         completion += sum(one.usage.completion_tokens for one in generations)
     return UsageBody(prompt, completion, prompt + completion, PromptDetails(cached))
-
-
-def timings_of(generation: Generation) -> dict[str, Any]:
-    """Return how long a request took, and on whose machines."""
-    timings = generation.timings
-    return {
-        "queued_s": timings.queued_s,
-        "first_token_s": timings.first_token_s,
-        "decode_s": timings.decode_s,
-        "stages": [
-            {
-                "worker": stage.worker,
-                "layers": [stage.layers.start, stage.layers.stop],
-                "tasks": stage.tasks,
-                "compute_s": stage.compute_s,
-            }
-            for stage in timings.stages
-        ],
-    }

@@ -29,11 +29,11 @@ class _News:
 
     Attributes:
         told: what is sent of it.
-        events: the latest of the cluster.
+        events: the latest of the cluster; None if they are not known.
     """
 
     told: bytes
-    events: tuple[EventStatus, ...] = ()
+    events: tuple[EventStatus, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -99,11 +99,11 @@ class Feed:
                     raise follower.refused
                 news = follower.news
                 assert news is not None
-                fresh = [one for one in news.events if seen is not None and one.number > seen]
-                if news.events:
-                    seen = max(seen or 0, news.events[-1].number)
-                elif seen is None:
-                    seen = 0
+                fresh: list[EventStatus] = []
+                if news.events is not None:
+                    if seen is not None:
+                        fresh = [one for one in news.events if one.number > seen]
+                    seen = max((one.number for one in news.events), default=0)
                 yield b"".join(sse(one, "event") for one in fresh) + news.told
         finally:
             del self._followers[follower]

@@ -49,6 +49,7 @@ from distributed_llm.common.messages.from_client import (
     DecodeTokens,
     DescribeModel,
     DrainWorker,
+    Embed,
     EncodePrompt,
     Enrol,
     Generate,
@@ -116,6 +117,7 @@ from distributed_llm.common.messages.to_client import (
     MAX_TRACED,
     ClientWelcome,
     ClusterMembers,
+    Embedded,
     Enrolled,
     Finished,
     FinishReason,
@@ -201,6 +203,8 @@ __all__ = [
     "DigestsReport",
     "DrainWorker",
     "DropStage",
+    "Embed",
+    "Embedded",
     "EncodePrompt",
     "Enrol",
     "Enrolled",
@@ -337,6 +341,7 @@ WorkerReport = (
 
 ClientRequest = (
     Generate
+    | Embed
     | EncodePrompt
     | DecodeTokens
     | Cancel
@@ -379,6 +384,7 @@ ToClient = (
     | ClientWelcome
     | TokenChunk
     | Finished
+    | Embedded
     | PromptEncoded
     | TokensDecoded
     | RequestFailed

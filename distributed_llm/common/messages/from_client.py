@@ -120,6 +120,22 @@ class DecodeTokens(Message, frozen=True, kw_only=True, tag="decode_tokens"):
     tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
 
 
+class Embed(Message, frozen=True, kw_only=True, tag="embed"):
+    """Client -> coordinator: compute the embedding of a prompt; answered by `Embedded`.
+
+    `tensors` holds the prompt as in `Generate`.
+
+    Attributes:
+        request_id: chosen by the client, which uses none twice at the same time.
+        timeout_s: time from the request's arrival after which it fails; None for never.
+    """
+
+    request_id: RequestId
+    prompt: Literal["text", "token_ids"]
+    timeout_s: Annotated[float, Meta(gt=0, le=1e6)] | None = None
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(max_length=1)]
+
+
 class Cancel(Message, frozen=True, kw_only=True, tag="cancel"):
     """Client -> coordinator: end a request; answered by `RequestFailed`, code "cancelled"."""
 

@@ -118,7 +118,8 @@ class TaskResult(Message, frozen=True, kw_only=True, tag="task_result"):
     The last stage sends [token_ids [samples] int32], one per slice that samples, in the order of
     the task; nothing if no slice samples. If any of them asked for log-probabilities, two tensors
     follow: logprobs [samples, 1 + k] float32 and their token ids [samples, 1 + k] int32. k is the
-    largest number asked for; column 0 is the sampled token.
+    largest number asked for; column 0 is the sampled token. If slices embed, the last tensor is
+    their sums [embedding slices, hidden_size] float32, in the order of the task.
 
     Another stage sends [hidden_states [tokens, hidden_size]] in the wire dtype, and only if the
     step is to be relayed to the next stage by the coordinator.

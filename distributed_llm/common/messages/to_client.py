@@ -209,6 +209,14 @@ class Finished(Message, frozen=True, kw_only=True, tag="finished"):
     timings: Timings
 
 
+class Embedded(Message, frozen=True, kw_only=True, tag="embedded"):
+    """Coordinator -> client: answers `Embed`; `tensors` is [embedding [hidden_size] float32]."""
+
+    request_id: RequestId
+    usage: Usage
+    tensors: Annotated[tuple[TensorSpec, ...], Meta(min_length=1, max_length=1)]
+
+
 class PromptEncoded(Message, frozen=True, kw_only=True, tag="prompt_encoded"):
     """Coordinator -> client: answers `EncodePrompt`: the token ids, int32; no tensor for none."""
 

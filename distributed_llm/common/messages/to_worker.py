@@ -225,6 +225,7 @@ class SequenceSlice(
             sequence may have been lost.
         prefix: in the first slice of a sequence whose first `start` positions are shared.
         masked: whether a mask says which tokens may be sampled.
+        embed: whether to sum up the model's last hidden states at these positions; does not sample.
     """
 
     sequence_id: SequenceId
@@ -234,6 +235,7 @@ class SequenceSlice(
     sampling: Sampling | None = None
     prefix: SharedPrefix | None = None
     masked: bool = False
+    embed: bool = False
 
 
 class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):

@@ -37,6 +37,7 @@ class AnswerCause(Enum):
         PIPELINE_GONE: the pipeline it ran on was dissolved.
         LAST_TOKEN: its last token was sampled.
         TEXT_SENT: the text of all its tokens was sent.
+        EMBEDDED: its embedding was sent; it was to have no tokens.
         STOP_STRING: a stop string was found in its text.
         GRAMMAR_COMPLETE: its grammar admits no further token.
         FAILED: its request ends with an error, was cancelled, or the client is gone.
@@ -47,6 +48,7 @@ class AnswerCause(Enum):
     PIPELINE_GONE = auto()
     LAST_TOKEN = auto()
     TEXT_SENT = auto()
+    EMBEDDED = auto()
     STOP_STRING = auto()
     GRAMMAR_COMPLETE = auto()
     FAILED = auto()
@@ -63,6 +65,7 @@ ANSWER_STATES = StateTable(
         (AnswerState.RUNNING, AnswerCause.PREEMPTED): AnswerState.WAITING,
         (AnswerState.RUNNING, AnswerCause.PIPELINE_GONE): AnswerState.WAITING,
         (AnswerState.RUNNING, AnswerCause.LAST_TOKEN): AnswerState.CLOSING,
+        (AnswerState.RUNNING, AnswerCause.EMBEDDED): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.STOP_STRING): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.GRAMMAR_COMPLETE): AnswerState.GONE,
         (AnswerState.RUNNING, AnswerCause.FAILED): AnswerState.GONE,

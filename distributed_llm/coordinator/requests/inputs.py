@@ -2,17 +2,17 @@
 
 from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.grammar import MAX_GRAMMAR_BYTES, Grammar, decode_grammar
-from distributed_llm.common.messages import Generate
+from distributed_llm.common.messages import Embed, Generate
 from distributed_llm.common.tensors import Frame
 from distributed_llm.coordinator.requests.parameters import wrong_prompt
 
 
-def wrong_inputs(message: Generate, context_length: int) -> InvalidRequest | None:
+def wrong_inputs(message: Generate | Embed, context_length: int) -> InvalidRequest | None:
     """Return an error if a tensor has a wrong dtype, is too long, or one too many."""
-    most = 1 + (message.grammar is not None)
+    most = 1 + (isinstance(message, Generate) and message.grammar is not None)
     if len(message.tensors) > most:
         return InvalidRequest(f"The request has {len(message.tensors)} tensors, not {most}.")
-    if not _has_grammar_text(message):
+    if isinstance(message, Embed) or not _has_grammar_text(message):
         return wrong_prompt(message.prompt, message.tensors, context_length)
     *others, text = message.tensors or (None,)
     if text and (text.dtype != "uint8" or text.nbytes > MAX_GRAMMAR_BYTES):
@@ -22,12 +22,14 @@ def wrong_inputs(message: Generate, context_length: int) -> InvalidRequest | Non
     return wrong_prompt(message.prompt, [spec for spec in others if spec], context_length)
 
 
-def split(message: Generate, frames: tuple[Frame, ...]) -> tuple[bytes, Grammar | None]:
+def split(message: Generate | Embed, frames: tuple[Frame, ...]) -> tuple[bytes, Grammar | None]:
     """Return the prompt and the grammar of a request whose tensors are right.
 
     Raises:
         InvalidRequest: the grammar cannot be read.
     """
+    if isinstance(message, Embed):
+        return bytes(frames[0]) if frames else b"", None
     if not _has_grammar_text(message):
         grammar = Grammar(message.grammar) if message.grammar else None
         return bytes(frames[0]) if frames else b"", grammar

@@ -159,6 +159,33 @@ def resolve(
     )
 
 
+def embedding_limits(defaults: GenerationDefaults, *, prompt_tokens: int, kv_tokens: int) -> Limits:
+    """Return the parameters of a request for an embedding, which gets no tokens.
+
+    It takes room for one token more than its prompt, as all do that run.
+
+    Raises:
+        ContextLengthExceeded: the prompt is longer than the model's context.
+        NotEnoughMemory: no pipeline has room for its KV cache.
+        InvalidRequest: the prompt is empty.
+    """
+    if prompt_tokens == 0:
+        raise InvalidRequest("The prompt is empty. Give at least one token.")
+    if prompt_tokens > defaults.context_length:
+        raise ContextLengthExceeded(
+            f"The prompt has {prompt_tokens} tokens, which exceed the model's context of "
+            f"{defaults.context_length}. Shorten it."
+        )
+    kv_tokens -= kv_tokens % KV_BLOCK
+    if prompt_tokens >= kv_tokens:
+        raise NotEnoughMemory(
+            f"The prompt takes {count_text(prompt_tokens + 1, 'token')} of context, but the "
+            f"workers' memory has room for {kv_tokens:,}. Add a worker, or raise --max-memory."
+        )
+    sampling = Sampling(prompt_tokens=prompt_tokens)
+    return Limits(sampling=(sampling,), max_new_tokens=1, end_token_ids=())
+
+
 def _eos(params: SamplingParams, defaults: GenerationDefaults) -> tuple[int, ...]:
     return defaults.eos_token_ids if params.eos_token_id is None else params.eos_token_id
 

@@ -13,6 +13,8 @@ from functools import cached_property
 from itertools import islice
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from distributed_llm.common.messages import (
     MAX_TRACED,
@@ -66,6 +68,8 @@ class Answer:
         failures: steps that failed in a row over its next token, and for certain because of it.
         suspects: the group with which it is suspected of breaking steps; None if it is not.
         logprobs: of the tokens that the client was not sent yet; empty unless they were asked for.
+        pooled: sum of the model's last hidden states at the computed positions, if the request
+            wants their mean: float64 [hidden_size]; None before the first.
         num_sent_tokens: tokens of the answer that the client was sent.
         trace: steps that led to tokens that the client was not sent yet, the latest; none unless
             they were asked for.
@@ -95,6 +99,7 @@ class Answer:
     suspects: Suspects | None = None
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: npt.NDArray[np.float64] | None = None
     num_sent_tokens: int = 0
     trace: deque[StepTrace] = field(default_factory=lambda: deque(maxlen=MAX_TRACED))
     started_at: float | None = None
@@ -132,6 +137,12 @@ class Answer:
         return len(self.token_ids) - self.num_scheduled_tokens
 
     @property
+    def is_embedded(self) -> bool:
+        """Whether it runs for an embedding, and the sum for that is complete."""
+        runs = self._state is AnswerState.RUNNING
+        return self.request.embeds and runs and not self.num_uncomputed_tokens
+
+    @property
     def sampling_bytes(self) -> int:
         """How many bytes `sampling` adds to its next task; 0 once it was sent."""
         return 0 if self.sampling_sent else self._encoded_bytes
@@ -145,8 +156,13 @@ class Answer:
         """Whether it cannot run before it is known which token may be the next."""
         return self.request.constrained and self.mask is None
 
+    def pool(self, total: npt.NDArray[np.float32]) -> None:
+        """Add the sum of the last hidden states at positions that were computed."""
+        self.pooled = total.astype(np.float64) if self.pooled is None else self.pooled + total
+
     def reset(self) -> None:
         """Forget the KV cache, so that all tokens are computed again; the tokens stay."""
+        self.pooled = None
         self.sequence_id = self.prefix = self.waits_for = None
         self.num_computed_tokens = self.num_scheduled_tokens = self.num_in_flight = 0
         self.latest_slice = 0
@@ -207,6 +223,7 @@ class Request:
         client: among whom service is fair: the key of who asks, else the connection.
         shares_with: only requests with an equal value share prefixes with it.
         constrained: whether a grammar says which tokens may be sampled.
+        embeds: whether it wants the mean of the last hidden states of its prompt, and no tokens.
         limits: the parameters after defaults; None until the prompt is tokenized.
         answers: empty until the prompt is tokenized.
     """
@@ -217,6 +234,7 @@ class Request:
     client: Hashable
     shares_with: Hashable = None
     constrained: bool = False
+    embeds: bool = False
     limits: Limits | None = None
     answers: tuple[Answer, ...] = ()
 
@@ -252,6 +270,7 @@ class Request:
                 len(prompt),
                 sampling,
                 mask=mask or None,
+                shares=not self.embeds,  # what is shared has no hidden states here
             )
             for choice, sampling in enumerate(limits.sampling)
         )

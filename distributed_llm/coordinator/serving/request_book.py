@@ -20,13 +20,16 @@ from distributed_llm.common.errors import (
 )
 from distributed_llm.common.keys import NOBODY, PublicKey
 from distributed_llm.common.messages import (
+    Embed,
+    Embedded,
     Finished,
     Generate,
     RequestId,
     TokenChunk,
     TokenLogprobs,
 )
-from distributed_llm.common.tensors import Frame
+from distributed_llm.common.sampling_params import SamplingParams
+from distributed_llm.common.tensors import Frame, TensorSpec
 from distributed_llm.common.types import PeerId
 from distributed_llm.common.wording import count_text
 from distributed_llm.coordinator.events import (
@@ -45,6 +48,8 @@ from distributed_llm.coordinator.requests.failures import failure
 from distributed_llm.coordinator.requests.fairness import FairQueue
 from distributed_llm.coordinator.requests.inputs import split, wrong_inputs
 from distributed_llm.coordinator.requests.parameters import (
+    Limits,
+    embedding_limits,
     named_tokens,
     resolve,
     text_rules,
@@ -135,7 +140,7 @@ class RequestBook:
     def submit(
         self,
         peer: PeerId,
-        message: Generate,
+        message: Generate | Embed,
         frames: tuple[Frame, ...],
         *,
         holder: PublicKey = NOBODY,
@@ -147,7 +152,12 @@ class RequestBook:
             frames: prompt and grammar, as `message.tensors` describes them.
             holder: key of the client; `NOBODY` without keys.
         """
-        params = message.params
+        embeds = isinstance(message, Embed)
+        params = (
+            SamplingParams(max_new_tokens=1, timeout_s=message.timeout_s)
+            if isinstance(message, Embed)
+            else message.params
+        )
         if self.num_waiting + params.n > self._max_waiting:
             error = Overloaded(
                 f"{self.num_waiting} answers wait already, and the limit is {self._max_waiting}. "
@@ -170,6 +180,7 @@ class RequestBook:
             client=holder or peer,
             shares_with=None if self._share_prefixes else holder or None,
             constrained=grammar is not None,
+            embeds=embeds,
         )
         self._requests.setdefault(peer, {})[message.request_id] = request
         self._open[request.client] += 1
@@ -177,8 +188,9 @@ class RequestBook:
         if request.deadline is not None:
             self._watch(request.deadline, key)
         self._event_log.trace(EventKind.REQUEST_ARRIVED, message.request_id, answers=params.n)
+        texts = 0 if embeds else params.n
         rules = text_rules(params, self._defaults, grammar)
-        return [Tokenize(key, message.prompt, payload, params.n, rules)]
+        return [Tokenize(key, message.prompt, payload, texts, rules)]
 
     def refuse(
         self, peer: PeerId, request_id: RequestId, error: DistributedLLMError
@@ -205,14 +217,7 @@ class RequestBook:
             )
             return self.fail(event.key, error)
         try:
-            limits = resolve(
-                request.params,
-                self._defaults,
-                prompt_tokens=len(event.token_ids),
-                kv_tokens=self._kv_tokens,
-                seed=self._draw_seed(),
-                constrained=request.constrained,
-            )
+            limits = self._limits(request, len(event.token_ids))
         except DistributedLLMError as exc:
             return self.fail(event.key, exc)
         self._num_tokenizing -= request.params.n
@@ -224,6 +229,20 @@ class RequestBook:
         for answer in request.answers:
             self._queue.add(request.client, answer, order=answer.number)
         return []
+
+    def _limits(self, request: Request, prompt_tokens: int) -> Limits:
+        if request.embeds:
+            return embedding_limits(
+                self._defaults, prompt_tokens=prompt_tokens, kv_tokens=self._kv_tokens
+            )
+        return resolve(
+            request.params,
+            self._defaults,
+            prompt_tokens=prompt_tokens,
+            kv_tokens=self._kv_tokens,
+            seed=self._draw_seed(),
+            constrained=request.constrained,
+        )
 
     # -------------------------------------------------------------- queue and pipelines
 
@@ -304,7 +323,7 @@ class RequestBook:
         return actions
 
     def step_done(self, done: StepDone, are_current: Iterable[bool], *, now: float) -> list[Action]:
-        """Append the tokens that a step has sampled.
+        """Append the tokens that a step has sampled; end what was to be embedded, and is.
 
         Args:
             are_current: of each token, whether it is; the others are dropped.
@@ -315,6 +334,9 @@ class RequestBook:
         ):
             if is_current:
                 actions += self._append(answer, token, logprobs, now)
+        for answer in done.step.answers:
+            if answer.is_embedded:
+                actions += self._embedded(answer, now)
         return actions
 
     def _append(
@@ -371,7 +393,9 @@ class RequestBook:
         if event.stopped or event.complete or event.last:
             answer.change(_cause_of_end(event))
             if all(other.state is AnswerState.GONE for other in request.answers):
-                actions += self._finish(request, now)
+                usage, timings = request.usage(), request.timings()
+                finished = Finished(request_id=request.key[1], usage=usage, timings=timings)
+                actions += self._finish(request, finished, now=now)
         return actions
 
     def _chunk(self, answer: Answer, event: Detokenized, stop: int) -> list[Action]:
@@ -394,10 +418,25 @@ class RequestBook:
         )
         return [Send(key[0], message) for message in messages_of(chunk)]
 
-    def _finish(self, request: Request, now: float) -> list[Action]:
-        finished = Finished(
-            request_id=request.key[1], usage=request.usage(), timings=request.timings()
-        )
+    def _embedded(self, answer: Answer, now: float) -> list[Action]:
+        """Send the mean of an answer's hidden states."""
+        assert answer.pooled is not None
+        request = answer.request
+        self._withdraw(answer, keep=True)
+        answer.change(AnswerCause.EMBEDDED)
+        mean = (answer.pooled / answer.num_prompt_tokens).astype("<f4")
+        spec = TensorSpec("float32", (len(mean),))
+        message = Embedded(request_id=request.key[1], usage=request.usage(), tensors=(spec,))
+        return self._finish(request, message, (mean.tobytes(),), now=now)
+
+    def _finish(
+        self,
+        request: Request,
+        finished: Finished | Embedded,
+        frames: tuple[Frame, ...] = (),
+        *,
+        now: float,
+    ) -> list[Action]:
         self._retire(request)
         self.totals.count_finished(now=now)
         self.totals.times.whole.add(now - request.arrived_at)
@@ -406,7 +445,7 @@ class RequestBook:
             request.key[1],
             answer_tokens=finished.usage.completion_tokens,
         )
-        return [Send(request.key[0], finished), Forget(request.key)]
+        return [Send(request.key[0], finished, frames), Forget(request.key)]
 
     def fail(self, key: RequestKey, error: DistributedLLMError) -> list[Action]:
         """End a request with an error, unless it has ended."""

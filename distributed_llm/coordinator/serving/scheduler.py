@@ -14,7 +14,7 @@ is in the KV cache of another sequence shares it, and one whose beginning is bei
 another answer waits until it can share that.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
 from distributed_llm.common.types import SequenceId
@@ -22,7 +22,7 @@ from distributed_llm.coordinator.requests.answer_states import AnswerCause, Answ
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
-from distributed_llm.coordinator.serving.step import Step
+from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64
 """Least length of a prefix, in positions, for which an answer waits until another computed it."""
@@ -382,7 +382,8 @@ class Scheduler:
         self._num_slices += 1
         answer.latest_slice = self._num_slices
         answer.num_scheduled_tokens = start + size
-        sample = answer.num_scheduled_tokens == len(answer.token_ids)
+        embed = answer.request.embeds
+        sample = answer.num_scheduled_tokens == len(answer.token_ids) and not embed
         sampling = None
         if sample and not answer.sampling_sent:
             sampling, answer.sampling_sent = answer.sampling, True
@@ -395,6 +396,7 @@ class Scheduler:
             sampling=sampling,
             prefix=prefix if prefix and prefix.length == start else None,
             masked=sample and answer.mask is not None,
+            embed=embed,
         )
 
     def _grow(self, answer: Answer) -> bool:
@@ -422,18 +424,26 @@ class Scheduler:
             answer.shares = False
         return answer
 
-    def complete(self, step: Step) -> list[bool]:
+    def complete(self, step: Step, sums: Sequence[FloatVector] = ()) -> list[bool]:
         """Take a step that all stages have run; return whether each sampled token is current.
+
+        Sums of hidden states count for answers that are, each position once: whatever is computed
+        again was forgotten before.
 
         A token is not current if its answer has been restarted or has ended since. An answer that
         got a token is cleared of suspicion; after a prefill chunk it is not, because what breaks
         the stages may be in a later chunk.
         """
         are_current = []
+        left = iter(sums)
         for answer, part in zip(step.answers, step.slices, strict=True):
             is_current = answer.sequence_id == part.sequence_id
+            total = next(left) if part.embed else None
             if is_current:
                 answer.num_in_flight -= 1
+                if total is not None:
+                    assert answer.num_computed_tokens == part.start
+                    answer.pool(total)
                 answer.num_computed_tokens = part.start + part.num_tokens
                 self._ledger.computed(part.sequence_id, answer.num_computed_tokens)
                 if part.sample:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from distributed_llm.common.messages import SequenceSlice, TokenLogprobs
 from distributed_llm.common.tensors import (
     Frame,
@@ -12,6 +15,8 @@ from distributed_llm.common.tensors import (
 )
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.requests.request import Answer
+
+FloatVector = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Step:
         return sum(part.sample for part in self.slices)
 
     @property
+    def num_embeds(self) -> int:
+        """Slices at whose positions the last stage sums up hidden states."""
+        return sum(part.embed for part in self.slices)
+
+    @property
     def decodes(self) -> bool:
         """Whether every slice is a single token: the step has no prefill chunks."""
         return len(self.token_ids) == len(self.slices)
@@ -55,13 +65,25 @@ def wrong_tokens(
     if width is not None:
         shape = (count, 1 + width)
         wanted += (TensorSpec("float32", shape), TensorSpec("int32", shape))
+    if step.num_embeds:
+        wanted += (TensorSpec("float32", (step.num_embeds, model.hidden_size)),)
     if tuple(specs) != wanted:
         return f"result {_text(specs)}, expected {_text(wanted)}"
-    ids = [token for frame in frames[::2] for token in token_ids_of_frame(frame)]
+    ints = [frame for spec, frame in zip(specs, frames, strict=True) if spec.dtype == "int32"]
+    ids = [token for frame in ints for token in token_ids_of_frame(frame)]
+    if not all(np.isfinite(one).all() for one in embedding_sums(step, frames)):
+        return "hidden states that are not finite"
     strange = [token for token in ids if not 0 <= token < model.defaults.vocab_size]
     if width is not None and not all(-1e9 <= x <= 1e-3 for x in floats_of_frame(frames[1])):
         return "log-probabilities out of range"
     return f"token id {strange[0]} is not in the vocabulary" if strange else ""
+
+
+def embedding_sums(step: Step, frames: Sequence[Frame]) -> list[FloatVector]:
+    """Return the sums of hidden states in a right result of the last stage, one per such slice."""
+    if not step.num_embeds:
+        return []
+    return list(np.frombuffer(frames[-1], dtype="<f4").reshape(step.num_embeds, -1))
 
 
 def wrong_activations(step: Step, specs: Sequence[TensorSpec], model: ServedModel) -> str:

@@ -16,7 +16,7 @@ are used again after a number of steps, which doubles each time.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
@@ -39,7 +39,9 @@ from distributed_llm.common.types import Epoch, PeerId, SequenceId, StepNumber
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.step import (
+    FloatVector,
     Step,
+    embedding_sums,
     token_logprobs,
     wrong_activations,
     wrong_tokens,
@@ -74,6 +76,7 @@ class StepDone:
         timings: one for each stage.
         depth: steps in flight when this one began, itself included.
         round_trip_s: from beginning to end.
+        sums: of hidden states, one for each slice that embeds.
     """
 
     step: Step
@@ -82,6 +85,7 @@ class StepDone:
     timings: tuple[StageTime, ...]
     depth: int
     round_trip_s: float
+    sums: list[FloatVector] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -383,11 +387,12 @@ class StepsInFlight:
         self._relay_steps = max(0, self._relay_steps - 1)
         return StepDone(
             step=flight.step,
-            token_ids=token_ids_of_frame(frames[0]) if frames else [],
+            token_ids=token_ids_of_frame(frames[0]) if flight.step.num_samples else [],
             logprobs=token_logprobs(flight.step, result.tensors, frames),
             timings=result.timings,
             depth=flight.depth,
             round_trip_s=now - flight.began_at,
+            sums=embedding_sums(flight.step, frames),
         )
 
     def _expected(

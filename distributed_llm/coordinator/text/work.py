@@ -103,7 +103,7 @@ class TextWork:
             context = tuple(token_ids[-_CONTEXT_TOKENS:]) if continued else ()
             answers = self._begin(prompt.rules, context, prompt.num_choices)
             ids = np.asarray(token_ids, dtype=np.int32).tobytes()
-            mask = _first_mask(answers[0])
+            mask = _first_mask(answers[0]) if answers else b""  # an embedding has no answers
             result = Encoded(request=prompt.request, token_ids=ids, context=context, mask=mask)
         except DistributedLLMError as exc:
             result = Failed(request=prompt.request, code=exc.code, message=str(exc))

@@ -40,13 +40,9 @@ def compute(
 
 
 def _tensors_of(output: StageOutput, wire_dtype: DtypeName) -> list[Tensor]:
-    """Return the tensors of a `TaskResult`: hidden states, or token ids and log-probabilities."""
+    """Return the tensors of a `TaskResult`: hidden states, or what the last stage has found."""
     if output.hidden_states is not None:
         return [output.hidden_states.to(TORCH_DTYPES[wire_dtype])]
-    if output.token_ids is None or output.token_ids.numel() == 0:
-        return []
-    return [
-        tensor
-        for tensor in (output.token_ids, output.logprobs, output.logprob_ids)
-        if tensor is not None
-    ]
+    sampled = output.token_ids is not None and output.token_ids.numel() > 0
+    tokens = (output.token_ids, output.logprobs, output.logprob_ids) if sampled else ()
+    return [tensor for tensor in (*tokens, output.sums) if tensor is not None]

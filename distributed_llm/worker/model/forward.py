@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distributed_llm.common.errors import StageError
 from distributed_llm.worker.model.attention import PackedStep, running
+from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
 from distributed_llm.worker.model.shared_weights import StageModel
@@ -20,6 +21,9 @@ class Forward:
         num_layers: of the whole model.
         device: to compute on.
         dtype: to compute in.
+
+    Attributes:
+        sums: of the last hidden states, on the last stage.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class Forward:
         self._decoder = stage_model.decoder
         self._device = device
         self._dtype = dtype
+        self.sums = HiddenSums(stage_model.decoder)
         self._hooks = LayerHooks(
             stage_model.layers,
             first=stage_model.numbers.start == 0,
@@ -53,7 +58,12 @@ class Forward:
 
     @torch.inference_mode()
     def run(
-        self, step: PackedStep, token_ids: Tensor, hidden_states: Tensor | None, rows: list[int]
+        self,
+        step: PackedStep,
+        token_ids: Tensor,
+        hidden_states: Tensor | None,
+        rows: list[int],
+        spans: Spans = (),
     ) -> Tensor | None:
         """Return hidden states [tokens, hidden_size], or logits on the last stage.
 
@@ -65,6 +75,8 @@ class Forward:
             hidden_states: [tokens, hidden_size] from the previous stage; None on the first stage.
             rows: of the packed batch to return logits for, [len(rows), vocab_size]; empty on all
                 stages but the last. On the last stage None is returned if it is empty.
+            spans: rows [start, stop) of the packed batch over which the last stage sums up the
+                model's last hidden states, to be taken from `sums`.
 
         Raises:
             StageError: a layer did not call its attention exactly once.
@@ -77,6 +89,7 @@ class Forward:
         }
         if hidden_states is not None:
             self._hooks.incoming = hidden_states.to(self._device, self._dtype)[None]
+        self.sums.spans = spans
         try:
             with running(step), kernels_for(len(token_ids)):
                 if rows:
@@ -87,6 +100,7 @@ class Forward:
                     output = self._hooks.outgoing
         finally:
             self._hooks.forget()
+            self.sums.spans = ()
         _check_every_layer_ran(step)
         return None if output is None else output[0]
 

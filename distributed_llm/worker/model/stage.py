@@ -1,13 +1,13 @@
 """A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import StageError
+from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
@@ -52,12 +52,15 @@ class StageOutput:
             likeliest ones, best first. k is the largest number that any of the sequences asked for.
             None if none of them asked.
         logprob_ids: int32, of the same shape: the tokens that these belong to.
+        sums: float32 [sequences that embed, hidden_size] on the CPU, in the order of the task: of
+            the model's last hidden states, after its final norm. None if no sequence embeds.
     """
 
     hidden_states: Tensor | None = None
     token_ids: Tensor | None = None
     logprobs: Tensor | None = None
     logprob_ids: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Stage:
@@ -390,15 +393,31 @@ class Stage:
             return StageOutput(hidden_states=output)
         ends = [s for s, part in zip(step.slices, sequences, strict=True) if part.sample]
         rows = [s.row + s.num_tokens - 1 for s in ends]
-        logits = self._forward.run(step, token_ids, hidden_states, rows)
+        pooled = [s for s, part in zip(step.slices, sequences, strict=True) if part.embed]
+        spans = [(s.row, s.row + s.num_tokens) for s in pooled]
+        logits = self._forward.run(step, token_ids, hidden_states, rows, spans)
+        sums = self._sums(pooled) if pooled else None
         if logits is None:
-            return StageOutput(token_ids=torch.empty(0, dtype=torch.int32))
+            return StageOutput(token_ids=torch.empty(0, dtype=torch.int32), sums=sums)
         if len(logits) != len(ends):
             raise StageError(f"the model gave {len(logits)} rows of logits for {len(ends)} tokens")
         self._check_finite(logits, ends, "logits")
         rows_of_masks = iter(() if masks is None else masks)
         own = [next(rows_of_masks) if part.masked else None for part in sequences if part.sample]
-        return self._sample(ends, logits, own)
+        return replace(self._sample(ends, logits, own), sums=sums)
+
+    def _sums(self, slices: Sequence[PackedSlice]) -> Tensor:
+        """Return the sums of hidden states that the latest pass has made."""
+        sums = self._forward.sums.take()
+        width = self.inputs.hidden_size
+        if sums is None or sums.shape != (len(slices), width):
+            why = (
+                "This model has no embeddings: its last hidden states are not of the size that its "
+                f"layers have ({width}). Use another one."
+            )
+            raise SequencesFailed([s.sequence_id for s in slices], InvalidRequest(why))
+        self._check_finite(sums, slices, "last hidden states")
+        return sums.cpu()
 
     def _sample(
         self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]

@@ -1,0 +1,52 @@
+/** What is said beside the picture when it changes. Pure. */
+
+import type { Happening, Live } from '../api/live'
+import { pipelinesOf } from '../api/live'
+import { count, layers, seconds } from '../parts/format'
+
+const NEWS_MS = 20_000
+
+export interface News {
+  level: Happening['level']
+  worker: string
+  text: string
+}
+
+/** Returns why a machine is gone, as far as the cluster told. */
+export function reasonOf(live: Live, worker: string): string {
+  const told = live.happenings.filter((one) => one.worker === worker)
+  const bad = told.filter((one) => one.level !== 'info')
+  return (bad.at(-1) ?? told.at(-1))?.text ?? 'gone; the cluster told no reason'
+}
+
+/** Returns what stands beside the picture: a move under way, what just happened, or how it is. */
+export function news(live: Live): News {
+  const status = live.status
+  if (!status) return { level: 'info', worker: '', text: 'Waiting for the first picture …' }
+  const pipelines = pipelinesOf(status)
+  for (const { move } of pipelines) {
+    if (!move) continue
+    const moved = move.after
+      .filter((held) => !move.before.some((was) => was.worker === held.worker && same(was, held)))
+      .map((held) => `${held.worker} gets ${layers(held.layers)}`)
+    const text = `Moving layers (${move.phase}): ${moved.join(', ')}. ${move.why}`
+    return { level: 'info', worker: move.after.at(-1)?.worker ?? '', text }
+  }
+  const recent = live.happenings.filter((one) => live.at - one.at < NEWS_MS)
+  const worst = recent.filter((one) => one.level !== 'info').at(-1) ?? recent.at(-1)
+  if (worst) return { level: worst.level, worker: worst.worker, text: worst.text }
+  if (status.note && status.state !== 'serving') {
+    return { level: 'warning', worker: '', text: status.note }
+  }
+  const machines = new Set(pipelines.flatMap((one) => one.stages.map((stage) => stage.worker)))
+  const stall = status.moves > 0 && status.move_stall_s > 0 ? `, the latest with a standstill of ${seconds(status.move_stall_s)}` : ''
+  const moves = status.moves > 0 ? ` Layers have moved ${count(status.moves, 'time')}${stall}.` : ''
+  return {
+    level: 'info',
+    worker: '',
+    text: `${count(status.num_layers, 'layer')} on ${count(machines.size, 'machine')}; plan ${status.epoch}.${moves}`,
+  }
+}
+
+const same = (a: { layers: { start: number; stop: number } }, b: typeof a) =>
+  a.layers.start === b.layers.start && a.layers.stop === b.layers.stop
