@@ -1,8 +1,8 @@
 """Hostile inputs, row by row: which tests show what becomes of each, and that they are there.
 
 The rows are those of the threat model: M messages, T tensors, C configuration and deployment, W
-weight files, H requests over HTTP. A row has the tests that show it and those that show the same without the fault; where
-one test does both, it is named once. What does not apply has the reason.
+weight files, H requests over HTTP. A row has the tests that show it and those that show the same
+without the fault; where one test does both, it is named once. What does not apply has the reason.
 """
 
 import ast
