@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -102,6 +103,13 @@ def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
     app = HeaderLimits(app)
     app = RequestLog(app, is_public)
     return Envelope(app)
+
+
+def application(guarded: Any) -> FastAPI:
+    """Return the routes within what `make_app` returned, which describe themselves."""
+    while not isinstance(guarded, FastAPI):
+        guarded = guarded._app
+    return guarded
 
 
 def is_public(method: str, path: str) -> bool:

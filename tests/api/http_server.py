@@ -31,9 +31,11 @@ class FakeCallers(Callers):
         address: of a coordinator for what they ask, if they do.
     """
 
-    def __init__(self, address: str = NOBODY) -> None:
-        super().__init__(address, insecure=False, open_to_all=False, connect_timeout_s=5.0)
-        client = ObservedClient(address)
+    def __init__(self, address: str = NOBODY, connect_timeout_s: float = 5.0) -> None:
+        super().__init__(
+            address, insecure=False, open_to_all=False, connect_timeout_s=connect_timeout_s
+        )
+        client = ObservedClient(address, connect_timeout_s=connect_timeout_s)
         self._known = {
             "key": Caller("app", Role.CLIENT, client),
             "other": Caller("other-app", Role.CLIENT, client),
