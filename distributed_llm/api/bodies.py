@@ -9,6 +9,7 @@ from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from distributed_llm.api.errors import ApiError, invalid
@@ -104,7 +105,12 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+            try:
+                return await handle(StrictRequest(request.scope, request.receive))
+            except HTTPException as exc:
+                if isinstance(exc.__cause__, ApiError):  # FastAPI hides what is wrong with a body
+                    raise exc.__cause__ from None
+                raise
 
         return strictly
 

@@ -55,6 +55,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
                 http=connection,
                 ws="none",
+                lifespan="on",
             )
         )
 

@@ -26,6 +26,7 @@ from distributed_llm.api.ollama.lines import Lines, as_message, as_response, who
 from distributed_llm.api.ollama.names import listed_name
 from distributed_llm.api.ollama.options import params_of, unknown_options
 from distributed_llm.client.answers import Generation
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import Timings, Usage
 from tests.api.chat_texts import QWEN, TOOLS
 from tests.api.conftest import LIMIT_S, Api
@@ -95,7 +96,7 @@ def test_options_are_parameters() -> None:
         "frequency_penalty": 0.2,
         "max_new_tokens": 12,
         "fit_context": True,
-        "grammar": {"kind": "json_schema", "text": '{"type":"object"}'},
+        "grammar": Grammar("json_object"),
     }
     assert unknown_options(body) == ["magic"]
 
@@ -278,7 +279,7 @@ def test_errors_are_ollamas(client: ollama.Client) -> None:
     ):
         with pytest.raises(ollama.ResponseError) as raised:
             refused()
-        assert raised.value.status_code == 400, refused
+        assert raised.value.status_code == 400, raised.value
     with pytest.raises(ollama.ResponseError) as raised:
         client.pull("llama3")
     assert raised.value.status_code == 404
@@ -304,4 +305,5 @@ def test_what_open_webui_sends(api: Api, http: httpx.Client) -> None:
     assert {line["model"] for line in lines} == {name}
     task = {**body, "stream": False, "format": {"type": "boolean"}, "tools": list(TOOLS[:0])}
     answer = http.post("/api/chat", json=task)
+    assert answer.status_code == 200, answer.text
     assert json.loads(answer.json()["message"]["content"]) in (True, False)

@@ -214,11 +214,14 @@ async function gone() {
   if (withMock) await scene(page, 'death')
   const box = page.locator('.machine.gone').first()
   await box.waitFor(WAIT)
-  await page.waitForTimeout(1_600)
+  await page.waitForTimeout(1_000)
   const reason = await box.locator('p').textContent()
   check(reason.length > 10, `a machine is gone, and why: ${reason}`)
-  await accessible(page, 'after a death')
   await shot(page, 'death')
+  await accessible(page, 'after a death')
+  await page.waitForFunction(() => document.querySelectorAll('.machine.gone + .machine.loading').length > 0, null, WAIT).catch(() => {})
+  await page.waitForTimeout(1_500)
+  await shot(page, 'recovery')
   await page.waitForFunction(() => document.querySelectorAll('.bar .loading').length === 0, null, WAIT)
   check((await page.locator('.bar').count()) > 0, 'its layers are with others')
   await leave(page, 'death')
@@ -278,7 +281,7 @@ try {
       if (name === 'moved') {
         const other = await open(browser, base, key)
         await scene(other, 'death')
-        await other.waitForTimeout(5_500)
+        await other.waitForTimeout(8_000)
         await other.context().close()
       }
     }

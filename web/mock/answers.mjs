@@ -23,12 +23,10 @@ export function traced(world) {
       worker: one.worker,
       layers: one.layers,
       tokens,
-      shape: [tokens, 5120],
-      dtype: 'bfloat16',
-      bytes: i < world.plan.length - 1 ? tokens * 10240 : tokens > 1 ? 10240 : 10240,
+      bytes: tokens * (i === 0 ? 4 : 10240),
       queued_s: 0.0004,
       compute_s: world.stepOf(one) * (tokens > 1 ? 1.6 : 1) * (0.95 + world.random() * 0.1),
-      link_s: 0.0006 + world.random() * 0.002,
+      link_s: i === 0 ? null : 0.0006 + world.random() * 0.002,
     }))
 }
 

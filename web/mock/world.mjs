@@ -52,6 +52,7 @@ export class World {
     this.leaving = new Set()
     this.loading = new Set()
     this.fetched = 1
+    this.planless = false
     this.state = 'serving'
     this.move = null
     this.away = false
@@ -112,18 +113,20 @@ export class World {
   /** Layers of the machine that fails go to others, as the coordinator would say it. */
   death() {
     this.here.delete('gaming-pc')
-    this.here.delete('old-laptop')
-    this.here.add('old-laptop')
     this.state = 'loading'
     this.tell('worker_lost', 'error', 'gaming-pc: no message for 3.1 s, taken for dead; 2 answers go on elsewhere', 'gaming-pc')
-    this.epoch += 1
-    this.plan = structuredClone(WITHOUT_PC)
-    this.loading = new Set(['studio-mac', 'attic-server'])
-    this.fetched = 0.1
+    this.planless = true
     this.changed()
-    for (let i = 1; i <= 8; i++) this.later(i * 0.5, () => (this.fetched = 0.1 + i * 0.11))
-    this.later(2.2, () => this.loading.delete('studio-mac'))
-    this.later(4.5, () => {
+    this.later(2.5, () => {
+      this.planless = false
+      this.epoch += 1
+      this.plan = structuredClone(WITHOUT_PC)
+      this.loading = new Set(['studio-mac', 'attic-server'])
+      this.fetched = 0.1
+    })
+    for (let i = 1; i <= 8; i++) this.later(2.5 + i * 0.5, () => (this.fetched = 0.1 + i * 0.11))
+    this.later(4.7, () => this.loading.delete('studio-mac'))
+    this.later(7, () => {
       this.loading.clear()
       this.state = 'serving'
       this.tell('plan_ready', 'info', 'plan 4: layers 22–24 went to studio-mac, 25–40 to attic-server; 2 answers were computed again', 'attic-server')
@@ -195,7 +198,7 @@ export class World {
     const machine = MACHINES[name]
     const mine = this.plan.find((one) => one.worker === name)
     const next = this.move?.after.find((one) => one.worker === name)
-    const layers = mine?.layers ?? null
+    const layers = this.planless ? null : (mine?.layers ?? null)
     const coming = this.move && next && (!layers || next.layers.start !== layers.start || next.layers.stop !== layers.stop)
     const count = layers ? layers.stop - layers.start : 0
     const weights = Math.round(count * LAYER_BYTES * 0.42)
@@ -269,7 +272,7 @@ export class World {
     const full = 2 / Math.max(...times)
     return {
       epoch: this.epoch,
-      lineage: 1,
+      lineage: this.epoch < 4 ? 1 : 4,
       state: ready ? (this.move?.phase === 'handover' ? 'paused' : 'serving') : 'loading',
       stages,
       links,
@@ -304,7 +307,7 @@ export class World {
     return {
       model: MODEL,
       state: this.state,
-      note: this.state === 'loading' ? 'attic-server loads layers 25–40' : '',
+      note: this.state === 'loading' && !this.planless ? 'attic-server loads layers 25–40' : '',
       epoch: this.epoch,
       num_layers: LAYERS,
       context_length: 32768,
@@ -324,7 +327,7 @@ export class World {
       rejected: {},
       workers: [...this.here].map((name) => this.worker(name)),
       events: this.events.map(({ at, ...event }) => ({ ...event, age_s: (now - at) / 1000 })),
-      pipelines: [this.pipeline()],
+      pipelines: this.planless ? [] : [this.pipeline()],
       counters: { uptime_s: 4900 },
       latencies: this.latencies,
       insecure: false,

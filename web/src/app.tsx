@@ -5,7 +5,7 @@ import { forgetKey, keepKey, takeKey, theKey } from './api/key'
 import { hear, NOTHING } from './api/live'
 import type { Me } from './api/types'
 import { ClusterView } from './cluster/view'
-import { Banner, Header, type ViewName, VIEWS } from './shell'
+import { Banner, Header, TITLES, type ViewName, VIEWS } from './shell'
 import { SignIn } from './sign-in'
 
 const ChatView = lazy(() => import('./chat/view'))
@@ -42,6 +42,9 @@ export function App() {
     setAttempt((number) => number + 1)
   }, [])
   const view = useView(again)
+  useEffect(() => {
+    document.title = `${TITLES[view]} · distributed_llm`
+  }, [view])
 
   useEffect(() => {
     if (refusal !== null) return

@@ -9,7 +9,7 @@ import { chooseTheme, chosenTheme, type Theme } from './parts/theme'
 export const VIEWS = ['cluster', 'chat', 'learn'] as const
 export type ViewName = (typeof VIEWS)[number]
 
-const TITLES: Record<ViewName, string> = { cluster: 'Cluster', chat: 'Chat', learn: 'Learn' }
+export const TITLES: Record<ViewName, string> = { cluster: 'Cluster', chat: 'Chat', learn: 'Learn' }
 
 const STATES: Record<Connection, string> = {
   connecting: 'connecting',
@@ -57,7 +57,7 @@ export function Header({ live, me, view, onSignOut }: HeaderProps) {
         ))}
       </nav>
       <div className="side">
-        <span className={`connection ${live.connection}`}>
+        <span className={`connection ${live.connection}`} title={STATES[live.connection]}>
           <span className="lamp" />
           <span>{STATES[live.connection]}</span>
         </span>

@@ -5,7 +5,7 @@ import type { Heard } from './live'
 import { eventsOf } from './sse'
 import type { ClusterStatus, EventStatus } from './types'
 
-const SILENCE_MS = 25_000
+const SILENCE_MS = 10_000
 const POLL_MS = 2_000
 const POLLS_BEFORE_EVENTS = 5
 const MAX_WAIT_MS = 8_000
@@ -19,18 +19,20 @@ export interface Followed {
 export async function follow({ heard, refused }: Followed, signal: AbortSignal): Promise<void> {
   let failures = 0
   while (!signal.aborted) {
+    let hasEvents = true
     try {
       await listen(heard, signal, () => (failures = 0))
     } catch (error) {
       if (signal.aborted) return
       if (isRefusal(error)) return refused(messageOf(error))
+      hasEvents = !(error instanceof ApiError && error.status >= 400 && error.status < 500)
     }
     for (let i = 0; i < POLLS_BEFORE_EVENTS && !signal.aborted; i++) {
       try {
         const status = await askJson<ClusterStatus>('/api/v1/cluster', { signal })
         heard({ kind: 'status', status, at: Date.now(), by: 'polling' })
         failures = 0
-        if (i === 0) break // an event stream that merely ended is opened again at once
+        if (hasEvents) break // they only ended: they are listened to again at once
         await pause(POLL_MS, signal)
       } catch (error) {
         if (signal.aborted) return
@@ -60,7 +62,8 @@ async function listen(
       signal: AbortSignal.any([signal, silence.signal]),
       accept: 'text/event-stream',
     })
-    for await (const { event, data } of eventsOf(response, restart)) {
+    for await (const { event, data } of eventsOf(response)) {
+      restart()
       alive()
       const at = Date.now()
       if (event === 'status') {

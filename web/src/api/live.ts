@@ -46,6 +46,8 @@ export interface Live {
   happenings: Happening[]
   ghosts: Ghost[]
   samples: Sample[]
+  /** The pipelines that were last told of: what is lost is shown until there are others. */
+  before: { pipelines: PipelineStatus[]; at: number }
   /** Number of each machine's colour, by name; kept when a machine leaves. */
   colours: Record<string, number>
 }
@@ -58,6 +60,7 @@ export const NOTHING: Live = {
   happenings: [],
   ghosts: [],
   samples: [],
+  before: { pipelines: [], at: 0 },
   colours: {},
 }
 
@@ -94,6 +97,7 @@ function withStatus(live: Live, status: ClusterStatus, at: number, by: 'live' | 
     happenings: withEvents(before.happenings, status.events, at),
     ghosts: ghostsAfter(before, status, at),
     samples: withSample(before.samples, status, at),
+    before: pipelinesOf(status).length > 0 ? { pipelines: pipelinesOf(status), at } : before.before,
     colours: withColours(live.colours, status),
   }
 }
@@ -153,6 +157,21 @@ function withColours(colours: Record<string, number>, status: ClusterStatus) {
     used.push(colour)
   }
   return next
+}
+
+/** The pipelines to show: between two plans, the last ones, as far as their machines are here. */
+export function shownPipelines({ status, before, at }: Live): PipelineStatus[] {
+  if (!status) return []
+  const told = pipelinesOf(status)
+  if (told.length > 0 || status.state === 'serving' || at - before.at > GHOST_MS) return told
+  return before.pipelines.map(({ epoch, lineage, stages, links, kv_tokens }) => ({
+    epoch,
+    lineage,
+    state: 'loading',
+    stages: stages.map(({ worker, layers }) => ({ worker, layers, ready: false })),
+    links,
+    kv_tokens,
+  }))
 }
 
 /** The pipelines; made up from the workers where a server does not tell them. */

@@ -52,11 +52,8 @@ export class EventParser {
   }
 }
 
-/** Yields the events of a response; ends when it ends. `heard` is called for every piece. */
-export async function* eventsOf(
-  response: Response,
-  heard: () => void = () => {},
-): AsyncGenerator<ServerEvent> {
+/** Yields the events of a response; ends when it ends. */
+export async function* eventsOf(response: Response): AsyncGenerator<ServerEvent> {
   if (!response.body) return
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader()
   const parser = new EventParser()
@@ -64,7 +61,6 @@ export async function* eventsOf(
     for (;;) {
       const { done, value } = await reader.read()
       if (done) return
-      heard()
       yield* parser.feed(value)
     }
   } finally {

@@ -225,8 +225,9 @@ export interface Hop {
   tokens?: number
   shape?: number[]
   dtype?: string
+  /** What came in. */
   bytes?: number
   queued_s?: number
   compute_s?: number
-  link_s?: number
+  link_s?: number | null
 }

@@ -46,9 +46,10 @@ const HEIGHT = 22
 
 function Spark({ samples }: { samples: Sample[] }) {
   const shown = samples.slice(-60)
+  const step = WIDTH / (Math.max(20, shown.length) - 1)
   const most = Math.max(1, ...shown.map((one) => one.rate))
   const points = shown.map((one, i) => {
-    const x = WIDTH - (shown.length - 1 - i) * (WIDTH / 59)
+    const x = WIDTH - (shown.length - 1 - i) * step
     return `${x.toFixed(1)},${(HEIGHT - 2 - (one.rate / most) * (HEIGHT - 4)).toFixed(1)}`
   })
   return (

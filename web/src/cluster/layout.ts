@@ -5,7 +5,7 @@
  */
 
 import type { Ghost, Live } from '../api/live'
-import { pipelinesOf } from '../api/live'
+import { shownPipelines } from '../api/live'
 import type { LinkStatus, PipelineStatus, StageStatus, WorkerStatus } from '../api/types'
 
 export interface Box {
@@ -82,14 +82,14 @@ interface Stand {
   name: string
   stage: StageStatus | null
   worker: WorkerStatus | null
-  ghost: Ghost | null
+  gone: boolean
 }
 
 export function layOut(live: Live, width: number): Picture {
   const picture: Picture = { width, height: 0, tall: false, boxes: [], bars: [], rows: [] }
   const status = live.status
   if (!status || width <= 0) return picture
-  const pipelines = pipelinesOf(status)
+  const pipelines = shownPipelines(live)
   const workers = new Map(status.workers.map((worker) => [worker.name, worker]))
   const lineages = new Set(pipelines.map((pipeline) => pipeline.lineage))
   const rows = pipelines.map((pipeline, i) => {
@@ -97,21 +97,21 @@ export function layOut(live: Live, width: number): Picture {
     const ghosts = live.ghosts.filter(
       (one) => one.lineage === pipeline.lineage || (i === 0 && !lineages.has(one.lineage)),
     )
-    return { pipeline, stands: standsOf(pipeline, workers, ghosts) }
+    return { pipeline, index: i, stands: standsOf(pipeline, workers, ghosts) }
   })
   picture.tall = rows.some(({ stands }) => widthNeeded(stands.length) > width)
   const serving = new Set(pipelines.flatMap((one) => one.stages.map((stage) => stage.worker)))
   let y = 4
-  for (const { pipeline, stands } of rows) {
-    y = (picture.tall ? tallRow : wideRow)(picture, live, pipeline, stands, y)
+  for (const { pipeline, index, stands } of rows) {
+    y = (picture.tall ? tallRow : wideRow)(picture, live, { pipeline, index }, stands, y)
   }
   const shown = new Set(picture.boxes.map((box) => box.name))
   const lost = live.ghosts.filter((ghost) => !shown.has(ghost.worker.name))
   const idle: Stand[] = [
     ...status.workers
       .filter((worker) => !serving.has(worker.name))
-      .map((worker) => ({ name: worker.name, stage: null, worker, ghost: null })),
-    ...lost.map((ghost) => ({ name: ghost.worker.name, stage: null, worker: ghost.worker, ghost })),
+      .map((worker) => ({ name: worker.name, stage: null, worker, gone: false })),
+    ...lost.map(({ worker }) => ({ name: worker.name, stage: null, worker, gone: true })),
   ]
   picture.height = idle.length > 0 ? idleRow(picture, live, idle, y) : y
   return picture
@@ -131,11 +131,11 @@ function standsOf(
     name: stage.worker,
     stage,
     worker: workers.get(stage.worker) ?? null,
-    ghost: null,
+    gone: !workers.has(stage.worker),
   }))
   for (const ghost of [...ghosts].sort((a, b) => a.index - b.index)) {
     if (stands.some((stand) => stand.name === ghost.worker.name)) continue
-    const stand = { name: ghost.worker.name, stage: null, worker: ghost.worker, ghost }
+    const stand = { name: ghost.worker.name, stage: null, worker: ghost.worker, gone: true }
     stands.splice(Math.min(ghost.index, stands.length), 0, stand)
   }
   return stands
@@ -147,7 +147,7 @@ function colourOf(live: Live, name: string): number {
 
 function boxOf(live: Live, pipeline: PipelineStatus | null, stand: Stand) {
   const at = pipeline?.stages.findIndex((stage) => stage === stand.stage) ?? -1
-  const kind: Box['kind'] = stand.ghost ? 'gone' : stand.stage ? 'stage' : 'idle'
+  const kind: Box['kind'] = stand.gone ? 'gone' : stand.stage ? 'stage' : 'idle'
   return {
     key: stand.name,
     name: stand.name,
@@ -170,7 +170,7 @@ function nextOwners(pipeline: PipelineStatus): Map<number, string> {
 function addBars(
   picture: Picture,
   live: Live,
-  pipeline: PipelineStatus,
+  { pipeline, index }: Numbered,
   stage: StageStatus,
   at: { x: number; y: number; height: number; pitch: number },
 ) {
@@ -179,7 +179,7 @@ function addBars(
   for (let layer = stage.layers.start; layer < stage.layers.stop; layer++) {
     const owner = owners.get(layer)
     picture.bars.push({
-      key: `${pipeline.lineage}:${layer}`,
+      key: `${index}:${layer}`,
       layer,
       x: at.x + (layer - stage.layers.start) * at.pitch,
       y: at.y,
@@ -194,7 +194,14 @@ function addBars(
 
 const size = (stage: StageStatus | null) => (stage ? stage.layers.stop - stage.layers.start : 0)
 
-function wideRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands: Stand[], y: number) {
+/** A pipeline, and which of those that are shown it is: layers slide also to a new one. */
+interface Numbered {
+  pipeline: PipelineStatus
+  index: number
+}
+
+function wideRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], y: number) {
+  const { pipeline } = row
   const total = Math.max(1, stands.reduce((sum, stand) => sum + size(stand.stage), 0))
   const spare = picture.width - widthNeeded(stands.length)
   const widths = stands.map((stand) => BOX_WIDTH + (spare * size(stand.stage)) / total)
@@ -217,7 +224,7 @@ function wideRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands:
     const width = widths[i]!
     picture.boxes.push({ ...boxOf(live, pipeline, stand), x, y, width, height: BOX_HEIGHT })
     if (stand.stage) {
-      addBars(picture, live, pipeline, stand.stage, {
+      addBars(picture, live, row, stand.stage, {
         x: x + PAD,
         y: y + BAR_TOP,
         height: BAR_HEIGHT,
@@ -242,7 +249,7 @@ function wideRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands:
   const head = HEAD_WIDTH / 2
   const back = `M${end} ${bottom}V${low - 12}Q${end} ${low} ${end - 12} ${low}H${head + 12}Q${head} ${low} ${head} ${low - 12}V${coordinator.y + coordinator.height}`
   picture.rows.push({
-    key: String(pipeline.lineage),
+    key: String(row.index),
     pipeline,
     coordinator,
     wires,
@@ -253,7 +260,8 @@ function wideRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands:
   return low + 22
 }
 
-function tallRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands: Stand[], top: number) {
+function tallRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], top: number) {
+  const { pipeline } = row
   const x = TALL_INDENT
   const width = picture.width - TALL_INDENT
   const total = Math.max(1, ...stands.map((stand) => size(stand.stage)))
@@ -268,7 +276,7 @@ function tallRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands:
     y += TALL_GAP
     picture.boxes.push({ ...boxOf(live, pipeline, stand), x, y, width, height: TALL_BOX_HEIGHT })
     if (stand.stage) {
-      addBars(picture, live, pipeline, stand.stage, {
+      addBars(picture, live, row, stand.stage, {
         x: x + PAD,
         y: y + TALL_BAR_TOP,
         height: TALL_BAR_HEIGHT,
@@ -290,7 +298,7 @@ function tallRow(picture: Picture, live: Live, pipeline: PipelineStatus, stands:
   const left = 8
   const up = top + coordinator.height
   picture.rows.push({
-    key: String(pipeline.lineage),
+    key: String(row.index),
     pipeline,
     coordinator,
     wires,

@@ -38,14 +38,14 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
             >
               <rect
                 className={`paint m${bar.colour} ${bar.ready ? '' : 'loading'}`}
-                style={{ width: bar.width, height: bar.height }}
+                style={{ width: bar.width, height: bar.next === null ? bar.height : bar.height / 2 - 1 }}
                 rx={Math.min(3, bar.width / 3)}
               />
               {bar.next !== null && (
                 <rect
                   className={`paint m${bar.next} arriving`}
-                  y={bar.height / 2}
-                  style={{ width: bar.width, height: bar.height / 2 }}
+                  y={bar.height / 2 + 1}
+                  style={{ width: bar.width, height: bar.height / 2 - 1 }}
                   rx={Math.min(3, bar.width / 3)}
                 />
               )}
@@ -178,6 +178,8 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
   const inner = box.width - 2 * PAD
   const chars = Math.max(6, Math.floor((inner - (box.slowest ? 66 : 20)) / 8))
   const foot = box.height - 40
+  // A machine that is gone still has its layers until others get them.
+  const noteTop = stage ? box.height - 58 : 34
   return (
     <g
       className={`machine ${box.kind} ${stage && !stage.ready ? 'loading' : ''}`}
@@ -194,7 +196,7 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
           slowest
         </text>
       )}
-      {stage && (
+      {stage && box.kind === 'stage' && (
         <>
           <text x={PAD} y={44}>
             {stageLine(box)}
@@ -209,8 +211,8 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
         </>
       )}
       {box.kind !== 'stage' && (
-        <foreignObject x={PAD} y={34} width={inner} height={Math.max(0, box.height - 40)}>
-          <p className={tall || box.kind === 'idle' ? 'note' : 'note tallnote'}>
+        <foreignObject x={PAD} y={noteTop} width={inner} height={box.height - noteTop - 6}>
+          <p className={tall || stage || box.kind === 'idle' ? 'note' : 'note tallnote'}>
             {box.kind === 'gone' ? reasonOf(live, box.name) : idleNote(worker)}
           </p>
         </foreignObject>
@@ -232,6 +234,7 @@ function stageLine({ stage, worker }: Box): string {
 
 function idleNote(worker: WorkerStatus | null): string {
   if (!worker) return ''
+  if (worker.next_layers) return `loads layers ${say.layers(worker.next_layers)}, to serve them`
   const fetch = worker.fetch
   if (fetch && fetch.total_bytes > fetch.here_bytes) {
     return `fetching weights: ${say.percent(fetch.here_bytes / fetch.total_bytes)} of ${say.bytes(fetch.total_bytes)}`

@@ -2,6 +2,7 @@
 
 import type { Happening, Live } from '../api/live'
 import { pipelinesOf } from '../api/live'
+import type { HeldLayers } from '../api/types'
 import { count, layers, seconds } from '../parts/format'
 
 const NEWS_MS = 20_000
@@ -26,11 +27,12 @@ export function news(live: Live): News {
   const pipelines = pipelinesOf(status)
   for (const { move } of pipelines) {
     if (!move) continue
-    const moved = move.after
-      .filter((held) => !move.before.some((was) => was.worker === held.worker && same(was, held)))
-      .map((held) => `${held.worker} gets ${layers(held.layers)}`)
-    const text = `Moving layers (${move.phase}): ${moved.join(', ')}. ${move.why}`
-    return { level: 'info', worker: move.after.at(-1)?.worker ?? '', text }
+    const gaining = move.after.filter(
+      (held) => !move.before.some((was) => was.worker === held.worker && holds(was, held)),
+    )
+    const moved = gaining.map((held) => `${held.worker} gets ${layers(held.layers)}`)
+    const text = `${moved.join(', ')} (${move.phase}). Why: ${move.why}`
+    return { level: 'info', worker: gaining[0]?.worker ?? '', text }
   }
   const recent = live.happenings.filter((one) => live.at - one.at < NEWS_MS)
   const worst = recent.filter((one) => one.level !== 'info').at(-1) ?? recent.at(-1)
@@ -48,5 +50,5 @@ export function news(live: Live): News {
   }
 }
 
-const same = (a: { layers: { start: number; stop: number } }, b: typeof a) =>
-  a.layers.start === b.layers.start && a.layers.stop === b.layers.stop
+const holds = (a: HeldLayers, b: HeldLayers) =>
+  a.layers.start <= b.layers.start && a.layers.stop >= b.layers.stop

@@ -14,7 +14,7 @@ export function Slowness({ status, pipelines, colours }: Props) {
   return (
     <section className="card" aria-labelledby="why-title">
       <h2 id="why-title">Why is it slow?</h2>
-      {!found && <p className="quiet">Nothing was measured yet: ask for an answer first.</p>}
+      {!found && <p className="quiet">Nothing was measured with these stages yet: ask for an answer.</p>}
       {found && (
         <>
           <p className="lead">

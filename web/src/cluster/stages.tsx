@@ -106,7 +106,10 @@ function Step(props: { seconds: number | null | undefined; most: number; paint: 
   const { seconds, most, paint } = props
   return (
     <span className="step">
-      <span className={`fill ${paint}`} style={{ width: `${((seconds ?? 0) / most) * 100}%` }} />
+      <span
+        className={seconds == null ? '' : `fill ${paint}`}
+        style={{ width: `${((seconds ?? 0) / most) * 100}%` }}
+      />
       <span className="number">{say.seconds(seconds)}</span>
     </span>
   )

@@ -93,7 +93,7 @@ function Legend({ live }: { live: Live }) {
             <circle className="halo" cx="7" cy="7" r="7" />
             <circle className="core" cx="7" cy="7" r="3.5" />
           </svg>
-          tokens, {say.number(slowed)} times slower than they are
+          tokens, shown {say.number(slowed)} times slower
         </span>
       )}
     </p>

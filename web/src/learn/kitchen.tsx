@@ -8,7 +8,8 @@ interface Props {
   at: number
   phase: number
   colours: Record<string, number>
-  onPhase: (phase: number) => void
+  /** Absent while there is no token to follow yet. */
+  onPhase?: (phase: number) => void
 }
 
 export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
@@ -24,7 +25,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
           name="coordinator"
           paint="coordinator"
           state={stateOf(0, phase)}
-          onOpen={() => onPhase(0)}
+          onOpen={onPhase && (() => onPhase(0))}
         >
           {before ? (
             <p>
@@ -32,7 +33,8 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
             </p>
           ) : (
             <p>
-              Reads the order and cuts it into <strong>{say.count(walk.prompt.length, 'token')}</strong>
+              Reads the order and cuts it into{' '}
+              <strong>{walk.prompt.length > 0 ? say.count(walk.prompt.length, 'token') : 'tokens'}</strong>
               {walk.prompt[0]?.id != null && <>: the numbers {ids(walk)}</>}.
             </p>
           )}
@@ -47,7 +49,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
             paint={`m${colours[station.worker] ?? 0}`}
             state={stateOf(i + 1, phase)}
             isFirstStep={at === 0}
-            onOpen={() => onPhase(i + 1)}
+            onOpen={onPhase && (() => onPhase(i + 1))}
           />
         ))}
         <Card
@@ -55,7 +57,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
           name="coordinator"
           paint="coordinator"
           state={stateOf(last, phase)}
-          onOpen={() => onPhase(last)}
+          onOpen={onPhase && (() => onPhase(last))}
         >
           {phase < last ? (
             <p>Will taste the scores of all tokens, and choose one.</p>
@@ -71,7 +73,7 @@ export function Kitchen({ walk, at, phase, colours, onPhase }: Props) {
           )}
         </Card>
       </ol>
-      <p className="quiet explain">
+      <p className="quiet explain" hidden={!onPhase}>
         {at === 0
           ? 'The first step takes the whole order at once: that is the prefill.'
           : 'From the second step on only one token passes: the machines remember the others in their KV cache.'}{' '}
@@ -96,14 +98,14 @@ interface CardProps {
   name: string
   paint: string
   state: State
-  onOpen: () => void
+  onOpen: (() => void) | undefined
   children: ReactNode
 }
 
 function Card({ who, name, paint, state, onOpen, children }: CardProps) {
   return (
     <li className={`station ${paint} ${state}`} aria-current={state === 'now' ? 'step' : undefined}>
-      <button className="plain title" onClick={onOpen}>
+      <button className="plain title" disabled={!onOpen} onClick={onOpen}>
         <span className="who">{who}</span>
         <span className="name">{name}</span>
       </button>
@@ -120,12 +122,11 @@ interface StationProps {
   paint: string
   state: State
   isFirstStep: boolean
-  onOpen: () => void
+  onOpen: (() => void) | undefined
 }
 
 function StationCard(props: StationProps) {
   const { station, token, index, count, isFirstStep, ...card } = props
-  const isLast = index === count - 1
   const range = station.layers
   const size = range ? range.stop - range.start : 0
   return (
@@ -146,12 +147,15 @@ function StationCard(props: StationProps) {
       <dl>
         <Fact what={isFirstStep ? 'tokens at once' : 'tokens'} value={say.number(token.tokens)} />
         {station.shape.length > 1 && <Fact what="numbers" value={shapeText(station.shape)} />}
-        {station.queued_s !== null && <Fact what="waited" value={say.seconds(station.queued_s)} />}
-        <Fact what="computed" value={say.seconds(station.compute_s)} />
         {station.bytes !== null && (
-          <Fact what={isLast ? 'sent back' : 'handed on'} value={say.bytes(station.bytes)} />
+          <Fact what={index === 0 ? 'came in, as ids' : 'came in'} value={say.bytes(station.bytes)} />
+        )}
+        {station.bytes !== null && index > 0 && token.tokens > 1 && (
+          <Fact what="for each token" value={say.bytes(station.bytes / token.tokens)} />
         )}
         {station.link_s !== null && <Fact what="on the way" value={say.seconds(station.link_s)} />}
+        {station.queued_s !== null && <Fact what="waited" value={say.seconds(station.queued_s)} />}
+        <Fact what="computed" value={say.seconds(station.compute_s)} />
       </dl>
     </Card>
   )

@@ -30,7 +30,7 @@ export function useWalk(model: string, status: ClusterStatus | null) {
     setWalk(NO_WALK)
     try {
       const told = await askJson<Tokenized>('/tokenize', {
-        body: { model, prompt },
+        body: { model, prompt, return_token_strs: true },
         signal: stop.signal,
       }).catch((): Tokenized => ({})) // the walk can do without
       const strs = told.token_strs ?? []

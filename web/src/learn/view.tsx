@@ -7,7 +7,7 @@ import { useReducedMotion } from '../parts/motion'
 import '../style/learn.css'
 import { Kitchen } from './kitchen'
 import { useWalk } from './session'
-import { visible } from './walk'
+import { preview, visible } from './walk'
 
 const STEP_MS = 2_200
 
@@ -113,6 +113,9 @@ export default function LearnView({ live, me }: { live: Live; me: Me | null }) {
             came to be; “·” is a space.
           </p>
         </section>
+      )}
+      {!token && live.status && (
+        <Kitchen walk={preview(live.status)} at={0} phase={-1} colours={live.colours} />
       )}
       {token && (
         <>

@@ -52,8 +52,8 @@ describe('the way of a token', () => {
     ])
   })
 
-  it('shares out the hops where several tokens come at once', () => {
-    const hops = ['x', 'y', 'x', 'y'].map((name) => hop(name, 0, 4))
+  it('is the last pass of each token, where there are several', () => {
+    const hops = ['x', 'y', 'x', 'y', 'x', 'y'].map((name) => hop(name, name === 'x' ? 0 : 4, 8))
     const logprobs = { tokens: [' a', 'b'], token_logprobs: [0, 0], top_logprobs: [{}, {}] }
     const piece = pieceOf({ choices: [{ text: ' ab', logprobs }], dllm_hops: hops })
     const { walked } = withPiece(NO_WALK, piece, null)

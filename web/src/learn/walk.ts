@@ -11,7 +11,7 @@ export interface Station {
   dtype: string
   compute_s: number | null
   queued_s: number | null
-  /** What it hands on, and how long that takes. */
+  /** What came in, and how long that was on its way. */
   bytes: number | null
   link_s: number | null
 }
@@ -37,10 +37,10 @@ export function withPiece(walk: Walk, piece: Piece, status: ClusterStatus | null
   if (!piece.text && piece.scored.length === 0) return walk
   const traced = piece.hops.length > 0
   const scored = piece.scored.length > 0 ? piece.scored : [{ token: piece.text, candidates: [] }]
-  const hops = hopsByStep(piece.hops, scored.length)
+  const passes = passesOf(piece.hops)
   const added = scored.map((one, i): Walked => {
     const tokens = walk.walked.length + i === 0 ? Math.max(1, walk.prompt.length) : 1
-    const passed = traced ? (hops[i] ?? []) : status ? hopsOf(status) : []
+    const passed = traced ? (passes.at(i - scored.length) ?? []) : status ? hopsOf(status) : []
     const told = passed.find((hop) => hop.tokens !== undefined)?.tokens
     return {
       token: one.token,
@@ -52,11 +52,15 @@ export function withPiece(walk: Walk, piece: Piece, status: ClusterStatus | null
   return { ...walk, walked: [...walk.walked, ...added], traced: walk.traced || traced }
 }
 
-/** A piece may bring several tokens: then each has its share of the hops, in their order. */
-function hopsByStep(hops: Hop[], steps: number): Hop[][] {
-  const each = Math.floor(hops.length / steps)
-  if (each * steps !== hops.length || each === 0) return Array.from({ length: steps }, () => hops)
-  return Array.from({ length: steps }, (_, i) => hops.slice(i * each, (i + 1) * each))
+/** Passes through all stages: a token has its own, and those before are parts of the prompt. */
+function passesOf(hops: Hop[]): Hop[][] {
+  const passes: Hop[][] = []
+  for (const [i, hop] of hops.entries()) {
+    const start = hop.layers?.start ?? 0
+    if (i === 0 || start <= (hops[i - 1]?.layers?.start ?? 0)) passes.push([])
+    passes.at(-1)!.push(hop)
+  }
+  return passes
 }
 
 function stationOf(hop: Hop, tokens: number): Station {
@@ -79,8 +83,14 @@ function hopsOf(status: ClusterStatus): Hop[] {
     layers: stage.layers,
     compute_s: stage.step_s ?? undefined,
     queued_s: stage.queued_s ?? undefined,
-    link_s: pipeline?.links[i]?.latency_s ?? undefined,
+    link_s: pipeline?.links[i - 1]?.latency_s ?? undefined,
   }))
+}
+
+/** The stations that a token would pass. */
+export function preview(status: ClusterStatus): Walk {
+  const stations = hopsOf(status).map((hop) => stationOf(hop, 1))
+  return { ...NO_WALK, walked: [{ token: '', candidates: [], stations, tokens: 1 }] }
 }
 
 /** What a station is in the kitchen. */
