@@ -24,7 +24,7 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
           {picture.rows.map((row) => (
             <Wires key={row.key} row={row} live={live} rate={rate} />
           ))}
-          {picture.boxes.map((box) => (
+          {picture.boxes.filter(isInTheWay).map((box) => (
             <MachineBox key={box.key} box={box} live={live} tall={picture.tall} />
           ))}
           {picture.bars.map((bar) => (
@@ -54,11 +54,17 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
           {picture.rows.map((row) => (
             <Tokens key={row.key} row={row} />
           ))}
+          {picture.boxes.filter((box) => !isInTheWay(box)).map((box) => (
+            <MachineBox key={box.key} box={box} live={live} tall={picture.tall} />
+          ))}
         </svg>
       )}
     </div>
   )
 }
+
+/** Tokens go over a machine that computes, and behind one that is gone. */
+const isInTheWay = (box: Box) => box.kind !== 'gone' || box.stage !== null
 
 function useWidth() {
   const frame = useRef<HTMLDivElement>(null)
