@@ -44,14 +44,17 @@ PUBLIC = frozenset({"/health/live", "/health/ready", *page_files()})
 _DEFAULTS = ApiSettings()
 
 
-def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
+def make_app(
+    callers: Callers, settings: ApiSettings = _DEFAULTS, feed: Feed | None = None
+) -> ASGIApp:
     """Return the API as an ASGI application.
 
     Args:
         callers: finds out who asks; closed when the application ends.
         settings: what is let in, and how much of it.
+        feed: tells what the cluster does; whoever ends the application ends it first.
     """
-    readiness, feed = Readiness(callers.own), Feed()
+    readiness, feed = Readiness(callers.own), feed or Feed()
     measured, of_cluster = CollectorRegistry(), ClusterCollector()
     measured.register(of_cluster)
     build_info(measured, version("distributedllm"))

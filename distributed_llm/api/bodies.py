@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from fastapi import Request
@@ -43,11 +43,18 @@ def warning_headers(body: Body, known: Collection[str] = ()) -> dict[str, str]:
     Args:
         known: fields that are, besides those of the body's class.
     """
-    extra = [name for name in body.model_extra or () if name not in known]
-    names = [name for name in extra if name.isascii() and name.isprintable()]
-    if not names:
-        return {}
-    return {WARNING: f"ignored unknown fields: {', '.join(names)[:_MAX_TOLD]}"}
+    return warning("fields", [name for name in body.model_extra or () if name not in known])
+
+
+def warning(of_what: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the header that names what is ignored, as far as a header may have it; maybe none.
+
+    Args:
+        of_what: kind of what is ignored: "fields".
+    """
+    told = ", ".join(name for name in names if name.isascii() and name.isprintable())
+    told = told[:_MAX_TOLD].strip()  # HTTP lets no value end with a space
+    return {WARNING: f"ignored unknown {of_what}: {told}"} if told else {}
 
 
 class StrictRequest(Request):

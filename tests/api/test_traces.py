@@ -88,7 +88,7 @@ def test_a_request_is_a_span_with_one_inside_for_each_stage(
     assert told["gen_ai.response.finish_reasons"] == ("stop",)
     assert "gen_ai.request.seed" not in told
     assert [one.parent and one.parent.span_id for one in (first, second)] == [
-        request.get_span_context().span_id
+        request.context.span_id
     ] * 2
     assert (first.start_time, first.end_time) == (1000.5 * S, 1001.5 * S)
     assert (second.start_time, second.end_time) == (1001.5 * S, 1001.75 * S)
