@@ -117,7 +117,7 @@ def application(guarded: Any) -> FastAPI:
 
 def is_public(method: str, path: str) -> bool:
     """Return whether a request needs no key."""
-    return method == "GET" and path in PUBLIC
+    return method in ("GET", "HEAD") and path in PUBLIC
 
 
 def _respond(request: Request, error: ApiError) -> Response:
