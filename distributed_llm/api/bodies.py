@@ -1,6 +1,7 @@
 """Reads the bodies of requests: strict JSON, checked by a model; wrong fields are named."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
@@ -68,14 +69,22 @@ class StrictRequest(Request):
         return parse_json(await self.body())
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""May be half of a character; two of them that belong together are one."""
+
+
 def parse_json(data: bytes) -> Any:
     """Return JSON as Python values.
 
     Raises:
-        ApiError: it is no JSON: also NaN, names that stand twice, or nesting without end.
+        ApiError: it is no JSON: also NaN, names that stand twice, nesting without end, or halves of
+            characters.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise invalid("The body's JSON is nested too deeply.") from None
     except ValueError as exc:

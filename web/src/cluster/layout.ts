@@ -65,8 +65,9 @@ export interface Picture {
 export const PAD = 14
 const HEAD_WIDTH = 108
 const HEAD_GAP = 44
-const GAP = 78
-const BOX_WIDTH = 164
+/** Width of a machine at least, and of the gap between two. */
+const ROOMY = { box: 164, gap: 78 }
+const DENSE = { box: 128, gap: 60 }
 const BOX_HEIGHT = 178
 const BAR_TOP = 56
 const BAR_HEIGHT = 56
@@ -99,11 +100,15 @@ export function layOut(live: Live, width: number): Picture {
     )
     return { pipeline, index: i, stands: standsOf(pipeline, workers, ghosts) }
   })
-  picture.tall = rows.some(({ stands }) => widthNeeded(stands.length) > width)
+  const most = Math.max(0, ...rows.map(({ stands }) => stands.length))
+  const spacing = [ROOMY, DENSE].find((one) => widthNeeded(most, one) <= width)
+  picture.tall = spacing === undefined
   const serving = new Set(pipelines.flatMap((one) => one.stages.map((stage) => stage.worker)))
   let y = 4
-  for (const { pipeline, index, stands } of rows) {
-    y = (picture.tall ? tallRow : wideRow)(picture, live, { pipeline, index }, stands, y)
+  for (const { stands, ...row } of rows) {
+    y = spacing
+      ? wideRow(picture, live, row, stands, y, spacing)
+      : tallRow(picture, live, row, stands, y)
   }
   const shown = new Set(picture.boxes.map((box) => box.name))
   const lost = live.ghosts.filter((ghost) => !shown.has(ghost.worker.name))
@@ -117,8 +122,8 @@ export function layOut(live: Live, width: number): Picture {
   return picture
 }
 
-function widthNeeded(stands: number): number {
-  return HEAD_WIDTH + HEAD_GAP + stands * BOX_WIDTH + (stands - 1) * GAP
+function widthNeeded(stands: number, { box, gap }: typeof ROOMY): number {
+  return HEAD_WIDTH + HEAD_GAP + stands * box + (stands - 1) * gap
 }
 
 /** The stages, with the machines that are gone where they stood. */
@@ -200,11 +205,18 @@ interface Numbered {
   index: number
 }
 
-function wideRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], y: number) {
+function wideRow(
+  picture: Picture,
+  live: Live,
+  row: Numbered,
+  stands: Stand[],
+  y: number,
+  spacing: typeof ROOMY,
+) {
   const { pipeline } = row
   const total = Math.max(1, stands.reduce((sum, stand) => sum + size(stand.stage), 0))
-  const spare = picture.width - widthNeeded(stands.length)
-  const widths = stands.map((stand) => BOX_WIDTH + (spare * size(stand.stage)) / total)
+  const spare = picture.width - widthNeeded(stands.length, spacing)
+  const widths = stands.map((stand) => spacing.box + (spare * size(stand.stage)) / total)
   const pitch = Math.min(
     MAX_PITCH,
     ...stands.map((stand, i) => (widths[i]! - 2 * PAD) / Math.max(1, size(stand.stage))),
@@ -235,12 +247,12 @@ function wideRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], y
           key: `${from.name}>${stand.name}`,
           path: `M${from.x} ${middle}H${x}`,
           link: linkOf(pipeline, from.name, stand.name),
-          label: { x: x - GAP / 2, y: middle, vertical: false },
+          label: { x: x - spacing.gap / 2, y: middle, vertical: false },
         })
       }
       from = { x: x + width, name: stand.name }
     }
-    x += width + GAP
+    x += width + spacing.gap
   })
   const bottom = y + BOX_HEIGHT
   const last = (from as { x: number } | null)?.x ?? HEAD_WIDTH
