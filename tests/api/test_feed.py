@@ -114,6 +114,10 @@ def test_followers_are_bounded_and_nobody_is_asked_for_none() -> None:
         looks = client.looks
         await asyncio.sleep(0.01)
         assert client.looks == looks
+        async with asyncio.timeout(10):
+            again = followed.follow(client)
+            await anext(again)
+            await again.aclose()
 
     asyncio.run(main())
 

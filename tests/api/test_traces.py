@@ -61,7 +61,7 @@ def entry(**fields: object) -> Entry:
     one = Entry(id="req_1", path="/v1/chat/completions", caller="app", model="tiny")
     one.params = SamplingParams(max_new_tokens=5, temperature=0.5)
     one.started_at, one.started, one.first, one.ended = 1000.0, 50.0, 51.0, 54.0
-    one.generations, one.completion_tokens = [generation()], 2
+    one.generations, one.prompt_tokens, one.completion_tokens = [generation()], 7, 2
     for name, value in fields.items():
         setattr(one, name, value)
     return one
