@@ -123,9 +123,7 @@ def memory_mb(pid: int, name: str) -> float:
     return int(line.split()[1]) / 1000
 
 
-def _row(
-    name: str, streams: Sequence[Stream], wanted: Sequence[str], took_s: float
-) -> list[object]:
+def _row(name: str, streams: Sequence[Stream], wanted: Sequence[str], took_s: float) -> list[Any]:
     gaps = sorted(gap for stream in streams for gap in stream.gaps_s)
     changed = sum(one.text != text for one, text in zip(streams, wanted, strict=True))
     return [
@@ -155,7 +153,8 @@ async def measure(streams: int, tokens: int, rounds: int, slowdown: float) -> No
                 numbers = range(streams)
                 await by_http(url, key, 0, 2)
                 before = memory_mb(api.pid, "VmRSS")
-                rows, wanted = [], [""] * streams
+                rows: list[list[Any]] = []
+                wanted = [""] * streams
                 medians: dict[str, list[float]] = {"ZeroMQ": [], "API": []}
                 for turn in range(rounds):
                     name = ("ZeroMQ", "API")[turn % 2]

@@ -18,6 +18,7 @@ import typer
 from distributed_llm import (
     api_command,
     cache_command,
+    chat_command,
     config_command,
     generate_command,
     key_command,
@@ -125,6 +126,7 @@ app.command(rich_help_panel=START)(worker_command.worker)
 app.command(rich_help_panel=START)(api_command.api)
 app.add_typer(service_command.app, name="service", rich_help_panel=START)
 app.command(rich_help_panel=ASK)(generate_command.generate)
+app.command(rich_help_panel=ASK)(chat_command.chat)
 
 
 @app.command(rich_help_panel=ASK)

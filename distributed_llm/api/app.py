@@ -1,8 +1,10 @@
 """Joins routes and middleware to one ASGI application."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +31,7 @@ from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.operations.http_meter import HttpMeter
 from distributed_llm.api.operations.metrics import ClusterCollector
 from distributed_llm.api.operations.readiness import Readiness
+from distributed_llm.api.operations.traces import traces_of_environment
 from distributed_llm.api.page.files import page_files, page_routes
 from distributed_llm.api.register import Register, Registration
 from distributed_llm.api.routes import ROUTERS
@@ -41,18 +44,22 @@ PUBLIC = frozenset({"/health/live", "/health/ready", *page_files()})
 _DEFAULTS = ApiSettings()
 
 
-def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
+def make_app(
+    callers: Callers, settings: ApiSettings = _DEFAULTS, feed: Feed | None = None
+) -> ASGIApp:
     """Return the API as an ASGI application.
 
     Args:
         callers: finds out who asks; closed when the application ends.
         settings: what is let in, and how much of it.
+        feed: tells what the cluster does; whoever ends the application ends it first.
     """
-    readiness, feed = Readiness(callers.own), Feed()
+    readiness, feed = Readiness(callers.own), feed or Feed()
     measured, of_cluster = CollectorRegistry(), ClusterCollector()
     measured.register(of_cluster)
     build_info(measured, version("distributedllm"))
-    register = Register(AnswerMeter(measured).ended)
+    traces = traces_of_environment()
+    register = Register(AnswerMeter(measured).ended, *([traces.ended] if traces else ()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -60,6 +67,8 @@ def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
         await feed.close()
         await readiness.close()
         await callers.close()
+        if traces:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(
         title="distributed_llm",
@@ -97,6 +106,13 @@ def guarded(app: ASGIApp, callers: Callers, settings: ApiSettings) -> ASGIApp:
     app = HeaderLimits(app)
     app = RequestLog(app, is_public)
     return Envelope(app)
+
+
+def application(guarded: Any) -> FastAPI:
+    """Return the routes within what `make_app` returned, which describe themselves."""
+    while not isinstance(guarded, FastAPI):
+        guarded = guarded._app
+    return guarded
 
 
 def is_public(method: str, path: str) -> bool:

@@ -1,13 +1,15 @@
 """Reads the bodies of requests: strict JSON, checked by a model; wrong fields are named."""
 
 import json
-from collections.abc import Callable, Collection, Coroutine
+import re
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from distributed_llm.api.errors import ApiError, invalid
@@ -41,11 +43,18 @@ def warning_headers(body: Body, known: Collection[str] = ()) -> dict[str, str]:
     Args:
         known: fields that are, besides those of the body's class.
     """
-    extra = [name for name in body.model_extra or () if name not in known]
-    names = [name for name in extra if name.isascii() and name.isprintable()]
-    if not names:
-        return {}
-    return {WARNING: f"ignored unknown fields: {', '.join(names)[:_MAX_TOLD]}"}
+    return warning("fields", [name for name in body.model_extra or () if name not in known])
+
+
+def warning(of_what: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the header that names what is ignored, as far as a header may have it; maybe none.
+
+    Args:
+        of_what: kind of what is ignored: "fields".
+    """
+    told = ", ".join(name for name in names if name.isascii() and name.isprintable())
+    told = told[:_MAX_TOLD].strip()  # HTTP lets no value end with a space
+    return {WARNING: f"ignored unknown {of_what}: {told}"} if told else {}
 
 
 class StrictRequest(Request):
@@ -60,14 +69,22 @@ class StrictRequest(Request):
         return parse_json(await self.body())
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""May be half of a character; two of them that belong together are one."""
+
+
 def parse_json(data: bytes) -> Any:
     """Return JSON as Python values.
 
     Raises:
-        ApiError: it is no JSON: also NaN, names that stand twice, or nesting without end.
+        ApiError: it is no JSON: also NaN, names that stand twice, nesting without end, or halves of
+            characters.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise invalid("The body's JSON is nested too deeply.") from None
     except ValueError as exc:
@@ -95,7 +112,12 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+            try:
+                return await handle(StrictRequest(request.scope, request.receive))
+            except HTTPException as exc:
+                if isinstance(exc.__cause__, ApiError):  # FastAPI hides what is wrong with a body
+                    raise exc.__cause__ from None
+                raise
 
         return strictly
 

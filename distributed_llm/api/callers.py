@@ -55,11 +55,13 @@ class Caller:
         name: by which the coordinator knows the key; empty where it uses none.
         role: what the caller may do.
         client: its connection to the coordinator.
+        model: name of the model that the coordinator serves.
     """
 
     name: str
     role: Role
     client: AsyncDistributedClient
+    model: str = ""
 
     @property
     def is_admin(self) -> bool:
@@ -112,7 +114,7 @@ class Callers:
         if self._insecure or (key is None and self._open_to_all):
             identity = await self.own.identity()
             role = identity.role if self._insecure else Role.CLIENT
-            yield Caller(identity.name, role, self.own)
+            yield Caller(identity.name, role, self.own, identity.model)
             return
         if key is None:
             raise Unauthorized(
@@ -185,7 +187,7 @@ class Callers:
         self._trying.pop(kept.digest, None)
         if self._kept.setdefault(kept.digest, kept) is kept and is_new:
             await self._close_idle()
-        return Caller(identity.name, identity.role, kept.client)
+        return Caller(identity.name, identity.role, kept.client, identity.model)
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None, None]:

@@ -34,6 +34,7 @@ class Entry:
         id: as the response tells it; a client may choose it, so it need not be unique.
         path: that it asked.
         caller: name of its key.
+        model: name of the model that is served.
         parent: `traceparent` header of whoever traces it; empty if nobody does.
         started_at: when it was first sent to the coordinator, seconds since 1970.
         started: the same, and the following, in monotonic seconds.
@@ -50,6 +51,7 @@ class Entry:
     id: str
     path: str
     caller: str
+    model: str = ""
     parent: str = ""
     started_at: float = 0.0
     started: float = 0.0
@@ -195,6 +197,7 @@ class Registration:
             id=state.get("request_id", ""),
             path=scope["path"][:200],
             caller=caller.name,
+            model=caller.model,
             parent=Headers(scope=scope).get("traceparent", "")[:64],
         )
         token = observer.set(_Watch(entry, self._register.begin, self._clock))

@@ -5,7 +5,7 @@ from distributed_llm.api.anthropic import messages
 from distributed_llm.api.anthropic import models as anthropic_models
 from distributed_llm.api.ollama import answers as ollama_answers
 from distributed_llm.api.ollama import models as ollama_models
-from distributed_llm.api.openai import chat, completions, models, tokens
+from distributed_llm.api.openai import chat, completions, embeddings, models, tokens
 from distributed_llm.api.openai.responses import routes as responses
 from distributed_llm.api.operations import administration, cluster, health, metrics, requests
 
@@ -14,6 +14,7 @@ ROUTERS = (
     models.router,
     chat.router,
     completions.router,
+    embeddings.router,
     tokens.router,
     ollama_answers.router,
     ollama_models.router,

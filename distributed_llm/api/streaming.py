@@ -67,37 +67,60 @@ class EventStream(Response):
         self._on_error = on_error
         self._ping = ping
         self._begun = False
+        self._writing = asyncio.Lock()
+        self._wrote_at = 0.0  # or began to write, loop seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
+        self._wrote_at = asyncio.get_running_loop().time()
         sending = asyncio.ensure_future(self._send(send))
         leaving = asyncio.ensure_future(_left(receive))
+        watching = asyncio.ensure_future(self._watch(send))
+        tasks = (sending, leaving, watching)
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
-                return
-            error = leaving.result()
-            if error.code == RequestCancelled.code:
+            elif leaving.done() and leaving.result().code == RequestCancelled.code:
                 sending.cancel()
                 await asyncio.gather(sending, return_exceptions=True)
                 with contextlib.suppress(TimeoutError):
-                    await self._fail(error, send)
+                    async with asyncio.timeout(_SEND_TIMEOUT_S):
+                        await self._fail(leaving.result(), send)
         finally:
-            for task in (sending, leaving):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._parts.aclose()
 
     async def _send(self, send: Send) -> None:
-        """Send all parts; begin the response with the first, or when it is long in coming."""
-        with contextlib.suppress(TimeoutError):
-            try:
-                async for part in _with_pings(self._parts, self._ping):
-                    await self._write(send, part)
-                await self._write(send, b"", more=False)
-            except (DistributedLLMError, ApiError) as exc:
-                await self._fail(exc if isinstance(exc, ApiError) else of_exception(exc), send)
+        """Send all parts; the response begins with the first."""
+        try:
+            async for part in self._parts:
+                await self._write(send, part)
+            await self._write(send, b"", more=False)
+        except (DistributedLLMError, ApiError) as exc:
+            await self._fail(exc if isinstance(exc, ApiError) else of_exception(exc), send)
+
+    async def _watch(self, send: Send) -> None:
+        """Send a ping whenever nothing came for a while; return once the client is given up."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            is_stuck = self._writing.locked()
+            quiet_s = PING_EVERY_S if self._begun else _BEGIN_AFTER_S
+            due = self._wrote_at + (_SEND_TIMEOUT_S if is_stuck else quiet_s)
+            if clock() < due:
+                await asyncio.sleep(due - clock())
+            elif is_stuck:
+                return
+            elif self._ping:
+                try:
+                    async with asyncio.timeout(_SEND_TIMEOUT_S):
+                        await self._write(send, self._ping)
+                except TimeoutError:
+                    return
+            else:
+                await asyncio.sleep(PING_EVERY_S)
 
     async def _fail(self, error: ApiError, send: Send) -> None:
         """Tell an error in the response.
@@ -112,7 +135,8 @@ class EventStream(Response):
         await self._write(send, b"", more=False)
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        async with asyncio.timeout(_SEND_TIMEOUT_S):
+        async with self._writing:
+            self._wrote_at = asyncio.get_running_loop().time()
             if not self._begun:
                 self._begun = True
                 await send(
@@ -123,28 +147,6 @@ class EventStream(Response):
                     }
                 )
             await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-async def _with_pings(
-    parts: AsyncGenerator[bytes, None], ping: bytes
-) -> AsyncGenerator[bytes, None]:
-    """Yield the parts, and a ping wherever none comes for a while."""
-    wait_s = _BEGIN_AFTER_S
-    while True:
-        coming = asyncio.ensure_future(anext(parts, None))
-        try:
-            while ping and not (await asyncio.wait((coming,), timeout=wait_s))[0]:
-                wait_s = PING_EVERY_S
-                yield ping
-            part = await coming
-        finally:
-            if not coming.done():
-                coming.cancel()
-                await asyncio.gather(coming, return_exceptions=True)
-        if part is None:
-            return
-        wait_s = PING_EVERY_S
-        yield part
 
 
 async def while_connected(request: Request, work: Awaitable[_T]) -> _T:

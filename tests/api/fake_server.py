@@ -41,6 +41,7 @@ class FakeClient:
         self.stream_chat = chat.stream_chat
         self.identity = self._identity
         self.model = self._model
+        self.status = self._status
         self.tokenize_chat = self._tokenize_chat
 
     async def _identity(self) -> Any:
@@ -50,6 +51,9 @@ class FakeClient:
 
     async def _model(self) -> Any:
         return SimpleNamespace(name=MODEL, chat_template=self.template, context_length=2048)
+
+    async def _status(self) -> Any:
+        return SimpleNamespace(epoch=1)
 
     async def _tokenize_chat(self, messages: Any, **asked: Any) -> Any:
         self.chat.asked = {"messages": messages, **asked}

@@ -12,8 +12,8 @@ from starlette.types import ASGIApp
 
 from distributed_llm.api.callers import Caller, Callers, Unauthorized
 from distributed_llm.api.guard.connections import Connection
+from distributed_llm.api.observed import ObservedClient
 from distributed_llm.api.serve import Server
-from distributed_llm.client.async_client import AsyncDistributedClient
 from distributed_llm.client.loop_thread import LoopThread
 from distributed_llm.common.roles import Role
 from tests.waiting import eventually
@@ -31,9 +31,11 @@ class FakeCallers(Callers):
         address: of a coordinator for what they ask, if they do.
     """
 
-    def __init__(self, address: str = NOBODY) -> None:
-        super().__init__(address, insecure=False, open_to_all=False, connect_timeout_s=5.0)
-        client = AsyncDistributedClient(address)
+    def __init__(self, address: str = NOBODY, connect_timeout_s: float = 5.0) -> None:
+        super().__init__(
+            address, insecure=False, open_to_all=False, connect_timeout_s=connect_timeout_s
+        )
+        client = ObservedClient(address, connect_timeout_s=connect_timeout_s)
         self._known = {
             "key": Caller("app", Role.CLIENT, client),
             "other": Caller("other-app", Role.CLIENT, client),

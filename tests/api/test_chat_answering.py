@@ -98,7 +98,8 @@ def test_references_in_a_schema_hold_and_names_are_quoted() -> None:
     grammar = calls_grammar([one, {"function": {"name": "bare"}}], several=True)
     assert accepts(grammar, '[{"name": "a\\"b\\n", "arguments": {"x": 1}}]')
     assert not accepts(grammar, '[{"name": "a\\"b\\n", "arguments": {"x": "1"}}]')
-    assert accepts(grammar, '[{"name": "bare", "arguments": {"any": []}}]')
+    assert accepts(grammar, '[{"name": "bare", "arguments": {"any":[]}}]')
+    assert not accepts(grammar, '[{"name": "bare", "arguments": { "any": []}}]')
 
 
 def test_a_tool_that_is_not_there_cannot_be_chosen() -> None:

@@ -199,6 +199,13 @@ def test_text_without_formats_is_itself(text: str) -> None:
     assert parse(Formats(), text, tools=()) == ("", text, [])
 
 
+LATE_NAME = '<tool_call>{"arguments": {"x": "' + "x" * 66_000 + '"}, "name": "f"}</tool_call>'
+
+
+def test_a_call_is_not_held_back_for_ever() -> None:
+    assert parse(QWEN, LATE_NAME) == ("", LATE_NAME, [])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -211,7 +218,7 @@ def test_text_without_formats_is_itself(text: str) -> None:
         "<" * 300_000,
         "<tool_call><function=weather><parameter=city>" + "</par" * 60_000,
         "[TOOL_CALLS]" * 30_000,
-        '<tool_call>{"arguments": {"x": "' + "x" * 66_000 + '"}, "name": "f"}</tool_call>',
+        LATE_NAME,
     ],
 )
 def test_hostile_answers_are_parsed_in_time(text: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -313,6 +314,13 @@ def test_idle_connections_make_room_for_new_ones(small: Served) -> None:
         assert small.ask("GET", "/").status == 200
         assert rest(idle[0]) == b""
         eventually(lambda: len(small.server.server_state.connections) <= Quick.max_connections)
+
+
+def test_small_pieces_are_sent_at_once(small: Served) -> None:
+    with small.connect():
+        (one,) = eventually(lambda: [*small.server.server_state.connections])
+        heard = one.transport.get_extra_info("socket")
+        assert heard.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_connections_at_work_are_not_closed_for_new_ones(routes: Routes) -> None:

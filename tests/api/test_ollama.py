@@ -9,6 +9,7 @@ import ollama
 import pytest
 
 from distributed_llm import DistributedClient
+from distributed_llm.api.bodies import warning
 from distributed_llm.api.chat.events import (
     AnswerEnded,
     ReasoningDelta,
@@ -26,6 +27,7 @@ from distributed_llm.api.ollama.lines import Lines, as_message, as_response, who
 from distributed_llm.api.ollama.names import listed_name
 from distributed_llm.api.ollama.options import params_of, unknown_options
 from distributed_llm.client.answers import Generation
+from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.messages import Timings, Usage
 from tests.api.chat_texts import QWEN, TOOLS
 from tests.api.conftest import LIMIT_S, Api
@@ -95,7 +97,7 @@ def test_options_are_parameters() -> None:
         "frequency_penalty": 0.2,
         "max_new_tokens": 12,
         "fit_context": True,
-        "grammar": {"kind": "json_schema", "text": '{"type":"object"}'},
+        "grammar": Grammar("json_object"),
     }
     assert unknown_options(body) == ["magic"]
 
@@ -119,6 +121,16 @@ def test_wrong_options_are_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as raised:
         params_of(ChatBody(**fields))
     assert (raised.value.status, raised.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("names", [[], [""], [" "], ["ä"], ["a\nb"]])
+def test_a_warning_has_nothing_that_no_header_may(names: list[str]) -> None:
+    assert warning("options", names) == {}
+    told = warning("options", ["a", *names, "b "])["x-dllm-warning"]
+    assert told.startswith("ignored unknown options: a,")
+    assert told.endswith(" b")
+    assert told.isascii()
+    assert told.isprintable()
 
 
 def test_calls_and_their_results_belong_together() -> None:
@@ -278,7 +290,7 @@ def test_errors_are_ollamas(client: ollama.Client) -> None:
     ):
         with pytest.raises(ollama.ResponseError) as raised:
             refused()
-        assert raised.value.status_code == 400, refused
+        assert raised.value.status_code == 400, raised.value
     with pytest.raises(ollama.ResponseError) as raised:
         client.pull("llama3")
     assert raised.value.status_code == 404
@@ -304,4 +316,5 @@ def test_what_open_webui_sends(api: Api, http: httpx.Client) -> None:
     assert {line["model"] for line in lines} == {name}
     task = {**body, "stream": False, "format": {"type": "boolean"}, "tools": list(TOOLS[:0])}
     answer = http.post("/api/chat", json=task)
+    assert answer.status_code == 200, answer.text
     assert json.loads(answer.json()["message"]["content"]) in (True, False)

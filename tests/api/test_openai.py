@@ -4,11 +4,12 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 import openai
 import pytest
+from pydantic import BaseModel
 
 from distributed_llm import AsyncDistributedClient, DistributedClient
 from tests.api.conftest import LIMIT_S, Api
@@ -281,6 +282,61 @@ def test_who_leaves_cancels_the_request(api: Api, stream: bool) -> None:
             assert (await direct.status()).answers_running == 0
 
     asyncio.run(leave())
+
+
+def test_answers_follow_a_grammar(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "default", "messages": MESSAGES, "max_tokens": 20, "n": 3}
+    chosen = client.chat.completions.create(extra_body={"guided_choice": ["yes", "nö"]}, **asked)
+    assert {choice.message.content for choice in chosen.choices} <= {"yes", "nö"}
+    stream = client.chat.completions.create(
+        stream=True, extra_body={"structured_outputs": {"regex": "[0-9]{3}"}}, **asked
+    )
+    texts = ["", "", ""]
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert all(len(text) == 3 and text.isdigit() for text in texts)
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(extra_body={"guided_regex": "[0-9"}, **asked)
+    assert raised.value.param == "guided_regex"
+
+
+def test_json_is_parsed_by_the_client(client: openai.OpenAI, direct: DistributedClient) -> None:
+    class Point(BaseModel):
+        axis: Literal["x", "y"]
+        up: bool
+
+    spaces = {str(token): -1000 for token in direct.tokenize(" \n\r\t").token_ids}
+    parsed = client.chat.completions.parse(
+        model="default",
+        messages=MESSAGES,
+        response_format=Point,
+        max_tokens=100,
+        logit_bias=spaces,  # which a random model would write without end
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Point)
+
+
+def test_embeddings_are_those_of_the_own_client(
+    client: openai.OpenAI, direct: DistributedClient
+) -> None:
+    texts = ["Hello", "Hé 🙂"]
+    expected = [one.vector.tolist() for one in direct.embed(texts)]
+    answer = client.embeddings.create(model="default", input=texts)  # as base64
+    plain = client.embeddings.create(model="default", input=texts, encoding_format="float")
+    for told in (answer, plain):
+        assert [one.embedding for one in told.data] == [pytest.approx(one) for one in expected]
+    counts = [len(direct.tokenize(text).token_ids) for text in texts]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(counts)
+    tokens = direct.tokenize(texts[0]).token_ids
+    of_tokens = client.embeddings.create(model="default", input=tokens, dimensions=32)
+    assert of_tokens.data[0].embedding == pytest.approx(expected[0])
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.embeddings.create(model="default", input="x", dimensions=8)
+    assert raised.value.param == "dimensions"
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.embeddings.create(model="default", input=[])
+    assert raised.value.param == "input"
 
 
 def test_the_model_says_how_long_its_context_is(client: openai.OpenAI) -> None:

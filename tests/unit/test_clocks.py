@@ -26,6 +26,10 @@ PACKAGE = Path(__file__).parents[2] / "distributed_llm"
 HOUR_S = 3600.0
 
 MAY_LOOK = {
+    "api/openai/answer_head.py": "tells when an answer was made",
+    "api/openai/models.py": "tells when a model was made",
+    "api/openai/responses/routes.py": "tells when a response was made",
+    "api/register.py": "tells when a request began",
     "console.py": "shows how long ago a machine enrolled",
     "coordinator/serve.py": "notes when the user of the coordinator was enrolled",
     "weights/cache/content_cache.py": "notes when weights were used last",

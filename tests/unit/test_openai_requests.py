@@ -48,7 +48,7 @@ def test_null_is_not_given() -> None:
         name: None for name in ChatRequest.model_fields if name not in ("messages", "model")
     }
     assert turn(**fields) == turn()
-    assert turn().params == {}
+    assert turn().params == {"max_new_tokens": 4096, "fit_context": True}
 
 
 def test_both_lengths_may_be_given_if_they_are_the_same() -> None:

@@ -277,12 +277,13 @@ def test_answers_to_several_prompts_are_counted_on() -> None:
 
 def test_log_probabilities_of_a_completion_say_where_tokens_are() -> None:
     first = Chunk("ab", [1], logprobs=[picked("ab", -0.25, ("ab", -0.25), ("x", -2.0))])
-    second = Chunk("c", [1], logprobs=[picked("c", -3.0, ("y", -0.5))], finish_reason="length")
+    tokens = [picked("c", -3.0, ("y", -0.5)), picked("d", -1.0)]
+    second = Chunk("cd", [1, 1], logprobs=tokens, finish_reason="length")
     pieces: list[Piece] = [(0, first), (0, second), *ENDS]
     (choice,) = whole_completion(pieces, HEAD, Choices(1, [""], with_trace=False)).choices
     assert _fields(choice.logprobs) == {
-        "text_offset": [0, 2],
-        "token_logprobs": [-0.25, -3.0],
-        "tokens": ["ab", "c"],
-        "top_logprobs": [{"ab": -0.25, "x": -2.0}, {"y": -0.5, "c": -3.0}],
+        "text_offset": [0, 2, 3],
+        "token_logprobs": [-0.25, -3.0, -1.0],
+        "tokens": ["ab", "c", "d"],
+        "top_logprobs": [{"ab": -0.25, "x": -2.0}, {"y": -0.5, "c": -3.0}, {"d": -1.0}],
     }

@@ -1,8 +1,8 @@
 """Hostile inputs, row by row: which tests show what becomes of each, and that they are there.
 
 The rows are those of the threat model: M messages, T tensors, C configuration and deployment, W
-weight files. A row has the tests that show it and those that show the same without the fault; where
-one test does both, it is named once. What does not apply has the reason.
+weight files, H requests over HTTP. A row has the tests that show it and those that show the same
+without the fault; where one test does both, it is named once. What does not apply has the reason.
 """
 
 import ast
@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 UNIT, WIRE, CLUSTER, MODEL = "tests/unit/", "tests/wire/", "tests/cluster/", "tests/model/"
+API = "tests/api/"
 
 
 def of(folder: str, module: str, *names: str) -> tuple[str, ...]:
@@ -227,16 +228,98 @@ ROWS: Mapping[str, tuple[str, ...]] = {
         *of(MODEL, "weights", "a_file_that_is_spoilt_after_its_header_was_read_is_named"),
         *of(UNIT, "hub", "an_interrupted_download_is_reported_and_taken_up_again"),
     ),
+    "H1": of(
+        API,
+        "hostile",
+        "every_route_needs_a_key",
+        "the_word_before_a_key_may_be_written_as_one_likes",
+    ),
+    "H2": (
+        *of(API, "hostile", "keys_that_are_no_text_are_unknown_keys"),
+        *of(API, "keys", "who_asks_is_known_by_the_key"),
+    ),
+    "H3": (
+        *of(API, "hostile", "a_body_that_is_too_large_is_not_read"),
+        *of(API, "guard", "larger_bodies_are_refused_before_they_are_read"),
+        *of(API, "guard", "a_body_may_be_as_large_as_it_may"),
+    ),
+    "H4": of(API, "hostile", "numbers_that_are_none", "numbers_that_are_unusual"),
+    "H5": of(API, "hostile", "texts_that_are_unusual", "what_is_right_is_answered"),
+    "H6": (
+        *of(API, "hostile", "bodies_that_are_no_request", "what_is_right_is_answered"),
+        *of(API, "hostile", "bodies_that_say_they_are_something_else"),
+    ),
+    "H7": of(API, "hostile", "values_out_of_range_are_named", "what_is_right_is_answered"),
+    "H8": of(API, "hostile", "what_is_longer_than_the_context_is_told_with_both_numbers"),
+    "H9": of(API, "hostile", "models_that_are_not_served", "what_is_right_is_answered"),
+    "H10": of(
+        API,
+        "guard",
+        "a_header_that_does_not_come_ends_its_connection",
+        "a_body_that_does_not_come_is_not_waited_for",
+        "half_a_request_does_not_hold_the_end_back",
+    ),
+    "H11": of(
+        API,
+        "guard",
+        "idle_connections_make_room_for_new_ones",
+        "connections_at_work_are_not_closed_for_new_ones",
+        "who_is_too_many_is_told_at_once_and_the_others_end_well",
+    ),
+    "H12": of(
+        API,
+        "guard",
+        "who_is_too_many_is_told_at_once_and_the_others_end_well",
+        "a_key_has_its_share_and_others_are_served",
+    ),
+    "H13": of(API, "slow_readers", "who_reads_nothing_is_given_up_and_others_are_served"),
+    "H14": (
+        *of(API, "slow_readers", "who_leaves_ends_what_is_made_for_it"),
+        *of(WIRE, "client", "leaving_a_stream_cancels_its_request_once"),
+        *of(UNIT, "core_requests", "cancel_frees_every_stage"),
+        *of(UNIT, "core_requests", "cancel_while_waiting_and_of_nothing"),
+    ),
+    "H15": (
+        *of(API, "hostile", "pages_of_others_change_nothing", "nothing_is_changed_by_get"),
+        *of(API, "guard", "other_names_are_refused", "our_names_and_all_addresses_are_answered"),
+        *of(API, "guard", "bodies_that_are_no_json_are_refused"),
+    ),
+    "H16": of(API, "hostile", "what_would_have_to_be_fetched_is_refused"),
+    "H17": of(API, "hostile", "fields_that_would_change_how_it_runs_are_not_used"),
+    "H18": (
+        *of(UNIT, "grammars", "a_grammar_that_takes_for_ever_or_ends_the_process_is_given_up"),
+        *of(UNIT, "grammars", "compiled_grammars_are_kept_and_not_for_ever"),
+        *of(UNIT, "grammars", "json_is_read_by_its_schema"),
+    ),
+    "H19": (
+        *of(API, "operations", "only_admins_change_the_cluster"),
+        *of(API, "metrics", "what_clients_send_makes_no_series"),
+    ),
+    "H20": (
+        *of(API, "hostile", "neither_log_nor_command_line_has_prompts_or_keys"),
+        *of(API, "guard", "a_request_is_one_line_without_what_it_says"),
+        *of(API, "guard", "a_fault_is_told_by_its_id_and_its_message_is_not_logged"),
+    ),
+    "H22": (
+        *of(API, "hostile", "nobody_sees_or_ends_the_requests_of_another_key"),
+        *of(UNIT, "kv_ledger", "only_who_shares_with_each_other_shares_prefixes"),
+    ),
+    "H23": (
+        *of(API, "hostile", "requests_that_mean_two_things"),
+        *of(API, "guard", "headers_that_are_too_many_or_mean_two_things_are_refused"),
+        *of(API, "guard", "what_is_no_http_is_refused_and_ends_its_connection"),
+    ),
 }
 
 NOT_HERE: Mapping[str, str] = {
     "M23": "nothing is found by mDNS: a worker is told where its coordinator is, and by which key",
     "T8": "wrong numbers of the right form are not noticed; SECURITY.md says so",
     "T9": "nothing that is sent is compressed, so nothing inflates",
+    "H21": "what a model answers is shown by the page, whose tests are in web/",
     "C8": "there are no manifests or images yet",
 }
 
-LENGTHS = {"M": 23, "T": 12, "C": 9, "W": 10}
+LENGTHS = {"M": 23, "T": 12, "C": 9, "W": 10, "H": 23}
 
 
 @functools.cache

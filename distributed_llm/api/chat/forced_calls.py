@@ -9,6 +9,9 @@ from distributed_llm.common.grammar import Grammar
 
 _ANY = {"type": "object"}
 
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""How JSON is written: small models would write space without end."""
+
 
 def calls_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> Grammar:
     """Return the grammar of a JSON list of calls.
@@ -22,7 +25,7 @@ def calls_grammar(tools: Sequence[Mapping[str, Any]], *, several: bool) -> Gramm
     lines = [f'start: "[" call {more}"]"', f"call: {calls}"]
     for number, function in enumerate(functions):
         head = f'{{"name": {_json(function["name"])}, "arguments": '
-        schema = _json(function.get("parameters") or _ANY)
+        schema = _json({**(function.get("parameters") or _ANY), "x-guidance": _COMPACT})
         lines.append(f'call{number}: {_json(head)} arguments{number} "}}"')
         lines.append(f"arguments{number}: %json {schema}")
     return Grammar("lark", "\n".join(lines))

@@ -31,8 +31,7 @@ class Intake:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        headers = Headers(scope=scope)
-        if scope["type"] != "http" or not _has_body(headers):
+        if scope["type"] != "http" or not _has_body(headers := Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         held = 0

@@ -9,6 +9,7 @@ from distributed_llm.api.chat.parsing.formats import Formats
 from distributed_llm.api.errors import ApiError, invalid, unsupported
 from distributed_llm.api.ollama.bodies import GeneratingBody
 from distributed_llm.api.openai.sampling import arguments
+from distributed_llm.common.grammar import Grammar
 
 NAMES: Mapping[str, str] = {
     **{
@@ -65,9 +66,8 @@ def params_of(body: GeneratingBody) -> dict[str, Any]:
     params = arguments(given, NAMES)
     params.setdefault("max_new_tokens", _UNLIMITED)
     params["fit_context"] = True
-    schema = _schema(body.format)
-    if schema is not None:
-        params["grammar"] = {"kind": "json_schema", "text": schema}
+    if body.format:
+        params["grammar"] = _grammar(body.format)
     return params
 
 
@@ -77,11 +77,10 @@ def unknown_options(body: GeneratingBody) -> list[str]:
     return [name for name in body.options or () if name not in known]
 
 
-def _schema(wanted: str | dict[str, Any] | None) -> str | None:
-    if not wanted:
-        return None
-    schema = {"type": "object"} if isinstance(wanted, str) else wanted
-    return msgspec.json.encode(schema).decode()
+def _grammar(wanted: str | dict[str, Any]) -> Grammar:
+    if isinstance(wanted, str):
+        return Grammar("json_object")
+    return Grammar("json_schema", msgspec.json.encode(wanted).decode())
 
 
 def thinking(body: GeneratingBody, formats: Formats, template: str, name: str) -> dict[str, Any]:

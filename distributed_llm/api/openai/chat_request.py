@@ -14,6 +14,9 @@ from distributed_llm.api.openai.conversation import turn_messages, turn_tool_cho
 from distributed_llm.api.openai.grammars import GrammarFields, grammar_of
 from distributed_llm.api.openai.sampling import NAMES, Integer, SamplingFields, arguments
 
+_USUAL_MAX_NEW_TOKENS = 4096
+"""Tokens of an answer at most, if the request sets no limit; fewer if there is no room."""
+
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 _TEMPLATE_ARGUMENTS = frozenset(
@@ -101,6 +104,8 @@ def _params(body: ChatRequest) -> dict[str, Any]:
     likely = (body.top_logprobs or 0) if body.logprobs else None
     given = {**dict(body), "top_logprobs": likely}
     params = arguments(given, body.names)
+    if "max_new_tokens" not in params:
+        params |= {"max_new_tokens": _USUAL_MAX_NEW_TOKENS, "fit_context": True}
     if grammar := grammar_of(body):
         params["grammar"] = grammar
     if body.dllm_trace:

@@ -1,6 +1,7 @@
 """Compiles grammars by llguidance, for any vocabulary."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -8,11 +9,21 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from distributed_llm.common.errors import InvalidRequest
 from distributed_llm.common.grammar import Grammar
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 _END = b"<the end of the answer>"
 """A token that the vocabulary has in addition; llguidance allows it where a grammar is complete."""
 
 _ERROR_CHARS = 500
 """Characters of an error message of llguidance that are passed on."""
+
+_JSON: "JsonCompileOptions" = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+}
+"""Of JSON by a schema that says nothing else: small models would write space without end."""
 
 _LIMITS = LLParserLimits(
     max_lexer_states=20_000,  # 1 to 2 KB each, for every answer
@@ -90,9 +101,9 @@ def wrong_grammar(why: str) -> InvalidRequest:
 def _source(grammar: Grammar) -> str:
     match grammar.kind:
         case "json_object":
-            return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+            return LLMatcher.grammar_from_json_schema('{"type": "object"}', _JSON)
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(grammar.text)
+            return LLMatcher.grammar_from_json_schema(grammar.text, _JSON)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "lark":

@@ -1,0 +1,1 @@
+"""`dllm chat`: a conversation at a terminal."""
