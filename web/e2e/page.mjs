@@ -215,7 +215,10 @@ async function gone() {
   check(reason.length > 10, `a machine is gone, and why: ${reason}`)
   await shot(page, 'death')
   await accessible(page, 'after a death')
-  await page.waitForFunction(() => document.querySelectorAll('.machine.gone + .machine.loading').length > 0, null, WAIT).catch(() => {})
+  const others = () =>
+    document.querySelector('.machine.stage.loading') && !document.querySelector('.machine.gone.loading')
+  // Where that takes less than a second it may be missed.
+  await page.waitForFunction(others, null, { timeout: 10_000 }).catch(() => {})
   await page.waitForTimeout(1_500)
   await shot(page, 'recovery')
   await page.waitForFunction(() => document.querySelectorAll('.bar .loading').length === 0, null, WAIT)
