@@ -108,12 +108,12 @@ export function Banner({ live }: { live: Live }) {
   }, [isAway])
   if (!isAway) return null
   return (
-    <div className="banner">
+    <section className="banner" aria-label="The connection">
       <span role="alert">
         <strong>Nobody answers.</strong> {live.trouble}
       </span>{' '}
       {live.status && <>What you see was true {ago(Date.now() - live.at)}. </>}
       The page goes on trying.
-    </div>
+    </section>
   )
 }
