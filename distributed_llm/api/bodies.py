@@ -1,6 +1,7 @@
 """Reads the bodies of requests: strict JSON, checked by a model; wrong fields are named."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
@@ -43,10 +44,10 @@ def warning_headers(body: Body, known: Collection[str] = ()) -> dict[str, str]:
         known: fields that are, besides those of the body's class.
     """
     extra = [name for name in body.model_extra or () if name not in known]
-    names = [name for name in extra if name.isascii() and name.isprintable()]
+    names = [name for name in extra if name.strip() and name.isascii() and name.isprintable()]
     if not names:
         return {}
-    return {WARNING: f"ignored unknown fields: {', '.join(names)[:_MAX_TOLD]}"}
+    return {WARNING: f"ignored unknown fields: {', '.join(names)[:_MAX_TOLD].strip()}"}
 
 
 class StrictRequest(Request):
@@ -65,14 +66,23 @@ def parse_json(data: bytes) -> Any:
     """Return JSON as Python values.
 
     Raises:
-        ApiError: it is no JSON: also NaN, names that stand twice, or nesting without end.
+        ApiError: it is no JSON: also NaN, names that stand twice, nesting without end, or halves
+            of characters.
     """
     try:
-        return json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        text = data.decode()
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except RecursionError:
         raise invalid("The body's JSON is nested too deeply.") from None
     except ValueError as exc:
         raise invalid(f"The body is not valid JSON: {exc}.") from None
+
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON writes a half of a character beyond 16 bits; alone it is none."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
