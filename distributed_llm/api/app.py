@@ -44,14 +44,17 @@ PUBLIC = frozenset({"/health/live", "/health/ready", *page_files()})
 _DEFAULTS = ApiSettings()
 
 
-def make_app(callers: Callers, settings: ApiSettings = _DEFAULTS) -> ASGIApp:
+def make_app(
+    callers: Callers, settings: ApiSettings = _DEFAULTS, feed: Feed | None = None
+) -> ASGIApp:
     """Return the API as an ASGI application.
 
     Args:
         callers: finds out who asks; closed when the application ends.
         settings: what is let in, and how much of it.
+        feed: tells what the cluster does; whoever ends the application ends it first.
     """
-    readiness, feed = Readiness(callers.own), Feed()
+    readiness, feed = Readiness(callers.own), feed or Feed()
     measured, of_cluster = CollectorRegistry(), ClusterCollector()
     measured.register(of_cluster)
     build_info(measured, version("distributedllm"))
@@ -114,7 +117,7 @@ def application(guarded: Any) -> FastAPI:
 
 def is_public(method: str, path: str) -> bool:
     """Return whether a request needs no key."""
-    return method == "GET" and path in PUBLIC
+    return method in ("GET", "HEAD") and path in PUBLIC
 
 
 def _respond(request: Request, error: ApiError) -> Response:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from fastapi import Request
@@ -43,11 +43,18 @@ def warning_headers(body: Body, known: Collection[str] = ()) -> dict[str, str]:
     Args:
         known: fields that are, besides those of the body's class.
     """
-    extra = [name for name in body.model_extra or () if name not in known]
-    names = [name for name in extra if name.strip() and name.isascii() and name.isprintable()]
-    if not names:
-        return {}
-    return {WARNING: f"ignored unknown fields: {', '.join(names)[:_MAX_TOLD].strip()}"}
+    return warning("fields", [name for name in body.model_extra or () if name not in known])
+
+
+def warning(of_what: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the header that names what is ignored, as far as a header may have it; maybe none.
+
+    Args:
+        of_what: kind of what is ignored: "fields".
+    """
+    told = ", ".join(name for name in names if name.isascii() and name.isprintable())
+    told = told[:_MAX_TOLD].strip()  # HTTP lets no value end with a space
+    return {WARNING: f"ignored unknown {of_what}: {told}"} if told else {}
 
 
 class StrictRequest(Request):
@@ -62,27 +69,26 @@ class StrictRequest(Request):
         return parse_json(await self.body())
 
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+"""May be half of a character; two of them that belong together are one."""
+
+
 def parse_json(data: bytes) -> Any:
     """Return JSON as Python values.
 
     Raises:
-        ApiError: it is no JSON: also NaN, names that stand twice, nesting without end, or halves
-            of characters.
+        ApiError: it is no JSON: also NaN, names that stand twice, nesting without end, or halves of
+            characters.
     """
     try:
-        text = data.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        if _HALF.search(text):
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except RecursionError:
         raise invalid("The body's JSON is nested too deeply.") from None
     except ValueError as exc:
         raise invalid(f"The body is not valid JSON: {exc}.") from None
-
-
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
-"""How JSON writes a half of a character beyond 16 bits; alone it is none."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

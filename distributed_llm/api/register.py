@@ -41,9 +41,11 @@ class Entry:
         first: when the first token came; None if none did.
         last: when the last one came.
         ended: when it was over; None while it is not.
+        prompt_tokens: of its prompts, of those that were answered.
+        cached_tokens: those of them that needed no computing.
         completion_tokens: of all answers so far.
-        params: of its prompts; all have the same.
-        generations: the answers that are complete.
+        params: of its prompts, which all have the same; None once it is over.
+        generations: the answers that are complete; none once it is over.
         error: `code` of what ended it; empty if nothing did.
         cancelled: set by whoever cancels it.
     """
@@ -58,6 +60,8 @@ class Entry:
     first: float | None = None
     last: float = 0.0
     ended: float | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     params: SamplingParams | None = None
     generations: list[Generation] = field(default_factory=list)
@@ -75,16 +79,6 @@ class Entry:
         if self.ended is not None:
             return "finished"
         return "waiting" if self.first is None else "running"
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens of its prompts, of those that were answered."""
-        return sum(one.usage.prompt_tokens for one in self.generations if one.choice == 0)
-
-    @property
-    def cached_tokens(self) -> int:
-        """Those of them that needed no computing."""
-        return sum(one.usage.cached_tokens for one in self.generations if one.choice == 0)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -124,6 +118,9 @@ class _Watch:
             entry.completion_tokens += len(chunk.token_ids)
         if chunk.generation is not None:
             entry.generations.append(chunk.generation)
+            if chunk.choice == 0:  # the answers to one prompt share it
+                entry.prompt_tokens += chunk.generation.usage.prompt_tokens
+                entry.cached_tokens += chunk.generation.usage.cached_tokens
 
     def ended(self, error: BaseException | None) -> None:
         if isinstance(error, DistributedLLMError):
@@ -156,6 +153,8 @@ class Register:
             self._ended.append(entry)
             for hear in self._on_end:
                 hear(entry)
+            entry.params = None
+            entry.generations.clear()  # they have texts, which are kept for nobody
 
     def entries(self, caller: Caller) -> Iterator[Entry]:
         """Yield the requests that a caller may see, newest first: its own; all if it is admin."""

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from distributed_llm.api.app import make_app
 from distributed_llm.api.callers import Callers
 from distributed_llm.api.guard.connections import Connection
+from distributed_llm.api.operations.feed import Feed
 from distributed_llm.api.watching import watch
 from distributed_llm.common.errors import AddressInUse
 from distributed_llm.common.file_limit import raise_file_limit
@@ -93,12 +94,14 @@ async def serve(
             open_to_all=settings.open,
             connect_timeout_s=asked.connect_timeout_s,
         )
-        server = Server(make_app(callers, settings))
+        feed = Feed()
+        server = Server(make_app(callers, settings, feed))
         code = 1
 
         def stop(number: int) -> None:
             nonlocal code
             code = exit_code(number)
+            feed.end()  # else those who follow it would be waited for
             server.stop()
 
         on_signal(stop)

@@ -4,7 +4,9 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from distributed_llm.client.answers import Chunk, Generation
+from distributed_llm.client.prompts import encode_chat
 from distributed_llm.common.messages import FinishReason, Timings, Usage
+from distributed_llm.common.sampling_params import SamplingParams
 
 
 class FakeChat:
@@ -34,6 +36,9 @@ class FakeChat:
         """Yield the pieces, after them the error if there is one."""
         self.asked = {"messages": messages, **params}
         self.closed = False
+        encode_chat(messages, params.get("tools"), params.get("chat_template_kwargs"))
+        others = ("tools", "chat_template_kwargs", "grammar")
+        SamplingParams.from_arguments({k: v for k, v in params.items() if k not in others})
         choices = range(params.get("n") or 1)
         try:
             for piece in self._pieces:

@@ -259,7 +259,7 @@ def test_a_schema_for_the_answer(client: Anthropic, fake_server: FakeServer) -> 
     assert message.content[0].type == "text"
 
 
-CLAUDE_CODE = {
+CLAUDE_CODE: dict[str, Any] = {
     "model": "claude-sonnet-4-5-20250929",
     "messages": [
         {
@@ -300,6 +300,37 @@ CLAUDE_CODE = {
     "output_config": {"effort": "medium"},
     "stream": True,
 }
+
+
+AGENT = {
+    **CLAUDE_CODE,
+    "messages": [
+        *CLAUDE_CODE["messages"],
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm", "signature": ""},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "c1", "name": "Bash", "input": {"command": "ls"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "c1",
+                    "content": [{"type": "text", "text": "a.txt"}],
+                    "is_error": False,
+                }
+            ],
+        },
+    ],
+    "tool_choice": {"type": "tool", "name": "Bash", "disable_parallel_tool_use": True},
+    "stop_sequences": ["END"],
+    "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+}
+"""What it sends later, and what others do."""
 
 
 def test_what_claude_code_sends(fake_server: FakeServer) -> None:
@@ -384,6 +415,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x/y.png"}}
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"messages": []}, "messages"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"temperature": 1000}, "temperature"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "is no text"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong field"),

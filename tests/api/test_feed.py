@@ -114,5 +114,22 @@ def test_followers_are_bounded_and_nobody_is_asked_for_none() -> None:
         looks = client.looks
         await asyncio.sleep(0.01)
         assert client.looks == looks
+        async with asyncio.timeout(10):
+            again = followed.follow(client)
+            await anext(again)
+            await again.aclose()
+
+    asyncio.run(main())
+
+
+def test_the_end_comes_to_all_at_once() -> None:
+    async def main() -> None:
+        followed = feed()
+        every = [followed.follow(FakeClient(status())) for _ in range(2)]
+        for one in every:
+            await anext(one)
+        followed.end()
+        assert [part for one in every for part in [part async for part in one]] == []
+        assert [part async for part in followed.follow(FakeClient(status()))] == []
 
     asyncio.run(main())

@@ -9,6 +9,7 @@ import ollama
 import pytest
 
 from distributed_llm import DistributedClient
+from distributed_llm.api.bodies import warning
 from distributed_llm.api.chat.events import (
     AnswerEnded,
     ReasoningDelta,
@@ -120,6 +121,16 @@ def test_wrong_options_are_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as raised:
         params_of(ChatBody(**fields))
     assert (raised.value.status, raised.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("names", [[], [""], [" "], ["ä"], ["a\nb"]])
+def test_a_warning_has_nothing_that_no_header_may(names: list[str]) -> None:
+    assert warning("options", names) == {}
+    told = warning("options", ["a", *names, "b "])["x-dllm-warning"]
+    assert told.startswith("ignored unknown options: a,")
+    assert told.endswith(" b")
+    assert told.isascii()
+    assert told.isprintable()
 
 
 def test_calls_and_their_results_belong_together() -> None:

@@ -12,8 +12,9 @@ from starlette.types import Message
 
 from distributed_llm.api.app import make_app
 from distributed_llm.api.errors import ApiError
+from distributed_llm.api.operations import administration
 from distributed_llm.api.streaming import CANCELLED, EventStream
-from distributed_llm.common.messages import Cancel
+from distributed_llm.common.messages import Cancel, DrainWorker, WorkerDrained
 from tests.api.http_server import Answer, FakeCallers, Served
 from tests.fake_coordinator import FakeCoordinator, failed, finished, piece
 from tests.waiting import eventually
@@ -130,3 +131,34 @@ def test_a_stream_that_is_cancelled_says_so() -> None:
     ]
     assert sent[-1]["more_body"] is False
     assert closed
+
+
+def test_a_drain_is_answered_when_the_worker_has_left(bench: Bench) -> None:
+    with ThreadPoolExecutor() as pool:
+        draining = pool.submit(
+            bench.served.ask, "POST", "/api/v1/workers/pc/drain", b"", key="boss"
+        )
+        eventually(lambda: DrainWorker(worker="pc") in bench.fake.heard)
+        bench.fake.say(WorkerDrained(worker="pc"))
+        answer = draining.result()
+    assert (answer.status, answer.json()) == (200, {"worker": "pc", "state": "left"})
+
+
+def test_a_drain_that_takes_long_goes_on_by_itself(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(administration, "_DRAIN_WAIT_S", 0.01)
+    answer = bench.served.ask("POST", "/api/v1/workers/pc/drain", b"", key="boss")
+    assert (answer.status, answer.json()) == (202, {"worker": "pc", "state": "leaving"})
+
+
+def test_a_worker_that_must_stay_is_said_to(bench: Bench) -> None:
+    with ThreadPoolExecutor() as pool:
+        draining = pool.submit(
+            bench.served.ask, "POST", "/api/v1/workers/pc/drain", b"", key="boss"
+        )
+        eventually(lambda: DrainWorker(worker="pc") in bench.fake.heard)
+        bench.fake.say(WorkerDrained(worker="pc", code="no_capacity", message="No room."))
+        answer = draining.result()
+    assert answer.status == 503
+    assert answer.json()["error"]["message"] == "No room."

@@ -231,6 +231,34 @@ def test_items_are_listed_in_pages(client: OpenAI, fake_server: FakeServer) -> N
     assert listed == [[{"type": "input_text", "text": f"{n}"}] for n in range(5)]
 
 
+def test_items_that_are_nested_deeply_are_kept_and_given(
+    client: OpenAI, fake_server: FakeServer
+) -> None:
+    fake_server.answer("Hello")
+    deep: Any = {}
+    for _ in range(600):
+        deep = {"a": deep}
+    items: Any = [{"role": "user", "content": "x", "deep": deep}]
+    response = client.responses.create(model=MODEL, input=items)
+    url = f"/responses/{response.id}/input_items"
+    (item,) = json.loads(client.get(url, cast_to=httpx.Response).content)["data"]
+    assert item["deep"] == deep
+
+
+def test_half_a_character_is_refused(fake_server: FakeServer) -> None:
+    fake_server.answer("Hello")
+
+    def status(character: str) -> int:
+        tool = f'{{"type": "function", "name": "f", "description": "{character}"}}'
+        body = f'{{"model": "default", "input": "x", "tools": [{tool}]}}'
+        headers = {"x-api-key": KEY, "content-type": "application/json"}
+        return httpx.post(
+            f"{fake_server.url}/v1/responses", content=body, headers=headers
+        ).status_code
+
+    assert [status(text) for text in (r"\ud83d\ude00", r"\ud83d", r"\ude00")] == [200, 400, 400]
+
+
 def test_what_is_kept_has_bounds() -> None:
     def record(name: str, previous: str | None = None, text: str = "") -> Record:
         return Record({"id": name, "output": [{"of": name}]}, [{"to": name, "t": text}], previous)
@@ -304,7 +332,7 @@ def test_a_schema_for_the_answer(client: OpenAI, fake_server: FakeServer) -> Non
     assert chat.asked["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-CODEX = {
+CODEX: dict[str, Any] = {
     "model": MODEL,
     "instructions": "You are Codex, a coding agent.",
     "input": [
@@ -462,6 +490,9 @@ USER = {"role": "user", "content": "x"}
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"truncation": "auto"}, "truncation"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_logprobs": 99}, "top_logprobs"),
+        ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
         ({"input": [{"type": "mcp_call"}]}, "input.0"),
         ({"input": [{"role": "user", "content": 5}]}, "input.0.content"),

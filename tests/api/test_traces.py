@@ -61,7 +61,7 @@ def entry(**fields: object) -> Entry:
     one = Entry(id="req_1", path="/v1/chat/completions", caller="app", model="tiny")
     one.params = SamplingParams(max_new_tokens=5, temperature=0.5)
     one.started_at, one.started, one.first, one.ended = 1000.0, 50.0, 51.0, 54.0
-    one.generations, one.completion_tokens = [generation()], 2
+    one.generations, one.prompt_tokens, one.completion_tokens = [generation()], 7, 2
     for name, value in fields.items():
         setattr(one, name, value)
     return one
@@ -88,7 +88,7 @@ def test_a_request_is_a_span_with_one_inside_for_each_stage(
     assert told["gen_ai.response.finish_reasons"] == ("stop",)
     assert "gen_ai.request.seed" not in told
     assert [one.parent and one.parent.span_id for one in (first, second)] == [
-        request.get_span_context().span_id
+        request.context.span_id
     ] * 2
     assert (first.start_time, first.end_time) == (1000.5 * S, 1001.5 * S)
     assert (second.start_time, second.end_time) == (1001.5 * S, 1001.75 * S)

@@ -36,7 +36,7 @@ SCHEMA = {
     },
     "required": ["name", "ages", "kind"],
     "additionalProperties": False,
-    "x-guidance": {"whitespace_flexible": False},
+    "x-guidance": {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"},
 }
 JSON = Grammar("json_schema", json.dumps(SCHEMA))
 NAMES = Grammar("regex", "(fox|dog|quick)( [a-z]{3,5}){2,4}[.!]")

@@ -52,7 +52,8 @@ class FakeClient:
         finally:
             self.closed += 1
 
-    stream = stream_chat
+    def stream(self, prompt: str, **params: Any) -> Iterator[Chunk]:
+        return self.stream_chat(prompt, **params)
 
 
 class FakeTerminal:

@@ -23,7 +23,7 @@ def options(verb: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "verb", ["up", "coordinator", "worker", "generate", "status", "plan", "drain"]
+    "verb", ["up", "coordinator", "worker", "generate", "chat", "status", "plan", "drain"]
 )
 def test_every_option_that_takes_a_value_shows_its_default(verb: str) -> None:
     without = {"--config", "--worker", "--token-ids", "--help"}

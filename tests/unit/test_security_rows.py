@@ -293,7 +293,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     ),
     "H19": (
         *of(API, "operations", "only_admins_change_the_cluster"),
-        *of(API, "hostile", "models_that_are_not_served"),
+        *of(API, "metrics", "what_clients_send_makes_no_series"),
     ),
     "H20": (
         *of(API, "hostile", "neither_log_nor_command_line_has_prompts_or_keys"),

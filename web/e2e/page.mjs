@@ -65,7 +65,7 @@ async function look() {
     await go(page, view)
     await page.waitForTimeout(500)
     await accessible(page, `${view}, 360 px`)
-    await shot(page, `${view}-360`)
+    if (view === 'cluster') await shot(page, 'cluster-360')
   }
   await leave(page, '360 px')
 
@@ -189,10 +189,6 @@ async function admin() {
   await page.waitForSelector('.invitation .qr', WAIT)
   check((await page.locator('.invitation .line').textContent()).length > 20, 'a join line, and its QR code')
   await accessible(page, 'admin')
-  if (process.env.SHOTS) {
-    await page.locator('.invitation').scrollIntoViewIfNeeded()
-    await shot(page, 'join')
-  }
   await leave(page, 'admin')
 }
 
@@ -219,7 +215,10 @@ async function gone() {
   check(reason.length > 10, `a machine is gone, and why: ${reason}`)
   await shot(page, 'death')
   await accessible(page, 'after a death')
-  await page.waitForFunction(() => document.querySelectorAll('.machine.gone + .machine.loading').length > 0, null, WAIT).catch(() => {})
+  const others = () =>
+    document.querySelector('.machine.stage.loading') && !document.querySelector('.machine.gone.loading')
+  // Where that takes less than a second it may be missed.
+  await page.waitForFunction(others, null, { timeout: 10_000 }).catch(() => {})
   await page.waitForTimeout(1_500)
   await shot(page, 'recovery')
   await page.waitForFunction(() => document.querySelectorAll('.bar .loading').length === 0, null, WAIT)

@@ -102,8 +102,8 @@ async function api(request, response, path) {
     const now = Date.now() / 1000
     return json(response, 200, {
       requests: [
-        { id: 'chatcmpl-8f3ac2d1', state: 'decoding', key: 'open-webui', started_at: now - 8, prompt_tokens: 412, completion_tokens: 131 },
-        { id: 'msg_01b7e95c', state: 'decoding', key: 'anna', started_at: now - 3, prompt_tokens: 2210, completion_tokens: 38 },
+        { id: 'chatcmpl-8f3ac2d1', path: '/v1/chat/completions', state: 'running', name: 'open-webui', tokens_per_s: 16.2, started_at: now - 8, prompt_tokens: 412, completion_tokens: 131 },
+        { id: 'msg_01b7e95c', path: '/v1/messages', state: 'running', name: 'anna', tokens_per_s: 15.8, started_at: now - 3, prompt_tokens: 2210, completion_tokens: 38 },
       ],
     })
   }

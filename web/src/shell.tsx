@@ -1,6 +1,6 @@
 /** What stands around every view: the header, and the banner while nobody answers. */
 
-import { useState } from 'react'
+import { useEffect, useState } from 'react'
 import type { Connection, Live } from './api/live'
 import type { Me } from './api/types'
 import { ago } from './parts/format'
@@ -99,12 +99,21 @@ function ThemeButton() {
 }
 
 export function Banner({ live }: { live: Live }) {
-  if (live.connection !== 'away') return null
+  const [, tick] = useState(0)
+  const isAway = live.connection === 'away'
+  useEffect(() => {
+    if (!isAway) return
+    const timer = setInterval(() => tick((number) => number + 1), 1000)
+    return () => clearInterval(timer)
+  }, [isAway])
+  if (!isAway) return null
   return (
-    <div className="banner" role="alert">
-      <strong>Nobody answers.</strong> {live.trouble}{' '}
-      {live.status && <>What you see is from {ago(Date.now() - live.at)}; </>}
-      the page goes on trying.
-    </div>
+    <section className="banner" aria-label="The connection">
+      <span role="alert">
+        <strong>Nobody answers.</strong> {live.trouble}
+      </span>{' '}
+      {live.status && <>What you see was true {ago(Date.now() - live.at)}. </>}
+      The page goes on trying.
+    </section>
   )
 }

@@ -12,6 +12,15 @@ from distributed_llm.api.chat.turn import Turn
 from distributed_llm.api.errors import invalid, unsupported
 from distributed_llm.common.grammar import Grammar
 
+NAMES = {
+    "max_tokens": "max_new_tokens",
+    "stop_sequences": "stop_strings",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+}
+"""Names of sampling parameters, by those of fields."""
+
 _BILLING = "x-anthropic-billing-header:"
 """Begins a system text of Claude Code that differs in each request and is not for the model.
 
@@ -126,18 +135,22 @@ def _of_user(content: str | list[dict[str, Any]], param: str) -> Iterator[dict[s
                 if said:
                     yield {"role": "user", "content": "\n".join(said)}
                     said = []
-                yield {"role": "tool", "tool_call_id": call, "content": _result(block)}
+                result = _result(block, f"{param}.{number}.content")
+                yield {"role": "tool", "tool_call_id": call, "content": result}
             case _:
                 said.append(_text(block, f"{param}.{number}"))
     if said:
         yield {"role": "user", "content": "\n".join(said)}
 
 
-def _result(block: Mapping[str, Any]) -> str:
+def _result(block: Mapping[str, Any], param: str) -> str:
     """Return what a tool says; a picture in it must not end a conversation that is under way."""
+    content = block.get("content") or ""
+    if not isinstance(content, str | list):
+        raise invalid("What a tool says is a text, or a list of blocks.", param)
     texts = [
         part["text"] if isinstance(part.get("text"), str) else _NOT_TEXT
-        for part in _blocks(block.get("content") or "")
+        for part in _blocks(content)
     ]
     text = "\n".join(texts)
     return f"Error: {text}" if block.get("is_error") is True else text
@@ -171,7 +184,7 @@ def _texts(content: str | list[dict[str, Any]], param: str) -> list[str]:
     return [_text(block, f"{param}.{number}") for number, block in blocks]
 
 
-def _blocks(content: Any) -> Sequence[Mapping[str, Any]]:
+def _blocks(content: str | list[Any]) -> Sequence[Mapping[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     return [part for part in content if isinstance(part, Mapping)]

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from distributed_llm.api.anthropic.bodies import CountTokensBody, MessagesBody
-from distributed_llm.api.anthropic.conversation import turn_of
+from distributed_llm.api.anthropic.conversation import NAMES, turn_of
 from distributed_llm.api.anthropic.message import MessageWriter
 from distributed_llm.api.asking import Asking
 from distributed_llm.api.bodies import WARNING, StrictRoute, warning_headers
@@ -17,6 +17,7 @@ from distributed_llm.api.chat.events import TurnEvent
 from distributed_llm.api.chat.served import served_model
 from distributed_llm.api.errors import ApiError, anthropic_body
 from distributed_llm.api.models import check_model
+from distributed_llm.api.openai.sampling import named_as_asked
 from distributed_llm.api.streaming import EventStream, sse, while_connected
 
 router = APIRouter(route_class=StrictRoute)
@@ -33,7 +34,9 @@ async def create_message(body: MessagesBody, request: Request, caller: Asking) -
     served = await served_model(caller.client)
     headers = _headers(body, served.name)
     turn = turn_of(body, served.formats)
-    events = answer(caller.client, turn, served.formats)
+    events = named_as_asked(
+        answer(caller.client, turn, served.formats), NAMES, "messages", given={}
+    )
     writer = MessageWriter(served.name)
     if body.stream:
         request_id = getattr(request.state, "request_id", "")

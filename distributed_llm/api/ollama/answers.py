@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from distributed_llm.api.asking import Asking
-from distributed_llm.api.bodies import WARNING, StrictRoute, warning_headers
+from distributed_llm.api.bodies import StrictRoute, warning, warning_headers
 from distributed_llm.api.chat.answering import answer
 from distributed_llm.api.chat.events import AnswerEnded, TextDelta, TurnEnded, TurnEvent
 from distributed_llm.api.chat.served import served_model
@@ -109,11 +109,7 @@ def _nothing_asked(body: GeneratingBody, put: Put) -> Response:
 
 
 def _headers(body: GeneratingBody) -> dict[str, str]:
-    headers = warning_headers(body)
-    names = [name for name in unknown_options(body) if name.isascii() and name.isprintable()]
-    if names and WARNING not in headers:
-        headers[WARNING] = f"ignored unknown options: {', '.join(names)[:200]}"
-    return headers
+    return warning("options", unknown_options(body)) | warning_headers(body)
 
 
 async def _lines(

@@ -144,7 +144,8 @@ def error_of(
     if isinstance(exc, ContextLengthExceeded):
         return _renamed(exc, names, prompt, exc.code)
     if "grammar" in message:
-        asked = next((name for name in GRAMMAR_FIELDS if given.get(name) is not None), "tools")
+        fields = (*GRAMMAR_FIELDS, "text.format")
+        asked = next((name for name in fields if given.get(name) is not None), "tools")
         return _renamed(exc, names, asked, "invalid_value")
     if token := re.match(r"Token id (\d+) ", message):
         return _renamed(exc, names, _place_of(int(token[1]), given) or prompt, "invalid_value")

@@ -67,9 +67,10 @@ class Feed:
         self._followers: dict[_Follower, None] = {}
         self._looking: asyncio.Task[None] | None = None
         self._news: _News | None = None
+        self._over = False
 
     async def follow(self, client: Asked) -> AsyncGenerator[bytes, None]:
-        """Yield server-sent events without end: `status`, `event`, and `error` while none comes.
+        """Yield server-sent events until the end: `status`, `event`, `error` while none comes.
 
         Args:
             client: of whoever follows.
@@ -92,13 +93,14 @@ class Feed:
             self._looking = asyncio.get_running_loop().create_task(self._look())
         seen: int | None = None
         try:
-            while True:
+            while not self._over:
                 await follower.woken.wait()
                 follower.woken.clear()
                 if follower.refused is not None:
                     raise follower.refused
                 news = follower.news
-                assert news is not None
+                if news is None or self._over:
+                    continue
                 fresh: list[EventStatus] = []
                 if news.events is not None:
                     if seen is not None:
@@ -109,6 +111,12 @@ class Feed:
             del self._followers[follower]
             if not self._followers:
                 await self.close()
+
+    def end(self) -> None:
+        """Have everybody come to the end, so that nobody waits for those who follow."""
+        self._over = True
+        for follower in self._followers:
+            follower.woken.set()
 
     async def close(self) -> None:
         """Look no more."""

@@ -20,4 +20,4 @@ async def ready(request: Request) -> dict[str, Any]:
     """Say whether the cluster answers: 503 until a token has passed all stages of its plan."""
     readiness: Readiness = request.app.state.readiness
     found = await readiness.check()
-    return {"status": "ready", "model": found.model, "epoch": found.epoch}
+    return {"status": "ready", "epoch": found.epoch}

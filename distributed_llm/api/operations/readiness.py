@@ -36,11 +36,9 @@ class Ready:
     """The cluster answers.
 
     Attributes:
-        model: that is served.
         epoch: of the plan that a token has passed.
     """
 
-    model: str
     epoch: int
 
 
@@ -113,7 +111,7 @@ class Readiness:
                 [0], max_new_tokens=1, temperature=0.0, timeout_s=_TRY_TIMEOUT_S
             )
             self._proven = frozenset(served)
-        return Ready(status.model, max(served))
+        return Ready(max(served))
 
 
 def _not_ready(why: str, error: ApiError | None = None) -> ApiError:

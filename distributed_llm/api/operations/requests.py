@@ -39,6 +39,7 @@ def _told(entry: Entry, now: float) -> dict[str, Any]:
     return {
         "id": entry.id,
         "path": entry.path,
+        "model": entry.model,
         "name": entry.caller,
         "state": entry.state,
         "started_at": entry.started_at,

@@ -172,13 +172,14 @@ export interface Me {
 
 export interface RequestStatus {
   id: string
-  model?: string
+  path?: string
   state?: string
-  key?: string
+  /** Of the key that asked. */
   name?: string
   started_at?: number
   prompt_tokens?: number
   completion_tokens?: number
+  tokens_per_s?: number | null
 }
 
 export interface MachineStatus {

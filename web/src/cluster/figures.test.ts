@@ -76,11 +76,16 @@ describe('what stands beside the picture', () => {
   it('is the worst of what just happened, then how it is', () => {
     const events = [
       event(1, 'b: no message for 3 s', { level: 'error', worker: 'b' }),
-      event(2, 'plan 2 serves', {}),
+      event(2, 'loading plan 2: layers 1-8 on a', { kind: 'plan_loading' }),
+      event(3, 'plan 2 serves'),
     ]
     const status = cluster([worker('a', 0, 8)], { events })
     const live = hear(NOTHING, { kind: 'status', status, at: 1000, by: 'live' })
-    expect(news(live)).toMatchObject({ level: 'error', worker: 'b', text: 'b: no message for 3 s' })
+    expect(news(live)).toMatchObject({
+      level: 'error',
+      worker: 'b',
+      text: 'b: no message for 3 s; loading plan 2: layers 1-8 on a',
+    })
     expect(reasonOf(live, 'b')).toBe('b: no message for 3 s')
     expect(reasonOf(live, 'x')).toContain('no reason')
     const later = hear(live, { kind: 'status', status: { ...status, events: [] }, at: 60_000, by: 'live' })

@@ -65,8 +65,14 @@ export interface Picture {
 export const PAD = 14
 const HEAD_WIDTH = 108
 const HEAD_GAP = 44
-const GAP = 78
-const BOX_WIDTH = 164
+/** Width of a machine at least, and of the gap between two. */
+const ROOMY = { box: 164, gap: 78 }
+const DENSE = { box: 140, gap: 70 }
+/** Between two lines of machines, and beside them where the way turns. */
+const LINE_GAP = 48
+const TURN = 16
+/** A window that is narrower has its machines from top to bottom. */
+const NARROW = 620
 const BOX_HEIGHT = 178
 const BAR_TOP = 56
 const BAR_HEIGHT = 56
@@ -99,11 +105,15 @@ export function layOut(live: Live, width: number): Picture {
     )
     return { pipeline, index: i, stands: standsOf(pipeline, workers, ghosts) }
   })
-  picture.tall = rows.some(({ stands }) => widthNeeded(stands.length) > width)
+  const most = Math.max(0, ...rows.map(({ stands }) => stands.length))
+  picture.tall = width < NARROW
+  const spacing = most > 1 && widthNeeded(most, ROOMY) > width && widthNeeded(most, DENSE) <= width ? DENSE : ROOMY
   const serving = new Set(pipelines.flatMap((one) => one.stages.map((stage) => stage.worker)))
   let y = 4
-  for (const { pipeline, index, stands } of rows) {
-    y = (picture.tall ? tallRow : wideRow)(picture, live, { pipeline, index }, stands, y)
+  for (const { stands, ...row } of rows) {
+    y = picture.tall
+      ? tallRow(picture, live, row, stands, y)
+      : wideRow(picture, live, row, stands, y, spacing)
   }
   const shown = new Set(picture.boxes.map((box) => box.name))
   const lost = live.ghosts.filter((ghost) => !shown.has(ghost.worker.name))
@@ -117,8 +127,8 @@ export function layOut(live: Live, width: number): Picture {
   return picture
 }
 
-function widthNeeded(stands: number): number {
-  return HEAD_WIDTH + HEAD_GAP + stands * BOX_WIDTH + (stands - 1) * GAP
+function widthNeeded(stands: number, { box, gap }: typeof ROOMY): number {
+  return HEAD_WIDTH + HEAD_GAP + stands * box + (stands - 1) * gap
 }
 
 /** The stages, with the machines that are gone where they stood. */
@@ -200,64 +210,115 @@ interface Numbered {
   index: number
 }
 
-function wideRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], y: number) {
+/** Lines of about as many machines each, as many as fit. */
+function linesOf(stands: Stand[], width: number, spacing: typeof ROOMY): Stand[][] {
+  if (widthNeeded(stands.length, spacing) <= width) return [stands]
+  const room = width - TURN - HEAD_WIDTH - HEAD_GAP + spacing.gap
+  const most = Math.max(1, Math.floor(room / (spacing.box + spacing.gap)))
+  const each = Math.ceil(stands.length / Math.ceil(stands.length / most))
+  const count = Math.ceil(stands.length / each)
+  return Array.from({ length: count }, (_, i) => stands.slice(i * each, (i + 1) * each))
+}
+
+function wideRow(
+  picture: Picture,
+  live: Live,
+  row: Numbered,
+  stands: Stand[],
+  top: number,
+  spacing: typeof ROOMY,
+) {
   const { pipeline } = row
-  const total = Math.max(1, stands.reduce((sum, stand) => sum + size(stand.stage), 0))
-  const spare = picture.width - widthNeeded(stands.length)
-  const widths = stands.map((stand) => BOX_WIDTH + (spare * size(stand.stage)) / total)
+  const left = HEAD_WIDTH + HEAD_GAP
+  const lines = linesOf(stands, picture.width, spacing)
+  const width = lines.length > 1 ? picture.width - TURN : picture.width
+  const widths = lines.map((line) => {
+    const total = Math.max(1, line.reduce((sum, stand) => sum + size(stand.stage), 0))
+    const spare = width - widthNeeded(line.length, spacing)
+    return line.map((stand) => spacing.box + (spare * size(stand.stage)) / total)
+  })
   const pitch = Math.min(
     MAX_PITCH,
-    ...stands.map((stand, i) => (widths[i]! - 2 * PAD) / Math.max(1, size(stand.stage))),
+    ...lines.flatMap((line, l) =>
+      line.map((stand, i) => (widths[l]![i]! - 2 * PAD) / Math.max(1, size(stand.stage))),
+    ),
   )
-  const middle = y + BAR_TOP + BAR_HEIGHT / 2
-  const coordinator = { x: 0, y: middle - 44, width: HEAD_WIDTH, height: 88 }
-  const wires: Wire[] = []
-  let x = HEAD_WIDTH + HEAD_GAP
-  wires.push({
-    key: 'in',
-    path: `M${HEAD_WIDTH} ${middle}H${x}`,
-    link: null,
-    label: { x: HEAD_WIDTH + HEAD_GAP / 2, y: middle, vertical: false },
-  })
-  let from: { x: number; name: string } | null = null
-  stands.forEach((stand, i) => {
-    const width = widths[i]!
-    picture.boxes.push({ ...boxOf(live, pipeline, stand), x, y, width, height: BOX_HEIGHT })
-    if (stand.stage) {
-      addBars(picture, live, row, stand.stage, {
-        x: x + PAD,
-        y: y + BAR_TOP,
-        height: BAR_HEIGHT,
-        pitch,
-      })
-      if (from) {
-        wires.push({
-          key: `${from.name}>${stand.name}`,
-          path: `M${from.x} ${middle}H${x}`,
-          link: linkOf(pipeline, from.name, stand.name),
-          label: { x: x - GAP / 2, y: middle, vertical: false },
-        })
+  const begin = top + BAR_TOP + BAR_HEIGHT / 2
+  const coordinator = { x: 0, y: begin - 44, width: HEAD_WIDTH, height: 88 }
+  const wires: Wire[] = [
+    {
+      key: 'in',
+      path: `M${HEAD_WIDTH} ${begin}H${left}`,
+      link: null,
+      label: { x: HEAD_WIDTH + HEAD_GAP / 2, y: begin, vertical: false },
+    },
+  ]
+  let way = `M${HEAD_WIDTH - 20} ${begin}`
+  let from = { x: HEAD_WIDTH, name: '' }
+  let y = top
+  lines.forEach((line, l) => {
+    const middle = y + BAR_TOP + BAR_HEIGHT / 2
+    let x = left
+    line.forEach((stand, i) => {
+      const boxWidth = widths[l]![i]!
+      const box = boxOf(live, pipeline, stand)
+      picture.boxes.push({ ...box, x, y, width: boxWidth, height: BOX_HEIGHT })
+      if (stand.stage) {
+        const at = { x: x + PAD, y: y + BAR_TOP, height: BAR_HEIGHT, pitch }
+        addBars(picture, live, row, stand.stage, at)
+        const turns = l > 0 && from.x > x
+        const turn = y - LINE_GAP / 2
+        const before = turns ? middle - BOX_HEIGHT - LINE_GAP : middle
+        const path = turns ? turning({ x: from.x, y: before }, turn, { x: left, y: middle }) : `H${x}`
+        if (from.name) {
+          wires.push({
+            key: `${from.name}>${stand.name}`,
+            path: `M${from.x} ${before}${path}`,
+            link: linkOf(pipeline, from.name, stand.name),
+            label: turns
+              ? { x: left + PAD, y: turn - 10, vertical: true }
+              : { x: x - spacing.gap / 2, y: middle, vertical: false },
+          })
+        }
+        way += path
+        from = { x: x + boxWidth, name: stand.name }
       }
-      from = { x: x + width, name: stand.name }
-    }
-    x += width + GAP
+      x += boxWidth + spacing.gap
+    })
+    y += BOX_HEIGHT + LINE_GAP
   })
-  const bottom = y + BOX_HEIGHT
-  const last = (from as { x: number } | null)?.x ?? HEAD_WIDTH
-  const end = last - 36
+  const bottom = y - LINE_GAP
+  const end = Math.max(left, from.x - 36)
   const low = bottom + 24
   const head = HEAD_WIDTH / 2
-  const back = `M${end} ${bottom}V${low - 12}Q${end} ${low} ${end - 12} ${low}H${head + 12}Q${head} ${low} ${head} ${low - 12}V${coordinator.y + coordinator.height}`
+  const home = `V${low - 12}Q${end} ${low} ${end - 12} ${low}H${head + 12}Q${head} ${low} ${head} ${low - 12}V`
+  const foot = coordinator.y + coordinator.height
   picture.rows.push({
     key: String(row.index),
     pipeline,
     coordinator,
     wires,
-    back,
+    back: `M${end} ${bottom}${home}${foot}`,
     backLabel: { x: (head + end) / 2, y: low },
-    way: `M${HEAD_WIDTH - 20} ${middle}H${end}V${low - 12}Q${end} ${low} ${end - 12} ${low}H${head + 12}Q${head} ${low} ${head} ${low - 12}V${coordinator.y + coordinator.height - 8}`,
+    way: `${way}H${end}${home}${foot - 8}`,
   })
   return low + 22
+}
+
+interface Point {
+  x: number
+  y: number
+}
+
+/** The way from the end of a line of machines, between both lines, to the beginning of the next. */
+function turning(from: Point, y: number, to: Point): string {
+  const [out, back] = [from.x + TURN - 2, to.x - HEAD_GAP / 2]
+  return [
+    `H${out - 8}Q${out} ${from.y} ${out} ${from.y + 8}`,
+    `V${y - 8}Q${out} ${y} ${out - 8} ${y}`,
+    `H${back + 8}Q${back} ${y} ${back} ${y + 8}`,
+    `V${to.y - 8}Q${back} ${to.y} ${back + 8} ${to.y}H${to.x}`,
+  ].join('')
 }
 
 function tallRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], top: number) {

@@ -24,7 +24,7 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
           {picture.rows.map((row) => (
             <Wires key={row.key} row={row} live={live} rate={rate} />
           ))}
-          {picture.boxes.map((box) => (
+          {picture.boxes.filter(isInTheWay).map((box) => (
             <MachineBox key={box.key} box={box} live={live} tall={picture.tall} />
           ))}
           {picture.bars.map((bar) => (
@@ -54,11 +54,17 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
           {picture.rows.map((row) => (
             <Tokens key={row.key} row={row} />
           ))}
+          {picture.boxes.filter((box) => !isInTheWay(box)).map((box) => (
+            <MachineBox key={box.key} box={box} live={live} tall={picture.tall} />
+          ))}
         </svg>
       )}
     </div>
   )
 }
+
+/** Tokens go over a machine that computes, and behind one that is gone. */
+const isInTheWay = (box: Box) => box.kind !== 'gone' || box.stage !== null
 
 function useWidth() {
   const frame = useRef<HTMLDivElement>(null)
@@ -176,7 +182,7 @@ function WireLine({ wire }: { wire: Wire }) {
 function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }) {
   const { worker, stage } = box
   const inner = box.width - 2 * PAD
-  const chars = Math.max(6, Math.floor((inner - (box.slowest ? 66 : 20)) / 8))
+  const chars = Math.max(6, Math.floor((inner - (box.slowest ? 52 : 0)) / 8))
   const foot = box.height - 40
   // A machine that is gone still has its layers until others get them.
   const noteTop = stage ? box.height - 58 : 34
@@ -203,7 +209,8 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
           </text>
           <Memory worker={worker} colour={box.colour} x={PAD} y={foot} width={inner} />
           <text x={PAD} y={box.height - 14}>
-            {worker ? `${say.bytes(worker.memory_used_bytes)} of ${say.bytes(worker.capabilities.memory_bytes)}` : ''}
+            {worker && say.bytes(worker.memory_used_bytes)}
+            {worker && inner > 150 && ` of ${say.bytes(worker.capabilities.memory_bytes)}`}
           </text>
           <text className="strong" x={box.width - PAD} y={box.height - 14} textAnchor="end">
             {stage.step_s != null ? say.seconds(stage.step_s) : ''}

@@ -36,7 +36,12 @@ export function news(live: Live): News {
   }
   const recent = live.happenings.filter((one) => live.at - one.at < NEWS_MS)
   const worst = recent.filter((one) => one.level !== 'info').at(-1) ?? recent.at(-1)
-  if (worst) return { level: worst.level, worker: worst.worker, text: worst.text }
+  if (worst) {
+    // Where its layers went is told by the plan that follows.
+    const plan = recent.filter((one) => one.kind === 'plan_loading' && one.number > worst.number).at(-1)
+    const text = plan ? `${worst.text}; ${plan.text}` : worst.text
+    return { level: worst.level, worker: worst.worker, text }
+  }
   if (status.note && status.state !== 'serving') {
     return { level: 'warning', worker: '', text: status.note }
   }

@@ -5,6 +5,7 @@ import type { RequestStatus } from '../api/types'
 import * as say from '../parts/format'
 
 const SHOWN = 50
+const ENDED = new Set(['finished', 'failed', 'cancelled'])
 
 export function Requests({ live }: { live: Live }) {
   const [requests, setRequests] = useState<RequestStatus[]>([])
@@ -30,7 +31,7 @@ export function Requests({ live }: { live: Live }) {
   return (
     <section className="card" aria-labelledby="requests-title">
       <h2 id="requests-title">Requests</h2>
-      {requests.length === 0 && <p className="quiet">None is running.</p>}
+      {requests.length === 0 && <p className="quiet">None yet.</p>}
       {trouble && (
         <p className="trouble" role="alert">
           {trouble}
@@ -42,6 +43,7 @@ export function Requests({ live }: { live: Live }) {
             <thead>
               <tr>
                 <th scope="col">Request</th>
+                <th scope="col">Path</th>
                 <th scope="col">Key</th>
                 <th scope="col">State</th>
                 <th scope="col">Since</th>
@@ -51,24 +53,31 @@ export function Requests({ live }: { live: Live }) {
                 <th scope="col" className="right">
                   Answer
                 </th>
+                <th scope="col" className="right">
+                  Tokens/s
+                </th>
                 <td />
               </tr>
             </thead>
             <tbody>
               {requests.slice(0, SHOWN).map((one) => (
-                <tr key={one.id}>
+                <tr key={one.id} className={ENDED.has(one.state ?? '') ? 'ended' : ''}>
                   <td>
                     <code>{say.short(one.id, 20)}</code>
                   </td>
-                  <td>{one.key ?? one.name ?? '–'}</td>
+                  <td>{one.path ?? '–'}</td>
+                  <td>{one.name || '–'}</td>
                   <td>{one.state ?? '–'}</td>
                   <td>{one.started_at ? say.ago(live.at - one.started_at * 1000) : '–'}</td>
-                  <td className="right">{say.number(one.prompt_tokens)}</td>
+                  <td className="right">{say.number(one.prompt_tokens || null)}</td>
                   <td className="right">{say.number(one.completion_tokens)}</td>
+                  <td className="right">{say.rate(one.tokens_per_s)}</td>
                   <td className="right">
-                    <button onClick={() => cancel(one.id)} aria-label={`Cancel request ${one.id}`}>
-                      Cancel
-                    </button>
+                    {!ENDED.has(one.state ?? '') && (
+                      <button onClick={() => cancel(one.id)} aria-label={`Cancel request ${one.id}`}>
+                        Cancel
+                      </button>
+                    )}
                   </td>
                 </tr>
               ))}

@@ -60,7 +60,7 @@ export function count(value: number, one: string, many = `${one}s`): string {
 
 export function ago(ms: number): string {
   const s = Math.max(0, ms / 1000)
-  if (s < 2) return 'now'
+  if (s < 2) return 'just now'
   if (s < 60) return `${Math.floor(s)} s ago`
   if (s < 3600) return `${Math.floor(s / 60)} min ago`
   if (s < 86400) return `${Math.floor(s / 3600)} h ago`

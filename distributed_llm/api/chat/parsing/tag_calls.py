@@ -139,12 +139,14 @@ def _types(schema: Mapping[str, Any]) -> Mapping[str, frozenset[str]]:
 def _types_of(schema: Any) -> frozenset[str]:
     if not isinstance(schema, Mapping):
         return frozenset()
-    given = schema.get("type")
-    found = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
-    for alternatives in (schema.get("anyOf"), schema.get("oneOf")):
-        if isinstance(alternatives, list):
-            found = found.union(*map(_types_of, alternatives))
-    return frozenset(found)
+    choices = [schema, *_listed(schema.get("anyOf")), *_listed(schema.get("oneOf"))]
+    given = [choice.get("type") for choice in choices if isinstance(choice, Mapping)]
+    named = [name for one in given for name in (_listed(one) or [one])]
+    return frozenset(name for name in named if isinstance(name, str))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _value(written: str, types: frozenset[str]) -> str:

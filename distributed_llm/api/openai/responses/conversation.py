@@ -16,6 +16,14 @@ from distributed_llm.common.grammar import Grammar
 LOGPROBS = "message.output_text.logprobs"
 """In `include`: log-probabilities are asked for."""
 
+NAMES = {
+    "max_output_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_logprobs": "logprobs",
+}
+"""Names of sampling parameters, by those of fields."""
+
 _USUAL_MAX_NEW_TOKENS = 4096
 """Tokens of an answer at most, if the request sets no limit."""
 
@@ -59,6 +67,8 @@ def turn_of(body: ResponsesBody, items: Sequence[Item], formats: Formats) -> Tur
         ApiError: the request holds what cannot be served.
     """
     _refuse_unsupported(body)
+    if not items:
+        raise invalid("The input is empty. Send at least one message.", "input")
     messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
     for number, item in enumerate(items):
         messages += _messages(item, f"input.{number}")
@@ -127,7 +137,7 @@ def _tool_choice(body: ResponsesBody) -> tuple[str, list[dict[str, Any]]]:
         case {"type": "function", "name": str(name)}:
             return name, tools
         case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(allowed)}:
-            names = {tool.get("name") for tool in allowed if isinstance(tool, Mapping)}
+            names = [tool.get("name") for tool in allowed if isinstance(tool, Mapping)]
             return mode, [tool for tool in tools if tool["function"]["name"] in names]
     raise invalid(
         'The tool choice is "auto", "none", "required", or a function: {"type": "function", '
@@ -140,7 +150,9 @@ def _tool_choice(body: ResponsesBody) -> tuple[str, list[dict[str, Any]]]:
 def _functions(body: ResponsesBody) -> Iterator[dict[str, Any]]:
     for number, tool in enumerate(body.tools or ()):
         match tool:
-            case {"type": "function", "name": str()}:
+            case {"type": "function", "name": str()} if isinstance(
+                tool.get("parameters") or {}, dict
+            ):
                 names = ("name", "description", "parameters")
                 function = {name: tool[name] for name in names if tool.get(name) is not None}
                 yield {"type": "function", "function": function}
@@ -153,7 +165,10 @@ def _functions(body: ResponsesBody) -> Iterator[dict[str, Any]]:
                     "one. Leave it out, or give the model a function.",
                 )
             case _:
-                raise invalid("A tool has a type, and a function a name.", f"tools.{number}")
+                raise invalid(
+                    "A tool has a type, and a function has a name and a schema of its parameters.",
+                    f"tools.{number}",
+                )
 
 
 def _messages(item: Item, param: str) -> Iterator[dict[str, Any]]:
@@ -168,9 +183,8 @@ def _messages(item: Item, param: str) -> Iterator[dict[str, Any]]:
             given = msgspec.json.encode({"input": item.get("input")}).decode()
             yield _call(call, name, given)
         case {"type": "function_call_output" | "custom_tool_call_output", "call_id": str(call)}:
-            output = item.get("output") or ""
-            text = output if isinstance(output, str) else "\n".join(map(_output, output))
-            yield {"role": "tool", "tool_call_id": call, "content": text}
+            output = _output(item.get("output") or "", f"{param}.output")
+            yield {"role": "tool", "tool_call_id": call, "content": output}
         case {"type": "item_reference"}:
             raise unsupported(
                 param, "Items are not kept by themselves. Send the item, or previous_response_id."
@@ -196,16 +210,25 @@ def _call(call: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def _thought(item: Item) -> str:
-    parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
-    texts = [part["text"] for part in parts if isinstance(part, Mapping) and part.get("text")]
-    return "\n".join(map(str, texts))
+    parts = [item.get(name) for name in ("content", "summary")]
+    texts = [_text_in(part) for some in parts if isinstance(some, list) for part in some]
+    return "\n".join(filter(None, texts))
 
 
-def _output(part: Any) -> str:
+def _output(output: Any, param: str) -> str:
+    """Return what a tool says; a picture in it must not end a conversation that is under way."""
+    if isinstance(output, str):
+        return output
+    if not isinstance(output, list):
+        raise invalid("What a tool says is a text, or a list of parts.", param)
+    return "\n".join(_text_in(part) or _NOT_TEXT for part in output)
+
+
+def _text_in(part: Any) -> str:
     match part:
         case {"text": str(text)}:
             return text
-    return _NOT_TEXT
+    return ""
 
 
 def _text(content: Any, param: str) -> str:

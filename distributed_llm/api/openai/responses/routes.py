@@ -1,12 +1,13 @@
 """`/v1/responses`: turns of conversations, as Codex and OpenAI's packages ask for them."""
 
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from distributed_llm.api.asking import Asking
 from distributed_llm.api.bodies import WARNING, StrictRoute, warning_headers
@@ -16,9 +17,15 @@ from distributed_llm.api.chat.served import served_model
 from distributed_llm.api.errors import ApiError, invalid
 from distributed_llm.api.models import check_model
 from distributed_llm.api.openai.responses.bodies import Item, ResponsesBody
-from distributed_llm.api.openai.responses.conversation import items_of, left_out_tools, turn_of
+from distributed_llm.api.openai.responses.conversation import (
+    NAMES,
+    items_of,
+    left_out_tools,
+    turn_of,
+)
 from distributed_llm.api.openai.responses.store import Record, ResponseStore
 from distributed_llm.api.openai.responses.writer import ResponseWriter, new_id
+from distributed_llm.api.openai.sampling import named_as_asked
 from distributed_llm.api.streaming import EventStream, sse, while_connected
 
 router = APIRouter(route_class=StrictRoute)
@@ -32,7 +39,8 @@ async def create_response(body: ResponsesBody, request: Request, caller: Asking)
     store = _store(request)
     items = items_of(body.input)
     turn = turn_of(body, [*_earlier(store, caller.name, body), *items], served.formats)
-    events = answer(caller.client, turn, served.formats)
+    given = {"text.format": turn.params.get("grammar")}
+    events = named_as_asked(answer(caller.client, turn, served.formats), NAMES, "input", given)
     writer = ResponseWriter(_begun(body, served.name))
 
     def keep() -> None:
@@ -49,13 +57,13 @@ async def create_response(body: ResponsesBody, request: Request, caller: Asking)
         return EventStream(_sent(events, writer, keep), on_error=tell, headers=headers)
     response = await while_connected(request, _whole(events, writer))
     keep()
-    return JSONResponse(response, headers=headers)
+    return _json(response, headers)
 
 
 @router.get("/v1/responses/{response_id}")
-async def get_response(response_id: str, request: Request, caller: Asking) -> dict[str, Any]:
+async def get_response(response_id: str, request: Request, caller: Asking) -> Response:
     """Return a response that is kept."""
-    return _kept(request, caller.name, response_id).response
+    return _json(_kept(request, caller.name, response_id).response)
 
 
 @router.delete("/v1/responses/{response_id}")
@@ -74,7 +82,7 @@ async def list_input_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """Return what a response that is kept answers."""
     items = _kept(request, caller.name, response_id).input
     if order == "desc":
@@ -82,13 +90,19 @@ async def list_input_items(
     ids = [item["id"] for item in items]
     start = ids.index(after) + 1 if after in ids else 0
     page = items[start : start + limit]
-    return {
-        "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": start + limit < len(items),
-    }
+    return _json(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": start + limit < len(items),
+        }
+    )
+
+
+def _json(value: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), 200, headers, "application/json")
 
 
 def _store(request: Request) -> ResponseStore:
