@@ -4,7 +4,7 @@
 SETUP := setup_scripts/setup_$(if $(filter Darwin,$(shell uname -s)),macos,linux).sh
 PYTHON := .venv/bin/python
 
-.PHONY: all demo test chaos lint typecheck format install clean
+.PHONY: all demo test web chaos lint typecheck format install clean
 
 all: lint typecheck test
 
@@ -14,6 +14,11 @@ demo: install
 
 test: install
 	$(PYTHON) -m pytest -n 2 $(ARGS)
+
+# The page: its tests, whether what is committed is what its source gives, and a walk through it in a
+# browser. Needs Node 20.19 or newer, npm and Chromium, which nothing else does.
+web: install
+	cd web && npm ci --no-audit --no-fund && npm test && npm run check-build && npm run e2e
 
 # 10,200 random schedules of a simulated cluster, other ones each time; takes about half an hour.
 chaos: install

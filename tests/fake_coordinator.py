@@ -16,6 +16,7 @@ from distributed_llm.common.messages import (
     ClusterMembers,
     ClusterStatus,
     CreateToken,
+    DescribeModel,
     DrainWorker,
     Finished,
     FinishReason,
@@ -25,6 +26,8 @@ from distributed_llm.common.messages import (
     GetModel,
     GetStatus,
     MembersReport,
+    ModelDescribed,
+    ModelInfo,
     Ping,
     Pong,
     ReadChunk,
@@ -98,6 +101,7 @@ class FakeCoordinator:
     Args:
         script: says what a request is answered with.
         status: what `GetStatus` is answered with.
+        model: what `DescribeModel` is answered with.
         heartbeat_interval_s, silence_timeout_s: that clients are told.
 
     Attributes:
@@ -110,6 +114,7 @@ class FakeCoordinator:
         self,
         script: Script = lambda _: (),
         status: ClusterStatus | None = None,
+        model: ModelInfo | None = None,
         *,
         heartbeat_interval_s: float = 5.0,
         silence_timeout_s: float = 60.0,
@@ -123,6 +128,7 @@ class FakeCoordinator:
         self.heard: list[ToCoordinator] = []
         self.prompts: list[list[bytes]] = []
         self._status = status
+        self._model = model
         self._outbox: deque[tuple[PeerId, list[Frame]]] = deque()
         self._thread = LoopThread()
         self._thread.run(self._open())
@@ -173,6 +179,9 @@ class FakeCoordinator:
                 assert self._status
                 spec, frame = frame_of_bytes(codec.encode_payload(self._status))
                 self._router.send(peer, codec.encode(StatusReport(tensors=(spec,)), [frame]))
+            case DescribeModel() if self._model:
+                spec, frame = frame_of_bytes(codec.encode_payload(self._model))
+                self._router.send(peer, codec.encode(ModelDescribed(tensors=(spec,)), [frame]))
             case GetMembers() | CreateToken() | RevokeToken() | RemoveMachine() | ReadmitMachine():
                 self.heard.append(message)
                 spec, frame = frame_of_bytes(codec.encode_payload(_NOBODY))

@@ -25,6 +25,9 @@ Until then an error still has a status of its own.
 _SEND_TIMEOUT_S = 60.0
 """Time for which a client may read nothing before it is given up."""
 
+_BURST = 8
+"""Parts after which other tasks have their turn, though the next part may be there."""
+
 CANCELLED: Message = {"type": "http.disconnect", "cancelled": True}
 """Says in place of the client's leaving that the request was cancelled: the client still hears."""
 
@@ -96,8 +99,12 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         """Send all parts; the response begins with the first."""
         try:
+            count = 0
             async for part in self._parts:
                 await self._write(send, part)
+                count += 1
+                if count % _BURST == 0:  # neither of them may ever wait
+                    await asyncio.sleep(0)
             await self._write(send, b"", more=False)
         except (DistributedLLMError, ApiError) as exc:
             await self._fail(exc if isinstance(exc, ApiError) else of_exception(exc), send)

@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import pytest
 from typer.testing import CliRunner
 
-from distributed_llm import cli, up_command, worker_command
+from distributed_llm import api_command, cli, up_command, worker_command
+from distributed_llm.client.new_key import NewKey
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import (
     ClusterStatus,
     Enrolled,
     Generate,
+    ModelInfo,
     ToClient,
     TokenLogprobs,
 )
@@ -39,7 +41,7 @@ from tests.wire.strategies import example
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
-BEGIN = ("up", "coordinator", "worker", "join", "service", "drain", "demo")
+BEGIN = ("up", "api", "coordinator", "worker", "join", "service", "drain", "demo")
 """Verbs of `dllm` that begin something, which is not done here."""
 
 pytestmark = pytest.mark.timeout(120)
@@ -285,9 +287,14 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     async def enrols(*_: Any) -> Enrolled:
         return Enrolled(name="pc", role=Role.WORKER)
 
-    for module in (cli, up_command, worker_command):
+    async def makes_key(*_: Any, **__: Any) -> NewKey:
+        return NewKey("key", "app")
+
+    for module in (cli, api_command, up_command, worker_command):
         monkeypatch.setattr(module, "start_process", lambda *_, **__: None)
     monkeypatch.setattr("distributed_llm.client.enrolment.enrol", enrols)
+    monkeypatch.setattr("distributed_llm.client.new_key.create_key", makes_key)
+    monkeypatch.setattr("distributed_llm.api.serve.serve", serves)
     monkeypatch.setattr("distributed_llm.coordinator.serve.serve", serves)
     monkeypatch.setattr("distributed_llm.worker.work.work", serves)
     monkeypatch.setattr("distributed_llm.up.run.run", serves)
@@ -295,7 +302,7 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("distributed_llm.services.perform.remove", begins("remove"))
     monkeypatch.setattr("distributed_llm.console.drain", begins("drain"))
     monkeypatch.setattr("distributed_llm.console.run_demo", begins("demo"))
-    with FakeCoordinator(script=answers, status=example(ClusterStatus)) as coordinator:
+    with FakeCoordinator(answers, example(ClusterStatus), example(ModelInfo)) as coordinator:
         monkeypatch.setenv("DLLM_CLIENT__COORDINATOR", coordinator.address)
         meant = {"MODEL": "", "N": "2", "NAME": "pc", "PATH": str(folder), "ID": "1234-5678"}
         for variant in variants(words):
