@@ -63,9 +63,7 @@ def over_a_real_cluster() -> None:
     """Walk through the page of a cluster whose machines die, join and leave under a request."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        LocalCluster(
-            "", workers=3, coordinator={"dtype": "float32", "strategy": "even"}
-        ) as cluster,
+        LocalCluster(coordinator={"dtype": "float32", "strategy": "even"}) as cluster,
         DistributedClient(cluster.address) as client,
     ):
         command = ("api", "--coordinator", cluster.address, "--bind", "127.0.0.1:0")
@@ -74,15 +72,16 @@ def over_a_real_cluster() -> None:
             url = api.stdout.readline().decode().strip()
             key = asyncio.run(create_key(cluster.address, "walker", Role.ADMIN, timeout_s=30)).text
             walk(url, key)
-            asked = {"max_new_tokens": 400, "temperature": 0.0, "ignore_eos": True}
-            alone = client.generate(PROMPT, **asked)
+
+            def ask() -> str:
+                return client.generate(PROMPT, max_new_tokens=400, temperature=0.0, ignore_eos=True)
+
+            alone = ask()
 
             def generate_and(change: Callable[[], object]) -> Callable[[], None]:
                 def both() -> None:
                     answers: list[str] = []
-                    asking = threading.Thread(
-                        target=lambda: answers.append(client.generate(PROMPT, **asked))
-                    )
+                    asking = threading.Thread(target=lambda: answers.append(ask()))
                     asking.start()
                     change()
                     asking.join(LIMIT_S)

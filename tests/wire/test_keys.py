@@ -543,7 +543,9 @@ async def test_who_is_turned_away_is_told_why_and_what_to_do() -> None:
         without = await told(server, None)
         assert f"The coordinator at {at} uses keys" in str(without)
         assert "Leave --insecure out." in str(without)
-        with_keys = await told(plain, Login(plain.keys.public, keys))
+        with_keys: NotAllowed = other
+        while isinstance(with_keys, WrongServerKey):  # it hung up before its greeting was read
+            with_keys = await told(plain, Login(plain.keys.public, keys))
         assert "give --insecure here as well" in str(with_keys)
         for error in (unknown, other, without, with_keys):
             assert error.exit_code == 3
