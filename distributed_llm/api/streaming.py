@@ -25,6 +25,9 @@ Until then an error still has a status of its own.
 _SEND_TIMEOUT_S = 60.0
 """Time for which a client may read nothing before it is given up."""
 
+_YIELD_EVERY = 64
+"""Parts after which others have their turn, though neither the source nor the client waits."""
+
 CANCELLED: Message = {"type": "http.disconnect", "cancelled": True}
 """Says in place of the client's leaving that the request was cancelled: the client still hears."""
 
@@ -95,9 +98,13 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         """Send all parts; the response begins with the first."""
+        sent = 0
         try:
             async for part in self._parts:
                 await self._write(send, part)
+                sent += 1
+                if sent % _YIELD_EVERY == 0:
+                    await asyncio.sleep(0)
             await self._write(send, b"", more=False)
         except (DistributedLLMError, ApiError) as exc:
             await self._fail(exc if isinstance(exc, ApiError) else of_exception(exc), send)
