@@ -25,8 +25,8 @@ Until then an error still has a status of its own.
 _SEND_TIMEOUT_S = 60.0
 """Time for which a client may read nothing before it is given up."""
 
-_YIELD_EVERY = 64
-"""Parts after which others have their turn, though neither the source nor the client waits."""
+_BURST = 8
+"""Parts after which other tasks have their turn, though the next part may be there."""
 
 CANCELLED: Message = {"type": "http.disconnect", "cancelled": True}
 """Says in place of the client's leaving that the request was cancelled: the client still hears."""
@@ -98,12 +98,12 @@ class EventStream(Response):
 
     async def _send(self, send: Send) -> None:
         """Send all parts; the response begins with the first."""
-        sent = 0
         try:
+            count = 0
             async for part in self._parts:
                 await self._write(send, part)
-                sent += 1
-                if sent % _YIELD_EVERY == 0:
+                count += 1
+                if count % _BURST == 0:  # neither of them may ever wait
                     await asyncio.sleep(0)
             await self._write(send, b"", more=False)
         except (DistributedLLMError, ApiError) as exc:

@@ -1,8 +1,8 @@
 /** Drives the page in a browser: `node e2e/page.mjs URL [KEY] [PART …]`.
  *
  * Without parts, all that work with any server; "mock" adds those that need mock/server.mjs.
- * `gone` and `moved` wait until the page shows a machine's death, or a move; against a real
- * cluster somebody else has to bring it about. Screenshots go to docs/images/ with SHOTS=1.
+ * `gone`, `joined` and `moved` wait until the page shows a machine's death, a new one, or a move;
+ * against a real cluster somebody else has to bring it about, as scripts/walk_page.py does. Screenshots go to docs/images/ with SHOTS=1.
  */
 
 import { mkdirSync } from 'node:fs'
@@ -226,6 +226,15 @@ async function gone() {
   await leave(page, 'death')
 }
 
+/** A machine called "late" joins. */
+async function joined() {
+  const page = await open(browser, base, key)
+  await drawn(page)
+  await page.locator('.picture').getByText('late', { exact: true }).first().waitFor({ ...WAIT, state: 'attached' })
+  check(true, 'a machine has joined, and is in the picture')
+  await leave(page, 'joining')
+}
+
 async function moved() {
   const page = await open(browser, base, key)
   await drawn(page)
@@ -266,9 +275,10 @@ async function continues() {
 }
 
 const ANYWHERE = { look, chat, hostile, learn, keys, admin }
-const PARTS = { ...ANYWHERE, gone, moved, drain, away, continues }
+const OVER_MOCK = { ...ANYWHERE, gone, moved, drain, away, continues }
+const PARTS = { ...OVER_MOCK, joined }
 const named = asked.filter((name) => name !== 'mock')
-const chosen = named.length > 0 ? named : Object.keys(withMock ? PARTS : ANYWHERE)
+const chosen = named.length > 0 ? named : Object.keys(withMock ? OVER_MOCK : ANYWHERE)
 
 try {
   for (const name of chosen) {

@@ -198,6 +198,12 @@ export function pipelinesOf(status: ClusterStatus): PipelineStatus[] {
   return [{ epoch, lineage: 0, state, stages, links, kv_tokens, answers_running }]
 }
 
+/** The pipeline that most answers run on: what is said of one is said of it. */
+export function busiest(pipelines: PipelineStatus[]): PipelineStatus | undefined {
+  const running = (one: PipelineStatus) => (one.state === 'serving' ? 1 : 0) + (one.answers_running ?? 0)
+  return [...pipelines].sort((a, b) => running(b) - running(a))[0]
+}
+
 /** While a pipeline is being replaced, both are told: the one that serves is shown. */
 function oneOfEachLineage(pipelines: NonNullable<ClusterStatus['pipelines']>) {
   const shown = new Map<number, (typeof pipelines)[number]>()

@@ -86,8 +86,10 @@ describe('what stands beside the picture', () => {
       worker: 'b',
       text: 'b: no message for 3 s; loading plan 2: layers 1-8 on a',
     })
-    expect(reasonOf(live, 'b')).toBe('b: no message for 3 s')
-    expect(reasonOf(live, 'x')).toContain('no reason')
+    expect(reasonOf(live, 'b')).toEqual({ text: 'b: no message for 3 s', left: false })
+    expect(reasonOf(live, 'x').text).toContain('no reason')
+    const bye = event(4, 'b said goodbye', { kind: 'worker_left', worker: 'b' })
+    expect(reasonOf(hear(live, { kind: 'event', event: bye, at: 2000 }), 'b').left).toBe(true)
     const later = hear(live, { kind: 'status', status: { ...status, events: [] }, at: 60_000, by: 'live' })
     expect(news(later).text).toBe('8 layers on 1 machine; plan 1.')
   })

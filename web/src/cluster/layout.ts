@@ -44,6 +44,7 @@ export interface Wire {
 
 export interface Row {
   key: string
+  title: string
   pipeline: PipelineStatus
   coordinator: { x: number; y: number; width: number; height: number }
   wires: Wire[]
@@ -82,7 +83,7 @@ const TALL_BAR_HEIGHT = 40
 const TALL_GAP = 46
 const TALL_INDENT = 22
 const IDLE_HEIGHT = 84
-const MAX_PITCH = 22
+const MAX_PITCH = 30
 
 interface Stand {
   name: string
@@ -103,7 +104,8 @@ export function layOut(live: Live, width: number): Picture {
     const ghosts = live.ghosts.filter(
       (one) => one.lineage === pipeline.lineage || (i === 0 && !lineages.has(one.lineage)),
     )
-    return { pipeline, index: i, stands: standsOf(pipeline, workers, ghosts) }
+    const title = pipelines.length > 1 ? `pipeline ${i + 1}` : 'coordinator'
+    return { pipeline, index: i, title, stands: standsOf(pipeline, workers, ghosts) }
   })
   const most = Math.max(0, ...rows.map(({ stands }) => stands.length))
   picture.tall = width < NARROW
@@ -208,6 +210,7 @@ const size = (stage: StageStatus | null) => (stage ? stage.layers.stop - stage.l
 interface Numbered {
   pipeline: PipelineStatus
   index: number
+  title: string
 }
 
 /** Lines of about as many machines each, as many as fit. */
@@ -295,6 +298,7 @@ function wideRow(
   const foot = coordinator.y + coordinator.height
   picture.rows.push({
     key: String(row.index),
+    title: row.title,
     pipeline,
     coordinator,
     wires,
@@ -360,6 +364,7 @@ function tallRow(picture: Picture, live: Live, row: Numbered, stands: Stand[], t
   const up = top + coordinator.height
   picture.rows.push({
     key: String(row.index),
+    title: row.title,
     pipeline,
     coordinator,
     wires,

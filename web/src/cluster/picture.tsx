@@ -2,7 +2,7 @@
 
 import { useEffect, useMemo, useRef, useState } from 'react'
 import type { Live } from '../api/live'
-import type { WorkerStatus } from '../api/types'
+import type { PipelineStatus, WorkerStatus } from '../api/types'
 import * as say from '../parts/format'
 import { useReducedMotion } from '../parts/motion'
 import { type Box, layOut, PAD, type Picture as Laid, type Row, type Wire } from './layout'
@@ -22,7 +22,7 @@ export function Picture({ live, rate }: { live: Live; rate: number }) {
           aria-label={inWords(picture)}
         >
           {picture.rows.map((row) => (
-            <Wires key={row.key} row={row} live={live} rate={rate} />
+            <Wires key={row.key} row={row} live={live} rate={picture.rows.length > 1 ? 0 : rate} />
           ))}
           {picture.boxes.filter(isInTheWay).map((box) => (
             <MachineBox key={box.key} box={box} live={live} tall={picture.tall} />
@@ -105,7 +105,7 @@ function Wires({ row, live, rate }: { row: Row; live: Live; rate: number }) {
         <g className="backlabel" style={{ transform: `translate(${row.backLabel.x}px, ${row.backLabel.y}px)` }}>
           <rect x={-92} y={-10} width={184} height={20} className="ground" />
           <text textAnchor="middle" dy={4}>
-            {rate > 0 ? `${say.rate(rate)} tokens/s back to the coordinator` : 'tokens come back here'}
+            {rate > 0 ? `${say.rate(rate)} tokens/s back to the coordinator` : 'back to the coordinator'}
           </text>
         </g>
       )}
@@ -123,7 +123,7 @@ function Wires({ row, live, rate }: { row: Row; live: Live; rate: number }) {
         {wide ? (
           <>
             <text className="title" x={middle} y={coordinator.y + 24} textAnchor="middle">
-              coordinator
+              {row.title}
             </text>
             <text className="figure" x={middle} y={coordinator.y + 50} textAnchor="middle">
               {running}
@@ -135,7 +135,7 @@ function Wires({ row, live, rate }: { row: Row; live: Live; rate: number }) {
         ) : (
           <>
             <text className="title" x={PAD} y={coordinator.y + 31}>
-              coordinator
+              {row.title}
             </text>
             <text x={coordinator.width - PAD} y={coordinator.y + 31} textAnchor="end">
               {running} running · {waiting} waiting
@@ -184,11 +184,12 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
   const inner = box.width - 2 * PAD
   const chars = Math.max(6, Math.floor((inner - (box.slowest ? 52 : 0)) / 8))
   const foot = box.height - 40
+  const reason = box.kind === 'gone' ? reasonOf(live, box.name) : null
   // A machine that is gone still has its layers until others get them.
   const noteTop = stage ? box.height - 58 : 34
   return (
     <g
-      className={`machine ${box.kind} ${stage && !stage.ready ? 'loading' : ''}`}
+      className={`machine ${reason?.left ? 'left' : ''} ${box.kind} ${stage && !stage.ready ? 'loading' : ''}`}
       style={{ transform: `translate(${box.x}px, ${box.y}px)` }}
     >
       <rect className="body" style={{ width: box.width, height: box.height }} rx={12} />
@@ -220,7 +221,7 @@ function MachineBox({ box, live, tall }: { box: Box; live: Live; tall: boolean }
       {box.kind !== 'stage' && (
         <foreignObject x={PAD} y={noteTop} width={inner} height={box.height - noteTop - 6}>
           <p className={tall || stage || box.kind === 'idle' ? 'note' : 'note tallnote'}>
-            {box.kind === 'gone' ? reasonOf(live, box.name) : idleNote(worker)}
+            {reason ? reason.text : idleNote(worker)}
           </p>
         </foreignObject>
       )}
@@ -278,10 +279,9 @@ function Memory(props: {
 const SECONDS_PER_STAGE = 0.9
 
 /** How many times slower than they are tokens are shown to go. */
-export function slowedBy(row: Pick<Row, 'pipeline'>): number | null {
-  const real = row.pipeline.round_trip_s
-  if (!real) return null
-  return Math.max(1, Math.round((SECONDS_PER_STAGE * (row.pipeline.stages.length + 1)) / real))
+export function slowedBy({ round_trip_s, stages }: PipelineStatus): number | null {
+  if (!round_trip_s) return null
+  return Math.max(1, Math.round((SECONDS_PER_STAGE * (stages.length + 1)) / round_trip_s))
 }
 
 function Tokens({ row }: { row: Row }) {

@@ -6,6 +6,8 @@ import type { HeldLayers } from '../api/types'
 import { count, layers, seconds } from '../parts/format'
 
 const NEWS_MS = 20_000
+const TOGETHER_MS = 10_000
+const WHERE_TO = new Set(['plan_loading', 'move_committed'])
 
 export interface News {
   level: Happening['level']
@@ -13,11 +15,13 @@ export interface News {
   text: string
 }
 
-/** Returns why a machine is gone, as far as the cluster told. */
-export function reasonOf(live: Live, worker: string): string {
+/** Returns why a machine is gone, as far as the cluster told; `left` if it said goodbye. */
+export function reasonOf(live: Live, worker: string): { text: string; left: boolean } {
   const told = live.happenings.filter((one) => one.worker === worker)
+  const last = told.at(-1)
+  if (last?.kind === 'worker_left') return { text: last.text, left: true }
   const bad = told.filter((one) => one.level !== 'info')
-  return (bad.at(-1) ?? told.at(-1))?.text ?? 'gone; the cluster told no reason'
+  return { text: (bad.at(-1) ?? last)?.text ?? 'gone; the cluster told no reason', left: false }
 }
 
 /** Returns what stands beside the picture: a move under way, what just happened, or how it is. */
@@ -37,9 +41,11 @@ export function news(live: Live): News {
   const recent = live.happenings.filter((one) => live.at - one.at < NEWS_MS)
   const worst = recent.filter((one) => one.level !== 'info').at(-1) ?? recent.at(-1)
   if (worst) {
-    // Where its layers went is told by the plan that follows.
-    const plan = recent.filter((one) => one.kind === 'plan_loading' && one.number > worst.number).at(-1)
-    const text = plan ? `${worst.text}; ${plan.text}` : worst.text
+    // Where a machine's layers went is told by another event, before or after it.
+    const plan = recent
+      .filter((one) => WHERE_TO.has(one.kind) && Math.abs(one.at - worst.at) < TOGETHER_MS)
+      .at(-1)
+    const text = plan && plan !== worst ? `${worst.text}; ${plan.text}` : worst.text
     return { level: worst.level, worker: worst.worker, text }
   }
   if (status.note && status.state !== 'serving') {

@@ -4,7 +4,7 @@ import type { Live } from '../api/live'
 import type { RequestStatus } from '../api/types'
 import * as say from '../parts/format'
 
-const SHOWN = 50
+const SHOWN = 12
 const ENDED = new Set(['finished', 'failed', 'cancelled'])
 
 export function Requests({ live }: { live: Live }) {
@@ -85,6 +85,7 @@ export function Requests({ live }: { live: Live }) {
           </table>
         </div>
       )}
+      {requests.length > SHOWN && <p className="quiet">and {requests.length - SHOWN} earlier ones</p>}
     </section>
   )
 }

@@ -1,3 +1,4 @@
+import { busiest } from '../api/live'
 import type { ClusterStatus, PipelineStatus } from '../api/types'
 import * as say from '../parts/format'
 import { type Part, why } from './why'
@@ -9,7 +10,7 @@ interface Props {
 }
 
 export function Slowness({ status, pipelines, colours }: Props) {
-  const pipeline = pipelines.find((one) => one.state === 'serving') ?? pipelines[0]
+  const pipeline = busiest(pipelines)
   const found = pipeline ? why(status, pipeline) : null
   return (
     <section className="card" aria-labelledby="why-title">

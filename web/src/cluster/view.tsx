@@ -2,7 +2,7 @@
 
 import { lazy, Suspense } from 'react'
 import type { Live } from '../api/live'
-import { pipelinesOf } from '../api/live'
+import { busiest, pipelinesOf } from '../api/live'
 import type { Me } from '../api/types'
 import * as say from '../parts/format'
 import { Events } from './events'
@@ -68,8 +68,8 @@ function Headline({ live }: { live: Live }) {
 }
 
 function Legend({ live }: { live: Live }) {
-  const pipelines = pipelinesOf(live.status!)
-  const slowed = pipelines[0] ? slowedBy({ pipeline: pipelines[0] }) : null
+  const pipeline = busiest(pipelinesOf(live.status!))
+  const slowed = pipeline ? slowedBy(pipeline) : null
   return (
     <p className="legend">
       <span className="key">
