@@ -2,13 +2,21 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Iterable
-from typing import Any
+from typing import Any, Self
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -16,6 +24,9 @@ from distributed_llm.api.errors import ApiError, invalid
 
 _MAX_TOLD = 200
 """Characters of a wrong value that are told."""
+
+_MOST_ERRORS = 100
+"""Wrong values of a body that are looked at one by one; the first is told."""
 
 
 class Body(BaseModel):
@@ -25,6 +36,19 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _bound_errors(cls, value: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
+        """Read a body; of very many wrong fields tell the number, for to list them takes long."""
+        try:
+            return read(value)
+        except ValidationError as exc:
+            if exc.error_count() <= _MOST_ERRORS:
+                raise
+            raise PydanticCustomError(
+                "too_many_errors", "{count} of its values are wrong", {"count": exc.error_count()}
+            ) from None
 
 
 class Part(BaseModel):
@@ -94,8 +118,8 @@ def parse_json(data: bytes) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name in counts if counts[name] > 1)
         raise ValueError(f"the name {twice!r:.60} stands twice in an object")
     return found
 

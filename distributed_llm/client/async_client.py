@@ -25,7 +25,7 @@ from distributed_llm.client.prompts import (
 )
 from distributed_llm.client.session import Frames, Question, Reply, Session, new_request_id
 from distributed_llm.client.values import Embedding, Identity, NewToken, TokenizedPrompt
-from distributed_llm.common.errors import CoordinatorLost, InvalidRequest
+from distributed_llm.common.errors import CoordinatorLost, DistributedLLMError, InvalidRequest
 from distributed_llm.common.grammar import Grammar
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import FindLogin, find_login, key_of_text, no_login
@@ -91,6 +91,8 @@ class AsyncDistributedClient:
         self._connect_timeout_s = connect_timeout_s
         self._session: Session | None = None
         self._connecting = asyncio.Lock()
+        self._tries = 0  # to connect
+        self._why_not: DistributedLLMError | None = None  # what became of the last one
 
     async def __aenter__(self) -> Self:
         return self
@@ -505,15 +507,26 @@ class AsyncDistributedClient:
                 "This client is connected from another event loop, or from the process that this "
                 "one was forked from. Make a new client here."
             )
+        tries = self._tries
         async with self._connecting:
             if self._session and self._session.error:
                 self._session.close()
                 self._session = None
             if self._session is None:
-                self._session = await Session.open(
-                    self._address, self._find_login, self._connect_timeout_s
-                )
+                if self._why_not and self._tries > tries:
+                    raise self._why_not  # else all who waited would try one after the other
+                self._session = await self._connect()
             return self._session
+
+    async def _connect(self) -> Session:
+        self._why_not = None
+        try:
+            return await Session.open(self._address, self._find_login, self._connect_timeout_s)
+        except DistributedLLMError as exc:
+            self._why_not = exc
+            raise
+        finally:
+            self._tries += 1
 
     async def _tokenize(self, prompt: EncodedPrompt, special: bool) -> TokenizedPrompt:
         assert prompt.kind != "token_ids"

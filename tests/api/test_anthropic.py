@@ -22,7 +22,7 @@ from distributed_llm.common.errors import (
 from tests.api.chat_texts import CALL
 from tests.api.conftest import Api
 from tests.api.fake_server import KEY, MODEL, FakeServer
-from tests.api.test_chat_formats import QWEN3
+from tests.unit.test_chat_formats import QWEN3
 
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
 WEATHER: Any = {

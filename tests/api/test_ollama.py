@@ -155,6 +155,16 @@ def test_calls_and_their_results_belong_together() -> None:
     assert weather["tool_call_id"] == "000100000"
 
 
+@pytest.mark.timeout(8)
+def test_very_many_calls_find_their_results_soon() -> None:
+    many = 30_000
+    calls = [{"id": str(number), "function": {"name": "a"}} for number in range(many)]
+    results = [{"role": "tool", "tool_name": "b"}] * many
+    body = ChatBody(messages=[{"role": "assistant", "tool_calls": calls}, *results])
+    _, *answers = turn_of_chat(body, Formats(), "").messages
+    assert [one["tool_call_id"] for one in answers] == [str(number) for number in range(many)]
+
+
 def test_thinking_is_switched_where_the_model_can() -> None:
     thinking: list[tuple[Any, bool]] = [(True, True), (False, False), ("high", True)]
     for think, expected in thinking:

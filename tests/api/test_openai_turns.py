@@ -16,7 +16,7 @@ from distributed_llm.common.errors import (
     WorkerLost,
 )
 from tests.api.fake_server import KEY, MODEL, FakeServer
-from tests.api.test_chat_formats import QWEN3
+from tests.unit.test_chat_formats import QWEN3
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 TOOLS: Any = [

@@ -27,7 +27,7 @@ from distributed_llm.common.grammar import Grammar
 from tests.api.chat_texts import CALL
 from tests.api.conftest import Api
 from tests.api.fake_server import KEY, MODEL, OTHER_KEY, FakeServer
-from tests.api.test_chat_formats import QWEN3
+from tests.unit.test_chat_formats import QWEN3
 
 WEATHER: Any = {
     "type": "function",

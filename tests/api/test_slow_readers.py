@@ -53,6 +53,7 @@ class Endless:
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Served, Endless]]:
     monkeypatch.setattr(streaming, "_SEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(streaming, "PING_EVERY_S", 0.1)
     app = Endless()
     with Served(guarded(app, FakeCallers(), ApiSettings())) as served:
         yield served, app

@@ -158,6 +158,26 @@ def test_who_leaves_closes_the_parts() -> None:
     asyncio.run(run())
 
 
+def test_a_source_that_never_waits_lets_others_have_their_turn() -> None:
+    async def run() -> None:
+        client = Client()
+        most, made = 10_000, 0
+
+        async def parts() -> AsyncGenerator[bytes, None]:
+            nonlocal made
+            try:
+                for made in range(most):  # noqa: B007 - it is looked at in the end
+                    yield b"x"
+            finally:
+                client.closed = True
+
+        client.left.set()
+        await client.get(parts())
+        assert made < 1000
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("blocked", [b"b", b"PING"])
 def test_who_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch, blocked: bytes) -> None:
     quick(monkeypatch, "_SEND_TIMEOUT_S", "PING_EVERY_S", "_BEGIN_AFTER_S")

@@ -1,6 +1,6 @@
 """Messages that follow one another in the same voice, made one."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SYSTEM = ("system", "developer")
@@ -12,13 +12,13 @@ def join_neighbours(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any
     Chat templates of many models refuse others, and clients send several messages of the user, and
     each call that the assistant made as a message of its own.
     """
-    joined: list[dict[str, Any]] = []
+    groups: list[list[Mapping[str, Any]]] = []
     for message in messages:
-        if joined and _same_voice(joined[-1], message):
-            joined[-1] = _join(joined[-1], message)
+        if groups and _same_voice(groups[-1][-1], message):
+            groups[-1].append(message)
         else:
-            joined.append(dict(message))
-    return joined
+            groups.append([message])
+    return [_joined(group) for group in groups]
 
 
 def _same_voice(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -28,14 +28,16 @@ def _same_voice(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return speaks == answers != "tool"
 
 
-def _join(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        **one,
-        "role": one["role"] if one["role"] == other["role"] else "system",
-    }
+def _joined(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return messages of one voice as one message."""
+    message = dict(group[0])
+    if len(group) == 1:
+        return message
+    if any(one["role"] != message["role"] for one in group):
+        message["role"] = "system"
     for name in ("content", "reasoning_content"):
-        if texts := [part[name] for part in (one, other) if part.get(name)]:
+        if texts := [one[name] for one in group if one.get(name)]:
             message[name] = "\n\n".join(texts)
-    if calls := [*one.get("tool_calls", ()), *other.get("tool_calls", ())]:
+    if calls := [call for one in group for call in one.get("tool_calls", ())]:
         message["tool_calls"] = calls
     return message

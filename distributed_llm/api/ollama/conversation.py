@@ -1,5 +1,7 @@
 """Messages and tools of Ollama's chats, as turns have them. Pure."""
 
+import itertools
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +64,7 @@ def check_prompt(body: GenerateBody) -> None:
 def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return messages as OpenAI's chats have them: calls have ids, and results name them."""
     found = []
-    open_calls: list[tuple[str, str]] = []
+    open_calls = _OpenCalls()
     for number, message in enumerate(messages):
         if message.get("images"):
             raise _only_text(f"messages.{number}.images")
@@ -80,14 +82,39 @@ def _messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _calls(number: int, calls: Any, open_calls: list[tuple[str, str]]) -> list[dict[str, Any]]:
+class _OpenCalls:
+    """Calls without a result, of which there may be very many."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, str] = {}
+        self._by_name: defaultdict[str, deque[int]] = defaultdict(deque)
+        self._numbers = itertools.count()
+
+    def add(self, name: str, call_id: str) -> None:
+        """Add a call."""
+        number = next(self._numbers)
+        self._ids[number] = call_id
+        self._by_name[name].append(number)
+
+    def take(self, name: object) -> str:
+        """Remove and return the id of the first call of a name, or else of all; "" if none is."""
+        named = self._by_name.get(name) if isinstance(name, str) else None
+        while named:
+            number = named.popleft()
+            if number in self._ids:
+                return self._ids.pop(number)
+        first = next(iter(self._ids), None)
+        return "" if first is None else self._ids.pop(first)
+
+
+def _calls(number: int, calls: Any, open_calls: _OpenCalls) -> list[dict[str, Any]]:
     """Return the calls of a message; they are added to those without a result."""
     found: list[dict[str, Any]] = []
     for call in calls if isinstance(calls, list) else [None]:
         match call:
             case {"function": {"name": str(name), **function}, **rest}:
                 call_id = rest.get("id") or f"{number:04d}{len(found):05d}"  # as long as Mistral's
-                open_calls.append((name, str(call_id)))
+                open_calls.add(name, str(call_id))
                 told = {"name": name, "arguments": function.get("arguments") or {}}
                 found.append({"id": call_id, "type": "function", "function": told})
             case _:
@@ -99,14 +126,12 @@ def _calls(number: int, calls: Any, open_calls: list[tuple[str, str]]) -> list[d
     return found
 
 
-def _called(message: Mapping[str, Any], open_calls: list[tuple[str, str]]) -> str:
+def _called(message: Mapping[str, Any], open_calls: _OpenCalls) -> str:
     """Return the id of the call that a message has the result of: by id, by name, or in order."""
     given = message.get("tool_call_id")
     if isinstance(given, str) and given:
         return given
-    name = message.get("tool_name")
-    place = next((at for at, (called, _) in enumerate(open_calls) if called == name), 0)
-    return open_calls.pop(place)[1] if open_calls else ""
+    return open_calls.take(message.get("tool_name"))
 
 
 def _only_text(param: str) -> ApiError:

@@ -141,8 +141,9 @@ class Feed:
             except NotAllowed as exc:
                 asked.refused = exc
                 asked.woken.set()
-                del self._followers[asked]
-                self._followers[asked] = None  # the next one is asked
+                if asked in self._followers:  # it may have left meanwhile
+                    del self._followers[asked]
+                    self._followers[asked] = None  # the next one is asked
                 await asyncio.sleep(self._look_every_s)
                 continue
             except DistributedLLMError as exc:

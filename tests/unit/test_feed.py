@@ -101,6 +101,33 @@ def test_who_may_no_longer_follow_is_refused_and_others_are_not() -> None:
     asyncio.run(main())
 
 
+def test_who_left_while_it_was_asked_does_not_end_the_feed_of_others() -> None:
+    class Leaving(FakeClient):
+        """Is refused once its holder has left."""
+
+        left = asyncio.Event()
+
+        async def status(self) -> ClusterStatus:
+            await self.left.wait()
+            raise NotAllowed("You were removed.")
+
+    async def main() -> None:
+        followed = feed()
+        gone = followed.follow(Leaving(status()))
+        waiting = asyncio.ensure_future(anext(gone))
+        other = followed.follow(FakeClient(status(epoch=2)))
+        news = asyncio.ensure_future(anext(other))
+        await asyncio.sleep(0)  # both follow, and the first is asked
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        Leaving.left.set()
+        async with asyncio.timeout(10):
+            assert read(await news)[-1][1]["epoch"] == 2
+        await other.aclose()
+
+    asyncio.run(main())
+
+
 def test_followers_are_bounded_and_nobody_is_asked_for_none() -> None:
     async def main() -> None:
         client = FakeClient(status())
