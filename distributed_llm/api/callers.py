@@ -23,6 +23,7 @@ from distributed_llm.common.errors import (
     Overloaded,
     Quarantined,
 )
+from distributed_llm.common.keyring import key_of_text
 from distributed_llm.common.roles import Role
 
 MAX_CALLERS = 256
@@ -82,7 +83,8 @@ class Callers:
     Args:
         address: "HOST:PORT" of the coordinator.
         insecure: whether it uses no keys; then everybody is served.
-        open_to_all: whether requests without a key are served, as those of the role client.
+        open_to_all: whether requests without a key, or with what is none, are served, as those of
+            the role client.
         connect_timeout_s: how long to wait for the coordinator.
 
     Attributes:
@@ -111,6 +113,8 @@ class Callers:
             Unauthorized: nobody does, or the request needs one.
             ConnectionFailed: the coordinator cannot be reached.
         """
+        if key is not None and self._open_to_all and not _looks_like_one(key):
+            key = None  # clients that have to send one send anything
         if self._insecure or (key is None and self._open_to_all):
             identity = await self.own.identity()
             role = identity.role if self._insecure else Role.CLIENT
@@ -218,6 +222,15 @@ class Callers:
         self._refused[digest] = (asyncio.get_running_loop().time() + _REFUSED_FOR_S, why)
         while len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
+
+
+def _looks_like_one(key: str) -> bool:
+    """Return whether a text may be a key of some coordinator."""
+    try:
+        key_of_text(key[:_MAX_KEY_CHARS])
+    except (ConfigError, UnicodeError):
+        return False
+    return True
 
 
 _UNKNOWN = (

@@ -4,6 +4,7 @@ from distributed_llm.api import process
 from distributed_llm.api.anthropic import messages
 from distributed_llm.api.anthropic import models as anthropic_models
 from distributed_llm.api.ollama import answers as ollama_answers
+from distributed_llm.api.ollama import embeddings as ollama_embeddings
 from distributed_llm.api.ollama import models as ollama_models
 from distributed_llm.api.openai import chat, completions, embeddings, models, tokens
 from distributed_llm.api.openai.responses import routes as responses
@@ -17,6 +18,7 @@ ROUTERS = (
     embeddings.router,
     tokens.router,
     ollama_answers.router,
+    ollama_embeddings.router,
     ollama_models.router,
     process.router,
     responses.router,

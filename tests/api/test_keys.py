@@ -145,9 +145,12 @@ def test_without_a_key_an_open_api_serves_as_a_client() -> None:
     async def check() -> None:
         with FakeCoordinator() as fake:
             callers = callers_of(fake.address, open_to_all=True)
-            assert await ask(callers, None) == "client"
-            with pytest.raises(Unauthorized):
-                await ask(callers, "sk-none")
+            own = text_of_key(Keyring(state_folder()).login(fake.address))
+            unknown = f"{own.partition('.')[0]}.{new_key_pair().secret}"
+            for key in (None, "sk-none", "ollama", "a.b", "ä"):
+                assert await ask(callers, key) == "client"
+            with pytest.raises(Unauthorized):  # who has a key means it
+                await ask(callers, unknown)
             await callers.close()
 
     asyncio.run(check())

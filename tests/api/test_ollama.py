@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import numpy as np
 import ollama
 import pytest
 
@@ -283,13 +284,23 @@ def test_answers_equal_those_of_the_cluster(api: Api, client: ollama.Client) -> 
     assert client.chat("default", []).done_reason == "load"
 
 
+def test_embeddings_are_those_of_the_model(client: ollama.Client, api: Api) -> None:
+    with DistributedClient(api.cluster.address) as own:
+        one, other = own.embed(["Deich", "fox"])
+    told = client.embed("default", ["Deich", "fox"])
+    for expected, vector in zip((one, other), told.embeddings, strict=True):
+        unit = expected.vector / np.linalg.norm(expected.vector)
+        assert np.allclose(unit, vector, atol=1e-5)
+    assert told.prompt_eval_count == one.usage.prompt_tokens + other.usage.prompt_tokens
+    assert np.allclose(client.embeddings("default", "fox").embedding, other.vector, atol=1e-5)
+    assert client.embed("default", []).embeddings == []
+
+
 def test_errors_are_ollamas(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="not served here") as raised:
         client.chat("gpt-5", MESSAGES)
     assert raised.value.status_code == 404
     for refused in (
-        lambda: client.embed("default", "Hi"),
-        lambda: client.embeddings("default", "Hi"),
         lambda: client.delete("default"),
         lambda: client.copy("default", "mine"),
         lambda: client.create("mine", from_="default"),

@@ -65,6 +65,21 @@ def test_prompts_of_ended_requests_are_not_tokenized() -> None:
     assert [done.take().request for _ in range(2)] == [1, 3]
 
 
+def test_prompts_with_grammars_leave_a_thread_to_the_others() -> None:
+    done = work()
+    slow = TextRules(grammar=Grammar("regex", "a+"))
+    for request in (1, 2):
+        done.put(prompt(request, rules=slow))
+    done.put(prompt(3))
+    first = done.take()
+    assert (first.request, done.take().request) == (1, 3)
+    done.drop(Drop(request=1))  # its thread is still at it
+    done.put(prompt(4))
+    assert done.take().request == 4
+    done.do(first)
+    assert done.take().request == 2
+
+
 def test_a_prompt_whose_request_ends_meanwhile_leaves_nothing() -> None:
     done = work()
     done.put(prompt(1))

@@ -9,7 +9,7 @@ from distributed_llm.api.asking import Asking
 from distributed_llm.api.bodies import StrictRoute
 from distributed_llm.api.chat.served import served_model
 from distributed_llm.api.errors import invalid
-from distributed_llm.api.ollama.bodies import EmbedBody, ModelBody
+from distributed_llm.api.ollama.bodies import ModelBody
 from distributed_llm.api.ollama.names import check_name, digest_of, listed_name
 from distributed_llm.common.messages import ModelInfo
 
@@ -76,17 +76,6 @@ async def show(body: ModelBody, caller: Asking) -> dict[str, Any]:
         "capabilities": capabilities,
         "modified_at": _STARTED.isoformat(),
     }
-
-
-@router.post("/api/embed")
-@router.post("/api/embeddings")
-async def embed(body: EmbedBody, caller: Asking) -> None:
-    """Say that texts are not turned into numbers here."""
-    check_name(body.asked_model, (await caller.client.identity()).model)
-    raise invalid(
-        f"{body.asked_model!r:.100} generates text; it does not support embeddings. Ask a server "
-        "of a model that was made for them."
-    )
 
 
 @router.post("/api/pull")

@@ -54,7 +54,8 @@ class TextWork:
     """The prompts that wait to be encoded, and the answers whose text is being made. Thread-safe.
 
     Prompts are encoded in threads of their own, so that a long one delays no text; those of
-    requests that have ended are not encoded at all.
+    requests that have ended are not encoded at all. Of those with a grammar, which may take
+    seconds, one is in hand at a time, so that they leave a thread to the others.
 
     Args:
         context_length: tokens that the model can take; longer prompts are refused.
@@ -66,6 +67,7 @@ class TextWork:
         self._changed = threading.Condition()
         self._waiting: dict[int, Prompt | Question] = {}
         self._begun: set[int] = set()
+        self._compiling = False
         self._answers: dict[int, list[_Answer]] = {}
         self._grammars = Grammars(tokenizer)
 
@@ -78,10 +80,23 @@ class TextWork:
     def take(self) -> Prompt | Question:
         """Return the one that has waited longest; wait until there is one."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting)
-            request = next(iter(self._waiting))
+            while (request := self._next()) is None:
+                self._changed.wait()
             self._begun.add(request)
-            return self._waiting.pop(request)
+            order = self._waiting.pop(request)
+            self._compiling = self._compiling or _has_grammar(order)
+            return order
+
+    def _next(self) -> int | None:
+        """Return the request that has waited longest and may be begun."""
+        return next(
+            (
+                request
+                for request, order in self._waiting.items()
+                if not (self._compiling and _has_grammar(order))
+            ),
+            None,
+        )
 
     def drop(self, order: Drop) -> None:
         """Forget a request."""
@@ -112,6 +127,9 @@ class TextWork:
             logger.exception("tokenizing failed")
             result = _bug(prompt.request, f"The prompt cannot be turned into tokens: {exc!r:.500}")
         with self._changed:
+            if _has_grammar(prompt):
+                self._compiling = False
+                self._changed.notify()
             if prompt.request not in self._begun:
                 code = RequestCancelled.code
                 return Failed(request=prompt.request, code=code, message="The request has ended.")
@@ -238,6 +256,10 @@ def _first_mask(answer: _Answer) -> bytes:
     if not mask:
         raise InvalidRequest("The grammar admits no answer but the empty one.")
     return mask
+
+
+def _has_grammar(order: Prompt | Question) -> bool:
+    return isinstance(order, Prompt) and order.rules.grammar is not None
 
 
 def _bug(request: int, what: str) -> Failed:
