@@ -8,7 +8,7 @@ import msgspec
 from distributed_llm.api.anthropic.bodies import CountTokensBody, InputMessage, MessagesBody
 from distributed_llm.api.chat.joining import join_neighbours
 from distributed_llm.api.chat.parsing.formats import Formats
-from distributed_llm.api.chat.turn import Turn
+from distributed_llm.api.chat.turn import NOT_TEXT, Turn
 from distributed_llm.api.errors import invalid, unsupported
 from distributed_llm.common.grammar import Grammar
 
@@ -26,8 +26,6 @@ _BILLING = "x-anthropic-billing-header:"
 
 Passed on, it would keep all that follows from being found in the KV cache.
 """
-
-_NOT_TEXT = "[This content is no text. It was left out, because this model reads only text.]"
 
 
 def turn_of(body: CountTokensBody, formats: Formats) -> Turn:
@@ -149,8 +147,7 @@ def _result(block: Mapping[str, Any], param: str) -> str:
     if not isinstance(content, str | list):
         raise invalid("What a tool says is a text, or a list of blocks.", param)
     texts = [
-        part["text"] if isinstance(part.get("text"), str) else _NOT_TEXT
-        for part in _blocks(content)
+        part["text"] if isinstance(part.get("text"), str) else NOT_TEXT for part in _blocks(content)
     ]
     text = "\n".join(texts)
     return f"Error: {text}" if block.get("is_error") is True else text

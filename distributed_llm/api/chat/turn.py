@@ -4,6 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+USUAL_MAX_NEW_TOKENS = 4096
+"""Tokens of an answer at most, if the request sets no limit; fewer if there is no room."""
+
+NOT_TEXT = "[This content is no text. It was left out, because this model reads only text.]"
+"""What a model reads in place of a picture that a tool returned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:

@@ -9,17 +9,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
+
+from distributed_llm.api.guard.ends import METHODS, Ends
 
 logger = logging.getLogger(__name__)
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-_CUT = 499
-"""Status in the log of a request that ended without a response."""
-
-
-class RequestLog:
+class RequestLog(Ends):
     """Writes method, route, status, time, tokens and who asked, when a request is over.
 
     A route may leave `(prompt, completion)` tokens as `request.state.tokens`.
@@ -36,35 +33,20 @@ class RequestLog:
         is_public: Callable[[str, str], bool],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._app = app
+        super().__init__(app, clock)
         self._is_public = is_public
-        self._clock = clock
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, status = self._clock(), _CUT
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, sending)
-        finally:
-            public = self._is_public(scope["method"], scope["path"]) and status < 500
-            level = logging.DEBUG if public else logging.INFO
-            logger.log(level, "%s", line(scope, status, self._clock() - began))
+    def ended(self, scope: Scope, status: int, took_s: float) -> None:
+        """Write a line."""
+        public = self._is_public(scope["method"], scope["path"]) and status < 500
+        level = logging.DEBUG if public else logging.INFO
+        logger.log(level, "%s", line(scope, status, took_s))
 
 
 def line(scope: Scope, status: int, took_s: float) -> str:
     """Return what the log says of a request."""
     state: dict[str, Any] = scope.get("state", {})
-    method = scope["method"] if scope["method"] in _METHODS else "?"
+    method = scope["method"] if scope["method"] in METHODS else "?"
     route = getattr(scope.get("route"), "path", "-")
     words = [state.get("request_id", "-"), method, route, str(status), f"{took_s * 1000:.1f} ms"]
     if tokens := state.get("tokens"):

@@ -7,15 +7,12 @@ from pydantic import WithJsonSchema
 
 from distributed_llm.api.bodies import Part
 from distributed_llm.api.chat.parsing.formats import Formats
-from distributed_llm.api.chat.turn import Turn
+from distributed_llm.api.chat.turn import USUAL_MAX_NEW_TOKENS, Turn
 from distributed_llm.api.errors import ApiError, invalid, unsupported
 from distributed_llm.api.models import DEFAULT
 from distributed_llm.api.openai.conversation import turn_messages, turn_tool_choice, turn_tools
 from distributed_llm.api.openai.grammars import GrammarFields, grammar_of
 from distributed_llm.api.openai.sampling import NAMES, Integer, SamplingFields, arguments
-
-_USUAL_MAX_NEW_TOKENS = 4096
-"""Tokens of an answer at most, if the request sets no limit; fewer if there is no room."""
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
@@ -105,7 +102,7 @@ def _params(body: ChatRequest) -> dict[str, Any]:
     given = {**dict(body), "top_logprobs": likely}
     params = arguments(given, body.names)
     if "max_new_tokens" not in params:
-        params |= {"max_new_tokens": _USUAL_MAX_NEW_TOKENS, "fit_context": True}
+        params |= {"max_new_tokens": USUAL_MAX_NEW_TOKENS, "fit_context": True}
     if grammar := grammar_of(body):
         params["grammar"] = grammar
     if body.dllm_trace:

@@ -4,20 +4,17 @@ import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Scope
 
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+from distributed_llm.api.guard.ends import METHODS, Ends
 
 NO_ROUTE = "none"
 """Handler of requests that no route served: no such path, or refused before."""
 
-_CUT = 499
-"""Status of a request that ended without a response."""
-
 _BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 
 
-class HttpMeter:
+class HttpMeter(Ends):
     """Keeps `http_requests_total` and `http_request_duration_seconds`.
 
     Their labels have closed sets of values, whatever clients send: routes in place of paths.
@@ -33,8 +30,7 @@ class HttpMeter:
         registry: CollectorRegistry,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._app = app
-        self._clock = clock
+        super().__init__(app, clock)
         self._requests = Counter(
             "http_requests_total",
             "Requests over HTTP that are over.",
@@ -49,23 +45,9 @@ class HttpMeter:
             registry=registry,
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, status = self._clock(), _CUT
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, sending)
-        finally:
-            handler = getattr(scope.get("route"), "path", NO_ROUTE)
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._requests.labels(handler, method, status).inc()
-            self._durations.labels(handler, method).observe(self._clock() - began)
+    def ended(self, scope: Scope, status: int, took_s: float) -> None:
+        """Count a request, and keep what it took."""
+        handler = getattr(scope.get("route"), "path", NO_ROUTE)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._requests.labels(handler, method, status).inc()
+        self._durations.labels(handler, method).observe(took_s)

@@ -7,7 +7,7 @@ import msgspec
 
 from distributed_llm.api.chat.joining import join_neighbours
 from distributed_llm.api.chat.parsing.formats import Formats
-from distributed_llm.api.chat.turn import Turn
+from distributed_llm.api.chat.turn import NOT_TEXT, USUAL_MAX_NEW_TOKENS, Turn
 from distributed_llm.api.errors import invalid, unsupported
 from distributed_llm.api.openai.responses.bodies import Item, ResponsesBody
 from distributed_llm.api.openai.responses.writer import new_id
@@ -24,16 +24,11 @@ NAMES = {
 }
 """Names of sampling parameters, by those of fields."""
 
-_USUAL_MAX_NEW_TOKENS = 4096
-"""Tokens of an answer at most, if the request sets no limit."""
-
 _LEFT_OUT = frozenset(
     {"custom", "image_generation", "local_shell", "namespace", "shell", "tool_search"}
     | {"apply_patch", "web_search", "web_search_preview"}
 )
 """Tools that agents offer beside functions, and can do without."""
-
-_NOT_TEXT = "[This content is no text. It was left out, because this model reads only text.]"
 
 
 def items_of(given: str | list[Item]) -> list[Item]:
@@ -97,7 +92,7 @@ def _refuse_unsupported(body: ResponsesBody) -> None:
 
 def _params(body: ResponsesBody) -> dict[str, Any]:
     params: dict[str, Any] = {
-        "max_new_tokens": min(body.max_output_tokens or _USUAL_MAX_NEW_TOKENS, 2**31 - 1),
+        "max_new_tokens": min(body.max_output_tokens or USUAL_MAX_NEW_TOKENS, 2**31 - 1),
         "fit_context": True,
         "temperature": body.temperature,
         "top_p": body.top_p,
@@ -221,7 +216,7 @@ def _output(output: Any, param: str) -> str:
         return output
     if not isinstance(output, list):
         raise invalid("What a tool says is a text, or a list of parts.", param)
-    return "\n".join(_text_in(part) or _NOT_TEXT for part in output)
+    return "\n".join(_text_in(part) or NOT_TEXT for part in output)
 
 
 def _text_in(part: Any) -> str:
