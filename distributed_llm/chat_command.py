@@ -1,6 +1,7 @@
 """`dllm chat`: a conversation with the model, at a terminal."""
 
 import contextlib
+import io
 import sys
 from typing import Annotated
 
@@ -57,6 +58,8 @@ class _Terminal:
 
     def __init__(self, is_person: bool) -> None:
         self._is_person = is_person
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no text end no conversation
         if is_person:
             with contextlib.suppress(ImportError):  # on Windows the console has them
                 import readline  # noqa: F401 - it gives `input` its keys
@@ -65,7 +68,10 @@ class _Terminal:
         """Return the next line."""
         if self._is_person:
             return input(prompt)
-        line = sys.stdin.readline() if sys.stdin else ""
+        try:
+            line = sys.stdin.readline() if sys.stdin else ""
+        except OSError:  # it is closed
+            line = ""
         if not line:
             raise EOFError
         return line.rstrip("\n")

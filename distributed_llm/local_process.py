@@ -181,8 +181,14 @@ class LocalProcess:
         said = self.log_tail()
         if match := _ERROR_LINE.search(said):
             return error_from_wire(match["code"], match["message"].strip(), 0.0)
+        code = self.exit_code
+        if code is not None and code < 0:
+            return DistributedLLMError(
+                f"The {self.name} was ended by signal {-code}. If nobody did that, the memory of "
+                f"this machine may have run out. Start it again; its log is {self.log}."
+            )
         return DistributedLLMError(
-            f"The {self.name} ended with exit code {self.exit_code}. It said: {said or 'nothing'}"
+            f"The {self.name} ended with exit code {code}. It said: {said or 'nothing'}"
         )
 
     def close(self) -> None:

@@ -118,7 +118,8 @@ class Callers:
         if self._insecure or (key is None and self._open_to_all):
             identity = await self.own.identity()
             role = identity.role if self._insecure else Role.CLIENT
-            yield Caller(identity.name, role, self.own, identity.model)
+            name = identity.name if self._insecure else ""  # the API's own key is nobody's
+            yield Caller(name, role, self.own, identity.model)
             return
         if key is None:
             raise Unauthorized(

@@ -174,10 +174,15 @@ _OLLAMA = tuple(
 )
 
 
+def is_ollamas(path: str) -> bool:
+    """Return whether Ollama's clients use a path."""
+    return path.startswith(_OLLAMA)
+
+
 def dialect(path: str) -> Dialect:
     """Return how the clients that use a path expect errors."""
     if path.startswith("/v1/messages"):
         return anthropic_body
-    if path.startswith(_OLLAMA):
+    if is_ollamas(path):
         return ollama_body
     return openai_body

@@ -137,3 +137,15 @@ def layer_map_text(layer_map: Sequence[tuple[str, LayerRange]]) -> str:
     (worker, layers), *others = layer_map
     first = f"{layers_text(layers)} of {total} on {worker}"
     return ", ".join([first, *(f"{layers} on {worker}" for worker, layers in others)])
+
+
+def too_long_text(num_tokens: int, context_length: int) -> str:
+    """Return that a prompt is too long for the model's context.
+
+    Agents look for parts of it: LiteLLM for "this model's maximum context length is", LangChain for
+    "exceeds the context window", Claude Code for "prompt is too long".
+    """
+    return (
+        f"The prompt is too long: with {num_tokens} tokens it exceeds the context window, as this "
+        f"model's maximum context length is {context_length} tokens. Shorten it."
+    )

@@ -16,16 +16,15 @@ COMMAND = [sys.executable, "-m", "distributed_llm", "chat", "--max-new-tokens", 
 def test_without_a_terminal_lines_are_messages(api: Api) -> None:
     done = subprocess.run(
         [*COMMAND, "--coordinator", api.cluster.address],
-        input="Hi\n/stats\n",
+        input="Hi café\n/stats\n".encode("latin-1"),  # which is no UTF-8
         capture_output=True,
-        text=True,
         timeout=LIMIT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert ">>>" not in done.stdout
-    assert "who ran what" in done.stderr
+    assert b">>>" not in done.stdout
+    assert b"who ran what" in done.stderr
 
 
 class Person:

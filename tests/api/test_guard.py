@@ -201,6 +201,15 @@ def test_larger_bodies_are_refused_before_they_are_read(small: Served) -> None:
     assert huge.status in (400, 413)
 
 
+def test_ollamas_clients_need_not_say_that_they_send_json(small: Served) -> None:
+    own = f"http://127.0.0.1:{small.port}"
+    for kind in ("", "application/x-www-form-urlencoded"):
+        assert small.ask("POST", "/api/chat", b"{}", content_type=kind).status == 200
+        for page in ({"origin": own}, {"sec_fetch_site": "cross-site"}):
+            answer = small.ask("POST", "/api/chat", b"{}", content_type=kind, **page)
+            assert answer.status == 415
+
+
 def test_bodies_that_are_no_json_are_refused(small: Served) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         answer = small.ask("POST", "/", b"{}", content_type=kind)

@@ -75,7 +75,7 @@ def test_the_context_is_as_long_as_promised(checkpoint: Checkpoint) -> None:
     assert defaults.context_length == SCALED
     params = SamplingParams(max_new_tokens=56)
     resolve(params, defaults, prompt_tokens=200, kv_tokens=10_000, seed=0)
-    with pytest.raises(ContextLengthExceeded, match="context of 256"):
+    with pytest.raises(ContextLengthExceeded, match="context length is 256"):
         resolve(params, defaults, prompt_tokens=201, kv_tokens=10_000, seed=0)
 
 

@@ -179,12 +179,12 @@ def test_context_exceeded_names_both_numbers() -> None:
     message = str(caught.value)
     assert "prompt has 10 tokens" in message
     assert "answer may have 91" in message
-    assert "together 101 exceed the model's context of 100" in message
+    assert "with 101 tokens that exceeds the context window" in message
 
 
 def test_prompt_that_leaves_no_room() -> None:
     assert limits_of(prompt=99).max_new_tokens == 1
-    with pytest.raises(ContextLengthExceeded, match=r"101 exceed"):
+    with pytest.raises(ContextLengthExceeded, match=r"101 tokens that exceeds"):
         limits_of(prompt=100)
 
 

@@ -156,7 +156,11 @@ def test_tokens_are_spelled_out_beside_the_text() -> None:
         ({"payload": b"\xff"}, "invalid_request", "not UTF-8"),
         ({"kind": "chat", "payload": b"\xc1"}, "invalid_request", "cannot be read"),
         ({"kind": "chat", "payload": b"\x81\xa8messages\x90"}, "invalid_request", "empty"),
-        ({"payload": b"hello " * 99}, "context_length_exceeded", "context of 64"),
+        (
+            {"payload": b"hello " * 99},
+            "context_length_exceeded",
+            "maximum context length is 64 tokens",
+        ),
         (
             {"kind": "token_ids", "payload": b"\x01\0\0\0" * 65},
             "context_length_exceeded",

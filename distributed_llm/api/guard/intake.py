@@ -8,13 +8,21 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from distributed_llm.api import errors
-from distributed_llm.api.errors import ApiError, invalid
+from distributed_llm.api.errors import ApiError, invalid, is_ollamas
 
 BODY_TIMEOUT_S = 30.0
 """Time within which a body has to be here, seconds."""
 
 _ALL_BODIES = 16
 """All bodies that are held at a time have so many times the size that one may have."""
+
+_TYPE = b"content-type"
+
+_UNSAID = ("", "application/x-www-form-urlencoded")
+"""Types with which curl and some libraries send JSON to Ollama, which does not look."""
+
+_FROM_PAGES = frozenset({"origin", "sec-fetch-site"})
+"""Headers that browsers send with what pages ask for; programs have none."""
 
 
 class Intake:
@@ -37,7 +45,7 @@ class Intake:
         held = 0
         try:
             try:
-                self._check(headers)
+                self._check(scope, headers)
                 body = bytearray()
                 async with asyncio.timeout(BODY_TIMEOUT_S):
                     async for chunk in _chunks(receive):
@@ -58,9 +66,13 @@ class Intake:
         finally:
             self._held -= held
 
-    def _check(self, headers: Headers) -> None:
+    def _check(self, scope: Scope, headers: Headers) -> None:
         """Check what is known before the body is read."""
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in _UNSAID and is_ollamas(scope["path"]) and not _FROM_PAGES & {*headers}:
+            others = [(name, value) for name, value in scope["headers"] if name != _TYPE]
+            scope["headers"] = [*others, (_TYPE, b"application/json")]
+            kind = "application/json"
         if kind != "application/json" and not (
             kind.startswith("application/") and kind.endswith("+json")
         ):

@@ -17,7 +17,7 @@ from distributed_llm.common.sampling_params import (
 )
 from distributed_llm.common.tensors import TensorSpec
 from distributed_llm.common.types import KV_BLOCK
-from distributed_llm.common.wording import count_text
+from distributed_llm.common.wording import count_text, too_long_text
 from distributed_llm.coordinator.events import PromptKind, TextRules
 from distributed_llm.coordinator.model import GenerationDefaults
 
@@ -119,9 +119,10 @@ def resolve(
     total = prompt_tokens + max_new_tokens
     if total > defaults.context_length:
         raise ContextLengthExceeded(
-            f"The prompt has {prompt_tokens} tokens and the answer may have {max_new_tokens}; "
-            f"together {total} exceed the model's context of {defaults.context_length}. Shorten "
-            "the prompt or lower max_new_tokens."
+            f"The prompt has {prompt_tokens} tokens and the answer may have {max_new_tokens}: with "
+            f"{total} tokens that exceeds the context window, as this model's maximum "
+            f"context length is {defaults.context_length} tokens. Shorten the prompt or lower "
+            "max_new_tokens."
         )
     if total > kv_tokens:
         raise NotEnoughMemory(
@@ -172,10 +173,7 @@ def embedding_limits(defaults: GenerationDefaults, *, prompt_tokens: int, kv_tok
     if prompt_tokens == 0:
         raise InvalidRequest("The prompt is empty. Give at least one token.")
     if prompt_tokens > defaults.context_length:
-        raise ContextLengthExceeded(
-            f"The prompt has {prompt_tokens} tokens, which exceed the model's context of "
-            f"{defaults.context_length}. Shorten it."
-        )
+        raise ContextLengthExceeded(too_long_text(prompt_tokens, defaults.context_length))
     kv_tokens -= kv_tokens % KV_BLOCK
     if prompt_tokens >= kv_tokens:
         raise NotEnoughMemory(

@@ -83,7 +83,7 @@ def render_chat(tokenizer: Any, chat: Chat) -> str:
         raise
     except Exception as exc:  # a template is a program; it may fail in any way
         raise InvalidRequest(
-            f"The model's chat template refuses these messages: {short(exc)}."
+            f"The model's chat template refuses these messages: {short(exc).rstrip('.')}."
         ) from exc
     if len(text) > _most_chars(chat):
         raise InvalidRequest(

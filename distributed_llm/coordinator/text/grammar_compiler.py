@@ -95,7 +95,10 @@ def compile_grammar(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher:
 
 def wrong_grammar(why: str) -> InvalidRequest:
     """Return the error for a grammar that cannot be followed."""
-    return InvalidRequest(f"The grammar cannot be followed: {why.strip()[:_ERROR_CHARS]}")
+    why = why.replace("<non-verbose/>", "").strip()
+    if why.isidentifier():  # a word of the library's own
+        why = "it refers to itself without end, or allows nothing"
+    return InvalidRequest(f"The grammar cannot be followed: {why[:_ERROR_CHARS]}")
 
 
 def _source(grammar: Grammar) -> str:

@@ -18,6 +18,7 @@ from distributed_llm.common.errors import (
     TextError,
 )
 from distributed_llm.common.tensors import token_ids_of_frame
+from distributed_llm.common.wording import too_long_text
 from distributed_llm.coordinator.events import TextRules
 from distributed_llm.coordinator.text.detokenizer import Detokenizer
 from distributed_llm.coordinator.text.grammars import AnswerGrammar, Grammars
@@ -226,10 +227,7 @@ class TextWork:
         else:
             token_ids = self._ids_of(prompt.kind, prompt.payload)
         if len(token_ids) > self._context_length:
-            raise ContextLengthExceeded(
-                f"The prompt has {len(token_ids)} tokens, which exceed the model's context of "
-                f"{self._context_length}. Shorten it."
-            )
+            raise ContextLengthExceeded(too_long_text(len(token_ids), self._context_length))
         return token_ids
 
     def _ids_of(

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from distributed_llm.api.bodies import Body, Part
+from distributed_llm.api.models import DEFAULT
 
 Item = dict[str, Any]
 """A message, a thought, a call of a tool, or what a tool answered."""
@@ -36,7 +37,7 @@ class Reasoning(Part):
 class ResponsesBody(Body):
     """Body of `POST /v1/responses`."""
 
-    model: str
+    model: str = DEFAULT
     input: Annotated[str | list[Item], Field(union_mode="left_to_right")]
     instructions: str | None = None
     tools: list[dict[str, Any]] | None = None
