@@ -1,0 +1,1 @@
+"""Weights of integers with scales: read from files, made, and computed with."""
