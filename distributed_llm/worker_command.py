@@ -169,6 +169,8 @@ def _work(settings: "Settings") -> None:
     # Threads wait actively for the next product of a step, about 0.1 ms, but not for the next step:
     # other workers may compute meanwhile. GNU's OpenMP reads it when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # KV cache buffers of many sizes would leave holes in a GPU's memory that nothing fits into.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # collecting among a million new objects takes a third of the time of the imports
     from distributed_llm.worker.work import work
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_llm.worker.model import layer_hooks
-from distributed_llm.worker.model.layer_hooks import ClockEvent, CudaEvent, LayerHooks, event_type
+from distributed_llm.worker.model.layer_hooks import ClockEvent, LayerHooks, StreamEvent, event_type
 
 
 class Layer(nn.Module):
@@ -136,7 +136,7 @@ def test_events_are_those_of_the_device() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_kernels_of_a_gpu_are_timed() -> None:
     device = torch.device("cuda:0")
-    began, ended = CudaEvent(device), CudaEvent(device)
+    began, ended = StreamEvent(torch.cuda, device), StreamEvent(torch.cuda, device)
     matrix = torch.ones(4096, 4096, device=device)
     torch.cuda.synchronize()
     queued = perf_counter()

@@ -293,6 +293,50 @@ def test_errors_are_answers_and_the_thread_goes_on() -> None:
         posted.computed()
 
 
+def test_a_step_that_finds_no_memory_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[torch.device] = []
+    monkeypatch.setattr(engine_module, "give_memory_back", given_back.append)
+    short = [torch.OutOfMemoryError("out of memory")]
+
+    def answer() -> StageOutput:
+        if short:
+            raise short.pop()
+        return StageOutput()
+
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        engine.stages[0].answer = answer
+        engine.put(run())
+        posted.computed()
+        assert given_back == [torch.device("cpu")]
+        short += [torch.OutOfMemoryError("out of memory")] * 2
+        engine.put(run())
+        broke = posted.next()
+        assert isinstance(broke, ComputeFailed)
+        assert "out of memory" in str(broke.error)
+
+
+@pytest.mark.parametrize("where", ["run", "load"])
+def test_a_device_that_fails_ends_the_worker(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later call to it succeeds, and what it holds cannot be trusted."""
+    failed = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    with running() as (engine, posted):
+        engine.put(Load(0, ORDER))
+        posted.loaded()
+        if where == "run":
+            engine.stages[0].answer = raising(failed)
+            engine.put(run())
+        else:
+            held: Any = engine._stages
+            monkeypatch.setattr(held, "_load_stage", lambda load: raising(failed)())
+            engine.put(Load(0, msgspec.structs.replace(ORDER, layers=LayerRange(0, 1))))
+        event = posted.next()
+        assert isinstance(event, ComputeThreadFailed)
+        assert "illegal memory access" in str(event.error)
+        assert "others take its layers" in str(event.error)
+
+
 def test_task_without_token_ids_is_refused() -> None:
     with running() as (engine, posted):
         engine.put(Load(0, ORDER))

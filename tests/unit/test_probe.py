@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from distributed_llm.common.errors import ConfigError
+from distributed_llm.worker import devices
 from distributed_llm.worker.compute import probe
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.session.events import Event, Probe, Probed
@@ -25,7 +26,7 @@ GIB = 2**30
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_devices", lambda: ["cpu"])
+    monkeypatch.setattr(devices, "present", lambda: ["cpu"])
 
 
 @pytest.fixture
@@ -148,9 +149,9 @@ def test_measures_again_as_at_the_start_but_briefly(monkeypatch: pytest.MonkeyPa
         return 0.5
 
     monkeypatch.setattr(probe, "_median_seconds", median)
-    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: GIB)
     done = probe.remeasure(Probe(7), capabilities, slowdown=4.0)
-    assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4, 800)
+    assert done == Probed(7, 2 * 64 * 2**20 / 4, 2 * 2 * 1024**3 / 4, int(0.8 * GIB))
     assert seen == [("cpu", before + 1, 0.01)] * 2
     assert torch.get_num_threads() == before
 
@@ -197,7 +198,7 @@ def test_compute_thread_probes_and_looks_as_slow_as_it_is_now(
 def test_devices(
     monkeypatch: pytest.MonkeyPatch, present: list[str], asked: str, expected: str
 ) -> None:
-    monkeypatch.setattr(probe, "_devices", lambda: present)
+    monkeypatch.setattr(devices, "present", lambda: present)
     assert str(probe.resolve_device(asked)) == expected
 
 
@@ -209,7 +210,7 @@ def test_a_device_that_is_not_there(no_gpu: None, asked: str) -> None:
 
 
 def test_the_devices_of_this_machine_end_with_the_cpu() -> None:
-    assert probe._devices()[-1] == "cpu"
+    assert devices.present()[-1] == "cpu"
 
 
 # ------------------------------------------------------------------ memory
@@ -234,11 +235,36 @@ def test_a_memory_limit_that_cannot_be(
         probe._budget(torch.device("cpu"), limit)
 
 
-def test_memory_of_a_gpu_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 8 * GIB))
-    assert probe._budget(torch.device("cuda:0"), None) == 4 * GIB
-    with pytest.raises(ConfigError, match=r"cuda:0 has 8\.0 GiB in all"):
-        probe._budget(torch.device("cuda:0"), 9 * GIB)
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_memory_of_a_gpu_is_its_own_and_counted_once_the_cache_is_empty(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    free = [GIB]
+    backend = getattr(torch, kind)
+    monkeypatch.setattr(backend, "empty_cache", lambda: free.append(5 * GIB))
+    monkeypatch.setattr(backend, "mem_get_info", lambda device: (free[-1], 8 * GIB))
+    gpu = torch.device(kind, 0)
+    assert probe._budget(gpu, None) == 4 * GIB
+    with pytest.raises(ConfigError, match=rf"{kind}:0 has 8\.0 GiB in all"):
+        probe._budget(gpu, 9 * GIB)
+
+
+def test_gpus_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices.present() == ["cuda:0", "cuda:1", "xpu:0", "mps", "cpu"]
+
+
+def test_the_probe_reads_less_where_little_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that other programs fill would refuse the memory, and the worker would end."""
+    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: GIB)
+    rows, columns = probe._read_shape(torch.device("cuda:0"), 16384)
+    assert 0.09 * GIB < 4 * rows * columns <= 0.1 * GIB
+    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: 0)
+    assert probe._read_shape(torch.device("cuda:0"), 16384)[0] == 1024
+    monkeypatch.setattr(probe, "free_memory_bytes", lambda device: 64 * GIB)
+    assert probe._read_shape(torch.device("cuda:0"), 16384)[0] == 16384
 
 
 def write(root: Path, files: dict[str, Any]) -> Path:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
+import torch
+
 from distributed_llm.common.errors import DistributedLLMError, StageError, internal_error
 from distributed_llm.common.messages import Capabilities, FetchProgress, StageTime
 from distributed_llm.worker.compute.computing import TensorsOnWire, compute
@@ -24,6 +26,7 @@ from distributed_llm.worker.compute.load_progress import LoadProgress
 from distributed_llm.worker.compute.loading import BackgroundLoad, use_threads
 from distributed_llm.worker.compute.orders import OrderQueue
 from distributed_llm.worker.compute.probe import remeasure
+from distributed_llm.worker.devices import give_memory_back, lost
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
@@ -169,6 +172,9 @@ class Engine:
                 self._carry_out(order, queued_at)
                 if isinstance(order, Run):
                     self.vitals.tasks_done += 1
+        except torch.AcceleratorError as exc:
+            logger.error("the device failed", exc_info=exc)
+            self._post(ComputeThreadFailed(lost(torch.device(self._capabilities.device), exc)))
         except Exception as exc:  # a bug: nobody knows what the stages hold now
             logger.exception("the compute thread cannot go on")
             self._post(ComputeThreadFailed(internal_error(exc)))
@@ -256,7 +262,16 @@ class Engine:
         if held is None:
             raise StageError(f"No layers are loaded for plan {run.task.epoch}.")
         stage, dtype = held.stage, held.order.wire_dtype
-        return self._timed(stage, lambda: compute(stage, run.task, run.frames, dtype))
+
+        def work() -> TensorsOnWire:
+            return compute(stage, run.task, run.frames, dtype)
+
+        try:
+            return self._timed(stage, work)
+        except torch.OutOfMemoryError:
+            logger.warning("out of memory on %s; trying once more", self._capabilities.device)
+            give_memory_back(torch.device(self._capabilities.device))
+            return self._timed(stage, work)
 
     def _timed(self, stage: Stage, work: Callable[[], _T]) -> tuple[_T, StageTime]:
         """Run a step and slow it down; return its result and the time it took."""

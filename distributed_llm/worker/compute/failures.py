@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from distributed_llm.common.errors import DistributedLLMError, StageError
 
 logger = logging.getLogger(__name__)
@@ -13,7 +15,12 @@ def reported(exc: Exception, what: str) -> DistributedLLMError:
     Args:
         exc: as raised.
         what: was being done.
+
+    Raises:
+        torch.AcceleratorError: `exc` is one: the device has failed, and with it all that it holds.
     """
+    if isinstance(exc, torch.AcceleratorError):
+        raise exc
     if isinstance(exc, DistributedLLMError):
         return exc
     logger.error("%s failed", what, exc_info=exc)

@@ -28,7 +28,6 @@ from distributed_llm.worker.compute.loading import (
     NewStage,
     PreparedStage,
     admit_beside,
-    give_memory_back,
     importers_for,
     limit_kv,
     load_beside,
@@ -38,6 +37,7 @@ from distributed_llm.worker.compute.loading import (
     use_threads,
 )
 from distributed_llm.worker.compute.trials import try_out
+from distributed_llm.worker.devices import give_memory_back
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Event, Load, Loaded, LoadFailed
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
@@ -345,6 +345,8 @@ class HeldStages:
             return ()
         try:
             return try_out(stage, lambda step: self._timer(stage, step), kv_tokens=kv_tokens)
+        except torch.AcceleratorError:
+            raise
         except Exception as exc:
             logger.warning("the trial steps of layers %s failed: %s", order.layers, exc)
             return ()

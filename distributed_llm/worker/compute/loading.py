@@ -1,11 +1,10 @@
 """Loads stages as ordered: the right weights, threads, and memory for weights and KV cache."""
 
-import ctypes
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -97,15 +96,6 @@ class Memory:
     def reserve_bytes(self) -> int:
         """Bytes of the free memory that are left to other programs."""
         return max(_RESERVE_BYTES, int(self.free_bytes * _RESERVE_SHARE))
-
-
-def give_memory_back(device: torch.device) -> None:
-    """Give freed memory back to the system; torch and glibc's malloc would keep it for later."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        with suppress(AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory_now(device: torch.device, budget_bytes: int) -> Memory:

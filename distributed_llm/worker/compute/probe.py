@@ -20,6 +20,7 @@ import torch
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.wording import size_text
+from distributed_llm.worker import devices
 from distributed_llm.worker.session.events import Probe, Probed
 
 _USABLE_SHARE = 0.8
@@ -31,10 +32,17 @@ _MAX_THREADS = 65536
 _NO_LIMIT_BYTES = 2**60
 """Limits from here on are none: cgroups write "no limit" as a number near 2**63."""
 
-_READ_SHAPE = {"cpu": (4096, 8192), "cuda": (16384, 8192), "mps": (8192, 8192)}
+_READ_ROWS = {"cpu": 4096, "cuda": 16384, "xpu": 16384, "mps": 8192}
+_READ_COLUMNS = 8192
 """Shape of the float32 matrix that is read to measure bandwidth: 128 MiB and more, by device."""
 
-_MATMUL_SIZE = {"cpu": 1024, "cuda": 4096, "mps": 2048}
+_FEWEST_READ_ROWS = 1024
+"""Rows of this matrix at least: 32 MiB; a smaller one would stay in the caches."""
+
+_PROBE_SHARE = 0.1
+"""Share of the free memory that this matrix takes at most."""
+
+_MATMUL_SIZE = {"cpu": 1024, "cuda": 4096, "xpu": 4096, "mps": 2048}
 """Rows and columns of the matrices that are multiplied to measure throughput, by device."""
 
 _DTYPE_MATMUL_SIZE = 256
@@ -66,7 +74,7 @@ def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capab
         raise ConfigError(f"threads = {threads}; it must be between 1 and {_MAX_THREADS}.")
     torch_device = resolve_device(device)
     memory_bytes = _budget(torch_device, max_memory_bytes)
-    shape = _READ_SHAPE[torch_device.type]
+    shape = _read_shape(torch_device, _READ_ROWS[torch_device.type])
     bandwidth, flops = _speeds(torch_device, threads, shape, _BUDGET_S)
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
@@ -93,11 +101,8 @@ def remeasure(order: Probe, capabilities: Capabilities, *, slowdown: float) -> P
         slowdown: the measured speeds are divided by this.
     """
     device = torch.device(capabilities.device)
-    rows, columns = _READ_SHAPE[device.type]
-    shape = rows // 2, columns
+    shape = _read_shape(device, _READ_ROWS[device.type] // 2)
     bandwidth, flops = _speeds(device, capabilities.threads, shape, _SHORT_BUDGET_S)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # for other programs on this GPU
     usable_bytes = int(free_memory_bytes(device) * _USABLE_SHARE)
     memory_bytes = min(capabilities.memory_bytes, usable_bytes)
     return Probed(order.session, bandwidth / slowdown, flops / slowdown, memory_bytes)
@@ -109,10 +114,10 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         ConfigError: there is no such device; the message lists those there are.
     """
-    present = _devices()
+    present = devices.present()
     if device == "auto":
         return torch.device(present[0])
-    name = "cuda:0" if device == "cuda" else device
+    name = f"{device}:0" if device in ("cuda", "xpu") else device
     if name not in present:
         raise ConfigError(
             f"There is no device {device[:_LABEL_CHARS]!r} here. Present are: "
@@ -120,13 +125,6 @@ def resolve_device(device: str) -> torch.device:
             f"{torch.__version__} was built for it."
         )
     return torch.device(name)
-
-
-def _devices() -> list[str]:
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        gpus.append("mps")
-    return [*gpus, "cpu"]
 
 
 # ------------------------------------------------------------------ memory
@@ -152,9 +150,8 @@ def free_memory_bytes(device: torch.device) -> int:
 
 def _memory(device: torch.device) -> tuple[int, int]:
     """Return (free, total) bytes of memory for this process on `device`."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free, total
+    if (own := devices.own_memory(device)) is not None:
+        return own
     ram = psutil.virtual_memory()
     free, total = ram.available, ram.total
     for limit, used in _cgroup_limits(Path("/")):
@@ -232,6 +229,12 @@ def _speeds(
         torch.set_num_threads(before)
 
 
+def _read_shape(device: torch.device, rows: int) -> tuple[int, int]:
+    """Return the shape of the matrix to read, with fewer rows where little memory is free."""
+    fitting = int(free_memory_bytes(device) * _PROBE_SHARE) // (4 * _READ_COLUMNS)
+    return min(rows, max(_FEWEST_READ_ROWS, fitting)), _READ_COLUMNS
+
+
 def _bandwidth(device: torch.device, shape: tuple[int, int], budget_s: float) -> float:
     """Return bytes per second of reading a matrix too large for the caches, as decoding does."""
     rows, columns = shape
@@ -242,19 +245,18 @@ def _bandwidth(device: torch.device, shape: tuple[int, int], budget_s: float) ->
 
 
 def _flops(device: torch.device, budget_s: float) -> float:
-    """Return operations per second of multiplying matrices, in the faster of two dtypes."""
+    """Return operations per second of multiplying matrices, in the fastest dtype."""
     size = _MATMUL_SIZE[device.type]
     return 2.0 * size**3 / _matmul_seconds(device, _faster_dtype(device), size, budget_s)
 
 
 @functools.cache  # depends on the hardware alone, but measurements are noisy
 def _faster_dtype(device: torch.device) -> torch.dtype:
-    """Return the faster dtype for matrices: some CPUs compute in bfloat16, others emulate it."""
-    half = torch.float16 if device.type == "mps" else torch.bfloat16
-    seconds = {
-        kind: _matmul_seconds(device, kind, _DTYPE_MATMUL_SIZE, _BUDGET_S)
-        for kind in (torch.float32, half)
-    }
+    """Return the fastest dtype for matrices: some CPUs and GPUs only emulate bfloat16."""
+    kinds = [torch.float32, torch.bfloat16]
+    if device.type != "cpu":
+        kinds.append(torch.float16)
+    seconds = {kind: _matmul_seconds(device, kind, _DTYPE_MATMUL_SIZE, _BUDGET_S) for kind in kinds}
     return min(seconds, key=lambda kind: seconds[kind])
 
 
@@ -275,10 +277,7 @@ def _median_seconds(device: torch.device, work: Callable[[], object], budget_s: 
 def _timed(device: torch.device, work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    devices.synchronize(device)
     return max(time.perf_counter() - start, 1e-9)
 
 
@@ -286,8 +285,8 @@ def _timed(device: torch.device, work: Callable[[], object]) -> float:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if gpu := devices.name_of_gpu(device):
+        return gpu
     try:
         name = _cpu_name()
     except (OSError, ValueError, AttributeError):  # only a name: never worth a failure

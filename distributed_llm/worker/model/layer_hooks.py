@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from time import perf_counter
+from types import ModuleType
 from typing import Any, Protocol
 
 import torch
@@ -120,32 +121,41 @@ class ClockEvent:
         return (other._at_s - self._at_s) * 1000
 
 
-class CudaEvent:
-    """An event of one CUDA device, which need not be torch's current device."""
+class StreamEvent:
+    """An event of one GPU, which need not be torch's current device.
 
-    __slots__ = ("_device", "_event")
+    Args:
+        backend: torch's module for this kind of GPU, `torch.cuda` or `torch.xpu`.
+        device: the GPU.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    __slots__ = ("_backend", "_device", "_event")
+
+    def __init__(self, backend: ModuleType, device: torch.device) -> None:
+        self._backend = backend
         self._device = device
-        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event = backend.Event(enable_timing=True)
 
     def record(self) -> None:
         """Set the point behind all kernels that are queued now."""
-        self._event.record(torch.cuda.current_stream(self._device))
+        self._event.record(self._backend.current_stream(self._device))
 
     def synchronize(self) -> None:
         """Wait until the device has reached the point."""
         self._event.synchronize()
 
-    def elapsed_time(self, other: "CudaEvent") -> float:
+    def elapsed_time(self, other: "StreamEvent") -> float:
         """Return the milliseconds from this event to `other`; both have been reached."""
         return float(self._event.elapsed_time(other._event))
 
 
 def event_type(device: torch.device) -> Callable[[], Event]:
     """Return a factory of events that time the kernels of `device`."""
-    if device.type == "cuda":
-        return lambda: CudaEvent(device)
-    if device.type == "mps":
-        return lambda: torch.mps.Event(enable_timing=True)
+    match device.type:
+        case "cuda":
+            return lambda: StreamEvent(torch.cuda, device)
+        case "xpu":
+            return lambda: StreamEvent(torch.xpu, device)
+        case "mps":
+            return lambda: torch.mps.Event(enable_timing=True)
     return ClockEvent

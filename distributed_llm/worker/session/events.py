@@ -311,7 +311,10 @@ class Probed:
 
 @dataclass(frozen=True)
 class ComputeThreadFailed:
-    """Event: the compute thread met a bug, and has ended: nobody knows what its stages hold."""
+    """Event: the compute thread met a bug, or its device failed; it has ended.
+
+    Nobody knows what its stages hold.
+    """
 
     error: DistributedLLMError
 
