@@ -49,7 +49,7 @@ from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import cache_folder
+from distributed_llm.common.cache_folder import cache_folder
 from tests import checkpoints
 from tests.fault_proxy import FaultProxy
 

@@ -24,7 +24,7 @@ from distributed_llm import AsyncDistributedClient
 from distributed_llm.common.errors import ConnectionFailed
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 
 _START_S = 60.0
 _MEMORY = "1GiB"

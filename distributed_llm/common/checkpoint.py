@@ -1,6 +1,7 @@
 """Reads checkpoints on disk without torch: config, names and sizes of tensors, digests.
 
-Only Hugging Face checkpoints with safetensors are read, and nothing in them is executed.
+Only Hugging Face checkpoints with safetensors, and GGUF files (`gguf_files`), are read, and nothing
+in them is executed.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from typing import Any
 
 from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.gguf_types import is_gguf_config
 from distributed_llm.common.model_files import (
     TensorInfo,
     ends_early,
@@ -37,8 +39,10 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-_EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in)(\.|$)")
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in)\.")
+_EMBEDDING_NAME = re.compile(
+    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+)
+_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
 _TORCH_DTYPES: dict[str, DtypeName] = {
     "F32": "float32",
@@ -55,14 +59,20 @@ class Checkpoint:
     """A checkpoint on this machine's disk.
 
     Args:
-        folder: holds config.json and the safetensors files.
+        folder: holds config.json, the tokenizer and the safetensors files.
         config: the content of config.json.
         tensors: every tensor of the files, by its name in the checkpoint.
+        files: the folder of the files with tensors, if it is another one.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    files: Path | None = None
+
+    def path_of(self, file: str) -> Path:
+        """Return where the file `file` with tensors is."""
+        return (self.files or self.folder) / file
 
     @property
     def model_type(self) -> str:
@@ -235,7 +245,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples, path = [], self.folder / name
+        samples, path = [], self.path_of(name)
         try:
             with open(path, "rb") as file:
                 for tensor in tensors:
@@ -284,7 +294,7 @@ def checkpoint_of(
     Raises:
         UnsupportedModel: the weights are quantized.
     """
-    how = quantization_of_tensors(tensors.values(), names)
+    how = None if is_gguf_config(config) else quantization_of_tensors(tensors.values(), names)
     if how is not None:
         raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
     checkpoint = Checkpoint(folder, config, tensors)

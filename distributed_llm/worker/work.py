@@ -25,7 +25,7 @@ from distributed_llm.common.transport import Login
 from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import cache_folder
+from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.links import bind_for
 from distributed_llm.worker.service import Worker

@@ -34,7 +34,7 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.roles import Role
 from distributed_llm.common.transport import new_key_pair
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import CACHE_VARIABLE, cache_folder
+from distributed_llm.common.cache_folder import CACHE_VARIABLE, cache_folder
 from tests.fake_coordinator import FakeCoordinator, finished, piece
 from tests.wire.strategies import example
 

@@ -21,7 +21,7 @@ from distributed_llm.weights.cache import content_cache as cache_module
 from distributed_llm.weights.cache import partial as partial_module
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.cache.partial import Partial
-from distributed_llm.weights.cache.places import CACHE_VARIABLE, cache_folder
+from distributed_llm.common.cache_folder import CACHE_VARIABLE, cache_folder
 from tests.unit.cache_parts import DATA, NAME, begun, content, files, name_of, put, refuse
 
 CHUNK = 1 << 20
