@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.gguf_files import REFUSAL_NAME, TENSORS_NAME, Refusal
+from distributed_llm.common.gguf_files import REFUSAL_NAME, Refusal
 
 _MAX_MEMORY_BYTES = 8 << 30
 """Memory that this process may take: a file can claim any number of fields."""
@@ -20,24 +20,13 @@ def main() -> None:
     """Do what the module says."""
     out, *files = map(Path, sys.argv[1:])
     _limit_memory()
+    from distributed_llm.gguf_texts.texts import write_texts  # within the limit
+
     try:
-        _write(out, files)
+        write_texts(files, out)
     except CheckpointError as exc:
         refusal = Refusal(str(exc), unsupported=isinstance(exc, UnsupportedModel))
         (out / REFUSAL_NAME).write_bytes(msgspec.json.encode(refusal))
-
-
-def _write(out: Path, files: list[Path]) -> None:
-    from distributed_llm.gguf_texts.config import write_config
-    from distributed_llm.gguf_texts.generation import write_generation_config
-    from distributed_llm.gguf_texts.header import read_files
-    from distributed_llm.gguf_texts.tokenizer import write_tokenizer
-
-    header = read_files(files)
-    config = write_config(header, out)
-    write_generation_config(header, out)
-    write_tokenizer(header, config, out)
-    (out / TENSORS_NAME).write_bytes(msgspec.json.encode(header.weights))
 
 
 def _limit_memory() -> None:

@@ -32,6 +32,8 @@ _OTHER_NAMES = frozenset({"qwen2moe", "qwen3moe"})
 
 _EXTRA_SIZES: Mapping[str, str] = {
     "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",

@@ -91,6 +91,7 @@ def read_files(files: Sequence[Path]) -> Header:
             tensors[name] = tensor
     try:
         metadata, _ = read_gguf_metadata(str(files[0]), (_TOKENS,))
+        metadata = {name: _shortened(value) for name, value in metadata.items()}
     except Exception as exc:
         raise _broken(files[0], exc) from exc
     count = metadata.get("split.tensors.count", len(tensors))
@@ -100,6 +101,13 @@ def read_files(files: Sequence[Path]) -> Header:
             "model into its folder."
         )
     return Header(files, metadata, tensors)
+
+
+def _shortened(value: Any) -> Any:
+    """Return a float32 as the decimal that it was made of: 1e-06, not 9.999999974752427e-07."""
+    if isinstance(value, float) and float(np.float32(value)) == value:
+        return float(str(np.float32(value)))
+    return value
 
 
 def _tensors(file: Path) -> dict[str, TensorInfo]:

@@ -8,28 +8,16 @@ from gguf.quants import dequantize, quantize
 
 from distributed_llm.common.gguf_types import GGUF_BLOCKS, GgufScheme
 from distributed_llm.worker.model.quantized.gguf import decode
+from tests.gguf_models import random_blocks
 
 ROWS, COLUMNS = 6, 512
-
-
-def blocks_of(kind: str) -> np.ndarray:
-    """Return random blocks of all bits, with scales that are finite."""
-    numbers = np.random.default_rng(7)
-    layout = GGUF_BLOCKS[kind]
-    count = ROWS * COLUMNS // layout.numbers
-    blocks = numbers.integers(0, 256, (count, layout.nbytes), dtype=np.uint8)
-    scales = numbers.standard_normal((count, 2)).astype(np.float16).view(np.uint8)
-    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
-    wide = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
-    blocks[:, at : at + wide] = scales[:, :wide]
-    return blocks.reshape(ROWS, -1)
 
 
 @pytest.mark.parametrize("kind", GGUF_BLOCKS)
 def test_every_kind_is_what_the_gguf_package_says_to_the_last_bit(kind: str) -> None:
     layout, theirs = GGUF_BLOCKS[kind], GGMLQuantizationType[kind]
     assert (layout.numbers, layout.nbytes) == GGML_QUANT_SIZES[theirs]
-    blocks = blocks_of(kind)
+    blocks = random_blocks(kind, ROWS * COLUMNS // layout.numbers).reshape(ROWS, -1)
     expected = torch.from_numpy(dequantize(blocks, theirs))
     weight = decode(torch.from_numpy(blocks), kind)
     assert torch.equal(weight.dequantized(), expected)
