@@ -25,7 +25,12 @@ import msgspec
 from distributed_llm.common.cache_folder import CACHE_VARIABLE, cache_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.model_files import TensorInfo, read_json, unreadable
+from distributed_llm.common.model_files import (
+    TensorInfo,
+    check_beginning,
+    read_json,
+    unreadable,
+)
 from distributed_llm.common.other_formats import CONFIG_NAME
 
 TENSORS_NAME = "tensors.json"
@@ -125,10 +130,24 @@ def open_gguf(path: Path) -> Checkpoint:
         CheckpointError: it is not whole, or of a kind that is not read; with what to do.
     """
     files = [path.parent / name for name in parts_of(path.name)]
+    for file in files:
+        _check_beginning(file)
     with _storing():
         folder = _texts(files)
     tensors = _read_tensors(folder)
     return Checkpoint(folder, read_json(folder / CONFIG_NAME), tensors, files[0].parent)
+
+
+def _check_beginning(file: Path) -> None:
+    """Raise if a file is not there, or is no GGUF file whatever it is called."""
+    try:
+        with open(file, "rb") as opened:
+            if opened.read(len(_MAGIC)) == _MAGIC:
+                return
+    except OSError as exc:
+        raise unreadable(file, exc) from exc
+    check_beginning(file)
+    raise CheckpointError(f"{file} is no GGUF file: it does not begin as one. Download it again.")
 
 
 def _texts(files: Sequence[Path]) -> Path:

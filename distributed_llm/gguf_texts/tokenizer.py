@@ -43,7 +43,8 @@ def write_tokenizer(header: Header, config: PretrainedConfig, out: Path) -> None
         ) from exc
     if kind == "gpt2":
         _cut_text(tokenizer, header.metadata.get("tokenizer.ggml.pre"))
-    tokenizer.init_kwargs.pop("name_or_path", None)
+    for name in ("name_or_path", "is_local", "local_files_only"):  # of this machine
+        tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(out)
 
 
