@@ -1,6 +1,7 @@
 """Reads checkpoints on disk without torch: config, names and sizes of tensors, digests.
 
-Only Hugging Face checkpoints with safetensors are read, and nothing in them is executed.
+Only Hugging Face checkpoints with safetensors, and GGUF files (`gguf_files`), are read, and nothing
+in them is executed.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,9 @@ from distributed_llm.common.model_folder import listing, no_checkpoint, read_con
 from distributed_llm.common.other_formats import (
     INDEX_NAME,
     SINGLE_NAME,
-    quantization_of_tensors,
     quantized,
 )
+from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.tensor_index import tensors_by_index
@@ -36,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-_EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in)(\.|$)")
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in)\.")
+_EMBEDDING_NAME = re.compile(
+    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+)
+_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
 _TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
 """Types of models that keep matrices as [in_features, out_features]."""
@@ -57,14 +60,20 @@ class Checkpoint:
     """A checkpoint on this machine's disk.
 
     Args:
-        folder: holds config.json and the safetensors files.
+        folder: holds config.json, the tokenizer and the safetensors files.
         config: the content of config.json.
         tensors: every tensor of the files, by its name in the checkpoint.
+        files: the folder of the files with tensors, if it is another one.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    files: Path | None = None
+
+    def path_of(self, file: str) -> Path:
+        """Return where the file `file` with tensors is."""
+        return (self.files or self.folder) / file
 
     @property
     def model_type(self) -> str:
@@ -90,7 +99,10 @@ class Checkpoint:
             CheckpointError: tensors are missing, or do not fit each other.
             UnsupportedModel: the weights are quantized in a way that is not known.
         """
-        return stored_weights(self.config, self.tensors)
+        try:
+            return stored_weights(self.config, self.tensors)
+        except NotRead as exc:
+            raise UnsupportedModel(f"The model in {self.folder} {quantized(str(exc))}") from None
 
     @cached_property
     def num_layers(self) -> int:
@@ -256,7 +268,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples, path = [], self.folder / name
+        samples, path = [], self.path_of(name)
         try:
             with open(path, "rb") as file:
                 for tensor in tensors:
@@ -283,14 +295,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tensors = tensors_by_index(folder, config, names)
     else:
         raise no_checkpoint(folder, names)
-    return checkpoint_of(folder, config, tensors, names)
+    return checkpoint_of(folder, config, tensors)
 
 
 def checkpoint_of(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    names: Collection[str] = (),
 ) -> Checkpoint:
     """Return the checkpoint with these tensors, without those of layers that the model lacks.
 
@@ -300,24 +311,27 @@ def checkpoint_of(
         folder: of the files.
         config: content of config.json.
         tensors: all that the files hold.
-        names: of the files in the folder.
 
     Raises:
-        UnsupportedModel: the weights are quantized.
+        CheckpointError: tensors are missing, or do not fit each other.
+        UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    how = quantization_of_tensors(tensors.values(), names)
-    if how is not None:
-        raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
     checkpoint = Checkpoint(folder, config, tensors)
     spare = {name for name in tensors if checkpoint.is_spare(name)}
     if not spare:
-        return checkpoint
+        return _checked(checkpoint)
     logger.warning(
         "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
     kept = {name: tensor for name, tensor in tensors.items() if name not in spare}
-    return Checkpoint(folder, config, kept)
+    return _checked(Checkpoint(folder, config, kept))
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint, of whose weights it is known what they are."""
+    _ = checkpoint.weights
+    return checkpoint
 
 
 def _layers_by_prefix(names: Iterable[str]) -> dict[str, set[int]]:
