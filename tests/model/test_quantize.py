@@ -22,7 +22,7 @@ def _error(weight: AffineWeight, values: Tensor) -> float:
 
 def _rounded_to_ends(values: Tensor, group: int) -> AffineWeight:
     """Return codes of 4 bits, of which 0 is a group's least weight and 15 its largest."""
-    grouped = values.float().unflatten(-1, (-1, group))
+    grouped = values.float().view(*values.shape[:-1], -1, group)
     lowest, highest = grouped.aminmax(dim=-1)
     scales = (highest - lowest) / 15
     codes = ((grouped - lowest[..., None]) / scales[..., None]).round().byte()

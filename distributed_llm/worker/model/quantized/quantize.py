@@ -28,6 +28,10 @@ _SMALLEST = 1e-30
 """The smallest scale: of a group, or a channel, whose weights are all the same."""
 
 
+_Fit = tuple[Tensor, Tensor, Tensor]
+"""Scales and offsets of groups, and by how much they lessen the sum of squares; all [groups, 1]."""
+
+
 def quantized(values: Tensor, form: WeightForm) -> AffineWeight:
     """Return the integers of `form` that come closest to `values`.
 
@@ -89,14 +93,18 @@ def _best_fit(weights: Tensor) -> tuple[Tensor, Tensor]:
         for spread in _SPREADS
     )
     for other in others:
-        better = other[2] > best[2]
-        best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
+        best = _better(best, other)
     return best[0], best[1]
 
 
-def _least_squares(
-    weights: Tensor, total: Tensor, middle: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _better(old: _Fit, new: _Fit) -> _Fit:
+    """Return for each group the fit that gains more."""
+    won = new[2] > old[2]
+    scale, offset, gain = (torch.where(won, *pair) for pair in zip(new, old, strict=True))
+    return scale, offset, gain
+
+
+def _least_squares(weights: Tensor, total: Tensor, middle: Tensor, scale: Tensor) -> _Fit:
     """Round, then fit scale and offset to the codes.
 
     Args:
@@ -104,9 +112,6 @@ def _least_squares(
         total: the sum of each group, [groups, 1]; also the shape of all that follows.
         middle: the value in the middle of the codes.
         scale: to begin with.
-
-    Returns:
-        The scale, the offset, and by how much they lessen the sum of squares.
     """
     offset = middle - 7.5 * scale
     codes = _rounded(weights, scale, offset)
