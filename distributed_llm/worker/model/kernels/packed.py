@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
+
 _SMALLEST_PACKED = 256 * 256
 """Elements of the smallest packed weight; with fewer, the 11 µs of any oneDNN call dominate."""
 
@@ -25,15 +27,14 @@ It is fast for other numbers too. The order that oneDNN makes for 1 row is slow 
 """
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(OpaqueWeights):
     """A linear layer with a weight in oneDNN's order; its input has to be of the weight's dtype.
 
     Args:
         linear: the layer to replace; it keeps its own weight.
 
     Attributes:
-        weight: [out_features, in_features], an opaque tensor without strides. It is no parameter,
-            because nothing can be loaded into it.
+        weight: [out_features, in_features], an opaque tensor without strides.
         bias: [out_features], or None.
     """
 
@@ -50,6 +51,10 @@ class PackedLinear(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of memory that the weight takes, including padding to whole blocks."""
         return int(torch.ops.mkldnn._nbytes(self.weight))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the weight."""
+        return [self.weight]
 
     def forward(self, states: Tensor) -> Tensor:
         """Return [..., out_features] for states [..., in_features]."""
@@ -74,11 +79,6 @@ def pack_linear_layers(model: nn.Module) -> None:
         if type(module) is nn.Linear and _is_packable(module.weight, shared):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(module))
-
-
-def packed_nbytes(model: nn.Module) -> int:
-    """Return the bytes of memory that the packed weights of `model` take."""
-    return sum(m.weight_bytes for m in model.modules() if isinstance(m, PackedLinear))
 
 
 @contextmanager
