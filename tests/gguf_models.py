@@ -53,8 +53,8 @@ def write_gguf(
         fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
     """
     architecture = ARCHITECTURES[model.config.model_type]
-    split = {"split_max_tensors": -(-_count(model) // parts)} if parts > 1 else {}
-    writer = gguf.GGUFWriter(path, architecture, **split)
+    most = -(-_count(model) // parts) if parts > 1 else 0
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)
     _write_sizes(writer, model.config)
     for name, value in fields.items():
         name = name.replace("__", ".").replace("arch.", f"{architecture}.")
@@ -174,7 +174,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
 
 def _write_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:
     quant = GGMLQuantizationType[kind]
-    numbers, nbytes = GGML_QUANT_SIZES[quant]
+    numbers = GGML_QUANT_SIZES[quant][0]
     values = np.ascontiguousarray(values)
     if values.ndim < 2 or values.shape[-1] % numbers or "ffn_gate_inp" in name or kind == "F32":
         writer.add_tensor(name, values.astype(np.float32))

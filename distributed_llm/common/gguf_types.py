@@ -13,6 +13,7 @@ from distributed_llm.common.weight_forms import INT8, WeightForm
 GGUF_METHOD = "gguf"
 """`quant_method` in the `quantization_config` of a model that comes from GGUF files."""
 
+
 def is_gguf_config(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json is that of a model in GGUF files."""
     how = config.get("quantization_config")

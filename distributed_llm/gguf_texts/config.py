@@ -1,7 +1,7 @@
 """Writes config.json of a model in GGUF files: what transformers reads of it, put right.
 
 transformers' reader leaves out what most files say in the same way as its defaults, and takes the
-defaults where a file says something else, too: sizes of experts, scaled rotary positions, soft caps.
+defaults where a file says something else, too: sizes of experts, scaled rotary positions.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS, get_gguf_config
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_SUPPORTED_ARCHITECTURES,
     load_gguf_checkpoint,
@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
 from distributed_llm.common.other_formats import CONFIG_NAME
-from distributed_llm.gguf_texts.header import Header
+from distributed_llm.gguf_texts.header import Header, decimal
 from distributed_llm.gguf_texts.rotary import linear_factor, rope_parameters
 
 _NOT_RIGHT = frozenset({"gpt-oss", "gpt_oss", "gemma4", "minimax-m2", "minimax_m2", "deci"})
@@ -32,8 +32,6 @@ _OTHER_NAMES = frozenset({"qwen2moe", "qwen3moe"})
 
 _EXTRA_SIZES: Mapping[str, str] = {
     "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
@@ -90,16 +88,17 @@ def _read(header: Header) -> dict[str, Any]:
     if architecture in GGUF_CONFIG_ARCHS:
         return dict(get_gguf_config(dict(header.metadata), tuple(header.tensors)))
     known = {*GGUF_SUPPORTED_ARCHITECTURES, *_OTHER_NAMES} - _NOT_RIGHT - {"tokenizer", "general"}
-    if architecture not in known or header.get("expert_count") and architecture == "llama":
+    if architecture not in known or (header.get("expert_count") and architecture == "llama"):
         what = "Mixtral" if architecture == "llama" else repr(architecture)
         raise UnsupportedModel(
             f"holds a model of the architecture {what}, which is not read from GGUF. Use a folder "
             "with the original model, or a quantized one in safetensors."
         )
-    content = dict(load_gguf_checkpoint(first, return_tensors=False)["config"])
+    read: Any = load_gguf_checkpoint
+    content = dict(read(first, return_tensors=False)["config"])
     for name in ("rope_theta", "_model_name_or_path"):
         content.pop(name, None)
-    return content
+    return {name: decimal(value) for name, value in content.items()}
 
 
 def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
-from transformers.integrations.gguf import read_gguf_metadata
+from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_BLOCKS, GGUF_FLOATS
@@ -91,7 +91,7 @@ def read_files(files: Sequence[Path]) -> Header:
             tensors[name] = tensor
     try:
         metadata, _ = read_gguf_metadata(str(files[0]), (_TOKENS,))
-        metadata = {name: _shortened(value) for name, value in metadata.items()}
+        metadata = {name: decimal(value) for name, value in metadata.items()}
     except Exception as exc:
         raise _broken(files[0], exc) from exc
     count = metadata.get("split.tensors.count", len(tensors))
@@ -103,7 +103,7 @@ def read_files(files: Sequence[Path]) -> Header:
     return Header(files, metadata, tensors)
 
 
-def _shortened(value: Any) -> Any:
+def decimal(value: Any) -> Any:
     """Return a float32 as the decimal that it was made of: 1e-06, not 9.999999974752427e-07."""
     if isinstance(value, float) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))

@@ -71,9 +71,7 @@ def _tensor(header: Header, name: str) -> list[float] | None:
     return header.numbers(name) or header.numbers(f"blk.0.{name}")
 
 
-def _by_factors(
-    header: Header, factors: list[float], base: float, rotated: int
-) -> dict[str, Any]:
+def _by_factors(header: Header, factors: list[float], base: float, rotated: int) -> dict[str, Any]:
     """Return the scaling by which each frequency is divided by a factor of its own."""
     if all(abs(factor - 1) < _TOLERANCE for factor in factors):
         return {"rope_type": "default"}

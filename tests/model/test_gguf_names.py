@@ -87,11 +87,14 @@ def test_weights_are_those_of_transformers(tmp_path: Path, family: str, kind: st
     file = write_gguf(tmp_path / "model.gguf", model, kind, tokenizer=tokenizer)
     checkpoint = opened(file, tmp_path / "texts")
     ours = weights_of(checkpoint)
-    theirs = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    read: Any = load_gguf_checkpoint
+    theirs = read(file, return_tensors=True, model_to_load=model)["tensors"]
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.equal(ours[name], tensor), name
-    wanted = {n for n in model.state_dict() if n != "lm_head.weight" or not checkpoint.ties_embeddings}
+    wanted = {
+        n for n in model.state_dict() if n != "lm_head.weight" or not checkpoint.ties_embeddings
+    }
     assert ours.keys() == wanted
     if kind == "F32":
         for name in wanted:

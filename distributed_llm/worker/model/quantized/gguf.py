@@ -51,6 +51,11 @@ def _fields(packed: Tensor, bits: int) -> Tensor:
     return torch.stack(fields, dim=-2)
 
 
+def _split(packed: Tensor, parts: int, width: int) -> Tensor:
+    """Return the bytes of each block in parts: [blocks, parts, width]."""
+    return packed.reshape(-1, parts, width)
+
+
 def _nibbles(packed: Tensor) -> Tensor:
     """Return the codes of blocks that keep their first half in the low four bits of the bytes."""
     return _fields(packed, 4).flatten(1)
@@ -89,7 +94,7 @@ def _q8_0(blocks: Tensor) -> _Parts:
 
 def _q2_k(blocks: Tensor) -> _Parts:
     """16 bytes of sc and m, 4 bits each; 64 bytes of codes; d; dmin."""
-    parts, codes = blocks[:, :16], blocks[:, 16:80].unflatten(1, (2, 32))
+    parts, codes = blocks[:, :16], _split(blocks[:, 16:80], 2, 32)
     scales = _half(blocks, 80) * (parts & 15)
     offsets = -(_half(blocks, 82) * (parts >> 4))
     return _fields(codes, 2).flatten(1), scales, offsets
@@ -97,7 +102,7 @@ def _q2_k(blocks: Tensor) -> _Parts:
 
 def _q3_k(blocks: Tensor) -> _Parts:
     """32 bytes of high bits; 64 bytes of low ones; 12 bytes of sc, 6 bits each; d."""
-    high, low = blocks[:, :32], blocks[:, 32:96].unflatten(1, (2, 32))
+    high, low = blocks[:, :32], _split(blocks[:, 32:96], 2, 32)
     codes = _fields(low, 2).flatten(1) | (_fields(high, 1) << 2).flatten(1)
     sc_low = _fields(blocks[:, 96:104], 4).flatten(1)
     sc_high = _fields(blocks[:, 104:108], 2).flatten(1)
@@ -111,27 +116,27 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     Of sc and m, the first four have 6 bits in a byte; of the last four, 4 bits have a byte
     together, and the other two are above those of the first four.
     """
-    first, second, rest = blocks[:, 4:16].unflatten(1, (3, 4)).unbind(1)
+    first, second, rest = _split(blocks[:, 4:16], 3, 4).unbind(1)
     sc = torch.cat([first & 63, rest & 15 | first >> 6 << 4], dim=1)
     m = torch.cat([second & 63, rest >> 4 | second >> 6 << 4], dim=1)
     return _half(blocks, 0) * sc, -(_half(blocks, 2) * m)
 
 
 def _q4_k(blocks: Tensor) -> _Parts:
-    codes = _fields(blocks[:, 16:].unflatten(1, (4, 32)), 4)
+    codes = _fields(_split(blocks[:, 16:], 4, 32), 4)
     return codes.flatten(1), *_k_scales(blocks)
 
 
 def _q5_k(blocks: Tensor) -> _Parts:
-    low = _fields(blocks[:, 48:].unflatten(1, (4, 32)), 4).flatten(1)
+    low = _fields(_split(blocks[:, 48:], 4, 32), 4).flatten(1)
     high = _fields(blocks[:, 16:48], 1).flatten(1)
     return low | high << 4, *_k_scales(blocks)
 
 
 def _q6_k(blocks: Tensor) -> _Parts:
     """128 bytes of the low four bits, 64 of the high two; 16 bytes of sc, with a sign; d."""
-    low = _fields(blocks[:, :128].unflatten(1, (2, 64)), 4).flatten(1)
-    high = _fields(blocks[:, 128:192].unflatten(1, (2, 32)), 2).flatten(1)
+    low = _fields(_split(blocks[:, :128], 2, 64), 4).flatten(1)
+    high = _fields(_split(blocks[:, 128:192], 2, 32), 2).flatten(1)
     sc = blocks[:, 192:208].view(torch.int8).float()
     return _symmetric(low | high << 4, _half(blocks, 208) * sc, 32)
 
@@ -150,7 +155,7 @@ def _iq4_xs(blocks: Tensor) -> _Parts:
     high = _fields(blocks[:, 2:4], 2).transpose(1, 2).flatten(1)
     low = _fields(blocks[:, 4:8], 4).transpose(1, 2).flatten(1)
     sc = (low | high << 4).float() - 32
-    codes = _fields(blocks[:, 8:].unflatten(1, (8, 16)), 4).flatten(1)
+    codes = _fields(_split(blocks[:, 8:], 8, 16), 4).flatten(1)
     return _symmetric(_iq4_codes(codes), _half(blocks, 0) * sc, 128)
 
 

@@ -73,7 +73,7 @@ class GgufNames:
         self._model = model
         self._checkpoint = checkpoint
         architecture = str(checkpoint.config["quantization_config"]["architecture"])
-        kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._processor = kind(config=model.config.to_dict())
         self._targets: dict[tuple[str, tuple[int, ...]], Target] = {}
 
