@@ -193,7 +193,7 @@ def _absent(module: nn.Module) -> nn.Module:
 
 def checkpoint_place(checkpoint: Checkpoint) -> Locate:
     """Return a function that returns where a tensor is in the folder of a checkpoint."""
-    return lambda info: Place(checkpoint.folder / info.file, info.offset, info.nbytes)
+    return lambda info: Place(checkpoint.path_of(info.file), info.offset, info.nbytes)
 
 
 def _tensors_to_load(
