@@ -64,6 +64,15 @@ class PackedLinear(OpaqueWeights):
         return output
 
 
+def is_packable(weight: Tensor) -> bool:
+    """Return whether products with a weight [out_features, in_features] are faster if packed."""
+    return (
+        weight.device.type == "cpu"
+        and weight.numel() >= _SMALLEST_PACKED
+        and _packing_helps(weight.dtype)
+    )
+
+
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace the linear layers of `model` by packed ones where that is faster.
 
@@ -76,7 +85,9 @@ def pack_linear_layers(model: nn.Module) -> None:
     ]  # a list of the modules themselves would keep all of them in memory
     for name in names:
         module = model.get_submodule(name)
-        if type(module) is nn.Linear and _is_packable(module.weight, shared):
+        if type(module) is not nn.Linear or id(module.weight) in shared:
+            continue
+        if is_packable(module.weight):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(module))
 
@@ -110,15 +121,6 @@ def _shared_weights(model: nn.Module) -> set[int]:
         shared |= seen & own
         seen |= own
     return shared
-
-
-def _is_packable(weight: Tensor, shared: set[int]) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.numel() >= _SMALLEST_PACKED
-        and id(weight) not in shared
-        and _packing_helps(weight.dtype)
-    )
 
 
 @functools.cache
