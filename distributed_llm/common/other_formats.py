@@ -109,8 +109,8 @@ def reason_of_file(name: str, folder: str) -> str:
     if suffix in _ARCHIVE_SUFFIXES:
         return "is an archive. Unpack it, and give the folder with its config.json."
     return (
-        "is a file. Give a folder with config.json and *.safetensors, a GGUF file, or a model id of "
-        "the hub."
+        "is a file. Give a folder with config.json and *.safetensors, a GGUF file, or a model id "
+        "of the hub."
     )
 
 
