@@ -39,7 +39,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape)
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
+def packed(codes: Tensor, bits: int) -> Tensor:
     """Pack the rows of a matrix into words, one code after the other from the lowest bit."""
     rows = []
     for row in codes.tolist():
@@ -62,8 +62,8 @@ def _gptq(bits: int, *, group: int, sym: bool, ordered: bool, version: str) -> S
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
     settings |= {"desc_act": ordered, "checkpoint_format": version}
     tensors = {
-        "qweight": _packed(codes.t(), bits).t().contiguous(),
-        "qzeros": _packed(zeros - int(version == "gptq"), bits),
+        "qweight": packed(codes.t(), bits).t().contiguous(),
+        "qzeros": packed(zeros - int(version == "gptq"), bits),
         "scales": scales,
         "g_idx": group_of,
     }
@@ -121,7 +121,7 @@ def _compressed_order() -> Sample:
     settings, tensors, _ = _compressed(_PACK, torch.bfloat16, **_GROUPS)
     group_of = (torch.randperm(INPUTS) // GROUP).to(torch.int32)
     codes = torch.randint(16, (OUTPUTS, INPUTS))
-    tensors |= {"weight_packed": _packed(codes, 4), "weight_g_idx": group_of}
+    tensors |= {"weight_packed": packed(codes, 4), "weight_g_idx": group_of}
     values = (codes - 8) * tensors["weight_scale"].float()[:, group_of.long()]
     return settings, tensors, values
 
