@@ -152,6 +152,10 @@ WRONG: dict[str, tuple[str, str, Tensor, str]] = {
         *("bnb nf4", "weight.quant_state.bitsandbytes__nf4", torch.zeros(9, dtype=torch.uint8)),
         "is not JSON",
     ),
+    "an order for a GPU": (
+        *("bnb int8", "weight_format", torch.tensor(2, dtype=torch.uint8)),
+        "weight_format 2",
+    ),
     "another block": (
         *("bnb nf4", "weight.absmax", torch.zeros(9, dtype=torch.uint8)),
         "contradict one another",
