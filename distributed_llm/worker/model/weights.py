@@ -26,6 +26,7 @@ from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.layer_loading import ModelLoader
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
+from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
@@ -215,8 +216,8 @@ class WeightNames:
         self._gguf = GgufNames(whole, checkpoint) if is_gguf_config(checkpoint.config) else None
 
     def target(self, name: str) -> Target | None:
-        """Return what becomes of a weight of GGUF files, else None."""
-        return self._gguf.target(name) if self._gguf else None
+        """Return what becomes of a weight of GGUF files, or of MLX's experts, else None."""
+        return self._gguf.target(name) if self._gguf else mlx_target(name)
 
     def name(self, name: str, target: Target | None) -> str:
         """Return the name of a weight for transformers' loader, with 0 for its layer's number."""
