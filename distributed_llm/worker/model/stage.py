@@ -11,6 +11,7 @@ from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
@@ -101,6 +102,7 @@ class Stage:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        quantize: Quantize = "none",
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
@@ -112,6 +114,7 @@ class Stage:
             layers: to load.
             device: to compute on.
             dtype: of weights, KV cache and computation.
+            quantize: what floating-point matrices of layers become.
             donor: a stage of the same checkpoint, whose modules are shared instead of read again.
                 It may run in another thread meanwhile. Afterwards the two may run in turns, and
                 either may be dropped.
@@ -130,6 +133,7 @@ class Stage:
             layers,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             donor=donor,
             locate=locate,
             on_read=on_read,
@@ -152,6 +156,7 @@ class Stage:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        quantize: Quantize = "none",
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
@@ -164,6 +169,7 @@ class Stage:
             layers,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             donor=donor._held if donor else None,
             locate=locate,
             on_read=on_read,
