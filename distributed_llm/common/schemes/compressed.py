@@ -14,7 +14,9 @@ from distributed_llm.common.weight_forms import WeightForm
 _METHOD = "compressed-tensors"
 _WORD_BITS = 32
 _PACKED_BITS = (2, 4, 8)
-_READ = frozenset({"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense"})
+_READ = frozenset(
+    {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "dense"}
+)
 _ZERO, _ORDER = "weight_zero_point", "weight_g_idx"
 
 
@@ -110,7 +112,9 @@ def _packed(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
         if fits:
             break
     else:
-        said = ", ".join(f"{s.get('num_bits')} bits in groups of {s.get('group_size')}" for s in schemes)
+        said = ", ".join(
+            f"{s.get('num_bits')} bits in groups of {s.get('group_size')}" for s in schemes
+        )
         raise module.unfit("weight_packed", f"2, 4 or 8 bits are expected (config.json: {said})")
     module.check("weight_scale", (*outputs, groups))
     *stack, rows = outputs

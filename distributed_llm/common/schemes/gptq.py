@@ -75,7 +75,9 @@ def _weight(module: Module, settings: Mapping[str, Any], *, less_one: bool) -> S
     bits, rest = divmod(zero_words * _WORD_BITS, outputs)
     if rest or bits not in _BITS:
         if settings.get("bits") not in _BITS:
-            raise UnsupportedModel(f"{settings.get('bits')!r} bits of GPTQ are not read; 2, 4, 8 are")
+            raise UnsupportedModel(
+                f"{settings.get('bits')!r} bits of GPTQ are not read; 2, 4, 8 are"
+            )
         raise module.unfit("qzeros", f"2, 4 or 8 bits for each of {outputs} outputs are expected")
     module.check("qzeros", (groups, zero_words))
     inputs = words * _WORD_BITS // bits

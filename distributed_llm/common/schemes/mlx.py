@@ -74,6 +74,4 @@ def _weight(module: Module, settings: Mapping[str, Any]) -> StoredWeight:
     module.part("biases", FLOATS)
     module.check("weight", (*outputs, inputs * bits // _WORD_BITS))
     module.check("biases", (*outputs, groups))
-    return module.weight(
-        (*outputs, inputs), MlxScheme(bits, group), "weight", "scales", "biases"
-    )
+    return module.weight((*outputs, inputs), MlxScheme(bits, group), "weight", "scales", "biases")

@@ -79,5 +79,7 @@ def modules(tensors: Tensors, kind: str, main: str, names: Collection[str]) -> I
     for name in tensors:
         if name.endswith(f".{main}"):
             layer = name.removesuffix(f".{main}")
-            held = {part: tensors[f"{layer}.{part}"] for part in known if f"{layer}.{part}" in tensors}
+            held = {
+                part: tensors[f"{layer}.{part}"] for part in known if f"{layer}.{part}" in tensors
+            }
             yield Module(layer, kind, held)
