@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +24,9 @@ from distributed_llm.common.model_folder import listing, no_checkpoint, read_con
 from distributed_llm.common.other_formats import (
     INDEX_NAME,
     SINGLE_NAME,
-    quantization_of_tensors,
     quantized,
 )
+from distributed_llm.common.schemes.parts import NotRead
 from distributed_llm.common.schemes.reading import stored_weights
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.tensor_index import tensors_by_index
@@ -100,7 +100,10 @@ class Checkpoint:
             CheckpointError: tensors are missing, or do not fit each other.
             UnsupportedModel: the weights are quantized in a way that is not known.
         """
-        return stored_weights(self.config, self.tensors)
+        try:
+            return stored_weights(self.config, self.tensors)
+        except NotRead as exc:
+            raise UnsupportedModel(f"The model in {self.folder} {quantized(str(exc))}") from None
 
     @cached_property
     def num_layers(self) -> int:
@@ -293,14 +296,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         tensors = tensors_by_index(folder, config, names)
     else:
         raise no_checkpoint(folder, names)
-    return checkpoint_of(folder, config, tensors, names)
+    return checkpoint_of(folder, config, tensors)
 
 
 def checkpoint_of(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    names: Collection[str] = (),
 ) -> Checkpoint:
     """Return the checkpoint with these tensors, without those of layers that the model lacks.
 
@@ -310,24 +312,27 @@ def checkpoint_of(
         folder: of the files.
         config: content of config.json.
         tensors: all that the files hold.
-        names: of the files in the folder.
 
     Raises:
-        UnsupportedModel: the weights are quantized.
+        CheckpointError: tensors are missing, or do not fit each other.
+        UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    how = None if is_gguf_config(config) else quantization_of_tensors(tensors.values(), names)
-    if how is not None:
-        raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
     checkpoint = Checkpoint(folder, config, tensors)
     spare = {name for name in tensors if checkpoint.is_spare(name)}
     if not spare:
-        return checkpoint
+        return _checked(checkpoint)
     logger.warning(
         "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
     kept = {name: tensor for name, tensor in tensors.items() if name not in spare}
-    return Checkpoint(folder, config, kept)
+    return _checked(Checkpoint(folder, config, kept))
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint, of whose weights it is known what they are."""
+    _ = checkpoint.weights
+    return checkpoint
 
 
 def _layers_by_prefix(names: Iterable[str]) -> dict[str, set[int]]:

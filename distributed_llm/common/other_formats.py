@@ -20,6 +20,10 @@ _ORIGINAL = (
     "Use the original model: a folder or hub id with config.json and safetensors in bfloat16, "
     "float16 or float32."
 )
+_ORIGINAL_OR_READ = (
+    "Use the original model in bfloat16, float16 or float32, or one that is quantized as GGUF, "
+    "GPTQ, AWQ, compressed-tensors, FP8, MXFP4, MLX or bitsandbytes."
+)
 _CONVERT = (
     "which can run any code when it is read. Use a version of the model with safetensors, or "
     "convert it on a machine that you can afford to lose: AutoModelForCausalLM.from_pretrained"
@@ -59,12 +63,27 @@ _METHODS: Mapping[str, str] = {
     "gptq": "GPTQ",
     "modelopt": "ModelOpt",
     "mxfp4": "MXFP4",
+    "aqlm": "AQLM",
+    "eetq": "EETQ",
+    "fp_quant": "FP-Quant",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
 }
-_PROGRAMS: Mapping[str, str] = {
-    "quantize_config.json": "GPTQ, by AutoGPTQ (quantize_config.json)",
-    "quant_config.json": "AWQ, by AutoAWQ (quant_config.json)",
-    "hf_quant_config.json": "ModelOpt (hf_quant_config.json)",
+QUANTIZATION_NAMES = ("quantization_config", "compression_config", "quantization")
+"""Names in config.json of what tells how weights are quantized."""
+
+SETTINGS_BESIDE: Mapping[str, str] = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
 }
+"""Methods by the file that a program for quantizing leaves beside config.json."""
+
 _SCALE_ENDINGS = ("scale", "scales", "scale_inv", "scale_weight", "scale_2", "absmax", "scb")
 _WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "C64"})
 _BUFFER_ENDINGS = frozenset({"bias", "masked_bias", "position_ids"})
@@ -119,8 +138,6 @@ def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -
             "not read. Use the version of the model for transformers, on the hub often the same "
             "name with -hf or -HF."
         )
-    if by := _program(files):
-        return quantized(by)
     weights = sorted(name for name in files if name.endswith(".safetensors"))
     if weights and CONFIG_NAME in files:
         return (
@@ -160,8 +177,6 @@ def reason_of_config(config: Contents, names: Collection[str]) -> str:
     """
     if "_class_name" in config:
         return f"holds a part of a diffusers pipeline, which makes pictures, not text. {_ORIGINAL}"
-    if (how := quantization(config)) is not None:
-        return quantized(how)
     others = {name for name in names if name != CONFIG_NAME}
     has_weights = any(name.endswith(".safetensors") for name in others)
     if not has_weights and (reason := reason_of_listing(others, lambda _: {})):
@@ -171,7 +186,7 @@ def reason_of_config(config: Contents, names: Collection[str]) -> str:
 
 def quantization(config: Contents) -> str | None:
     """Return how, by its config.json, the weights of a model are quantized, or None."""
-    for name in ("quantization_config", "compression_config", "quantization"):
+    for name in QUANTIZATION_NAMES:
         settings = config.get(name)
         if not isinstance(settings, Mapping):
             continue
@@ -185,16 +200,10 @@ def quantization(config: Contents) -> str | None:
     return None
 
 
-def quantization_of_tensors(
-    tensors: Iterable[TensorInfo], names: Collection[str] = ()
-) -> str | None:
-    """Return how the weights of a model are quantized, as its tensors show, or None.
+def quantization_of_tensors(tensors: Iterable[TensorInfo]) -> str | None:
+    """Return how weights are quantized, as tensors show that should be plain numbers, or None.
 
     Narrow floating-point numbers without scales are no fault: they are what they say.
-
-    Args:
-        tensors: all of the model.
-        names: of the files beside them, which may name the method.
     """
     narrow, packed, scale = None, None, None
     for tensor in tensors:
@@ -205,8 +214,6 @@ def quantization_of_tensors(
             narrow = narrow or tensor
         elif tensor.dtype not in _WIDE_DTYPES and len(tensor.shape) > 1:
             packed = packed or (tensor if ending not in _BUFFER_ENDINGS else None)
-    if (packed or (narrow and scale)) and (by := _program(names)):
-        return by
     if packed:
         scales = "" if scale else ", without the scales that would tell what they mean"
         return f"integers ({packed.dtype} in {packed.name}){scales}"
@@ -217,12 +224,7 @@ def quantization_of_tensors(
 
 def quantized(how: str) -> str:
     """Return the sentences about a model whose weights are quantized by `how`."""
-    return f"is quantized: {how}. Layers are computed from the weights themselves. {_ORIGINAL}"
-
-
-def _program(names: Collection[str]) -> str | None:
-    """Return the method and the program that quantized the weights, by the file that it leaves."""
-    return next((by for name, by in _PROGRAMS.items() if name in names), None)
+    return f"is quantized in a way that is not read: {how}. {_ORIGINAL_OR_READ}"
 
 
 def _bits(settings: Contents) -> str:

@@ -18,7 +18,6 @@ def is_exact(bits: int, group: int, shape: tuple[int, ...], *, symmetric: bool) 
     return symmetric and bits == INT8.bits and group == shape[-1]
 
 
-def affine_label(method: str, bits: int, group: int, shape: tuple[int, ...] | None = None) -> str:
+def affine_label(method: str, bits: int, group: int) -> str:
     """Return what people call such weights: "GPTQ, 4 bits, groups of 128"."""
-    per = f"groups of {group}" if group else "one scale per channel"
-    return f"{method}, {bits} bits, {per}"
+    return f"{method}, {bits} bits, groups of {group}"

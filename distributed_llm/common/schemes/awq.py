@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label
-from distributed_llm.common.schemes.parts import Module, Tensors, modules
+from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 
@@ -44,15 +43,14 @@ def awq_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
     """Return the quantized weights among these tensors.
 
     Raises:
-        UnsupportedModel: they are packed for another kernel than "gemm", or not of 4 bits.
+        NotRead: they are packed for another kernel than "gemm", or not of 4 bits.
         CheckpointError: tensors are missing or do not fit each other.
     """
     version = str(settings.get("version") or "gemm").lower()
     bits = settings.get("bits", settings.get("w_bit", _BITS))
     if version != "gemm" or bits != _BITS:
-        raise UnsupportedModel(
-            f"its weights are in AWQ's version {version!r} with {bits} bits; only 'gemm' with 4 "
-            "bits is read"
+        raise NotRead(
+            f"AWQ, {bits} bits in its version {version!r} (4 bits in its version 'gemm' are read)"
         )
     found = modules(tensors, "AWQ", "qweight", ("qzeros", "scales"))
     return [_weight(module) for module in found]

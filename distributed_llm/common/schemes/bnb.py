@@ -18,9 +18,9 @@ _OUT_PROJECTION = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4
 
 @dataclass(frozen=True)
 class BnbTableScheme:
-    """Parts "weight" uint8 [.., 1], two numbers per byte, "absmax" (scales of blocks, or their own
-    codes), "quant_map" (the table), "state" (JSON: shape, sizes of blocks) and, if the scales are
-    quantized, "nested_absmax" and "nested_quant_map".
+    """Parts "weight" uint8 [.., 1], two numbers per byte, "weight.absmax" (scales of blocks, or
+    their own codes), "weight.quant_map" (the table), `state` (JSON: shape, sizes of blocks) and, if
+    the scales are quantized, "weight.nested_absmax" and "weight.nested_quant_map".
 
     The shape of such a weight stands in "state" alone, so that a `StoredWeight` has one by guess:
     right in the number of numbers.
@@ -30,6 +30,11 @@ class BnbTableScheme:
     """
 
     table: str
+
+    @property
+    def state(self) -> str:
+        """The name of the part that is JSON."""
+        return _STATE + self.table
 
     @property
     def label(self) -> str:
@@ -47,7 +52,7 @@ class BnbTableScheme:
 
 @dataclass(frozen=True)
 class BnbInt8Scheme:
-    """Parts "weight" int8 [outputs, inputs] and "scb" [outputs]: scales times 127."""
+    """Parts "weight" int8 [outputs, inputs] and "SCB" [outputs]: scales times 127."""
 
     label: str = "bitsandbytes, 8 bits"
 
@@ -60,8 +65,12 @@ class BnbInt8Scheme:
         return True
 
 
-def bnb_weights(config: Mapping[str, Any], tensors: Tensors) -> list[StoredWeight]:
+def bnb_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWeight]:
     """Return the quantized weights among these tensors.
+
+    Args:
+        settings: with the model's hidden_size.
+        tensors: of the model.
 
     Raises:
         CheckpointError: tensors are missing or do not fit each other.
@@ -69,7 +78,7 @@ def bnb_weights(config: Mapping[str, Any], tensors: Tensors) -> list[StoredWeigh
     table_parts = ("weight", "weight.quant_map", *_NESTED, *(_STATE + table for table in _TABLES))
     kind = "bitsandbytes"
     return [
-        *(_by_table(m, config) for m in modules(tensors, kind, "weight.absmax", table_parts)),
+        *(_by_table(m, settings) for m in modules(tensors, kind, "weight.absmax", table_parts)),
         *(_by_channel(m) for m in modules(tensors, kind, "SCB", ("weight",))),
     ]
 
@@ -81,20 +90,20 @@ def _by_channel(module: Module) -> StoredWeight:
     return module.weight((outputs, inputs), BnbInt8Scheme(), "weight", "SCB")
 
 
-def _by_table(module: Module, config: Mapping[str, Any]) -> StoredWeight:
+def _by_table(module: Module, settings: Mapping[str, Any]) -> StoredWeight:
     packed = module.part("weight", ("U8",))
     table = next((table for table in _TABLES if _STATE + table in module.parts), _TABLES[0])
-    state = _STATE + table
-    module.part(state, ("U8",), 1)
+    scheme = BnbTableScheme(table)
+    module.part(scheme.state, ("U8",), 1)
     module.part("weight.quant_map", ("F32",))
     module.check("weight.quant_map", (16,))
     if module.part("weight.absmax", ("F32", "U8"), 1).dtype == "U8":
         module.part(_NESTED[0], ("F32",), 1)
         module.part(_NESTED[1], ("F32",))
         module.check(_NESTED[1], (256,))
-    shape = _likely_shape(module.name, 2 * math.prod(packed.shape), config.get("hidden_size"))
-    names = ("weight", "weight.absmax", "weight.quant_map", state, *_NESTED)
-    return module.weight(shape, BnbTableScheme(table), *names)
+    shape = _likely_shape(module.name, 2 * math.prod(packed.shape), settings.get("hidden_size"))
+    names = ("weight", "weight.absmax", "weight.quant_map", scheme.state, *_NESTED)
+    return module.weight(shape, scheme, *names)
 
 
 def _likely_shape(module: str, numbers: int, hidden_size: object) -> tuple[int, int]:

@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label, is_exact
 from distributed_llm.common.schemes.fp8 import FP8_DTYPES, block_of, fp8_weight
-from distributed_llm.common.schemes.parts import Module, Tensors, modules
+from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 
@@ -53,7 +52,7 @@ def compressed_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[St
     """Return the quantized weights among these tensors.
 
     Raises:
-        UnsupportedModel: one of the formats is not read, or weights are rotated or sparse.
+        NotRead: one of the formats is not read, or weights are rotated or sparse.
         CheckpointError: tensors are missing or do not fit each other.
     """
     schemes = list(_schemes(settings))
@@ -73,13 +72,13 @@ def _schemes(settings: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _refuse_unread(settings: Mapping[str, Any], schemes: list[Mapping[str, Any]]) -> None:
     unread = next((str(s["format"]) for s in schemes if s["format"] not in _READ), None)
     if unread:
-        raise UnsupportedModel(f"compressed-tensors' format {unread!r} is not read")
+        raise NotRead(f"compressed-tensors, in its format {unread!r}")
     transforms = settings.get("transform_config")
     if isinstance(transforms, Mapping) and transforms.get("config_groups"):
-        raise UnsupportedModel("its weights are rotated (transform_config), which is not read")
+        raise NotRead("compressed-tensors, with rotated weights (transform_config)")
     sparse = settings.get("sparsity_config")
     if isinstance(sparse, Mapping) and sparse.get("format", "dense") not in ("dense", None):
-        raise UnsupportedModel(f"its weights are sparse ({sparse['format']}), which is not read")
+        raise NotRead(f"compressed-tensors, sparse ({sparse['format']})")
 
 
 def _weights(schemes: list[Mapping[str, Any]], tensors: Tensors) -> Iterator[StoredWeight]:
@@ -112,15 +111,17 @@ def _packed(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
         if fits:
             break
     else:
-        said = ", ".join(
-            f"{s.get('num_bits')} bits in groups of {s.get('group_size')}" for s in schemes
+        said = ", ".join(f"{s.get('num_bits')} bits, {s.get('group_size')}" for s in schemes)
+        raise module.unfit(
+            "weight_packed", f"2, 4 or 8 bits in groups are expected, as config.json says ({said})"
         )
-        raise module.unfit("weight_packed", f"2, 4 or 8 bits are expected (config.json: {said})")
     module.check("weight_scale", (*outputs, groups))
     *stack, rows = outputs
-    module.check(_ZERO, (*stack, -(-rows * bits // _WORD_BITS), groups))
+    module.check(_ZERO, (*stack, -(-rows * bits // _WORD_BITS), groups), (*outputs, groups))
     module.check(_ORDER, (inputs,))
     form = CompressedScheme(bits, group, symmetric=_ZERO not in module.parts)
+    if _ZERO in module.parts:
+        module.part(_ZERO, ("I32", "I8"))
     names = ("weight_packed", "weight_scale", _ZERO, _ORDER, "weight_shape")
     return module.weight((*outputs, inputs), form, *names)
 
@@ -131,7 +132,9 @@ def _plain(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
     groups = scale[-1] if len(scale) > 1 else 1
     if scale not in ((), (1,), (1, 1), (*outputs, groups)) or inputs % groups:
         raise module.unfit("weight_scale", f"[1] or {[*outputs, 'groups']} is expected")
-    module.check(_ZERO, scale)
+    if _ZERO in module.parts:
+        module.part(_ZERO, ("I8",))
+        module.check(_ZERO, scale)
     module.check(_ORDER, (inputs,))
     widths = [s.get("num_bits") for s in schemes if s.get("type", "int") == "int"]
     bits = 4 if widths and all(width == 4 for width in widths) else 8

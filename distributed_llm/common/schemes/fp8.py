@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.schemes.affine import FLOATS
-from distributed_llm.common.schemes.parts import Module, Tensors
+from distributed_llm.common.schemes.parts import Module, NotRead, Tensors
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import INT8, WeightForm
 
@@ -50,7 +49,7 @@ def fp8_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
     """Return the weights of 8 bits with scales among these tensors.
 
     Raises:
-        UnsupportedModel: they are packed to less than 8 bits.
+        NotRead: they are packed to less than 8 bits.
         CheckpointError: tensors are missing or do not fit each other.
     """
     return list(_weights(settings, tensors))
@@ -97,11 +96,11 @@ def block_of(sizes: object) -> tuple[int, int]:
     """Return the size of blocks that a config.json names; 128 x 128 if it names none.
 
     Raises:
-        UnsupportedModel: it names something else.
+        NotRead: it names something else.
     """
     if sizes is None:
         return _DEFAULT_BLOCK
     match sizes:
         case [int(outputs), int(inputs)] if outputs > 0 and inputs > 0:
             return outputs, inputs
-    raise UnsupportedModel(f"its scales of FP8 are for blocks of {sizes!r}, which is not read")
+    raise NotRead(f"FP8, scales for blocks of {sizes!r}")

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label
-from distributed_llm.common.schemes.parts import Module, Tensors, modules
+from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import INT8, WeightForm
 
@@ -45,7 +44,7 @@ def mlx_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
     """Return the quantized weights among these tensors.
 
     Raises:
-        UnsupportedModel: they are quantized in another mode than "affine".
+        NotRead: they are quantized in another mode than "affine".
         CheckpointError: tensors are missing or do not fit each other.
     """
     found = modules(tensors, "MLX", "scales", ("weight", "biases"))
@@ -58,16 +57,14 @@ def _settings_of(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     chosen = {**settings, **own} if isinstance(own, Mapping) else settings
     mode = chosen.get("mode", "affine")
     if mode != "affine":
-        raise UnsupportedModel(f"MLX's mode {mode!r} is not read; 'affine' is")
+        raise NotRead(f"MLX, in its mode {mode!r} ('affine' is read)")
     return chosen
 
 
 def _weight(module: Module, settings: Mapping[str, Any]) -> StoredWeight:
     bits, group = settings.get("bits"), settings.get("group_size")
     if bits not in _BITS or not isinstance(group, int) or group < 1:
-        raise UnsupportedModel(
-            f"its weights have {bits!r} bits in groups of {group!r}; MLX's 2 to 6 and 8 bits are read"
-        )
+        raise NotRead(f"MLX, {bits!r} bits in groups of {group!r} (2 to 6 and 8 bits are read)")
     *outputs, groups = module.part("scales", FLOATS).shape
     inputs = groups * group
     module.part("weight", ("U32",))

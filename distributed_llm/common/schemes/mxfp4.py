@@ -1,6 +1,8 @@
 """MXFP4: floating-point numbers of 4 bits in blocks of 32, as gpt-oss keeps its experts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from distributed_llm.common.schemes.parts import Module, Tensors
 from distributed_llm.common.stored_weights import StoredWeight
@@ -30,7 +32,7 @@ class Mxfp4Scheme:
         return False
 
 
-def mxfp4_weights(tensors: Tensors) -> list[StoredWeight]:
+def mxfp4_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWeight]:
     """Return the weights in blocks among these tensors.
 
     Raises:

@@ -7,6 +7,11 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.stored_weights import Scheme, StoredWeight
 
+
+class NotRead(Exception):
+    """Says in which way a model is quantized that is not read, for people."""
+
+
 Tensors = Mapping[str, TensorInfo]
 
 
@@ -79,7 +84,5 @@ def modules(tensors: Tensors, kind: str, main: str, names: Collection[str]) -> I
     for name in tensors:
         if name.endswith(f".{main}"):
             layer = name.removesuffix(f".{main}")
-            held = {
-                part: tensors[f"{layer}.{part}"] for part in known if f"{layer}.{part}" in tensors
-            }
-            yield Module(layer, kind, held)
+            held = ((part, tensors.get(f"{layer}.{part}")) for part in sorted(known))
+            yield Module(layer, kind, {part: tensor for part, tensor in held if tensor})
