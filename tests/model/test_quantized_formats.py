@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.form_in_memory import form_in_memory
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.schemes.reading import stored_weights
@@ -20,7 +19,7 @@ from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import INT8, WeightForm
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.decoding import decoded
-from tests.model.quantized_samples import INPUTS, MODULE, OUTPUTS, PATH, SAMPLES, VALUES
+from tests.model.quantized_samples import INPUTS, MODULE, PATH, SAMPLES, VALUES
 
 DTYPES = {
     **{torch.int32: "I32", torch.uint32: "U32", torch.uint8: "U8", torch.int8: "I8"},
