@@ -81,7 +81,9 @@ def _root(
 def coordinator(
     model: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder or hub id; nothing for the built-in model."),
+        typer.Argument(
+            help="Folder, GGUF file, ollama:NAME or hub id; nothing: the built-in model."
+        ),
     ] = None,
     config: Config = None,
     bind: Annotated[
@@ -154,7 +156,7 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint folder or hub id; a config.json, without weights; '' for the built-in "
+            help="Folder, GGUF file or hub id; a config.json, without weights; '' for the built-in "
             "model."
         ),
     ],

@@ -18,7 +18,9 @@ BIND = "0.0.0.0:5555"
 def up(
     model: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder or hub id; nothing for the built-in model."),
+        typer.Argument(
+            help="Folder, GGUF file, ollama:NAME or hub id; nothing: the built-in model."
+        ),
     ] = None,
     config: Config = None,
     bind: Annotated[

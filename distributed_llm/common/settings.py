@@ -146,7 +146,8 @@ class CoordinatorSettings(_Section):
     """The process that cuts the model and hands out the work."""
 
     model: Location = Field(
-        default="", description="Folder or hub id of the model; empty: the small built-in one."
+        default="",
+        description="Folder, GGUF file, ollama:NAME or hub id; empty: the small built-in one.",
     )
     bind: BindAddress = Field(
         default="127.0.0.1:5555",
