@@ -26,7 +26,6 @@ _CONVERT = (
     "(folder).save_pretrained(new_folder)."
 )
 _BY_SUFFIX: Mapping[str, str] = {
-    ".gguf": f"in GGUF, the format of llama.cpp, which is not read. {_ORIGINAL}",
     ".ggml": f"in GGML, an old format of llama.cpp, which is not read. {_ORIGINAL}",
     ".onnx": f"in ONNX: a finished graph, which cannot be cut into layers. {_ORIGINAL}",
     ".tflite": f"for TensorFlow Lite: a finished graph, which cannot be cut. {_ORIGINAL}",
@@ -48,6 +47,7 @@ _PART_SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"}
 _TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 """How files begin that trainers leave beside the weights."""
 
+_GGUF = ".gguf"
 _ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".zst", ".7z", ".xz"})
 
 _METHODS: Mapping[str, str] = {
@@ -73,7 +73,8 @@ _BUFFER_ENDINGS = frozenset({"bias", "masked_bias", "position_ids"})
 def looks_like_file(name: str) -> bool:
     """Return whether `name` ends as files of models do, and model ids of the hub do not."""
     suffix = PurePath(name).suffix.lower()
-    return suffix in _BY_SUFFIX or suffix in _PART_SUFFIXES or suffix in _ARCHIVE_SUFFIXES
+    parts = _PART_SUFFIXES | _ARCHIVE_SUFFIXES | {_GGUF}
+    return suffix in _BY_SUFFIX or suffix in parts
 
 
 def reason_of_file(name: str, folder: str) -> str:
@@ -88,7 +89,10 @@ def reason_of_file(name: str, folder: str) -> str:
         )
     if suffix in _ARCHIVE_SUFFIXES:
         return "is an archive. Unpack it, and give the folder with its config.json."
-    return "is a file. Give a folder with config.json and *.safetensors, or a model id of the hub."
+    return (
+        "is a file. Give a folder with config.json and *.safetensors, a GGUF file, or a model id "
+        "of the hub."
+    )
 
 
 def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -> str | None:
@@ -126,6 +130,8 @@ def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -
         )
     if weights:
         return f"has {weights[0]}, but no {CONFIG_NAME}. Copy that of the model there."
+    if in_gguf := sorted(name for name in files if name.lower().endswith(_GGUF)):
+        return f"has its weights in {in_gguf[0]}, in GGUF. Give that file instead of the folder."
     for suffix, what in _BY_SUFFIX.items():
         of_kind = sorted(name for name in files if PurePath(name).suffix.lower() == suffix)
         if of_kind:

@@ -10,6 +10,7 @@ from typing import Any
 
 from distributed_llm.common.addresses import addresses_for_others, machine_name
 from distributed_llm.common.architectures import VERIFIED, check_architecture
+from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.discovery import Announcer
 from distributed_llm.common.file_limit import raise_file_limit
@@ -29,7 +30,6 @@ from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator
 from distributed_llm.coordinator.trust.store import Trust
-from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf
 
@@ -128,7 +128,7 @@ def _library(model: ServedModel, checkpoint: Checkpoint) -> Library:
     def fetch_file(name: str, on_bytes: Callable[[int], None]) -> Path:
         if source.kind == "hub":
             return download_file(source, name, on_bytes)
-        return checkpoint.folder / name
+        return checkpoint.path_of(name)
 
     return Library(source, checkpoint, fetch_file, Shelf(), cache_folder() / "digests")
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.model.kernels import PackedLinear
+from distributed_llm.worker.model.kernels import OpaqueWeights
 
 _HOOKS = (
     "_forward_hooks",
@@ -52,8 +52,8 @@ class StageModel:
 
     def tensors(self) -> list[Tensor]:
         """Return all weights and buffers."""
-        packed = [m.weight for m in self.model.modules() if isinstance(m, PackedLinear)]
-        return [*_tensors(self.model), *packed]
+        opaque = [m for m in self.model.modules() if isinstance(m, OpaqueWeights)]
+        return [*_tensors(self.model), *(held for module in opaque for held in module.tensors())]
 
 
 class SharedModules:
@@ -118,7 +118,7 @@ class SharedModules:
         inside = {id(module) for module in self._donor.layers.modules()}
         for name, module in self._donor.model.named_modules():
             own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-            if isinstance(module, PackedLinear):
+            if isinstance(module, OpaqueWeights):
                 own = ["weight"]
             if own and id(module) not in inside:
                 tensor = f"{name}.{own[0]}"
@@ -148,13 +148,13 @@ class SharedModules:
 def shared_nbytes(model: PreTrainedModel, donor: StageModel) -> int:
     """Return the bytes of the weights and buffers that a model shares with the donor."""
     theirs = {tensor.data_ptr() for tensor in _tensors(donor.model)}
-    packed = {id(m) for m in donor.model.modules() if isinstance(m, PackedLinear)}
+    opaque = {id(m) for m in donor.model.modules() if isinstance(m, OpaqueWeights)}
     ours = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(model)}
     plain = sum(nbytes for place, nbytes in ours.items() if place in theirs)
     return plain + sum(
         module.weight_bytes
         for module in model.modules()
-        if isinstance(module, PackedLinear) and id(module) in packed
+        if isinstance(module, OpaqueWeights) and id(module) in opaque
     )
 
 

@@ -28,6 +28,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.types import LayerRange
 from distributed_llm.weights.giving.shelf import Place
 from distributed_llm.worker.model.empty_model import empty_model
+from distributed_llm.worker.model.experts import pack_experts
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorInFile, TensorReader
@@ -107,6 +108,7 @@ def load_stage_model(
         _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
         model.train(False).requires_grad_(False)
         _drop_tied_embedding(model, layers)
+        pack_experts(model)
         pack_linear_layers(model)
     _insert_shared(model, path, layers, shared)
     kept = cast(nn.ModuleList, model.get_submodule(path))
@@ -193,7 +195,7 @@ def _absent(module: nn.Module) -> nn.Module:
 
 def checkpoint_place(checkpoint: Checkpoint) -> Locate:
     """Return a function that returns where a tensor is in the folder of a checkpoint."""
-    return lambda info: Place(checkpoint.folder / info.file, info.offset, info.nbytes)
+    return lambda info: Place(checkpoint.path_of(info.file), info.offset, info.nbytes)
 
 
 def _tensors_to_load(
