@@ -16,9 +16,9 @@ from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest
+from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
-from distributed_llm.worker.model.attention import PackedSlice, PackedStep
 from distributed_llm.worker.model.failures import (
     MissingPositionsError,
     ReleasedSequence,
@@ -26,6 +26,7 @@ from distributed_llm.worker.model.failures import (
 )
 from distributed_llm.worker.model.forward import Forward
 from distributed_llm.worker.model.logits import Mask
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep
 from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, sample
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
@@ -279,8 +280,8 @@ class Stage:
         self._samplings.clear()
         self._released.clear()
 
-    def memory(self) -> list[Tensor]:
-        """Return all tensors of weights and KV cache, so that they can be freed one by one.
+    def memory(self) -> list[Tensor | KVBuffers]:
+        """Return all that holds weights and KV cache, so that they can be freed one by one.
 
         Freeing a gigabyte at once takes as long as several steps.
         """
