@@ -28,6 +28,7 @@ from benchmarks import echo
 from benchmarks.common import ask, fresh_prompts, gather, print_table
 from distributed_llm import AsyncDistributedClient, LocalCluster
 from distributed_llm.common import codec
+from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.common.keyring import Keyring, state_folder
 from distributed_llm.common.keys import PublicKey
 from distributed_llm.common.messages import (
@@ -49,7 +50,6 @@ from distributed_llm.common.types import Epoch, LayerRange, PeerId
 from distributed_llm.common.units import split_address
 from distributed_llm.coordinator.trust.store import Trust
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import cache_folder
 from tests import checkpoints
 from tests.fault_proxy import FaultProxy
 

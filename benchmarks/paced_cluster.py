@@ -21,10 +21,10 @@ import msgspec
 
 from benchmarks.watched_coordinator import Searched
 from distributed_llm import AsyncDistributedClient
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import ConnectionFailed
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import ClusterStatus
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 _START_S = 60.0
 _MEMORY = "1GiB"

@@ -67,7 +67,7 @@ def prune(
 
 
 def _cache() -> "ContentCache":
+    from distributed_llm.common.cache_folder import cache_folder
     from distributed_llm.weights.cache.content_cache import ContentCache
-    from distributed_llm.weights.cache.places import cache_folder
 
     return ContentCache(cache_folder(), None)

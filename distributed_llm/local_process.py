@@ -26,9 +26,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import DistributedLLMError, error_from_wire
 from distributed_llm.common.keyring import STATE_VARIABLE
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 _KILL_AFTER_S = 5.0
 

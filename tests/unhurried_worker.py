@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.keyring import STATE_VARIABLE
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 
 @contextmanager

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointUnavailable
 from distributed_llm.common.messages import LoadStage, ModelSource
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf

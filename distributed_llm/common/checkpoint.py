@@ -1,6 +1,7 @@
 """Reads checkpoints on disk without torch: config, names and sizes of tensors, digests.
 
-Only Hugging Face checkpoints with safetensors are read, and nothing in them is executed.
+Only Hugging Face checkpoints with safetensors, and GGUF files (`gguf_files`), are read, and nothing
+in them is executed.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,30 +17,34 @@ from typing import Any
 
 from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.model_files import (
-    TensorInfo,
-    ends_early,
-    read_header,
-    read_json,
-    unreadable,
-)
+from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
+from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
     INDEX_NAME,
     SINGLE_NAME,
-    quantization_of_tensors,
     quantized,
 )
-from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
+from distributed_llm.common.schemes.parts import NotRead
+from distributed_llm.common.schemes.reading import stored_weights
+from distributed_llm.common.stored_weights import StoredWeight
+from distributed_llm.common.tensor_index import tensors_by_index
+from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import LayerRange
+from distributed_llm.common.weight_forms import Quantize, WeightForm
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 4096
 _LAYER_NAME = re.compile(r"^(?P<prefix>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
-_EMBEDDING_NAME = re.compile(r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in)(\.|$)")
-_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in)\.")
+_EMBEDDING_NAME = re.compile(
+    r"(^|[._])(embed\w*|wte|wpe|word_embeddings\w*|project_in|(token|position)_embd)(\.|$)"
+)
+_NEVER_TIED_NAME = re.compile(r"(^|\.)(wpe|embed_positions|project_in|position_embd)\.")
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output)\.")
+_TRANSPOSED_MATRICES = frozenset({"gpt2", "openai-gpt"})
+"""Types of models that keep matrices as [in_features, out_features]."""
+
 _TORCH_DTYPES: dict[str, DtypeName] = {
     "F32": "float32",
     "BF16": "bfloat16",
@@ -55,14 +60,20 @@ class Checkpoint:
     """A checkpoint on this machine's disk.
 
     Args:
-        folder: holds config.json and the safetensors files.
+        folder: holds config.json, the tokenizer and the safetensors files.
         config: the content of config.json.
         tensors: every tensor of the files, by its name in the checkpoint.
+        files: the folder of the files with tensors, if it is another one.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    files: Path | None = None
+
+    def path_of(self, file: str) -> Path:
+        """Return where the file `file` with tensors is."""
+        return (self.files or self.folder) / file
 
     @property
     def model_type(self) -> str:
@@ -78,7 +89,20 @@ class Checkpoint:
     @cached_property
     def num_parameters(self) -> int:
         """Numbers in its tensors; what is tied counts once."""
-        return sum(math.prod(t.shape) for t in self.tensors.values() if not self.is_spare(t.name))
+        return sum(math.prod(w.shape) for w in self.weights.values() if not self.is_spare(w.name))
+
+    @cached_property
+    def weights(self) -> Mapping[str, StoredWeight]:
+        """Every weight of the files, by its name; some are made of several tensors.
+
+        Raises:
+            CheckpointError: tensors are missing, or do not fit each other.
+            UnsupportedModel: the weights are quantized in a way that is not known.
+        """
+        try:
+            return stored_weights(self.config, self.tensors)
+        except NotRead as exc:
+            raise UnsupportedModel(f"The model in {self.folder} {quantized(str(exc))}") from None
 
     @cached_property
     def num_layers(self) -> int:
@@ -106,7 +130,8 @@ class Checkpoint:
         named = self.config.get("dtype") or self.config.get("torch_dtype")
         if isinstance(named, str) and (known := named.removeprefix("torch.")) in _TORCH_DTYPES:
             return _TORCH_DTYPES[known]
-        kinds = [_TORCH_DTYPES[t.dtype] for t in self.tensors.values() if t.dtype in _TORCH_DTYPES]
+        plain = (w.parts[""].dtype for w in self.weights.values() if w.scheme is None)
+        kinds = [_TORCH_DTYPES[kind] for kind in plain if kind in _TORCH_DTYPES]
         return max(set(kinds), key=kinds.count, default="float32")
 
     def kv_bytes_per_token(self, dtype: DtypeName) -> int:
@@ -163,9 +188,9 @@ class Checkpoint:
         """The head's matrix, if the files hold the matrix that is tied under its name alone."""
         if self.config.get("tie_word_embeddings") is False:
             return None
-        if any(self.is_embedding(n) and not _NEVER_TIED_NAME.search(n) for n in self.tensors):
+        if any(self.is_embedding(n) and not _NEVER_TIED_NAME.search(n) for n in self.weights):
             return None
-        heads = (name for name in self.tensors if _HEAD_NAME.search(name))
+        heads = (name for name in self.weights if _HEAD_NAME.search(name))
         return next((name for name in heads if name.endswith(".weight")), None)
 
     def is_embedding(self, name: str) -> bool:
@@ -173,35 +198,43 @@ class Checkpoint:
         return _EMBEDDING_NAME.search(name) is not None and not _HEAD_NAME.search(name)
 
     def holds_embedding(self, name: str) -> bool:
-        """Return whether tensor `name` of the files is needed before the first layer."""
+        """Return whether weight `name` of the files is needed before the first layer."""
         return self.is_embedding(name) or name == self.lone_head
 
     def _is_tied(self, name: str) -> bool:
         return self.ties_embeddings and not _NEVER_TIED_NAME.search(name)
 
-    def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
-        """Yield the tensors that a stage with `layers` needs.
+    def weights_of(self, layers: LayerRange) -> Iterator[StoredWeight]:
+        """Yield the weights that a stage with `layers` needs.
 
         The first stage also needs the embeddings; the last one the final norm, the head and, if the
         head is tied to it, the token embedding.
         """
         first, last = layers.start == 0, layers.stop == self.num_layers
-        for name, tensor in self.tensors.items():
+        for name, weight in self.weights.items():
             layer = self.layer_of(name)
             if layer is not None:
                 if layers.start <= layer < layers.stop:
-                    yield tensor
+                    yield weight
             elif self.holds_embedding(name):
                 if first or (last and self._is_tied(name)):
-                    yield tensor
+                    yield weight
             elif last:
-                yield tensor
+                yield weight
 
-    def bytes_in_memory(self, tensor: TensorInfo, dtype: DtypeName) -> int:
-        """Return the bytes that `tensor` takes once it is loaded as `dtype`."""
-        if not tensor.dtype.startswith(("F", "BF")):
-            return tensor.nbytes
-        return math.prod(tensor.shape) * ITEM_BYTES[dtype]
+    def tensors_of(self, layers: LayerRange) -> Iterator[TensorInfo]:
+        """Yield the tensors that make the weights that a stage with `layers` needs."""
+        return (part for weight in self.weights_of(layers) for part in weight.parts.values())
+
+    def form_of(self, weight: StoredWeight, quantize: Quantize) -> WeightForm | None:
+        """Return the form that `weight` has in memory; None: floating-point numbers."""
+        in_layers = self.layer_of(weight.name) is not None
+        lies_along = in_layers and self.model_type not in _TRANSPOSED_MATRICES
+        return form_in_memory(weight, in_layers=lies_along, quantize=quantize)
+
+    def weight_bytes(self, weight: StoredWeight, dtype: DtypeName, quantize: Quantize) -> int:
+        """Return the bytes that `weight` takes once it is loaded, floating point as `dtype`."""
+        return bytes_in_memory(weight, self.form_of(weight, quantize), dtype)
 
     def fingerprints(self, layers: LayerRange, *, sampled: bool) -> dict[str, str]:
         """Return, by name, a fingerprint of each tensor that a stage with `layers` needs.
@@ -235,7 +268,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _samples(self, name: str, tensors: Iterable[TensorInfo]) -> list[bytes]:
-        samples, path = [], self.folder / name
+        samples, path = [], self.path_of(name)
         try:
             with open(path, "rb") as file:
                 for tensor in tensors:
@@ -259,17 +292,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if SINGLE_NAME in names:  # as in transformers, whatever an index says
         tensors = read_header(folder, SINGLE_NAME)
     elif INDEX_NAME in names:
-        tensors = _tensors_by_index(folder, config, names)
+        tensors = tensors_by_index(folder, config, names)
     else:
         raise no_checkpoint(folder, names)
-    return checkpoint_of(folder, config, tensors, names)
+    return checkpoint_of(folder, config, tensors)
 
 
 def checkpoint_of(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    names: Collection[str] = (),
 ) -> Checkpoint:
     """Return the checkpoint with these tensors, without those of layers that the model lacks.
 
@@ -279,67 +311,27 @@ def checkpoint_of(
         folder: of the files.
         config: content of config.json.
         tensors: all that the files hold.
-        names: of the files in the folder.
 
     Raises:
-        UnsupportedModel: the weights are quantized.
+        CheckpointError: tensors are missing, or do not fit each other.
+        UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    how = quantization_of_tensors(tensors.values(), names)
-    if how is not None:
-        raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
     checkpoint = Checkpoint(folder, config, tensors)
     spare = {name for name in tensors if checkpoint.is_spare(name)}
     if not spare:
-        return checkpoint
+        return _checked(checkpoint)
     logger.warning(
         "%s: %d tensors of layers beyond the %d of config.json are left out, such as %s",
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
     kept = {name: tensor for name, tensor in tensors.items() if name not in spare}
-    return Checkpoint(folder, config, kept)
+    return _checked(Checkpoint(folder, config, kept))
 
 
-def _tensors_by_index(
-    folder: Path, config: Mapping[str, Any], names: set[str]
-) -> dict[str, TensorInfo]:
-    """Return the tensors of the files that the index names.
-
-    If some of those files are not there, the tensors are looked for in the other files.
-
-    Raises:
-        CheckpointError: tensors that the index names are nowhere.
-    """
-    path = folder / INDEX_NAME
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map. Copy the index of the model there.")
-    files = sorted({str(name) for name in weight_map.values()})
-    for name in files:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(
-                f"{path} names the file {name!r}, which is not a safetensors file in the same "
-                "folder. Do not use this checkpoint."
-            )
-    absent = [name for name in files if name not in names]
-    tensors: dict[str, TensorInfo] = {}
-    for name in files:
-        if name in names:
-            tensors.update(read_header(folder, name))
-    if not absent:
-        return tensors
-    for name in sorted(names.difference(files)):
-        if name.endswith(".safetensors"):
-            found = read_header(folder, name)
-            tensors.update((n, t) for n, t in found.items() if n in weight_map.keys() - tensors)
-    num_layers = sizes.num_layers(config)
-    lost = sorted(n for n in weight_map.keys() - tensors if not _is_beyond(n, num_layers))
-    if lost:
-        raise CheckpointError(
-            f"There is no {absent[0]} in {folder}, where {INDEX_NAME} says that tensors such as "
-            f"{lost[0]} are. Copy that file of the model there."
-        )
-    logger.warning("%s names %s, which is not there and not needed", path, absent[0])
-    return tensors
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint, of whose weights it is known what they are."""
+    _ = checkpoint.weights
+    return checkpoint
 
 
 def _layers_by_prefix(names: Iterable[str]) -> dict[str, set[int]]:
@@ -348,8 +340,3 @@ def _layers_by_prefix(names: Iterable[str]) -> dict[str, set[int]]:
         if match := _LAYER_NAME.match(name):
             layers.setdefault(match["prefix"], set()).add(int(match["layer"]))
     return layers
-
-
-def _is_beyond(name: str, num_layers: int) -> bool:
-    match = _LAYER_NAME.match(name)
-    return match is not None and int(match["layer"]) >= num_layers

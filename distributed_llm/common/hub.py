@@ -1,9 +1,10 @@
-"""Finding a model: in the package, in a folder, or on the Hugging Face hub.
+"""Finding a model: in the package, in a folder or file, of ollama, or on the Hugging Face hub.
 
 Of a model on the hub the coordinator first downloads only JSON: it learns about the tensors from
 the headers of the files. It downloads files of weights once workers ask for what is in them; if it
 cannot, they do. The commit is pinned, and the headers are kept beside the snapshot, so that a
-second start needs no network.
+second start needs no network. Of a model in GGUF, all is in one file, which the coordinator
+downloads; it then is like any file on this machine.
 """
 
 import logging
@@ -11,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import msgspec
 from huggingface_hub import HfApi, errors, try_to_load_from_cache
 from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
+from distributed_llm.common import hub_gguf, ollama_models
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of, open_checkpoint
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
+from distributed_llm.common.gguf_files import is_gguf, only_model, open_gguf, parts_of
 from distributed_llm.common.hub_errors import reporting
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo, read_header, read_json
@@ -27,11 +31,13 @@ from distributed_llm.common.model_folder import (
     GENERATION_NAME,
     TOKENIZER_NAMES,
     check_texts,
+    listing,
     read_config,
 )
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
     INDEX_NAME,
+    SETTINGS_BESIDE,
     SINGLE_NAME,
     looks_like_file,
     reason_of_file,
@@ -39,7 +45,7 @@ from distributed_llm.common.other_formats import (
 )
 from distributed_llm.common.types import LayerRange
 
-_CONFIG_FILES = (CONFIG_NAME, GENERATION_NAME)
+_CONFIG_FILES = (CONFIG_NAME, GENERATION_NAME, *SETTINGS_BESIDE)
 _CLUE_FILES = ("adapter_config.json",)
 _TENSORS_NAME = "distributed_llm_tensors.json"
 _MAX_NAME_CHARS = 4096
@@ -56,10 +62,11 @@ logger = logging.getLogger(__name__)
 def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
     """Return the source of `model` for the workers, and its checkpoint.
 
-    Downloads configuration and tokenizer of a model on the hub, but no weights.
+    Downloads configuration and tokenizer of a model on the hub, but no weights, except GGUF files.
 
     Args:
-        model: empty for the model in the package, a folder, or a hub id 'org/name[@revision]'.
+        model: empty for the model in the package, a folder, a GGUF file, 'ollama:name[:tag]', or a
+            hub id 'org/name[@revision]', 'org/name:Q4_K_M' or 'org/name/file.gguf'.
 
     Returns:
         The source with the commit pinned; the checkpoint (of a hub model whose weights are not
@@ -70,22 +77,79 @@ def resolve_for_coordinator(model: str) -> tuple[ModelSource, Checkpoint]:
     """
     if not model:
         return ModelSource(kind="builtin", name=""), open_checkpoint(_builtin_folder())
-    folder = _existing_folder(model)
+    if (file := _gguf_here(model)) is not None:
+        return _gguf_source(model, file)
+    if model.startswith(ollama_models.PREFIX):
+        raise ollama_models.not_pulled(model)
+    in_repository = hub_gguf.parse_name(model)
+    folder = None if in_repository else _existing_folder(model)
     if folder is not None:
         checkpoint = open_checkpoint(folder)
         check_texts(folder)
         return ModelSource(kind="folder", name=str(folder)), checkpoint
-    name, revision = _parse_hub_id(model)
+    name, revision = _parse_hub_id(in_repository[0] if in_repository else model)
+    folder = _texts_of_hub(model, name, revision)
+    if in_repository:
+        file = _gguf_on_hub(name, folder, in_repository[1])
+        return _gguf_source(str(file), file)
+    try:
+        checkpoint = _hub_checkpoint(name, folder)
+    except CheckpointUnavailable:
+        raise
+    except CheckpointError:
+        only = _only_gguf_on_hub(name, folder)
+        if only is None:
+            raise
+        file = _gguf_on_hub(name, folder, only)
+        return _gguf_source(str(file), file)
+    check_texts(folder)
+    return ModelSource(kind="hub", name=name, revision=folder.name), checkpoint
+
+
+def _texts_of_hub(model: str, name: str, revision: str | None) -> Path:
+    """Return the folder of a snapshot, with the small files that tell what is in it."""
     try:
         texts = (*_CONFIG_FILES, *TOKENIZER_NAMES, *_CLUE_FILES)
-        folder = _download(name, revision, texts, all_needed=False)
+        return _download(name, revision, texts, all_needed=False)
     except CheckpointError as exc:
         if isinstance(exc.__cause__, errors.GatedRepoError | errors.RevisionNotFoundError):
             raise
         raise type(exc)(f"{_no_folder(model)} As a model id of the hub: {exc}") from exc
-    checkpoint = _hub_checkpoint(name, folder)
-    check_texts(folder)
-    return ModelSource(kind="hub", name=name, revision=folder.name), checkpoint
+
+
+def _gguf_source(model: str, file: Path) -> tuple[ModelSource, Checkpoint]:
+    """Return the source of a model in GGUF for the workers, and its checkpoint.
+
+    Args:
+        model: as it was named. Of ollama, this name is the same on all machines.
+        file: of it.
+    """
+    of_ollama = model.startswith(ollama_models.PREFIX)
+    first = file.with_name(parts_of(file.name)[0])
+    name = model if of_ollama else os.path.abspath(first)  # links may be others on the workers
+    return ModelSource(kind="folder", name=name), open_gguf(first)
+
+
+def _gguf_here(model: str) -> Path | None:
+    """Return the GGUF file of this machine that `model` names, or None if it names none.
+
+    Raises:
+        CheckpointError: it names a folder with several.
+    """
+    if model.startswith(ollama_models.PREFIX):
+        return ollama_models.ollama_file(model)
+    if len(model) > _MAX_NAME_CHARS or "\0" in model:
+        return None
+    path = _path(model)
+    if is_gguf(path):
+        return path
+    if not _is_folder(path) or not model:
+        return None
+    names = listing(path)
+    if SINGLE_NAME in names or INDEX_NAME in names:
+        return None
+    only = only_model(names, str(path))
+    return path / only if only else None
 
 
 def checkpoint_here(
@@ -107,6 +171,8 @@ def checkpoint_here(
     if local_model:
         return own_checkpoint(local_model)
     if source.kind == "folder":
+        if (file := _gguf_here(source.name)) is not None:
+            return open_gguf(file)
         folder = Path(source.name)
         return open_checkpoint(folder) if _is_folder(folder) else None
     held = held_file(source, CONFIG_NAME)
@@ -171,11 +237,15 @@ def _check_source(source: ModelSource) -> None:
 
 
 def own_checkpoint(model: str) -> Checkpoint:
-    """Return the checkpoint in the folder `model`, in which a worker has a copy of its own.
+    """Return the checkpoint in the folder or file `model`, a copy that a worker has of its own.
 
     Raises:
-        CheckpointError: it is no folder of this machine, or of a kind that is not read.
+        CheckpointError: it is none of this machine, or of a kind that is not read.
     """
+    if (file := _gguf_here(model)) is not None:
+        return open_gguf(file)
+    if model.startswith(ollama_models.PREFIX):
+        raise ollama_models.not_pulled(model)
     folder = _existing_folder(model)
     if folder is None:
         raise CheckpointError(
@@ -235,8 +305,8 @@ def _existing_folder(model: str) -> Path | None:
         raise CheckpointError(f"{_shown(model)} {reason_of_file(path.name, str(path.parent))}")
     if looks_like_file(repository):
         raise CheckpointError(
-            f"There is no file {_shown(model)} in {Path.cwd()}; and no single file can be served. "
-            "Give a folder with config.json and *.safetensors, or a model id of the hub."
+            f"There is no file {_shown(model)} in {Path.cwd()}. Give a folder with config.json and "
+            "*.safetensors, a GGUF file, or a model id of the hub."
         )
     if (
         _PATH_START.match(model)
@@ -323,6 +393,47 @@ def _with_headers(folder: Path, tensors: dict[str, TensorInfo]) -> Checkpoint:
         if (folder / file).exists():
             tensors.update(read_header(folder, file))  # with offsets, and the file checked
     return checkpoint_of(folder, read_config(folder), tensors)
+
+
+def _only_gguf_on_hub(name: str, folder: Path) -> str | None:
+    """Return the only model in GGUF of a repository that has no others, or None.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    paths = _paths_on_hub(name, folder)
+    if any(path.endswith(".safetensors") for path in paths):
+        return None
+    return only_model(paths, name)
+
+
+def _gguf_on_hub(name: str, folder: Path, wanted: str) -> Path:
+    """Return a GGUF file of a repository, downloaded.
+
+    Args:
+        folder: of the snapshot.
+        wanted: the file, or how the weights are kept ("Q4_K_M").
+
+    Raises:
+        CheckpointError: there is none, or there are several.
+    """
+    chosen = hub_gguf.choose(name, _paths_on_hub(name, folder), wanted)
+    for part in parts_of(chosen):
+        if not (folder / part).exists():
+            logger.info("downloading %s of %s from the hub", part, name)
+            reporting(name, partial(_api().hf_hub_download, name, part, revision=folder.name))
+    return folder / chosen
+
+
+def _paths_on_hub(name: str, folder: Path) -> list[str]:
+    """Return the files of a repository; if it cannot be reached, those in its snapshot here."""
+    try:
+        return reporting(name, lambda: _api().list_repo_files(name, revision=folder.name))
+    except CheckpointError:
+        here = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+        if not any(path.endswith((".gguf", ".safetensors")) for path in here):
+            raise
+        return here
 
 
 def _snapshot_here(folder: Path, layers: LayerRange) -> Checkpoint | None:

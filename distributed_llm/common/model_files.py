@@ -37,7 +37,7 @@ _BEGINNINGS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ),
     (
         (b"GGUF",),
-        "is a GGUF file under another name. Only safetensors are read; use the original model.",
+        "is a GGUF file under another name. Give that file itself instead of its folder.",
     ),
     (
         (b"PK\x03\x04", b"\x80\x02\x8a", b"\x80\x02}", b"\x80\x04\x95"),

@@ -1,7 +1,7 @@
 """Reads folders of models: what is in them, config.json, and what they are if no checkpoints."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import check_beginning, read_json, unreadable
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
+    SETTINGS_BESIDE,
     has_only_config,
     quantization,
     quantized,
@@ -16,6 +17,8 @@ from distributed_llm.common.other_formats import (
     reason_of_file,
     reason_of_listing,
 )
+from distributed_llm.common.schemes.parts import NotRead
+from distributed_llm.common.schemes.reading import check_method
 
 GENERATION_NAME = "generation_config.json"
 TOKENIZER_NAMES = (
@@ -32,7 +35,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no such file, or it is no config.
-        UnsupportedModel: it says that the weights are quantized.
+        UnsupportedModel: it says that the weights are quantized in a way that is not known.
     """
     names = listing(folder)
     if CONFIG_NAME not in names:
@@ -40,9 +43,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG_NAME)
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{folder} {reason_of_config(config, names)}")
-    if (how := quantization(config)) is not None:
-        raise UnsupportedModel(f"The model in {folder} {quantized(how)}")
+    config |= _settings_beside(folder, config, names)
+    try:
+        check_method(config)
+    except NotRead as exc:
+        raise UnsupportedModel(f"The model in {folder} {quantized(str(exc))}") from None
     return config
+
+
+def _settings_beside(
+    folder: Path, config: Mapping[str, Any], names: Collection[str]
+) -> dict[str, Any]:
+    """Return what a file beside config.json says about how weights are quantized, if it does not.
+
+    Programs for quantizing wrote such files before config.json had a place for it.
+    """
+    if quantization(config) is not None:
+        return {}
+    for name, method in SETTINGS_BESIDE.items():
+        if name in names:
+            content = read_json(folder / name)
+            inner = content.get("quantization")
+            settings = inner if isinstance(inner, Mapping) else content
+            return {"quantization_config": {"quant_method": method, **settings}}
+    return {}
 
 
 def folder_of_config(path: Path) -> Path | None:

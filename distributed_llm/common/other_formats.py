@@ -20,13 +20,16 @@ _ORIGINAL = (
     "Use the original model: a folder or hub id with config.json and safetensors in bfloat16, "
     "float16 or float32."
 )
+_ORIGINAL_OR_READ = (
+    "Use the original model in bfloat16, float16 or float32, or one that is quantized as GGUF, "
+    "GPTQ, AWQ, compressed-tensors, FP8, MXFP4, MLX or bitsandbytes."
+)
 _CONVERT = (
     "which can run any code when it is read. Use a version of the model with safetensors, or "
     "convert it on a machine that you can afford to lose: AutoModelForCausalLM.from_pretrained"
     "(folder).save_pretrained(new_folder)."
 )
 _BY_SUFFIX: Mapping[str, str] = {
-    ".gguf": f"in GGUF, the format of llama.cpp, which is not read. {_ORIGINAL}",
     ".ggml": f"in GGML, an old format of llama.cpp, which is not read. {_ORIGINAL}",
     ".onnx": f"in ONNX: a finished graph, which cannot be cut into layers. {_ORIGINAL}",
     ".tflite": f"for TensorFlow Lite: a finished graph, which cannot be cut. {_ORIGINAL}",
@@ -48,6 +51,7 @@ _PART_SUFFIXES = frozenset({".safetensors", ".json", ".model", ".txt", ".jinja"}
 _TRAINING = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 """How files begin that trainers leave beside the weights."""
 
+_GGUF = ".gguf"
 _ARCHIVE_SUFFIXES = frozenset({".zip", ".tar", ".gz", ".tgz", ".zst", ".7z", ".xz"})
 
 _METHODS: Mapping[str, str] = {
@@ -59,12 +63,27 @@ _METHODS: Mapping[str, str] = {
     "gptq": "GPTQ",
     "modelopt": "ModelOpt",
     "mxfp4": "MXFP4",
+    "aqlm": "AQLM",
+    "eetq": "EETQ",
+    "fp_quant": "FP-Quant",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
 }
-_PROGRAMS: Mapping[str, str] = {
-    "quantize_config.json": "GPTQ, by AutoGPTQ (quantize_config.json)",
-    "quant_config.json": "AWQ, by AutoAWQ (quant_config.json)",
-    "hf_quant_config.json": "ModelOpt (hf_quant_config.json)",
+QUANTIZATION_NAMES = ("quantization_config", "compression_config", "quantization")
+"""Names in config.json of what tells how weights are quantized."""
+
+SETTINGS_BESIDE: Mapping[str, str] = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
 }
+"""Methods by the file that a program for quantizing leaves beside config.json."""
+
 _SCALE_ENDINGS = ("scale", "scales", "scale_inv", "scale_weight", "scale_2", "absmax", "scb")
 _WIDE_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "BOOL", "C64"})
 _BUFFER_ENDINGS = frozenset({"bias", "masked_bias", "position_ids"})
@@ -73,7 +92,8 @@ _BUFFER_ENDINGS = frozenset({"bias", "masked_bias", "position_ids"})
 def looks_like_file(name: str) -> bool:
     """Return whether `name` ends as files of models do, and model ids of the hub do not."""
     suffix = PurePath(name).suffix.lower()
-    return suffix in _BY_SUFFIX or suffix in _PART_SUFFIXES or suffix in _ARCHIVE_SUFFIXES
+    parts = _PART_SUFFIXES | _ARCHIVE_SUFFIXES | {_GGUF}
+    return suffix in _BY_SUFFIX or suffix in parts
 
 
 def reason_of_file(name: str, folder: str) -> str:
@@ -88,7 +108,10 @@ def reason_of_file(name: str, folder: str) -> str:
         )
     if suffix in _ARCHIVE_SUFFIXES:
         return "is an archive. Unpack it, and give the folder with its config.json."
-    return "is a file. Give a folder with config.json and *.safetensors, or a model id of the hub."
+    return (
+        "is a file. Give a folder with config.json and *.safetensors, a GGUF file, or a model id "
+        "of the hub."
+    )
 
 
 def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -> str | None:
@@ -115,8 +138,6 @@ def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -
             "not read. Use the version of the model for transformers, on the hub often the same "
             "name with -hf or -HF."
         )
-    if by := _program(files):
-        return quantized(by)
     weights = sorted(name for name in files if name.endswith(".safetensors"))
     if weights and CONFIG_NAME in files:
         return (
@@ -126,6 +147,8 @@ def reason_of_listing(names: Collection[str], read: Callable[[str], Contents]) -
         )
     if weights:
         return f"has {weights[0]}, but no {CONFIG_NAME}. Copy that of the model there."
+    if in_gguf := sorted(name for name in files if name.lower().endswith(_GGUF)):
+        return f"has its weights in {in_gguf[0]}, in GGUF. Give that file instead of the folder."
     for suffix, what in _BY_SUFFIX.items():
         of_kind = sorted(name for name in files if PurePath(name).suffix.lower() == suffix)
         if of_kind:
@@ -154,8 +177,6 @@ def reason_of_config(config: Contents, names: Collection[str]) -> str:
     """
     if "_class_name" in config:
         return f"holds a part of a diffusers pipeline, which makes pictures, not text. {_ORIGINAL}"
-    if (how := quantization(config)) is not None:
-        return quantized(how)
     others = {name for name in names if name != CONFIG_NAME}
     has_weights = any(name.endswith(".safetensors") for name in others)
     if not has_weights and (reason := reason_of_listing(others, lambda _: {})):
@@ -165,7 +186,7 @@ def reason_of_config(config: Contents, names: Collection[str]) -> str:
 
 def quantization(config: Contents) -> str | None:
     """Return how, by its config.json, the weights of a model are quantized, or None."""
-    for name in ("quantization_config", "compression_config", "quantization"):
+    for name in QUANTIZATION_NAMES:
         settings = config.get(name)
         if not isinstance(settings, Mapping):
             continue
@@ -179,16 +200,10 @@ def quantization(config: Contents) -> str | None:
     return None
 
 
-def quantization_of_tensors(
-    tensors: Iterable[TensorInfo], names: Collection[str] = ()
-) -> str | None:
-    """Return how the weights of a model are quantized, as its tensors show, or None.
+def quantization_of_tensors(tensors: Iterable[TensorInfo]) -> str | None:
+    """Return how weights are quantized, as tensors show that should be plain numbers, or None.
 
     Narrow floating-point numbers without scales are no fault: they are what they say.
-
-    Args:
-        tensors: all of the model.
-        names: of the files beside them, which may name the method.
     """
     narrow, packed, scale = None, None, None
     for tensor in tensors:
@@ -199,8 +214,6 @@ def quantization_of_tensors(
             narrow = narrow or tensor
         elif tensor.dtype not in _WIDE_DTYPES and len(tensor.shape) > 1:
             packed = packed or (tensor if ending not in _BUFFER_ENDINGS else None)
-    if (packed or (narrow and scale)) and (by := _program(names)):
-        return by
     if packed:
         scales = "" if scale else ", without the scales that would tell what they mean"
         return f"integers ({packed.dtype} in {packed.name}){scales}"
@@ -211,12 +224,7 @@ def quantization_of_tensors(
 
 def quantized(how: str) -> str:
     """Return the sentences about a model whose weights are quantized by `how`."""
-    return f"is quantized: {how}. Layers are computed from the weights themselves. {_ORIGINAL}"
-
-
-def _program(names: Collection[str]) -> str | None:
-    """Return the method and the program that quantized the weights, by the file that it leaves."""
-    return next((by for name, by in _PROGRAMS.items() if name in names), None)
+    return f"is quantized in a way that is not read: {how}. {_ORIGINAL_OR_READ}"
 
 
 def _bits(settings: Contents) -> str:

@@ -7,6 +7,7 @@ from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
@@ -51,19 +52,24 @@ def served_model(
     )
 
 
-def model_cost(checkpoint: Checkpoint, dtype: DtypeName) -> ModelCost:
+def model_cost(checkpoint: Checkpoint, dtype: DtypeName, quantize: Quantize = "none") -> ModelCost:
     """Return the memory that the parts of a checkpoint take when run in `dtype`.
+
+    Args:
+        checkpoint: config and tensor names.
+        dtype: of what stays floating-point numbers.
+        quantize: what other floating-point numbers become.
 
     Raises:
         CheckpointError: tensors of some layers are missing.
     """
     parts = {"layers": [0] * checkpoint.num_layers, "first": [0], "last": [0], "shared": [0]}
-    for tensor in checkpoint.tensors.values():
-        layer = checkpoint.layer_of(tensor.name)
-        size = checkpoint.bytes_in_memory(tensor, dtype)
+    for weight in checkpoint.weights.values():
+        layer = checkpoint.layer_of(weight.name)
+        size = checkpoint.weight_bytes(weight, dtype, quantize)
         if layer is not None:
             parts["layers"][layer] += size
-        elif not checkpoint.holds_embedding(tensor.name):
+        elif not checkpoint.holds_embedding(weight.name):
             parts["last"][0] += size
         else:
             parts["shared" if checkpoint.ties_embeddings else "first"][0] += size

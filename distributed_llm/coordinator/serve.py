@@ -10,8 +10,10 @@ from typing import Any
 
 from distributed_llm.common.addresses import addresses_for_others, machine_name
 from distributed_llm.common.architectures import VERIFIED, check_architecture
+from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.discovery import Announcer
+from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.file_limit import raise_file_limit
 from distributed_llm.common.hub import download_file, fingerprints, resolve_for_coordinator
 from distributed_llm.common.keyring import here, state_folder
@@ -19,6 +21,7 @@ from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_folder import folder_of_config, read_config
+from distributed_llm.common.other_formats import quantization
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.types import LayerRange
@@ -29,7 +32,6 @@ from distributed_llm.coordinator.planning.dry_run import DryRun, dry_run
 from distributed_llm.coordinator.planning.strategies import check_custom
 from distributed_llm.coordinator.service import Coordinator
 from distributed_llm.coordinator.trust.store import Trust
-from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.weights.giving.library import Library
 from distributed_llm.weights.giving.shelf import Shelf
 
@@ -128,7 +130,7 @@ def _library(model: ServedModel, checkpoint: Checkpoint) -> Library:
     def fetch_file(name: str, on_bytes: Callable[[int], None]) -> Path:
         if source.kind == "hub":
             return download_file(source, name, on_bytes)
-        return checkpoint.folder / name
+        return checkpoint.path_of(name)
 
     return Library(source, checkpoint, fetch_file, Shelf(), cache_folder() / "digests")
 
@@ -159,6 +161,12 @@ def plan(
         served, _ = open_model(model, settings)
         return dry_run(served, workers, settings)
     config = read_config(folder)
+    if (how := quantization(config)) is not None:
+        raise UnsupportedModel(
+            f"The weights of the model that {folder} describes are quantized ({how}), so that "
+            "config.json does not tell how large they are. Give the folder that has them, or the "
+            "model's id on the hub."
+        )
     check_architecture(config)
     checkpoint = Checkpoint(folder, config, parameters_of(config))
     source = ModelSource(kind="folder", name=str(folder))

@@ -15,6 +15,7 @@ from distributed_llm.common.addresses import (
     machine_name,
 )
 from distributed_llm.common.architectures import check_architecture
+from distributed_llm.common.cache_folder import cache_folder
 from distributed_llm.common.errors import CoordinatorUnreachable
 from distributed_llm.common.hub import own_checkpoint
 from distributed_llm.common.keyring import enrolled_name, find_login
@@ -25,7 +26,6 @@ from distributed_llm.common.transport import Login
 from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import cache_folder
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.links import bind_for
 from distributed_llm.worker.service import Worker

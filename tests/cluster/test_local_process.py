@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from distributed_llm import LocalCluster, local_process
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.local_process import ForkServer, LocalProcess, earlier_log, fork_server
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux forks them")

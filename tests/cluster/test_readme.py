@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from distributed_llm import api_command, cli, up_command, worker_command
 from distributed_llm.client.new_key import NewKey
+from distributed_llm.common.cache_folder import CACHE_VARIABLE, cache_folder
 from distributed_llm.common.join_line import JoinLine
 from distributed_llm.common.keyring import STATE_VARIABLE
 from distributed_llm.common.messages import (
@@ -34,7 +35,6 @@ from distributed_llm.common.messages import (
 from distributed_llm.common.roles import Role
 from distributed_llm.common.transport import new_key_pair
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import CACHE_VARIABLE, cache_folder
 from tests.fake_coordinator import FakeCoordinator, finished, piece
 from tests.wire.strategies import example
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from distributed_llm import DistributedClient
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.messages import ClusterStatus
 from distributed_llm.common.types import LayerRange
 from distributed_llm.local_process import ForkServer, LocalProcess, fork_server
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.checkpoints import make_checkpoint
 from tests.hub_snapshot import NAME, write_snapshot
 from tests.reference import reference_text

@@ -14,7 +14,6 @@ from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.segments import KVBuffers
-from distributed_llm.worker.model import kernels
 from distributed_llm.worker.model.attention import (
     PackedSlice,
     PackedStep,
@@ -25,6 +24,7 @@ from distributed_llm.worker.model.kernels import (
     PackedLinear,
     kernels_for,
     pack_linear_layers,
+    packed,
     packed_nbytes,
 )
 from distributed_llm.worker.model.shared_weights import StageModel
@@ -39,7 +39,7 @@ DTYPES = [
         dtype,
         id=str(dtype).removeprefix("torch."),
         marks=pytest.mark.skipif(
-            not kernels._packing_helps(dtype), reason="this processor does not pack this dtype"
+            not packed._packing_helps(dtype), reason="this processor does not pack this dtype"
         ),
     )
     for dtype in TOLERANCE
@@ -49,7 +49,7 @@ DTYPES = [
 @pytest.fixture
 def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack the small matrices of test models too."""
-    monkeypatch.setattr(kernels, "_SMALLEST_PACKED", 1)
+    monkeypatch.setattr(packed, "_SMALLEST_PACKED", 1)
 
 
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -83,10 +83,10 @@ def test_a_packed_layer_computes_its_product(
     expected = states.double() @ linear.weight.double().T
     if linear.bias is not None:
         expected = expected + linear.bias.double()
-    packed = PackedLinear(linear)
+    layer = PackedLinear(linear)
     for num_tokens in (1, 2):  # the switch for one token is nothing to it
         with torch.inference_mode(), kernels_for(num_tokens):
-            output = packed(states)
+            output = layer(states)
         assert output.dtype == dtype
         assert output.shape == expected.shape
         if output.numel():
@@ -146,14 +146,14 @@ def test_a_weight_is_let_go_before_the_next_is_packed(
             alive.append(sum(weight() is not None for weight in weights))
             super().__init__(linear)
 
-    monkeypatch.setattr(kernels, "PackedLinear", Counting)
+    monkeypatch.setattr(packed, "PackedLinear", Counting)
     pack_linear_layers(model)
     assert alive == [5, 4, 3, 2, 1]
     assert not any(weight() for weight in weights)
 
 
 def test_nothing_is_packed_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_packing_helps", lambda dtype: False)
+    monkeypatch.setattr(packed, "_packing_helps", lambda dtype: False)
     model = Tree(torch.float32)
     pack_linear_layers(model)
     assert names_of_packed(model) == set()
@@ -162,7 +162,7 @@ def test_nothing_is_packed_where_it_does_not_help(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
 def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
-    assert not kernels._packing_helps(dtype)
+    assert not packed._packing_helps(dtype)
 
 
 # ------------------------------------------------------------------ whole stages
@@ -180,7 +180,7 @@ def test_packed_stages_give_what_others_give(
     hidden_states: list[Tensor] = []
     tokens = []
     for smallest in (1 << 40, 1):
-        monkeypatch.setattr(kernels, "_SMALLEST_PACKED", smallest)
+        monkeypatch.setattr(packed, "_SMALLEST_PACKED", smallest)
         stages = [
             Stage.load(checkpoint, LayerRange(i, i + 1), device=CPU, dtype=dtype) for i in (0, 1)
         ]

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from distributed_llm.cli import app
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.unit.cache_parts import begun, content, files, name_of, put
 
 FIRST, SECOND, THIRD = content(2048, 1), content(1024, 2), content(512, 3)

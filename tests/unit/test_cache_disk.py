@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
 from distributed_llm.weights.cache import partial as partial_module
 from distributed_llm.weights.cache.content_cache import ContentCache
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.unit.cache_parts import DATA, NAME, begun, files, put, refuse
 
 

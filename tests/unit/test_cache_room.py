@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import CheckpointUnavailable, ConfigError
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.cache.contents import Contents, KeptModel
 from distributed_llm.weights.cache.eviction import ABANDONED_S, Room
 from distributed_llm.weights.cache.partial import Partial
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 from tests.unit.cache_parts import begun, content, files, name_of, put, refuse
 
 GIB = 1 << 30

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE, cache_folder
 from distributed_llm.common.errors import CheckpointError, WrongContent
 from distributed_llm.weights.cache import content_cache as cache_module
 from distributed_llm.weights.cache import partial as partial_module
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.weights.cache.partial import Partial
-from distributed_llm.weights.cache.places import CACHE_VARIABLE, cache_folder
 from tests.unit.cache_parts import DATA, NAME, begun, content, files, name_of, put, refuse
 
 CHUNK = 1 << 20

@@ -586,15 +586,19 @@ def only(fake: FakeHub, *names: str, config: dict[str, Any] | None = None) -> No
 @pytest.mark.parametrize(
     ("names", "config", "words"),
     [
-        (["tiny.Q4_K_M.gguf", "tiny.Q8_0.gguf"], None, "tiny.Q4_K_M.gguf, in GGUF"),
-        (["tiny.Q4_K_M.gguf"], CONFIG, "tiny.Q4_K_M.gguf, in GGUF"),
+        (
+            ["tiny.Q4_K_M.gguf", "tiny.Q8_0.gguf", "mmproj-tiny.gguf"],
+            None,
+            r"several models in GGUF: tiny\.Q4_K_M\.gguf, tiny\.Q8_0\.gguf\. Give one",
+        ),
+        (["tiny.Q4_K_M.gguf"], CONFIG, r"tiny\.Q4_K_M\.gguf is no GGUF file"),
         (["adapter_config.json", "adapter_model.safetensors"], None, "LoRA adapter for 'org/base'"),
         (["model_index.json", "unet/config.json"], None, "diffusers"),
         (["onnx/model.onnx"], CONFIG, "in the folder onnx"),
         (["consolidated.safetensors", "params.json"], None, "publisher's own format"),
         ([], CONFIG, "no weights"),
         ([], None, r"no config\.json"),
-        (["model.safetensors"], CONFIG | {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        (["model.safetensors"], CONFIG | {"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ],
 )
 def test_a_repository_in_another_format(

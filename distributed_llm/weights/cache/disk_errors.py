@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
 from distributed_llm.common.model_files import may_pass
 from distributed_llm.common.wording import size_text
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

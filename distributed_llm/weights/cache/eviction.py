@@ -3,8 +3,8 @@
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.wording import size_text
-from distributed_llm.weights.cache.places import CACHE_VARIABLE
 
 ABANDONED_S = 7 * 86_400.0
 """Time after which nobody is expected to go on with what was begun, seconds."""

@@ -1,22 +1,10 @@
 """Where a cache of weights keeps what: entries, parts of them, locks and notes."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
-CACHE_VARIABLE = "DLLM_CACHE"
-"""Environment variable that names another folder for weights."""
-
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-def cache_folder() -> Path:
-    """Return where this user's workers keep weights on this machine."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else platformdirs.user_cache_path("distributed_llm")
 
 
 def is_digest(name: str) -> bool:

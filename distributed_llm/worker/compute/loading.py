@@ -110,9 +110,9 @@ def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int
     0.1 ms; more threads gain little there, and lose much on a machine that is busy with other work.
     """
     sizes = (
-        checkpoint.bytes_in_memory(tensor, order.dtype)
-        for tensor in checkpoint.tensors_of(order.layers)
-        if not checkpoint.is_embedding(tensor.name)
+        checkpoint.weight_bytes(weight, order.dtype, "none")
+        for weight in checkpoint.weights_of(order.layers)
+        if not checkpoint.is_embedding(weight.name)
     )
     return available if max(sizes, default=0) >= _MIN_PARALLEL_BYTES else 1
 
@@ -265,11 +265,11 @@ def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
 
 def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
     """Return an estimate of the weight bytes that a stage cannot share with the served layers."""
-    held = {tensor.name for tensor in checkpoint.tensors_of(served)}
+    held = {weight.name for weight in checkpoint.weights_of(served)}
     return sum(
-        checkpoint.bytes_in_memory(tensor, order.dtype)
-        for tensor in checkpoint.tensors_of(order.layers)
-        if tensor.name not in held
+        checkpoint.weight_bytes(weight, order.dtype, "none")
+        for weight in checkpoint.weights_of(order.layers)
+        if weight.name not in held
     )
 
 

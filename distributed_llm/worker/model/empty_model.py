@@ -15,11 +15,14 @@ from distributed_llm.common import model_sizes
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.worker.model.attention import ATTENTION_NAME
 
 
 def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """Return transformers' configuration object for the content of a config.json.
+
+    Not what it says about quantized weights: to transformers, they are floating-point numbers.
 
     Raises:
         UnsupportedModel: transformers has no decoder of this type.
@@ -39,7 +42,7 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
             "text, such as llama, qwen3 or mistral."
         )
     model_sizes.check_sizes(config)  # transformers would begin to make any number of layers
-    values = dict(config)
+    values = {name: value for name, value in config.items() if name not in QUANTIZATION_NAMES}
     for name in ("dtype", "torch_dtype"):
         if isinstance(values.get(name), str):
             values[name] = values[name].removeprefix("torch.")

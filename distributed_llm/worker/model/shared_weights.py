@@ -7,7 +7,7 @@ Modules outside the layers have no hooks, and are shared as they are.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.types import LayerRange
-from distributed_llm.worker.model.kernels import PackedLinear
+from distributed_llm.worker.model.kernels import OpaqueWeights
 
 _HOOKS = (
     "_forward_hooks",
@@ -52,8 +52,8 @@ class StageModel:
 
     def tensors(self) -> list[Tensor]:
         """Return all weights and buffers."""
-        packed = [m.weight for m in self.model.modules() if isinstance(m, PackedLinear)]
-        return [*_tensors(self.model), *packed]
+        opaque = [m for m in self.model.modules() if isinstance(m, OpaqueWeights)]
+        return [*_tensors(self.model), *(held for module in opaque for held in module.tensors())]
 
 
 class SharedModules:
@@ -68,6 +68,7 @@ class SharedModules:
         layers: of the new stage.
         tied: names of tied parameters in the whole model, each with that of its original.
         donor: the other stage, or None to share nothing.
+        name_of: returns the parameter of the model that a weight of the files becomes.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SharedModules:
         layers: LayerRange,
         tied: Mapping[str, str],
         donor: StageModel | None,
+        name_of: Callable[[str], str] = str,
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = layers
@@ -84,8 +86,8 @@ class SharedModules:
         self._matrices: set[str] = set()
         if checkpoint.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
-            names = (tensor.name for tensor in checkpoint.tensors_of(last))
-            held = filter(checkpoint.holds_embedding, names)
+            weights = (weight.name for weight in checkpoint.weights_of(last))
+            held = map(name_of, filter(checkpoint.holds_embedding, weights))
             self._matrices = {tied.get(name, name) for name in held}
             self._tied = {*tied.keys(), *tied.values()}
 
@@ -118,7 +120,7 @@ class SharedModules:
         inside = {id(module) for module in self._donor.layers.modules()}
         for name, module in self._donor.model.named_modules():
             own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-            if isinstance(module, PackedLinear):
+            if isinstance(module, OpaqueWeights):
                 own = ["weight"]
             if own and id(module) not in inside:
                 tensor = f"{name}.{own[0]}"
@@ -148,13 +150,13 @@ class SharedModules:
 def shared_nbytes(model: PreTrainedModel, donor: StageModel) -> int:
     """Return the bytes of the weights and buffers that a model shares with the donor."""
     theirs = {tensor.data_ptr() for tensor in _tensors(donor.model)}
-    packed = {id(m) for m in donor.model.modules() if isinstance(m, PackedLinear)}
+    opaque = {id(m) for m in donor.model.modules() if isinstance(m, OpaqueWeights)}
     ours = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors(model)}
     plain = sum(nbytes for place, nbytes in ours.items() if place in theirs)
     return plain + sum(
         module.weight_bytes
         for module in model.modules()
-        if isinstance(module, PackedLinear) and id(module) in packed
+        if isinstance(module, OpaqueWeights) and id(module) in opaque
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads tensors out of safetensors files, into memory of their own.
+"""Reads tensors out of safetensors and GGUF files, into memory of their own.
 
 The files are read, not mapped. The system ends a process that touches mapped memory behind which
 there is no file any more: because it was cut short, or its disk or share fails. Reading gives an
@@ -9,12 +9,12 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.gguf_types import GGUF_BLOCKS
 from distributed_llm.common.model_files import TensorInfo, ends_early, unreadable
 from distributed_llm.weights.giving.shelf import Place
 
@@ -39,6 +39,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -65,7 +66,7 @@ class TensorReader:
         self._lock = threading.Lock()  # disks read one file after the other faster
 
     def read(self, info: TensorInfo) -> Tensor:
-        """Return a tensor.
+        """Return a tensor; of one in blocks of GGUF, the bytes of its rows.
 
         Raises:
             CheckpointUnavailable: its file ends before it does, or cannot be read just now.
@@ -73,7 +74,8 @@ class TensorReader:
             UnsupportedModel: its numbers are of a type that weights cannot have.
         """
         place = self._locate(info)
-        if info.dtype not in _DTYPES:
+        in_blocks = info.dtype in GGUF_BLOCKS
+        if info.dtype not in _DTYPES and not in_blocks:
             raise UnsupportedModel(
                 f"{place.file}: the numbers of {info.name} are of type {info.dtype}, which cannot "
                 "be computed with. Use the original model."
@@ -81,6 +83,8 @@ class TensorReader:
         content = _new_memory(place.nbytes)
         with self._lock:
             self._read_into(content.numpy().data, place, info.name)
+        if in_blocks:
+            return content.reshape(*info.shape[:-1], -1)
         return content.view(_DTYPES[info.dtype]).reshape(info.shape)
 
     def _read_into(self, memory: memoryview, place: Place, name: str) -> None:
@@ -107,14 +111,3 @@ def _new_memory(nbytes: int) -> Tensor:
     if nbytes < _SMALLEST_MAPPING_BYTES:
         return torch.empty(nbytes, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), dtype=torch.uint8)
-
-
-class TensorInFile:
-    """A tensor that is read when transformers' loader slices it."""
-
-    def __init__(self, reader: TensorReader, info: TensorInfo) -> None:
-        self._reader = reader
-        self._info = info
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._reader.read(self._info)[index]

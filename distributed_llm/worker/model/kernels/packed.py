@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
+
 _SMALLEST_PACKED = 256 * 256
 """Elements of the smallest packed weight; with fewer, the 11 µs of any oneDNN call dominate."""
 
@@ -25,15 +27,14 @@ It is fast for other numbers too. The order that oneDNN makes for 1 row is slow 
 """
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(OpaqueWeights):
     """A linear layer with a weight in oneDNN's order; its input has to be of the weight's dtype.
 
     Args:
         linear: the layer to replace; it keeps its own weight.
 
     Attributes:
-        weight: [out_features, in_features], an opaque tensor without strides. It is no parameter,
-            because nothing can be loaded into it.
+        weight: [out_features, in_features], an opaque tensor without strides.
         bias: [out_features], or None.
     """
 
@@ -51,12 +52,25 @@ class PackedLinear(nn.Module):
         """Bytes of memory that the weight takes, including padding to whole blocks."""
         return int(torch.ops.mkldnn._nbytes(self.weight))
 
+    def tensors(self) -> list[Tensor]:
+        """Return the weight."""
+        return [self.weight]
+
     def forward(self, states: Tensor) -> Tensor:
         """Return [..., out_features] for states [..., in_features]."""
         output: Tensor = torch.ops.mkldnn._linear_pointwise.default(
             states, self.weight, self.bias, "none", [], ""
         )
         return output
+
+
+def is_packable(weight: Tensor) -> bool:
+    """Return whether products with a weight [out_features, in_features] are faster if packed."""
+    return (
+        weight.device.type == "cpu"
+        and weight.numel() >= _SMALLEST_PACKED
+        and _packing_helps(weight.dtype)
+    )
 
 
 def pack_linear_layers(model: nn.Module) -> None:
@@ -71,14 +85,11 @@ def pack_linear_layers(model: nn.Module) -> None:
     ]  # a list of the modules themselves would keep all of them in memory
     for name in names:
         module = model.get_submodule(name)
-        if type(module) is nn.Linear and _is_packable(module.weight, shared):
+        if type(module) is not nn.Linear or id(module.weight) in shared:
+            continue
+        if is_packable(module.weight):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(module))
-
-
-def packed_nbytes(model: nn.Module) -> int:
-    """Return the bytes of memory that the packed weights of `model` take."""
-    return sum(m.weight_bytes for m in model.modules() if isinstance(m, PackedLinear))
 
 
 @contextmanager
@@ -110,15 +121,6 @@ def _shared_weights(model: nn.Module) -> set[int]:
         shared |= seen & own
         seen |= own
     return shared
-
-
-def _is_packable(weight: Tensor, shared: set[int]) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.numel() >= _SMALLEST_PACKED
-        and id(weight) not in shared
-        and _packing_helps(weight.dtype)
-    )
 
 
 @functools.cache

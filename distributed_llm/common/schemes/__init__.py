@@ -1,0 +1,1 @@
+"""How quantized models keep their weights in files: one module per format. Pure values."""

@@ -1,0 +1,137 @@
+"""Writes config.json of a model in GGUF files: what transformers reads of it, put right.
+
+transformers' reader leaves out what most files say in the same way as its defaults, and takes the
+defaults where a file says something else, too: sizes of experts, scaled rotary positions.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
+from transformers.modeling_gguf_pytorch_utils import (
+    GGUF_SUPPORTED_ARCHITECTURES,
+    load_gguf_checkpoint,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
+from distributed_llm.common.other_formats import CONFIG_NAME
+from distributed_llm.gguf_texts.header import Header, decimal
+from distributed_llm.gguf_texts.rotary import linear_factor, rope_parameters
+
+_NOT_RIGHT = frozenset({"gpt-oss", "gpt_oss", "gemma4", "minimax-m2", "minimax_m2", "deci"})
+"""Architectures of which transformers' reader makes another model than the files hold."""
+
+_OTHER_NAMES = frozenset({"qwen2moe", "qwen3moe"})
+"""Architectures that transformers' reader knows by other names than llama.cpp's."""
+
+_EXTRA_SIZES: Mapping[str, str] = {
+    "attention.key_length": "head_dim",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+"""Names in the metadata, and in config.json of those models that have them."""
+
+_LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
+"""Layers of the models of 27 billion, whose attention alone is scaled by the hidden size."""
+
+
+def write_config(header: Header, out: Path) -> PretrainedConfig:
+    """Write config.json, and return it.
+
+    Raises:
+        UnsupportedModel: transformers does not read models of this architecture.
+        CheckpointError: what the files say is no possible model.
+    """
+    content = _read(header)
+    kind = CONFIG_MAPPING[content["model_type"]]
+    known = set(kind.__dataclass_fields__)
+    shape = header.tensors["token_embd.weight"].shape
+    content |= {
+        "vocab_size": shape[0],
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[content["model_type"]]],
+    }
+    for name in ("bos", "eos"):
+        content[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    content["pad_token_id"] = header.metadata.get("tokenizer.ggml.padding_token_id")
+    for key, name in _EXTRA_SIZES.items():
+        if name in known and (value := header.get(key)) is not None:
+            content[name] = value
+    content |= _of_family(header, content)
+    config = kind(**content)
+    written = config.to_dict() | {
+        "dtype": _dtype(header),
+        "quantization_config": {
+            "quant_method": GGUF_METHOD,
+            "architecture": header.architecture,
+        },
+    }
+    for name in ("transformers_version", "_name_or_path"):
+        written.pop(name, None)
+    (out / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))
+    return config
+
+
+def _read(header: Header) -> dict[str, Any]:
+    """Return what transformers makes of the metadata."""
+    architecture, first = header.architecture, str(header.files[0])
+    if architecture in GGUF_CONFIG_ARCHS:
+        return dict(get_gguf_config(dict(header.metadata), tuple(header.tensors)))
+    known = {*GGUF_SUPPORTED_ARCHITECTURES, *_OTHER_NAMES} - _NOT_RIGHT - {"tokenizer", "general"}
+    if architecture not in known or (header.get("expert_count") and architecture == "llama"):
+        what = "Mixtral" if architecture == "llama" else repr(architecture)
+        raise UnsupportedModel(
+            f"holds a model of the architecture {what}, which is not read from GGUF. Use a folder "
+            "with the original model, or a quantized one in safetensors."
+        )
+    read: Any = load_gguf_checkpoint
+    content = dict(read(first, return_tensors=False)["config"])
+    for name in ("rope_theta", "_model_name_or_path"):
+        content.pop(name, None)
+    return {name: decimal(value) for name, value in content.items()}
+
+
+def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what differs from family to family."""
+    kind = content["model_type"]
+    heads = content.get("num_attention_heads") or header.get("attention.head_count")
+    hidden = header.get("embedding_length")
+    head_dim = content.get("head_dim") or hidden // heads
+    found: dict[str, Any] = {}
+    if kind in _LARGEST_GEMMAS:
+        largest = header.get("block_count") == _LARGEST_GEMMAS[kind]
+        found["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
+    if kind == "gemma3_text":
+        found["rope_theta"] = float(header.get("rope.freq_base") or 1e6)
+        found["rope_local_base_freq"] = float(header.get("rope.freq_base_swa") or 1e4)
+        if factor := linear_factor(header):
+            found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    elif header.architecture not in GGUF_CONFIG_ARCHS and kind != "gpt2":
+        found["rope_parameters"] = rope_parameters(header, head_dim)
+    if kind == "phi3":
+        found["sliding_window"] = header.get("attention.sliding_window")
+        if original := header.get("rope.scaling.original_context_length"):
+            found["original_max_position_embeddings"] = original
+    if kind == "gpt2":
+        found["n_positions"] = header.get("context_length")
+    return found
+
+
+def _dtype(header: Header) -> str:
+    """Return the dtype to compute in: that of most numbers; bfloat16 if they are in blocks."""
+    counts: dict[str, int] = {}
+    for tensor in header.weights.values():
+        kind = tensor.dtype if tensor.dtype in GGUF_FLOATS else "BF16"
+        counts[kind] = counts.get(kind, 0) + math.prod(tensor.shape)
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names[max(counts, key=lambda kind: counts[kind])]

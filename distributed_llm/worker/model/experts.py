@@ -1,0 +1,189 @@
+"""Mixtures of experts whose matrices are packed one by one, like those of other layers.
+
+transformers keeps the experts of a layer as two stacks of matrices, and multiplies by them as they
+lie in memory. Here each matrix is a linear layer of its own, packed or of integers, so that an
+expert costs what a dense layer of its size costs. The model's own router and its weights stay, and
+so does what the module computes between its two products.
+
+Only modules that transformers lets other functions compute (`use_experts_implementation`) are
+replaced, because these say how their stacks lie. All others stay as they are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distributed_llm.worker.model.kernels import PackedLinear, is_packable
+from distributed_llm.worker.model.quantized.affine import AffineWeight
+from distributed_llm.worker.model.quantized.linear import QuantLinear
+
+_TOLD = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
+"""What a module says of itself if other functions may compute for it."""
+
+
+@dataclass(frozen=True)
+class ExpertStacks:
+    """The stacks of matrices of a module of experts.
+
+    Attributes:
+        up: name of the parameter that multiplies the input of the experts.
+        down: name of the parameter whose products are their output.
+        transposed: the matrices are [in_features, out_features].
+    """
+
+    up: str
+    down: str
+    transposed: bool
+
+
+def expert_stacks(module: nn.Module) -> ExpertStacks | None:
+    """Return the stacks of a module of experts that `PackedExperts` can replace; else None."""
+    if not all(hasattr(module, name) for name in _TOLD):
+        return None
+    told: Any = module
+    up, down = "gate_up_proj" if told.has_gate else "up_proj", "down_proj"
+    expected = {up: 3, down: 3}
+    if told.has_bias:
+        expected |= {f"{up}_bias": 2, f"{down}_bias": 2}
+    if expected != {name: p.dim() for name, p in module.named_parameters(recurse=False)}:
+        return None
+    return ExpertStacks(up, down, bool(told.is_transposed))
+
+
+class PackedExperts(nn.Module):
+    """The experts of a layer, each with linear layers of its own.
+
+    Args:
+        gating: the module to replace, without its weights.
+        up: by expert, the layer for the input.
+        down: by expert, the layer for what `gating` makes of the products with `up`.
+    """
+
+    def __init__(
+        self, gating: nn.Module, up: Sequence[nn.Module], down: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.gating: Any = gating
+        self.up = nn.ModuleList(up)
+        self.down = nn.ModuleList(down)
+
+    @classmethod
+    def of(
+        cls,
+        experts: nn.Module,
+        dtype: torch.dtype,
+        *,
+        up: AffineWeight | None = None,
+        down: AffineWeight | None = None,
+    ) -> "PackedExperts":
+        """Return packed experts for a module that has `expert_stacks`; it loses its weights.
+
+        Args:
+            experts: the module to replace.
+            dtype: of input and output.
+            up: integers [experts, out_features, in_features] that stand for the module's stack, or
+                None to pack that. An `input_order` may be of the stack or [experts, in_features].
+            down: likewise.
+
+        Raises:
+            ValueError: no kernel has integers of this form.
+        """
+        stacks = expert_stacks(experts)
+        assert stacks is not None
+        layers = [
+            _take_layers(experts, stacks.up, stacks.transposed, up, dtype),
+            _take_layers(experts, stacks.down, stacks.transposed, down, dtype),
+        ]
+        return cls(experts, *layers)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return [tokens, hidden_size]: for each token, the weighted sum of its experts' outputs.
+
+        Args:
+            hidden_states: [tokens, hidden_size].
+            top_k_index: [tokens, k], the experts of each token.
+            top_k_weights: [tokens, k].
+        """
+        tokens, k = top_k_index.shape
+        chosen = top_k_index.reshape(-1)
+        order = chosen.argsort(stable=True)
+        counts = torch.bincount(chosen, minlength=len(self.up)).tolist()
+        hit = [(expert, count) for expert, count in enumerate(counts) if count]
+
+        gating = self.gating
+        states = _products(self.up, hit, hidden_states[order // k])
+        states = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
+        states = _products(self.down, hit, states)
+        if gating.has_post_expert_norm:
+            states = gating.post_expert_norm(states)
+        weighted = states * top_k_weights.reshape(-1)[order, None]
+        unsorted = torch.empty_like(weighted)
+        unsorted[order] = weighted
+        return unsorted.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def pack_experts(model: nn.Module) -> None:
+    """Replace the modules of experts in `model` by packed ones where that is faster.
+
+    A stack is freed as soon as its matrices are packed.
+    """
+    found = {name: expert_stacks(module) for name, module in model.named_modules()}
+    for name, stacks in found.items():
+        if stacks is None:
+            continue
+        module = model.get_submodule(name)
+        matrices = [module.get_parameter(stack)[0] for stack in (stacks.up, stacks.down)]
+        if all(map(is_packable, matrices)):
+            dtype = matrices[0].dtype
+            del matrices
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, PackedExperts.of(module, dtype))
+
+
+def _products(layers: nn.ModuleList, hit: Sequence[tuple[int, int]], states: Tensor) -> Tensor:
+    """Return the products of each expert's rows with its layer; `hit` are experts and rows."""
+    rows = states.split([count for _, count in hit])
+    return torch.cat([layers[expert](own) for (expert, _), own in zip(hit, rows, strict=True)])
+
+
+def _take_layers(
+    experts: nn.Module,
+    name: str,
+    transposed: bool,
+    integers: AffineWeight | None,
+    dtype: torch.dtype,
+) -> list[nn.Module]:
+    """Return the linear layers that a stack consists of; the module loses stack and biases."""
+    stack = experts.get_parameter(name).detach()
+    biases = getattr(experts, f"{name}_bias", None)
+    for attribute in (name, f"{name}_bias"):
+        if hasattr(experts, attribute):
+            delattr(experts, attribute)
+    own: Iterator[Tensor | None] = iter([None] * len(stack) if biases is None else biases.detach())
+    if integers is not None:
+        return [QuantLinear.of(matrix, next(own), dtype) for matrix in _matrices(integers)]
+    return [_linear(matrix.T if transposed else matrix, next(own)) for matrix in stack]
+
+
+def _matrices(stack: AffineWeight) -> Iterator[AffineWeight]:
+    order = stack.input_order
+    for expert in range(len(stack.codes)):
+        yield AffineWeight(
+            stack.codes[expert],
+            stack.scales[expert],
+            stack.offsets[expert],
+            stack.bits,
+            order[expert] if order is not None and order.dim() == 2 else order,
+        )
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return PackedLinear(linear) if is_packable(weight) else linear

@@ -1,0 +1,204 @@
+"""Writes tiny models as GGUF files, as llama.cpp's converter does it, with the `gguf` package."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.checkpoints import make_tokenizer
+
+ARCHITECTURES = {
+    "llama": "llama",
+    "mixtral": "llama",
+    "qwen2": "qwen2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+    "phi3": "phi3",
+    "starcoder2": "starcoder2",
+    "stablelm": "stablelm",
+    "nemotron": "nemotron",
+    "gpt2": "gpt2",
+}
+"""The name in llama.cpp of each model type."""
+
+_ONE_MORE = ("gemma2", "gemma3", "nemotron")
+"""Architectures whose norms are stored with 1 added."""
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    kind: str = "F32",
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    parts: int = 1,
+    **fields: Any,
+) -> Path:
+    """Write a model, and return the (first) file.
+
+    Args:
+        kind: of the numbers of matrices, as far as they can be in such blocks; what the `gguf`
+            package cannot write gets random blocks.
+        tokenizer: of byte pairs; None: a made one.
+        parts: number of files.
+        fields: more of the metadata, "__" for "."; those of the architecture begin with "arch__".
+    """
+    architecture = ARCHITECTURES[model.config.model_type]
+    most = -(-_count(model) // parts) if parts > 1 else 0
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=most)
+    _write_sizes(writer, model.config)
+    for name, value in fields.items():
+        name = name.replace("__", ".").replace("arch.", f"{architecture}.")
+        if name.endswith("token_id"):
+            writer.add_uint32(name, value)
+        else:
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    _write_tokenizer(writer, tokenizer or make_tokenizer(), int(model.config.vocab_size))
+    for name, tensor in _tensors(model, architecture):
+        _write_tensor(writer, name, tensor, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path if parts == 1 else path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf")
+
+
+def _count(model: PreTrainedModel) -> int:
+    return sum(1 for _ in _tensors(model, ARCHITECTURES[model.config.model_type]))
+
+
+def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    rope = config.rope_parameters if hasattr(config, "rope_parameters") else None
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    if getattr(config, "intermediate_size", None):
+        writer.add_feed_forward_length(config.intermediate_size)
+    if rope:
+        full = rope.get("full_attention", rope)
+        writer.add_rope_freq_base(full["rope_theta"])
+        rotated = int(head_dim * full.get("partial_rotary_factor", 1.0))
+        writer.add_rope_dimension_count(rotated)
+    if config.model_type in ("gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    if config.model_type in ("gemma2", "gemma3_text", "phi3") and config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for name in ("layer_norm_epsilon", "norm_epsilon", "norm_eps", "layer_norm_eps"):
+        if hasattr(config, name):
+            writer.add_layer_norm_eps(getattr(config, name))
+            break
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if hasattr(config, "shared_expert_intermediate_size"):
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _write_tokenizer(
+    writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+) -> None:
+    import json
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocab = content["model"]["vocab"]
+    special = {token["content"] for token in content["added_tokens"] if token["special"]}
+    tokens = sorted(vocab, key=lambda token: vocab[token])[:vocab_size]
+    tokens += [f"[PAD{number}]" for number in range(len(tokens), vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    types = [3 if t in special else 5 if t.startswith("[PAD") else 1 for t in tokens]
+    writer.add_token_types(types)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(vocab["<|begin|>"])
+    writer.add_eos_token_id(vocab["<|end|>"])
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the tensors as llama.cpp names and orders them."""
+    config: Any = model.config
+    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    tied = config.tie_word_embeddings
+    for name, tensor in model.state_dict().items():
+        if tied and name == "lm_head.weight":
+            continue
+        values = tensor.float().numpy()
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(\w+)", name):
+            layer, half = match[1], values.shape[1] // 2
+            if match[2] == "down_proj":
+                yield f"blk.{layer}.ffn_down_exps.weight", values
+            else:
+                yield f"blk.{layer}.ffn_gate_exps.weight", values[:, :half]
+                yield f"blk.{layer}.ffn_up_exps.weight", values[:, half:]
+            continue
+        if architecture == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
+            values = values.T
+        if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
+            heads = config.num_attention_heads
+            heads = heads if ".q_proj." in name else config.num_key_value_heads
+            paired = values.reshape(heads, 2, -1, *values.shape[1:])
+            values = paired.swapaxes(1, 2).reshape(values.shape)
+        if architecture in _ONE_MORE and name.endswith("norm.weight"):
+            values = values + 1
+        if name.endswith("shared_expert_gate.weight"):
+            values = values[0]
+        known = name.replace(".block_sparse_moe.", ".mlp.")
+        named = names.get_name(known, try_suffixes=(".weight", ".bias"))
+        assert named, name
+        yield named, values
+
+
+def _write_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: str) -> None:
+    quant = GGMLQuantizationType[kind]
+    numbers = GGML_QUANT_SIZES[quant][0]
+    values = np.ascontiguousarray(values)
+    if values.ndim < 2 or values.shape[-1] % numbers or "ffn_gate_inp" in name or kind == "F32":
+        writer.add_tensor(name, values.astype(np.float32))
+    elif kind == "F16":
+        writer.add_tensor(name, values.astype(np.float16))
+    elif kind == "BF16":
+        narrow = torch.from_numpy(values).bfloat16().view(torch.uint8).numpy()
+        writer.add_tensor(name, narrow, raw_shape=narrow.shape, raw_dtype=quant)
+    else:
+        try:
+            blocks = gguf.quants.quantize(values, quant)
+        except NotImplementedError:
+            blocks = random_blocks(kind, values.size // numbers)
+            blocks = blocks.reshape(*values.shape[:-1], -1)
+        writer.add_tensor(name, blocks, raw_shape=blocks.shape, raw_dtype=quant)
+
+
+def random_blocks(kind: str, count: int) -> np.ndarray:
+    """Return blocks of all bits, uint8 [count, bytes], with scales that are finite."""
+    numbers = np.random.default_rng(7)
+    nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    blocks = numbers.integers(0, 256, (count, nbytes), dtype=np.uint8)
+    scales = (0.01 * numbers.standard_normal((count, 2))).astype(np.float16).view(np.uint8)
+    at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
+    wide = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
+    blocks[:, at : at + wide] = scales[:, :wide]
+    return blocks
