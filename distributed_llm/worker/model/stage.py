@@ -51,8 +51,8 @@ class StageOutput:
             other stages.
         logprobs: float32 [sequences that sample, 1 + k] on the CPU: natural logarithms of the
             model's probabilities, before sampling parameters apply, for the sampled token and the k
-            likeliest ones, best first. k is the largest number that any of the sequences asked for.
-            None if none of them asked.
+            likeliest ones, best first. k is the largest number that any of the sequences asked for;
+            0.0 for sequences that did not ask. None if none of them asked.
         logprob_ids: int32, of the same shape: the tokens that these belong to.
         sums: float32 [sequences that embed, hidden_size] on the CPU, in the order of the task: of
             the model's last hidden states, after its final norm. None if no sequence embeds.
@@ -429,6 +429,7 @@ class Stage:
     def _sample(
         self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]
     ) -> StageOutput:
+        logits = logits.float()  # once, for all that follows
         samplings = [self._samplings[s.sequence_id] for s in ends]
         positions = [s.start + s.num_tokens for s in ends]
         histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
@@ -437,10 +438,12 @@ class Stage:
         except RowsFailed as exc:
             named = [ends[row].sequence_id for row in exc.rows]
             raise SequencesFailed(named, exc.error) from exc
-        asked = [s.logprobs for s in samplings if s.logprobs is not None]
-        if not asked:
+        counts = {row: s.logprobs for row, s in enumerate(samplings) if s.logprobs is not None}
+        if not counts:
             return StageOutput(token_ids=token_ids)
-        logprobs, logprob_ids = log_probabilities(logits, token_ids, max(asked))
+        logprobs, logprob_ids = log_probabilities(
+            logits, token_ids, max(counts.values()), list(counts)
+        )
         return StageOutput(token_ids=token_ids, logprobs=logprobs, logprob_ids=logprob_ids)
 
     def _check_finite(self, values: Tensor, slices: Sequence[PackedSlice], what: str) -> None:
