@@ -17,7 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.gguf_types import is_gguf_config
+from distributed_llm.common.gguf_types import GGUF_METHOD
+from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
@@ -213,7 +214,8 @@ class WeightNames:
     def __init__(self, checkpoint: Checkpoint, whole: PreTrainedModel, path: str) -> None:
         self._checkpoint = checkpoint
         self._path = path
-        self._gguf = GgufNames(whole, checkpoint) if is_gguf_config(checkpoint.config) else None
+        in_gguf = check_method(checkpoint.config) == GGUF_METHOD
+        self._gguf = GgufNames(whole, checkpoint) if in_gguf else None
 
     def target(self, name: str) -> Target | None:
         """Return what becomes of a weight of GGUF files, or of MLX's experts, else None."""
