@@ -7,10 +7,13 @@ compare with. The questions and answers are those of `benchmarks.peers`.
 """
 
 import argparse
+import contextlib
+import importlib
 import json
+import platform
 import random
-import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,17 +37,32 @@ def load_stage(folder: Path, dtype: torch.dtype, quantize: str) -> tuple[Any, An
     checkpoint = open_checkpoint(folder)
     layers = LayerRange(0, checkpoint.num_layers)
     how: dict[str, Any] = {} if quantize == "none" else {"quantize": quantize}
+    _settle_kernels()
     Stage.ensure_supported(checkpoint)  # takes its time once for each architecture
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     began = time.perf_counter()
     stage = Stage.load(checkpoint, layers, device=torch.device("cpu"), dtype=dtype, **how)
     took = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return stage, {
         "load_s": took,
         "weight_bytes": stage.weight_bytes,
-        "peak_bytes": (peak - before) * 1024,
+        "peak_bytes": _memory("VmHWM") - before,
     }
+
+
+def _settle_kernels() -> None:
+    """Choose kernels by measuring them, as a worker does at its start; an older one does not."""
+    with contextlib.suppress(ImportError), tempfile.TemporaryDirectory() as folder:
+        kept = importlib.import_module("distributed_llm.worker.model.kernels.kept_choices")
+        kept.settle(Path(folder), platform.processor())
+
+
+def _memory(field: str) -> int:
+    """Return the bytes that Linux tells of this process: `VmRSS`, or `VmHWM` for the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    told = dict(line.split(":", 1) for line in lines)
+    return int(told[field].split()[0]) * 1024
 
 
 class StageEngine:
