@@ -36,6 +36,7 @@ from distributed_llm.options import (
     Coordinator,
     Insecure,
     Objective,
+    Quantize,
     Strategy,
     allow_insecure,
     client_of,
@@ -94,6 +95,7 @@ def coordinator(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
     ] = None,
+    quantize: Quantize = None,
     strategy: Strategy = None,
     objective: Objective = None,
     min_workers: Annotated[
@@ -110,6 +112,7 @@ def coordinator(
             "coordinator.model": model,
             "coordinator.bind": bind,
             "coordinator.dtype": dtype,
+            "coordinator.quantize": quantize,
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
             "coordinator.min_workers": min_workers,
@@ -169,6 +172,7 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
     ] = None,
+    quantize: Quantize = None,
     strategy: Strategy = None,
     objective: Objective = None,
     as_json: AsJson = False,
@@ -178,6 +182,7 @@ def plan(
         config,
         {
             "coordinator.dtype": dtype,
+            "coordinator.quantize": quantize,
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
         },

@@ -37,6 +37,7 @@ from distributed_llm.common.model_folder import (
 from distributed_llm.common.other_formats import (
     CONFIG_NAME,
     INDEX_NAME,
+    SETTINGS_BESIDE,
     SINGLE_NAME,
     looks_like_file,
     reason_of_file,
@@ -44,7 +45,7 @@ from distributed_llm.common.other_formats import (
 )
 from distributed_llm.common.types import LayerRange
 
-_CONFIG_FILES = (CONFIG_NAME, GENERATION_NAME)
+_CONFIG_FILES = (CONFIG_NAME, GENERATION_NAME, *SETTINGS_BESIDE)
 _CLUE_FILES = ("adapter_config.json",)
 _TENSORS_NAME = "distributed_llm_tensors.json"
 _MAX_NAME_CHARS = 4096

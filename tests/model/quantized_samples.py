@@ -11,6 +11,8 @@ Needs compressed-tensors, bitsandbytes and mlx:
 
 import json
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +30,27 @@ Sample = tuple[dict[str, Any], dict[str, Tensor], Tensor]
 """What config.json says, tensors by their names after the module's, and the values."""
 
 
+def _library(name: str) -> Any:
+    """Return a module of a library that is needed here alone."""
+    return import_module(name)
+
+
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape)
 
 
-def _packed(codes: Tensor, bits: int) -> Tensor:
+def packed(codes: Tensor, bits: int) -> Tensor:
     """Pack the rows of a matrix into words, one code after the other from the lowest bit."""
     rows = []
-    for row in codes.tolist():
+    for row in codes.flatten(0, -2).tolist():
         number = sum(code << place * bits for place, code in enumerate(row))
         rows.append(np.frombuffer(number.to_bytes(len(row) * bits // 8, "little"), np.int32))
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows)).view(*codes.shape[:-1], -1)
 
 
 def _gptq(bits: int, *, group: int, sym: bool, ordered: bool, version: str) -> Sample:
-    groups, middle = INPUTS // group, 1 << bits - 1
+    per_channel, middle = group < 0, 1 << bits - 1
+    groups = 1 if per_channel else INPUTS // group
     codes = torch.randint(1 << bits, (INPUTS, OUTPUTS))
     zeros = torch.full((groups, OUTPUTS), middle)
     if not sym:
@@ -50,13 +58,13 @@ def _gptq(bits: int, *, group: int, sym: bool, ordered: bool, version: str) -> S
     scales = (torch.rand(groups, OUTPUTS) / 9).half()
     order = torch.randperm(INPUTS) if ordered else torch.arange(INPUTS)
     group_of = torch.empty(INPUTS, dtype=torch.int32)
-    group_of[order] = torch.arange(INPUTS, dtype=torch.int32) // group
+    group_of[order] = torch.arange(INPUTS, dtype=torch.int32) // (INPUTS // groups)
     values = scales.float()[group_of.long()] * (codes - zeros[group_of.long()])
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
     settings |= {"desc_act": ordered, "checkpoint_format": version}
     tensors = {
-        "qweight": _packed(codes.t(), bits).t().contiguous(),
-        "qzeros": _packed(zeros - int(version == "gptq"), bits),
+        "qweight": packed(codes.t(), bits).t().contiguous(),
+        "qzeros": packed(zeros - int(version == "gptq"), bits),
         "scales": scales,
         "g_idx": group_of,
     }
@@ -64,14 +72,13 @@ def _gptq(bits: int, *, group: int, sym: bool, ordered: bool, version: str) -> S
 
 
 def _awq() -> Sample:
-    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
-
     tensors = {
         "qweight": torch.randint(-(2**31), 2**31, (INPUTS, OUTPUTS // 8), dtype=torch.int32),
         "qzeros": torch.randint(-(2**31), 2**31, (2, OUTPUTS // 8), dtype=torch.int32),
         "scales": (torch.rand(2, OUTPUTS) / 9).half(),
     }
-    converter = AutoAWQConverter(group_size=GROUP)
+    converters = _library("compressed_tensors.entrypoints.convert.converters.autoawq")
+    converter = converters.AutoAWQConverter(group_size=GROUP)
     made = converter.process({f"{MODULE}.{name}": t for name, t in tensors.items()})
     made = {name.removeprefix(f"{MODULE}."): t for name, t in made.items()}
     args = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": GROUP}
@@ -80,22 +87,21 @@ def _awq() -> Sample:
 
 
 def _scheme(args: dict[str, Any]) -> Any:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-
-    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args))
+    kinds = _library("compressed_tensors.quantization")
+    return kinds.QuantizationScheme(targets=["Linear"], weights=kinds.QuantizationArgs(**args))
 
 
 def _decompressed(form: str, args: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
-    from compressed_tensors.compressors import BaseCompressor
+    values: Tensor = _compressor(form).decompress(tensors, _scheme(args))["weight"]
+    return values
 
-    compressor = BaseCompressor.get_value_from_registry(form)
-    return compressor.decompress(tensors, _scheme(args))["weight"]
+
+def _compressor(form: str) -> Any:
+    return _library("compressed_tensors.compressors").BaseCompressor.get_value_from_registry(form)
 
 
 def _compressed(form: str, dtype: torch.dtype, **args: Any) -> Sample:
     """Quantize with scales that are as good as any: what counts is what is read."""
-    from compressed_tensors.compressors import BaseCompressor
-
     strategy = args["strategy"]
     inputs = {"group": INPUTS // GROUP, "block": INPUTS // 32}.get(strategy, 1)
     outputs = {"tensor": 1, "block": OUTPUTS // 8}.get(strategy, OUTPUTS)
@@ -105,46 +111,41 @@ def _compressed(form: str, dtype: torch.dtype, **args: Any) -> Sample:
     tensors = {"weight": weight, "weight_scale": ((1 + torch.rand(shape)) * 3 / top).to(dtype)}
     if not args.get("symmetric", True):
         tensors["weight_zero_point"] = torch.randint(-3, 4, shape, dtype=torch.int8)
-    compressor = BaseCompressor.get_value_from_registry(form)
-    made = compressor.compress(tensors, _scheme(args))
+    made = _compressor(form).compress(tensors, _scheme(args))
     group = {"weights": args, "targets": ["Linear"], "format": form}
-    settings = {"quant_method": "compressed-tensors", "format": form}
+    settings: dict[str, Any] = {"quant_method": "compressed-tensors", "format": form}
     settings |= {"config_groups": {"group_0": group}}
     return settings, made, _decompressed(form, args, dict(made))
 
 
 def _compressed_order() -> Sample:
-    args = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
-    settings, tensors, _ = _compressed("pack-quantized", torch.bfloat16, **args)
+    settings, tensors, _ = _compressed(_PACK, torch.bfloat16, **_GROUPS)
     group_of = (torch.randperm(INPUTS) // GROUP).to(torch.int32)
     codes = torch.randint(16, (OUTPUTS, INPUTS))
-    tensors |= {"weight_packed": _packed(codes, 4), "weight_g_idx": group_of}
+    tensors |= {"weight_packed": packed(codes, 4), "weight_g_idx": group_of}
     values = (codes - 8) * tensors["weight_scale"].float()[:, group_of.long()]
     return settings, tensors, values
 
 
 def _fp8_blocks() -> Sample:
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
-
     weight = _random(OUTPUTS, INPUTS).to(torch.float8_e4m3fn)
     scale = torch.rand(OUTPUTS // 8, INPUTS // 32) / 9
     settings = {"quant_method": "fp8", "weight_block_size": [8, 32]}
-    values = Fp8Dequantize(None)._dequantize_one(weight, scale)
+    fp8 = _library("transformers.integrations.finegrained_fp8")
+    values = fp8.Fp8Dequantize(None)._dequantize_one(weight, scale)
     return settings, {"weight": weight, "weight_scale_inv": scale}, values
 
 
 def _mxfp4() -> Sample:
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
     blocks = torch.randint(256, (2, OUTPUTS, INPUTS // 32, 16), dtype=torch.uint8)
     scales = torch.randint(115, 130, (2, OUTPUTS, INPUTS // 32), dtype=torch.uint8)
-    values = convert_moe_packed_tensors(blocks, scales).transpose(1, 2)
+    mxfp4 = _library("transformers.integrations.mxfp4")
+    values = mxfp4.convert_moe_packed_tensors(blocks, scales).transpose(1, 2)
     return {"quant_method": "mxfp4"}, {"_blocks": blocks, "_scales": scales}, values
 
 
 def _mlx(bits: int, group: int, stack: tuple[int, ...] = ()) -> Sample:
-    import mlx.core as mx
-
+    mx = _library("mlx.core")
     weight = mx.array(_random(*stack, OUTPUTS, INPUTS).numpy())
     parts = mx.quantize(weight, group_size=group, bits=bits)
     packed, scales, biases = (torch.from_numpy(np.array(part)) for part in parts)
@@ -154,8 +155,7 @@ def _mlx(bits: int, group: int, stack: tuple[int, ...] = ()) -> Sample:
 
 
 def _bnb_table(table: str, *, nested: bool) -> Sample:
-    from bitsandbytes import functional
-
+    functional = _library("bitsandbytes.functional")
     weight, state = functional.quantize_4bit(
         _random(OUTPUTS, INPUTS), blocksize=64, quant_type=table, compress_statistics=nested
     )
@@ -165,51 +165,42 @@ def _bnb_table(table: str, *, nested: bool) -> Sample:
 
 
 def _bnb_int8() -> Sample:
-    from bitsandbytes import functional
-
+    functional = _library("bitsandbytes.functional")
     weight, scales, _ = functional.int8_vectorwise_quant(_random(OUTPUTS, INPUTS).half())
     tensors = {"weight": weight, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     values = functional.int8_vectorwise_dequant(weight, scales)
     return {"quant_method": "bitsandbytes"}, tensors, values
 
 
+_PACK, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+_GROUPS: dict[str, Any] = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
+_CHANNELS: dict[str, Any] = {"num_bits": 8, "strategy": "channel"}
+_TENSOR: dict[str, Any] = {"num_bits": 8, "strategy": "tensor"}
+_BLOCKS: dict[str, Any] = {"num_bits": 8, "strategy": "block", "block_structure": [8, 32]}
+
 SAMPLES: dict[str, Callable[[], Sample]] = {
-    "gptq 4": lambda: _gptq(4, group=32, sym=True, ordered=False, version="gptq"),
-    "gptq 4 ordered": lambda: _gptq(4, group=32, sym=False, ordered=True, version="gptq"),
-    "gptq 8": lambda: _gptq(8, group=64, sym=True, ordered=False, version="gptq"),
-    "gptq 2": lambda: _gptq(2, group=64, sym=False, ordered=True, version="gptq_v2"),
+    "gptq 4": partial(_gptq, 4, group=32, sym=True, ordered=False, version="gptq"),
+    "gptq 4 ordered": partial(_gptq, 4, group=32, sym=False, ordered=True, version="gptq"),
+    "gptq 8": partial(_gptq, 8, group=-1, sym=True, ordered=False, version="gptq"),
+    "gptq 2": partial(_gptq, 2, group=64, sym=False, ordered=True, version="gptq_v2"),
     "awq": _awq,
-    "ct w4a16": lambda: _compressed(
-        "pack-quantized", torch.bfloat16, num_bits=4, strategy="group", group_size=GROUP
-    ),
-    "ct w4a16 asym": lambda: _compressed(
-        *("pack-quantized", torch.float16),
-        **{"num_bits": 4, "strategy": "group", "group_size": GROUP, "symmetric": False},
-    ),
+    "ct w4a16": partial(_compressed, _PACK, torch.bfloat16, **_GROUPS),
+    "ct w4a16 asym": partial(_compressed, _PACK, torch.float16, symmetric=False, **_GROUPS),
     "ct w4a16 ordered": _compressed_order,
-    "ct w8a16": lambda: _compressed(
-        "pack-quantized", torch.bfloat16, num_bits=8, strategy="channel"
+    "ct w8a16": partial(_compressed, _PACK, torch.bfloat16, **_CHANNELS),
+    "ct w8a8": partial(_compressed, _INT, torch.bfloat16, **_CHANNELS),
+    "ct w8a8 asym": partial(_compressed, _INT, torch.bfloat16, symmetric=False, **_TENSOR),
+    "ct fp8": partial(_compressed, _FLOAT, torch.bfloat16, type="float", **_CHANNELS),
+    "ct fp8 tensor": partial(
+        _compressed, "naive-quantized", torch.bfloat16, type="float", **_TENSOR
     ),
-    "ct w8a8": lambda: _compressed("int-quantized", torch.bfloat16, num_bits=8, strategy="channel"),
-    "ct w8a8 asym": lambda: _compressed(
-        "int-quantized", torch.bfloat16, num_bits=8, strategy="tensor", symmetric=False
-    ),
-    "ct fp8": lambda: _compressed(
-        "float-quantized", torch.bfloat16, num_bits=8, type="float", strategy="channel"
-    ),
-    "ct fp8 tensor": lambda: _compressed(
-        "naive-quantized", torch.bfloat16, num_bits=8, type="float", strategy="tensor"
-    ),
-    "ct fp8 block": lambda: _compressed(
-        *("float-quantized", torch.bfloat16),
-        **{"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 32]},
-    ),
+    "ct fp8 block": partial(_compressed, _FLOAT, torch.bfloat16, type="float", **_BLOCKS),
     "fp8": _fp8_blocks,
     "mxfp4": _mxfp4,
-    **{f"mlx {bits}": lambda bits=bits: _mlx(bits, 32) for bits in (2, 3, 5, 6, 8)},  # type: ignore[misc]
-    "mlx 4": lambda: _mlx(4, 64, (2,)),
-    "bnb nf4": lambda: _bnb_table("nf4", nested=True),
-    "bnb fp4": lambda: _bnb_table("fp4", nested=False),
+    **{f"mlx {bits}": partial(_mlx, bits, 32) for bits in (2, 3, 5, 6, 8)},
+    "mlx 4": partial(_mlx, 4, 64, (2,)),
+    "bnb nf4": partial(_bnb_table, "nf4", nested=True),
+    "bnb fp4": partial(_bnb_table, "fp4", nested=False),
     "bnb int8": _bnb_int8,
 }
 

@@ -1,6 +1,5 @@
-"""Packed linear layers compute what torch's own do, in no more memory; attention over segments."""
+"""Packed linear layers compute what torch's own do, in no more memory."""
 
-import itertools
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,15 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_llm.common.checkpoint import open_checkpoint
-from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.kv.cache import KVCache
-from distributed_llm.worker.kv.segments import KVBuffers
-from distributed_llm.worker.model.attention import (
-    PackedSlice,
-    PackedStep,
-    packed_attention,
-    running,
-)
+from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.kernels import (
     PackedLinear,
     kernels_for,
@@ -276,105 +267,3 @@ def test_one_token_is_computed_without_onednn(onednn: Any) -> None:
 def test_the_switch_is_back_after_an_error(onednn: Any) -> None:
     with pytest.raises(ZeroDivisionError), kernels_for(1):
         raise ZeroDivisionError
-
-
-# ------------------------------------------------------------------ attention over segments
-
-
-class SegmentedCache:
-    """Gives out what a sequence holds in pieces, as a cache does where prefixes are shared."""
-
-    def __init__(self, held: dict[int, tuple[Tensor, Tensor]], cuts: dict[int, list[int]]) -> None:
-        self.held = held
-        self.cuts = cuts
-
-    def append(
-        self, layer: int, sequence_id: int, start: int, keys: Tensor, values: Tensor
-    ) -> list[KVBuffers]:
-        assert layer == 0
-        old_keys, old_values = self.held[sequence_id]
-        keys = torch.cat([old_keys[:, :start], keys], dim=1)
-        values = torch.cat([old_values[:, :start], values], dim=1)
-        bounds = [0, *self.cuts[sequence_id], keys.shape[1]]
-        return [KVBuffers(keys[:, a:b], values[:, a:b]) for a, b in itertools.pairwise(bounds)]
-
-
-def reference(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Return attention [tokens, heads, value_dim] of the last positions, token by token."""
-    heads, tokens, _ = queries.shape
-    kv_heads, positions, _ = keys.shape
-    rows = []
-    for token in range(tokens):
-        stop = positions - tokens + token + 1
-        first = max(0, stop - window) if window else 0
-        for head in range(heads):
-            shared = head // (heads // kv_heads)
-            scores = keys[shared, first:stop].double() @ queries[head, token].double() * scale
-            if softcap:
-                scores = torch.tanh(scores / softcap) * softcap
-            if sinks is not None:
-                scores = torch.cat([scores, sinks[head].double()[None]])
-            weights = torch.softmax(scores, dim=0)[: stop - first]
-            rows.append(weights @ values[shared, first:stop].double())
-    return torch.stack(rows).view(tokens, heads, -1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 4, 14])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_attention_over_segments(
-    dtype: torch.dtype, window: int | None, softcap: float | None, with_sinks: bool
-) -> None:
-    """A step of decode tokens and chunks, of sequences in one, two and three segments."""
-    torch.manual_seed(1)
-    heads, kv_heads, head_dim, value_dim = 6, 2, 8, 12
-    starts, sizes = {7: 20, 3: 16, 5: 0, 9: 17}, {7: 1, 3: 5, 5: 3, 9: 1}
-    cuts: dict[int, list[int]] = {7: [4, 18], 3: [16], 5: [], 9: []}
-    held = {
-        i: (
-            torch.randn(kv_heads, start, head_dim).to(dtype),
-            torch.randn(kv_heads, start, value_dim).to(dtype),
-        )
-        for i, start in starts.items()
-    }
-    total = sum(sizes.values())
-    query = torch.randn(1, heads, total, head_dim).to(dtype)
-    key = torch.randn(1, kv_heads, total, head_dim).to(dtype)
-    value = torch.randn(1, kv_heads, total, value_dim).to(dtype)
-    sinks = torch.randn(heads).to(dtype) if with_sinks else None
-    slices, row = [], 0
-    for i, size in sizes.items():
-        slices.append(PackedSlice(SequenceId(i), starts[i], row, size))
-        row += size
-    cache = cast(KVCache, SegmentedCache(held, cuts))
-    step = PackedStep(cache, 3, tuple(slices), [0])
-    module = nn.Module()
-    module.layer_idx = 3  # type: ignore[assignment]
-    with torch.inference_mode(), running(step):
-        output, _ = packed_attention(
-            module,
-            query,
-            key,
-            value,
-            None,
-            scaling=0.5,
-            sliding_window=window,
-            softcap=softcap,
-            s_aux=sinks,
-        )
-    assert step.appended == [1]
-    for part in slices:
-        rows = slice(part.row, part.row + part.num_tokens)
-        keys = torch.cat([held[part.sequence_id][0], key[0, :, rows]], dim=1)
-        values = torch.cat([held[part.sequence_id][1], value[0, :, rows]], dim=1)
-        expected = reference(query[0, :, rows], keys, values, 0.5, window, softcap, sinks)
-        assert_near(output[0, rows], expected, dtype)

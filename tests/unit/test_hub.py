@@ -598,7 +598,7 @@ def only(fake: FakeHub, *names: str, config: dict[str, Any] | None = None) -> No
         (["consolidated.safetensors", "params.json"], None, "publisher's own format"),
         ([], CONFIG, "no weights"),
         ([], None, r"no config\.json"),
-        (["model.safetensors"], CONFIG | {"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        (["model.safetensors"], CONFIG | {"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ],
 )
 def test_a_repository_in_another_format(

@@ -36,6 +36,11 @@ CONFIG = {
 }
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
 F32 = np.float32
+FP8 = {"quant_method": "fp8"}
+COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"group_0": {"weights": {"num_bits": 4}}},
+}
 
 
 def layer(number: int, **more: Any) -> dict[str, Any]:
@@ -167,7 +172,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
         (["params.json", "consolidated.safetensors"], ("publisher's own format", "-hf")),
         (["model_index.json", "unet/config.json"], ("diffusers", "pictures")),
         (["optimizer.pt", "training_args.bin", "tf_model.h5"], ("in tf_model.h5",)),
-        (["quantize_config.json", "gptq_model-4bit-128g.safetensors"], ("GPTQ, by AutoGPTQ",)),
+        (["gptq_model-4bit-128g.safetensors"], ("gptq_model-4bit-128g.safetensors",)),
     ],
 )
 def test_a_folder_in_another_format(
@@ -222,63 +227,184 @@ def test_weights_without_a_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ, 4 bits"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "AWQ, 4 bits"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "FP8"),
-        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-        ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-            "bitsandbytes, 4 bits",
-        ),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
+        ({"quantization_config": {"quant_method": "hqq", "bits": 4}}, "HQQ, 4 bits"),
+        ({"quantization_config": {"quant_method": "quanto"}}, "Quanto"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "torchao"),
         ({"quantization_config": {"quant_method": "exl2" * 99}}, "'exl2exl2"),
         ({"quantization_config": {"bits": 3}}, "does not say by which method"),
-        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX, for Macs, 4 bits"),
+        ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "version 'gemv'"),
         (
-            {
-                "quantization": {"group_size": 64, "bits": 4},
-                "quantization_config": {"group_size": 64, "bits": 4},
-            },
-            "MLX, for Macs, 4 bits",
+            {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
+            "checkpoint_format 'marlin'",
         ),
+        (
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+            "ModelOpt's NVFP4",
+        ),
+        ({"quantization_config": COMPRESSED | {"format": "nvfp4-pack-quantized"}}, "nvfp4"),
+        ({"compression_config": COMPRESSED | {"transform_config": COMPRESSED}}, "rotated"),
+        (
+            {"quantization_config": COMPRESSED | {"sparsity_config": {"format": "24-bitmask"}}},
+            "sparse (24-bitmask)",
+        ),
+        ({"quantization_config": FP8 | {"weight_block_size": "128"}}, "scales for blocks of '128'"),
     ],
 )
-def test_a_config_of_quantized_weights(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+def test_a_config_of_weights_that_are_quantized_otherwise(
+    tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
     said = refusal(write(tmp_path, config))
-    assert said.startswith(f"The model in {tmp_path} is quantized: ")
+    assert said.startswith(f"The model in {tmp_path} is quantized in a way that is not read: ")
     assert words in said
     assert "Use the original model" in said
 
 
 @pytest.mark.parametrize(
-    ("beside", "weights", "words"),
+    ("settings", "weights", "words"),
     [
         (
-            "quantize_config.json",
-            {"qweight": np.ones((2, 8), np.int32), "scales": np.ones((1, 8), np.float16)},
-            "GPTQ, by AutoGPTQ",
+            {"group_size": 64, "bits": 4, "mode": "mxfp4"},
+            {"weight": np.ones((8, 8), np.uint32), "scales": np.ones((8, 2), F32)},
+            "MLX, in its mode 'mxfp4'",
         ),
         (
-            "quant_config.json",
-            {"qweight": np.ones((2, 8), np.int32), "scales": np.ones((1, 8), np.float16)},
-            "AWQ, by AutoAWQ",
+            {"group_size": 64, "bits": 7},
+            {"weight": np.ones((8, 8), np.uint32), "scales": np.ones((8, 2), F32)},
+            "MLX, 7 bits",
         ),
         (
-            None,
+            {"quant_method": "auto-round", "packing_format": "auto_round:exllama"},
+            {"qweight": np.ones((4, 8), np.int32)},
+            "packing_format 'auto_round:exllama'",
+        ),
+        ({"quant_method": "fp8"}, {"weight": np.ones((16, 8), np.int8)}, "integers (I8"),
+        (
+            {"quant_method": "gptq", "bits": 3},
+            {
+                "qweight": np.ones((6, 16), np.int32),
+                "qzeros": np.ones((1, 3), np.int32),
+                "scales": np.ones((1, 16), np.float16),
+            },
+            "GPTQ, 3 bits",
+        ),
+    ],
+)
+def test_tensors_of_weights_that_are_quantized_otherwise(
+    tmp_path: Path, settings: dict[str, Any], weights: dict[str, Any], words: str
+) -> None:
+    made = layer(0, **weights) | layer(1, **weights)
+    said = refusal(write(tmp_path, {"quantization_config": settings}, made))
+    assert said.startswith(f"The model in {tmp_path} is quantized in a way that is not read: ")
+    assert words in said
+
+
+GPTQ = {
+    "qweight": np.ones((8, 16), np.int32),
+    "qzeros": np.ones((2, 2), np.int32),
+    "scales": np.ones((2, 16), np.float16),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights", "words"),
+    [
+        ({"quant_method": "gptq"}, GPTQ | {"scales": None}, "tensor scales is missing"),
+        (
+            {"quant_method": "gptq"},
+            GPTQ | {"scales": np.ones((2, 8), np.float16)},
+            "F16 [2, 8], and [groups, 16] is expected",
+        ),
+        (
+            {"quant_method": "gptq"},
+            GPTQ | {"qweight": np.ones((8, 16), np.float16)},
+            "F16 [8, 16], and I32 is expected",
+        ),
+        (
+            {"quant_method": "gptq"},
+            GPTQ | {"g_idx": np.ones(63, np.int32)},
+            "I32 [63], and [64] is expected",
+        ),
+        (
+            {"quant_method": "awq"},
+            GPTQ | {"qzeros": np.ones((1, 16), np.int32), "scales": np.ones((2, 128), np.float16)},
+            "I32 [1, 16], and [2, 16] is expected",
+        ),
+        (
+            {"group_size": 64, "bits": 4},
+            {"weight": np.ones((8, 8), np.uint32), "scales": np.ones((8, 2), F32)},
+            "tensor biases is missing",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {}},
+            {"weight_packed": np.ones((8, 8), np.int32), "weight_scale": np.ones((8, 2), F32)},
+            "2, 4 or 8 bits in groups are expected",
+        ),
+        (
+            {"quant_method": "bitsandbytes"},
+            {"weight": np.ones((64, 1), np.uint8), "weight.absmax": np.ones(2, F32)},
+            "tensor weight.quant_state.bitsandbytes__nf4 is missing",
+        ),
+        (
+            {"quant_method": "mxfp4"},
+            {"x_blocks": np.ones((8, 2, 16), np.uint8), "x_scales": np.ones((8, 3), np.uint8)},
+            "U8 [8, 3], and [8, 2] is expected",
+        ),
+    ],
+)
+def test_parts_of_quantized_weights_that_do_not_fit(
+    tmp_path: Path, settings: dict[str, Any], weights: dict[str, Any], words: str
+) -> None:
+    held = {part: tensor for part, tensor in weights.items() if tensor is not None}
+    made = layer(0, **held) | layer(1, **held)
+    said = refusal(write(tmp_path, {"quantization_config": settings}, made))
+    assert "model.layers.0.mlp.up_proj" in said
+    assert words in said, said
+    assert "Use another copy of the model" in said
+
+
+@pytest.mark.parametrize(
+    ("beside", "content"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 32}),
+        ("config.json", CONFIG | {"quantization_config": {"quant_method": "gptq"}}),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+    ],
+)
+def test_settings_of_quantized_weights_beside_the_config(
+    tmp_path: Path, beside: str, content: dict[str, Any]
+) -> None:
+    awq = {"qweight": np.ones((64, 2), np.int32), "qzeros": np.ones((2, 2), np.int32)}
+    weights = GPTQ | (awq if beside == "quant_config.json" else {})
+    folder = write(tmp_path, weights=layer(0, **weights) | layer(1, **weights))
+    (folder / beside).write_text(json.dumps(content))
+    served, _ = serve.open_model(str(folder), CoordinatorSettings())
+    assert served.cost.layer_bytes == (16 * 64 // 2 + 16 * 2 * 4,) * 2
+
+
+def test_a_config_of_quantized_weights_beside_plain_ones(tmp_path: Path) -> None:
+    served, _ = serve.open_model(
+        str(write(tmp_path, {"quantization_config": {"quant_method": "fp8"}})),
+        CoordinatorSettings(dtype="float32"),
+    )
+    assert served.cost.layer_bytes == (16 * 8 * 4,) * 2
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (
             {"weight": np.ones((16, 8), np.int8), "weight_scale": np.ones(1, F32)},
             "integers (I8 in model.layers.0.mlp.up_proj.weight)",
         ),
-        (None, {"weight": np.ones((16, 8), np.int8)}, "without the scales"),
-        (None, {"weight": np.ones((16, 1), np.uint32)}, "without the scales"),
+        (GPTQ, "integers (I32 in model.layers.0.mlp.up_proj.qweight)"),
+        ({"weight": np.ones((16, 8), np.int8)}, "without the scales"),
+        ({"weight": np.ones((16, 1), np.uint32)}, "without the scales"),
     ],
 )
 def test_weights_that_are_quantized_by_what_they_are(
-    tmp_path: Path, beside: str | None, weights: dict[str, Any], words: str
+    tmp_path: Path, weights: dict[str, Any], words: str
 ) -> None:
     folder = write(tmp_path, weights=layer(0, **weights) | layer(1, **weights))
-    if beside:
-        touch(folder, beside, content=b'{"bits": 4}')
     assert words in refusal(folder)
 
 
@@ -558,7 +684,7 @@ def test_a_model_of_the_hub_as_the_copy_of_a_worker(tmp_path: Path) -> None:
     [
         (None, "has model.safetensors, but no config.json"),
         ({"model_type": "bloom"}, "ALiBi"),
-        ({"quantization_config": {"quant_method": "awq"}}, "AWQ"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ],
 )
 def test_a_worker_says_what_is_wrong_with_its_copy_before_it_joins(

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label
+from distributed_llm.common.schemes.affine import (
+    FLOATS,
+    affine_form,
+    affine_label,
+    group_of,
+    is_exact,
+)
 from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
@@ -20,7 +26,7 @@ class AwqScheme:
     the codes of eight outputs in the order 0 2 4 6 1 3 5 7, and "scales" [groups, outputs].
 
     Attributes:
-        group: inputs that share a scale.
+        group: inputs that share a scale; 0: all of a channel.
     """
 
     group: int
@@ -32,11 +38,11 @@ class AwqScheme:
 
     def form(self, shape: tuple[int, ...]) -> WeightForm | None:
         """Return the form in memory that holds such a weight best."""
-        return affine_form(_BITS, self.group)
+        return affine_form(_BITS, self.group, shape)
 
     def is_exact(self, shape: tuple[int, ...]) -> bool:
         """Return whether that form holds the same numbers."""
-        return affine_form(_BITS, self.group).bits == _BITS
+        return is_exact(_BITS, self.group, shape, symmetric=False)
 
 
 def awq_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWeight]:
@@ -52,11 +58,12 @@ def awq_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
         raise NotRead(
             f"AWQ, {bits} bits in its version {version!r} (4 bits in its version 'gemm' are read)"
         )
+    size = settings.get("group_size", settings.get("q_group_size"))
     found = modules(tensors, "AWQ", "qweight", ("qzeros", "scales"))
-    return [_weight(module) for module in found]
+    return [_weight(module, size) for module in found]
 
 
-def _weight(module: Module) -> StoredWeight:
+def _weight(module: Module, size: object) -> StoredWeight:
     inputs, words = module.part("qweight", ("I32",), 2).shape
     groups = module.part("scales", FLOATS, 2).shape[0]
     module.part("qzeros", ("I32",), 2)
@@ -64,5 +71,5 @@ def _weight(module: Module) -> StoredWeight:
     module.check("qzeros", (groups, words))
     if not groups or inputs % groups:
         raise module.unfit("scales", f"a number of groups that divides {inputs} is expected")
-    scheme = AwqScheme(inputs // groups)
+    scheme = AwqScheme(group_of(inputs, groups, size))
     return module.weight((words * _CODES, inputs), scheme, "qweight", "qzeros", "scales")

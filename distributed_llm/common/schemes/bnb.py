@@ -13,6 +13,7 @@ from distributed_llm.common.weight_forms import INT8, WeightForm
 _STATE = "weight.quant_state.bitsandbytes__"
 _TABLES = ("nf4", "fp4")
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+_ORDER = "weight_format"
 _OUT_PROJECTION = re.compile(r"\.(o_proj|out_proj|down_proj|c_proj|dense|dense_4h_to_h|fc2|w2|wo)$")
 
 
@@ -52,7 +53,9 @@ class BnbTableScheme:
 
 @dataclass(frozen=True)
 class BnbInt8Scheme:
-    """Parts "weight" int8 [outputs, inputs] and "SCB" [outputs]: scales times 127."""
+    """Parts "weight" int8 [outputs, inputs], "SCB" [outputs], scales times 127, and perhaps
+    "weight_format", 0 if rows follow each other.
+    """
 
     label: str = "bitsandbytes, 8 bits"
 
@@ -79,7 +82,7 @@ def bnb_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
     kind = "bitsandbytes"
     return [
         *(_by_table(m, settings) for m in modules(tensors, kind, "weight.absmax", table_parts)),
-        *(_by_channel(m) for m in modules(tensors, kind, "SCB", ("weight",))),
+        *(_by_channel(m) for m in modules(tensors, kind, "SCB", ("weight", _ORDER))),
     ]
 
 
@@ -87,7 +90,9 @@ def _by_channel(module: Module) -> StoredWeight:
     outputs, inputs = module.part("weight", ("I8",), 2).shape
     module.part("SCB", ("F32",))
     module.check("SCB", (outputs,))
-    return module.weight((outputs, inputs), BnbInt8Scheme(), "weight", "SCB")
+    if _ORDER in module.parts:
+        module.part(_ORDER, ("U8",), 0)
+    return module.weight((outputs, inputs), BnbInt8Scheme(), "weight", "SCB", _ORDER)
 
 
 def _by_table(module: Module, settings: Mapping[str, Any]) -> StoredWeight:

@@ -4,7 +4,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label, is_exact
+from distributed_llm.common.schemes.affine import (
+    FLOATS,
+    affine_form,
+    affine_label,
+    group_of,
+    is_exact,
+)
 from distributed_llm.common.schemes.fp8 import FP8_DTYPES, block_of, fp8_weight
 from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
@@ -27,7 +33,7 @@ class CompressedScheme:
 
     Attributes:
         bits: of a code.
-        group: inputs that share a scale.
+        group: inputs that share a scale; 0: all of a channel.
     """
 
     bits: int
@@ -41,7 +47,7 @@ class CompressedScheme:
 
     def form(self, shape: tuple[int, ...]) -> WeightForm | None:
         """Return the form in memory that holds such a weight best."""
-        return affine_form(self.bits, self.group)
+        return affine_form(self.bits, self.group, shape)
 
     def is_exact(self, shape: tuple[int, ...]) -> bool:
         """Return whether that form holds the same numbers."""
@@ -105,9 +111,9 @@ def _packed(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
         inputs = words * _WORD_BITS // bits
         if isinstance(size, int) and size > 0:
             fits = groups * size <= inputs < groups * size + _WORD_BITS // bits
-            inputs, group = groups * size, size
+            inputs = groups * size
         else:
-            fits, group = groups == 1, inputs
+            fits = groups == 1
         if fits:
             break
     else:
@@ -119,7 +125,9 @@ def _packed(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
     *stack, rows = outputs
     module.check(_ZERO, (*stack, -(-rows * bits // _WORD_BITS), groups), (*outputs, groups))
     module.check(_ORDER, (inputs,))
-    form = CompressedScheme(bits, group, symmetric=_ZERO not in module.parts)
+    form = CompressedScheme(
+        bits, group_of(inputs, groups, size), symmetric=_ZERO not in module.parts
+    )
     if _ZERO in module.parts:
         module.part(_ZERO, ("I32", "I8"))
     names = ("weight_packed", "weight_scale", _ZERO, _ORDER, "weight_shape")
@@ -138,5 +146,7 @@ def _plain(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
     module.check(_ORDER, (inputs,))
     widths = [s.get("num_bits") for s in schemes if s.get("type", "int") == "int"]
     bits = 4 if widths and all(width == 4 for width in widths) else 8
-    form = CompressedScheme(bits, inputs // groups, symmetric=_ZERO not in module.parts)
+    form = CompressedScheme(
+        bits, group_of(inputs, groups, None), symmetric=_ZERO not in module.parts
+    )
     return module.weight((*outputs, inputs), form, "weight", "weight_scale", _ZERO, _ORDER)

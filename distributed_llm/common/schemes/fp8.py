@@ -30,9 +30,9 @@ class Fp8Scheme:
         """What people call it."""
         match self.block:
             case (0, 0):
-                return "FP8, one scale per matrix"
+                return "FP8, a scale per matrix"
             case (1, 0):
-                return "FP8, one scale per channel"
+                return "FP8, a scale per channel"
             case (outputs, inputs):
                 return f"FP8, blocks of {outputs} x {inputs}"
 

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label, is_exact
+from distributed_llm.common.schemes.affine import (
+    FLOATS,
+    affine_form,
+    affine_label,
+    group_of,
+    is_exact,
+)
 from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
@@ -21,7 +27,7 @@ class GptqScheme:
 
     Attributes:
         bits: of a code.
-        group: inputs that share a scale.
+        group: inputs that share a scale; 0: all of a channel.
         zeros_less_one: zero points are stored less one (version 1 of the format).
         symmetric: zero points are in the middle.
     """
@@ -38,7 +44,7 @@ class GptqScheme:
 
     def form(self, shape: tuple[int, ...]) -> WeightForm | None:
         """Return the form in memory that holds such a weight best."""
-        return affine_form(self.bits, self.group)
+        return affine_form(self.bits, self.group, shape)
 
     def is_exact(self, shape: tuple[int, ...]) -> bool:
         """Return whether that form holds the same numbers."""
@@ -79,5 +85,10 @@ def _weight(module: Module, settings: Mapping[str, Any], *, less_one: bool) -> S
         module.check("g_idx", (inputs,))
     if inputs % groups:
         raise module.unfit("scales", f"a number of groups that divides {inputs} is expected")
-    scheme = GptqScheme(bits, inputs // groups, less_one, settings.get("sym") is True)
+    scheme = GptqScheme(
+        bits,
+        group_of(inputs, groups, settings.get("group_size")),
+        less_one,
+        settings.get("sym") is True,
+    )
     return module.weight((outputs, inputs), scheme, "qweight", "qzeros", "scales", "g_idx")

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label
+from distributed_llm.common.schemes.affine import FLOATS, affine_form, affine_label, is_exact
 from distributed_llm.common.schemes.parts import Module, NotRead, Tensors, modules
 from distributed_llm.common.stored_weights import StoredWeight
-from distributed_llm.common.weight_forms import INT8, WeightForm
+from distributed_llm.common.weight_forms import WeightForm
 
 _WORD_BITS = 32
 _BITS = (2, 3, 4, 5, 6, 8)
@@ -33,11 +33,11 @@ class MlxScheme:
 
     def form(self, shape: tuple[int, ...]) -> WeightForm | None:
         """Return the form in memory that holds such a weight best."""
-        return affine_form(self.bits, self.group)
+        return affine_form(self.bits, self.group, shape)
 
     def is_exact(self, shape: tuple[int, ...]) -> bool:
         """Return whether that form holds the same numbers."""
-        return affine_form(self.bits, self.group) != INT8
+        return is_exact(self.bits, self.group, shape, symmetric=False)
 
 
 def mlx_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWeight]:

@@ -29,7 +29,7 @@ _Reader = Callable[[Settings, Tensors], list[StoredWeight]]
 
 _NOT_NEEDED = re.compile(
     r"(^|[._])(input|output|activation|act|[qkv]|kv|prob)_(global_)?(scale|zero_point)$"
-    r"|\.weight_format$|\.input_scale_ub$"
+    r"|\.input_scale_ub$"
 )
 """Tensors about activations and cached keys and values, which are computed as they are."""
 
@@ -66,6 +66,7 @@ _READERS: Mapping[str, _Reader] = {
     "fbgemm_fp8": fp8_weights,
     "fp8": fp8_weights,
     "gptq": gptq_weights,
+    "intel/auto-round": _auto_round_weights,
     GGUF_METHOD: _gguf_weights,
     "mlx": mlx_weights,
     "modelopt": _modelopt_weights,

@@ -38,6 +38,7 @@ from distributed_llm.worker.compute.loading import (
 )
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.devices import give_memory_back
+from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Event, Load, Loaded, LoadFailed
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
@@ -93,7 +94,7 @@ class HeldStages:
         self._progress = progress
         self._load_ended = load_ended
         self._loads_now = False
-        self._to_free: list[Tensor] = []  # memory of stages that were given up
+        self._to_free: list[Tensor | KVBuffers] = []  # memory of stages that were given up
         self._next_load: Load | None = None  # beside; the thread for it may be busy
         self._background: BackgroundLoad | None = None
 
@@ -155,7 +156,7 @@ class HeldStages:
         self._free_all()
 
     def free_some(self) -> bool:
-        """Free one tensor of the stages that were given up; return False if there is none left."""
+        """Free one piece of the stages that were given up; return False if there is none left."""
         if not self._to_free:
             return False
         self._to_free.pop()
@@ -250,6 +251,7 @@ class HeldStages:
                 order.layers,
                 device=self._device,
                 dtype=TORCH_DTYPES[order.dtype],
+                quantize=order.quantize,
                 locate=weights.locate,
                 on_read=self._progress.add,
             )

@@ -7,10 +7,12 @@ references the segments of that one, copies nothing, and continues in a segment 
 owner of a segment writes it, and only behind the positions that others read. It may pass ownership
 on: a conversation in which every turn takes the turn before stays in one segment.
 
-Buffers have room for exactly the blocks of `KV_BLOCK` positions that they need, because the
-coordinator accounts for memory in blocks. A buffer that grows is copied, once per `KV_BLOCK`
-tokens. Attention has read it `KV_BLOCK` times by then, so reading and writing it once more adds one
-part in 32. During the copy one layer of one segment exists twice; that is not accounted for.
+The coordinator accounts for memory in blocks of `KV_BLOCK` positions. On a CPU the buffers are rows
+of slabs (`slabs.py`): they have room for more, and take memory for what is written. One that is
+full is copied to a row of twice the room. Elsewhere a buffer has room for exactly the blocks that
+it needs, and is copied once per `KV_BLOCK` tokens. Attention has read it `KV_BLOCK` times by then,
+so reading and writing it once more adds one part in 32. During a copy one layer of one segment
+exists twice; that is not accounted for.
 
 A step is a transaction. `admit` refuses a step that does not fit before anything changes. `begin`
 truncates a sequence to where the step starts and sets its tokens. `append` writes the keys and
@@ -30,6 +32,7 @@ from torch import Tensor
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import KV_BLOCK, SequenceId
+from distributed_llm.worker.kv.layer_buffers import LayerBuffers
 from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, manifest_sequence
 from distributed_llm.worker.kv.segments import (
     CachedSequence,
@@ -69,17 +72,16 @@ class KVCache:
         self.max_bytes = max_bytes
         self._num_layers = num_layers
         self._sequences: dict[SequenceId, CachedSequence] = {}
-        self._layouts: list[KVLayout | None] = [None] * num_layers
-        self._bytes_per_token = 0
-        self._nbytes = 0
+        self._layers = LayerBuffers(num_layers)
+        self._segments: set[Segment] = set()
         self._capacity = 0
         self._numbers = itertools.count()
         self._watchers: WeakSet[WriteWatcher] = WeakSet()
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values, each buffer once, unfilled positions included."""
-        return self._nbytes
+        """Bytes of keys and values, each segment once, with the unfilled positions of blocks."""
+        return sum(segment.nbytes for segment in self._segments)
 
     @property
     def capacity(self) -> int:
@@ -89,7 +91,7 @@ class KVCache:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one position in all layers; 0 until every layer was written once."""
-        return self._bytes_per_token
+        return self._layers.bytes_per_token
 
     @property
     def sequence_ids(self) -> tuple[SequenceId, ...]:
@@ -106,9 +108,7 @@ class KVCache:
 
     def layout(self, layer: int) -> KVLayout:
         """Return the layout of a layer that has been written at least once."""
-        layout = self._layouts[layer]
-        assert layout is not None
-        return layout
+        return self._layers.layout(layer)
 
     def tokens(self, sequence_id: SequenceId, length: int) -> TokenIds:
         """Return the first `length` token ids, int32 [length]; those of a running step count."""
@@ -224,15 +224,34 @@ class KVCache:
         last = segments[-1]
         first = start - last.start
         stop = first + keys.shape[1]
-        held = last.layers[layer]
-        if held is None or held.keys.shape[1] < last.capacity:
-            held = self._grow(layer, last, first, keys, values)
+        held = self._layers.with_room(layer, last, first, keys, values)
         held.keys[:, first:stop] = keys
         held.values[:, first:stop] = values
         newest = KVBuffers(held.keys[:, :stop], held.values[:, :stop])
         if len(segments) == 1:
             return [newest]
         return [*_views(layer, segments), newest]
+
+    def append_tokens(
+        self, layer: int, tokens: Sequence[tuple[SequenceId, int]], keys: Tensor, values: Tensor
+    ) -> None:
+        """Write one layer's keys and values of one token of each of several sequences.
+
+        Args:
+            layer: number of the layer within the stage.
+            tokens: sequences for which `begin` was called, each with the position of its token.
+            keys: [heads, tokens, head_dim].
+            values: [heads, tokens, value_dim].
+        """
+        places = []
+        for sequence_id, position in tokens:
+            last = self._sequences[sequence_id].segments[-1]
+            places.append((last, position - last.start))
+        self._layers.write_tokens(layer, places, keys, values)
+
+    def segments(self, sequence_id: SequenceId) -> Sequence[Segment]:
+        """Return the segments of a sequence, in the order of positions."""
+        return self._sequences[sequence_id].segments
 
     def commit(self, sequence_id: SequenceId, length: int) -> None:
         """Count `length` positions of the sequence as held: every layer of the step succeeded."""
@@ -250,8 +269,8 @@ class KVCache:
             del segment.holders[sequence_id]
             segment.owner = None if segment.owner == sequence_id else segment.owner
             if not segment.holders:
+                self._segments.remove(segment)
                 self._capacity -= segment.capacity
-                self._nbytes -= segment.nbytes
 
     def watch(self, watcher: WriteWatcher) -> None:
         """Tell `watcher` of writes to existing segments, for as long as it exists."""
@@ -265,15 +284,9 @@ class KVCache:
                 extents[segment] = max(count, extents.get(segment, 0))
         return extents
 
-    def buffers(self) -> list[Tensor]:
+    def buffers(self) -> list[KVBuffers]:
         """Return all keys and values, each buffer once."""
-        return [
-            states
-            for segment in self.extents()
-            for held in segment.layers
-            if held
-            for states in held
-        ]
+        return [held for segment in self._segments for held in segment.layers if held]
 
     def manifest(self) -> KVManifest:
         """Return a description of the content; not to be called in a step."""
@@ -312,9 +325,8 @@ class KVCache:
         for told in manifest.segments:
             segment = segments[told.number] = self._new_segment(told.start)
             segment.capacity, segment.owner = told.capacity, told.owner
-            segment.layers = list(buffers[told.number])
+            self._layers.adopt(segment, buffers[told.number])
             self._capacity += segment.capacity
-            self._nbytes += segment.nbytes
         for held in manifest.sequences:
             sequence = self._sequences[held.sequence_id] = CachedSequence()
             sequence.length = held.length
@@ -324,7 +336,9 @@ class KVCache:
                 segment.holders[held.sequence_id] = read
 
     def _new_segment(self, start: int) -> Segment:
-        return Segment(next(self._numbers), start, self._num_layers)
+        segment = Segment(next(self._numbers), start, self._num_layers)
+        self._segments.add(segment)
+        return segment
 
     def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[SequenceId]) -> int:
         """Return by how many positions the step would exceed the limit once `leaving` are freed."""
@@ -357,30 +371,6 @@ class KVCache:
         if not goes_on:
             return growth + rounded(stop - part.start)
         return growth + max(0, rounded(stop - kept[-1].start) - kept[-1].capacity)
-
-    def _grow(
-        self, layer: int, segment: Segment, kept: int, keys: Tensor, values: Tensor
-    ) -> KVBuffers:
-        """Enlarge one layer's buffers to the segment's capacity; keep `kept` positions."""
-        layout = self._layouts[layer] or self._learn_layout(layer, keys, values)
-        grown = layout.allocate(segment.capacity)
-        held = segment.layers[layer]
-        if held is not None:
-            grown.keys[:, :kept] = held.keys[:, :kept]
-            grown.values[:, :kept] = held.values[:, :kept]
-            self._nbytes -= held.nbytes
-        self._nbytes += grown.nbytes
-        segment.layers[layer] = grown
-        return grown
-
-    def _learn_layout(self, layer: int, keys: Tensor, values: Tensor) -> KVLayout:
-        heads, _, key_dim = keys.shape
-        layout = KVLayout(heads, key_dim, values.shape[2], keys.dtype, keys.device)
-        self._layouts[layer] = layout
-        known = [layout for layout in self._layouts if layout]
-        if len(known) == self._num_layers:
-            self._bytes_per_token = sum(layout.token_bytes for layout in known)
-        return layout
 
 
 def as_token_ids(token_ids: Sequence[int]) -> TokenIds:

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +12,34 @@ from torch import Tensor
 
 from distributed_llm.common.types import KV_BLOCK
 
+if TYPE_CHECKING:
+    from distributed_llm.worker.kv.slabs import Row
+
 TokenIds = npt.NDArray[np.int32]
 
 
-class KVBuffers(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class KVBuffers:
     """Keys and values of consecutive positions in one layer.
 
     Attributes:
         keys: [heads, positions, head_dim].
         values: [heads, positions, value_dim].
+        row: of the slab where they are, which others get once these buffers are dropped; or None.
     """
 
     keys: Tensor
     values: Tensor
+    row: "Row | None" = None
+
+    @property
+    def room(self) -> int:
+        """Number of positions."""
+        return self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that both tensors take."""
+        """Bytes of both tensors; those in a slab take as much memory as was written of them."""
         return self.keys.nbytes + self.values.nbytes
 
 
@@ -62,27 +74,29 @@ class Segment:
         number: identifies the segment in its cache; never used again.
         start: its first position.
         capacity: positions that the budget is charged for, a multiple of `KV_BLOCK`; never shrinks.
-        layers: the buffers by layer; None until the layer is first written, and of an earlier,
-            smaller capacity until it is written again.
+        token_bytes: of one position in all layers that were written.
+        layers: the buffers by layer, with room for at least the capacity; None until the layer is
+            first written, and of an earlier, smaller capacity until it is written again.
         owner: the sequence that may write the segment; None once it has left.
         holders: by sequence that reads the segment, where the positions that it reads end
             (exclusive); may be out of date for the owner.
     """
 
-    __slots__ = ("capacity", "holders", "layers", "number", "owner", "start")
+    __slots__ = ("capacity", "holders", "layers", "number", "owner", "start", "token_bytes")
 
     def __init__(self, number: int, start: int, num_layers: int) -> None:
         self.number = number
         self.start = start
         self.capacity = 0
+        self.token_bytes = 0
         self.layers: list[KVBuffers | None] = [None] * num_layers
         self.owner: int | None = None
         self.holders: dict[int, int] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that its buffers take."""
-        return sum(held.nbytes for held in self.layers if held)
+        """Bytes of memory that its positions take."""
+        return self.capacity * self.token_bytes
 
     def may_write(self, writers: Collection[int], start: int, leaving: Collection[int]) -> bool:
         """Return whether `writers` may write from `start` on, once `leaving` are freed.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from distributed_llm.common.errors import StageError
-from distributed_llm.worker.model.attention import PackedStep, running
 from distributed_llm.worker.model.hidden_sums import HiddenSums, Spans
 from distributed_llm.worker.model.kernels import kernels_for
 from distributed_llm.worker.model.layer_hooks import LayerHooks, event_type
+from distributed_llm.worker.model.packed_step import PackedStep, running
 from distributed_llm.worker.model.shared_weights import StageModel
 
 

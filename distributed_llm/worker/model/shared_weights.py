@@ -7,7 +7,7 @@ Modules outside the layers have no hooks, and are shared as they are.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ class SharedModules:
         layers: of the new stage.
         tied: names of tied parameters in the whole model, each with that of its original.
         donor: the other stage, or None to share nothing.
+        name_of: returns the parameter of the model that a weight of the files becomes.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class SharedModules:
         layers: LayerRange,
         tied: Mapping[str, str],
         donor: StageModel | None,
+        name_of: Callable[[str], str] = str,
     ) -> None:
         self._checkpoint = checkpoint
         self._layers = layers
@@ -84,8 +86,8 @@ class SharedModules:
         self._matrices: set[str] = set()
         if checkpoint.ties_embeddings:
             last = LayerRange(checkpoint.num_layers - 1, checkpoint.num_layers)
-            names = (tensor.name for tensor in checkpoint.tensors_of(last))
-            held = filter(checkpoint.holds_embedding, names)
+            weights = (weight.name for weight in checkpoint.weights_of(last))
+            held = map(name_of, filter(checkpoint.holds_embedding, weights))
             self._matrices = {tied.get(name, name) for name in held}
             self._tied = {*tied.keys(), *tied.values()}
 

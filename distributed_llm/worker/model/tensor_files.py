@@ -9,7 +9,6 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,14 +111,3 @@ def _new_memory(nbytes: int) -> Tensor:
     if nbytes < _SMALLEST_MAPPING_BYTES:
         return torch.empty(nbytes, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), dtype=torch.uint8)
-
-
-class TensorInFile:
-    """A tensor that is read when transformers' loader slices it."""
-
-    def __init__(self, reader: TensorReader, info: TensorInfo) -> None:
-        self._reader = reader
-        self._info = info
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._reader.read(self._info)[index]

@@ -3,39 +3,33 @@
 The whole model is built on the meta device, where it takes no memory, so that everything that
 depends on a layer's number (sliding windows, experts) is as in the whole model. Then all layers but
 the stage's are dropped, and modules outside the layers that the stage does not need are replaced by
-empty ones. The remaining weights are read from the safetensors files through transformers' own
-conversion, which renames, fuses and splits tensors that checkpoints store differently. Modules that
-another stage of the same model holds in this process are shared instead (`shared_weights`).
+empty ones. The remaining weights are read layer by layer (`layer_loading`). Modules that another
+stage of the same model holds in this process are shared instead (`shared_weights`).
 """
 
 import copy
-import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.gguf_types import GGUF_METHOD
+from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
 from distributed_llm.worker.model.empty_model import empty_model
-from distributed_llm.worker.model.experts import pack_experts
+from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
+from distributed_llm.worker.model.layer_loading import ModelLoader
+from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
+from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
-from distributed_llm.worker.model.tensor_files import Locate, TensorInFile, TensorReader
-
-logger = logging.getLogger(__name__)
-
-_SHOWN_NAMES = 3
+from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
 
 class AbsentEmbedding(nn.Module):
@@ -72,6 +66,7 @@ def load_stage_model(
     device: torch.device,
     dtype: torch.dtype,
     donor: StageModel | None = None,
+    quantize: Quantize = "none",
     locate: Locate | None = None,
     on_read: Callable[[int], None] = lambda nbytes: None,
 ) -> StageModel:
@@ -84,6 +79,7 @@ def load_stage_model(
         dtype: of the weights.
         donor: a stage of the same checkpoint, device and dtype to share modules with; it may run in
             another thread meanwhile.
+        quantize: what floating-point matrices of layers become.
         locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
         on_read: called with bytes of tensors when they were read, in any thread.
 
@@ -97,38 +93,51 @@ def load_stage_model(
     decoder = cast(PreTrainedModel, model.base_model)
     path = _path_of_layers(model, checkpoint.num_layers)
     tied = dict(model.all_tied_weights_keys)
-    shared = SharedModules(checkpoint, layers, tied, donor)
-    missing = _missing_layers(layers, shared)
-    _keep_layers(model, path, missing)
+    names = WeightNames(checkpoint, whole, path)
+    shared = SharedModules(checkpoint, layers, tied, donor, names.parameter)
+    numbers = _missing_layers(layers, shared)
+    empty_layers = _take_layers(model, path, numbers)
     _cut_config(model.config, checkpoint.num_layers, layers)
-    _drop_unneeded(model, path, checkpoint, layers, shared)
-    reader = TensorReader(locate or checkpoint_place(checkpoint), on_read)
-    with _without_progress_bars():
-        tensors = _tensors_to_load(checkpoint, layers, tied, shared, reader)
-        _load(model, path, tensors, checkpoint, missing, device=device, dtype=dtype)
-        model.train(False).requires_grad_(False)
-        _drop_tied_embedding(model, layers)
-        pack_experts(model)
-        pack_linear_layers(model)
-    _insert_shared(model, path, layers, shared)
+    _drop_unneeded(model, checkpoint, layers, shared)
+    entries, matrices = _entries(checkpoint, layers, tied, shared, names)
+    loader = ModelLoader(
+        *(model, path, checkpoint),
+        WeightReader(TensorReader(locate or checkpoint_place(checkpoint), on_read)),
+        lambda weight: checkpoint.form_of(weight, quantize),
+        device=device,
+        dtype=dtype,
+    )
+    own = [
+        loader.load_layer(layer, number, entries.get(number, []))
+        for number, layer in zip(numbers, empty_layers, strict=True)
+    ]
+    loader.load_outer(entries.get(None, []), matrices)
+    _drop_tied_embedding(model, layers)
+    pack_linear_layers(model)
+    _insert_shared(model, path, layers, shared, own)
     kept = cast(nn.ModuleList, model.get_submodule(path))
     shared_bytes = shared_nbytes(model, donor) if donor else 0
     return StageModel(whole, model, decoder, kept, layers, _nbytes(model), shared_bytes)
 
 
-def _keep_layers(model: PreTrainedModel, path: str, layers: Sequence[int]) -> None:
-    """Drop all other layers; those that are kept keep their numbers (`layer_idx`)."""
+def _take_layers(model: PreTrainedModel, path: str, numbers: Iterable[int]) -> list[nn.Module]:
+    """Take all layers out of a model, and return some; they keep their numbers (`layer_idx`)."""
     whole = cast(nn.ModuleList, model.get_submodule(path))
-    _replace(model, path, nn.ModuleList([whole[layer] for layer in layers]))
+    _replace(model, path, nn.ModuleList())
+    return [whole[number] for number in numbers]
 
 
 def _insert_shared(
-    model: PreTrainedModel, path: str, layers: LayerRange, shared: SharedModules
+    model: PreTrainedModel,
+    path: str,
+    layers: LayerRange,
+    shared: SharedModules,
+    own: Iterable[nn.Module],
 ) -> None:
-    """Insert the shared layers and modules into a model."""
-    own = iter(cast(nn.ModuleList, model.get_submodule(path)))
+    """Insert the layers of a model, and what it shares."""
+    loaded = iter(own)
     all_layers = [
-        shared.layer(layer) if shared.has_layer(layer) else next(own)
+        shared.layer(layer) if shared.has_layer(layer) else next(loaded)
         for layer in range(layers.start, layers.stop)
     ]
     _replace(model, path, nn.ModuleList(all_layers))
@@ -164,11 +173,7 @@ def _cut_config(config: PretrainedConfig, num_layers: int, layers: LayerRange) -
 
 
 def _drop_unneeded(
-    model: PreTrainedModel,
-    path: str,
-    checkpoint: Checkpoint,
-    layers: LayerRange,
-    shared: SharedModules,
+    model: PreTrainedModel, checkpoint: Checkpoint, layers: LayerRange, shared: SharedModules
 ) -> None:
     """Replace modules outside the layers that are of other stages, or shared, by empty ones."""
     first, last = layers.start == 0, layers.stop == checkpoint.num_layers
@@ -177,10 +182,9 @@ def _drop_unneeded(
     if separate or any(shared.has(name) for pair in tied.items() for name in pair):
         model.all_tied_weights_keys = {}  # the head is absent, or has a tensor of its own
     tied_to = set(model.all_tied_weights_keys.values())
-    inside = {id(m) for m in model.get_submodule(path).modules()}
     for name, module in list(model.named_modules()):
         own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        if not own or id(module) in inside:
+        if not own:
             continue
         needed = first if checkpoint.is_embedding(own[0]) else last
         if (not needed and not tied_to.intersection(own)) or shared.has(own[0]):
@@ -198,107 +202,76 @@ def checkpoint_place(checkpoint: Checkpoint) -> Locate:
     return lambda info: Place(checkpoint.path_of(info.file), info.offset, info.nbytes)
 
 
-def _tensors_to_load(
+class WeightNames:
+    """How the weights of a checkpoint are called by transformers.
+
+    Args:
+        checkpoint: with the weights.
+        whole: the model, on the meta device.
+        path: of its layers.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, whole: PreTrainedModel, path: str) -> None:
+        self._checkpoint = checkpoint
+        self._path = path
+        in_gguf = check_method(checkpoint.config) == GGUF_METHOD
+        self._gguf = GgufNames(whole, checkpoint) if in_gguf else None
+
+    def target(self, name: str) -> Target | None:
+        """Return what becomes of a weight of GGUF files, or of MLX's experts, else None."""
+        return self._gguf.target(name) if self._gguf else mlx_target(name)
+
+    def name(self, name: str, target: Target | None) -> str:
+        """Return the name of a weight for transformers' loader, with 0 for its layer's number."""
+        layer = self._checkpoint.layer_of(name)
+        if layer is None:
+            return target.parameter if target else name
+        path, known = (
+            (self._path, target.parameter) if target else (self._checkpoint.layer_prefix, name)
+        )
+        return f"{path}.0.{known.removeprefix(f'{path}.{layer}.')}"
+
+    def parameter(self, name: str) -> str:
+        """Return the name of a weight outside the layers for transformers' loader."""
+        return self.name(name, self.target(name))
+
+
+def _entries(
     checkpoint: Checkpoint,
     layers: LayerRange,
     tied: Mapping[str, str],
     shared: SharedModules,
-    reader: TensorReader,
-) -> dict[str, Any]:
-    """Return the tensors to load, by name.
+    names: WeightNames,
+) -> tuple[dict[int | None, list[Entry]], dict[str, Tensor]]:
+    """Return what is to be read, by layer (None: outside the layers), and the donor's matrices.
 
-    In the names, the layers that are not shared are numbered from 0. A matrix that stands in the
-    files only as the head's gets the name of the embedding that the head is tied to.
+    In the names, each layer's number is 0. A matrix that stands in the files only as the head's
+    gets the name of the embedding that the head is tied to.
     """
-    tensors: dict[str, Any] = {}
-    missing = _missing_layers(layers, shared)
-    for info in checkpoint.tensors_of(layers):
-        layer = checkpoint.layer_of(info.name)
-        name = tied.get(info.name, info.name) if info.name == checkpoint.lone_head else info.name
+    pieces: dict[int | None, dict[str, dict[int, Piece]]] = {}
+    matrices: dict[str, Tensor] = {}
+    for weight in checkpoint.weights_of(layers):
+        layer = checkpoint.layer_of(weight.name)
+        target = names.target(weight.name)
+        name = names.name(weight.name, target)
+        if weight.name == checkpoint.lone_head:
+            name = tied.get(name, name)
         if shared.has(name) if layer is None else shared.has_layer(layer):
             continue
-        if (matrix := shared.matrix(name)) is not None:
-            tensors[name] = matrix
+        if layer is None and (matrix := shared.matrix(name)) is not None:
+            matrices[name] = matrix
             continue
-        if layer is not None:
-            name = _renumbered(name, checkpoint, layer, missing)
-        tensors[name] = TensorInFile(reader, info)
-    return tensors
+        own = pieces.setdefault(layer, {}).setdefault(name, {})
+        own[target.piece if target else 0] = Piece(weight, target)
+    entries = {
+        layer: [Entry(name, tuple(own[i] for i in sorted(own))) for name, own in by_name.items()]
+        for layer, by_name in pieces.items()
+    }
+    return entries, matrices
 
 
 def _missing_layers(layers: LayerRange, shared: SharedModules) -> list[int]:
     return [layer for layer in range(layers.start, layers.stop) if not shared.has_layer(layer)]
-
-
-def _renumbered(name: str, checkpoint: Checkpoint, layer: int, layers: Sequence[int]) -> str:
-    rest = name.removeprefix(f"{checkpoint.layer_prefix}.{layer}.")
-    return f"{checkpoint.layer_prefix}.{layers.index(layer)}.{rest}"
-
-
-def _load(
-    model: PreTrainedModel,
-    path: str,
-    tensors: dict[str, Any],
-    checkpoint: Checkpoint,
-    layers: Sequence[int],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    load_config = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=cast(Any, get_model_conversion_mapping(model)),
-    )
-    info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
-    _refuse_problems(model, path, info, checkpoint, layers)
-    # Ties the head to the embedding, and computes buffers that no file holds (rotary frequencies).
-    # It would also initialise missing weights, but none are missing.
-    PreTrainedModel._finalize_model_loading(model, load_config, info)
-
-
-def _refuse_problems(
-    model: PreTrainedModel, path: str, info: Any, checkpoint: Checkpoint, layers: Sequence[int]
-) -> None:
-    where = f"{checkpoint.folder} (layers {_text(layers)} of the {checkpoint.model_type!r} model)"
-
-    def original(name: str) -> str:
-        return re.sub(
-            rf"^({re.escape(path)}\.)(\d+)",
-            lambda match: f"{match[1]}{layers[int(match[2])]}",
-            name,
-        )
-
-    fix = (
-        "The files are whole: either they were saved without all tensors, or config.json is that "
-        "of another model. Use another copy of the model."
-    )
-    for name, error in info.conversion_errors.items():
-        last_line = error.strip().splitlines()[-1]
-        raise CheckpointError(
-            f"{where}: {original(name)} cannot be made of its tensors: {last_line}. {fix}"
-        )
-    for name, shape, expected in sorted(info.mismatched_keys):
-        raise CheckpointError(
-            f"{where}: tensor {original(name)} has shape {list(shape)}, config.json says "
-            f"{list(expected)}. {fix}"
-        )
-    tied = model.all_tied_weights_keys
-    missing = {name for name in info.missing_keys if tied.get(name, name) in info.missing_keys}
-    model._adjust_missing_and_unexpected_keys(info)
-    if missing:
-        raise CheckpointError(f"{where} lacks tensor {min(map(original, missing))}. {fix}")
-    if unknown := sorted(map(original, info.unexpected_keys)):
-        logger.warning(
-            "%s: %d tensors in the files belong to no part of the model and are left out, such as "
-            "%s. If answers are wrong, config.json may be that of another model.",
-            *(where, len(unknown), ", ".join(unknown[:_SHOWN_NAMES])),
-        )
-
-
-def _text(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"
 
 
 def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
@@ -314,14 +287,3 @@ def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
 def _nbytes(model: PreTrainedModel) -> int:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}  # tied ones once
     return sum(tensor.nbytes for tensor in tensors.values()) + packed_nbytes(model)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from distributed_llm.common.weight_forms import WeightForm
 
+_BLOCK = 1 << 20
+"""Numbers that are computed at a time."""
+
 
 @dataclass(frozen=True)
 class AffineWeight:
@@ -43,13 +46,23 @@ class AffineWeight:
         symmetric = bool((self.offsets == -128 * self.scales).all())
         return self.bits == form.bits and self.scales.shape[-1] == 1 and symmetric
 
-    def dequantized(self) -> Tensor:
-        """Return the values, float32 [..., out_features, in_features], as the input is ordered."""
-        values = self.codes.float()
-        grouped = values.view(*self.scales.shape, self.group)
-        grouped.mul_(self.scales[..., None]).add_(self.offsets[..., None])
-        if self.input_order is None:
-            return values
-        ordered = torch.empty_like(values)
-        ordered[..., self.input_order] = values
-        return ordered
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the values, [..., out_features, in_features], as the input is ordered.
+
+        Beside the result, it takes a few megabytes.
+        """
+        values = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        rows = values.view(-1, values.shape[-1])
+        codes = self.codes.reshape(rows.shape)
+        groups = self.scales.shape[-1]
+        scales, offsets = self.scales.reshape(-1, groups, 1), self.offsets.reshape(-1, groups, 1)
+        step = max(1, _BLOCK // max(1, rows.shape[1]))
+        for start in range(0, len(rows), step):
+            block = slice(start, start + step)
+            grouped = codes[block].float().view(-1, groups, self.group)
+            grouped.mul_(scales[block]).add_(offsets[block])
+            if self.input_order is None:
+                rows[block] = grouped.flatten(1)
+            else:
+                rows[block, self.input_order] = grouped.flatten(1).to(dtype)
+        return values

@@ -17,8 +17,18 @@ _MOST = 127
 """The code of int8 that stands for the scale."""
 
 
-def decode_bnb_int8(parts: Mapping[str, Tensor]) -> AffineWeight:
-    """Return the weight of these parts."""
+def decode_bnb_int8(weight: StoredWeight, parts: Mapping[str, Tensor]) -> AffineWeight:
+    """Return the weight of these parts.
+
+    Raises:
+        CheckpointError: its numbers are in the order of a kernel for some GPU.
+    """
+    if "weight_format" in parts and int(parts["weight_format"]):
+        raise CheckpointError(
+            f"{weight.name} is stored in the order of a kernel for one kind of GPU (weight_format "
+            f"{int(parts['weight_format'])}), which only old versions of bitsandbytes wrote. Use "
+            "another copy of the model."
+        )
     scales = parts["SCB"].float()[:, None] / _MOST
     return AffineWeight(parts["weight"].view(torch.uint8) ^ 0x80, scales, scales * -128, 8)
 

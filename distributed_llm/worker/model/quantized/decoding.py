@@ -54,7 +54,7 @@ def decoded(weight: StoredWeight, parts: Mapping[str, Tensor]) -> AffineWeight |
         case MlxScheme() as scheme:
             return decode_mlx(weight, scheme, parts)
         case BnbInt8Scheme():
-            return decode_bnb_int8(parts)
+            return decode_bnb_int8(weight, parts)
         case BnbTableScheme() as scheme:
             return decode_bnb_table(weight, scheme, parts)
     raise NotImplementedError(f"no decoder for {weight.scheme}")

@@ -1,0 +1,137 @@
+"""The buffers of a stage's layers: what they look like, where they come from, and how they fill."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distributed_llm.worker.kv.segments import KVBuffers, KVLayout, Segment
+from distributed_llm.worker.kv.slabs import SlabPool
+
+
+class LayerBuffers:
+    """Gives the segments of a cache their buffers.
+
+    Args:
+        num_layers: of the stage.
+
+    Attributes:
+        bytes_per_token: of one position in all layers; 0 until every layer was written once.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.bytes_per_token = 0
+        self._layouts: list[KVLayout | None] = [None] * num_layers
+        self._pools: list[SlabPool | None] = [None] * num_layers
+        self._places = _TokenPlaces()
+
+    def layout(self, layer: int) -> KVLayout:
+        """Return the layout of a layer that has been written at least once."""
+        layout = self._layouts[layer]
+        assert layout is not None
+        return layout
+
+    def with_room(
+        self, layer: int, segment: Segment, kept: int, keys: Tensor, values: Tensor
+    ) -> KVBuffers:
+        """Return a segment's buffers in one layer, with room for its capacity.
+
+        Args:
+            layer: number of the layer within the stage.
+            segment: whose buffers; they may be replaced.
+            kept: positions that have to stay.
+            keys: [heads, ..., head_dim], any of this layer, for its layout.
+            values: [heads, ..., value_dim].
+        """
+        held = segment.layers[layer]
+        if held is not None and held.room >= segment.capacity:
+            return held
+        if self._layouts[layer] is None:
+            self._learn_layout(layer, keys, values)
+        grown = self._pool(layer).take(segment.capacity)
+        if held is None:
+            segment.token_bytes += self.layout(layer).token_bytes
+        else:
+            grown.keys[:, :kept] = held.keys[:, :kept]
+            grown.values[:, :kept] = held.values[:, :kept]
+        segment.layers[layer] = grown
+        return grown
+
+    def write_tokens(
+        self, layer: int, places: Sequence[tuple[Segment, int]], keys: Tensor, values: Tensor
+    ) -> None:
+        """Write one token into each of several segments.
+
+        Args:
+            layer: number of the layer within the stage.
+            places: segments with room for the token, and how far after their starts it belongs.
+            keys: [heads, tokens, head_dim].
+            values: [heads, tokens, value_dim].
+        """
+        held = [self.with_room(layer, one, offset, keys, values) for one, offset in places]
+        offsets = [offset for _, offset in places]
+        if not self._places.write(held, offsets, keys, values):
+            for number, (buffers, offset) in enumerate(zip(held, offsets, strict=True)):
+                buffers.keys[:, offset] = keys[:, number]
+                buffers.values[:, offset] = values[:, number]
+
+    def adopt(self, segment: Segment, layers: Sequence[KVBuffers | None]) -> None:
+        """Give a new segment buffers that came from elsewhere; all layers were written before."""
+        segment.layers = list(layers)
+        for layer, held in enumerate(layers):
+            if held is not None:
+                segment.token_bytes += self.layout(layer).token_bytes
+                self._pool(layer).adopt(held)
+
+    def _pool(self, layer: int) -> SlabPool:
+        pool = self._pools[layer]
+        if pool is None:
+            pool = self._pools[layer] = SlabPool(self.layout(layer))
+        return pool
+
+    def _learn_layout(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        layout = KVLayout(keys.shape[0], keys.shape[-1], values.shape[-1], keys.dtype, keys.device)
+        self._layouts[layer] = layout
+        known = [layout for layout in self._layouts if layout]
+        if len(known) == len(self._layouts):
+            self.bytes_per_token = sum(layout.token_bytes for layout in known)
+
+
+class _TokenPlaces:
+    """Writes the tokens of several rows of a slab at once.
+
+    Most layers of a step have the same rows, so where the tokens go is kept.
+    """
+
+    def __init__(self) -> None:
+        self._made_from: object = None
+        self._places = torch.empty(0, dtype=torch.int64)
+
+    def write(
+        self, held: Sequence[KVBuffers], offsets: Sequence[int], keys: Tensor, values: Tensor
+    ) -> bool:
+        """Write a token into each of these rows; return False if they are not of one slab.
+
+        Args:
+            held: where to write.
+            offsets: positions in them.
+            keys: [heads, tokens, key_dim].
+            values: [heads, tokens, value_dim].
+        """
+        slab = held[0].row.slab if held[0].row else None
+        if slab is None or len(held) == 1:
+            return False
+        indices = [one.row.index for one in held if one.row and one.row.slab is slab]
+        if len(indices) != len(held):
+            return False
+        heads = keys.shape[0]
+        made_from = (indices, offsets, heads, slab.room)
+        if made_from != self._made_from:
+            self._made_from = made_from
+            rows = torch.tensor(indices)[:, None] * heads + torch.arange(heads)
+            self._places = (rows * slab.room + torch.tensor(offsets)[:, None]).view(-1)
+        for places, states in ((slab.keys, keys), (slab.values, values)):
+            dim = states.shape[-1]
+            tokens = states.transpose(0, 1).reshape(-1, dim)
+            places.view(-1, dim).index_copy_(0, self._places, tokens)
+        return True

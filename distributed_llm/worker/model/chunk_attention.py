@@ -1,0 +1,217 @@
+"""Attention of a chunk of one sequence: several tokens at once.
+
+Queries are taken in blocks, and positions segment by segment. A block needs a mask only where it
+sees a part of the positions; one mask of the widest block serves all blocks and layers, for it
+depends on the distance from a block's last position alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from distributed_llm.worker.kv.segments import KVBuffers
+from distributed_llm.worker.model.packed_step import PackedStep, Scoring
+from distributed_llm.worker.model.partial_attention import Partial, fused, merged, with_sinks
+
+_BLOCK = 256
+"""Queries for which a mask is made."""
+
+_MAX_SCORES = 2**24
+"""Scores that are computed at once where no fused kernel takes them."""
+
+
+class _Part(NamedTuple):
+    """Keys and values of the positions from `start` on, [kv_heads, positions, dim]."""
+
+    start: int
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.keys.shape[1]
+
+    def cut(self, start: int, stop: int) -> "_Part":
+        """Return the positions [start, stop)."""
+        there = slice(start - self.start, stop - self.start)
+        return _Part(start, self.keys[:, there], self.values[:, there])
+
+
+def attend_chunk(
+    step: PackedStep, queries: Tensor, held: Sequence[KVBuffers], scoring: Scoring
+) -> Tensor:
+    """Compute attention of the last tokens of a sequence.
+
+    Args:
+        step: that runs.
+        queries: [heads, tokens, head_dim].
+        held: keys and values of all positions, the chunk's own at the end, in order.
+        scoring: how.
+
+    Returns:
+        [tokens, heads, value_dim].
+    """
+    dims = held[0].keys.shape[2], held[0].values.shape[2]
+    if scoring.softcap is not None or dims[0] != dims[1]:
+        return _by_hand(queries, _joined(held), scoring)
+    if queries.device.type == "cpu":
+        return _in_blocks(step, queries, list(_parts(held)), scoring)
+    if scoring.sinks is not None:
+        return _by_hand(queries, _joined(held), scoring)
+    return _by_one_kernel(queries, _joined(held), scoring)
+
+
+def _parts(held: Sequence[KVBuffers]) -> Iterator[_Part]:
+    start = 0
+    for buffers in held:
+        yield _Part(start, buffers.keys, buffers.values)
+        start += buffers.keys.shape[1]
+
+
+def _joined(held: Sequence[KVBuffers]) -> _Part:
+    if len(held) == 1:
+        return _Part(0, held[0].keys, held[0].values)
+    keys, values = (one.keys for one in held), (one.values for one in held)
+    return _Part(0, torch.cat(list(keys), dim=1), torch.cat(list(values), dim=1))
+
+
+def _in_blocks(
+    step: PackedStep, queries: Tensor, parts: Sequence[_Part], scoring: Scoring
+) -> Tensor:
+    heads, tokens, _ = queries.shape
+    kv_heads = parts[0].keys.shape[0]
+    # Heads that share keys are one batch of the kernel, which reads the keys where they are.
+    grouped = queries.view(kv_heads, heads // kv_heads, tokens, -1)
+    start = parts[-1].stop - tokens
+    whole = start == 0 and (not scoring.window or tokens <= scoring.window)
+    size = tokens if whole else _BLOCK
+    blocks = []
+    for row in range(0, tokens, size):
+        rows = grouped[:, :, row : row + size]
+        seen = _attend_block(step, rows, start + row, parts, scoring)
+        if scoring.sinks is None:
+            blocks.append(seen.attended)
+        else:
+            blocks.append(with_sinks(seen, scoring.sinks.view(kv_heads, -1, 1)))
+    attended = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+    return attended.reshape(heads, tokens, -1).transpose(0, 1)
+
+
+def _attend_block(
+    step: PackedStep, queries: Tensor, start: int, parts: Sequence[_Part], scoring: Scoring
+) -> Partial:
+    """Compute attention of the queries of positions from `start` on."""
+    kv_heads, group, tokens, _ = queries.shape
+    stop = start + tokens
+    window = scoring.window or stop
+    seen = []
+    for part in parts:
+        first, last = max(part.start, start - window + 1), min(part.stop, stop)
+        if first >= last:
+            continue
+        cut = part.cut(first, last)
+        plain = first >= stop - window  # the last query sees the first position
+        is_causal = plain and first == start and last == stop
+        mask = None
+        if not is_causal and not (plain and last <= start + 1):
+            mask = _mask(step, tokens, scoring.window, stop - first, queries)
+            mask = mask[:, mask.shape[1] - (stop - first) : mask.shape[1] - (stop - last)]
+        shape = (kv_heads, group, last - first, -1)
+        keys, values = cut.keys[:, None].expand(shape), cut.values[:, None].expand(shape)
+        seen.append(fused(queries, keys, values, scoring.scale, mask, is_causal=is_causal))
+    if len(seen) == 1:
+        return seen[0]
+    lses = [part.lse for part in seen if part.lse is not None]
+    return merged(torch.stack([part.attended for part in seen]), torch.stack(lses))
+
+
+def _mask(step: PackedStep, tokens: int, window: int, width: int, like: Tensor) -> Tensor:
+    """Return what hides positions from queries when it is added to the scores.
+
+    Returns:
+        [tokens, width or more]: the last column is the position of the last query.
+    """
+    made_from = "mask", tokens, window, like.dtype
+    mask = step.made.get(made_from)
+    if not isinstance(mask, Tensor) or mask.shape[1] < width:
+        # Finite, for the kernel has no right lse for a query that sees nothing of a part.
+        mask = like.new_full((tokens, width), torch.finfo(like.dtype).min / 2)
+        mask.masked_fill_(_visible(tokens, width, window, like.device), 0.0)
+        step.made[made_from] = mask
+    return mask
+
+
+def _visible(tokens: int, positions: int, window: int, device: torch.device) -> Tensor:
+    """Return the positions that each of the last tokens attends to, bool [tokens, positions]."""
+    visible = torch.ones((tokens, positions), dtype=torch.bool, device=device)
+    visible = visible.tril_(positions - tokens)
+    return visible.triu_(positions - tokens - window + 1) if window else visible
+
+
+def _by_one_kernel(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
+    """Compute attention by whatever kernel torch has for the device."""
+    heads, tokens, _ = queries.shape
+    kv_heads = part.keys.shape[0]
+    if scoring.window:  # earlier positions are outside every token's window
+        part = part.cut(max(0, part.stop - tokens - scoring.window + 1), part.stop)
+    positions = part.keys.shape[1]
+    plain = positions == tokens and (not scoring.window or tokens <= scoring.window)
+    keys, values = part.keys, part.values
+    mask: object = None
+    if not plain:
+        if scoring.window and positions > scoring.window:
+            mask = _visible(tokens, positions, scoring.window, queries.device)
+        else:
+            mask = causal_lower_right(tokens, positions)
+    if mask is not None and heads != kv_heads:  # fused kernels take no mask for groups of heads
+        keys = keys.repeat_interleave(heads // kv_heads, dim=0)
+        values = values.repeat_interleave(heads // kv_heads, dim=0)
+    attended = F.scaled_dot_product_attention(
+        queries[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,  # type: ignore[arg-type]
+        is_causal=plain,
+        scale=scoring.scale,
+        enable_gqa=heads != kv_heads and mask is None,
+    )
+    return attended[0].transpose(0, 1)
+
+
+def _by_hand(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
+    """Compute attention with what fused kernels lack, in blocks of queries."""
+    heads, tokens, _ = queries.shape
+    positions = part.keys.shape[1]
+    start = positions - tokens
+    size = max(1, _MAX_SCORES // (heads * positions))
+    blocks = []
+    for row in range(0, tokens, size):
+        rows = queries[:, row : row + size]
+        stop = start + row + rows.shape[1]
+        first = max(0, start + row - scoring.window + 1) if scoring.window else 0
+        blocks.append(_by_hand_block(rows, part.cut(first, stop), scoring))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _by_hand_block(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
+    heads, tokens, head_dim = queries.shape
+    kv_heads, positions, _ = part.keys.shape
+    group = heads // kv_heads
+    rows = queries.reshape(kv_heads, group * tokens, head_dim)
+    scores = torch.matmul(rows, part.keys.transpose(1, 2)).mul_(scoring.scale)
+    scores = scores.view(kv_heads, group, tokens, positions)
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    visible = _visible(tokens, positions, scoring.window, queries.device)
+    scores.masked_fill_(~visible, float("-inf"))
+    if scoring.sinks is not None:
+        columns = scoring.sinks.to(scores.dtype).view(kv_heads, group, 1, 1)
+        scores = torch.cat([scores, columns.expand(-1, -1, tokens, 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
+    weights = weights[..., :positions].reshape(kv_heads, group * tokens, positions)
+    attended = torch.matmul(weights, part.values)
+    return attended.view(heads, tokens, -1).transpose(0, 1)

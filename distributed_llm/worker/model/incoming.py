@@ -1,0 +1,164 @@
+"""Weights on their way from the files into a model: what transformers' loader slices.
+
+Floating-point numbers come as they are, whatever the files hold. Integers with scales may come as
+rows of bytes instead (`quantized/rows`), in a form that kernels compute with.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_llm.common.stored_weights import StoredWeight
+from distributed_llm.common.weight_forms import WeightForm
+from distributed_llm.worker.model.quantized.affine import AffineWeight
+from distributed_llm.worker.model.quantized.decoding import decoded
+from distributed_llm.worker.model.quantized.gguf_names import Target
+from distributed_llm.worker.model.quantized.quantize import quantized
+from distributed_llm.worker.model.quantized.rows import to_rows
+from distributed_llm.worker.model.tensor_files import TensorReader
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A weight of the files that is a tensor of the model, or some rows of one.
+
+    Attributes:
+        weight: as the files hold it.
+        target: what becomes of it, if it is of a GGUF file.
+    """
+
+    weight: StoredWeight
+    target: Target | None = None
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether its rows are those of the tensor, but for their order."""
+        return self.target is None or self.target.convert is None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor by the name that transformers' loader knows it by.
+
+    Attributes:
+        name: as in a checkpoint of floating-point numbers.
+        pieces: that it is made of; they follow each other along the rows.
+    """
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+class WeightReader:
+    """Reads weights and decodes them, one quantized weight at a time; may be used by many threads.
+
+    Args:
+        tensors: reads the tensors that weights are made of.
+    """
+
+    def __init__(self, tensors: TensorReader) -> None:
+        self._tensors = tensors
+        self._decoding = threading.Lock()
+
+    def plain(self, weight: StoredWeight) -> Tensor:
+        """Return a weight that is not quantized."""
+        return self._tensors.read(weight.parts[""])
+
+    def floats(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """Return the numbers of a piece, large ones in `dtype`."""
+        with self._decoding:
+            values = self._decoded(piece.weight)
+            if piece.target is not None and piece.target.convert is not None:
+                dtype = torch.float32
+            if isinstance(values, AffineWeight):
+                values = values.dequantized(dtype)
+            elif piece.weight.scheme is not None:
+                values = values.to(dtype)
+            if piece.target is None:
+                return values
+            return piece.target.values(values.float() if piece.target.convert else values)
+
+    def rows(self, piece: Piece, form: WeightForm) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of a quantized piece in `form`, and the order of its inputs if any.
+
+        Numbers that do not fit the form become the nearest ones.
+        """
+        with self._decoding:
+            weight = self._decoded(piece.weight)
+            if isinstance(weight, Tensor):
+                weight = quantized(weight, form)
+            elif not weight.fits(form):
+                weight = quantized(weight.dequantized(), form)
+            rows = to_rows(weight, form)
+            ordered = rows if piece.target is None else piece.target.ordered(rows)
+            return ordered, weight.input_order
+
+    def _decoded(self, weight: StoredWeight) -> AffineWeight | Tensor:
+        parts: Mapping[str, Tensor] = {
+            name: self._tensors.read(info) for name, info in weight.parts.items()
+        }
+        return decoded(weight, parts)
+
+
+class Floats:
+    """An entry as floating-point numbers.
+
+    Args:
+        reader: of its pieces.
+        entry: to be read.
+        dtype: of quantized numbers; others have that of the files.
+        transposed: the model holds matrices as [.., in_features, out_features].
+    """
+
+    def __init__(
+        self, reader: WeightReader, entry: Entry, dtype: torch.dtype, *, transposed: bool
+    ) -> None:
+        self._reader = reader
+        self._entry = entry
+        self._dtype = dtype
+        self._transposed = transposed
+
+    def __getitem__(self, index: Any) -> Tensor:
+        values = [self._values(piece) for piece in self._entry.pieces]
+        joined = values[0] if len(values) == 1 else torch.cat(values, dim=max(-2, -values[0].dim()))
+        return joined[index]
+
+    def _values(self, piece: Piece) -> Tensor:
+        if piece.weight.scheme is None and piece.target is None:
+            return self._reader.plain(piece.weight)
+        values = self._reader.floats(piece, self._dtype)
+        if self._transposed and piece.weight.scheme is not None and piece.target is None:
+            return values.transpose(-1, -2)
+        return values
+
+
+class Rows:
+    """An entry as rows of bytes.
+
+    Args:
+        reader: of its pieces.
+        entry: to be read.
+        form: of its integers.
+        orders: is told, by the entry's name, in which order its inputs are.
+    """
+
+    def __init__(
+        self, reader: WeightReader, entry: Entry, form: WeightForm, orders: dict[str, Tensor]
+    ) -> None:
+        self._reader = reader
+        self._entry = entry
+        self._form = form
+        self._orders = orders
+
+    def __getitem__(self, index: Any) -> Tensor:
+        pieces = []
+        for piece in self._entry.pieces:
+            rows, order = self._reader.rows(piece, self._form)
+            pieces.append(rows)
+            if order is not None:
+                self._orders[self._entry.name] = order
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-2))[index]

@@ -1,0 +1,326 @@
+"""Loads a model one layer after the other, so that little more is in memory than what is kept.
+
+Weights are read through transformers' own conversion, which renames, fuses and splits tensors that
+checkpoints store differently. It is given a shell: the model with one layer and nothing else. What
+is to be integers with scales becomes that, and what kernels read in an order of their own is packed
+(`kernels`), before the next layer is read.
+"""
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.stored_weights import StoredWeight
+from distributed_llm.common.weight_forms import WeightForm
+from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
+from distributed_llm.worker.model.incoming import Entry, Floats, Rows, WeightReader
+from distributed_llm.worker.model.integer_targets import (
+    Group,
+    MixedOrders,
+    Slot,
+    form_of_group,
+    groups_of,
+    make_room_for_rows,
+    slot_of,
+)
+from distributed_llm.worker.model.kernels import pack_linear_layers
+from distributed_llm.worker.model.quantized.affine import AffineWeight
+from distributed_llm.worker.model.quantized.linear import QuantLinear
+from distributed_llm.worker.model.quantized.quantize import quantized
+from distributed_llm.worker.model.quantized.rows import from_rows
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_NAMES = 3
+
+
+class ModelLoader:
+    """Loads weights into the modules of a model.
+
+    Args:
+        model: on the meta device, without layers.
+        path: of its list of layers.
+        checkpoint: with the weights, for messages.
+        reader: of the weights.
+        wanted: returns which integers a weight is to become; None: floating-point numbers.
+        device: of the weights.
+        dtype: of floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        path: str,
+        checkpoint: Checkpoint,
+        reader: WeightReader,
+        wanted: Callable[[StoredWeight], WeightForm | None],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._model = model
+        self._path = path
+        self._reader = reader
+        self._wanted = wanted
+        self._where = f"{checkpoint.folder}, {checkpoint.model_type!r} model"
+        self._device = device
+        self._dtype = dtype
+        self._mapping = cast(Sequence[Any], get_model_conversion_mapping(model))
+        self._shell = _shell_of(model, path)
+        self._kept_in_float32 = tuple(model._get_dtype_plan(dtype))
+        self._unknown: set[str] = set()
+
+    def load_layer(self, layer: nn.Module, number: int, entries: Sequence[Entry]) -> nn.Module:
+        """Load a layer, and return it with the modules that compute.
+
+        Args:
+            layer: of the model.
+            number: of the layer in the whole model, for messages.
+            entries: for it, by names in which the layer's number is 0.
+
+        Raises:
+            CheckpointError: weights are missing, of the wrong shape, or unreadable.
+        """
+        _replace(self._shell, self._path, nn.ModuleList([layer]))
+        with _without_progress_bars():
+            self._load_into_shell(entries, number)
+            pack_experts(self._shell)
+            pack_linear_layers(self._shell)
+        loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
+        _replace(self._shell, self._path, nn.ModuleList())
+        return loaded
+
+    def load_outer(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
+        """Load what is outside the layers.
+
+        Args:
+            entries: to read.
+            tensors: that are in memory already, by their names.
+
+        Raises:
+            CheckpointError: as for a layer.
+        """
+        incoming: dict[str, Any] = dict(tensors)
+        for entry in entries:
+            incoming[entry.name] = Floats(self._reader, entry, self._dtype, transposed=False)
+        with _without_progress_bars():
+            self._load(self._model, incoming, None)
+        self._warn()
+
+    def _load_into_shell(self, entries: Sequence[Entry], number: int) -> None:
+        shell = self._shell
+        orders: dict[str, Tensor] = {}
+        incoming: dict[str, Any] = {}
+        rows: list[tuple[Group, list[Slot], WeightForm]] = []
+        later: list[tuple[list[Slot], WeightForm]] = []
+        for group in groups_of(entries, shell, self._mapping):
+            slots, form = self._decide(group)
+            if form is not None and group.can_carry_rows():
+                rows.append((group, slots, form))
+                for entry in group.all_entries():
+                    incoming[entry.name] = Rows(self._reader, entry, form, orders)
+                continue
+            if form is not None:
+                later.append((slots, form))
+            incoming |= self._floats(group)
+        for _, slots, form in rows:
+            for slot in slots:
+                make_room_for_rows(shell, slot, form)
+        self._load(shell, incoming, number)
+        found: dict[Slot, AffineWeight] = {}
+        for group, slots, form in rows:
+            try:
+                order = group.input_order(orders)
+            except MixedOrders:
+                self._load_again_as_floats(group, slots, number)
+                later.append((slots, form))
+                continue
+            for slot in slots:
+                found[slot] = from_rows(_taken(shell, slot), form, order)
+                if not isinstance(shell.get_submodule(slot.module), nn.Linear):
+                    continue
+                self._place(slot.module, {slot: found.pop(slot)})
+        for slots, form in later:
+            for slot in slots:
+                values = _taken(shell, slot)
+                matrix = values.transpose(-1, -2) if slot.transposed else values
+                found[slot] = quantized(matrix, form)
+                del values, matrix
+                if isinstance(shell.get_submodule(slot.module), nn.Linear):
+                    self._place(slot.module, {slot: found.pop(slot)})
+        for module in {slot.module for slot in found}:
+            self._place(module, {slot: w for slot, w in found.items() if slot.module == module})
+
+    def _decide(self, group: Group) -> tuple[list[Slot], WeightForm | None]:
+        """Return the slots of a group and the integers that it becomes, if it does."""
+        found = [slot_of(self._shell, target) for target in group.targets]
+        slots = [slot for slot in found if slot is not None]
+        if len(slots) < len(found) or any(
+            re.search(kept, target) for kept in self._kept_in_float32 for target in group.targets
+        ):
+            return [], None
+        return slots, form_of_group(group, slots, self._wanted)
+
+    def _floats(self, group: Group) -> dict[str, Any]:
+        transposed = any(_is_transposed(self._shell, target) for target in group.targets)
+        return {
+            entry.name: Floats(self._reader, entry, self._dtype, transposed=transposed)
+            for entry in group.all_entries()
+        }
+
+    def _load_again_as_floats(self, group: Group, slots: Sequence[Slot], number: int) -> None:
+        for slot in slots:
+            shape = list(slot.shape)
+            if slot.transposed:
+                shape[-1], shape[-2] = shape[-2], shape[-1]
+            empty = torch.empty(shape, dtype=self._dtype, device="meta")
+            parameter = nn.Parameter(empty, requires_grad=False)
+            setattr(self._shell.get_submodule(slot.module), slot.name, parameter)
+        convert_and_load_state_dict_in_model(
+            self._shell, self._floats(group), self._load_config(), None
+        )
+
+    def _place(self, path: str, weights: Mapping[Slot, AffineWeight]) -> None:
+        """Replace a module by one that computes with integers."""
+        module: Any = self._shell.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            (weight,) = weights.values()
+            _replace(self._shell, path, QuantLinear.of(weight, module.bias, self._dtype))
+            return
+        stacks = expert_stacks(module)
+        assert stacks is not None
+        by_name = {slot.name: weight for slot, weight in weights.items()}
+        up, down = by_name.get(stacks.up), by_name.get(stacks.down)
+        _replace(self._shell, path, PackedExperts.of(module, self._dtype, up=up, down=down))
+
+    def _load_config(self) -> LoadStateDictConfig:
+        return LoadStateDictConfig(
+            device_map={"": self._device},
+            dtype=self._dtype,
+            dtype_plan=self._model._get_dtype_plan(self._dtype),
+            weight_mapping=cast(Any, self._mapping),
+        )
+
+    def _load(self, model: PreTrainedModel, tensors: dict[str, Any], number: int | None) -> None:
+        """Load tensors into a model; `number` is that of its layer, if it has one."""
+        load_config = self._load_config()
+        info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
+        if number is not None:  # of the modules around it, nothing is here
+            info.missing_keys = {n for n in info.missing_keys if n.startswith(f"{self._path}.")}
+        self._refuse_problems(model, info, number)
+        info.unexpected_keys.clear()
+        # Ties the head to the embedding, and computes buffers that no file holds (rotary
+        # frequencies). It would also initialise missing weights, but none are missing.
+        PreTrainedModel._finalize_model_loading(model, load_config, info)
+        model.train(False).requires_grad_(False)
+
+    def _refuse_problems(self, model: PreTrainedModel, info: Any, number: int | None) -> None:
+        where = self._where if number is None else f"{self._where}, layer {number}"
+
+        def original(name: str) -> str:
+            return re.sub(rf"^({re.escape(self._path)}\.)0\b", rf"\g<1>{number}", name)
+
+        fix = (
+            "The files are whole: either they were saved without all tensors, or config.json is "
+            "that of another model. Use another copy of the model."
+        )
+        for name, error in info.conversion_errors.items():
+            last_line = error.strip().splitlines()[-1]
+            raise CheckpointError(
+                f"{where}: {original(name)} cannot be made of its tensors: {last_line}. {fix}"
+            )
+        for name, shape, expected in sorted(info.mismatched_keys):
+            raise CheckpointError(
+                f"{where}: tensor {original(name)} has shape {list(shape)}, config.json says "
+                f"{list(expected)}. {fix}"
+            )
+        self._unknown |= set(map(original, info.unexpected_keys))
+        tied = model.all_tied_weights_keys
+        missing = {name for name in info.missing_keys if tied.get(name, name) in info.missing_keys}
+        model._adjust_missing_and_unexpected_keys(info)
+        if missing:
+            raise CheckpointError(f"{where} lacks tensor {min(map(original, missing))}. {fix}")
+
+    def _warn(self) -> None:
+        """Tell of tensors that belong to no part of the model."""
+        info: Any = _Keys(self._unknown)
+        self._model._adjust_missing_and_unexpected_keys(info)
+        if unknown := sorted(info.unexpected_keys):
+            logger.warning(
+                "%s: %d tensors in the files belong to no part of the model and are left out, such "
+                "as %s. If answers are wrong, config.json may be that of another model.",
+                *(self._where, len(unknown), ", ".join(unknown[:_SHOWN_NAMES])),
+            )
+
+
+class _Keys:
+    """What transformers' exceptions for unexpected tensors are applied to."""
+
+    def __init__(self, unexpected: set[str]) -> None:
+        self.missing_keys: set[str] = set()
+        self.unexpected_keys = unexpected
+
+
+def _shell_of(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Return a copy of a model without layers in which nothing outside the layers has weights."""
+    shell = copy.deepcopy(model)
+    shell.all_tied_weights_keys = {}
+    outside = ["."]
+    for name, _ in list(shell.named_modules()):
+        if f"{path}.".startswith(f"{name}.") or not name or name.startswith(outside[-1]):
+            continue
+        _replace(shell, name, nn.Module())
+        outside.append(f"{name}.")
+    return shell
+
+
+def _taken(model: nn.Module, slot: Slot) -> Tensor:
+    """Return the tensor of a slot; an empty one takes its place."""
+    module = model.get_submodule(slot.module)
+    tensor = module.get_parameter(slot.name).detach()
+    experts = slot.shape[0] if len(slot.shape) > len(("rows", "columns")) else 0
+    empty = torch.empty((experts, 0, 0) if experts else (0, 0), dtype=torch.uint8)
+    setattr(module, slot.name, nn.Parameter(empty, requires_grad=False))
+    return tensor
+
+
+def _is_transposed(model: nn.Module, parameter: str) -> bool:
+    path, _, name = parameter.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return False
+    stacks = expert_stacks(module)
+    if stacks is not None:
+        return stacks.transposed and name in (stacks.up, stacks.down)
+    return isinstance(module, Conv1D) and name == "weight"
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

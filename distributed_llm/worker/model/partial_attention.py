@@ -1,0 +1,148 @@
+"""Attention over a part of the positions, and the sum of such parts.
+
+A part's result comes with the logarithm of the sum of the exponents of its scores (lse). So parts
+are put together exactly, and an attention sink, which is a score without a value, is added.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+_FEW_BYTES = 1024 * 1024
+"""Keys and values for which the calls of products take longer than the fused kernel, bytes."""
+
+_MUCH_FASTER = 1.2
+_ROUNDS = 5
+
+
+class Partial(NamedTuple):
+    """Attention over some positions.
+
+    Attributes:
+        attended: [..., value_dim].
+        lse: float32 [...]; None where nobody needs it.
+    """
+
+    attended: Tensor
+    lse: Tensor | None
+
+
+def fused(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    hidden: Tensor | None,
+    *,
+    is_causal: bool = False,
+) -> Partial:
+    """Compute attention with torch's fused kernel for CPUs.
+
+    Args:
+        queries: [batch, heads, tokens, dim].
+        keys: [batch, heads, positions, dim].
+        values: [batch, heads, positions, dim].
+        scale: factor of the scores.
+        hidden: added to the scores, in their dtype; may be expanded to their shape.
+        is_causal: whether token i attends to the first i + 1 positions only.
+    """
+    attended, lse = _flash(queries, keys, values, 0.0, is_causal, attn_mask=hidden, scale=scale)
+    return Partial(attended, lse)
+
+
+def by_products(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    softcap: float | None,
+    hide: Callable[[Tensor], None] | None,
+    *,
+    with_lse: bool,
+) -> Partial:
+    """Compute attention of few queries of each of many heads with two products.
+
+    Products of bfloat16 round the scores to bfloat16.
+
+    Args:
+        queries: [heads, tokens, key_dim], multiplied by the scale already.
+        keys: [heads, positions, key_dim].
+        values: [heads, positions, value_dim].
+        softcap: as in `Scoring`.
+        hide: sets scores [heads, positions, tokens] that do not count to minus infinity.
+        with_lse: whether lse is needed.
+    """
+    # In this order the large matrix is read row by row, as it lies in memory.
+    scores = torch.bmm(keys, queries.transpose(1, 2))
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    if hide is not None:
+        hide(scores)
+    if not with_lse:
+        return Partial(torch.bmm(torch.softmax(scores.transpose(1, 2), dim=-1), values), None)
+    weights = torch.softmax(scores.transpose(1, 2), dim=-1, dtype=torch.float32)
+    # The largest weight is exp(largest score - lse).
+    lse = scores.amax(dim=1).float() - weights.amax(dim=-1).log()
+    return Partial(torch.bmm(weights.to(values.dtype), values), lse)
+
+
+def products_are_faster(dtype: torch.dtype, shape: tuple[int, ...], queries: int) -> bool:
+    """Return whether `by_products` is to be preferred over `fused`.
+
+    Args:
+        dtype: of all tensors.
+        shape: of the keys, [batch, heads, positions, dim].
+        queries: of each head.
+    """
+    batch, heads, positions, dim = shape
+    if batch == 1:
+        return False
+    if dtype == torch.float32:
+        return True
+    nbytes = 2 * batch * heads * positions * dim * dtype.itemsize
+    return nbytes >= _FEW_BYTES and _measured(dtype, heads, queries, dim)
+
+
+@functools.cache
+def _measured(dtype: torch.dtype, heads: int, queries: int, dim: int) -> bool:
+    """Return whether products are much faster on this machine; takes some milliseconds."""
+    batch, positions = 8, 256
+    keys = torch.ones((batch, heads, positions, dim), dtype=dtype)
+    tokens = torch.ones((batch, heads, queries, dim), dtype=dtype)
+    each, of_each = keys.flatten(0, 1), tokens.flatten(0, 1)
+    of_fused = _least_s(lambda: fused(tokens, keys, keys, 1, None))
+    of_products = _least_s(lambda: by_products(of_each, each, each, None, None, with_lse=False))
+    return of_fused > _MUCH_FASTER * of_products
+
+
+def _least_s(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(_ROUNDS):
+        began = time.thread_time()  # others that use the processor do not count
+        run()
+        times.append(time.thread_time() - began)
+    return min(times)
+
+
+def merged(attended: Tensor, lse: Tensor) -> Partial:
+    """Put parts together.
+
+    Args:
+        attended: [parts, ..., value_dim].
+        lse: float32 [parts, ...]; minus infinity where there is no such part.
+    """
+    weights = torch.softmax(lse, dim=0)
+    total = (attended * weights[..., None]).sum(dim=0)
+    return Partial(total.to(attended.dtype), torch.logsumexp(lse, dim=0))
+
+
+def with_sinks(part: Partial, sinks: Tensor) -> Tensor:
+    """Return attention that a sink shares, of which `sinks` has the logits, as `part.lse`."""
+    assert part.lse is not None
+    kept = torch.sigmoid(part.lse - sinks.float())
+    return (part.attended * kept[..., None]).to(part.attended.dtype)

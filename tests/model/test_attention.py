@@ -1,0 +1,218 @@
+"""Attention over the KV cache against the formula, in float64, token by token."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distributed_llm.common.types import SequenceId
+from distributed_llm.worker.kv.cache import KVCache, as_token_ids
+from distributed_llm.worker.kv.slabs import SlabPool
+from distributed_llm.worker.model import chunk_attention, partial_attention, token_attention
+from distributed_llm.worker.model.attention import packed_attention
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring, running
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1 / 64}
+HEADS, KV_HEADS, KEY_DIM = 6, 2, 8
+LAYER = 3
+Chunk = tuple[int, int, int]
+"""A sequence, the first position, the number of tokens."""
+
+
+class Attention:
+    """One layer's attention, and the keys and values that each sequence should hold."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        value_dim: int = KEY_DIM,
+        window: int | None = None,
+        softcap: float | None = None,
+        with_sinks: bool = False,
+    ) -> None:
+        torch.manual_seed(1)
+        self.cache = KVCache(1)
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.dtype, self.value_dim = dtype, value_dim
+        self.window, self.softcap = window, softcap
+        self.sinks = torch.randn(HEADS).to(dtype) if with_sinks else None
+        self.module = nn.Module()
+        self.module.layer_idx = LAYER  # type: ignore[assignment]
+
+    def step(self, *chunks: Chunk) -> Tensor:
+        """Run a step of random tokens; return what attention gives, [tokens, heads, value_dim]."""
+        total = sum(count for _, _, count in chunks)
+        query = torch.randn(1, HEADS, total, KEY_DIM).to(self.dtype)
+        key = torch.randn(1, KV_HEADS, total, KEY_DIM).to(self.dtype)
+        value = torch.randn(1, KV_HEADS, total, self.value_dim).to(self.dtype)
+        slices, row = [], 0
+        for number, start, count in chunks:
+            self.cache.begin(SequenceId(number), start, as_token_ids([0] * count))
+            slices.append(PackedSlice(SequenceId(number), start, row, count))
+            row += count
+        step = PackedStep(self.cache, LAYER, tuple(slices), [0])
+        with torch.inference_mode(), running(step):
+            output, _ = packed_attention(
+                self.module,
+                query,
+                key,
+                value,
+                None,
+                scaling=0.5,
+                sliding_window=self.window,
+                softcap=self.softcap,
+                s_aux=self.sinks,
+            )
+        assert step.appended == [1]
+        expected = []
+        for part in slices:
+            rows = slice(part.row, part.row + part.num_tokens)
+            self.cache.commit(part.sequence_id, part.start + part.num_tokens)
+            keys, values = key[0, :, rows], value[0, :, rows]
+            if part.start:
+                old_keys, old_values = self.held[part.sequence_id]
+                keys = torch.cat([old_keys[:, : part.start], keys], dim=1)
+                values = torch.cat([old_values[:, : part.start], values], dim=1)
+            self.held[part.sequence_id] = keys, values
+            expected.append(self.reference(query[0, :, rows], keys, values))
+        self.check(output[0], torch.cat(expected))
+        return output[0]
+
+    def check(self, actual: Tensor, expected: Tensor) -> None:
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert float(error) < TOLERANCE[self.dtype]
+
+    def share(self, child: int, parent: int, length: int) -> None:
+        self.cache.share(SequenceId(child), SequenceId(parent), length)
+        self.held[child] = self.held[parent]
+
+    def reference(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return attention [tokens, heads, value_dim] of the last positions."""
+        tokens, positions = queries.shape[1], keys.shape[1]
+        rows = []
+        for token in range(tokens):
+            stop = positions - tokens + token + 1
+            first = max(0, stop - self.window) if self.window else 0
+            for head in range(HEADS):
+                shared = head // (HEADS // KV_HEADS)
+                scores = keys[shared, first:stop].double() @ queries[head, token].double() * 0.5
+                if self.softcap:
+                    scores = torch.tanh(scores / self.softcap) * self.softcap
+                if self.sinks is not None:
+                    scores = torch.cat([scores, self.sinks[head].double()[None]])
+                weights = torch.softmax(scores, dim=0)[: stop - first]
+                rows.append(weights @ values[shared, first:stop].double())
+        return torch.stack(rows).view(tokens, HEADS, -1)
+
+
+def run_steps_of_all_kinds(attention: Attention) -> None:
+    """Run chunks and single tokens, alone and together, of sequences that share and that do not."""
+    attention.step((0, 0, 20), (1, 0, 30), (2, 0, 7), (3, 0, 1), (4, 0, 12))
+    attention.cache.free([SequenceId(2)])  # between others
+    for child, length in ((5, 18), (6, 18), (7, 18), (8, 5)):
+        attention.share(child, 0, length)
+    attention.step((1, 30, 1), (5, 18, 1), (3, 1, 1), (6, 18, 5), (4, 12, 1), (7, 18, 2))
+    attention.step(
+        (4, 13, 1), (5, 19, 1), (0, 20, 1), (1, 31, 1), (6, 23, 1), (8, 5, 1), (7, 20, 1)
+    )
+    attention.share(9, 5, 20)
+    attention.step((9, 20, 1), (5, 20, 1), (1, 32, 4), (4, 10, 1))
+    attention.step((1, 36, 1))
+
+
+@pytest.fixture(params=["fused", "products"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute single tokens by one kernel, whichever is the faster here; masks of few queries."""
+    products = request.param == "products"
+    monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
+    monkeypatch.setattr(chunk_attention, "_BLOCK", 2)
+    monkeypatch.setattr(chunk_attention, "_MAX_SCORES", 200)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("window", [None, 4, 14])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_attention_is_that_of_the_formula(
+    dtype: torch.dtype, window: int | None, softcap: float | None, with_sinks: bool
+) -> None:
+    run_steps_of_all_kinds(Attention(dtype, window=window, softcap=softcap, with_sinks=with_sinks))
+
+
+def test_values_may_be_wider_than_keys() -> None:
+    run_steps_of_all_kinds(Attention(value_dim=12, window=14, with_sinks=True))
+
+
+def test_sequences_in_no_slab_are_attended_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on systems where addresses count as memory."""
+    monkeypatch.setattr(SlabPool, "take", lambda pool, capacity: pool._layout.allocate(capacity))
+    run_steps_of_all_kinds(Attention(window=14, with_sinks=True))
+
+
+def test_what_other_machines_compute_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that GPUs have, and what is done by hand where it lacks something."""
+    for with_sinks in (False, True):
+        chunk = _chunk_by(monkeypatch, "_by_hand" if with_sinks else "_by_one_kernel")
+        for window in (None, 4, 14):
+            with monkeypatch.context() as patched:
+                patched.setattr(chunk_attention, "_in_blocks", chunk)
+                run_steps_of_all_kinds(Attention(window=window, with_sinks=with_sinks))
+
+
+def _chunk_by(monkeypatch: pytest.MonkeyPatch, name: str) -> object:
+    compute = getattr(chunk_attention, name)
+
+    def chunk(
+        step: PackedStep,
+        queries: Tensor,
+        parts: Sequence[chunk_attention._Part],
+        scoring: Scoring,
+    ) -> Tensor:
+        whole = chunk_attention._Part(
+            0,
+            torch.cat([part.keys for part in parts], dim=1),
+            torch.cat([part.values for part in parts], dim=1),
+        )
+        result: Tensor = compute(queries, whole, scoring)
+        return result
+
+    return chunk
+
+
+def test_a_shared_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    by_products = partial_attention.by_products
+
+    def counted(queries: Tensor, keys: Tensor, *rest: object, **more: bool) -> object:
+        read.append(keys.shape[0] * keys.shape[1])
+        return by_products(queries, keys, *rest, **more)  # type: ignore[arg-type]
+
+    attention = Attention()
+    attention.step((0, 0, 200))
+    for child in range(1, 9):
+        attention.share(child, 0, 200)
+    monkeypatch.setattr(token_attention, "by_products", counted)
+    attention.step(*((child, 200, 1) for child in range(1, 9)))
+    assert sum(read) <= KV_HEADS * (200 + 8)
+
+
+def test_a_sequence_is_alone_with_its_numbers() -> None:
+    """What is not finite in one sequence spoils no other, in whatever row of the slab it was."""
+    attention = Attention()
+    attention.step((0, 0, 5), (1, 0, 90), (2, 0, 5))
+    for states in attention.held[1]:
+        states.fill_(float("nan"))
+    held = attention.cache.segments(SequenceId(1))[0].layers[0]
+    assert held is not None
+    with torch.inference_mode():
+        held.values.fill_(float("nan"))
+        held.keys.fill_(float("inf"))
+    attention.step((0, 5, 1), (2, 5, 1))
+    attention.cache.free([SequenceId(1)])
+    del held
+    attention.step((3, 0, 3), (2, 6, 1), (0, 6, 1))
+    attention.step((3, 3, 1), (2, 7, 1), (0, 7, 60))
+    attention.step((3, 4, 1), (2, 8, 1), (0, 67, 1))
