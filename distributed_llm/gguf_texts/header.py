@@ -124,7 +124,7 @@ class _Reader(GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, Any, Any, Any]:
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        content = memoryview(self.data)
+        content: Any = self.data
         kind, count = struct.unpack_from("<IQ", content, orig_offs)
         size = struct.calcsize("<IQ")
         if kind == GGUFValueType.STRING:
