@@ -142,6 +142,9 @@ def test_the_order_that_is_fastest_over_all_rows_is_chosen() -> None:
         ("c", "one"): (0.1, 0.1, 0.1, math.inf),
     }
     assert fastest(times) == Choice("a", ("one", "two", "two", "two"))
+    close = {("a", "one"): (1.0,) * 4, ("b", "one"): (1.05,) * 4}
+    assert fastest(close) == Choice("a", ("one",) * 4)
+    assert fastest(close, preferred="b") == Choice("b", ("one",) * 4)
     assert fastest({("c", "one"): times["c", "one"]}) is None
     assert [class_of(rows) for rows in (1, 2, 7, 8, 47, 48, 9999)] == [0, 1, 1, 2, 2, 3, 3]
     assert (size_of(2**21 - 1), size_of(2**21)) == ("small", "large")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distributed_llm.worker.model.kernels.choice import ROWS, Choice, Form, Kind, Size, fastest
 from distributed_llm.worker.model.kernels.layout import Kernel, Layout
-from distributed_llm.worker.model.kernels.orders import FLOAT, INT4, INT8, REPLACES
+from distributed_llm.worker.model.kernels.orders import FLOAT, INT4, INT8, REPLACES, usual
 from distributed_llm.worker.model.kernels.packed import kernels_for
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -61,7 +61,7 @@ def measure(threads: int) -> dict[Kind, Choice]:
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            choices = {kind: fastest(seconds_of(kind)) for kind in kinds()}
+            choices = {kind: fastest(seconds_of(kind), usual(kind).order) for kind in kinds()}
     finally:
         torch.set_num_threads(before)
     return {kind: choice for kind, choice in choices.items() if choice is not None}
