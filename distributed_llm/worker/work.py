@@ -152,7 +152,7 @@ def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
             settings.device, threads=threads, max_memory_bytes=settings.max_memory
         )
         if capabilities.device == "cpu":
-            settle(cache_folder() / "kernels", capabilities.device_name, threads)
+            settle(cache_folder() / "kernels", capabilities.device_name)
         return capabilities
 
     with ThreadPoolExecutor(1) as thread:

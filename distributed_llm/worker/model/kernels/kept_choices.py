@@ -38,7 +38,7 @@ class _Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     choices: dict[str, Choice]
 
 
-def settle(folder: Path, processor: str, threads: int) -> None:
+def settle(folder: Path, processor: str) -> None:
     """Set this process's choices to those kept for this machine; measure them if there are none.
 
     Workers that start at the same time wait for the one that measures. A folder that cannot be
@@ -47,36 +47,36 @@ def settle(folder: Path, processor: str, threads: int) -> None:
     Args:
         folder: of files of choices; made if it is missing.
         processor: the system's name for it.
-        threads: to measure with; other numbers of threads have choices of their own.
     """
     if os.environ.get(KERNELS_VARIABLE) == "usual":
         return
-    machine = machine_of(processor, threads)
-    chosen.use(choices_of(folder, machine, lambda: measure(threads)))
+    chosen.use(choices_of(folder, machine_of(processor), measure))
 
 
-def machine_of(processor: str, threads: int) -> dict[str, str]:
+def machine_of(processor: str) -> dict[str, str]:
     """Return what the choice of kernels depends on."""
     return {
         "format": str(_FORMAT),
         "processor": processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "limits": " ".join(f"{name}={os.environ.get(name, '')}" for name in _LIMITS),
-        "threads": str(threads),
         "torch": str(torch.__version__),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
 def choices_of(
-    folder: Path, machine: Mapping[str, str], measured: Callable[[], Mapping[Kind, Choice]]
+    folder: Path,
+    machine: Mapping[str, str],
+    measured: Callable[[], Mapping[Kind, Choice] | None],
 ) -> dict[str, Choice]:
     """Return the choices kept for a machine, by kind; those that `measured` returns if none are.
 
     Args:
         folder: see `settle`.
         machine: see `machine_of`.
-        measured: measures; not called while another process does so.
+        measured: measures, or returns None if the machine is too busy for it; not called while
+            another process does so.
     """
     path = folder / f"{_digest(machine)}.json"
     if (kept := _read(path, machine)) is not None:
@@ -87,8 +87,9 @@ def choices_of(
             if (kept := _read(path, machine)) is not None:
                 return kept
             choices = _timed(measured)
-            _write(path, _Kept(dict(machine), choices))
-            return choices
+            if choices is not None:
+                _write(path, _Kept(dict(machine), choices))
+            return choices or {}
     except Timeout:
         logger.warning(
             "Another process has been measuring the kernels of this machine for %.0f s; this "
@@ -102,14 +103,17 @@ def choices_of(
             "DLLM_CACHE to a folder that can be.",
             *(folder, exc.strerror or exc),
         )
-        return _timed(measured)
+        return _timed(measured) or {}
 
 
-def _timed(measured: Callable[[], Mapping[Kind, Choice]]) -> dict[str, Choice]:
+def _timed(measured: Callable[[], Mapping[Kind, Choice] | None]) -> dict[str, Choice] | None:
     started = time.perf_counter()
-    choices = {str(kind): choice for kind, choice in measured().items()}
+    choices = measured()
+    if choices is None:
+        logger.info("this machine is too busy to measure its kernels; the usual ones are used")
+        return None
     logger.info("measured the kernels of this machine in %.1f s", time.perf_counter() - started)
-    return choices
+    return {str(kind): choice for kind, choice in choices.items()}
 
 
 def _digest(machine: Mapping[str, str]) -> str:

@@ -44,6 +44,9 @@ _ERRORS: Mapping[Form, float] = {"float": 0.01, "int8": 0.025, "int4": 0.02}
 
 _CHECKED_ROWS = 4
 
+_BUDGET_S = 8.0
+"""Time for everything, seconds; several times what it takes on a machine with nothing else to do."""
+
 _LACKING = (RuntimeError, NotImplementedError, AttributeError)
 """What torch raises for a kernel that it, or this processor, lacks."""
 
@@ -51,20 +54,35 @@ Seconds = dict[tuple[str, str], tuple[float, ...]]
 """For each order and kernel the seconds that one product takes with each of `ROWS`."""
 
 
-def measure(threads: int) -> dict[Kind, Choice]:
+def measure(
+    budget_s: float = _BUDGET_S, clock: Callable[[], float] = time.perf_counter
+) -> dict[Kind, Choice] | None:
     """Return the choice for each kind of weights; kinds for which no kernel is right are left out.
 
+    Measures with one thread: several wait for each other wherever other programs take a core from
+    one of them, and then what is measured is the others. torch's own setting is restored.
+
     Args:
-        threads: to measure with; torch's own setting is restored afterwards.
+        budget_s: time that it may take; on a machine so busy, it would learn nothing.
+        clock: returns seconds.
+
+    Returns:
+        None if the time was not enough.
     """
+    started = clock()
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    choices = {}
     try:
         with torch.inference_mode():
-            choices = {kind: fastest(seconds_of(kind), usual(kind).order) for kind in kinds()}
+            for kind in kinds():
+                if choice := fastest(seconds_of(kind), usual(kind).order):
+                    choices[kind] = choice
+                if clock() - started > budget_s:
+                    return None
     finally:
         torch.set_num_threads(before)
-    return {kind: choice for kind, choice in choices.items() if choice is not None}
+    return choices
 
 
 def kinds() -> Iterator[Kind]:
