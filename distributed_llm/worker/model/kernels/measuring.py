@@ -45,7 +45,7 @@ _ERRORS: Mapping[Form, float] = {"float": 0.01, "int8": 0.025, "int4": 0.02}
 _CHECKED_ROWS = 4
 
 _BUDGET_S = 8.0
-"""Time for everything, seconds; several times what it takes on a machine with nothing else to do."""
+"""Time for everything, seconds; several times what it takes on a machine that is not busy."""
 
 _LACKING = (RuntimeError, NotImplementedError, AttributeError)
 """What torch raises for a kernel that it, or this processor, lacks."""
