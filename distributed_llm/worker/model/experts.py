@@ -60,6 +60,8 @@ class PackedExperts(nn.Module):
         gating: the module to replace, without its weights.
         up: by expert, the layer for the input.
         down: by expert, the layer for what `gating` makes of the products with `up`.
+
+    Layers may have a `fewest_rows`: with fewer they are not faster, or even slower.
     """
 
     def __init__(
