@@ -60,6 +60,8 @@ class PackedExperts(nn.Module):
         gating: the module to replace, without its weights.
         up: by expert, the layer for the input.
         down: by expert, the layer for what `gating` makes of the products with `up`.
+
+    Layers may have a `fewest_rows`: with fewer they are not faster, or even slower.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class PackedExperts(nn.Module):
         self.gating: Any = gating
         self.up = nn.ModuleList(up)
         self.down = nn.ModuleList(down)
+        self._fewest_rows = max(getattr(layer, "fewest_rows", 1) for layer in (up[0], down[0]))
 
     @classmethod
     def of(
@@ -108,21 +111,61 @@ class PackedExperts(nn.Module):
             top_k_weights: [tokens, k].
         """
         tokens, k = top_k_index.shape
-        chosen = top_k_index.reshape(-1)
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=len(self.up)).tolist()
-        hit = [(expert, count) for expert, count in enumerate(counts) if count]
-
-        gating = self.gating
-        states = _products(self.up, hit, hidden_states[order // k])
+        groups = grouped_rows(top_k_index.reshape(-1).tolist(), self._fewest_rows)
+        device, gating = hidden_states.device, self.gating
+        states = hidden_states[torch.tensor(groups.rows, device=device) // k]
+        states = self._products(self.up, groups, states)
         states = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
-        states = _products(self.down, hit, states)
+        states = self._products(self.down, groups, states)
         if gating.has_post_expert_norm:
             states = gating.post_expert_norm(states)
-        weighted = states * top_k_weights.reshape(-1)[order, None]
-        unsorted = torch.empty_like(weighted)
-        unsorted[order] = weighted
-        return unsorted.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        outputs = states[torch.tensor(groups.places, device=device)].view(tokens, k, -1)
+        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+    def _products(self, layers: nn.ModuleList, groups: "RowGroups", states: Tensor) -> Tensor:
+        parts = zip(groups.experts, states.split_with_sizes(groups.sizes), strict=True)
+        return torch.cat([layers[expert](own) for expert, own in parts])
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Rows of input, sorted by expert.
+
+    Attributes:
+        experts: that have rows, in ascending order.
+        sizes: the numbers of their rows.
+        rows: the indices of these rows among all choices.
+        places: of each choice, the index of its row in `rows`.
+    """
+
+    experts: list[int]
+    sizes: list[int]
+    rows: list[int]
+    places: list[int]
+
+
+def grouped_rows(chosen: Sequence[int], fewest: int) -> RowGroups:
+    """Return the choices of all tokens, sorted by expert.
+
+    Args:
+        chosen: by choice, the expert.
+        fewest: rows that an expert is given at least; it gets its first one again until it has as
+            many. If the experts have more on average, only their own are given.
+    """
+    by_expert: dict[int, list[int]] = {}
+    for choice, expert in enumerate(chosen):
+        by_expert.setdefault(expert, []).append(choice)
+    if len(chosen) >= fewest * len(by_expert):
+        fewest = 1
+    groups = RowGroups(sorted(by_expert), [], [], [0] * len(chosen))
+    for expert in groups.experts:
+        own = by_expert[expert]
+        for place, choice in enumerate(own, start=len(groups.rows)):
+            groups.places[choice] = place
+        again = [own[0]] * (fewest - len(own))
+        groups.rows.extend(own + again)
+        groups.sizes.append(len(own) + len(again))
+    return groups
 
 
 def pack_experts(model: nn.Module) -> None:
@@ -141,12 +184,6 @@ def pack_experts(model: nn.Module) -> None:
             del matrices
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedExperts.of(module, dtype))
-
-
-def _products(layers: nn.ModuleList, hit: Sequence[tuple[int, int]], states: Tensor) -> Tensor:
-    """Return the products of each expert's rows with its layer; `hit` are experts and rows."""
-    rows = states.split_with_sizes([count for _, count in hit])
-    return torch.cat([layers[expert](own) for (expert, _), own in zip(hit, rows, strict=True)])
 
 
 def _take_layers(
