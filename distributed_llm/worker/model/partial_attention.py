@@ -76,7 +76,8 @@ def rounds_too_much(scores: Tensor) -> bool:
     """Return whether scores are so large that their dtype makes other weights of them."""
     if scores.dtype == torch.float32:
         return False
-    return float(torch.stack(torch.aminmax(scores)).abs().max()) > _MAX_ROUNDED
+    lowest, highest = torch.aminmax(scores)
+    return max(float(highest), -float(lowest)) > _MAX_ROUNDED
 
 
 def weighted(scores: Tensor, values: Tensor, softcap: float | None, *, with_lse: bool) -> Partial:
