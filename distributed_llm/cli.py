@@ -36,6 +36,7 @@ from distributed_llm.options import (
     Coordinator,
     Insecure,
     Objective,
+    Quantize,
     Strategy,
     allow_insecure,
     client_of,
@@ -80,7 +81,9 @@ def _root(
 def coordinator(
     model: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder or hub id; nothing for the built-in model."),
+        typer.Argument(
+            help="Folder, GGUF file, ollama:NAME or hub id; nothing: the built-in model."
+        ),
     ] = None,
     config: Config = None,
     bind: Annotated[
@@ -92,6 +95,7 @@ def coordinator(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
     ] = None,
+    quantize: Quantize = None,
     strategy: Strategy = None,
     objective: Objective = None,
     min_workers: Annotated[
@@ -108,6 +112,7 @@ def coordinator(
             "coordinator.model": model,
             "coordinator.bind": bind,
             "coordinator.dtype": dtype,
+            "coordinator.quantize": quantize,
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
             "coordinator.min_workers": min_workers,
@@ -151,7 +156,7 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="Checkpoint folder or hub id; a config.json, without weights; '' for the built-in "
+            help="Folder, GGUF file or hub id; a config.json, without weights; '' for the built-in "
             "model."
         ),
     ],
@@ -167,6 +172,7 @@ def plan(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
     ] = None,
+    quantize: Quantize = None,
     strategy: Strategy = None,
     objective: Objective = None,
     as_json: AsJson = False,
@@ -176,6 +182,7 @@ def plan(
         config,
         {
             "coordinator.dtype": dtype,
+            "coordinator.quantize": quantize,
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
         },

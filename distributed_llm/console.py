@@ -200,6 +200,9 @@ def _plan_document(run: DryRun) -> dict[str, Any]:
     """Return a dry run as JSON shows it."""
     return {
         "num_layers": run.cost.num_layers,
+        "weight_bytes": run.cost.all_weight_bytes,
+        "quantize": run.cost.quantize,
+        "formats": None if run.formats is None else asdict(run.formats),
         "stages": [
             {"pipeline": number, **stage}
             for number, plan in enumerate(run.plans)

@@ -23,6 +23,14 @@ Coordinator = Annotated[
         show_default="127.0.0.1:5555",
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="What weights become while they are loaded: none, int8, int4, or auto: the most bits "
+        "that fit.",
+        show_default="none",
+    ),
+]
 Strategy = Annotated[
     str | None,
     typer.Option(

@@ -63,6 +63,13 @@ def headline(status: ClusterStatus) -> str:
         what += " (NO KEYS: whoever reaches its port may do everything)"
     if status.quarantined:
         what += f" (quarantined: {list_text(status.quarantined)})"
+    forms = {
+        formats_text(status.files, pipeline.memory, exact=pipeline.exact)
+        for pipeline in status.pipelines
+        if status.files and status.files != pipeline.memory
+    }
+    if forms:
+        what += f"; weights: {list_text(sorted(forms))}"
     if status.state != "serving":
         return what
     return (
@@ -165,10 +172,33 @@ def plan_lines(run: DryRun) -> list[str]:
     idle: list[WorkerId] = [worker for worker in run.memory if worker not in used]
     many = rate_text(run.many_tokens_per_s)
     return [
+        *_format_lines(run),
         *([f"without layers: {list_text(idle)}"] if idle else []),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
         *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),
     ]
+
+
+def _format_lines(run: DryRun) -> list[str]:
+    lines = []
+    size, full = run.cost.all_weight_bytes, run.full_bytes
+    if run.formats is not None:
+        form = formats_text(run.formats.files, run.formats.memory, exact=run.formats.exact)
+        lines.append(f"weights: {size_text(size)}; {form}")
+    if full > size:
+        lines.append(
+            f"quantized to {run.cost.quantize} while loading, because these workers cannot hold "
+            f"more: {size_text(size)} instead of {size_text(full)}"
+        )
+    return lines
+
+
+def formats_text(files: str, memory: str, *, exact: bool) -> str:
+    """Return in which form weights are in files and in memory."""
+    if files == memory:
+        return f"{files} in the files and in memory"
+    nearest = "" if exact else " (the nearest numbers that there are)"
+    return f"{files} in the files, {memory} in memory{nearest}"
 
 
 # ------------------------------------------------------------------ members

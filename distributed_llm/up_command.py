@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distributed_llm.options import Config, Insecure, allow_insecure, options_as_words
+from distributed_llm.options import Config, Insecure, Quantize, allow_insecure, options_as_words
 from distributed_llm.serving_process import WithParent, start_process
 from distributed_llm.worker_command import Device, MaxMemory, Name, Threads
 
@@ -18,13 +18,16 @@ BIND = "0.0.0.0:5555"
 def up(
     model: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder or hub id; nothing for the built-in model."),
+        typer.Argument(
+            help="Folder, GGUF file, ollama:NAME or hub id; nothing: the built-in model."
+        ),
     ] = None,
     config: Config = None,
     bind: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Address to listen on.", show_default=BIND),
     ] = None,
+    quantize: Quantize = None,
     name: Name = None,
     device: Device = None,
     threads: Threads = None,
@@ -54,6 +57,7 @@ def up(
         overrides={
             "coordinator.model": model,
             "coordinator.bind": bind,
+            "coordinator.quantize": quantize,
             "coordinator.insecure": insecure or None,
             **{f"worker.{key}": value for key, value in machine.items()},
         },
@@ -71,7 +75,10 @@ def up(
     logs = state_folder() / "logs" / str(port)
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     wanted = Wanted(
-        coordinator=("coordinator", *([model] if model else []), "--bind", where, *shared),
+        coordinator=(
+            *("coordinator", *([model] if model else []), "--bind", where, *shared),
+            *options_as_words({"quantize": quantize}),
+        ),
         worker=("worker", *shared, *options_as_words(machine)),
         api=("api", *shared, *(["--open"] if open_to_all else [])),
         api_bind=",".join(settings.api.bind) if ("api", "bind") in given else None,

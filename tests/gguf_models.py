@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "qwen2_moe": "qwen2moe",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
+    "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "phi3": "phi3",
@@ -30,7 +31,7 @@ ARCHITECTURES = {
 }
 """The name in llama.cpp of each model type."""
 
-_ONE_MORE = ("gemma2", "gemma3", "nemotron")
+_ONE_MORE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Architectures whose norms are stored with 1 added."""
 
 
@@ -91,7 +92,7 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_rope_freq_base(full["rope_theta"])
         rotated = int(head_dim * full.get("partial_rotary_factor", 1.0))
         writer.add_rope_dimension_count(rotated)
-    if config.model_type in ("gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
+    if config.model_type in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if config.model_type in ("gemma2", "gemma3_text", "phi3") and config.sliding_window:

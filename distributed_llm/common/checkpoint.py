@@ -302,21 +302,23 @@ def checkpoint_of(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
+    files: Path | None = None,
 ) -> Checkpoint:
     """Return the checkpoint with these tensors, without those of layers that the model lacks.
 
     Some models come with layers beyond `num_hidden_layers`, which predict several tokens at once.
 
     Args:
-        folder: of the files.
+        folder: of config.json, and of the files with tensors.
         config: content of config.json.
         tensors: all that the files hold.
+        files: the folder of the files with tensors, if it is another one.
 
     Raises:
         CheckpointError: tensors are missing, or do not fit each other.
         UnsupportedModel: the weights are quantized in a way that is not known.
     """
-    checkpoint = Checkpoint(folder, config, tensors)
+    checkpoint = Checkpoint(folder, config, tensors, files)
     spare = {name for name in tensors if checkpoint.is_spare(name)}
     if not spare:
         return _checked(checkpoint)
@@ -325,7 +327,7 @@ def checkpoint_of(
         *(folder, len(spare), checkpoint.num_layers, min(spare)),
     )
     kept = {name: tensor for name, tensor in tensors.items() if name not in spare}
-    return _checked(Checkpoint(folder, config, kept))
+    return _checked(Checkpoint(folder, config, kept, files))
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from distributed_llm.common.cache_folder import CACHE_VARIABLE, cache_folder
-from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import (
     TensorInfo,
@@ -135,7 +135,7 @@ def open_gguf(path: Path) -> Checkpoint:
     with _storing():
         folder = _texts(files)
     tensors = _read_tensors(folder)
-    return Checkpoint(folder, read_json(folder / CONFIG_NAME), tensors, files[0].parent)
+    return checkpoint_of(folder, read_json(folder / CONFIG_NAME), tensors, files[0].parent)
 
 
 def _check_beginning(file: Path) -> None:

@@ -6,18 +6,11 @@ Blocks of numbers with scales, all but plain floating-point ones. The layouts ar
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from distributed_llm.common.weight_forms import INT8, WeightForm
 
 GGUF_METHOD = "gguf"
 """`quant_method` in the `quantization_config` of a model that comes from GGUF files."""
-
-
-def is_gguf_config(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is that of a model in GGUF files."""
-    how = config.get("quantization_config")
-    return isinstance(how, Mapping) and how.get("quant_method") == GGUF_METHOD
 
 
 _INT4 = WeightForm(4, 32)

@@ -105,6 +105,7 @@ Factor = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[str, _shape(r"[^\x00-\x1f]{0,4096}", "should be one line of text")]
 WorkerName = Annotated[str, _shape(_NAME, _NAME_RULE)]
 WorkerNameOrEmpty = Annotated[str, _shape(f"({_NAME})?", _NAME_RULE)]
+QuantizeSetting = Literal["none", "int8", "int4", "auto"]
 WeightDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Strategy = Literal["speed", "memory", "even", "custom"]
 Objective = Literal["auto", "throughput", "latency"]
@@ -145,7 +146,8 @@ class CoordinatorSettings(_Section):
     """The process that cuts the model and hands out the work."""
 
     model: Location = Field(
-        default="", description="Folder or hub id of the model; empty: the small built-in one."
+        default="",
+        description="Folder, GGUF file, ollama:NAME or hub id; empty: the small built-in one.",
     )
     bind: BindAddress = Field(
         default="127.0.0.1:5555",
@@ -165,6 +167,12 @@ class CoordinatorSettings(_Section):
         default="auto",
         description="Number type of activations between workers; auto: as `dtype`. A narrower one "
         "saves traffic and changes answers a little.",
+    )
+    quantize: QuantizeSetting = Field(
+        default="none",
+        description="What floating-point matrices of layers become while they are loaded: none, "
+        "int8 (half the memory of 16 bits), int4 (less than a third), auto (the most bits that the "
+        "workers can hold). Fewer bits change answers a little.",
     )
     strategy: Strategy = Field(
         default="speed",

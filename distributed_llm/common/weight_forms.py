@@ -13,6 +13,9 @@ from typing import Literal
 Quantize = Literal["none", "int8", "int4"]
 """What floating-point weights become while they are loaded; "none" leaves them as they are."""
 
+QUANTIZE_LEVELS: tuple[Quantize, ...] = ("none", "int8", "int4")
+"""From the most bits to the fewest."""
+
 _SCALE_BYTES = 4
 """Bytes that each group takes beside its codes: a scale and an offset of two bytes each."""
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.formats import formats_of
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import DtypeName
-from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.weight_forms import QUANTIZE_LEVELS, Quantize
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.requests.generation_config import generation_defaults
@@ -31,6 +32,9 @@ def served_model(
         CheckpointError: the files contradict one another, or one has a value out of range.
     """
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
+    first = "none" if settings.quantize == "auto" else settings.quantize
+    levels = QUANTIZE_LEVELS[QUANTIZE_LEVELS.index(first) :]
+    costs = [model_cost(checkpoint, dtype, level) for level in levels]
     defaults = generation_defaults(
         checkpoint.config,
         read_generation_config(checkpoint.folder),
@@ -42,7 +46,10 @@ def served_model(
         source=source,
         dtype=dtype,
         wire_dtype=dtype if settings.wire_dtype == "auto" else settings.wire_dtype,
-        cost=model_cost(checkpoint, dtype),
+        cost=costs[0],
+        smaller=tuple(costs[1:]),
+        may_shrink=settings.quantize == "auto",
+        formats={one.quantize: formats_of(checkpoint, dtype, one.quantize) for one in costs},
         hidden_size=checkpoint.hidden_size,
         defaults=defaults,
         digest=lambda layers: checkpoint.digest(layers, prints),
@@ -79,4 +86,5 @@ def model_cost(checkpoint: Checkpoint, dtype: DtypeName, quantize: Quantize = "n
         last_bytes=parts["last"][0],
         shared_bytes=parts["shared"][0],
         kv_bytes_per_token=checkpoint.kv_bytes_per_token(dtype),
+        quantize=quantize,
     )

@@ -1,12 +1,14 @@
 """The served model, as the coordinator knows it. Pure values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from distributed_llm.common.formats import WeightFormats
 from distributed_llm.common.messages import ModelInfo, ModelSource
 from distributed_llm.common.sampling_params import CheckpointParams, SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 from distributed_llm.common.types import LayerRange, TokenId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.model_cost import ModelCost
 
 
@@ -59,6 +61,9 @@ class ServedModel:
         dtype: of weights and KV cache.
         wire_dtype: of activations between stages.
         cost: memory of its parts.
+        smaller: the same with fewer bits per weight, most bits first.
+        may_shrink: `smaller` may be planned with, where the workers cannot hold `cost`.
+        formats: how its weights stand in files and memory, by what they are quantized to.
         hidden_size: numbers per token between stages.
         defaults: of generation.
         digest: returns a digest of the weights of a layer range.
@@ -80,6 +85,13 @@ class ServedModel:
     architecture: str = ""
     num_parameters: int = 0
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
+    smaller: tuple[ModelCost, ...] = ()
+    may_shrink: bool = False
+    formats: Mapping[Quantize, WeightFormats] = field(default_factory=dict)
+
+    def cost_at(self, quantize: Quantize) -> ModelCost:
+        """Return the memory that its parts take if floating-point weights become this."""
+        return next((cost for cost in self.smaller if cost.quantize == quantize), self.cost)
 
     def with_tokenizer(self, facts: TokenizerFacts) -> "ServedModel":
         """Return the model with what its tokenizer says.
@@ -107,7 +119,7 @@ class ServedModel:
             context_length=defaults.context_length,
             dtype=self.dtype,
             num_parameters=self.num_parameters,
-            weight_bytes=cost.weight_bytes(LayerRange(0, cost.num_layers)),
+            weight_bytes=cost.all_weight_bytes,
             eos_token_ids=defaults.eos_token_ids,
             has_tokenizer=self.tokenizer.available,
             special_tokens=self.tokenizer.special_tokens,

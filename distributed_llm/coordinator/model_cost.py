@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from distributed_llm.common.types import LayerRange
+from distributed_llm.common.weight_forms import Quantize
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class ModelCost:
         last_bytes: what only the last stage needs (norm, head).
         shared_bytes: a tied embedding, needed by the first and by the last stage.
         kv_bytes_per_token: KV cache of one position in one layer.
+        quantize: what floating-point weights become while they are loaded.
     """
 
     layer_bytes: tuple[int, ...]
@@ -22,11 +24,17 @@ class ModelCost:
     last_bytes: int
     shared_bytes: int
     kv_bytes_per_token: int
+    quantize: Quantize = "none"
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
         return len(self.layer_bytes)
+
+    @property
+    def all_weight_bytes(self) -> int:
+        """Bytes of all weights, each once."""
+        return self.weight_bytes(LayerRange(0, self.num_layers))
 
     def weight_bytes(self, layers: LayerRange) -> int:
         """Return the bytes of weights that a stage of these layers holds."""

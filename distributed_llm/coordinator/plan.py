@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.model_cost import ModelCost
 
 LayerMap = tuple[tuple[WorkerId, LayerRange], ...]
@@ -25,12 +26,14 @@ class PlannedStage:
 
     Attributes:
         kv_tokens: positions of KV cache that fit into the memory left by the weights.
+        quantize: what floating-point weights become while they are loaded; the same on all stages.
     """
 
     worker: WorkerId
     layers: LayerRange
     weight_bytes: int
     kv_tokens: int
+    quantize: Quantize = "none"
 
 
 Plan = tuple[PlannedStage, ...]
@@ -76,6 +79,7 @@ def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
             "weight_bytes": stage.weight_bytes,
             "kv_tokens": stage.kv_tokens,
             "kv_bytes_per_token": cost.kv_bytes_per_token * len(stage.layers),
+            "quantize": stage.quantize,
         }
         for stage in plan
     ]
@@ -86,6 +90,5 @@ def _stage(
 ) -> PlannedStage:
     weights = cost.weight_bytes(layers)
     room = max(0, memory_bytes - weights)
-    return PlannedStage(
-        worker, layers, weights, room // max(1, cost.kv_bytes_per_token * len(layers))
-    )
+    kv_tokens = room // max(1, cost.kv_bytes_per_token * len(layers))
+    return PlannedStage(worker, layers, weights, kv_tokens, cost.quantize)

@@ -108,6 +108,7 @@ class Reporting:
             latencies=totals.times.latencies,
             insecure=self._access.members is None,
             quarantined=self._access.quarantined(now=now),
+            files=next((one.files for one in self._cluster.model.formats.values()), ""),
         )
 
     def note(self, *, now: float) -> str:
@@ -145,9 +146,13 @@ class Reporting:
     def _pipeline(self, pipeline: Pipeline, now: float) -> PipelineStatus:
         scheduler, in_flight, meter = pipeline.scheduler, pipeline.in_flight, pipeline.meter
         move = self._moves.move
+        formats = self._cluster.model.formats.get(pipeline.quantize)
         return PipelineStatus(
             epoch=pipeline.epoch,
             lineage=pipeline.lineage,
+            quantize=pipeline.quantize,
+            memory=formats.memory if formats else "",
+            exact=formats.exact if formats else True,
             state=_STATES[pipeline.state],
             stages=tuple(
                 StageStatus(

@@ -10,29 +10,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
-from transformers.modeling_gguf_pytorch_utils import (
-    GGUF_SUPPORTED_ARCHITECTURES,
-    load_gguf_checkpoint,
+from transformers import CONFIG_MAPPING
+from transformers.integrations.ggml import (
+    GGUF_CONFIG_DEFAULTS_MAPPING,
+    GGUF_CONFIG_MAPPING,
 )
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS, get_gguf_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
 from distributed_llm.common.other_formats import CONFIG_NAME
-from distributed_llm.gguf_texts.header import Header, decimal
+from distributed_llm.gguf_texts.header import Header
 from distributed_llm.gguf_texts.rotary import linear_factor, rope_parameters
 
-_NOT_RIGHT = frozenset({"gpt-oss", "gpt_oss", "gemma4", "minimax-m2", "minimax_m2", "deci"})
-"""Architectures of which transformers' reader makes another model than the files hold."""
+_MODEL_TYPES: Mapping[str, str] = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "nemotron": "nemotron",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "stablelm": "stablelm",
+    "starcoder2": "starcoder2",
+}
+"""Model types in transformers, by llama.cpp's names of architectures; those that are right."""
 
-_OTHER_NAMES = frozenset({"qwen2moe", "qwen3moe"})
-"""Architectures that transformers' reader knows by other names than llama.cpp's."""
+_TABLES = {"gemma": "gemma2", "gemma3_text": "gemma3", "mixtral": "llama"}
+"""By model type, the name under which transformers has a table of settings, if it is another."""
 
 _EXTRA_SIZES: Mapping[str, str] = {
     "attention.key_length": "head_dim",
     "expert_count": "num_experts",
+    "feed_forward_length": "intermediate_size",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
@@ -45,8 +60,14 @@ _LARGEST_GEMMAS = {"gemma2": 46, "gemma3_text": 62}
 """Layers of the models of 27 billion, whose attention alone is scaled by the hidden size."""
 
 
-def write_config(header: Header, out: Path) -> PretrainedConfig:
-    """Write config.json, and return it.
+_SCALED_GEMMAS = (34, 48, 62)
+"""Layers of the models of Gemma 3 whose rotary positions are scaled; not all files say so."""
+
+_GEMMA_FACTOR = 8.0
+
+
+def write_config(header: Header, out: Path) -> None:
+    """Write config.json.
 
     Raises:
         UnsupportedModel: transformers does not read models of this architecture.
@@ -68,8 +89,7 @@ def write_config(header: Header, out: Path) -> PretrainedConfig:
         if name in known and (value := header.get(key)) is not None:
             content[name] = value
     content |= _of_family(header, content)
-    config = kind(**content)
-    written = config.to_dict() | {
+    written = kind(**content).to_dict() | {
         "dtype": _dtype(header),
         "quantization_config": {
             "quant_method": GGUF_METHOD,
@@ -79,26 +99,27 @@ def write_config(header: Header, out: Path) -> PretrainedConfig:
     for name in ("transformers_version", "_name_or_path"):
         written.pop(name, None)
     (out / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))
-    return config
 
 
 def _read(header: Header) -> dict[str, Any]:
     """Return what transformers makes of the metadata."""
-    architecture, first = header.architecture, str(header.files[0])
+    architecture = header.architecture
     if architecture in GGUF_CONFIG_ARCHS:
         return dict(get_gguf_config(dict(header.metadata), tuple(header.tensors)))
-    known = {*GGUF_SUPPORTED_ARCHITECTURES, *_OTHER_NAMES} - _NOT_RIGHT - {"tokenizer", "general"}
-    if architecture not in known or (header.get("expert_count") and architecture == "llama"):
-        what = "Mixtral" if architecture == "llama" else repr(architecture)
+    if architecture not in _MODEL_TYPES:
         raise UnsupportedModel(
-            f"holds a model of the architecture {what}, which is not read from GGUF. Use a folder "
-            "with the original model, or a quantized one in safetensors."
+            f"holds a model of the architecture {architecture!r}, which is not read from GGUF. Use "
+            "a folder with the original model, or a quantized one in safetensors."
         )
-    read: Any = load_gguf_checkpoint
-    content = dict(read(first, return_tensors=False)["config"])
-    for name in ("rope_theta", "_model_name_or_path"):
-        content.pop(name, None)
-    return {name: decimal(value) for name, value in content.items()}
+    kind = _MODEL_TYPES[architecture]
+    if architecture == "llama" and header.get("expert_count"):
+        kind = "mixtral"
+    table = GGUF_CONFIG_MAPPING[_TABLES.get(kind, kind)]
+    content = {"model_type": kind, **GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
+    for key, name in table.items():
+        if name and name != "rope_theta" and (value := header.get(key)) is not None:
+            content[name] = value
+    return content
 
 
 def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,10 +133,7 @@ def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:
         largest = header.get("block_count") == _LARGEST_GEMMAS[kind]
         found["query_pre_attn_scalar"] = hidden // heads if largest else head_dim
     if kind == "gemma3_text":
-        found["rope_theta"] = float(header.get("rope.freq_base") or 1e6)
-        found["rope_local_base_freq"] = float(header.get("rope.freq_base_swa") or 1e4)
-        if factor := linear_factor(header):
-            found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        found |= _of_gemma3(header)
     elif header.architecture not in GGUF_CONFIG_ARCHS and kind != "gpt2":
         found["rope_parameters"] = rope_parameters(header, head_dim)
     if kind == "phi3":
@@ -124,6 +142,29 @@ def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:
             found["original_max_position_embeddings"] = original
     if kind == "gpt2":
         found["n_positions"] = header.get("context_length")
+    if kind == "mixtral":
+        found["num_local_experts"] = header.get("expert_count")
+    if kind == "stablelm":
+        found["use_qkv_bias"] = "blk.0.attn_q.bias" in header.tensors
+        found["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in header.tensors
+    return found
+
+
+def _of_gemma3(header: Header) -> dict[str, Any]:
+    """Return the rotary positions of Gemma 3; ollama's own files have names of their own."""
+
+    def first(*names: str, default: float) -> float:
+        return float(next((v for name in names if (v := header.get(name))), default))
+
+    found: dict[str, Any] = {
+        "rope_theta": first("rope.freq_base", "rope.global.freq_base", default=1e6),
+        "rope_local_base_freq": first("rope.freq_base_swa", "rope.local.freq_base", default=1e4),
+    }
+    factor = linear_factor(header)
+    if factor is None and header.get("block_count") in _SCALED_GEMMAS:
+        factor = _GEMMA_FACTOR
+    if factor:
+        found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     return found
 
 

@@ -1,6 +1,7 @@
 """Reads what GGUF files say of themselves: metadata and tensors."""
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
@@ -16,6 +17,9 @@ from distributed_llm.common.gguf_types import GGUF_BLOCKS, GGUF_FLOATS
 from distributed_llm.common.model_files import TensorInfo, how_to_replace
 
 _TOKENS = "tokenizer.ggml.tokens"
+_VISION_NAMES = ("v.", "mm.", "a.")
+"""How names of tensors begin that turn pictures or sound into what a model reads."""
+
 _ROTARY_NAMES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors that are no weights: they divide rotary frequencies, and config.json says the same."""
 
@@ -51,8 +55,12 @@ class Header:
 
     @cached_property
     def weights(self) -> Mapping[str, TensorInfo]:
-        """The tensors that are weights of the model."""
-        return {n: t for n, t in self.tensors.items() if not n.endswith(_ROTARY_NAMES)}
+        """The tensors that are weights of the language model."""
+        return {
+            name: tensor
+            for name, tensor in self.tensors.items()
+            if not name.endswith(_ROTARY_NAMES) and not name.startswith(_VISION_NAMES)
+        }
 
     def numbers(self, name: str) -> list[float] | None:
         """Return the numbers of a small tensor, or None if there is no such one.
@@ -91,9 +99,9 @@ def read_files(files: Sequence[Path]) -> Header:
             tensors[name] = tensor
     try:
         metadata, _ = read_gguf_metadata(str(files[0]), (_TOKENS,))
-        metadata = {name: decimal(value) for name, value in metadata.items()}
     except Exception as exc:
         raise _broken(files[0], exc) from exc
+    metadata = {name: decimal(value) for name, value in metadata.items()}
     count = metadata.get("split.tensors.count", len(tensors))
     if count != len(tensors):
         raise CheckpointError(
@@ -110,17 +118,31 @@ def decimal(value: Any) -> Any:
     return value
 
 
+class _Reader(GGUFReader):
+    """Does not look at the elements of arrays: vocabularies have a hundred thousand texts."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, Any, Any, Any]:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        size = struct.calcsize("<IQ")
+        if kind == GGUFValueType.STRING:
+            for _ in range(count):
+                size += 8 + struct.unpack_from("<Q", self.data, orig_offs + size)[0]
+        else:
+            size += count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
+        return size, [], [], [GGUFValueType.ARRAY]
+
+
 def _tensors(file: Path) -> dict[str, TensorInfo]:
     size = file.stat().st_size
     try:
-        reader = GGUFReader(file)
-    except ValueError as exc:
+        reader = _Reader(file)
+    except Exception as exc:
         if "GGMLQuantizationType" in str(exc):
             raise UnsupportedModel(
                 f"holds numbers of a type that is not known ({exc}). {_OTHER_FILE}"
             ) from exc
-        raise _broken(file, exc) from exc
-    except Exception as exc:
         raise _broken(file, exc) from exc
     if reader.endianess.name != "LITTLE":
         raise UnsupportedModel(f"is for machines of the other byte order. {_OTHER_FILE}")
@@ -133,10 +155,7 @@ def _tensors(file: Path) -> dict[str, TensorInfo]:
             )
         offset, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
         if offset + nbytes > size:
-            raise CheckpointError(
-                f"has {size} bytes, and speaks of {offset + nbytes}: it was not copied to its end, "
-                f"or is still being written. {how_to_replace(file)}"
-            )
+            raise _broken(file, ValueError(f"{tensor.name} would end behind it"))
         tensors[tensor.name] = TensorInfo(tensor.name, file.name, kind, shape, offset, nbytes)
     return tensors
 

@@ -22,7 +22,7 @@ def write_texts(files: Sequence[Path], out: Path) -> None:
         CheckpointError: they cannot be served; without the file's name.
     """
     header = read_files(files)
-    config = write_config(header, out)
+    write_config(header, out)
     write_generation_config(header, out)
-    write_tokenizer(header, config, out)
+    write_tokenizer(header, out)
     (out / TENSORS_NAME).write_bytes(msgspec.json.encode(header.weights))

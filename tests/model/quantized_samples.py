@@ -42,14 +42,15 @@ def _random(*shape: int) -> Tensor:
 def packed(codes: Tensor, bits: int) -> Tensor:
     """Pack the rows of a matrix into words, one code after the other from the lowest bit."""
     rows = []
-    for row in codes.tolist():
+    for row in codes.flatten(0, -2).tolist():
         number = sum(code << place * bits for place, code in enumerate(row))
         rows.append(np.frombuffer(number.to_bytes(len(row) * bits // 8, "little"), np.int32))
-    return torch.from_numpy(np.stack(rows))
+    return torch.from_numpy(np.stack(rows)).view(*codes.shape[:-1], -1)
 
 
 def _gptq(bits: int, *, group: int, sym: bool, ordered: bool, version: str) -> Sample:
-    groups, middle = INPUTS // group, 1 << bits - 1
+    per_channel, middle = group < 0, 1 << bits - 1
+    groups = 1 if per_channel else INPUTS // group
     codes = torch.randint(1 << bits, (INPUTS, OUTPUTS))
     zeros = torch.full((groups, OUTPUTS), middle)
     if not sym:
@@ -57,7 +58,7 @@ def _gptq(bits: int, *, group: int, sym: bool, ordered: bool, version: str) -> S
     scales = (torch.rand(groups, OUTPUTS) / 9).half()
     order = torch.randperm(INPUTS) if ordered else torch.arange(INPUTS)
     group_of = torch.empty(INPUTS, dtype=torch.int32)
-    group_of[order] = torch.arange(INPUTS, dtype=torch.int32) // group
+    group_of[order] = torch.arange(INPUTS, dtype=torch.int32) // (INPUTS // groups)
     values = scales.float()[group_of.long()] * (codes - zeros[group_of.long()])
     settings = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
     settings |= {"desc_act": ordered, "checkpoint_format": version}
@@ -180,7 +181,7 @@ _BLOCKS: dict[str, Any] = {"num_bits": 8, "strategy": "block", "block_structure"
 SAMPLES: dict[str, Callable[[], Sample]] = {
     "gptq 4": partial(_gptq, 4, group=32, sym=True, ordered=False, version="gptq"),
     "gptq 4 ordered": partial(_gptq, 4, group=32, sym=False, ordered=True, version="gptq"),
-    "gptq 8": partial(_gptq, 8, group=64, sym=True, ordered=False, version="gptq"),
+    "gptq 8": partial(_gptq, 8, group=-1, sym=True, ordered=False, version="gptq"),
     "gptq 2": partial(_gptq, 2, group=64, sym=False, ordered=True, version="gptq_v2"),
     "awq": _awq,
     "ct w4a16": partial(_compressed, _PACK, torch.bfloat16, **_GROUPS),

@@ -24,6 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
 }
 
+UNKNOWN_THERE = ("mixtral", "gemma")
+"""Model types that transformers' own reader does not read."""
+
 
 def opened(file: Path, texts: Path) -> Checkpoint:
     """Return the model in a file; what a process of its own does otherwise is done here."""
@@ -67,6 +70,8 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
         ("llama", "F16"),
         ("qwen2", "Q8_0"),
         ("qwen3", "Q8_0"),
+        ("gemma", "F32"),
+        ("mixtral", "F32"),
         ("gemma2", "F32"),
         ("gemma3_text", "Q8_0"),
         ("qwen3_moe", "Q8_0"),
@@ -88,10 +93,11 @@ def test_weights_are_those_of_transformers(tmp_path: Path, family: str, kind: st
     checkpoint = opened(file, tmp_path / "texts")
     ours = weights_of(checkpoint)
     read: Any = load_gguf_checkpoint
-    theirs = read(file, return_tensors=True, model_to_load=model)["tensors"]
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
+    if family not in UNKNOWN_THERE:
+        theirs = read(file, return_tensors=True, model_to_load=model)["tensors"]
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor), name
     wanted = {
         n for n in model.state_dict() if n != "lm_head.weight" or not checkpoint.ties_embeddings
     }

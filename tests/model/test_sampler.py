@@ -29,7 +29,8 @@ from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.kv.cache import as_token_ids
 from distributed_llm.worker.model import sampler
-from distributed_llm.worker.model.logits import Candidates, candidates, process
+from distributed_llm.worker.model.candidates import Candidates, candidates, scaled_rows
+from distributed_llm.worker.model.logits import FloatRow, process
 from distributed_llm.worker.model.sampler import (
     RowsFailed,
     draw,
@@ -145,6 +146,12 @@ def reference(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return torch.softmax(scores[0], dim=0)
 
 
+def left(scores: FloatRow, sampling: Sampling) -> Candidates:
+    """Return the candidates in processed logits [vocab_size]."""
+    (row,) = scaled_rows(torch.from_numpy(scores)[None], [sampling])
+    return candidates(row)
+
+
 def random_logits(seed: int, scale: float = 3.0) -> torch.Tensor:
     return torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * scale
 
@@ -157,7 +164,7 @@ def test_candidates_are_those_of_transformers(sampling: Sampling, seed: int, sca
     wanted = reference(logits, sampling).double().numpy()
     scores = logits.numpy().copy()
     process(scores, sampling, POSITION, HISTORY)
-    kept = candidates(scores, sampling)
+    kept = left(scores, sampling)
     assert (np.diff(kept.token_ids) > 0).all()
     positive = kept.probabilities > 0
     assert set(kept.token_ids[positive].tolist()) == set(np.flatnonzero(wanted).tolist())
@@ -167,12 +174,12 @@ def test_candidates_are_those_of_transformers(sampling: Sampling, seed: int, sca
 
 def test_tokens_as_likely_as_the_last_of_the_top_k_stay() -> None:
     sampling = Sampling(temperature=1.0, top_k=2)
-    kept = candidates(np.array([0.0, 1.0, 2.0, 1.0], dtype=np.float32), sampling)
+    kept = left(np.array([0.0, 1.0, 2.0, 1.0], dtype=np.float32), sampling)
     assert kept.token_ids.tolist() == [1, 2, 3]
 
 
 def test_no_more_tokens_than_reach_top_p_stay_though_they_are_as_likely() -> None:
-    kept = candidates(np.zeros(1000, dtype=np.float32), Sampling(temperature=1.0, top_p=0.3))
+    kept = left(np.zeros(1000, dtype=np.float32), Sampling(temperature=1.0, top_p=0.3))
     assert len(kept.token_ids) == 300
 
 
@@ -296,7 +303,7 @@ def test_log_probabilities_are_those_of_the_raw_logits(
     logits = torch.stack([random_logits(seed)[:vocab_size] for seed in range(4)]).to(dtype)
     logits[1, -1] = 30.0
     picked = torch.tensor([3, 99, 0, 17], dtype=torch.int32)
-    logprobs, token_ids = log_probabilities(logits, picked, count)
+    logprobs, token_ids = log_probabilities(logits, picked, count, range(4))
     assert (logprobs.dtype, token_ids.dtype) == (torch.float32, torch.int32)
     assert logprobs.shape == token_ids.shape == (4, 1 + count)
     assert token_ids[:, 0].tolist() == picked.tolist()
@@ -332,7 +339,7 @@ def test_a_token_that_the_mask_forbids_is_never_sampled(sampling: Sampling) -> N
             if sampling.is_greedy:
                 assert token == scores.argmax()
             else:
-                assert token == draw(candidates(scores, sampling), sampling.seed, POSITION)
+                assert token == draw(left(scores, sampling), sampling.seed, POSITION)
 
 
 def test_a_mask_that_leaves_nothing_fails_its_row_alone() -> None:
@@ -345,15 +352,50 @@ def test_a_mask_that_leaves_nothing_fails_its_row_alone() -> None:
 
 
 def test_there_are_no_more_log_probabilities_than_tokens() -> None:
-    logprobs, _ = log_probabilities(torch.zeros(1, 7), torch.zeros(1, dtype=torch.int32), 20)
+    logprobs, _ = log_probabilities(torch.zeros(1, 7), torch.zeros(1, dtype=torch.int32), 20, [0])
     assert logprobs.shape == (1, 8)
+
+
+def test_only_rows_that_asked_get_log_probabilities() -> None:
+    logits = torch.stack([random_logits(seed) for seed in range(4)])
+    picked = torch.tensor([3, 99, 0, 17], dtype=torch.int32)
+    every, every_id = log_probabilities(logits, picked, 5, range(4))
+    some, some_ids = log_probabilities(logits, picked, 5, [1, 3])
+    assert torch.equal(some[[1, 3]], every[[1, 3]])
+    assert torch.equal(some_ids[[1, 3]], every_id[[1, 3]])
+    assert not some[[0, 2]].any()
+    assert not some_ids[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0, top_p=0.9),
+        Sampling(temperature=1.0, top_p=0.999, min_p=1e-3),
+        Sampling(temperature=0.8, top_p=1e-9),
+        Sampling(temperature=0.8, top_k=50, top_p=0.95),
+        Sampling(temperature=0.8, top_k=200),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+def test_large_vocabularies_lose_the_same_tokens(sampling: Sampling, scale: float) -> None:
+    """More than are sorted at once; many tie, as bfloat16 has few values."""
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(20_011, generator=generator) * scale).bfloat16().float()
+    kept = left(logits.numpy(), sampling)
+    wanted = reference(logits, sampling).double().numpy()
+    least = kept.probabilities.min() / kept.probabilities.sum()
+    assert len(kept.token_ids) == np.count_nonzero(wanted)  # of those that tie, any may go
+    assert wanted[kept.token_ids].min() >= 0
+    assert (wanted[np.setdiff1d(np.flatnonzero(wanted), kept.token_ids)] <= least * 1.001).all()
 
 
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(0)
     before = logits.clone()
     sample(logits[None], [SAMPLINGS[-1]], [POSITION], [HISTORY])
-    log_probabilities(logits[None], torch.zeros(1, dtype=torch.int32), 5)
+    log_probabilities(logits[None], torch.zeros(1, dtype=torch.int32), 5, [0])
     assert torch.equal(logits, before)
     assert math.isfinite(float(logits.sum()))
 
@@ -400,7 +442,7 @@ def test_no_parameters_within_their_limits_overflow(
     with np.errstate(all="raise"):
         (token,) = sample(logits[None], [sampling], [POSITION], [HISTORY]).tolist()
     assert 0 <= token < VOCAB_SIZE
-    logprobs, _ = log_probabilities(logits[None], torch.tensor([token]), 20)
+    logprobs, _ = log_probabilities(logits[None], torch.tensor([token]), 20, [0])
     assert (logprobs >= -1e9).all(), "the coordinator takes no smaller ones"
 
 

@@ -18,6 +18,7 @@ from distributed_llm.common.messages.base import (
     Value,
 )
 from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds
+from distributed_llm.common.weight_forms import Quantize
 
 MAX_BOUNDS = 32
 """Bounds of one histogram at most."""
@@ -156,6 +157,9 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
 
     Attributes:
         epoch: of its plan.
+        quantize: what floating-point weights became while they were loaded.
+        memory: form of its weights in memory ("int4, groups of 32 and int8"); empty if unknown.
+        exact: whether these are the numbers of the files, but for rounding to the dtype.
         lineage: stays the same when layers move and a pipeline of a newer epoch continues it.
         state: "loading", "ready", "serving" or "paused" for a move.
         stages: in the order of the layers.
@@ -181,6 +185,9 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
 
     epoch: Epoch
     lineage: Epoch
+    quantize: Quantize = "none"
+    memory: Label = ""
+    exact: bool = True
     state: Literal["loading", "ready", "serving", "paused"]
     stages: Annotated[tuple[StageStatus, ...], Meta(max_length=MAX_STAGES)]
     links: Annotated[tuple[LinkStatus, ...], Meta(max_length=MAX_STAGES)]
@@ -327,6 +334,8 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
 
     Attributes:
         state: "waiting" (for workers, see `note`), "loading" or "serving".
+        files: format of the weights in the files ("GPTQ, 4 bits, groups of 128"); empty if
+            unknown.
         epoch: epoch of the newest plan that is served or loaded; 0 before the first.
         kv_tokens: positions of KV cache that all pipelines have room for.
         kv_tokens_used: positions of them that running answers take.
@@ -376,3 +385,4 @@ class ClusterStatus(Value, frozen=True, kw_only=True):
     latencies: Latencies = Latencies()
     insecure: bool = False
     quarantined: tuple[Name, ...] = ()
+    files: Label = ""

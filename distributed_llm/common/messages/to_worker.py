@@ -20,6 +20,7 @@ from distributed_llm.common.messages.base import (
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.common.types import Count, Epoch, LayerRange, Seconds, SequenceId, StepNumber
+from distributed_llm.common.weight_forms import Quantize
 
 MAX_SLICES = 512
 """Slices in one task at most."""
@@ -109,6 +110,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     Attributes:
         dtype: dtype of weights, KV cache and computation.
         wire_dtype: dtype of activations between stages.
+        quantize: what floating-point matrices of the layers become while they are loaded.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
         link_key: key that a worker must know to send tasks and KV cache of `epoch`.
@@ -126,6 +128,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     layers: LayerRange
     dtype: DtypeName
     wire_dtype: DtypeName
+    quantize: Quantize = "none"
     digest: Label
     kv_tokens: Count
     link_key: Label

@@ -21,12 +21,18 @@ def is_exact(bits: int, group: int, shape: tuple[int, ...], *, symmetric: bool) 
     """Return whether that form holds the same codes."""
     if affine_form(bits, group, shape) != INT8:
         return True
-    return symmetric and bits == INT8.bits and not group
+    return symmetric and bits == INT8.bits and group in (0, shape[-1])
 
 
-def group_of(inputs: int, groups: int) -> int:
-    """Return how many inputs share a scale; 0: all of a channel."""
-    return inputs // groups if groups > 1 else 0
+def group_of(inputs: int, groups: int, named: object) -> int:
+    """Return how many inputs share a scale; 0: all of a channel.
+
+    Args:
+        inputs: of the weight.
+        groups: that they are in.
+        named: size of groups in config.json, which tells one group from none.
+    """
+    return inputs // groups if groups > 1 or named == inputs else 0
 
 
 def affine_label(method: str, bits: int, group: int) -> str:

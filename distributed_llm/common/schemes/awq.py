@@ -58,11 +58,12 @@ def awq_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
         raise NotRead(
             f"AWQ, {bits} bits in its version {version!r} (4 bits in its version 'gemm' are read)"
         )
+    size = settings.get("group_size", settings.get("q_group_size"))
     found = modules(tensors, "AWQ", "qweight", ("qzeros", "scales"))
-    return [_weight(module) for module in found]
+    return [_weight(module, size) for module in found]
 
 
-def _weight(module: Module) -> StoredWeight:
+def _weight(module: Module, size: object) -> StoredWeight:
     inputs, words = module.part("qweight", ("I32",), 2).shape
     groups = module.part("scales", FLOATS, 2).shape[0]
     module.part("qzeros", ("I32",), 2)
@@ -70,5 +71,5 @@ def _weight(module: Module) -> StoredWeight:
     module.check("qzeros", (groups, words))
     if not groups or inputs % groups:
         raise module.unfit("scales", f"a number of groups that divides {inputs} is expected")
-    scheme = AwqScheme(group_of(inputs, groups))
+    scheme = AwqScheme(group_of(inputs, groups, size))
     return module.weight((words * _CODES, inputs), scheme, "qweight", "qzeros", "scales")

@@ -125,7 +125,9 @@ def _packed(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
     *stack, rows = outputs
     module.check(_ZERO, (*stack, -(-rows * bits // _WORD_BITS), groups), (*outputs, groups))
     module.check(_ORDER, (inputs,))
-    form = CompressedScheme(bits, group_of(inputs, groups), symmetric=_ZERO not in module.parts)
+    form = CompressedScheme(
+        bits, group_of(inputs, groups, size), symmetric=_ZERO not in module.parts
+    )
     if _ZERO in module.parts:
         module.part(_ZERO, ("I32", "I8"))
     names = ("weight_packed", "weight_scale", _ZERO, _ORDER, "weight_shape")
@@ -144,5 +146,7 @@ def _plain(module: Module, schemes: list[Mapping[str, Any]]) -> StoredWeight:
     module.check(_ORDER, (inputs,))
     widths = [s.get("num_bits") for s in schemes if s.get("type", "int") == "int"]
     bits = 4 if widths and all(width == 4 for width in widths) else 8
-    form = CompressedScheme(bits, group_of(inputs, groups), symmetric=_ZERO not in module.parts)
+    form = CompressedScheme(
+        bits, group_of(inputs, groups, None), symmetric=_ZERO not in module.parts
+    )
     return module.weight((*outputs, inputs), form, "weight", "weight_scale", _ZERO, _ORDER)

@@ -85,5 +85,10 @@ def _weight(module: Module, settings: Mapping[str, Any], *, less_one: bool) -> S
         module.check("g_idx", (inputs,))
     if inputs % groups:
         raise module.unfit("scales", f"a number of groups that divides {inputs} is expected")
-    scheme = GptqScheme(bits, group_of(inputs, groups), less_one, settings.get("sym") is True)
+    scheme = GptqScheme(
+        bits,
+        group_of(inputs, groups, settings.get("group_size")),
+        less_one,
+        settings.get("sym") is True,
+    )
     return module.weight((outputs, inputs), scheme, "qweight", "qzeros", "scales", "g_idx")

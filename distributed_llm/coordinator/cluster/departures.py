@@ -215,7 +215,7 @@ class Departures:
         others = self._others(worker, pipeline)
         departure.enter(_C.ASKED)
         departure.question = PlanQuestion(
-            self._planner,
+            self._planner.only(pipeline.quantize),
             self._cluster.measurements.machines(memory_of(others)),
             used_tokens=self._cluster.needed_tokens(pipeline),
             leaving=worker.id,

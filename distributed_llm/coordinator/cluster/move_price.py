@@ -71,7 +71,7 @@ class MovePrices:
 
     def price(self, old: Pipeline, plan: Plan) -> Price:
         """Return what moving a pipeline that serves to a plan is expected to cost."""
-        cost = self._cluster.model.cost
+        cost = self._cluster.model.cost_at(old.quantize)
         workers = {worker.id: worker for worker in self._cluster.registry.workers}
         stages = tuple(PipelineStage(workers[s.worker].peer, s.worker, s.layers) for s in plan)
         held = {stage.worker: stage.layers for stage in old.stages}

@@ -158,7 +158,9 @@ class Moves:
         if move is None or stage is None:
             return []
         before = worker.layers if self._pipelines.pipeline_of(worker.peer) is move.old else None
-        read_bytes = added_bytes(self._cluster.model.cost, before, stage.layers)
+        read_bytes = added_bytes(
+            self._cluster.model.cost_at(move.old.quantize), before, stage.layers
+        )
         worker.learn_load(stage.layers, ready, read_bytes)
         if move.state is not MoveState.LOADING or not move.new.stage_ready(worker.peer, ready):
             return []

@@ -133,7 +133,24 @@ class Pipelines:
         note = self._event_log.note(
             EventKind.PLAN_LOADING, epoch=pipeline.epoch, layer_map=pipeline.layer_map
         )
-        return [*self.load_orders(pipeline, self._draw_key()), note]
+        return [
+            *self.load_orders(pipeline, self._draw_key()),
+            note,
+            *self._tell_quantized(pipeline),
+        ]
+
+    def _tell_quantized(self, pipeline: Pipeline) -> list[Action]:
+        """Say what it costs and saves that weights are quantized because they do not fit else."""
+        if not self._model.may_shrink or pipeline.quantize == self._model.cost.quantize:
+            return []
+        note = self._event_log.note(
+            EventKind.WEIGHTS_QUANTIZED,
+            epoch=pipeline.epoch,
+            form=pipeline.quantize,
+            nbytes=self._model.cost_at(pipeline.quantize).all_weight_bytes,
+            full=self._model.cost.all_weight_bytes,
+        )
+        return [note]
 
     def new_pipeline(self, plan: Plan) -> Pipeline:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
@@ -288,6 +305,7 @@ class Pipelines:
                 layers=stage.layers,
                 dtype=self._model.dtype,
                 wire_dtype=self._model.wire_dtype,
+                quantize=pipeline.quantize,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=next(s.kv_tokens for s in pipeline.plan if s.worker == stage.worker),
                 link_key=key,

@@ -202,7 +202,7 @@ class Rebalancing:
             outlook.advised, outlook.advised_at = (everybody, self._served_epochs), now
         return PlanSearch(
             epoch=pipeline.epoch,
-            planner=self._planner,
+            planner=self._planner.only(pipeline.quantize),
             layer_map=pipeline.layer_map,
             machines=self._measurements.machines(memory_of([*workers, *idle])),
             idle=tuple(worker.id for worker in idle),
@@ -259,14 +259,14 @@ class Rebalancing:
         if self._adds(result):
             assert result.extra is not None
             memory = memory_of(self._available(result.extra))
-            return self._pipelines.load([self._planner.plan_of(memory, result.extra.layer_map)])
+            return self._pipelines.load([search.planner.plan_of(memory, result.extra.layer_map)])
         best = result.best
         if best is None or best.layer_map == pipeline.layer_map:
             return []
         workers = self._available(best, pipeline)
         if len(workers) < len(best.layer_map):
             return []  # somebody has left meanwhile, or is to leave
-        plan = self._planner.plan_of(memory_of(workers), best.layer_map)
+        plan = search.planner.plan_of(memory_of(workers), best.layer_map)
         price = self._moves.prices.price(pipeline, plan)
         gain = best.score(search.objective) / result.served.score(search.objective) - 1.0
         lineage = self._lineage(pipeline)

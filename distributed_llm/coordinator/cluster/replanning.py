@@ -172,13 +172,20 @@ class Replanning:
         self._needs.remove(need)
         workers = self._candidates(need)
         question = PlanQuestion(
-            self._planner,
+            self._planner_for(need),
             self._cluster.measurements.machines(memory_of(workers)),
             several=need is Need.ANEW,
             doubted=frozenset(worker.id for worker in workers if worker.failures),
         )
         self._open = need, question
         return [Study(question)]
+
+    def _planner_for(self, need: Need) -> Planner:
+        """Return the planner: what is added to pipelines that serve has their weights."""
+        others = self._pipelines.all
+        if need is Need.ANEW or not others:
+            return self._planner
+        return self._planner.only(others[0].quantize)
 
     def _candidates(self, need: Need) -> list[Worker]:
         registry = self._cluster.registry

@@ -1,11 +1,12 @@
 """Dry run: who would serve which layers, and how fast, without starting anything. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from distributed_llm.common.errors import ConfigError
+from distributed_llm.common.formats import WeightFormats
 from distributed_llm.common.messages import Capabilities, Name
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
@@ -39,7 +40,9 @@ class DryRun:
     """What a coordinator would do with these machines.
 
     Attributes:
-        cost: of the model.
+        cost: of the model, quantized as it is planned.
+        full_bytes: of all weights if they were not quantized any further.
+        formats: of the weights; None if unknown.
         plans: one per pipeline; no machine serves in two.
         memory: bytes of each machine.
         one_tokens_per_s: rate of a single request while it decodes.
@@ -55,15 +58,23 @@ class DryRun:
     many_tokens_per_s: float
     advice: Mapping[WorkerId, Advice]
     assumed: tuple[str, ...]
+    full_bytes: int = 0
+    formats: WeightFormats | None = None
 
 
-def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSettings) -> DryRun:
+def dry_run(
+    model: ServedModel,
+    workers: Sequence[str],
+    settings: CoordinatorSettings,
+    full: ModelCost | None = None,
+) -> DryRun:
     """Return what a coordinator would do with workers before it has measured them.
 
     Args:
         model: to serve.
         workers: "[NAME=]SIZE[,BANDWIDTH[,FLOPS]]" of each, such as "pc=8GiB,40GB/s,1.5TFLOPS".
         settings: of the coordinator.
+        full: cost of the model if its weights were not quantized any further, if it does not fit.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.
@@ -83,6 +94,9 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSet
         {worker: machine.memory_bytes for worker, machine in capabilities.items()}
     )
     plans = planner.plans(machines)
+    cost = model.cost_at(plans[0][0].quantize)
+    if cost is not model.cost:
+        return dry_run(replace(model, cost=cost, smaller=()), workers, settings, model.cost)
     by_speed = settings.strategy == "speed"
     one = Demand(sequences=1, positions=_POSITIONS, prompt_tokens=0, chunk_tokens=1)
     many = Demand.expected(-(-MANY // len(plans)))
@@ -94,6 +108,8 @@ def dry_run(model: ServedModel, workers: Sequence[str], settings: CoordinatorSet
         many_tokens_per_s=sum(_rates(model.cost, machines, plans, many)),
         advice=_advice(planner, machines, plans) if by_speed else {},
         assumed=_assumed(workers),
+        full_bytes=(full or cost).all_weight_bytes,
+        formats=model.formats.get(cost.quantize),
     )
 
 

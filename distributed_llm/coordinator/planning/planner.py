@@ -4,13 +4,15 @@ A planner has no state and reads values that do not change, so it may run in any
 layers of one pipeline are divided is decided in `strategies`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 from distributed_llm.common.errors import NotEnoughMemory, NotReady
 from distributed_llm.common.settings import CoordinatorSettings, Objective, Strategy
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.wording import size_text
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap, Plan, layer_map_of, plan_of
@@ -22,6 +24,8 @@ from distributed_llm.coordinator.planning.strategies import (
 )
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
+
+_Made = TypeVar("_Made")
 
 _MOST_PIPELINES = 8
 """Most pipelines that are tried if `replicas` is "auto"."""
@@ -36,6 +40,9 @@ class Planner:
 
     Attributes:
         cost: of the model.
+        smaller: costs of the same model with fewer bits per weight, most bits first.
+        may_shrink: machines that cannot hold `cost` get a plan with the first of `smaller` that
+            they can; otherwise the error says that they could.
         strategy: how layers are divided.
         objective: what plans by strategy "speed" are best for before there is demand; see
             `forecast.best_forecast`.
@@ -53,6 +60,8 @@ class Planner:
     replicas: int | Literal["auto"]
     context_length: int
     least_kv_tokens: int
+    smaller: tuple[ModelCost, ...] = ()
+    may_shrink: bool = False
 
     @classmethod
     def from_settings(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
@@ -70,7 +79,15 @@ class Planner:
             replicas=settings.replicas,
             context_length=context_length,
             least_kv_tokens=min(settings.min_kv_tokens, context_length),
+            smaller=model.smaller,
+            may_shrink=model.may_shrink,
         )
+
+    def only(self, quantize: Quantize) -> "Planner":
+        """Return the planner of a model whose weights are quantized so, and not otherwise."""
+        costs = (self.cost, *self.smaller)
+        cost = next((cost for cost in costs if cost.quantize == quantize), self.cost)
+        return replace(self, cost=cost, smaller=(), may_shrink=False)
 
     def plans(self, machines: Machines) -> list[Plan]:
         """Return one plan per pipeline: `replicas` of them, or as many as the machines can hold.
@@ -80,17 +97,7 @@ class Planner:
             NotEnoughMemory: they cannot hold the model.
             ConfigError: the layers of strategy "custom" do not suit them.
         """
-        workers = list(machines.memory_bytes)
-        if not isinstance(self.replicas, int):
-            fastest = self.strategy == "speed" and workers
-            return self._fastest(machines) if fastest else [self.plan(machines)]
-        ranked = sorted(workers, key=lambda worker: (-machines.memory_bytes[worker], worker))
-        for number in range(min(self.replicas, max(1, len(workers))), 1, -1):
-            try:
-                return [self.plan(machines.subset(group)) for group in _dealt(ranked, number)]
-            except NotEnoughMemory:
-                continue
-        return [self.plan(machines)]
+        return self._first_that_fits(lambda planner: planner._plans(machines))
 
     def plan(self, machines: Machines, *, used_tokens: int = 0) -> Plan:
         """Return the plan of one pipeline of these machines; some may be left out.
@@ -103,6 +110,9 @@ class Planner:
         Raises:
             NotReady, NotEnoughMemory, ConfigError: as `plans`.
         """
+        return self._first_that_fits(lambda planner: planner._plan(machines, used_tokens))
+
+    def _plan(self, machines: Machines, used_tokens: int = 0) -> Plan:
         memory = machines.memory_bytes
         if not memory:
             raise NotReady("No worker is there. Start one with `dllm worker`.")
@@ -118,6 +128,45 @@ class Planner:
             kv_tokens=self.least_kv_tokens,
             layers=self.layers,
         )
+
+    def _first_that_fits(self, make: Callable[["Planner"], _Made]) -> _Made:
+        """Return what is made with the most bits per weight that fit.
+
+        Raises:
+            NotEnoughMemory: nothing fits; if fewer bits would, the message says so.
+        """
+        try:
+            return make(self)
+        except NotEnoughMemory as exc:
+            error = exc
+        for cost in self.smaller:
+            try:
+                made = make(self.only(cost.quantize))
+            except NotEnoughMemory as exc:
+                error = exc if self.may_shrink else error
+                continue
+            if self.may_shrink:
+                return made
+            raise NotEnoughMemory(
+                f"{error} Or set `quantize` to {cost.quantize} (`--quantize {cost.quantize}`; auto "
+                "does so only where it is needed): then it fits, with weights of "
+                f"{size_text(cost.all_weight_bytes)} instead of "
+                f"{size_text(self.cost.all_weight_bytes)}."
+            ) from error
+        raise error
+
+    def _plans(self, machines: Machines) -> list[Plan]:
+        workers = list(machines.memory_bytes)
+        if not isinstance(self.replicas, int):
+            fastest = self.strategy == "speed" and workers
+            return self._fastest(machines) if fastest else [self._plan(machines)]
+        ranked = sorted(workers, key=lambda worker: (-machines.memory_bytes[worker], worker))
+        for number in range(min(self.replicas, max(1, len(workers))), 1, -1):
+            try:
+                return [self._plan(machines.subset(group)) for group in _dealt(ranked, number)]
+            except NotEnoughMemory:
+                continue
+        return [self._plan(machines)]
 
     def plan_of(self, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:
         """Return the plan of a layer map; see `plan.plan_of`."""
@@ -138,10 +187,10 @@ class Planner:
     def _fastest(self, machines: Machines) -> list[Plan]:
         """Return the plans with the best score: for latency the best plan's, else the sum."""
         ranked = ranked_by_speed(machines)
-        best, most = [self.plan(machines)], 0.0
+        best, most = [self._plan(machines)], 0.0
         for number in range(1, 1 + min(_MOST_PIPELINES, len(ranked))):
             try:
-                plans = [self.plan(machines.subset(group)) for group in _dealt(ranked, number)]
+                plans = [self._plan(machines.subset(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 break
             scores = [self._score(plan, machines) for plan in plans]

@@ -65,6 +65,11 @@ class EventKind(Enum):
         "worker {worker} does not reach the next worker; its results go through the coordinator",
     )
     PLAN_LOADING = "info", "loading plan {epoch}: {layer_map:map}"
+    WEIGHTS_QUANTIZED = (
+        "info",
+        "weights of plan {epoch} become {form} while they are loaded, because the workers cannot "
+        "hold more: {nbytes:size} instead of {full:size}, and answers differ a little",
+    )
     PLAN_KEPT = "warning", "layers stay as they are: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
     WEIGHTS_FETCHED = (

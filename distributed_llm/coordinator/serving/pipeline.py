@@ -14,6 +14,7 @@ from distributed_llm.common.messages import MAX_RELEASED, ReleaseSequences, Stag
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
@@ -130,6 +131,11 @@ class Pipeline:
         self.in_flight: StepsInFlight | None = None
         self.scheduler: Scheduler | None = None
         self.state = PIPELINE_STATES.initial
+
+    @property
+    def quantize(self) -> Quantize:
+        """What floating-point weights of its stages became while they were loaded."""
+        return self.plan[0].quantize
 
     @property
     def layer_map(self) -> LayerMap:

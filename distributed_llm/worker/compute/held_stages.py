@@ -251,6 +251,7 @@ class HeldStages:
                 order.layers,
                 device=self._device,
                 dtype=TORCH_DTYPES[order.dtype],
+                quantize=order.quantize,
                 locate=weights.locate,
                 on_read=self._progress.add,
             )

@@ -110,7 +110,7 @@ def num_threads(checkpoint: Checkpoint, order: LoadStage, available: int) -> int
     0.1 ms; more threads gain little there, and lose much on a machine that is busy with other work.
     """
     sizes = (
-        checkpoint.weight_bytes(weight, order.dtype, "none")
+        checkpoint.weight_bytes(weight, order.dtype, order.quantize)
         for weight in checkpoint.weights_of(order.layers)
         if not checkpoint.is_embedding(weight.name)
     )
@@ -202,8 +202,16 @@ def admit_beside(
 
 
 def same_layers(served: LoadStage, order: LoadStage) -> bool:
-    """Return whether both orders name the same layers with the same weights and dtype."""
-    return (served.layers, served.dtype, served.digest) == (order.layers, order.dtype, order.digest)
+    """Return whether both orders name the same layers with the same weights in the same form."""
+    return (served.layers, served.digest, _form(served)) == (
+        order.layers,
+        order.digest,
+        _form(order),
+    )
+
+
+def _form(order: LoadStage) -> tuple[str, str]:
+    return order.dtype, order.quantize
 
 
 def load_beside(
@@ -239,6 +247,7 @@ def load_beside(
         order.layers,
         device=device,
         dtype=TORCH_DTYPES[order.dtype],
+        quantize=order.quantize,
         donor=served.stage if served else None,
         locate=weights.locate,
         on_read=on_read,
@@ -255,19 +264,23 @@ def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
     Raises:
         StageError: they belong to another model.
     """
-    if (served.source, served.dtype) != (order.source, order.dtype):
+    if (served.source, *_form(served)) != (order.source, *_form(order)):
         raise StageError(
-            f"Layers of {order.source.name or order.source.kind!r} in {order.dtype} cannot be "
-            f"loaded beside layers of {served.source.name or served.source.kind!r} in "
-            f"{served.dtype}. Load them alone."
+            f"Layers of {_what(order)} cannot be loaded beside layers of {_what(served)}. Load "
+            "them alone."
         )
+
+
+def _what(order: LoadStage) -> str:
+    quantized = "" if order.quantize == "none" else f", quantized to {order.quantize}"
+    return f"{order.source.name or order.source.kind!r} in {order.dtype}{quantized}"
 
 
 def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:
     """Return an estimate of the weight bytes that a stage cannot share with the served layers."""
     held = {weight.name for weight in checkpoint.weights_of(served)}
     return sum(
-        checkpoint.weight_bytes(weight, order.dtype, "none")
+        checkpoint.weight_bytes(weight, order.dtype, order.quantize)
         for weight in checkpoint.weights_of(order.layers)
         if weight.name not in held
     )

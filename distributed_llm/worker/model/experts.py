@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed_llm.worker.model.kernels import PackedLinear, is_packable
+from distributed_llm.worker.model.kernels import fastest_linear
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear
 
@@ -136,7 +136,7 @@ def pack_experts(model: nn.Module) -> None:
             continue
         module = model.get_submodule(name)
         matrices = [module.get_parameter(stack)[0] for stack in (stacks.up, stacks.down)]
-        if all(map(is_packable, matrices)):
+        if not any(type(_linear(matrix, None)) is nn.Linear for matrix in matrices):
             dtype = matrices[0].dtype
             del matrices
             parent, _, attribute = name.rpartition(".")
@@ -145,7 +145,7 @@ def pack_experts(model: nn.Module) -> None:
 
 def _products(layers: nn.ModuleList, hit: Sequence[tuple[int, int]], states: Tensor) -> Tensor:
     """Return the products of each expert's rows with its layer; `hit` are experts and rows."""
-    rows = states.split([count for _, count in hit])
+    rows = states.split_with_sizes([count for _, count in hit])
     return torch.cat([layers[expert](own) for (expert, _), own in zip(hit, rows, strict=True)])
 
 
@@ -186,4 +186,4 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     linear.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return PackedLinear(linear) if is_packable(weight) else linear
+    return fastest_linear(linear)

@@ -83,7 +83,7 @@ class WeightReader:
             return piece.target.values(values.float() if piece.target.convert else values)
 
     def rows(self, piece: Piece, form: WeightForm) -> tuple[Tensor, Tensor | None]:
-        """Return the rows of a quantized piece in `form`, and the order of its inputs if it has one.
+        """Return the rows of a quantized piece in `form`, and the order of its inputs if any.
 
         Numbers that do not fit the form become the nearest ones.
         """

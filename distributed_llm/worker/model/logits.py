@@ -1,22 +1,18 @@
-"""Logits to candidates: what generation parameters leave of the logits of one row.
+"""What generation parameters make of the logits of one row before any token is dropped as unlikely.
 
 Logits are processed in float32, in the order of transformers' `LogitsProcessor`s, with the
 penalties that transformers lacks where vLLM has them: biases, repetition penalties, presence and
 frequency penalty, repeated n-grams, bad words, end-of-sequence tokens before the least length,
-forced tokens, growth of the end-of-sequence logits, suppressed tokens; then temperature, top-h,
-top-k, top-p, min-p, typical-p, epsilon and eta cutoff. The result is a list of candidates with
-their probabilities.
+forced tokens, growth of the end-of-sequence logits, suppressed tokens. `candidates` goes on.
 
 Finite logits and parameters within their limits give no NaN: what would exceed float32 is cut off
 at its largest number.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.kv.segments import TokenIds
@@ -32,30 +28,11 @@ _LARGEST = np.finfo(np.float32).max
 _MAX_GROWTH = 1e30
 """Factor at which an exponential length penalty stops growing."""
 
-_TOP_H_TOKENS = 100
-"""Likeliest tokens that top-h considers, as in transformers."""
 
-
-@dataclass(frozen=True)
-class Candidates:
-    """Tokens that may be sampled.
-
-    Attributes:
-        token_ids: [n] int64, ascending.
-        probabilities: [n] float64, not normalised.
-    """
-
-    token_ids: npt.NDArray[np.int64]
-    probabilities: npt.NDArray[np.float64]
-
-
-def is_plain_argmax(sampling: Sampling, position: int) -> bool:
-    """Return whether the token at `position` is the one with the largest logit as it is."""
+def changes(sampling: Sampling, position: int, mask: Mask | None = None) -> bool:
+    """Return whether `process` would change the logits of the token at `position`."""
     return (
-        sampling.is_greedy
-        and not _biases(sampling)
-        and not _penalizes(sampling)
-        and not _bans(sampling, position)
+        mask is not None or _biases(sampling) or _penalizes(sampling) or _bans(sampling, position)
     )
 
 
@@ -66,7 +43,7 @@ def process(
     history: TokenIds,
     mask: Mask | None = None,
 ) -> None:
-    """Apply everything but the warpers of sampling to logits [vocab_size], in place.
+    """Apply everything but temperature and cutoffs to logits [vocab_size], in place.
 
     Token ids beyond the vocabulary are ignored.
 
@@ -86,34 +63,6 @@ def process(
     if mask is not None:  # last, for penalties make numbers of -inf
         allowed = np.unpackbits(mask, count=len(scores), bitorder="little")
         scores[allowed == 0] = -np.inf
-
-
-def candidates(scores: FloatRow, sampling: Sampling) -> Candidates:
-    """Return the tokens that temperature and the other warpers leave of `scores` [vocab_size].
-
-    Args:
-        scores: as `process` leaves them; at least one is not -inf.
-        sampling: the parameters; its temperature is not greedy.
-    """
-    scores = _scaled(scores, sampling.temperature)
-    token_ids = np.arange(len(scores))
-    if sampling.top_h is not None:
-        token_ids = _top_h(scores, sampling.top_h)
-        scores = scores[token_ids]
-    if 0 < sampling.top_k < len(scores):
-        # As in transformers, tokens that tie with the k-th likeliest stay too.
-        last = len(scores) - sampling.top_k
-        chosen = np.flatnonzero(scores >= np.partition(scores, last)[last])
-        token_ids, scores = token_ids[chosen], scores[chosen]
-    probabilities = _softmax(scores)
-    for chosen in _cut(probabilities, sampling):
-        token_ids, scores = token_ids[chosen], scores[chosen]
-        probabilities = probabilities[chosen]
-    for warper in _entropy_warpers(sampling):
-        chosen = warper(scores)
-        token_ids, scores = token_ids[chosen], scores[chosen]
-        probabilities = _softmax(scores)
-    return Candidates(token_ids, probabilities.astype(np.float64))
 
 
 # ------------------------------------------------------------------ biases and penalties
@@ -246,97 +195,3 @@ def _continuations(text: TokenIds, history: TokenIds, size: int) -> TokenIds:
     for back in range(1, size):
         ends = ends[text[ends - back] == history[-back]]
     return text[ends]
-
-
-# ------------------------------------------------------------------ warpers
-
-
-def _scaled(scores: FloatRow, temperature: float) -> FloatRow:
-    with np.errstate(over="ignore"):
-        scaled: FloatRow = scores / np.float32(temperature)
-        if np.isposinf(scaled).any():  # the largest becomes 0, and what overflows -inf
-            scaled = (scores - scores.max()) / np.float32(temperature)
-    return scaled
-
-
-def _softmax(scores: FloatRow) -> FloatRow:
-    probabilities: FloatRow = torch.softmax(torch.from_numpy(scores), dim=0).numpy()
-    return probabilities
-
-
-def _cut(probabilities: FloatRow, sampling: Sampling) -> Iterable[Indices]:
-    """Yield the indices that top-p leaves, then those of them that min-p leaves."""
-    if sampling.top_p < 1:
-        chosen = _nucleus(probabilities, sampling.top_p)
-        yield chosen
-        probabilities = probabilities[chosen]
-    if sampling.min_p > 0:
-        with np.errstate(under="ignore"):
-            least = np.float32(sampling.min_p) * probabilities.max()
-        yield np.flatnonzero(probabilities >= least)
-
-
-def _nucleus(probabilities: FloatRow, top_p: float) -> Indices:
-    """Return the indices of the likeliest tokens that together reach `top_p`; at least one."""
-    # Tokens below this make up less than 1 - top_p, even all together.
-    least = min((1 - top_p) / len(probabilities), float(probabilities.max()))
-    indices = np.flatnonzero(probabilities >= np.float32(least))
-    values = np.sort(probabilities[indices])[::-1]
-    before = np.cumsum(values, dtype=np.float64) - values
-    count = max(1, int(np.searchsorted(before, top_p)))
-    lowest = values[count - 1]
-    above = np.flatnonzero(probabilities > lowest)
-    equal = np.flatnonzero(probabilities == lowest)[: count - len(above)]
-    return np.sort(np.concatenate([above, equal]))
-
-
-def _top_h(scores: FloatRow, top_h: float) -> Indices:
-    """Return the likeliest tokens whose entropy is within a share of that of the likeliest 100."""
-    row = torch.from_numpy(scores)
-    top, indices = torch.topk(row, min(_TOP_H_TOKENS, len(scores)))
-    probabilities = torch.softmax(top, dim=0)
-    terms = -probabilities * torch.log(probabilities)  # NaN where a probability is 0
-    kept = torch.cumsum(terms, dim=0) <= torch.nansum(terms) * top_h
-    kept[0] = True
-    return np.sort(indices[kept].numpy())
-
-
-def _entropy_warpers(sampling: Sampling) -> list[Callable[[FloatRow], Indices]]:
-    """Return the functions from scores to the indices that stay, in their order."""
-    warpers: list[Callable[[FloatRow], Indices]] = []
-    if sampling.typical_p < 1:
-        warpers.append(lambda scores: _typical(scores, sampling.typical_p))
-    if sampling.epsilon_cutoff > 0:
-        warpers.append(lambda scores: _likelier(scores, sampling.epsilon_cutoff))
-    if sampling.eta_cutoff > 0:
-        warpers.append(lambda scores: _likelier(scores, _eta(scores, sampling.eta_cutoff)))
-    return warpers
-
-
-def _typical(scores: FloatRow, mass: float) -> Indices:
-    """Return the tokens whose information is closest to the entropy and that reach `mass`."""
-    logprobs, entropy = _logprobs_and_entropy(scores)
-    distance, order = torch.sort(torch.abs(-logprobs - entropy))
-    reached = torch.cumsum(torch.exp(logprobs[order]), dim=0)
-    last = min(int((reached < mass).sum()), len(order) - 1)
-    kept = distance <= distance[last]
-    kept[0] = True
-    return np.sort(order[kept].numpy())
-
-
-def _eta(scores: FloatRow, epsilon: float) -> float:
-    _, entropy = _logprobs_and_entropy(scores)
-    return min(epsilon, float(np.sqrt(epsilon) * np.exp(-float(entropy))))
-
-
-def _likelier(scores: FloatRow, least: float) -> Indices:
-    """Return the tokens of at least this probability, and the likeliest in any case."""
-    kept: Indices = np.flatnonzero(
-        (_softmax(scores) >= np.float32(least)) | (scores >= scores.max())
-    )
-    return kept
-
-
-def _logprobs_and_entropy(scores: FloatRow) -> tuple[torch.Tensor, torch.Tensor]:
-    logprobs = torch.log_softmax(torch.from_numpy(scores), dim=0)
-    return logprobs, -torch.nansum(logprobs * torch.exp(logprobs))

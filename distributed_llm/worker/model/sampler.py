@@ -1,6 +1,7 @@
 """Samples the next token: a pure function of logits, parameters, seed, position and history.
 
-`logits` says which tokens the parameters leave, with their probabilities; here one is drawn.
+`logits` and `candidates` say which tokens the parameters leave, with their probabilities; here one
+is drawn.
 
 The draw is an exponential race (the Gumbel-max trick in another form): candidate i arrives at time
 -log(u_i) / p_i for a uniform u_i, and is the first with probability p_i. It is run in two heats,
@@ -20,7 +21,8 @@ Everything but plain argmax is computed on the CPU, wherever the logits are.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -31,14 +33,8 @@ from torch import Tensor
 from distributed_llm.common.errors import DistributedLLMError, InvalidRequest, StageError
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.worker.kv.segments import TokenIds
-from distributed_llm.worker.model.logits import (
-    Candidates,
-    FloatRow,
-    Mask,
-    candidates,
-    is_plain_argmax,
-    process,
-)
+from distributed_llm.worker.model.candidates import Candidates, candidates, scaled_rows
+from distributed_llm.worker.model.logits import FloatRow, Mask, changes, process
 
 logger = logging.getLogger(__name__)
 
@@ -96,41 +92,46 @@ def sample(
         RowsFailed: `InvalidRequest` for rows whose parameters allow no token; else a bug.
     """
     masks = masks or [None] * len(samplings)
-    rows = [
-        row
-        for row, sampling in enumerate(samplings)
-        if masks[row] is not None or not is_plain_argmax(sampling, positions[row])
-    ]
+    changed = [changes(*row) for row in zip(samplings, positions, masks, strict=True)]
+    rows = [row for row, s in enumerate(samplings) if changed[row] or not s.is_greedy]
     if len(rows) < len(samplings):
-        # argmax of bfloat16 takes torch five times as long as argmax of float32.
-        token_ids = logits.float().argmax(dim=-1).to("cpu", torch.int32)
+        token_ids = _argmax(logits.float())
     else:
         token_ids = torch.empty(len(samplings), dtype=torch.int32)
     if rows:
-        scores = logits[rows].to("cpu", torch.float32).numpy()
+        scores = _rows(logits, rows).to("cpu", torch.float32)
+        if any(changed) and scores is logits:
+            scores = scores.clone()
         sampled = _sample_rows(scores, rows, samplings, positions, histories, masks)
         token_ids[rows] = torch.tensor(sampled, dtype=torch.int32)
     return token_ids
 
 
-def log_probabilities(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def log_probabilities(
+    logits: Tensor, token_ids: Tensor, count: int, rows: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the sampled and of the likeliest tokens, without any processing.
 
     Args:
         logits: [n, vocab_size].
-        token_ids: int32 [n], the sampled tokens.
+        token_ids: int32 [n], the sampled tokens, on the CPU.
         count: of likeliest tokens; at most the vocabulary is returned.
+        rows: those that are computed; the others are filled with zeros.
 
     Returns:
         Natural logarithms, at least -1e9, float32 [n, 1 + count], and the token ids that they
         belong to, int32 of the same shape, both on the CPU. The sampled token comes first, then the
         likeliest, best first.
     """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    picked = token_ids.to(logprobs.device, torch.int64)[:, None]
+    logprobs = torch.log_softmax(_rows(logits, rows).float(), dim=-1)
+    picked = token_ids[list(rows)].to(logprobs.device, torch.int64)[:, None]
     likeliest = _largest(logprobs, min(count, logprobs.shape[-1]))
     ids = torch.cat([picked, likeliest], dim=-1)
-    return logprobs.gather(-1, ids).clamp(min=_LEAST_LOGPROB).cpu(), ids.to("cpu", torch.int32)
+    every_value = torch.zeros(len(logits), ids.shape[-1])
+    every_value[rows] = logprobs.gather(-1, ids).clamp(min=_LEAST_LOGPROB).cpu()
+    every_id = torch.zeros(every_value.shape, dtype=torch.int32)
+    every_id[rows] = ids.to("cpu", torch.int32)
+    return every_value, every_id
 
 
 def race(probabilities: npt.NDArray[np.float64], uniform: npt.NDArray[np.float64]) -> int:
@@ -152,7 +153,11 @@ def draw(choice: Candidates, seed: int, position: int) -> int:
     key = np.array([seed, position], dtype=np.uint64)
     token_ids, probabilities = choice.token_ids, choice.probabilities
     groups = int(token_ids[-1]) // _GROUP + 1
-    borders = np.searchsorted(token_ids, np.arange(groups + 1) * _GROUP)
+    borders = np.arange(groups + 1) * _GROUP
+    if token_ids[-1] >= len(token_ids):  # some are missing
+        borders = np.searchsorted(token_ids, borders)
+    else:
+        borders[-1] = len(token_ids)
     sums = np.add.reduceat(probabilities, borders[:-1])
     sums[borders[1:] == borders[:-1]] = 0.0  # no candidates; reduceat gives a neighbour there
     winner = race(sums, _uniform(key, 0, groups))
@@ -162,43 +167,96 @@ def draw(choice: Candidates, seed: int, position: int) -> int:
     return int(token_ids[group][race(probabilities[group], numbers)])
 
 
+def _argmax(logits: Tensor) -> Tensor:
+    """Return the index of the largest of each row, int32 [n], on the CPU.
+
+    On a CPU numpy finds it in less than a tenth of the time that torch takes.
+    """
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(axis=-1)).to(torch.int32)
+    return logits.argmax(dim=-1).to("cpu", torch.int32)
+
+
+class _Failures:
+    """Rows for which no token can be sampled, and why."""
+
+    def __init__(self) -> None:
+        self._by_row: dict[int, DistributedLLMError] = {}
+
+    @contextmanager
+    def of(self, row: int) -> Iterator[None]:
+        """Keep what is raised meanwhile as the failure of this row."""
+        try:
+            yield
+        except InvalidRequest as exc:
+            self._by_row[row] = exc
+        except Exception as exc:  # a bug here; the other rows have no part in it
+            logger.exception("sampling failed")
+            why = f"Sampling failed: {type(exc).__name__}: {exc}"[:500]
+            self._by_row[row] = StageError(f"{why}. Please report it.")
+
+    def check(self) -> None:
+        """Raise `RowsFailed` if there are any."""
+        if self._by_row:
+            first = next(iter(self._by_row.values()))
+            raise RowsFailed(
+                tuple(row for row, error in self._by_row.items() if error.code == first.code), first
+            )
+
+
 def _sample_rows(
-    scores: FloatRow,
+    scores: Tensor,
     rows: Sequence[int],
     samplings: Sequence[Sampling],
     positions: Sequence[int],
     histories: Sequence[TokenIds],
     masks: Sequence[Mask | None],
 ) -> list[int]:
-    token_ids: list[int] = []
-    failures: dict[int, DistributedLLMError] = {}
-    for row, own in zip(rows, scores, strict=True):
-        try:
+    """Return a token for each row.
+
+    Args:
+        scores: logits, float32 [n, vocab_size] on the CPU; changed where parameters change them.
+        rows: the indices in the other arguments that these have.
+        samplings: parameters; this and all that follow are by index.
+        positions: of the sampled tokens.
+        histories: the tokens before them.
+        masks: which tokens may be sampled; None: all.
+    """
+    token_ids: dict[int, int] = {}
+    drawn: list[tuple[int, int]] = []
+    failures = _Failures()
+    for place, (row, own) in enumerate(zip(rows, scores.numpy(), strict=True)):
+        with failures.of(row):
             process(own, samplings[row], positions[row], histories[row], masks[row])
-            token_ids.append(_pick(own, samplings[row], positions[row]))
-        except InvalidRequest as exc:
-            failures[row] = exc
-        except Exception as exc:  # a bug here; the other rows have no part in it
-            logger.exception("sampling failed")
-            why = f"Sampling failed: {type(exc).__name__}: {exc}"[:500]
-            failures[row] = StageError(f"{why}. Please report it.")
-    if failures:
-        first = next(iter(failures.values()))
-        alike = tuple(row for row, error in failures.items() if error.code == first.code)
-        raise RowsFailed(alike, first)
-    return token_ids
+            token_ids[row] = _best(own, positions[row])
+            if not samplings[row].is_greedy:
+                drawn.append((place, row))
+    failures.check()
+    if drawn:
+        chosen = _rows(scores, [place for place, _ in drawn])
+        scaled = scaled_rows(chosen, [samplings[row] for _, row in drawn])
+        for (_, row), own_scaled in zip(drawn, scaled, strict=True):
+            with failures.of(row):
+                token_ids[row] = draw(candidates(own_scaled), samplings[row].seed, positions[row])
+        failures.check()
+    return [token_ids[row] for row in rows]
 
 
-def _pick(scores: FloatRow, sampling: Sampling, position: int) -> int:
+def _rows(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return these rows, in ascending order; the tensor itself if these are all."""
+    if len(rows) == len(values):
+        return values
+    return values.index_select(0, torch.tensor(rows, device=values.device))
+
+
+def _best(scores: FloatRow, position: int) -> int:
     best = int(scores.argmax())
     if scores[best] == -np.inf:
         raise InvalidRequest(
             f"After {position} tokens no token is left that the generation parameters allow. Relax "
             "no_repeat_ngram_size, bad_words_ids, suppress_tokens, min_new_tokens or the grammar."
         )
-    if sampling.is_greedy:
-        return best
-    return draw(candidates(scores, sampling), sampling.seed, position)
+    return best
 
 
 def _uniform(key: npt.NDArray[np.uint64], place: int, count: int) -> npt.NDArray[np.float64]:

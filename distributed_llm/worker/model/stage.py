@@ -11,6 +11,7 @@ from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
@@ -50,8 +51,8 @@ class StageOutput:
             other stages.
         logprobs: float32 [sequences that sample, 1 + k] on the CPU: natural logarithms of the
             model's probabilities, before sampling parameters apply, for the sampled token and the k
-            likeliest ones, best first. k is the largest number that any of the sequences asked for.
-            None if none of them asked.
+            likeliest ones, best first. k is the largest number that any of the sequences asked for;
+            0.0 for sequences that did not ask. None if none of them asked.
         logprob_ids: int32, of the same shape: the tokens that these belong to.
         sums: float32 [sequences that embed, hidden_size] on the CPU, in the order of the task: of
             the model's last hidden states, after its final norm. None if no sequence embeds.
@@ -103,6 +104,7 @@ class Stage:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        quantize: Quantize = "none",
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
@@ -114,6 +116,7 @@ class Stage:
             layers: to load.
             device: to compute on.
             dtype: of weights, KV cache and computation.
+            quantize: what floating-point matrices of layers become.
             donor: a stage of the same checkpoint, whose modules are shared instead of read again.
                 It may run in another thread meanwhile. Afterwards the two may run in turns, and
                 either may be dropped.
@@ -132,6 +135,7 @@ class Stage:
             layers,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             donor=donor,
             locate=locate,
             on_read=on_read,
@@ -154,6 +158,7 @@ class Stage:
         *,
         device: torch.device,
         dtype: torch.dtype,
+        quantize: Quantize = "none",
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
@@ -166,6 +171,7 @@ class Stage:
             layers,
             device=device,
             dtype=dtype,
+            quantize=quantize,
             donor=donor._held if donor else None,
             locate=locate,
             on_read=on_read,
@@ -427,6 +433,7 @@ class Stage:
     def _sample(
         self, ends: Sequence[PackedSlice], logits: Tensor, masks: Sequence[Mask | None]
     ) -> StageOutput:
+        logits = logits.float()  # once, for all that follows
         samplings = [self._samplings[s.sequence_id] for s in ends]
         positions = [s.start + s.num_tokens for s in ends]
         histories = [self._cache.tokens(s.sequence_id, s.start + s.num_tokens) for s in ends]
@@ -435,10 +442,12 @@ class Stage:
         except RowsFailed as exc:
             named = [ends[row].sequence_id for row in exc.rows]
             raise SequencesFailed(named, exc.error) from exc
-        asked = [s.logprobs for s in samplings if s.logprobs is not None]
-        if not asked:
+        counts = {row: s.logprobs for row, s in enumerate(samplings) if s.logprobs is not None}
+        if not counts:
             return StageOutput(token_ids=token_ids)
-        logprobs, logprob_ids = log_probabilities(logits, token_ids, max(asked))
+        logprobs, logprob_ids = log_probabilities(
+            logits, token_ids, max(counts.values()), list(counts)
+        )
         return StageOutput(token_ids=token_ids, logprobs=logprobs, logprob_ids=logprob_ids)
 
     def _check_finite(self, values: Tensor, slices: Sequence[PackedSlice], what: str) -> None:

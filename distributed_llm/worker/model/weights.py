@@ -17,7 +17,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
-from distributed_llm.common.gguf_types import is_gguf_config
+from distributed_llm.common.gguf_types import GGUF_METHOD
+from distributed_llm.common.schemes.reading import check_method
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
@@ -26,6 +27,7 @@ from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.layer_loading import ModelLoader
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
+from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
 from distributed_llm.worker.model.tensor_files import Locate, TensorReader
 
@@ -212,11 +214,12 @@ class WeightNames:
     def __init__(self, checkpoint: Checkpoint, whole: PreTrainedModel, path: str) -> None:
         self._checkpoint = checkpoint
         self._path = path
-        self._gguf = GgufNames(whole, checkpoint) if is_gguf_config(checkpoint.config) else None
+        in_gguf = check_method(checkpoint.config) == GGUF_METHOD
+        self._gguf = GgufNames(whole, checkpoint) if in_gguf else None
 
     def target(self, name: str) -> Target | None:
-        """Return what becomes of a weight of GGUF files, else None."""
-        return self._gguf.target(name) if self._gguf else None
+        """Return what becomes of a weight of GGUF files, or of MLX's experts, else None."""
+        return self._gguf.target(name) if self._gguf else mlx_target(name)
 
     def name(self, name: str, target: Target | None) -> str:
         """Return the name of a weight for transformers' loader, with 0 for its layer's number."""

@@ -3,7 +3,7 @@
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights, packed_nbytes
 from distributed_llm.worker.model.kernels.packed import (
     PackedLinear,
-    is_packable,
+    fastest_linear,
     kernels_for,
     pack_linear_layers,
 )
@@ -11,7 +11,7 @@ from distributed_llm.worker.model.kernels.packed import (
 __all__ = [
     "OpaqueWeights",
     "PackedLinear",
-    "is_packable",
+    "fastest_linear",
     "kernels_for",
     "pack_linear_layers",
     "packed_nbytes",

@@ -64,13 +64,14 @@ class PackedLinear(OpaqueWeights):
         return output
 
 
-def is_packable(weight: Tensor) -> bool:
-    """Return whether products with a weight [out_features, in_features] are faster if packed."""
-    return (
-        weight.device.type == "cpu"
-        and weight.numel() >= _SMALLEST_PACKED
-        and _packing_helps(weight.dtype)
-    )
+def fastest_linear(linear: nn.Linear) -> nn.Module:
+    """Return a layer that computes what `linear` does, the fastest one on this machine.
+
+    That may be `linear` itself; if not, its weight is not needed any more.
+    """
+    weight = linear.weight
+    worth_it = weight.device.type == "cpu" and weight.numel() >= _SMALLEST_PACKED
+    return PackedLinear(linear) if worth_it and _packing_helps(weight.dtype) else linear
 
 
 def pack_linear_layers(model: nn.Module) -> None:
@@ -85,11 +86,9 @@ def pack_linear_layers(model: nn.Module) -> None:
     ]  # a list of the modules themselves would keep all of them in memory
     for name in names:
         module = model.get_submodule(name)
-        if type(module) is not nn.Linear or id(module.weight) in shared:
-            continue
-        if is_packable(module.weight):
+        if type(module) is nn.Linear and id(module.weight) not in shared:
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, PackedLinear(module))
+            setattr(model.get_submodule(parent), attribute, fastest_linear(module))
 
 
 @contextmanager

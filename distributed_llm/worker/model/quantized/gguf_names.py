@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import (
     TENSOR_PROCESSORS,
+    Qwen2MoeTensorProcessor,
     TensorProcessor,
     get_gguf_hf_weights_map,
 )
@@ -27,6 +28,9 @@ from distributed_llm.common.errors import UnsupportedModel
 
 _EXPERTS = re.compile(r"(?P<name>blk\.\d+\.ffn_(?P<part>gate|up|down)_exps)\.weight")
 _LAYER = re.compile(r"^blk\.\d+\.")
+_AS_OTHERS = {"gemma": "gemma2"}
+"""Architectures whose values are changed like those of others that transformers has a table for."""
+
 _PROBED_COLUMNS = 2
 
 
@@ -72,8 +76,9 @@ class GgufNames:
     def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         self._model = model
         self._checkpoint = checkpoint
-        architecture = str(checkpoint.config["quantization_config"]["architecture"])
-        kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._architecture = str(checkpoint.config["quantization_config"]["architecture"])
+        known = _AS_OTHERS.get(self._architecture, self._architecture)
+        kind: Any = TENSOR_PROCESSORS.get(known, TensorProcessor)
         self._processor = kind(config=model.config.to_dict())
         self._targets: dict[tuple[str, tuple[int, ...]], Target] = {}
 
@@ -110,7 +115,9 @@ class GgufNames:
     @cached_property
     def _parameters(self) -> Mapping[str, str]:
         """The parameters of the model by the names in GGUF files."""
-        found: dict[str, str] = get_gguf_hf_weights_map(self._model, self._processor)
+        has_experts = any(_EXPERTS.fullmatch(name) for name in self._checkpoint.tensors)
+        namer: Any = Qwen2MoeTensorProcessor() if has_experts else self._processor
+        found: dict[str, str] = get_gguf_hf_weights_map(self._model, namer, self._architecture)
         return found
 
     def _probe(self, name: str, shape: tuple[int, ...]) -> Target:

@@ -1,0 +1,44 @@
+"""Whole models from quantized files, split in two, against the same numbers in transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.messages import SequenceSlice
+from distributed_llm.common.sampling_params import Sampling
+from distributed_llm.common.types import SequenceId
+from tests.model.driver import load_stages
+from tests.quantized_checkpoints import KINDS, make_quantized
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79, 32, 38]
+EXACT, ROUNDED = 0.05, 0.3
+"""How far log-probabilities may be from those of transformers: kernels round what they compute
+with, and what no form holds is rounded before."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_split_model_answers(kind: str, tmp_path: Path) -> None:
+    quantized, plain = make_quantized(tmp_path, kind)
+    checkpoint = open_checkpoint(quantized)
+    schemes = [(w.scheme, w.shape) for w in checkpoint.weights.values() if w.scheme]
+    exact = all(scheme.is_exact(shape) for scheme, shape in schemes)
+    stages = load_stages(checkpoint, [1, 1])
+    asked = SequenceSlice(
+        sequence_id=SequenceId(0),
+        start=0,
+        num_tokens=len(PROMPT),
+        sample=True,
+        sampling=Sampling(logprobs=20),
+    )
+    hidden = stages[0].run([asked], torch.tensor(PROMPT, dtype=torch.int32), None).hidden_states
+    output = stages[1].run([asked], torch.tensor(PROMPT, dtype=torch.int32), hidden)
+    assert output.logprobs is not None
+    assert output.logprob_ids is not None
+    whole = AutoModelForCausalLM.from_pretrained(plain)
+    with torch.inference_mode():
+        expected = whole(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
+    found = output.logprobs[0] - expected[output.logprob_ids[0].long()]
+    assert found.abs().max() < (EXACT if exact else ROUNDED)
