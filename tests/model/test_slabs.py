@@ -72,7 +72,7 @@ def no_addresses(*_: object, **__: object) -> mmap.mmap:
 @pytest.mark.parametrize(
     "take_away",
     [
-        lambda patch, folder: patch.setattr(slabs.mmap, "mmap", no_addresses),
+        lambda patch, folder: patch.setattr(mmap, "mmap", no_addresses),
         lambda patch, folder: patch.setattr(slabs, "_OVERCOMMIT", folder / "strict"),
     ],
 )
