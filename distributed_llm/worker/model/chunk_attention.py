@@ -20,7 +20,7 @@ from distributed_llm.worker.model.partial_attention import Partial, fused, merge
 _BLOCK = 128
 """Queries for which a mask is made."""
 
-_MAX_SCORES = 2**24
+_MAX_SCORES = 2**22
 """Scores that are computed at once where no fused kernel takes them."""
 
 
