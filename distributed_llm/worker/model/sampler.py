@@ -127,7 +127,7 @@ def log_probabilities(
     picked = token_ids[list(rows)].to(logprobs.device, torch.int64)[:, None]
     likeliest = _largest(logprobs, min(count, logprobs.shape[-1]))
     ids = torch.cat([picked, likeliest], dim=-1)
-    every_value = torch.zeros(len(logits), ids.shape[-1])
+    every_value = torch.zeros(len(logits), ids.shape[-1], dtype=torch.float32)
     every_value[rows] = logprobs.gather(-1, ids).clamp(min=_LEAST_LOGPROB).cpu()
     every_id = torch.zeros(every_value.shape, dtype=torch.int32)
     every_id[rows] = ids.to("cpu", torch.int32)
