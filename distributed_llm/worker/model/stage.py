@@ -89,6 +89,7 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers))
+        self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
         self._forward = Forward(stage_model, checkpoint.num_layers, device, dtype)
@@ -381,7 +382,10 @@ class Stage:
             self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
             slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
             row = stop
-        return PackedStep(self._cache, self.layers.start, tuple(slices), [0] * len(self.layers))
+        appended = [0] * len(self.layers)
+        return PackedStep(
+            self._cache, self.layers.start, tuple(slices), appended, self._coarse_layers
+        )
 
     def _compute(
         self,
