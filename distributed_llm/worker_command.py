@@ -27,7 +27,7 @@ PeerBind = Annotated[
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, mps.", show_default="auto")]
 Threads = Annotated[
     int | None,
-    typer.Option(help="CPU threads; 0 is one per core that is worth it.", show_default="0"),
+    typer.Option(help="CPU threads; 0: as the cores are.", show_default="0"),
 ]
 MaxMemory = Annotated[
     str | None,

@@ -337,7 +337,7 @@ class WorkerSettings(_Section):
         default=0,
         ge=0,
         le=4096,
-        description="CPU threads to compute with; 0: as many as there are cores for it.",
+        description="CPU threads to compute with; 0: as the cores are.",
     )
     max_memory: Size = Field(
         default=None,

@@ -4,8 +4,8 @@ Where every stage has a machine of its own, about as many as there are stages ke
 Where stages share a machine, more steps than machines would compute on the same cores, where they
 take as long together as one after the other and make each other's threads wait; so no more are
 begun, unless steps spend so long between the machines that these would have nothing to do.
-`DepthEstimator` predicts which depth is best by measured times. Asking it costs more than everything else about a step, so
-its predictions are kept until enough has changed.
+`DepthEstimator` predicts which depth is best by measured times. Asking it costs more than
+everything else about a step, so its predictions are kept until enough has changed.
 """
 
 from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
