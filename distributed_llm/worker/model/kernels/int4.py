@@ -49,9 +49,7 @@ class Int4Rows:
         return [self._codes, self._scales, self._offsets]
 
     def _product(self, states: Tensor) -> Tensor:
-        return product_in_blocks(
-            states, self._shape, lambda start, stop: self._block(start, stop).to(states.dtype)
-        )
+        return product_in_blocks(states, self._shape, self._block)
 
     def _block(self, start: int, stop: int) -> Tensor:
         packed = self._codes[start:stop]
@@ -115,22 +113,26 @@ class Int4Pack:
         blocks = self._codes.view(torch.uint8).view(-1, self._in_features, block // 2)
         step = max(1, _UNPACKED_ELEMENTS // (self._in_features * block // 2))
         output = states.new_empty(states.shape[0], len(blocks) * block)
+        channels = step * block  # unpacked into the same memory: fresh memory costs time
+        values = torch.empty(self._in_features * channels // 2)
+        memory = torch.empty(self._in_features * channels, dtype=dtype)
         for start in range(0, len(blocks), step):
             packed = blocks[start : start + step]
             stop = start + len(packed)
-            weight = self._weight(packed, slice(start * block, stop * block), dtype)
+            weight = self._weight(packed, slice(start * block, stop * block), values, memory)
             output[:, start * block : stop * block] = states @ weight
         return output[:, : self._out_features]
 
-    def _weight(self, packed: Tensor, channels: slice, dtype: torch.dtype) -> Tensor:
-        """Return the weight [in_features, channels] of some blocks of codes."""
+    def _weight(self, packed: Tensor, channels: slice, space: Tensor, memory: Tensor) -> Tensor:
+        """Return the weight [in_features, channels] of some blocks of codes, in `memory`."""
         count, inputs, half = packed.shape
         pairs = self._pairs[:, channels].float().view(self._groups, count, 2, half, 2)
         scales = pairs[..., 0].contiguous()
         offsets = pairs[..., 1] - scales * _MIDDLE
-        weight = torch.empty(inputs, count, 2, half, dtype=dtype)
+        values = space[: packed.numel()].view(count, self._groups, self._group, half)
+        weight = memory[: 2 * packed.numel()].view(inputs, count, 2, half)
         for side, codes in enumerate((packed & 15, packed >> 4)):
-            values = codes.float().view(count, self._groups, self._group, half)
+            values.copy_(codes.view(values.shape))
             # [groups, count, half] -> [count, groups, 1, half], as the values are
             scale = scales[:, :, side].transpose(0, 1)[:, :, None]
             offset = offsets[:, :, side].transpose(0, 1)[:, :, None]

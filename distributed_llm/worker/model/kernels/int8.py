@@ -50,7 +50,7 @@ class Int8Rows:
         output = product_in_blocks(
             states.to(dtype),
             (channels, inputs),
-            lambda start, stop: self._codes[start:stop].to(dtype),
+            lambda start, stop: self._codes[start:stop],
         )
         return output * self._scales
 

@@ -13,6 +13,9 @@ Kernel = Callable[[Tensor], Tensor]
 _BLOCK_ELEMENTS = 2**20
 """Numbers of a weight that are converted at a time: they stay in the caches until they are used."""
 
+_FEWEST_COLUMNS = 8
+"""Rows of states from which on they are faster as the columns of a matrix on the right."""
+
 
 class Layout(Protocol):
     """A weight [out_features, in_features] that is held once, whichever kernel reads it."""
@@ -29,24 +32,33 @@ class Layout(Protocol):
 
 
 def product_in_blocks(
-    states: Tensor,
-    shape: tuple[int, int],
-    block_of: Callable[[int, int], Tensor],
+    states: Tensor, shape: tuple[int, int], stored: Callable[[int, int], Tensor]
 ) -> Tensor:
-    """Return states @ weight.T for a weight of which a block of channels at a time is at hand.
+    """Return states @ weight.T for a weight of which a block of channels is converted at a time.
+
+    Blocks stand on the left, because MKL takes twice as long with 16 rows on the left; with 4, it
+    is the other way round. All are converted into the same memory: fresh memory costs as much as
+    the product with a few rows.
 
     Args:
         states: [rows, in_features].
         shape: [out_features, in_features] of the weight.
-        block_of: returns channels [start, stop) of it, in the dtype of `states`.
+        stored: returns channels [start, stop) of it, in any dtype.
     """
     channels, inputs = shape
-    step = max(1, _BLOCK_ELEMENTS // inputs)
-    output = states.new_empty(states.shape[0], channels)
+    step = min(channels, max(1, _BLOCK_ELEMENTS // inputs))
+    block = states.new_empty(step, inputs)
+    few = states.shape[0] < _FEWEST_COLUMNS
+    right = states.t().contiguous()
+    output = states.new_empty(channels, states.shape[0])
     for start in range(0, channels, step):
         stop = min(start + step, channels)
-        output[:, start:stop] = F.linear(states, block_of(start, stop))
-    return output
+        left = block[: stop - start].copy_(stored(start, stop))
+        if few:
+            output[start:stop] = F.linear(states, left).t()
+        else:
+            torch.mm(left, right, out=output[start:stop])
+    return output.t().contiguous()
 
 
 def largest(states: Tensor) -> Tensor:

@@ -145,7 +145,7 @@ class RowLinear(FloatLinear):
         output = product_in_blocks(
             states.float(),
             (self.out_features, self.in_features),
-            lambda start, stop: self.weight[start:stop].float(),
+            lambda start, stop: self.weight[start:stop],
         )
         return (output if self.bias is None else output + self.bias).to(states.dtype)
 
