@@ -16,7 +16,6 @@ from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest
-from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.failures import (
@@ -280,8 +279,8 @@ class Stage:
         self._samplings.clear()
         self._released.clear()
 
-    def memory(self) -> list[Tensor | KVBuffers]:
-        """Return all that holds weights and KV cache, so that they can be freed one by one.
+    def memory(self) -> list[object]:
+        """Return what holds weights and KV cache, so that they can be freed one by one.
 
         Freeing a gigabyte at once takes as long as several steps.
         """
