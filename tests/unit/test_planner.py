@@ -235,7 +235,7 @@ def test_weights_keep_the_most_bits_that_fit(
     made = planner(strategy=strategy, smaller=SMALLER, may_shrink=True)
     here = machines({"a": memory, "b": memory})
     if quantize is None:
-        with pytest.raises(NotEnoughMemory, match="weights 2.5 KiB"):
+        with pytest.raises(NotEnoughMemory, match=r"weights 2\.5 KiB|which take 1\.6 KiB"):
             made.plans(here)
         return
     for plan in (*made.plans(here), made.plan(here)):
