@@ -9,7 +9,7 @@ Only modules that transformers lets other functions compute (`use_experts_implem
 replaced, because these say how their stacks lie. All others stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from distributed_llm.worker.model.quantized.linear import QuantLinear
 
 _TOLD = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
 """What a module says of itself if other functions may compute for it."""
+
+
+_Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class PackedExperts(nn.Module):
         self.gating: Any = gating
         self.up = nn.ModuleList(up)
         self.down = nn.ModuleList(down)
+        # Called by themselves, without hooks: that and the lookup take as long as small products.
+        self._up = [layer.forward for layer in up]
+        self._down = [layer.forward for layer in down]
         self._fewest_rows = max(getattr(layer, "fewest_rows", 1) for layer in (up[0], down[0]))
 
     @classmethod
@@ -114,17 +120,13 @@ class PackedExperts(nn.Module):
         groups = grouped_rows(top_k_index.reshape(-1).tolist(), self._fewest_rows)
         device, gating = hidden_states.device, self.gating
         states = hidden_states[torch.tensor(groups.rows, device=device) // k]
-        states = self._products(self.up, groups, states)
+        states = _products(self._up, groups, states)
         states = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
-        states = self._products(self.down, groups, states)
+        states = _products(self._down, groups, states)
         if gating.has_post_expert_norm:
             states = gating.post_expert_norm(states)
         outputs = states[torch.tensor(groups.places, device=device)].view(tokens, k, -1)
         return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
-
-    def _products(self, layers: nn.ModuleList, groups: "RowGroups", states: Tensor) -> Tensor:
-        parts = zip(groups.experts, states.split_with_sizes(groups.sizes), strict=True)
-        return torch.cat([layers[expert](own) for expert, own in parts])
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,11 @@ def grouped_rows(chosen: Sequence[int], fewest: int) -> RowGroups:
         groups.rows.extend(own + again)
         groups.sizes.append(len(own) + len(again))
     return groups
+
+
+def _products(layers: Sequence[_Product], groups: RowGroups, states: Tensor) -> Tensor:
+    parts = zip(groups.experts, states.split_with_sizes(groups.sizes), strict=True)
+    return torch.cat([layers[expert](own) for expert, own in parts])
 
 
 def pack_experts(model: nn.Module) -> None:

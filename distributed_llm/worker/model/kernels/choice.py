@@ -1,6 +1,7 @@
 """Which order and which kernels a machine uses for the weights of a kind: pure values."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -56,7 +57,7 @@ class Choice:
 
 def class_of(rows: int) -> int:
     """Return the index of the class in `ROWS` that a number of rows belongs to."""
-    return next((i for i, most in enumerate(_MOST_ROWS) if rows <= most), len(_MOST_ROWS))
+    return bisect_left(_MOST_ROWS, rows)
 
 
 def size_of(elements: int) -> Size:

@@ -7,10 +7,11 @@ weight's dtype, it stays as it is, and is converted to float32 block by block. E
 once, so it takes no more memory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,8 @@ class FloatLinear(OpaqueWeights):
         if not rows:
             return states.new_empty(*states.shape[:-1], self.out_features)
         kernel: Kernel = getattr(self, self._chosen[class_of(rows)])
+        if states.dim() == 2:  # experts call often, with few rows: the rest takes as long as these
+            return kernel(states)
         output = kernel(states.reshape(rows, self.in_features))
         return output.view(*states.shape[:-1], self.out_features)
 
@@ -111,8 +114,7 @@ class PackedLinear(FloatLinear):
         return ordered
 
     def _product(self, states: Tensor) -> Tensor:
-        product = torch.ops.mkldnn._linear_pointwise.default
-        output: Tensor = product(states, self.weight, self.bias, "none", [], "")
+        output: Tensor = _onednn_product()(states, self.weight, self.bias, "none", [], "")
         return output
 
     def _padded(self, states: Tensor) -> Tensor:
@@ -120,6 +122,13 @@ class PackedLinear(FloatLinear):
         if rows >= _FEWEST_ROWS:
             return self._product(states)
         return self._product(states.repeat(_FEWEST_ROWS, 1))[:rows]
+
+
+@functools.cache
+def _onednn_product() -> Callable[..., Any]:
+    """Return oneDNN's product; finding it by its names takes as long as it with a small weight."""
+    product: Callable[..., Any] = torch.ops.mkldnn._linear_pointwise.default
+    return product
 
 
 class RowLinear(FloatLinear):
