@@ -48,7 +48,7 @@ def held_out_stories(count: int) -> list[Tensor]:
 
 def load_model(dtype: torch.dtype = torch.float32) -> Any:
     """Return the built-in model."""
-    return AutoModelForCausalLM.from_pretrained(_MODEL, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_pretrained(_MODEL, dtype=dtype).train(False)
 
 
 def with_integers(model: Any, form: WeightForm) -> Any:

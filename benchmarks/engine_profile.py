@@ -18,6 +18,8 @@ from benchmarks.common import fresh_prompts, print_table
 from benchmarks.engine_peer import StageEngine, load_stage
 from benchmarks.peers import THREADS
 from distributed_llm.worker.model import stage as stage_module
+from distributed_llm.worker.model.attention import ATTENTION_NAME
+from distributed_llm.worker.model.sampler import sample
 
 _PROMPT_TOKENS = 128
 _STEPS = 12
@@ -108,11 +110,11 @@ def _timing(stage: Any, clock: Clock) -> Iterator[None]:
         if part is not None:
             handles.append(module.register_forward_pre_hook(_begin(clock, part)))
             handles.append(module.register_forward_hook(lambda *_: clock.end()))
-    attention = model.config._attn_implementation
+    attention = ATTENTION_NAME
     timed = clock.around("attention", ALL_ATTENTION_FUNCTIONS[attention])
     with (
         patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {attention: timed}),
-        patch.object(stage_module, "sample", clock.around("sampling", stage_module.sample)),
+        patch.object(stage_module, "sample", clock.around("sampling", sample)),
     ):
         yield
     for handle in handles:

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-import llama_cpp
+import llama_cpp  # type: ignore[import-not-found] # it has a venv of its own
 import numpy as np
 
 _TYPES = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}
@@ -107,7 +107,7 @@ def serve(path: str, threads: int) -> None:
         print(json.dumps(engine.answer(prompts, asked["new_tokens"])), flush=True)
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(_level: int, _text: bytes, _data: object) -> None:
     """Print nothing of what llama.cpp tells."""
 

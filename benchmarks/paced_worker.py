@@ -91,7 +91,7 @@ class PacedEngine(Engine):
 
 
 def unremarkable(measured: Capabilities, slowdown: float) -> Capabilities:
-    """Return what was measured, but with speeds that are always the same.
+    """Return what was measured, but with speeds that are always the same, and cores of its own.
 
     Args:
         slowdown: by which the worker is going to divide them.
@@ -100,6 +100,7 @@ def unremarkable(measured: Capabilities, slowdown: float) -> Capabilities:
         measured,
         memory_bandwidth_bytes_per_s=BYTES_PER_S * slowdown,
         flops_per_s=FLOPS_PER_S * slowdown,
+        shares="",
     )
 
 

@@ -17,6 +17,8 @@ import sys
 import traceback
 from typing import Any
 
+from distributed_llm.common.waiting_threads import limit_active_waiting
+
 _MAX_ORDER_BYTES = 1 << 20
 
 _DESCRIPTORS = 4
@@ -26,8 +28,8 @@ _DESCRIPTORS = 4
 def main() -> None:
     """Serve orders until the other end of the socket is closed."""
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for our user, not for us
-    # As `dllm worker` sets it before torch is loaded; numpy's threads would not survive a fork.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    limit_active_waiting(os.environ)
+    # numpy's threads would not survive a fork.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()  # collecting among a million new objects takes a third of the time
     import distributed_llm.cli

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributed_llm.common.waiting_threads import limit_active_waiting
 from distributed_llm.options import Config, Coordinator, Insecure, options_as_words, settings_of
 from distributed_llm.serving_process import WithParent, start_process
 
@@ -24,7 +25,10 @@ PeerBind = Annotated[
     typer.Option(metavar="HOST:PORT", help="Address for other workers.", show_default="0.0.0.0:0"),
 ]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda:0, mps.", show_default="auto")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 is all cores.", show_default="0")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads; 0: as the cores are.", show_default="0"),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(help="For weights and KV cache, such as 6GiB.", show_default="what is free"),
@@ -166,9 +170,7 @@ def _say(text: str) -> None:
 
 
 def _work(settings: "Settings") -> None:
-    # Threads wait actively for the next product of a step, about 0.1 ms, but not for the next step:
-    # other workers may compute meanwhile. GNU's OpenMP reads it when torch loads it.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    limit_active_waiting(os.environ)
     # KV cache buffers of many sizes would leave holes in a GPU's memory that nothing fits into.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     gc.disable()  # collecting among a million new objects takes a third of the time of the imports

@@ -16,6 +16,7 @@ _STATE = tempfile.mkdtemp(prefix="dllm-state-")
 atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 os.environ["DLLM_STATE"] = _STATE  # keys of tests are not among those of whoever runs them
 os.environ["DLLM_CACHE"] = os.path.join(_STATE, "cache")  # and so it is with weights
+os.environ["DLLM_KERNELS"] = "usual"  # the same ones in every run: nothing is measured
 
 _OF_PROCESSES = ("tests/api/", "tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""

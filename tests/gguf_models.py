@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of
+from distributed_llm.common.gguf_files import TENSORS_NAME
+from distributed_llm.common.model_files import TensorInfo, read_json
+from distributed_llm.common.other_formats import CONFIG_NAME
+from distributed_llm.gguf_texts.texts import write_texts
 from tests.checkpoints import make_tokenizer
 
 ARCHITECTURES = {
@@ -203,3 +209,12 @@ def random_blocks(kind: str, count: int) -> np.ndarray:
     wide = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
     blocks[:, at : at + wide] = scales[:, :wide]
     return blocks
+
+
+def open_here(file: Path, texts: Path) -> Checkpoint:
+    """Return the model in a file; what a process of its own does otherwise is done here."""
+    texts.mkdir()
+    write_texts([file], texts)
+    content = (texts / TENSORS_NAME).read_bytes()
+    tensors = msgspec.json.decode(content, type=dict[str, TensorInfo])
+    return checkpoint_of(texts, read_json(texts / CONFIG_NAME), tensors, file.parent)

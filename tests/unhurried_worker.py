@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 from distributed_llm.common.cache_folder import CACHE_VARIABLE
 from distributed_llm.common.keyring import STATE_VARIABLE
+from distributed_llm.common.waiting_threads import limit_active_waiting
 
 
 @contextmanager
@@ -61,17 +62,21 @@ def unhurried_worker(
 def main() -> None:
     """Be the child process: run a verb of `dllm`, with an engine that waits after each task."""
     min_task_s = float(sys.argv.pop(1))
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `dllm worker`, before torch is loaded
+    limit_active_waiting(os.environ)  # as `dllm worker`, before torch is loaded
     gc.disable()  # likewise: among so many new objects it takes a fifth of the time
     from distributed_llm import __main__ as dllm
-    from distributed_llm.worker import service
+    from distributed_llm.worker import service, work
     from distributed_llm.worker.compute.engine import Engine
+    from distributed_llm.worker.cores import Cores
 
     class UnhurriedEngine(Engine):
         def _wait(self, computed_s: float) -> None:
             time.sleep(max(0.0, min_task_s - computed_s))
 
-    with patch.object(service, "Engine", UnhurriedEngine):
+    with (
+        patch.object(service, "Engine", UnhurriedEngine),
+        patch.object(work, "own_cores", lambda: Cores(1, "as told", "")),
+    ):
         dllm.main()
 
 

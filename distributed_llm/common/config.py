@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 # Read by the setup scripts; not an unknown setting when a `dllm` command finds it.
-_FOREIGN_VARIABLES = frozenset({"DLLM_TORCH_INDEX_URL", "DLLM_STATE", "DLLM_KEY", "DLLM_CACHE"})
+_FOREIGN_VARIABLES = frozenset(
+    {"DLLM_TORCH_INDEX_URL", "DLLM_STATE", "DLLM_KEY", "DLLM_CACHE", "DLLM_KERNELS"}
+)
 
 Key = tuple[str, str]
 """Section and name of a setting."""

@@ -46,7 +46,7 @@ def formats_of(checkpoint: Checkpoint, dtype: DtypeName, quantize: Quantize) -> 
     for weight in inside or weights:
         form, scheme = checkpoint.form_of(weight, quantize), weight.scheme
         nbytes = sum(part.nbytes for part in weight.parts.values())
-        files[scheme.label if scheme else _FLOATS.get(weight.parts[""].dtype, "")] += nbytes
+        files[scheme.label if scheme else _PLAIN.get(weight.parts[""].dtype, "")] += nbytes
         memory[str(form or dtype)] += nbytes
         if form is not None:
             own = scheme.form(weight.shape) if scheme else None
@@ -54,10 +54,15 @@ def formats_of(checkpoint: Checkpoint, dtype: DtypeName, quantize: Quantize) -> 
     return WeightFormats(_text(files), _text(memory), exact)
 
 
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PLAIN = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8", "F8_E5M2": "float8"},
+}
 
 
 def _text(names: Counter[str]) -> str:
     ranked = [name for name, _ in names.most_common() if name]
     shown: Iterable[str] = ranked[:_MAX_NAMED]
+    if not ranked:
+        return "integers"
     return list_text(shown) + (" and others" if len(ranked) > _MAX_NAMED else "")

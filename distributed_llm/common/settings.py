@@ -334,7 +334,10 @@ class WorkerSettings(_Section):
         default="auto", description="auto (the fastest there is), cpu, cuda, cuda:1, mps, xpu."
     )
     threads: Whole = Field(
-        default=0, ge=0, le=4096, description="CPU threads to compute with; 0: all cores."
+        default=0,
+        ge=0,
+        le=4096,
+        description="CPU threads to compute with; 0: as the cores are.",
     )
     max_memory: Size = Field(
         default=None,

@@ -8,7 +8,7 @@
   which its worker is reached.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +42,21 @@ Plan = tuple[PlannedStage, ...]
 
 @dataclass(frozen=True)
 class PipelineStage:
-    """A stage of a running pipeline: a worker, its connection and its layers."""
+    """A stage of a running pipeline: a worker, its connection and its layers.
+
+    Attributes:
+        shares: stands for the cores that the worker shares with others; empty: it shares none.
+    """
 
     peer: PeerId
     worker: WorkerId
     layers: LayerRange
+    shares: str = ""
+
+
+def num_machines(stages: Sequence[PipelineStage]) -> int:
+    """Return how many stages can compute at the same time without taking others' cores."""
+    return len({stage.shares or stage.worker for stage in stages})
 
 
 def kv_tokens_of(plan: Plan) -> int:

@@ -114,8 +114,8 @@ def _read(header: Header) -> dict[str, Any]:
     kind = _MODEL_TYPES[architecture]
     if architecture == "llama" and header.get("expert_count"):
         kind = "mixtral"
-    table = GGUF_CONFIG_MAPPING[_TABLES.get(kind, kind)]
-    content = {"model_type": kind, **GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
+    table: Any = GGUF_CONFIG_MAPPING[_TABLES.get(kind, kind)]
+    content: dict[str, Any] = {"model_type": kind, **GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
     for key, name in table.items():
         if name and name != "rope_theta" and (value := header.get(key)) is not None:
             content[name] = value

@@ -124,11 +124,12 @@ class _Reader(GGUFReader):
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, Any, Any, Any]:
         if raw_type != GGUFValueType.ARRAY:
             return super()._get_field_parts(orig_offs, raw_type)
-        kind, count = struct.unpack_from("<IQ", self.data, orig_offs)
+        content: Any = self.data
+        kind, count = struct.unpack_from("<IQ", content, orig_offs)
         size = struct.calcsize("<IQ")
         if kind == GGUFValueType.STRING:
             for _ in range(count):
-                size += 8 + struct.unpack_from("<Q", self.data, orig_offs + size)[0]
+                size += 8 + struct.unpack_from("<Q", content, orig_offs + size)[0]
         else:
             size += count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
         return size, [], [], [GGUFValueType.ARRAY]

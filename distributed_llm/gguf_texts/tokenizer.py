@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
@@ -14,13 +14,27 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.gguf_texts.header import Header
 
-_AS_GPT2 = frozenset(
-    {None, "gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jais", "mpt", "olmo", "default"}
-)
+_AS_GPT2 = frozenset({"gpt-2", "phi-2", "gigachat", "mellum", "jais", "olmo", "trillion"})
 """How text is cut before merges, where it is cut as for GPT-2: transformers' own way here."""
 
-_DIGITS = frozenset({"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone"})
+_DIGITS = frozenset(
+    {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"}
+)
 """Where it is cut so, too, but each digit stands for itself."""
+
+_AS_OTHERS = {"stablelm2": "qwen2"}
+"""Where it is cut as for other models."""
+
+_WHOLE_WORDS = frozenset(
+    {
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
+        *("lfm2", "jina-v5-nano", "tekken"),
+    }
+)
+"""Where words of the vocabulary stand for themselves, whatever the merges say, and texts begin with
+a special token unless the file says otherwise."""
+
+_SPACE = "\u2581"
 
 
 def write_tokenizer(header: Header, out: Path) -> None:
@@ -40,8 +54,14 @@ def write_tokenizer(header: Header, out: Path) -> None:
             f"has a tokenizer ({kind}) that cannot be read: {str(exc)[:300]}. Use a folder with "
             "the original model."
         ) from exc
-    if kind == "gpt2":
-        _cut_text(backend, content.get("pre_tokenizer_type"))
+    way = content.get("pre_tokenizer_type")
+    if kind == "gpt2" and architecture != "gpt2":
+        _cut_text(backend, way)
+    if kind == "gpt2" and way in _WHOLE_WORDS:
+        backend.model.ignore_merges = True
+        config.setdefault("add_bos_token", True)
+    if kind == "llama" and not architecture.startswith("gemma"):
+        _prepend_space(backend, wanted=content.get("add_prefix_space", True))
     made: Any = PreTrainedTokenizerFast
     made(tokenizer_object=backend, **config, **more).save_pretrained(out)
 
@@ -55,9 +75,37 @@ def _cut_text(backend: Tokenizer, way: str | None) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
+    elif way in _AS_OTHERS:
+        split = Regex(GGUF_PRE_TOKENIZER_SPLITS[_AS_OTHERS[way]])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(split, behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    elif way in (None, "default"):
+        raise UnsupportedModel(
+            "does not say how its tokenizer cuts text (tokenizer.ggml.pre): it was made by an old "
+            "version of llama.cpp, with which answers were worse. Use a newer file of the model."
+        )
     elif way not in _AS_GPT2 and way not in GGUF_PRE_TOKENIZER_SPLITS:
         raise UnsupportedModel(
             f"has a tokenizer that cuts text in a way that is not known ({way!r}), so that the "
             "model would read other tokens than those that it has learned. Use a folder with the "
             "original model."
         )
+
+
+def _prepend_space(backend: Tokenizer, *, wanted: bool) -> None:
+    """Make a tokenizer of sentencepiece's kind begin texts with a space, or not, as llama.cpp does.
+
+    What transformers makes of such a file adds none to a text that begins with one.
+    """
+    spaces = normalizers.Replace(" ", _SPACE)
+    before = [normalizers.Prepend(_SPACE)] if wanted else []
+    backend.normalizer = normalizers.Sequence([*before, spaces])
+    backend.pre_tokenizer = None
+    after = [decoders.Strip(" ", 1, 0)] if wanted else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -27,7 +26,9 @@ from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
 from distributed_llm.worker.compute.probe import measure
+from distributed_llm.worker.cores import own_cores
 from distributed_llm.worker.links import bind_for
+from distributed_llm.worker.model.kernels.kept_choices import settle
 from distributed_llm.worker.service import Worker
 
 logger = logging.getLogger(__name__)
@@ -53,20 +54,23 @@ async def work(settings: WorkerSettings) -> int:
         check_architecture(own_checkpoint(settings.model).config)
     addresses = await _addresses(settings)
     login = await _login(settings)
-    threads = settings.threads or os.cpu_count() or 1
-    measured = _measure(settings, threads)
+    cores = own_cores()
+    threads = settings.threads or cores.threads
+    # Who only looks slower would have cores of its own.
+    measured = _measure(settings, threads, cores.shares if settings.slowdown == 1 else "")
     capabilities = msgspec.structs.replace(
         measured,
         memory_bandwidth_bytes_per_s=measured.memory_bandwidth_bytes_per_s / settings.slowdown,
         flops_per_s=measured.flops_per_s / settings.slowdown,
     )
     logger.info(
-        "%s on %s: %s for weights and KV cache, reads %.1f GB/s, %s",
+        "%s on %s: %s for weights and KV cache, reads %.1f GB/s, %s (%s)",
         capabilities.device_name,
         capabilities.device,
         size_text(capabilities.memory_bytes),
         capabilities.memory_bandwidth_bytes_per_s / 1e9,
         count_text(threads, "thread"),
+        "as set" if settings.threads else cores.reason,
     )
     worker = Worker(
         settings.name or enrolled_name(settings.coordinator) or machine_name(),
@@ -138,14 +142,24 @@ async def _login(settings: WorkerSettings) -> Login | None:
     return await find_login(settings.coordinator, give_up_at)
 
 
-def _measure(settings: WorkerSettings, threads: int) -> Capabilities:
-    """Measure this machine in a thread that ends afterwards.
+def _measure(settings: WorkerSettings, threads: int, shares: str) -> Capabilities:
+    """Measure this machine, and at first start its kernels, in a thread that ends afterwards.
 
     Each thread that computes gets helper threads from OpenMP, which live as long as it does. If the
     main thread had helpers too, there would be more threads than cores, and GNU's OpenMP would let
     idle helpers sleep instead of spin: a decode step took 186 ms instead of 98.
     """
+
+    def all_of_it() -> Capabilities:
+        capabilities = measure(
+            settings.device,
+            threads=threads,
+            max_memory_bytes=settings.max_memory,
+            shares=shares,
+        )
+        if capabilities.device == "cpu":
+            settle(cache_folder() / "kernels", capabilities.device_name)
+        return capabilities
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(
-            measure, settings.device, threads=threads, max_memory_bytes=settings.max_memory
-        ).result()
+        return thread.submit(all_of_it).result()

@@ -274,6 +274,7 @@ def run_dllm(words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         if name.startswith("DLLM_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    monkeypatch.setenv("KMP_BLOCKTIME", "1")
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.chdir(folder)
     begun: list[str] = []

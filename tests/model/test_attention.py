@@ -1,6 +1,7 @@
 """Attention over the KV cache against the formula, in float64, token by token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +32,14 @@ class Attention:
         window: int | None = None,
         softcap: float | None = None,
         with_sinks: bool = False,
+        offset: float = 0.0,
     ) -> None:
         torch.manual_seed(1)
         self.cache = KVCache(1)
         self.held: dict[int, tuple[Tensor, Tensor]] = {}
         self.dtype, self.value_dim = dtype, value_dim
-        self.window, self.softcap = window, softcap
+        self.window, self.softcap, self.offset = window, softcap, offset
+        self.coarse: set[int] = set()
         self.sinks = torch.randn(HEADS).to(dtype) if with_sinks else None
         self.module = nn.Module()
         self.module.layer_idx = LAYER  # type: ignore[assignment]
@@ -45,14 +48,17 @@ class Attention:
         """Run a step of random tokens; return what attention gives, [tokens, heads, value_dim]."""
         total = sum(count for _, _, count in chunks)
         query = torch.randn(1, HEADS, total, KEY_DIM).to(self.dtype)
-        key = torch.randn(1, KV_HEADS, total, KEY_DIM).to(self.dtype)
+        key = torch.randn(1, KV_HEADS, total, KEY_DIM)
+        query[..., 0] += self.offset
+        key[..., 0] += self.offset
+        key = key.to(self.dtype)
         value = torch.randn(1, KV_HEADS, total, self.value_dim).to(self.dtype)
         slices, row = [], 0
         for number, start, count in chunks:
             self.cache.begin(SequenceId(number), start, as_token_ids([0] * count))
             slices.append(PackedSlice(SequenceId(number), start, row, count))
             row += count
-        step = PackedStep(self.cache, LAYER, tuple(slices), [0])
+        step = PackedStep(self.cache, LAYER, tuple(slices), [0], self.coarse)
         with torch.inference_mode(), running(step):
             output, _ = packed_attention(
                 self.module,
@@ -131,6 +137,11 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(chunk_attention, "_MAX_SCORES", 200)
 
 
+@pytest.fixture
+def kernel_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: True)
+
+
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("window", [None, 4, 14])
@@ -184,19 +195,30 @@ def _chunk_by(monkeypatch: pytest.MonkeyPatch, name: str) -> object:
 
 def test_a_shared_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    by_products = partial_attention.by_products
 
-    def counted(queries: Tensor, keys: Tensor, *rest: object, **more: bool) -> object:
-        read.append(keys.shape[0] * keys.shape[1])
-        return by_products(queries, keys, *rest, **more)  # type: ignore[arg-type]
+    def counted(queries: Tensor, keys: Tensor, *rest: Any) -> partial_attention.Partial:
+        read.append(keys.shape[0] * keys.shape[2])
+        return partial_attention.fused(queries, keys, *rest)
 
     attention = Attention()
     attention.step((0, 0, 200))
     for child in range(1, 9):
         attention.share(child, 0, 200)
-    monkeypatch.setattr(token_attention, "by_products", counted)
+    monkeypatch.setattr(token_attention, "fused", counted)
+    monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: False)
     attention.step(*((child, 200, 1) for child in range(1, 9)))
-    assert sum(read) <= KV_HEADS * (200 + 8)
+    assert sum(read) == 200 + 8
+
+
+def test_scores_that_bfloat16_rounds_too_much_are_computed_by_the_fused_kernel(
+    kernel_of_products: None,
+) -> None:
+    """Some models have scores in the hundreds, most of which all positions have in common."""
+    attention = Attention(torch.bfloat16, offset=20.0)
+    attention.step((0, 0, 50), (1, 0, 50), (2, 0, 50))
+    attention.step((0, 50, 1), (1, 50, 1), (2, 50, 1))
+    attention.step((0, 51, 1), (1, 51, 1), (2, 51, 1))
+    assert attention.coarse == {0}
 
 
 def test_a_sequence_is_alone_with_its_numbers() -> None:

@@ -17,7 +17,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from distributed_llm.common.weight_forms import INT8, WeightForm
 from distributed_llm.worker.model import experts as experts_module
-from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
+from distributed_llm.worker.model.experts import (
+    PackedExperts,
+    expert_stacks,
+    grouped_rows,
+    pack_experts,
+)
 from distributed_llm.worker.model.kernels import packed_nbytes
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.quantize import quantized
@@ -35,13 +40,17 @@ def all_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 class Faster(nn.Module):
     """Stands for a packed layer; counts its calls."""
 
+    fewest_rows = 1
+
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
         self.calls = 0
+        self.rows: list[int] = []
 
     def forward(self, states: Tensor) -> Tensor:
         self.calls += 1
+        self.rows.append(len(states))
         output: Tensor = self.linear(states)
         return output
 
@@ -75,15 +84,38 @@ def routed(tokens: int, chosen: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return states, index, weights
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("fewest_rows", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_experts_compute_what_the_models_own_do(kind: Any, tokens: int) -> None:
+def test_packed_experts_compute_what_the_models_own_do(
+    kind: Any, tokens: int, fewest_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Faster, "fewest_rows", fewest_rows)
     model: Any = nn.Sequential(make(kind))
     states, index, weights = routed(tokens)
     expected = model[0](states, index, weights)
     pack_experts(model)
     assert isinstance(model[0], PackedExperts)
     torch.testing.assert_close(model[0](states, index, weights), expected)
+
+
+def test_rows_are_repeated_only_where_experts_have_fewer_on_average() -> None:
+    few = grouped_rows([5, 2, 5, 0], fewest=4)
+    assert few.experts == [0, 2, 5]
+    assert few.sizes == [4, 4, 4]
+    assert few.rows == [3, 3, 3, 3, 1, 1, 1, 1, 0, 2, 0, 0]
+    assert [few.rows[place] for place in few.places] == [0, 1, 2, 3]
+    many = grouped_rows([2, 2, 2, 2, 1, 2, 2, 2], fewest=4)
+    assert (many.experts, many.sizes) == ([1, 2], [1, 7])
+    assert [many.rows[place] for place in many.places] == list(range(8))
+
+
+def test_layers_say_how_many_rows_they_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Faster, "fewest_rows", 3)
+    model: Any = nn.Sequential(make(Qwen3MoeExperts))
+    pack_experts(model)
+    model[0](*routed(1))
+    assert [rows for layer in model[0].up for rows in layer.rows] == [3, 3]
 
 
 def test_experts_that_no_token_chose_are_not_computed() -> None:

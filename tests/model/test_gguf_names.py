@@ -9,16 +9,14 @@ from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.gguf_files import TENSORS_NAME
 from distributed_llm.common.gguf_types import GGUF_BLOCKS
-from distributed_llm.gguf_texts.texts import write_texts
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.quantized.gguf import decode
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames
 from distributed_llm.worker.model.tensor_files import TensorReader
 from distributed_llm.worker.model.weights import checkpoint_place
 from tests.checkpoints import build_model, make_tokenizer
-from tests.gguf_models import write_gguf
+from tests.gguf_models import open_here, write_gguf
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -26,19 +24,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 UNKNOWN_THERE = ("mixtral", "gemma")
 """Model types that transformers' own reader does not read."""
-
-
-def opened(file: Path, texts: Path) -> Checkpoint:
-    """Return the model in a file; what a process of its own does otherwise is done here."""
-    import msgspec
-
-    from distributed_llm.common.model_files import TensorInfo, read_json
-
-    texts.mkdir()
-    write_texts([file], texts)
-    content = (texts / TENSORS_NAME).read_bytes()
-    tensors = msgspec.json.decode(content, type=dict[str, TensorInfo])
-    return Checkpoint(texts, read_json(texts / "config.json"), tensors, file.parent)
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -90,7 +75,7 @@ def test_weights_are_those_of_transformers(tmp_path: Path, family: str, kind: st
     settings = {"vocab_size": len(tokenizer), **sizes, **SETTINGS.get(family, {})}
     model = build_model(family, num_layers=2, **settings)
     file = write_gguf(tmp_path / "model.gguf", model, kind, tokenizer=tokenizer)
-    checkpoint = opened(file, tmp_path / "texts")
+    checkpoint = open_here(file, tmp_path / "texts")
     ours = weights_of(checkpoint)
     read: Any = load_gguf_checkpoint
     if family not in UNKNOWN_THERE:

@@ -127,14 +127,46 @@ def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
     assert str(tmp_path) not in said  # nothing of this machine goes to others
 
 
-def test_digits_are_cut_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def tokenizer_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> Any:
+    """Return what is written of a tokenizer that is other than the tests' own."""
+    for name in ("add_tokenizer_pre", "add_tokenizer_model"):
+        if name.replace("add_tokenizer_", "tokenizer__ggml__") in fields:
+            monkeypatch.setattr(gguf.GGUFWriter, name, lambda *_: None)
     model = build_model("llama", num_layers=1, vocab_size=320)
-    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda *_: None)
-    folder = texts(tmp_path, model, tokenizer__ggml__pre="smollm")
-    kinds = [
-        one["type"] for one in json_of(folder, "tokenizer.json")["pre_tokenizer"]["pretokenizers"]
-    ]
-    assert kinds == ["Digits", "ByteLevel"]
+    return json_of(texts(tmp_path, model, **fields), "tokenizer.json")
+
+
+def kinds(sequence: Any, name: str) -> list[str]:
+    return [one["type"] for one in sequence[name]]
+
+
+def test_digits_are_cut_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tokenizer_json(tmp_path, monkeypatch, tokenizer__ggml__pre="smollm")
+    assert kinds(made["pre_tokenizer"], "pretokenizers") == ["Digits", "ByteLevel"]
+    assert not made["model"]["ignore_merges"]
+
+
+def test_words_that_no_merge_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 3 has them, and texts that begin with a special token."""
+    made = tokenizer_json(tmp_path, monkeypatch, tokenizer__ggml__pre="llama-bpe")
+    assert made["model"]["ignore_merges"]
+    assert Tokenizer.load(tmp_path / "texts").encode("x")[0] == 0
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_texts_that_begin_with_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    made = tokenizer_json(
+        tmp_path,
+        monkeypatch,
+        tokenizer__ggml__model="llama",
+        tokenizer__ggml__add_space_prefix=wanted,
+    )
+    expected = ["Prepend", "Replace"] if wanted else ["Replace"]
+    assert kinds(made["normalizer"], "normalizers") == expected
+    assert (made["decoder"]["decoders"][-1]["type"] == "Strip") == wanted
+    assert made["pre_tokenizer"] is None
 
 
 def test_how_it_wants_to_generate(tmp_path: Path) -> None:
@@ -164,6 +196,7 @@ def test_the_dtype_to_compute_in(tmp_path: Path, kind: str, dtype: str) -> None:
     [
         ({"arch__rope__scaling__type": "spiral"}, "scales rotary positions.*'spiral'"),
         ({"tokenizer__ggml__pre": "haiku"}, "cuts text in a way that is not known.*'haiku'"),
+        ({"tokenizer__ggml__pre": "default"}, "does not say how its tokenizer cuts text"),
         ({"tokenizer__ggml__model": "rwkv"}, "a tokenizer .rwkv. that cannot be read"),
         ({"general__architecture": "gpt-oss"}, "architecture 'gpt-oss', which is not read"),
         ({"general__architecture": "mamba9"}, "architecture 'mamba9', which is not read"),

@@ -13,9 +13,10 @@ from distributed_llm.common.checkpoint import open_checkpoint
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model.kernels import (
     PackedLinear,
+    chosen,
     kernels_for,
+    orders,
     pack_linear_layers,
-    packed,
     packed_nbytes,
 )
 from distributed_llm.worker.model.shared_weights import StageModel
@@ -30,7 +31,8 @@ DTYPES = [
         dtype,
         id=str(dtype).removeprefix("torch."),
         marks=pytest.mark.skipif(
-            not packed._packing_helps(dtype), reason="this processor does not pack this dtype"
+            not orders._packing_helps(str(dtype).removeprefix("torch.")),
+            reason="this processor does not pack this dtype",
         ),
     )
     for dtype in TOLERANCE
@@ -40,7 +42,7 @@ DTYPES = [
 @pytest.fixture
 def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack the small matrices of test models too."""
-    monkeypatch.setattr(packed, "_SMALLEST_PACKED", 1)
+    monkeypatch.setattr(chosen, "SMALLEST", 1)
 
 
 def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -137,14 +139,14 @@ def test_a_weight_is_let_go_before_the_next_is_packed(
             alive.append(sum(weight() is not None for weight in weights))
             super().__init__(linear)
 
-    monkeypatch.setattr(packed, "PackedLinear", Counting)
+    monkeypatch.setitem(orders.FLOAT, "packed", Counting)
     pack_linear_layers(model)
     assert alive == [5, 4, 3, 2, 1]
     assert not any(weight() for weight in weights)
 
 
 def test_nothing_is_packed_where_it_does_not_help(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_packing_helps", lambda dtype: False)
+    monkeypatch.setattr(orders, "_packing_helps", lambda dtype: False)
     model = Tree(torch.float32)
     pack_linear_layers(model)
     assert names_of_packed(model) == set()
@@ -153,7 +155,7 @@ def test_nothing_is_packed_where_it_does_not_help(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
 def test_other_dtypes_are_left_alone(dtype: torch.dtype) -> None:
-    assert not packed._packing_helps(dtype)
+    assert not orders._packing_helps(str(dtype).removeprefix("torch."))
 
 
 # ------------------------------------------------------------------ whole stages
@@ -171,7 +173,7 @@ def test_packed_stages_give_what_others_give(
     hidden_states: list[Tensor] = []
     tokens = []
     for smallest in (1 << 40, 1):
-        monkeypatch.setattr(packed, "_SMALLEST_PACKED", smallest)
+        monkeypatch.setattr(chosen, "SMALLEST", smallest)
         stages = [
             Stage.load(checkpoint, LayerRange(i, i + 1), device=CPU, dtype=dtype) for i in (0, 1)
         ]

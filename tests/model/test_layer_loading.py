@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import INT8, Quantize, WeightForm
+from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.worker.model import experts, layer_loading
 from distributed_llm.worker.model.quantized.affine import AffineWeight
 from distributed_llm.worker.model.quantized.linear import QuantLinear
@@ -30,7 +31,8 @@ from tests.model.driver import CPU
 
 GROUP = 32
 INT4 = WeightForm(4, GROUP)
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32}
+LARGE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512}
 LAYERS = re.compile(r"\.layers\.\d+\.(?!.*(norm|router|mlp\.gate\.)).*weight$")
 
 
@@ -88,7 +90,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], **config: Any) -> Checkpo
 
 
 def mlx(name: str, weight: AffineWeight) -> dict[str, Tensor]:
-    codes = weight.codes.to(torch.int64).unflatten(-1, (-1, 8))
+    codes = weight.codes.to(torch.int64).view(*weight.scales.shape[:-1], -1, 8)
     words = sum(codes[..., i] << 4 * i for i in range(8))
     return {
         name: torch.as_tensor(words).to(torch.uint32),
@@ -142,3 +144,14 @@ def test_floating_point_numbers_become_integers_while_they_are_loaded(
         is_kept = isinstance(model.get_submodule(name), Kept)
         expected = quantized(reference[name], INT8).dequantized() if is_kept else reference[name]
         assert torch.equal(matrix, expected), name
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
+def test_plans_know_what_weights_take(tmp_path: Path, quantize: Quantize) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, "llama", num_layers=2, **LARGE))
+    layers = LayerRange(0, 2)
+    planned = model_cost(checkpoint, "bfloat16", quantize).weight_bytes(layers)
+    stage = load_stage_model(
+        checkpoint, layers, device=CPU, dtype=torch.bfloat16, quantize=quantize
+    )
+    assert stage.nbytes == pytest.approx(planned, rel=0.03)

@@ -15,7 +15,7 @@ from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
-from distributed_llm.worker.model.kernels import packed
+from distributed_llm.worker.model.kernels import chosen, orders
 from distributed_llm.worker.model.stage import Stage, StageOutput
 from distributed_llm.worker.model.tensor_files import TensorReader
 from tests.checkpoints import FAMILIES, HIDDEN_SIZE, make_checkpoint
@@ -203,12 +203,12 @@ def test_a_donor_of_another_dtype_is_refused(checkpoint: Checkpoint) -> None:
         load(checkpoint, (1, 4), donor, torch.bfloat16)
 
 
-@pytest.mark.skipif(not packed._packing_helps(torch.float32), reason="nothing is packed here")
+@pytest.mark.skipif(not orders._packing_helps("float32"), reason="nothing is packed here")
 @pytest.mark.parametrize("move", MOVES)
 def test_packed_weights_are_shared_too(
     checkpoint: Checkpoint, move: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "_SMALLEST_PACKED", 1)
+    monkeypatch.setattr(chosen, "SMALLEST", 1)
     before, after = MOVES[move]
     donor = load(checkpoint, before)
     expected = answer(donor)

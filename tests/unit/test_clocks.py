@@ -30,6 +30,7 @@ MAY_LOOK = {
     "api/openai/models.py": "tells when a model was made",
     "api/openai/responses/routes.py": "tells when a response was made",
     "api/register.py": "tells when a request began",
+    "common/gguf_files.py": "keeps the texts of GGUF files that were opened last",
     "console.py": "shows how long ago a machine enrolled",
     "coordinator/serve.py": "notes when the user of the coordinator was enrolled",
     "weights/cache/content_cache.py": "notes when weights were used last",

@@ -4,12 +4,18 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed_llm.common.messages import StageTime
+from distributed_llm.common.types import LayerRange, PeerId, WorkerId
+from distributed_llm.coordinator.plan import PipelineStage, num_machines
 from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
+from distributed_llm.coordinator.serving.depth_policy import DepthPolicy
 from tests.unit.stage_pipeline import (
     EQUAL,
     LONG,
@@ -255,3 +261,55 @@ def test_chunks_are_not_tried_beyond_what_is_allowed_but_used_if_measured() -> N
     for stage in [*range(8)] * 4:
         times.observe(stage, 512, 1.0, depth=4, now=11.0)
     assert best(12.0) == 4
+
+
+# ------------------------------------------------------------------ stages that share cores
+
+
+def seen(policy: DepthPolicy, *, depth: int, between_s: float, decodes: bool) -> None:
+    """Let three stages take 0.1 s each for some steps, and the way between them so long."""
+    for at in range(12):
+        done: Any = SimpleNamespace(
+            step=SimpleNamespace(decodes=decodes, token_ids=range(16)),
+            timings=[StageTime(compute_us=100_000, layers_us=0, queued_us=0)] * 3,
+            depth=depth,
+            round_trip_s=0.3 + between_s,
+        )
+        policy.observe(done, now=0.1 * at)
+
+
+@pytest.mark.parametrize(
+    ("machines", "between_s", "wanted"),
+    [
+        (1, 0.0, 1),
+        (1, 0.1, 1),
+        (1, 0.35, 2),  # the cores would have nothing to do for half of the time
+        (2, 0.0, 2),
+        (2, 0.2, 3),
+        (3, 0.0, 3),
+    ],
+)
+def test_no_more_steps_than_machines_unless_these_would_be_idle(
+    machines: int, between_s: float, wanted: int
+) -> None:
+    policy = DepthPolicy(3, num_machines=machines, max_tokens=256)
+    first = min(machines, 3)
+    assert policy.decode_depth(16, limit=6, now=0.0) == first
+    assert policy.prefill_depth(0, limit=6, now=0.0) == first
+    seen(policy, depth=first, between_s=between_s, decodes=True)
+    seen(policy, depth=first, between_s=between_s, decodes=False)
+    most = policy.decode_depth(64, limit=6, now=2.0), policy.prefill_depth(0, limit=6, now=2.0)
+    assert max(most) <= (6 if machines == 3 else wanted)
+    assert most[1] >= min(first, wanted)
+
+
+def test_machines_are_counted_by_the_cores_that_are_shared() -> None:
+    def stages(*shares: str) -> list[PipelineStage]:
+        return [
+            PipelineStage(PeerId(b"x"), WorkerId(f"w{at}"), LayerRange(at, at + 1), own)
+            for at, own in enumerate(shares)
+        ]
+
+    assert num_machines(stages("", "", "")) == 3
+    assert num_machines(stages("a", "a", "a")) == 1
+    assert num_machines(stages("a", "", "a", "b")) == 3

@@ -48,6 +48,9 @@ FACTS = {
     "pause_s": 300.0,
     "names": "num_beams",
     "what": "drop_stage",
+    "form": "int8",
+    "nbytes": 3 << 30,
+    "full": 6 << 30,
 }
 """A value for every fact that a template may name."""
 

@@ -84,6 +84,19 @@ def test_many_sequences_wait_for_the_slowest_stage() -> None:
     assert found.tokens_per_s == pytest.approx(1 / (10 * 0.002), rel=0.05)
 
 
+def test_stages_that_share_cores_compute_one_after_the_other() -> None:
+    machines = cluster(machine(1e-6, 0.001), machine(1e-6, 0.002), machine(1e-6, 0.001))
+    shares = dict.fromkeys(machines.memory_bytes, "these")
+    apart = forecast(MODEL, machines, layer_map(5, 10, 14), CROWD)
+    shared = replace(machines, shares=shares)
+    together = forecast(MODEL, shared, layer_map(5, 10, 14), CROWD)
+    assert together.tokens_per_s == pytest.approx(1 / (9 * 0.001 + 5 * 0.002), rel=0.02)
+    assert apart.tokens_per_s > 1.4 * together.tokens_per_s
+    two = replace(machines, shares=shares | {WorkerId("w1"): ""})
+    found = forecast(MODEL, two, layer_map(5, 10, 14), CROWD)
+    assert together.tokens_per_s < found.tokens_per_s < 1.01 * apart.tokens_per_s
+
+
 def test_tokens_that_cost_nothing_are_computed_in_one_step() -> None:
     """Reading the layers takes all the time: more steps would read them more often."""
     machines = cluster(machine(0.01), machine(0.02))

@@ -9,6 +9,7 @@ import pytest
 
 from distributed_llm.common.errors import ConfigError, NotEnoughMemory, NotReady
 from distributed_llm.common.types import LayerRange, WorkerId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import Plan, kv_tokens_of
 from distributed_llm.coordinator.planning.planner import Planner, ranked_by_speed
@@ -215,3 +216,38 @@ def test_the_plan_of_a_layer_map() -> None:
         ("b", 1500, 7500),
         ("a", 5300, 3700 // 5),
     ]
+
+
+def shrunk(quantize: Quantize, layer_bytes: int) -> ModelCost:
+    return replace(COST, layer_bytes=(layer_bytes,) * 6, quantize=quantize)
+
+
+SMALLER = (shrunk("int8", 500), shrunk("int4", 300))
+
+
+@pytest.mark.parametrize("strategy", ["speed", "memory", "even"])
+@pytest.mark.parametrize(
+    ("memory", "quantize"), [(4500, "none"), (2900, "int8"), (1900, "int4"), (1000, None)]
+)
+def test_weights_keep_the_most_bits_that_fit(
+    strategy: str, memory: int, quantize: Quantize | None
+) -> None:
+    made = planner(strategy=strategy, smaller=SMALLER, may_shrink=True)
+    here = machines({"a": memory, "b": memory})
+    if quantize is None:
+        with pytest.raises(NotEnoughMemory, match=r"weights 2\.5 KiB|which take 1\.6 KiB"):
+            made.plans(here)
+        return
+    for plan in (*made.plans(here), made.plan(here)):
+        assert {stage.quantize for stage in plan} == {quantize}
+        weights = made.only(quantize).cost.weight_bytes
+        assert all(stage.weight_bytes == weights(stage.layers) for stage in plan)
+
+
+def test_a_refusal_says_what_would_fit_with_fewer_bits() -> None:
+    made = planner(strategy="memory", smaller=SMALLER)
+    with pytest.raises(NotEnoughMemory, match=r"--quantize int8.*3\.7 KiB instead of 6\.6 KiB"):
+        made.plans(machines({"a": 2900, "b": 2900}))
+    with pytest.raises(NotEnoughMemory) as caught:
+        made.only("none").plans(machines({"a": 2900, "b": 2900}))
+    assert "quantize" not in str(caught.value)

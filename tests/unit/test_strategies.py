@@ -390,6 +390,7 @@ def test_describe() -> None:
             "weight_bytes": 210,
             "kv_tokens": 47,
             "kv_bytes_per_token": 4,
+            "quantize": "none",
         },
         {
             "worker": "w1",
@@ -397,6 +398,7 @@ def test_describe() -> None:
             "weight_bytes": 220,
             "kv_tokens": 45,
             "kv_bytes_per_token": 4,
+            "quantize": "none",
         },
     ]
     assert kv_tokens_of(found) == 45

@@ -48,6 +48,8 @@ class Capabilities(Value, frozen=True, kw_only=True):
         memory_bytes: memory that the worker may use for weights and KV cache.
         cores: CPU cores of the machine.
         threads: CPU threads that the worker computes with.
+        shares: stands for the cores of these threads: workers with the same text share them. Empty
+            if the worker computes on another device, or if that cannot be known.
         memory_bandwidth_bytes_per_s: measured while reading weights.
         flops_per_s: measured while multiplying matrices.
     """
@@ -60,6 +62,7 @@ class Capabilities(Value, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=1, le=65536)]
     memory_bandwidth_bytes_per_s: Bandwidth
     flops_per_s: Flops
+    shares: Label = ""
 
 
 class FetchProgress(Value, frozen=True, kw_only=True):

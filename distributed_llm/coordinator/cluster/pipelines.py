@@ -155,11 +155,19 @@ class Pipelines:
     def new_pipeline(self, plan: Plan) -> Pipeline:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
         self.epoch = Epoch(self.epoch + 1)
-        peers = {worker.id: worker.peer for worker in self._registry.workers}
+        workers = {worker.id: worker for worker in self._registry.workers}
         return Pipeline(
             self.epoch,
             plan,
-            tuple(PipelineStage(peers[s.worker], s.worker, s.layers) for s in plan),
+            tuple(
+                PipelineStage(
+                    workers[s.worker].peer,
+                    s.worker,
+                    s.layers,
+                    workers[s.worker].capabilities.shares,
+                )
+                for s in plan
+            ),
             self._model,
             self._settings,
             new_sequence_id=lambda: SequenceId(next(self._sequence_ids)),

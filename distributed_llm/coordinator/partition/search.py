@@ -84,7 +84,11 @@ def predict(
         KeyError: the layer map names a worker that is no candidate.
     """
     stages, hops = times_of(cost, candidates, links, layer_map)
-    slowest = max([*stages, *(hop.busy_s for hop in hops)])
+    cores = {candidate.worker: candidate.shares or candidate.worker for candidate in candidates}
+    together: dict[str, float] = {}
+    for (worker, _), stage_s in zip(layer_map, stages, strict=True):
+        together[cores[worker]] = together.get(cores[worker], 0.0) + stage_s
+    slowest = max([*together.values(), *(hop.busy_s for hop in hops)])
     total = math.fsum([*stages, *(hop.latency_s + hop.busy_s for hop in hops)])
     return Partition(layer_map, slowest, total)
 

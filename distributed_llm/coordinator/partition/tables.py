@@ -46,11 +46,13 @@ class Candidate:
 
     Attributes:
         memory_bytes: for weights and KV cache.
+        shares: stands for the cores that it shares with others; empty: it shares none.
     """
 
     worker: WorkerId
     memory_bytes: int
     times: WorkerTimes
+    shares: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Partition:
 
     Attributes:
         slowest_s: seconds of the slowest stage or link; a full pipeline ends a step in this time.
+            Stages that share cores compute one after the other, and count as one.
         total_s: seconds of all stages and hops; a step alone takes this time.
     """
 

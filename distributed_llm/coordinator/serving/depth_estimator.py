@@ -69,6 +69,11 @@ class _StageFit:
         """Mean time over mean number of sequences; None before the first observation."""
         return self._t / self._n if self._n else None
 
+    @property
+    def mean_s(self) -> float:
+        """Mean time of the batches that were seen."""
+        return self._t
+
     def __call__(self, n: float) -> float:
         return min(self.flat[0] + self.flat[1] * n, self.steep[0] + self.steep[1] * n)
 
@@ -135,6 +140,11 @@ class _DepthTimes:
         total[3] += fit.steep[1] - steep[1]
         if fit(n) > self.fits[self._slowest](n):
             self._slowest = stage
+
+    @property
+    def mean_total_s(self) -> float:
+        """Seconds of all stages together for the batches that were seen."""
+        return sum(fit.mean_s for fit in self.fits)
 
     def total_s(self, n: int) -> float:
         """Return the seconds of all stages together for `n` sequences."""
@@ -248,6 +258,13 @@ class DepthEstimator:
     def seconds_per_token(self, stage: int) -> float | None:
         """Return the seconds of a stage per token in the latest batches, None if unknown."""
         return self._latest.fits[stage].seconds_per_token if self._latest else None
+
+    @property
+    def share_between(self) -> float:
+        """Time of the latest steps between their stages, as a share of that on all of them."""
+        if self._latest is None or not self._latest.known:
+            return 0.0
+        return (self._overhead.value or 0.0) / max(self._latest.mean_total_s, 1e-9)
 
     # -------------------------------------------------------------- predictions
 

@@ -1,9 +1,11 @@
 """The depth of one pipeline: how many steps should be in flight. Pure.
 
-Where every stage has a machine of its own, about as many as there are stages keep them all busy;
-where stages share a machine, more than one only slow each other down. `DepthEstimator` predicts
-which depth is best by measured times. Asking it costs more than everything else about a step, so
-its predictions are kept until enough has changed.
+Where every stage has a machine of its own, about as many as there are stages keep them all busy.
+Where stages share a machine, more steps than machines would compute on the same cores, where they
+take as long together as one after the other and make each other's threads wait; so no more are
+begun, unless steps spend so long between the machines that these would have nothing to do.
+`DepthEstimator` predicts which depth is best by measured times. Asking it costs more than
+everything else about a step, so its predictions are kept until enough has changed.
 """
 
 from distributed_llm.coordinator.serving.depth_estimator import DepthEstimator
@@ -18,11 +20,13 @@ class DepthPolicy:
 
     Args:
         num_stages: stages of the pipeline.
+        num_machines: that these are on; at most as many.
         max_tokens: tokens in a full prefill chunk.
     """
 
-    def __init__(self, num_stages: int, *, max_tokens: int) -> None:
+    def __init__(self, num_stages: int, *, num_machines: int, max_tokens: int) -> None:
         self._num_stages = num_stages
+        self._num_machines = num_machines
         self._max_tokens = max_tokens
         self._decodes = DepthEstimator(num_stages)
         self._prefills = DepthEstimator(num_stages)
@@ -67,7 +71,7 @@ class DepthPolicy:
         """
         since, was_for = self._decodes_since, self._decode_depth_is_for
         if since >= self._decode_depth or 8 * abs(decoding - was_for) > was_for:
-            limit = min(limit, max(1, decoding))
+            limit = min(self._useful(self._decodes, limit), max(1, decoding))
             self._decode_depth = self._decodes.best_depth(decoding, limit=limit, now=now)
             self._decode_depth_is_for, self._decodes_since = decoding, 0
         return min(self._decode_depth, decoding)
@@ -84,6 +88,7 @@ class DepthPolicy:
         """
         depth = self._prefill_depths.get(decode_depth)
         if depth is None:
+            limit = self._useful(self._prefills, limit)
             depth = self._prefill_depths[decode_depth] = self._prefills.best_chunks(
                 self._max_tokens,
                 limit=limit,
@@ -92,3 +97,9 @@ class DepthPolicy:
                 now=now,
             )
         return depth
+
+    def _useful(self, times: DepthEstimator, limit: int) -> int:
+        """Return how many steps at most have something to compute on, if stages share machines."""
+        if self._num_machines == self._num_stages:
+            return limit
+        return min(limit, self._num_machines + int(self._num_machines * times.share_between))

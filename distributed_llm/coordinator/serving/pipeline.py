@@ -17,7 +17,13 @@ from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.events import Send
 from distributed_llm.coordinator.model import ServedModel
-from distributed_llm.coordinator.plan import LayerMap, PipelineStage, Plan, kv_tokens_of
+from distributed_llm.coordinator.plan import (
+    LayerMap,
+    PipelineStage,
+    Plan,
+    kv_tokens_of,
+    num_machines,
+)
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.depth_policy import DepthPolicy
 from distributed_llm.coordinator.serving.scheduler import Scheduler
@@ -123,7 +129,11 @@ class Pipeline:
         self._ready: dict[PeerId, StageReady] = {}
         self._links: dict[PeerId, bool] = {}  # whether a stage reaches the next one
         self._released: set[SequenceId] = set()  # released by messages, not yet by a task
-        self._depths = DepthPolicy(len(stages), max_tokens=settings.max_batch_tokens)
+        self._depths = DepthPolicy(
+            len(stages),
+            num_machines=num_machines(stages),
+            max_tokens=settings.max_batch_tokens,
+        )
         self.lineage = epoch
         self.num_decoding = 0
         self.depth = 0

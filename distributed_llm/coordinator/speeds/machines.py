@@ -1,7 +1,7 @@
 """Machines: workers and their links, as planning sees them. Pure values."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from distributed_llm.common.types import WorkerId
@@ -19,12 +19,15 @@ class Machines:
         speeds: of each worker, as measured or probed.
         links: returns the hops of a step, given its number of tokens.
         overhead_s: seconds of a step beside stages and hops, such as to and from the coordinator.
+        shares: stands for the cores that workers share, by worker; missing or empty: they share
+            none.
     """
 
     memory_bytes: Mapping[WorkerId, int]
     speeds: Mapping[WorkerId, WorkerSpeed]
     links: Callable[[float], Links]
     overhead_s: float = 0.0
+    shares: Mapping[WorkerId, str] = field(default_factory=dict)
 
     def candidates(self, work: Work) -> list[Candidate]:
         """Return the workers with their times for an average step.
@@ -37,7 +40,12 @@ class Machines:
             scales = [speed.first_scale(work) for speed in self.speeds.values()]
             scale = median([scale for scale in scales if scale is not None] or [1.0])
         return [
-            Candidate(worker, size, self.speeds[worker].times(work, scale=scale))
+            Candidate(
+                worker,
+                size,
+                self.speeds[worker].times(work, scale=scale),
+                self.shares.get(worker, ""),
+            )
             for worker, size in self.memory_bytes.items()
         ]
 

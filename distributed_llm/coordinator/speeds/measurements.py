@@ -40,6 +40,7 @@ class Measurements:
         self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
         self._speeds: dict[WorkerId, WorkerSpeed] = {}
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
+        self._shares: dict[WorkerId, str] = {}  # what stands for the cores that they share
         self._lengths: dict[LayerRange, float] = {}  # of layer ranges, in layers of mean size
         self._network = LinkSpeeds(bytes_per_token)
         self._overhead = FadingMean(_HALF_LIFE_S)  # of a step, beside stages and hops
@@ -49,6 +50,7 @@ class Measurements:
         prior = Prior.from_capabilities(probe, self._cost, self._item_bytes)
         self._probes[worker] = _ProbeHistory(WorkerSpeed(prior))
         self._speeds[worker] = self._probes[worker].add(prior)
+        self._shares[worker] = probe.shares
 
     def remeasured(self, worker: WorkerId, probe: Capabilities) -> None:
         """Learn from a new probe of a worker without layers.
@@ -87,6 +89,7 @@ class Measurements:
         """Forget a worker that is gone."""
         self._speeds.pop(worker, None)
         self._probes.pop(worker, None)
+        self._shares.pop(worker, None)
         self._network.forget(worker)
 
     def observe(
@@ -157,7 +160,8 @@ class Measurements:
         """Return an immutable copy for planning, of the workers in `memory_bytes`."""
         speeds = {worker: self._speeds[worker].snapshot() for worker in memory_bytes}
         links = self._network.snapshot().links
-        return Machines(dict(memory_bytes), speeds, links, self._overhead.value or 0.0)
+        shares = {worker: self._shares.get(worker, "") for worker in memory_bytes}
+        return Machines(dict(memory_bytes), speeds, links, self._overhead.value or 0.0, shares)
 
     def _length(self, layers: LayerRange) -> float:
         length = self._lengths.get(layers)

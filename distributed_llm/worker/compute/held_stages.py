@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
 
 from distributed_llm.common.messages import Capabilities, LoadStage, StageTime, StageTrial
 from distributed_llm.common.types import Epoch
@@ -38,7 +37,6 @@ from distributed_llm.worker.compute.loading import (
 )
 from distributed_llm.worker.compute.trials import try_out
 from distributed_llm.worker.devices import give_memory_back
-from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.session.events import Event, Load, Loaded, LoadFailed
 from distributed_llm.worker.tensor_frames import TORCH_DTYPES
@@ -94,7 +92,7 @@ class HeldStages:
         self._progress = progress
         self._load_ended = load_ended
         self._loads_now = False
-        self._to_free: list[Tensor | KVBuffers] = []  # memory of stages that were given up
+        self._to_free: list[object] = []  # memory of stages that were given up
         self._next_load: Load | None = None  # beside; the thread for it may be busy
         self._background: BackgroundLoad | None = None
 

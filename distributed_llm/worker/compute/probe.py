@@ -20,7 +20,7 @@ import torch
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.wording import size_text
-from distributed_llm.worker import devices
+from distributed_llm.worker import cgroups, devices
 from distributed_llm.worker.session.events import Probe, Probed
 
 _USABLE_SHARE = 0.8
@@ -58,13 +58,16 @@ _MAX_ROUNDS = 25
 """How often a measurement is repeated at most."""
 
 
-def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capabilities:
+def measure(
+    device: str, *, threads: int, max_memory_bytes: int | None, shares: str = ""
+) -> Capabilities:
     """Measure this machine; takes about 0.4 s and 128 MiB.
 
     Args:
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1" or "mps".
         threads: CPU threads to measure with; torch's own setting is restored afterwards.
         max_memory_bytes: limit for the worker; never more than 80 % of what is free are used.
+        shares: stands for the cores of these threads, as in `Cores`.
 
     Raises:
         ConfigError: the device does not exist, has less memory than `max_memory_bytes`, or
@@ -85,6 +88,7 @@ def measure(device: str, *, threads: int, max_memory_bytes: int | None) -> Capab
         memory_bytes=memory_bytes,
         cores=min(os.cpu_count() or 1, _MAX_THREADS),
         threads=threads,
+        shares=shares if torch_device.type == "cpu" else "",
         memory_bandwidth_bytes_per_s=bandwidth,
         flops_per_s=flops,
     )
@@ -167,36 +171,15 @@ def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
 
     Page cache that the kernel would give back does not count as used.
     """
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
     limits = []
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if not controllers:
-            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        own = mount / path.lstrip("/")
-        for folder in [own, *own.parents]:
-            if not folder.is_relative_to(mount):
-                break
-            limit, used = (_read_int(folder / name) for name in names)
-            if limit is not None and limit < _NO_LIMIT_BYTES:
-                limits.append((limit, max((used or 0) - _reclaimable(folder), 0)))
+    for kind, folder in cgroups.folders(root, "memory"):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if kind == cgroups.UNIFIED:
+            names = ("memory.max", "memory.current")
+        limit, used = (cgroups.read_int(folder / name) for name in names)
+        if limit is not None and limit < _NO_LIMIT_BYTES:
+            limits.append((limit, max((used or 0) - _reclaimable(folder), 0)))
     return limits
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return None
 
 
 def _reclaimable(folder: Path) -> int:

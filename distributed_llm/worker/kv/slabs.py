@@ -15,6 +15,7 @@ there are no slabs.
 import heapq
 import mmap
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -139,6 +140,10 @@ class _Pages:
         # Private, for dropped pages of shared memory keep their content.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=private)
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            # A large page would be given for the first position of a row.
+            with suppress(OSError):  # the system has none
+                self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.rows: Tensor = torch.frombuffer(self._memory, dtype=layout.dtype).view(shape)
         self._drops = sys.platform == "linux" and self._row_bytes % mmap.PAGESIZE == 0
 

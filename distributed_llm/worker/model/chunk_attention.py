@@ -17,10 +17,10 @@ from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.partial_attention import Partial, fused, merged, with_sinks
 
-_BLOCK = 256
+_BLOCK = 128
 """Queries for which a mask is made."""
 
-_MAX_SCORES = 2**24
+_MAX_SCORES = 2**22
 """Scores that are computed at once where no fused kernel takes them."""
 
 
@@ -87,11 +87,9 @@ def _in_blocks(
     # Heads that share keys are one batch of the kernel, which reads the keys where they are.
     grouped = queries.view(kv_heads, heads // kv_heads, tokens, -1)
     start = parts[-1].stop - tokens
-    whole = start == 0 and (not scoring.window or tokens <= scoring.window)
-    size = tokens if whole else _BLOCK
     blocks = []
-    for row in range(0, tokens, size):
-        rows = grouped[:, :, row : row + size]
+    for row in range(0, tokens, _BLOCK):
+        rows = grouped[:, :, row : row + _BLOCK]
         seen = _attend_block(step, rows, start + row, parts, scoring)
         if scoring.sinks is None:
             blocks.append(seen.attended)

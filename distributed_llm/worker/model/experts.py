@@ -9,7 +9,7 @@ Only modules that transformers lets other functions compute (`use_experts_implem
 replaced, because these say how their stacks lie. All others stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from distributed_llm.worker.model.quantized.linear import QuantLinear
 
 _TOLD = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_apply_gate")
 """What a module says of itself if other functions may compute for it."""
+
+
+_Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class PackedExperts(nn.Module):
         gating: the module to replace, without its weights.
         up: by expert, the layer for the input.
         down: by expert, the layer for what `gating` makes of the products with `up`.
+
+    Layers may have a `fewest_rows`: with fewer they are not faster, or even slower.
     """
 
     def __init__(
@@ -69,6 +74,10 @@ class PackedExperts(nn.Module):
         self.gating: Any = gating
         self.up = nn.ModuleList(up)
         self.down = nn.ModuleList(down)
+        # Called by themselves, without hooks: that and the lookup take as long as small products.
+        self._up = [layer.forward for layer in up]
+        self._down = [layer.forward for layer in down]
+        self._fewest_rows = max(getattr(layer, "fewest_rows", 1) for layer in (up[0], down[0]))
 
     @classmethod
     def of(
@@ -108,21 +117,62 @@ class PackedExperts(nn.Module):
             top_k_weights: [tokens, k].
         """
         tokens, k = top_k_index.shape
-        chosen = top_k_index.reshape(-1)
-        order = chosen.argsort(stable=True)
-        counts = torch.bincount(chosen, minlength=len(self.up)).tolist()
-        hit = [(expert, count) for expert, count in enumerate(counts) if count]
-
-        gating = self.gating
-        states = _products(self.up, hit, hidden_states[order // k])
+        groups = grouped_rows(top_k_index.reshape(-1).tolist(), self._fewest_rows)
+        device, gating = hidden_states.device, self.gating
+        states = hidden_states[torch.tensor(groups.rows, device=device) // k]
+        states = _products(self._up, groups, states)
         states = gating._apply_gate(states) if gating.has_gate else gating.act_fn(states)
-        states = _products(self.down, hit, states)
+        states = _products(self._down, groups, states)
         if gating.has_post_expert_norm:
             states = gating.post_expert_norm(states)
-        weighted = states * top_k_weights.reshape(-1)[order, None]
-        unsorted = torch.empty_like(weighted)
-        unsorted[order] = weighted
-        return unsorted.view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        outputs = states[torch.tensor(groups.places, device=device)].view(tokens, k, -1)
+        return (outputs * top_k_weights[..., None]).sum(dim=1).to(hidden_states.dtype)
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Rows of input, sorted by expert.
+
+    Attributes:
+        experts: that have rows, in ascending order.
+        sizes: the numbers of their rows.
+        rows: the indices of these rows among all choices.
+        places: of each choice, the index of its row in `rows`.
+    """
+
+    experts: list[int]
+    sizes: list[int]
+    rows: list[int]
+    places: list[int]
+
+
+def grouped_rows(chosen: Sequence[int], fewest: int) -> RowGroups:
+    """Return the choices of all tokens, sorted by expert.
+
+    Args:
+        chosen: by choice, the expert.
+        fewest: rows that an expert is given at least; it gets its first one again until it has as
+            many. If the experts have more on average, only their own are given.
+    """
+    by_expert: dict[int, list[int]] = {}
+    for choice, expert in enumerate(chosen):
+        by_expert.setdefault(expert, []).append(choice)
+    if len(chosen) >= fewest * len(by_expert):
+        fewest = 1
+    groups = RowGroups(sorted(by_expert), [], [], [0] * len(chosen))
+    for expert in groups.experts:
+        own = by_expert[expert]
+        for place, choice in enumerate(own, start=len(groups.rows)):
+            groups.places[choice] = place
+        again = [own[0]] * (fewest - len(own))
+        groups.rows.extend(own + again)
+        groups.sizes.append(len(own) + len(again))
+    return groups
+
+
+def _products(layers: Sequence[_Product], groups: RowGroups, states: Tensor) -> Tensor:
+    parts = zip(groups.experts, states.split_with_sizes(groups.sizes), strict=True)
+    return torch.cat([layers[expert](own) for expert, own in parts])
 
 
 def pack_experts(model: nn.Module) -> None:
@@ -141,12 +191,6 @@ def pack_experts(model: nn.Module) -> None:
             del matrices
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedExperts.of(module, dtype))
-
-
-def _products(layers: nn.ModuleList, hit: Sequence[tuple[int, int]], states: Tensor) -> Tensor:
-    """Return the products of each expert's rows with its layer; `hit` are experts and rows."""
-    rows = states.split_with_sizes([count for _, count in hit])
-    return torch.cat([layers[expert](own) for (expert, _), own in zip(hit, rows, strict=True)])
 
 
 def _take_layers(

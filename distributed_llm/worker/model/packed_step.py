@@ -30,6 +30,7 @@ class PackedStep:
         first_layer: number of the stage's first layer in the whole model.
         slices: of the sequences, in the order of the packed row.
         appended: how many times each layer of the stage has appended keys and values.
+        coarse: layers of which products would round the scores too much; kept from step to step.
         single: the slices of one token.
         chunks: the other slices.
         made: what one layer has made for others to use again, by what it was made from.
@@ -39,6 +40,7 @@ class PackedStep:
     first_layer: int
     slices: tuple[PackedSlice, ...]
     appended: list[int]
+    coarse: set[int] = field(default_factory=set)
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
     made: dict[object, object] = field(default_factory=dict)

@@ -12,10 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 _FEW_BYTES = 1024 * 1024
 """Keys and values for which the calls of products take longer than the fused kernel, bytes."""
+
+_MAX_ROUNDED = 16.0
+"""Scores that bfloat16 holds well enough: it rounds them by 1/32 at most."""
 
 _MUCH_FASTER = 1.2
 _ROUNDS = 5
@@ -56,33 +59,39 @@ def fused(
     return Partial(attended, lse)
 
 
-def by_products(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    softcap: float | None,
-    hide: Callable[[Tensor], None] | None,
-    *,
-    with_lse: bool,
-) -> Partial:
-    """Compute attention of few queries of each of many heads with two products.
+def scores_of(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the scores of few queries of each of many heads, [heads, positions, tokens].
 
-    Products of bfloat16 round the scores to bfloat16.
+    They are rounded to their dtype; see `rounds_too_much`.
 
     Args:
         queries: [heads, tokens, key_dim], multiplied by the scale already.
         keys: [heads, positions, key_dim].
-        values: [heads, positions, value_dim].
-        softcap: as in `Scoring`.
-        hide: sets scores [heads, positions, tokens] that do not count to minus infinity.
-        with_lse: whether lse is needed.
     """
     # In this order the large matrix is read row by row, as it lies in memory.
-    scores = torch.bmm(keys, queries.transpose(1, 2))
+    return torch.bmm(keys, queries.transpose(1, 2))
+
+
+def rounds_too_much(scores: Tensor) -> bool:
+    """Return whether scores are so large that their dtype makes other weights of them."""
+    if scores.dtype == torch.float32:
+        return False
+    lowest, highest = torch.aminmax(scores)
+    return max(float(highest), -float(lowest)) > _MAX_ROUNDED
+
+
+def weighted(scores: Tensor, values: Tensor, softcap: float | None, *, with_lse: bool) -> Partial:
+    """Return attention by its scores, minus infinity where a position does not count.
+
+    Args:
+        scores: [heads, positions, tokens]; they are overwritten.
+        values: [heads, positions, value_dim].
+        softcap: as in `Scoring`.
+        with_lse: whether lse is needed.
+    """
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    if hide is not None:
-        hide(scores)
+        hidden = scores.isneginf()
+        scores = scores.div_(softcap).tanh_().mul_(softcap).masked_fill_(hidden, float("-inf"))
     if not with_lse:
         return Partial(torch.bmm(torch.softmax(scores.transpose(1, 2), dim=-1), values), None)
     weights = torch.softmax(scores.transpose(1, 2), dim=-1, dtype=torch.float32)
@@ -92,7 +101,7 @@ def by_products(
 
 
 def products_are_faster(dtype: torch.dtype, shape: tuple[int, ...], queries: int) -> bool:
-    """Return whether `by_products` is to be preferred over `fused`.
+    """Return whether products (`scores_of`, `weighted`) are to be preferred over `fused`.
 
     Args:
         dtype: of all tensors.
@@ -116,7 +125,7 @@ def _measured(dtype: torch.dtype, heads: int, queries: int, dim: int) -> bool:
     tokens = torch.ones((batch, heads, queries, dim), dtype=dtype)
     each, of_each = keys.flatten(0, 1), tokens.flatten(0, 1)
     of_fused = _least_s(lambda: fused(tokens, keys, keys, 1, None))
-    of_products = _least_s(lambda: by_products(of_each, each, each, None, None, with_lse=False))
+    of_products = _least_s(lambda: weighted(scores_of(of_each, each), each, None, with_lse=False))
     return of_fused > _MUCH_FASTER * of_products
 
 

@@ -50,8 +50,8 @@ class StageModel:
     nbytes: int
     shared_nbytes: int
 
-    def tensors(self) -> list[Tensor]:
-        """Return all weights and buffers."""
+    def tensors(self) -> list[object]:
+        """Return what holds all weights and buffers."""
         opaque = [m for m in self.model.modules() if isinstance(m, OpaqueWeights)]
         return [*_tensors(self.model), *(held for module in opaque for held in module.tensors())]
 

@@ -16,7 +16,6 @@ from distributed_llm.common.wording import layers_text
 from distributed_llm.worker.kv.assembly import assemble
 from distributed_llm.worker.kv.cache import KVCache
 from distributed_llm.worker.kv.manifest import KVManifest
-from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.kv.transfer import KVExporter, KVImporter
 from distributed_llm.worker.model.architectures import ensure_supported
 from distributed_llm.worker.model.failures import (
@@ -90,6 +89,7 @@ class Stage:
         self._device = device
         self._dtype = dtype
         self._cache = KVCache(len(layers))
+        self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
         self._forward = Forward(stage_model, checkpoint.num_layers, device, dtype)
@@ -280,8 +280,8 @@ class Stage:
         self._samplings.clear()
         self._released.clear()
 
-    def memory(self) -> list[Tensor | KVBuffers]:
-        """Return all that holds weights and KV cache, so that they can be freed one by one.
+    def memory(self) -> list[object]:
+        """Return what holds weights and KV cache, so that they can be freed one by one.
 
         Freeing a gigabyte at once takes as long as several steps.
         """
@@ -382,7 +382,10 @@ class Stage:
             self._cache.begin(part.sequence_id, part.start, tokens[row:stop])
             slices.append(PackedSlice(part.sequence_id, part.start, row, part.num_tokens))
             row = stop
-        return PackedStep(self._cache, self.layers.start, tuple(slices), [0] * len(self.layers))
+        appended = [0] * len(self.layers)
+        return PackedStep(
+            self._cache, self.layers.start, tuple(slices), appended, self._coarse_layers
+        )
 
     def _compute(
         self,

@@ -9,6 +9,7 @@ import mmap
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -110,4 +111,8 @@ def _new_memory(nbytes: int) -> Tensor:
     """
     if nbytes < _SMALLEST_MAPPING_BYTES:
         return torch.empty(nbytes, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(-1, nbytes, **_PRIVATE), dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, **_PRIVATE)
+    if sys.platform == "linux":  # reading is three times as fast with large pages
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,12 +1,8 @@
 """Products with weights, by the kernels that are the fastest on this machine."""
 
+from distributed_llm.worker.model.kernels.chosen import fastest_linear, pack_linear_layers
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights, packed_nbytes
-from distributed_llm.worker.model.kernels.packed import (
-    PackedLinear,
-    fastest_linear,
-    kernels_for,
-    pack_linear_layers,
-)
+from distributed_llm.worker.model.kernels.packed import PackedLinear, kernels_for
 
 __all__ = [
     "OpaqueWeights",

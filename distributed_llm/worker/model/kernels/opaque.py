@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class OpaqueWeights(nn.Module, ABC):
@@ -14,8 +14,8 @@ class OpaqueWeights(nn.Module, ABC):
         """Bytes of memory that these weights take, including padding; without bias."""
 
     @abstractmethod
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that hold these weights, so that they can be freed one by one."""
+    def tensors(self) -> list[object]:
+        """Return what holds these weights, so that they can be freed one by one."""
 
 
 def packed_nbytes(model: nn.Module) -> int:

@@ -1,24 +1,25 @@
-"""Linear layers with weights prepacked for the CPU.
+"""Linear layers with floating-point weights in the order that is the fastest on this machine.
 
-On a CPU whose oneDNN kernels are fast in the weights' dtype, each weight is reordered once, when
-the model is loaded, into the order in which those kernels read it. `nn.Linear` keeps weights row by
-row: oneDNN reorders them for every product, or torch calls another library. With few input rows, as
-in decoding, reordering takes as long as the product or longer. The weight is kept only in the new
-order, so it takes no more memory. `python -m benchmarks.kernels` measures the gain.
+`nn.Linear` keeps weights row by row. oneDNN reorders them for every product, or torch calls another
+library: with few input rows, as in decoding, reordering takes as long as the product or longer. So
+a weight may be reordered once, when the model is loaded. Where oneDNN has no fast kernel for the
+weight's dtype, it stays as it is, and is converted to float32 block by block. Either way it is held
+once, so it takes no more memory.
 """
 
 import functools
-import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distributed_llm.worker.model.kernels.choice import ROWS, class_of
+from distributed_llm.worker.model.kernels.layout import Kernel, product_in_blocks
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
-
-_SMALLEST_PACKED = 256 * 256
-"""Elements of the smallest packed weight; with fewer, the 11 µs of any oneDNN call dominate."""
 
 _TYPICAL_ROWS = 16
 """Number of input rows (tokens) that the packed order is made for.
@@ -26,8 +27,66 @@ _TYPICAL_ROWS = 16
 It is fast for other numbers too. The order that oneDNN makes for 1 row is slow for more.
 """
 
+_FEWEST_ROWS = 4
+"""From so many rows on oneDNN uses its fast kernels, which need no more time than for one row."""
 
-class PackedLinear(OpaqueWeights):
+
+class FloatLinear(OpaqueWeights):
+    """A linear layer with a floating-point weight, and kernels for each class of rows."""
+
+    _METHODS: ClassVar[Mapping[str, str]]
+    """For each kernel the name of its method; the first one is always right.
+
+    Names, because a layer that held methods of its own would be freed by the garbage collector
+    only.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.weight: Tensor = self._ordered(linear.weight.detach())
+        self.bias = linear.bias
+        self.use([next(iter(self._METHODS))] * len(ROWS))
+
+    def use(self, names: Sequence[str]) -> None:
+        """Set which kernel is used for each class of `ROWS`."""
+        self._chosen = [self._METHODS[name] for name in names]
+
+    def kernels(self) -> Mapping[str, Kernel]:
+        """Return the kernels that read this order, by name."""
+        return {name: getattr(self, method) for name, method in self._METHODS.items()}
+
+    def _ordered(self, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self.weight.nbytes
+
+    def tensors(self) -> list[object]:
+        """Return the weight."""
+        return [self.weight]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return [..., out_features] for states [..., in_features]."""
+        rows = states.numel() // self.in_features
+        if not rows:
+            return states.new_empty(*states.shape[:-1], self.out_features)
+        kernel: Kernel = getattr(self, self._chosen[class_of(rows)])
+        if states.dim() == 2:  # experts call often, with few rows: the rest takes as long as these
+            return kernel(states)
+        output = kernel(states.reshape(rows, self.in_features))
+        return output.view(*states.shape[:-1], self.out_features)
+
+
+class PackedLinear(FloatLinear):
     """A linear layer with a weight in oneDNN's order; its input has to be of the weight's dtype.
 
     Args:
@@ -38,57 +97,66 @@ class PackedLinear(OpaqueWeights):
         bias: [out_features], or None.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(
-            linear.weight.detach(), _TYPICAL_ROWS
-        )
-        self.bias = linear.bias
+    _METHODS = MappingProxyType({"onednn": "_product", "padded": "_padded"})
 
     @property
-    def weight_bytes(self) -> int:
+    def fewest_rows(self) -> int:
+        """Rows below which they are repeated, so that who calls often had better repeat them."""
+        return _FEWEST_ROWS if self._chosen[0] == self._METHODS["padded"] else 1
+
+    @property
+    def nbytes(self) -> int:
         """Bytes of memory that the weight takes, including padding to whole blocks."""
         return int(torch.ops.mkldnn._nbytes(self.weight))
 
-    def tensors(self) -> list[Tensor]:
-        """Return the weight."""
-        return [self.weight]
+    def _ordered(self, weight: Tensor) -> Tensor:
+        ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        return ordered
 
-    def forward(self, states: Tensor) -> Tensor:
-        """Return [..., out_features] for states [..., in_features]."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise.default(
-            states, self.weight, self.bias, "none", [], ""
-        )
+    def _product(self, states: Tensor) -> Tensor:
+        output: Tensor = _onednn_product()(states, self.weight, self.bias, "none", [], "")
         return output
 
+    def _padded(self, states: Tensor) -> Tensor:
+        rows = len(states)
+        if rows >= _FEWEST_ROWS:
+            return self._product(states)
+        return self._product(states.repeat(_FEWEST_ROWS, 1))[:rows]
 
-def fastest_linear(linear: nn.Linear) -> nn.Module:
-    """Return a layer that computes what `linear` does, the fastest one on this machine.
 
-    That may be `linear` itself; if not, its weight is not needed any more.
+@functools.cache
+def _onednn_product() -> Callable[..., Any]:
+    """Return oneDNN's product; finding it by its names takes as long as it with a small weight."""
+    product: Callable[..., Any] = torch.ops.mkldnn._linear_pointwise.default
+    return product
+
+
+class RowLinear(FloatLinear):
+    """A linear layer with a weight row by row, as `nn.Linear` holds it.
+
+    Args:
+        linear: the layer to replace; both have the same weight.
+
+    Attributes:
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
     """
-    weight = linear.weight
-    worth_it = weight.device.type == "cpu" and weight.numel() >= _SMALLEST_PACKED
-    return PackedLinear(linear) if worth_it and _packing_helps(weight.dtype) else linear
 
+    _METHODS = MappingProxyType({"linear": "_linear", "upcast": "_upcast"})
 
-def pack_linear_layers(model: nn.Module) -> None:
-    """Replace the linear layers of `model` by packed ones where that is faster.
+    def _ordered(self, weight: Tensor) -> Tensor:
+        return weight
 
-    Each weight is freed as soon as it is packed. A weight that another module reads too, such as a
-    head that is tied to the embedding, stays as it is: packed, it would be in memory twice.
-    """
-    shared = _shared_weights(model)
-    names = [
-        name for name, _ in model.named_modules()
-    ]  # a list of the modules themselves would keep all of them in memory
-    for name in names:
-        module = model.get_submodule(name)
-        if type(module) is nn.Linear and id(module.weight) not in shared:
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, fastest_linear(module))
+    def _linear(self, states: Tensor) -> Tensor:
+        return F.linear(states, self.weight, self.bias)
+
+    def _upcast(self, states: Tensor) -> Tensor:
+        output = product_in_blocks(
+            states.float(),
+            (self.out_features, self.in_features),
+            lambda start, stop: self.weight[start:stop],
+        )
+        return (output if self.bias is None else output + self.bias).to(states.dtype)
 
 
 @contextmanager
@@ -109,31 +177,3 @@ def kernels_for(num_tokens: int) -> Iterator[None]:
         yield
     finally:
         onednn.enabled = True  # type: ignore[assignment]
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Return the `id` of each parameter that more than one module holds."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        own = {id(parameter) for parameter in module.parameters(recurse=False)}
-        shared |= seen & own
-        seen |= own
-    return shared
-
-
-@functools.cache
-def _packing_helps(dtype: torch.dtype) -> bool:
-    """Return whether packed weights are faster on this machine in `dtype`.
-
-    Decided by the processor's instruction set, so that a machine decides the same at every start.
-    Packing was measured to be faster for any number of rows in float32 with AVX2 or AVX-512, and in
-    bfloat16 with AVX512-BF16. A processor that emulates bfloat16 loses with one row what it gains
-    with many.
-    """
-    onednn_here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if platform.machine() not in {"x86_64", "AMD64"} or not onednn_here:
-        return False
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported()
-    return dtype == torch.float32 and torch.cpu._is_avx2_supported()

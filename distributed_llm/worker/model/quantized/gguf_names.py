@@ -116,7 +116,8 @@ class GgufNames:
     def _parameters(self) -> Mapping[str, str]:
         """The parameters of the model by the names in GGUF files."""
         has_experts = any(_EXPERTS.fullmatch(name) for name in self._checkpoint.tensors)
-        namer: Any = Qwen2MoeTensorProcessor() if has_experts else self._processor
+        kind: Any = Qwen2MoeTensorProcessor
+        namer = kind() if has_experts else self._processor
         found: dict[str, str] = get_gguf_hf_weights_map(self._model, namer, self._architecture)
         return found
 

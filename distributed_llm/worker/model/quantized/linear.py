@@ -1,29 +1,50 @@
 """A linear layer whose weight is integers with scales."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed_llm.common.weight_forms import INT4_GROUPS, INT8, WeightForm
+from distributed_llm.worker.model.kernels import orders
+from distributed_llm.worker.model.kernels.choice import Choice, Form, Kind, class_of, size_of
+from distributed_llm.worker.model.kernels.chosen import choice_for, is_worth_it
+from distributed_llm.worker.model.kernels.layout import Kernel, Layout
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights
 from distributed_llm.worker.model.quantized.affine import AffineWeight
+
+_PLAIN = Choice("rows", ("upcast",) * 4)
+"""What small weights, and devices without kernels of their own, use; it is exact."""
 
 
 class QuantLinear(OpaqueWeights):
     """A linear layer with a weight of 8 bits per channel, or of 4 bits in groups.
 
-    Attributes:
-        in_features: of the weight.
-        out_features: of the weight.
+    It is held in the order, and computed by the kernels, that are the fastest on this machine. Some
+    round the states to 8 bits, each row by itself.
+
+    Args:
+        layout: the weight.
+        kernels: of `layout`, for each class of rows.
+        shape: [out_features, in_features] of the weight.
         bias: [out_features], or None.
+        input_order: see `AffineWeight`.
     """
 
-    def __init__(self, weight: AffineWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        kernels: Sequence[Kernel],
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        input_order: Tensor | None,
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.codes.shape
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-        self._weight = weight
-        self._dtype = dtype
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._layout = layout
+        self._kernels = kernels
+        self._input_order = input_order
 
     @classmethod
     def of(cls, weight: AffineWeight, bias: Tensor | None, dtype: torch.dtype) -> "QuantLinear":
@@ -37,21 +58,59 @@ class QuantLinear(OpaqueWeights):
         Raises:
             ValueError: it fits no form.
         """
-        if not any(map(weight.fits, (INT8, *(WeightForm(4, group) for group in INT4_GROUPS)))):
-            raise ValueError(f"no kernel has {weight.bits} bits in groups of {weight.group}")
-        return cls(weight, bias, dtype)
+        channels, inputs = weight.codes.shape
+        choice = _choice(weight)
+        layout = _layout(weight, choice.order, dtype)
+        kernels = layout.kernels()
+        first = next(iter(kernels.values()))
+        return cls(
+            layout,
+            [kernels.get(name, first) for name in choice.kernels],
+            (channels, inputs),
+            None if bias is None else bias.to(dtype),
+            weight.input_order,
+        )
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of memory that codes, scales and offsets take."""
-        return sum(tensor.nbytes for tensor in self.tensors())
+        order = self._input_order
+        return self._layout.nbytes + (0 if order is None else order.nbytes)
 
-    def tensors(self) -> list[Tensor]:
-        """Return codes, scales and offsets."""
-        weight = self._weight
-        order = [] if weight.input_order is None else [weight.input_order]
-        return [weight.codes, weight.scales, weight.offsets, *order]
+    def tensors(self) -> list[object]:
+        """Return what holds codes, scales and offsets."""
+        return [*self._layout.tensors(), self._input_order]
 
     def forward(self, states: Tensor) -> Tensor:
         """Return [..., out_features] for states [..., in_features]."""
-        return F.linear(states, self._weight.dequantized().to(self._dtype), self.bias)
+        count = states.numel() // self.in_features
+        if not count:
+            return states.new_empty(*states.shape[:-1], self.out_features)
+        rows = states.reshape(count, self.in_features)
+        if self._input_order is not None:
+            rows = rows.index_select(1, self._input_order)
+        output = self._kernels[class_of(count)](rows)
+        if self.bias is not None:
+            output = output + self.bias
+        return output.to(states.dtype).view(*states.shape[:-1], self.out_features)
+
+
+def _choice(weight: AffineWeight) -> Choice:
+    form: Form
+    if weight.fits(INT8):
+        form = "int8"
+    elif any(weight.fits(WeightForm(4, group)) for group in INT4_GROUPS):
+        form = "int4"
+    else:
+        raise ValueError(f"no kernel has {weight.bits} bits in groups of {weight.group}")
+    if not is_worth_it(weight.codes):
+        return _PLAIN
+    return choice_for(Kind(form, "", size_of(weight.codes.numel())))
+
+
+def _layout(weight: AffineWeight, order: str, dtype: torch.dtype) -> Layout:
+    if weight.fits(INT8):
+        codes = (weight.codes ^ 128).view(torch.int8)  # code - 128
+        return orders.INT8[order](codes, weight.scales[:, 0].contiguous())
+    kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return orders.INT4[order](weight.codes, weight.scales, weight.offsets, kept)

@@ -42,7 +42,7 @@ def from_rows(rows: Tensor, form: WeightForm, input_order: Tensor | None = None)
         return AffineWeight(codes, scales, scales * -128, form.bits, input_order)
     groups = rows.shape[-1] // (form.group // 2 + 2 * _FLOAT_BYTES)
     width, scaled = groups * form.group // 2, groups * _FLOAT_BYTES
-    packed, scales, offsets = rows.split([width, scaled, scaled], dim=-1)
+    packed, scales, offsets = rows.split_with_sizes([width, scaled, scaled], dim=-1)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
     return AffineWeight(codes, _floats(scales), _floats(offsets), form.bits, input_order)
 
