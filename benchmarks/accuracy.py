@@ -3,8 +3,9 @@
     python -m benchmarks.accuracy [--stories 200]
 
 The stories are those of the model's card: drawn by `scripts/story_grammar.py` from a random stream
-of their own. Linear layers of the decoder layers are replaced as a worker replaces them, so inputs
-become integers where its kernels make them such; embedding and head stay.
+of their own. Linear layers of the decoder layers get the kernels that a worker's large weights have,
+so inputs become integers where those make them such; a worker would compute weights as small as
+this model's exactly. Embedding and head stay.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import print_table
 from distributed_llm.common.weight_forms import INT4_GROUPS, INT8, WeightForm
+from distributed_llm.worker.model.quantized import linear
 from distributed_llm.worker.model.quantized.linear import QuantLinear
 from distributed_llm.worker.model.quantized.quantize import quantized
 
@@ -52,15 +55,23 @@ def load_model(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def with_integers(model: Any, form: WeightForm) -> Any:
-    """Return a copy of `model` whose linear layers, but for the head, have weights of `form`."""
+    """Return a copy of `model` whose linear layers, but for the head, have weights of `form`.
+
+    They are computed by the kernels of large weights, however small they are.
+    """
     model = copy.deepcopy(model)
+    with patch.object(linear, "is_worth_it", lambda _: True):
+        _replace_layers(model, form)
+    return model
+
+
+def _replace_layers(model: Any, form: WeightForm) -> None:
     for name, module in list(model.model.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, attribute = name.rpartition(".")
             weight = quantized(module.weight.detach(), form)
             made = QuantLinear.of(weight, module.bias, module.weight.dtype)
             setattr(model.model.get_submodule(parent), attribute, made)
-    return model
 
 
 @torch.inference_mode()
