@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy [--stories 200]
 
 The stories are those of the model's card: drawn by `scripts/story_grammar.py` from a random stream
-of their own. Linear layers of the decoder layers get the kernels that a worker's large weights have,
+of their own. Linear layers, but for the head, get the kernels that a worker's large weights have,
 so inputs become integers where those make them such; a worker would compute weights as small as
 this model's exactly. Embedding and head stay.
 """
