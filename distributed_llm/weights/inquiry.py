@@ -72,7 +72,10 @@ class Inquiry:
         Raises:
             CheckpointError: it lacks some of them.
         """
-        tensors = sorted(checkpoint.tensors_of(self._layers), key=_loading_order)
+        tensors = sorted(
+            checkpoint.tensors_of(self._layers),
+            key=lambda tensor: _loading_order(checkpoint, tensor),
+        )
         self._checkpoint = checkpoint
         self._unknown = {tensor.name: tensor for tensor in tensors}
         self.total_bytes = sum(tensor.nbytes for tensor in tensors)
@@ -178,6 +181,13 @@ class Inquiry:
         self._layers_of[sha256] = known | ({layer} if layer is not None else set())
 
 
-def _loading_order(tensor: TensorInfo) -> list[tuple[int, int | str]]:
-    """Return a key that sorts tensors as transformers loads them."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in tensor.name.split(".")]
+def _loading_order(
+    checkpoint: Checkpoint, tensor: TensorInfo
+) -> tuple[int, list[tuple[int, int | str]]]:
+    """Return a key that sorts tensors as they are loaded: layer by layer, and then the others."""
+    layer = checkpoint.layer_of(tensor.name)
+    parts = tensor.name.split(".")
+    return (
+        checkpoint.num_layers if layer is None else layer,
+        [(0, int(part)) if part.isdigit() else (1, part) for part in parts],
+    )
