@@ -134,9 +134,10 @@ def test_plan_shows_what_each_machine_is_worth(checkpoint: Path) -> None:
         asked += ["--worker", worker]
     done = dllm(*asked, DLLM_COORDINATOR__REPLICAS="1")
     assert (done.returncode, done.stderr) == (0, "")
-    header, pc, idle, expected, worth, *others, assumed = done.stdout.splitlines()
+    header, pc, weights, idle, expected, worth, *others, assumed = done.stdout.splitlines()
     assert header.split()[:3] == ["worker", "layers", "memory"]
     assert pc.split()[:4] == ["pc", "1-6", "16.0", "MiB"]
+    assert weights.endswith("; float32 in the files and in memory")
     assert idle == "without layers: mac and pi"
     assert re.fullmatch(
         r"expected: [\d.]+ tokens/s for one request, [\d.]+ tokens/s for 16 at once", expected
