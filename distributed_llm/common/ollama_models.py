@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import read_json
 
 PREFIX = "ollama:"
@@ -26,6 +26,7 @@ _HOST, _NAMESPACE, _TAG = "registry.ollama.ai", "library", "latest"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _NAME = re.compile(rf"(?:(?:({_WORD}(?::\d+)?)/)?({_WORD})/)?({_WORD})(?::({_WORD}))?")
 _MODEL_LAYER = "application/vnd.ollama.image.model"
+_ADAPTER_LAYER = "application/vnd.ollama.image.adapter"
 _DIGEST = re.compile(r"sha256[:-]([0-9a-f]{64})")
 _MAX_LISTED = 1000
 _SHOWN_NAMES = 12
@@ -81,9 +82,16 @@ def _folders() -> list[Path]:
 
 
 def _blob(folder: Path, manifest: Path) -> Path:
-    layers = read_json(manifest).get("layers")
-    for layer in layers if isinstance(layers, list) else ():
-        if isinstance(layer, dict) and layer.get("mediaType") == _MODEL_LAYER:
+    told = read_json(manifest).get("layers")
+    layers = [layer for layer in told if isinstance(layer, dict)] if isinstance(told, list) else []
+    if any(layer.get("mediaType") == _ADAPTER_LAYER for layer in layers):
+        raise UnsupportedModel(
+            f"{manifest} names a model with an adapter (LoRA), which is not applied here: answers "
+            "would be those of the model without it. Merge the adapter into its base model, or "
+            "choose another one of `ollama list`."
+        )
+    for layer in layers:
+        if layer.get("mediaType") == _MODEL_LAYER:
             match = _DIGEST.fullmatch(str(layer.get("digest")))
             if match:
                 return folder / "blobs" / f"sha256-{match[1]}"

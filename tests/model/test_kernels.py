@@ -19,6 +19,8 @@ from distributed_llm.worker.model.kernels import (
     pack_linear_layers,
     packed_nbytes,
 )
+from distributed_llm.worker.model.kernels.choice import ROWS
+from distributed_llm.worker.model.kernels.packed import RowLinear
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.stage import Stage
 from distributed_llm.worker.model.weights import load_stage_model
@@ -269,3 +271,12 @@ def test_one_token_is_computed_without_onednn(onednn: Any) -> None:
 def test_the_switch_is_back_after_an_error(onednn: Any) -> None:
     with pytest.raises(ZeroDivisionError), kernels_for(1):
         raise ZeroDivisionError
+
+
+def test_a_kernel_that_nobody_knows_is_the_usual_one() -> None:
+    """Choices are kept in a file, which another version may have written."""
+    layer = RowLinear(nn.Linear(64, 64))
+    states = torch.randn(2, 64)
+    expected = layer(states)
+    layer.use(["bogus"] * len(ROWS))
+    assert torch.equal(layer(states), expected)

@@ -1,15 +1,19 @@
 """Whole models from quantized files, split in two, against the same numbers in transformers."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distributed_llm.common.checkpoint import open_checkpoint
+from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
-from distributed_llm.common.types import SequenceId
+from distributed_llm.common.types import LayerRange, SequenceId
+from distributed_llm.worker.model.stage import Stage
 from tests.model.driver import load_stages
 from tests.quantized_checkpoints import KINDS, make_quantized
 
@@ -42,3 +46,18 @@ def test_what_a_split_model_answers(kind: str, tmp_path: Path) -> None:
         expected = whole(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
     found = output.logprobs[0] - expected[output.logprob_ids[0].long()]
     assert found.abs().max() < (EXACT if exact else ROUNDED)
+
+
+@pytest.mark.parametrize("kind", ["awq", "fp8"])
+def test_scales_that_are_no_numbers_are_refused_while_loading(kind: str, tmp_path: Path) -> None:
+    """Else the failure would come with the first answer, and blame the machine."""
+    quantized, _ = make_quantized(tmp_path, kind)
+    path = quantized / "model.safetensors"
+    tensors = load_file(path)
+    name = min(name for name in tensors if re.search(r"\.scales$|weight_scale", name))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(quantized)
+    layers = LayerRange(0, checkpoint.num_layers)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged: its scales"):
+        Stage.load_unchecked(checkpoint, layers, device=torch.device("cpu"), dtype=torch.float32)

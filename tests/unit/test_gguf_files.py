@@ -195,6 +195,19 @@ def test_a_model_of_ollama(ollama: Path, reader: FakeReader, name: str) -> None:
     assert resolved(f"ollama:{name}") == (f"ollama:{name}", ollama)
 
 
+def test_a_model_of_ollama_with_an_adapter(
+    ollama: Path, reader: FakeReader, tmp_path: Path
+) -> None:
+    (manifest,) = (tmp_path / "ollama").glob("manifests/*/*/llama3.2/1b")
+    told = json.loads(manifest.read_text())
+    told["layers"].append(
+        {"mediaType": "application/vnd.ollama.image.adapter", "digest": "sha256:" + "c" * 64}
+    )
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(UnsupportedModel, match="Merge the adapter into its base model"):
+        resolved("ollama:llama3.2:1b")
+
+
 def test_a_model_that_ollama_lacks(ollama: Path, reader: FakeReader) -> None:
     with pytest.raises(CheckpointError, match=r"It has llama3\.2:1b\. Run `ollama pull llama3\.2`"):
         hub.resolve_for_coordinator("ollama:llama3.2")

@@ -324,6 +324,7 @@ GPTQ = {
             GPTQ | {"g_idx": np.ones(63, np.int32)},
             "I32 [63], and [64] is expected",
         ),
+        ({"quant_method": "gptq", "desc_act": True}, GPTQ, "tensor g_idx is missing"),
         (
             {"quant_method": "awq"},
             GPTQ | {"qzeros": np.ones((1, 16), np.int32), "scales": np.ones((2, 128), np.float16)},

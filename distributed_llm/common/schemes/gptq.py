@@ -80,7 +80,8 @@ def _weight(module: Module, settings: Mapping[str, Any], *, less_one: bool) -> S
         raise module.unfit("qzeros", f"2, 4 or 8 bits for each of {outputs} outputs are expected")
     module.check("qzeros", (groups, zero_words))
     inputs = words * _WORD_BITS // bits
-    if "g_idx" in module.parts:
+    sorted_columns = settings.get("desc_act") is True and groups > 1
+    if "g_idx" in module.parts or sorted_columns:  # without it, nobody knows how they were sorted
         module.part("g_idx", ("I32",))
         module.check("g_idx", (inputs,))
     if inputs % groups:

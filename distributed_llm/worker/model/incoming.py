@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.quantized.affine import AffineWeight
@@ -101,7 +102,26 @@ class WeightReader:
         parts: Mapping[str, Tensor] = {
             name: self._tensors.read(info) for name, info in weight.parts.items()
         }
-        return decoded(weight, parts)
+        value = decoded(weight, parts)
+        if weight.scheme is not None:
+            _check_finite(weight, value)
+        return value
+
+
+def _check_finite(weight: StoredWeight, value: AffineWeight | Tensor) -> None:
+    """Refuse a quantized weight some of whose numbers are none: its file is damaged.
+
+    Raises:
+        CheckpointError: with the file.
+    """
+    numbers = [value] if isinstance(value, Tensor) else [value.scales, value.offsets]
+    if all(bool(torch.isfinite(part).all()) for part in numbers):
+        return
+    files = sorted({part.file for part in weight.parts.values()})
+    raise CheckpointError(
+        f"{weight.name} in {', '.join(files)} is damaged: its scales are not finite numbers. "
+        "Copy or download the model again."
+    )
 
 
 class Floats:

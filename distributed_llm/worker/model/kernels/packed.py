@@ -50,8 +50,9 @@ class FloatLinear(OpaqueWeights):
         self.use([next(iter(self._METHODS))] * len(ROWS))
 
     def use(self, names: Sequence[str]) -> None:
-        """Set which kernel is used for each class of `ROWS`."""
-        self._chosen = [self._METHODS[name] for name in names]
+        """Set which kernel is used for each class of `ROWS`; the first for a name that none has."""
+        first = next(iter(self._METHODS.values()))
+        self._chosen = [self._METHODS.get(name, first) for name in names]
 
     def kernels(self) -> Mapping[str, Kernel]:
         """Return the kernels that read this order, by name."""
