@@ -69,7 +69,11 @@ class RowCoding:
         scales = states.abs().amax(dim=-1, keepdim=True) / largest
         scales = scales.clamp_(min=_LEAST_SCALE).to(torch.bfloat16)
         codes = (states / scales.float()).clamp_(-largest, largest)
-        kept = codes.round_().to(torch.int8) if self.kv_dtype == "int8" else codes.to(torch.float8_e4m3fn)
+        kept = (
+            codes.round_().to(torch.int8)
+            if self.kv_dtype == "int8"
+            else codes.to(torch.float8_e4m3fn)
+        )
         rows = torch.zeros(
             (*states.shape[:-1], kv_row_bytes(dim, 1, self.kv_dtype)),
             dtype=torch.uint8,

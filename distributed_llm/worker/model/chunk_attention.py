@@ -64,9 +64,7 @@ def attend_chunk(
         [tokens, heads, value_dim].
     """
     by_blocks = (
-        scoring.softcap is None
-        and queries.shape[-1] == value_dim
-        and queries.device.type == "cpu"
+        scoring.softcap is None and queries.shape[-1] == value_dim and queries.device.type == "cpu"
     )
     coding = step.cache.coding
     if coding is not None:
