@@ -234,7 +234,7 @@ def _in_order(parts: Sequence[Partial], places: Tensor | None) -> Partial:
         return parts[0]
     attended = torch.cat([part.attended for part in parts])
     lses = [part.lse for part in parts if part.lse is not None]
-    lse = torch.cat(lses) if lses else None
+    lse = torch.cat(lses) if len(lses) == len(parts) else None  # a kernel may give it unasked
     if places is None:
         return Partial(attended, lse)
     if len(places) == 1:
