@@ -22,9 +22,26 @@ from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 _LARGEST: dict[KVDtype, float] = {"int8": 127.0, "fp8": 448.0}
 _LEAST_SCALE = torch.finfo(torch.bfloat16).tiny
 
-_FP8_SHIFT = 7
-_FP8_BITS = -16385  # all but the one to which the sign was copied
-_FP8_FACTOR = 256.0  # the exponents of fp8 are biased by 7, those of float16 by 15
+
+@dataclass(frozen=True)
+class _Bits:
+    """Where the bits of fp8, with its sign copied to the left, are in a wider type of 16 bits.
+
+    Attributes:
+        dtype: the wider type.
+        shift: to the left.
+        kept: the bits that count then.
+        factor: makes up for the bias of the exponents, which is 7 in fp8.
+    """
+
+    dtype: torch.dtype
+    shift: int
+    kept: int
+    factor: float
+
+
+_FLOAT16 = _Bits(torch.float16, 7, 0xBFFF - 0x10000, 2.0**8)
+_BFLOAT16 = _Bits(torch.bfloat16, 4, 0x87F0 - 0x10000, 2.0**120)
 
 
 @dataclass(frozen=True)
@@ -56,10 +73,12 @@ class RowCoding:
             return codes.view(torch.int8).to(dtype).mul_(scales)
         if rows.device.type != "cpu":
             return codes.view(torch.float8_e4m3fn).to(dtype).mul_(scales)
-        # The bits of fp8 are those of a float16, shifted: several times as fast as torch's way.
-        bits = codes.view(torch.int8).to(torch.int16)
-        bits.bitwise_left_shift_(_FP8_SHIFT).bitwise_and_(_FP8_BITS)
-        return bits.view(torch.float16).to(dtype).mul_(scales * _FP8_FACTOR)
+        # Ten times as fast as torch's own way. With the factor of bfloat16, scales become infinite
+        # where numbers are larger than any of float16: such steps fail.
+        bits = _BFLOAT16 if dtype == torch.bfloat16 else _FLOAT16
+        wider = codes.view(torch.int8).to(torch.int16)
+        wider.bitwise_left_shift_(bits.shift).bitwise_and_(bits.kept)
+        return wider.view(bits.dtype).to(dtype).mul_(scales * bits.factor)
 
     def _rows(self, states: Tensor) -> Tensor:
         dim = states.shape[-1]
