@@ -1,4 +1,4 @@
-"""The C library's products are those of the states that it rounds, with every set of instructions."""
+"""The C library multiplies the states that it rounds, with every set of instructions."""
 
 from collections.abc import Iterator
 

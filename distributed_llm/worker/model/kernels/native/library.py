@@ -1,4 +1,4 @@
-"""The C library of this package: whether it was built, what it uses of this processor, and its calls.
+"""The C library of this package: whether it was built, what it uses of the processor, its calls."""
 
 Building this package from source builds the library too, if there is a C compiler (see
 `pyproject.toml`). It computes in the threads of the OpenMP library that torch computes with: a
@@ -86,7 +86,7 @@ def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
             library.use_threads(parallel)
         except (OSError, AttributeError) as exc:
             logger.warning(
-                "%s cannot be used (%s), so torch's slower kernels are. Install this package again.",
+                "%s cannot be used (%s); slower kernels of torch are. Install this package again.",
                 *(path, exc),
             )
             continue

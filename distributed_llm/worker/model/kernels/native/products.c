@@ -25,13 +25,6 @@ static inline int32_t four_bytes(const int8_t *from)
     return four;
 }
 
-static inline float widened(uint16_t narrow)
-{
-    uint32_t bits = (uint32_t)narrow << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
 
 /* To the nearest bfloat16, ties to even; a NaN stays one. */
 static inline uint16_t narrowed(float value)
