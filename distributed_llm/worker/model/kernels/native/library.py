@@ -1,4 +1,4 @@
-"""The C library of this package: whether it was built, what it uses of the processor, its calls."""
+"""The C library: whether it was built, what it uses of the processor, and its calls.
 
 Building this package from source builds the library too, if there is a C compiler (see
 `pyproject.toml`). It computes in the threads of the OpenMP library that torch computes with: a
