@@ -136,6 +136,14 @@ def test_attention_is_that_of_the_formula(
         run_steps_of_all_kinds(Attention8(kv_dtype, value_dim=12, with_sinks=True))
 
 
+@pytest.mark.parametrize("kv_dtype", KINDS)
+def test_attention_in_bfloat16(kv_dtype: KVDtype) -> None:
+    """By the C library where it was built."""
+    run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, window=14, with_sinks=True))
+    run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, softcap=2.0, window=4))
+    run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, value_dim=16))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_change_little(family: str) -> None:
     model = build_model(family, num_layers=4, **FAMILIES[family])
