@@ -93,8 +93,8 @@ class _Kernels:
     def attend_one(self, reading: Reading, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute attention of one token over one segment."""
         assert held is not None
-        there = slice(reading.first, reading.stop)
-        return self._attend(queries, held.keys[None, :, there], held.values[None, :, there], None)
+        there = held.cut(reading.first, reading.stop)
+        return self._attend(queries, there.keys[None], there.values[None], None)
 
     def attend_run(self, run: Run, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute one run: [results, kv_heads, group, value_dim]."""
@@ -102,14 +102,15 @@ class _Kernels:
         count, (_, kv_heads, group, dim) = len(run.queries), queries.shape
         chosen = queries.index_select(0, run.queries.to(queries.device))
         if run.rows is None:
-            keys, values = held.keys[None], held.values[None]
+            there = held.cut(run.first, run.stop)
+            keys, values = there.keys[None], there.values[None]
             # Tokens of the same positions become the rows of one matrix, as do heads of one key.
             chosen = chosen.transpose(0, 1).reshape(1, kv_heads, count * group, dim)
         else:
             assert held.row is not None
             rows, slab = slice(*run.rows), held.row.slab
-            keys, values = slab.keys[rows], slab.values[rows]
-        keys, values = keys[:, :, run.first : run.stop], values[:, :, run.first : run.stop]
+            keys = slab.keys[rows, :, run.first : run.stop]
+            values = slab.values[rows, :, run.first : run.stop]
         part = self._attend(chosen, keys, values, run.hidden)
         if run.rows is not None or count == 1:
             return part
@@ -170,7 +171,7 @@ def _in_order(parts: Sequence[Partial], places: Tensor | None) -> Partial:
         return parts[0]
     attended = torch.cat([part.attended for part in parts])
     lses = [part.lse for part in parts if part.lse is not None]
-    lse = torch.cat(lses) if lses else None
+    lse = torch.cat(lses) if len(lses) == len(parts) else None  # a kernel may give it unasked
     if places is None:
         return Partial(attended, lse)
     if len(places) == 1:
