@@ -252,7 +252,7 @@ def test_memory_is_bounded_and_stays_as_it_is() -> None:
 
     def done() -> bool:
         nonlocal most
-        held = [w.stage.num_blocks * KV_BLOCK for w in workers if w.stage]
+        held = [w.stage.memory_tokens for w in workers if w.stage]
         most = max(most, *held)
         return world.all_ended()
 
