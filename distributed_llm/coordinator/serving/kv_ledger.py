@@ -323,21 +323,41 @@ class KVLedger:
         sequence.length = length
         return True
 
-    def reach(self, sequence_id: SequenceId, stop: int) -> int:
-        """Have a step compute positions up to `stop`, which are charged; return how far it may.
+    def reach(self, sequence_id: SequenceId, start: int, stop: int) -> int:
+        """Have a step compute positions of a sequence, which has room for them; return their end.
 
         Layers with a window keep them all as long as there is room that nobody has. Where there is
-        none, the step may go no further than what was set aside for them.
+        none, the step goes no further than what was set aside for them. If others that share the
+        sequence's segment hold that, ended sequences are freed for one more position.
+
+        Args:
+            sequence_id: of the step.
+            start: first position; `start` is returned if there is no room at all.
+            stop: end of the positions that are wanted.
         """
         own = self._sequences[sequence_id].segments[-1]
-        reached = max(own.reached, _blocks(stop - own.start))
-        more = self._windows.price(own.blocks, own.unseen, reached) - own.price
-        if more > 0 and self._used + more > self._capacity:
+        wanted = max(own.reached, _blocks(stop - own.start))
+        if not self._fits(own, wanted):
             self._drop_unseen([sequence_id])
-            reached = max(own.reached, min(reached, own.unseen + self._windows.span))
-        own.reached = reached
+            wanted = max(own.reached, min(wanted, own.unseen + self._windows.span))
+            least = max(wanted, _blocks(start + 1 - own.start))
+            if least > wanted:
+                more = self._price_at(own, least) - own.price
+                if self._used + more - self._reclaimable > self._capacity:
+                    return start
+                self._free_for(more)
+                wanted = least
+        own.reached = wanted
         self._charge(own)
-        return min(stop, own.start + reached * KV_BLOCK)
+        return min(stop, own.start + wanted * KV_BLOCK)
+
+    def _fits(self, segment: _Segment, reached: int) -> bool:
+        more = self._price_at(segment, reached) - segment.price
+        return more <= 0 or self._used + more <= self._capacity
+
+    def _price_at(self, segment: _Segment, reached: int) -> int:
+        """Return the price of a segment once steps have come to `reached` blocks of it."""
+        return self._windows.price(segment.blocks, segment.unseen, reached)
 
     def _tokens(self, price: int) -> int:
         """Return the positions that this is the price of in all layers, in whole blocks."""

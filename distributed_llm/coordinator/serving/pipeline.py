@@ -5,7 +5,7 @@ neither a scheduler nor steps. Then `Scheduler` decides what each step computes,
 carries steps through the stages, and `DepthPolicy` says how many there should be.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum, auto
 from itertools import pairwise
 from typing import Literal

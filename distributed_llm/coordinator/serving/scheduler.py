@@ -389,14 +389,18 @@ class Scheduler:
     def _reach(self, answer: Answer, size: int) -> int:
         """Return how many of the next `size` positions of an answer layers with a window can hold.
 
-        Where others begin with an answer, it may have to wait until every stage knows them.
+        Others are preempted if need be, where they share what those layers could drop.
         """
-        sequence_id, start = answer.sequence_id, answer.num_scheduled_tokens
-        assert sequence_id is not None
-        size = self._ledger.reach(sequence_id, start + size) - start
-        if size < 1 and not self._in_flight:
-            self._preempt(answer)  # nothing is under way that it could wait for
-        return max(0, size)
+        start = answer.num_scheduled_tokens
+        while answer.sequence_id is not None:
+            stop = self._ledger.reach(answer.sequence_id, start, start + size)
+            if stop > start:
+                return stop - start
+            victim = self._victim(answer)
+            if victim is None:
+                break
+            self._preempt(victim)
+        return 0
 
     def _slice(self, answer: Answer, size: int) -> SequenceSlice:
         sequence_id, start = answer.sequence_id, answer.num_scheduled_tokens

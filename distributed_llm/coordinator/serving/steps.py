@@ -22,8 +22,8 @@ from typing import Literal
 
 from distributed_llm.common.messages import (
     MAX_RELEASED,
-    StageTime,
     SeenFrom,
+    StageTime,
     Task,
     TaskFailed,
     TaskResult,

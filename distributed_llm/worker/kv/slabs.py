@@ -76,7 +76,7 @@ class Slab:
 
         Pages that have other positions too stay.
         """
-        return all([pages.drop(row.index, start, stop) for pages in self._memory])
+        return all(pages.drop(row.index, start, stop) for pages in self._memory)
 
     def give_back(self, index: int) -> None:
         """Clear a row that nobody reads any more, and let others take it."""
