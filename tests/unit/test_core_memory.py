@@ -248,7 +248,7 @@ def test_memory_is_bounded_and_stays_as_it_is() -> None:
     workers = world.linked(3, 1000)
     client = world.client()
     room = world.core.status(now=world.now).kv_tokens
-    most = 0
+    most = 0.0
 
     def done() -> bool:
         nonlocal most

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,6 +78,8 @@ class FakeStage:
     shared_weight_bytes = 0
     kv_bytes = 5
     kv_bytes_per_token = PER_TOKEN
+    kv_windowed_bytes_per_token = PER_TOKEN // 2
+    window = 9
     layers_s = 0.0
     inputs = TaskInputs(LayerRange(0, 2), hidden_size=3, vocab_size=9)
 
@@ -98,6 +100,10 @@ class FakeStage:
     def release(self, ids: Sequence[int]) -> None:
         if ids:
             self.story.append(("release", *ids))
+
+    def forget(self, seen_from: Mapping[SequenceId, int]) -> None:
+        if seen_from:
+            self.story.append(("forget", dict(seen_from)))
 
     def run(
         self,

@@ -244,7 +244,7 @@ class SequenceSlice(
 class SeenFrom(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """From `position` on, layers with a window see a sequence; they need not keep what is before."""
+    """Layers with a window see a sequence from `position` on, and need not keep what is before."""
 
     sequence_id: SequenceId
     position: Annotated[int, Meta(ge=1, le=2**31 - 1)]

@@ -12,7 +12,8 @@ recently used one goes first. Prefixes are found by hashing the tokens up to eac
 hashes costs a comparison and no wrong result.
 
 What layers with a window need not keep of running sequences is dropped when its room is needed
-(`kv_windows.py`), and the stages are told. Ended sequences keep what they have until they are freed.
+(`kv_windows.py`), and the stages are told. Ended sequences keep what they have until they are
+freed.
 """
 
 from collections import Counter

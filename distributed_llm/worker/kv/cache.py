@@ -135,7 +135,7 @@ class KVCache:
         return not any(self.windows) or self._sequences[sequence_id].seen_from <= before
 
     def forget(self, seen_from: Mapping[SequenceId, int]) -> None:
-        """Drop what layers with a window will not be asked for any more; not to be called in a step.
+        """Drop what layers with a window are not asked for any more; not to be called in a step.
 
         Args:
             seen_from: by sequence, the first position that is seen from now on. Unknown sequences
@@ -152,7 +152,8 @@ class KVCache:
 
     def _drop_unseen(self, segment: Segment) -> None:
         """Drop the positions of a segment that none of its holders sees any more."""
-        seen_from = min(self._sequences[holder].seen_from for holder in segment.holders)
+        holders = map(SequenceId, segment.holders)
+        seen_from = min(self._sequences[holder].seen_from for holder in holders)
         before = segment.unseen
         unseen = unseen_in(segment.start, segment.capacity, seen_from)
         if unseen > before:

@@ -50,7 +50,7 @@ class KVBuffers:
         return KVBuffers(self.keys[:, there], self.values[:, there], first=start)
 
     def copy_from(self, other: "KVBuffers", start: int, stop: int) -> None:
-        """Copy the positions `[start, stop)`, which both have, from other buffers of the segment."""
+        """Copy the positions `[start, stop)`, which both have, from others of the same segment."""
         mine, theirs = self.cut(start, stop), other.cut(start, stop)
         mine.keys.copy_(theirs.keys)
         mine.values.copy_(theirs.values)
