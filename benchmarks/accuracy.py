@@ -1,11 +1,12 @@
-"""What integers cost in accuracy: the built-in model's perplexity on stories it never saw.
+"""What few bits cost in accuracy: the built-in model's perplexity on stories it never saw.
 
     python -m benchmarks.accuracy [--stories 200]
 
 The stories are those of the model's card: drawn by `scripts/story_grammar.py` from a random stream
 of their own. Linear layers, but for the head, get the kernels that a worker's large weights have,
 so inputs become integers where those make them such; a worker would compute weights as small as
-this model's exactly. Embedding and head stay.
+this model's exactly. Embedding and head stay. KV cache in 8 bits is measured with a worker's own
+attention and cache.
 """
 
 import argparse
@@ -16,7 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -24,7 +26,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.common import print_table
+from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.types import SequenceId
 from distributed_llm.common.weight_forms import INT4_GROUPS, INT8, WeightForm
+from distributed_llm.worker.kv.cache import KVCache, as_token_ids
+from distributed_llm.worker.model.attention import ATTENTION_NAME
+from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, running
 from distributed_llm.worker.model.quantized import linear
 from distributed_llm.worker.model.quantized.linear import QuantLinear
 from distributed_llm.worker.model.quantized.quantize import quantized
@@ -74,6 +81,37 @@ def _replace_layers(model: Any, form: WeightForm) -> None:
             setattr(model.model.get_submodule(parent), attribute, made)
 
 
+class Cached:
+    """A model that computes with a worker's attention, over a worker's KV cache.
+
+    Args:
+        model: from transformers; gets our attention.
+        kv_dtype: how keys and values are kept.
+        chunk: tokens of a step.
+    """
+
+    def __init__(self, model: Any, kv_dtype: KVDtype, chunk: int = 512) -> None:
+        self._model, self._kv_dtype, self._chunk = model, kv_dtype, chunk
+        model.set_attn_implementation(ATTENTION_NAME)
+
+    def __call__(self, input_ids: Tensor) -> Any:
+        """Return an object with the logits, [1, tokens, vocabulary]."""
+        layers, tokens = self._model.config.num_hidden_layers, input_ids.shape[1]
+        cache, number = KVCache(layers, kv_dtype=self._kv_dtype), SequenceId(0)
+        logits = []
+        for start in range(0, tokens, self._chunk):
+            stop = min(start + self._chunk, tokens)
+            ids = input_ids[:, start:stop]
+            cache.begin(number, start, as_token_ids(ids[0].tolist()))
+            part = PackedSlice(number, start, 0, stop - start)
+            with running(PackedStep(cache, 0, (part,), [0] * layers)):
+                positions = torch.arange(start, stop)[None]
+                made = self._model(input_ids=ids, position_ids=positions, use_cache=False)
+            cache.commit(number, stop)
+            logits.append(made.logits)
+        return SimpleNamespace(logits=torch.cat(logits, dim=1))
+
+
 @torch.inference_mode()
 def loss(model: Any, stories: Sequence[Tensor]) -> float:
     """Return nats per token."""
@@ -101,6 +139,10 @@ def main() -> None:
             own = loss(with_integers(model, form), stories)
             more, than_exact = f"{_more(own, base):+.3f} %", f"{_more(own, exact):+.3f} %"
             rows.append((f"{dtype}, {form}", own, more, than_exact))
+        for kv_dtype in get_args(KVDtype):
+            own = loss(Cached(model, kv_dtype), stories)
+            more, than_exact = f"{_more(own, base):+.3f} %", f"{_more(own, exact):+.3f} %"
+            rows.append((f"{dtype}, KV cache {kv_dtype}", own, more, than_exact))
     head = ("layers", "nats per token", "perplexity against the same type", "against float32")
     print(f"{len(stories)} stories, {sum(ids.shape[1] - 1 for ids in stories)} tokens")
     print_table(head, [(name, f"{nats:.5f}", *more) for name, nats, *more in rows])

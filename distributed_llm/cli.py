@@ -35,6 +35,7 @@ from distributed_llm.options import (
     Config,
     Coordinator,
     Insecure,
+    KVDtype,
     Objective,
     Quantize,
     Strategy,
@@ -96,6 +97,7 @@ def coordinator(
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
     ] = None,
     quantize: Quantize = None,
+    kv_dtype: KVDtype = None,
     strategy: Strategy = None,
     objective: Objective = None,
     min_workers: Annotated[
@@ -113,6 +115,7 @@ def coordinator(
             "coordinator.bind": bind,
             "coordinator.dtype": dtype,
             "coordinator.quantize": quantize,
+            "coordinator.kv_dtype": kv_dtype,
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
             "coordinator.min_workers": min_workers,
@@ -173,6 +176,7 @@ def plan(
         str | None, typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto")
     ] = None,
     quantize: Quantize = None,
+    kv_dtype: KVDtype = None,
     strategy: Strategy = None,
     objective: Objective = None,
     as_json: AsJson = False,
@@ -183,6 +187,7 @@ def plan(
         {
             "coordinator.dtype": dtype,
             "coordinator.quantize": quantize,
+            "coordinator.kv_dtype": kv_dtype,
             "coordinator.strategy": strategy,
             "coordinator.objective": objective,
         },

@@ -202,6 +202,7 @@ def _plan_document(run: DryRun) -> dict[str, Any]:
         "num_layers": run.cost.num_layers,
         "weight_bytes": run.cost.all_weight_bytes,
         "quantize": run.cost.quantize,
+        "kv_dtype": run.kv_dtype,
         "formats": None if run.formats is None else asdict(run.formats),
         "stages": [
             {"pipeline": number, **stage}

@@ -31,6 +31,14 @@ Quantize = Annotated[
         show_default="none",
     ),
 ]
+KVDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        help="How keys and values of the context are kept: auto, int8 or fp8.",
+        show_default="auto",
+    ),
+]
 Strategy = Annotated[
     str | None,
     typer.Option(

@@ -72,9 +72,10 @@ def headline(status: ClusterStatus) -> str:
         what += f"; weights: {list_text(sorted(forms))}"
     if status.state != "serving":
         return what
+    kept = {p.kv_dtype for p in status.pipelines} - {"auto"}
     return (
         f"{what}; {status.kv_tokens_used:,} of {count_text(status.kv_tokens, 'token')} of context "
-        "in use"
+        f"in use{''.join(f', kept in {kv_dtype}' for kv_dtype in kept)}"
     )
 
 
@@ -173,6 +174,7 @@ def plan_lines(run: DryRun) -> list[str]:
     many = rate_text(run.many_tokens_per_s)
     return [
         *_format_lines(run),
+        *([] if run.kv_dtype == "auto" else [f"context: kept in {run.kv_dtype}"]),
         *([f"without layers: {list_text(idle)}"] if idle else []),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
         *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from distributed_llm.options import Config, Insecure, Quantize, allow_insecure, options_as_words
+from distributed_llm.options import (
+    Config,
+    Insecure,
+    KVDtype,
+    Quantize,
+    allow_insecure,
+    options_as_words,
+)
 from distributed_llm.serving_process import WithParent, start_process
 from distributed_llm.worker_command import Device, MaxMemory, Name, Threads
 
@@ -28,6 +35,7 @@ def up(
         typer.Option(metavar="HOST:PORT", help="Address to listen on.", show_default=BIND),
     ] = None,
     quantize: Quantize = None,
+    kv_dtype: KVDtype = None,
     name: Name = None,
     device: Device = None,
     threads: Threads = None,
@@ -58,6 +66,7 @@ def up(
             "coordinator.model": model,
             "coordinator.bind": bind,
             "coordinator.quantize": quantize,
+            "coordinator.kv_dtype": kv_dtype,
             "coordinator.insecure": insecure or None,
             **{f"worker.{key}": value for key, value in machine.items()},
         },
@@ -77,7 +86,7 @@ def up(
     wanted = Wanted(
         coordinator=(
             *("coordinator", *([model] if model else []), "--bind", where, *shared),
-            *options_as_words({"quantize": quantize}),
+            *options_as_words({"quantize": quantize, "kv_dtype": kv_dtype}),
         ),
         worker=("worker", *shared, *options_as_words(machine)),
         api=("api", *shared, *(["--open"] if open_to_all else [])),

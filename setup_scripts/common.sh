@@ -205,7 +205,8 @@ make_venv() {
 
 install_package() {
     local extras=$1 fingerprint target=$root index=()
-    fingerprint=$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+    fingerprint=$(cat "$root/pyproject.toml" "$root/constraints.txt" \
+        "$root"/distributed_llm/worker/model/kernels/native/*.[ch] | cksum)
     if [[ -f $stamp ]] && venv_works; then
         case $(cat "$stamp") in
             "dev $fingerprint" | "$extras $fingerprint") return ;;

@@ -168,7 +168,9 @@ function Write-TorchNote {
 }
 
 function Install-Package([string] $Extras) {
-    $hashes = foreach ($file in @((Join-Path $Root 'pyproject.toml'), $Constraints)) {
+    $native = Get-ChildItem -Path (Join-Path $Root 'distributed_llm/worker/model/kernels/native/*') `
+        -Include '*.c', '*.h'
+    $hashes = foreach ($file in @((Join-Path $Root 'pyproject.toml'), $Constraints) + $native.FullName) {
         (Get-FileHash -LiteralPath $file -Algorithm SHA256).Hash
     }
     $fingerprint = $hashes -join ' '

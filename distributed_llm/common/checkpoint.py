@@ -18,6 +18,7 @@ from typing import Any
 from distributed_llm.common import model_sizes as sizes
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.form_in_memory import bytes_in_memory, form_in_memory
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
@@ -134,9 +135,9 @@ class Checkpoint:
         kinds = [_TORCH_DTYPES[kind] for kind in plain if kind in _TORCH_DTYPES]
         return max(set(kinds), key=kinds.count, default="float32")
 
-    def kv_bytes_per_token(self, dtype: DtypeName) -> int:
+    def kv_bytes_per_token(self, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> int:
         """Return the bytes of KV cache that one position takes in one layer."""
-        return sizes.kv_bytes_per_token(self.config, dtype)
+        return sizes.kv_bytes_per_token(self.config, dtype, kv_dtype)
 
     @cached_property
     def layer_prefix(self) -> str:

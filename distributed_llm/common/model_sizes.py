@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distributed_llm.common.errors import CheckpointError
+from distributed_llm.common.kv_dtypes import KVDtype, kv_row_bytes
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
 
 Config = Mapping[str, Any]
@@ -61,12 +62,12 @@ def context_length(config: Config) -> int:
     return min(max((unscaled, *_scaled_lengths(config, unscaled))), _MAX_POSITIONS)
 
 
-def kv_bytes_per_token(config: Config, dtype: DtypeName) -> int:
+def kv_bytes_per_token(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> int:
     """Return the bytes of KV cache that one position takes in one layer."""
     heads = positive(config, "num_attention_heads", "n_head")
     kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
     head_dim = config.get("head_dim") or hidden_size(config) // heads
-    return 2 * int(kv_heads) * int(head_dim) * ITEM_BYTES[dtype]
+    return 2 * int(kv_heads) * kv_row_bytes(int(head_dim), ITEM_BYTES[dtype], kv_dtype)
 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:

@@ -28,6 +28,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.units import parse_duration, parse_layers, parse_size, split_address
 from distributed_llm.common.wording import layers_text
@@ -173,6 +174,12 @@ class CoordinatorSettings(_Section):
         description="What floating-point matrices of layers become while they are loaded: none, "
         "int8 (half the memory of 16 bits), int4 (less than a third), auto (the most bits that the "
         "workers can hold). Fewer bits change answers a little.",
+    )
+    kv_dtype: KVDtype = Field(
+        default="auto",
+        description="How keys and values of the context are kept: auto (as they are computed), "
+        "int8 (half the memory of 16 bits, so about twice the context fits; answers change a "
+        "little), fp8 (as int8; coarser, and slower on CPUs).",
     )
     strategy: Strategy = Field(
         default="speed",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.formats import formats_of
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
@@ -34,7 +35,7 @@ def served_model(
     dtype = checkpoint.dtype if settings.dtype == "auto" else settings.dtype
     first = "none" if settings.quantize == "auto" else settings.quantize
     levels = QUANTIZE_LEVELS[QUANTIZE_LEVELS.index(first) :]
-    costs = [model_cost(checkpoint, dtype, level) for level in levels]
+    costs = [model_cost(checkpoint, dtype, level, settings.kv_dtype) for level in levels]
     defaults = generation_defaults(
         checkpoint.config,
         read_generation_config(checkpoint.folder),
@@ -46,6 +47,7 @@ def served_model(
         source=source,
         dtype=dtype,
         wire_dtype=dtype if settings.wire_dtype == "auto" else settings.wire_dtype,
+        kv_dtype=settings.kv_dtype,
         cost=costs[0],
         smaller=tuple(costs[1:]),
         may_shrink=settings.quantize == "auto",
@@ -59,13 +61,19 @@ def served_model(
     )
 
 
-def model_cost(checkpoint: Checkpoint, dtype: DtypeName, quantize: Quantize = "none") -> ModelCost:
+def model_cost(
+    checkpoint: Checkpoint,
+    dtype: DtypeName,
+    quantize: Quantize = "none",
+    kv_dtype: KVDtype = "auto",
+) -> ModelCost:
     """Return the memory that the parts of a checkpoint take when run in `dtype`.
 
     Args:
         checkpoint: config and tensor names.
         dtype: of what stays floating-point numbers.
         quantize: what other floating-point numbers become.
+        kv_dtype: how keys and values are kept.
 
     Raises:
         CheckpointError: tensors of some layers are missing.
@@ -85,6 +93,6 @@ def model_cost(checkpoint: Checkpoint, dtype: DtypeName, quantize: Quantize = "n
         first_bytes=parts["first"][0],
         last_bytes=parts["last"][0],
         shared_bytes=parts["shared"][0],
-        kv_bytes_per_token=checkpoint.kv_bytes_per_token(dtype),
+        kv_bytes_per_token=checkpoint.kv_bytes_per_token(dtype, kv_dtype),
         quantize=quantize,
     )

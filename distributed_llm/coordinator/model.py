@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from distributed_llm.common.formats import WeightFormats
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import ModelInfo, ModelSource
 from distributed_llm.common.sampling_params import CheckpointParams, SamplingParams
 from distributed_llm.common.tensors import ITEM_BYTES, DtypeName
@@ -58,8 +59,9 @@ class ServedModel:
     Attributes:
         name: shown to users.
         source: where workers find the checkpoint.
-        dtype: of weights and KV cache.
+        dtype: of weights, and of KV cache if `kv_dtype` is auto.
         wire_dtype: of activations between stages.
+        kv_dtype: how keys and values are kept.
         cost: memory of its parts.
         smaller: the same with fewer bits per weight, most bits first.
         may_shrink: `smaller` may be planned with, where the workers cannot hold `cost`.
@@ -87,6 +89,7 @@ class ServedModel:
     tokenizer: TokenizerFacts = field(default_factory=TokenizerFacts)
     smaller: tuple[ModelCost, ...] = ()
     may_shrink: bool = False
+    kv_dtype: KVDtype = "auto"
     formats: Mapping[Quantize, WeightFormats] = field(default_factory=dict)
 
     def cost_at(self, quantize: Quantize) -> ModelCost:

@@ -17,6 +17,7 @@ from distributed_llm.common.messages import (
     LoadStage,
     MissingPositions,
     ModelSource,
+    SeenFrom,
     SequenceSlice,
     Task,
 )
@@ -377,10 +378,12 @@ def test_what_a_task_releases_is_freed_before_it_runs() -> None:
         engine.put(Load(0, ORDER))
         posted.loaded()
         given = run()
-        releasing = msgspec.structs.replace(given.task, released=(4, 5))
-        engine.put(Run(0, releasing, given.frames))
+        seen_from = (SeenFrom(sequence_id=SequenceId(6), position=64),)
+        task = msgspec.structs.replace(given.task, released=(4, 5), seen_from=seen_from)
+        engine.put(Run(0, task, given.frames))
         posted.computed()
-        assert engine.stages[0].story[1:] == [("release", 4, 5), ([1, 2], None)]
+        told = [("release", 4, 5), ("forget", {6: 64}), ([1, 2], None)]
+        assert engine.stages[0].story[1:] == told
 
 
 # ------------------------------------------------------------------ what is void
@@ -751,6 +754,7 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
         event = posted.loaded()
         assert event.weight_bytes == WEIGHTS
         assert event.kv_tokens == kv_tokens
+        assert (event.kv_token_bytes, event.kv_windowed_bytes, event.kv_window) == (1000, 500, 9)
         if limit is None:
             limit = kv_tokens * PER_TOKEN
             assert limit <= 0.95 * free_bytes < limit + blocks(1)

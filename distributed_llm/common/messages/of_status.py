@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages.base import (
     MAX_STAGES,
     Capabilities,
@@ -158,6 +159,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
     Attributes:
         epoch: of its plan.
         quantize: what floating-point weights became while they were loaded.
+        kv_dtype: how keys and values are kept.
         memory: form of its weights in memory ("int4, groups of 32 and int8"); empty if unknown.
         exact: whether these are the numbers of the files, but for rounding to the dtype.
         lineage: stays the same when layers move and a pipeline of a newer epoch continues it.
@@ -186,6 +188,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
     epoch: Epoch
     lineage: Epoch
     quantize: Quantize = "none"
+    kv_dtype: KVDtype = "auto"
     memory: Label = ""
     exact: bool = True
     state: Literal["loading", "ready", "serving", "paused"]

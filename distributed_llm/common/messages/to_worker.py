@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta
 
 from distributed_llm.common.keys import NOBODY, PublicKey
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages.base import (
     MAX_STAGES,
     Addresses,
@@ -108,9 +109,10 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     `epoch`. A newer order replaces one that loads beside; `UndoMove` gives it up.
 
     Attributes:
-        dtype: dtype of weights, KV cache and computation.
+        dtype: dtype of weights and computation, and of KV cache if `kv_dtype` is auto.
         wire_dtype: dtype of activations between stages.
         quantize: what floating-point matrices of the layers become while they are loaded.
+        kv_dtype: how keys and values are kept.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
         link_key: key that a worker must know to send tasks and KV cache of `epoch`.
@@ -129,6 +131,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     dtype: DtypeName
     wire_dtype: DtypeName
     quantize: Quantize = "none"
+    kv_dtype: KVDtype = "auto"
     digest: Label
     kv_tokens: Count
     link_key: Label

@@ -314,6 +314,7 @@ class Pipelines:
                 dtype=self._model.dtype,
                 wire_dtype=self._model.wire_dtype,
                 quantize=pipeline.quantize,
+                kv_dtype=self._model.kv_dtype,
                 digest=self._model.digest(stage.layers),
                 kv_tokens=next(s.kv_tokens for s in pipeline.plan if s.worker == stage.worker),
                 link_key=key,

@@ -7,6 +7,7 @@ import msgspec
 
 from distributed_llm.common.errors import ConfigError
 from distributed_llm.common.formats import WeightFormats
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import Capabilities, Name
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.tensors import ITEM_BYTES
@@ -43,6 +44,7 @@ class DryRun:
         cost: of the model, quantized as it is planned.
         full_bytes: of all weights if they were not quantized any further.
         formats: of the weights; None if unknown.
+        kv_dtype: how keys and values are kept.
         plans: one per pipeline; no machine serves in two.
         memory: bytes of each machine.
         one_tokens_per_s: rate of a single request while it decodes.
@@ -60,6 +62,7 @@ class DryRun:
     assumed: tuple[str, ...]
     full_bytes: int = 0
     formats: WeightFormats | None = None
+    kv_dtype: KVDtype = "auto"
 
 
 def dry_run(
@@ -110,6 +113,7 @@ def dry_run(
         assumed=_assumed(workers),
         full_bytes=(full or cost).all_weight_bytes,
         formats=model.formats.get(cost.quantize),
+        kv_dtype=model.kv_dtype,
     )
 
 

@@ -250,6 +250,7 @@ class HeldStages:
                 device=self._device,
                 dtype=TORCH_DTYPES[order.dtype],
                 quantize=order.quantize,
+                kv_dtype=order.kv_dtype,
                 locate=weights.locate,
                 on_read=self._progress.add,
             )

@@ -210,8 +210,8 @@ def same_layers(served: LoadStage, order: LoadStage) -> bool:
     )
 
 
-def _form(order: LoadStage) -> tuple[str, str]:
-    return order.dtype, order.quantize
+def _form(order: LoadStage) -> tuple[str, str, str]:
+    return order.dtype, order.quantize, order.kv_dtype
 
 
 def load_beside(
@@ -248,6 +248,7 @@ def load_beside(
         device=device,
         dtype=TORCH_DTYPES[order.dtype],
         quantize=order.quantize,
+        kv_dtype=order.kv_dtype,
         donor=served.stage if served else None,
         locate=weights.locate,
         on_read=on_read,
@@ -273,7 +274,8 @@ def _ensure_same_model(served: LoadStage, order: LoadStage) -> None:
 
 def _what(order: LoadStage) -> str:
     quantized = "" if order.quantize == "none" else f", quantized to {order.quantize}"
-    return f"{order.source.name or order.source.kind!r} in {order.dtype}{quantized}"
+    kept = "" if order.kv_dtype == "auto" else f", with KV cache in {order.kv_dtype}"
+    return f"{order.source.name or order.source.kind!r} in {order.dtype}{quantized}{kept}"
 
 
 def _missing_bytes(checkpoint: Checkpoint, order: LoadStage, served: LayerRange) -> int:

@@ -79,7 +79,8 @@ def assemble(
 
     Raises:
         KVIncomplete: positions that a sender's manifest names have not arrived.
-        KVTransferError: one of the layers has no source, or a sender sent no manifest.
+        KVTransferError: one of the layers has no source, a sender sent no manifest, or keeps keys
+            and values in another way than `cache`.
         ValueError: the cache is not empty.
     """
     mine = _buffers_of(own, layers)
@@ -89,6 +90,12 @@ def assemble(
     manifests += [_manifest_of(source) for source in used]
     if not manifests:
         return
+    for one in manifests:
+        if one.kv_dtype != cache.kv_dtype:
+            raise KVTransferError(
+                f"the KV cache that arrived is kept as {one.kv_dtype}, but this one as "
+                f"{cache.kv_dtype}"
+            )
     manifest = reduce(KVManifest.common_with, manifests)
     numbers = range(layers.start, layers.stop)
     orphans = [layer for layer in numbers if layer not in mine and layer not in imported]

@@ -35,8 +35,10 @@ import numpy as np
 from torch import Tensor
 
 from distributed_llm.common.errors import StageError
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import SequenceSlice
 from distributed_llm.common.types import SequenceId
+from distributed_llm.worker.kv.coding import coding_of
 from distributed_llm.worker.kv.layer_buffers import LayerBuffers
 from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, manifest_sequence
 from distributed_llm.worker.kv.segments import (
@@ -70,13 +72,21 @@ class KVCache:
     Args:
         num_layers: layers of the stage, numbered from 0.
         max_bytes: limit of `nbytes`, or None; has no effect before `bytes_per_token` is known.
+        kv_dtype: how keys and values are kept.
 
     Attributes:
         max_bytes: as given; may be changed at any time, and frees nothing.
+        kv_dtype: as given.
+        coding: how keys and values become the rows of bytes that buffers then hold instead; None
+            if they are kept as they are computed.
     """
 
-    def __init__(self, num_layers: int, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, num_layers: int, max_bytes: int | None = None, kv_dtype: KVDtype = "auto"
+    ) -> None:
         self.max_bytes = max_bytes
+        self.kv_dtype: KVDtype = kv_dtype
+        self.coding = coding_of(kv_dtype)
         self._num_layers = num_layers
         self._sequences: dict[SequenceId, CachedSequence] = {}
         self._layers = LayerBuffers(num_layers)
@@ -276,6 +286,8 @@ class KVCache:
             a layer with a window keeps. The last view contains at least the new tokens. They are
             valid until the next call for this layer.
         """
+        if self.coding:
+            keys, values = self.coding.encoded(keys, values)
         segments = self._sequences[sequence_id].segments
         last = segments[-1]
         first = start - last.start
@@ -300,6 +312,8 @@ class KVCache:
             keys: [heads, tokens, head_dim].
             values: [heads, tokens, value_dim].
         """
+        if self.coding:
+            keys, values = self.coding.encoded(keys, values)
         places = []
         for sequence_id, position in tokens:
             last = self._sequences[sequence_id].segments[-1]
@@ -351,6 +365,7 @@ class KVCache:
     def manifest(self) -> KVManifest:
         """Return a description of the content; not to be called in a step."""
         return KVManifest(
+            kv_dtype=self.kv_dtype,
             sequences=tuple(
                 manifest_sequence(
                     sequence_id,

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from distributed_llm.common.errors import StageError
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.types import KV_BLOCK, Count, SequenceId
 from distributed_llm.worker.kv.segments import TokenIds, unseen_in
 
@@ -79,10 +80,17 @@ class Extent(msgspec.Struct, frozen=True):
 class KVManifest(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
 ):
-    """The content of a KV cache between two steps, without tensors."""
+    """The content of a KV cache between two steps, without tensors.
+
+    Attributes:
+        sequences: that the cache holds.
+        segments: of these sequences.
+        kv_dtype: how keys and values are kept.
+    """
 
     sequences: tuple[ManifestSequence, ...]
     segments: tuple[ManifestSegment, ...]
+    kv_dtype: KVDtype = "auto"
 
     def check(self) -> None:
         """Refuse a manifest that no cache can have.
@@ -137,7 +145,7 @@ class KVManifest(
             for segment in self.segments
             if segment.number in holders
         )
-        return KVManifest(sequences=tuple(kept), segments=tuple(segments))
+        return msgspec.structs.replace(self, sequences=tuple(kept), segments=tuple(segments))
 
     def unseen(self) -> dict[int, int]:
         """Return, by segment, how many of its first positions layers with a window may lack."""

@@ -78,7 +78,7 @@ def _attend_both(
     for part in step.chunks:
         rows = slice(part.row, part.row + part.num_tokens)
         held = step.cache.append(layer, part.sequence_id, part.start, key[:, rows], value[:, rows])
-        attended[rows] = attend_chunk(step, query[:, rows], held, scoring)
+        attended[rows] = attend_chunk(step, query[:, rows], held, scoring, value.shape[-1])
     if step.single:
         chosen = torch.tensor([part.row for part in step.single], device=query.device)
         attended[chosen] = attend_tokens(

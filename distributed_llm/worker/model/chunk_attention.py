@@ -3,6 +3,8 @@
 Queries are taken in blocks, and positions segment by segment. A block needs a mask only where it
 sees a part of the positions; one mask of the widest block serves all blocks and layers, for it
 depends on the distance from a block's last position alone.
+
+Positions that are kept in 8 bits are decoded piece by piece, each once for all blocks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from distributed_llm.worker.kv.segments import KVBuffers
+from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.partial_attention import Partial, fused, merged, with_sinks
 
@@ -42,7 +45,11 @@ class _Part(NamedTuple):
 
 
 def attend_chunk(
-    step: PackedStep, queries: Tensor, held: Sequence[KVBuffers], scoring: Scoring
+    step: PackedStep,
+    queries: Tensor,
+    held: Sequence[KVBuffers],
+    scoring: Scoring,
+    value_dim: int,
 ) -> Tensor:
     """Compute attention of the last tokens of a sequence.
 
@@ -51,15 +58,25 @@ def attend_chunk(
         queries: [heads, tokens, head_dim].
         held: keys and values of all positions, the chunk's own at the end, in order.
         scoring: how.
+        value_dim: numbers of a value.
 
     Returns:
         [tokens, heads, value_dim].
     """
-    dims = held[0].keys.shape[2], held[0].values.shape[2]
-    if scoring.softcap is not None or dims[0] != dims[1]:
-        return _by_hand(queries, _joined(held), scoring)
-    if queries.device.type == "cpu":
+    by_blocks = (
+        scoring.softcap is None and queries.shape[-1] == value_dim and queries.device.type == "cpu"
+    )
+    coding = step.cache.coding
+    if coding is not None:
+        queries = coding.rotated(queries)
+        rows = CodedRows(coding, queries.shape[-1], value_dim, queries.dtype)
+        if by_blocks:
+            return _in_pieces(step, queries, list(_parts(held)), scoring, rows)
+        held = [KVBuffers(*rows.decoded(one.keys, one.values)) for one in held]
+    if by_blocks:
         return _in_blocks(step, queries, list(_parts(held)), scoring)
+    if scoring.softcap is not None or queries.shape[-1] != value_dim:
+        return _by_hand(queries, _joined(held), scoring)
     if scoring.sinks is not None:
         return _by_hand(queries, _joined(held), scoring)
     return _by_one_kernel(queries, _joined(held), scoring)
@@ -82,45 +99,80 @@ def _joined(held: Sequence[KVBuffers]) -> _Part:
 def _in_blocks(
     step: PackedStep, queries: Tensor, parts: Sequence[_Part], scoring: Scoring
 ) -> Tensor:
+    start = parts[-1].stop - queries.shape[1]
+    blocks = []
+    for row, block in _blocks(queries, parts[0].keys.shape[0]):
+        seen = [_attend_part(step, block, start + row, part, scoring) for part in parts]
+        blocks.append(_sum_of([one for one in seen if one is not None]))
+    return _put_together(blocks, scoring)
+
+
+def _in_pieces(
+    step: PackedStep,
+    queries: Tensor,
+    parts: Sequence[_Part],
+    scoring: Scoring,
+    rows: CodedRows,
+) -> Tensor:
+    """Compute attention as `_in_blocks` does, of parts that are rows of bytes."""
+    start = parts[-1].stop - queries.shape[1]
+    blocks = list(_blocks(queries, parts[0].keys.shape[0]))
+    sums: list[list[Partial]] = [[] for _ in blocks]
+    lowest = max(0, start - scoring.window + 1) if scoring.window else 0
+    for part in parts:
+        for first, stop in rows.pieces(part.keys, max(part.start, lowest), part.stop):
+            cut = part.cut(first, stop)
+            piece = _Part(first, *rows.decoded(cut.keys, cut.values))
+            for (row, block), total in zip(blocks, sums, strict=True):
+                seen = _attend_part(step, block, start + row, piece, scoring)
+                if seen is not None:
+                    total[:] = [_sum_of([*total, seen])]
+    return _put_together([total for (total,) in sums], scoring)
+
+
+def _blocks(queries: Tensor, kv_heads: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield blocks of queries, [kv_heads, group, block, dim], and where they begin."""
     heads, tokens, _ = queries.shape
-    kv_heads = parts[0].keys.shape[0]
     # Heads that share keys are one batch of the kernel, which reads the keys where they are.
     grouped = queries.view(kv_heads, heads // kv_heads, tokens, -1)
-    start = parts[-1].stop - tokens
-    blocks = []
     for row in range(0, tokens, _BLOCK):
-        rows = grouped[:, :, row : row + _BLOCK]
-        seen = _attend_block(step, rows, start + row, parts, scoring)
-        if scoring.sinks is None:
-            blocks.append(seen.attended)
-        else:
-            blocks.append(with_sinks(seen, scoring.sinks.view(kv_heads, -1, 1)))
-    attended = blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-    return attended.reshape(heads, tokens, -1).transpose(0, 1)
+        yield row, grouped[:, :, row : row + _BLOCK]
 
 
-def _attend_block(
-    step: PackedStep, queries: Tensor, start: int, parts: Sequence[_Part], scoring: Scoring
-) -> Partial:
-    """Compute attention of the queries of positions from `start` on."""
+def _put_together(blocks: Sequence[Partial], scoring: Scoring) -> Tensor:
+    """Return the attention of all blocks, [tokens, heads, value_dim], with sinks."""
+    if scoring.sinks is None:
+        attended = [block.attended for block in blocks]
+    else:
+        sinks = scoring.sinks.view(blocks[0].attended.shape[0], -1, 1)
+        attended = [with_sinks(block, sinks) for block in blocks]
+    whole = attended[0] if len(attended) == 1 else torch.cat(attended, dim=2)
+    return whole.flatten(0, 1).transpose(0, 1)
+
+
+def _attend_part(
+    step: PackedStep, queries: Tensor, start: int, part: _Part, scoring: Scoring
+) -> Partial | None:
+    """Compute attention of the queries of positions from `start` on; None if they see nothing."""
     kv_heads, group, tokens, _ = queries.shape
     stop = start + tokens
     window = scoring.window or stop
-    seen = []
-    for part in parts:
-        first, last = max(part.start, start - window + 1), min(part.stop, stop)
-        if first >= last:
-            continue
-        cut = part.cut(first, last)
-        plain = first >= stop - window  # the last query sees the first position
-        is_causal = plain and first == start and last == stop
-        mask = None
-        if not is_causal and not (plain and last <= start + 1):
-            mask = _mask(step, tokens, scoring.window, stop - first, queries)
-            mask = mask[:, mask.shape[1] - (stop - first) : mask.shape[1] - (stop - last)]
-        shape = (kv_heads, group, last - first, -1)
-        keys, values = cut.keys[:, None].expand(shape), cut.values[:, None].expand(shape)
-        seen.append(fused(queries, keys, values, scoring.scale, mask, is_causal=is_causal))
+    first, last = max(part.start, start - window + 1), min(part.stop, stop)
+    if first >= last:
+        return None
+    cut = part.cut(first, last)
+    plain = first >= stop - window  # the last query sees the first position
+    is_causal = plain and first == start and last == stop
+    mask = None
+    if not is_causal and not (plain and last <= start + 1):
+        mask = _mask(step, tokens, scoring.window, stop - first, queries)
+        mask = mask[:, mask.shape[1] - (stop - first) : mask.shape[1] - (stop - last)]
+    shape = (kv_heads, group, last - first, -1)
+    keys, values = cut.keys[:, None].expand(shape), cut.values[:, None].expand(shape)
+    return fused(queries, keys, values, scoring.scale, mask, is_causal=is_causal)
+
+
+def _sum_of(seen: Sequence[Partial]) -> Partial:
     if len(seen) == 1:
         return seen[0]
     lses = [part.lse for part in seen if part.lse is not None]

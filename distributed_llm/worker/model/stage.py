@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
+from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
@@ -80,6 +81,7 @@ class Stage:
         checkpoint: Checkpoint,
         device: torch.device,
         dtype: torch.dtype,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         layers = stage_model.numbers
         self.layers = layers
@@ -88,7 +90,7 @@ class Stage:
         self.inputs = TaskInputs(layers, checkpoint.hidden_size, checkpoint.vocab_size)
         self._device = device
         self._dtype = dtype
-        self._cache = KVCache(len(layers))
+        self._cache = KVCache(len(layers), kv_dtype=kv_dtype)
         self._coarse_layers: set[int] = set()
         self._samplings: dict[SequenceId, Sampling] = {}
         self._released: dict[SequenceId, None] = {}  # the latest last
@@ -104,6 +106,7 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         quantize: Quantize = "none",
+        kv_dtype: KVDtype = "auto",
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
@@ -114,8 +117,9 @@ class Stage:
             checkpoint: with the weights.
             layers: to load.
             device: to compute on.
-            dtype: of weights, KV cache and computation.
+            dtype: of weights and computation, and of KV cache if `kv_dtype` is auto.
             quantize: what floating-point matrices of layers become.
+            kv_dtype: how keys and values are kept.
             donor: a stage of the same checkpoint, whose modules are shared instead of read again.
                 It may run in another thread meanwhile. Afterwards the two may run in turns, and
                 either may be dropped.
@@ -135,6 +139,7 @@ class Stage:
             device=device,
             dtype=dtype,
             quantize=quantize,
+            kv_dtype=kv_dtype,
             donor=donor,
             locate=locate,
             on_read=on_read,
@@ -158,6 +163,7 @@ class Stage:
         device: torch.device,
         dtype: torch.dtype,
         quantize: Quantize = "none",
+        kv_dtype: KVDtype = "auto",
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
@@ -175,7 +181,7 @@ class Stage:
             locate=locate,
             on_read=on_read,
         )
-        return cls(stage_model, checkpoint, device, dtype)
+        return cls(stage_model, checkpoint, device, dtype, kv_dtype)
 
     @property
     def progress(self) -> Callable[[], None] | None:

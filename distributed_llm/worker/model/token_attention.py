@@ -3,17 +3,19 @@
 What a token attends to is read segment by segment. A segment that several sequences share is read
 once for all of them. Segments that lie in one slab are read by one product, with those between
 them if these are few; what a sequence does not hold is hidden. Where a sequence has several
-segments, the results are merged.
+segments, the results are merged. What is kept in 8 bits is decoded in pieces that fit into the
+caches of a processor.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_llm.worker.kv.segments import KVBuffers
+from distributed_llm.worker.model.decoded_rows import CodedRows
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.partial_attention import (
     Partial,
@@ -57,15 +59,20 @@ def attend_tokens(
     held = [reading.segment.layers[layer] for reading in readings]
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
+    rows = None
+    if step.cache.coding is not None:
+        query = step.cache.coding.rotated(query)
+        rows = CodedRows(step.cache.coding, query.shape[-1], value.shape[-1], query.dtype)
     # [tokens, kv_heads, group, head_dim]
     queries = query.transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, -1)
     if len(readings) == tokens == 1:
-        kernels = _Kernels(scoring, step.coarse, layer, scoring.sinks is not None)
+        kernels = _Kernels(scoring, step.coarse, layer, scoring.sinks is not None, rows)
         part = kernels.attend_one(readings[0], held[0], queries)
     else:
         schedule = schedule_of(step, readings, held, scoring.window)
         merges = schedule.places is not None and len(schedule.places) > 1
-        kernels = _Kernels(scoring, step.coarse, layer, merges or scoring.sinks is not None)
+        with_lse = merges or scoring.sinks is not None
+        kernels = _Kernels(scoring, step.coarse, layer, with_lse, rows)
         parts = [kernels.attend_run(run, held[run.reading], queries) for run in schedule.runs]
         part = _in_order(parts, schedule.places)
     attended = part.attended
@@ -83,12 +90,14 @@ class _Kernels:
         coarse: see `PackedStep`.
         layer: within the stage.
         with_lse: whether lse is needed.
+        rows: what keys and values are kept as; None if they are numbers.
     """
 
     scoring: Scoring
     coarse: set[int]
     layer: int
     with_lse: bool
+    rows: CodedRows | None
 
     def attend_one(self, reading: Reading, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute attention of one token over one segment."""
@@ -127,10 +136,48 @@ class _Kernels:
 
         Args:
             queries: [batch, kv_heads, rows, dim].
-            keys: [batch, kv_heads, positions, dim].
-            values: [batch, kv_heads, positions, value_dim].
+            keys: [batch, kv_heads, positions, dim], or rows of bytes.
+            values: [batch, kv_heads, positions, value_dim], or rows of bytes.
             hidden: what does not count.
         """
+        if self.rows is None:
+            return self._attend_numbers(queries, keys, values, hidden)
+        batch, _, positions, _ = keys.shape
+        at_once = self.rows.at_once(keys) // positions
+        if batch <= at_once:
+            return self._attend_numbers(queries, *self.rows.decoded(keys, values), hidden)
+        if not at_once:
+            parts = [
+                self._attend_row(queries[one : one + 1], keys[one], values[one], shown)
+                for one, shown in enumerate(_shown(hidden, batch, positions))
+            ]
+        else:
+            parts = []
+            for start in range(0, batch, at_once):
+                there = slice(start, start + at_once)
+                numbers = self.rows.decoded(keys[there], values[there])
+                parts.append(self._attend_numbers(queries[there], *numbers, _rows(hidden, there)))
+        return _in_order(parts, None)
+
+    def _attend_row(
+        self, queries: Tensor, keys: Tensor, values: Tensor, shown: tuple[int, int]
+    ) -> Partial:
+        """Compute attention over the positions that are shown of one row, piece by piece."""
+        assert self.rows is not None
+        merging = replace(self, with_lse=True)
+        pieces = []
+        for first, stop in self.rows.pieces(keys, *shown):
+            numbers = self.rows.decoded(keys[None, :, first:stop], values[None, :, first:stop])
+            pieces.append(merging._attend_numbers(queries, *numbers, None))
+        if len(pieces) == 1:
+            return pieces[0]
+        lses = [piece.lse for piece in pieces if piece.lse is not None]
+        return merged(torch.stack([piece.attended for piece in pieces]), torch.stack(lses))
+
+    def _attend_numbers(
+        self, queries: Tensor, keys: Tensor, values: Tensor, hidden: Hidden | None
+    ) -> Partial:
+        """Compute what `_attend` is asked for, of keys and values that are numbers."""
         batch, heads, rows, dim = queries.shape
         scoring = self.scoring
         alike = values.shape[-1] == dim and scoring.softcap is None
@@ -154,6 +201,23 @@ class _Kernels:
         part = weighted(scores, values.flatten(0, 1), scoring.softcap, with_lse=self.with_lse)
         lse = None if part.lse is None else part.lse.view(batch, heads, rows)
         return Partial(part.attended.view(batch, heads, rows, -1), lse)
+
+
+def _rows(hidden: Hidden | None, there: slice) -> Hidden | None:
+    """Return what does not count of some of the rows."""
+    return None if hidden is None else Hidden(hidden.start, hidden.positions[there])
+
+
+def _shown(hidden: Hidden | None, rows: int, positions: int) -> list[tuple[int, int]]:
+    """Return the positions that count of each row: they follow one another."""
+    if hidden is None:
+        return [(0, positions)] * rows
+    of_each = []
+    for row in hidden.positions:
+        places = hidden.start + (~row).nonzero()
+        first = 0 if hidden.start else int(places[0])
+        of_each.append((first, int(places[-1]) + 1 if len(places) else hidden.start))
+    return of_each
 
 
 def _added(hidden: Hidden | None, keys: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ import msgspec
 import torch
 from filelock import FileLock, Timeout
 
-from distributed_llm.worker.model.kernels import chosen
+from distributed_llm.worker.model.kernels import chosen, native
 from distributed_llm.worker.model.kernels.choice import Choice, Kind
 from distributed_llm.worker.model.kernels.measuring import measure
 from distributed_llm.worker.model.kernels.orders import FLOAT, INT4, INT8
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 KERNELS_VARIABLE = "DLLM_KERNELS"
 """Environment variable; with the value "usual" nothing is measured and no file is read."""
 
-_FORMAT = 1
+_FORMAT = 2
 """To be raised when kernels are added or become faster: what older versions kept is not read."""
 
 _LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "FBGEMM_ENABLE_INSTRUCTIONS", "MKL_CBWR")
@@ -59,6 +59,7 @@ def machine_of(processor: str) -> dict[str, str]:
         "format": str(_FORMAT),
         "processor": processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "native": native.instructions(),
         "limits": " ".join(f"{name}={os.environ.get(name, '')}" for name in _LIMITS),
         "torch": str(torch.__version__),
         "system": f"{platform.system()} {platform.machine()}",

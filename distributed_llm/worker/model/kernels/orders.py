@@ -10,6 +10,7 @@ from distributed_llm.worker.model.kernels.choice import Choice, Kind
 from distributed_llm.worker.model.kernels.int4 import Int4Pack, Int4Rows, channels_of_block
 from distributed_llm.worker.model.kernels.int8 import Int8Fbgemm, Int8OneDnn, Int8Rows
 from distributed_llm.worker.model.kernels.layout import Layout
+from distributed_llm.worker.model.kernels.native import Int4Blocks, Int8Blocks, instructions
 from distributed_llm.worker.model.kernels.packed import FloatLinear, PackedLinear, RowLinear
 
 INT8: dict[str, Callable[[Tensor, Tensor], Layout]] = {
@@ -17,6 +18,7 @@ INT8: dict[str, Callable[[Tensor, Tensor], Layout]] = {
     "fbgemm": Int8Fbgemm,
     "fbgemm 7 bits": lambda codes, scales: Int8Fbgemm(codes, scales, levels=63),
     "onednn": Int8OneDnn,
+    "blocks": Int8Blocks,
 }
 """Makes a layout of codes int8 [out_features, in_features] and scales float32 [out_features]."""
 
@@ -26,6 +28,7 @@ REPLACES = {"fbgemm 7 bits": "fbgemm"}
 INT4: dict[str, Callable[[Tensor, Tensor, Tensor, torch.dtype], Layout]] = {
     "rows": Int4Rows,
     "pack": lambda codes, scales, offsets, dtype: Int4Pack(codes, scales, offsets),
+    "blocks": lambda codes, scales, offsets, dtype: Int4Blocks(codes, scales, offsets),
 }
 """Makes a layout of codes uint8 [out_features, in_features], scales and offsets [.., groups]."""
 
@@ -35,6 +38,8 @@ FLOAT: dict[str, Callable[[nn.Linear], FloatLinear]] = {"rows": RowLinear, "pack
 
 def usual(kind: Kind) -> Choice:
     """Return what is used where nothing was measured: by the processor's instructions alone."""
+    if kind.form != "float" and instructions() != "none":
+        return Choice("blocks", ("native",) * 4)
     if kind.form == "int8":
         if _is_x86() and torch.cpu._is_vnni_supported():
             return Choice("fbgemm", ("fbgemm",) * 4)

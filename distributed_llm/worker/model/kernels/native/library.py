@@ -1,0 +1,105 @@
+"""The C library: whether it was built, what it uses of the processor, and its calls.
+
+Building this package from source builds the library too, if there is a C compiler (see
+`pyproject.toml`). It computes in the threads of the OpenMP library that torch computes with: a
+second one would have threads of its own, and both would wait for cores that the other one holds.
+"""
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("none", "avx2", "avxvnni", "avx512vnni")
+"""Sets of instructions, in the order of products.c."""
+
+_ADDRESS, _COUNT, _SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "int8_product": (*[_ADDRESS] * 4, *[_COUNT] * 3, *[_SMALL] * 3),
+    "int4_product": (*[_ADDRESS] * 4, *[_COUNT] * 4, *[_SMALL] * 3),
+}
+
+
+class Missing(NotImplementedError):
+    """This machine has no such library, or its processor none of the instructions it needs."""
+
+
+def instructions() -> str:
+    """Return which of `NAMES` this process computes with.
+
+    Respects ATEN_CPU_CAPABILITY, which takes instructions from torch.
+    """
+    library = _library()
+    if library is None:
+        return NAMES[0]
+    best = int(library.best_instructions())
+    torch_has = torch.backends.cpu.get_cpu_capability()
+    if torch_has == "DEFAULT":
+        return NAMES[0]
+    return NAMES[best if "AVX512" in torch_has else min(best, NAMES.index("avxvnni"))]
+
+
+def function(name: str, instructions: str) -> Callable[..., None]:
+    """Return a product; its arguments are those of products.c, but for the last one.
+
+    Args:
+        name: "int8_product" or "int4_product".
+        instructions: one of `NAMES`, which this processor has to have.
+
+    Raises:
+        Missing: see there.
+    """
+    library = _library()
+    number = NAMES.index(instructions)
+    if library is None or not number:
+        raise Missing("products of integers were not built for this machine")
+    product = getattr(library, name)
+
+    def call(*arguments: int) -> None:
+        if product(*arguments, number):
+            raise MemoryError(f"no memory to round states in for {name}")
+
+    return call
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    paths = [folder / f"products{suffix}" for suffix in EXTENSION_SUFFIXES]
+    return _opened([path for path in paths if path.exists()], _parallel())
+
+
+def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
+    """Return the first library that can be loaded, ready to be called; None if there is none."""
+    for path in paths:
+        try:
+            library = ctypes.CDLL(str(path))
+            for name, arguments in _ARGUMENTS.items():
+                getattr(library, name).argtypes = arguments
+            library.use_threads.argtypes = (_ADDRESS,)
+            library.use_threads(parallel)
+        except (OSError, AttributeError) as exc:
+            logger.warning(
+                "%s cannot be used (%s); slower kernels of torch are. Install this package again.",
+                *(path, exc),
+            )
+            continue
+        return library
+    return None
+
+
+def _parallel() -> int | None:
+    """Return the address of what starts the threads of torch's OpenMP library; None: unknown."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
+        try:
+            start = ctypes.CDLL(str(path)).GOMP_parallel  # torch has loaded it; this finds it
+        except (OSError, AttributeError):
+            continue
+        return ctypes.cast(start, _ADDRESS).value
+    return None

@@ -1,0 +1,258 @@
+#include "products.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+#define MOST_GROUP 1024
+#define MOST_ROWS 8
+#define MOST_BLOCKS 4
+
+/* States rounded to integers. */
+typedef struct {
+    int8_t *codes;  /* [rows, inputs] */
+    float *scales;  /* [rows, runs] */
+    int32_t *sums;  /* [rows, runs] */
+    int64_t runs;
+} Rounded;
+
+static inline int32_t four_bytes(const int8_t *from)
+{
+    int32_t four;
+    memcpy(&four, from, sizeof four);
+    return four;
+}
+
+
+/* To the nearest bfloat16, ties to even; a NaN stays one. */
+static inline uint16_t narrowed(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)(value != value ? 0x7fc0 : rounded);
+}
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define NAME(x) x##_avx2
+#define VECTORS 2
+#define integer __m256i
+#define real __m256
+#define UNSIGNED_CODES 0
+#define ROWS_AT_ONCE 4
+#define BLOCKS_AT_ONCE 1
+#include "vectors256.h"
+static inline __attribute__((always_inline)) integer multiply_codes8_avx2(integer sum, integer codes,
+                                                                         integer states)
+{
+    integer code = _mm256_xor_si256(codes, _mm256_set1_epi8((char)128)); /* as a signed number */
+    /* 128 * 127 * 2 has room in 16 bits */
+    integer pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(states, code));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+static inline __attribute__((always_inline)) integer multiply_codes4_avx2(integer sum, integer codes,
+                                                                         integer states)
+{
+    integer pairs = _mm256_maddubs_epi16(codes, states); /* 15 * 127 * 2 has room in 16 bits */
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#define multiply_codes8 multiply_codes8_avx2
+#define multiply_codes4 multiply_codes4_avx2
+#include "products.inc.h"
+#undef multiply_codes4
+#undef multiply_codes8
+#undef NAME
+#undef UNSIGNED_CODES
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avxvnni")
+#endif
+#define NAME(x) x##_avxvnni
+#define UNSIGNED_CODES 1
+#define multiply_codes4(sum, codes, states) _mm256_dpbusd_avx_epi32(sum, codes, states)
+#define multiply_codes8(sum, codes, states) _mm256_dpbusd_avx_epi32(sum, codes, states)
+#include "products.inc.h"
+#include "undefine.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#endif
+#define NAME(x) x##_avx512
+#define VECTORS 1
+#define integer __m512i
+#define real __m512
+#define UNSIGNED_CODES 1
+#define ROWS_AT_ONCE 4
+#define BLOCKS_AT_ONCE 4
+#include "vectors512.h"
+#include "products.inc.h"
+#include "undefine.h"
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+typedef void Rows(const Product *, const Rounded *, int64_t block, int blocks);
+typedef void RoundRow(const Product *, int64_t row, int64_t group, int8_t *, float *, int32_t *);
+
+/* The functions of one set of instructions. */
+typedef struct {
+    RoundRow *round_row;
+    Rows *int8, *int4;
+    int blocks; /* that are fastest together */
+} Instructions;
+
+static const Instructions sets[] = {
+    {NULL, NULL, NULL, 1},
+#if defined(__x86_64__)
+    {round_row_avx2, int8_rows_avx2, int4_rows_avx2, 1},
+    {round_row_avxvnni, int8_rows_avxvnni, int4_rows_avxvnni, 1},
+    {round_row_avx512, int8_rows_avx512, int4_rows_avx512, 4},
+#endif
+};
+
+/* Returns the number in `sets` of the best instructions of this processor, or 0. */
+EXPORT int best_instructions(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 0;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vnni"))
+        return 3;
+    unsigned eax = 0, ebx, ecx, edx;
+    __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
+    return eax >> 4 & 1 ? 2 : 1; /* AVX-VNNI */
+#else
+    return 0;
+#endif
+}
+
+/* Calls a function in several threads at once, and returns when it has returned in all. */
+typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+
+static Parallel *parallel;
+
+/* Sets what starts threads: GOMP_parallel of the library whose threads torch computes with. */
+EXPORT void use_threads(Parallel *function) { parallel = function; }
+
+/* What the threads that compute one product share. */
+typedef struct {
+    const Product *product;
+    const Instructions *set;
+    Rounded *rounded;
+    int is_int4;
+    int64_t blocks, step;
+    atomic_llong next_row, next_block;
+} Work;
+
+static void round_some(void *data)
+{
+    Work *work = data;
+    const Product *p = work->product;
+    Rounded *x = work->rounded;
+    for (;;) {
+        int64_t row = atomic_fetch_add_explicit(&work->next_row, 1, memory_order_relaxed);
+        if (row >= p->rows)
+            return;
+        work->set->round_row(p, row, p->group, x->codes + row * p->inputs,
+                             x->scales + row * x->runs, x->sums + row * x->runs);
+    }
+}
+
+static void multiply_some(void *data)
+{
+    Work *work = data;
+    Rows *rows = work->is_int4 ? work->set->int4 : work->set->int8;
+    for (;;) {
+        int64_t first =
+            atomic_fetch_add_explicit(&work->next_block, work->step, memory_order_relaxed);
+        int64_t last = first + work->step < work->blocks ? first + work->step : work->blocks;
+        if (first >= work->blocks)
+            return;
+        for (int64_t block = first; block < last; block += work->set->blocks) {
+            int64_t left = last - block;
+            rows(work->product, work->rounded, block,
+                 (int)(left < work->set->blocks ? left : work->set->blocks));
+        }
+    }
+}
+
+static void run(void (*function)(void *), Work *work, int threads)
+{
+    if (threads > 1 && parallel)
+        parallel(function, work, (unsigned)threads, 0);
+    else
+        function(work);
+}
+
+static int product(Product p, int is_int4, int instructions)
+{
+    int64_t runs = (p.inputs + p.group - 1) / p.group;
+    size_t codes = ((size_t)(p.rows * p.inputs) + 63) / 64 * 64;
+    size_t each = ((size_t)(p.rows * runs) * 4 + 63) / 64 * 64;
+    char *memory = aligned_alloc(64, codes + 2 * each);
+    if (!memory)
+        return 1;
+    Rounded rounded = {(int8_t *)memory, (float *)(memory + codes),
+                       (int32_t *)(memory + codes + each), runs};
+    Work work = {
+        .product = &p, .set = &sets[instructions], .rounded = &rounded, .is_int4 = is_int4};
+    work.blocks = (p.channels + LANES - 1) / LANES;
+    /* Pieces so small that a slow core does not keep the others waiting. */
+    int64_t each_time = work.set->blocks;
+    work.step = work.blocks / (8 * p.threads) / each_time * each_time;
+    work.step = work.step < each_time ? each_time : work.step > 8 ? 8 : work.step;
+    run(round_some, &work, p.rows >= 4 * p.threads ? p.threads : 1);
+    run(multiply_some, &work, p.threads);
+    free(memory);
+    return 0;
+}
+
+/* Both return 0, or 1 if there is no memory for the rounded states. */
+EXPORT int int8_product(const void *states, void *output, const void *weight, const float *scales,
+                        int64_t rows, int64_t inputs, int64_t channels, int dtype, int threads,
+                        int instructions)
+{
+    Product p = {states, output, weight, scales, rows, inputs, channels, INT8_RUN, dtype, threads};
+    return product(p, 0, instructions);
+}
+
+EXPORT int int4_product(const void *states, void *output, const void *weight, const float *factor,
+                        int64_t rows, int64_t inputs, int64_t channels, int64_t group, int dtype,
+                        int threads, int instructions)
+{
+    Product p = {states, output, weight, factor, rows, inputs, channels, group, dtype, threads};
+    return product(p, 1, instructions);
+}

@@ -1,0 +1,23 @@
+/* Undoes what products.c and vectors*.h define for one set of instructions. */
+#undef NAME
+#undef VECTORS
+#undef integer
+#undef real
+#undef UNSIGNED_CODES
+#undef ROWS_AT_ONCE
+#undef BLOCKS_AT_ONCE
+#undef load_codes
+#undef zero_integer
+#undef set_integer
+#undef broadcast_states
+#undef low_codes
+#undef high_codes
+#undef multiply_codes4
+#undef multiply_codes8
+#undef to_real
+#undef zero_real
+#undef set_real
+#undef load_half
+#undef multiply
+#undef multiply_add
+#undef store_real

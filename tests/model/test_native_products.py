@@ -1,0 +1,144 @@
+"""The C library multiplies the states that it rounds, with every set of instructions."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_llm.worker.model.kernels import native, orders
+from distributed_llm.worker.model.kernels.choice import Kind
+from distributed_llm.worker.model.kernels.native import Int4Blocks, Int8Blocks, library
+
+BEST = native.instructions()
+HERE = library.NAMES[1 : library.NAMES.index(BEST) + 1]
+if BEST == "avx512vnni":  # which some processors have without "avxvnni"
+    HERE = tuple(name for name in HERE if name != "avxvnni")
+
+pytestmark = pytest.mark.skipif(not HERE, reason="the C library was not built here")
+
+RUN = 64
+"""States that are rounded together for products of 8 bits."""
+
+
+@pytest.fixture(params=[1, 2], ids="threads {}".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def rounded(states: Tensor, run: int) -> Tensor:
+    """Return the states as they are multiplied, float64: a run to 8 bits of its largest."""
+    numbers = states.double()
+    for start in range(0, states.shape[1], run):
+        own = numbers[:, start : start + run]
+        scale = own.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        own.copy_((own / scale).round() * scale)
+    return numbers
+
+
+def assert_product(actual: Tensor, states: Tensor, run: int, weight: Tensor) -> None:
+    numbers = rounded(states, run)
+    expected = numbers @ weight.double().T
+    # What the largest terms could round to; a state halfway between two codes may take either.
+    size = (numbers.abs() @ weight.double().abs().T).clamp_min(1e-12)
+    bound = 1e-4 if states.dtype == torch.float32 else 5e-3
+    assert actual.dtype == states.dtype
+    assert float(((actual.double() - expected).abs() / size).max()) < bound
+
+
+def states_of(rows: int, inputs: int, dtype: torch.dtype) -> Tensor:
+    states = torch.randn(rows, inputs)
+    states[:, 3] = 300.0  # makes its run coarse, but no other
+    states[-1] = 0.0
+    return states.to(dtype)
+
+
+@pytest.mark.parametrize("instructions", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "inputs"), [(300, 192), (64, 100), (7, 30), (1, 4)])
+def test_int8(
+    channels: int, inputs: int, dtype: torch.dtype, instructions: str, threads: int
+) -> None:
+    codes = torch.randint(-128, 128, (channels, inputs), dtype=torch.int8)
+    scales = torch.rand(channels) * 0.1 + 0.01
+    product = Int8Blocks(codes, scales, instructions).kernels()["native"]
+    for rows in (1, 2, 3, 7, 40):
+        states = states_of(rows, inputs, dtype)
+        assert_product(product(states), states, RUN, codes * scales[:, None])
+
+
+@pytest.mark.parametrize("instructions", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "inputs", "group"), [(300, 192, 64), (64, 96, 32), (7, 256, 128), (1, 8, 8)]
+)
+def test_int4(
+    channels: int, inputs: int, group: int, dtype: torch.dtype, instructions: str, threads: int
+) -> None:
+    codes = torch.randint(0, 16, (channels, inputs), dtype=torch.uint8)
+    scales = (torch.rand(channels, inputs // group) * 0.1 + 0.01).half().float()
+    offsets = (-scales * torch.randint(0, 16, scales.shape)).half().float()
+    product = Int4Blocks(codes, scales, offsets, instructions).kernels()["native"]
+    weight = codes.view(channels, -1, group) * scales[..., None] + offsets[..., None]
+    for rows in (1, 2, 3, 7, 40):
+        states = states_of(rows, inputs, dtype)
+        assert_product(product(states), states, group, weight.flatten(1))
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_scales_that_float16_has_no_room_for(size: float) -> None:
+    codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8)
+    scales = (torch.rand(32, 2) * 0.1 + 0.01).half().float() * size
+    product = Int4Blocks(codes, scales, -8 * scales).kernels()["native"]
+    states = torch.randn(3, 64)
+    weight = (codes.view(32, 2, 32) - 8.0) * scales[..., None]
+    numbers = rounded(states, 32)
+    expected = numbers @ weight.flatten(1).double().T
+    wrong = (product(states).double() - expected).norm() / expected.norm()
+    assert float(wrong) < 1e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("instructions", HERE)
+def test_a_state_that_is_no_number_spoils_its_own_row_only(bad: float, instructions: str) -> None:
+    codes = torch.randint(-128, 128, (32, 128), dtype=torch.int8)
+    product = Int8Blocks(codes, torch.ones(32), instructions).kernels()["native"]
+    states = torch.randn(5, 128)
+    good = product(states)
+    states[2, 70] = bad
+    output = product(states)
+    assert output[2].isnan().all()
+    others = [0, 1, 3, 4]
+    assert torch.equal(output[others], good[others])
+
+
+def test_a_row_is_the_same_whatever_stands_beside_it() -> None:
+    codes = torch.randint(0, 16, (80, 128), dtype=torch.uint8)
+    scales = torch.rand(80, 2) * 0.1
+    product = Int4Blocks(codes, scales, -8 * scales).kernels()["native"]
+    states = torch.randn(23, 128)
+    assert torch.equal(product(states)[17:18], product(states[17:18]))
+
+
+def test_the_usual_order_is_that_of_the_library_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert orders.usual(Kind("int4", "", "large")).order == "blocks"
+    monkeypatch.setattr(library, "_library", lambda: None)
+    assert native.instructions() == "none"
+    assert orders.usual(Kind("int4", "", "large")).order != "blocks"
+    with pytest.raises(library.Missing):
+        Int8Blocks(torch.zeros(16, 64, dtype=torch.int8), torch.ones(16))
+
+
+@pytest.mark.parametrize(
+    ("torch_has", "allowed"), [("DEFAULT", ["none"]), ("AVX2", ["avx2", "avxvnni"])]
+)
+def test_instructions_that_torch_may_not_use_are_not_used_either(
+    torch_has: str, allowed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
+    assert native.instructions() in allowed
