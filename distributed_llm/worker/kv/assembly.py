@@ -210,7 +210,7 @@ class _Source:
         arrived = self._importer.buffers(parts[0].segment, layer)
         key = (parts[0].segment, layer)
         begins = parts[0].position - parts[0].offset == segment.start
-        fits = arrived.keys.shape[1] == segment.capacity and begins
+        fits = arrived.room == segment.capacity and begins
         if len(parts) == 1 and fits and key not in self._taken:
             self._taken.add(key)
             return arrived

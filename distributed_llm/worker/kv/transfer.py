@@ -187,19 +187,20 @@ class KVImporter:
         _check_piece(piece, layout)
         arrived = self._arrived.get((part.segment, part.layer))
         filled = arrived.filled if arrived else 0
-        if part.offset < 0 or (part.offset > filled and part.layer not in self._windowed):
+        least = arrived.buffers.first if arrived else 0
+        if part.offset < least or (part.offset > filled and part.layer not in self._windowed):
             raise KVTransferError(
                 f"a piece of segment {part.segment} in layer {part.layer} begins at "
                 f"{part.offset}, but {filled} positions have arrived"
             )
-        if arrived is None or arrived.buffers.keys.shape[1] < part.capacity:
+        if arrived is None or arrived.buffers.room < part.capacity:
             arrived = self._grow(arrived, part, layout)
         if not arrived.first <= part.offset <= arrived.filled:
             arrived.first = part.offset
-        stop = part.offset + part.count
-        arrived.buffers.keys[:, part.offset : stop] = piece.keys
-        arrived.buffers.values[:, part.offset : stop] = piece.values
-        arrived.filled = stop
+        arrived.filled = part.offset + part.count
+        into = arrived.buffers.cut(part.offset, arrived.filled)
+        into.keys.copy_(piece.keys)
+        into.values.copy_(piece.values)
 
     def update(self, manifest: KVManifest) -> None:
         """Set the sender's manifest, and free segments that are not in it.
@@ -208,8 +209,14 @@ class KVImporter:
             KVTransferError: the manifest contradicts itself, or describes more than `max_bytes`.
         """
         manifest.check()
-        token_bytes = sum(layout.token_bytes for layout in self.layouts.values())
-        if sum(segment.capacity for segment in manifest.segments) * token_bytes > self._max_bytes:
+        unseen = manifest.unseen()
+        needed = sum(
+            (segment.capacity - (unseen[segment.number] if layer in self._windowed else 0))
+            * layout.token_bytes
+            for layer, layout in self.layouts.items()
+            for segment in manifest.segments
+        )
+        if needed > self._max_bytes:
             raise self._too_much()
         self.manifest = manifest
         held = {segment.number for segment in manifest.segments}
@@ -230,10 +237,12 @@ class KVImporter:
         return self._arrived[segment, layer].buffers
 
     def _grow(self, old: _Arrived | None, part: KVPart, layout: KVLayout) -> _Arrived:
-        growth = part.capacity * layout.token_bytes - (old.buffers.nbytes if old else 0)
+        first = old.first if old else part.offset
+        growth = (part.capacity - first) * layout.token_bytes
+        growth -= old.buffers.nbytes if old else 0
         if self.nbytes + growth > self._max_bytes:
             raise self._too_much()
-        new = _Arrived(layout.allocate(part.capacity), part.offset, part.offset)
+        new = _Arrived(layout.allocate(part.capacity, first), part.offset, part.offset)
         if old is not None:
             new.first, new.filled = old.first, old.filled
             new.buffers.copy_from(old.buffers, old.first, old.filled)
