@@ -12,6 +12,8 @@ from distributed_llm.worker.kv.cache import KVCache, as_token_ids
 from distributed_llm.worker.kv.slabs import SlabPool
 from distributed_llm.worker.model import chunk_attention, partial_attention, token_attention
 from distributed_llm.worker.model.attention import packed_attention
+from distributed_llm.worker.model.kernels import native
+from distributed_llm.worker.model.kernels.native.attention import Part, attend
 from distributed_llm.worker.model.packed_step import PackedSlice, PackedStep, Scoring, running
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1 / 64}
@@ -128,10 +130,12 @@ def run_steps_of_all_kinds(attention: Attention) -> None:
     attention.step((1, 36, 1))
 
 
-@pytest.fixture(params=["fused", "products"])
+@pytest.fixture(params=["fused", "products", "library"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute single tokens by one kernel, whichever is the faster here; masks of few queries."""
     products = request.param == "products"
+    if request.param != "library":
+        monkeypatch.setattr(token_attention, "can_attend", lambda *_: False)
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: products)
     monkeypatch.setattr(chunk_attention, "_BLOCK", 2)
     monkeypatch.setattr(chunk_attention, "_MAX_SCORES", 200)
@@ -139,6 +143,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def kernel_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_attention, "can_attend", lambda *_: False)
     monkeypatch.setattr(token_attention, "products_are_faster", lambda *_: True)
 
 
@@ -195,6 +200,35 @@ def _chunk_by(monkeypatch: pytest.MonkeyPatch, name: str) -> object:
     return chunk
 
 
+@pytest.mark.skipif(native.instructions() == "none", reason="the C library was not built here")
+@pytest.mark.parametrize("positions", [1, 31, 32, 33, 200])
+def test_long_heads_in_the_library(positions: int) -> None:
+    """Several blocks of positions, many heads of one key, keys that lie far apart."""
+    torch.manual_seed(0)
+    keys = torch.randn(positions + 5, 2, 72).bfloat16().transpose(0, 1)
+    values = torch.randn(2, positions + 5, 40).bfloat16()
+    query = torch.randn(3, 14, 72).bfloat16().transpose(0, 1)
+    of_one = [Part(keys, values, 3, 3 + positions)]
+    actual = attend(query, [of_one] * 3, scale=0.2, softcap=None, sinks=None)
+    there = slice(3, 3 + positions)
+    shared = (each[:, there].double().repeat_interleave(7, 0) for each in (keys, values))
+    whole_keys, whole_values = shared
+    scores = query.double() @ whole_keys.transpose(1, 2) * 0.2
+    expected = (scores.softmax(-1) @ whole_values).transpose(0, 1)
+    assert float((actual.double() - expected).abs().max() / expected.abs().max()) < 1 / 128
+
+
+@pytest.mark.skipif(native.instructions() == "none", reason="the C library was not built here")
+def test_a_query_that_is_no_number_gives_none() -> None:
+    query = torch.randn(4, 2, 8).bfloat16()
+    query[1, 0, 2] = float("nan")
+    part = Part(torch.randn(2, 9, 8).bfloat16(), torch.randn(2, 9, 8).bfloat16(), 0, 9)
+    output = attend(query, [[part], [part]], scale=1.0, softcap=None, sinks=None)
+    assert output[0, 1].isnan().all()
+    assert output[0, [0, 2, 3]].isfinite().all()
+    assert output[1].isfinite().all()
+
+
 def test_a_shared_prefix_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
 
@@ -223,9 +257,10 @@ def test_scores_that_bfloat16_rounds_too_much_are_computed_by_the_fused_kernel(
     assert attention.coarse == {0}
 
 
-def test_a_sequence_is_alone_with_its_numbers() -> None:
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_sequence_is_alone_with_its_numbers(dtype: torch.dtype) -> None:
     """What is not finite in one sequence spoils no other, in whatever row of the slab it was."""
-    attention = Attention()
+    attention = Attention(dtype)
     attention.step((0, 0, 5), (1, 0, 90), (2, 0, 5))
     for states in attention.held[1]:
         states.fill_(float("nan"))

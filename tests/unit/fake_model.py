@@ -60,6 +60,7 @@ MODEL = ServedModel(
     hidden_size=HIDDEN,
     defaults=GenerationDefaults(CONTEXT, VOCAB, (EOS,), SamplingParams(temperature=0.0)),
     digest=lambda layers: f"digest of {layers}",
+    kv_dtype="fp8",
 )
 WINDOW = 20
 """Positions that a token sees in two of three layers."""

@@ -29,7 +29,7 @@ from distributed_llm.common.types import Epoch, WorkerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.cluster.move import MoveState
 from tests.unit.fake_client import Answer, SimClient
-from tests.unit.fake_model import BIG
+from tests.unit.fake_model import BIG, MODEL
 from tests.unit.fake_worker import SimWorker
 from tests.unit.simulation import Fault, World, finish, with_settings
 
@@ -145,6 +145,9 @@ def test_first_layers_are_tried_and_later_ones_are_not() -> None:
     tried = [order.trials for order in load_orders(world)]
     assert tried.count(True) == 4
     assert [order.trials for order in late.loaded][:1] == [True]
+    assert {order.kv_dtype for order in load_orders(world)} == {MODEL.kv_dtype}
+    shown = world.core.status(now=world.now).pipelines
+    assert {pipeline.kv_dtype for pipeline in shown} == {MODEL.kv_dtype}
 
 
 def test_other_strategies_want_no_trials() -> None:

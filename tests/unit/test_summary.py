@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_llm import summary
-from distributed_llm.common.messages import ClusterStatus, EventStatus
+from distributed_llm.common.messages import ClusterStatus, EventStatus, PipelineStatus
 from distributed_llm.common.types import Epoch, LayerRange
 from tests.grammar import faults_of
 from tests.wire.test_status_command import status, worker
@@ -29,6 +29,20 @@ def test_two_plans_serve_the_whole_model_each() -> None:
     whole = LayerRange(0, 36)
     both = status(worker("a", layers=whole, epoch=1), worker("b", layers=whole, epoch=2))
     assert "serving plans 1 and 2, each the whole model;" in summary.headline(both)
+
+
+def test_a_context_that_is_kept_in_few_bits() -> None:
+    pipeline = PipelineStatus(
+        epoch=Epoch(3),
+        lineage=Epoch(3),
+        kv_dtype="int8",
+        state="serving",
+        stages=(),
+        links=(),
+        kv_tokens=65_536,
+    )
+    shown = status(worker("a", layers=LayerRange(0, 36)), pipelines=(pipeline,))
+    assert summary.headline(shown).endswith("65,536 tokens of context in use, kept in int8")
 
 
 def test_nothing_is_said_of_plans_where_none_is_loaded() -> None:

@@ -27,6 +27,7 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.experts import PackedExperts, expert_stacks, pack_experts
+from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Floats, Rows, WeightReader
 from distributed_llm.worker.model.integer_targets import (
     Group,
@@ -100,6 +101,7 @@ class ModelLoader:
             self._load_into_shell(entries, number)
             pack_experts(self._shell)
             pack_linear_layers(self._shell)
+            replace_norms(self._shell)
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
         return loaded

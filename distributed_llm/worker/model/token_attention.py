@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distributed_llm.worker.kv.segments import KVBuffers
 from distributed_llm.worker.model.decoded_rows import CodedRows
+from distributed_llm.worker.model.kernels.native.attention import Part, attend, can_attend
 from distributed_llm.worker.model.packed_step import PackedStep, Scoring
 from distributed_llm.worker.model.partial_attention import (
     Partial,
@@ -60,6 +61,14 @@ def attend_tokens(
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
     rows = None
+    if step.cache.coding is None and can_attend(query, value.shape[-1]):
+        return attend(
+            query,
+            _parts(readings, held, tokens),
+            scale=scoring.scale,
+            softcap=scoring.softcap,
+            sinks=scoring.sinks,
+        )
     if step.cache.coding is not None:
         query = step.cache.coding.rotated(query)
         rows = CodedRows(step.cache.coding, query.shape[-1], value.shape[-1], query.dtype)
@@ -79,6 +88,19 @@ def attend_tokens(
     if scoring.sinks is not None:
         attended = with_sinks(part, scoring.sinks.view(kv_heads, -1))
     return attended.reshape(tokens, heads, -1)
+
+
+def _parts(
+    readings: Sequence[Reading], held: Sequence[KVBuffers | None], tokens: int
+) -> list[list[Part]]:
+    """Return what each token attends to."""
+    parts: list[list[Part]] = [[] for _ in range(tokens)]
+    for reading, buffers in zip(readings, held, strict=True):
+        assert buffers is not None
+        part = Part(buffers.keys, buffers.values, reading.first, reading.stop)
+        for reader in reading.readers:
+            parts[reader].append(part)
+    return parts
 
 
 @dataclass(frozen=True, slots=True)

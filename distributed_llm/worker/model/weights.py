@@ -23,6 +23,7 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.weights.giving.shelf import Place
 from distributed_llm.worker.model.empty_model import empty_model
+from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
 from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.layer_loading import ModelLoader
@@ -114,6 +115,7 @@ def load_stage_model(
     loader.load_outer(entries.get(None, []), matrices)
     _drop_tied_embedding(model, layers)
     pack_linear_layers(model)
+    replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
     kept = cast(nn.ModuleList, model.get_submodule(path))
     shared_bytes = shared_nbytes(model, donor) if donor else 0

@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 NAMES = ("none", "avx2", "avxvnni", "avx512vnni")
 """Sets of instructions, in the order of products.c."""
 
-_ADDRESS, _COUNT, _SMALL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
+    "attend_tokens": (*[_ADDRESS] * 5, *[_COUNT] * 7, *[_REAL] * 2, _SMALL),
+    "rms_norm": (*[_ADDRESS] * 3, *[_COUNT] * 2, _REAL, *[_SMALL] * 2),
     "int8_product": (*[_ADDRESS] * 4, *[_COUNT] * 3, *[_SMALL] * 3),
     "int4_product": (*[_ADDRESS] * 4, *[_COUNT] * 4, *[_SMALL] * 3),
 }
@@ -45,6 +47,18 @@ def instructions() -> str:
     return NAMES[best if "AVX512" in torch_has else min(best, NAMES.index("avxvnni"))]
 
 
+def loaded() -> ctypes.CDLL:
+    """Return the library.
+
+    Raises:
+        Missing: see there.
+    """
+    library = _library()
+    if library is None:
+        raise Missing("the C library was not built for this machine")
+    return library
+
+
 def function(name: str, instructions: str) -> Callable[..., None]:
     """Return a product; its arguments are those of products.c, but for the last one.
 
@@ -55,11 +69,10 @@ def function(name: str, instructions: str) -> Callable[..., None]:
     Raises:
         Missing: see there.
     """
-    library = _library()
     number = NAMES.index(instructions)
-    if library is None or not number:
-        raise Missing("products of integers were not built for this machine")
-    product = getattr(library, name)
+    if not number:
+        raise Missing("this processor has no instructions for fast products of integers")
+    product = getattr(loaded(), name)
 
     def call(*arguments: int) -> None:
         if product(*arguments, number):
@@ -71,7 +84,7 @@ def function(name: str, instructions: str) -> Callable[..., None]:
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     folder = Path(__file__).parent
-    paths = [folder / f"products{suffix}" for suffix in EXTENSION_SUFFIXES]
+    paths = [folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
     return _opened([path for path in paths if path.exists()], _parallel())
 
 

@@ -1,10 +1,11 @@
 #include "products.h"
 
+#include "floats.h"
+#include "threads.h"
+
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define EXPORT __attribute__((visibility("default")))
 
 #define MOST_GROUP 1024
 #define MOST_ROWS 8
@@ -25,15 +26,6 @@ static inline int32_t four_bytes(const int8_t *from)
     return four;
 }
 
-
-/* To the nearest bfloat16, ties to even; a NaN stays one. */
-static inline uint16_t narrowed(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (uint16_t)(value != value ? 0x7fc0 : rounded);
-}
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -159,14 +151,6 @@ EXPORT int best_instructions(void)
 #endif
 }
 
-/* Calls a function in several threads at once, and returns when it has returned in all. */
-typedef void Parallel(void (*function)(void *), void *data, unsigned threads, unsigned flags);
-
-static Parallel *parallel;
-
-/* Sets what starts threads: GOMP_parallel of the library whose threads torch computes with. */
-EXPORT void use_threads(Parallel *function) { parallel = function; }
-
 /* What the threads that compute one product share. */
 typedef struct {
     const Product *product;
@@ -209,14 +193,6 @@ static void multiply_some(void *data)
     }
 }
 
-static void run(void (*function)(void *), Work *work, int threads)
-{
-    if (threads > 1 && parallel)
-        parallel(function, work, (unsigned)threads, 0);
-    else
-        function(work);
-}
-
 static int product(Product p, int is_int4, int instructions)
 {
     int64_t runs = (p.inputs + p.group - 1) / p.group;
@@ -234,8 +210,8 @@ static int product(Product p, int is_int4, int instructions)
     int64_t each_time = work.set->blocks;
     work.step = work.blocks / (8 * p.threads) / each_time * each_time;
     work.step = work.step < each_time ? each_time : work.step > 8 ? 8 : work.step;
-    run(round_some, &work, p.rows >= 4 * p.threads ? p.threads : 1);
-    run(multiply_some, &work, p.threads);
+    in_threads(round_some, &work, p.rows >= 4 * p.threads ? p.threads : 1);
+    in_threads(multiply_some, &work, p.threads);
     free(memory);
     return 0;
 }

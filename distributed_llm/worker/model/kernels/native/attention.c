@@ -1,0 +1,181 @@
+/* Attention of single tokens over keys and values in bfloat16, which lie in several places: one pass
+ * over the positions, with the softmax as it stands so far [1].
+ *
+ * [1] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
+ *     2022. */
+#include "floats.h"
+#include "threads.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__)
+#include "vectors_begin.h"
+#include "eights.h"
+
+#define POSITIONS 32 /* that are computed together: their keys as float32 stay in the first cache */
+
+/* Consecutive positions that a token attends to, in one place; strides in numbers. */
+typedef struct {
+    const uint16_t *keys, *values; /* of the first position and the first head */
+    int64_t positions, key_head, key_position, value_head, value_position;
+} Part;
+
+typedef struct {
+    const uint16_t *queries; /* [tokens] of [heads, dim], with these strides */
+    uint16_t *output;        /* [tokens, heads, value_dim] */
+    const float *sinks;      /* [heads]: logits that take part without a value; or NULL */
+    const Part *parts;
+    const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
+    int64_t tokens, heads, kv_heads, dim, value_dim, query_token, query_head;
+    float scale, softcap; /* softcap 0: none */
+    atomic_llong next;
+    atomic_int failed;
+} Work;
+
+INLINE void widen_rows(float *to, const uint16_t *from, int64_t rows, int64_t stride, int64_t columns)
+{
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < columns; i += 8)
+            _mm256_store_ps(to + row * columns + i, load8(from + row * stride + i));
+}
+
+/* scores[p] = query . keys[p] for POSITIONS rows, of which the last ones need not be there. */
+INLINE void score(float *scores, const float *query, const float *keys, int64_t dim)
+{
+    for (int p = 0; p < POSITIONS; p += 4) {
+        const float *k = keys + p * dim;
+        __m256 a = _mm256_setzero_ps(), b = a, c = a, d = a;
+        for (int64_t i = 0; i < dim; i += 8) {
+            __m256 q = _mm256_load_ps(query + i);
+            a = _mm256_fmadd_ps(q, _mm256_load_ps(k + i), a);
+            b = _mm256_fmadd_ps(q, _mm256_load_ps(k + dim + i), b);
+            c = _mm256_fmadd_ps(q, _mm256_load_ps(k + 2 * dim + i), c);
+            d = _mm256_fmadd_ps(q, _mm256_load_ps(k + 3 * dim + i), d);
+        }
+        __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_store_ps(scores + p, _mm_add_ps(_mm256_castps256_ps128(pairs),
+                                            _mm256_extractf128_ps(pairs, 1)));
+    }
+}
+
+/* Adds weights[p] * values[p] to a sum that has been multiplied by `fade`. */
+INLINE void add_values(float *sum, const float *weights, const float *values, int64_t dim, float fade,
+                       int64_t positions)
+{
+    for (int64_t i = 0; i < dim; i += 8) {
+        __m256 own = _mm256_mul_ps(_mm256_load_ps(sum + i), _mm256_set1_ps(fade));
+        __m256 other = _mm256_setzero_ps();
+        int64_t p = 0;
+        for (; p + 2 <= positions; p += 2) {
+            own = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + p),
+                                  _mm256_load_ps(values + p * dim + i), own);
+            other = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + p + 1),
+                                    _mm256_load_ps(values + (p + 1) * dim + i), other);
+        }
+        if (p < positions)
+            own = _mm256_fmadd_ps(_mm256_broadcast_ss(weights + p),
+                                  _mm256_load_ps(values + p * dim + i), own);
+        _mm256_store_ps(sum + i, _mm256_add_ps(own, other));
+    }
+}
+
+/* Attention of one token's heads of one key, in `memory` for (group + POSITIONS) rows of both. */
+static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *memory)
+{
+    const int64_t group = w->heads / w->kv_heads;
+    float *queries = memory, *keys = queries + group * w->dim;
+    float *sums = keys + POSITIONS * w->dim, *values = sums + group * w->value_dim;
+    float *largest = values + POSITIONS * w->value_dim, *totals = largest + group;
+    for (int64_t g = 0; g < group; g++) {
+        const int64_t head = kv_head * group + g;
+        const uint16_t *query = w->queries + token * w->query_token + head * w->query_head;
+        for (int64_t i = 0; i < w->dim; i++)
+            queries[g * w->dim + i] = widened(query[i]) * w->scale;
+        memset(sums + g * w->value_dim, 0, (size_t)w->value_dim * sizeof(float));
+        largest[g] = w->sinks ? w->sinks[head] : -INFINITY;
+        totals[g] = w->sinks ? 1.0f : 0.0f;
+    }
+    for (int64_t number = w->starts[token]; number < w->starts[token + 1]; number++) {
+        const Part *part = w->parts + number;
+        const uint16_t *own_keys = part->keys + kv_head * part->key_head;
+        const uint16_t *own_values = part->values + kv_head * part->value_head;
+        for (int64_t first = 0; first < part->positions; first += POSITIONS) {
+            int64_t count = part->positions - first < POSITIONS ? part->positions - first : POSITIONS;
+            widen_rows(keys, own_keys + first * part->key_position, count, part->key_position,
+                       w->dim);
+            widen_rows(values, own_values + first * part->value_position, count,
+                       part->value_position, w->value_dim);
+            for (int64_t g = 0; g < group; g++) {
+                _Alignas(32) float scores[POSITIONS];
+                score(scores, queries + g * w->dim, keys, w->dim);
+                float most = largest[g];
+                for (int64_t p = 0; p < count; p++) {
+                    if (w->softcap != 0.0f)
+                        scores[p] = w->softcap * tanhf(scores[p] / w->softcap);
+                    most = scores[p] > most ? scores[p] : most;
+                }
+                for (int64_t p = count; p < POSITIONS; p++)
+                    scores[p] = most - 87.0f; /* as good as nothing, and taken away below */
+                __m256 total = _mm256_setzero_ps();
+                for (int p = 0; p < POSITIONS; p += 8) {
+                    __m256 x = _mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most));
+                    _mm256_store_ps(scores + p, exp8(x));
+                }
+                for (int64_t p = count; p < POSITIONS; p++)
+                    scores[p] = 0.0f;
+                for (int p = 0; p < POSITIONS; p += 8)
+                    total = _mm256_add_ps(total, _mm256_load_ps(scores + p));
+                float fade = largest[g] == most ? 1.0f : expf(largest[g] - most);
+                totals[g] = totals[g] * fade + sum8(total);
+                largest[g] = most;
+                add_values(sums + g * w->value_dim, scores, values, w->value_dim, fade, count);
+            }
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        uint16_t *output = w->output + (token * w->heads + kv_head * group + g) * w->value_dim;
+        __m256 factor = _mm256_set1_ps(1.0f / totals[g]);
+        for (int64_t i = 0; i < w->value_dim; i += 8)
+            store8(output + i, rounded8(_mm256_mul_ps(
+                                   _mm256_load_ps(sums + g * w->value_dim + i), factor)));
+    }
+}
+
+static void attend_some(void *data)
+{
+    Work *w = data;
+    int64_t group = w->heads / w->kv_heads;
+    size_t numbers = (size_t)((group + POSITIONS) * (w->dim + w->value_dim) + 2 * group);
+    float *memory = aligned_alloc(64, (numbers * sizeof(float) + 63) / 64 * 64);
+    if (!memory) {
+        atomic_store(&w->failed, 1);
+        return;
+    }
+    memset(memory, 0, numbers * sizeof(float)); /* rows of keys that are not there yet are scored */
+    for (;;) {
+        int64_t item = atomic_fetch_add_explicit(&w->next, 1, memory_order_relaxed);
+        if (item >= w->tokens * w->kv_heads)
+            break;
+        attend_item(w, item / w->kv_heads, item % w->kv_heads, memory);
+    }
+    free(memory);
+}
+
+/* dim and value_dim are multiples of 8. Returns 0, or 1 if there is no memory. */
+EXPORT int attend_tokens(const uint16_t *queries, uint16_t *output, const float *sinks,
+                         const void *parts, const int64_t *starts, int64_t tokens, int64_t heads,
+                         int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t query_token,
+                         int64_t query_head, float scale, float softcap, int threads)
+{
+    Work w = {.queries = queries, .output = output, .sinks = sinks, .parts = parts,
+              .starts = starts, .tokens = tokens, .heads = heads, .kv_heads = kv_heads, .dim = dim,
+              .value_dim = value_dim, .query_token = query_token, .query_head = query_head,
+              .scale = scale, .softcap = softcap};
+    in_threads(attend_some, &w, threads);
+    return atomic_load(&w.failed);
+}
+#include "vectors_end.h"
+#endif
