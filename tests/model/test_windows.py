@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import MissingPositions, SequenceSlice, SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId
 from distributed_llm.worker.kv import slabs
@@ -88,6 +89,14 @@ def test_tokens_are_those_of_transformers(pipeline: Pipeline, whole: Any) -> Non
     assert again == [pipeline.texts[number][length]]
     decode(pipeline, 60)
     check(whole, pipeline.texts, lengths)
+
+
+def test_what_config_tells_is_what_layers_do(checkpoint: Checkpoint) -> None:
+    """By layer, and as files did before they told the type of each."""
+    stage = Stage.load(checkpoint, LayerRange(0, NUM_LAYERS), device=CPU, dtype=torch.float32)
+    told = layer_windows(checkpoint.config, NUM_LAYERS)
+    assert told == stage._cache.windows
+    assert any(told)
 
 
 def test_memory_is_that_of_the_window(pipeline: Pipeline) -> None:

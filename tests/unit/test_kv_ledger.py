@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
+from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.serving import kv_ledger
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix, prefix_key
-from distributed_llm.coordinator.serving.kv_windows import KVWindows
 
 TEXT = list(range(1000))
 STRIDE = 16

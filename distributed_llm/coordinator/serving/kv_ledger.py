@@ -23,7 +23,7 @@ from itertools import chain
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
-from distributed_llm.coordinator.serving.kv_windows import KVWindows
+from distributed_llm.coordinator.kv_windows import KVWindows
 
 _STRIDE = 16
 """Positions by which indexed prefixes grow; a shorter prefix is not shared."""

@@ -16,6 +16,7 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.events import Send
+from distributed_llm.coordinator.kv_windows import KVWindows, margin_tokens
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import (
     LayerMap,
@@ -26,7 +27,6 @@ from distributed_llm.coordinator.plan import (
 )
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.depth_policy import DepthPolicy
-from distributed_llm.coordinator.serving.kv_windows import KVWindows
 from distributed_llm.coordinator.serving.scheduler import Scheduler
 from distributed_llm.coordinator.serving.step_meter import StepMeter
 from distributed_llm.coordinator.serving.steps import SendTask, StepDone, StepsInFlight
@@ -172,11 +172,8 @@ class Pipeline:
 
     @property
     def kv_windows(self) -> KVWindows:
-        """Windows of the layers, as the stages that are ready have told.
-
-        A sequence may have positions in as many steps as there are stages, and one that waits.
-        """
-        margin = self._settings.max_batch_tokens * (len(self.stages) + 1)
+        """Windows of the layers, as the stages that are ready have told."""
+        margin = margin_tokens(self._settings.max_batch_tokens, len(self.stages))
         ready = self._ready.values()
         told = [(r.kv_window, r.kv_windowed_bytes, r.kv_token_bytes) for r in ready]
         return KVWindows.of_stages(told, margin) if told else KVWindows()

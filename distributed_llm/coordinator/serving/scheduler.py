@@ -18,11 +18,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
 from distributed_llm.common.types import SequenceId
+from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
-from distributed_llm.coordinator.serving.kv_windows import KVWindows
 from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64

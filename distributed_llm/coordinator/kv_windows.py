@@ -95,5 +95,17 @@ class KVWindows:
         return seen_from <= max(0, position + 1 - self.window)
 
 
+def margin_tokens(step_tokens: int, num_stages: int) -> int:
+    """Return the positions of a sequence that steps in flight may compute.
+
+    They are in as many steps as there are stages, and in one that waits.
+
+    Args:
+        step_tokens: tokens per step at most.
+        num_stages: of the pipeline.
+    """
+    return step_tokens * (num_stages + 1)
+
+
 def _blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK)
