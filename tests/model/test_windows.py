@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.layer_windows import layer_windows
@@ -22,8 +22,10 @@ from tests.model.driver import CPU, GREEDY, Pipeline, load_stages
 NUM_LAYERS = 3
 GENERATOR = torch.Generator().manual_seed(5)
 PROMPTS = [torch.randint(VOCAB_SIZE, (n,), generator=GENERATOR).tolist() for n in (200, 75, 9)]
-FAMILIES = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "cohere2")
-"""All layers have a window; or some: with soft caps, two kinds of positions, sinks, or none."""
+TEXTS = [torch.randint(VOCAB_SIZE, (300,), generator=GENERATOR).tolist() for _ in range(2)]
+FAMILIES = ("mistral", "gemma2", "gpt_oss")
+"""All layers have a window; or some, with soft caps or with sinks."""
+OTHERS = ("qwen2", "mixtral", "gemma3_text", "phi3", "cohere2", "starcoder2", "exaone4", "llama")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -87,16 +89,53 @@ def test_tokens_are_those_of_transformers(pipeline: Pipeline, whole: Any) -> Non
     number, length = 0, pipeline.done[0]
     again = pipeline.run([(number, length - 1, length)])
     assert again == [pipeline.texts[number][length]]
-    decode(pipeline, 60)
+    decode(pipeline, 20)
     check(whole, pipeline.texts, lengths)
 
 
-def test_what_config_tells_is_what_layers_do(checkpoint: Checkpoint) -> None:
-    """By layer, and as files did before they told the type of each."""
-    stage = Stage.load(checkpoint, LayerRange(0, NUM_LAYERS), device=CPU, dtype=torch.float32)
-    told = layer_windows(checkpoint.config, NUM_LAYERS)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
+def test_what_config_tells_is_what_layers_do(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path, family, num_layers=4))
+    told = layer_windows(checkpoint.config, 4)
+    stage = Stage.load(checkpoint, LayerRange(0, 4), device=CPU, dtype=torch.float32)
     assert told == stage._cache.windows
-    assert any(told)
+    assert any(told) == (family != "llama")
+    before = {name: value for name, value in checkpoint.config.items() if name != "layer_types"}
+    if family not in ("gpt_oss", "llama"):  # gpt_oss has always told
+        config = AutoConfig.for_model(**before)
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * 4
+        windows = tuple(
+            (getattr(config, "sliding_window", None) or 0) * (one == "sliding_attention")
+            for one in kinds
+        )
+        assert layer_windows(before, 4) == windows
+
+
+@pytest.mark.parametrize("slab", [True, False])
+def test_what_is_dropped_changes_no_bit(
+    checkpoint: Checkpoint, slab: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16, which other kernels read."""
+    if not slab:
+        monkeypatch.setattr(slabs, "_pages_come_when_written", lambda: False)
+    layers = LayerRange(0, NUM_LAYERS - 1)
+    kept, dropped = (
+        Stage.load(checkpoint, layers, device=CPU, dtype=torch.bfloat16) for _ in range(2)
+    )
+    step = [(0, 0, 150), (1, 0, 64)]
+    for _ in range(20):
+        slices = [
+            SequenceSlice(sequence_id=SequenceId(i), start=start, num_tokens=stop - start)
+            for i, start, stop in step
+        ]
+        tokens = torch.tensor([t for i, start, stop in step for t in TEXTS[i][start:stop]])
+        found = [stage.run(slices, tokens.int(), None).hidden_states for stage in (kept, dropped)]
+        assert found[0] is not None
+        assert found[1] is not None
+        assert torch.equal(found[0], found[1])
+        forget([dropped], [stop for _, _, stop in step])
+        step = [(i, stop, stop + 1) for i, _, stop in step]
+    assert dropped.kv_bytes < kept.kv_bytes
 
 
 def test_memory_is_that_of_the_window(pipeline: Pipeline) -> None:
@@ -158,7 +197,7 @@ def test_moved_layers_go_on(
     for out, into in transfers:
         for piece in out.next_chunk(20_000, 100) or []:
             into.add(piece)
-    decode(pipeline, 70)
+    decode(pipeline, 4)
     for (out, into), stage in zip(transfers, old, strict=True):
         while (pieces := out.next_chunk(50_000, 100)) is not None:
             for piece in pieces:

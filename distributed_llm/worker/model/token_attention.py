@@ -97,7 +97,8 @@ def _parts(
     parts: list[list[Part]] = [[] for _ in range(tokens)]
     for reading, buffers in zip(readings, held, strict=True):
         assert buffers is not None
-        part = Part(buffers.keys, buffers.values, reading.first, reading.stop)
+        there = buffers.cut(reading.first, reading.stop)
+        part = Part(there.keys, there.values, 0, reading.stop - reading.first)
         for reader in reading.readers:
             parts[reader].append(part)
     return parts
