@@ -107,7 +107,5 @@ def test_weights_that_could_not_be_loaded_are_not_planned(tmp_path: Path) -> Non
     path = make_checkpoint(tmp_path) / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"intermediate_size": 64}))
-    with pytest.raises(
-        CheckpointError, match=r"_proj.weight has shape .* config.json says .*64"
-    ):
+    with pytest.raises(CheckpointError, match=r"_proj.weight has shape .* config.json says .*64"):
         plan(tmp_path)
