@@ -100,7 +100,8 @@ def _parts(
     parts: list[list[Part]] = [[] for _ in range(tokens)]
     for reading, buffers in zip(readings, held, strict=True):
         assert buffers is not None
-        part = Part(buffers.keys, buffers.values, reading.first, reading.stop)
+        there = buffers.cut(reading.first, reading.stop)
+        part = Part(there.keys, there.values, 0, reading.stop - reading.first)
         for reader in reading.readers:
             parts[reader].append(part)
     return parts
@@ -127,8 +128,8 @@ class _Kernels:
     def attend_one(self, reading: Reading, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute attention of one token over one segment."""
         assert held is not None
-        there = slice(reading.first, reading.stop)
-        return self._attend(queries, held.keys[None, :, there], held.values[None, :, there], None)
+        there = held.cut(reading.first, reading.stop)
+        return self._attend(queries, there.keys[None], there.values[None], None)
 
     def attend_run(self, run: Run, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute one run: [results, kv_heads, group, value_dim]."""
@@ -136,14 +137,15 @@ class _Kernels:
         count, (_, kv_heads, group, dim) = len(run.queries), queries.shape
         chosen = queries.index_select(0, run.queries.to(queries.device))
         if run.rows is None:
-            keys, values = held.keys[None], held.values[None]
+            there = held.cut(run.first, run.stop)
+            keys, values = there.keys[None], there.values[None]
             # Tokens of the same positions become the rows of one matrix, as do heads of one key.
             chosen = chosen.transpose(0, 1).reshape(1, kv_heads, count * group, dim)
         else:
             assert held.row is not None
             rows, slab = slice(*run.rows), held.row.slab
-            keys, values = slab.keys[rows], slab.values[rows]
-        keys, values = keys[:, :, run.first : run.stop], values[:, :, run.first : run.stop]
+            keys = slab.keys[rows, :, run.first : run.stop]
+            values = slab.values[rows, :, run.first : run.stop]
         part = self._attend(chosen, keys, values, run.hidden)
         if run.rows is not None or count == 1:
             return part
