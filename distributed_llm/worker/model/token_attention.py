@@ -4,7 +4,7 @@ What a token attends to is read segment by segment. A segment that several seque
 once for all of them. Segments that lie in one slab are read by one product, with those between
 them if these are few; what a sequence does not hold is hidden. Where a sequence has several
 segments, the results are merged. What is kept in 8 bits is decoded in pieces that fit into the
-caches of a processor.
+caches of a processor. Where the C library was built it does all this in one pass.
 """
 
 from collections.abc import Sequence
@@ -60,18 +60,21 @@ def attend_tokens(
     held = [reading.segment.layers[layer] for reading in readings]
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
-    rows = None
-    if step.cache.coding is None and can_attend(query, value.shape[-1]):
+    coding = step.cache.coding
+    if coding is not None:
+        query = coding.rotated(query)
+    if can_attend(query, value.shape[-1]):
         return attend(
             query,
             _parts(readings, held, tokens),
+            kept=step.cache.kv_dtype,
             scale=scoring.scale,
             softcap=scoring.softcap,
             sinks=scoring.sinks,
         )
-    if step.cache.coding is not None:
-        query = step.cache.coding.rotated(query)
-        rows = CodedRows(step.cache.coding, query.shape[-1], value.shape[-1], query.dtype)
+    rows = None
+    if coding is not None:
+        rows = CodedRows(coding, query.shape[-1], value.shape[-1], query.dtype)
     # [tokens, kv_heads, group, head_dim]
     queries = query.transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, -1)
     if len(readings) == tokens == 1:
