@@ -38,11 +38,13 @@ class Need(IntEnum):
         RECOVERY: a pipeline was dissolved; workers without layers should serve in its place.
         ANEW: all workers are planned for; pipelines that would change are dissolved.
         ANOTHER: workers without layers should serve the model once more.
+        MORE_BITS: all workers are planned for if they can hold weights of more bits than now.
     """
 
     RECOVERY = 0
     ANEW = 1
     ANOTHER = 2
+    MORE_BITS = 3
 
 
 class Replanning:
@@ -98,6 +100,20 @@ class Replanning:
         """Have workers without layers serve the model once more, if they can hold it."""
         self.replan_at, self.replan_when_idle = None, True
         return self._ask_for(Need.ANOTHER)
+
+    def ask_for_more_bits(self) -> list[Action]:
+        """Have all workers planned for if weights have fewer bits than these may be able to hold.
+
+        To be called while no request runs: tokens of one answer are of the same weights then.
+        """
+        self.replan_at, self.replan_when_idle = None, False
+        return self._ask_for(Need.MORE_BITS)
+
+    @property
+    def may_have_more_bits(self) -> bool:
+        """Whether weights that are served have fewer bits because they did not fit else."""
+        served = self._pipelines.all
+        return bool(served) and self._planner.more_than(served[0].quantize) is not None
 
     def recover(self, worker: Worker, why: str = "") -> list[Action]:
         """Dissolve the pipeline of a worker that serves no more; have another one planned.
@@ -174,7 +190,7 @@ class Replanning:
         question = PlanQuestion(
             self._planner_for(need),
             self._cluster.measurements.machines(memory_of(workers)),
-            several=need is Need.ANEW,
+            several=need in (Need.ANEW, Need.MORE_BITS),
             doubted=frozenset(worker.id for worker in workers if worker.failures),
         )
         self._open = need, question
@@ -185,11 +201,14 @@ class Replanning:
         others = self._pipelines.all
         if need is Need.ANEW or not others:
             return self._planner
-        return self._planner.only(others[0].quantize)
+        bits = others[0].quantize
+        if need is Need.MORE_BITS:
+            return self._planner.more_than(bits) or self._planner
+        return self._planner.only(bits)
 
     def _candidates(self, need: Need) -> list[Worker]:
         registry = self._cluster.registry
-        return registry.fit if need is Need.ANEW else registry.idle
+        return registry.fit if need in (Need.ANEW, Need.MORE_BITS) else registry.idle
 
     # -------------------------------------------------------------- replies
 
@@ -206,7 +225,7 @@ class Replanning:
             return self._ask_for(need)
         if reply.error is not None:
             actions = self._plan_failed(need, reply.error)
-        elif need is Need.ANEW:
+        elif need in (Need.ANEW, Need.MORE_BITS):
             actions = self._load_anew(reply.plans, moving)
         else:
             actions = self._load(need, reply.plans)
@@ -239,7 +258,7 @@ class Replanning:
         log, pipelines = self._cluster.event_log, self._pipelines
         why = self._nobody_text() if isinstance(error, NotReady) else str(error)
         match need:
-            case Need.ANOTHER:
+            case Need.ANOTHER | Need.MORE_BITS:
                 return []
             case Need.ANEW if pipelines.all:
                 note = log.note(EventKind.PLAN_KEPT, why=why)

@@ -89,6 +89,19 @@ class Planner:
         cost = next((cost for cost in costs if cost.quantize == quantize), self.cost)
         return replace(self, cost=cost, smaller=(), may_shrink=False)
 
+    def at_most(self, quantize: Quantize) -> "Planner":
+        """Return the planner of weights that have so many bits, or fewer where they may shrink."""
+        costs = (self.cost, *self.smaller)
+        at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
+        smaller = costs[at + 1 :] if self.may_shrink else ()
+        return replace(self, cost=costs[at], smaller=smaller)
+
+    def more_than(self, quantize: Quantize) -> "Planner | None":
+        """Return the planner of weights that have more bits than so; None if they may have none."""
+        costs = (self.cost, *self.smaller) if self.may_shrink else ()
+        at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
+        return replace(self, smaller=costs[1:at]) if at else None
+
     def plans(self, machines: Machines) -> list[Plan]:
         """Return one plan per pipeline: `replicas` of them, or as many as the machines can hold.
 
