@@ -440,7 +440,7 @@ class AutoCluster(Cluster):
     model = AUTO_MODEL
     longest = 60
     memories = (300, 450, 700)
-    max_examples = 60
+    max_examples = 30
     num_forms: ClassVar[list[int]] = []
 
     def finish(self) -> None:
@@ -453,6 +453,8 @@ class AutoTwins(AutoCluster):
     """Likewise, and the model is served twice."""
 
     replicas = 2
+    memories = (400, 700, 1500)
+    max_examples = 15
     num_forms: ClassVar[list[int]] = []
 
 
@@ -487,6 +489,8 @@ class MovingAuto(AutoCluster, MovingCluster):
     """Weights change, and layers move."""
 
     settings_of_core: ClassVar = {"strategy": "speed"}
+    max_examples = 8
+    least_moves = 1
     num_forms: ClassVar[list[int]] = []
     num_moves: ClassVar[list[int]] = []
 
@@ -645,6 +649,9 @@ def test_random_schedules(cluster: type[Cluster], pytestconfig: pytest.Config) -
         run_schedule(cluster, seed)
     if issubclass(cluster, MovingCluster):
         assert sum(cluster.num_moves) >= cluster.least_moves, "hardly any layers moved"
+    if issubclass(cluster, AutoCluster):
+        changes = sum(cluster.num_forms) - len(cluster.num_forms)
+        assert changes >= cluster.max_examples // 4, "hardly any weights changed"
 
 
 def test_every_kind_of_message_is_lost_alone_or_said_to_be_never_lost() -> None:
