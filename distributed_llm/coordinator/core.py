@@ -475,7 +475,7 @@ class Core:
         return [*replanning.add_pipeline(), *waiting]
 
     def _use_joined_at_speed(self) -> list[Action]:
-        """Add a pipeline if one is missing; else see, once idle, whether weights of more bits fit.
+        """Add a pipeline if one is missing, and see whether weights of more bits fit.
 
         The rebalancer does the rest.
         """
@@ -484,7 +484,7 @@ class Core:
         replanning.replan_at, replanning.replan_when_idle = None, False
         if not replanning.may_have_more_bits:
             return actions
-        if self._book.busy or self._moves.move is not None:
+        if self._moves.move is not None:  # plan when it has ended
             replanning.replan_when_idle = True
             return actions
         return [*actions, *replanning.ask_for_more_bits()]

@@ -102,9 +102,9 @@ class Replanning:
         return self._ask_for(Need.ANOTHER)
 
     def ask_for_more_bits(self) -> list[Action]:
-        """Have all workers planned for if weights have fewer bits than these may be able to hold.
+        """Have plans made with more bits than weights have now.
 
-        To be called while no request runs: tokens of one answer are of the same weights then.
+        They are loaded once no request runs, so that no answer changes for that.
         """
         self.replan_at, self.replan_when_idle = None, False
         return self._ask_for(Need.MORE_BITS)
