@@ -440,7 +440,7 @@ class AutoCluster(Cluster):
     model = AUTO_MODEL
     longest = 60
     memories = (300, 450, 700)
-    max_examples = 30
+    max_examples = 20
     num_forms: ClassVar[list[int]] = []
 
     def finish(self) -> None:
@@ -454,7 +454,7 @@ class AutoTwins(AutoCluster):
 
     replicas = 2
     memories = (400, 700, 1500)
-    max_examples = 15
+    max_examples = 8
     num_forms: ClassVar[list[int]] = []
 
 
