@@ -62,11 +62,11 @@ MODEL = ServedModel(
     digest=lambda layers: f"digest of {layers}",
     kv_dtype="fp8",
 )
+_SIZES: tuple[tuple[int, Quantize], ...] = ((50, "int8"), (25, "int4"))
 AUTO_MODEL = replace(
     MODEL,
     smaller=tuple(
-        replace(COST, layer_bytes=(size,) * NUM_LAYERS, quantize=form)
-        for size, form in ((50, "int8"), (25, "int4"))
+        replace(COST, layer_bytes=(size,) * NUM_LAYERS, quantize=form) for size, form in _SIZES
     ),
     may_shrink=True,
 )

@@ -25,7 +25,9 @@ from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.planning.standing import Standing
 from distributed_llm.coordinator.serving.event_log import EventKind
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 
 _MAX_FAILURE_CHARS = 2000
 """Characters of a worker's failure that are told to those who ask; the rest is cut off."""
@@ -62,6 +64,7 @@ class Replanning:
         self._planner = planner
         self._needs: set[Need] = set()
         self._open: tuple[Need, PlanQuestion] | None = None
+        self._dissolved: Pipeline | None = None  # the last one that served
         self._lost: WorkerId | None = None  # for whom a pipeline was dissolved last
         self.replan_at: float | None = None
         self.replan_when_idle = False
@@ -127,8 +130,14 @@ class Replanning:
             return []
         if why:
             self._pipelines.last_failure = f"Worker {worker.id} {why}."
-        self._pipelines.dissolve(pipeline)
+        self._dissolve(pipeline)
         return self._ask_for_recovery(worker)
+
+    def _dissolve(self, pipeline: Pipeline) -> None:
+        """Dissolve a pipeline; what its workers have loaded may be kept."""
+        if pipeline.in_flight:
+            self._dissolved = pipeline
+        self._pipelines.dissolve(pipeline)
 
     def _ask_for_recovery(self, worker: Worker) -> list[Action]:
         self._pipelines.recovering, self._lost = True, worker.id
@@ -166,7 +175,7 @@ class Replanning:
         layers = worker.layers
         pipeline = self._pipelines.pipeline_of(worker.peer)  # None: another of its stages failed
         if pipeline is not None:
-            self._pipelines.dissolve(pipeline)
+            self._dissolve(pipeline)
         worker.fail(failed.message, now=now)
         what = layers_text(layers) if layers else "its layers"
         failure = f"Worker {worker.id} cannot serve {what}: {failed.message}"
@@ -192,9 +201,22 @@ class Replanning:
             self._cluster.measurements.machines(memory_of(workers)),
             several=need in (Need.ANEW, Need.MORE_BITS),
             doubted=frozenset(worker.id for worker in workers if worker.failures),
+            standing=self._standing(workers) if need is Need.RECOVERY else Standing(),
         )
         self._open = need, question
         return [Study(question)]
+
+    def _standing(self, workers: Sequence[Worker]) -> Standing:
+        """Return what is still loaded by workers of the pipeline that was dissolved last."""
+        dissolved = self._dissolved
+        if dissolved is None:
+            return Standing()
+        there = {worker.id for worker in workers if worker.epoch == dissolved.epoch}
+        return Standing(
+            tuple((worker, layers) for worker, layers in dissolved.layer_map if worker in there),
+            dissolved.quantize,
+            {one.id: one.load_bytes_per_s for one in workers if one.load_bytes_per_s},
+        )
 
     def _planner_for(self, need: Need) -> Planner:
         """Return the planner: what is added to pipelines that serve has their weights."""

@@ -206,15 +206,16 @@ class Planner:
                 plans = [self._plan(machines.subset(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 break
-            scores = [self._score(plan, machines) for plan in plans]
+            scores = [self.score(layer_map_of(plan), machines) for plan in plans]
             total = max(scores) if self.objective == "latency" else sum(scores)
             if total > _BETTER * most:
                 best, most = plans, total
         return best
 
-    def _score(self, plan: Plan, machines: Machines) -> float:
-        demand = Demand.expected(len(plan))
-        return forecast(self.cost, machines, layer_map_of(plan), demand).score(self.objective)
+    def score(self, layer_map: LayerMap, machines: Machines) -> float:
+        """Return the rate of a layer map before there is demand, by the objective, tokens/s."""
+        demand = Demand.expected(len(layer_map))
+        return forecast(self.cost, machines, layer_map, demand).score(self.objective)
 
 
 def ranked_by_speed(machines: Machines) -> list[WorkerId]:
