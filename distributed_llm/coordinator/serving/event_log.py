@@ -70,6 +70,12 @@ class EventKind(Enum):
         "weights of plan {epoch} become {form} while they are loaded, because the workers cannot "
         "hold more: {nbytes:size} instead of {full:size}, and answers differ a little",
     )
+    WEIGHTS_CHANGED = (
+        "warning",
+        "weights of plan {epoch} are {form} ({nbytes:size}), until now {earlier_form} "
+        "({full:size}), because other workers are there; requests that run keep their "
+        "tokens so far, and go on with these weights",
+    )
     PLAN_KEPT = "warning", "layers stay as they are: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
     WEIGHTS_FETCHED = (
