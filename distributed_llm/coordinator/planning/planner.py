@@ -166,7 +166,18 @@ class Planner:
                 f"{size_text(cost.all_weight_bytes)} instead of "
                 f"{size_text(self.cost.all_weight_bytes)}."
             ) from error
+        if self.may_shrink and self.smaller:
+            raise self._cannot_shrink(error) from error
         raise error
+
+    def _cannot_shrink(self, error: NotEnoughMemory) -> NotEnoughMemory:
+        """Return the error for a model that does not fit though its weights may get fewer bits."""
+        full, least = (cost.all_weight_bytes for cost in (self.cost, self.smaller[-1]))
+        if least < full:
+            how = f"That is with {self.smaller[-1].quantize}, the fewest bits that there are"
+        else:
+            how = "Fewer bits would not help: the files hold the weights in as few already"
+        return NotEnoughMemory(f"{error} {how} (`quantize: auto`).")
 
     def _plans(self, machines: Machines) -> list[Plan]:
         workers = list(machines.memory_bytes)
