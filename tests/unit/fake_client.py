@@ -150,16 +150,13 @@ class Answer:
 
     def _told(self, forms: Sequence[Quantize]) -> tuple[list[int], list[TokenLogprobs]]:
         """Return what comes after the tokens that came; `forms` are of these and of the rest."""
+        given: dict[str, Any] = {"choice": self.choice, "grammar": self.grammar, "forms": forms}
         limit = self.params.max_new_tokens or len(self.token_ids)
         params = msgspec.structs.replace(self.params, max_new_tokens=max(1, limit))
-        own = self.prompt, params
-        tokens = reference(*own, choice=self.choice, grammar=self.grammar, forms=forms)
+        tokens = reference(self.prompt, params, **given)
         if params.logprobs is None:
             return tokens, []
-        logprobs = reference_logprobs(
-            *own, choice=self.choice, grammar=self.grammar, forms=forms
-        )
-        return tokens, logprobs
+        return tokens, reference_logprobs(self.prompt, params, **given)
 
     def check(self) -> None:
         """Assert that all that came is right."""
