@@ -4,6 +4,7 @@ Each damage is done to a model that is whole. What is refused is refused before 
 by an error of ours that names the file and says what to do, and shows nothing of Python.
 """
 
+import functools
 import json
 import random
 import re
@@ -106,6 +107,10 @@ def put(content: Json, path: tuple[str, ...], value: object) -> Json:
         inner = inner[name]
     inner[path[-1]] = value
     return copy
+
+
+def with_twice(content: Json, name: str) -> Json:
+    return {**content, name + "x": content[name]}
 
 
 def paths_in(content: Json, *above: str) -> Iterator[tuple[str, ...]]:
