@@ -191,7 +191,7 @@ def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, 
         InvalidRequest: generation_config.json has a value out of range.
     """
     source, checkpoint = resolve_for_coordinator(model)
-    check_sizes(checkpoint.config)
     check_architecture(checkpoint.config)
+    check_sizes(checkpoint.config)
     prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))
     return served_model(source, checkpoint, settings, prints), checkpoint
