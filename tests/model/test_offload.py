@@ -1,6 +1,8 @@
 """Layers that stay on the disk compute the same tokens, and take no memory of their own."""
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ from distributed_llm.common.errors import NotEnoughMemory
 from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
-from distributed_llm.worker.model import offload
 from distributed_llm.worker.model.offload import LayerFile, file_of, read_nbytes
 from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import make_checkpoint
@@ -18,14 +19,14 @@ from tests.model.driver import CPU, Pipeline
 
 PROMPTS = [[5, 17, 3, 99, 12], [7, 7, 1]]
 TOKENS = 4
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 640,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-EXPERTS = {"hidden_size": 64, "num_hidden_layers": 3}
+EXPERTS: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 3}
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,7 @@ def test_a_full_disk_is_told(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyP
     def full(**options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(offload.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     with pytest.raises(NotEnoughMemory, match=r"cannot be written to .*offload: No space left"):
         load(checkpoint, 1)
 
@@ -144,7 +145,8 @@ def test_layers_on_the_disk_lie_apart() -> None:
     assert layers_on_disk(LayerRange(4, 10), 3) == (5, 7, 9)
     for count in range(7):
         chosen = layers_on_disk(LayerRange(4, 10), count)
-        assert len(set(chosen)) == count and all(4 <= layer < 10 for layer in chosen)
+        assert len(set(chosen)) == count
+        assert all(4 <= layer < 10 for layer in chosen)
     with pytest.raises(ValueError, match="7 of 6"):
         layers_on_disk(LayerRange(4, 10), 7)
 

@@ -163,7 +163,7 @@ def _written(
             for tensor, place in zip(tensors, places, strict=True):
                 flat = tensor.detach().as_strided((tensor.numel(),), (1,))
                 file.seek(place)
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
             file.flush()
             return mmap.mmap(file.fileno(), size)
     except OSError as exc:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from distributed_llm.common.cache_folder import cache_folder
+from distributed_llm.common.cache_folder import offload_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
@@ -125,7 +125,7 @@ def load_stage_model(
         with only_plain(number in on_disk):
             own.append(loader.load_layer(layer, number, entries.get(number, [])))
         if number in on_disk:
-            move_to_disk(own[-1], cache_folder() / "offload")
+            move_to_disk(own[-1], offload_folder())
     loader.load_outer(entries.get(None, []), matrices)
     _drop_tied_embedding(model, layers)
     pack_linear_layers(model)
