@@ -209,6 +209,7 @@ def _plan_document(run: DryRun) -> dict[str, Any]:
             for number, plan in enumerate(run.plans)
             for stage in describe(plan, run.cost)
         ],
+        "longest_tokens": run.longest_tokens,
         "one_tokens_per_s": run.one_tokens_per_s,
         "many_tokens_per_s": run.many_tokens_per_s,
         "many": MANY,

@@ -24,7 +24,7 @@ from distributed_llm.common.wording import (
     size_text,
     times_text,
 )
-from distributed_llm.coordinator.plan import PlannedStage
+from distributed_llm.coordinator.plan import PlannedStage, kv_tokens_of
 from distributed_llm.coordinator.planning.dry_run import MANY, DryRun
 from distributed_llm.weights.cache.contents import Contents, KeptModel
 
@@ -75,9 +75,11 @@ def headline(status: ClusterStatus) -> str:
     if read := sum(pipeline.disk_bytes for pipeline in status.pipelines):
         what += f"; {size_text(read)} of weights are read from disks for every token"
     kept = {p.kv_dtype for p in status.pipelines} - {"auto"}
+    longest = max((pipeline.kv_longest_tokens for pipeline in status.pipelines), default=0)
+    one = f", and room for {longest:,} in one request" if longest > status.kv_tokens else ""
     return (
         f"{what}; {status.kv_tokens_used:,} of {count_text(status.kv_tokens, 'token')} of context "
-        f"in use{''.join(f', kept in {kv_dtype}' for kv_dtype in kept)}"
+        f"in use{one}{''.join(f', kept in {kv_dtype}' for kv_dtype in kept)}"
     )
 
 
@@ -177,6 +179,7 @@ def plan_lines(run: DryRun) -> list[str]:
     return [
         *_format_lines(run),
         *([] if run.kv_dtype == "auto" else [f"context: kept in {run.kv_dtype}"]),
+        *_window_lines(run),
         *([f"without layers: {list_text(idle)}"] if idle else []),
         *_disk_lines(run),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
@@ -192,6 +195,23 @@ def _disk_lines(run: DryRun) -> list[str]:
         for plan in run.plans
         for stage in plan
         if stage.from_disk
+    ]
+
+
+def _window_lines(run: DryRun) -> list[str]:
+    """Return how long requests may be where layers with a window leave them more room."""
+    windows = [window for window in run.cost.windows if window]
+    longest = [
+        tokens
+        for tokens, plan in zip(run.longest_tokens, run.plans, strict=False)
+        if tokens > kv_tokens_of(plan)
+    ]
+    if not windows or not longest:
+        return []
+    return [
+        f"context: up to {count_text(max(longest), 'token')} in one request, for "
+        f"{len(windows)} of {count_text(run.cost.num_layers, 'layer')} keep the last "
+        f"{max(windows):,} and those of steps under way only"
     ]
 
 

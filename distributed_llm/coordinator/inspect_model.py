@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.formats import formats_of
 from distributed_llm.common.kv_dtypes import KVDtype
+from distributed_llm.common.layer_windows import layer_windows
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_folder import read_generation_config
 from distributed_llm.common.settings import CoordinatorSettings
@@ -95,4 +96,5 @@ def model_cost(
         shared_bytes=parts["shared"][0],
         kv_bytes_per_token=checkpoint.kv_bytes_per_token(dtype, kv_dtype),
         quantize=quantize,
+        windows=layer_windows(checkpoint.config, checkpoint.num_layers),
     )

@@ -18,6 +18,8 @@ class ModelCost:
         shared_bytes: a tied embedding, needed by the first and by the last stage.
         kv_bytes_per_token: KV cache of one position in one layer.
         quantize: what floating-point weights become while they are loaded.
+        windows: of each layer, how many positions a token sees, itself included; 0: all. Empty: all
+            layers see everything.
     """
 
     layer_bytes: tuple[int, ...]
@@ -26,6 +28,7 @@ class ModelCost:
     shared_bytes: int
     kv_bytes_per_token: int
     quantize: Quantize = "none"
+    windows: tuple[int, ...] = ()
 
     @property
     def num_layers(self) -> int:

@@ -16,6 +16,7 @@ from distributed_llm.common.errors import NotEnoughMemory
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import layers_text, size_text
+from distributed_llm.coordinator.kv_windows import KVWindows, margin_tokens
 from distributed_llm.coordinator.model_cost import ModelCost
 
 LayerMap = tuple[tuple[WorkerId, LayerRange], ...]
@@ -69,6 +70,21 @@ def num_machines(stages: Sequence[PipelineStage]) -> int:
 def kv_tokens_of(plan: Plan) -> int:
     """Return the positions of KV cache, of all sequences together, that every stage can hold."""
     return min(stage.kv_tokens for stage in plan)
+
+
+def longest_tokens_of(plan: Plan, cost: ModelCost, step_tokens: int) -> int:
+    """Return the positions of the longest sequence that every stage can hold if it is alone.
+
+    Args:
+        plan: of the pipeline.
+        cost: of the model.
+        step_tokens: tokens per step at most.
+    """
+    windows = [cost.windows[stage.layers.start : stage.layers.stop] for stage in plan]
+    one = cost.kv_bytes_per_token
+    told = [(max(seen, default=0), one * sum(map(bool, seen)), one * len(seen)) for seen in windows]
+    windowed = KVWindows.of_stages(told, margin_tokens(step_tokens, len(plan)))
+    return windowed.longest(kv_tokens_of(plan))
 
 
 def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:

@@ -176,6 +176,9 @@ class Reporting:
             kv_tokens=pipeline.kv_tokens,
             kv_tokens_used=scheduler.kv_tokens_used if scheduler else 0,
             kv_tokens_cached=scheduler.kv_tokens_cached if scheduler else 0,
+            kv_longest_tokens=min(
+                pipeline.longest_tokens, self._cluster.model.defaults.context_length
+            ),
             answers_running=pipeline.num_running,
             answers_decoding=scheduler.num_decoding if scheduler else 0,
             steps_in_flight=in_flight.num_steps if in_flight else 0,

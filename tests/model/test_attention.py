@@ -164,7 +164,9 @@ def test_values_may_be_wider_than_keys() -> None:
 
 def test_sequences_in_no_slab_are_attended_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on systems where addresses count as memory."""
-    monkeypatch.setattr(SlabPool, "take", lambda pool, capacity: pool._layout.allocate(capacity))
+    monkeypatch.setattr(
+        SlabPool, "take", lambda pool, capacity, first=0: pool._layout.allocate(capacity, first)
+    )
     run_steps_of_all_kinds(Attention(window=14, with_sinks=True))
 
 

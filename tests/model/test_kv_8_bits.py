@@ -38,7 +38,7 @@ STEP = {"int8": 1 / 127, "fp8": 1 / 8}
 """Widest step between codes: of the largest number, or of the number itself."""
 LOGITS = {"int8": 0.024, "fp8": 0.1}
 """Error of logits that is allowed, as a part of their spread; twice what was measured."""
-FAMILIES: dict[str, dict[str, int]] = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},  # groups of heads
     "gemma2": {},  # soft caps
     "gpt_oss": {"num_experts_per_tok": 4},  # sinks and a window; all experts, or a few flip
@@ -137,8 +137,13 @@ def test_attention_is_that_of_the_formula(
 
 
 @pytest.mark.parametrize("kv_dtype", KINDS)
-def test_attention_in_bfloat16(kv_dtype: KVDtype) -> None:
-    """By the C library where it was built."""
+@pytest.mark.parametrize("by_library", [True, False])
+def test_attention_in_bfloat16(
+    kv_dtype: KVDtype, by_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the C library where it was built, and by torch as where it was not."""
+    if not by_library:
+        monkeypatch.setattr(token_attention, "can_attend", lambda *_: False)
     run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, window=14, with_sinks=True))
     run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, softcap=2.0, window=4))
     run_steps_of_all_kinds(Attention8(kv_dtype, dtype=torch.bfloat16, value_dim=16))

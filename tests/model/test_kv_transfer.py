@@ -234,7 +234,7 @@ def test_pieces_follow_each_other_or_begin_again() -> None:
     with pytest.raises(KVTransferError, match="begins at 7, but 6 positions have arrived"):
         into.add(piece(offset=7))
     into.add(piece(offset=1))
-    assert into.filled(7, 4) == 4
+    assert into.arrived(7, 4) == (0, 4)
     with pytest.raises(KVTransferError, match="begins at 5, but 4 positions"):
         into.add(piece(offset=5))
 

@@ -35,6 +35,28 @@ def test_rows_take_memory_for_what_was_written_of_them() -> None:
     assert resident_bytes() - before < 16 * MIB
 
 
+@NO_PAGES
+def test_positions_that_are_dropped_take_no_memory_and_the_others_stay() -> None:
+    held = SlabPool(WIDE).take(16384)
+    before = resident_bytes()
+    held.keys[:, :8192] = 1.0
+    held.values[:, :8192] = 2.0
+    assert held.row is not None
+    assert held.row.slab.drop(held.row, 0, 8000)
+    assert resident_bytes() - before < 8 * MIB  # of 64
+    assert not held.keys[:, :8000].any()
+    assert bool((held.keys[:, 8000:8192] == 1.0).all())
+    assert bool((held.values[:, 8000:8192] == 2.0).all())
+
+
+def test_positions_of_a_page_that_has_others_too_stay() -> None:
+    held = SlabPool(SMALL).take(256)
+    held.keys.fill_(1.0)
+    assert held.row is not None
+    held.row.slab.drop(held.row, 0, 64)
+    assert bool((held.keys[:, 64:] == 1.0).all())
+
+
 @pytest.mark.parametrize("layout", [WIDE, SMALL])
 def test_a_row_that_was_left_is_the_next_one_and_zero(layout: KVLayout) -> None:
     pool = SlabPool(layout)

@@ -27,11 +27,13 @@ class HeldBuffer(msgspec.Struct, frozen=True):
     owner: int
     readers: dict[int, int]
     length: int
+    unseen: int
 
 
 class HeldTokens(msgspec.Struct, frozen=True):
     tokens: list[int]
     buffers: list[int]
+    seen_from: int
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -47,9 +49,9 @@ def manifest_of(stage: FakeStage) -> Manifest:
     sequences = {}
     for sequence_id, held in stage.kv.items():
         chain = [numbers.setdefault(buffer, len(numbers)) for buffer in held.buffers]
-        sequences[sequence_id] = HeldTokens(list(held.tokens), chain)
+        sequences[sequence_id] = HeldTokens(list(held.tokens), chain, held.seen_from)
     buffers = {
-        number: HeldBuffer(b.start, b.owner, dict(b.readers), b.length)
+        number: HeldBuffer(b.start, b.owner, dict(b.readers), b.length, b.unseen)
         for b, number in numbers.items()
     }
     return Manifest(sequences, buffers)
@@ -183,7 +185,10 @@ def assemble_kv(
         chain = [buffers[n] for n in held.buffers if manifests[0].buffers[n].start <= length]
         states = [list(row) for row in zip(*columns[sequence_id], strict=True)]
         stage.kv[sequence_id] = FakeSequence(
-            states=states, tokens=list(held.tokens[:length]), buffers=chain
+            states=states,
+            tokens=list(held.tokens[:length]),
+            buffers=chain,
+            seen_from=max(m.sequences[sequence_id].seen_from for m in manifests),
         )
 
 
@@ -214,6 +219,7 @@ def _buffers(manifest: Manifest, kept: set[int]) -> dict[int, Buffer]:
             held.owner,
             {reader: stop for reader, stop in held.readers.items() if reader in kept},
             held.length,
+            held.unseen,
         )
         for number, held in manifest.buffers.items()
     }

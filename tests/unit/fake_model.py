@@ -28,7 +28,7 @@ from distributed_llm.common.tensors import (
     frame_of_token_ids,
     token_ids_of_frame,
 )
-from distributed_llm.common.types import KV_BLOCK
+from distributed_llm.common.types import KV_BLOCK, LayerRange
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 
@@ -62,6 +62,15 @@ MODEL = ServedModel(
     digest=lambda layers: f"digest of {layers}",
     kv_dtype="fp8",
 )
+WINDOW = 20
+"""Positions that a token sees in two of three layers."""
+
+
+def windowed_layers(layers: LayerRange) -> int:
+    """Return how many of these layers have a window."""
+    return sum(layer % 3 != 2 for layer in range(layers.start, layers.stop))
+
+
 # ------------------------------------------------------------------ the model
 
 
@@ -202,6 +211,7 @@ class Buffer:
     owner: int
     readers: dict[int, int] = field(default_factory=dict)
     length: int = 0
+    unseen: int = 0  # first blocks that layers with a window have dropped
 
 
 @dataclass
@@ -212,6 +222,7 @@ class FakeSequence:
     tokens: list[int] = field(default_factory=list)
     sampling: Sampling | None = None
     buffers: list[Buffer] = field(default_factory=list)
+    seen_from: int = 0
 
 
 class FakeStage:
@@ -236,6 +247,7 @@ class FakeStage:
         """Free a sequence."""
         held = self.kv.pop(sequence_id, None)
         self._let_go(sequence_id, held.buffers if held else [])
+        self._drop_unseen(held.buffers if held else [])
         self._released.add(sequence_id)
 
     def run(
@@ -250,6 +262,10 @@ class FakeStage:
         self._came.add(task.step)
         for sequence_id in task.released:
             self.release(sequence_id)
+        for told in task.seen_from:
+            if (seen := self.kv.get(told.sequence_id)) is not None:
+                seen.seen_from = max(seen.seen_from, told.position)
+                self._drop_unseen(seen.buffers)
         if any(part.sequence_id in self._released for part in task.sequences):
             raise Void
         masks = _masks(task, frames)
@@ -282,7 +298,7 @@ class FakeStage:
                 token = pick(rows[row - 1][3], sampling, part.start + part.num_tokens, mask)
                 sampled.append((rows[row - 1][3], sampling, token))
         self.num_computed += row
-        assert self.num_blocks <= self._kv_tokens // KV_BLOCK or skipped, "out of memory"
+        assert self.memory_tokens <= self._kv_tokens or skipped, "out of memory"
         if self.layers.stop < NUM_LAYERS:
             array = np.asarray(rows, dtype="<i4")
             return (TensorSpec("int32", (len(rows), HIDDEN)),), (array.tobytes(),)
@@ -293,10 +309,21 @@ class FakeStage:
         return specs, answer
 
     @property
-    def num_blocks(self) -> int:
-        """What a real stage would have allocated."""
+    def memory_tokens(self) -> float:
+        """Positions in all layers that take as much as a real stage would have allocated."""
         buffers = {buffer: None for held in self.kv.values() for buffer in held.buffers}
-        return sum(-(-buffer.length // KV_BLOCK) for buffer in buffers)
+        windowed = windowed_layers(self.layers)
+        return KV_BLOCK * sum(
+            -(-buffer.length // KV_BLOCK) - buffer.unseen * windowed / len(self.layers)
+            for buffer in buffers
+        )
+
+    def _drop_unseen(self, buffers: Sequence[Buffer]) -> None:
+        for buffer in buffers:
+            seen = [held.seen_from for held in self.kv.values() if buffer in held.buffers]
+            if seen:
+                unseen = max(0, min(seen) - buffer.start) // KV_BLOCK
+                buffer.unseen = max(buffer.unseen, min(unseen, -(-buffer.length // KV_BLOCK)))
 
     def _have(self, part: SequenceSlice) -> int:
         held = self.kv.get(part.sequence_id)
@@ -335,12 +362,14 @@ class FakeStage:
                 parent = self.kv[part.prefix.sequence_id]
                 held.states = parent.states[: part.prefix.length]
                 held.tokens = parent.tokens[: part.prefix.length]
+                held.seen_from = parent.seen_from
                 self._share(part.sequence_id, part.prefix)
         held.sampling = part.sampling or held.sampling
         return held
 
     def _run_slice(self, part: SequenceSlice, rows: list[list[int]]) -> None:
         held = self._begin(part)
+        assert held.seen_from <= max(0, part.start + 1 - WINDOW), "it sees what was dropped"
         del held.states[part.start :]
         del held.tokens[part.start :]
         for row in rows:

@@ -33,7 +33,15 @@ from distributed_llm.worker.session.agent import Agent
 from distributed_llm.worker.session.epoch_stage import CREDITS
 from distributed_llm.worker.session.link_events import LinkId
 from tests.unit.fake_kv import FakeExporter, FakeImporter, assemble_kv
-from tests.unit.fake_model import BIG, COST, FakeStage, Missing, Void
+from tests.unit.fake_model import (
+    BIG,
+    COST,
+    WINDOW,
+    FakeStage,
+    Missing,
+    Void,
+    windowed_layers,
+)
 
 _instances = count()
 
@@ -566,6 +574,9 @@ class SimWorker:
             weights,
             order.kv_tokens,
             trials,
+            kv_token_bytes=len(order.layers),
+            kv_windowed_bytes=windowed_layers(order.layers),
+            kv_window=WINDOW,
             fetched_bytes=weights if self.fetches else 0,
             fetch_s=self.load_s / 2 if self.fetches else 0.0,
             gives_weights=self.fetches,

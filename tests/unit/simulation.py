@@ -464,7 +464,7 @@ class World:
                 assert worker.stage is not None
                 assert set(worker.stage.kv) <= known
                 if not pipeline.in_flight.to_release:
-                    assert worker.stage.num_blocks <= ledger.used_tokens // KV_BLOCK
+                    assert worker.stage.memory_tokens <= ledger.used_tokens
                 assert not worker.orders
 
 

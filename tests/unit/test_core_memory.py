@@ -248,11 +248,11 @@ def test_memory_is_bounded_and_stays_as_it_is() -> None:
     workers = world.linked(3, 1000)
     client = world.client()
     room = world.core.status(now=world.now).kv_tokens
-    most = 0
+    most = 0.0
 
     def done() -> bool:
         nonlocal most
-        held = [w.stage.num_blocks * KV_BLOCK for w in workers if w.stage]
+        held = [w.stage.memory_tokens for w in workers if w.stage]
         most = max(most, *held)
         return world.all_ended()
 

@@ -100,7 +100,7 @@ def test_a_worker_that_became_slower_gets_fewer_layers() -> None:
 
 def test_a_worker_that_joins_is_used_while_requests_run() -> None:
     world, client = cluster(2)
-    answers = asked(client, answer=200)
+    answers = asked(client, 8, answer=200)
     assert world.run(lambda: computed(world) > 40)
     join(world, "late")
     moved(world)
@@ -380,7 +380,7 @@ def drained(client: SimClient) -> list[WorkerDrained]:
 
 def test_a_worker_that_is_drained_leaves_and_no_request_notices() -> None:
     world, client = cluster(3)
-    answers = asked(client, answer=200)
+    answers = asked(client, 8, answer=200)
     assert world.run(lambda: computed(world) > 30)
     client.say(DrainWorker(worker="w1"))
     assert world.run(lambda: bool(drained(client)))

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from distributed_llm.common.messages import (
     LoadStage,
     MissingPositions,
     ModelSource,
+    SeenFrom,
     SequenceSlice,
     Task,
 )
@@ -78,6 +79,8 @@ class FakeStage:
     shared_weight_bytes = 0
     kv_bytes = 5
     kv_bytes_per_token = PER_TOKEN
+    kv_windowed_bytes_per_token = PER_TOKEN // 2
+    window = 9
     layers_s = 0.0
     inputs = TaskInputs(LayerRange(0, 2), hidden_size=3, vocab_size=9)
 
@@ -98,6 +101,10 @@ class FakeStage:
     def release(self, ids: Sequence[int]) -> None:
         if ids:
             self.story.append(("release", *ids))
+
+    def forget(self, seen_from: Mapping[SequenceId, int]) -> None:
+        if seen_from:
+            self.story.append(("forget", dict(seen_from)))
 
     def run(
         self,
@@ -371,10 +378,12 @@ def test_what_a_task_releases_is_freed_before_it_runs() -> None:
         engine.put(Load(0, ORDER))
         posted.loaded()
         given = run()
-        releasing = msgspec.structs.replace(given.task, released=(4, 5))
-        engine.put(Run(0, releasing, given.frames))
+        seen_from = (SeenFrom(sequence_id=SequenceId(6), position=64),)
+        task = msgspec.structs.replace(given.task, released=(4, 5), seen_from=seen_from)
+        engine.put(Run(0, task, given.frames))
         posted.computed()
-        assert engine.stages[0].story[1:] == [("release", 4, 5), ([1, 2], None)]
+        told = [("release", 4, 5), ("forget", {6: 64}), ([1, 2], None)]
+        assert engine.stages[0].story[1:] == told
 
 
 # ------------------------------------------------------------------ what is void
@@ -745,6 +754,7 @@ def test_cache_gets_what_is_wanted_or_what_there_is(
         event = posted.loaded()
         assert event.weight_bytes == WEIGHTS
         assert event.kv_tokens == kv_tokens
+        assert (event.kv_token_bytes, event.kv_windowed_bytes, event.kv_window) == (1000, 500, 9)
         if limit is None:
             limit = kv_tokens * PER_TOKEN
             assert limit <= 0.95 * free_bytes < limit + blocks(1)

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
+from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.serving import kv_ledger
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix, prefix_key
 
@@ -519,6 +520,7 @@ class Buffer:
     owner: int
     readers: dict[int, int] = field(default_factory=dict)  # others, and where they stop reading
     capacity: int = 0
+    unseen: int = 0  # first positions that layers with a window have dropped
 
 
 @dataclass(eq=False)
@@ -532,13 +534,35 @@ class Kept:
     begins_at: int = 0
     room: int = 0
     ended: bool = False
+    seen_from: int = 0
 
 
 class Stage:
     """What a stage allocates, told in the plainest way."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: KVWindows | None = None) -> None:
         self.held: dict[int, Kept] = {}
+        self.windows = windows or KVWindows()
+
+    @property
+    def price(self) -> int:
+        """What it would be charged if all were known."""
+        buffers = {buffer: None for kept in self.held.values() for buffer in kept.buffers}
+        windowed, total = self.windows.windowed, self.windows.total
+        price = sum(total * buffer.capacity - windowed * buffer.unseen for buffer in buffers)
+        return price // KV_BLOCK
+
+    def drop(self, seen_from: dict[SequenceId, int]) -> None:
+        for sequence_id, position in seen_from.items():
+            if kept := self.held.get(sequence_id):
+                kept.seen_from = max(kept.seen_from, position)
+                self._drop_unseen(kept.buffers)
+
+    def _drop_unseen(self, buffers: list[Buffer]) -> None:
+        for buffer in buffers:
+            seen = [kept.seen_from for kept in self.held.values() if buffer in kept.buffers]
+            unseen = max(0, min(seen, default=0) - buffer.start) // KV_BLOCK * KV_BLOCK
+            buffer.unseen = max(buffer.unseen, min(unseen, buffer.capacity))
 
     @property
     def num_blocks(self) -> int:
@@ -550,6 +574,8 @@ class Stage:
         if prefix is not None:
             parent = self.held[prefix.sequence_id]
             assert parent.length >= prefix.length
+            assert self.windows.sees(parent.seen_from, prefix.length)
+            kept.seen_from = parent.seen_from
             kept.buffers = [b for b in parent.buffers if b.start < prefix.length]
             kept.length = kept.begins_at = kept.computed = prefix.length
             for buffer, following in zip(kept.buffers, [*kept.buffers[1:], None], strict=True):
@@ -564,6 +590,7 @@ class Stage:
     def write(self, sequence_id: int, start: int, stop: int) -> None:
         kept = self.held[sequence_id]
         assert start <= kept.length
+        assert self.windows.sees(kept.seen_from, start)
         chain = [b for b in kept.buffers if b.start <= start]
         last = chain[-1] if chain else None
         if last and last.owner == sequence_id and max(last.readers.values(), default=0) <= start:
@@ -578,8 +605,10 @@ class Stage:
         kept.buffers, kept.length = chain, stop
 
     def free(self, sequence_id: int) -> None:
-        for buffer in self.held.pop(sequence_id).buffers:
+        buffers = self.held.pop(sequence_id).buffers
+        for buffer in buffers:
             buffer.readers.pop(sequence_id, None)
+        self._drop_unseen(buffers)
 
 
 def begin(book: KVLedger, stage: Stage, sequence_id: int, tokens: list[int], stop: int) -> None:
@@ -677,11 +706,13 @@ _INDEX = st.integers(0, 1000)
 class Ledger(RuleBasedStateMachine):
     """Sequences that begin alike come, are computed in pieces, and go, in any order."""
 
+    windows = KVWindows()
+
     @initialize(capacity=st.sampled_from([4, 10, 20, 60, 100]))
     def start(self, capacity: int) -> None:
         self.capacity = capacity
-        self.book = ledger(capacity)
-        self.stage = Stage()
+        self.book = KVLedger(capacity * KV_BLOCK, self.windows)
+        self.stage = Stage(self.windows)
         self.next_id = 1
 
     @property
@@ -727,6 +758,7 @@ class Ledger(RuleBasedStateMachine):
             self._check_match(tokens, match)
         sequence_id, self.next_id = self.next_id, self.next_id + 1
         if self.book.open(SequenceId(sequence_id), tokens, len(tokens) + 1, match):
+            self._free()
             prefix = self.book.prefix_of(SequenceId(sequence_id))
             self.stage.begin(sequence_id, tokens, prefix)
             kept = self.stage.held[sequence_id]
@@ -735,7 +767,7 @@ class Ledger(RuleBasedStateMachine):
             self._arrive(kept, sequence_id)
         else:
             used = len(tokens) // KV_BLOCK + 1 + self._blocks_of_running()
-            assert match or used > self.capacity, "there was room"
+            assert match or used > self.capacity or self.windows.window, "there was room"
         self._free()
 
     def _blocks_of_running(self) -> int:
@@ -747,6 +779,9 @@ class Ledger(RuleBasedStateMachine):
             i: _common(kept.tokens[: kept.computed], tokens[:limit])
             for i, kept in self.stage.held.items()
         }
+        if self.windows.window:
+            assert match is None or match.length == lengths[match.sequence_id]
+            return
         best = max(lengths.values(), default=0)
         if match is None:
             assert best < STRIDE
@@ -769,6 +804,8 @@ class Ledger(RuleBasedStateMachine):
         """The stage computes again what it was ahead of what is known, as far as it gets."""
         kept, sequence_id = self._pick(index)
         stop = min(kept.computed + count, len(kept.tokens))
+        stop = self.book.reach(SequenceId(sequence_id), kept.computed, stop)
+        self._free()
         if stop > kept.computed:
             self.stage.write(sequence_id, kept.computed, stop)
 
@@ -777,9 +814,14 @@ class Ledger(RuleBasedStateMachine):
     def answer(self, index: int, count: int) -> None:
         """Compute the rest of the prompt, and tokens of the answer one by one."""
         kept, sequence_id = self._pick(index)
-        self._run(kept, sequence_id, len(kept.tokens))
-        self._arrive(kept, sequence_id)
-        for _ in range(count):
+        before = -1
+        while before < kept.length:  # in pieces, where layers with a window have little room
+            before = kept.length
+            self._run(kept, sequence_id, len(kept.tokens))
+            self._arrive(kept, sequence_id)
+        alone = len(self.running) == 1
+        assert kept.length == len(kept.tokens) or not alone, "it does not get on"
+        for _ in range(count if kept.length == len(kept.tokens) else 0):
             grown = self.book.extend(SequenceId(sequence_id), kept.room + 1)
             self._free()
             if not grown:
@@ -795,6 +837,8 @@ class Ledger(RuleBasedStateMachine):
 
     def _run(self, kept: Kept, sequence_id: int, count: int) -> None:
         stop = min(kept.length + count, len(kept.tokens))
+        stop = self.book.reach(SequenceId(sequence_id), kept.length, stop)
+        self._free()
         if stop > kept.length:
             self.stage.write(sequence_id, kept.length, stop)
 
@@ -802,6 +846,7 @@ class Ledger(RuleBasedStateMachine):
         """The coordinator hears of all that was computed."""
         kept.computed = kept.length
         self.book.computed(SequenceId(sequence_id), kept.length)
+        self._free()
 
     @precondition(lambda self: self.running)
     @rule(index=_INDEX, keep=st.integers(0, 3).map(bool), dropped=st.integers(0, 5))
@@ -820,15 +865,17 @@ class Ledger(RuleBasedStateMachine):
         for sequence_id in freed:
             assert self.stage.held[sequence_id].ended, "it runs"
             self.stage.free(sequence_id)
+        self.stage.drop(self.book.take_dropped())
         return freed
 
     @invariant()
     def books_are_right(self) -> None:
         self.book.validate()
         assert set(self.book.sequence_ids) == set(self.stage.held)
-        assert self.stage.num_blocks * KV_BLOCK <= self.book.used_tokens
+        assert self.stage.price <= self.book._used
         assert self.book.used_tokens <= self.capacity * KV_BLOCK
 
+    @precondition(lambda self: not self.windows.window)
     @rule()
     def cached_is_what_would_be_free(self) -> None:
         rest = deepcopy(self.book)
@@ -855,6 +902,16 @@ TestLedgerAndStage.settings = settings(
     database=None,
     phases=(Phase.generate, Phase.shrink),
 )
+
+
+class WindowedLedger(Ledger):
+    """Two of three parts of the memory are in layers with a window."""
+
+    windows = KVWindows(window=100, margin=90, windowed=2, total=3)
+
+
+TestLedgerAndStageWithWindows = WindowedLedger.TestCase
+TestLedgerAndStageWithWindows.settings = settings(TestLedgerAndStage.settings, max_examples=60)
 
 
 def test_only_who_shares_with_each_other_shares_prefixes() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -53,8 +53,12 @@ class FakeStage:
     weight_bytes = kv_bytes = 0
     layers_s = 0.0
     kv_bytes_per_token = 1
+    kv_windowed_bytes_per_token = window = 0
 
     def limit_kv(self, max_bytes: int) -> None:
+        pass
+
+    def forget(self, seen_from: Mapping[SequenceId, int]) -> None:
         pass
 
     def release(self, sequence_ids: Sequence[int]) -> None:

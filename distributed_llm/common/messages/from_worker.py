@@ -86,7 +86,10 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     Attributes:
         credits: tasks that it is ready to hold, waiting or running. A pipeline has no more steps in
             flight than the smallest grant of its stages.
-        kv_tokens: positions of KV cache that its memory has room for.
+        kv_tokens: positions of KV cache that its memory has room for, in all its layers.
+        kv_token_bytes: what one of them takes.
+        kv_windowed_bytes: what of that is in layers with a window.
+        kv_window: positions that the widest of these see.
         trials: empty unless `LoadStage` asked for them.
         fetched_bytes: of weights that came from other machines.
         fetch_s: how long the worker waited for them.
@@ -98,6 +101,9 @@ class StageReady(Message, frozen=True, kw_only=True, tag="stage_ready"):
     load_s: Seconds
     weight_bytes: Count
     kv_tokens: Count
+    kv_token_bytes: Count = 1
+    kv_windowed_bytes: Count = 0
+    kv_window: Count = 0
     trials: Annotated[tuple[StageTrial, ...], Meta(max_length=MAX_TRIALS)] = ()
     fetched_bytes: Count = 0
     fetch_s: Seconds = 0.0

@@ -171,6 +171,8 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
         kv_tokens: positions of KV cache that there is room for.
         kv_tokens_used: positions of them that running answers take.
         kv_tokens_cached: positions of them that prefixes of ended sequences take.
+        kv_longest_tokens: positions of the longest answer that has room if it is alone: more than
+            `kv_tokens` where layers with a window keep the last positions only.
         answers_running: answers that run on it.
         answers_decoding: those of them that decode; the others compute their prompts.
         steps_in_flight: steps that are under way now.
@@ -200,6 +202,7 @@ class PipelineStatus(Value, frozen=True, kw_only=True):
     kv_tokens: Count
     kv_tokens_used: Count = 0
     kv_tokens_cached: Count = 0
+    kv_longest_tokens: Count = 0
     answers_running: Count = 0
     answers_decoding: Count = 0
     steps_in_flight: Count = 0

@@ -246,6 +246,15 @@ class SequenceSlice(
     embed: bool = False
 
 
+class SeenFrom(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, array_like=True
+):
+    """Layers with a window see a sequence from `position` on, and need not keep what is before."""
+
+    sequence_id: SequenceId
+    position: Annotated[int, Meta(ge=1, le=2**31 - 1)]
+
+
 class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     """Coordinator -> worker, or worker -> worker: one step on one stage, for a packed batch.
 
@@ -257,6 +266,7 @@ class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     Attributes:
         oldest: steps with smaller numbers are void and must not be run.
         released: sequences to free before this step, which may need their memory.
+        seen_from: what of other sequences to drop then.
         route: for each remaining hop, whether the stage sends the task to the next worker directly
             (true) or its result to the coordinator (false). Empty on the last stage, which always
             answers the coordinator.
@@ -269,6 +279,7 @@ class Task(Message, frozen=True, kw_only=True, tag="task", omit_defaults=True):
     sequences: Annotated[tuple[SequenceSlice, ...], Meta(min_length=1, max_length=MAX_SLICES)]
     tensors: Tensors
     released: SequenceIds = ()
+    seen_from: Annotated[tuple[SeenFrom, ...], Meta(max_length=MAX_RELEASED)] = ()
     route: Annotated[tuple[bool, ...], Meta(max_length=MAX_STAGES)] = ()
     timings: StageTimes = ()
 

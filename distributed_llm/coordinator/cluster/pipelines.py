@@ -116,7 +116,7 @@ class Pipelines:
 
     def tell_capacity(self) -> list[Action]:
         """Fail the requests that exceed the room of the largest pipeline; refuse such from now."""
-        rooms = [pipeline.kv_tokens for pipeline in self._by_epoch.values()]
+        rooms = [pipeline.longest_tokens for pipeline in self._by_epoch.values()]
         return self._book.set_capacity(max(rooms)) if rooms else []
 
     # -------------------------------------------------------------- loading and serving

@@ -15,7 +15,7 @@ from distributed_llm.common.types import WorkerId
 from distributed_llm.common.units import parse_flops, parse_rate, parse_size
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.plan import Plan, layer_map_of
+from distributed_llm.coordinator.plan import Plan, layer_map_of, longest_tokens_of
 from distributed_llm.coordinator.planning.advice import Advice, advise
 from distributed_llm.coordinator.planning.forecast import forecast, score
 from distributed_llm.coordinator.planning.planner import Planner
@@ -48,6 +48,7 @@ class DryRun:
         full_bytes: of all weights if they were not quantized any further.
         formats: of the weights; None if unknown.
         kv_dtype: how keys and values are kept.
+        longest_tokens: of each plan, positions of the longest request that it can hold.
         plans: one per pipeline; no machine serves in two.
         memory: bytes of each machine.
         one_tokens_per_s: rate of a single request while it decodes.
@@ -66,6 +67,7 @@ class DryRun:
     full_bytes: int = 0
     formats: WeightFormats | None = None
     kv_dtype: KVDtype = "auto"
+    longest_tokens: tuple[int, ...] = ()
 
 
 def dry_run(
@@ -119,6 +121,13 @@ def dry_run(
         full_bytes=(full or cost).all_weight_bytes,
         formats=model.formats.get(cost.quantize),
         kv_dtype=model.kv_dtype,
+        longest_tokens=tuple(
+            min(
+                longest_tokens_of(plan, cost, settings.max_batch_tokens),
+                model.defaults.context_length,
+            )
+            for plan in plans
+        ),
     )
 
 

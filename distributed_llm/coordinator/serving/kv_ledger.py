@@ -10,17 +10,26 @@ A sequence that has ended stays as a prefix for later ones until its room is nee
 recently used one goes first. Prefixes are found by hashing the tokens up to each multiple of
 `_STRIDE`, as in vLLM's prefix caching, and then compared token by token, so that a collision of
 hashes costs a comparison and no wrong result.
+
+What layers with a window need not keep of running sequences is dropped when its room is needed
+(`kv_windows.py`), and the stages are told. Ended sequences keep what they have until they are
+freed.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
+from distributed_llm.coordinator.kv_windows import KVWindows
 
 _STRIDE = 16
 """Positions by which indexed prefixes grow; a shorter prefix is not shared."""
+
+_TRIES = 8
+"""Sequences whose beginnings are compared with a prompt, at most."""
 
 _NOBODY = SequenceId(0)
 """An id that no sequence has: nothing more is appended to a segment that it owns."""
@@ -34,7 +43,10 @@ class _Segment:
         start: its first position.
         owner: the sequence that appends to it; it may be gone.
         holders: sequences that reference it.
-        blocks: blocks charged for it.
+        blocks: blocks that it has in layers without a window.
+        unseen: first ones of them that layers with a window have dropped.
+        reached: those of them that steps have come to.
+        price: what is charged for all that.
         num_keeping: holders that cannot be freed now: they run, or are pinned.
     """
 
@@ -42,6 +54,9 @@ class _Segment:
     owner: SequenceId
     holders: set[SequenceId]
     blocks: int = 0
+    unseen: int = 0
+    reached: int = 0
+    price: int = 0
     num_keeping: int = 0
 
 
@@ -54,6 +69,7 @@ class _CachedSequence:
         segments: the segments it references, by position.
         length: positions charged for it.
         computed: positions that all stages have computed.
+        seen_from: the first position that layers with a window may still be asked for.
         hashes: of its prefixes, one per `_STRIDE` positions, for those in the index.
         prefix: the prefix it began with, until all stages have confirmed it.
         pins: number of sequences that begin with a prefix of this one and that not all stages have
@@ -68,6 +84,7 @@ class _CachedSequence:
     segments: list[_Segment] = field(default_factory=list)
     length: int = 0
     computed: int = 0
+    seen_from: int = 0
     hashes: list[int] = field(default_factory=list)
     prefix: SharedPrefix | None = None
     pins: int = 0
@@ -92,35 +109,41 @@ class KVLedger:
     """The KV cache of one pipeline.
 
     Args:
-        capacity_tokens: positions that every stage has room for.
+        capacity_tokens: positions that every stage has room for, in all its layers.
+        windows: of the layers.
     """
 
-    def __init__(self, capacity_tokens: int) -> None:
-        self._capacity = capacity_tokens // KV_BLOCK
+    def __init__(self, capacity_tokens: int, windows: KVWindows | None = None) -> None:
+        self._windows = windows or KVWindows()
+        # All of these in prices:
+        self._capacity = capacity_tokens // KV_BLOCK * self._windows.total
         self._used = 0
-        self._reclaimable = 0  # blocks that become free if all is freed that can be
-        self._tolerated = 0  # blocks in use when the capacity was last set
+        self._reclaimable = 0  # what becomes free if all is freed that can be
+        self._tolerated = 0  # what was in use when the capacity was last set
         self._sequences: dict[SequenceId, _CachedSequence] = {}
         self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
         self._index: dict[int, dict[SequenceId, None]] = {}  # by hash of a prefix
         self._freed: list[SequenceId] = []
+        self._dropped: dict[SequenceId, int] = {}  # first positions that are seen from now on
+        self._is_short = False  # whether a sequence waits for room
 
     @property
     def used_tokens(self) -> int:
-        """Positions charged, in whole blocks."""
-        return self._used * KV_BLOCK
+        """Positions charged, in whole blocks of all layers."""
+        return self._tokens(self._used)
 
     @property
     def cached_tokens(self) -> int:
         """Positions that would become free if all ended sequences were freed."""
         segments = {segment for i in self._ended for segment in self._sequences[i].segments}
         ended = self._ended.keys()
-        return KV_BLOCK * sum(segment.blocks for segment in segments if segment.holders <= ended)
+        return self._tokens(sum(one.price for one in segments if one.holders <= ended))
 
     @property
     def room_tokens(self) -> int:
         """Positions that one more sequence may take, if all is freed that can be."""
-        return (self._capacity - self._used + self._reclaimable) * KV_BLOCK
+        free = self._capacity - self._used + self._reclaimable
+        return free // self._windows.total * KV_BLOCK
 
     @property
     def sequence_ids(self) -> list[SequenceId]:
@@ -132,6 +155,14 @@ class KVLedger:
         freed, self._freed = self._freed, []
         return freed
 
+    def take_dropped(self) -> dict[SequenceId, int]:
+        """Return from which positions on sequences are seen in layers with a window; forget it.
+
+        The stages are to drop others there, after they freed what is to be freed.
+        """
+        dropped, self._dropped = self._dropped, {}
+        return dropped
+
     def match(
         self, tokens: Sequence[int], limit: int, shares_with: Hashable = None
     ) -> Match | None:
@@ -142,21 +173,33 @@ class KVLedger:
         Args:
             shares_with: only sequences with an equal value are looked at.
         """
-        longest = None
+        found: list[dict[SequenceId, None]] = []
         state = _seed(shares_with)
         for at in range(0, limit - _STRIDE + 1, _STRIDE):
             state = _hash(state, tokens[at : at + _STRIDE])
             sharing = self._index.get(state)
             if not sharing:
                 break
-            longest = next(reversed(sharing))
-        if longest is None:
-            return None
-        sequence = self._sequences[longest]
-        if sequence.shares_with != shares_with:
-            return None  # a collision of hashes
-        length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
-        return Match(longest, length) if length >= _STRIDE else None
+            found.append(sharing)
+        tried: dict[SequenceId, None] = {}
+        for sequence_id in chain.from_iterable(map(reversed, reversed(found))):
+            if sequence_id in tried:
+                continue
+            if len(tried) == _TRIES:
+                break
+            tried[sequence_id] = None
+            sequence = self._sequences[sequence_id]
+            if sequence.shares_with != shares_with:
+                continue  # a collision of hashes
+            length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
+            match = Match(sequence_id, length)
+            if length >= _STRIDE and self._is_kept(match):
+                return match
+        return None
+
+    def _is_kept(self, match: Match) -> bool:
+        """Return whether layers with a window have what one that shares `match` sees."""
+        return self._windows.sees(self._sequences[match.sequence_id].seen_from, match.length)
 
     def may_match(self, key: int) -> bool:
         """Return whether `match` may find a sequence.
@@ -185,8 +228,14 @@ class KVLedger:
         """
         if match is not None and self._covers(match) and self._sequences[match.sequence_id].pins:
             match = None  # stages have not confirmed others that begin with it
-        if not self._has_room(length, match):
-            return False
+        self._is_short = not self._has_room(length, match)
+        if self._is_short:
+            self._drop_unseen(self._sequences)
+            if match is not None and not self._is_kept(match):
+                return False
+            if not self._has_room(length, match):
+                return False
+            self._is_short = False
         sequence = self._sequences[sequence_id] = _CachedSequence(tokens, shares_with)
         if match is not None:
             sequence.prefix = self._share(sequence_id, match)
@@ -196,14 +245,14 @@ class KVLedger:
 
     def _has_room(self, length: int, match: Match | None) -> bool:
         """Return whether a sequence of `length` positions that shares `match` can begin."""
-        start, own_blocks, kept = 0, 0, 0
+        own, kept = _Segment(0, _NOBODY, set()), 0
         if match is not None:
             segments = self._sequences[match.sequence_id].segments
-            kept = sum(segment.blocks for segment in segments if not segment.num_keeping)
-            start = match.length
+            kept = sum(segment.price for segment in segments if not segment.num_keeping)
+            own.start = match.length
             if self._covers(match) and segments[-1].owner == match.sequence_id:
-                start, own_blocks = segments[-1].start, segments[-1].blocks
-        more = max(0, _blocks(length - start) - own_blocks)
+                own = segments[-1]
+        more = self._price(own, length) - own.price
         return self._used + more - (self._reclaimable - kept) <= self._capacity
 
     def _covers(self, match: Match) -> bool:
@@ -228,6 +277,7 @@ class KVLedger:
                 self._hold(segment, sequence_id)
                 child.segments.append(segment)
         child.length = match.length
+        child.seen_from = parent.seen_from
         if covers:
             self._take(match.sequence_id, sequence_id)
         else:
@@ -259,17 +309,93 @@ class KVLedger:
         own = sequence.segments[-1] if sequence.segments else None
         if own is None or own.owner != sequence_id:
             own = _Segment(sequence.length, sequence_id, set())
-        more = max(0, _blocks(length - own.start) - own.blocks)
+        more = self._price(own, length) - own.price
+        if self._used + more > self._capacity:
+            self._drop_unseen(self._sequences)
+            more = self._price(own, length) - own.price
         if self._used + more - self._reclaimable > self._capacity:
             return False
         self._free_for(more)
         if own not in sequence.segments[-1:]:
             self._hold(own, sequence_id)
             sequence.segments.append(own)
-        own.blocks += more
-        self._used += more
+        own.blocks = max(own.blocks, _blocks(length - own.start))
+        self._charge(own)
         sequence.length = length
         return True
+
+    def reach(self, sequence_id: SequenceId, start: int, stop: int) -> int:
+        """Have a step compute positions of a sequence, which has room for them; return their end.
+
+        Layers with a window keep them all as long as there is room that nobody has. Where there is
+        none, the step goes no further than what was set aside for them. If others that share the
+        sequence's segment hold that, ended sequences are freed for one more position.
+
+        Args:
+            sequence_id: of the step.
+            start: first position; `start` is returned if there is no room at all.
+            stop: end of the positions that are wanted.
+        """
+        own = self._sequences[sequence_id].segments[-1]
+        wanted = max(own.reached, _blocks(stop - own.start))
+        if not self._fits(own, wanted):
+            self._drop_unseen([sequence_id])
+            wanted = max(own.reached, min(wanted, own.unseen + self._windows.span))
+            least = max(wanted, _blocks(start + 1 - own.start))
+            if least > wanted:
+                more = self._price_at(own, least) - own.price
+                if self._used + more - self._reclaimable > self._capacity:
+                    return start
+                self._free_for(more)
+                wanted = least
+        own.reached = wanted
+        self._charge(own)
+        return min(stop, own.start + wanted * KV_BLOCK)
+
+    def _fits(self, segment: _Segment, reached: int) -> bool:
+        more = self._price_at(segment, reached) - segment.price
+        return more <= 0 or self._used + more <= self._capacity
+
+    def _price_at(self, segment: _Segment, reached: int) -> int:
+        """Return the price of a segment once steps have come to `reached` blocks of it."""
+        return self._windows.price(segment.blocks, segment.unseen, reached)
+
+    def _tokens(self, price: int) -> int:
+        """Return the positions that this is the price of in all layers, in whole blocks."""
+        return -(-price // self._windows.total) * KV_BLOCK
+
+    def _price(self, segment: _Segment, length: int) -> int:
+        """Return the price of a segment once it reaches up to `length` of its sequence."""
+        blocks = max(segment.blocks, _blocks(length - segment.start))
+        return self._windows.price(blocks, segment.unseen, segment.reached)
+
+    def _charge(self, segment: _Segment) -> None:
+        """Charge for what a segment has now."""
+        price = self._windows.price(segment.blocks, segment.unseen, segment.reached)
+        more, segment.price = price - segment.price, price
+        self._used += more
+        if not segment.num_keeping:
+            self._reclaimable += more
+
+    def _drop_unseen(self, sequence_ids: Iterable[SequenceId]) -> None:
+        """Drop, in layers with a window, what running sequences of these do not see any more.
+
+        Not of those with which others begin that some stage may not know yet.
+        """
+        for sequence_id in sequence_ids:
+            sequence = self._sequences[sequence_id]
+            seen_from = self._windows.seen_from(sequence.computed)
+            if not (sequence.ended or sequence.pins) and seen_from > sequence.seen_from:
+                sequence.seen_from = self._dropped[sequence_id] = seen_from
+                for segment in sequence.segments:
+                    self._note_unseen(segment)
+
+    def _note_unseen(self, segment: _Segment) -> None:
+        seen_from = min(self._sequences[holder].seen_from for holder in segment.holders)
+        unseen = min(segment.blocks, max(0, seen_from - segment.start) // KV_BLOCK)
+        if unseen > segment.unseen:
+            segment.unseen = unseen
+            self._charge(segment)
 
     def computed(self, sequence_id: SequenceId, length: int) -> None:
         """Record that all stages have computed `length` positions; others may share them now."""
@@ -277,6 +403,8 @@ class KVLedger:
         self._confirm(sequence)
         sequence.computed = length
         self._index_up_to(sequence_id, sequence)
+        if self._is_short:
+            self._drop_unseen([sequence_id])
 
     def end(self, sequence_id: SequenceId, *, keep: bool) -> None:
         """End a sequence.
@@ -303,8 +431,8 @@ class KVLedger:
         """Return the end of the positions in `segment` that sequences other than this one read."""
         until = 0
         for other in segment.holders - {sequence_id}:
-            chain = self._sequences[other].segments
-            later = chain[chain.index(segment) + 1 :]
+            segments = self._sequences[other].segments
+            later = segments[segments.index(segment) + 1 :]
             until = max(until, later[0].start if later else self._sequences[other].length)
         return until
 
@@ -317,30 +445,40 @@ class KVLedger:
         self._index_up_to(sequence_id, sequence)
         return False
 
-    def _free_for(self, blocks: int) -> None:
-        """Free ended sequences until `blocks` more fit, as far as there are any."""
-        while self._used + blocks > self._capacity:
+    def _free_for(self, price: int) -> None:
+        """Free ended sequences until there is room for `price`, as far as there are any."""
+        while self._used + price > self._capacity:
             oldest = next((i for i in self._ended if not self._sequences[i].pins), None)
             if oldest is None:
                 return
             self._free(oldest)
 
-    def resize(self, capacity_tokens: int) -> bool:
+    def resize(self, capacity_tokens: int, windows: KVWindows | None = None) -> bool:
         """Set the capacity; return False if more positions than that are in use.
 
         Ended sequences are freed as needed. Positions in use beyond the capacity stay, but no
         sequence grows until there is room again.
+
+        Args:
+            capacity_tokens: positions that every stage has room for, in all its layers.
+            windows: of the layers; None: as before.
         """
-        self._capacity = capacity_tokens // KV_BLOCK
+        if windows is not None and windows != self._windows:
+            self._windows = windows
+            for segment in {one for held in self._sequences.values() for one in held.segments}:
+                self._charge(segment)
+        self._capacity = capacity_tokens // KV_BLOCK * self._windows.total
+        if self._used > self._capacity:
+            self._drop_unseen(self._sequences)
         self._free_for(0)
         self._tolerated = self._used
         return self._used <= self._capacity
 
     def trim(self, cached_tokens: int) -> None:
         """Free ended sequences, least recently used first, down to `cached_tokens` positions."""
-        used, cached = self._used, self.cached_tokens
+        used, cached = self.used_tokens, self.cached_tokens
         for sequence_id in [i for i in self._ended if not self._sequences[i].pins]:
-            if cached - (used - self._used) * KV_BLOCK <= cached_tokens:
+            if cached - (used - self.used_tokens) <= cached_tokens:
                 return
             self._free(sequence_id)
 
@@ -378,9 +516,11 @@ class KVLedger:
             self._keep(sequence, -1)
         for segment in sequence.segments:
             segment.holders.remove(sequence_id)
-            if not segment.holders:
-                self._used -= segment.blocks
-                self._reclaimable -= segment.blocks
+            if segment.holders:
+                self._note_unseen(segment)
+            else:
+                self._used -= segment.price
+                self._reclaimable -= segment.price
         self._confirm(sequence)
 
     def _hold(self, segment: _Segment, sequence_id: SequenceId) -> None:
@@ -402,10 +542,10 @@ class KVLedger:
 
     def _keep_segment(self, segment: _Segment, by: int) -> None:
         if not segment.num_keeping:
-            self._reclaimable -= segment.blocks
+            self._reclaimable -= segment.price
         segment.num_keeping += by
         if not segment.num_keeping:
-            self._reclaimable += segment.blocks
+            self._reclaimable += segment.price
 
     def _index_up_to(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
         state = sequence.hashes[-1] if sequence.hashes else _seed(sequence.shares_with)
@@ -438,9 +578,11 @@ class KVLedger:
         for segment, held_by in holders.items():
             kept_by = [i for i in held_by if not self._sequences[i].can_be_freed]
             assert segment.num_keeping == len(kept_by)
-        freeable = (segment.blocks for segment in holders if not segment.num_keeping)
+            assert segment.unseen <= segment.blocks
+            assert segment.reached <= segment.blocks
+        freeable = (segment.price for segment in holders if not segment.num_keeping)
         assert self._reclaimable == sum(freeable)
-        assert self._used == sum(segment.blocks for segment in holders)
+        assert self._used == sum(segment.price for segment in holders)
         assert set(self._ended) == {i for i, sequence in self._sequences.items() if sequence.ended}
         for state, ids in self._index.items():
             assert ids

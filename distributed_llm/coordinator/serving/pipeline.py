@@ -5,7 +5,7 @@ neither a scheduler nor steps. Then `Scheduler` decides what each step computes,
 carries steps through the stages, and `DepthPolicy` says how many there should be.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum, auto
 from itertools import pairwise
 from typing import Literal
@@ -16,6 +16,7 @@ from distributed_llm.common.states import StateTable
 from distributed_llm.common.types import KV_BLOCK, Epoch, PeerId, SequenceId
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.events import Send
+from distributed_llm.coordinator.kv_windows import KVWindows, margin_tokens
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import (
     LayerMap,
@@ -180,6 +181,19 @@ class Pipeline:
         return tokens - tokens % KV_BLOCK
 
     @property
+    def kv_windows(self) -> KVWindows:
+        """Windows of the layers, as the stages that are ready have told."""
+        margin = margin_tokens(self._settings.max_batch_tokens, len(self.stages))
+        ready = self._ready.values()
+        told = [(r.kv_window, r.kv_windowed_bytes, r.kv_token_bytes) for r in ready]
+        return KVWindows.of_stages(told, margin) if told else KVWindows()
+
+    @property
+    def longest_tokens(self) -> int:
+        """Positions of the longest sequence that has room if it is alone."""
+        return self.kv_windows.longest(self.kv_tokens)
+
+    @property
     def num_running(self) -> int:
         """Number of running answers."""
         return self.scheduler.num_running if self.scheduler else 0
@@ -209,6 +223,7 @@ class Pipeline:
                 max_sequences=settings.max_batch_sequences,
                 max_tokens=settings.max_batch_tokens,
                 kv_tokens=self.kv_tokens,
+                windows=self.kv_windows,
                 new_sequence_id=self._new_sequence_id,
                 on_change=lambda: self._on_change(self),
             )
@@ -222,13 +237,13 @@ class Pipeline:
         """
         assert old.scheduler is not None
         assert old.in_flight is not None
-        scheduler, released = old.scheduler, old.in_flight.to_release
+        scheduler, in_flight = old.scheduler, old.in_flight
         old._end(_C.CONTINUED_BY_ANOTHER)
         scheduler.on_change = lambda: self._on_change(self)
-        scheduler.move(self.kv_tokens)
-        self._begin(scheduler, released)
+        scheduler.move(self.kv_tokens, self.kv_windows)
+        self._begin(scheduler, in_flight)
 
-    def _begin(self, scheduler: Scheduler, released: Sequence[SequenceId] = ()) -> None:
+    def _begin(self, scheduler: Scheduler, before: StepsInFlight | None = None) -> None:
         self._change(_C.SERVED)
         self.scheduler = scheduler
         self.in_flight = StepsInFlight(
@@ -238,7 +253,9 @@ class Pipeline:
             model=self._model,
             task_timeout_s=self._settings.task_timeout_s,
         )
-        self.in_flight.release(released)
+        if before is not None:
+            self.in_flight.release(before.to_release)
+            self.in_flight.drop(before.to_drop)
         self._on_change(self)
         for peer, up in self._links.items():
             self.in_flight.set_link(peer, up)
@@ -299,13 +316,13 @@ class Pipeline:
         if in_flight is None or scheduler is None:
             return []
         if self.state is _S.PAUSED:
-            in_flight.release(scheduler.take_freed())
+            self._forget(scheduler, in_flight)
             return []
         sends: list[Send] = []
         limit = min(2 * len(self.stages), in_flight.credits)
         running = decoding = depth = chunks = 0
         while True:
-            in_flight.release(scheduler.take_freed())
+            self._forget(scheduler, in_flight)
             if scheduler.num_running != running:  # the first time, or a step preempted answers
                 running, decoding = scheduler.num_running, scheduler.num_decoding
                 self.num_decoding = decoding
@@ -324,9 +341,15 @@ class Pipeline:
                 )
             if step is None:
                 break
+            self._forget(scheduler, in_flight)  # the step may need the room
             sends.append(sending(in_flight.begin(step, now=now)))
-        in_flight.release(scheduler.take_freed())
+        self._forget(scheduler, in_flight)
         return [*self._releases(in_flight), *sends]
+
+    def _forget(self, scheduler: Scheduler, in_flight: StepsInFlight) -> None:
+        """Have the next task say what the stages are to free and drop."""
+        in_flight.release(scheduler.take_freed())
+        in_flight.drop(scheduler.take_dropped())
 
     def observe(self, done: StepDone, *, now: float) -> None:
         """Learn from a step how long the stages take."""

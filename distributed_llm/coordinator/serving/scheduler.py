@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from distributed_llm.common.messages import MAX_SLICES, SequenceSlice
 from distributed_llm.common.types import SequenceId
+from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
@@ -41,6 +42,7 @@ class Scheduler:
         max_sequences: answers that may run at the same time.
         max_tokens: token budget of one step.
         kv_tokens: positions of KV cache that every stage has room for.
+        windows: of the layers.
         new_sequence_id: returns ids that are never used twice.
 
     Attributes:
@@ -53,15 +55,17 @@ class Scheduler:
         max_sequences: int,
         max_tokens: int,
         kv_tokens: int,
+        windows: KVWindows | None = None,
         new_sequence_id: Callable[[], SequenceId],
         on_change: Callable[[], None],
     ) -> None:
         self.on_change = on_change
         self._max_sequences = max_sequences
         self._max_tokens = max_tokens
-        self._kv_tokens = kv_tokens
+        self._windows = windows or KVWindows()
+        self._longest = self._windows.longest(kv_tokens)
         self._new_sequence_id = new_sequence_id
-        self._ledger = KVLedger(kv_tokens)
+        self._ledger = KVLedger(kv_tokens, self._windows)
         self._running: dict[int, Answer] = {}  # by number, in the order of admission
         self._followers: dict[Answer, list[Answer]] = {}  # by the answer they wait for
         self._in_flight: dict[SequenceId, int] = {}  # number of steps in flight, by sequence
@@ -74,7 +78,7 @@ class Scheduler:
     @property
     def kv_tokens(self) -> int:
         """Positions of KV cache that one answer may reserve at most; fewer while layers move."""
-        return self._kv_tokens
+        return self._longest
 
     @property
     def running(self) -> Iterable[Answer]:
@@ -110,6 +114,10 @@ class Scheduler:
         """Return the sequences that every stage is to free, and forget them."""
         return self._ledger.take_freed()
 
+    def take_dropped(self) -> dict[SequenceId, int]:
+        """Return from which positions on sequences are seen in layers with a window; forget it."""
+        return self._ledger.take_dropped()
+
     def take_preempted(self) -> list[Answer]:
         """Return the answers that were preempted since the last call."""
         preempted, self._preempted = self._preempted, []
@@ -124,7 +132,7 @@ class Scheduler:
 
     def admit(self, answer: Answer, *, now: float) -> bool:
         """Let an answer run, if there is room for it; return whether it runs."""
-        if not self.has_seat or answer.request.reserved_tokens > self._kv_tokens:
+        if not self.has_seat or answer.request.reserved_tokens > self._longest:
             return False
         room = self._ledger.room_tokens
         refused, refused_room = self._refused
@@ -197,7 +205,7 @@ class Scheduler:
             answer.change(AnswerCause.PIPELINE_GONE)
         return answers
 
-    def move(self, kv_tokens: int) -> None:
+    def move(self, kv_tokens: int, windows: KVWindows | None = None) -> None:
         """Continue on other stages that hold the same KV cache; no step is in flight.
 
         Sampling parameters are sent again. If more positions are in use than there is room for,
@@ -205,9 +213,11 @@ class Scheduler:
 
         Args:
             kv_tokens: positions that every new stage has room for.
+            windows: of the layers, as the new stages have them.
         """
         for answer in self._running.values():
             answer.sampling_sent = False
+        self._windows = windows or self._windows
         while not self.resize(kv_tokens):
             self._preempt(max(self._holding(), key=lambda answer: answer.number))
 
@@ -216,9 +226,9 @@ class Scheduler:
 
         Prefixes of ended sequences are freed as needed.
         """
-        self._kv_tokens = kv_tokens
+        self._longest = self._windows.longest(kv_tokens)
         self.on_change()
-        return self._ledger.resize(kv_tokens)
+        return self._ledger.resize(kv_tokens, self._windows)
 
     def trim(self, cached_tokens: int) -> None:
         """Free prefixes of ended sequences until they take at most `cached_tokens` positions.
@@ -360,6 +370,8 @@ class Scheduler:
                 continue
             if room < answer.sampling_bytes or not self._grow(answer):
                 continue
+            if not self._reach(answer, 1):
+                continue
             count += 1
             budget -= 1
             room -= answer.sampling_bytes
@@ -368,11 +380,27 @@ class Scheduler:
         for answer, size in shared_out(unread, budget):
             if count >= MAX_SLICES or room < answer.sampling_bytes:
                 return
-            if answer.sequence_id is None:
+            if answer.sequence_id is None or not (size := self._reach(answer, size)):
                 continue
             count += 1
             room -= answer.sampling_bytes
             yield answer, self._slice(answer, size)
+
+    def _reach(self, answer: Answer, size: int) -> int:
+        """Return how many of the next `size` positions of an answer layers with a window can hold.
+
+        Others are preempted if need be, where they share what those layers could drop.
+        """
+        start = answer.num_scheduled_tokens
+        while answer.sequence_id is not None:
+            stop = self._ledger.reach(answer.sequence_id, start, start + size)
+            if stop > start:
+                return stop - start
+            victim = self._victim(answer)
+            if victim is None:
+                break
+            self._preempt(victim)
+        return 0
 
     def _slice(self, answer: Answer, size: int) -> SequenceSlice:
         sequence_id, start = answer.sequence_id, answer.num_scheduled_tokens

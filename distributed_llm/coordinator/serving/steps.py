@@ -15,13 +15,14 @@ worker that has the step is given up. If steps do end, a link may be losing what
 are used again after a number of steps, which doubles each time.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal
 
 from distributed_llm.common.messages import (
     MAX_RELEASED,
+    SeenFrom,
     StageTime,
     Task,
     TaskFailed,
@@ -119,6 +120,7 @@ class _StepInFlight:
         ids: token ids of the step, as a tensor.
         masks: of the step, as a tensor; None if it has none.
         released: sequences that its task frees.
+        seen_from: of sequences of which its task drops earlier positions.
         route: for each hop, whether the stage passes the step on directly.
         stage: index of the last stage that it was sent to by the coordinator.
         depth: steps in flight when it began, itself included.
@@ -130,6 +132,7 @@ class _StepInFlight:
     ids: tuple[TensorSpec, Frame]
     masks: tuple[TensorSpec, Frame] | None
     released: tuple[SequenceId, ...]
+    seen_from: tuple[SeenFrom, ...]
     route: tuple[bool, ...]
     stage: int
     depth: int
@@ -170,6 +173,7 @@ class StepsInFlight:
         self._flights: dict[StepNumber, _StepInFlight] = {}
         self._passed = [0] * len(self.stages)  # newest step that is known to have left each stage
         self._to_release: dict[SequenceId, None] = {}
+        self._to_drop: dict[SequenceId, int] = {}
         self._next_step = self._oldest = StepNumber(1)
 
     @property
@@ -226,6 +230,20 @@ class StepsInFlight:
         """Sequences to be freed that no task has carried yet."""
         return list(self._to_release)
 
+    def drop(self, seen_from: Mapping[SequenceId, int]) -> None:
+        """Have the next task drop positions that layers with a window do not see any more.
+
+        Args:
+            seen_from: by sequence, the first position that they see from now on.
+        """
+        for sequence_id, position in seen_from.items():
+            self._to_drop[sequence_id] = max(position, self._to_drop.get(sequence_id, 0))
+
+    @property
+    def to_drop(self) -> dict[SequenceId, int]:
+        """What `drop` was told and no task has carried yet."""
+        return dict(self._to_drop)
+
     def begin(self, step: Step, *, now: float) -> SendTask:
         """Begin a step: return its task for the first stage."""
         ids = frame_of_token_ids(step.token_ids)
@@ -234,10 +252,14 @@ class StepsInFlight:
         released = tuple(islice(self._to_release, MAX_RELEASED))
         for sequence_id in released:
             del self._to_release[sequence_id]
+        dropping = list(islice(self._to_drop.items(), MAX_RELEASED))
+        for sequence_id, _ in dropping:
+            del self._to_drop[sequence_id]
+        seen_from = tuple(SeenFrom(sequence_id=i, position=at) for i, at in dropping)
         route = self._route()
         masks = frame_of_masks(step.masks) if step.masks else None
         flight = _StepInFlight(
-            self._next_step, step, ids, masks, released, route, 0, depth, now, deadline
+            self._next_step, step, ids, masks, released, seen_from, route, 0, depth, now, deadline
         )
         self._next_step = StepNumber(self._next_step + 1)
         self._flights[flight.number] = flight
@@ -247,7 +269,7 @@ class StepsInFlight:
         """Give up all steps in flight and return them; results of them will be dropped."""
         steps = self.steps
         for flight in self._flights.values():
-            self.release(flight.released)  # some stages may not have got the task
+            self._forget_again(flight)
         self._flights.clear()
         self._oldest = self._next_step
         self._passed = [0] * len(self.stages)
@@ -362,6 +384,7 @@ class StepsInFlight:
             sequences=flight.step.slices,
             tensors=tuple(spec for spec, _ in tensors),
             released=flight.released,
+            seen_from=flight.seen_from,
             route=flight.route[flight.stage :],
             timings=timings,
         )
@@ -410,8 +433,13 @@ class StepsInFlight:
 
     def _break(self, flight: _StepInFlight, failure: TaskFailed) -> StepBroken:
         del self._flights[flight.number]
-        self.release(flight.released)
+        self._forget_again(flight)
         return StepBroken(flight.step, failure)
+
+    def _forget_again(self, flight: _StepInFlight) -> None:
+        """Have later tasks free and drop what a task did that some stages may not have got."""
+        self.release(flight.released)
+        self.drop({one.sequence_id: one.position for one in flight.seen_from})
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""

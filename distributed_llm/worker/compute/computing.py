@@ -20,7 +20,7 @@ def compute(
     """Run a task and return its result as specs and frames.
 
     Args:
-        stage: its KV cache frees the released sequences and gains the computed positions.
+        stage: its KV cache frees what the task names and gains the computed positions.
         task: as received.
         frames: of the task's tensors.
         wire_dtype: of the hidden states that are returned.
@@ -29,6 +29,7 @@ def compute(
         StageError: the task has other tensors than it should, or as `Stage.run` says.
     """
     stage.release(task.released)
+    stage.forget({one.sequence_id: one.position for one in task.seen_from})
     tensors = [tensor_of(spec, frame) for spec, frame in zip(task.tensors, frames, strict=True)]
     masks = tensors.pop().numpy() if task.num_masks and tensors else None
     if not 1 <= len(tensors) <= 2 or tensors[0].dtype != torch.int32:

@@ -6,7 +6,7 @@ the tokens that all sources have in common; a task that needs more is answered w
 Its segments are those of the first source, so shared ones stay shared.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -101,7 +101,8 @@ def assemble(
     orphans = [layer for layer in numbers if layer not in mine and layer not in imported]
     if orphans and manifest.sequences:
         raise KVTransferError(f"nobody sent the KV cache of layers {orphans}")
-    sources = {source: _Source(source, manifest) for source in used}
+    windowed = {layer for layer in numbers if cache.windows[layer - layers.start]}
+    sources = {source: _Source(source, manifest, windowed) for source in used}
     missing = [gap for layer, source in imported.items() for gap in sources[source].missing(layer)]
     if missing:
         raise KVIncomplete(tuple(missing))
@@ -162,21 +163,34 @@ class _Source:
     positions are looked up by sequence.
     """
 
-    def __init__(self, importer: KVImporter, manifest: KVManifest) -> None:
+    def __init__(
+        self, importer: KVImporter, manifest: KVManifest, windowed: Collection[int]
+    ) -> None:
         self._importer = importer
+        self._windowed = windowed
         self._extents = manifest.extents()
         chains = _manifest_of(importer).chains()
+        unseen = manifest.unseen()
         self._parts = {
-            number: list(_parts(extent, chains[extent.sequence_id]))
+            number: list(_parts(extent, extent.start, chains[extent.sequence_id]))
+            for number, extent in self._extents.items()
+        }
+        self._seen = {
+            number: list(_parts(extent, extent.start + unseen[number], chains[extent.sequence_id]))
             for number, extent in self._extents.items()
         }
         self._taken: set[tuple[int, int]] = set()
 
+    def _parts_in(self, layer: int) -> dict[int, list[_SourceRange]]:
+        """Return what `layer` needs of each segment."""
+        return self._seen if layer in self._windowed else self._parts
+
     def missing(self, layer: int) -> Iterator[MissingKV]:
         """Yield the positions that have not arrived in `layer`."""
-        for number, parts in self._parts.items():
+        for number, parts in self._parts_in(layer).items():
             for part in parts:
-                filled = self._importer.filled(part.segment, layer) - part.offset
+                first, stop = self._importer.arrived(part.segment, layer)
+                filled = stop - part.offset if first <= part.offset else 0
                 if filled < part.count:
                     yield MissingKV(
                         self._extents[number].sequence_id,
@@ -190,31 +204,36 @@ class _Source:
 
         The importer's own buffers are returned where they fit, each of them only once; else a copy.
         """
-        parts = self._parts[segment.number]
+        parts = self._parts_in(layer)[segment.number]
         if not parts:
             return None
         arrived = self._importer.buffers(parts[0].segment, layer)
         key = (parts[0].segment, layer)
-        fits = arrived.keys.shape[1] == segment.capacity and parts[0].offset == 0
+        begins = parts[0].position - parts[0].offset == segment.start
+        fits = arrived.room == segment.capacity and begins
         if len(parts) == 1 and fits and key not in self._taken:
             self._taken.add(key)
             return arrived
-        return self._copied(parts, layer, layout.allocate(segment.capacity))
+        first = parts[0].position - segment.start
+        return self._copied(parts, layer, layout.allocate(segment.capacity, first))
 
     def _copied(self, parts: Sequence[_SourceRange], layer: int, made: KVBuffers) -> KVBuffers:
         first = 0
         for part in parts:
             held = self._importer.buffers(part.segment, layer)
-            theirs = slice(part.offset, part.offset + part.count)
+            theirs = held.cut(part.offset, part.offset + part.count)
             mine = slice(first, first + part.count)
-            made.keys[:, mine] = held.keys[:, theirs]
-            made.values[:, mine] = held.values[:, theirs]
+            made.keys[:, mine] = theirs.keys
+            made.values[:, mine] = theirs.values
             first += part.count
         return made
 
 
-def _parts(extent: Extent, chain: tuple[ManifestSegment, ...]) -> Iterator[_SourceRange]:
+def _parts(
+    extent: Extent, first: int, chain: tuple[ManifestSegment, ...]
+) -> Iterator[_SourceRange]:
+    """Yield where the positions of `extent` are from `first` on."""
     for segment, stop in spans(chain, extent.stop):
-        start = max(segment.start, extent.start)
+        start = max(segment.start, first)
         if start < stop:
             yield _SourceRange(segment.number, start - segment.start, stop - start, start)

@@ -19,10 +19,15 @@ truncates a sequence to where the step starts and sets its tokens. `append` writ
 values of one layer behind that. Only `commit` makes the new positions count. A step that fails in
 between leaves positions that do not count, and that the next attempt overwrites. So a task may run
 twice, or half, without corrupting a sequence.
+
+A layer with a window sees the last positions only. Which ones it may still be asked for, the
+coordinator says (`forget`), because it knows how far sequences may be set back; the others are
+dropped in such layers, in whole blocks. A sequence that has lost positions in this way can neither
+be truncated to where they would be seen again, nor share a prefix that ends there (`sees`).
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 from weakref import WeakSet
 
@@ -32,7 +37,7 @@ from torch import Tensor
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import SequenceSlice
-from distributed_llm.common.types import KV_BLOCK, SequenceId
+from distributed_llm.common.types import SequenceId
 from distributed_llm.worker.kv.coding import coding_of
 from distributed_llm.worker.kv.layer_buffers import LayerBuffers
 from distributed_llm.worker.kv.manifest import KVManifest, ManifestSegment, manifest_sequence
@@ -43,6 +48,8 @@ from distributed_llm.worker.kv.segments import (
     Segment,
     TokenIds,
     rounded,
+    segments_before,
+    unseen_in,
 )
 
 
@@ -85,6 +92,7 @@ class KVCache:
         self._layers = LayerBuffers(num_layers)
         self._segments: set[Segment] = set()
         self._capacity = 0
+        self._unseen = 0
         self._numbers = itertools.count()
         self._watchers: WeakSet[WriteWatcher] = WeakSet()
 
@@ -104,6 +112,21 @@ class KVCache:
         return self._layers.bytes_per_token
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """By layer, how many positions a token sees, itself included; 0: all."""
+        return self._layers.windows
+
+    @windows.setter
+    def windows(self, windows: Sequence[int]) -> None:
+        assert not self._segments
+        self._layers.windows = tuple(windows)
+
+    @property
+    def windowed_bytes_per_token(self) -> int:
+        """Bytes of one position in the layers with a window; all layers were written once."""
+        return self._layers.windowed_bytes_per_token
+
+    @property
     def sequence_ids(self) -> tuple[SequenceId, ...]:
         """The sequences that the cache holds."""
         return tuple(self._sequences)
@@ -115,6 +138,38 @@ class KVCache:
         """Return how many positions of the sequence are held in all layers; 0 if unknown."""
         sequence = self._sequences.get(sequence_id)
         return sequence.length if sequence else 0
+
+    def sees(self, sequence_id: SequenceId, position: int) -> bool:
+        """Return whether all is held that a token at `position` of a known sequence sees."""
+        before = max(0, position + 1 - max(self.windows))
+        return not any(self.windows) or self._sequences[sequence_id].seen_from <= before
+
+    def forget(self, seen_from: Mapping[SequenceId, int]) -> None:
+        """Drop what layers with a window are not asked for any more; not to be called in a step.
+
+        Args:
+            seen_from: by sequence, the first position that is seen from now on. Unknown sequences
+                are ignored, and so are positions before those told earlier.
+        """
+        changed: dict[Segment, None] = {}
+        for sequence_id, position in seen_from.items():
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None and position > sequence.seen_from:
+                sequence.seen_from = position
+                changed |= dict.fromkeys(sequence.segments)
+        for segment in changed:
+            self._drop_unseen(segment)
+
+    def _drop_unseen(self, segment: Segment) -> None:
+        """Drop the positions of a segment that none of its holders sees any more."""
+        holders = map(SequenceId, segment.holders)
+        seen_from = min(self._sequences[holder].seen_from for holder in holders)
+        before = segment.unseen
+        unseen = unseen_in(segment.start, segment.capacity, seen_from)
+        if unseen > before:
+            segment.unseen = unseen
+            self._unseen += unseen - before
+            self._layers.drop_unseen(segment, before)
 
     def layout(self, layer: int) -> KVLayout:
         """Return the layout of a layer that has been written at least once."""
@@ -145,12 +200,12 @@ class KVCache:
             if part.prefix and part.sequence_id not in self:
                 self.share(part.sequence_id, part.prefix.sequence_id, part.prefix.length)
                 children.append(part.sequence_id)
-        missing = self._missing_positions(step, taken)
+        missing = self._missing_bytes(step, taken)
         if missing > 0:
             self.free(children)
             raise KVCacheFull(
-                f"The KV cache of this worker is full: the step needs {missing} positions more "
-                f"than its limit of {self.max_bytes} bytes has room for. Release sequences first."
+                f"The KV cache of this worker is full: the step needs {missing} bytes more than "
+                f"its limit of {self.max_bytes} bytes. Release sequences first."
             )
         for part in step:
             if part.prefix and part.prefix.take:
@@ -167,7 +222,7 @@ class KVCache:
         if child in self or held is None or length > held.length:
             raise ValueError(f"sequence {child} cannot begin as {length} positions of {parent}")
         sequence = self._sequences[child] = CachedSequence()
-        sequence.length = length
+        sequence.length, sequence.seen_from = length, held.seen_from
         sequence.tokens = held.tokens[:length].copy()
         for segment, following in itertools.pairwise((*held.segments, None)):
             assert segment is not None
@@ -198,7 +253,7 @@ class KVCache:
         if start > self.length(sequence_id):
             raise ValueError(f"sequence {sequence_id} has no position {start - 1}")
         sequence = self._sequences.setdefault(sequence_id, CachedSequence())
-        kept, goes_on = _segments_before(sequence, start, {sequence_id})
+        kept, goes_on = segments_before(sequence, start, {sequence_id})
         self._leave(sequence_id, sequence.segments[len(kept) :])
         stop = start + len(token_ids)
         if goes_on:
@@ -227,8 +282,9 @@ class KVCache:
             values: [heads, tokens, value_dim].
 
         Returns:
-            Views of the positions [0, start + tokens), in order; the last view contains at least
-            the new tokens. They are valid until the next call for this layer.
+            Views of the positions up to start + tokens, in order: of all of them, or of those that
+            a layer with a window keeps. The last view contains at least the new tokens. They are
+            valid until the next call for this layer.
         """
         if self.coding:
             keys, values = self.coding.encoded(keys, values)
@@ -237,12 +293,13 @@ class KVCache:
         first = start - last.start
         stop = first + keys.shape[1]
         held = self._layers.with_room(layer, last, first, keys, values)
-        held.keys[:, first:stop] = keys
-        held.values[:, first:stop] = values
-        newest = KVBuffers(held.keys[:, :stop], held.values[:, :stop])
+        new = held.cut(first, stop)
+        new.keys.copy_(keys)
+        new.values.copy_(values)
+        newest = self._layers.newest(layer, last, stop)
         if len(segments) == 1:
             return [newest]
-        return [*_views(layer, segments), newest]
+        return [*self._layers.views(layer, segments), newest]
 
     def append_tokens(
         self, layer: int, tokens: Sequence[tuple[SequenceId, int]], keys: Tensor, values: Tensor
@@ -285,6 +342,9 @@ class KVCache:
             if not segment.holders:
                 self._segments.remove(segment)
                 self._capacity -= segment.capacity
+                self._unseen -= segment.unseen
+            else:
+                self._drop_unseen(segment)
 
     def watch(self, watcher: WriteWatcher) -> None:
         """Tell `watcher` of writes to existing segments, for as long as it exists."""
@@ -312,6 +372,7 @@ class KVCache:
                     sequence.tokens[: sequence.length],
                     tuple(segment.number for segment in sequence.segments),
                     tuple(segment.holders[sequence_id] for segment in sequence.segments),
+                    sequence.seen_from,
                 )
                 for sequence_id, sequence in self._sequences.items()
             ),
@@ -349,73 +410,54 @@ class KVCache:
             sequence.write_tokens(0, held.tokens())
             for segment, read in zip(sequence.segments, held.reads, strict=True):
                 segment.holders[held.sequence_id] = read
+        self.forget({held.sequence_id: held.seen_from for held in manifest.sequences})
 
     def _new_segment(self, start: int) -> Segment:
         segment = Segment(next(self._numbers), start, self._num_layers)
         self._segments.add(segment)
         return segment
 
-    def _missing_positions(self, step: Sequence[SequenceSlice], leaving: set[SequenceId]) -> int:
-        """Return by how many positions the step would exceed the limit once `leaving` are freed."""
+    def _missing_bytes(self, step: Sequence[SequenceSlice], leaving: set[SequenceId]) -> int:
+        """Return by how many bytes the step would exceed the limit once `leaving` are freed."""
         if self.max_bytes is None or not self.bytes_per_token:
             return 0
-        room = self.max_bytes // (self.bytes_per_token * KV_BLOCK) * KV_BLOCK
-        needed = self._capacity - self._capacity_read_only_by(leaving)
-        needed += sum(self._growth(part, leaving) for part in step)
-        return needed - room
+        gone = self._read_only_by(leaving)
+        capacity = self._capacity - sum(segment.capacity for segment in gone)
+        unseen = self._unseen - sum(segment.unseen for segment in gone)
+        for part in step:
+            growth, seen_again = self._growth(part, leaving)
+            capacity += growth
+            unseen -= seen_again
+        needed = capacity * self.bytes_per_token - unseen * self.windowed_bytes_per_token
+        return needed - self.max_bytes
 
-    def _capacity_read_only_by(self, leaving: set[SequenceId]) -> int:
-        """Return the capacity of the segments that only `leaving` read."""
+    def _read_only_by(self, leaving: set[SequenceId]) -> set[Segment]:
+        """Return the segments that only `leaving` read."""
         sequences = [self._sequences[i] for i in leaving if i in self]
         segments = {segment for sequence in sequences for segment in sequence.segments}
-        return sum(segment.capacity for segment in segments if segment.holders.keys() <= leaving)
+        return {segment for segment in segments if segment.holders.keys() <= leaving}
 
-    def _growth(self, part: SequenceSlice, leaving: set[SequenceId]) -> int:
-        """Return how much `begin` will add to the capacity once `leaving` are freed."""
+    def _growth(self, part: SequenceSlice, leaving: set[SequenceId]) -> tuple[int, int]:
+        """Return what `begin` will add to the capacity, and take from what is unseen.
+
+        Args:
+            part: that will begin.
+            leaving: sequences that are freed before.
+        """
         sequence = self._sequences.get(part.sequence_id, CachedSequence())
         writers = {part.sequence_id}
         if part.prefix and part.prefix.take:
             writers.add(part.prefix.sequence_id)
-        kept, goes_on = _segments_before(sequence, part.start, writers, leaving)
-        growth = -sum(
-            segment.capacity
-            for segment in sequence.segments[len(kept) :]
-            if len(segment.holders.keys() - leaving) == 1
-        )
+        kept, goes_on = segments_before(sequence, part.start, writers, leaving)
+        cut = [s for s in sequence.segments[len(kept) :] if len(s.holders.keys() - leaving) == 1]
+        growth = -sum(segment.capacity for segment in cut)
+        unseen = sum(segment.unseen for segment in cut)
         stop = part.start + part.num_tokens
         if not goes_on:
-            return growth + rounded(stop - part.start)
-        return growth + max(0, rounded(stop - kept[-1].start) - kept[-1].capacity)
+            return growth + rounded(stop - part.start), unseen
+        return growth + max(0, rounded(stop - kept[-1].start) - kept[-1].capacity), unseen
 
 
 def as_token_ids(token_ids: Sequence[int]) -> TokenIds:
     """Return `token_ids` as the int32 array that the cache keeps."""
     return np.asarray(token_ids, dtype=np.int32)
-
-
-def _segments_before(
-    sequence: CachedSequence, start: int, writers: Collection[int], leaving: Collection[int] = ()
-) -> tuple[list[Segment], bool]:
-    """Return the segments to keep when a sequence is truncated, and whether to write in the last.
-
-    Args:
-        sequence: to be truncated.
-        start: number of positions to keep.
-        writers: the sequence itself, and the prefix that it takes.
-        leaving: sequences that are freed.
-    """
-    kept = [segment for segment in sequence.segments if segment.start <= start]
-    if kept and kept[-1].may_write(writers, start, leaving):
-        return kept, True
-    return [segment for segment in kept if segment.start < start], False
-
-
-def _views(layer: int, segments: Sequence[Segment]) -> list[KVBuffers]:
-    """Return one layer's positions in all segments of a sequence but the last."""
-    views = []
-    for segment, following in itertools.pairwise(segments):
-        held = segment.layers[layer]
-        assert held is not None
-        stop = following.start - segment.start
-        views.append(KVBuffers(held.keys[:, :stop], held.values[:, :stop]))
-    return views

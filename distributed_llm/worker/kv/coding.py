@@ -63,7 +63,11 @@ class RowCoding:
 
     def encoded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows, uint8 [..., row bytes], of keys and of values, [..., dim]."""
-        return self._rows(self.rotated(keys)), self._rows(values)
+        keys = self.rotated(keys)
+        if keys.shape != values.shape:
+            return self._rows(keys), self._rows(values)
+        rows = self._rows(torch.stack((keys, values)))  # few calls: a token is encoded in each step
+        return rows[0], rows[1]
 
     def decoded(self, rows: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         """Return the numbers of rows, [..., dim]; those of keys are rotated."""
@@ -85,8 +89,8 @@ class RowCoding:
         largest = _LARGEST[self.kv_dtype]
         states = states.float()
         # What is not finite makes a scale that is not, so that it is noticed as ever.
-        scales = states.abs().amax(dim=-1, keepdim=True) / largest
-        scales = scales.clamp_(min=_LEAST_SCALE).to(torch.bfloat16)
+        sizes = states.abs().amax(dim=-1, keepdim=True)
+        scales = sizes.div_(largest).clamp_(min=_LEAST_SCALE).to(torch.bfloat16)
         codes = (states / scales.float()).clamp_(-largest, largest)
         kept = (
             codes.round_().to(torch.int8)

@@ -1,5 +1,6 @@
 """The buffers of a stage's layers: what they look like, where they come from, and how they fill."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,13 +18,21 @@ class LayerBuffers:
 
     Attributes:
         bytes_per_token: of one position in all layers; 0 until every layer was written once.
+        windows: by layer, how many positions a token sees, itself included; 0: all.
     """
 
     def __init__(self, num_layers: int) -> None:
         self.bytes_per_token = 0
+        self.windows = (0,) * num_layers
         self._layouts: list[KVLayout | None] = [None] * num_layers
         self._pools: list[SlabPool | None] = [None] * num_layers
         self._places = _TokenPlaces()
+
+    @property
+    def windowed_bytes_per_token(self) -> int:
+        """Bytes of one position in the layers with a window."""
+        windowed = [n for n, window in enumerate(self.windows) if window]
+        return sum(self.layout(layer).token_bytes for layer in windowed)
 
     def layout(self, layer: int) -> KVLayout:
         """Return the layout of a layer that has been written at least once."""
@@ -48,14 +57,54 @@ class LayerBuffers:
             return held
         if self._layouts[layer] is None:
             self._learn_layout(layer, keys, values)
-        grown = self._pool(layer).take(segment.capacity)
+        first = self._first(layer, segment)
+        grown = self._pool(layer).take(segment.capacity, first)
         if held is None:
-            segment.token_bytes += self.layout(layer).token_bytes
-        else:
-            grown.keys[:, :kept] = held.keys[:, :kept]
-            grown.values[:, :kept] = held.values[:, :kept]
+            self._count(layer, segment)
+        elif first < kept:
+            grown.copy_from(held, first, kept)
         segment.layers[layer] = grown
         return grown
+
+    def drop_unseen(self, segment: Segment, before: int) -> None:
+        """Free the positions that `segment` counts as unseen, in layers with a window.
+
+        Args:
+            segment: whose `unseen` has grown.
+            before: what `unseen` was.
+        """
+        for layer, window in enumerate(self.windows):
+            held = segment.layers[layer]
+            if not window or held is None:
+                continue
+            room = min(held.room, segment.capacity)
+            first = min(segment.unseen, room)
+            if held.first >= first:
+                continue
+            if held.row is None or not held.row.slab.drop(held.row, before, first):
+                kept = self.layout(layer).allocate(room, first)
+                kept.copy_from(held, first, room)
+                segment.layers[layer] = kept
+
+    def _first(self, layer: int, segment: Segment) -> int:
+        return segment.unseen if self.windows[layer] else 0
+
+    def views(self, layer: int, segments: Sequence[Segment]) -> list[KVBuffers]:
+        """Return what a layer keeps in all segments of a sequence but the last."""
+        views = []
+        for segment, following in itertools.pairwise(segments):
+            first, stop = self._first(layer, segment), following.start - segment.start
+            if first < stop:
+                held = segment.layers[layer]
+                assert held is not None
+                views.append(held.cut(first, stop))
+        return views
+
+    def newest(self, layer: int, segment: Segment, stop: int) -> KVBuffers:
+        """Return what a layer keeps of a segment, up to `stop` positions after its start."""
+        held = segment.layers[layer]
+        assert held is not None
+        return held.cut(self._first(layer, segment), stop)
 
     def write_tokens(
         self, layer: int, places: Sequence[tuple[Segment, int]], keys: Tensor, values: Tensor
@@ -72,16 +121,22 @@ class LayerBuffers:
         offsets = [offset for _, offset in places]
         if not self._places.write(held, offsets, keys, values):
             for number, (buffers, offset) in enumerate(zip(held, offsets, strict=True)):
-                buffers.keys[:, offset] = keys[:, number]
-                buffers.values[:, offset] = values[:, number]
+                buffers.keys[:, offset - buffers.first] = keys[:, number]
+                buffers.values[:, offset - buffers.first] = values[:, number]
 
     def adopt(self, segment: Segment, layers: Sequence[KVBuffers | None]) -> None:
         """Give a new segment buffers that came from elsewhere; all layers were written before."""
         segment.layers = list(layers)
         for layer, held in enumerate(layers):
             if held is not None:
-                segment.token_bytes += self.layout(layer).token_bytes
+                self._count(layer, segment)
                 self._pool(layer).adopt(held)
+
+    def _count(self, layer: int, segment: Segment) -> None:
+        """Have a segment know that it has buffers of one more layer."""
+        token_bytes = self.layout(layer).token_bytes
+        segment.token_bytes += token_bytes
+        segment.windowed_token_bytes += token_bytes if self.windows[layer] else 0
 
     def _pool(self, layer: int) -> SlabPool:
         pool = self._pools[layer]

@@ -12,7 +12,7 @@ import numpy as np
 from distributed_llm.common.errors import StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.types import KV_BLOCK, Count, SequenceId
-from distributed_llm.worker.kv.segments import TokenIds
+from distributed_llm.worker.kv.segments import TokenIds, unseen_in
 
 _WIRE_TOKEN = np.dtype("<i4")
 
@@ -50,12 +50,14 @@ class ManifestSequence(
         segments: their numbers, in the order of positions; each ends where the next one begins.
         reads: for each segment, where the positions that this sequence reads end (exclusive); the
             owner must not write before it. Has no meaning for the owner itself.
+        seen_from: the first position that layers with a window may still be asked for.
     """
 
     sequence_id: SequenceId
     token_ids: bytes
     segments: tuple[Count, ...]
     reads: tuple[Count, ...]
+    seen_from: Count = 0
 
     @property
     def length(self) -> int:
@@ -129,8 +131,9 @@ class KVManifest(
         for mine in self.sequences:
             their = theirs.get(mine.sequence_id)
             length = 0 if their is None else _common_length(mine, their)
-            if length:
-                kept.append(_cut(mine, chains[mine.sequence_id], length))
+            if their is not None and length:
+                seen_from = max(mine.seen_from, their.seen_from)
+                kept.append(_cut(mine, chains[mine.sequence_id], length, seen_from))
         holders: dict[int, set[int]] = {}
         for sequence in kept:
             for number in sequence.segments:
@@ -143,6 +146,17 @@ class KVManifest(
             if segment.number in holders
         )
         return msgspec.structs.replace(self, sequences=tuple(kept), segments=tuple(segments))
+
+    def unseen(self) -> dict[int, int]:
+        """Return, by segment, how many of its first positions layers with a window may lack."""
+        seen_from: dict[int, int] = {}
+        for sequence in self.sequences:
+            for number in sequence.segments:
+                least = seen_from.get(number, sequence.seen_from)
+                seen_from[number] = min(least, sequence.seen_from)
+        return {
+            s.number: unseen_in(s.start, s.capacity, seen_from[s.number]) for s in self.segments
+        }
 
     def extents(self) -> dict[int, Extent]:
         """Return, by segment, the positions in use, with one sequence that has all of them."""
@@ -183,7 +197,7 @@ def _common_length(mine: ManifestSequence, theirs: ManifestSequence) -> int:
 
 
 def _cut(
-    sequence: ManifestSequence, chain: tuple[ManifestSegment, ...], length: int
+    sequence: ManifestSequence, chain: tuple[ManifestSegment, ...], length: int, seen_from: int
 ) -> ManifestSequence:
     """Return the sequence cut to `length` tokens, with the segments `KVCache.begin` would keep."""
     count = sum(segment.start <= length for segment in chain)
@@ -192,11 +206,16 @@ def _cut(
         token_ids=sequence.token_ids[: length * _WIRE_TOKEN.itemsize],
         segments=sequence.segments[:count],
         reads=sequence.reads[:count],
+        seen_from=seen_from,
     )
 
 
 def manifest_sequence(
-    sequence_id: SequenceId, tokens: TokenIds, segments: tuple[int, ...], reads: tuple[int, ...]
+    sequence_id: SequenceId,
+    tokens: TokenIds,
+    segments: tuple[int, ...],
+    reads: tuple[int, ...],
+    seen_from: int,
 ) -> ManifestSequence:
     """Return the description of a sequence.
 
@@ -208,4 +227,5 @@ def manifest_sequence(
         token_ids=tokens.astype(_WIRE_TOKEN, copy=False).tobytes(),
         segments=segments,
         reads=reads,
+        seen_from=seen_from,
     )

@@ -26,21 +26,34 @@ class KVBuffers:
         keys: [heads, positions, head_dim].
         values: [heads, positions, value_dim].
         row: of the slab where they are, which others get once these buffers are dropped; or None.
+        first: where the positions begin, counted from the start of their segment.
     """
 
     keys: Tensor
     values: Tensor
     row: "Row | None" = None
+    first: int = 0
 
     @property
     def room(self) -> int:
-        """Number of positions."""
-        return self.keys.shape[1]
+        """Where the positions end, counted from the start of their segment."""
+        return self.first + self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes of both tensors; those in a slab take as much memory as was written of them."""
         return self.keys.nbytes + self.values.nbytes
+
+    def cut(self, start: int, stop: int) -> "KVBuffers":
+        """Return a view of the positions `[start, stop)`, counted from the start of the segment."""
+        there = slice(start - self.first, stop - self.first)
+        return KVBuffers(self.keys[:, there], self.values[:, there], first=start)
+
+    def copy_from(self, other: "KVBuffers", start: int, stop: int) -> None:
+        """Copy the positions `[start, stop)`, which both have, from others of the same segment."""
+        mine, theirs = self.cut(start, stop), other.cut(start, stop)
+        mine.keys.copy_(theirs.keys)
+        mine.values.copy_(theirs.values)
 
 
 class KVLayout(NamedTuple):
@@ -57,12 +70,12 @@ class KVLayout(NamedTuple):
         """Bytes of memory that one position takes in this layer."""
         return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
-    def allocate(self, capacity: int) -> KVBuffers:
-        """Return uninitialised buffers for `capacity` positions."""
-        keys = torch.empty(
-            (self.heads, capacity, self.key_dim), dtype=self.dtype, device=self.device
-        )
-        return KVBuffers(keys, keys.new_empty((self.heads, capacity, self.value_dim)))
+    def allocate(self, capacity: int, first: int = 0) -> KVBuffers:
+        """Return uninitialised buffers for the positions from `first` to `capacity`."""
+        count = capacity - first
+        keys = torch.empty((self.heads, count, self.key_dim), dtype=self.dtype, device=self.device)
+        values = keys.new_empty((self.heads, count, self.value_dim))
+        return KVBuffers(keys, values, first=first)
 
 
 class Segment:
@@ -74,7 +87,10 @@ class Segment:
         number: identifies the segment in its cache; never used again.
         start: its first position.
         capacity: positions that the budget is charged for, a multiple of `KV_BLOCK`; never shrinks.
+        unseen: positions from its start on that layers with a window have dropped, for no token
+            will see them there; a multiple of `KV_BLOCK`.
         token_bytes: of one position in all layers that were written.
+        windowed_token_bytes: those of them in layers with a window.
         layers: the buffers by layer, with room for at least the capacity; None until the layer is
             first written, and of an earlier, smaller capacity until it is written again.
         owner: the sequence that may write the segment; None once it has left.
@@ -82,13 +98,25 @@ class Segment:
             (exclusive); may be out of date for the owner.
     """
 
-    __slots__ = ("capacity", "holders", "layers", "number", "owner", "start", "token_bytes")
+    __slots__ = (
+        "capacity",
+        "holders",
+        "layers",
+        "number",
+        "owner",
+        "start",
+        "token_bytes",
+        "unseen",
+        "windowed_token_bytes",
+    )
 
     def __init__(self, number: int, start: int, num_layers: int) -> None:
         self.number = number
         self.start = start
         self.capacity = 0
+        self.unseen = 0
         self.token_bytes = 0
+        self.windowed_token_bytes = 0
         self.layers: list[KVBuffers | None] = [None] * num_layers
         self.owner: int | None = None
         self.holders: dict[int, int] = {}
@@ -96,7 +124,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that its positions take."""
-        return self.capacity * self.token_bytes
+        return self.capacity * self.token_bytes - self.unseen * self.windowed_token_bytes
 
     def may_write(self, writers: Collection[int], start: int, leaving: Collection[int]) -> bool:
         """Return whether `writers` may write from `start` on, once `leaving` are freed.
@@ -117,15 +145,18 @@ class CachedSequence:
     """One sequence in a KV cache.
 
     Attributes:
-        length: positions that are held in all layers.
+        length: positions that are held in all layers, but for those that are not seen any more.
+        seen_from: the first position that layers with a window may still be asked for; before it
+            they need not have any.
         segments: in the order of positions; each ends where the next one begins.
         tokens: int32 [capacity]; those of a running step are at positions from `length` on.
     """
 
-    __slots__ = ("length", "segments", "tokens")
+    __slots__ = ("length", "seen_from", "segments", "tokens")
 
     def __init__(self) -> None:
         self.length = 0
+        self.seen_from = 0
         self.segments: list[Segment] = []
         self.tokens: TokenIds = np.empty(0, dtype=np.int32)
 
@@ -143,6 +174,34 @@ class CachedSequence:
             grown[:start] = self.tokens[:start]
             self.tokens = grown
         self.tokens[start:stop] = token_ids
+
+
+def segments_before(
+    sequence: CachedSequence, start: int, writers: Collection[int], leaving: Collection[int] = ()
+) -> tuple[list[Segment], bool]:
+    """Return the segments to keep when a sequence is truncated, and whether to write in the last.
+
+    Args:
+        sequence: to be truncated.
+        start: number of positions to keep.
+        writers: the sequence itself, and the prefix that it takes.
+        leaving: sequences that are freed.
+    """
+    kept = [segment for segment in sequence.segments if segment.start <= start]
+    if kept and kept[-1].may_write(writers, start, leaving):
+        return kept, True
+    return [segment for segment in kept if segment.start < start], False
+
+
+def unseen_in(start: int, capacity: int, seen_from: int) -> int:
+    """Return how many first positions of a segment nobody sees any more, in whole blocks.
+
+    Args:
+        start: its first position.
+        capacity: positions that are charged for it.
+        seen_from: the least of those that read it.
+    """
+    return min(capacity, max(0, seen_from - start) // KV_BLOCK * KV_BLOCK)
 
 
 def rounded(positions: int) -> int:

@@ -71,6 +71,13 @@ class Slab:
         """Return the keys and values of a row."""
         return KVBuffers(self.keys[row.index], self.values[row.index], row)
 
+    def drop(self, row: "Row", start: int, stop: int) -> bool:
+        """Give the memory of positions of a row back, which are zero then; return whether it can.
+
+        Pages that have other positions too stay.
+        """
+        return all(pages.drop(row.index, start, stop) for pages in self._memory)
+
     def give_back(self, index: int) -> None:
         """Clear a row that nobody reads any more, and let others take it."""
         for pages in self._memory:
@@ -105,8 +112,11 @@ class SlabPool:
         self._slabs: dict[int, list[Slab]] = {}  # by the length of their rows
         self._usable = layout.device.type == "cpu" and _pages_come_when_written()
 
-    def take(self, capacity: int) -> KVBuffers:
-        """Return buffers with room for at least `capacity` positions, in a slab where possible."""
+    def take(self, capacity: int, first: int = 0) -> KVBuffers:
+        """Return buffers with room for at least `capacity` positions, in a slab where possible.
+
+        Elsewhere they have none for those before `first`.
+        """
         room = MIN_ROOM
         while room < capacity:
             room *= 2
@@ -121,7 +131,7 @@ class SlabPool:
                 self._usable = False
             else:
                 return self.take(capacity)
-        return self._layout.allocate(capacity)
+        return self._layout.allocate(capacity, first)
 
     def adopt(self, held: KVBuffers) -> None:
         """Give out free rows of the slab in which these buffers are, too."""
@@ -146,6 +156,19 @@ class _Pages:
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE)
         self.rows: Tensor = torch.frombuffer(self._memory, dtype=layout.dtype).view(shape)
         self._drops = sys.platform == "linux" and self._row_bytes % mmap.PAGESIZE == 0
+
+    def drop(self, index: int, start: int, stop: int) -> bool:
+        """Give the memory of positions of a row back; return whether that can be asked for."""
+        if self._drops:
+            heads, room, dim = self.rows.shape[1:]
+            position_bytes = dim * self.rows.element_size()
+            for head in range(heads):
+                before = index * self._row_bytes + head * room * position_bytes
+                first = -(-(before + start * position_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+                last = (before + stop * position_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+                if first < last:
+                    self._memory.madvise(mmap.MADV_DONTNEED, first, last - first)
+        return self._drops
 
     def clear(self, index: int) -> None:
         """Make a row zero; its memory goes back to the system where that can be asked for."""

@@ -7,7 +7,7 @@ importer on the other worker puts the pieces into buffers of the same shapes. Ne
 (Pre-copy, as in live migration of virtual machines: Clark et al., NSDI 2005.)
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,8 @@ class KVExporter:
         """Bytes of keys and values that are committed and not exported."""
         total = 0
         for segment, extent in self._cache.extents().items():
-            for layer, done in zip(self._layers, self._done_of(segment), strict=True):
+            for layer, sent in zip(self._layers, self._done_of(segment), strict=True):
+                done = max(sent, self._unseen(segment, layer))
                 if done < extent:
                     total += (extent - done) * self._cache.layout(layer).token_bytes
         return total
@@ -88,6 +89,8 @@ class KVExporter:
         room = max_bytes
         for segment, extent in extents.items():
             done = self._done.setdefault(segment.number, self._done_of(segment))
+            for index, layer in enumerate(self._layers):
+                done[index] = max(done[index], self._unseen(segment, layer))
             if min(done) >= extent:
                 continue
             for index, layer in enumerate(self._layers):
@@ -108,6 +111,10 @@ class KVExporter:
         if done is not None and max(done) > offset:
             self._done[segment] = [min(count, offset) for count in done]
 
+    def _unseen(self, segment: Segment, layer: int) -> int:
+        """Return where the positions begin that a layer keeps of a segment."""
+        return segment.unseen if self._cache.windows[layer] else 0
+
     def _done_of(self, segment: Segment) -> list[int]:
         return self._done.get(segment.number) or [0] * len(self._layers)
 
@@ -121,15 +128,16 @@ class KVExporter:
             count=count,
             capacity=segment.capacity,
         )
-        stop = offset + count
-        return KVPiece(part, held.keys[:, offset:stop], held.values[:, offset:stop])
+        cut = held.cut(offset, offset + count)
+        return KVPiece(part, cut.keys, cut.values)
 
 
 @dataclass
 class _Arrived:
-    """One layer of one segment, of which the first `filled` positions have arrived."""
+    """One layer of one segment, of which the positions `[first, filled)` have arrived."""
 
     buffers: KVBuffers
+    first: int
     filled: int
 
 
@@ -139,6 +147,7 @@ class KVImporter:
     Args:
         layouts: of the layers to expect, by their numbers in the model.
         max_bytes: of memory for the buffers.
+        windowed: those of the layers that have a window.
 
     Attributes:
         layouts: as given.
@@ -146,11 +155,14 @@ class KVImporter:
         nbytes: bytes of memory that the buffers take.
     """
 
-    def __init__(self, layouts: Mapping[int, KVLayout], max_bytes: int) -> None:
+    def __init__(
+        self, layouts: Mapping[int, KVLayout], max_bytes: int, windowed: Collection[int] = ()
+    ) -> None:
         self.manifest: KVManifest | None = None
         self.nbytes = 0
         self.layouts = dict(layouts)
         self._max_bytes = max_bytes
+        self._windowed = windowed
         self._arrived: dict[tuple[int, int], _Arrived] = {}  # by segment and layer
 
     @property
@@ -160,6 +172,9 @@ class KVImporter:
 
     def add(self, piece: KVPiece) -> None:
         """Keep a piece; forget what had arrived of its segment from its first position on.
+
+        A layer with a window may begin anywhere, and leave a gap: it drops positions meanwhile.
+        Then only what follows the gap counts; `assemble` knows what may be missing.
 
         Raises:
             KVTransferError: the piece is of a layer that is not expected, does not fit the layout,
@@ -172,17 +187,20 @@ class KVImporter:
         _check_piece(piece, layout)
         arrived = self._arrived.get((part.segment, part.layer))
         filled = arrived.filled if arrived else 0
-        if not 0 <= part.offset <= filled:
+        least = arrived.buffers.first if arrived else 0
+        if part.offset < least or (part.offset > filled and part.layer not in self._windowed):
             raise KVTransferError(
                 f"a piece of segment {part.segment} in layer {part.layer} begins at "
                 f"{part.offset}, but {filled} positions have arrived"
             )
-        if arrived is None or arrived.buffers.keys.shape[1] < part.capacity:
+        if arrived is None or arrived.buffers.room < part.capacity:
             arrived = self._grow(arrived, part, layout)
-        stop = part.offset + part.count
-        arrived.buffers.keys[:, part.offset : stop] = piece.keys
-        arrived.buffers.values[:, part.offset : stop] = piece.values
-        arrived.filled = stop
+        if not arrived.first <= part.offset <= arrived.filled:
+            arrived.first = part.offset
+        arrived.filled = part.offset + part.count
+        into = arrived.buffers.cut(part.offset, arrived.filled)
+        into.keys.copy_(piece.keys)
+        into.values.copy_(piece.values)
 
     def update(self, manifest: KVManifest) -> None:
         """Set the sender's manifest, and free segments that are not in it.
@@ -191,18 +209,24 @@ class KVImporter:
             KVTransferError: the manifest contradicts itself, or describes more than `max_bytes`.
         """
         manifest.check()
-        token_bytes = sum(layout.token_bytes for layout in self.layouts.values())
-        if sum(segment.capacity for segment in manifest.segments) * token_bytes > self._max_bytes:
+        unseen = manifest.unseen()
+        needed = sum(
+            (segment.capacity - (unseen[segment.number] if layer in self._windowed else 0))
+            * layout.token_bytes
+            for layer, layout in self.layouts.items()
+            for segment in manifest.segments
+        )
+        if needed > self._max_bytes:
             raise self._too_much()
         self.manifest = manifest
         held = {segment.number for segment in manifest.segments}
         gone = [key for key in self._arrived if key[0] not in held]
         self.nbytes -= sum(self._arrived.pop(key).buffers.nbytes for key in gone)
 
-    def filled(self, segment: int, layer: int) -> int:
-        """Return how many positions of a segment have arrived in a layer."""
+    def arrived(self, segment: int, layer: int) -> tuple[int, int]:
+        """Return the positions of a segment, `[first, stop)`, that have arrived in a layer."""
         arrived = self._arrived.get((segment, layer))
-        return arrived.filled if arrived else 0
+        return (arrived.first, arrived.filled) if arrived else (0, 0)
 
     def buffers(self, segment: int, layer: int) -> KVBuffers:
         """Return the buffers of a segment in a layer.
@@ -213,14 +237,15 @@ class KVImporter:
         return self._arrived[segment, layer].buffers
 
     def _grow(self, old: _Arrived | None, part: KVPart, layout: KVLayout) -> _Arrived:
-        growth = part.capacity * layout.token_bytes - (old.buffers.nbytes if old else 0)
+        first = old.first if old else part.offset
+        growth = (part.capacity - first) * layout.token_bytes
+        growth -= old.buffers.nbytes if old else 0
         if self.nbytes + growth > self._max_bytes:
             raise self._too_much()
-        new = _Arrived(layout.allocate(part.capacity), 0)
+        new = _Arrived(layout.allocate(part.capacity, first), part.offset, part.offset)
         if old is not None:
-            new.filled = old.filled
-            new.buffers.keys[:, : old.filled] = old.buffers.keys[:, : old.filled]
-            new.buffers.values[:, : old.filled] = old.buffers.values[:, : old.filled]
+            new.first, new.filled = old.first, old.filled
+            new.buffers.copy_from(old.buffers, old.first, old.filled)
         self.nbytes += growth
         self._arrived[part.segment, part.layer] = new
         return new

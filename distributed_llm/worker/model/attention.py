@@ -60,6 +60,7 @@ def packed_attention(
     step.appended[layer] += 1
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     scoring = Scoring(scale, sliding_window or 0, softcap, s_aux)
+    step.windows[layer] = scoring.window
     if not step.chunks:
         return attend_tokens(step, layer, query[0], key[0], value[0], scoring)[None], None
     return _attend_both(step, layer, query[0], key[0], value[0], scoring)[None], None

@@ -7,8 +7,8 @@ depends on the distance from a block's last position alone.
 Positions that are kept in 8 bits are decoded piece by piece, each once for all blocks.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +70,10 @@ def attend_chunk(
     if coding is not None:
         queries = coding.rotated(queries)
         rows = CodedRows(coding, queries.shape[-1], value_dim, queries.dtype)
-        if by_blocks:
-            return _in_pieces(step, queries, list(_parts(held)), scoring, rows)
+        by_hand = scoring.softcap is not None or queries.shape[-1] != value_dim
+        if by_blocks or by_hand:
+            attend = _attend_part if by_blocks else _by_hand_part
+            return _in_pieces(step, queries, list(_parts(held)), scoring, rows, attend)
         held = [KVBuffers(*rows.decoded(one.keys, one.values)) for one in held]
     if by_blocks:
         return _in_blocks(step, queries, list(_parts(held)), scoring)
@@ -113,8 +115,18 @@ def _in_pieces(
     parts: Sequence[_Part],
     scoring: Scoring,
     rows: CodedRows,
+    attend: "_Attend",
 ) -> Tensor:
-    """Compute attention as `_in_blocks` does, of parts that are rows of bytes."""
+    """Compute attention of parts that are rows of bytes, with little memory for their numbers.
+
+    Args:
+        step: that runs.
+        queries: [heads, tokens, head_dim].
+        parts: rows of bytes.
+        scoring: how.
+        rows: decodes them.
+        attend: computes attention of a block of queries over one piece.
+    """
     start = parts[-1].stop - queries.shape[1]
     blocks = list(_blocks(queries, parts[0].keys.shape[0]))
     sums: list[list[Partial]] = [[] for _ in blocks]
@@ -124,10 +136,11 @@ def _in_pieces(
             cut = part.cut(first, stop)
             piece = _Part(first, *rows.decoded(cut.keys, cut.values))
             for (row, block), total in zip(blocks, sums, strict=True):
-                seen = _attend_part(step, block, start + row, piece, scoring)
-                if seen is not None:
+                seen = attend(step, block, start + row, piece, scoring)
+                if seen is not None:  # rounded once, at the end
+                    seen = Partial(seen.attended.float(), seen.lse)
                     total[:] = [_sum_of([*total, seen])]
-    return _put_together([total for (total,) in sums], scoring)
+    return _put_together([total for (total,) in sums], scoring).to(queries.dtype)
 
 
 def _blocks(queries: Tensor, kv_heads: int) -> Iterator[tuple[int, Tensor]]:
@@ -170,6 +183,34 @@ def _attend_part(
     shape = (kv_heads, group, last - first, -1)
     keys, values = cut.keys[:, None].expand(shape), cut.values[:, None].expand(shape)
     return fused(queries, keys, values, scoring.scale, mask, is_causal=is_causal)
+
+
+_Attend: TypeAlias = Callable[[PackedStep, Tensor, int, _Part, Scoring], Partial | None]
+
+
+def _by_hand_part(
+    step: PackedStep, queries: Tensor, start: int, part: _Part, scoring: Scoring
+) -> Partial | None:
+    """Compute what `_attend_part` does, with what fused kernels lack."""
+    kv_heads, group, tokens, dim = queries.shape
+    stop = start + tokens
+    window = scoring.window or stop
+    first, last = max(part.start, start - window + 1), min(part.stop, stop)
+    if first >= last:
+        return None
+    cut = part.cut(first, last)
+    rows = queries.reshape(kv_heads, group * tokens, dim)
+    scores = torch.matmul(rows, cut.keys.transpose(1, 2)).mul_(scoring.scale)
+    scores = scores.view(kv_heads, group, tokens, -1).float()
+    if scoring.softcap is not None:
+        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
+    visible = _visible(tokens, stop - first, scoring.window, queries.device)[:, : last - first]
+    # Finite, for a query may see nothing of a part.
+    scores.masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = scores.sub_(lse[..., None]).exp_().to(queries.dtype)
+    attended = torch.matmul(weights.view(kv_heads, group * tokens, -1), cut.values)
+    return Partial(attended.view(kv_heads, group, tokens, -1), lse)
 
 
 def _sum_of(seen: Sequence[Partial]) -> Partial:

@@ -33,6 +33,7 @@ class PackedStep:
         coarse: layers of which products would round the scores too much; kept from step to step.
         single: the slices of one token.
         chunks: the other slices.
+        windows: of the layers that have run, as in `Scoring`.
         made: what one layer has made for others to use again, by what it was made from.
     """
 
@@ -43,6 +44,7 @@ class PackedStep:
     coarse: set[int] = field(default_factory=set)
     single: tuple[PackedSlice, ...] = field(init=False)
     chunks: tuple[PackedSlice, ...] = field(init=False)
+    windows: dict[int, int] = field(default_factory=dict)
     made: dict[object, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """A stage: runs layers `[start, stop)` of a Hugging Face model on a packed batch of sequences."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -228,6 +228,16 @@ class Stage:
         """Bytes of memory that one position of one sequence takes in the KV cache, measured."""
         return self._cache.bytes_per_token
 
+    @property
+    def kv_windowed_bytes_per_token(self) -> int:
+        """Those of them in layers with a window."""
+        return self._cache.windowed_bytes_per_token
+
+    @property
+    def window(self) -> int:
+        """Positions that the widest of the layers with a window see; 0 if there are none."""
+        return max(self._cache.windows)
+
     def limit_kv(self, max_bytes: int) -> None:
         """Refuse steps from now on with which the KV cache would exceed `max_bytes`."""
         self._cache.max_bytes = max_bytes
@@ -287,6 +297,10 @@ class Stage:
             if len(self._released) > _MAX_RELEASED:
                 del self._released[next(iter(self._released))]
 
+    def forget(self, seen_from: Mapping[SequenceId, int]) -> None:
+        """Free what layers with a window will not be asked for any more; see `KVCache.forget`."""
+        self._cache.forget(seen_from)
+
     def reset(self) -> None:
         """Free the KV cache of all sequences, whose ids may then be used again."""
         self._cache.free(self._cache.sequence_ids)
@@ -326,7 +340,9 @@ class Stage:
         if layers.start < start or layers.stop > self.layers.stop:
             raise ValueError(f"a stage of {layers_text(self.layers)} has no {layers_text(layers)}")
         numbers = range(layers.start, layers.stop)
-        return KVImporter({n: self._cache.layout(n - start) for n in numbers}, max_bytes)
+        layouts = {n: self._cache.layout(n - start) for n in numbers}
+        windowed = [n for n in numbers if self._cache.windows[n - start]]
+        return KVImporter(layouts, max_bytes, windowed)
 
     def assemble_kv(self, donor: "Stage | None", imports: Sequence[KVImporter] = ()) -> None:
         """Fill this stage's empty KV cache from other stages, between two steps of the pipeline.
@@ -348,11 +364,12 @@ class Stage:
         assemble(self._cache, self.layers, (donor._cache, donor.layers) if donor else None, imports)
 
     def _warm_up(self) -> None:
-        """Compute one token and drop it, to learn the KV cache's layouts and prepare kernels."""
+        """Compute one token and drop it, to learn what the KV cache is like and prepare kernels."""
         token_ids, hidden_states = self.inputs.made_up(1)
         step = self._begin([SequenceSlice(sequence_id=_WARM_UP, start=0, num_tokens=1)], token_ids)
         self._forward.run(step, token_ids, hidden_states, [0] if self._last else [])
         self._cache.free([_WARM_UP])
+        self._cache.windows = [step.windows[layer] for layer in range(len(self.layers))]
 
     def _check_released(self, sequences: Sequence[SequenceSlice]) -> None:
         late = [part.sequence_id for part in sequences if part.sequence_id in self._released]
@@ -376,8 +393,13 @@ class Stage:
         prefix = part.prefix
         if prefix is None or part.sequence_id in self._cache:
             have = self._cache.length(part.sequence_id)
-            return have if have < part.start else None
-        return 0 if self._cache.length(prefix.sequence_id) < prefix.length else None
+            if have < part.start:
+                return have
+            known = part.sequence_id in self._cache
+            return None if not known or self._cache.sees(part.sequence_id, part.start) else 0
+        if self._cache.length(prefix.sequence_id) < prefix.length:
+            return 0
+        return None if self._cache.sees(prefix.sequence_id, prefix.length) else 0
 
     def _remember(self, sequences: Sequence[SequenceSlice]) -> None:
         """Remember sampling parameters, and release the prefixes that are taken."""

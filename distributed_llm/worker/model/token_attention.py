@@ -4,7 +4,7 @@ What a token attends to is read segment by segment. A segment that several seque
 once for all of them. Segments that lie in one slab are read by one product, with those between
 them if these are few; what a sequence does not hold is hidden. Where a sequence has several
 segments, the results are merged. What is kept in 8 bits is decoded in pieces that fit into the
-caches of a processor.
+caches of a processor. Where the C library was built it does all this in one pass.
 """
 
 from collections.abc import Sequence
@@ -60,18 +60,21 @@ def attend_tokens(
     held = [reading.segment.layers[layer] for reading in readings]
     heads, tokens, _ = query.shape
     kv_heads = key.shape[0]
-    rows = None
-    if step.cache.coding is None and can_attend(query, value.shape[-1]):
+    coding = step.cache.coding
+    if coding is not None:
+        query = coding.rotated(query)
+    if can_attend(query, value.shape[-1]):
         return attend(
             query,
             _parts(readings, held, tokens),
+            kept=step.cache.kv_dtype,
             scale=scoring.scale,
             softcap=scoring.softcap,
             sinks=scoring.sinks,
         )
-    if step.cache.coding is not None:
-        query = step.cache.coding.rotated(query)
-        rows = CodedRows(step.cache.coding, query.shape[-1], value.shape[-1], query.dtype)
+    rows = None
+    if coding is not None:
+        rows = CodedRows(coding, query.shape[-1], value.shape[-1], query.dtype)
     # [tokens, kv_heads, group, head_dim]
     queries = query.transpose(0, 1).reshape(tokens, kv_heads, heads // kv_heads, -1)
     if len(readings) == tokens == 1:
@@ -97,7 +100,8 @@ def _parts(
     parts: list[list[Part]] = [[] for _ in range(tokens)]
     for reading, buffers in zip(readings, held, strict=True):
         assert buffers is not None
-        part = Part(buffers.keys, buffers.values, reading.first, reading.stop)
+        there = buffers.cut(reading.first, reading.stop)
+        part = Part(there.keys, there.values, 0, reading.stop - reading.first)
         for reader in reading.readers:
             parts[reader].append(part)
     return parts
@@ -124,8 +128,8 @@ class _Kernels:
     def attend_one(self, reading: Reading, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute attention of one token over one segment."""
         assert held is not None
-        there = slice(reading.first, reading.stop)
-        return self._attend(queries, held.keys[None, :, there], held.values[None, :, there], None)
+        there = held.cut(reading.first, reading.stop)
+        return self._attend(queries, there.keys[None], there.values[None], None)
 
     def attend_run(self, run: Run, held: KVBuffers | None, queries: Tensor) -> Partial:
         """Compute one run: [results, kv_heads, group, value_dim]."""
@@ -133,14 +137,15 @@ class _Kernels:
         count, (_, kv_heads, group, dim) = len(run.queries), queries.shape
         chosen = queries.index_select(0, run.queries.to(queries.device))
         if run.rows is None:
-            keys, values = held.keys[None], held.values[None]
+            there = held.cut(run.first, run.stop)
+            keys, values = there.keys[None], there.values[None]
             # Tokens of the same positions become the rows of one matrix, as do heads of one key.
             chosen = chosen.transpose(0, 1).reshape(1, kv_heads, count * group, dim)
         else:
             assert held.row is not None
             rows, slab = slice(*run.rows), held.row.slab
-            keys, values = slab.keys[rows], slab.values[rows]
-        keys, values = keys[:, :, run.first : run.stop], values[:, :, run.first : run.stop]
+            keys = slab.keys[rows, :, run.first : run.stop]
+            values = slab.values[rows, :, run.first : run.stop]
         part = self._attend(chosen, keys, values, run.hidden)
         if run.rows is not None or count == 1:
             return part

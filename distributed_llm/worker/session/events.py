@@ -205,8 +205,11 @@ class Loaded:
     Attributes:
         load_s: time that loading took.
         weight_bytes: memory that the weights take.
-        kv_tokens: positions that the KV cache has room for.
+        kv_tokens: positions that the KV cache has room for, in all layers.
         trials: times of trial steps, if any were wanted.
+        kv_token_bytes: what one position takes.
+        kv_windowed_bytes: what of that is in layers with a window.
+        kv_window: positions that the widest of these see.
         fetched_bytes: of weights that came from other machines.
         fetch_s: how long loading waited for them.
         gives_weights: whether this worker can give the weights of the layers to others.
@@ -218,6 +221,9 @@ class Loaded:
     weight_bytes: int
     kv_tokens: int
     trials: tuple[StageTrial, ...] = ()
+    kv_token_bytes: int = 1
+    kv_windowed_bytes: int = 0
+    kv_window: int = 0
     fetched_bytes: int = 0
     fetch_s: float = 0.0
     gives_weights: bool = False

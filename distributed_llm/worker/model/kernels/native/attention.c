@@ -1,5 +1,5 @@
-/* Attention of single tokens over keys and values in bfloat16, which lie in several places: one pass
- * over the positions, with the softmax as it stands so far [1].
+/* Attention of single tokens over keys and values in bfloat16 or 8 bits, which lie in several places:
+ * one pass over the positions, with the softmax as it stands so far [1].
  *
  * [1] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
  *     2022. */
@@ -17,9 +17,12 @@
 
 #define POSITIONS 32 /* that are computed together: their keys as float32 stay in the first cache */
 
-/* Consecutive positions that a token attends to, in one place; strides in numbers. */
+/* How the numbers of a row are kept: as they are, or as codes, behind which their scale is. */
+enum { BFLOAT16, INT8, FP8 };
+
+/* Consecutive positions that a token attends to, in one place; strides in bytes. */
 typedef struct {
-    const uint16_t *keys, *values; /* of the first position and the first head */
+    const uint8_t *keys, *values; /* of the first position and the first head */
     int64_t positions, key_head, key_position, value_head, value_position;
 } Part;
 
@@ -31,15 +34,48 @@ typedef struct {
     const int64_t *starts; /* [tokens + 1]: where each token's parts begin */
     int64_t tokens, heads, kv_heads, dim, value_dim, query_token, query_head;
     float scale, softcap; /* softcap 0: none */
+    int kept;             /* how keys and values are */
     atomic_llong next;
     atomic_int failed;
 } Work;
 
-INLINE void widen_rows(float *to, const uint16_t *from, int64_t rows, int64_t stride, int64_t columns)
+INLINE __m256 int8_load8(const uint8_t *from)
 {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < columns; i += 8)
-            _mm256_store_ps(to + row * columns + i, load8(from + row * stride + i));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+}
+
+/* As 1/256 of what they stand for: the bits are those of a float16, whose exponents are biased so. */
+INLINE __m256 fp8_load8(const uint8_t *from)
+{
+    __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i *)from));
+    wide = _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16((short)0xbfff)); /* one sign */
+    return _mm256_cvtph_ps(wide);
+}
+
+INLINE __m256 scale8(const uint8_t *from, float factor)
+{
+    uint16_t narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    return _mm256_set1_ps(widened(narrow) * factor);
+}
+
+static void widen_rows(float *to, const uint8_t *from, int64_t rows, int64_t stride, int64_t columns,
+                       int kept)
+{
+    for (int64_t row = 0; row < rows; row++, from += stride, to += columns) {
+        if (kept == INT8) {
+            __m256 scale = scale8(from + columns, 1.0f);
+            for (int64_t i = 0; i < columns; i += 8)
+                _mm256_store_ps(to + i, _mm256_mul_ps(int8_load8(from + i), scale));
+        } else if (kept == FP8) {
+            __m256 scale = scale8(from + columns, 256.0f);
+            for (int64_t i = 0; i < columns; i += 8)
+                _mm256_store_ps(to + i, _mm256_mul_ps(fp8_load8(from + i), scale));
+        } else {
+            for (int64_t i = 0; i < columns; i += 8)
+                _mm256_store_ps(to + i, load8((const uint16_t *)from + i));
+        }
+    }
 }
 
 /* scores[p] = query . keys[p] for POSITIONS rows, of which the last ones need not be there. */
@@ -100,14 +136,14 @@ static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *me
     }
     for (int64_t number = w->starts[token]; number < w->starts[token + 1]; number++) {
         const Part *part = w->parts + number;
-        const uint16_t *own_keys = part->keys + kv_head * part->key_head;
-        const uint16_t *own_values = part->values + kv_head * part->value_head;
+        const uint8_t *own_keys = part->keys + kv_head * part->key_head;
+        const uint8_t *own_values = part->values + kv_head * part->value_head;
         for (int64_t first = 0; first < part->positions; first += POSITIONS) {
             int64_t count = part->positions - first < POSITIONS ? part->positions - first : POSITIONS;
             widen_rows(keys, own_keys + first * part->key_position, count, part->key_position,
-                       w->dim);
+                       w->dim, w->kept);
             widen_rows(values, own_values + first * part->value_position, count,
-                       part->value_position, w->value_dim);
+                       part->value_position, w->value_dim, w->kept);
             for (int64_t g = 0; g < group; g++) {
                 _Alignas(32) float scores[POSITIONS];
                 score(scores, queries + g * w->dim, keys, w->dim);
@@ -168,12 +204,12 @@ static void attend_some(void *data)
 EXPORT int attend_tokens(const uint16_t *queries, uint16_t *output, const float *sinks,
                          const void *parts, const int64_t *starts, int64_t tokens, int64_t heads,
                          int64_t kv_heads, int64_t dim, int64_t value_dim, int64_t query_token,
-                         int64_t query_head, float scale, float softcap, int threads)
+                         int64_t query_head, float scale, float softcap, int kept, int threads)
 {
     Work w = {.queries = queries, .output = output, .sinks = sinks, .parts = parts,
               .starts = starts, .tokens = tokens, .heads = heads, .kv_heads = kv_heads, .dim = dim,
               .value_dim = value_dim, .query_token = query_token, .query_head = query_head,
-              .scale = scale, .softcap = softcap};
+              .scale = scale, .softcap = softcap, .kept = kept};
     in_threads(attend_some, &w, threads);
     return atomic_load(&w.failed);
 }

@@ -21,7 +21,7 @@ NAMES = ("none", "avx2", "avxvnni", "avx512vnni")
 
 _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
-    "attend_tokens": (*[_ADDRESS] * 5, *[_COUNT] * 7, *[_REAL] * 2, _SMALL),
+    "attend_tokens": (*[_ADDRESS] * 5, *[_COUNT] * 7, *[_REAL] * 2, *[_SMALL] * 2),
     "rms_norm": (*[_ADDRESS] * 3, *[_COUNT] * 2, _REAL, *[_SMALL] * 2),
     "int8_product": (*[_ADDRESS] * 4, *[_COUNT] * 3, *[_SMALL] * 3),
     "int4_product": (*[_ADDRESS] * 4, *[_COUNT] * 4, *[_SMALL] * 3),

@@ -12,5 +12,12 @@
 #define multiply(a, b) _mm512_mul_ps(a, b)
 #define multiply_add(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define store_real(to, value) _mm512_storeu_ps(to, value)
-#define multiply_codes4(sum, codes, states) _mm512_dpbusd_epi32(sum, codes, states)
-#define multiply_codes8(sum, codes, states) _mm512_dpbusd_epi32(sum, codes, states)
+/* Written out, because GCC copies sums to other registers around the intrinsic and runs out of them. */
+static inline __attribute__((always_inline)) __m512i multiply_codes_512(__m512i sum, __m512i codes,
+                                                                       __m512i states)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(states));
+    return sum;
+}
+#define multiply_codes4 multiply_codes_512
+#define multiply_codes8 multiply_codes_512

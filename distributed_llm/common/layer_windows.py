@@ -1,0 +1,47 @@
+"""Which layers of a model see the last positions only, as its config.json tells."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_SLIDING = "sliding_attention"
+
+_ALL_LAYERS = frozenset({"ministral", "mistral", "mixtral", "phi3", "phimoe", "starcoder2"})
+"""Model types in which a window is that of all layers, if nothing else is told."""
+
+_FROM_A_LAYER_ON = frozenset({"qwen2", "qwen2_moe", "qwen3", "qwen3_moe"})
+"""Model types in which the first `max_window_layers` see everything."""
+
+_ALL_BUT_EVERY: Mapping[str, int] = {"cohere2": 4, "exaone4": 4, "gemma2": 2, "gemma3_text": 6}
+"""Model types in which each so-manieth layer sees everything, if config.json has no other number.
+
+Files of today tell the type of each layer.
+"""
+
+
+def layer_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Return how many positions a token sees in each layer, itself included; 0: all.
+
+    Where config.json is not understood, all layers count as seeing everything: they take no more
+    memory than that. Workers find out by themselves.
+
+    Args:
+        config: the content of config.json.
+        num_layers: of the model.
+    """
+    window = config.get("sliding_window")
+    if type(window) is not int or window < 1 or config.get("use_sliding_window") is False:
+        return (0,) * num_layers
+    types = config.get("layer_types")
+    if isinstance(types, list) and len(types) >= num_layers:
+        return tuple(window * (kind == _SLIDING) for kind in types[:num_layers])
+    model_type = config.get("model_type")
+    if model_type in _ALL_LAYERS:
+        return (window,) * num_layers
+    if model_type in _FROM_A_LAYER_ON and config.get("use_sliding_window"):
+        first = config.get("max_window_layers")
+        first = first if type(first) is int else num_layers
+        return tuple(window * (layer >= first) for layer in range(num_layers))
+    every = config.get("sliding_window_pattern") or _ALL_BUT_EVERY.get(str(model_type))
+    if model_type in _ALL_BUT_EVERY and type(every) is int:
+        return tuple(window * bool((layer + 1) % every) for layer in range(num_layers))
+    return (0,) * num_layers
