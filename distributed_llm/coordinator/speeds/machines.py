@@ -87,13 +87,14 @@ class Machines:
         """
         layer_bytes = cost.all_layer_bytes // cost.num_layers
         kv_bytes = max(1, cost.kv_bytes_per_token * kv_tokens)
-        fixed_bytes = cost.all_weight_bytes - cost.all_layer_bytes
-        fixed_bytes += LAYERS_AT_ONCE * max(cost.layer_bytes)
+        ends = cost.all_weight_bytes - cost.all_layer_bytes
+        fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.layer_bytes)
         memory, disks = dict(self.memory_bytes), {}
         for worker, disk in self.disks.items():
             if (size := memory.get(worker)) is None:
                 continue
-            most = max(0, size - fixed_bytes) // kv_bytes * (layer_bytes + kv_bytes)
+            layers = max(0, size - fixed_bytes) // kv_bytes
+            most = ends + layers * (layer_bytes + kv_bytes)
             if (room := min(disk.room_bytes, most - size)) > 0:
                 memory[worker] = size + room
                 disks[worker] = replace(disk, room_bytes=room)
