@@ -46,6 +46,7 @@ from distributed_llm.options import (
 from distributed_llm.serving_process import WithParent, start_process
 
 if TYPE_CHECKING:
+    from distributed_llm.common.checkpoint import Checkpoint
     from distributed_llm.common.model_files import TensorInfo
 
 app = typer.Typer(
@@ -195,7 +196,11 @@ def plan(
     from distributed_llm import console
     from distributed_llm.coordinator import serve
 
-    run = serve.plan(model, worker, settings, parameters_of=_parameters_of)
+    run = serve.plan(
+        *(model, worker, settings),
+        parameters_of=_parameters_of,
+        check_loading=_check_loading if model else lambda checkpoint: None,
+    )
     console.print_plan(run, as_json=as_json)
 
 
@@ -203,6 +208,12 @@ def _parameters_of(config: Mapping[str, Any]) -> "Mapping[str, TensorInfo]":
     from distributed_llm.worker.model.empty_model import parameters_of  # loads torch
 
     return parameters_of(config)
+
+
+def _check_loading(checkpoint: "Checkpoint") -> None:
+    from distributed_llm.worker.model.stage import Stage  # loads torch
+
+    Stage.check_loading(checkpoint)
 
 
 @app.command(rich_help_panel=MACHINES)

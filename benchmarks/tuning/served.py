@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.tuning.description import Shape
 from distributed_llm.common.architectures import check_architecture
-from distributed_llm.common.hub import resolve_for_coordinator
+from distributed_llm.common.model_names import resolve_for_coordinator
 from distributed_llm.common.tensors import DtypeName
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.coordinator.model_cost import ModelCost

@@ -22,6 +22,7 @@ from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.model_files import TensorInfo, ends_early, read_header, unreadable
 from distributed_llm.common.model_folder import listing, no_checkpoint, read_config
 from distributed_llm.common.other_formats import (
+    CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
     quantized,
@@ -77,6 +78,17 @@ class Checkpoint:
         return (self.files or self.folder) / file
 
     @property
+    def place(self) -> Path:
+        """Where people know it to be: its folder, or its first GGUF file."""
+        files = sorted({tensor.file for tensor in self.tensors.values()}) if self.files else []
+        return self.path_of(files[0]) if files else self.folder
+
+    @property
+    def described_by(self) -> str:
+        """What tells of the model's sizes: config.json, or the metadata of a GGUF file."""
+        return "its metadata" if self.files else CONFIG_NAME
+
+    @property
     def model_type(self) -> str:
         """The architecture's name in transformers."""
         return str(self.config["model_type"])
@@ -103,7 +115,7 @@ class Checkpoint:
         try:
             return stored_weights(self.config, self.tensors)
         except NotRead as exc:
-            raise UnsupportedModel(f"The model in {self.folder} {quantized(str(exc))}") from None
+            raise UnsupportedModel(f"The model in {self.place} {quantized(str(exc))}") from None
 
     @cached_property
     def num_layers(self) -> int:
@@ -152,9 +164,9 @@ class Checkpoint:
         wanted = set(range(self.num_layers))
         best = max(layers, key=lambda numbers: len(numbers & wanted), default=set())
         raise CheckpointError(
-            f"{self.folder}: config.json promises {self.num_layers} layers, but the files have no "
-            f"tensors of layer {min(wanted - best)}. They are not all files of the model, or "
-            "config.json is another model's; compare them with the original."
+            f"{self.place}: {self.described_by} promises {self.num_layers} layers, but the files "
+            f"have no tensors of layer {min(wanted - best)}. They are not all files of the model, "
+            f"or {self.described_by} is another model's; compare them with the original."
         )
 
     @cached_property

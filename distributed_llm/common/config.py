@@ -49,6 +49,9 @@ class _Given(NamedTuple):
     where: str
 
 
+_COMMAND_LINE = "command line"
+
+
 def load_settings(
     path: Path | None,
     *,
@@ -151,10 +154,10 @@ def _add_overrides(
         section, _, name = dotted.partition(".")
         if section in SECTIONS and name in SECTIONS[section].model_fields:
             if value is not None:
-                given[section, name] = _Given(value, "command line")
+                given[section, name] = _Given(value, _COMMAND_LINE)
         else:
             unknown = unknown_key(name, section) if name else unknown_key(section)
-            problems.append(f"command line: {unknown}")
+            problems.append(f"{_COMMAND_LINE}: {unknown}")
 
 
 def unknown_key(name: str, section: str = "") -> str:
@@ -180,5 +183,7 @@ def _problem(details: ErrorDetails, given: Mapping[Key, _Given]) -> str:
     entry = given[section, path[0]]
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
     key = ".".join([section, *(part for part in path if part != "[key]")])
+    if entry.where == _COMMAND_LINE:
+        key = f"--{path[0].replace('_', '-')} ({key})"
     value = "" if details["type"] == "conflict" else f", not {details['input']!r:.60}"
     return f"{entry.where}: {key}: {message}{value}"

@@ -56,7 +56,6 @@ _ABANDONED_S = 24 * 3600.0
 """Age at which texts that were never finished are deleted."""
 
 _SHOWN_NAMES = 12
-_SHOWN_CHARS = 500
 
 logger = logging.getLogger(__name__)
 
@@ -190,11 +189,16 @@ def _key(files: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(said).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
-def _write_texts(files: Sequence[Path], out: Path) -> None:
+def _run(files: Sequence[Path], out: Path) -> "subprocess.CompletedProcess[bytes]":
+    """Run the process that writes the texts of files to the folder `out`.
+
+    Raises:
+        CheckpointError: it takes too long.
+    """
     command = [sys.executable, "-m", "distributed_llm.gguf_texts", str(out), *map(str, files)]
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
     try:
-        done = subprocess.run(  # noqa: S603
+        return subprocess.run(  # noqa: S603
             command,
             env=os.environ | quiet,
             stdin=subprocess.DEVNULL,
@@ -208,6 +212,10 @@ def _write_texts(files: Sequence[Path], out: Path) -> None:
             f"{files[0]} could not be read in {_TIMEOUT_S:.0f} s: this machine is very busy, or "
             "the file claims to have more in it than any model has. Try another file."
         ) from exc
+
+
+def _write_texts(files: Sequence[Path], out: Path) -> None:
+    done = _run(files, out)
     if (out / REFUSAL_NAME).is_file():
         refusal = msgspec.json.decode((out / REFUSAL_NAME).read_bytes(), type=Refusal)
         kind = UnsupportedModel if refusal.unsupported else CheckpointError
@@ -215,10 +223,10 @@ def _write_texts(files: Sequence[Path], out: Path) -> None:
     if done.returncode or not (out / TENSORS_NAME).is_file():
         said = done.stderr.decode(errors="replace").strip()
         logger.debug("gguf_texts: %s", said)
-        last = said.splitlines()[-1][:_SHOWN_CHARS] if said else f"exit code {done.returncode}"
         raise CheckpointError(
-            f"{files[0]} cannot be read ({last}). It is damaged, or of a kind that transformers "
-            "does not know yet: use another file, or a folder with the original model."
+            f"{files[0]} cannot be read: the process that reads it ended with exit code "
+            f"{done.returncode}. The file is damaged, or of a kind that transformers does not know "
+            "yet: use another file, or a folder with the original model."
         )
 
 

@@ -11,7 +11,9 @@ _NAME = re.compile(
     r"(?:@(?P<revision>.+))?",
     re.ASCII,
 )
+_FILE_WITH_TAG = re.compile(r"(?P<file>.*\.gguf):(?P<tag>[\w./-]*)", re.ASCII | re.IGNORECASE)
 _SHOWN_NAMES = 20
+_SHOWN_CHARS = 100
 
 
 def parse_name(model: str) -> tuple[str, str] | None:
@@ -19,7 +21,17 @@ def parse_name(model: str) -> tuple[str, str] | None:
 
     Args:
         model: such as "org/name:Q4_K_M" or "org/name/file.gguf", perhaps with "@revision".
+
+    Raises:
+        CheckpointError: it names a file, and how the weights in it are to be kept.
     """
+    if tagged := _FILE_WITH_TAG.fullmatch(model):
+        file, tag = tagged["file"][:_SHOWN_CHARS], tagged["tag"][:_SHOWN_CHARS]
+        raise CheckpointError(
+            f"{file}:{tag} names a GGUF file, and {tag!r} behind it: a file keeps its weights in "
+            f"one way only. Give {file} alone; a colon chooses among the files of a repository of "
+            "the hub, such as 'org/name:Q4_K_M'."
+        )
     match = _NAME.fullmatch(model)
     if match is None or ".." in model:
         return None

@@ -233,6 +233,8 @@ def how_to_replace(path: Path) -> str:
     """Return what to do about a broken file; the hub's library keeps those in its cache."""
     if path.parent.parent.name == "snapshots":
         return f"Delete {path.resolve()} and start again: it is then downloaded anew."
+    if path.parent.name == "blobs" and path.name.startswith("sha256-"):
+        return "It is ollama's: run `ollama rm` and `ollama pull` with the name of the model."
     return "Copy or download it again."
 
 

@@ -17,6 +17,12 @@ _MAX_POSITIONS = 2**31 - 1
 _MAX_LAYERS = 4096
 """Far more than any model has, and few enough to be made and planned in seconds."""
 
+_SIZES = (
+    *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
+    *("intermediate_size", "moe_intermediate_size"),
+)
+"""Names of sizes that not all models have; some have one for each layer."""
+
 _SCALED_BY_FACTOR = frozenset({"yarn", "llama3", "linear", "dynamic"})
 """Types of rotary positions that reach `factor` times as far as the model was first trained.
 
@@ -36,6 +42,9 @@ def check_sizes(config: Config) -> None:
     num_layers(config)
     hidden_size(config)
     positive(config, "vocab_size")
+    for name in _SIZES:
+        if config.get(name) is not None and not isinstance(config[name], list):
+            positive(config, name)
 
 
 def num_layers(config: Config) -> int:
@@ -100,7 +109,7 @@ def positive(config: Config, *names: str, most: int = _MAX_POSITIONS) -> int:
             return value
     raise CheckpointError(
         f"config.json of the {config.get('model_type')!r} model has none of {', '.join(names)}; "
-        "it is not the configuration of a decoder language model."
+        "it is not the configuration of a decoder language model. Copy that of the original model."
     )
 
 

@@ -46,7 +46,7 @@ def ollama_file(model: str) -> Path | None:
     for folder in _folders():
         manifest = folder.joinpath("manifests", *parts)
         if manifest.is_file():
-            return _blob(folder, manifest)
+            return _blob(folder, manifest, model.removeprefix(PREFIX))
     return None
 
 
@@ -81,7 +81,7 @@ def _folders() -> list[Path]:
     return [Path.home() / ".ollama" / "models", *map(Path, _SYSTEM_FOLDERS)]
 
 
-def _blob(folder: Path, manifest: Path) -> Path:
+def _blob(folder: Path, manifest: Path, name: str) -> Path:
     told = read_json(manifest).get("layers")
     layers = [layer for layer in told if isinstance(layer, dict)] if isinstance(told, list) else []
     if any(layer.get("mediaType") == _ADAPTER_LAYER for layer in layers):
@@ -94,10 +94,19 @@ def _blob(folder: Path, manifest: Path) -> Path:
         if layer.get("mediaType") == _MODEL_LAYER:
             match = _DIGEST.fullmatch(str(layer.get("digest")))
             if match:
-                return folder / "blobs" / f"sha256-{match[1]}"
+                return _checked(folder / "blobs" / f"sha256-{match[1]}", name)
     raise CheckpointError(
         f"{manifest} names no file with weights: it is no model that ollama runs by itself. "
         "Choose another one of `ollama list`."
+    )
+
+
+def _checked(blob: Path, name: str) -> Path:
+    if os.path.lexists(blob):
+        return blob
+    raise CheckpointError(
+        f"ollama knows the model {name!r}, but its file {blob} is not there: it was not pulled to "
+        f"its end, or was deleted. Run `ollama pull {name}`."
     )
 
 

@@ -462,9 +462,7 @@ class Core:
         """Plan with workers that joined; under strategy "speed", `Rebalancing` does if it can."""
         replanning, complete = self._replanning, self._pipelines.complete
         if self._cluster.settings.strategy == "speed" and self._pipelines.state != "waiting":
-            actions = [] if complete else replanning.add_pipeline()
-            replanning.replan_at, replanning.replan_when_idle = None, False
-            return actions
+            return self._use_joined_at_speed()
         if self._moves.move is not None:  # plan when it has ended
             replanning.replan_at, replanning.replan_when_idle = None, True
             return []
@@ -475,6 +473,21 @@ class Core:
             replanning.replan_at, replanning.replan_when_idle = None, True
             return waiting
         return [*replanning.add_pipeline(), *waiting]
+
+    def _use_joined_at_speed(self) -> list[Action]:
+        """Add a pipeline if one is missing, and see whether weights of more bits fit.
+
+        The rebalancer does the rest.
+        """
+        replanning = self._replanning
+        actions = [] if self._pipelines.complete else replanning.add_pipeline()
+        replanning.replan_at, replanning.replan_when_idle = None, False
+        if not replanning.may_have_more_bits:
+            return actions
+        if self._moves.move is not None:  # plan when it has ended
+            replanning.replan_when_idle = True
+            return actions
+        return [*actions, *replanning.ask_for_more_bits()]
 
     # -------------------------------------------------------------- starting what can be started
 

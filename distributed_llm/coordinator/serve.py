@@ -15,12 +15,14 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.discovery import Announcer
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.file_limit import raise_file_limit
-from distributed_llm.common.hub import download_file, fingerprints, resolve_for_coordinator
+from distributed_llm.common.hub import download_file
 from distributed_llm.common.keyring import here, state_folder
 from distributed_llm.common.keys import fingerprint
 from distributed_llm.common.messages import ModelSource
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.model_folder import folder_of_config, read_config
+from distributed_llm.common.model_names import fingerprints, resolve_for_coordinator
+from distributed_llm.common.model_sizes import check_sizes
 from distributed_llm.common.other_formats import quantization
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.stopping import exit_code
@@ -141,6 +143,7 @@ def plan(
     settings: CoordinatorSettings,
     *,
     parameters_of: Callable[[Mapping[str, Any]], Mapping[str, TensorInfo]],
+    check_loading: Callable[[Checkpoint], None],
 ) -> DryRun:
     """Return which workers would get which layers of `model`, and how fast that would be.
 
@@ -150,6 +153,7 @@ def plan(
         workers: descriptions of workers, as `dry_run` reads them.
         settings: of the coordinator.
         parameters_of: returns the tensors that a model with a given config.json would have.
+        check_loading: raises what workers would raise when they load a checkpoint.
 
     Raises:
         NotEnoughMemory: with how much is missing and what would fit.
@@ -158,7 +162,8 @@ def plan(
     """
     folder = folder_of_config(Path(model)) if model else None
     if folder is None:
-        served, _ = open_model(model, settings)
+        served, checkpoint = open_model(model, settings)
+        check_loading(checkpoint)
         return dry_run(served, workers, settings)
     config = read_config(folder)
     if (how := quantization(config)) is not None:
@@ -186,6 +191,7 @@ def open_model(model: str, settings: CoordinatorSettings) -> tuple[ServedModel, 
         InvalidRequest: generation_config.json has a value out of range.
     """
     source, checkpoint = resolve_for_coordinator(model)
+    check_sizes(checkpoint.config)
     check_architecture(checkpoint.config)
     prints = fingerprints(source, checkpoint, LayerRange(0, checkpoint.num_layers))
     return served_model(source, checkpoint, settings, prints), checkpoint

@@ -7,11 +7,6 @@ served, the folder gets `REFUSAL_NAME` with the reason instead.
 import sys
 from pathlib import Path
 
-import msgspec
-
-from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.gguf_files import REFUSAL_NAME, Refusal
-
 _MAX_MEMORY_BYTES = 8 << 30
 """Memory that this process may take: a file can claim any number of fields."""
 
@@ -20,13 +15,9 @@ def main() -> None:
     """Do what the module says."""
     out, *files = map(Path, sys.argv[1:])
     _limit_memory()
-    from distributed_llm.gguf_texts.texts import write_texts  # within the limit
+    from distributed_llm.gguf_texts.texts import write_texts_or_refusal  # within the limit
 
-    try:
-        write_texts(files, out)
-    except CheckpointError as exc:
-        refusal = Refusal(str(exc), unsupported=isinstance(exc, UnsupportedModel))
-        (out / REFUSAL_NAME).write_bytes(msgspec.json.encode(refusal))
+    write_texts_or_refusal(files, out)
 
 
 def _limit_memory() -> None:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_FLOATS, GGUF_METHOD
 from distributed_llm.common.other_formats import CONFIG_NAME
+from distributed_llm.gguf_texts.checks import check_metadata
 from distributed_llm.gguf_texts.header import Header
 from distributed_llm.gguf_texts.rotary import linear_factor, rope_parameters
 
@@ -64,6 +65,7 @@ _SCALED_GEMMAS = (34, 48, 62)
 """Layers of the models of Gemma 3 whose rotary positions are scaled; not all files say so."""
 
 _GEMMA_FACTOR = 8.0
+_SHOWN_CHARS = 60
 
 
 def write_config(header: Header, out: Path) -> None:
@@ -73,6 +75,8 @@ def write_config(header: Header, out: Path) -> None:
         UnsupportedModel: transformers does not read models of this architecture.
         CheckpointError: what the files say is no possible model.
     """
+    _refuse_unknown(header)
+    check_metadata(header)
     content = _read(header)
     kind = CONFIG_MAPPING[content["model_type"]]
     known = set(kind.__dataclass_fields__)
@@ -101,16 +105,20 @@ def write_config(header: Header, out: Path) -> None:
     (out / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True))
 
 
+def _refuse_unknown(header: Header) -> None:
+    architecture = header.architecture
+    if architecture not in GGUF_CONFIG_ARCHS and architecture not in _MODEL_TYPES:
+        raise UnsupportedModel(
+            f"holds a model of the architecture {architecture[:_SHOWN_CHARS]!r}, which is not read "
+            "from GGUF. Use a folder with the original model, or a quantized one in safetensors."
+        )
+
+
 def _read(header: Header) -> dict[str, Any]:
     """Return what transformers makes of the metadata."""
     architecture = header.architecture
     if architecture in GGUF_CONFIG_ARCHS:
         return dict(get_gguf_config(dict(header.metadata), tuple(header.tensors)))
-    if architecture not in _MODEL_TYPES:
-        raise UnsupportedModel(
-            f"holds a model of the architecture {architecture!r}, which is not read from GGUF. Use "
-            "a folder with the original model, or a quantized one in safetensors."
-        )
     kind = _MODEL_TYPES[architecture]
     if architecture == "llama" and header.get("expert_count"):
         kind = "mixtral"

@@ -1,7 +1,6 @@
 """Reads what GGUF files say of themselves: metadata and tensors."""
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, GGUFValueType
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from distributed_llm.common.errors import CheckpointError, UnsupportedModel
-from distributed_llm.common.gguf_types import GGUF_BLOCKS, GGUF_FLOATS
-from distributed_llm.common.model_files import TensorInfo, how_to_replace
+from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.gguf_texts.tensors import broken, read_tensors
 
 _TOKENS = "tokenizer.ggml.tokens"
 _VISION_NAMES = ("v.", "mm.", "a.")
@@ -90,7 +88,7 @@ def read_files(files: Sequence[Path]) -> Header:
     """
     tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, tensor in _tensors(file).items():
+        for name, tensor in read_tensors(file).items():
             if name in tensors:
                 raise CheckpointError(
                     f"holds {name}, as {tensors[name].file} does. They are not the parts of one "
@@ -99,8 +97,8 @@ def read_files(files: Sequence[Path]) -> Header:
             tensors[name] = tensor
     try:
         metadata, _ = read_gguf_metadata(str(files[0]), (_TOKENS,))
-    except Exception as exc:
-        raise _broken(files[0], exc) from exc
+    except Exception as exc:  # of many types, for what is not as it should be
+        raise broken(files[0], "its metadata make no sense") from exc
     metadata = {name: decimal(value) for name, value in metadata.items()}
     count = metadata.get("split.tensors.count", len(tensors))
     if count != len(tensors):
@@ -116,59 +114,3 @@ def decimal(value: Any) -> Any:
     if isinstance(value, float) and float(np.float32(value)) == value:
         return float(str(np.float32(value)))
     return value
-
-
-class _Reader(GGUFReader):
-    """Does not look at the elements of arrays: vocabularies have a hundred thousand texts."""
-
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, Any, Any, Any]:
-        if raw_type != GGUFValueType.ARRAY:
-            return super()._get_field_parts(orig_offs, raw_type)
-        content: Any = self.data
-        kind, count = struct.unpack_from("<IQ", content, orig_offs)
-        size = struct.calcsize("<IQ")
-        if kind == GGUFValueType.STRING:
-            for _ in range(count):
-                size += 8 + struct.unpack_from("<Q", content, orig_offs + size)[0]
-        else:
-            size += count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
-        return size, [], [], [GGUFValueType.ARRAY]
-
-
-def _tensors(file: Path) -> dict[str, TensorInfo]:
-    size = file.stat().st_size
-    try:
-        reader = _Reader(file)
-    except Exception as exc:
-        if "GGMLQuantizationType" in str(exc):
-            raise UnsupportedModel(
-                f"holds numbers of a type that is not known ({exc}). {_OTHER_FILE}"
-            ) from exc
-        raise _broken(file, exc) from exc
-    if reader.endianess.name != "LITTLE":
-        raise UnsupportedModel(f"is for machines of the other byte order. {_OTHER_FILE}")
-    tensors = {}
-    for tensor in reader.tensors:
-        kind, shape = tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape))
-        if kind not in GGUF_FLOATS and kind not in GGUF_BLOCKS:
-            raise UnsupportedModel(
-                f"holds numbers of type {kind} ({tensor.name}), which are not read. {_OTHER_FILE}"
-            )
-        offset, nbytes = int(tensor.data_offset), int(tensor.n_bytes)
-        if offset + nbytes > size:
-            raise _broken(file, ValueError(f"{tensor.name} would end behind it"))
-        tensors[tensor.name] = TensorInfo(tensor.name, file.name, kind, shape, offset, nbytes)
-    return tensors
-
-
-_OTHER_FILE = (
-    f"Use another file of the model; those of these types are read: {', '.join(GGUF_BLOCKS)}, "
-    "F16, BF16, F32."
-)
-
-
-def _broken(file: Path, exc: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"is not a whole GGUF file ({type(exc).__name__}: {str(exc)[:200]}). It was not copied to "
-        f"its end, or is damaged. {how_to_replace(file)}"
-    )

@@ -34,6 +34,7 @@ _WHOLE_WORDS = frozenset(
 """Where words of the vocabulary stand for themselves, whatever the merges say, and texts begin with
 a special token unless the file says otherwise."""
 
+_SHOWN_CHARS = 60
 _SPACE = "\u2581"
 
 
@@ -51,8 +52,8 @@ def write_tokenizer(header: Header, out: Path) -> None:
         backend, more = convert_gguf_tokenizer(architecture, content)
     except Exception as exc:
         raise UnsupportedModel(
-            f"has a tokenizer ({kind}) that cannot be read: {str(exc)[:300]}. Use a folder with "
-            "the original model."
+            f"has a tokenizer ({str(kind)[:_SHOWN_CHARS]}) that transformers cannot read: it is "
+            "damaged, or of a kind that is not known. Use a folder with the original model."
         ) from exc
     way = content.get("pre_tokenizer_type")
     if kind == "gpt2" and architecture != "gpt2":

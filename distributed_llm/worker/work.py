@@ -16,9 +16,9 @@ from distributed_llm.common.addresses import (
 from distributed_llm.common.architectures import check_architecture
 from distributed_llm.common.cache_folder import cache_folder, offload_folder
 from distributed_llm.common.errors import ConfigError, CoordinatorUnreachable
-from distributed_llm.common.hub import own_checkpoint
 from distributed_llm.common.keyring import enrolled_name, find_login
 from distributed_llm.common.messages import Capabilities
+from distributed_llm.common.model_names import own_checkpoint
 from distributed_llm.common.settings import WorkerSettings
 from distributed_llm.common.stopping import exit_code
 from distributed_llm.common.transport import Login

@@ -280,7 +280,11 @@ def test_twice_the_context_fits(folder: Path, kv_dtype: KVDtype) -> None:
     rooms = []
     for kept in ("auto", kv_dtype):
         settings = CoordinatorSettings(kv_dtype=kept, dtype="bfloat16")
-        run = serve.plan(str(folder), ("pc=1MiB",), settings, parameters_of=parameters_of)
+        run = serve.plan(
+            *(str(folder), ("pc=1MiB",), settings),
+            parameters_of=parameters_of,
+            check_loading=Stage.check_loading,
+        )
         rooms.append(run.plans[0][0].kv_tokens)
     assert run.cost.kv_bytes_per_token * 4 == stage.kv_bytes_per_token
     assert f"context: kept in {kv_dtype}" in summary.plan_lines(run)

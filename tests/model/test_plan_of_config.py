@@ -13,13 +13,18 @@ from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.coordinator import serve
 from distributed_llm.coordinator.inspect_model import model_cost
 from distributed_llm.worker.model.empty_model import parameters_of
+from distributed_llm.worker.model.stage import Stage
 from tests.checkpoints import FAMILIES, make_checkpoint
 
 WORKERS = ("pc=200KiB", "mac=200KiB")
 
 
 def plan(model: Path) -> Any:
-    return serve.plan(str(model), WORKERS, CoordinatorSettings(), parameters_of=parameters_of)
+    return serve.plan(
+        *(str(model), WORKERS, CoordinatorSettings()),
+        parameters_of=parameters_of,
+        check_loading=Stage.check_loading,
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,3 +101,11 @@ def test_a_config_with_an_impossible_value(tmp_path: Path, words: str, with_weig
         read(str(tmp_path), CoordinatorSettings())
     path.write_text(json.dumps(config))
     assert plan(tmp_path)
+
+
+def test_weights_that_could_not_be_loaded_are_not_planned(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match=r"_proj.weight has shape .* config.json says .*64"):
+        plan(tmp_path)

@@ -14,7 +14,10 @@ from distributed_llm.worker.kv.slabs import MIN_ROOM, SlabPool
 
 MIB = 1024 * 1024
 WIDE = KVLayout(8, 128, 128, torch.float32, torch.device("cpu"))  # 8 KiB a position
-SMALL = KVLayout(2, 4, 6, torch.float32, torch.device("cpu"))  # rows are no whole pages
+SMALL = KVLayout(2, 4, 6, torch.float32, torch.device("cpu"))  # heads are no whole pages
+CODES = KVLayout(
+    4, 66, 66, torch.uint8, torch.device("cpu")
+)  # nor are rows, but for what is between
 NO_PAGES = pytest.mark.skipif(sys.platform != "linux", reason="memory is counted for Linux")
 
 
@@ -55,6 +58,18 @@ def test_positions_of_a_page_that_has_others_too_stay() -> None:
     assert held.row is not None
     held.row.slab.drop(held.row, 0, 64)
     assert bool((held.keys[:, 64:] == 1.0).all())
+
+
+@NO_PAGES
+def test_rows_that_are_no_whole_pages_give_their_memory_back() -> None:
+    pool = SlabPool(CODES)
+    before = resident_bytes()
+    for _ in range(4):
+        rows = [pool.take(1) for _ in range(64)]  # 256 KiB of addresses each
+        for held in rows:
+            held.keys[:, 0] = 1
+        del rows, held
+    assert resident_bytes() - before < 4 * MIB
 
 
 @pytest.mark.parametrize("layout", [WIDE, SMALL])

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from distributed_llm.common import codec
 from distributed_llm.common.checkpoint import open_checkpoint
-from distributed_llm.common.hub import fingerprints
 from distributed_llm.common.messages import (
     Capabilities,
     KVEnd,
@@ -23,6 +22,7 @@ from distributed_llm.common.messages import (
     SequenceSlice,
     Task,
 )
+from distributed_llm.common.model_names import fingerprints
 from distributed_llm.common.types import Epoch, LayerRange, SequenceId, StepNumber
 from distributed_llm.worker.compute.engine import Engine
 from distributed_llm.worker.model.stage import Stage, StageOutput

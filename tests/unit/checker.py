@@ -23,12 +23,14 @@ from distributed_llm.common.messages import (
 )
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import LayerRange, PeerId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.cluster.departures import DepartureState
 from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
 from distributed_llm.coordinator.requests.request import Answer
+from distributed_llm.coordinator.serving.event_log import EventKind
 from distributed_llm.coordinator.serving.pipeline import Pipeline
 from tests.unit.fake_model import NUM_LAYERS
 
@@ -59,6 +61,7 @@ class Checker:
         num_arrived: requests of clients that it knows, repeated ones included.
         all_are_honest: whether no peer breaks the protocol on purpose.
         num_sources: how often orders have named a source of weights.
+        forms: of the weights of all plans so far, oldest first, each once in a row.
     """
 
     def __init__(self, core: Core, settings: CoordinatorSettings) -> None:
@@ -68,10 +71,12 @@ class Checker:
         self.num_arrived = 0
         self.all_are_honest = True
         self.num_sources = 0
+        self.forms: list[Quantize] = ["none"]
         self._open: dict[RequestKey, float] = {}  # when it is due, clock seconds
         self._ended: set[RequestKey] = set()
         self._largest = (0, 0, 0, 0, 0, 0, 0, 0)
         self._ordered: dict[int, dict[PeerId, LayerRange]] = {}  # by epoch
+        self._form_of: dict[int, Quantize] = {}  # by epoch
         self._squeezed: dict[Answer, float] = {}  # since when a move takes its room
         self._dismissed: dict[PeerId, float] = {}  # since when a worker may leave
         self._unfit: dict[PeerId, float] = {}  # since when
@@ -165,8 +170,9 @@ class Checker:
         """Whoever serves an epoch together has every layer of the model once."""
         for action in actions:
             match action:
-                case events.Send(peer=peer, message=LoadStage(epoch=epoch, layers=layers)):
+                case events.Send(peer=peer, message=LoadStage(epoch=epoch, layers=layers) as order):
                     self._ordered.setdefault(epoch, {})[peer] = layers
+                    self._check_form(order)
                 case events.Send(message=Task(epoch=epoch)):
                     ranges = sorted(self._ordered[epoch].values())
                     ends = [0, *(one.stop for one in ranges)]
@@ -174,6 +180,16 @@ class Checker:
                     assert ends[-1] == NUM_LAYERS, f"{ranges} in plan {epoch}"
                 case _:
                     pass
+
+    def _check_form(self, order: LoadStage) -> None:
+        """All stages of a plan have weights of the same form, which is said if it is a new one."""
+        if self._form_of.setdefault(order.epoch, order.quantize) != self.forms[-1]:
+            entries = self._core._event_log.entries
+            kinds = (EventKind.WEIGHTS_QUANTIZED, EventKind.WEIGHTS_CHANGED)
+            said = {entry.epoch for entry in entries if entry.kind in kinds}
+            assert order.epoch in said, f"nobody is told of {order.quantize} in plan {order.epoch}"
+            self.forms.append(order.quantize)
+        assert self.forms[-1] == order.quantize, f"plan {order.epoch} mixes weights"
 
     def _check_faults(self) -> None:
         """Nobody is charged with a fault but for what was spoiled, or for a hello that came twice.

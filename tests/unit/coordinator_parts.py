@@ -82,6 +82,7 @@ class Parts:
         memory: of each worker, bytes.
         cost: of the model.
         kv_tokens: positions that plans by speed leave room for; None is as many as usual.
+        smaller: what the model may shrink to.
         settings: others than the usual ones.
     """
 
@@ -91,6 +92,7 @@ class Parts:
         cost: ModelCost = COST,
         *,
         kv_tokens: int | None = None,
+        smaller: tuple[ModelCost, ...] = (),
         **settings: Any,
     ) -> None:
         given = CoordinatorSettings(**{"min_kv_tokens": 64, "replicas": 1, **settings})
@@ -105,6 +107,8 @@ class Parts:
             hidden_size=4,
             defaults=GenerationDefaults(2048, 50, (49,), SamplingParams()),
             digest=str,
+            smaller=smaller,
+            may_shrink=bool(smaller),
         )
         self.registry = Registry(silence_timeout_s=4.0, task_timeout_s=given.task_timeout_s)
         self.event_log = EventLog()

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import RemoteProtocolError
@@ -35,6 +37,7 @@ from distributed_llm.common.tensors import (
     frame_of_bytes,
     frame_of_token_ids,
 )
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.events import RequestKey
 from tests.unit.fake_model import (
@@ -59,6 +62,8 @@ class Answer:
         sent_at: when the request was sent, clock seconds; likewise the others.
         token_times: when each token came.
         grammar: made-up, for `fake_model.admitted`; empty for none.
+        forms: of the weights of all plans that were announced, oldest first.
+        first_form: which of them was the newest when the request was sent.
     """
 
     prompt: tuple[int, ...]
@@ -79,6 +84,8 @@ class Answer:
     ended_at: float = 0.0
     cancelled: bool = False
     grammar: str = ""
+    forms: Sequence[Quantize] = ("none",)
+    first_form: int = 0
     _expected: list[int] | None = None
 
     @property
@@ -115,14 +122,45 @@ class Answer:
             choice=self.choice,
             default_max_new_tokens=room,
             grammar=self.grammar,
+            forms=self._forms_of_tokens(),
         )
         for count in range(1, len(tokens) + 1):
             if any(stop in text_of(tokens[:count]) for stop in self.params.stop_strings):
                 return tokens[:count]
         return tokens
 
+    def _forms_of_tokens(self) -> list[Quantize]:
+        """Return which weights each token shows; the last ones, if any, are those of the rest.
+
+        These must be weights that were announced, in that order.
+        """
+        announced = self.forms[self.first_form :]
+        if len(announced) == 1:
+            return [announced[0]]
+        forms: list[Quantize] = []
+        for form in announced:
+            tokens, logprobs = self._told([*forms, form])
+            while (at := len(forms)) < min(len(self.token_ids), len(tokens)):
+                same = self.logprobs[at : at + 1] == logprobs[at : at + 1]
+                if self.token_ids[at] != tokens[at] or not same:
+                    break
+                forms.append(form)
+        assert len(forms) == len(self.token_ids), f"token {len(forms)} is of unknown weights"
+        return forms or [announced[-1]]
+
+    def _told(self, forms: Sequence[Quantize]) -> tuple[list[int], list[TokenLogprobs]]:
+        """Return what comes after the tokens that came; `forms` are of these and of the rest."""
+        given = {"choice": self.choice, "grammar": self.grammar, "forms": forms}
+        limit = self.params.max_new_tokens or len(self.token_ids)
+        params = msgspec.structs.replace(self.params, max_new_tokens=max(1, limit))
+        tokens = reference(self.prompt, params, **given)
+        if params.logprobs is None:
+            return tokens, []
+        return tokens, reference_logprobs(self.prompt, params, **given)
+
     def check(self) -> None:
         """Assert that all that came is right."""
+        self._expected = None
         for other in self.others:
             other.check()
         if self.embeds:
@@ -132,7 +170,11 @@ class Answer:
         assert self.token_ids == expected[: len(self.token_ids)]
         if self.params.logprobs is not None:
             known = reference_logprobs(
-                self.prompt, self.params, choice=self.choice, grammar=self.grammar
+                self.prompt,
+                self.params,
+                choice=self.choice,
+                grammar=self.grammar,
+                forms=self._forms_of_tokens(),
             )
             assert self.logprobs == known[: len(self.token_ids)]
         sampled = [step.index for step in self.trace if step.sampled]
@@ -156,7 +198,8 @@ class Answer:
         assert not self.token_ids
         assert not isinstance(self.end, Finished)
         if isinstance(self.end, Embedded):
-            assert self.embedding == reference_embedding(self.prompt)
+            known = {*self.forms[self.first_form :]}
+            assert self.embedding in [reference_embedding(self.prompt, form) for form in known]
             assert self.end.usage == Usage(prompt_tokens=len(self.prompt), completion_tokens=0)
 
 
@@ -189,7 +232,7 @@ class SimClient:
         name = request_id or f"r{len(self.answers)}"
         params = params or SamplingParams(max_new_tokens=8)
         answer, *others = (
-            Answer(tuple(prompt), params, self.world.now, choice, grammar=grammar)
+            Answer(tuple(prompt), params, self.world.now, choice, grammar=grammar, **self._forms())
             for choice in range(params.n)
         )
         answer.others = others
@@ -211,12 +254,16 @@ class SimClient:
         """Ask for an embedding."""
         name = f"r{len(self.answers)}"
         params = SamplingParams(max_new_tokens=1, timeout_s=timeout_s)
-        answer = Answer(tuple(prompt), params, self.world.now, embeds=True)
+        answer = Answer(tuple(prompt), params, self.world.now, embeds=True, **self._forms())
         self.answers[name] = answer
         spec, frame = frame_of_token_ids(prompt)
         message = Embed(request_id=name, prompt="token_ids", timeout_s=timeout_s, tensors=(spec,))
         self.say(message, (frame,))
         return answer
+
+    def _forms(self) -> dict[str, Any]:
+        forms = self.world.checker.forms
+        return {"forms": forms, "first_form": len(forms) - 1}
 
     def cancel(self, request_id: str) -> None:
         """Cancel a request."""

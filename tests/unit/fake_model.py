@@ -5,9 +5,8 @@ left with stale positions changes every later token; what a stage is given is ch
 stage counts the memory that a real one would take, and must not need more than it said it has.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from distributed_llm.common.tensors import (
     token_ids_of_frame,
 )
 from distributed_llm.common.types import KV_BLOCK, LayerRange
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.coordinator.model import GenerationDefaults, ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
 
@@ -62,6 +62,19 @@ MODEL = ServedModel(
     digest=lambda layers: f"digest of {layers}",
     kv_dtype="fp8",
 )
+_SIZES: tuple[tuple[int, Quantize], ...] = ((50, "int8"), (25, "int4"))
+AUTO_MODEL = replace(
+    MODEL,
+    smaller=tuple(
+        replace(COST, layer_bytes=(size,) * NUM_LAYERS, quantize=form) for size, form in _SIZES
+    ),
+    may_shrink=True,
+)
+"""The same if weights may have fewer bits where it does not fit else."""
+
+_TINTS: dict[Quantize, int] = {"none": 0, "int8": 100, "int4": 200}
+"""What makes layers compute otherwise where their weights have fewer bits."""
+
 WINDOW = 20
 """Positions that a token sees in two of three layers."""
 
@@ -126,29 +139,42 @@ def reference(
     choice: int = 0,
     default_max_new_tokens: int = 256,
     grammar: str = "",
+    forms: Sequence[Quantize] = ("none",),
 ) -> list[int]:
-    """Return the answer that one machine without faults gives."""
+    """Return the answer that one machine without faults gives.
+
+    Args:
+        forms: of the weights by which each token is computed; the last one is that of the rest.
+    """
     limit = params.max_new_tokens or default_max_new_tokens
-    return [token for _, token in _generate(prompt, params, choice, limit, grammar)]
+    return [token for _, token in _generate(prompt, params, choice, limit, grammar, forms)]
 
 
 def reference_logprobs(
-    prompt: Sequence[int], params: SamplingParams, *, choice: int = 0, grammar: str = ""
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    choice: int = 0,
+    grammar: str = "",
+    forms: Sequence[Quantize] = ("none",),
 ) -> list[TokenLogprobs]:
     """Return what goes with these tokens; needs `logprobs` and `max_new_tokens`."""
     assert params.logprobs is not None
     assert params.max_new_tokens is not None
-    answer = _generate(prompt, params, choice, params.max_new_tokens, grammar)
+    answer = _generate(prompt, params, choice, params.max_new_tokens, grammar, forms)
     return [token_logprobs(hidden, token, params.logprobs) for hidden, token in answer]
 
 
 def _generate(
-    prompt: Sequence[int], params: SamplingParams, choice: int, limit: int, grammar: str
+    prompt: Sequence[int],
+    params: SamplingParams,
+    choice: int,
+    limit: int,
+    grammar: str,
+    forms: Sequence[Quantize],
 ) -> Iterator[tuple[int, int]]:
     """Yield what each token of the answer was picked from, and the token."""
-    states = [0] * NUM_LAYERS
-    hidden = 0
-    tokens = deque(enumerate(prompt))
+    passes = {form: Pass(form) for form in forms}
     answer: list[int] = []
     ends = () if params.ignore_eos else (EOS,)
     sampling = Sampling(
@@ -158,31 +184,44 @@ def _generate(
         eos_from=len(prompt) + (params.min_new_tokens or 0),
     )
     for at in range(len(prompt), len(prompt) + limit):
-        while tokens:
-            position, token = tokens.popleft()
-            hidden = mix(token, position)
-            for layer in range(NUM_LAYERS):
-                hidden = states[layer] = mix(states[layer], hidden, layer)
         may_follow = admitted(grammar, answer)
         if not may_follow:
             return
+        form = forms[min(len(answer), len(forms) - 1)]
+        hidden = passes[form].hidden([*prompt, *answer])
         token = pick(hidden, sampling, at, mask_of(may_follow))
         answer.append(token)
         yield hidden, token
         if token in ends:
             return
-        tokens.append((at, token))
 
 
-def reference_embedding(prompt: Sequence[int]) -> list[float]:
+class Pass:
+    """One machine that has all layers, with weights of one form."""
+
+    def __init__(self, form: Quantize) -> None:
+        self._tint = _TINTS[form]
+        self._states = [0] * NUM_LAYERS
+        self._hidden = self._count = 0
+
+    def hidden(self, token_ids: Sequence[int]) -> int:
+        """Return the last hidden state of these tokens, which begin with those of the last call."""
+        for position in range(self._count, len(token_ids)):
+            self._hidden = mix(token_ids[position], position)
+            for layer in range(NUM_LAYERS):
+                state = mix(self._states[layer], self._hidden, layer + self._tint)
+                self._hidden = self._states[layer] = state
+        self._count = len(token_ids)
+        return self._hidden
+
+
+def reference_embedding(prompt: Sequence[int], form: Quantize = "none") -> list[float]:
     """Return the mean of the last hidden states that one machine without faults gives."""
-    states = [0] * NUM_LAYERS
-    rows = []
-    for position, token in enumerate(prompt):
-        hidden = mix(token, position)
-        for layer in range(NUM_LAYERS):
-            hidden = states[layer] = mix(states[layer], hidden, layer)
-        rows.append([NUM_LAYERS, position, token, hidden])
+    machine = Pass(form)
+    rows = [
+        [NUM_LAYERS, position, token, machine.hidden(prompt[: position + 1])]
+        for position, token in enumerate(prompt)
+    ]
     return [float(np.float32(value / len(rows))) for value in _sum(rows)]
 
 
@@ -237,6 +276,7 @@ class FakeStage:
 
     def __init__(self, order: LoadStage, kv_tokens: int) -> None:
         self.layers = order.layers
+        self._tint = _TINTS[order.quantize]
         self.kv: dict[int, FakeSequence] = {}
         self.num_computed = 0
         self._kv_tokens = kv_tokens
@@ -378,7 +418,7 @@ class FakeStage:
             for layer, state in zip(
                 range(self.layers.start, self.layers.stop), before, strict=True
             ):
-                row[3] = mix(state, row[3], layer)
+                row[3] = mix(state, row[3], layer + self._tint)
                 states.append(row[3])
             row[0] = self.layers.stop
             held.states.append(states)

@@ -35,7 +35,6 @@ from distributed_llm.worker.session.link_events import LinkId
 from tests.unit.fake_kv import FakeExporter, FakeImporter, assemble_kv
 from tests.unit.fake_model import (
     BIG,
-    COST,
     WINDOW,
     FakeStage,
     Missing,
@@ -565,7 +564,7 @@ class SimWorker:
     def _loaded(self, load: agents.Load) -> agents.Loaded:
         order = load.order
         self.loaded.append(order)
-        weights = COST.weight_bytes(order.layers)
+        weights = self.world.model.cost_at(order.quantize).weight_bytes(order.layers)
         trials = self._trials(order) if order.trials and self.layer_s else ()
         return agents.Loaded(
             load.session,

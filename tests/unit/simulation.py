@@ -35,6 +35,7 @@ from distributed_llm.common.types import KV_BLOCK, LayerRange, PeerId
 from distributed_llm.coordinator import events
 from distributed_llm.coordinator.core import Core
 from distributed_llm.coordinator.events import RequestKey
+from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.plan import kv_tokens_of, plan_of
 from distributed_llm.coordinator.trust.access import Access
 from tests.unit.checker import Checker
@@ -97,6 +98,7 @@ class World:
         delay_s: of a message, between these.
         text_delay_s: of the text process for each thing it does.
         access: who may do what; everybody may do everything unless given.
+        model: that is served.
 
     Attributes:
         counts: messages that were sent, by way and kind.
@@ -112,8 +114,10 @@ class World:
         delay_s: tuple[float, float] = (0.001, 0.002),
         text_delay_s: float = 0.0005,
         access: Access | None = None,
+        model: ServedModel = MODEL,
     ) -> None:
-        self.core = Core(MODEL, settings, draw_seed=lambda: DRAWN_SEED, access=access)
+        self.model = model
+        self.core = Core(model, settings, draw_seed=lambda: DRAWN_SEED, access=access)
         self.now = 100.0
         self.workers: list[SimWorker] = []
         self.clients: list[SimClient] = []
@@ -431,7 +435,7 @@ class World:
         pairs = zip(workers[first:] + workers[:first], held, strict=False)
         layer_map = tuple((worker.id, layers) for worker, layers in pairs)
         memory = {worker.id: worker.capabilities.memory_bytes for worker in workers}
-        plan = plan_of(MODEL.cost, memory, layer_map)
+        plan = plan_of(self.model.cost_at(pipeline.quantize), memory, layer_map)
         price = core._moves.prices.price(pipeline, plan)
         if price.kv_tokens is not None and kv_tokens_of(plan) >= KV_BLOCK:
             actions = core._moves.begin(pipeline, plan, price, why="a test", now=self.now)

@@ -316,7 +316,9 @@ def test_overrides_refused() -> None:
     message = refusal(overrides={"worker.thread": 1})
     assert message == "command line: unknown key 'worker.thread'; did you mean 'threads'?"
     message = refusal(overrides={"worker.threads": -1})
-    assert message.startswith("command line: worker.threads: should be greater than or equal to 0")
+    assert message.startswith(
+        "command line: --threads (worker.threads): should be greater than or equal to 0"
+    )
     assert "unknown key 'nonsense'" in refusal(overrides={"nonsense": 1})
 
 
@@ -441,7 +443,9 @@ def test_addresses(text: str, parts: tuple[str, int]) -> None:
 def test_addresses_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         split_address(text)
-    assert refusal(overrides={"client.coordinator": text}).startswith("command line: client.coord")
+    assert refusal(overrides={"client.coordinator": text}).startswith(
+        "command line: --coordinator (client.coord"
+    )
 
 
 # --- config/local.yaml

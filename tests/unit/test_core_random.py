@@ -40,7 +40,7 @@ from distributed_llm.common.sampling_params import SamplingParams
 from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator import events
 from tests.unit.fake_client import Answer, SimClient, text_of
-from tests.unit.fake_model import BIG, CONTEXT, NUM_LAYERS, POISON
+from tests.unit.fake_model import AUTO_MODEL, BIG, CONTEXT, MODEL, NUM_LAYERS, POISON
 from tests.unit.fake_worker import SimWorker
 from tests.unit.random_schedule import any_of, between, coin, maybe, rule, run_schedule, several
 from tests.unit.simulation import Fault, FaultKind, Message, Way, World, with_settings
@@ -104,12 +104,14 @@ class Cluster:
         faulty: messages that may be lost, doubled or late.
         task_s: how long workers that join take for a task; 0 is as quickly as usual.
         load_s: how long some of them take to load.
+        model: that is served.
     """
 
     background = 0
     task_s = 0.0
     load_s = 0.01
     calm = False
+    model = MODEL
     faulty: ClassVar[list[type[Message]]] = FAULTY
     replicas: int | Literal["auto"] = 1
     memories = (300, BIG, 1200)
@@ -128,6 +130,7 @@ class Cluster:
             seed=draw.randrange(2**16),
             delay_s=(0.001, 0.3) if coin(draw) else (0.001, 0.002),
             text_delay_s=0.01 if coin(draw) else 0.0,
+            model=self.model,
         )
         for _ in range(draw.randint(1, 4)):
             self.join(1, error=None, slow=False)
@@ -431,6 +434,30 @@ class TwinCluster(Cluster):
     memories = (400, 800, 1200)
 
 
+class AutoCluster(Cluster):
+    """Weights have fewer bits where the workers that are there cannot hold them else."""
+
+    model = AUTO_MODEL
+    longest = 60
+    memories = (300, 450, 700)
+    max_examples = 20
+    num_forms: ClassVar[list[int]] = []
+
+    def finish(self) -> None:
+        """Also count the changes."""
+        super().finish()
+        self.num_forms.append(len(self.world.checker.forms))
+
+
+class AutoTwins(AutoCluster):
+    """Likewise, and the model is served twice."""
+
+    replicas = 2
+    memories = (400, 700, 1500)
+    max_examples = 8
+    num_forms: ClassVar[list[int]] = []
+
+
 class MovingCluster(Cluster):
     """Layers move to where they are computed soonest."""
 
@@ -455,6 +482,16 @@ class MovingTwins(MovingCluster):
     """Likewise, and the model is served as often as is fastest."""
 
     replicas = "auto"
+    num_moves: ClassVar[list[int]] = []
+
+
+class MovingAuto(AutoCluster, MovingCluster):
+    """Weights change, and layers move."""
+
+    settings_of_core: ClassVar = {"strategy": "speed"}
+    max_examples = 8
+    least_moves = 1
+    num_forms: ClassVar[list[int]] = []
     num_moves: ClassVar[list[int]] = []
 
 
@@ -594,6 +631,9 @@ class FailingMoves(FailingLoads, MovingCluster):
         TwinCluster,
         MovingCluster,
         MovingTwins,
+        AutoCluster,
+        AutoTwins,
+        MovingAuto,
         FailingLoads,
         FailingMoves,
         BusyCluster,
@@ -609,6 +649,9 @@ def test_random_schedules(cluster: type[Cluster], pytestconfig: pytest.Config) -
         run_schedule(cluster, seed)
     if issubclass(cluster, MovingCluster):
         assert sum(cluster.num_moves) >= cluster.least_moves, "hardly any layers moved"
+    if issubclass(cluster, AutoCluster):
+        changes = sum(cluster.num_forms) - len(cluster.num_forms)
+        assert changes >= cluster.max_examples // 4, "hardly any weights changed"
 
 
 def test_every_kind_of_message_is_lost_alone_or_said_to_be_never_lost() -> None:

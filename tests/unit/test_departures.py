@@ -1,5 +1,7 @@
 """Workers that are to leave: who may go when, and what those who asked are told."""
 
+from dataclasses import replace
+
 import pytest
 
 from distributed_llm.common.errors import InvalidRequest, NotEnoughMemory, NotReady, WorkerLost
@@ -15,7 +17,7 @@ from distributed_llm.coordinator.cluster.move import MoveState
 from distributed_llm.coordinator.cluster.worker import WorkerState
 from distributed_llm.coordinator.events import Action, Send, Study
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion
-from tests.unit.coordinator_parts import CLIENT, Parts, ready, sent
+from tests.unit.coordinator_parts import CLIENT, COST, Parts, ready, sent
 
 OTHER = PeerId(b"another client")
 
@@ -370,6 +372,25 @@ def test_that_nobody_can_is_asked_again_if_somebody_came() -> None:
     assert parts.departures.planned(question.reply(), now=10.1) == []
     settle(parts)
     assert parts.moves.move
+
+
+def test_that_nobody_can_with_these_bits_is_asked_again_once_requests_have_nowhere_else_to_go() -> (
+    None
+):
+    """Until then they would go on in the other pipeline, with the same weights."""
+    half = replace(COST, layer_bytes=(500,) * 6, quantize="int8")
+    parts = Parts(dict.fromkeys("abcd", 5000), strategy="even", replicas=2, smaller=(half,))
+    parts.ask(parts.serve(("a", 0, 3), ("b", 3, 6)), 100)
+    spare = parts.serve(("c", 0, 3), ("d", 3, 6))
+    parts.departures.drain(CLIENT, "b")
+    question = asked(parts, parts.departures.settle(now=10.0))
+    parts.pipelines.dissolve(spare)
+    for peer in (b"c", b"d"):
+        parts.registry.remove(PeerId(peer))
+    assert parts.departures.planned(question.reply(), now=10.1) == []
+    settle(parts)
+    (pipeline,) = parts.pipelines.all
+    assert (pipeline.layers_text, pipeline.quantize) == ("a 1-6", "int8")
 
 
 def test_an_answer_for_a_worker_that_is_gone_changes_nothing() -> None:

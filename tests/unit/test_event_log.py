@@ -49,6 +49,7 @@ FACTS = {
     "names": "num_beams",
     "what": "drop_stage",
     "form": "int8",
+    "earlier_form": "bfloat16",
     "nbytes": 3 << 30,
     "full": 6 << 30,
 }

@@ -16,13 +16,13 @@ from distributed_llm.common.errors import (
     CheckpointUnavailable,
     FetchFailed,
 )
-from distributed_llm.common.hub import fingerprints
 from distributed_llm.common.messages import (
     FetchProgress,
     LoadStage,
     ModelDescription,
     ModelSource,
 )
+from distributed_llm.common.model_names import fingerprints
 from distributed_llm.common.types import Epoch, LayerRange
 from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.library import Library

@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import HfApi, constants
 from safetensors.numpy import save_file
 
-from distributed_llm.common import hub
+from distributed_llm.common import hub, model_names
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import CheckpointError, CheckpointUnavailable
 from distributed_llm.common.messages import ModelSource
@@ -177,7 +177,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def hub_source(fake: FakeHub) -> ModelSource:
-    return hub.resolve_for_coordinator(NAME)[0]
+    return model_names.resolve_for_coordinator(NAME)[0]
 
 
 def weights_in(folder: Path) -> list[str]:
@@ -186,15 +186,15 @@ def weights_in(folder: Path) -> list[str]:
 
 def on_worker(source: ModelSource, layers: LayerRange, *, local_model: str = "") -> Checkpoint:
     """Return the checkpoint with the weights of `layers`, as a worker gets it by itself."""
-    here = hub.checkpoint_here(source, layers, local_model=local_model)
+    here = model_names.checkpoint_here(source, layers, local_model=local_model)
     if here is not None:
         return here
     assert source.kind == "hub"
     config = hub.download_file(source, "config.json", lambda nbytes: None)
-    described = hub._hub_checkpoint(source.name, config.parent)
+    described = hub.checkpoint_on_hub(source.name, config.parent)
     for file in sorted({tensor.file for tensor in described.tensors_of(layers)}):
         hub.download_file(source, file, lambda nbytes: None)
-    got = hub.checkpoint_here(source, layers)
+    got = model_names.checkpoint_here(source, layers)
     assert got is not None
     return got
 
@@ -206,14 +206,14 @@ def test_no_name_is_the_model_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_model(tmp_path / "builtin")
-    monkeypatch.setattr(hub, "_builtin_folder", lambda: folder)
-    source, checkpoint = hub.resolve_for_coordinator("")
+    monkeypatch.setattr(model_names, "_builtin_folder", lambda: folder)
+    source, checkpoint = model_names.resolve_for_coordinator("")
     assert source == ModelSource(kind="builtin", name="")
     assert on_worker(source, LayerRange(0, 4), local_model="/elsewhere") == checkpoint
 
 
 def test_the_model_in_the_package_lies_in_the_package() -> None:
-    folder = hub._builtin_folder()
+    folder = model_names._builtin_folder()
     assert folder.name == "builtin_model"
     assert (folder.parent / "py.typed").exists()
 
@@ -223,14 +223,14 @@ def test_a_folder_is_named_by_its_absolute_path(
 ) -> None:
     folder = write_model(tmp_path / "models" / "tiny")
     monkeypatch.chdir(tmp_path)
-    source, checkpoint = hub.resolve_for_coordinator("models/../models/tiny")
+    source, checkpoint = model_names.resolve_for_coordinator("models/../models/tiny")
     assert source == ModelSource(kind="folder", name=str(folder))
     assert on_worker(source, LayerRange(1, 2)) == checkpoint
 
 
 def test_a_worker_without_the_folder_has_no_copy(tmp_path: Path) -> None:
     source = ModelSource(kind="folder", name=str(tmp_path / "absent"))
-    assert hub.checkpoint_here(source, LayerRange(0, 1)) is None
+    assert model_names.checkpoint_here(source, LayerRange(0, 1)) is None
 
 
 @pytest.mark.parametrize("kind", ["folder", "hub"])
@@ -277,7 +277,7 @@ def test_a_bad_name_is_refused_before_any_socket(
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     with pytest.raises(CheckpointError, match=words) as caught:
-        hub.resolve_for_coordinator(model)
+        model_names.resolve_for_coordinator(model)
     assert len(str(caught.value)) < 600
 
 
@@ -303,7 +303,7 @@ def test_a_worker_does_not_trust_what_the_coordinator_names(
 
 
 def test_the_coordinator_fetches_no_weights_and_no_code(fake: FakeHub) -> None:
-    source, checkpoint = hub.resolve_for_coordinator(f"{NAME}@main")
+    source, checkpoint = model_names.resolve_for_coordinator(f"{NAME}@main")
     assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
     assert sorted(set(fake.bodies)) == sorted(["config.json", INDEX_NAME, "tokenizer.json"])
     assert weights_in(checkpoint.folder) == []
@@ -326,7 +326,7 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
     stop: int,
     shards: list[int],
 ) -> None:
-    source, ours = hub.resolve_for_coordinator(NAME)
+    source, ours = model_names.resolve_for_coordinator(NAME)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
     fake.bodies.clear()
     layers = LayerRange(start, stop)
@@ -341,11 +341,11 @@ def test_a_worker_fetches_only_the_files_of_its_layers(
 
 
 def test_a_second_start_needs_no_network(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, ours = hub.resolve_for_coordinator(NAME)
+    source, ours = model_names.resolve_for_coordinator(NAME)
     theirs = on_worker(source, LayerRange(0, 2))
     fake.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    again, checkpoint = hub.resolve_for_coordinator(NAME)
+    again, checkpoint = model_names.resolve_for_coordinator(NAME)
     assert again == source
     assert checkpoint.fingerprints(LayerRange(0, 4), sampled=False) == ours.fingerprints(
         LayerRange(0, 4), sampled=False
@@ -376,26 +376,26 @@ def test_a_cache_that_others_filled_needs_no_network(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     else:
         fake.status = 503
-    source, ours = hub.resolve_for_coordinator(NAME)
+    source, ours = model_names.resolve_for_coordinator(NAME)
     assert source == ModelSource(kind="hub", name=NAME, revision=COMMIT)
     assert ours.folder == snapshot
     layers = LayerRange(1, 3)
     theirs = on_worker(source, layers)
-    everything = hub.fingerprints(source, ours, LayerRange(0, 4))
-    prints = hub.fingerprints(source, theirs, layers)
+    everything = model_names.fingerprints(source, ours, LayerRange(0, 4))
+    prints = model_names.fingerprints(source, theirs, layers)
     assert theirs.digest(layers, prints) == ours.digest(layers, everything)
 
 
 def test_both_sides_agree_whether_the_weights_were_here_or_not(
     fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, without = hub.resolve_for_coordinator(NAME)
+    source, without = model_names.resolve_for_coordinator(NAME)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other machine"))
     as_others_cache_it(fake)
     layers = LayerRange(0, 2)
     theirs = on_worker(source, layers)
-    prints = hub.fingerprints(source, theirs, layers)
-    everything = hub.fingerprints(source, without, LayerRange(0, 4))
+    prints = model_names.fingerprints(source, theirs, layers)
+    everything = model_names.fingerprints(source, without, LayerRange(0, 4))
     assert theirs.digest(layers, prints) == without.digest(layers, everything)
 
 
@@ -405,7 +405,7 @@ def test_an_incomplete_cache_offline_names_what_is_missing(
     as_others_cache_it(fake, without=(SHARDS[1],))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match=f"HF_HUB_OFFLINE is set.*Not here yet: {SHARDS[1]}"):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
 
 
 def test_texts_that_the_cache_lacks_are_no_fault_offline(
@@ -413,12 +413,12 @@ def test_texts_that_the_cache_lacks_are_no_fault_offline(
 ) -> None:
     """The library knows the list of files and calls the snapshot incomplete."""
     (fake.folder / "vocab.json").write_text("{}")
-    source, _ = hub.resolve_for_coordinator(NAME)
+    source, _ = model_names.resolve_for_coordinator(NAME)
     on_worker(source, LayerRange(0, 4))
     snapshot = Path(constants.HF_HUB_CACHE) / "models--org--tiny-model" / "snapshots" / COMMIT
     (snapshot / "vocab.json").unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    again, _ = hub.resolve_for_coordinator(NAME)
+    again, _ = model_names.resolve_for_coordinator(NAME)
     assert again == source
     on_worker(source, LayerRange(0, 4))
     (snapshot / SHARDS[0]).unlink()
@@ -442,13 +442,13 @@ def test_a_text_in_the_cache_that_is_something_else_is_named(fake: FakeHub) -> N
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 988097824\n"
     (fake.folder / "tokenizer.json").write_text(pointer)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is a git-lfs pointer"):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
 
 
 def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
     source = hub_source(fake)
     on_worker(source, LayerRange(0, 4))
-    _, checkpoint = hub.resolve_for_coordinator(NAME)
+    _, checkpoint = model_names.resolve_for_coordinator(NAME)
     whole = open_checkpoint(fake.folder)
     assert checkpoint.fingerprints(LayerRange(0, 4), sampled=True) == whole.fingerprints(
         LayerRange(0, 4), sampled=True
@@ -456,11 +456,11 @@ def test_weights_that_are_here_anyway_can_be_sampled(fake: FakeHub) -> None:
 
 
 def test_weights_have_one_name_with_and_without_them_on_disk(fake: FakeHub) -> None:
-    source, without = hub.resolve_for_coordinator(NAME)
+    source, without = model_names.resolve_for_coordinator(NAME)
     layers = LayerRange(0, 1)
     here = on_worker(source, layers)
-    everything = hub.fingerprints(source, without, LayerRange(0, 4))
-    name = here.digest(layers, hub.fingerprints(source, here, layers))
+    everything = model_names.fingerprints(source, without, LayerRange(0, 4))
+    name = here.digest(layers, model_names.fingerprints(source, here, layers))
     assert name == without.digest(layers, everything)
     assert name != without.digest(LayerRange(1, 2), everything)
 
@@ -470,24 +470,24 @@ def test_an_index_that_names_a_file_in_another_folder(fake: FakeHub) -> None:
     weight_map = {"model.embed_tokens.weight": "onnx/a.safetensors"}
     (fake.folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="not a safetensors file in the same folder"):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
 
 
 def test_a_model_in_one_file(fake: FakeHub) -> None:
     (fake.folder / SHARDS[1]).rename(fake.folder / SINGLE_NAME)
     (fake.folder / INDEX_NAME).unlink()
     (fake.folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 4}))
-    source, checkpoint = hub.resolve_for_coordinator(NAME)
+    source, checkpoint = model_names.resolve_for_coordinator(NAME)
     assert {t.file for t in checkpoint.tensors.values()} == {SINGLE_NAME}
     with pytest.raises(CheckpointError, match="no tensors of layer 0"):
         on_worker(source, LayerRange(0, 1))
 
 
 def test_a_broken_list_of_tensors_is_fetched_again(fake: FakeHub) -> None:
-    _, checkpoint = hub.resolve_for_coordinator(NAME)
+    _, checkpoint = model_names.resolve_for_coordinator(NAME)
     kept = checkpoint.folder / hub._TENSORS_NAME
     kept.write_text('{"a": 1')
-    assert hub.resolve_for_coordinator(NAME)[1] == checkpoint
+    assert model_names.resolve_for_coordinator(NAME)[1] == checkpoint
 
 
 def test_an_interrupted_download_is_reported_and_taken_up_again(fake: FakeHub) -> None:
@@ -539,14 +539,14 @@ def test_a_refusal_of_the_hub_says_what_to_do(
     shutil.rmtree(constants.HF_HUB_CACHE)
     fake.status, fake.error_code = status, error_code
     with pytest.raises(CheckpointError, match=words):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
     with pytest.raises(CheckpointError, match=words):
         on_worker(source, LayerRange(0, 1))
 
 
 def test_an_unknown_revision(fake: FakeHub) -> None:
     with pytest.raises(CheckpointError, match="no such revision"):
-        hub.resolve_for_coordinator(f"{NAME}@v9")
+        model_names.resolve_for_coordinator(f"{NAME}@v9")
 
 
 def test_no_connection(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,13 +555,13 @@ def test_no_connection(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
         monkeypatch.setattr(hub, "_api", lambda: HfApi(endpoint=url, token=False))
         with pytest.raises(CheckpointUnavailable, match=r"cannot be fetched.*try again.*folder"):
-            hub.resolve_for_coordinator(NAME)
+            model_names.resolve_for_coordinator(NAME)
 
 
 def test_offline_with_nothing_in_the_cache(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set") as caught:
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
     assert not isinstance(caught.value, CheckpointUnavailable)
 
 
@@ -569,7 +569,7 @@ def test_only_pickles(fake: FakeHub) -> None:
     for path in [*fake.folder.glob("*.safetensors"), fake.folder / INDEX_NAME]:
         path.unlink()
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle.*save_pretrained"):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
 
 
 def only(fake: FakeHub, *names: str, config: dict[str, Any] | None = None) -> None:
@@ -606,13 +606,13 @@ def test_a_repository_in_another_format(
 ) -> None:
     only(fake, *names, config=config)
     with pytest.raises(CheckpointError, match=words):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
 
 
 def test_an_index_that_names_a_file_that_the_hub_lacks(fake: FakeHub) -> None:
     (fake.folder / SHARDS[1]).unlink()
     with pytest.raises(CheckpointError, match=r"index of org/tiny-model names a file.*revision"):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
 
 
 @pytest.mark.parametrize("file", ["../../evil.safetensors", "*", "pytorch_model.bin"])
@@ -640,11 +640,11 @@ def test_a_disk_that_takes_nothing(
 
     monkeypatch.setattr(HfApi, "snapshot_download", fail)
     with pytest.raises(CheckpointError, match=words) as caught:
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)
     assert isinstance(caught.value, CheckpointUnavailable) is passes
 
 
 def test_no_config(fake: FakeHub) -> None:
     (fake.folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        hub.resolve_for_coordinator(NAME)
+        model_names.resolve_for_coordinator(NAME)

@@ -110,10 +110,8 @@ def test_a_dry_run_says_what_is_read() -> None:
     run = dry_run(model, ["old=700MiB+1GiB"], settings)
     read_s = run.plans[0][0].disk_bytes / 1e9
     assert run.one_tokens_per_s == pytest.approx(1 / read_s, rel=0.2)
-    assert (
-        "old: 600.0 MiB of 1000.0 MiB fit into no memory and are read from its disk for every "
-        "token" in summary.plan_lines(run)
-    )
+    said = "old: 600.0 MiB of 1000.0 MiB fit into no memory and are read from its disk for every"
+    assert any(line.startswith(said) for line in summary.plan_lines(run))
     assert run.memory == {"old": 700 * MIB}
     assert "disks of 1 GB/s" in run.assumed[-1]
     quick = dry_run(model, ["old=1GiB+1GiB"], settings)
@@ -151,9 +149,8 @@ def test_workers_are_told_and_people_too() -> None:
     plan = parts.plan(("a", 0, 2), ("b", 2, parts.cost.num_layers))
     plan = (plan[0], replace(plan[1], from_disk=1, disk_bytes=500))
     actions = parts.pipelines.load([plan])
-    orders = [
-        a.message for a in actions if isinstance(a, Send) and isinstance(a.message, LoadStage)
-    ]
+    messages = [action.message for action in actions if isinstance(action, Send)]
+    orders = [message for message in messages if isinstance(message, LoadStage)]
     assert {order.layers.start: order.from_disk for order in orders} == {0: 0, 2: 1}
     texts = [action.text for action in actions if isinstance(action, Log)]
     assert any("500 bytes of its weights stay on the disk of b and" in text for text in texts), (

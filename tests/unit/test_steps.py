@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from distributed_llm.common.messages import (
     MAX_RELEASED,
+    SeenFrom,
     SequenceSlice,
     StageTime,
     Task,
@@ -537,6 +538,25 @@ def test_what_a_broken_task_freed_is_said_again() -> None:
     assert line.to_release == [1]
     reply(line, wrong.task.step, 0, [])
     assert line.to_release == [1, 2]
+
+
+def test_what_is_not_seen_any_more_is_said_once_and_again_if_it_may_be_lost() -> None:
+    line = in_flight()
+    one, two = SequenceId(1), SequenceId(2)
+    line.drop({one: 64, two: 128})
+    line.drop({one: 192})
+    line.drop({two: 64})
+    assert line.to_drop == {one: 192, two: 128}
+    told = (SeenFrom(sequence_id=one, position=192), SeenFrom(sequence_id=two, position=128))
+    first = line.begin(step(), now=0.0)
+    assert first.task.seen_from == told
+    assert line.begin(step(), now=0.0).task.seen_from == ()
+    line.drop({one: 256})
+    line.failed(PEERS[1], refusal(first.task.step))
+    assert line.to_drop == {one: 256, two: 128}
+    line.begin(step(), now=0.0)
+    line.abandon()
+    assert line.to_drop == {one: 256, two: 128}
 
 
 # ------------------------------------------------------------------ leases

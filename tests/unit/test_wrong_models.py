@@ -15,7 +15,7 @@ from distributed_llm.common.errors import (
     CheckpointUnavailable,
     DistributedLLMError,
 )
-from distributed_llm.common.hub import (
+from distributed_llm.common.model_names import (
     checkpoint_here,
     fingerprints,
     own_checkpoint,
@@ -271,6 +271,11 @@ def test_a_config_of_weights_that_are_quantized_otherwise(
             {"group_size": 64, "bits": 7},
             {"weight": np.ones((8, 8), np.uint32), "scales": np.ones((8, 2), F32)},
             "MLX, 7 bits",
+        ),
+        (
+            {"group_size": 64, "bits": 4},
+            {"qweight": np.ones((4, 8), np.int32)},
+            "names no quant_method, which would mean MLX",
         ),
         (
             {"quant_method": "auto-round", "packing_format": "auto_round:exllama"},
@@ -702,3 +707,11 @@ def test_a_worker_says_what_is_wrong_with_its_copy_before_it_joins(
         asyncio.run(work.work(WorkerSettings(model=str(folder))))
     with pytest.raises(CheckpointError, match=f"There is no folder '{tmp_path / 'nowhere'}'"):
         asyncio.run(work.work(WorkerSettings(model=str(tmp_path / "nowhere"))))
+
+
+def test_a_folder_with_models_in_two_formats(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    touch(write(tmp_path), "tiny.Q4_0.gguf")
+    serve.open_model(str(tmp_path), CoordinatorSettings())
+    assert "in safetensors, which is taken, and tiny.Q4_0.gguf in GGUF, which is not" in caplog.text

@@ -10,9 +10,9 @@ import pytest
 
 from distributed_llm.common import codec
 from distributed_llm.common.errors import DistributedLLMError
-from distributed_llm.common.hub import resolve_for_coordinator
 from distributed_llm.common.keyring import Keyring
 from distributed_llm.common.messages import ClientHello, ClientWelcome, WorkerHello
+from distributed_llm.common.model_names import resolve_for_coordinator
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.transport import Dealer, Login
 from distributed_llm.common.transport.authenticator import Authenticator

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 from distributed_llm.common import codec
-from distributed_llm.common.hub import fingerprints, resolve_for_coordinator
 from distributed_llm.common.keyring import state_folder
 from distributed_llm.common.keys import KeyPair
 from distributed_llm.common.messages import (
@@ -25,6 +24,7 @@ from distributed_llm.common.messages import (
     WeightRequest,
     WorkerHello,
 )
+from distributed_llm.common.model_names import fingerprints, resolve_for_coordinator
 from distributed_llm.common.roles import Role
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.transport import Dealer, Login, Rejection, new_key_pair

@@ -76,7 +76,9 @@ def fp8_weight(module: Module, name: str, block: tuple[int, int]) -> StoredWeigh
     *stack, outputs, inputs = module.part("weight", FP8_DTYPES).shape
     scale = module.part("scale", _SCALE_DTYPES).shape
     matrix = scale if len(scale) < 2 else scale[-2:]
-    if scale[:-2] not in ((), tuple(stack)) and any(size != 1 for size in scale[:-2]):
+    if len(scale) > len(stack) + 2 or (
+        scale[:-2] not in ((), tuple(stack)) and any(size != 1 for size in scale[:-2])
+    ):
         raise module.unfit("scale", f"a scale for each of {stack} matrices is expected")
     blocks = (-(-outputs // block[0]), -(-inputs // block[1]))
     if matrix in ((), (1,), (1, 1)):

@@ -47,8 +47,18 @@ def mlx_weights(settings: Mapping[str, Any], tensors: Tensors) -> list[StoredWei
         NotRead: they are quantized in another mode than "affine".
         CheckpointError: tensors are missing or do not fit each other.
     """
+    guessed = "quant_method" not in settings and "qweight" in _endings(tensors)
+    if guessed:
+        raise NotRead(
+            "config.json has bits and group_size and names no quant_method, which would mean MLX; "
+            "its tensors are not MLX's (add the quant_method: 'gptq' or 'awq')"
+        )
     found = modules(tensors, "MLX", "scales", ("weight", "biases"))
     return [_weight(module, _settings_of(module.name, settings)) for module in found]
+
+
+def _endings(tensors: Tensors) -> set[str]:
+    return {name.rpartition(".")[2] for name in tensors}
 
 
 def _settings_of(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -69,6 +79,8 @@ def _weight(module: Module, settings: Mapping[str, Any]) -> StoredWeight:
     inputs = groups * group
     module.part("weight", ("U32",))
     module.part("biases", FLOATS)
+    if inputs * bits % _WORD_BITS:
+        raise module.unfit("scales", f"groups of {group} cannot fill the words of a row")
     module.check("weight", (*outputs, inputs * bits // _WORD_BITS))
     module.check("biases", (*outputs, groups))
     return module.weight((*outputs, inputs), MlxScheme(bits, group), "weight", "scales", "biases")

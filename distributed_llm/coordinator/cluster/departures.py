@@ -3,6 +3,9 @@
 A worker is to leave because it got a signal, or because a client asked to drain it. Its pipeline is
 moved to other workers while requests run. If no others can hold the layers, clients that asked are
 told why, and the worker stays; one that got a signal leaves all the same.
+
+Where weights may have fewer bits (`quantize: auto`), the others are given fewer if they cannot hold
+the layers else: the pipeline is loaded anew, and its requests go on from their tokens so far.
 """
 
 from collections.abc import Sequence
@@ -202,7 +205,7 @@ class Departures:
         if move is None:
             return self._plan(worker, departure)
         if move.state is not MoveState.HANDOVER and move.new_stage(worker.peer):
-            undone = self._moves.undo(f"worker {worker.id} is to leave", now=now)
+            undone = self._moves.undo(_why(worker), now=now)
             return [*undone, *self._plan(worker, departure)]
         return []
 
@@ -215,12 +218,18 @@ class Departures:
         others = self._others(worker, pipeline)
         departure.enter(_C.ASKED)
         departure.question = PlanQuestion(
-            self._planner.only(pipeline.quantize),
+            self._planner_for(pipeline),
             self._cluster.measurements.machines(memory_of(others)),
             used_tokens=self._cluster.needed_tokens(pipeline),
             leaving=worker.id,
         )
         return [Study(departure.question)]
+
+    def _planner_for(self, pipeline: Pipeline) -> Planner:
+        """Return the planner: weights keep their bits if requests can go on elsewhere with them."""
+        bits = pipeline.quantize
+        spare = self._is_spare(pipeline)
+        return self._planner.only(bits) if spare else self._planner.at_most(bits)
 
     def _others(self, worker: Worker, pipeline: Pipeline) -> list[Worker]:
         """Return who may take a worker's layers over: others of its pipeline, and idle workers."""
@@ -249,13 +258,22 @@ class Departures:
     ) -> list[Action]:
         pipeline = self._pipelines.pipeline_of(worker.peer)
         there = self._others(worker, pipeline) if pipeline else []
-        if pipeline is None or self._moves.move or self._is_outdated(reply, there):
+        if (
+            pipeline is None
+            or self._moves.move
+            or reply.question.planner != self._planner_for(pipeline)
+            or self._is_outdated(reply, there)
+        ):
             departure.enter(_C.PLAN_OUTDATED)
             return []
         if reply.error is not None and not self._is_spare(pipeline):
             return self._refuse(worker, departure, reply.error, alone=not there)
-        if reply.error is None and departure.moves < _MOST_MOVES and pipeline.in_flight:
-            moving = self._move(worker, departure, pipeline, reply.plans[0], now)
+        plan = reply.plans[0] if reply.plans else None
+        if plan is not None and plan[0].quantize != pipeline.quantize:
+            departure.enter(_C.PIPELINE_DISSOLVED)
+            return self._moves.replace(pipeline, plan, why=_why(worker))
+        if plan is not None and departure.moves < _MOST_MOVES and pipeline.in_flight:
+            moving = self._move(worker, departure, pipeline, plan, now)
             if moving is not None:
                 return moving
         departure.enter(_C.PIPELINE_DISSOLVED)
@@ -283,7 +301,7 @@ class Departures:
             price = replace(price, copies=False)
         departure.moves += 1
         departure.enter(_C.MOVE_BEGAN)
-        why = f"worker {worker.id} is to leave"
+        why = _why(worker)
         return self._moves.begin(pipeline, plan, price, why=why, reason="leaving", now=now)
 
     def _dismiss(
@@ -325,6 +343,10 @@ class Departures:
             assert (departure.farewell is not None) == (departure.state is _S.DISMISSED)
             if departure.state is _S.MOVING:
                 assert self._moves.move is not None
+
+
+def _why(worker: Worker) -> str:
+    return f"worker {worker.id} is to leave"
 
 
 def _reply(client: PeerId, worker: str, error: DistributedLLMError) -> Send:

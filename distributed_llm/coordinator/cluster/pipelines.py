@@ -17,6 +17,7 @@ from typing import Literal
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
 from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId, WorkerId
+from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import list_text
 from distributed_llm.coordinator.cluster.kv_transfers import Transfer
 from distributed_llm.coordinator.cluster.registry import Registry
@@ -75,6 +76,7 @@ class Pipelines:
         self.last_failure = ""
         self.has_served = False
         self.recovering = False
+        self._form: Quantize | None = None  # of the newest plan's weights
 
     # -------------------------------------------------------------- what there is
 
@@ -137,22 +139,36 @@ class Pipelines:
         return [
             *self.load_orders(pipeline, self._draw_key()),
             note,
-            *self._tell_quantized(pipeline),
+            *self._tell_form(pipeline),
             *self._tell_offloaded(pipeline),
         ]
 
-    def _tell_quantized(self, pipeline: Pipeline) -> list[Action]:
-        """Say what it costs and saves that weights are quantized because they do not fit else."""
-        if not self._model.may_shrink or pipeline.quantize == self._model.cost.quantize:
+    def _tell_form(self, pipeline: Pipeline) -> list[Action]:
+        """Say that weights have other bits than before, or fewer because they do not fit else."""
+        form, before = pipeline.quantize, self._form or pipeline.quantize
+        full, self._form = self._model.cost.quantize, form
+        log, epoch, nbytes = self._event_log, pipeline.epoch, self._weight_bytes(form)
+        if form != before:
+            return [
+                log.note(
+                    EventKind.WEIGHTS_CHANGED,
+                    epoch=epoch,
+                    form=self._form_text(form),
+                    nbytes=nbytes,
+                    earlier_form=self._form_text(before),
+                    full=self._weight_bytes(before),
+                )
+            ]
+        if form == full or not self._model.may_shrink:
             return []
-        note = self._event_log.note(
-            EventKind.WEIGHTS_QUANTIZED,
-            epoch=pipeline.epoch,
-            form=pipeline.quantize,
-            nbytes=self._model.cost_at(pipeline.quantize).all_weight_bytes,
-            full=self._model.cost.all_weight_bytes,
-        )
-        return [note]
+        kind, full_bytes = EventKind.WEIGHTS_QUANTIZED, self._weight_bytes(full)
+        return [log.note(kind, epoch=epoch, form=form, nbytes=nbytes, full=full_bytes)]
+
+    def _weight_bytes(self, form: Quantize) -> int:
+        return self._model.cost_at(form).all_weight_bytes
+
+    def _form_text(self, form: Quantize) -> str:
+        return self._model.dtype if form == "none" else form
 
     def _tell_offloaded(self, pipeline: Pipeline) -> list[Action]:
         """Say what is read from disks in every step, and how long that takes."""

@@ -25,7 +25,9 @@ from distributed_llm.coordinator.events import Action, Stop, Study
 from distributed_llm.coordinator.plan import Plan
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion, PlanReply
 from distributed_llm.coordinator.planning.planner import Planner
+from distributed_llm.coordinator.planning.standing import Standing
 from distributed_llm.coordinator.serving.event_log import EventKind
+from distributed_llm.coordinator.serving.pipeline import Pipeline
 
 _MAX_FAILURE_CHARS = 2000
 """Characters of a worker's failure that are told to those who ask; the rest is cut off."""
@@ -38,11 +40,13 @@ class Need(IntEnum):
         RECOVERY: a pipeline was dissolved; workers without layers should serve in its place.
         ANEW: all workers are planned for; pipelines that would change are dissolved.
         ANOTHER: workers without layers should serve the model once more.
+        MORE_BITS: all workers are planned for if they can hold weights of more bits than now.
     """
 
     RECOVERY = 0
     ANEW = 1
     ANOTHER = 2
+    MORE_BITS = 3
 
 
 class Replanning:
@@ -60,6 +64,7 @@ class Replanning:
         self._planner = planner
         self._needs: set[Need] = set()
         self._open: tuple[Need, PlanQuestion] | None = None
+        self._dissolved: Pipeline | None = None  # the last one that served
         self._lost: WorkerId | None = None  # for whom a pipeline was dissolved last
         self.replan_at: float | None = None
         self.replan_when_idle = False
@@ -99,6 +104,20 @@ class Replanning:
         self.replan_at, self.replan_when_idle = None, True
         return self._ask_for(Need.ANOTHER)
 
+    def ask_for_more_bits(self) -> list[Action]:
+        """Have plans made with more bits than weights have now.
+
+        They are loaded once no request runs, so that no answer changes for that.
+        """
+        self.replan_at, self.replan_when_idle = None, False
+        return self._ask_for(Need.MORE_BITS)
+
+    @property
+    def may_have_more_bits(self) -> bool:
+        """Whether weights that are served have fewer bits because they did not fit else."""
+        served = self._pipelines.all
+        return bool(served) and self._planner.more_than(served[0].quantize) is not None
+
     def recover(self, worker: Worker, why: str = "") -> list[Action]:
         """Dissolve the pipeline of a worker that serves no more; have another one planned.
 
@@ -111,8 +130,14 @@ class Replanning:
             return []
         if why:
             self._pipelines.last_failure = f"Worker {worker.id} {why}."
-        self._pipelines.dissolve(pipeline)
+        self._dissolve(pipeline)
         return self._ask_for_recovery(worker)
+
+    def _dissolve(self, pipeline: Pipeline) -> None:
+        """Dissolve a pipeline; what its workers have loaded may be kept."""
+        if pipeline.in_flight:
+            self._dissolved = pipeline
+        self._pipelines.dissolve(pipeline)
 
     def _ask_for_recovery(self, worker: Worker) -> list[Action]:
         self._pipelines.recovering, self._lost = True, worker.id
@@ -150,7 +175,7 @@ class Replanning:
         layers = worker.layers
         pipeline = self._pipelines.pipeline_of(worker.peer)  # None: another of its stages failed
         if pipeline is not None:
-            self._pipelines.dissolve(pipeline)
+            self._dissolve(pipeline)
         worker.fail(failed.message, now=now)
         what = layers_text(layers) if layers else "its layers"
         failure = f"Worker {worker.id} cannot serve {what}: {failed.message}"
@@ -174,22 +199,38 @@ class Replanning:
         question = PlanQuestion(
             self._planner_for(need),
             self._cluster.measurements.machines(memory_of(workers)),
-            several=need is Need.ANEW,
+            several=need in (Need.ANEW, Need.MORE_BITS),
             doubted=frozenset(worker.id for worker in workers if worker.failures),
+            standing=self._standing(workers) if need is Need.RECOVERY else Standing(),
         )
         self._open = need, question
         return [Study(question)]
+
+    def _standing(self, workers: Sequence[Worker]) -> Standing:
+        """Return what is still loaded by workers of the pipeline that was dissolved last."""
+        dissolved = self._dissolved
+        if dissolved is None:
+            return Standing()
+        there = {worker.id for worker in workers if worker.epoch == dissolved.epoch}
+        return Standing(
+            tuple((worker, layers) for worker, layers in dissolved.layer_map if worker in there),
+            dissolved.quantize,
+            {one.id: one.load_bytes_per_s for one in workers if one.load_bytes_per_s},
+        )
 
     def _planner_for(self, need: Need) -> Planner:
         """Return the planner: what is added to pipelines that serve has their weights."""
         others = self._pipelines.all
         if need is Need.ANEW or not others:
             return self._planner
-        return self._planner.only(others[0].quantize)
+        bits = others[0].quantize
+        if need is Need.MORE_BITS:
+            return self._planner.more_than(bits) or self._planner
+        return self._planner.only(bits)
 
     def _candidates(self, need: Need) -> list[Worker]:
         registry = self._cluster.registry
-        return registry.fit if need is Need.ANEW else registry.idle
+        return registry.fit if need in (Need.ANEW, Need.MORE_BITS) else registry.idle
 
     # -------------------------------------------------------------- replies
 
@@ -206,7 +247,7 @@ class Replanning:
             return self._ask_for(need)
         if reply.error is not None:
             actions = self._plan_failed(need, reply.error)
-        elif need is Need.ANEW:
+        elif need in (Need.ANEW, Need.MORE_BITS):
             actions = self._load_anew(reply.plans, moving)
         else:
             actions = self._load(need, reply.plans)
@@ -239,7 +280,7 @@ class Replanning:
         log, pipelines = self._cluster.event_log, self._pipelines
         why = self._nobody_text() if isinstance(error, NotReady) else str(error)
         match need:
-            case Need.ANOTHER:
+            case Need.ANOTHER | Need.MORE_BITS:
                 return []
             case Need.ANEW if pipelines.all:
                 note = log.note(EventKind.PLAN_KEPT, why=why)

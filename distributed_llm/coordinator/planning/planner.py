@@ -87,6 +87,19 @@ class Planner:
         cost = next((cost for cost in costs if cost.quantize == quantize), self.cost)
         return replace(self, cost=cost, smaller=(), may_shrink=False)
 
+    def at_most(self, quantize: Quantize) -> "Planner":
+        """Return the planner of weights that have so many bits, or fewer where they may shrink."""
+        costs = (self.cost, *self.smaller)
+        at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
+        smaller = costs[at + 1 :] if self.may_shrink else ()
+        return replace(self, cost=costs[at], smaller=smaller)
+
+    def more_than(self, quantize: Quantize) -> "Planner | None":
+        """Return the planner of weights that have more bits than so; None if they may have none."""
+        costs = (self.cost, *self.smaller) if self.may_shrink else ()
+        at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
+        return replace(self, smaller=costs[1:at]) if at else None
+
     def plans(self, machines: Machines) -> list[Plan]:
         """Return one plan per pipeline: `replicas` of them, or as many as the machines can hold.
 
@@ -184,7 +197,18 @@ class Planner:
                 f"{size_text(cost.all_weight_bytes)} instead of "
                 f"{size_text(self.cost.all_weight_bytes)}."
             ) from error
+        if self.may_shrink and self.smaller:
+            raise self._cannot_shrink(error) from error
         raise error
+
+    def _cannot_shrink(self, error: NotEnoughMemory) -> NotEnoughMemory:
+        """Return the error for a model that does not fit though its weights may get fewer bits."""
+        full, least = (cost.all_weight_bytes for cost in (self.cost, self.smaller[-1]))
+        if least < full:
+            how = f"That is with {self.smaller[-1].quantize}, the fewest bits that there are"
+        else:
+            how = "Fewer bits would not help: the files hold the weights in as few already"
+        return NotEnoughMemory(f"{error} {how} (`quantize: auto`).")
 
     def _plans(self, machines: Machines) -> list[Plan]:
         workers = list(machines.memory_bytes)
@@ -230,15 +254,16 @@ class Planner:
                 plans = [self._plan(machines.subset(group)) for group in _dealt(ranked, number)]
             except NotEnoughMemory:
                 break
-            scores = [self._score(plan, machines) for plan in plans]
+            scores = [self.score(layer_map_of(plan), machines) for plan in plans]
             total = max(scores) if self.objective == "latency" else sum(scores)
             if total > _BETTER * most:
                 best, most = plans, total
         return best
 
-    def _score(self, plan: Plan, machines: Machines) -> float:
-        demand = Demand.expected(len(plan))
-        return forecast(self.cost, machines, layer_map_of(plan), demand).score(self.objective)
+    def score(self, layer_map: LayerMap, machines: Machines) -> float:
+        """Return the rate of a layer map before there is demand, by the objective, tokens/s."""
+        demand = Demand.expected(len(layer_map))
+        return forecast(self.cost, machines, layer_map, demand).score(self.objective)
 
 
 def ranked_by_speed(machines: Machines) -> list[WorkerId]:

@@ -75,6 +75,12 @@ class EventKind(Enum):
         "plan {epoch} does not fit into memory: {nbytes:size} of its weights stay on the disk of "
         "{workers} and are read in every step, which takes about {read_s:time}",
     )
+    WEIGHTS_CHANGED = (
+        "warning",
+        "weights of plan {epoch} are {form} ({nbytes:size}), until now {earlier_form} "
+        "({full:size}), because other workers are there; requests that run keep their "
+        "tokens so far, and go on with these weights",
+    )
     PLAN_KEPT = "warning", "layers stay as they are: {why}"
     STAGE_LOADED = "info", "worker {worker} loaded {layers:layers} in {load_s:time}"
     WEIGHTS_FETCHED = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distributed_llm.common.checkpoint import Checkpoint, checkpoint_of
 from distributed_llm.common.errors import CheckpointError, CheckpointMismatch, FetchFailed
-from distributed_llm.common.hub import checkpoint_here, download_file, fingerprints
+from distributed_llm.common.hub import download_file
 from distributed_llm.common.messages import (
     FetchProgress,
     LoadStage,
@@ -19,6 +19,7 @@ from distributed_llm.common.messages import (
     ModelSource,
 )
 from distributed_llm.common.model_files import TensorInfo
+from distributed_llm.common.model_names import checkpoint_here, fingerprints
 from distributed_llm.common.wording import layers_text
 from distributed_llm.weights.fetch import Fetch
 from distributed_llm.weights.giving.shelf import Place, places_in_file

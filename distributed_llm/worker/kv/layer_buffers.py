@@ -180,13 +180,12 @@ class _TokenPlaces:
         if len(indices) != len(held):
             return False
         heads = keys.shape[0]
-        made_from = (indices, offsets, heads, slab.room)
+        made_from = (indices, offsets, heads, slab.room, slab.row_positions)
         if made_from != self._made_from:
             self._made_from = made_from
-            rows = torch.tensor(indices)[:, None] * heads + torch.arange(heads)
-            self._places = (rows * slab.room + torch.tensor(offsets)[:, None]).view(-1)
-        for places, states in ((slab.keys, keys), (slab.values, values)):
-            dim = states.shape[-1]
-            tokens = states.transpose(0, 1).reshape(-1, dim)
-            places.view(-1, dim).index_copy_(0, self._places, tokens)
+            rows = torch.tensor(indices) * slab.row_positions + torch.tensor(offsets)
+            self._places = (rows[:, None] + torch.arange(heads) * slab.room).view(-1)
+        for places, states in ((slab.flat_keys, keys), (slab.flat_values, values)):
+            tokens = states.transpose(0, 1).reshape(-1, states.shape[-1])
+            places.index_copy_(0, self._places, tokens)
         return True

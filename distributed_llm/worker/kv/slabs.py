@@ -13,6 +13,7 @@ there are no slabs.
 """
 
 import heapq
+import math
 import mmap
 import sys
 from contextlib import suppress
@@ -41,8 +42,11 @@ class Slab:
 
     Attributes:
         room: as given.
+        row_positions: from one row to the next, of one head after the other; rows begin with pages.
         keys: [rows, heads, room, key_dim].
         values: [rows, heads, room, value_dim].
+        flat_keys: the same memory, [rows * row_positions, key_dim].
+        flat_values: [rows * row_positions, value_dim].
 
     Raises:
         OSError: the system does not give that many addresses.
@@ -50,14 +54,17 @@ class Slab:
 
     def __init__(self, layout: KVLayout, room: int) -> None:
         self.room = room
-        wider = max(layout.key_dim, layout.value_dim)
-        row_bytes = layout.heads * room * wider * layout.dtype.itemsize
+        sizes = [dim * layout.dtype.itemsize for dim in (layout.key_dim, layout.value_dim)]
+        whole = max(mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, size) for size in sizes)
+        self.row_positions = -(-layout.heads * room // whole) * whole
+        row_bytes = self.row_positions * max(sizes)
         rows = min(_MAX_ROWS, max(1, _MAX_SLAB_BYTES // row_bytes))
         self._memory = (
-            _Pages(layout, room, rows, layout.key_dim),
-            _Pages(layout, room, rows, layout.value_dim),
+            _Pages(layout, room, rows, self.row_positions, layout.key_dim),
+            _Pages(layout, room, rows, self.row_positions, layout.value_dim),
         )
         self.keys, self.values = (pages.rows for pages in self._memory)
+        self.flat_keys, self.flat_values = (pages.flat for pages in self._memory)
         self._free = list(range(rows))
         self._left: list[int] = []  # by whichever thread; appending to a list is atomic
 
@@ -144,9 +151,10 @@ class SlabPool:
 class _Pages:
     """The keys or the values of a slab."""
 
-    def __init__(self, layout: KVLayout, room: int, rows: int, dim: int) -> None:
-        shape = (rows, layout.heads, room, dim)
-        self._row_bytes = layout.heads * room * dim * layout.dtype.itemsize
+    def __init__(
+        self, layout: KVLayout, room: int, rows: int, row_positions: int, dim: int
+    ) -> None:
+        self._row_bytes = row_positions * dim * layout.dtype.itemsize
         # Private, for dropped pages of shared memory keep their content.
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._memory = mmap.mmap(-1, rows * self._row_bytes, flags=private)
@@ -154,8 +162,10 @@ class _Pages:
             # A large page would be given for the first position of a row.
             with suppress(OSError):  # the system has none
                 self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self.rows: Tensor = torch.frombuffer(self._memory, dtype=layout.dtype).view(shape)
-        self._drops = sys.platform == "linux" and self._row_bytes % mmap.PAGESIZE == 0
+        self.flat: Tensor = torch.frombuffer(self._memory, dtype=layout.dtype).view(-1, dim)
+        each = self.flat.view(rows, row_positions, dim)[:, : layout.heads * room]
+        self.rows = each.view(rows, layout.heads, room, dim)
+        self._drops = sys.platform == "linux"
 
     def drop(self, index: int, start: int, stop: int) -> bool:
         """Give the memory of positions of a row back; return whether that can be asked for."""

@@ -63,23 +63,19 @@ def attend_chunk(
     Returns:
         [tokens, heads, value_dim].
     """
-    by_blocks = (
-        scoring.softcap is None and queries.shape[-1] == value_dim and queries.device.type == "cpu"
-    )
+    by_hand = scoring.softcap is not None or queries.shape[-1] != value_dim
+    in_blocks = not by_hand and queries.device.type == "cpu"
     coding = step.cache.coding
     if coding is not None:
         queries = coding.rotated(queries)
         rows = CodedRows(coding, queries.shape[-1], value_dim, queries.dtype)
-        by_hand = scoring.softcap is not None or queries.shape[-1] != value_dim
-        if by_blocks or by_hand:
-            attend = _attend_part if by_blocks else _by_hand_part
+        if in_blocks or by_hand:
+            attend = _by_hand_part if by_hand else _attend_part
             return _in_pieces(step, queries, list(_parts(held)), scoring, rows, attend)
         held = [KVBuffers(*rows.decoded(one.keys, one.values)) for one in held]
-    if by_blocks:
+    if in_blocks:
         return _in_blocks(step, queries, list(_parts(held)), scoring)
-    if scoring.softcap is not None or queries.shape[-1] != value_dim:
-        return _by_hand(queries, _joined(held), scoring)
-    if scoring.sinks is not None:
+    if by_hand or scoring.sinks is not None:
         return _by_hand(queries, _joined(held), scoring)
     return _by_one_kernel(queries, _joined(held), scoring)
 

@@ -1,5 +1,6 @@
 """Makes models without weights from a config.json, by transformers' own classes."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 from distributed_llm.common.model_files import TensorInfo
 from distributed_llm.common.other_formats import QUANTIZATION_NAMES
 from distributed_llm.worker.model.attention import ATTENTION_NAME
+
+_WRONG_FIELD = re.compile(r"[Ff]ield '(\w+)'")
+_QUOTED = re.compile(r"[`'](\w+)[`']")
+_SHOWN_CHARS = 60
 
 
 def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
@@ -50,8 +55,32 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
         return kind.from_dict(values)
     except Exception as exc:  # validators of transformers raise errors of many types
         raise CheckpointError(
-            f"transformers refuses the config.json of this {model_type!r} model: {exc}"
+            f"transformers refuses the config.json of this {model_type!r} model: "
+            f"{_what_is_wrong(str(exc), config)}. It is damaged, or for another version of "
+            "transformers: copy that of the original model."
         ) from exc
+
+
+def _what_is_wrong(said: str, config: Mapping[str, Any]) -> str:
+    """Return what transformers' validators found, in words for people."""
+    if found := _WRONG_FIELD.search(said):
+        value = repr(config.get(found[1]))[:_SHOWN_CHARS]
+        return f"{found[1]} = {value} is no value for it"
+    named = ", ".join(sorted({name for name in _QUOTED.findall(said) if name in config}))
+    about = f" ({named[:_SHOWN_CHARS]})" if named else ""
+    return f"it has values that its model type does not allow{about}"
+
+
+def _no_model(model_type: str) -> CheckpointError:
+    """Return the error for a configuration that was accepted, and of which no model can be made.
+
+    What transformers raises then is of any type, and speaks of its own code.
+    """
+    return CheckpointError(
+        f"transformers makes no model of the config.json of this {model_type!r} model: sizes or "
+        "types in it contradict one another. It is damaged, or for another version of "
+        "transformers: copy that of the original model."
+    )
 
 
 def new_model(config: PretrainedConfig, dtype: torch.dtype, **settings: Any) -> PreTrainedModel:
@@ -71,8 +100,11 @@ def parameters_of(config: Mapping[str, Any]) -> dict[str, TensorInfo]:
     made = model_config(config)
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
     dtype = made.dtype if made.dtype in names else torch.float32
-    with torch.device("meta"):
-        model = new_model(made, dtype)
+    try:
+        with torch.device("meta"):
+            model = new_model(made, dtype)
+    except Exception as exc:
+        raise _no_model(made.model_type) from exc
     return {
         name: TensorInfo(name, "", names[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
         for name, tensor in model.state_dict().items()
@@ -96,3 +128,5 @@ def empty_model(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
             f"transformers cannot run the model type {checkpoint.model_type!r} with the attention "
             f"that split models need: {exc}"
         ) from exc
+    except Exception as exc:
+        raise _no_model(checkpoint.model_type) from exc

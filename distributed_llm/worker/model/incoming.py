@@ -16,11 +16,13 @@ from distributed_llm.common.errors import CheckpointError
 from distributed_llm.common.stored_weights import StoredWeight
 from distributed_llm.common.weight_forms import WeightForm
 from distributed_llm.worker.model.quantized.affine import AffineWeight
-from distributed_llm.worker.model.quantized.decoding import decoded
+from distributed_llm.worker.model.quantized.decoding import decoded, shape_of
 from distributed_llm.worker.model.quantized.gguf_names import Target
 from distributed_llm.worker.model.quantized.quantize import quantized
 from distributed_llm.worker.model.quantized.rows import to_rows
 from distributed_llm.worker.model.tensor_files import TensorReader
+
+_NOWHERE = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class WeightReader:
     def __init__(self, tensors: TensorReader) -> None:
         self._tensors = tensors
         self._decoding = threading.Lock()
+
+    def of_shapes(self, *, here: bool = True) -> "ShapeReader":
+        """Return a reader of what weights look like, not of what is in them.
+
+        Args:
+            here: the files are on this machine, so that small parts can be read.
+        """
+        return ShapeReader(self._tensors, here=here)
 
     def plain(self, weight: StoredWeight) -> Tensor:
         """Return a weight that is not quantized."""
@@ -122,6 +132,27 @@ def _check_finite(weight: StoredWeight, value: AffineWeight | Tensor) -> None:
         f"{weight.name} in {', '.join(files)} is damaged: its scales are not finite numbers. "
         "Copy or download the model again."
     )
+
+
+class ShapeReader(WeightReader):
+    """Returns tensors of the right shape that hold nothing."""
+
+    def __init__(self, tensors: TensorReader, *, here: bool) -> None:
+        super().__init__(tensors)
+        self._read = tensors.read if here else None
+
+    def plain(self, weight: StoredWeight) -> Tensor:
+        """Return a tensor as large as a weight."""
+        return torch.empty(weight.shape, dtype=torch.bfloat16, device=_NOWHERE)
+
+    def floats(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """Return a tensor as large as a piece."""
+        shape = shape_of(piece.weight, self._read)
+        if piece.target is None:
+            return torch.empty(shape, dtype=dtype, device=_NOWHERE)
+        if piece.target.convert is None:
+            return piece.target.ordered(torch.empty(shape, dtype=dtype, device=_NOWHERE))
+        return piece.target.convert(torch.zeros(shape)).to(_NOWHERE)
 
 
 class Floats:

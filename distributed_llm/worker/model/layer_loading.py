@@ -77,7 +77,8 @@ class ModelLoader:
         self._path = path
         self._reader = reader
         self._wanted = wanted
-        self._where = f"{checkpoint.folder}, {checkpoint.model_type!r} model"
+        self._where = f"{checkpoint.place}, {checkpoint.model_type!r} model"
+        self._described_by = checkpoint.described_by
         self._device = device
         self._dtype = dtype
         self._mapping = cast(Sequence[Any], get_model_conversion_mapping(model))
@@ -105,6 +106,19 @@ class ModelLoader:
         loaded = cast(nn.ModuleList, self._shell.get_submodule(self._path))[0]
         _replace(self._shell, self._path, nn.ModuleList())
         return loaded
+
+    def check_layer(self, layer: nn.Module, number: int, entries: Sequence[Entry]) -> None:
+        """Raise what loading a layer would raise about names and shapes; reads nothing.
+
+        Args:
+            layer: of the model, on the meta device.
+            number: of the layer in the whole model, for messages.
+            entries: for it, of a reader of shapes.
+        """
+        _replace(self._shell, self._path, nn.ModuleList([layer]))
+        with _without_progress_bars():
+            self._check_shapes(entries, number)
+        _replace(self._shell, self._path, nn.ModuleList())
 
     def load_outer(self, entries: Sequence[Entry], tensors: Mapping[str, Tensor]) -> None:
         """Load what is outside the layers.
@@ -142,7 +156,13 @@ class ModelLoader:
         for _, slots, form in rows:
             for slot in slots:
                 make_room_for_rows(shell, slot, form)
-        self._load(shell, incoming, number)
+        try:
+            self._load(shell, incoming, number)
+        except CheckpointError:
+            for slot in (slot for _, slots, _ in rows for slot in slots):
+                self._make_room_for_floats(slot)
+            self._check_shapes(entries, number)  # says in numbers what it is about, not in bytes
+            raise
         found: dict[Slot, AffineWeight] = {}
         for group, slots, form in rows:
             try:
@@ -177,24 +197,40 @@ class ModelLoader:
             return [], None
         return slots, form_of_group(group, slots, self._wanted)
 
-    def _floats(self, group: Group) -> dict[str, Any]:
+    def _check_shapes(self, entries: Sequence[Entry], number: int) -> None:
+        incoming: dict[str, Any] = {}
+        for group in groups_of(entries, self._shell, self._mapping):
+            incoming |= self._floats(group, self._reader.of_shapes())
+        load_config = self._load_config(torch.device("meta"))
+        info, _ = convert_and_load_state_dict_in_model(self._shell, incoming, load_config, None)
+        self._refuse_problems(self._shell, self._of_layers(info), number)
+
+    def _of_layers(self, info: Any) -> Any:
+        """Return what went wrong, but for the modules around the layers, which are not here."""
+        info.missing_keys = {n for n in info.missing_keys if n.startswith(f"{self._path}.")}
+        return info
+
+    def _floats(self, group: Group, reader: WeightReader | None = None) -> dict[str, Any]:
         transposed = any(_is_transposed(self._shell, target) for target in group.targets)
         return {
-            entry.name: Floats(self._reader, entry, self._dtype, transposed=transposed)
+            entry.name: Floats(reader or self._reader, entry, self._dtype, transposed=transposed)
             for entry in group.all_entries()
         }
 
     def _load_again_as_floats(self, group: Group, slots: Sequence[Slot], number: int) -> None:
         for slot in slots:
-            shape = list(slot.shape)
-            if slot.transposed:
-                shape[-1], shape[-2] = shape[-2], shape[-1]
-            empty = torch.empty(shape, dtype=self._dtype, device="meta")
-            parameter = nn.Parameter(empty, requires_grad=False)
-            setattr(self._shell.get_submodule(slot.module), slot.name, parameter)
+            self._make_room_for_floats(slot)
         convert_and_load_state_dict_in_model(
             self._shell, self._floats(group), self._load_config(), None
         )
+
+    def _make_room_for_floats(self, slot: Slot) -> None:
+        shape = list(slot.shape)
+        if slot.transposed:
+            shape[-1], shape[-2] = shape[-2], shape[-1]
+        empty = torch.empty(shape, dtype=self._dtype, device="meta")
+        parameter = nn.Parameter(empty, requires_grad=False)
+        setattr(self._shell.get_submodule(slot.module), slot.name, parameter)
 
     def _place(self, path: str, weights: Mapping[Slot, AffineWeight]) -> None:
         """Replace a module by one that computes with integers."""
@@ -209,9 +245,9 @@ class ModelLoader:
         up, down = by_name.get(stacks.up), by_name.get(stacks.down)
         _replace(self._shell, path, PackedExperts.of(module, self._dtype, up=up, down=down))
 
-    def _load_config(self) -> LoadStateDictConfig:
+    def _load_config(self, device: torch.device | None = None) -> LoadStateDictConfig:
         return LoadStateDictConfig(
-            device_map={"": self._device},
+            device_map={"": device or self._device},
             dtype=self._dtype,
             dtype_plan=self._model._get_dtype_plan(self._dtype),
             weight_mapping=cast(Any, self._mapping),
@@ -221,8 +257,8 @@ class ModelLoader:
         """Load tensors into a model; `number` is that of its layer, if it has one."""
         load_config = self._load_config()
         info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config, None)
-        if number is not None:  # of the modules around it, nothing is here
-            info.missing_keys = {n for n in info.missing_keys if n.startswith(f"{self._path}.")}
+        if number is not None:
+            info = self._of_layers(info)
         self._refuse_problems(model, info, number)
         info.unexpected_keys.clear()
         # Ties the head to the embedding, and computes buffers that no file holds (rotary
@@ -237,18 +273,19 @@ class ModelLoader:
             return re.sub(rf"^({re.escape(self._path)}\.)0\b", rf"\g<1>{number}", name)
 
         fix = (
-            "The files are whole: either they were saved without all tensors, or config.json is "
-            "that of another model. Use another copy of the model."
+            "The files are whole: either they were saved without all tensors, or "
+            f"{self._described_by} is that of another model. Use another copy of the model."
         )
         for name, error in info.conversion_errors.items():
-            last_line = error.strip().splitlines()[-1]
+            logger.debug("%s: %s", where, error)
             raise CheckpointError(
-                f"{where}: {original(name)} cannot be made of its tensors: {last_line}. {fix}"
+                f"{where}: {original(name)} cannot be made of its tensors, whose shapes do not fit "
+                f"each other. {fix}"
             )
         for name, shape, expected in sorted(info.mismatched_keys):
             raise CheckpointError(
-                f"{where}: tensor {original(name)} has shape {list(shape)}, config.json says "
-                f"{list(expected)}. {fix}"
+                f"{where}: tensor {original(name)} has shape {list(shape)}, "
+                f"{self._described_by} says {list(expected)}. {fix}"
             )
         self._unknown |= set(map(original, info.unexpected_keys))
         tied = model.all_tied_weights_keys
@@ -264,8 +301,9 @@ class ModelLoader:
         if unknown := sorted(info.unexpected_keys):
             logger.warning(
                 "%s: %d tensors in the files belong to no part of the model and are left out, such "
-                "as %s. If answers are wrong, config.json may be that of another model.",
+                "as %s. If answers are wrong, %s may be that of another model.",
                 *(self._where, len(unknown), ", ".join(unknown[:_SHOWN_NAMES])),
+                self._described_by,
             )
 
 

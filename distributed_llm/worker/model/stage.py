@@ -32,7 +32,7 @@ from distributed_llm.worker.model.sampler import RowsFailed, log_probabilities, 
 from distributed_llm.worker.model.shared_weights import StageModel
 from distributed_llm.worker.model.task_inputs import Masks, TaskInputs
 from distributed_llm.worker.model.tensor_files import Locate
-from distributed_llm.worker.model.weights import load_stage_model
+from distributed_llm.worker.model.weights import check_weights, load_stage_model
 
 _MAX_RELEASED = 10_000
 """Released sequences that are remembered to recognise late tasks; no task is later than that."""
@@ -158,6 +158,17 @@ class Stage:
             UnsupportedModel: with the reason and what to do.
         """
         ensure_supported(checkpoint, cls.load_unchecked)
+
+    @classmethod
+    def check_loading(cls, checkpoint: Checkpoint) -> None:
+        """Refuse a model that could not be loaded, or would be wrong; its weights are not read.
+
+        Raises:
+            CheckpointError: tensors are missing, of the wrong shape, or contradict one another.
+            UnsupportedModel: the architecture gives wrong results when it is split.
+        """
+        cls.ensure_supported(checkpoint)
+        check_weights(checkpoint)
 
     @classmethod
     def load_unchecked(

@@ -26,7 +26,7 @@ def decode_compressed(
         codes = unpacked(parts["weight_packed"], scheme.bits)[..., :inputs].contiguous()
     else:
         codes = (parts["weight"].to(torch.int16) + middle).to(torch.uint8)
-    _check(weight, scheme, parts, codes)
+    check_compressed(weight, scheme, parts)
     scales = parts["weight_scale"].float()
     scales = (
         scales.expand(*weight.shape[:-1], -1)
@@ -35,12 +35,10 @@ def decode_compressed(
     )
     zeros = _zeros(parts.get("weight_zero_point"), scheme.bits, outputs) + middle
     found = affine(codes, scales, -(zeros * scales), scheme.bits, scheme.form(weight.shape))
-    group_of, groups = parts.get("weight_g_idx"), scales.shape[-1]
+    group_of = parts.get("weight_g_idx")
     if group_of is None or bool((group_of < 0).any()):  # not in use
         return found
-    if bool((group_of >= groups).any()):
-        raise _wrong(weight, "weight_g_idx", f"there are {groups} groups")
-    return sorted_by_group(found, group_of, groups)
+    return sorted_by_group(found, group_of, scales.shape[-1])
 
 
 def _zeros(zeros: Tensor | None, bits: int, outputs: int) -> Tensor:
@@ -53,17 +51,28 @@ def _zeros(zeros: Tensor | None, bits: int, outputs: int) -> Tensor:
     return unsigned.float() - (1 << bits - 1)
 
 
-def _check(
-    weight: StoredWeight, scheme: CompressedScheme, parts: Mapping[str, Tensor], codes: Tensor
+def check_compressed(
+    weight: StoredWeight, scheme: CompressedScheme, parts: Mapping[str, Tensor]
 ) -> None:
+    """Raise if parts contradict the others; those that are not there are not looked at.
+
+    Raises:
+        CheckpointError: with the tensor.
+    """
     said = parts.get("weight_shape")
     if said is not None and said.tolist()[-2:] != list(weight.shape[-2:]):
         raise _wrong(weight, "weight_shape", f"the other tensors say {list(weight.shape)}")
-    if "weight" in parts and int(codes.max()) >> scheme.bits:
+    order, scales = parts.get("weight_g_idx"), weight.parts["weight_scale"].shape
+    groups = scales[-1] if len(scales) > 1 else 1
+    if order is not None and bool((order >= groups).any()) and not bool((order < 0).any()):
+        raise _wrong(weight, "weight_g_idx", f"there are {groups} groups")
+    middle, codes = 1 << scheme.bits - 1, parts.get("weight")
+    if codes is not None and not -middle <= int(codes.min()) <= int(codes.max()) < middle:
         raise _wrong(weight, "weight", f"config.json says that codes have {scheme.bits} bits")
 
 
 def _wrong(weight: StoredWeight, part: str, why: str) -> CheckpointError:
+    tensor = weight.parts[part]
     return CheckpointError(
-        f"{weight.parts[part].name} cannot be right: {why}. Use another copy of the model."
+        f"{tensor.name} in {tensor.file} cannot be right: {why}. Use another copy of the model."
     )

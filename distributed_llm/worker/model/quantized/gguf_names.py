@@ -24,7 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from distributed_llm.common.checkpoint import Checkpoint
-from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 
 _EXPERTS = re.compile(r"(?P<name>blk\.\d+\.ffn_(?P<part>gate|up|down)_exps)\.weight")
 _LAYER = re.compile(r"^blk\.\d+\.")
@@ -106,9 +106,9 @@ class GgufNames:
         parameter = self._parameters.get(known)
         if parameter is None:
             raise UnsupportedModel(
-                f"The GGUF file of this {self._checkpoint.model_type!r} model holds the tensor "
-                f"{name}, which transformers' model has no place for: without it, answers would "
-                "be wrong. Use a folder with the original model."
+                f"{self._checkpoint.place} holds a {self._checkpoint.model_type!r} model with the "
+                f"tensor {name}, which transformers' model has no place for: without it, answers "
+                "would be wrong. Use a folder with the original model."
             )
         return parameter
 
@@ -143,7 +143,15 @@ class GgufNames:
 
     def _converted(self, name: str) -> Target:
         def convert(tensor: Tensor) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(self._process(tensor.numpy(), name)))
+            try:
+                done = self._process(tensor.numpy(), name)
+            except (ValueError, IndexError) as exc:
+                raise CheckpointError(
+                    f"{self._checkpoint.place}: tensor {name} has shape {list(tensor.shape)}, "
+                    f"which does not fit what {self._checkpoint.described_by} say of the model. "
+                    "The file is damaged: download it again, or use another file of the model."
+                ) from exc
+            return torch.from_numpy(np.ascontiguousarray(done))
 
         return Target("", convert=convert)
 

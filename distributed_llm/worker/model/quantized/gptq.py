@@ -32,13 +32,22 @@ def decode_gptq(
     found = affine(codes, scales, -(zeros * scales), scheme.bits, form)
     if "g_idx" not in parts:
         return found
-    group_of, groups = parts["g_idx"], scales.shape[-1]
+    check_gptq(weight, parts["g_idx"])
+    return sorted_by_group(found, parts["g_idx"], scales.shape[-1])
+
+
+def check_gptq(weight: StoredWeight, group_of: Tensor) -> None:
+    """Raise if an input is in a group that there is not.
+
+    Raises:
+        CheckpointError: with the tensor.
+    """
+    part, groups = weight.parts["g_idx"], weight.parts["scales"].shape[0]
     if bool(((group_of < 0) | (group_of >= groups)).any()):
         raise CheckpointError(
-            f"{weight.parts['g_idx'].name} names groups from {int(group_of.min())} to "
+            f"{part.name} in {part.file} names groups from {int(group_of.min())} to "
             f"{int(group_of.max())}, and there are {groups}. Use another copy of the model."
         )
-    return sorted_by_group(found, group_of, groups)
 
 
 def decode_awq(

@@ -1,0 +1,283 @@
+"""Files of models, damaged in every way that is known, refused in the same words by plan and stage.
+
+Each damage is done to a model that is whole. What is refused is refused before anything is planned,
+by an error of ours that names the file and says what to do, and shows nothing of Python.
+"""
+
+import json
+import random
+import re
+import struct
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from distributed_llm.common import gguf_files
+from distributed_llm.common.cache_folder import CACHE_VARIABLE
+from distributed_llm.common.checkpoint import Checkpoint
+from distributed_llm.common.errors import CheckpointError, UnsupportedModel
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.types import LayerRange
+from distributed_llm.coordinator import serve
+from distributed_llm.gguf_texts.texts import write_texts_or_refusal
+from distributed_llm.worker.model.stage import Stage
+from tests.checkpoints import build_model, make_checkpoint
+from tests.gguf_models import write_gguf
+from tests.quantized_checkpoints import make_quantized
+
+Json = dict[str, Any]
+_OF_PYTHON = re.compile(
+    r"\b[A-Z]\w*(Error|Exception)\b|Traceback|object has no|NoneType|argument|<class|out of range"
+)
+_WHAT_TO_DO = re.compile(
+    r"\b(use|copy|download|delete|compare|give|rename|upgrade|must be|correct)\b", re.IGNORECASE
+)
+HUGE = 2**60
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have GGUF files read here, which takes milliseconds instead of seconds."""
+
+    def run(files: Sequence[Path], out: Path) -> "subprocess.CompletedProcess[bytes]":
+        write_texts_or_refusal(files, out)
+        return subprocess.CompletedProcess([], 0, b"", b"")
+
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_files, "_run", run)
+
+
+def read(model: Path) -> Checkpoint:
+    """Return a checkpoint that a plan would be made of."""
+    _, checkpoint = serve.open_model(str(model), CoordinatorSettings())
+    return checkpoint
+
+
+def verdict(do: Callable[[], Any], named: Path) -> str:
+    """Return what is said against a model; empty if nothing is."""
+    try:
+        do()
+    except (CheckpointError, UnsupportedModel) as exc:
+        said = str(exc)
+        assert not _OF_PYTHON.search(said), said
+        assert _WHAT_TO_DO.search(said), said
+        assert named.name in said or "config.json" in said, said
+        assert len(said) < 1000, said
+        return said
+    return ""
+
+
+def judged(model: Path) -> str:
+    """Return what plan and loading say against a model: the same."""
+    opened: list[Checkpoint] = []
+    if said := verdict(lambda: opened.append(read(model)), model):
+        return said
+    (checkpoint,) = opened
+    planned = verdict(lambda: Stage.check_loading(checkpoint), model)
+    layers = LayerRange(0, checkpoint.num_layers)
+    cpu = torch.device("cpu")
+    loaded = verdict(lambda: Stage.load(checkpoint, layers, device=cpu, dtype=torch.float32), model)
+    assert planned == loaded
+    return planned
+
+
+# ------------------------------------------------------------------ safetensors and its JSON files
+
+
+def damaged_values(value: object, numbers: random.Random) -> Iterator[object]:
+    """Yield what could stand instead of a value in JSON."""
+    yield from (None, "damaged", -1, HUGE, [], {})
+    if isinstance(value, int):
+        yield from (0, value + 1, value * 2, float(value) + 0.5)
+    if isinstance(value, list):
+        yield from (value[:-1], value + value, [numbers.choice([HUGE, -1, "x", None])] * len(value))
+
+
+def put(content: Json, path: tuple[str, ...], value: object) -> Json:
+    copy: Json = json.loads(json.dumps(content))
+    inner = copy
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return copy
+
+
+def paths_in(content: Json, *above: str) -> Iterator[tuple[str, ...]]:
+    for name, value in content.items():
+        yield (*above, name)
+        if isinstance(value, dict):
+            yield from paths_in(value, *above, name)
+
+
+def value_at(content: Json, path: tuple[str, ...]) -> object:
+    found: Any = content
+    for name in path:
+        found = found[name]
+    return found
+
+
+def with_header(file: bytes, change: Callable[[Json], Json]) -> bytes:
+    size = int.from_bytes(file[:8], "little")
+    header = json.dumps(change(json.loads(file[8 : 8 + size]))).encode()
+    return len(header).to_bytes(8, "little") + header + file[8 + size :]
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("plain"), num_layers=1)
+
+
+def test_headers_of_safetensors(plain: Path, tmp_path: Path) -> None:
+    numbers, file = random.Random(7), (plain / "model.safetensors").read_bytes()
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    (tmp_path / "m").mkdir()
+    copy = tmp_path / "m" / "model.safetensors"
+    (tmp_path / "m" / "config.json").write_bytes((plain / "config.json").read_bytes())
+    paths = [path for path in paths_in(header) if path[0] != "__metadata__"]
+    for path in numbers.sample(paths, 12):
+        for value in damaged_values(value_at(header, path), numbers):
+            copy.write_bytes(with_header(file, lambda h, p=path, v=value: put(h, p, v)))
+            assert judged(tmp_path / "m"), (path, value)
+    for content in (b"", file[:7], file[:100], file[:-1], file + b"x", file[:8] + bytes(500)):
+        copy.write_bytes(content)
+        assert judged(tmp_path / "m"), content[:10]
+    for name in numbers.sample(sorted(header), 5):
+        if name != "__metadata__":
+            copy.write_bytes(with_header(file, lambda h, n=name: {**h, n + "x": h[n]}))
+            assert judged(tmp_path / "m"), name
+
+
+def test_values_of_config(plain: Path, tmp_path: Path) -> None:
+    numbers = random.Random(7)
+    copy = copied(plain, tmp_path)
+    config = json.loads((plain / "config.json").read_text())
+    for path in paths_in(config):
+        for value in numbers.sample(list(damaged_values(value_at(config, path), numbers)), 2):
+            (copy / "config.json").write_text(json.dumps(put(config, path, value)))
+            judged(copy)
+
+
+def copied(folder: Path, tmp_path: Path) -> Path:
+    copy = tmp_path / "m"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "mlx", "w8a8", "fp8", "nf4", "mxfp4"])
+def test_quantized_weights(tmp_path: Path, kind: str) -> None:
+    numbers = random.Random(7)
+    folder, _ = make_quantized(tmp_path, kind)
+    assert judged(folder) == ""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    settings = next(n for n in ("quantization_config", "quantization") if n in config)
+    for place in paths_in(config[settings], settings):
+        for value in numbers.sample(list(damaged_values(value_at(config, place), numbers)), 2):
+            path.write_text(json.dumps(put(config, place, value)))
+            judged(folder)
+    path.write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    file = weights.read_bytes()
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    parts = sorted(n for n in header if ".layers.0." in n and not n.endswith("norm.weight"))
+    for name in numbers.sample(parts, min(len(parts), 3)):
+        shape = header[name]["shape"]
+        for change in (
+            lambda h, n=name: {k: v for k, v in h.items() if k != n} | {"x": h[n]},
+            lambda h, n=name, s=shape: put(h, (n, "shape"), [*s[:-2], *reversed(s[-2:])]),
+            lambda h, n=name, s=shape: put(h, (n, "shape"), [1, *s]),
+            lambda h, n=name, s=shape: put(h, (n, "shape"), [*s[:-1], s[-1] // 2, 2]),
+        ):
+            weights.write_bytes(with_header(file, change))
+            judged(folder)
+
+
+# ------------------------------------------------------------------ GGUF
+
+
+@dataclass(frozen=True)
+class Place:
+    """A number in the header of a GGUF file.
+
+    Attributes:
+        what: it is.
+        at: byte where it stands.
+        form: of `struct`.
+    """
+
+    what: str
+    at: int
+    form: str
+
+
+def places_in(path: Path) -> Iterator[Place]:
+    """Yield the numbers in the header of a GGUF file, but for the elements of arrays."""
+    yield from (Place("version", 4, "<I"), Place("tensors", 8, "<Q"), Place("fields", 16, "<Q"))
+    reader = gguf.GGUFReader(path)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF."):
+            continue
+        kind = field.offset + 8 + len(field.name)
+        yield Place(f"length of {field.name}", field.offset, "<Q")
+        yield Place(f"type of {field.name}", kind, "<I")
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            yield Place(f"elements of {field.name}", kind + 4, "<I")
+            yield Place(f"count of {field.name}", kind + 8, "<Q")
+        elif field.types[0] == gguf.GGUFValueType.STRING:
+            yield Place(f"length of the text {field.name}", kind + 4, "<Q")
+        else:
+            yield Place(field.name, kind + 4, "<I")
+    for tensor in reader.tensors:
+        at = tensor.field.offset
+        yield Place(f"length of {tensor.name}", at, "<Q")
+        at += 8 + len(tensor.name)
+        yield Place(f"dimensions of {tensor.name}", at, "<I")
+        for number in range(len(tensor.shape)):
+            yield Place(f"size {number} of {tensor.name}", at + 4 + 8 * number, "<Q")
+        at += 4 + 8 * len(tensor.shape)
+        yield Place(f"kind of {tensor.name}", at, "<I")
+        yield Place(f"offset of {tensor.name}", at + 4, "<Q")
+
+
+def damaged_numbers(number: int, form: str) -> list[int]:
+    most = 2 ** (8 * struct.calcsize(form)) - 1
+    values = {0, 1, 39, 99, number + 1, number + 32, number * 2, most // 16, most}
+    return [value for value in sorted(values) if value not in (number, most + 1) and value <= most]
+
+
+_HARMLESS = re.compile(
+    r"context_length|token_id|rms_epsilon|freq_base|^type of .*(count|length)|token_type"
+)
+"""Numbers that a model can do without, or that may be others as well."""
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0"])
+def test_headers_of_gguf(tmp_path: Path, kind: str) -> None:
+    numbers = random.Random(7)
+    model = build_model("llama", num_layers=1, vocab_size=320)
+    path = write_gguf(tmp_path / "tiny.gguf", model, kind)
+    whole = path.read_bytes()
+    assert judged(path) == ""
+    places = list(places_in(path))
+    assert len(places) > 100
+    for place in numbers.sample(places, 20):
+        (number,) = struct.unpack_from(place.form, whole, place.at)
+        damaged = bytearray(whole)
+        value = numbers.choice(damaged_numbers(number, place.form))
+        struct.pack_into(place.form, damaged, place.at, value)
+        path.write_bytes(damaged)
+        assert judged(path) or _HARMLESS.search(place.what), (place, value)
+    for cut in numbers.sample(range(len(whole)), 8):
+        path.write_bytes(whole[:cut])
+        assert judged(path), cut
