@@ -83,6 +83,11 @@ def test_weights_shrink_before_they_go_to_a_disk() -> None:
     assert [(s.quantize, s.from_disk) for s in auto.plan(with_disks({"a": 3500}, a=9999))] == [
         ("int4", 4)
     ]
+    more = auto.more_than("int4")  # bits come back where there is memory for them, else never
+    for alone in (auto.only("none"), more):
+        assert alone is not None
+        with pytest.raises(NotEnoughMemory):
+            alone.plan(with_disks({"a": 5000}, a=9999))
     fixed = planner(smaller=(small,))
     assert fixed.plan(with_disks({"a": 5000}, a=9999))[0].quantize == "none"
 

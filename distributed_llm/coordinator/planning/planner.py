@@ -41,6 +41,8 @@ class Planner:
         smaller: costs of the same model with fewer bits per weight, most bits first.
         may_shrink: machines that cannot hold `cost` get a plan with the first of `smaller` that
             they can; otherwise the error says that they could.
+        may_offload: layers may stay on the disks of workers that offer room there, if the machines
+            can hold the model in no other way.
         strategy: how layers are divided.
         objective: what plans by strategy "speed" are best for before there is demand; see
             `forecast.best_forecast`.
@@ -60,6 +62,7 @@ class Planner:
     least_kv_tokens: int
     smaller: tuple[ModelCost, ...] = ()
     may_shrink: bool = False
+    may_offload: bool = True
 
     @classmethod
     def from_settings(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
@@ -82,10 +85,10 @@ class Planner:
         )
 
     def only(self, quantize: Quantize) -> "Planner":
-        """Return the planner of a model whose weights are quantized so, and not otherwise."""
+        """Return the planner of a model whose weights are quantized so, and all in memory."""
         costs = (self.cost, *self.smaller)
         cost = next((cost for cost in costs if cost.quantize == quantize), self.cost)
-        return replace(self, cost=cost, smaller=(), may_shrink=False)
+        return replace(self, cost=cost, smaller=(), may_shrink=False, may_offload=False)
 
     def at_most(self, quantize: Quantize) -> "Planner":
         """Return the planner of weights that have so many bits, or fewer where they may shrink."""
@@ -95,10 +98,10 @@ class Planner:
         return replace(self, cost=costs[at], smaller=smaller)
 
     def more_than(self, quantize: Quantize) -> "Planner | None":
-        """Return the planner of weights that have more bits than so; None if they may have none."""
+        """Return the planner of weights in memory with more bits than so; None if there are none."""
         costs = (self.cost, *self.smaller) if self.may_shrink else ()
         at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
-        return replace(self, smaller=costs[1:at]) if at else None
+        return replace(self, smaller=costs[1:at], may_offload=False) if at else None
 
     def plans(self, machines: Machines) -> list[Plan]:
         """Return one plan per pipeline: `replicas` of them, or as many as the machines can hold.
@@ -157,6 +160,8 @@ class Planner:
             return self._in_memory(lambda planner: make(planner, machines))
         except NotEnoughMemory as exc:
             error = exc
+        if not self.may_offload:
+            raise error
         planner = self.only(self.smaller[-1].quantize) if self._may_offload_smaller else self
         with_disks = machines.offloading(planner.cost, planner.least_kv_tokens)
         if with_disks is None:
