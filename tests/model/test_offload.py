@@ -14,8 +14,10 @@ from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.worker.model.offload import LayerFile, file_of, read_nbytes
 from distributed_llm.worker.model.stage import Stage
+from distributed_llm.worker.session.events import Load, Loaded
 from tests.checkpoints import make_checkpoint
 from tests.model.driver import CPU, Pipeline
+from tests.model.workers import Cluster, workers
 
 PROMPTS = [[5, 17, 3, 99, 12], [7, 7, 1]]
 TOKENS = 4
@@ -154,3 +156,16 @@ def test_layers_on_the_disk_lie_apart() -> None:
 def test_bytes_that_are_read_are_known(checkpoint: Checkpoint) -> None:
     layers = load(checkpoint, 6)._held.layers
     assert read_nbytes(layers) == sum(file.nbytes for file in map(file_of, layers) if file) > 0
+
+
+def test_workers_do_as_they_are_told(checkpoint: Checkpoint) -> None:
+    whole = (0, checkpoint.num_layers)
+    with workers("a") as held:
+        cluster = Cluster(checkpoint.folder, [("a", whole)], held)
+        told = [
+            held["a"].ask(Load(0, cluster.order(epoch, whole, from_disk=count)), Loaded)
+            for epoch, count in ((2, 6), (3, 0))
+        ]
+    file = file_of(load(checkpoint, 1)._held.layers[3])
+    assert file is not None
+    assert told[1].weight_bytes - told[0].weight_bytes == 4 * file.nbytes

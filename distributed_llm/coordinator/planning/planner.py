@@ -98,7 +98,7 @@ class Planner:
         return replace(self, cost=costs[at], smaller=smaller)
 
     def more_than(self, quantize: Quantize) -> "Planner | None":
-        """Return the planner of weights in memory with more bits than so; None if there are none."""
+        """Return the planner of weights in memory with more bits than so; None if none have."""
         costs = (self.cost, *self.smaller) if self.may_shrink else ()
         at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
         return replace(self, smaller=costs[1:at], may_offload=False) if at else None
