@@ -34,6 +34,9 @@ ARCHITECTURES = {
     "stablelm": "stablelm",
     "nemotron": "nemotron",
     "gpt2": "gpt2",
+    "granite": "granite",
+    "cohere": "command-r",
+    "cohere2": "cohere2",
 }
 """The name in llama.cpp of each model type."""
 
@@ -101,8 +104,15 @@ def _write_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     if config.model_type in ("gemma", "gemma2", "gemma3_text", "qwen3", "qwen3_moe"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    if config.model_type in ("gemma2", "gemma3_text", "phi3") and config.sliding_window:
+    if config.model_type in ("gemma2", "gemma3_text", "phi3", "cohere2") and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if config.model_type in ("cohere", "cohere2"):
+        writer.add_logit_scale(config.logit_scale)
     if config.model_type == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -164,7 +174,7 @@ def _tensors(model: PreTrainedModel, architecture: str) -> Iterator[tuple[str, n
             continue
         if architecture == "gpt2" and re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name):
             values = values.T
-        if architecture == "llama" and re.search(r"\.[qk]_proj\.", name):
+        if architecture in ("llama", "granite") and re.search(r"\.[qk]_proj\.", name):
             heads = config.num_attention_heads
             heads = heads if ".q_proj." in name else config.num_key_value_heads
             paired = values.reshape(heads, 2, -1, *values.shape[1:])
@@ -207,7 +217,10 @@ def random_blocks(kind: str, count: int) -> np.ndarray:
     scales = (0.01 * numbers.standard_normal((count, 2))).astype(np.float16).view(np.uint8)
     at = {"Q2_K": 80, "Q3_K": 108, "Q6_K": 208}.get(kind, 0)
     wide = 4 if kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K") else 2
-    blocks[:, at : at + wide] = scales[:, :wide]
+    if kind == "MXFP4":
+        blocks[:, 0] = 110 + blocks[:, 0] % 30  # an exponent
+    else:
+        blocks[:, at : at + wide] = scales[:, :wide]
     return blocks
 
 

@@ -116,6 +116,8 @@ class Checkpoint:
             return stored_weights(self.config, self.tensors)
         except NotRead as exc:
             raise UnsupportedModel(f"The model in {self.place} {quantized(str(exc))}") from None
+        except CheckpointError as exc:
+            raise CheckpointError(f"{self.place}: {exc}") from exc
 
     @cached_property
     def num_layers(self) -> int:

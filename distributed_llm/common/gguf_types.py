@@ -44,6 +44,7 @@ GGUF_BLOCKS: Mapping[str, BlockLayout] = {
     "Q6_K": BlockLayout(256, 210, INT8),
     "IQ4_NL": BlockLayout(32, 18, INT8),
     "IQ4_XS": BlockLayout(256, 136, INT8),
+    "MXFP4": BlockLayout(32, 17, INT8),
 }
 """The types that can be read, by their names in llama.cpp."""
 

@@ -26,10 +26,13 @@ from distributed_llm.gguf_texts.header import Header
 from distributed_llm.gguf_texts.rotary import linear_factor, rope_parameters
 
 _MODEL_TYPES: Mapping[str, str] = {
+    "cohere2": "cohere2",
+    "command-r": "cohere",
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
+    "granite": "granite",
     "llama": "llama",
     "nemotron": "nemotron",
     "phi3": "phi3",
@@ -42,7 +45,14 @@ _MODEL_TYPES: Mapping[str, str] = {
 }
 """Model types in transformers, by llama.cpp's names of architectures; those that are right."""
 
-_TABLES = {"gemma": "gemma2", "gemma3_text": "gemma3", "mixtral": "llama"}
+_TABLES = {
+    "cohere": "llama",
+    "cohere2": "llama",
+    "gemma": "gemma2",
+    "gemma3_text": "gemma3",
+    "granite": "llama",
+    "mixtral": "llama",
+}
 """By model type, the name under which transformers has a table of settings, if it is another."""
 
 _EXTRA_SIZES: Mapping[str, str] = {
@@ -52,6 +62,11 @@ _EXTRA_SIZES: Mapping[str, str] = {
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attention.layer_norm_epsilon": "layer_norm_eps",
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logit_scale",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
 }
@@ -148,6 +163,12 @@ def _of_family(header: Header, content: Mapping[str, Any]) -> dict[str, Any]:
         found["sliding_window"] = header.get("attention.sliding_window")
         if original := header.get("rope.scaling.original_context_length"):
             found["original_max_position_embeddings"] = original
+    if kind == "granite":
+        found["logits_scaling"] = header.get("logit_scale") or 1.0
+    if kind == "cohere":
+        found["use_qk_norm"] = "blk.0.attn_q_norm.weight" in header.tensors
+    if kind == "cohere2":
+        found["sliding_window"] = header.get("attention.sliding_window")
     if kind == "gpt2":
         found["n_positions"] = header.get("context_length")
     if kind == "mixtral":

@@ -28,6 +28,9 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 35, 89, 79, 32, 38]
         ("mixtral", {"sliding_window": None}),
         ("qwen3_moe", {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}),
         ("phi3", {}),
+        ("granite", {}),
+        ("cohere", {"use_qk_norm": True}),
+        ("cohere2", {"layer_types": ["sliding_attention"], "sliding_window": 5}),
     ],
 )
 def test_what_a_split_model_answers(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:

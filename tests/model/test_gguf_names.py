@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
 }
 
-UNKNOWN_THERE = ("mixtral", "gemma")
+UNKNOWN_THERE = ("mixtral", "gemma", "granite", "cohere", "cohere2")
 """Model types that transformers' own reader does not read."""
 
 
@@ -66,6 +66,9 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
         ("stablelm", "F32"),
         ("nemotron", "F32"),
         ("gpt2", "F32"),
+        ("granite", "F32"),
+        ("cohere", "F32"),
+        ("cohere2", "F32"),
     ],
 )
 def test_weights_are_those_of_transformers(tmp_path: Path, family: str, kind: str) -> None:

@@ -198,7 +198,7 @@ def test_the_dtype_to_compute_in(tmp_path: Path, kind: str, dtype: str) -> None:
         ({"tokenizer__ggml__pre": "haiku"}, "cuts text in a way that is not known.*'haiku'"),
         ({"tokenizer__ggml__pre": "default"}, "does not say how its tokenizer cuts text"),
         ({"tokenizer__ggml__model": "rwkv"}, "a tokenizer .rwkv. that transformers cannot"),
-        ({"general__architecture": "gpt-oss"}, "architecture 'gpt-oss', which is not read"),
+        ({"general__architecture": "deepseek2"}, "architecture 'deepseek2', which is not read"),
         ({"general__architecture": "mamba9"}, "architecture 'mamba9', which is not read"),
     ],
 )
@@ -221,13 +221,13 @@ def test_broken_files(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "tiny.gguf", model).read_bytes()
     unknown = whole.replace(b"token_embd.weight\x02", b"token_embd.weight\x02", 1)
     at = unknown.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
-    other = unknown[:at] + (39).to_bytes(4, "little") + unknown[at + 4 :]
+    other = unknown[:at] + (16).to_bytes(4, "little") + unknown[at + 4 :]
     never = unknown[:at] + (999).to_bytes(4, "little") + unknown[at + 4 :]
     for content, words in (
         (whole[:-50], "is not a whole GGUF file"),
         (whole[:500], "is not a whole GGUF file"),
         (b"GGUF" + b"\xff" * 100, "of version 4294967295 of GGUF"),
-        (other, r"type MXFP4 \(token_embd\.weight\), which are not read.*Q4_K"),
+        (other, r"type IQ2_XXS \(token_embd\.weight\), which are not read.*Q4_K"),
         (never, "a type that is not known"),
     ):
         (tmp_path / "tiny.gguf").write_bytes(content)

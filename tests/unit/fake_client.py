@@ -150,7 +150,7 @@ class Answer:
 
     def _told(self, forms: Sequence[Quantize]) -> tuple[list[int], list[TokenLogprobs]]:
         """Return what comes after the tokens that came; `forms` are of these and of the rest."""
-        given = {"choice": self.choice, "grammar": self.grammar, "forms": forms}
+        given: dict[str, Any] = {"choice": self.choice, "grammar": self.grammar, "forms": forms}
         limit = self.params.max_new_tokens or len(self.token_ids)
         params = msgspec.structs.replace(self.params, max_new_tokens=max(1, limit))
         tokens = reference(self.prompt, params, **given)

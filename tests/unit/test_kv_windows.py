@@ -1,12 +1,18 @@
 """What layers with a window are charged, and how long a sequence may be."""
 
+from dataclasses import replace
+
 import pytest
 
-from distributed_llm.common.types import KV_BLOCK, LayerRange, SequenceId, WorkerId
+from distributed_llm import summary
+from distributed_llm.common.messages import PipelineStatus
+from distributed_llm.common.types import KV_BLOCK, Epoch, LayerRange, SequenceId, WorkerId
 from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import longest_tokens_of, plan_of
+from distributed_llm.coordinator.planning.dry_run import DryRun
 from distributed_llm.coordinator.serving.kv_ledger import KVLedger
+from tests.wire.test_status_command import status, worker
 
 HALF = KVWindows(window=128, margin=64, windowed=1, total=2)
 """Half of the layers have a window; a sequence keeps five blocks in them: 128 + 64 and two."""
@@ -103,3 +109,27 @@ def test_a_plan_says_how_long_one_request_may_be() -> None:
     assert longest_tokens_of(plan, cost, 10) == windows.longest(3200) == (100 - 5) * KV_BLOCK
     plain = ModelCost((100,) * 4, 0, 0, 0, 1)
     assert longest_tokens_of(plan, plain, 10) == 3200
+
+
+def test_who_asks_for_a_plan_or_the_status_is_told() -> None:
+    cost = ModelCost((100,) * 4, 0, 0, 0, 1, windows=(128, 0, 128, 0))
+    plan = plan_of(cost, {WorkerId("a"): 400 + 12800}, ((WorkerId("a"), LayerRange(0, 4)),))
+    run = DryRun(cost, (plan,), {WorkerId("a"): 13200}, 1.0, 2.0, {}, (), longest_tokens=(6080,))
+    assert (
+        "context: up to 6,080 tokens in one request, for 2 of 4 layers keep the last 128 and those "
+        "of steps under way only"
+    ) in summary.plan_lines(run)
+    alike = replace(run, longest_tokens=(3200,))
+    assert not any("context" in line for line in summary.plan_lines(alike))
+    pipeline = PipelineStatus(
+        epoch=Epoch(3),
+        lineage=Epoch(3),
+        state="serving",
+        stages=(),
+        links=(),
+        kv_tokens=65_536,
+        kv_longest_tokens=100_000,
+    )
+    shown = status(worker("a", layers=LayerRange(0, 36)), pipelines=(pipeline,))
+    told = "of 65,536 tokens of context in use, and room for 100,000 in one request"
+    assert summary.headline(shown).endswith(told)

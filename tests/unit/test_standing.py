@@ -3,8 +3,11 @@
 A layer takes a second to load, the embedding and the head half a second.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from distributed_llm.common.messages import WorkerHello
 from distributed_llm.common.settings import Strategy
 from distributed_llm.common.types import PeerId, WorkerId
 from distributed_llm.coordinator.events import Study
@@ -13,7 +16,7 @@ from distributed_llm.coordinator.plan import Plan, kv_tokens_of, layer_map_of
 from distributed_llm.coordinator.planning.plan_question import PlanQuestion
 from distributed_llm.coordinator.planning.planner import Planner
 from distributed_llm.coordinator.planning.standing import Standing
-from tests.unit.coordinator_parts import Parts, ranges_of
+from tests.unit.coordinator_parts import Parts, capabilities, ranges_of
 from tests.unit.test_planner import machines, planner
 
 SECOND = 400_000_000
@@ -85,11 +88,14 @@ def test_what_stands_is_not_kept_if_there_is_less_room_or_speed() -> None:
     assert layer_map_of(plan) == layer_map_of(planned(Standing(), memory, "speed", b=9.0)[0])
 
 
-def test_weights_of_other_bits_are_loaded_anew_anyway() -> None:
+def test_weights_get_their_bits_back_though_fewer_are_loaded() -> None:
+    half = replace(COST, layer_bytes=(SECOND // 2,) * 6, quantize="int8")
     stands = Standing(ranges_of(("b", 2, 4), ("c", 4, 6)), quantize="int8")
-    memory = dict.fromkeys("bcd", MEMORY)
-    assert planned(stands, memory)[0] == planned(Standing(), memory)[0]
-    assert planned(stands, memory)[1] > 3.5
+    auto = replace(made(), smaller=(half,), may_shrink=True)
+    there = machines(dict.fromkeys("bcd", MEMORY))
+    (plan,) = PlanQuestion(auto, there, standing=stands).reply().plans
+    assert {stage.quantize for stage in plan} == {"none"}
+    assert stands.load_s(plan) > 3.5
 
 
 def test_who_gets_which_layers_by_strategy_even_is_no_matter_of_chance() -> None:
@@ -103,6 +109,20 @@ def test_what_is_still_loaded_after_a_loss_is_part_of_the_question() -> None:
     parts.serve(("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     lost = parts.registry.remove(PeerId(b"b"))
     assert lost
+    (study,) = (a for a in parts.replanning.recover(lost) if isinstance(a, Study))
+    assert isinstance(study.question, PlanQuestion)
+    assert study.question.standing.layer_map == ranges_of(("a", 0, 2), ("c", 4, 6))
+
+
+def test_who_connected_anew_has_nothing_loaded() -> None:
+    parts = Parts(dict.fromkeys("abc", 5000), strategy="memory")
+    parts.serve(("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    lost = parts.registry.remove(PeerId(b"b"))
+    assert lost
+    hello = WorkerHello(name="b", instance="new", capabilities=capabilities(5000))
+    back = parts.registry.add_worker(PeerId(b"anew"), hello, now=0.0)
+    assert back.id == lost.id
+    parts.measurements.joined(back.id, back.capabilities)
     (study,) = (a for a in parts.replanning.recover(lost) if isinstance(a, Study))
     assert isinstance(study.question, PlanQuestion)
     assert study.question.standing.layer_map == ranges_of(("a", 0, 2), ("c", 4, 6))

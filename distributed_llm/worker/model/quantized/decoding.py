@@ -1,6 +1,7 @@
 """Makes the weights of a model out of the tensors of its files, whatever format they are in."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from distributed_llm.worker.model.quantized.gptq import check_gptq, decode_awq, 
 from distributed_llm.worker.model.quantized.mlx import decode_mlx
 from distributed_llm.worker.model.quantized.narrow_floats import decode_fp8, decode_mxfp4
 
+_CODE_BITS = 8
+_SAMPLE_BYTES = 1 << 16
+
 
 def shape_of(weight: StoredWeight, read: Callable[[TensorInfo], Tensor] | None) -> tuple[int, ...]:
     """Return the shape of a weight, once the small parts are checked that say how it is meant.
@@ -46,12 +50,20 @@ def shape_of(weight: StoredWeight, read: Callable[[TensorInfo], Tensor] | None) 
         case CompressedScheme() as scheme:
             small = ("weight_g_idx", "weight_shape")
             held = {name: read(weight.parts[name]) for name in small if name in weight.parts}
+            if "weight" in weight.parts and scheme.bits < _CODE_BITS:
+                held["weight"] = read(_beginning(weight.parts["weight"]))
             check_compressed(weight, scheme, held)
         case BnbInt8Scheme() if "weight_format" in weight.parts:
             check_bnb_order(weight, read(weight.parts["weight_format"]))
         case BnbTableScheme() as scheme:
             return bnb_table_shape(weight, scheme, read(weight.parts[scheme.state]))
     return weight.shape
+
+
+def _beginning(tensor: TensorInfo) -> TensorInfo:
+    """Return the first of the bytes that a tensor consists of, as a tensor."""
+    nbytes = min(tensor.nbytes, _SAMPLE_BYTES)
+    return replace(tensor, shape=(nbytes,), nbytes=nbytes)
 
 
 def decoded(weight: StoredWeight, parts: Mapping[str, Tensor]) -> AffineWeight | Tensor:

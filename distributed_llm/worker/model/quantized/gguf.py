@@ -18,9 +18,12 @@ _Parts = tuple[Tensor, Tensor, Tensor]
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """What the 16 codes of IQ4 stand for."""
 
+_MXFP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_MXFP4_ONE = 128
+
 _BITS: Mapping[str, int] = {
     **{"Q2_K": 2, "Q3_K": 3, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5},
-    **{"Q6_K": 6, "Q8_0": 8, "IQ4_NL": 8, "IQ4_XS": 8},
+    **{"Q6_K": 6, "Q8_0": 8, "IQ4_NL": 8, "IQ4_XS": 8, "MXFP4": 8},
 }
 """Bits of the codes that a type of blocks becomes."""
 
@@ -159,8 +162,16 @@ def _iq4_xs(blocks: Tensor) -> _Parts:
     return _symmetric(_iq4_codes(codes), _half(blocks, 0) * sc, 128)
 
 
+def _mxfp4(blocks: Tensor) -> _Parts:
+    """An exponent of 2, plus 127; 16 bytes of codes, of twice the numbers that they stand for."""
+    exponents = blocks[:, :1].to(torch.int32) - _MXFP4_ONE
+    scales = torch.ldexp(torch.ones(exponents.shape), exponents)
+    levels = torch.tensor(_MXFP4_LEVELS, dtype=torch.int16) + 128
+    return _symmetric(levels.to(torch.uint8)[_nibbles(blocks[:, 1:]).long()], scales, 128)
+
+
 _DECODERS: Mapping[str, Callable[[Tensor], _Parts]] = {
     **{"Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1, "Q8_0": _q8_0},
     **{"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k},
-    **{"IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs},
+    **{"IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4},
 }

@@ -28,7 +28,7 @@ from distributed_llm.common.errors import CheckpointError, UnsupportedModel
 
 _EXPERTS = re.compile(r"(?P<name>blk\.\d+\.ffn_(?P<part>gate|up|down)_exps)\.weight")
 _LAYER = re.compile(r"^blk\.\d+\.")
-_AS_OTHERS = {"gemma": "gemma2"}
+_AS_OTHERS = {"gemma": "gemma2", "granite": "llama"}
 """Architectures whose values are changed like those of others that transformers has a table for."""
 
 _PROBED_COLUMNS = 2
