@@ -72,6 +72,8 @@ def headline(status: ClusterStatus) -> str:
         what += f"; weights: {list_text(sorted(forms))}"
     if status.state != "serving":
         return what
+    if read := sum(pipeline.disk_bytes for pipeline in status.pipelines):
+        what += f"; {size_text(read)} of weights are read from disks for every token"
     kept = {p.kv_dtype for p in status.pipelines} - {"auto"}
     longest = max((pipeline.kv_longest_tokens for pipeline in status.pipelines), default=0)
     one = f", and room for {longest:,} in one request" if longest > status.kv_tokens else ""
@@ -179,8 +181,20 @@ def plan_lines(run: DryRun) -> list[str]:
         *([] if run.kv_dtype == "auto" else [f"context: kept in {run.kv_dtype}"]),
         *_window_lines(run),
         *([f"without layers: {list_text(idle)}"] if idle else []),
+        *_disk_lines(run),
         f"expected: {rate_text(run.one_tokens_per_s)} for one request, {many} for {MANY} at once",
         *(f"{worker}: {advice.text}" for worker, advice in run.advice.items()),
+    ]
+
+
+def _disk_lines(run: DryRun) -> list[str]:
+    return [
+        f"{stage.worker}: {size_text(stage.disk_bytes)} of "
+        f"{size_text(run.cost.weight_bytes(stage.layers))} fit into no memory and are read from "
+        "its disk for every token"
+        for plan in run.plans
+        for stage in plan
+        if stage.from_disk
     ]
 
 

@@ -33,6 +33,12 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(help="For weights and KV cache, such as 6GiB.", show_default="what is free"),
 ]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        help="Disk for layers that fit nowhere else, read for every token.", show_default="none"
+    ),
+]
 Slowdown = Annotated[
     float | None, typer.Option(help="Look this many times slower, for tests.", show_default="1.0")
 ]
@@ -54,6 +60,7 @@ def worker(
     device: Device = None,
     threads: Threads = None,
     max_memory: MaxMemory = None,
+    offload: Offload = None,
     slowdown: Slowdown = None,
     model: Model = None,
     cache_limit: CacheLimit = None,
@@ -71,6 +78,7 @@ def worker(
             "worker.device": device,
             "worker.threads": threads,
             "worker.max_memory": max_memory,
+            "worker.offload": offload,
             "worker.slowdown": slowdown,
             "worker.model": model,
             "worker.cache_limit": cache_limit,
@@ -96,6 +104,7 @@ def join(
     device: Device = None,
     threads: Threads = None,
     max_memory: MaxMemory = None,
+    offload: Offload = None,
     model: Model = None,
     cache_limit: CacheLimit = None,
     wait: Wait = False,
@@ -126,6 +135,7 @@ def join(
         "device": device,
         "threads": threads,
         "max_memory": max_memory,
+        "offload": offload,
         "model": model,
         "cache_limit": cache_limit,
     }

@@ -351,6 +351,11 @@ class WorkerSettings(_Section):
         description="Memory to use at most: 6GiB and 512MiB count in 1024s, 6GB and 6G in 1000s, a "
         "plain number is bytes; empty: what is free.",
     )
+    offload: Size = Field(
+        default=None,
+        description="Room on the disk for layers that fit into no worker's memory, such as 20GiB: "
+        "they are read for every token, which is slow; CPU only; empty: none.",
+    )
     slowdown: Factor = Field(
         default=1.0, ge=1, le=1000, description="For tests: look this many times slower; 1: off."
     )

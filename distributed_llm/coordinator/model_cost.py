@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from distributed_llm.common.offloading import LAYERS_AT_ONCE, layers_on_disk
 from distributed_llm.common.types import LayerRange
 from distributed_llm.common.weight_forms import Quantize
 
@@ -35,6 +36,11 @@ class ModelCost:
         return len(self.layer_bytes)
 
     @property
+    def all_layer_bytes(self) -> int:
+        """Bytes of all layers, without embedding, norm and head."""
+        return sum(self.layer_bytes)
+
+    @property
     def all_weight_bytes(self) -> int:
         """Bytes of all weights, each once."""
         return self.weight_bytes(LayerRange(0, self.num_layers))
@@ -48,6 +54,18 @@ class ModelCost:
             + self.last_bytes * last
             + self.shared_bytes * (first or last)
         )
+
+    def bytes_from_disk(self, layers: LayerRange, count: int) -> int:
+        """Return the bytes that a stage reads in every step if `count` layers stay on the disk."""
+        return sum(self._sizes_on_disk(layers, count))
+
+    def bytes_in_memory(self, layers: LayerRange, count: int) -> int:
+        """Return the bytes of weights that stay in memory if `count` layers stay on the disk."""
+        saved = sorted(self._sizes_on_disk(layers, count))[:-LAYERS_AT_ONCE]
+        return self.weight_bytes(layers) - sum(saved)
+
+    def _sizes_on_disk(self, layers: LayerRange, count: int) -> list[int]:
+        return [self.layer_bytes[layer] for layer in layers_on_disk(layers, count)]
 
     def stage_bytes(self, layers: LayerRange, kv_tokens: int) -> int:
         """Return the bytes of a stage with `kv_tokens` positions of KV cache."""

@@ -9,11 +9,13 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from distributed_llm.common.errors import NotEnoughMemory
 from distributed_llm.common.types import LayerRange, PeerId, WorkerId
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.wording import layers_text, size_text
 from distributed_llm.coordinator.kv_windows import KVWindows, margin_tokens
 from distributed_llm.coordinator.model_cost import ModelCost
 
@@ -27,7 +29,10 @@ class PlannedStage:
 
     Attributes:
         kv_tokens: positions of KV cache that fit into the memory left by the weights.
+        weight_bytes: that are in memory.
         quantize: what floating-point weights become while they are loaded; the same on all stages.
+        from_disk: number of layers that do not fit, and stay on the worker's disk.
+        disk_bytes: of these layers, which are read in every step.
     """
 
     worker: WorkerId
@@ -35,6 +40,8 @@ class PlannedStage:
     weight_bytes: int
     kv_tokens: int
     quantize: Quantize = "none"
+    from_disk: int = 0
+    disk_bytes: int = 0
 
 
 Plan = tuple[PlannedStage, ...]
@@ -91,6 +98,42 @@ def plan_of(cost: ModelCost, memory: Mapping[WorkerId, int], layer_map: LayerMap
     return tuple(_stage(cost, worker, held, memory[worker]) for worker, held in layer_map)
 
 
+def offloaded(plan: Plan, cost: ModelCost, memory: Mapping[WorkerId, int], kv_tokens: int) -> Plan:
+    """Return a plan in which as few layers as possible stay on disks, so that the rest fits.
+
+    Args:
+        plan: with more on a worker than its memory has room for.
+        cost: of the model.
+        memory: bytes of each worker, for weights and KV cache.
+        kv_tokens: positions of KV cache that every stage must have room for.
+
+    Raises:
+        NotEnoughMemory: a worker has no room for what has to be in memory.
+    """
+    return tuple(_offloaded(stage, cost, memory[stage.worker], kv_tokens) for stage in plan)
+
+
+def _offloaded(
+    stage: PlannedStage, cost: ModelCost, memory_bytes: int, kv_tokens: int
+) -> PlannedStage:
+    layers, kv_bytes = stage.layers, cost.kv_bytes_per_token * len(stage.layers)
+    for count in range(len(layers) + 1):
+        held = cost.bytes_in_memory(layers, count)
+        if held + kv_bytes * kv_tokens <= memory_bytes:
+            return replace(
+                stage,
+                weight_bytes=held,
+                kv_tokens=(memory_bytes - held) // max(1, kv_bytes),
+                from_disk=count,
+                disk_bytes=cost.bytes_from_disk(layers, count),
+            )
+    raise NotEnoughMemory(
+        f"Worker {stage.worker} has {size_text(memory_bytes)}, but {layers_text(layers)} take "
+        f"{size_text(held + kv_bytes * kv_tokens)} even if they are read from its disk in every "
+        "step. Raise its --max-memory."
+    )
+
+
 def layer_map_of(plan: Plan) -> LayerMap:
     """Return the layer map of a plan."""
     return tuple((stage.worker, stage.layers) for stage in plan)
@@ -106,6 +149,7 @@ def describe(plan: Plan, cost: ModelCost) -> list[dict[str, Any]]:
             "kv_tokens": stage.kv_tokens,
             "kv_bytes_per_token": cost.kv_bytes_per_token * len(stage.layers),
             "quantize": stage.quantize,
+            "disk_bytes": stage.disk_bytes,
         }
         for stage in plan
     ]

@@ -151,6 +151,7 @@ class Reporting:
             epoch=pipeline.epoch,
             lineage=pipeline.lineage,
             quantize=pipeline.quantize,
+            disk_bytes=pipeline.disk_bytes,
             kv_dtype=self._cluster.model.kv_dtype,
             memory=formats.memory if formats else "",
             exact=formats.exact if formats else True,

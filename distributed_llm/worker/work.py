@@ -14,8 +14,8 @@ from distributed_llm.common.addresses import (
     machine_name,
 )
 from distributed_llm.common.architectures import check_architecture
-from distributed_llm.common.cache_folder import cache_folder
-from distributed_llm.common.errors import CoordinatorUnreachable
+from distributed_llm.common.cache_folder import cache_folder, offload_folder
+from distributed_llm.common.errors import ConfigError, CoordinatorUnreachable
 from distributed_llm.common.keyring import enrolled_name, find_login
 from distributed_llm.common.messages import Capabilities
 from distributed_llm.common.model_names import own_checkpoint
@@ -25,6 +25,7 @@ from distributed_llm.common.transport import Login
 from distributed_llm.common.units import split_address
 from distributed_llm.common.wording import count_text, size_text
 from distributed_llm.weights.cache.content_cache import ContentCache
+from distributed_llm.worker.compute.disk import measure_disk
 from distributed_llm.worker.compute.probe import measure
 from distributed_llm.worker.cores import own_cores
 from distributed_llm.worker.links import bind_for
@@ -94,6 +95,27 @@ async def work(settings: WorkerSettings) -> int:
     return exit_code(await worker.run())
 
 
+def _with_disk(capabilities: Capabilities, offload_bytes: int) -> Capabilities:
+    """Measure the disk that layers may stay on.
+
+    Raises:
+        ConfigError: the device is no CPU, or the disk has too little room.
+    """
+    if capabilities.device != "cpu":
+        raise ConfigError(
+            f"offload is set, but this worker computes on {capabilities.device}, which cannot read "
+            "weights from a disk. Leave it out, or start a worker with --device cpu beside."
+        )
+    rate = measure_disk(offload_folder(), offload_bytes)
+    logger.info(
+        "Layers that fit nowhere else may stay on the disk: %s in %s, read at %.1f GB/s",
+        size_text(offload_bytes),
+        offload_folder(),
+        rate / 1e9,
+    )
+    return msgspec.structs.replace(capabilities, offload_bytes=offload_bytes, disk_bytes_per_s=rate)
+
+
 async def _addresses(settings: WorkerSettings) -> tuple[str, ...]:
     """Return the "HOST:PORT"s to dial the coordinator at, once its name is known.
 
@@ -159,6 +181,8 @@ def _measure(settings: WorkerSettings, threads: int, shares: str) -> Capabilitie
         )
         if capabilities.device == "cpu":
             settle(cache_folder() / "kernels", capabilities.device_name)
+        if settings.offload:
+            return _with_disk(capabilities, settings.offload)
         return capabilities
 
     with ThreadPoolExecutor(1) as thread:

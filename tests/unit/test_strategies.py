@@ -391,6 +391,7 @@ def test_describe() -> None:
             "kv_tokens": 47,
             "kv_bytes_per_token": 4,
             "quantize": "none",
+            "disk_bytes": 0,
         },
         {
             "worker": "w1",
@@ -399,6 +400,7 @@ def test_describe() -> None:
             "kv_tokens": 45,
             "kv_bytes_per_token": 4,
             "quantize": "none",
+            "disk_bytes": 0,
         },
     ]
     assert kv_tokens_of(found) == 45

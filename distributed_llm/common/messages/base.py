@@ -52,6 +52,8 @@ class Capabilities(Value, frozen=True, kw_only=True):
             if the worker computes on another device, or if that cannot be known.
         memory_bandwidth_bytes_per_s: measured while reading weights.
         flops_per_s: measured while multiplying matrices.
+        offload_bytes: room on its disk for layers without room in memory.
+        disk_bytes_per_s: measured while reading from that disk; nothing if it has no room.
     """
 
     device: Label
@@ -63,6 +65,8 @@ class Capabilities(Value, frozen=True, kw_only=True):
     memory_bandwidth_bytes_per_s: Bandwidth
     flops_per_s: Flops
     shares: Label = ""
+    offload_bytes: Count = 0
+    disk_bytes_per_s: Bandwidth | None = None
 
 
 class FetchProgress(Value, frozen=True, kw_only=True):

@@ -113,6 +113,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
         wire_dtype: dtype of activations between stages.
         quantize: what floating-point matrices of the layers become while they are loaded.
         kv_dtype: how keys and values are kept.
+        from_disk: layers that stay on the disk; which ones, `layers_on_disk` says.
         digest: `Checkpoint.digest` of the layers, which the worker's files must have.
         kv_tokens: positions, of all sequences together, that the KV cache must have room for.
         link_key: key that a worker must know to send tasks and KV cache of `epoch`.
@@ -132,6 +133,7 @@ class LoadStage(Message, frozen=True, kw_only=True, tag="load_stage"):
     wire_dtype: DtypeName
     quantize: Quantize = "none"
     kv_dtype: KVDtype = "auto"
+    from_disk: Count = 0
     digest: Label
     kv_tokens: Count
     link_key: Label

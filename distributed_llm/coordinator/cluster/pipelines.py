@@ -16,8 +16,9 @@ from typing import Literal
 
 from distributed_llm.common.messages import DropStage, LoadStage, NextStage, StageReady
 from distributed_llm.common.settings import CoordinatorSettings
-from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId
+from distributed_llm.common.types import NO_EPOCH, Epoch, PeerId, SequenceId, WorkerId
 from distributed_llm.common.weight_forms import Quantize
+from distributed_llm.common.wording import list_text
 from distributed_llm.coordinator.cluster.kv_transfers import Transfer
 from distributed_llm.coordinator.cluster.registry import Registry
 from distributed_llm.coordinator.cluster.weight_sources import let_read, sources_of
@@ -139,6 +140,7 @@ class Pipelines:
             *self.load_orders(pipeline, self._draw_key()),
             note,
             *self._tell_form(pipeline),
+            *self._tell_offloaded(pipeline),
         ]
 
     def _tell_form(self, pipeline: Pipeline) -> list[Action]:
@@ -167,6 +169,28 @@ class Pipelines:
 
     def _form_text(self, form: Quantize) -> str:
         return self._model.dtype if form == "none" else form
+
+    def _tell_offloaded(self, pipeline: Pipeline) -> list[Action]:
+        """Say what is read from disks in every step, and how long that takes."""
+        times = {
+            stage.worker: stage.disk_bytes / rate
+            for stage in pipeline.stages_on_disk
+            if (rate := self._disk_rate(stage.worker))
+        }
+        if not times:
+            return []
+        note = self._event_log.note(
+            EventKind.LAYERS_ON_DISK,
+            epoch=pipeline.epoch,
+            nbytes=pipeline.disk_bytes,
+            workers=list_text(times),
+            read_s=sum(times.values()),
+        )
+        return [note]
+
+    def _disk_rate(self, name: WorkerId) -> float | None:
+        found = (w.capabilities for w in self._registry.workers if w.id == name)
+        return next((one.disk_bytes_per_s for one in found), None)
 
     def new_pipeline(self, plan: Plan) -> Pipeline:
         """Return a pipeline for a plan, under the next epoch; nobody is part of it yet."""
@@ -323,6 +347,7 @@ class Pipelines:
             sources = sources_of(stage.layers, self.worker(stage), workers)
             givers.update(source.worker for source in sources)
             senders = [*([before] if before else []), *(one.sender for one in imports)]
+            planned = next(s for s in pipeline.plan if s.worker == stage.worker)
             order = LoadStage(
                 epoch=pipeline.epoch,
                 source=self._model.source,
@@ -332,7 +357,8 @@ class Pipelines:
                 quantize=pipeline.quantize,
                 kv_dtype=self._model.kv_dtype,
                 digest=self._model.digest(stage.layers),
-                kv_tokens=next(s.kv_tokens for s in pipeline.plan if s.worker == stage.worker),
+                kv_tokens=planned.kv_tokens,
+                from_disk=planned.from_disk,
                 link_key=key,
                 next_stage=None
                 if after is None

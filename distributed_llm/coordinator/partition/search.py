@@ -26,6 +26,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from distributed_llm.common.types import LayerRange
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.partition.exact import (
     Window,
@@ -48,6 +49,7 @@ from distributed_llm.coordinator.partition.tables import (
     Partition,
     PartitionObjective,
     Tables,
+    bytes_from_disk,
     make_tables,
     mean_layers,
 )
@@ -101,16 +103,24 @@ def times_of(
     Raises:
         KeyError: the layer map names a worker that is no candidate.
     """
-    by_worker = {candidate.worker: candidate.times for candidate in candidates}
+    by_worker = {candidate.worker: candidate for candidate in candidates}
     lengths = mean_layers(cost)
     stages = []
     for worker, layers in layer_map:
-        times = by_worker[worker]
+        times, disk_s = by_worker[worker].times, _disk_s(cost, by_worker[worker], layers)
         last = layers.stop == cost.num_layers
         length = float(lengths[layers.start, layers.stop])
-        stages.append(times.task_s + times.layer_s * length + times.last_s * last)
+        stages.append(times.task_s + times.layer_s * length + times.last_s * last + disk_s)
     hops = [links.hop(sender, receiver) for (sender, _), (receiver, _) in pairwise(layer_map)]
     return stages, hops
+
+
+def _disk_s(cost: ModelCost, candidate: Candidate, layers: LayerRange) -> float:
+    """Return the seconds in which a stage reads from the disk what does not fit into memory."""
+    if (disk := candidate.offload) is None:
+        return 0.0
+    needed, memory = cost.weight_bytes(layers), candidate.memory_bytes - disk.room_bytes
+    return disk.seconds_per_byte * float(bytes_from_disk(cost, np.array(needed), np.array(memory)))
 
 
 def best_partition(

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from distributed_llm.common.offloading import LAYERS_AT_ONCE
 from distributed_llm.common.types import LayerRange, WorkerId
 from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import LayerMap
@@ -41,18 +42,33 @@ class WorkerTimes:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """The part of a worker's memory that is room on its disk.
+
+    Attributes:
+        room_bytes: on the disk.
+        seconds_per_byte: that a step takes to read what is there.
+    """
+
+    room_bytes: int
+    seconds_per_byte: float
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A worker that may serve layers.
 
     Attributes:
-        memory_bytes: for weights and KV cache.
+        memory_bytes: for weights and KV cache, with room on the disk.
         shares: stands for the cores that it shares with others; empty: it shares none.
+        offload: room on the disk, if there is some.
     """
 
     worker: WorkerId
     memory_bytes: int
     times: WorkerTimes
     shares: str = ""
+    offload: Offload | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,8 @@ class Tables:
         memory: bytes, float64 [W].
         delays: latency_s + busy_s of each hop, float64 [W, W]; infinite from a worker to itself.
         busy: busy_s of each hop, likewise.
+        disks: bytes of `memory` that are on a disk, and seconds to read one of them, float64
+            [2, W].
     """
 
     cost: ModelCost
@@ -118,6 +136,7 @@ class Tables:
     memory: Floats
     delays: Floats
     busy: Floats
+    disks: Floats
 
     @property
     def num_layers(self) -> int:
@@ -144,7 +163,11 @@ class Tables:
         shape = (-1,) + (1,) * start.ndim
         task, layer, last = (each.reshape(shape) for each in self.times)
         taken = task + layer * self.lengths[start, stop] + last * (stop == self.num_layers)
-        fits = self.sizes[start, stop] <= self.memory.reshape(shape)
+        sizes, memory = self.sizes[start, stop], self.memory.reshape(shape)
+        if self.disks.any():
+            room, byte_s = (each.reshape(shape) for each in self.disks)
+            taken += byte_s * bytes_from_disk(self.cost, sizes, memory - room)
+        fits = sizes <= memory
         result: Floats = np.where(fits, taken, np.inf)
         return result
 
@@ -164,6 +187,7 @@ class Tables:
             memory=self.memory[index],
             delays=self.delays[np.ix_(index, index)],
             busy=self.busy[np.ix_(index, index)],
+            disks=self.disks[:, index],
         )
 
     def alike(self, layer_bytes: int) -> "Tables":
@@ -220,7 +244,27 @@ def make_tables(
         memory=np.array([float(candidate.memory_bytes) for candidate in candidates]),
         delays=delays,
         busy=busy,
+        disks=np.array([_disk(candidate) for candidate in candidates]).T,
     )
+
+
+def _disk(candidate: Candidate) -> tuple[float, float]:
+    disk = candidate.offload
+    return (float(disk.room_bytes), disk.seconds_per_byte) if disk else (0.0, 0.0)
+
+
+def bytes_from_disk(cost: ModelCost, needed: Floats, memory: Floats) -> Floats:
+    """Return about how many bytes are read from a disk in every step.
+
+    Args:
+        cost: of the model.
+        needed: bytes of stages.
+        memory: bytes that their workers have beside the disk.
+    """
+    missing = needed - memory
+    at_once = LAYERS_AT_ONCE * cost.all_layer_bytes / cost.num_layers
+    read: Floats = np.where(missing > 0, np.minimum(missing + at_once, cost.all_layer_bytes), 0.0)
+    return read
 
 
 def stage_bytes_table(cost: ModelCost, kv_tokens: int) -> Floats:

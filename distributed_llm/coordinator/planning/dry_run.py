@@ -32,6 +32,9 @@ _POSITIONS = 256
 _MEMORY_BYTES_PER_S = 20e9
 """Assumed memory bandwidth of a machine if none is given: an ordinary laptop's."""
 
+_DISK_BYTES_PER_S = 1e9
+"""Assumed rate at which a disk is read: an ordinary SSD's."""
+
 _FLOPS_PER_BYTE = 25.0
 """Assumed operations per byte that memory delivers, if none are given."""
 
@@ -77,7 +80,8 @@ def dry_run(
 
     Args:
         model: to serve.
-        workers: "[NAME=]SIZE[,BANDWIDTH[,FLOPS]]" of each, such as "pc=8GiB,40GB/s,1.5TFLOPS".
+        workers: "[NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]]" of each, such as
+            "pc=8GiB,40GB/s,1.5TFLOPS" or "old=4GiB+20GiB".
         settings: of the coordinator.
         full: cost of the model if its weights were not quantized any further, if it does not fit.
 
@@ -103,14 +107,15 @@ def dry_run(
     if cost is not model.cost:
         return dry_run(replace(model, cost=cost, smaller=()), workers, settings, model.cost)
     by_speed = settings.strategy == "speed"
+    used = planner.machines_of(plans, machines)
     one = Demand(sequences=1, positions=_POSITIONS, prompt_tokens=0, chunk_tokens=1)
     many = Demand.expected(-(-MANY // len(plans)))
     return DryRun(
         model.cost,
         tuple(plans),
         machines.memory_bytes,
-        one_tokens_per_s=max(_rates(model.cost, machines, plans, one)),
-        many_tokens_per_s=sum(_rates(model.cost, machines, plans, many)),
+        one_tokens_per_s=max(_rates(model.cost, used, plans, one)),
+        many_tokens_per_s=sum(_rates(model.cost, used, plans, many)),
         advice=_advice(planner, machines, plans) if by_speed else {},
         assumed=_assumed(workers),
         full_bytes=(full or cost).all_weight_bytes,
@@ -186,7 +191,8 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
     try:
         if name:
             msgspec.convert(name, Name)
-        memory_bytes = parse_size(size)
+        memory, _, disk = size.partition("+")
+        memory_bytes, offload_bytes = parse_size(memory), parse_size(disk) or 0
         bytes_per_s = parse_rate(speeds[0]) if speeds else _MEMORY_BYTES_PER_S
         flops_per_s = parse_flops(speeds[1]) if speeds[1:] else _FLOPS_PER_BYTE * bytes_per_s
     except msgspec.ValidationError as exc:
@@ -195,8 +201,8 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         raise ConfigError(f"--worker {text}: {exc}.") from exc
     if not memory_bytes or speeds[2:]:
         raise ConfigError(
-            f"--worker {text}: write [NAME=]SIZE[,BANDWIDTH[,FLOPS]], such as 512MiB, mac=2GiB or "
-            "pc=8GiB,40GB/s,1.5TFLOPS."
+            f"--worker {text}: write [NAME=]SIZE[+DISK][,BANDWIDTH[,FLOPS]], such as 512MiB, "
+            "mac=2GiB or pc=8GiB,40GB/s,1.5TFLOPS; DISK is room for layers that do not fit."
         )
     worker = WorkerId(name or f"worker-{number}")
     capabilities = Capabilities(
@@ -208,12 +214,16 @@ def _worker(text: str, number: int) -> tuple[WorkerId, Capabilities]:
         threads=1,
         memory_bandwidth_bytes_per_s=bytes_per_s,
         flops_per_s=flops_per_s,
+        offload_bytes=offload_bytes,
+        disk_bytes_per_s=_DISK_BYTES_PER_S,
     )
     return worker, capabilities
 
 
 def _assumed(workers: Sequence[str]) -> tuple[str, ...]:
     links = "links of 1 Gbit/s and 0.5 ms"
+    if any("+" in text for text in workers):
+        links = f"{links}, disks of {_DISK_BYTES_PER_S / 1e9:.0f} GB/s"
     if all(text.count(",") == 0 for text in workers):
         return ("workers that are all alike, 20 GB/s and 0.5 TFLOPS", links)
     if any(text.count(",") == 1 for text in workers):

@@ -6,7 +6,7 @@ layers of one pipeline are divided is decided in `strategies`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 from distributed_llm.common.errors import NotEnoughMemory, NotReady
 from distributed_llm.common.settings import CoordinatorSettings, Objective, Strategy
@@ -15,7 +15,7 @@ from distributed_llm.common.weight_forms import Quantize
 from distributed_llm.common.wording import size_text
 from distributed_llm.coordinator.model import ServedModel
 from distributed_llm.coordinator.model_cost import ModelCost
-from distributed_llm.coordinator.plan import LayerMap, Plan, layer_map_of, plan_of
+from distributed_llm.coordinator.plan import LayerMap, Plan, layer_map_of, offloaded, plan_of
 from distributed_llm.coordinator.planning.forecast import forecast
 from distributed_llm.coordinator.planning.strategies import (
     make_plan,
@@ -24,8 +24,6 @@ from distributed_llm.coordinator.planning.strategies import (
 )
 from distributed_llm.coordinator.speeds.demand import Demand
 from distributed_llm.coordinator.speeds.machines import Machines
-
-_Made = TypeVar("_Made")
 
 _MOST_PIPELINES = 8
 """Most pipelines that are tried if `replicas` is "auto"."""
@@ -43,6 +41,8 @@ class Planner:
         smaller: costs of the same model with fewer bits per weight, most bits first.
         may_shrink: machines that cannot hold `cost` get a plan with the first of `smaller` that
             they can; otherwise the error says that they could.
+        may_offload: layers may stay on the disks of workers that offer room there, if the machines
+            can hold the model in no other way.
         strategy: how layers are divided.
         objective: what plans by strategy "speed" are best for before there is demand; see
             `forecast.best_forecast`.
@@ -62,6 +62,7 @@ class Planner:
     least_kv_tokens: int
     smaller: tuple[ModelCost, ...] = ()
     may_shrink: bool = False
+    may_offload: bool = True
 
     @classmethod
     def from_settings(cls, model: ServedModel, settings: CoordinatorSettings) -> "Planner":
@@ -84,10 +85,10 @@ class Planner:
         )
 
     def only(self, quantize: Quantize) -> "Planner":
-        """Return the planner of a model whose weights are quantized so, and not otherwise."""
+        """Return the planner of a model whose weights are quantized so, and all in memory."""
         costs = (self.cost, *self.smaller)
         cost = next((cost for cost in costs if cost.quantize == quantize), self.cost)
-        return replace(self, cost=cost, smaller=(), may_shrink=False)
+        return replace(self, cost=cost, smaller=(), may_shrink=False, may_offload=False)
 
     def at_most(self, quantize: Quantize) -> "Planner":
         """Return the planner of weights that have so many bits, or fewer where they may shrink."""
@@ -97,10 +98,10 @@ class Planner:
         return replace(self, cost=costs[at], smaller=smaller)
 
     def more_than(self, quantize: Quantize) -> "Planner | None":
-        """Return the planner of weights that have more bits than so; None if they may have none."""
+        """Return the planner of weights in memory with more bits than so; None if none have."""
         costs = (self.cost, *self.smaller) if self.may_shrink else ()
         at = next((at for at, cost in enumerate(costs) if cost.quantize == quantize), 0)
-        return replace(self, smaller=costs[1:at]) if at else None
+        return replace(self, smaller=costs[1:at], may_offload=False) if at else None
 
     def plans(self, machines: Machines) -> list[Plan]:
         """Return one plan per pipeline: `replicas` of them, or as many as the machines can hold.
@@ -110,7 +111,7 @@ class Planner:
             NotEnoughMemory: they cannot hold the model.
             ConfigError: the layers of strategy "custom" do not suit them.
         """
-        return self._first_that_fits(lambda planner: planner._plans(machines))
+        return self._first_that_fits(machines, lambda planner, some: planner._plans(some))
 
     def plan(self, machines: Machines, *, used_tokens: int = 0) -> Plan:
         """Return the plan of one pipeline of these machines; some may be left out.
@@ -123,13 +124,18 @@ class Planner:
         Raises:
             NotReady, NotEnoughMemory, ConfigError: as `plans`.
         """
-        return self._first_that_fits(lambda planner: planner._plan(machines, used_tokens))
+        (plan,) = self._first_that_fits(
+            machines, lambda planner, some: [planner._plan(some, used_tokens)]
+        )
+        return plan
 
     def _plan(self, machines: Machines, used_tokens: int = 0) -> Plan:
         memory = machines.memory_bytes
         if not memory:
             raise NotReady("No worker is there. Start one with `dllm worker`.")
         if self.strategy == "speed":
+            if machines.offloads:  # a larger KV cache would leave more layers on disks
+                return self._by_speed(machines, self.least_kv_tokens)
             try:
                 return self._by_speed(machines, max(used_tokens, self.kv_tokens(memory)))
             except NotEnoughMemory:
@@ -142,8 +148,38 @@ class Planner:
             layers=self.layers,
         )
 
-    def _first_that_fits(self, make: Callable[["Planner"], _Made]) -> _Made:
-        """Return what is made with the most bits per weight that fit.
+    def _first_that_fits(
+        self, machines: Machines, make: Callable[["Planner", Machines], list[Plan]]
+    ) -> list[Plan]:
+        """Return plans in memory if there are any, else some with layers on disks.
+
+        Raises:
+            NotEnoughMemory: nothing fits.
+        """
+        try:
+            return self._in_memory(lambda planner: make(planner, machines))
+        except NotEnoughMemory as exc:
+            error = exc
+        if not self.may_offload:
+            raise error
+        planner = self.only(self.smaller[-1].quantize) if self._may_offload_smaller else self
+        with_disks = machines.offloading(planner.cost, planner.least_kv_tokens)
+        if with_disks is None:
+            raise error
+        try:
+            plans = make(planner, with_disks)
+            memory, tokens = machines.memory_bytes, planner.least_kv_tokens
+            return [offloaded(plan, planner.cost, memory, tokens) for plan in plans]
+        except NotEnoughMemory:
+            raise error from None
+
+    @property
+    def _may_offload_smaller(self) -> bool:
+        """Whether weights become as small as they may before any stay on disks."""
+        return self.may_shrink and bool(self.smaller)
+
+    def _in_memory(self, make: Callable[["Planner"], list[Plan]]) -> list[Plan]:
+        """Return the plans with the most bits per weight that fit.
 
         Raises:
             NotEnoughMemory: nothing fits; if fewer bits would, the message says so.
@@ -191,6 +227,12 @@ class Planner:
             except NotEnoughMemory:
                 continue
         return [self._plan(machines)]
+
+    def machines_of(self, plans: Sequence[Plan], machines: Machines) -> Machines:
+        """Return the machines as `plans` use them: with their disks if layers stay on some."""
+        if not any(stage.from_disk for plan in plans for stage in plan):
+            return machines
+        return machines.offloading(self.cost, self.least_kv_tokens) or machines
 
     def plan_of(self, memory: Mapping[WorkerId, int], layer_map: LayerMap) -> Plan:
         """Return the plan of a layer map; see `plan.plan_of`."""

@@ -149,6 +149,16 @@ class Pipeline:
         return self.plan[0].quantize
 
     @property
+    def stages_on_disk(self) -> Plan:
+        """The stages with layers that are read from a disk in every step."""
+        return tuple(stage for stage in self.plan if stage.from_disk)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that all its stages together read from disks in every step."""
+        return sum(stage.disk_bytes for stage in self.plan)
+
+    @property
     def layer_map(self) -> LayerMap:
         """Workers and their layers, in the order of the layers."""
         return tuple((stage.worker, stage.layers) for stage in self.stages)

@@ -4,10 +4,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
+from distributed_llm.common.offloading import LAYERS_AT_ONCE
 from distributed_llm.common.types import WorkerId
-from distributed_llm.coordinator.partition.tables import Candidate, Links
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.partition.tables import Candidate, Links, Offload
 from distributed_llm.coordinator.speeds.work import Work
 from distributed_llm.coordinator.speeds.worker_speed import WorkerSpeed
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The disk of a worker that layers without room in its memory may stay on.
+
+    Attributes:
+        room_bytes: for such layers.
+        bytes_per_s: at which they are read in every step.
+    """
+
+    room_bytes: int
+    bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,8 @@ class Machines:
         overhead_s: seconds of a step beside stages and hops, such as to and from the coordinator.
         shares: stands for the cores that workers share, by worker; missing or empty: they share
             none.
+        disks: of the workers that offer them, by worker.
+        offloads: whether `memory_bytes` counts room on the disks as well.
     """
 
     memory_bytes: Mapping[WorkerId, int]
@@ -28,6 +45,8 @@ class Machines:
     links: Callable[[float], Links]
     overhead_s: float = 0.0
     shares: Mapping[WorkerId, str] = field(default_factory=dict)
+    disks: Mapping[WorkerId, Disk] = field(default_factory=dict)
+    offloads: bool = False
 
     def candidates(self, work: Work) -> list[Candidate]:
         """Return the workers with their times for an average step.
@@ -45,9 +64,43 @@ class Machines:
                 size,
                 self.speeds[worker].times(work, scale=scale),
                 self.shares.get(worker, ""),
+                self._offload(worker),
             )
             for worker, size in self.memory_bytes.items()
         ]
+
+    def _offload(self, worker: WorkerId) -> Offload | None:
+        disk = self.disks.get(worker)
+        if not self.offloads or disk is None:
+            return None
+        return Offload(disk.room_bytes, 1 / disk.bytes_per_s)
+
+    def offloading(self, cost: ModelCost, kv_tokens: int) -> "Machines | None":
+        """Return the machines with their disks counted as memory for layers; None if no disk helps.
+
+        What cannot be on a disk is left room for: embedding, head, the layers that are in memory at
+        a time, and KV cache.
+
+        Args:
+            cost: of the model.
+            kv_tokens: positions of KV cache that every stage must have room for.
+        """
+        layer_bytes = cost.all_layer_bytes // cost.num_layers
+        kv_bytes = max(1, cost.kv_bytes_per_token * kv_tokens)
+        ends = cost.all_weight_bytes - cost.all_layer_bytes
+        fixed_bytes = ends + LAYERS_AT_ONCE * max(cost.layer_bytes)
+        memory, disks = dict(self.memory_bytes), {}
+        for worker, disk in self.disks.items():
+            if (size := memory.get(worker)) is None:
+                continue
+            layers = max(0, size - fixed_bytes) // kv_bytes
+            most = ends + layers * (layer_bytes + kv_bytes)
+            if (room := min(disk.room_bytes, most - size)) > 0:
+                memory[worker] = size + room
+                disks[worker] = replace(disk, room_bytes=room)
+        if not disks:
+            return None
+        return replace(self, memory_bytes=memory, disks=disks, offloads=True)
 
     def subset(self, workers: Sequence[WorkerId]) -> "Machines":
         """Return the machines with only some of the workers."""

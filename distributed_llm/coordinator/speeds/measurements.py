@@ -11,7 +11,7 @@ from distributed_llm.coordinator.model_cost import ModelCost
 from distributed_llm.coordinator.plan import PipelineStage
 from distributed_llm.coordinator.serving.steps import StepDone
 from distributed_llm.coordinator.speeds.links import LinkSpeeds
-from distributed_llm.coordinator.speeds.machines import Machines
+from distributed_llm.coordinator.speeds.machines import Disk, Machines
 from distributed_llm.coordinator.speeds.work import Work, work_of
 from distributed_llm.coordinator.speeds.worker_speed import Prior, WorkerSpeed
 
@@ -40,6 +40,7 @@ class Measurements:
         self._mean_bytes = sum(cost.layer_bytes) / cost.num_layers
         self._speeds: dict[WorkerId, WorkerSpeed] = {}
         self._probes: dict[WorkerId, _ProbeHistory] = {}  # since the last task of each worker
+        self._disks: dict[WorkerId, Disk] = {}
         self._shares: dict[WorkerId, str] = {}  # what stands for the cores that they share
         self._lengths: dict[LayerRange, float] = {}  # of layer ranges, in layers of mean size
         self._network = LinkSpeeds(bytes_per_token)
@@ -51,6 +52,9 @@ class Measurements:
         self._probes[worker] = _ProbeHistory(WorkerSpeed(prior))
         self._speeds[worker] = self._probes[worker].add(prior)
         self._shares[worker] = probe.shares
+        self._disks.pop(worker, None)
+        if probe.offload_bytes and probe.disk_bytes_per_s:
+            self._disks[worker] = Disk(probe.offload_bytes, probe.disk_bytes_per_s)
 
     def remeasured(self, worker: WorkerId, probe: Capabilities) -> None:
         """Learn from a new probe of a worker without layers.
@@ -90,6 +94,7 @@ class Measurements:
         self._speeds.pop(worker, None)
         self._probes.pop(worker, None)
         self._shares.pop(worker, None)
+        self._disks.pop(worker, None)
         self._network.forget(worker)
 
     def observe(
@@ -161,7 +166,9 @@ class Measurements:
         speeds = {worker: self._speeds[worker].snapshot() for worker in memory_bytes}
         links = self._network.snapshot().links
         shares = {worker: self._shares.get(worker, "") for worker in memory_bytes}
-        return Machines(dict(memory_bytes), speeds, links, self._overhead.value or 0.0, shares)
+        disks = {worker: disk for worker, disk in self._disks.items() if worker in memory_bytes}
+        overhead_s = self._overhead.value or 0.0
+        return Machines(dict(memory_bytes), speeds, links, overhead_s, shares, disks)
 
     def _length(self, layers: LayerRange) -> float:
         length = self._lengths.get(layers)

@@ -253,6 +253,7 @@ class HeldStages:
                 kv_dtype=order.kv_dtype,
                 locate=weights.locate,
                 on_read=self._progress.add,
+                from_disk=order.from_disk,
             )
         stage.progress = self._layer_done
         return NewStage(stage, threads, weights)

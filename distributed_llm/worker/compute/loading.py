@@ -203,9 +203,10 @@ def admit_beside(
 
 def same_layers(served: LoadStage, order: LoadStage) -> bool:
     """Return whether both orders name the same layers with the same weights in the same form."""
-    return (served.layers, served.digest, _form(served)) == (
+    return (served.layers, served.digest, served.from_disk, _form(served)) == (
         order.layers,
         order.digest,
+        order.from_disk,
         _form(order),
     )
 
@@ -252,6 +253,7 @@ def load_beside(
         donor=served.stage if served else None,
         locate=weights.locate,
         on_read=on_read,
+        from_disk=order.from_disk,
     )
     return NewStage(stage, num_threads(checkpoint, order, capabilities.threads), weights)
 

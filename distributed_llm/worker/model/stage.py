@@ -10,6 +10,7 @@ from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import InvalidRequest, StageError
 from distributed_llm.common.kv_dtypes import KVDtype
 from distributed_llm.common.messages import MissingPositions, SequenceSlice
+from distributed_llm.common.offloading import layers_on_disk
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange, SequenceId
 from distributed_llm.common.weight_forms import Quantize
@@ -110,6 +111,7 @@ class Stage:
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
+        from_disk: int = 0,
     ) -> "Stage":
         """Load a stage, ready to run.
 
@@ -125,8 +127,10 @@ class Stage:
                 either may be dropped.
             locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
             on_read: called with bytes of tensors when they were read, in any thread.
+            from_disk: number of layers whose weights stay on the disk; see `layers_on_disk`.
 
         Raises:
+            NotEnoughMemory: the disk is full.
             CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
             CheckpointError: the files lack tensors that the layers need.
             UnsupportedModel: the architecture gives wrong results when it is split.
@@ -143,6 +147,7 @@ class Stage:
             donor=donor,
             locate=locate,
             on_read=on_read,
+            from_disk=from_disk,
         )
 
     @classmethod
@@ -178,6 +183,7 @@ class Stage:
         donor: "Stage | None" = None,
         locate: Locate | None = None,
         on_read: Callable[[int], None] = lambda nbytes: None,
+        from_disk: int = 0,
     ) -> "Stage":
         """Load a stage as `load` does, without checking the architecture."""
         if donor and (donor._device, donor._dtype) != (device, dtype):
@@ -191,6 +197,7 @@ class Stage:
             donor=donor._held if donor else None,
             locate=locate,
             on_read=on_read,
+            on_disk=layers_on_disk(layers, from_disk),
         )
         return cls(stage_model, checkpoint, device, dtype, kv_dtype)
 

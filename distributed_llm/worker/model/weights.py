@@ -8,13 +8,14 @@ stage of the same model holds in this process are shared instead (`shared_weight
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from distributed_llm.common.cache_folder import offload_folder
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.gguf_types import GGUF_METHOD
@@ -26,8 +27,15 @@ from distributed_llm.weights.giving.shelf import Place
 from distributed_llm.worker.model.empty_model import empty_model
 from distributed_llm.worker.model.fast_norms import replace_norms
 from distributed_llm.worker.model.incoming import Entry, Piece, WeightReader
-from distributed_llm.worker.model.kernels import pack_linear_layers, packed_nbytes
+from distributed_llm.worker.model.kernels import only_plain, pack_linear_layers, packed_nbytes
 from distributed_llm.worker.model.layer_loading import ModelLoader
+from distributed_llm.worker.model.offload import (
+    file_of,
+    move_to_disk,
+    read_nbytes,
+    read_one_ahead,
+    saved_nbytes,
+)
 from distributed_llm.worker.model.quantized.gguf_names import GgufNames, Target
 from distributed_llm.worker.model.quantized.mlx_names import mlx_target
 from distributed_llm.worker.model.shared_weights import SharedModules, StageModel, shared_nbytes
@@ -71,6 +79,7 @@ def load_stage_model(
     quantize: Quantize = "none",
     locate: Locate | None = None,
     on_read: Callable[[int], None] = lambda nbytes: None,
+    on_disk: Collection[int] = (),
 ) -> StageModel:
     """Load the model of a checkpoint, reduced to some layers.
 
@@ -84,8 +93,11 @@ def load_stage_model(
         quantize: what floating-point matrices of layers become.
         locate: returns where a tensor is, once it is there; None: in the checkpoint's folder.
         on_read: called with bytes of tensors when they were read, in any thread.
+        on_disk: numbers of the layers whose weights stay on the disk; those of the donor stay where
+            they are.
 
     Raises:
+        NotEnoughMemory: the disk is full.
         CheckpointUnavailable: a file was cut short meanwhile, or cannot be read just now.
         CheckpointError: tensors are missing, unknown, of the wrong shape, or unreadable.
         UnsupportedModel: the architecture cannot be divided into stages.
@@ -109,18 +121,22 @@ def load_stage_model(
         device=device,
         dtype=dtype,
     )
-    own = [
-        loader.load_layer(layer, number, entries.get(number, []))
-        for number, layer in zip(numbers, empty_layers, strict=True)
-    ]
+    own = []
+    for number, layer in zip(numbers, empty_layers, strict=True):
+        with only_plain(number in on_disk):
+            own.append(loader.load_layer(layer, number, entries.get(number, [])))
+        if number in on_disk:
+            move_to_disk(own[-1], offload_folder())
     loader.load_outer(entries.get(None, []), matrices)
     _drop_tied_embedding(model, layers)
     pack_linear_layers(model)
     replace_norms(model)
     _insert_shared(model, path, layers, shared, own)
     kept = cast(nn.ModuleList, model.get_submodule(path))
-    shared_bytes = shared_nbytes(model, donor) if donor else 0
-    return StageModel(whole, model, decoder, kept, layers, _nbytes(model), shared_bytes)
+    read_one_ahead(kept)
+    nbytes = _nbytes(model) - saved_nbytes(kept)
+    shared_bytes = _shared_in_memory(model, kept, donor) if donor else 0
+    return StageModel(whole, model, decoder, kept, layers, nbytes, shared_bytes)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
@@ -321,6 +337,14 @@ def _drop_tied_embedding(model: PreTrainedModel, layers: LayerRange) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Embedding) and id(module.weight) in heads:
             _replace(model, name, _absent(module))
+
+
+def _shared_in_memory(model: PreTrainedModel, layers: nn.ModuleList, donor: StageModel) -> int:
+    """Return the bytes of memory that are shared with the donor, without layers on the disk."""
+    theirs = [file_of(layer) for layer in donor.layers]
+    return shared_nbytes(model, donor) - read_nbytes(
+        layer for layer in layers if file_of(layer) in theirs
+    )
 
 
 def _nbytes(model: PreTrainedModel) -> int:

@@ -1,6 +1,10 @@
 """Products with weights, by the kernels that are the fastest on this machine."""
 
-from distributed_llm.worker.model.kernels.chosen import fastest_linear, pack_linear_layers
+from distributed_llm.worker.model.kernels.chosen import (
+    fastest_linear,
+    only_plain,
+    pack_linear_layers,
+)
 from distributed_llm.worker.model.kernels.opaque import OpaqueWeights, packed_nbytes
 from distributed_llm.worker.model.kernels.packed import PackedLinear, kernels_for
 
@@ -9,6 +13,7 @@ __all__ = [
     "PackedLinear",
     "fastest_linear",
     "kernels_for",
+    "only_plain",
     "pack_linear_layers",
     "packed_nbytes",
 ]

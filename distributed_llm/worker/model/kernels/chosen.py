@@ -1,13 +1,20 @@
 """What this process uses for its weights: the choice measured on this machine, or the usual one."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch import Tensor, nn
 
-from distributed_llm.worker.model.kernels.choice import SMALLEST, Choice, Kind, size_of
+from distributed_llm.worker.model.kernels.choice import ROWS, SMALLEST, Choice, Kind, size_of
 from distributed_llm.worker.model.kernels.orders import FLOAT, usual
 
 _measured: dict[str, Choice] = {}
+
+_PLAIN = {"rows", "pack", "blocks"}
+"""Orders that are tensors, whose memory may be that of a file."""
+
+_only_plain: ContextVar[bool] = ContextVar("only_plain", default=False)
 
 
 def use(choices: Mapping[str, Choice]) -> None:
@@ -18,7 +25,20 @@ def use(choices: Mapping[str, Choice]) -> None:
 
 def choice_for(kind: Kind) -> Choice:
     """Return what to use for weights of a kind."""
-    return _measured.get(str(kind)) or usual(kind)
+    choice = _measured.get(str(kind)) or usual(kind)
+    if _only_plain.get() and choice.order not in _PLAIN:
+        return Choice("rows", ("linear" if kind.form == "float" else "upcast",) * len(ROWS))
+    return choice
+
+
+@contextmanager
+def only_plain(wanted: bool = True) -> Iterator[None]:
+    """Use orders that are tensors, and no others, for weights that this thread loads meanwhile."""
+    token = _only_plain.set(wanted)
+    try:
+        yield
+    finally:
+        _only_plain.reset(token)
 
 
 def fastest_linear(linear: nn.Linear) -> nn.Module:

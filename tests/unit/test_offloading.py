@@ -1,0 +1,185 @@
+"""Layers that fit into no memory stay on disks: only then, as few as possible, and it is said."""
+
+from collections import namedtuple
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from distributed_llm import summary
+from distributed_llm.common.errors import ConfigError, NotEnoughMemory
+from distributed_llm.common.messages import Capabilities, LoadStage, PipelineStatus
+from distributed_llm.common.settings import CoordinatorSettings
+from distributed_llm.common.types import Epoch, LayerRange, WorkerId
+from distributed_llm.coordinator.events import Log, Send
+from distributed_llm.coordinator.model_cost import ModelCost
+from distributed_llm.coordinator.partition.search import predict
+from distributed_llm.coordinator.partition.tables import make_tables
+from distributed_llm.coordinator.plan import Plan
+from distributed_llm.coordinator.planning.dry_run import dry_run
+from distributed_llm.coordinator.speeds.machines import Disk, Machines
+from distributed_llm.coordinator.speeds.work import Work
+from distributed_llm.worker import work
+from distributed_llm.worker.compute.disk import measure_disk
+from tests.unit.coordinator_parts import Parts, capabilities
+from tests.unit.fake_model import MODEL
+from tests.unit.test_planner import COST, LAYER_S, machines, planner
+from tests.wire.test_status_command import status
+from tests.wire.test_status_command import worker as worker_status
+
+TOKENS = 64
+"""Positions of KV cache that `planner` leaves room for; one takes a byte in each layer."""
+WHOLE = COST.all_weight_bytes + 6 * TOKENS
+MIB = 1 << 20
+
+
+def with_disks(memory: Mapping[str, int], rate: float = 1e6, **rooms: int) -> Machines:
+    """Return machines, some with room on their disks."""
+    disks = {WorkerId(name): Disk(room, rate) for name, room in rooms.items()}
+    return replace(machines(memory), disks=disks)
+
+
+def on_disk(plan: Plan) -> list[tuple[str, int]]:
+    """Return how many layers each worker reads from its disk."""
+    return [(stage.worker, stage.from_disk) for stage in plan]
+
+
+@pytest.mark.parametrize("strategy", ["speed", "memory", "even"])
+def test_disks_are_used_only_if_it_does_not_fit_otherwise(strategy: str) -> None:
+    some = planner(strategy=strategy)
+    assert on_disk(some.plan(with_disks({"a": WHOLE}, a=99_999))) == [("a", 0)]
+    (stage,) = some.plan(with_disks({"a": WHOLE - 1}, a=99_999))
+    # One more than are in memory at a time, or nothing would be saved.
+    assert (stage.from_disk, stage.disk_bytes) == (3, 3000)
+    assert stage.weight_bytes == COST.all_weight_bytes - 1000
+    assert stage.kv_tokens == (WHOLE - 1 - stage.weight_bytes) // 6
+    with pytest.raises(NotEnoughMemory):
+        some.plan(with_disks({"a": WHOLE - 1}))
+
+
+def test_what_must_be_in_memory_has_room() -> None:
+    ends, two, context = 800, 2000, 6 * TOKENS
+    (stage,) = planner().plan(with_disks({"a": ends + two + context}, a=99_999))
+    assert (stage.from_disk, stage.kv_tokens) == (6, TOKENS)
+    with pytest.raises(NotEnoughMemory, match="are missing"):
+        planner().plan(with_disks({"a": ends + two + context - 6}, a=99_999))
+
+
+def test_no_more_is_on_a_disk_than_it_has_room_for() -> None:
+    memory = {"a": WHOLE - 1500}
+    assert planner().plan(with_disks(memory, a=1500))[0].from_disk == 4
+    with pytest.raises(NotEnoughMemory):
+        planner().plan(with_disks(memory, a=1499))
+
+
+def test_weights_shrink_before_they_go_to_a_disk() -> None:
+    small = replace(COST, layer_bytes=(500,) * 6, quantize="int4")
+    auto = planner(smaller=(small,), may_shrink=True)
+    assert [(s.quantize, s.from_disk) for s in auto.plan(with_disks({"a": 5000}, a=9999))] == [
+        ("int4", 0)
+    ]
+    assert [(s.quantize, s.from_disk) for s in auto.plan(with_disks({"a": 3500}, a=9999))] == [
+        ("int4", 4)
+    ]
+    more = auto.more_than("int4")  # bits come back where there is memory for them, else never
+    for alone in (auto.only("none"), more):
+        assert alone is not None
+        with pytest.raises(NotEnoughMemory):
+            alone.plan(with_disks({"a": 5000}, a=9999))
+    fixed = planner(smaller=(small,))
+    assert fixed.plan(with_disks({"a": 5000}, a=9999))[0].quantize == "none"
+
+
+def test_the_forecast_counts_what_is_read() -> None:
+    made, some = planner(), with_disks({"a": WHOLE - 1000}, rate=1e6, a=99_999)
+    assert made.machines_of([made.plan(machines({"a": WHOLE}))], some) is some
+    used = made.machines_of([made.plan(some)], some)
+    candidates = used.candidates(Work(tokens=1.0))
+    links = used.links(1.0)
+    layer_map = ((WorkerId("a"), LayerRange(0, 6)),)
+    told = predict(COST, candidates, links, layer_map).total_s
+    plain = predict(COST, some.candidates(Work(tokens=1.0)), links, layer_map).total_s
+    assert plain == pytest.approx(6 * LAYER_S, rel=0.1)
+    missing = COST.all_weight_bytes - (WHOLE - 1000)
+    assert told - plain == pytest.approx((missing + 2000) / 1e6)
+    table = make_tables(COST, candidates, links, TOKENS).stages[0]
+    assert table[0, 6] - plain == pytest.approx((1000 + 2000) / 1e6)
+    assert table[1, 3] < 3 * LAYER_S  # fits
+
+
+def test_a_dry_run_says_what_is_read() -> None:
+    model = replace(MODEL, cost=ModelCost((100 * MIB,) * 10, 0, 0, 0, 1), smaller=())
+    settings = CoordinatorSettings(replicas=1)
+    run = dry_run(model, ["old=700MiB+1GiB"], settings)
+    read_s = run.plans[0][0].disk_bytes / 1e9
+    assert run.one_tokens_per_s == pytest.approx(1 / read_s, rel=0.2)
+    said = "old: 600.0 MiB of 1000.0 MiB fit into no memory and are read from its disk for every"
+    assert any(line.startswith(said) for line in summary.plan_lines(run))
+    assert run.memory == {"old": 700 * MIB}
+    assert "disks of 1 GB/s" in run.assumed[-1]
+    quick = dry_run(model, ["old=1GiB+1GiB"], settings)
+    assert quick.plans[0][0].from_disk == 0
+    assert quick.one_tokens_per_s > 5 * run.one_tokens_per_s
+
+
+def test_a_disk_is_measured_in_a_file_that_goes(tmp_path: Path) -> None:
+    assert measure_disk(tmp_path / "new", 1000, read_bytes=1 << 16) > 1000
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_disk_with_too_little_room_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: usage(10 * MIB))
+    with pytest.raises(ConfigError, match=r"offload is 20.0 MiB, but .* has 10.0 MiB free"):
+        measure_disk(tmp_path, 20 * MIB)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError, match="cannot be used: "):
+        measure_disk(tmp_path / "file", 0)
+
+
+def on_device(device: str) -> Capabilities:
+    return msgspec.structs.replace(capabilities(1 << 30), device=device)
+
+
+def test_workers_are_told_and_people_too() -> None:
+    parts = Parts({"a": 9000, "b": 9000})
+    worker = parts.worker("b")
+    worker.capabilities = msgspec.structs.replace(
+        worker.capabilities, offload_bytes=9999, disk_bytes_per_s=1000.0
+    )
+    plan = parts.plan(("a", 0, 2), ("b", 2, parts.cost.num_layers))
+    plan = (plan[0], replace(plan[1], from_disk=1, disk_bytes=500))
+    actions = parts.pipelines.load([plan])
+    messages = [action.message for action in actions if isinstance(action, Send)]
+    orders = [message for message in messages if isinstance(message, LoadStage)]
+    assert {order.layers.start: order.from_disk for order in orders} == {0: 0, 2: 1}
+    texts = [action.text for action in actions if isinstance(action, Log)]
+    assert any("500 bytes of its weights stay on the disk of b and" in text for text in texts), (
+        texts
+    )
+
+
+def test_status_says_what_is_read() -> None:
+    pipeline = PipelineStatus(
+        epoch=Epoch(3),
+        lineage=Epoch(3),
+        disk_bytes=3 * MIB,
+        state="serving",
+        stages=(),
+        links=(),
+        kv_tokens=65_536,
+    )
+    shown = status(worker_status("a", layers=LayerRange(0, 36)), pipelines=(pipeline,))
+    assert "; 3.0 MiB of weights are read from disks for every token;" in summary.headline(shown)
+
+
+def test_only_a_cpu_reads_weights_from_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "measure_disk", lambda folder, wanted: 5e8)
+    found = work._with_disk(on_device("cpu"), 3 * MIB)
+    assert (found.offload_bytes, found.disk_bytes_per_s) == (3 * MIB, 5e8)
+    with pytest.raises(ConfigError, match="computes on cuda:0"):
+        work._with_disk(on_device("cuda:0"), 3 * MIB)
