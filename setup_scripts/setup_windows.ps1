@@ -170,7 +170,8 @@ function Write-TorchNote {
 function Install-Package([string] $Extras) {
     $native = Get-ChildItem -Path (Join-Path $Root 'distributed_llm/worker/model/kernels/native/*') `
         -Include '*.c', '*.h'
-    $hashes = foreach ($file in @((Join-Path $Root 'pyproject.toml'), $Constraints) + $native.FullName) {
+    $hashes = foreach ($file in @((Join-Path $Root 'pyproject.toml'), (Join-Path $Root 'setup.py'), $Constraints) +
+        $native.FullName) {
         (Get-FileHash -LiteralPath $file -Algorithm SHA256).Hash
     }
     $fingerprint = $hashes -join ' '

@@ -8,6 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "distributed_llm"
+COMPILED = {".c", ".h", ".so", ".pyd"}
+"""What is compiled for the wheel, and what comes of it."""
 
 
 def test_a_wheel_has_every_file_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +25,10 @@ def test_a_wheel_has_every_file_of_the_package(monkeypatch: pytest.MonkeyPatch) 
         for _, source, _, names in build.data_files
         for name in names
     }
-    files = {path for path in PACKAGE.rglob("*.*") if "__pycache__" not in path.parts}
+    files = {
+        path
+        for path in PACKAGE.rglob("*.*")
+        if "__pycache__" not in path.parts and path.suffix not in COMPILED
+    }
     assert PACKAGE / "default.yaml" in files
     assert files - built == set(), "no wheel would have these"

@@ -1,7 +1,7 @@
 """The C library: whether it was built, what it uses of the processor, and its calls.
 
 Building this package from source builds the library too, if there is a C compiler (see
-`pyproject.toml`). It computes in the threads of the OpenMP library that torch computes with: a
+`setup.py`). It computes in the threads of the OpenMP library that torch computes with: a
 second one would have threads of its own, and both would wait for cores that the other one holds.
 """
 
