@@ -50,6 +50,8 @@ FACTS = {
     "what": "drop_stage",
     "form": "int8",
     "earlier_form": "bfloat16",
+    "workers": "a and b",
+    "read_s": 0.8,
     "nbytes": 3 << 30,
     "full": 6 << 30,
 }
