@@ -6,7 +6,7 @@ from setuptools import Extension, setup
 
 _FOLDER = Path("distributed_llm/worker/model/kernels/native")
 
-# A plain library, called through ctypes. Without a C compiler the rest is installed all the same, and
+# A plain library, called through ctypes. Without a C compiler all the rest is installed, and
 # torch's slower kernels are used.
 setup(
     ext_modules=[

@@ -54,13 +54,17 @@ LINE = f"dllm://pc:1/{'A' * 43}.{'b' * 43}"
 """What `dllm token create` prints."""
 
 
+NATIVE = "distributed_llm/worker/model/kernels/native"
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """A copy of what the scripts read, in a folder whose name is hard to handle."""
     root = tmp_path / 'it\'s a "copy" & 100% <$1>'
     shutil.copytree(SCRIPTS, root / "setup_scripts")
-    for name in ("pyproject.toml", "constraints.txt"):
+    for name in ("pyproject.toml", "setup.py", "constraints.txt"):
         shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / NATIVE, root / NATIVE)
     (root / "config").mkdir()
     return root
 
@@ -163,7 +167,9 @@ def test_the_second_time_nothing_is_installed(copy: Path, system: str) -> None:
     programs.mkdir(parents=True)
     add_program(programs, "python", "exit 0")
     (copy / ".venv/pyvenv.cfg").write_text(f"command = python -m venv {copy}/.venv\n")
-    content = b"".join((copy / name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+    names = ["pyproject.toml", "setup.py", "constraints.txt"]
+    names += [f"{NATIVE}/{path.name}" for path in sorted((copy / NATIVE).glob("*.[ch]"))]
+    content = b"".join((copy / name).read_bytes() for name in names)
     checksum = subprocess.run(["cksum"], input=content, capture_output=True, check=True).stdout
     (copy / ".venv/.installed").write_text(f"dev {checksum.decode().strip()}\n")
     assert run(copy, system, "--dry-run").stdout == ""
