@@ -4,7 +4,6 @@ Each damage is done to a model that is whole. What is refused is refused before 
 by an error of ours that names the file and says what to do, and shows nothing of Python.
 """
 
-import functools
 import json
 import random
 import re
