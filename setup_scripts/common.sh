@@ -205,7 +205,7 @@ make_venv() {
 
 install_package() {
     local extras=$1 fingerprint target=$root index=()
-    fingerprint=$(cat "$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" \
+    fingerprint=$(LC_ALL=C && cat "$root/pyproject.toml" "$root/setup.py" "$root/constraints.txt" \
         "$root"/distributed_llm/worker/model/kernels/native/*.[ch] | cksum)
     if [[ -f $stamp ]] && venv_works; then
         case $(cat "$stamp") in
