@@ -1,6 +1,7 @@
 """The C library multiplies the states that it rounds, with every set of instructions."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +148,22 @@ def test_instructions_that_torch_may_not_use_are_not_used_either(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
     assert native.instructions() in allowed
+
+
+def test_without_torchs_threads_the_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would compute with one thread, and measurements, which have one too, would not tell."""
+    monkeypatch.setattr(library, "_parallel", lambda: None)
+    assert library._library.__wrapped__() is None
+
+
+def test_openmp_libraries_that_are_loaded(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(
+        "7f00-7f01 r-xp 00000000 08:01 12      /opt/a b/libgomp-24e2ab19.so.1.0.0\n"
+        "7f01-7f02 r--p 00000000 08:01 12      /opt/a b/libgomp-24e2ab19.so.1.0.0\n"
+        "7f02-7f03 r-xp 00000000 08:01 13      /usr/lib/libcomposite.so\n"
+        "7f03-7f04 rw-p 00000000 00:00 0\n"
+        "7f04-7f05 r-xp 00000000 08:01 14      /env/lib/libiomp5.so\n"
+    )
+    assert library._loaded(maps) == ["/env/lib/libiomp5.so", "/opt/a b/libgomp-24e2ab19.so.1.0.0"]
+    assert library._loaded(tmp_path / "none") == []

@@ -8,6 +8,7 @@ second one would have threads of its own, and both would wait for cores that the
 import ctypes
 import functools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("none", "avx2", "avxvnni", "avx512vnni")
 """Sets of instructions, in the order of products.c."""
+
+_OPENMP = re.compile(r"lib(g|i)?omp5?\b.*")
+"""Names of OpenMP libraries: GCC's, LLVM's and Intel's."""
 
 _ADDRESS, _COUNT, _SMALL, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS = {
@@ -85,7 +89,15 @@ def function(name: str, instructions: str) -> Callable[..., None]:
 def _library() -> ctypes.CDLL | None:
     folder = Path(__file__).parent
     paths = [folder / f"kernels{suffix}" for suffix in EXTENSION_SUFFIXES]
-    return _opened([path for path in paths if path.exists()], _parallel())
+    built = [path for path in paths if path.exists()]
+    parallel = _parallel() if built else None
+    if built and parallel is None:
+        logger.warning(
+            "The OpenMP library that torch computes with was not found, or has no GOMP_parallel, so "
+            "torch's slower kernels are used."
+        )
+        return None
+    return _opened(built, parallel)
 
 
 def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
@@ -99,7 +111,7 @@ def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
             library.use_threads(parallel)
         except (OSError, AttributeError) as exc:
             logger.warning(
-                "%s cannot be used (%s); slower kernels of torch are. Install this package again.",
+                "%s cannot be used (%s), so torch's kernels are. Install this package again.",
                 *(path, exc),
             )
             continue
@@ -109,10 +121,22 @@ def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
 
 def _parallel() -> int | None:
     """Return the address of what starts the threads of torch's OpenMP library; None: unknown."""
-    for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*")):
+    for path in [*_loaded(Path("/proc/self/maps")), *_beside_torch()]:
         try:
-            start = ctypes.CDLL(str(path)).GOMP_parallel  # torch has loaded it; this finds it
+            start = ctypes.CDLL(path).GOMP_parallel  # it is loaded; this finds it
         except (OSError, AttributeError):
             continue
         return ctypes.cast(start, _ADDRESS).value
     return None
+
+
+def _loaded(maps: Path) -> list[str]:
+    """Return the OpenMP libraries that this process has loaded, by Linux's list of its memory."""
+    if not maps.exists():
+        return []
+    paths = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines()}
+    return sorted(path for path in paths if _OPENMP.fullmatch(Path(path).name))
+
+
+def _beside_torch() -> list[str]:
+    return [str(path) for path in sorted(Path(torch.__file__).parent.glob("lib/lib*omp*"))]
