@@ -72,11 +72,25 @@ def context_length(config: Config) -> int:
 
 
 def kv_bytes_per_token(config: Config, dtype: DtypeName, kv_dtype: KVDtype = "auto") -> int:
-    """Return the bytes of KV cache that one position takes in one layer."""
+    """Return the bytes of KV cache that one position takes in one layer.
+
+    Latent attention (DeepSeek) is kept as it is attended to: expanded, with keys and
+    values for every head of the queries, and of different widths.
+    """
     heads = positive(config, "num_attention_heads", "n_head")
-    kv_heads = config.get("num_key_value_heads") or config.get("num_kv_heads") or heads
-    head_dim = config.get("head_dim") or hidden_size(config) // heads
-    return 2 * int(kv_heads) * kv_row_bytes(int(head_dim), ITEM_BYTES[dtype], kv_dtype)
+    if config.get("kv_lora_rank") is not None:
+        kv_heads = heads
+        key_dim = positive(config, "qk_nope_head_dim") + positive(config, "qk_rope_head_dim")
+        value_dim = positive(config, "v_head_dim")
+    else:
+        kv_heads = int(config.get("num_key_value_heads") or config.get("num_kv_heads") or heads)
+        if config.get("multi_query") is True:
+            kv_heads = 1  # GPT BigCode
+        key_dim = int(config.get("head_dim") or hidden_size(config) // heads)
+        value_dim = key_dim
+    item_bytes = ITEM_BYTES[dtype]
+    row_bytes = sum(kv_row_bytes(dim, item_bytes, kv_dtype) for dim in (key_dim, value_dim))
+    return kv_heads * row_bytes
 
 
 def rope_parameters(config: Config) -> Iterator[Mapping[str, Any]]:

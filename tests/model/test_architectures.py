@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.model import architectures
 from distributed_llm.worker.model.architectures import ensure_supported, shrink_config
 from distributed_llm.worker.model.stage import Stage
@@ -26,6 +27,28 @@ def checkpoint_of(model_type: str) -> Checkpoint:
 @pytest.mark.parametrize("model_type", ["olmo3", "persimmon", "biogpt", "glm4_moe", "deepseek_v3"])
 def test_a_type_that_works_passes(model_type: str) -> None:
     Stage.ensure_supported(checkpoint_of(model_type))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "glm4_moe"])
+def test_keys_and_values_are_counted_as_they_are_kept(model_type: str) -> None:
+    held = []
+
+    def load(checkpoint: Checkpoint, layers: LayerRange, **settings: Any) -> Stage:
+        stage = Stage.load_unchecked(checkpoint, layers, **settings)
+        counted = len(layers) * checkpoint.kv_bytes_per_token("float32")
+        held.append((counted, stage.kv_bytes_per_token))
+        return stage
+
+    ensure_supported(checkpoint_of(model_type), load)
+    assert held
+    assert all(counted == kept for counted, kept in held)
+
+
+def test_deepseeks_keys_and_values_are_counted_for_every_head() -> None:
+    """Not its latent 512 + 64 numbers, nor heads of 7168 / 128."""
+    checkpoint = checkpoint_of("deepseek_v3")
+    assert checkpoint.kv_bytes_per_token("bfloat16") == 2 * 128 * (128 + 64 + 128) == 81_920
+    assert checkpoint.kv_bytes_per_token("bfloat16", "int8") == 128 * (192 + 2 + 128 + 2)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from distributed_llm.common.architectures import VERIFIED, check_architecture
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.errors import UnsupportedModel
+from distributed_llm.common.model_sizes import kv_bytes_per_token
 from distributed_llm.common.sampling_params import Sampling
 from distributed_llm.common.types import LayerRange
 from distributed_llm.worker.kv.cache import as_token_ids
@@ -116,6 +117,17 @@ class Stages:
 @pytest.fixture(scope="module")
 def stages(checkpoint: Checkpoint) -> Stages:
     return Stages(checkpoint)
+
+
+def test_keys_and_values_are_counted_as_they_are_kept(
+    stages: Stages, checkpoint: Checkpoint
+) -> None:
+    config = dict(checkpoint.config)
+    if config["model_type"] in ("gpt2", "gpt_neox", "opt"):
+        del config["num_key_value_heads"]  # never in their files; here all families are given it
+    planned = kv_bytes_per_token(config, "float32") * NUM_LAYERS
+    (stage,) = stages.pipeline([NUM_LAYERS]).stages
+    assert stage.kv_bytes_per_token == planned
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: f"{len(split)}stages")
