@@ -93,7 +93,7 @@ def _library() -> ctypes.CDLL | None:
     parallel = _parallel() if built else None
     if built and parallel is None:
         logger.warning(
-            "The OpenMP library that torch computes with was not found, or has no GOMP_parallel, so "
+            "The OpenMP library that torch computes with was not found, or lacks GOMP_parallel, so "
             "torch's slower kernels are used."
         )
         return None
