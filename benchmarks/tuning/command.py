@@ -392,7 +392,7 @@ def _check(name: str, value: str, flag: str, section: str) -> Any:
     try:
         found = load_settings(None, environment={}, overrides={f"{section}.{name}": value})
     except ConfigError as error:
-        reason = str(error).partition(f"{section}.{name}: ")[2] or str(error)
+        reason = str(error).partition(f"({section}.{name}): ")[2] or str(error)
         raise ConfigError(f"{flag}: {reason}") from None
     return getattr(getattr(found, section), name)
 

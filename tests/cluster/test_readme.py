@@ -181,7 +181,8 @@ def whole(word: str) -> str:
 
 def check_setup(command: list[str], folder: Path) -> None:
     """Run a setup script dry; have `dllm` read what the script would pass on to it."""
-    for name in ("setup_scripts", "pyproject.toml", "constraints.txt"):
+    native = "distributed_llm/worker/model/kernels/native"
+    for name in ("setup_scripts", "pyproject.toml", "setup.py", "constraints.txt", native):
         source = ROOT / name
         copy: Callable[..., Any] = shutil.copy
         if source.is_dir():

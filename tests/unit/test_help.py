@@ -14,6 +14,7 @@ WORDS = {
     ("worker", "max_memory"): "what is free",
     ("worker", "model"): "the coordinator's",
     ("worker", "cache_limit"): "what is free",
+    ("worker", "offload"): "none",
 }
 """Defaults that are empty in the settings, and what that means."""
 

@@ -154,6 +154,7 @@ MATHEMATICS = {
     *("bisect", "collections.abc", "dataclasses", "functools", "itertools", "math", "typing"),
     *("numpy", "numpy.typing", "numpy.lib.stride_tricks"),
     "distributed_llm.common.types",
+    "distributed_llm.common.offloading",
     *(f"{COORDINATOR}.{name}" for name in ("model_cost", "partition", "plan")),
 }
 """What `coordinator/partition` may import."""
