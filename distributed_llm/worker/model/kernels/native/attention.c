@@ -154,14 +154,12 @@ static void attend_item(const Work *w, int64_t token, int64_t kv_head, float *me
                     most = scores[p] > most ? scores[p] : most;
                 }
                 for (int64_t p = count; p < POSITIONS; p++)
-                    scores[p] = most - 87.0f; /* as good as nothing, and taken away below */
+                    scores[p] = most - 87.0f; /* adds 1e-38 to the total */
                 __m256 total = _mm256_setzero_ps();
                 for (int p = 0; p < POSITIONS; p += 8) {
                     __m256 x = _mm256_sub_ps(_mm256_load_ps(scores + p), _mm256_set1_ps(most));
                     _mm256_store_ps(scores + p, exp8(x));
                 }
-                for (int64_t p = count; p < POSITIONS; p++)
-                    scores[p] = 0.0f;
                 for (int p = 0; p < POSITIONS; p += 8)
                     total = _mm256_add_ps(total, _mm256_load_ps(scores + p));
                 float fade = largest[g] == most ? 1.0f : expf(largest[g] - most);
