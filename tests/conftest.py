@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Generator
 from typing import Any
 
+import hypothesis
 import pytest
 
 _STATE = tempfile.mkdtemp(prefix="dllm-state-")
@@ -17,6 +18,9 @@ atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 os.environ["DLLM_STATE"] = _STATE  # keys of tests are not among those of whoever runs them
 os.environ["DLLM_CACHE"] = os.path.join(_STATE, "cache")  # and so it is with weights
 os.environ["DLLM_KERNELS"] = "usual"  # the same ones in every run: nothing is measured
+
+hypothesis.settings.register_profile("suite", deadline=None)  # other programs slow tests down
+hypothesis.settings.load_profile("suite")
 
 _OF_PROCESSES = ("tests/api/", "tests/chaos/", "tests/cluster/")
 """Folders whose tests start processes and mostly wait for them."""
