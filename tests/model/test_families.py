@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from distributed_llm.common.architectures import VERIFIED, check_architecture
-from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
+from distributed_llm.common.checkpoint import Checkpoint
 from distributed_llm.common.errors import UnsupportedModel
 from distributed_llm.common.model_sizes import kv_bytes_per_token
 from distributed_llm.common.sampling_params import Sampling
@@ -62,16 +61,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     family, settings = VARIANTS[request.param]
     path = tmp_path_factory.mktemp(request.param)
     return make_checkpoint(path, family, num_layers=NUM_LAYERS, **settings)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Checkpoint:
-    return open_checkpoint(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The C library multiplies the states that it rounds, with every set of instructions."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,7 @@ from distributed_llm.worker.model.kernels import native, orders
 from distributed_llm.worker.model.kernels.choice import Kind
 from distributed_llm.worker.model.kernels.native import Int4Blocks, Int8Blocks, library
 
-BEST = native.instructions()
-HERE = library.NAMES[1 : library.NAMES.index(BEST) + 1]
-if BEST == "avx512vnni":  # which some processors have without "avxvnni"
-    HERE = tuple(name for name in HERE if name != "avxvnni")
+HERE = library.supported()[1:]
 
 pytestmark = pytest.mark.skipif(not HERE, reason="the C library was not built here")
 
@@ -148,6 +146,7 @@ def test_instructions_that_torch_may_not_use_are_not_used_either(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torch_has)
     assert native.instructions() in allowed
+    assert native.instructions() in library.supported()
 
 
 def test_without_torchs_threads_the_library_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,3 +166,17 @@ def test_openmp_libraries_that_are_loaded(tmp_path: Path) -> None:
     )
     assert library._loaded(maps) == ["/env/lib/libiomp5.so", "/opt/a b/libgomp-24e2ab19.so.1.0.0"]
     assert library._loaded(tmp_path / "none") == []
+
+
+def test_a_processor_without_such_instructions_has_no_library(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """The C files compile to nothing but this on others than x86; nobody has to be told."""
+    source = tmp_path / "none.c"
+    source.write_text("int has_instructions(int number) { return number < 0; }\n")
+    built = tmp_path / "none.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", built], check=True)
+    assert library._opened([built], None) is None
+    assert not caplog.records
+    assert library._opened([source], None) is None
+    assert "Install this package again" in caplog.text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from distributed_llm.common.checkpoint import Checkpoint, open_checkpoint
 from distributed_llm.common.layer_windows import layer_windows
@@ -32,16 +32,6 @@ OTHERS = ("qwen2", "mixtral", "gemma3_text", "phi3", "cohere2", "starcoder2", "e
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     return make_checkpoint(path, request.param, num_layers=NUM_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(folder: Path) -> Checkpoint:
-    return open_checkpoint(folder)
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(params=["slabs", "exact"])

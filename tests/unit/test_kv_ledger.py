@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
-from distributed_llm.coordinator.serving import kv_ledger
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix, prefix_key
+from distributed_llm.coordinator.serving import prefix_index
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
+from distributed_llm.coordinator.serving.prefix_index import common_prefix, prefix_key
 
 TEXT = list(range(1000))
 STRIDE = 16
@@ -143,7 +144,7 @@ def test_tokens_that_a_sequence_gets_later_are_found() -> None:
 
 
 def test_a_hash_that_lies_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_ledger, "_hash", lambda state, tokens: 1)
+    monkeypatch.setattr(prefix_index, "_hash", lambda state, tokens: 1)
     book = ledger()
     compute(book, 1, TEXT[:100], then="keep")
     assert book.match(TEXT[500:600], 99) is None
@@ -872,7 +873,7 @@ class Ledger(RuleBasedStateMachine):
     def books_are_right(self) -> None:
         self.book.validate()
         assert set(self.book.sequence_ids) == set(self.stage.held)
-        assert self.stage.price <= self.book._used
+        assert self.stage.price <= self.book._charges.used
         assert self.book.used_tokens <= self.capacity * KV_BLOCK
 
     @precondition(lambda self: not self.windows.window)
@@ -889,7 +890,7 @@ class Ledger(RuleBasedStateMachine):
         while self.book._ended:
             self.book._free(next(iter(self.book._ended)))
         assert self.book.used_tokens == 0
-        assert not self.book._index
+        assert not self.book._index._sequences
         assert not self.book.sequence_ids
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from distributed_llm.common.types import Epoch
 from distributed_llm.coordinator.requests.request import Answer
 from distributed_llm.coordinator.serving.event_log import EventKind, EventLog
-from distributed_llm.coordinator.serving.kv_ledger import prefix_key
 from distributed_llm.coordinator.serving.pipeline import Pipeline
+from distributed_llm.coordinator.serving.prefix_index import prefix_key
 from distributed_llm.coordinator.serving.request_book import RequestBook
 
 _MUCH_BUSIER = 2

@@ -7,9 +7,8 @@ one's segments and continues in a segment of its own. A segment is charged once,
 sequence that references it is freed. The ledger never charges less than a stage allocates.
 
 A sequence that has ended stays as a prefix for later ones until its room is needed; the least
-recently used one goes first. Prefixes are found by hashing the tokens up to each multiple of
-`_STRIDE`, as in vLLM's prefix caching, and then compared token by token, so that a collision of
-hashes costs a comparison and no wrong result.
+recently used one goes first. Prefixes are found by their hashes (`prefix_index.py`), and then
+compared token by token, so that a collision of hashes costs a comparison and no wrong result.
 
 What layers with a window need not keep of running sequences is dropped when its room is needed
 (`kv_windows.py`), and the stages are told. Ended sequences keep what they have until they are
@@ -19,45 +18,15 @@ freed.
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 
 from distributed_llm.common.messages import SharedPrefix
 from distributed_llm.common.types import KV_BLOCK, SequenceId
 from distributed_llm.coordinator.kv_windows import KVWindows
-
-_STRIDE = 16
-"""Positions by which indexed prefixes grow; a shorter prefix is not shared."""
-
-_TRIES = 8
-"""Sequences whose beginnings are compared with a prompt, at most."""
+from distributed_llm.coordinator.serving.kv_charges import KVCharges, Segment, blocks_of
+from distributed_llm.coordinator.serving.prefix_index import STRIDE, PrefixIndex, common_prefix
 
 _NOBODY = SequenceId(0)
 """An id that no sequence has: nothing more is appended to a segment that it owns."""
-
-
-@dataclass(eq=False)
-class _Segment:
-    """A buffer of KV cache, which every stage has.
-
-    Attributes:
-        start: its first position.
-        owner: the sequence that appends to it; it may be gone.
-        holders: sequences that reference it.
-        blocks: blocks that it has in layers without a window.
-        unseen: first ones of them that layers with a window have dropped.
-        reached: those of them that steps have come to.
-        price: what is charged for all that.
-        num_keeping: holders that cannot be freed now: they run, or are pinned.
-    """
-
-    start: int
-    owner: SequenceId
-    holders: set[SequenceId]
-    blocks: int = 0
-    unseen: int = 0
-    reached: int = 0
-    price: int = 0
-    num_keeping: int = 0
 
 
 @dataclass(eq=False)
@@ -70,7 +39,6 @@ class _CachedSequence:
         length: positions charged for it.
         computed: positions that all stages have computed.
         seen_from: the first position that layers with a window may still be asked for.
-        hashes: of its prefixes, one per `_STRIDE` positions, for those in the index.
         prefix: the prefix it began with, until all stages have confirmed it.
         pins: number of sequences that begin with a prefix of this one and that not all stages have
             confirmed; while there are any, it is not freed.
@@ -81,11 +49,10 @@ class _CachedSequence:
 
     tokens: Sequence[int]
     shares_with: Hashable = None
-    segments: list[_Segment] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
     length: int = 0
     computed: int = 0
     seen_from: int = 0
-    hashes: list[int] = field(default_factory=list)
     prefix: SharedPrefix | None = None
     pins: int = 0
     ended: bool = False
@@ -114,15 +81,10 @@ class KVLedger:
     """
 
     def __init__(self, capacity_tokens: int, windows: KVWindows | None = None) -> None:
-        self._windows = windows or KVWindows()
-        # All of these in prices:
-        self._capacity = capacity_tokens // KV_BLOCK * self._windows.total
-        self._used = 0
-        self._reclaimable = 0  # what becomes free if all is freed that can be
-        self._tolerated = 0  # what was in use when the capacity was last set
+        self._charges = KVCharges(capacity_tokens, windows or KVWindows())
         self._sequences: dict[SequenceId, _CachedSequence] = {}
         self._ended: dict[SequenceId, None] = {}  # ordered set, least recently used first
-        self._index: dict[int, dict[SequenceId, None]] = {}  # by hash of a prefix
+        self._index = PrefixIndex()
         self._freed: list[SequenceId] = []
         self._dropped: dict[SequenceId, int] = {}  # first positions that are seen from now on
         self._is_short = False  # whether a sequence waits for room
@@ -130,20 +92,19 @@ class KVLedger:
     @property
     def used_tokens(self) -> int:
         """Positions charged, in whole blocks of all layers."""
-        return self._tokens(self._used)
+        return self._charges.tokens(self._charges.used)
 
     @property
     def cached_tokens(self) -> int:
         """Positions that would become free if all ended sequences were freed."""
         segments = {segment for i in self._ended for segment in self._sequences[i].segments}
         ended = self._ended.keys()
-        return self._tokens(sum(one.price for one in segments if one.holders <= ended))
+        return self._charges.tokens(sum(one.price for one in segments if one.holders <= ended))
 
     @property
     def room_tokens(self) -> int:
         """Positions that one more sequence may take, if all is freed that can be."""
-        free = self._capacity - self._used + self._reclaimable
-        return free // self._windows.total * KV_BLOCK
+        return self._charges.room_tokens
 
     @property
     def sequence_ids(self) -> list[SequenceId]:
@@ -168,38 +129,25 @@ class KVLedger:
     ) -> Match | None:
         """Return the sequence with the longest common prefix with `tokens[:limit]`.
 
-        None if none has at least `_STRIDE` tokens in common.
+        None if none has at least `STRIDE` tokens in common.
 
         Args:
             shares_with: only sequences with an equal value are looked at.
         """
-        found: list[dict[SequenceId, None]] = []
-        state = _seed(shares_with)
-        for at in range(0, limit - _STRIDE + 1, _STRIDE):
-            state = _hash(state, tokens[at : at + _STRIDE])
-            sharing = self._index.get(state)
-            if not sharing:
-                break
-            found.append(sharing)
-        tried: dict[SequenceId, None] = {}
-        for sequence_id in chain.from_iterable(map(reversed, reversed(found))):
-            if sequence_id in tried:
-                continue
-            if len(tried) == _TRIES:
-                break
-            tried[sequence_id] = None
+        for sequence_id in self._index.find(tokens, limit, shares_with):
             sequence = self._sequences[sequence_id]
             if sequence.shares_with != shares_with:
                 continue  # a collision of hashes
             length = common_prefix(sequence.tokens, tokens, min(sequence.computed, limit))
             match = Match(sequence_id, length)
-            if length >= _STRIDE and self._is_kept(match):
+            if length >= STRIDE and self._is_kept(match):
                 return match
         return None
 
     def _is_kept(self, match: Match) -> bool:
         """Return whether layers with a window have what one that shares `match` sees."""
-        return self._windows.sees(self._sequences[match.sequence_id].seen_from, match.length)
+        seen_from = self._sequences[match.sequence_id].seen_from
+        return self._charges.windows.sees(seen_from, match.length)
 
     def may_match(self, key: int) -> bool:
         """Return whether `match` may find a sequence.
@@ -207,7 +155,7 @@ class KVLedger:
         Args:
             key: `prefix_key` of the tokens.
         """
-        return key in self._index
+        return self._index.may_find(key)
 
     def open(
         self,
@@ -245,15 +193,14 @@ class KVLedger:
 
     def _has_room(self, length: int, match: Match | None) -> bool:
         """Return whether a sequence of `length` positions that shares `match` can begin."""
-        own, kept = _Segment(0, _NOBODY, set()), 0
+        own, kept = Segment(0, _NOBODY, set()), 0
         if match is not None:
             segments = self._sequences[match.sequence_id].segments
             kept = sum(segment.price for segment in segments if not segment.num_keeping)
             own.start = match.length
             if self._covers(match) and segments[-1].owner == match.sequence_id:
                 own = segments[-1]
-        more = self._price(own, length) - own.price
-        return self._used + more - (self._reclaimable - kept) <= self._capacity
+        return self._charges.has_room(self._charges.more_for_length(own, length), kept=kept)
 
     def _covers(self, match: Match) -> bool:
         """Return whether a sequence that shares `match` takes the other one over."""
@@ -308,19 +255,19 @@ class KVLedger:
             return True
         own = sequence.segments[-1] if sequence.segments else None
         if own is None or own.owner != sequence_id:
-            own = _Segment(sequence.length, sequence_id, set())
-        more = self._price(own, length) - own.price
-        if self._used + more > self._capacity:
+            own = Segment(sequence.length, sequence_id, set())
+        more = self._charges.more_for_length(own, length)
+        if not self._charges.has_free(more):
             self._drop_unseen(self._sequences)
-            more = self._price(own, length) - own.price
-        if self._used + more - self._reclaimable > self._capacity:
+            more = self._charges.more_for_length(own, length)
+        if not self._charges.has_room(more):
             return False
         self._free_for(more)
         if own not in sequence.segments[-1:]:
             self._hold(own, sequence_id)
             sequence.segments.append(own)
-        own.blocks = max(own.blocks, _blocks(length - own.start))
-        self._charge(own)
+        own.blocks = max(own.blocks, blocks_of(length - own.start))
+        self._charges.charge(own)
         sequence.length = length
         return True
 
@@ -336,46 +283,21 @@ class KVLedger:
             start: first position; `start` is returned if there is no room at all.
             stop: end of the positions that are wanted.
         """
-        own = self._sequences[sequence_id].segments[-1]
-        wanted = max(own.reached, _blocks(stop - own.start))
-        if not self._fits(own, wanted):
+        charges, own = self._charges, self._sequences[sequence_id].segments[-1]
+        wanted = max(own.reached, blocks_of(stop - own.start))
+        if not charges.has_free(charges.more_for_reach(own, wanted)):
             self._drop_unseen([sequence_id])
-            wanted = max(own.reached, min(wanted, own.unseen + self._windows.span))
-            least = max(wanted, _blocks(start + 1 - own.start))
+            wanted = max(own.reached, min(wanted, own.unseen + charges.windows.span))
+            least = max(wanted, blocks_of(start + 1 - own.start))
             if least > wanted:
-                more = self._price_at(own, least) - own.price
-                if self._used + more - self._reclaimable > self._capacity:
+                more = charges.more_for_reach(own, least)
+                if not charges.has_room(more):
                     return start
                 self._free_for(more)
                 wanted = least
         own.reached = wanted
-        self._charge(own)
+        charges.charge(own)
         return min(stop, own.start + wanted * KV_BLOCK)
-
-    def _fits(self, segment: _Segment, reached: int) -> bool:
-        more = self._price_at(segment, reached) - segment.price
-        return more <= 0 or self._used + more <= self._capacity
-
-    def _price_at(self, segment: _Segment, reached: int) -> int:
-        """Return the price of a segment once steps have come to `reached` blocks of it."""
-        return self._windows.price(segment.blocks, segment.unseen, reached)
-
-    def _tokens(self, price: int) -> int:
-        """Return the positions that this is the price of in all layers, in whole blocks."""
-        return -(-price // self._windows.total) * KV_BLOCK
-
-    def _price(self, segment: _Segment, length: int) -> int:
-        """Return the price of a segment once it reaches up to `length` of its sequence."""
-        blocks = max(segment.blocks, _blocks(length - segment.start))
-        return self._windows.price(blocks, segment.unseen, segment.reached)
-
-    def _charge(self, segment: _Segment) -> None:
-        """Charge for what a segment has now."""
-        price = self._windows.price(segment.blocks, segment.unseen, segment.reached)
-        more, segment.price = price - segment.price, price
-        self._used += more
-        if not segment.num_keeping:
-            self._reclaimable += more
 
     def _drop_unseen(self, sequence_ids: Iterable[SequenceId]) -> None:
         """Drop, in layers with a window, what running sequences of these do not see any more.
@@ -384,25 +306,25 @@ class KVLedger:
         """
         for sequence_id in sequence_ids:
             sequence = self._sequences[sequence_id]
-            seen_from = self._windows.seen_from(sequence.computed)
+            seen_from = self._charges.windows.seen_from(sequence.computed)
             if not (sequence.ended or sequence.pins) and seen_from > sequence.seen_from:
                 sequence.seen_from = self._dropped[sequence_id] = seen_from
                 for segment in sequence.segments:
                     self._note_unseen(segment)
 
-    def _note_unseen(self, segment: _Segment) -> None:
+    def _note_unseen(self, segment: Segment) -> None:
         seen_from = min(self._sequences[holder].seen_from for holder in segment.holders)
         unseen = min(segment.blocks, max(0, seen_from - segment.start) // KV_BLOCK)
         if unseen > segment.unseen:
             segment.unseen = unseen
-            self._charge(segment)
+            self._charges.charge(segment)
 
     def computed(self, sequence_id: SequenceId, length: int) -> None:
         """Record that all stages have computed `length` positions; others may share them now."""
         sequence = self._sequences[sequence_id]
         self._confirm(sequence)
         sequence.computed = length
-        self._index_up_to(sequence_id, sequence)
+        self._add_to_index(sequence_id, sequence)
         if self._is_short:
             self._drop_unseen([sequence_id])
 
@@ -418,7 +340,7 @@ class KVLedger:
         last = sequence.segments[-1] if sequence.segments else None
         if last and self._read_until(last, sequence_id) > sequence.computed:
             last.owner = _NOBODY  # others read past its end: nobody may append
-        useful = keep and sequence.computed >= _STRIDE
+        useful = keep and sequence.computed >= STRIDE
         if (useful and not self._is_covered(sequence_id, sequence)) or sequence.pins:
             sequence.ended = True
             self._ended[sequence_id] = None
@@ -427,7 +349,7 @@ class KVLedger:
         else:
             self._free(sequence_id)
 
-    def _read_until(self, segment: _Segment, sequence_id: SequenceId) -> int:
+    def _read_until(self, segment: Segment, sequence_id: SequenceId) -> int:
         """Return the end of the positions in `segment` that sequences other than this one read."""
         until = 0
         for other in segment.holders - {sequence_id}:
@@ -438,16 +360,16 @@ class KVLedger:
 
     def _is_covered(self, sequence_id: SequenceId, sequence: _CachedSequence) -> bool:
         """Return whether another sequence has all tokens of this one; if not, index this one."""
-        self._unindex(sequence_id, sequence)
+        self._index.remove(sequence_id)
         match = self.match(sequence.tokens, sequence.computed, sequence.shares_with)
         if match is not None and match.length >= sequence.computed:
             return True
-        self._index_up_to(sequence_id, sequence)
+        self._add_to_index(sequence_id, sequence)
         return False
 
     def _free_for(self, price: int) -> None:
         """Free ended sequences until there is room for `price`, as far as there are any."""
-        while self._used + price > self._capacity:
+        while not self._charges.has_free(price):
             oldest = next((i for i in self._ended if not self._sequences[i].pins), None)
             if oldest is None:
                 return
@@ -463,16 +385,16 @@ class KVLedger:
             capacity_tokens: positions that every stage has room for, in all its layers.
             windows: of the layers; None: as before.
         """
-        if windows is not None and windows != self._windows:
-            self._windows = windows
+        charges = self._charges
+        if windows is not None and windows != charges.windows:
+            charges.windows = windows
             for segment in {one for held in self._sequences.values() for one in held.segments}:
-                self._charge(segment)
-        self._capacity = capacity_tokens // KV_BLOCK * self._windows.total
-        if self._used > self._capacity:
+                charges.charge(segment)
+        charges.resize(capacity_tokens)
+        if not charges.has_free(0):
             self._drop_unseen(self._sequences)
         self._free_for(0)
-        self._tolerated = self._used
-        return self._used <= self._capacity
+        return charges.tolerate()
 
     def trim(self, cached_tokens: int) -> None:
         """Free ended sequences, least recently used first, down to `cached_tokens` positions."""
@@ -486,7 +408,7 @@ class KVLedger:
         """Free an ended sequence of which a stage has lost positions: it is no good as a prefix."""
         sequence = self._sequences.get(sequence_id)
         if sequence is not None and sequence.ended:
-            self._unindex(sequence_id, sequence)
+            self._index.remove(sequence_id)
             sequence.lost = True
             self._free_lost(sequence_id)
 
@@ -511,7 +433,7 @@ class KVLedger:
         sequence = self._sequences.pop(sequence_id)
         if sequence.prefix and sequence.prefix.take:  # some stages may still hold it
             self._freed.append(sequence.prefix.sequence_id)
-        self._unindex(sequence_id, sequence)
+        self._index.remove(sequence_id)
         if not sequence.can_be_freed:
             self._keep(sequence, -1)
         for segment in sequence.segments:
@@ -519,14 +441,13 @@ class KVLedger:
             if segment.holders:
                 self._note_unseen(segment)
             else:
-                self._used -= segment.price
-                self._reclaimable -= segment.price
+                self._charges.free(segment)
         self._confirm(sequence)
 
-    def _hold(self, segment: _Segment, sequence_id: SequenceId) -> None:
+    def _hold(self, segment: Segment, sequence_id: SequenceId) -> None:
         """Let a sequence that runs reference a segment."""
         segment.holders.add(sequence_id)
-        self._keep_segment(segment, 1)
+        self._charges.keep(segment, 1)
 
     def _pin(self, sequence: _CachedSequence, by: int) -> None:
         """Change how many sequences rely on `sequence` until all stages have confirmed them."""
@@ -538,35 +459,15 @@ class KVLedger:
     def _keep(self, sequence: _CachedSequence, by: int) -> None:
         """Record that a sequence can (-1) or cannot (1) be freed any more."""
         for segment in sequence.segments:
-            self._keep_segment(segment, by)
+            self._charges.keep(segment, by)
 
-    def _keep_segment(self, segment: _Segment, by: int) -> None:
-        if not segment.num_keeping:
-            self._reclaimable -= segment.price
-        segment.num_keeping += by
-        if not segment.num_keeping:
-            self._reclaimable += segment.price
-
-    def _index_up_to(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
-        state = sequence.hashes[-1] if sequence.hashes else _seed(sequence.shares_with)
-        for at in range(len(sequence.hashes) * _STRIDE, sequence.computed - _STRIDE + 1, _STRIDE):
-            state = _hash(state, sequence.tokens[at : at + _STRIDE])
-            sequence.hashes.append(state)
-            self._index.setdefault(state, {})[sequence_id] = None
-
-    def _unindex(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
-        for state in sequence.hashes:
-            sharing = self._index.get(state)
-            if sharing is not None:
-                sharing.pop(sequence_id, None)
-                if not sharing:
-                    del self._index[state]
-        sequence.hashes = []
+    def _add_to_index(self, sequence_id: SequenceId, sequence: _CachedSequence) -> None:
+        tokens, computed = sequence.tokens, sequence.computed
+        self._index.add(sequence_id, tokens, computed, sequence.shares_with)
 
     def validate(self) -> None:
         """Assert the invariants; tests call this after every step."""
-        assert 0 <= self._used <= max(self._capacity, self._tolerated)
-        holders: dict[_Segment, set[SequenceId]] = {}
+        holders: dict[Segment, set[SequenceId]] = {}
         wanted = [sequence.prefix for sequence in self._sequences.values() if sequence.prefix]
         pins = Counter(prefix.sequence_id for prefix in wanted if not prefix.take)
         for i, sequence in self._sequences.items():
@@ -578,47 +479,6 @@ class KVLedger:
         for segment, held_by in holders.items():
             kept_by = [i for i in held_by if not self._sequences[i].can_be_freed]
             assert segment.num_keeping == len(kept_by)
-            assert segment.unseen <= segment.blocks
-            assert segment.reached <= segment.blocks
-        freeable = (segment.price for segment in holders if not segment.num_keeping)
-        assert self._reclaimable == sum(freeable)
-        assert self._used == sum(segment.price for segment in holders)
+        self._charges.validate(set(holders))
         assert set(self._ended) == {i for i, sequence in self._sequences.items() if sequence.ended}
-        for state, ids in self._index.items():
-            assert ids
-            assert all(state in self._sequences[i].hashes for i in ids)
-
-
-def prefix_key(tokens: Sequence[int], shares_with: Hashable = None) -> int:
-    """Return a key that is equal for all sequences that may share a prefix."""
-    return _hash(_seed(shares_with), tokens[:_STRIDE])
-
-
-def common_prefix(left: Sequence[int], right: Sequence[int], limit: int) -> int:
-    """Return the length of the common prefix of `left` and `right`, at most `limit`.
-
-    Slices that double in length are compared, then halved where they differ.
-    """
-    limit = min(limit, len(left), len(right))
-    same, step = 0, _STRIDE
-    while same < limit:
-        stop = min(same + step, limit)
-        if left[same:stop] == right[same:stop]:
-            same, step = stop, step * 2
-        elif step == 1:
-            break
-        else:
-            step = max(1, min(step, stop - same) // 2)
-    return same
-
-
-def _seed(shares_with: Hashable) -> int:
-    return 0 if shares_with is None else hash(shares_with)
-
-
-def _hash(state: int, tokens: Sequence[int]) -> int:
-    return hash((state, *tokens))
-
-
-def _blocks(tokens: int) -> int:
-    return -(-tokens // KV_BLOCK)
+        self._index.validate(self._sequences)

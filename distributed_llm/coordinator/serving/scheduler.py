@@ -22,7 +22,8 @@ from distributed_llm.coordinator.kv_windows import KVWindows
 from distributed_llm.coordinator.requests.answer_states import AnswerCause, AnswerState
 from distributed_llm.coordinator.requests.fairness import shared_out
 from distributed_llm.coordinator.requests.request import Answer
-from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match, common_prefix
+from distributed_llm.coordinator.serving.kv_ledger import KVLedger, Match
+from distributed_llm.coordinator.serving.prefix_index import common_prefix
 from distributed_llm.coordinator.serving.step import FloatVector, Step
 
 _WORTH_WAITING = 64

@@ -76,7 +76,7 @@ def attend_chunk(
     if in_blocks:
         return _in_blocks(step, queries, list(_parts(held)), scoring)
     if by_hand or scoring.sinks is not None:
-        return _by_hand(queries, _joined(held), scoring)
+        return _by_hand(step, queries, _joined(held), scoring)
     return _by_one_kernel(queries, _joined(held), scoring)
 
 
@@ -99,7 +99,7 @@ def _in_blocks(
 ) -> Tensor:
     start = parts[-1].stop - queries.shape[1]
     blocks = []
-    for row, block in _blocks(queries, parts[0].keys.shape[0]):
+    for row, block in _blocks(queries, parts[0].keys.shape[0], _BLOCK):
         seen = [_attend_part(step, block, start + row, part, scoring) for part in parts]
         blocks.append(_sum_of([one for one in seen if one is not None]))
     return _put_together(blocks, scoring)
@@ -124,7 +124,7 @@ def _in_pieces(
         attend: computes attention of a block of queries over one piece.
     """
     start = parts[-1].stop - queries.shape[1]
-    blocks = list(_blocks(queries, parts[0].keys.shape[0]))
+    blocks = list(_blocks(queries, parts[0].keys.shape[0], _BLOCK))
     sums: list[list[Partial]] = [[] for _ in blocks]
     lowest = max(0, start - scoring.window + 1) if scoring.window else 0
     for part in parts:
@@ -139,13 +139,13 @@ def _in_pieces(
     return _put_together([total for (total,) in sums], scoring).to(queries.dtype)
 
 
-def _blocks(queries: Tensor, kv_heads: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield blocks of queries, [kv_heads, group, block, dim], and where they begin."""
+def _blocks(queries: Tensor, kv_heads: int, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield blocks of `size` queries, [kv_heads, group, size, dim], and where they begin."""
     heads, tokens, _ = queries.shape
     # Heads that share keys are one batch of the kernel, which reads the keys where they are.
     grouped = queries.view(kv_heads, heads // kv_heads, tokens, -1)
-    for row in range(0, tokens, _BLOCK):
-        yield row, grouped[:, :, row : row + _BLOCK]
+    for row in range(0, tokens, size):
+        yield row, grouped[:, :, row : row + size]
 
 
 def _put_together(blocks: Sequence[Partial], scoring: Scoring) -> Tensor:
@@ -165,12 +165,11 @@ def _attend_part(
     """Compute attention of the queries of positions from `start` on; None if they see nothing."""
     kv_heads, group, tokens, _ = queries.shape
     stop = start + tokens
-    window = scoring.window or stop
-    first, last = max(part.start, start - window + 1), min(part.stop, stop)
-    if first >= last:
+    cut = _seen(part, start, stop, scoring.window)
+    if cut is None:
         return None
-    cut = part.cut(first, last)
-    plain = first >= stop - window  # the last query sees the first position
+    first, last = cut.start, cut.stop
+    plain = not scoring.window or first >= stop - scoring.window  # the last query sees it all
     is_causal = plain and first == start and last == stop
     mask = None
     if not is_causal and not (plain and last <= start + 1):
@@ -179,6 +178,13 @@ def _attend_part(
     shape = (kv_heads, group, last - first, -1)
     keys, values = cut.keys[:, None].expand(shape), cut.values[:, None].expand(shape)
     return fused(queries, keys, values, scoring.scale, mask, is_causal=is_causal)
+
+
+def _seen(part: _Part, start: int, stop: int, window: int) -> _Part | None:
+    """Return what queries of the positions `[start, stop)` see of a part; None if nothing."""
+    first = max(part.start, start - window + 1) if window else part.start
+    last = min(part.stop, stop)
+    return part.cut(first, last) if first < last else None
 
 
 _Attend: TypeAlias = Callable[[PackedStep, Tensor, int, _Part, Scoring], Partial | None]
@@ -190,17 +196,16 @@ def _by_hand_part(
     """Compute what `_attend_part` does, with what fused kernels lack."""
     kv_heads, group, tokens, dim = queries.shape
     stop = start + tokens
-    window = scoring.window or stop
-    first, last = max(part.start, start - window + 1), min(part.stop, stop)
-    if first >= last:
+    cut = _seen(part, start, stop, scoring.window)
+    if cut is None:
         return None
-    cut = part.cut(first, last)
     rows = queries.reshape(kv_heads, group * tokens, dim)
     scores = torch.matmul(rows, cut.keys.transpose(1, 2)).mul_(scoring.scale)
     scores = scores.view(kv_heads, group, tokens, -1).float()
     if scoring.softcap is not None:
         scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-    visible = _visible(tokens, stop - first, scoring.window, queries.device)[:, : last - first]
+    visible = _visible(tokens, stop - cut.start, scoring.window, queries.device)
+    visible = visible[:, : cut.stop - cut.start]
     # Finite, for a query may see nothing of a part.
     scores.masked_fill_(~visible, torch.finfo(torch.float32).min / 2)
     lse = torch.logsumexp(scores, dim=-1)
@@ -269,36 +274,14 @@ def _by_one_kernel(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
     return attended[0].transpose(0, 1)
 
 
-def _by_hand(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
+def _by_hand(step: PackedStep, queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
     """Compute attention with what fused kernels lack, in blocks of queries."""
     heads, tokens, _ = queries.shape
-    positions = part.keys.shape[1]
-    start = positions - tokens
+    kv_heads, positions, _ = part.keys.shape
     size = max(1, _MAX_SCORES // (heads * positions))
     blocks = []
-    for row in range(0, tokens, size):
-        rows = queries[:, row : row + size]
-        stop = start + row + rows.shape[1]
-        first = max(0, start + row - scoring.window + 1) if scoring.window else 0
-        blocks.append(_by_hand_block(rows, part.cut(first, stop), scoring))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
-def _by_hand_block(queries: Tensor, part: _Part, scoring: Scoring) -> Tensor:
-    heads, tokens, head_dim = queries.shape
-    kv_heads, positions, _ = part.keys.shape
-    group = heads // kv_heads
-    rows = queries.reshape(kv_heads, group * tokens, head_dim)
-    scores = torch.matmul(rows, part.keys.transpose(1, 2)).mul_(scoring.scale)
-    scores = scores.view(kv_heads, group, tokens, positions)
-    if scoring.softcap is not None:
-        scores = scores.div_(scoring.softcap).tanh_().mul_(scoring.softcap)
-    visible = _visible(tokens, positions, scoring.window, queries.device)
-    scores.masked_fill_(~visible, float("-inf"))
-    if scoring.sinks is not None:
-        columns = scoring.sinks.to(scores.dtype).view(kv_heads, group, 1, 1)
-        scores = torch.cat([scores, columns.expand(-1, -1, tokens, 1)], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
-    weights = weights[..., :positions].reshape(kv_heads, group * tokens, positions)
-    attended = torch.matmul(weights, part.values)
-    return attended.view(heads, tokens, -1).transpose(0, 1)
+    for row, block in _blocks(queries, kv_heads, size):
+        attended = _by_hand_part(step, block, positions - tokens + row, part, scoring)
+        assert attended is not None  # a token sees itself
+        blocks.append(attended)
+    return _put_together(blocks, scoring)

@@ -4,6 +4,7 @@
  * [1] T. Dao et al., "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness",
  *     2022. */
 #include "floats.h"
+#include "instructions.h"
 #include "threads.h"
 
 #include <math.h>
@@ -12,7 +13,7 @@
 #include <stdlib.h>
 
 #if defined(__x86_64__)
-#include "vectors_begin.h"
+INSTRUCTIONS("avx2,fma,f16c")
 #include "eights.h"
 
 #define POSITIONS 32 /* that are computed together: their keys as float32 stay in the first cache */
@@ -211,5 +212,5 @@ EXPORT int attend_tokens(const uint16_t *queries, uint16_t *output, const float 
     in_threads(attend_some, &w, threads);
     return atomic_load(&w.failed);
 }
-#include "vectors_end.h"
+INSTRUCTIONS_END
 #endif

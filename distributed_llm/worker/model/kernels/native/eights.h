@@ -1,11 +1,9 @@
-/* Functions of eight float32 at once; to be included after vectors_begin.h. */
+/* Functions of eight float32 at once; to be included after INSTRUCTIONS. */
 #ifndef DISTRIBUTED_LLM_EIGHTS_H
 #define DISTRIBUTED_LLM_EIGHTS_H
 
 #include <immintrin.h>
 #include <stdint.h>
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE __m256 load8(const uint16_t *from)
 {

@@ -41,14 +41,17 @@ def instructions() -> str:
 
     Respects ATEN_CPU_CAPABILITY, which takes instructions from torch.
     """
+    torch_has = torch.backends.cpu.get_cpu_capability()
+    allowed = NAMES[: {"DEFAULT": 1, "AVX2": 3}.get(torch_has, len(NAMES))]
+    return [name for name in supported() if name in allowed][-1]
+
+
+def supported() -> tuple[str, ...]:
+    """Return those of `NAMES` that this processor has, "none" always among them, in their order."""
     library = _library()
     if library is None:
-        return NAMES[0]
-    best = int(library.best_instructions())
-    torch_has = torch.backends.cpu.get_cpu_capability()
-    if torch_has == "DEFAULT":
-        return NAMES[0]
-    return NAMES[best if "AVX512" in torch_has else min(best, NAMES.index("avxvnni"))]
+        return NAMES[:1]
+    return tuple(name for at, name in enumerate(NAMES) if not at or library.has_instructions(at))
 
 
 def loaded() -> ctypes.CDLL:
@@ -101,10 +104,15 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _opened(paths: Sequence[Path], parallel: int | None) -> ctypes.CDLL | None:
-    """Return the first library that can be loaded, ready to be called; None if there is none."""
+    """Return the first library that can be loaded, ready to be called.
+
+    None if there is none, or if this processor has none of the instructions that it uses.
+    """
     for path in paths:
         try:
             library = ctypes.CDLL(str(path))
+            if not library.has_instructions(1):
+                return None
             for name, arguments in _ARGUMENTS.items():
                 getattr(library, name).argtypes = arguments
             library.use_threads.argtypes = (_ADDRESS,)

@@ -3,6 +3,7 @@
  *
  * [1] B. Zhang, R. Sennrich, "Root Mean Square Layer Normalization", 2019. */
 #include "floats.h"
+#include "instructions.h"
 #include "threads.h"
 
 #include <math.h>
@@ -10,7 +11,7 @@
 #include <stdint.h>
 
 #if defined(__x86_64__)
-#include "vectors_begin.h"
+INSTRUCTIONS("avx2,fma,f16c")
 #include "eights.h"
 
 typedef struct {
@@ -77,5 +78,5 @@ EXPORT void rms_norm(const uint16_t *states, uint16_t *output, const uint16_t *w
     w.step = rows / (4 * threads) + 1;
     in_threads(norm_rows, &w, threads);
 }
-#include "vectors_end.h"
+INSTRUCTIONS_END
 #endif

@@ -1,6 +1,7 @@
 #include "products.h"
 
 #include "floats.h"
+#include "instructions.h"
 #include "threads.h"
 
 #include <stdatomic.h>
@@ -31,12 +32,7 @@ static inline int32_t four_bytes(const int8_t *from)
 #include <cpuid.h>
 #include <immintrin.h>
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+INSTRUCTIONS("avx2,fma,f16c")
 #define NAME(x) x##_avx2
 #define VECTORS 2
 #define integer __m256i
@@ -45,19 +41,19 @@ static inline int32_t four_bytes(const int8_t *from)
 #define ROWS_AT_ONCE 4
 #define BLOCKS_AT_ONCE 1
 #include "vectors256.h"
-static inline __attribute__((always_inline)) integer multiply_codes8_avx2(integer sum, integer codes,
-                                                                         integer states)
+INLINE integer add_pairs(integer sum, integer pairs)
+{
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+INLINE integer multiply_codes8_avx2(integer sum, integer codes, integer states)
 {
     integer code = _mm256_xor_si256(codes, _mm256_set1_epi8((char)128)); /* as a signed number */
     /* 128 * 127 * 2 has room in 16 bits */
-    integer pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(states, code));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return add_pairs(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8(states, code)));
 }
-static inline __attribute__((always_inline)) integer multiply_codes4_avx2(integer sum, integer codes,
-                                                                         integer states)
+INLINE integer multiply_codes4_avx2(integer sum, integer codes, integer states)
 {
-    integer pairs = _mm256_maddubs_epi16(codes, states); /* 15 * 127 * 2 has room in 16 bits */
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return add_pairs(sum, _mm256_maddubs_epi16(codes, states)); /* as 15 * 127 * 2 has */
 }
 #define multiply_codes8 multiply_codes8_avx2
 #define multiply_codes4 multiply_codes4_avx2
@@ -66,36 +62,18 @@ static inline __attribute__((always_inline)) integer multiply_codes4_avx2(intege
 #undef multiply_codes8
 #undef NAME
 #undef UNSIGNED_CODES
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+INSTRUCTIONS_END
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avxvnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avxvnni")
-#endif
+INSTRUCTIONS("avx2,fma,f16c,avxvnni")
 #define NAME(x) x##_avxvnni
 #define UNSIGNED_CODES 1
 #define multiply_codes4(sum, codes, states) _mm256_dpbusd_avx_epi32(sum, codes, states)
 #define multiply_codes8(sum, codes, states) _mm256_dpbusd_avx_epi32(sum, codes, states)
 #include "products.inc.h"
 #include "undefine.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+INSTRUCTIONS_END
 
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
-#endif
+INSTRUCTIONS("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define NAME(x) x##_avx512
 #define VECTORS 1
 #define integer __m512i
@@ -106,11 +84,7 @@ static inline __attribute__((always_inline)) integer multiply_codes4_avx2(intege
 #include "vectors512.h"
 #include "products.inc.h"
 #include "undefine.h"
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+INSTRUCTIONS_END
 #endif
 
 typedef void Rows(const Product *, const Rounded *, int64_t block, int blocks);
@@ -132,23 +106,28 @@ static const Instructions sets[] = {
 #endif
 };
 
-/* Returns the number in `sets` of the best instructions of this processor, or 0. */
-EXPORT int best_instructions(void)
+/* Returns whether this processor has the instructions of the set with this number; 0 is none. */
+EXPORT int has_instructions(int number)
 {
 #if defined(__x86_64__)
+    unsigned eax = 0, ebx, ecx, edx;
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
         return 0;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vnni"))
-        return 3;
-    unsigned eax = 0, ebx, ecx, edx;
-    __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
-    return eax >> 4 & 1 ? 2 : 1; /* AVX-VNNI */
-#else
-    return 0;
+    switch (number) {
+    case 1:
+        return 1;
+    case 2: /* AVX-VNNI, which not all have that have AVX512-VNNI */
+        __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
+        return eax >> 4 & 1;
+    case 3:
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vnni");
+    }
 #endif
+    (void)number;
+    return 0;
 }
 
 /* What the threads that compute one product share. */

@@ -55,9 +55,8 @@ static void NAME(round_row)(const Product *p, int64_t row, int64_t group, int8_t
 }
 
 /* Writes the sums of some rows and blocks, times `factors` of the channels (or one for all). */
-static inline __attribute__((always_inline)) void
-NAME(write_sums)(const Product *p, int64_t row, int64_t block, int rows, int blocks,
-                 real sums[][MOST_BLOCKS][VECTORS], const float *factors, int factor_of_each)
+INLINE void NAME(write_sums)(const Product *p, int64_t row, int64_t block, int rows, int blocks,
+                             real sums[][MOST_BLOCKS][VECTORS], const float *factors, int factor_of_each)
 {
     float values[LANES];
     for (int b = 0; b < blocks; b++) {
@@ -80,16 +79,20 @@ NAME(write_sums)(const Product *p, int64_t row, int64_t block, int rows, int blo
     }
 }
 
-static inline __attribute__((always_inline)) void
-NAME(int8_tile)(const Product *p, const Rounded *x, int64_t row, int64_t block, const int rows,
-                const int blocks)
+INLINE void NAME(clear)(real sums[][MOST_BLOCKS][VECTORS], int rows, int blocks)
 {
-    real sums[MOST_ROWS][MOST_BLOCKS][VECTORS];
-    const int8_t *states = x->codes + row * p->inputs;
     for (int r = 0; r < rows; r++)
         for (int b = 0; b < blocks; b++)
             for (int v = 0; v < VECTORS; v++)
                 sums[r][b][v] = zero_real();
+}
+
+INLINE void NAME(int8_tile)(const Product *p, const Rounded *x, int64_t row, int64_t block,
+                            const int rows, const int blocks)
+{
+    real sums[MOST_ROWS][MOST_BLOCKS][VECTORS];
+    const int8_t *states = x->codes + row * p->inputs;
+    NAME(clear)(sums, rows, blocks);
     const uint8_t *weight = (const uint8_t *)p->weight + block * p->inputs * LANES;
     int64_t run = 0;
     for (int64_t start = 0; start < p->inputs; start += p->group, run++) {
@@ -124,16 +127,12 @@ NAME(int8_tile)(const Product *p, const Rounded *x, int64_t row, int64_t block, 
     NAME(write_sums)(p, row, block, rows, blocks, sums, p->scales, 1);
 }
 
-static inline __attribute__((always_inline)) void
-NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int64_t block, const int rows,
-                const int blocks)
+INLINE void NAME(int4_tile)(const Product *p, const Rounded *x, int64_t row, int64_t block,
+                            const int rows, const int blocks)
 {
     real sums[MOST_ROWS][MOST_BLOCKS][VECTORS];
     const int8_t *states = x->codes + row * p->inputs;
-    for (int r = 0; r < rows; r++)
-        for (int b = 0; b < blocks; b++)
-            for (int v = 0; v < VECTORS; v++)
-                sums[r][b][v] = zero_real();
+    NAME(clear)(sums, rows, blocks);
     const int64_t group_bytes = 4 * LANES + p->group * LANES / 2;
     const int64_t block_bytes = x->runs * group_bytes;
     const uint8_t *weight = (const uint8_t *)p->weight + block * block_bytes;

@@ -13,8 +13,7 @@
 #define multiply_add(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define store_real(to, value) _mm512_storeu_ps(to, value)
 /* Written out, because GCC copies sums to other registers around the intrinsic and runs out of them. */
-static inline __attribute__((always_inline)) __m512i multiply_codes_512(__m512i sum, __m512i codes,
-                                                                       __m512i states)
+INLINE __m512i multiply_codes_512(__m512i sum, __m512i codes, __m512i states)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(states));
     return sum;
